@@ -1,0 +1,113 @@
+import type { BackendName } from '../backends/backend.ts';
+import type { Granularity, PvAccumDtype } from '../quantization/schemes.ts';
+import type { TensorView } from '../tensor/tensor.ts';
+import { InvalidArgumentError } from './errors.ts';
+import { KERNEL_NAMES, type KernelName } from './kernels.ts';
+
+/** `HND`: `[B,H,L,D]`; `NHD`: `[B,L,H,D]`. */
+export type TensorLayout = 'HND' | 'NHD';
+
+/**
+ * Where the diagonal of a causal mask (and of a window) starts when Lq != Lk. `top-left`: row i sees keys up to i
+ * (torch's `is_causal`). `bottom-right`: up to i + Lk - Lq (decoding with a cache).
+ */
+export type CausalAlignment = 'top-left' | 'bottom-right';
+
+/** Options of `sageattn` and of every kernel's own function. Python's names in camelCase. */
+export interface AttentionOptions {
+  /** Default `'auto'`: where the tensors live; for CPU tensors the fastest backend that is available. */
+  readonly backend?: BackendName | 'auto';
+  /** Default `'auto'`: the backend's table decides. */
+  readonly kernel?: KernelName | 'auto';
+  /** Default `'HND'`. Applies to q, k, v and the output. Not taken by `sageattnVarlen`. */
+  readonly tensorLayout?: TensorLayout;
+  /** Default false. */
+  readonly isCausal?: boolean;
+  /** Default `'top-left'`. */
+  readonly causalAlignment?: CausalAlignment;
+  /** Scale of the scores; default 1/sqrt(D). */
+  readonly smScale?: number;
+  /** Scores become `softcap * tanh(score / softcap)` before masking; default 0, which means none. */
+  readonly softcap?: number;
+  /** Keys that a row may see to the left and right of its diagonal; -1 or Infinity: no limit. Default none. */
+  readonly windowSize?: readonly [left: number, right: number];
+  /** bool (nonzero = attend) or additive float, broadcastable to `[B,Hq,Lq,Lk]` (varlen: the largest lengths). */
+  readonly attnMask?: TensorView;
+  /** Subtract K's mean over its tokens before quantizing; exact (softmax is unchanged). Default true. */
+  readonly smoothK?: boolean;
+  /** Subtract V's channel mean before quantizing, and add it to the output. Default: the kernel's. */
+  readonly smoothV?: boolean;
+  /** Subtract each Q block's mean before quantizing, and add its share to the scores. Default: the kernel's. */
+  readonly smoothQ?: boolean;
+  /** Default: the kernel's first. */
+  readonly qkQuantGran?: Granularity;
+  /** Default: the kernel's first. */
+  readonly pvAccumDtype?: PvAccumDtype;
+  /** Also return the logsumexp of each row; default false. */
+  readonly returnLse?: boolean;
+  /** Stops the call; the promise rejects with the signal's reason. */
+  readonly signal?: AbortSignal;
+}
+
+type Check = (value: unknown) => boolean;
+const isBoolean: Check = (value) => typeof value === 'boolean';
+const oneOf = (...values: readonly string[]): [Check, string] => [
+  (value) => values.includes(value as string),
+  values.map((value) => `'${value}'`).join(', '),
+];
+const isWindowSide = (value: unknown) =>
+  value === Number.POSITIVE_INFINITY || (Number.isSafeInteger(value) && (value as number) >= -1);
+
+/** Every option with its check and a phrase for what it takes. */
+const OPTIONS: Readonly<Record<keyof AttentionOptions, readonly [Check, string]>> = {
+  backend: oneOf('auto', 'wasm', 'webgpu', 'cuda'),
+  kernel: oneOf('auto', ...KERNEL_NAMES),
+  tensorLayout: oneOf('HND', 'NHD'),
+  isCausal: [isBoolean, 'a boolean'],
+  causalAlignment: oneOf('top-left', 'bottom-right'),
+  smScale: [(value) => Number.isFinite(value), 'a finite number'],
+  softcap: [(value) => Number.isFinite(value) && (value as number) >= 0, 'a finite number >= 0'],
+  windowSize: [
+    (value) => Array.isArray(value) && value.length === 2 && value.every(isWindowSide),
+    '[left, right] of integers >= -1 or Infinity',
+  ],
+  attnMask: [(value) => typeof value === 'object' && value !== null && 'shape' in value, 'a tensor'],
+  smoothK: [isBoolean, 'a boolean'],
+  smoothV: [isBoolean, 'a boolean'],
+  smoothQ: [isBoolean, 'a boolean'],
+  qkQuantGran: oneOf('per-block', 'per-warp', 'per-thread'),
+  pvAccumDtype: oneOf('fp32', 'fp16', 'fp16+fp32', 'fp32+fp32', 'fp32+fp16'),
+  returnLse: [isBoolean, 'a boolean'],
+  signal: [(value) => typeof AbortSignal !== 'undefined' && value instanceof AbortSignal, 'an AbortSignal'],
+};
+
+function describe(value: unknown): string {
+  if (typeof value === 'string') return `'${value}'`;
+  if (Array.isArray(value)) return `[${value}]`;
+  return typeof value === 'object' && value !== null ? Object.prototype.toString.call(value) : String(value);
+}
+
+/**
+ * Checks names and values of options. An option that is `undefined` counts as absent.
+ *
+ * @param taken the options that this entry point takes
+ * @throws {InvalidArgumentError} `unknown-option` or `invalid-option`
+ */
+export function validateOptions(options: AttentionOptions, taken: readonly string[] = Object.keys(OPTIONS)): void {
+  if (typeof options !== 'object' || options === null) {
+    throw new InvalidArgumentError('invalid-option', 'options', 'an object', describe(options));
+  }
+  for (const [name, value] of Object.entries(options)) {
+    const entry = Object.hasOwn(OPTIONS, name) ? OPTIONS[name as keyof AttentionOptions] : undefined;
+    if (entry === undefined || !taken.includes(name)) {
+      throw new InvalidArgumentError('unknown-option', `options.${name}`, `one of ${taken.join(', ')}`, `'${name}'`);
+    }
+    const [check, expected] = entry;
+    if (value !== undefined && !check(value)) {
+      throw new InvalidArgumentError('invalid-option', `options.${name}`, expected, describe(value));
+    }
+  }
+}
+
+/** Names of all options, for entry points that take fewer. */
+export const OPTION_NAMES = Object.keys(OPTIONS) as readonly (keyof AttentionOptions)[];

@@ -1,0 +1,414 @@
+/** What a call means, with every default filled in. Nothing behind this file checks arguments again. */
+import type { DType, MaskDType } from '../tensor/dtype.ts';
+import { type TensorLocation, type TensorView, validateView } from '../tensor/tensor.ts';
+import { InvalidArgumentError } from './errors.ts';
+import type { AttentionOptions, CausalAlignment, TensorLayout } from './options.ts';
+
+/** Where an operand's elements are: `offset + batch * batchStride + head * headStride + token * tokenStride + channel`. */
+export interface OperandLayout {
+  readonly offset: number;
+  readonly batchStride: number;
+  readonly headStride: number;
+  readonly tokenStride: number;
+}
+
+/** A mask as `[B,Hq,Lq,Lk]`; a dimension that it broadcasts over has stride 0. */
+export interface MaskLayout {
+  readonly kind: 'boolean' | 'additive';
+  readonly dtype: MaskDType;
+  readonly offset: number;
+  readonly strides: readonly [batch: number, head: number, query: number, key: number];
+}
+
+/** Sequences of different lengths packed end to end: sequence b has tokens `cuSeqlens[b]` to `cuSeqlens[b + 1]`. */
+export interface PackedSequences {
+  readonly cuSeqlensQ: Int32Array;
+  readonly cuSeqlensK: Int32Array;
+}
+
+/** Largest D and Dv of any kernel. */
+export const MAX_HEAD_DIM = 256;
+
+/** A validated, normalized call. */
+export interface AttentionProblem {
+  /** Sequences: the batch size, or in varlen the number of packed sequences. */
+  readonly batch: number;
+  readonly queryHeads: number;
+  readonly kvHeads: number;
+  /** Lq, in varlen the longest. */
+  readonly queryLength: number;
+  /** Lk, in varlen the longest. */
+  readonly keyLength: number;
+  /** D */
+  readonly headDim: number;
+  /** Dv */
+  readonly valueDim: number;
+  readonly dtype: DType;
+  readonly location: TensorLocation;
+  /** In varlen `batchStride` is 0 and tokens count from the start of the packed tensor. */
+  readonly q: OperandLayout;
+  readonly k: OperandLayout;
+  readonly v: OperandLayout;
+  /** Layout of the output; varlen outputs are `[totalQ,Hq,Dv]` whatever this says. */
+  readonly tensorLayout: TensorLayout;
+  readonly sequences: PackedSequences | undefined;
+  readonly mask: MaskLayout | undefined;
+  readonly isCausal: boolean;
+  readonly causalAlignment: CausalAlignment;
+  /** Infinity where there is no limit. */
+  readonly windowSize: readonly [left: number, right: number];
+  /** 0: none. */
+  readonly softcap: number;
+  readonly smScale: number;
+  readonly returnLse: boolean;
+}
+
+/**
+ * The keys that row i may see by causality and window: `i + lower <= j <= i + upper`. Both sides may be infinite. The
+ * mask comes on top.
+ */
+export interface Band {
+  readonly lower: number;
+  readonly upper: number;
+}
+
+/** One sequence of a problem: token ranges inside the operands. */
+export interface Sequence {
+  readonly index: number;
+  readonly queryStart: number;
+  readonly queryLength: number;
+  readonly keyStart: number;
+  readonly keyLength: number;
+}
+
+/** Causality and window as one band; lengths are those of the sequence. */
+export function bandOf(
+  problem: Pick<AttentionProblem, 'isCausal' | 'causalAlignment' | 'windowSize'>,
+  queryLength: number,
+  keyLength: number,
+): Band {
+  const shift = problem.causalAlignment === 'bottom-right' ? keyLength - queryLength : 0;
+  const [left, right] = problem.windowSize;
+  return { lower: shift - left, upper: shift + (problem.isCausal ? Math.min(right, 0) : right) };
+}
+
+/** The sequences of a problem; a dense problem has one per batch entry, each starting at token 0. */
+export function sequencesOf(problem: AttentionProblem): Sequence[] {
+  const { sequences, batch, queryLength, keyLength } = problem;
+  return Array.from({ length: batch }, (_, index) => {
+    if (sequences === undefined) return { index, queryStart: 0, queryLength, keyStart: 0, keyLength };
+    const queryStart = sequences.cuSeqlensQ[index] as number;
+    const keyStart = sequences.cuSeqlensK[index] as number;
+    return {
+      index,
+      queryStart,
+      queryLength: (sequences.cuSeqlensQ[index + 1] as number) - queryStart,
+      keyStart,
+      keyLength: (sequences.cuSeqlensK[index + 1] as number) - keyStart,
+    };
+  });
+}
+
+/** Shape of the output. */
+export function outputShapeOf(problem: AttentionProblem): number[] {
+  const { batch, queryHeads, queryLength, valueDim, sequences, tensorLayout } = problem;
+  if (sequences !== undefined) return [sequences.cuSeqlensQ[batch] as number, queryHeads, valueDim];
+  return tensorLayout === 'HND'
+    ? [batch, queryHeads, queryLength, valueDim]
+    : [batch, queryLength, queryHeads, valueDim];
+}
+
+/** Where the contiguous output's elements are, in the terms of {@link OperandLayout}. */
+export function outputLayoutOf(problem: AttentionProblem): OperandLayout {
+  const { queryHeads, queryLength, valueDim, sequences, tensorLayout } = problem;
+  if (sequences !== undefined) {
+    return { offset: 0, batchStride: 0, headStride: valueDim, tokenStride: queryHeads * valueDim };
+  }
+  const batchStride = queryHeads * queryLength * valueDim;
+  return tensorLayout === 'HND'
+    ? { offset: 0, batchStride, headStride: queryLength * valueDim, tokenStride: valueDim }
+    : { offset: 0, batchStride, headStride: valueDim, tokenStride: queryHeads * valueDim };
+}
+
+/** Shape of the logsumexp: `[B,Hq,Lq]`, varlen `[Hq,totalQ]`. */
+export function lseShapeOf(problem: AttentionProblem): number[] {
+  const { batch, queryHeads, queryLength, sequences } = problem;
+  return sequences === undefined
+    ? [batch, queryHeads, queryLength]
+    : [queryHeads, sequences.cuSeqlensQ[batch] as number];
+}
+
+const FLOAT_DTYPES: readonly string[] = ['float16', 'bfloat16', 'float32'];
+
+function isTensorView(value: unknown): value is TensorView {
+  return typeof value === 'object' && value !== null && 'shape' in value && 'dtype' in value && 'strides' in value;
+}
+
+function validateOperand(argument: string, view: TensorView, dimensions: readonly string[]): void {
+  if (!isTensorView(view)) {
+    throw new InvalidArgumentError('invalid-shape', argument, 'a tensor', String(view));
+  }
+  if (!Array.isArray(view.shape) || view.shape.length !== dimensions.length) {
+    throw new InvalidArgumentError(
+      'invalid-rank',
+      argument,
+      `${dimensions.length} dimensions [${dimensions.join(',')}]`,
+      `shape [${view.shape}]`,
+    );
+  }
+  if (!FLOAT_DTYPES.includes(view.dtype)) {
+    throw new InvalidArgumentError('invalid-dtype', `${argument}.dtype`, FLOAT_DTYPES.join(', '), String(view.dtype));
+  }
+  validateView(argument, view);
+  const last = view.shape.length - 1;
+  if ((view.shape[last] as number) > 1 && view.strides[last] !== 1) {
+    throw new InvalidArgumentError(
+      'invalid-strides',
+      `${argument}.strides`,
+      'a contiguous last dimension (stride 1)',
+      `[${view.strides}]`,
+    );
+  }
+}
+
+function requireSame(
+  argument: string,
+  what: string,
+  expected: unknown,
+  received: unknown,
+  code: 'invalid-shape' | 'invalid-dtype' | 'mixed-locations',
+): void {
+  if (expected !== received) {
+    throw new InvalidArgumentError(code, argument, `${what} ${expected}, as the other operands have`, String(received));
+  }
+}
+
+function operandLayout(view: TensorView, layout: TensorLayout): OperandLayout {
+  const [batchStride, second, third] = view.strides as [number, number, number, number];
+  return layout === 'HND'
+    ? { offset: view.offset, batchStride, headStride: second, tokenStride: third }
+    : { offset: view.offset, batchStride, headStride: third, tokenStride: second };
+}
+
+function maskLayout(mask: TensorView, target: readonly [number, number, number, number]): MaskLayout {
+  const argument = 'options.attnMask';
+  validateView(argument, mask);
+  if (mask.dtype !== 'bool' && !FLOAT_DTYPES.includes(mask.dtype)) {
+    throw new InvalidArgumentError(
+      'invalid-dtype',
+      `${argument}.dtype`,
+      `bool, ${FLOAT_DTYPES.join(', ')}`,
+      String(mask.dtype),
+    );
+  }
+  const missing = 4 - mask.shape.length;
+  const broadcasts = missing >= 0 && mask.shape.every((size, i) => size === 1 || size === target[i + missing]);
+  if (!broadcasts) {
+    throw new InvalidArgumentError(
+      'invalid-mask',
+      argument,
+      `a shape that broadcasts to [B,Hq,Lq,Lk] = [${target}]`,
+      `[${mask.shape}]`,
+    );
+  }
+  const strideOf = (dimension: number) => {
+    const i = dimension - missing;
+    return i < 0 || mask.shape[i] === 1 ? 0 : (mask.strides[i] as number);
+  };
+  return {
+    kind: mask.dtype === 'bool' ? 'boolean' : 'additive',
+    dtype: mask.dtype,
+    offset: mask.offset,
+    strides: [strideOf(0), strideOf(1), strideOf(2), strideOf(3)],
+  };
+}
+
+interface Dimensions {
+  readonly batch: number;
+  readonly queryHeads: number;
+  readonly kvHeads: number;
+  readonly queryLength: number;
+  readonly keyLength: number;
+}
+
+function normalize(
+  q: TensorView,
+  k: TensorView,
+  v: TensorView,
+  options: AttentionOptions,
+  dimensions: Dimensions,
+  layouts: Pick<AttentionProblem, 'q' | 'k' | 'v' | 'sequences' | 'tensorLayout'>,
+): AttentionProblem {
+  const { batch, queryHeads, kvHeads, queryLength, keyLength } = dimensions;
+  for (const [argument, view] of [
+    ['k', k],
+    ['v', v],
+  ] as const) {
+    requireSame(`${argument}.dtype`, 'dtype', q.dtype, view.dtype, 'invalid-dtype');
+    requireSame(argument, 'location', q.location, view.location, 'mixed-locations');
+  }
+  if (kvHeads === 0 ? queryHeads !== 0 : queryHeads % kvHeads !== 0) {
+    throw new InvalidArgumentError(
+      'invalid-shape',
+      'q',
+      `a number of heads that is a multiple of k's ${kvHeads}`,
+      `${queryHeads} heads`,
+    );
+  }
+  const headDim = q.shape.at(-1) as number;
+  const valueDim = v.shape.at(-1) as number;
+  for (const [argument, size] of [
+    ['q', headDim],
+    ['v', valueDim],
+  ] as const) {
+    if (size < 1 || size > MAX_HEAD_DIM) {
+      throw new InvalidArgumentError(
+        'unsupported-size',
+        argument,
+        `a head dim from 1 to ${MAX_HEAD_DIM}`,
+        String(size),
+      );
+    }
+  }
+  requireSame('k', 'head dim', headDim, k.shape.at(-1), 'invalid-shape');
+
+  const [left, right] = options.windowSize ?? [-1, -1];
+  const mask = options.attnMask;
+  if (mask !== undefined) requireSame('options.attnMask', 'location', q.location, mask.location, 'mixed-locations');
+  return {
+    ...dimensions,
+    ...layouts,
+    headDim,
+    valueDim,
+    dtype: q.dtype as DType,
+    location: q.location,
+    mask: mask === undefined ? undefined : maskLayout(mask, [batch, queryHeads, queryLength, keyLength]),
+    isCausal: options.isCausal ?? false,
+    causalAlignment: options.causalAlignment ?? 'top-left',
+    windowSize: [left === -1 ? Number.POSITIVE_INFINITY : left, right === -1 ? Number.POSITIVE_INFINITY : right],
+    softcap: options.softcap ?? 0,
+    smScale: options.smScale ?? 1 / Math.sqrt(headDim),
+    returnLse: options.returnLse ?? false,
+  };
+}
+
+/**
+ * The problem of a dense call. Options must have passed `validateOptions`.
+ *
+ * @param q `[B,Hq,Lq,D]`, k `[B,Hkv,Lk,D]`, v `[B,Hkv,Lk,Dv]` (HND; NHD swaps the middle two)
+ * @throws {InvalidArgumentError} naming the argument at fault
+ */
+export function createProblem(
+  q: TensorView,
+  k: TensorView,
+  v: TensorView,
+  options: AttentionOptions,
+): AttentionProblem {
+  const tensorLayout = options.tensorLayout ?? 'HND';
+  const [headAxis, tokenAxis] = tensorLayout === 'HND' ? ([1, 2] as const) : ([2, 1] as const);
+  const names = (length: string, heads: string, dim: string) =>
+    tensorLayout === 'HND' ? ['B', heads, length, dim] : ['B', length, heads, dim];
+  validateOperand('q', q, names('Lq', 'Hq', 'D'));
+  validateOperand('k', k, names('Lk', 'Hkv', 'D'));
+  validateOperand('v', v, names('Lk', 'Hkv', 'Dv'));
+  const batch = q.shape[0] as number;
+  const kvHeads = k.shape[headAxis] as number;
+  const keyLength = k.shape[tokenAxis] as number;
+  requireSame('k', 'batch size', batch, k.shape[0], 'invalid-shape');
+  requireSame('v', 'batch size', batch, v.shape[0], 'invalid-shape');
+  requireSame('v', 'number of heads', kvHeads, v.shape[headAxis], 'invalid-shape');
+  requireSame('v', 'length', keyLength, v.shape[tokenAxis], 'invalid-shape');
+  return normalize(
+    q,
+    k,
+    v,
+    options,
+    {
+      batch,
+      queryHeads: q.shape[headAxis] as number,
+      kvHeads,
+      queryLength: q.shape[tokenAxis] as number,
+      keyLength,
+    },
+    {
+      q: operandLayout(q, tensorLayout),
+      k: operandLayout(k, tensorLayout),
+      v: operandLayout(v, tensorLayout),
+      sequences: undefined,
+      tensorLayout,
+    },
+  );
+}
+
+function validateCuSeqlens(argument: string, cuSeqlens: ArrayLike<number>, total: number): Int32Array {
+  const values = Array.from(cuSeqlens);
+  const shown = values.length > 8 ? `${values.slice(0, 8)},...` : `${values}`;
+  const fail = (expected: string) => new InvalidArgumentError('invalid-cu-seqlens', argument, expected, `[${shown}]`);
+  if (values.length < 2) throw fail('at least two entries');
+  if (values[0] !== 0) throw fail('a first entry of 0');
+  if (!values.every((value) => Number.isSafeInteger(value) && value < 2 ** 31)) throw fail('integers below 2^31');
+  if (values.some((value, i) => i > 0 && value < (values[i - 1] as number))) throw fail('entries that never fall');
+  if ((values.at(-1) as number) > total) throw fail(`a last entry of at most the ${total} tokens given`);
+  return Int32Array.from(values);
+}
+
+const longest = (cuSeqlens: Int32Array) =>
+  cuSeqlens.reduce((most, end, i) => Math.max(most, i === 0 ? 0 : end - (cuSeqlens[i - 1] as number)), 0);
+
+/**
+ * The problem of a varlen call. Options must have passed `validateOptions`.
+ *
+ * @param q `[totalQ,Hq,D]`, k `[totalK,Hkv,D]`, v `[totalK,Hkv,Dv]`
+ * @param cuSeqlensQ starts of the sequences and the end of the last: `B + 1` integers, the first 0; k's likewise
+ * @throws {InvalidArgumentError} naming the argument at fault
+ */
+export function createVarlenProblem(
+  q: TensorView,
+  k: TensorView,
+  v: TensorView,
+  cuSeqlensQ: ArrayLike<number>,
+  cuSeqlensK: ArrayLike<number>,
+  options: AttentionOptions,
+): AttentionProblem {
+  validateOperand('q', q, ['totalQ', 'Hq', 'D']);
+  validateOperand('k', k, ['totalK', 'Hkv', 'D']);
+  validateOperand('v', v, ['totalK', 'Hkv', 'Dv']);
+  requireSame('v', 'number of heads', k.shape[1], v.shape[1], 'invalid-shape');
+  requireSame('v', 'length', k.shape[0], v.shape[0], 'invalid-shape');
+  const startsQ = validateCuSeqlens('cuSeqlensQ', cuSeqlensQ, q.shape[0] as number);
+  const startsK = validateCuSeqlens('cuSeqlensK', cuSeqlensK, k.shape[0] as number);
+  if (startsQ.length !== startsK.length) {
+    throw new InvalidArgumentError(
+      'invalid-cu-seqlens',
+      'cuSeqlensK',
+      `${startsQ.length} entries, as cuSeqlensQ has`,
+      `${startsK.length} entries`,
+    );
+  }
+  const layout = (view: TensorView): OperandLayout => ({
+    offset: view.offset,
+    batchStride: 0,
+    headStride: view.strides[1] as number,
+    tokenStride: view.strides[0] as number,
+  });
+  return normalize(
+    q,
+    k,
+    v,
+    options,
+    {
+      batch: startsQ.length - 1,
+      queryHeads: q.shape[1] as number,
+      kvHeads: k.shape[1] as number,
+      queryLength: longest(startsQ),
+      keyLength: longest(startsK),
+    },
+    {
+      q: layout(q),
+      k: layout(k),
+      v: layout(v),
+      sequences: { cuSeqlensQ: startsQ, cuSeqlensK: startsK },
+      tensorLayout: 'NHD',
+    },
+  );
+}

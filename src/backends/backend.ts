@@ -1,0 +1,100 @@
+/** The one interface that every backend implements. A backend knows nothing of another. */
+import type { KernelName } from '../attention/kernels.ts';
+import type { AttentionProblem } from '../attention/problem.ts';
+import type { Granularity, PvAccumDtype } from '../quantization/schemes.ts';
+import type { TensorView } from '../tensor/tensor.ts';
+
+export type BackendName = 'wasm' | 'webgpu' | 'cuda';
+
+/** What a kernel honours. The first entry of each list is its default; an empty list means the option has no meaning there. */
+export interface KernelDescriptor {
+  readonly name: KernelName;
+  /** One line for `doctor` and tables. */
+  readonly summary: string;
+  readonly qkQuantGran: readonly Granularity[];
+  readonly pvAccumDtype: readonly PvAccumDtype[];
+  /** Smoothing that may be switched on (K always may be switched either way). */
+  readonly smoothV: boolean;
+  readonly smoothQ: boolean | 'always';
+  /** Largest D and Dv. */
+  readonly maxHeadDim: number;
+}
+
+/** A kernel with its options settled: nothing in it is `undefined`, and the kernel honours all of it. */
+export interface KernelChoice {
+  readonly descriptor: KernelDescriptor;
+  readonly qkQuantGran: Granularity;
+  readonly pvAccumDtype: PvAccumDtype;
+  readonly smoothK: boolean;
+  readonly smoothV: boolean;
+  readonly smoothQ: boolean;
+}
+
+export interface Availability {
+  readonly available: boolean;
+  /** Why not, in a sentence without its full stop. */
+  readonly reason?: string;
+  /** What to install or enable. */
+  readonly remedy?: string;
+  /** What was found: adapter, features, driver, threads. For `doctor`. */
+  readonly details: Readonly<Record<string, string>>;
+}
+
+export interface AttentionInputs<T extends TensorView = TensorView> {
+  readonly q: T;
+  readonly k: T;
+  readonly v: T;
+  readonly attnMask?: TensorView;
+}
+
+export interface AttentionOutputs<T extends TensorView = TensorView> {
+  /** `[B,Hq,Lq,Dv]` or `[B,Lq,Hq,Dv]` as the layout says, contiguous; varlen `[totalQ,Hq,Dv]`. q's dtype. */
+  readonly output: T;
+  /** `[B,Hq,Lq]`; varlen `[Hq,totalQ]`. float32, natural logarithm. Present exactly when the problem asks for it. */
+  readonly lse?: T;
+}
+
+/** What belongs to one run and not to the plan. */
+export interface RunContext {
+  readonly signal?: AbortSignal;
+}
+
+/** A problem made ready: kernel chosen, code compiled, scratch sized. Reusable for every input of the same shape. */
+export interface Plan {
+  readonly kernel: KernelChoice;
+  run(inputs: AttentionInputs, context: RunContext): Promise<AttentionOutputs>;
+  dispose(): void;
+}
+
+/** K and V of one call, quantized once. `problem` of `attend` has the cache's keys. */
+export interface PreparedKeyValue {
+  /** Tokens held. */
+  readonly length: number;
+  append(k: TensorView, v: TensorView, problem: AttentionProblem, context: RunContext): Promise<void>;
+  attend(
+    q: TensorView,
+    problem: AttentionProblem,
+    attnMask: TensorView | undefined,
+    context: RunContext,
+  ): Promise<AttentionOutputs>;
+  dispose(): void;
+}
+
+export interface Backend {
+  readonly name: BackendName;
+  readonly kernels: readonly KernelDescriptor[];
+  availability(): Promise<Availability>;
+  /** The fastest kernel for this problem, from the backend's table. */
+  defaultKernel(problem: AttentionProblem): Promise<KernelDescriptor>;
+  plan(problem: AttentionProblem, kernel: KernelChoice): Promise<Plan>;
+  /** Quantizes `k` and `v`; `problem` is that of a query of length 0 or more over them. */
+  prepareKeyValue(
+    problem: AttentionProblem,
+    kernel: KernelChoice,
+    k: TensorView,
+    v: TensorView,
+    context: RunContext,
+  ): Promise<PreparedKeyValue>;
+  /** Frees workers, devices and memory. The next call starts them again. */
+  dispose(): Promise<void>;
+}

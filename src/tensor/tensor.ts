@@ -1,0 +1,251 @@
+import { InvalidArgumentError } from '../attention/errors.ts';
+import { BYTES_PER_ELEMENT, type DType, type MaskDType } from './dtype.ts';
+
+/** Where a tensor's elements live. */
+export type TensorLocation = 'cpu' | 'webgpu' | 'cuda';
+
+/**
+ * A strided view of some storage. Shapes, strides and offsets count elements. The last dimension is contiguous
+ * (stride 1, or any stride when its size is 1); the others may have any stride >= 0.
+ */
+export interface TensorView {
+  readonly location: TensorLocation;
+  readonly dtype: MaskDType;
+  readonly shape: readonly number[];
+  readonly strides: readonly number[];
+  readonly offset: number;
+}
+
+/** `Float16Array` where the platform has it (Node 24, current browsers); structurally a typed array of 2-byte elements. */
+export interface Float16ArrayLike {
+  readonly BYTES_PER_ELEMENT: number;
+  readonly buffer: ArrayBufferLike;
+  readonly byteOffset: number;
+  readonly byteLength: number;
+  readonly length: number;
+  [index: number]: number;
+}
+
+/**
+ * Storage of a CPU tensor: `Float32Array` for float32; the raw bits in a `Uint16Array` for float16 and bfloat16, or a
+ * `Float16Array` for float16; `Uint8Array` for bool.
+ */
+export type TensorData = Float32Array | Uint16Array | Uint8Array | Float16ArrayLike;
+
+/** A tensor in the memory of this process. */
+export interface Tensor extends TensorView {
+  readonly location: 'cpu';
+  readonly data: TensorData;
+}
+
+export interface TensorOptions {
+  /** Default: what `data` is. Required for a `Uint16Array`, which may hold float16 or bfloat16 bits. */
+  readonly dtype?: MaskDType;
+  /** Default: row-major and contiguous. */
+  readonly strides?: readonly number[];
+  /** First element; default 0. */
+  readonly offset?: number;
+}
+
+/** Row-major strides of a shape, in elements. */
+export function contiguousStrides(shape: readonly number[]): number[] {
+  const strides = new Array<number>(shape.length);
+  let stride = 1;
+  for (let i = shape.length - 1; i >= 0; i--) {
+    strides[i] = stride;
+    stride *= shape[i] as number;
+  }
+  return strides;
+}
+
+/** Number of elements of a shape. */
+export function elementCount(shape: readonly number[]): number {
+  return shape.reduce((product, size) => product * size, 1);
+}
+
+/** Elements of storage that a view reaches, counted from the storage's start; 0 for an empty view. */
+export function extentOf(view: Pick<TensorView, 'shape' | 'strides' | 'offset'>): number {
+  if (elementCount(view.shape) === 0) return 0;
+  return view.shape.reduce((end, size, i) => end + (size - 1) * (view.strides[i] as number), view.offset) + 1;
+}
+
+/** True when the view's elements are row-major without gaps. */
+export function isContiguous(view: Pick<TensorView, 'shape' | 'strides'>): boolean {
+  const expected = contiguousStrides(view.shape);
+  return view.shape.every((size, i) => size === 1 || view.strides[i] === expected[i]);
+}
+
+/** The native `Float16Array`, where there is one. */
+export const NativeFloat16Array = (
+  globalThis as {
+    Float16Array?: new (source: number | ArrayBufferLike, byteOffset?: number, length?: number) => Float16ArrayLike;
+  }
+).Float16Array;
+
+function isFloat16Array(data: unknown): boolean {
+  return NativeFloat16Array !== undefined && data instanceof NativeFloat16Array;
+}
+
+/** The dtypes that a kind of typed array can hold; empty when it can hold none. */
+function dtypesOf(data: unknown): readonly MaskDType[] {
+  if (data instanceof Float32Array) return ['float32'];
+  if (data instanceof Uint16Array) return ['float16', 'bfloat16'];
+  if (data instanceof Uint8Array) return ['bool'];
+  if (isFloat16Array(data)) return ['float16'];
+  return [];
+}
+
+/**
+ * Wraps a typed array as a tensor. Nothing is copied.
+ *
+ * @param data elements, see {@link TensorData}
+ * @param shape sizes, integers >= 0
+ * @throws {InvalidArgumentError} `invalid-dtype`, `invalid-shape`, `invalid-strides` or `buffer-too-small`
+ */
+export function tensor(data: TensorData, shape: readonly number[], options: TensorOptions = {}): Tensor {
+  const possible = dtypesOf(data);
+  const dtype = options.dtype ?? (possible.length === 1 ? possible[0] : undefined);
+  if (dtype === undefined) {
+    throw new InvalidArgumentError(
+      'invalid-dtype',
+      'options.dtype',
+      possible.length === 0
+        ? 'data to be a Float32Array, Float16Array, Uint16Array or Uint8Array'
+        : "'float16' or 'bfloat16' for the bits of a Uint16Array",
+      possible.length === 0 ? Object.prototype.toString.call(data) : 'none',
+    );
+  }
+  if (!possible.includes(dtype)) {
+    throw new InvalidArgumentError(
+      'invalid-dtype',
+      'options.dtype',
+      possible.length === 0
+        ? 'data to be a Float32Array, Float16Array, Uint16Array or Uint8Array'
+        : possible.join(' or '),
+      dtype,
+    );
+  }
+  const view: Tensor = {
+    location: 'cpu',
+    dtype,
+    data,
+    shape: [...shape],
+    strides: [...(options.strides ?? contiguousStrides(shape))],
+    offset: options.offset ?? 0,
+  };
+  validateView('tensor', view);
+  validateExtent('tensor', view, data.length);
+  return view;
+}
+
+/** Checks shape, strides and offset of a view by themselves. */
+export function validateView(argument: string, view: TensorView): void {
+  const { shape, strides, offset } = view;
+  if (!Array.isArray(shape) || !shape.every((size) => Number.isSafeInteger(size) && size >= 0)) {
+    throw new InvalidArgumentError('invalid-shape', `${argument}.shape`, 'integers >= 0', `[${shape}]`);
+  }
+  const wellFormed = Array.isArray(strides) && strides.length === shape.length;
+  if (!wellFormed || !strides.every((stride) => Number.isSafeInteger(stride) && stride >= 0)) {
+    throw new InvalidArgumentError(
+      'invalid-strides',
+      `${argument}.strides`,
+      `${shape.length} integers >= 0`,
+      `[${strides}]`,
+    );
+  }
+  if (!Number.isSafeInteger(offset) || offset < 0) {
+    throw new InvalidArgumentError('invalid-strides', `${argument}.offset`, 'an integer >= 0', String(offset));
+  }
+  if (!Number.isSafeInteger(extentOf(view))) {
+    throw new InvalidArgumentError('invalid-shape', `${argument}.shape`, 'fewer than 2^53 elements', `[${shape}]`);
+  }
+}
+
+/** Checks that storage of `elements` elements holds the whole view. */
+export function validateExtent(argument: string, view: TensorView, elements: number): void {
+  const extent = extentOf(view);
+  if (extent > elements) {
+    throw new InvalidArgumentError(
+      'buffer-too-small',
+      argument,
+      `storage of at least ${extent} ${view.dtype} elements for shape [${view.shape}], strides [${view.strides}], offset ${view.offset}`,
+      `${elements} elements`,
+    );
+  }
+}
+
+/** Bytes that a view's elements take when stored without gaps. */
+export function byteLengthOf(view: Pick<TensorView, 'shape' | 'dtype'>): number {
+  return elementCount(view.shape) * BYTES_PER_ELEMENT[view.dtype];
+}
+
+/**
+ * A new contiguous CPU tensor of zeros. float16 data is a `Float16Array` where the platform has it and a `Uint16Array`
+ * of bits elsewhere.
+ */
+export function emptyTensor(shape: readonly number[], dtype: DType): Tensor {
+  const length = elementCount(shape);
+  const data: TensorData =
+    dtype === 'float32'
+      ? new Float32Array(length)
+      : dtype === 'float16' && NativeFloat16Array !== undefined
+        ? new NativeFloat16Array(length)
+        : new Uint16Array(length);
+  return { location: 'cpu', dtype, data, shape: [...shape], strides: contiguousStrides(shape), offset: 0 };
+}
+
+/** The 16-bit words under a float16 or bfloat16 tensor's data, whichever array class holds it. */
+export function bitsOf(data: Uint16Array | Float16ArrayLike): Uint16Array {
+  return data instanceof Uint16Array ? data : new Uint16Array(data.buffer, data.byteOffset, data.length);
+}
+
+/**
+ * A view with its dimensions reordered, nothing copied: `transpose(nhd, [0, 2, 1, 3])` sees `[B,L,H,D]` as `[B,H,L,D]`.
+ *
+ * @throws {InvalidArgumentError} `invalid-shape` when `order` is no permutation of the dimensions
+ */
+export function transpose<T extends TensorView>(view: T, order: readonly number[]): T {
+  const sorted = [...order].sort((a, b) => a - b);
+  if (order.length !== view.shape.length || sorted.some((dimension, i) => dimension !== i)) {
+    throw new InvalidArgumentError(
+      'invalid-shape',
+      'order',
+      `a permutation of 0..${view.shape.length - 1}`,
+      `[${order}]`,
+    );
+  }
+  return {
+    ...view,
+    shape: order.map((dimension) => view.shape[dimension] as number),
+    strides: order.map((dimension) => view.strides[dimension] as number),
+  };
+}
+
+/**
+ * Elements `start` (inclusive) to `end` (exclusive) of one dimension, nothing copied.
+ *
+ * @throws {InvalidArgumentError} `invalid-shape` when the range does not lie inside the dimension
+ */
+export function slice<T extends TensorView>(view: T, dimension: number, start: number, end: number): T {
+  const size = view.shape[dimension];
+  if (
+    size === undefined ||
+    !Number.isInteger(start) ||
+    !Number.isInteger(end) ||
+    start < 0 ||
+    end < start ||
+    end > size
+  ) {
+    throw new InvalidArgumentError(
+      'invalid-shape',
+      'slice',
+      `0 <= start <= end <= the size of dimension ${dimension} of [${view.shape}]`,
+      `${start}..${end}`,
+    );
+  }
+  return {
+    ...view,
+    shape: view.shape.map((other, i) => (i === dimension ? end - start : other)),
+    offset: view.offset + start * (view.strides[dimension] as number),
+  };
+}
