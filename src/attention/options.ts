@@ -1,4 +1,4 @@
-import type { BackendName } from '../backends/backend.ts';
+import type { BackendName, StreamHandle } from '../backends/backend.ts';
 import type { Granularity, PvAccumDtype } from '../quantization/schemes.ts';
 import type { TensorView } from '../tensor/tensor.ts';
 import { InvalidArgumentError } from './errors.ts';
@@ -47,6 +47,8 @@ export interface AttentionOptions {
   readonly returnLse?: boolean;
   /** Stops the call; the promise rejects with the signal's reason. */
   readonly signal?: AbortSignal;
+  /** CUDA only: the stream to enqueue on; default: the library's own. CUDA outputs are ready in its order. */
+  readonly stream?: StreamHandle;
 }
 
 type Check = (value: unknown) => boolean;
@@ -79,6 +81,10 @@ const OPTIONS: Readonly<Record<keyof AttentionOptions, readonly [Check, string]>
   pvAccumDtype: oneOf('fp32', 'fp16', 'fp16+fp32', 'fp32+fp32', 'fp32+fp16'),
   returnLse: [isBoolean, 'a boolean'],
   signal: [(value) => typeof AbortSignal !== 'undefined' && value instanceof AbortSignal, 'an AbortSignal'],
+  stream: [
+    (value) => typeof value === 'object' && value !== null && 'handle' in value && typeof value.handle === 'bigint',
+    "a CudaStream of 'sageattention/cuda'",
+  ],
 };
 
 function describe(value: unknown): string {

@@ -45,6 +45,8 @@ export interface AttentionProblem {
   readonly valueDim: number;
   readonly dtype: DType;
   readonly location: TensorLocation;
+  /** Which device of that location, see {@link TensorView}. */
+  readonly device: number;
   /** In varlen `batchStride` is 0 and tokens count from the start of the packed tensor. */
   readonly q: OperandLayout;
   readonly k: OperandLayout;
@@ -246,6 +248,7 @@ function normalize(
   ] as const) {
     requireSame(`${argument}.dtype`, 'dtype', q.dtype, view.dtype, 'invalid-dtype');
     requireSame(argument, 'location', q.location, view.location, 'mixed-locations');
+    requireSame(argument, 'device', q.device ?? 0, view.device ?? 0, 'mixed-locations');
   }
   if (kvHeads === 0 ? queryHeads !== 0 : queryHeads % kvHeads !== 0) {
     throw new InvalidArgumentError(
@@ -274,7 +277,10 @@ function normalize(
 
   const [left, right] = options.windowSize ?? [-1, -1];
   const mask = options.attnMask;
-  if (mask !== undefined) requireSame('options.attnMask', 'location', q.location, mask.location, 'mixed-locations');
+  if (mask !== undefined) {
+    requireSame('options.attnMask', 'location', q.location, mask.location, 'mixed-locations');
+    requireSame('options.attnMask', 'device', q.device ?? 0, mask.device ?? 0, 'mixed-locations');
+  }
   return {
     ...dimensions,
     ...layouts,
@@ -282,6 +288,7 @@ function normalize(
     valueDim,
     dtype: q.dtype as DType,
     location: q.location,
+    device: q.device ?? 0,
     mask: mask === undefined ? undefined : maskLayout(mask, [batch, queryHeads, queryLength, keyLength]),
     isCausal: options.isCausal ?? false,
     causalAlignment: options.causalAlignment ?? 'top-left',

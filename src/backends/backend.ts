@@ -54,9 +54,19 @@ export interface AttentionOutputs<T extends TensorView = TensorView> {
   readonly lse?: T;
 }
 
+/** A CUDA stream, the library's own or the caller's: `CudaStream` of `sageattention/cuda` is one. */
+export interface StreamHandle {
+  /** The driver's handle (`CUstream`). */
+  readonly handle: bigint;
+  /** Ordinal of its device. */
+  readonly device: number;
+}
+
 /** What belongs to one run and not to the plan. */
 export interface RunContext {
   readonly signal?: AbortSignal;
+  /** Where a CUDA backend enqueues the run; default: its own stream of the device. Other backends take none. */
+  readonly stream?: StreamHandle;
 }
 
 /** A problem made ready: kernel chosen, code compiled, scratch sized. Reusable for every input of the same shape. */

@@ -14,6 +14,8 @@ export interface TensorView {
   readonly shape: readonly number[];
   readonly strides: readonly number[];
   readonly offset: number;
+  /** Which of several devices of this location holds it, counted from 0 (the CUDA ordinal); absent means 0. */
+  readonly device?: number;
 }
 
 /** `Float16Array` where the platform has it (Node 24, current browsers); structurally a typed array of 2-byte elements. */
