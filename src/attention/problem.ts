@@ -315,9 +315,10 @@ export function createProblem(
   const [headAxis, tokenAxis] = tensorLayout === 'HND' ? ([1, 2] as const) : ([2, 1] as const);
   const names = (length: string, heads: string, dim: string) =>
     tensorLayout === 'HND' ? ['B', heads, length, dim] : ['B', length, heads, dim];
-  validateOperand('q', q, names('Lq', 'Hq', 'D'));
+  // k and v first: a caller without a query passes k for q, and the error names k.
   validateOperand('k', k, names('Lk', 'Hkv', 'D'));
   validateOperand('v', v, names('Lk', 'Hkv', 'Dv'));
+  validateOperand('q', q, names('Lq', 'Hq', 'D'));
   const batch = q.shape[0] as number;
   const kvHeads = k.shape[headAxis] as number;
   const keyLength = k.shape[tokenAxis] as number;

@@ -32,6 +32,8 @@ export interface KernelChoice {
 
 export interface Availability {
   readonly available: boolean;
+  /** It runs on accelerator hardware, not on a software driver. CPU tensors are sent to another backend only then. */
+  readonly accelerated: boolean;
   /** Why not, in a sentence without its full stop. */
   readonly reason?: string;
   /** What to install or enable. */
@@ -69,7 +71,10 @@ export interface RunContext {
   readonly stream?: StreamHandle;
 }
 
-/** A problem made ready: kernel chosen, code compiled, scratch sized. Reusable for every input of the same shape. */
+/**
+ * A problem made ready: kernel chosen, code compiled, scratch sized. Reusable for every input of the same shape, also
+ * before an earlier run has ended. `run` checks that the storage behind GPU tensors holds them.
+ */
 export interface Plan {
   readonly kernel: KernelChoice;
   run(inputs: AttentionInputs, context: RunContext): Promise<AttentionOutputs>;

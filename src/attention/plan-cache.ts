@@ -1,0 +1,72 @@
+import type { Backend, KernelChoice, Plan } from '../backends/backend.ts';
+import type { AttentionProblem } from './problem.ts';
+
+/** Plans kept per backend. A model has a handful of attention shapes; a decoder without a cache one per length. */
+const CAPACITY = 64;
+
+interface Entry {
+  readonly plan: Promise<Plan>;
+  users: number;
+  evicted: boolean;
+}
+
+/** JSON has no Infinity, and windows use it. */
+const keyOf = (problem: AttentionProblem, { descriptor, ...choice }: KernelChoice) =>
+  JSON.stringify([descriptor.name, choice, problem], (_, value) =>
+    value === Number.POSITIVE_INFINITY ? 'Infinity' : value,
+  );
+
+const caches = new WeakMap<Backend, Map<string, Entry>>();
+
+function release(entry: Entry): void {
+  entry.users--;
+  if (entry.evicted && entry.users === 0) {
+    entry.plan.then(
+      (plan) => plan.dispose(),
+      () => undefined,
+    );
+  }
+}
+
+/** Runs `use` with the plan for a problem, made now or kept from an earlier call. A plan in use is never disposed. */
+export async function withCachedPlan<R>(
+  backend: Backend,
+  problem: AttentionProblem,
+  choice: KernelChoice,
+  use: (plan: Plan) => Promise<R>,
+): Promise<R> {
+  let cache = caches.get(backend);
+  if (cache === undefined) {
+    cache = new Map();
+    caches.set(backend, cache);
+  }
+  const key = keyOf(problem, choice);
+  let entry = cache.get(key);
+  if (entry === undefined) {
+    // The cache itself is a user, until the entry is evicted.
+    entry = { plan: backend.plan(problem, choice), users: 1, evicted: false };
+  }
+  // A Map iterates in order of insertion: reinserting makes the first key the one used longest ago.
+  cache.delete(key);
+  cache.set(key, entry);
+  entry.users++;
+  if (cache.size > CAPACITY) {
+    const [oldest, old] = cache.entries().next().value as [string, Entry];
+    cache.delete(oldest);
+    old.evicted = true;
+    release(old);
+  }
+  try {
+    return await use(await entry.plan);
+  } catch (error) {
+    // A plan that failed may hold a lost device: the next call makes a new one.
+    if (cache.get(key) === entry) {
+      cache.delete(key);
+      entry.evicted = true;
+      release(entry);
+    }
+    throw error;
+  } finally {
+    release(entry);
+  }
+}
