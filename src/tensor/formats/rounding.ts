@@ -1,0 +1,35 @@
+/**
+ * The magnitude code of a small binary floating-point format, rounded to nearest even straight from float64 (so a float64
+ * is never rounded twice). Codes of such a format, read as integers, are in the order of their values: what rounds up past
+ * a power of two carries into the exponent field by itself.
+ */
+
+const float64 = new Float64Array(1);
+const words = new Uint32Array(float64.buffer);
+/** Index of the word with sign and exponent: 1 on little-endian machines. */
+const HIGH = new Uint8Array(new Uint32Array([1]).buffer)[0] === 1 ? 1 : 0;
+/** Adding and taking away 2^52 rounds a float64 in 0..2^51 to an integer, ties to even. */
+const TO_INTEGER = 2 ** 52;
+
+/**
+ * Code of `magnitude` without its sign, not yet limited to the format's largest code.
+ *
+ * @param magnitude finite, >= 0
+ * @param mantissaBits stored mantissa bits
+ * @param minExponent exponent of the smallest normal number
+ */
+export function magnitudeCode(magnitude: number, mantissaBits: number, minExponent: number): number {
+  float64[0] = magnitude;
+  const exponent = Math.max(((words[HIGH] as number) >>> 20) - 1023, minExponent);
+  // 2^(mantissaBits - exponent): steps of the format per unit in this binade.
+  float64[0] = 0;
+  words[HIGH] = (1023 + mantissaBits - exponent) << 20;
+  const steps = magnitude * (float64[0] as number) + TO_INTEGER - TO_INTEGER;
+  return (exponent - minExponent) * 2 ** mantissaBits + steps;
+}
+
+/** 1 for negative values, -0 and NaNs with their sign bit set; else 0. */
+export function signBit(value: number): number {
+  float64[0] = value;
+  return (words[HIGH] as number) >>> 31;
+}
