@@ -1,5 +1,5 @@
 /** K and V quantized once and attended to many times: what a decoder's cache needs. */
-import type { AttentionOutputs, PreparedKeyValue } from '../backends/backend.ts';
+import type { AttentionOutputs, BackendName, PreparedKeyValue, RunContext } from '../backends/backend.ts';
 import type { Tensor, TensorView } from '../tensor/tensor.ts';
 import { contiguousStrides } from '../tensor/tensor.ts';
 import { ExecutionError, InvalidArgumentError } from './errors.ts';
@@ -10,11 +10,20 @@ import { type AttentionResult, selection } from './sageattn.ts';
 /** Options that are settled when K and V are prepared. */
 export type KeyValueOptions = Pick<
   AttentionOptions,
-  'backend' | 'kernel' | 'tensorLayout' | 'smoothK' | 'smoothV' | 'smoothQ' | 'qkQuantGran' | 'pvAccumDtype' | 'signal'
+  | 'backend'
+  | 'kernel'
+  | 'tensorLayout'
+  | 'smoothK'
+  | 'smoothV'
+  | 'smoothQ'
+  | 'qkQuantGran'
+  | 'pvAccumDtype'
+  | 'signal'
+  | 'stream'
 >;
 
 /** Options of each call over prepared K and V. */
-export type AttendOptions = Omit<AttentionOptions, Exclude<keyof KeyValueOptions, 'signal'>>;
+export type AttendOptions = Omit<AttentionOptions, Exclude<keyof KeyValueOptions, keyof RunContext>>;
 
 const PREPARE_OPTIONS = [
   'backend',
@@ -26,9 +35,10 @@ const PREPARE_OPTIONS = [
   'qkQuantGran',
   'pvAccumDtype',
   'signal',
+  'stream',
 ] as const satisfies readonly (keyof KeyValueOptions)[];
 const ATTEND_OPTIONS = OPTION_NAMES.filter(
-  (name) => name === 'signal' || !(PREPARE_OPTIONS as readonly string[]).includes(name),
+  (name) => name === 'signal' || name === 'stream' || !(PREPARE_OPTIONS as readonly string[]).includes(name),
 );
 
 type Axes = readonly [headAxis: 1 | 2, tokenAxis: 1 | 2];
@@ -42,6 +52,7 @@ function withTokens(view: TensorView, tokenAxis: number, tokens: number): Tensor
 
 /** Prepared keys and values; see {@link prepareKeyValue}. */
 export class KeyValueCache<T extends TensorView = Tensor> {
+  readonly #backend: BackendName;
   readonly #prepared: PreparedKeyValue;
   readonly #layout: TensorLayout;
   readonly #k: TensorView;
@@ -51,7 +62,8 @@ export class KeyValueCache<T extends TensorView = Tensor> {
   #last: Promise<unknown> = Promise.resolve();
 
   /** @internal */
-  constructor(prepared: PreparedKeyValue, layout: TensorLayout, k: TensorView, v: TensorView) {
+  constructor(backend: BackendName, prepared: PreparedKeyValue, layout: TensorLayout, k: TensorView, v: TensorView) {
+    this.#backend = backend;
     this.#prepared = prepared;
     this.#layout = layout;
     this.#k = k;
@@ -87,7 +99,7 @@ export class KeyValueCache<T extends TensorView = Tensor> {
    * @param v `[B,Hkv,L,Dv]`
    * @throws {InvalidArgumentError} tensors that do not continue the ones held
    */
-  async append(k: T, v: T, { signal }: { readonly signal?: AbortSignal } = {}): Promise<void> {
+  async append(k: T, v: T, options: RunContext = {}): Promise<void> {
     const [headAxis] = axesOf(this.#layout);
     const problem = createProblem(k, k, v, { tensorLayout: this.#layout });
     for (const [argument, given, held] of [
@@ -106,9 +118,10 @@ export class KeyValueCache<T extends TensorView = Tensor> {
       }
     }
     selection.validateStorage({ q: k, k, v });
+    const context = selection.contextOf(options, this.#backend);
     return this.#enqueue(() => {
-      signal?.throwIfAborted();
-      return this.#prepared.append(k, v, problem, selection.contextOf(signal));
+      context.signal?.throwIfAborted();
+      return this.#prepared.append(k, v, problem, context);
     });
   }
 
@@ -124,15 +137,16 @@ export class KeyValueCache<T extends TensorView = Tensor> {
   attend(q: T, options?: AttendOptions): Promise<T | AttentionResult<T>>;
   async attend(q: T, options: AttendOptions = {}): Promise<T | AttentionResult<T>> {
     validateOptions(options, ATTEND_OPTIONS);
-    const { signal, attnMask } = options;
+    const { attnMask } = options;
+    const context = selection.contextOf(options, this.#backend);
     // The heads, dtype and rank of q are checked now; the mask's shape against the keys held when the call's turn comes.
     const { attnMask: _, ...unmasked } = options;
     this.#problem(q, this.length, unmasked);
     selection.validateStorage({ q, k: q, v: q, ...(attnMask === undefined ? {} : { attnMask }) });
     const outputs = await this.#enqueue(() => {
-      signal?.throwIfAborted();
+      context.signal?.throwIfAborted();
       const problem = this.#problem(q, this.length, options);
-      return this.#prepared.attend(q, problem, attnMask, selection.contextOf(signal));
+      return this.#prepared.attend(q, problem, attnMask, context);
     });
     const { output, lse } = outputs as AttentionOutputs<T>;
     return lse === undefined ? output : { output, lse };
@@ -167,7 +181,8 @@ export async function prepareKeyValue<T extends TensorView>(
   const problem = createProblem(k, k, v, { tensorLayout: layout });
   selection.validateStorage({ q: k, k, v });
   const backend = await selection.chooseBackend(problem, options);
+  const context = selection.contextOf(options, backend.name);
   const choice = await selection.chooseKernel(backend, problem, options);
-  const prepared = await backend.prepareKeyValue(problem, choice, k, v, selection.contextOf(options.signal));
-  return new KeyValueCache<T>(prepared, layout, k, v);
+  const prepared = await backend.prepareKeyValue(problem, choice, k, v, context);
+  return new KeyValueCache<T>(backend.name, prepared, layout, k, v);
 }

@@ -6,6 +6,7 @@ import type {
   BackendName,
   KernelChoice,
   Plan,
+  RunContext,
 } from '../backends/backend.ts';
 import { BACKEND_PREFERENCE, getBackend } from '../backends/registry.ts';
 import type { Tensor, TensorView } from '../tensor/tensor.ts';
@@ -114,7 +115,13 @@ function inputsOf<T extends TensorView>(q: T, k: T, v: T, attnMask: TensorView |
   return inputs;
 }
 
-const contextOf = (signal: AbortSignal | undefined) => (signal === undefined ? {} : { signal });
+/** What of the options belongs to the run. */
+function contextOf({ signal, stream }: RunContext, backend: BackendName): RunContext {
+  if (stream !== undefined && backend !== 'cuda') {
+    throw new InvalidArgumentError('invalid-option', 'options.stream', `no stream on backend '${backend}'`, 'a stream');
+  }
+  return { ...(signal === undefined ? {} : { signal }), ...(stream === undefined ? {} : { stream }) };
+}
 
 async function attend<T extends TensorView>(
   inputs: AttentionInputs<T>,
@@ -123,8 +130,9 @@ async function attend<T extends TensorView>(
 ): Promise<T | AttentionResult<T>> {
   options.signal?.throwIfAborted();
   const backend = await chooseBackend(problem, options);
+  const context = contextOf(options, backend.name);
   const choice = await chooseKernel(backend, problem, options);
-  const outputs = await withCachedPlan(backend, problem, choice, (plan) => plan.run(inputs, contextOf(options.signal)));
+  const outputs = await withCachedPlan(backend, problem, choice, (plan) => plan.run(inputs, context));
   // A backend answers where its inputs are, so its tensors are of the caller's kind.
   const { output, lse } = outputs as AttentionOutputs<T>;
   return lse === undefined ? output : { output, lse };
@@ -259,12 +267,14 @@ const layoutText = (view: TensorView | undefined) =>
 export class Attention<T extends TensorView = Tensor> {
   /** The kernel and the options that it runs with. */
   readonly kernel: KernelChoice;
+  readonly #backend: BackendName;
   readonly #plan: Plan;
   readonly #specs: AttentionInputs<TensorSpec>;
   #disposed = false;
 
   /** @internal */
-  constructor(plan: Plan, specs: AttentionInputs<TensorSpec>) {
+  constructor(backend: BackendName, plan: Plan, specs: AttentionInputs<TensorSpec>) {
+    this.#backend = backend;
     this.kernel = plan.kernel;
     this.#plan = plan;
     this.#specs = specs;
@@ -276,12 +286,9 @@ export class Attention<T extends TensorView = Tensor> {
    * @throws {InvalidArgumentError} a tensor unlike the planned one
    * @throws {ExecutionError} `disposed` after {@link dispose}; a device or worker that failed
    */
-  async run(
-    inputs: AttentionInputs<T>,
-    { signal }: { readonly signal?: AbortSignal } = {},
-  ): Promise<AttentionOutputs<T>> {
+  async run(inputs: AttentionInputs<T>, context: RunContext = {}): Promise<AttentionOutputs<T>> {
     if (this.#disposed) throw new ExecutionError('disposed', 'this Attention has been disposed');
-    signal?.throwIfAborted();
+    context.signal?.throwIfAborted();
     for (const name of ['q', 'k', 'v', 'attnMask'] as const) {
       const planned = this.#specs[name];
       const given = inputs[name];
@@ -291,7 +298,7 @@ export class Attention<T extends TensorView = Tensor> {
       }
     }
     validateStorage(inputs);
-    return (await this.#plan.run(inputs, contextOf(signal))) as AttentionOutputs<T>;
+    return (await this.#plan.run(inputs, contextOf(context, this.#backend))) as AttentionOutputs<T>;
   }
 
   /** Frees what the plan holds. Runs under way end first. */
@@ -314,18 +321,18 @@ export class Attention<T extends TensorView = Tensor> {
  */
 export async function createAttention<T extends TensorView = Tensor>(
   specs: AttentionInputs<TensorSpec>,
-  options: Omit<AttentionOptions, 'attnMask' | 'signal'> = {},
+  options: Omit<AttentionOptions, 'attnMask' | 'signal' | 'stream'> = {},
 ): Promise<Attention<T>> {
   validateOptions(
     options,
-    OPTION_NAMES.filter((name) => name !== 'attnMask' && name !== 'signal'),
+    OPTION_NAMES.filter((name) => name !== 'attnMask' && name !== 'signal' && name !== 'stream'),
   );
   const { q, k, v, attnMask } = specs;
   const all: AttentionOptions = attnMask === undefined ? options : { ...options, attnMask };
   const problem = createProblem(q, k, v, all);
   const backend = await chooseBackend(problem, all);
   const plan = await backend.plan(problem, await chooseKernel(backend, problem, all));
-  return new Attention<T>(plan, specs);
+  return new Attention<T>(backend.name, plan, specs);
 }
 
 /** @internal Shared with the key-value cache. */
