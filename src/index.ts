@@ -11,6 +11,7 @@ export {
   type ErrorDetails,
   ExecutionError,
   InvalidArgumentError,
+  MissingPackageError,
   SageAttentionError,
   UnsupportedOptionError,
 } from './attention/errors.ts';

@@ -13,6 +13,7 @@ export type ErrorCode =
   | 'buffer-too-small'
   | 'mixed-locations'
   | 'backend-unavailable'
+  | 'missing-package'
   | 'device-lost'
   | 'out-of-memory'
   | 'execution-failed'
@@ -81,6 +82,21 @@ export class BackendUnavailableError extends SageAttentionError {
       cause,
     });
     this.backend = backend;
+  }
+}
+
+/** An optional package is needed for what was asked, and is not installed. */
+export class MissingPackageError extends SageAttentionError {
+  override readonly name = 'MissingPackageError';
+  readonly packageName: string;
+
+  constructor(packageName: string, purpose: string, cause?: unknown) {
+    super('missing-package', `${purpose} needs the npm package ${packageName}: npm install ${packageName}`, {
+      expected: `the npm package ${packageName}`,
+      received: 'none',
+      cause,
+    });
+    this.packageName = packageName;
   }
 }
 
