@@ -1,0 +1,57 @@
+/** Runs `ptxas`, NVIDIA's assembler, on a printed kernel. For tests and reports; the package itself never needs it. */
+import { spawnSync } from 'node:child_process';
+import { mkdtempSync, rmSync, writeFileSync } from 'node:fs';
+import { tmpdir } from 'node:os';
+import { join } from 'node:path';
+import { printKernel } from '../ptx/printer.ts';
+import type { Kernel } from '../ptx/types.ts';
+
+/** What `ptxas -v` says of a kernel. */
+export interface PtxasReport {
+  readonly registers: number;
+  readonly stackBytes: number;
+  readonly spillStoreBytes: number;
+  readonly spillLoadBytes: number;
+}
+
+const executable = process.env.PTXAS ?? 'ptxas';
+
+/** The version line of `ptxas`, or undefined when there is none on this machine. `PTXAS` names another executable. */
+export function ptxasVersion(): string | undefined {
+  const { status, stdout } = spawnSync(executable, ['--version'], { encoding: 'utf8' });
+  return status === 0 ? stdout.match(/release .*/)?.[0] : undefined;
+}
+
+const numberIn = (text: string, pattern: RegExp) => {
+  const match = text.match(pattern);
+  if (match === null) throw new Error(`ptxas printed no ${pattern}:\n${text}`);
+  return Number(match[1]);
+};
+
+/** @throws {Error} with ptxas's message and the offending lines when it refuses the kernel */
+export function assemble(kernel: Kernel): PtxasReport {
+  const directory = mkdtempSync(join(tmpdir(), 'ptxas-'));
+  try {
+    const source = join(directory, 'kernel.ptx');
+    const text = printKernel(kernel);
+    writeFileSync(source, text);
+    const output = process.env.PTXAS_KEEP ?? join(directory, 'kernel.cubin');
+    const { status, stderr, stdout } = spawnSync(executable, ['-v', `-arch=${kernel.target}`, source, '-o', output], {
+      encoding: 'utf8',
+    });
+    if (status !== 0) {
+      const lines = text.split('\n');
+      const shown = [...stderr.matchAll(/line (\d+)/g)].slice(0, 5).map((match) => lines[Number(match[1]) - 1]);
+      throw new Error(`ptxas refused ${kernel.name} for ${kernel.target}:\n${stderr}\n${shown.join('\n')}`);
+    }
+    const log = stderr + stdout;
+    return {
+      registers: numberIn(log, /Used (\d+) registers/),
+      stackBytes: numberIn(log, /(\d+) bytes stack frame/),
+      spillStoreBytes: numberIn(log, /(\d+) bytes spill stores/),
+      spillLoadBytes: numberIn(log, /(\d+) bytes spill loads/),
+    };
+  } finally {
+    rmSync(directory, { recursive: true, force: true });
+  }
+}
