@@ -1,0 +1,354 @@
+/**
+ * The conformance suite: one list of tests, made for any backend and kernel. It knows no test runner, so that it runs in
+ * vitest, in a browser, and in plain Node on a GPU machine; `vitest.ts` beside it is the wrapper for the first two.
+ */
+import fc from 'fast-check';
+import type { AttentionOptions } from '../../src/attention/options.ts';
+import { type AttentionProblem, createProblem, createVarlenProblem } from '../../src/attention/problem.ts';
+import {
+  type AttentionResult,
+  createAttention,
+  type KernelName,
+  prepareKeyValue,
+  sageattn,
+  sageattnVarlen,
+  slice,
+  type Tensor,
+} from '../../src/index.ts';
+import { attentionExact, type ReferenceOutputs } from '../../src/reference/exact.ts';
+import { attentionQuantized, type QuantizedAlgorithm } from '../../src/reference/quantized.ts';
+import { toFloat32 } from '../../src/tensor/access.ts';
+import { Random } from '../support/random.ts';
+import { snapshot } from '../support/tensors.ts';
+import { arbitraryCase, CASES, type CaseInputs, type ConformanceCase } from './cases.ts';
+
+/** A kernel with one setting of its options, and what it must reach. */
+export interface Target {
+  readonly name: string;
+  readonly backend: 'wasm' | 'webgpu' | 'cuda';
+  readonly kernel: KernelName;
+  /** Settings that make this target: granularity, accumulator, smoothing. */
+  readonly options?: AttentionOptions;
+  /** Largest relative L1 of the output on ordinary inputs, from the accuracy of the official kernel of this kind. */
+  readonly relativeL1: number;
+  /** The algorithm that the kernel carries out, for inputs on which quantization itself loses more. */
+  readonly algorithm: QuantizedAlgorithm;
+  /** Cases with more multiply-adds are left out (a simulator, a software GPU); default none. */
+  readonly maxWork?: number;
+  /** Random problems to try; default 40. */
+  readonly randomCases?: number;
+}
+
+export interface ConformanceTest {
+  readonly name: string;
+  run(): Promise<void>;
+}
+
+/** A kernel may lose this much more than the algorithm does in plain TypeScript: tilings and orders of summation differ. */
+const ALGORITHM_SLACK = 1.5;
+
+/** Absolute error of a logsumexp of ordinary scores: the mean of the errors of the scores, which are about 0.01. */
+const LSE_TOLERANCE = 0.03;
+
+function check(condition: boolean, message: () => string): asserts condition {
+  if (!condition) throw new Error(message());
+}
+
+const optionsOf = (target: Target, options: AttentionOptions): AttentionOptions => ({
+  ...target.options,
+  ...options,
+  backend: target.backend,
+  kernel: target.kernel,
+});
+
+function problemOf({ q, k, v, options, cuSeqlens }: CaseInputs): AttentionProblem {
+  return cuSeqlens === undefined
+    ? createProblem(q, k, v, options)
+    : createVarlenProblem(q, k, v, cuSeqlens.q, cuSeqlens.k, options);
+}
+
+async function attend(target: Target, inputs: CaseInputs): Promise<{ output: Tensor; lse?: Tensor }> {
+  const { q, k, v, cuSeqlens } = inputs;
+  const options = optionsOf(target, inputs.options);
+  const result: Tensor | AttentionResult =
+    cuSeqlens === undefined
+      ? await sageattn(q, k, v, options)
+      : await sageattnVarlen(q, k, v, cuSeqlens.q, cuSeqlens.k, options);
+  return 'lse' in result ? result : { output: result };
+}
+
+const referenceInputs = ({ q, k, v, options }: CaseInputs) => ({
+  q,
+  k,
+  v,
+  attnMask: options.attnMask as Tensor | undefined,
+});
+
+/** Rows (of the last dimension) in which the exact result has a NaN or an infinity. */
+function poisonedRows(values: Float64Array, width: number): Set<number> {
+  const rows = new Set<number>();
+  for (let i = 0; i < values.length; i++) if (!Number.isFinite(values[i])) rows.add(Math.floor(i / width));
+  return rows;
+}
+
+/**
+ * Error of an output relative to the exact one, over the rows that are finite there. Where rows cancel to almost nothing
+ * (few channels, opposite values) the error is taken relative to a twentieth of V's mean magnitude instead.
+ */
+function outputError(actual: ArrayLike<number>, exact: Float64Array, width: number, meanMagnitudeV: number): number {
+  const poisoned = poisonedRows(exact, width);
+  let error = 0;
+  let magnitude = 0;
+  let count = 0;
+  for (let i = 0; i < exact.length; i++) {
+    if (poisoned.has(Math.floor(i / width))) continue;
+    const expected = exact[i] as number;
+    error += Math.abs((actual[i] as number) - expected);
+    magnitude += Math.abs(expected);
+    count++;
+  }
+  if (count === 0 || error === 0) return 0;
+  return error / Math.max(magnitude, 0.05 * meanMagnitudeV * count);
+}
+
+function meanMagnitude(values: Float32Array): number {
+  let sum = 0;
+  let count = 0;
+  for (const value of values) {
+    if (!Number.isFinite(value)) continue;
+    sum += Math.abs(value);
+    count++;
+  }
+  return count === 0 ? 0 : sum / count;
+}
+
+/** Rounding of the output to its own dtype, relative. */
+const OUTPUT_ROUNDING = { float32: 1e-6, float16: 2 ** -11, bfloat16: 2 ** -8 } as const;
+
+interface Limits {
+  readonly output: number;
+  readonly lse: (exact: number) => number;
+}
+
+function limitsOf(
+  target: Target,
+  testCase: ConformanceCase,
+  problem: AttentionProblem,
+  inputs: CaseInputs,
+  exact: ReferenceOutputs,
+  meanMagnitudeV: number,
+): Limits {
+  const output = target.relativeL1 + OUTPUT_ROUNDING[problem.dtype];
+  const lse = (value: number) => LSE_TOLERANCE + 1e-5 * Math.abs(value);
+  if (testCase.bound === 'kernel') return { output, lse };
+  const smoothK = target.options?.smoothK ?? inputs.options.smoothK ?? target.algorithm.smoothK;
+  const emulated = attentionQuantized(problem, referenceInputs(inputs), { ...target.algorithm, smoothK });
+  const lost = outputError(emulated.output, exact.output, problem.valueDim, meanMagnitudeV);
+  let lseLost = 0;
+  for (let i = 0; i < exact.lse.length; i++) {
+    const error = Math.abs((emulated.lse[i] as number) - (exact.lse[i] as number));
+    if (Number.isFinite(error)) lseLost = Math.max(lseLost, error);
+  }
+  return {
+    output: Math.max(output, ALGORITHM_SLACK * lost),
+    lse: (value) => Math.max(lse(value), 2 * ALGORITHM_SLACK * lseLost),
+  };
+}
+
+function checkLse(actual: Float32Array, exact: Float64Array, limit: (exact: number) => number): void {
+  for (let i = 0; i < exact.length; i++) {
+    const [a, e] = [actual[i] as number, exact[i] as number];
+    if (Number.isNaN(e)) check(!Number.isFinite(a), () => `lse[${i}] is ${a}, a NaN was attended`);
+    else check(a === e || Math.abs(a - e) <= limit(e), () => `lse[${i}] is ${a}, exact ${e}, limit ${limit(e)}`);
+  }
+}
+
+/** Runs one case and compares with exact attention. */
+export async function runCase(target: Target, testCase: ConformanceCase, seed: number): Promise<void> {
+  const inputs = testCase.make(new Random(seed));
+  const problem = problemOf(inputs);
+  const before = [inputs.q, inputs.k, inputs.v].map(snapshot);
+  const { output, lse } = await attend(target, inputs);
+
+  [inputs.q, inputs.k, inputs.v].forEach((view, i) => {
+    const after = snapshot(view);
+    const same = after.every((byte, at) => byte === before[i]?.[at]);
+    check(same, () => `input ${['q', 'k', 'v'][i]} was written`);
+  });
+  check(output.dtype === problem.dtype, () => `output dtype ${output.dtype}, expected ${problem.dtype}`);
+  check((lse !== undefined) === problem.returnLse, () => `lse ${lse === undefined ? 'missing' : 'unasked for'}`);
+
+  const exact = attentionExact(problem, referenceInputs(inputs));
+  const actual = toFloat32(output);
+  const width = problem.valueDim;
+  check(actual.length === exact.output.length, () => `output of shape [${output.shape}]`);
+  const poisoned = poisonedRows(exact.output, width);
+  for (let i = 0; i < actual.length; i++) {
+    const [a, e] = [actual[i] as number, exact.output[i] as number];
+    if (Number.isFinite(e)) {
+      if (!poisoned.has(Math.floor(i / width))) check(Number.isFinite(a), () => `output[${i}] is ${a}, exact ${e}`);
+    } else check(!Number.isFinite(a), () => `output[${i}] is ${a}, but a NaN or infinity was attended`);
+  }
+  const meanMagnitudeV = meanMagnitude(toFloat32(inputs.v));
+  const limits = limitsOf(target, testCase, problem, inputs, exact, meanMagnitudeV);
+  const error = outputError(actual, exact.output, width, meanMagnitudeV);
+  check(error <= limits.output, () => `output: relative L1 ${error}, limit ${limits.output}`);
+  if (lse !== undefined) checkLse(toFloat32(lse), exact.lse, limits.lse);
+}
+
+const byName = (group: string, name: string): ConformanceCase => {
+  const found = CASES.find((entry) => entry.group === group && entry.name.startsWith(name));
+  if (found === undefined) throw new Error(`no case '${group}: ${name}'`);
+  return found;
+};
+
+const sameBits = (a: Tensor, b: Tensor): boolean => {
+  const [left, right] = [snapshot(a), snapshot(b)];
+  return left.length === right.length && left.every((byte, i) => byte === right[i]);
+};
+
+/** What holds between calls, not within one. */
+function behaviours(target: Target, seed: number): ConformanceTest[] {
+  const fullCase = () => byName('causal', 'top-left 130').make(new Random(seed));
+  return [
+    {
+      name: 'the same call twice gives the same bits',
+      async run() {
+        const inputs = byName('heads', 'GQA').make(new Random(seed));
+        const [first, second] = [await attend(target, inputs), await attend(target, inputs)];
+        check(sameBits(first.output, second.output), () => 'outputs differ');
+      },
+    },
+    {
+      name: 'calls at the same time give what they give alone',
+      async run() {
+        const all = ['length 65', 'causal top-left 130', 'varlen 5', 'mask bool [Lq,Lk]'].map((text) => {
+          const [group, ...rest] = text.split(' ');
+          return byName(group as string, rest.join(' ')).make(new Random(seed));
+        });
+        const alone: Tensor[] = [];
+        for (const inputs of all) alone.push((await attend(target, inputs)).output);
+        const together = await Promise.all([...all, ...all].map((inputs) => attend(target, inputs)));
+        together.forEach(({ output }, i) => {
+          check(sameBits(output, alone[i % all.length] as Tensor), () => `call ${i} differs from the one alone`);
+        });
+      },
+    },
+    {
+      name: 'a plan is reused, and nothing of an earlier run shows in a later one',
+      async run() {
+        const inputs = fullCase();
+        const { backend: _, kernel: __, ...rest } = inputs.options;
+        const options = optionsOf(target, rest);
+        const fill = (view: Tensor): Tensor => ({ ...view, data: new Float32Array(view.data.length).fill(Number.NaN) });
+        const attention = await createAttention(inputs, options);
+        try {
+          const first = await attention.run(inputs);
+          const poisoned = await attention.run({ q: fill(inputs.q), k: fill(inputs.k), v: fill(inputs.v) });
+          const again = await attention.run(inputs);
+          check(sameBits(first.output, again.output), () => 'a run after one with NaN inputs differs');
+          check(
+            toFloat32(poisoned.output).every((value) => !Number.isFinite(value)),
+            () => 'NaN inputs gave numbers',
+          );
+        } finally {
+          attention.dispose();
+        }
+        let code: unknown;
+        await attention.run(inputs).catch((error) => {
+          code = error.code;
+        });
+        check(code === 'disposed', () => `a run after dispose gave ${code}`);
+      },
+    },
+    ...[
+      { name: 'one key at a time', steps: [1, 1, 1, 64, 1] },
+      { name: 'in pieces of odd sizes', steps: [63, 5, 130, 2] },
+      { name: 'from nothing', steps: [0, 70, 3] },
+    ].map(({ name, steps }) => ({
+      name: `prepared keys and values, appended to ${name}, attend as the whole would`,
+      async run() {
+        await runKeyValueCache(target, steps, seed);
+      },
+    })),
+    {
+      name: `random problems (fast-check, seed ${seed})`,
+      async run() {
+        await fc.assert(
+          fc.asyncProperty(arbitraryCase, fc.integer({ min: 0, max: 2 ** 31 - 1 }), async (testCase, dataSeed) => {
+            if (testCase.work <= (target.maxWork ?? Number.POSITIVE_INFINITY))
+              await runCase(target, testCase, dataSeed);
+          }),
+          { seed: seed | 0, numRuns: target.randomCases ?? 40 },
+        );
+      },
+    },
+  ];
+}
+
+/** Prepares the first step's tokens, appends the others, and attends after each step. */
+async function runKeyValueCache(target: Target, steps: readonly number[], seed: number): Promise<void> {
+  const total = steps.reduce((sum, step) => sum + step, 0);
+  const random = new Random(seed);
+  const dense = byName('heads', 'MQA').make(random);
+  const shapeOf = (view: Tensor) => view.shape as [number, number, number, number];
+  const [batch, , kvHeads, d] = shapeOf(dense.k);
+  const whole = (offset: number): Tensor => {
+    const data = random.normals(batch * total * kvHeads * d);
+    for (let i = 0; i < data.length; i++) data[i] = (data[i] as number) + offset * Math.sin(i % d);
+    return {
+      ...dense.k,
+      dtype: 'float32',
+      data,
+      shape: [batch, total, kvHeads, d],
+      strides: [total * kvHeads * d, kvHeads * d, d, 1],
+      offset: 0,
+    };
+  };
+  const [k, v] = [whole(3), whole(0)];
+  const q: Tensor = { ...dense.q, dtype: 'float32', data: toFloat32(dense.q), strides: dense.q.strides };
+  const part = (view: Tensor, start: number, end: number) => slice(view, 1, start, end);
+  const { qkQuantGran, pvAccumDtype, smoothV, smoothQ } = target.options ?? {};
+  const settings = Object.fromEntries(
+    Object.entries({ qkQuantGran, pvAccumDtype, smoothV, smoothQ }).filter(([, value]) => value !== undefined),
+  );
+  const first = steps[0] as number;
+  const cache = await prepareKeyValue(part(k, 0, first), part(v, 0, first), {
+    ...settings,
+    backend: target.backend,
+    kernel: target.kernel,
+    tensorLayout: 'NHD',
+  });
+  try {
+    let held = first;
+    for (const step of [0, ...steps.slice(1)]) {
+      if (step > 0) await cache.append(part(k, held, held + step), part(v, held, held + step));
+      held += step;
+      check(cache.length === held, () => `length ${cache.length}, expected ${held}`);
+      const options = { isCausal: true, causalAlignment: 'bottom-right' } as const;
+      const { output, lse } = await cache.attend(q, { ...options, returnLse: true });
+      const inputs = { q, k: part(k, 0, held), v: part(v, 0, held) };
+      const problem = createProblem(inputs.q, inputs.k, inputs.v, { ...options, tensorLayout: 'NHD', returnLse: true });
+      const exact = attentionExact(problem, inputs);
+      const error = outputError(toFloat32(output), exact.output, d, meanMagnitude(toFloat32(v)));
+      // The smoothing vector is the first step's mean, an estimate from few tokens; a little is lost by that.
+      const limit = ALGORITHM_SLACK * target.relativeL1;
+      check(error <= limit, () => `after ${held} tokens: relative L1 ${error}, limit ${limit}`);
+      checkLse(toFloat32(lse), exact.lse, (value) => 2 * LSE_TOLERANCE + 1e-5 * Math.abs(value));
+    }
+  } finally {
+    cache.dispose();
+  }
+}
+
+/** Every test of the suite for one target. */
+export function conformanceTests(target: Target, seed: number): ConformanceTest[] {
+  const cases = CASES.filter(({ work }) => work <= (target.maxWork ?? Number.POSITIVE_INFINITY));
+  return [
+    ...cases.map((testCase, i) => ({
+      name: `${testCase.group}: ${testCase.name}`,
+      run: () => runCase(target, testCase, seed + i),
+    })),
+    ...behaviours(target, seed),
+  ];
+}

@@ -1,0 +1,21 @@
+import { afterAll, beforeAll, describe, it } from 'vitest';
+import type { Backend } from '../../src/backends/backend.ts';
+import { setBackend } from '../../src/backends/registry.ts';
+import { runSeed } from '../support/random.ts';
+import { conformanceTests, type Target } from './suite.ts';
+
+/** Runs the conformance suite for targets of one backend instance. */
+export function describeConformance(create: () => Backend | Promise<Backend>, targets: readonly Target[]): void {
+  const seed = runSeed();
+  let backend: Backend | undefined;
+  beforeAll(async () => {
+    backend = await create();
+    await setBackend(backend);
+  });
+  afterAll(() => backend?.dispose());
+  for (const target of targets) {
+    describe(`${target.name} (SAGEATTENTION_SEED=${seed})`, () => {
+      for (const test of conformanceTests(target, seed)) it(test.name, test.run);
+    });
+  }
+}
