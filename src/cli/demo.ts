@@ -1,0 +1,201 @@
+/** `sageattention demo`: a trained encoder on real text, with exact attention and with SageAttention. */
+import { writeFile } from 'node:fs/promises';
+import { readUserFile } from './arguments.ts';
+import { chooseBackend } from './backends.ts';
+import { DEFAULT_SENTENCES, DEFAULT_TEXT, pickSentences } from './demo-text.ts';
+import { compareEncoders, type EncoderComparison, type KernelSelection } from './encoder-comparison.ts';
+import { messageOf, UserError } from './errors.ts';
+import { type BackendName, compare, type KernelName, TRAINED_LENGTH } from './library.ts';
+import { type Machine, thisMachine } from './machine.ts';
+import { openSentenceModel } from './model.ts';
+import {
+  ACCURACY_HEADINGS,
+  accuracyCells,
+  bold,
+  cosine,
+  count,
+  dim,
+  duration,
+  print,
+  rate,
+  table,
+} from './terminal.ts';
+
+export interface DemoOptions {
+  readonly text?: string;
+  readonly backend: BackendName | 'auto';
+  readonly kernel: KernelName | 'auto';
+  readonly maxTokens: number;
+  readonly json?: string;
+}
+
+/** What `demo --json` writes. */
+export interface DemoReport {
+  readonly schema: 'sageattention-demo/1';
+  readonly machine: Machine;
+  readonly backend: BackendName;
+  readonly text: string;
+  readonly sentences: EncoderComparison & {
+    readonly texts: readonly string[];
+    /** Cosine similarity of every two sentences. */
+    readonly exactSimilarity: readonly (readonly number[])[];
+    readonly sageSimilarity: readonly (readonly number[])[];
+    readonly largestDifference: number;
+  };
+  /** The text in pieces as the model was trained. */
+  readonly pieces: EncoderComparison;
+  /** The text, or its first `maxTokens`, as one sequence. */
+  readonly oneSequence: EncoderComparison & { readonly ofTokens: number };
+}
+
+async function readText(file: string | undefined): Promise<{ title: string; text: string }> {
+  if (file === undefined) return { title: DEFAULT_TEXT.title, text: await DEFAULT_TEXT.read() };
+  const bytes = await readUserFile(file);
+  try {
+    return { title: file, text: new TextDecoder('utf-8', { fatal: true }).decode(bytes) };
+  } catch {
+    throw new UserError(`${file} is not UTF-8 text`);
+  }
+}
+
+function similarity(embeddings: readonly Float32Array[]): number[][] {
+  return embeddings.map((a) => embeddings.map((b) => compare(a, b).cosineSimilarity));
+}
+
+function cut<T>(values: readonly T[], length: number): T[][] {
+  return Array.from({ length: Math.ceil(values.length / length) }, (_, i) =>
+    values.slice(i * length, (i + 1) * length),
+  );
+}
+
+function printComparison(comparison: EncoderComparison): void {
+  const { layers, worstEmbeddingCosine, denseMs } = comparison;
+  print(
+    table(
+      ['', 'heads', ...ACCURACY_HEADINGS, '>exact f64', '>SageAttention', '>', 'kernel'],
+      layers.flatMap(({ layer, heads, headDim, kernel, attention, hidden, exactMs, sageMs, sageGflops }) => [
+        [
+          `layer ${layer + 1}: attention, same q k v`,
+          `${heads} x ${headDim}`,
+          ...accuracyCells(attention),
+          duration(exactMs),
+          duration(sageMs),
+          rate(sageGflops),
+          kernel,
+        ],
+        [`layer ${layer + 1}: output, error carried on`, '', ...accuracyCells(hidden), '', '', '', ''],
+      ]),
+    ),
+  );
+  print(
+    `Embeddings: cosine similarity ${comparison.sequences > 1 ? 'at least ' : ''}${cosine(worstEmbeddingCosine)}. ` +
+      `Dense layers, in plain TypeScript: ${duration(denseMs)} for each run.`,
+  );
+}
+
+/** Digits and, on a terminal, shades of grey: white is 1. */
+function similarityCell(value: number): string {
+  const text = value
+    .toFixed(2)
+    .replace(/^(-?)0\./, '$1.')
+    .padStart(4);
+  if (process.stdout.isTTY !== true || process.env.NO_COLOR) return text;
+  const level = Math.round(Math.min(1, Math.max(0, value)) * 23);
+  return `\u001b[48;5;${232 + level}m\u001b[38;5;${level > 11 ? 16 : 231}m${text}\u001b[0m`;
+}
+
+function printMatrices({ texts, exactSimilarity, sageSimilarity, largestDifference }: DemoReport['sentences']): void {
+  texts.forEach((text, i) => {
+    print(`  ${i + 1}  ${text.length > 100 ? `${text.slice(0, 99)}…` : text}`);
+  });
+  print();
+  const heading = texts.map((_, i) => String(i + 1).padStart(4)).join('');
+  print(`     ${'exact'.padEnd(heading.length)}     SageAttention`);
+  print(`     ${heading}     ${heading}`);
+  for (const [i, row] of exactSimilarity.entries()) {
+    const sage = sageSimilarity[i] as readonly number[];
+    print(`${String(i + 1).padStart(4)} ${row.map(similarityCell).join('')}     ${sage.map(similarityCell).join('')}`);
+  }
+  print(`Largest difference between the two matrices: ${largestDifference.toExponential(2)}`);
+}
+
+export async function demo({ text: file, backend, kernel, maxTokens, json }: DemoOptions): Promise<void> {
+  const { title, text } = await readText(file);
+  const { tokenizer, encoder } = await openSentenceModel();
+  const tokens = tokenizer.encode(text);
+  if (tokens.length === 0) throw new UserError(`${title} has no words`);
+  const selection: KernelSelection = { backend: (await chooseBackend(backend, kernel)).name, kernel };
+
+  print(bold('SageAttention in a trained sentence encoder'));
+  print('model    Universal Sentence Encoder Lite, English: 2 layers, 4 heads of 64 and 4 of 128');
+  print(`backend  ${selection.backend}`);
+  print(`text     ${title}: ${count(tokens.length)} tokens`);
+  print(
+    dim(
+      'The exact attention is the reference, in float64: its times tell how long the comparison took, not how fast a float32 kernel is.',
+    ),
+  );
+
+  const texts = file === undefined ? [...DEFAULT_SENTENCES] : pickSentences(text);
+  print();
+  print(bold(`1. ${texts.length} sentences, one padded batch`));
+  const sentences = await compareEncoders(encoder, texts.map(tokenizer.encode), selection, 'sentences', TRAINED_LENGTH);
+  const exactSimilarity = similarity(sentences.exactEmbeddings);
+  const sageSimilarity = similarity(sentences.sageEmbeddings);
+  const sentenceReport = {
+    ...sentences.comparison,
+    texts,
+    exactSimilarity,
+    sageSimilarity,
+    largestDifference: compare(sageSimilarity.flat(), exactSimilarity.flat()).maxAbsoluteError,
+  };
+  printMatrices(sentenceReport);
+  print();
+  printComparison(sentenceReport);
+
+  const pieces = cut(tokens, TRAINED_LENGTH);
+  print();
+  print(
+    bold(`2. The whole text in ${pieces.length} pieces of at most ${TRAINED_LENGTH} tokens, as the model was trained`),
+  );
+  const inPieces = await compareEncoders(encoder, pieces, selection, 'pieces', TRAINED_LENGTH);
+  printComparison(inPieces.comparison);
+
+  const sequence = tokens.slice(0, maxTokens);
+  print();
+  print(
+    bold(
+      `3. ${sequence.length < tokens.length ? 'The start of the text' : 'The text'} as one sequence of ${count(sequence.length)} tokens`,
+    ),
+  );
+  print(
+    dim(
+      `Beyond what the model was trained for (${TRAINED_LENGTH} tokens): the embedding means little. What it shows is how accurate and how fast attention is on real activations at this length.`,
+    ),
+  );
+  const inOne = await compareEncoders(encoder, [sequence], selection, 'one sequence', Number.POSITIVE_INFINITY);
+  printComparison(inOne.comparison);
+
+  if (json !== undefined) {
+    const report: DemoReport = {
+      schema: 'sageattention-demo/1',
+      machine: thisMachine(),
+      backend: selection.backend,
+      text: title,
+      sentences: sentenceReport,
+      pieces: inPieces.comparison,
+      oneSequence: { ...inOne.comparison, ofTokens: tokens.length },
+    };
+    await writeReport(json, JSON.stringify(report, null, 2));
+  }
+}
+
+/** Writes a file that the user named. */
+export async function writeReport(file: string, content: string): Promise<void> {
+  try {
+    await writeFile(file, `${content}\n`);
+  } catch (error) {
+    throw new UserError(`cannot write ${file}: ${messageOf(error)}`);
+  }
+  print(`Wrote ${file}`);
+}

@@ -1,0 +1,189 @@
+/** The encoder with exact attention and with SageAttention, side by side. */
+import { performance } from 'node:perf_hooks';
+import { exactOutput } from './exact.ts';
+import {
+  type Accuracy,
+  type AttentionCall,
+  type AttentionFunction,
+  type BackendName,
+  compare,
+  createAttention,
+  type KernelName,
+  type SentenceEncoder,
+  sageattn,
+  type Tensor,
+  tensor,
+} from './library.ts';
+import { median } from './statistics.ts';
+import { type Progress, progress } from './terminal.ts';
+
+export interface LayerComparison {
+  readonly layer: number;
+  readonly heads: number;
+  readonly headDim: number;
+  readonly kernel: KernelName;
+  /** SageAttention's output against exact attention's on the same q, k and v. */
+  readonly attention: Accuracy;
+  /** The layer's output when every layer so far used SageAttention, against all exact. */
+  readonly hidden: Accuracy;
+  /** Float64 reference. */
+  readonly exactMs: number;
+  /** Median of several calls. */
+  readonly sageMs: number;
+  /** 4 B H L^2 D / sageMs; padding counts, as it is computed. */
+  readonly sageGflops: number;
+}
+
+export interface EncoderComparison {
+  readonly sequences: number;
+  readonly tokens: number;
+  readonly longest: number;
+  readonly layers: readonly LayerComparison[];
+  /** Of each sequence's embedding, SageAttention against exact: the smallest cosine similarity. */
+  readonly worstEmbeddingCosine: number;
+  /** Everything that is not attention: dense layers and norms in plain TypeScript. */
+  readonly denseMs: number;
+}
+
+export interface EncoderResult {
+  readonly comparison: EncoderComparison;
+  readonly exactEmbeddings: readonly Float32Array[];
+  readonly sageEmbeddings: readonly Float32Array[];
+}
+
+export interface KernelSelection {
+  readonly backend: BackendName;
+  readonly kernel: KernelName | 'auto';
+}
+
+const TIMED_CALLS = 3;
+
+function optionsOf({ attnMask, smScale }: AttentionCall, { backend, kernel }: KernelSelection) {
+  return { tensorLayout: 'NHD', smScale, backend, kernel, ...(attnMask && { attnMask }) } as const;
+}
+
+const runSage = (call: AttentionCall, selection: KernelSelection): Promise<Tensor> =>
+  sageattn(call.q, call.k, call.v, optionsOf(call, selection));
+
+async function kernelOf(call: AttentionCall, selection: KernelSelection): Promise<KernelName> {
+  const { q, k, v, attnMask } = call;
+  const { smScale, tensorLayout, backend, kernel } = optionsOf(call, selection);
+  const planned = await createAttention(attnMask === undefined ? { q, k, v } : { q, k, v, attnMask }, {
+    smScale,
+    tensorLayout,
+    backend,
+    kernel,
+  });
+  const { name } = planned.kernel.descriptor;
+  planned.dispose();
+  return name;
+}
+
+async function timed<T>(run: () => Promise<T>): Promise<{ output: T; medianMs: number }> {
+  const output = await run();
+  const times: number[] = [];
+  for (let i = 0; i < TIMED_CALLS; i++) {
+    const start = performance.now();
+    await run();
+    times.push(performance.now() - start);
+  }
+  return { output, medianMs: median(times) };
+}
+
+/** Rows of real tokens; those of padding are arbitrary. */
+function tokenRows(values: Float32Array, lengths: readonly number[], longest: number): Float32Array {
+  const width = values.length / (lengths.length * longest);
+  const rows = new Float32Array(lengths.reduce((sum, length) => sum + length, 0) * width);
+  let end = 0;
+  lengths.forEach((length, b) => {
+    rows.set(values.subarray(b * longest * width, (b * longest + length) * width), end);
+    end += length * width;
+  });
+  return rows;
+}
+
+interface Recorded {
+  readonly call: AttentionCall;
+  readonly exact: Float32Array;
+  readonly exactMs: number;
+}
+
+/**
+ * Encodes `sequences` twice and compares.
+ *
+ * @param label names the work on the progress bar
+ * @param maxLength Infinity: sequences are not clipped to what the model was trained with
+ */
+export async function compareEncoders(
+  encoder: SentenceEncoder,
+  sequences: readonly (readonly number[])[],
+  selection: KernelSelection,
+  label: string,
+  maxLength: number,
+): Promise<EncoderResult> {
+  const lengths = sequences.map(({ length }) => Math.min(length, maxLength));
+  const longest = Math.max(...lengths);
+  const recorded: Recorded[] = [];
+  const exactHidden: Float32Array[] = [];
+  let bar: Progress | undefined;
+  const exact: AttentionFunction = async (call) => {
+    bar ??= progress(`${label}: exact attention in float64, 2 layers`, 2 * longest);
+    const start = performance.now();
+    const output = await exactOutput({ ...call, tensorLayout: 'NHD' }, (rows) => bar?.advance(rows));
+    recorded.push({ call, exact: output, exactMs: performance.now() - start });
+    return tensor(output, call.q.shape);
+  };
+  const exactEmbeddings = await encoder.encode(sequences, exact, {
+    maxLength,
+    onLayer: (_, hidden) => exactHidden.push(hidden),
+  });
+  bar?.stop();
+
+  const sageHidden: Float32Array[] = [];
+  let attentionMs = 0;
+  const start = performance.now();
+  const sageEmbeddings = await encoder.encode(
+    sequences,
+    async (call) => {
+      const before = performance.now();
+      const output = await runSage(call, selection);
+      attentionMs += performance.now() - before;
+      return output;
+    },
+    { maxLength, onLayer: (_, hidden) => sageHidden.push(hidden) },
+  );
+  const denseMs = performance.now() - start - attentionMs;
+
+  const rowsOf = (values: Float32Array) => tokenRows(values, lengths, longest);
+  const layers: LayerComparison[] = [];
+  for (const { call, exact: expected, exactMs } of recorded) {
+    const { output, medianMs: sageMs } = await timed(() => runSage(call, selection));
+    const [batch, length, heads, headDim] = call.q.shape as [number, number, number, number];
+    layers.push({
+      layer: call.layer,
+      heads,
+      headDim,
+      kernel: await kernelOf(call, selection),
+      attention: compare(rowsOf(output.data as Float32Array), rowsOf(expected)),
+      hidden: compare(rowsOf(sageHidden[call.layer] as Float32Array), rowsOf(exactHidden[call.layer] as Float32Array)),
+      exactMs,
+      sageMs,
+      sageGflops: (4 * batch * heads * length ** 2 * headDim) / sageMs / 1e6,
+    });
+  }
+  const cosines = exactEmbeddings.map(
+    (embedding, i) => compare(sageEmbeddings[i] as Float32Array, embedding).cosineSimilarity,
+  );
+  return {
+    comparison: {
+      sequences: sequences.length,
+      tokens: lengths.reduce((sum, length) => sum + length, 0),
+      longest,
+      layers,
+      worstEmbeddingCosine: Math.min(...cosines),
+      denseMs,
+    },
+    exactEmbeddings,
+    sageEmbeddings,
+  };
+}

@@ -1,0 +1,10 @@
+/**
+ * All that the commands use of the library, in one place. The bundle of the command line leaves these imports alone, so
+ * that it runs the very code that programs import.
+ */
+export { createProblem } from '../attention/problem.ts';
+export * from '../index.ts';
+export * from '../models/sentence-encoder/index.ts';
+export { attentionExact } from '../reference/exact.ts';
+export { type Accuracy, compare } from '../reference/metrics.ts';
+export { toFloat32, writeValues } from '../tensor/access.ts';
