@@ -1,0 +1,93 @@
+/**
+ * `npm test`: builds what the tests need, runs every part, and closes with what passed, failed and could not run. Nothing
+ * is skipped in silence: a part that cannot run is named, and in CI it is a failure.
+ */
+import { spawnSync } from 'node:child_process';
+import { mkdtempSync, readFileSync, rmSync } from 'node:fs';
+import { tmpdir } from 'node:os';
+import { join } from 'node:path';
+import { ensureNode24 } from './node24.ts';
+
+interface Part {
+  readonly name: string;
+  /** vitest's arguments. */
+  readonly arguments: readonly string[];
+  /** The Node that runs it; default the one running this. */
+  readonly node?: () => string;
+  readonly env?: () => Record<string, string>;
+}
+
+const PARTS: readonly Part[] = [
+  { name: 'unit', arguments: ['--project', 'unit', '--coverage'] },
+  {
+    name: 'WASM with relaxed SIMD (Node 24)',
+    arguments: ['--project', 'unit', 'src/backends/wasm', 'test/conformance/wasm'],
+    node: ensureNode24,
+  },
+];
+
+interface Counts {
+  passed: number;
+  failed: number;
+  skipped: string[];
+}
+
+interface VitestReport {
+  readonly numPassedTests: number;
+  readonly numFailedTests: number;
+  readonly testResults: readonly {
+    readonly name: string;
+    readonly status: string;
+    readonly assertionResults: readonly { readonly status: string; readonly fullName: string }[];
+  }[];
+}
+
+function run(part: Part, folder: string): Counts {
+  console.log(`\n=== ${part.name} ===`);
+  const report = join(folder, `${part.name.replaceAll(/\W+/g, '-')}.json`);
+  try {
+    const node = part.node?.() ?? process.execPath;
+    const vitest = join('node_modules', 'vitest', 'vitest.mjs');
+    const { status } = spawnSync(
+      node,
+      [vitest, 'run', ...part.arguments, '--reporter=default', '--reporter=json', `--outputFile=${report}`],
+      { stdio: ['ignore', 'inherit', 'inherit'], env: { ...process.env, ...part.env?.() } },
+    );
+    const { numPassedTests, numFailedTests, testResults } = JSON.parse(readFileSync(report, 'utf8')) as VitestReport;
+    const skipped = testResults.flatMap(({ assertionResults }) =>
+      assertionResults
+        .filter((test) => test.status !== 'passed' && test.status !== 'failed')
+        .map((test) => test.fullName),
+    );
+    // A coverage threshold or a file that does not load fails the run without failing a test.
+    const failed = numFailedTests === 0 && status !== 0 ? 1 : numFailedTests;
+    return { passed: numPassedTests, failed, skipped };
+  } catch (error) {
+    console.error(`${part.name}: ${error instanceof Error ? error.message : error}`);
+    return process.env.CI === undefined
+      ? { passed: 0, failed: 0, skipped: [`${part.name}: ${error instanceof Error ? error.message : error}`] }
+      : { passed: 0, failed: 1, skipped: [] };
+  }
+}
+
+const only = process.argv.slice(2);
+const folder = mkdtempSync(join(tmpdir(), 'sageattention-test-'));
+try {
+  const parts = PARTS.filter(({ name }) => only.length === 0 || only.some((text) => name.includes(text)));
+  const results = parts.map((part) => ({ part, counts: run(part, folder) }));
+  console.log('');
+  for (const { part, counts } of results) {
+    console.log(`${part.name}: ${counts.passed} passed, ${counts.failed} failed, ${counts.skipped.length} not run`);
+    for (const name of counts.skipped) console.log(`  not run: ${name}`);
+  }
+  const total = (count: (counts: Counts) => number) => results.reduce((sum, { counts }) => sum + count(counts), 0);
+  const [passed, failed, skipped] = [
+    total((counts) => counts.passed),
+    total((counts) => counts.failed),
+    total((counts) => counts.skipped.length),
+  ];
+  console.log(`\n${passed} passed, ${failed} failed, ${skipped} skipped`);
+  process.exitCode = failed > 0 || passed === 0 ? 1 : 0;
+} finally {
+  rmSync(folder, { recursive: true, force: true });
+}
