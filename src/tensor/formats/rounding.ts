@@ -33,3 +33,11 @@ export function signBit(value: number): number {
   float64[0] = value;
   return (words[HIGH] as number) >>> 31;
 }
+
+/** The largest power of two that is <= `x`. x: normal, finite, > 0. */
+export function floorToPowerOfTwo(x: number): number {
+  float64[0] = x;
+  words[HIGH] = (words[HIGH] as number) & 0x7ff00000;
+  words[1 - HIGH] = 0;
+  return float64[0] as number;
+}

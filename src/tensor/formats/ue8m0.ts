@@ -6,8 +6,8 @@
  * nearest is here for completeness, with a tie (1.5 times a power of two) going to the even code. The sign is ignored.
  * Values above 2^127, infinity included, saturate to 2^127; values below 2^-127 become 2^-127; NaN becomes 0xff.
  */
-const float64 = new Float64Array(1);
-const words = new BigUint64Array(float64.buffer);
+import { floorToPowerOfTwo } from './rounding.ts';
+
 const NAN_CODE = 0xff;
 const MAX_CODE = 0xfe;
 
@@ -23,9 +23,9 @@ export function ue8m0FromNumber(value: number, rounding: Ue8m0Rounding = 'up'): 
   const magnitude = Math.abs(value);
   if (magnitude <= 2 ** -127) return 0;
   if (magnitude >= 2 ** 127) return MAX_CODE;
-  float64[0] = magnitude;
-  const down = Number(((words[0] as bigint) >> 52n) & 0x7ffn) - 1023 + 127;
-  const fraction = magnitude / 2 ** (down - 127);
+  const power = floorToPowerOfTwo(magnitude);
+  const down = Math.log2(power) + 127;
+  const fraction = magnitude / power;
   if (fraction === 1 || rounding === 'down') return down;
   if (rounding === 'up') return down + 1;
   if (fraction === 1.5) return down + (down & 1);

@@ -1,0 +1,401 @@
+/**
+ * The quantized algorithm step by step in plain TypeScript: SageAttention (arXiv 2410.02367) algorithm 1, SageAttention2
+ * (arXiv 2411.10958) algorithm 1, SageAttention2++ (arXiv 2505.21136) and SageAttention3 (arXiv 2505.11594) algorithm 1.
+ * What a backend's kernel computes is described by a {@link QuantizedAlgorithm}; this file computes the same without any of its speed.
+ */
+import {
+  type AttentionProblem,
+  lseShapeOf,
+  outputLayoutOf,
+  outputShapeOf,
+  type Sequence,
+  sequencesOf,
+} from '../attention/problem.ts';
+import { keyGrouping, queryGrouping } from '../quantization/groups.ts';
+import { CUDA_ROUNDING, type IntegerRounding, quantizeIntegers } from '../quantization/integers.ts';
+import { quantizeNvfp4InPlace, quantizeTwoLevelInPlace } from '../quantization/nvfp4.ts';
+import {
+  type Granularity,
+  INT_MAX,
+  type PvAccumDtype,
+  type PvFormat,
+  type QkFormat,
+  TILINGS,
+  type Tiling,
+  V_FP8_MAX,
+} from '../quantization/schemes.ts';
+import { blockMeans, channelMean, subtractMean } from '../quantization/smoothing.ts';
+import { permutedPosition, quantizeValueFp8 } from '../quantization/valueFp8.ts';
+import type { DType } from '../tensor/dtype.ts';
+import { roundToBfloat16 } from '../tensor/formats/bfloat16.ts';
+import { E4M3_MAX, e4m3ToNumber, roundToE4m3 } from '../tensor/formats/float8.ts';
+import { roundToFloat16 } from '../tensor/formats/float16.ts';
+import { elementCount } from '../tensor/tensor.ts';
+import { accumulateTile, accumulationOf } from './accumulators.ts';
+import { type ReferenceInputs, type ReferenceOutputs, readOperands } from './exact.ts';
+import { biasReader } from './visibility.ts';
+
+/** Everything that decides a quantized kernel's numbers. */
+export interface QuantizedAlgorithm {
+  readonly qkFormat: QkFormat;
+  /** Groups of Q and K; without meaning for `fp4`, whose groups are 16 channels. */
+  readonly granularity: Granularity;
+  /** Also the tiles of the running softmax: `blockK` keys at a time. */
+  readonly tiling: Tiling;
+  readonly rounding: IntegerRounding;
+  readonly smoothK: boolean;
+  readonly smoothQ: boolean;
+  readonly smoothV: boolean;
+  /** Format that K's mean is rounded to before it is subtracted. */
+  readonly keyMeanDtype: DType;
+  /** Format that `K - mean` is rounded to before it is quantized. */
+  readonly smoothedKeyDtype: DType;
+  readonly pvFormat: PvFormat;
+  readonly pvAccumDtype: PvAccumDtype;
+  /** Largest quantized magnitude of V in FP8. */
+  readonly vMax: number;
+  /** Mantissa bits of the FP32 accumulator of FP8 instructions: 13 on sm_89 and sm_90, 23 where it is a true FP32 (sm_120). */
+  readonly fp8AccumulatorBits: number;
+}
+
+/** INT8 per block with FP16 PV in FP32: the portable kernel. Others say where they differ. */
+export const PORTABLE_ALGORITHM: QuantizedAlgorithm = {
+  qkFormat: 'int8',
+  granularity: 'per-block',
+  tiling: TILINGS.portable,
+  rounding: CUDA_ROUNDING,
+  smoothK: true,
+  smoothQ: false,
+  smoothV: false,
+  keyMeanDtype: 'float32',
+  smoothedKeyDtype: 'float32',
+  pvFormat: 'fp16',
+  pvAccumDtype: 'fp32',
+  vMax: V_FP8_MAX.default,
+  fp8AccumulatorBits: 13,
+};
+
+const ROUND: Readonly<Record<DType, (value: number) => number>> = {
+  float32: Math.fround,
+  float16: roundToFloat16,
+  bfloat16: roundToBfloat16,
+};
+
+/**
+ * Largest value that P's format is scaled to; the row maximum of exp2(s - m) is 1. FP4 scales by itself, in two levels. A
+ * further integer format (7 bits, or two digits) would be one more entry here, in {@link roundP} and in {@link quantizeValue}.
+ */
+const P_MAX = { fp32: 1, fp16: 1, fp8: E4M3_MAX, int8: INT_MAX.int8, fp4: 1 } as const satisfies Record<
+  PvFormat,
+  number
+>;
+
+/** Rounds one tile's P in place to its format; returns the factor that its product with V must be multiplied by. */
+function roundP(p: Float32Array, tokens: number, format: PvFormat): number {
+  switch (format) {
+    case 'fp32':
+      return 1;
+    case 'fp16':
+      for (let i = 0; i < tokens; i++) p[i] = roundToFloat16(p[i] as number);
+      return 1;
+    case 'fp8':
+      for (let i = 0; i < tokens; i++) p[i] = roundToE4m3(p[i] as number);
+      return 1;
+    case 'int8':
+      for (let i = 0; i < tokens; i++) p[i] = Math.round(p[i] as number);
+      return 1;
+    case 'fp4':
+      return quantizeTwoLevelInPlace(p, tokens);
+  }
+}
+
+/** Q or K of one head and sequence, quantized: `value * scales[indexOf(token)]`. */
+interface ScoreOperand {
+  readonly values: Int8Array | Float32Array;
+  readonly scales: Float32Array;
+  indexOf(token: number): number;
+  /** 0 for tokens with an element that is not finite: their scores are NaN. */
+  readonly finite: Uint8Array;
+}
+
+function quantizeScoreOperand(
+  x: Float32Array,
+  dim: number,
+  which: 'q' | 'k',
+  algorithm: QuantizedAlgorithm,
+): ScoreOperand {
+  const { qkFormat, granularity, tiling, rounding } = algorithm;
+  const length = x.length / dim;
+  const finite = new Uint8Array(length).fill(1);
+  for (let i = 0; i < x.length; i++) if (!Number.isFinite(x[i])) finite[Math.floor(i / dim)] = 0;
+  if (qkFormat === 'fp4') {
+    const values = x.slice();
+    for (let token = 0; token < length; token++) quantizeNvfp4InPlace(values, token * dim, 1, dim);
+    return { values, scales: Float32Array.of(1), indexOf: () => 0, finite };
+  }
+  const grouping = which === 'q' ? queryGrouping(granularity, tiling) : keyGrouping(granularity, tiling);
+  const { values, scales } = quantizeIntegers(x, dim, grouping, INT_MAX[qkFormat], rounding);
+  return { values, scales, indexOf: grouping.indexOf, finite };
+}
+
+/** V of one head and sequence as multiplied, `[length, dim]`, and what turns a sum of it back: `sum * scales + mean`. */
+interface ValueOperand {
+  readonly values: Float32Array;
+  readonly scales: Float32Array | undefined;
+  readonly mean: Float32Array | undefined;
+}
+
+function quantizeValue(v: Float32Array, dim: number, { pvFormat, smoothV, vMax }: QuantizedAlgorithm): ValueOperand {
+  const length = v.length / dim;
+  const mean = smoothV ? channelMean(v, dim) : undefined;
+  const smoothed = mean === undefined ? v.slice() : subtractMean(v, mean);
+  switch (pvFormat) {
+    case 'fp32':
+      return { values: smoothed, scales: undefined, mean };
+    case 'fp16':
+      return { values: smoothed.map(roundToFloat16), scales: undefined, mean };
+    case 'fp8': {
+      const { codes, paddedLength, scales } = quantizeValueFp8(v, dim, mean === undefined ? { vMax } : { vMax, mean });
+      for (let i = 0; i < smoothed.length; i++) {
+        smoothed[i] = e4m3ToNumber(codes[(i % dim) * paddedLength + permutedPosition(Math.floor(i / dim))] as number);
+      }
+      return { values: smoothed, scales, mean };
+    }
+    case 'int8': {
+      const scales = new Float32Array(dim);
+      for (let i = 0; i < smoothed.length; i++) {
+        const magnitude = Math.abs(smoothed[i] as number) / INT_MAX.int8;
+        if (magnitude > (scales[i % dim] as number) && Number.isFinite(magnitude)) scales[i % dim] = magnitude;
+      }
+      for (let i = 0; i < smoothed.length; i++) {
+        const value = smoothed[i] as number;
+        const scale = scales[i % dim] as number;
+        if (!Number.isFinite(value)) smoothed[i] = Number.NaN;
+        else smoothed[i] = scale === 0 ? 0 : Math.max(-127, Math.min(127, Math.round(value / scale)));
+      }
+      return { values: smoothed, scales, mean };
+    }
+    case 'fp4':
+      // Blocks run along the tokens, the dimension that P.V sums over.
+      for (let channel = 0; channel < dim; channel++) quantizeNvfp4InPlace(smoothed, channel, dim, length);
+      return { values: smoothed, scales: undefined, mean };
+  }
+}
+
+/** One head's keys and values of one sequence, ready to be attended to. */
+interface PreparedHead {
+  readonly key: ScoreOperand;
+  /** K - mean, before quantization: the second factor of smoothQ's term. */
+  readonly smoothedKey: Float32Array;
+  /** K's mean; undefined without smoothing. */
+  readonly keyMean: Float32Array | undefined;
+  readonly value: ValueOperand;
+}
+
+function prepareHead(
+  k: Float32Array,
+  v: Float32Array,
+  headDim: number,
+  valueDim: number,
+  algorithm: QuantizedAlgorithm,
+): PreparedHead {
+  const keyMean = algorithm.smoothK ? channelMean(k, headDim).map(ROUND[algorithm.keyMeanDtype]) : undefined;
+  const smoothedKey = keyMean === undefined ? k : subtractMean(k, keyMean).map(ROUND[algorithm.smoothedKeyDtype]);
+  return {
+    key: quantizeScoreOperand(smoothedKey, headDim, 'k', algorithm),
+    smoothedKey,
+    keyMean,
+    value: quantizeValue(v, valueDim, algorithm),
+  };
+}
+
+function dot(
+  a: Int8Array | Float32Array,
+  aStart: number,
+  b: Int8Array | Float32Array,
+  bStart: number,
+  length: number,
+): number {
+  let sum = 0;
+  for (let i = 0; i < length; i++) sum += (a[aStart + i] as number) * (b[bStart + i] as number);
+  return sum;
+}
+
+/** Q of one head and sequence. */
+interface PreparedQuery {
+  readonly operand: ScoreOperand;
+  /** Before smoothing and quantization. */
+  readonly original: Float32Array;
+  /** `[blocks, dim]`; undefined without smoothing. */
+  readonly means: Float32Array | undefined;
+}
+
+function prepareQuery(q: Float32Array, dim: number, algorithm: QuantizedAlgorithm): PreparedQuery {
+  if (!algorithm.smoothQ)
+    return { operand: quantizeScoreOperand(q, dim, 'q', algorithm), original: q, means: undefined };
+  const { blockQ } = algorithm.tiling;
+  const means = blockMeans(q, dim, blockQ);
+  const smoothed = q.map((value, i) => value - (means[Math.floor(i / dim / blockQ) * dim + (i % dim)] as number));
+  return { operand: quantizeScoreOperand(smoothed, dim, 'q', algorithm), original: q, means };
+}
+
+/** Attends one row; writes its output and returns its logsumexp (natural). */
+type RowAttention = (
+  row: number,
+  bias: Float32Array,
+  query: PreparedQuery,
+  head: PreparedHead,
+  output: Float64Array,
+) => number;
+
+function rowAttention(problem: AttentionProblem, algorithm: QuantizedAlgorithm): RowAttention {
+  const { headDim, valueDim, smScale, softcap } = problem;
+  const { tiling, pvFormat, pvAccumDtype, fp8AccumulatorBits } = algorithm;
+  const accumulation = accumulationOf(pvFormat, pvAccumDtype);
+  const { promotedEveryTile, register } = accumulation;
+  const roundRegister = !promotedEveryTile && register === 'fp16' ? roundToFloat16 : Math.fround;
+  const pMax = P_MAX[pvFormat];
+  const toBase2 = Math.fround(smScale * Math.LOG2E);
+  const tileP = new Float32Array(tiling.blockK);
+  const visible = new Uint8Array(tiling.blockK);
+  const tileSum = new Float64Array(valueDim);
+
+  /** Scores in base 2 of one tile, into tileP; returns their maximum, NaN if one is NaN. */
+  const scoreTile = (
+    row: number,
+    firstKey: number,
+    tokens: number,
+    bias: Float32Array,
+    { operand, original, means }: PreparedQuery,
+    { key, smoothedKey, keyMean }: PreparedHead,
+  ): number => {
+    const queryScale = operand.scales[operand.indexOf(row)] as number;
+    const meanRow = means === undefined ? 0 : Math.floor(row / tiling.blockQ) * headDim;
+    // softcap is no constant shift: there, what smoothing took from K must be back before it.
+    const meanTerm = softcap > 0 && keyMean !== undefined ? dot(original, row * headDim, keyMean, 0, headDim) : 0;
+    let maximum = Number.NEGATIVE_INFINITY;
+    for (let i = 0; i < tokens; i++) {
+      const token = firstKey + i;
+      visible[i] = bias[token] === Number.NEGATIVE_INFINITY ? 0 : 1;
+      tileP[i] = 0;
+      if (visible[i] === 0) continue;
+      const product = dot(operand.values, row * headDim, key.values, token * headDim, headDim);
+      const scale = Math.fround(queryScale * (key.scales[key.indexOf(token)] as number));
+      let raw = product * scale + meanTerm;
+      if (means !== undefined) raw += dot(means, meanRow, smoothedKey, token * headDim, headDim);
+      const capped = softcap > 0 ? softcap * Math.tanh((raw * smScale) / softcap) * Math.LOG2E : raw * toBase2;
+      const finite = operand.finite[row] === 1 && key.finite[token] === 1;
+      const score = finite ? Math.fround(capped + (bias[token] as number) * Math.LOG2E) : Number.NaN;
+      tileP[i] = score;
+      if (score > maximum || Number.isNaN(score)) maximum = score;
+    }
+    return maximum;
+  };
+
+  /** Scores in tileP to P; returns the sum of the P not yet rounded, which is what the output is divided by. */
+  const exponentiateTile = (tokens: number, maximum: number): number => {
+    let total = 0;
+    for (let i = 0; i < tokens; i++) {
+      if (visible[i] === 0) continue;
+      tileP[i] = 2 ** ((tileP[i] as number) - maximum) * pMax;
+      total += tileP[i] as number;
+    }
+    return total;
+  };
+
+  return (row, bias, query, head, output) => {
+    const keyLength = head.key.finite.length;
+    let maximum = Number.NEGATIVE_INFINITY;
+    let sum = 0;
+    output.fill(0);
+    for (let firstKey = 0; firstKey < keyLength; firstKey += tiling.blockK) {
+      const tokens = Math.min(tiling.blockK, keyLength - firstKey);
+      const tileMaximum = scoreTile(row, firstKey, tokens, bias, query, head);
+      if (tileMaximum === Number.NEGATIVE_INFINITY) continue;
+      // Math.max gives NaN for either NaN.
+      const newMaximum = Math.max(maximum, tileMaximum);
+      const rescale = roundRegister(2 ** (maximum - newMaximum));
+      maximum = newMaximum;
+      sum = Math.fround(sum * rescale + exponentiateTile(tokens, maximum));
+      const pScale = roundP(tileP, tokens, pvFormat);
+      const target = promotedEveryTile ? tileSum.fill(0) : output;
+      for (let d = 0; d < valueDim; d++) output[d] = roundRegister((output[d] as number) * rescale);
+      const tile = { p: tileP, visible, v: head.value.values, dim: valueDim, firstToken: firstKey, tokens };
+      accumulateTile(target, tile, accumulation, fp8AccumulatorBits);
+      if (promotedEveryTile) {
+        for (let d = 0; d < valueDim; d++) {
+          output[d] = Math.fround((output[d] as number) + Math.fround((tileSum[d] as number) * pScale));
+        }
+      }
+    }
+    if (maximum === Number.NEGATIVE_INFINITY) return maximum;
+    const { scales, mean } = head.value;
+    for (let d = 0; d < valueDim; d++) {
+      const normalized = Math.fround((output[d] as number) / sum) * (scales === undefined ? 1 : (scales[d] as number));
+      output[d] = Math.fround(Math.fround(normalized) + (mean === undefined ? 0 : (mean[d] as number)));
+    }
+    const meanScore =
+      softcap > 0 || head.keyMean === undefined
+        ? 0
+        : dot(query.original, row * headDim, head.keyMean, 0, headDim) * smScale;
+    return (maximum + Math.log2(sum / pMax)) * Math.LN2 + meanScore;
+  };
+}
+
+/**
+ * Quantized attention over any {@link AttentionProblem}: every granularity, format of P and V, accumulator and smoothing that
+ * a {@link QuantizedAlgorithm} can name, with the semantics of `attentionExact`. K and V are quantized per sequence.
+ *
+ * Outputs are float32 values (not yet rounded to the problem's dtype); LSE is that of the true scores: what smoothing took is
+ * added back.
+ */
+export function attentionQuantized(
+  problem: AttentionProblem,
+  inputs: ReferenceInputs,
+  algorithm: QuantizedAlgorithm,
+): ReferenceOutputs {
+  const { queryHeads, kvHeads, headDim, valueDim, sequences } = problem;
+  const { q, k, v, queryTokens, keyTokens } = readOperands(problem, inputs);
+  const output = new Float64Array(elementCount(outputShapeOf(problem)));
+  const lse = new Float64Array(elementCount(lseShapeOf(problem)));
+  const layout = outputLayoutOf(problem);
+  const readBias = biasReader(problem, inputs.attnMask);
+  const bias = new Float32Array(problem.keyLength);
+  const rowOutput = new Float64Array(valueDim);
+  const attend = rowAttention(problem, algorithm);
+
+  const attendHead = (sequence: Sequence, head: number, prepared: PreparedHead): void => {
+    const batch = sequences === undefined ? sequence.index : 0;
+    const firstToken = (batch * queryHeads + head) * queryTokens + sequence.queryStart;
+    const query = prepareQuery(
+      q.slice(firstToken * headDim, (firstToken + sequence.queryLength) * headDim),
+      headDim,
+      algorithm,
+    );
+    for (let row = 0; row < sequence.queryLength; row++) {
+      readBias(sequence, head, row, bias);
+      lse[firstToken + row] = attend(row, bias, query, prepared, rowOutput);
+      const token = sequence.queryStart + row;
+      const at = sequence.index * layout.batchStride + head * layout.headStride + token * layout.tokenStride;
+      output.set(rowOutput, at);
+    }
+  };
+
+  for (const sequence of sequencesOf(problem)) {
+    const batch = sequences === undefined ? sequence.index : 0;
+    for (let kvHead = 0; kvHead < kvHeads; kvHead++) {
+      const firstToken = (batch * kvHeads + kvHead) * keyTokens + sequence.keyStart;
+      const end = firstToken + sequence.keyLength;
+      const prepared = prepareHead(
+        k.slice(firstToken * headDim, end * headDim),
+        v.slice(firstToken * valueDim, end * valueDim),
+        headDim,
+        valueDim,
+        algorithm,
+      );
+      const headsPerKv = queryHeads / kvHeads;
+      for (let i = 0; i < headsPerKv; i++) attendHead(sequence, kvHead * headsPerKv + i, prepared);
+    }
+  }
+  return { output, lse };
+}
