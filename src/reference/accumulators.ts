@@ -10,11 +10,11 @@ import { floorToPowerOfTwo } from '../tensor/formats/rounding.ts';
  * - `fp32`: each instruction's exact sum is rounded to fp32.
  * - `fp16`: each instruction's exact sum is rounded to fp16, to nearest even (Fasi et al., "Numerical behavior of NVIDIA
  *   tensor cores", PeerJ CS 2021, section "rounding modes": binary16 mode rounds to nearest).
- * - `aligned`: what the FP32 accumulator of FP8 instructions is on sm_89 and sm_90, where about 22 bits are kept
- *   (SageAttention2, arXiv 2411.10958, section 3.4; "FP22", e8m13, DeepSeek-V3 technical report, arXiv 2412.19437, section
- *   3.3.2). Products and accumulator are aligned to the largest exponent among them, cut off (not rounded) 13 bits below
- *   it, summed, and the sum is cut to 13 mantissa bits (Khattak and Mikaitis, "Accurate Models of NVIDIA Tensor Cores", arXiv 2512.07004,
- *   describe such units). The golden files decide between the readings: with 13 bits the emulated outputs agree with the H200's best.
+ * - `aligned`: the FP32 accumulator of FP8 instructions where it keeps about 22 bits (SageAttention2, arXiv 2411.10958,
+ *   section 3.4; e8m13, DeepSeek-V3 technical report, arXiv 2412.19437, section 3.3.2). Products and accumulator are aligned to
+ *   the largest of them, cut off (not rounded) some bits below it, summed, and the sum is cut to as many mantissa bits:
+ *   the shape of the units in Khattak and Mikaitis, "Accurate Models of NVIDIA Tensor Cores", arXiv 2512.07004. The golden files agree:
+ *   the H200's `wgmma` outputs are closest with 13 or 14 bits (11, 12 and 23 are worse), and its `mma` outputs with 23.
  */
 export type RegisterKind = 'exact' | 'fp32' | 'fp16' | 'aligned';
 

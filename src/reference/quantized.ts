@@ -54,7 +54,10 @@ export interface QuantizedAlgorithm {
   readonly pvAccumDtype: PvAccumDtype;
   /** Largest quantized magnitude of V in FP8. */
   readonly vMax: number;
-  /** Mantissa bits of the FP32 accumulator of FP8 instructions: 13 on sm_89 and sm_90, 23 where it is a true FP32 (sm_120). */
+  /**
+   * Mantissa bits of the FP32 accumulator of FP8 instructions: 13 for sm_89's `mma` and sm_90's `wgmma`, 23 where it is a
+   * true FP32 (sm_120, and `mma` on sm_90, which does not run on the FP8 unit there).
+   */
   readonly fp8AccumulatorBits: number;
 }
 
@@ -239,6 +242,14 @@ function prepareQuery(q: Float32Array, dim: number, algorithm: QuantizedAlgorith
   return { operand: quantizeScoreOperand(smoothed, dim, 'q', algorithm), original: q, means };
 }
 
+/** Sums of P.V to the output, in place: divided by the sum of P, scaled, V's mean added back. */
+function normalizeRow(output: Float64Array, sum: number, { scales, mean }: ValueOperand): void {
+  for (let d = 0; d < output.length; d++) {
+    const normalized = Math.fround((output[d] as number) / sum) * (scales === undefined ? 1 : (scales[d] as number));
+    output[d] = Math.fround(Math.fround(normalized) + (mean === undefined ? 0 : (mean[d] as number)));
+  }
+}
+
 /** Attends one row; writes its output and returns its logsumexp (natural). */
 type RowAttention = (
   row: number,
@@ -329,11 +340,7 @@ function rowAttention(problem: AttentionProblem, algorithm: QuantizedAlgorithm):
       }
     }
     if (maximum === Number.NEGATIVE_INFINITY) return maximum;
-    const { scales, mean } = head.value;
-    for (let d = 0; d < valueDim; d++) {
-      const normalized = Math.fround((output[d] as number) / sum) * (scales === undefined ? 1 : (scales[d] as number));
-      output[d] = Math.fround(Math.fround(normalized) + (mean === undefined ? 0 : (mean[d] as number)));
-    }
+    normalizeRow(output, sum, head.value);
     const meanScore =
       softcap > 0 || head.keyMean === undefined
         ? 0

@@ -1,0 +1,185 @@
+/**
+ * `sageattention/reference`: what attention gives exactly, what a quantized kernel gives step by step, and how far apart two
+ * results are. Plain TypeScript, slow, for tests and for measuring accuracy on tensors of one's own.
+ *
+ * @module
+ */
+import { InvalidArgumentError } from '../attention/errors.ts';
+import { type AttentionOptions, validateOptions } from '../attention/options.ts';
+import {
+  type AttentionProblem,
+  createProblem,
+  createVarlenProblem,
+  lseShapeOf,
+  outputShapeOf,
+} from '../attention/problem.ts';
+import { type Tensor, validateExtent } from '../tensor/tensor.ts';
+import { attentionExact, type ReferenceInputs, type ReferenceOutputs } from './exact.ts';
+import { attentionQuantized, PORTABLE_ALGORITHM, type QuantizedAlgorithm } from './quantized.ts';
+
+export type { Grouping } from '../quantization/groups.ts';
+export {
+  CUDA_ROUNDING,
+  type IntegerRounding,
+  TRITON_BLOCK_ROUNDING,
+  TRITON_THREAD_ROUNDING,
+} from '../quantization/integers.ts';
+export {
+  type Granularity,
+  type PvAccumDtype,
+  type PvFormat,
+  type QkFormat,
+  TILINGS,
+  type Tiling,
+} from '../quantization/schemes.ts';
+export { type Accuracy, compare } from './metrics.ts';
+export { PORTABLE_ALGORITHM, type QuantizedAlgorithm } from './quantized.ts';
+
+/** Options of `sageattn` that decide what is computed. */
+const EXACT_OPTIONS = [
+  'tensorLayout',
+  'isCausal',
+  'causalAlignment',
+  'smScale',
+  'softcap',
+  'windowSize',
+  'attnMask',
+  'returnLse',
+] as const satisfies readonly (keyof AttentionOptions)[];
+
+/** Options of `sageattn` that decide how it is quantized. */
+const QUANTIZATION_OPTIONS = [
+  'smoothK',
+  'smoothV',
+  'smoothQ',
+  'qkQuantGran',
+  'pvAccumDtype',
+] as const satisfies readonly (keyof AttentionOptions)[];
+
+/** Options of exact attention; names and meaning are those of `sageattn`. */
+export type ExactOptions = Pick<AttentionOptions, (typeof EXACT_OPTIONS)[number]>;
+
+/** Options of quantized attention: those of `sageattn`, and an algorithm. */
+export interface QuantizedOptions extends ExactOptions, Pick<AttentionOptions, (typeof QUANTIZATION_OPTIONS)[number]> {
+  /** What the emulated kernel does; what is left out is {@link PORTABLE_ALGORITHM}'s. The options above go before it. */
+  readonly algorithm?: Partial<QuantizedAlgorithm>;
+}
+
+/** A result in float64. */
+export interface ReferenceResult {
+  /** Contiguous, in `shape`'s order. Not rounded to q's dtype. */
+  readonly output: Float64Array;
+  /** `[B,Hq,Lq,Dv]` (HND) or `[B,Lq,Hq,Dv]` (NHD); varlen `[totalQ,Hq,Dv]`. */
+  readonly shape: readonly number[];
+  /** Natural logarithm of the sum of exponentials of each row's true scores; present with `returnLse`. */
+  readonly lse?: Float64Array;
+  /** `[B,Hq,Lq]`; varlen `[Hq,totalQ]`. */
+  readonly lseShape: readonly number[];
+}
+
+function requireCpu(argument: string, view: Tensor): void {
+  if (view.location !== 'cpu') {
+    throw new InvalidArgumentError('mixed-locations', argument, "a tensor in the process's memory", view.location);
+  }
+  validateExtent(argument, view, view.data.length);
+}
+
+function inputsOf(q: Tensor, k: Tensor, v: Tensor, options: ExactOptions): ReferenceInputs {
+  requireCpu('q', q);
+  requireCpu('k', k);
+  requireCpu('v', v);
+  const attnMask = options.attnMask as Tensor | undefined;
+  if (attnMask !== undefined) requireCpu('options.attnMask', attnMask);
+  return { q, k, v, attnMask };
+}
+
+function resultOf(problem: AttentionProblem, { output, lse }: ReferenceOutputs): ReferenceResult {
+  const result = { output, shape: outputShapeOf(problem), lseShape: lseShapeOf(problem) };
+  return problem.returnLse ? { ...result, lse } : result;
+}
+
+function algorithmOf({ algorithm, ...options }: QuantizedOptions): QuantizedAlgorithm {
+  const base = { ...PORTABLE_ALGORITHM, ...algorithm };
+  return {
+    ...base,
+    granularity: options.qkQuantGran ?? base.granularity,
+    pvAccumDtype: options.pvAccumDtype ?? base.pvAccumDtype,
+    smoothK: options.smoothK ?? base.smoothK,
+    smoothQ: options.smoothQ ?? base.smoothQ,
+    smoothV: options.smoothV ?? base.smoothV,
+  };
+}
+
+/**
+ * Exact attention in float64: softmax(q k^T smScale) v, with every option that changes its meaning.
+ *
+ * @param q `[B,Hq,Lq,D]` (HND) or `[B,Lq,Hq,D]` (NHD), float16, bfloat16 or float32
+ * @param k `[B,Hkv,Lk,D]`
+ * @param v `[B,Hkv,Lk,Dv]`
+ * @throws {InvalidArgumentError} naming the argument at fault
+ */
+export function exactAttention(q: Tensor, k: Tensor, v: Tensor, options: ExactOptions = {}): ReferenceResult {
+  validateOptions(options, EXACT_OPTIONS);
+  const problem = createProblem(q, k, v, options);
+  return resultOf(problem, attentionExact(problem, inputsOf(q, k, v, options)));
+}
+
+/**
+ * Exact attention over sequences packed end to end.
+ *
+ * @param q `[totalQ,Hq,D]`
+ * @param k `[totalK,Hkv,D]`
+ * @param v `[totalK,Hkv,Dv]`
+ * @param cuSeqlensQ starts of the sequences and the end of the last, `B + 1` integers from 0; `cuSeqlensK` likewise
+ * @throws {InvalidArgumentError} naming the argument at fault
+ */
+export function exactAttentionVarlen(
+  q: Tensor,
+  k: Tensor,
+  v: Tensor,
+  cuSeqlensQ: ArrayLike<number>,
+  cuSeqlensK: ArrayLike<number>,
+  options: Omit<ExactOptions, 'tensorLayout'> = {},
+): ReferenceResult {
+  validateOptions(
+    options,
+    EXACT_OPTIONS.filter((name) => name !== 'tensorLayout'),
+  );
+  const problem = createVarlenProblem(q, k, v, cuSeqlensQ, cuSeqlensK, options);
+  return resultOf(problem, attentionExact(problem, inputsOf(q, k, v, options)));
+}
+
+/**
+ * Quantized attention in plain TypeScript, step by step as a kernel computes it: SageAttention (arXiv 2410.02367),
+ * SageAttention2 (2411.10958), SageAttention2++ (2505.21136) or SageAttention3 (2505.11594), as `options.algorithm` says.
+ *
+ * Arguments are those of {@link exactAttention}.
+ *
+ * @throws {InvalidArgumentError} naming the argument at fault
+ */
+export function quantizedAttention(q: Tensor, k: Tensor, v: Tensor, options: QuantizedOptions = {}): ReferenceResult {
+  const { algorithm: _, ...plain } = options;
+  validateOptions(plain, [...EXACT_OPTIONS, ...QUANTIZATION_OPTIONS]);
+  const problem = createProblem(q, k, v, plain);
+  return resultOf(problem, attentionQuantized(problem, inputsOf(q, k, v, plain), algorithmOf(options)));
+}
+
+/**
+ * Quantized attention over sequences packed end to end; each sequence is smoothed and quantized by itself. Arguments are
+ * those of {@link exactAttentionVarlen}.
+ *
+ * @throws {InvalidArgumentError} naming the argument at fault
+ */
+export function quantizedAttentionVarlen(
+  q: Tensor,
+  k: Tensor,
+  v: Tensor,
+  cuSeqlensQ: ArrayLike<number>,
+  cuSeqlensK: ArrayLike<number>,
+  options: Omit<QuantizedOptions, 'tensorLayout'> = {},
+): ReferenceResult {
+  const { algorithm: _, ...plain } = options;
+  validateOptions(plain, [...EXACT_OPTIONS.filter((name) => name !== 'tensorLayout'), ...QUANTIZATION_OPTIONS]);
+  const problem = createVarlenProblem(q, k, v, cuSeqlensQ, cuSeqlensK, plain);
+  return resultOf(problem, attentionQuantized(problem, inputsOf(q, k, v, plain), algorithmOf(options)));
+}
