@@ -18,6 +18,13 @@ export const integer =
     return value;
   };
 
+/** A finite number, as a parser for commander. */
+export function finite(text: string): number {
+  const value = text.trim() === '' ? Number.NaN : Number(text);
+  if (!Number.isFinite(value)) throw new InvalidArgumentError('Expected a number.');
+  return value;
+}
+
 /** Comma-separated values, each read by `parse`. */
 export const list =
   <T>(parse: (text: string) => T) =>

@@ -23,7 +23,9 @@ const MOST_SENTENCES = 8;
 
 /** Up to eight sentences of a text, spread evenly over those of a readable length. */
 export function pickSentences(text: string): string[] {
-  const sentences = [...new Intl.Segmenter('en', { granularity: 'sentence' }).segment(text)]
+  // A single line break is only where a line was full; the segmenter would end a sentence there.
+  const unwrapped = text.replaceAll('\r\n', '\n').replace(/(?<!\n)\n(?!\n)/gu, ' ');
+  const sentences = [...new Intl.Segmenter('en', { granularity: 'sentence' }).segment(unwrapped)]
     .map(({ segment }) => segment.replace(/\s+/gu, ' ').trim())
     .filter((sentence) => /\p{L}/u.test(sentence));
   const readable = sentences.filter((sentence) => sentence.length >= 20 && sentence.length <= 120);

@@ -1,13 +1,13 @@
 /** `sageattention demo`: a trained encoder on real text, with exact attention and with SageAttention. */
-import { writeFile } from 'node:fs/promises';
 import { readUserFile } from './arguments.ts';
 import { chooseBackend } from './backends.ts';
 import { DEFAULT_SENTENCES, DEFAULT_TEXT, pickSentences } from './demo-text.ts';
 import { compareEncoders, type EncoderComparison, type KernelSelection } from './encoder-comparison.ts';
-import { messageOf, UserError } from './errors.ts';
+import { UserError } from './errors.ts';
 import { type BackendName, compare, type KernelName, TRAINED_LENGTH } from './library.ts';
 import { type Machine, thisMachine } from './machine.ts';
 import { openSentenceModel } from './model.ts';
+import { writeReport } from './report-file.ts';
 import {
   ACCURACY_HEADINGS,
   accuracyCells,
@@ -72,24 +72,24 @@ function printComparison(comparison: EncoderComparison): void {
   const { layers, worstEmbeddingCosine, denseMs } = comparison;
   print(
     table(
-      ['', 'heads', ...ACCURACY_HEADINGS, '>exact f64', '>SageAttention', '>', 'kernel'],
-      layers.flatMap(({ layer, heads, headDim, kernel, attention, hidden, exactMs, sageMs, sageGflops }) => [
+      ['', '>heads', ...ACCURACY_HEADINGS, '>exact f64', '>SageAttention', '>'],
+      layers.flatMap(({ layer, heads, headDim, attention, hidden, exactMs, sageMs, sageGflops }) => [
         [
-          `layer ${layer + 1}: attention, same q k v`,
+          `layer ${layer + 1} attention`,
           `${heads} x ${headDim}`,
           ...accuracyCells(attention),
           duration(exactMs),
           duration(sageMs),
           rate(sageGflops),
-          kernel,
         ],
-        [`layer ${layer + 1}: output, error carried on`, '', ...accuracyCells(hidden), '', '', '', ''],
+        [`layer ${layer + 1} output`, '', ...accuracyCells(hidden), '', '', ''],
       ]),
     ),
   );
+  const kernels = [...new Set(layers.map(({ kernel }) => kernel))].join(', ');
   print(
     `Embeddings: cosine similarity ${comparison.sequences > 1 ? 'at least ' : ''}${cosine(worstEmbeddingCosine)}. ` +
-      `Dense layers, in plain TypeScript: ${duration(denseMs)} for each run.`,
+      `Kernel: ${kernels}. Dense layers, plain TypeScript: ${duration(denseMs)} a run.`,
   );
 }
 
@@ -98,7 +98,7 @@ function similarityCell(value: number): string {
   const text = value
     .toFixed(2)
     .replace(/^(-?)0\./, '$1.')
-    .padStart(4);
+    .padStart(5);
   if (process.stdout.isTTY !== true || process.env.NO_COLOR) return text;
   const level = Math.round(Math.min(1, Math.max(0, value)) * 23);
   return `\u001b[48;5;${232 + level}m\u001b[38;5;${level > 11 ? 16 : 231}m${text}\u001b[0m`;
@@ -109,7 +109,7 @@ function printMatrices({ texts, exactSimilarity, sageSimilarity, largestDifferen
     print(`  ${i + 1}  ${text.length > 100 ? `${text.slice(0, 99)}…` : text}`);
   });
   print();
-  const heading = texts.map((_, i) => String(i + 1).padStart(4)).join('');
+  const heading = texts.map((_, i) => String(i + 1).padStart(5)).join('');
   print(`     ${'exact'.padEnd(heading.length)}     SageAttention`);
   print(`     ${heading}     ${heading}`);
   for (const [i, row] of exactSimilarity.entries()) {
@@ -132,7 +132,8 @@ export async function demo({ text: file, backend, kernel, maxTokens, json }: Dem
   print(`text     ${title}: ${count(tokens.length)} tokens`);
   print(
     dim(
-      'The exact attention is the reference, in float64: its times tell how long the comparison took, not how fast a float32 kernel is.',
+      'attention: the same q, k and v through both. output: of the whole layer, everything up to it computed with SageAttention.\n' +
+        'Exact attention is the float64 reference: its times say how long the comparison takes, not how fast a float32 kernel is.',
     ),
   );
 
@@ -188,14 +189,4 @@ export async function demo({ text: file, backend, kernel, maxTokens, json }: Dem
     };
     await writeReport(json, JSON.stringify(report, null, 2));
   }
-}
-
-/** Writes a file that the user named. */
-export async function writeReport(file: string, content: string): Promise<void> {
-  try {
-    await writeFile(file, `${content}\n`);
-  } catch (error) {
-    throw new UserError(`cannot write ${file}: ${messageOf(error)}`);
-  }
-  print(`Wrote ${file}`);
 }

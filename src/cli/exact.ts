@@ -46,16 +46,13 @@ export function sampleRows(length: number, sample: number): RowRange[] {
 }
 
 function exactRange(call: ExactCall, { start, end }: RowRange): Float64Array {
-  const axis = tokenAxis(call);
-  const { attnMask, tensorLayout, isCausal = false } = call;
-  const q = slice(call.q, axis, start, end);
-  // Rows of a causal problem cut out of the middle: they end at the diagonal of what is left of the keys.
-  const [k, v] = isCausal ? [slice(call.k, axis, 0, end), slice(call.v, axis, 0, end)] : [call.k, call.v];
+  const { k, v, attnMask, tensorLayout, smScale } = call;
+  const q = slice(call.q, tokenAxis(call), start, end);
   const problem = createProblem(q, k, v, {
     tensorLayout,
-    isCausal,
-    causalAlignment: 'bottom-right',
-    ...(call.smScale !== undefined && { smScale: call.smScale }),
+    // Row `start + i` of a causal call is row i here, and may look `start` keys further to the right.
+    ...(call.isCausal && { windowSize: [-1, start] }),
+    ...(smScale !== undefined && { smScale }),
     ...(attnMask && { attnMask }),
   });
   return attentionExact(problem, { q, k, v, attnMask }).output;

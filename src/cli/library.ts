@@ -8,3 +8,5 @@ export * from '../models/sentence-encoder/index.ts';
 export { attentionExact } from '../reference/exact.ts';
 export { type Accuracy, compare } from '../reference/metrics.ts';
 export { toFloat32, writeValues } from '../tensor/access.ts';
+export { parseSafetensors, type SafetensorsEntry } from '../tensor/safetensors.ts';
+export { NativeFloat16Array } from '../tensor/tensor.ts';

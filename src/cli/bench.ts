@@ -1,0 +1,222 @@
+/** `sageattention bench`: time and accuracy of kernels on random inputs. */
+import { performance } from 'node:perf_hooks';
+import { availableBackends } from './backends.ts';
+import { messageOf, UserError } from './errors.ts';
+import { accuracyOnRows, sampleRows } from './exact.ts';
+import { type InputShape, randomInputs } from './inputs.ts';
+import {
+  type Accuracy,
+  type BackendName,
+  createAttention,
+  type DType,
+  type KernelName,
+  SageAttentionError,
+} from './library.ts';
+import { type Machine, thisMachine } from './machine.ts';
+import { writeReport } from './report-file.ts';
+import { median } from './statistics.ts';
+import { bold, cosine, dim, duration, print, progress, rate, small, table } from './terminal.ts';
+
+export interface BenchOptions {
+  readonly backend?: readonly BackendName[];
+  readonly kernel?: readonly KernelName[];
+  readonly batch: number;
+  readonly heads: number;
+  readonly kvHeads?: number;
+  readonly length: readonly number[];
+  readonly headDim: readonly number[];
+  readonly causal: 'no' | 'yes' | 'both';
+  readonly dtype: DType;
+  readonly repetitions: number;
+  readonly rows: number;
+  readonly seed: number;
+  readonly json?: string;
+  readonly html?: string;
+}
+
+export interface BenchResult extends InputShape {
+  readonly backend: BackendName;
+  readonly kernel: KernelName;
+  readonly isCausal: boolean;
+  /** Why there are no figures: the kernel does not take this problem. */
+  readonly refused?: string;
+  readonly medianMs?: number;
+  readonly fastestMs?: number;
+  /** 4 B H L^2 D / median, halved when causal. */
+  readonly gflops?: number;
+  readonly accuracy?: Accuracy;
+  /** Query rows of each head that accuracy is of. */
+  readonly rows?: number;
+}
+
+/** What `bench --json` writes. */
+export interface BenchReport {
+  readonly schema: 'sageattention-bench/1';
+  readonly version: string;
+  readonly date: string;
+  readonly machine: Machine;
+  readonly dtype: DType;
+  readonly repetitions: number;
+  readonly seed: number;
+  readonly backends: Readonly<Record<string, Readonly<Record<string, string>>>>;
+  readonly results: readonly BenchResult[];
+}
+
+interface Case {
+  readonly backend: BackendName;
+  readonly kernel: KernelName;
+  readonly shape: InputShape;
+  readonly isCausal: boolean;
+}
+
+/** Batch and heads, lengths, head dims and causality, each with each; kernels innermost, so that inputs are shared. */
+async function casesOf(options: BenchOptions): Promise<Case[]> {
+  const { batch, heads, kvHeads = heads, length: lengths, headDim: headDims, causal } = options;
+  const backends = await availableBackends('auto', options.backend);
+  const offered = backends.flatMap(({ backend }) =>
+    backend.kernels
+      .filter(({ name }) => options.kernel?.includes(name) ?? true)
+      .map(({ name }) => ({ backend: backend.name, kernel: name })),
+  );
+  const missing = options.kernel?.find((name) => !offered.some(({ kernel }) => kernel === name));
+  if (missing !== undefined) {
+    const names = backends.map(({ backend }) => backend.name).join(', ');
+    throw new UserError(`kernel ${missing} is not one of backend ${names}; \`sageattention doctor\` lists the kernels`);
+  }
+  const masks = { no: [false], yes: [true], both: [false, true] }[causal];
+  return lengths.flatMap((length) =>
+    headDims.flatMap((headDim) =>
+      masks.flatMap((isCausal) =>
+        offered.map((which) => ({ ...which, isCausal, shape: { batch, heads, kvHeads, length, headDim } })),
+      ),
+    ),
+  );
+}
+
+async function measure(
+  { backend, kernel, shape, isCausal }: Case,
+  { q, k, v }: ReturnType<typeof randomInputs>,
+  { repetitions, rows }: BenchOptions,
+): Promise<Pick<BenchResult, 'medianMs' | 'fastestMs' | 'gflops' | 'accuracy' | 'rows'>> {
+  const attention = await createAttention({ q, k, v }, { backend, kernel, isCausal });
+  try {
+    // The first call compiles and starts workers; its output is as good as any other.
+    const { output } = await attention.run({ q, k, v });
+    const times: number[] = [];
+    for (let i = 0; i < repetitions; i++) {
+      const start = performance.now();
+      await attention.run({ q, k, v });
+      times.push(performance.now() - start);
+    }
+    const medianMs = median(times);
+    const { batch, heads, length, headDim } = shape;
+    const operations = (4 * batch * heads * length ** 2 * headDim) / (isCausal ? 2 : 1);
+    const ranges = sampleRows(length, rows);
+    return {
+      medianMs,
+      fastestMs: Math.min(...times),
+      gflops: operations / medianMs / 1e6,
+      accuracy: await accuracyOnRows({ q, k, v, tensorLayout: 'HND', isCausal }, output, ranges),
+      rows: ranges.reduce((sum, { start, end }) => sum + end - start, 0),
+    };
+  } finally {
+    attention.dispose();
+  }
+}
+
+/** A kernel that does not take a problem is a line of the table; a kernel that fails is an error. */
+async function measureOrRefuse(which: Case, inputs: ReturnType<typeof randomInputs>, options: BenchOptions) {
+  try {
+    return await measure(which, inputs, options);
+  } catch (error) {
+    const refusal =
+      error instanceof SageAttentionError && ['unsupported-option', 'unsupported-size'].includes(error.code);
+    if (!refusal) throw error;
+    return { refused: messageOf(error) };
+  }
+}
+
+function row(result: BenchResult): string[] {
+  const { backend, kernel, length, headDim, isCausal, medianMs, gflops, accuracy, refused } = result;
+  const shape = [backend, kernel, String(length), String(headDim), isCausal ? 'yes' : 'no'];
+  if (medianMs === undefined || gflops === undefined || accuracy === undefined) {
+    return [...shape, refused ?? '', '', '', ''];
+  }
+  return [
+    ...shape,
+    duration(medianMs),
+    rate(gflops),
+    cosine(accuracy.cosineSimilarity),
+    small(accuracy.relativeL1),
+    String(result.rows),
+  ];
+}
+
+export async function bench(options: BenchOptions, version: string): Promise<void> {
+  const { batch, heads, kvHeads = heads, dtype, repetitions, seed } = options;
+  if (heads % kvHeads !== 0) throw new UserError(`--heads ${heads} is not a multiple of --kv-heads ${kvHeads}`);
+  const cases = await casesOf(options);
+  const bar = progress(`${cases.length} measurements`, cases.length);
+  const results: BenchResult[] = [];
+  let inputs: { shape: InputShape; tensors: ReturnType<typeof randomInputs> } | undefined;
+  try {
+    for (const which of cases) {
+      if (inputs?.shape.length !== which.shape.length || inputs.shape.headDim !== which.shape.headDim) {
+        inputs = { shape: which.shape, tensors: randomInputs(which.shape, dtype, seed) };
+      }
+      const { backend, kernel, isCausal, shape } = which;
+      const figures = await measureOrRefuse(which, inputs.tensors, options);
+      results.push({ backend, kernel, isCausal, ...shape, ...figures });
+      bar.advance();
+    }
+  } finally {
+    bar.stop();
+  }
+
+  const machine = thisMachine();
+  print(bold(`Batch ${batch}, ${heads} heads${kvHeads === heads ? '' : ` (${kvHeads} of keys and values)`}, ${dtype}`));
+  print(
+    dim(`Node ${machine.node}, ${machine.cpu}, ${machine.cores} cores; median of ${repetitions} runs, seed ${seed}`),
+  );
+  print(
+    table(
+      [
+        'backend',
+        'kernel',
+        '>length',
+        '>head dim',
+        'causal',
+        '>time',
+        '>speed',
+        '>cosine',
+        '>relative L1',
+        '>rows checked',
+      ],
+      results.map(row),
+    ),
+  );
+  if (results.every(({ medianMs }) => medianMs === undefined))
+    throw new UserError('no kernel took any of these shapes');
+  if (options.json === undefined && options.html === undefined) return;
+
+  const found = await availableBackends('auto', options.backend);
+  const details = await Promise.all(
+    found.map(async ({ backend }) => [backend.name, (await backend.availability()).details] as const),
+  );
+  const report: BenchReport = {
+    schema: 'sageattention-bench/1',
+    version,
+    date: new Date().toISOString(),
+    machine,
+    dtype,
+    repetitions,
+    seed,
+    backends: Object.fromEntries(details),
+    results,
+  };
+  if (options.json !== undefined) await writeReport(options.json, JSON.stringify(report, null, 2));
+  if (options.html !== undefined) {
+    const { benchHtml } = await import('./bench-html.ts');
+    await writeReport(options.html, benchHtml(report));
+  }
+}
