@@ -1,0 +1,120 @@
+import { ExecutionError } from '../../../attention/errors.ts';
+import type { CudaDevice } from './device.ts';
+import type { CudaStream } from './stream.ts';
+
+/**
+ * Memory of a device. It is freed by {@link dispose} and by nothing else: a garbage collector knows neither how much
+ * device memory a small object holds nor which stream still reads it.
+ *
+ * It belongs to a stream, its home: allocated, written and freed in that stream's order. A call on another stream waits for
+ * the home first, and freeing waits for every stream that has used it.
+ */
+export class DeviceMemory {
+  readonly device: CudaDevice;
+  /** 0n for memory of no bytes. */
+  readonly pointer: bigint;
+  readonly byteLength: number;
+  /** Undefined for the caller's own memory, which is neither ordered nor freed here. */
+  readonly home: CudaStream | undefined;
+  readonly #users = new Set<CudaStream>();
+  readonly #free: ((stream: CudaStream) => void) | undefined;
+  #disposed = false;
+
+  /** @internal Use `CudaDevice.allocate` or `CudaDevice.memoryFromPointer`. */
+  constructor(
+    device: CudaDevice,
+    pointer: bigint,
+    byteLength: number,
+    home: CudaStream | undefined,
+    free: ((stream: CudaStream) => void) | undefined,
+  ) {
+    this.device = device;
+    this.pointer = pointer;
+    this.byteLength = byteLength;
+    this.home = home;
+    this.#free = free;
+  }
+
+  get disposed(): boolean {
+    return this.#disposed;
+  }
+
+  /**
+   * Makes `stream` wait for what wrote this memory, and keeps the memory until the stream's work has ended.
+   *
+   * @throws {ExecutionError} `disposed`
+   */
+  useOn(stream: CudaStream): void {
+    if (this.#disposed) throw new ExecutionError('disposed', 'this device memory has been disposed');
+    if (this.home === undefined || this.home === stream) return;
+    stream.waitFor(this.home);
+    this.#users.add(stream);
+  }
+
+  /** Frees the memory, in stream order: kernels enqueued before still find it. Foreign memory is only forgotten. */
+  dispose(): void {
+    if (this.#disposed) return;
+    this.#disposed = true;
+    const { home, device } = this;
+    const free = this.#free;
+    if (home === undefined || free === undefined) return;
+    device.release(() => {
+      const stream = home.disposed ? device.stream : home;
+      for (const user of this.#users) stream.waitFor(user);
+      this.#users.clear();
+      free(stream);
+    });
+  }
+
+  [Symbol.dispose](): void {
+    this.dispose();
+  }
+}
+
+const PAGE = 4096;
+
+/**
+ * Host memory that is page-locked, so that copies to and from it run beside the program. The pages are those of an ordinary
+ * `ArrayBuffer`: a view that outlives `dispose` is still memory of this process, only no longer locked.
+ */
+export class PinnedBuffer {
+  /** The locked bytes. */
+  readonly bytes: Uint8Array<ArrayBuffer>;
+  /** Their address in this process. */
+  readonly address: bigint;
+  readonly #device: CudaDevice;
+  #disposed = false;
+
+  /** @internal Use `CudaDevice.allocatePinned`. */
+  constructor(device: CudaDevice, byteLength: number) {
+    this.#device = device;
+    // Whole pages of its own: a page locked twice is an error of the driver.
+    const lockedBytes = Math.max(1, Math.ceil(byteLength / PAGE)) * PAGE;
+    const buffer = new ArrayBuffer(lockedBytes + PAGE);
+    const start = device.api.addressOf(buffer);
+    const skip = Number((BigInt(PAGE) - (start % BigInt(PAGE))) % BigInt(PAGE));
+    this.bytes = new Uint8Array(buffer, skip, byteLength);
+    this.address = start + BigInt(skip);
+    device.lockPages(this.address, lockedBytes);
+  }
+
+  /** A view of other element type over the same bytes. */
+  view<T>(type: new (buffer: ArrayBuffer, byteOffset: number, length: number) => T, bytesPerElement: number): T {
+    return new type(this.bytes.buffer, this.bytes.byteOffset, Math.floor(this.bytes.byteLength / bytesPerElement));
+  }
+
+  get disposed(): boolean {
+    return this.#disposed;
+  }
+
+  /** Unlocks the pages. Copies under way must have ended. */
+  dispose(): void {
+    if (this.#disposed) return;
+    this.#disposed = true;
+    this.#device.release(() => this.#device.unlockPages(this.address));
+  }
+
+  [Symbol.dispose](): void {
+    this.dispose();
+  }
+}

@@ -1,0 +1,194 @@
+import { ExecutionError } from '../../../attention/errors.ts';
+import type { StreamHandle } from '../../backend.ts';
+import {
+  CU_EVENT_DISABLE_TIMING,
+  CU_STREAM_CAPTURE_STATUS_NONE,
+  CU_STREAM_NON_BLOCKING,
+  CUDA_ERROR_NOT_READY,
+} from './api.ts';
+import type { CudaDevice } from './device.ts';
+
+/** Polls that yield to the event loop without waiting, before they are a millisecond apart. */
+const EAGER_POLLS = 200;
+
+const nextPoll = (poll: number) =>
+  new Promise<void>((resolve) => (poll < EAGER_POLLS ? setImmediate(resolve) : setTimeout(resolve, 1)));
+
+/**
+ * A stream of one device. Work of one stream runs in order; the order between streams is made by {@link waitFor}. Streams
+ * of this library do not synchronize with the default stream.
+ */
+export class CudaStream implements StreamHandle {
+  readonly handle: bigint;
+  readonly device: number;
+  /** False for a stream that the caller made elsewhere: it is never destroyed here. */
+  readonly owned: boolean;
+  readonly #device: CudaDevice;
+  /** The end of this stream's work when it was last marked; 0 before the first mark. */
+  #mark = 0n;
+  #disposed = false;
+  /** Kernels enqueued and not known to have ended, each with the number of its latest launch. */
+  readonly #pending = new Map<string, number>();
+  #launches = 0;
+
+  /** @internal Use `CudaDevice.createStream` or `CudaDevice.streamFromHandle`. */
+  constructor(device: CudaDevice, handle: bigint | undefined) {
+    this.#device = device;
+    this.device = device.ordinal;
+    this.owned = handle === undefined;
+    this.handle = handle ?? device.create('cuStreamCreate', 'creating a stream', CU_STREAM_NON_BLOCKING);
+  }
+
+  /** Kernels that a fault found now may come from, oldest first. */
+  get pendingKernels(): readonly string[] {
+    return [...this.#pending.keys()];
+  }
+
+  /** @internal Notes a launch, for the error of a fault that shows later. */
+  noteLaunch(kernel: string): void {
+    this.#pending.delete(kernel);
+    this.#pending.set(kernel, ++this.#launches);
+  }
+
+  #forgetUpTo(launch: number): void {
+    for (const [kernel, latest] of this.#pending) if (latest <= launch) this.#pending.delete(kernel);
+  }
+
+  get disposed(): boolean {
+    return this.#disposed;
+  }
+
+  /** @internal */
+  requireUsable(): void {
+    if (this.#disposed) throw new ExecutionError('disposed', 'this CUDA stream has been disposed');
+  }
+
+  /** True while the stream is being captured into a graph. */
+  get isCapturing(): boolean {
+    const status = new Int32Array(1);
+    this.#device.call('cuStreamIsCapturing', 'asking whether a stream is captured', this.handle, status);
+    return status[0] !== CU_STREAM_CAPTURE_STATUS_NONE;
+  }
+
+  /** @internal Remembers the end of the work enqueued so far, for {@link waitFor} of other streams. */
+  mark(): void {
+    if (this.#mark === 0n) {
+      this.#mark = this.#device.create('cuEventCreate', 'creating an event', CU_EVENT_DISABLE_TIMING);
+    }
+    this.#device.call('cuEventRecord', 'recording an event', this.#mark, this.handle);
+  }
+
+  /** Work enqueued here from now on starts after all that `other` holds now. Returns at once. */
+  waitFor(other: CudaStream): void {
+    this.requireUsable();
+    // What a disposed stream still had to do, the device's own stream waits for.
+    const source = other.#disposed ? other.#device.stream : other;
+    if (source === this) return;
+    // The caller may have destroyed his own stream since: its last mark stands for it.
+    if (source.owned) source.mark();
+    if (source.#mark === 0n) return;
+    this.#device.call('cuStreamWaitEvent', 'waiting for another stream', this.handle, source.#mark, 0);
+  }
+
+  /**
+   * Blocks until everything enqueued has ended.
+   *
+   * @throws {CudaError} for a fault on the device, naming the kernels that may have caused it
+   */
+  synchronize(): void {
+    this.requireUsable();
+    const launches = this.#launches;
+    this.#device.call('cuStreamSynchronize', `synchronizing a stream of ${this.#device}`, this.handle);
+    this.#forgetUpTo(launches);
+  }
+
+  /**
+   * Resolves when everything enqueued so far has ended, without blocking the thread.
+   *
+   * @throws {CudaError} as {@link synchronize}
+   */
+  async completed(): Promise<void> {
+    this.requireUsable();
+    const device = this.#device;
+    const launches = this.#launches;
+    const event = device.takeEvent();
+    try {
+      device.call('cuEventRecord', 'recording an event', event, this.handle);
+      for (let poll = 0; ; poll++) {
+        const status = device.inContext(() => device.api.cuEventQuery(event));
+        if (status === 0) break;
+        if (status !== CUDA_ERROR_NOT_READY) {
+          throw device.error(status, 'cuEventQuery', `waiting for a stream of ${device}`);
+        }
+        await nextPoll(poll);
+      }
+      this.#forgetUpTo(launches);
+    } finally {
+      device.returnEvent(event);
+    }
+  }
+
+  /** Destroys an owned stream once its work has ended, and forgets a caller's. Memory that it used stays usable. */
+  dispose(): void {
+    if (this.#disposed) return;
+    const device = this.#device;
+    device.release(() => {
+      if (this !== device.stream) device.stream.waitFor(this);
+      if (this.#mark !== 0n) device.call('cuEventDestroy', 'destroying an event', this.#mark);
+      if (this.owned) device.call('cuStreamDestroy', 'destroying a stream', this.handle);
+    });
+    this.#disposed = true;
+    device.forgetStream(this);
+  }
+
+  [Symbol.dispose](): void {
+    this.dispose();
+  }
+}
+
+/** A point in a stream's work, with its time. */
+export class CudaEvent {
+  readonly #device: CudaDevice;
+  readonly #handle: bigint;
+  #disposed = false;
+
+  /** @internal Use `CudaDevice.createEvent`. */
+  constructor(device: CudaDevice) {
+    this.#device = device;
+    this.#handle = device.create('cuEventCreate', 'creating an event', 0);
+  }
+
+  /** Moves the event to the end of what `stream` holds now. */
+  record(stream: CudaStream): this {
+    this.#device.call('cuEventRecord', 'recording an event', this.#handle, stream.handle);
+    return this;
+  }
+
+  /** Blocks until the work before the event has ended. */
+  synchronize(): void {
+    this.#device.call('cuEventSynchronize', 'waiting for an event', this.#handle);
+  }
+
+  /** Milliseconds from this event to a later one; both must have been reached. */
+  millisecondsTo(later: CudaEvent): number {
+    const milliseconds = new Float32Array(1);
+    this.#device.call(
+      'cuEventElapsedTime',
+      'reading the time between events',
+      milliseconds,
+      this.#handle,
+      later.#handle,
+    );
+    return milliseconds[0] as number;
+  }
+
+  dispose(): void {
+    if (this.#disposed) return;
+    this.#disposed = true;
+    this.#device.release(() => this.#device.call('cuEventDestroy', 'destroying an event', this.#handle));
+  }
+
+  [Symbol.dispose](): void {
+    this.dispose();
+  }
+}
