@@ -41,7 +41,7 @@ function speedChart(results: readonly Measured[], color: Plot.ScaleOptions): str
   const y = ({ gflops }: Measured) => (teraflops ? gflops / 1000 : gflops);
   const title = (result: Measured) => `${series(result)}\n${rate(result.gflops)}, ${duration(result.medianMs)}`;
   const lengths = [...new Set(results.map(({ length }) => length))].sort((a, b) => a - b);
-  const shared = { width: 460, height: 280, marginLeft: 52, color };
+  const shared = { width: 500, height: 290, marginLeft: 52, marginBottom: 44, color };
   const axis = { label: teraflops ? 'TFLOP/s' : 'GFLOP/s', grid: true, zero: true, nice: true };
   if (lengths.length === 1) {
     return chart({
@@ -57,7 +57,7 @@ function speedChart(results: readonly Measured[], color: Plot.ScaleOptions): str
   }
   return chart({
     ...shared,
-    x: { label: 'tokens', type: 'log', base: 2, ticks: lengths, tickFormat: String },
+    x: { label: 'tokens', labelOffset: 38, type: 'log', base: 2, ticks: lengths, tickFormat: String },
     y: axis,
     marks: [
       Plot.ruleY([0]),
@@ -71,11 +71,17 @@ function errorChart(results: readonly Measured[], color: Plot.ScaleOptions): str
   const x = (result: Measured) => result.accuracy.relativeL1;
   const worst = Math.max(...results.map(x));
   return chart({
-    width: 460,
-    height: 60 + 26 * new Set(results.map(series)).size,
+    width: 500,
+    height: 74 + 26 * new Set(results.map(series)).size,
     marginLeft: 190,
+    marginBottom: 44,
     color,
-    x: { label: 'relative L1 error against float64', grid: true, domain: [0, worst > 0 ? worst * 1.15 : 1] },
+    x: {
+      label: 'relative L1 error against float64',
+      labelOffset: 38,
+      grid: true,
+      domain: [0, worst > 0 ? worst * 1.15 : 1],
+    },
     y: { label: null },
     marks: [
       Plot.ruleY(results, { y: series, x, stroke: series, strokeWidth: 2 }),
@@ -117,7 +123,7 @@ function resultTable(results: readonly BenchResult[]): string {
 const STYLE = `
 :root { color-scheme: light dark; --ink: #1f2328; --soft: #59636e; --page: #ffffff; --line: #d1d9e0; }
 @media (prefers-color-scheme: dark) { :root { --ink: #e6edf3; --soft: #9198a1; --page: #0d1117; --line: #3d444d; } }
-body { margin: 2rem auto; max-width: 62rem; padding: 0 1rem; font: 15px/1.5 system-ui, sans-serif; color: var(--ink); background: var(--page); }
+body { margin: 2rem auto; max-width: 70rem; padding: 0 1rem; font: 15px/1.5 system-ui, sans-serif; color: var(--ink); background: var(--page); }
 h1 { font-size: 1.5rem; margin: 0; } h2 { font-size: 1.15rem; margin: 2rem 0 .25rem; } p { color: var(--soft); margin: .25rem 0; }
 .charts { display: flex; flex-wrap: wrap; gap: 1rem; } figure { margin: .5rem 0; } figcaption { font-weight: 600; }
 svg { max-width: 100%; height: auto; }

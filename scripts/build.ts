@@ -1,0 +1,96 @@
+/** Builds the package into dist/: WASM kernels, library, command line. */
+import { spawnSync } from 'node:child_process';
+import { copyFile, readdir, readFile, rm, writeFile } from 'node:fs/promises';
+import path from 'node:path';
+import { fileURLToPath } from 'node:url';
+import { build, type Metafile, type Plugin } from 'esbuild';
+
+const ROOT = fileURLToPath(new URL('..', import.meta.url));
+const inRoot = (...parts: readonly string[]) => path.join(ROOT, ...parts);
+
+function run(file: string, args: readonly string[]): void {
+  const { status } = spawnSync(process.execPath, [file, ...args], { cwd: ROOT, stdio: 'inherit' });
+  if (status !== 0) process.exit(status ?? 1);
+}
+
+/**
+ * Imports that leave src/cli/ become imports of the built library: the command line runs the code that programs import,
+ * and the package carries it once.
+ */
+const libraryStaysOutside: Plugin = {
+  name: 'library-stays-outside',
+  setup({ onResolve }) {
+    const cli = inRoot('src', 'cli') + path.sep;
+    onResolve({ filter: /^\.\.?\// }, ({ path: specifier, resolveDir }) => {
+      const file = path.resolve(resolveDir, specifier);
+      if (!resolveDir.startsWith(inRoot('src')) || file.startsWith(cli)) return undefined;
+      const built = path.relative(cli, file).replaceAll(path.sep, '/').replace(/\.ts$/, '.js');
+      return { path: built, external: true };
+    });
+  },
+};
+
+/** The package folders, `node_modules/name`, that a bundle took files from. */
+function bundledPackages({ inputs }: Metafile): string[] {
+  const folders = Object.keys(inputs).flatMap((file) => {
+    const match = /^(.*node_modules\/(?:@[^/]+\/)?[^/]+)\//.exec(file);
+    return match === null ? [] : [match[1] as string];
+  });
+  return [...new Set(folders)].sort();
+}
+
+/** Name, version and licence text of every package inside the bundle, as their licences ask. */
+async function licencesOf(folders: readonly string[]): Promise<string> {
+  const sections = await Promise.all(
+    folders.map(async (folder) => {
+      const { name, version, license } = JSON.parse(await readFile(inRoot(folder, 'package.json'), 'utf8')) as {
+        name: string;
+        version: string;
+        license?: string;
+      };
+      const files = (await readdir(inRoot(folder))).filter((file) => /^(licen[cs]e|notice|copying)/i.test(file));
+      const texts = await Promise.all(files.map((file) => readFile(inRoot(folder, file), 'utf8')));
+      if (license === undefined && texts.length === 0) throw new Error(`${name} is bundled but states no licence`);
+      return [`${name} ${version} (${license ?? 'see below'})`, ...texts.map((text) => text.trim())].join('\n\n');
+    }),
+  );
+  const rule = `\n\n${'-'.repeat(80)}\n\n`;
+  return `The command line contains the following packages.${rule}${sections.join(rule)}\n`;
+}
+
+async function bundleCommandLine(): Promise<void> {
+  // What tsc made of the command line would need its libraries installed; the bundle does not.
+  await rm(inRoot('dist', 'cli'), { recursive: true, force: true });
+  const { metafile } = await build({
+    absWorkingDir: ROOT,
+    entryPoints: ['src/cli/main.ts'],
+    outdir: 'dist/cli',
+    bundle: true,
+    // Commands, and above all charts, are loaded when they are used.
+    splitting: true,
+    chunkNames: '[name]-[hash]',
+    format: 'esm',
+    platform: 'node',
+    target: 'node20',
+    minify: true,
+    keepNames: true,
+    legalComments: 'none',
+    metafile: true,
+    logLevel: 'warning',
+    plugins: [libraryStaysOutside],
+    // linkedom draws on it where it is installed; charts need none.
+    external: ['canvas'],
+    // CommonJS packages inside call `require` for Node's own modules.
+    banner: {
+      js: "import { createRequire as createBundleRequire } from 'node:module';\nconst require = createBundleRequire(import.meta.url);",
+    },
+  });
+  await writeFile(inRoot('dist', 'cli', 'THIRD-PARTY-LICENSES.txt'), await licencesOf(bundledPackages(metafile)));
+  await copyFile(inRoot('src', 'cli', 'alice-chapter-1.txt'), inRoot('dist', 'cli', 'alice-chapter-1.txt'));
+}
+
+await rm(inRoot('dist'), { recursive: true, force: true });
+run(inRoot('node_modules', 'tsx', 'dist', 'cli.mjs'), [inRoot('scripts', 'build-wasm.ts')]);
+run(inRoot('node_modules', 'typescript', 'bin', 'tsc'), ['-p', inRoot('tsconfig.build.json')]);
+await bundleCommandLine();
+run(inRoot('dist', 'cli', 'main.js'), ['--version']);

@@ -1,0 +1,98 @@
+/** The commands and their options. Each command's code is loaded when it is asked for. */
+import { createRequire } from 'node:module';
+import { Command, CommanderError, Option } from 'commander';
+import { BACKEND_NAMES, backendOption, choice, finite, integer, kernelOption, list } from './arguments.ts';
+import { messageOf, UserError } from './errors.ts';
+import { disposeBackends, KERNEL_NAMES, SageAttentionError } from './library.ts';
+
+const { version, description } = createRequire(import.meta.url)('../../package.json') as {
+  version: string;
+  description: string;
+};
+
+function createProgram(): Command {
+  const program = new Command('sageattention')
+    .description(description)
+    .version(version)
+    .showHelpAfterError('(--help lists what there is)')
+    .exitOverride();
+
+  program
+    .command('demo')
+    .description('a trained sentence encoder on real text, with exact attention and with SageAttention')
+    .option('-t, --text <file>', 'a UTF-8 text of your own; default: a chapter of a book that comes with the package')
+    .addOption(backendOption('where SageAttention runs'))
+    .addOption(kernelOption('which kernel it runs'))
+    .option('--max-tokens <n>', 'tokens of the text to take as one sequence, beyond training', integer(1), 16384)
+    .option('--json <file>', 'write every figure to a file')
+    .action(async (options) => (await import('./demo.ts')).demo(options));
+
+  program
+    .command('doctor')
+    .description('every backend: what was found, what is missing and how to get it, and whether its kernels compute')
+    .action(async () => (await import('./doctor.ts')).doctor());
+
+  program
+    .command('bench')
+    .description('time and accuracy of kernels on random inputs')
+    .option('-b, --backend <names>', 'comma-separated; default: every available one', list(choice(BACKEND_NAMES)))
+    .option('-k, --kernel <names>', "comma-separated; default: each backend's own", list(choice(KERNEL_NAMES)))
+    .option('--batch <n>', 'batch size', integer(1), 1)
+    .option('--heads <n>', 'heads of queries', integer(1), 8)
+    .option('--kv-heads <n>', 'heads of keys and values; default: as many', integer(1))
+    .option('-l, --length <list>', 'tokens, comma-separated', list(integer(1)), [1024, 2048])
+    .option('-d, --head-dim <list>', 'head dims, comma-separated', list(integer(1, 256)), [64, 128])
+    .addOption(new Option('--causal <which>', 'causal mask').choices(['no', 'yes', 'both']).default('no'))
+    .addOption(
+      new Option('--dtype <name>', 'of the inputs').choices(['float16', 'bfloat16', 'float32']).default('float32'),
+    )
+    .option('-r, --repetitions <n>', 'timed runs of which the median counts', integer(1), 5)
+    .option('--rows <n>', 'query rows of each head whose accuracy is checked', integer(1), 128)
+    .option('--seed <n>', 'of the random inputs', integer(0, 2 ** 32 - 1), 1)
+    .option('--json <file>', 'write every figure to a file')
+    .option('--html <file>', 'write a report with charts')
+    .action(async (options) => (await import('./bench.ts')).bench(options, version));
+
+  program
+    .command('compare <file.safetensors>')
+    .description('accuracy of every kernel on tensors q, k and v of your own')
+    .option('--q <name>', 'tensor of queries', 'q')
+    .option('--k <name>', 'tensor of keys', 'k')
+    .option('--v <name>', 'tensor of values', 'v')
+    .addOption(new Option('--layout <name>', '[B,H,L,D] or [B,L,H,D]').choices(['HND', 'NHD']).default('HND'))
+    .option('--causal', 'causal mask', false)
+    .option('--sm-scale <x>', 'scale of the scores; default 1/sqrt(D)', finite)
+    .option('-b, --backend <names>', 'comma-separated; default: every available one', list(choice(BACKEND_NAMES)))
+    .option('-k, --kernel <names>', 'comma-separated; default: all', list(choice(KERNEL_NAMES)))
+    .option('--rows <n>', 'query rows of each head that are checked', integer(1), 256)
+    .option('--json <file>', 'write every figure to a file')
+    .action(async (file, options) => (await import('./compare.ts')).compareKernels(file, options));
+  return program;
+}
+
+/** A user's mistake is one line; anything else is a defect and shows where. */
+function explain(error: unknown): string {
+  const expected = error instanceof UserError || error instanceof SageAttentionError;
+  if (expected || !(error instanceof Error)) return `error: ${messageOf(error)}`;
+  return error.stack ?? error.message;
+}
+
+/**
+ * Runs one command.
+ *
+ * @param args what stands behind the program's name
+ * @returns the exit code
+ */
+export async function runCommandLine(args: readonly string[]): Promise<number> {
+  try {
+    await createProgram().parseAsync(args, { from: 'user' });
+    return 0;
+  } catch (error) {
+    // Commander has printed its message, or the help that was asked for.
+    if (error instanceof CommanderError) return error.exitCode;
+    process.stderr.write(`${explain(error)}\n`);
+    return 1;
+  } finally {
+    await disposeBackends();
+  }
+}
