@@ -1,0 +1,37 @@
+/** Builds the AssemblyScript kernels, once with SIMD128 and once with relaxed SIMD, into modules that embed them. */
+import { mkdir, writeFile } from 'node:fs/promises';
+import { fileURLToPath } from 'node:url';
+import { gzipSync } from 'node:zlib';
+import asc from 'assemblyscript/asc';
+
+const ROOT = fileURLToPath(new URL('..', import.meta.url));
+const FOLDER = `${ROOT}src/backends/wasm/generated/`;
+
+const OPTIONS = [
+  'src/backends/wasm/assembly/index.ts',
+  ...['--baseDir', ROOT, '-O3', '--noAssert', '--runtime', 'stub', '--use', 'abort='],
+  ...['--importMemory', '--noExportMemory', '--sharedMemory', '--initialMemory', '1', '--maximumMemory', '65536'],
+  ...['--enable', 'threads', '--enable', 'simd'],
+];
+
+const BUILDS = { simd128: [], relaxed: ['--enable', 'relaxed-simd'] } as const;
+
+await mkdir(FOLDER, { recursive: true });
+for (const [name, extra] of Object.entries(BUILDS)) {
+  let binary: Uint8Array | undefined;
+  const { error, stderr } = await asc.main([...OPTIONS, ...extra, '-o', 'out.wasm'], {
+    writeFile: (_, contents) => {
+      if (typeof contents !== 'string') binary = contents;
+    },
+  });
+  if (error !== null || binary === undefined) {
+    process.stderr.write(stderr.toString());
+    throw error ?? new Error('the AssemblyScript compiler wrote nothing');
+  }
+  const base64 = Buffer.from(binary).toString('base64');
+  await writeFile(
+    `${FOLDER}${name}.ts`,
+    `/** Built by scripts/build-wasm.ts from ../assembly. */\nexport const BASE64 =\n  '${base64}';\n`,
+  );
+  console.log(`${name}: ${binary.length} bytes, ${gzipSync(base64, { level: 9 }).length} gzipped as base64`);
+}

@@ -1,0 +1,471 @@
+/**
+ * Attention of BLOCK_Q rows of one head over the tiles of their keys, with a running softmax (FlashAttention-2,
+ * arXiv 2307.08691, algorithm 1) on quantized operands (SageAttention, arXiv 2410.02367, algorithm 1).
+ *
+ * Q has a scale per row. P of a tile is quantized against the row's largest weight in that tile, not the largest so far:
+ * its few levels then cover what the tile holds.
+ */
+import {
+  BLOCK_K,
+  BLOCK_Q,
+  DTYPE_BOOL,
+  FLAG_ACCURATE,
+  FLAG_SMOOTH_V,
+  JOB_D,
+  JOB_DTYPE,
+  JOB_DV,
+  JOB_DV_PADDED,
+  JOB_FLAGS,
+  JOB_K_STEPS,
+  JOB_KV_HEADS,
+  JOB_LSE,
+  JOB_LSE_HEAD_STRIDE,
+  JOB_MASK,
+  JOB_MASK_DTYPE,
+  JOB_MASK_HEAD_STRIDE,
+  JOB_MASK_KEY_STRIDE,
+  JOB_MASK_QUERY_STRIDE,
+  JOB_MEANS,
+  JOB_OUT,
+  JOB_OUT_HEAD_STRIDE,
+  JOB_OUT_TOKEN_STRIDE,
+  JOB_Q,
+  JOB_Q_HEAD_STRIDE,
+  JOB_Q_TOKEN_STRIDE,
+  JOB_QUERY_HEADS,
+  JOB_SEQUENCES,
+  JOB_SM_SCALE,
+  JOB_SOFTCAP,
+  JOB_TILE_BYTES,
+  JOB_TILE_FLAGS,
+  JOB_TILE_K_BIASES,
+  JOB_TILE_K_SCALES,
+  JOB_TILE_NANS,
+  JOB_TILE_V,
+  JOB_TILE_V_SCALES,
+  JOB_TILES,
+  SEQUENCE_BYTES,
+  SEQUENCE_FIRST_TILE,
+  SEQUENCE_KEY_LENGTH,
+  SEQUENCE_LOWER,
+  SEQUENCE_LSE,
+  SEQUENCE_MASK,
+  SEQUENCE_OUT,
+  SEQUENCE_Q,
+  SEQUENCE_QUERY_LENGTH,
+  SEQUENCE_TILES,
+  SEQUENCE_UPPER,
+  TILE_NAN_VALUE,
+  UNIT_HEAD,
+  UNIT_ROW,
+  UNIT_SEQUENCE,
+} from '../job.ts';
+import { exp2, exp2Coarse, exp2Fine, larger, log, madd, maxOf, sumOf, tanh4, toIntegers } from './arithmetic.ts';
+import { elementShift, load4, loadElement, loadRow, storeRow } from './elements.ts';
+import { LEAST_SCALE, rowMaximum } from './prepare.ts';
+import { addValuesFloat, addValuesInteger, scoreRows } from './products.ts';
+import {
+  SCRATCH_MAXIMA,
+  SCRATCH_OUT,
+  SCRATCH_P,
+  SCRATCH_Q,
+  SCRATCH_ROW,
+  SCRATCH_ROW_BIASES,
+  SCRATCH_ROW_SCALES,
+  SCRATCH_SCORES,
+  SCRATCH_SUMS,
+  SCRATCH_TILE_MAXIMA,
+  SCRATCH_TILE_SCALES,
+  SCRATCH_TILE_WEIGHTS,
+} from './scratch.ts';
+
+const LOG2_E: f32 = 1.4426950408889634;
+const LN_2: f32 = 0.6931471805599453;
+/** Finite, and below every score: the maximum of a row that has seen nothing but NaN. */
+const LOWEST: f32 = -3e38;
+
+/** Magnitudes of a quantized query; offset by LEVELS + 1 into 0..127 (two digits: 0..16383) in the relaxed build. */
+const Q_LEVELS: f32 = ASC_FEATURE_RELAXED_SIMD ? 63 : 127;
+const Q_LEVELS_ACCURATE: f32 = 8127;
+/** Largest quantized weight: 7 bits, or 12 where lanes have 16 anyway (12 + 12 + 7 bits of the 128 keys: 31). */
+const P_LEVELS: f32 = ASC_FEATURE_RELAXED_SIMD ? 127 : 4095;
+
+/** One query row, float32 at `row`, to integers at `target`. */
+function quantizeQuery(row: usize, padded: i32, target: usize, inverse: f32, accurate: boolean): void {
+  const factor = f32x4.splat(inverse);
+  for (let i = 0; i < padded; i += 8) {
+    let low = toIntegers(f32x4.mul(v128.load(row + (<usize>i << 2)), factor));
+    let high = toIntegers(f32x4.mul(v128.load(row + (<usize>i << 2), 16), factor));
+    if (ASC_FEATURE_RELAXED_SIMD) {
+      const offset = i32x4.splat(accurate ? 8192 : 64);
+      low = i32x4.add(low, offset);
+      high = i32x4.add(high, offset);
+      let words = i16x8.narrow_i32x4_s(low, high);
+      if (accurate) {
+        const digits = v128.and(words, i16x8.splat(127));
+        v128.store64_lane(target + <usize>(padded + i), i8x16.narrow_i16x8_s(digits, digits), 0);
+        words = i16x8.shr_u(words, 7);
+      }
+      v128.store64_lane(target + <usize>i, i8x16.narrow_i16x8_s(words, words), 0);
+    } else {
+      v128.store(target + (<usize>i << 1), i16x8.narrow_i32x4_s(low, high));
+    }
+  }
+}
+
+/** Scores between `from` and `to` to -Infinity. */
+// @ts-ignore: decorator
+@inline
+function exclude(scores: usize, from: i32, to: i32): void {
+  for (let j = from; j < to; j++) store<f32>(scores + (<usize>j << 2), -Infinity);
+}
+
+/**
+ * Turns one row's scores of a tile into base 2 with softcap, mask and band applied, for the tiles where any of these
+ * matters or a key is NaN.
+ *
+ * @param keys a multiple of 16; `from` to `to` of them are in the row's band
+ * @param mask the row's mask of the tile's first key; 0: none
+ * @returns whether a NaN was among the scores that the row sees; it counts as -Infinity then
+ */
+function finishScores(
+  scores: usize, keys: i32, scale: f32, softcap: f32, bias: f32, mask: usize, maskDtype: i32, maskStride: usize,
+  from: i32, to: i32,
+): boolean {
+  const bytes = <usize>keys << 2;
+  if (softcap == 0) {
+    const factor = f32x4.splat(scale);
+    for (let j: usize = 0; j < bytes; j += 16) {
+      v128.store(scores + j, f32x4.mul(v128.load(scores + j), factor));
+    }
+  } else {
+    const inward = f32x4.splat((scale * LN_2) / softcap);
+    const shift = f32x4.splat(bias / softcap);
+    const outward = f32x4.splat(softcap * LOG2_E);
+    for (let j: usize = 0; j < bytes; j += 16) {
+      const x = v128.load(scores + j);
+      const capped = f32x4.mul(tanh4(f32x4.add(f32x4.mul(x, inward), shift)), outward);
+      // The bounds inside tanh drop NaN.
+      v128.store(scores + j, v128.bitselect(x, capped, f32x4.ne(x, x)));
+    }
+  }
+  if (mask != 0) {
+    const shift = elementShift(maskDtype);
+    if (maskStride == 1) {
+      for (let j = 0; j < to; j += 4) {
+        const at = scores + (<usize>j << 2);
+        const m = load4(mask + (<usize>j << shift), maskDtype);
+        const x = v128.load(at);
+        v128.store(
+          at,
+          maskDtype == DTYPE_BOOL
+            ? v128.bitselect(x, f32x4.splat(-Infinity), f32x4.ne(m, f32x4.splat(0)))
+            : // -Infinity excludes also where the score is NaN.
+              v128.bitselect(
+                m,
+                madd(m, f32x4.splat(LOG2_E), x),
+                f32x4.eq(m, f32x4.splat(-Infinity)),
+              ),
+        );
+      }
+    } else {
+      for (let j = 0; j < to; j++) {
+        const at = scores + (<usize>j << 2);
+        const m = loadElement(mask + ((<usize>j * maskStride) << shift), maskDtype);
+        if (maskDtype == DTYPE_BOOL) {
+          if (m == 0) store<f32>(at, -Infinity);
+        } else {
+          store<f32>(at, m == -Infinity ? m : m * LOG2_E + load<f32>(at));
+        }
+      }
+    }
+  }
+  exclude(scores, 0, from);
+  exclude(scores, to, keys);
+  let invalid = i32x4.splat(0);
+  for (let j: usize = 0; j < bytes; j += 16) {
+    const x = v128.load(scores + j);
+    const nan = v128.or(f32x4.ne(x, x), f32x4.eq(x, f32x4.splat(Infinity)));
+    invalid = v128.or(invalid, nan);
+    v128.store(scores + j, v128.bitselect(f32x4.splat(-Infinity), x, nan));
+  }
+  return v128.any_true(invalid);
+}
+
+function maximumOf(scores: usize, keys: i32): f32 {
+  let most = f32x4.splat(-Infinity);
+  for (let j: usize = 0; j < <usize>keys << 2; j += 16) most = larger(most, v128.load(scores + j));
+  return maxOf(most);
+}
+
+/** Weights of one row relative to its largest, in integers. Returns their sum before rounding, in levels. */
+function weighInteger(scores: usize, keys: i32, most: f32, scale: f32, p: usize): f32 {
+  const top = f32x4.splat(most);
+  const factor = f32x4.splat(scale);
+  // Adding 2^23 leaves the rounded integer in the low bits.
+  const rounding = f32x4.splat(8388608);
+  const rest = i32x4.splat(0x4b000000);
+  let sum = f32x4.splat(0);
+  for (let j = 0; j < keys; j += 16) {
+    const x0 = exp2Coarse(f32x4.mul(f32x4.sub(v128.load(scores), top), factor), P_LEVELS);
+    const x1 = exp2Coarse(f32x4.mul(f32x4.sub(v128.load(scores, 16), top), factor), P_LEVELS);
+    const x2 = exp2Coarse(f32x4.mul(f32x4.sub(v128.load(scores, 32), top), factor), P_LEVELS);
+    const x3 = exp2Coarse(f32x4.mul(f32x4.sub(v128.load(scores, 48), top), factor), P_LEVELS);
+    sum = f32x4.add(sum, f32x4.add(f32x4.add(x0, x1), f32x4.add(x2, x3)));
+    const low = i16x8.narrow_i32x4_s(
+      i32x4.sub(f32x4.add(x0, rounding), rest),
+      i32x4.sub(f32x4.add(x1, rounding), rest),
+    );
+    const high = i16x8.narrow_i32x4_s(
+      i32x4.sub(f32x4.add(x2, rounding), rest),
+      i32x4.sub(f32x4.add(x3, rounding), rest),
+    );
+    if (ASC_FEATURE_RELAXED_SIMD) {
+      v128.store(p, i8x16.narrow_i16x8_s(low, high));
+      p += 16;
+    } else {
+      v128.store(p, low);
+      v128.store(p, high, 16);
+      p += 32;
+    }
+    scores += 64;
+  }
+  return sumOf(sum);
+}
+
+/** Weights of one row relative to its largest, in float32. Returns their sum. */
+function weighFloat(scores: usize, keys: i32, most: f32, scale: f32, p: usize): f32 {
+  const top = f32x4.splat(most);
+  const factor = f32x4.splat(scale);
+  let sum = f32x4.splat(0);
+  for (let j: usize = 0; j < <usize>keys << 2; j += 16) {
+    const y = f32x4.mul(f32x4.sub(v128.load(scores + j), top), factor);
+    // Exactly 0 for what is excluded: its value may be anything.
+    const x = v128.and(exp2Fine(y), f32x4.ge(y, f32x4.splat(-126)));
+    sum = f32x4.add(sum, x);
+    v128.store(p + j, x);
+  }
+  return sumOf(sum);
+}
+
+/** Output channels become NaN where the row sees a key whose value there is. */
+function spreadInvalidValues(scores: usize, keys: i32, nans: usize, channels: i32, out: usize): void {
+  for (let j = 0; j < keys; j++) {
+    if (load<f32>(scores + (<usize>j << 2)) == -Infinity) continue;
+    for (let c = 0; c < channels; c++) {
+      const bit = j * channels + c;
+      if ((load<u8>(nans + (bit >> 3)) >> (bit & 7)) & 1) store<f32>(out + (<usize>c << 2), NaN);
+    }
+  }
+}
+
+/** Attends for the rows of one unit and writes their outputs and LSE. */
+export function attendUnit(job: usize, unit: usize, scratch: usize): void {
+  const index = load<i32>(unit, UNIT_SEQUENCE);
+  const head = load<i32>(unit, UNIT_HEAD);
+  const firstRow = load<i32>(unit, UNIT_ROW);
+  const sequence = load<usize>(job, JOB_SEQUENCES) + <usize>index * SEQUENCE_BYTES;
+  const rows = min(BLOCK_Q, load<i32>(sequence, SEQUENCE_QUERY_LENGTH) - firstRow);
+  const keyLength = load<i32>(sequence, SEQUENCE_KEY_LENGTH);
+  const lower = load<i32>(sequence, SEQUENCE_LOWER);
+  const upper = load<i32>(sequence, SEQUENCE_UPPER);
+  const kvHeads = load<i32>(job, JOB_KV_HEADS);
+  const kvHead = head / (load<i32>(job, JOB_QUERY_HEADS) / kvHeads);
+  const flags = load<i32>(job, JOB_FLAGS);
+  const accurate = (flags & FLAG_ACCURATE) != 0;
+  const dtype = load<i32>(job, JOB_DTYPE);
+  const shift = elementShift(dtype);
+  const d = load<i32>(job, JOB_D);
+  const dPadded = (d + 7) & ~7;
+  const dv = load<i32>(job, JOB_DV);
+  const dvPadded = load<i32>(job, JOB_DV_PADDED);
+  const smScale = load<f32>(job, JOB_SM_SCALE);
+  const softcap = load<f32>(job, JOB_SOFTCAP);
+  const means =
+    load<usize>(job, JOB_MEANS) + ((<usize>(index * kvHeads + kvHead) * <usize>(dPadded + dvPadded)) << 2);
+
+  // Queries.
+  const q =
+    load<usize>(job, JOB_Q) +
+    ((load<u32>(sequence, SEQUENCE_Q) + <u32>head * load<u32>(job, JOB_Q_HEAD_STRIDE)) << shift);
+  const qStride = <usize>(load<u32>(job, JOB_Q_TOKEN_STRIDE) << shift);
+  const steps = load<i32>(job, JOB_K_STEPS);
+  const digits = ASC_FEATURE_RELAXED_SIMD && accurate ? 2 : 1;
+  const rowBytes = <usize>(steps * 4 * digits);
+  const levels = accurate ? Q_LEVELS_ACCURATE : Q_LEVELS;
+  const packed = scratch + SCRATCH_Q;
+  const row = scratch + SCRATCH_ROW;
+  const rowsPadded = (rows + 3) & ~3;
+  for (let r = 0; r < rowsPadded; r++) {
+    const stat = scratch + (<usize>r << 2);
+    loadRow(q + <usize>(firstRow + min(r, rows - 1)) * qStride, dtype, d, row, dPadded);
+    const most = rowMaximum(row, dPadded);
+    const valid = most == most;
+    const scale: f32 = valid && most > 0 ? max(most / levels, LEAST_SCALE) : 0;
+    let inverse: f32 = scale > 0 ? <f32>1 / scale : 0;
+    if (smScale < 0) inverse = -inverse;
+    if (!valid) memory.fill(row, 0, <usize>dPadded << 2);
+    quantizeQuery(row, dPadded, packed + <usize>r * rowBytes, inverse, accurate);
+    let bias = f32x4.splat(0);
+    for (let i: usize = 0; i < <usize>dPadded << 2; i += 16) {
+      bias = madd(v128.load(row + i), v128.load(means + i), bias);
+    }
+    store<f32>(stat + SCRATCH_ROW_SCALES, scale * abs(smScale) * LOG2_E);
+    store<f32>(stat + SCRATCH_ROW_BIASES, sumOf(bias) * smScale);
+    store<f32>(stat + SCRATCH_MAXIMA, -Infinity);
+    // A NaN here stays through every later sum.
+    store<f32>(stat + SCRATCH_SUMS, valid ? <f32>0 : <f32>NaN);
+  }
+  const out = scratch + SCRATCH_OUT;
+  const outBytes = <usize>dvPadded << 2;
+  memory.fill(out, 0, <usize>rowsPadded * outBytes);
+
+  // Keys.
+  const tileBytes = load<usize>(job, JOB_TILE_BYTES);
+  const tiles =
+    load<usize>(job, JOB_TILES) +
+    (<usize>load<i32>(sequence, SEQUENCE_FIRST_TILE) * <usize>kvHeads +
+      <usize>kvHead * <usize>load<i32>(sequence, SEQUENCE_TILES)) *
+      tileBytes;
+  const kScales = load<usize>(job, JOB_TILE_K_SCALES);
+  const kBiases = load<usize>(job, JOB_TILE_K_BIASES);
+  const vOffset = load<usize>(job, JOB_TILE_V);
+  const vScales = load<usize>(job, JOB_TILE_V_SCALES);
+  const scores = scratch + SCRATCH_SCORES;
+  const p = scratch + SCRATCH_P;
+  const pRowBytes: usize = accurate ? BLOCK_K * 4 : ASC_FEATURE_RELAXED_SIMD ? BLOCK_K : BLOCK_K * 2;
+
+  const maskDtype = load<i32>(job, JOB_MASK_DTYPE);
+  const maskShift = elementShift(maskDtype);
+  const maskKeyStride = load<u32>(job, JOB_MASK_KEY_STRIDE);
+  const maskQueryStride = load<u32>(job, JOB_MASK_QUERY_STRIDE);
+  let mask = load<usize>(job, JOB_MASK);
+  if (mask != 0) {
+    mask += (load<u32>(sequence, SEQUENCE_MASK) + <u32>head * load<u32>(job, JOB_MASK_HEAD_STRIDE)) << maskShift;
+  }
+
+  const firstKey = max(0, firstRow + lower);
+  const endKey = min(keyLength, firstRow + rows + upper);
+  for (let start = (firstKey / BLOCK_K) * BLOCK_K; start < endKey; start += BLOCK_K) {
+    const tile = tiles + <usize>(start / BLOCK_K) * tileBytes;
+    const tileFlags = load<i32>(tile + load<usize>(job, JOB_TILE_FLAGS));
+    for (let r = 0; r < rows; r += 4) {
+      const i = firstRow + r;
+      const last = min(3, rows - 1 - r);
+      const end = min(min(start + BLOCK_K, keyLength), i + last + upper + 1);
+      if (end <= start || start + BLOCK_K <= i + lower) continue;
+      const keys = (end - start + 15) & ~15;
+      scoreRows(
+        packed + <usize>r * rowBytes, rowBytes, tile, steps, digits, keys, tile + kScales, tile + kBiases, scores,
+        scratch,
+      );
+      const whole =
+        mask == 0 && softcap == 0 && tileFlags == 0 &&
+        start >= i + last + lower && start + keys <= min(keyLength, i + upper + 1);
+      for (let t = 0; t <= last; t++) {
+        const stat = scratch + (<usize>(r + t) << 2);
+        const rowScores = scores + <usize>t * (BLOCK_K * 4);
+        const outRow = out + <usize>(r + t) * outBytes;
+        const pRow = p + <usize>t * pRowBytes;
+        const weightAt = scratch + SCRATCH_TILE_WEIGHTS + (<usize>t << 2);
+        let scale = load<f32>(stat + SCRATCH_ROW_SCALES);
+        let most = load<f32>(scratch + SCRATCH_TILE_MAXIMA + (<usize>t << 2));
+        if (!whole) {
+          const from = min(keys, max(0, i + t + lower - start));
+          const to = max(from, min(keys, min(keyLength, i + t + upper + 1) - start));
+          const maskRow: usize =
+            mask == 0 ? <usize>0 : mask + ((<u32>(i + t) * maskQueryStride + <u32>start * maskKeyStride) << maskShift);
+          const invalid = finishScores(
+            rowScores, keys, scale, softcap, load<f32>(stat + SCRATCH_ROW_BIASES), maskRow, maskDtype, maskKeyStride,
+            from, to,
+          );
+          if (invalid) {
+            store<f32>(stat + SCRATCH_SUMS, NaN);
+            store<f32>(stat + SCRATCH_MAXIMA, max(load<f32>(stat + SCRATCH_MAXIMA), LOWEST));
+          }
+          scale = 1;
+          most = maximumOf(rowScores, keys);
+          if (most == -Infinity) {
+            store<f32>(weightAt, 0);
+            memory.fill(pRow, 0, pRowBytes);
+            continue;
+          }
+        }
+        const top = most * scale;
+        const before = load<f32>(stat + SCRATCH_MAXIMA);
+        let sum = load<f32>(stat + SCRATCH_SUMS);
+        let weight: f32 = 1;
+        if (top > before) {
+          const correction = exp2(before - top);
+          sum *= correction;
+          const factor = f32x4.splat(correction);
+          for (let c: usize = 0; c < outBytes; c += 16) {
+            v128.store(outRow + c, f32x4.mul(v128.load(outRow + c), factor));
+          }
+          store<f32>(stat + SCRATCH_MAXIMA, top);
+        } else {
+          weight = exp2(top - before);
+        }
+        if (!accurate) weight /= P_LEVELS;
+        store<f32>(weightAt, weight);
+        const added = accurate
+          ? weighFloat(rowScores, keys, most, scale, pRow)
+          : weighInteger(rowScores, keys, most, scale, pRow);
+        store<f32>(stat + SCRATCH_SUMS, sum + weight * added);
+      }
+      for (let t = last + 1; t < 4; t++) store<f32>(scratch + SCRATCH_TILE_WEIGHTS + (<usize>t << 2), 0);
+      const outRows = out + <usize>r * outBytes;
+      const weights = scratch + SCRATCH_TILE_WEIGHTS;
+      if (accurate) addValuesFloat(p, pRowBytes, tile + vOffset, keys, dvPadded, weights, outRows, outBytes);
+      else {
+        addValuesInteger(
+          p, pRowBytes, tile + vOffset, keys / (ASC_FEATURE_RELAXED_SIMD ? 4 : 2), dvPadded, tile + vScales, weights,
+          outRows, outBytes,
+        );
+      }
+      if (tileFlags & TILE_NAN_VALUE) {
+        for (let t = 0; t <= last; t++) {
+          spreadInvalidValues(
+            scores + <usize>t * (BLOCK_K * 4), keys, tile + load<usize>(job, JOB_TILE_NANS), dvPadded,
+            outRows + <usize>t * outBytes,
+          );
+        }
+      }
+    }
+  }
+
+  // Outputs.
+  const target =
+    load<usize>(job, JOB_OUT) +
+    ((load<u32>(sequence, SEQUENCE_OUT) + <u32>head * load<u32>(job, JOB_OUT_HEAD_STRIDE)) << shift);
+  const targetStride = <usize>(load<u32>(job, JOB_OUT_TOKEN_STRIDE) << shift);
+  const lse = load<usize>(job, JOB_LSE);
+  const lseRow =
+    lse + ((load<u32>(sequence, SEQUENCE_LSE) + <u32>head * load<u32>(job, JOB_LSE_HEAD_STRIDE)) << 2);
+  for (let r = 0; r < rows; r++) {
+    const stat = scratch + (<usize>r << 2);
+    const most = load<f32>(stat + SCRATCH_MAXIMA);
+    const sum = load<f32>(stat + SCRATCH_SUMS);
+    const outRow = out + <usize>r * outBytes;
+    const empty = most == -Infinity;
+    if (empty) {
+      memory.fill(outRow, 0, outBytes);
+    } else {
+      const factor = f32x4.splat(<f32>1 / sum);
+      const vMean = means + (<usize>dPadded << 2);
+      for (let c: usize = 0; c < outBytes; c += 16) {
+        v128.store(outRow + c, madd(v128.load(outRow + c), factor, v128.load(vMean + c)));
+      }
+    }
+    storeRow(outRow, dv, target + <usize>(firstRow + r) * targetStride, dtype);
+    if (lse != 0) {
+      const bias: f32 = softcap == 0 ? load<f32>(stat + SCRATCH_ROW_BIASES) : 0;
+      const value: f32 = empty
+        ? -Infinity
+        : sum != sum
+          ? <f32>NaN
+          : <f32>(<f64>most * 0.6931471805599453 + log(<f64>sum) + <f64>bias);
+      store<f32>(lseRow + (<usize>(firstRow + r) << 2), value);
+    }
+  }
+}

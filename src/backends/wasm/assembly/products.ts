@@ -1,0 +1,242 @@
+/**
+ * The two matrix products, four rows at a time against eight columns: eight accumulators, which is what keeps the dot
+ * product instruction busy and still fits the sixteen vector registers of x86-64.
+ */
+import { BLOCK_K } from '../job.ts';
+import { larger, madd, maxOf } from './arithmetic.ts';
+import { SCRATCH_TILE_MAXIMA } from './scratch.ts';
+
+/** `c + a . b`: each lane sums over the 4 bytes of its step. `b` holds -127..127 and `a` 0..127 in the relaxed build. */
+// @ts-ignore: decorator
+@inline
+function dot(b: v128, a: v128, c: v128): v128 {
+  if (ASC_FEATURE_RELAXED_SIMD) return i32x4.relaxed_dot_i8x16_i7x16_add_s(b, a, c);
+  return i32x4.add(c, i32x4.dot_i16x8_s(b, a));
+}
+
+/**
+ * Scores of four rows of Q against `keys` keys (a multiple of 8) of a tile: `q . k * kScale` to `scores`
+ * `[4, BLOCK_K]`, each row's largest to SCRATCH_TILE_MAXIMA.
+ *
+ * @param digits 2: rows of Q hold their high digits, then their low ones (relaxed build only)
+ */
+export function scoreRows(
+  q: usize, rowBytes: usize, tile: usize, steps: i32, digits: i32, keys: i32, scales: usize, biases: usize,
+  scores: usize, scratch: usize,
+): void {
+  let m0 = f32x4.splat(-Infinity);
+  let m1 = m0;
+  let m2 = m0;
+  let m3 = m0;
+  let b = tile;
+  for (let key = 0; key < keys; key += 8) {
+    let c00 = ASC_FEATURE_RELAXED_SIMD ? v128.load(biases) : i32x4.splat(0);
+    let c01 = ASC_FEATURE_RELAXED_SIMD ? v128.load(biases, 16) : i32x4.splat(0);
+    let c10 = c00;
+    let c11 = c01;
+    let c20 = c00;
+    let c21 = c01;
+    let c30 = c00;
+    let c31 = c01;
+    let a0 = q;
+    let n = steps;
+    do {
+      const b0 = v128.load(b);
+      const b1 = v128.load(b, 16);
+      let a = v128.load32_splat(a0);
+      c00 = dot(b0, a, c00);
+      c01 = dot(b1, a, c01);
+      a = v128.load32_splat(a0 + rowBytes);
+      c10 = dot(b0, a, c10);
+      c11 = dot(b1, a, c11);
+      a = v128.load32_splat(a0 + 2 * rowBytes);
+      c20 = dot(b0, a, c20);
+      c21 = dot(b1, a, c21);
+      a = v128.load32_splat(a0 + 3 * rowBytes);
+      c30 = dot(b0, a, c30);
+      c31 = dot(b1, a, c31);
+      a0 += 4;
+      b += 32;
+    } while (--n);
+    if (ASC_FEATURE_RELAXED_SIMD) {
+      if (digits == 2) {
+        c00 = i32x4.shl(c00, 7);
+        c01 = i32x4.shl(c01, 7);
+        c10 = i32x4.shl(c10, 7);
+        c11 = i32x4.shl(c11, 7);
+        c20 = i32x4.shl(c20, 7);
+        c21 = i32x4.shl(c21, 7);
+        c30 = i32x4.shl(c30, 7);
+        c31 = i32x4.shl(c31, 7);
+        b -= <usize>steps * 32;
+        n = steps;
+        do {
+          const b0 = v128.load(b);
+          const b1 = v128.load(b, 16);
+          let a = v128.load32_splat(a0);
+          c00 = dot(b0, a, c00);
+          c01 = dot(b1, a, c01);
+          a = v128.load32_splat(a0 + rowBytes);
+          c10 = dot(b0, a, c10);
+          c11 = dot(b1, a, c11);
+          a = v128.load32_splat(a0 + 2 * rowBytes);
+          c20 = dot(b0, a, c20);
+          c21 = dot(b1, a, c21);
+          a = v128.load32_splat(a0 + 3 * rowBytes);
+          c30 = dot(b0, a, c30);
+          c31 = dot(b1, a, c31);
+          a0 += 4;
+          b += 32;
+        } while (--n);
+      }
+    }
+    const s0 = v128.load(scales);
+    const s1 = v128.load(scales, 16);
+    let x0 = f32x4.mul(f32x4.convert_i32x4_s(c00), s0);
+    let x1 = f32x4.mul(f32x4.convert_i32x4_s(c01), s1);
+    v128.store(scores, x0);
+    v128.store(scores, x1, 16);
+    m0 = larger(m0, larger(x0, x1));
+    x0 = f32x4.mul(f32x4.convert_i32x4_s(c10), s0);
+    x1 = f32x4.mul(f32x4.convert_i32x4_s(c11), s1);
+    v128.store(scores, x0, BLOCK_K * 4);
+    v128.store(scores, x1, BLOCK_K * 4 + 16);
+    m1 = larger(m1, larger(x0, x1));
+    x0 = f32x4.mul(f32x4.convert_i32x4_s(c20), s0);
+    x1 = f32x4.mul(f32x4.convert_i32x4_s(c21), s1);
+    v128.store(scores, x0, BLOCK_K * 8);
+    v128.store(scores, x1, BLOCK_K * 8 + 16);
+    m2 = larger(m2, larger(x0, x1));
+    x0 = f32x4.mul(f32x4.convert_i32x4_s(c30), s0);
+    x1 = f32x4.mul(f32x4.convert_i32x4_s(c31), s1);
+    v128.store(scores, x0, BLOCK_K * 12);
+    v128.store(scores, x1, BLOCK_K * 12 + 16);
+    m3 = larger(m3, larger(x0, x1));
+    scales += 32;
+    biases += 32;
+    scores += 32;
+  }
+  store<f32>(scratch + SCRATCH_TILE_MAXIMA, maxOf(m0));
+  store<f32>(scratch + SCRATCH_TILE_MAXIMA, maxOf(m1), 4);
+  store<f32>(scratch + SCRATCH_TILE_MAXIMA, maxOf(m2), 8);
+  store<f32>(scratch + SCRATCH_TILE_MAXIMA, maxOf(m3), 12);
+}
+
+/**
+ * `out += weight * vScale * (P . V)` in integers, for four rows.
+ *
+ * @param steps 4-byte steps of P that count
+ * @param weights four float32: what a unit of P is worth
+ */
+export function addValuesInteger(
+  p: usize, rowBytes: usize, values: usize, steps: i32, channels: i32, scales: usize, weights: usize, out: usize,
+  outBytes: usize,
+): void {
+  for (let channel = 0; channel < channels; channel += 8) {
+    let c00 = i32x4.splat(0);
+    let c01 = c00;
+    let c10 = c00;
+    let c11 = c00;
+    let c20 = c00;
+    let c21 = c00;
+    let c30 = c00;
+    let c31 = c00;
+    let a0 = p;
+    let b = values;
+    let n = steps;
+    do {
+      const b0 = v128.load(b);
+      const b1 = v128.load(b, 16);
+      let a = v128.load32_splat(a0);
+      c00 = dot(b0, a, c00);
+      c01 = dot(b1, a, c01);
+      a = v128.load32_splat(a0 + rowBytes);
+      c10 = dot(b0, a, c10);
+      c11 = dot(b1, a, c11);
+      a = v128.load32_splat(a0 + 2 * rowBytes);
+      c20 = dot(b0, a, c20);
+      c21 = dot(b1, a, c21);
+      a = v128.load32_splat(a0 + 3 * rowBytes);
+      c30 = dot(b0, a, c30);
+      c31 = dot(b1, a, c31);
+      a0 += 4;
+      b += 32;
+    } while (--n);
+    const s0 = v128.load(scales);
+    const s1 = v128.load(scales, 16);
+    let o = out;
+    let w = v128.load32_splat(weights);
+    v128.store(o, madd(f32x4.convert_i32x4_s(c00), f32x4.mul(s0, w), v128.load(o)));
+    v128.store(o, madd(f32x4.convert_i32x4_s(c01), f32x4.mul(s1, w), v128.load(o, 16)), 16);
+    o += outBytes;
+    w = v128.load32_splat(weights, 4);
+    v128.store(o, madd(f32x4.convert_i32x4_s(c10), f32x4.mul(s0, w), v128.load(o)));
+    v128.store(o, madd(f32x4.convert_i32x4_s(c11), f32x4.mul(s1, w), v128.load(o, 16)), 16);
+    o += outBytes;
+    w = v128.load32_splat(weights, 8);
+    v128.store(o, madd(f32x4.convert_i32x4_s(c20), f32x4.mul(s0, w), v128.load(o)));
+    v128.store(o, madd(f32x4.convert_i32x4_s(c21), f32x4.mul(s1, w), v128.load(o, 16)), 16);
+    o += outBytes;
+    w = v128.load32_splat(weights, 12);
+    v128.store(o, madd(f32x4.convert_i32x4_s(c30), f32x4.mul(s0, w), v128.load(o)));
+    v128.store(o, madd(f32x4.convert_i32x4_s(c31), f32x4.mul(s1, w), v128.load(o, 16)), 16);
+    out += 32;
+    scales += 32;
+    values += (BLOCK_K / (ASC_FEATURE_RELAXED_SIMD ? 4 : 2)) * 32;
+  }
+}
+
+/** `out += weight * (P . V)` in float32, for four rows over `keys` keys. */
+export function addValuesFloat(
+  p: usize, rowBytes: usize, values: usize, keys: i32, channels: i32, weights: usize, out: usize, outBytes: usize,
+): void {
+  for (let channel = 0; channel < channels; channel += 8) {
+    let c00 = f32x4.splat(0);
+    let c01 = c00;
+    let c10 = c00;
+    let c11 = c00;
+    let c20 = c00;
+    let c21 = c00;
+    let c30 = c00;
+    let c31 = c00;
+    let a0 = p;
+    let b = values;
+    let n = keys;
+    do {
+      const b0 = v128.load(b);
+      const b1 = v128.load(b, 16);
+      let a = v128.load32_splat(a0);
+      c00 = madd(b0, a, c00);
+      c01 = madd(b1, a, c01);
+      a = v128.load32_splat(a0 + rowBytes);
+      c10 = madd(b0, a, c10);
+      c11 = madd(b1, a, c11);
+      a = v128.load32_splat(a0 + 2 * rowBytes);
+      c20 = madd(b0, a, c20);
+      c21 = madd(b1, a, c21);
+      a = v128.load32_splat(a0 + 3 * rowBytes);
+      c30 = madd(b0, a, c30);
+      c31 = madd(b1, a, c31);
+      a0 += 4;
+      b += 32;
+    } while (--n);
+    let o = out;
+    let w = v128.load32_splat(weights);
+    v128.store(o, madd(c00, w, v128.load(o)));
+    v128.store(o, madd(c01, w, v128.load(o, 16)), 16);
+    o += outBytes;
+    w = v128.load32_splat(weights, 4);
+    v128.store(o, madd(c10, w, v128.load(o)));
+    v128.store(o, madd(c11, w, v128.load(o, 16)), 16);
+    o += outBytes;
+    w = v128.load32_splat(weights, 8);
+    v128.store(o, madd(c20, w, v128.load(o)));
+    v128.store(o, madd(c21, w, v128.load(o, 16)), 16);
+    o += outBytes;
+    w = v128.load32_splat(weights, 12);
+    v128.store(o, madd(c30, w, v128.load(o)));
+    v128.store(o, madd(c31, w, v128.load(o, 16)), 16);
+    out += 32;
+    values += BLOCK_K * 32;
+  }
+}
