@@ -4,8 +4,8 @@
  * Conversion rounds to nearest even and, as `cvt.rn.f16.f32` does, overflows to infinity: 65520 and above are Infinity.
  * NaN becomes 0x7e00 with the sign kept.
  */
-import { bitsOf, type Float16ArrayLike, NativeFloat16Array } from '../tensor.ts';
-import { magnitudeCode, signBit } from './rounding.ts';
+import { bitsOf, type Float16ArrayLike } from '../tensor.ts';
+import { float32Encoder, magnitudeCode, signBit } from './rounding.ts';
 
 export const FLOAT16_MAX = 65504;
 const INFINITY_BITS = 0x7c00;
@@ -56,17 +56,22 @@ export function decodeFloat16(
   for (let i = 0; i < count; i++) target[at + i] = values[bits[start + i * stride] as number] as number;
 }
 
-/** Encodes all of `source` into `target` from element `at`. A native `Float16Array` converts by itself. */
+const encodeFloat32 = /* @__PURE__ */ float32Encoder({
+  mantissaBits: 10,
+  minExponent: -14,
+  maxCode: INFINITY_BITS,
+  signShift: 15,
+  nanCode: NAN_BITS,
+  signedNan: true,
+});
+
+/** Encodes all of `source` into `target` from element `at`. */
 export function encodeFloat16(
   source: Float32Array | Float64Array,
   target: Uint16Array | Float16ArrayLike,
   at = 0,
 ): void {
-  if (NativeFloat16Array !== undefined) {
-    const native = new NativeFloat16Array(target.buffer, target.byteOffset, target.length);
-    for (let i = 0; i < source.length; i++) native[at + i] = source[i] as number;
-    return;
-  }
   const bits = bitsOf(target);
-  for (let i = 0; i < source.length; i++) bits[at + i] = float16FromNumber(source[i] as number);
+  if (source instanceof Float32Array) encodeFloat32(source, bits, at);
+  else for (let i = 0; i < source.length; i++) bits[at + i] = float16FromNumber(source[i] as number);
 }

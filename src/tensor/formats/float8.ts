@@ -9,7 +9,7 @@
  * Conversion rounds to nearest even and saturates as `cvt.rn.satfinite` does: whatever is larger than the largest
  * number, infinity included, becomes that number with its sign; NaN becomes 0x7f.
  */
-import { magnitudeCode, signBit } from './rounding.ts';
+import { float32Encoder, magnitudeCode, signBit } from './rounding.ts';
 
 export const E4M3_MAX = 448;
 export const E5M2_MAX = 57344;
@@ -68,12 +68,32 @@ export function decodeE5m2(codes: Uint8Array, target: Float32Array): void {
   for (let i = 0; i < codes.length; i++) target[i] = E5M2_VALUES[codes[i] as number] as number;
 }
 
+const encodeE4m3Float32 = /* @__PURE__ */ float32Encoder({
+  mantissaBits: 3,
+  minExponent: -6,
+  maxCode: E4M3_MAX_CODE,
+  signShift: 7,
+  nanCode: NAN_CODE,
+  signedNan: false,
+});
+
+const encodeE5m2Float32 = /* @__PURE__ */ float32Encoder({
+  mantissaBits: 2,
+  minExponent: -14,
+  maxCode: E5M2_MAX_CODE,
+  signShift: 7,
+  nanCode: NAN_CODE,
+  signedNan: false,
+});
+
 /** Encodes `source` into E4M3 codes. */
 export function encodeE4m3(source: Float32Array | Float64Array, codes: Uint8Array): void {
-  for (let i = 0; i < source.length; i++) codes[i] = e4m3FromNumber(source[i] as number);
+  if (source instanceof Float32Array) encodeE4m3Float32(source, codes, 0);
+  else for (let i = 0; i < source.length; i++) codes[i] = e4m3FromNumber(source[i] as number);
 }
 
 /** Encodes `source` into E5M2 codes. */
 export function encodeE5m2(source: Float32Array | Float64Array, codes: Uint8Array): void {
-  for (let i = 0; i < source.length; i++) codes[i] = e5m2FromNumber(source[i] as number);
+  if (source instanceof Float32Array) encodeE5m2Float32(source, codes, 0);
+  else for (let i = 0; i < source.length; i++) codes[i] = e5m2FromNumber(source[i] as number);
 }

@@ -180,6 +180,24 @@ describe('bulk conversion', () => {
     expect([...decoded]).toEqual(Array.from(codes, e5m2ToNumber));
   });
 
+  it('rounds float32 at, below and above every midpoint as the scalar conversions do', () => {
+    const encoders = { float16: encodeFloat16, bfloat16: encodeBfloat16, E4M3: encodeE4m3, E5M2: encodeE5m2 } as const;
+    for (const format of FORMATS) {
+      if (!(format.name in encoders)) continue;
+      const values = magnitudes(format);
+      const middles = Float32Array.from(values.slice(1), (value, i) => (value + (values[i] as number)) / 2);
+      const words = new Uint32Array(middles.buffer);
+      const shifted = (by: number) => new Float32Array(Uint32Array.from(words, (word) => word + by).buffer);
+      for (const points of [Float32Array.from(values), middles, shifted(1), shifted(-1)]) {
+        const signed = Float32Array.from([...points, ...points.map((value) => -value)]);
+        const target = format.codes > 256 ? new Uint16Array(signed.length) : new Uint8Array(signed.length);
+        encoders[format.name as keyof typeof encoders](signed, target as Uint16Array & Uint8Array);
+        const wrong = target.findIndex((code, i) => code !== format.encode(signed[i] as number));
+        if (wrong >= 0) expect.fail(`${format.name}: ${signed[wrong]} became ${target[wrong]}`);
+      }
+    }
+  });
+
   it('decodes all 16-bit codes, strided and with an offset', () => {
     const bits = Uint16Array.from({ length: 1 << 16 }, (_, code) => code);
     const target = new Float32Array((1 << 15) + 1);
