@@ -7,6 +7,7 @@ export type ErrorCode =
   | 'invalid-option'
   | 'invalid-mask'
   | 'invalid-cu-seqlens'
+  | 'invalid-file'
   | 'unknown-option'
   | 'unsupported-option'
   | 'unsupported-size'

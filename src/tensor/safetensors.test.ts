@@ -52,30 +52,22 @@ describe('parseSafetensors', () => {
   });
 
   it.each([
-    ['too short', Uint8Array.of(1, 2, 3), 'invalid-shape'],
-    ['a header longer than the file', new Uint8Array(8).fill(255), 'invalid-shape'],
-    ['a header that is not JSON', file('{"x":'), 'invalid-shape'],
-    ['a header that is not UTF-8', Uint8Array.of(1, 0, 0, 0, 0, 0, 0, 0, 0xff), 'invalid-shape'],
-    ['a header that is no object', file([1]), 'invalid-shape'],
-    ['metadata of other than strings', file({ __metadata__: { a: 1 } }), 'invalid-shape'],
-    ['an entry that is no object', file({ x: 3 }), 'invalid-shape'],
-    ['an unknown dtype', one('Q4', [0]), 'invalid-dtype'],
-    ['a prototype property as dtype', one('constructor', [0]), 'invalid-dtype'],
-    ['no dtype', file({ x: { shape: [], data_offsets: [0, 0] } }), 'invalid-dtype'],
-    ['a negative size', one('U8', [0], [-1]), 'invalid-shape'],
-    ['no offsets', file({ x: { dtype: 'U8', shape: [] } }), 'invalid-shape'],
-    [
-      'a tensor beyond the end',
-      file({ x: { dtype: 'U8', shape: [4], data_offsets: [0, 4] } }, [1]),
-      'buffer-too-small',
-    ],
-    ['offsets that do not fit the shape', one('F32', [0, 0], [1]), 'buffer-too-small'],
-    [
-      'offsets in the wrong order',
-      file({ x: { dtype: 'U8', shape: [0], data_offsets: [1, 0] } }, [1]),
-      'buffer-too-small',
-    ],
-  ] as const)('refuses %s', (_, bytes, code) => {
+    ['too short', Uint8Array.of(1, 2, 3)],
+    ['a header longer than the file', new Uint8Array(8).fill(255)],
+    ['a header that is not JSON', file('{"x":')],
+    ['a header that is not UTF-8', Uint8Array.of(1, 0, 0, 0, 0, 0, 0, 0, 0xff)],
+    ['a header that is no object', file([1])],
+    ['metadata of other than strings', file({ __metadata__: { a: 1 } })],
+    ['an entry that is no object', file({ x: 3 })],
+    ['an unknown dtype', one('Q4', [0])],
+    ['a prototype property as dtype', one('constructor', [0])],
+    ['no dtype', file({ x: { shape: [], data_offsets: [0, 0] } })],
+    ['a negative size', one('U8', [0], [-1])],
+    ['no offsets', file({ x: { dtype: 'U8', shape: [] } })],
+    ['a tensor beyond the end', file({ x: { dtype: 'U8', shape: [4], data_offsets: [0, 4] } }, [1])],
+    ['offsets that do not fit the shape', one('F32', [0, 0], [1])],
+    ['offsets in the wrong order', file({ x: { dtype: 'U8', shape: [0], data_offsets: [1, 0] } }, [1])],
+  ] as const)('refuses %s', (_, bytes) => {
     let thrown: unknown;
     try {
       parseSafetensors(bytes);
@@ -83,6 +75,6 @@ describe('parseSafetensors', () => {
       thrown = error;
     }
     expect(thrown).toBeInstanceOf(InvalidArgumentError);
-    expect((thrown as InvalidArgumentError).code).toBe(code);
+    expect((thrown as InvalidArgumentError).code).toBe('invalid-file');
   });
 });

@@ -40,7 +40,7 @@ export interface Safetensors {
 const MAX_HEADER_BYTES = 100_000_000;
 
 const invalid = (where: string, expected: string, received: string) =>
-  new InvalidArgumentError('invalid-shape', where, expected, received);
+  new InvalidArgumentError('invalid-file', where, expected, received);
 
 const isIndex = (value: unknown): value is number => Number.isSafeInteger(value) && (value as number) >= 0;
 const isRecord = (value: unknown): value is Record<string, unknown> =>
@@ -68,12 +68,7 @@ function parseEntry(name: string, entry: unknown, data: Uint8Array): Safetensors
   if (!isRecord(entry)) throw invalid(where, 'an object', JSON.stringify(entry));
   const { dtype, shape, data_offsets: offsets } = entry;
   if (typeof dtype !== 'string' || !Object.hasOwn(ELEMENT_BYTES, dtype)) {
-    throw new InvalidArgumentError(
-      'invalid-dtype',
-      where,
-      `a dtype among ${Object.keys(ELEMENT_BYTES).join(', ')}`,
-      JSON.stringify(dtype) ?? 'none',
-    );
+    throw invalid(where, `a dtype among ${Object.keys(ELEMENT_BYTES).join(', ')}`, JSON.stringify(dtype) ?? 'none');
   }
   if (!Array.isArray(shape) || !shape.every(isIndex)) {
     throw invalid(where, 'a shape of integers >= 0', JSON.stringify(shape) ?? 'none');
@@ -84,8 +79,7 @@ function parseEntry(name: string, entry: unknown, data: Uint8Array): Safetensors
   const [begin, end] = offsets as [number, number];
   const bytes = shape.reduce((product, size) => product * size, ELEMENT_BYTES[dtype as SafetensorsDType]);
   if (end < begin || end > data.length || end - begin !== bytes) {
-    throw new InvalidArgumentError(
-      'buffer-too-small',
+    throw invalid(
       where,
       `${bytes} bytes inside the file's ${data.length} bytes of data`,
       `data_offsets [${begin},${end}]`,
@@ -98,7 +92,7 @@ function parseEntry(name: string, entry: unknown, data: Uint8Array): Safetensors
 /**
  * Parses the bytes of a safetensors file.
  *
- * @throws {InvalidArgumentError} when the header is malformed, a dtype is unknown or a tensor lies outside the file
+ * @throws {InvalidArgumentError} `invalid-file` when the header is malformed, a dtype is unknown or a tensor lies outside the file
  */
 export function parseSafetensors(file: Uint8Array): Safetensors {
   const { header, dataStart } = parseHeader(file);
