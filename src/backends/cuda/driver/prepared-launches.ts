@@ -18,6 +18,9 @@ const ARGUMENT_BYTES: Readonly<Record<KernelArgument['kind'], number>> = {
   'tensor-map': STRUCTS.CUtensorMap.size,
 };
 
+/** What a tensor map needs. */
+const BLOCK_ALIGNMENT = 128;
+
 /** Limits of every device; x goes to 2^31 - 1. */
 const MAX_GRID_YZ = 65535;
 
@@ -55,7 +58,8 @@ const alignUp = (value: number, alignment: number) => Math.ceil(value / alignmen
 export class PreparedLaunches {
   readonly #device: CudaDevice;
   /** The block. The driver gets addresses in it, so it is referenced as long as this object lives. */
-  readonly #memory: ArrayBuffer;
+  readonly #block: DataView;
+  /** The same block. */
   readonly #words: BigUint64Array;
   readonly #launches: Prepared[] = [];
   readonly #pointers: PointerPatch[] = [];
@@ -65,26 +69,29 @@ export class PreparedLaunches {
   constructor(device: CudaDevice, launches: readonly KernelLaunch[]) {
     this.#device = device;
     const running = launches.filter(({ grid }) => grid.every((size) => size > 0));
-    // Never below a page, so that V8 keeps it outside of its own heap; 128 for the alignment of tensor maps.
-    this.#memory = new ArrayBuffer(
-      alignUp(
-        running.reduce((bytes, launch) => bytes + blockBytes(launch), 4096),
-        8,
-      ),
+    // Never below a page, so that V8 keeps it outside of its own heap.
+    const bytes = alignUp(
+      running.reduce((sum, launch) => sum + blockBytes(launch), 4096),
+      8,
     );
-    this.#words = new BigUint64Array(this.#memory);
-    const start = device.api.addressOf(this.#memory);
-    let next = Number((128n - (start % 128n)) % 128n);
-    const take = (bytes: number, alignment: number) => {
+    const memory = new ArrayBuffer(bytes + BLOCK_ALIGNMENT);
+    const address = device.api.addressOf(memory);
+    const over = Number(address % BigInt(BLOCK_ALIGNMENT));
+    const skip = alignUp(over, BLOCK_ALIGNMENT) - over;
+    this.#block = new DataView(memory, skip, bytes);
+    this.#words = new BigUint64Array(memory, skip, bytes / 8);
+    let next = 0;
+    const take = (size: number, alignment: number) => {
       const offset = alignUp(next, alignment);
-      next = offset + bytes;
+      next = offset + size;
       return offset;
     };
+    const start = address + BigInt(skip);
     for (const launch of running) this.#launches.push(this.#prepare(launch, start, take));
   }
 
   #prepare(launch: KernelLaunch, start: bigint, take: (bytes: number, alignment: number) => number): Prepared {
-    const view = new DataView(this.#memory);
+    const view = this.#block;
     const { grid, block, cluster, sharedBytes } = launch;
     if (grid[1] > MAX_GRID_YZ || grid[2] > MAX_GRID_YZ || grid[0] >= 2 ** 31) {
       throw new InvalidArgumentError(
@@ -99,7 +106,7 @@ export class PreparedLaunches {
       const bytes = ARGUMENT_BYTES[argument.kind];
       const offset = take(bytes, bytes);
       view.setBigUint64(table + 8 * i, start + BigInt(offset), true);
-      this.#writeArgument(view, offset, argument, start);
+      this.#writeArgument(offset, argument, start);
     });
 
     const module = this.#device.module(launch.module);
@@ -130,7 +137,8 @@ export class PreparedLaunches {
     return { launch, function: kernel, parameters: start + BigInt(table), config };
   }
 
-  #writeArgument(view: DataView, offset: number, argument: KernelArgument, start: bigint): void {
+  #writeArgument(offset: number, argument: KernelArgument, start: bigint): void {
+    const view = this.#block;
     switch (argument.kind) {
       case 'pointer':
         this.#pointers.push({
