@@ -27,6 +27,8 @@ export interface ConformanceCase {
   readonly bound: 'kernel' | 'algorithm';
   /** Multiply-adds of both products: a slow target leaves out large cases. */
   readonly work: number;
+  /** Magnitude that V reaches; FP16 formats end at 65504. */
+  readonly largestV: number;
   make(random: Random): CaseInputs;
 }
 
@@ -43,6 +45,7 @@ interface Dense {
   dv?: number;
   options?: AttentionOptions;
   bound?: ConformanceCase['bound'];
+  largestV?: number;
   /** Changes values in place; arrays are `[B,H,L,D]` row-major. */
   edit?(values: Values, size: Size, random: Random): void;
   mask?(size: Size, random: Random): Tensor;
@@ -100,6 +103,7 @@ function dense(group: string, name: string, spec: Dense): ConformanceCase {
     name,
     bound: spec.bound ?? 'kernel',
     work: batch * heads * lq * lk * (d + dv),
+    largestV: spec.largestV ?? 65504,
     make(random) {
       const values = ordinary(random, size);
       spec.edit?.(values, size, random);
@@ -321,6 +325,7 @@ function packed(dtype: DType): ConformanceCase {
     name: `views of one packed [B,L,3,H,D] ${dtype} tensor`,
     bound: 'kernel',
     work: batch * heads * length * length * 2 * d,
+    largestV: 65504,
     make(random) {
       const all = place(random.normals(batch * length * 3 * heads * d), [batch, length, 3, heads, d], dtype);
       const [batchStride, tokenStride, part, headStride] = all.strides as [number, number, number, number, number];
@@ -342,6 +347,7 @@ const strides: ConformanceCase[] = [
     name: 'padded rows, an offset, and one head of K and V for all (stride 0)',
     bound: 'kernel',
     work: 2 * 66 * 75 * 2 * 24,
+    largestV: 65504,
     make(random) {
       const at = (heads: number, length: number, headStride: number) =>
         place(random.normals(heads * length * 24), [1, heads, length, 24], 'float16', [9999, headStride, 29, 1], 7);
@@ -354,6 +360,7 @@ const strides: ConformanceCase[] = [
     name: 'D and Dv 1, whatever the last stride',
     bound: 'algorithm',
     work: 50 * 60 * 2,
+    largestV: 65504,
     make(random) {
       const column = (length: number) =>
         place(random.normals(length), [1, 1, length, 1], 'float32', [length * 3, length * 3, 3, 17]);
@@ -440,8 +447,9 @@ const extremes = [
     dtype: 'float16',
     edit: ({ v }) => fill(v, (i) => Math.max(-65000, Math.min(65000, (v[i] as number) * 20000))),
   }),
-  dense('extreme', 'V near the float32 limit of 16-bit formats', {
+  dense('extreme', 'V near the float32 limit', {
     dtype: 'bfloat16',
+    largestV: 1e38,
     edit: ({ v }) => fill(v, (i) => (v[i] as number) * 1e37),
   }),
   dense('extreme', 'a zero channel in V, and one head of V all zero', {
