@@ -3,15 +3,35 @@ import type { AttentionOptions } from '../../src/attention/options.ts';
 import { toFloat32 } from '../../src/tensor/access.ts';
 import type { Tensor } from '../../src/tensor/tensor.ts';
 
-/** One element of a tensor by its indices; `undefined` broadcasts. */
-function element(view: Tensor, values: Float32Array, indices: readonly number[]): number {
-  let at = 0;
-  const missing = indices.length - view.shape.length;
-  view.shape.forEach((size, dimension) => {
-    at = at * size + (size === 1 ? 0 : (indices[dimension + missing] as number));
-  });
-  return values[at] as number;
+type Read = (...indices: number[]) => number;
+
+/** Reads elements by their indices; dimensions of size 1, and missing ones in front, broadcast. */
+function reader(view: Tensor): Read {
+  const values = toFloat32(view);
+  return (...indices) => {
+    const missing = indices.length - view.shape.length;
+    const at = view.shape.reduce((sum, size, i) => sum * size + (size === 1 ? 0 : (indices[i + missing] as number)), 0);
+    return values[at] as number;
+  };
 }
+
+/** What the mask and the band add to a score; -Infinity: not seen. */
+function bias(options: AttentionOptions, shift: number): Read {
+  const mask = options.attnMask as Tensor | undefined;
+  const read = mask === undefined ? () => 0 : reader(mask);
+  const side = (size: number | undefined) => (size === undefined || size === -1 ? Number.POSITIVE_INFINITY : size);
+  const [left, right] = [side(options.windowSize?.[0]), side(options.windowSize?.[1])];
+  return (b, h, i, j) => {
+    const distance = (j as number) - ((i as number) + shift);
+    if ((options.isCausal && distance > 0) || -distance > left || distance > right) return Number.NEGATIVE_INFINITY;
+    const value = read(b as number, h as number, i as number, j as number);
+    if (mask?.dtype !== 'bool') return value;
+    return value === 0 ? Number.NEGATIVE_INFINITY : 0;
+  };
+}
+
+const range = (length: number) => Array.from({ length }, (_, i) => i);
+const sum = (values: number[]) => values.reduce((total, value) => total + value, 0);
 
 /** Dense attention over HND tensors by the definition; output `[B,Hq,Lq,Dv]` and LSE `[B,Hq,Lq]`, row-major. */
 export function naiveAttention(
@@ -22,40 +42,28 @@ export function naiveAttention(
 ): { output: number[]; lse: number[] } {
   const [batch, queryHeads, queryLength, dim] = q.shape as [number, number, number, number];
   const [, kvHeads, keyLength, valueDim] = v.shape as [number, number, number, number];
-  const [qs, ks, vs] = [toFloat32(q), toFloat32(k), toFloat32(v)];
-  const mask = options.attnMask as Tensor | undefined;
-  const maskValues = mask === undefined ? undefined : toFloat32(mask);
-  const scale = options.smScale ?? dim ** -0.5;
-  const [left, right] = (options.windowSize ?? [-1, -1]).map((side) =>
-    side === -1 ? Number.POSITIVE_INFINITY : side,
-  ) as [number, number];
-  const shift = options.causalAlignment === 'bottom-right' ? keyLength - queryLength : 0;
+  const [readQ, readK, readV] = [reader(q), reader(k), reader(v)];
+  const readBias = bias(options, options.causalAlignment === 'bottom-right' ? keyLength - queryLength : 0);
+  const { smScale = dim ** -0.5, softcap = 0 } = options;
+  const score: Read = (b, h, i, j) => {
+    const kv = Math.floor((h as number) / (queryHeads / kvHeads));
+    const raw = sum(
+      range(dim).map((d) => readQ(b as number, h as number, i as number, d) * readK(b as number, kv, j as number, d)),
+    );
+    return softcap === 0 ? raw * smScale : softcap * Math.tanh((raw * smScale) / softcap);
+  };
   const output: number[] = [];
   const lse: number[] = [];
-  for (let b = 0; b < batch; b++) {
-    for (let h = 0; h < queryHeads; h++) {
-      const kv = Math.floor(h / (queryHeads / kvHeads));
-      for (let i = 0; i < queryLength; i++) {
-        const weights = Array.from({ length: keyLength }, (_, j) => {
-          const distance = j - (i + shift);
-          if ((options.isCausal && distance > 0) || -distance > left || distance > right) return 0;
-          const bias =
-            mask === undefined || maskValues === undefined ? undefined : element(mask, maskValues, [b, h, i, j]);
-          if (mask?.dtype === 'bool' ? bias === 0 : bias === Number.NEGATIVE_INFINITY) return 0;
-          let score = 0;
-          for (let d = 0; d < dim; d++) score += element(q, qs, [b, h, i, d]) * element(k, ks, [b, kv, j, d]);
-          score *= scale;
-          if (options.softcap) score = options.softcap * Math.tanh(score / options.softcap);
-          return Math.exp(score + (mask === undefined || mask.dtype === 'bool' ? 0 : (bias as number)));
-        });
-        const total = weights.reduce((sum, weight) => sum + weight, 0);
+  for (const b of range(batch)) {
+    for (const h of range(queryHeads)) {
+      for (const i of range(queryLength)) {
+        const seen = range(keyLength).filter((j) => readBias(b, h, i, j) > Number.NEGATIVE_INFINITY);
+        const weights = seen.map((j) => Math.exp(score(b, h, i, j) + readBias(b, h, i, j)));
+        const total = sum(weights);
         lse.push(Math.log(total));
-        for (let d = 0; d < valueDim; d++) {
-          let sum = 0;
-          for (let j = 0; j < keyLength; j++) {
-            if ((weights[j] as number) > 0) sum += ((weights[j] as number) / total) * element(v, vs, [b, kv, j, d]);
-          }
-          output.push(sum);
+        for (const d of range(valueDim)) {
+          const kv = Math.floor(h / (queryHeads / kvHeads));
+          output.push(sum(seen.map((j, at) => ((weights[at] as number) / total) * readV(b, kv, j, d))));
         }
       }
     }

@@ -1,0 +1,192 @@
+import fc from 'fast-check';
+import { describe, expect, it } from 'vitest';
+import { Random, runSeed } from '../../test/support/random.ts';
+import { e4m3ToNumber } from '../tensor/formats/float8.ts';
+import { keyGrouping, queryGrouping } from './groups.ts';
+import {
+  CUDA_ROUNDING,
+  quantizeIntegers,
+  roundHalfAway,
+  roundHalfEven,
+  TRITON_BLOCK_ROUNDING,
+  TRITON_THREAD_ROUNDING,
+} from './integers.ts';
+import { P_TWO_LEVEL_MAX, quantizeNvfp4InPlace, quantizeTwoLevelInPlace } from './nvfp4.ts';
+import { INT_MAX, TILINGS, V_FP8_MAX } from './schemes.ts';
+import { blockMeans, channelMean, subtractMean } from './smoothing.ts';
+import { permutedPosition, quantizeValueFp8, TOKEN_PERMUTATION } from './valueFp8.ts';
+
+const seed = runSeed();
+const settings = { seed: seed | 0, numRuns: 200 };
+const granularities = ['per-block', 'per-warp', 'per-thread'] as const;
+
+describe('groups', () => {
+  it('follow the fragments of mma.m16n8 inside warps', () => {
+    const q = queryGrouping('per-thread', TILINGS.sm80);
+    // Rows lane / 4 and lane / 4 + 8 share a thread; 8 scales for every 32 tokens.
+    expect([0, 8, 16, 24].map(q.indexOf)).toEqual([0, 0, 0, 0]);
+    expect([1, 7, 32, 41, 128].map(q.indexOf)).toEqual([1, 7, 8, 9, 32]);
+    const k = keyGrouping('per-thread', TILINGS.sm80);
+    expect([0, 1, 2, 3, 6, 7, 8, 9, 62, 64, 67].map(k.indexOf)).toEqual([0, 0, 1, 1, 3, 3, 0, 0, 3, 4, 5]);
+    expect(keyGrouping('per-warp', TILINGS.sm90).indexOf(129)).toBe(1);
+    expect(queryGrouping('per-warp', TILINGS.sm90).indexOf(33)).toBe(2);
+    expect(queryGrouping('per-block', TILINGS.sm90).indexOf(64)).toBe(1);
+  });
+
+  it('have an index below their count, and scales for whole blocks', () => {
+    for (const tiling of Object.values(TILINGS)) {
+      for (const granularity of granularities) {
+        for (const length of [0, 1, 63, 64, 65, 127, 129, 1000]) {
+          for (const grouping of [queryGrouping(granularity, tiling), keyGrouping(granularity, tiling)]) {
+            const count = grouping.count(length);
+            expect(count).toBe(grouping.count(Math.max(0, length)));
+            for (let token = 0; token < length; token++) expect(grouping.indexOf(token)).toBeLessThan(count);
+            if (length === 0) expect(count).toBe(0);
+          }
+        }
+      }
+    }
+  });
+});
+
+describe('integers', () => {
+  it('round ties as named', () => {
+    expect([0.5, 1.5, 2.5, -0.5, -1.5, 2.4999999].map((x) => roundHalfEven(x) + 0)).toEqual([0, 2, 2, 0, -2, 2]);
+    expect([0.5, 1.5, 2.5, -0.5, -1.5, 2.4999999].map((x) => roundHalfAway(x) + 0)).toEqual([1, 2, 3, -1, -2, 2]);
+  });
+
+  const inputs = fc.record({
+    seed: fc.integer({ min: 0, max: 2 ** 31 - 1 }),
+    length: fc.integer({ min: 1, max: 150 }),
+    dim: fc.integer({ min: 1, max: 9 }),
+    exponent: fc.integer({ min: -60, max: 60 }),
+    granularity: fc.constantFrom(...granularities),
+    max: fc.constantFrom(INT_MAX.int8, INT_MAX.int4),
+    rounding: fc.constantFrom(CUDA_ROUNDING, TRITON_BLOCK_ROUNDING),
+  });
+
+  it(`are within half a step of what they stand for (seed ${seed})`, () => {
+    fc.assert(
+      fc.property(inputs, ({ length, dim, exponent, granularity, max, rounding, ...rest }) => {
+        const x = new Random(rest.seed).normals(length * dim, 2 ** exponent);
+        const grouping = queryGrouping(granularity, TILINGS.sm80);
+        const { values, scales } = quantizeIntegers(x, dim, grouping, max, rounding);
+        for (let i = 0; i < x.length; i++) {
+          const scale = scales[grouping.indexOf(Math.floor(i / dim))] as number;
+          expect(Math.abs(values[i] as number)).toBeLessThanOrEqual(max);
+          // Half a step, and what float32 loses in scale and quotient: two roundings of at most 127 steps.
+          const bound = scale * (0.5 + max * 2 ** -22);
+          expect(Math.abs((values[i] as number) * scale - (x[i] as number))).toBeLessThanOrEqual(bound);
+        }
+      }),
+      settings,
+    );
+  });
+
+  it('of a group of zeros are zeros with scale 0, subnormals stay in range, NaNs spoil nothing', () => {
+    const grouping = keyGrouping('per-block', TILINGS.portable);
+    expect(quantizeIntegers(new Float32Array(8), 4, grouping, 127)).toEqual({
+      values: new Int8Array(8),
+      scales: Float32Array.of(0),
+    });
+    const away = quantizeIntegers(new Float32Array(8), 4, grouping, 127, TRITON_THREAD_ROUNDING);
+    expect(away.values.every((value) => value === 0)).toBe(true);
+    const tiny = quantizeIntegers(Float32Array.of(1e-45, -1e-44, 1e-43, -2e-43), 4, grouping, 127);
+    expect(tiny.values.every((value) => Math.abs(value) <= 127)).toBe(true);
+    const { values, scales } = quantizeIntegers(
+      Float32Array.of(1, Number.NaN, Number.NEGATIVE_INFINITY, -127),
+      2,
+      grouping,
+      127,
+    );
+    expect([...values, ...scales]).toEqual([1, 0, 0, -127, 1]);
+    expect(quantizeIntegers(new Float32Array(0), 4, grouping, 127).scales.length).toBe(0);
+  });
+});
+
+describe('smoothing', () => {
+  it('takes means of channels and of blocks, leaving out what is not finite', () => {
+    const x = Float32Array.of(1, 10, 3, 20, Number.NaN, 60, 8, Number.POSITIVE_INFINITY);
+    expect([...channelMean(x, 2)]).toEqual([4, 30]);
+    expect([...channelMean(x, 2, 1, 2)]).toEqual([3, 20]);
+    expect([...channelMean(x, 2, 2, 2)]).toEqual([0, 0]);
+    expect([...blockMeans(x, 2, 3)]).toEqual([2, 30, 8, 0]);
+    expect([...subtractMean(x, Float32Array.of(4, 30), 1, 3)]).toEqual([-1, -10, Number.NaN, 30]);
+  });
+});
+
+describe('V in FP8', () => {
+  it('is stored transposed, permuted inside every 16, and padded with zeros', () => {
+    expect(Array.from({ length: 16 }, (_, i) => permutedPosition(16 + (TOKEN_PERMUTATION[i] as number)))).toEqual(
+      Array.from({ length: 16 }, (_, i) => 16 + i),
+    );
+    const v = Float32Array.from({ length: 20 * 2 }, (_, i) => (i % 2 === 0 ? i / 2 : -i));
+    const { codes, paddedLength, scales } = quantizeValueFp8(v, 2, { padTo: 32 });
+    expect([paddedLength, codes.length]).toEqual([32, 64]);
+    expect(scales[0]).toBeCloseTo(19 / 448, 7);
+    for (let token = 0; token < 20; token++) {
+      const decoded = e4m3ToNumber(codes[permutedPosition(token)] as number) * (scales[0] as number);
+      // Half a step of three mantissa bits, or half the smallest step.
+      expect(Math.abs(decoded - token)).toBeLessThanOrEqual(token / 16 + 2 ** -10 * (scales[0] as number));
+    }
+    const used = new Set(Array.from({ length: 20 }, (_, token) => permutedPosition(token)));
+    for (let i = 0; i < 32; i++) if (!used.has(i)) expect([codes[i], codes[32 + i]]).toEqual([0, 0]);
+  });
+
+  it('has scale 0 and zeros for a channel of zeros, and keeps vmax', () => {
+    const { codes, scales } = quantizeValueFp8(Float32Array.of(0, 5, 0, -2), 2, { vMax: V_FP8_MAX.fp16Accumulator });
+    expect(scales[0]).toBe(0);
+    expect([codes[0], codes[permutedPosition(1)]].map((code) => (code as number) & 0x7f)).toEqual([0, 0]);
+    expect(e4m3ToNumber(codes[64] as number)).toBe(2.25);
+  });
+
+  it('keeps a NaN where it is', () => {
+    const { codes, scales } = quantizeValueFp8(Float32Array.of(Number.NaN, 448, Number.POSITIVE_INFINITY), 1);
+    expect([codes[permutedPosition(0)], codes[permutedPosition(1)], codes[permutedPosition(2)]]).toEqual([
+      0x7f, 0x7e, 0x7f,
+    ]);
+    expect(scales[0]).toBe(1);
+  });
+});
+
+describe('NVFP4', () => {
+  it('quantizes blocks of 16 by an E4M3 scale, strided, and leaves the rest alone', () => {
+    const x = new Float32Array(3 * 20).fill(7);
+    for (let i = 0; i < 20; i++) x[3 * i + 1] = i < 16 ? i - 8 : 0;
+    quantizeNvfp4InPlace(x, 1, 3, 20);
+    for (let i = 0; i < 20; i++) {
+      expect([x[3 * i], x[3 * i + 2]]).toEqual([7, 7]);
+      const exact = i < 16 ? i - 8 : 0;
+      // scale = E4M3(8 / 6) = 1.375; E2M1's largest gap is 2 (from 4 to 6), and 6 * 1.375 reaches 8.
+      expect(Math.abs((x[3 * i + 1] as number) - exact)).toBeLessThanOrEqual(1.375);
+    }
+    const wild = Float32Array.of(Number.NaN, 6, 1e-30);
+    quantizeNvfp4InPlace(wild, 0, 1, 3);
+    expect([...wild]).toEqual([Number.NaN, 6, 0]);
+    const small = new Float32Array(16).fill(1e-9);
+    quantizeNvfp4InPlace(small, 0, 1, 16);
+    expect([...small]).toEqual(new Array(16).fill(0));
+  });
+
+  it(`in two levels errs by at most a quarter of each block's maximum (seed ${seed})`, () => {
+    fc.assert(
+      fc.property(fc.integer({ min: 0, max: 2 ** 31 - 1 }), fc.integer({ min: 1, max: 70 }), (seedOfRun, count) => {
+        const random = new Random(seedOfRun);
+        const p = Float32Array.from({ length: count }, () => Math.exp(-6 * random.uniform()));
+        const quantized = p.slice();
+        const scale = quantizeTwoLevelInPlace(quantized, count);
+        expect(scale * P_TWO_LEVEL_MAX).toBeCloseTo(Math.max(...p), 5);
+        for (let block = 0; block < count; block += 16) {
+          const largest = Math.max(...p.subarray(block, block + 16));
+          for (let i = block; i < Math.min(block + 16, count); i++) {
+            // Half of E2M1's widest gap (1 of 6) and E4M3's relative error of the scale (1 of 16).
+            const bound = largest * (1 / 6 + 1 / 16);
+            expect(Math.abs((quantized[i] as number) * scale - (p[i] as number))).toBeLessThanOrEqual(bound);
+          }
+        }
+      }),
+      settings,
+    );
+    expect(quantizeTwoLevelInPlace(new Float32Array(16), 16)).toBe(0);
+  });
+});
