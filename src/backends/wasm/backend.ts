@@ -1,0 +1,171 @@
+/** The WASM backend. */
+import { BackendUnavailableError, InvalidArgumentError } from '../../attention/errors.ts';
+import type { AttentionProblem } from '../../attention/problem.ts';
+import type { TensorView } from '../../tensor/tensor.ts';
+import type {
+  Availability,
+  Backend,
+  KernelChoice,
+  KernelDescriptor,
+  Plan,
+  PreparedKeyValue,
+  RunContext,
+} from '../backend.ts';
+import { prepareCall } from './calls.ts';
+import { availableThreads, createExecutor, type ExecutorKind } from './executor.ts';
+import type { Simd } from './geometry.ts';
+import { ACCURATE_KERNEL, INTEGER_KERNEL } from './kernels.ts';
+import { WasmKeyValue } from './key-value.ts';
+import { type LoadedModule, loadModule } from './modules.ts';
+import { Runtime } from './runtime.ts';
+
+export interface WasmBackendOptions {
+  /** Worker threads, 1 to 256; default: one for each processor, at most 16. */
+  readonly threads?: number;
+  /** `'auto'`: relaxed SIMD where the engine computes it exactly, else SIMD128. */
+  readonly simd?: 'auto' | Simd;
+}
+
+/** A backend of its own, with its own threads and memory. */
+export interface WasmBackend extends Backend, Disposable, AsyncDisposable {
+  readonly name: 'wasm';
+}
+
+const MOST_THREADS = 256;
+const MOST_DEFAULT_THREADS = 16;
+
+class WasmBackendImplementation implements WasmBackend {
+  readonly name = 'wasm';
+  readonly kernels: readonly KernelDescriptor[] = [INTEGER_KERNEL, ACCURATE_KERNEL];
+  readonly #threads: number;
+  readonly #simd: 'auto' | Simd;
+  readonly #kind: ExecutorKind | undefined;
+  #module: Promise<LoadedModule> | undefined;
+  #runtime: Promise<Runtime> | undefined;
+
+  constructor(options: WasmBackendOptions, kind?: ExecutorKind) {
+    this.#threads = options.threads ?? Math.min(MOST_DEFAULT_THREADS, availableThreads());
+    this.#simd = options.simd ?? 'auto';
+    this.#kind = kind;
+  }
+
+  async #start(): Promise<Runtime> {
+    if (typeof WebAssembly !== 'object') {
+      throw new BackendUnavailableError('wasm', 'there is no WebAssembly here', 'Use Node 20 or a current browser');
+    }
+    this.#module ??= loadModule(this.#simd);
+    const { module, simd, relaxed } = await this.#module;
+    return new Runtime(createExecutor(module, this.#threads, this.#kind), simd, relaxed);
+  }
+
+  /** The runtime; a new one after a failure that took the memory along. */
+  async #current(): Promise<Runtime> {
+    this.#runtime ??= this.#start();
+    const started = this.#runtime;
+    try {
+      const runtime = await started;
+      if (!runtime.executor.lost) return runtime;
+    } catch (error) {
+      if (this.#runtime === started) this.#runtime = undefined;
+      throw error;
+    }
+    if (this.#runtime === started) this.#runtime = this.#start();
+    return this.#runtime ?? this.#start();
+  }
+
+  async availability(): Promise<Availability> {
+    try {
+      const { simd, relaxed, executor } = await this.#current();
+      return {
+        available: true,
+        accelerated: false,
+        details: { simd, 'relaxed SIMD': relaxed, threads: executor.description },
+      };
+    } catch (error) {
+      const { received, expected } = error instanceof BackendUnavailableError ? error : {};
+      return {
+        available: false,
+        accelerated: false,
+        reason: received ?? String(error),
+        ...(expected === undefined ? {} : { remedy: expected }),
+        details: {},
+      };
+    }
+  }
+
+  async defaultKernel(): Promise<KernelDescriptor> {
+    return INTEGER_KERNEL;
+  }
+
+  async plan(problem: AttentionProblem, kernel: KernelChoice): Promise<Plan> {
+    await this.#current();
+    return {
+      kernel,
+      run: async (inputs, context) => {
+        const runtime = await this.#current();
+        return runtime.run(context, (lease) => prepareCall(runtime, lease, problem, kernel, inputs));
+      },
+      dispose: () => {},
+    };
+  }
+
+  async prepareKeyValue(
+    problem: AttentionProblem,
+    kernel: KernelChoice,
+    k: TensorView,
+    v: TensorView,
+    context: RunContext,
+  ): Promise<PreparedKeyValue> {
+    const prepared = new WasmKeyValue(await this.#current(), problem, kernel);
+    try {
+      await prepared.append(k, v, problem, context);
+    } catch (error) {
+      prepared.dispose();
+      throw error;
+    }
+    return prepared;
+  }
+
+  async dispose(): Promise<void> {
+    const runtime = this.#runtime;
+    this.#runtime = undefined;
+    await (await runtime?.catch(() => undefined))?.executor.dispose();
+  }
+
+  [Symbol.dispose](): void {
+    void this.dispose();
+  }
+
+  [Symbol.asyncDispose](): Promise<void> {
+    return this.dispose();
+  }
+}
+
+/**
+ * A WASM backend. `sageattn` uses one of default options by itself; give this one to `setBackend`, or use it directly, to
+ * choose threads or SIMD.
+ *
+ * @throws {InvalidArgumentError} `invalid-option`
+ */
+export function createWasmBackend(options: WasmBackendOptions = {}): WasmBackend {
+  return createWasmBackendOn(options);
+}
+
+/**
+ * @internal For tests: on a chosen kind of executor.
+ */
+export function createWasmBackendOn(options: WasmBackendOptions, kind?: ExecutorKind): WasmBackend {
+  const { threads, simd } = options;
+  if (threads !== undefined && !(Number.isInteger(threads) && threads >= 1 && threads <= MOST_THREADS)) {
+    throw new InvalidArgumentError(
+      'invalid-option',
+      'options.threads',
+      `an integer from 1 to ${MOST_THREADS}`,
+      String(threads),
+    );
+  }
+  if (simd !== undefined && !['auto', 'simd128', 'relaxed'].includes(simd)) {
+    throw new InvalidArgumentError('invalid-option', 'options.simd', "'auto', 'simd128' or 'relaxed'", String(simd));
+  }
+  return new WasmBackendImplementation(options, kind);
+}

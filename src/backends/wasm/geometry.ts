@@ -1,0 +1,48 @@
+/** Sizes of what kernels keep in memory. */
+import { BLOCK_K } from './job.ts';
+
+/** Which build of the kernels runs. */
+export type Simd = 'simd128' | 'relaxed';
+
+/** Where things lie inside a tile of BLOCK_K keys and their values; bytes. */
+export interface TileGeometry {
+  /** D and Dv, rounded up to a multiple of 8. */
+  readonly headDimPadded: number;
+  readonly valueDimPadded: number;
+  /** 4-byte steps of a packed key. */
+  readonly keySteps: number;
+  readonly keyScales: number;
+  readonly keyBiases: number;
+  readonly values: number;
+  readonly valueScales: number;
+  readonly flags: number;
+  readonly nans: number;
+  readonly bytes: number;
+}
+
+const roundUp = (value: number, unit: number) => Math.ceil(value / unit) * unit;
+
+/** @param accurate values stay in float32 */
+export function tileGeometry(headDim: number, valueDim: number, simd: Simd, accurate: boolean): TileGeometry {
+  const headDimPadded = roundUp(headDim, 8);
+  const valueDimPadded = roundUp(valueDim, 8);
+  const bytesPerInteger = simd === 'relaxed' ? 1 : 2;
+  const keyScales = BLOCK_K * headDimPadded * bytesPerInteger;
+  const keyBiases = keyScales + BLOCK_K * 4;
+  const values = keyBiases + BLOCK_K * 4;
+  const valueScales = values + BLOCK_K * valueDimPadded * (accurate ? 4 : bytesPerInteger);
+  const flags = valueScales + valueDimPadded * 4;
+  const nans = flags + 16;
+  return {
+    headDimPadded,
+    valueDimPadded,
+    keySteps: (headDimPadded * bytesPerInteger) / 4,
+    keyScales,
+    keyBiases,
+    values,
+    valueScales,
+    flags,
+    nans,
+    bytes: roundUp(nans + (BLOCK_K * valueDimPadded) / 8, 64),
+  };
+}

@@ -1,0 +1,2 @@
+/** `sageattention/wasm`: a WASM backend with chosen threads and SIMD. */
+export { createWasmBackend, type WasmBackend, type WasmBackendOptions } from './backend.ts';

@@ -1,0 +1,27 @@
+/** The kernels of this backend as data. */
+
+import { MAX_HEAD_DIM } from '../../attention/problem.ts';
+import type { KernelDescriptor } from '../backend.ts';
+
+const COMMON = {
+  // Groups of one token: as the portable kernel's blocks, but finer.
+  qkQuantGran: ['per-block'],
+  pvAccumDtype: ['fp32'],
+  smoothV: true,
+  smoothQ: false,
+  maxHeadDim: MAX_HEAD_DIM,
+} as const;
+
+/** The default: at least as accurate as the FP8 kernels of the reference implementation. */
+export const INTEGER_KERNEL: KernelDescriptor = {
+  name: 'qk-int8-pv-int8',
+  summary: 'QK and PV in integers (the default)',
+  ...COMMON,
+};
+
+/** At least as accurate as the FP16 kernels of the reference implementation. */
+export const ACCURATE_KERNEL: KernelDescriptor = {
+  name: 'qk-int8-pv-fp16',
+  summary: 'K in INT8, Q in 14-bit integers, PV in float32 (accurate)',
+  ...COMMON,
+};

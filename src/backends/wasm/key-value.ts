@@ -1,0 +1,195 @@
+/** Keys and values held as tiles between calls. */
+import { ExecutionError } from '../../attention/errors.ts';
+import { type AttentionProblem, sequencesOf } from '../../attention/problem.ts';
+import type { TensorView } from '../../tensor/tensor.ts';
+import type { AttentionOutputs, KernelChoice, PreparedKeyValue, RunContext } from '../backend.ts';
+import { flagsOf, prepareAttend } from './calls.ts';
+import { type TileGeometry, tileGeometry } from './geometry.ts';
+import { BLOCK_K, FLAG_KEEP_MEANS } from './job.ts';
+import { ACCURATE_KERNEL } from './kernels.ts';
+import { jobSettings, prepareUnits, recordBytes, tilesOf, writeRecords } from './records.ts';
+import type { Runtime } from './runtime.ts';
+import { PADDING_BYTES, stageOperand } from './staging.ts';
+
+/** Tiles of one head that a cache has room for at least. */
+const LEAST_TILES = 2;
+
+export class WasmKeyValue implements PreparedKeyValue {
+  readonly #runtime: Runtime;
+  readonly #choice: KernelChoice;
+  readonly #geometry: TileGeometry;
+  /** Heads of all sequences. */
+  readonly #pairs: number;
+  #length = 0;
+  /** Tiles that each head has room for. */
+  #capacity = 0;
+  #tiles = 0;
+  readonly #means: number;
+  readonly #meanBytes: number;
+  readonly #tail: number;
+  readonly #tailBytes: number;
+  /** Calls that use the memory; it is freed after the last. */
+  #users = 0;
+  #disposed = false;
+  #broken: unknown;
+
+  constructor(runtime: Runtime, problem: AttentionProblem, choice: KernelChoice) {
+    this.#runtime = runtime;
+    this.#choice = choice;
+    this.#geometry = tileGeometry(
+      problem.headDim,
+      problem.valueDim,
+      runtime.simd,
+      choice.descriptor.name === ACCURATE_KERNEL.name,
+    );
+    const { headDimPadded, valueDimPadded } = this.#geometry;
+    this.#pairs = problem.batch * problem.kvHeads;
+    this.#meanBytes = this.#pairs * (headDimPadded + valueDimPadded) * 4;
+    this.#tailBytes = this.#pairs * BLOCK_K * valueDimPadded * 4;
+    const { memory } = runtime.executor;
+    this.#means = memory.allocate(this.#meanBytes);
+    try {
+      this.#tail = memory.allocate(this.#tailBytes);
+    } catch (error) {
+      memory.free(this.#means, this.#meanBytes);
+      throw error;
+    }
+  }
+
+  get length(): number {
+    return this.#length;
+  }
+
+  /** Makes room for so many tokens; doubles, so that appending token by token copies each tile a bounded number of times. */
+  #reserve(tokens: number): void {
+    const needed = tilesOf(tokens);
+    if (needed <= this.#capacity) return;
+    const { memory } = this.#runtime.executor;
+    const capacity = Math.max(LEAST_TILES, needed, this.#length === 0 ? 0 : 2 * this.#capacity);
+    const { bytes } = this.#geometry;
+    const tiles = memory.allocate(this.#pairs * capacity * bytes);
+    const held = tilesOf(this.#length) * bytes;
+    for (let pair = 0; pair < this.#pairs && held > 0; pair++) {
+      this.#runtime.executor.copy(this.#tiles + pair * this.#capacity * bytes, tiles + pair * capacity * bytes, held);
+    }
+    this.#freeTiles();
+    this.#tiles = tiles;
+    this.#capacity = capacity;
+  }
+
+  #freeTiles(): void {
+    if (this.#capacity === 0) return;
+    this.#runtime.executor.memory.free(this.#tiles, this.#pairs * this.#capacity * this.#geometry.bytes);
+    this.#capacity = 0;
+  }
+
+  /** Runs `work` with the memory held. */
+  async #use<R>(work: () => Promise<R>): Promise<R> {
+    if (this.#disposed) throw new ExecutionError('disposed', 'the prepared keys and values have been disposed');
+    if (this.#broken !== undefined || this.#runtime.executor.lost) {
+      throw new ExecutionError('execution-failed', 'the prepared keys and values were lost in a failure', this.#broken);
+    }
+    this.#users++;
+    try {
+      return await work();
+    } finally {
+      this.#users--;
+      this.#freeUnused();
+    }
+  }
+
+  /** Adds tokens. It is short and not interrupted half way: what is held would be incomplete. */
+  append(k: TensorView, v: TensorView, problem: AttentionProblem, context: RunContext): Promise<void> {
+    return this.#use(async () => {
+      context.signal?.throwIfAborted();
+      const added = problem.keyLength;
+      if (added === 0 || this.#pairs === 0) {
+        this.#length += added;
+        return;
+      }
+      try {
+        await this.#runtime.run({}, (lease) => {
+          const start = this.#length;
+          const end = start + added;
+          this.#reserve(end);
+          const { batch, kvHeads, headDim, valueDim } = problem;
+          const extent = { batch, heads: kvHeads, tokens: added };
+          const stagedK = stageOperand(k, problem.k, { ...extent, dim: headDim });
+          const stagedV = stageOperand(v, problem.v, { ...extent, dim: valueDim });
+          const layouts = { q: undefined, k: stagedK.layout, v: stagedV.layout, mask: undefined };
+          const sequences = Array.from({ length: batch }, (_, i) => ({
+            ...{ q: 0, out: 0, lse: 0, mask: 0, queryLength: 0, lower: 0, upper: 0, partlySeen: false },
+            k: stagedK.layout.offset + i * stagedK.layout.batchStride,
+            v: stagedV.layout.offset + i * stagedV.layout.batchStride,
+            keyLength: end,
+            firstTile: i * this.#capacity,
+            tiles: this.#capacity,
+            start,
+          }));
+          const units = prepareUnits(sequences, kvHeads);
+          const flags = flagsOf(this.#choice) | (start > 0 ? FLAG_KEEP_MEANS : 0);
+          const address = lease.allocate(recordBytes(sequences.length, units.length));
+          const records = writeRecords(
+            address,
+            jobSettings(problem, this.#geometry, flags, layouts),
+            {
+              ...{ q: 0, out: 0, lse: 0, mask: 0 },
+              k: lease.place(stagedK.bytes, PADDING_BYTES),
+              v: lease.place(stagedV.bytes, PADDING_BYTES),
+              tiles: this.#tiles,
+              means: this.#means,
+              tail: this.#tail,
+            },
+            sequences,
+            units,
+          );
+          this.#runtime.executor.write(address, records);
+          return {
+            stages: [{ entry: 'prepare', job: address }],
+            units: units.length,
+            extraScratch: 0,
+            finish: async () => {
+              this.#length = end;
+            },
+          };
+        });
+      } catch (error) {
+        // Memory that could not be had changes nothing; anything else may have come half way.
+        if (!(error instanceof ExecutionError && error.code === 'out-of-memory')) this.#broken = error;
+        throw error;
+      }
+    });
+  }
+
+  attend(
+    q: TensorView,
+    problem: AttentionProblem,
+    attnMask: TensorView | undefined,
+    context: RunContext,
+  ): Promise<AttentionOutputs> {
+    return this.#use(() =>
+      this.#runtime.run(context, (lease) => {
+        const sequences = sequencesOf(problem);
+        return prepareAttend(this.#runtime, lease, problem, this.#choice, q, attnMask, sequences, {
+          tiles: this.#tiles,
+          means: this.#means,
+          tilesPerHead: this.#capacity,
+        });
+      }),
+    );
+  }
+
+  #freeUnused(): void {
+    if (!this.#disposed || this.#users > 0) return;
+    const { memory } = this.#runtime.executor;
+    this.#freeTiles();
+    memory.free(this.#means, this.#meanBytes);
+    memory.free(this.#tail, this.#tailBytes);
+  }
+
+  dispose(): void {
+    if (this.#disposed) return;
+    this.#disposed = true;
+    this.#freeUnused();
+  }
+}

@@ -1,0 +1,109 @@
+/** The compiled kernels, and which of the two builds this engine runs correctly. */
+import { BackendUnavailableError } from '../../attention/errors.ts';
+import type { Simd } from './geometry.ts';
+
+/** What a kernel module exports. `prepare` and `attend` do one unit of a job and return 0 when none is left. */
+export interface KernelExports {
+  readonly prepare: (job: number, scratch: number) => number;
+  readonly attend: (job: number, scratch: number) => number;
+  readonly probe: (a: number, b: number, out: number) => void;
+}
+
+const SOURCES = {
+  simd128: () => import('./generated/simd128.ts'),
+  relaxed: () => import('./generated/relaxed.ts'),
+} as const;
+
+function decodeBase64(text: string): Uint8Array<ArrayBuffer> {
+  const binary = atob(text);
+  const bytes = new Uint8Array(binary.length);
+  for (let i = 0; i < bytes.length; i++) bytes[i] = binary.charCodeAt(i);
+  return bytes;
+}
+
+async function compile(simd: Simd): Promise<WebAssembly.Module> {
+  const { BASE64 } = await SOURCES[simd]();
+  return WebAssembly.compile(decodeBase64(BASE64));
+}
+
+/** Instantiates a module over a memory. */
+export async function instantiate(module: WebAssembly.Module, memory: WebAssembly.Memory): Promise<KernelExports> {
+  const instance = await WebAssembly.instantiate(module, { env: { memory } });
+  return instance.exports as unknown as KernelExports;
+}
+
+const PROBE_VECTORS = 256;
+
+/**
+ * Whether the relaxed dot product gives the exact sums for a in -128..127 and b in 0..127. Node 20 with
+ * `--experimental-wasm-relaxed-simd` accepts the instruction and computes it wrongly, so validation alone says nothing.
+ */
+export async function computesExactly(module: WebAssembly.Module): Promise<boolean> {
+  const memory = new WebAssembly.Memory({ initial: 1, maximum: 1, shared: true });
+  const { probe } = await instantiate(module, memory);
+  const a = new Int8Array(memory.buffer, 64, 16);
+  const b = new Int8Array(memory.buffer, 128, 16);
+  const out = new Int32Array(memory.buffer, 192, 4);
+  // A linear congruential generator: the same vectors everywhere.
+  let state = 1;
+  const next = () => {
+    state = (Math.imul(state, 1664525) + 1013904223) >>> 0;
+    return state >>> 8;
+  };
+  const extremesA = [-128, 127, -127, 127];
+  for (let round = 0; round < PROBE_VECTORS; round++) {
+    const extreme = round < extremesA.length ? extremesA[round] : undefined;
+    for (let i = 0; i < 16; i++) {
+      a[i] = extreme ?? (next() % 256) - 128;
+      b[i] = extreme === undefined ? next() % 128 : 127;
+    }
+    const start = (next() % 2001) - 1000;
+    const expected = [0, 1, 2, 3].map((lane) => {
+      let sum = start;
+      for (let i = 0; i < 4; i++) sum += (a[4 * lane + i] as number) * (b[4 * lane + i] as number);
+      return sum;
+    });
+    out.fill(start);
+    probe(a.byteOffset, b.byteOffset, out.byteOffset);
+    if (expected.some((value, lane) => out[lane] !== value)) return false;
+  }
+  return true;
+}
+
+/** The kernels to run, and why the relaxed build was not taken where it was not. */
+export interface LoadedModule {
+  readonly module: WebAssembly.Module;
+  readonly simd: Simd;
+  readonly relaxed: string;
+}
+
+/**
+ * Compiles the kernels.
+ *
+ * @throws {BackendUnavailableError} when the engine does not run the build that was asked for, or no build at all
+ */
+export async function loadModule(simd: 'auto' | Simd): Promise<LoadedModule> {
+  let relaxed = 'not asked for';
+  if (simd !== 'simd128') {
+    try {
+      const module = await compile('relaxed');
+      if (await computesExactly(module)) return { module, simd: 'relaxed', relaxed: 'exact' };
+      relaxed = 'the engine accepts the instructions and computes them wrongly';
+    } catch (error) {
+      relaxed = `the engine does not accept the instructions (${error instanceof Error ? error.message : error})`;
+    }
+    if (simd === 'relaxed') {
+      throw new BackendUnavailableError('wasm', `relaxed SIMD: ${relaxed}`, "Use simd: 'auto' or Node 24");
+    }
+  }
+  try {
+    return { module: await compile('simd128'), simd: 'simd128', relaxed };
+  } catch (error) {
+    throw new BackendUnavailableError(
+      'wasm',
+      'the engine does not run WebAssembly with SIMD and threads',
+      'Use Node 20 or later or a current browser',
+      error,
+    );
+  }
+}

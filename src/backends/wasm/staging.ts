@@ -1,0 +1,74 @@
+/** Tensors of this process as bytes that can be copied to the kernels' memory in one go. */
+import type { MaskLayout, OperandLayout } from '../../attention/problem.ts';
+import { BYTES_PER_ELEMENT } from '../../tensor/dtype.ts';
+import type { Tensor, TensorData, TensorView } from '../../tensor/tensor.ts';
+
+/** Vector loads may reach this much beyond the last element. */
+export const PADDING_BYTES = 64;
+
+export interface Staged<Layout> {
+  readonly bytes: Uint8Array;
+  /** Of the elements inside `bytes`. */
+  readonly layout: Layout;
+}
+
+/** How many of each the operand has. */
+export interface OperandExtent {
+  readonly batch: number;
+  readonly heads: number;
+  readonly tokens: number;
+  readonly dim: number;
+}
+
+const bytesOf = (data: TensorData) => new Uint8Array(data.buffer, data.byteOffset, data.byteLength);
+
+/** A span with at most this many times the elements that count is copied whole: one fast copy beats many small ones. */
+const LARGEST_SPAN_RATIO = 1.5;
+
+/**
+ * The elements of q, k or v: a view of the caller's data where they lie close together, else gathered without gaps.
+ */
+export function stageOperand(view: TensorView, layout: OperandLayout, extent: OperandExtent): Staged<OperandLayout> {
+  const { data, dtype } = view as Tensor;
+  const size = BYTES_PER_ELEMENT[dtype];
+  const { batch, heads, tokens, dim } = extent;
+  const source = bytesOf(data);
+  const count = batch * heads * tokens * dim;
+  if (count === 0) {
+    return { bytes: new Uint8Array(0), layout: { offset: 0, batchStride: 0, headStride: 0, tokenStride: 0 } };
+  }
+  const { offset, batchStride, headStride, tokenStride } = layout;
+  const span = (batch - 1) * batchStride + (heads - 1) * headStride + (tokens - 1) * tokenStride + dim;
+  if (span <= count * LARGEST_SPAN_RATIO) {
+    return { bytes: source.subarray(offset * size, (offset + span) * size), layout: { ...layout, offset: 0 } };
+  }
+  const bytes = new Uint8Array(count * size);
+  // Heads of a token next to each other (NHD) go in one run.
+  const runHeads = headStride === dim ? heads : 1;
+  const run = runHeads * dim * size;
+  let to = 0;
+  for (let b = 0; b < batch; b++) {
+    for (let h = 0; h < heads; h += runHeads) {
+      for (let t = 0; t < tokens; t++, to += run) {
+        const from = (offset + b * batchStride + h * headStride + t * tokenStride) * size;
+        bytes.set(source.subarray(from, from + run), to);
+      }
+    }
+  }
+  const gathered =
+    runHeads === heads ? { headStride: dim, tokenStride: heads * dim } : { headStride: tokens * dim, tokenStride: dim };
+  return { bytes, layout: { offset: 0, batchStride: heads * tokens * dim, ...gathered } };
+}
+
+/** The mask's elements, from the first that counts to the last: masks are dense or broadcast. */
+export function stageMask(
+  view: TensorView,
+  layout: MaskLayout,
+  lengths: readonly [batch: number, heads: number, queries: number, keys: number],
+): Staged<MaskLayout> {
+  const size = BYTES_PER_ELEMENT[layout.dtype];
+  if (lengths.includes(0)) return { bytes: new Uint8Array(0), layout };
+  const span = layout.strides.reduce((end, stride, i) => end + stride * ((lengths[i] as number) - 1), 1);
+  const bytes = bytesOf((view as Tensor).data).subarray(layout.offset * size, (layout.offset + span) * size);
+  return { bytes, layout: { ...layout, offset: 0 } };
+}
