@@ -1,0 +1,182 @@
+/** From a site and the tensors of one run to the arguments of `sageattn`, or the reason why onnxruntime must do it. */
+import { MAX_HEAD_DIM } from '../../attention/problem.ts';
+import { contiguousStrides } from '../../tensor/tensor.ts';
+import type { AttentionSite, Mask, View } from './detect/site.ts';
+import type { OrtTensor } from './ort.ts';
+
+export interface OperandCall {
+  readonly tensor: OrtTensor;
+  readonly view: View;
+}
+
+export interface AttentionCall {
+  readonly q: OperandCall;
+  readonly k: OperandCall;
+  readonly v: OperandCall;
+  /** Broadcasts to `[B,Hq,Lq,Lk]`. */
+  readonly mask: OperandCall | undefined;
+  readonly smScale: number | undefined;
+  readonly softcap: number;
+  readonly isCausal: boolean;
+  readonly causalAlignment: 'top-left' | 'bottom-right';
+  readonly layout: 'HND' | 'NHD';
+  /** Of the output tensor, whose elements are those of `layout`. */
+  readonly dims: readonly number[];
+  readonly type: 'float16' | 'float32';
+}
+
+export type Preparation = { readonly call: AttentionCall } | { readonly reason: string };
+
+/** `values` has the site's inputs. */
+export function prepareCall(site: AttentionSite, values: ReadonlyMap<string, OrtTensor>): Preparation {
+  const tensor = (name: string) => values.get(name) as OrtTensor;
+  const [q, k, v] = [site.q, site.k, site.v].map((operand) => ({
+    tensor: tensor(operand.value),
+    view: operand.view(tensor(operand.value).dims),
+  })) as [PartialOperand, PartialOperand, PartialOperand];
+  const { type } = q.tensor;
+  if ((type !== 'float32' && type !== 'float16') || k.tensor.type !== type || v.tensor.type !== type) {
+    return { reason: `operands of type ${q.tensor.type}, ${k.tensor.type}, ${v.tensor.type}` };
+  }
+  const shapes = `[${q.tensor.dims}], [${k.tensor.dims}], [${v.tensor.dims}]`;
+  if (q.view === undefined || k.view === undefined || v.view === undefined) {
+    return { reason: `operands of shapes ${shapes}` };
+  }
+  const rank = q.tensor.dims.length;
+  const splits = site.mask?.form === 'split-heads';
+  if (site.scoresRank !== undefined && !splits && rank !== site.scoresRank) {
+    return { reason: `softmax over axis ${site.scoresRank - 1} of scores of rank ${rank}` };
+  }
+  const maskTensor = site.mask && tensor(site.mask.value);
+  let operands = { q: q.view, k: k.view, v: v.view };
+  if (splits && maskTensor !== undefined) {
+    const split = splitHeads(operands, rank, maskTensor.dims);
+    if (split === undefined) return { reason: `a mask [${maskTensor.dims}] over operands ${shapes}` };
+    operands = split;
+  }
+  if (!agree(operands)) return { reason: `operands of shapes ${shapes}` };
+  const [batch, heads, length] = operands.q.shape;
+  const keys = operands.k.shape[2];
+  let mask: OperandCall | undefined;
+  if (site.mask !== undefined && maskTensor !== undefined) {
+    const view = maskView(site.mask, maskTensor, operands.q.shape, keys, rank);
+    if (view === undefined) return { reason: `a mask [${maskTensor.dims}] of type ${maskTensor.type}` };
+    mask = { tensor: maskTensor, view };
+  }
+  if (site.check !== undefined && !numbersOf(tensor(site.check.value)).every((last) => last + 1 === keys)) {
+    return { reason: 'sequences of different lengths in one batch, or a cache longer than its keys' };
+  }
+  const smScale = scaleOf(site, operands.q.shape[3], values);
+  if (Number.isNaN(smScale)) return { reason: 'a scale that is no single number' };
+  const outputShape = [batch, heads, length, operands.v.shape[3]] as const;
+  return {
+    call: {
+      q: { tensor: q.tensor, view: operands.q },
+      k: { tensor: k.tensor, view: operands.k },
+      v: { tensor: v.tensor, view: operands.v },
+      mask,
+      smScale,
+      softcap: site.softcap,
+      isCausal: site.isCausal,
+      causalAlignment: site.causalAlignment,
+      layout: site.outputLayout(rank),
+      dims: site.outputDims(outputShape, rank),
+      type,
+    },
+  };
+}
+
+interface PartialOperand {
+  readonly tensor: OrtTensor;
+  readonly view: View | undefined;
+}
+
+interface Operands {
+  readonly q: View;
+  readonly k: View;
+  readonly v: View;
+}
+
+function agree({ q, k, v }: Operands): boolean {
+  const [batch, heads, , dim] = q.shape;
+  const [keyBatch, keyHeads, keys, keyDim] = k.shape;
+  const [valueBatch, valueHeads, values, valueDim] = v.shape;
+  return (
+    keyBatch === batch &&
+    valueBatch === batch &&
+    keyHeads === valueHeads &&
+    keyHeads > 0 &&
+    heads % keyHeads === 0 &&
+    keys === values &&
+    keyDim === dim &&
+    [dim, valueDim].every((size) => size >= 1 && size <= MAX_HEAD_DIM) &&
+    // Nothing to compute: onnxruntime gives its own empty tensors.
+    [q, k, v].every((view) => view.shape.every((size) => size > 0))
+  );
+}
+
+/** Factor of q k^T, undefined for the default; NaN where a factor is no single number. */
+function scaleOf(site: AttentionSite, dim: number, values: ReadonlyMap<string, OrtTensor>): number | undefined {
+  if (site.runtimeScales.length === 0) return site.scale;
+  return site.runtimeScales.reduce(
+    (product, { value, inverse }) => {
+      const numbers = numbersOf(values.get(value) as OrtTensor);
+      const factor = numbers.length === 1 ? (numbers[0] as number) : Number.NaN;
+      return inverse ? product / factor : product * factor;
+    },
+    site.scale ?? 1 / Math.sqrt(dim),
+  );
+}
+
+function numbersOf(tensor: OrtTensor): number[] {
+  const data = tensor.data as ArrayLike<number | bigint>;
+  // float16 without a native array class comes as bits; such a scale is left to onnxruntime.
+  if (tensor.type === 'float16' && data instanceof Uint16Array) return [];
+  return Array.from(data, Number);
+}
+
+/** `[B*H,L,D]` as `[B,H,L,D]`, with B and H from a mask `[B or 1,H or 1,L,S]` that the graph adds to the split scores. */
+function splitHeads(operands: Operands, rank: number, mask: readonly number[]): Operands | undefined {
+  const total = operands.q.shape[0];
+  if (rank !== 3 || mask.length !== 4) return undefined;
+  const [maskBatch, maskHeads] = mask as [number, number];
+  const heads = maskHeads > 1 ? maskHeads : maskBatch > 1 ? total / maskBatch : 1;
+  if (!Number.isInteger(heads) || total % heads !== 0 || heads < 1) return undefined;
+  const split = ({ shape, strides, offset }: View): View | undefined =>
+    shape[0] === total && shape[1] === 1
+      ? {
+          shape: [total / heads, heads, shape[2], shape[3]],
+          strides: [heads * strides[0], strides[0], strides[2], strides[3]],
+          offset,
+        }
+      : undefined;
+  const [q, k, v] = [split(operands.q), split(operands.k), split(operands.v)];
+  return q && k && v && { q, k, v };
+}
+
+function maskView(mask: Mask, tensor: OrtTensor, query: View['shape'], keys: number, rank: number): View | undefined {
+  if (tensor.type !== 'bool' && tensor.type !== 'float32' && tensor.type !== 'float16') return undefined;
+  const dims = maskShape(mask.form, tensor.dims, rank);
+  const target = [query[0], query[1], query[2], keys];
+  const broadcasts = dims?.every((size, i) => size === 1 || size === target[i]);
+  if (dims === undefined || broadcasts !== true) return undefined;
+  return {
+    shape: dims as unknown as View['shape'],
+    strides: contiguousStrides(dims) as unknown as View['strides'],
+    offset: 0,
+  };
+}
+
+/** A mask's dimensions as `[B,H,L,S]`. */
+function maskShape(form: Mask['form'], dims: readonly number[], rank: number): number[] | undefined {
+  if (form === 'padding') {
+    if (dims.length === 2) return [dims[0] as number, 1, 1, dims[1] as number];
+    return dims.length === 3 ? [dims[0] as number, 1, dims[1] as number, dims[2] as number] : undefined;
+  }
+  if (form === 'scores' && rank === 3) {
+    if (dims.length > 3) return undefined;
+    const [batch, length, keys] = [...[1, 1, 1].slice(dims.length), ...dims] as [number, number, number];
+    return [batch, 1, length, keys];
+  }
+  return dims.length > 4 ? undefined : [...[1, 1, 1, 1].slice(dims.length), ...dims];
+}

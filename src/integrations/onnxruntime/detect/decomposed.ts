@@ -1,0 +1,540 @@
+/**
+ * Attention written as MatMul, scale, mask, Softmax, MatMul, in the spelling of any exporter. Matching starts at a Softmax
+ * and follows the values up to q, k and the mask and down to v and the output. Every step is an identity that holds for all
+ * inputs; what is not provable stays outside (its value becomes an operand) or makes the whole match fail.
+ */
+
+import {
+  constantNumbers,
+  constantScalar,
+  floatAttribute,
+  type GraphIndex,
+  intAttribute,
+  intsAttribute,
+  isOp,
+  stringAttribute,
+} from '../graph.ts';
+import { canonicalDomain, node as makeNode, type NodeProto } from '../onnx/codec.ts';
+import {
+  type AttentionSite,
+  type Detection,
+  type Mask,
+  naturalOperand,
+  type Operand,
+  permutedOperand,
+  type RuntimeScale,
+} from './site.ts';
+
+/** A score at or below this, beside any unmasked score, has a probability of 0 in every float type. */
+const MASKED_SCORE = -1e4;
+
+const FORM = 'MatMul-Softmax-MatMul';
+
+/** Names for values that a rewrite adds; made from what they are computed from, so that layers share them. */
+export const added = (what: string, ...of: readonly string[]): string => `sageattention/${what}/${of.join('+')}`;
+
+class NotExact extends Error {}
+
+type Axes = readonly [batch: number, heads: number, length: number, dim: number];
+
+interface Product {
+  readonly node: NodeProto;
+  readonly left: string;
+  readonly right: string;
+  /** Axes of each operand in `[B,H,row,column]` terms; undefined: natural MatMul axes of any rank. */
+  readonly leftAxes: Axes | undefined;
+  readonly rightAxes: Axes | undefined;
+  readonly outAxes: Axes | undefined;
+  readonly alpha: number;
+  /** The right operand is `[.., column, contraction]` instead of MatMul's `[.., contraction, column]`. */
+  readonly rightTransposed: boolean;
+}
+
+/**
+ * Reads MatMul, FusedMatMul and two-operand Einsum as batched products. Of an Einsum, `left` names the operand that comes
+ * first in the product; by default the one that does not have the output's last axis.
+ */
+function asProduct(node: NodeProto | undefined, leftValue?: string): Product | undefined {
+  if (node === undefined) return undefined;
+  const [left, right] = node.input as [string, string];
+  const plain = { node, left, right, leftAxes: undefined, rightAxes: undefined, outAxes: undefined };
+  if (isOp(node, 'MatMul')) return { ...plain, alpha: 1, rightTransposed: false };
+  if (isOp(node, 'FusedMatMul', 'com.microsoft')) {
+    const unusual = ['transA', 'transBatchA', 'transBatchB'].some((name) => (intAttribute(node, name) ?? 0) !== 0);
+    if (unusual) return undefined;
+    const rightTransposed = (intAttribute(node, 'transB') ?? 0) !== 0;
+    return { ...plain, alpha: floatAttribute(node, 'alpha') ?? 1, rightTransposed };
+  }
+  return isOp(node, 'Einsum') ? einsumProduct(node, leftValue) : undefined;
+}
+
+function einsumProduct(node: NodeProto, leftValue: string | undefined): Product | undefined {
+  const equation = (stringAttribute(node, 'equation') ?? '').replaceAll(' ', '');
+  const match = /^([a-zA-Z]+),([a-zA-Z]+)->([a-zA-Z]+)$/.exec(equation);
+  if (match === null) return undefined;
+  const [, first, second, out] = match as unknown as [string, string, string, string];
+  const swap = leftValue === undefined ? first.includes(out.at(-1) as string) : node.input[1] === leftValue;
+  const [a, b] = swap ? [second, first] : [first, second];
+  const [left, right] = (swap ? [node.input[1], node.input[0]] : node.input) as [string, string];
+  const regular = [a, b, out].every((letters) => letters.length === out.length && new Set(letters).size === out.length);
+  const only = (letters: string, ...excluded: string[]) =>
+    [...letters].filter((letter) => excluded.every((other) => !other.includes(letter)));
+  const row = only(a, b);
+  const column = only(b, a);
+  const contraction = only(a, out);
+  const batch = only(out, row.join(''), column.join(''));
+  if (!regular || row.length !== 1 || column.length !== 1 || contraction.length !== 1) return undefined;
+  if (batch.length === 1) {
+    const natural = a === [...batch, ...row, ...contraction].join('') && out === [...batch, ...row, ...column].join('');
+    const rightTransposed = b === [...batch, ...column, ...contraction].join('');
+    if (!natural || !(rightTransposed || b === [...batch, ...contraction, ...column].join(''))) return undefined;
+    const axes = { leftAxes: undefined, rightAxes: undefined, outAxes: undefined };
+    return { node, left, right, ...axes, alpha: 1, rightTransposed };
+  }
+  if (batch.length !== 2) return undefined;
+  const axes = (letters: string, ...order: string[]) =>
+    order.map((letter) => letters.indexOf(letter)) as unknown as Axes;
+  return {
+    node,
+    left,
+    right,
+    leftAxes: axes(a, ...batch, ...row, ...contraction),
+    rightAxes: axes(b, ...batch, ...column, ...contraction),
+    outAxes: axes(out, ...batch, ...row, ...column),
+    alpha: 1,
+    rightTransposed: true,
+  };
+}
+
+interface Probabilities {
+  /** From the Softmax to the product with v, the product left out. */
+  readonly nodes: readonly NodeProto[];
+  readonly product: Product;
+}
+
+/** Follows the probabilities down to the product with v. */
+function followProbabilities(index: GraphIndex, softmax: NodeProto): Probabilities | undefined {
+  const nodes: NodeProto[] = [];
+  let value = softmax.output[0] as string;
+  for (;;) {
+    const guarded = nanGuard(index, value);
+    const next = guarded?.at(-1) ?? index.soleConsumer(value);
+    if (next === undefined) return undefined;
+    if (guarded !== undefined) nodes.push(...guarded);
+    else if (isOp(next, 'Cast') || isOp(next, 'Identity') || isInferenceDropout(index, next)) nodes.push(next);
+    else if (isOp(next, 'Reshape') && next.input[0] === value) nodes.push(next);
+    else {
+      const product = asProduct(next, value);
+      return product !== undefined && product.left === value && product.right !== value
+        ? { nodes, product }
+        : undefined;
+    }
+    value = next.output[0] as string;
+  }
+}
+
+/** `Where(IsNaN(p), 0, p)`: PyTorch's way to give rows with nothing to attend to an output of 0, which is ours too. */
+function nanGuard(index: GraphIndex, value: string): NodeProto[] | undefined {
+  const users = index.consumers(value);
+  const test = users.find((user) => isOp(user, 'IsNaN'));
+  const where = users.find((user) => isOp(user, 'Where'));
+  if (users.length !== 2 || test === undefined || where === undefined || index.outputs.has(value)) return undefined;
+  const [condition, yes, no] = where.input;
+  const matches = condition === test.output[0] && no === value && yes !== undefined && constantScalar(index, yes) === 0;
+  return matches && index.soleConsumer(condition as string) === where ? [test, where] : undefined;
+}
+
+function isInferenceDropout(index: GraphIndex, node: NodeProto): boolean {
+  const training = node.input[2];
+  return isOp(node, 'Dropout') && (training === undefined || training === '' || constantScalar(index, training) === 0);
+}
+
+interface FoundMask {
+  readonly value: string;
+  readonly kind: 'boolean' | 'additive';
+  /** What masked scores become; of boolean masks only. */
+  readonly fill: string;
+  /** Reshapes between the Softmax and the mask. */
+  readonly reshapes: number;
+}
+
+interface ScoresState {
+  readonly nodes: readonly NodeProto[];
+  readonly scale: number;
+  readonly runtimeScales: readonly RuntimeScale[];
+  readonly softcap: number;
+  /** The last applied first. */
+  readonly masks: readonly FoundMask[];
+  readonly reshapes: number;
+  /** Nodes that compute masks in the form that kernels take. */
+  readonly extra: readonly NodeProto[];
+}
+
+interface Scores extends ScoresState {
+  readonly product: Product;
+}
+
+/**
+ * Follows the scores up to the product of q and k. Undefined where the way leads elsewhere.
+ *
+ * @throws {NotExact} at a step that kernels have no equivalent of
+ */
+function followScores(index: GraphIndex, value: string, state: ScoresState): Scores | undefined {
+  const node = index.producer(value);
+  if (node === undefined || index.soleConsumer(value) === undefined) return undefined;
+  const next: ScoresState = { ...state, nodes: [node, ...state.nodes] };
+  const product = asProduct(node);
+  if (product !== undefined) return { ...next, product, scale: state.scale * product.alpha };
+  const [a, b] = node.input as [string, string];
+  if (isOp(node, 'Cast') || isOp(node, 'Identity')) return followScores(index, a, next);
+  if (isOp(node, 'Reshape')) return followScores(index, a, { ...next, reshapes: state.reshapes + 1 });
+  if (isOp(node, 'Where')) return followWhere(index, node, next);
+  if (isOp(node, 'Add')) {
+    return followAdd(index, next, a, b) ?? followAdd(index, next, b, a);
+  }
+  if (isOp(node, 'Max') && node.input.length === 2) {
+    // Lifts -Infinity to a finite floor, which gives a probability of 0 as well.
+    const floor = constantScalar(index, b);
+    return floor !== undefined && floor <= MASKED_SCORE ? followScores(index, a, next) : undefined;
+  }
+  if (isOp(node, 'Tanh')) {
+    // A tanh(B x) is softcap A of scores scaled by A B.
+    if (state.softcap !== 0 || state.runtimeScales.length > 0 || state.scale <= 0)
+      throw new NotExact('a softcap of another kind');
+    return followScores(index, a, { ...next, softcap: state.scale });
+  }
+  const scaled = scaleStep(index, node);
+  return (
+    scaled &&
+    followScores(index, scaled.value, {
+      ...next,
+      scale: state.scale * (scaled.factor ?? 1),
+      runtimeScales: [...state.runtimeScales, ...scaled.runtime],
+    })
+  );
+}
+
+/** Of the two sides of an Add, one leads to the product; the other is a mask or bias. */
+function followAdd(index: GraphIndex, state: ScoresState, scores: string, mask: string): Scores | undefined {
+  if (index.constants.has(scores)) return undefined;
+  const masks: FoundMask[] = [...state.masks, { value: mask, kind: 'additive', fill: '', reshapes: state.reshapes }];
+  const found = followScores(index, scores, { ...state, masks });
+  if (found !== undefined && state.softcap !== 0) throw new NotExact('a mask added before the softcap');
+  if (found !== undefined && (state.scale !== 1 || state.runtimeScales.length > 0)) {
+    throw new NotExact('a mask added before the scale');
+  }
+  return found;
+}
+
+function followWhere(index: GraphIndex, node: NodeProto, state: ScoresState): Scores | undefined {
+  const [condition, yes, no] = node.input as [string, string, string];
+  const isFill = (value: string) => {
+    const fill = constantScalar(index, value);
+    return fill !== undefined && fill <= MASKED_SCORE && fill * state.scale <= MASKED_SCORE;
+  };
+  const mask = (value: string, fill: string): FoundMask[] => [
+    ...state.masks,
+    { value, kind: 'boolean', fill, reshapes: state.reshapes },
+  ];
+  let found: Scores | undefined;
+  if (isFill(no)) found = followScores(index, yes, { ...state, masks: mask(condition, no) });
+  else if (isFill(yes)) {
+    const attended = added('not', condition);
+    const extra = [...state.extra, makeNode('Not', [condition], [attended])];
+    found = followScores(index, no, { ...state, masks: mask(attended, yes), extra });
+  }
+  if (found !== undefined && state.softcap !== 0) throw new NotExact('a mask applied before the softcap');
+  return found;
+}
+
+interface ScaleStep {
+  readonly value: string;
+  readonly factor: number | undefined;
+  readonly runtime: readonly RuntimeScale[];
+}
+
+/** Reads Mul and Div by one number, known now or when the graph runs. */
+function scaleStep(index: GraphIndex, node: NodeProto): ScaleStep | undefined {
+  const [a, b] = node.input as [string, string];
+  if (isOp(node, 'Mul') || isOp(node, 'Div')) {
+    const inverse = node.opType === 'Div';
+    const right = constantScalar(index, b);
+    if (right !== undefined) return { value: a, factor: inverse ? 1 / right : right, runtime: [] };
+    const left = inverse ? undefined : constantScalar(index, a);
+    if (left !== undefined) return { value: b, factor: left, runtime: [] };
+    if (isRuntimeScalar(index, b)) return { value: a, factor: undefined, runtime: [{ value: b, inverse }] };
+    if (!inverse && isRuntimeScalar(index, a)) {
+      return { value: b, factor: undefined, runtime: [{ value: a, inverse }] };
+    }
+  }
+  return undefined;
+}
+
+const SHAPE_ARITHMETIC = new Set(
+  'Cast Sqrt Div Mul Add Sub Pow Reciprocal Gather Slice Squeeze Unsqueeze Identity Constant Reshape Concat'.split(' '),
+);
+
+const isRuntimeScalar = (index: GraphIndex, value: string): boolean =>
+  !index.constants.has(value) && dependsOnShapesOnly(index, value);
+
+/** True for arithmetic on sizes of tensors, such as the `sqrt(Shape(q)[-1])` that PyTorch writes for a dynamic head dim. */
+function dependsOnShapesOnly(index: GraphIndex, value: string, depth = 0): boolean {
+  if (index.constants.has(value)) return true;
+  const node = index.producer(value);
+  if (node === undefined || depth > 16 || canonicalDomain(node.domain) !== '') return false;
+  if (node.opType === 'Shape' || node.opType === 'Size') return true;
+  return (
+    SHAPE_ARITHMETIC.has(node.opType) &&
+    index.readsOf(node).every((input) => dependsOnShapesOnly(index, input, depth + 1))
+  );
+}
+
+interface Peeled {
+  readonly value: string;
+  /** Undefined: natural axes, of rank 3 or 4. */
+  readonly axes: Axes | undefined;
+  readonly scale: number;
+  readonly nodes: readonly NodeProto[];
+}
+
+const NATURAL: Axes = [0, 1, 2, 3];
+
+/**
+ * Goes up from an operand through transposes, constant factors and repeated key heads as long as the channels stay
+ * contiguous in what is found. `axes` are those of `[B,H,L,D]` in `value`.
+ */
+function peel(
+  index: GraphIndex,
+  start: Peeled,
+  options: { readonly scales: boolean; readonly repeats: boolean },
+): Peeled {
+  let best = start;
+  let current = start;
+  for (;;) {
+    const node = index.producer(current.value);
+    if (node === undefined) return best;
+    const nodes = [node, ...current.nodes];
+    const scaled = options.scales ? scaleStep(index, node) : undefined;
+    const repeated = options.repeats ? repeatedHeads(index, current) : undefined;
+    if (isOp(node, 'Identity')) current = { ...current, value: node.input[0] as string, nodes };
+    else if (isOp(node, 'Transpose')) {
+      const permutation = intsAttribute(node, 'perm');
+      if (permutation?.length !== 4) return best;
+      const axes = (current.axes ?? NATURAL).map((axis) => permutation[axis] as number) as unknown as Axes;
+      current = { ...current, value: node.input[0] as string, axes, nodes };
+    } else if (scaled?.factor !== undefined) {
+      current = { ...current, value: scaled.value, scale: current.scale * scaled.factor, nodes };
+    } else if (repeated !== undefined) current = repeated;
+    else return best;
+    if (current.axes === undefined || current.axes[3] === 3) best = current;
+  }
+}
+
+/** Goes up through key heads repeated for grouped queries: Unsqueeze, Expand or Tile, Reshape; or a Gather. */
+function repeatedHeads(index: GraphIndex, current: Peeled): Peeled | undefined {
+  const headAxis = (current.axes ?? NATURAL)[1];
+  const last = index.producer(current.value) as NodeProto;
+  if (isOp(last, 'Gather') && (intAttribute(last, 'axis') ?? 0) === headAxis) {
+    const indices = constantNumbers(index, last.input[1] as string);
+    const groups = indices === undefined ? 0 : indices.filter((i) => i === 0).length;
+    const interleaved = groups > 1 && indices?.every((head, i) => head === Math.floor(i / groups));
+    // A Gather of all heads of a tensor whose size is unknown here: the runtime checks that the heads divide.
+    return interleaved ? { ...current, value: last.input[0] as string, nodes: [last, ...current.nodes] } : undefined;
+  }
+  const expand = isOp(last, 'Reshape') ? index.producer(last.input[0] as string) : undefined;
+  if (!isOp(expand, 'Expand') && !isOp(expand, 'Tile')) return undefined;
+  const unsqueeze = index.producer(expand.input[0] as string);
+  if (!isOp(unsqueeze, 'Unsqueeze')) return undefined;
+  const axes = intsAttribute(unsqueeze, 'axes') ?? constantNumbers(index, unsqueeze.input[1] ?? '');
+  if (axes?.length !== 1 || (axes[0] !== headAxis + 1 && axes[0] !== headAxis - 4)) return undefined;
+  return {
+    ...current,
+    value: unsqueeze.input[0] as string,
+    axes: current.axes ?? NATURAL,
+    nodes: [unsqueeze, expand, last, ...current.nodes],
+  };
+}
+
+function operandOf(peeled: Peeled): Operand {
+  return peeled.axes === undefined ? naturalOperand(peeled.value) : permutedOperand(peeled.value, peeled.axes);
+}
+
+/** k as `[B,H,L,D]`: a MatMul's right operand is `[.., D, L]`, so a transpose must be found or added. */
+function keyOperand(index: GraphIndex, product: Product): { peeled: Peeled; operand: Operand; extra: NodeProto[] } {
+  const { right, rightAxes, rightTransposed } = product;
+  if (rightTransposed) {
+    const start: Peeled = { value: right, axes: rightAxes, scale: 1, nodes: [] };
+    if (rightAxes !== undefined && rightAxes[3] !== 3) throw new NotExact('keys whose channels are not contiguous');
+    const peeled = peel(index, start, { scales: true, repeats: true });
+    return { peeled, operand: operandOf(peeled), extra: [] };
+  }
+  const start: Peeled = { value: right, axes: [0, 1, 3, 2], scale: 1, nodes: [] };
+  const peeled = peel(index, start, { scales: true, repeats: true });
+  if (peeled.axes?.[3] === 3) return { peeled, operand: permutedOperand(peeled.value, peeled.axes), extra: [] };
+  const transpose = index.producer(right);
+  const permutation = isOp(transpose, 'Transpose') ? intsAttribute(transpose, 'perm') : undefined;
+  if (transpose !== undefined && permutation?.join() === '0,2,1') {
+    const value = transpose.input[0] as string;
+    const found: Peeled = { value, axes: undefined, scale: 1, nodes: [transpose] };
+    const deeper = peel(index, found, { scales: true, repeats: false });
+    const result = deeper.axes === undefined ? deeper : found;
+    return { peeled: result, operand: naturalOperand(result.value), extra: [] };
+  }
+  if (index.opset < 12) throw new NotExact('keys stored transposed in an operator set without Einsum');
+  const value = added('transposed', right);
+  return {
+    peeled: { value: right, axes: undefined, scale: 1, nodes: [] },
+    operand: naturalOperand(value),
+    extra: [makeNode('Einsum', [right], [value], { attributes: { equation: '...ij->...ji' } })],
+  };
+}
+
+/** One mask out of several, in nodes to add to the graph. */
+function combineMasks(scores: Scores, extra: NodeProto[]): Mask | undefined {
+  const above = new Set(scores.masks.map((mask) => scores.reshapes - mask.reshapes));
+  if (above.size > 1 || [...above].some((reshapes) => reshapes > 1)) throw new NotExact('masks of reshaped scores');
+  const compute = (opType: string, inputs: string[]) => {
+    const result = added(opType.toLowerCase(), ...inputs);
+    extra.push(makeNode(opType, inputs, [result]));
+    return result;
+  };
+  let combined: FoundMask | undefined;
+  for (const mask of scores.masks) {
+    if (combined === undefined) combined = mask;
+    else if (combined.kind === mask.kind) {
+      const value = compute(mask.kind === 'additive' ? 'Add' : 'And', [combined.value, mask.value]);
+      combined = { ...combined, value };
+    } else {
+      const [boolean, additive]: FoundMask[] = combined.kind === 'boolean' ? [combined, mask] : [mask, combined];
+      if (boolean === undefined || additive === undefined) continue;
+      combined = { ...additive, value: compute('Where', [boolean.value, additive.value, boolean.fill]) };
+    }
+  }
+  return combined && { value: combined.value, form: above.has(1) ? 'split-heads' : 'scores' };
+}
+
+/** The last axis as Softmax names it: the rank that the scores must then have, undefined for -1, null for another axis. */
+function softmaxRank(softmax: NodeProto, opset: number): number | undefined | null {
+  const axis = intAttribute(softmax, 'axis') ?? (opset >= 13 ? -1 : 1);
+  if (axis === -1) return undefined;
+  return axis === 2 || axis === 3 ? axis + 1 : null;
+}
+
+interface Output {
+  readonly value: string;
+  readonly layout: 'HND' | 'NHD';
+  readonly nodes: readonly NodeProto[];
+}
+
+/** Takes in a transpose of the heads behind the product, so that kernels write what the graph wants. */
+function outputOf(index: GraphIndex, product: Product): Output {
+  const value = product.node.output[0] as string;
+  const order = product.outAxes?.join();
+  if ((product.leftAxes ?? NATURAL).join() !== NATURAL.join()) throw new NotExact('probabilities with permuted axes');
+  if (order === '0,2,1,3') return { value, layout: 'NHD', nodes: [product.node] };
+  if (order !== undefined && order !== '0,1,2,3') throw new NotExact(`an output with axes ordered ${order}`);
+  const transpose = index.soleConsumer(value);
+  if (isOp(transpose, 'Transpose') && intsAttribute(transpose, 'perm')?.join() === '0,2,1,3') {
+    return { value: transpose.output[0] as string, layout: 'NHD', nodes: [product.node, transpose] };
+  }
+  return { value, layout: 'HND', nodes: [product.node] };
+}
+
+function buildSite(index: GraphIndex, softmax: NodeProto, scores: Scores, probabilities: Probabilities): AttentionSite {
+  const { product } = scores;
+  if ((product.outAxes ?? NATURAL).join() !== NATURAL.join()) throw new NotExact('scores with permuted axes');
+  const extra = [...scores.extra];
+  const qStart: Peeled = { value: product.left, axes: product.leftAxes, scale: 1, nodes: [] };
+  if (product.leftAxes !== undefined && product.leftAxes[3] !== 3)
+    throw new NotExact('queries whose channels are not contiguous');
+  const q = peel(index, qStart, { scales: true, repeats: false });
+  const k = keyOperand(index, product);
+  extra.push(...k.extra);
+  // An Einsum's right operand is [B,H,column,contraction] in `rightAxes`; for v the contraction is the token.
+  const { right, rightAxes, rightTransposed } = probabilities.product;
+  if (rightTransposed && rightAxes === undefined) throw new NotExact('values stored transposed');
+  const vAxes: Axes | undefined = rightAxes && [rightAxes[0], rightAxes[1], rightAxes[3], rightAxes[2]];
+  if (vAxes !== undefined && vAxes[3] !== 3) throw new NotExact('values whose channels are not contiguous');
+  const v = peel(index, { value: right, axes: vAxes, scale: 1, nodes: [] }, { scales: false, repeats: true });
+  if (probabilities.product.alpha !== 1) throw new NotExact('a factor on the product with the values');
+  if ([q, k.peeled, v].some((operand) => index.constants.has(operand.value)))
+    throw new NotExact('an operand that is a constant');
+
+  const output = outputOf(index, probabilities.product);
+  const rank = softmaxRank(softmax, index.opset);
+  return {
+    name: softmax.name || (softmax.output[0] as string),
+    form: FORM,
+    heads: undefined,
+    headDim: undefined,
+    q: operandOf(q),
+    k: k.operand,
+    v: operandOf(v),
+    mask: combineMasks(scores, extra),
+    scale: scores.scale * q.scale * k.peeled.scale,
+    runtimeScales: scores.runtimeScales,
+    softcap: scores.softcap,
+    isCausal: false,
+    causalAlignment: 'top-left',
+    check: undefined,
+    output: output.value,
+    outputLayout: () => output.layout,
+    outputDims: ([batch, heads, length, dim], rank) => {
+      if (output.layout === 'NHD') return [batch, length, heads, dim];
+      return rank === 3 ? [batch * heads, length, dim] : [batch, heads, length, dim];
+    },
+    scoresRank: rank ?? undefined,
+    nodes: inGraphOrder(index, [
+      ...q.nodes,
+      ...k.peeled.nodes,
+      ...v.nodes,
+      ...scores.nodes,
+      softmax,
+      ...probabilities.nodes,
+      ...output.nodes,
+    ]),
+    overrides: [],
+    extra,
+  };
+}
+
+function inGraphOrder(index: GraphIndex, nodes: readonly NodeProto[]): NodeProto[] {
+  const wanted = new Set(nodes);
+  return index.nodes.filter((node) => wanted.has(node));
+}
+
+/** The attention around a Softmax; undefined where the Softmax serves something else. */
+export function detectDecomposed(index: GraphIndex, softmax: NodeProto): Detection | undefined {
+  if (!isOp(softmax, 'Softmax')) return undefined;
+  const probabilities = followProbabilities(index, softmax);
+  // A product with a constant is a projection of something that is no attention (routing, pooling).
+  if (probabilities === undefined || index.constants.has(probabilities.product.right)) return undefined;
+  const left = (reason: string): Detection => ({
+    left: {
+      name: softmax.name || (softmax.output[0] as string),
+      form: FORM,
+      heads: undefined,
+      headDim: undefined,
+      reason,
+    },
+  });
+  if (softmaxRank(softmax, index.opset) === null) return left('softmax over an axis that is not the last');
+  try {
+    const state: ScoresState = {
+      nodes: [],
+      scale: 1,
+      runtimeScales: [],
+      softcap: 0,
+      masks: [],
+      reshapes: 0,
+      extra: [],
+    };
+    const scores = followScores(index, softmax.input[0] as string, state);
+    return scores === undefined
+      ? left('the scores are not a scaled and masked product of two values')
+      : { site: buildSite(index, softmax, scores, probabilities) };
+  } catch (error) {
+    if (error instanceof NotExact) return left(error.message);
+    throw error;
+  }
+}

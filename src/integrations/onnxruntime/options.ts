@@ -1,0 +1,71 @@
+import { InvalidArgumentError } from '../../attention/errors.ts';
+import { KERNEL_NAMES, type KernelName } from '../../attention/kernels.ts';
+
+/** Options of `withSageAttention` and `installSageAttention`. */
+export interface SageAttentionOptions {
+  /** Attentions to replace, by node name; default all. */
+  readonly include?: readonly (string | RegExp)[];
+  /** Attentions to leave with onnxruntime, by node name; wins over `include`. */
+  readonly exclude?: readonly (string | RegExp)[];
+  /** Default `'auto'`: the backend's table decides. */
+  readonly kernel?: KernelName | 'auto';
+  /**
+   * An attention is replaced where its queries and its keys are at least this many tokens; 0 replaces all. Default: what
+   * was measured to pay off, per engine; see {@link DEFAULT_MIN_TOKENS}.
+   */
+  readonly minTokens?: number;
+  /**
+   * `'fixed'` (default) uses `kernel`. `'adaptive'` compares, in the first runs, every kernel of the backend with
+   * onnxruntime's own result on the real activations, and keeps for each attention the fastest one whose cosine
+   * similarity never fell below `threshold`; where onnxruntime is faster, or no kernel is close enough, the attention
+   * stays with it. SageAttention, arXiv 2410.02367, section 4.5.
+   */
+  readonly policy?: 'fixed' | 'adaptive';
+  /** Least cosine similarity that `'adaptive'` accepts; default 0.998. */
+  readonly threshold?: number;
+  /** Runs that `'adaptive'` compares; default 2. */
+  readonly calibrationRuns?: number;
+}
+
+/** Least tokens for which replacing attention was measured to be no slower than leaving it; see docs/integrations.md. */
+export const DEFAULT_MIN_TOKENS = { 'onnxruntime-web': 256, 'onnxruntime-node': 1024, webgpu: 1024 } as const;
+
+export const DEFAULT_THRESHOLD = 0.998;
+export const DEFAULT_CALIBRATION_RUNS = 2;
+
+const isNames = (value: unknown) =>
+  Array.isArray(value) && value.every((entry) => typeof entry === 'string' || entry instanceof RegExp);
+const isCount = (value: unknown) => Number.isSafeInteger(value) && (value as number) >= 0;
+
+const CHECKS: Readonly<Record<keyof SageAttentionOptions, readonly [(value: unknown) => boolean, string]>> = {
+  include: [isNames, 'an array of strings and regular expressions'],
+  exclude: [isNames, 'an array of strings and regular expressions'],
+  kernel: [(value) => ['auto', ...KERNEL_NAMES].includes(value as string), `'auto' or one of ${KERNEL_NAMES}`],
+  minTokens: [(value) => value === Number.POSITIVE_INFINITY || isCount(value), 'an integer >= 0 or Infinity'],
+  policy: [(value) => value === 'fixed' || value === 'adaptive', "'fixed' or 'adaptive'"],
+  threshold: [(value) => typeof value === 'number' && value >= -1 && value <= 1, 'a number from -1 to 1'],
+  calibrationRuns: [(value) => isCount(value) && (value as number) > 0, 'an integer > 0'],
+};
+
+/** @throws {InvalidArgumentError} an unknown option or a wrong value */
+export function validateSageAttentionOptions(options: SageAttentionOptions): void {
+  for (const [name, value] of Object.entries(options)) {
+    if (!Object.hasOwn(CHECKS, name)) {
+      throw new InvalidArgumentError('unknown-option', `options.${name}`, `one of ${Object.keys(CHECKS)}`, `'${name}'`);
+    }
+    const [check, expected] = CHECKS[name as keyof SageAttentionOptions];
+    if (value !== undefined && !check(value)) {
+      throw new InvalidArgumentError('invalid-option', `options.${name}`, expected, String(value));
+    }
+  }
+}
+
+const matches = (patterns: readonly (string | RegExp)[], name: string) =>
+  patterns.some((pattern) => (typeof pattern === 'string' ? pattern === name : pattern.test(name)));
+
+/** Why the caller's choice leaves an attention alone; undefined where it does not. */
+export function excludedBy(options: SageAttentionOptions, name: string): string | undefined {
+  if (options.exclude !== undefined && matches(options.exclude, name)) return 'excluded by the options';
+  if (options.include !== undefined && !matches(options.include, name)) return 'not included by the options';
+  return undefined;
+}

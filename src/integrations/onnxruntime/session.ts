@@ -1,0 +1,397 @@
+/** A session in pieces, behind the interface of one. */
+import type { KernelName } from '../../attention/kernels.ts';
+import { compare } from '../../reference/metrics.ts';
+import { decodeFloat16 } from '../../tensor/formats/float16.ts';
+import { bitsOf } from '../../tensor/tensor.ts';
+import { type AttentionCall, prepareCall } from './call.ts';
+import type { Cut, PlacedSite } from './cut.ts';
+import type { LeftAttention } from './detect/site.ts';
+import { type AttentionEngine, namedError } from './engine.ts';
+import type { SageAttentionOptions } from './options.ts';
+import type {
+  OrtFeeds,
+  OrtFetches,
+  OrtResults,
+  OrtSession,
+  OrtSessionHandler,
+  OrtTensor,
+  OrtValueMetadata,
+} from './ort.ts';
+
+/** What became of one attention of a model. */
+export interface AttentionReport {
+  readonly node: string;
+  /** What it was recognized by: an operator's name, or `MatMul-Softmax-MatMul`. */
+  readonly form: string;
+  /** Query heads; undefined until a run shows them where the graph does not say. */
+  readonly heads: number | undefined;
+  readonly headDim: number | undefined;
+  /** Tokens of the last run. */
+  readonly queryLength: number | undefined;
+  readonly keyLength: number | undefined;
+  /** True when the last run used SageAttention, or the next one will as far as is known. */
+  readonly taken: boolean;
+  /** Why onnxruntime computes it; undefined when taken. */
+  readonly reason: string | undefined;
+  /** The kernel asked for, or found by `policy: 'adaptive'`; undefined when left. */
+  readonly kernel: KernelName | 'auto' | undefined;
+  /** Least cosine similarity seen while `'adaptive'` compared the kept kernel. */
+  readonly cosineSimilarity: number | undefined;
+}
+
+interface Trial {
+  readonly kernel: KernelName | 'onnxruntime';
+  cosineSimilarity: number;
+  milliseconds: number;
+}
+
+/** What is known of one attention while its session lives. */
+class SiteState {
+  heads: number | undefined;
+  headDim: number | undefined;
+  queryLength: number | undefined;
+  keyLength: number | undefined;
+  reason: string | undefined;
+  kernel: KernelName | 'auto';
+  cosineSimilarity: number | undefined;
+  remainingTrials = 0;
+  trials: Trial[] | undefined;
+  readonly placed: PlacedSite;
+
+  constructor(placed: PlacedSite, kernel: KernelName | 'auto') {
+    this.placed = placed;
+    this.heads = placed.site.heads;
+    this.headDim = placed.site.headDim;
+    this.kernel = kernel;
+  }
+
+  report(): AttentionReport {
+    const { heads, headDim, queryLength, keyLength, reason, cosineSimilarity } = this;
+    const taken = reason === undefined;
+    return {
+      node: this.placed.site.name,
+      form: this.placed.site.form,
+      heads,
+      headDim,
+      queryLength,
+      keyLength,
+      taken,
+      reason,
+      kernel: taken ? this.kernel : undefined,
+      cosineSimilarity,
+    };
+  }
+}
+
+export function reportLeft(left: LeftAttention): AttentionReport {
+  return {
+    node: left.name,
+    form: left.form,
+    heads: left.heads,
+    headDim: left.headDim,
+    queryLength: undefined,
+    keyLength: undefined,
+    taken: false,
+    reason: left.reason,
+    kernel: undefined,
+    cosineSimilarity: undefined,
+  };
+}
+
+export interface CutSessionParts {
+  readonly cut: Cut;
+  /** One session for each piece. */
+  readonly sessions: readonly OrtSession[];
+  readonly left: readonly LeftAttention[];
+  readonly engine: AttentionEngine;
+  readonly options: SageAttentionOptions & {
+    readonly minTokens: number;
+    readonly threshold: number;
+    readonly calibrationRuns: number;
+  };
+  readonly inputMetadata: readonly OrtValueMetadata[];
+  readonly outputMetadata: readonly OrtValueMetadata[];
+  /** The nodes that an attention replaces, as a session of their own. */
+  createOriginal(placed: PlacedSite): Promise<OrtSession>;
+  /** The model in one piece. */
+  createWhole(): Promise<OrtSession>;
+}
+
+/** Shapes of inputs whose best way of running is remembered. */
+const REMEMBERED_SHAPES = 256;
+
+export class CutSession implements OrtSessionHandler {
+  readonly inputNames: readonly string[];
+  readonly outputNames: readonly string[];
+  readonly inputMetadata: readonly OrtValueMetadata[];
+  readonly outputMetadata: readonly OrtValueMetadata[];
+  readonly #parts: CutSessionParts;
+  readonly #sites: readonly SiteState[];
+  readonly #originals = new Map<PlacedSite, Promise<OrtSession>>();
+  /** Input shapes for which no attention was worth replacing: they run in one piece. */
+  readonly #wholeShapes = new Set<string>();
+  #whole: Promise<OrtSession> | undefined;
+
+  constructor(parts: CutSessionParts) {
+    this.#parts = parts;
+    this.inputMetadata = parts.inputMetadata;
+    this.outputMetadata = parts.outputMetadata;
+    this.inputNames = parts.inputMetadata.map(({ name }) => name);
+    this.outputNames = parts.outputMetadata.map(({ name }) => name);
+    this.#sites = parts.cut.sites.map((placed) => {
+      const state = new SiteState(placed, parts.options.kernel ?? 'auto');
+      if (parts.options.policy === 'adaptive') state.remainingTrials = parts.options.calibrationRuns;
+      return state;
+    });
+  }
+
+  report(): AttentionReport[] {
+    return [...this.#sites.map((state) => state.report()), ...this.#parts.left.map(reportLeft)];
+  }
+
+  async run(feeds: OrtFeeds, fetches: OrtFetches, options: object): Promise<OrtResults> {
+    const shapes = this.inputNames.map((name) => `${feeds[name]?.dims}`).join(';');
+    if (this.#wholeShapes.has(shapes)) {
+      this.#whole ??= this.#parts.createWhole();
+      return (await this.#whole).run(feeds, fetches, options);
+    }
+    const run = new Run(this.#parts.cut, feeds, fetches);
+    try {
+      let replaced = false;
+      for (let level = 0; level < this.#parts.cut.levels; level++) {
+        await this.#runPieces(run, level, options);
+        for (const state of this.#sites) {
+          if (state.placed.level === level && (await this.#runSite(run, state, options))) replaced = true;
+        }
+        run.endLevel(level);
+      }
+      if (!replaced) this.#remember(shapes);
+      return run.results();
+    } catch (error) {
+      run.releaseAll();
+      throw error;
+    }
+  }
+
+  #remember(shapes: string): void {
+    const [oldest] = this.#wholeShapes;
+    if (this.#wholeShapes.size >= REMEMBERED_SHAPES && oldest !== undefined) this.#wholeShapes.delete(oldest);
+    this.#wholeShapes.add(shapes);
+  }
+
+  async #runPieces(run: Run, level: number, options: object): Promise<void> {
+    const { pieces } = this.#parts.cut;
+    for (const [i, piece] of pieces.entries()) {
+      if (piece.level !== level) continue;
+      const names = piece.outputs.filter((name) => run.needs(name));
+      if (names.length === 0) continue;
+      const session = this.#parts.sessions[i] as OrtSession;
+      run.store(await session.run(run.take(piece.inputs), run.fetchesOf(names), options));
+    }
+  }
+
+  /** True when SageAttention computed it. */
+  async #runSite(run: Run, state: SiteState, options: object): Promise<boolean> {
+    const { site, result } = state.placed;
+    if (!run.needs(result)) return false;
+    const prepared = prepareCall(site, run.values);
+    const reason = 'reason' in prepared ? prepared.reason : this.#tooShort(state, prepared.call);
+    if ('reason' in prepared || reason !== undefined) {
+      state.reason = reason;
+      await this.#runOriginal(run, state, options);
+      return false;
+    }
+    if (state.remainingTrials > 0) {
+      await this.#calibrate(run, state, prepared.call, options);
+      return true;
+    }
+    if (state.trials !== undefined) settle(state, state.trials, this.#parts.options.threshold);
+    else state.reason = undefined;
+    if (state.reason !== undefined) {
+      await this.#runOriginal(run, state, options);
+      return false;
+    }
+    try {
+      run.store({ [result]: await this.#parts.engine.attend(prepared.call, state.kernel) });
+      return true;
+    } catch (error) {
+      throw namedError(site.name, error);
+    }
+  }
+
+  #tooShort(state: SiteState, call: AttentionCall): string | undefined {
+    const [, heads, queryLength, headDim] = call.q.view.shape;
+    const keyLength = call.k.view.shape[2];
+    Object.assign(state, { heads, headDim, queryLength, keyLength });
+    const { minTokens } = this.#parts.options;
+    const tokens = Math.min(queryLength, keyLength);
+    return tokens < minTokens ? `${tokens} tokens are fewer than minTokens, ${minTokens}` : undefined;
+  }
+
+  async #runOriginal(run: Run, state: SiteState, options: object): Promise<OrtTensor> {
+    const { placed } = state;
+    let original = this.#originals.get(placed);
+    if (original === undefined) {
+      original = this.#parts.createOriginal(placed);
+      this.#originals.set(placed, original);
+    }
+    const session = await original;
+    const names = session.outputNames.filter((name) => name === placed.site.output || run.needs(name));
+    const outputs = await session.run(run.take(session.inputNames), run.fetchesOf(names), options);
+    const { [placed.site.output]: output, ...overrides } = outputs;
+    run.store({ ...overrides, [placed.result]: output as OrtTensor });
+    return output as OrtTensor;
+  }
+
+  /** Runs the attention with onnxruntime, whose result goes on, and with every kernel. */
+  async #calibrate(run: Run, state: SiteState, call: AttentionCall, options: object): Promise<void> {
+    const start = performance.now();
+    const exact = await toNumbers(await this.#runOriginal(run, state, options));
+    const milliseconds = performance.now() - start;
+    const { engine } = this.#parts;
+    state.trials ??= [
+      { kernel: 'onnxruntime', cosineSimilarity: 1, milliseconds: Number.POSITIVE_INFINITY },
+      ...(await engine.kernels()).map((kernel) => ({
+        kernel,
+        cosineSimilarity: 1,
+        milliseconds: Number.POSITIVE_INFINITY,
+      })),
+    ];
+    const [own, ...trials] = state.trials as [Trial, ...Trial[]];
+    own.milliseconds = Math.min(own.milliseconds, milliseconds);
+    for (const trial of trials) await tryKernel(engine, call, trial, exact);
+    state.remainingTrials--;
+    if (state.remainingTrials === 0) settle(state, state.trials, this.#parts.options.threshold);
+  }
+
+  async dispose(): Promise<void> {
+    const others = await Promise.allSettled([...this.#originals.values(), ...(this.#whole ? [this.#whole] : [])]);
+    const opened = others.flatMap((result) => (result.status === 'fulfilled' ? [result.value] : []));
+    this.#originals.clear();
+    this.#whole = undefined;
+    for (const session of [...this.#parts.sessions, ...opened]) await session.release();
+  }
+
+  startProfiling(): void {
+    for (const session of this.#parts.sessions) session.startProfiling();
+  }
+
+  endProfiling(): void {
+    for (const session of this.#parts.sessions) session.endProfiling();
+  }
+}
+
+async function tryKernel(
+  engine: AttentionEngine,
+  call: AttentionCall,
+  trial: Trial,
+  exact: Float32Array,
+): Promise<void> {
+  try {
+    const start = performance.now();
+    const output = await engine.attend(call, trial.kernel as KernelName);
+    const numbers = await toNumbers(output);
+    trial.milliseconds = Math.min(trial.milliseconds, performance.now() - start);
+    trial.cosineSimilarity = Math.min(trial.cosineSimilarity, compare(numbers, exact).cosineSimilarity);
+    output.dispose();
+  } catch {
+    // A kernel that does not take this call cannot be the one that is kept.
+    trial.cosineSimilarity = -1;
+  }
+}
+
+/** Keeps the fastest kernel that is close enough. */
+function settle(state: SiteState, trials: readonly Trial[], threshold: number): void {
+  const [best] = trials
+    .filter((trial) => trial.cosineSimilarity >= threshold)
+    .sort((a, b) => a.milliseconds - b.milliseconds);
+  const closest = Math.max(...trials.slice(1).map((trial) => trial.cosineSimilarity));
+  if (best === undefined || best.kernel === 'onnxruntime') {
+    state.reason =
+      closest < threshold
+        ? `no kernel reached a cosine similarity of ${threshold}; the best had ${closest.toFixed(5)}`
+        : 'onnxruntime was faster';
+  } else {
+    state.reason = undefined;
+    state.kernel = best.kernel;
+    state.cosineSimilarity = best.cosineSimilarity;
+  }
+}
+
+async function toNumbers(tensor: OrtTensor): Promise<Float32Array> {
+  const data = tensor.location === 'gpu-buffer' ? await tensor.getData() : tensor.data;
+  if (data instanceof Float32Array) return data;
+  const bits = bitsOf(data as Uint16Array);
+  const numbers = new Float32Array(bits.length);
+  decodeFloat16(bits, numbers, 0, 1, bits.length, 0);
+  return numbers;
+}
+
+/** Values of one run, each held until its last reader has run. */
+class Run {
+  readonly values = new Map<string, OrtTensor>();
+  readonly #cut: Cut;
+  readonly #feeds: OrtFeeds;
+  readonly #fetches: OrtFetches;
+
+  constructor(cut: Cut, feeds: OrtFeeds, fetches: OrtFetches) {
+    this.#cut = cut;
+    this.#feeds = feeds;
+    this.#fetches = fetches;
+    for (const [name, tensor] of Object.entries(feeds)) this.values.set(name, tensor);
+  }
+
+  needs(name: string): boolean {
+    return this.#isWanted(name) || this.#cut.lastUse.has(name);
+  }
+
+  #isWanted(name: string): boolean {
+    return Object.hasOwn(this.#fetches, name);
+  }
+
+  take(names: readonly string[]): Record<string, OrtTensor> {
+    return Object.fromEntries(
+      names.map((name) => {
+        const tensor = this.values.get(name);
+        if (tensor === undefined) throw new Error(`value '${name}' was not computed`);
+        return [name, tensor];
+      }),
+    );
+  }
+
+  /** Tensors that the caller wants results written to stay what they are. */
+  fetchesOf(names: readonly string[]): OrtFetches {
+    return Object.fromEntries(names.map((name) => [name, this.#fetches[name] ?? null]));
+  }
+
+  store(results: OrtResults): void {
+    for (const [name, tensor] of Object.entries(results)) {
+      const before = this.values.get(name);
+      if (before !== undefined && before !== tensor) this.#release(name, before);
+      this.values.set(name, tensor);
+    }
+  }
+
+  endLevel(level: number): void {
+    for (const [name, tensor] of this.values) {
+      if (this.#isWanted(name) || (this.#cut.lastUse.get(name) ?? -1) > level) continue;
+      this.#release(name, tensor);
+      this.values.delete(name);
+    }
+  }
+
+  releaseAll(): void {
+    for (const [name, tensor] of this.values) this.#release(name, tensor);
+    this.values.clear();
+  }
+
+  results(): OrtResults {
+    return this.take(Object.keys(this.#fetches));
+  }
+
+  /** What the caller gave is the caller's. */
+  #release(name: string, tensor: OrtTensor): void {
+    if (this.#feeds[name] === tensor || this.#fetches[name] === tensor) return;
+    tensor.dispose();
+  }
+}
