@@ -3,7 +3,9 @@ import { BackendUnavailableError } from '../attention/errors.ts';
 import type { Availability, Backend, BackendName } from './backend.ts';
 
 /** Each backend is loaded when it is first asked for, so that a bundle carries only what runs. */
-const LOADERS: Partial<Record<BackendName, () => Promise<Backend>>> = {};
+const LOADERS: Partial<Record<BackendName, () => Promise<Backend>>> = {
+  wasm: async () => (await import('./wasm/index.ts')).createWasmBackend(),
+};
 
 /** CPU tensors go to the first of these that is available and accelerated, else to the last. */
 export const BACKEND_PREFERENCE: readonly BackendName[] = ['cuda', 'webgpu', 'wasm'];
