@@ -2,11 +2,17 @@
 import { readUserFile } from './arguments.ts';
 import { chooseBackend } from './backends.ts';
 import { DEFAULT_SENTENCES, DEFAULT_TEXT, pickSentences } from './demo-text.ts';
-import { compareEncoders, type EncoderComparison, type KernelSelection } from './encoder-comparison.ts';
+import {
+  compareEncoders,
+  type EncoderComparison,
+  type KernelSelection,
+  type LayerComparison,
+} from './encoder-comparison.ts';
 import { UserError } from './errors.ts';
 import { type BackendName, compare, type KernelName, TRAINED_LENGTH } from './library.ts';
 import { type Machine, thisMachine } from './machine.ts';
 import { openSentenceModel } from './model.ts';
+import { openPeer } from './onnxruntime-peer.ts';
 import { writeReport } from './report-file.ts';
 import {
   ACCURACY_HEADINGS,
@@ -68,22 +74,34 @@ function cut<T>(values: readonly T[], length: number): T[][] {
   );
 }
 
+/** The other engine's time, and how many times as long as SageAttention's it is. */
+function peerCell({ onnxruntimeWeb: peer, sageMs }: LayerComparison): string {
+  if (peer === undefined) return '';
+  if ('failed' in peer) return peer.failed;
+  return `${duration(peer.medianMs)} (${(peer.medianMs / sageMs).toFixed(1)}x)`;
+}
+
 function printComparison(comparison: EncoderComparison): void {
   const { layers, worstEmbeddingCosine, denseMs } = comparison;
+  const withPeer = layers.some(({ onnxruntimeWeb }) => onnxruntimeWeb !== undefined);
+  const headings = ['', '>heads', ...ACCURACY_HEADINGS, '>exact f64', '>SageAttention', '>', '>onnxruntime-web f32'];
+  const rows = layers.flatMap((layer) => [
+    [
+      `layer ${layer.layer + 1} attention`,
+      `${layer.heads} x ${layer.headDim}`,
+      ...accuracyCells(layer.attention),
+      duration(layer.exactMs),
+      duration(layer.sageMs),
+      rate(layer.sageGflops),
+      peerCell(layer),
+    ],
+    [`layer ${layer.layer + 1} output`, '', ...accuracyCells(layer.hidden), '', '', '', ''],
+  ]);
+  const columns = withPeer ? headings.length : headings.length - 1;
   print(
     table(
-      ['', '>heads', ...ACCURACY_HEADINGS, '>exact f64', '>SageAttention', '>'],
-      layers.flatMap(({ layer, heads, headDim, attention, hidden, exactMs, sageMs, sageGflops }) => [
-        [
-          `layer ${layer + 1} attention`,
-          `${heads} x ${headDim}`,
-          ...accuracyCells(attention),
-          duration(exactMs),
-          duration(sageMs),
-          rate(sageGflops),
-        ],
-        [`layer ${layer + 1} output`, '', ...accuracyCells(hidden), '', '', ''],
-      ]),
+      headings.slice(0, columns),
+      rows.map((row) => row.slice(0, columns)),
     ),
   );
   const kernels = [...new Set(layers.map(({ kernel }) => kernel))].join(', ');
@@ -126,21 +144,36 @@ export async function demo({ text: file, backend, kernel, maxTokens, json }: Dem
   if (tokens.length === 0) throw new UserError(`${title} has no words`);
   const selection: KernelSelection = { backend: (await chooseBackend(backend, kernel)).name, kernel };
 
+  // Another CPU engine says something about speed only beside a CPU backend.
+  const peer = selection.backend === 'wasm' ? await openPeer() : undefined;
+
   print(bold('SageAttention in a trained sentence encoder'));
   print('model    Universal Sentence Encoder Lite, English: 2 layers, 4 heads of 64 and 4 of 128');
   print(`backend  ${selection.backend}`);
   print(`text     ${title}: ${count(tokens.length)} tokens`);
   print(
     dim(
-      'attention: the same q, k and v through both. output: of the whole layer, everything up to it computed with SageAttention.\n' +
-        'Exact attention is the float64 reference: its times say how long the comparison takes, not how fast a float32 kernel is.',
+      [
+        'attention: the same q, k and v through both. output: of the whole layer, all up to it computed with SageAttention.',
+        'exact f64: the reference. Its times say how long the comparison takes, not how fast a float32 kernel is.',
+        ...(peer === undefined
+          ? []
+          : [`onnxruntime-web: its MultiHeadAttention on WebAssembly, ${peer.threads} threads.`]),
+      ].join('\n'),
     ),
   );
 
   const texts = file === undefined ? [...DEFAULT_SENTENCES] : pickSentences(text);
   print();
   print(bold(`1. ${texts.length} sentences, one padded batch`));
-  const sentences = await compareEncoders(encoder, texts.map(tokenizer.encode), selection, 'sentences', TRAINED_LENGTH);
+  const sentences = await compareEncoders(
+    encoder,
+    texts.map(tokenizer.encode),
+    selection,
+    'sentences',
+    TRAINED_LENGTH,
+    peer,
+  );
   const exactSimilarity = similarity(sentences.exactEmbeddings);
   const sageSimilarity = similarity(sentences.sageEmbeddings);
   const sentenceReport = {
@@ -159,7 +192,7 @@ export async function demo({ text: file, backend, kernel, maxTokens, json }: Dem
   print(
     bold(`2. The whole text in ${pieces.length} pieces of at most ${TRAINED_LENGTH} tokens, as the model was trained`),
   );
-  const inPieces = await compareEncoders(encoder, pieces, selection, 'pieces', TRAINED_LENGTH);
+  const inPieces = await compareEncoders(encoder, pieces, selection, 'pieces', TRAINED_LENGTH, peer);
   printComparison(inPieces.comparison);
 
   const sequence = tokens.slice(0, maxTokens);
@@ -174,7 +207,7 @@ export async function demo({ text: file, backend, kernel, maxTokens, json }: Dem
       `Beyond what the model was trained for (${TRAINED_LENGTH} tokens): the embedding means little. What it shows is how accurate and how fast attention is on real activations at this length.`,
     ),
   );
-  const inOne = await compareEncoders(encoder, [sequence], selection, 'one sequence', Number.POSITIVE_INFINITY);
+  const inOne = await compareEncoders(encoder, [sequence], selection, 'one sequence', Number.POSITIVE_INFINITY, peer);
   printComparison(inOne.comparison);
 
   if (json !== undefined) {

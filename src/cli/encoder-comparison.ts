@@ -14,6 +14,7 @@ import {
   type Tensor,
   tensor,
 } from './library.ts';
+import { failureOf, type Peer } from './onnxruntime-peer.ts';
 import { median } from './statistics.ts';
 import { type Progress, progress } from './terminal.ts';
 
@@ -32,6 +33,8 @@ export interface LayerComparison {
   readonly sageMs: number;
   /** 4 B H L^2 D / sageMs; padding counts, as it is computed. */
   readonly sageGflops: number;
+  /** The same attention by onnxruntime-web in float32, where it is installed: median time, or why it failed. */
+  readonly onnxruntimeWeb?: { readonly medianMs: number } | { readonly failed: string };
 }
 
 export interface EncoderComparison {
@@ -90,6 +93,15 @@ async function timed<T>(run: () => Promise<T>): Promise<{ output: T; medianMs: n
   return { output, medianMs: median(times) };
 }
 
+async function timePeer(peer: Peer, call: AttentionCall): Promise<NonNullable<LayerComparison['onnxruntimeWeb']>> {
+  try {
+    const { medianMs } = await timed(await peer.prepare(call));
+    return { medianMs };
+  } catch (error) {
+    return { failed: failureOf(error) };
+  }
+}
+
 /** Rows of real tokens; those of padding are arbitrary. */
 function tokenRows(values: Float32Array, lengths: readonly number[], longest: number): Float32Array {
   const width = values.length / (lengths.length * longest);
@@ -113,6 +125,7 @@ interface Recorded {
  *
  * @param label names the work on the progress bar
  * @param maxLength Infinity: sequences are not clipped to what the model was trained with
+ * @param peer another engine whose time is taken on the same tensors
  */
 export async function compareEncoders(
   encoder: SentenceEncoder,
@@ -120,6 +133,7 @@ export async function compareEncoders(
   selection: KernelSelection,
   label: string,
   maxLength: number,
+  peer: Peer | undefined,
 ): Promise<EncoderResult> {
   const lengths = sequences.map(({ length }) => Math.min(length, maxLength));
   const longest = Math.max(...lengths);
@@ -169,6 +183,7 @@ export async function compareEncoders(
       exactMs,
       sageMs,
       sageGflops: (4 * batch * heads * length ** 2 * headDim) / sageMs / 1e6,
+      ...(peer && { onnxruntimeWeb: await timePeer(peer, call) }),
     });
   }
   const cosines = exactEmbeddings.map(
