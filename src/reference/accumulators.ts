@@ -14,7 +14,7 @@ import { floorToPowerOfTwo } from '../tensor/formats/rounding.ts';
  *   section 3.4; e8m13, DeepSeek-V3 technical report, arXiv 2412.19437, section 3.3.2). Products and accumulator are aligned to
  *   the largest of them, cut off (not rounded) some bits below it, summed, and the sum is cut to as many mantissa bits:
  *   the shape of the units in Khattak and Mikaitis, "Accurate Models of NVIDIA Tensor Cores", arXiv 2512.07004. The golden files agree:
- *   the H200's `wgmma` outputs are closest with 13 or 14 bits (11, 12 and 23 are worse), and its `mma` outputs with 23.
+ *   on all four the emulation comes closest to the H200's `wgmma` outputs with 13 bits, and to its `mma` outputs with 23.
  */
 export type RegisterKind = 'exact' | 'fp32' | 'fp16' | 'aligned';
 

@@ -54,6 +54,8 @@ export interface QuantizedAlgorithm {
   readonly pvAccumDtype: PvAccumDtype;
   /** Largest quantized magnitude of V in FP8. */
   readonly vMax: number;
+  /** What the row maximum of P becomes in FP8; the official kernels add 8.807 to the exponent where log2(448) is 8.8074. */
+  readonly pFp8Max: number;
   /**
    * Mantissa bits of the FP32 accumulator of FP8 instructions: 13 for sm_89's `mma` and sm_90's `wgmma`, 23 where it is a
    * true FP32 (sm_120, and `mma` on sm_90, which does not run on the FP8 unit there).
@@ -75,6 +77,7 @@ export const PORTABLE_ALGORITHM: QuantizedAlgorithm = {
   pvFormat: 'fp16',
   pvAccumDtype: 'fp32',
   vMax: V_FP8_MAX.default,
+  pFp8Max: E4M3_MAX,
   fp8AccumulatorBits: 13,
 };
 
@@ -85,13 +88,13 @@ const ROUND: Readonly<Record<DType, (value: number) => number>> = {
 };
 
 /**
- * Largest value that P's format is scaled to; the row maximum of exp2(s - m) is 1. FP4 scales by itself, in two levels. A
- * further integer format (7 bits, or two digits) would be one more entry here, in {@link roundP} and in {@link quantizeValue}.
+ * What the row maximum of P, exp2(s - m) = 1, is scaled to. FP4 scales by itself, in two levels. A further integer format
+ * (7 bits, or two digits) would be one more case here, in {@link roundP} and in {@link quantizeValue}.
  */
-const P_MAX = { fp32: 1, fp16: 1, fp8: E4M3_MAX, int8: INT_MAX.int8, fp4: 1 } as const satisfies Record<
-  PvFormat,
-  number
->;
+function pMaxOf({ pvFormat, pFp8Max }: QuantizedAlgorithm): number {
+  if (pvFormat === 'fp8') return pFp8Max;
+  return pvFormat === 'int8' ? INT_MAX.int8 : 1;
+}
 
 /** Rounds one tile's P in place to its format; returns the factor that its product with V must be multiplied by. */
 function roundP(p: Float32Array, tokens: number, format: PvFormat): number {
@@ -265,7 +268,7 @@ function rowAttention(problem: AttentionProblem, algorithm: QuantizedAlgorithm):
   const accumulation = accumulationOf(pvFormat, pvAccumDtype);
   const { promotedEveryTile, register } = accumulation;
   const roundRegister = !promotedEveryTile && register === 'fp16' ? roundToFloat16 : Math.fround;
-  const pMax = P_MAX[pvFormat];
+  const pMax = pMaxOf(algorithm);
   const toBase2 = Math.fround(smScale * Math.LOG2E);
   const tileP = new Float32Array(tiling.blockK);
   const visible = new Uint8Array(tiling.blockK);
