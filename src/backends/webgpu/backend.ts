@@ -1,0 +1,135 @@
+/** The WebGPU backend: a device, opened when first needed and again after a loss, and plans on it. */
+import { BackendUnavailableError } from '../../attention/errors.ts';
+import { type AttentionProblem, MAX_HEAD_DIM } from '../../attention/problem.ts';
+import type { TensorView } from '../../tensor/tensor.ts';
+import type {
+  Availability,
+  Backend,
+  KernelChoice,
+  KernelDescriptor,
+  PreparedKeyValue,
+  RunContext,
+} from '../backend.ts';
+import { type DeviceOptions, type GpuContext, openDevice } from './device.ts';
+import { familiesOf } from './families.ts';
+import { type PlanOptions, WebgpuPlan } from './plan.ts';
+import { WebgpuKeyValue } from './prepared-key-value.ts';
+
+export interface WebgpuBackendOptions extends DeviceOptions, PlanOptions {}
+
+const DESCRIPTOR: KernelDescriptor = {
+  name: 'qk-int8-pv-fp16',
+  summary: 'INT8 QK, FP16 PV in WGSL: subgroup matrices, dot4I8Packed with subgroups, or core WebGPU',
+  qkQuantGran: ['per-block', 'per-warp', 'per-thread'],
+  pvAccumDtype: ['fp32'],
+  smoothV: false,
+  smoothQ: false,
+  maxHeadDim: MAX_HEAD_DIM,
+};
+
+export class WebgpuBackend implements Backend {
+  readonly name = 'webgpu' as const;
+  readonly kernels: readonly KernelDescriptor[] = [DESCRIPTOR];
+  readonly #options: WebgpuBackendOptions;
+  #context: Promise<GpuContext> | undefined;
+
+  constructor(options: WebgpuBackendOptions = {}) {
+    this.#options = options;
+  }
+
+  /**
+   * The device in use, opened on first use; after a loss, a new one.
+   *
+   * @throws {BackendUnavailableError} no device can be had
+   * @throws {ExecutionError} `device-lost`: the caller's own device is gone, and only the caller can give another
+   */
+  async context(): Promise<GpuContext> {
+    const context = await this.#opened();
+    if (context.lost === undefined) return context;
+    if (!context.owned) throw context.lost;
+    // Several calls may find the same loss; the first of them opens the next device.
+    if ((await this.#context) === context) this.#context = undefined;
+    return this.#opened();
+  }
+
+  #opened(): Promise<GpuContext> {
+    this.#context ??= openDevice(this.#options).catch((error: unknown) => {
+      this.#context = undefined;
+      throw error;
+    });
+    return this.#context;
+  }
+
+  async availability(): Promise<Availability> {
+    try {
+      const { capabilities } = await this.context();
+      const { offered, missing } = familiesOf(capabilities);
+      const [min, max] = capabilities.subgroupSize;
+      return {
+        available: true,
+        accelerated: !capabilities.isSoftware,
+        details: {
+          adapter: capabilities.adapter,
+          family: `${this.#options.family ?? offered[0]}`,
+          families: [...offered, ...missing.map((text) => `no ${text}`)].join('; '),
+          subgroups: capabilities.subgroups ? (min === max ? `${min}` : `${min} to ${max}`) : 'none',
+          'subgroup matrices':
+            capabilities.matrixConfigs
+              .map((c) => `${c.componentType}->${c.resultComponentType} ${c.M}x${c.N}x${c.K}`)
+              .join(', ') || 'none',
+          'shader-f16': capabilities.shaderF16 ? 'yes' : 'no',
+          dot4I8Packed: capabilities.packedDot ? 'yes' : 'no',
+          'workgroup memory': `${capabilities.workgroupBytes / 1024} KiB`,
+          'largest binding': `${Math.floor(capabilities.bindingBytes / 2 ** 20)} MiB`,
+        },
+      };
+    } catch (error) {
+      if (error instanceof BackendUnavailableError) {
+        return {
+          available: false,
+          accelerated: false,
+          reason: error.received ?? error.message,
+          remedy: error.expected ?? '',
+          details: {},
+        };
+      }
+      const reason = error instanceof Error ? error.message : String(error);
+      return { available: false, accelerated: false, reason, remedy: 'Give the backend another device', details: {} };
+    }
+  }
+
+  async defaultKernel(): Promise<KernelDescriptor> {
+    return DESCRIPTOR;
+  }
+
+  plan(problem: AttentionProblem, kernel: KernelChoice): Promise<WebgpuPlan> {
+    return WebgpuPlan.create(problem, kernel, () => this.context(), this.#options);
+  }
+
+  prepareKeyValue(
+    problem: AttentionProblem,
+    kernel: KernelChoice,
+    k: TensorView,
+    v: TensorView,
+    run: RunContext,
+  ): Promise<PreparedKeyValue> {
+    return WebgpuKeyValue.create(problem, kernel, () => this.context(), this.#options, k, v, run);
+  }
+
+  async dispose(): Promise<void> {
+    const context = this.#context;
+    this.#context = undefined;
+    if (context !== undefined) (await context.catch(() => undefined))?.dispose();
+  }
+}
+
+/**
+ * The backend on the caller's device, or on one that it opens when first used.
+ *
+ * @example
+ * const backend = createWebgpuBackend({ device });
+ * await setBackend(backend);
+ */
+export function createWebgpuBackend(options: WebgpuBackendOptions = {}): WebgpuBackend {
+  return new WebgpuBackend(options);
+}

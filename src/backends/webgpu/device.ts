@@ -1,0 +1,198 @@
+/** A WebGPU device with what belongs to it: capabilities, compiled pipelines, and what went wrong. */
+import { BackendUnavailableError, ExecutionError } from '../../attention/errors.ts';
+import { type Capabilities, capabilitiesOf, WANTED_FEATURES, WANTED_LIMITS } from './capabilities.ts';
+
+export interface DeviceOptions {
+  /** A device of the caller's, shared with other code; it is never destroyed here. */
+  readonly device?: GPUDevice;
+  /** An adapter to open the device from. Default: the high-performance adapter. */
+  readonly adapter?: GPUAdapter;
+  /** The `GPU` object that the device came from. Default: `navigator.gpu`, in Node that of the package `webgpu`. */
+  readonly gpu?: GPU;
+  /** Flags for Dawn where Node's `webgpu` package is used. Default {@link DAWN_FLAGS}. */
+  readonly dawnFlags?: readonly string[];
+}
+
+/** Subgroup matrices are behind this toggle in Dawn; without it the family `matrix` is not offered in Node. */
+export const DAWN_FLAGS: readonly string[] = ['enable-dawn-features=allow_unsafe_apis'];
+
+const INSTALL = "In Node install the package 'webgpu' (npm install webgpu); in a browser enable WebGPU";
+
+interface DawnModule {
+  create(flags: readonly string[]): GPU;
+}
+
+let dawn: Promise<DawnModule> | undefined;
+
+async function loadDawn(): Promise<DawnModule> {
+  // A variable, so that bundlers leave the optional package alone.
+  const name = 'webgpu';
+  dawn ??= import(/* @vite-ignore */ name) as Promise<DawnModule>;
+  try {
+    return await dawn;
+  } catch (cause) {
+    dawn = undefined;
+    throw new BackendUnavailableError('webgpu', `the package 'webgpu' could not be loaded`, INSTALL, cause);
+  }
+}
+
+/** Dawn instances must outlive what they made; one is kept for each set of flags. */
+const instances = new Map<string, GPU>();
+
+/** `navigator.gpu`, or Dawn in Node. */
+export async function findGpu(flags: readonly string[] = DAWN_FLAGS): Promise<GPU> {
+  const browser = (globalThis as { navigator?: { gpu?: GPU } }).navigator?.gpu;
+  if (browser !== undefined) return browser;
+  if ((globalThis as { process?: { versions?: { node?: string } } }).process?.versions?.node === undefined) {
+    throw new BackendUnavailableError('webgpu', 'this environment has no navigator.gpu', INSTALL);
+  }
+  const key = flags.join(' ');
+  let gpu = instances.get(key);
+  if (gpu === undefined) {
+    gpu = (await loadDawn()).create(flags);
+    instances.set(key, gpu);
+  }
+  return gpu;
+}
+
+/** Opens a device with every wanted feature and limit that the adapter has, or adopts the caller's. */
+export async function openDevice(options: DeviceOptions): Promise<GpuContext> {
+  if (options.device !== undefined) {
+    const language = options.gpu ?? (globalThis as { navigator?: { gpu?: GPU } }).navigator?.gpu;
+    const info = (options.device as { adapterInfo?: GPUAdapterInfo }).adapterInfo ?? options.adapter?.info;
+    const capabilities = capabilitiesOf(options.device, info, language?.wgslLanguageFeatures);
+    return new GpuContext(options.device, capabilities, false);
+  }
+  const gpu = options.gpu ?? (await findGpu(options.dawnFlags));
+  const adapter = options.adapter ?? (await gpu.requestAdapter({ powerPreference: 'high-performance' }));
+  if (adapter === null) {
+    throw new BackendUnavailableError(
+      'webgpu',
+      'no GPU adapter was found',
+      'Install a GPU driver (on Linux a Vulkan driver and libvulkan1) or use another backend',
+    );
+  }
+  const requiredFeatures = WANTED_FEATURES.filter((feature) =>
+    adapter.features.has(feature as GPUFeatureName),
+  ) as GPUFeatureName[];
+  const requiredLimits = Object.fromEntries(WANTED_LIMITS.map((limit) => [limit, adapter.limits[limit]]));
+  try {
+    const device = await adapter.requestDevice({ label: 'sageattention', requiredFeatures, requiredLimits });
+    return new GpuContext(device, capabilitiesOf(device, adapter.info, gpu.wgslLanguageFeatures), true);
+  } catch (cause) {
+    throw new BackendUnavailableError('webgpu', `the adapter gave no device: ${messageOf(cause)}`, INSTALL, cause);
+  }
+}
+
+const messageOf = (error: unknown) => (error instanceof Error ? error.message : String(error));
+
+export class GpuContext {
+  readonly device: GPUDevice;
+  readonly capabilities: Capabilities;
+  /** True when the device was opened here and is destroyed here. */
+  readonly owned: boolean;
+  /** Wall time spent compiling pipelines so far, milliseconds (concurrent compilations overlap and add up). */
+  compileMilliseconds = 0;
+  #lost: ExecutionError | undefined;
+  readonly #loss: Promise<never>;
+  readonly #pipelines = new Map<string, Promise<GPUComputePipeline>>();
+
+  constructor(device: GPUDevice, capabilities: Capabilities, owned: boolean) {
+    this.device = device;
+    this.capabilities = capabilities;
+    this.owned = owned;
+    this.#loss = device.lost.then((info) => {
+      this.#lost = new ExecutionError('device-lost', `the GPU device was lost (${info.reason}): ${info.message}`);
+      throw this.#lost;
+    });
+    this.#loss.catch(() => {});
+  }
+
+  /** The error of the loss, once the device is lost. */
+  get lost(): ExecutionError | undefined {
+    return this.#lost;
+  }
+
+  /** The pipeline of a kernel, compiled once per device and source. */
+  pipeline(label: string, code: string): Promise<GPUComputePipeline> {
+    let pipeline = this.#pipelines.get(code);
+    if (pipeline === undefined) {
+      pipeline = this.unlessLost(this.#compile(label, code));
+      this.#pipelines.set(code, pipeline);
+      // A failed compilation may be one of memory; the next call tries again.
+      pipeline.catch(() => this.#pipelines.delete(code));
+    }
+    return pipeline;
+  }
+
+  async #compile(label: string, code: string): Promise<GPUComputePipeline> {
+    const started = performance.now();
+    // The scope keeps the module's errors from the device's owner; the pipeline's rejection carries the message.
+    this.device.pushErrorScope('validation');
+    const module = this.device.createShaderModule({ label, code });
+    const compiled = this.device.createComputePipelineAsync({
+      label,
+      layout: 'auto',
+      compute: { module, entryPoint: 'main' },
+    });
+    const scope = this.device.popErrorScope();
+    try {
+      return await compiled;
+    } catch (cause) {
+      const invalid = await scope;
+      throw new ExecutionError('execution-failed', `kernel '${label}': ${invalid?.message ?? messageOf(cause)}`, cause);
+    } finally {
+      scope.catch(() => {});
+      this.compileMilliseconds += performance.now() - started;
+    }
+  }
+
+  /**
+   * Runs synchronous GPU work inside error scopes. The second result settles when the scopes do, which waits for no
+   * GPU work: it is undefined or what went wrong.
+   */
+  checked<T>(work: () => T): readonly [T, Promise<ExecutionError | undefined>] {
+    const { device } = this;
+    device.pushErrorScope('internal');
+    device.pushErrorScope('validation');
+    device.pushErrorScope('out-of-memory');
+    const pop = () => Promise.all([device.popErrorScope(), device.popErrorScope(), device.popErrorScope()]);
+    let result: T;
+    try {
+      result = work();
+    } catch (error) {
+      pop().catch(() => {});
+      throw error;
+    }
+    const outcome = this.unlessLost(pop()).then(
+      ([memory, validation, internal]) => {
+        if (memory) return new ExecutionError('out-of-memory', `the GPU is out of memory: ${memory.message}`);
+        const failure = validation ?? internal;
+        return failure ? new ExecutionError('execution-failed', failure.message) : undefined;
+      },
+      (error: unknown) =>
+        error instanceof ExecutionError ? error : new ExecutionError('execution-failed', messageOf(error), error),
+    );
+    return [result, outcome];
+  }
+
+  /** The promise's result, or the loss of the device if that comes first. */
+  async unlessLost<T>(promise: Promise<T>): Promise<T> {
+    if (this.#lost !== undefined) {
+      promise.catch(() => {});
+      throw this.#lost;
+    }
+    try {
+      return await Promise.race([promise, this.#loss]);
+    } catch (error) {
+      // Work fails in its own words when the device goes; what matters is the loss.
+      await Promise.resolve();
+      throw this.#lost ?? error;
+    }
+  }
+
+  dispose(): void {
+    this.#pipelines.clear();
+    if (this.owned) this.device.destroy();
+  }
+}

@@ -1,0 +1,303 @@
+/**
+ * Attention without subgroup matrices: families `base` (core WebGPU only) and `subgroup` (row maxima by shuffles).
+ *
+ * A workgroup owns `rows` queries and walks over the keys in tiles of `keys`. Its threads form a grid of `rowThreads` x
+ * `colThreads`: each holds a register tile of scores (INT8 dot products) and one of the output (float32). P goes through
+ * workgroup memory once a tile, so that a thread finds the probabilities of its rows for all keys of the tile.
+ */
+import { FLAG_NONFINITE_K, FLAG_NONFINITE_V, params, rowVectors, SEQUENCE, tables } from './layout.ts';
+import { valueScale } from './prepare.ts';
+import {
+  ATTENTION_PARAMS,
+  expOf,
+  lseStatement,
+  recordFloats,
+  type ScoreConfig,
+  scoreDeclarations,
+  scoreStatements,
+  storeChannels,
+} from './scores.ts';
+import { statisticsVectors } from './statistics.ts';
+import { EXCLUDED, EXCLUDED_BELOW, range } from './storage.ts';
+
+/** Sizes of a tiled kernel. `keys / colThreads` is a multiple of 4; 64 is a multiple of `keys`, 128 one of `rows`. */
+export interface TileShape {
+  readonly rows: number;
+  readonly keys: number;
+  readonly rowThreads: number;
+  readonly colThreads: number;
+  /** K and V tiles take turns in the same workgroup memory: one more barrier a tile, for devices with little of it. */
+  readonly sharedKeyValue: boolean;
+}
+
+export interface TiledConfig extends ScoreConfig, TileShape {
+  readonly family: 'base' | 'subgroup';
+  /** WGSL has `dot4I8Packed` (language feature packed_4x8_integer_dot_product). */
+  readonly packedDot: boolean;
+  /** WGSL has `subgroup_id` (language feature): a thread's place does not rest on how lanes are numbered. */
+  readonly subgroupId: boolean;
+}
+
+/** Bytes of workgroup memory that the kernel takes. */
+export function tiledWorkgroupBytes(shape: TileShape, headDimPadded: number, valueDimPadded: number): number {
+  const row = rowVectors(headDimPadded) * 16;
+  const keys = shape.keys * row;
+  const values = shape.keys * valueDimPadded * 2;
+  return (
+    shape.rows * row +
+    (shape.sharedKeyValue ? Math.max(keys, values) : keys + values) +
+    shape.rows * shape.keys * 4 +
+    shape.rows * shape.colThreads * 4
+  );
+}
+
+const DOT = `fn dot_int8(a: u32, b: u32) -> i32 { return dot4I8Packed(a, b); }`;
+const DOT_EMULATED = `fn dot_int8(a: u32, b: u32) -> i32 {
+  let x = vec4<i32>(vec4<u32>(a << 24u, a << 16u, a << 8u, a)) >> vec4<u32>(24u);
+  let y = vec4<i32>(vec4<u32>(b << 24u, b << 16u, b << 8u, b)) >> vec4<u32>(24u);
+  return x.x * y.x + x.y * y.y + x.z * y.z + x.w * y.w;
+}`;
+
+export function tiledAttentionKernel(config: TiledConfig): string {
+  const { rows, keys, rowThreads, colThreads, sharedKeyValue, family, packedDot, subgroupId } = config;
+  const { headDimPadded, valueDim, valueDimPadded, keyScale, result, returnLse, scaleValues, mask } = config;
+  const threads = rowThreads * colThreads;
+  const vectors = rowVectors(headDimPadded);
+  const dims = vectors - 1;
+  const tm = rows / rowThreads;
+  const tn = keys / colThreads;
+  const quads = valueDimPadded / 4;
+  const tv = quads / colThreads;
+  const subgroup = family === 'subgroup';
+  const I = range(tm);
+  const N = range(tn);
+  const V = range(tv);
+  const row = (i: number) => `(r + ${i * rowThreads}u)`;
+  const col = (n: number) => `(c + ${n * colThreads}u)`;
+
+  // With shared memory K is stored as pairs of words, as V is.
+  const keyAt = (index: string) =>
+    sharedKeyValue ? `vec4<u32>(tile_kv[2u * (${index})], tile_kv[2u * (${index}) + 1u])` : `tile_k[${index}]`;
+  const valueTile = sharedKeyValue ? 'tile_kv' : 'tile_v';
+  const memory = sharedKeyValue
+    ? `var<workgroup> tile_kv: array<vec2<u32>, ${Math.max(keys * vectors * 2, keys * quads)}>;`
+    : `var<workgroup> tile_k: array<vec4<u32>, ${keys * vectors}>;
+var<workgroup> tile_v: array<vec2<u32>, ${keys * quads}>;`;
+
+  // Rows past a buffer's end are never visible, so reading them as anything is fine; WebGPU bounds every access.
+  const loadKeys = `
+    for (var i = t; i < ${keys * vectors}u; i += ${threads}u) {
+      let x = key_rows[(kvRow + first) * ${vectors}u + i - P.keyRowBase];
+      ${sharedKeyValue ? 'tile_kv[2u * i] = x.xy; tile_kv[2u * i + 1u] = x.zw;' : 'tile_k[i] = x;'}
+    }`;
+  const loadValues = `
+    for (var i = t; i < ${keys * quads}u; i += ${threads}u) { ${valueTile}[i] = value_rows[(kvRow + first) * ${quads}u + i - P.valueRowBase]; }`;
+
+  const score = (i: number, n: number) => {
+    const f = `f_${i}_${n}`;
+    const { softcap, mask: masking } = scoreStatements(
+      config,
+      f,
+      { constant: `constant_${i}`, mask: `mask_${i}`, poison: `poison_${i}` },
+      `key_${n}`,
+    );
+    // The mask is read only for visible keys; a band check costs nothing in tiles that lie inside every row's band.
+    const visible = `key_${n} >= low_${i} && key_${n} <= high_${i}`;
+    return `
+      var ${f} = f32(s_${i}_${n}) * (scale_${i} * key_scale_${keyScale === 'token' ? n : 0});
+      ${softcap}
+      if (edge && !(${visible})) { ${f} = ${EXCLUDED}; } ${masking === '' ? '' : `else { ${masking} }`}`;
+  };
+
+  const rowMax = (i: number) => {
+    const own = N.slice(1).reduce((acc, n) => `max(${acc}, f_${i}_${n})`, `f_${i}_0`);
+    if (!subgroup) return `tile_max[${row(i)} * ${colThreads}u + c] = ${own};`;
+    const steps = range(Math.log2(colThreads)).map((s) => `x = max(x, subgroupShuffleXor(x, ${1 << s}u));`);
+    return `var max_${i} = ${own}; { var x = max_${i}; ${steps.join(' ')} max_${i} = x; }`;
+  };
+  const sharedMax = (i: number) =>
+    `let max_${i} = ${range(colThreads)
+      .slice(1)
+      .reduce(
+        (acc, n) => `max(${acc}, tile_max[${row(i)} * ${colThreads}u + ${n}u])`,
+        `tile_max[${row(i)} * ${colThreads}u]`,
+      )};`;
+
+  const softmax = (i: number) => `
+    { let updated = max(m_${i}, max_${i});
+      let alpha = select(${expOf(config, `m_${i} - updated`)}, 0.0, m_${i} < ${EXCLUDED_BELOW});
+      m_${i} = updated;
+      l_${i} *= alpha;
+      ${V.map((v) => `o_${i}_${v} *= alpha;`).join(' ')}
+      ${N.map((n) => `f_${i}_${n} = select(${expOf(config, `f_${i}_${n} - updated`)}, 0.0, f_${i}_${n} < ${EXCLUDED_BELOW});`).join('\n      ')}
+      l_${i} += ${N.map((n) => `f_${i}_${n}`).join(' + ')};
+      ${range(tn / 4)
+        .map(
+          (q) =>
+            `tile_p[${row(i)} * ${keys / 4}u + ${q * colThreads}u + c] = vec4<f32>(${range(4)
+              .map((n) => `f_${i}_${q * 4 + n}`)
+              .join(', ')});`,
+        )
+        .join(' ')} }`;
+
+  // Component n of P's vector q * colThreads + c is key c + (4q + n) * colThreads: a thread writes whole vectors.
+  const accumulate = `
+    for (var q = 0u; q < ${tn / 4}u; q++) {
+      for (var k = 0u; k < ${colThreads}u; k++) {
+        ${I.map((i) => `let p_${i} = tile_p[${row(i)} * ${keys / 4}u + q * ${colThreads}u + k];`).join('\n        ')}
+        ${range(4)
+          .map(
+            (n) => `{ let at = (k + (4u * q + ${n}u) * ${colThreads}u) * ${quads}u + c;
+          ${V.map(
+            (v) => `{ let w = ${valueTile}[at + ${v * colThreads}u];
+            let x = vec4<f32>(unpack2x16float(w.x), unpack2x16float(w.y));
+            ${I.map((i) => `o_${i}_${v} = fma(vec4<f32>(p_${i}.${'xyzw'[n]}), x, o_${i}_${v});`).join(' ')} }`,
+          ).join('\n          ')} }`,
+          )
+          .join('\n        ')}
+      }
+    }`;
+
+  const rowSum = (i: number) =>
+    subgroup
+      ? `var sum_${i} = l_${i}; ${range(Math.log2(colThreads))
+          .map((s) => `sum_${i} += subgroupShuffleXor(sum_${i}, ${1 << s}u);`)
+          .join(' ')}`
+      : `let sum_${i} = ${range(colThreads)
+          .map((n) => `tile_max[${row(i)} * ${colThreads}u + ${n}u]`)
+          .join(' + ')};`;
+
+  const finish = (i: number) => {
+    const nanRow = `sum_${i} < 0.0`;
+    const scaled = (v: number) => (scaleValues ? ` * scale_v_${v}` : '');
+    const at = `(sequence_field(sequence, ${SEQUENCE.output}u) - P.outputBase + head * P.outputHeadStride + (first_row + ${row(i)}) * P.outputTokenStride)`;
+    const store = (v: number) => {
+      const channel = `(4u * (c + ${v * colThreads}u))`;
+      if (result === 'final') {
+        return storeChannels(config, 'at', channel, `o_${i}_${v} * norm${scaled(v)}`, nanRow);
+      }
+      return `{ let x = o_${i}_${v} * norm${scaled(v)}; let to = record + ${channel};
+      records[to] = x.x; records[to + 1u] = x.y; records[to + 2u] = x.z; records[to + 3u] = x.w; }`;
+    };
+    const lse = lseStatement(config, `(first_row + ${row(i)})`, `m_${i}`, `sum_${i}`, `constant_${i}`);
+    const floats = recordFloats(valueDimPadded);
+    const maximum = config.softcap ? `m_${i}` : `m_${i} + constant_${i}`;
+    return `
+  if (${row(i)} < count) {
+    let norm = select(1.0 / max(sum_${i}, 1.0e-37f), 0.0, sum_${i} <= 0.0);
+    ${
+      result === 'final'
+        ? `let at = ${at};`
+        : `let record = ((sequence_field(sequence, ${SEQUENCE.output}u) + head * P.outputHeadStride + (first_row + ${row(i)}) * P.outputTokenStride) / ${valueDim}u * P.splits + P.splitIndex + group.z) * ${floats}u - P.recordBase;`
+    }
+    ${V.map(store).join('\n    ')}
+    ${result === 'final' && returnLse ? `if (c == 0u) ${lse}` : ''}
+    ${
+      result === 'partial'
+        ? `if (c == 0u) { records[record + ${valueDimPadded}u] = select(${maximum}, ${EXCLUDED}, sum_${i} == 0.0); records[record + ${valueDimPadded + 1}u] = sum_${i}; }`
+        : ''
+    }
+  }`;
+  };
+
+  return `
+${subgroup ? 'enable subgroups;' : ''}
+${packedDot ? 'requires packed_4x8_integer_dot_product;' : ''}
+${subgroup && subgroupId ? 'requires subgroup_id;' : ''}
+${params(0, ATTENTION_PARAMS)}
+${tables(1)}
+@group(0) @binding(2) var<storage, read> query_rows: array<vec4<u32>>;
+@group(0) @binding(3) var<storage, read> key_rows: array<vec4<u32>>;
+@group(0) @binding(4) var<storage, read> value_rows: array<vec2<u32>>;
+${scoreDeclarations(config)}
+${packedDot ? DOT : DOT_EMULATED}
+${scaleValues ? valueScale(statisticsVectors(headDimPadded, valueDimPadded)) : ''}
+var<workgroup> tile_q: array<vec4<u32>, ${rows * vectors}>;
+${memory}
+var<workgroup> tile_p: array<vec4<f32>, ${(rows * keys) / 4}>;
+var<workgroup> tile_max: array<f32, ${rows * colThreads}>;
+
+@compute @workgroup_size(${threads})
+fn main(@builtin(workgroup_id) group: vec3<u32>, @builtin(local_invocation_index) lid: u32${
+    subgroup
+      ? `, @builtin(subgroup_size) subgroup_size: u32, @builtin(subgroup_invocation_id) lane: u32${subgroupId ? ', @builtin(subgroup_id) subgroup: u32' : ''}`
+      : ''
+  }) {
+  let t = ${subgroup && subgroupId ? 'subgroup * subgroup_size + lane' : 'lid'};
+  let r = t / ${colThreads}u;
+  let c = t % ${colThreads}u;
+  let tile = P.tileStart + group.x;
+  let head = P.headStart + group.y;
+  let sequence = tile_field(tile, 0u);
+  let first_row = tile_field(tile, 1u);
+  let count = tile_field(tile, 2u);
+  let queryRow = head * P.queryRowsPerHead + sequence_field(sequence, ${SEQUENCE.queryRow}u) + first_row;
+  let kvRow = head / P.groupSize * P.keyRowsPerHead + sequence_field(sequence, ${SEQUENCE.keyRow}u);
+  for (var i = t; i < ${rows * vectors}u; i += ${threads}u) { tile_q[i] = query_rows[queryRow * ${vectors}u + i - P.queryRowBase]; }
+
+  let length = i32(sequence_field(sequence, ${SEQUENCE.keyLength}u));
+  let lower = i32(sequence_field(sequence, ${SEQUENCE.lower}u)) + i32(first_row);
+  let upper = i32(sequence_field(sequence, ${SEQUENCE.upper}u)) + i32(first_row);
+  let begin = i32(P.keyStart + group.z * P.keySpan);
+  let key_begin = max(begin, max(0, lower)) / ${keys} * ${keys};
+  let key_end = min(min(length, begin + i32(P.keySpan)), upper + i32(count));
+
+${I.map(
+  (i) => `  var m_${i} = ${EXCLUDED}; var l_${i} = 0.0; var poison_${i} = 0u;
+  let low_${i} = lower + i32(${row(i)}); let high_${i} = min(length - 1, upper + i32(${row(i)}));
+${mask === undefined ? '' : `  let mask_${i} = sequence_field(sequence, ${SEQUENCE.mask}u) - P.maskBase + head * P.maskHeadStride + (first_row + ${row(i)}) * P.maskQueryStride;`}
+${V.map((v) => `  var o_${i}_${v} = vec4<f32>();`).join('')}`,
+).join('\n')}
+  workgroupBarrier();
+${I.map(
+  (i) => `  let facts_${i} = tile_q[${row(i)} * ${vectors}u + ${dims}u];
+  let scale_${i} = bitcast<f32>(facts_${i}.x); let constant_${i} = bitcast<f32>(facts_${i}.z);`,
+).join('\n')}
+
+  for (var start = key_begin; start < key_end; start += ${keys}) {
+    let first = u32(start);
+    workgroupBarrier();
+    ${loadKeys}
+    ${sharedKeyValue ? '' : loadValues}
+    workgroupBarrier();
+    ${I.map((i) => N.map((n) => `var s_${i}_${n} = 0;`).join(' ')).join('\n    ')}
+    for (var w = 0u; w < ${dims}u; w++) {
+      ${I.map((i) => `let q_${i} = tile_q[${row(i)} * ${vectors}u + w];`).join('\n      ')}
+      ${N.map(
+        (n) => `{ let k = ${keyAt(`${col(n)} * ${vectors}u + w`)};
+        ${I.map((i) => `s_${i}_${n} += ${['x', 'y', 'z', 'w'].map((e) => `dot_int8(q_${i}.${e}, k.${e})`).join(' + ')};`).join('\n        ')} }`,
+      ).join('\n      ')}
+    }
+    ${N.map(
+      (n) => `let key_${n} = start + i32(${col(n)});
+    let facts_k_${n} = ${keyAt(`${col(n)} * ${vectors}u + ${dims}u`)}; let key_scale_${n} = bitcast<f32>(facts_k_${n}.x);`,
+    ).join('\n    ')}
+    let edge = start + ${keys} > length || start < lower + ${rows - 1} || start + ${keys - 1} > upper || start < begin;
+    ${I.map((i) => N.map((n) => score(i, n)).join('')).join('\n')}
+    if ((${N.map((n) => `facts_k_${n}.y`).join(' | ')}) != 0u) {
+      ${I.map((i) => N.map((n) => `if (f_${i}_${n} > ${EXCLUDED_BELOW}) { poison_${i} |= facts_k_${n}.y; }`).join(' ')).join('\n      ')}
+    }
+    ${I.map(rowMax).join('\n    ')}
+    ${subgroup && !sharedKeyValue ? '' : 'workgroupBarrier();'}
+    ${sharedKeyValue ? loadValues : ''}
+    ${subgroup ? '' : I.map(sharedMax).join('\n    ')}
+    ${I.map(softmax).join('')}
+    workgroupBarrier();
+    ${accumulate}
+  }
+
+  ${I.map((i) => `if (poison_${i} != 0u || (l_${i} > 0.0 && facts_${i}.y != 0u)) { l_${i} = -1.0e30f; }`).join('\n  ')}
+  ${subgroup ? '' : `workgroupBarrier();\n  ${I.map((i) => `tile_max[${row(i)} * ${colThreads}u + c] = l_${i};`).join('\n  ')}\n  workgroupBarrier();`}
+  ${I.map(rowSum).join('\n  ')}
+  ${
+    scaleValues
+      ? `let record_v = ((head / P.groupSize * P.sequences + sequence) * P.chunks) * ${statisticsVectors(headDimPadded, valueDimPadded)}u + ${headDimPadded / 4}u - P.partialBase;
+  ${V.map((v) => `let scale_v_${v} = value_scale(record_v + c + ${v * colThreads}u, P.chunks, 1);`).join('\n  ')}`
+      : ''
+  }
+${I.map(finish).join('')}
+}`;
+}
+
+/** Flags that make a row NaN when it attends to their token. */
+export const POISON = FLAG_NONFINITE_K | FLAG_NONFINITE_V;

@@ -1,0 +1,69 @@
+/**
+ * What the kernels share about memory: the table of sequences and tiles, and the rows of the scratch buffers.
+ *
+ * A row of quantized Q or K is `D / 16` vectors of 16 INT8 values and one vector of its own facts, so that a kernel gets
+ * a token's scale from the same place as its values, whatever the granularity.
+ */
+
+/** Words of a sequence's record in the tables. Offsets into tensors count elements and are modulo 2^32. */
+export const SEQUENCE = {
+  queryLength: 0,
+  keyLength: 1,
+  queryRow: 2,
+  keyRow: 3,
+  lower: 4,
+  upper: 5,
+  output: 6,
+  lse: 7,
+  mask: 8,
+  qSource: 9,
+  kSource: 10,
+  vSource: 11,
+} as const;
+
+export const SEQUENCE_WORDS = 12;
+
+/** A tile's record: sequence, first token, number of tokens. */
+export const TILE_WORDS = 3;
+
+/** `sequence_field(sequence, field)` and the tile accessors; expects `P.sequencesAt` and `P.tilesAt`. */
+export function tables(binding: number): string {
+  return `
+@group(0) @binding(${binding}) var<storage, read> tables: array<u32>;
+fn sequence_field(sequence: u32, field: u32) -> u32 { return tables[P.sequencesAt + sequence * ${SEQUENCE_WORDS}u + field]; }
+fn tile_field(tile: u32, field: u32) -> u32 { return tables[P.tilesAt + tile * ${TILE_WORDS}u + field]; }`;
+}
+
+/** Vectors of 16 bytes in a row of quantized Q or K. */
+export const rowVectors = (headDimPadded: number): number => headDimPadded / 16 + 1;
+
+/** Bits of a K row's flags. */
+export const FLAG_NONFINITE_K = 1;
+export const FLAG_NONFINITE_V = 2;
+
+/** A uniform struct `P` of 32-bit fields. */
+export function params(binding: number, fields: readonly string[]): string {
+  return `struct Params { ${fields.map((field) => `${field}: ${FLOAT_FIELDS.has(field) ? 'f32' : 'u32'}`).join(', ')} }
+@group(0) @binding(${binding}) var<uniform> P: Params;`;
+}
+
+const FLOAT_FIELDS: ReadonlySet<string> = new Set(['scoreScale', 'softcap']);
+
+/** The bytes of such a struct; unsigned fields are taken modulo 2^32. */
+export function encodeParams(fields: readonly string[], values: Readonly<Record<string, number>>): ArrayBuffer {
+  const bytes = new ArrayBuffer(Math.ceil(fields.length / 4) * 16);
+  const view = new DataView(bytes);
+  fields.forEach((field, i) => {
+    const value = values[field];
+    if (value === undefined) throw new Error(`parameter '${field}' has no value`);
+    if (FLOAT_FIELDS.has(field)) view.setFloat32(i * 4, value, true);
+    else view.setUint32(i * 4, wrap32(value), true);
+  });
+  return bytes;
+}
+
+/** An integer modulo 2^32: offsets wrap in WGSL and come out right once they are relative to their binding. */
+export function wrap32(value: number): number {
+  const rest = value % 2 ** 32;
+  return rest < 0 ? rest + 2 ** 32 : rest;
+}

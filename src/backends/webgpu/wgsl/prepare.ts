@@ -1,0 +1,325 @@
+/**
+ * Quantization of Q and K to INT8 (DESIGN section 4) and conversion of V to float16, into the rows that the attention
+ * kernels read.
+ *
+ * A NaN or an infinity is stored as 0 and its token flagged, so that it takes part in no maximum, mean or product: the
+ * attention kernels make a row NaN exactly when it attends to a flagged token.
+ *
+ * Sources: SageAttention (arXiv 2410.02367) section 4.2 for smoothing K and 4.3 for per-block scales, SageAttention2
+ * (arXiv 2411.10958) section 3.1 for per-thread scales.
+ */
+import { type Granularity, INT_MAX, TILINGS } from '../../../quantization/schemes.ts';
+import type { DType } from '../../../tensor/dtype.ts';
+import { FLAG_NONFINITE_K, FLAG_NONFINITE_V, params, rowVectors, SEQUENCE, tables } from './layout.ts';
+import { statisticsVectors } from './statistics.ts';
+import { type Access, decoder, NONFINITE, operandLoader, range } from './storage.ts';
+
+/** Tokens that one workgroup quantizes: a block of the portable tiling. */
+export const QUERY_BLOCK = TILINGS.portable.blockQ;
+export const KEY_BLOCK = TILINGS.portable.blockK;
+
+const THREADS = 256;
+
+interface PrepareConfig {
+  readonly dtype: DType;
+  readonly access: Access;
+  readonly granularity: Granularity;
+  readonly headDim: number;
+  readonly headDimPadded: number;
+  readonly valueDim: number;
+  readonly valueDimPadded: number;
+  /** Subtract K's mean over its sequence before quantizing. */
+  readonly smoothK: boolean;
+}
+
+export interface PrepareQueryConfig extends PrepareConfig {
+  /** Store each row's `q . mean(K) * scoreScale`: what smoothing took from its scores. */
+  readonly rowConstant: boolean;
+}
+
+export interface PrepareKeyValueConfig extends PrepareConfig {
+  /** V gets a power-of-two scale per channel, so that float32 and bfloat16 values fit float16. */
+  readonly scaleValues: boolean;
+}
+
+export const PREPARE_QUERY_PARAMS = [
+  'tileStart',
+  'headStart',
+  'groupSize',
+  'sequences',
+  'chunks',
+  'sequencesAt',
+  'tilesAt',
+  'headStride',
+  'tokenStride',
+  'base',
+  'rowsPerHead',
+  'rowBase',
+  'partialBase',
+  'scoreScale',
+] as const;
+
+export const PREPARE_KEY_VALUE_PARAMS = [
+  'tileStart',
+  'headStart',
+  'sequences',
+  'chunks',
+  'sequencesAt',
+  'tilesAt',
+  'kHeadStride',
+  'kTokenStride',
+  'kBase',
+  'vHeadStride',
+  'vTokenStride',
+  'vBase',
+  'rowsPerHead',
+  'kRowBase',
+  'vRowBase',
+  'partialBase',
+] as const;
+
+/** A row's group inside its block, as an expression over `row` (index in the block). */
+const QUERY_GROUP: Record<Granularity, string> = {
+  'per-block': '0u',
+  'per-warp': `row / ${TILINGS.sm80.warpQ}u`,
+  'per-thread': `row / ${TILINGS.sm80.warpQ}u * 8u + row % 8u`,
+};
+const KEY_GROUP: Record<Granularity, string> = {
+  'per-block': '0u',
+  'per-warp': `row / ${TILINGS.sm80.warpK}u`,
+  'per-thread': `row / ${TILINGS.sm80.warpK}u * 4u + row % 8u / 2u`,
+};
+
+/** Below this a group counts as all zero: 127 / maximum would not be finite. */
+const TINY = '1.0e-36f';
+
+/** Magnitudes of scales are kept below this, so that products of two scales and a dot product stay finite. */
+const LARGEST_SCALE = '1.0e15f';
+
+const QUANTIZE = `
+fn quantize(x: vec4<f32>, inverse: f32) -> u32 {
+  let q = vec4<u32>(vec4<i32>(clamp(round(x * inverse), vec4<f32>(-${INT_MAX.int8}.0), vec4<f32>(${INT_MAX.int8}.0)))) & vec4<u32>(0xffu);
+  return q.x | (q.y << 8u) | (q.z << 16u) | (q.w << 24u);
+}`;
+
+/** Sums the chunks' partial means into workgroup memory. */
+const loadMean = (vectors: number, statistics: number) => `
+  for (var i = lid; i < ${vectors}u; i += ${THREADS}u) {
+    var sum = vec4<f32>();
+    for (var chunk = 0u; chunk < P.chunks; chunk++) { sum += partials[record + chunk * ${statistics}u + i]; }
+    mean[i] = sum;
+  }`;
+
+/** From each row's maximum to its group's: `group_max[row]`. */
+const reduceGroups = (chunks: number) => `
+  workgroupBarrier();
+  if (lid < count) {
+    var largest = 0.0;
+    for (var i = 0u; i < ${chunks}u; i++) { largest = max(largest, partial[lid * ${chunks}u + i]); }
+    row_max[lid] = largest;
+  }
+  workgroupBarrier();
+  if (lid < count) {
+    var largest = 0.0;
+    let mine = group_of(lid);
+    for (var row = 0u; row < count; row++) {
+      if (group_of(row) == mine) { largest = max(largest, row_max[row]); }
+    }
+    group_max[lid] = largest;
+  }
+  workgroupBarrier();`;
+
+const largestOf16 = 'max(max(max4(x[0]), max4(x[1])), max(max4(x[2]), max4(x[3])))';
+const MAX4 = `fn max4(v: vec4<f32>) -> f32 { let a = abs(v); return max(max(a.x, a.y), max(a.z, a.w)); }`;
+
+export function prepareQueryKernel(config: PrepareQueryConfig): string {
+  const { dtype, access, headDim, headDimPadded, valueDimPadded, rowConstant, smoothK, granularity } = config;
+  const chunks = headDimPadded / 16;
+  const vectors = rowVectors(headDimPadded);
+  const statistics = statisticsVectors(headDimPadded, valueDimPadded);
+  const needsMean = rowConstant && smoothK;
+  return `
+${params(0, PREPARE_QUERY_PARAMS)}
+${tables(1)}
+${NONFINITE}
+${decoder(dtype)}
+${operandLoader('q', 2, dtype, access)}
+@group(0) @binding(3) var<storage, read_write> rows: array<vec4<u32>>;
+${needsMean ? '@group(0) @binding(4) var<storage, read> partials: array<vec4<f32>>;' : ''}
+${needsMean ? `var<workgroup> mean: array<vec4<f32>, ${headDimPadded / 4}>;` : ''}
+var<workgroup> partial: array<f32, ${QUERY_BLOCK * chunks}>;
+var<workgroup> row_max: array<f32, ${QUERY_BLOCK}>;
+var<workgroup> group_max: array<f32, ${QUERY_BLOCK}>;
+var<workgroup> flags: array<atomic<u32>, ${QUERY_BLOCK}>;
+${QUANTIZE}
+${MAX4}
+fn group_of(row: u32) -> u32 { return ${QUERY_GROUP[granularity]}; }
+
+@compute @workgroup_size(${THREADS})
+fn main(@builtin(workgroup_id) group: vec3<u32>, @builtin(local_invocation_index) lid: u32) {
+  let tile = P.tileStart + group.x;
+  let head = P.headStart + group.y;
+  let sequence = tile_field(tile, 0u);
+  let first = tile_field(tile, 1u);
+  let count = tile_field(tile, 2u);
+  let source = sequence_field(sequence, ${SEQUENCE.qSource}u) - P.base + head * P.headStride + first * P.tokenStride;
+  let row_at = head * P.rowsPerHead + sequence_field(sequence, ${SEQUENCE.queryRow}u) + first;
+${
+  needsMean
+    ? `  let record = ((head / P.groupSize * P.sequences + sequence) * P.chunks) * ${statistics}u - P.partialBase;
+${loadMean(headDimPadded / 4, statistics)}`
+    : ''
+}
+  for (var item = lid; item < count * ${chunks}u; item += ${THREADS}u) {
+    let row = item / ${chunks}u;
+    let channel = item % ${chunks}u * 16u;
+    nonfinite = 0u;
+    let x = load_q(source + row * P.tokenStride + channel, min(16u, max(${headDim}u, channel) - channel));
+    partial[item] = ${largestOf16};
+    if (nonfinite != 0u) { atomicOr(&flags[row], 1u); }
+  }
+${reduceGroups(chunks)}
+  for (var item = lid; item < count * ${chunks}u; item += ${THREADS}u) {
+    let row = item / ${chunks}u;
+    let channel = item % ${chunks}u * 16u;
+    let x = load_q(source + row * P.tokenStride + channel, min(16u, max(${headDim}u, channel) - channel));
+    let inverse = select(0.0, ${INT_MAX.int8}.0 / max(group_max[row], ${TINY}), group_max[row] > ${TINY});
+    rows[(row_at + row) * ${vectors}u + channel / 16u - P.rowBase] = vec4<u32>(${range(4)
+      .map((i) => `quantize(x[${i}], inverse)`)
+      .join(', ')});
+    ${
+      needsMean
+        ? `let m = channel / 4u;
+    partial[item] = ${range(4)
+      .map((i) => `dot(x[${i}], mean[m + ${i}u])`)
+      .join(' + ')};`
+        : ''
+    }
+  }
+  workgroupBarrier();
+  if (lid < count) {
+    var constant = 0.0;
+    ${needsMean ? `for (var i = 0u; i < ${chunks}u; i++) { constant += partial[lid * ${chunks}u + i]; }` : ''}
+    let scale = clamp(group_max[lid] / ${INT_MAX.int8}.0 * P.scoreScale, -${LARGEST_SCALE}, ${LARGEST_SCALE});
+    rows[(row_at + lid) * ${vectors}u + ${vectors - 1}u - P.rowBase] =
+      vec4<u32>(bitcast<u32>(scale), atomicLoad(&flags[lid]), bitcast<u32>(constant * P.scoreScale), 0u);
+  }
+}`;
+}
+
+export function prepareKeyValueKernel(config: PrepareKeyValueConfig): string {
+  const { dtype, access, headDim, headDimPadded, valueDim, valueDimPadded, smoothK, scaleValues, granularity } = config;
+  const chunks = headDimPadded / 16;
+  const valueChunks = valueDimPadded / 16;
+  const vectors = rowVectors(headDimPadded);
+  const statistics = statisticsVectors(headDimPadded, valueDimPadded);
+  const needsPartials = smoothK || scaleValues;
+  const loadK = `load_k(kSource + row * P.kTokenStride + channel, min(16u, max(${headDim}u, channel) - channel))`;
+  // Channels past D are 0 in x and in the mean, so smoothing leaves them 0.
+  const smooth = smoothK ? range(4).map((i) => `x[${i}] -= mean[channel / 4u + ${i}u];`) : [];
+  const convert = (i: number) =>
+    `pack2x16float(clamp(x[${i >> 1}].${i % 2 === 0 ? 'xy' : 'zw'}, vec2<f32>(-65504.0), vec2<f32>(65504.0)))`;
+  return `
+${params(0, PREPARE_KEY_VALUE_PARAMS)}
+${tables(1)}
+${NONFINITE}
+${decoder(dtype)}
+${operandLoader('k', 2, dtype, access)}
+${operandLoader('v', 3, dtype, access)}
+${needsPartials ? '@group(0) @binding(4) var<storage, read> partials: array<vec4<f32>>;' : ''}
+@group(0) @binding(5) var<storage, read_write> keys: array<vec4<u32>>;
+@group(0) @binding(6) var<storage, read_write> values: array<vec4<u32>>;
+${smoothK ? `var<workgroup> mean: array<vec4<f32>, ${headDimPadded / 4}>;` : ''}
+${scaleValues ? `var<workgroup> inverse_scale: array<vec4<f32>, ${valueDimPadded / 4}>;` : ''}
+var<workgroup> partial: array<f32, ${KEY_BLOCK * chunks}>;
+var<workgroup> row_max: array<f32, ${KEY_BLOCK}>;
+var<workgroup> group_max: array<f32, ${KEY_BLOCK}>;
+var<workgroup> flags: array<atomic<u32>, ${KEY_BLOCK}>;
+${QUANTIZE}
+${MAX4}
+${scaleValues ? valueScale(statistics) : ''}
+fn group_of(row: u32) -> u32 { return ${KEY_GROUP[granularity]}; }
+
+@compute @workgroup_size(${THREADS})
+fn main(@builtin(workgroup_id) group: vec3<u32>, @builtin(local_invocation_index) lid: u32) {
+  let tile = P.tileStart + group.x;
+  let head = P.headStart + group.y;
+  let sequence = tile_field(tile, 0u);
+  let first = tile_field(tile, 1u);
+  let count = tile_field(tile, 2u);
+  let kSource = sequence_field(sequence, ${SEQUENCE.kSource}u) - P.kBase + head * P.kHeadStride + first * P.kTokenStride;
+  let vSource = sequence_field(sequence, ${SEQUENCE.vSource}u) - P.vBase + head * P.vHeadStride + first * P.vTokenStride;
+  let row_at = head * P.rowsPerHead + sequence_field(sequence, ${SEQUENCE.keyRow}u) + first;
+${needsPartials ? `  let record = ((head * P.sequences + sequence) * P.chunks) * ${statistics}u - P.partialBase;` : ''}
+${smoothK ? loadMean(headDimPadded / 4, statistics) : ''}
+${
+  scaleValues
+    ? `  for (var i = lid; i < ${valueDimPadded / 4}u; i += ${THREADS}u) {
+    inverse_scale[i] = value_scale(record + ${headDimPadded / 4}u + i, P.chunks, -1);
+  }`
+    : ''
+}
+  workgroupBarrier();
+  for (var item = lid; item < count * ${chunks}u; item += ${THREADS}u) {
+    let row = item / ${chunks}u;
+    let channel = item % ${chunks}u * 16u;
+    nonfinite = 0u;
+    var x = ${loadK};
+    ${smooth.join(' ')}
+    partial[item] = ${largestOf16};
+    if (nonfinite != 0u) { atomicOr(&flags[row], ${FLAG_NONFINITE_K}u); }
+  }
+${reduceGroups(chunks)}
+  for (var item = lid; item < count * ${chunks}u; item += ${THREADS}u) {
+    let row = item / ${chunks}u;
+    let channel = item % ${chunks}u * 16u;
+    var x = ${loadK};
+    ${smooth.join(' ')}
+    let inverse = select(0.0, ${INT_MAX.int8}.0 / max(group_max[row], ${TINY}), group_max[row] > ${TINY});
+    keys[(row_at + row) * ${vectors}u + channel / 16u - P.kRowBase] = vec4<u32>(${range(4)
+      .map((i) => `quantize(x[${i}], inverse)`)
+      .join(', ')});
+  }
+  for (var item = lid; item < count * ${valueChunks}u; item += ${THREADS}u) {
+    let row = item / ${valueChunks}u;
+    let channel = item % ${valueChunks}u * 16u;
+    nonfinite = 0u;
+    var x = load_v(vSource + row * P.vTokenStride + channel, min(16u, max(${valueDim}u, channel) - channel));
+    ${
+      scaleValues
+        ? `${range(4)
+            .map((i) => `x[${i}] *= inverse_scale[channel / 4u + ${i}u];`)
+            .join(' ')}
+    // Values appended to a cache may outgrow the scale that its first values set; they are flagged, not clipped.
+    if (${largestOf16} > 65504.0) { nonfinite = 1u; }`
+        : ''
+    }
+    if (nonfinite != 0u) { atomicOr(&flags[row], ${FLAG_NONFINITE_V}u); }
+    let at = (row_at + row) * ${valueDimPadded / 8}u + channel / 8u - P.vRowBase;
+    values[at] = vec4<u32>(${range(4).map(convert).join(', ')});
+    values[at + 1u] = vec4<u32>(${range(4)
+      .map((i) => convert(i + 4))
+      .join(', ')});
+  }
+  workgroupBarrier();
+  if (lid < count) {
+    let scale = min(group_max[lid] / ${INT_MAX.int8}.0, ${LARGEST_SCALE});
+    keys[(row_at + lid) * ${vectors}u + ${vectors - 1}u - P.kRowBase] =
+      vec4<u32>(bitcast<u32>(scale), atomicLoad(&flags[lid]), 0u, 0u);
+  }
+}`;
+}
+
+/**
+ * `value_scale(record, chunks, sign)`: the power of two that brings four channels' largest magnitudes into [0.5, 1) when
+ * divided by it (sign 1), or its inverse (sign -1); 1 for a channel of zeros. Powers of two keep V's bits as they are.
+ */
+export const valueScale = (statistics: number): string => `
+fn value_scale(record: u32, chunks: u32, sign: i32) -> vec4<f32> {
+  var largest = vec4<f32>();
+  for (var chunk = 0u; chunk < chunks; chunk++) { largest = max(largest, partials[record + chunk * ${statistics}u]); }
+  let biased = vec4<i32>((bitcast<vec4<u32>>(largest) >> vec4<u32>(23u)) & vec4<u32>(0xffu));
+  let exponent = clamp(biased - vec4<i32>(126), vec4<i32>(-120), vec4<i32>(120));
+  let scale = bitcast<vec4<f32>>((vec4<i32>(127) + sign * exponent) << vec4<u32>(23u));
+  return select(scale, vec4<f32>(1.0), biased == vec4<i32>(0));
+}`;

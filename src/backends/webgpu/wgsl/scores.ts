@@ -1,0 +1,147 @@
+/** What every attention kernel does to a score between `q . k` and softmax, and to a row at its end. */
+import type { DType, MaskDType } from '../../../tensor/dtype.ts';
+import { SEQUENCE } from './layout.ts';
+import { EXCLUDED, maskLoader, NAN_WORD, outputPacker, range } from './storage.ts';
+
+/** What of a problem changes the code of an attention kernel, whatever its family and tiles. */
+export interface ScoreConfig {
+  readonly dtype: DType;
+  readonly headDimPadded: number;
+  readonly valueDim: number;
+  readonly valueDimPadded: number;
+  readonly mask: MaskDType | undefined;
+  readonly softcap: boolean;
+  readonly returnLse: boolean;
+  /** V's channels have power-of-two scales. */
+  readonly scaleValues: boolean;
+  /** `token`: each K row has its own scale; `tile`: all rows of a 64-token block share one. */
+  readonly keyScale: 'token' | 'tile';
+  /** `final`: outputs; `partial`: normalized sums, maximum and sum of each row, for the merging kernel. */
+  readonly result: 'final' | 'partial';
+}
+
+export const ATTENTION_PARAMS = [
+  'tileStart',
+  'headStart',
+  'groupSize',
+  'sequences',
+  'chunks',
+  'sequencesAt',
+  'tilesAt',
+  'queryRowsPerHead',
+  'keyRowsPerHead',
+  'queryRowBase',
+  'keyRowBase',
+  'valueRowBase',
+  'partialBase',
+  'outputHeadStride',
+  'outputTokenStride',
+  'outputBase',
+  'lseHeadStride',
+  'lseBase',
+  'maskHeadStride',
+  'maskQueryStride',
+  'maskKeyStride',
+  'maskBase',
+  'keyStart',
+  'keySpan',
+  'splitIndex',
+  'splits',
+  'recordBase',
+  'softcap',
+] as const;
+
+/** With a mask or softcap, scores are in natural units; otherwise log2(e) is folded into Q's scale. */
+export const naturalUnits = (config: Pick<ScoreConfig, 'mask' | 'softcap'>): boolean =>
+  config.softcap || (config.mask !== undefined && config.mask !== 'bool');
+
+const LOG2E = '1.4426950408889634f';
+const LN2 = '0.6931471805599453f';
+
+/** `exp2` of a difference of scores. */
+export const expOf = (config: ScoreConfig, difference: string): string =>
+  naturalUnits(config) ? `exp2((${difference}) * ${LOG2E})` : `exp2(${difference})`;
+
+/** Floats of one row's partial result: channels, then maximum, sum (negative: the row is NaN), and two unused. */
+export const recordFloats = (valueDimPadded: number): number => valueDimPadded + 4;
+
+/** Bindings from 5 on, and the helpers that follow from the configuration. */
+export function scoreDeclarations(config: ScoreConfig): string {
+  const { mask, dtype, returnLse, scaleValues, result } = config;
+  return `
+${mask === undefined ? '' : maskLoader(5, mask)}
+${
+  result === 'final'
+    ? `@group(0) @binding(6) var<storage, read_write> output: array<u32>;
+${returnLse ? '@group(0) @binding(7) var<storage, read_write> lse: array<u32>;' : ''}
+${outputPacker(dtype)}`
+    : '@group(0) @binding(6) var<storage, read_write> records: array<f32>;'
+}
+${scaleValues ? '@group(0) @binding(8) var<storage, read> partials: array<vec4<f32>>;' : ''}
+`;
+}
+
+/**
+ * Statements after `var f = f32(i32 score) * scales`: softcap, then the mask. `f` becomes EXCLUDED where the mask says
+ * so; `poison` (a u32 variable) becomes nonzero for a NaN or +Infinity in an additive mask.
+ *
+ * @param row names of the row's variables: its constant, its mask offset, its poison flag
+ * @param key expression of the key's index, which must be visible
+ */
+export function scoreStatements(
+  config: ScoreConfig,
+  f: string,
+  row: { readonly constant: string; readonly mask: string; readonly poison: string },
+  key: string,
+): { softcap: string; mask: string } {
+  const softcap = config.softcap
+    ? `${f} = P.softcap * tanh(clamp((${f} + ${row.constant}) / P.softcap, -10.0, 10.0));`
+    : '';
+  if (config.mask === undefined) return { softcap, mask: '' };
+  const at = `${row.mask} + (${key}) * P.maskKeyStride`;
+  if (config.mask === 'bool') return { softcap, mask: `if (mask_at(${at}) == 0u) { ${f} = ${EXCLUDED}; }` };
+  return {
+    softcap,
+    mask: `{ let bits = mask_at(${at});
+      if ((bits & 0x7f800000u) != 0x7f800000u) { ${f} = clamp(${f} + clamp(bitcast<f32>(bits), -3.4e38f, 1.0e38f), -3.4e38f, 1.7e38f); }
+      else if (bits == 0xff800000u) { ${f} = ${EXCLUDED}; }
+      else { ${row.poison} = 1u; } }`,
+  };
+}
+
+/**
+ * `store_row`'s parts: the statement that writes the logsumexp of a row with maximum `m` and sum `l`, given the row's
+ * index in its sequence. A negative sum marks a NaN row, a sum of 0 a row that attends to nothing.
+ */
+export function lseStatement(config: ScoreConfig, row: string, m: string, l: string, constant: string): string {
+  // With softcap the constant is inside the scores already.
+  const shift = config.softcap ? m : `${m} + ${constant}`;
+  const value = naturalUnits(config) ? `${shift} + log(${l})` : `(${shift} + log2(${l})) * ${LN2}`;
+  return `{ let at = sequence_field(sequence, ${SEQUENCE.lse}u) - P.lseBase + head * P.lseHeadStride + ${row};
+    if (${l} < 0.0) { lse[at] = 0x7fc00000u; }
+    else if (${l} == 0.0) { lse[at] = 0xff800000u; }
+    else { lse[at] = bitcast<u32>(${value}); } }`;
+}
+
+/**
+ * Writes four channels of a row, of which those past Dv are dropped.
+ *
+ * @param at expression of the row's first element in the output (16-bit types: even)
+ * @param channel expression of the first channel, a multiple of 4
+ * @param value a vec4<f32> expression
+ * @param nanRow a bool expression
+ */
+export function storeChannels(config: ScoreConfig, at: string, channel: string, value: string, nanRow: string): string {
+  const { dtype, valueDim } = config;
+  const nan = NAN_WORD[dtype];
+  // A word of two 16-bit elements is written when its first is a channel: Dv is even where this is used.
+  const step = dtype === 'float32' ? 1 : 2;
+  const words = range(4 / step).map((word) => {
+    const [a, b] = ['x', 'y', 'z', 'w'].slice(word * step);
+    const bits = dtype === 'float32' ? `bitcast<u32>(x.${a})` : `pack_output(x.${a}, x.${b})`;
+    const index = dtype === 'float32' ? `${at} + ${channel}` : `((${at} + ${channel}) >> 1u)`;
+    return `if (${channel} + ${word * step}u < ${valueDim}u) { output[${index} + ${word}u] = select(${bits}, ${nan}, ${nanRow}); }`;
+  });
+  return `{ let x = ${value};
+      ${words.join('\n      ')} }`;
+}
