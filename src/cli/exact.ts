@@ -65,7 +65,8 @@ async function* exactParts(call: ExactCall, ranges: readonly RowRange[], onRows:
       const range = { start: row, end: Math.min(end, row + ROWS_AT_A_TIME) };
       yield { range, output: exactRange(call, range) };
       onRows(range.end - range.start);
-      await new Promise((resolve) => setImmediate(resolve));
+      // Not setImmediate: the playground runs this in a browser.
+      await new Promise((resolve) => setTimeout(resolve));
     }
   }
 }

@@ -6,50 +6,7 @@ import { availableParallelism } from 'node:os';
 import type * as OnnxRuntime from 'onnxruntime-web';
 import { messageOf } from './errors.ts';
 import { type AttentionCall, type Tensor, toFloat32 } from './library.ts';
-
-/** Wire format of protocol buffers: varints, and fields with their number and type in front. */
-const varint = (value: number): number[] =>
-  value < 128 ? [value] : [(value % 128) + 128, ...varint(Math.floor(value / 128))];
-const message = (field: number, ...parts: readonly (readonly number[])[]): number[] => {
-  const bytes = parts.flat();
-  return [...varint(field * 8 + 2), ...varint(bytes.length), ...bytes];
-};
-const text = (field: number, value: string) => message(field, [...new TextEncoder().encode(value)]);
-const int = (field: number, value: number) => [...varint(field * 8), ...varint(value)];
-
-const FLOAT = 1;
-const ATTRIBUTE_INT = 2;
-
-/** ONNX ValueInfoProto of a float32 tensor with free dimensions. */
-const value = (name: string, dimensions: readonly string[]): number[][] => [
-  text(1, name),
-  message(2, message(1, int(1, FLOAT), message(2, ...dimensions.map((dimension) => message(1, text(2, dimension)))))),
-];
-
-/** An ONNX model of one `com.microsoft.MultiHeadAttention`: q, k, v `[B,L,H*D]`, and if asked for a bias `[B,1,L,L]`. */
-function attentionModel(heads: number, withBias: boolean): Uint8Array {
-  const inputs = ['q', 'k', 'v'];
-  // Inputs four and five, a projection bias and a key padding mask, are left empty.
-  const names = withBias ? [...inputs, '', '', 'bias'] : inputs;
-  const node = message(
-    1,
-    ...names.map((name) => text(1, name)),
-    text(2, 'output'),
-    text(4, 'MultiHeadAttention'),
-    message(5, text(1, 'num_heads'), int(3, heads), int(20, ATTRIBUTE_INT)),
-    text(7, 'com.microsoft'),
-  );
-  const graph = message(
-    7,
-    node,
-    text(2, 'attention'),
-    ...inputs.map((name) => message(11, ...value(name, ['batch', 'length', 'width']))),
-    ...(withBias ? [message(11, ...value('bias', ['batch', 'one', 'length', 'keys']))] : []),
-    message(12, ...value('output', ['batch', 'length', 'width'])),
-  );
-  const operators = (domain: string, version: number) => message(8, text(1, domain), int(2, version));
-  return Uint8Array.from([...int(1, 8), ...graph, ...operators('', 17), ...operators('com.microsoft', 1)]);
-}
+import { attentionModel } from './onnx-attention-model.ts';
 
 export interface Peer {
   readonly threads: number;
@@ -81,7 +38,7 @@ export async function openPeer(): Promise<Peer | undefined> {
       const shape = [batch, 1, length, length];
       feeds.bias = new ort.Tensor('float32', toFloat32({ ...attnMask, shape, strides }), shape);
     }
-    const session = await ort.InferenceSession.create(attentionModel(heads, attnMask !== undefined), {
+    const session = await ort.InferenceSession.create(attentionModel(heads, { withBias: attnMask !== undefined }), {
       executionProviders: ['wasm'],
       logSeverityLevel: 4,
     });
@@ -94,4 +51,4 @@ export async function openPeer(): Promise<Peer | undefined> {
 
 /** Of an engine's failure the part that a table has room for. */
 export const failureOf = (error: unknown): string =>
-  /SafeInt|overflow/i.test(messageOf(error)) ? 'integer overflow' : 'failed';
+  /SafeInt|overflow/i.test(messageOf(error)) ? 'fails: integer overflow' : 'fails';
