@@ -32,6 +32,8 @@ const facts = (entries: Readonly<Record<string, string>>): void => {
   for (const [name, value] of Object.entries(entries)) print(`  ${name.padEnd(width)}  ${value}`);
 };
 
+const indented = (text: string) => text.replaceAll(/^/gm, '    ');
+
 function shapeOnly(shape: readonly number[]): TensorView {
   const [, heads = 1, length = 1, dim = 1] = shape;
   return {
@@ -87,9 +89,11 @@ async function describeBackend(name: BackendName, availability: Availability | u
   print('  Kernels:');
   const tested = await selfTest(backend);
   print(
-    table(
-      ['    name', 'what it is', 'self-test on 200 tokens'],
-      backend.kernels.map(({ name: kernel, summary }) => [`    ${kernel}`, summary, tested[kernel] ?? '']),
+    indented(
+      table(
+        ['name', 'what it is', 'self-test on 200 tokens'],
+        backend.kernels.map(({ name: kernel, summary }) => [kernel, summary, tested[kernel] ?? '']),
+      ),
     ),
   );
   print('  Chosen by default for:');

@@ -59,7 +59,9 @@ export interface KernelSelection {
   readonly kernel: KernelName | 'auto';
 }
 
-const TIMED_CALLS = 3;
+/** Calls are repeated this often at least, and short ones until this many milliseconds have gone. */
+const LEAST_CALLS = 3;
+const TIMED_MS = 300;
 
 function optionsOf({ attnMask, smScale }: AttentionCall, { backend, kernel }: KernelSelection) {
   return { tensorLayout: 'NHD', smScale, backend, kernel, ...(attnMask && { attnMask }) } as const;
@@ -85,7 +87,7 @@ async function kernelOf(call: AttentionCall, selection: KernelSelection): Promis
 async function timed<T>(run: () => Promise<T>): Promise<{ output: T; medianMs: number }> {
   const output = await run();
   const times: number[] = [];
-  for (let i = 0; i < TIMED_CALLS; i++) {
+  for (let total = 0; times.length < LEAST_CALLS || total < TIMED_MS; total += times.at(-1) as number) {
     const start = performance.now();
     await run();
     times.push(performance.now() - start);
