@@ -1,4 +1,4 @@
-/** NVFP4 and the two-level quantization of P: SageAttention3 (arXiv 2505.11594) sections 3.1 and 3.2. */
+/** NVFP4 and the two-level quantization of P: SageAttention3 (arXiv 2505.11594). */
 import { E2M1_MAX, roundToE2m1 } from '../tensor/formats/float4.ts';
 import { E4M3_MAX, roundToE4m3 } from '../tensor/formats/float8.ts';
 

@@ -1,9 +1,8 @@
 /**
  * The quantization schemes as data. Every backend and the reference read them from here.
  *
- * Sources: SageAttention (arXiv 2410.02367) section 4.3 for per-block, SageAttention2 (arXiv 2411.10958) section 3.1
- * for per-thread and section 3.3 for FP8 V, SageAttention2++ (arXiv 2505.21136) section 3 for `vmax`, SageAttention3
- * (arXiv 2505.11594) section 3.1 for NVFP4.
+ * Sources: SageAttention (arXiv 2410.02367) for per-block and smooth K, SageAttention2 (arXiv 2411.10958) for per-thread,
+ * smooth Q and FP8 V, SageAttention2++ (arXiv 2505.21136) for `vmax`, SageAttention3 (arXiv 2505.11594) for NVFP4.
  */
 
 /** How many tokens share one scale of Q or K; DESIGN section 4 has the groups. */

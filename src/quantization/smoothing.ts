@@ -1,4 +1,4 @@
-/** Taking away what all tokens share before quantizing: SageAttention (arXiv 2410.02367) section 4.2, SageAttention2 (arXiv 2411.10958) section 3.2. */
+/** Taking away what all tokens share before quantizing: "smooth K" of SageAttention (arXiv 2410.02367), "smooth Q" of SageAttention2 (arXiv 2411.10958). */
 
 /**
  * Mean of each channel over tokens `start` to `end`, float32.
@@ -39,7 +39,7 @@ export function subtractMean(
 
 /**
  * Means of each block of Q's tokens, `[blocks, dim]`: what `smoothQ` subtracts. Its share of the scores,
- * `mean(Q block) . (K - mean K)`, is added back to them (a rank-1 term; SageAttention2 section 3.2).
+ * `mean(Q block) . (K - mean K)`, is added back to them (a rank-1 term).
  */
 export function blockMeans(x: Float32Array, dim: number, blockSize: number): Float32Array {
   const length = x.length / dim;

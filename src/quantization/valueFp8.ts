@@ -1,4 +1,4 @@
-/** V in FP8 E4M3, a scale per channel: SageAttention2 (arXiv 2411.10958) section 3.3; vmax: SageAttention2++ (arXiv 2505.21136) section 3. */
+/** V in FP8 E4M3, a scale per channel: SageAttention2 (arXiv 2411.10958); vmax: SageAttention2++ (arXiv 2505.21136). */
 import { e4m3FromNumber } from '../tensor/formats/float8.ts';
 import { V_FP8_MAX } from './schemes.ts';
 

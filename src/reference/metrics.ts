@@ -20,8 +20,7 @@ const WORST: Accuracy = {
 };
 
 /**
- * Compares a result with the exact one, element by element, in float64: the metrics of SageAttention2 (arXiv 2411.10958,
- * section 4.1).
+ * Compares a result with the exact one, element by element, in float64: the metrics of SageAttention2 (arXiv 2411.10958).
  *
  * - A NaN on either side, or an infinity that the other side does not have in the same place, makes every figure the worst
  *   possible (-1 and Infinity), so that no bound can pass it. Infinities that agree (the LSE of a row without keys) count

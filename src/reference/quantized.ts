@@ -1,6 +1,6 @@
 /**
- * The quantized algorithm step by step in plain TypeScript: SageAttention (arXiv 2410.02367) algorithm 1, SageAttention2
- * (arXiv 2411.10958) algorithm 1, SageAttention2++ (arXiv 2505.21136) and SageAttention3 (arXiv 2505.11594) algorithm 1.
+ * The quantized algorithm step by step in plain TypeScript: SageAttention (arXiv 2410.02367), SageAttention2
+ * (arXiv 2411.10958), SageAttention2++ (arXiv 2505.21136) and SageAttention3 (arXiv 2505.11594).
  * What a backend's kernel computes is described by a {@link QuantizedAlgorithm}; this file computes the same without any of its speed.
  */
 import {
