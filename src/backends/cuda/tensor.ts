@@ -121,7 +121,8 @@ function reachedBytes(source: Tensor): { readonly bytes: Uint8Array; readonly fi
   return { bytes: new Uint8Array(buffer, start, (extent - firstElement) * elementBytes), firstElement };
 }
 
-function copyToDevice(device: CudaDevice, memory: DeviceMemory, bytes: Uint8Array, stream: CudaStream): void {
+/** Enqueues a copy; see {@link uploadAsync} for what it asks of `bytes`. */
+export function copyToDevice(device: CudaDevice, memory: DeviceMemory, bytes: Uint8Array, stream: CudaStream): void {
   if (bytes.byteLength === 0) return;
   const what = `copying ${bytes.byteLength} bytes to ${device}`;
   device.call('cuMemcpyHtoDAsync', what, memory.pointer, bytes, bytes.byteLength, stream.handle);
@@ -146,8 +147,13 @@ function startUpload(source: Tensor, device: CudaDevice, stream: CudaStream): Cu
  */
 export function upload(source: Tensor, device: CudaDevice, { stream = device.stream }: StreamOption = {}): CudaTensor {
   const target = startUpload(source, device, stream);
-  stream.synchronize();
-  return target;
+  try {
+    stream.synchronize();
+    return target;
+  } catch (error) {
+    target.memory.dispose();
+    throw error;
+  }
 }
 
 /**

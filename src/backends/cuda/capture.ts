@@ -1,0 +1,49 @@
+import { InvalidArgumentError } from '../../attention/errors.ts';
+import { type AttentionOptions, OPTION_NAMES, validateOptions } from '../../attention/options.ts';
+import { createProblem, createVarlenProblem } from '../../attention/problem.ts';
+import { selection } from '../../attention/sageattn.ts';
+import type { AttentionInputs } from '../backend.ts';
+import { getBackend } from '../registry.ts';
+import { CudaBackend } from './backend.ts';
+import type { CapturedAttention } from './plan.ts';
+import type { CudaTensor } from './tensor.ts';
+
+/** Options of {@link captureAttention}: those of `sageattn` that do not belong to one run. */
+export type CaptureOptions = Omit<AttentionOptions, 'attnMask' | 'backend' | 'signal' | 'stream'> & {
+  /** Packed sequences, as `sageattnVarlen` takes them. */
+  readonly cuSeqlens?: { readonly q: ArrayLike<number>; readonly k: ArrayLike<number> };
+};
+
+const TAKEN = OPTION_NAMES.filter((name) => !['attnMask', 'backend', 'signal', 'stream'].includes(name));
+
+/**
+ * Captures attention over these tensors into a CUDA graph. Each `launch` of the result replays quantization and attention
+ * over what the tensors hold by then, with one call of the driver and the same bits as `sageattn`.
+ *
+ * @throws as `sageattn`
+ */
+export async function captureAttention(
+  inputs: AttentionInputs<CudaTensor>,
+  { cuSeqlens, ...rest }: CaptureOptions = {},
+): Promise<CapturedAttention> {
+  validateOptions(rest, TAKEN);
+  const { q, k, v, attnMask } = inputs;
+  const options: AttentionOptions = attnMask === undefined ? rest : { ...rest, attnMask };
+  const problem =
+    cuSeqlens === undefined
+      ? createProblem(q, k, v, options)
+      : createVarlenProblem(q, k, v, cuSeqlens.q, cuSeqlens.k, options);
+  if (problem.location !== 'cuda') {
+    throw new InvalidArgumentError('mixed-locations', 'q', "a CudaTensor of 'sageattention/cuda'", problem.location);
+  }
+  const backend = await getBackend('cuda');
+  if (!(backend instanceof CudaBackend)) {
+    throw new InvalidArgumentError(
+      'invalid-option',
+      'options.backend',
+      "the backend of 'sageattention/cuda'",
+      backend.name,
+    );
+  }
+  return backend.capture(problem, await selection.chooseKernel(backend, problem, options), inputs);
+}

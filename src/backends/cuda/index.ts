@@ -1,0 +1,34 @@
+/**
+ * `sageattention/cuda`: tensors in the memory of NVIDIA GPUs, streams, graphs, and a CUDA backend of chosen options.
+ *
+ * @packageDocumentation
+ */
+export {
+  CudaBackend,
+  type CudaBackendOptions,
+  createCudaBackend,
+  type GpuTarget,
+  type LaunchPlanner,
+} from './backend.ts';
+export { type CaptureOptions, captureAttention } from './capture.ts';
+export type { CudaApi } from './driver/api.ts';
+export { Cuda, CudaDevice, openCuda } from './driver/device.ts';
+export { CudaGraph } from './driver/graph.ts';
+export { DeviceMemory, PinnedBuffer } from './driver/memory.ts';
+export { CudaError } from './driver/status.ts';
+export { CudaEvent, CudaStream } from './driver/stream.ts';
+export { CUDA_KERNELS, DEFAULT_KERNELS, defaultKernelFor, MINIMUM_COMPUTE_CAPABILITY } from './kernel-table.ts';
+export type * from './launch.ts';
+export { CapturedAttention, CudaPlan } from './plan.ts';
+export {
+  type CudaTensor,
+  cudaTensorFromPointer,
+  cudaTensorOn,
+  download,
+  downloadAsync,
+  emptyCudaTensor,
+  isCudaTensor,
+  type StreamOption,
+  upload,
+  uploadAsync,
+} from './tensor.ts';

@@ -1,0 +1,30 @@
+import { expect, it } from 'vitest';
+import {
+  CUDA_KERNELS,
+  DEFAULT_KERNELS,
+  defaultKernelFor,
+  descriptorOf,
+  MINIMUM_COMPUTE_CAPABILITY,
+} from './kernel-table.ts';
+
+it.each([
+  [75, undefined],
+  [80, 'qk-int8-pv-fp16-cuda'],
+  [86, 'qk-int8-pv-fp16-cuda'],
+  [87, 'qk-int8-pv-fp16-cuda'],
+  [89, 'qk-int8-pv-fp8-cuda'],
+  [90, 'qk-int8-pv-fp16-cuda'],
+  [100, 'qk-int8-pv-fp8-cuda'],
+  [120, 'qk-int8-pv-fp8-cuda'],
+] as const)('compute capability %i runs %s by default', (capability, name) => {
+  expect(defaultKernelFor(capability)?.name).toBe(name);
+});
+
+it('has rows from the newest device to the minimum, each of a kernel that exists', () => {
+  const from = DEFAULT_KERNELS.map((row) => row.from);
+  expect(from).toEqual([...from].sort((a, b) => b - a));
+  expect(from.at(-1)).toBe(MINIMUM_COMPUTE_CAPABILITY);
+  for (const { kernel } of DEFAULT_KERNELS) expect(descriptorOf(kernel).name).toBe(kernel);
+  expect(new Set(CUDA_KERNELS.map(({ name }) => name)).size).toBe(CUDA_KERNELS.length);
+  expect(() => descriptorOf('qk-int8-pv-int8')).toThrow(/no CUDA kernel/);
+});

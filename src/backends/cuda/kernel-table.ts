@@ -1,0 +1,69 @@
+/** The kernels of this backend, what each honours, and which one a device gets. */
+import type { KernelName } from '../../attention/kernels.ts';
+import { MAX_HEAD_DIM } from '../../attention/problem.ts';
+import type { KernelDescriptor } from '../backend.ts';
+
+/** Compute capability (major * 10 + minor) below which nothing here runs: `mma.m16n8k32` of INT8 and `cp.async` start there. */
+export const MINIMUM_COMPUTE_CAPABILITY = 80;
+
+export const CUDA_KERNELS: readonly KernelDescriptor[] = [
+  {
+    name: 'qk-int8-pv-fp16-cuda',
+    summary: 'INT8 QK, FP16 PV on mma.sync; sm_80 and later',
+    qkQuantGran: ['per-thread', 'per-warp', 'per-block'],
+    pvAccumDtype: ['fp32', 'fp16', 'fp16+fp32'],
+    smoothV: true,
+    smoothQ: false,
+    maxHeadDim: MAX_HEAD_DIM,
+  },
+  {
+    name: 'qk-int8-pv-fp8-cuda',
+    summary: 'INT8 QK, FP8 PV on mma.sync (SageAttention2 and 2++); sm_89 and later',
+    qkQuantGran: ['per-thread', 'per-warp', 'per-block'],
+    pvAccumDtype: ['fp32+fp16', 'fp32+fp32', 'fp32'],
+    smoothV: true,
+    smoothQ: false,
+    maxHeadDim: MAX_HEAD_DIM,
+  },
+  {
+    name: 'qk-int4-pv-fp8-cuda',
+    summary: 'INT4 QK with Q and K smoothed, FP8 PV on mma.sync; sm_89 and later',
+    qkQuantGran: ['per-thread'],
+    pvAccumDtype: ['fp32+fp16', 'fp32+fp32', 'fp32'],
+    smoothV: true,
+    smoothQ: 'always',
+    maxHeadDim: MAX_HEAD_DIM,
+  },
+];
+
+/** What a range of devices runs by default: the first row whose compute capability is not above the device's. */
+interface Preference {
+  readonly from: number;
+  readonly kernel: KernelName;
+  readonly why: string;
+}
+
+/** Newest devices first. The reference implementation (version 2.2.0) chooses alike but for sm_90, see there. */
+export const DEFAULT_KERNELS: readonly Preference[] = [
+  { from: 100, kernel: 'qk-int8-pv-fp8-cuda', why: 'FP8 with FP16 accumulation runs at twice the FP16 rate' },
+  {
+    from: 90,
+    kernel: 'qk-int8-pv-fp16-cuda',
+    why: 'on Hopper mma.sync has no advantage from FP8 (427 against 351 TFLOP/s of the official kernels on an H200)',
+  },
+  { from: 89, kernel: 'qk-int8-pv-fp8-cuda', why: 'FP8 with FP16 accumulation runs at twice the FP16 rate' },
+  { from: 80, kernel: 'qk-int8-pv-fp16-cuda', why: 'no FP8 tensor cores' },
+];
+
+/** The descriptor of a kernel of this backend. */
+export function descriptorOf(name: KernelName): KernelDescriptor {
+  const found = CUDA_KERNELS.find((descriptor) => descriptor.name === name);
+  if (found === undefined) throw new RangeError(`no CUDA kernel '${name}'`);
+  return found;
+}
+
+/** The kernel that devices of a compute capability run unless told otherwise; undefined below the minimum. */
+export function defaultKernelFor(computeCapability: number): KernelDescriptor | undefined {
+  const row = DEFAULT_KERNELS.find(({ from }) => computeCapability >= from);
+  return row === undefined ? undefined : descriptorOf(row.kernel);
+}

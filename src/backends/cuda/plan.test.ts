@@ -1,0 +1,563 @@
+/** Plans, tensors and the backend over the fake driver, with a kernel that shows what it was given. */
+import { beforeEach, describe, expect, it } from 'vitest';
+import { place } from '../../../test/support/tensors.ts';
+import { SageAttentionError } from '../../attention/errors.ts';
+import { type AttentionProblem, createProblem } from '../../attention/problem.ts';
+import { sageattn } from '../../attention/sageattn.ts';
+import { toFloat32 } from '../../tensor/access.ts';
+import { slice, type Tensor, tensor, transpose } from '../../tensor/tensor.ts';
+import type { KernelChoice } from '../backend.ts';
+import { setBackend } from '../registry.ts';
+import { CudaBackend } from './backend.ts';
+import { captureAttention } from './capture.ts';
+import type { DriverFunctions } from './driver/api.ts';
+import { Cuda } from './driver/device.ts';
+import { CudaError } from './driver/status.ts';
+import { descriptorOf } from './kernel-table.ts';
+import type { KernelLaunch, KernelModule, LaunchSequence } from './launch.ts';
+import { packBuffers } from './plan.ts';
+import {
+  type CudaTensor,
+  cudaTensorFromPointer,
+  cudaTensorOn,
+  download,
+  downloadAsync,
+  emptyCudaTensor,
+  upload,
+  uploadAsync,
+} from './tensor.ts';
+import { FakeCuda, type FakeCudaOptions, type FakeLaunch } from './testing/fake-cuda.ts';
+
+/**
+ * Two kernels in place of attention over float32: `gather` copies Q's rows to scratch, `scatter` writes them with the
+ * constant and the first element of the mask added to the output. Enough to see every buffer arrive, in order.
+ */
+const MODULE: KernelModule = {
+  id: 'stand-in',
+  ptx: () => `.version 8.0
+.target sm_80
+.entry gather(.param .u64 q, .param .u64 rows, .param .u32 tokens, .param .u32 stride, .param .u32 dim) { ret; }
+.entry scatter(.param .u64 rows, .param .u64 added, .param .u64 mask, .param .u64 output, .param .u64 lse, .param .u32 count) { ret; }`,
+};
+
+const u64 = (bytes: Uint8Array) => new DataView(bytes.buffer, bytes.byteOffset).getBigUint64(0, true);
+const u32 = (bytes: Uint8Array) => new DataView(bytes.buffer, bytes.byteOffset).getUint32(0, true);
+
+function execute({ entry, parameters, memory }: FakeLaunch): void {
+  const floats = (pointer: bigint, count: number) => {
+    const { buffer, byteOffset } = memory(pointer, 4 * count);
+    return new Float32Array(buffer, byteOffset, count);
+  };
+  const p = (i: number) => parameters[i] as Uint8Array;
+  if (entry === 'gather') {
+    const [tokens, stride, dim] = [u32(p(2)), u32(p(3)), u32(p(4))];
+    const rows = floats(u64(p(1)), tokens * dim);
+    for (let token = 0; token < tokens; token++) {
+      rows.set(floats(u64(p(0)) + BigInt(4 * token * stride), dim), token * dim);
+    }
+    return;
+  }
+  const count = u32(p(5));
+  const rows = floats(u64(p(0)), count);
+  const added = floats(u64(p(1)), 1)[0] as number;
+  const mask = u64(p(2)) === 0n ? 0 : (floats(u64(p(2)), 1)[0] as number);
+  const output = floats(u64(p(3)), count);
+  for (let i = 0; i < count; i++) output[i] = (rows[i] as number) + added + mask;
+  if (u64(p(4)) !== 0n) floats(u64(p(4)), 1)[0] = 42;
+}
+
+function planner(problem: AttentionProblem): LaunchSequence {
+  const { q, queryLength, valueDim, mask, returnLse } = problem;
+  const common = { module: MODULE, grid: [1, 1, 1], block: [32, 1, 1], sharedBytes: 0 } as const;
+  const gather: KernelLaunch = {
+    ...common,
+    name: 'quantizeQuery',
+    entry: 'gather',
+    arguments: [
+      { kind: 'pointer', buffer: 'q', byteOffset: 4 * q.offset },
+      { kind: 'pointer', buffer: 'rows' },
+      { kind: 'u32', value: queryLength },
+      { kind: 'u32', value: q.tokenStride },
+      { kind: 'u32', value: valueDim },
+    ],
+  };
+  const scatter: KernelLaunch = {
+    ...common,
+    name: 'attend',
+    entry: 'scatter',
+    arguments: [
+      { kind: 'pointer', buffer: 'rows' },
+      { kind: 'pointer', buffer: 'added', byteOffset: 4 },
+      mask === undefined ? { kind: 'null' } : { kind: 'pointer', buffer: 'mask', byteOffset: 4 * mask.offset },
+      { kind: 'pointer', buffer: 'output' },
+      returnLse ? { kind: 'pointer', buffer: 'lse' } : { kind: 'null' },
+      { kind: 'u32', value: queryLength * valueDim },
+    ],
+  };
+  return {
+    scratch: { unused: 7, rows: 4 * queryLength * valueDim },
+    constants: { before: new Uint8Array(3), added: new Uint8Array(Float32Array.of(-1, 100).buffer) },
+    launches: [gather, scatter],
+  };
+}
+
+const CHOICE: KernelChoice = {
+  descriptor: descriptorOf('qk-int8-pv-fp16-cuda'),
+  qkQuantGran: 'per-thread',
+  pvAccumDtype: 'fp32',
+  smoothK: true,
+  smoothV: false,
+  smoothQ: false,
+};
+
+function open(options: FakeCudaOptions = {}) {
+  const fake = new FakeCuda({ execute, ...options });
+  const cuda = new Cuda(fake.api);
+  const backend = new CudaBackend({ open: async () => cuda, planner });
+  return { fake, cuda, backend, device: cuda.device() };
+}
+
+/** `[1,1,tokens,4]` of 1, 2, 3, ... */
+const rows = (tokens: number, first = 1): Tensor =>
+  tensor(
+    Float32Array.from({ length: 4 * tokens }, (_, i) => first + i),
+    [1, 1, tokens, 4],
+  );
+
+const shifted = (by: number, tokens: number, first = 1) => Array.from({ length: 4 * tokens }, (_, i) => first + i + by);
+
+const problemOf = (q: CudaTensor | Tensor, options = {}) => createProblem(q, q, q, options);
+const both = (view: CudaTensor) => ({ q: view, k: view, v: view });
+const values = (view: Tensor) => [...toFloat32(view)];
+
+let setup: ReturnType<typeof open>;
+beforeEach(() => {
+  setup = open();
+});
+
+describe('tensors', () => {
+  it('travel to the device and back with strides, offsets and dtypes', async () => {
+    const { fake, device } = setup;
+    const numbers = Float32Array.from({ length: 24 }, (_, i) => i / 4);
+    for (const dtype of ['float32', 'float16', 'bfloat16'] as const) {
+      for (const [strides, offset] of [
+        [[24, 12, 4, 1], 0],
+        [[99, 5, 11, 1], 0],
+        [[0, 5, 11, 1], 3],
+        [[99, 5, 11, 1], 13],
+      ] as const) {
+        const source = place(numbers, [1, 2, 3, 4], dtype, strides, offset);
+        const there = upload(source, device);
+        expect(there).toMatchObject({ location: 'cuda', device: 0, dtype, shape: [1, 2, 3, 4], strides });
+        // Element k of the view keeps its alignment, which kernels read from the offset.
+        const bytes = dtype === 'float32' ? 4 : 2;
+        expect((there.offset * bytes) % 16).toBe((offset * bytes) % 16);
+        expect(values(download(there))).toEqual([...numbers]);
+        expect(values(await downloadAsync(there))).toEqual([...numbers]);
+        const half = slice(transpose(there, [0, 2, 1, 3]), 1, 1, 3);
+        expect(values(download(half))).toEqual(values(slice(transpose(source, [0, 2, 1, 3]), 1, 1, 3)));
+        half[Symbol.dispose]();
+        expect(there.memory.disposed).toBe(true);
+      }
+    }
+    const mask = tensor(Uint8Array.of(0, 1, 1), [3]);
+    expect(download(upload(mask, device)).data).toEqual(mask.data);
+    expect(download(upload(tensor(new Float32Array(0), [0, 4]), device)).shape).toEqual([0, 4]);
+    expect(fake.liveHandles.registrations).toBe(0);
+  });
+
+  it('travel without blocking, and through page-locked memory beside the program', async () => {
+    const { fake, device } = setup;
+    const stream = device.createStream();
+    const { tensor: there, done } = uploadAsync(rows(3), device, { stream });
+    expect(values(await done)).toEqual(shifted(0, 3));
+    using pinned = device.allocatePinned(200);
+    const into = await downloadAsync(there, { stream, into: pinned });
+    expect(values(into)).toEqual(shifted(0, 3));
+    expect(into.data.buffer).toBe(pinned.bytes.buffer);
+    // The other stream waits for the upload's.
+    expect(values(download(there))).toEqual(shifted(0, 3));
+    using small = device.allocatePinned(8);
+    await expect(downloadAsync(there, { into: small })).rejects.toMatchObject({ code: 'buffer-too-small' });
+    expect(fake.liveHandles.registrations).toBe(2);
+  });
+
+  it('over a raw pointer keep its alignment in the offset and are never freed', () => {
+    const { fake, device } = setup;
+    const memory = device.allocate(64);
+    device.call('cuMemsetD8Async', 'filling', memory.pointer, 0, 64, device.stream.handle);
+    device.stream.synchronize();
+    const there = cudaTensorFromPointer(device, memory.pointer + 4n, [2, 3], 'float32');
+    expect(there).toMatchObject({ offset: 1, shape: [2, 3], strides: [3, 1] });
+    expect(there.memory.pointer).toBe(memory.pointer);
+    expect(values(download(there))).toEqual(new Array(6).fill(0));
+    there.memory.dispose();
+    expect(fake.liveAllocations).toBe(1);
+    expect(() => cudaTensorFromPointer(device, memory.pointer + 2n, [1], 'float32')).toThrow(/multiple of 4/);
+    expect(() => cudaTensorFromPointer(device, 0n, [1], 'float32')).toThrow(/device address/);
+    expect(() => cudaTensorFromPointer(device, memory.pointer, [5], 'float32', { byteLength: 16 })).toThrow(
+      /at least 5/,
+    );
+  });
+
+  it('do not exceed their memory', () => {
+    const { device } = setup;
+    const memory = device.allocate(16);
+    expect(() => cudaTensorOn(memory, 'float32', [5])).toThrow(/at least 5 float32 elements/);
+    expect(cudaTensorOn(memory, 'float16', [2, 3], { strides: [5, 1] }).strides).toEqual([5, 1]);
+    expect(emptyCudaTensor(device, [3, 2], 'bfloat16').memory.byteLength).toBe(12);
+  });
+});
+
+describe('a plan', () => {
+  it('binds operands, scratch, constants and outputs, and can run again before an earlier run has ended', async () => {
+    const { fake, backend, device } = setup;
+    const [first, second] = [upload(rows(2), device), upload(rows(2, 50), device)];
+    const plan = await backend.plan(problemOf(first, { returnLse: true }), CHOICE);
+    expect(plan.kernels.map(({ name }) => name)).toEqual(['quantizeQuery', 'attend']);
+    const results = [plan.enqueue(both(first)), plan.enqueue(both(second))];
+    expect(fake.executed).toEqual([]);
+    expect(results.map(({ output }) => values(download(output)))).toEqual([shifted(100, 2), shifted(100, 2, 50)]);
+    expect(values(download(results[0]?.lse as CudaTensor))[0]).toBe(42);
+    expect(results[0]?.output).toMatchObject({ shape: [1, 1, 2, 4], dtype: 'float32', device: 0 });
+    plan.dispose();
+    plan.dispose();
+    expect(() => plan.enqueue(both(first))).toThrow(/plan has been disposed/);
+    for (const { output, lse } of results) for (const view of [output, lse]) view?.memory.dispose();
+    for (const view of [first, second]) view.memory.dispose();
+    expect(fake.liveAllocations).toBe(0);
+  });
+
+  it('keeps what a run needs, though plan and inputs are disposed before it has happened', async () => {
+    const { backend, device } = setup;
+    const stream = device.createStream();
+    const q = upload(rows(2), device);
+    const plan = await backend.plan(problemOf(q), CHOICE);
+    const { output } = plan.enqueue(both(q), stream);
+    q.memory.dispose();
+    plan.dispose();
+    expect(values(download(output))).toEqual(shifted(100, 2));
+  });
+
+  it('serves tensors at another offset than the planned one', async () => {
+    const { backend, device } = setup;
+    const source = place(Float32Array.from(shifted(0, 2)), [1, 1, 2, 4], 'float32', [99, 99, 6, 1], 9);
+    const there = upload(source, device);
+    expect(there.offset).not.toBe(source.offset);
+    const plan = await backend.plan(problemOf(source), CHOICE);
+    expect(values(download(plan.enqueue(both(there)).output))).toEqual(shifted(100, 2));
+  });
+
+  it("runs on the caller's streams, the library's and foreign ones", async () => {
+    const { fake, backend, device } = setup;
+    const q = upload(rows(2), device);
+    const plan = await backend.plan(problemOf(q), CHOICE);
+    const own = device.createStream();
+    const handle = fake.foreignStream();
+    const outputs = [own, { handle, device: 0 }].map((stream) => plan.enqueue(both(q), stream).output);
+    fake.contextStack.push(0xc000n);
+    fake.api.cuStreamDestroy(handle);
+    for (const output of outputs) {
+      expect(values(download(output))).toEqual(shifted(100, 2));
+      output.memory.dispose();
+    }
+    // Nothing of it is done on the default stream, and the caller's context is as it was.
+    expect(fake.contextStack).toEqual([0xc000n]);
+    expect(() => plan.enqueue(both(q), { handle: 0n, device: 0 })).toThrow(/default stream/);
+    expect(() => plan.enqueue(both(q), { handle, device: 1 })).toThrow(/a stream of device 0/);
+    own.dispose();
+    expect(() => plan.enqueue(both(q), own)).toThrow(/stream has been disposed/);
+    const captured = fake.foreignStream();
+    fake.api.cuStreamBeginCapture(captured, 1);
+    expect(() => plan.enqueue(both(q), { handle: captured, device: 0 })).toThrow(/captureAttention/);
+  });
+
+  it('reads outputs of one stream on another in order', async () => {
+    const { backend, device } = setup;
+    const [a, b] = [device.createStream(), device.createStream()];
+    const q = upload(rows(2), device);
+    const plan = await backend.plan(problemOf(q), CHOICE);
+    const first = plan.enqueue(both(q), a).output;
+    const second = plan.enqueue(both(first), b).output;
+    first.memory.dispose();
+    a.dispose();
+    expect(values(await downloadAsync(second))).toEqual(shifted(200, 2));
+  });
+
+  it('refuses tensors of another device, of too little memory, or disposed', async () => {
+    const { cuda, backend, device } = open({ devices: [90, 90], execute });
+    const q = upload(rows(2), device);
+    const plan = await backend.plan(problemOf(q), CHOICE);
+    const elsewhere = upload(rows(2), cuda.device(1));
+    expect(() => plan.enqueue(both(elsewhere))).toThrow(
+      /q: expected a CudaTensor of CUDA device 0 .* received CUDA device 1/,
+    );
+    expect(() => plan.enqueue({ ...both(q), k: rows(2) })).toThrow(/k: .*location 'cpu'/);
+    const short = { ...q, memory: device.allocate(16) };
+    expect(() => plan.enqueue({ ...both(q), v: short })).toThrow(/v: expected storage of at least 8/);
+    q.memory.dispose();
+    expect(() => plan.enqueue(both(q))).toThrow(/memory has been disposed/);
+  });
+
+  it('of a problem without output elements runs nothing', async () => {
+    const { fake, backend, device } = setup;
+    const q = upload(rows(0), device);
+    const plan = await backend.plan(problemOf(q, { returnLse: true }), CHOICE);
+    const { output, lse } = await plan.run(both(q), {});
+    expect([output.shape, lse?.shape]).toEqual([
+      [1, 1, 0, 4],
+      [1, 1, 0],
+    ]);
+    expect(values(download(output as CudaTensor))).toEqual([]);
+    expect(fake.executed).toEqual([]);
+  });
+
+  it('works on the device of its tensors', async () => {
+    const { fake, cuda, backend } = open({ devices: [90, 89, 80], execute });
+    for (const ordinal of [2, 0]) {
+      const q = upload(rows(2), cuda.device(ordinal));
+      const problem = problemOf(q);
+      expect(problem.device).toBe(ordinal);
+      const { output } = (await backend.plan(problem, CHOICE)).enqueue(both(q));
+      expect(output.device).toBe(ordinal);
+      expect(values(download(output))).toEqual(shifted(100, 2));
+    }
+    // The one that nobody used was not opened.
+    expect(fake.liveHandles.contexts).toBe(2);
+    expect((await backend.defaultKernel(problemOf(upload(rows(1), cuda.device(1))))).name).toBe('qk-int8-pv-fp8-cuda');
+  });
+
+  it('places buffers apart, each at a multiple of 256', () => {
+    const { offsets, byteLength } = packBuffers({ a: 1, b: 256, c: 0, d: 257 });
+    expect([...offsets]).toEqual([
+      ['a', 0],
+      ['b', 256],
+      ['c', 512],
+      ['d', 512],
+    ]);
+    expect(byteLength).toBe(1024);
+  });
+});
+
+describe('CPU tensors', () => {
+  it('are uploaded and read back, through sageattn too', async () => {
+    const { fake, backend } = setup;
+    await setBackend(backend);
+    const q = rows(3);
+    const mask = tensor(Float32Array.of(0, 1000), [1, 1, 1, 1], { offset: 1 });
+    const { output, lse } = await sageattn(q, q, q, { backend: 'cuda', attnMask: mask, returnLse: true });
+    expect(output.location).toBe('cpu');
+    expect(values(output)).toEqual(shifted(1100, 3));
+    expect([lse.shape, values(lse)[0]]).toEqual([[1, 1, 3], 42]);
+    // What is left is the cached plan's constants.
+    expect(fake.liveAllocations).toBe(1);
+    const strided = place(Float32Array.from(shifted(0, 3)), [1, 1, 3, 4], 'float32', [50, 50, 7, 1], 21);
+    expect(values(await sageattn(strided, strided, strided, { backend: 'cuda' }))).toEqual(shifted(100, 3));
+    expect(fake.liveAllocations).toBe(2);
+  });
+
+  it('leave nothing behind when the call is aborted', async () => {
+    const { fake, backend } = setup;
+    const q = rows(3);
+    const plan = await backend.plan(problemOf(q), CHOICE);
+    const controller = new AbortController();
+    const running = plan.run({ q, k: q, v: q }, { signal: controller.signal });
+    controller.abort(new Error('enough'));
+    await expect(running).rejects.toThrow('enough');
+    await expect(plan.run({ q, k: q, v: q }, { signal: controller.signal })).rejects.toThrow('enough');
+    expect(fake.liveAllocations).toBe(1);
+  });
+});
+
+describe('a captured call', () => {
+  it('replays over what its inputs hold by then, equal to direct calls', async () => {
+    const { fake, backend, device } = setup;
+    await setBackend(backend);
+    const q = upload(rows(2), device);
+    const captured = await captureAttention(both(q), { returnLse: true });
+    expect(fake.executed).toEqual([]);
+    const direct = await sageattn(q, q, q);
+    captured.launch();
+    expect(download(captured.output).data).toEqual(download(direct).data);
+    expect(values(download(captured.lse as CudaTensor))[0]).toBe(42);
+    // New contents, another stream, the caller's own stream.
+    const next = rows(2, 30);
+    device.call('cuMemcpyHtoDAsync', 'copying', q.memory.pointer, next.data as Float32Array, 32, device.stream.handle);
+    captured.launch({ stream: device.createStream() });
+    expect(values(download(captured.output))).toEqual(shifted(100, 2, 30));
+    captured.launch({ stream: { handle: fake.foreignStream(), device: 0 } });
+    expect(values(download(captured.output))).toEqual(shifted(100, 2, 30));
+    captured.dispose();
+    expect(() => captured.launch()).toThrow(/disposed/);
+    q.memory.dispose();
+    direct.memory.dispose();
+    expect(fake.liveAllocations).toBe(1);
+    expect(fake.liveHandles.graphs).toBe(0);
+  });
+
+  it('takes options that belong to the call and CUDA tensors only', async () => {
+    const { backend, device } = setup;
+    await setBackend(backend);
+    const q = upload(rows(2), device);
+    await expect(captureAttention(both(q), { stream: device.stream } as never)).rejects.toThrow(/options.stream/);
+    const cpu = rows(2);
+    await expect(captureAttention({ q: cpu, k: cpu, v: cpu } as never)).rejects.toThrow(/CudaTensor/);
+    q.memory.dispose();
+    await expect(captureAttention(both(q))).resolves.toBeDefined();
+    await expect(captureAttention(both(q)).then((captured) => captured.launch())).rejects.toThrow(/disposed/);
+  });
+});
+
+describe('failures of the driver', () => {
+  /** Everything that a program does, and what must be left afterwards: nothing but what it still holds. */
+  async function program(backend: CudaBackend, cuda: Cuda): Promise<void> {
+    const device = cuda.device();
+    const q = rows(2);
+    const there = upload(q, device);
+    try {
+      const plan = await backend.plan(problemOf(there, { returnLse: true }), CHOICE);
+      try {
+        const { output, lse } = plan.enqueue(both(there));
+        try {
+          await downloadAsync(output);
+        } finally {
+          output.memory.dispose();
+          lse?.memory.dispose();
+        }
+        const hosted = await backend.plan(problemOf(q), CHOICE);
+        try {
+          await hosted.run({ q, k: q, v: q }, {});
+        } finally {
+          hosted.dispose();
+        }
+        const captured = await backend.capture(problemOf(there), CHOICE, both(there));
+        try {
+          captured.launch();
+          download(captured.output);
+        } finally {
+          captured.dispose();
+        }
+      } finally {
+        plan.dispose();
+      }
+    } finally {
+      there.memory.dispose();
+    }
+  }
+
+  /** When a call that frees something fails (or what comes before it), what it should have freed stays. */
+  const FREEING = /Free|Destroy|Release|PushCurrent/;
+
+  it('are each a typed error, and leak nothing', async () => {
+    const calm = open();
+    await program(calm.backend, calm.cuda);
+    expect(calm.fake.liveAllocations).toBe(0);
+    const counts = new Map<string, number>();
+    for (const name of calm.fake.calls) counts.set(name, (counts.get(name) ?? 0) + 1);
+    let tried = 0;
+    for (const [name, count] of counts) {
+      if (/cuGetError|cuInit|cuDriver|cuDevice(Get|Total)|PopCurrent|Fake/.test(name)) continue;
+      for (let skip = 0; skip < Math.min(count, 12); skip++) {
+        const { fake, cuda, backend } = open();
+        fake.failNext(name as keyof DriverFunctions, ...new Array<number>(skip).fill(0), 1);
+        const error = await program(backend, cuda).then(
+          () => undefined,
+          (reason: unknown) => reason,
+        );
+        // A failed wait is repeated by the next; every other failure reaches the caller.
+        expect(error, `${name} #${skip}`).toBeInstanceOf(SageAttentionError);
+        expect((error as Error).message, `${name} #${skip}`).toContain('CUDA_ERROR_INVALID_VALUE');
+        expect((error as CudaError).call, `${name} #${skip}`).toBe(name);
+        if (!FREEING.test(name)) expect(fake.liveAllocations, `${name} #${skip}`).toBe(0);
+        expect(fake.contextStack, `${name} #${skip}`).toEqual([]);
+        tried++;
+      }
+    }
+    expect(tried).toBeGreaterThan(80);
+  });
+
+  it('during the kernel reach the caller who reads the result, and nobody gets wrong data', async () => {
+    for (const entry of ['gather', 'scatter']) {
+      const { fake, cuda, backend } = open();
+      fake.faultIn(entry, 700);
+      const error = await program(backend, cuda).then(
+        () => undefined,
+        (reason: unknown) => reason,
+      );
+      expect(error).toBeInstanceOf(CudaError);
+      expect(error).toMatchObject({ code: 'device-lost', statusName: 'CUDA_ERROR_ILLEGAL_ADDRESS' });
+      expect((error as Error).message).toMatch(/'quantizeQuery', 'attend'/);
+      const { available, reason } = await backend.availability();
+      expect(available).toBe(false);
+      expect(reason).toMatch(/lost to a fault in this process \(CUDA_ERROR_ILLEGAL_ADDRESS\)/);
+    }
+  });
+
+  it('for want of memory are an out-of-memory error, and the device goes on', async () => {
+    const { fake, backend, device } = open({ memoryBytes: 4096 });
+    const q = upload(rows(2), device);
+    const plan = await backend.plan(problemOf(q), CHOICE);
+    const hog = device.allocate(3500);
+    expect(() => plan.enqueue(both(q))).toThrow(/allocating \d+ bytes on CUDA device 0.*out of memory/);
+    hog.dispose();
+    device.stream.synchronize();
+    expect(values(download(plan.enqueue(both(q)).output))).toEqual(shifted(100, 2));
+    expect(fake.calls.length).toBeGreaterThan(0);
+  });
+});
+
+describe('availability', () => {
+  it('says what was found', async () => {
+    const { fake, backend } = open({ devices: [89, 80] });
+    expect(await backend.availability()).toEqual({
+      available: true,
+      accelerated: true,
+      details: {
+        library: 'fake',
+        'driver supports': 'CUDA 13.0',
+        'device 0': 'Fake GPU 0, sm_89, 4 multiprocessors, 1.0 GiB',
+        'device 1': 'Fake GPU 1, sm_80, 4 multiprocessors, 1.0 GiB',
+        'default kernel': 'qk-int8-pv-fp8-cuda',
+      },
+    });
+    // Looking takes no context, which would take memory of every GPU.
+    expect(fake.liveHandles.contexts).toBe(0);
+  });
+
+  it('says why not and what to do', async () => {
+    const old = open({ devices: [75] });
+    expect(await old.backend.availability()).toMatchObject({
+      available: false,
+      reason: 'CUDA device 0 (Fake GPU 0) is of compute capability 7.5',
+      remedy: "Use a GPU of compute capability 8 or later (Ampere), or backend 'webgpu'",
+    });
+    await expect(old.backend.defaultKernel(problemOf(rows(1)))).rejects.toThrow(/compute capability 7.5/);
+    await expect(old.backend.plan(problemOf(rows(1)), CHOICE)).rejects.toThrow(/compute capability 7.5/);
+    const none = new CudaBackend({ open: async () => new Cuda(new FakeCuda({ devices: [] }).api) });
+    expect(await none.availability()).toMatchObject({ available: false, reason: 'the NVIDIA driver finds no device' });
+    // This machine: with a driver or without, there is an answer.
+    const here = await new CudaBackend().availability();
+    if (!here.available) expect([here.reason, here.remedy].every((text) => (text ?? '').length > 10)).toBe(true);
+  });
+
+  it('is asked again after a failure, and after dispose', async () => {
+    const { fake, cuda } = open();
+    let attempts = 0;
+    const backend = new CudaBackend({
+      open: async () => {
+        attempts++;
+        if (attempts === 1) throw new TypeError('not yet');
+        return cuda;
+      },
+    });
+    await expect(backend.availability()).rejects.toThrow('not yet');
+    expect((await backend.availability()).available).toBe(true);
+    await backend.cuda();
+    expect(attempts).toBe(2);
+    await backend.dispose();
+    await backend.dispose();
+    await backend.availability();
+    expect(attempts).toBe(3);
+    expect(fake.liveHandles.contexts).toBe(0);
+  });
+});

@@ -1,0 +1,414 @@
+/** A problem made ready for one device: kernels compiled, arguments marshalled, scratch sized. */
+import { ExecutionError, InvalidArgumentError } from '../../attention/errors.ts';
+import { type AttentionProblem, lseShapeOf, outputShapeOf } from '../../attention/problem.ts';
+import { BYTES_PER_ELEMENT } from '../../tensor/dtype.ts';
+import { elementCount, type Tensor, type TensorView } from '../../tensor/tensor.ts';
+import type { AttentionInputs, AttentionOutputs, KernelChoice, Plan, RunContext, StreamHandle } from '../backend.ts';
+import type { CudaDevice } from './driver/device.ts';
+import { CudaGraph } from './driver/graph.ts';
+import type { DeviceMemory } from './driver/memory.ts';
+import { PreparedLaunches } from './driver/prepared-launches.ts';
+import { CudaStream } from './driver/stream.ts';
+import type { BufferName, LaunchSequence } from './launch.ts';
+import {
+  type CudaTensor,
+  copyToDevice,
+  downloadAsync,
+  emptyCudaTensor,
+  isCudaTensor,
+  uploadAsync,
+  validateStorage,
+} from './tensor.ts';
+
+/** What `cuMemAlloc` promises, and more than any kernel asks for. */
+const BUFFER_ALIGNMENT = 256;
+
+/** Places buffers of these sizes one behind another. */
+export function packBuffers(sizes: Readonly<Record<BufferName, number>>): {
+  readonly offsets: ReadonlyMap<BufferName, number>;
+  readonly byteLength: number;
+} {
+  const offsets = new Map<BufferName, number>();
+  let byteLength = 0;
+  for (const [name, bytes] of Object.entries(sizes)) {
+    offsets.set(name, byteLength);
+    byteLength += Math.ceil(bytes / BUFFER_ALIGNMENT) * BUFFER_ALIGNMENT;
+  }
+  return { offsets, byteLength };
+}
+
+/** The stream of a run: the caller's, or the device's own. */
+export function streamOf(device: CudaDevice, handle: StreamHandle | undefined): CudaStream {
+  if (handle === undefined) return device.stream;
+  if (handle.device !== device.ordinal) {
+    throw new InvalidArgumentError(
+      'mixed-locations',
+      'options.stream',
+      `a stream of device ${device.ordinal}, where the tensors are`,
+      `one of device ${handle.device}`,
+    );
+  }
+  const stream = handle instanceof CudaStream ? handle : device.streamFromHandle(handle.handle);
+  stream.requireUsable();
+  if (!stream.owned && stream.isCapturing) {
+    throw new InvalidArgumentError(
+      'invalid-option',
+      'options.stream',
+      "a stream that is not being captured (use captureAttention of 'sageattention/cuda' for graphs)",
+      'one under capture',
+    );
+  }
+  return stream;
+}
+
+/** Launches bound to one device, with their constants there. Runs any number of times, on any stream. */
+export class BoundLaunches {
+  readonly device: CudaDevice;
+  readonly launches: PreparedLaunches;
+  readonly scratchBytes: number;
+  readonly #scratch: ReadonlyMap<BufferName, number>;
+  readonly #constants: DeviceMemory;
+  /** Addresses of the run being enqueued; those of the constants stay. */
+  readonly #addresses = new Map<BufferName, bigint>();
+
+  constructor(device: CudaDevice, sequence: LaunchSequence) {
+    this.device = device;
+    this.launches = new PreparedLaunches(device, sequence.launches);
+    const scratch = packBuffers(sequence.scratch);
+    this.#scratch = scratch.offsets;
+    this.scratchBytes = scratch.byteLength;
+    const sizes = Object.entries(sequence.constants).map(([name, bytes]) => [name, bytes.byteLength] as const);
+    const constants = packBuffers(Object.fromEntries(sizes));
+    this.#constants = device.allocate(constants.byteLength);
+    const staging = new Uint8Array(constants.byteLength);
+    for (const [name, bytes] of Object.entries(sequence.constants)) {
+      const offset = constants.offsets.get(name) as number;
+      staging.set(bytes, offset);
+      this.#addresses.set(name, this.#constants.pointer + BigInt(offset));
+    }
+    try {
+      copyToDevice(device, this.#constants, staging, device.stream);
+      device.stream.synchronize();
+    } catch (error) {
+      this.#constants.dispose();
+      throw error;
+    }
+  }
+
+  /**
+   * Enqueues the launches.
+   *
+   * @param operands addresses of the buffers that are neither scratch nor constants
+   * @param scratch address of {@link scratchBytes} bytes
+   */
+  enqueue(stream: CudaStream, operands: Iterable<readonly [BufferName, bigint]>, scratch: bigint): void {
+    const addresses = this.#addresses;
+    for (const [name, address] of operands) addresses.set(name, address);
+    for (const [name, offset] of this.#scratch) addresses.set(name, scratch + BigInt(offset));
+    this.launches.enqueue(stream, addressIn(addresses));
+  }
+
+  /** Makes `stream` wait for the constants' home, and keeps them until its work has ended. */
+  useOn(stream: CudaStream): void {
+    if (this.#constants.byteLength > 0) this.#constants.useOn(stream);
+  }
+
+  /** {@link enqueue} with scratch of its own, which is freed in the stream's order. */
+  run(stream: CudaStream, operands: Iterable<readonly [BufferName, bigint]>): void {
+    this.useOn(stream);
+    const scratch = this.device.allocatePointer(this.scratchBytes, stream);
+    try {
+      this.enqueue(stream, operands, scratch);
+    } finally {
+      this.device.release(() => this.device.freePointer(scratch, stream));
+    }
+  }
+
+  dispose(): void {
+    this.#constants.dispose();
+  }
+}
+
+const addressIn = (addresses: ReadonlyMap<BufferName, bigint>) => (buffer: BufferName) => {
+  const address = addresses.get(buffer);
+  if (address === undefined)
+    throw new ExecutionError('execution-failed', `a kernel names an unknown buffer '${buffer}'`);
+  return address;
+};
+
+/**
+ * Address of element 0 as the kernels count: they add the offset of the problem, and the tensor of this run may lie at
+ * another one (an upload leaves out what lies before the view).
+ */
+export const addressOf = (tensor: CudaTensor, plannedOffset: number): bigint =>
+  tensor.memory.pointer + BigInt((tensor.offset - plannedOffset) * BYTES_PER_ELEMENT[tensor.dtype]);
+
+/** Checks that a tensor lies on the device that was planned for, in memory that holds it. */
+export function requireTensorOn(device: CudaDevice, argument: string, view: TensorView): CudaTensor {
+  if (!isCudaTensor(view) || view.memory.device !== device) {
+    const where = isCudaTensor(view) ? `${view.memory.device}` : `location '${view.location}'`;
+    throw new InvalidArgumentError('mixed-locations', argument, `a CudaTensor of ${device}`, where);
+  }
+  validateStorage(argument, view);
+  return view;
+}
+
+/**
+ * Runs `work` on a stream between what its operands wait for and what waits for them. On a caller's own stream the outputs
+ * belong to the device's stream, which waits: the caller may destroy his.
+ *
+ * @param work makes its outputs on the stream `home`
+ */
+export function ordered<T>(
+  stream: CudaStream,
+  device: CudaDevice,
+  tensors: readonly CudaTensor[],
+  work: (home: CudaStream) => T,
+): T {
+  for (const { memory } of tensors) memory.useOn(stream);
+  if (stream.owned) return work(stream);
+  const home = device.stream;
+  stream.waitFor(home);
+  const result = work(home);
+  stream.mark();
+  home.waitFor(stream);
+  return result;
+}
+
+interface CudaOperands {
+  readonly q: CudaTensor;
+  readonly k: CudaTensor;
+  readonly v: CudaTensor;
+  readonly mask: CudaTensor | undefined;
+}
+
+/** Attention captured into a CUDA graph: one call of the driver replays quantization and attention. */
+export class CapturedAttention implements AttentionOutputs<CudaTensor> {
+  /** Written by each replay. */
+  readonly output: CudaTensor;
+  declare readonly lse?: CudaTensor;
+  readonly #graph: CudaGraph;
+  readonly #inputs: readonly CudaTensor[];
+  readonly #scratch: DeviceMemory;
+  readonly #bound: BoundLaunches;
+
+  /** @internal */
+  constructor(
+    bound: BoundLaunches,
+    outputs: AttentionOutputs<CudaTensor>,
+    inputs: readonly CudaTensor[],
+    operands: readonly (readonly [BufferName, bigint])[],
+  ) {
+    const { device } = bound;
+    this.output = outputs.output;
+    if (outputs.lse !== undefined) this.lse = outputs.lse;
+    this.#inputs = inputs;
+    this.#bound = bound;
+    this.#scratch = device.allocate(bound.scratchBytes);
+    try {
+      this.#graph = new CudaGraph(device, (stream) => bound.enqueue(stream, operands, this.#scratch.pointer));
+    } catch (error) {
+      this.#scratch.dispose();
+      throw error;
+    }
+  }
+
+  /** Enqueues a replay over what the input tensors hold by then. They must not have been disposed. */
+  launch(options: { readonly stream?: StreamHandle } = {}): void {
+    const { device } = this.#bound;
+    const stream = streamOf(device, options.stream);
+    const outputs = this.lse === undefined ? [this.output] : [this.output, this.lse];
+    this.#bound.useOn(stream);
+    this.#scratch.useOn(stream);
+    ordered(stream, device, [...this.#inputs, ...outputs], () => this.#graph.launch(stream));
+    // Outputs and scratch belong to the device's stream: what reads them there comes after the replay.
+    if (stream !== device.stream) device.stream.waitFor(stream);
+  }
+
+  /** Frees graph, scratch and outputs. */
+  dispose(): void {
+    this.#graph.dispose();
+    this.#scratch.dispose();
+    this.output.memory.dispose();
+    this.lse?.memory.dispose();
+    this.#bound.dispose();
+  }
+
+  [Symbol.dispose](): void {
+    this.dispose();
+  }
+}
+
+export class CudaPlan implements Plan {
+  readonly kernel: KernelChoice;
+  readonly device: CudaDevice;
+  readonly #problem: AttentionProblem;
+  /** Undefined for a problem without output elements. */
+  readonly #bound: BoundLaunches | undefined;
+  readonly #outputShape: readonly number[];
+  readonly #lseShape: readonly number[];
+  #disposed = false;
+
+  /** @param plan makes the launches; not asked when there is nothing to compute */
+  constructor(device: CudaDevice, problem: AttentionProblem, kernel: KernelChoice, plan: () => LaunchSequence) {
+    this.device = device;
+    this.kernel = kernel;
+    this.#problem = problem;
+    this.#outputShape = outputShapeOf(problem);
+    this.#lseShape = lseShapeOf(problem);
+    this.#bound = elementCount(this.#outputShape) === 0 ? undefined : new BoundLaunches(device, plan());
+  }
+
+  /** Registers and local memory of each kernel, in order of launch. */
+  get kernels(): PreparedLaunches['kernels'] {
+    return this.#bound?.launches.kernels ?? [];
+  }
+
+  #requireUsable(): void {
+    if (this.#disposed) throw new ExecutionError('disposed', 'this CUDA plan has been disposed');
+  }
+
+  #operandsOf(inputs: AttentionInputs): CudaOperands {
+    const { q, k, v, attnMask } = inputs;
+    return {
+      q: requireTensorOn(this.device, 'q', q),
+      k: requireTensorOn(this.device, 'k', k),
+      v: requireTensorOn(this.device, 'v', v),
+      mask: attnMask === undefined ? undefined : requireTensorOn(this.device, 'options.attnMask', attnMask),
+    };
+  }
+
+  #createOutputs(home: CudaStream): AttentionOutputs<CudaTensor> {
+    const { device } = this;
+    const output = emptyCudaTensor(device, this.#outputShape, this.#problem.dtype, { stream: home });
+    if (!this.#problem.returnLse) return { output };
+    try {
+      return { output, lse: emptyCudaTensor(device, this.#lseShape, 'float32', { stream: home }) };
+    } catch (error) {
+      output.memory.dispose();
+      throw error;
+    }
+  }
+
+  #addresses(
+    { q, k, v, mask }: CudaOperands,
+    { output, lse }: AttentionOutputs<CudaTensor>,
+  ): (readonly [BufferName, bigint])[] {
+    const problem = this.#problem;
+    const addresses: (readonly [BufferName, bigint])[] = [
+      ['q', addressOf(q, problem.q.offset)],
+      ['k', addressOf(k, problem.k.offset)],
+      ['v', addressOf(v, problem.v.offset)],
+      ['output', output.memory.pointer],
+    ];
+    if (mask !== undefined) addresses.push(['mask', addressOf(mask, problem.mask?.offset ?? 0)]);
+    if (lse !== undefined) addresses.push(['lse', lse.memory.pointer]);
+    return addresses;
+  }
+
+  /**
+   * Enqueues one run and returns at once; the outputs are ready in the stream's order.
+   *
+   * @throws {CudaError} a call of the driver failed; nothing was produced
+   */
+  enqueue(inputs: AttentionInputs, handle?: StreamHandle): AttentionOutputs<CudaTensor> {
+    this.#requireUsable();
+    const { device } = this;
+    const stream = streamOf(device, handle);
+    const operands = this.#operandsOf(inputs);
+    const { q, k, v, mask } = operands;
+    const tensors = mask === undefined ? [q, k, v] : [q, k, v, mask];
+    return ordered(stream, device, tensors, (home) => {
+      const outputs = this.#createOutputs(home);
+      if (!stream.owned) stream.waitFor(home);
+      try {
+        this.#bound?.run(stream, this.#addresses(operands, outputs));
+      } catch (error) {
+        disposeOutputs(outputs);
+        throw error;
+      }
+      return outputs;
+    });
+  }
+
+  async run(inputs: AttentionInputs, context: RunContext): Promise<AttentionOutputs> {
+    this.#requireUsable();
+    context.signal?.throwIfAborted();
+    return inputs.q.location === 'cpu' ? this.#runFromHost(inputs, context) : this.enqueue(inputs, context.stream);
+  }
+
+  /** Uploads CPU tensors, runs, and reads the outputs back. */
+  async #runFromHost(inputs: AttentionInputs, { signal, stream: handle }: RunContext): Promise<AttentionOutputs> {
+    const { device } = this;
+    const stream = handle === undefined ? device.stream : streamOf(device, handle);
+    // Uploads belong to a stream that outlives them.
+    const home = stream.owned ? stream : device.stream;
+    const held: CudaTensor[] = [];
+    const pending: Promise<unknown>[] = [];
+    const send = (view: TensorView): CudaTensor => {
+      const { tensor, done } = uploadAsync(view as Tensor, device, { stream: home });
+      held.push(tensor);
+      pending.push(done);
+      return tensor;
+    };
+    try {
+      const { q, k, v, attnMask } = inputs;
+      // One array of keys and values, as in self-attention over shared storage, travels once.
+      const sent = { q: send(q), k: send(k), v: v === k ? (held[1] as CudaTensor) : send(v) };
+      const outputs = this.enqueue(attnMask === undefined ? sent : { ...sent, attnMask: send(attnMask) }, handle);
+      held.push(outputs.output, ...(outputs.lse === undefined ? [] : [outputs.lse]));
+      // The caller's arrays are read until the uploads have ended.
+      await Promise.all(pending);
+      const output = await downloadAsync(outputs.output, { stream: home });
+      if (outputs.lse === undefined) {
+        signal?.throwIfAborted();
+        return { output };
+      }
+      const lse = await downloadAsync(outputs.lse, { stream: home });
+      signal?.throwIfAborted();
+      return { output, lse };
+    } finally {
+      await Promise.allSettled(pending);
+      for (const { memory } of held) memory.dispose();
+    }
+  }
+
+  /**
+   * Captures one run over these tensors. The graph has scratch and outputs of its own.
+   *
+   * @param plan makes the launches
+   */
+  static capture(
+    device: CudaDevice,
+    problem: AttentionProblem,
+    kernel: KernelChoice,
+    plan: () => LaunchSequence,
+    inputs: AttentionInputs,
+  ): CapturedAttention {
+    const made = new CudaPlan(device, problem, kernel, plan);
+    let outputs: AttentionOutputs<CudaTensor> | undefined;
+    try {
+      const operands = made.#operandsOf(inputs);
+      const { q, k, v, mask } = operands;
+      outputs = made.#createOutputs(device.stream);
+      const bound = made.#bound ?? new BoundLaunches(device, { scratch: {}, constants: {}, launches: [] });
+      const tensors = mask === undefined ? [q, k, v] : [q, k, v, mask];
+      return new CapturedAttention(bound, outputs, tensors, made.#addresses(operands, outputs));
+    } catch (error) {
+      if (outputs !== undefined) disposeOutputs(outputs);
+      made.dispose();
+      throw error;
+    }
+  }
+
+  dispose(): void {
+    if (this.#disposed) return;
+    this.#disposed = true;
+    this.#bound?.dispose();
+  }
+}
+
+function disposeOutputs({ output, lse }: AttentionOutputs<CudaTensor>): void {
+  output.memory.dispose();
+  lse?.memory.dispose();
+}
