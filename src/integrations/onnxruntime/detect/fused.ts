@@ -164,7 +164,7 @@ function multiHeadAttention(index: GraphIndex, node: NodeProto): AttentionSite {
   requireOnlyOutput(index, presentValue);
   const causal = (intAttribute(node, 'unidirectional') ?? 0) !== 0;
   const mask: Mask | undefined = given(attentionBias)
-    ? { value: attentionBias, form: 'scores' }
+    ? { value: attentionBias, form: 'full' }
     : given(padding)
       ? paddingMask(node, prelude, padding)
       : undefined;
@@ -225,7 +225,7 @@ function microsoftAttention(index: GraphIndex, node: NodeProto): AttentionSite {
     k,
     v,
     mask: given(attentionBias)
-      ? { value: attentionBias, form: 'scores' }
+      ? { value: attentionBias, form: 'full' }
       : given(maskIndex)
         ? paddingMask(node, prelude, maskIndex)
         : undefined,
@@ -348,7 +348,7 @@ function onnxAttention(index: GraphIndex, node: NodeProto): AttentionSite {
     q: heads === undefined ? naturalQuery : anyOperand(hiddenOperand(query, heads), naturalQuery),
     k: operand('k', key, pastKey, presentKey),
     v: operand('v', value, pastValue, presentValue),
-    mask: given(mask) ? { value: mask, form: 'scores' } : undefined,
+    mask: given(mask) ? { value: mask, form: 'full' } : undefined,
     scale: floatAttribute(node, 'scale'),
     softcap,
     isCausal: causal,

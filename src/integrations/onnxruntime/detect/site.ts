@@ -20,10 +20,10 @@ export interface Mask {
   /** bool (true = attend) or additive float; the tensor's type says which. */
   readonly value: string;
   /**
-   * `scores`: broadcasts to the scores, of rank 3 or 4 as q is. `split-heads`: broadcasts to `[B,H,L,S]` while q, k and v
-   * are `[B*H,L,D]`. `padding`: `[B,S]`, or `[B,L,S]` for all heads.
+   * `full`: broadcasts to `[B,H,L,S]`. `scores`: broadcasts to the scores, of rank 3 or 4 as q is. `split-heads`: broadcasts
+   * to `[B,H,L,S]` while q, k and v are `[B*H,L,D]`. `padding`: `[B,S]`, or `[B,L,S]` for all heads.
    */
-  readonly form: 'scores' | 'split-heads' | 'padding';
+  readonly form: 'full' | 'scores' | 'split-heads' | 'padding';
 }
 
 /** A factor of the scores that is known only when the graph runs: a tensor of one element. */

@@ -2,7 +2,9 @@
  * Reading and writing of ONNX models. The only file that touches the protobuf library; the build bundles the library
  * into it, so that a program which installs this package alone can import the integration.
  */
+
 import { create, fromBinary, toBinary } from '@bufbuild/protobuf';
+import { float16ToNumber } from '../../../tensor/formats/float16.ts';
 import {
   type AttributeProto,
   AttributeProtoSchema,
@@ -230,12 +232,4 @@ export function tensorNumbers(tensor: TensorProto): number[] | undefined {
     default:
       return undefined;
   }
-}
-
-function float16ToNumber(bits: number): number {
-  const sign = bits & 0x8000 ? -1 : 1;
-  const exponent = (bits >> 10) & 31;
-  const fraction = bits & 0x3ff;
-  if (exponent === 31) return fraction === 0 ? sign * Number.POSITIVE_INFINITY : Number.NaN;
-  return exponent === 0 ? sign * fraction * 2 ** -24 : sign * (1 + fraction / 1024) * 2 ** (exponent - 15);
 }

@@ -1,0 +1,50 @@
+/** Exact attention under the name of a backend: what remains of an error is then that of the integration. */
+
+import { outputShapeOf } from '../../attention/problem.ts';
+import type {
+  AttentionOutputs,
+  Backend,
+  BackendName,
+  KernelDescriptor,
+  PreparedKeyValue,
+} from '../../backends/backend.ts';
+import { attentionExact } from '../../reference/exact.ts';
+import { writeValues } from '../../tensor/access.ts';
+import { emptyTensor, type Tensor } from '../../tensor/tensor.ts';
+
+const KERNEL: KernelDescriptor = {
+  name: 'qk-int8-pv-fp16',
+  summary: 'exact attention in float64',
+  qkQuantGran: ['per-block'],
+  pvAccumDtype: ['fp32'],
+  smoothV: true,
+  smoothQ: true,
+  maxHeadDim: 256,
+};
+
+/** `calls` grows by one with each attention. */
+export function exactBackend(name: BackendName = 'wasm'): Backend & { calls: number } {
+  const backend: Backend & { calls: number } = {
+    calls: 0,
+    name,
+    kernels: [KERNEL],
+    availability: async () => ({ available: true, accelerated: true, details: {} }),
+    defaultKernel: async () => KERNEL,
+    plan: async (problem, kernel) => ({
+      kernel,
+      run: async (inputs): Promise<AttentionOutputs> => {
+        backend.calls++;
+        const { q, k, v, attnMask } = inputs as Record<'q' | 'k' | 'v' | 'attnMask', Tensor>;
+        const output = emptyTensor(outputShapeOf(problem), problem.dtype);
+        writeValues(attentionExact(problem, { q, k, v, attnMask }).output, output);
+        return { output };
+      },
+      dispose: () => undefined,
+    }),
+    prepareKeyValue: async (): Promise<PreparedKeyValue> => {
+      throw new Error('integrations hold no caches');
+    },
+    dispose: async () => undefined,
+  };
+  return backend;
+}
