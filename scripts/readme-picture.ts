@@ -69,7 +69,7 @@ function matrix(values: readonly (readonly number[])[], theme: Theme): string {
         x: 'x',
         y: 'y',
         text: ({ value }: { value: number }) => value.toFixed(2).replace('0.', '.'),
-        fill: ({ value }: { value: number }) => theme.digits[value > 0.5 ? 1 : 0],
+        fill: ({ value }: { value: number }) => theme.digits[value > 0.62 ? 1 : 0],
         fontSize: 12,
         fontFamily: FONT,
       }),

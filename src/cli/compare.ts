@@ -6,6 +6,7 @@ import { accuracyOnRows, type ExactCall, queryLength, sampleRows } from './exact
 import {
   type Accuracy,
   type BackendName,
+  createProblem,
   type KernelName,
   parseSafetensors,
   type SafetensorsEntry,
@@ -71,6 +72,8 @@ export async function compareKernels(file: string, options: CompareOptions): Pro
   const { layout: tensorLayout, causal: isCausal, smScale } = options;
   const call: ExactCall = { q, k, v, tensorLayout, isCausal, ...(smScale !== undefined && { smScale }) };
   const settings = { tensorLayout, isCausal, ...(smScale !== undefined && { smScale }) };
+  // Tensors that do not fit together are reported before anything else is done.
+  createProblem(q, k, v, settings);
   const backends = await availableBackends('auto', options.backend);
   const kernels = backends.flatMap(({ backend }) =>
     backend.kernels
