@@ -52,9 +52,11 @@ export class CudaDevice {
   /** Bytes of shared memory that one thread block can have. */
   readonly maxSharedBytes: number;
   readonly #handle: number;
-  readonly #context: bigint;
-  /** 0n where the device or driver has no stream-ordered allocator. */
-  readonly #pool: bigint;
+  readonly #hasPools: boolean;
+  /** Undefined until it is first needed: describing a device takes none of its memory. */
+  #context: bigint | undefined;
+  /** 0n where the device or driver has no stream-ordered allocator, undefined until it is first needed. */
+  #pool: bigint | undefined;
   #stream: CudaStream | undefined;
   readonly #streams = new Set<CudaStream>();
   readonly #freeEvents: bigint[] = [];
@@ -68,7 +70,7 @@ export class CudaDevice {
     this.ordinal = ordinal;
     const int = new Int32Array(1);
     const check = (status: number, call: string) => {
-      if (status !== 0) throw cudaError(api, status, call, `opening CUDA device ${ordinal}`);
+      if (status !== 0) throw cudaError(api, status, call, `describing CUDA device ${ordinal}`);
     };
     check(api.cuDeviceGet(int, ordinal), 'cuDeviceGet');
     this.#handle = int[0] as number;
@@ -87,11 +89,14 @@ export class CudaDevice {
       attribute(CU_DEVICE_ATTRIBUTE_COMPUTE_CAPABILITY_MINOR);
     this.multiprocessors = attribute(CU_DEVICE_ATTRIBUTE_MULTIPROCESSOR_COUNT);
     this.maxSharedBytes = attribute(CU_DEVICE_ATTRIBUTE_MAX_SHARED_MEMORY_PER_BLOCK_OPTIN);
+    this.#hasPools = api.has('cuMemAllocFromPoolAsync') && attribute(CU_DEVICE_ATTRIBUTE_MEMORY_POOLS_SUPPORTED) !== 0;
+  }
+
+  #openContext(): bigint {
     const context = new BigUint64Array(1);
-    check(api.cuDevicePrimaryCtxRetain(context, this.#handle), 'cuDevicePrimaryCtxRetain');
-    this.#context = context[0] as bigint;
-    const pools = api.has('cuMemAllocFromPoolAsync') && attribute(CU_DEVICE_ATTRIBUTE_MEMORY_POOLS_SUPPORTED) !== 0;
-    this.#pool = pools ? this.#createPool() : 0n;
+    const status = this.api.cuDevicePrimaryCtxRetain(context, this.#handle);
+    if (status !== 0) throw this.error(status, 'cuDevicePrimaryCtxRetain', `opening ${this}`);
+    return context[0] as bigint;
   }
 
   /** A pool of our own: the device's default one may be tuned by the program around us. It keeps what is freed. */
@@ -131,6 +136,7 @@ export class CudaDevice {
   inContext<T>(use: () => T): T {
     this.#requireUsable();
     const { api } = this;
+    this.#context ??= this.#openContext();
     const pushed = api.cuCtxPushCurrent(this.#context);
     if (pushed !== 0) throw this.error(pushed, 'cuCtxPushCurrent', `using ${this}`);
     try {
@@ -241,6 +247,7 @@ export class CudaDevice {
   allocatePointer(byteLength: number, stream: CudaStream): bigint {
     if (byteLength === 0) return 0n;
     const what = `allocating ${byteLength} bytes on ${this}`;
+    this.#pool ??= this.#hasPools ? this.#createPool() : 0n;
     return this.#pool === 0n
       ? this.create('cuMemAlloc', what, byteLength)
       : this.create('cuMemAllocFromPoolAsync', what, byteLength, this.#pool, stream.handle);
@@ -249,7 +256,7 @@ export class CudaDevice {
   /** @internal */
   freePointer(pointer: bigint, stream: CudaStream): void {
     if (pointer === 0n) return;
-    if (this.#pool === 0n) this.call('cuMemFree', 'freeing device memory', pointer);
+    if (this.#pool === undefined || this.#pool === 0n) this.call('cuMemFree', 'freeing device memory', pointer);
     else this.call('cuMemFreeAsync', 'freeing device memory', pointer, stream.handle);
   }
 
@@ -285,7 +292,7 @@ export class CudaDevice {
 
   /** Gives memory that was freed back to the driver, all but `keepBytes`. Waits for the device's own stream. */
   trimMemory(keepBytes = 0): void {
-    if (this.#pool === 0n) return;
+    if (this.#pool === undefined || this.#pool === 0n) return;
     this.stream.synchronize();
     this.call('cuMemPoolTrimTo', 'trimming the memory pool', this.#pool, keepBytes);
   }
@@ -313,10 +320,11 @@ export class CudaDevice {
     own?.dispose();
     this.release(() => {
       for (const event of this.#freeEvents) this.call('cuEventDestroy', 'destroying an event', event);
-      if (this.#pool !== 0n) this.call('cuMemPoolDestroy', 'destroying the memory pool', this.#pool);
+      const pool = this.#pool ?? 0n;
+      if (pool !== 0n) this.call('cuMemPoolDestroy', 'destroying the memory pool', pool);
     });
     this.#disposed = true;
-    this.api.cuDevicePrimaryCtxRelease(this.#handle);
+    if (this.#context !== undefined) this.api.cuDevicePrimaryCtxRelease(this.#handle);
   }
 }
 
