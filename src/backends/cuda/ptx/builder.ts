@@ -606,16 +606,9 @@ export class KernelBuilder {
     );
   }
 
-  /** Adds and wraps to 0 after `limit`: `old >= limit ? 0 : old + 1`. Returns the old value. */
-  atomInc(base: Reg<'global'>, limit: Value<'u32'>, offset = 0): Reg<'u32'> {
-    const d = this.reg('u32');
-    this.emit('atom.global.inc.u32', [d], [{ type: 'memory', base, offset }, this.#operand('u32', limit)]);
-    return d;
-  }
-
-  /** All writes of this thread so far are seen by every thread of the device before any later one. */
-  membarGl(): void {
-    this.emit('membar.gl', [], []);
+  /** Sets bits in global memory, atomically. */
+  redOr(base: Reg<'global'>, bits: Reg<'b32'>, offset = 0): void {
+    this.emit('red.global.or.b32', [], [{ type: 'memory', base, offset }, bits]);
   }
 
   /** Copies 16 bytes from global to shared memory without registers; complete after `cpAsyncWaitGroup`. */

@@ -1,0 +1,116 @@
+/**
+ * Joins the partial results of the splits of the keys: each split's output is normalized by its own sum, so they are averaged
+ * with weights 2^(lse - max lse). One warp takes one row.
+ */
+import type { DType } from '../../../tensor/dtype.ts';
+import { KernelBuilder } from '../ptx/builder.ts';
+import type { Target } from '../ptx/targets.ts';
+import type { Kernel, Reg } from '../ptx/types.ts';
+import { BYTES, divide, integers, loadSequence, offset, offset64, pointers } from './common.ts';
+
+export interface CombineConfig {
+  readonly target: Target;
+  readonly valueDim: number;
+  readonly paddedValueDim: number;
+  readonly outputType: DType;
+  readonly lse: boolean;
+}
+
+/** `partialOutput`: `[split, head, row, paddedValueDim]` float32; `partialLse`: `[split, head, row]` float32, base 2. */
+export const COMBINE_POINTERS = ['sequences', 'partialOutput', 'partialLse', 'output', 'lse'] as const;
+export const COMBINE_INTEGERS = ['queryHeads', 'rowBlocks', 'splits', 'paddedQueries'] as const;
+export const COMBINE_STRIDES = ['outputBatch', 'outputHead', 'outputToken', 'lseBatch', 'lseHead'] as const;
+/** Rows of a CTA, one warp each. */
+export const COMBINE_ROWS = 4;
+
+export function combine({ target, valueDim, paddedValueDim, outputType, lse }: CombineConfig): Kernel {
+  const b = new KernelBuilder({ name: 'combine', target, threads: COMBINE_ROWS * 32 });
+  const pointer = pointers(b, COMBINE_POINTERS);
+  const integer = integers(b, COMBINE_INTEGERS);
+  const strides = Object.fromEntries(COMBINE_STRIDES.map((name) => [name, b.parameter(name, 'u64')])) as Record<
+    (typeof COMBINE_STRIDES)[number],
+    ReturnType<typeof b.parameter<'u64'>>
+  >;
+
+  b.section('which row');
+  const thread = b.special('%tid.x');
+  const lane = b.and(thread, 31);
+  const queryHeads = b.loadParameter(integer.queryHeads);
+  const [rowBlock, headAndSequence] = divide(b, b.special('%ctaid.x'), b.loadParameter(integer.rowBlocks));
+  const [head, sequence] = divide(b, headAndSequence, queryHeads);
+  const table = loadSequence(b, b.loadPointer(pointer.sequences), sequence);
+  const row = b.mad(rowBlock, COMBINE_ROWS, b.shr(thread, 5));
+  b.when(b.setp('ge', row, table.queryLength), () => b.exit());
+  const paddedQueries = b.loadParameter(integer.paddedQueries);
+  const splits = b.loadParameter(integer.splits);
+  const partialRow = b.add(b.mad(head, paddedQueries, table.paddedQueryStart), row);
+  const rowsOfSplit = b.mul(paddedQueries, queryHeads);
+
+  b.section('largest logsumexp');
+  const lseBase = offset(b, b.loadPointer(pointer.partialLse), partialRow, 4);
+  const lseStep = b.as(b.mulWide(rowsOfSplit, 4), 'global');
+  const maximum = b.constant('f32', Number.NEGATIVE_INFINITY);
+  const split = b.constant('u32', 0);
+  const lseAt = b.mov(lseBase);
+  b.loop(
+    () => b.setp('lt', split, splits),
+    () => {
+      b.max(maximum, b.ld('f32', lseAt), maximum);
+      b.add(lseAt, lseStep, lseAt);
+      b.add(split, 1, split);
+    },
+  );
+  const reference = b.selp(0, maximum, b.setp('eq', maximum, Number.NEGATIVE_INFINITY));
+
+  b.section('weighted mean');
+  const channels = Array.from({ length: Math.ceil(valueDim / 32) }, (_, i) => i * 32);
+  const sums = channels.map(() => b.constant('f32', 0));
+  const total = b.constant('f32', 0);
+  const source = b.add(
+    offset(b, b.loadPointer(pointer.partialOutput), partialRow, paddedValueDim * 4),
+    b.as(b.mulWide(lane, 4), 'global'),
+  );
+  const sourceStep = b.as(b.mulWide(rowsOfSplit, paddedValueDim * 4), 'global');
+  b.set(split, 0);
+  b.mov(lseBase, lseAt);
+  b.loop(
+    () => b.setp('lt', split, splits),
+    () => {
+      const weight = b.ex2(b.sub(b.ld('f32', lseAt), reference));
+      b.add(total, weight, total);
+      channels.forEach((channel, i) => {
+        const value = b.constant('f32', 0);
+        const load = () => b.ld('f32', source, channel * 4, { into: value });
+        if (channel + 32 <= paddedValueDim) load();
+        else b.when(b.setp('lt', lane, paddedValueDim - channel), () => load());
+        b.fma(value, weight, sums[i] as Reg<'f32'>, sums[i]);
+      });
+      b.add(source, sourceStep, source);
+      b.add(lseAt, lseStep, lseAt);
+      b.add(split, 1, split);
+    },
+  );
+
+  b.section('store');
+  const empty = b.setp('eq', total, 0);
+  const inverse = b.rcp(total);
+  b.when(empty, () => b.set(inverse, 0));
+  const token = b.add(table.queryStart, row);
+  let destination = offset64(b, b.loadPointer(pointer.output), sequence, b.loadParameter(strides.outputBatch));
+  destination = offset64(b, destination, head, b.loadParameter(strides.outputHead));
+  destination = offset64(b, destination, token, b.loadParameter(strides.outputToken));
+  destination = offset(b, destination, lane, BYTES[outputType]);
+  channels.forEach((channel, i) => {
+    const value = b.mul(sums[i] as Reg<'f32'>, inverse);
+    const stored = outputType === 'float32' ? value : b.cvt(outputType === 'float16' ? 'f16' : 'bf16', value);
+    b.when(b.setp('lt', lane, valueDim - channel), () => b.st(stored, destination, channel * BYTES[outputType]));
+  });
+  if (lse) {
+    const value = b.mul(b.add(b.lg2(total), reference), Math.LN2);
+    b.when(empty, () => b.set(value, Number.NEGATIVE_INFINITY));
+    let at = offset64(b, b.loadPointer(pointer.lse), sequence, b.loadParameter(strides.lseBatch));
+    at = offset(b, offset64(b, at, head, b.loadParameter(strides.lseHead)), token, 4);
+    b.when(b.setp('eq', lane, 0), () => b.st(value, at));
+  }
+  return b.build();
+}

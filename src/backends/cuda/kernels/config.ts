@@ -1,0 +1,71 @@
+/** Tile sizes and stages of the attention kernel, as a table: the first row that fits a problem is taken. */
+import { TARGET_FEATURES, type Target } from '../ptx/targets.ts';
+import type { AttentionConfig } from './attention.ts';
+
+export type TileConfig = Pick<AttentionConfig, 'warps' | 'rowsPerWarp' | 'minBlocksPerMultiprocessor' | 'valueStages'>;
+
+interface TileRule {
+  /** Largest padded Dv, and largest bytes of a quantized token. */
+  readonly valueDim: number;
+  readonly qkRowBytes: number;
+  /** Where V's second stage would cost a resident CTA, it is fetched behind its own tile's QK^T instead. */
+  readonly tile: TileConfig;
+}
+
+/**
+ * 32 rows a warp halve the shared-memory reads of K and V per row; 16 where the output would not fit in registers (a thread
+ * holds rowsPerWarp * Dv / 32 sums). Two CTAs of four warps share a multiprocessor, so that one's products run under the
+ * other's softmax.
+ */
+const TILE_RULES: readonly TileRule[] = [
+  {
+    valueDim: 128,
+    qkRowBytes: 128,
+    tile: { warps: 4, rowsPerWarp: 32, minBlocksPerMultiprocessor: 2, valueStages: 2 },
+  },
+  {
+    valueDim: 128,
+    qkRowBytes: 128,
+    tile: { warps: 4, rowsPerWarp: 32, minBlocksPerMultiprocessor: 2, valueStages: 1 },
+  },
+  {
+    valueDim: 128,
+    qkRowBytes: 256,
+    tile: { warps: 4, rowsPerWarp: 32, minBlocksPerMultiprocessor: 2, valueStages: 2 },
+  },
+  {
+    valueDim: 128,
+    qkRowBytes: 256,
+    tile: { warps: 4, rowsPerWarp: 32, minBlocksPerMultiprocessor: 1, valueStages: 2 },
+  },
+  {
+    valueDim: 256,
+    qkRowBytes: 256,
+    tile: { warps: 8, rowsPerWarp: 16, minBlocksPerMultiprocessor: 1, valueStages: 2 },
+  },
+  {
+    valueDim: 256,
+    qkRowBytes: 256,
+    tile: { warps: 8, rowsPerWarp: 16, minBlocksPerMultiprocessor: 1, valueStages: 1 },
+  },
+];
+
+/** Shared bytes of a configuration, as `attention` allocates them. */
+export function attentionSharedBytes(tile: TileConfig, qkRowBytes: number, valueTileBytes: number): number {
+  const row = qkRowBytes > 128 ? 256 : qkRowBytes > 64 ? 128 : qkRowBytes;
+  const parked = 128;
+  return parked + tile.warps * tile.rowsPerWarp * row + 2 * 64 * row + tile.valueStages * valueTileBytes;
+}
+
+/** The first tile configuration that fits the target's shared memory as often as it says. */
+export function chooseTile(target: Target, qkRowBytes: number, valueDim: number, valueTileBytes: number): TileConfig {
+  const { sharedBytesPerBlock, sharedBytesPerMultiprocessor } = TARGET_FEATURES[target];
+  for (const rule of TILE_RULES) {
+    if (valueDim > rule.valueDim || qkRowBytes > rule.qkRowBytes) continue;
+    const bytes = attentionSharedBytes(rule.tile, qkRowBytes, valueTileBytes);
+    const fits = bytes <= sharedBytesPerBlock;
+    const resident = rule.tile.minBlocksPerMultiprocessor * (bytes + 1024) <= sharedBytesPerMultiprocessor;
+    if (fits && resident) return rule.tile;
+  }
+  throw new RangeError(`no tile for ${qkRowBytes} bytes of Q and K and Dv ${valueDim} on ${target}`);
+}

@@ -1,0 +1,713 @@
+/**
+ * From a problem and a kernel choice to launches, as pure data: what a plan binds to device memory, and what the simulator
+ * runs without a device. Quantized operands are padded (every sequence to whole tiles, channels to whole tensor-core steps)
+ * and ordered `[head, token, channel]` with the sequences of a batch end to end.
+ */
+import { InvalidArgumentError } from '../../../attention/errors.ts';
+import {
+  type AttentionProblem,
+  lseShapeOf,
+  type OperandLayout,
+  outputLayoutOf,
+  sequencesOf,
+} from '../../../attention/problem.ts';
+import { V_FP8_MAX } from '../../../quantization/schemes.ts';
+import type { DType } from '../../../tensor/dtype.ts';
+import type { KernelChoice } from '../../backend.ts';
+import type { BufferName, KernelArgument, KernelLaunch, KernelModule, LaunchSequence } from '../launch.ts';
+import { printKernel } from '../ptx/printer.ts';
+import { TARGET_FEATURES, type Target } from '../ptx/targets.ts';
+import type { Kernel } from '../ptx/types.ts';
+import {
+  ATTENTION_INTEGERS,
+  ATTENTION_POINTERS,
+  ATTENTION_STRIDES,
+  type AttentionConfig,
+  attention,
+  BLOCK_K,
+} from './attention.ts';
+import {
+  CHANNEL_MEAN_INTEGERS,
+  CHANNEL_MEAN_POINTERS,
+  CHANNEL_MEAN_THREADS,
+  type ChannelMeanConfig,
+  channelMean,
+} from './channelMean.ts';
+import {
+  COMBINE_INTEGERS,
+  COMBINE_POINTERS,
+  COMBINE_ROWS,
+  COMBINE_STRIDES,
+  type CombineConfig,
+  combine,
+} from './combine.ts';
+import { BYTES, LOG2_E, type LoadWidth, roundUp, SEQUENCE_INTS } from './common.ts';
+import { chooseTile } from './config.ts';
+import {
+  MEAN_SCORES_INTEGERS,
+  MEAN_SCORES_POINTERS,
+  MEAN_SCORES_THREADS,
+  type MeanScoresConfig,
+  meanScores,
+} from './meanScores.ts';
+import {
+  QUANTIZE_TOKENS_INTEGERS,
+  QUANTIZE_TOKENS_POINTERS,
+  type QuantizeTokensConfig,
+  quantizeTokens,
+  quantizeTokensThreads,
+} from './quantizeTokens.ts';
+import {
+  convertValue,
+  quantizeValue,
+  quantizeValueThreads,
+  VALUE_BLOCK,
+  VALUE_CHUNKS,
+  VALUE_INTEGERS,
+  VALUE_POINTERS,
+  type ValueConfig,
+  valueMaximum,
+  valueThreads,
+} from './value.ts';
+
+/** What planning needs to know of a device. */
+export interface DeviceFacts {
+  readonly target: Target;
+  readonly multiprocessors: number;
+  /** Alignment in bytes that the addresses of q, k and v are known to have; default 16, which allocations always have. */
+  readonly pointerAlignment?: number;
+}
+
+/** A module that can also be inspected and simulated. */
+export interface SimulatableModule extends KernelModule {
+  readonly kernel: () => Kernel;
+}
+
+/** Rows of Q to which sequences are padded. */
+const BLOCK_Q = 128;
+/** Windows at least this wide are no windows: lengths are below it. */
+const NO_LIMIT = 2 ** 30;
+
+/** Quantized K and V: made once, attended to many times. */
+export const KEY_VALUE_BUFFERS = [
+  'key',
+  'keyScale',
+  'keyFaults',
+  'keyMean',
+  'value',
+  'valueScale',
+  'valueMean',
+] as const;
+
+/** Everything about a call that its launches share. */
+interface Context {
+  readonly problem: AttentionProblem;
+  readonly choice: KernelChoice;
+  readonly device: DeviceFacts;
+  readonly layout: PaddedLayout;
+  readonly scheme: Scheme;
+}
+
+/** Where sequences lie in the padded buffers. */
+export interface PaddedLayout {
+  /** Rows of Q and of K of all sequences, padded. */
+  readonly paddedQueries: number;
+  readonly paddedKeys: number;
+  /** Longest padded sequences, and tiles in them. */
+  readonly queryTiles: number;
+  readonly keyTiles: number;
+  readonly table: Int32Array;
+}
+
+/** What a kernel choice means on a target. */
+export interface Scheme {
+  readonly qkFormat: 's8' | 's4';
+  readonly largest: 127 | 7;
+  readonly paddedDim: number;
+  readonly qkRowBytes: number;
+  readonly pvFormat: AttentionConfig['pvFormat'];
+  readonly accumulate: AttentionConfig['accumulate'];
+  readonly paddedValueDim: number;
+  readonly vMax: number;
+  readonly queryGroups: readonly [tokens: 32 | 128, groups: 1 | 8];
+  readonly keyGroups: 1 | 4;
+}
+
+const ACCUMULATE = {
+  f16: { fp32: 'f32', fp16: 'f16', 'fp16+fp32': 'f16-per-tile' },
+  e4m3: { fp32: 'f32', 'fp32+fp32': 'f32-per-tile', 'fp32+fp16': 'f16-per-tile' },
+} as const;
+
+/** The scheme of a kernel choice; see the tables in DESIGN sections 2 and 4. */
+export function schemeOf(problem: AttentionProblem, choice: KernelChoice, target: Target): Scheme {
+  const features = TARGET_FEATURES[target];
+  const { descriptor, qkQuantGran, pvAccumDtype } = choice;
+  const int4 = descriptor.name === 'qk-int4-pv-fp8-cuda';
+  const fp8 = int4 || descriptor.name === 'qk-int8-pv-fp8-cuda';
+  if (fp8 && !features.fp8Conversions) {
+    throw new InvalidArgumentError(
+      'unsupported-option',
+      'options.kernel',
+      `a kernel without FP8 on ${target}`,
+      descriptor.name,
+    );
+  }
+  const qkFormat = int4 && features.int4Mma ? 's4' : 's8';
+  const paddedDim = roundUp(problem.headDim, qkFormat === 's4' ? 64 : 32);
+  const pvFormat = !fp8 ? 'f16' : features.fp8Mma ? 'e4m3' : 'e4m3-as-f16';
+  const accumulate =
+    pvFormat === 'f16'
+      ? ACCUMULATE.f16[pvAccumDtype as keyof typeof ACCUMULATE.f16]
+      : pvFormat === 'e4m3'
+        ? ACCUMULATE.e4m3[pvAccumDtype as keyof typeof ACCUMULATE.e4m3]
+        : // FP16 products are summed in true FP32 at full rate: nothing is gained by less.
+          'f32';
+  return {
+    qkFormat,
+    largest: int4 ? 7 : 127,
+    paddedDim,
+    qkRowBytes: qkFormat === 's4' ? paddedDim / 2 : paddedDim,
+    pvFormat,
+    accumulate,
+    paddedValueDim: roundUp(problem.valueDim, fp8 ? 32 : 16),
+    vMax: accumulate === 'f16-per-tile' && fp8 ? V_FP8_MAX.fp16Accumulator : V_FP8_MAX.default,
+    queryGroups: qkQuantGran === 'per-block' ? [128, 1] : qkQuantGran === 'per-warp' ? [32, 1] : [32, 8],
+    keyGroups: qkQuantGran === 'per-thread' ? 4 : 1,
+  };
+}
+
+/** Padded places of a problem's sequences. */
+export function paddedLayoutOf(problem: AttentionProblem): PaddedLayout {
+  const sequences = sequencesOf(problem);
+  const table = new Int32Array(sequences.length * SEQUENCE_INTS);
+  let paddedQueries = 0;
+  let paddedKeys = 0;
+  for (const { index, queryStart, queryLength, keyStart, keyLength } of sequences) {
+    table.set([queryStart, queryLength, keyStart, keyLength, paddedQueries, paddedKeys], index * SEQUENCE_INTS);
+    paddedQueries += roundUp(queryLength, BLOCK_Q);
+    paddedKeys += roundUp(keyLength, BLOCK_K);
+  }
+  const largestRow = Math.max(problem.queryHeads * paddedQueries, problem.kvHeads * paddedKeys);
+  if (largestRow >= 2 ** 31 || Math.max(problem.queryLength, problem.keyLength) >= NO_LIMIT) {
+    throw new InvalidArgumentError(
+      'unsupported-size',
+      'q',
+      'fewer than 2^31 padded tokens over all heads and sequences, and sequences shorter than 2^30',
+      `${largestRow} tokens`,
+    );
+  }
+  return {
+    paddedQueries,
+    paddedKeys,
+    queryTiles: Math.ceil(problem.queryLength / BLOCK_Q),
+    keyTiles: Math.ceil(problem.keyLength / BLOCK_K),
+    table,
+  };
+}
+
+/** The largest load that an operand's place in memory allows. */
+function loadWidthOf(operand: OperandLayout, dim: number, dtype: DType, alignment: number): LoadWidth {
+  const whole = [operand.offset, operand.batchStride, operand.headStride, operand.tokenStride, dim];
+  for (const width of [8, 4, 2] as const) {
+    const bytes = Math.min(16, width * BYTES[dtype]);
+    if (alignment % bytes === 0 && whole.every((elements) => elements % width === 0)) return width;
+  }
+  return 1;
+}
+
+const modules = new Map<string, SimulatableModule>();
+
+/** One object for each configuration, so that devices load it once. */
+function moduleOf<C extends object>(make: (config: C) => Kernel, config: C): SimulatableModule {
+  const id = `${make.name}:${JSON.stringify(config)}`;
+  let module = modules.get(id);
+  if (module === undefined) {
+    let made: Kernel | undefined;
+    const kernel = () => {
+      made ??= make(config);
+      return made;
+    };
+    module = { id, kernel, ptx: () => printKernel(kernel()) };
+    modules.set(id, module);
+  }
+  return module;
+}
+
+const pointer = (buffer: BufferName | undefined, byteOffset = 0): KernelArgument =>
+  buffer === undefined ? { kind: 'null' } : { kind: 'pointer', buffer, byteOffset };
+const u32 = (value: number): KernelArgument => ({ kind: 'u32', value });
+const s32 = (value: number): KernelArgument => ({ kind: 's32', value });
+const u64 = (value: number): KernelArgument => ({ kind: 'u64', value });
+const f32 = (value: number): KernelArgument => ({ kind: 'f32', value });
+
+/** Arguments by name, in the order in which the kernel declares them; a pointer left out is null. */
+function inOrder<N extends string>(names: readonly N[], values: Partial<Record<N, KernelArgument>>): KernelArgument[] {
+  return names.map((name) => values[name] ?? { kind: 'null' });
+}
+
+function launch(
+  name: string,
+  module: SimulatableModule,
+  entry: string,
+  blocks: number,
+  threads: number,
+  sharedBytes: number,
+  args: KernelArgument[],
+): KernelLaunch {
+  if (blocks >= 2 ** 31) {
+    throw new InvalidArgumentError('unsupported-size', 'q', 'a grid of fewer than 2^31 blocks', String(blocks));
+  }
+  return { name, module, entry, grid: [blocks, 1, 1], block: [threads, 1, 1], sharedBytes, arguments: args };
+}
+
+const strideBytes = (operand: OperandLayout, dtype: DType) =>
+  [operand.batchStride, operand.headStride, operand.tokenStride].map((stride) => u64(stride * BYTES[dtype]));
+
+function contextOf(problem: AttentionProblem, choice: KernelChoice, device: DeviceFacts): Context {
+  return { problem, choice, device, layout: paddedLayoutOf(problem), scheme: schemeOf(problem, choice, device.target) };
+}
+
+/** Bytes of the buffers that hold quantized K and V. */
+function keyValueBytes({ problem, choice, layout, scheme }: Context): Record<BufferName, number> {
+  const { kvHeads, batch } = problem;
+  const rows = kvHeads * layout.paddedKeys;
+  const fp8 = scheme.pvFormat !== 'f16';
+  return {
+    key: rows * scheme.qkRowBytes,
+    keyScale: (rows / BLOCK_K) * scheme.keyGroups * 4,
+    keyFaults: (rows / BLOCK_K) * 8,
+    ...(choice.smoothK ? { keyMean: batch * kvHeads * scheme.paddedDim * 4 } : {}),
+    value: rows * scheme.paddedValueDim * (fp8 ? 1 : 2),
+    ...(fp8 ? { valueScale: batch * kvHeads * scheme.paddedValueDim * 4 } : {}),
+    ...(choice.smoothV ? { valueMean: batch * kvHeads * scheme.paddedValueDim * 4 } : {}),
+  };
+}
+
+/** Quantizes K and V. */
+function keyValueLaunches(context: Context): KernelLaunch[] {
+  const { problem, choice, device, layout, scheme } = context;
+  const { target, pointerAlignment = 16 } = device;
+  const { batch, kvHeads, dtype, headDim, valueDim, k, v } = problem;
+  const launches: KernelLaunch[] = [];
+  if (layout.keyTiles === 0 || batch * kvHeads === 0) return launches;
+  const keyWidth = loadWidthOf(k, headDim, dtype, pointerAlignment);
+  const valueWidth = loadWidthOf(v, valueDim, dtype, pointerAlignment);
+
+  const meanOf = (name: string, input: 'k' | 'v', config: ChannelMeanConfig, mean: BufferName) => {
+    const module = moduleOf(channelMean, config);
+    const operand = problem[input];
+    const args = [
+      ...inOrder(CHANNEL_MEAN_POINTERS, {
+        sequences: pointer('sequences'),
+        input: pointer(input, operand.offset * BYTES[dtype]),
+        mean: pointer(mean),
+      }),
+      ...inOrder(CHANNEL_MEAN_INTEGERS, { heads: u32(kvHeads) }),
+      ...strideBytes(operand, dtype),
+    ];
+    launches.push(
+      launch(name, module, 'channelMean', batch * kvHeads, CHANNEL_MEAN_THREADS, module.kernel().sharedBytes, args),
+    );
+  };
+  if (choice.smoothK) {
+    const config = { target, dtype, dim: headDim, paddedDim: scheme.paddedDim, loadWidth: keyWidth };
+    meanOf('mean of K', 'k', config, 'keyMean');
+  }
+  if (choice.smoothV) {
+    const config = { target, dtype, dim: valueDim, paddedDim: scheme.paddedValueDim, loadWidth: valueWidth };
+    meanOf('mean of V', 'v', config, 'valueMean');
+  }
+
+  const keyConfig: QuantizeTokensConfig = {
+    target,
+    operand: 'key',
+    dtype,
+    headDim,
+    paddedDim: scheme.paddedDim,
+    loadWidth: keyWidth,
+    container: scheme.qkFormat,
+    largest: scheme.largest,
+    blockTokens: BLOCK_K,
+    groupTokens: BLOCK_K,
+    groups: scheme.keyGroups,
+    keyMean: choice.smoothK,
+    smoothQ: false,
+  };
+  const keyModule = moduleOf(quantizeTokens, keyConfig);
+  launches.push(
+    launch(
+      'quantize K',
+      keyModule,
+      'quantizeKey',
+      layout.keyTiles * kvHeads * batch,
+      quantizeTokensThreads(keyConfig),
+      keyModule.kernel().sharedBytes,
+      [
+        ...inOrder(QUANTIZE_TOKENS_POINTERS, {
+          sequences: pointer('sequences'),
+          input: pointer('k', k.offset * BYTES[dtype]),
+          ...(choice.smoothK ? { keyMean: pointer('keyMean') } : {}),
+          quantized: pointer('key'),
+          scale: pointer('keyScale'),
+          keyFaults: pointer('keyFaults'),
+        }),
+        ...inOrder(QUANTIZE_TOKENS_INTEGERS, {
+          heads: u32(kvHeads),
+          blocks: u32(layout.keyTiles),
+          paddedTokens: u32(layout.paddedKeys),
+          headsPerKeyHead: u32(1),
+        }),
+        ...strideBytes(k, dtype),
+        f32(0),
+      ],
+    ),
+  );
+
+  const valueConfig: ValueConfig = {
+    target,
+    dtype,
+    valueDim,
+    paddedValueDim: scheme.paddedValueDim,
+    loadWidth: valueWidth,
+    smoothV: choice.smoothV,
+    keyScales: scheme.keyGroups,
+  };
+  const valueArguments = (blocks: number) => [
+    ...inOrder(VALUE_POINTERS, {
+      sequences: pointer('sequences'),
+      input: pointer('v', v.offset * BYTES[dtype]),
+      ...(choice.smoothV ? { valueMean: pointer('valueMean') } : {}),
+      ...(scheme.pvFormat === 'f16'
+        ? {}
+        : { valueMaximum: pointer('valueMaximum'), valueScale: pointer('valueScale') }),
+      value: pointer('value'),
+      keyScale: pointer('keyScale'),
+      keyFaults: pointer('keyFaults'),
+    }),
+    ...inOrder(VALUE_INTEGERS, { heads: u32(kvHeads), blocks: u32(blocks), paddedTokens: u32(layout.paddedKeys) }),
+    ...strideBytes(v, dtype),
+  ];
+  const valueTiles = Math.ceil(problem.keyLength / VALUE_BLOCK);
+  if (scheme.pvFormat === 'f16') {
+    const module = moduleOf(convertValue, valueConfig);
+    const blocks = valueTiles * kvHeads * batch;
+    launches.push(
+      launch('convert V', module, 'convertValue', blocks, valueThreads(valueConfig), 0, valueArguments(valueTiles)),
+    );
+    return launches;
+  }
+  const maximumModule = moduleOf(valueMaximum, valueConfig);
+  launches.push(
+    launch(
+      'maxima of V',
+      maximumModule,
+      'valueMaximum',
+      VALUE_CHUNKS * kvHeads * batch,
+      valueThreads(valueConfig),
+      maximumModule.kernel().sharedBytes,
+      valueArguments(VALUE_CHUNKS),
+    ),
+  );
+  const quantizeConfig = { ...valueConfig, vMax: scheme.vMax };
+  launches.push(
+    launch(
+      'quantize V',
+      moduleOf(quantizeValue, quantizeConfig),
+      'quantizeValue',
+      valueTiles * kvHeads * batch,
+      quantizeValueThreads(valueConfig),
+      0,
+      valueArguments(valueTiles),
+    ),
+  );
+  return launches;
+}
+
+/** Into how many parts the keys are split so that the card is filled; 1 when it is anyway. */
+function splitsOf({ problem, device, layout }: Context, residentBlocks: number): number {
+  const blocks = layout.queryTiles * problem.queryHeads * problem.batch;
+  if (blocks === 0) return 1;
+  // A part of fewer than four tiles is not worth its prologue.
+  const most = Math.max(1, Math.floor(layout.keyTiles / 4));
+  return Math.max(1, Math.min(64, most, Math.floor((device.multiprocessors * residentBlocks) / blocks)));
+}
+
+/** Quantizes Q and attends to quantized K and V. */
+function attendLaunches(context: Context): Pick<LaunchSequence, 'launches' | 'scratch'> {
+  const { problem, choice, device, layout, scheme } = context;
+  const { target, pointerAlignment = 16 } = device;
+  const { batch, queryHeads, kvHeads, dtype, headDim, valueDim, q, mask } = problem;
+  const launches: KernelLaunch[] = [];
+  const blocks = layout.queryTiles * queryHeads * batch;
+  if (blocks === 0) return { launches, scratch: {} };
+  const rows = queryHeads * layout.paddedQueries;
+  const headsPerKeyHead = queryHeads / kvHeads;
+  const [groupTokens, groups] = scheme.queryGroups;
+
+  const queryConfig: QuantizeTokensConfig = {
+    target,
+    operand: 'query',
+    dtype,
+    headDim,
+    paddedDim: scheme.paddedDim,
+    loadWidth: loadWidthOf(q, headDim, dtype, pointerAlignment),
+    container: scheme.qkFormat,
+    largest: scheme.largest,
+    blockTokens: BLOCK_Q,
+    groupTokens,
+    groups,
+    keyMean: choice.smoothK && layout.keyTiles > 0,
+    smoothQ: choice.smoothQ,
+  };
+  const queryModule = moduleOf(quantizeTokens, queryConfig);
+  launches.push(
+    launch(
+      'quantize Q',
+      queryModule,
+      'quantizeQuery',
+      blocks,
+      quantizeTokensThreads(queryConfig),
+      queryModule.kernel().sharedBytes,
+      [
+        ...inOrder(QUANTIZE_TOKENS_POINTERS, {
+          sequences: pointer('sequences'),
+          input: pointer('q', q.offset * BYTES[dtype]),
+          ...(queryConfig.keyMean ? { keyMean: pointer('keyMean') } : {}),
+          quantized: pointer('query'),
+          scale: pointer('queryScale'),
+          rowBias: pointer('rowBias'),
+          ...(choice.smoothQ ? { queryMean: pointer('queryMean') } : {}),
+        }),
+        ...inOrder(QUANTIZE_TOKENS_INTEGERS, {
+          heads: u32(queryHeads),
+          blocks: u32(layout.queryTiles),
+          paddedTokens: u32(layout.paddedQueries),
+          headsPerKeyHead: u32(headsPerKeyHead),
+        }),
+        ...strideBytes(q, dtype),
+        f32(problem.smScale),
+      ],
+    ),
+  );
+
+  const meanScoreKeys = layout.keyTiles * BLOCK_K;
+  if (choice.smoothQ && layout.keyTiles > 0) {
+    const config: MeanScoresConfig = {
+      target,
+      dtype,
+      headDim,
+      paddedDim: scheme.paddedDim,
+      loadWidth: loadWidthOf(problem.k, headDim, dtype, pointerAlignment),
+      keyMean: choice.smoothK,
+    };
+    const module = moduleOf(meanScores, config);
+    launches.push(
+      launch(
+        'scores of the means of Q',
+        module,
+        'meanScores',
+        layout.keyTiles * queryHeads * batch,
+        MEAN_SCORES_THREADS,
+        module.kernel().sharedBytes,
+        [
+          ...inOrder(MEAN_SCORES_POINTERS, {
+            sequences: pointer('sequences'),
+            input: pointer('k', problem.k.offset * BYTES[dtype]),
+            ...(choice.smoothK ? { keyMean: pointer('keyMean') } : {}),
+            queryMean: pointer('queryMean'),
+            meanScores: pointer('meanScores'),
+          }),
+          ...inOrder(MEAN_SCORES_INTEGERS, {
+            queryHeads: u32(queryHeads),
+            headsPerKeyHead: u32(headsPerKeyHead),
+            keyTiles: u32(layout.keyTiles),
+            paddedQueries: u32(layout.paddedQueries),
+            meanScoreKeys: u32(meanScoreKeys),
+          }),
+          ...strideBytes(problem.k, dtype),
+          f32(problem.smScale * LOG2_E),
+        ],
+      ),
+    );
+  }
+
+  const fp8 = scheme.pvFormat !== 'f16';
+  const valueTileBytes = BLOCK_K * scheme.paddedValueDim * (fp8 ? 1 : 2);
+  const tile = chooseTile(target, scheme.qkRowBytes, scheme.paddedValueDim, valueTileBytes);
+  const splits = splitsOf(context, tile.minBlocksPerMultiprocessor);
+  const [left, right] = problem.windowSize;
+  const config: AttentionConfig = {
+    target,
+    qkFormat: scheme.qkFormat,
+    qkRowBytes: scheme.qkRowBytes,
+    pvFormat: scheme.pvFormat,
+    accumulate: scheme.accumulate,
+    valueDim,
+    paddedValueDim: scheme.paddedValueDim,
+    ...tile,
+    queryScales: scheme.queryGroups,
+    keyScales: scheme.keyGroups,
+    // FP16 holds P up to 2^8 as well as up to 1; FP16 sums and E4M3, whose maximum is P's already, have no room.
+    rescaleThreshold: scheme.pvFormat !== 'e4m3' && scheme.accumulate === 'f32' ? 8 : 0,
+    banded: problem.isCausal || left !== Number.POSITIVE_INFINITY || right !== Number.POSITIVE_INFINITY,
+    mask: mask === undefined ? 'none' : mask.dtype === 'bool' ? 'boolean' : mask.dtype,
+    softcap: problem.softcap !== 0,
+    smoothQ: choice.smoothQ,
+    smoothV: choice.smoothV,
+    outputType: dtype,
+    lse: problem.returnLse,
+    split: splits > 1,
+  };
+  const output = outputLayoutOf(problem);
+  const varlen = problem.sequences !== undefined;
+  const lseLength = lseShapeOf(problem).at(-1) as number;
+  const outputStrides = {
+    outputBatch: u64(output.batchStride * BYTES[dtype]),
+    outputHead: u64(output.headStride * BYTES[dtype]),
+    outputToken: u64(output.tokenStride * BYTES[dtype]),
+    lseBatch: u64(varlen ? 0 : queryHeads * lseLength * 4),
+    lseHead: u64(lseLength * 4),
+  };
+  const maskBytes = mask === undefined ? 0 : mask.dtype === 'bool' ? 1 : BYTES[mask.dtype];
+  const [maskBatch, maskHead, maskQuery, maskKey] = (mask?.strides ?? [0, 0, 0, 0]).map((stride) =>
+    u64(stride * maskBytes),
+  ) as [KernelArgument, KernelArgument, KernelArgument, KernelArgument];
+  const module = moduleOf(attention, config);
+  launches.push(
+    launch('attention', module, 'attention', blocks * splits, tile.warps * 32, module.kernel().sharedBytes, [
+      ...inOrder(ATTENTION_POINTERS, {
+        sequences: pointer('sequences'),
+        query: pointer('query'),
+        queryScale: pointer('queryScale'),
+        rowBias: pointer('rowBias'),
+        key: pointer('key'),
+        keyScale: pointer('keyScale'),
+        keyFaults: pointer('keyFaults'),
+        value: pointer('value'),
+        ...(fp8 ? { valueScale: pointer('valueScale') } : {}),
+        ...(choice.smoothV ? { valueMean: pointer('valueMean') } : {}),
+        ...(choice.smoothQ ? { meanScores: pointer('meanScores') } : {}),
+        ...(mask === undefined ? {} : { mask: pointer('mask', mask.offset * maskBytes) }),
+        output: splits > 1 ? pointer('partialOutput') : pointer('output'),
+        ...(splits > 1 ? { lse: pointer('partialLse') } : problem.returnLse ? { lse: pointer('lse') } : {}),
+      }),
+      ...inOrder(ATTENTION_INTEGERS, {
+        queryHeads: u32(queryHeads),
+        headsPerKeyHead: u32(headsPerKeyHead),
+        queryTiles: u32(layout.queryTiles),
+        splits: u32(splits),
+        paddedQueries: u32(layout.paddedQueries),
+        paddedKeys: u32(layout.paddedKeys),
+        meanScoreKeys: u32(meanScoreKeys),
+      }),
+      ...inOrder(ATTENTION_STRIDES, { maskBatch, maskHead, maskQuery, maskKey, ...outputStrides }),
+      s32(Math.min(left, NO_LIMIT)),
+      s32(problem.isCausal ? 0 : Math.min(right, NO_LIMIT)),
+      u32(problem.causalAlignment === 'bottom-right' ? 1 : 0),
+      f32(problem.smScale * LOG2_E),
+      f32(problem.softcap * LOG2_E),
+    ]),
+  );
+
+  if (splits > 1) {
+    const combineConfig: CombineConfig = {
+      target,
+      valueDim,
+      paddedValueDim: scheme.paddedValueDim,
+      outputType: dtype,
+      lse: problem.returnLse,
+    };
+    const rowBlocks = Math.ceil(problem.queryLength / COMBINE_ROWS);
+    launches.push(
+      launch(
+        'combine splits',
+        moduleOf(combine, combineConfig),
+        'combine',
+        rowBlocks * queryHeads * batch,
+        COMBINE_ROWS * 32,
+        0,
+        [
+          ...inOrder(COMBINE_POINTERS, {
+            sequences: pointer('sequences'),
+            partialOutput: pointer('partialOutput'),
+            partialLse: pointer('partialLse'),
+            output: pointer('output'),
+            ...(problem.returnLse ? { lse: pointer('lse') } : {}),
+          }),
+          ...inOrder(COMBINE_INTEGERS, {
+            queryHeads: u32(queryHeads),
+            rowBlocks: u32(rowBlocks),
+            splits: u32(splits),
+            paddedQueries: u32(layout.paddedQueries),
+          }),
+          ...inOrder(COMBINE_STRIDES, outputStrides),
+        ],
+      ),
+    );
+  }
+  return {
+    launches,
+    scratch: {
+      query: rows * scheme.qkRowBytes,
+      queryScale: (rows / groupTokens) * groups * 4,
+      rowBias: rows * 4,
+      ...(choice.smoothQ
+        ? {
+            queryMean: (rows / BLOCK_Q) * scheme.paddedDim * 4,
+            meanScores: Math.max(4, (rows / BLOCK_Q) * meanScoreKeys * 4),
+          }
+        : {}),
+      ...(splits > 1
+        ? { partialOutput: splits * rows * scheme.paddedValueDim * 4, partialLse: splits * rows * 4 }
+        : {}),
+    },
+  };
+}
+
+/** Scratch that quantizing K and V needs for itself. */
+function keyValueScratch({ problem, scheme }: Context): Record<BufferName, number> {
+  if (scheme.pvFormat === 'f16') return {};
+  return { valueMaximum: problem.batch * problem.kvHeads * VALUE_CHUNKS * scheme.paddedValueDim * 4 };
+}
+
+const constantsOf = ({ layout }: Context): Record<BufferName, Uint8Array> => ({
+  sequences: new Uint8Array(layout.table.buffer),
+});
+
+/**
+ * A whole call: buffers `q`, `k`, `v`, `output` and, where the problem has them, `mask` and `lse`.
+ *
+ * @throws {InvalidArgumentError} when the problem is too large or the target lacks the kernel's formats
+ */
+export function planLaunches(problem: AttentionProblem, choice: KernelChoice, device: DeviceFacts): LaunchSequence {
+  const context = contextOf(problem, choice, device);
+  const attend = attendLaunches(context);
+  return {
+    scratch: { ...keyValueBytes(context), ...keyValueScratch(context), ...attend.scratch },
+    constants: constantsOf(context),
+    launches: [...keyValueLaunches(context), ...attend.launches],
+  };
+}
+
+/**
+ * The part of a call that depends on K and V only: buffers `k`, `v` in, {@link KEY_VALUE_BUFFERS} out, whose sizes are `kept`.
+ */
+export function planKeyValue(
+  problem: AttentionProblem,
+  choice: KernelChoice,
+  device: DeviceFacts,
+): LaunchSequence & { readonly kept: Readonly<Record<BufferName, number>> } {
+  const context = contextOf(problem, choice, device);
+  return {
+    kept: keyValueBytes(context),
+    scratch: keyValueScratch(context),
+    constants: constantsOf(context),
+    launches: keyValueLaunches(context),
+  };
+}
+
+/** The rest of it: attends to the buffers that {@link planKeyValue} filled. (`smoothQ` reads `k` once more.) */
+export function planAttend(problem: AttentionProblem, choice: KernelChoice, device: DeviceFacts): LaunchSequence {
+  const context = contextOf(problem, choice, device);
+  return { ...attendLaunches(context), constants: constantsOf(context) };
+}
