@@ -244,8 +244,8 @@ it('demo compares exact attention and SageAttention on a text, in pieces and as 
   const report = JSON.parse(await readFile(json, 'utf8')) as DemoReport;
   expect(report).toMatchObject({ schema: 'sageattention-demo/1', backend: 'wasm', text: file });
   const { sentences, pieces, oneSequence } = report;
-  expect(pieces.longest).toBe(128);
-  expect(pieces.tokens).toBe(oneSequence.ofTokens);
+  expect(report.textTokens).toBeGreaterThan(150);
+  expect(pieces).toMatchObject({ sequences: 2, tokens: 150, longest: 128 });
   expect(oneSequence).toMatchObject({ sequences: 1, tokens: 150, longest: 150 });
   expect(sentences.exactSimilarity).toHaveLength(sentences.texts.length);
   for (const [i, row] of sentences.exactSimilarity.entries()) expect(row[i]).toBeCloseTo(1, 6);

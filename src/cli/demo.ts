@@ -41,6 +41,7 @@ export interface DemoReport {
   readonly machine: Machine;
   readonly backend: BackendName;
   readonly text: string;
+  readonly textTokens: number;
   readonly sentences: EncoderComparison & {
     readonly texts: readonly string[];
     /** Cosine similarity of every two sentences. */
@@ -48,10 +49,10 @@ export interface DemoReport {
     readonly sageSimilarity: readonly (readonly number[])[];
     readonly largestDifference: number;
   };
-  /** The text in pieces as the model was trained. */
+  /** The text, or its first `maxTokens`, in pieces as the model was trained. */
   readonly pieces: EncoderComparison;
-  /** The text, or its first `maxTokens`, as one sequence. */
-  readonly oneSequence: EncoderComparison & { readonly ofTokens: number };
+  /** The same tokens as one sequence. */
+  readonly oneSequence: EncoderComparison;
 }
 
 async function readText(file: string | undefined): Promise<{ title: string; text: string }> {
@@ -187,27 +188,22 @@ export async function demo({ text: file, backend, kernel, maxTokens, json }: Dem
   print();
   printComparison(sentenceReport);
 
-  const pieces = cut(tokens, TRAINED_LENGTH);
+  const used = tokens.slice(0, maxTokens);
+  const which = used.length < tokens.length ? `The first ${count(used.length)} tokens` : 'The whole text';
+  const pieces = cut(used, TRAINED_LENGTH);
   print();
-  print(
-    bold(`2. The whole text in ${pieces.length} pieces of at most ${TRAINED_LENGTH} tokens, as the model was trained`),
-  );
+  print(bold(`2. ${which} in ${pieces.length} pieces of at most ${TRAINED_LENGTH}, as the model was trained`));
   const inPieces = await compareEncoders(encoder, pieces, selection, 'pieces', TRAINED_LENGTH, peer);
   printComparison(inPieces.comparison);
 
-  const sequence = tokens.slice(0, maxTokens);
   print();
-  print(
-    bold(
-      `3. ${sequence.length < tokens.length ? 'The start of the text' : 'The text'} as one sequence of ${count(sequence.length)} tokens`,
-    ),
-  );
+  print(bold(`3. ${which} as one sequence of ${count(used.length)} tokens`));
   print(
     dim(
       `Beyond what the model was trained for (${TRAINED_LENGTH} tokens): the embedding means little. What it shows is how accurate and how fast attention is on real activations at this length.`,
     ),
   );
-  const inOne = await compareEncoders(encoder, [sequence], selection, 'one sequence', Number.POSITIVE_INFINITY, peer);
+  const inOne = await compareEncoders(encoder, [used], selection, 'one sequence', Number.POSITIVE_INFINITY, peer);
   printComparison(inOne.comparison);
 
   if (json !== undefined) {
@@ -216,9 +212,10 @@ export async function demo({ text: file, backend, kernel, maxTokens, json }: Dem
       machine: thisMachine(),
       backend: selection.backend,
       text: title,
+      textTokens: tokens.length,
       sentences: sentenceReport,
       pieces: inPieces.comparison,
-      oneSequence: { ...inOne.comparison, ofTokens: tokens.length },
+      oneSequence: inOne.comparison,
     };
     await writeReport(json, JSON.stringify(report, null, 2));
   }

@@ -23,7 +23,12 @@ function createProgram(): Command {
     .option('-t, --text <file>', 'a UTF-8 text of your own; default: a chapter of a book that comes with the package')
     .addOption(backendOption('where SageAttention runs'))
     .addOption(kernelOption('which kernel it runs'))
-    .option('--max-tokens <n>', 'tokens of the text to take as one sequence, beyond training', integer(1), 16384)
+    .option(
+      '--max-tokens <n>',
+      'tokens of the text to use; exact attention over 16384 takes minutes',
+      integer(1),
+      16384,
+    )
     .option('--json <file>', 'write every figure to a file')
     .action(async (options) => (await import('./demo.ts')).demo(options));
 
