@@ -73,7 +73,7 @@ function errorChart(results: readonly Measured[], color: Plot.ScaleOptions): str
   return chart({
     width: 500,
     height: 74 + 26 * new Set(results.map(series)).size,
-    marginLeft: 190,
+    marginLeft: 215,
     marginBottom: 44,
     color,
     x: {
