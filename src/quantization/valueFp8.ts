@@ -51,10 +51,16 @@ export function quantizeValueFp8(v: Float32Array, dim: number, options: ValueFp8
       if (magnitude > largest && magnitude !== Number.POSITIVE_INFINITY) largest = magnitude;
     }
     scales[channel] = largest / vMax;
-    const reciprocal = largest === 0 ? 0 : Math.fround(vMax / largest);
+    const scale = scales[channel] as number;
+    // As the CUDA kernels do, which multiply; the reciprocal of a subnormal scale would overflow, so that one divides.
+    const reciprocal = Math.fround(vMax / largest);
+    const quantize = (value: number) => {
+      if (scale === 0) return 0;
+      return Math.fround(Number.isFinite(reciprocal) ? value * reciprocal : value / scale);
+    };
     for (let token = 0; token < length; token++) {
       const value = Math.fround((v[token * dim + channel] as number) - offset);
-      const scaled = Number.isFinite(value) ? Math.fround(value * reciprocal) : Number.NaN;
+      const scaled = Number.isFinite(value) ? quantize(value) : Number.NaN;
       codes[channel * paddedLength + permutedPosition(token)] = e4m3FromNumber(scaled);
     }
   }

@@ -437,10 +437,13 @@ const extremes = [
     dtype: 'float16',
     bound: 'algorithm',
     options: { smScale: 1, returnLse: true },
-    edit: ({ q, k }, { d }) => {
-      // q.k reaches about 6e4, over the limit once scaled by log2(e).
-      fill(q, (i) => Math.sign(q[i] as number) * 30);
-      fill(k, (i) => Math.sign(k[i] as number) * (28 + (i % d) / d));
+    edit: ({ q, k }, { lq, lk, d, heads }) => {
+      // Each row's own key scores 64 * 30 * 28 = 53760, over the limit once scaled by log2(e); no other comes near.
+      fill(k, (i) => Math.sign(k[i] as number) * 28);
+      fill(q, (i) => {
+        const [head, row] = [Math.floor(i / (lq * d)) % heads, Math.floor(i / d) % lq];
+        return Math.sign(k[(head * lk + ((row * 7) % lk)) * d + (i % d)] as number) * 30;
+      });
     },
   }),
   dense('extreme', 'V near the float16 limit', {
