@@ -1,0 +1,144 @@
+/** The page's charts: Observable Plot, drawn to the width that there is, in the colours of the page. */
+import * as Plot from '@observablehq/plot';
+import { h } from './dom.ts';
+
+export { Plot };
+
+const dark = matchMedia('(prefers-color-scheme: dark)');
+
+/** Figures are drawn again when the colour scheme or the width changes. */
+const redraws = new Set<() => void>();
+dark.addEventListener('change', () => {
+  for (const redraw of redraws) redraw();
+});
+
+export interface Figure {
+  readonly element: HTMLElement;
+  /** `alt` says in words what the chart shows. */
+  draw(alt: string, options: (width: number) => Plot.PlotOptions): void;
+  note(text: string): void;
+}
+
+/** A figure whose box has its final size before anything is drawn in it. */
+export function figure(
+  title: string,
+  {
+    shape,
+    span = '',
+    legend,
+  }: { shape: 'square' | 'tall' | 'low' | 'list'; span?: '' | 'half' | 'full'; legend?: HTMLElement },
+): Figure {
+  const plot = h('div', { class: `plot ${shape}` });
+  const note = h('p', { class: 'note' });
+  const element = h('figure', span === '' ? {} : { class: span }, h('h3', {}, title), note, legend, plot);
+  let last: { alt: string; options: (width: number) => Plot.PlotOptions } | undefined;
+  const redraw = () => {
+    if (last === undefined) return;
+    const { width, height } = plot.getBoundingClientRect();
+    if (width === 0) return;
+    const drawn = Plot.plot({
+      width: Math.round(width),
+      height: Math.round(height),
+      style: { background: 'transparent', color: 'var(--ink)', fontSize: '12px', overflow: 'visible' },
+      ...last.options(width),
+    });
+    drawn.setAttribute('role', 'img');
+    drawn.setAttribute('aria-label', `${title}. ${last.alt}`);
+    for (const part of drawn.querySelectorAll('[aria-label]')) part.removeAttribute('aria-label');
+    plot.replaceChildren(drawn);
+  };
+  redraws.add(redraw);
+  let width = 0;
+  new ResizeObserver(([entry]) => {
+    const next = Math.round(entry?.contentRect.width ?? 0);
+    if (next !== width) redraw();
+    width = next;
+  }).observe(plot);
+  return {
+    element,
+    draw(alt, options) {
+      last = { alt, options };
+      redraw();
+    },
+    note(text) {
+      note.textContent = text;
+    },
+  };
+}
+
+type Rgb = readonly [number, number, number];
+const mix = (a: Rgb, b: Rgb, t: number) =>
+  `rgb(${a.map((from, i) => Math.round(from + ((b[i] as number) - from) * t)).join(', ')})`;
+
+/** Blue below zero, orange above; zero is the colour of the panel, so that dark pages are not lit up by zeros. */
+export function diverging(t: number): string {
+  const middle: Rgb = dark.matches ? [26, 30, 27] : [255, 255, 255];
+  const low: Rgb = dark.matches ? [108, 168, 240] : [28, 84, 162];
+  const high: Rgb = dark.matches ? [243, 154, 92] : [188, 84, 22];
+  const distance = Math.min(1, Math.abs(2 * t - 1)) ** 0.8;
+  return mix(middle, t < 0.5 ? low : high, distance);
+}
+
+/** From the colour of the panel to the accent. */
+export function sequential(t: number): string {
+  return dark.matches ? mix([26, 30, 27], [150, 226, 182], t) : mix([255, 255, 255], [16, 74, 48], t);
+}
+
+/** Told apart by lightness as well as by hue, on white and on near-black. */
+const SERIES = {
+  light: ['#2a6a4b', '#b0520f', '#3361b8', '#8c3a8f', '#6f6a12', '#a8324f'],
+  dark: ['#8bcfa9', '#f2a261', '#8fb4ff', '#d898da', '#d3c95f', '#ff9bb0'],
+} as const;
+
+export function seriesColor(index: number): string {
+  const colors = dark.matches ? SERIES.dark : SERIES.light;
+  return colors[index % colors.length] as string;
+}
+
+const legends = new Map<HTMLElement, readonly string[]>();
+
+function paintLegend(list: HTMLElement, names: readonly string[]): void {
+  list.replaceChildren(
+    ...names.map((name, i) => {
+      const swatch = h('i');
+      swatch.style.background = seriesColor(i);
+      return h('li', {}, swatch, name);
+    }),
+  );
+}
+redraws.add(() => {
+  for (const [list, names] of legends) paintLegend(list, names);
+});
+
+/** The key to colours; each name has the `seriesColor` of its place. */
+export function fillLegend(list: HTMLElement, names: readonly string[]): void {
+  legends.set(list, names);
+  paintLegend(list, names);
+}
+
+/** Rows by columns of values as one picture; row 0 on top. */
+export function heatMap(
+  values: ArrayLike<number>,
+  rows: number,
+  columns: number,
+  { domain, color, x, y }: { domain: readonly [number, number]; color: (t: number) => string; x: string; y: string },
+): Plot.PlotOptions {
+  const [low, high] = domain;
+  const span = high - low || 1;
+  return {
+    marginLeft: 40,
+    marginRight: 8,
+    marginTop: 8,
+    marginBottom: 40,
+    x: { domain: [0, columns], label: x, ticks: 5, tickSize: 4, labelAnchor: 'center', labelArrow: 'none' },
+    y: { domain: [rows, 0], label: y, ticks: 5, tickSize: 4, labelAnchor: 'center', labelArrow: 'none' },
+    color: { type: 'linear', domain: [0, 1], interpolate: color, clamp: true },
+    marks: [
+      Plot.raster(
+        Float32Array.from({ length: rows * columns }, (_, i) => ((values[i] as number) - low) / span),
+        { width: columns, height: rows, x1: 0, y1: 0, x2: columns, y2: rows, imageRendering: 'pixelated' },
+      ),
+      Plot.frame({ stroke: 'var(--line)' }),
+    ],
+  };
+}

@@ -1,0 +1,115 @@
+/** Section 1: what this device has, what the library makes of it, and whether it computes what it should. */
+import * as Comlink from 'comlink';
+import { byId, h, messageOf, say } from '../dom.ts';
+import { duration } from '../format.ts';
+import type { CheckResult } from '../self-check.ts';
+import type { BackendReport, DeviceApi, DeviceReport } from '../workers/device.ts';
+
+const TITLES = { webgpu: 'WebGPU', wasm: 'WebAssembly' } as const;
+
+/** What a kernel family is, for those who have not read the documentation. */
+const FAMILIES: Readonly<Record<string, string>> = {
+  matrix: 'Family matrix: 8-bit products on the matrix units, which this device offers to shaders.',
+  subgroup: 'Family subgroup: packed 8-bit dot products, with rows shared between the lanes of a subgroup.',
+  base: 'Family base: core WebGPU alone, as this device offers shaders nothing faster.',
+};
+
+function explain({ name, availability }: BackendReport, { crossOriginIsolated }: DeviceReport): string {
+  if (!availability.available) {
+    return [availability.reason, availability.remedy].filter((text) => text).join('. ');
+  }
+  if (name === 'webgpu') {
+    const family = FAMILIES[availability.details.family ?? ''] ?? '';
+    return availability.accelerated
+      ? family
+      : `${family} The adapter is a software driver: right, but slower than WebAssembly, which is taken instead.`;
+  }
+  return crossOriginIsolated
+    ? 'The page is cross-origin isolated, so threads can share one memory.'
+    : 'The page is not cross-origin isolated, so there is one thread. Its host must send the headers Cross-Origin-Opener-Policy: same-origin and Cross-Origin-Embedder-Policy: require-corp.';
+}
+
+function card(backend: BackendReport, report: DeviceReport): HTMLElement {
+  const { name, availability, kernels } = backend;
+  const { available, details } = availability;
+  const state = !available ? 'not available' : report.chosen === name ? 'in use' : 'available';
+  return h(
+    'article',
+    { class: 'card', 'data-backend': name },
+    h('header', {}, h('h3', {}, TITLES[name]), h('span', { class: state === 'in use' ? 'badge on' : 'badge' }, state)),
+    h('p', {}, explain(backend, report)),
+    available &&
+      h(
+        'dl',
+        {},
+        Object.entries(details).flatMap(([fact, value]) => [h('dt', {}, fact), h('dd', {}, value)]),
+        kernels.flatMap(({ name: kernel, summary }, i) => [
+          h('dt', {}, i === 0 ? 'kernels' : ''),
+          h('dd', {}, h('code', {}, kernel), ` ${summary}`),
+        ]),
+      ),
+  );
+}
+
+function statusOf({ chosen, backends }: DeviceReport): string {
+  const webgpu = backends.find(({ name }) => name === 'webgpu')?.availability;
+  const wasm = backends.find(({ name }) => name === 'wasm')?.availability;
+  if (chosen === 'webgpu') return `Running on WebGPU: ${webgpu?.details.adapter ?? 'an unnamed GPU'}.`;
+  if (wasm?.available !== true) return 'This browser runs neither WebGPU nor WebAssembly with SIMD.';
+  const why = webgpu?.available === true ? 'WebGPU here is a software driver' : 'This browser offers no WebGPU';
+  return `${why}, so everything below runs on WebAssembly: ${wasm.details.threads ?? ''}.`;
+}
+
+export async function startDevice(device: Comlink.Remote<DeviceApi>): Promise<DeviceReport> {
+  const cards = byId('backends');
+  const show = async () => {
+    const report = await device.describe();
+    say(byId('status'), statusOf(report));
+    cards.replaceChildren(...report.backends.map((backend) => card(backend, report)));
+    return report;
+  };
+  const report = await show();
+
+  const start = byId<HTMLButtonElement>('check-start');
+  const note = byId('check-note');
+  const lists = byId('checks');
+  start.addEventListener('click', async () => {
+    start.disabled = true;
+    lists.replaceChildren();
+    const byKernel = new Map<string, HTMLUListElement>();
+    let done = 0;
+    let failed = 0;
+    const onResult = ({ backend, kernel, name, milliseconds, failure }: CheckResult, total: number) => {
+      const title = `${TITLES[backend as BackendReport['name']]}, ${kernel}`;
+      let list = byKernel.get(title);
+      if (list === undefined) {
+        list = h('ul');
+        byKernel.set(title, list);
+        lists.append(h('div', {}, h('h3', {}, title), list));
+      }
+      done++;
+      if (failure !== undefined) failed++;
+      const mark = h('span', { 'aria-hidden': 'true' }, failure === undefined ? '✓' : '✗');
+      const said = h('span', {}, failure === undefined ? name : `${name}: wrong`);
+      list.append(
+        h(
+          'li',
+          { class: failure === undefined ? 'pass' : 'fail' },
+          mark,
+          said,
+          h('small', {}, failure ?? duration(milliseconds)),
+        ),
+      );
+      say(note, `${done} of ${total} checks, ${failed === 0 ? 'all passed so far' : `${failed} failed`}.`, failed > 0);
+    };
+    try {
+      await device.check(Comlink.proxy(onResult));
+      say(note, failed === 0 ? `All ${done} checks passed.` : `${failed} of ${done} checks failed.`, failed > 0);
+    } catch (error) {
+      say(note, messageOf(error), true);
+    } finally {
+      start.disabled = false;
+    }
+  });
+  return report;
+}

