@@ -277,10 +277,13 @@ class SessionBuilder {
     if (metadata?.isTensor !== true || !(String(metadata.type) in ELEMENT_TYPES)) {
       throw new Error(`value '${name}' between attentions is no tensor of a known type`);
     }
-    const shape = metadata.shape?.map((size) =>
-      typeof size === 'number' || this.#symbols.has(size) ? size : undefined,
-    );
+    const shape = metadata.shape?.map((size) => (this.#isKnown(size) ? size : undefined));
     return valueInfo(name, metadata.type as ElementTypeName, shape);
+  }
+
+  /** onnxruntime-web gives -1, an unknown size, as an unsigned number. */
+  #isKnown(size: OrtDimension): boolean {
+    return typeof size === 'number' ? size >= 0 && size < 2 ** 32 - 1 : this.#symbols.has(size);
   }
 
   inputs(): OrtValueMetadata[] {
