@@ -189,7 +189,7 @@ export async function demo({ text: file, backend, kernel, maxTokens, json }: Dem
   printComparison(sentenceReport);
 
   const used = tokens.slice(0, maxTokens);
-  const which = used.length < tokens.length ? `The first ${count(used.length)} tokens` : 'The whole text';
+  const which = `${used.length < tokens.length ? 'The first' : 'All'} ${count(used.length)} tokens`;
   const pieces = cut(used, TRAINED_LENGTH);
   print();
   print(bold(`2. ${which} in ${pieces.length} pieces of at most ${TRAINED_LENGTH}, as the model was trained`));
@@ -197,7 +197,7 @@ export async function demo({ text: file, backend, kernel, maxTokens, json }: Dem
   printComparison(inPieces.comparison);
 
   print();
-  print(bold(`3. ${which} as one sequence of ${count(used.length)} tokens`));
+  print(bold(`3. ${which} as one sequence`));
   print(
     dim(
       `Beyond what the model was trained for (${TRAINED_LENGTH} tokens): the embedding means little. What it shows is how accurate and how fast attention is on real activations at this length.`,
