@@ -1,4 +1,4 @@
-import { BackendUnavailableError, MissingPackageError, UnsupportedOptionError } from '../../attention/errors.ts';
+import { BackendUnavailableError, MissingPackageError } from '../../attention/errors.ts';
 import type { AttentionProblem } from '../../attention/problem.ts';
 import type { TensorView } from '../../tensor/tensor.ts';
 import type {
@@ -11,19 +11,17 @@ import type {
   RunContext,
 } from '../backend.ts';
 import { type Cuda, type CudaDevice, openCuda } from './driver/device.ts';
-import { CUDA_KERNELS, defaultKernelFor, MINIMUM_COMPUTE_CAPABILITY } from './kernel-table.ts';
-import type { LaunchSequence } from './launch.ts';
-import { type CapturedAttention, CudaPlan } from './plan.ts';
+import { CUDA_KERNELS, defaultKernelFor, MINIMUM_COMPUTE_CAPABILITY, targetFor } from './kernel-table.ts';
+import { type DeviceFacts, planAttend, planKeyValue, planLaunches } from './kernels/planLaunches.ts';
+import { CudaKeyValue } from './key-value.ts';
+import { AttentionRunner, type CapturedAttention, CudaPlan, operandsOf } from './plan.ts';
 
-/** What the choice of launches depends on besides the problem. */
-export interface GpuTarget {
-  /** major * 10 + minor. */
-  readonly computeCapability: number;
-  readonly multiprocessors: number;
+/** Makes launches of problems, without touching a device; tests put others in place of the kernels of this package. */
+export interface LaunchPlanner {
+  readonly planLaunches: typeof planLaunches;
+  readonly planKeyValue: typeof planKeyValue;
+  readonly planAttend: typeof planAttend;
 }
-
-/** Makes the launches of a problem, without touching a device. */
-export type LaunchPlanner = (problem: AttentionProblem, kernel: KernelChoice, gpu: GpuTarget) => LaunchSequence;
 
 export interface CudaBackendOptions {
   /** Default: the driver of this machine, see `openCuda`. */
@@ -65,7 +63,7 @@ export class CudaBackend implements Backend {
   constructor(options: CudaBackendOptions = {}) {
     this.#open = options.open ?? openCuda;
     this.#defaultDevice = options.device ?? 0;
-    this.#planner = options.planner ?? noKernels;
+    this.#planner = options.planner ?? { planLaunches, planKeyValue, planAttend };
   }
 
   /**
@@ -138,30 +136,41 @@ export class CudaBackend implements Backend {
     return kernel;
   }
 
-  #launches(device: CudaDevice, problem: AttentionProblem, kernel: KernelChoice): () => LaunchSequence {
-    if (device.computeCapability < MINIMUM_COMPUTE_CAPABILITY) throw tooOld(device);
-    return () => this.#planner(problem, kernel, device);
-  }
-
   async plan(problem: AttentionProblem, kernel: KernelChoice): Promise<CudaPlan> {
     const device = await this.device(problem);
-    return new CudaPlan(device, problem, kernel, this.#launches(device, problem, kernel));
+    const facts = factsOf(device);
+    return new CudaPlan(device, problem, kernel, () => this.#planner.planLaunches(problem, kernel, facts));
   }
 
   /** Captures one run over CUDA tensors into a graph. */
   async capture(problem: AttentionProblem, kernel: KernelChoice, inputs: AttentionInputs): Promise<CapturedAttention> {
     const device = await this.device(problem);
-    return CudaPlan.capture(device, problem, kernel, this.#launches(device, problem, kernel), inputs);
+    const facts = factsOf(device);
+    const runner = new AttentionRunner(device, problem, () => this.#planner.planLaunches(problem, kernel, facts));
+    try {
+      return runner.capture(operandsOf(problem, inputs));
+    } catch (error) {
+      runner.dispose();
+      throw error;
+    }
   }
 
   async prepareKeyValue(
-    _problem: AttentionProblem,
+    problem: AttentionProblem,
     kernel: KernelChoice,
-    _k: TensorView,
-    _v: TensorView,
-    _context: RunContext,
+    k: TensorView,
+    v: TensorView,
+    context: RunContext,
   ): Promise<PreparedKeyValue> {
-    throw new UnsupportedOptionError(kernel.descriptor.name, 'prepareKeyValue', 'whole calls', 'prepared keys');
+    const device = await this.device(problem);
+    const prepared = new CudaKeyValue(device, kernel, this.#planner, factsOf(device), problem);
+    try {
+      await prepared.append(k, v, problem, context);
+      return prepared;
+    } catch (error) {
+      prepared.dispose();
+      throw error;
+    }
   }
 
   async dispose(): Promise<void> {
@@ -179,6 +188,9 @@ const tooOld = (device: CudaDevice) =>
     `Use a GPU of compute capability ${MINIMUM_COMPUTE_CAPABILITY / 10} or later (Ampere), or backend 'webgpu'`,
   );
 
-const noKernels: LaunchPlanner = (_problem, kernel) => {
-  throw new UnsupportedOptionError(kernel.descriptor.name, 'options.kernel', 'nothing yet', kernel.descriptor.name);
-};
+/** What planning needs to know of a device. */
+function factsOf(device: CudaDevice): DeviceFacts {
+  const target = targetFor(device.computeCapability);
+  if (target === undefined) throw tooOld(device);
+  return { target, multiprocessors: device.multiprocessors };
+}

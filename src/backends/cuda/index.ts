@@ -7,7 +7,6 @@ export {
   CudaBackend,
   type CudaBackendOptions,
   createCudaBackend,
-  type GpuTarget,
   type LaunchPlanner,
 } from './backend.ts';
 export { type CaptureOptions, captureAttention } from './capture.ts';

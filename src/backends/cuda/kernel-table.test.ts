@@ -5,6 +5,7 @@ import {
   defaultKernelFor,
   descriptorOf,
   MINIMUM_COMPUTE_CAPABILITY,
+  targetFor,
 } from './kernel-table.ts';
 
 it.each([
@@ -27,4 +28,19 @@ it('has rows from the newest device to the minimum, each of a kernel that exists
   for (const { kernel } of DEFAULT_KERNELS) expect(descriptorOf(kernel).name).toBe(kernel);
   expect(new Set(CUDA_KERNELS.map(({ name }) => name)).size).toBe(CUDA_KERNELS.length);
   expect(() => descriptorOf('qk-int8-pv-int8')).toThrow(/no CUDA kernel/);
+});
+
+it.each([
+  [75, undefined],
+  [80, 'sm_80'],
+  [86, 'sm_86'],
+  [87, 'sm_80'],
+  [89, 'sm_89'],
+  [90, 'sm_90a'],
+  [100, 'sm_89'],
+  [103, 'sm_89'],
+  [120, 'sm_120a'],
+  [121, 'sm_89'],
+] as const)('compute capability %i gets PTX for %s', (capability, target) => {
+  expect(targetFor(capability)).toBe(target);
 });

@@ -2,11 +2,21 @@
 import type { KernelName } from '../../attention/kernels.ts';
 import { MAX_HEAD_DIM } from '../../attention/problem.ts';
 import type { KernelDescriptor } from '../backend.ts';
+import type { Target } from './ptx/targets.ts';
 
 /** Compute capability (major * 10 + minor) below which nothing here runs: `mma.m16n8k32` of INT8 and `cp.async` start there. */
 export const MINIMUM_COMPUTE_CAPABILITY = 80;
 
 export const CUDA_KERNELS: readonly KernelDescriptor[] = [
+  {
+    name: 'qk-int8-pv-fp16',
+    summary: 'INT8 QK per block, FP16 PV: the portable kernel, on mma.sync; sm_80 and later',
+    qkQuantGran: ['per-block'],
+    pvAccumDtype: ['fp32'],
+    smoothV: false,
+    smoothQ: false,
+    maxHeadDim: MAX_HEAD_DIM,
+  },
   {
     name: 'qk-int8-pv-fp16-cuda',
     summary: 'INT8 QK, FP16 PV on mma.sync; sm_80 and later',
@@ -66,4 +76,26 @@ export function descriptorOf(name: KernelName): KernelDescriptor {
 export function defaultKernelFor(computeCapability: number): KernelDescriptor | undefined {
   const row = DEFAULT_KERNELS.find(({ from }) => computeCapability >= from);
   return row === undefined ? undefined : descriptorOf(row.kernel);
+}
+
+/**
+ * PTX targets by compute capability, newest first. PTX of a plain target runs on every later device too; that of an `a` target
+ * only on its own, so what has none of its own takes the plain one before it.
+ */
+const TARGETS_FROM: readonly (readonly [from: number, target: Target])[] = [
+  [121, 'sm_89'],
+  [120, 'sm_120a'],
+  [91, 'sm_89'],
+  [90, 'sm_90a'],
+  [89, 'sm_89'],
+  [88, 'sm_86'],
+  // Orin has the shared memory of sm_80.
+  [87, 'sm_80'],
+  [86, 'sm_86'],
+  [80, 'sm_80'],
+];
+
+/** What kernels are compiled for on a device; undefined below the minimum. */
+export function targetFor(computeCapability: number): Target | undefined {
+  return TARGETS_FROM.find(([from]) => computeCapability >= from)?.[1];
 }

@@ -2,6 +2,7 @@
 import { beforeEach, describe, expect, it } from 'vitest';
 import { place } from '../../../test/support/tensors.ts';
 import { SageAttentionError } from '../../attention/errors.ts';
+import { prepareKeyValue } from '../../attention/key-value-cache.ts';
 import { type AttentionProblem, createProblem } from '../../attention/problem.ts';
 import { sageattn } from '../../attention/sageattn.ts';
 import { toFloat32 } from '../../tensor/access.ts';
@@ -66,7 +67,7 @@ function execute({ entry, parameters, memory }: FakeLaunch): void {
   if (u64(p(4)) !== 0n) floats(u64(p(4)), 1)[0] = 42;
 }
 
-function planner(problem: AttentionProblem): LaunchSequence {
+function planLaunches(problem: AttentionProblem): LaunchSequence {
   const { q, queryLength, valueDim, mask, returnLse } = problem;
   const common = { module: MODULE, grid: [1, 1, 1], block: [32, 1, 1], sharedBytes: 0 } as const;
   const gather: KernelLaunch = {
@@ -100,6 +101,54 @@ function planner(problem: AttentionProblem): LaunchSequence {
     launches: [gather, scatter],
   };
 }
+
+/** "Quantizes" V by copying its first head. */
+function planKeyValue({ v, keyLength, valueDim }: AttentionProblem) {
+  const gather: KernelLaunch = {
+    name: 'quantizeValue',
+    module: MODULE,
+    entry: 'gather',
+    grid: [1, 1, 1],
+    block: [32, 1, 1],
+    sharedBytes: 0,
+    arguments: [
+      { kind: 'pointer', buffer: 'v', byteOffset: 4 * v.offset },
+      { kind: 'pointer', buffer: 'value' },
+      { kind: 'u32', value: keyLength },
+      { kind: 'u32', value: v.tokenStride },
+      { kind: 'u32', value: valueDim },
+    ],
+  };
+  return {
+    kept: { value: 4 * keyLength * valueDim },
+    scratch: {},
+    constants: {},
+    launches: keyLength === 0 ? [] : [gather],
+  };
+}
+
+/** "Attends" by adding the last value to the query; for a query of one row. */
+function planAttend({ q, keyLength, valueDim }: AttentionProblem): LaunchSequence {
+  const scatter: KernelLaunch = {
+    name: 'attend',
+    module: MODULE,
+    entry: 'scatter',
+    grid: [1, 1, 1],
+    block: [32, 1, 1],
+    sharedBytes: 0,
+    arguments: [
+      { kind: 'pointer', buffer: 'value', byteOffset: 4 * (keyLength - 1) * valueDim },
+      { kind: 'pointer', buffer: 'q', byteOffset: 4 * q.offset },
+      { kind: 'null' },
+      { kind: 'pointer', buffer: 'output' },
+      { kind: 'null' },
+      { kind: 'u32', value: valueDim },
+    ],
+  };
+  return { scratch: {}, constants: {}, launches: [scatter] };
+}
+
+const planner = { planLaunches, planKeyValue, planAttend };
 
 const CHOICE: KernelChoice = {
   descriptor: descriptorOf('qk-int8-pv-fp16-cuda'),
@@ -405,6 +454,72 @@ describe('a captured call', () => {
     q.memory.dispose();
     await expect(captureAttention(both(q))).resolves.toBeDefined();
     await expect(captureAttention(both(q)).then((captured) => captured.launch())).rejects.toThrow(/disposed/);
+  });
+});
+
+describe('prepared keys and values', () => {
+  const query = () => tensor(Float32Array.of(1000, 2000, 3000, 4000), [1, 1, 1, 4]);
+  /** What `attend` gives: the last value and, on every channel, the query's first. */
+  const expected = (last: number) => [0, 1, 2, 3].map((channel) => 4 * last + channel + 1001);
+
+  it('grow, keep what came in any layout, and serve tensors of host and device', async () => {
+    const { fake, backend, device } = setup;
+    await setBackend(backend);
+    for (const location of ['cpu', 'cuda'] as const) {
+      const place = (view: Tensor) => (location === 'cpu' ? view : upload(view, device));
+      const all = rows(1200);
+      // NHD and HND, with gaps, and a part of a longer tensor.
+      const nhd = place(tensor(all.data, [1, 1200, 1, 4]));
+      const part = (start: number, end: number) => slice(nhd, 1, start, end);
+      const cache = await prepareKeyValue(part(0, 0), part(0, 0), { backend: 'cuda', tensorLayout: 'NHD' });
+      let held = 0;
+      for (const step of [1, 2, 300, 1, 700]) {
+        await cache.append(part(held, held + step), part(held, held + step));
+        held += step;
+        expect(cache.length).toBe(held);
+        const output = await cache.attend(place(query()));
+        const there = output.location === 'cpu' ? (output as Tensor) : download(output as CudaTensor);
+        expect(values(there)).toEqual(expected(held - 1));
+        if (output.location === 'cuda') (output as CudaTensor).memory.dispose();
+      }
+      cache.dispose();
+      await new Promise(setImmediate);
+      if (location === 'cuda') (nhd as CudaTensor).memory.dispose();
+    }
+    // The queries that went to the device.
+    expect(fake.liveAllocations).toBe(5);
+  });
+
+  it('of several heads and gapped rows are copied row by row', async () => {
+    const { fake, backend, device } = setup;
+    const numbers = Float32Array.from({ length: 2 * 3 * 5 * 4 }, (_, i) => i);
+    for (const strides of [
+      [60, 20, 4, 1],
+      [100, 33, 6, 1],
+      [4, 4, 8, 1],
+    ]) {
+      const source = place(numbers, [2, 3, 5, 4], 'float32', strides, 3);
+      const view = upload(source, device);
+      const problem = createProblem(view, view, view, {});
+      const prepared = await backend.prepareKeyValue(problem, CHOICE, view, view, {});
+      await prepared.append(view, view, problem, {});
+      device.stream.synchronize();
+      const kept = fake.allocationsOf(2 * 3 * 256 * 4 * 4);
+      expect(kept).toHaveLength(2);
+      const floats = new Float32Array(kept[0]?.slice().buffer as ArrayBuffer);
+      const there = toFloat32(source);
+      for (let head = 0; head < 6; head++) {
+        for (let token = 0; token < 10; token++) {
+          const at = (head * 256 + token) * 4;
+          const from = (head * 5 + (token % 5)) * 4;
+          expect([...floats.slice(at, at + 4)]).toEqual([...there.slice(from, from + 4)]);
+        }
+      }
+      prepared.dispose();
+      view.memory.dispose();
+    }
+    expect(fake.calls).toContain('cuMemcpy2DAsync');
+    expect(fake.liveAllocations).toBe(0);
   });
 });
 

@@ -175,12 +175,39 @@ export function ordered<T>(
   return result;
 }
 
-interface CudaOperands {
-  readonly q: CudaTensor;
-  readonly k: CudaTensor;
-  readonly v: CudaTensor;
-  readonly mask: CudaTensor | undefined;
+/** An input of a run. */
+export interface Operand {
+  readonly buffer: BufferName;
+  /** In the caller's spelling. */
+  readonly argument: string;
+  readonly view: TensorView;
+  /** Offset that the launches were planned with. */
+  readonly offset: number;
 }
+
+/** Memory of the library's own that a run reads besides its inputs. */
+export interface HeldBuffer {
+  readonly buffer: BufferName;
+  readonly memory: DeviceMemory;
+  readonly byteOffset: number;
+}
+
+/** The inputs of a call as operands. */
+export function operandsOf(problem: AttentionProblem, { q, k, v, attnMask }: AttentionInputs): Operand[] {
+  const operands: Operand[] = [
+    { buffer: 'q', argument: 'q', view: q, offset: problem.q.offset },
+    { buffer: 'k', argument: 'k', view: k, offset: problem.k.offset },
+    { buffer: 'v', argument: 'v', view: v, offset: problem.v.offset },
+  ];
+  return attnMask === undefined ? operands : [...operands, maskOperand(problem, attnMask)];
+}
+
+export const maskOperand = (problem: AttentionProblem, view: TensorView): Operand => ({
+  buffer: 'mask',
+  argument: 'options.attnMask',
+  view,
+  offset: problem.mask?.offset ?? 0,
+});
 
 /** Attention captured into a CUDA graph: one call of the driver replays quantization and attention. */
 export class CapturedAttention implements AttentionOutputs<CudaTensor> {
@@ -239,20 +266,18 @@ export class CapturedAttention implements AttentionOutputs<CudaTensor> {
   }
 }
 
-export class CudaPlan implements Plan {
-  readonly kernel: KernelChoice;
+/** Launches of one problem with outputs of their own: what plans and prepared keys have in common. */
+export class AttentionRunner {
   readonly device: CudaDevice;
   readonly #problem: AttentionProblem;
   /** Undefined for a problem without output elements. */
   readonly #bound: BoundLaunches | undefined;
   readonly #outputShape: readonly number[];
   readonly #lseShape: readonly number[];
-  #disposed = false;
 
   /** @param plan makes the launches; not asked when there is nothing to compute */
-  constructor(device: CudaDevice, problem: AttentionProblem, kernel: KernelChoice, plan: () => LaunchSequence) {
+  constructor(device: CudaDevice, problem: AttentionProblem, plan: () => LaunchSequence) {
     this.device = device;
-    this.kernel = kernel;
     this.#problem = problem;
     this.#outputShape = outputShapeOf(problem);
     this.#lseShape = lseShapeOf(problem);
@@ -262,20 +287,6 @@ export class CudaPlan implements Plan {
   /** Registers and local memory of each kernel, in order of launch. */
   get kernels(): PreparedLaunches['kernels'] {
     return this.#bound?.launches.kernels ?? [];
-  }
-
-  #requireUsable(): void {
-    if (this.#disposed) throw new ExecutionError('disposed', 'this CUDA plan has been disposed');
-  }
-
-  #operandsOf(inputs: AttentionInputs): CudaOperands {
-    const { q, k, v, attnMask } = inputs;
-    return {
-      q: requireTensorOn(this.device, 'q', q),
-      k: requireTensorOn(this.device, 'k', k),
-      v: requireTensorOn(this.device, 'v', v),
-      mask: attnMask === undefined ? undefined : requireTensorOn(this.device, 'options.attnMask', attnMask),
-    };
   }
 
   #createOutputs(home: CudaStream): AttentionOutputs<CudaTensor> {
@@ -290,39 +301,46 @@ export class CudaPlan implements Plan {
     }
   }
 
+  /** Checks the operands, and gives them as CUDA tensors. */
+  #tensors(operands: readonly Operand[]): CudaTensor[] {
+    return operands.map(({ argument, view }) => requireTensorOn(this.device, argument, view));
+  }
+
   #addresses(
-    { q, k, v, mask }: CudaOperands,
+    operands: readonly Operand[],
+    tensors: readonly CudaTensor[],
+    held: readonly HeldBuffer[],
     { output, lse }: AttentionOutputs<CudaTensor>,
   ): (readonly [BufferName, bigint])[] {
-    const problem = this.#problem;
-    const addresses: (readonly [BufferName, bigint])[] = [
-      ['q', addressOf(q, problem.q.offset)],
-      ['k', addressOf(k, problem.k.offset)],
-      ['v', addressOf(v, problem.v.offset)],
-      ['output', output.memory.pointer],
-    ];
-    if (mask !== undefined) addresses.push(['mask', addressOf(mask, problem.mask?.offset ?? 0)]);
+    const addresses: (readonly [BufferName, bigint])[] = operands.map(({ buffer, offset }, i) => [
+      buffer,
+      addressOf(tensors[i] as CudaTensor, offset),
+    ]);
+    for (const { buffer, memory, byteOffset } of held) addresses.push([buffer, memory.pointer + BigInt(byteOffset)]);
+    addresses.push(['output', output.memory.pointer]);
     if (lse !== undefined) addresses.push(['lse', lse.memory.pointer]);
     return addresses;
   }
 
   /**
-   * Enqueues one run and returns at once; the outputs are ready in the stream's order.
+   * Enqueues one run over CUDA tensors and returns at once; the outputs are ready in the stream's order.
    *
    * @throws {CudaError} a call of the driver failed; nothing was produced
    */
-  enqueue(inputs: AttentionInputs, handle?: StreamHandle): AttentionOutputs<CudaTensor> {
-    this.#requireUsable();
+  enqueue(
+    operands: readonly Operand[],
+    handle: StreamHandle | undefined,
+    held: readonly HeldBuffer[] = [],
+  ): AttentionOutputs<CudaTensor> {
     const { device } = this;
     const stream = streamOf(device, handle);
-    const operands = this.#operandsOf(inputs);
-    const { q, k, v, mask } = operands;
-    const tensors = mask === undefined ? [q, k, v] : [q, k, v, mask];
+    const tensors = this.#tensors(operands);
+    for (const { memory } of held) memory.useOn(stream);
     return ordered(stream, device, tensors, (home) => {
       const outputs = this.#createOutputs(home);
       if (!stream.owned) stream.waitFor(home);
       try {
-        this.#bound?.run(stream, this.#addresses(operands, outputs));
+        this.#bound?.run(stream, this.#addresses(operands, tensors, held, outputs));
       } catch (error) {
         disposeOutputs(outputs);
         throw error;
@@ -331,79 +349,55 @@ export class CudaPlan implements Plan {
     });
   }
 
-  async run(inputs: AttentionInputs, context: RunContext): Promise<AttentionOutputs> {
-    this.#requireUsable();
-    context.signal?.throwIfAborted();
-    return inputs.q.location === 'cpu' ? this.#runFromHost(inputs, context) : this.enqueue(inputs, context.stream);
-  }
-
-  /** Uploads CPU tensors, runs, and reads the outputs back. */
-  async #runFromHost(inputs: AttentionInputs, { signal, stream: handle }: RunContext): Promise<AttentionOutputs> {
+  /** One run over tensors wherever they are; CPU tensors are uploaded, and the outputs read back. */
+  async run(
+    operands: readonly Operand[],
+    { signal, stream: handle }: RunContext,
+    held: readonly HeldBuffer[] = [],
+  ): Promise<AttentionOutputs> {
+    signal?.throwIfAborted();
+    if (this.#problem.location !== 'cpu') return this.enqueue(operands, handle, held);
     const { device } = this;
-    const stream = handle === undefined ? device.stream : streamOf(device, handle);
+    const stream = streamOf(device, handle);
     // Uploads belong to a stream that outlives them.
     const home = stream.owned ? stream : device.stream;
-    const held: CudaTensor[] = [];
-    const pending: Promise<unknown>[] = [];
-    const send = (view: TensorView): CudaTensor => {
-      const { tensor, done } = uploadAsync(view as Tensor, device, { stream: home });
-      held.push(tensor);
-      pending.push(done);
-      return tensor;
-    };
+    const sent = new Map<TensorView, { readonly tensor: CudaTensor; readonly done: Promise<unknown> }>();
+    let outputs: AttentionOutputs<CudaTensor> | undefined;
     try {
-      const { q, k, v, attnMask } = inputs;
-      // One array of keys and values, as in self-attention over shared storage, travels once.
-      const sent = { q: send(q), k: send(k), v: v === k ? (held[1] as CudaTensor) : send(v) };
-      const outputs = this.enqueue(attnMask === undefined ? sent : { ...sent, attnMask: send(attnMask) }, handle);
-      held.push(outputs.output, ...(outputs.lse === undefined ? [] : [outputs.lse]));
+      const there = operands.map((operand) => {
+        // One array of keys and values, as in self-attention over shared storage, travels once.
+        const upload = sent.get(operand.view) ?? uploadAsync(operand.view as Tensor, device, { stream: home });
+        sent.set(operand.view, upload);
+        return { ...operand, view: upload.tensor };
+      });
+      outputs = this.enqueue(there, handle, held);
       // The caller's arrays are read until the uploads have ended.
-      await Promise.all(pending);
+      await Promise.all([...sent.values()].map(({ done }) => done));
       const output = await downloadAsync(outputs.output, { stream: home });
-      if (outputs.lse === undefined) {
-        signal?.throwIfAborted();
-        return { output };
-      }
-      const lse = await downloadAsync(outputs.lse, { stream: home });
+      const lse = outputs.lse === undefined ? undefined : await downloadAsync(outputs.lse, { stream: home });
       signal?.throwIfAborted();
-      return { output, lse };
+      return lse === undefined ? { output } : { output, lse };
     } finally {
-      await Promise.allSettled(pending);
-      for (const { memory } of held) memory.dispose();
+      await Promise.allSettled([...sent.values()].map(({ done }) => done));
+      for (const { tensor } of sent.values()) tensor.memory.dispose();
+      if (outputs !== undefined) disposeOutputs(outputs);
     }
   }
 
-  /**
-   * Captures one run over these tensors. The graph has scratch and outputs of its own.
-   *
-   * @param plan makes the launches
-   */
-  static capture(
-    device: CudaDevice,
-    problem: AttentionProblem,
-    kernel: KernelChoice,
-    plan: () => LaunchSequence,
-    inputs: AttentionInputs,
-  ): CapturedAttention {
-    const made = new CudaPlan(device, problem, kernel, plan);
-    let outputs: AttentionOutputs<CudaTensor> | undefined;
+  /** Captures one run over these tensors. The graph has scratch and outputs of its own, and takes the launches over. */
+  capture(operands: readonly Operand[]): CapturedAttention {
+    const tensors = this.#tensors(operands);
+    const outputs = this.#createOutputs(this.device.stream);
     try {
-      const operands = made.#operandsOf(inputs);
-      const { q, k, v, mask } = operands;
-      outputs = made.#createOutputs(device.stream);
-      const bound = made.#bound ?? new BoundLaunches(device, { scratch: {}, constants: {}, launches: [] });
-      const tensors = mask === undefined ? [q, k, v] : [q, k, v, mask];
-      return new CapturedAttention(bound, outputs, tensors, made.#addresses(operands, outputs));
+      const bound = this.#bound ?? new BoundLaunches(this.device, { scratch: {}, constants: {}, launches: [] });
+      return new CapturedAttention(bound, outputs, tensors, this.#addresses(operands, tensors, [], outputs));
     } catch (error) {
-      if (outputs !== undefined) disposeOutputs(outputs);
-      made.dispose();
+      disposeOutputs(outputs);
       throw error;
     }
   }
 
   dispose(): void {
-    if (this.#disposed) return;
-    this.#disposed = true;
     this.#bound?.dispose();
   }
 }
@@ -411,4 +405,47 @@ export class CudaPlan implements Plan {
 function disposeOutputs({ output, lse }: AttentionOutputs<CudaTensor>): void {
   output.memory.dispose();
   lse?.memory.dispose();
+}
+
+export class CudaPlan implements Plan {
+  readonly kernel: KernelChoice;
+  readonly #problem: AttentionProblem;
+  readonly #runner: AttentionRunner;
+  #disposed = false;
+
+  constructor(device: CudaDevice, problem: AttentionProblem, kernel: KernelChoice, plan: () => LaunchSequence) {
+    this.kernel = kernel;
+    this.#problem = problem;
+    this.#runner = new AttentionRunner(device, problem, plan);
+  }
+
+  /** Registers and local memory of each kernel, in order of launch. */
+  get kernels(): PreparedLaunches['kernels'] {
+    return this.#runner.kernels;
+  }
+
+  #requireUsable(): void {
+    if (this.#disposed) throw new ExecutionError('disposed', 'this CUDA plan has been disposed');
+  }
+
+  /**
+   * Enqueues one run over CUDA tensors and returns at once; the outputs are ready in the stream's order.
+   *
+   * @throws {CudaError} a call of the driver failed; nothing was produced
+   */
+  enqueue(inputs: AttentionInputs, stream?: StreamHandle): AttentionOutputs<CudaTensor> {
+    this.#requireUsable();
+    return this.#runner.enqueue(operandsOf(this.#problem, inputs), stream);
+  }
+
+  async run(inputs: AttentionInputs, context: RunContext): Promise<AttentionOutputs> {
+    this.#requireUsable();
+    return this.#runner.run(operandsOf(this.#problem, inputs), context);
+  }
+
+  dispose(): void {
+    if (this.#disposed) return;
+    this.#disposed = true;
+    this.#runner.dispose();
+  }
 }

@@ -73,6 +73,7 @@ export const DRIVER_FUNCTIONS = {
   cuMemcpyHtoDAsync: { symbol: 'cuMemcpyHtoDAsync_v2', parameters: ['u64', 'memory', 'u64', 'u64'] },
   cuMemcpyDtoHAsync: { symbol: 'cuMemcpyDtoHAsync_v2', parameters: ['memory', 'u64', 'u64', 'u64'] },
   cuMemcpyDtoDAsync: { symbol: 'cuMemcpyDtoDAsync_v2', parameters: ['u64', 'u64', 'u64', 'u64'] },
+  cuMemcpy2DAsync: { symbol: 'cuMemcpy2DAsync_v2', parameters: ['memory', 'u64'] },
   cuMemsetD8Async: { symbol: 'cuMemsetD8Async', parameters: ['u64', 'u8', 'u64', 'u64'] },
 
   cuModuleLoadDataEx: { symbol: 'cuModuleLoadDataEx', parameters: ['memory', 'memory', 'u32', 'memory', 'memory'] },
@@ -145,6 +146,7 @@ export const CU_EVENT_DISABLE_TIMING = 2;
 
 export const CU_MEM_ALLOCATION_TYPE_PINNED = 1;
 export const CU_MEM_LOCATION_TYPE_DEVICE = 1;
+export const CU_MEMORYTYPE_DEVICE = 2;
 export const CU_MEMPOOL_ATTR_RELEASE_THRESHOLD = 4;
 export const CU_MEMHOSTREGISTER_PORTABLE = 1;
 
@@ -179,5 +181,16 @@ export const STRUCTS = {
   /** `value` holds the cluster's x, y and z as `unsigned int`. */
   CUlaunchAttribute: { size: 72, id: 0, value: 8 },
   CUmemPoolProps: { size: 88, allocType: 0, handleTypes: 4, 'location.type': 8, 'location.id': 12 },
+  CUDA_MEMCPY2D: {
+    size: 128,
+    srcMemoryType: 16,
+    srcDevice: 32,
+    srcPitch: 48,
+    dstMemoryType: 72,
+    dstDevice: 88,
+    dstPitch: 104,
+    WidthInBytes: 112,
+    Height: 120,
+  },
   CUtensorMap: { size: 128 },
 } as const;

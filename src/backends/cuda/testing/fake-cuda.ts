@@ -226,6 +226,11 @@ export class FakeCuda {
     return this.#allocations.filter(({ freed }) => !freed).length;
   }
 
+  /** Contents of the live allocations of a size, oldest first. */
+  allocationsOf(bytes: number): Uint8Array[] {
+    return this.#allocations.filter((a) => !a.freed && a.bytes.length === bytes).map((a) => a.bytes);
+  }
+
   get liveHandles(): Readonly<Record<string, number>> {
     const streams = [...this.#streams.values()].filter(({ destroyed }) => !destroyed).length;
     return {
@@ -673,6 +678,23 @@ export class FakeCuda {
         return this.#onStream(stream, () =>
           this.memory(BigInt(target), size).set(this.memory(BigInt(source), size).subarray(0, size)),
         );
+      },
+      cuMemcpy2DAsync: (parameters, stream) => {
+        const layout = STRUCTS.CUDA_MEMCPY2D;
+        const view = this.#view(parameters, layout.size);
+        const at = (offset: number) => view.getBigUint64(offset, true);
+        const [source, target] = [at(layout.srcDevice), at(layout.dstDevice)];
+        const [sourcePitch, targetPitch] = [at(layout.srcPitch), at(layout.dstPitch)];
+        const [width, height] = [Number(at(layout.WidthInBytes)), Number(at(layout.Height))];
+        const onDevice = [layout.srcMemoryType, layout.dstMemoryType].every((o) => view.getUint32(o, true) === 2);
+        const pitched = height <= 1 || (sourcePitch >= BigInt(width) && targetPitch >= BigInt(width));
+        if (!onDevice || !pitched || sourcePitch >= 2n ** 31n || targetPitch >= 2n ** 31n) return 1;
+        return this.#onStream(stream, () => {
+          for (let row = 0n; row < BigInt(height); row++) {
+            const from = this.memory(source + row * sourcePitch, width).subarray(0, width);
+            this.memory(target + row * targetPitch, width).set(from);
+          }
+        });
       },
       cuMemsetD8Async: (target, value, bytes, stream) =>
         this.#onStream(stream, () => {

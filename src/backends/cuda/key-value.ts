@@ -1,0 +1,318 @@
+/** Keys and values that stay on a device: kept as they came, and quantized for as long as nothing is appended. */
+import type { AttentionProblem, OperandLayout } from '../../attention/problem.ts';
+import { BYTES_PER_ELEMENT } from '../../tensor/dtype.ts';
+import { type Tensor, type TensorView, transpose } from '../../tensor/tensor.ts';
+import type { AttentionOutputs, KernelChoice, PreparedKeyValue, RunContext } from '../backend.ts';
+import type { LaunchPlanner } from './backend.ts';
+import { CU_MEMORYTYPE_DEVICE, STRUCTS } from './driver/api.ts';
+import type { CudaDevice } from './driver/device.ts';
+import type { DeviceMemory } from './driver/memory.ts';
+import type { CudaStream } from './driver/stream.ts';
+import type { DeviceFacts } from './kernels/planLaunches.ts';
+import {
+  AttentionRunner,
+  BoundLaunches,
+  type HeldBuffer,
+  maskOperand,
+  type Operand,
+  packBuffers,
+  requireTensorOn,
+  streamOf,
+} from './plan.ts';
+import { type CudaTensor, uploadAsync } from './tensor.ts';
+
+/** Tokens that room is made for at first, and the unit in which it grows. */
+const CAPACITY_STEP = 256;
+/** `cuMemcpy2D` takes pitches below this. */
+const MAX_PITCH = 2 ** 31;
+/** Plans for the lengths last attended to. A decoder asks for each length once in each layer, all layers in turn. */
+const CACHED_RUNNERS = 4;
+
+interface Rows {
+  readonly pointer: bigint;
+  /** Bytes between rows. */
+  readonly pitch: number;
+}
+
+/** Enqueues a copy of `height` rows of `width` bytes. */
+function copyRows(device: CudaDevice, from: Rows, to: Rows, width: number, height: number, stream: CudaStream): void {
+  if (width === 0 || height === 0) return;
+  const what = `copying ${height} rows of ${width} bytes on ${device}`;
+  const together = (from.pitch === width && to.pitch === width) || height === 1;
+  if (together) {
+    device.call('cuMemcpyDtoDAsync', what, to.pointer, from.pointer, width * height, stream.handle);
+    return;
+  }
+  if (from.pitch < width || Math.max(from.pitch, to.pitch) >= MAX_PITCH) {
+    // Rows that overlap, as of a broadcast tensor, or lie too far apart for one call.
+    for (let row = 0; row < height; row++) {
+      const [source, target] = [from, to].map(({ pointer, pitch }) => pointer + BigInt(row * pitch)) as [
+        bigint,
+        bigint,
+      ];
+      device.call('cuMemcpyDtoDAsync', what, target, source, width, stream.handle);
+    }
+    return;
+  }
+  const layout = STRUCTS.CUDA_MEMCPY2D;
+  const parameters = new DataView(new ArrayBuffer(layout.size));
+  parameters.setUint32(layout.srcMemoryType, CU_MEMORYTYPE_DEVICE, true);
+  parameters.setBigUint64(layout.srcDevice, from.pointer, true);
+  parameters.setBigUint64(layout.srcPitch, BigInt(from.pitch), true);
+  parameters.setUint32(layout.dstMemoryType, CU_MEMORYTYPE_DEVICE, true);
+  parameters.setBigUint64(layout.dstDevice, to.pointer, true);
+  parameters.setBigUint64(layout.dstPitch, BigInt(to.pitch), true);
+  parameters.setBigUint64(layout.WidthInBytes, BigInt(width), true);
+  parameters.setBigUint64(layout.Height, BigInt(height), true);
+  device.call('cuMemcpy2DAsync', what, parameters, stream.handle);
+}
+
+/** K or V as they came, `[B,H,capacity,dim]`. */
+class GrowingRows {
+  readonly #device: CudaDevice;
+  readonly #heads: number;
+  readonly #rowBytes: number;
+  readonly dim: number;
+  capacity = 0;
+  memory: DeviceMemory | undefined;
+
+  constructor(device: CudaDevice, batchTimesHeads: number, dim: number, elementBytes: number) {
+    this.#device = device;
+    this.#heads = batchTimesHeads;
+    this.dim = dim;
+    this.#rowBytes = dim * elementBytes;
+  }
+
+  /** Where a head's token lies. */
+  #at(memory: DeviceMemory, capacity: number, head: number, token: number): bigint {
+    return memory.pointer + BigInt((head * capacity + token) * this.#rowBytes);
+  }
+
+  /** Makes room for `tokens`, of which `held` are there. */
+  reserve(tokens: number, held: number, stream: CudaStream): void {
+    if (tokens <= this.capacity) return;
+    const device = this.#device;
+    // Doubling: each token is moved once on average.
+    const capacity = Math.ceil(Math.max(tokens, 2 * held) / CAPACITY_STEP) * CAPACITY_STEP;
+    const grown = device.allocate(this.#heads * capacity * this.#rowBytes, device.stream);
+    const old = this.memory;
+    try {
+      grown.useOn(stream);
+      if (old !== undefined) {
+        old.useOn(stream);
+        const pitch = (rows: number) => rows * this.#rowBytes;
+        copyRows(
+          device,
+          { pointer: old.pointer, pitch: pitch(this.capacity) },
+          { pointer: grown.pointer, pitch: pitch(capacity) },
+          pitch(held),
+          this.#heads,
+          stream,
+        );
+      }
+    } catch (error) {
+      grown.dispose();
+      throw error;
+    }
+    old?.dispose();
+    this.memory = grown;
+    this.capacity = capacity;
+  }
+
+  /** Copies the tokens of a `[B,H,L,dim]` view behind the first `held`. */
+  write(view: CudaTensor, held: number, stream: CudaStream): void {
+    const { memory } = this;
+    const [batch, heads, tokens] = view.shape as [number, number, number];
+    const [batchStride, headStride, tokenStride] = view.strides as [number, number, number];
+    if (memory === undefined || tokens === 0) return;
+    const elementBytes = BYTES_PER_ELEMENT[view.dtype];
+    for (let b = 0; b < batch; b++) {
+      for (let h = 0; h < heads; h++) {
+        const first = view.offset + b * batchStride + h * headStride;
+        copyRows(
+          this.#device,
+          { pointer: view.memory.pointer + BigInt(first * elementBytes), pitch: tokenStride * elementBytes },
+          { pointer: this.#at(memory, this.capacity, b * heads + h, held), pitch: this.#rowBytes },
+          this.#rowBytes,
+          tokens,
+          stream,
+        );
+      }
+    }
+  }
+
+  layout(heads: number): OperandLayout {
+    const headStride = this.capacity * this.dim;
+    return { offset: 0, batchStride: heads * headStride, headStride, tokenStride: this.dim };
+  }
+
+  dispose(): void {
+    this.memory?.dispose();
+    this.memory = undefined;
+    this.capacity = 0;
+  }
+}
+
+/** The quantized keys and values of one length. */
+interface Quantized {
+  readonly memory: DeviceMemory;
+  readonly buffers: readonly HeldBuffer[];
+}
+
+/**
+ * Keys and values of one call. An append keeps the new tokens and quantizes all of them anew: scales of V are per channel of
+ * the whole sequence, and one pass over K and V costs about what attending to them costs.
+ */
+export class CudaKeyValue implements PreparedKeyValue {
+  readonly #device: CudaDevice;
+  readonly #choice: KernelChoice;
+  readonly #planner: LaunchPlanner;
+  readonly #facts: DeviceFacts;
+  /** Of the first preparation: what does not change with the tokens. */
+  readonly #first: AttentionProblem;
+  readonly #k: GrowingRows;
+  readonly #v: GrowingRows;
+  readonly #runners = new Map<string, AttentionRunner>();
+  #quantized: Quantized | undefined;
+  #length = 0;
+
+  constructor(
+    device: CudaDevice,
+    choice: KernelChoice,
+    planner: LaunchPlanner,
+    facts: DeviceFacts,
+    problem: AttentionProblem,
+  ) {
+    this.#device = device;
+    this.#choice = choice;
+    this.#planner = planner;
+    this.#facts = facts;
+    this.#first = problem;
+    const { batch, kvHeads, headDim, valueDim, dtype } = problem;
+    this.#k = new GrowingRows(device, batch * kvHeads, headDim, BYTES_PER_ELEMENT[dtype]);
+    this.#v = new GrowingRows(device, batch * kvHeads, valueDim, BYTES_PER_ELEMENT[dtype]);
+  }
+
+  get length(): number {
+    return this.#length;
+  }
+
+  async append(k: TensorView, v: TensorView, problem: AttentionProblem, context: RunContext): Promise<void> {
+    context.signal?.throwIfAborted();
+    const device = this.#device;
+    const given = streamOf(device, context.stream);
+    // What is kept lives on the device's own stream; a caller's stream may be gone before it.
+    const stream = device.stream;
+    if (!given.owned) given.mark();
+    stream.waitFor(given);
+    const { keyLength, tensorLayout, kvHeads } = problem;
+    const total = this.#length + keyLength;
+    const uploads: { readonly tensor: CudaTensor; readonly done: Promise<unknown> }[] = [];
+    const onDevice = (argument: string, view: TensorView): CudaTensor => {
+      if (view.location !== 'cpu') return requireTensorOn(device, argument, view);
+      const upload = uploadAsync(view as Tensor, device, { stream });
+      uploads.push(upload);
+      return upload.tensor;
+    };
+    try {
+      for (const [rows, argument, view] of [
+        [this.#k, 'k', k],
+        [this.#v, 'v', v],
+      ] as const) {
+        const source = onDevice(argument, view);
+        source.memory.useOn(stream);
+        rows.reserve(total, this.#length, stream);
+        rows.write(tensorLayout === 'HND' ? source : transpose(source, [0, 2, 1, 3]), this.#length, stream);
+      }
+      await Promise.all(uploads.map(({ done }) => done));
+      const quantized = this.#quantize(total, kvHeads, stream);
+      this.#quantized?.memory.dispose();
+      this.#quantized = quantized;
+      this.#length = total;
+      // Plans of other lengths will not be asked for again.
+      for (const runner of this.#runners.values()) runner.dispose();
+      this.#runners.clear();
+      given.waitFor(stream);
+    } finally {
+      await Promise.allSettled(uploads.map(({ done }) => done));
+      for (const { tensor } of uploads) tensor.memory.dispose();
+    }
+  }
+
+  /** A problem about the tokens held, wherever they were when it was made. */
+  #overHeld(problem: AttentionProblem, length: number): AttentionProblem {
+    const { kvHeads } = this.#first;
+    return { ...problem, keyLength: length, k: this.#k.layout(kvHeads), v: this.#v.layout(kvHeads) };
+  }
+
+  #rawBuffers(): HeldBuffer[] {
+    const raw: HeldBuffer[] = [];
+    if (this.#k.memory !== undefined) raw.push({ buffer: 'k', memory: this.#k.memory, byteOffset: 0 });
+    if (this.#v.memory !== undefined) raw.push({ buffer: 'v', memory: this.#v.memory, byteOffset: 0 });
+    return raw;
+  }
+
+  #quantize(length: number, kvHeads: number, stream: CudaStream): Quantized {
+    const device = this.#device;
+    const problem = this.#overHeld({ ...this.#first, kvHeads }, length);
+    const sequence = this.#planner.planKeyValue(problem, this.#choice, this.#facts);
+    const { offsets, byteLength } = packBuffers(sequence.kept);
+    const memory = device.allocate(byteLength, device.stream);
+    try {
+      const buffers = [...offsets].map(([buffer, byteOffset]) => ({ buffer, memory, byteOffset }));
+      if (sequence.launches.length > 0) {
+        const bound = new BoundLaunches(device, sequence);
+        try {
+          const addresses = [...this.#rawBuffers(), ...buffers].map(
+            (held) => [held.buffer, held.memory.pointer + BigInt(held.byteOffset)] as const,
+          );
+          bound.run(stream, addresses);
+        } finally {
+          bound.dispose();
+        }
+      }
+      return { memory, buffers };
+    } catch (error) {
+      memory.dispose();
+      throw error;
+    }
+  }
+
+  async attend(
+    q: TensorView,
+    problem: AttentionProblem,
+    attnMask: TensorView | undefined,
+    context: RunContext,
+  ): Promise<AttentionOutputs> {
+    const held = this.#overHeld(problem, this.#length);
+    const operands: Operand[] = [{ buffer: 'q', argument: 'q', view: q, offset: problem.q.offset }];
+    if (attnMask !== undefined) operands.push(maskOperand(problem, attnMask));
+    const buffers = [...this.#rawBuffers(), ...(this.#quantized?.buffers ?? [])];
+    return this.#runnerOf(held).run(operands, context, buffers);
+  }
+
+  #runnerOf(problem: AttentionProblem): AttentionRunner {
+    const key = JSON.stringify(problem, (_, value) => (value === Number.POSITIVE_INFINITY ? 'Infinity' : value));
+    let runner = this.#runners.get(key);
+    if (runner === undefined) {
+      const plan = () => this.#planner.planAttend(problem, this.#choice, this.#facts);
+      runner = new AttentionRunner(this.#device, problem, plan);
+      this.#runners.set(key, runner);
+      if (this.#runners.size > CACHED_RUNNERS) {
+        const [oldest, old] = this.#runners.entries().next().value as [string, AttentionRunner];
+        this.#runners.delete(oldest);
+        old.dispose();
+      }
+    }
+    return runner;
+  }
+
+  dispose(): void {
+    for (const runner of this.#runners.values()) runner.dispose();
+    this.#runners.clear();
+    this.#quantized?.memory.dispose();
+    this.#quantized = undefined;
+    this.#k.dispose();
+    this.#v.dispose();
+  }
+}
