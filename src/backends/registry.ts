@@ -4,6 +4,10 @@ import type { Availability, Backend, BackendName } from './backend.ts';
 
 /** Each backend is loaded when it is first asked for, so that a bundle carries only what runs. */
 const LOADERS: Partial<Record<BackendName, () => Promise<Backend>>> = {
+  // Only Node reaches the NVIDIA driver; a browser need not load the code to learn that.
+  ...(globalThis.process?.versions?.node === undefined
+    ? {}
+    : { cuda: async () => (await import('./cuda/backend.ts')).createCudaBackend() }),
   wasm: async () => (await import('./wasm/index.ts')).createWasmBackend(),
 };
 
