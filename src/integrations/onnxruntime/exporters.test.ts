@@ -5,13 +5,14 @@
 import * as ortNode from 'onnxruntime-node';
 import * as ortWeb from 'onnxruntime-web';
 import { afterAll, beforeAll, describe, expect, it } from 'vitest';
+import { exactBackend } from '../../../test/support/exact-backend.ts';
+import { GraphBuilder } from '../../../test/support/graph-builder.ts';
+import { Random, runSeed } from '../../../test/support/random.ts';
 import type { Backend } from '../../backends/backend.ts';
 import { setBackend } from '../../backends/registry.ts';
-import { exactBackend } from '../testing/exact-backend.ts';
-import { GraphBuilder, randomNormals, randomNumbers } from '../testing/graph-builder.ts';
 import { withSageAttention } from './index.ts';
 
-const SEED = 1 + Math.floor(Math.random() * 2 ** 30);
+const SEED = runSeed();
 const backend = exactBackend();
 let previous: Backend | undefined;
 
@@ -35,7 +36,7 @@ type Feeds = Record<string, ortNode.Tensor>;
 interface Case {
   readonly name: string;
   readonly build: (g: GraphBuilder) => void;
-  readonly feeds?: (random: () => number) => Feeds;
+  readonly feeds?: (random: Random) => Feeds;
   readonly opset?: number;
   /** Attentions replaced; default 1. */
   readonly taken?: number;
@@ -45,17 +46,16 @@ interface Case {
   readonly web?: boolean;
 }
 
-const floats = (random: () => number, dims: number[], scale = 1) =>
+const floats = (random: Random, dims: number[], scale = 1) =>
   new ortNode.Tensor(
     'float32',
-    randomNormals(
-      random,
+    random.normals(
       dims.reduce((a, b) => a * b, 1),
       scale,
     ),
     dims,
   );
-const hidden = (random: () => number): Feeds => ({ x: floats(random, [B, L, C]) });
+const hidden = (random: Random): Feeds => ({ x: floats(random, [B, L, C]) });
 
 /** `[B,L,C]` to `[B,H,L,D]`. */
 const heads = (g: GraphBuilder, x: string, count = H, perm = [0, 2, 1, 3]) =>
@@ -172,7 +172,7 @@ const CASES: Case[] = [
       ...hidden(random),
       hide: new ortNode.Tensor(
         'bool',
-        Uint8Array.from({ length: B * L * L }, (_, i) => Number(i % L !== 0 && random() < 0.4)),
+        Uint8Array.from({ length: B * L * L }, (_, i) => Number(i % L !== 0 && random.uniform() < 0.4)),
         [B, 1, L, L],
       ),
     }),
@@ -577,10 +577,10 @@ describe.each(Object.entries(ENGINES))('%s', (engine, ort) => {
   const sage = withSageAttention(ort as typeof ortNode, { minTokens: 0 });
 
   it.each(CASES.map((entry) => [entry.name, entry] as const))('%s', async (_, entry) => {
-    const builder = new GraphBuilder(SEED);
+    const builder = new GraphBuilder(new Random(SEED));
     entry.build(builder);
     const bytes = builder.build(entry.opset ?? 17);
-    const feeds = convert(ort, (entry.feeds ?? hidden)(randomNumbers(SEED + 1)));
+    const feeds = convert(ort, (entry.feeds ?? hidden)(new Random(SEED + 1)));
     const plain = await ort.InferenceSession.create(bytes);
     const cut = await sage.InferenceSession.create(bytes);
     const before = backend.calls;

@@ -1,16 +1,16 @@
 /** Exact attention under the name of a backend: what remains of an error is then that of the integration. */
 
-import { outputShapeOf } from '../../attention/problem.ts';
+import { outputShapeOf } from '../../src/attention/problem.ts';
 import type {
   AttentionOutputs,
   Backend,
   BackendName,
   KernelDescriptor,
   PreparedKeyValue,
-} from '../../backends/backend.ts';
-import { attentionExact } from '../../reference/exact.ts';
-import { writeValues } from '../../tensor/access.ts';
-import { emptyTensor, type Tensor } from '../../tensor/tensor.ts';
+} from '../../src/backends/backend.ts';
+import { attentionExact } from '../../src/reference/exact.ts';
+import { writeValues } from '../../src/tensor/access.ts';
+import { emptyTensor, type Tensor } from '../../src/tensor/tensor.ts';
 
 const KERNEL: KernelDescriptor = {
   name: 'qk-int8-pv-fp16',

@@ -1,5 +1,5 @@
 /** Writes small ONNX models with random weights, one node after the other, for tests and benches. */
-import { float16FromNumber } from '../../tensor/formats/float16.ts';
+
 import {
   type ElementTypeName,
   graph,
@@ -12,26 +12,9 @@ import {
   type ValueInfoProto,
   valueInfo,
   writeModel,
-} from '../onnxruntime/onnx/codec.ts';
-
-/** xorshift32: the same numbers everywhere for the same seed. */
-export function randomNumbers(seed: number): () => number {
-  let state = seed | 0 || 1;
-  return () => {
-    state ^= state << 13;
-    state ^= state >>> 17;
-    state ^= state << 5;
-    return (state >>> 0) / 2 ** 32;
-  };
-}
-
-/** Standard normal numbers. */
-export function randomNormals(random: () => number, count: number, scale = 1): Float32Array {
-  return Float32Array.from(
-    { length: count },
-    () => scale * Math.sqrt(-2 * Math.log(1 - random())) * Math.cos(2 * Math.PI * random()),
-  );
-}
+} from '../../src/integrations/onnxruntime/onnx/codec.ts';
+import { float16FromNumber } from '../../src/tensor/formats/float16.ts';
+import type { Random } from './random.ts';
 
 type Dims = readonly (number | string)[];
 
@@ -43,12 +26,12 @@ export class GraphBuilder {
   readonly #initializers: TensorProto[] = [];
   readonly #inputs: ValueInfoProto[] = [];
   readonly #outputs: ValueInfoProto[] = [];
-  readonly #random: () => number;
+  readonly #random: Random;
   readonly #float: 'float32' | 'float16';
   #count = 0;
 
-  constructor(seed: number, float: 'float32' | 'float16' = 'float32') {
-    this.#random = randomNumbers(seed);
+  constructor(random: Random, float: 'float32' | 'float16' = 'float32') {
+    this.#random = random;
     this.#float = float;
   }
 
@@ -110,7 +93,7 @@ export class GraphBuilder {
   /** Normal numbers. */
   weight(dims: readonly number[], scale: number): string {
     const count = dims.reduce((product, size) => product * size, 1);
-    return this.#floats(dims, randomNormals(this.#random, count, scale));
+    return this.#floats(dims, this.#random.normals(count, scale));
   }
 
   /** `x W + b` over the last axis. */
