@@ -1,0 +1,409 @@
+/** Turns basic blocks of a kernel into JavaScript functions over a warp's registers. */
+import { printInstruction } from '../../ptx/printer.ts';
+import { type Instruction, type Kernel, KIND_BITS, type Operand, type Reg } from '../../ptx/types.ts';
+import type { Warp } from './warp.ts';
+import * as runtime from './warp.ts';
+
+/** What ends a basic block. */
+export type Terminator =
+  | { readonly kind: 'fallthrough' | 'barrier' }
+  | { readonly kind: 'exit'; readonly guard?: { readonly row: number; readonly when: number } }
+  | {
+      readonly kind: 'branch';
+      readonly target: number;
+      readonly guard?: { readonly row: number; readonly when: number };
+    };
+
+export interface Block {
+  readonly run: (warp: Warp) => void;
+  readonly terminator: Terminator;
+}
+
+export interface Program {
+  readonly blocks: readonly Block[];
+  /** Words of a warp's register file. */
+  readonly words: number;
+}
+
+export type ParameterValues = Readonly<Record<string, number | bigint>>;
+
+const INSTRUCTIONS_PER_FUNCTION = 64;
+
+class Emitter {
+  readonly rows: readonly number[];
+  readonly parameters: ParameterValues;
+
+  constructor(rows: readonly number[], parameters: ParameterValues) {
+    this.rows = rows;
+    this.parameters = parameters;
+  }
+
+  row(register: Reg): number {
+    return this.rows[register.id] as number;
+  }
+
+  #is64(operand: Operand): boolean {
+    return operand.type === 'reg' && KIND_BITS[operand.kind] === 64;
+  }
+
+  /** An operand of the lane at hand as unsigned, signed or float. */
+  value(operand: Operand, as: 'u' | 'i' | 'f'): string {
+    if (operand.type === 'reg') return `${as}[${this.row(operand)}+l]`;
+    if (operand.type === 'immediate') {
+      const { value } = operand;
+      if (as === 'f') {
+        return Number.isNaN(value)
+          ? 'NaN'
+          : value === Infinity
+            ? 'Infinity'
+            : value === -Infinity
+              ? '(-Infinity)'
+              : `(${value})`;
+      }
+      return as === 'i' ? `(${value | 0})` : `(${value >>> 0})`;
+    }
+    throw new Error(`operand ${operand.type}`);
+  }
+
+  /** High word of a 64-bit operand. */
+  high(operand: Operand): string {
+    if (operand.type === 'reg') return this.#is64(operand) ? `u[${this.row(operand) + 32}+l]` : '0';
+    if (operand.type === 'immediate') return `(${Math.floor(operand.value / 2 ** 32) >>> 0})`;
+    throw new Error(`operand ${operand.type}`);
+  }
+
+  big(operand: Operand): string {
+    return `(BigInt(${this.value(operand, 'u')})|(BigInt(${this.high(operand)})<<32n))`;
+  }
+
+  setBig(target: Operand, expression: string): string {
+    const row = this.row(target as Reg);
+    return `{const w=${expression};u[${row}+l]=Number(w&0xffffffffn);u[${row + 32}+l]=Number((w>>32n)&0xffffffffn);}`;
+  }
+
+  /** The statements of a lane-wise instruction, or undefined when it needs the whole warp or a memory. */
+  laneWise(instruction: Instruction): string | undefined {
+    const { opcode, outputs, inputs } = instruction;
+    const parts = opcode.split('.');
+    const type = parts.at(-1) as string;
+    const [d] = outputs as [Operand];
+    const [a, b, c] = inputs as [Operand, Operand, Operand];
+    const out = (as: 'u' | 'i' | 'f') => this.value(d, as);
+    const view = type === 'f32' ? 'f' : type.startsWith('s') ? 'i' : 'u';
+    const [x, y, z] = [a, b, c].map((operand) =>
+      operand?.type === 'reg' || operand?.type === 'immediate' ? this.value(operand, view) : '',
+    ) as [string, string, string];
+    switch (parts[0]) {
+      case 'mov':
+        return this.#move(instruction, type);
+      case 'add':
+      case 'sub': {
+        const sign = parts[0] === 'add' ? '+' : '-';
+        if (type === 'u64') {
+          const [low, high] = [this.row(d as Reg), this.row(d as Reg) + 32];
+          return `{const s=${x}${sign}${y};const c=Math.floor(s/4294967296);u[${high}+l]=${this.high(a)}${sign}${this.high(b)}+c;u[${low}+l]=s;}`;
+        }
+        if (type === 'f16x2') return `${out('u')}=R.halves((p,q)=>p${sign}q,${x},${y});`;
+        return `${out(view)}=${x}${sign}${y};`;
+      }
+      case 'mul':
+        if (type === 'f32') return `${out('f')}=${x}*${y};`;
+        if (type === 'f16x2') return `${out('u')}=R.halves((p,q)=>p*q,${x},${y});`;
+        if (parts[1] === 'wide') return this.setBig(d, `BigInt(${x})*BigInt(${y})`);
+        if (parts[1] === 'hi') return `${out('u')}=Number((BigInt(${x})*BigInt(${y}))>>32n);`;
+        if (type === 'u64') return this.setBig(d, `${this.big(a)}*${this.big(b)}`);
+        return `${out('i')}=Math.imul(${x},${y});`;
+      case 'fma':
+        if (type === 'f32') return `${out('f')}=${x}*${y}+${z};`;
+        if (type === 'f16x2') return `${out('u')}=R.halves((p,q,r)=>p*q+r,${x},${y},${z});`;
+        return undefined;
+      case 'mad':
+        return `${out('i')}=Math.imul(${x},${y})+${z};`;
+      case 'div':
+        if (type === 'f32') return `${out('f')}=${x}/${y};`;
+        return `${out('u')}=Math.floor(${x}/${y});`;
+      case 'rem':
+        return `${out('u')}=${x}%${y};`;
+      case 'min':
+      case 'max': {
+        const name = type === 'f32' || type === 'f16x2' ? `R.${parts[0]}Number` : `Math.${parts[0]}`;
+        if (type === 'f16x2') return `${out('u')}=R.halves(${name},${x},${y});`;
+        return `${out(view)}=${name}(${x},${y});`;
+      }
+      case 'abs':
+        return `${out(view)}=Math.abs(${x});`;
+      case 'neg':
+        return `${out(view)}=-${x};`;
+      case 'ex2':
+        return `${out('f')}=R.flush(2**${x});`;
+      case 'lg2':
+        return `${out('f')}=Math.log2(R.flush(${x}));`;
+      case 'rcp':
+        return `${out('f')}=${parts[1] === 'approx' ? `R.flush(1/${x})` : `1/${x}`};`;
+      case 'and':
+      case 'or':
+      case 'xor': {
+        const sign = { and: '&', or: '|', xor: '^' }[parts[0]];
+        const low = `${out('u')}=${x}${sign}${y};`;
+        return type === 'b64' ? `${low}u[${this.row(d as Reg) + 32}+l]=${this.high(a)}${sign}${this.high(b)};` : low;
+      }
+      case 'not':
+        return type === 'pred' ? `${out('u')}=1-${x};` : `${out('u')}=~${x};`;
+      case 'shl':
+        if (type === 'b64') return this.setBig(d, `${this.big(a)}<<BigInt(${this.value(b, 'u')})`);
+        return `{const n=${this.value(b, 'u')};${out('u')}=n>31?0:${x}<<n;}`;
+      case 'shr':
+        if (type === 'u64') return this.setBig(d, `${this.big(a)}>>BigInt(${this.value(b, 'u')})`);
+        return `{const n=${this.value(b, 'u')};${out(view)}=n>31?${view === 'i' ? `${x}>>31` : '0'}:${x}${view === 'i' ? '>>' : '>>>'}n;}`;
+      case 'prmt':
+        return `${out('u')}=R.prmt(${x},${y},${z});`;
+      case 'setp': {
+        const sign = { eq: '===', ne: '!==', lt: '<', le: '<=', gt: '>', ge: '>=' }[parts[1] as 'eq'];
+        if (type === 'u64') return `${out('u')}=${this.big(a)}${sign}${this.big(b)}?1:0;`;
+        // Comparisons with NaN are false, `ne` too.
+        if (parts[1] === 'ne' && type === 'f32') return `${out('u')}=(${x}<${y}||${x}>${y})?1:0;`;
+        return `${out('u')}=${x}${sign}${y}?1:0;`;
+      }
+      case 'selp':
+        return `${out('u')}=${this.value(c, 'u')}?${this.#bits(a)}:${this.#bits(b)};`;
+      case 'cvt':
+        return this.#convert(opcode, d, a, b);
+      case 'ld':
+        return parts[1] === 'param' ? this.#loadParameter(d as Reg, a) : undefined;
+      default:
+        return undefined;
+    }
+  }
+
+  /** The 32 bits of an operand, whatever its kind. */
+  #bits(operand: Operand): string {
+    if (operand.type === 'immediate' && operand.kind === 'f32') {
+      return String(new Uint32Array(new Float32Array([operand.value]).buffer)[0]);
+    }
+    return this.value(operand, 'u');
+  }
+
+  #move({ outputs, inputs }: Instruction, type: string): string {
+    const [d] = outputs as [Operand];
+    const [a] = inputs as [Operand];
+    if (a.type === 'special') return `u[${this.row(d as Reg)}+l]=${this.#special(a.name)};`;
+    if (a.type === 'parameter') return `u[${this.row(d as Reg)}+l]=${runtime.SHARED_BASE};`;
+    if (a.type === 'group') {
+      const [low, high] = a.registers as [Reg, Reg];
+      const row = this.row(d as Reg);
+      if (type === 'b64') return `u[${row}+l]=u[${this.row(low)}+l];u[${row + 32}+l]=u[${this.row(high)}+l];`;
+      return `u[${row}+l]=(u[${this.row(low)}+l]&65535)|(u[${this.row(high)}+l]<<16);`;
+    }
+    if (d.type === 'group') {
+      const [low, high] = d.registers as [Reg, Reg];
+      const row = this.row(a as Reg);
+      if (type === 'b64') return `u[${this.row(low)}+l]=u[${row}+l];u[${this.row(high)}+l]=u[${row + 32}+l];`;
+      return `{const w=u[${row}+l];u[${this.row(low)}+l]=w&65535;u[${this.row(high)}+l]=w>>>16;}`;
+    }
+    const row = this.row(d as Reg);
+    const low = `u[${row}+l]=${this.#bits(a)};`;
+    return this.#is64(d) ? `${low}u[${row + 32}+l]=${this.high(a)};` : low;
+  }
+
+  #special(name: string): string {
+    switch (name) {
+      case '%tid.x':
+        return 'W.index*32+l';
+      case '%laneid':
+        return 'l';
+      case '%ctaid.x':
+        return 'W.cta.block';
+      case '%nctaid.x':
+        return 'W.cta.gridBlocks';
+      default:
+        return '0';
+    }
+  }
+
+  #loadParameter(d: Reg, parameter: Operand): string {
+    if (parameter.type !== 'parameter') throw new Error('ld.param of no parameter');
+    const value = this.parameters[parameter.name];
+    if (value === undefined) throw new Error(`no value for parameter ${parameter.name}`);
+    const row = this.row(d);
+    if (d.kind === 'f32') return `f[${row}+l]=${value};`;
+    const low = `u[${row}+l]=${BigInt.asUintN(32, BigInt(value))};`;
+    return KIND_BITS[d.kind] === 64 ? `${low}u[${row + 32}+l]=${BigInt.asUintN(32, BigInt(value) >> 32n)};` : low;
+  }
+
+  #convert(opcode: string, d: Operand, a: Operand, b: Operand): string {
+    const out = (as: 'u' | 'i' | 'f') => this.value(d, as);
+    const [u, i, f] = [this.value(a, 'u'), this.value(a, 'i'), this.value(a, 'f')];
+    switch (opcode) {
+      case 'cvt.rn.f32.s32':
+        return `${out('f')}=${i};`;
+      case 'cvt.rn.f32.u32':
+        return `${out('f')}=${u};`;
+      case 'cvt.f32.f16':
+        return `${out('f')}=R.halfTo(${u});`;
+      case 'cvt.rn.f16.f32':
+        return `${out('u')}=R.halfFrom(${f});`;
+      case 'cvt.rn.bf16.f32':
+        return `${out('u')}=R.bfloat16From(${f});`;
+      case 'cvt.rni.s32.f32':
+        return `${out('i')}=R.roundEven(${f});`;
+      case 'cvt.u64.u32':
+        return `${out('u')}=${u};u[${this.row(d as Reg) + 32}+l]=0;`;
+      case 'cvt.s64.s32':
+        return `${out('u')}=${u};i[${this.row(d as Reg) + 32}+l]=${i}>>31;`;
+      case 'cvt.u32.u64':
+        return `${out('u')}=${u};`;
+      case 'cvt.u32.u16':
+      case 'cvt.u16.u32':
+        return `${out('u')}=${u}&65535;`;
+      case 'cvt.rn.f16x2.e4m3x2':
+        return `${out('u')}=R.unpackE4m3(${u});`;
+      case 'cvt.rn.satfinite.e4m3x2.f32':
+        return `${out('u')}=R.packE4m3(${f},${this.value(b, 'f')});`;
+      case 'cvt.rn.f16x2.f32':
+        return `${out('u')}=(R.halfFrom(${f})<<16)|R.halfFrom(${this.value(b, 'f')});`;
+      case 'cvt.rn.bf16x2.f32':
+        return `${out('u')}=(R.bfloat16From(${f})<<16)|R.bfloat16From(${this.value(b, 'f')});`;
+      default:
+        throw new Error(`the simulator has no ${opcode}`);
+    }
+  }
+
+  /** An instruction of the whole warp or of a memory: statements for all lanes, `guarded` wraps those of one lane. */
+  collective(instruction: Instruction, guarded: (statement: string) => string): string {
+    const { opcode, outputs, inputs } = instruction;
+    const parts = opcode.split('.');
+    const what = JSON.stringify(`${instruction.section}: ${printInstruction(instruction)}`);
+    const rows = (operand: Operand): number[] =>
+      operand.type === 'group' ? operand.registers.map((register) => this.row(register)) : [this.row(operand as Reg)];
+    const memory = (operand: Operand | undefined) => {
+      if (operand?.type !== 'memory') throw new Error(`${opcode}: no address`);
+      return `${this.row(operand.base)},${operand.offset}`;
+    };
+    const list = (values: readonly number[]) => `[${values}]`;
+    const space = parts[1] === 'shared' ? 'Shared' : 'Global';
+    const length = Number((parts.at(-1) as string).slice(1)) / 8;
+    if (opcode.startsWith('ld.')) {
+      const targets = rows(outputs[0] as Operand);
+      return `W.rows=${list(targets)};${guarded(`W.load${space}(${targets[0]},l,${memory(inputs[0])},${length},${targets.length},${what});`)}`;
+    }
+    if (opcode.startsWith('st.')) {
+      return guarded(`W.store${space}(${list(rows(inputs[1] as Operand))},l,${memory(inputs[0])},${length},${what});`);
+    }
+    if (opcode === 'red.global.or.b32') {
+      return guarded(`W.redOr(${this.value(inputs[1] as Operand, 'u')},l,${memory(inputs[0])},${what});`);
+    }
+    if (opcode === 'cp.async.cg.shared.global') {
+      return guarded(`W.copyAsync(l,${memory(inputs[0])},${memory(inputs[1])},${what});`);
+    }
+    if (opcode === 'cp.async.commit_group') return guarded('W.commitCopies(l);');
+    const first = inputs[0] as Operand;
+    if (opcode === 'cp.async.wait_group')
+      return guarded(`W.waitCopies(l,${first.type === 'immediate' ? first.value : 0});`);
+    if (opcode.startsWith('ldmatrix')) {
+      return `W.ldmatrix(${list(rows(outputs[0] as Operand))},${memory(first)},${opcode.includes('.trans')},${what});`;
+    }
+    if (opcode.startsWith('mma.sync.aligned.')) {
+      const groups = [outputs[0], ...inputs].map((operand) => list(rows(operand as Operand))).join(',');
+      return `W.mma(${JSON.stringify(opcode.slice('mma.sync.aligned.'.length))},${groups},${what});`;
+    }
+    if (opcode === 'shfl.sync.bfly.b32') {
+      const mask = inputs[1] as Operand & { value: number };
+      return `W.shflBfly(${this.row(outputs[0] as Reg)},${this.row(first as Reg)},${mask.value},${what});`;
+    }
+    if (opcode === 'vote.sync.any.pred') {
+      return `W.voteAny(${this.row(outputs[0] as Reg)},${this.row(first as Reg)},${what});`;
+    }
+    throw new Error(`the simulator has no ${opcode}`);
+  }
+}
+
+/** A loop over the lanes at hand. */
+const eachLane = (body: string) => `for(let j=0;j<n;j++){const l=L[j];${body}}`;
+
+function compileFunction(statements: readonly string[]): (warp: Warp) => void {
+  const header = 'const u=W.u,i=W.i,f=W.f,L=W.lanes,n=W.active;';
+  // Names are fixed and numbers are register rows: this is a code generator for tests, with no input from outside.
+  const make = new Function('R', `return function(W){${header}${statements.join('\n')}}`) as (
+    library: typeof runtime,
+  ) => (warp: Warp) => void;
+  return make(runtime);
+}
+
+/** Compiles a kernel for one launch; parameters become constants. */
+export function compileKernel(kernel: Kernel, parameters: ParameterValues): Program {
+  const rows: number[] = [];
+  let words = 0;
+  for (const kind of kernel.registerKinds) {
+    rows.push(words);
+    words += KIND_BITS[kind] === 64 ? 64 : 32;
+  }
+  const emitter = new Emitter(rows, parameters);
+
+  const starts = new Set<number>([0]);
+  kernel.instructions.forEach(({ opcode }, at) => {
+    if (opcode === 'label') starts.add(at);
+    if (opcode === 'bra' || opcode === 'ret' || opcode === 'bar.sync') starts.add(at + 1);
+  });
+  const order = [...starts].filter((at) => at < kernel.instructions.length).sort((x, y) => x - y);
+  const blockOfLabel = new Map<string, number>();
+  order.forEach((at, index) => {
+    const instruction = kernel.instructions[at] as Instruction;
+    const [label] = instruction.inputs;
+    if (instruction.opcode === 'label' && label?.type === 'label') blockOfLabel.set(label.name, index);
+  });
+
+  const blocks = order.map((at, index): Block => {
+    const instructions = kernel.instructions.slice(at, order[index + 1] ?? kernel.instructions.length);
+    const last = instructions.at(-1) as Instruction;
+    const guard =
+      last.guard === undefined
+        ? {}
+        : { guard: { row: emitter.row(last.guard.predicate), when: last.guard.negated ? 0 : 1 } };
+    let terminator: Terminator = { kind: 'fallthrough' };
+    const [target] = last.inputs;
+    if (last.opcode === 'bra' && target?.type === 'label') {
+      terminator = { kind: 'branch', target: blockOfLabel.get(target.name) as number, ...guard };
+    } else if (last.opcode === 'ret') terminator = { kind: 'exit', ...guard };
+    else if (last.opcode === 'bar.sync') terminator = { kind: 'barrier' };
+    const body = instructions.filter(
+      ({ opcode }) => !['label', 'bra', 'ret', 'bar.sync', 'membar.gl'].includes(opcode),
+    );
+    const functions: ((warp: Warp) => void)[] = [];
+    for (let first = 0; first < body.length; first += INSTRUCTIONS_PER_FUNCTION) {
+      functions.push(compileFunction(statementsOf(emitter, body.slice(first, first + INSTRUCTIONS_PER_FUNCTION))));
+    }
+    return {
+      terminator,
+      run: (warp) => {
+        for (const run of functions) run(warp);
+      },
+    };
+  });
+  return { blocks, words };
+}
+
+/** Statements of consecutive instructions; neighbours that are lane-wise share one loop over the lanes. */
+function statementsOf(emitter: Emitter, instructions: readonly Instruction[]): string[] {
+  const statements: string[] = [];
+  let fused: string[] = [];
+  const flush = () => {
+    if (fused.length > 0) statements.push(eachLane(fused.join('')));
+    fused = [];
+  };
+  for (const instruction of instructions) {
+    const { guard } = instruction;
+    const guarded = (statement: string) =>
+      guard === undefined
+        ? statement
+        : `if(u[${emitter.row(guard.predicate)}+l]===${guard.negated ? 0 : 1}){${statement}}`;
+    const laneWise = emitter.laneWise(instruction);
+    if (laneWise !== undefined) {
+      fused.push(guarded(laneWise));
+      continue;
+    }
+    flush();
+    statements.push(emitter.collective(instruction, (statement) => eachLane(guarded(statement))));
+  }
+  flush();
+  return statements;
+}

@@ -1,0 +1,117 @@
+/**
+ * Runs launches on the CPU, CTA by CTA, warp by warp in lockstep: what the kernels compute, without a GPU. It executes the
+ * instruction list, not its text (ptxas checks that), and stops at what a correct kernel never does: reading what was
+ * never written, leaving a buffer, misaligned accesses, races in shared memory, barriers that some threads miss.
+ *
+ * Divergence: lanes carry a block number each, and the lanes at the lowest one run next, which reconverges structured code.
+ */
+import type { KernelArgument, KernelLaunch } from '../../launch.ts';
+import type { Kernel } from '../../ptx/types.ts';
+import { compileKernel, type ParameterValues, type Program } from './compile.ts';
+import { type GlobalMemory, SharedMemory, SimulationError } from './memory.ts';
+import { type Cta, Warp } from './warp.ts';
+
+const EXITED = -1;
+/** Steps after which a warp is taken to hang. */
+const STEP_LIMIT = 10_000_000;
+
+/** Runs a warp until it reaches a barrier (true) or ends (false). */
+function runToBarrier(warp: Warp, program: Program): boolean {
+  const { pc, lanes } = warp;
+  for (let step = 0; step < STEP_LIMIT; step++) {
+    let lowest = Number.MAX_SAFE_INTEGER;
+    for (const at of pc) if (at !== EXITED && at < lowest) lowest = at;
+    if (lowest === Number.MAX_SAFE_INTEGER) return false;
+    let active = 0;
+    for (let lane = 0; lane < 32; lane++) if (pc[lane] === lowest) lanes[active++] = lane;
+    warp.active = active;
+    const block = program.blocks[lowest];
+    if (block === undefined) throw new SimulationError('a thread ran past the last instruction');
+    block.run(warp);
+    const { terminator } = block;
+    for (let i = 0; i < active; i++) {
+      const lane = lanes[i] as number;
+      const taken =
+        terminator.kind === 'branch' || terminator.kind === 'exit'
+          ? terminator.guard === undefined || warp.u[terminator.guard.row + lane] === terminator.guard.when
+          : false;
+      if (taken) pc[lane] = terminator.kind === 'branch' ? terminator.target : EXITED;
+      else pc[lane] = lowest + 1;
+    }
+    if (terminator.kind === 'barrier') {
+      warp.requireAll('bar.sync');
+      return true;
+    }
+  }
+  throw new SimulationError(`warp ${warp.index} did not end`);
+}
+
+function runCta(cta: Cta, warps: Warp[], program: Program): void {
+  let waiting = warps;
+  while (waiting.length > 0) {
+    const arrived = waiting.filter((warp) => runToBarrier(warp, program));
+    // Threads that have ended count as arrived.
+    waiting = arrived;
+    cta.shared.epoch++;
+  }
+}
+
+/** Runs every CTA of a grid. */
+export function simulateKernel(kernel: Kernel, grid: number, parameters: ParameterValues, global: GlobalMemory): void {
+  const program = compileKernel(kernel, parameters);
+  for (let block = 0; block < grid; block++) {
+    const cta: Cta = { shared: new SharedMemory(kernel.sharedBytes), global, block, gridBlocks: grid };
+    const warps = Array.from({ length: kernel.threads / 32 }, (_, index) => new Warp(index, cta, program.words));
+    try {
+      runCta(cta, warps, program);
+    } catch (error) {
+      if (error instanceof SimulationError) {
+        throw new SimulationError(`${kernel.name}, block ${block} of ${grid}: ${error.message}`, { cause: error });
+      }
+      throw error;
+    }
+  }
+}
+
+function argumentValue(argument: KernelArgument, addresses: ReadonlyMap<string, number>): number | bigint {
+  switch (argument.kind) {
+    case 'pointer': {
+      const address = addresses.get(argument.buffer);
+      if (address === undefined) throw new Error(`no buffer '${argument.buffer}'`);
+      return address + (argument.byteOffset ?? 0);
+    }
+    case 'null':
+      return 0;
+    case 'tensor-map':
+      throw new Error('the simulator has no tensor maps');
+    default:
+      return argument.value;
+  }
+}
+
+/** Runs launches in order. Their modules must be able to give the kernel as data. */
+export function simulateLaunches(
+  launches: readonly KernelLaunch[],
+  addresses: ReadonlyMap<string, number>,
+  global: GlobalMemory,
+): void {
+  for (const { name, module, grid, block, sharedBytes, arguments: values } of launches) {
+    if (!('kernel' in module) || typeof module.kernel !== 'function') throw new Error(`${name}: no kernel to simulate`);
+    const kernel = module.kernel() as Kernel;
+    if (block[0] !== kernel.threads || sharedBytes !== kernel.sharedBytes || grid[1] !== 1 || grid[2] !== 1) {
+      throw new Error(`${name}: launch and kernel disagree on threads or shared memory`);
+    }
+    if (values.length !== kernel.parameters.length) {
+      throw new Error(`${name}: ${values.length} arguments for ${kernel.parameters.length} parameters`);
+    }
+    const parameters: Record<string, number | bigint> = {};
+    kernel.parameters.forEach((parameter, i) => {
+      const argument = values[i] as KernelArgument;
+      const kind = argument.kind === 'pointer' || argument.kind === 'null' ? 'u64' : argument.kind;
+      if (kind !== parameter.kind)
+        throw new Error(`${name}: argument ${parameter.name} is ${kind}, not ${parameter.kind}`);
+      parameters[parameter.name] = argumentValue(argument, addresses);
+    });
+    simulateKernel(kernel, grid[0], parameters, global);
+  }
+}
