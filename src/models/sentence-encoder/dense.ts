@@ -7,13 +7,13 @@ export interface Dense {
   apply(x: Float32Array, rows: number): Float32Array;
 }
 
-/** Columns of W side by side in one panel, and rows of x taken at once: 8 sums, which V8 keeps in registers. */
-const PANEL = 4;
+/** Columns of W side by side in one panel. Two rows of x at a time make 12 sums, as many as V8 keeps in registers. */
+const PANEL = 6;
 /** Rows of x kept in float64 at a time, so that they stay in the second-level cache. */
 const ROW_BLOCK = 64;
 
 /**
- * W is stored once as float64 panels of four columns: V8 has only float64 arithmetic, and converting each element at
+ * W is stored once as float64 panels of six columns: V8 has only float64 arithmetic, and converting each element at
  * every use would take longer than the multiplication. Sums are in float64, results are rounded to float32.
  */
 export function createDense(kernel: Float32Array, bias: Float32Array, inputs: number, outputs: number): Dense {
@@ -54,7 +54,7 @@ export function createDense(kernel: Float32Array, bias: Float32Array, inputs: nu
   return { inputs, outputs, apply };
 }
 
-/** sums[r][c] = row r . column c, for two rows and four columns. */
+/** sums[r][c] = row r . column c, for two rows and six columns. */
 function multiplyTile(
   block: Float64Array,
   rowAt: number,
@@ -68,10 +68,14 @@ function multiplyTile(
   let s01 = 0;
   let s02 = 0;
   let s03 = 0;
+  let s04 = 0;
+  let s05 = 0;
   let s10 = 0;
   let s11 = 0;
   let s12 = 0;
   let s13 = 0;
+  let s14 = 0;
+  let s15 = 0;
   for (let i = 0, p = panelAt; i < inputs; i++, p += PANEL) {
     const x = block[rowAt + i] as number;
     const y = block[nextRowAt + i] as number;
@@ -79,21 +83,31 @@ function multiplyTile(
     const w1 = packed[p + 1] as number;
     const w2 = packed[p + 2] as number;
     const w3 = packed[p + 3] as number;
+    const w4 = packed[p + 4] as number;
+    const w5 = packed[p + 5] as number;
     s00 += x * w0;
     s01 += x * w1;
     s02 += x * w2;
     s03 += x * w3;
+    s04 += x * w4;
+    s05 += x * w5;
     s10 += y * w0;
     s11 += y * w1;
     s12 += y * w2;
     s13 += y * w3;
+    s14 += y * w4;
+    s15 += y * w5;
   }
   sums[0] = s00;
   sums[1] = s01;
   sums[2] = s02;
   sums[3] = s03;
-  sums[4] = s10;
-  sums[5] = s11;
-  sums[6] = s12;
-  sums[7] = s13;
+  sums[4] = s04;
+  sums[5] = s05;
+  sums[6] = s10;
+  sums[7] = s11;
+  sums[8] = s12;
+  sums[9] = s13;
+  sums[10] = s14;
+  sums[11] = s15;
 }
