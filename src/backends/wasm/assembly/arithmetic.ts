@@ -5,6 +5,40 @@ const ROUNDING: f32 = 12582912;
 /** Below this exponent a power of two is not computed; it is far below what any weight counts for. */
 const LEAST_EXPONENT: f32 = -126;
 
+// Constants of inner loops come from memory: the engine would build a vector constant anew in every turn, which made the
+// softmax take half as long again.
+export const CONSTANT_ROUNDING: usize = 0;
+export const CONSTANT_LEAST_EXPONENT: usize = 4;
+/** 2^23 */
+export const CONSTANT_INTEGER_SHIFT: usize = 8;
+/** Polynomials of 2^f over [-1/2, 1/2], minimax in relative error. The coarse one is multiplied by a scale. */
+export const CONSTANT_COARSE_0: usize = 12;
+export const CONSTANT_COARSE_1: usize = 16;
+export const CONSTANT_COARSE_2: usize = 20;
+export const CONSTANT_COARSE_3: usize = 24;
+export const CONSTANT_FINE_0: usize = 28;
+export const CONSTANT_FINE_1: usize = 32;
+export const CONSTANT_FINE_2: usize = 36;
+export const CONSTANT_FINE_3: usize = 40;
+export const CONSTANT_FINE_4: usize = 44;
+export const CONSTANT_FINE_5: usize = 48;
+
+export function storeConstants(at: usize, coarseScale: f32): void {
+  store<f32>(at, ROUNDING, CONSTANT_ROUNDING);
+  store<f32>(at, LEAST_EXPONENT, CONSTANT_LEAST_EXPONENT);
+  store<f32>(at, 8388608, CONSTANT_INTEGER_SHIFT);
+  store<f32>(at, <f32>0.9999280723037018 * coarseScale, CONSTANT_COARSE_0);
+  store<f32>(at, <f32>0.6932609870389171 * coarseScale, CONSTANT_COARSE_1);
+  store<f32>(at, <f32>0.24261114309949505 * coarseScale, CONSTANT_COARSE_2);
+  store<f32>(at, <f32>0.05517167035405337 * coarseScale, CONSTANT_COARSE_3);
+  store<f32>(at, 1.0000000716559039, CONSTANT_FINE_0);
+  store<f32>(at, 0.693146967060839, CONSTANT_FINE_1);
+  store<f32>(at, 0.24022119717778734, CONSTANT_FINE_2);
+  store<f32>(at, 0.05550713276869234, CONSTANT_FINE_3);
+  store<f32>(at, 0.009675541663598257, CONSTANT_FINE_4);
+  store<f32>(at, 0.00132764718440602, CONSTANT_FINE_5);
+}
+
 /** `a * b + c`; fused in the relaxed build on hardware that can, always in the same way on one device. */
 // @ts-ignore: decorator
 @inline
@@ -28,39 +62,43 @@ export function toIntegers(x: v128): v128 {
 }
 
 /**
- * `2^x * scale` for x <= 0 to a relative error of 7.5e-5: enough for weights that keep 7 or 12 bits. A minimax polynomial
- * of 2^f over [-1/2, 1/2], its exponent shifted by the integer part.
+ * `2^x` times the coarse polynomial's scale, for -126 <= x <= 0, to a relative error of 7.5e-5: enough for weights that
+ * keep 7 or 12 bits. The polynomial's exponent is shifted by the integer part.
  */
 // @ts-ignore: decorator
 @inline
-export function exp2Coarse(x: v128, scale: f32): v128 {
-  const bounded = larger(x, f32x4.splat(LEAST_EXPONENT));
-  const rounded = f32x4.add(bounded, f32x4.splat(ROUNDING));
-  const f = f32x4.sub(bounded, f32x4.sub(rounded, f32x4.splat(ROUNDING)));
-  let p = madd(f32x4.splat(<f32>0.05517167035405337 * scale), f, f32x4.splat(<f32>0.24261114309949505 * scale));
-  p = madd(p, f, f32x4.splat(<f32>0.6932609870389171 * scale));
-  p = madd(p, f, f32x4.splat(<f32>0.9999280723037018 * scale));
+export function exp2Coarse(x: v128, rounding: v128, c3: v128, c2: v128, c1: v128, c0: v128): v128 {
+  const rounded = f32x4.add(x, rounding);
+  const f = f32x4.sub(x, f32x4.sub(rounded, rounding));
+  const p = madd(madd(madd(c3, f, c2), f, c1), f, c0);
   return i32x4.add(p, i32x4.shl(rounded, 23));
 }
 
-/** `2^x` for -126 <= x <= 127 to a relative error of 1e-7 and float32 rounding; smaller x count as -126. */
+/** `2^x` for -126 <= x <= 127, to a relative error of 1e-7 and float32 rounding. */
 // @ts-ignore: decorator
 @inline
-export function exp2Fine(x: v128): v128 {
-  const bounded = larger(x, f32x4.splat(LEAST_EXPONENT));
-  const rounded = f32x4.add(bounded, f32x4.splat(ROUNDING));
-  const f = f32x4.sub(bounded, f32x4.sub(rounded, f32x4.splat(ROUNDING)));
-  let p = madd(f32x4.splat(0.00132764718440602), f, f32x4.splat(0.009675541663598257));
-  p = madd(p, f, f32x4.splat(0.05550713276869234));
-  p = madd(p, f, f32x4.splat(0.24022119717778734));
-  p = madd(p, f, f32x4.splat(0.693146967060839));
-  p = madd(p, f, f32x4.splat(1.0000000716559039));
+export function exp2Fine(
+  x: v128, rounding: v128, c5: v128, c4: v128, c3: v128, c2: v128, c1: v128, c0: v128,
+): v128 {
+  const rounded = f32x4.add(x, rounding);
+  const f = f32x4.sub(x, f32x4.sub(rounded, rounding));
+  const p = madd(madd(madd(madd(madd(c5, f, c4), f, c3), f, c2), f, c1), f, c0);
   return i32x4.add(p, i32x4.shl(rounded, 23));
 }
 
-/** `2^x` of one number x <= 127. */
+// @ts-ignore: decorator
+@inline
+function exp2FineHere(x: v128): v128 {
+  return exp2Fine(
+    x, f32x4.splat(ROUNDING), f32x4.splat(0.00132764718440602), f32x4.splat(0.009675541663598257),
+    f32x4.splat(0.05550713276869234), f32x4.splat(0.24022119717778734), f32x4.splat(0.693146967060839),
+    f32x4.splat(1.0000000716559039),
+  );
+}
+
+/** `2^x` of one number x <= 127; x below -126 counts as -126. */
 export function exp2(x: f32): f32 {
-  return f32x4.extract_lane(exp2Fine(f32x4.splat(x)), 0);
+  return f32x4.extract_lane(exp2FineHere(f32x4.splat(max(x, LEAST_EXPONENT))), 0);
 }
 
 /** `tanh`, to an absolute error of 2e-7. */
@@ -69,7 +107,7 @@ export function exp2(x: f32): f32 {
 export function tanh4(x: v128): v128 {
   // 2 log2(e) x, bounded where tanh is 1 in float32.
   const y = f32x4.max(f32x4.min(f32x4.mul(x, f32x4.splat(2.8853900817779268)), f32x4.splat(40)), f32x4.splat(-40));
-  const e = exp2Fine(y);
+  const e = exp2FineHere(y);
   return f32x4.sub(f32x4.splat(1), f32x4.div(f32x4.splat(2), f32x4.add(e, f32x4.splat(1))));
 }
 
@@ -97,14 +135,12 @@ export function sumOf(x: v128): f32 {
   );
 }
 
-/** Largest of the four lanes. */
+/** Largest of the four lanes; none is NaN. By vectors: a scalar `max` compiles to branches that are mispredicted. */
 // @ts-ignore: decorator
 @inline
 export function maxOf(x: v128): f32 {
-  return max(
-    max(f32x4.extract_lane(x, 0), f32x4.extract_lane(x, 1)),
-    max(f32x4.extract_lane(x, 2), f32x4.extract_lane(x, 3)),
-  );
+  const half = larger(x, v128.shuffle<f32>(x, x, 2, 3, 0, 1));
+  return f32x4.extract_lane(larger(half, v128.shuffle<f32>(half, half, 1, 0, 3, 2)), 0);
 }
 
 /** Sum of the four integer lanes. */

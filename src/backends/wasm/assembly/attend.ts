@@ -60,11 +60,39 @@ import {
   UNIT_ROW,
   UNIT_SEQUENCE,
 } from '../job.ts';
-import { exp2, exp2Coarse, exp2Fine, larger, log, madd, maxOf, sumOf, tanh4, toIntegers } from './arithmetic.ts';
+import {
+  CONSTANT_COARSE_0,
+  CONSTANT_COARSE_1,
+  CONSTANT_COARSE_2,
+  CONSTANT_COARSE_3,
+  CONSTANT_FINE_0,
+  CONSTANT_FINE_1,
+  CONSTANT_FINE_2,
+  CONSTANT_FINE_3,
+  CONSTANT_FINE_4,
+  CONSTANT_FINE_5,
+  CONSTANT_INTEGER_SHIFT,
+  CONSTANT_LEAST_EXPONENT,
+  CONSTANT_ROUNDING,
+  exp2,
+  exp2Coarse,
+  exp2Fine,
+  larger,
+  log,
+  madd,
+  maxOf,
+  storeConstants,
+  sumOf,
+  tanh4,
+  toIntegers,
+} from './arithmetic.ts';
 import { elementShift, load4, loadElement, loadRow, storeRow } from './elements.ts';
 import { LEAST_SCALE, rowMaximum } from './prepare.ts';
 import { addValuesFloat, addValuesInteger, scoreRows } from './products.ts';
 import {
+  P_ROW_BYTES,
+  Q_ROW_BYTES,
+  SCRATCH_CONSTANTS,
   SCRATCH_MAXIMA,
   SCRATCH_OUT,
   SCRATCH_P,
@@ -74,8 +102,6 @@ import {
   SCRATCH_ROW_SCALES,
   SCRATCH_SCORES,
   SCRATCH_SUMS,
-  SCRATCH_TILE_MAXIMA,
-  SCRATCH_TILE_SCALES,
   SCRATCH_TILE_WEIGHTS,
 } from './scratch.ts';
 
@@ -192,33 +218,52 @@ function finishScores(
   return v128.any_true(invalid);
 }
 
+/** Largest of a row's scores; `keys` is a multiple of 16. */
 function maximumOf(scores: usize, keys: i32): f32 {
-  let most = f32x4.splat(-Infinity);
-  for (let j: usize = 0; j < <usize>keys << 2; j += 16) most = larger(most, v128.load(scores + j));
-  return maxOf(most);
+  let m0 = v128.load(scores);
+  let m1 = v128.load(scores, 16);
+  let m2 = v128.load(scores, 32);
+  let m3 = v128.load(scores, 48);
+  for (let j = 16; j < keys; j += 16) {
+    scores += 64;
+    m0 = larger(m0, v128.load(scores));
+    m1 = larger(m1, v128.load(scores, 16));
+    m2 = larger(m2, v128.load(scores, 32));
+    m3 = larger(m3, v128.load(scores, 48));
+  }
+  return maxOf(larger(larger(m0, m1), larger(m2, m3)));
 }
 
 /** Weights of one row relative to its largest, in integers. Returns their sum before rounding, in levels. */
-function weighInteger(scores: usize, keys: i32, most: f32, scale: f32, p: usize): f32 {
+function weighInteger(scores: usize, keys: i32, most: f32, scale: f32, p: usize, constants: usize): f32 {
   const top = f32x4.splat(most);
   const factor = f32x4.splat(scale);
+  const least = v128.load32_splat(constants, CONSTANT_LEAST_EXPONENT);
+  const rounding = v128.load32_splat(constants, CONSTANT_ROUNDING);
+  const c3 = v128.load32_splat(constants, CONSTANT_COARSE_3);
+  const c2 = v128.load32_splat(constants, CONSTANT_COARSE_2);
+  const c1 = v128.load32_splat(constants, CONSTANT_COARSE_1);
+  const c0 = v128.load32_splat(constants, CONSTANT_COARSE_0);
   // Adding 2^23 leaves the rounded integer in the low bits.
-  const rounding = f32x4.splat(8388608);
-  const rest = i32x4.splat(0x4b000000);
+  const shift = v128.load32_splat(constants, CONSTANT_INTEGER_SHIFT);
   let sum = f32x4.splat(0);
   for (let j = 0; j < keys; j += 16) {
-    const x0 = exp2Coarse(f32x4.mul(f32x4.sub(v128.load(scores), top), factor), P_LEVELS);
-    const x1 = exp2Coarse(f32x4.mul(f32x4.sub(v128.load(scores, 16), top), factor), P_LEVELS);
-    const x2 = exp2Coarse(f32x4.mul(f32x4.sub(v128.load(scores, 32), top), factor), P_LEVELS);
-    const x3 = exp2Coarse(f32x4.mul(f32x4.sub(v128.load(scores, 48), top), factor), P_LEVELS);
+    let y = larger(f32x4.mul(f32x4.sub(v128.load(scores), top), factor), least);
+    const x0 = exp2Coarse(y, rounding, c3, c2, c1, c0);
+    y = larger(f32x4.mul(f32x4.sub(v128.load(scores, 16), top), factor), least);
+    const x1 = exp2Coarse(y, rounding, c3, c2, c1, c0);
+    y = larger(f32x4.mul(f32x4.sub(v128.load(scores, 32), top), factor), least);
+    const x2 = exp2Coarse(y, rounding, c3, c2, c1, c0);
+    y = larger(f32x4.mul(f32x4.sub(v128.load(scores, 48), top), factor), least);
+    const x3 = exp2Coarse(y, rounding, c3, c2, c1, c0);
     sum = f32x4.add(sum, f32x4.add(f32x4.add(x0, x1), f32x4.add(x2, x3)));
     const low = i16x8.narrow_i32x4_s(
-      i32x4.sub(f32x4.add(x0, rounding), rest),
-      i32x4.sub(f32x4.add(x1, rounding), rest),
+      i32x4.sub(f32x4.add(x0, shift), shift),
+      i32x4.sub(f32x4.add(x1, shift), shift),
     );
     const high = i16x8.narrow_i32x4_s(
-      i32x4.sub(f32x4.add(x2, rounding), rest),
-      i32x4.sub(f32x4.add(x3, rounding), rest),
+      i32x4.sub(f32x4.add(x2, shift), shift),
+      i32x4.sub(f32x4.add(x3, shift), shift),
     );
     if (ASC_FEATURE_RELAXED_SIMD) {
       v128.store(p, i8x16.narrow_i16x8_s(low, high));
@@ -234,14 +279,22 @@ function weighInteger(scores: usize, keys: i32, most: f32, scale: f32, p: usize)
 }
 
 /** Weights of one row relative to its largest, in float32. Returns their sum. */
-function weighFloat(scores: usize, keys: i32, most: f32, scale: f32, p: usize): f32 {
+function weighFloat(scores: usize, keys: i32, most: f32, scale: f32, p: usize, constants: usize): f32 {
   const top = f32x4.splat(most);
   const factor = f32x4.splat(scale);
+  const least = v128.load32_splat(constants, CONSTANT_LEAST_EXPONENT);
+  const rounding = v128.load32_splat(constants, CONSTANT_ROUNDING);
+  const c5 = v128.load32_splat(constants, CONSTANT_FINE_5);
+  const c4 = v128.load32_splat(constants, CONSTANT_FINE_4);
+  const c3 = v128.load32_splat(constants, CONSTANT_FINE_3);
+  const c2 = v128.load32_splat(constants, CONSTANT_FINE_2);
+  const c1 = v128.load32_splat(constants, CONSTANT_FINE_1);
+  const c0 = v128.load32_splat(constants, CONSTANT_FINE_0);
   let sum = f32x4.splat(0);
   for (let j: usize = 0; j < <usize>keys << 2; j += 16) {
     const y = f32x4.mul(f32x4.sub(v128.load(scores + j), top), factor);
     // Exactly 0 for what is excluded: its value may be anything.
-    const x = v128.and(exp2Fine(y), f32x4.ge(y, f32x4.splat(-126)));
+    const x = v128.and(exp2Fine(larger(y, least), rounding, c5, c4, c3, c2, c1, c0), f32x4.ge(y, least));
     sum = f32x4.add(sum, x);
     v128.store(p + j, x);
   }
@@ -291,7 +344,6 @@ export function attendUnit(job: usize, unit: usize, scratch: usize): void {
   const qStride = <usize>(load<u32>(job, JOB_Q_TOKEN_STRIDE) << shift);
   const steps = load<i32>(job, JOB_K_STEPS);
   const digits = ASC_FEATURE_RELAXED_SIMD && accurate ? 2 : 1;
-  const rowBytes = <usize>(steps * 4 * digits);
   const levels = accurate ? Q_LEVELS_ACCURATE : Q_LEVELS;
   const packed = scratch + SCRATCH_Q;
   const row = scratch + SCRATCH_ROW;
@@ -305,7 +357,7 @@ export function attendUnit(job: usize, unit: usize, scratch: usize): void {
     let inverse: f32 = scale > 0 ? <f32>1 / scale : 0;
     if (smScale < 0) inverse = -inverse;
     if (!valid) memory.fill(row, 0, <usize>dPadded << 2);
-    quantizeQuery(row, dPadded, packed + <usize>r * rowBytes, inverse, accurate);
+    quantizeQuery(row, dPadded, packed + <usize>r * Q_ROW_BYTES, inverse, accurate);
     let bias = f32x4.splat(0);
     for (let i: usize = 0; i < <usize>dPadded << 2; i += 16) {
       bias = madd(v128.load(row + i), v128.load(means + i), bias);
@@ -316,6 +368,8 @@ export function attendUnit(job: usize, unit: usize, scratch: usize): void {
     // A NaN here stays through every later sum.
     store<f32>(stat + SCRATCH_SUMS, valid ? <f32>0 : <f32>NaN);
   }
+  const constants = scratch + SCRATCH_CONSTANTS;
+  storeConstants(constants, P_LEVELS);
   const out = scratch + SCRATCH_OUT;
   const outBytes = <usize>dvPadded << 2;
   memory.fill(out, 0, <usize>rowsPadded * outBytes);
@@ -333,7 +387,6 @@ export function attendUnit(job: usize, unit: usize, scratch: usize): void {
   const vScales = load<usize>(job, JOB_TILE_V_SCALES);
   const scores = scratch + SCRATCH_SCORES;
   const p = scratch + SCRATCH_P;
-  const pRowBytes: usize = accurate ? BLOCK_K * 4 : ASC_FEATURE_RELAXED_SIMD ? BLOCK_K : BLOCK_K * 2;
 
   const maskDtype = load<i32>(job, JOB_MASK_DTYPE);
   const maskShift = elementShift(maskDtype);
@@ -356,8 +409,7 @@ export function attendUnit(job: usize, unit: usize, scratch: usize): void {
       if (end <= start || start + BLOCK_K <= i + lower) continue;
       const keys = (end - start + 15) & ~15;
       scoreRows(
-        packed + <usize>r * rowBytes, rowBytes, tile, steps, digits, keys, tile + kScales, tile + kBiases, scores,
-        scratch,
+        packed + <usize>r * Q_ROW_BYTES, tile, steps, digits, keys, tile + kScales, tile + kBiases, scores,
       );
       const whole =
         mask == 0 && softcap == 0 && tileFlags == 0 &&
@@ -366,10 +418,9 @@ export function attendUnit(job: usize, unit: usize, scratch: usize): void {
         const stat = scratch + (<usize>(r + t) << 2);
         const rowScores = scores + <usize>t * (BLOCK_K * 4);
         const outRow = out + <usize>(r + t) * outBytes;
-        const pRow = p + <usize>t * pRowBytes;
+        const pRow = p + <usize>t * P_ROW_BYTES;
         const weightAt = scratch + SCRATCH_TILE_WEIGHTS + (<usize>t << 2);
         let scale = load<f32>(stat + SCRATCH_ROW_SCALES);
-        let most = load<f32>(scratch + SCRATCH_TILE_MAXIMA + (<usize>t << 2));
         if (!whole) {
           const from = min(keys, max(0, i + t + lower - start));
           const to = max(from, min(keys, min(keyLength, i + t + upper + 1) - start));
@@ -384,12 +435,12 @@ export function attendUnit(job: usize, unit: usize, scratch: usize): void {
             store<f32>(stat + SCRATCH_MAXIMA, max(load<f32>(stat + SCRATCH_MAXIMA), LOWEST));
           }
           scale = 1;
-          most = maximumOf(rowScores, keys);
-          if (most == -Infinity) {
-            store<f32>(weightAt, 0);
-            memory.fill(pRow, 0, pRowBytes);
-            continue;
-          }
+        }
+        const most = maximumOf(rowScores, keys);
+        if (most == -Infinity) {
+          store<f32>(weightAt, 0);
+          memory.fill(pRow, 0, P_ROW_BYTES);
+          continue;
         }
         const top = most * scale;
         const before = load<f32>(stat + SCRATCH_MAXIMA);
@@ -409,17 +460,17 @@ export function attendUnit(job: usize, unit: usize, scratch: usize): void {
         if (!accurate) weight /= P_LEVELS;
         store<f32>(weightAt, weight);
         const added = accurate
-          ? weighFloat(rowScores, keys, most, scale, pRow)
-          : weighInteger(rowScores, keys, most, scale, pRow);
+          ? weighFloat(rowScores, keys, most, scale, pRow, constants)
+          : weighInteger(rowScores, keys, most, scale, pRow, constants);
         store<f32>(stat + SCRATCH_SUMS, sum + weight * added);
       }
       for (let t = last + 1; t < 4; t++) store<f32>(scratch + SCRATCH_TILE_WEIGHTS + (<usize>t << 2), 0);
       const outRows = out + <usize>r * outBytes;
       const weights = scratch + SCRATCH_TILE_WEIGHTS;
-      if (accurate) addValuesFloat(p, pRowBytes, tile + vOffset, keys, dvPadded, weights, outRows, outBytes);
+      if (accurate) addValuesFloat(p, tile + vOffset, keys, dvPadded, weights, outRows, outBytes);
       else {
         addValuesInteger(
-          p, pRowBytes, tile + vOffset, keys / (ASC_FEATURE_RELAXED_SIMD ? 4 : 2), dvPadded, tile + vScales, weights,
+          p, tile + vOffset, keys / (ASC_FEATURE_RELAXED_SIMD ? 4 : 2), dvPadded, tile + vScales, weights,
           outRows, outBytes,
         );
       }

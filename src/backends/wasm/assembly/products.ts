@@ -3,8 +3,8 @@
  * product instruction busy and still fits the sixteen vector registers of x86-64.
  */
 import { BLOCK_K } from '../job.ts';
-import { larger, madd, maxOf } from './arithmetic.ts';
-import { SCRATCH_TILE_MAXIMA } from './scratch.ts';
+import { madd } from './arithmetic.ts';
+import { P_ROW_BYTES, Q_ROW_BYTES } from './scratch.ts';
 
 /** `c + a . b`: each lane sums over the 4 bytes of its step. `b` holds -127..127 and `a` 0..127 in the relaxed build. */
 // @ts-ignore: decorator
@@ -16,18 +16,14 @@ function dot(b: v128, a: v128, c: v128): v128 {
 
 /**
  * Scores of four rows of Q against `keys` keys (a multiple of 8) of a tile: `q . k * kScale` to `scores`
- * `[4, BLOCK_K]`, each row's largest to SCRATCH_TILE_MAXIMA.
+ * `[4, BLOCK_K]`. Their largest are found later: four more vectors here would not fit the registers.
  *
  * @param digits 2: rows of Q hold their high digits, then their low ones (relaxed build only)
  */
 export function scoreRows(
-  q: usize, rowBytes: usize, tile: usize, steps: i32, digits: i32, keys: i32, scales: usize, biases: usize,
-  scores: usize, scratch: usize,
+  q: usize, tile: usize, steps: i32, digits: i32, keys: i32, scales: usize, biases: usize,
+  scores: usize,
 ): void {
-  let m0 = f32x4.splat(-Infinity);
-  let m1 = m0;
-  let m2 = m0;
-  let m3 = m0;
   let b = tile;
   for (let key = 0; key < keys; key += 8) {
     let c00 = ASC_FEATURE_RELAXED_SIMD ? v128.load(biases) : i32x4.splat(0);
@@ -46,13 +42,13 @@ export function scoreRows(
       let a = v128.load32_splat(a0);
       c00 = dot(b0, a, c00);
       c01 = dot(b1, a, c01);
-      a = v128.load32_splat(a0 + rowBytes);
+      a = v128.load32_splat(a0, Q_ROW_BYTES);
       c10 = dot(b0, a, c10);
       c11 = dot(b1, a, c11);
-      a = v128.load32_splat(a0 + 2 * rowBytes);
+      a = v128.load32_splat(a0, 2 * Q_ROW_BYTES);
       c20 = dot(b0, a, c20);
       c21 = dot(b1, a, c21);
-      a = v128.load32_splat(a0 + 3 * rowBytes);
+      a = v128.load32_splat(a0, 3 * Q_ROW_BYTES);
       c30 = dot(b0, a, c30);
       c31 = dot(b1, a, c31);
       a0 += 4;
@@ -76,13 +72,13 @@ export function scoreRows(
           let a = v128.load32_splat(a0);
           c00 = dot(b0, a, c00);
           c01 = dot(b1, a, c01);
-          a = v128.load32_splat(a0 + rowBytes);
+          a = v128.load32_splat(a0, Q_ROW_BYTES);
           c10 = dot(b0, a, c10);
           c11 = dot(b1, a, c11);
-          a = v128.load32_splat(a0 + 2 * rowBytes);
+          a = v128.load32_splat(a0, 2 * Q_ROW_BYTES);
           c20 = dot(b0, a, c20);
           c21 = dot(b1, a, c21);
-          a = v128.load32_splat(a0 + 3 * rowBytes);
+          a = v128.load32_splat(a0, 3 * Q_ROW_BYTES);
           c30 = dot(b0, a, c30);
           c31 = dot(b1, a, c31);
           a0 += 4;
@@ -92,34 +88,18 @@ export function scoreRows(
     }
     const s0 = v128.load(scales);
     const s1 = v128.load(scales, 16);
-    let x0 = f32x4.mul(f32x4.convert_i32x4_s(c00), s0);
-    let x1 = f32x4.mul(f32x4.convert_i32x4_s(c01), s1);
-    v128.store(scores, x0);
-    v128.store(scores, x1, 16);
-    m0 = larger(m0, larger(x0, x1));
-    x0 = f32x4.mul(f32x4.convert_i32x4_s(c10), s0);
-    x1 = f32x4.mul(f32x4.convert_i32x4_s(c11), s1);
-    v128.store(scores, x0, BLOCK_K * 4);
-    v128.store(scores, x1, BLOCK_K * 4 + 16);
-    m1 = larger(m1, larger(x0, x1));
-    x0 = f32x4.mul(f32x4.convert_i32x4_s(c20), s0);
-    x1 = f32x4.mul(f32x4.convert_i32x4_s(c21), s1);
-    v128.store(scores, x0, BLOCK_K * 8);
-    v128.store(scores, x1, BLOCK_K * 8 + 16);
-    m2 = larger(m2, larger(x0, x1));
-    x0 = f32x4.mul(f32x4.convert_i32x4_s(c30), s0);
-    x1 = f32x4.mul(f32x4.convert_i32x4_s(c31), s1);
-    v128.store(scores, x0, BLOCK_K * 12);
-    v128.store(scores, x1, BLOCK_K * 12 + 16);
-    m3 = larger(m3, larger(x0, x1));
+    v128.store(scores, f32x4.mul(f32x4.convert_i32x4_s(c00), s0));
+    v128.store(scores, f32x4.mul(f32x4.convert_i32x4_s(c01), s1), 16);
+    v128.store(scores, f32x4.mul(f32x4.convert_i32x4_s(c10), s0), BLOCK_K * 4);
+    v128.store(scores, f32x4.mul(f32x4.convert_i32x4_s(c11), s1), BLOCK_K * 4 + 16);
+    v128.store(scores, f32x4.mul(f32x4.convert_i32x4_s(c20), s0), BLOCK_K * 8);
+    v128.store(scores, f32x4.mul(f32x4.convert_i32x4_s(c21), s1), BLOCK_K * 8 + 16);
+    v128.store(scores, f32x4.mul(f32x4.convert_i32x4_s(c30), s0), BLOCK_K * 12);
+    v128.store(scores, f32x4.mul(f32x4.convert_i32x4_s(c31), s1), BLOCK_K * 12 + 16);
     scales += 32;
     biases += 32;
     scores += 32;
   }
-  store<f32>(scratch + SCRATCH_TILE_MAXIMA, maxOf(m0));
-  store<f32>(scratch + SCRATCH_TILE_MAXIMA, maxOf(m1), 4);
-  store<f32>(scratch + SCRATCH_TILE_MAXIMA, maxOf(m2), 8);
-  store<f32>(scratch + SCRATCH_TILE_MAXIMA, maxOf(m3), 12);
 }
 
 /**
@@ -129,7 +109,7 @@ export function scoreRows(
  * @param weights four float32: what a unit of P is worth
  */
 export function addValuesInteger(
-  p: usize, rowBytes: usize, values: usize, steps: i32, channels: i32, scales: usize, weights: usize, out: usize,
+  p: usize, values: usize, steps: i32, channels: i32, scales: usize, weights: usize, out: usize,
   outBytes: usize,
 ): void {
   for (let channel = 0; channel < channels; channel += 8) {
@@ -150,13 +130,13 @@ export function addValuesInteger(
       let a = v128.load32_splat(a0);
       c00 = dot(b0, a, c00);
       c01 = dot(b1, a, c01);
-      a = v128.load32_splat(a0 + rowBytes);
+      a = v128.load32_splat(a0, P_ROW_BYTES);
       c10 = dot(b0, a, c10);
       c11 = dot(b1, a, c11);
-      a = v128.load32_splat(a0 + 2 * rowBytes);
+      a = v128.load32_splat(a0, 2 * P_ROW_BYTES);
       c20 = dot(b0, a, c20);
       c21 = dot(b1, a, c21);
-      a = v128.load32_splat(a0 + 3 * rowBytes);
+      a = v128.load32_splat(a0, 3 * P_ROW_BYTES);
       c30 = dot(b0, a, c30);
       c31 = dot(b1, a, c31);
       a0 += 4;
@@ -188,7 +168,7 @@ export function addValuesInteger(
 
 /** `out += weight * (P . V)` in float32, for four rows over `keys` keys. */
 export function addValuesFloat(
-  p: usize, rowBytes: usize, values: usize, keys: i32, channels: i32, weights: usize, out: usize, outBytes: usize,
+  p: usize, values: usize, keys: i32, channels: i32, weights: usize, out: usize, outBytes: usize,
 ): void {
   for (let channel = 0; channel < channels; channel += 8) {
     let c00 = f32x4.splat(0);
@@ -208,13 +188,13 @@ export function addValuesFloat(
       let a = v128.load32_splat(a0);
       c00 = madd(b0, a, c00);
       c01 = madd(b1, a, c01);
-      a = v128.load32_splat(a0 + rowBytes);
+      a = v128.load32_splat(a0, P_ROW_BYTES);
       c10 = madd(b0, a, c10);
       c11 = madd(b1, a, c11);
-      a = v128.load32_splat(a0 + 2 * rowBytes);
+      a = v128.load32_splat(a0, 2 * P_ROW_BYTES);
       c20 = madd(b0, a, c20);
       c21 = madd(b1, a, c21);
-      a = v128.load32_splat(a0 + 3 * rowBytes);
+      a = v128.load32_splat(a0, 3 * P_ROW_BYTES);
       c30 = madd(b0, a, c30);
       c31 = madd(b1, a, c31);
       a0 += 4;

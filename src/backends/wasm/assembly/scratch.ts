@@ -2,8 +2,9 @@
 
 /** One row of float32, padded to 256 and the 3 elements that loads may reach beyond. */
 export const SCRATCH_ROW: usize = 0;
-/** Quantized rows of Q. */
+/** Quantized rows of Q; a row takes the most that any takes, so that addresses of rows are constants apart. */
 export const SCRATCH_Q: usize = 2048;
+export const Q_ROW_BYTES: usize = 512;
 /** Per row: what turns an integer score of a key with scale 1 into one in base 2. */
 export const SCRATCH_ROW_SCALES: usize = 18432;
 /** Per row: share of the smoothing vector in the score, natural units. */
@@ -11,13 +12,14 @@ export const SCRATCH_ROW_BIASES: usize = 18560;
 /** Per row: running maximum, base 2, and sum of weights. */
 export const SCRATCH_MAXIMA: usize = 18688;
 export const SCRATCH_SUMS: usize = 18816;
-/** Of the four rows in work: largest score of the tile, the scale still to be applied to scores, the tile's weight. */
-export const SCRATCH_TILE_MAXIMA: usize = 18944;
-export const SCRATCH_TILE_SCALES: usize = 18960;
+/** Of the four rows in work: the tile's weight. */
 export const SCRATCH_TILE_WEIGHTS: usize = 18976;
+/** Constants of the inner loops, see arithmetic.ts. */
+export const SCRATCH_CONSTANTS: usize = 19008;
 /** Of the four rows in work: scores of a tile, float32, and weights in the format of the product with V. */
 export const SCRATCH_SCORES: usize = 19456;
 export const SCRATCH_P: usize = 21504;
+export const P_ROW_BYTES: usize = 512;
 /** Output of the unit's rows before division by the sum, float32. */
 export const SCRATCH_OUT: usize = 23552;
 /** Preparation: a tile of V in float32, where the caller keeps none. */
