@@ -51,6 +51,8 @@ function card(backend: BackendReport, report: DeviceReport): HTMLElement {
   );
 }
 
+const firstLine = (text: string) => (text.split('\n')[0] ?? '').slice(0, 300);
+
 function statusOf({ chosen, backends }: DeviceReport): string {
   const webgpu = backends.find(({ name }) => name === 'webgpu')?.availability;
   const wasm = backends.find(({ name }) => name === 'wasm')?.availability;
@@ -97,7 +99,7 @@ export async function startDevice(device: Comlink.Remote<DeviceApi>): Promise<De
           { class: failure === undefined ? 'pass' : 'fail' },
           mark,
           said,
-          h('small', {}, failure ?? duration(milliseconds)),
+          h('small', {}, failure === undefined ? duration(milliseconds) : firstLine(failure)),
         ),
       );
       say(note, `${done} of ${total} checks, ${failed === 0 ? 'all passed so far' : `${failed} failed`}.`, failed > 0);

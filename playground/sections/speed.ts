@@ -14,8 +14,10 @@ const LENGTHS = [256, 512, 1024, 2048, 4096, 8192, 16384] as const;
 export async function findOrt(): Promise<string | undefined> {
   const base = new URL('onnxruntime-web/', document.baseURI).href;
   try {
-    const { ok, headers } = await fetch(`${base}ort.wasm.bundle.min.mjs`, { method: 'HEAD' });
-    return ok && (headers.get('content-type') ?? '').includes('javascript') ? base : undefined;
+    // The smallest of its files. A host that answers everything with its own page has no such type.
+    const response = await fetch(`${base}ort-wasm-simd-threaded.mjs`);
+    await response.arrayBuffer();
+    return response.ok && (response.headers.get('content-type') ?? '').includes('javascript') ? base : undefined;
   } catch {
     return undefined;
   }
@@ -93,7 +95,7 @@ export async function startSpeed(
     const measured = results.filter(isMeasured);
     const names = [...new Set(results.map(({ label }) => label))];
     fillLegend(legend, names);
-    const lengths = config?.lengths ?? [];
+    const lengths = config?.lengths ?? LENGTHS.filter((length) => length <= Number(longest.value));
     const tera = measured.some(({ flops }) => flops >= 1e12);
     const y = ({ flops }: Measured) => flops / (tera ? 1e12 : 1e9);
     const best = measured.reduce<Measured | undefined>(
@@ -195,6 +197,8 @@ export async function startSpeed(
       ),
     );
   };
+
+  drawChart();
 
   start.addEventListener('click', async () => {
     const chosen = who.value;

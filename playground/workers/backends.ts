@@ -1,20 +1,24 @@
 /** The backends of one worker, and what happens when its GPU is lost. */
 
 import { createWasmBackend } from '../../src/backends/wasm/index.ts';
+import type { WebgpuBackend } from '../../src/backends/webgpu/index.ts';
 import { createWebgpuBackend, type WebgpuBackend } from '../../src/backends/webgpu/index.ts';
-import { type BackendName, disposeBackends, setBackend } from '../../src/index.ts';
+import { type BackendName, setBackend } from '../../src/index.ts';
 
 /** The backends that a browser can have. */
 export const BROWSER_BACKENDS = ['webgpu', 'wasm'] as const satisfies readonly BackendName[];
 export type BrowserBackend = (typeof BROWSER_BACKENDS)[number];
 
+/** Loaded as the library loads it, so that it is one chunk of the page. */
+export const webgpuModule = () => import('../../src/backends/webgpu/index.ts');
+
 let webgpu: WebgpuBackend | undefined;
 
-/** Makes the backends of this worker; to be called before anything else of the library. */
+/** Makes the WebGPU backend of this worker; to be called before anything else of the library. */
 export async function useBrowserBackends(): Promise<void> {
+  const { createWebgpuBackend } = await webgpuModule();
   webgpu = createWebgpuBackend();
   await setBackend(webgpu);
-  await setBackend(createWasmBackend());
 }
 
 /** The device that the WebGPU backend runs on. */
@@ -45,5 +49,3 @@ export async function survivingLoss<T>(work: () => Promise<T>, onLoss: (reason: 
 export async function loseDevice(): Promise<void> {
   (await gpuDevice()).destroy();
 }
-
-export { disposeBackends };

@@ -1,11 +1,10 @@
 /** What section 3 measures: SageAttention's kernels, and exact attention of onnxruntime-web as their peer. */
 import type * as OnnxRuntime from 'onnxruntime-web';
-import { downloadTensor, uploadTensor } from '../../src/backends/webgpu/index.ts';
 import { attentionModel } from '../../src/cli/onnx-attention-model.ts';
 import { createAttention, emptyTensor, getBackend, type KernelName, type Tensor } from '../../src/index.ts';
 import { toFloat32, writeValues } from '../../src/tensor/access.ts';
 import { bitsOf, NativeFloat16Array, tensor } from '../../src/tensor/tensor.ts';
-import { type BrowserBackend, gpuDevice } from './backends.ts';
+import { type BrowserBackend, gpuDevice, webgpuModule } from './backends.ts';
 
 /** q, k and v, `[1,L,H,D]` float32. */
 export interface BenchInputs {
@@ -60,7 +59,7 @@ function asDtype(view: Tensor, dtype: 'float16' | 'float32'): Tensor {
 }
 
 async function sageOnGpu(kernel: KernelName, inputs: BenchInputs): Promise<Ready> {
-  const device = await gpuDevice();
+  const [device, { downloadTensor, uploadTensor }] = await Promise.all([gpuDevice(), webgpuModule()]);
   const dtype = gpuDtype(device);
   const upload = (view: Tensor) => uploadTensor(device, asDtype(view, dtype));
   const tensors = { q: upload(inputs.q), k: upload(inputs.k), v: upload(inputs.v) };
@@ -132,7 +131,7 @@ async function ortOnCpu(base: string, inputs: BenchInputs): Promise<Ready> {
 
 async function ortOnGpu(base: string, inputs: BenchInputs): Promise<Ready> {
   requireUnmasked(inputs);
-  const ort = await loadOrt(base, 'webgpu');
+  const [ort, { uploadTensor }] = await Promise.all([loadOrt(base, 'webgpu'), webgpuModule()]);
   const dtype = gpuDtype(await gpuDevice());
   const session = await ort.InferenceSession.create(attentionModel(inputs.q.shape[2] as number, { dtype }), {
     executionProviders: ['webgpu'],

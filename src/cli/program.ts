@@ -72,6 +72,13 @@ function createProgram(): Command {
     .option('--rows <n>', 'query rows of each head that are checked', integer(1), 256)
     .option('--json <file>', 'write every figure to a file')
     .action(async (file, options) => (await import('./compare.ts')).compareKernels(file, options));
+
+  program
+    .command('playground')
+    .description('serve a page that shows, on this device, why quantized attention works and how fast it is')
+    .option('-p, --port <n>', '0: any that is free', integer(0, 65535), 4173)
+    .option('--host <name>', 'address to listen on', 'localhost')
+    .action(async (options) => (await import('./playground.ts')).playground(options));
   return program;
 }
 
