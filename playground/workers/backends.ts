@@ -1,8 +1,6 @@
 /** The backends of one worker, and what happens when its GPU is lost. */
 
-import { createWasmBackend } from '../../src/backends/wasm/index.ts';
 import type { WebgpuBackend } from '../../src/backends/webgpu/index.ts';
-import { createWebgpuBackend, type WebgpuBackend } from '../../src/backends/webgpu/index.ts';
 import { type BackendName, setBackend } from '../../src/index.ts';
 
 /** The backends that a browser can have. */
