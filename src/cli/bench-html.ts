@@ -100,7 +100,7 @@ function resultTable(results: readonly BenchResult[]): string {
   const cells = (result: BenchResult): (string | number)[] => {
     const { backend, kernel, length, headDim, isCausal } = result;
     const shape = [backend, kernel, length, headDim, isCausal ? 'yes' : 'no'];
-    if (!isMeasured(result)) return [...shape, result.refused ?? '', '', '', '', '', ''];
+    if (!isMeasured(result)) return [...shape, result.refused ?? result.failed ?? '', '', '', '', '', ''];
     const { accuracy } = result;
     return [
       ...shape,

@@ -1,7 +1,7 @@
 /** `sageattention bench`: time and accuracy of kernels on random inputs. */
 import { performance } from 'node:perf_hooks';
 import { availableBackends } from './backends.ts';
-import { messageOf, UserError } from './errors.ts';
+import { isRefusal, UserError } from './errors.ts';
 import { accuracyOnRows, sampleRows } from './exact.ts';
 import { type InputShape, randomInputs } from './inputs.ts';
 import {
@@ -40,6 +40,8 @@ export interface BenchResult extends InputShape {
   readonly isCausal: boolean;
   /** Why there are no figures: the kernel does not take this problem. */
   readonly refused?: string;
+  /** Why there are no figures: the kernel failed while it ran. */
+  readonly failed?: string;
   readonly medianMs?: number;
   readonly fastestMs?: number;
   /** 4 B H L^2 D / median, halved when causal. */
@@ -124,23 +126,21 @@ async function measure(
   }
 }
 
-/** A kernel that does not take a problem is a line of the table; a kernel that fails is an error. */
-async function measureOrRefuse(which: Case, inputs: ReturnType<typeof randomInputs>, options: BenchOptions) {
+/** What a kernel does not take, or fails at, is a line of the table: the other measurements go on. */
+async function measureOrExplain(which: Case, inputs: ReturnType<typeof randomInputs>, options: BenchOptions) {
   try {
     return await measure(which, inputs, options);
   } catch (error) {
-    const refusal =
-      error instanceof SageAttentionError && ['unsupported-option', 'unsupported-size'].includes(error.code);
-    if (!refusal) throw error;
-    return { refused: messageOf(error) };
+    if (!(error instanceof SageAttentionError)) throw error;
+    return isRefusal(error) ? { refused: error.message } : { failed: error.message };
   }
 }
 
 function row(result: BenchResult): string[] {
-  const { backend, kernel, length, headDim, isCausal, medianMs, gflops, accuracy, refused } = result;
+  const { backend, kernel, length, headDim, isCausal, medianMs, gflops, accuracy, failed } = result;
   const shape = [backend, kernel, String(length), String(headDim), isCausal ? 'yes' : 'no'];
   if (medianMs === undefined || gflops === undefined || accuracy === undefined) {
-    return [...shape, refused ?? '', '', '', ''];
+    return [...shape, failed === undefined ? 'refused' : 'failed', '', '', '', ''];
   }
   return [
     ...shape,
@@ -165,7 +165,7 @@ export async function bench(options: BenchOptions, version: string): Promise<voi
         inputs = { shape: which.shape, tensors: randomInputs(which.shape, dtype, seed) };
       }
       const { backend, kernel, isCausal, shape } = which;
-      const figures = await measureOrRefuse(which, inputs.tensors, options);
+      const figures = await measureOrExplain(which, inputs.tensors, options);
       results.push({ backend, kernel, isCausal, ...shape, ...figures });
       bar.advance();
     }
@@ -195,10 +195,24 @@ export async function bench(options: BenchOptions, version: string): Promise<voi
       results.map(row),
     ),
   );
-  if (results.every(({ medianMs }) => medianMs === undefined))
-    throw new UserError('no kernel took any of these shapes');
-  if (options.json === undefined && options.html === undefined) return;
+  for (const { kernel, length, headDim, refused, failed } of results) {
+    const reason = refused ?? failed;
+    if (reason !== undefined) print(`${kernel}, ${length} tokens, head dim ${headDim}: ${reason}`);
+  }
+  await writeReports(results, options, machine, version);
+  const failures = results.filter(({ failed }) => failed !== undefined).length;
+  if (failures > 0) throw new UserError(`${failures} of ${results.length} measurements failed`);
+  if (results.every(({ refused }) => refused !== undefined)) throw new UserError('no kernel took any of these shapes');
+}
 
+async function writeReports(
+  results: readonly BenchResult[],
+  options: BenchOptions,
+  machine: Machine,
+  version: string,
+): Promise<void> {
+  if (options.json === undefined && options.html === undefined) return;
+  const { dtype, repetitions, seed } = options;
   const found = await availableBackends('auto', options.backend);
   const details = await Promise.all(
     found.map(async ({ backend }) => [backend.name, (await backend.availability()).details] as const),

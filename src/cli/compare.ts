@@ -1,7 +1,7 @@
 /** `sageattention compare`: accuracy of every kernel on the user's own tensors. */
 import { readUserFile } from './arguments.ts';
 import { availableBackends } from './backends.ts';
-import { messageOf, UserError } from './errors.ts';
+import { isRefusal, messageOf, UserError } from './errors.ts';
 import { accuracyOnRows, type ExactCall, queryLength, sampleRows } from './exact.ts';
 import {
   type Accuracy,
@@ -10,7 +10,6 @@ import {
   type KernelName,
   parseSafetensors,
   type SafetensorsEntry,
-  SageAttentionError,
   sageattn,
   type Tensor,
   type TensorLayout,
@@ -93,9 +92,7 @@ export async function compareKernels(file: string, options: CompareOptions): Pro
         results.push({ ...which, accuracy: await accuracyOnRows(call, output, ranges, bar.advance) });
       } catch (error) {
         // What no kernel takes is the user's to mend; what one kernel does not take is a line of the table.
-        const refusal =
-          error instanceof SageAttentionError && ['unsupported-option', 'unsupported-size'].includes(error.code);
-        if (!refusal) throw error;
+        if (!isRefusal(error)) throw error;
         results.push({ ...which, refused: messageOf(error) });
       }
     }
@@ -112,13 +109,14 @@ export async function compareKernels(file: string, options: CompareOptions): Pro
   print(
     table(
       ['backend', 'kernel', ...ACCURACY_HEADINGS, '>RMSE'],
-      results.map(({ backend, kernel, accuracy, refused }) =>
+      results.map(({ backend, kernel, accuracy }) =>
         accuracy === undefined
-          ? [backend, kernel, refused ?? '', '', '', '']
+          ? [backend, kernel, 'refused', '', '', '']
           : [backend, kernel, ...accuracyCells(accuracy), small(accuracy.rmse)],
       ),
     ),
   );
+  for (const { kernel, refused } of results) if (refused !== undefined) print(`${kernel}: ${refused}`);
   if (options.json !== undefined) {
     const shapes = { q: q.shape, k: k.shape, v: v.shape };
     const report = { schema: 'sageattention-compare/1', file, shapes, dtype: q.dtype, ...settings, rows, results };
