@@ -230,7 +230,7 @@ export function attention(config: AttentionConfig): Kernel {
   >;
   const bandParameters = [b.parameter('bandLeft', 's32'), b.parameter('bandRight', 's32')] as const;
   const alignBottomRight = b.parameter('alignBottomRight', 'u32');
-  const scoreScale = b.parameter('scoreScale', 'f32'); // smScale * log2(e)
+  const scoreScale = b.parameter('scoreScale', 'f32'); // |smScale| * log2(e); its sign is Q's
   const softcap = b.parameter('softcap', 'f32'); // softcap * log2(e)
 
   const MT = rowsPerWarp / 16; // 16-row tiles of a warp

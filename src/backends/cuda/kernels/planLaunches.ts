@@ -604,7 +604,7 @@ function attendLaunches(context: Context): Pick<LaunchSequence, 'launches' | 'sc
       s32(Math.min(left, NO_LIMIT)),
       s32(problem.isCausal ? 0 : Math.min(right, NO_LIMIT)),
       u32(problem.causalAlignment === 'bottom-right' ? 1 : 0),
-      f32(problem.smScale * LOG2_E),
+      f32(Math.abs(problem.smScale) * LOG2_E),
       f32(problem.softcap * LOG2_E),
     ]),
   );

@@ -216,7 +216,7 @@ export function quantizeTokens(config: QuantizeTokensConfig): Kernel {
     const maximum = b.as(largest, 'f32');
     b.when(b.setp('lt', maximum, SMALLEST_MAXIMUM), () => b.set(maximum, 0));
     const scale = b.divF32(maximum, config.largest);
-    const reciprocal = b.divF32(b.constant('f32', config.largest), maximum);
+    const reciprocal = b.divF32(signedLargest(), maximum);
     b.when(b.setp('eq', maximum, 0), () => b.set(reciprocal, 0));
     b.st(reciprocal, b.add(b.add(shared, reciprocals.base), b.as(b.shl(thread, 2), 'shared')));
     const tokens = b.mad(head, b.loadParameter(integer.paddedTokens), b.add(paddedStart, firstToken));
@@ -253,6 +253,12 @@ export function quantizeTokens(config: QuantizeTokensConfig): Kernel {
     });
   });
   return b.build();
+
+  /** Attention takes positive scales only: Q bears the sign of smScale. */
+  function signedLargest(): Reg<'f32'> {
+    const largest = b.constant('f32', config.largest);
+    return isQuery ? b.selp(-config.largest, largest, b.setp('lt', b.loadParameter(smScale), 0)) : largest;
+  }
 
   /** Subtracts the mean over the block's tokens from each channel and stores it, `[head, block, paddedDim]`. */
   function subtractBlockMean(base: number): void {

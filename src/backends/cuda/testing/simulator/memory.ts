@@ -5,20 +5,35 @@ export class SimulationError extends Error {
   override readonly name = 'SimulationError';
 }
 
-interface Allocation {
+/** A buffer of device memory. */
+export interface Allocation {
   readonly name: string;
   readonly address: number;
   readonly bytes: Uint8Array;
   readonly view: DataView;
-  /** 1 where a byte has a value. */
-  readonly written: Uint8Array;
+  /** 1 where a byte has a value; absent where that is not known. */
+  readonly written?: Uint8Array;
+}
+
+/** Device memory as kernels reach it. */
+export interface DeviceAddresses {
+  /** The buffer that holds `length` bytes at `address`. */
+  at(address: number, length: number, what: string): Allocation;
+}
+
+/** Refuses to read what nobody wrote. */
+export function requireWritten({ name, written }: Allocation, offset: number, length: number, what: string): void {
+  if (written === undefined) return;
+  for (let i = offset; i < offset + length; i++) {
+    if (written[i] === 0) throw new SimulationError(`${what}: byte ${i} of '${name}' was never written`);
+  }
 }
 
 /** Buffers of device memory, far apart, so that no offset of one reaches another. */
-export class GlobalMemory {
-  readonly #allocations: Allocation[] = [];
+export class GlobalMemory implements DeviceAddresses {
+  readonly #allocations: Required<Allocation>[] = [];
   #next = 0x7f_0000_0000;
-  #last: Allocation | undefined;
+  #last: Required<Allocation> | undefined;
 
   /** Reserves a buffer; `contents` makes its bytes defined. Returns its address, a multiple of 256. */
   allocate(name: string, byteLength: number, contents?: Uint8Array): number {
@@ -41,7 +56,6 @@ export class GlobalMemory {
     return found;
   }
 
-  /** The buffer that holds `length` bytes at `address`. */
   at(address: number, length: number, what: string): Allocation {
     let found = this.#last;
     if (found === undefined || address < found.address || address + length > found.address + found.bytes.length) {
@@ -63,14 +77,6 @@ export class GlobalMemory {
     return nearest === undefined
       ? `address ${address}`
       : `byte ${address - nearest.address} of '${nearest.name}' (${nearest.bytes.length} bytes)`;
-  }
-
-  checkWritten(allocation: Allocation, offset: number, length: number, what: string): void {
-    for (let i = offset; i < offset + length; i++) {
-      if (allocation.written[i] === 0) {
-        throw new SimulationError(`${what}: byte ${i} of '${allocation.name}' was never written`);
-      }
-    }
   }
 }
 

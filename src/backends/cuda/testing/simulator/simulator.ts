@@ -8,7 +8,7 @@
 import type { KernelArgument, KernelLaunch } from '../../launch.ts';
 import type { Kernel } from '../../ptx/types.ts';
 import { compileKernel, type ParameterValues, type Program } from './compile.ts';
-import { type GlobalMemory, SharedMemory, SimulationError } from './memory.ts';
+import { type DeviceAddresses, SharedMemory, SimulationError } from './memory.ts';
 import { type Cta, Warp } from './warp.ts';
 
 const EXITED = -1;
@@ -57,7 +57,12 @@ function runCta(cta: Cta, warps: Warp[], program: Program): void {
 }
 
 /** Runs every CTA of a grid. */
-export function simulateKernel(kernel: Kernel, grid: number, parameters: ParameterValues, global: GlobalMemory): void {
+export function simulateKernel(
+  kernel: Kernel,
+  grid: number,
+  parameters: ParameterValues,
+  global: DeviceAddresses,
+): void {
   const program = compileKernel(kernel, parameters);
   for (let block = 0; block < grid; block++) {
     const cta: Cta = { shared: new SharedMemory(kernel.sharedBytes), global, block, gridBlocks: grid };
@@ -93,7 +98,7 @@ function argumentValue(argument: KernelArgument, addresses: ReadonlyMap<string, 
 export function simulateLaunches(
   launches: readonly KernelLaunch[],
   addresses: ReadonlyMap<string, number>,
-  global: GlobalMemory,
+  global: DeviceAddresses,
 ): void {
   for (const { name, module, grid, block, sharedBytes, arguments: values } of launches) {
     if (!('kernel' in module) || typeof module.kernel !== 'function') throw new Error(`${name}: no kernel to simulate`);

@@ -10,8 +10,7 @@
 import { bfloat16FromNumber } from '../../../../tensor/formats/bfloat16.ts';
 import { e4m3FromNumber, e4m3ToNumber } from '../../../../tensor/formats/float8.ts';
 import { float16FromNumber, float16Table } from '../../../../tensor/formats/float16.ts';
-import type { GlobalMemory, SharedMemory } from './memory.ts';
-import { SimulationError } from './memory.ts';
+import { type DeviceAddresses, requireWritten, type SharedMemory, SimulationError } from './memory.ts';
 
 const HALF = float16Table();
 const E4M3 = Float32Array.from({ length: 256 }, (_, code) => e4m3ToNumber(code));
@@ -29,7 +28,7 @@ interface PendingCopy {
 
 export interface Cta {
   readonly shared: SharedMemory;
-  readonly global: GlobalMemory;
+  readonly global: DeviceAddresses;
   readonly block: number;
   readonly gridBlocks: number;
 }
@@ -90,7 +89,7 @@ export class Warp {
     const address = (this.u[base + lane] as number) + (this.u[base + 32 + lane] as number) * 2 ** 32 + offset;
     const allocation = global.at(address, length * count, what);
     const at = address - allocation.address;
-    global.checkWritten(allocation, at, length * count, what);
+    requireWritten(allocation, at, length * count, what);
     for (let n = 0; n < count; n++) this.#store(row, n, lane, allocation.view, at + n * length, length);
   }
 
@@ -133,7 +132,7 @@ export class Warp {
     const address = (this.u[base + lane] as number) + (this.u[base + 32 + lane] as number) * 2 ** 32 + offset;
     const allocation = global.at(address, length * rows.length, what);
     const at = address - allocation.address;
-    allocation.written.fill(1, at, at + length * rows.length);
+    allocation.written?.fill(1, at, at + length * rows.length);
     rows.forEach((row, n) => {
       this.#put(row + lane, allocation.view, at + n * length, length);
     });
@@ -153,7 +152,7 @@ export class Warp {
     const address = (this.u[base + lane] as number) + (this.u[base + 32 + lane] as number) * 2 ** 32 + offset;
     const allocation = global.at(address, 4, what);
     const at = address - allocation.address;
-    global.checkWritten(allocation, at, 4, what);
+    requireWritten(allocation, at, 4, what);
     allocation.view.setUint32(at, (allocation.view.getUint32(at, true) | value) >>> 0, true);
   }
 
@@ -162,7 +161,7 @@ export class Warp {
     const address = (this.u[from + lane] as number) + (this.u[from + 32 + lane] as number) * 2 ** 32 + fromOffset;
     const allocation = global.at(address, 16, what);
     const at = address - allocation.address;
-    global.checkWritten(allocation, at, 16, what);
+    requireWritten(allocation, at, 16, what);
     const target = (this.u[to + lane] as number) + toOffset - SHARED_BASE;
     shared.writes(target, 16, this.index, what, 2);
     (this.#copies[lane] as PendingCopy[][])

@@ -1,0 +1,69 @@
+/** The CUDA backend as it is, over a driver without a GPU whose kernels the simulator runs. */
+import { type CudaBackend, createCudaBackend } from '../../backend.ts';
+import { Cuda } from '../../driver/device.ts';
+import { planAttend, planKeyValue, planLaunches, type SimulatableModule } from '../../kernels/planLaunches.ts';
+import type { LaunchSequence } from '../../launch.ts';
+import type { Kernel } from '../../ptx/types.ts';
+import { FakeCuda, type FakeLaunch } from '../fake-cuda.ts';
+import { type Allocation, type DeviceAddresses, SimulationError } from './memory.ts';
+import { simulateKernel } from './simulator.ts';
+
+/** Memory of the fake driver, whose allocations it knows and poisons. */
+class FakeMemory implements DeviceAddresses {
+  readonly #launch: FakeLaunch;
+  readonly #found: Allocation[] = [];
+
+  constructor(launch: FakeLaunch) {
+    this.#launch = launch;
+  }
+
+  at(address: number, length: number, what: string): Allocation {
+    if (address % length !== 0) throw new SimulationError(`${what}: address ${address} is not a multiple of ${length}`);
+    const inside = (allocation: Allocation) =>
+      address >= allocation.address && address + length <= allocation.address + allocation.bytes.length;
+    let found = this.#found.find(inside);
+    if (found === undefined) {
+      const bytes = this.#launch.memory(BigInt(address), length);
+      const view = new DataView(bytes.buffer, bytes.byteOffset, bytes.byteLength);
+      found = { name: 'device memory', address, bytes, view };
+      this.#found.unshift(found);
+    }
+    return found;
+  }
+}
+
+function parameterValue(kind: string, bytes: Uint8Array): number | bigint {
+  const view = new DataView(bytes.buffer, bytes.byteOffset, bytes.byteLength);
+  if (kind === 'u64') return view.getBigUint64(0, true);
+  if (kind === 'f32') return view.getFloat32(0, true);
+  return kind === 's32' ? view.getInt32(0, true) : view.getUint32(0, true);
+}
+
+/** A backend for one simulated device of a compute capability (major * 10 + minor). */
+export function createSimulatedBackend(computeCapability: number): CudaBackend {
+  // The driver gets text; the simulator runs the instructions that it was printed from.
+  const kernels = new Map<string, Kernel>();
+  const remember = <T extends LaunchSequence>(sequence: T): T => {
+    for (const { module } of sequence.launches) {
+      kernels.set(module.ptx(), (module as SimulatableModule).kernel());
+    }
+    return sequence;
+  };
+  const execute = (launch: FakeLaunch) => {
+    const kernel = kernels.get(launch.ptx);
+    if (kernel === undefined) throw new Error(`${launch.entry} was not planned here`);
+    if (launch.block[0] !== kernel.threads) throw new SimulationError(`${kernel.name}: ${launch.block[0]} threads`);
+    const parameters = Object.fromEntries(
+      kernel.parameters.map(({ name, kind }, i) => [name, parameterValue(kind, launch.parameters[i] as Uint8Array)]),
+    );
+    simulateKernel(kernel, launch.grid[0], parameters, new FakeMemory(launch));
+  };
+  return createCudaBackend({
+    open: async () => new Cuda(new FakeCuda({ devices: [computeCapability], execute }).api),
+    planner: {
+      planLaunches: (...args) => remember(planLaunches(...args)),
+      planKeyValue: (...args) => remember(planKeyValue(...args)),
+      planAttend: (...args) => remember(planAttend(...args)),
+    },
+  });
+}
