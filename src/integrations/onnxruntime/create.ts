@@ -4,6 +4,7 @@ import { detectAttention } from './detect/index.ts';
 import type { AttentionSite, LeftAttention } from './detect/site.ts';
 import { boundaryOf } from './detect/site.ts';
 import { type AttentionEngine, cpuEngine } from './engine.ts';
+import { deviceOf, gpuEngine } from './gpu-engine.ts';
 import { type GraphIndex, indexGraph } from './graph.ts';
 import {
   canonicalDomain,
@@ -38,7 +39,8 @@ import {
   type OrtValueMetadata,
   versionsOf,
 } from './ort.ts';
-import { type AttentionReport, CutSession, reportLeft } from './session.ts';
+import type { AttentionReport } from './report.ts';
+import { CutSession, reportLeft } from './session.ts';
 import { elementKind } from './types.ts';
 import { type WeightSource, weightsOf } from './weights.ts';
 
@@ -195,9 +197,9 @@ async function openCut(parts: CutParts): Promise<CutSession> {
   }
 }
 
-async function engineFor({ ort, engine }: CutParts): Promise<AttentionEngine> {
-  if (engine === 'cpu') return cpuEngine(ort.Tensor as OrtTensorConstructor);
-  throw new Error('the WebGPU engine is not there yet');
+async function engineFor({ ort, engine, source }: CutParts): Promise<AttentionEngine> {
+  const TensorClass = ort.Tensor as OrtTensorConstructor;
+  return engine === 'cpu' ? cpuEngine(TensorClass) : gpuEngine(TensorClass, await deviceOf(ort, source.options));
 }
 
 /** Opens sessions for parts of the model and keeps the types of the values between them. */

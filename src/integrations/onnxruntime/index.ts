@@ -13,11 +13,11 @@
 import { type CreateSession, openModel } from './create.ts';
 import { type SageAttentionOptions, validateSageAttentionOptions } from './options.ts';
 import type { CreateArguments, OrtModule, OrtSession, OrtSessionHandler } from './ort.ts';
-import type { AttentionReport } from './session.ts';
+import type { AttentionReport } from './report.ts';
 
 export { DEFAULT_MIN_TOKENS, type SageAttentionOptions } from './options.ts';
 export type { OrtModule } from './ort.ts';
-export type { AttentionReport } from './session.ts';
+export type { AttentionReport } from './report.ts';
 
 /** A session with what became of the attentions of its model. */
 export interface SageAttentionSession {

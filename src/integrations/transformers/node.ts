@@ -1,0 +1,20 @@
+/**
+ * transformers.js with SageAttention, in Node: import it before `@huggingface/transformers`. It puts an onnxruntime with
+ * replaced attention where transformers.js looks for one when it is loaded.
+ *
+ * ```ts
+ * import 'sageattention/transformers';
+ * import { pipeline } from '@huggingface/transformers';
+ * const extract = await pipeline('feature-extraction', 'Xenova/all-MiniLM-L6-v2', { device: 'auto' });
+ * ```
+ *
+ * `device: 'auto'` is needed: transformers.js keeps no list of devices for an onnxruntime that it is given.
+ *
+ * @packageDocumentation
+ */
+import * as ort from 'onnxruntime-node';
+import { provideOnnxruntime } from './provide.ts';
+
+export { attentionReportOf } from '../onnxruntime/index.ts';
+
+provideOnnxruntime(ort, ['cpu']);
