@@ -30,6 +30,8 @@ export const TILED_VARIANTS: readonly TiledVariant[] = [
   { name: '16x16ns', rows: 16, keys: 16, rowThreads: 16, colThreads: 4, sharedKeyValue: true },
 ];
 
+const SOFTWARE_VARIANT = '16x16n';
+
 /** A thread's output registers (float32) above which a tile is not used: more would spill. */
 const OUTPUT_REGISTERS = 80;
 
@@ -96,7 +98,9 @@ export function chooseTiles(
   const best = candidates.filter(affordable);
   const ordered = best.length > 0 ? best : candidates;
   const short = ordered.filter(({ rows }) => rows <= Math.max(16, queryLength));
-  const chosen = short[0] ?? ordered.at(-1);
+  // Software drivers gain nothing from large tiles and compile them slowly.
+  const simplest = candidates.find(({ name }) => name === SOFTWARE_VARIANT);
+  const chosen = (capabilities.isSoftware ? simplest : undefined) ?? short[0] ?? ordered.at(-1);
   if (chosen === undefined) {
     throw new UnsupportedOptionError(
       'qk-int8-pv-fp16',

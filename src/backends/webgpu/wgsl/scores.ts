@@ -98,7 +98,7 @@ export function scoreStatements(
     ? `${f} = P.softcap * tanh(clamp((${f} + ${row.constant}) / P.softcap, -10.0, 10.0));`
     : '';
   if (config.mask === undefined) return { softcap, mask: '' };
-  const at = `${row.mask} + (${key}) * P.maskKeyStride`;
+  const at = `${row.mask} + u32(${key}) * P.maskKeyStride`;
   if (config.mask === 'bool') return { softcap, mask: `if (mask_at(${at}) == 0u) { ${f} = ${EXCLUDED}; }` };
   return {
     softcap,

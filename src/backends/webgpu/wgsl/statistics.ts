@@ -5,7 +5,7 @@
  */
 import type { DType } from '../../../tensor/dtype.ts';
 import { params, SEQUENCE, tables } from './layout.ts';
-import { type Access, decoder, NONFINITE, operandLoader, range } from './storage.ts';
+import { type Access, decoder, elementLoader, NONFINITE } from './storage.ts';
 
 export interface StatisticsConfig {
   readonly dtype: DType;
@@ -34,7 +34,7 @@ export const STATISTICS_PARAMS = [
   'partialBase',
 ] as const;
 
-const THREADS = 128;
+const THREADS = 256;
 
 /** Vectors of four channels in one chunk's record: K's sums, then V's maxima. */
 export const statisticsVectors = (headDimPadded: number, valueDimPadded: number): number =>
@@ -43,40 +43,32 @@ export const statisticsVectors = (headDimPadded: number, valueDimPadded: number)
 export function statisticsKernel(config: StatisticsConfig): string {
   const { dtype, access, headDim, headDimPadded, valueDim, valueDimPadded, mean, valueMax } = config;
   const vectors = statisticsVectors(headDimPadded, valueDimPadded);
-  const lanes = 2 ** Math.ceil(Math.log2(Math.max(headDimPadded, valueDimPadded) / 16));
+  const lanes = 2 ** Math.ceil(Math.log2(Math.max(headDimPadded, valueDimPadded) / 2));
   const rows = THREADS / lanes;
 
+  // A lane has two neighbouring channels: one word of a 16-bit type.
   const reduce = (operand: 'k' | 'v', dim: number, padded: number, recordAt: number) => {
-    const accumulate =
-      operand === 'k'
-        ? range(4).map((i) => `acc[${i}] += x[${i}] * inverse;`)
-        : range(4).map((i) => `acc[${i}] = max(acc[${i}], abs(x[${i}]));`);
-    const combine = (i: number) => {
-      const [a, b] = [`red[lid * 4u + ${i}u]`, `red[(lid + step * ${lanes}u) * 4u + ${i}u]`];
-      return operand === 'k' ? `${a} += ${b};` : `${a} = max(${a}, ${b});`;
-    };
+    const add = operand === 'k' ? 'sum + x * inverse' : 'max(sum, abs(x))';
+    const combine =
+      operand === 'k' ? `red[lid] + red[lid + step * ${lanes}u]` : `max(red[lid], red[lid + step * ${lanes}u])`;
     return `
   {
-    var acc: array<vec4<f32>, 4>;
-    if (lane < ${padded / 16}u) {
-      let base = sequence_field(sequence, ${operand === 'k' ? SEQUENCE.kSource : SEQUENCE.vSource}u) - P.${operand}Base + head * P.${operand}HeadStride + lane * 16u;
-      let count = min(16u, max(${dim}u, lane * 16u) - lane * 16u);
+    var sum = vec2<f32>();
+    if (2u * lane < ${dim}u) {
+      let base = sequence_field(sequence, ${operand === 'k' ? SEQUENCE.kSource : SEQUENCE.vSource}u) - P.${operand}Base + head * P.${operand}HeadStride + lane * 2u;
+      let both = 2u * lane + 1u < ${dim}u;
       for (var token = first + row; token < last; token += ${rows}u) {
-        let x = load_${operand}(base + token * P.${operand}TokenStride, count);
-        ${accumulate.join(' ')}
+        let x = pair_${operand}(base + token * P.${operand}TokenStride, both);
+        sum = ${add};
       }
     }
-    ${range(4)
-      .map((i) => `red[lid * 4u + ${i}u] = acc[${i}];`)
-      .join(' ')}
+    red[lid] = sum;
     workgroupBarrier();
-    for (var step = ${rows / 2}u; step > 0u; step >>= 1u) {
-      if (row < step) { ${range(4).map(combine).join(' ')} }
+    for (var step = ${Math.floor(rows / 2)}u; step > 0u; step >>= 1u) {
+      if (row < step) { red[lid] = ${combine}; }
       workgroupBarrier();
     }
-    if (row == 0u && lane < ${padded / 16}u) {
-      for (var i = 0u; i < 4u; i++) { partials[record + ${recordAt}u + lane * 4u + i] = red[lid * 4u + i]; }
-    }
+    if (row == 0u && 2u * lane < ${padded}u) { partials[(record + ${recordAt}u) * 2u + lane] = red[lid]; }
     workgroupBarrier();
   }`;
   };
@@ -86,10 +78,10 @@ ${params(0, STATISTICS_PARAMS)}
 ${tables(1)}
 ${NONFINITE}
 ${decoder(dtype)}
-${mean ? operandLoader('k', 2, dtype, access) : ''}
-${valueMax ? operandLoader('v', 3, dtype, access) : ''}
-@group(0) @binding(4) var<storage, read_write> partials: array<vec4<f32>>;
-var<workgroup> red: array<vec4<f32>, ${THREADS * 4}>;
+${mean ? pairLoader('k', 2, dtype, access) : ''}
+${valueMax ? pairLoader('v', 3, dtype, access) : ''}
+@group(0) @binding(4) var<storage, read_write> partials: array<vec2<f32>>;
+var<workgroup> red: array<vec2<f32>, ${THREADS}>;
 
 @compute @workgroup_size(${THREADS})
 fn main(@builtin(workgroup_id) group: vec3<u32>, @builtin(local_invocation_index) lid: u32) {
@@ -101,11 +93,25 @@ fn main(@builtin(workgroup_id) group: vec3<u32>, @builtin(local_invocation_index
   let perChunk = (length + P.chunks - 1u) / P.chunks;
   let first = min(length, chunk * perChunk);
   let last = min(length, first + perChunk);
+  // Each term is divided, so that the sum of large values stays finite.
   let inverse = 1.0 / f32(max(length, 1u));
   let lane = lid % ${lanes}u;
   let row = lid / ${lanes}u;
   let record = ((head * P.sequences + sequence) * P.chunks + chunk) * ${vectors}u - P.partialBase;
 ${mean ? reduce('k', headDim, headDimPadded, 0) : ''}
 ${valueMax ? reduce('v', valueDim, valueDimPadded, headDimPadded / 4) : ''}
+}`;
+}
+
+/** A storage binding and `pair_<name>(index, both)`: two elements from `index`, the second 0 unless `both`. */
+function pairLoader(name: string, binding: number, dtype: DType, access: Access): string {
+  const element = elementLoader(name, binding, dtype);
+  const word = `return decode_${dtype}(src_${name}[index >> 1u]);`;
+  const two = `let a = element_${name}(index);
+  if (!both) { return vec2<f32>(a, 0.0); }
+  return vec2<f32>(a, element_${name}(index + 1u));`;
+  return `${element}
+fn pair_${name}(index: u32, both: bool) -> vec2<f32> {
+  ${access === 'vector' && dtype !== 'float32' ? word : two}
 }`;
 }

@@ -74,6 +74,18 @@ ${parts.join('\n')}
   return x;
 }`;
   }
+  return `${elementLoader(name, binding, dtype)}
+fn load_${name}(index: u32, count: u32) -> array<vec4<f32>, 4> {
+  var x: array<vec4<f32>, 4>;
+  for (var e = 0u; e < 16u; e++) {
+    if (e < count) { x[e >> 2u][e & 3u] = element_${name}(index + e); }
+  }
+  return x;
+}`;
+}
+
+/** A storage binding of 32-bit words and `element_<name>(index)`. */
+export function elementLoader(name: string, binding: number, dtype: DType): string {
   const element =
     dtype === 'float32'
       ? `return decode_float32(src_${name}[i]);`
@@ -83,13 +95,6 @@ ${parts.join('\n')}
 @group(0) @binding(${binding}) var<storage, read> src_${name}: array<u32>;
 fn element_${name}(i: u32) -> f32 {
   ${element}
-}
-fn load_${name}(index: u32, count: u32) -> array<vec4<f32>, 4> {
-  var x: array<vec4<f32>, 4>;
-  for (var e = 0u; e < 16u; e++) {
-    if (e < count) { x[e >> 2u][e & 3u] = element_${name}(index + e); }
-  }
-  return x;
 }`;
 }
 
