@@ -1,4 +1,4 @@
-/** Builds the package into dist/: WASM kernels, library, command line. */
+/** Builds the package into dist/: WASM kernels, library, command line, playground. */
 import { spawnSync } from 'node:child_process';
 import { copyFile, readdir, readFile, rm, writeFile } from 'node:fs/promises';
 import path from 'node:path';
@@ -93,4 +93,11 @@ await rm(inRoot('dist'), { recursive: true, force: true });
 run(inRoot('node_modules', 'tsx', 'dist', 'cli.mjs'), [inRoot('scripts', 'build-wasm.ts')]);
 run(inRoot('node_modules', 'typescript', 'bin', 'tsc'), ['-p', inRoot('tsconfig.build.json')]);
 await bundleCommandLine();
+run(inRoot('node_modules', 'vite', 'bin', 'vite.js'), [
+  'build',
+  '-c',
+  inRoot('playground', 'vite.config.ts'),
+  '--logLevel',
+  'warn',
+]);
 run(inRoot('dist', 'cli', 'main.js'), ['--version']);
