@@ -7,7 +7,6 @@ import type { Layout, SharedTile } from './layouts.ts';
 import type { Target } from './targets.ts';
 import type {
   AddressKind,
-  BitsKind,
   FloatKind,
   Instruction,
   IntegerKind,
@@ -200,8 +199,9 @@ export class KernelBuilder {
   }
 
   /** Appends an instruction verbatim. For this class and for files that add a family of instructions. */
-  emit(opcode: string, outputs: readonly Operand[], inputs: readonly Operand[]): void {
-    const instruction = { opcode, outputs, inputs, section: this.#section };
+  emit(opcode: string, outputs: readonly Operand[], inputs: readonly Operand[], accumulates = false): void {
+    const plain = { opcode, outputs, inputs, section: this.#section };
+    const instruction = accumulates ? { ...plain, accumulates } : plain;
     this.#instructions.push(this.#guard === undefined ? instruction : { ...instruction, guard: this.#guard });
   }
 
@@ -240,6 +240,13 @@ export class KernelBuilder {
     body();
     this.when(condition(), () => this.#branch(start));
     this.#label(end);
+  }
+
+  /** Repeats `body` until the predicate that it computes is true. */
+  repeatUntil(body: () => Reg<'pred'>): void {
+    const start = this.#newLabel();
+    this.#label(start);
+    this.when(body(), () => this.#branch(start), true);
   }
 
   /** Ends the thread. */
@@ -534,11 +541,12 @@ export class KernelBuilder {
     return this.as(this.loadParameter(parameter), 'global');
   }
 
-  /** The address of a tensor map parameter. */
+  /** The generic address of a tensor map parameter. */
   tensorMapAddress(parameter: Parameter<'tensorMap'>): Reg<'global'> {
-    const d = this.reg('global');
-    this.emit('mov.b64', [d], [{ type: 'parameter', name: parameter.name, addressOf: true }]);
-    return d;
+    const [inParameters, generic] = [this.reg('u64'), this.reg('global')];
+    this.emit('mov.b64', [inParameters], [{ type: 'parameter', name: parameter.name, addressOf: true }]);
+    this.emit('cvta.param.u64', [generic], [inParameters]);
+    return generic;
   }
 
   #memoryType(kind: Kind): string {
@@ -690,6 +698,19 @@ export class KernelBuilder {
   barSync(): void {
     this.emit('bar.sync', [], [{ type: 'immediate', kind: 'u32', value: 0 }]);
   }
-}
 
-export type { BitsKind };
+  /** {@link barSync} of `threads` threads at barrier `id` (1 to 15): of some of the CTA's warps. */
+  barSyncSome(id: number, threads: number): void {
+    this.#namedBarrier('bar.sync', id, threads);
+  }
+
+  /** Arrives at a barrier without waiting. */
+  barArrive(id: number, threads: number): void {
+    this.#namedBarrier('bar.arrive', id, threads);
+  }
+
+  #namedBarrier(opcode: string, id: number, threads: number): void {
+    const immediate = (value: number): Operand => ({ type: 'immediate', kind: 'u32', value });
+    this.emit(opcode, [], [immediate(id), immediate(threads)]);
+  }
+}

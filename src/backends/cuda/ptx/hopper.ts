@@ -1,206 +1,261 @@
 /**
- * Hopper's instructions (sm_90a): products of a warpgroup that run beside it (`wgmma`), bulk copies through tensor maps that
- * complete on barriers in shared memory (`mbarrier`), registers moved between warpgroups (`setmaxnreg`), named barriers.
+ * Instructions of sm_90a: warpgroup products, TMA, barriers in shared memory, clusters, register budgets. Functions that emit
+ * into a builder; names are PTX's.
  */
 import type { KernelBuilder } from './builder.ts';
-import type { AddressKind, Kind, Operand, Parameter, Reg, Value } from './types.ts';
+import type { Kind, Operand, Reg } from './types.ts';
 
-const group = (registers: readonly Reg[]): Operand => ({ type: 'group', registers });
-const integer = (value: number): Operand => ({ type: 'immediate', kind: 'u32', value });
-const memory = (base: Reg<AddressKind>, offset: number): Operand => ({ type: 'memory', base, offset });
-const valueOperand = (value: Value<'u32'>): Operand => (typeof value === 'number' ? integer(value) : value);
-/** A result that nobody reads. */
-const SINK: Operand = { type: 'label', name: '_' };
+const immediate = (value: number): Operand => ({ type: 'immediate', kind: 'u32', value });
+const memory = (base: Reg, offset = 0): Operand => ({ type: 'memory', base, offset });
+const SINK: Operand = { type: 'sink' };
 
-// ---- wgmma
+// ---- warpgroup products
 
-/** Swizzles of shared tiles that matrix descriptors know, by the bytes of a row. */
-export const DESCRIPTOR_SWIZZLE = { 128: 1, 64: 2, 32: 3 } as const;
-export type SwizzleBytes = keyof typeof DESCRIPTOR_SWIZZLE;
-
-/**
- * Where an operand of `wgmma` lies. Rows of `swizzle` bytes, eight to an atom. K-major operands (rows along k): `stride` is the
- * distance of atoms along m or n, `leading` unused. Others (rows along m or n): `stride` is that of atoms along k, `leading`
- * that of neighbouring rows of atoms along m or n.
- */
-export interface DescriptorLayout {
-  readonly swizzle: SwizzleBytes;
-  readonly strideBytes: number;
-  readonly leadingBytes?: number;
-}
-
-/** A matrix descriptor in two halves: moving the start changes the low one only. */
-export interface MatrixDescriptor {
-  readonly low: Reg<'b32'>;
-  readonly high: Reg<'b32'>;
-}
-
-/** The descriptor of an operand that starts at a shared address, a multiple of 16. */
-export function matrixDescriptor(b: KernelBuilder, start: Reg<'shared'>, layout: DescriptorLayout): MatrixDescriptor {
-  const { swizzle, strideBytes, leadingBytes = 16 } = layout;
-  const address = b.shr(b.and(b.as(start, 'b32'), 0x3ffff), 4);
-  return {
-    low: b.or(address, (leadingBytes >> 4) << 16),
-    high: b.constant('b32', (strideBytes >> 4) + DESCRIPTOR_SWIZZLE[swizzle] * 2 ** 30),
-  };
-}
-
-/** The same descriptor, `bytes` further on. */
-export function descriptorAt(b: KernelBuilder, { low, high }: MatrixDescriptor, bytes: number): Reg<'u64'> {
-  const start = bytes === 0 ? low : b.as(b.add(b.as(low, 'u32'), bytes >> 4), 'b32');
-  return b.pack('u64', start, high);
-}
-
-/** Products by operand type: k of an instruction, and the kind of a register of A and of the sums. */
+/** Products by PTX's name without `m64n{N}`: kinds of A's registers and of the accumulator, and what follows `scale-d`. */
 export const WGMMA = {
-  s8: { k: 32, a: 's8x4', d: 's32', opcode: 's32.s8.s8' },
-  e4m3: { k: 32, a: 'e4m3x4', d: 'f32', opcode: 'f32.e4m3.e4m3' },
-  f16: { k: 16, a: 'f16x2', d: 'f32', opcode: 'f32.f16.f16' },
-} as const satisfies Record<string, { k: number; a: Kind; d: Kind; opcode: string }>;
-export type WgmmaType = keyof typeof WGMMA;
+  'k32.s32.s8.s8': { a: 's8x4', d: 's32', scales: false, transposes: false },
+  'k32.f32.e4m3.e4m3': { a: 'e4m3x4', d: 'f32', scales: true, transposes: false },
+  'k32.f16.e4m3.e4m3': { a: 'e4m3x4', d: 'f16x2', scales: true, transposes: false },
+  'k16.f32.f16.f16': { a: 'f16x2', d: 'f32', scales: true, transposes: true },
+  'k16.f32.bf16.bf16': { a: 'bf16x2', d: 'f32', scales: true, transposes: true },
+} as const satisfies Record<string, { a: Kind; d: Kind; scales: boolean; transposes: boolean }>;
 
-export interface WgmmaOptions {
-  /** False: d = a * b. A predicate decides at run time. Default true: d += a * b. */
-  readonly accumulate?: boolean | Reg<'pred'>;
-  /** B lies along n, not along k: 16-bit types only. */
-  readonly transposeB?: boolean;
+export type WgmmaShape = keyof typeof WGMMA;
+
+/** Swizzle modes of matrix descriptors. */
+const SWIZZLE_BITS = { none: 0, '128B': 1, '64B': 2, '32B': 3 } as const;
+
+/**
+ * Descriptor of a matrix in shared memory (PTX ISA, "Matrix Descriptor Format"). For K-major tiles of 128-byte rows with
+ * the 128-byte swizzle: `strideBytes` 1024 (eight rows), `leadingBytes` not used. A step of `n` bytes along K inside the
+ * swizzle's 128 bytes adds `n / 16`, see {@link advanceDescriptor}.
+ */
+export function matrixDescriptor(
+  b: KernelBuilder,
+  address: Reg<'shared'>,
+  options: { leadingBytes?: number; strideBytes: number; swizzle: keyof typeof SWIZZLE_BITS },
+): Reg<'u64'> {
+  const start = b.shr(b.and(b.as(address, 'u32'), 0x3ffff), 4);
+  const low = b.or(start, ((options.leadingBytes ?? 16) >> 4) << 16);
+  const high = b.constant('u32', (options.strideBytes >> 4) + SWIZZLE_BITS[options.swizzle] * 2 ** 30);
+  return b.pack('u64', low, high);
+}
+
+/** A descriptor of the same matrix `bytes` further. */
+export function advanceDescriptor(b: KernelBuilder, descriptor: Reg<'u64'>, bytes: number): Reg<'u64'> {
+  return bytes === 0 ? descriptor : b.add(descriptor, bytes >> 4);
 }
 
 /**
- * d (64 x n) = a (64 x k) * b (k x n) + d for a warpgroup, in the background. Thread t of warp w holds of d, for each 8
- * columns, rows 16w + t/4 and + 8, columns 2(t%4) and the next, as `mma.m16n8` has them.
+ * D (64 x n over the warpgroup) = A B, plus D where `accumulate` is true. `a`: registers (of `mma`'s A fragment for each
+ * warp's 16 rows), or a descriptor. `d` must not be touched until {@link wgmmaWaitGroup} says so.
  *
- * @param d n / 2 registers
- * @param a a descriptor, or the fragment in registers as `mma.m16n8k32` (`m16n8k16`) takes it
+ * @param transposeB only of 16-bit types: B's rows are its channels (MN-major)
  */
-export function wgmma<T extends WgmmaType>(
+export function wgmma<S extends WgmmaShape>(
   b: KernelBuilder,
-  type: T,
   n: number,
-  d: readonly Reg<(typeof WGMMA)[T]['d']>[],
-  a: Reg<'u64'> | readonly Reg<(typeof WGMMA)[T]['a']>[],
-  bDescriptor: Reg<'u64'>,
-  options: WgmmaOptions = {},
+  shape: S,
+  d: readonly Reg<(typeof WGMMA)[S]['d']>[],
+  a: readonly Reg<(typeof WGMMA)[S]['a']>[] | Reg<'u64'>,
+  descriptorB: Reg<'u64'>,
+  accumulate: Reg<'pred'> | boolean,
+  transposeB = false,
 ): void {
-  const { k, opcode } = WGMMA[type];
-  const { accumulate = true, transposeB = false } = options;
-  const columns = type === 's8' && n > 32 ? 16 : 8;
-  if (n % columns !== 0 || n < 8 || n > 256 || d.length !== n / 2) {
-    throw new RangeError(`wgmma ${type}: ${n} columns in ${d.length} registers`);
+  const { scales, transposes, d: accumulator } = WGMMA[shape];
+  const expected = (n * 64) / 128 / (accumulator === 'f16x2' ? 2 : 1);
+  const inRegisters = Array.isArray(a);
+  if (n % 8 !== 0 || n < 8 || n > 256 || d.length !== expected || (inRegisters && a.length !== 4)) {
+    throw new RangeError(`wgmma.m64n${n}${shape}: accumulator of ${d.length} registers, expected ${expected}`);
   }
-  const scaleD = typeof accumulate === 'boolean' ? b.setp('eq', b.constant('u32', accumulate ? 1 : 0), 1) : accumulate;
-  const aOperand = 'type' in a ? a : group(a);
-  const inputs: Operand[] = [group(d), aOperand, bDescriptor, scaleD];
-  if (type !== 's8') inputs.push(integer(1), integer(1));
-  if (type === 'f16') inputs.push(...('type' in a ? [integer(0)] : []), integer(transposeB ? 1 : 0));
-  b.emit(`wgmma.mma_async.sync.aligned.m64n${n}k${k}.${opcode}`, [group(d)], inputs.slice(1));
+  if (transposeB && !transposes) throw new RangeError(`wgmma ${shape} cannot transpose B`);
+  const tail: Operand[] = [];
+  if (scales) tail.push(immediate(1), immediate(1));
+  if (transposes) tail.push(...(inRegisters ? [] : [immediate(0)]), immediate(transposeB ? 1 : 0));
+  b.emit(
+    `wgmma.mma_async.sync.aligned.m64n${n}${shape}`,
+    [{ type: 'group', registers: d }],
+    [
+      inRegisters ? { type: 'group', registers: a as readonly Reg[] } : (a as Reg<'u64'>),
+      descriptorB,
+      typeof accumulate === 'boolean' ? immediate(accumulate ? 1 : 0) : accumulate,
+      ...tail,
+    ],
+    accumulate !== false,
+  );
 }
 
-/** Before the first `wgmma`, and before one whose registers ordinary instructions wrote. */
-export const wgmmaFence = (b: KernelBuilder) => b.emit('wgmma.fence.sync.aligned', [], []);
-export const wgmmaCommitGroup = (b: KernelBuilder) => b.emit('wgmma.commit_group.sync.aligned', [], []);
-/** Waits until at most `pending` groups of this warpgroup are under way. */
-export const wgmmaWaitGroup = (b: KernelBuilder, pending: number) =>
-  b.emit('wgmma.wait_group.sync.aligned', [], [integer(pending)]);
-
-// ---- mbarrier
-
-/** A barrier of `count` arrivals a phase, 8 bytes. By one thread, before a barrier of all. */
-export function mbarrierInit(b: KernelBuilder, at: Reg<'shared'>, count: number, offset = 0): void {
-  b.emit('mbarrier.init.shared::cta.b64', [], [memory(at, offset), integer(count)]);
+/** Orders register accesses before the warpgroup products that follow. */
+export function wgmmaFence(b: KernelBuilder): void {
+  b.emit('wgmma.fence.sync.aligned', [], []);
 }
 
-/** Makes initialized barriers known to the copy engine. */
-export const fenceMbarrierInit = (b: KernelBuilder) => b.emit('fence.mbarrier_init.release.cluster', [], []);
-
-export function mbarrierArrive(b: KernelBuilder, at: Reg<'shared'>, offset = 0): void {
-  b.emit('mbarrier.arrive.shared::cta.b64', [SINK], [memory(at, offset)]);
+export function wgmmaCommitGroup(b: KernelBuilder): void {
+  b.emit('wgmma.commit_group.sync.aligned', [], []);
 }
 
-/** Arrives, and makes the phase wait for so many bytes of copies too. */
-export function mbarrierArriveExpect(b: KernelBuilder, at: Reg<'shared'>, bytes: Value<'u32'>, offset = 0): void {
-  b.emit('mbarrier.arrive.expect_tx.shared::cta.b64', [SINK], [memory(at, offset), valueOperand(bytes)]);
+/** Waits until at most `pending` groups of products are under way. */
+export function wgmmaWaitGroup(b: KernelBuilder, pending: number): void {
+  b.emit('wgmma.wait_group.sync.aligned', [], [immediate(pending)]);
 }
 
-/** Waits until the phase of this parity has completed: 0 for the first. */
-export function mbarrierWait(b: KernelBuilder, at: Reg<'shared'>, parity: Value<'u32'>, offset = 0): void {
-  const incomplete = () => {
+// ---- barriers in shared memory (8 bytes each)
+
+/** Makes a barrier that a phase of `arrivals` arrivals (and the bytes announced to it) completes. */
+export function mbarrierInit(b: KernelBuilder, barrier: Reg<'shared'>, arrivals: number, offset = 0): void {
+  b.emit('mbarrier.init.shared::cta.b64', [], [memory(barrier, offset), immediate(arrivals)]);
+}
+
+/** Makes initialized barriers known to the cluster and to TMA. */
+export function fenceMbarrierInit(b: KernelBuilder): void {
+  b.emit('fence.mbarrier_init.release.cluster', [], []);
+}
+
+export function mbarrierArrive(b: KernelBuilder, barrier: Reg<'shared'>, offset = 0): void {
+  b.emit('mbarrier.arrive.shared::cta.b64', [SINK], [memory(barrier, offset)]);
+}
+
+/** Arrives, and announces `bytes` more that copies will bring in this phase. */
+export function mbarrierArriveExpectTx(b: KernelBuilder, barrier: Reg<'shared'>, bytes: number, offset = 0): void {
+  b.emit('mbarrier.arrive.expect_tx.shared::cta.b64', [SINK], [memory(barrier, offset), immediate(bytes)]);
+}
+
+/** Arrives at a barrier of another CTA of the cluster, an address from {@link mapa}. */
+export function mbarrierArriveRemote(b: KernelBuilder, barrier: Reg<'u32'>, offset = 0): void {
+  b.emit('mbarrier.arrive.release.cluster.shared::cluster.b64', [SINK], [memory(barrier, offset)]);
+}
+
+/** Waits until the phase of this parity has completed. */
+export function mbarrierWait(b: KernelBuilder, barrier: Reg<'shared'>, parity: Reg<'u32'>, offset = 0): void {
+  b.repeatUntil(() => {
     const done = b.reg('pred');
-    b.emit('mbarrier.try_wait.parity.shared::cta.b64', [done], [memory(at, offset), valueOperand(parity)]);
-    return b.notPred(done);
-  };
-  b.loop(incomplete, () => {});
+    b.emit('mbarrier.try_wait.parity.shared::cta.b64', [done], [memory(barrier, offset), parity]);
+    return done;
+  });
 }
 
-// ---- bulk copies
+// ---- TMA
 
-/** The generic address of a tensor map among the kernel's parameters, which the copy engine takes. */
-export function tensorMapAddress(b: KernelBuilder, parameter: Parameter<'tensorMap'>): Reg<'global'> {
-  const inParameters = b.tensorMapAddress(parameter);
-  const generic = b.reg('global');
-  b.emit('cvta.param.u64', [generic], [inParameters]);
-  return generic;
+export interface BulkCopyOptions {
+  /** CTAs of the cluster that receive the box, one bit each, as a 16-bit register. */
+  readonly multicast?: Reg<'b16'>;
 }
 
-export const prefetchTensorMap = (b: KernelBuilder, map: Reg<'global'>) =>
-  b.emit('prefetch.tensormap', [], [memory(map, 0)]);
-
-/** Copies the box of a tensor map at `coordinates` (innermost first) to shared memory; its bytes count down at `barrier`. */
-export function copyTensor(
+/** Copies a box of a tensor map into shared memory; `barrier` learns of its bytes. One thread issues it. */
+export function tensorLoad(
   b: KernelBuilder,
-  to: Reg<'shared'>,
+  into: Reg<'shared'>,
   map: Reg<'global'>,
   coordinates: readonly Reg<'s32'>[],
+  barrier: Reg<'shared'>,
+  {
+    intoOffset = 0,
+    barrierOffset = 0,
+    multicast,
+  }: BulkCopyOptions & { intoOffset?: number; barrierOffset?: number } = {},
+): void {
+  const mode = multicast === undefined ? '' : '.multicast::cluster';
+  b.emit(
+    `cp.async.bulk.tensor.${coordinates.length}d.shared::cluster.global.tile.mbarrier::complete_tx::bytes${mode}`,
+    [],
+    [
+      memory(into, intoOffset),
+      { type: 'tensor', map, coordinates },
+      memory(barrier, barrierOffset),
+      ...(multicast === undefined ? [] : [multicast]),
+    ],
+  );
+}
+
+/** Copies shared memory into a box of a tensor map; complete for reuse of `from` after {@link bulkWaitGroup}. */
+export function tensorStore(
+  b: KernelBuilder,
+  map: Reg<'global'>,
+  coordinates: readonly Reg<'s32'>[],
+  from: Reg<'shared'>,
+): void {
+  b.emit(
+    `cp.async.bulk.tensor.${coordinates.length}d.global.shared::cta.tile.bulk_group`,
+    [],
+    [{ type: 'tensor', map, coordinates }, memory(from)],
+  );
+}
+
+/** Copies `bytes` consecutive bytes (a multiple of 16, both addresses too) from global to shared memory. */
+export function bulkLoad(
+  b: KernelBuilder,
+  into: Reg<'shared'>,
+  from: Reg<'global'>,
+  bytes: number,
   barrier: Reg<'shared'>,
   barrierOffset = 0,
 ): void {
   b.emit(
-    `cp.async.bulk.tensor.${coordinates.length}d.shared::cluster.global.tile.mbarrier::complete_tx::bytes`,
+    'cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes',
     [],
-    [memory(to, 0), { type: 'tensor', map, coordinates }, memory(barrier, barrierOffset)],
+    [memory(into), memory(from), immediate(bytes), memory(barrier, barrierOffset)],
   );
 }
 
-/** Makes this thread's ordinary writes to shared memory visible to `wgmma` and the copy engine. */
-export const fenceProxyAsync = (b: KernelBuilder) => b.emit('fence.proxy.async.shared::cta', [], []);
-
-// ---- warpgroups
-
-/** Takes or gives registers so that each thread of this warpgroup has `count`, a multiple of 8. */
-export function setMaxRegisters(b: KernelBuilder, direction: 'inc' | 'dec', count: number): void {
-  b.emit(`setmaxnreg.${direction}.sync.aligned.u32`, [], [integer(count)]);
+export function bulkCommitGroup(b: KernelBuilder): void {
+  b.emit('cp.async.bulk.commit_group', [], []);
 }
 
-/** Waits at one of 16 barriers for `threads` threads to arrive or wait there. */
-export function namedBarrierSync(b: KernelBuilder, barrier: Value<'u32'>, threads: number): void {
-  b.emit('barrier.sync.aligned', [], [valueOperand(barrier), integer(threads)]);
+/** Waits until at most `pending` groups of bulk stores still read their source. */
+export function bulkWaitGroup(b: KernelBuilder, pending: number): void {
+  b.emit('cp.async.bulk.wait_group.read', [], [immediate(pending)]);
 }
 
-/** Arrives there without waiting. */
-export function namedBarrierArrive(b: KernelBuilder, barrier: Value<'u32'>, threads: number): void {
-  b.emit('barrier.arrive.aligned', [], [valueOperand(barrier), integer(threads)]);
+export function prefetchTensorMap(b: KernelBuilder, map: Reg<'global'>): void {
+  b.emit('prefetch.tensormap', [], [memory(map)]);
 }
 
-// ---- packed halves
-
-/** E4M3 of a pair of halves, round to nearest even, saturating. */
-export function e4m3FromHalves(b: KernelBuilder, pair: Reg<'f16x2'>): Reg<'e4m3x2'> {
-  const d = b.reg('e4m3x2');
-  b.emit('cvt.rn.satfinite.e4m3x2.f16x2', [d], [pair]);
-  return d;
+/** Makes this thread's shared writes visible to TMA and to warpgroup products. */
+export function fenceProxyAsync(b: KernelBuilder): void {
+  b.emit('fence.proxy.async.shared::cta', [], []);
 }
 
-/** Larger of each half; NaN where either is. */
-export function maxNanHalves(b: KernelBuilder, x: Reg<'f16x2'>, y: Reg<'f16x2'>): Reg<'f16x2'> {
-  const d = b.reg('f16x2');
-  b.emit('max.NaN.f16x2', [d], [x, y]);
-  return d;
+// ---- warps, warpgroups, clusters
+
+/** Gives registers back to the multiprocessor (`dec`) or waits for more (`inc`); all warps of a warpgroup together. */
+export function setMaxNReg(b: KernelBuilder, direction: 'inc' | 'dec', registers: number): void {
+  if (registers % 8 !== 0 || registers < 24 || registers > 256) throw new RangeError(`setmaxnreg ${registers}`);
+  b.emit(`setmaxnreg.${direction}.sync.aligned.u32`, [], [immediate(registers)]);
 }
 
-/** The value of the warp's first lane, known to be the same in all: what descriptors and roles are computed from. */
-export function uniform(b: KernelBuilder, value: Reg<'u32'>): Reg<'u32'> {
-  const d = b.reg('u32');
-  const bits = (value: number): Operand => ({ type: 'immediate', kind: 'b32', value });
-  b.emit('shfl.sync.idx.b32', [d], [value, bits(0), bits(31), bits(0xffffffff)]);
-  return d;
+/** True in one lane of the warp. */
+export function electSync(b: KernelBuilder): Reg<'pred'> {
+  const [lane, elected] = [b.reg('u32'), b.reg('pred')];
+  // `elect.sync d|p, mask` writes two registers joined by a bar.
+  b.emit('elect.sync', [{ type: 'pair', first: lane, second: elected }], [immediate(0xffffffff)]);
+  return elected;
+}
+
+/** The address of the same place in shared memory of another CTA of the cluster. */
+export function mapa(b: KernelBuilder, address: Reg<'shared'>, rank: Reg<'u32'>): Reg<'u32'> {
+  const mapped = b.reg('u32');
+  b.emit('mapa.shared::cluster.u32', [mapped], [address, rank]);
+  return mapped;
+}
+
+export function clusterArrive(b: KernelBuilder): void {
+  b.emit('barrier.cluster.arrive.aligned', [], []);
+}
+
+export function clusterWait(b: KernelBuilder): void {
+  b.emit('barrier.cluster.wait.aligned', [], []);
+}
+
+/** Stores 8x8 matrices of 16-bit elements: the inverse of `ldmatrix`. */
+export function stmatrix(
+  b: KernelBuilder,
+  registers: readonly Reg<'b32' | 'f16x2' | 'bf16x2'>[],
+  address: Reg<'shared'>,
+  { offset = 0, trans = false } = {},
+): void {
+  b.emit(
+    `stmatrix.sync.aligned.m8n8.x${registers.length}${trans ? '.trans' : ''}.shared.b16`,
+    [],
+    [memory(address, offset), { type: 'group', registers }],
+  );
 }

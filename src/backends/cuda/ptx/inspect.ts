@@ -8,6 +8,8 @@ function registersIn(operand: Operand): readonly Reg[] {
       return [operand];
     case 'group':
       return operand.registers;
+    case 'pair':
+      return [operand.first, operand.second];
     case 'memory':
       return [operand.base];
     case 'tensor':
@@ -18,8 +20,9 @@ function registersIn(operand: Operand): readonly Reg[] {
 }
 
 /** Registers that an instruction reads (its guard included). */
-export function readsOf({ inputs, outputs, guard }: Instruction): Reg[] {
+export function readsOf({ inputs, outputs, guard, accumulates }: Instruction): Reg[] {
   const reads = inputs.flatMap(registersIn);
+  if (accumulates) reads.push(...outputs.flatMap(registersIn));
   // Addresses among the outputs are read, not written.
   for (const output of outputs)
     if (output.type === 'memory' || output.type === 'tensor') reads.push(...registersIn(output));
@@ -29,7 +32,9 @@ export function readsOf({ inputs, outputs, guard }: Instruction): Reg[] {
 
 /** Registers that an instruction writes. */
 export function writesOf({ outputs }: Instruction): Reg[] {
-  return outputs.flatMap((output) => (output.type === 'reg' || output.type === 'group' ? registersIn(output) : []));
+  return outputs.flatMap((output) =>
+    output.type === 'reg' || output.type === 'group' || output.type === 'pair' ? registersIn(output) : [],
+  );
 }
 
 /** For each instruction, the indices of those that may follow it. */

@@ -32,12 +32,16 @@ function operandText(operand: Operand): string {
       return immediateText(operand.kind, operand.value);
     case 'group':
       return `{${operand.registers.map(registerName).join(', ')}}`;
+    case 'pair':
+      return `${registerName(operand.first)}|${registerName(operand.second)}`;
     case 'memory':
       return memoryText(operand.base, operand.offset);
     case 'tensor':
       return `[${registerName(operand.map)}, {${operand.coordinates.map(registerName).join(', ')}}]`;
     case 'parameter':
       return operand.addressOf ? operand.name : `[${operand.name}]`;
+    case 'sink':
+      return '_';
     case 'special':
     case 'label':
       return operand.name;

@@ -66,6 +66,7 @@ const TARGET_VERSION: Readonly<Record<Target, number>> = {
 
 const INSTRUCTION_VERSIONS: readonly (readonly [pattern: RegExp, version: number])[] = [
   [/^cvt\..*e4m3x2/, 8.1],
+  [/\.shared::cta/, 8.0],
   [/^mma\..*\.f32\.e4m3/, 8.4],
   [/^mma\..*\.f16\.e4m3/, 8.7],
 ];

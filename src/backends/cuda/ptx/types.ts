@@ -57,6 +57,8 @@ export type Operand =
   | { readonly type: 'immediate'; readonly kind: Kind; readonly value: number }
   /** `{a, b, c, d}`: a fragment or a vector. */
   | { readonly type: 'group'; readonly registers: readonly Reg[] }
+  /** `first|second`: two results of one instruction. */
+  | { readonly type: 'pair'; readonly first: Reg; readonly second: Reg }
   /** `[base + offset]` */
   | { readonly type: 'memory'; readonly base: Reg; readonly offset: number }
   /** `[map, {c0, c1, ...}]`: a box of a tensor map. */
@@ -64,7 +66,9 @@ export type Operand =
   /** `[name]` of a kernel parameter, or with `addressOf` the parameter's own address. */
   | { readonly type: 'parameter'; readonly name: string; readonly addressOf?: boolean }
   | { readonly type: 'special'; readonly name: SpecialRegister }
-  | { readonly type: 'label'; readonly name: string };
+  | { readonly type: 'label'; readonly name: string }
+  /** `_`: a result that nobody needs. */
+  | { readonly type: 'sink' };
 
 export type SpecialRegister =
   | '%tid.x'
@@ -80,6 +84,8 @@ export interface Instruction {
   readonly opcode: string;
   readonly outputs: readonly Operand[];
   readonly inputs: readonly Operand[];
+  /** The outputs are read as well: accumulators of `wgmma`. */
+  readonly accumulates?: boolean;
   /** Executed only by threads for which the predicate is true (or false, when negated). */
   readonly guard?: { readonly predicate: Reg<'pred'>; readonly negated: boolean };
   /** The part of the kernel that it belongs to, in the kernel author's words. */
