@@ -1,0 +1,30 @@
+/** The checks that a GPU must pass, where they are small enough, on kernels run by the simulator. */
+import { it } from 'vitest';
+import { kernelChecks } from '../../../test/cuda/checks.ts';
+import { CUDA_TARGETS } from '../../../test/cuda/targets.ts';
+import { runSeed } from '../../../test/support/random.ts';
+import { setBackend } from '../registry.ts';
+import { createSimulatedBackend } from './testing/simulator/backend.ts';
+
+const seed = runSeed();
+
+/** One kernel of each kind of V, on the device that it is for. */
+for (const [capability, kernel] of [
+  [80, 'qk-int8-pv-fp16-cuda'],
+  [89, 'qk-int8-pv-fp8-cuda'],
+  [90, 'qk-int4-pv-fp8-cuda'],
+] as const) {
+  const target = CUDA_TARGETS.find((candidate) => candidate.kernel === kernel);
+  if (target === undefined) throw new Error(`no target of ${kernel}`);
+  it(`${target.name} on a simulated device of ${capability / 10} (SAGEATTENTION_SEED=${seed})`, async () => {
+    const backend = createSimulatedBackend(capability);
+    await setBackend(backend);
+    const device = (await backend.cuda()).device();
+    for (const { name, run } of kernelChecks(target, device, { tokens: 66, headDim: 32 }, seed, 1)) {
+      await run().catch((cause: unknown) => {
+        throw new Error(name, { cause });
+      });
+    }
+    await backend.dispose();
+  });
+}

@@ -1,0 +1,282 @@
+/**
+ * What the CUDA backend promises besides the conformance suite: the same bits every time, graphs equal to direct calls, views
+ * and raw pointers equal to copies, offsets beyond 2^31. `main.ts` runs them on a GPU, and unit tests the small ones over
+ * the simulator. The backend in question must be the one that `sageattn` uses.
+ */
+import { createProblem } from '../../src/attention/problem.ts';
+import {
+  type CudaDevice,
+  type CudaTensor,
+  captureAttention,
+  cudaTensorFromPointer,
+  cudaTensorOn,
+  download,
+  emptyCudaTensor,
+  upload,
+} from '../../src/backends/cuda/index.ts';
+import { type AttentionOptions, sageattn } from '../../src/index.ts';
+import { attentionExact } from '../../src/reference/exact.ts';
+import { compare } from '../../src/reference/metrics.ts';
+import { toFloat32 } from '../../src/tensor/access.ts';
+import { elementCount, slice, type Tensor } from '../../src/tensor/tensor.ts';
+import type { Target } from '../conformance/suite.ts';
+import { Random } from '../support/random.ts';
+import { place, snapshot } from '../support/tensors.ts';
+
+export interface Check {
+  readonly name: string;
+  /** @returns a remark for the log */
+  run(): Promise<string | undefined>;
+}
+
+export interface CheckSizes {
+  readonly tokens: number;
+  readonly headDim: number;
+}
+
+type Operands = { readonly q: CudaTensor; readonly k: CudaTensor; readonly v: CudaTensor };
+
+function check(condition: boolean, message: () => string): asserts condition {
+  if (!condition) throw new Error(message());
+}
+
+/** Bits of a tensor, wherever it is. */
+const bits = (view: CudaTensor) => snapshot(download(view));
+
+function checkSameBits(actual: CudaTensor, expected: Uint8Array, what: string): void {
+  const found = bits(actual);
+  const at = found.findIndex((byte, i) => byte !== expected[i]);
+  check(at < 0 && found.length === expected.length, () => `${what}: byte ${at} differs`);
+}
+
+/** `[1,H,tokens,D]` of normal numbers; keys with an offset per channel. */
+function operands(random: Random, device: CudaDevice, { tokens, headDim }: CheckSizes): Operands {
+  const make = (heads: number, offset: number) => {
+    const values = random.normals(heads * tokens * headDim);
+    for (let i = 0; i < values.length; i++) values[i] = (values[i] as number) + offset * Math.sin(i % headDim);
+    return upload(place(values, [1, heads, tokens, headDim], 'bfloat16'), device);
+  };
+  return { q: make(4, 0), k: make(2, 3), v: make(2, 0) };
+}
+
+const dispose = (...views: readonly (CudaTensor | undefined)[]) => {
+  for (const view of views) view?.memory.dispose();
+};
+
+/** Options of a call that gives the output alone. */
+type OutputOnly = AttentionOptions & { readonly returnLse?: false };
+
+const settingsOf = ({ kernel, options }: Target): OutputOnly => ({ ...options, kernel, returnLse: false });
+
+const optionsOf = (target: Target): OutputOnly => ({
+  ...settingsOf(target),
+  isCausal: true,
+  causalAlignment: 'bottom-right',
+});
+
+async function sameEveryTime(target: Target, device: CudaDevice, sizes: CheckSizes, seed: number, repeats: number) {
+  const inputs = operands(new Random(seed), device, sizes);
+  const { q, k, v } = inputs;
+  const options = { ...optionsOf(target), returnLse: true } as const;
+  const first = await sageattn(q, k, v, options);
+  const [output, lse] = [bits(first.output), bits(first.lse)];
+  for (let i = 0; i < repeats; i++) {
+    const again = await sageattn(q, k, v, options);
+    checkSameBits(again.output, output, `call ${i + 2}`);
+    checkSameBits(again.lse, lse, `LSE of call ${i + 2}`);
+    dispose(again.output, again.lse);
+  }
+  using stream = device.createStream();
+  const elsewhere = await sageattn(q, k, v, { ...options, stream });
+  checkSameBits(elsewhere.output, output, 'a call on another stream');
+  using captured = await captureAttention(inputs, options);
+  for (const on of [device.stream, stream, device.stream]) {
+    // What an earlier replay wrote must not pass for this one's.
+    const { pointer, byteLength } = captured.output.memory;
+    device.call('cuMemsetD8Async', 'poisoning', pointer, 0xff, byteLength, device.stream.handle);
+    captured.launch({ stream: on });
+    checkSameBits(captured.output, output, 'a replay of the captured graph');
+    checkSameBits(captured.lse as CudaTensor, lse, 'LSE of a replay');
+  }
+  dispose(q, k, v, first.output, first.lse, elsewhere.output, elsewhere.lse);
+}
+
+/** A packed `[1,L,3,H,D]` projection and unaligned raw pointers against contiguous copies. */
+async function viewsEqualCopies(target: Target, device: CudaDevice, { tokens, headDim }: CheckSizes, seed: number) {
+  const heads = 2;
+  const random = new Random(seed);
+  const packed = upload(
+    place(random.normals(tokens * 3 * heads * headDim), [1, tokens, 3, heads, headDim], 'float16'),
+    device,
+  );
+  const part = (index: number): CudaTensor => {
+    const [batch, token, , head, channel] = packed.strides as [number, number, number, number, number];
+    const view = slice(packed, 2, index, index + 1);
+    return { ...view, shape: [1, tokens, heads, headDim], strides: [batch, token, head, channel] };
+  };
+  const views = [part(0), part(1), part(2)] as const;
+  const options = { ...optionsOf(target), tensorLayout: 'NHD' } as const;
+  const output = await sageattn(...views, options);
+  const contiguous = (view: CudaTensor): Tensor => place(toFloat32(download(view)), view.shape, 'float16');
+  const copies = views.map((view) => upload(contiguous(view), device)) as [CudaTensor, CudaTensor, CudaTensor];
+  const expected = await sageattn(...copies, options);
+  checkSameBits(output, bits(expected), 'views of a packed tensor');
+
+  const shifted = copies.map((copy) => {
+    const memory = device.allocate(copy.memory.byteLength + 16);
+    const [to, from] = [memory.pointer + 2n, copy.memory.pointer];
+    device.call('cuMemcpyDtoDAsync', 'copying', to, from, copy.memory.byteLength, device.stream.handle);
+    return { memory, view: cudaTensorFromPointer(device, to, copy.shape, 'float16') };
+  });
+  const [q, k, v] = shifted.map(({ view }) => view) as [CudaTensor, CudaTensor, CudaTensor];
+  const unaligned = await sageattn(q, k, v, options);
+  checkSameBits(unaligned, bits(expected), 'tensors over raw pointers that are multiples of 2 only');
+  dispose(packed, output, expected, unaligned, ...copies);
+  for (const { memory } of shifted) memory.dispose();
+}
+
+/** One row of Q over many keys: the keys are split over the card. */
+async function decoding(target: Target, keys: number, seed: number): Promise<string> {
+  const random = new Random(seed);
+  const make = (heads: number, tokens: number) =>
+    place(random.normals(heads * tokens * 64), [1, heads, tokens, 64], 'float16');
+  const [q, k, v] = [make(8, 1), make(2, keys), make(2, keys)];
+  const options: OutputOnly = { ...settingsOf(target), backend: 'cuda' };
+  const output = await sageattn(q, k, v, options);
+  const exact = attentionExact(createProblem(q, k, v, options), { q, k, v }).output;
+  const { relativeL1 } = compare(toFloat32(output), exact);
+  // Averages of many values are small beside the values, which is what errors scale with.
+  const limit = 2 * target.relativeL1;
+  check(relativeL1 <= limit, () => `relative L1 ${relativeL1}, limit ${limit}`);
+  return `relative L1 ${relativeL1.toFixed(4)}`;
+}
+
+async function noLeak(target: Target, device: CudaDevice, sizes: CheckSizes, seed: number): Promise<string> {
+  const { q, k, v } = operands(new Random(seed), device, sizes);
+  const options = optionsOf(target);
+  const call = async () => dispose(await sageattn(q, k, v, options));
+  for (let i = 0; i < 20; i++) await call();
+  await device.stream.completed();
+  const before = device.memoryInfo().free;
+  for (let i = 0; i < 500; i++) await call();
+  await device.stream.completed();
+  const taken = before - device.memoryInfo().free;
+  // The driver counts in pages of 2 MiB, and another process may be there.
+  check(taken <= 64 * 2 ** 20, () => `500 calls took ${taken} bytes more`);
+  dispose(q, k, v);
+  return `${taken} bytes`;
+}
+
+/** Checks of one kernel with one setting of its options, of sizes that a simulator can bear too. */
+export function kernelChecks(
+  target: Target,
+  device: CudaDevice,
+  sizes: CheckSizes,
+  seed: number,
+  repeats = 3,
+): Check[] {
+  return [
+    {
+      name: 'the same bits every time, on any stream, and from a captured graph',
+      run: async () => {
+        await sameEveryTime(target, device, sizes, seed, repeats);
+        return undefined;
+      },
+    },
+    {
+      name: 'views and unaligned pointers give what contiguous copies give',
+      run: async () => {
+        await viewsEqualCopies(target, device, { ...sizes, tokens: Math.ceil(sizes.tokens / 2) }, seed);
+        return undefined;
+      },
+    },
+  ];
+}
+
+/** {@link kernelChecks}, and what only a GPU has the speed and memory for. */
+export function deviceChecks(target: Target, device: CudaDevice, seed: number): Check[] {
+  return [
+    ...kernelChecks(target, device, { tokens: 1000, headDim: 128 }, seed, 50),
+    { name: 'decoding over 20,000 keys', run: () => decoding(target, 20_000, seed) },
+    { name: '500 calls take no more memory', run: () => noLeak(target, device, { tokens: 512, headDim: 64 }, seed) },
+  ];
+}
+
+const FAR = 2 ** 31;
+
+/** Copies rows of a CPU tensor's bytes to element `at` of device memory. */
+function writeAt(device: CudaDevice, view: CudaTensor, at: number, source: Tensor): void {
+  // What `place` has put behind the elements stays here.
+  const bytes = snapshot(source).subarray(0, 2 * elementCount(source.shape));
+  const target = view.memory.pointer + BigInt(at) * 2n;
+  device.call('cuMemcpyHtoDAsync', 'copying', target, bytes, bytes.byteLength, device.stream.handle);
+  device.stream.synchronize();
+}
+
+/** Operands whose second head lies more than 2^31 elements behind the first: about 13 GB in all. */
+async function farStrides(target: Target, device: CudaDevice, seed: number): Promise<undefined> {
+  const [tokens, dim] = [130, 64];
+  const random = new Random(seed);
+  const options = optionsOf(target);
+  const near: CudaTensor[] = [];
+  const far: CudaTensor[] = [];
+  for (let i = 0; i < 3; i++) {
+    const values = random.normals(2 * tokens * dim);
+    const source = place(values, [1, 2, tokens, dim], 'bfloat16');
+    near.push(upload(source, device));
+    const headStride = FAR + 64;
+    const memory = device.allocate(2 * (headStride + tokens * dim));
+    const view = cudaTensorOn(memory, 'bfloat16', [1, 2, tokens, dim], {
+      strides: [2 * headStride, headStride, dim, 1],
+    });
+    for (const head of [0, 1]) {
+      const part = place(values.subarray(head * tokens * dim, (head + 1) * tokens * dim), [tokens, dim], 'bfloat16');
+      writeAt(device, view, head * headStride, part);
+    }
+    far.push(view);
+  }
+  const [q, k, v] = near as [CudaTensor, CudaTensor, CudaTensor];
+  const [farQ, farK, farV] = far as [CudaTensor, CudaTensor, CudaTensor];
+  const expected = await sageattn(q, k, v, options);
+  const output = await sageattn(farQ, farK, farV, options);
+  checkSameBits(output, bits(expected), 'operands with strides above 2^31');
+  dispose(...near, ...far, expected, output);
+  return undefined;
+}
+
+/** An output of more than 2^31 elements: its last rows against the same rows alone. About 12 GB. */
+async function farOutput(target: Target, device: CudaDevice, seed: number): Promise<undefined> {
+  const [heads, dim, tokens, keys] = [33, 256, 2 ** 18, 64];
+  const random = new Random(seed);
+  const few = 256;
+  const rows = place(random.normals(few * dim), [1, 1, few, dim], 'bfloat16');
+  const small = (count: number) =>
+    upload(place(random.normals(count * keys * dim), [1, count, keys, dim], 'bfloat16'), device);
+  const [k, v] = [small(1), small(1)];
+  const q = emptyCudaTensor(device, [1, heads, tokens, dim], 'bfloat16');
+  device.call('cuMemsetD8Async', 'clearing', q.memory.pointer, 0, q.memory.byteLength, device.stream.handle);
+  const last = heads * tokens * dim - few * dim;
+  check(last > FAR, () => 'the output is too small for this check');
+  writeAt(device, q, last, rows);
+  const options = settingsOf(target);
+  const output = await sageattn(q, k, v, options);
+  const alone = upload(rows, device);
+  const expected = await sageattn(alone, k, v, options);
+  const tail: CudaTensor = {
+    ...output,
+    shape: [1, 1, few, dim],
+    strides: [few * dim, few * dim, dim, 1],
+    offset: last,
+  };
+  checkSameBits(tail, bits(expected), 'the last rows');
+  dispose(q, k, v, output, alone, expected);
+  return undefined;
+}
+
+/** Offsets above 2^31 elements; one kernel of each kind of V is enough, as the address arithmetic is shared. */
+export function largeChecks(target: Target, device: CudaDevice, seed: number): Check[] {
+  return [
+    { name: 'heads more than 2^31 elements apart', run: () => farStrides(target, device, seed) },
+    { name: 'an output of more than 2^31 elements', run: () => farOutput(target, device, seed) },
+  ];
+}
