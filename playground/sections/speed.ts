@@ -8,6 +8,9 @@ import type { BenchConfig, DeviceApi, DeviceReport, Measurement } from '../worke
 type Measured = Measurement & Required<Pick<Measurement, 'medianMs' | 'flops' | 'relativeL1'>>;
 const isMeasured = (result: Measurement): result is Measured => result.flops !== undefined;
 
+/** No attention at all: a driver or an engine failed without saying so. Its speed is no measure of anything. */
+const isWrong = ({ relativeL1 }: Measured) => !(relativeL1 < 0.1);
+
 const LENGTHS = [256, 512, 1024, 2048, 4096, 8192, 16384] as const;
 
 /** Where onnxruntime-web's files lie, if the host has them. */
@@ -162,16 +165,22 @@ export async function startSpeed(
     if (result.kind === 'peer') return '';
     const peer = results
       .filter(isMeasured)
-      .find((other) => other.kind === 'peer' && other.where === result.where && other.length === result.length);
+      .find(
+        (other) =>
+          other.kind === 'peer' && other.where === result.where && other.length === result.length && !isWrong(other),
+      );
     return peer === undefined ? '' : `${(result.flops / peer.flops).toFixed(2)}×`;
   };
 
   const drawTable = () => {
     const row = (result: Measurement) => {
       const cells = isMeasured(result)
-        ? [duration(result.medianMs), rate(result.flops), speedUp(result), percent(result.relativeL1)].map((text) =>
-            h('td', {}, text),
-          )
+        ? [
+            ...[duration(result.medianMs), rate(result.flops), speedUp(result)].map((text) => h('td', {}, text)),
+            isWrong(result)
+              ? h('td', { class: 'bad' }, `wrong output: ${percent(result.relativeL1)}`)
+              : h('td', {}, percent(result.relativeL1)),
+          ]
         : [h('td', { class: 'wrapped', colspan: 4 }, result.failure ?? '')];
       return h('tr', {}, h('td', {}, result.label), h('td', {}, count(result.length)), cells);
     };
@@ -243,7 +252,7 @@ export async function startSpeed(
       say(
         note,
         complete
-          ? `${results.length} measurements. Times are medians; GPU times are without copies to and from the GPU.`
+          ? `${results.length} measurement${results.length === 1 ? '' : 's'}. Times are medians; GPU times are without copies to and from the GPU.`
           : 'Stopped. What was measured so far is below.',
       );
     } catch (error) {

@@ -1,0 +1,473 @@
+/**
+ * The playground, driven in a real browser: every section, in light and dark, with WebGPU on a software driver and without
+ * WebGPU. Pictures are checked for what they show, not for their pixels.
+ */
+import { mkdtempSync, readFileSync, rmSync } from 'node:fs';
+import { createServer, type Server } from 'node:http';
+import type { AddressInfo } from 'node:net';
+import { tmpdir } from 'node:os';
+import path from 'node:path';
+import axe, { type AxeResults } from 'axe-core';
+import type { Browser, BrowserContextOptions, Page } from 'playwright-core';
+import sirv from 'sirv';
+import { build } from 'vite';
+import { afterAll, beforeAll, describe, expect } from 'vitest';
+import { type PlaygroundServer, servePlayground } from '../../src/cli/playground-server.ts';
+import { launchChromium, missingChromium } from '../support/chromium.ts';
+import { itNeeds } from '../support/requirement.ts';
+
+const missing = missingChromium();
+const it = itNeeds(missing);
+/** Of one wait; software GPUs and busy machines are slow. */
+const PATIENCE = 100_000;
+
+const built = mkdtempSync(path.join(tmpdir(), 'playground-test-'));
+let server: PlaygroundServer;
+let browser: Browser;
+let withoutWebgpu: Browser;
+
+beforeAll(async () => {
+  if (missing !== undefined) return;
+  const outDir = path.join(built, 'page');
+  await build({
+    configFile: path.join(import.meta.dirname, '../../playground/vite.config.ts'),
+    mode: 'test',
+    logLevel: 'warn',
+    build: { outDir, emptyOutDir: true },
+  });
+  [server, browser, withoutWebgpu] = await Promise.all([
+    servePlayground(outDir, 0, '127.0.0.1'),
+    launchChromium('software'),
+    launchChromium('none'),
+  ]);
+}, PATIENCE);
+
+afterAll(async () => {
+  await Promise.all([browser?.close(), withoutWebgpu?.close(), server?.close()]);
+  rmSync(built, { recursive: true, force: true });
+}, PATIENCE);
+
+interface OpenOptions extends BrowserContextOptions {
+  readonly in?: Browser;
+  readonly url?: string;
+}
+
+/** Opens the page, waits until it has found its device, runs `drive`, and expects that nothing complained. */
+async function withPage(options: OpenOptions, drive: (page: Page) => Promise<void>): Promise<void> {
+  const { in: where = browser, url = server.url, ...context } = options;
+  const page = await where.newPage(context);
+  page.setDefaultTimeout(PATIENCE);
+  const complaints: string[] = [];
+  page.on('console', (message) => {
+    if (message.type() === 'error' || message.type() === 'warning') complaints.push(message.text());
+  });
+  page.on('pageerror', (error) => complaints.push(error.stack ?? error.message));
+  try {
+    await page.goto(url);
+    await page.waitForSelector('.card');
+    await page.waitForSelector('#speed-controls select');
+    await drive(page);
+    expect(complaints).toEqual([]);
+  } finally {
+    await page.close();
+  }
+}
+
+const textOf = async (page: Page, selector: string) => (await page.textContent(selector)) ?? '';
+
+async function waitForText(page: Page, selector: string, pattern: RegExp): Promise<string> {
+  await page.waitForFunction(
+    ([element, source]) =>
+      new RegExp(source as string).test(document.querySelector(element as string)?.textContent ?? ''),
+    [selector, pattern.source],
+  );
+  return textOf(page, selector);
+}
+
+const figureOf = (page: Page, title: string) =>
+  page.locator('figure', { has: page.getByRole('heading', { name: title, exact: true }) });
+const figureNote = (page: Page, title: string) => figureOf(page, title).locator('.note');
+
+/** Text of a figure's note once it matches. */
+async function waitForNote(page: Page, title: string, pattern: RegExp): Promise<RegExpMatchArray> {
+  const note = figureNote(page, title);
+  await expect.poll(() => note.textContent(), { timeout: PATIENCE }).toMatch(pattern);
+  return ((await note.textContent()) ?? '').match(pattern) as RegExpMatchArray;
+}
+
+/** Colours in the picture of a figure, and how alike its columns are: 1 when each has one colour. */
+async function rasterOf(
+  page: Page,
+  title: string,
+): Promise<{ colors: number; columnSpread: number; rowSpread: number }> {
+  return figureOf(page, title)
+    .locator('svg image')
+    .evaluate(async (image) => {
+      const picture = new Image();
+      picture.src = image.getAttribute('href') ?? image.getAttribute('xlink:href') ?? '';
+      await picture.decode();
+      const canvas = new OffscreenCanvas(picture.width, picture.height);
+      const context = canvas.getContext('2d');
+      if (context === null) throw new Error('no canvas');
+      context.drawImage(picture, 0, 0);
+      const { data, width, height } = context.getImageData(0, 0, picture.width, picture.height);
+      const at = (x: number, y: number) =>
+        (data[4 * (y * width + x)] as number) - (data[4 * (y * width + x) + 2] as number);
+      const colors = new Set<number>();
+      for (let i = 0; i < data.length; i += 4)
+        colors.add(((data[i] as number) << 16) | ((data[i + 1] as number) << 8) | (data[i + 2] as number));
+      const spread = (outer: number, inner: number, value: (o: number, i: number) => number) => {
+        let sum = 0;
+        for (let o = 0; o < outer; o++) {
+          const values = Array.from({ length: inner }, (_, i) => value(o, i));
+          const mean = values.reduce((a, b) => a + b, 0) / inner;
+          sum += Math.sqrt(values.reduce((a, b) => a + (b - mean) ** 2, 0) / inner);
+        }
+        return sum / outer;
+      };
+      return {
+        colors: colors.size,
+        columnSpread: spread(width, height, (x, y) => at(x, y)),
+        rowSpread: spread(height, width, (y, x) => at(x, y)),
+      };
+    });
+}
+
+async function setSlider(page: Page, label: string, value: number): Promise<void> {
+  await page.getByLabel(label).evaluate((input, next) => {
+    (input as HTMLInputElement).value = String(next);
+    input.dispatchEvent(new Event('input', { bubbles: true }));
+  }, value);
+}
+
+const speedField = (page: Page, label: string) => page.locator('#speed-controls').getByLabel(label, { exact: true });
+
+/** Chooses what to measure, and measures it. */
+async function startBench(page: Page, kernels: readonly string[], tokens: string): Promise<void> {
+  for (const box of await page.locator('#speed-controls input[type=checkbox]').all()) await box.uncheck();
+  for (const kernel of kernels) await speedField(page, kernel).check();
+  await speedField(page, 'Tokens, up to').selectOption(tokens);
+  await speedField(page, 'Heads').selectOption('1');
+  await page.click('#bench-start');
+}
+
+const benchRows = async (page: Page) =>
+  (await page.locator('#bench-table tbody tr').all()).length === 0
+    ? []
+    : page
+        .locator('#bench-table tbody tr')
+        .evaluateAll((rows) =>
+          rows.map((row) => [...row.querySelectorAll('td')].map((cell) => cell.textContent ?? '')),
+        );
+
+const numberIn = (text: string | undefined) => Number.parseFloat(text ?? '');
+
+async function checkKernels(page: Page): Promise<number> {
+  await page.click('#check-start');
+  await waitForText(page, '#check-note', /^(All \d+ checks passed|\d+ of \d+ checks failed)\.$/);
+  expect(await page.locator('#checks .fail').allTextContents()).toEqual([]);
+  const lines = await page.locator('#checks .pass').count();
+  expect(await textOf(page, '#check-note')).toBe(`All ${lines} checks passed.`);
+  return lines;
+}
+
+async function expectAccessible(page: Page): Promise<void> {
+  await page.evaluate(axe.source);
+  const { violations } = (await page.evaluate('axe.run()')) as AxeResults;
+  expect(violations.map(({ id, nodes }) => `${id}: ${nodes.map(({ html }) => html).join(' ')}`)).toEqual([]);
+}
+
+describe('playground', () => {
+  it('says what the device has and checks every kernel on it', async () => {
+    await withPage({}, async (page) => {
+      const webgpu = (await page.locator('[data-backend=webgpu]').textContent()) ?? '';
+      expect(webgpu).toContain('swiftshader');
+      expect(webgpu).toMatch(/Family (subgroup|base)/);
+      expect(webgpu).toContain('software driver');
+      const wasm = (await page.locator('[data-backend=wasm]').textContent()) ?? '';
+      expect(wasm).toContain('in use');
+      expect(wasm).toContain('cross-origin isolated');
+      expect(wasm).toMatch(/worker threads? over one shared memory/);
+      expect(await textOf(page, '#status')).toContain('runs on WebAssembly');
+      // One kernel on WebGPU and two on WASM.
+      expect(await checkKernels(page)).toBeGreaterThanOrEqual(3 * 15);
+      const titles = await page.locator('#checks h3').allTextContents();
+      expect(titles.some((title) => title.startsWith('WebGPU'))).toBe(true);
+      expect(titles.filter((title) => title.startsWith('WebAssembly')).length).toBeGreaterThanOrEqual(2);
+    });
+  });
+
+  it('shows what smoothing does, and redraws when a control moves', async () => {
+    await withPage({}, async (page) => {
+      const codes = 'Codes of K, channel by channel';
+      const spans = /Of (\d+) codes a channel spans (\d+) on average as it is, (\d+) smoothed/;
+      const [, total, raw, smoothed] = (await waitForNote(page, codes, spans)).map(Number);
+      expect(total).toBe(255);
+      expect(smoothed).toBeGreaterThan(2 * (raw as number));
+
+      // An offset by channel is stripes: columns of one colour, rows of many. Smoothing takes it away.
+      const stripes = await rasterOf(page, 'K as it is');
+      expect(stripes.colors).toBeGreaterThan(50);
+      expect(stripes.rowSpread).toBeGreaterThan(3 * stripes.columnSpread);
+      const flat = await rasterOf(page, 'K smoothed');
+      expect(flat.colors).toBeGreaterThan(10);
+      expect(flat.rowSpread).toBeLessThan(1.5 * flat.columnSpread);
+      expect((await rasterOf(page, 'Scores, exact')).colors).toBeGreaterThan(50);
+
+      const errors = figureOf(page, 'Error of the output, by kernel and granularity').locator('svg');
+      await errors.waitFor();
+      const said = (await errors.getAttribute('aria-label')) ?? '';
+      const errorOf = (smoothing: string) =>
+        numberIn(new RegExp(`INT8 QK, FP16 PV per-block, ${smoothing}: ([\\d.]+) %`).exec(said)?.[1]);
+      expect(errorOf('smoothed')).toBeLessThan(3);
+      expect(errorOf('not smoothed')).toBeGreaterThan(2 * errorOf('smoothed'));
+      expect(said.match(/per-(block|warp|thread)/g)).toHaveLength(16);
+
+      const rms = /Root mean square ([\d.]+)/;
+      const before = numberIn((await waitForNote(page, 'Difference', rms))[1]);
+      await page.locator('#why-controls').getByLabel('K', { exact: true }).uncheck();
+      await expect
+        .poll(async () => numberIn((await figureNote(page, 'Difference').textContent())?.match(rms)?.[1]), {
+          timeout: PATIENCE,
+        })
+        .toBeGreaterThan(2 * before);
+      await page.locator('#why-controls').getByLabel('INT4').check();
+      await waitForNote(page, codes, /Of 15 codes/);
+      await setSlider(page, 'Offset, in standard deviations', 0);
+      // Without an offset there is nothing to smooth away.
+      const [, , rawAfter, smoothedAfter] = (
+        await waitForNote(page, codes, /Of (15) codes a channel spans (\d+) on average as it is, (\2) smoothed/)
+      ).map(Number);
+      expect(rawAfter).toBeGreaterThan(5);
+      expect(smoothedAfter).toBe(rawAfter);
+    });
+  });
+
+  it('takes Q and K from the trained encoder, on a text of the user', async () => {
+    await withPage({}, async (page) => {
+      await page.getByLabel('a real layer, on your text').check();
+      await waitForText(page, '#why-message', /^\d+ tokens, layer 1 of 2, head 1 of 4\.$/);
+      await waitForNote(page, 'Q', /64 channels/);
+      const spans = /a channel spans (\d+) on average as it is, (\d+) smoothed/;
+      const [, raw, smoothed] = (await waitForNote(page, 'Codes of K, channel by channel', spans)).map(Number);
+      // Keys of a trained model do share something.
+      expect(smoothed).toBeGreaterThan(raw as number);
+      await page.fill('#why-text', 'A short text of one sentence.');
+      await waitForText(page, '#why-message', /^[5-9] tokens, layer 1/);
+      await page.locator('#why-controls').getByLabel('Layer').selectOption('1');
+      await waitForNote(page, 'Q', /128 channels/);
+      await page.fill('#why-text', ' ');
+      await waitForText(page, '#why-message', /Type a few words/);
+    });
+  });
+
+  it('measures kernels and peers, stays responsive, and can be stopped and saved', async () => {
+    await withPage({}, async (page) => {
+      const kernels = ['WASM qk-int8-pv-int8', 'WASM qk-int8-pv-fp16', 'onnxruntime-web, WASM'];
+      await startBench(page, kernels, '512');
+      const medianFrame = await page.evaluate(
+        () =>
+          new Promise<number>((resolve) => {
+            const gaps: number[] = [];
+            let last = performance.now();
+            const tick = () => {
+              const now = performance.now();
+              gaps.push(now - last);
+              last = now;
+              if (gaps.length < 40) requestAnimationFrame(tick);
+              else resolve(gaps.sort((a, b) => a - b)[20] as number);
+            };
+            requestAnimationFrame(tick);
+          }),
+      );
+      // The work is in workers: frames go on as long as the machine has anything left for the page.
+      expect(medianFrame).toBeLessThan(200);
+      await waitForText(page, '#bench-note', /^6 measurements/);
+      const rows = await benchRows(page);
+      expect(rows).toHaveLength(6);
+      for (const [label = '', , call, speed, against, error] of rows) {
+        expect(call).toMatch(/^[\d.]+ m?s$/);
+        expect(numberIn(speed)).toBeGreaterThan(0);
+        if (label.startsWith('onnxruntime')) {
+          expect(numberIn(error)).toBeLessThan(0.01);
+        } else {
+          expect(against).toMatch(/^[\d.]+×$/);
+          expect(numberIn(error)).toBeLessThan(5);
+          expect(numberIn(error)).toBeGreaterThan(0.05);
+        }
+      }
+      expect(await page.locator('#bench-figures svg circle').count()).toBe(6);
+      expect(await page.locator('#bench-figures svg').getAttribute('aria-label')).toMatch(/FLOP\/s/);
+
+      const [download] = await Promise.all([page.waitForEvent('download'), page.click('#bench-download')]);
+      const saved = JSON.parse(readFileSync((await download.path()) as string, 'utf8'));
+      expect(saved.schema).toBe('sageattention-playground/1');
+      expect(saved.results).toHaveLength(6);
+      expect(saved.results.every((result: { medianMs: number }) => result.medianMs > 0)).toBe(true);
+
+      await startBench(page, kernels, '16384');
+      await waitForText(page, '#bench-note', /^[1-9]\d* of \d+/);
+      await page.click('#bench-stop');
+      await waitForText(page, '#bench-note', /^Stopped\./);
+      expect(await page.locator('#bench-start').isEnabled()).toBe(true);
+      expect((await benchRows(page)).length).toBeLessThan(21);
+    });
+  });
+
+  it('reports a lost GPU and goes on with a new one', async () => {
+    await withPage({ url: `${server.url}?debug` }, async (page) => {
+      await page.waitForFunction(() => 'playground' in globalThis);
+      await startBench(page, ['WebGPU qk-int8-pv-fp16'], '512');
+      await waitForText(page, '#bench-note', /^[01] of 2/);
+      await page.evaluate(async () => {
+        await (globalThis as unknown as { playground: { loseDevice(): Promise<void> } }).playground.loseDevice();
+      });
+      await waitForText(page, '#bench-note', /^2 measurements/);
+      expect(await page.locator('#alert').textContent()).toContain('was lost');
+      const rows = await benchRows(page);
+      expect(rows.map(([label]) => label)).toEqual(Array(2).fill('WebGPU qk-int8-pv-fp16'));
+      for (const row of rows) {
+        expect(numberIn(row[5])).toBeGreaterThan(0.05);
+        expect(numberIn(row[5])).toBeLessThan(3);
+      }
+      await page.getByRole('button', { name: 'Dismiss' }).click();
+      expect(await page.locator('#alert').isVisible()).toBe(false);
+    });
+  });
+
+  it('compares sentences with exact and quantized attention, and times a long text', async () => {
+    await withPage({}, async (page) => {
+      await page.getByRole('button', { name: 'Load the model' }).click();
+      await page.waitForFunction(() => document.querySelectorAll('#model-body figure svg').length === 2);
+      const similarities = async (title: string) => {
+        const said =
+          (await page.locator('#model-body figure', { hasText: title }).locator('svg').getAttribute('aria-label')) ??
+          '';
+        return [...said.matchAll(/\d and \d: (-?[\d.]+)/g)].map(([, value]) => Number(value));
+      };
+      const exact = await similarities('Exact attention');
+      const quantized = await similarities('SageAttention');
+      expect(exact).toHaveLength(15);
+      // Sentences 1 and 2 mean about the same, 1 and 3 do not.
+      expect(exact[0]).toBeGreaterThan((exact[1] as number) + 0.1);
+      quantized.forEach((value, i) => {
+        expect(Math.abs(value - (exact[i] as number))).toBeLessThan(0.02);
+      });
+      expect(numberIn((await page.locator('#model-body .facts dd').nth(1).textContent()) ?? '')).toBeGreaterThan(0.999);
+
+      await page.getByRole('textbox', { name: 'Sentence 3' }).fill('My account is locked and I forgot the password.');
+      await expect
+        .poll(async () => (await similarities('Exact attention'))[1], { timeout: PATIENCE })
+        .toBeGreaterThan(0.4);
+      await page.getByRole('button', { name: 'Add a sentence' }).click();
+      await page.getByRole('textbox', { name: 'Sentence 7' }).fill('One more.');
+      await expect.poll(async () => (await similarities('Exact attention')).length, { timeout: PATIENCE }).toBe(21);
+      await page.getByRole('button', { name: 'Remove sentence 7' }).click();
+      await expect.poll(async () => (await similarities('Exact attention')).length, { timeout: PATIENCE }).toBe(15);
+
+      await page.getByRole('button', { name: 'Take a chapter' }).click();
+      await expect.poll(() => page.locator('#long-text').inputValue()).toContain('Alice');
+      await page.locator('#model-body').getByLabel('Tokens, up to').selectOption('512');
+      await page.getByRole('button', { name: 'Run', exact: true }).click();
+      await page.waitForFunction(() => document.querySelectorAll('#long-results tbody tr').length === 2);
+      const rows = await page
+        .locator('#long-results tbody tr')
+        .evaluateAll((all) => all.map((row) => [...row.querySelectorAll('td')].map((cell) => cell.textContent ?? '')));
+      for (const [, , sage, peer, speedUp, error, similarity] of rows) {
+        expect(sage).toMatch(/^[\d.]+ m?s$/);
+        expect(peer).toMatch(/^[\d.]+ m?s$/);
+        expect(speedUp).toMatch(/^[\d.]+×$/);
+        expect(numberIn(error)).toBeLessThan(5);
+        expect(numberIn(similarity)).toBeGreaterThan(0.998);
+      }
+      await expectAccessible(page);
+    });
+  });
+
+  for (const colorScheme of ['light', 'dark'] as const) {
+    it(`is accessible and fits a phone in ${colorScheme}`, async () => {
+      await withPage({ colorScheme, viewport: { width: 360, height: 740 } }, async (page) => {
+        await figureOf(page, 'Error of the output, by kernel and granularity').locator('svg').waitFor();
+        await expectAccessible(page);
+        const { overflow, shift } = await page.evaluate(
+          () =>
+            new Promise<{ overflow: number; shift: number }>((resolve) => {
+              let sum = 0;
+              new PerformanceObserver((list) => {
+                for (const entry of list.getEntries()) sum += (entry as PerformanceEntry & { value: number }).value;
+              }).observe({ type: 'layout-shift', buffered: true });
+              setTimeout(
+                () => resolve({ overflow: document.documentElement.scrollWidth - innerWidth, shift: sum }),
+                200,
+              );
+            }),
+        );
+        expect(overflow).toBe(0);
+        // Below 0.1 counts as good.
+        expect(shift).toBeLessThan(0.1);
+      });
+    });
+  }
+
+  it('can be used with the keyboard alone', async () => {
+    await withPage({}, async (page) => {
+      await page.keyboard.press('Tab');
+      expect(await page.evaluate(() => document.activeElement?.textContent)).toBe('Skip to the content');
+      const reached: string[] = [];
+      for (let i = 0; i < 40; i++) {
+        await page.keyboard.press('Tab');
+        reached.push(
+          await page.evaluate(() => document.activeElement?.id || document.activeElement?.textContent || ''),
+        );
+      }
+      expect(reached).toContain('check-start');
+      expect(reached).toContain('bench-start');
+      expect(reached).toContain('Load the model');
+      await page.locator('#why-controls').getByLabel('Offset, in standard deviations').focus();
+      const note = await figureNote(page, 'K as it is').textContent();
+      for (let i = 0; i < 4; i++) await page.keyboard.press('ArrowRight');
+      await expect.poll(() => figureNote(page, 'K as it is').textContent(), { timeout: PATIENCE }).not.toBe(note);
+    });
+  });
+
+  it('runs on WebAssembly where there is no WebGPU, and says so', async () => {
+    await withPage({ in: withoutWebgpu }, async (page) => {
+      expect(await textOf(page, '#status')).toMatch(/offers no WebGPU, so everything below runs on WebAssembly/);
+      expect(await page.locator('[data-backend=webgpu]').textContent()).toContain('not available');
+      expect(await page.locator('#speed-controls').textContent()).not.toContain('WebGPU');
+      expect(await checkKernels(page)).toBeGreaterThanOrEqual(2 * 15);
+      await startBench(page, ['WASM qk-int8-pv-int8'], '256');
+      await waitForText(page, '#bench-note', /^1 measurements?/);
+      expect(numberIn((await benchRows(page))[0]?.[5])).toBeLessThan(5);
+    });
+  });
+
+  it('runs from a folder of any static host, which sends no headers and has no model', async () => {
+    const files = sirv(path.join(built, 'page'));
+    const host: Server = createServer((request, response) => {
+      request.url = (request.url ?? '/').replace(/^\/some\/folder/, '');
+      files(request, response, () => {
+        response.statusCode = 404;
+        response.end();
+      });
+    });
+    await new Promise<void>((resolve) => host.listen(0, '127.0.0.1', resolve));
+    const { port } = host.address() as AddressInfo;
+    const page = await withoutWebgpu.newPage();
+    try {
+      page.setDefaultTimeout(PATIENCE);
+      await page.goto(`http://127.0.0.1:${port}/some/folder/`);
+      await page.waitForSelector('.card');
+      expect(await page.locator('[data-backend=wasm]').textContent()).toContain('Cross-Origin-Embedder-Policy');
+      await waitForText(page, '#bench-note', /onnxruntime-web is not on this host/);
+      await startBench(page, ['WASM qk-int8-pv-int8'], '256');
+      await waitForText(page, '#bench-note', /^1 measurements?/);
+      expect(numberIn((await benchRows(page))[0]?.[5])).toBeLessThan(5);
+      await page.getByRole('button', { name: 'Load the model' }).click();
+      await waitForText(page, '#model-load', /could not be loaded.*@energetic-ai\/model-embeddings-en/);
+    } finally {
+      await page.close();
+      await new Promise((resolve) => host.close(resolve));
+    }
+  });
+});
