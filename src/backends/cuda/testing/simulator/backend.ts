@@ -5,6 +5,7 @@ import { planAttend, planKeyValue, planLaunches, type SimulatableModule } from '
 import type { LaunchSequence } from '../../launch.ts';
 import type { Kernel } from '../../ptx/types.ts';
 import { FakeCuda, type FakeLaunch } from '../fake-cuda.ts';
+import type { SimulatedTensorMap } from './hopper.ts';
 import { type Allocation, type DeviceAddresses, SimulationError } from './memory.ts';
 import { simulateKernel } from './simulator.ts';
 
@@ -39,6 +40,19 @@ function parameterValue(kind: string, bytes: Uint8Array): number | bigint {
   return kind === 's32' ? view.getInt32(0, true) : view.getUint32(0, true);
 }
 
+function tensorMapOf(launch: FakeLaunch, bytes: Uint8Array): SimulatedTensorMap {
+  const { elementType, pointer, dimensions, byteStrides, box, swizzle } = launch.tensorMap(bytes);
+  return {
+    address: Number(pointer),
+    // CU_TENSOR_MAP_DATA_TYPE_UINT8 and _FLOAT16: what the kernels use.
+    elementBytes: elementType === 0 ? 1 : 2,
+    dimensions: dimensions.map(Number),
+    byteStrides: byteStrides.map(Number),
+    box,
+    swizzleBytes: ([0, 32, 64, 128] as const)[swizzle as 0 | 1 | 2 | 3],
+  };
+}
+
 /** A backend for one simulated device of a compute capability (major * 10 + minor). */
 export function createSimulatedBackend(computeCapability: number): CudaBackend {
   // The driver gets text; the simulator runs the instructions that it was printed from.
@@ -53,10 +67,14 @@ export function createSimulatedBackend(computeCapability: number): CudaBackend {
     const kernel = kernels.get(launch.ptx);
     if (kernel === undefined) throw new Error(`${launch.entry} was not planned here`);
     if (launch.block[0] !== kernel.threads) throw new SimulationError(`${kernel.name}: ${launch.block[0]} threads`);
-    const parameters = Object.fromEntries(
-      kernel.parameters.map(({ name, kind }, i) => [name, parameterValue(kind, launch.parameters[i] as Uint8Array)]),
-    );
-    simulateKernel(kernel, launch.grid[0], parameters, new FakeMemory(launch));
+    const parameters: Record<string, number | bigint> = {};
+    const maps = new Map<string, SimulatedTensorMap>();
+    kernel.parameters.forEach(({ name, kind }, i) => {
+      const bytes = launch.parameters[i] as Uint8Array;
+      if (kind === 'tensorMap') maps.set(name, tensorMapOf(launch, bytes));
+      else parameters[name] = parameterValue(kind, bytes);
+    });
+    simulateKernel(kernel, launch.grid[0], parameters, new FakeMemory(launch), maps);
   };
   return createCudaBackend({
     open: async () => new Cuda(new FakeCuda({ devices: [computeCapability], execute }).api),

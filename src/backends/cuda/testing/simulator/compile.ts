@@ -1,12 +1,14 @@
 /** Turns basic blocks of a kernel into JavaScript functions over a warp's registers. */
 import { printInstruction } from '../../ptx/printer.ts';
 import { type Instruction, type Kernel, KIND_BITS, type Operand, type Reg } from '../../ptx/types.ts';
+import { endsTurn, hopperCollective, hopperLaneWise, isNamedBarrier } from './hopper.ts';
 import type { Warp } from './warp.ts';
 import * as runtime from './warp.ts';
 
 /** What ends a basic block. */
 export type Terminator =
-  | { readonly kind: 'fallthrough' | 'barrier' }
+  /** `turn`: another warp may run. */
+  | { readonly kind: 'fallthrough' | 'barrier' | 'turn' }
   | { readonly kind: 'exit'; readonly guard?: { readonly row: number; readonly when: number } }
   | {
       readonly kind: 'branch';
@@ -84,6 +86,8 @@ class Emitter {
   /** The statements of a lane-wise instruction, or undefined when it needs the whole warp or a memory. */
   laneWise(instruction: Instruction): string | undefined {
     const { opcode, outputs, inputs } = instruction;
+    const hopper = hopperLaneWise(this, instruction);
+    if (hopper !== undefined) return hopper;
     const parts = opcode.split('.');
     const type = parts.at(-1) as string;
     const [d] = outputs as [Operand];
@@ -313,6 +317,8 @@ class Emitter {
     if (opcode === 'vote.sync.any.pred') {
       return `W.voteAny(${this.row(outputs[0] as Reg)},${this.row(first as Reg)},${what});`;
     }
+    const hopper = hopperCollective(this, instruction, guarded, what);
+    if (hopper !== undefined) return hopper;
     throw new Error(`the simulator has no ${opcode}`);
   }
 }
@@ -340,9 +346,10 @@ export function compileKernel(kernel: Kernel, parameters: ParameterValues): Prog
   const emitter = new Emitter(rows, parameters);
 
   const starts = new Set<number>([0]);
-  kernel.instructions.forEach(({ opcode }, at) => {
+  kernel.instructions.forEach((instruction, at) => {
+    const { opcode } = instruction;
     if (opcode === 'label') starts.add(at);
-    if (opcode === 'bra' || opcode === 'ret' || opcode === 'bar.sync') starts.add(at + 1);
+    if (opcode === 'bra' || opcode === 'ret' || opcode === 'bar.sync' || endsTurn(instruction)) starts.add(at + 1);
   });
   const order = [...starts].filter((at) => at < kernel.instructions.length).sort((x, y) => x - y);
   const blockOfLabel = new Map<string, number>();
@@ -364,9 +371,11 @@ export function compileKernel(kernel: Kernel, parameters: ParameterValues): Prog
     if (last.opcode === 'bra' && target?.type === 'label') {
       terminator = { kind: 'branch', target: blockOfLabel.get(target.name) as number, ...guard };
     } else if (last.opcode === 'ret') terminator = { kind: 'exit', ...guard };
+    else if (endsTurn(last)) terminator = { kind: 'turn' };
     else if (last.opcode === 'bar.sync') terminator = { kind: 'barrier' };
     const body = instructions.filter(
-      ({ opcode }) => !['label', 'bra', 'ret', 'bar.sync', 'membar.gl'].includes(opcode),
+      (instruction) =>
+        isNamedBarrier(instruction) || !['label', 'bra', 'ret', 'bar.sync', 'membar.gl'].includes(instruction.opcode),
     );
     const functions: ((warp: Warp) => void)[] = [];
     for (let first = 0; first < body.length; first += INSTRUCTIONS_PER_FUNCTION) {

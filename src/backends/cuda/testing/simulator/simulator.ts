@@ -8,6 +8,7 @@
 import type { KernelArgument, KernelLaunch } from '../../launch.ts';
 import type { Kernel } from '../../ptx/types.ts';
 import { compileKernel, type ParameterValues, type Program } from './compile.ts';
+import { AsyncSharedMemory, AsyncUnits, HopperWarp, type SimulatedTensorMap, usesHopper } from './hopper.ts';
 import { type DeviceAddresses, SharedMemory, SimulationError } from './memory.ts';
 import { type Cta, Warp } from './warp.ts';
 
@@ -42,6 +43,7 @@ function runToBarrier(warp: Warp, program: Program): boolean {
       warp.requireAll('bar.sync');
       return true;
     }
+    if (terminator.kind === 'turn') return true;
   }
   throw new SimulationError(`warp ${warp.index} did not end`);
 }
@@ -56,19 +58,71 @@ function runCta(cta: Cta, warps: Warp[], program: Program): void {
   }
 }
 
+/** Runs the warps of a CTA by turns, at random, until all have ended: warps that wait for each other in other ways than `bar.sync`. */
+function runByTurns(cta: Cta, warps: readonly (Warp & { readonly hopper: HopperWarp })[], program: Program): void {
+  const { units } = (warps[0] as (typeof warps)[number]).hopper;
+  const running = new Set(warps);
+  const atBarrier = new Set<Warp>();
+  for (let turn = 0; running.size > 0; turn++) {
+    if (turn > STEP_LIMIT) throw new SimulationError('the CTA did not end');
+    const ready = [...running].filter(
+      (warp) => warp.hopper.blocked === undefined && !atBarrier.has(warp) && warp.hopper.failedAt !== units.progress,
+    );
+    if (ready.length === 0 || units.random() < 0.05) {
+      if (units.landCopies(ready.length === 0 ? 1 : 2)) continue;
+      if (ready.length === 0) {
+        const states = [...running].map(({ index, hopper }) => `warp ${index} at ${hopper.blocked ?? hopper.waitsFor}`);
+        throw new SimulationError(`deadlock: ${states.join('; ')}`);
+      }
+    }
+    const warp = ready[Math.floor(units.random() * ready.length)] as (typeof warps)[number];
+    warp.hopper.yielded = false;
+    if (!runToBarrier(warp, program)) {
+      warp.hopper.finish();
+      running.delete(warp);
+      units.progress++;
+    } else if (!warp.hopper.yielded) atBarrier.add(warp);
+    // Threads that have ended count as arrived.
+    if (atBarrier.size > 0 && atBarrier.size === running.size) {
+      atBarrier.clear();
+      cta.shared.epoch++;
+    }
+  }
+}
+
 /** Runs every CTA of a grid. */
 export function simulateKernel(
   kernel: Kernel,
   grid: number,
   parameters: ParameterValues,
   global: DeviceAddresses,
+  maps: ReadonlyMap<string, SimulatedTensorMap> = new Map(),
 ): void {
   const program = compileKernel(kernel, parameters);
+  const tensorMapIndex = (name: string) => [...maps.keys()].indexOf(name);
   for (let block = 0; block < grid; block++) {
-    const cta: Cta = { shared: new SharedMemory(kernel.sharedBytes), global, block, gridBlocks: grid };
-    const warps = Array.from({ length: kernel.threads / 32 }, (_, index) => new Warp(index, cta, program.words));
     try {
-      runCta(cta, warps, program);
+      if (usesHopper(kernel.instructions)) {
+        const shared = new AsyncSharedMemory(kernel.sharedBytes);
+        const units = new AsyncUnits(shared, global, [...maps.values()], block + 1);
+        const cta: Cta = { shared, global, block, gridBlocks: grid, tensorMapIndex };
+        const warps = Array.from({ length: kernel.threads / 32 }, (_, index) => {
+          const warp = new Warp(index, cta, program.words);
+          const hopper = new HopperWarp(warp, units);
+          return Object.assign(warp, { hopper });
+        });
+        runByTurns(cta, warps, program);
+      } else {
+        const cta: Cta = {
+          shared: new SharedMemory(kernel.sharedBytes),
+          global,
+          block,
+          gridBlocks: grid,
+          tensorMapIndex,
+        };
+        const warps = Array.from({ length: kernel.threads / 32 }, (_, index) => new Warp(index, cta, program.words));
+        runCta(cta, warps, program);
+      }
     } catch (error) {
       if (error instanceof SimulationError) {
         throw new SimulationError(`${kernel.name}, block ${block} of ${grid}: ${error.message}`, { cause: error });
@@ -88,10 +142,20 @@ function argumentValue(argument: KernelArgument, addresses: ReadonlyMap<string, 
     case 'null':
       return 0;
     case 'tensor-map':
-      throw new Error('the simulator has no tensor maps');
+      throw new Error('a tensor map has no value');
     default:
       return argument.value;
   }
+}
+
+const ELEMENT_BYTES = { u8: 1, f16: 2, bf16: 2, f32: 4, s32: 4 } as const;
+
+function simulatedMap(argument: KernelArgument, addresses: ReadonlyMap<string, number>): SimulatedTensorMap {
+  if (argument.kind !== 'tensor-map') throw new Error(`a ${argument.kind} for a tensor map`);
+  const { buffer, byteOffset = 0, elementType, dimensions, byteStrides, box, swizzle } = argument.map;
+  const address = (addresses.get(buffer) as number) + byteOffset;
+  const swizzleBytes = swizzle === 'none' ? 0 : (Number.parseInt(swizzle, 10) as 32 | 64 | 128);
+  return { address, elementBytes: ELEMENT_BYTES[elementType], dimensions, byteStrides, box, swizzleBytes };
 }
 
 /** Runs launches in order. Their modules must be able to give the kernel as data. */
@@ -110,13 +174,15 @@ export function simulateLaunches(
       throw new Error(`${name}: ${values.length} arguments for ${kernel.parameters.length} parameters`);
     }
     const parameters: Record<string, number | bigint> = {};
+    const maps = new Map<string, SimulatedTensorMap>();
     kernel.parameters.forEach((parameter, i) => {
       const argument = values[i] as KernelArgument;
       const kind = argument.kind === 'pointer' || argument.kind === 'null' ? 'u64' : argument.kind;
-      if (kind !== parameter.kind)
+      if (kind !== parameter.kind && !(kind === 'tensor-map' && parameter.kind === 'tensorMap'))
         throw new Error(`${name}: argument ${parameter.name} is ${kind}, not ${parameter.kind}`);
-      parameters[parameter.name] = argumentValue(argument, addresses);
+      if (kind === 'tensor-map') maps.set(parameter.name, simulatedMap(argument, addresses));
+      else parameters[parameter.name] = argumentValue(argument, addresses);
     });
-    simulateKernel(kernel, grid[0], parameters, global);
+    simulateKernel(kernel, grid[0], parameters, global, maps);
   }
 }

@@ -10,6 +10,7 @@
 import { bfloat16FromNumber } from '../../../../tensor/formats/bfloat16.ts';
 import { e4m3FromNumber, e4m3ToNumber } from '../../../../tensor/formats/float8.ts';
 import { float16FromNumber, float16Table } from '../../../../tensor/formats/float16.ts';
+import type { HopperWarp } from './hopper.ts';
 import { type DeviceAddresses, requireWritten, type SharedMemory, SimulationError } from './memory.ts';
 
 const HALF = float16Table();
@@ -31,6 +32,8 @@ export interface Cta {
   readonly global: DeviceAddresses;
   readonly block: number;
   readonly gridBlocks: number;
+  /** Number of a tensor map among the kernel's parameters. */
+  readonly tensorMapIndex: (name: string) => number;
 }
 
 export class Warp {
@@ -46,6 +49,8 @@ export class Warp {
   /** Lanes that execute the block at hand. */
   readonly lanes = new Uint8Array(32);
   active = 0;
+  /** What a Hopper kernel's warp has under way. */
+  hopper: HopperWarp | undefined;
   /** Copies of each lane, by group; the last is not committed yet. */
   readonly #copies: PendingCopy[][][];
 
