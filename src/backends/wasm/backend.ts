@@ -76,10 +76,16 @@ class WasmBackendImplementation implements WasmBackend {
   async availability(): Promise<Availability> {
     try {
       const { simd, relaxed, executor } = await this.#current();
+      const { usedBytes, capacityBytes } = executor.memory;
       return {
         available: true,
         accelerated: false,
-        details: { simd, 'relaxed SIMD': relaxed, threads: executor.description },
+        details: {
+          simd,
+          'relaxed SIMD': relaxed,
+          threads: executor.description,
+          memory: `${usedBytes / 1024} KiB in use of ${capacityBytes / 1024} KiB`,
+        },
       };
     } catch (error) {
       const { received, expected } = error instanceof BackendUnavailableError ? error : {};

@@ -1,0 +1,226 @@
+import { spawn } from 'node:child_process';
+import type { Worker } from 'node:worker_threads';
+import { afterEach, describe, expect, test } from 'vitest';
+import { Random, runSeed } from '../../../test/support/random.ts';
+import { chooseOptions } from '../../attention/choice.ts';
+import { ExecutionError, InvalidArgumentError } from '../../attention/errors.ts';
+import type { AttentionOptions } from '../../attention/options.ts';
+import { createProblem } from '../../attention/problem.ts';
+import { attentionExact } from '../../reference/exact.ts';
+import { compare } from '../../reference/metrics.ts';
+import { toFloat32 } from '../../tensor/access.ts';
+import { slice, type Tensor, tensor } from '../../tensor/tensor.ts';
+import type { RunContext } from '../backend.ts';
+import { createWasmBackendOn, type WasmBackend } from './backend.ts';
+import type { ExecutorKind } from './executor.ts';
+import { ACCURATE_KERNEL, INTEGER_KERNEL } from './kernels.ts';
+
+const random = new Random(runSeed());
+const seed = `seed ${random.seed}`;
+const KINDS: ExecutorKind[] = ['threads', 'worker', 'inline'];
+
+let backend: WasmBackend | undefined;
+afterEach(async () => {
+  await backend?.dispose();
+  backend = undefined;
+});
+
+function start(kind: ExecutorKind, threads = 2): WasmBackend {
+  backend = createWasmBackendOn({ threads }, kind);
+  return backend;
+}
+
+function inputsOf(tokens: number, dim = 32, heads = 2) {
+  const shape = [1, heads, tokens, dim];
+  const operand = () => tensor(random.normals(heads * tokens * dim), shape);
+  return { q: operand(), k: operand(), v: operand() };
+}
+
+type Inputs = ReturnType<typeof inputsOf>;
+
+async function run(on: WasmBackend, inputs: Inputs, context: RunContext = {}, options: AttentionOptions = {}) {
+  const problem = createProblem(inputs.q, inputs.k, inputs.v, options);
+  const plan = await on.plan(problem, chooseOptions(INTEGER_KERNEL, problem, options));
+  return toFloat32((await plan.run(inputs, context)).output as Tensor);
+}
+
+const errorOf = (inputs: Inputs, output: Float32Array) =>
+  compare(output, attentionExact(createProblem(inputs.q, inputs.k, inputs.v, {}), inputs).output).relativeL1;
+
+/** Workers that start from here on. */
+function recordWorkers(): { workers: Worker[]; restore: () => void } {
+  const threads = process.getBuiltinModule('node:worker_threads') as { Worker: typeof Worker };
+  const original = threads.Worker;
+  const workers: Worker[] = [];
+  threads.Worker = class extends original {
+    constructor(...args: ConstructorParameters<typeof Worker>) {
+      super(...args);
+      workers.push(this);
+    }
+  };
+  return {
+    workers,
+    restore: () => {
+      threads.Worker = original;
+    },
+  };
+}
+
+describe.each(KINDS)('%s', (kind) => {
+  test('concurrent calls of different shapes do not disturb each other', async () => {
+    const on = start(kind);
+    const cases = [17, 130, 64, 1, 200, 33].map((tokens) => inputsOf(tokens));
+    const outputs = await Promise.all(cases.map((inputs) => run(on, inputs)));
+    for (const [i, inputs] of cases.entries()) {
+      expect(errorOf(inputs, outputs[i] as Float32Array), seed).toBeLessThan(0.05);
+    }
+  });
+
+  test('a signal stops a long call at once, one that waits too, and the next call works', async () => {
+    const on = start(kind);
+    // Seconds of work at the least: keys are one token, read again and again.
+    const q = tensor(random.normals(8 * 4096 * 128), [1, 8, 4096, 128]);
+    const kv = tensor(random.normals(128), [1, 8, 32768, 128], { strides: [0, 0, 0, 1] });
+    const long = { q, k: kv, v: kv };
+    const small = inputsOf(40);
+    await run(on, small);
+    const controller = new AbortController();
+    const reason = new Error('enough');
+    const calls = [run(on, long, { signal: controller.signal }), run(on, long, { signal: controller.signal })];
+    setTimeout(() => controller.abort(reason), 150);
+    const begun = performance.now();
+    const settled = await Promise.allSettled(calls);
+    expect(performance.now() - begun).toBeLessThan(3000);
+    expect(settled.map((result) => result.status === 'rejected' && result.reason)).toEqual([reason, reason]);
+    expect(errorOf(small, await run(on, small)), seed).toBeLessThan(0.05);
+    await expect(run(on, small, { signal: AbortSignal.abort(reason) })).rejects.toBe(reason);
+  });
+
+  test('what does not fit is refused with the size and the limit, and nothing is left behind', async () => {
+    const on = start(kind);
+    const huge = tensor(random.normals(64), [1, 1, 2 ** 27, 64], { strides: [0, 0, 0, 1] });
+    const q = tensor(random.normals(64), [1, 1, 1, 64]);
+    for (let i = 0; i < 3; i++) {
+      const error = await run(on, { q, k: huge, v: huge }).catch((caught) => caught);
+      expect(error).toBeInstanceOf(ExecutionError);
+      expect(error.code).toBe('out-of-memory');
+      expect(error.message).toMatch(/needs \d+\.\d MiB.*at most \d+\.\d MiB/);
+    }
+    const small = inputsOf(40);
+    expect(errorOf(small, await run(on, small)), seed).toBeLessThan(0.05);
+  });
+
+  test('keys prepared once, appended to and attended to', async () => {
+    const on = start(kind);
+    const heads = 2;
+    const tokens = 300;
+    const q = tensor(random.normals(2 * 4 * 30 * 40), [2, 4, 30, 40]);
+    const k = tensor(
+      random.normals(2 * heads * tokens * 40).map((value) => value + 2),
+      [2, heads, tokens, 40],
+    );
+    const v = tensor(random.normals(2 * heads * tokens * 24), [2, heads, tokens, 24]);
+    for (const [kernel, bound] of [
+      [INTEGER_KERNEL, 0.035],
+      [ACCURATE_KERNEL, 0.0129],
+    ] as const) {
+      const part = (from: number, to: number) => [slice(k, 2, from, to), slice(v, 2, from, to)] as const;
+      const problemOf = (from: number, to: number) => createProblem(part(from, to)[0], ...part(from, to), {});
+      const choice = chooseOptions(kernel, problemOf(0, 1), { smoothV: true });
+      const prepared = await on.prepareKeyValue(problemOf(0, 0), choice, ...part(0, 0), {});
+      let held = 0;
+      for (const to of [100, 101, 127, 129, 140, 300]) {
+        await prepared.append(...part(held, to), problemOf(held, to), {});
+        held = to;
+        expect(prepared.length).toBe(to);
+        const options = { isCausal: true, causalAlignment: 'bottom-right', returnLse: true } as const;
+        const problem = createProblem(q, ...part(0, to), options);
+        const { output, lse } = await prepared.attend(q, problem, undefined, {});
+        const exact = attentionExact(problem, { q, k: part(0, to)[0], v: part(0, to)[1] });
+        expect(compare(toFloat32(output as Tensor), exact.output).relativeL1, seed).toBeLessThan(bound);
+        expect(compare(toFloat32(lse as Tensor), exact.lse).maxAbsoluteError, seed).toBeLessThan(0.05);
+      }
+      prepared.dispose();
+      await expect(prepared.attend(q, problemOf(0, 300), undefined, {})).rejects.toThrow('disposed');
+    }
+  });
+
+  test('dispose rejects what runs; the next call starts again', async () => {
+    const on = start(kind);
+    const inputs = inputsOf(3000, 64, 4);
+    const running = run(on, inputs).catch((error) => error);
+    await new Promise((resolve) => setTimeout(resolve, 100));
+    await on.dispose();
+    const result = await running;
+    if (!(result instanceof Float32Array)) expect(result).toMatchObject({ code: 'disposed' });
+    const small = inputsOf(10);
+    expect(errorOf(small, await run(on, small)), seed).toBeLessThan(0.05);
+    on[Symbol.dispose]();
+  });
+});
+
+test.each(['threads', 'worker'] as const)(
+  '%s: a worker that dies takes its calls along, not the next',
+  async (kind) => {
+    const { workers, restore } = recordWorkers();
+    try {
+      const on = start(kind);
+      const small = inputsOf(10);
+      await run(on, small);
+      const long = inputsOf(4096, 128, 8);
+      const calls = [run(on, long), run(on, long)];
+      const settled = Promise.allSettled(calls);
+      await new Promise((resolve) => setTimeout(resolve, 100));
+      await workers.at(-1)?.terminate();
+      for (const result of await settled) {
+        expect(result.status === 'rejected' && result.reason).toMatchObject({ code: 'execution-failed' });
+      }
+      expect(errorOf(small, await run(on, small)), seed).toBeLessThan(0.05);
+    } finally {
+      restore();
+    }
+  },
+);
+
+test('memory is used again: 10,000 calls take no more than the first did', async () => {
+  const on = start('threads', 1);
+  const inputs = inputsOf(20, 16, 1);
+  await Promise.all([run(on, inputs), run(on, inputs)]);
+  const memory = async () => (await on.availability()).details.memory;
+  const before = await memory();
+  expect(before).toMatch(/^[\d.]+ KiB in use of \d+ KiB$/);
+  for (let i = 0; i < 100; i++) await Promise.all(Array.from({ length: 100 }, () => run(on, inputs)));
+  expect(await memory()).toBe(before);
+});
+
+test('an idle backend does not keep the process, a running call does', async () => {
+  const code = `
+    import { createWasmBackend } from ${JSON.stringify(new URL('./index.ts', import.meta.url).href)};
+    import { createProblem } from ${JSON.stringify(new URL('../../attention/problem.ts', import.meta.url).href)};
+    import { chooseOptions } from ${JSON.stringify(new URL('../../attention/choice.ts', import.meta.url).href)};
+    import { tensor } from ${JSON.stringify(new URL('../../tensor/tensor.ts', import.meta.url).href)};
+    const backend = createWasmBackend();
+    const x = tensor(new Float32Array(64 * 8).fill(1), [1, 1, 64, 8]);
+    const problem = createProblem(x, x, x, {});
+    const plan = await backend.plan(problem, chooseOptions(backend.kernels[0], problem, {}));
+    const { output } = await plan.run({ q: x, k: x, v: x }, {});
+    console.log('sum', output.data.reduce((a, b) => a + b, 0));
+  `;
+  const child = spawn(process.execPath, ['--import', 'tsx', '--input-type=module', '--eval', code]);
+  let printed = '';
+  child.stdout.on('data', (chunk) => {
+    printed += chunk;
+  });
+  child.stderr.on('data', (chunk) => {
+    printed += chunk;
+  });
+  const status = await new Promise((resolve) => child.on('exit', resolve));
+  expect(printed).toContain('sum 51');
+  expect(status).toBe(0);
+}, 60_000);
+
+test('options are checked', () => {
+  expect(() => createWasmBackendOn({ threads: 0 })).toThrow(InvalidArgumentError);
+  expect(() => createWasmBackendOn({ threads: 1.5 })).toThrow(InvalidArgumentError);
+  expect(() => createWasmBackendOn({ simd: 'mmx' as 'auto' })).toThrow(InvalidArgumentError);
+});

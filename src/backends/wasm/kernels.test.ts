@@ -1,0 +1,220 @@
+import { readFileSync } from 'node:fs';
+import { afterAll, describe, expect, test } from 'vitest';
+import { Random, runSeed } from '../../../test/support/random.ts';
+import { chooseOptions } from '../../attention/choice.ts';
+import type { AttentionOptions } from '../../attention/options.ts';
+import { createProblem, createVarlenProblem } from '../../attention/problem.ts';
+import { attentionExact } from '../../reference/exact.ts';
+import { compare } from '../../reference/metrics.ts';
+import { toFloat32 } from '../../tensor/access.ts';
+import { parseSafetensors, safetensorsToFloat32 } from '../../tensor/safetensors.ts';
+import { type Tensor, tensor } from '../../tensor/tensor.ts';
+import { createWasmBackendOn } from './backend.ts';
+import type { Simd } from './geometry.ts';
+import { ACCURATE_KERNEL, INTEGER_KERNEL } from './kernels.ts';
+
+const relaxedRuns = Number(process.versions.node.split('.')[0]) >= 24;
+const BUILDS: Simd[] = relaxedRuns ? ['simd128', 'relaxed'] : ['simd128'];
+const backends = new Map(BUILDS.map((simd) => [simd, createWasmBackendOn({ simd, threads: 2 })]));
+afterAll(async () => {
+  for (const backend of backends.values()) await backend.dispose();
+});
+
+interface Inputs {
+  readonly q: Tensor;
+  readonly k: Tensor;
+  readonly v: Tensor;
+  readonly attnMask?: Tensor;
+}
+
+async function attend(simd: Simd, kernel: typeof INTEGER_KERNEL, inputs: Inputs, options: AttentionOptions = {}) {
+  const backend = backends.get(simd);
+  if (backend === undefined) throw new Error(simd);
+  const { q, k, v, attnMask } = inputs;
+  const problem = createProblem(q, k, v, { ...options, ...(attnMask === undefined ? {} : { attnMask }) });
+  const plan = await backend.plan(problem, chooseOptions(kernel, problem, options));
+  const { output, lse } = await plan.run(inputs, {});
+  return {
+    problem,
+    output: toFloat32(output as Tensor),
+    lse: lse === undefined ? undefined : toFloat32(lse as Tensor),
+    exact: attentionExact(problem, inputs),
+  };
+}
+
+const random = new Random(runSeed());
+const seed = `seed ${random.seed}`;
+
+function normalInputs(heads: number, lq: number, lk: number, d: number, dv: number): Inputs {
+  const offsets = random.normals(d, 2);
+  return {
+    q: tensor(random.normals(heads * lq * d), [1, heads, lq, d]),
+    k: tensor(
+      random.normals(heads * lk * d).map((value, i) => value + (offsets[i % d] as number)),
+      [1, heads, lk, d],
+    ),
+    v: tensor(random.normals(heads * lk * dv), [1, heads, lk, dv]),
+  };
+}
+
+/** The scale of the error that each kernel may have on normal inputs: official FP8 kernels 0.038, FP16 kernels 0.0129. */
+const BOUNDS = { [INTEGER_KERNEL.name]: 0.03, [ACCURATE_KERNEL.name]: 0.0129 } as Record<string, number>;
+
+describe.each(BUILDS)('%s', (simd) => {
+  describe.each([INTEGER_KERNEL, ACCURATE_KERNEL])('$name', (kernel) => {
+    const bound = BOUNDS[kernel.name] as number;
+
+    test.each(['normal-d64-gqa', 'outlier-d64-causal', 'outlier-d128', 'outlier-d128-causal'])(
+      'golden %s: at least as accurate as the official kernel',
+      async (name) => {
+        const path = new URL(`../../../test/golden/${name}.safetensors`, import.meta.url);
+        const file = parseSafetensors(readFileSync(path));
+        const entry = (key: string) => {
+          const found = file.tensors.get(key);
+          if (found === undefined) throw new Error(`${name} has no ${key}`);
+          return found;
+        };
+        const operand = (key: string) => {
+          const { bytes, shape } = entry(key);
+          return tensor(new Uint16Array(bytes.slice().buffer), shape, { dtype: 'bfloat16' });
+        };
+        const official =
+          kernel === INTEGER_KERNEL ? 'out.qk_int8_pv_fp8_cuda_sm90.per_thread' : 'out.qk_int8_pv_fp16_cuda.fp32';
+        const exact = safetensorsToFloat32(entry('exact.o'));
+        const { output } = await attend(
+          simd,
+          kernel,
+          { q: operand('q'), k: operand('k'), v: operand('v') },
+          { isCausal: name.includes('causal') },
+        );
+        const theirs = compare(safetensorsToFloat32(entry(official)), exact);
+        const mine = compare(output, exact);
+        expect(mine.relativeL1).toBeLessThan(theirs.relativeL1);
+        expect(mine.cosineSimilarity).toBeGreaterThan(theirs.cosineSimilarity - 1e-5);
+      },
+    );
+
+    test('normal inputs with an offset on K', async () => {
+      const { output, lse, exact } = await attend(simd, kernel, normalInputs(2, 150, 700, 64, 64), { returnLse: true });
+      expect(compare(output, exact.output).relativeL1, seed).toBeLessThan(bound);
+      expect(compare(lse as Float32Array, exact.lse).maxAbsoluteError, seed).toBeLessThan(0.03);
+    });
+
+    test('many tiles: a maximum that keeps rising, and one that comes first', async () => {
+      for (const rising of [true, false]) {
+        const inputs = normalInputs(1, 40, 1000, 32, 32);
+        const k = inputs.k.data as Float32Array;
+        for (let j = 0; j < 1000; j++) {
+          for (let c = 0; c < 32; c++) k[j * 32 + c] = (k[j * 32 + c] as number) * (1 + (rising ? j : 999 - j) / 200);
+        }
+        const { output, exact } = await attend(simd, kernel, inputs, { smScale: 0.5 });
+        // Scores are large, so the error of 8-bit scores counts for more.
+        expect(compare(output, exact.output).cosineSimilarity, seed).toBeGreaterThan(0.995);
+      }
+    });
+
+    test('a masked-out NaN, infinity or huge number changes nothing; a NaN that is seen is a NaN', async () => {
+      const inputs = normalInputs(2, 50, 200, 64, 40);
+      const mask = new Uint8Array(200).fill(1);
+      const poisoned = [3, 130, 199];
+      for (const j of poisoned) mask[j] = 0;
+      const attnMask = tensor(mask, [1, 1, 1, 200]);
+      const clean = await attend(simd, kernel, { ...inputs, attnMask });
+      for (const poison of [Number.NaN, Number.POSITIVE_INFINITY, 1e30]) {
+        const k = (inputs.k.data as Float32Array).slice();
+        const v = (inputs.v.data as Float32Array).slice();
+        for (const j of poisoned) {
+          for (let head = 0; head < 2; head++) {
+            k.fill(poison, (head * 200 + j) * 64, (head * 200 + j + 1) * 64);
+            v.fill(poison, (head * 200 + j) * 40, (head * 200 + j + 1) * 40);
+          }
+        }
+        const dirty = { ...inputs, k: tensor(k, [1, 2, 200, 64]), v: tensor(v, [1, 2, 200, 40]) };
+        expect((await attend(simd, kernel, { ...dirty, attnMask })).output).toEqual(clean.output);
+        if (Number.isNaN(poison)) expect((await attend(simd, kernel, dirty)).output.every(Number.isNaN)).toBe(true);
+      }
+      // One value: its channel only. Under a causal mask: the rows from its key on only.
+      const v = (inputs.v.data as Float32Array).slice();
+      v[60 * 40 + 7] = Number.NaN;
+      const oneHead = { ...inputs, v: tensor(v, [1, 2, 200, 40]) };
+      const { output } = await attend(simd, kernel, oneHead, { isCausal: true, causalAlignment: 'bottom-right' });
+      expect(
+        output.every((value, i) => Number.isNaN(value) === (i < 50 * 40 && i % 40 === 7)),
+        seed,
+      ).toBe(true);
+      const topLeft = await attend(simd, kernel, oneHead, { isCausal: true });
+      expect(topLeft.output.some(Number.isNaN)).toBe(false);
+    });
+
+    test('a NaN in a query is the NaN of its row only', async () => {
+      const inputs = normalInputs(1, 9, 20, 8, 8);
+      (inputs.q.data as Float32Array)[3 * 8 + 1] = Number.NaN;
+      const { output, lse } = await attend(simd, kernel, inputs, { returnLse: true });
+      expect(output.every((value, i) => Number.isNaN(value) === (i >= 24 && i < 32))).toBe(true);
+      expect([...(lse as Float32Array)].map(Number.isNaN)).toEqual([0, 1, 2, 3, 4, 5, 6, 7, 8].map((i) => i === 3));
+    });
+
+    test('zero queries, keys, values and scale', async () => {
+      const inputs = normalInputs(1, 5, 30, 16, 16);
+      for (const zeroed of ['q', 'k', 'v'] as const) {
+        const { data, shape } = inputs[zeroed];
+        const zeros = { ...inputs, [zeroed]: tensor(new Float32Array(data.length), shape) };
+        const { output, exact } = await attend(simd, kernel, zeros);
+        const { maxAbsoluteError } = compare(output, exact.output);
+        expect(maxAbsoluteError).toBeLessThan(0.02);
+      }
+      const { output, exact } = await attend(simd, kernel, inputs, { smScale: 0 });
+      expect(compare(output, exact.output).maxAbsoluteError).toBeLessThan(0.02);
+      const negative = await attend(simd, kernel, inputs, { smScale: -0.7 });
+      expect(compare(negative.output, negative.exact.output).relativeL1).toBeLessThan(2 * bound);
+    });
+
+    test('varlen with lengths that share no tile boundary, some of them empty', async () => {
+      const cuQ = [0, 3, 3, 70, 171];
+      const cuK = [0, 130, 135, 135, 400];
+      const q = tensor(random.normals(171 * 4 * 24), [171, 4, 24]);
+      const k = tensor(
+        random.normals(400 * 2 * 24).map((value) => value + 1),
+        [400, 2, 24],
+      );
+      const v = tensor(random.normals(400 * 2 * 33), [400, 2, 33]);
+      const problem = createVarlenProblem(q, k, v, cuQ, cuK, { isCausal: true, returnLse: true });
+      const backend = backends.get(simd);
+      const plan = await backend?.plan(problem, chooseOptions(kernel, problem, { smoothV: true }));
+      const result = await plan?.run({ q, k, v }, {});
+      const exact = attentionExact(problem, { q, k, v });
+      expect(compare(toFloat32(result?.output as Tensor), exact.output).relativeL1, seed).toBeLessThan(bound);
+      expect(compare(toFloat32(result?.lse as Tensor), exact.lse).maxAbsoluteError, seed).toBeLessThan(0.03);
+    });
+  });
+});
+
+test('bitwise the same on any number of threads and any kind of executor', async () => {
+  const inputs = normalInputs(3, 200, 300, 40, 48);
+  for (const simd of BUILDS) {
+    for (const kernel of [INTEGER_KERNEL, ACCURATE_KERNEL]) {
+      const { output } = await attend(simd, kernel, inputs, { isCausal: true });
+      for (const [threads, kind] of [
+        [1, 'threads'],
+        [3, 'threads'],
+        [1, 'worker'],
+        [1, 'inline'],
+      ] as const) {
+        const other = createWasmBackendOn({ simd, threads }, kind);
+        const problem = createProblem(inputs.q, inputs.k, inputs.v, { isCausal: true });
+        const plan = await other.plan(problem, chooseOptions(kernel, problem, {}));
+        const result = await plan.run(inputs, {});
+        expect(toFloat32(result.output as Tensor), `${simd} ${kernel.name} ${threads} ${kind}`).toEqual(output);
+        await other.dispose();
+      }
+    }
+  }
+});
+
+test('65,536 keys', async () => {
+  const inputs = normalInputs(1, 8, 65536, 16, 16);
+  for (const simd of BUILDS) {
+    const { output, exact } = await attend(simd, INTEGER_KERNEL, inputs);
+    expect(compare(output, exact.output).relativeL1, seed).toBeLessThan(0.03);
+  }
+});
