@@ -1,6 +1,7 @@
 /** Builds the package into dist/: WASM kernels, library, command line, playground. */
 import { spawnSync } from 'node:child_process';
-import { copyFile, readdir, readFile, rm, writeFile } from 'node:fs/promises';
+import { copyFile, mkdtemp, readdir, readFile, rm, writeFile } from 'node:fs/promises';
+import { tmpdir } from 'node:os';
 import path from 'node:path';
 import { fileURLToPath } from 'node:url';
 import { build, type Metafile, type Plugin } from 'esbuild';
@@ -8,8 +9,8 @@ import { build, type Metafile, type Plugin } from 'esbuild';
 const ROOT = fileURLToPath(new URL('..', import.meta.url));
 const inRoot = (...parts: readonly string[]) => path.join(ROOT, ...parts);
 
-function run(file: string, args: readonly string[]): void {
-  const { status } = spawnSync(process.execPath, [file, ...args], { cwd: ROOT, stdio: 'inherit' });
+function run(file: string, args: readonly string[], stdout: 'inherit' | 'ignore' = 'inherit'): void {
+  const { status } = spawnSync(process.execPath, [file, ...args], { cwd: ROOT, stdio: ['ignore', stdout, 'inherit'] });
   if (status !== 0) process.exit(status ?? 1);
 }
 
@@ -100,4 +101,9 @@ run(inRoot('node_modules', 'vite', 'bin', 'vite.js'), [
   '--logLevel',
   'warn',
 ]);
-run(inRoot('dist', 'cli', 'main.js'), ['--version']);
+
+// The bundle works: a small measurement with its charts passes through most of it.
+const scratch = await mkdtemp(path.join(tmpdir(), 'sageattention-build-'));
+const small = ['--length', '16', '--head-dim', '16', '--heads', '1', '--repetitions', '1', '--backend', 'wasm'];
+run(inRoot('dist', 'cli', 'main.js'), ['bench', ...small, '--html', path.join(scratch, 'bench.html')], 'ignore');
+await rm(scratch, { recursive: true });
