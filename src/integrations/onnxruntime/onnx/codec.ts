@@ -80,7 +80,14 @@ export function canonicalDomain(domain: string): string {
   return domain === 'ai.onnx' ? '' : domain;
 }
 
-export type AttributeValue = number | bigint | string | readonly number[] | TensorProto | { readonly float: number };
+export type AttributeValue =
+  | number
+  | bigint
+  | string
+  | readonly number[]
+  | TensorProto
+  | GraphProto
+  | { readonly float: number };
 
 /** An attribute: a bare number is an int, `{ float }` a float. */
 export function attribute(name: string, value: AttributeValue): AttributeProto {
@@ -91,7 +98,11 @@ export function attribute(name: string, value: AttributeValue): AttributeProto {
   }
   if (typeof value === 'string') return init({ type: ATTRIBUTE_TYPES.string, s: new TextEncoder().encode(value) });
   if ('float' in value) return init({ type: ATTRIBUTE_TYPES.float, f: value.float });
-  if ('$typeName' in value) return init({ type: ATTRIBUTE_TYPES.tensor, t: value });
+  if ('$typeName' in value) {
+    return value.$typeName === 'onnx.GraphProto'
+      ? init({ type: ATTRIBUTE_TYPES.graph, g: value })
+      : init({ type: ATTRIBUTE_TYPES.tensor, t: value });
+  }
   return init({ type: ATTRIBUTE_TYPES.ints, ints: value.map(BigInt) });
 }
 
