@@ -1,0 +1,188 @@
+/**
+ * The tests that need an NVIDIA GPU: the conformance suite on every kernel, agreement with the official kernels' outputs,
+ * same bits, graphs, large offsets, compute-sanitizer. `npm run test:cuda` builds and runs this; the built program needs Node and
+ * koffi only.
+ *
+ *     node test-cuda.mjs [--only TEXT]
+ *
+ * Ends with 0 when everything passed, 1 when something failed, 2 when nothing could run.
+ */
+import { spawnSync } from 'node:child_process';
+import { createProblem } from '../../src/attention/problem.ts';
+import { CudaBackend, type CudaDevice } from '../../src/backends/cuda/index.ts';
+import { type AttentionOptions, type KernelName, sageattn, setBackend } from '../../src/index.ts';
+import type { Granularity, PvAccumDtype } from '../../src/quantization/schemes.ts';
+import { attentionExact } from '../../src/reference/exact.ts';
+import { compare } from '../../src/reference/metrics.ts';
+import { toFloat32 } from '../../src/tensor/access.ts';
+import { conformanceTests, type Target } from '../conformance/suite.ts';
+import { GOLDEN_NAMES, readGolden } from '../golden/golden.ts';
+import { runSeed } from '../support/random.ts';
+import { type Check, deviceChecks, kernelChecks, largeChecks } from './checks.ts';
+import { CUDA_TARGETS } from './targets.ts';
+
+/** Under compute-sanitizer: one small case of each kernel and no more. */
+const SANITIZED = '--sanitized';
+const TOOLS = ['memcheck', 'racecheck', 'synccheck'] as const;
+const SANITIZER_STATUS = 86;
+/** What offsets above 2^31 need, in bytes. */
+const LARGE_MEMORY = 30 * 2 ** 30;
+
+const only = process.argv.includes('--only') ? (process.argv[process.argv.indexOf('--only') + 1] ?? '') : '';
+const counts = { passed: 0, failed: 0 };
+const notRun: string[] = [];
+
+/** Runs checks one after another. False when the device is lost and nothing more can run. */
+async function run(group: string, checks: readonly Check[], device: CudaDevice): Promise<boolean> {
+  for (const { name, run: body } of checks) {
+    const title = `${group}: ${name}`;
+    if (!title.includes(only)) continue;
+    const start = performance.now();
+    try {
+      const remark = await body();
+      counts.passed++;
+      const milliseconds = (performance.now() - start).toFixed(0);
+      console.log(`ok      ${title} (${milliseconds} ms${remark === undefined ? '' : `, ${remark}`})`);
+    } catch (error) {
+      counts.failed++;
+      console.log(`FAILED  ${title}\n        ${error instanceof Error ? (error.stack ?? error.message) : error}`);
+      if (device.lost !== undefined) {
+        console.log('The device is lost to this process; nothing more can run.');
+        return false;
+      }
+    }
+  }
+  return true;
+}
+
+/** Official kernels of which this backend has the same: the options that make it so. */
+function officialOptions(output: string): (AttentionOptions & { readonly kernel: KernelName }) | undefined {
+  const [kernel, ...settings] = output.split('.');
+  const granularity = settings.find((text) => text.startsWith('per_'))?.replace('_', '-') as Granularity | undefined;
+  const accumulation = settings.find((text) => text.startsWith('fp')) as PvAccumDtype | undefined;
+  const options = {
+    ...(granularity === undefined ? {} : { qkQuantGran: granularity }),
+    ...(accumulation === undefined ? {} : { pvAccumDtype: accumulation }),
+  };
+  if (kernel === 'qk_int8_pv_fp16_triton') return { kernel: 'qk-int8-pv-fp16' };
+  if (kernel === 'qk_int8_pv_fp16_cuda') return { ...options, kernel: 'qk-int8-pv-fp16-cuda' };
+  if (kernel === 'qk_int8_pv_fp8_cuda') return { ...options, kernel: 'qk-int8-pv-fp8-cuda' };
+  return undefined;
+}
+
+/** Roundings of other instructions: V in FP8 may be multiplied in FP16, the mean of K be another vector. */
+const GOLDEN_SLACK = 1.15;
+
+/** On the golden inputs each kernel must be as accurate as the official one, and as near to it as both errors allow. */
+function goldenChecks(): Check[] {
+  return GOLDEN_NAMES.flatMap((name) => {
+    const golden = readGolden(name);
+    const problem = createProblem(golden.q, golden.k, golden.v, { isCausal: golden.isCausal });
+    const exact = attentionExact(problem, golden).output;
+    return golden.outputs.flatMap((output) => {
+      const options = officialOptions(output);
+      if (options === undefined) return [];
+      const check: Check = {
+        name: `${name} as ${output}`,
+        async run() {
+          const { q, k, v, isCausal } = golden;
+          const call = { ...options, isCausal, backend: 'cuda', returnLse: false } as const;
+          const actual = toFloat32(await sageattn(q, k, v, call));
+          const official = golden.float32(`out.${output}`);
+          const ours = compare(actual, exact).relativeL1;
+          const theirs = compare(official, exact).relativeL1;
+          const apart = compare(actual, official).relativeL1;
+          if (!(ours <= GOLDEN_SLACK * theirs)) throw new Error(`relative L1 ${ours}, official ${theirs}`);
+          if (!(apart <= ours + theirs)) throw new Error(`${apart} from the official output`);
+          return `relative L1 ${ours.toFixed(4)}, official ${theirs.toFixed(4)}, apart ${apart.toFixed(4)}`;
+        },
+      };
+      return [check];
+    });
+  });
+}
+
+/** The first target of each kernel: its default options. */
+function defaultTargets(): Target[] {
+  const kernels = new Set(CUDA_TARGETS.map(({ kernel }) => kernel));
+  return [...kernels].map((kernel) => CUDA_TARGETS.find((target) => target.kernel === kernel) as Target);
+}
+
+/** Runs this program again under each tool of compute-sanitizer. */
+function sanitizerChecks(): Check[] {
+  const { status } = spawnSync('compute-sanitizer', ['--version']);
+  if (status !== 0) {
+    notRun.push('compute-sanitizer (part of the CUDA toolkit, on the PATH)');
+    return [];
+  }
+  return TOOLS.map((tool) => ({
+    name: tool,
+    async run() {
+      const options = ['--tool', tool, '--error-exitcode', String(SANITIZER_STATUS), '--launch-timeout', '120'];
+      const program = [process.execPath, process.argv[1] as string, SANITIZED];
+      const { status, stdout, stderr } = spawnSync('compute-sanitizer', [...options, ...program], {
+        encoding: 'utf8',
+        maxBuffer: 2 ** 28,
+        timeout: 20 * 60_000,
+      });
+      if (status !== 0) throw new Error(`ended with ${status}\n${stdout.slice(-6000)}${stderr.slice(-2000)}`);
+      return stdout.match(/ERROR SUMMARY: .*/)?.[0];
+    },
+  }));
+}
+
+async function main(): Promise<number> {
+  const backend = new CudaBackend();
+  const { available, reason, remedy, details } = await backend.availability();
+  if (!available) {
+    console.error(`test:cuda could not run: ${reason}. ${remedy}`);
+    return 2;
+  }
+  await setBackend(backend);
+  const device = (await backend.cuda()).device();
+  const seed = runSeed();
+  for (const [name, value] of Object.entries(details)) console.log(`${name}: ${value}`);
+  console.log(`SAGEATTENTION_SEED=${seed}`);
+
+  if (process.argv.includes(SANITIZED)) {
+    for (const target of defaultTargets()) {
+      const checks = kernelChecks(target, device, { tokens: 150, headDim: 64 }, seed, 1);
+      if (!(await run(target.name, checks, device))) break;
+    }
+    return counts.failed === 0 ? 0 : 1;
+  }
+
+  const groups: (readonly [string, () => readonly Check[]])[] = [
+    ['golden', goldenChecks],
+    ...CUDA_TARGETS.map((target): [string, () => readonly Check[]] => [
+      target.name,
+      () => [
+        ...conformanceTests(target, seed).map(({ name, run: body }) => ({
+          name,
+          run: async () => {
+            await body();
+            return undefined;
+          },
+        })),
+        ...deviceChecks(target, device, seed),
+      ],
+    ]),
+    ...defaultTargets().map((target): [string, () => readonly Check[]] => [
+      `${target.name}, large`,
+      () => {
+        if (device.memoryInfo().free >= LARGE_MEMORY) return largeChecks(target, device, seed);
+        notRun.push(`${target.name}: offsets above 2^31 (30 GiB of free device memory)`);
+        return [];
+      },
+    ]),
+    ['compute-sanitizer', sanitizerChecks],
+  ];
+  for (const [name, checks] of groups) if (!(await run(name, checks(), device))) break;
+  console.log(`\n${counts.passed} passed, ${counts.failed} failed`);
+  for (const what of notRun) console.log(`not run: ${what}`);
+  await backend.dispose();
+  if (counts.passed + counts.failed === 0) return 2;
+  return counts.failed === 0 ? 0 : 1;
+}
+
+process.exitCode = await main();
