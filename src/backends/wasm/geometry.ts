@@ -12,7 +12,7 @@ export interface TileGeometry {
   /** 4-byte steps of a packed key. */
   readonly keySteps: number;
   readonly keyScales: number;
-  readonly keyBiases: number;
+  readonly keySums: number;
   readonly values: number;
   readonly valueScales: number;
   readonly flags: number;
@@ -28,8 +28,8 @@ export function tileGeometry(headDim: number, valueDim: number, simd: Simd, accu
   const valueDimPadded = roundUp(valueDim, 8);
   const bytesPerInteger = simd === 'relaxed' ? 1 : 2;
   const keyScales = BLOCK_K * headDimPadded * bytesPerInteger;
-  const keyBiases = keyScales + BLOCK_K * 4;
-  const values = keyBiases + BLOCK_K * 4;
+  const keySums = keyScales + BLOCK_K * 4;
+  const values = keySums + BLOCK_K * 4;
   const valueScales = values + BLOCK_K * valueDimPadded * (accurate ? 4 : bytesPerInteger);
   const flags = valueScales + valueDimPadded * 4;
   const nans = flags + 16;
@@ -38,7 +38,7 @@ export function tileGeometry(headDim: number, valueDim: number, simd: Simd, accu
     valueDimPadded,
     keySteps: (headDimPadded * bytesPerInteger) / 4,
     keyScales,
-    keyBiases,
+    keySums,
     values,
     valueScales,
     flags,

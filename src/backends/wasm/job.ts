@@ -68,7 +68,7 @@ export const JOB_K_STEPS = 140;
 export const JOB_DV_PADDED = 144;
 // Byte offsets inside a tile; the packed keys are at 0.
 export const JOB_TILE_K_SCALES = 148;
-export const JOB_TILE_K_BIASES = 152;
+export const JOB_TILE_K_SUMS = 152;
 export const JOB_TILE_V = 156;
 export const JOB_TILE_V_SCALES = 160;
 export const JOB_TILE_FLAGS = 164;

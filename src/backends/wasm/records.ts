@@ -217,7 +217,7 @@ export function writeRecords(
   set(job.JOB_K_STEPS, geometry.keySteps);
   set(job.JOB_DV_PADDED, geometry.valueDimPadded);
   set(job.JOB_TILE_K_SCALES, geometry.keyScales);
-  set(job.JOB_TILE_K_BIASES, geometry.keyBiases);
+  set(job.JOB_TILE_K_SUMS, geometry.keySums);
   set(job.JOB_TILE_V, geometry.values);
   set(job.JOB_TILE_V_SCALES, geometry.valueScales);
   set(job.JOB_TILE_FLAGS, geometry.flags);

@@ -38,7 +38,7 @@ import {
   JOB_SOFTCAP,
   JOB_TILE_BYTES,
   JOB_TILE_FLAGS,
-  JOB_TILE_K_BIASES,
+  JOB_TILE_K_SUMS,
   JOB_TILE_K_SCALES,
   JOB_TILE_NANS,
   JOB_TILE_V,
@@ -98,8 +98,10 @@ import {
   SCRATCH_P,
   SCRATCH_Q,
   SCRATCH_ROW,
+  SCRATCH_RANGE,
   SCRATCH_ROW_BIASES,
   SCRATCH_ROW_SCALES,
+  SCRATCH_ROW_ZEROS,
   SCRATCH_SCORES,
   SCRATCH_SUMS,
   SCRATCH_TILE_WEIGHTS,
@@ -110,22 +112,44 @@ const LN_2: f32 = 0.6931471805599453;
 /** Finite, and below every score: the maximum of a row that has seen nothing but NaN. */
 const LOWEST: f32 = -3e38;
 
-/** Magnitudes of a quantized query; offset by LEVELS + 1 into 0..127 (two digits: 0..16383) in the relaxed build. */
-const Q_LEVELS: f32 = ASC_FEATURE_RELAXED_SIMD ? 63 : 127;
-const Q_LEVELS_ACCURATE: f32 = 8127;
+/**
+ * Steps of a quantized query. SIMD128: magnitudes to either side of 0. Relaxed SIMD: from the row's least element (or 0) to
+ * its largest, as 0..127 or in two digits 0..16383; one level is left for roundings.
+ */
+const Q_LEVELS: f32 = ASC_FEATURE_RELAXED_SIMD ? 126 : 127;
+const Q_LEVELS_ACCURATE: f32 = ASC_FEATURE_RELAXED_SIMD ? 16382 : 8191;
 /** Largest quantized weight: 7 bits, or 12 where lanes have 16 anyway (12 + 12 + 7 bits of the 128 keys: 31). */
 const P_LEVELS: f32 = ASC_FEATURE_RELAXED_SIMD ? 127 : 4095;
 
-/** One query row, float32 at `row`, to integers at `target`. */
-function quantizeQuery(row: usize, padded: i32, target: usize, inverse: f32, accurate: boolean): void {
+/** How far a row reaches below and above 0, to SCRATCH_RANGE. */
+// @ts-ignore: decorator
+@inline
+function rowRange(row: usize, padded: i32, scratch: usize): void {
+  let low = f32x4.splat(0);
+  let high = f32x4.splat(0);
+  for (let i: usize = 0; i < <usize>padded << 2; i += 16) {
+    const x = v128.load(row + i);
+    low = larger(low, f32x4.neg(x));
+    high = larger(high, x);
+  }
+  store<f32>(scratch + SCRATCH_RANGE, maxOf(low));
+  store<f32>(scratch + SCRATCH_RANGE, maxOf(high), 4);
+}
+
+/**
+ * One query row, float32 at `row`, to integers `x * inverse + zero` at `target`; in the relaxed build the first operand of
+ * the dot product must not be negative.
+ */
+function quantizeQuery(
+  row: usize, padded: i32, target: usize, inverse: f32, zero: i32, accurate: boolean,
+): void {
   const factor = f32x4.splat(inverse);
   for (let i = 0; i < padded; i += 8) {
     let low = toIntegers(f32x4.mul(v128.load(row + (<usize>i << 2)), factor));
     let high = toIntegers(f32x4.mul(v128.load(row + (<usize>i << 2), 16), factor));
     if (ASC_FEATURE_RELAXED_SIMD) {
-      const offset = i32x4.splat(accurate ? 8192 : 64);
-      low = i32x4.add(low, offset);
-      high = i32x4.add(high, offset);
+      low = i32x4.add(low, i32x4.splat(zero));
+      high = i32x4.add(high, i32x4.splat(zero));
       let words = i16x8.narrow_i32x4_s(low, high);
       if (accurate) {
         const digits = v128.and(words, i16x8.splat(127));
@@ -353,11 +377,23 @@ export function attendUnit(job: usize, unit: usize, scratch: usize): void {
     loadRow(q + <usize>(firstRow + min(r, rows - 1)) * qStride, dtype, d, row, dPadded);
     const most = rowMaximum(row, dPadded);
     const valid = most == most;
-    const scale: f32 = valid && most > 0 ? max(most / levels, LEAST_SCALE) : 0;
+    if (!valid) memory.fill(row, 0, <usize>dPadded << 2);
+    let range = most;
+    if (ASC_FEATURE_RELAXED_SIMD) {
+      rowRange(row, dPadded, scratch);
+      range = load<f32>(scratch + SCRATCH_RANGE) + load<f32>(scratch + SCRATCH_RANGE, 4);
+    }
+    const scale: f32 = valid && most > 0 ? max(range / levels, LEAST_SCALE) : 0;
     let inverse: f32 = scale > 0 ? <f32>1 / scale : 0;
     if (smScale < 0) inverse = -inverse;
-    if (!valid) memory.fill(row, 0, <usize>dPadded << 2);
-    quantizeQuery(row, dPadded, packed + <usize>r * Q_ROW_BYTES, inverse, accurate);
+    let zero: i32 = 0;
+    if (ASC_FEATURE_RELAXED_SIMD) {
+      // What becomes the least element, by the same rounding as all others: it goes to 0.
+      const least = load<f32>(scratch + SCRATCH_RANGE + (smScale < 0 ? 4 : 0)) * abs(inverse);
+      zero = i32x4.extract_lane(toIntegers(f32x4.splat(least)), 0);
+      store<i32>(stat + SCRATCH_ROW_ZEROS, zero);
+    }
+    quantizeQuery(row, dPadded, packed + <usize>r * Q_ROW_BYTES, inverse, zero, accurate);
     let bias = f32x4.splat(0);
     for (let i: usize = 0; i < <usize>dPadded << 2; i += 16) {
       bias = madd(v128.load(row + i), v128.load(means + i), bias);
@@ -382,7 +418,7 @@ export function attendUnit(job: usize, unit: usize, scratch: usize): void {
       <usize>kvHead * <usize>load<i32>(sequence, SEQUENCE_TILES)) *
       tileBytes;
   const kScales = load<usize>(job, JOB_TILE_K_SCALES);
-  const kBiases = load<usize>(job, JOB_TILE_K_BIASES);
+  const kSums = load<usize>(job, JOB_TILE_K_SUMS);
   const vOffset = load<usize>(job, JOB_TILE_V);
   const vScales = load<usize>(job, JOB_TILE_V_SCALES);
   const scores = scratch + SCRATCH_SCORES;
@@ -409,7 +445,8 @@ export function attendUnit(job: usize, unit: usize, scratch: usize): void {
       if (end <= start || start + BLOCK_K <= i + lower) continue;
       const keys = (end - start + 15) & ~15;
       scoreRows(
-        packed + <usize>r * Q_ROW_BYTES, tile, steps, digits, keys, tile + kScales, tile + kBiases, scores,
+        packed + <usize>r * Q_ROW_BYTES, tile, steps, digits, keys, tile + kScales, tile + kSums,
+        scratch + SCRATCH_ROW_ZEROS + (<usize>r << 2), scores,
       );
       const whole =
         mask == 0 && softcap == 0 && tileFlags == 0 &&

@@ -33,7 +33,7 @@ import {
   JOB_TAIL,
   JOB_TILE_BYTES,
   JOB_TILE_FLAGS,
-  JOB_TILE_K_BIASES,
+  JOB_TILE_K_SUMS,
   JOB_TILE_K_SCALES,
   JOB_TILE_NANS,
   JOB_TILE_V,
@@ -203,8 +203,8 @@ function quantizeKey(job: usize, tile: usize, key: i32, row: usize, padded: i32)
     }
   }
   if (ASC_FEATURE_RELAXED_SIMD) {
-    // Q is offset by 64 into 0..127; this takes the offset's share off.
-    store<i32>(tile + load<usize>(job, JOB_TILE_K_BIASES) + (<usize>key << 2), -64 * integerSumOf(sum));
+    // Q is offset into 0..127; with this the offset's share is taken off.
+    store<i32>(tile + load<usize>(job, JOB_TILE_K_SUMS) + (<usize>key << 2), integerSumOf(sum));
   }
 }
 

@@ -18,22 +18,23 @@ function dot(b: v128, a: v128, c: v128): v128 {
  * Scores of four rows of Q against `keys` keys (a multiple of 8) of a tile: `q . k * kScale` to `scores`
  * `[4, BLOCK_K]`. Their largest are found later: four more vectors here would not fit the registers.
  *
+ * @param sums of each key's integers, and `zeros` of each row: the integer that stands for 0 (relaxed build only)
  * @param digits 2: rows of Q hold their high digits, then their low ones (relaxed build only)
  */
 export function scoreRows(
-  q: usize, tile: usize, steps: i32, digits: i32, keys: i32, scales: usize, biases: usize,
-  scores: usize,
+  q: usize, tile: usize, steps: i32, digits: i32, keys: i32, scales: usize, sums: usize,
+  zeros: usize, scores: usize,
 ): void {
   let b = tile;
   for (let key = 0; key < keys; key += 8) {
-    let c00 = ASC_FEATURE_RELAXED_SIMD ? v128.load(biases) : i32x4.splat(0);
-    let c01 = ASC_FEATURE_RELAXED_SIMD ? v128.load(biases, 16) : i32x4.splat(0);
+    let c00 = i32x4.splat(0);
+    let c01 = c00;
     let c10 = c00;
-    let c11 = c01;
+    let c11 = c00;
     let c20 = c00;
-    let c21 = c01;
+    let c21 = c00;
     let c30 = c00;
-    let c31 = c01;
+    let c31 = c00;
     let a0 = q;
     let n = steps;
     do {
@@ -86,6 +87,22 @@ export function scoreRows(
         } while (--n);
       }
     }
+    if (ASC_FEATURE_RELAXED_SIMD) {
+      const sum0 = v128.load(sums);
+      const sum1 = v128.load(sums, 16);
+      let zero = v128.load32_splat(zeros);
+      c00 = i32x4.sub(c00, i32x4.mul(sum0, zero));
+      c01 = i32x4.sub(c01, i32x4.mul(sum1, zero));
+      zero = v128.load32_splat(zeros, 4);
+      c10 = i32x4.sub(c10, i32x4.mul(sum0, zero));
+      c11 = i32x4.sub(c11, i32x4.mul(sum1, zero));
+      zero = v128.load32_splat(zeros, 8);
+      c20 = i32x4.sub(c20, i32x4.mul(sum0, zero));
+      c21 = i32x4.sub(c21, i32x4.mul(sum1, zero));
+      zero = v128.load32_splat(zeros, 12);
+      c30 = i32x4.sub(c30, i32x4.mul(sum0, zero));
+      c31 = i32x4.sub(c31, i32x4.mul(sum1, zero));
+    }
     const s0 = v128.load(scales);
     const s1 = v128.load(scales, 16);
     v128.store(scores, f32x4.mul(f32x4.convert_i32x4_s(c00), s0));
@@ -97,7 +114,7 @@ export function scoreRows(
     v128.store(scores, f32x4.mul(f32x4.convert_i32x4_s(c30), s0), BLOCK_K * 12);
     v128.store(scores, f32x4.mul(f32x4.convert_i32x4_s(c31), s1), BLOCK_K * 12 + 16);
     scales += 32;
-    biases += 32;
+    sums += 32;
     scores += 32;
   }
 }

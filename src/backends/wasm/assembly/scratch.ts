@@ -14,8 +14,12 @@ export const SCRATCH_MAXIMA: usize = 18688;
 export const SCRATCH_SUMS: usize = 18816;
 /** Of the four rows in work: the tile's weight. */
 export const SCRATCH_TILE_WEIGHTS: usize = 18976;
+/** Of the row in work: how far it reaches below and above 0. */
+export const SCRATCH_RANGE: usize = 18944;
 /** Constants of the inner loops, see arithmetic.ts. */
 export const SCRATCH_CONSTANTS: usize = 19008;
+/** Per row: the integer that stands for 0. */
+export const SCRATCH_ROW_ZEROS: usize = 19136;
 /** Of the four rows in work: scores of a tile, float32, and weights in the format of the product with V. */
 export const SCRATCH_SCORES: usize = 19456;
 export const SCRATCH_P: usize = 21504;
