@@ -56,7 +56,7 @@ async function licencesOf(folders: readonly string[]): Promise<string> {
     }),
   );
   const rule = `\n\n${'-'.repeat(80)}\n\n`;
-  return `The command line contains the following packages.${rule}${sections.join(rule)}\n`;
+  return `This folder contains the following packages, bundled.${rule}${sections.join(rule)}\n`;
 }
 
 async function bundleCommandLine(): Promise<void> {
@@ -90,10 +90,34 @@ async function bundleCommandLine(): Promise<void> {
   await copyFile(inRoot('src', 'cli', 'alice-chapter-1.txt'), inRoot('dist', 'cli', 'alice-chapter-1.txt'));
 }
 
+/** The protobuf library goes into the one file that uses it: reading ONNX models needs no further package. */
+async function bundleProtobuf(): Promise<void> {
+  const folder = inRoot('dist', 'integrations', 'onnxruntime', 'onnx');
+  const { metafile } = await build({
+    absWorkingDir: ROOT,
+    entryPoints: [path.join(folder, 'codec.js')],
+    outfile: path.join(folder, 'codec.js'),
+    allowOverwrite: true,
+    bundle: true,
+    format: 'esm',
+    platform: 'neutral',
+    target: 'es2022',
+    legalComments: 'none',
+    sourcemap: true,
+    metafile: true,
+    logLevel: 'warning',
+    // The package's own number formats stay where they are.
+    external: [inRoot('dist', 'tensor', 'formats', '*')],
+  });
+  for (const extension of ['js', 'js.map']) await rm(path.join(folder, `onnx_pb.${extension}`));
+  await writeFile(path.join(folder, 'THIRD-PARTY-LICENSES.txt'), await licencesOf(bundledPackages(metafile)));
+}
+
 await rm(inRoot('dist'), { recursive: true, force: true });
 run(inRoot('node_modules', 'tsx', 'dist', 'cli.mjs'), [inRoot('scripts', 'build-wasm.ts')]);
 run(inRoot('node_modules', 'typescript', 'bin', 'tsc'), ['-p', inRoot('tsconfig.build.json')]);
 await bundleCommandLine();
+await bundleProtobuf();
 run(inRoot('node_modules', 'vite', 'bin', 'vite.js'), [
   'build',
   '-c',
