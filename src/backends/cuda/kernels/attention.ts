@@ -147,21 +147,14 @@ function chunkAddresses(b: KernelBuilder, layout: Layout, base: Reg<'shared'>) {
 
 /**
  * Copies a tile from global to shared memory, all threads together. Returns the copy as a function of the thread's source
- * address and an offset of the destination, to be emitted once per tile.
+ * and destination, to be emitted once per tile.
  */
-function tileCopy(
-  b: KernelBuilder,
-  tile: SharedTile,
-  threads: number,
-  thread: Reg<'u32'>,
-  rowBytes: number,
-  shared: Reg<'shared'>,
-) {
+function tileCopy(b: KernelBuilder, tile: SharedTile, threads: number, thread: Reg<'u32'>, rowBytes: number) {
   const { layout, rows } = tile;
   const columns = Math.min(8, layout.rowBytes / 16);
   const [row, column] = [b.shr(thread, Math.log2(columns)), b.and(thread, columns - 1)];
   const rowsAtOnce = threads / columns;
-  const destination = b.add(b.add(shared, tile.base), laneOffset(b, layout, row, column));
+  const destination = b.add(laneOffset(b, layout, row, column), tile.base);
   const inside = new Map<number, Reg<'pred'>>();
   // Rows beyond the tile and chunks beyond the row are left out.
   const guarded = (firstRow: number, firstColumn: number, body: () => void) => {
@@ -181,13 +174,10 @@ function tileCopy(
     row,
     column,
     rowsAtOnce,
+    /** Where this thread's first chunk goes, from the start of shared memory. */
+    destination,
     /** @param rowStride bytes between rows in global memory; a register when it is only known at run time */
-    emit(
-      source: Reg<'global'>,
-      staged: ((at: Reg<'shared'>) => Reg<'shared'>) | undefined,
-      rowStride: number | Reg<'global'>,
-    ) {
-      const into = staged === undefined ? destination : staged(destination);
+    emit(source: Reg<'global'>, into: Reg<'shared'>, rowStride: number | Reg<'global'>) {
       let from = source;
       for (let firstRow = 0; firstRow < rows; firstRow += rowsAtOnce) {
         if (firstRow > 0 && typeof rowStride !== 'number') from = b.add(from, rowStride);
@@ -239,7 +229,9 @@ export function attention(config: AttentionConfig): Kernel {
   const kSteps = qkRowBytes / 32;
 
   b.section('shared memory');
-  const parked = b.shared('parked', 1, rowMajor(48));
+  const parked = b.shared('parked', 1, rowMajor(64));
+  const parkedScales = b.shared('scales of Q', 1, rowMajor(threads));
+  const parkedCopies = b.shared('where copies go', 1, rowMajor(threads * 4));
   const valueRowBytes = isFp8(config) ? BLOCK_K : paddedValueDim * 2;
   const valueRows = isFp8(config) ? paddedValueDim : BLOCK_K;
   const queryTile = b.shared('query', blockQ, swizzled(qkRowBytes));
@@ -253,7 +245,7 @@ export function attention(config: AttentionConfig): Kernel {
   const lane = b.and(thread, 31);
   const warp = b.shr(thread, 5);
   const g = b.shr(lane, 2);
-  const t2 = b.shl(b.and(lane, 3), 1);
+
   const queryHeads = b.loadParameter(integer.queryHeads);
   const splits = config.split ? b.loadParameter(integer.splits) : undefined;
   let block = b.special('%ctaid.x');
@@ -280,7 +272,7 @@ export function attention(config: AttentionConfig): Kernel {
   const lower = b.constant('s32', 0);
   const upper = b.constant('s32', 0);
   // A tile needs its scores masked when it begins before `wholeFrom` or ends after `wholeUntil`.
-  let wholeFrom: Reg<'s32'> | undefined;
+  let wholeFrom = b.constant('s32', 0);
   let wholeUntil = length;
   let keyBegin = b.constant('s32', 0);
   let keyEnd = b.mov(length);
@@ -311,9 +303,9 @@ export function attention(config: AttentionConfig): Kernel {
   const paddedKeys = b.loadParameter(integer.paddedKeys);
   const queryRow = b.add(b.mad(head, paddedQueries, paddedQueryStart), firstRow);
   const keyRow = b.mad(keyHead, paddedKeys, paddedKeyStart);
-  const copyQuery = tileCopy(b, queryTile, threads, thread, qkRowBytes, shared);
-  const copyKey = tileCopy(b, keyTile, threads, thread, qkRowBytes, shared);
-  const copyValue = tileCopy(b, valueTile, threads, thread, valueRowBytes, shared);
+  const copyQuery = tileCopy(b, queryTile, threads, thread, qkRowBytes);
+  const copyKey = tileCopy(b, keyTile, threads, thread, qkRowBytes);
+  const copyValue = tileCopy(b, valueTile, threads, thread, valueRowBytes);
   const inTile = (copy: typeof copyKey, rowBytes: number) => b.mad(copy.row, rowBytes, b.shl(copy.column, 4));
   const keySource = b.add(
     offset(b, b.loadPointer(pointer.key), b.add(keyRow, b.as(b.shl(tile, 6), 'u32')), qkRowBytes),
@@ -337,12 +329,7 @@ export function attention(config: AttentionConfig): Kernel {
     valueTileBytes = BLOCK_K * valueRowBytes;
   }
   const keyTileIndex = b.add(b.shr(keyRow, 6), b.as(tile, 'u32'));
-  const keyScaleSource = offset(
-    b,
-    b.loadPointer(pointer.keyScale),
-    config.keyScales === 4 ? b.add(b.shl(keyTileIndex, 2), b.and(lane, 3)) : keyTileIndex,
-    4,
-  );
+  const keyScaleIndex = config.keyScales === 4 ? b.add(b.shl(keyTileIndex, 2), b.and(lane, 3)) : b.mov(keyTileIndex);
 
   b.section('prologue: Q, first K and V on their way');
   const stage = b.constant('u32', 0); // 0 or 1: which of two buffers holds the tile at hand
@@ -351,28 +338,22 @@ export function attention(config: AttentionConfig): Kernel {
     b.as(b.mad(which, tile.bytes, b.as(at, 'u32')), 'shared');
   const warpRow = b.mul(warp, rowsPerWarp);
   const hasTiles = b.setp('lt', tile, lastTile);
-  const keyScaleNext = b.constant('f32', 0);
-  const fetchScale = () => {
-    b.ld('f32', keyScaleSource, 0, { readOnly: true, into: keyScaleNext });
-    b.add(keyScaleSource, config.keyScales * 4, keyScaleSource);
-  };
   b.if(hasTiles, () => {
     copyQuery.emit(
       b.add(
         offset(b, b.loadPointer(pointer.query), queryRow, qkRowBytes),
         b.as(b.cvt('u64', inTile(copyQuery, qkRowBytes)), 'global'),
       ),
-      undefined,
+      b.add(shared, copyQuery.destination),
       qkRowBytes,
     );
-    copyKey.emit(keySource, undefined, qkRowBytes);
+    copyKey.emit(keySource, b.add(shared, copyKey.destination), qkRowBytes);
     b.add(keySource, BLOCK_K * qkRowBytes, keySource);
     if (config.valueStages === 2) {
-      copyValue.emit(valueSource, undefined, valueRowStride);
+      copyValue.emit(valueSource, b.add(shared, copyValue.destination), valueRowStride);
       b.add(valueSource, valueTileBytes, valueSource);
     }
     b.cpAsyncCommitGroup();
-    fetchScale();
   });
   const [scaleRows, scaleCount] = config.queryScales;
   const scaleGroup = b.shr(b.add(queryRow, warpRow), Math.log2(scaleRows));
@@ -425,20 +406,26 @@ export function attention(config: AttentionConfig): Kernel {
   );
 
   // Registers are dear in the loop: what only its end and rare paths need waits in shared memory.
-  const parkedAt = b.sharedAddress(parked.base);
+  const parkedAt = b.sharedAddress();
   b.when(b.setp('eq', thread, 0), () => {
-    b.stVector([sequence, head, keyHead, queryStart], parkedAt);
-    b.stVector([queryLength, firstRow, queryRow, paddedKeyStart], parkedAt, 16);
-    b.stVector([lower, upper], parkedAt, 32);
-    b.st(keyLength, parkedAt, 40);
+    b.stVector([sequence, head, keyHead, queryStart], parkedAt, parked.base);
+    b.stVector([queryLength, firstRow, queryRow, paddedKeyStart], parkedAt, parked.base + 16);
+    b.stVector([lower, upper, length, lastTile], parkedAt, parked.base + 32);
+    b.stVector([wholeFrom, wholeUntil], parkedAt, parked.base + 48);
   });
+  // Two offsets of 16 bytes each in one word.
+  const destinations = b.or(b.as(b.shr(copyKey.destination, 4), 'b32'), b.shl(b.as(copyValue.destination, 'b32'), 12));
+  b.st(destinations, b.add(parkedAt, b.as(b.shl(thread, 2), 'shared')), parkedCopies.base);
+  // One for each four threads, which share their rows.
+  b.when(b.setp('eq', b.and(lane, 3), 0), () =>
+    b.st(queryScale, b.add(parkedAt, b.as(thread, 'shared')), parkedScales.base),
+  );
   b.barSync();
   const unpark = () => {
     const at = b.sharedAddress(parked.base);
     const [sequence, head, keyHead, queryStart] = fourOf(b.ldVector('u32', 4, at));
     const [queryLength, firstRow, queryRow, paddedKeyStart] = fourOf(b.ldVector('u32', 4, at, 16));
-    const [lower, upper] = b.ldVector('s32', 2, at, 32) as [Reg<'s32'>, Reg<'s32'>];
-    const length = b.ld('s32', at, 40);
+    const [lower, upper, length] = fourOf(b.ldVector('s32', 4, at, 32));
     const threadRow = b.add(
       b.mul(b.shr(b.special('%tid.x'), 5), rowsPerWarp),
       b.shr(b.and(b.special('%tid.x'), 31), 2),
@@ -446,7 +433,8 @@ export function attention(config: AttentionConfig): Kernel {
     const rowIndex = b.as(b.add(firstRow, threadRow), 's32');
     const firstKeyTile = b.shr(b.mad(keyHead, b.loadParameter(integer.paddedKeys), paddedKeyStart), 6);
     const rowBias = offset(b, b.loadPointer(pointer.rowBias), b.add(queryRow, threadRow), 4);
-    const row = { queryRow, threadRow, rowIndex, rowBias };
+    const t2 = b.shl(b.and(b.special('%tid.x'), 3), 1);
+    const row = { queryRow, threadRow, rowIndex, rowBias, t2 };
     return { ...row, sequence, head, keyHead, queryStart, queryLength, firstKeyTile, length, lower, upper };
   };
 
@@ -466,28 +454,40 @@ export function attention(config: AttentionConfig): Kernel {
   };
   const cooked = config.softcap || config.smoothQ || (config.mask !== 'none' && config.mask !== 'boolean');
 
+  const parkedDestinations = () => {
+    const own = b.add(b.sharedAddress(), b.as(b.shl(b.special('%tid.x'), 2), 'shared'));
+    return b.ld('b32', own, parkedCopies.base);
+  };
+  const keyDestination = () => b.add(b.sharedAddress(), b.as(b.shl(b.and(parkedDestinations(), 0xffff), 4), 'shared'));
+  const valueDestination = () => b.add(b.sharedAddress(), b.as(b.shl(b.shr(parkedDestinations(), 16), 4), 'shared'));
+  const parkedScale = () => {
+    const quad = b.and(b.special('%tid.x'), -4);
+    return b.ld('f32', b.add(b.sharedAddress(), b.as(quad, 'shared')), parkedScales.base);
+  };
+  const parkedLastTile = () => b.ld('s32', b.sharedAddress(parked.base), 44);
   b.loop(
-    () => b.setp('lt', tile, lastTile),
+    () => b.setp('lt', tile, parkedLastTile()),
     () => {
       b.section('K (and V) of this tile have landed; fetch the next');
       b.cpAsyncWaitGroup(0);
       b.barSync();
-      const keyScale = b.mov(keyScaleNext);
+      // Its way from memory is as long as QK^T.
+      const keyScale = b.ld('f32', offset(b, b.loadPointer(pointer.keyScale), keyScaleIndex, 4), 0, { readOnly: true });
+      b.add(keyScaleIndex, config.keyScales, keyScaleIndex);
       if (config.valueStages === 1) {
-        copyValue.emit(valueSource, undefined, valueRowStride);
+        copyValue.emit(valueSource, valueDestination(), valueRowStride);
         b.add(valueSource, valueTileBytes, valueSource);
         b.cpAsyncCommitGroup();
       }
-      const hasNext = b.setp('lt', b.add(tile, 1), lastTile);
+      const hasNext = b.setp('lt', b.add(tile, 1), parkedLastTile());
       b.if(hasNext, () => {
         const other = b.xor(stage, 1);
-        copyKey.emit(keySource, (at) => staged(at, keyTile, other), qkRowBytes);
+        copyKey.emit(keySource, staged(keyDestination(), keyTile, other), qkRowBytes);
         b.add(keySource, BLOCK_K * qkRowBytes, keySource);
         if (config.valueStages === 2) {
-          copyValue.emit(valueSource, (at) => staged(at, valueTile, other), valueRowStride);
+          copyValue.emit(valueSource, staged(valueDestination(), valueTile, other), valueRowStride);
           b.add(valueSource, valueTileBytes, valueSource);
         }
-        fetchScale();
       });
       b.cpAsyncCommitGroup();
 
@@ -532,7 +532,7 @@ export function attention(config: AttentionConfig): Kernel {
       }
 
       // A group of zeros has scale 0; the smallest normal keeps -Infinity * scale from being NaN and zeros zeros.
-      const scale = b.max(b.mul(queryScale, b.abs(keyScale)), 1.1754943508222875e-38);
+      const scale = b.max(b.mul(parkedScale(), b.abs(keyScale)), 1.1754943508222875e-38);
       const negativeMagic = b.mul(scale, -MAGIC);
 
       if (cooked) {
@@ -540,7 +540,8 @@ export function attention(config: AttentionConfig): Kernel {
         const additions: Reg<'f32'>[] = [];
         if (config.smoothQ) {
           // [head, block of Q, key]: already times smScale * log2(e).
-          const queryBlock = b.shr(unpark().queryRow, 7);
+          const { queryRow, t2 } = unpark();
+          const queryBlock = b.shr(queryRow, 7);
           const source = offset64(
             b,
             b.loadPointer(pointer.meanScores),
@@ -580,12 +581,13 @@ export function attention(config: AttentionConfig): Kernel {
 
       b.section('keys outside the band or beyond the last');
       const tileStart = b.shl(tile, 6);
-      let edge = b.setp('gt', b.add(tileStart, BLOCK_K), wholeUntil);
-      if (wholeFrom !== undefined) edge = b.orPred(edge, b.setp('lt', tileStart, wholeFrom));
+      const [from, until] = b.ldVector('s32', 2, b.sharedAddress(parked.base), 48) as [Reg<'s32'>, Reg<'s32'>];
+      let edge = b.setp('gt', b.add(tileStart, BLOCK_K), until);
+      if (config.banded) edge = b.orPred(edge, b.setp('lt', tileStart, from));
       b.if(edge, () => {
         // Columns relative to this thread's first.
+        const { rowIndex, length, lower, upper, t2 } = unpark();
         const origin = b.add(tileStart, b.as(t2, 's32'));
-        const { rowIndex, length, lower, upper } = unpark();
         const last: Reg<'s32'>[] = [];
         const first: Reg<'s32'>[] = [];
         for (let r = 0; r < R; r++) {
@@ -608,7 +610,8 @@ export function attention(config: AttentionConfig): Kernel {
       b.section('keys that are not finite make the rows that see them NaN');
       // The sign of a K scale, which is never negative otherwise, says that its tile has such keys; a bit each says which.
       b.if(b.setp('lt', b.as(keyScale, 's32'), 0), () => {
-        const faults = offset(b, b.loadPointer(pointer.keyFaults), b.add(unpark().firstKeyTile, b.as(tile, 'u32')), 8);
+        const { firstKeyTile, t2 } = unpark();
+        const faults = offset(b, b.loadPointer(pointer.keyFaults), b.add(firstKeyTile, b.as(tile, 'u32')), 8);
         const words = b.ldVector('b32', 2, faults).map((word) => b.shr(word, t2));
         eachScore((score, _, column) => {
           const bit = b.and(words[column >> 5] as Reg<'b32'>, 2 ** (column & 31));
@@ -843,7 +846,7 @@ export function attention(config: AttentionConfig): Kernel {
   /** Excludes (boolean) or adds (float) mask elements, read from the caller's tensor. */
   function maskScores(tile: Reg<'s32'>): void {
     const kind = config.mask as Exclude<AttentionConfig['mask'], 'none'>;
-    const { sequence, head, queryLength, rowIndex, length } = unpark();
+    const { sequence, head, queryLength, rowIndex, length, t2 } = unpark();
     const keyStride = b.loadParameter(strides.maskKey);
     let origin = b.loadPointer(pointer.mask);
     origin = offset64(b, origin, sequence, b.loadParameter(strides.maskBatch));
@@ -893,11 +896,10 @@ export function attention(config: AttentionConfig): Kernel {
 
   /** Normalizes and stores the rows of this thread. */
   function writeResults(): void {
-    const { sequence, head, keyHead, queryStart, queryLength, queryRow, threadRow, rowIndex, rowBias } = unpark();
+    const { sequence, head, keyHead, queryStart, queryLength, queryRow, threadRow, rowIndex, rowBias, t2 } = unpark();
     const queryHeads = b.loadParameter(integer.queryHeads);
     const keyHeads = b.div(queryHeads, b.loadParameter(integer.headsPerKeyHead));
     const sequenceHead = b.mad(sequence, keyHeads, keyHead);
-    const t2 = b.shl(b.and(b.special('%tid.x'), 3), 1);
     const headOutput = config.split
       ? b.loadPointer(pointer.output)
       : offset64(

@@ -265,7 +265,7 @@ export function quantizeValue(config: ValueConfig & { readonly vMax: number }): 
   const firstToken = b.mul(place.block, VALUE_BLOCK);
   b.when(b.setp('ge', firstToken, place.keyLength), () => b.exit());
 
-  b.section('scales of this thread’s channels');
+  b.section('scales of the channels of this thread');
   const word = b.and(place.thread, 15); // four permuted tokens: positions 4 * word ..
   const channel = b.shl(b.shr(place.thread, 4), 3);
   const maximumAt = offset(

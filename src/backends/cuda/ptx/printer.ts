@@ -70,7 +70,7 @@ export function printKernel(kernel: Kernel): string {
   for (const instruction of kernel.instructions) {
     if (instruction.section !== section) {
       section = instruction.section;
-      lines.push(`  // ${section}`);
+      lines.push(`  // ${section.replaceAll(/[^\x20-\x7e]/g, '?')}`); // PTX is ASCII
     }
     const text = printInstruction(instruction);
     lines.push(instruction.opcode === 'label' ? text : `  ${text};`);

@@ -1,5 +1,5 @@
 /** Runs `ptxas`, NVIDIA's assembler, on a printed kernel. For tests and reports; the package itself never needs it. */
-import { spawnSync } from 'node:child_process';
+import { execFile, spawnSync } from 'node:child_process';
 import { mkdtempSync, rmSync, writeFileSync } from 'node:fs';
 import { tmpdir } from 'node:os';
 import { join } from 'node:path';
@@ -28,30 +28,63 @@ const numberIn = (text: string, pattern: RegExp) => {
   return Number(match[1]);
 };
 
+interface Job {
+  readonly directory: string;
+  readonly arguments: readonly string[];
+  /** The report, from what ptxas printed. */
+  finish(status: number | null, log: string): PtxasReport;
+}
+
+function prepare(kernel: Kernel): Job {
+  const directory = mkdtempSync(join(tmpdir(), 'ptxas-'));
+  const source = join(directory, 'kernel.ptx');
+  const text = printKernel(kernel);
+  writeFileSync(source, text);
+  const output = process.env.PTXAS_KEEP ?? join(directory, 'kernel.cubin');
+  return {
+    directory,
+    arguments: ['-v', `-arch=${kernel.target}`, source, '-o', output],
+    finish(status, log) {
+      if (status !== 0) {
+        const lines = text.split('\n');
+        const shown = [...log.matchAll(/line (\d+)/g)].slice(0, 5).map((match) => lines[Number(match[1]) - 1]);
+        throw new Error(`ptxas refused ${kernel.name} for ${kernel.target}:\n${log}\n${shown.join('\n')}`);
+      }
+      return {
+        registers: numberIn(log, /Used (\d+) registers/),
+        stackBytes: numberIn(log, /(\d+) bytes stack frame/),
+        spillStoreBytes: numberIn(log, /(\d+) bytes spill stores/),
+        spillLoadBytes: numberIn(log, /(\d+) bytes spill loads/),
+      };
+    },
+  };
+}
+
 /** @throws {Error} with ptxas's message and the offending lines when it refuses the kernel */
 export function assemble(kernel: Kernel): PtxasReport {
-  const directory = mkdtempSync(join(tmpdir(), 'ptxas-'));
+  const job = prepare(kernel);
   try {
-    const source = join(directory, 'kernel.ptx');
-    const text = printKernel(kernel);
-    writeFileSync(source, text);
-    const output = process.env.PTXAS_KEEP ?? join(directory, 'kernel.cubin');
-    const { status, stderr, stdout } = spawnSync(executable, ['-v', `-arch=${kernel.target}`, source, '-o', output], {
-      encoding: 'utf8',
-    });
-    if (status !== 0) {
-      const lines = text.split('\n');
-      const shown = [...stderr.matchAll(/line (\d+)/g)].slice(0, 5).map((match) => lines[Number(match[1]) - 1]);
-      throw new Error(`ptxas refused ${kernel.name} for ${kernel.target}:\n${stderr}\n${shown.join('\n')}`);
-    }
-    const log = stderr + stdout;
-    return {
-      registers: numberIn(log, /Used (\d+) registers/),
-      stackBytes: numberIn(log, /(\d+) bytes stack frame/),
-      spillStoreBytes: numberIn(log, /(\d+) bytes spill stores/),
-      spillLoadBytes: numberIn(log, /(\d+) bytes spill loads/),
-    };
+    const { status, stderr, stdout } = spawnSync(executable, job.arguments, { encoding: 'utf8' });
+    return job.finish(status, stderr + stdout);
   } finally {
-    rmSync(directory, { recursive: true, force: true });
+    rmSync(job.directory, { recursive: true, force: true });
+  }
+}
+
+/** {@link assemble} in a process beside this one. */
+export async function assembleAsync(kernel: Kernel): Promise<PtxasReport> {
+  const job = prepare(kernel);
+  try {
+    return await new Promise((resolve, reject) => {
+      execFile(executable, job.arguments, (error, stdout, stderr) => {
+        try {
+          resolve(job.finish(error === null ? 0 : 1, stderr + stdout));
+        } catch (refusal) {
+          reject(refusal);
+        }
+      });
+    });
+  } finally {
+    rmSync(job.directory, { recursive: true, force: true });
   }
 }
