@@ -258,9 +258,17 @@ function maximumOf(scores: usize, keys: i32): f32 {
   return maxOf(larger(larger(m0, m1), larger(m2, m3)));
 }
 
+/** Base-2 exponents of weights: how far scores lie below the row's largest. `top` is that, in the relaxed build `-most * scale`. */
+// @ts-ignore: decorator
+@inline
+function below(score: v128, top: v128, factor: v128): v128 {
+  if (ASC_FEATURE_RELAXED_SIMD) return madd(score, factor, top);
+  return f32x4.mul(f32x4.sub(score, top), factor);
+}
+
 /** Weights of one row relative to its largest, in integers. Returns their sum before rounding, in levels. */
 function weighInteger(scores: usize, keys: i32, most: f32, scale: f32, p: usize, constants: usize): f32 {
-  const top = f32x4.splat(most);
+  const top = f32x4.splat(ASC_FEATURE_RELAXED_SIMD ? -most * scale : most);
   const factor = f32x4.splat(scale);
   const least = v128.load32_splat(constants, CONSTANT_LEAST_EXPONENT);
   const rounding = v128.load32_splat(constants, CONSTANT_ROUNDING);
@@ -272,13 +280,13 @@ function weighInteger(scores: usize, keys: i32, most: f32, scale: f32, p: usize,
   const shift = v128.load32_splat(constants, CONSTANT_INTEGER_SHIFT);
   let sum = f32x4.splat(0);
   for (let j = 0; j < keys; j += 16) {
-    let y = larger(f32x4.mul(f32x4.sub(v128.load(scores), top), factor), least);
+    let y = larger(below(v128.load(scores), top, factor), least);
     const x0 = exp2Coarse(y, rounding, c3, c2, c1, c0);
-    y = larger(f32x4.mul(f32x4.sub(v128.load(scores, 16), top), factor), least);
+    y = larger(below(v128.load(scores, 16), top, factor), least);
     const x1 = exp2Coarse(y, rounding, c3, c2, c1, c0);
-    y = larger(f32x4.mul(f32x4.sub(v128.load(scores, 32), top), factor), least);
+    y = larger(below(v128.load(scores, 32), top, factor), least);
     const x2 = exp2Coarse(y, rounding, c3, c2, c1, c0);
-    y = larger(f32x4.mul(f32x4.sub(v128.load(scores, 48), top), factor), least);
+    y = larger(below(v128.load(scores, 48), top, factor), least);
     const x3 = exp2Coarse(y, rounding, c3, c2, c1, c0);
     sum = f32x4.add(sum, f32x4.add(f32x4.add(x0, x1), f32x4.add(x2, x3)));
     const low = i16x8.narrow_i32x4_s(
@@ -304,7 +312,7 @@ function weighInteger(scores: usize, keys: i32, most: f32, scale: f32, p: usize,
 
 /** Weights of one row relative to its largest, in float32. Returns their sum. */
 function weighFloat(scores: usize, keys: i32, most: f32, scale: f32, p: usize, constants: usize): f32 {
-  const top = f32x4.splat(most);
+  const top = f32x4.splat(ASC_FEATURE_RELAXED_SIMD ? -most * scale : most);
   const factor = f32x4.splat(scale);
   const least = v128.load32_splat(constants, CONSTANT_LEAST_EXPONENT);
   const rounding = v128.load32_splat(constants, CONSTANT_ROUNDING);
@@ -316,7 +324,7 @@ function weighFloat(scores: usize, keys: i32, most: f32, scale: f32, p: usize, c
   const c0 = v128.load32_splat(constants, CONSTANT_FINE_0);
   let sum = f32x4.splat(0);
   for (let j: usize = 0; j < <usize>keys << 2; j += 16) {
-    const y = f32x4.mul(f32x4.sub(v128.load(scores + j), top), factor);
+    const y = below(v128.load(scores + j), top, factor);
     // Exactly 0 for what is excluded: its value may be anything.
     const x = v128.and(exp2Fine(larger(y, least), rounding, c5, c4, c3, c2, c1, c0), f32x4.ge(y, least));
     sum = f32x4.add(sum, x);
