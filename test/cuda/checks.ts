@@ -14,7 +14,7 @@ import {
   emptyCudaTensor,
   upload,
 } from '../../src/backends/cuda/index.ts';
-import { type AttentionOptions, sageattn } from '../../src/index.ts';
+import { type AttentionOptions, prepareKeyValue, sageattn } from '../../src/index.ts';
 import { attentionExact } from '../../src/reference/exact.ts';
 import { compare } from '../../src/reference/metrics.ts';
 import { toFloat32 } from '../../src/tensor/access.ts';
@@ -158,6 +158,44 @@ async function decoding(target: Target, keys: number, seed: number): Promise<str
   return `relative L1 ${relativeL1.toFixed(4)}`;
 }
 
+/** Prepared keys and values on the device, appended to past the point where only new tiles are quantized. */
+async function cacheGrows(target: Target, device: CudaDevice, headDim: number, seed: number): Promise<string> {
+  const [heads, steps] = [2, [520, 1, 70, 190]];
+  const total = steps.reduce((sum, step) => sum + step, 0);
+  const random = new Random(seed);
+  const values = (count: number, offset: number) => {
+    const made = random.normals(count * headDim);
+    for (let i = 0; i < made.length; i++) made[i] = (made[i] as number) + offset * Math.sin(i % headDim);
+    return made;
+  };
+  const q = place(values(2 * heads, 0), [1, 2 * heads, 1, headDim], 'float16');
+  const k = place(values(heads * total, 3), [1, heads, total, headDim], 'float16');
+  const v = place(values(heads * total, 0), [1, heads, total, headDim], 'float16');
+  const [there, keys, contents] = [q, k, v].map((view) => upload(view, device)) as [CudaTensor, CudaTensor, CudaTensor];
+  const part = <T extends Tensor | CudaTensor>(view: T, start: number, end: number) => slice(view, 2, start, end);
+  const { kernel, options } = target;
+  const first = steps[0] as number;
+  const cache = await prepareKeyValue(part(keys, 0, first), part(contents, 0, first), { ...options, kernel });
+  let worst = 0;
+  let held = first;
+  for (const step of [0, ...steps.slice(1)]) {
+    if (step > 0) await cache.append(part(keys, held, held + step), part(contents, held, held + step));
+    held += step;
+    const output = await cache.attend(there);
+    const inputs = { q, k: part(k, 0, held), v: part(v, 0, held) };
+    const exact = attentionExact(createProblem(inputs.q, inputs.k, inputs.v, {}), inputs).output;
+    const { relativeL1 } = compare(toFloat32(download(output)), exact);
+    // Averages of many values are small beside the values, which is what errors scale with.
+    const limit = 2 * target.relativeL1;
+    check(relativeL1 <= limit, () => `after ${held} tokens: relative L1 ${relativeL1}, limit ${limit}`);
+    worst = Math.max(worst, relativeL1);
+    dispose(output);
+  }
+  cache.dispose();
+  dispose(there, keys, contents);
+  return `relative L1 up to ${worst.toFixed(4)}`;
+}
+
 async function noLeak(target: Target, device: CudaDevice, sizes: CheckSizes, seed: number): Promise<string> {
   const { q, k, v } = operands(new Random(seed), device, sizes);
   const options = optionsOf(target);
@@ -196,6 +234,10 @@ export function kernelChecks(
         await viewsEqualCopies(target, device, { ...sizes, tokens: Math.ceil(sizes.tokens / 2) }, seed);
         return undefined;
       },
+    },
+    {
+      name: 'prepared keys and values grow',
+      run: () => cacheGrows(target, device, sizes.headDim, seed),
     },
   ];
 }

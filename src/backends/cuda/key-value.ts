@@ -1,4 +1,4 @@
-/** Keys and values that stay on a device: kept as they came, and quantized for as long as nothing is appended. */
+/** Keys and values that stay on a device, quantized once and appended to. */
 import type { AttentionProblem, OperandLayout } from '../../attention/problem.ts';
 import { BYTES_PER_ELEMENT } from '../../tensor/dtype.ts';
 import { type Tensor, type TensorView, transpose } from '../../tensor/tensor.ts';
@@ -8,7 +8,7 @@ import { CU_MEMORYTYPE_DEVICE, STRUCTS } from './driver/api.ts';
 import type { CudaDevice } from './driver/device.ts';
 import type { DeviceMemory } from './driver/memory.ts';
 import type { CudaStream } from './driver/stream.ts';
-import type { DeviceFacts } from './kernels/planLaunches.ts';
+import type { DeviceFacts, KeyRoom, KeyValuePart } from './kernels/planLaunches.ts';
 import {
   AttentionRunner,
   BoundLaunches,
@@ -153,15 +153,22 @@ class GrowingRows {
   }
 }
 
-/** The quantized keys and values of one length. */
+/** Quantized keys and values, with room for more. */
 interface Quantized {
   readonly memory: DeviceMemory;
   readonly buffers: readonly HeldBuffer[];
+  /** Tokens that each sequence has room for. */
+  readonly capacity: number;
 }
 
+/** Tokens whose mean is good enough to stay; with fewer, an append quantizes all anew. */
+const SETTLED_MEAN = 512;
+/** Keys of a tile of the attention kernels: what is quantized at a time. */
+const TILE = 64;
+
 /**
- * Keys and values of one call. An append keeps the new tokens and quantizes all of them anew: scales of V are per channel of
- * the whole sequence, and one pass over K and V costs about what attending to them costs.
+ * Keys and values of one call, as they came and quantized. An append quantizes the tiles that it touches, with the means of
+ * before: any constant vector serves for smoothing. V in FP8 is quantized anew, since its scales are those of whole channels.
  */
 export class CudaKeyValue implements PreparedKeyValue {
   readonly #device: CudaDevice;
@@ -205,7 +212,7 @@ export class CudaKeyValue implements PreparedKeyValue {
     const stream = device.stream;
     if (!given.owned) given.mark();
     stream.waitFor(given);
-    const { keyLength, tensorLayout, kvHeads } = problem;
+    const { keyLength, tensorLayout } = problem;
     const total = this.#length + keyLength;
     const uploads: { readonly tensor: CudaTensor; readonly done: Promise<unknown> }[] = [];
     const onDevice = (argument: string, view: TensorView): CudaTensor => {
@@ -225,9 +232,7 @@ export class CudaKeyValue implements PreparedKeyValue {
         rows.write(tensorLayout === 'HND' ? source : transpose(source, [0, 2, 1, 3]), this.#length, stream);
       }
       await Promise.all(uploads.map(({ done }) => done));
-      const quantized = this.#quantize(total, kvHeads, stream);
-      this.#quantized?.memory.dispose();
-      this.#quantized = quantized;
+      this.#quantize(total, stream);
       this.#length = total;
       // Plans of other lengths will not be asked for again.
       for (const runner of this.#runners.values()) runner.dispose();
@@ -252,29 +257,58 @@ export class CudaKeyValue implements PreparedKeyValue {
     return raw;
   }
 
-  #quantize(length: number, kvHeads: number, stream: CudaStream): Quantized {
-    const device = this.#device;
-    const problem = this.#overHeld({ ...this.#first, kvHeads }, length);
-    const sequence = this.#planner.planKeyValue(problem, this.#choice, this.#facts);
-    const { offsets, byteLength } = packBuffers(sequence.kept);
-    const memory = device.allocate(byteLength, device.stream);
-    try {
-      const buffers = [...offsets].map(([buffer, byteOffset]) => ({ buffer, memory, byteOffset }));
-      if (sequence.launches.length > 0) {
-        const bound = new BoundLaunches(device, sequence);
-        try {
-          const addresses = [...this.#rawBuffers(), ...buffers].map(
-            (held) => [held.buffer, held.memory.pointer + BigInt(held.byteOffset)] as const,
-          );
-          bound.run(stream, addresses);
-        } finally {
-          bound.dispose();
-        }
+  /** Quantizes what `length` tokens need beyond those that are quantized already. */
+  #quantize(length: number, stream: CudaStream): void {
+    const problem = this.#overHeld(this.#first, length);
+    const { capacity } = this.#k;
+    const kept = this.#quantized;
+    if (kept !== undefined && kept.capacity === capacity && this.#length >= SETTLED_MEAN) {
+      const from = Math.floor(this.#length / TILE) * TILE;
+      const valueFrom = kept.buffers.some(({ buffer }) => buffer === 'valueScale') ? 0 : from;
+      if (valueFrom === from) this.#run(problem, kept, stream, { capacity, from }, ['key', 'value']);
+      else {
+        this.#run(problem, kept, stream, { capacity, from }, ['key']);
+        // After K, whose tiles also say which values are not finite.
+        this.#run(problem, kept, stream, { capacity, from: valueFrom }, ['value']);
       }
-      return { memory, buffers };
+      return;
+    }
+    const device = this.#device;
+    const { offsets, byteLength } = packBuffers(
+      this.#planner.planKeyValue(problem, this.#choice, this.#facts, { capacity }).kept,
+    );
+    const memory = device.allocate(byteLength, device.stream);
+    const buffers = [...offsets].map(([buffer, byteOffset]) => ({ buffer, memory, byteOffset }));
+    const quantized = { memory, buffers, capacity };
+    try {
+      this.#run(problem, quantized, stream, { capacity });
     } catch (error) {
       memory.dispose();
       throw error;
+    }
+    kept?.memory.dispose();
+    this.#quantized = quantized;
+  }
+
+  #run(
+    problem: AttentionProblem,
+    { buffers }: Quantized,
+    stream: CudaStream,
+    room: KeyRoom,
+    parts?: readonly KeyValuePart[],
+  ): void {
+    const sequence = this.#planner.planKeyValue(problem, this.#choice, this.#facts, room, parts);
+    if (sequence.launches.length === 0) return;
+    const bound = new BoundLaunches(this.#device, sequence);
+    try {
+      bound.run(
+        stream,
+        [...this.#rawBuffers(), ...buffers].map(
+          ({ buffer, memory, byteOffset }) => [buffer, memory.pointer + BigInt(byteOffset)] as const,
+        ),
+      );
+    } finally {
+      bound.dispose();
     }
   }
 
@@ -295,7 +329,8 @@ export class CudaKeyValue implements PreparedKeyValue {
     const key = JSON.stringify(problem, (_, value) => (value === Number.POSITIVE_INFINITY ? 'Infinity' : value));
     let runner = this.#runners.get(key);
     if (runner === undefined) {
-      const plan = () => this.#planner.planAttend(problem, this.#choice, this.#facts);
+      const { capacity } = this.#k;
+      const plan = () => this.#planner.planAttend(problem, this.#choice, this.#facts, { capacity });
       runner = new AttentionRunner(this.#device, problem, plan);
       this.#runners.set(key, runner);
       if (this.#runners.size > CACHED_RUNNERS) {

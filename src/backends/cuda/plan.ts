@@ -88,7 +88,7 @@ export class BoundLaunches {
     }
     try {
       copyToDevice(device, this.#constants, staging, device.stream);
-      device.stream.synchronize();
+      device.stream.hold(staging);
     } catch (error) {
       this.#constants.dispose();
       throw error;

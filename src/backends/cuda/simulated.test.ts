@@ -20,7 +20,7 @@ for (const [capability, kernel] of [
     const backend = createSimulatedBackend(capability);
     await setBackend(backend);
     const device = (await backend.cuda()).device();
-    for (const { name, run } of kernelChecks(target, device, { tokens: 66, headDim: 32 }, seed, 1)) {
+    for (const { name, run } of kernelChecks(target, device, { tokens: 34, headDim: 32 }, seed, 1)) {
       await run().catch((cause: unknown) => {
         throw new Error(name, { cause });
       });

@@ -29,7 +29,10 @@ export class CudaStream implements StreamHandle {
   #disposed = false;
   /** Kernels enqueued and not known to have ended, each with the number of its latest launch. */
   readonly #pending = new Map<string, number>();
-  #launches = 0;
+  /** Launches and holds so far: what is numbered below this when work ends has ended with it. */
+  #enqueued = 0;
+  /** Host memory that enqueued copies read. */
+  readonly #held: { readonly enqueued: number; readonly memory: unknown }[] = [];
 
   /** @internal Use `CudaDevice.createStream` or `CudaDevice.streamFromHandle`. */
   constructor(device: CudaDevice, handle: bigint | undefined) {
@@ -47,11 +50,18 @@ export class CudaStream implements StreamHandle {
   /** @internal Notes a launch, for the error of a fault that shows later. */
   noteLaunch(kernel: string): void {
     this.#pending.delete(kernel);
-    this.#pending.set(kernel, ++this.#launches);
+    this.#pending.set(kernel, ++this.#enqueued);
   }
 
-  #forgetUpTo(launch: number): void {
-    for (const [kernel, latest] of this.#pending) if (latest <= launch) this.#pending.delete(kernel);
+  /** @internal Keeps host memory referenced until the work enqueued so far, a copy from it, is known to have ended. */
+  hold(memory: unknown): void {
+    this.#held.push({ enqueued: ++this.#enqueued, memory });
+  }
+
+  #forgetUpTo(enqueued: number): void {
+    for (const [kernel, latest] of this.#pending) if (latest <= enqueued) this.#pending.delete(kernel);
+    const kept = this.#held.findIndex((held) => held.enqueued > enqueued);
+    this.#held.splice(0, kept < 0 ? this.#held.length : kept);
   }
 
   get disposed(): boolean {
@@ -97,9 +107,9 @@ export class CudaStream implements StreamHandle {
    */
   synchronize(): void {
     this.requireUsable();
-    const launches = this.#launches;
+    const enqueued = this.#enqueued;
     this.#device.call('cuStreamSynchronize', `synchronizing a stream of ${this.#device}`, this.handle);
-    this.#forgetUpTo(launches);
+    this.#forgetUpTo(enqueued);
   }
 
   /**
@@ -110,7 +120,7 @@ export class CudaStream implements StreamHandle {
   async completed(): Promise<void> {
     this.requireUsable();
     const device = this.#device;
-    const launches = this.#launches;
+    const enqueued = this.#enqueued;
     const event = device.takeEvent();
     try {
       device.call('cuEventRecord', 'recording an event', event, this.handle);
@@ -122,7 +132,7 @@ export class CudaStream implements StreamHandle {
         }
         await nextPoll(poll);
       }
-      this.#forgetUpTo(launches);
+      this.#forgetUpTo(enqueued);
     } finally {
       device.returnEvent(event);
     }

@@ -176,16 +176,26 @@ export function schemeOf(problem: AttentionProblem, choice: KernelChoice, target
   };
 }
 
-/** Padded places of a problem's sequences. */
-export function paddedLayoutOf(problem: AttentionProblem): PaddedLayout {
+/** Room for keys that more will be appended to: what a cache has, and which part of it is worked on. */
+export interface KeyRoom {
+  /** Tokens that each sequence has room for, a multiple of {@link BLOCK_K}. */
+  readonly capacity: number;
+  /** First token that is worked on, a multiple of {@link BLOCK_K}; default 0. */
+  readonly from?: number;
+}
+
+/** Padded places of a problem's sequences; with `room`, each sequence of a dense problem has its own. */
+export function paddedLayoutOf(problem: AttentionProblem, room?: KeyRoom): PaddedLayout {
+  const from = room?.from ?? 0;
   const sequences = sequencesOf(problem);
   const table = new Int32Array(sequences.length * SEQUENCE_INTS);
   let paddedQueries = 0;
   let paddedKeys = 0;
   for (const { index, queryStart, queryLength, keyStart, keyLength } of sequences) {
-    table.set([queryStart, queryLength, keyStart, keyLength, paddedQueries, paddedKeys], index * SEQUENCE_INTS);
+    const keys = [keyStart + from, keyLength - from] as const;
+    table.set([queryStart, queryLength, ...keys, paddedQueries, paddedKeys + from], index * SEQUENCE_INTS);
     paddedQueries += roundUp(queryLength, BLOCK_Q);
-    paddedKeys += roundUp(keyLength, BLOCK_K);
+    paddedKeys += room?.capacity ?? roundUp(keyLength, BLOCK_K);
   }
   const largestRow = Math.max(problem.queryHeads * paddedQueries, problem.kvHeads * paddedKeys);
   if (largestRow >= 2 ** 31 || Math.max(problem.queryLength, problem.keyLength) >= NO_LIMIT) {
@@ -200,7 +210,7 @@ export function paddedLayoutOf(problem: AttentionProblem): PaddedLayout {
     paddedQueries,
     paddedKeys,
     queryTiles: Math.ceil(problem.queryLength / BLOCK_Q),
-    keyTiles: Math.ceil(problem.keyLength / BLOCK_K),
+    keyTiles: Math.ceil((problem.keyLength - from) / BLOCK_K),
     table,
   };
 }
@@ -263,8 +273,9 @@ function launch(
 const strideBytes = (operand: OperandLayout, dtype: DType) =>
   [operand.batchStride, operand.headStride, operand.tokenStride].map((stride) => u64(stride * BYTES[dtype]));
 
-function contextOf(problem: AttentionProblem, choice: KernelChoice, device: DeviceFacts): Context {
-  return { problem, choice, device, layout: paddedLayoutOf(problem), scheme: schemeOf(problem, choice, device.target) };
+function contextOf(problem: AttentionProblem, choice: KernelChoice, device: DeviceFacts, room?: KeyRoom): Context {
+  const layout = paddedLayoutOf(problem, room);
+  return { problem, choice, device, layout, scheme: schemeOf(problem, choice, device.target) };
 }
 
 /** Bytes of the buffers that hold quantized K and V. */
@@ -283,8 +294,12 @@ function keyValueBytes({ problem, choice, layout, scheme }: Context): Record<Buf
   };
 }
 
+/** The parts of quantizing K and V. A cache keeps its means, and the tiles that nothing was appended to. */
+export type KeyValuePart = 'means' | 'key' | 'value';
+const ALL_PARTS: readonly KeyValuePart[] = ['means', 'key', 'value'];
+
 /** Quantizes K and V. */
-function keyValueLaunches(context: Context): KernelLaunch[] {
+function keyValueLaunches(context: Context, parts: readonly KeyValuePart[] = ALL_PARTS): KernelLaunch[] {
   const { problem, choice, device, layout, scheme } = context;
   const { target, pointerAlignment = 16 } = device;
   const { batch, kvHeads, dtype, headDim, valueDim, k, v } = problem;
@@ -309,11 +324,11 @@ function keyValueLaunches(context: Context): KernelLaunch[] {
       launch(name, module, 'channelMean', batch * kvHeads, CHANNEL_MEAN_THREADS, module.kernel().sharedBytes, args),
     );
   };
-  if (choice.smoothK) {
+  if (choice.smoothK && parts.includes('means')) {
     const config = { target, dtype, dim: headDim, paddedDim: scheme.paddedDim, loadWidth: keyWidth };
     meanOf('mean of K', 'k', config, 'keyMean');
   }
-  if (choice.smoothV) {
+  if (choice.smoothV && parts.includes('means')) {
     const config = { target, dtype, dim: valueDim, paddedDim: scheme.paddedValueDim, loadWidth: valueWidth };
     meanOf('mean of V', 'v', config, 'valueMean');
   }
@@ -334,35 +349,38 @@ function keyValueLaunches(context: Context): KernelLaunch[] {
     smoothQ: false,
   };
   const keyModule = moduleOf(quantizeTokens, keyConfig);
-  launches.push(
-    launch(
-      'quantize K',
-      keyModule,
-      'quantizeKey',
-      layout.keyTiles * kvHeads * batch,
-      quantizeTokensThreads(keyConfig),
-      keyModule.kernel().sharedBytes,
-      [
-        ...inOrder(QUANTIZE_TOKENS_POINTERS, {
-          sequences: pointer('sequences'),
-          input: pointer('k', k.offset * BYTES[dtype]),
-          ...(choice.smoothK ? { keyMean: pointer('keyMean') } : {}),
-          quantized: pointer('key'),
-          scale: pointer('keyScale'),
-          keyFaults: pointer('keyFaults'),
-        }),
-        ...inOrder(QUANTIZE_TOKENS_INTEGERS, {
-          heads: u32(kvHeads),
-          blocks: u32(layout.keyTiles),
-          paddedTokens: u32(layout.paddedKeys),
-          headsPerKeyHead: u32(1),
-        }),
-        ...strideBytes(k, dtype),
-        f32(0),
-      ],
-    ),
-  );
+  if (parts.includes('key')) {
+    launches.push(
+      launch(
+        'quantize K',
+        keyModule,
+        'quantizeKey',
+        layout.keyTiles * kvHeads * batch,
+        quantizeTokensThreads(keyConfig),
+        keyModule.kernel().sharedBytes,
+        [
+          ...inOrder(QUANTIZE_TOKENS_POINTERS, {
+            sequences: pointer('sequences'),
+            input: pointer('k', k.offset * BYTES[dtype]),
+            ...(choice.smoothK ? { keyMean: pointer('keyMean') } : {}),
+            quantized: pointer('key'),
+            scale: pointer('keyScale'),
+            keyFaults: pointer('keyFaults'),
+          }),
+          ...inOrder(QUANTIZE_TOKENS_INTEGERS, {
+            heads: u32(kvHeads),
+            blocks: u32(layout.keyTiles),
+            paddedTokens: u32(layout.paddedKeys),
+            headsPerKeyHead: u32(1),
+          }),
+          ...strideBytes(k, dtype),
+          f32(0),
+        ],
+      ),
+    );
+  }
 
+  if (!parts.includes('value')) return launches;
   const valueConfig: ValueConfig = {
     target,
     dtype,
@@ -387,7 +405,7 @@ function keyValueLaunches(context: Context): KernelLaunch[] {
     ...inOrder(VALUE_INTEGERS, { heads: u32(kvHeads), blocks: u32(blocks), paddedTokens: u32(layout.paddedKeys) }),
     ...strideBytes(v, dtype),
   ];
-  const valueTiles = Math.ceil(problem.keyLength / VALUE_BLOCK);
+  const valueTiles = (layout.keyTiles * BLOCK_K) / VALUE_BLOCK;
   if (scheme.pvFormat === 'f16') {
     const module = moduleOf(convertValue, valueConfig);
     const blocks = valueTiles * kvHeads * batch;
@@ -691,23 +709,36 @@ export function planLaunches(problem: AttentionProblem, choice: KernelChoice, de
 
 /**
  * The part of a call that depends on K and V only: buffers `k`, `v` in, {@link KEY_VALUE_BUFFERS} out, whose sizes are `kept`.
+ *
+ * @param room where the buffers have room for keys to come, and from which token on they are filled
+ * @param parts what is done; the rest must have been done before, over the same room
  */
 export function planKeyValue(
   problem: AttentionProblem,
   choice: KernelChoice,
   device: DeviceFacts,
+  room?: KeyRoom,
+  parts?: readonly KeyValuePart[],
 ): LaunchSequence & { readonly kept: Readonly<Record<BufferName, number>> } {
-  const context = contextOf(problem, choice, device);
+  const context = contextOf(problem, choice, device, room);
   return {
     kept: keyValueBytes(context),
     scratch: keyValueScratch(context),
     constants: constantsOf(context),
-    launches: keyValueLaunches(context),
+    launches: keyValueLaunches(context, parts),
   };
 }
 
-/** The rest of it: attends to the buffers that {@link planKeyValue} filled. (`smoothQ` reads `k` once more.) */
-export function planAttend(problem: AttentionProblem, choice: KernelChoice, device: DeviceFacts): LaunchSequence {
-  const context = contextOf(problem, choice, device);
+/**
+ * The rest of it: attends to the buffers that {@link planKeyValue} filled, over the same room. (`smoothQ` reads `k` once
+ * more.)
+ */
+export function planAttend(
+  problem: AttentionProblem,
+  choice: KernelChoice,
+  device: DeviceFacts,
+  room?: KeyRoom,
+): LaunchSequence {
+  const context = contextOf(problem, choice, device, room);
   return { ...attendLaunches(context), constants: constantsOf(context) };
 }
