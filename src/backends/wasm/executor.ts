@@ -321,7 +321,7 @@ class ThreadExecutor implements Executor {
 
   abort({ stages }: Call): void {
     const words = new Int32Array(this.#memory.buffer);
-    for (const { job } of stages) Atomics.store(words, (job + JOB_ABORT) >> 2, 1);
+    for (const { job } of stages) Atomics.store(words, (job + JOB_ABORT) >>> 2, 1);
   }
 
   dispose(): Promise<void> {
@@ -442,7 +442,7 @@ class InlineExecutor implements Executor {
 
   abort({ stages }: Call): void {
     const words = new Int32Array(this.#memory.buffer);
-    for (const { job } of stages) words[(job + JOB_ABORT) >> 2] = 1;
+    for (const { job } of stages) words[(job + JOB_ABORT) >>> 2] = 1;
   }
 
   async dispose(): Promise<void> {

@@ -32,7 +32,7 @@ async function runStage({ entry, job, barrier }, scratch, participants) {
   if (barrier && participants > 1) {
     // The last thread to finish the stage wakes the others; a failed one counts too, or they would wait forever.
     const words = new Int32Array(memory.buffer);
-    const at = barrier >> 2;
+    const at = barrier >>> 2;
     if (Atomics.add(words, at, 1) + 1 === participants) Atomics.notify(words, at);
     else for (let n; (n = Atomics.load(words, at)) < participants; ) Atomics.wait(words, at, n);
   }
@@ -63,7 +63,7 @@ async function handle(message) {
     } else if (message.grow) {
       memory.grow(message.grow);
     } else if (message.abort) {
-      new Int32Array(memory.buffer)[message.abort >> 2] = 1;
+      new Int32Array(memory.buffer)[message.abort >>> 2] = 1;
       return;
     }
     port.postMessage({ id });
