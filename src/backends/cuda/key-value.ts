@@ -126,18 +126,21 @@ class GrowingRows {
     const [batchStride, headStride, tokenStride] = view.strides as [number, number, number];
     if (memory === undefined || tokens === 0) return;
     const elementBytes = BYTES_PER_ELEMENT[view.dtype];
+    const copy = (b: number, h: number, stride: number, pitch: number, height: number) => {
+      const first = view.offset + b * batchStride + h * headStride;
+      copyRows(
+        this.#device,
+        { pointer: view.memory.pointer + BigInt(first * elementBytes), pitch: stride * elementBytes },
+        { pointer: this.#at(memory, this.capacity, b * heads + h, held), pitch },
+        this.#rowBytes,
+        height,
+        stream,
+      );
+    };
     for (let b = 0; b < batch; b++) {
-      for (let h = 0; h < heads; h++) {
-        const first = view.offset + b * batchStride + h * headStride;
-        copyRows(
-          this.#device,
-          { pointer: view.memory.pointer + BigInt(first * elementBytes), pitch: tokenStride * elementBytes },
-          { pointer: this.#at(memory, this.capacity, b * heads + h, held), pitch: this.#rowBytes },
-          this.#rowBytes,
-          tokens,
-          stream,
-        );
-      }
+      // A decoder appends one token: its heads are the rows then.
+      if (tokens === 1) copy(b, 0, headStride, this.capacity * this.#rowBytes, heads);
+      else for (let h = 0; h < heads; h++) copy(b, h, tokenStride, this.#rowBytes, tokens);
     }
   }
 

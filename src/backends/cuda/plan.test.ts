@@ -503,15 +503,17 @@ describe('prepared keys and values', () => {
       const problem = createProblem(view, view, view, {});
       const prepared = await backend.prepareKeyValue(problem, CHOICE, view, view, {});
       await prepared.append(view, view, problem, {});
+      const one = slice(view, 2, 3, 4);
+      await prepared.append(one, one, createProblem(one, one, one, {}), {});
       device.stream.synchronize();
       const kept = fake.allocationsOf(2 * 3 * 256 * 4 * 4);
       expect(kept).toHaveLength(2);
       const floats = new Float32Array(kept[0]?.slice().buffer as ArrayBuffer);
       const there = toFloat32(source);
       for (let head = 0; head < 6; head++) {
-        for (let token = 0; token < 10; token++) {
+        for (let token = 0; token < 11; token++) {
           const at = (head * 256 + token) * 4;
-          const from = (head * 5 + (token % 5)) * 4;
+          const from = (head * 5 + (token === 10 ? 3 : token % 5)) * 4;
           expect([...floats.slice(at, at + 4)]).toEqual([...there.slice(from, from + 4)]);
         }
       }
