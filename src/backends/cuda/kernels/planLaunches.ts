@@ -43,6 +43,8 @@ import {
 } from './combine.ts';
 import { BYTES, LOG2_E, type LoadWidth, roundUp, SEQUENCE_INTS } from './common.ts';
 import { chooseTile } from './config.ts';
+import { hopperAttendLaunches, isHopperKernel } from './hopper/planHopper.ts';
+import type { HopperTuning } from './hopper/table.ts';
 import {
   MEAN_SCORES_INTEGERS,
   MEAN_SCORES_POINTERS,
@@ -84,9 +86,9 @@ export interface SimulatableModule extends KernelModule {
 }
 
 /** Rows of Q to which sequences are padded. */
-const BLOCK_Q = 128;
+export const BLOCK_Q = 128;
 /** Windows at least this wide are no windows: lengths are below it. */
-const NO_LIMIT = 2 ** 30;
+export const NO_LIMIT = 2 ** 30;
 
 /** Quantized K and V: made once, attended to many times. */
 export const KEY_VALUE_BUFFERS = [
@@ -100,12 +102,14 @@ export const KEY_VALUE_BUFFERS = [
 ] as const;
 
 /** Everything about a call that its launches share. */
-interface Context {
+export interface Context {
   readonly problem: AttentionProblem;
   readonly choice: KernelChoice;
   readonly device: DeviceFacts;
   readonly layout: PaddedLayout;
   readonly scheme: Scheme;
+  /** Replaces parts of the table's answer for Hopper kernels: for measurements. */
+  readonly hopperTuning: Partial<HopperTuning>;
 }
 
 /** Where sequences lie in the padded buffers. */
@@ -143,7 +147,16 @@ export function schemeOf(problem: AttentionProblem, choice: KernelChoice, target
   const features = TARGET_FEATURES[target];
   const { descriptor, qkQuantGran, pvAccumDtype } = choice;
   const int4 = descriptor.name === 'qk-int4-pv-fp8-cuda';
-  const fp8 = int4 || descriptor.name === 'qk-int8-pv-fp8-cuda';
+  const hopper = isHopperKernel(descriptor.name);
+  const fp8 = int4 || descriptor.name === 'qk-int8-pv-fp8-cuda' || descriptor.name === 'qk-int8-pv-fp8-cuda-sm90';
+  if (hopper && target !== 'sm_90a') {
+    throw new InvalidArgumentError(
+      'unsupported-option',
+      'options.kernel',
+      `a kernel without wgmma on ${target}`,
+      descriptor.name,
+    );
+  }
   if (fp8 && !features.fp8Conversions) {
     throw new InvalidArgumentError(
       'unsupported-option',
@@ -154,7 +167,7 @@ export function schemeOf(problem: AttentionProblem, choice: KernelChoice, target
   }
   const qkFormat = int4 && features.int4Mma ? 's4' : 's8';
   const paddedDim = roundUp(problem.headDim, qkFormat === 's4' ? 64 : 32);
-  const pvFormat = !fp8 ? 'f16' : features.fp8Mma ? 'e4m3' : 'e4m3-as-f16';
+  const pvFormat = !fp8 ? 'f16' : features.fp8Mma || hopper ? 'e4m3' : 'e4m3-as-f16';
   const accumulate =
     pvFormat === 'f16'
       ? ACCUMULATE.f16[pvAccumDtype as keyof typeof ACCUMULATE.f16]
@@ -216,7 +229,7 @@ export function paddedLayoutOf(problem: AttentionProblem, room?: KeyRoom): Padde
 }
 
 /** The largest load that an operand's place in memory allows. */
-function loadWidthOf(operand: OperandLayout, dim: number, dtype: DType, alignment: number): LoadWidth {
+export function loadWidthOf(operand: OperandLayout, dim: number, dtype: DType, alignment: number): LoadWidth {
   const whole = [operand.offset, operand.batchStride, operand.headStride, operand.tokenStride, dim];
   for (const width of [8, 4, 2] as const) {
     const bytes = Math.min(16, width * BYTES[dtype]);
@@ -228,7 +241,7 @@ function loadWidthOf(operand: OperandLayout, dim: number, dtype: DType, alignmen
 const modules = new Map<string, SimulatableModule>();
 
 /** One object for each configuration, so that devices load it once. */
-function moduleOf<C extends object>(make: (config: C) => Kernel, config: C): SimulatableModule {
+export function moduleOf<C extends object>(make: (config: C) => Kernel, config: C): SimulatableModule {
   const id = `${make.name}:${JSON.stringify(config)}`;
   let module = modules.get(id);
   if (module === undefined) {
@@ -243,19 +256,22 @@ function moduleOf<C extends object>(make: (config: C) => Kernel, config: C): Sim
   return module;
 }
 
-const pointer = (buffer: BufferName | undefined, byteOffset = 0): KernelArgument =>
+export const pointer = (buffer: BufferName | undefined, byteOffset = 0): KernelArgument =>
   buffer === undefined ? { kind: 'null' } : { kind: 'pointer', buffer, byteOffset };
-const u32 = (value: number): KernelArgument => ({ kind: 'u32', value });
-const s32 = (value: number): KernelArgument => ({ kind: 's32', value });
-const u64 = (value: number): KernelArgument => ({ kind: 'u64', value });
-const f32 = (value: number): KernelArgument => ({ kind: 'f32', value });
+export const u32 = (value: number): KernelArgument => ({ kind: 'u32', value });
+export const s32 = (value: number): KernelArgument => ({ kind: 's32', value });
+export const u64 = (value: number): KernelArgument => ({ kind: 'u64', value });
+export const f32 = (value: number): KernelArgument => ({ kind: 'f32', value });
 
 /** Arguments by name, in the order in which the kernel declares them; a pointer left out is null. */
-function inOrder<N extends string>(names: readonly N[], values: Partial<Record<N, KernelArgument>>): KernelArgument[] {
+export function inOrder<N extends string>(
+  names: readonly N[],
+  values: Partial<Record<N, KernelArgument>>,
+): KernelArgument[] {
   return names.map((name) => values[name] ?? { kind: 'null' });
 }
 
-function launch(
+export function launch(
   name: string,
   module: SimulatableModule,
   entry: string,
@@ -270,12 +286,18 @@ function launch(
   return { name, module, entry, grid: [blocks, 1, 1], block: [threads, 1, 1], sharedBytes, arguments: args };
 }
 
-const strideBytes = (operand: OperandLayout, dtype: DType) =>
+export const strideBytes = (operand: OperandLayout, dtype: DType) =>
   [operand.batchStride, operand.headStride, operand.tokenStride].map((stride) => u64(stride * BYTES[dtype]));
 
-function contextOf(problem: AttentionProblem, choice: KernelChoice, device: DeviceFacts, room?: KeyRoom): Context {
+function contextOf(
+  problem: AttentionProblem,
+  choice: KernelChoice,
+  device: DeviceFacts,
+  room?: KeyRoom,
+  hopperTuning: Partial<HopperTuning> = {},
+): Context {
   const layout = paddedLayoutOf(problem, room);
-  return { problem, choice, device, layout, scheme: schemeOf(problem, choice, device.target) };
+  return { problem, choice, device, layout, scheme: schemeOf(problem, choice, device.target), hopperTuning };
 }
 
 /** Bytes of the buffers that hold quantized K and V. */
@@ -450,18 +472,11 @@ function splitsOf({ problem, device, layout }: Context, residentBlocks: number):
   return Math.max(1, Math.min(64, most, Math.floor((device.multiprocessors * residentBlocks) / blocks)));
 }
 
-/** Quantizes Q and attends to quantized K and V. */
-function attendLaunches(context: Context): Pick<LaunchSequence, 'launches' | 'scratch'> {
-  const { problem, choice, device, layout, scheme } = context;
+/** Quantizes Q: buffers `query`, `queryScale`, `rowBias` (and `queryMean`). */
+export function quantizeQueryLaunch({ problem, choice, device, layout, scheme }: Context): KernelLaunch {
   const { target, pointerAlignment = 16 } = device;
-  const { batch, queryHeads, kvHeads, dtype, headDim, valueDim, q, mask } = problem;
-  const launches: KernelLaunch[] = [];
-  const blocks = layout.queryTiles * queryHeads * batch;
-  if (blocks === 0) return { launches, scratch: {} };
-  const rows = queryHeads * layout.paddedQueries;
-  const headsPerKeyHead = queryHeads / kvHeads;
+  const { batch, queryHeads, kvHeads, dtype, headDim, q } = problem;
   const [groupTokens, groups] = scheme.queryGroups;
-
   const queryConfig: QuantizeTokensConfig = {
     target,
     operand: 'query',
@@ -478,35 +493,102 @@ function attendLaunches(context: Context): Pick<LaunchSequence, 'launches' | 'sc
     smoothQ: choice.smoothQ,
   };
   const queryModule = moduleOf(quantizeTokens, queryConfig);
-  launches.push(
-    launch(
-      'quantize Q',
-      queryModule,
-      'quantizeQuery',
-      blocks,
-      quantizeTokensThreads(queryConfig),
-      queryModule.kernel().sharedBytes,
-      [
-        ...inOrder(QUANTIZE_TOKENS_POINTERS, {
-          sequences: pointer('sequences'),
-          input: pointer('q', q.offset * BYTES[dtype]),
-          ...(queryConfig.keyMean ? { keyMean: pointer('keyMean') } : {}),
-          quantized: pointer('query'),
-          scale: pointer('queryScale'),
-          rowBias: pointer('rowBias'),
-          ...(choice.smoothQ ? { queryMean: pointer('queryMean') } : {}),
-        }),
-        ...inOrder(QUANTIZE_TOKENS_INTEGERS, {
-          heads: u32(queryHeads),
-          blocks: u32(layout.queryTiles),
-          paddedTokens: u32(layout.paddedQueries),
-          headsPerKeyHead: u32(headsPerKeyHead),
-        }),
-        ...strideBytes(q, dtype),
-        f32(problem.smScale),
-      ],
-    ),
+  return launch(
+    'quantize Q',
+    queryModule,
+    'quantizeQuery',
+    layout.queryTiles * queryHeads * batch,
+    quantizeTokensThreads(queryConfig),
+    queryModule.kernel().sharedBytes,
+    [
+      ...inOrder(QUANTIZE_TOKENS_POINTERS, {
+        sequences: pointer('sequences'),
+        input: pointer('q', q.offset * BYTES[dtype]),
+        ...(queryConfig.keyMean ? { keyMean: pointer('keyMean') } : {}),
+        quantized: pointer('query'),
+        scale: pointer('queryScale'),
+        rowBias: pointer('rowBias'),
+        ...(choice.smoothQ ? { queryMean: pointer('queryMean') } : {}),
+      }),
+      ...inOrder(QUANTIZE_TOKENS_INTEGERS, {
+        heads: u32(queryHeads),
+        blocks: u32(layout.queryTiles),
+        paddedTokens: u32(layout.paddedQueries),
+        headsPerKeyHead: u32(queryHeads / kvHeads),
+      }),
+      ...strideBytes(q, dtype),
+      f32(problem.smScale),
+    ],
   );
+}
+
+/** Byte strides of output and LSE by the names of the kernels' parameters. */
+export function outputStridesOf(problem: AttentionProblem) {
+  const { dtype, queryHeads } = problem;
+  const output = outputLayoutOf(problem);
+  const varlen = problem.sequences !== undefined;
+  const lseLength = lseShapeOf(problem).at(-1) as number;
+  return {
+    outputBatch: u64(output.batchStride * BYTES[dtype]),
+    outputHead: u64(output.headStride * BYTES[dtype]),
+    outputToken: u64(output.tokenStride * BYTES[dtype]),
+    lseBatch: u64(varlen ? 0 : queryHeads * lseLength * 4),
+    lseHead: u64(lseLength * 4),
+  };
+}
+
+/** Joins the splits' `partialOutput` and `partialLse`. */
+export function combineLaunch({ problem, device, layout, scheme }: Context, splits: number): KernelLaunch {
+  const { batch, queryHeads, dtype, valueDim } = problem;
+  const { target } = device;
+  const combineConfig: CombineConfig = {
+    target,
+    valueDim,
+    paddedValueDim: scheme.paddedValueDim,
+    outputType: dtype,
+    lse: problem.returnLse,
+  };
+  const rowBlocks = Math.ceil(problem.queryLength / COMBINE_ROWS);
+  return launch(
+    'combine splits',
+    moduleOf(combine, combineConfig),
+    'combine',
+    rowBlocks * queryHeads * batch,
+    COMBINE_ROWS * 32,
+    0,
+    [
+      ...inOrder(COMBINE_POINTERS, {
+        sequences: pointer('sequences'),
+        partialOutput: pointer('partialOutput'),
+        partialLse: pointer('partialLse'),
+        output: pointer('output'),
+        ...(problem.returnLse ? { lse: pointer('lse') } : {}),
+      }),
+      ...inOrder(COMBINE_INTEGERS, {
+        queryHeads: u32(queryHeads),
+        rowBlocks: u32(rowBlocks),
+        splits: u32(splits),
+        paddedQueries: u32(layout.paddedQueries),
+      }),
+      ...inOrder(COMBINE_STRIDES, outputStridesOf(problem)),
+    ],
+  );
+}
+
+/** Quantizes Q and attends to quantized K and V. */
+function attendLaunches(context: Context): Pick<LaunchSequence, 'launches' | 'scratch'> {
+  if (isHopperKernel(context.choice.descriptor.name)) return hopperAttendLaunches(context);
+  const { problem, choice, device, layout, scheme } = context;
+  const { target, pointerAlignment = 16 } = device;
+  const { batch, queryHeads, kvHeads, dtype, headDim, valueDim, mask } = problem;
+  const launches: KernelLaunch[] = [];
+  const blocks = layout.queryTiles * queryHeads * batch;
+  if (blocks === 0) return { launches, scratch: {} };
+  const rows = queryHeads * layout.paddedQueries;
+  const headsPerKeyHead = queryHeads / kvHeads;
+  const [groupTokens, groups] = scheme.queryGroups;
+
+  launches.push(quantizeQueryLaunch(context));
 
   const meanScoreKeys = layout.keyTiles * BLOCK_K;
   if (choice.smoothQ && layout.keyTiles > 0) {
@@ -576,16 +658,7 @@ function attendLaunches(context: Context): Pick<LaunchSequence, 'launches' | 'sc
     lse: problem.returnLse,
     split: splits > 1,
   };
-  const output = outputLayoutOf(problem);
-  const varlen = problem.sequences !== undefined;
-  const lseLength = lseShapeOf(problem).at(-1) as number;
-  const outputStrides = {
-    outputBatch: u64(output.batchStride * BYTES[dtype]),
-    outputHead: u64(output.headStride * BYTES[dtype]),
-    outputToken: u64(output.tokenStride * BYTES[dtype]),
-    lseBatch: u64(varlen ? 0 : queryHeads * lseLength * 4),
-    lseHead: u64(lseLength * 4),
-  };
+  const outputStrides = outputStridesOf(problem);
   const maskBytes = mask === undefined ? 0 : mask.dtype === 'bool' ? 1 : BYTES[mask.dtype];
   const [maskBatch, maskHead, maskQuery, maskKey] = (mask?.strides ?? [0, 0, 0, 0]).map((stride) =>
     u64(stride * maskBytes),
@@ -627,42 +700,7 @@ function attendLaunches(context: Context): Pick<LaunchSequence, 'launches' | 'sc
     ]),
   );
 
-  if (splits > 1) {
-    const combineConfig: CombineConfig = {
-      target,
-      valueDim,
-      paddedValueDim: scheme.paddedValueDim,
-      outputType: dtype,
-      lse: problem.returnLse,
-    };
-    const rowBlocks = Math.ceil(problem.queryLength / COMBINE_ROWS);
-    launches.push(
-      launch(
-        'combine splits',
-        moduleOf(combine, combineConfig),
-        'combine',
-        rowBlocks * queryHeads * batch,
-        COMBINE_ROWS * 32,
-        0,
-        [
-          ...inOrder(COMBINE_POINTERS, {
-            sequences: pointer('sequences'),
-            partialOutput: pointer('partialOutput'),
-            partialLse: pointer('partialLse'),
-            output: pointer('output'),
-            ...(problem.returnLse ? { lse: pointer('lse') } : {}),
-          }),
-          ...inOrder(COMBINE_INTEGERS, {
-            queryHeads: u32(queryHeads),
-            rowBlocks: u32(rowBlocks),
-            splits: u32(splits),
-            paddedQueries: u32(layout.paddedQueries),
-          }),
-          ...inOrder(COMBINE_STRIDES, outputStrides),
-        ],
-      ),
-    );
-  }
+  if (splits > 1) launches.push(combineLaunch(context, splits));
   return {
     launches,
     scratch: {
@@ -697,8 +735,13 @@ const constantsOf = ({ layout }: Context): Record<BufferName, Uint8Array> => ({
  *
  * @throws {InvalidArgumentError} when the problem is too large or the target lacks the kernel's formats
  */
-export function planLaunches(problem: AttentionProblem, choice: KernelChoice, device: DeviceFacts): LaunchSequence {
-  const context = contextOf(problem, choice, device);
+export function planLaunches(
+  problem: AttentionProblem,
+  choice: KernelChoice,
+  device: DeviceFacts,
+  hopperTuning: Partial<HopperTuning> = {},
+): LaunchSequence {
+  const context = contextOf(problem, choice, device, undefined, hopperTuning);
   const attend = attendLaunches(context);
   return {
     scratch: { ...keyValueBytes(context), ...keyValueScratch(context), ...attend.scratch },
@@ -738,7 +781,8 @@ export function planAttend(
   choice: KernelChoice,
   device: DeviceFacts,
   room?: KeyRoom,
+  hopperTuning: Partial<HopperTuning> = {},
 ): LaunchSequence {
-  const context = contextOf(problem, choice, device, room);
+  const context = contextOf(problem, choice, device, room, hopperTuning);
   return { ...attendLaunches(context), constants: constantsOf(context) };
 }
