@@ -1,10 +1,45 @@
-import { defineConfig } from 'vitest/config';
+import { configDefaults, defineConfig } from 'vitest/config';
+import {
+  locateSoftwareGpu,
+  REMEDY,
+  SOFTWARE_GPUS,
+  type SoftwareGpu,
+  softwareGpuEnvironment,
+} from './scripts/software-gpu.ts';
+
+/** Tests of the WebGPU backend on a software GPU, whose driver the environment names before Dawn loads. */
+function softwareGpuProject(gpu: SoftwareGpu) {
+  const manifest = locateSoftwareGpu(gpu);
+  return {
+    extends: true as const,
+    test: {
+      name: `webgpu-${gpu}`,
+      include: ['src/**/*.gpu.test.ts', 'test/**/*.gpu.test.ts'],
+      env: {
+        SAGEATTENTION_SOFTWARE_GPU: gpu,
+        ...(manifest === undefined
+          ? { SAGEATTENTION_SOFTWARE_GPU_MISSING: REMEDY[gpu] }
+          : softwareGpuEnvironment(manifest)),
+      },
+    },
+  };
+}
 
 export default defineConfig({
   test: {
     pool: 'forks',
     testTimeout: 120_000,
-    projects: [{ extends: true, test: { name: 'unit', include: ['src/**/*.test.ts', 'test/**/*.test.ts'] } }],
+    projects: [
+      {
+        extends: true,
+        test: {
+          name: 'unit',
+          include: ['src/**/*.test.ts', 'test/**/*.test.ts'],
+          exclude: [...configDefaults.exclude, '**/*.gpu.test.ts', '**/*.browser.test.ts'],
+        },
+      },
+      ...SOFTWARE_GPUS.map(softwareGpuProject),
+    ],
     coverage: {
       provider: 'v8',
       include: ['src/**/*.ts'],

@@ -20,6 +20,8 @@ export interface Capabilities {
   readonly subgroupSize: readonly [min: number, max: number];
   /** Subgroup matrix products that shaders may use; empty without the feature. */
   readonly matrixConfigs: readonly MatrixConfig[];
+  /** The name under which the device has them. */
+  readonly matrixFeature: string | undefined;
   readonly packedDot: boolean;
   readonly subgroupId: boolean;
   readonly timestamps: boolean;
@@ -73,7 +75,7 @@ export function capabilitiesOf(
   const { features, limits } = device;
   const has = (feature: string) => features.has(feature as GPUFeatureName);
   const adapter = [info?.vendor, info?.architecture, info?.device, info?.description].filter(Boolean).join(' ');
-  const matrix = MATRIX_FEATURES.some(([feature]) => has(feature));
+  const matrixFeature = MATRIX_FEATURES.map(([feature]) => feature).find(has);
   const listed = (info as AdapterInfo | undefined)?.subgroupMatrixConfigs;
   return {
     adapter: adapter === '' ? 'unnamed adapter' : adapter,
@@ -81,7 +83,8 @@ export function capabilitiesOf(
     shaderF16: has('shader-f16'),
     subgroups: has('subgroups'),
     subgroupSize: [info?.subgroupMinSize ?? 0, info?.subgroupMaxSize ?? 0],
-    matrixConfigs: matrix && listed !== undefined ? Array.from(listed, matrixConfig) : [],
+    matrixConfigs: matrixFeature !== undefined && listed !== undefined ? Array.from(listed, matrixConfig) : [],
+    matrixFeature,
     packedDot: language?.has('packed_4x8_integer_dot_product') ?? false,
     subgroupId: language?.has('subgroup_id') ?? false,
     timestamps: has('timestamp-query'),

@@ -2,9 +2,11 @@
 import { UnsupportedOptionError } from '../../attention/errors.ts';
 import type { AttentionProblem } from '../../attention/problem.ts';
 import type { KernelChoice } from '../backend.ts';
-import type { Capabilities } from './capabilities.ts';
+import { type Capabilities, MATRIX_FEATURES, type MatrixConfig } from './capabilities.ts';
 import { type AttentionKernel, padDim } from './stages.ts';
+import { type MatrixShape, matrixAttentionKernel, matrixWorkgroupBytes } from './wgsl/attention-matrix.ts';
 import { type TileShape, tiledAttentionKernel, tiledWorkgroupBytes } from './wgsl/attention-tiled.ts';
+import { emulatedMatrices, nativeMatrices } from './wgsl/matrix-operations.ts';
 
 export const FAMILIES = ['matrix', 'subgroup', 'base'] as const;
 
@@ -32,6 +34,260 @@ export const TILED_VARIANTS: readonly TiledVariant[] = [
 
 const SOFTWARE_VARIANT = '16x16n';
 
+export interface MatrixVariant extends MatrixShape {
+  readonly name: string;
+  /** Result type of P V. f16 takes half the registers and loses accuracy with length: never chosen unless forced. */
+  readonly accumulate: 'f32' | 'f16';
+}
+
+/**
+ * Tiles of family `matrix`, best first; the first that fits is taken. Names: subgroups x row tiles x keys, staged
+ * operands (k, v), headroom. The order is a judgement from instruction counts, to be settled by bench/webgpu/h200.ts.
+ */
+export const MATRIX_VARIANTS: readonly MatrixVariant[] = [
+  {
+    name: '4x2x32kv',
+    subgroups: 4,
+    rowTiles: 2,
+    keys: 32,
+    stageKeys: true,
+    stageValues: true,
+    headroom: 8,
+    accumulate: 'f32',
+  },
+  {
+    name: '4x2x64',
+    subgroups: 4,
+    rowTiles: 2,
+    keys: 64,
+    stageKeys: false,
+    stageValues: false,
+    headroom: 8,
+    accumulate: 'f32',
+  },
+  {
+    name: '4x2x32',
+    subgroups: 4,
+    rowTiles: 2,
+    keys: 32,
+    stageKeys: false,
+    stageValues: false,
+    headroom: 8,
+    accumulate: 'f32',
+  },
+  {
+    name: '4x1x64kv',
+    subgroups: 4,
+    rowTiles: 1,
+    keys: 64,
+    stageKeys: true,
+    stageValues: true,
+    headroom: 8,
+    accumulate: 'f32',
+  },
+  {
+    name: '4x1x64',
+    subgroups: 4,
+    rowTiles: 1,
+    keys: 64,
+    stageKeys: false,
+    stageValues: false,
+    headroom: 8,
+    accumulate: 'f32',
+  },
+  {
+    name: '8x1x32kv',
+    subgroups: 8,
+    rowTiles: 1,
+    keys: 32,
+    stageKeys: true,
+    stageValues: true,
+    headroom: 8,
+    accumulate: 'f32',
+  },
+  {
+    name: '8x1x32',
+    subgroups: 8,
+    rowTiles: 1,
+    keys: 32,
+    stageKeys: false,
+    stageValues: false,
+    headroom: 8,
+    accumulate: 'f32',
+  },
+  {
+    name: '4x1x32',
+    subgroups: 4,
+    rowTiles: 1,
+    keys: 32,
+    stageKeys: false,
+    stageValues: false,
+    headroom: 8,
+    accumulate: 'f32',
+  },
+  {
+    name: '2x2x64',
+    subgroups: 2,
+    rowTiles: 2,
+    keys: 64,
+    stageKeys: false,
+    stageValues: false,
+    headroom: 8,
+    accumulate: 'f32',
+  },
+  {
+    name: '4x1x32e',
+    subgroups: 4,
+    rowTiles: 1,
+    keys: 32,
+    stageKeys: false,
+    stageValues: false,
+    headroom: 0,
+    accumulate: 'f32',
+  },
+  {
+    name: '4x2x64h',
+    subgroups: 4,
+    rowTiles: 2,
+    keys: 64,
+    stageKeys: false,
+    stageValues: false,
+    headroom: 0,
+    accumulate: 'f16',
+  },
+  {
+    name: '2x1x32',
+    subgroups: 2,
+    rowTiles: 1,
+    keys: 32,
+    stageKeys: false,
+    stageValues: false,
+    headroom: 8,
+    accumulate: 'f32',
+  },
+  {
+    name: '1x1x32',
+    subgroups: 1,
+    rowTiles: 1,
+    keys: 32,
+    stageKeys: false,
+    stageValues: false,
+    headroom: 8,
+    accumulate: 'f32',
+  },
+];
+
+/** The products that emulation stands for: what an H200 lists. */
+const EMULATED_LANES = 32;
+const EMULATED_PRODUCTS = (f16: boolean): readonly MatrixConfig[] => {
+  const type = f16 ? 'f16' : 'f32';
+  return [
+    { componentType: 'i8', resultComponentType: 'i32', M: 16, N: 16, K: 32 },
+    { componentType: type, resultComponentType: 'f32', M: 16, N: 16, K: 16 },
+  ];
+};
+
+/** How good a component is for Q K^T: INT8 as it is, or converted to a type whose sums are exact to 2^24. */
+const QK_PREFERENCE = ['i8->i32', 'f16->f32', 'f32->f32'];
+const PV_PREFERENCE = { f32: ['f16->f32', 'f32->f32'], f16: ['f16->f16'] } as const;
+
+/** The products to use: both with the same M, and dims that divide the padded head dims (32) and the key tile. */
+export function matrixProducts(
+  configs: readonly MatrixConfig[],
+  accumulate: 'f32' | 'f16',
+): { readonly qk: MatrixConfig; readonly pv: MatrixConfig } | undefined {
+  const usable = (config: MatrixConfig) => 32 % config.K === 0 && 32 % config.N === 0 && config.N % 4 === 0;
+  const ranked = (preference: readonly string[]) =>
+    preference.flatMap((types) =>
+      configs
+        .filter((config) => `${config.componentType}->${config.resultComponentType}` === types && usable(config))
+        .sort((a, b) => b.M * b.N * b.K - a.M * a.N * a.K),
+    );
+  for (const qk of ranked(QK_PREFERENCE)) {
+    const pv = ranked(PV_PREFERENCE[accumulate]).find(({ M }) => M === qk.M);
+    if (pv !== undefined) return { qk, pv };
+  }
+  return undefined;
+}
+
+/** What a device offers the matrix kernel, or why it does not. */
+function matrixSupport(capabilities: Capabilities, emulate: boolean) {
+  const configs = emulate ? EMULATED_PRODUCTS(capabilities.shaderF16) : capabilities.matrixConfigs;
+  const [min, max] = capabilities.subgroupSize;
+  const lanes = emulate ? EMULATED_LANES : max;
+  if (!capabilities.subgroups) return { reason: "no feature 'subgroups'" };
+  if (configs.length === 0) return { reason: 'no subgroup matrix configurations (in Dawn: toggle allow_unsafe_apis)' };
+  if (!emulate && min !== max) return { reason: `subgroups of ${min} to ${max} lanes` };
+  const products = matrixProducts(configs, 'f32');
+  if (products === undefined) return { reason: 'no pair of listed products that the kernel can use' };
+  if (products.pv.componentType === 'f16' && !capabilities.shaderF16) return { reason: "no feature 'shader-f16'" };
+  if (lanes % products.qk.M !== 0 || lanes / products.qk.M > Math.max(4, min))
+    return { reason: `subgroups of ${lanes} lanes` };
+  return { lanes, configs };
+}
+
+export function chooseMatrixVariant(
+  capabilities: Capabilities,
+  headDimPadded: number,
+  valueDimPadded: number,
+  forced: string | undefined,
+  emulate: boolean,
+): AttentionVariant {
+  const support = matrixSupport(capabilities, emulate);
+  if (support.reason !== undefined) {
+    throw new UnsupportedOptionError(
+      'qk-int8-pv-fp16',
+      'options.family',
+      "'subgroup' or 'base' on this device",
+      `'matrix': ${support.reason}`,
+    );
+  }
+  const { lanes, configs } = support;
+  const candidates = MATRIX_VARIANTS.flatMap((variant) => {
+    const products = matrixProducts(configs, variant.accumulate);
+    if (products === undefined) return [];
+    const { qk } = products;
+    const rows = variant.subgroups * variant.rowTiles * qk.M;
+    const fits =
+      matrixWorkgroupBytes({ ...variant, ...products }, headDimPadded, valueDimPadded) <= capabilities.workgroupBytes &&
+      variant.subgroups * lanes <= capabilities.workgroupThreads &&
+      128 % rows === 0 &&
+      variant.subgroups * lanes >= variant.keys;
+    return fits ? [{ variant, products, rows }] : [];
+  });
+  const affordable = candidates.filter(
+    ({ variant }) => variant.accumulate === 'f32' && variant.rowTiles * valueDimPadded <= MATRIX_OUTPUT_COLUMNS,
+  );
+  const found =
+    forced === undefined ? (affordable[0] ?? candidates[0]) : candidates.find(({ variant }) => variant.name === forced);
+  if (found === undefined) {
+    const names = candidates.map(({ variant }) => `'${variant.name}'`).join(', ');
+    throw new UnsupportedOptionError('qk-int8-pv-fp16', 'options.variant', `one of ${names || 'none'}`, `'${forced}'`);
+  }
+  const { variant, products, rows } = found;
+  const extension = MATRIX_FEATURES.find(([feature]) => capabilities.matrixFeature === feature)?.[1] ?? '';
+  return {
+    family: 'matrix',
+    name: variant.name,
+    kernel: {
+      label: `attention matrix ${variant.name}${emulate ? ' emulated' : ''}`,
+      rows,
+      source: (config) =>
+        matrixAttentionKernel({
+          ...config,
+          ...variant,
+          ...products,
+          lanes,
+          subgroupId: capabilities.subgroupId,
+          operations: emulate ? emulatedMatrices(lanes) : nativeMatrices(extension),
+        }),
+    },
+  };
+}
+
+/** Output columns of float32 that a subgroup can hold for 16 rows each, in registers. */
+const MATRIX_OUTPUT_COLUMNS = 256;
+
 /** A thread's output registers (float32) above which a tile is not used: more would spill. */
 const OUTPUT_REGISTERS = 80;
 
@@ -46,6 +302,9 @@ export function familiesOf(capabilities: Capabilities): { readonly offered: Fami
       `subgroup: ${capabilities.subgroups ? (capabilities.packedDot ? 'subgroups smaller than 4' : 'no dot4I8Packed') : "no feature 'subgroups'"}`,
     );
   }
+  const { reason } = matrixSupport(capabilities, false);
+  if (reason === undefined) offered.unshift('matrix');
+  else missing.unshift(`matrix: ${reason}`);
   return { offered, missing };
 }
 
@@ -128,12 +387,13 @@ export function chooseVariant(
   capabilities: Capabilities,
   problem: AttentionProblem,
   _choice: KernelChoice,
-  forced: { readonly family?: Family; readonly variant?: string },
+  forced: { readonly family?: Family; readonly variant?: string; readonly emulateMatrices?: boolean },
 ): AttentionVariant {
-  const family = chooseFamily(capabilities, forced.family);
+  const emulate = forced.emulateMatrices === true;
+  const family = emulate ? 'matrix' : chooseFamily(capabilities, forced.family);
   const [headDimPadded, valueDimPadded] = [padDim(problem.headDim), padDim(problem.valueDim)];
   if (family === 'matrix')
-    throw new UnsupportedOptionError('qk-int8-pv-fp16', 'options.family', "'subgroup' or 'base'", "'matrix'");
+    return chooseMatrixVariant(capabilities, headDimPadded, valueDimPadded, forced.variant, emulate);
   const tiles = chooseTiles(capabilities, family, headDimPadded, valueDimPadded, problem.queryLength, forced.variant);
   return {
     family,

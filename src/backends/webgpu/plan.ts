@@ -68,6 +68,11 @@ export interface PlanOptions {
   readonly family?: Family;
   /** A variant of the family's table by name. Default: the first that fits. */
   readonly variant?: string;
+  /**
+   * Runs the matrix kernel with its matrix operations replaced by plain WGSL, on any device with subgroups: slow, and for
+   * tests of everything else in it. Default false.
+   */
+  readonly emulateMatrices?: boolean;
 }
 
 type Buffers = Partial<Record<BufferName, GPUBuffer>>;

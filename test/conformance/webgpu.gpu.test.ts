@@ -1,0 +1,100 @@
+/**
+ * The suite on a software GPU: the whole of it for one family, and for the others what their own code decides. The vitest
+ * project names the driver; a driver that is missing is a named failure in CI.
+ */
+import { afterAll, beforeAll, describe, expect } from 'vitest';
+import { setBackend } from '../../src/backends/registry.ts';
+import { createWebgpuBackend, type WebgpuBackend, type WebgpuBackendOptions } from '../../src/backends/webgpu/index.ts';
+import { PORTABLE_ALGORITHM } from '../../src/reference/quantized.ts';
+import { runSeed } from '../support/random.ts';
+import { itNeeds } from '../support/requirement.ts';
+import { conformanceTests, type Target } from './suite.ts';
+
+const DRIVER = process.env.SAGEATTENTION_SOFTWARE_GPU ?? 'the GPU of this machine';
+const MISSING = process.env.SAGEATTENTION_SOFTWARE_GPU_MISSING;
+
+const target = (name: string, settings: Partial<Target> = {}): Target => ({
+  name,
+  backend: 'webgpu',
+  kernel: 'qk-int8-pv-fp16',
+  // What the official INT8 kernel with FP16 PV loses on such inputs, and a half more.
+  relativeL1: 0.02,
+  algorithm: PORTABLE_ALGORITHM,
+  randomCases: 6,
+  ...settings,
+});
+
+interface Run {
+  readonly options: WebgpuBackendOptions;
+  readonly target: Target;
+  /** Tests whose names contain one of these; default all. */
+  readonly only?: readonly string[];
+}
+
+/** What the way of computing decides, whatever prepares and splits: masks, bands, softcap, poison, LSE. */
+const KERNEL_TESTS = [
+  'dtype and layout: float16',
+  'mask: additive float16',
+  'mask: bool [Lq',
+  'causal, window and softcap',
+  'Dv 33',
+  'causal: bottom-right 5',
+  'not a number: in one',
+  'not a number: in a value',
+  'varlen: 5',
+  'no keys',
+  'V near the float32',
+  'one key at a time',
+];
+
+const WHOLE = process.env.SAGEATTENTION_SOFTWARE_GPU === 'swiftshader' ? 'base' : 'subgroup';
+const OTHER = WHOLE === 'base' ? 'subgroup' : 'base';
+
+const RUNS: readonly Run[] = [
+  { options: { family: WHOLE }, target: target(`family ${WHOLE}`) },
+  { options: { family: OTHER }, target: target(`family ${OTHER}`), only: KERNEL_TESTS },
+  {
+    options: { family: OTHER },
+    target: target('per-thread scales', { options: { qkQuantGran: 'per-thread' }, relativeL1: 0.0185 }),
+    only: ['GQA', 'varlen: 5', 'one key at a time'],
+  },
+  {
+    options: { family: OTHER },
+    target: target('per-warp scales', { options: { qkQuantGran: 'per-warp' } }),
+    only: ['GQA', 'varlen: 5'],
+  },
+  {
+    options: { family: 'base', variant: '32x32s' },
+    target: target('base, wide tiles in shared memory'),
+    only: ['GQA', 'mask: bool [Lq'],
+  },
+];
+
+const seed = runSeed();
+const test = itNeeds(MISSING);
+
+for (const { options, target, only } of RUNS) {
+  describe(`WebGPU on ${DRIVER}: ${target.name} (SAGEATTENTION_SEED=${seed})`, () => {
+    let backend: WebgpuBackend | undefined;
+    beforeAll(async () => {
+      if (MISSING !== undefined) return;
+      backend = createWebgpuBackend(options);
+      await setBackend(backend);
+    });
+    afterAll(() => backend?.dispose());
+    for (const { name, run } of conformanceTests(target, seed)) {
+      if (only === undefined || only.some((text) => name.includes(text))) test(name, run);
+    }
+  });
+}
+
+describe(`WebGPU on ${DRIVER}`, () => {
+  test('is what the tests run on', async () => {
+    const backend = createWebgpuBackend();
+    const { details } = await backend.availability();
+    await backend.dispose();
+    expect(details.adapter).toMatch(
+      DRIVER === 'lavapipe' ? /llvmpipe/ : DRIVER === 'swiftshader' ? /SwiftShader/ : /./,
+    );
+  });
+});
