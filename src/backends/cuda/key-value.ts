@@ -166,8 +166,8 @@ interface Quantized {
 
 /** Tokens whose mean is good enough to stay; with fewer, an append quantizes all anew. */
 const SETTLED_MEAN = 512;
-/** Keys of a tile of the attention kernels: what is quantized at a time. */
-const TILE = 64;
+/** A multiple of every kernel's tile of keys: what is quantized at a time. */
+const TILE = 128;
 
 /**
  * Keys and values of one call, as they came and quantized. An append quantizes the tiles that it touches, with the means of

@@ -46,6 +46,13 @@ const CONTEXT_LOST: ReadonlySet<number> = new Set([
   999, // CUDA_ERROR_UNKNOWN
 ]);
 
+/** What to do about statuses whose text does not say it. */
+const REMEDIES: Readonly<Record<number, string>> = {
+  34: "; the library that was found is the toolkit's stub, not the driver",
+  222: '; the driver is too old for this kernel: install a newer one',
+  803: '; the driver was updated while it was loaded: restart the machine',
+};
+
 /** True for a fault of something that ran earlier, not of the call that reported it. */
 export const losesContext = (status: number): boolean => CONTEXT_LOST.has(status);
 
@@ -83,5 +90,11 @@ export function cudaError(
         ? `; kernel '${suspects[0]}' was under way`
         : `; one of the kernels under way caused it: ${suspects.map((kernel) => `'${kernel}'`).join(', ')} (with CUDA_LAUNCH_BLOCKING=1 in the environment the driver reports the fault at the launch itself)`;
   const code = status === CUDA_ERROR_OUT_OF_MEMORY ? 'out-of-memory' : lost ? 'device-lost' : 'execution-failed';
-  return new CudaError(code, `${what}: ${name} (${text}) from ${call}${cause}`, status, name, call);
+  return new CudaError(
+    code,
+    `${what}: ${name} (${text}) from ${call}${cause}${REMEDIES[status] ?? ''}`,
+    status,
+    name,
+    call,
+  );
 }
