@@ -8,6 +8,7 @@ import { afterAll, describe, expect, it } from 'vitest';
 import { readModelFile, sentenceEncoderModel } from '../../../scripts/sentence-encoder-onnx.ts';
 import { Random, runSeed } from '../../../test/support/random.ts';
 import { itNeeds } from '../../../test/support/requirement.ts';
+import { SENTENCES } from '../../../test/support/sentences.ts';
 import {
   missingFonts,
   readClasses,
@@ -77,16 +78,6 @@ describe.each(Object.entries(ENGINES))('PaddleOCR recognition through %s', (_, o
     await sage.release();
   });
 });
-
-const SENTENCES = [
-  'A cat sat on the mat.',
-  'A kitten was resting on a rug.',
-  'The stock market fell sharply on Monday.',
-  'Shares lost much of their value at the start of the week.',
-  'How do I reset my password?',
-  'I forgot my login and need a new one, please send me instructions by mail as soon as you can.',
-  'The recipe needs two eggs, a cup of flour and a pinch of salt.',
-];
 
 describe.each(Object.entries(ENGINES))('sentence encoder through %s', (engine, ort) => {
   it('keeps similarities within 1e-3, from bytes and from a file', async () => {
