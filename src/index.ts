@@ -62,3 +62,13 @@ export {
 export const sageattnQkInt8PvFp16 = kernelFunction('qk-int8-pv-fp16');
 /** INT8 QK and integer PV: the fastest on WASM. */
 export const sageattnQkInt8PvInt8 = kernelFunction('qk-int8-pv-int8');
+/** INT8 QK, FP16 PV with three accumulators; CUDA, sm_80 and later. SageAttention2, arXiv 2411.10958. */
+export const sageattnQkInt8PvFp16Cuda = kernelFunction('qk-int8-pv-fp16-cuda');
+/** INT8 QK, FP16 PV on Hopper's `wgmma`. */
+export const sageattnQkInt8PvFp16CudaSm90 = kernelFunction('qk-int8-pv-fp16-cuda-sm90');
+/** INT8 QK, FP8 PV; CUDA, sm_89 and later. SageAttention2, arXiv 2411.10958; accumulator 'fp32+fp16': 2++, arXiv 2505.21136. */
+export const sageattnQkInt8PvFp8Cuda = kernelFunction('qk-int8-pv-fp8-cuda');
+/** INT8 QK, FP8 PV on Hopper's `wgmma`. SageAttention2, arXiv 2411.10958. */
+export const sageattnQkInt8PvFp8CudaSm90 = kernelFunction('qk-int8-pv-fp8-cuda-sm90');
+/** INT4 QK with Q and K smoothed, FP8 PV; CUDA, sm_89 and later. SageAttention2, arXiv 2411.10958, section 3. */
+export const sageattnQkInt4PvFp8Cuda = kernelFunction('qk-int4-pv-fp8-cuda');
