@@ -254,7 +254,7 @@ describe('playground', () => {
       expect(smoothed).toBeGreaterThan(raw as number);
       await page.fill('#why-text', 'A short text of one sentence.');
       await waitForText(page, '#why-message', /^[5-9] tokens, layer 1/);
-      await page.locator('#why-controls').getByLabel('Layer').selectOption('1');
+      await page.locator('#why-controls').getByLabel('Layer', { exact: true }).selectOption('1');
       await waitForNote(page, 'Q', /128 channels/);
       await page.fill('#why-text', ' ');
       await waitForText(page, '#why-message', /Type a few words/);

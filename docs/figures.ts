@@ -1,0 +1,190 @@
+/**
+ * Draws the figures of how-it-works.md with the library's own code: `tsx docs/figures.ts` writes docs/figures/*.svg. The
+ * activations are those of the sentence encoder on the first chapter of Alice in Wonderland.
+ */
+import { mkdir, readFile, writeFile } from 'node:fs/promises';
+import { drawHead, type Head, outputErrors, picture } from '../playground/lab.ts';
+import { chart, Plot } from '../src/cli/charts.ts';
+import { exactOutput } from '../src/cli/exact.ts';
+import { openSentenceModel } from '../src/cli/model.ts';
+import type { AttentionCall } from '../src/models/sentence-encoder/index.ts';
+import { toFloat32 } from '../src/tensor/access.ts';
+import { E4M3_MAX, roundToE4m3 } from '../src/tensor/formats/float8.ts';
+import { roundToFloat16 } from '../src/tensor/formats/float16.ts';
+import { slice, tensor } from '../src/tensor/tensor.ts';
+
+/** Q, K and V of one head of the first layer. */
+async function realHead(): Promise<Head> {
+  const { tokenizer, encoder } = await openSentenceModel();
+  const text = await readFile(new URL('../src/cli/alice-chapter-1.txt', import.meta.url), 'utf8');
+  const calls: AttentionCall[] = [];
+  await encoder.encode([tokenizer.encode(text).slice(0, 128)], async (call) => {
+    calls.push(call);
+    return tensor(await exactOutput({ ...call, tensorLayout: 'NHD' }, () => {}), call.q.shape);
+  });
+  const { q, k, v } = calls[0] as AttentionCall;
+  const [, length = 0, , dim = 0] = q.shape;
+  const head = (view: typeof q) => toFloat32(slice(view, 2, 0, 1));
+  return { q: head(q), k: head(k), v: head(v), length, dim };
+}
+
+const ACCENT = '#3d8c66';
+const SECOND = '#c8702a';
+const THIRD = '#4a78c8';
+const WIDTH = 720;
+
+/** Text and rules follow the reader's colour scheme, also where the figure is an image. */
+const STYLE = 'svg{color:#1b211d!important}@media (prefers-color-scheme:dark){svg{color:#e8ece9!important}}';
+
+function svg(alt: string, options: Plot.PlotOptions): string {
+  const drawn = chart({ width: WIDTH, marginBottom: 42, ...options });
+  return drawn.replace(/^<svg ([^>]*)>/, `<svg $1 role="img"><title>${alt}</title><style>${STYLE}</style>`);
+}
+
+/** What the figures compare: mild offsets, and the large ones that big models have. */
+interface Sample {
+  readonly name: string;
+  readonly head: Head;
+}
+
+/** Lowest and highest code of each channel, before and after smoothing. */
+function codesFigure(samples: readonly Sample[]): string {
+  const panels = ['K as it is', 'K smoothed'];
+  const bars = samples.flatMap(({ name, head }) => {
+    const { rawCodes, smoothedCodes } = picture(head, {
+      smoothK: true,
+      smoothQ: false,
+      granularity: 'per-block',
+      bits: 'int8',
+    });
+    return [rawCodes, smoothedCodes].flatMap((codes, i) =>
+      Array.from(codes.lowest, (low, channel) => ({
+        name,
+        panel: panels[i],
+        color: [SECOND, ACCENT][i],
+        channel,
+        low,
+        high: codes.highest[channel] as number,
+      })),
+    );
+  });
+  return svg('The INT8 codes that each channel of K uses, before and after smoothing', {
+    height: 420,
+    marginTop: 26,
+    marginRight: 116,
+    fx: { domain: panels, label: null, padding: 0.06 },
+    fy: { domain: samples.map(({ name }) => name), label: null, padding: 0.12 },
+    x: { label: 'channel', labelAnchor: 'center', labelArrow: 'none', ticks: 5 },
+    y: { label: 'code', domain: [-128, 128], ticks: 5, labelAnchor: 'center', labelArrow: 'none' },
+    marks: [
+      Plot.ruleX(bars, {
+        fx: 'panel',
+        fy: 'name',
+        x: 'channel',
+        y1: 'low',
+        y2: 'high',
+        stroke: 'color',
+        strokeWidth: 2.5,
+      }),
+      Plot.ruleY([0], { strokeOpacity: 0.4 }),
+    ],
+  });
+}
+
+/** Error of the output for every kernel and granularity of the playground's second section. */
+function errorsFigure(samples: readonly Sample[]): string {
+  const errors = samples.flatMap(({ name, head }) =>
+    [...outputErrors(head)].map((error) => ({ ...error, name, row: `${error.kernel}, ${error.granularity}` })),
+  );
+  const percent = (value: number) => `${Number((100 * value).toPrecision(2))} %`;
+  const dots = (smoothK: boolean, options: Plot.DotOptions) =>
+    Plot.dot(
+      errors.filter((error) => error.smoothK === smoothK),
+      { fx: 'name', x: 'relativeL1', y: 'row', r: 4.5, ...options },
+    );
+  return svg('Relative L1 error of the output by kernel and granularity, with K smoothed and not', {
+    height: 330,
+    marginLeft: 200,
+    marginRight: 30,
+    marginTop: 26,
+    fx: { domain: samples.map(({ name }) => name), label: null, padding: 0.1 },
+    x: {
+      type: 'log',
+      label: 'relative L1 error of the output (filled: K smoothed, open: not smoothed)',
+      labelAnchor: 'center',
+      labelArrow: 'none',
+      grid: true,
+      ticks: [0.01, 0.1, 1],
+      tickFormat: percent,
+    },
+    y: { domain: [...new Set(errors.map(({ row }) => row))], label: null, tickSize: 0 },
+    marks: [dots(false, { stroke: SECOND, strokeWidth: 2 }), dots(true, { fill: ACCENT })],
+  });
+}
+
+/** Error that each format of P makes, over P's range of 0 to 1. */
+function formatsFigure(): string {
+  const formats = [
+    { name: 'INT8', color: SECOND, round: (p: number) => Math.round(p * 127) / 127 },
+    { name: 'FP8 E4M3', color: THIRD, round: (p: number) => roundToE4m3(p * E4M3_MAX) / E4M3_MAX },
+    { name: 'FP16', color: ACCENT, round: roundToFloat16 },
+  ];
+  const OCTAVES = 10;
+  const points = formats.flatMap(({ name, color, round }) =>
+    Array.from({ length: OCTAVES }, (_, i) => {
+      const low = 2 ** (i - OCTAVES);
+      let error = 0;
+      for (let j = 0; j <= 4096; j++) {
+        const p = low * (1 + j / 4096);
+        error = Math.max(error, Math.abs(round(p) - p));
+      }
+      return [low, 2 * low].map((p) => ({ name, color, p, error }));
+    }).flat(),
+  );
+  return svg('Largest rounding error of P by its size, for INT8, FP8 E4M3 and FP16', {
+    height: 300,
+    marginLeft: 64,
+    marginRight: 76,
+    x: {
+      type: 'log',
+      base: 2,
+      label: 'P',
+      labelAnchor: 'center',
+      labelArrow: 'none',
+      ticks: 6,
+      tickFormat: (p: number) => (p < 1 ? `1/${Math.round(1 / p)}` : '1'),
+    },
+    y: {
+      type: 'log',
+      label: 'largest rounding error',
+      grid: true,
+      tickFormat: (e: number) => e.toExponential(0),
+      ticks: 5,
+      labelArrow: 'none',
+    },
+    marks: [
+      Plot.line(points, { x: 'p', y: 'error', z: 'name', stroke: 'color', strokeWidth: 2.25 }),
+      Plot.text(
+        points.filter(({ p }) => p === 1),
+        { x: 'p', y: 'error', text: 'name', fill: 'color', textAnchor: 'start', dx: 8 },
+      ),
+    ],
+  });
+}
+
+/** Every figure by its file's name. */
+export async function drawFigures(): Promise<Readonly<Record<string, string>>> {
+  const samples: Sample[] = [
+    { name: 'sentence encoder', head: await realHead() },
+    { name: 'large offsets', head: drawHead({ name: 'channels', strength: 6, length: 128, dim: 64, seed: 7 }) },
+  ];
+  return { codes: codesFigure(samples), errors: errorsFigure(samples), formats: formatsFigure() };
+}
+
+if (process.argv[1]?.endsWith('figures.ts')) {
+  const folder = new URL('figures/', import.meta.url);
+  await mkdir(folder, { recursive: true });
+  for (const [name, drawing] of Object.entries(await drawFigures())) {
+    await writeFile(new URL(`${name}.svg`, folder), `${drawing}\n`);
+  }
+}

@@ -1,0 +1,193 @@
+/** The documentation: its samples compile and run, its tables are what the results say, its pages link to what exists. */
+import { spawnSync } from 'node:child_process';
+import { existsSync, mkdtempSync, readdirSync, readFileSync, rmSync, writeFileSync } from 'node:fs';
+import { tmpdir } from 'node:os';
+import path from 'node:path';
+import { parseHTML } from 'linkedom';
+import ts from 'typescript';
+import { afterAll, describe, expect, it } from 'vitest';
+import { drawFigures } from '../../docs/figures.ts';
+import * as api from '../../src/index.ts';
+
+const ROOT = path.resolve(import.meta.dirname, '../..');
+const DOCS = path.join(ROOT, 'docs');
+const scratch = mkdtempSync(path.join(tmpdir(), 'docs-test-'));
+afterAll(() => rmSync(scratch, { recursive: true, force: true }));
+
+interface Sample {
+  readonly name: string;
+  readonly code: string;
+  readonly runs: boolean;
+}
+
+/**
+ * Every TypeScript block of a page. One behind `<!-- sample: compile only ... -->` is not run; further lines of that comment
+ * stand before it, for what the text around it declares.
+ */
+function samplesOf(file: string): Sample[] {
+  const text = readFileSync(path.join(ROOT, file), 'utf8');
+  const blocks = [
+    ...text.matchAll(/(?:<!-- sample: (compile only)[^\n]*?(?:\n([\s\S]*?))?-->\s*)?^```ts\n([\s\S]*?)^```$/gm),
+  ];
+  return blocks.map(([, marker, before = '', code = ''], i) => ({
+    name: `${path.basename(file, '.md')}-${i + 1}`,
+    code: `${before}${code}`,
+    runs: marker === undefined,
+  }));
+}
+
+const pages = readdirSync(DOCS).filter((name) => name.endsWith('.md'));
+const samples = [...pages.map((name) => `docs/${name}`), 'README.md'].flatMap(samplesOf);
+
+/** Each entry of package.json's exports by the source that it is built from. */
+const ENTRIES = {
+  sageattention: 'src/index.ts',
+  'sageattention/wasm': 'src/backends/wasm/index.ts',
+  'sageattention/webgpu': 'src/backends/webgpu/index.ts',
+  'sageattention/cuda': 'src/backends/cuda/index.ts',
+  'sageattention/reference': 'src/reference/index.ts',
+  'sageattention/onnxruntime': 'src/integrations/onnxruntime/index.ts',
+};
+
+const compilerOptions = {
+  target: 'ES2022',
+  lib: ['ES2023', 'ESNext.Disposable', 'DOM', 'DOM.Iterable'],
+  module: 'ESNext',
+  moduleResolution: 'Bundler',
+  strict: true,
+  noUncheckedIndexedAccess: true,
+  exactOptionalPropertyTypes: true,
+  allowImportingTsExtensions: true,
+  skipLibCheck: true,
+  noEmit: true,
+  types: ['node', '@webgpu/types'],
+  typeRoots: [path.join(ROOT, 'node_modules', '@types'), path.join(ROOT, 'node_modules')],
+  paths: Object.fromEntries(Object.entries(ENTRIES).map(([name, source]) => [name, [path.join(ROOT, source)]])),
+};
+
+/** Each sample is a module of its own in a folder that is no part of the project. */
+function writeSamples(): void {
+  writeFileSync(path.join(scratch, 'package.json'), JSON.stringify({ type: 'module' }));
+  writeFileSync(path.join(scratch, 'tsconfig.json'), JSON.stringify({ compilerOptions, include: ['*.ts'] }));
+  for (const { name, code } of samples) writeFileSync(path.join(scratch, `${name}.ts`), code);
+}
+
+describe('samples of the documentation', () => {
+  writeSamples();
+
+  it('there are some on every page that shows code', () => {
+    for (const page of ['index', 'getting-started', 'choosing-a-kernel', 'porting-from-python', 'troubleshooting']) {
+      expect(samples.filter(({ name, runs }) => name.startsWith(page) && runs).length, page).toBeGreaterThan(0);
+    }
+  });
+
+  it('compile', () => {
+    const { config } = ts.readConfigFile(path.join(scratch, 'tsconfig.json'), ts.sys.readFile);
+    const { fileNames, options } = ts.parseJsonConfigFileContent(config, ts.sys, scratch);
+    const program = ts.createProgram(fileNames, options);
+    const found = ts
+      .getPreEmitDiagnostics(program)
+      // What is wrong in the sources is the type check's to report.
+      .filter(({ file }) => file === undefined || file.fileName.startsWith(scratch))
+      .map(({ file, start, messageText }) => {
+        const line = file && start !== undefined ? file.getLineAndCharacterOfPosition(start).line + 1 : 0;
+        return `${path.basename(file?.fileName ?? '')}:${line} ${ts.flattenDiagnosticMessageText(messageText, ' ')}`;
+      });
+    expect(found).toEqual([]);
+  });
+
+  it.each(samples.filter(({ runs }) => runs))('$name runs', ({ name }) => {
+    const { status, stderr } = spawnSync(
+      process.execPath,
+      [path.join(ROOT, 'node_modules/tsx/dist/cli.mjs'), '--tsconfig', 'tsconfig.json', `${name}.ts`],
+      { cwd: scratch, encoding: 'utf8' },
+    );
+    expect(stderr).toBe('');
+    expect(status).toBe(0);
+  });
+});
+
+describe('tables and figures of the documentation', () => {
+  it('are what the results say', () => {
+    const { status, stderr } = spawnSync(
+      process.execPath,
+      [path.join(ROOT, 'node_modules/tsx/dist/cli.mjs'), path.join(ROOT, 'scripts/readme-tables.ts'), '--check'],
+      { cwd: ROOT, encoding: 'utf8' },
+    );
+    expect(stderr).not.toContain('docs/');
+    expect([0, 1]).toContain(status);
+  });
+
+  it('name only functions that there are', () => {
+    const text = readFileSync(path.join(DOCS, 'porting-from-python.md'), 'utf8');
+    const rows = [...text.matchAll(/^\| [^|]*\| `(\w+)` +\|/gm)].map(([, name]) => name as string);
+    const functions = rows.filter((name) => /^(sageattn|create|prepare)/.test(name));
+    expect(functions.length).toBeGreaterThan(6);
+    expect(functions.filter((name) => !(name in api))).toEqual([]);
+  });
+
+  it('are drawn by the code', async () => {
+    const drawn = await drawFigures();
+    expect(Object.keys(drawn).sort()).toEqual(
+      readdirSync(path.join(DOCS, 'figures')).map((name) => path.basename(name, '.svg')),
+    );
+    for (const [name, svg] of Object.entries(drawn)) {
+      // Digits may differ in the last place between engines; the shapes may not.
+      const shapes = (text: string) =>
+        text
+          .replaceAll(/-?\d+(\.\d+)?/g, '#')
+          .replaceAll(/plot-\w+/g, 'plot')
+          .trim();
+      expect(shapes(svg), name).toBe(shapes(readFileSync(path.join(DOCS, 'figures', `${name}.svg`), 'utf8')));
+    }
+  });
+});
+
+describe('the documentation site', () => {
+  const site = path.join(scratch, 'site');
+
+  it('builds without warnings', () => {
+    const { status, stdout, stderr } = spawnSync(
+      process.execPath,
+      [path.join(ROOT, 'node_modules/typedoc/bin/typedoc'), '--options', 'docs/typedoc.json', '--out', site],
+      { cwd: ROOT, encoding: 'utf8' },
+    );
+    expect(`${stdout}${stderr}`).not.toMatch(/\[warning\]|\[error\]/);
+    expect(status).toBe(0);
+  });
+
+  it('has no dead links', () => {
+    const files = (readdirSync(site, { recursive: true }) as string[]).filter((name) => name.endsWith('.html'));
+    expect(files.length).toBeGreaterThan(20);
+    const documents = new Map(
+      files.map((name) => [path.join(site, name), parseHTML(readFileSync(path.join(site, name), 'utf8')).document]),
+    );
+    const dead: string[] = [];
+    let links = 0;
+    for (const [file, document] of documents) {
+      for (const element of document.querySelectorAll('a[href], img[src], link[href], script[src]')) {
+        const target = element.getAttribute('href') ?? element.getAttribute('src') ?? '';
+        if (/^[a-z]+:/i.test(target)) continue;
+        links++;
+        const [relative = '', fragment] = target.split('#');
+        const place = relative === '' ? file : path.join(path.dirname(file), decodeURIComponent(relative));
+        const there = documents.get(place);
+        const missing =
+          !existsSync(place) ||
+          (fragment && there !== undefined && there.getElementById(decodeURIComponent(fragment)) === null);
+        if (missing) dead.push(`${path.relative(site, file)}: ${target}`);
+      }
+    }
+    expect(links).toBeGreaterThan(200);
+    expect(dead).toEqual([]);
+  });
+
+  it('links on GitHub too: relative links of the sources lead to files', () => {
+    const dead = pages.flatMap((page) =>
+      [...readFileSync(path.join(DOCS, page), 'utf8').matchAll(/\]\((?!https?:|#)([^)#\s]+)(?:#[^)]*)?\)/g)]
+        .filter(([, target]) => !existsSync(path.join(DOCS, target as string)))
+        .map(([, target]) => `${page}: ${target}`),
+    );
+    expect(dead).toEqual([]);
+  });
+});
