@@ -756,16 +756,20 @@ export function hopperAttention(config: HopperConfig): Kernel {
           }
           return b.cvtPack('e4m3x2', ...exponentials(n, r));
         };
-        const made = fragments.map((fragment, k) =>
-          fragment.map((_, register) => {
-            const [r, half] = [register & 1, register >> 1];
-            if (fp8) {
-              const n = 4 * k + 2 * half;
-              return b.as(b.pack('e4m3x4', e4m3Pair(n, r), e4m3Pair(n + 1, r)), 'b32');
-            }
-            return b.as(b.cvtPack('f16x2', ...exponentials(2 * k + half, r)), 'b32');
-          }),
+        // PV of the last tile still reads its fragments. FP8 has registers for the next ones beside them; of FP16 there are twice
+        // as many, and the exponentials wait as floats.
+        const inOrder = fragments.flatMap((fragment, k) =>
+          fragment.map((register, index) => ({ register, k, r: index & 1, half: index >> 1 })),
         );
+        const made = inOrder.map(({ register, k, r, half }): (() => void) => {
+          if (fp8) {
+            const n = 4 * k + 2 * half;
+            const packed = b.as(b.pack('e4m3x4', e4m3Pair(n, r), e4m3Pair(n + 1, r)), 'b32');
+            return () => b.mov(packed, register);
+          }
+          const pair = exponentials(2 * k + half, r);
+          return () => b.cvtPack('f16x2', ...pair, b.as(register, 'f16x2'));
+        });
         if (!config.onesColumn) {
           for (const [r, chains] of tileSums.entries()) {
             const sum = at(rowSum, r);
@@ -773,9 +777,7 @@ export function hopperAttention(config: HopperConfig): Kernel {
           }
         }
         const settle = () => {
-          for (const [k, fragment] of fragments.entries()) {
-            for (const [i, register] of fragment.entries()) b.mov(at(at(made, k), i), register);
-          }
+          for (const place of made) place();
           for (const [r, register] of factor.entries()) b.mov(at(nextFactor, r), register);
         };
         return settle;

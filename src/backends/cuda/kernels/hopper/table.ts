@@ -46,8 +46,9 @@ export function tuningOf({ pvFormat, qkRowBytes, paddedValueDim, fewRows, promot
   const base = { ...BASE, promotionInterval, rescaleThreshold };
   if (fewRows) {
     // One consumer; two CTAs on a multiprocessor where their stages fit.
-    const stageBytes = 128 * (Math.ceil(qkRowBytes / 128) * 128 + paddedValueDim * (pvFormat === 'f16' ? 2 : 1));
-    const twice = !wide && stageBytes * 3 + 16_384 < 113_000;
+    const rowBytes = qkRowBytes <= 64 ? 64 : Math.ceil(qkRowBytes / 128) * 128;
+    const stageBytes = 128 * (rowBytes + paddedValueDim * (pvFormat === 'f16' ? 2 : 1));
+    const twice = !wide && stageBytes * 3 + 64 * rowBytes + 1024 <= 115_712;
     return {
       ...base,
       consumers: 1,
