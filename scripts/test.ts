@@ -7,6 +7,7 @@ import { mkdtempSync, readFileSync, rmSync } from 'node:fs';
 import { tmpdir } from 'node:os';
 import { join } from 'node:path';
 import { ensureNode24 } from './node24.ts';
+import { ensureSoftwareGpu, SOFTWARE_GPUS } from './software-gpu.ts';
 
 interface Part {
   readonly name: string;
@@ -24,6 +25,15 @@ const PARTS: readonly Part[] = [
     arguments: ['--project', 'unit', 'src/backends/wasm', 'test/conformance/wasm'],
     node: ensureNode24,
   },
+  ...SOFTWARE_GPUS.map((gpu) => ({
+    name: `WebGPU on ${gpu}`,
+    arguments: ['--project', `webgpu-${gpu}`],
+    // The project names the driver to Dawn; here it is only made sure that there is one.
+    env: () => {
+      ensureSoftwareGpu(gpu);
+      return {};
+    },
+  })),
 ];
 
 interface Counts {

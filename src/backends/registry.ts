@@ -9,6 +9,7 @@ const LOADERS: Partial<Record<BackendName, () => Promise<Backend>>> = {
     ? {}
     : { cuda: async () => (await import('./cuda/backend.ts')).createCudaBackend() }),
   wasm: async () => (await import('./wasm/index.ts')).createWasmBackend(),
+  webgpu: async () => (await import('./webgpu/index.ts')).createWebgpuBackend(),
 };
 
 /** CPU tensors go to the first of these that is available and accelerated, else to the last. */

@@ -1,5 +1,7 @@
 /** What a device can do, as data: what the selection tables and the kernels' configurations are chosen from. */
 
+import type { MatrixDialect } from './wgsl/matrix-operations.ts';
+
 /** One subgroup matrix product: left is M x K, right K x N. */
 export interface MatrixConfig {
   readonly componentType: string;
@@ -22,6 +24,8 @@ export interface Capabilities {
   readonly matrixConfigs: readonly MatrixConfig[];
   /** The name under which the device has them. */
   readonly matrixFeature: string | undefined;
+  /** How its WGSL writes them; what was found by probing, or the newest. */
+  readonly matrixDialect: MatrixDialect;
   readonly packedDot: boolean;
   readonly subgroupId: boolean;
   readonly timestamps: boolean;
@@ -85,6 +89,7 @@ export function capabilitiesOf(
     subgroupSize: [info?.subgroupMinSize ?? 0, info?.subgroupMaxSize ?? 0],
     matrixConfigs: matrixFeature !== undefined && listed !== undefined ? Array.from(listed, matrixConfig) : [],
     matrixFeature,
+    matrixDialect: { majorness: 'template', packedUnit: 'words' },
     packedDot: language?.has('packed_4x8_integer_dot_product') ?? false,
     subgroupId: language?.has('subgroup_id') ?? false,
     timestamps: has('timestamp-query'),

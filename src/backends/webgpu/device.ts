@@ -1,6 +1,7 @@
 /** A WebGPU device with what belongs to it: capabilities, compiled pipelines, and what went wrong. */
 import { BackendUnavailableError, ExecutionError } from '../../attention/errors.ts';
 import { type Capabilities, capabilitiesOf, WANTED_FEATURES, WANTED_LIMITS } from './capabilities.ts';
+import { probeMatrixDialect } from './matrix-dialect.ts';
 
 export interface DeviceOptions {
   /** A device of the caller's, shared with other code; it is never destroyed here. */
@@ -61,7 +62,7 @@ export async function openDevice(options: DeviceOptions): Promise<GpuContext> {
     const language = options.gpu ?? (globalThis as { navigator?: { gpu?: GPU } }).navigator?.gpu;
     const info = (options.device as { adapterInfo?: GPUAdapterInfo }).adapterInfo ?? options.adapter?.info;
     const capabilities = capabilitiesOf(options.device, info, language?.wgslLanguageFeatures);
-    return new GpuContext(options.device, capabilities, false);
+    return new GpuContext(options.device, await withDialect(options.device, capabilities), false);
   }
   const gpu = options.gpu ?? (await findGpu(options.dawnFlags));
   const adapter = options.adapter ?? (await gpu.requestAdapter({ powerPreference: 'high-performance' }));
@@ -78,10 +79,23 @@ export async function openDevice(options: DeviceOptions): Promise<GpuContext> {
   const requiredLimits = Object.fromEntries(WANTED_LIMITS.map((limit) => [limit, adapter.limits[limit]]));
   try {
     const device = await adapter.requestDevice({ label: 'sageattention', requiredFeatures, requiredLimits });
-    return new GpuContext(device, capabilitiesOf(device, adapter.info, gpu.wgslLanguageFeatures), true);
+    const capabilities = capabilitiesOf(device, adapter.info, gpu.wgslLanguageFeatures);
+    return new GpuContext(device, await withDialect(device, capabilities), true);
   } catch (cause) {
     throw new BackendUnavailableError('webgpu', `the adapter gave no device: ${messageOf(cause)}`, INSTALL, cause);
   }
+}
+
+/** Probes how subgroup matrices are written here; INT8 products that come out wrong in every way are not used. */
+async function withDialect(device: GPUDevice, capabilities: Capabilities): Promise<Capabilities> {
+  const { matrixFeature, matrixConfigs, subgroupSize } = capabilities;
+  const product = matrixConfigs.find(
+    ({ componentType, resultComponentType }) => componentType === 'i8' && resultComponentType === 'i32',
+  );
+  if (matrixFeature === undefined || product === undefined) return capabilities;
+  const matrixDialect = await probeMatrixDialect(device, matrixFeature, product, subgroupSize[1]);
+  if (matrixDialect !== undefined) return { ...capabilities, matrixDialect };
+  return { ...capabilities, matrixConfigs: matrixConfigs.filter(({ componentType }) => componentType !== 'i8') };
 }
 
 const messageOf = (error: unknown) => (error instanceof Error ? error.message : String(error));

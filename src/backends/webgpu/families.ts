@@ -279,7 +279,7 @@ export function chooseMatrixVariant(
           ...products,
           lanes,
           subgroupId: capabilities.subgroupId,
-          operations: emulate ? emulatedMatrices(lanes) : nativeMatrices(extension),
+          operations: emulate ? emulatedMatrices(lanes) : nativeMatrices(extension, capabilities.matrixDialect),
         }),
     },
   };

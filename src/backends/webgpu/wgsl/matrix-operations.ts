@@ -49,16 +49,32 @@ export interface MatrixOperations {
   loadResult(product: MatrixConfig, result: string, memory: MatrixMemory, offset: string, stride: string): string;
 }
 
+/**
+ * What implementations of the extension differ in. `majorness`: whether a load's majorness is a template parameter or an
+ * argument. `packedUnit`: whether offsets and strides of 8-bit matrices count the array's 32-bit words or components.
+ */
+export interface MatrixDialect {
+  readonly majorness: 'template' | 'argument';
+  readonly packedUnit: 'words' | 'components';
+}
+
 const majorness = (columnMajor: boolean) => (columnMajor ? 'col_major' : 'row_major');
 
 /** @param extension the WGSL extension's name, as the device's feature calls it */
-export function nativeMatrices(extension: string): MatrixOperations {
+export function nativeMatrices(extension: string, dialect: MatrixDialect): MatrixOperations {
   const left = ({ componentType, K, M }: MatrixConfig) => `subgroup_matrix_left<${componentType}, ${K}, ${M}>`;
   const right = ({ componentType, N, K }: MatrixConfig) => `subgroup_matrix_right<${componentType}, ${N}, ${K}>`;
   const result = ({ resultComponentType, N, M }: MatrixConfig) =>
     `subgroup_matrix_result<${resultComponentType}, ${N}, ${M}>`;
-  const load = (type: string, { name }: MatrixMemory, offset: string, stride: string, columnMajor: boolean) =>
-    `subgroupMatrixLoad<${type}, ${majorness(columnMajor)}>(&${name}, ${offset}, ${stride})`;
+  const units = ({ component }: MatrixMemory, n: string) =>
+    component === 'i8' && dialect.packedUnit === 'words' ? `(${n}) / 4u` : n;
+  const template = dialect.majorness === 'template';
+  const load = (type: string, memory: MatrixMemory, offset: string, stride: string, columnMajor: boolean) => {
+    const [at, step] = [units(memory, offset), units(memory, stride)];
+    return template
+      ? `subgroupMatrixLoad<${type}, ${majorness(columnMajor)}>(&${memory.name}, ${at}, ${step})`
+      : `subgroupMatrixLoad<${type}>(&${memory.name}, ${at}, ${columnMajor}, ${step})`;
+  };
   return {
     enable: `enable ${extension};`,
     declarations: () => '',
@@ -73,8 +89,10 @@ export function nativeMatrices(extension: string): MatrixOperations {
       { name, memory, columnMajor },
     ],
     multiplyAccumulate: (_, a, b, c) => `${c} = subgroupMatrixMultiplyAccumulate(${a.name}, ${b.name}, ${c});`,
-    storeResult: (_, name, memory, offset, stride) =>
-      `subgroupMatrixStore<row_major>(&${memory.name}, ${offset}, ${name}, ${stride});`,
+    storeResult: (_, name, { name: to }, offset, stride) =>
+      template
+        ? `subgroupMatrixStore<row_major>(&${to}, ${offset}, ${name}, ${stride});`
+        : `subgroupMatrixStore(&${to}, ${offset}, ${name}, false, ${stride});`,
     loadResult: (product, name, memory, offset, stride) =>
       `${name} = ${load(result(product), memory, offset, stride, false)};`,
   };
