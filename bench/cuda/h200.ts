@@ -19,7 +19,7 @@ import {
   download,
   emptyCudaTensor,
 } from '../../src/backends/cuda/index.ts';
-import { descriptorOf, targetFor } from '../../src/backends/cuda/kernel-table.ts';
+import { descriptorOf, lackedBy, targetFor } from '../../src/backends/cuda/kernel-table.ts';
 import { planAttend, planKeyValue, planLaunches } from '../../src/backends/cuda/kernels/planLaunches.ts';
 import type { BufferName, LaunchSequence } from '../../src/backends/cuda/launch.ts';
 import { packBuffers } from '../../src/backends/cuda/plan.ts';
@@ -55,6 +55,9 @@ const SETTINGS: readonly Setting[] = [
   { kernel: FP8, options: { pvAccumDtype: 'fp32+fp32' } },
   { kernel: 'qk-int4-pv-fp8-cuda', options: {} },
   { kernel: 'qk-int8-pv-fp16', options: {} },
+  { kernel: 'qk-int8-pv-fp8-cuda-sm90', options: { pvAccumDtype: 'fp32+fp32' } },
+  { kernel: 'qk-int8-pv-fp8-cuda-sm90', options: { pvAccumDtype: 'fp32' } },
+  { kernel: 'qk-int8-pv-fp16-cuda-sm90', options: {} },
 ];
 
 interface KernelTime {
@@ -202,7 +205,9 @@ function measure(
     const milliseconds = timeOnDevice(device, () => bench.run());
     const attentionMilliseconds = timeOnDevice(device, () => bench.run(isAttention));
     const quantizationMilliseconds = timeOnDevice(device, () => bench.run((name) => !isAttention(name)));
-    const inputBytes = 3 * 2 * shape.batch * shape.heads * shape.tokens * shape.headDim;
+    // A kernel that quantizes Q itself reads it there.
+    const operandsRead = bench.sequence.launches.some(({ name }) => name === 'quantize Q') ? 3 : 2;
+    const inputBytes = operandsRead * 2 * shape.batch * shape.heads * shape.tokens * shape.headDim;
     const written = bench.bytesOf(['query', 'queryScale', 'rowBias', 'key', 'keyScale', 'keyFaults', 'value']);
     const { relativeL1, cosineSimilarity } = accuracyOf(output, shape, rows, exact);
     return {
@@ -365,6 +370,7 @@ async function main(): Promise<number> {
   const flat = { q: onDevice(host.q), k: onDevice(host.k), v: onDevice(host.v) };
 
   const bandwidth = copyBandwidth(device);
+  const settings = SETTINGS.filter(({ kernel }) => lackedBy(kernel, device.computeCapability) === undefined);
   const results: Result[] = [];
   for (const shape of shapes) {
     const { batch, heads, tokens, headDim } = shape;
@@ -372,7 +378,7 @@ async function main(): Promise<number> {
     const operands = { q: view(flat.q), k: view(flat.k), v: view(flat.v) };
     const rows = sampleRows(random, shape, SAMPLED_ROWS);
     const exact = rows.map((row) => exactRow(host, shape, row));
-    for (const setting of SETTINGS) {
+    for (const setting of settings) {
       try {
         const result = measure(device, setting, shape, operands, rows, exact, bandwidth);
         results.push(result);
@@ -387,9 +393,9 @@ async function main(): Promise<number> {
       }
     }
   }
-  const decoding = SETTINGS.filter(({ kernel }) => kernel !== 'qk-int4-pv-fp8-cuda').map((setting) =>
-    measureDecoding(device, setting, bandwidth, flat.k),
-  );
+  const decoding = settings
+    .filter(({ kernel }) => kernel !== 'qk-int4-pv-fp8-cuda')
+    .map((setting) => measureDecoding(device, setting, bandwidth, flat.k));
   const hostSide = await hostCosts(device, backend, flat);
   const smi = spawnSync(
     'nvidia-smi',

@@ -10,6 +10,7 @@
 import { spawnSync } from 'node:child_process';
 import { createProblem } from '../../src/attention/problem.ts';
 import { CudaBackend, type CudaDevice } from '../../src/backends/cuda/index.ts';
+import { lackedBy } from '../../src/backends/cuda/kernel-table.ts';
 import { type AttentionOptions, type KernelName, sageattn, setBackend } from '../../src/index.ts';
 import type { Granularity, PvAccumDtype } from '../../src/quantization/schemes.ts';
 import { attentionExact } from '../../src/reference/exact.ts';
@@ -19,7 +20,7 @@ import { conformanceTests, type Target } from '../conformance/suite.ts';
 import { GOLDEN_NAMES, readGolden } from '../golden/golden.ts';
 import { runSeed } from '../support/random.ts';
 import { type Check, deviceChecks, kernelChecks, largeChecks } from './checks.ts';
-import { CUDA_TARGETS } from './targets.ts';
+import { targetsFor } from './targets.ts';
 
 /** Under compute-sanitizer: one small case of each kernel and no more. */
 const SANITIZED = '--sanitized';
@@ -67,6 +68,7 @@ function officialOptions(output: string): (AttentionOptions & { readonly kernel:
   if (kernel === 'qk_int8_pv_fp16_triton') return { kernel: 'qk-int8-pv-fp16' };
   if (kernel === 'qk_int8_pv_fp16_cuda') return { ...options, kernel: 'qk-int8-pv-fp16-cuda' };
   if (kernel === 'qk_int8_pv_fp8_cuda') return { ...options, kernel: 'qk-int8-pv-fp8-cuda' };
+  if (kernel === 'qk_int8_pv_fp8_cuda_sm90') return { ...options, kernel: 'qk-int8-pv-fp8-cuda-sm90' };
   return undefined;
 }
 
@@ -74,14 +76,14 @@ function officialOptions(output: string): (AttentionOptions & { readonly kernel:
 const GOLDEN_SLACK = 1.15;
 
 /** On the golden inputs each kernel must be as accurate as the official one, and as near to it as both errors allow. */
-function goldenChecks(): Check[] {
+function goldenChecks(computeCapability: number): Check[] {
   return GOLDEN_NAMES.flatMap((name) => {
     const golden = readGolden(name);
     const problem = createProblem(golden.q, golden.k, golden.v, { isCausal: golden.isCausal });
     const exact = attentionExact(problem, golden).output;
     return golden.outputs.flatMap((output) => {
       const options = officialOptions(output);
-      if (options === undefined) return [];
+      if (options === undefined || lackedBy(options.kernel, computeCapability) !== undefined) return [];
       const check: Check = {
         name: `${name} as ${output}`,
         async run() {
@@ -103,9 +105,9 @@ function goldenChecks(): Check[] {
 }
 
 /** The first target of each kernel: its default options. */
-function defaultTargets(): Target[] {
-  const kernels = new Set(CUDA_TARGETS.map(({ kernel }) => kernel));
-  return [...kernels].map((kernel) => CUDA_TARGETS.find((target) => target.kernel === kernel) as Target);
+function defaultTargets(targets: readonly Target[]): Target[] {
+  const kernels = new Set(targets.map(({ kernel }) => kernel));
+  return [...kernels].map((kernel) => targets.find((target) => target.kernel === kernel) as Target);
 }
 
 /** Runs this program again under each tool of compute-sanitizer. */
@@ -140,12 +142,13 @@ async function main(): Promise<number> {
   }
   await setBackend(backend);
   const device = (await backend.cuda()).device();
+  const targets = targetsFor(device.computeCapability);
   const seed = runSeed();
   for (const [name, value] of Object.entries(details)) console.log(`${name}: ${value}`);
   console.log(`SAGEATTENTION_SEED=${seed}`);
 
   if (process.argv.includes(SANITIZED)) {
-    for (const target of defaultTargets()) {
+    for (const target of defaultTargets(targets)) {
       const checks = kernelChecks(target, device, { tokens: 150, headDim: 64 }, seed, 1);
       if (!(await run(target.name, checks, device))) break;
     }
@@ -153,8 +156,8 @@ async function main(): Promise<number> {
   }
 
   const groups: (readonly [string, () => readonly Check[]])[] = [
-    ['golden', goldenChecks],
-    ...CUDA_TARGETS.map((target): [string, () => readonly Check[]] => [
+    ['golden', () => goldenChecks(device.computeCapability)],
+    ...targets.map((target): [string, () => readonly Check[]] => [
       target.name,
       () => [
         ...conformanceTests(target, seed).map(({ name, run: body }) => ({
@@ -167,7 +170,7 @@ async function main(): Promise<number> {
         ...deviceChecks(target, device, seed),
       ],
     ]),
-    ...defaultTargets().map((target): [string, () => readonly Check[]] => [
+    ...defaultTargets(targets).map((target): [string, () => readonly Check[]] => [
       `${target.name}, large`,
       () => {
         if (device.memoryInfo().free >= LARGE_MEMORY) return largeChecks(target, device, seed);

@@ -1,4 +1,4 @@
-import { BackendUnavailableError, MissingPackageError } from '../../attention/errors.ts';
+import { BackendUnavailableError, MissingPackageError, UnsupportedOptionError } from '../../attention/errors.ts';
 import type { AttentionProblem } from '../../attention/problem.ts';
 import type { TensorView } from '../../tensor/tensor.ts';
 import type {
@@ -11,7 +11,7 @@ import type {
   RunContext,
 } from '../backend.ts';
 import { type Cuda, type CudaDevice, openCuda } from './driver/device.ts';
-import { CUDA_KERNELS, defaultKernelFor, MINIMUM_COMPUTE_CAPABILITY, targetFor } from './kernel-table.ts';
+import { CUDA_KERNELS, defaultKernelFor, lackedBy, MINIMUM_COMPUTE_CAPABILITY, targetFor } from './kernel-table.ts';
 import { type DeviceFacts, planAttend, planKeyValue, planLaunches } from './kernels/planLaunches.ts';
 import { CudaKeyValue } from './key-value.ts';
 import { AttentionRunner, type CapturedAttention, CudaPlan, operandsOf } from './plan.ts';
@@ -138,14 +138,14 @@ export class CudaBackend implements Backend {
 
   async plan(problem: AttentionProblem, kernel: KernelChoice): Promise<CudaPlan> {
     const device = await this.device(problem);
-    const facts = factsOf(device);
+    const facts = factsOf(device, kernel);
     return new CudaPlan(device, problem, kernel, () => this.#planner.planLaunches(problem, kernel, facts));
   }
 
   /** Captures one run over CUDA tensors into a graph. */
   async capture(problem: AttentionProblem, kernel: KernelChoice, inputs: AttentionInputs): Promise<CapturedAttention> {
     const device = await this.device(problem);
-    const facts = factsOf(device);
+    const facts = factsOf(device, kernel);
     const runner = new AttentionRunner(device, problem, () => this.#planner.planLaunches(problem, kernel, facts));
     try {
       return runner.capture(operandsOf(problem, inputs));
@@ -163,7 +163,7 @@ export class CudaBackend implements Backend {
     context: RunContext,
   ): Promise<PreparedKeyValue> {
     const device = await this.device(problem);
-    const prepared = new CudaKeyValue(device, kernel, this.#planner, factsOf(device), problem);
+    const prepared = new CudaKeyValue(device, kernel, this.#planner, factsOf(device, kernel), problem);
     try {
       await prepared.append(k, v, problem, context);
       return prepared;
@@ -188,9 +188,11 @@ const tooOld = (device: CudaDevice) =>
     `Use a GPU of compute capability ${MINIMUM_COMPUTE_CAPABILITY / 10} or later (Ampere), or backend 'webgpu'`,
   );
 
-/** What planning needs to know of a device. */
-function factsOf(device: CudaDevice): DeviceFacts {
+/** What planning needs to know of a device, which must be one that the kernel runs on. */
+function factsOf(device: CudaDevice, { descriptor: { name } }: KernelChoice): DeviceFacts {
   const target = targetFor(device.computeCapability);
   if (target === undefined) throw tooOld(device);
+  const lacked = lackedBy(name, device.computeCapability);
+  if (lacked !== undefined) throw new UnsupportedOptionError(name, 'device', lacked, device.toString());
   return { target, multiprocessors: device.multiprocessors };
 }

@@ -4,6 +4,7 @@ import {
   DEFAULT_KERNELS,
   defaultKernelFor,
   descriptorOf,
+  lackedBy,
   MINIMUM_COMPUTE_CAPABILITY,
   targetFor,
 } from './kernel-table.ts';
@@ -43,4 +44,13 @@ it.each([
   [121, 'sm_89'],
 ] as const)('compute capability %i gets PTX for %s', (capability, target) => {
   expect(targetFor(capability)).toBe(target);
+});
+
+it('a kernel says which devices it needs', () => {
+  expect(lackedBy('qk-int8-pv-fp16-cuda', 80)).toBeUndefined();
+  expect(lackedBy('qk-int8-pv-fp8-cuda', 86)).toBe('compute capability 8.9 or later');
+  expect(lackedBy('qk-int8-pv-fp8-cuda', 120)).toBeUndefined();
+  expect(lackedBy('qk-int8-pv-fp8-cuda-sm90', 90)).toBeUndefined();
+  expect(lackedBy('qk-int8-pv-fp8-cuda-sm90', 100)).toBe('compute capability 9.0');
+  for (const { from, kernel } of DEFAULT_KERNELS) expect(lackedBy(kernel, from)).toBeUndefined();
 });

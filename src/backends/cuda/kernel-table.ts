@@ -44,7 +44,43 @@ export const CUDA_KERNELS: readonly KernelDescriptor[] = [
     smoothQ: 'always',
     maxHeadDim: MAX_HEAD_DIM,
   },
+  {
+    name: 'qk-int8-pv-fp8-cuda-sm90',
+    summary: 'INT8 QK, FP8 PV on wgmma (Hopper)',
+    qkQuantGran: ['per-thread', 'per-warp', 'per-block'],
+    pvAccumDtype: ['fp32+fp32', 'fp32'],
+    smoothV: true,
+    smoothQ: false,
+    maxHeadDim: MAX_HEAD_DIM,
+  },
+  {
+    name: 'qk-int8-pv-fp16-cuda-sm90',
+    summary: 'INT8 QK, FP16 PV on wgmma (Hopper)',
+    qkQuantGran: ['per-thread', 'per-warp', 'per-block'],
+    pvAccumDtype: ['fp32'],
+    smoothV: true,
+    smoothQ: false,
+    maxHeadDim: MAX_HEAD_DIM,
+  },
 ];
+
+/** Compute capabilities that kernels need beyond the minimum: E4M3 conversions from 8.9, wgmma on 9.0 alone. */
+const NEEDS: Partial<Record<KernelName, { readonly from: number; readonly below: number }>> = {
+  'qk-int8-pv-fp8-cuda': { from: 89, below: Number.POSITIVE_INFINITY },
+  'qk-int4-pv-fp8-cuda': { from: 89, below: Number.POSITIVE_INFINITY },
+  'qk-int8-pv-fp8-cuda-sm90': { from: 90, below: 91 },
+  'qk-int8-pv-fp16-cuda-sm90': { from: 90, below: 91 },
+};
+
+/** What a kernel needs of a device, in words, when a device of this compute capability lacks it. */
+export function lackedBy(kernel: KernelName, computeCapability: number): string | undefined {
+  const needs = NEEDS[kernel];
+  if (needs === undefined || (computeCapability >= needs.from && computeCapability < needs.below)) return undefined;
+  const from = (needs.from / 10).toFixed(1);
+  return needs.below === Number.POSITIVE_INFINITY
+    ? `compute capability ${from} or later`
+    : `compute capability ${from}`;
+}
 
 /** What a range of devices runs by default: the first row whose compute capability is not above the device's. */
 interface Preference {

@@ -650,6 +650,11 @@ describe('availability', () => {
     });
     await expect(old.backend.defaultKernel(problemOf(rows(1)))).rejects.toThrow(/compute capability 7.5/);
     await expect(old.backend.plan(problemOf(rows(1)), CHOICE)).rejects.toThrow(/compute capability 7.5/);
+    const hopper = { ...CHOICE, descriptor: descriptorOf('qk-int8-pv-fp8-cuda-sm90') };
+    await expect(open({ devices: [89] }).backend.plan(problemOf(rows(1)), hopper)).rejects.toMatchObject({
+      code: 'unsupported-option',
+      expected: 'compute capability 9.0',
+    });
     const none = new CudaBackend({ open: async () => new Cuda(new FakeCuda({ devices: [] }).api) });
     expect(await none.availability()).toMatchObject({ available: false, reason: 'the NVIDIA driver finds no device' });
     // This machine: with a driver or without, there is an answer.

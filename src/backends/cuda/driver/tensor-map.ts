@@ -36,6 +36,8 @@ export class TensorMapEncoder {
    * @throws {CudaError} when the description is not one that the hardware takes
    */
   encode(target: bigint, tensor: bigint): void {
+    // No box of an empty tensor is ever copied, and the driver takes no size of 0.
+    if (this.#description.dimensions.includes(0)) return;
     const { elementType, interleave, swizzle, l2Promotion, outOfBounds, buffer, dimensions } = this.#description;
     this.#device.call(
       'cuTensorMapEncodeTiled',
