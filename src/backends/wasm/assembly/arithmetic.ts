@@ -22,6 +22,8 @@ export const CONSTANT_FINE_2: usize = 36;
 export const CONSTANT_FINE_3: usize = 40;
 export const CONSTANT_FINE_4: usize = 44;
 export const CONSTANT_FINE_5: usize = 48;
+/** Whole vectors, see weights.ts. */
+export const CONSTANT_VECTORS: usize = 64;
 
 export function storeConstants(at: usize, coarseScale: f32): void {
   store<f32>(at, ROUNDING, CONSTANT_ROUNDING);

@@ -60,32 +60,7 @@ import {
   UNIT_ROW,
   UNIT_SEQUENCE,
 } from '../job.ts';
-import {
-  CONSTANT_COARSE_0,
-  CONSTANT_COARSE_1,
-  CONSTANT_COARSE_2,
-  CONSTANT_COARSE_3,
-  CONSTANT_FINE_0,
-  CONSTANT_FINE_1,
-  CONSTANT_FINE_2,
-  CONSTANT_FINE_3,
-  CONSTANT_FINE_4,
-  CONSTANT_FINE_5,
-  CONSTANT_INTEGER_SHIFT,
-  CONSTANT_LEAST_EXPONENT,
-  CONSTANT_ROUNDING,
-  exp2,
-  exp2Coarse,
-  exp2Fine,
-  larger,
-  log,
-  madd,
-  maxOf,
-  storeConstants,
-  sumOf,
-  tanh4,
-  toIntegers,
-} from './arithmetic.ts';
+import { exp2, larger, log, madd, maxOf, storeConstants, sumOf, tanh4, toIntegers } from './arithmetic.ts';
 import { elementShift, load4, loadElement, loadRow, storeRow } from './elements.ts';
 import { LEAST_SCALE, rowMaximum } from './prepare.ts';
 import { addValuesFloat, addValuesInteger, scoreRows } from './products.ts';
@@ -106,6 +81,7 @@ import {
   SCRATCH_SUMS,
   SCRATCH_TILE_WEIGHTS,
 } from './scratch.ts';
+import { maximumOf, storeWeightConstants, weighFloat, weighInteger } from './weights.ts';
 
 const LOG2_E: f32 = 1.4426950408889634;
 const LN_2: f32 = 0.6931471805599453;
@@ -242,97 +218,6 @@ function finishScores(
   return v128.any_true(invalid);
 }
 
-/** Largest of a row's scores; `keys` is a multiple of 16. */
-function maximumOf(scores: usize, keys: i32): f32 {
-  let m0 = v128.load(scores);
-  let m1 = v128.load(scores, 16);
-  let m2 = v128.load(scores, 32);
-  let m3 = v128.load(scores, 48);
-  for (let j = 16; j < keys; j += 16) {
-    scores += 64;
-    m0 = larger(m0, v128.load(scores));
-    m1 = larger(m1, v128.load(scores, 16));
-    m2 = larger(m2, v128.load(scores, 32));
-    m3 = larger(m3, v128.load(scores, 48));
-  }
-  return maxOf(larger(larger(m0, m1), larger(m2, m3)));
-}
-
-/** Base-2 exponents of weights: how far scores lie below the row's largest. `top` is that, in the relaxed build `-most * scale`. */
-// @ts-ignore: decorator
-@inline
-function below(score: v128, top: v128, factor: v128): v128 {
-  if (ASC_FEATURE_RELAXED_SIMD) return madd(score, factor, top);
-  return f32x4.mul(f32x4.sub(score, top), factor);
-}
-
-/** Weights of one row relative to its largest, in integers. Returns their sum before rounding, in levels. */
-function weighInteger(scores: usize, keys: i32, most: f32, scale: f32, p: usize, constants: usize): f32 {
-  const top = f32x4.splat(ASC_FEATURE_RELAXED_SIMD ? -most * scale : most);
-  const factor = f32x4.splat(scale);
-  const least = v128.load32_splat(constants, CONSTANT_LEAST_EXPONENT);
-  const rounding = v128.load32_splat(constants, CONSTANT_ROUNDING);
-  const c3 = v128.load32_splat(constants, CONSTANT_COARSE_3);
-  const c2 = v128.load32_splat(constants, CONSTANT_COARSE_2);
-  const c1 = v128.load32_splat(constants, CONSTANT_COARSE_1);
-  const c0 = v128.load32_splat(constants, CONSTANT_COARSE_0);
-  // Adding 2^23 leaves the rounded integer in the low bits.
-  const shift = v128.load32_splat(constants, CONSTANT_INTEGER_SHIFT);
-  let sum = f32x4.splat(0);
-  for (let j = 0; j < keys; j += 16) {
-    let y = larger(below(v128.load(scores), top, factor), least);
-    const x0 = exp2Coarse(y, rounding, c3, c2, c1, c0);
-    y = larger(below(v128.load(scores, 16), top, factor), least);
-    const x1 = exp2Coarse(y, rounding, c3, c2, c1, c0);
-    y = larger(below(v128.load(scores, 32), top, factor), least);
-    const x2 = exp2Coarse(y, rounding, c3, c2, c1, c0);
-    y = larger(below(v128.load(scores, 48), top, factor), least);
-    const x3 = exp2Coarse(y, rounding, c3, c2, c1, c0);
-    sum = f32x4.add(sum, f32x4.add(f32x4.add(x0, x1), f32x4.add(x2, x3)));
-    const low = i16x8.narrow_i32x4_s(
-      i32x4.sub(f32x4.add(x0, shift), shift),
-      i32x4.sub(f32x4.add(x1, shift), shift),
-    );
-    const high = i16x8.narrow_i32x4_s(
-      i32x4.sub(f32x4.add(x2, shift), shift),
-      i32x4.sub(f32x4.add(x3, shift), shift),
-    );
-    if (ASC_FEATURE_RELAXED_SIMD) {
-      v128.store(p, i8x16.narrow_i16x8_s(low, high));
-      p += 16;
-    } else {
-      v128.store(p, low);
-      v128.store(p, high, 16);
-      p += 32;
-    }
-    scores += 64;
-  }
-  return sumOf(sum);
-}
-
-/** Weights of one row relative to its largest, in float32. Returns their sum. */
-function weighFloat(scores: usize, keys: i32, most: f32, scale: f32, p: usize, constants: usize): f32 {
-  const top = f32x4.splat(ASC_FEATURE_RELAXED_SIMD ? -most * scale : most);
-  const factor = f32x4.splat(scale);
-  const least = v128.load32_splat(constants, CONSTANT_LEAST_EXPONENT);
-  const rounding = v128.load32_splat(constants, CONSTANT_ROUNDING);
-  const c5 = v128.load32_splat(constants, CONSTANT_FINE_5);
-  const c4 = v128.load32_splat(constants, CONSTANT_FINE_4);
-  const c3 = v128.load32_splat(constants, CONSTANT_FINE_3);
-  const c2 = v128.load32_splat(constants, CONSTANT_FINE_2);
-  const c1 = v128.load32_splat(constants, CONSTANT_FINE_1);
-  const c0 = v128.load32_splat(constants, CONSTANT_FINE_0);
-  let sum = f32x4.splat(0);
-  for (let j: usize = 0; j < <usize>keys << 2; j += 16) {
-    const y = below(v128.load(scores + j), top, factor);
-    // Exactly 0 for what is excluded: its value may be anything.
-    const x = v128.and(exp2Fine(larger(y, least), rounding, c5, c4, c3, c2, c1, c0), f32x4.ge(y, least));
-    sum = f32x4.add(sum, x);
-    v128.store(p + j, x);
-  }
-  return sumOf(sum);
-}
-
 /** Output channels become NaN where the row sees a key whose value there is. */
 function spreadInvalidValues(scores: usize, keys: i32, nans: usize, channels: i32, out: usize): void {
   for (let j = 0; j < keys; j++) {
@@ -414,6 +299,7 @@ export function attendUnit(job: usize, unit: usize, scratch: usize): void {
   }
   const constants = scratch + SCRATCH_CONSTANTS;
   storeConstants(constants, P_LEVELS);
+  if (ASC_FEATURE_RELAXED_SIMD) storeWeightConstants(constants);
   const out = scratch + SCRATCH_OUT;
   const outBytes = <usize>dvPadded << 2;
   memory.fill(out, 0, <usize>rowsPadded * outBytes);

@@ -19,7 +19,7 @@ export const SCRATCH_RANGE: usize = 18944;
 /** Constants of the inner loops, see arithmetic.ts. */
 export const SCRATCH_CONSTANTS: usize = 19008;
 /** Per row: the integer that stands for 0. */
-export const SCRATCH_ROW_ZEROS: usize = 19136;
+export const SCRATCH_ROW_ZEROS: usize = 19264;
 /** Of the four rows in work: scores of a tile, float32, and weights in the format of the product with V. */
 export const SCRATCH_SCORES: usize = 19456;
 export const SCRATCH_P: usize = 21504;
