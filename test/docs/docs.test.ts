@@ -102,8 +102,8 @@ describe('samples of the documentation', () => {
       [path.join(ROOT, 'node_modules/tsx/dist/cli.mjs'), '--tsconfig', 'tsconfig.json', `${name}.ts`],
       { cwd: scratch, encoding: 'utf8' },
     );
-    expect(stderr).toBe('');
-    expect(status).toBe(0);
+    // Dawn warns on stderr where there is no GPU driver; a sample that fails says so by its exit code.
+    expect(status, stderr).toBe(0);
   });
 });
 

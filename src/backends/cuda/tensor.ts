@@ -83,7 +83,7 @@ const POINTER_ALIGNMENT = 16n;
  * given.
  *
  * @param pointer device address of the first element, a multiple of the element size
- * @param byteLength bytes from `pointer` on; default what shape and strides reach
+ * @param options `byteLength`: bytes from `pointer` on; default what shape and strides reach
  */
 export function cudaTensorFromPointer(
   device: CudaDevice,
@@ -213,10 +213,9 @@ export function download(source: CudaTensor, { stream = source.memory.device.str
 }
 
 /**
- * {@link download} without blocking.
- *
- * @param options.into page-locked memory of at least the tensor's size: the copy then runs beside the program, and the
- *   result lies in it. Without it the thread stands still for the copy itself, though not for the work before it.
+ * {@link download} without blocking. Option `into` is page-locked memory of at least the tensor's size: the copy then runs
+ * beside the program, and the result lies in it. Without it the thread stands still for the copy itself, though not for the
+ * work before it.
  */
 export async function downloadAsync(
   source: CudaTensor,
