@@ -137,7 +137,10 @@ async function viewsEqualCopies(target: Target, device: CudaDevice, { tokens, he
   });
   const [q, k, v] = shifted.map(({ view }) => view) as [CudaTensor, CudaTensor, CudaTensor];
   const unaligned = await sageattn(q, k, v, options);
-  checkSameBits(unaligned, expectedBits(expected), 'tensors over raw pointers that are multiples of 2 only');
+  // Other loads may be other code, which rounds a tie another way.
+  const { relativeL1 } = compare(toFloat32(download(unaligned)), toFloat32(download(expected)));
+  const limit = target.relativeL1 / 4;
+  check(relativeL1 <= limit, () => `pointers that are multiples of 2 only: relative L1 ${relativeL1}, limit ${limit}`);
   dispose(packed, output, expected, unaligned, ...copies);
   for (const { memory } of shifted) memory.dispose();
 }

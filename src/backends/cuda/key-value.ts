@@ -284,6 +284,10 @@ export class CudaKeyValue implements PreparedKeyValue {
     const buffers = [...offsets].map(([buffer, byteOffset]) => ({ buffer, memory, byteOffset }));
     const quantized = { memory, buffers, capacity };
     try {
+      // Kernels may load whole tiles: what lies beyond the tokens held must be numbers, for 0 * NaN is not 0.
+      if (byteLength > 0) {
+        device.call('cuMemsetD8Async', 'clearing quantized keys', memory.pointer, 0, byteLength, stream.handle);
+      }
       this.#run(problem, quantized, stream, { capacity });
     } catch (error) {
       memory.dispose();
