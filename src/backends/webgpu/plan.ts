@@ -370,7 +370,7 @@ interface Built {
   readonly details: PlanDetails;
 }
 
-/** A plan of this backend: {@link Plan} with recording into the caller's encoder. */
+/** A plan of this backend: `Plan` with recording into the caller's encoder. */
 export class WebgpuPlan implements Plan {
   readonly kernel: KernelChoice;
   readonly #problem: AttentionProblem;
