@@ -149,10 +149,14 @@ function chunkAddresses(b: KernelBuilder, layout: Layout, base: Reg<'shared'>) {
  * Copies a tile from global to shared memory, all threads together. Returns the copy as a function of the thread's source
  * and destination, to be emitted once per tile.
  */
-function tileCopy(b: KernelBuilder, tile: SharedTile, threads: number, thread: Reg<'u32'>, rowBytes: number) {
+function tileCopy(b: KernelBuilder, tile: SharedTile, threads: number, rowBytes: number) {
   const { layout, rows } = tile;
   const columns = Math.min(8, layout.rowBytes / 16);
-  const [row, column] = [b.shr(thread, Math.log2(columns)), b.and(thread, columns - 1)];
+  // Computed anew where it is needed: registers held through the loop cost more.
+  const place = (thread = b.special('%tid.x')) => {
+    return { row: b.shr(thread, Math.log2(columns)), column: b.and(thread, columns - 1) };
+  };
+  const { row, column } = place();
   const rowsAtOnce = threads / columns;
   const destination = b.add(laneOffset(b, layout, row, column), tile.base);
   const inside = new Map<number, Reg<'pred'>>();
@@ -171,8 +175,7 @@ function tileCopy(b: KernelBuilder, tile: SharedTile, threads: number, thread: R
     b.when(predicate, body);
   };
   return {
-    row,
-    column,
+    place,
     rowsAtOnce,
     /** Where this thread's first chunk goes, from the start of shared memory. */
     destination,
@@ -303,55 +306,64 @@ export function attention(config: AttentionConfig): Kernel {
   const paddedKeys = b.loadParameter(integer.paddedKeys);
   const queryRow = b.add(b.mad(head, paddedQueries, paddedQueryStart), firstRow);
   const keyRow = b.mad(keyHead, paddedKeys, paddedKeyStart);
-  const copyQuery = tileCopy(b, queryTile, threads, thread, qkRowBytes);
-  const copyKey = tileCopy(b, keyTile, threads, thread, qkRowBytes);
-  const copyValue = tileCopy(b, valueTile, threads, thread, valueRowBytes);
-  const inTile = (copy: typeof copyKey, rowBytes: number) => b.mad(copy.row, rowBytes, b.shl(copy.column, 4));
-  const keySource = b.add(
-    offset(b, b.loadPointer(pointer.key), b.add(keyRow, b.as(b.shl(tile, 6), 'u32')), qkRowBytes),
-    b.as(b.cvt('u64', inTile(copyKey, qkRowBytes)), 'global'),
-  );
-  let valueSource = b.loadPointer(pointer.value);
-  let valueRowStride: number | Reg<'global'> = valueRowBytes;
-  let valueTileBytes: number;
-  if (isFp8(config)) {
-    // [head, channel, token]: rows are channels, paddedKeys bytes apart.
-    const channel = b.mad(keyHead, paddedValueDim, copyValue.row);
-    const token = b.add(b.add(paddedKeyStart, b.as(b.shl(tile, 6), 'u32')), b.shl(copyValue.column, 4));
-    valueSource = b.add(offset(b, valueSource, channel, paddedKeys), b.as(b.cvt('u64', token), 'global'));
-    valueRowStride = b.as(b.mulWide(paddedKeys, copyValue.rowsAtOnce), 'global');
-    valueTileBytes = BLOCK_K;
-  } else {
-    valueSource = b.add(
-      offset(b, valueSource, b.add(keyRow, b.as(b.shl(tile, 6), 'u32')), valueRowBytes),
-      b.as(b.cvt('u64', inTile(copyValue, valueRowBytes)), 'global'),
-    );
-    valueTileBytes = BLOCK_K * valueRowBytes;
+  const copyQuery = tileCopy(b, queryTile, threads, qkRowBytes);
+  const copyKey = tileCopy(b, keyTile, threads, qkRowBytes);
+  const copyValue = tileCopy(b, valueTile, threads, valueRowBytes);
+  /** This thread's first chunk of a tile whose rows, tokens, lie one behind the other. */
+  const tokensAt = (
+    base: Reg<'global'>,
+    row: Reg<'u32'>,
+    copy: typeof copyKey,
+    rowBytes: number,
+    thread?: Reg<'u32'>,
+  ) => {
+    const { row: ownRow, column } = copy.place(thread);
+    return b.add(offset(b, base, b.add(row, ownRow), rowBytes), b.as(b.mulWide(column, 16), 'global'));
+  };
+  /** Where the head's keys and values are: as the prologue has it, or unparked. */
+  interface KeyPlace {
+    readonly keyHead: Reg<'u32'>;
+    readonly paddedKeyStart: Reg<'u32'>;
+    readonly firstKeyTile: Reg<'u32'>;
+    readonly thread?: Reg<'u32'>;
   }
-  const keyTileIndex = b.add(b.shr(keyRow, 6), b.as(tile, 'u32'));
-  const keyScaleIndex = config.keyScales === 4 ? b.add(b.shl(keyTileIndex, 2), b.and(lane, 3)) : b.mov(keyTileIndex);
+  const rowOfTile = ({ firstKeyTile }: KeyPlace, tile: Reg<'s32'>) => b.shl(b.add(firstKeyTile, b.as(tile, 'u32')), 6);
+  const copyKeyTile = (place: KeyPlace, tile: Reg<'s32'>, into: Reg<'shared'>) => {
+    const source = tokensAt(b.loadPointer(pointer.key), rowOfTile(place, tile), copyKey, qkRowBytes, place.thread);
+    copyKey.emit(source, into, qkRowBytes);
+  };
+  const copyValueTile = (place: KeyPlace, tile: Reg<'s32'>, into: Reg<'shared'>) => {
+    const base = b.loadPointer(pointer.value);
+    if (!isFp8(config)) {
+      copyValue.emit(
+        tokensAt(base, rowOfTile(place, tile), copyValue, valueRowBytes, place.thread),
+        into,
+        valueRowBytes,
+      );
+      return;
+    }
+    // [head, channel, token]: rows are channels, paddedKeys bytes apart.
+    const { row, column } = copyValue.place(place.thread);
+    const stride = b.loadParameter(integer.paddedKeys);
+    const token = b.add(b.add(place.paddedKeyStart, b.as(b.shl(tile, 6), 'u32')), b.shl(column, 4));
+    const channel = offset(b, base, b.mad(place.keyHead, paddedValueDim, row), stride);
+    const source = b.add(channel, b.as(b.cvt('u64', token), 'global'));
+    copyValue.emit(source, into, b.as(b.mulWide(stride, copyValue.rowsAtOnce), 'global'));
+  };
 
   b.section('prologue: Q, first K and V on their way');
-  const stage = b.constant('u32', 0); // 0 or 1: which of two buffers holds the tile at hand
-  /** A place in the buffer of the tile at hand, or in the other. */
-  const staged = (at: Reg<'shared'>, tile: SharedTile, which = stage) =>
-    b.as(b.mad(which, tile.bytes, b.as(at, 'u32')), 'shared');
+  /** A place in the one of two buffers that a tile goes to: even tiles to the first, odd ones to the second. */
+  const staged = (at: Reg<'shared'>, buffer: SharedTile, which: Reg<'s32'>) =>
+    b.as(b.mad(b.as(b.and(which, 1), 'u32'), buffer.bytes, b.as(at, 'u32')), 'shared');
   const warpRow = b.mul(warp, rowsPerWarp);
   const hasTiles = b.setp('lt', tile, lastTile);
   b.if(hasTiles, () => {
-    copyQuery.emit(
-      b.add(
-        offset(b, b.loadPointer(pointer.query), queryRow, qkRowBytes),
-        b.as(b.cvt('u64', inTile(copyQuery, qkRowBytes)), 'global'),
-      ),
-      b.add(shared, copyQuery.destination),
-      qkRowBytes,
-    );
-    copyKey.emit(keySource, b.add(shared, copyKey.destination), qkRowBytes);
-    b.add(keySource, BLOCK_K * qkRowBytes, keySource);
+    const source = tokensAt(b.loadPointer(pointer.query), queryRow, copyQuery, qkRowBytes);
+    copyQuery.emit(source, b.add(shared, copyQuery.destination), qkRowBytes);
+    const place = { keyHead, paddedKeyStart, firstKeyTile: b.shr(keyRow, 6) };
+    copyKeyTile(place, tile, staged(b.add(shared, copyKey.destination), keyTile, tile));
     if (config.valueStages === 2) {
-      copyValue.emit(valueSource, b.add(shared, copyValue.destination), valueRowStride);
-      b.add(valueSource, valueTileBytes, valueSource);
+      copyValueTile(place, tile, staged(b.add(shared, copyValue.destination), valueTile, tile));
     }
     b.cpAsyncCommitGroup();
   });
@@ -396,22 +408,13 @@ export function attention(config: AttentionConfig): Kernel {
     b.add(shared, keyTile.base),
     laneOffset(b, keyTile.layout, b.add(b.shl(high16, 3), low8), b.and(octet, 1)),
   );
-  const valueLane = b.add(
-    b.add(shared, valueTile.base),
-    pvFormat === 'f16'
-      ? laneOffset(b, valueTile.layout, low16, high16)
-      : pvFormat === 'e4m3'
-        ? laneOffset(b, valueTile.layout, low8, octet)
-        : laneOffset(b, valueTile.layout, lane, b.constant('u32', 0)),
-  );
-
   // Registers are dear in the loop: what only its end and rare paths need waits in shared memory.
   const parkedAt = b.sharedAddress();
   b.when(b.setp('eq', thread, 0), () => {
     b.stVector([sequence, head, keyHead, queryStart], parkedAt, parked.base);
     b.stVector([queryLength, firstRow, queryRow, paddedKeyStart], parkedAt, parked.base + 16);
     b.stVector([lower, upper, length, lastTile], parkedAt, parked.base + 32);
-    b.stVector([wholeFrom, wholeUntil], parkedAt, parked.base + 48);
+    b.stVector([wholeFrom, wholeUntil, b.constant('s32', 0), b.constant('s32', 0)], parkedAt, parked.base + 48);
   });
   // Two offsets of 16 bytes each in one word.
   const destinations = b.or(b.as(b.shr(copyKey.destination, 4), 'b32'), b.shl(b.as(copyValue.destination, 'b32'), 12));
@@ -421,21 +424,27 @@ export function attention(config: AttentionConfig): Kernel {
     b.st(queryScale, b.add(parkedAt, b.as(thread, 'shared')), parkedScales.base),
   );
   b.barSync();
+  /**
+   * The thread's number plus a 0 from memory. ptxas takes what follows from %tid.x for constant, computes it before the loop,
+   * and then has no registers to hold it.
+   */
+  const threadNow = () => b.add(b.special('%tid.x'), b.ld('u32', b.sharedAddress(), parked.base + 56));
   const unpark = () => {
     const at = b.sharedAddress(parked.base);
     const [sequence, head, keyHead, queryStart] = fourOf(b.ldVector('u32', 4, at));
     const [queryLength, firstRow, queryRow, paddedKeyStart] = fourOf(b.ldVector('u32', 4, at, 16));
     const [lower, upper, length] = fourOf(b.ldVector('s32', 4, at, 32));
-    const threadRow = b.add(
-      b.mul(b.shr(b.special('%tid.x'), 5), rowsPerWarp),
-      b.shr(b.and(b.special('%tid.x'), 31), 2),
-    );
+    const threadRow = b.add(b.mul(b.shr(threadNow(), 5), rowsPerWarp), b.shr(b.and(threadNow(), 31), 2));
     const rowIndex = b.as(b.add(firstRow, threadRow), 's32');
     const firstKeyTile = b.shr(b.mad(keyHead, b.loadParameter(integer.paddedKeys), paddedKeyStart), 6);
     const rowBias = offset(b, b.loadPointer(pointer.rowBias), b.add(queryRow, threadRow), 4);
-    const t2 = b.shl(b.and(b.special('%tid.x'), 3), 1);
+    const t2 = b.shl(b.and(threadNow(), 3), 1);
     const row = { queryRow, threadRow, rowIndex, rowBias, t2 };
-    return { ...row, sequence, head, keyHead, queryStart, queryLength, firstKeyTile, length, lower, upper };
+    return {
+      ...row,
+      ...{ sequence, head, queryStart, queryLength, length, lower, upper },
+      ...{ keyHead, paddedKeyStart, firstKeyTile, thread: threadNow() },
+    };
   };
 
   const scoreRegisters = Array.from({ length: MT }, () => Array.from({ length: NT }, () => b.regs('s32', 4)));
@@ -455,13 +464,31 @@ export function attention(config: AttentionConfig): Kernel {
   const cooked = config.softcap || config.smoothQ || (config.mask !== 'none' && config.mask !== 'boolean');
 
   const parkedDestinations = () => {
-    const own = b.add(b.sharedAddress(), b.as(b.shl(b.special('%tid.x'), 2), 'shared'));
+    const own = b.add(b.sharedAddress(), b.as(b.shl(threadNow(), 2), 'shared'));
     return b.ld('b32', own, parkedCopies.base);
   };
   const keyDestination = () => b.add(b.sharedAddress(), b.as(b.shl(b.and(parkedDestinations(), 0xffff), 4), 'shared'));
   const valueDestination = () => b.add(b.sharedAddress(), b.as(b.shl(b.shr(parkedDestinations(), 16), 4), 'shared'));
+  const placeOfValueLane = (thread: Reg<'u32'>) => {
+    const lane = b.and(thread, 31);
+    const [low16, high16, low8, octet] = [b.and(lane, 15), b.shr(lane, 4), b.and(lane, 7), b.shr(lane, 3)];
+    const place = {
+      f16: () => laneOffset(b, valueTile.layout, low16, high16),
+      e4m3: () => laneOffset(b, valueTile.layout, low8, octet),
+      'e4m3-as-f16': () => laneOffset(b, valueTile.layout, lane, b.constant('u32', 0)),
+    };
+    return b.add(b.sharedAddress(valueTile.base), place[pvFormat]());
+  };
+  // With P in FP8 there is a register to hold it through QK^T.
+  const heldValueLane = pvFormat === 'e4m3' ? placeOfValueLane(thread) : undefined;
+  const valueLane = () => heldValueLane ?? placeOfValueLane(threadNow());
+  const loadKeyScale = () => {
+    const tileIndex = b.add(unpark().firstKeyTile, b.as(tile, 'u32'));
+    const index = config.keyScales === 4 ? b.add(b.shl(tileIndex, 2), b.and(threadNow(), 3)) : tileIndex;
+    return b.ld('f32', offset(b, b.loadPointer(pointer.keyScale), index, 4), 0, { readOnly: true });
+  };
   const parkedScale = () => {
-    const quad = b.and(b.special('%tid.x'), -4);
+    const quad = b.and(threadNow(), -4);
     return b.ld('f32', b.add(b.sharedAddress(), b.as(quad, 'shared')), parkedScales.base);
   };
   const parkedLastTile = () => b.ld('s32', b.sharedAddress(parked.base), 44);
@@ -472,28 +499,24 @@ export function attention(config: AttentionConfig): Kernel {
       b.cpAsyncWaitGroup(0);
       b.barSync();
       // Its way from memory is as long as QK^T.
-      const keyScale = b.ld('f32', offset(b, b.loadPointer(pointer.keyScale), keyScaleIndex, 4), 0, { readOnly: true });
-      b.add(keyScaleIndex, config.keyScales, keyScaleIndex);
+      const keyScale = loadKeyScale();
       if (config.valueStages === 1) {
-        copyValue.emit(valueSource, valueDestination(), valueRowStride);
-        b.add(valueSource, valueTileBytes, valueSource);
+        copyValueTile(unpark(), tile, valueDestination());
         b.cpAsyncCommitGroup();
       }
       const hasNext = b.setp('lt', b.add(tile, 1), parkedLastTile());
       b.if(hasNext, () => {
-        const other = b.xor(stage, 1);
-        copyKey.emit(keySource, staged(keyDestination(), keyTile, other), qkRowBytes);
-        b.add(keySource, BLOCK_K * qkRowBytes, keySource);
+        const following = b.add(tile, 1);
+        copyKeyTile(unpark(), following, staged(keyDestination(), keyTile, following));
         if (config.valueStages === 2) {
-          copyValue.emit(valueSource, staged(valueDestination(), valueTile, other), valueRowStride);
-          b.add(valueSource, valueTileBytes, valueSource);
+          copyValueTile(unpark(), following, staged(valueDestination(), valueTile, following));
         }
       });
       b.cpAsyncCommitGroup();
 
       b.section('S = Q K^T');
       const queryAt = chunkAddresses(b, queryTile.layout, queryLane);
-      const keyAt = chunkAddresses(b, keyTile.layout, staged(keyLane, keyTile));
+      const keyAt = chunkAddresses(b, keyTile.layout, staged(keyLane, keyTile, tile));
       for (let k = 0; k < kSteps; k++) {
         const [queryAddress, queryOffset] = queryAt(2 * k);
         const [keyAddress, keyOffset] = keyAt(2 * k);
@@ -537,28 +560,8 @@ export function attention(config: AttentionConfig): Kernel {
 
       if (cooked) {
         b.section('scores in base 2: scale, mean of Q, softcap');
-        const additions: Reg<'f32'>[] = [];
-        if (config.smoothQ) {
-          // [head, block of Q, key]: already times smScale * log2(e).
-          const { queryRow, t2 } = unpark();
-          const queryBlock = b.shr(queryRow, 7);
-          const source = offset64(
-            b,
-            b.loadPointer(pointer.meanScores),
-            queryBlock,
-            b.mulWide(b.loadParameter(integer.meanScoreKeys), 4),
-          );
-          const at = offset(b, source, b.add(b.as(b.shl(tile, 6), 'u32'), t2), 4);
-          for (let n = 0; n < NT; n++) {
-            for (const share of b.ldVector('f32', 2, at, n * 32, { readOnly: true })) {
-              additions.push(b.add(share, negativeMagic));
-            }
-          }
-        }
-        eachScore((score, _, column) => {
-          const addition = config.smoothQ ? (additions[(column >> 3) * 2 + (column & 1)] as Reg<'f32'>) : negativeMagic;
-          b.fma(score, scale, addition, score);
-        });
+        if (config.smoothQ) addMeanScores(scale, negativeMagic);
+        else eachScore((score) => b.fma(score, scale, negativeMagic, score));
         if (config.softcap) {
           // The cap applies to the true scores: what smoothing K took away comes back first.
           const cap = b.loadParameter(softcap);
@@ -696,13 +699,12 @@ export function attention(config: AttentionConfig): Kernel {
         b.barSync();
       }
       b.section('O += P V');
-      const valueBase = config.valueStages === 1 ? valueLane : staged(valueLane, valueTile);
+      const valueBase = config.valueStages === 1 ? valueLane() : staged(valueLane(), valueTile, tile);
       if (pvFormat === 'f16') multiplyTokensByChannels(valueBase);
       else multiplyChannelsByTokens(valueBase);
 
       b.section('next tile');
       b.add(tile, 1, tile);
-      b.xor(stage, 1, stage);
     },
   );
 
@@ -713,6 +715,22 @@ export function attention(config: AttentionConfig): Kernel {
   /** The value, or 0 for -Infinity. */
   function finite(value: Reg<'f32'>): Reg<'f32'> {
     return b.selp(b.constant('f32', 0), value, b.setp('eq', value, Number.NEGATIVE_INFINITY));
+  }
+
+  /** Scales the scores and adds the share of Q's block mean, `[head, block of Q, key]`, already times smScale * log2(e). */
+  function addMeanScores(scale: Reg<'f32'>, negativeMagic: Reg<'f32'>): void {
+    const { queryRow, t2 } = unpark();
+    const rowBytes = b.mulWide(b.loadParameter(integer.meanScoreKeys), 4);
+    const row = offset64(b, b.loadPointer(pointer.meanScores), b.shr(queryRow, 7), rowBytes);
+    const source = offset(b, row, b.add(b.as(b.shl(tile, 6), 'u32'), t2), 4);
+    for (let n = 0; n < NT; n++) {
+      const shares = b.ldVector('f32', 2, source, n * 32).map((share) => b.add(share, negativeMagic));
+      for (let m = 0; m < MT; m++) {
+        at(at(scores, m), n).forEach((score, i) => {
+          b.fma(score, scale, at(shares, i & 1), score);
+        });
+      }
+    }
   }
 
   /** P of one 16-row tile and 16 keys as the A fragment of mma.m16n8k16. */

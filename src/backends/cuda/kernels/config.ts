@@ -8,19 +8,32 @@ interface TileRule {
   /** Largest padded Dv, and largest bytes of a quantized token. */
   readonly valueDim: number;
   readonly qkRowBytes: number;
-  /** Where V's second stage would cost a resident CTA, it is fetched behind its own tile's QK^T instead. */
+  /** Targets to which it applies; default all. */
+  readonly targets?: readonly Target[];
+  /** It applies only where Q is smoothed. */
+  readonly smoothQ?: true;
   readonly tile: TileConfig;
 }
 
 /**
  * 32 rows a warp halve the shared-memory reads of K and V per row; 16 where the output would not fit in registers (a thread
  * holds rowsPerWarp * Dv / 32 sums). Two CTAs of four warps share a multiprocessor, so that one's products run under the
- * other's softmax.
+ * other's softmax. Where V's second stage would cost a resident CTA, or the register that ptxas then spills on sm_80, V is
+ * fetched behind its own tile's QK^T.
  */
 const TILE_RULES: readonly TileRule[] = [
   {
+    // FP8 unpacked in registers and the means of Q besides do not fit with 32 rows.
     valueDim: 128,
     qkRowBytes: 128,
+    targets: ['sm_90a'],
+    smoothQ: true,
+    tile: { warps: 8, rowsPerWarp: 16, minBlocksPerMultiprocessor: 1, valueStages: 2 },
+  },
+  {
+    valueDim: 128,
+    qkRowBytes: 128,
+    targets: ['sm_86', 'sm_89', 'sm_90a', 'sm_120a'],
     tile: { warps: 4, rowsPerWarp: 32, minBlocksPerMultiprocessor: 2, valueStages: 2 },
   },
   {
@@ -58,10 +71,17 @@ export function attentionSharedBytes(tile: TileConfig, qkRowBytes: number, value
 }
 
 /** The first tile configuration that fits the target's shared memory as often as it says. */
-export function chooseTile(target: Target, qkRowBytes: number, valueDim: number, valueTileBytes: number): TileConfig {
+export function chooseTile(
+  target: Target,
+  qkRowBytes: number,
+  valueDim: number,
+  valueTileBytes: number,
+  smoothQ: boolean,
+): TileConfig {
   const { sharedBytesPerBlock, sharedBytesPerMultiprocessor } = TARGET_FEATURES[target];
   for (const rule of TILE_RULES) {
     if (valueDim > rule.valueDim || qkRowBytes > rule.qkRowBytes) continue;
+    if (rule.targets?.includes(target) === false || (rule.smoothQ === true && !smoothQ)) continue;
     const bytes = attentionSharedBytes(rule.tile, qkRowBytes, valueTileBytes);
     const fits = bytes <= sharedBytesPerBlock;
     const resident = rule.tile.minBlocksPerMultiprocessor * (bytes + 1024) <= sharedBytesPerMultiprocessor;

@@ -633,7 +633,7 @@ function attendLaunches(context: Context): Pick<LaunchSequence, 'launches' | 'sc
 
   const fp8 = scheme.pvFormat !== 'f16';
   const valueTileBytes = BLOCK_K * scheme.paddedValueDim * (fp8 ? 1 : 2);
-  const tile = chooseTile(target, scheme.qkRowBytes, scheme.paddedValueDim, valueTileBytes);
+  const tile = chooseTile(target, scheme.qkRowBytes, scheme.paddedValueDim, valueTileBytes, choice.smoothQ);
   const splits = splitsOf(context, tile.minBlocksPerMultiprocessor);
   const [left, right] = problem.windowSize;
   const config: AttentionConfig = {
@@ -751,7 +751,7 @@ export function planLaunches(
 }
 
 /**
- * The part of a call that depends on K and V only: buffers `k`, `v` in, {@link KEY_VALUE_BUFFERS} out, whose sizes are `kept`.
+ * The part of a call that depends on K and V only: buffers `k`, `v` in, `KEY_VALUE_BUFFERS` out, whose sizes are `kept`.
  *
  * @param room where the buffers have room for keys to come, and from which token on they are filled
  * @param parts what is done; the rest must have been done before, over the same room
