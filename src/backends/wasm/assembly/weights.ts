@@ -39,17 +39,9 @@ export function maximumOf(scores: usize, keys: i32): f32 {
   return maxOf(larger(larger(m0, m1), larger(m2, m3)));
 }
 
-/** Base-2 exponents of weights: how far scores lie below the row's largest. `top` is that, in the relaxed build `-most * scale`. */
-// @ts-ignore: decorator
-@inline
-function below(score: v128, top: v128, factor: v128): v128 {
-  if (ASC_FEATURE_RELAXED_SIMD) return madd(score, factor, top);
-  return f32x4.mul(f32x4.sub(score, top), factor);
-}
-
 /** Weights of one row relative to its largest, in integers of 12 bits (SIMD128). Returns their sum before rounding, in levels. */
 function weigh12(scores: usize, keys: i32, most: f32, scale: f32, p: usize, constants: usize): f32 {
-  const top = f32x4.splat(ASC_FEATURE_RELAXED_SIMD ? -most * scale : most);
+  const top = f32x4.splat(most);
   const factor = f32x4.splat(scale);
   const least = v128.load32_splat(constants, CONSTANT_LEAST_EXPONENT);
   const rounding = v128.load32_splat(constants, CONSTANT_ROUNDING);
@@ -61,13 +53,13 @@ function weigh12(scores: usize, keys: i32, most: f32, scale: f32, p: usize, cons
   const shift = v128.load32_splat(constants, CONSTANT_INTEGER_SHIFT);
   let sum = f32x4.splat(0);
   for (let j = 0; j < keys; j += 16) {
-    let y = larger(below(v128.load(scores), top, factor), least);
+    let y = larger(f32x4.mul(f32x4.sub(v128.load(scores), top), factor), least);
     const x0 = exp2Coarse(y, rounding, c3, c2, c1, c0);
-    y = larger(below(v128.load(scores, 16), top, factor), least);
+    y = larger(f32x4.mul(f32x4.sub(v128.load(scores, 16), top), factor), least);
     const x1 = exp2Coarse(y, rounding, c3, c2, c1, c0);
-    y = larger(below(v128.load(scores, 32), top, factor), least);
+    y = larger(f32x4.mul(f32x4.sub(v128.load(scores, 32), top), factor), least);
     const x2 = exp2Coarse(y, rounding, c3, c2, c1, c0);
-    y = larger(below(v128.load(scores, 48), top, factor), least);
+    y = larger(f32x4.mul(f32x4.sub(v128.load(scores, 48), top), factor), least);
     const x3 = exp2Coarse(y, rounding, c3, c2, c1, c0);
     sum = f32x4.add(sum, f32x4.add(f32x4.add(x0, x1), f32x4.add(x2, x3)));
     const low = i16x8.narrow_i32x4_s(
@@ -135,10 +127,12 @@ function weigh8(
  * takes four instructions for every three of these. Returns their sum in levels.
  */
 function weigh7(scores: usize, keys: i32, most: f32, scale: f32, p: usize, constants: usize): f32 {
+  // The difference comes first: scores may be so large that their product with the factor has no fraction left.
+  const top = f32x4.splat(most);
+  const factor = f32x4.splat(scale * 4096);
   // Truncation towards 0 rounds to nearest half a step further down. A step more keeps n below 0; the weight of the largest
   // score is 127 nevertheless.
-  const top = f32x4.splat(-most * scale * 4096 - 1.5);
-  const factor = f32x4.splat(scale * 4096);
+  const down = f32x4.splat(-1.5);
   const fraction = v128.load(constants, FRACTION);
   const c3 = v128.load(constants, CUBIC);
   const c2 = v128.load(constants, QUADRATIC);
@@ -150,11 +144,11 @@ function weigh7(scores: usize, keys: i32, most: f32, scale: f32, p: usize, const
   let sum = i32x4.splat(0);
   for (let j = 0; j < keys; j += 16) {
     const w0 = weigh8(
-      madd(v128.load(scores), factor, top), madd(v128.load(scores, 16), factor, top),
+      madd(f32x4.sub(v128.load(scores), top), factor, down), madd(f32x4.sub(v128.load(scores, 16), top), factor, down),
       fraction, c3, c2, c1, c0, noUpper, powers,
     );
     const w1 = weigh8(
-      madd(v128.load(scores, 32), factor, top), madd(v128.load(scores, 48), factor, top),
+      madd(f32x4.sub(v128.load(scores, 32), top), factor, down), madd(f32x4.sub(v128.load(scores, 48), top), factor, down),
       fraction, c3, c2, c1, c0, noUpper, powers,
     );
     const bytes = i8x16.narrow_i16x8_s(w0, w1);
@@ -176,7 +170,7 @@ export function weighInteger(scores: usize, keys: i32, most: f32, scale: f32, p:
 
 /** Weights of one row relative to its largest, in float32. Returns their sum. */
 export function weighFloat(scores: usize, keys: i32, most: f32, scale: f32, p: usize, constants: usize): f32 {
-  const top = f32x4.splat(ASC_FEATURE_RELAXED_SIMD ? -most * scale : most);
+  const top = f32x4.splat(most);
   const factor = f32x4.splat(scale);
   const least = v128.load32_splat(constants, CONSTANT_LEAST_EXPONENT);
   const rounding = v128.load32_splat(constants, CONSTANT_ROUNDING);
@@ -188,7 +182,7 @@ export function weighFloat(scores: usize, keys: i32, most: f32, scale: f32, p: u
   const c0 = v128.load32_splat(constants, CONSTANT_FINE_0);
   let sum = f32x4.splat(0);
   for (let j: usize = 0; j < <usize>keys << 2; j += 16) {
-    const y = below(v128.load(scores + j), top, factor);
+    const y = f32x4.mul(f32x4.sub(v128.load(scores + j), top), factor);
     // Exactly 0 for what is excluded: its value may be anything.
     const x = v128.and(exp2Fine(larger(y, least), rounding, c5, c4, c3, c2, c1, c0), f32x4.ge(y, least));
     sum = f32x4.add(sum, x);
