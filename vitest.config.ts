@@ -35,9 +35,16 @@ export default defineConfig({
         test: {
           name: 'unit',
           include: ['src/**/*.test.ts', 'test/**/*.test.ts'],
-          exclude: [...configDefaults.exclude, '**/*.gpu.test.ts', '**/*.browser.test.ts'],
+          exclude: [
+            ...configDefaults.exclude,
+            '**/*.gpu.test.ts',
+            '**/*.browser.test.ts',
+            'test/playground/**',
+            'test/docs/**',
+          ],
         },
       },
+      { extends: true, test: { name: 'site', include: ['test/playground/*.test.ts', 'test/docs/*.test.ts'] } },
       ...SOFTWARE_GPUS.map(softwareGpuProject),
     ],
     coverage: {

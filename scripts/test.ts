@@ -25,6 +25,8 @@ const PARTS: readonly Part[] = [
     arguments: ['--project', 'unit', 'src/backends/wasm', 'test/conformance/wasm'],
     node: ensureNode24,
   },
+  // A browser beside other tests would be short of processors.
+  { name: 'Playground and documentation', arguments: ['--project', 'site', '--no-file-parallelism'] },
   ...SOFTWARE_GPUS.map((gpu) => ({
     name: `WebGPU on ${gpu}`,
     arguments: ['--project', `webgpu-${gpu}`],

@@ -129,7 +129,7 @@ export async function startSpeed(
           grid: true,
           zero: true,
           nice: true,
-          domain: [0, Math.max(1e-3, ...measured.map(y))],
+          domain: [0, measured.length === 0 ? 100 : Math.max(...measured.map(y))],
           labelArrow: 'none',
         },
         marks: [

@@ -1,46 +1,37 @@
 /** A Chromium for tests that need a browser: one that is installed, or Debian's where this process may install it. */
-import { spawnSync } from 'node:child_process';
 import { existsSync } from 'node:fs';
 import { type Browser, chromium } from 'playwright-core';
+import { CHROMIUM, ensureSoftwareGpu } from '../../scripts/software-gpu.ts';
 
 const PLACES = [
   process.env.CHROMIUM_PATH ?? '',
-  '/usr/bin/chromium',
-  '/usr/bin/chromium-browser',
+  CHROMIUM,
   '/usr/bin/google-chrome',
   '/Applications/Google Chrome.app/Contents/MacOS/Google Chrome',
   'C:\\Program Files\\Google\\Chrome\\Application\\chrome.exe',
 ];
 
-const find = () => PLACES.find((place) => place !== '' && existsSync(place));
-
-function install(): void {
-  if (process.getuid?.() !== 0 || !existsSync('/usr/bin/apt-get')) return;
-  const apt = (...args: string[]) =>
-    spawnSync('apt-get', args, { stdio: 'ignore', env: { ...process.env, DEBIAN_FRONTEND: 'noninteractive' } });
-  apt('update');
-  apt('install', '-y', '--no-install-recommends', 'chromium');
-}
-
-let path: string | undefined;
+let executable: string | undefined;
 
 /** What is missing, for `itNeeds`; undefined when there is a browser. */
 export function missingChromium(): string | undefined {
-  path ??= find();
-  if (path === undefined) {
-    install();
-    path = find();
+  executable = PLACES.find((place) => place !== '' && existsSync(place));
+  if (executable !== undefined) return undefined;
+  try {
+    // Chromium comes with its software GPU.
+    ensureSoftwareGpu('swiftshader');
+    executable = CHROMIUM;
+    return undefined;
+  } catch (error) {
+    return `a Chromium or Chrome, or its path in CHROMIUM_PATH: ${error instanceof Error ? error.message : error}`;
   }
-  return path === undefined
-    ? 'a Chromium or Chrome (apt-get install chromium), or its path in CHROMIUM_PATH'
-    : undefined;
 }
 
 /** `software`: WebGPU on SwiftShader; `none`: no WebGPU at all. */
 export function launchChromium(webgpu: 'software' | 'none'): Promise<Browser> {
-  if (path === undefined) throw new Error('no Chromium');
+  if (executable === undefined) throw new Error('no Chromium');
   return chromium.launch({
-    executablePath: path,
+    executablePath: executable,
     args: [
       '--headless=new',
       '--no-sandbox',
