@@ -1,5 +1,5 @@
 /**
- * Bundles the programs that are run on a GPU machine into `.gpu/programs/`: one file each that needs Node and koffi and nothing
+ * Bundles the programs that are run on a GPU machine into `.gpu/programs/`: one file each that needs Node and koffi (CUDA) or webgpu (WebGPU) and nothing
  * else, so that the machine needs no npm. What they read lies beside them.
  */
 import { copyFile, mkdir, readdir } from 'node:fs/promises';
@@ -13,14 +13,19 @@ const GOLDEN = path.join(ROOT, 'test', 'golden');
 
 await build({
   absWorkingDir: ROOT,
-  entryPoints: { 'test-cuda': 'test/cuda/main.ts', 'bench-cuda': 'bench/cuda/h200.ts' },
+  entryPoints: {
+    'test-cuda': 'test/cuda/main.ts',
+    'bench-cuda': 'bench/cuda/h200.ts',
+    'test-webgpu': 'test/webgpu/main.ts',
+    'bench-webgpu': 'bench/webgpu/h200.ts',
+  },
   outdir: OUTPUT,
   outExtension: { '.js': '.mjs' },
   bundle: true,
   format: 'esm',
   platform: 'node',
   target: 'node20',
-  // Loaded at run time where they are installed; a program for CUDA reaches none but koffi.
+  // Loaded at run time where they are installed.
   packages: 'bundle',
   external: ['koffi', 'webgpu', 'onnxruntime-*', 'assemblyscript'],
   logLevel: 'warning',

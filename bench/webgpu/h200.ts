@@ -1,0 +1,334 @@
+/**
+ * Times every family and variant of the WebGPU backend on one GPU, beside onnxruntime's WebGPU attention on the same
+ * device in the same run, with the accuracy of each. float16, 16 heads, quantization included.
+ *
+ *     npx tsx scripts/gpu-programs.ts && node .gpu/programs/bench-webgpu.mjs OUTPUT_FOLDER [--quick]
+ *         [--lengths 1024,8192] [--head-dims 64,128] [--families matrix,subgroup,base] [--variants 4x2x64,...]
+ *
+ * Writes `webgpu.json` and `webgpu.md` there, after every size, so that a run that is cut short leaves what it has.
+ * TFLOP/s count 4 H L^2 D, half when causal. Times are medians of timestamp queries around the whole plan; where the
+ * device has none, of the clock around submission and completion, and the table says so.
+ */
+import { mkdirSync, writeFileSync } from 'node:fs';
+import { join } from 'node:path';
+import { parseArgs } from 'node:util';
+import { chooseOptions } from '../../src/attention/choice.ts';
+import { createProblem } from '../../src/attention/problem.ts';
+import { MATRIX_VARIANTS, TILED_VARIANTS } from '../../src/backends/webgpu/families.ts';
+import {
+  createWebgpuBackend,
+  downloadTensor,
+  emptyGpuTensor,
+  type Family,
+  type GpuTensor,
+  type WebgpuPlan,
+} from '../../src/backends/webgpu/index.ts';
+import { enableNodeWebgpu } from '../../src/integrations/onnxruntime/node-webgpu.ts';
+import { attentionExact } from '../../src/reference/exact.ts';
+import { type Accuracy, compare } from '../../src/reference/metrics.ts';
+import { toFloat32 } from '../../src/tensor/access.ts';
+import { float16FromNumber } from '../../src/tensor/formats/float16.ts';
+import { slice, type Tensor, tensor } from '../../src/tensor/tensor.ts';
+import { Random, runSeed } from '../../test/support/random.ts';
+import { onnxruntimeMilliseconds } from './onnxruntime.ts';
+
+const { values: flags, positionals } = parseArgs({
+  allowPositionals: true,
+  options: {
+    quick: { type: 'boolean', default: false },
+    heads: { type: 'string', default: '16' },
+    lengths: { type: 'string', default: '8192,1024,4096,32768' },
+    'head-dims': { type: 'string', default: '64,128' },
+    families: { type: 'string', default: 'matrix,subgroup,base' },
+    variants: { type: 'string' },
+    peers: { type: 'boolean', default: true },
+    'dawn-flags': {
+      type: 'string',
+      default: 'enable-dawn-features=allow_unsafe_apis disable-dawn-features=timestamp_quantization',
+    },
+  },
+});
+const folder = positionals[0];
+if (folder === undefined) throw new Error('give the folder for the results');
+
+const HEADS = Number(flags.heads);
+const list = (text: string) => text.split(',');
+const LENGTHS = list(flags.lengths).map(Number);
+const HEAD_DIMS = list(flags['head-dims']).map(Number);
+const FAMILIES = list(flags.families) as Family[];
+/** Every variant is timed at this length; elsewhere only the best few of each family. */
+const TUNING_LENGTH = LENGTHS[0] as number;
+const KEPT_VARIANTS = 2;
+const SAMPLED_ROWS = 32;
+/** K's offset per channel, which smoothing is for. */
+const KEY_OFFSET = 2;
+/** GPU time to spend on one measurement, milliseconds; at least {@link LEAST_REPETITIONS}. */
+const BUDGET = flags.quick ? 50 : 300;
+const LEAST_REPETITIONS = 5;
+const MOST_REPETITIONS = 50;
+
+interface Timing {
+  readonly family: Family;
+  readonly variant: string;
+  readonly milliseconds: number;
+  readonly tflops: number;
+  readonly timestamps: boolean;
+  readonly compileMilliseconds: number;
+  readonly accuracy: Accuracy;
+}
+
+interface Row {
+  readonly headDim: number;
+  readonly tokens: number;
+  readonly isCausal: boolean;
+  readonly onnxruntime?: { readonly milliseconds: number; readonly tflops: number } | { readonly error: string };
+  readonly timings: readonly (Timing | { readonly family: Family; readonly variant: string; readonly error: string })[];
+}
+
+const median = (values: readonly number[]) =>
+  [...values].sort((a, b) => a - b)[Math.floor(values.length / 2)] as number;
+
+/** Bits of normal numbers as float16, out of a table: quick enough for a hundred million of them. */
+function normalBits(random: Random, tokens: number, headDim: number, offset: number): Uint16Array {
+  const size = 2 ** 14;
+  const normals = random.normals(size);
+  const shifts = random.normals(headDim, offset);
+  const table = new Uint16Array(size * headDim);
+  for (let c = 0; c < headDim; c++) {
+    for (let i = 0; i < size; i++)
+      table[c * size + i] = float16FromNumber((normals[i] as number) + (shifts[c] as number));
+  }
+  const bits = new Uint16Array(HEADS * tokens * headDim);
+  let state = random.integer(1, 2 ** 31 - 1);
+  for (let i = 0; i < bits.length; i++) {
+    state ^= state << 13;
+    state ^= state >>> 17;
+    state ^= state << 5;
+    bits[i] = table[(i % headDim) * size + (state >>> 18)] as number;
+  }
+  return bits;
+}
+
+const seed = runSeed();
+const gpu = await enableNodeWebgpu(flags['dawn-flags'].split(' '));
+const first = createWebgpuBackend({ gpu });
+const context = await first.context();
+const { device, capabilities } = context;
+const { details } = await first.availability();
+console.log(details);
+
+const upload = (data: Uint16Array): GPUBuffer => {
+  const buffer = device.createBuffer({
+    size: data.byteLength,
+    usage: GPUBufferUsage.STORAGE | GPUBufferUsage.COPY_DST | GPUBufferUsage.COPY_SRC,
+  });
+  device.queue.writeBuffer(buffer, 0, data as Uint16Array<ArrayBuffer>);
+  return buffer;
+};
+
+/** GPU milliseconds of each of `repetitions` runs. */
+async function measure(
+  plan: WebgpuPlan,
+  inputs: { q: GpuTensor; k: GpuTensor; v: GpuTensor },
+  output: GpuTensor,
+  repetitions: number,
+): Promise<number[]> {
+  if (!capabilities.timestamps) {
+    const times: number[] = [];
+    for (let i = 0; i < repetitions; i++) {
+      const encoder = device.createCommandEncoder();
+      plan.encode(encoder, inputs, { output });
+      const started = performance.now();
+      device.queue.submit([encoder.finish()]);
+      await device.queue.onSubmittedWorkDone();
+      times.push(performance.now() - started);
+    }
+    return times;
+  }
+  const querySet = device.createQuerySet({ type: 'timestamp', count: 2 * repetitions });
+  const size = 16 * repetitions;
+  const resolved = device.createBuffer({ size, usage: GPUBufferUsage.QUERY_RESOLVE | GPUBufferUsage.COPY_SRC });
+  const staging = device.createBuffer({ size, usage: GPUBufferUsage.MAP_READ | GPUBufferUsage.COPY_DST });
+  const encoder = device.createCommandEncoder();
+  for (let i = 0; i < repetitions; i++) {
+    const timestampWrites = { querySet, beginningOfPassWriteIndex: 2 * i, endOfPassWriteIndex: 2 * i + 1 };
+    plan.encode(encoder, inputs, { output }, { timestampWrites });
+  }
+  encoder.resolveQuerySet(querySet, 0, 2 * repetitions, resolved, 0);
+  encoder.copyBufferToBuffer(resolved, 0, staging, 0, size);
+  device.queue.submit([encoder.finish()]);
+  await staging.mapAsync(GPUMapMode.READ);
+  const stamps = new BigUint64Array(staging.getMappedRange().slice(0));
+  for (const buffer of [resolved, staging]) buffer.destroy();
+  querySet.destroy();
+  return Array.from(
+    { length: repetitions },
+    (_, i) => Number((stamps[2 * i + 1] as bigint) - (stamps[2 * i] as bigint)) / 1e6,
+  );
+}
+
+/** Attention of sampled rows in float64 against the same rows of the output. */
+function accuracyOf(random: Random, q: Tensor, k: Tensor, v: Tensor, output: Tensor, isCausal: boolean): Accuracy {
+  const tokens = q.shape[2] as number;
+  const actual: number[] = [];
+  const expected: number[] = [];
+  for (let i = 0; i < SAMPLED_ROWS; i++) {
+    const token = i === 0 ? 0 : i === 1 ? tokens - 1 : random.integer(0, tokens - 1);
+    const head = random.integer(0, HEADS - 1);
+    const part = (view: Tensor, start: number, end: number) => slice(slice(view, 1, head, head + 1), 2, start, end);
+    const row = part(q, token, token + 1);
+    const [keys, values] = [part(k, 0, isCausal ? token + 1 : tokens), part(v, 0, isCausal ? token + 1 : tokens)];
+    expected.push(...attentionExact(createProblem(row, keys, values, {}), { q: row, k: keys, v: values }).output);
+    actual.push(...toFloat32(part(output, token, token + 1)));
+  }
+  return compare(actual, expected);
+}
+
+const variantsOf = (family: Family): string[] => {
+  const all = (family === 'matrix' ? MATRIX_VARIANTS : TILED_VARIANTS).map(({ name }) => name);
+  return flags.variants === undefined ? all : all.filter((name) => list(flags.variants as string).includes(name));
+};
+
+const rows: Row[] = [];
+const best = new Map<string, string[]>();
+
+function save(): void {
+  mkdirSync(folder as string, { recursive: true });
+  const peak = { i8: 1289, f16: 647, source: 'registers only, one H200, 2026-11-23 (TOP/s, TFLOP/s)' };
+  const report = {
+    date: new Date().toISOString(),
+    device: details,
+    dialect: capabilities.matrixDialect,
+    seed,
+    heads: HEADS,
+    peak,
+    rows,
+  };
+  writeFileSync(join(folder as string, 'webgpu.json'), `${JSON.stringify(report, null, 1)}\n`);
+  // QK runs at the INT8 peak and PV at the FP16 peak: half of the operations each.
+  const ceiling = 2 / (1 / peak.i8 + 1 / peak.f16);
+  const lines = [
+    '| D | tokens | causal | kernel | ms | TFLOP/s | of the matrix peak | x onnxruntime | relative L1 |',
+    '|---|---|---|---|---|---|---|---|---|',
+  ];
+  for (const { headDim, tokens, isCausal, onnxruntime, timings } of rows) {
+    const place = `| ${headDim} | ${tokens} | ${isCausal ? 'yes' : 'no'} |`;
+    const peer = onnxruntime !== undefined && 'milliseconds' in onnxruntime ? onnxruntime : undefined;
+    if (peer)
+      lines.push(`${place} onnxruntime | ${peer.milliseconds.toFixed(3)} | ${peer.tflops.toFixed(1)} | | 1 | |`);
+    else if (onnxruntime !== undefined && 'error' in onnxruntime)
+      lines.push(`${place} onnxruntime | ${onnxruntime.error} | | | | |`);
+    for (const timing of timings) {
+      const name = `${timing.family} ${timing.variant}`;
+      if ('error' in timing) {
+        lines.push(`${place} ${name} | ${timing.error.split('\n')[0]} | | | | |`);
+        continue;
+      }
+      const ratio = peer === undefined ? '' : (peer.milliseconds / timing.milliseconds).toFixed(2);
+      const share = timing.family === 'matrix' ? `${((100 * timing.tflops) / ceiling).toFixed(0)}%` : '';
+      const clock = timing.timestamps ? '' : ' (clock)';
+      lines.push(
+        `${place} ${name} | ${timing.milliseconds.toFixed(3)}${clock} | ${timing.tflops.toFixed(1)} | ${share} | ${ratio} | ${timing.accuracy.relativeL1.toPrecision(3)} |`,
+      );
+    }
+  }
+  writeFileSync(join(folder as string, 'webgpu.md'), `${lines.join('\n')}\n`);
+}
+
+for (const headDim of HEAD_DIMS) {
+  for (const tokens of LENGTHS) {
+    const random = new Random(seed + tokens + headDim);
+    const shape = [1, HEADS, tokens, headDim];
+    const host = [0, KEY_OFFSET, 0].map((offset) => normalBits(random, tokens, headDim, offset));
+    const buffers = host.map(upload);
+    const [q, k, v] = buffers.map(
+      (buffer): GpuTensor => ({
+        ...tensor(host[0] as Uint16Array, shape, { dtype: 'float16' }),
+        location: 'webgpu',
+        buffer,
+      }),
+    ) as [GpuTensor, GpuTensor, GpuTensor];
+    const [hostQ, hostK, hostV] = host.map((bits) => tensor(bits, shape, { dtype: 'float16' })) as [
+      Tensor,
+      Tensor,
+      Tensor,
+    ];
+    const output = emptyGpuTensor(device, 'float16', shape);
+    for (const isCausal of [false, true]) {
+      const flops = (4 * HEADS * tokens * tokens * headDim) / (isCausal ? 2 : 1);
+      const timings: Row['timings'][number][] = [];
+      for (const family of FAMILIES) {
+        const key = `${family} ${headDim}`;
+        const kept = best.get(key);
+        const measured: Timing[] = [];
+        for (const variant of kept ?? variantsOf(family)) {
+          try {
+            const backend = createWebgpuBackend({ device, gpu, family, variant });
+            const problem = createProblem(q, k, v, { isCausal });
+            const plan = await backend.plan(problem, chooseOptions(await backend.defaultKernel(), problem, {}));
+            const [once] = await measure(plan, { q, k, v }, output, 1);
+            const repetitions = Math.max(
+              LEAST_REPETITIONS,
+              Math.min(MOST_REPETITIONS, Math.floor(BUDGET / Math.max(once as number, 1e-3))),
+            );
+            const milliseconds = median(await measure(plan, { q, k, v }, output, repetitions));
+            const accuracy = accuracyOf(
+              new Random(seed),
+              hostQ,
+              hostK,
+              hostV,
+              await downloadTensor(device, output),
+              isCausal,
+            );
+            const timing: Timing = {
+              family,
+              variant,
+              milliseconds,
+              tflops: flops / milliseconds / 1e9,
+              timestamps: capabilities.timestamps,
+              compileMilliseconds: plan.details.compileMilliseconds,
+              accuracy,
+            };
+            plan.dispose();
+            measured.push(timing);
+            timings.push(timing);
+            console.log(
+              `D ${headDim} L ${tokens}${isCausal ? ' causal' : ''} ${family} ${variant}: ${milliseconds.toFixed(3)} ms, ${timing.tflops.toFixed(1)} TFLOP/s, relative L1 ${accuracy.relativeL1.toPrecision(3)}, compiled in ${plan.details.compileMilliseconds.toFixed(0)} ms`,
+            );
+          } catch (error) {
+            const message = error instanceof Error ? error.message : String(error);
+            timings.push({ family, variant, error: message });
+            console.log(`D ${headDim} L ${tokens} ${family} ${variant}: ${message.split('\n')[0]}`);
+          }
+        }
+        if (kept === undefined && tokens === TUNING_LENGTH) {
+          const fastest = measured.sort((a, b) => a.milliseconds - b.milliseconds).slice(0, KEPT_VARIANTS);
+          best.set(
+            key,
+            fastest.map(({ variant }) => variant),
+          );
+        }
+      }
+      let onnxruntime: Row['onnxruntime'];
+      if (flags.peers) {
+        try {
+          const size = { heads: HEADS, tokens, headDim, isCausal };
+          const [query, key, value] = buffers as [GPUBuffer, GPUBuffer, GPUBuffer];
+          const milliseconds = await onnxruntimeMilliseconds(device, size, { query, key, value }, flags.quick ? 3 : 7);
+          onnxruntime = { milliseconds, tflops: flops / milliseconds / 1e9 };
+          console.log(
+            `D ${headDim} L ${tokens}${isCausal ? ' causal' : ''} onnxruntime: ${milliseconds.toFixed(3)} ms`,
+          );
+        } catch (error) {
+          onnxruntime = { error: error instanceof Error ? error.message : String(error) };
+          console.log(`onnxruntime: ${onnxruntime.error}`);
+        }
+      }
+      rows.push({ headDim, tokens, isCausal, ...(onnxruntime === undefined ? {} : { onnxruntime }), timings });
+      save();
+    }
+    for (const buffer of [...buffers, output.buffer]) buffer.destroy();
+  }
+}
+// onnxruntime's session and Dawn's threads would keep the process alive.
+process.exit(0);

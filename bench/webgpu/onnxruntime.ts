@@ -1,0 +1,78 @@
+/** onnxruntime's own WebGPU attention on the same device: MultiHeadAttention, float16. */
+import { GraphBuilder } from '../../test/support/graph-builder.ts';
+import { Random } from '../../test/support/random.ts';
+
+export interface AttentionSize {
+  readonly heads: number;
+  readonly tokens: number;
+  readonly headDim: number;
+  readonly isCausal: boolean;
+}
+
+/** A chain of attentions: each one's output is the next one's query. */
+function chainModel({ heads, tokens, headDim, isCausal }: AttentionSize, operators: number): Uint8Array {
+  const builder = new GraphBuilder(new Random(1), 'float16');
+  const dims = [1, tokens, heads * headDim];
+  const [query, key, value] = ['query', 'key', 'value'].map((name) => builder.input(name, dims)) as [
+    string,
+    string,
+    string,
+  ];
+  let last = query;
+  for (let i = 0; i < operators; i++) {
+    last = builder.contrib('MultiHeadAttention', [last, key, value], {
+      num_heads: heads,
+      unidirectional: isCausal ? 1 : 0,
+    });
+  }
+  builder.output(last, dims);
+  return builder.build();
+}
+
+const median = (values: readonly number[]) =>
+  [...values].sort((a, b) => a - b)[Math.floor(values.length / 2)] as number;
+
+/** Operators of the short and of the long chain. */
+const CHAINS = [1, 5] as const;
+
+/**
+ * Milliseconds of one operator: the difference between a long and a short chain, since copies and the way through the
+ * session dominate a single call. Inputs and outputs stay on the GPU.
+ *
+ * @param buffers `[1,L,H*D]` float16
+ */
+export async function onnxruntimeMilliseconds(
+  device: GPUDevice,
+  size: AttentionSize,
+  buffers: Readonly<Record<'query' | 'key' | 'value', GPUBuffer>>,
+  repetitions: number,
+): Promise<number> {
+  const ort = await import('onnxruntime-web/webgpu');
+  ort.env.logLevel = 'error';
+  const dims = [1, size.tokens, size.heads * size.headDim];
+  const feeds = Object.fromEntries(
+    Object.entries(buffers).map(([name, gpuBuffer]) => [
+      name,
+      ort.Tensor.fromGpuBuffer(gpuBuffer, { dataType: 'float16', dims }),
+    ]),
+  );
+  const medians: number[] = [];
+  for (const operators of CHAINS) {
+    const session = await ort.InferenceSession.create(chainModel(size, operators), {
+      executionProviders: [{ name: 'webgpu', device } as never],
+      preferredOutputLocation: 'gpu-buffer',
+    });
+    const times: number[] = [];
+    for (let i = 0; i < repetitions + 2; i++) {
+      const started = performance.now();
+      const results = await session.run(feeds);
+      await device.queue.onSubmittedWorkDone();
+      if (i >= 2) times.push(performance.now() - started);
+      for (const result of Object.values(results)) result.dispose();
+    }
+    await session.release();
+    medians.push(median(times));
+  }
+  const [short, long] = medians as [number, number];
+  return (long - short) / (CHAINS[1] - CHAINS[0]);
+}

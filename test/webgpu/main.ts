@@ -1,0 +1,87 @@
+/**
+ * The conformance suite on the GPU of this machine, in plain Node: every family that the device offers, whole, and every
+ * variant of its tables on a few tests.
+ *
+ *     npx tsx scripts/gpu-programs.ts && node .gpu/programs/test-webgpu.mjs [FAMILY...]
+ */
+import { setBackend } from '../../src/backends/registry.ts';
+import { familiesOf, MATRIX_VARIANTS, TILED_VARIANTS } from '../../src/backends/webgpu/families.ts';
+import {
+  createWebgpuBackend,
+  FAMILIES,
+  type Family,
+  type WebgpuBackendOptions,
+} from '../../src/backends/webgpu/index.ts';
+import { PORTABLE_ALGORITHM } from '../../src/reference/quantized.ts';
+import { conformanceTests, type Target } from '../conformance/suite.ts';
+import { runSeed } from '../support/random.ts';
+
+/** Tests that each variant runs: tiles, edges, masks, poison. */
+const VARIANT_TESTS = [
+  'float16 HND',
+  'length: 1000',
+  'head dim: 128',
+  'top-left 130',
+  'bool [Lq',
+  'additive float16',
+  'not a number: in a value',
+];
+
+const TARGET: Target = {
+  name: 'webgpu',
+  backend: 'webgpu',
+  kernel: 'qk-int8-pv-fp16',
+  relativeL1: 0.02,
+  algorithm: PORTABLE_ALGORITHM,
+};
+
+const asked = process.argv.slice(2) as Family[];
+const seed = runSeed();
+let failures = 0;
+
+async function run(options: WebgpuBackendOptions, name: string, only?: readonly string[]): Promise<void> {
+  const backend = createWebgpuBackend(options);
+  await setBackend(backend);
+  const started = performance.now();
+  let passed = 0;
+  let unsupported = 0;
+  for (const test of conformanceTests(TARGET, seed)) {
+    if (only !== undefined && !only.some((text) => test.name.includes(text))) continue;
+    try {
+      await test.run();
+      passed++;
+    } catch (error) {
+      const code = (error as { code?: string }).code;
+      if (options.variant !== undefined && code === 'unsupported-option') {
+        unsupported++;
+        continue;
+      }
+      failures++;
+      console.log(`  FAILED ${name}, ${test.name}: ${error instanceof Error ? error.message.slice(0, 600) : error}`);
+    }
+  }
+  const seconds = ((performance.now() - started) / 1000).toFixed(1);
+  const rest = unsupported === 0 ? '' : `, ${unsupported} too large for this variant`;
+  console.log(`${name}: ${passed} passed${rest} in ${seconds} s (SAGEATTENTION_SEED=${seed})`);
+  await backend.dispose();
+}
+
+const probe = createWebgpuBackend();
+console.log((await probe.availability()).details);
+const { capabilities } = await probe.context();
+console.log(`subgroup matrices are written as ${JSON.stringify(capabilities.matrixDialect)}`);
+const { offered, missing } = familiesOf(capabilities);
+for (const text of missing) console.log(`not offered: ${text}`);
+await probe.dispose();
+
+for (const family of FAMILIES.filter(
+  (name) => offered.includes(name) && (asked.length === 0 || asked.includes(name)),
+)) {
+  await run({ family }, family);
+  const variants = family === 'matrix' ? MATRIX_VARIANTS : TILED_VARIANTS;
+  // f16 sums are for measuring only: they lose accuracy that the suite asks for.
+  for (const { name } of variants.filter((variant) => !('accumulate' in variant) || variant.accumulate === 'f32')) {
+    await run({ family, variant: name }, `${family} ${name}`, VARIANT_TESTS);
+  }
+}
+process.exit(failures === 0 ? 0 : 1);
