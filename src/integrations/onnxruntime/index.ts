@@ -15,6 +15,7 @@ import { type SageAttentionOptions, validateSageAttentionOptions } from './optio
 import type { CreateArguments, OrtModule, OrtSession, OrtSessionHandler } from './ort.ts';
 import type { AttentionReport } from './report.ts';
 
+export { enableNodeWebgpu } from './node-webgpu.ts';
 export { DEFAULT_MIN_TOKENS, type SageAttentionOptions } from './options.ts';
 export type { OrtModule } from './ort.ts';
 export type { AttentionReport } from './report.ts';

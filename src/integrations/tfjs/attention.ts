@@ -6,7 +6,7 @@ import type { AttentionOptions } from '../../attention/options.ts';
 import { withCachedPlan } from '../../attention/plan-cache.ts';
 import { createProblem } from '../../attention/problem.ts';
 import { sageattn as attend } from '../../attention/sageattn.ts';
-import type { GpuTensor } from '../../backends/webgpu/gpu-tensor.ts';
+import { type GpuTensor, uploadTensor } from '../../backends/webgpu/gpu-tensor.ts';
 import type { WebgpuBackend } from '../../backends/webgpu/index.ts';
 import { contiguousStrides, type Tensor, tensor } from '../../tensor/tensor.ts';
 
@@ -90,21 +90,26 @@ async function attendOnGpu(
   options: TfAttentionOptions,
 ): Promise<tf.Tensor4D> {
   const { attnMask, ...rest } = options;
-  const held: tf.Tensor[] = [];
+  const release: (() => void)[] = [];
+  /** tfjs moves data to the GPU when an operation needs it there: a fresh tensor may still be on the CPU. */
+  const bufferOf = (value: tf.Tensor): GPUBuffer => {
+    try {
+      const { buffer, tensorRef } = value.dataToGPU();
+      release.push(() => tensorRef.dispose());
+      return buffer as GPUBuffer;
+    } catch {
+      const { buffer } = uploadTensor(device, tensor(Float32Array.from(value.dataSync()), value.shape));
+      release.push(() => buffer.destroy());
+      return buffer;
+    }
+  };
   const share = (value: tf.Tensor): GpuTensor => {
     // tfjs keeps booleans as 32-bit integers; an additive mask says the same.
-    const floats = value.dtype === 'bool' ? tf.tidy(() => tf.mul(tf.sub(value.toFloat(), 1), 1e30)) : value;
-    const { buffer, tensorRef } = floats.dataToGPU();
+    const floats = value.dtype === 'bool' ? tf.tidy(() => tf.mul(tf.sub(tf.cast(value, 'float32'), 1), 1e30)) : value;
+    const buffer = bufferOf(floats);
     if (floats !== value) floats.dispose();
-    held.push(tensorRef);
-    return {
-      location: 'webgpu',
-      buffer: buffer as GPUBuffer,
-      dtype: 'float32',
-      shape: value.shape,
-      strides: contiguousStrides(value.shape),
-      offset: 0,
-    };
+    const { shape } = value;
+    return { location: 'webgpu', buffer, dtype: 'float32', shape, strides: contiguousStrides(shape), offset: 0 };
   };
   try {
     const [q4, k4, v4] = [share(q), share(k), share(v)] as [GpuTensor, GpuTensor, GpuTensor];
@@ -124,6 +129,6 @@ async function attendOnGpu(
     const { buffer } = output as GpuTensor;
     return tf.tensor({ buffer, zeroCopy: true }, output.shape as [number, number, number, number], 'float32');
   } finally {
-    for (const value of held) value.dispose();
+    for (const free of release) free();
   }
 }

@@ -1,0 +1,65 @@
+/** WebGPU under onnxruntime-web in Node: Dawn, from the package `webgpu`, where a browser has `navigator.gpu`. */
+import { MissingPackageError } from '../../attention/errors.ts';
+import { DAWN_FLAGS } from '../../backends/webgpu/device.ts';
+
+interface Dawn {
+  create(flags: readonly string[]): GPU;
+  readonly globals: Record<string, unknown>;
+}
+
+type WriteBuffer = (
+  buffer: GPUBuffer,
+  bufferOffset: number,
+  data: AllowSharedBufferSource,
+  offset?: number,
+  size?: number,
+) => void;
+
+/**
+ * Makes `navigator.gpu` and WebGPU's classes available to onnxruntime-web in Node. Call it before onnxruntime-web is
+ * imported. Where `navigator.gpu` exists it changes nothing.
+ *
+ * ```ts
+ * await enableNodeWebgpu();
+ * const ort = await import('onnxruntime-web/webgpu');
+ * ```
+ *
+ * @param flags for Dawn
+ * @throws {MissingPackageError} when the package `webgpu` is not installed
+ */
+export async function enableNodeWebgpu(flags: readonly string[] = DAWN_FLAGS): Promise<GPU> {
+  const scope = globalThis as { navigator?: { gpu?: GPU } };
+  if (scope.navigator?.gpu !== undefined) return scope.navigator.gpu;
+  // A variable, so that bundlers leave the optional package alone.
+  const name = 'webgpu';
+  const dawn = await (import(/* @vite-ignore */ name) as Promise<Dawn>).catch((cause: unknown) => {
+    throw new MissingPackageError(name, 'WebGPU in Node', cause);
+  });
+  Object.assign(globalThis, dawn.globals);
+  const gpu = dawn.create(flags);
+  if (scope.navigator === undefined) {
+    Object.defineProperty(globalThis, 'navigator', { value: { gpu, userAgent: 'Node.js' }, configurable: true });
+  } else Object.defineProperty(scope.navigator, 'gpu', { value: gpu, configurable: true });
+  copySharedMemory(
+    (globalThis as unknown as { GPUQueue: { prototype: { writeBuffer: WriteBuffer } } }).GPUQueue.prototype,
+  );
+  return gpu;
+}
+
+/** onnxruntime-web writes out of its WebAssembly memory, which is shared between threads; Dawn takes unshared memory only. */
+function copySharedMemory(queue: { writeBuffer: WriteBuffer }): void {
+  const { writeBuffer } = queue;
+  queue.writeBuffer = function (buffer, bufferOffset, data, offset = 0, size) {
+    const memory = ArrayBuffer.isView(data) ? data.buffer : data;
+    if (memory instanceof ArrayBuffer) {
+      if (size === undefined) writeBuffer.call(this, buffer, bufferOffset, data, offset);
+      else writeBuffer.call(this, buffer, bufferOffset, data, offset, size);
+      return;
+    }
+    // Offset and size count elements of a typed array, and bytes of anything else.
+    const unit = (data as { BYTES_PER_ELEMENT?: number }).BYTES_PER_ELEMENT ?? 1;
+    const start = (ArrayBuffer.isView(data) ? data.byteOffset : 0) + offset * unit;
+    const length = size === undefined ? data.byteLength - offset * unit : size * unit;
+    writeBuffer.call(this, buffer, bufferOffset, new Uint8Array(memory, start, length).slice());
+  };
+}

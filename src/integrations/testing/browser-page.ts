@@ -1,0 +1,83 @@
+/** Runs in a browser, driven by browser.test.ts: each function compares one engine with exact attention or with itself. */
+import { init, numpy } from '@jax-js/jax';
+import * as tf from '@tensorflow/tfjs-core';
+import '@tensorflow/tfjs-backend-webgpu';
+import * as ort from 'onnxruntime-web/webgpu';
+import { GraphBuilder } from '../../../test/support/graph-builder.ts';
+import { buildDiT } from '../../../test/support/models.ts';
+import { Random } from '../../../test/support/random.ts';
+import { createProblem } from '../../attention/problem.ts';
+import { attentionExact } from '../../reference/exact.ts';
+import { type Accuracy, compare } from '../../reference/metrics.ts';
+import { elementCount, type Tensor, tensor } from '../../tensor/tensor.ts';
+import * as jaxAttention from '../jax/index.ts';
+import { withSageAttention } from '../onnxruntime/index.ts';
+import * as tfAttention from '../tfjs/index.ts';
+
+const SHAPE = [1, 2, 80, 32] as const;
+
+function operands(seed: number): { q: Tensor; k: Tensor; v: Tensor; exact: Float64Array } {
+  const random = new Random(seed);
+  const make = () => tensor(random.normals(elementCount(SHAPE)), SHAPE);
+  const [q, k, v] = [make(), make(), make()];
+  return { q, k, v, exact: attentionExact(createProblem(q, k, v, { isCausal: true }), { q, k, v }).output };
+}
+
+async function onnxruntime(
+  provider: 'webgpu' | 'wasm',
+  seed: number,
+): Promise<{ accuracy: Accuracy; taken: boolean[] }> {
+  ort.env.wasm.wasmPaths = `${location.origin}/onnxruntime-web/`;
+  ort.env.wasm.numThreads = 1;
+  const size = { heads: 2, headDim: 32, blocks: 2 };
+  const width = size.heads * size.headDim;
+  const g = new GraphBuilder(new Random(seed));
+  buildDiT(g, size);
+  const bytes = g.build();
+  const random = new Random(seed + 1);
+  const feeds = {
+    x: new ort.Tensor('float32', random.normals(80 * width), [1, 80, width]),
+    c: new ort.Tensor('float32', random.normals(width), [1, width]),
+  };
+  const plain = await ort.InferenceSession.create(bytes, { executionProviders: ['wasm'] });
+  const expected = (await plain.run(feeds)).y?.data as Float32Array;
+  const sage = await withSageAttention(ort, { minTokens: 0 }).InferenceSession.create(bytes, {
+    executionProviders: [provider],
+  });
+  const actual = (await sage.run(feeds)).y?.data as Float32Array;
+  const taken = sage.sageAttention.map((attention) => attention.taken);
+  await sage.release();
+  return { accuracy: compare(actual, expected), taken };
+}
+
+async function tfjs(seed: number): Promise<{ accuracy: Accuracy; leaked: number }> {
+  await tf.setBackend('webgpu');
+  await tf.ready();
+  const { q, k, v, exact } = operands(seed);
+  const inputs = [q, k, v].map((value) => tf.tensor(value.data as Float32Array, [...SHAPE])) as [
+    tf.Tensor,
+    tf.Tensor,
+    tf.Tensor,
+  ];
+  const before = tf.memory().numTensors;
+  const output = await tfAttention.sageattn(...inputs, { isCausal: true });
+  const accuracy = compare(await output.data(), exact);
+  output.dispose();
+  return { accuracy, leaked: tf.memory().numTensors - before };
+}
+
+async function jax(seed: number): Promise<{ accuracy: Accuracy; device: string }> {
+  await init('webgpu');
+  const { q, k, v, exact } = operands(seed);
+  const make = (value: Tensor) =>
+    numpy.array(value.data as Float32Array<ArrayBuffer>, { shape: [...SHAPE], device: 'webgpu' });
+  const output = await jaxAttention.sageattn(make(q), make(k), make(v), { isCausal: true });
+  const { device } = output;
+  return { accuracy: compare((await output.data()) as Float32Array, exact), device };
+}
+
+/** What the test calls. */
+export const page = { onnxruntime, tfjs, jax };
+export type Page = typeof page;
+
+(globalThis as { page?: Page }).page = page;
