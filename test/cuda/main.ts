@@ -3,13 +3,14 @@
  * same bits, graphs, large offsets, compute-sanitizer. `npm run test:cuda` builds and runs this; the built program needs Node and
  * koffi only.
  *
- *     node test-cuda.mjs [--only TEXT]
+ *     node test-cuda.mjs [--only TEXT] [--jobs PROCESSES]
  *
  * Ends with 0 when everything passed, 1 when something failed, 2 when nothing could run.
  */
-import { spawnSync } from 'node:child_process';
+import { spawn, spawnSync } from 'node:child_process';
+import { availableParallelism } from 'node:os';
 import { createProblem } from '../../src/attention/problem.ts';
-import { CudaBackend, type CudaDevice } from '../../src/backends/cuda/index.ts';
+import { type Cuda, CudaBackend, type CudaDevice } from '../../src/backends/cuda/index.ts';
 import { lackedBy } from '../../src/backends/cuda/kernel-table.ts';
 import { type AttentionOptions, type KernelName, sageattn, setBackend } from '../../src/index.ts';
 import type { Granularity, PvAccumDtype } from '../../src/quantization/schemes.ts';
@@ -20,6 +21,7 @@ import { conformanceTests, type Target } from '../conformance/suite.ts';
 import { GOLDEN_NAMES, readGolden } from '../golden/golden.ts';
 import { runSeed } from '../support/random.ts';
 import { type Check, deviceChecks, kernelChecks, largeChecks } from './checks.ts';
+import { driverChecks } from './driver-checks.ts';
 import { targetsFor } from './targets.ts';
 
 /** Under compute-sanitizer: one small case of each kernel and no more. */
@@ -29,7 +31,7 @@ const SANITIZER_STATUS = 86;
 /** What offsets above 2^31 need, in bytes. */
 const LARGE_MEMORY = 30 * 2 ** 30;
 
-const only = process.argv.includes('--only') ? (process.argv[process.argv.indexOf('--only') + 1] ?? '') : '';
+const only = argumentOf('--only') ?? '';
 const counts = { passed: 0, failed: 0 };
 const notRun: string[] = [];
 
@@ -133,6 +135,92 @@ function sanitizerChecks(): Check[] {
   }));
 }
 
+/** Checks that run in one process of their own: a fault of the device ends that process's use of it and no other's. */
+interface Group {
+  readonly name: string;
+  checks(): readonly Check[];
+  /** It wants the device's memory, or its attention, for itself. */
+  readonly alone: boolean;
+}
+
+function groupsOf(backend: CudaBackend, cuda: Cuda, targets: readonly Target[], seed: number): Group[] {
+  const device = cuda.device();
+  return [
+    { name: 'driver', checks: () => driverChecks(backend, cuda, device, seed), alone: false },
+    { name: 'golden', checks: () => goldenChecks(device.computeCapability), alone: false },
+    ...targets.map((target) => ({
+      name: target.name,
+      checks: () => [
+        ...conformanceTests(target, seed).map(({ name, run: body }) => ({
+          name,
+          run: async () => {
+            await body();
+            return undefined;
+          },
+        })),
+        ...deviceChecks(target, device, seed),
+      ],
+      alone: false,
+    })),
+    ...defaultTargets(targets).map((target) => ({
+      name: `${target.name}, large`,
+      checks: () => {
+        if (device.memoryInfo().free >= LARGE_MEMORY) return largeChecks(target, device, seed);
+        notRun.push(`${target.name}: offsets above 2^31 (30 GiB of free device memory)`);
+        return [];
+      },
+      alone: true,
+    })),
+    { name: 'compute-sanitizer', checks: sanitizerChecks, alone: true },
+  ];
+}
+
+type Counts = typeof counts;
+
+const summary = ({ passed, failed }: Counts) => `${passed} passed, ${failed} failed`;
+
+function add(total: Counts, { passed, failed }: Counts): void {
+  total.passed += passed;
+  total.failed += failed;
+}
+
+function argumentOf(name: string): string | undefined {
+  const at = process.argv.indexOf(name);
+  return at < 0 ? undefined : process.argv[at + 1];
+}
+
+/** Processes at a time: exact results are computed on the CPU, which is most of the time. */
+const jobsOf = (groups: number): number =>
+  Math.max(1, Math.min(groups, Number(argumentOf('--jobs') ?? Math.ceil(availableParallelism() / 2))));
+
+/** Runs a group in a process of its own and prints what it printed, at its end. */
+function child(group: Group, seed: number): Promise<Counts> {
+  const filter = only === '' ? [] : ['--only', only];
+  const running = spawn(process.execPath, [process.argv[1] as string, '--group', group.name, ...filter], {
+    env: { ...process.env, SAGEATTENTION_SEED: String(seed) },
+    stdio: ['ignore', 'pipe', 'pipe'],
+  });
+  let printed = '';
+  for (const stream of [running.stdout, running.stderr]) {
+    stream.setEncoding('utf8').on('data', (text: string) => {
+      printed += text;
+    });
+  }
+  return new Promise((resolve) => {
+    running.on('close', (status, signal) => {
+      const [, passed, failed] = printed.match(/(\d+) passed, (\d+) failed\s*$/) ?? [];
+      const lines = printed.split('\n').filter((line) => /^(ok|FAILED|not run| {8}| {4}at )/.test(line));
+      if (lines.length > 0) console.log(lines.join('\n'));
+      if (passed !== undefined && failed !== undefined) {
+        resolve({ passed: Number(passed), failed: Number(failed) });
+        return;
+      }
+      console.log(`FAILED  ${group.name}: its process ended with ${signal ?? status}\n${printed.slice(-4000)}`);
+      resolve({ passed: 0, failed: 1 });
+    });
+  });
+}
+
 async function main(): Promise<number> {
   const backend = new CudaBackend();
   const { available, reason, remedy, details } = await backend.availability();
@@ -141,7 +229,8 @@ async function main(): Promise<number> {
     return 2;
   }
   await setBackend(backend);
-  const device = (await backend.cuda()).device();
+  const cuda = await backend.cuda();
+  const device = cuda.device();
   const targets = targetsFor(device.computeCapability);
   const seed = runSeed();
   for (const [name, value] of Object.entries(details)) console.log(`${name}: ${value}`);
@@ -155,37 +244,30 @@ async function main(): Promise<number> {
     return counts.failed === 0 ? 0 : 1;
   }
 
-  const groups: (readonly [string, () => readonly Check[]])[] = [
-    ['golden', () => goldenChecks(device.computeCapability)],
-    ...targets.map((target): [string, () => readonly Check[]] => [
-      target.name,
-      () => [
-        ...conformanceTests(target, seed).map(({ name, run: body }) => ({
-          name,
-          run: async () => {
-            await body();
-            return undefined;
-          },
-        })),
-        ...deviceChecks(target, device, seed),
-      ],
-    ]),
-    ...defaultTargets(targets).map((target): [string, () => readonly Check[]] => [
-      `${target.name}, large`,
-      () => {
-        if (device.memoryInfo().free >= LARGE_MEMORY) return largeChecks(target, device, seed);
-        notRun.push(`${target.name}: offsets above 2^31 (30 GiB of free device memory)`);
-        return [];
-      },
-    ]),
-    ['compute-sanitizer', sanitizerChecks],
-  ];
-  for (const [name, checks] of groups) if (!(await run(name, checks(), device))) break;
-  console.log(`\n${counts.passed} passed, ${counts.failed} failed`);
-  for (const what of notRun) console.log(`not run: ${what}`);
+  const groups = groupsOf(backend, cuda, targets, seed);
+  const asked = argumentOf('--group');
+  if (asked !== undefined) {
+    const group = groups.find(({ name }) => name === asked);
+    if (group === undefined) throw new Error(`no group '${asked}'`);
+    await run(group.name, group.checks(), device);
+    for (const what of notRun) console.log(`not run: ${what}`);
+    console.log(summary(counts));
+    await backend.dispose();
+    return counts.failed === 0 ? 0 : 1;
+  }
+  // The device is the children's now.
   await backend.dispose();
-  if (counts.passed + counts.failed === 0) return 2;
-  return counts.failed === 0 ? 0 : 1;
+  const total = { passed: 0, failed: 0 };
+  const together = groups.filter(({ alone }) => !alone);
+  const running = Array.from({ length: jobsOf(together.length) }, async () => {
+    for (let group = together.shift(); group !== undefined; group = together.shift())
+      add(total, await child(group, seed));
+  });
+  await Promise.all(running);
+  for (const group of groups.filter(({ alone }) => alone)) add(total, await child(group, seed));
+  console.log(`\n${summary(total)}`);
+  if (total.passed + total.failed === 0) return 2;
+  return total.failed === 0 ? 0 : 1;
 }
 
 process.exitCode = await main();
