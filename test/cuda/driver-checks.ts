@@ -124,7 +124,7 @@ async function pageLocked(device: CudaDevice, random: Random): Promise<undefined
   const count = 2 ** 22;
   using from = device.allocatePinned(4 * count);
   using into = device.allocatePinned(4 * count);
-  const source = from.view(Float32Array<ArrayBuffer>, 4);
+  const source = from.view(Float32Array<ArrayBuffer>);
   source.set(random.normals(count));
   const { tensor: there, done } = uploadAsync(tensor(source, [count]), device);
   await done;

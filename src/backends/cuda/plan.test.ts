@@ -224,6 +224,8 @@ describe('tensors', () => {
     const into = await downloadAsync(there, { stream, into: pinned });
     expect(values(into)).toEqual(shifted(0, 3));
     expect(into.data.buffer).toBe(pinned.bytes.buffer);
+    expect([...pinned.view(Float32Array).slice(0, 12)]).toEqual(shifted(0, 3));
+    expect(pinned.view(Uint16Array)).toHaveLength(100);
     // The other stream waits for the upload's.
     expect(values(download(there))).toEqual(shifted(0, 3));
     using small = device.allocatePinned(8);

@@ -98,9 +98,13 @@ export class PinnedBuffer {
     device.lockPages(this.address, lockedBytes);
   }
 
-  /** A view of other element type over the same bytes. */
-  view<T>(type: new (buffer: ArrayBuffer, byteOffset: number, length: number) => T, bytesPerElement: number): T {
-    return new type(this.bytes.buffer, this.bytes.byteOffset, Math.floor(this.bytes.byteLength / bytesPerElement));
+  /** A view of other elements over the same bytes: `pinned.view(Float32Array)`. */
+  view<T>(type: {
+    readonly BYTES_PER_ELEMENT: number;
+    new (buffer: ArrayBuffer, byteOffset: number, length: number): T;
+  }): T {
+    const { buffer, byteOffset, byteLength } = this.bytes;
+    return new type(buffer, byteOffset, Math.floor(byteLength / type.BYTES_PER_ELEMENT));
   }
 
   get disposed(): boolean {
