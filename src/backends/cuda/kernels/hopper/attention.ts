@@ -936,13 +936,15 @@ export function hopperAttention(config: HopperConfig): Kernel {
           source = offset64(b, source, b.add(work.queryStart, token), b.loadParameter(strides.queryToken));
           source = offset(b, source, channelTerm, bytes);
           return Array.from({ length: chunks }, (__, c) => {
-            const guard =
-              16 * c + 16 <= headDim ? inside : b.andPred(inside, b.setp('lt', channelTerm, headDim - 16 * c));
             const words = b.regs('b32', bytes);
             for (const word of words) b.set(word, 0);
-            b.when(guard, () =>
-              b.ldVector('b32', bytes as 2 | 4, source, 16 * c * bytes, { readOnly: true, into: words }),
-            );
+            if (16 * c < headDim) {
+              const left = headDim - 16 * c;
+              const guard = left >= 16 ? inside : b.andPred(inside, b.setp('lt', channelTerm, left));
+              b.when(guard, () =>
+                b.ldVector('b32', bytes as 2 | 4, source, 16 * c * bytes, { readOnly: true, into: words }),
+              );
+            }
             return dtype === 'float32'
               ? words.map((word) => b.as(word, 'f32'))
               : words.flatMap((word) => unpackPair(b, dtype, word));
