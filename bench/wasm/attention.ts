@@ -9,7 +9,7 @@
  */
 import { execFileSync } from 'node:child_process';
 import { writeFileSync } from 'node:fs';
-import { cpus } from 'node:os';
+import { cpus, loadavg } from 'node:os';
 import { parseArgs } from 'node:util';
 import { chooseOptions } from '../../src/attention/choice.ts';
 import { createProblem } from '../../src/attention/problem.ts';
@@ -109,11 +109,18 @@ async function measure(tokens: number, headDim: number): Promise<Row[]> {
       const output = await contender.run();
       running.push({ contender, accuracy: compare(output.subarray(0, exact.length), exact), times: [], cpu: [] });
     } catch (error) {
-      rows.push({ tokens, headDim, contender: contender.name, error: String(error).split('\n')[0] ?? '' });
+      rows.push({
+        tokens,
+        headDim,
+        contender: contender.name,
+        error: String(error)
+          .replaceAll(/\S*\/\S+/g, '')
+          .slice(0, 200),
+      });
     }
   }
-  // Warm: code is compiled in tiers, memory has grown.
-  for (let i = 0; i < 3; i++) for (const { contender } of running) await contender.run();
+  // Warm: code is compiled in tiers, on threads of the same process, and memory has grown.
+  for (let i = 0; i < (tokens <= 1024 ? 10 : 2); i++) for (const { contender } of running) await contender.run();
   const end = performance.now() + Number(flags.seconds) * 1000;
   for (let round = 0; round === 0 || performance.now() < end; round++) {
     for (let turn = 0; turn < running.length; turn++) {
@@ -170,6 +177,8 @@ if (flags.out !== undefined) {
   const report = {
     cpu: cpus()[0]?.model,
     cores: cpus().length,
+    // Well above the number of cores: others were at work, and only processor times mean anything.
+    loadAverage: loadavg()[0],
     node: process.version,
     commit: execFileSync('git', ['rev-parse', 'HEAD'], { encoding: 'utf8' }).trim(),
     date: new Date().toISOString(),
