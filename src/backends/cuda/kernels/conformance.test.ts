@@ -1,26 +1,31 @@
-/** The conformance suite on every CUDA kernel: the real backend and launches, kernels run by the simulator. */
-
+/**
+ * The conformance suite on the CUDA kernels: the backend as it is, over a driver whose kernels the simulator runs. The first
+ * target of each kernel gets the whole table up to a size; the others, which share its code, small cases.
+ */
+import { describe } from 'vitest';
 import { describeConformance } from '../../../../test/conformance/vitest.ts';
-import { TILINGS } from '../../../quantization/schemes.ts';
-import { PORTABLE_ALGORITHM, type QuantizedAlgorithm } from '../../../reference/quantized.ts';
+import { CUDA_TARGETS } from '../../../../test/cuda/targets.ts';
 import { createSimulatedBackend } from '../testing/simulator/backend.ts';
 
-const ALGORITHM: QuantizedAlgorithm = { ...PORTABLE_ALGORITHM, granularity: 'per-thread', tiling: TILINGS.sm80 };
-/** Multiply-adds of a case that a second or two simulates. */
-const MAX_WORK = 3e6;
+/** Multiply-adds of the largest case that is simulated. */
+const WORK = { first: 2e6, others: 3e5 } as const;
 
-describeConformance(
-  () => createSimulatedBackend(80),
-  [
-    {
-      name: 'cuda sm_80: INT8, FP16',
-      backend: 'cuda',
-      kernel: 'qk-int8-pv-fp16-cuda',
-      relativeL1: 0.016,
-      algorithm: ALGORITHM,
-      largestV: 65504,
-      maxWork: MAX_WORK,
-      randomCases: 10,
-    },
-  ],
-);
+/** Compute capabilities whose kernels differ, and the kernels that are tested there. */
+const DEVICES = [
+  [80, ['qk-int8-pv-fp16-cuda']],
+  [89, ['qk-int8-pv-fp8-cuda', 'qk-int4-pv-fp8-cuda']],
+  [90, ['qk-int8-pv-fp8-cuda', 'qk-int4-pv-fp8-cuda']],
+] as const;
+
+for (const [capability, kernels] of DEVICES) {
+  describe(`simulated sm_${capability}`, () => {
+    const targets = kernels.flatMap((kernel) =>
+      CUDA_TARGETS.filter((target) => target.kernel === kernel).map((target, i) => ({
+        ...target,
+        maxWork: i === 0 ? WORK.first : WORK.others,
+        randomCases: i === 0 ? 8 : 3,
+      })),
+    );
+    describeConformance(() => createSimulatedBackend(capability), targets);
+  });
+}
