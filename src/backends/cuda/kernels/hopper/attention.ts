@@ -1079,6 +1079,8 @@ export function hopperAttention(config: HopperConfig): Kernel {
           for (const [r, { inverse, empty, inside, address }] of finished.entries()) {
             const pair = [0, 1].map((j) => {
               const multiplier = scales === undefined ? inverse : b.mul(inverse, at(scales, j));
+              // A sequence without keys has no scales of V either.
+              if (scales !== undefined) b.when(empty, () => b.set(multiplier, 0));
               const result = b.mul(at(output, 4 * n + 2 * r + j), multiplier);
               if (means === undefined) return result;
               const smoothed = b.add(result, at(means, j));

@@ -112,7 +112,9 @@ function mapsOf({ problem, layout }: Context, { config, rows }: Shape): KernelAr
   const { qkRowBytes, paddedValueDim, packedHeads, pvFormat, fusedQuery } = config;
   const { rowLayout, valueLayout, valueBlockChannels } = sharedPlanOf(config);
   const rowSwizzle = rowLayout.rowBytes === 128 ? '128B' : '64B';
-  const keys = kvHeads * layout.paddedKeys;
+  // Without keys the maps are never followed, but must be valid.
+  const paddedKeys = layout.paddedKeys === 0 ? HOPPER_BLOCK_K : layout.paddedKeys;
+  const keys = kvHeads * paddedKeys;
   const key: TensorMapDescription = {
     buffer: 'key',
     elementType: 'u8',
@@ -142,8 +144,8 @@ function mapsOf({ problem, layout }: Context, { config, rows }: Shape): KernelAr
       ? {
           buffer: 'value',
           elementType: 'u8',
-          dimensions: [layout.paddedKeys, kvHeads * paddedValueDim],
-          byteStrides: [layout.paddedKeys],
+          dimensions: [paddedKeys, kvHeads * paddedValueDim],
+          byteStrides: [paddedKeys],
           box: [HOPPER_BLOCK_K, paddedValueDim],
           swizzle: '128B',
           l2Promotion: '256B',

@@ -1,0 +1,16 @@
+/** The conformance suite on the Hopper kernels: the real backend and launches, kernels run by the simulator. */
+import { describeConformance } from '../../../../../test/conformance/vitest.ts';
+import { CUDA_TARGETS } from '../../../../../test/cuda/targets.ts';
+import { createSimulatedBackend } from '../../testing/simulator/backend.ts';
+
+/** Multiply-adds of a case that a second simulates. */
+const MAX_WORK = 1e6;
+
+describeConformance(
+  () => createSimulatedBackend(90),
+  CUDA_TARGETS.filter(({ kernel }) => kernel.endsWith('-sm90')).map((target) => ({
+    ...target,
+    maxWork: MAX_WORK,
+    randomCases: 3,
+  })),
+);
