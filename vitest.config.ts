@@ -1,5 +1,8 @@
+import { playwright } from '@vitest/browser-playwright';
 import { configDefaults, defineConfig } from 'vitest/config';
 import {
+  CHROMIUM,
+  CHROMIUM_FLAGS,
   locateSoftwareGpu,
   REMEDY,
   SOFTWARE_GPUS,
@@ -46,6 +49,20 @@ export default defineConfig({
       },
       { extends: true, test: { name: 'site', include: ['test/playground/*.test.ts', 'test/docs/*.test.ts'] } },
       ...SOFTWARE_GPUS.map(softwareGpuProject),
+      {
+        extends: true,
+        test: {
+          name: 'webgpu-chromium',
+          include: ['test/**/*.browser.test.ts'],
+          browser: {
+            enabled: true,
+            headless: true,
+            screenshotFailures: false,
+            provider: playwright({ launchOptions: { executablePath: CHROMIUM, args: [...CHROMIUM_FLAGS] } }),
+            instances: [{ browser: 'chromium' }],
+          },
+        },
+      },
     ],
     coverage: {
       provider: 'v8',

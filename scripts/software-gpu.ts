@@ -23,6 +23,16 @@ const OLDEST_MESA = 23;
 /** Chromium's executable, which brings SwiftShader and runs the browser tests. */
 export const CHROMIUM = '/usr/bin/chromium';
 
+/** Flags under which headless Chromium offers WebGPU on SwiftShader, in a container and without network of its own. */
+export const CHROMIUM_FLAGS: readonly string[] = [
+  '--no-sandbox',
+  '--enable-unsafe-webgpu',
+  '--use-webgpu-adapter=swiftshader',
+  '--disable-background-networking',
+  '--disable-component-update',
+  '--disable-dev-shm-usage',
+];
+
 /** How to get a driver by hand. */
 export const REMEDY: Readonly<Record<SoftwareGpu, string>> = {
   swiftshader: 'Debian packages chromium and libvulkan1 (as root: npx tsx scripts/software-gpu.ts swiftshader)',

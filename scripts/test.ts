@@ -36,6 +36,15 @@ const PARTS: readonly Part[] = [
       return {};
     },
   })),
+  {
+    name: 'WebGPU in headless Chromium',
+    arguments: ['--project', 'webgpu-chromium'],
+    env: () => {
+      // Debian's Chromium is where SwiftShader comes from.
+      ensureSoftwareGpu('swiftshader');
+      return {};
+    },
+  },
 ];
 
 interface Counts {

@@ -47,8 +47,9 @@ const KERNEL_TESTS = [
   'one key at a time',
 ];
 
-const WHOLE = process.env.SAGEATTENTION_SOFTWARE_GPU === 'swiftshader' ? 'base' : 'subgroup';
-const OTHER = WHOLE === 'base' ? 'subgroup' : 'base';
+const SWIFTSHADER = process.env.SAGEATTENTION_SOFTWARE_GPU === 'swiftshader';
+/** Each family is tested whole on one driver, and where it differs from the other on the other. */
+const [WHOLE, OTHER] = SWIFTSHADER ? (['base', 'subgroup'] as const) : (['subgroup', 'base'] as const);
 
 const RUNS: readonly Run[] = [
   { options: { family: WHOLE }, target: target(`family ${WHOLE}`) },
@@ -68,6 +69,28 @@ const RUNS: readonly Run[] = [
     target: target('base, wide tiles in shared memory'),
     only: ['GQA', 'mask: bool [Lq'],
   },
+  // The matrix kernel with its matrix operations emulated. lavapipe takes minutes to compile that.
+  ...(SWIFTSHADER
+    ? [
+        {
+          options: { emulateMatrices: true, variant: '2x1x32' },
+          target: target('matrix kernel, emulated'),
+          only: [
+            'smScale 0.3',
+            'mask: bool [Lq',
+            'additive float16',
+            'varlen: 5',
+            'not a number: in a value',
+            'one key at a time',
+          ],
+        },
+        {
+          options: { emulateMatrices: true, variant: '4x2x32kv' },
+          target: target('matrix kernel with two row tiles and staged operands, emulated'),
+          only: ['smScale 0.3'],
+        },
+      ]
+    : []),
 ];
 
 const seed = runSeed();

@@ -12,6 +12,8 @@ export interface DeviceOptions {
   readonly gpu?: GPU;
   /** Flags for Dawn where Node's `webgpu` package is used. Default {@link DAWN_FLAGS}. */
   readonly dawnFlags?: readonly string[];
+  /** Treats the device as one with less: for tests of what such a device would get. */
+  readonly capabilities?: Partial<Capabilities>;
 }
 
 /** Subgroup matrices are behind this toggle in Dawn; without it the family `matrix` is not offered in Node. */
@@ -62,7 +64,7 @@ export async function openDevice(options: DeviceOptions): Promise<GpuContext> {
     const language = options.gpu ?? (globalThis as { navigator?: { gpu?: GPU } }).navigator?.gpu;
     const info = (options.device as { adapterInfo?: GPUAdapterInfo }).adapterInfo ?? options.adapter?.info;
     const capabilities = capabilitiesOf(options.device, info, language?.wgslLanguageFeatures);
-    return new GpuContext(options.device, await withDialect(options.device, capabilities), false);
+    return new GpuContext(options.device, await settled(options.device, capabilities, options), false);
   }
   const gpu = options.gpu ?? (await findGpu(options.dawnFlags));
   const adapter = options.adapter ?? (await gpu.requestAdapter({ powerPreference: 'high-performance' }));
@@ -80,11 +82,16 @@ export async function openDevice(options: DeviceOptions): Promise<GpuContext> {
   try {
     const device = await adapter.requestDevice({ label: 'sageattention', requiredFeatures, requiredLimits });
     const capabilities = capabilitiesOf(device, adapter.info, gpu.wgslLanguageFeatures);
-    return new GpuContext(device, await withDialect(device, capabilities), true);
+    return new GpuContext(device, await settled(device, capabilities, options), true);
   } catch (cause) {
     throw new BackendUnavailableError('webgpu', `the adapter gave no device: ${messageOf(cause)}`, INSTALL, cause);
   }
 }
+
+const settled = async (device: GPUDevice, found: Capabilities, options: DeviceOptions): Promise<Capabilities> => ({
+  ...(await withDialect(device, found)),
+  ...options.capabilities,
+});
 
 /** Probes how subgroup matrices are written here; INT8 products that come out wrong in every way are not used. */
 async function withDialect(device: GPUDevice, capabilities: Capabilities): Promise<Capabilities> {
