@@ -3,6 +3,7 @@
  * and raw pointers equal to copies, offsets beyond 2^31. `main.ts` runs them on a GPU, and unit tests the small ones over
  * the simulator. The backend in question must be the one that `sageattn` uses.
  */
+import { timeOnHost } from '../../bench/cuda/timing.ts';
 import { createProblem } from '../../src/attention/problem.ts';
 import {
   type CudaDevice,
@@ -252,6 +253,18 @@ export function deviceChecks(target: Target, device: CudaDevice, seed: number): 
     { name: 'decoding over 20,000 keys', run: () => decoding(target, 20_000, seed) },
     { name: '500 calls take no more memory', run: () => noLeak(target, device, { tokens: 512, headDim: 64 }, seed) },
   ];
+}
+
+/** Microseconds of the host for a call that has been planned. */
+const HOST_LIMIT = 50;
+
+/** What the host pays for a repeated call: looking the plan up, and launching. */
+export async function hostCost(device: CudaDevice, seed: number): Promise<string> {
+  const { q, k, v } = operands(new Random(seed), device, { tokens: 128, headDim: 64 });
+  const { median, p95 } = await timeOnHost(device, async () => dispose(await sageattn(q, k, v)));
+  check(median <= HOST_LIMIT, () => `${median} us, limit ${HOST_LIMIT}`);
+  dispose(q, k, v);
+  return `${median.toFixed(1)} us, 95% below ${p95.toFixed(1)} us`;
 }
 
 const FAR = 2 ** 31;

@@ -158,6 +158,21 @@ async function foreignStream(cuda: Cuda, device: CudaDevice, random: Random): Pr
   return undefined;
 }
 
+/** Each call on its tensors' device. */
+async function otherDevice(cuda: Cuda, random: Random): Promise<string | undefined> {
+  if (cuda.deviceCount < 2) return 'one device here';
+  const host = place(random.normals(2 * 100 * 64), [1, 2, 100, 64], 'float16');
+  const outputs = [0, 1].map(async (ordinal) => {
+    const q = upload(host, cuda.device(ordinal));
+    return sageattn(q, q, q);
+  });
+  const [first, second] = (await Promise.all(outputs)) as [CudaTensor, CudaTensor];
+  check(first.device === 0 && second.device === 1, () => `outputs on ${first.device} and ${second.device}`);
+  const { relativeL1 } = compare(toFloat32(download(second)), toFloat32(download(first)));
+  check(relativeL1 < 0.06, () => `relative L1 ${relativeL1} between devices`);
+  return undefined;
+}
+
 /** The last check of its process: the device is lost to it. */
 async function fault(backend: CudaBackend, device: CudaDevice): Promise<string> {
   const prepared = new PreparedLaunches(device, [launchOf('fault check', FAULTING_KERNEL, 'faultCheck')]);
@@ -184,6 +199,7 @@ export function driverChecks(backend: CudaBackend, cuda: Cuda, device: CudaDevic
     { name: 'more memory than there is', run: async () => outOfMemory(device) },
     { name: 'copies through page-locked memory', run: () => pageLocked(device, random) },
     { name: 'a stream made elsewhere, and the context of the thread', run: () => foreignStream(cuda, device, random) },
+    { name: 'a second device', run: () => otherDevice(cuda, random) },
     { name: 'a fault names its kernel', run: () => fault(backend, device) },
   ];
 }

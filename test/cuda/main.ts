@@ -20,7 +20,7 @@ import { toFloat32 } from '../../src/tensor/access.ts';
 import { conformanceTests, type Target } from '../conformance/suite.ts';
 import { GOLDEN_NAMES, readGolden } from '../golden/golden.ts';
 import { runSeed } from '../support/random.ts';
-import { type Check, deviceChecks, kernelChecks, largeChecks } from './checks.ts';
+import { type Check, deviceChecks, hostCost, kernelChecks, largeChecks } from './checks.ts';
 import { driverChecks } from './driver-checks.ts';
 import { targetsFor } from './targets.ts';
 
@@ -171,6 +171,11 @@ function groupsOf(backend: CudaBackend, cuda: Cuda, targets: readonly Target[], 
       },
       alone: true,
     })),
+    {
+      name: 'host',
+      checks: () => [{ name: 'a repeated call takes under 50 microseconds', run: () => hostCost(device, seed) }],
+      alone: true,
+    },
     { name: 'compute-sanitizer', checks: sanitizerChecks, alone: true },
   ];
 }

@@ -348,6 +348,9 @@ describe('a plan', () => {
     expect(() => plan.enqueue({ ...both(q), v: short })).toThrow(/v: expected storage of at least 8/);
     q.memory.dispose();
     expect(() => plan.enqueue(both(q))).toThrow(/memory has been disposed/);
+    cuda.dispose();
+    const later = await backend.plan(problemOf(q), CHOICE);
+    expect(() => later.enqueue(both(q))).toThrow(/q was lost when CUDA device 0 \(Fake GPU 0\) was disposed/);
   });
 
   it('of a problem without output elements runs nothing', async () => {

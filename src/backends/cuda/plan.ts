@@ -145,6 +145,9 @@ export const addressOf = (tensor: CudaTensor, plannedOffset: number): bigint =>
 
 /** Checks that a tensor lies on the device that was planned for, in memory that holds it. */
 export function requireTensorOn(device: CudaDevice, argument: string, view: TensorView): CudaTensor {
+  if (isCudaTensor(view) && view.memory.device !== device && view.device === device.ordinal) {
+    throw new ExecutionError('disposed', `${argument} was lost when ${device} was disposed`);
+  }
   if (!isCudaTensor(view) || view.memory.device !== device) {
     const where = isCudaTensor(view) ? `${view.memory.device}` : `location '${view.location}'`;
     throw new InvalidArgumentError('mixed-locations', argument, `a CudaTensor of ${device}`, where);
