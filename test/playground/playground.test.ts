@@ -233,7 +233,7 @@ describe('playground', () => {
         .toBeGreaterThan(2 * before);
       await page.locator('#why-controls').getByLabel('INT4').check();
       await waitForNote(page, codes, /Of 15 codes/);
-      await setSlider(page, 'Offset, in standard deviations', 0);
+      await setSlider(page, 'Offset of K, in σ', 0);
       // Without an offset there is nothing to smooth away.
       const [, , rawAfter, smoothedAfter] = (
         await waitForNote(page, codes, /Of (15) codes a channel spans (\d+) on average as it is, (\2) smoothed/)
@@ -423,7 +423,7 @@ describe('playground', () => {
       expect(reached).toContain('check-start');
       expect(reached).toContain('bench-start');
       expect(reached).toContain('Load the model');
-      await page.locator('#why-controls').getByLabel('Offset, in standard deviations').focus();
+      await page.locator('#why-controls').getByLabel('Offset of K, in σ').focus();
       const note = await figureNote(page, 'K as it is').textContent();
       for (let i = 0; i < 4; i++) await page.keyboard.press('ArrowRight');
       await expect.poll(() => figureNote(page, 'K as it is').textContent(), { timeout: PATIENCE }).not.toBe(note);
