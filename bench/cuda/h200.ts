@@ -10,7 +10,6 @@ import { mkdirSync, writeFileSync } from 'node:fs';
 import { join } from 'node:path';
 import { chooseOptions } from '../../src/attention/choice.ts';
 import { type AttentionProblem, createProblem } from '../../src/attention/problem.ts';
-import { PreparedLaunches } from '../../src/backends/cuda/driver/prepared-launches.ts';
 import {
   CudaBackend,
   type CudaDevice,
@@ -21,7 +20,6 @@ import {
 } from '../../src/backends/cuda/index.ts';
 import { descriptorOf, lackedBy, targetFor } from '../../src/backends/cuda/kernel-table.ts';
 import { planAttend, planKeyValue, planLaunches } from '../../src/backends/cuda/kernels/planLaunches.ts';
-import type { BufferName, LaunchSequence } from '../../src/backends/cuda/launch.ts';
 import { packBuffers } from '../../src/backends/cuda/plan.ts';
 import { type AttentionOptions, type KernelName, prepareKeyValue, sageattn, setBackend } from '../../src/index.ts';
 import { compare } from '../../src/reference/metrics.ts';
@@ -31,6 +29,7 @@ import { Random, runSeed } from '../../test/support/random.ts';
 import { exactRow, type HostInputs, normalBits, type SampledRow, type Shape, sampleRows } from './inputs.ts';
 import { timeOnDevice, timeOnHost } from './timing.ts';
 import { torchTimes } from './torch.ts';
+import { copyBandwidth, type KernelTime, Workbench } from './workbench.ts';
 
 const HEADS = 32;
 /** Tokens of all sequences of a batch, except where one sequence is longer. */
@@ -60,13 +59,6 @@ const SETTINGS: readonly Setting[] = [
   { kernel: 'qk-int8-pv-fp16-cuda-sm90', options: {} },
 ];
 
-interface KernelTime {
-  readonly name: string;
-  readonly milliseconds: number;
-  readonly registers: number;
-  readonly localBytes: number;
-}
-
 interface Result extends Shape {
   readonly kernel: string;
   readonly options: AttentionOptions;
@@ -86,73 +78,6 @@ interface Result extends Shape {
 const flopsOf = ({ batch, heads, tokens, headDim, isCausal }: Shape) =>
   (4 * batch * heads * tokens * tokens * headDim) / (isCausal ? 2 : 1);
 const tflops = (shape: Shape, milliseconds: number) => flopsOf(shape) / milliseconds / 1e9;
-
-/** Bytes a second that a copy on the device reads and writes together. */
-function copyBandwidth(device: CudaDevice): number {
-  const bytes = 2 ** 30;
-  using from = device.allocate(bytes);
-  using to = device.allocate(bytes);
-  const milliseconds = timeOnDevice(device, () =>
-    device.call('cuMemcpyDtoDAsync', 'copying', to.pointer, from.pointer, bytes, device.stream.handle),
-  );
-  return (2 * bytes) / (milliseconds / 1000);
-}
-
-/** Launches of one problem with all their buffers, to be run whole or in part. */
-class Workbench {
-  readonly #device: CudaDevice;
-  readonly #addresses = new Map<BufferName, bigint>();
-  readonly #memory: { dispose(): void }[] = [];
-  readonly #prepared: readonly PreparedLaunches[];
-  readonly sequence: LaunchSequence;
-
-  constructor(device: CudaDevice, sequence: LaunchSequence, operands: Readonly<Record<BufferName, bigint>>) {
-    this.#device = device;
-    this.sequence = sequence;
-    for (const [name, address] of Object.entries(operands)) this.#addresses.set(name, address);
-    const { offsets, byteLength } = packBuffers(sequence.scratch);
-    const scratch = device.allocate(byteLength);
-    this.#memory.push(scratch);
-    for (const [name, offset] of offsets) this.#addresses.set(name, scratch.pointer + BigInt(offset));
-    for (const [name, bytes] of Object.entries(sequence.constants)) {
-      const memory = device.allocate(bytes.byteLength);
-      this.#memory.push(memory);
-      device.call('cuMemcpyHtoDAsync', 'copying', memory.pointer, bytes, bytes.byteLength, device.stream.handle);
-      this.#addresses.set(name, memory.pointer);
-    }
-    device.stream.synchronize();
-    this.#prepared = sequence.launches.map((launch) => new PreparedLaunches(device, [launch]));
-  }
-
-  /** Bytes of the quantized operands. */
-  bytesOf(names: readonly BufferName[]): number {
-    return names.reduce((sum, name) => sum + (this.sequence.scratch[name] ?? 0), 0);
-  }
-
-  /** Enqueues the launches whose names `which` takes. */
-  run(which: (name: string) => boolean = () => true): void {
-    this.sequence.launches.forEach(({ name }, i) => {
-      if (!which(name)) return;
-      this.#prepared[i]?.enqueue(this.#device.stream, (buffer) => this.#addresses.get(buffer) as bigint);
-    });
-  }
-
-  get kernels(): readonly KernelTime[] {
-    return this.sequence.launches.map(({ name }, i) => {
-      const { registers = 0, localBytes = 0 } = this.#prepared[i]?.kernels[0] ?? {};
-      return {
-        name,
-        registers,
-        localBytes,
-        milliseconds: timeOnDevice(this.#device, () => this.run((n) => n === name)),
-      };
-    });
-  }
-
-  dispose(): void {
-    for (const memory of this.#memory) memory.dispose();
-  }
-}
 
 const isAttention = (name: string) => name === 'attention' || name.startsWith('combine');
 

@@ -1,0 +1,80 @@
+/** One problem's launches on a device, to be run and timed whole or in part, and what a copy takes there. */
+import { PreparedLaunches } from '../../src/backends/cuda/driver/prepared-launches.ts';
+import type { CudaDevice } from '../../src/backends/cuda/index.ts';
+import type { BufferName, LaunchSequence } from '../../src/backends/cuda/launch.ts';
+import { packBuffers } from '../../src/backends/cuda/plan.ts';
+import { timeOnDevice } from './timing.ts';
+
+export interface KernelTime {
+  readonly name: string;
+  readonly milliseconds: number;
+  readonly registers: number;
+  readonly localBytes: number;
+}
+
+/** Bytes a second that a copy on the device reads and writes together. */
+export function copyBandwidth(device: CudaDevice): number {
+  const bytes = 2 ** 30;
+  using from = device.allocate(bytes);
+  using to = device.allocate(bytes);
+  const milliseconds = timeOnDevice(device, () =>
+    device.call('cuMemcpyDtoDAsync', 'copying', to.pointer, from.pointer, bytes, device.stream.handle),
+  );
+  return (2 * bytes) / (milliseconds / 1000);
+}
+
+/** Launches of one problem with all their buffers, to be run whole or in part. */
+export class Workbench {
+  readonly #device: CudaDevice;
+  readonly #addresses = new Map<BufferName, bigint>();
+  readonly #memory: { dispose(): void }[] = [];
+  readonly #prepared: readonly PreparedLaunches[];
+  readonly sequence: LaunchSequence;
+
+  constructor(device: CudaDevice, sequence: LaunchSequence, operands: Readonly<Record<BufferName, bigint>>) {
+    this.#device = device;
+    this.sequence = sequence;
+    for (const [name, address] of Object.entries(operands)) this.#addresses.set(name, address);
+    const { offsets, byteLength } = packBuffers(sequence.scratch);
+    const scratch = device.allocate(byteLength);
+    this.#memory.push(scratch);
+    for (const [name, offset] of offsets) this.#addresses.set(name, scratch.pointer + BigInt(offset));
+    for (const [name, bytes] of Object.entries(sequence.constants)) {
+      const memory = device.allocate(bytes.byteLength);
+      this.#memory.push(memory);
+      device.call('cuMemcpyHtoDAsync', 'copying', memory.pointer, bytes, bytes.byteLength, device.stream.handle);
+      this.#addresses.set(name, memory.pointer);
+    }
+    device.stream.synchronize();
+    this.#prepared = sequence.launches.map((launch) => new PreparedLaunches(device, [launch]));
+  }
+
+  /** Bytes of the quantized operands. */
+  bytesOf(names: readonly BufferName[]): number {
+    return names.reduce((sum, name) => sum + (this.sequence.scratch[name] ?? 0), 0);
+  }
+
+  /** Enqueues the launches whose names `which` takes. */
+  run(which: (name: string) => boolean = () => true): void {
+    this.sequence.launches.forEach(({ name }, i) => {
+      if (!which(name)) return;
+      this.#prepared[i]?.enqueue(this.#device.stream, (buffer) => this.#addresses.get(buffer) as bigint);
+    });
+  }
+
+  get kernels(): readonly KernelTime[] {
+    return this.sequence.launches.map(({ name }, i) => {
+      const { registers = 0, localBytes = 0 } = this.#prepared[i]?.kernels[0] ?? {};
+      return {
+        name,
+        registers,
+        localBytes,
+        milliseconds: timeOnDevice(this.#device, () => this.run((n) => n === name)),
+      };
+    });
+  }
+
+  dispose(): void {
+    for (const memory of this.#memory) memory.dispose();
+  }
+}
