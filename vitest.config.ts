@@ -51,6 +51,10 @@ export default defineConfig({
       ...SOFTWARE_GPUS.map(softwareGpuProject),
       {
         extends: true,
+        // The example imports the package by its name.
+        resolve: {
+          alias: [{ find: /^sageattention$/, replacement: new URL('./src/index.ts', import.meta.url).pathname }],
+        },
         test: {
           name: 'webgpu-chromium',
           include: ['test/**/*.browser.test.ts'],

@@ -73,7 +73,7 @@ const RUNS: readonly Run[] = [
   ...(SWIFTSHADER
     ? [
         {
-          options: { emulateMatrices: true, variant: '2x1x32' },
+          options: { emulateMatrices: 'int8', variant: '2x1x32' } as const,
           target: target('matrix kernel, emulated'),
           only: [
             'smScale 0.3',
@@ -85,7 +85,12 @@ const RUNS: readonly Run[] = [
           ],
         },
         {
-          options: { emulateMatrices: true, variant: '4x2x32kv' },
+          options: { emulateMatrices: 'float32', variant: '2x1x32' } as const,
+          target: target('matrix kernel on float32 products, emulated'),
+          only: ['smScale 0.3'],
+        },
+        {
+          options: { emulateMatrices: 'int8', variant: '2x2x32kv' } as const,
           target: target('matrix kernel with two row tiles and staged operands, emulated'),
           only: ['smScale 0.3'],
         },

@@ -156,6 +156,16 @@ export const MATRIX_VARIANTS: readonly MatrixVariant[] = [
     accumulate: 'f16',
   },
   {
+    name: '2x2x32kv',
+    subgroups: 2,
+    rowTiles: 2,
+    keys: 32,
+    stageKeys: true,
+    stageValues: true,
+    headroom: 8,
+    accumulate: 'f32',
+  },
+  {
     name: '2x1x32',
     subgroups: 2,
     rowTiles: 1,
@@ -177,10 +187,13 @@ export const MATRIX_VARIANTS: readonly MatrixVariant[] = [
   },
 ];
 
-/** The products that emulation stands for: what an H200 lists. */
+/** The products that emulation stands for: what an H200 lists (`int8`), or Apple's GPUs (`float32`). */
+export type Emulation = 'int8' | 'float32';
+
 const EMULATED_LANES = 32;
-const EMULATED_PRODUCTS = (f16: boolean): readonly MatrixConfig[] => {
+const emulatedProducts = (kind: Emulation, f16: boolean): readonly MatrixConfig[] => {
   const type = f16 ? 'f16' : 'f32';
+  if (kind === 'float32') return [{ componentType: 'f32', resultComponentType: 'f32', M: 8, N: 8, K: 8 }];
   return [
     { componentType: 'i8', resultComponentType: 'i32', M: 16, N: 16, K: 32 },
     { componentType: type, resultComponentType: 'f32', M: 16, N: 16, K: 16 },
@@ -211,13 +224,14 @@ export function matrixProducts(
 }
 
 /** What a device offers the matrix kernel, or why it does not. */
-function matrixSupport(capabilities: Capabilities, emulate: boolean) {
-  const configs = emulate ? EMULATED_PRODUCTS(capabilities.shaderF16) : capabilities.matrixConfigs;
+function matrixSupport(capabilities: Capabilities, emulate: Emulation | undefined) {
+  const configs =
+    emulate !== undefined ? emulatedProducts(emulate, capabilities.shaderF16) : capabilities.matrixConfigs;
   const [min, max] = capabilities.subgroupSize;
-  const lanes = emulate ? EMULATED_LANES : max;
+  const lanes = emulate !== undefined ? EMULATED_LANES : max;
   if (!capabilities.subgroups) return { reason: "no feature 'subgroups'" };
   if (configs.length === 0) return { reason: 'no subgroup matrix configurations (in Dawn: toggle allow_unsafe_apis)' };
-  if (!emulate && min !== max) return { reason: `subgroups of ${min} to ${max} lanes` };
+  if (emulate === undefined && min !== max) return { reason: `subgroups of ${min} to ${max} lanes` };
   const products = matrixProducts(configs, 'f32');
   if (products === undefined) return { reason: 'no pair of listed products that the kernel can use' };
   if (products.pv.componentType === 'f16' && !capabilities.shaderF16) return { reason: "no feature 'shader-f16'" };
@@ -231,7 +245,7 @@ export function chooseMatrixVariant(
   headDimPadded: number,
   valueDimPadded: number,
   forced: string | undefined,
-  emulate: boolean,
+  emulate: Emulation | undefined,
 ): AttentionVariant {
   const support = matrixSupport(capabilities, emulate);
   if (support.reason !== undefined) {
@@ -270,7 +284,7 @@ export function chooseMatrixVariant(
     family: 'matrix',
     name: variant.name,
     kernel: {
-      label: `attention matrix ${variant.name}${emulate ? ' emulated' : ''}`,
+      label: `attention matrix ${variant.name}${emulate === undefined ? '' : ' emulated'}`,
       rows,
       source: (config) =>
         matrixAttentionKernel({
@@ -279,7 +293,8 @@ export function chooseMatrixVariant(
           ...products,
           lanes,
           subgroupId: capabilities.subgroupId,
-          operations: emulate ? emulatedMatrices(lanes) : nativeMatrices(extension, capabilities.matrixDialect),
+          operations:
+            emulate !== undefined ? emulatedMatrices(lanes) : nativeMatrices(extension, capabilities.matrixDialect),
         }),
     },
   };
@@ -302,7 +317,7 @@ export function familiesOf(capabilities: Capabilities): { readonly offered: Fami
       `subgroup: ${capabilities.subgroups ? (capabilities.packedDot ? 'subgroups smaller than 4' : 'no dot4I8Packed') : "no feature 'subgroups'"}`,
     );
   }
-  const { reason } = matrixSupport(capabilities, false);
+  const { reason } = matrixSupport(capabilities, undefined);
   if (reason === undefined) offered.unshift('matrix');
   else missing.unshift(`matrix: ${reason}`);
   return { offered, missing };
@@ -387,10 +402,10 @@ export function chooseVariant(
   capabilities: Capabilities,
   problem: AttentionProblem,
   _choice: KernelChoice,
-  forced: { readonly family?: Family; readonly variant?: string; readonly emulateMatrices?: boolean },
+  forced: { readonly family?: Family; readonly variant?: string; readonly emulateMatrices?: Emulation },
 ): AttentionVariant {
-  const emulate = forced.emulateMatrices === true;
-  const family = emulate ? 'matrix' : chooseFamily(capabilities, forced.family);
+  const emulate = forced.emulateMatrices;
+  const family = emulate !== undefined ? 'matrix' : chooseFamily(capabilities, forced.family);
   const [headDimPadded, valueDimPadded] = [padDim(problem.headDim), padDim(problem.valueDim)];
   if (family === 'matrix')
     return chooseMatrixVariant(capabilities, headDimPadded, valueDimPadded, forced.variant, emulate);

@@ -12,7 +12,7 @@ import {
 } from '../../tensor/tensor.ts';
 import type { AttentionInputs, AttentionOutputs, KernelChoice, Plan, RunContext } from '../backend.ts';
 import type { GpuContext } from './device.ts';
-import { type AttentionVariant, chooseVariant, type Family } from './families.ts';
+import { type AttentionVariant, chooseVariant, type Emulation, type Family } from './families.ts';
 import {
   arrayOf,
   bufferBytes,
@@ -70,9 +70,9 @@ export interface PlanOptions {
   readonly variant?: string;
   /**
    * Runs the matrix kernel with its matrix operations replaced by plain WGSL, on any device with subgroups: slow, and for
-   * tests of everything else in it. Default false.
+   * tests of everything else in it. The products are those of an H200 (`int8`) or of Apple's GPUs (`float32`).
    */
-  readonly emulateMatrices?: boolean;
+  readonly emulateMatrices?: Emulation;
 }
 
 type Buffers = Partial<Record<BufferName, GPUBuffer>>;
