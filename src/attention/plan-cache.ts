@@ -1,4 +1,5 @@
 import type { Backend, KernelChoice, Plan } from '../backends/backend.ts';
+import { ExecutionError } from './errors.ts';
 import type { AttentionProblem } from './problem.ts';
 
 /** Plans kept per backend. A model has a handful of attention shapes; a decoder without a cache one per length. */
@@ -42,6 +43,7 @@ export async function withCachedPlan<R>(
   }
   const key = keyOf(problem, choice);
   let entry = cache.get(key);
+  const kept = entry !== undefined;
   if (entry === undefined) {
     // The cache itself is a user, until the entry is evicted.
     entry = { plan: backend.plan(problem, choice), users: 1, evicted: false };
@@ -64,6 +66,10 @@ export async function withCachedPlan<R>(
       cache.delete(key);
       entry.evicted = true;
       release(entry);
+    }
+    // The backend was disposed since the plan was made; it starts again with the next call, which is this one.
+    if (kept && error instanceof ExecutionError && error.code === 'disposed') {
+      return await withCachedPlan(backend, problem, choice, use);
     }
     throw error;
   } finally {

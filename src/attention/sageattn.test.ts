@@ -3,7 +3,7 @@ import { afterEach, beforeEach, describe, expect, it, vi } from 'vitest';
 import type { Availability, Backend, BackendName, KernelChoice, KernelDescriptor, Plan } from '../backends/backend.ts';
 import { setBackend } from '../backends/registry.ts';
 import { emptyTensor, type TensorView } from '../tensor/tensor.ts';
-import { BackendUnavailableError, UnsupportedOptionError } from './errors.ts';
+import { BackendUnavailableError, ExecutionError, UnsupportedOptionError } from './errors.ts';
 import type { KernelName } from './kernels.ts';
 import { prepareKeyValue } from './key-value-cache.ts';
 import { type AttentionProblem, outputShapeOf } from './problem.ts';
@@ -41,7 +41,8 @@ function fakeBackend(
 ) {
   const plans: Call[] = [];
   const gates: Promise<void>[] = [];
-  let failure: Error | undefined;
+  /** Errors of the next runs, in order. */
+  const failures: Error[] = [];
   const backend: Backend = {
     name,
     kernels,
@@ -55,6 +56,7 @@ function fakeBackend(
         async run({ q }) {
           await gates.shift();
           if (call.disposed) throw new Error('ran after dispose');
+          const failure = failures.shift();
           if (failure !== undefined) throw failure;
           const output: TensorView = { ...emptyTensor(outputShapeOf(problem), problem.dtype), location: q.location };
           return problem.returnLse ? { output, lse: output } : { output };
@@ -91,9 +93,7 @@ function fakeBackend(
     backend,
     plans,
     gates,
-    fail(error: Error | undefined) {
-      failure = error;
-    },
+    failures,
   };
 }
 
@@ -250,12 +250,21 @@ describe('the plan cache', () => {
   });
 
   it('drops a plan that failed', async () => {
-    wasm.fail(new Error('lost'));
+    wasm.failures.push(new Error('lost'));
     await expect(call(3)).rejects.toThrow('lost');
     expect(wasm.plans[0]?.disposed).toBe(true);
-    wasm.fail(undefined);
     await expect(call(3)).resolves.toBeDefined();
     expect(wasm.plans).toHaveLength(2);
+  });
+
+  it('plans again when the backend was disposed since, and passes the error on when that does not help', async () => {
+    await call(3);
+    wasm.failures.push(new ExecutionError('disposed', 'gone'));
+    await expect(call(3)).resolves.toBeDefined();
+    expect(wasm.plans).toHaveLength(2);
+    wasm.failures.push(new ExecutionError('disposed', 'gone'), new ExecutionError('disposed', 'gone for good'));
+    await expect(call(3)).rejects.toThrow('gone for good');
+    expect(wasm.plans).toHaveLength(3);
   });
 });
 
