@@ -98,7 +98,7 @@ export async function openModel(
   const left: LeftAttention[] = [...detected.left];
   const engine = engineOf(ort, sessionOptions);
   const sites = detected.sites.filter((site) => {
-    const reason = typeof engine === 'string' ? excludedBy(options, site.name) : engine.reason;
+    const reason = typeof engine === 'string' ? leftOn(ort, engine, options, site.name) : engine.reason;
     if (reason !== undefined) left.push(leave(site, reason));
     return reason === undefined;
   });
@@ -113,6 +113,23 @@ export async function openModel(
     warn(`the model runs unmodified: ${reason}`);
     return opened;
   }
+}
+
+const runtimeOf = (ort: OrtModule, engine: Engine): keyof typeof DEFAULT_MIN_TOKENS => {
+  if (engine === 'webgpu') return 'webgpu';
+  return versionsOf(ort).node === undefined ? 'onnxruntime-web' : 'onnxruntime-node';
+};
+
+/** `'adaptive'` measures for itself what pays off. */
+const minTokensOf = (ort: OrtModule, engine: Engine, options: SageAttentionOptions): number =>
+  options.minTokens ?? (options.policy === 'adaptive' ? 0 : DEFAULT_MIN_TOKENS[runtimeOf(ort, engine)]);
+
+/** Why an attention stays where it is whatever its size. */
+function leftOn(ort: OrtModule, engine: Engine, options: SageAttentionOptions, name: string): string | undefined {
+  if (Number.isFinite(minTokensOf(ort, engine, options))) return excludedBy(options, name);
+  return options.minTokens === undefined
+    ? `${runtimeOf(ort, engine)} is faster on a CPU at any length; options.minTokens replaces it all the same`
+    : 'minTokens is Infinity';
 }
 
 const messageOf = (error: unknown): string => (error instanceof Error ? error.message : String(error));
@@ -173,8 +190,6 @@ async function openCut(parts: CutParts): Promise<CutSession> {
       }
       for (const placed of cut.sites) if (placed.level === level) builder.declareResult(placed);
     }
-    const runtime =
-      engine === 'webgpu' ? engine : versionsOf(ort).node === undefined ? 'onnxruntime-web' : 'onnxruntime-node';
     return new CutSession({
       cut,
       sessions,
@@ -182,7 +197,7 @@ async function openCut(parts: CutParts): Promise<CutSession> {
       engine: await engineFor(parts),
       options: {
         ...options,
-        minTokens: options.minTokens ?? DEFAULT_MIN_TOKENS[runtime],
+        minTokens: minTokensOf(ort, engine, options),
         threshold: options.threshold ?? DEFAULT_THRESHOLD,
         calibrationRuns: options.calibrationRuns ?? DEFAULT_CALIBRATION_RUNS,
       },

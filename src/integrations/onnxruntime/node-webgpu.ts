@@ -16,8 +16,8 @@ type WriteBuffer = (
 ) => void;
 
 /**
- * Makes `navigator.gpu` and WebGPU's classes available to onnxruntime-web in Node. Call it before onnxruntime-web is
- * imported. Where `navigator.gpu` exists it changes nothing.
+ * Makes `navigator.gpu` and WebGPU's classes available to onnxruntime-web in Node, and `require`, which its WebGPU build asks for.
+ * Call it before onnxruntime-web is imported. Where `navigator.gpu` exists it changes nothing.
  *
  * ```ts
  * await enableNodeWebgpu();
@@ -40,10 +40,18 @@ export async function enableNodeWebgpu(flags: readonly string[] = DAWN_FLAGS): P
   if (scope.navigator === undefined) {
     Object.defineProperty(globalThis, 'navigator', { value: { gpu, userAgent: 'Node.js' }, configurable: true });
   } else Object.defineProperty(scope.navigator, 'gpu', { value: gpu, configurable: true });
+  provideRequire();
   copySharedMemory(
     (globalThis as unknown as { GPUQueue: { prototype: { writeBuffer: WriteBuffer } } }).GPUQueue.prototype,
   );
   return gpu;
+}
+
+/** The WebGPU build of onnxruntime-web is made for browsers, yet asks Node for its own modules with `require`. */
+function provideRequire(): void {
+  const scope = globalThis as { require?: unknown };
+  if (scope.require !== undefined) return;
+  scope.require = globalThis.process?.getBuiltinModule?.('node:module').createRequire(import.meta.url);
 }
 
 /** onnxruntime-web writes out of its WebAssembly memory, which is shared between threads; Dawn takes unshared memory only. */
