@@ -11,7 +11,6 @@ import { spawn, spawnSync } from 'node:child_process';
 import { mkdirSync, writeFileSync } from 'node:fs';
 import { join } from 'node:path';
 import { createInterface } from 'node:readline';
-import { fileURLToPath } from 'node:url';
 import { chooseOptions } from '../../src/attention/choice.ts';
 import { createProblem } from '../../src/attention/problem.ts';
 import {
@@ -416,7 +415,7 @@ function runWorker(
   deadline: number,
   heard: (message: Message) => void,
 ): Promise<number> {
-  const program = fileURLToPath(import.meta.url);
+  const program = process.argv[1] as string;
   const child = spawn(process.execPath, [program, '--worker', String(first), '--only', only, '--seed', String(seed)], {
     stdio: ['ignore', 'pipe', 'inherit'],
   });
