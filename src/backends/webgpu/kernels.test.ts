@@ -1,0 +1,333 @@
+/**
+ * Every kernel that the tables can ask for, checked by Dawn's compiler; and the backend on Dawn's null device, which
+ * validates everything and computes nothing. Neither needs a GPU or a driver.
+ */
+import { afterAll, beforeAll, describe, expect, it } from 'vitest';
+import { create } from 'webgpu';
+import { chooseOptions } from '../../attention/choice.ts';
+import { createProblem, createVarlenProblem } from '../../attention/problem.ts';
+import { type Tensor, type TensorView, tensor } from '../../tensor/tensor.ts';
+import type { Capabilities, MatrixConfig } from './capabilities.ts';
+import { chooseTiles, familiesOf, MATRIX_VARIANTS, matrixProducts, TILED_VARIANTS } from './families.ts';
+import { createWebgpuBackend, downloadTensor, emptyGpuTensor, uploadTensor, type WebgpuBackend } from './index.ts';
+import { aligned, unitsOf } from './launches.ts';
+import { matrixProbeKernel } from './matrix-dialect.ts';
+import { matrixAttentionKernel, matrixWorkgroupBytes } from './wgsl/attention-matrix.ts';
+import { tiledAttentionKernel, tiledWorkgroupBytes } from './wgsl/attention-tiled.ts';
+import { nativeMatrices } from './wgsl/matrix-operations.ts';
+import { mergeKernel } from './wgsl/merge.ts';
+import { prepareKeyValueKernel, prepareQueryKernel } from './wgsl/prepare.ts';
+import type { ScoreConfig } from './wgsl/scores.ts';
+import { statisticsKernel } from './wgsl/statistics.ts';
+
+const gpu = create(['backend=null', 'enable-dawn-features=allow_unsafe_apis']);
+const EXTENSION = 'chromium_experimental_subgroup_matrix';
+const DIALECT = { majorness: 'template', packedUnit: 'words' } as const;
+
+const H200: readonly MatrixConfig[] = [
+  { componentType: 'i8', resultComponentType: 'i32', M: 16, N: 16, K: 32 },
+  { componentType: 'i8', resultComponentType: 'i32', M: 16, N: 8, K: 32 },
+  { componentType: 'f16', resultComponentType: 'f16', M: 16, N: 16, K: 16 },
+  { componentType: 'f16', resultComponentType: 'f32', M: 16, N: 16, K: 16 },
+  { componentType: 'f16', resultComponentType: 'f32', M: 16, N: 8, K: 16 },
+];
+const APPLE: readonly MatrixConfig[] = [
+  { componentType: 'f32', resultComponentType: 'f32', M: 8, N: 8, K: 8 },
+  { componentType: 'f16', resultComponentType: 'f16', M: 8, N: 8, K: 8 },
+];
+
+/** Score configurations that together use every statement of the kernels. */
+const SCORES: readonly ScoreConfig[] = (
+  [
+    ['float16', 64, 64, undefined, false, false, 'tile', 'final'],
+    ['float32', 128, 100, 'bool', true, true, 'token', 'final'],
+    ['bfloat16', 256, 254, 'bfloat16', false, true, 'tile', 'final'],
+    ['float16', 32, 33, 'float16', true, true, 'token', 'partial'],
+    ['bfloat16', 32, 1, 'float32', false, false, 'tile', 'partial'],
+  ] as const
+).map(([dtype, headDimPadded, valueDim, mask, softcap, returnLse, keyScale, result]) => ({
+  dtype,
+  headDimPadded,
+  valueDim,
+  valueDimPadded: Math.ceil(valueDim / 32) * 32,
+  mask,
+  softcap,
+  returnLse,
+  scaleValues: dtype !== 'float16',
+  keyScale,
+  result,
+}));
+
+let device: GPUDevice;
+beforeAll(async () => {
+  const adapter = await gpu.requestAdapter();
+  if (adapter === null) throw new Error('Dawn has no null adapter');
+  const requiredFeatures = ['shader-f16', 'subgroups', 'chromium-experimental-subgroup-matrix'] as GPUFeatureName[];
+  device = await adapter.requestDevice({ requiredFeatures });
+});
+afterAll(() => device.destroy());
+
+/** The compiler's errors and warnings. */
+async function messagesOf(code: string): Promise<string[]> {
+  device.pushErrorScope('validation');
+  const { messages } = await device.createShaderModule({ code }).getCompilationInfo();
+  await device.popErrorScope();
+  return messages.map(
+    ({ type, lineNum, message }) => `${type}: ${message} | ${code.split('\n')[lineNum - 1]?.slice(0, 200)}`,
+  );
+}
+
+describe('WGSL', () => {
+  for (const variant of TILED_VARIANTS) {
+    it(`tiles ${variant.name} compile in both families`, async () => {
+      for (const scores of SCORES) {
+        if (scores.valueDimPadded % (4 * variant.colThreads) !== 0) continue;
+        for (const family of ['base', 'subgroup'] as const) {
+          for (const modern of [true, false]) {
+            const code = tiledAttentionKernel({ ...scores, ...variant, family, packedDot: modern, subgroupId: modern });
+            expect(await messagesOf(code)).toEqual([]);
+          }
+        }
+      }
+    });
+  }
+
+  for (const [name, configs] of [
+    ['an H200', H200],
+    ['an Apple GPU', APPLE],
+  ] as const) {
+    for (const variant of MATRIX_VARIANTS) {
+      const products = matrixProducts(configs, variant.accumulate);
+      if (products === undefined) continue;
+      it(`matrices of ${name}, ${variant.name}, compile`, async () => {
+        for (const scores of SCORES) {
+          const operations = nativeMatrices(EXTENSION, DIALECT);
+          const code = matrixAttentionKernel({
+            ...scores,
+            ...variant,
+            ...products,
+            lanes: 32,
+            subgroupId: true,
+            operations,
+          });
+          // Wide heads do not fit every variant's workgroup memory; then the compiler need not take them either.
+          const bytes = matrixWorkgroupBytes({ ...variant, ...products }, scores.headDimPadded, scores.valueDimPadded);
+          if (bytes <= 48 * 1024) expect(await messagesOf(code)).toEqual([]);
+        }
+      });
+    }
+  }
+
+  it('the probe of subgroup matrices compiles in the dialect of this Dawn', async () => {
+    expect(await messagesOf(matrixProbeKernel(H200[0] as MatrixConfig, EXTENSION, DIALECT, 32))).toEqual([]);
+  });
+
+  it('preparing kernels compile', async () => {
+    for (const dtype of ['float16', 'bfloat16', 'float32'] as const) {
+      for (const access of ['vector', 'scalar'] as const) {
+        const sizes = { dtype, access, headDim: 48, headDimPadded: 64, valueDim: 80, valueDimPadded: 96 };
+        const valueMax = dtype !== 'float16';
+        expect(await messagesOf(statisticsKernel({ ...sizes, mean: true, valueMax }))).toEqual([]);
+        for (const granularity of ['per-block', 'per-warp', 'per-thread'] as const) {
+          for (const smoothK of [true, false]) {
+            const query = prepareQueryKernel({ ...sizes, granularity, smoothK, rowConstant: true });
+            const keyValue = prepareKeyValueKernel({ ...sizes, granularity, smoothK, scaleValues: valueMax });
+            expect(await messagesOf(query)).toEqual([]);
+            expect(await messagesOf(keyValue)).toEqual([]);
+          }
+        }
+      }
+    }
+    for (const scores of SCORES) {
+      for (const headsInner of [true, false]) expect(await messagesOf(mergeKernel(scores, headsInner))).toEqual([]);
+    }
+  });
+});
+
+const CAPABILITIES: Capabilities = {
+  adapter: 'test',
+  isSoftware: false,
+  shaderF16: true,
+  subgroups: true,
+  subgroupSize: [32, 32],
+  matrixConfigs: [],
+  matrixFeature: undefined,
+  matrixDialect: DIALECT,
+  packedDot: true,
+  subgroupId: true,
+  timestamps: false,
+  workgroupBytes: 32768,
+  workgroupThreads: 256,
+  storageBuffers: 8,
+  bindingBytes: 2 ** 27,
+  bufferBytes: 2 ** 28,
+  bindingAlignment: 256,
+  dispatch: 65535,
+};
+
+describe('selection', () => {
+  it('every head dim gets tiles that fit, also with the core limit of workgroup memory', () => {
+    for (const workgroupBytes of [16384, 32768, 49152]) {
+      for (let d = 32; d <= 256; d += 32) {
+        for (let dv = 32; dv <= 256; dv += 32) {
+          for (const queryLength of [1, 20, 5000]) {
+            const tiles = chooseTiles({ ...CAPABILITIES, workgroupBytes }, 'subgroup', d, dv, queryLength, undefined);
+            expect(tiledWorkgroupBytes(tiles, d, dv)).toBeLessThanOrEqual(workgroupBytes);
+          }
+        }
+      }
+    }
+  });
+
+  it('takes INT8 products where they are listed, and exact floating-point sums where they are not', () => {
+    expect(matrixProducts(H200, 'f32')).toMatchObject({
+      qk: { componentType: 'i8', N: 16 },
+      pv: { componentType: 'f16', resultComponentType: 'f32', N: 16 },
+    });
+    expect(matrixProducts(APPLE, 'f32')).toMatchObject({ qk: { componentType: 'f32' }, pv: { componentType: 'f32' } });
+    // f16 sums of products of INT8 values would overflow.
+    expect(matrixProducts(APPLE.slice(1), 'f32')).toBeUndefined();
+  });
+
+  it('says why a family is missing', () => {
+    const { offered, missing } = familiesOf({ ...CAPABILITIES, subgroups: false });
+    expect(offered).toEqual(['base']);
+    expect(missing).toEqual(["matrix: no feature 'subgroups'", "subgroup: no feature 'subgroups'"]);
+    expect(familiesOf({ ...CAPABILITIES, matrixConfigs: H200, matrixFeature: 'subgroup-matrix' }).offered).toEqual([
+      'matrix',
+      'subgroup',
+      'base',
+    ]);
+  });
+});
+
+describe('units', () => {
+  const whole = { tiles: [0, 10], heads: [0, 3], splits: [0, 1] } as const;
+
+  it('cover the whole range once, each within the limits', () => {
+    const row = 1000;
+    const units = unitsOf(
+      whole,
+      ({ tiles, heads }) => [
+        { slot: 0, buffer: 'q', start: (heads[0] * 10 + tiles[0]) * row, end: ((heads[1] - 1) * 10 + tiles[1]) * row },
+      ],
+      { ...CAPABILITIES, bindingBytes: 4096, dispatch: 4 },
+    );
+    const seen = units.flatMap(({ tiles, heads }) => {
+      expect(tiles[1] - tiles[0]).toBeLessThanOrEqual(4);
+      expect(((heads[1] - 1 - heads[0]) * 10 + tiles[1] - tiles[0]) * row).toBeLessThanOrEqual(4096);
+      const cells: string[] = [];
+      for (let head = heads[0]; head < heads[1]; head++)
+        for (let tile = tiles[0]; tile < tiles[1]; tile++) cells.push(`${head},${tile}`);
+      return cells;
+    });
+    expect(new Set(seen).size).toBe(30);
+    expect(seen).toHaveLength(30);
+  });
+
+  it('name what a single tile needs', () => {
+    expect(() =>
+      unitsOf(whole, () => [{ slot: 0, buffer: 'q', start: 0, end: 9999 }], { ...CAPABILITIES, bindingBytes: 4096 }),
+    ).toThrow(/9999|10000/);
+  });
+
+  it('are bound from aligned offsets', () => {
+    expect(aligned({ start: 300, end: 513 }, 256)).toEqual({ start: 256, end: 516 });
+  });
+});
+
+describe('the backend on a device that computes nothing', () => {
+  let backend: WebgpuBackend;
+  beforeAll(() => {
+    backend = createWebgpuBackend({ gpu });
+  });
+  afterAll(() => backend.dispose());
+
+  const zeros = (shape: readonly number[]): Tensor => tensor(new Float32Array(shape.reduce((a, b) => a * b, 1)), shape);
+  const spec = (q: TensorView, k: TensorView, v: TensorView) =>
+    createProblem(q, k, v, { returnLse: true, isCausal: true });
+
+  it('describes the device', async () => {
+    const { available, details } = await backend.availability();
+    expect(available).toBe(true);
+    expect(details.families).toMatch(/subgroup; base; no matrix/);
+    expect(await backend.defaultKernel()).toMatchObject({ name: 'qk-int8-pv-fp16' });
+  });
+
+  it('validates every launch of a run, and gives outputs of the right shape', async () => {
+    const [q, k] = [zeros([2, 4, 50, 40]), zeros([2, 2, 60, 40])];
+    const v = zeros([2, 2, 60, 24]);
+    const problem = spec(q, k, v);
+    const plan = await backend.plan(problem, chooseOptions(await backend.defaultKernel(), problem, {}));
+    const { output, lse } = await plan.run({ q, k, v });
+    expect(output).toMatchObject({ location: 'cpu', dtype: 'float32', shape: [2, 4, 50, 24] });
+    expect(lse).toMatchObject({ shape: [2, 4, 50] });
+    expect(plan.details.launches).toHaveLength(4);
+    expect(() => plan.encode({} as GPUCommandEncoder, { q, k, v } as never)).toThrow(/a plan for cpu tensors/);
+    plan.dispose();
+    await expect(plan.run({ q, k, v })).rejects.toMatchObject({ code: 'disposed' });
+  });
+
+  it('validates varlen, odd 16-bit head dims and masks', async () => {
+    const half = (shape: readonly number[]) =>
+      tensor(new Uint16Array(shape.reduce((a, b) => a * b, 1)), shape, { dtype: 'bfloat16' });
+    const [q, k, v] = [half([30, 2, 33]), half([40, 1, 33]), half([40, 1, 7])];
+    const attnMask = tensor(new Uint8Array(20 * 30), [20, 30]);
+    const problem = createVarlenProblem(q, k, v, [0, 10, 30], [0, 30, 40], { attnMask, softcap: 5, returnLse: true });
+    const plan = await backend.plan(problem, chooseOptions(await backend.defaultKernel(), problem, {}));
+    expect((await plan.run({ q, k, v, attnMask })).output.shape).toEqual([30, 2, 7]);
+    expect(plan.details.launches.at(-1)).toBe('merge');
+    plan.dispose();
+  });
+
+  it('encodes GPU tensors and names those unlike the planned ones', async () => {
+    const { device: own } = await backend.context();
+    const [q, k, v] = [0, 1, 2].map(() => uploadTensor(own, zeros([1, 2, 40, 32]))) as [
+      ReturnType<typeof uploadTensor>,
+      ReturnType<typeof uploadTensor>,
+      ReturnType<typeof uploadTensor>,
+    ];
+    const problem = createProblem(q, k, v, {});
+    const plan = await backend.plan(problem, chooseOptions(await backend.defaultKernel(), problem, {}));
+    const encoder = own.createCommandEncoder();
+    const { output } = plan.encode(encoder, { q, k, v });
+    own.queue.submit([encoder.finish()]);
+    expect((await downloadTensor(own, output)).shape).toEqual([1, 2, 40, 32]);
+    const run = await plan.run({ q, k, v });
+    expect(run.output).toMatchObject({ location: 'webgpu', shape: [1, 2, 40, 32] });
+    const other = own.createCommandEncoder();
+    const wrong = emptyGpuTensor(own, 'float16', [1, 2, 40, 32]);
+    expect(() => plan.encode(other, { q, k, v }, { output: wrong })).toThrow(/outputs.output/);
+    expect(() => plan.encode(other, { q: { ...q, offset: 1 }, k, v })).toThrow(/q/);
+    plan.dispose();
+  });
+
+  it('keeps a cache, appends to it and outgrows it', async () => {
+    const problemOf = (tokens: number) =>
+      spec(zeros([1, 2, 3, 32]), zeros([1, 2, tokens, 32]), zeros([1, 2, tokens, 32]));
+    const tokens = (n: number) => zeros([1, 2, n, 32]);
+    const problem = createProblem(tokens(5), tokens(5), tokens(5), {});
+    const choice = chooseOptions(await backend.defaultKernel(), problem, {});
+    const cache = await backend.prepareKeyValue(problem, choice, tokens(5), tokens(5), {});
+    await cache.append(tokens(100), tokens(100), createProblem(tokens(100), tokens(100), tokens(100), {}), {});
+    expect(cache.length).toBe(105);
+    for (let i = 0; i < 2; i++) {
+      expect((await cache.attend(zeros([1, 2, 3, 32]), problemOf(105), undefined, {})).output.shape).toEqual([
+        1, 2, 3, 32,
+      ]);
+    }
+    cache.dispose();
+    await expect(cache.attend(zeros([1, 2, 3, 32]), problemOf(105), undefined, {})).rejects.toMatchObject({
+      code: 'disposed',
+    });
+  });
+
+  it('opens another device after a loss', async () => {
+    const own = createWebgpuBackend({ gpu });
+    const { device: lost } = await own.context();
+    lost.destroy();
+    await lost.lost;
+    expect((await own.context()).device).not.toBe(lost);
+    await own.dispose();
+  });
+});
