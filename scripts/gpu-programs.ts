@@ -10,7 +10,11 @@ const ROOT = fileURLToPath(new URL('..', import.meta.url));
 
 await build({
   absWorkingDir: ROOT,
-  entryPoints: { 'test-cuda': 'test/cuda/main.ts', 'bench-cuda': 'bench/cuda/h200.ts' },
+  entryPoints: {
+    'test-cuda': 'test/cuda/main.ts',
+    'bench-cuda': 'bench/cuda/h200.ts',
+    'bench-hopper': 'bench/cuda/hopper.ts',
+  },
   outdir: path.join('.gpu', 'programs'),
   outExtension: { '.js': '.mjs' },
   bundle: true,
