@@ -1,6 +1,6 @@
 /**
  * Assembles every CUDA kernel configuration with ptxas and writes registers, spills and shared memory to
- * bench/results/ptxas.json. Ends with status 1 when ptxas refuses one, or a main kernel spills.
+ * bench/results/ptxas.json. Ends with status 1 when ptxas refuses one, or a kernel spills more than it may (a main kernel: nothing).
  */
 import { writeFileSync } from 'node:fs';
 import { configurations } from '../src/backends/cuda/kernels/configurations.ts';
@@ -16,14 +16,15 @@ let next = 0;
 
 async function worker(): Promise<void> {
   for (let i = next++; i < all.length; i = next++) {
-    const { name, kernel, main } = all[i] as (typeof all)[number];
+    const { name, kernel, main, spillLimit } = all[i] as (typeof all)[number];
     const made = kernel();
     const report = await assembleAsync(made);
     const spills = report.spillStoreBytes + report.spillLoadBytes;
-    if (main && spills > 0) failures++;
+    const tooMany = report.spillStoreBytes > spillLimit;
+    if (tooMany) failures++;
     if (spills > 0)
       console.log(
-        `${main ? 'SPILL' : 'spill'} ${name}: ${report.spillStoreBytes} B stored, ${report.spillLoadBytes} B loaded`,
+        `${tooMany ? 'SPILL' : 'spill'} ${name}: ${report.spillStoreBytes} B stored, ${report.spillLoadBytes} B loaded`,
       );
     rows[i] = {
       name,
@@ -40,5 +41,5 @@ async function worker(): Promise<void> {
 
 await Promise.all([worker(), worker()]);
 writeFileSync('bench/results/ptxas.json', `${JSON.stringify({ ptxas: version, kernels: rows }, undefined, 1)}\n`);
-console.log(`${rows.length} kernels assembled, ${failures} main kernels spill`);
+console.log(`${rows.length} kernels assembled, ${failures} spill more than they may`);
 process.exitCode = failures === 0 ? 0 : 1;

@@ -66,7 +66,7 @@ const TILE_RULES: readonly TileRule[] = [
 /** Shared bytes of a configuration, as `attention` allocates them. */
 export function attentionSharedBytes(tile: TileConfig, qkRowBytes: number, valueTileBytes: number): number {
   const row = qkRowBytes > 128 ? 256 : qkRowBytes > 64 ? 128 : qkRowBytes;
-  const parked = 128 + tile.warps * 32 * 5 + 128;
+  const parked = 256 + tile.warps * 32 * 5;
   return parked + tile.warps * tile.rowsPerWarp * row + 2 * 64 * row + tile.valueStages * valueTileBytes;
 }
 

@@ -15,8 +15,10 @@ export interface Configuration {
   /** `attention qk-int8-pv-fp16-cuda fp32 D128 causal sm_90a` */
   readonly name: string;
   readonly kernel: () => Kernel;
-  /** The attention kernel without rare features, whose speed counts: it must not spill. */
+  /** An attention kernel whose speed counts: the default accumulator, D = Dv, no rare feature. It must not spill. */
   readonly main: boolean;
+  /** Bytes that ptxas may spill of another attention kernel: a register or two of 255, outside the products. */
+  readonly spillLimit: number;
 }
 
 /** D and Dv. */
@@ -99,7 +101,9 @@ export function configurations(thorough: boolean): Configuration[] {
     for (const { name, module } of modulesOf(choice, target, dims, features)) {
       if (found.has(module.id)) continue;
       const attention = name === 'attention';
-      const main = attention && PLAIN.includes(features);
+      const isDefault = choice.pvAccumDtype === choice.descriptor.pvAccumDtype[0];
+      const plain = PLAIN.includes(features);
+      const main = attention && plain && isDefault && dims[0] === dims[1];
       const label = [
         name,
         ...(attention ? [choice.descriptor.name, choice.pvAccumDtype] : []),
@@ -107,7 +111,8 @@ export function configurations(thorough: boolean): Configuration[] {
         features.name,
         target,
       ].join(' ');
-      found.set(module.id, { name: label, kernel: module.kernel, main });
+      const spillLimit = main || !attention ? 0 : plain ? 16 : 128;
+      found.set(module.id, { name: label, kernel: module.kernel, main, spillLimit });
     }
   };
   for (const target of TARGETS) {

@@ -8,7 +8,7 @@ import { CUDA_TARGETS } from '../../../../test/cuda/targets.ts';
 import { createSimulatedBackend } from '../testing/simulator/backend.ts';
 
 /** Multiply-adds of the largest case that is simulated. */
-const WORK = { first: 2e6, others: 3e5 } as const;
+const WORK = { first: 1e6, others: 2e5 } as const;
 
 /** Compute capabilities whose kernels differ, and the kernels that are tested there. */
 const DEVICES = [
@@ -23,7 +23,7 @@ for (const [capability, kernels] of DEVICES) {
       CUDA_TARGETS.filter((target) => target.kernel === kernel).map((target, i) => ({
         ...target,
         maxWork: i === 0 ? WORK.first : WORK.others,
-        randomCases: i === 0 ? 8 : 3,
+        randomCases: i === 0 ? 5 : 2,
       })),
     );
     describeConformance(() => createSimulatedBackend(capability), targets);

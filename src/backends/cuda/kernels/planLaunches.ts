@@ -139,7 +139,8 @@ export interface Scheme {
 
 const ACCUMULATE = {
   f16: { fp32: 'f32', fp16: 'f16', 'fp16+fp32': 'f16-per-tile' },
-  e4m3: { fp32: 'f32', 'fp32+fp32': 'f32-per-tile', 'fp32+fp16': 'f16-per-tile' },
+  // FP8 tensor cores do not sum in true FP32: where 'fp32' asks for it, tiles are promoted as in 'fp32+fp32'.
+  e4m3: { fp32: 'f32-per-tile', 'fp32+fp32': 'f32-per-tile', 'fp32+fp16': 'f16-per-tile' },
 } as const;
 
 /** The scheme of a kernel choice; see the tables in DESIGN sections 2 and 4. */

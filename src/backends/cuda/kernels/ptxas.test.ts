@@ -1,0 +1,45 @@
+/** Every kernel is accepted by ptxas for its targets, and what must be fast does not spill. `scripts/ptxas-report.ts` does all of it. */
+import { describe, expect, test } from 'vitest';
+import { assemble, ptxasVersion } from '../testing/ptxas.ts';
+import { attentionSharedBytes, chooseTile } from './config.ts';
+import { configurations } from './configurations.ts';
+
+const version = ptxasVersion();
+
+describe('ptxas', () => {
+  test('is there where it must be', () => {
+    if (version === undefined) {
+      console.warn('ptxas: not run, there is none on this machine (CUDA toolkit, or PTXAS=/path/to/ptxas)');
+      expect(process.env.CI, 'CI must have ptxas').toBeUndefined();
+    }
+  });
+
+  const quick = configurations(false).filter(
+    ({ name }) => /D128 (full|causal)/.test(name) || !name.startsWith('attention'),
+  );
+  test.skipIf(version === undefined).each(quick)('$name', ({ kernel, spillLimit }) => {
+    const made = kernel();
+    const { registers, spillStoreBytes } = assemble(made);
+    expect(spillStoreBytes).toBeLessThanOrEqual(spillLimit);
+    // Registers and shared memory leave room for the CTAs that the configuration wants on a multiprocessor.
+    expect(registers * made.threads * made.minBlocksPerMultiprocessor).toBeLessThanOrEqual(65536);
+  });
+});
+
+describe('configurations', () => {
+  test('the table knows what shared memory a kernel takes', () => {
+    for (const { name, kernel } of configurations(false)) {
+      if (!name.startsWith('attention')) continue;
+      const { sharedBytes, target, threads, minBlocksPerMultiprocessor } = kernel();
+      const [valueTile, rowBytes] = name.includes('pv-fp16')
+        ? [64 * 256, 128]
+        : [64 * 128, name.includes('int4') && target === 'sm_89' ? 64 : 128];
+      const smoothQ = name.includes('int4');
+      const tile = chooseTile(target as Parameters<typeof chooseTile>[0], rowBytes, 128, valueTile, smoothQ);
+      expect(tile).toMatchObject({ warps: threads / 32, minBlocksPerMultiprocessor });
+      const estimate = attentionSharedBytes(tile, rowBytes, valueTile);
+      expect(sharedBytes, name).toBeLessThanOrEqual(estimate);
+      expect(sharedBytes, name).toBeGreaterThan(estimate - 1024);
+    }
+  });
+});
