@@ -310,6 +310,9 @@ for (const headDim of HEAD_DIMS) {
         }
       }
       let onnxruntime: Row['onnxruntime'];
+      // Written before the peer runs: a peer that hangs takes nothing with it.
+      rows.push({ headDim, tokens, isCausal, timings });
+      save();
       if (flags.peers) {
         try {
           const size = { heads: HEADS, tokens, headDim, isCausal };
@@ -324,8 +327,10 @@ for (const headDim of HEAD_DIMS) {
           console.log(`onnxruntime: ${onnxruntime.error}`);
         }
       }
-      rows.push({ headDim, tokens, isCausal, ...(onnxruntime === undefined ? {} : { onnxruntime }), timings });
-      save();
+      if (onnxruntime !== undefined) {
+        rows[rows.length - 1] = { headDim, tokens, isCausal, onnxruntime, timings };
+        save();
+      }
     }
     for (const buffer of [...buffers, output.buffer]) buffer.destroy();
   }

@@ -141,9 +141,12 @@ export function matrixAttentionKernel(config: MatrixKernelConfig): string {
       let word = ${from}[(${first} + r) * ${rowWords}u + w - ${base}];
       for (var e = 0u; e < 4u; e++) { ${to}[r * ${qkStride}u + 4u * w + e] = ${qk.componentType}(extractBits(word, e * 8u, 8u)); }
     }`;
-  const stageValues = `for (var i = t; i < ${keys * valueDimPadded}u; i += ${threads}u) {
-      tile_v[i / ${valueDimPadded}u * ${valueStride}u + i % ${valueDimPadded}u] = ${pv.componentType}(${valueElement(pv.componentType, `(kv_row + first) * ${valueDimPadded}u + i`)});
-    }`;
+  // Four values at a time; a matrix is loaded from an array of scalars, so they are written one by one.
+  const stageValues = `for (var i = t; i < ${(keys * valueDimPadded) / 4}u; i += ${threads}u) {
+      let x = ${pv.componentType === 'f16' ? 'value_rows[AT]' : 'unpack_values(value_rows[AT])'};
+      let to = i / ${valueDimPadded / 4}u * ${valueStride}u + i % ${valueDimPadded / 4}u * 4u;
+      ${['x', 'y', 'z', 'w'].map((c, e) => `tile_v[to + ${e}u] = ${pv.componentType}(x.${c});`).join(' ')}
+    }`.replace('AT', `(kv_row + first) * ${valueDimPadded / 4}u + i - P.valueRowBase`);
 
   const queryOffset = (rt: number, step: number) =>
     staged.query
@@ -380,7 +383,8 @@ ${params(0, ATTENTION_PARAMS)}
 ${tables(1)}
 @group(0) @binding(2) var<storage, read> query_rows: array<i32>;
 @group(0) @binding(3) var<storage, read> key_rows: array<i32>;
-@group(0) @binding(4) var<storage, read> value_rows: array<${pv.componentType === 'f16' ? 'f16' : 'u32'}>;
+@group(0) @binding(4) var<storage, read> value_rows: array<${valueRowType(pv.componentType, staged.values)}>;
+${pv.componentType === 'f16' ? '' : 'fn unpack_values(w: vec2<u32>) -> vec4<f32> { return vec4<f32>(unpack2x16float(w.x), unpack2x16float(w.y)); }'}
 ${scoreDeclarations(config)}
 ${scaleValues ? valueScale(statisticsVectors(headDimPadded, valueDimPadded)) : ''}
 ${staged.query ? arrayOf('tile_q', qk.componentType, rows * qkStride) : ''}
@@ -399,8 +403,6 @@ ${operations.declarations()}
 ${main}`;
 }
 
-/** An element of V: FP16 in storage, also where the product takes FP32. */
-const valueElement = (component: string, index: string) =>
-  component === 'f16'
-    ? `value_rows[${index} - P.valueRowBase * 4u]`
-    : `unpack2x16float(value_rows[(${index}) / 2u - P.valueRowBase * 2u])[(${index}) & 1u]`;
+/** How rows of V, FP16 in storage, are bound: as matrices are loaded from them, or four values at a time. */
+const valueRowType = (component: string, staged: boolean) =>
+  component !== 'f16' ? 'vec2<u32>' : staged ? 'vec4<f16>' : 'f16';
