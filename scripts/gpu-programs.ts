@@ -1,6 +1,6 @@
 /**
- * Bundles the programs that are run on a GPU machine into `.gpu/programs/`: one file each that needs Node and koffi and nothing
- * else, so that the machine needs no npm.
+ * Bundles the programs that are run on a GPU machine into `.gpu/programs/`: one file each that needs Node and
+ * koffi (CUDA) or webgpu and, as a peer, onnxruntime-web (WebGPU) and nothing else, so that the machine needs no npm.
  */
 import path from 'node:path';
 import { fileURLToPath } from 'node:url';
@@ -14,6 +14,8 @@ await build({
     'test-cuda': 'test/cuda/main.ts',
     'bench-cuda': 'bench/cuda/h200.ts',
     'bench-hopper': 'bench/cuda/hopper.ts',
+    'test-webgpu': 'test/webgpu/main.ts',
+    'bench-webgpu': 'bench/webgpu/h200.ts',
   },
   outdir: path.join('.gpu', 'programs'),
   outExtension: { '.js': '.mjs' },
@@ -21,7 +23,7 @@ await build({
   format: 'esm',
   platform: 'node',
   target: 'node20',
-  // Loaded at run time where they are installed; a program for CUDA reaches none but koffi.
+  // Loaded at run time where they are installed.
   external: ['koffi', 'webgpu', 'onnxruntime-*', 'assemblyscript'],
   // What the programs read by its place beside a source file is test/golden, which travels with the work tree.
   define: { 'import.meta.url': 'GOLDEN_URL' },
