@@ -12,6 +12,8 @@ export interface PtxasReport {
   readonly stackBytes: number;
   readonly spillStoreBytes: number;
   readonly spillLoadBytes: number;
+  /** What ptxas says of performance: `wgmma` serialized, `setmaxnreg` ignored. */
+  readonly remarks: readonly string[];
 }
 
 const executable = process.env.PTXAS ?? 'ptxas';
@@ -55,6 +57,7 @@ function prepare(kernel: Kernel): Job {
         stackBytes: numberIn(log, /(\d+) bytes stack frame/),
         spillStoreBytes: numberIn(log, /(\d+) bytes spill stores/),
         spillLoadBytes: numberIn(log, /(\d+) bytes spill loads/),
+        remarks: log.split('\n').filter((line) => /\(C\d+\)|warning|setmaxnreg/.test(line)),
       };
     },
   };
