@@ -21,7 +21,8 @@ if (file === undefined)
 
 if (options.provider === 'webgpu') await enableNodeWebgpu();
 const ort = await (options.provider === 'webgpu' ? import('onnxruntime-web/webgpu') : import('onnxruntime-web'));
-// The WebGPU build reads no files in Node.
+// The WebGPU build finds no workers and reads no files in Node.
+if (options.provider === 'webgpu') ort.env.wasm.numThreads = 1;
 const model = new Uint8Array(await readFile(file));
 const sessionOptions = {
   executionProviders: [options.provider],

@@ -23,6 +23,11 @@ export interface SageAttentionOptions {
   readonly policy?: 'fixed' | 'adaptive';
   /** Least cosine similarity that `'adaptive'` accepts; default 0.998. */
   readonly threshold?: number;
+  /**
+   * Shapes of inputs for which no attention is replaced run in one piece from their second run on. That session holds the
+   * weights once more; false keeps such shapes in pieces, and the memory free. Default true.
+   */
+  readonly wholeFallback?: boolean;
   /** Runs that `'adaptive'` compares; default 2. */
   readonly calibrationRuns?: number;
 }
@@ -52,6 +57,7 @@ const CHECKS: Readonly<Record<keyof SageAttentionOptions, readonly [(value: unkn
   minTokens: [(value) => value === Number.POSITIVE_INFINITY || isCount(value), 'an integer >= 0 or Infinity'],
   policy: [(value) => value === 'fixed' || value === 'adaptive', "'fixed' or 'adaptive'"],
   threshold: [(value) => typeof value === 'number' && value >= -1 && value <= 1, 'a number from -1 to 1'],
+  wholeFallback: [(value) => typeof value === 'boolean', 'a boolean'],
   calibrationRuns: [(value) => isCount(value) && (value as number) > 0, 'an integer > 0'],
 };
 

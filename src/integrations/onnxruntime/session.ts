@@ -145,7 +145,7 @@ export class CutSession implements OrtSessionHandler {
         }
         run.endLevel(level);
       }
-      if (!replaced) this.#remember(shapes);
+      if (!replaced && this.#parts.options.wholeFallback !== false) this.#remember(shapes);
       return run.results();
     } catch (error) {
       run.releaseAll();
