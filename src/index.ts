@@ -1,3 +1,4 @@
+/// <reference lib="esnext.disposable" preserve="true" />
 /**
  * Quantized attention for TypeScript: SageAttention on WebAssembly, WebGPU and CUDA.
  *
@@ -44,6 +45,7 @@ export type {
 } from './backends/backend.ts';
 export { disposeBackends, getBackend, listBackends, setBackend } from './backends/registry.ts';
 export type { Granularity, PvAccumDtype } from './quantization/schemes.ts';
+export { fromFloat32, toFloat32 } from './tensor/access.ts';
 export type { DType, MaskDType } from './tensor/dtype.ts';
 export {
   emptyTensor,
@@ -58,17 +60,59 @@ export {
   transpose,
 } from './tensor/tensor.ts';
 
-/** INT8 QK per block, FP16 PV (float32 on WASM): the portable kernel. SageAttention, arXiv 2410.02367, Algorithm 1. */
+/**
+ * INT8 QK per block, FP16 PV (float32 on WASM): the portable kernel, on every backend.
+ *
+ * Shapes, options, results and errors are those of {@link sageattn}; `kernel` is not an option here.
+ *
+ * @see SageAttention, arXiv 2410.02367, Algorithm 1
+ */
 export const sageattnQkInt8PvFp16 = kernelFunction('qk-int8-pv-fp16');
-/** INT8 QK and integer PV: the fastest on WASM. */
+/**
+ * INT8 QK and PV in integers: the fastest on WASM.
+ *
+ * Shapes, options, results and errors are those of {@link sageattn}; `kernel` is not an option here.
+ *
+ * @see SageAttention, arXiv 2410.02367, Algorithm 1, for QK; that P and V are integers too is this project's
+ */
 export const sageattnQkInt8PvInt8 = kernelFunction('qk-int8-pv-int8');
-/** INT8 QK, FP16 PV with three accumulators; CUDA, sm_80 and later. SageAttention2, arXiv 2411.10958. */
+/**
+ * INT8 QK, FP16 PV with three kinds of accumulator; CUDA, sm_80 and later.
+ *
+ * Shapes, options, results and errors are those of {@link sageattn}; `kernel` is not an option here.
+ *
+ * @see SageAttention2, arXiv 2411.10958, Algorithm 1
+ */
 export const sageattnQkInt8PvFp16Cuda = kernelFunction('qk-int8-pv-fp16-cuda');
-/** INT8 QK, FP16 PV on Hopper's `wgmma`. */
+/**
+ * INT8 QK, FP16 PV on Hopper's `wgmma`.
+ *
+ * Shapes, options, results and errors are those of {@link sageattn}; `kernel` is not an option here.
+ *
+ * @see SageAttention2, arXiv 2411.10958, Algorithm 1
+ */
 export const sageattnQkInt8PvFp16CudaSm90 = kernelFunction('qk-int8-pv-fp16-cuda-sm90');
-/** INT8 QK, FP8 PV; CUDA, sm_89 and later. SageAttention2, arXiv 2411.10958; accumulator 'fp32+fp16': 2++, arXiv 2505.21136. */
+/**
+ * INT8 QK, FP8 PV; CUDA, sm_89 and later. `pvAccumDtype: 'fp32+fp16'` is SageAttention2++.
+ *
+ * Shapes, options, results and errors are those of {@link sageattn}; `kernel` is not an option here.
+ *
+ * @see SageAttention2, arXiv 2411.10958, Algorithm 1; SageAttention2++, arXiv 2505.21136
+ */
 export const sageattnQkInt8PvFp8Cuda = kernelFunction('qk-int8-pv-fp8-cuda');
-/** INT8 QK, FP8 PV on Hopper's `wgmma`. SageAttention2, arXiv 2411.10958. */
+/**
+ * INT8 QK, FP8 PV on Hopper's `wgmma`.
+ *
+ * Shapes, options, results and errors are those of {@link sageattn}; `kernel` is not an option here.
+ *
+ * @see SageAttention2, arXiv 2411.10958, Algorithm 1
+ */
 export const sageattnQkInt8PvFp8CudaSm90 = kernelFunction('qk-int8-pv-fp8-cuda-sm90');
-/** INT4 QK with Q and K smoothed, FP8 PV; CUDA, sm_89 and later. SageAttention2, arXiv 2411.10958, section 3. */
+/**
+ * INT4 QK with Q and K smoothed, FP8 PV; CUDA, sm_89 and later.
+ *
+ * Shapes, options, results and errors are those of {@link sageattn}; `kernel` is not an option here.
+ *
+ * @see SageAttention2, arXiv 2411.10958, Algorithm 1
+ */
 export const sageattnQkInt4PvFp8Cuda = kernelFunction('qk-int4-pv-fp8-cuda');

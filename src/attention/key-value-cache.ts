@@ -100,6 +100,7 @@ export class KeyValueCache<T extends TensorView = Tensor> {
    * @throws {InvalidArgumentError} tensors that do not continue the ones held
    */
   async append(k: T, v: T, options: RunContext = {}): Promise<void> {
+    validateOptions(options, selection.RUN_OPTIONS);
     const [headAxis] = axesOf(this.#layout);
     const problem = createProblem(k, k, v, { tensorLayout: this.#layout });
     for (const [argument, given, held] of [
@@ -165,7 +166,8 @@ export class KeyValueCache<T extends TensorView = Tensor> {
 }
 
 /**
- * Quantizes K and V once, to be attended to many times and appended to.
+ * Quantizes K and V once, to be attended to many times and appended to. Any constant smoothing vector leaves softmax
+ * unchanged exactly (SageAttention, arXiv 2410.02367, section on smoothing K), so tokens added later keep the first one.
  *
  * @param k `[B,Hkv,Lk,D]` (HND) or `[B,Lk,Hkv,D]` (NHD); Lk may be 0
  * @param v `[B,Hkv,Lk,Dv]` (HND) or `[B,Lk,Hkv,Dv]` (NHD)

@@ -35,9 +35,9 @@ export interface AttentionOptions {
   readonly attnMask?: TensorView;
   /** Subtract K's mean over its tokens before quantizing; exact (softmax is unchanged). Default true. */
   readonly smoothK?: boolean;
-  /** Subtract V's channel mean before quantizing, and add it to the output. Default: the kernel's. */
+  /** Subtract V's channel mean before quantizing, and add it to the output. Default false. */
   readonly smoothV?: boolean;
-  /** Subtract each Q block's mean before quantizing, and add its share to the scores. Default: the kernel's. */
+  /** Subtract each Q block's mean before quantizing, and add its share to the scores. Default: true where the kernel needs it. */
   readonly smoothQ?: boolean;
   /** Default: the kernel's first. */
   readonly qkQuantGran?: Granularity;
@@ -100,7 +100,7 @@ function describe(value: unknown): string {
  * @throws {InvalidArgumentError} `unknown-option` or `invalid-option`
  */
 export function validateOptions(options: AttentionOptions, taken: readonly string[] = Object.keys(OPTIONS)): void {
-  if (typeof options !== 'object' || options === null) {
+  if (typeof options !== 'object' || options === null || Array.isArray(options)) {
     throw new InvalidArgumentError('invalid-option', 'options', 'an object', describe(options));
   }
   for (const [name, value] of Object.entries(options)) {

@@ -141,6 +141,13 @@ export function lseShapeOf(problem: AttentionProblem): number[] {
 }
 
 const FLOAT_DTYPES: readonly string[] = ['float16', 'bfloat16', 'float32'];
+const LOCATIONS: readonly string[] = ['cpu', 'webgpu', 'cuda'];
+
+function validateLocation(argument: string, { location }: TensorView): void {
+  if (!LOCATIONS.includes(location)) {
+    throw new InvalidArgumentError('mixed-locations', `${argument}.location`, LOCATIONS.join(', '), String(location));
+  }
+}
 
 function isTensorView(value: unknown): value is TensorView {
   return typeof value === 'object' && value !== null && 'shape' in value && 'dtype' in value && 'strides' in value;
@@ -161,6 +168,7 @@ function validateOperand(argument: string, view: TensorView, dimensions: readonl
   if (!FLOAT_DTYPES.includes(view.dtype)) {
     throw new InvalidArgumentError('invalid-dtype', `${argument}.dtype`, FLOAT_DTYPES.join(', '), String(view.dtype));
   }
+  validateLocation(argument, view);
   validateView(argument, view);
   const last = view.shape.length - 1;
   if ((view.shape[last] as number) > 1 && view.strides[last] !== 1) {
@@ -349,12 +357,15 @@ export function createProblem(
 }
 
 function validateCuSeqlens(argument: string, cuSeqlens: ArrayLike<number>, total: number): Int32Array {
+  if (typeof cuSeqlens !== 'object' || cuSeqlens === null || !('length' in cuSeqlens)) {
+    throw new InvalidArgumentError('invalid-cu-seqlens', argument, 'an array of integers', String(cuSeqlens));
+  }
   const values = Array.from(cuSeqlens);
   const shown = values.length > 8 ? `${values.slice(0, 8)},...` : `${values}`;
   const fail = (expected: string) => new InvalidArgumentError('invalid-cu-seqlens', argument, expected, `[${shown}]`);
+  if (!values.every((value) => Number.isSafeInteger(value) && value < 2 ** 31)) throw fail('integers below 2^31');
   if (values.length < 2) throw fail('at least two entries');
   if (values[0] !== 0) throw fail('a first entry of 0');
-  if (!values.every((value) => Number.isSafeInteger(value) && value < 2 ** 31)) throw fail('integers below 2^31');
   if (values.some((value, i) => i > 0 && value < (values[i - 1] as number))) throw fail('entries that never fall');
   if ((values.at(-1) as number) > total) throw fail(`a last entry of at most the ${total} tokens given`);
   return Int32Array.from(values);

@@ -1,7 +1,7 @@
 /** Dispatch, plan cache and key-value cache, against a backend that records what it is asked. */
 import { afterEach, beforeEach, describe, expect, it, vi } from 'vitest';
 import type { Availability, Backend, BackendName, KernelChoice, KernelDescriptor, Plan } from '../backends/backend.ts';
-import { setBackend } from '../backends/registry.ts';
+import { getBackend, setBackend } from '../backends/registry.ts';
 import { emptyTensor, type TensorView } from '../tensor/tensor.ts';
 import { BackendUnavailableError, ExecutionError, UnsupportedOptionError } from './errors.ts';
 import type { KernelName } from './kernels.ts';
@@ -134,6 +134,16 @@ describe('choice of backend', () => {
     expect(wasm.plans).toHaveLength(1);
   });
 
+  it('says so when no backend has the kernel', async () => {
+    const error = await call(3, { backend: 'auto', kernel: 'qk-int8-pv-fp8-cuda' }).catch((e) => e);
+    expect(error).toBeInstanceOf(BackendUnavailableError);
+  });
+
+  it('takes only backends', async () => {
+    await expect(setBackend({} as Backend)).rejects.toMatchObject({ code: 'invalid-option', argument: 'backend' });
+    await expect(getBackend('toString' as BackendName)).rejects.toMatchObject({ code: 'backend-unavailable' });
+  });
+
   it('looks for a backend that has the kernel asked for', async () => {
     await install(fakeBackend('wasm', [{ ...PORTABLE, name: 'qk-int8-pv-int8' }]));
     await expect(call(3, { backend: 'auto', kernel: 'qk-int8-pv-int8' })).resolves.toBeDefined();
@@ -181,8 +191,12 @@ describe('options against the kernel', () => {
     await refused({ pvAccumDtype: 'fp16' }, 'options.pvAccumDtype');
     await refused({ smoothV: true }, 'options.smoothV');
     await refused({ smoothQ: true }, 'options.smoothQ');
-    await refused({ kernel: 'qk-int8-pv-int8' }, 'options.kernel');
     await refused({ backend: 'cuda', smoothQ: false }, 'options.smoothQ');
+    await expect(call(3, { kernel: 'qk-int8-pv-int8' })).rejects.toMatchObject({
+      code: 'unsupported-option',
+      argument: 'options.kernel',
+      expected: "one of backend 'wasm': 'qk-int8-pv-fp16'",
+    });
     const wide = t(1, 1, 2, 65);
     const error = await sageattn(wide, wide, wide, { backend: 'wasm' }).catch((e) => e);
     expect(error).toMatchObject({ code: 'unsupported-option', argument: 'q', received: '65' });
@@ -277,6 +291,8 @@ describe('createAttention', () => {
     await expect(attention.run({ ...inputs, k: t(1, 1, 4, 8) })).rejects.toMatchObject({ argument: 'k' });
     await expect(attention.run({ ...inputs, attnMask: t(3, 3) })).rejects.toMatchObject({ argument: 'attnMask' });
     await expect(attention.run({ ...inputs, q: { ...inputs.q, offset: 1 } })).rejects.toMatchObject({ argument: 'q' });
+    await expect(attention.run(inputs, { tag: 1 } as object)).rejects.toMatchObject({ code: 'unknown-option' });
+    await expect(attention.run(undefined as unknown as typeof inputs)).rejects.toMatchObject({ argument: 'inputs' });
     attention[Symbol.dispose]();
     attention.dispose();
     expect(wasm.plans[0]?.disposed).toBe(true);
@@ -312,6 +328,7 @@ describe('prepareKeyValue', () => {
     const wrong = { code: 'invalid-shape', argument: 'k' };
     await expect(cache.append(t(1, 4, 2, 8), t(1, 4, 2, 8))).rejects.toMatchObject(wrong);
     await expect(cache.append(t(1, 2, 2, 16), t(1, 2, 2, 8))).rejects.toMatchObject(wrong);
+    await expect(cache.append(...kv(1), { tag: 1 } as object)).rejects.toMatchObject({ code: 'unknown-option' });
     await expect(cache.attend(t(1, 3, 1, 8))).rejects.toMatchObject({ argument: 'q' });
     await expect(cache.attend(t(1, 4, 1, 8), { smoothK: false } as object)).rejects.toMatchObject({
       code: 'unknown-option',

@@ -10,9 +10,9 @@ import type {
 } from '../backends/backend.ts';
 import { BACKEND_PREFERENCE, getBackend } from '../backends/registry.ts';
 import type { Tensor, TensorView } from '../tensor/tensor.ts';
-import { validateExtent } from '../tensor/tensor.ts';
+import { validateData } from '../tensor/tensor.ts';
 import { chooseOptions } from './choice.ts';
-import { BackendUnavailableError, ExecutionError, InvalidArgumentError, UnsupportedOptionError } from './errors.ts';
+import { BackendUnavailableError, ExecutionError, InvalidArgumentError } from './errors.ts';
 import type { KernelName } from './kernels.ts';
 import { type AttentionOptions, OPTION_NAMES, validateOptions } from './options.ts';
 import { withCachedPlan } from './plan-cache.ts';
@@ -57,8 +57,10 @@ async function backendForCpuTensors(kernel: AttentionOptions['kernel']): Promise
       failure ??= error;
     }
   }
-  if (fallback === undefined) throw failure;
-  return fallback;
+  if (fallback !== undefined) return fallback;
+  throw (
+    failure ?? new BackendUnavailableError('auto', `no backend here has kernel '${kernel}'`, 'Choose another kernel')
+  );
 }
 
 async function chooseBackend(problem: AttentionProblem, options: AttentionOptions): Promise<Backend> {
@@ -87,10 +89,10 @@ async function chooseKernel(
     asked === 'auto' ? await backend.defaultKernel(problem) : backend.kernels.find(({ name }) => name === asked);
   if (descriptor === undefined) {
     const names = backend.kernels.map(({ name }) => `'${name}'`).join(', ');
-    throw new UnsupportedOptionError(
-      asked,
+    throw new InvalidArgumentError(
+      'unsupported-option',
       'options.kernel',
-      `backend '${backend.name}' to be one that has it; this one has ${names}`,
+      `one of backend '${backend.name}': ${names}`,
       `'${asked}'`,
     );
   }
@@ -105,7 +107,7 @@ function validateStorage(inputs: AttentionInputs): void {
     v: inputs.v,
     'options.attnMask': inputs.attnMask,
   })) {
-    if (view?.location === 'cpu') validateExtent(argument, view, (view as Tensor).data.length);
+    if (view?.location === 'cpu') validateData(argument, view as Tensor);
   }
 }
 
@@ -244,10 +246,14 @@ export interface KernelFunction {
   <T extends TensorView>(q: T, k: T, v: T, options?: KernelOptions): Promise<T | AttentionResult<T>>;
 }
 
+const KERNEL_FUNCTION_OPTIONS = OPTION_NAMES.filter((name) => name !== 'kernel');
+
 /** The function of one kernel. */
 export function kernelFunction(kernel: KernelName): KernelFunction {
-  return (<T extends TensorView>(q: T, k: T, v: T, options: KernelOptions = {}) =>
-    sageattn(q, k, v, { ...options, kernel })) as KernelFunction;
+  return (async <T extends TensorView>(q: T, k: T, v: T, options: KernelOptions = {}) => {
+    validateOptions(options, KERNEL_FUNCTION_OPTIONS);
+    return sageattn(q, k, v, { ...options, kernel });
+  }) as KernelFunction;
 }
 
 const sameLayout = (a: TensorView, b: TensorView) =>
@@ -262,6 +268,8 @@ const layoutText = (view: TensorView | undefined) =>
   view === undefined
     ? 'none'
     : `${view.location} ${view.dtype} [${view.shape}] strides [${view.strides}] offset ${view.offset}`;
+
+const RUN_OPTIONS = ['signal', 'stream'] as const;
 
 /** Attention planned for one shape; see {@link createAttention}. */
 export class Attention<T extends TensorView = Tensor> {
@@ -288,6 +296,10 @@ export class Attention<T extends TensorView = Tensor> {
    */
   async run(inputs: AttentionInputs<T>, context: RunContext = {}): Promise<AttentionOutputs<T>> {
     if (this.#disposed) throw new ExecutionError('disposed', 'this Attention has been disposed');
+    validateOptions(context, RUN_OPTIONS);
+    if (typeof inputs !== 'object' || inputs === null) {
+      throw new InvalidArgumentError('invalid-shape', 'inputs', 'an object with q, k and v', String(inputs));
+    }
     context.signal?.throwIfAborted();
     for (const name of ['q', 'k', 'v', 'attnMask'] as const) {
       const planned = this.#specs[name];
@@ -315,7 +327,8 @@ export class Attention<T extends TensorView = Tensor> {
 
 /**
  * Plans attention for one shape, for callers who hold the plan themselves: kernel chosen, code compiled, scratch
- * allocated. `specs` are tensors, or shape, strides, offset, dtype and location without data.
+ * allocated. `specs` are tensors, or shape, strides, offset, dtype and location without data; their shapes are those of
+ * {@link sageattn}.
  *
  * @throws as {@link sageattn}
  */
@@ -327,6 +340,9 @@ export async function createAttention<T extends TensorView = Tensor>(
     options,
     OPTION_NAMES.filter((name) => name !== 'attnMask' && name !== 'signal' && name !== 'stream'),
   );
+  if (typeof specs !== 'object' || specs === null) {
+    throw new InvalidArgumentError('invalid-shape', 'specs', 'an object with q, k and v', String(specs));
+  }
   const { q, k, v, attnMask } = specs;
   const all: AttentionOptions = attnMask === undefined ? options : { ...options, attnMask };
   const problem = createProblem(q, k, v, all);
@@ -336,4 +352,4 @@ export async function createAttention<T extends TensorView = Tensor>(
 }
 
 /** @internal Shared with the key-value cache. */
-export const selection = { chooseBackend, chooseKernel, contextOf, validateStorage };
+export const selection = { chooseBackend, chooseKernel, contextOf, validateStorage, RUN_OPTIONS };

@@ -4,7 +4,7 @@ import { emptyTensor, type Tensor, type TensorView, tensor } from '../tensor/ten
 import { InvalidArgumentError, type SageAttentionError } from './errors.ts';
 import { prepareKeyValue } from './key-value-cache.ts';
 import type { AttentionOptions } from './options.ts';
-import { createAttention, sageattn, sageattnVarlen } from './sageattn.ts';
+import { createAttention, kernelFunction, sageattn, sageattnVarlen } from './sageattn.ts';
 
 const t = (...shape: number[]) => emptyTensor(shape, 'float32');
 const with_ = (view: Tensor, changes: Partial<Tensor>): Tensor => ({ ...view, ...changes });
@@ -205,6 +205,46 @@ const WRONG: readonly Wrong[] = [
     code: 'unknown-option',
     argument: 'options.isCausal',
     received: "'isCausal'",
+  },
+  dense(
+    'float32 in an array of bytes',
+    { q: with_(q, { data: new Uint8Array(9999) }) },
+    'invalid-dtype',
+    'q.data',
+    'Uint8Array, which holds bool',
+  ),
+  dense(
+    'a plain array',
+    { v: with_(v, { data: new Array(999).fill(0) as unknown as Float32Array }) },
+    'invalid-dtype',
+    'v.data',
+    'Array, which holds no dtype',
+  ),
+  dense(
+    'no data',
+    { k: with_(k, { data: undefined as unknown as Float32Array }) },
+    'invalid-dtype',
+    'k.data',
+    'Undefined, which holds no dtype',
+  ),
+  dense('a place that is none', { q: { ...q, location: 'gpu' } }, 'mixed-locations', 'q.location', 'gpu'),
+  varlen('cuSeqlensK past the data', [0, 10], [0, 13], 'cuSeqlensK', '[0,13]'),
+  varlen('no cuSeqlensQ', null as unknown as number[], [0, 12], 'cuSeqlensQ', 'null'),
+  varlen('big integers', [0n, 10n] as unknown as number[], [0, 12], 'cuSeqlensQ', '[0,10]'),
+  option('an array for options', [] as unknown as Record<string, unknown>, 'invalid-option', 'options', '[]'),
+  {
+    name: "another kernel for a kernel's own function",
+    call: () => kernelFunction('qk-int8-pv-fp16')(q, k, v, { kernel: 'qk-int8-pv-int8' } as AttentionOptions),
+    code: 'unknown-option',
+    argument: 'options.kernel',
+    received: "'kernel'",
+  },
+  {
+    name: 'nothing to plan for',
+    call: () => createAttention(undefined as unknown as { q: Tensor; k: Tensor; v: Tensor }),
+    code: 'invalid-shape',
+    argument: 'specs',
+    received: 'undefined',
   },
   {
     name: 'a signal when planning',

@@ -1,5 +1,5 @@
 /** Which backends there are, and the instance of each that `sageattn` uses. */
-import { BackendUnavailableError } from '../attention/errors.ts';
+import { BackendUnavailableError, InvalidArgumentError } from '../attention/errors.ts';
 import type { Availability, Backend, BackendName } from './backend.ts';
 
 /** Each backend is loaded when it is first asked for, so that a bundle carries only what runs. */
@@ -25,7 +25,7 @@ const instances = new Map<BackendName, Promise<Backend>>();
 export async function getBackend(name: BackendName): Promise<Backend> {
   let instance = instances.get(name);
   if (instance === undefined) {
-    const load = LOADERS[name];
+    const load = Object.hasOwn(LOADERS, name) ? LOADERS[name] : undefined;
     if (load === undefined) {
       throw new BackendUnavailableError(name, 'this version does not contain it', 'Use another backend');
     }
@@ -40,9 +40,14 @@ export async function getBackend(name: BackendName): Promise<Backend> {
 /**
  * Makes `sageattn` use this instance for its name: a WebGPU backend on the caller's device, a WASM backend with a
  * chosen number of threads. The instance used before is returned, not disposed.
+ *
+ * @throws {InvalidArgumentError} `invalid-option`: no backend
  */
 export async function setBackend(backend: Backend): Promise<Backend | undefined> {
-  const previous = await instances.get(backend.name);
+  if (!BACKEND_PREFERENCE.includes(backend?.name) || typeof backend.plan !== 'function') {
+    throw new InvalidArgumentError('invalid-option', 'backend', 'a backend', String(backend?.name ?? backend));
+  }
+  const previous = await instances.get(backend.name)?.catch(() => undefined);
   instances.set(backend.name, Promise.resolve(backend));
   return previous;
 }

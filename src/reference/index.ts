@@ -13,17 +13,20 @@ import {
   lseShapeOf,
   outputShapeOf,
 } from '../attention/problem.ts';
-import { type Tensor, validateExtent } from '../tensor/tensor.ts';
+import { type Tensor, validateData } from '../tensor/tensor.ts';
 import { attentionExact, type ReferenceInputs, type ReferenceOutputs } from './exact.ts';
 import { attentionQuantized, PORTABLE_ALGORITHM, type QuantizedAlgorithm } from './quantized.ts';
 
-export type { Grouping } from '../quantization/groups.ts';
+export * from '../quantization/groups.ts';
 export {
   CUDA_ROUNDING,
   type IntegerRounding,
+  type QuantizedIntegers,
+  quantizeIntegers,
   TRITON_BLOCK_ROUNDING,
   TRITON_THREAD_ROUNDING,
 } from '../quantization/integers.ts';
+export * from '../quantization/nvfp4.ts';
 export {
   type Granularity,
   type PvAccumDtype,
@@ -32,6 +35,14 @@ export {
   TILINGS,
   type Tiling,
 } from '../quantization/schemes.ts';
+export * from '../quantization/smoothing.ts';
+export * from '../quantization/valueFp8.ts';
+export * from '../tensor/formats/bfloat16.ts';
+export * from '../tensor/formats/float4.ts';
+export * from '../tensor/formats/float8.ts';
+export * from '../tensor/formats/float16.ts';
+export * from '../tensor/formats/int4.ts';
+export * from '../tensor/formats/ue8m0.ts';
 export { type Accuracy, compare } from './metrics.ts';
 export { PORTABLE_ALGORITHM, type QuantizedAlgorithm } from './quantized.ts';
 
@@ -81,7 +92,7 @@ function requireCpu(argument: string, view: Tensor): void {
   if (view.location !== 'cpu') {
     throw new InvalidArgumentError('mixed-locations', argument, "a tensor in the process's memory", view.location);
   }
-  validateExtent(argument, view, view.data.length);
+  validateData(argument, view);
 }
 
 function inputsOf(q: Tensor, k: Tensor, v: Tensor, options: ExactOptions): ReferenceInputs {

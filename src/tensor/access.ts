@@ -1,8 +1,10 @@
 /** Reading and writing the elements of CPU tensors, whatever their dtype and strides. */
+import { InvalidArgumentError } from '../attention/errors.ts';
 import type { OperandLayout } from '../attention/problem.ts';
+import type { DType } from './dtype.ts';
 import { decodeBfloat16, encodeBfloat16 } from './formats/bfloat16.ts';
 import { decodeFloat16, encodeFloat16 } from './formats/float16.ts';
-import { contiguousStrides, elementCount, type Tensor } from './tensor.ts';
+import { contiguousStrides, elementCount, emptyTensor, type Tensor } from './tensor.ts';
 
 /** Copies `count` elements `start, start + stride, ...` of the storage as float32; bool elements become 0 or 1. */
 export function decodeRun(
@@ -49,6 +51,27 @@ export function toFloat32(view: Tensor): Float32Array {
   const length = shape.at(-1) ?? 1;
   const stride = strides.at(-1) ?? 1;
   forEachRun(shape, strides, offset, (start, at) => decodeRun(view, start, stride, length, target, at));
+  return target;
+}
+
+/**
+ * A new contiguous tensor of float32 values in a dtype, each rounded once to nearest even: how float16 and bfloat16 tensors
+ * are made where the platform has no `Float16Array`.
+ *
+ * @param values row-major, as many as the shape has elements
+ * @throws {InvalidArgumentError} `invalid-shape`, `invalid-dtype`, `buffer-too-small`
+ */
+export function fromFloat32(values: Float32Array, shape: readonly number[], dtype: DType): Tensor {
+  const target = emptyTensor(shape, dtype);
+  if (values.length !== target.data.length) {
+    throw new InvalidArgumentError(
+      'buffer-too-small',
+      'values',
+      `${target.data.length} values for shape [${shape}]`,
+      `${values.length} values`,
+    );
+  }
+  writeValues(values, target);
   return target;
 }
 

@@ -1,4 +1,5 @@
 import { describe, expect, it } from 'vitest';
+import { fromFloat32, toFloat32 } from './access.ts';
 import {
   bitsOf,
   byteLengthOf,
@@ -37,6 +38,12 @@ describe('tensor', () => {
     ['2^53 elements', () => tensor(new Float32Array(2), [2 ** 30, 2 ** 30]), 'invalid-shape'],
     ['too few strides', () => tensor(new Float32Array(2), [1, 2], { strides: [1] }), 'invalid-strides'],
     ['storage too small', () => tensor(new Float32Array(5), [2, 3]), 'buffer-too-small'],
+    ['no shape', () => tensor(new Float32Array(2), undefined as unknown as number[]), 'invalid-shape'],
+    ['no options', () => tensor(new Float32Array(2), [2], null as unknown as object), 'invalid-option'],
+    ['an empty tensor of -1', () => emptyTensor([-1], 'float32'), 'invalid-shape'],
+    ['an empty tensor of int8', () => emptyTensor([1], 'int8' as 'float32'), 'invalid-dtype'],
+    ['too few values', () => fromFloat32(new Float32Array(2), [3], 'float16'), 'buffer-too-small'],
+    ['no order', () => transpose(emptyTensor([1], 'float32'), undefined as unknown as number[]), 'invalid-shape'],
     ['an offset past the end', () => tensor(new Float32Array(6), [2, 3], { offset: 1 }), 'buffer-too-small'],
   ])('refuses %s', (_, call, code) => {
     expect(call).toThrowError(expect.objectContaining({ name: 'InvalidArgumentError', code }));
@@ -77,6 +84,16 @@ describe('views', () => {
     expect(extentOf({ shape: [], strides: [], offset: 5 })).toBe(6);
     expect(contiguousStrides([2, 3, 4])).toEqual([12, 4, 1]);
     expect(isContiguous({ shape: [1, 4], strides: [99, 1] })).toBe(true);
+  });
+});
+
+describe('fromFloat32', () => {
+  it.each(['float32', 'float16', 'bfloat16'] as const)('comes back as %s rounds it', (dtype) => {
+    const step = { float32: 2 ** -23, float16: 2 ** -10, bfloat16: 2 ** -7 }[dtype];
+    const values = Float32Array.of(1, -2, 1 + step, 0.1);
+    const back = toFloat32(fromFloat32(values, [2, 2], dtype));
+    expect([...back.subarray(0, 3)]).toEqual([1, -2, 1 + step]);
+    expect(Math.abs((back[3] as number) - 0.1)).toBeLessThanOrEqual(0.1 * step);
   });
 });
 

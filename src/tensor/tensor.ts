@@ -105,6 +105,9 @@ function dtypesOf(data: unknown): readonly MaskDType[] {
  * @throws {InvalidArgumentError} `invalid-dtype`, `invalid-shape`, `invalid-strides` or `buffer-too-small`
  */
 export function tensor(data: TensorData, shape: readonly number[], options: TensorOptions = {}): Tensor {
+  if (typeof options !== 'object' || options === null) {
+    throw new InvalidArgumentError('invalid-option', 'options', 'an object', String(options));
+  }
   const possible = dtypesOf(data);
   const dtype = options.dtype ?? (possible.length === 1 ? possible[0] : undefined);
   if (dtype === undefined) {
@@ -127,6 +130,7 @@ export function tensor(data: TensorData, shape: readonly number[], options: Tens
       dtype,
     );
   }
+  validateShape('tensor', shape);
   const view: Tensor = {
     location: 'cpu',
     dtype,
@@ -140,12 +144,16 @@ export function tensor(data: TensorData, shape: readonly number[], options: Tens
   return view;
 }
 
-/** Checks shape, strides and offset of a view by themselves. */
-export function validateView(argument: string, view: TensorView): void {
-  const { shape, strides, offset } = view;
+function validateShape(argument: string, shape: unknown): void {
   if (!Array.isArray(shape) || !shape.every((size) => Number.isSafeInteger(size) && size >= 0)) {
     throw new InvalidArgumentError('invalid-shape', `${argument}.shape`, 'integers >= 0', `[${shape}]`);
   }
+}
+
+/** Checks shape, strides and offset of a view by themselves. */
+export function validateView(argument: string, view: TensorView): void {
+  const { shape, strides, offset } = view;
+  validateShape(argument, shape);
   const wellFormed = Array.isArray(strides) && strides.length === shape.length;
   if (!wellFormed || !strides.every((stride) => Number.isSafeInteger(stride) && stride >= 0)) {
     throw new InvalidArgumentError(
@@ -181,11 +189,33 @@ export function byteLengthOf(view: Pick<TensorView, 'shape' | 'dtype'>): number 
   return elementCount(view.shape) * BYTES_PER_ELEMENT[view.dtype];
 }
 
+/** Checks that a CPU tensor's array is of a class that can hold its dtype, and long enough. */
+export function validateData(argument: string, view: Tensor): void {
+  const possible = dtypesOf(view.data);
+  if (!possible.includes(view.dtype)) {
+    const held = possible.length === 0 ? 'no dtype' : possible.join(' or ');
+    throw new InvalidArgumentError(
+      'invalid-dtype',
+      `${argument}.data`,
+      `an array of ${view.dtype}`,
+      `${Object.prototype.toString.call(view.data).slice(8, -1)}, which holds ${held}`,
+    );
+  }
+  validateExtent(argument, view, view.data.length);
+}
+
 /**
  * A new contiguous CPU tensor of zeros. float16 data is a `Float16Array` where the platform has it and a `Uint16Array`
  * of bits elsewhere.
+ *
+ * @param shape sizes, integers >= 0
+ * @throws {InvalidArgumentError} `invalid-shape`, `invalid-dtype`
  */
 export function emptyTensor(shape: readonly number[], dtype: DType): Tensor {
+  validateShape('emptyTensor', shape);
+  if (dtype !== 'float32' && dtype !== 'float16' && dtype !== 'bfloat16') {
+    throw new InvalidArgumentError('invalid-dtype', 'dtype', 'float16, bfloat16, float32', String(dtype));
+  }
   const length = elementCount(shape);
   const data: TensorData =
     dtype === 'float32'
@@ -207,8 +237,8 @@ export function bitsOf(data: Uint16Array | Float16ArrayLike): Uint16Array {
  * @throws {InvalidArgumentError} `invalid-shape` when `order` is no permutation of the dimensions
  */
 export function transpose<T extends TensorView>(view: T, order: readonly number[]): T {
-  const sorted = [...order].sort((a, b) => a - b);
-  if (order.length !== view.shape.length || sorted.some((dimension, i) => dimension !== i)) {
+  const sorted = Array.isArray(order) ? [...order].sort((a, b) => a - b) : [];
+  if (sorted.length !== view.shape.length || sorted.some((dimension, i) => dimension !== i)) {
     throw new InvalidArgumentError(
       'invalid-shape',
       'order',

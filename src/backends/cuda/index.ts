@@ -1,3 +1,4 @@
+/// <reference lib="esnext.disposable" preserve="true" />
 /**
  * `sageattention/cuda`: tensors in the memory of NVIDIA GPUs, streams, graphs, and a CUDA backend of chosen options.
  *

@@ -1,2 +1,3 @@
+/// <reference lib="esnext.disposable" preserve="true" />
 /** `sageattention/wasm`: a WASM backend with chosen threads and SIMD. */
 export { createWasmBackend, type WasmBackend, type WasmBackendOptions } from './backend.ts';

@@ -1,3 +1,4 @@
+/// <reference lib="esnext.disposable" preserve="true" />
 /** `sageattention/webgpu`: attention in browsers and, through the package `webgpu`, in Node. */
 export { createWebgpuBackend, WebgpuBackend, type WebgpuBackendOptions } from './backend.ts';
 export type { Capabilities, MatrixConfig } from './capabilities.ts';
