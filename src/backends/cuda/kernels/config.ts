@@ -10,6 +10,8 @@ interface TileRule {
   readonly qkRowBytes: number;
   /** Targets to which it applies; default all. */
   readonly targets?: readonly Target[];
+  /** It applies to at most so many queries; default any number. */
+  readonly queryLength?: number;
   /** It applies only where Q is smoothed. */
   readonly smoothQ?: true;
   readonly tile: TileConfig;
@@ -22,10 +24,19 @@ interface TileRule {
  * fetched behind its own tile's QK^T.
  */
 const TILE_RULES: readonly TileRule[] = [
+  // Decoding: few rows, and many small CTAs, whose copies together keep memory busy.
+  ...([4, 2, 1] as const).flatMap((minBlocksPerMultiprocessor) =>
+    ([2, 1] as const).map((valueStages) => ({
+      valueDim: 256,
+      qkRowBytes: 256,
+      queryLength: 32,
+      tile: { warps: 2, rowsPerWarp: 16, minBlocksPerMultiprocessor, valueStages } as const,
+    })),
+  ),
   {
     // FP8 unpacked in registers and the means of Q besides do not fit with 32 rows.
     valueDim: 128,
-    qkRowBytes: 128,
+    qkRowBytes: 256,
     targets: ['sm_90a'],
     smoothQ: true,
     tile: { warps: 8, rowsPerWarp: 16, minBlocksPerMultiprocessor: 1, valueStages: 2 },
@@ -76,12 +87,13 @@ export function chooseTile(
   qkRowBytes: number,
   valueDim: number,
   valueTileBytes: number,
-  smoothQ: boolean,
+  { queryLength, smoothQ }: { readonly queryLength: number; readonly smoothQ: boolean },
 ): TileConfig {
   const { sharedBytesPerBlock, sharedBytesPerMultiprocessor } = TARGET_FEATURES[target];
   for (const rule of TILE_RULES) {
     if (valueDim > rule.valueDim || qkRowBytes > rule.qkRowBytes) continue;
     if (rule.targets?.includes(target) === false || (rule.smoothQ === true && !smoothQ)) continue;
+    if (rule.queryLength !== undefined && queryLength > rule.queryLength) continue;
     const bytes = attentionSharedBytes(rule.tile, qkRowBytes, valueTileBytes);
     const fits = bytes <= sharedBytesPerBlock;
     const resident = rule.tile.minBlocksPerMultiprocessor * (bytes + 1024) <= sharedBytesPerMultiprocessor;

@@ -25,6 +25,7 @@ import {
   type AttentionConfig,
   attention,
   BLOCK_K,
+  blockQueries,
 } from './attention.ts';
 import {
   CHANNEL_MEAN_INTEGERS,
@@ -465,8 +466,7 @@ function keyValueLaunches(context: Context, parts: readonly KeyValuePart[] = ALL
 }
 
 /** Into how many parts the keys are split so that the card is filled; 1 when it is anyway. */
-function splitsOf({ problem, device, layout }: Context, residentBlocks: number): number {
-  const blocks = layout.queryTiles * problem.queryHeads * problem.batch;
+function splitsOf({ device, layout }: Context, blocks: number, residentBlocks: number): number {
   if (blocks === 0) return 1;
   // A part of fewer than four tiles is not worth its prologue.
   const most = Math.max(1, Math.floor(layout.keyTiles / 4));
@@ -634,8 +634,13 @@ function attendLaunches(context: Context): Pick<LaunchSequence, 'launches' | 'sc
 
   const fp8 = scheme.pvFormat !== 'f16';
   const valueTileBytes = BLOCK_K * scheme.paddedValueDim * (fp8 ? 1 : 2);
-  const tile = chooseTile(target, scheme.qkRowBytes, scheme.paddedValueDim, valueTileBytes, choice.smoothQ);
-  const splits = splitsOf(context, tile.minBlocksPerMultiprocessor);
+  const tile = chooseTile(target, scheme.qkRowBytes, scheme.paddedValueDim, valueTileBytes, {
+    queryLength: problem.queryLength,
+    smoothQ: choice.smoothQ,
+  });
+  const attentionTiles = Math.ceil(problem.queryLength / blockQueries(tile));
+  const attentionBlocks = attentionTiles * queryHeads * batch;
+  const splits = splitsOf(context, attentionBlocks, tile.minBlocksPerMultiprocessor);
   const [left, right] = problem.windowSize;
   const config: AttentionConfig = {
     target,
@@ -666,7 +671,7 @@ function attendLaunches(context: Context): Pick<LaunchSequence, 'launches' | 'sc
   ) as [KernelArgument, KernelArgument, KernelArgument, KernelArgument];
   const module = moduleOf(attention, config);
   launches.push(
-    launch('attention', module, 'attention', blocks * splits, tile.warps * 32, module.kernel().sharedBytes, [
+    launch('attention', module, 'attention', attentionBlocks * splits, tile.warps * 32, module.kernel().sharedBytes, [
       ...inOrder(ATTENTION_POINTERS, {
         sequences: pointer('sequences'),
         query: pointer('query'),
@@ -686,7 +691,7 @@ function attendLaunches(context: Context): Pick<LaunchSequence, 'launches' | 'sc
       ...inOrder(ATTENTION_INTEGERS, {
         queryHeads: u32(queryHeads),
         headsPerKeyHead: u32(headsPerKeyHead),
-        queryTiles: u32(layout.queryTiles),
+        queryTiles: u32(attentionTiles),
         splits: u32(splits),
         paddedQueries: u32(layout.paddedQueries),
         paddedKeys: u32(layout.paddedKeys),

@@ -35,7 +35,10 @@ describe('configurations', () => {
         ? [64 * 256, 128]
         : [64 * 128, name.includes('int4') && target === 'sm_89' ? 64 : 128];
       const smoothQ = name.includes('int4');
-      const tile = chooseTile(target as Parameters<typeof chooseTile>[0], rowBytes, 128, valueTile, smoothQ);
+      const tile = chooseTile(target as Parameters<typeof chooseTile>[0], rowBytes, 128, valueTile, {
+        smoothQ,
+        queryLength: name.includes('decoding') ? 1 : 256,
+      });
       expect(tile).toMatchObject({ warps: threads / 32, minBlocksPerMultiprocessor });
       const estimate = attentionSharedBytes(tile, rowBytes, valueTile);
       expect(sharedBytes, name).toBeLessThanOrEqual(estimate);
