@@ -11,7 +11,7 @@ import type { Capabilities, MatrixConfig } from './capabilities.ts';
 import { chooseTiles, familiesOf, MATRIX_VARIANTS, matrixProducts, TILED_VARIANTS } from './families.ts';
 import { createWebgpuBackend, downloadTensor, emptyGpuTensor, uploadTensor, type WebgpuBackend } from './index.ts';
 import { aligned, unitsOf } from './launches.ts';
-import { matrixProbeKernel } from './matrix-dialect.ts';
+import { matrixProbeKernel, probeMatrixDialect } from './matrix-dialect.ts';
 import { matrixAttentionKernel, matrixWorkgroupBytes } from './wgsl/attention-matrix.ts';
 import { tiledAttentionKernel, tiledWorkgroupBytes } from './wgsl/attention-tiled.ts';
 import { nativeMatrices } from './wgsl/matrix-operations.ts';
@@ -120,6 +120,11 @@ describe('WGSL', () => {
 
   it('the probe of subgroup matrices compiles in the dialect of this Dawn', async () => {
     expect(await messagesOf(matrixProbeKernel(H200[0] as MatrixConfig, EXTENSION, DIALECT, 32))).toEqual([]);
+  });
+
+  it('a product that comes out right in no dialect is not used', async () => {
+    const product = H200[0] as MatrixConfig;
+    expect(await probeMatrixDialect(device, 'chromium-experimental-subgroup-matrix', product, 32)).toBeUndefined();
   });
 
   it('preparing kernels compile', async () => {

@@ -84,13 +84,13 @@ async function isExact(device: GPUDevice, code: string, { M, N, K }: MatrixConfi
     buffers.push(made);
     return made;
   };
-  device.pushErrorScope('validation');
   try {
+    // Scopes are a stack that other code on the device uses too: this one is closed before anything is waited for.
+    device.pushErrorScope('validation');
     const module = device.createShaderModule({ code });
-    const pipeline = await device.createComputePipelineAsync({
-      layout: 'auto',
-      compute: { module, entryPoint: 'main' },
-    });
+    const compiling = device.createComputePipelineAsync({ layout: 'auto', compute: { module, entryPoint: 'main' } });
+    device.popErrorScope().catch(() => null);
+    const pipeline = await compiling;
     const storage = GPU_BUFFER_USAGE.STORAGE | GPU_BUFFER_USAGE.COPY_DST | GPU_BUFFER_USAGE.COPY_SRC;
     const [left, right] = [packedRows(M, K, 0), packedRows(N, K, 3)];
     const [lefts, rights] = [buffer(left.byteLength, storage), buffer(right.byteLength, storage)];
@@ -120,6 +120,5 @@ async function isExact(device: GPUDevice, code: string, { M, N, K }: MatrixConfi
     return false;
   } finally {
     for (const made of buffers) made.destroy();
-    await device.popErrorScope().catch(() => null);
   }
 }
