@@ -21,8 +21,8 @@ interface Part {
 const PARTS: readonly Part[] = [
   { name: 'unit', arguments: ['--project', 'unit', '--coverage'] },
   {
-    name: 'WASM with relaxed SIMD (Node 24)',
-    arguments: ['--project', 'unit', 'src/backends/wasm', 'test/conformance/wasm'],
+    name: 'Relaxed SIMD and Float16Array (Node 24)',
+    arguments: ['--project', 'unit', 'src/backends/wasm', 'test/conformance/wasm', 'src/tensor'],
     node: ensureNode24,
   },
   // A browser beside other tests would be short of processors.

@@ -77,11 +77,6 @@ export function progress(label: string, total: number): Progress {
   return { advance: (steps = 1) => bar.increment(steps), stop: () => bar.stop() };
 }
 
-/** A wait of unknown length is announced before it starts. */
-export const announce = (text: string): void => {
-  process.stderr.write(`${text}...\n`);
-};
-
 export const count = (value: number): string => value.toLocaleString('en-US');
 
 /** Milliseconds, in a unit that keeps three digits. */
