@@ -244,7 +244,7 @@ function golden(bench: Bench, task: Task & { kind: 'golden' }): Partial<Outcome>
   const [bits] = runWhole(bench, task.kernel, task.variant, { isCausal }, inputs, 1);
   for (const { memory } of Object.values(inputs)) memory.dispose();
   const exact = file.float32('exact.o');
-  const family = task.kernel === FP8 ? 'qk_int8_pv_fp8_cuda_sm90' : 'qk_int8_pv_fp16_cuda';
+  const family = task.kernel === FP8 ? 'qk_int8_pv_fp8_cuda_sm90.per_thread' : 'qk_int8_pv_fp16_cuda.fp32';
   const theirs = file.outputs
     .filter((name) => name.startsWith(family))
     .map((name) => compare(file.float32(`out.${name}`), exact).relativeL1);

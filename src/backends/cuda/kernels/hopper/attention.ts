@@ -917,7 +917,7 @@ export function hopperAttention(config: HopperConfig): Kernel {
         });
       }
 
-      /** Quantizes this consumer's rows of the caller's Q into shared memory; rows g and g + 8 of a warp share a scale. */
+      /** Quantizes this consumer's rows of the caller's Q into shared memory; rows g and g + 8 of a warp share a scale, or have one each. */
       function quantizeQuery(): Reg<'f32'>[] {
         b.section('quantize Q');
         const { dtype, headDim, keyMean } = config.fusedQuery as NonNullable<HopperConfig['fusedQuery']>;
@@ -950,33 +950,38 @@ export function hopperAttention(config: HopperConfig): Kernel {
               : words.flatMap((word) => unpackPair(b, dtype, word));
           });
         });
-        let largest = b.constant('u32', 0);
-        const faulty = values.map((row) => {
+        const faulty: Reg<'pred'>[] = [];
+        const rowMaxima = values.map((row) => {
           let own = b.constant('u32', 0);
           for (const value of row.flat()) own = b.max(own, b.and(b.as(value, 'u32'), 0x7fffffff));
           own = b.max(own, b.shflBfly(own, 1));
           own = b.max(own, b.shflBfly(own, 2));
           const fault = b.setp('ge', own, 0x7f800000);
           b.when(fault, () => b.set(own, 0));
-          largest = b.max(largest, own);
-          return fault;
+          faulty.push(fault);
+          return own;
         });
-        const maximum = b.as(largest, 'f32');
-        b.when(b.setp('lt', maximum, 1e-36), () => b.set(maximum, 0));
-        const reciprocal = b.divF32(b.selp(-127, b.constant('f32', 127), b.setp('lt', signed, 0)), maximum);
-        b.when(b.setp('eq', maximum, 0), () => b.set(reciprocal, 0));
+        const groups = config.queryScalePerRow ? rowMaxima : [maxOf(rowMaxima, (x, y) => b.max(x, y))];
+        const maxima = groups.map((largest) => {
+          const maximum = b.as(largest, 'f32');
+          b.when(b.setp('lt', maximum, 1e-36), () => b.set(maximum, 0));
+          return maximum;
+        });
+        const reciprocals = maxima.map((maximum) => {
+          const signedLargest = b.selp(-127, b.constant('f32', 127), b.setp('lt', signed, 0));
+          const reciprocal = b.divF32(signedLargest, maximum);
+          b.when(b.setp('eq', maximum, 0), () => b.set(reciprocal, 0));
+          return reciprocal;
+        });
         const magic = b.constant('f32', MAGIC);
         values.forEach((row, r) => {
           const inGroup = b.sub(b.add(threadRow, 8 * r), b.mul(group, CONSUMER_ROWS));
           const permutation = b.shl(b.and(b.shr(inGroup, rowLayout.rowShift), rowLayout.rowMask), 4);
           const rowAt = b.add(b.mul(inGroup, rowLayout.rowBytes), channelTerm);
           row.forEach((four, c) => {
-            const words = four.map((value) => b.as(b.fma(value, reciprocal, magic), 'b32')) as [
-              Reg<'b32'>,
-              Reg<'b32'>,
-              Reg<'b32'>,
-              Reg<'b32'>,
-            ];
+            const words = four.map((value) =>
+              b.as(b.fma(value, at(reciprocals, config.queryScalePerRow ? r : 0), magic), 'b32'),
+            ) as [Reg<'b32'>, Reg<'b32'>, Reg<'b32'>, Reg<'b32'>];
             const packed = b.prmt(b.prmt(words[0], words[1], 0x0040), b.prmt(words[2], words[3], 0x0040), 0x5410);
             const [block, chunk] = [Math.floor((16 * c) / rowLayout.rowBytes), (16 * c) % rowLayout.rowBytes];
             // The chunk's bits are zero in the row's address, so that adding and XORing them is the same.
@@ -991,7 +996,7 @@ export function hopperAttention(config: HopperConfig): Kernel {
         });
         fenceProxyAsync(b);
         namedBarrier(b, 'bar.sync', b.add(warpgroup, 8), 128);
-        return [b.mul(b.mul(maximum, 1 / 127), b.abs(signed))];
+        return maxima.map((maximum) => b.mul(b.mul(maximum, 1 / 127), b.abs(signed)));
       }
 
       /** smScale * log2(e) * q . mean(K), over the four lanes that hold a row. */

@@ -22,6 +22,8 @@ export interface HopperTile {
   readonly valueChunk: number;
   /** How INT32 scores become floats: summed on top of 1.5 * 2^23, or by an instruction each. */
   readonly toFloat: 'seed' | 'convert';
+  /** A scale for each row of a Q that the kernel quantizes; else rows i and i + 8 of every 16 share one, which saves registers. */
+  readonly queryScalePerRow: boolean;
   /** Share of the exponentials on the FMA units. Needs `onesColumn`. */
   readonly polynomialShare: 0 | 0.125 | 0.25 | 0.5;
   /** Row sums as one more column of P V, over the same rounded P: 8 more columns. */
@@ -37,7 +39,7 @@ export interface HopperConfig extends HopperTile {
   /** Dv, and Dv padded to a multiple of 16, or of 32 with V in FP8. */
   readonly valueDim: number;
   readonly paddedValueDim: number;
-  /** Q as the caller gave it, quantized by the kernel itself with a scale for rows i and i + 8 of every 16. */
+  /** Q as the caller gave it, quantized by the kernel itself. */
   readonly fusedQuery: { readonly dtype: DType; readonly headDim: number; readonly keyMean: boolean } | undefined;
   /** Tokens of Q that share a set of scales, and how many are in the set. */
   readonly queryScales: readonly [tokens: number, scales: 1 | 8];

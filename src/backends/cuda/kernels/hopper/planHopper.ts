@@ -86,6 +86,8 @@ export function hopperShapeOf(context: Context): Shape {
   const keyMean = choice.smoothK && layout.keyTiles > 0;
   const config: HopperConfig = {
     ...tile,
+    // Rows i and i + 8 are heads of different magnitude when more than eight lie side by side.
+    queryScalePerRow: fused && (tile.queryScalePerRow || packedHeads > 8),
     pvFormat,
     qkRowBytes: scheme.qkRowBytes,
     valueDim,

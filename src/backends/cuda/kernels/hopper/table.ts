@@ -22,6 +22,7 @@ const BASE: HopperTuning = {
   promotionInterval: 1,
   valueChunk: 256,
   toFloat: 'seed',
+  queryScalePerRow: false,
   polynomialShare: 0,
   onesColumn: false,
   rescaleThreshold: 0,
@@ -125,4 +126,5 @@ export const HOPPER_VARIANTS: Readonly<Record<string, Partial<HopperTuning>>> = 
     pingPong: false,
   },
   'Q quantized apart': { fuseQuery: false },
+  'a scale for each row of Q': { queryScalePerRow: true },
 };
