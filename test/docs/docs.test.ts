@@ -1,6 +1,6 @@
 /** The documentation: its samples compile and run, its tables are what the results say, its pages link to what exists. */
 import { spawnSync } from 'node:child_process';
-import { existsSync, mkdtempSync, readdirSync, readFileSync, rmSync, writeFileSync } from 'node:fs';
+import { existsSync, mkdtempSync, readdirSync, readFileSync, rmSync, symlinkSync, writeFileSync } from 'node:fs';
 import { tmpdir } from 'node:os';
 import path from 'node:path';
 import { parseHTML } from 'linkedom';
@@ -20,20 +20,24 @@ interface Sample {
   readonly runs: boolean;
 }
 
+/** Pages about the inside of a backend may show fragments of code that no program outside could contain. */
+const INSIDE = ['docs/wasm.md', 'docs/webgpu.md', 'docs/cuda.md'];
+
 /**
  * Every TypeScript block of a page. One behind `<!-- sample: compile only ... -->` is not run; further lines of that comment
- * stand before it, for what the text around it declares.
+ * stand before it, for what the text around it declares. One behind `<!-- sample: fragment ... -->` is left out.
  */
 function samplesOf(file: string): Sample[] {
   const text = readFileSync(path.join(ROOT, file), 'utf8');
   const blocks = [
-    ...text.matchAll(/(?:<!-- sample: (compile only)[^\n]*?(?:\n([\s\S]*?))?-->\s*)?^```ts\n([\s\S]*?)^```$/gm),
+    ...text.matchAll(
+      /(?:<!-- sample: (compile only|fragment)[^\n]*?(?:\n([\s\S]*?))?-->\s*)?^```ts\n([\s\S]*?)^```$/gm,
+    ),
   ];
-  return blocks.map(([, marker, before = '', code = ''], i) => ({
-    name: `${path.basename(file, '.md')}-${i + 1}`,
-    code: `${before}${code}`,
-    runs: marker === undefined,
-  }));
+  return blocks.flatMap(([, marker, before = '', code = ''], i) => {
+    if (marker === 'fragment' && INSIDE.includes(file)) return [];
+    return [{ name: `${path.basename(file, '.md')}-${i + 1}`, code: `${before}${code}`, runs: marker === undefined }];
+  });
 }
 
 const pages = readdirSync(DOCS).filter((name) => name.endsWith('.md'));
@@ -47,6 +51,9 @@ const ENTRIES = {
   'sageattention/cuda': 'src/backends/cuda/index.ts',
   'sageattention/reference': 'src/reference/index.ts',
   'sageattention/onnxruntime': 'src/integrations/onnxruntime/index.ts',
+  'sageattention/transformers': 'src/integrations/transformers/web.ts',
+  'sageattention/tfjs': 'src/integrations/tfjs/index.ts',
+  'sageattention/jax': 'src/integrations/jax/index.ts',
 };
 
 const compilerOptions = {
@@ -67,6 +74,8 @@ const compilerOptions = {
 
 /** Each sample is a module of its own in a folder that is no part of the project. */
 function writeSamples(): void {
+  // What the samples import besides: onnxruntime-web and other engines.
+  symlinkSync(path.join(ROOT, 'node_modules'), path.join(scratch, 'node_modules'));
   writeFileSync(path.join(scratch, 'package.json'), JSON.stringify({ type: 'module' }));
   writeFileSync(path.join(scratch, 'tsconfig.json'), JSON.stringify({ compilerOptions, include: ['*.ts'] }));
   for (const { name, code } of samples) writeFileSync(path.join(scratch, `${name}.ts`), code);
