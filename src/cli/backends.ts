@@ -37,6 +37,26 @@ export async function availableBackends(
   return offering;
 }
 
+/** Every kernel of these backends, or those that `asked` lists; each of those must be one that a backend has. */
+export function offeredKernels(
+  backends: readonly { backend: Backend }[],
+  asked: readonly KernelName[] | undefined,
+): { backend: BackendName; kernel: KernelName }[] {
+  const offered = backends.flatMap(({ backend }) =>
+    backend.kernels
+      .filter(({ name }) => asked?.includes(name) ?? true)
+      .map(({ name }) => ({ backend: backend.name, kernel: name })),
+  );
+  const missing = asked?.find((name) => !offered.some(({ kernel }) => kernel === name));
+  if (missing !== undefined) {
+    const names = backends.map(({ backend }) => backend.name).join(', ');
+    throw new UserError(
+      `kernel ${missing} is not one of backend ${names}; \`sageattention doctor\` lists the kernels, and what the other backends lack`,
+    );
+  }
+  return offered;
+}
+
 /** The one backend that `sageattn` would take: the most preferred that is accelerated, else the least preferred. */
 export async function chooseBackend(name: BackendName | 'auto', kernel: KernelName | 'auto'): Promise<Backend> {
   const candidates = await availableBackends(kernel, name === 'auto' ? undefined : [name]);

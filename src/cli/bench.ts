@@ -1,6 +1,6 @@
 /** `sageattention bench`: time and accuracy of kernels on random inputs. */
 import { performance } from 'node:perf_hooks';
-import { availableBackends } from './backends.ts';
+import { availableBackends, offeredKernels } from './backends.ts';
 import { isRefusal, UserError } from './errors.ts';
 import { accuracyOnRows, sampleRows } from './exact.ts';
 import { type InputShape, randomInputs } from './inputs.ts';
@@ -74,17 +74,7 @@ interface Case {
 /** Batch and heads, lengths, head dims and causality, each with each; kernels innermost, so that inputs are shared. */
 async function casesOf(options: BenchOptions): Promise<Case[]> {
   const { batch, heads, kvHeads = heads, length: lengths, headDim: headDims, causal } = options;
-  const backends = await availableBackends('auto', options.backend);
-  const offered = backends.flatMap(({ backend }) =>
-    backend.kernels
-      .filter(({ name }) => options.kernel?.includes(name) ?? true)
-      .map(({ name }) => ({ backend: backend.name, kernel: name })),
-  );
-  const missing = options.kernel?.find((name) => !offered.some(({ kernel }) => kernel === name));
-  if (missing !== undefined) {
-    const names = backends.map(({ backend }) => backend.name).join(', ');
-    throw new UserError(`kernel ${missing} is not one of backend ${names}; \`sageattention doctor\` lists the kernels`);
-  }
+  const offered = offeredKernels(await availableBackends('auto', options.backend), options.kernel);
   const masks = { no: [false], yes: [true], both: [false, true] }[causal];
   return lengths.flatMap((length) =>
     headDims.flatMap((headDim) =>

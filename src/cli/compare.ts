@@ -1,6 +1,6 @@
 /** `sageattention compare`: accuracy of every kernel on the user's own tensors. */
 import { readUserFile } from './arguments.ts';
-import { availableBackends } from './backends.ts';
+import { availableBackends, offeredKernels } from './backends.ts';
 import { isRefusal, messageOf, UserError } from './errors.ts';
 import { accuracyOnRows, type ExactCall, queryLength, sampleRows } from './exact.ts';
 import {
@@ -73,13 +73,7 @@ export async function compareKernels(file: string, options: CompareOptions): Pro
   const settings = { tensorLayout, isCausal, ...(smScale !== undefined && { smScale }) };
   // Tensors that do not fit together are reported before anything else is done.
   createProblem(q, k, v, settings);
-  const backends = await availableBackends('auto', options.backend);
-  const kernels = backends.flatMap(({ backend }) =>
-    backend.kernels
-      .filter(({ name }) => options.kernel?.includes(name) ?? true)
-      .map(({ name }) => ({ backend: backend.name, kernel: name })),
-  );
-  if (kernels.length === 0) throw new UserError(`no available backend has kernel ${options.kernel?.join(', ')}`);
+  const kernels = offeredKernels(await availableBackends('auto', options.backend), options.kernel);
 
   const ranges = sampleRows(queryLength(call), options.rows);
   const rows = ranges.reduce((sum, { start, end }) => sum + end - start, 0);
