@@ -997,10 +997,10 @@ export function attention(config: AttentionConfig): Kernel {
             let factor = inverse;
             if (isFp8(config)) factor = b.mul(factor, scales[n]?.[j] as Reg<'f32'>);
             const result = b.mul(value, factor);
-            if (!config.smoothV) return result;
-            const smoothed = b.add(result, means[n]?.[j] as Reg<'f32'>);
-            b.when(empty, () => b.set(smoothed, 0));
-            return smoothed;
+            const whole = config.smoothV ? b.add(result, means[n]?.[j] as Reg<'f32'>) : result;
+            // Without keys nothing has written V's scales or means.
+            if (isFp8(config) || config.smoothV) b.when(empty, () => b.set(whole, 0));
+            return whole;
           });
           storePair(pair as [Reg<'f32'>, Reg<'f32'>], type, address, t2, n * 8, width);
         }
