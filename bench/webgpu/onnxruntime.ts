@@ -49,6 +49,8 @@ export async function onnxruntimeMilliseconds(
 ): Promise<number> {
   const ort = await import('onnxruntime-web/webgpu');
   ort.env.logLevel = 'error';
+  // With worker threads the WebGPU build waits for itself in Node.
+  ort.env.wasm.numThreads = 1;
   const dims = [1, size.tokens, size.heads * size.headDim];
   const feeds = Object.fromEntries(
     Object.entries(buffers).map(([name, gpuBuffer]) => [
