@@ -38,7 +38,7 @@ export interface SageAttentionOptions {
  * WebGPU's has not been measured yet: it is where the cost of cutting is sure to be small.
  */
 export const DEFAULT_MIN_TOKENS = {
-  'onnxruntime-web': 512,
+  'onnxruntime-web': 256,
   'onnxruntime-node': Number.POSITIVE_INFINITY,
   webgpu: 1024,
 } as const;
