@@ -269,6 +269,14 @@ const masks = [
         'float32',
       ),
   }),
+  // Scores that are large and negative throughout: a row's own maximum must be taken off before anything is rounded.
+  ...[-1e4, -65504, -1e9].map((value) =>
+    dense('mask', `additive ${value} on all keys`, {
+      bound: 'algorithm',
+      options: { returnLse: true },
+      mask: ({ lk }) => place(new Float32Array(lk).fill(value), [1, 1, 1, lk], 'float32'),
+    }),
+  ),
 ];
 
 const scales = [
@@ -470,17 +478,20 @@ const extremes = [
     },
     options: { returnLse: true },
   }),
-  dense('extreme', 'one key wins each row', {
-    bound: 'algorithm',
-    edit: ({ q, k }, { lq, lk, d, heads }, random) => {
-      const key = random.normals(heads * lk * d, 4);
-      k.set(key);
-      fill(q, (i) => {
-        const [head, row] = [Math.floor(i / (lq * d)), Math.floor(i / d) % lq];
-        return key[(head * lk + ((row * 7) % lk)) * d + (i % d)] as number;
-      });
-    },
-  }),
+  // Scores reach from 128 to 8e6 at the larger magnitudes: a factor taken before the difference leaves no fraction there.
+  ...[4, 100, 300, 1000].map((magnitude) =>
+    dense('extreme', `one key wins each row, q and k of magnitude ${magnitude}`, {
+      bound: 'algorithm',
+      edit: ({ q, k }, { lq, lk, d, heads }, random) => {
+        const key = random.normals(heads * lk * d, magnitude);
+        k.set(key);
+        fill(q, (i) => {
+          const [head, row] = [Math.floor(i / (lq * d)), Math.floor(i / d) % lq];
+          return key[(head * lk + ((row * 7) % lk)) * d + (i % d)] as number;
+        });
+      },
+    }),
+  ),
 ];
 
 const poison = (values: Float32Array, length: number, dim: number, token: number, value: number) => {
