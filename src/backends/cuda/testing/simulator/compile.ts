@@ -1,6 +1,6 @@
 /** Turns basic blocks of a kernel into JavaScript functions over a warp's registers. */
 import { printInstruction } from '../../ptx/printer.ts';
-import { type Instruction, type Kernel, KIND_BITS, type Operand, type Reg } from '../../ptx/types.ts';
+import { type Instruction, type Kernel, KIND_BITS, type Operand, type Parameter, type Reg } from '../../ptx/types.ts';
 import { endsTurn, hopperCollective, hopperLaneWise, isNamedBarrier } from './hopper.ts';
 import type { Warp } from './warp.ts';
 import * as runtime from './warp.ts';
@@ -33,9 +33,9 @@ const INSTRUCTIONS_PER_FUNCTION = 64;
 
 class Emitter {
   readonly rows: readonly number[];
-  readonly parameters: ParameterValues;
+  readonly parameters: readonly Parameter[];
 
-  constructor(rows: readonly number[], parameters: ParameterValues) {
+  constructor(rows: readonly number[], parameters: readonly Parameter[]) {
     this.rows = rows;
     this.parameters = parameters;
   }
@@ -226,12 +226,11 @@ class Emitter {
 
   #loadParameter(d: Reg, parameter: Operand): string {
     if (parameter.type !== 'parameter') throw new Error('ld.param of no parameter');
-    const value = this.parameters[parameter.name];
-    if (value === undefined) throw new Error(`no value for parameter ${parameter.name}`);
+    const index = this.parameters.findIndex(({ name }) => name === parameter.name);
+    if (index < 0) throw new Error(`no parameter ${parameter.name}`);
     const row = this.row(d);
-    if (d.kind === 'f32') return `f[${row}+l]=${value};`;
-    const low = `u[${row}+l]=${BigInt.asUintN(32, BigInt(value))};`;
-    return KIND_BITS[d.kind] === 64 ? `${low}u[${row + 32}+l]=${BigInt.asUintN(32, BigInt(value) >> 32n)};` : low;
+    const low = `u[${row}+l]=P[${2 * index}];`;
+    return KIND_BITS[d.kind] === 64 ? `${low}u[${row + 32}+l]=P[${2 * index + 1}];` : low;
   }
 
   #convert(opcode: string, d: Operand, a: Operand, b: Operand): string {
@@ -327,7 +326,7 @@ class Emitter {
 const eachLane = (body: string) => `for(let j=0;j<n;j++){const l=L[j];${body}}`;
 
 function compileFunction(statements: readonly string[]): (warp: Warp) => void {
-  const header = 'const u=W.u,i=W.i,f=W.f,L=W.lanes,n=W.active;';
+  const header = 'const u=W.u,i=W.i,f=W.f,L=W.lanes,n=W.active,P=W.cta.parameters;';
   // Names are fixed and numbers are register rows: this is a code generator for tests, with no input from outside.
   const make = new Function('R', `return function(W){${header}${statements.join('\n')}}`) as (
     library: typeof runtime,
@@ -335,15 +334,38 @@ function compileFunction(statements: readonly string[]): (warp: Warp) => void {
   return make(runtime);
 }
 
-/** Compiles a kernel for one launch; parameters become constants. */
-export function compileKernel(kernel: Kernel, parameters: ParameterValues): Program {
+/** Values of a kernel's parameters as its functions read them: two words each, low word or float first. */
+export function parameterWords(kernel: Kernel, values: ParameterValues): Uint32Array {
+  const words = new DataView(new ArrayBuffer(8 * kernel.parameters.length));
+  kernel.parameters.forEach(({ name, kind }, i) => {
+    const value = values[name];
+    if (kind === 'tensorMap') return;
+    if (value === undefined) throw new Error(`no value for parameter ${name}`);
+    if (kind === 'f32') words.setFloat32(8 * i, Number(value), true);
+    else words.setBigUint64(8 * i, BigInt.asUintN(64, BigInt(value)), true);
+  });
+  return new Uint32Array(words.buffer);
+}
+
+const programs = new WeakMap<Kernel, Program>();
+
+/** Compiles a kernel, once. */
+export function compileKernel(kernel: Kernel): Program {
+  const known = programs.get(kernel);
+  if (known !== undefined) return known;
+  const program = compile(kernel);
+  programs.set(kernel, program);
+  return program;
+}
+
+function compile(kernel: Kernel): Program {
   const rows: number[] = [];
   let words = 0;
   for (const kind of kernel.registerKinds) {
     rows.push(words);
     words += KIND_BITS[kind] === 64 ? 64 : 32;
   }
-  const emitter = new Emitter(rows, parameters);
+  const emitter = new Emitter(rows, kernel.parameters);
 
   const starts = new Set<number>([0]);
   kernel.instructions.forEach((instruction, at) => {

@@ -7,7 +7,7 @@
  */
 import type { KernelArgument, KernelLaunch } from '../../launch.ts';
 import type { Kernel } from '../../ptx/types.ts';
-import { compileKernel, type ParameterValues, type Program } from './compile.ts';
+import { compileKernel, type ParameterValues, type Program, parameterWords } from './compile.ts';
 import { AsyncSharedMemory, AsyncUnits, HopperWarp, type SimulatedTensorMap, usesHopper } from './hopper.ts';
 import { type DeviceAddresses, SharedMemory, SimulationError } from './memory.ts';
 import { type Cta, Warp } from './warp.ts';
@@ -98,14 +98,15 @@ export function simulateKernel(
   global: DeviceAddresses,
   maps: ReadonlyMap<string, SimulatedTensorMap> = new Map(),
 ): void {
-  const program = compileKernel(kernel, parameters);
+  const program = compileKernel(kernel);
+  const words = parameterWords(kernel, parameters);
   const tensorMapIndex = (name: string) => [...maps.keys()].indexOf(name);
   for (let block = 0; block < grid; block++) {
     try {
       if (usesHopper(kernel.instructions)) {
         const shared = new AsyncSharedMemory(kernel.sharedBytes);
         const units = new AsyncUnits(shared, global, [...maps.values()], block + 1);
-        const cta: Cta = { shared, global, block, gridBlocks: grid, tensorMapIndex };
+        const cta: Cta = { shared, global, block, gridBlocks: grid, parameters: words, tensorMapIndex };
         const warps = Array.from({ length: kernel.threads / 32 }, (_, index) => {
           const warp = new Warp(index, cta, program.words);
           const hopper = new HopperWarp(warp, units);
@@ -118,6 +119,7 @@ export function simulateKernel(
           global,
           block,
           gridBlocks: grid,
+          parameters: words,
           tensorMapIndex,
         };
         const warps = Array.from({ length: kernel.threads / 32 }, (_, index) => new Warp(index, cta, program.words));

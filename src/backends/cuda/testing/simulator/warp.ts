@@ -32,6 +32,8 @@ export interface Cta {
   readonly global: DeviceAddresses;
   readonly block: number;
   readonly gridBlocks: number;
+  /** Two words for each parameter, see `parameterWords`. */
+  readonly parameters: Uint32Array;
   /** Number of a tensor map among the kernel's parameters. */
   readonly tensorMapIndex: (name: string) => number;
 }
