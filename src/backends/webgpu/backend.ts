@@ -1,8 +1,11 @@
 /** The WebGPU backend: a device, opened when first needed and again after a loss, and plans on it. */
+import { chooseOptions } from '../../attention/choice.ts';
 import { BackendUnavailableError } from '../../attention/errors.ts';
-import { type AttentionProblem, MAX_HEAD_DIM } from '../../attention/problem.ts';
+import { type AttentionOptions, validateOptions } from '../../attention/options.ts';
+import { type AttentionProblem, createProblem, MAX_HEAD_DIM } from '../../attention/problem.ts';
 import type { TensorView } from '../../tensor/tensor.ts';
 import type {
+  AttentionInputs,
   Availability,
   Backend,
   KernelChoice,
@@ -104,6 +107,23 @@ export class WebgpuBackend implements Backend {
 
   plan(problem: AttentionProblem, kernel: KernelChoice): Promise<WebgpuPlan> {
     return WebgpuPlan.create(problem, kernel, () => this.context(), this.#options);
+  }
+
+  /**
+   * A plan for those who record it into their own command encoder; see {@link WebgpuPlan.encode}.
+   *
+   * @param specs tensors, or their layouts: q `[B,Hq,Lq,D]`, k `[B,Hkv,Lk,D]`, v `[B,Hkv,Lk,Dv]` (HND)
+   * @throws {InvalidArgumentError} and {UnsupportedOptionError} as `sageattn`
+   */
+  async createPlan(
+    specs: AttentionInputs,
+    options: Omit<AttentionOptions, 'attnMask' | 'backend' | 'kernel' | 'signal' | 'stream'> = {},
+  ): Promise<WebgpuPlan> {
+    const { q, k, v, attnMask } = specs;
+    const all: AttentionOptions = attnMask === undefined ? options : { ...options, attnMask };
+    validateOptions(all);
+    const problem = createProblem(q, k, v, all);
+    return this.plan(problem, chooseOptions(DESCRIPTOR, problem, all));
   }
 
   prepareKeyValue(

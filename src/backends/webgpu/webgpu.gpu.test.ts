@@ -49,8 +49,7 @@ async function planOn(
   inputs: { readonly q: TensorView; readonly k: TensorView; readonly v: TensorView },
   options: AttentionOptions = {},
 ): Promise<WebgpuPlan> {
-  const problem = createProblem(inputs.q, inputs.k, inputs.v, options);
-  return backend.plan(problem, chooseOptions(await backend.defaultKernel(), problem, options));
+  return backend.createPlan(inputs, options);
 }
 
 function expectExact({ output, lse }: AttentionOutputs, inputs: Inputs, options: AttentionOptions = {}): void {
