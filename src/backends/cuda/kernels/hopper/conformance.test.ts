@@ -3,8 +3,8 @@ import { describeConformance } from '../../../../../test/conformance/vitest.ts';
 import { CUDA_TARGETS } from '../../../../../test/cuda/targets.ts';
 import { createSimulatedBackend } from '../../testing/simulator/backend.ts';
 
-/** Multiply-adds of a case that a second simulates. */
-const MAX_WORK = 1e6;
+/** Multiply-adds of a case that a second simulates; more with SIMULATED_WORK. */
+const MAX_WORK = Number(process.env.SIMULATED_WORK ?? 1e6);
 
 describeConformance(
   () => createSimulatedBackend(90),
