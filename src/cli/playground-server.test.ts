@@ -75,6 +75,15 @@ describe('the playground server', () => {
     }
   });
 
+  it('outlives files that go away', async () => {
+    const file = path.join(root, 'page', 'assets', 'gone.js');
+    writeFileSync(file, 'export {};');
+    expect((await get('/assets/gone.js')).status).toBe(200);
+    rmSync(file);
+    expect((await get('/assets/gone.js')).status).toBe(404);
+    expect((await get('/')).status).toBe(200);
+  });
+
   it('refuses a port that is taken', async () => {
     const { port } = new URL(server.url);
     await expect(servePlayground(path.join(root, 'page'), Number(port), '127.0.0.1')).rejects.toThrow(/EADDRINUSE/);

@@ -26,10 +26,12 @@ export async function servePlayground(folder: string, port: number, host: string
     for (const [name, value] of Object.entries(ISOLATION_HEADERS)) response.setHeader(name, value);
     response.setHeader('X-Content-Type-Options', 'nosniff');
   };
-  const page = sirv(folder, { etag: true, setHeaders });
+  // `dev`: files are looked up at each request, so that one that goes while this runs is a 404 and not the end of it.
+  const options = { dev: true, etag: true, setHeaders };
+  const page = sirv(folder, options);
   const packages = PLAYGROUND_ASSETS.flatMap((asset) => {
     const installed = findAssetFolder(asset);
-    return installed === undefined ? [] : [{ asset, serve: sirv(installed, { etag: true, setHeaders }) }];
+    return installed === undefined ? [] : [{ asset, serve: sirv(installed, options) }];
   });
   const server = createServer((request, response) => {
     const missing = () => {
