@@ -194,6 +194,7 @@ describe('playground', () => {
       const titles = await page.locator('#checks h3').allTextContents();
       expect(titles.some((title) => title.startsWith('WebGPU'))).toBe(true);
       expect(titles.filter((title) => title.startsWith('WebAssembly')).length).toBeGreaterThanOrEqual(2);
+      await expectAccessible(page);
     });
   });
 
@@ -304,6 +305,7 @@ describe('playground', () => {
       expect(saved.schema).toBe('sageattention-playground/1');
       expect(saved.results).toHaveLength(6);
       expect(saved.results.every((result: { medianMs: number }) => result.medianMs > 0)).toBe(true);
+      await expectAccessible(page);
 
       await startBench(page, kernels, '16384');
       await waitForText(page, '#bench-note', /^[1-9]\d* of \d+/);
@@ -336,7 +338,7 @@ describe('playground', () => {
   });
 
   it('compares sentences with exact and quantized attention, and times a long text', async () => {
-    await withPage({}, async (page) => {
+    await withPage({ colorScheme: 'dark' }, async (page) => {
       await page.getByRole('button', { name: 'Load the model' }).click();
       await page.waitForFunction(() => document.querySelectorAll('#model-body figure svg').length === 2);
       const similarities = async (title: string) => {
