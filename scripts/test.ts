@@ -91,6 +91,15 @@ function run(part: Part, folder: string): Counts {
   }
 }
 
+// What several parts need is installed before the first; a part that then lacks it says so itself.
+for (const gpu of SOFTWARE_GPUS) {
+  try {
+    ensureSoftwareGpu(gpu);
+  } catch (error) {
+    console.error(`${gpu}: ${error instanceof Error ? error.message : error}`);
+  }
+}
+
 const only = process.argv.slice(2);
 const folder = mkdtempSync(join(tmpdir(), 'sageattention-test-'));
 try {
