@@ -21,7 +21,7 @@ interface Sample {
 }
 
 /** Pages about the inside of a backend may show fragments of code that no program outside could contain. */
-const INSIDE = ['docs/wasm.md', 'docs/webgpu.md', 'docs/cuda.md'];
+const INSIDE = ['docs/wasm.md', 'docs/webgpu.md', 'docs/cuda.md', 'docs/hopper.md'];
 
 /**
  * Every TypeScript block of a page. One behind `<!-- sample: compile only ... -->` is not run; further lines of that comment
