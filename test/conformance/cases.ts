@@ -494,6 +494,31 @@ const extremes = [
   ),
 ];
 
+/**
+ * The first key scores so much above the rest, which lie close together: what nearly every head of a decoder does. Each of
+ * the others weighs less than 1/256 of it, all of them about as much as it does.
+ */
+const sinks = (
+  [
+    [128, 5.55, 0.1],
+    [128, 6.5, 1],
+    [256, 6, 0.3],
+    [256, 8, 1],
+    [1000, 7, 0.5],
+    [1000, 8, 1],
+  ] as const
+).map(([lk, above, spread]) =>
+  dense('attention sink', `the first of ${lk} keys ${above} above the others, which spread by ${spread}`, {
+    lq: 40,
+    lk,
+    edit: ({ q, k }, { lk, d }, random) => {
+      // Channel 0 carries the sink: 8 * above / sqrt(64).
+      fill(k, (i) => (i % d > 0 ? random.normal() * spread : Math.floor(i / d) % lk === 0 ? above : 0));
+      fill(q, (i) => (i % d === 0 ? 8 : (q[i] as number)));
+    },
+  }),
+);
+
 const poison = (values: Float32Array, length: number, dim: number, token: number, value: number) => {
   for (let i = 0; i < values.length; i++) if (Math.floor(i / dim) % length === token) values[i] = value;
 };
@@ -564,6 +589,7 @@ export const CASES: readonly ConformanceCase[] = [
   ...strides,
   ...empty,
   ...extremes,
+  ...sinks,
   ...nans,
 ];
 

@@ -6,6 +6,7 @@ import type { AttentionOptions } from '../../attention/options.ts';
 import { createProblem, createVarlenProblem } from '../../attention/problem.ts';
 import { attentionExact } from '../../reference/exact.ts';
 import { compare } from '../../reference/metrics.ts';
+import { attentionQuantized, PORTABLE_ALGORITHM, type QuantizedAlgorithm } from '../../reference/quantized.ts';
 import { toFloat32 } from '../../tensor/access.ts';
 import { parseSafetensors, safetensorsToFloat32 } from '../../tensor/safetensors.ts';
 import { type Tensor, tensor } from '../../tensor/tensor.ts';
@@ -189,26 +190,55 @@ describe.each(BUILDS)('%s', (simd) => {
   });
 });
 
+/** The first key scores `above` more than the others, which lie close together. */
+function sinkInputs(tokens: number, above: number, spread: number): Inputs {
+  const [rows, d] = [40, 64];
+  const q = random.normals(rows * d);
+  const k = random.normals(tokens * d, spread);
+  for (let i = 0; i < q.length; i += d) q[i] = 8;
+  for (let i = 0; i < k.length; i += d) k[i] = i === 0 ? above : 0;
+  return {
+    q: tensor(q, [1, 1, rows, d]),
+    k: tensor(k, [1, 1, tokens, d]),
+    v: tensor(random.normals(tokens * d), [1, 1, tokens, d]),
+  };
+}
+
+test.each(BUILDS)('%s: attention sinks lose less than FP8 does', async (simd) => {
+  const fp8: QuantizedAlgorithm = { ...PORTABLE_ALGORITHM, pvFormat: 'fp8', pvAccumDtype: 'fp32+fp32' };
+  for (const [tokens, above, spread] of [
+    [128, 5.55, 0.1],
+    [256, 6, 0.3],
+    [1000, 7, 0.5],
+    [1000, 8, 1],
+  ] as const) {
+    const inputs = sinkInputs(tokens, above, spread);
+    const { problem, output, exact } = await attend(simd, INTEGER_KERNEL, inputs);
+    const theirs = compare(attentionQuantized(problem, inputs, fp8).output, exact.output).relativeL1;
+    expect(compare(output, exact.output).relativeL1, `${tokens} keys, +${above}, ${seed}`).toBeLessThan(theirs);
+  }
+});
+
 test('bitwise the same on any number of threads and any kind of executor', async () => {
-  const inputs = normalInputs(3, 200, 300, 40, 48);
-  for (const simd of BUILDS) {
-    for (const kernel of [INTEGER_KERNEL, ACCURATE_KERNEL]) {
-      const { output } = await attend(simd, kernel, inputs, { isCausal: true });
-      for (const [threads, kind] of [
-        [1, 'threads'],
-        [3, 'threads'],
-        [1, 'worker'],
-        [1, 'inline'],
-      ] as const) {
-        const other = createWasmBackendOn({ simd, threads }, kind);
-        const problem = createProblem(inputs.q, inputs.k, inputs.v, { isCausal: true });
-        const plan = await other.plan(problem, chooseOptions(kernel, problem, {}));
-        const result = await plan.run(inputs, {});
-        expect(toFloat32(result.output as Tensor), `${simd} ${kernel.name} ${threads} ${kind}`).toEqual(output);
-        await other.dispose();
+  for (const inputs of [normalInputs(3, 200, 300, 40, 48), sinkInputs(300, 6, 0.5)])
+    for (const simd of BUILDS) {
+      for (const kernel of [INTEGER_KERNEL, ACCURATE_KERNEL]) {
+        const { output } = await attend(simd, kernel, inputs, { isCausal: true });
+        for (const [threads, kind] of [
+          [1, 'threads'],
+          [3, 'threads'],
+          [1, 'worker'],
+          [1, 'inline'],
+        ] as const) {
+          const other = createWasmBackendOn({ simd, threads }, kind);
+          const problem = createProblem(inputs.q, inputs.k, inputs.v, { isCausal: true });
+          const plan = await other.plan(problem, chooseOptions(kernel, problem, {}));
+          const result = await plan.run(inputs, {});
+          expect(toFloat32(result.output as Tensor), `${simd} ${kernel.name} ${threads} ${kind}`).toEqual(output);
+          await other.dispose();
+        }
       }
     }
-  }
 });
 
 test('65,536 keys', async () => {

@@ -3,7 +3,8 @@
  * arXiv 2307.08691, algorithm 1) on quantized operands (SageAttention, arXiv 2410.02367, algorithm 1).
  *
  * Q has a scale per row. P of a tile is quantized against the row's largest weight in that tile, not the largest so far:
- * its few levels then cover what the tile holds.
+ * its few levels then cover what the tile holds. In the relaxed build these are 7 bits, and where one key dominates a tile
+ * a second digit of 7 holds what rounding to the first would lose of the others.
  */
 import {
   BLOCK_K,
@@ -78,10 +79,18 @@ import {
   SCRATCH_ROW_SCALES,
   SCRATCH_ROW_ZEROS,
   SCRATCH_SCORES,
+  SCRATCH_SECOND_WEIGHTS,
   SCRATCH_SUMS,
   SCRATCH_TILE_WEIGHTS,
 } from './scratch.ts';
-import { maximumOf, storeWeightConstants, weighFloat, weighInteger } from './weights.ts';
+import {
+  maximumOf,
+  SECOND_DIGITS,
+  storeWeightConstants,
+  weighFloat,
+  weighInteger,
+  weighTwoDigits,
+} from './weights.ts';
 
 const LOG2_E: f32 = 1.4426950408889634;
 const LN_2: f32 = 0.6931471805599453;
@@ -317,6 +326,7 @@ export function attendUnit(job: usize, unit: usize, scratch: usize): void {
   const vScales = load<usize>(job, JOB_TILE_V_SCALES);
   const scores = scratch + SCRATCH_SCORES;
   const p = scratch + SCRATCH_P;
+  const secondWeights = scratch + SCRATCH_SECOND_WEIGHTS;
 
   const maskDtype = load<i32>(job, JOB_MASK_DTYPE);
   const maskShift = elementShift(maskDtype);
@@ -345,12 +355,14 @@ export function attendUnit(job: usize, unit: usize, scratch: usize): void {
       const whole =
         mask == 0 && softcap == 0 && tileFlags == 0 &&
         start >= i + last + lower && start + keys <= min(keyLength, i + upper + 1);
+      let twoDigits = false;
       for (let t = 0; t <= last; t++) {
         const stat = scratch + (<usize>(r + t) << 2);
         const rowScores = scores + <usize>t * (BLOCK_K * 4);
         const outRow = out + <usize>(r + t) * outBytes;
         const pRow = p + <usize>t * P_ROW_BYTES;
         const weightAt = scratch + SCRATCH_TILE_WEIGHTS + (<usize>t << 2);
+        if (ASC_FEATURE_RELAXED_SIMD) store<f32>(secondWeights + (<usize>t << 2), 0);
         let scale = load<f32>(stat + SCRATCH_ROW_SCALES);
         if (!whole) {
           const from = min(keys, max(0, i + t + lower - start));
@@ -390,12 +402,25 @@ export function attendUnit(job: usize, unit: usize, scratch: usize): void {
         }
         if (!accurate) weight /= P_LEVELS;
         store<f32>(weightAt, weight);
-        const added = accurate
+        let added = accurate
           ? weighFloat(rowScores, keys, most, scale, pRow, constants)
           : weighInteger(rowScores, keys, most, scale, pRow, constants);
+        if (ASC_FEATURE_RELAXED_SIMD) {
+          if (!accurate) {
+            const refined = weighTwoDigits(rowScores, keys, most, scale, added, pRow, constants);
+            if (refined > 0) {
+              added = refined;
+              store<f32>(secondWeights + (<usize>t << 2), weight / 128);
+              twoDigits = true;
+            }
+          }
+        }
         store<f32>(stat + SCRATCH_SUMS, sum + weight * added);
       }
-      for (let t = last + 1; t < 4; t++) store<f32>(scratch + SCRATCH_TILE_WEIGHTS + (<usize>t << 2), 0);
+      for (let t = last + 1; t < 4; t++) {
+        store<f32>(scratch + SCRATCH_TILE_WEIGHTS + (<usize>t << 2), 0);
+        store<f32>(secondWeights + (<usize>t << 2), 0);
+      }
       const outRows = out + <usize>r * outBytes;
       const weights = scratch + SCRATCH_TILE_WEIGHTS;
       if (accurate) addValuesFloat(p, tile + vOffset, keys, dvPadded, weights, outRows, outBytes);
@@ -404,6 +429,13 @@ export function attendUnit(job: usize, unit: usize, scratch: usize): void {
           p, tile + vOffset, keys / (ASC_FEATURE_RELAXED_SIMD ? 4 : 2), dvPadded, tile + vScales, weights,
           outRows, outBytes,
         );
+        if (ASC_FEATURE_RELAXED_SIMD) {
+          if (twoDigits) {
+            addValuesInteger(
+              p + SECOND_DIGITS, tile + vOffset, keys / 4, dvPadded, tile + vScales, secondWeights, outRows, outBytes,
+            );
+          }
+        }
       }
       if (tileFlags & TILE_NAN_VALUE) {
         for (let t = 0; t <= last; t++) {

@@ -14,6 +14,8 @@ export const SCRATCH_MAXIMA: usize = 18688;
 export const SCRATCH_SUMS: usize = 18816;
 /** Of the four rows in work: the tile's weight. */
 export const SCRATCH_TILE_WEIGHTS: usize = 18976;
+/** Of the four rows in work: what a unit of P's second digits is worth; 0 for rows that have none. */
+export const SCRATCH_SECOND_WEIGHTS: usize = 18992;
 /** Of the row in work: how far it reaches below and above 0. */
 export const SCRATCH_RANGE: usize = 18944;
 /** Constants of the inner loops, see arithmetic.ts. */

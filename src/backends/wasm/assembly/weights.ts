@@ -1,4 +1,5 @@
 /** Weights of a row's keys in one tile: powers of two of its scores, relative to the row's largest. */
+import { BLOCK_K } from '../job.ts';
 import {
   CONSTANT_COARSE_0,
   CONSTANT_COARSE_1,
@@ -78,7 +79,7 @@ function weigh12(scores: usize, keys: i32, most: f32, scale: f32, p: usize, cons
   return sumOf(sum);
 }
 
-// The vectors of weigh7, from CONSTANT_VECTORS on.
+// The vectors of weigh7 and weigh14, from CONSTANT_VECTORS on.
 const FRACTION: usize = CONSTANT_VECTORS;
 const CUBIC: usize = CONSTANT_VECTORS + 16;
 const QUADRATIC: usize = CONSTANT_VECTORS + 32;
@@ -87,8 +88,10 @@ const CONSTANT: usize = CONSTANT_VECTORS + 64;
 const NO_UPPER: usize = CONSTANT_VECTORS + 80;
 const POWERS: usize = CONSTANT_VECTORS + 96;
 const ONES: usize = CONSTANT_VECTORS + 112;
+const POWERS_14_LOW: usize = CONSTANT_VECTORS + 128;
+const POWERS_14_HIGH: usize = CONSTANT_VECTORS + 144;
 
-/** Writes what weigh7 reads. */
+/** Writes what weigh7 and weigh14 read. */
 export function storeWeightConstants(at: usize): void {
   v128.store(at, i16x8.splat(0x7ff8), FRACTION);
   // 2^f over [0, 1) times 127 * 128, minimax, to a relative error of 7.5e-5.
@@ -100,6 +103,9 @@ export function storeWeightConstants(at: usize): void {
   // 2^(n + 8) at n modulo 16, for n from -8 to -1.
   v128.store(at, i8x16(0, 0, 0, 0, 0, 0, 0, 0, 1, 2, 4, 8, 16, 32, 64, -128), POWERS);
   v128.store(at, i8x16.splat(1), ONES);
+  // 2^(n + 15) at n modulo 16, for n from -15 to -1, in two bytes; -16 has none.
+  v128.store(at, i8x16(0, 1, 2, 4, 8, 16, 32, 64, -128, 0, 0, 0, 0, 0, 0, 0), POWERS_14_LOW);
+  v128.store(at, i8x16(0, 0, 0, 0, 0, 0, 0, 0, 0, 1, 2, 4, 8, 16, 32, 64), POWERS_14_HIGH);
 }
 
 /**
@@ -158,6 +164,87 @@ function weigh7(scores: usize, keys: i32, most: f32, scale: f32, p: usize, const
     scores += 64;
   }
   return <f32>integerSumOf(sum);
+}
+
+/** As weigh8, of 14 bits: from exponents with 11 bits of fraction, which saturate at -16. */
+// @ts-ignore: decorator
+@inline
+function weigh8Of14(
+  low: v128, high: v128, fraction: v128, c3: v128, c2: v128, c1: v128, c0: v128, noUpper: v128, constants: usize,
+): v128 {
+  const t = i16x8.narrow_i32x4_s(i32x4.relaxed_trunc_f32x4_s(low), i32x4.relaxed_trunc_f32x4_s(high));
+  const f = v128.and(i16x8.shl(t, 4), fraction);
+  let w = i16x8.add(c2, i16x8.relaxed_q15mulr_s(f, c3));
+  w = i16x8.add(c1, i16x8.relaxed_q15mulr_s(f, w));
+  w = i16x8.add(c0, i16x8.relaxed_q15mulr_s(f, w));
+  const n = v128.and(i16x8.shr_u(t, 11), i16x8.splat(15));
+  const power = v128.or(
+    i8x16.relaxed_swizzle(v128.load(constants, POWERS_14_LOW), v128.or(n, noUpper)),
+    i8x16.relaxed_swizzle(v128.load(constants, POWERS_14_HIGH), v128.or(i16x8.shl(n, 8), i16x8.splat(0x80))),
+  );
+  return i16x8.relaxed_q15mulr_s(w, power);
+}
+
+/**
+ * Weights of one row relative to its largest, in integers of 14 bits (relaxed SIMD), 128 of which make one of weigh7's levels.
+ * Returns their sum in those levels.
+ */
+function weigh14(scores: usize, keys: i32, most: f32, scale: f32, weights: usize, constants: usize): f32 {
+  const top = f32x4.splat(most);
+  const factor = f32x4.splat(scale * 2048);
+  const down = f32x4.splat(-1.5);
+  const fraction = v128.load(constants, FRACTION);
+  const c3 = v128.load(constants, CUBIC);
+  const c2 = v128.load(constants, QUADRATIC);
+  const c1 = v128.load(constants, LINEAR);
+  const c0 = v128.load(constants, CONSTANT);
+  const noUpper = v128.load(constants, NO_UPPER);
+  const one = i16x8.splat(1);
+  let sum = i32x4.splat(0);
+  for (let j = 0; j < keys; j += 8) {
+    const w = weigh8Of14(
+      madd(f32x4.sub(v128.load(scores), top), factor, down), madd(f32x4.sub(v128.load(scores, 16), top), factor, down),
+      fraction, c3, c2, c1, c0, noUpper, constants,
+    );
+    sum = i32x4.add(sum, i32x4.dot_i16x8_s(w, one));
+    v128.store(weights, w);
+    weights += 16;
+    scores += 32;
+  }
+  return <f32>integerSumOf(sum) / 128;
+}
+
+/** Second digits of a row's weights lie so far behind the first, and weights of 14 bits behind those. */
+export const SECOND_DIGITS: usize = BLOCK_K;
+const WEIGHTS_14: usize = 2 * BLOCK_K;
+
+// Where rounding to 7 bits is too coarse, by the sum of the weights and what of it rounding moved. Up to half a level a key
+// can be lost, and is where most keys have less than that: a tile with one dominant key. Fewer than FEW levels a key need
+// the second digit whatever the sums say, at MANY no loss matters; ordinary tiles have 15 to 20.
+const FEW: i32 = 4;
+const MANY: i32 = 6;
+const LARGEST_LOSS: f32 = 1 / 64.0;
+
+/**
+ * Weights of a row again, in two digits of 7 bits, where their sum in whole levels says that one may not do.
+ *
+ * @returns their sum in levels; 0 where one digit does, which then stays
+ */
+export function weighTwoDigits(
+  scores: usize, keys: i32, most: f32, scale: f32, levels: f32, p: usize, constants: usize,
+): f32 {
+  if (levels >= <f32>(MANY * keys)) return 0;
+  const weights = p + WEIGHTS_14;
+  const sum = weigh14(scores, keys, most, scale, weights, constants);
+  if (levels >= <f32>(FEW * keys) && abs(sum - levels) <= LARGEST_LOSS * levels) return 0;
+  const digit = i16x8.splat(127);
+  for (let j: usize = 0; j < <usize>keys; j += 16) {
+    const w0 = v128.load(weights + (j << 1));
+    const w1 = v128.load(weights + (j << 1), 16);
+    v128.store(p + j, i8x16.narrow_i16x8_s(i16x8.shr_u(w0, 7), i16x8.shr_u(w1, 7)));
+    v128.store(p + j, i8x16.narrow_i16x8_s(v128.and(w0, digit), v128.and(w1, digit)), SECOND_DIGITS);
+  }
+  return sum;
 }
 
 /** Weights of one row as the integer product with V takes them. Returns their sum in levels. */
