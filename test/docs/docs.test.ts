@@ -20,24 +20,22 @@ interface Sample {
   readonly runs: boolean;
 }
 
-/** Pages about the inside of a backend may show fragments of code that no program outside could contain. */
-const INSIDE = ['docs/wasm.md', 'docs/webgpu.md', 'docs/cuda.md', 'docs/hopper.md'];
-
 /**
  * Every TypeScript block of a page. One behind `<!-- sample: compile only ... -->` is not run; further lines of that comment
- * stand before it, for what the text around it declares. One behind `<!-- sample: fragment ... -->` is left out.
+ * stand before it, for what the text around it declares.
  */
 function samplesOf(file: string): Sample[] {
   const text = readFileSync(path.join(ROOT, file), 'utf8');
   const blocks = [
     ...text.matchAll(
-      /(?:<!-- sample: (compile only|fragment)[^\n]*?(?:\n([\s\S]*?))?-->\s*)?^```ts\n([\s\S]*?)^```$/gm,
+      /(?:<!-- sample: (compile only)(?:(?!-->)[^\n])*(?:\n((?:(?!-->)[\s\S])*))?-->\s*)?^```ts\n([\s\S]*?)^```$/gm,
     ),
   ];
-  return blocks.flatMap(([, marker, before = '', code = ''], i) => {
-    if (marker === 'fragment' && INSIDE.includes(file)) return [];
-    return [{ name: `${path.basename(file, '.md')}-${i + 1}`, code: `${before}${code}`, runs: marker === undefined }];
-  });
+  return blocks.map(([, marker, before = '', code = ''], i) => ({
+    name: `${path.basename(file, '.md')}-${i + 1}`,
+    code: `${before}${code}`,
+    runs: marker === undefined,
+  }));
 }
 
 const pages = readdirSync(DOCS).filter((name) => name.endsWith('.md'));
