@@ -22,7 +22,7 @@ const BASE: HopperTuning = {
   promotionInterval: 1,
   valueChunk: 256,
   toFloat: 'seed',
-  queryScalePerRow: false,
+  queryScalePerRow: true,
   polynomialShare: 0,
   onesColumn: false,
   rescaleThreshold: 0,
@@ -56,7 +56,8 @@ export function tuningOf({ pvFormat, qkRowBytes, paddedValueDim, fewRows, promot
       pingPong: false,
       persistent: false,
       ...(twice
-        ? { minBlocks: 2, stages: 3, registers: { producer: 24, consumer: 232 } }
+        ? // 232 registers have no room for a scale of each row.
+          { minBlocks: 2, stages: 3, registers: { producer: 24, consumer: 232 }, queryScalePerRow: false }
         : { stages: stageBytes > 65_536 ? 2 : 3, registers: undefined }),
       ...(wide ? { schedule: 'serial', valueChunk: promotionInterval === 1 ? 128 : 256 } : {}),
     };
@@ -124,7 +125,8 @@ export const HOPPER_VARIANTS: Readonly<Record<string, Partial<HopperTuning>>> = 
     stages: 2,
     registers: { producer: 24, consumer: 232 },
     pingPong: false,
+    queryScalePerRow: false,
   },
   'Q quantized apart': { fuseQuery: false },
-  'a scale for each row of Q': { queryScalePerRow: true },
+  'rows of Q share a scale': { queryScalePerRow: false },
 };
