@@ -62,6 +62,13 @@ export class Workbench {
     });
   }
 
+  /** Registers and local memory of a launch. */
+  resourcesOf(name: string): { readonly registers: number; readonly localBytes: number } {
+    const at = this.sequence.launches.findIndex((launch) => launch.name === name);
+    const { registers = 0, localBytes = 0 } = this.#prepared[at]?.kernels[0] ?? {};
+    return { registers, localBytes };
+  }
+
   get kernels(): readonly KernelTime[] {
     return this.sequence.launches.map(({ name }, i) => {
       const { registers = 0, localBytes = 0 } = this.#prepared[i]?.kernels[0] ?? {};
