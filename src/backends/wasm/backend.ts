@@ -1,5 +1,5 @@
 /** The WASM backend. */
-import { BackendUnavailableError, InvalidArgumentError } from '../../attention/errors.ts';
+import { BackendUnavailableError, ExecutionError, InvalidArgumentError } from '../../attention/errors.ts';
 import type { AttentionProblem } from '../../attention/problem.ts';
 import type { TensorView } from '../../tensor/tensor.ts';
 import type {
@@ -58,19 +58,31 @@ class WasmBackendImplementation implements WasmBackend {
     return new Runtime(createExecutor(module, this.#threads, this.#kind), simd, relaxed);
   }
 
-  /** The runtime; a new one after a failure that took the memory along. */
+  /**
+   * The runtime; a new one after a failure that took the memory along.
+   *
+   * @throws {ExecutionError} `disposed` when the backend is disposed while the runtime starts
+   */
   async #current(): Promise<Runtime> {
-    this.#runtime ??= this.#start();
-    const started = this.#runtime;
-    try {
-      const runtime = await started;
-      if (!runtime.executor.lost) return runtime;
-    } catch (error) {
-      if (this.#runtime === started) this.#runtime = undefined;
-      throw error;
+    for (;;) {
+      this.#runtime ??= this.#start();
+      const started = this.#runtime;
+      let runtime: Runtime;
+      try {
+        runtime = await started;
+      } catch (error) {
+        if (this.#runtime === started) this.#runtime = undefined;
+        throw error;
+      }
+      const { ended } = runtime.executor;
+      const replaced = this.#runtime !== started;
+      if (ended === undefined && !replaced) return runtime;
+      // dispose() lets go of its runtime at once and ends it a little later.
+      if (replaced && (ended === undefined || ended.code === 'disposed')) {
+        throw ended ?? new ExecutionError('disposed', 'the WASM backend was disposed before the call began');
+      }
+      if (!replaced) this.#runtime = undefined;
     }
-    if (this.#runtime === started) this.#runtime = this.#start();
-    return this.#runtime ?? this.#start();
   }
 
   async availability(): Promise<Availability> {

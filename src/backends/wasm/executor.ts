@@ -35,8 +35,11 @@ export interface Executor {
   read(address: number, length: number): Promise<Uint8Array<ArrayBuffer>>;
   /** Copies inside the memory, before calls that follow. */
   copy(from: number, to: number, length: number): void;
-  /** Whether what was written is gone, because the memory went with the worker that died. */
-  readonly lost: boolean;
+  /**
+   * Why it takes no more calls: it was disposed, or its memory went with the worker that died. What was written is gone then,
+   * and whatever needs it throws this. Undefined while it works.
+   */
+  readonly ended: ExecutionError | undefined;
   /**
    * Runs a call.
    *
@@ -45,7 +48,7 @@ export interface Executor {
   run(call: Call): Promise<void>;
   /** Makes a running or waiting call end at the next unit; `run` resolves then. */
   abort(call: Call): void;
-  /** Waiting calls are rejected. */
+  /** Ends it for good; running calls are rejected. */
   dispose(): Promise<void>;
 }
 
@@ -169,21 +172,30 @@ interface Pending {
   readonly reject: (error: unknown) => void;
 }
 
-/** Workers and the replies they owe. One that dies takes the calls in hand with it; the next call starts new ones. */
+/**
+ * Workers and the replies they owe. One that dies takes the calls in hand with it. The next call starts new ones, unless the
+ * memory went with them.
+ */
 class WorkerGroup {
   readonly #factory: () => WorkerHandle;
   readonly #init: unknown;
   readonly #count: number;
+  readonly #ownsMemory: boolean;
   #workers: WorkerHandle[] = [];
   readonly #pending = new Map<number, Pending>();
   #nextId = 1;
-  /** Workers have died or were ended. */
-  failed = false;
+  #ended: ExecutionError | undefined;
 
-  constructor(factory: () => WorkerHandle, count: number, init: unknown) {
+  /** @param ownsMemory workers that end take the memory along */
+  constructor(factory: () => WorkerHandle, count: number, init: unknown, ownsMemory: boolean) {
     this.#factory = factory;
     this.#count = count;
     this.#init = init;
+    this.#ownsMemory = ownsMemory;
+  }
+
+  get ended(): ExecutionError | undefined {
+    return this.#ended;
   }
 
   #start(): void {
@@ -220,12 +232,14 @@ class WorkerGroup {
 
   /** Sends a message that is not answered. */
   tell(message: Record<string, unknown>, transfer?: ArrayBuffer[]): void {
+    if (this.#ended !== undefined) throw this.#ended;
     if (this.#workers.length === 0) this.#start();
     for (const worker of this.#workers) worker.post(message, transfer);
   }
 
   /** Sends each of the first workers its message; resolves when all have answered. */
   ask(messages: readonly Record<string, unknown>[]): Promise<Uint8Array<ArrayBuffer> | undefined> {
+    if (this.#ended !== undefined) return Promise.reject(this.#ended);
     if (this.#workers.length === 0) this.#start();
     const id = this.#nextId++;
     return new Promise((resolve, reject) => {
@@ -240,13 +254,14 @@ class WorkerGroup {
 
   /** Ends all workers and rejects what they held, once none of them can write to memory any more. */
   async fail(code: 'execution-failed' | 'disposed' | 'out-of-memory', message: string, cause?: unknown): Promise<void> {
+    const error = new ExecutionError(code, message, cause);
     const workers = this.#workers;
     const pending = [...this.#pending.values()];
     this.#workers = [];
     this.#pending.clear();
-    this.failed = true;
+    if (this.#ownsMemory || code === 'disposed') this.#ended ??= error;
     await Promise.all(workers.map((worker) => worker.terminate()));
-    for (const { reject } of pending) reject(new ExecutionError(code, message, cause));
+    for (const { reject } of pending) reject(error);
   }
 }
 
@@ -269,15 +284,23 @@ class Scratch {
   provide(extra: number): readonly number[] {
     if (SCRATCH_BYTES + extra > this.#bytes) {
       const bytes = SCRATCH_BYTES + (extra === 0 ? 0 : 2 ** Math.ceil(Math.log2(extra)));
-      this.#addresses = Array.from({ length: this.#threads }, () => this.#memory.allocate(bytes));
+      const addresses: number[] = [];
+      try {
+        while (addresses.length < this.#threads) addresses.push(this.#memory.allocate(bytes));
+      } catch (error) {
+        for (const address of addresses) this.#memory.free(address, bytes);
+        throw error;
+      }
+      this.#addresses = addresses;
       this.#bytes = bytes;
     }
     return this.#addresses;
   }
 }
 
+const DISPOSED = 'the WASM backend was disposed before the call ended';
+
 class ThreadExecutor implements Executor {
-  readonly lost = false;
   readonly description: string;
   readonly threads: number;
   readonly memory: MemoryPool;
@@ -291,8 +314,12 @@ class ThreadExecutor implements Executor {
     this.memory = new MemoryPool(INITIAL_PAGES, limit, (pages) => memory.grow(pages));
     this.threads = threads;
     this.description = `${threads} worker thread${threads === 1 ? '' : 's'} over one shared memory`;
-    this.#group = new WorkerGroup(factory, threads, { module, memory });
+    this.#group = new WorkerGroup(factory, threads, { module, memory }, false);
     this.#scratch = new Scratch(this.memory, threads);
+  }
+
+  get ended(): ExecutionError | undefined {
+    return this.#group.ended;
   }
 
   write(address: number, bytes: Uint8Array): void {
@@ -325,7 +352,7 @@ class ThreadExecutor implements Executor {
   }
 
   dispose(): Promise<void> {
-    return this.#group.fail('disposed', 'the WASM backend was disposed while the call ran');
+    return this.#group.fail('disposed', DISPOSED);
   }
 }
 
@@ -339,7 +366,7 @@ class IsolatedWorkerExecutor implements Executor {
 
   constructor(factory: () => WorkerHandle, module: WebAssembly.Module) {
     const limit = createMemory().limit;
-    this.#group = new WorkerGroup(factory, 1, { module, pages: INITIAL_PAGES, limit });
+    this.#group = new WorkerGroup(factory, 1, { module, pages: INITIAL_PAGES, limit }, true);
     this.memory = new MemoryPool(INITIAL_PAGES, limit, (pages) => {
       this.#group.ask([{ grow: pages }]).catch((error) => this.#group.fail('out-of-memory', String(error)));
     });
@@ -359,8 +386,8 @@ class IsolatedWorkerExecutor implements Executor {
     this.#group.tell({ copy: length, from, to });
   }
 
-  get lost(): boolean {
-    return this.#group.failed;
+  get ended(): ExecutionError | undefined {
+    return this.#group.ended;
   }
 
   async run({ stages, extraScratch }: Call): Promise<void> {
@@ -369,11 +396,12 @@ class IsolatedWorkerExecutor implements Executor {
   }
 
   abort({ stages }: Call): void {
+    if (this.ended !== undefined) return;
     for (const { job } of stages) this.#group.tell({ abort: job + JOB_ABORT });
   }
 
   dispose(): Promise<void> {
-    return this.#group.fail('disposed', 'the WASM backend was disposed while the call ran');
+    return this.#group.fail('disposed', DISPOSED);
   }
 }
 
@@ -387,7 +415,6 @@ function breathe(): Promise<void> {
 }
 
 class InlineExecutor implements Executor {
-  readonly lost = false;
   readonly description = 'this thread, in turns of 10 ms (no workers here)';
   readonly threads = 1;
   readonly memory: MemoryPool;
@@ -395,7 +422,7 @@ class InlineExecutor implements Executor {
   readonly #module: WebAssembly.Module;
   readonly #scratch: Scratch;
   #kernels: Promise<KernelExports> | undefined;
-  #disposed = false;
+  #ended: ExecutionError | undefined;
 
   constructor(module: WebAssembly.Module) {
     const { memory, limit } = createMemory();
@@ -403,6 +430,10 @@ class InlineExecutor implements Executor {
     this.#memory = memory;
     this.memory = new MemoryPool(INITIAL_PAGES, limit, (pages) => memory.grow(pages));
     this.#scratch = new Scratch(this.memory, 1);
+  }
+
+  get ended(): ExecutionError | undefined {
+    return this.#ended;
   }
 
   write(address: number, bytes: Uint8Array): void {
@@ -420,13 +451,14 @@ class InlineExecutor implements Executor {
   async run({ stages, extraScratch }: Call): Promise<void> {
     this.#kernels ??= instantiate(this.#module, this.#memory);
     const kernels = await this.#kernels;
+    if (this.#ended !== undefined) throw this.#ended;
     const scratch = this.#scratch.provide(extraScratch)[0] as number;
     let since = performance.now();
     for (const { entry, job } of stages) {
       while (this.#step(kernels[entry], job, scratch)) {
         if (performance.now() - since < TURN_MS) continue;
         await breathe();
-        if (this.#disposed) throw new ExecutionError('disposed', 'the WASM backend was disposed while the call ran');
+        if (this.#ended !== undefined) throw this.#ended;
         since = performance.now();
       }
     }
@@ -446,7 +478,7 @@ class InlineExecutor implements Executor {
   }
 
   async dispose(): Promise<void> {
-    this.#disposed = true;
+    this.#ended ??= new ExecutionError('disposed', DISPOSED);
   }
 }
 

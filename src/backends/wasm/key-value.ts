@@ -83,12 +83,22 @@ export class WasmKeyValue implements PreparedKeyValue {
     this.#capacity = 0;
   }
 
+  /** Throws where the memory no longer holds what it should: an earlier call failed, or the executor ended. */
+  #assertIntact(): void {
+    const { ended } = this.#runtime.executor;
+    if (ended?.code === 'disposed') {
+      throw new ExecutionError('disposed', 'the backend that held the prepared keys and values was disposed', ended);
+    }
+    const cause = this.#broken ?? ended;
+    if (cause !== undefined) {
+      throw new ExecutionError('execution-failed', 'the prepared keys and values were lost in a failure', cause);
+    }
+  }
+
   /** Runs `work` with the memory held. */
   async #use<R>(work: () => Promise<R>): Promise<R> {
     if (this.#disposed) throw new ExecutionError('disposed', 'the prepared keys and values have been disposed');
-    if (this.#broken !== undefined || this.#runtime.executor.lost) {
-      throw new ExecutionError('execution-failed', 'the prepared keys and values were lost in a failure', this.#broken);
-    }
+    this.#assertIntact();
     this.#users++;
     try {
       return await work();
@@ -109,6 +119,7 @@ export class WasmKeyValue implements PreparedKeyValue {
       }
       try {
         await this.#runtime.run({}, (lease) => {
+          this.#assertIntact();
           const start = this.#length;
           const end = start + added;
           this.#reserve(end);
@@ -169,6 +180,8 @@ export class WasmKeyValue implements PreparedKeyValue {
   ): Promise<AttentionOutputs> {
     return this.#use(() =>
       this.#runtime.run(context, (lease) => {
+        // Calls that waited their turn may find what an earlier one left.
+        this.#assertIntact();
         const sequences = sequencesOf(problem);
         return prepareAttend(this.#runtime, lease, problem, this.#choice, q, attnMask, sequences, {
           tiles: this.#tiles,

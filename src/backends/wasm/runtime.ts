@@ -74,7 +74,7 @@ export class Runtime {
    * Makes a call ready and runs it.
    *
    * @param prepare fills the lease; everything it allocates is freed after the call
-   * @returns rejects with the signal's reason as soon as it aborts; the memory is freed when the threads have stopped
+   * @returns rejects with the executor's `ended` when it ended before the call's turn came, and with the signal's reason as soon as it aborts; the memory is freed when the threads have stopped
    */
   run<Result>(context: RunContext, prepare: (lease: Lease) => PreparedCall<Result>): Promise<Result> {
     const { signal } = context;
@@ -85,6 +85,8 @@ export class Runtime {
       const lease = new Lease(this.executor);
       try {
         signal?.throwIfAborted();
+        const { ended } = this.executor;
+        if (ended !== undefined) throw ended;
         const { stages, units, extraScratch, finish } = prepare(lease);
         const call: Call = { stages, units, extraScratch, barriers: lease.place(new Uint8Array(4 * stages.length)) };
         stop = () => this.executor.abort(call);
@@ -92,6 +94,8 @@ export class Runtime {
         signal?.throwIfAborted();
         return await finish();
       } finally {
+        // From here on the memory may be another call's.
+        stop = undefined;
         lease.release();
         this.#leave();
       }
