@@ -155,7 +155,10 @@ const lengths = [
 ];
 
 const headDims = [
-  ...[1, 8, 15, 40, 64, 72, 80, 96, 128, 192, 256].map((d) => dense('head dim', `${d}`, { d, lq: 67 })),
+  // A score of one or a few channels has the error of those alone: nothing averages out.
+  ...[1, 8, 15, 40, 64, 72, 80, 96, 128, 192, 256].map((d) =>
+    dense('head dim', `${d}`, { d, lq: 67, bound: d < 8 ? 'algorithm' : 'kernel' }),
+  ),
   ...(
     [
       [192, 128],
@@ -164,7 +167,9 @@ const headDims = [
       [1, 256],
       [128, 33],
     ] as const
-  ).map(([d, dv]) => dense('head dim', `D ${d}, Dv ${dv}`, { d, dv, lq: 66, lk: 71 })),
+  ).map(([d, dv]) =>
+    dense('head dim', `D ${d}, Dv ${dv}`, { d, dv, lq: 66, lk: 71, bound: d < 8 ? 'algorithm' : 'kernel' }),
+  ),
 ];
 
 const heads = [
@@ -277,6 +282,33 @@ const masks = [
       mask: ({ lk }) => place(new Float32Array(lk).fill(value), [1, 1, 1, lk], 'float32'),
     }),
   ),
+  // torch.finfo(dtype).min, which transformers' masks are made of: finite, so a row that has nothing else gets V's mean.
+  ...(
+    [
+      ['float32', -3.4028234663852886e38],
+      ['float16', -65504],
+    ] as const
+  ).flatMap(([dtype, least]) => [
+    dense('mask', `${dtype}'s least number as padding`, {
+      lk: 90,
+      options: { returnLse: true },
+      mask: ({ lk }) =>
+        place(
+          Float32Array.from({ length: lk }, (_, j) => (j < 40 ? 0 : least)),
+          [1, 1, 1, lk],
+          dtype,
+        ),
+    }),
+    dense('mask', `${dtype}'s least number on every key of every third row`, {
+      lk: 150,
+      mask: ({ lq, lk }) =>
+        place(
+          Float32Array.from({ length: lq * lk }, (_, i) => (Math.floor(i / lk) % 3 === 0 ? least : 0)),
+          [1, 1, lq, lk],
+          dtype,
+        ),
+    }),
+  ]),
 ];
 
 const scales = [
