@@ -253,6 +253,12 @@ function normalizeRow(output: Float64Array, sum: number, { scales, mean }: Value
   }
 }
 
+/**
+ * A finite bias counts as no less: in base 2 it is finite in float32 then. Masks of float32's least number exclude a key only
+ * where there are others.
+ */
+const LEAST_BIAS = -2e38;
+
 /** Attends one row; writes its output and returns its logsumexp (natural). */
 type RowAttention = (
   row: number,
@@ -299,7 +305,8 @@ function rowAttention(problem: AttentionProblem, algorithm: QuantizedAlgorithm):
       if (means !== undefined) raw += dot(means, meanRow, smoothedKey, token * headDim, headDim);
       const capped = softcap > 0 ? softcap * Math.tanh((raw * smScale) / softcap) * Math.LOG2E : raw * toBase2;
       const finite = operand.finite[row] === 1 && key.finite[token] === 1;
-      const score = finite ? Math.fround(capped + (bias[token] as number) * Math.LOG2E) : Number.NaN;
+      const shift = Math.max(bias[token] as number, LEAST_BIAS) * Math.LOG2E;
+      const score = finite ? Math.fround(capped + shift) : Number.NaN;
       tileP[i] = score;
       if (score > maximum || Number.isNaN(score)) maximum = score;
     }

@@ -96,6 +96,8 @@ const LOG2_E: f32 = 1.4426950408889634;
 const LN_2: f32 = 0.6931471805599453;
 /** Finite, and below every score: the maximum of a row that has seen nothing but NaN. */
 const LOWEST: f32 = -3e38;
+/** A finite mask counts as no less: in base 2 it is finite then, and still above LOWEST. */
+const LEAST_MASK: f32 = -2e38;
 
 /**
  * Steps of a quantized query. SIMD128: magnitudes to either side of 0. Relaxed SIMD: from the row's least element (or 0) to
@@ -198,7 +200,7 @@ function finishScores(
             : // -Infinity excludes also where the score is NaN.
               v128.bitselect(
                 m,
-                madd(m, f32x4.splat(LOG2_E), x),
+                madd(larger(m, f32x4.splat(LEAST_MASK)), f32x4.splat(LOG2_E), x),
                 f32x4.eq(m, f32x4.splat(-Infinity)),
               ),
         );
@@ -210,7 +212,7 @@ function finishScores(
         if (maskDtype == DTYPE_BOOL) {
           if (m == 0) store<f32>(at, -Infinity);
         } else {
-          store<f32>(at, m == -Infinity ? m : m * LOG2_E + load<f32>(at));
+          store<f32>(at, m == -Infinity ? m : max(m, LEAST_MASK) * LOG2_E + load<f32>(at));
         }
       }
     }
