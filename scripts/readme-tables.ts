@@ -20,8 +20,9 @@ const ACCURACY_KERNELS: readonly [source: AccuracyRow['source'], kernel: string,
   ['official', 'qk_int8_pv_fp16_cuda.fp32', 'official, CUDA INT8 + FP16 (fp32)'],
   ['official', 'qk_int8_pv_fp8_cuda.per_thread.fp32+fp16', 'official, CUDA INT8 + FP8 (SageAttention2++)'],
   ['official', 'qk_int8_pv_fp8_cuda_sm90.per_thread', 'official, Hopper INT8 + FP8'],
-  ['wasm', 'qk-int8-pv-int8', '`qk-int8-pv-int8` on WASM (default)'],
-  ['wasm', 'qk-int8-pv-fp16', '`qk-int8-pv-fp16` on WASM'],
+  ['wasm', 'qk-int8-pv-int8 (simd128)', '`qk-int8-pv-int8` on WASM (default), SIMD128'],
+  ['wasm', 'qk-int8-pv-int8 (relaxed)', '`qk-int8-pv-int8` on WASM (default), relaxed SIMD'],
+  ['wasm', 'qk-int8-pv-fp16 (simd128)', '`qk-int8-pv-fp16` on WASM'],
 ];
 
 function accuracy(): string {

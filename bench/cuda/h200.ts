@@ -19,7 +19,7 @@ import {
   emptyCudaTensor,
 } from '../../src/backends/cuda/index.ts';
 import { descriptorOf, lackedBy, targetFor } from '../../src/backends/cuda/kernel-table.ts';
-import { planAttend, planKeyValue, planLaunches } from '../../src/backends/cuda/kernels/planLaunches.ts';
+import { planAttend, planKeyValue, planLaunches } from '../../src/backends/cuda/kernels/plan-launches.ts';
 import { packBuffers } from '../../src/backends/cuda/plan.ts';
 import { type AttentionOptions, type KernelName, prepareKeyValue, sageattn, setBackend } from '../../src/index.ts';
 import { compare } from '../../src/reference/metrics.ts';

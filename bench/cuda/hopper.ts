@@ -22,7 +22,7 @@ import {
 } from '../../src/backends/cuda/index.ts';
 import { descriptorOf } from '../../src/backends/cuda/kernel-table.ts';
 import { HOPPER_VARIANTS, type HopperTuning } from '../../src/backends/cuda/kernels/hopper/table.ts';
-import { planAttend, planKeyValue, planLaunches } from '../../src/backends/cuda/kernels/planLaunches.ts';
+import { planAttend, planKeyValue, planLaunches } from '../../src/backends/cuda/kernels/plan-launches.ts';
 import { packBuffers } from '../../src/backends/cuda/plan.ts';
 import { emptyCudaTensor, upload } from '../../src/backends/cuda/tensor.ts';
 import type { AttentionOptions, KernelName } from '../../src/index.ts';

@@ -12,7 +12,7 @@ import type {
 } from '../backend.ts';
 import { type Cuda, type CudaDevice, openCuda } from './driver/device.ts';
 import { CUDA_KERNELS, defaultKernelFor, lackedBy, MINIMUM_COMPUTE_CAPABILITY, targetFor } from './kernel-table.ts';
-import { type DeviceFacts, planAttend, planKeyValue, planLaunches } from './kernels/planLaunches.ts';
+import { type DeviceFacts, planAttend, planKeyValue, planLaunches } from './kernels/plan-launches.ts';
 import { CudaKeyValue } from './key-value.ts';
 import { AttentionRunner, type CapturedAttention, CudaPlan, operandsOf } from './plan.ts';
 

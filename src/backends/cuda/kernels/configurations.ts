@@ -9,7 +9,7 @@ import type { KernelChoice } from '../../backend.ts';
 import { CUDA_KERNELS } from '../kernel-table.ts';
 import { TARGET_FEATURES, TARGETS, type Target } from '../ptx/targets.ts';
 import type { Kernel } from '../ptx/types.ts';
-import { planLaunches, type SimulatableModule } from './planLaunches.ts';
+import { planLaunches, type SimulatableModule } from './plan-launches.ts';
 
 export interface Configuration {
   /** `attention qk-int8-pv-fp16-cuda fp32 D128 causal sm_90a` */

@@ -5,8 +5,8 @@ import { emptyTensor, tensor } from '../../../../tensor/tensor.ts';
 import type { KernelChoice } from '../../../backend.ts';
 import { CUDA_KERNELS } from '../../kernel-table.ts';
 import type { Kernel } from '../../ptx/types.ts';
-import { planLaunches, type SimulatableModule } from '../planLaunches.ts';
-import { isHopperKernel } from './planHopper.ts';
+import { planLaunches, type SimulatableModule } from '../plan-launches.ts';
+import { isHopperKernel } from './plan-hopper.ts';
 import { HOPPER_VARIANTS, type HopperTuning } from './table.ts';
 
 export interface HopperConfiguration {

@@ -1,7 +1,7 @@
 /** The CUDA backend as it is, over a driver without a GPU whose kernels the simulator runs. */
 import { type CudaBackend, createCudaBackend } from '../../backend.ts';
 import { Cuda } from '../../driver/device.ts';
-import { planAttend, planKeyValue, planLaunches, type SimulatableModule } from '../../kernels/planLaunches.ts';
+import { planAttend, planKeyValue, planLaunches, type SimulatableModule } from '../../kernels/plan-launches.ts';
 import type { LaunchSequence } from '../../launch.ts';
 import type { Kernel } from '../../ptx/types.ts';
 import { FakeCuda, type FakeLaunch } from '../fake-cuda.ts';

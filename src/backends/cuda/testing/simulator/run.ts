@@ -2,7 +2,7 @@
 import { type AttentionProblem, lseShapeOf, outputShapeOf } from '../../../../attention/problem.ts';
 import { emptyTensor, type Tensor } from '../../../../tensor/tensor.ts';
 import type { KernelChoice } from '../../../backend.ts';
-import { type DeviceFacts, planLaunches } from '../../kernels/planLaunches.ts';
+import { type DeviceFacts, planLaunches } from '../../kernels/plan-launches.ts';
 import type { LaunchSequence } from '../../launch.ts';
 import { GlobalMemory } from './memory.ts';
 import { simulateLaunches } from './simulator.ts';

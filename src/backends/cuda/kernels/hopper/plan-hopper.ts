@@ -19,7 +19,7 @@ import {
   strideBytes,
   u32,
   u64,
-} from '../planLaunches.ts';
+} from '../plan-launches.ts';
 import {
   CONSUMER_ROWS,
   HOPPER_BLOCK_K,

@@ -33,7 +33,7 @@ import {
   CHANNEL_MEAN_THREADS,
   type ChannelMeanConfig,
   channelMean,
-} from './channelMean.ts';
+} from './channel-mean.ts';
 import {
   COMBINE_INTEGERS,
   COMBINE_POINTERS,
@@ -44,7 +44,7 @@ import {
 } from './combine.ts';
 import { BYTES, LOG2_E, type LoadWidth, roundUp, SEQUENCE_INTS } from './common.ts';
 import { chooseTile } from './config.ts';
-import { hopperAttendLaunches, isHopperKernel } from './hopper/planHopper.ts';
+import { hopperAttendLaunches, isHopperKernel } from './hopper/plan-hopper.ts';
 import type { HopperTuning } from './hopper/table.ts';
 import {
   MEAN_SCORES_INTEGERS,
@@ -52,14 +52,14 @@ import {
   MEAN_SCORES_THREADS,
   type MeanScoresConfig,
   meanScores,
-} from './meanScores.ts';
+} from './mean-scores.ts';
 import {
   QUANTIZE_TOKENS_INTEGERS,
   QUANTIZE_TOKENS_POINTERS,
   type QuantizeTokensConfig,
   quantizeTokens,
   quantizeTokensThreads,
-} from './quantizeTokens.ts';
+} from './quantize-tokens.ts';
 import {
   convertValue,
   quantizeValue,
