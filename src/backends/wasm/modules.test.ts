@@ -1,12 +1,27 @@
 import { expect, test } from 'vitest';
 import { BackendUnavailableError } from '../../attention/errors.ts';
-import { computesExactly, loadModule } from './modules.ts';
+import { computesExactly, instantiate, loadModule, othersAreExact } from './modules.ts';
 
 test('the probe tells a wrong dot product from a right one', async () => {
   // Its stand-in multiplies 16-bit integers, so that its sums are not those of 8-bit integers.
   const { module, simd } = await loadModule('simd128');
   expect(simd).toBe('simd128');
   expect(await computesExactly(module)).toBe(false);
+});
+
+test('each of the other relaxed instructions is compared by value', async () => {
+  const { module } = await loadModule('auto');
+  const memory = new WebAssembly.Memory({ initial: 1, maximum: 1, shared: true });
+  const { probeOthers } = await instantiate(module, memory);
+  expect(othersAreExact(probeOthers, memory)).toBe(true);
+  for (let lane = 0; lane < 64; lane++) {
+    const wrong: typeof probeOthers = (input, out) => {
+      probeOthers(input, out);
+      const bytes = new Uint8Array(memory.buffer, out, 64);
+      bytes[lane] = (bytes[lane] as number) ^ 1;
+    };
+    expect(othersAreExact(wrong, memory), `byte ${lane}`).toBe(false);
+  }
 });
 
 test('relaxed SIMD is taken where it is exact, and only there', async () => {

@@ -7,6 +7,7 @@ export interface KernelExports {
   readonly prepare: (job: number, scratch: number) => number;
   readonly attend: (job: number, scratch: number) => number;
   readonly probe: (a: number, b: number, out: number) => void;
+  readonly probeOthers: (input: number, out: number) => void;
 }
 
 const SOURCES = {
@@ -35,12 +36,57 @@ export async function instantiate(module: WebAssembly.Module, memory: WebAssembl
 const PROBE_VECTORS = 256;
 
 /**
- * Whether the relaxed dot product gives the exact sums for a in -128..127 and b in 0..127. Node 20 with
+ * Whether the other relaxed instructions give what the kernels rely on: rounded products of Q15, 0 for byte indices of 0x80,
+ * truncation that stays below all 16-bit integers where a float32 does, and a multiply-add that is exact where both ways of
+ * rounding are.
+ *
+ * @param memory the one that `probeOthers` works on
+ */
+export function othersAreExact(probeOthers: KernelExports['probeOthers'], { buffer }: WebAssembly.Memory): boolean {
+  const [input, out] = [256, 512];
+  const q15 = [
+    [32760, 1268],
+    [4096, 11311],
+    [32510, 64],
+    [16255, -32768],
+    [8, 2048],
+    [8, 2047],
+    [-3, 16384],
+    [0, 77],
+  ] as const;
+  new Int16Array(buffer, input, 8).set(q15.map(([a]) => a));
+  new Int16Array(buffer, input + 16, 8).set(q15.map(([, b]) => b));
+  const bytes = Array.from({ length: 16 }, (_, i) => 7 * i + 1);
+  const indices = [15, 0x80, 0, 0x80, 8, 0x80, 9, 0x80, 7, 0x80, 1, 0x80, 14, 0x80, 3, 0x80];
+  new Uint8Array(buffer, input + 32, 16).set(bytes);
+  new Uint8Array(buffer, input + 48, 16).set(indices);
+  new Float32Array(buffer, input + 64, 4).set([-1.5, -4096.75, -1e20, Number.NEGATIVE_INFINITY]);
+  new Float32Array(buffer, input + 80, 12).set([3, -1.5, 0.25, 4096, 5, 8, -0.5, -4096, 7, 1, 0.125, 1]);
+  probeOthers(input, out);
+  const matches = (actual: ArrayLike<number>, expected: readonly number[]) =>
+    expected.every((value, i) => actual[i] === value);
+  return (
+    matches(
+      new Int16Array(buffer, out, 8),
+      q15.map(([a, b]) => (a * b + 0x4000) >> 15),
+    ) &&
+    matches(
+      new Uint8Array(buffer, out + 16, 16),
+      indices.map((index) => bytes[index] ?? 0),
+    ) &&
+    matches(new Int32Array(buffer, out + 32, 4), [-1, -4096, -(2 ** 31), -(2 ** 31)]) &&
+    matches(new Float32Array(buffer, out + 48, 4), [22, -11, 0, 1 - 4096 * 4096])
+  );
+}
+
+/**
+ * Whether the relaxed instructions compute what the kernels rely on: the dot product the exact sums for a in -128..127 and b in 0..127. Node 20 with
  * `--experimental-wasm-relaxed-simd` accepts the instruction and computes it wrongly, so validation alone says nothing.
  */
 export async function computesExactly(module: WebAssembly.Module): Promise<boolean> {
   const memory = new WebAssembly.Memory({ initial: 1, maximum: 1, shared: true });
-  const { probe } = await instantiate(module, memory);
+  const { probe, probeOthers } = await instantiate(module, memory);
+  if (!othersAreExact(probeOthers, memory)) return false;
   const a = new Int8Array(memory.buffer, 64, 16);
   const b = new Int8Array(memory.buffer, 128, 16);
   const out = new Int32Array(memory.buffer, 192, 4);

@@ -38,3 +38,29 @@ export function probe(a: usize, b: usize, out: usize): void {
     v128.store(out, i32x4.add(v128.load(out), i32x4.dot_i16x8_s(v128.load(a), v128.load(b))));
   }
 }
+
+/**
+ * One vector each of the other relaxed instructions, from vectors at `input` to vectors at `out`: product of Q15, selection of
+ * bytes, truncation, multiply-add.
+ */
+export function probeOthers(input: usize, out: usize): void {
+  const factors0 = v128.load(input);
+  const factors1 = v128.load(input, 16);
+  const bytes = v128.load(input, 32);
+  const indices = v128.load(input, 48);
+  const fractions = v128.load(input, 64);
+  const a = v128.load(input, 80);
+  const b = v128.load(input, 96);
+  const c = v128.load(input, 112);
+  if (ASC_FEATURE_RELAXED_SIMD) {
+    v128.store(out, i16x8.relaxed_q15mulr_s(factors0, factors1));
+    v128.store(out, i8x16.relaxed_swizzle(bytes, indices), 16);
+    v128.store(out, i32x4.relaxed_trunc_f32x4_s(fractions), 32);
+    v128.store(out, f32x4.relaxed_madd(a, b, c), 48);
+  } else {
+    v128.store(out, i16x8.q15mulr_sat_s(factors0, factors1));
+    v128.store(out, i8x16.swizzle(bytes, indices), 16);
+    v128.store(out, i32x4.trunc_sat_f32x4_s(fractions), 32);
+    v128.store(out, f32x4.add(f32x4.mul(a, b), c), 48);
+  }
+}
