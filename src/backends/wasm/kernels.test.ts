@@ -190,6 +190,43 @@ describe.each(BUILDS)('%s', (simd) => {
   });
 });
 
+describe.each(BUILDS)('%s: the ends of float32', (simd) => {
+  const scaled = (view: Tensor, factor: number) =>
+    tensor(
+      toFloat32(view).map((value) => value * factor),
+      view.shape,
+    );
+
+  test.each([INTEGER_KERNEL, ACCURATE_KERNEL])('$name: a query row whose range is beyond float32', async (kernel) => {
+    const inputs = normalInputs(1, 20, 60, 32, 32);
+    // Elements reach 3e38 to either side.
+    const data = toFloat32(inputs.q).map((value, i) =>
+      i % 32 < 2 ? (i % 32) * 6e38 - 3e38 : Math.max(-3e38, Math.min(3e38, value * 1e38)),
+    );
+    const q = tensor(data, inputs.q.shape);
+    const { output, exact } = await attend(
+      simd,
+      kernel,
+      { ...inputs, q, k: scaled(inputs.k, 1e-30) },
+      { smScale: 2e-9 },
+    );
+    const bound = 2 * (BOUNDS[kernel.name] as number);
+    expect(compare(output, exact.output).relativeL1, seed).toBeLessThan(bound);
+  });
+
+  test.each([INTEGER_KERNEL, ACCURATE_KERNEL])('$name: a softcap below float32 is one all the same', async (kernel) => {
+    const { output, exact } = await attend(simd, kernel, normalInputs(1, 20, 60, 32, 32), { softcap: 1e-300 });
+    expect(compare(output, exact.output).relativeL1, seed).toBeLessThan(BOUNDS[kernel.name] as number);
+  });
+
+  test('a scale beyond float32 gives equal scores where all are 0', async () => {
+    const inputs = normalInputs(1, 5, 40, 32, 32);
+    const q = scaled(inputs.q, 0);
+    const { output, exact } = await attend(simd, INTEGER_KERNEL, { ...inputs, q }, { smScale: 1e39 });
+    expect(compare(output, exact.output).relativeL1, seed).toBeLessThan(BOUNDS[INTEGER_KERNEL.name] as number);
+  });
+});
+
 /** The first key scores `above` more than the others, which lie close together. */
 function sinkInputs(tokens: number, above: number, spread: number): Inputs {
   const [rows, d] = [40, 64];

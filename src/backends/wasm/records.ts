@@ -21,6 +21,10 @@ const DTYPE_CODES: Readonly<Record<MaskDType, number>> = {
 
 const NOWHERE: OperandLayout = { offset: 0, batchStride: 0, headStride: 0, tokenStride: 0 };
 
+/** 0 means none to the kernels. Scores within 1e-10 of each other weigh the same in float32, so less changes nothing. */
+const LEAST_SOFTCAP = 1e-10;
+const LARGEST_SM_SCALE = 3.4e38;
+
 /** Limits that stand for "none" in a band; lengths are far smaller. */
 const FAR = 2 ** 30;
 const clampBand = (value: number) => Math.max(-FAR, Math.min(FAR, value));
@@ -212,8 +216,8 @@ export function writeRecords(
   set(job.JOB_MASK_KEY_STRIDE, maskKey);
   set(job.JOB_MASK_DTYPE, DTYPE_CODES[mask?.dtype ?? 'bool']);
   set(job.JOB_FLAGS, settings.flags);
-  view.setFloat32(job.JOB_SM_SCALE, settings.smScale, true);
-  view.setFloat32(job.JOB_SOFTCAP, settings.softcap, true);
+  view.setFloat32(job.JOB_SM_SCALE, Math.max(-LARGEST_SM_SCALE, Math.min(LARGEST_SM_SCALE, settings.smScale)), true);
+  view.setFloat32(job.JOB_SOFTCAP, settings.softcap > 0 ? Math.max(LEAST_SOFTCAP, settings.softcap) : 0, true);
   set(job.JOB_K_STEPS, geometry.keySteps);
   set(job.JOB_DV_PADDED, geometry.valueDimPadded);
   set(job.JOB_TILE_K_SCALES, geometry.keyScales);

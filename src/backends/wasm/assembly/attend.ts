@@ -96,6 +96,8 @@ const LOG2_E: f32 = 1.4426950408889634;
 const LN_2: f32 = 0.6931471805599453;
 /** Finite, and below every score: the maximum of a row that has seen nothing but NaN. */
 const LOWEST: f32 = -3e38;
+/** Row scales beyond it are applied to the scores first: the exponents' factor is up to 4096 times as large. */
+const LARGEST_FACTOR: f32 = 1e30;
 /** A finite mask counts as no less: in base 2 it is finite then, and still above LOWEST. */
 const LEAST_MASK: f32 = -2e38;
 
@@ -282,12 +284,13 @@ export function attendUnit(job: usize, unit: usize, scratch: usize): void {
     const most = rowMaximum(row, dPadded);
     const valid = most == most;
     if (!valid) memory.fill(row, 0, <usize>dPadded << 2);
-    let range = most;
+    let step = most / levels;
     if (ASC_FEATURE_RELAXED_SIMD) {
       rowRange(row, dPadded, scratch);
-      range = load<f32>(scratch + SCRATCH_RANGE) + load<f32>(scratch + SCRATCH_RANGE, 4);
+      // Divided before it is added: the range of a row may be beyond float32.
+      step = load<f32>(scratch + SCRATCH_RANGE) / levels + load<f32>(scratch + SCRATCH_RANGE, 4) / levels;
     }
-    const scale: f32 = valid && most > 0 ? max(range / levels, LEAST_SCALE) : 0;
+    const scale: f32 = valid && most > 0 ? max(step, LEAST_SCALE) : 0;
     let inverse: f32 = scale > 0 ? <f32>1 / scale : 0;
     if (smScale < 0) inverse = -inverse;
     let zero: i32 = 0;
@@ -366,7 +369,7 @@ export function attendUnit(job: usize, unit: usize, scratch: usize): void {
         const weightAt = scratch + SCRATCH_TILE_WEIGHTS + (<usize>t << 2);
         if (ASC_FEATURE_RELAXED_SIMD) store<f32>(secondWeights + (<usize>t << 2), 0);
         let scale = load<f32>(stat + SCRATCH_ROW_SCALES);
-        if (!whole) {
+        if (!whole || scale > LARGEST_FACTOR) {
           const from = min(keys, max(0, i + t + lower - start));
           const to = max(from, min(keys, min(keyLength, i + t + upper + 1) - start));
           const maskRow: usize =
