@@ -111,12 +111,18 @@ function markSeen(job: usize, sequence: usize, kvHead: i32, seen: usize): void {
   const keyStride = load<u32>(job, JOB_MASK_KEY_STRIDE) << shift;
   const group = load<i32>(job, JOB_QUERY_HEADS) / load<i32>(job, JOB_KV_HEADS);
   const base = mask + (load<u32>(sequence, SEQUENCE_MASK) << shift);
+  const headStride = load<u32>(job, JOB_MASK_HEAD_STRIDE);
+  const queryStride = load<u32>(job, JOB_MASK_QUERY_STRIDE);
+  // Where heads or rows share one mask, and rows one band, the first of them says it all.
+  const everyRowAlike = queryStride == 0 && lower + queryLength <= 1 && upper >= keyLength - 1;
+  const lastRow = everyRowAlike ? max(0, queryLength - 1) : 0;
+  const heads = headStride == 0 ? 1 : group;
   let missing = keyLength;
-  for (let h = kvHead * group; h < (kvHead + 1) * group; h++) {
-    const plane = base + ((<u32>h * load<u32>(job, JOB_MASK_HEAD_STRIDE)) << shift);
+  for (let h = kvHead * group; h < kvHead * group + heads; h++) {
+    const plane = base + ((<u32>h * headStride) << shift);
     // From the last row: where the mask is causal as well, it sees every key and ends the search.
-    for (let i = queryLength - 1; i >= 0 && missing > 0; i--) {
-      const row = plane + ((<u32>i * load<u32>(job, JOB_MASK_QUERY_STRIDE)) << shift);
+    for (let i = queryLength - 1; i >= lastRow && missing > 0; i--) {
+      const row = plane + ((<u32>i * queryStride) << shift);
       const to = min(keyLength, i + upper + 1);
       for (let j = max(0, i + lower); j < to; j++) {
         if (load<u8>(seen + j)) continue;
