@@ -52,18 +52,26 @@ export async function setBackend(backend: Backend): Promise<Backend | undefined>
   return previous;
 }
 
-/** Every backend that this build contains, in order of preference, with what was found of it. Never rejects. */
-export async function listBackends(): Promise<{ name: BackendName; availability: Availability }[]> {
-  const names = BACKEND_PREFERENCE.filter((name) => LOADERS[name] !== undefined || instances.has(name));
+/**
+ * Every backend that this build contains, in order of preference, with what was found of it. Never rejects.
+ *
+ * @param only backends to look for; the others are not loaded
+ */
+export async function listBackends(
+  only: readonly BackendName[] = BACKEND_PREFERENCE,
+): Promise<{ name: BackendName; availability: Availability }[]> {
+  const contained = BACKEND_PREFERENCE.filter((name) => LOADERS[name] !== undefined || instances.has(name));
   return Promise.all(
-    names.map(async (name) => {
-      try {
-        return { name, availability: await (await getBackend(name)).availability() };
-      } catch (error) {
-        const reason = error instanceof Error ? error.message : String(error);
-        return { name, availability: { available: false, accelerated: false, reason, details: {} } };
-      }
-    }),
+    contained
+      .filter((name) => only.includes(name))
+      .map(async (name) => {
+        try {
+          return { name, availability: await (await getBackend(name)).availability() };
+        } catch (error) {
+          const reason = error instanceof Error ? error.message : String(error);
+          return { name, availability: { available: false, accelerated: false, reason, details: {} } };
+        }
+      }),
   );
 }
 

@@ -10,7 +10,7 @@ export async function availableBackends(
   kernel: KernelName | 'auto' = 'auto',
   names?: readonly BackendName[],
 ): Promise<{ backend: Backend; accelerated: boolean }[]> {
-  const listed = await listBackends();
+  const listed = await listBackends(names);
   for (const name of names ?? []) {
     const found = listed.find((entry) => entry.name === name);
     if (found?.availability.available === true) continue;
@@ -19,7 +19,7 @@ export async function availableBackends(
   }
   const backends = await Promise.all(
     listed
-      .filter(({ name, availability }) => availability.available && (names?.includes(name) ?? true))
+      .filter(({ availability }) => availability.available)
       .map(async ({ name, availability }) => ({
         backend: await getBackend(name),
         accelerated: availability.accelerated,
