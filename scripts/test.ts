@@ -13,23 +13,27 @@ interface Part {
   readonly name: string;
   /** vitest's arguments. */
   readonly arguments: readonly string[];
+  /** Its lines count towards the coverage of src/. */
+  readonly covers?: boolean;
   /** The Node that runs it; default the one running this. */
   readonly node?: () => string;
   readonly env?: () => Record<string, string>;
 }
 
 const PARTS: readonly Part[] = [
-  { name: 'unit', arguments: ['--project', 'unit', '--coverage'] },
+  { name: 'unit', arguments: ['--project', 'unit'], covers: true },
   {
     name: 'Relaxed SIMD and Float16Array (Node 24)',
     arguments: ['--project', 'unit', 'src/backends/wasm', 'test/conformance/wasm', 'src/tensor'],
     node: ensureNode24,
+    covers: true,
   },
   // A browser beside other tests would be short of processors.
   { name: 'Playground and documentation', arguments: ['--project', 'site', '--no-file-parallelism'] },
   ...SOFTWARE_GPUS.map((gpu) => ({
     name: `WebGPU on ${gpu}`,
     arguments: ['--project', `webgpu-${gpu}`],
+    covers: true,
     // The project names the driver to Dawn; here it is only made sure that there is one.
     env: () => {
       ensureSoftwareGpu(gpu);
@@ -65,13 +69,23 @@ interface VitestReport {
 
 function run(part: Part, folder: string): Counts {
   console.log(`\n=== ${part.name} ===`);
-  const report = join(folder, `${part.name.replaceAll(/\W+/g, '-')}.json`);
+  const name = part.name.replaceAll(/\W+/g, '-');
+  const report = join(folder, `${name}.json`);
+  // A part covers some of src/; the bound is that of all parts together, see `mergeCoverage`.
+  const coverage = [
+    ...['--coverage', '--coverage.thresholds.lines=0', '--coverage.reporter=json-summary'],
+    ...[`--coverage.reportsDirectory=${join(folder, `${name}-coverage`)}`, '--coverage.reportOnFailure'],
+    ...['--reporter=blob', `--outputFile.blob=${join(folder, 'blobs', `${name}.json`)}`],
+  ];
   try {
     const node = part.node?.() ?? process.execPath;
     const vitest = join('node_modules', 'vitest', 'vitest.mjs');
     const { status } = spawnSync(
       node,
-      [vitest, 'run', ...part.arguments, '--reporter=default', '--reporter=json', `--outputFile=${report}`],
+      [
+        ...[vitest, 'run', ...part.arguments, '--reporter=default', '--reporter=json', `--outputFile.json=${report}`],
+        ...(part.covers === true ? coverage : []),
+      ],
       { stdio: ['ignore', 'inherit', 'inherit'], env: { ...process.env, ...part.env?.() } },
     );
     const { numPassedTests, numFailedTests, testResults } = JSON.parse(readFileSync(report, 'utf8')) as VitestReport;
@@ -100,6 +114,25 @@ for (const gpu of SOFTWARE_GPUS) {
   }
 }
 
+/** Reports the coverage of all parts together; false when it is below the bound of vitest.config.ts. */
+function mergeCoverage(folder: string): boolean {
+  console.log('\n=== Coverage of src/ by all parts ===');
+  const { status } = spawnSync(
+    process.execPath,
+    [
+      ...[join('node_modules', 'vitest', 'vitest.mjs'), 'run', `--merge-reports=${join(folder, 'blobs')}`],
+      ...[
+        '--coverage',
+        '--coverage.reportOnFailure',
+        '--reporter=json',
+        `--outputFile.json=${join(folder, 'merged.json')}`,
+      ],
+    ],
+    { stdio: ['ignore', 'inherit', 'inherit'] },
+  );
+  return status === 0;
+}
+
 const only = process.argv.slice(2);
 const folder = mkdtempSync(join(tmpdir(), 'sageattention-test-'));
 try {
@@ -116,8 +149,10 @@ try {
     total((counts) => counts.failed),
     total((counts) => counts.skipped.length),
   ];
-  console.log(`\n${passed} passed, ${failed} failed, ${skipped} skipped`);
-  process.exitCode = failed > 0 || passed === 0 ? 1 : 0;
+  // A run of some parts covers only what they do, and failed tests are reported already.
+  const covered = only.length > 0 || failed > 0 || mergeCoverage(folder);
+  console.log(`\n${passed} passed, ${failed + (covered ? 0 : 1)} failed, ${skipped} skipped`);
+  process.exitCode = failed > 0 || passed === 0 || !covered ? 1 : 0;
 } finally {
   rmSync(folder, { recursive: true, force: true });
 }

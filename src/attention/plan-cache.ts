@@ -1,5 +1,4 @@
 import type { Backend, KernelChoice, Plan } from '../backends/backend.ts';
-import { ExecutionError } from './errors.ts';
 import type { AttentionProblem } from './problem.ts';
 
 /** Plans kept per backend. A model has a handful of attention shapes; a decoder without a cache one per length. */
@@ -29,6 +28,13 @@ function release(entry: Entry): void {
   }
 }
 
+function evict(cache: Map<string, Entry>, key: string): void {
+  const entry = cache.get(key) as Entry;
+  cache.delete(key);
+  entry.evicted = true;
+  release(entry);
+}
+
 /** Runs `use` with the plan for a problem, made now or kept from an earlier call. A plan in use is never disposed. */
 export async function withCachedPlan<R>(
   backend: Backend,
@@ -43,7 +49,9 @@ export async function withCachedPlan<R>(
   }
   const key = keyOf(problem, choice);
   let entry = cache.get(key);
-  const kept = entry !== undefined;
+  // The backend was disposed since; it starts again with the next call, which is this one.
+  if ((await entry?.plan.catch(() => undefined))?.ended === true && cache.get(key) === entry) evict(cache, key);
+  entry = cache.get(key);
   if (entry === undefined) {
     // The cache itself is a user, until the entry is evicted.
     entry = { plan: backend.plan(problem, choice), users: 1, evicted: false };
@@ -53,24 +61,13 @@ export async function withCachedPlan<R>(
   cache.set(key, entry);
   entry.users++;
   if (cache.size > CAPACITY) {
-    const [oldest, old] = cache.entries().next().value as [string, Entry];
-    cache.delete(oldest);
-    old.evicted = true;
-    release(old);
+    evict(cache, cache.keys().next().value as string);
   }
   try {
     return await use(await entry.plan);
   } catch (error) {
     // A plan that failed may hold a lost device: the next call makes a new one.
-    if (cache.get(key) === entry) {
-      cache.delete(key);
-      entry.evicted = true;
-      release(entry);
-    }
-    // The backend was disposed since the plan was made; it starts again with the next call, which is this one.
-    if (kept && error instanceof ExecutionError && error.code === 'disposed') {
-      return await withCachedPlan(backend, problem, choice, use);
-    }
+    if (cache.get(key) === entry) evict(cache, key);
     throw error;
   } finally {
     release(entry);

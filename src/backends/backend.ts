@@ -77,6 +77,8 @@ export interface RunContext {
  */
 export interface Plan {
   readonly kernel: KernelChoice;
+  /** True once the plan can run no more, because its backend was disposed; absent where a plan starts anew by itself. */
+  readonly ended?: boolean;
   run(inputs: AttentionInputs, context: RunContext): Promise<AttentionOutputs>;
   dispose(): void;
 }

@@ -414,12 +414,18 @@ export class CudaPlan implements Plan {
   readonly kernel: KernelChoice;
   readonly #problem: AttentionProblem;
   readonly #runner: AttentionRunner;
+  readonly #device: CudaDevice;
   #disposed = false;
 
   constructor(device: CudaDevice, problem: AttentionProblem, kernel: KernelChoice, plan: () => LaunchSequence) {
+    this.#device = device;
     this.kernel = kernel;
     this.#problem = problem;
     this.#runner = new AttentionRunner(device, problem, plan);
+  }
+
+  get ended(): boolean {
+    return this.#disposed || this.#device.disposed;
   }
 
   /** Registers and local memory of each kernel, in order of launch. */

@@ -128,6 +128,11 @@ export class CudaDevice {
     return this.#lost;
   }
 
+  /** Whether the context has been given up; what was made on it is gone. */
+  get disposed(): boolean {
+    return this.#disposed;
+  }
+
   #requireUsable(): void {
     if (this.#disposed) throw new ExecutionError('disposed', `${this} has been disposed`);
   }
