@@ -6,7 +6,7 @@ import { keyGrouping, queryGrouping } from './groups.ts';
 import { CUDA_ROUNDING, quantizeIntegers, TRITON_BLOCK_ROUNDING, TRITON_THREAD_ROUNDING } from './integers.ts';
 import { INT_MAX, TILINGS, V_FP8_MAX } from './schemes.ts';
 import { channelMean, subtractMean } from './smoothing.ts';
-import { quantizeValueFp8 } from './valueFp8.ts';
+import { quantizeValueFp8 } from './value-fp8.ts';
 
 /** Relative; DESIGN section 4. */
 const SCALE_TOLERANCE = 1e-5;

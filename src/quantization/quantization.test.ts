@@ -14,7 +14,7 @@ import {
 import { P_TWO_LEVEL_MAX, quantizeNvfp4InPlace, quantizeTwoLevelInPlace } from './nvfp4.ts';
 import { INT_MAX, TILINGS, V_FP8_MAX } from './schemes.ts';
 import { blockMeans, channelMean, subtractMean } from './smoothing.ts';
-import { permutedPosition, quantizeValueFp8, TOKEN_PERMUTATION } from './valueFp8.ts';
+import { permutedPosition, quantizeValueFp8, TOKEN_PERMUTATION } from './value-fp8.ts';
 
 const seed = runSeed();
 const settings = { seed: seed | 0, numRuns: 200 };

@@ -36,7 +36,7 @@ export {
   type Tiling,
 } from '../quantization/schemes.ts';
 export * from '../quantization/smoothing.ts';
-export * from '../quantization/valueFp8.ts';
+export * from '../quantization/value-fp8.ts';
 export * from '../tensor/formats/bfloat16.ts';
 export * from '../tensor/formats/float4.ts';
 export * from '../tensor/formats/float8.ts';

@@ -25,7 +25,7 @@ import {
   V_FP8_MAX,
 } from '../quantization/schemes.ts';
 import { blockMeans, channelMean, subtractMean } from '../quantization/smoothing.ts';
-import { permutedPosition, quantizeValueFp8 } from '../quantization/valueFp8.ts';
+import { permutedPosition, quantizeValueFp8 } from '../quantization/value-fp8.ts';
 import type { DType } from '../tensor/dtype.ts';
 import { roundToBfloat16 } from '../tensor/formats/bfloat16.ts';
 import { E4M3_MAX, e4m3ToNumber, roundToE4m3 } from '../tensor/formats/float8.ts';

@@ -6,7 +6,7 @@ import { keyGrouping, queryGrouping } from '../../../quantization/groups.ts';
 import { quantizeIntegers } from '../../../quantization/integers.ts';
 import { type Granularity, INT_MAX, type PvAccumDtype, TILINGS } from '../../../quantization/schemes.ts';
 import { channelMean, subtractMean } from '../../../quantization/smoothing.ts';
-import { quantizeValueFp8 } from '../../../quantization/valueFp8.ts';
+import { quantizeValueFp8 } from '../../../quantization/value-fp8.ts';
 import { toFloat32, writeValues } from '../../../tensor/access.ts';
 import type { DType } from '../../../tensor/dtype.ts';
 import { e4m3ToNumber } from '../../../tensor/formats/float8.ts';

@@ -6,7 +6,7 @@
  * `keyFaults` and the sign bit in the scales of K's tile, so attention makes NaN of the rows that do see it. So it is with
  * numbers beyond FP16's range where V is stored in FP16.
  */
-import { TOKEN_PERMUTATION } from '../../../quantization/valueFp8.ts';
+import { TOKEN_PERMUTATION } from '../../../quantization/value-fp8.ts';
 import type { DType } from '../../../tensor/dtype.ts';
 import { KernelBuilder } from '../ptx/builder.ts';
 import { rowMajor } from '../ptx/layouts.ts';
