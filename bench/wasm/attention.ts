@@ -10,6 +10,7 @@
 import { execFileSync } from 'node:child_process';
 import { writeFileSync } from 'node:fs';
 import { cpus, loadavg } from 'node:os';
+import { setTimeout } from 'node:timers/promises';
 import { parseArgs } from 'node:util';
 import { chooseOptions } from '../../src/attention/choice.ts';
 import { createProblem } from '../../src/attention/problem.ts';
@@ -31,6 +32,8 @@ const { values: flags } = parseArgs({
 });
 const threads = Number(flags.threads);
 const HEADS = 8;
+/** Between any two calls. */
+const PAUSE_MILLISECONDS = 30;
 /** Query rows that are compared with float64. */
 const EXACT_ROWS = 64;
 /** Mean of the normal distribution that each channel of K takes its offset from. */
@@ -126,6 +129,8 @@ async function measure(tokens: number, headDim: number): Promise<Row[]> {
     for (let turn = 0; turn < running.length; turn++) {
       // Another order every round: what one leaves behind (garbage, cold caches) does not always meet the same next one.
       const { contender, times, cpu } = running[(round * 5 + turn) % running.length] as (typeof running)[number];
+      // A peer's thread pool spins for a while after its call, on the processors that the next contender needs.
+      await setTimeout(PAUSE_MILLISECONDS);
       const before = process.cpuUsage();
       const start = performance.now();
       await contender.run();
