@@ -7,13 +7,16 @@
  *
  * Writes `webgpu.json` and `webgpu.md` there, after every size, so that a run that is cut short leaves what it has.
  * TFLOP/s count 4 H L^2 D, half when causal. Times are medians of timestamp queries around the whole plan; where the
- * device has none, of the clock around submission and completion, and the table says so.
+ * device has none, of the clock around submission and completion, and the table says so. Everything that waits for the
+ * CPU (compiling, accuracy) comes before; then contenders take turns, on a GPU that is kept at work, since an idle one
+ * lowers its clock several times over.
  */
 import { mkdirSync, writeFileSync } from 'node:fs';
 import { join } from 'node:path';
 import { parseArgs } from 'node:util';
 import { chooseOptions } from '../../src/attention/choice.ts';
 import { createProblem } from '../../src/attention/problem.ts';
+import { DAWN_FLAGS } from '../../src/backends/webgpu/device.ts';
 import { MATRIX_VARIANTS, TILED_VARIANTS } from '../../src/backends/webgpu/families.ts';
 import {
   createWebgpuBackend,
@@ -44,7 +47,7 @@ const { values: flags, positionals } = parseArgs({
     peers: { type: 'boolean', default: true },
     'dawn-flags': {
       type: 'string',
-      default: 'enable-dawn-features=allow_unsafe_apis disable-dawn-features=timestamp_quantization',
+      default: `${DAWN_FLAGS.join(' ')} disable-dawn-features=timestamp_quantization`,
     },
   },
 });
@@ -62,10 +65,14 @@ const KEPT_VARIANTS = 2;
 const SAMPLED_ROWS = 32;
 /** K's offset per channel, which smoothing is for. */
 const KEY_OFFSET = 2;
-/** GPU time to spend on one measurement, milliseconds; at least {@link LEAST_REPETITIONS}. */
-const BUDGET = flags.quick ? 50 : 300;
-const LEAST_REPETITIONS = 5;
-const MOST_REPETITIONS = 50;
+/** Contenders take turns this many times. */
+const ROUNDS = flags.quick ? 3 : 5;
+/** GPU time to spend on one contender's turn, milliseconds; at least {@link LEAST_REPETITIONS}. */
+const BUDGET = flags.quick ? 20 : 60;
+const LEAST_REPETITIONS = 2;
+const MOST_REPETITIONS = 20;
+/** GPU time before each round, milliseconds: clocks rise. */
+const WARM_UP = 300;
 
 interface Timing {
   readonly family: Family;
@@ -76,6 +83,19 @@ interface Timing {
   readonly compileMilliseconds: number;
   readonly accuracy: Accuracy;
 }
+
+interface Contender {
+  readonly family: Family;
+  readonly variant: string;
+  readonly plan: WebgpuPlan;
+  /** Milliseconds of a run on a GPU that may be cold. */
+  readonly once: number;
+  readonly accuracy: Accuracy;
+  readonly times: number[];
+}
+
+const repetitionsOf = ({ once }: Contender) =>
+  Math.max(LEAST_REPETITIONS, Math.min(MOST_REPETITIONS, Math.floor(BUDGET / Math.max(once, 1e-3))));
 
 interface Row {
   readonly headDim: number;
@@ -217,11 +237,11 @@ function save(): void {
     if (peer)
       lines.push(`${place} onnxruntime | ${peer.milliseconds.toFixed(3)} | ${peer.tflops.toFixed(1)} | | 1 | |`);
     else if (onnxruntime !== undefined && 'error' in onnxruntime)
-      lines.push(`${place} onnxruntime | ${onnxruntime.error} | | | | |`);
+      lines.push(`${place} onnxruntime | ${onnxruntime.error.slice(0, 200)} | | | | |`);
     for (const timing of timings) {
       const name = `${timing.family} ${timing.variant}`;
       if ('error' in timing) {
-        lines.push(`${place} ${name} | ${timing.error.split('\n')[0]} | | | | |`);
+        lines.push(`${place} ${name} | ${timing.error.slice(0, 200)} | | | | |`);
         continue;
       }
       const ratio = peer === undefined ? '' : (peer.milliseconds / timing.milliseconds).toFixed(2);
@@ -257,54 +277,60 @@ for (const headDim of HEAD_DIMS) {
     for (const isCausal of [false, true]) {
       const flops = (4 * HEADS * tokens * tokens * headDim) / (isCausal ? 2 : 1);
       const timings: Row['timings'][number][] = [];
+      const contenders: Contender[] = [];
+      const name = `D ${headDim} L ${tokens}${isCausal ? ' causal' : ''}`;
       for (const family of FAMILIES) {
-        const key = `${family} ${headDim}`;
-        const kept = best.get(key);
-        const measured: Timing[] = [];
-        for (const variant of kept ?? variantsOf(family)) {
+        for (const variant of best.get(`${family} ${headDim}`) ?? variantsOf(family)) {
           try {
             const backend = createWebgpuBackend({ device, gpu, family, variant });
             const problem = createProblem(q, k, v, { isCausal });
             const plan = await backend.plan(problem, chooseOptions(await backend.defaultKernel(), problem, {}));
-            const [once] = await measure(plan, { q, k, v }, output, 1);
-            const repetitions = Math.max(
-              LEAST_REPETITIONS,
-              Math.min(MOST_REPETITIONS, Math.floor(BUDGET / Math.max(once as number, 1e-3))),
-            );
-            const milliseconds = median(await measure(plan, { q, k, v }, output, repetitions));
-            const accuracy = accuracyOf(
-              new Random(seed),
-              hostQ,
-              hostK,
-              hostV,
-              await downloadTensor(device, output),
-              isCausal,
-            );
-            const timing: Timing = {
-              family,
-              variant,
-              milliseconds,
-              tflops: flops / milliseconds / 1e9,
-              timestamps: capabilities.timestamps,
-              compileMilliseconds: plan.details.compileMilliseconds,
-              accuracy,
-            };
-            plan.dispose();
-            measured.push(timing);
-            timings.push(timing);
-            console.log(
-              `D ${headDim} L ${tokens}${isCausal ? ' causal' : ''} ${family} ${variant}: ${milliseconds.toFixed(3)} ms, ${timing.tflops.toFixed(1)} TFLOP/s, relative L1 ${accuracy.relativeL1.toPrecision(3)}, compiled in ${plan.details.compileMilliseconds.toFixed(0)} ms`,
-            );
+            const once = median(await measure(plan, { q, k, v }, output, LEAST_REPETITIONS));
+            const actual = await downloadTensor(device, output);
+            const accuracy = accuracyOf(new Random(seed), hostQ, hostK, hostV, actual, isCausal);
+            contenders.push({ family, variant, plan, once, accuracy, times: [] });
           } catch (error) {
-            const message = error instanceof Error ? error.message : String(error);
+            const message = (error instanceof Error ? error.message : String(error)).split('\n')[0] as string;
             timings.push({ family, variant, error: message });
-            console.log(`D ${headDim} L ${tokens} ${family} ${variant}: ${message.split('\n')[0]}`);
+            console.log(`${name} ${family} ${variant}: ${message.slice(0, 200)}`);
           }
         }
-        if (kept === undefined && tokens === TUNING_LENGTH) {
+      }
+      for (let round = 0; round < ROUNDS && contenders.length > 0; round++) {
+        const warm = contenders[0] as Contender;
+        for (let spent = 0; spent < WARM_UP; ) {
+          const times = await measure(warm.plan, { q, k, v }, output, repetitionsOf(warm));
+          spent += times.reduce((sum, time) => sum + time, 0);
+        }
+        for (const contender of contenders) {
+          contender.times.push(...(await measure(contender.plan, { q, k, v }, output, repetitionsOf(contender))));
+        }
+      }
+      for (const { family, variant, plan, accuracy, times } of contenders) {
+        const milliseconds = median(times);
+        const timing: Timing = {
+          family,
+          variant,
+          milliseconds,
+          tflops: flops / milliseconds / 1e9,
+          timestamps: capabilities.timestamps,
+          compileMilliseconds: plan.details.compileMilliseconds,
+          accuracy,
+        };
+        timings.push(timing);
+        plan.dispose();
+        console.log(
+          `${name} ${family} ${variant}: ${milliseconds.toFixed(3)} ms (${Math.min(...times).toFixed(3)} to ${Math.max(...times).toFixed(3)}), ${timing.tflops.toFixed(1)} TFLOP/s, relative L1 ${accuracy.relativeL1.toPrecision(3)}, compiled in ${timing.compileMilliseconds.toFixed(0)} ms`,
+        );
+      }
+      if (tokens === TUNING_LENGTH && !isCausal) {
+        for (const family of FAMILIES) {
+          const measured = timings.filter(
+            (timing): timing is Timing => !('error' in timing) && timing.family === family,
+          );
           const fastest = measured.sort((a, b) => a.milliseconds - b.milliseconds).slice(0, KEPT_VARIANTS);
           best.set(
-            key,
+            `${family} ${headDim}`,
             fastest.map(({ variant }) => variant),
           );
         }
@@ -317,14 +343,18 @@ for (const headDim of HEAD_DIMS) {
         try {
           const size = { heads: HEADS, tokens, headDim, isCausal };
           const [query, key, value] = buffers as [GPUBuffer, GPUBuffer, GPUBuffer];
-          const milliseconds = await onnxruntimeMilliseconds(device, size, { query, key, value }, flags.quick ? 3 : 7);
-          onnxruntime = { milliseconds, tflops: flops / milliseconds / 1e9 };
-          console.log(
-            `D ${headDim} L ${tokens}${isCausal ? ' causal' : ''} onnxruntime: ${milliseconds.toFixed(3)} ms`,
+          const milliseconds = await onnxruntimeMilliseconds(
+            device,
+            size,
+            { query, key, value },
+            flags.quick ? 300 : 1500,
           );
+          onnxruntime = { milliseconds, tflops: flops / milliseconds / 1e9 };
+          console.log(`${name} onnxruntime: ${milliseconds.toFixed(3)} ms`);
         } catch (error) {
-          onnxruntime = { error: error instanceof Error ? error.message : String(error) };
-          console.log(`onnxruntime: ${onnxruntime.error}`);
+          const message = (error instanceof Error ? error.message : String(error)).split('\n')[0] as string;
+          onnxruntime = { error: message };
+          console.log(`${name} onnxruntime: ${message.slice(0, 200)}`);
         }
       }
       if (onnxruntime !== undefined) {

@@ -34,18 +34,21 @@ const median = (values: readonly number[]) =>
 
 /** Operators of the short and of the long chain. */
 const CHAINS = [1, 5] as const;
+const WARM_UPS = 4;
+const LEAST_REPETITIONS = 5;
 
 /**
  * Milliseconds of one operator: the difference between a long and a short chain, since copies and the way through the
  * session dominate a single call. Inputs and outputs stay on the GPU.
  *
  * @param buffers `[1,L,H*D]` float16
+ * @param budget milliseconds to spend; at least five runs of each chain
  */
 export async function onnxruntimeMilliseconds(
   device: GPUDevice,
   size: AttentionSize,
   buffers: Readonly<Record<'query' | 'key' | 'value', GPUBuffer>>,
-  repetitions: number,
+  budget: number,
 ): Promise<number> {
   const ort = await import('onnxruntime-web/webgpu');
   ort.env.logLevel = 'error';
@@ -58,23 +61,34 @@ export async function onnxruntimeMilliseconds(
       ort.Tensor.fromGpuBuffer(gpuBuffer, { dataType: 'float16', dims }),
     ]),
   );
-  const medians: number[] = [];
-  for (const operators of CHAINS) {
-    const session = await ort.InferenceSession.create(chainModel(size, operators), {
-      executionProviders: [{ name: 'webgpu', device } as never],
-      preferredOutputLocation: 'gpu-buffer',
-    });
-    const times: number[] = [];
-    for (let i = 0; i < repetitions + 2; i++) {
-      const started = performance.now();
-      const results = await session.run(feeds);
-      await device.queue.onSubmittedWorkDone();
-      if (i >= 2) times.push(performance.now() - started);
-      for (const result of Object.values(results)) result.dispose();
+  const sessions = await Promise.all(
+    CHAINS.map((operators) =>
+      ort.InferenceSession.create(chainModel(size, operators), {
+        executionProviders: [{ name: 'webgpu', device } as never],
+        preferredOutputLocation: 'gpu-buffer',
+      }),
+    ),
+  );
+  const timed = async (session: (typeof sessions)[number]) => {
+    const started = performance.now();
+    const results = await session.run(feeds);
+    await device.queue.onSubmittedWorkDone();
+    const elapsed = performance.now() - started;
+    for (const result of Object.values(results)) result.dispose();
+    return elapsed;
+  };
+  const times = sessions.map((): number[] => []);
+  let spent = 0;
+  // The chains take turns; the first runs compile and raise the GPU's clocks.
+  for (let i = -WARM_UPS; i < LEAST_REPETITIONS || spent < budget; i++) {
+    for (const [index, session] of sessions.entries()) {
+      const elapsed = await timed(session);
+      if (i < 0) continue;
+      times[index]?.push(elapsed);
+      spent += elapsed;
     }
-    await session.release();
-    medians.push(median(times));
   }
-  const [short, long] = medians as [number, number];
+  for (const session of sessions) await session.release();
+  const [short, long] = times.map(median) as [number, number];
   return (long - short) / (CHAINS[1] - CHAINS[0]);
 }

@@ -80,14 +80,13 @@ export function capabilitiesOf(
   const has = (feature: string) => features.has(feature as GPUFeatureName);
   const adapter = [info?.vendor, info?.architecture, info?.device, info?.description].filter(Boolean).join(' ');
   const matrixFeature = MATRIX_FEATURES.map(([feature]) => feature).find(has);
-  const listed = (info as AdapterInfo | undefined)?.subgroupMatrixConfigs;
   return {
     adapter: adapter === '' ? 'unnamed adapter' : adapter,
     isSoftware: SOFTWARE.test(adapter) || info?.isFallbackAdapter === true,
     shaderF16: has('shader-f16'),
     subgroups: has('subgroups'),
     subgroupSize: [info?.subgroupMinSize ?? 0, info?.subgroupMaxSize ?? 0],
-    matrixConfigs: matrixFeature !== undefined && listed !== undefined ? Array.from(listed, matrixConfig) : [],
+    matrixConfigs: matrixFeature === undefined ? [] : matrixConfigsOf(info),
     matrixFeature,
     matrixDialect: { majorness: 'template', packedUnit: 'words' },
     packedDot: language?.has('packed_4x8_integer_dot_product') ?? false,
@@ -103,10 +102,9 @@ export function capabilitiesOf(
   };
 }
 
-const matrixConfig = ({ componentType, resultComponentType, M, N, K }: MatrixConfig): MatrixConfig => ({
-  componentType,
-  resultComponentType,
-  M,
-  N,
-  K,
-});
+/** The subgroup matrix products that an adapter lists. */
+export const matrixConfigsOf = (info: GPUAdapterInfo | undefined): readonly MatrixConfig[] =>
+  Array.from(
+    (info as AdapterInfo | undefined)?.subgroupMatrixConfigs ?? [],
+    ({ componentType, resultComponentType, M, N, K }) => ({ componentType, resultComponentType, M, N, K }),
+  );

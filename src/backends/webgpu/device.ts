@@ -1,6 +1,13 @@
 /** A WebGPU device with what belongs to it: capabilities, compiled pipelines, and what went wrong. */
 import { BackendUnavailableError, ExecutionError } from '../../attention/errors.ts';
-import { type Capabilities, capabilitiesOf, WANTED_FEATURES, WANTED_LIMITS } from './capabilities.ts';
+import {
+  type Capabilities,
+  capabilitiesOf,
+  type MatrixConfig,
+  matrixConfigsOf,
+  WANTED_FEATURES,
+  WANTED_LIMITS,
+} from './capabilities.ts';
 import { probeMatrixDialect } from './matrix-dialect.ts';
 
 export interface DeviceOptions {
@@ -16,8 +23,11 @@ export interface DeviceOptions {
   readonly capabilities?: Partial<Capabilities>;
 }
 
-/** Subgroup matrices are behind this toggle in Dawn; without it the family `matrix` is not offered in Node. */
-export const DAWN_FLAGS: readonly string[] = ['enable-dawn-features=allow_unsafe_apis'];
+/**
+ * Subgroup matrices are behind the first of these toggles in Dawn; without it the family `matrix` is not offered in Node.
+ * The second one gives float16 on NVIDIA's Vulkan driver, without which there is neither `shader-f16` nor a float16 matrix.
+ */
+export const DAWN_FLAGS: readonly string[] = ['enable-dawn-features=allow_unsafe_apis,vulkan_enable_f16_on_nvidia'];
 
 const INSTALL = "In Node install the package 'webgpu' (npm install webgpu); in a browser enable WebGPU";
 
@@ -61,9 +71,13 @@ export async function findGpu(flags: readonly string[] = DAWN_FLAGS): Promise<GP
 /** Opens a device with every wanted feature and limit that the adapter has, or adopts the caller's. */
 export async function openDevice(options: DeviceOptions): Promise<GpuContext> {
   if (options.device !== undefined) {
-    const language = options.gpu ?? (globalThis as { navigator?: { gpu?: GPU } }).navigator?.gpu;
+    const gpu = options.gpu ?? (globalThis as { navigator?: { gpu?: GPU } }).navigator?.gpu;
     const info = (options.device as { adapterInfo?: GPUAdapterInfo }).adapterInfo ?? options.adapter?.info;
-    const capabilities = capabilitiesOf(options.device, info, language?.wgslLanguageFeatures);
+    const found = capabilitiesOf(options.device, info, gpu?.wgslLanguageFeatures);
+    const unlisted = found.matrixFeature !== undefined && found.matrixConfigs.length === 0;
+    const capabilities = unlisted
+      ? { ...found, matrixConfigs: await listedByAdapter(options.adapter, gpu, info) }
+      : found;
     return new GpuContext(options.device, await settled(options.device, capabilities, options), false);
   }
   const gpu = options.gpu ?? (await findGpu(options.dawnFlags));
@@ -86,6 +100,26 @@ export async function openDevice(options: DeviceOptions): Promise<GpuContext> {
   } catch (cause) {
     throw new BackendUnavailableError('webgpu', `the adapter gave no device: ${messageOf(cause)}`, INSTALL, cause);
   }
+}
+
+/**
+ * Subgroup matrices of the adapter that a device came from: Dawn's Node binding lists them in an adapter's information,
+ * not in that of its devices. An adapter that is not the caller's is believed if it is called what the device is called.
+ */
+async function listedByAdapter(
+  given: GPUAdapter | undefined,
+  gpu: GPU | undefined,
+  info: GPUAdapterInfo | undefined,
+): Promise<readonly MatrixConfig[]> {
+  if (given !== undefined) return matrixConfigsOf(given.info);
+  for (const powerPreference of ['high-performance', 'low-power'] as const) {
+    const adapter = await gpu?.requestAdapter({ powerPreference });
+    const names = ['vendor', 'architecture', 'device', 'description'] as const;
+    if (adapter && info !== undefined && names.every((name) => adapter.info[name] === info[name])) {
+      return matrixConfigsOf(adapter.info);
+    }
+  }
+  return [];
 }
 
 const settled = async (device: GPUDevice, found: Capabilities, options: DeviceOptions): Promise<Capabilities> => ({

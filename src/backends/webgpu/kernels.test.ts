@@ -327,6 +327,23 @@ describe('the backend on a device that computes nothing', () => {
     });
   });
 
+  it("asks the adapter for subgroup matrices that the caller's device does not list", async () => {
+    // The null device computes nothing: INT8 products fail the probe, the others stay.
+    const { vendor, architecture, device: name, description } = device.adapterInfo;
+    const listing = (other: object) => ({
+      wgslLanguageFeatures: gpu.wgslLanguageFeatures,
+      requestAdapter: async () => ({
+        info: { vendor, architecture, device: name, description, subgroupMatrixConfigs: H200, ...other },
+      }),
+    });
+    const configsWith = async (options: object) =>
+      (await createWebgpuBackend({ device, ...options }).context()).capabilities.matrixConfigs;
+    const floats = H200.filter(({ componentType }) => componentType === 'f16');
+    expect(await configsWith({ gpu: listing({}) })).toEqual(floats);
+    expect(await configsWith({ adapter: await listing({}).requestAdapter() })).toEqual(floats);
+    expect(await configsWith({ gpu: listing({ device: 'another GPU' }) })).toEqual([]);
+  });
+
   it('opens another device after a loss', async () => {
     const own = createWebgpuBackend({ gpu });
     const { device: lost } = await own.context();
