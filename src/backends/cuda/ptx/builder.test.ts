@@ -94,9 +94,22 @@ describe('printing', () => {
     const text = printKernel(axpy('sm_80'));
     expect(text).toContain('.target sm_80');
     expect(text).toContain('// loop over rows');
-    expect(text).toMatch(/mul\.f32 %r\d+, %r\d+, %r\d+;/);
+    expect(text).toMatch(/mul\.rn\.f32 %r\d+, %r\d+, %r\d+;/);
     expect(text).toContain('0f7149F2CA');
     expect(text).toMatch(/@%p\d+ mov\.f32/);
+  });
+
+  test('float arithmetic names its rounding', () => {
+    const b = new KernelBuilder({ name: 'rounding', target: 'sm_80', threads: 32 });
+    const [x, halves] = [b.reg('f32'), b.reg('f16x2')];
+    b.mul(x, x, undefined, 'rp');
+    b.fma(x, x, x, undefined, 'rm');
+    b.sub(x, 1);
+    b.add(halves, halves);
+    b.add(b.reg('u32'), 1);
+    const opcodes = b.build().instructions.map(({ opcode }) => opcode);
+    expect(opcodes).toEqual(['mul.rp.f32', 'fma.rm.f32', 'sub.rn.f32', 'add.rn.f16x2', 'add.u32', 'ret']);
+    expect(() => b.mul(halves, halves, undefined, 'rp')).toThrow(RangeError);
   });
 
   test('refuses literals that are no integers', () => {

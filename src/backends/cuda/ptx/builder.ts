@@ -57,6 +57,9 @@ export const MMA = {
 
 export type MmaShape = keyof typeof MMA;
 
+/** Rounding of float arithmetic: to nearest even, up (towards +Infinity), down. */
+export type Rounding = 'rn' | 'rp' | 'rm';
+
 type Comparison = 'eq' | 'ne' | 'lt' | 'le' | 'gt' | 'ge';
 type Bitwise = 's32' | 'u32' | 'u64' | 'b16' | 'b32' | 'b64' | 'shared' | 'global';
 
@@ -314,6 +317,16 @@ export class KernelBuilder {
     return typeof value === 'number' ? { type: 'immediate', kind, value } : value;
   }
 
+  /**
+   * What stands between the name and the type of an arithmetic instruction. Floats always name their rounding: ptxas fuses
+   * a `mul` and an `add` that name none, and then rounds once where the kernel's author counted on twice.
+   */
+  #rounded(kind: Kind, rounding: Rounding): string {
+    if (rounding !== 'rn' && kind !== 'f32')
+      throw new RangeError(`${kind} arithmetic rounds to nearest, not .${rounding}`);
+    return kind === 'f32' || kind === 'f16x2' || kind === 'bf16x2' ? `.${rounding}` : '';
+  }
+
   #binary<K extends Kind>(opcode: string, a: Reg<K>, b: Reg<K> | number, into: Reg<K> | undefined): Reg<K> {
     const d = into ?? this.reg(a.kind);
     this.emit(opcode, [d], [a, this.#operand(a.kind, b)]);
@@ -324,29 +337,44 @@ export class KernelBuilder {
     a: Reg<K>,
     b: Value<NoInfer<K>>,
     into?: Reg<NoInfer<K>>,
+    rounding: Rounding = 'rn',
   ): Reg<K> {
-    return this.#binary(`add.${PTX_TYPE[a.kind]}`, a, b as Reg<K> | number, into);
+    const opcode = `add${this.#rounded(a.kind, rounding)}.${PTX_TYPE[a.kind]}`;
+    return this.#binary(opcode, a, b as Reg<K> | number, into);
   }
 
   sub<K extends IntegerKind | FloatKind | AddressKind>(
     a: Reg<K>,
     b: Value<NoInfer<K>>,
     into?: Reg<NoInfer<K>>,
+    rounding: Rounding = 'rn',
   ): Reg<K> {
-    return this.#binary(`sub.${PTX_TYPE[a.kind]}`, a, b as Reg<K> | number, into);
+    const opcode = `sub${this.#rounded(a.kind, rounding)}.${PTX_TYPE[a.kind]}`;
+    return this.#binary(opcode, a, b as Reg<K> | number, into);
   }
 
-  /** Floats: rounded to nearest. Integers: the low half of the product. */
-  mul<K extends IntegerKind | FloatKind>(a: Reg<K>, b: Value<NoInfer<K>>, into?: Reg<NoInfer<K>>): Reg<K> {
-    const lo = a.kind === 's32' || a.kind === 'u32' || a.kind === 'u64' ? '.lo' : '';
-    return this.#binary(`mul${lo}.${PTX_TYPE[a.kind]}`, a, b as Reg<K> | number, into);
+  /** Floats: rounded. Integers: the low half of the product. */
+  mul<K extends IntegerKind | FloatKind>(
+    a: Reg<K>,
+    b: Value<NoInfer<K>>,
+    into?: Reg<NoInfer<K>>,
+    rounding: Rounding = 'rn',
+  ): Reg<K> {
+    const how = a.kind === 's32' || a.kind === 'u32' || a.kind === 'u64' ? '.lo' : this.#rounded(a.kind, rounding);
+    return this.#binary(`mul${how}.${PTX_TYPE[a.kind]}`, a, b as Reg<K> | number, into);
   }
 
   /** a * b + c, rounded once. */
-  fma<K extends FloatKind>(a: Reg<K>, b: Value<NoInfer<K>>, c: Value<NoInfer<K>>, into?: Reg<NoInfer<K>>): Reg<K> {
+  fma<K extends FloatKind>(
+    a: Reg<K>,
+    b: Value<NoInfer<K>>,
+    c: Value<NoInfer<K>>,
+    into?: Reg<NoInfer<K>>,
+    rounding: Rounding = 'rn',
+  ): Reg<K> {
     const d = into ?? this.reg(a.kind);
     const [bOperand, cOperand] = [this.#operand(a.kind, b as Reg<K>), this.#operand(a.kind, c as Reg<K>)];
-    this.emit(`fma.rn.${PTX_TYPE[a.kind]}`, [d], [a, bOperand, cOperand]);
+    this.emit(`fma${this.#rounded(a.kind, rounding)}.${PTX_TYPE[a.kind]}`, [d], [a, bOperand, cOperand]);
     return d;
   }
 

@@ -93,6 +93,7 @@ class Emitter {
     const [d] = outputs as [Operand];
     const [a, b, c] = inputs as [Operand, Operand, Operand];
     const out = (as: 'u' | 'i' | 'f') => this.value(d, as);
+    const directed = { rp: 'roundUp', rm: 'roundDown' }[parts[1] as string];
     const view = type === 'f32' ? 'f' : type.startsWith('s') ? 'i' : 'u';
     const [x, y, z] = [a, b, c].map((operand) =>
       operand?.type === 'reg' || operand?.type === 'immediate' ? this.value(operand, view) : '',
@@ -108,17 +109,21 @@ class Emitter {
           return `{const s=${x}${sign}${y};const c=Math.floor(s/4294967296);u[${high}+l]=${this.high(a)}${sign}${this.high(b)}+c;u[${low}+l]=s;}`;
         }
         if (type === 'f16x2') return `${out('u')}=R.halves((p,q)=>p${sign}q,${x},${y});`;
+        // A float64 sum, rounded again by the store, is the float32 sum; directed roundings need to know what it left out.
+        if (directed !== undefined) return `${out('f')}=R.${directed}(R.fusedSum(1,${x},${sign}${y}));`;
         return `${out(view)}=${x}${sign}${y};`;
       }
       case 'mul':
-        if (type === 'f32') return `${out('f')}=${x}*${y};`;
+        // A product of float32 values is exact in float64.
+        if (type === 'f32') return `${out('f')}=${directed === undefined ? '' : `R.${directed}`}(${x}*${y});`;
         if (type === 'f16x2') return `${out('u')}=R.halves((p,q)=>p*q,${x},${y});`;
         if (parts[1] === 'wide') return this.setBig(d, `BigInt(${x})*BigInt(${y})`);
         if (parts[1] === 'hi') return `${out('u')}=Number((BigInt(${x})*BigInt(${y}))>>32n);`;
         if (type === 'u64') return this.setBig(d, `${this.big(a)}*${this.big(b)}`);
         return `${out('i')}=Math.imul(${x},${y});`;
       case 'fma':
-        if (type === 'f32') return `${out('f')}=${x}*${y}+${z};`;
+        if (type === 'f32')
+          return `${out('f')}=${directed === undefined ? '' : `R.${directed}`}(R.fusedSum(${x},${y},${z}));`;
         if (type === 'f16x2') return `${out('u')}=R.halves((p,q,r)=>p*q+r,${x},${y},${z});`;
         return undefined;
       case 'mad':

@@ -176,6 +176,51 @@ describe('instructions', () => {
     }
   });
 
+  test('float arithmetic rounds once, in the direction asked for', () => {
+    const one = 1 + 2 ** -23;
+    // a, b, c and what a * b + c is: rounded to nearest, up and down.
+    const cases = [
+      [one, one, 0, 1 + 2 ** -22, 1 + 3 * 2 ** -23, 1 + 2 ** -22],
+      [-one, one, 0, -1 - 2 ** -22, -1 - 2 ** -22, -1 - 3 * 2 ** -23],
+      // Exactly between two floats, but for a term far below float64's last bit.
+      [1, 1 + 2 ** -23, 2 ** -24, 1 + 2 ** -22, 1 + 2 ** -22, one],
+      [one, 2 ** -24 * one, 1, one, one, 1],
+      [2 ** -60, 2 ** -60, one, one, 1 + 2 ** -22, one],
+      [2 ** -60, -(2 ** -60), one, one, one, 1],
+      [2 ** 100, 2 ** 100, 0, Number.POSITIVE_INFINITY, Number.POSITIVE_INFINITY, (2 - 2 ** -23) * 2 ** 127],
+      [2 ** -140, 2 ** -140, 0, 0, 2 ** -149, 0],
+    ];
+    const table = Float32Array.from(cases.flatMap((row) => row.slice(0, 3)));
+    const input = new Uint8Array(4 * 3 * 32);
+    input.set(new Uint8Array(table.buffer));
+    const threads = 32;
+    const roundings = ['rn', 'rp', 'rm'] as const;
+    const view = run(
+      (b, out, thread, source) => {
+        const at = b.add(source, b.as(b.mulWide(thread, 12), 'global'));
+        const [x, y, z] = [0, 4, 8].map((offset) => b.ld('f32', at, offset)) as [Reg<'f32'>, Reg<'f32'>, Reg<'f32'>];
+        const own = b.add(out, b.as(b.mulWide(thread, 36), 'global'));
+        roundings.forEach((rounding, i) => {
+          b.st(b.fma(x, y, z, undefined, rounding), own, 4 * i);
+          b.st(b.mul(x, y, undefined, rounding), own, 12 + 4 * i);
+          b.st(b.sub(x, y, undefined, rounding), own, 24 + 4 * i);
+        });
+      },
+      { threads, input, words: threads * 9 },
+    );
+    cases.forEach(([a = 0, b = 0, c = 0, ...fused], i) => {
+      const results = (first: number) => [0, 4, 8].map((at) => view.getFloat32(36 * i + first + at, true));
+      const [product, difference] = [results(12), results(24)];
+      expect(results(0), `${a} * ${b} + ${c}`).toEqual(fused);
+      expect(product[0]).toBe(Math.fround(a * b));
+      expect(product[1]).toBeGreaterThanOrEqual(a * b);
+      expect(product[2]).toBeLessThanOrEqual(a * b);
+      expect(difference[0]).toBe(Math.fround(a - b));
+      expect(difference[1]).toBeGreaterThanOrEqual(a - b);
+      expect(difference[2]).toBeLessThanOrEqual(a - b);
+    });
+  });
+
   test('float conversions round as PTX says', () => {
     const values = [0.1, 65504, 65520, 1e-8, 448, 500, -0.0146, Number.POSITIVE_INFINITY];
     const input = new Uint8Array(Float32Array.from(values).buffer);

@@ -311,6 +311,41 @@ export function halves(f: (...values: number[]) => number, ...registers: number[
   return (low | (high << 16)) >>> 0;
 }
 
+const doubleBits = new DataView(new ArrayBuffer(8));
+
+/**
+ * a * b + c in float64, for float32 values, such that rounding it to float32 in any direction rounds the exact sum: where the
+ * sum does not fit in float64, its last bit is set to say so (rounding to odd).
+ */
+export function fusedSum(a: number, b: number, c: number): number {
+  const product = a * b; // exact
+  const sum = product + c;
+  const back = sum - product;
+  const rest = product - (sum - back) + (c - back);
+  if (rest === 0 || Number.isNaN(rest)) return sum;
+  doubleBits.setFloat64(0, sum);
+  const low = doubleBits.getInt32(4);
+  if ((low & 1) === 1) return sum;
+  // An even last bit is not at an end of its word: one more never carries; one less may.
+  if (rest > 0 === sum > 0) doubleBits.setInt32(4, low | 1);
+  else doubleBits.setBigInt64(0, doubleBits.getBigInt64(0) - 1n);
+  return doubleBits.getFloat64(0);
+}
+
+/** The least float32 that is not below a float64. */
+export function roundUp(value: number): number {
+  const rounded = Math.fround(value);
+  if (!(rounded < value)) return rounded;
+  doubleBits.setFloat32(0, rounded);
+  const bits = doubleBits.getInt32(0);
+  if (rounded === 0) doubleBits.setInt32(0, 1);
+  else doubleBits.setInt32(0, rounded > 0 ? bits + 1 : bits - 1);
+  return doubleBits.getFloat32(0);
+}
+
+/** The greatest float32 that is not above a float64. */
+export const roundDown = (value: number) => -roundUp(-value);
+
 export const maxNumber = (a: number, b: number) => (Number.isNaN(a) ? b : Number.isNaN(b) ? a : Math.max(a, b));
 export const minNumber = (a: number, b: number) => (Number.isNaN(a) ? b : Number.isNaN(b) ? a : Math.min(a, b));
 
