@@ -9,6 +9,7 @@
  */
 import { spawn, spawnSync } from 'node:child_process';
 import { availableParallelism } from 'node:os';
+import { createInterface } from 'node:readline';
 import { createProblem } from '../../src/attention/problem.ts';
 import { type Cuda, CudaBackend, type CudaDevice } from '../../src/backends/cuda/index.ts';
 import { lackedBy } from '../../src/backends/cuda/kernel-table.ts';
@@ -146,7 +147,7 @@ interface Group {
 function groupsOf(backend: CudaBackend, cuda: Cuda, targets: readonly Target[], seed: number): Group[] {
   const device = cuda.device();
   return [
-    { name: 'driver', checks: () => driverChecks(backend, cuda, device, seed), alone: false },
+    { name: 'driver', checks: () => driverChecks(backend, cuda, device, seed), alone: true },
     { name: 'golden', checks: () => goldenChecks(device.computeCapability), alone: false },
     ...targets.map((target) => ({
       name: target.name,
@@ -198,7 +199,10 @@ function argumentOf(name: string): string | undefined {
 const jobsOf = (groups: number): number =>
   Math.max(1, Math.min(groups, Number(argumentOf('--jobs') ?? Math.ceil(availableParallelism() / 2))));
 
-/** Runs a group in a process of its own and prints what it printed, at its end. */
+/** Lines of a group's process that are its results. */
+const RESULT_LINE = /^(ok|FAILED|not run| {8}| {4}at )/;
+
+/** Runs a group in a process of its own and prints its results as they come: a run that is cut short keeps them. */
 function child(group: Group, seed: number): Promise<Counts> {
   const filter = only === '' ? [] : ['--only', only];
   const running = spawn(process.execPath, [process.argv[1] as string, '--group', group.name, ...filter], {
@@ -207,15 +211,14 @@ function child(group: Group, seed: number): Promise<Counts> {
   });
   let printed = '';
   for (const stream of [running.stdout, running.stderr]) {
-    stream.setEncoding('utf8').on('data', (text: string) => {
-      printed += text;
+    createInterface({ input: stream }).on('line', (line) => {
+      printed += `${line}\n`;
+      if (RESULT_LINE.test(line)) console.log(line);
     });
   }
   return new Promise((resolve) => {
     running.on('close', (status, signal) => {
       const [, passed, failed] = printed.match(/(\d+) passed, (\d+) failed\s*$/) ?? [];
-      const lines = printed.split('\n').filter((line) => /^(ok|FAILED|not run| {8}| {4}at )/.test(line));
-      if (lines.length > 0) console.log(lines.join('\n'));
       if (passed !== undefined && failed !== undefined) {
         resolve({ passed: Number(passed), failed: Number(failed) });
         return;
