@@ -97,11 +97,17 @@ interface Contender {
 const repetitionsOf = ({ once }: Contender) =>
   Math.max(LEAST_REPETITIONS, Math.min(MOST_REPETITIONS, Math.floor(BUDGET / Math.max(once, 1e-3))));
 
-interface Row {
+interface Size {
   readonly headDim: number;
   readonly tokens: number;
   readonly isCausal: boolean;
-  readonly onnxruntime?: { readonly milliseconds: number; readonly tflops: number } | { readonly error: string };
+}
+
+const flopsOf = ({ headDim, tokens, isCausal }: Size) => (4 * HEADS * tokens * tokens * headDim) / (isCausal ? 2 : 1);
+const nameOf = ({ headDim, tokens, isCausal }: Size) => `D ${headDim} L ${tokens}${isCausal ? ' causal' : ''}`;
+
+interface Row extends Size {
+  onnxruntime?: { readonly milliseconds: number; readonly tflops: number } | { readonly error: string };
   readonly timings: readonly (Timing | { readonly family: Family; readonly variant: string; readonly error: string })[];
 }
 
@@ -275,10 +281,10 @@ for (const headDim of HEAD_DIMS) {
     ];
     const output = emptyGpuTensor(device, 'float16', shape);
     for (const isCausal of [false, true]) {
-      const flops = (4 * HEADS * tokens * tokens * headDim) / (isCausal ? 2 : 1);
+      const flops = flopsOf({ headDim, tokens, isCausal });
       const timings: Row['timings'][number][] = [];
       const contenders: Contender[] = [];
-      const name = `D ${headDim} L ${tokens}${isCausal ? ' causal' : ''}`;
+      const name = nameOf({ headDim, tokens, isCausal });
       for (const family of FAMILIES) {
         for (const variant of best.get(`${family} ${headDim}`) ?? variantsOf(family)) {
           try {
@@ -335,35 +341,37 @@ for (const headDim of HEAD_DIMS) {
           );
         }
       }
-      let onnxruntime: Row['onnxruntime'];
-      // Written before the peer runs: a peer that hangs takes nothing with it.
       rows.push({ headDim, tokens, isCausal, timings });
       save();
-      if (flags.peers) {
-        try {
-          const size = { heads: HEADS, tokens, headDim, isCausal };
-          const [query, key, value] = buffers as [GPUBuffer, GPUBuffer, GPUBuffer];
-          const milliseconds = await onnxruntimeMilliseconds(
-            device,
-            size,
-            { query, key, value },
-            flags.quick ? 300 : 1500,
-          );
-          onnxruntime = { milliseconds, tflops: flops / milliseconds / 1e9 };
-          console.log(`${name} onnxruntime: ${milliseconds.toFixed(3)} ms`);
-        } catch (error) {
-          const message = (error instanceof Error ? error.message : String(error)).split('\n')[0] as string;
-          onnxruntime = { error: message };
-          console.log(`${name} onnxruntime: ${message.slice(0, 200)}`);
-        }
-      }
-      if (onnxruntime !== undefined) {
-        rows[rows.length - 1] = { headDim, tokens, isCausal, onnxruntime, timings };
-        save();
-      }
     }
     for (const buffer of [...buffers, output.buffer]) buffer.destroy();
   }
+}
+
+// The peer comes last, its causal calls after the others: one that hangs takes nothing with it.
+const order = (row: Row) => Number(row.isCausal);
+for (const row of flags.peers ? [...rows].sort((a, b) => order(a) - order(b)) : []) {
+  const { headDim, tokens, isCausal } = row;
+  const name = nameOf(row);
+  const random = new Random(seed);
+  const [query, key, value] = [0, 0, 0].map((offset) => upload(normalBits(random, tokens, headDim, offset))) as [
+    GPUBuffer,
+    GPUBuffer,
+    GPUBuffer,
+  ];
+  try {
+    const size = { heads: HEADS, tokens, headDim, isCausal };
+    const budget = flags.quick ? 300 : 1500;
+    const milliseconds = await onnxruntimeMilliseconds(device, size, { query, key, value }, budget);
+    row.onnxruntime = { milliseconds, tflops: flopsOf(row) / milliseconds / 1e9 };
+    console.log(`${name} onnxruntime: ${milliseconds.toFixed(3)} ms, ${row.onnxruntime.tflops.toFixed(1)} TFLOP/s`);
+  } catch (error) {
+    const message = (error instanceof Error ? error.message : String(error)).split('\n')[0] as string;
+    row.onnxruntime = { error: message };
+    console.log(`${name} onnxruntime: ${message.slice(0, 200)}`);
+  }
+  save();
+  for (const buffer of [query, key, value]) buffer.destroy();
 }
 // onnxruntime's session and Dawn's threads would keep the process alive.
 process.exit(0);
