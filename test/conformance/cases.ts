@@ -512,18 +512,31 @@ const extremes = [
     options: { returnLse: true },
   }),
   // Scores reach from 128 to 8e6 at the larger magnitudes: a factor taken before the difference leaves no fraction there.
-  ...[4, 100, 300, 1000].map((magnitude) =>
-    dense('extreme', `one key wins each row, q and k of magnitude ${magnitude}`, {
-      bound: 'algorithm',
-      edit: ({ q, k }, { lq, lk, d, heads }, random) => {
-        const key = random.normals(heads * lk * d, magnitude);
-        k.set(key);
-        fill(q, (i) => {
-          const [head, row] = [Math.floor(i / (lq * d)), Math.floor(i / d) % lq];
-          return key[(head * lk + ((row * 7) % lk)) * d + (i % d)] as number;
-        });
-      },
-    }),
+  ...(
+    [
+      [{}, ''],
+      [{ lq: 20, lk: 70, d: 32 }, ', few queries'],
+      [
+        { lq: 20, lk: 70, d: 32, mask: ({ lq, lk }, random) => place(random.normals(lq * lk), [lq, lk], 'float32') },
+        ', a mask is added',
+      ],
+      [{ lq: 20, lk: 70, d: 32, options: { softcap: 1e6 } }, ', softcap'],
+    ] satisfies [Dense, string][]
+  ).flatMap(([shape, what]) =>
+    [4, 100, 300, 1000].map((magnitude) =>
+      dense('extreme', `one key wins each row, q and k of magnitude ${magnitude}${what}`, {
+        ...shape,
+        bound: 'algorithm',
+        edit: ({ q, k }, { lq, lk, d, heads }, random) => {
+          const key = random.normals(heads * lk * d, magnitude);
+          k.set(key);
+          fill(q, (i) => {
+            const [head, row] = [Math.floor(i / (lq * d)), Math.floor(i / d) % lq];
+            return key[(head * lk + ((row * 7) % lk)) * d + (i % d)] as number;
+          });
+        },
+      }),
+    ),
   ),
 ];
 

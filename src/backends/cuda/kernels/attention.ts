@@ -31,8 +31,17 @@ import {
 /** Keys of a tile. */
 export const BLOCK_K = 64;
 
+/**
+ * Exponents are (1.5 * 2^23 + q.k) * scale plus a term of that size, whose rounding shifts those of a tile by up to the scale.
+ * Above this it would show in P: there exponents are made another way.
+ */
+const COARSE_SCALE = 2 ** -7;
+
 /** Added to the exponent where P is E4M3, so that a row's maximum becomes the format's. */
 const LOG2_E4M3_MAX = Math.log2(448);
+
+/** A maximum above this, in base 2, leaves too few bits of a sum with {@link LOG2_E4M3_MAX}. */
+const COARSE_MAX = 2 ** 12;
 
 export interface AttentionConfig {
   readonly target: Target;
@@ -461,6 +470,7 @@ export function attention(config: AttentionConfig): Kernel {
       }
     }
   };
+  const exponentOffset = pvFormat === 'e4m3' ? LOG2_E4M3_MAX : 0;
   const cooked = config.softcap || config.smoothQ || (config.mask !== 'none' && config.mask !== 'boolean');
 
   const parkedDestinations = () => {
@@ -555,9 +565,22 @@ export function attention(config: AttentionConfig): Kernel {
       }
 
       // A group of zeros has scale 0; the smallest normal keeps -Infinity * scale from being NaN and zeros zeros.
-      const scale = b.max(b.mul(parkedScale(), b.abs(keyScale)), 1.1754943508222875e-38);
+      const whole = b.max(b.mul(parkedScale(), b.abs(keyScale)), 1.1754943508222875e-38);
+      // Without its last two bits its product with 1.5 * 2^23 is exact.
+      const scale = b.as(b.and(b.as(whole, 'b32'), 0xfffffffc), 'f32');
       const negativeMagic = b.mul(scale, -MAGIC);
 
+      if (!cooked && exponentOffset === 0) {
+        b.if(b.voteAny(b.setp('gt', scale, COARSE_SCALE)), () => {
+          b.section('coarse scores are scaled');
+          // (2^23 + q.k) * scale, positive still. The zero point is exact, and so is its distance to each score: the largest
+          // score's exponent is 0.
+          const shift = b.mul(scale, -(2 ** 22));
+          eachScore((score) => b.fma(score, scale, shift, score));
+          b.mul(scale, -(2 ** 23), negativeMagic);
+          b.set(scale, 1);
+        });
+      }
       if (cooked) {
         b.section('scores in base 2: scale, mean of Q, softcap');
         if (config.smoothQ) addMeanScores(scale, negativeMagic);
@@ -625,26 +648,23 @@ export function attention(config: AttentionConfig): Kernel {
 
       b.section('running maximum');
       const newMax: Reg<'f32'>[] = [];
-      for (let r = 0; r < R; r++) {
-        const own = (scoreRegisters[r >> 1] as Reg<'s32'>[][]).flatMap((fragment) =>
-          fragment.slice(2 * (r & 1), 2 * (r & 1) + 2),
-        );
-        let largest: Reg<'f32'>;
-        if (cooked)
-          largest = maxOf(
-            own.map((s) => b.as(s, 'f32')),
-            (x, y) => b.max(x, y),
-          );
+      /** This thread's largest score of a row, as the products left it. */
+      const ownLargest = (r: number) => {
+        const own = at(scoreRegisters, r >> 1).flatMap((fragment) => fragment.slice(2 * (r & 1), 2 * (r & 1) + 2));
         // Positive floats, and -Infinity below them, order like the integers of their bits; three-input integer maxima exist.
-        else
-          largest = b.fma(
-            b.as(
-              maxOf(own, (x, y) => b.max(x, y)),
-              'f32',
-            ),
-            scale,
-            negativeMagic,
+        if (!cooked)
+          return b.as(
+            maxOf(own, (x, y) => b.max(x, y)),
+            'f32',
           );
+        return maxOf(
+          own.map((s) => b.as(s, 'f32')),
+          (x, y) => b.max(x, y),
+        );
+      };
+      for (let r = 0; r < R; r++) {
+        let largest = ownLargest(r);
+        if (!cooked) largest = b.fma(largest, scale, negativeMagic);
         largest = b.max(largest, b.shflBfly(largest, 1));
         largest = b.max(largest, b.shflBfly(largest, 2));
         newMax.push(b.max(largest, rowMax[r] as Reg<'f32'>));
@@ -681,12 +701,40 @@ export function attention(config: AttentionConfig): Kernel {
         }
       });
 
-      b.section('P = exp2(S - max)');
-      const shift = rowMax.map((max) => {
-        const negative = b.neg(finite(max));
-        return pvFormat === 'e4m3' ? b.add(negative, LOG2_E4M3_MAX) : negative;
+      b.section('what is added for the exponents');
+      const folded = rowMax.map((max) => {
+        const shift = b.neg(finite(max));
+        const terms = [...(exponentOffset === 0 ? [] : [exponentOffset]), ...(cooked ? [] : [negativeMagic])];
+        return terms.reduce<Reg<'f32'>>((sum, term) => b.add(sum, term), shift);
       });
-      const folded = cooked ? shift : shift.map((value) => b.add(value, negativeMagic));
+      if (exponentOffset !== 0) {
+        const magnitudes = rowMax.map((max) => b.abs(max));
+        const coarse = cooked
+          ? b.setp(
+              'gt',
+              maxOf(magnitudes, (x, y) => b.max(x, y)),
+              COARSE_MAX,
+            )
+          : b.setp('gt', scale, COARSE_SCALE);
+        b.if(b.voteAny(coarse), () => {
+          b.section('coarse exponents are taken from differences, before the offset is added');
+          for (let r = 0; r < R; r++) {
+            const own = cooked ? undefined : finite(ownLargest(r));
+            const max = finite(at(rowMax, r));
+            // Differences of products are exact, and the largest score has the exponent of its own maximum.
+            const share = own === undefined ? undefined : b.sub(b.fma(own, scale, b.mul(scale, -MAGIC)), max);
+            eachScore((score, row) => {
+              if (row !== r) return;
+              if (own === undefined || share === undefined) b.sub(score, max, score);
+              else b.fma(b.sub(score, own), scale, share, score);
+            });
+            b.set(at(folded, r), exponentOffset);
+          }
+          if (!cooked) b.set(scale, 1);
+        });
+      }
+
+      b.section('P = exp2(S - max)');
       eachScore((score, r) => {
         const exponent = cooked ? b.add(score, folded[r] as Reg<'f32'>) : b.fma(score, scale, folded[r] as Reg<'f32'>);
         b.ex2(exponent, score);

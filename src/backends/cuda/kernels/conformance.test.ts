@@ -7,8 +7,11 @@ import { describeConformance } from '../../../../test/conformance/vitest.ts';
 import { CUDA_TARGETS } from '../../../../test/cuda/targets.ts';
 import { createSimulatedBackend } from '../testing/simulator/backend.ts';
 
-/** Multiply-adds of the largest case that is simulated. */
-const WORK = { first: 1e6, others: 2e5 } as const;
+/** Multiply-adds of the largest case that is simulated; more with SIMULATED_WORK. */
+const WORK = {
+  first: Number(process.env.SIMULATED_WORK ?? 1e6),
+  others: Number(process.env.SIMULATED_WORK ?? 2e5),
+} as const;
 
 /** Compute capabilities whose kernels differ, and the kernels that are tested there. */
 const DEVICES = [
