@@ -11,7 +11,7 @@ import type {
   PreparedKeyValue,
   RunContext,
 } from '../backend.ts';
-import { prepareCall } from './calls.ts';
+import { arithmeticOf, prepareCall } from './calls.ts';
 import { availableThreads, createExecutor, type ExecutorKind } from './executor.ts';
 import type { Simd } from './geometry.ts';
 import { ACCURATE_KERNEL, INTEGER_KERNEL } from './kernels.ts';
@@ -121,7 +121,7 @@ class WasmBackendImplementation implements WasmBackend {
       kernel,
       run: async (inputs, context) => {
         const runtime = await this.#current();
-        return runtime.run(context, (lease) => prepareCall(runtime, lease, problem, kernel, inputs));
+        return runtime.run(context, (lease) => prepareCall(runtime, lease, problem, arithmeticOf(kernel), inputs));
       },
       dispose: () => {},
     };

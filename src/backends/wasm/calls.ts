@@ -15,8 +15,8 @@ import {
   type TensorView,
 } from '../../tensor/tensor.ts';
 import type { AttentionInputs, AttentionOutputs, KernelChoice } from '../backend.ts';
-import { tileGeometry } from './geometry.ts';
-import { FLAG_ACCURATE, FLAG_SMOOTH_K, FLAG_SMOOTH_V } from './job.ts';
+import { type Precision, tileGeometry } from './geometry.ts';
+import { FLAG_ACCURATE, FLAG_EXACT, FLAG_SMOOTH_K, FLAG_SMOOTH_V } from './job.ts';
 import { ACCURATE_KERNEL } from './kernels.ts';
 import {
   attendUnits,
@@ -30,13 +30,27 @@ import {
 import type { Lease, PreparedCall, Runtime } from './runtime.ts';
 import { PADDING_BYTES, stageMask, stageOperand } from './staging.ts';
 
-export function flagsOf(choice: KernelChoice): number {
-  return (
-    (choice.smoothK ? FLAG_SMOOTH_K : 0) |
-    (choice.smoothV ? FLAG_SMOOTH_V : 0) |
-    (choice.descriptor.name === ACCURATE_KERNEL.name ? FLAG_ACCURATE : 0)
-  );
+/** What a call computes with. */
+export interface Arithmetic extends Pick<KernelChoice, 'smoothK' | 'smoothV'> {
+  readonly precision: Precision;
 }
+
+export const EXACT: Arithmetic = { precision: 'exact', smoothK: false, smoothV: false };
+
+export const arithmeticOf = ({ descriptor, smoothK, smoothV }: KernelChoice): Arithmetic => ({
+  precision: descriptor.name === ACCURATE_KERNEL.name ? 'accurate' : 'integer',
+  smoothK,
+  smoothV,
+});
+
+const PRECISION_FLAGS: Readonly<Record<Precision, number>> = {
+  integer: 0,
+  accurate: FLAG_ACCURATE,
+  exact: FLAG_ACCURATE | FLAG_EXACT,
+};
+
+export const flagsOf = ({ precision, smoothK, smoothV }: Arithmetic): number =>
+  (smoothK ? FLAG_SMOOTH_K : 0) | (smoothV ? FLAG_SMOOTH_V : 0) | PRECISION_FLAGS[precision];
 
 function tensorOf(bytes: Uint8Array<ArrayBuffer>, shape: number[], dtype: DType): Tensor {
   const { buffer } = bytes;
@@ -85,15 +99,14 @@ export function prepareAttend(
   runtime: Runtime,
   lease: Lease,
   problem: AttentionProblem,
-  choice: KernelChoice,
+  arithmetic: Arithmetic,
   q: TensorView,
   attnMask: TensorView | undefined,
   sequences: readonly Sequence[],
   held: { readonly tiles: number; readonly means: number; readonly tilesPerHead: number },
 ): PreparedCall<AttentionOutputs> {
   const { headDim, valueDim, queryHeads } = problem;
-  const accurate = choice.descriptor.name === ACCURATE_KERNEL.name;
-  const geometry = tileGeometry(headDim, valueDim, runtime.simd, accurate);
+  const geometry = tileGeometry(headDim, valueDim, runtime.simd, arithmetic.precision);
   const staged = stageOperand(q, problem.q, {
     ...extentOf(problem, 'queryLength'),
     heads: queryHeads,
@@ -111,7 +124,7 @@ export function prepareAttend(
     ...{ out, lse, k: 0, v: 0, tail: 0, mask: mask.address, tiles: held.tiles, means: held.means },
     q: lease.place(staged.bytes, PADDING_BYTES),
   };
-  const settings = jobSettings(problem, geometry, flagsOf(choice), layouts);
+  const settings = jobSettings(problem, geometry, flagsOf(arithmetic), layouts);
   runtime.executor.write(address, writeRecords(address, settings, addresses, records, units));
   return { stages: [{ entry: 'attend', job: address }], units: units.length, extraScratch: 0, finish };
 }
@@ -121,12 +134,11 @@ export function prepareCall(
   runtime: Runtime,
   lease: Lease,
   problem: AttentionProblem,
-  choice: KernelChoice,
+  arithmetic: Arithmetic,
   { q, k, v, attnMask }: AttentionInputs,
 ): PreparedCall<AttentionOutputs> {
   const { headDim, valueDim, queryHeads, kvHeads } = problem;
-  const accurate = choice.descriptor.name === ACCURATE_KERNEL.name;
-  const geometry = tileGeometry(headDim, valueDim, runtime.simd, accurate);
+  const geometry = tileGeometry(headDim, valueDim, runtime.simd, arithmetic.precision);
   const keys = { ...extentOf(problem, 'keyLength'), heads: kvHeads };
   const stagedQ = stageOperand(q, problem.q, {
     ...extentOf(problem, 'queryLength'),
@@ -148,7 +160,7 @@ export function prepareCall(
     tiles: lease.allocate(tiles * geometry.bytes),
     means: lease.allocate(sequences.length * kvHeads * (geometry.headDimPadded + geometry.valueDimPadded) * 4),
   };
-  const settings = jobSettings(problem, geometry, flagsOf(choice), layouts);
+  const settings = jobSettings(problem, geometry, flagsOf(arithmetic), layouts);
   const stage = (units: ReturnType<typeof attendUnits>) => {
     const address = lease.allocate(recordBytes(sequences.length, units.length));
     runtime.executor.write(address, writeRecords(address, settings, addresses, sequences, units));

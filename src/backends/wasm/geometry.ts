@@ -22,21 +22,24 @@ export interface TileGeometry {
 
 const roundUp = (value: number, unit: number) => Math.ceil(value / unit) * unit;
 
-/** @param accurate values stay in float32 */
-export function tileGeometry(headDim: number, valueDim: number, simd: Simd, accurate: boolean): TileGeometry {
+/** What stays in float32: nothing, P and V, or also Q and K. */
+export type Precision = 'integer' | 'accurate' | 'exact';
+
+export function tileGeometry(headDim: number, valueDim: number, simd: Simd, precision: Precision): TileGeometry {
   const headDimPadded = roundUp(headDim, 8);
   const valueDimPadded = roundUp(valueDim, 8);
   const bytesPerInteger = simd === 'relaxed' ? 1 : 2;
-  const keyScales = BLOCK_K * headDimPadded * bytesPerInteger;
+  const bytesPerKey = headDimPadded * (precision === 'exact' ? 4 : bytesPerInteger);
+  const keyScales = BLOCK_K * bytesPerKey;
   const keySums = keyScales + BLOCK_K * 4;
   const values = keySums + BLOCK_K * 4;
-  const valueScales = values + BLOCK_K * valueDimPadded * (accurate ? 4 : bytesPerInteger);
+  const valueScales = values + BLOCK_K * valueDimPadded * (precision === 'integer' ? bytesPerInteger : 4);
   const flags = valueScales + valueDimPadded * 4;
   const nans = flags + 16;
   return {
     headDimPadded,
     valueDimPadded,
-    keySteps: (headDimPadded * bytesPerInteger) / 4,
+    keySteps: bytesPerKey / 4,
     keyScales,
     keySums,
     values,

@@ -6,7 +6,7 @@ import { attentionExact } from '../../reference/exact.ts';
 import { compare } from '../../reference/metrics.ts';
 import { toFloat32 } from '../../tensor/access.ts';
 import { type Tensor, tensor } from '../../tensor/tensor.ts';
-import { prepareCall } from './calls.ts';
+import { arithmeticOf, EXACT, prepareCall } from './calls.ts';
 import { createExecutor } from './executor.ts';
 import { ACCURATE_KERNEL, INTEGER_KERNEL } from './kernels.ts';
 import { loadModule } from './modules.ts';
@@ -24,15 +24,16 @@ test.each(['threads', 'worker', 'inline'] as const)('%s: addresses beyond 2 GiB'
     const inputs = { q: operand(), k: operand(), v: operand(), attnMask: tensor(random.normals(300), [1, 300]) };
     const { q, k, v, attnMask } = inputs;
     const problem = createProblem(q, k, v, { attnMask, returnLse: true });
-    for (const kernel of [INTEGER_KERNEL, ACCURATE_KERNEL]) {
-      const choice = chooseOptions(kernel, problem, {});
-      const { output } = await runtime.run({}, (lease) => prepareCall(runtime, lease, problem, choice, inputs));
+    const integer = arithmeticOf(chooseOptions(INTEGER_KERNEL, problem, {}));
+    const accurate = arithmeticOf(chooseOptions(ACCURATE_KERNEL, problem, {}));
+    for (const arithmetic of [integer, accurate, EXACT]) {
+      const { output } = await runtime.run({}, (lease) => prepareCall(runtime, lease, problem, arithmetic, inputs));
       const { relativeL1 } = compare(toFloat32(output as Tensor), attentionExact(problem, inputs).output);
       expect(relativeL1, `seed ${random.seed}`).toBeLessThan(0.03);
     }
     const controller = new AbortController();
     const aborted = runtime.run({ signal: controller.signal }, (lease) =>
-      prepareCall(runtime, lease, problem, chooseOptions(INTEGER_KERNEL, problem, {}), inputs),
+      prepareCall(runtime, lease, problem, integer, inputs),
     );
     controller.abort(new Error('enough'));
     await expect(aborted).rejects.toThrow('enough');

@@ -62,7 +62,7 @@ export const JOB_FLAGS = 128;
 export const JOB_SM_SCALE = 132;
 /** float32; 0: none. */
 export const JOB_SOFTCAP = 136;
-/** 4-byte steps of a packed row of K: 4 channels each, 2 in a build that keeps operands in 16-bit lanes. */
+/** 4-byte steps of a packed row of K: 4 channels each, 2 in a build that keeps operands in 16-bit lanes, 1 of float32. */
 export const JOB_K_STEPS = 140;
 /** Dv rounded up to a multiple of 8. */
 export const JOB_DV_PADDED = 144;
@@ -80,6 +80,8 @@ export const FLAG_SMOOTH_K = 1;
 export const FLAG_SMOOTH_V = 2;
 /** Q in two digits of 7 bits, P and V in float32. */
 export const FLAG_ACCURATE = 4;
+/** Q and K in float32 too, with FLAG_ACCURATE: nothing is quantized. */
+export const FLAG_EXACT = 16;
 /** The smoothing vectors are those in memory; do not compute them. */
 export const FLAG_KEEP_MEANS = 8;
 

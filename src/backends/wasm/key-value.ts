@@ -3,10 +3,9 @@ import { ExecutionError } from '../../attention/errors.ts';
 import { type AttentionProblem, sequencesOf } from '../../attention/problem.ts';
 import type { TensorView } from '../../tensor/tensor.ts';
 import type { AttentionOutputs, KernelChoice, PreparedKeyValue, RunContext } from '../backend.ts';
-import { flagsOf, prepareAttend } from './calls.ts';
+import { type Arithmetic, arithmeticOf, flagsOf, prepareAttend } from './calls.ts';
 import { type TileGeometry, tileGeometry } from './geometry.ts';
 import { BLOCK_K, FLAG_KEEP_MEANS } from './job.ts';
-import { ACCURATE_KERNEL } from './kernels.ts';
 import { jobSettings, prepareUnits, recordBytes, tilesOf, writeRecords } from './records.ts';
 import type { Runtime } from './runtime.ts';
 import { PADDING_BYTES, stageOperand } from './staging.ts';
@@ -16,7 +15,7 @@ const LEAST_TILES = 2;
 
 export class WasmKeyValue implements PreparedKeyValue {
   readonly #runtime: Runtime;
-  readonly #choice: KernelChoice;
+  readonly #arithmetic: Arithmetic;
   readonly #geometry: TileGeometry;
   /** Heads of all sequences. */
   readonly #pairs: number;
@@ -35,13 +34,8 @@ export class WasmKeyValue implements PreparedKeyValue {
 
   constructor(runtime: Runtime, problem: AttentionProblem, choice: KernelChoice) {
     this.#runtime = runtime;
-    this.#choice = choice;
-    this.#geometry = tileGeometry(
-      problem.headDim,
-      problem.valueDim,
-      runtime.simd,
-      choice.descriptor.name === ACCURATE_KERNEL.name,
-    );
+    this.#arithmetic = arithmeticOf(choice);
+    this.#geometry = tileGeometry(problem.headDim, problem.valueDim, runtime.simd, this.#arithmetic.precision);
     const { headDimPadded, valueDimPadded } = this.#geometry;
     this.#pairs = problem.batch * problem.kvHeads;
     this.#meanBytes = this.#pairs * (headDimPadded + valueDimPadded) * 4;
@@ -138,7 +132,7 @@ export class WasmKeyValue implements PreparedKeyValue {
             start,
           }));
           const units = prepareUnits(sequences, kvHeads);
-          const flags = flagsOf(this.#choice) | (start > 0 ? FLAG_KEEP_MEANS : 0);
+          const flags = flagsOf(this.#arithmetic) | (start > 0 ? FLAG_KEEP_MEANS : 0);
           const address = lease.allocate(recordBytes(sequences.length, units.length));
           const records = writeRecords(
             address,
@@ -183,7 +177,7 @@ export class WasmKeyValue implements PreparedKeyValue {
         // Calls that waited their turn may find what an earlier one left.
         this.#assertIntact();
         const sequences = sequencesOf(problem);
-        return prepareAttend(this.#runtime, lease, problem, this.#choice, q, attnMask, sequences, {
+        return prepareAttend(this.#runtime, lease, problem, this.#arithmetic, q, attnMask, sequences, {
           tiles: this.#tiles,
           means: this.#means,
           tilesPerHead: this.#capacity,

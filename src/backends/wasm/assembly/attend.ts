@@ -11,6 +11,7 @@ import {
   BLOCK_Q,
   DTYPE_BOOL,
   FLAG_ACCURATE,
+  FLAG_EXACT,
   FLAG_SMOOTH_V,
   JOB_D,
   JOB_DTYPE,
@@ -64,11 +65,13 @@ import {
 import { exp2, larger, log, madd, maxOf, storeConstants, sumOf, tanh4, toIntegers } from './arithmetic.ts';
 import { elementShift, load4, loadElement, loadRow, storeRow } from './elements.ts';
 import { LEAST_SCALE, rowMaximum } from './prepare.ts';
-import { addValuesFloat, addValuesInteger, scoreRows } from './products.ts';
+import { addValuesFloat, addValuesInteger, scoreRows, scoreRowsFloat } from './products.ts';
 import {
+  EXACT_Q_ROW_BYTES,
   P_ROW_BYTES,
   Q_ROW_BYTES,
   SCRATCH_CONSTANTS,
+  SCRATCH_EXACT_Q,
   SCRATCH_MAXIMA,
   SCRATCH_OUT,
   SCRATCH_P,
@@ -256,6 +259,7 @@ export function attendUnit(job: usize, unit: usize, scratch: usize): void {
   const kvHead = head / (load<i32>(job, JOB_QUERY_HEADS) / kvHeads);
   const flags = load<i32>(job, JOB_FLAGS);
   const accurate = (flags & FLAG_ACCURATE) != 0;
+  const exact = (flags & FLAG_EXACT) != 0;
   const dtype = load<i32>(job, JOB_DTYPE);
   const shift = elementShift(dtype);
   const d = load<i32>(job, JOB_D);
@@ -290,9 +294,15 @@ export function attendUnit(job: usize, unit: usize, scratch: usize): void {
       // Divided before it is added: the range of a row may be beyond float32.
       step = load<f32>(scratch + SCRATCH_RANGE) / levels + load<f32>(scratch + SCRATCH_RANGE, 4) / levels;
     }
-    const scale: f32 = valid && most > 0 ? max(step, LEAST_SCALE) : 0;
+    const scale: f32 = exact ? <f32>1 : valid && most > 0 ? max(step, LEAST_SCALE) : <f32>0;
     let inverse: f32 = scale > 0 ? <f32>1 / scale : 0;
     if (smScale < 0) inverse = -inverse;
+    if (exact) {
+      const target = scratch + SCRATCH_EXACT_Q + <usize>r * EXACT_Q_ROW_BYTES;
+      for (let i: usize = 0; i < <usize>dPadded << 2; i += 16) {
+        v128.store(target + i, f32x4.mul(v128.load(row + i), f32x4.splat(inverse)));
+      }
+    }
     let zero: i32 = 0;
     if (ASC_FEATURE_RELAXED_SIMD) {
       // What becomes the least element, by the same rounding as all others: it goes to 0.
@@ -300,7 +310,7 @@ export function attendUnit(job: usize, unit: usize, scratch: usize): void {
       zero = i32x4.extract_lane(toIntegers(f32x4.splat(least)), 0);
       store<i32>(stat + SCRATCH_ROW_ZEROS, zero);
     }
-    quantizeQuery(row, dPadded, packed + <usize>r * Q_ROW_BYTES, inverse, zero, accurate);
+    if (!exact) quantizeQuery(row, dPadded, packed + <usize>r * Q_ROW_BYTES, inverse, zero, accurate);
     let bias = f32x4.splat(0);
     for (let i: usize = 0; i < <usize>dPadded << 2; i += 16) {
       bias = madd(v128.load(row + i), v128.load(means + i), bias);
@@ -353,7 +363,10 @@ export function attendUnit(job: usize, unit: usize, scratch: usize): void {
       const end = min(min(start + BLOCK_K, keyLength), i + last + upper + 1);
       if (end <= start || start + BLOCK_K <= i + lower) continue;
       const keys = (end - start + 15) & ~15;
-      scoreRows(
+      if (exact) {
+        const exactRows = scratch + SCRATCH_EXACT_Q + <usize>r * EXACT_Q_ROW_BYTES;
+        scoreRowsFloat(exactRows, tile, dPadded, keys, tile + kScales, scores);
+      } else scoreRows(
         packed + <usize>r * Q_ROW_BYTES, tile, steps, digits, keys, tile + kScales, tile + kSums,
         scratch + SCRATCH_ROW_ZEROS + (<usize>r << 2), scores,
       );

@@ -4,11 +4,12 @@
  * A tile's keys: for every 8 keys and every step of 4 bytes of channels, two vectors of 4 keys each, so that the product
  * with a splat step of Q is a sum over channels for 4 keys at once. Its values: for every 8 channels and every step of 4
  * bytes of tokens, two vectors of 4 channels each. A step is 4 elements of 8 bits in the relaxed build, 2 of 16 bits in
- * the other, and for float32 values 1.
+ * the other, and 1 of what stays in float32.
  */
 import {
   BLOCK_K,
   FLAG_ACCURATE,
+  FLAG_EXACT,
   FLAG_KEEP_MEANS,
   FLAG_SMOOTH_K,
   FLAG_SMOOTH_V,
@@ -172,8 +173,8 @@ function subtractRow(row: usize, vector: usize, padded: i32): void {
   }
 }
 
-/** One key, in float32 at `row`, to its place in the tile. */
-function quantizeKey(job: usize, tile: usize, key: i32, row: usize, padded: i32): void {
+/** One key, in float32 at `row`, to its place in the tile: in integers, or as it is where nothing is quantized. */
+function packKey(job: usize, tile: usize, key: i32, row: usize, padded: i32, exact: boolean): void {
   const steps = <usize>load<i32>(job, JOB_K_STEPS);
   const scaleAt = tile + load<usize>(job, JOB_TILE_K_SCALES) + (<usize>key << 2);
   const most = rowMaximum(row, padded);
@@ -184,11 +185,16 @@ function quantizeKey(job: usize, tile: usize, key: i32, row: usize, padded: i32)
     store<i32>(flags, load<i32>(flags) | TILE_NAN_KEY);
     return;
   }
+  let target = tile + <usize>(key >> 3) * steps * 32 + (<usize>(key & 7) << 2);
+  if (exact) {
+    store<f32>(scaleAt, 1);
+    for (let i: usize = 0; i < <usize>padded; i++, target += 32) store<f32>(target, load<f32>(row + (i << 2)));
+    return;
+  }
   const scale: f32 = most == 0 ? 0 : max(most / K_LEVELS, LEAST_SCALE);
   store<f32>(scaleAt, scale);
   if (most == 0) return;
   const inverse = f32x4.splat(<f32>1 / scale);
-  let target = tile + <usize>(key >> 3) * steps * 32 + (<usize>(key & 7) << 2);
   let sum = i32x4.splat(0);
   for (let i = 0; i < padded; i += 8) {
     const low = toIntegers(f32x4.mul(v128.load(row + (<usize>i << 2)), inverse));
@@ -355,7 +361,7 @@ export function prepareUnit(job: usize, unit: usize, scratch: usize): void {
       }
       loadRow(k + <usize>(t - start) * kStride, dtype, d, row, dPadded);
       if (flags & FLAG_SMOOTH_K) subtractRow(row, kMean, dPadded);
-      quantizeKey(job, tile, key, row, dPadded);
+      packKey(job, tile, key, row, dPadded, (flags & FLAG_EXACT) != 0);
       // The row goes through scratch: loads may reach beyond its end, and the next one belongs there.
       loadRow(v + <usize>(t - start) * vStride, dtype, dv, row, dvPadded);
       const most = rowMaximum(row, dvPadded);

@@ -4,7 +4,7 @@
  */
 import { BLOCK_K } from '../job.ts';
 import { madd } from './arithmetic.ts';
-import { P_ROW_BYTES, Q_ROW_BYTES } from './scratch.ts';
+import { EXACT_Q_ROW_BYTES, P_ROW_BYTES, Q_ROW_BYTES } from './scratch.ts';
 
 /** `c + a . b`: each lane sums over the 4 bytes of its step. `b` holds -127..127 and `a` 0..127 in the relaxed build. */
 // @ts-ignore: decorator
@@ -115,6 +115,54 @@ export function scoreRows(
     v128.store(scores, f32x4.mul(f32x4.convert_i32x4_s(c31), s1), BLOCK_K * 12 + 16);
     scales += 32;
     sums += 32;
+    scores += 32;
+  }
+}
+
+/** Scores of four rows of Q against `keys` keys (a multiple of 8) of a tile, all float32, as {@link scoreRows}. */
+export function scoreRowsFloat(q: usize, tile: usize, channels: i32, keys: i32, scales: usize, scores: usize): void {
+  let b = tile;
+  for (let key = 0; key < keys; key += 8) {
+    let c00 = f32x4.splat(0);
+    let c01 = c00;
+    let c10 = c00;
+    let c11 = c00;
+    let c20 = c00;
+    let c21 = c00;
+    let c30 = c00;
+    let c31 = c00;
+    let a0 = q;
+    let n = channels;
+    do {
+      const b0 = v128.load(b);
+      const b1 = v128.load(b, 16);
+      let a = v128.load32_splat(a0);
+      c00 = madd(b0, a, c00);
+      c01 = madd(b1, a, c01);
+      a = v128.load32_splat(a0, EXACT_Q_ROW_BYTES);
+      c10 = madd(b0, a, c10);
+      c11 = madd(b1, a, c11);
+      a = v128.load32_splat(a0, 2 * EXACT_Q_ROW_BYTES);
+      c20 = madd(b0, a, c20);
+      c21 = madd(b1, a, c21);
+      a = v128.load32_splat(a0, 3 * EXACT_Q_ROW_BYTES);
+      c30 = madd(b0, a, c30);
+      c31 = madd(b1, a, c31);
+      a0 += 4;
+      b += 32;
+    } while (--n);
+    // 1, or NaN for a key that holds one.
+    const s0 = v128.load(scales);
+    const s1 = v128.load(scales, 16);
+    v128.store(scores, f32x4.mul(c00, s0));
+    v128.store(scores, f32x4.mul(c01, s1), 16);
+    v128.store(scores, f32x4.mul(c10, s0), BLOCK_K * 4);
+    v128.store(scores, f32x4.mul(c11, s1), BLOCK_K * 4 + 16);
+    v128.store(scores, f32x4.mul(c20, s0), BLOCK_K * 8);
+    v128.store(scores, f32x4.mul(c21, s1), BLOCK_K * 8 + 16);
+    v128.store(scores, f32x4.mul(c30, s0), BLOCK_K * 12);
+    v128.store(scores, f32x4.mul(c31, s1), BLOCK_K * 12 + 16);
+    scales += 32;
     scores += 32;
   }
 }

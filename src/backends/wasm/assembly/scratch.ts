@@ -28,6 +28,9 @@ export const SCRATCH_P: usize = 21504;
 export const P_ROW_BYTES: usize = 512;
 /** Output of the unit's rows before division by the sum, float32. */
 export const SCRATCH_OUT: usize = 23552;
+/** Rows of Q in float32, where nothing is quantized: attending, which comes after preparation. */
+export const SCRATCH_EXACT_Q: usize = 65536;
+export const EXACT_Q_ROW_BYTES: usize = 1024;
 /** Preparation: a tile of V in float32, where the caller keeps none. */
 export const SCRATCH_VALUES: usize = 65536;
 /** Preparation: one byte per key, nonzero where some row sees it. */

@@ -1,0 +1,59 @@
+/**
+ * Exact attention in float32 SIMD on worker threads: what benches compare the quantized kernels with. It is those kernels'
+ * code with nothing quantized. No part of the package's interface.
+ */
+import { type AttentionOptions, validateOptions } from '../../attention/options.ts';
+import { createProblem } from '../../attention/problem.ts';
+import type { Tensor } from '../../tensor/tensor.ts';
+import type { AttentionInputs, AttentionOutputs, RunContext } from '../backend.ts';
+import { EXACT, prepareCall } from './calls.ts';
+import { availableThreads, createExecutor } from './executor.ts';
+import type { Simd } from './geometry.ts';
+import { loadModule } from './modules.ts';
+import { Runtime } from './runtime.ts';
+
+const HONOURED = [
+  'tensorLayout',
+  'isCausal',
+  'causalAlignment',
+  'smScale',
+  'softcap',
+  'windowSize',
+  'attnMask',
+  'returnLse',
+] as const;
+
+export interface ExactAttentionOptions extends Pick<AttentionOptions, (typeof HONOURED)[number]> {
+  /** Worker threads; default: one for each processor. */
+  readonly threads?: number;
+  /** Default `'auto'`, as the backend's. */
+  readonly simd?: 'auto' | Simd;
+}
+
+export interface ExactAttention {
+  run(context?: RunContext): Promise<AttentionOutputs>;
+  /** Ends its threads. */
+  dispose(): Promise<void>;
+}
+
+/**
+ * Exact attention over tensors of this process, with every option of `sageattn` that changes its meaning.
+ *
+ * @param inputs q `[B,Hq,Lq,D]` (HND) or `[B,Lq,Hq,D]` (NHD), k `[B,Hkv,Lk,D]`, v `[B,Hkv,Lk,Dv]`
+ * @throws {InvalidArgumentError} naming the argument at fault
+ */
+export async function createExactAttention(
+  inputs: AttentionInputs<Tensor>,
+  { threads = availableThreads(), simd: wanted = 'auto', ...options }: ExactAttentionOptions = {},
+): Promise<ExactAttention> {
+  validateOptions(options, HONOURED);
+  const problem = createProblem(inputs.q, inputs.k, inputs.v, options);
+  const { module, simd, relaxed } = await loadModule(wanted);
+  const runtime = new Runtime(createExecutor(module, threads), simd, relaxed);
+  const { attnMask } = options;
+  const operands = attnMask === undefined ? inputs : { ...inputs, attnMask };
+  return {
+    run: (context = {}) => runtime.run(context, (lease) => prepareCall(runtime, lease, problem, EXACT, operands)),
+    dispose: () => runtime.executor.dispose(),
+  };
+}
