@@ -4,7 +4,7 @@ import { build } from 'esbuild';
 
 const LIMIT = 60 * 1024;
 
-/** WebGPU and CUDA are chunks of their own that the core loads when asked for them; the WASM kernels are, too, but count. */
+/** WebGPU is a chunk of its own that the core loads when asked for it; the WASM kernels are, too, but count. */
 const { outputFiles } = await build({
   stdin: {
     contents: "export * from './dist/index.js'; export { createWasmBackend } from './dist/backends/wasm/index.js';",
@@ -24,6 +24,13 @@ const { outputFiles } = await build({
 const nodeCode = outputFiles.filter(({ text }) => /(?:from|import\()\s*["']node:/.test(text));
 if (nodeCode.length > 0) {
   console.error(`the browser bundle imports Node modules: ${nodeCode.map(({ path }) => path).join(', ')}`);
+  process.exitCode = 1;
+}
+
+// The largest part of the package, and of no use there: `browser` in package.json keeps it out.
+const cudaCode = outputFiles.filter(({ text }) => text.includes('cuLaunchKernel'));
+if (cudaCode.length > 0) {
+  console.error(`the browser bundle has the CUDA backend: ${cudaCode.map(({ path }) => path).join(', ')}`);
   process.exitCode = 1;
 }
 
