@@ -99,7 +99,7 @@ function describe(value: unknown): string {
  * @param taken the options that this entry point takes
  * @throws {InvalidArgumentError} `unknown-option` or `invalid-option`
  */
-export function validateOptions(options: AttentionOptions, taken: readonly string[] = Object.keys(OPTIONS)): void {
+export function validateOptions(options: AttentionOptions, taken: readonly string[] = OPTION_NAMES): void {
   if (typeof options !== 'object' || options === null || Array.isArray(options)) {
     throw new InvalidArgumentError('invalid-option', 'options', 'an object', describe(options));
   }

@@ -6,15 +6,29 @@ const CAPACITY = 64;
 
 interface Entry {
   readonly plan: Promise<Plan>;
+  /** The plan, once it is made. */
+  made: Plan | undefined;
   users: number;
   evicted: boolean;
 }
 
-/** JSON has no Infinity, and windows use it. */
-const keyOf = (problem: AttentionProblem, { descriptor, ...choice }: KernelChoice) =>
-  JSON.stringify([descriptor.name, choice, problem], (_, value) =>
-    value === Number.POSITIVE_INFINITY ? 'Infinity' : value,
-  );
+/**
+ * Text of everything that a value holds; equal for equal values of one type. Every call is looked up with it, and
+ * `JSON.stringify` takes several times as long.
+ */
+function textOf(value: unknown): string {
+  if (typeof value !== 'object' || value === null) return `${value},`;
+  if (ArrayBuffer.isView(value)) return `[${value}],`;
+  let text = '{';
+  for (const name in value) text += textOf((value as Record<string, unknown>)[name]);
+  return `${text}},`;
+}
+
+function keyOf(problem: AttentionProblem, choice: KernelChoice): string {
+  const { descriptor, qkQuantGran, pvAccumDtype, smoothK, smoothV, smoothQ, ...none } = choice;
+  none satisfies Record<string, never>;
+  return `${descriptor.name},${qkQuantGran},${pvAccumDtype},${smoothK},${smoothV},${smoothQ},${textOf(problem)}`;
+}
 
 const caches = new WeakMap<Backend, Map<string, Entry>>();
 
@@ -50,11 +64,14 @@ export async function withCachedPlan<R>(
   const key = keyOf(problem, choice);
   let entry = cache.get(key);
   // The backend was disposed since; it starts again with the next call, which is this one.
-  if ((await entry?.plan.catch(() => undefined))?.ended === true && cache.get(key) === entry) evict(cache, key);
+  if (entry !== undefined) {
+    const made = entry.made ?? (await entry.plan.catch(() => undefined));
+    if (made?.ended === true && cache.get(key) === entry) evict(cache, key);
+  }
   entry = cache.get(key);
   if (entry === undefined) {
     // The cache itself is a user, until the entry is evicted.
-    entry = { plan: backend.plan(problem, choice), users: 1, evicted: false };
+    entry = { plan: backend.plan(problem, choice), made: undefined, users: 1, evicted: false };
   }
   // A Map iterates in order of insertion: reinserting makes the first key the one used longest ago.
   cache.delete(key);
@@ -64,7 +81,8 @@ export async function withCachedPlan<R>(
     evict(cache, cache.keys().next().value as string);
   }
   try {
-    return await use(await entry.plan);
+    entry.made ??= await entry.plan;
+    return await use(entry.made);
   } catch (error) {
     // A plan that failed may hold a lost device: the next call makes a new one.
     if (cache.get(key) === entry) evict(cache, key);

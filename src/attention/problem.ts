@@ -193,6 +193,19 @@ function requireSame(
   }
 }
 
+/** k and v must be of q's dtype, and where q is. */
+function requireAlike(argument: string, q: TensorView, view: TensorView): void {
+  if (q.dtype !== view.dtype) requireSame(`${argument}.dtype`, 'dtype', q.dtype, view.dtype, 'invalid-dtype');
+  requireSame(argument, 'location', q.location, view.location, 'mixed-locations');
+  requireSame(argument, 'device', q.device ?? 0, view.device ?? 0, 'mixed-locations');
+}
+
+function validateHeadDim(argument: string, size: number): void {
+  if (size < 1 || size > MAX_HEAD_DIM) {
+    throw new InvalidArgumentError('unsupported-size', argument, `a head dim from 1 to ${MAX_HEAD_DIM}`, String(size));
+  }
+}
+
 function operandLayout(view: TensorView, layout: TensorLayout): OperandLayout {
   const [batchStride, second, third] = view.strides as [number, number, number, number];
   return layout === 'HND'
@@ -250,14 +263,8 @@ function normalize(
   layouts: Pick<AttentionProblem, 'q' | 'k' | 'v' | 'sequences' | 'tensorLayout'>,
 ): AttentionProblem {
   const { batch, queryHeads, kvHeads, queryLength, keyLength } = dimensions;
-  for (const [argument, view] of [
-    ['k', k],
-    ['v', v],
-  ] as const) {
-    requireSame(`${argument}.dtype`, 'dtype', q.dtype, view.dtype, 'invalid-dtype');
-    requireSame(argument, 'location', q.location, view.location, 'mixed-locations');
-    requireSame(argument, 'device', q.device ?? 0, view.device ?? 0, 'mixed-locations');
-  }
+  requireAlike('k', q, k);
+  requireAlike('v', q, v);
   if (kvHeads === 0 ? queryHeads !== 0 : queryHeads % kvHeads !== 0) {
     throw new InvalidArgumentError(
       'invalid-shape',
@@ -268,19 +275,8 @@ function normalize(
   }
   const headDim = q.shape.at(-1) as number;
   const valueDim = v.shape.at(-1) as number;
-  for (const [argument, size] of [
-    ['q', headDim],
-    ['v', valueDim],
-  ] as const) {
-    if (size < 1 || size > MAX_HEAD_DIM) {
-      throw new InvalidArgumentError(
-        'unsupported-size',
-        argument,
-        `a head dim from 1 to ${MAX_HEAD_DIM}`,
-        String(size),
-      );
-    }
-  }
+  validateHeadDim('q', headDim);
+  validateHeadDim('v', valueDim);
   requireSame('k', 'head dim', headDim, k.shape.at(-1), 'invalid-shape');
 
   const [left, right] = options.windowSize ?? [-1, -1];
@@ -289,9 +285,18 @@ function normalize(
     requireSame('options.attnMask', 'location', q.location, mask.location, 'mixed-locations');
     requireSame('options.attnMask', 'device', q.device ?? 0, mask.device ?? 0, 'mixed-locations');
   }
+  // Named one by one: this runs in every call, and V8 spreads objects slowly.
   return {
-    ...dimensions,
-    ...layouts,
+    batch,
+    queryHeads,
+    kvHeads,
+    queryLength,
+    keyLength,
+    q: layouts.q,
+    k: layouts.k,
+    v: layouts.v,
+    sequences: layouts.sequences,
+    tensorLayout: layouts.tensorLayout,
     headDim,
     valueDim,
     dtype: q.dtype as DType,

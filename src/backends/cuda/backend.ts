@@ -59,6 +59,8 @@ export class CudaBackend implements Backend {
   readonly #defaultDevice: number;
   readonly #planner: LaunchPlanner;
   #cuda: Promise<Cuda> | undefined;
+  /** What {@link availability} says of a driver; it is asked in every call, and only a lost device changes it. */
+  readonly #described = new WeakMap<Cuda, Record<string, string>>();
 
   constructor(options: CudaBackendOptions = {}) {
     this.#open = options.open ?? openCuda;
@@ -93,7 +95,11 @@ export class CudaBackend implements Backend {
     const none = { available: false, accelerated: false, details: {} };
     try {
       const cuda = await this.cuda();
-      const details = describe(cuda);
+      let details = this.#described.get(cuda);
+      if (details === undefined) {
+        details = describe(cuda);
+        this.#described.set(cuda, details);
+      }
       const chosen = cuda.device(this.#defaultDevice);
       const kernel = defaultKernelFor(chosen.computeCapability);
       if (kernel === undefined) {

@@ -276,7 +276,51 @@ describe('a plan', () => {
     expect(() => plan.enqueue(both(first))).toThrow(/plan has been disposed/);
     for (const { output, lse } of results) for (const view of [output, lse]) view?.memory.dispose();
     for (const view of [first, second]) view.memory.dispose();
+    // The stream keeps its scratch for the next run.
+    expect(fake.liveAllocations).toBe(1);
+    device.trimMemory();
     expect(fake.liveAllocations).toBe(0);
+  });
+
+  it('becomes a graph over addresses that come again, which few calls of the driver replay', async () => {
+    const { fake, backend, device } = open({ reuse: true });
+    const [first, second] = [upload(rows(2), device), upload(rows(2, 50), device)];
+    const plan = await backend.plan(problemOf(first), CHOICE);
+    /** Runs, and gives the output's memory back for the next run to find. */
+    const run = (q: CudaTensor) => {
+      const before = fake.calls.length;
+      const { output } = plan.enqueue(both(q));
+      const calls = fake.calls.slice(before);
+      const result = values(download(output));
+      output.memory.dispose();
+      device.stream.synchronize();
+      return { calls, result };
+    };
+    const launches = (calls: readonly string[]) => calls.filter((name) => /cu(Graph)?Launch/.test(name));
+    const GRAPH = ['cuCtxPushCurrent', 'cuMemAllocFromPoolAsync', 'cuGraphLaunch', 'cuCtxPopCurrent'];
+    for (let i = 0; i < 8; i++) {
+      expect(run(first).result).toEqual(shifted(100, 2));
+      expect(run(second).result).toEqual(shifted(100, 2, 50));
+    }
+    expect(fake.liveHandles.graphs).toBe(2);
+    // New contents at the known addresses.
+    const next = rows(2, 30).data as Float32Array;
+    device.call('cuMemcpyHtoDAsync', 'copying', first.memory.pointer, next, 32, device.stream.handle);
+    const replayed = run(first);
+    expect(replayed.result).toEqual(shifted(100, 2, 30));
+    expect(replayed.calls).toEqual(GRAPH);
+    // Unknown addresses are launched as ever, and those used longest ago make room for them.
+    const others = Array.from({ length: 4 }, (_, i) => upload(rows(2, i), device));
+    others.forEach((other, i) => {
+      const { calls, result } = run(other);
+      expect(result).toEqual(shifted(100, 2, i));
+      expect(launches(calls)).toEqual(['cuLaunchKernel', 'cuLaunchKernel']);
+    });
+    expect(fake.liveHandles.graphs).toBe(0);
+    for (let i = 0; i < 4; i++) run(others[0] as CudaTensor);
+    expect(fake.liveHandles.graphs).toBe(1);
+    plan.dispose();
+    expect(fake.liveHandles.graphs).toBe(0);
   });
 
   it('keeps what a run needs, though plan and inputs are disposed before it has happened', async () => {
@@ -395,7 +439,7 @@ describe('a plan', () => {
 
 describe('CPU tensors', () => {
   it('are uploaded and read back, through sageattn too', async () => {
-    const { fake, backend } = setup;
+    const { fake, backend, device } = setup;
     await setBackend(backend);
     const q = rows(3);
     const mask = tensor(Float32Array.of(0, 1000), [1, 1, 1, 1], { offset: 1 });
@@ -403,15 +447,17 @@ describe('CPU tensors', () => {
     expect(output.location).toBe('cpu');
     expect(values(output)).toEqual(shifted(1100, 3));
     expect([lse.shape, values(lse)[0]]).toEqual([[1, 1, 3], 42]);
+    device.trimMemory();
     // What is left is the cached plan's constants.
     expect(fake.liveAllocations).toBe(1);
     const strided = place(Float32Array.from(shifted(0, 3)), [1, 1, 3, 4], 'float32', [50, 50, 7, 1], 21);
     expect(values(await sageattn(strided, strided, strided, { backend: 'cuda' }))).toEqual(shifted(100, 3));
+    device.trimMemory();
     expect(fake.liveAllocations).toBe(2);
   });
 
   it('leave nothing behind when the call is aborted', async () => {
-    const { fake, backend } = setup;
+    const { fake, backend, device } = setup;
     const q = rows(3);
     const plan = await backend.plan(problemOf(q), CHOICE);
     const controller = new AbortController();
@@ -419,6 +465,7 @@ describe('CPU tensors', () => {
     controller.abort(new Error('enough'));
     await expect(running).rejects.toThrow('enough');
     await expect(plan.run({ q, k: q, v: q }, { signal: controller.signal })).rejects.toThrow('enough');
+    device.trimMemory();
     expect(fake.liveAllocations).toBe(1);
   });
 });
@@ -445,6 +492,7 @@ describe('a captured call', () => {
     expect(() => captured.launch()).toThrow(/disposed/);
     q.memory.dispose();
     direct.memory.dispose();
+    device.trimMemory();
     expect(fake.liveAllocations).toBe(1);
     expect(fake.liveHandles.graphs).toBe(0);
   });
@@ -564,6 +612,7 @@ describe('failures of the driver', () => {
       }
     } finally {
       there.memory.dispose();
+      device.trimMemory();
     }
   }
 

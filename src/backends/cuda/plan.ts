@@ -61,6 +61,18 @@ export function streamOf(device: CudaDevice, handle: StreamHandle | undefined): 
   return stream;
 }
 
+/** Sets of addresses that a plan remembers: a program that frees what it allocates gets the same ones again. */
+const REMEMBERED_RUNS = 4;
+/** Runs over the same addresses before they are captured: making a graph takes as long as dozens of launches. */
+const RUNS_BEFORE_CAPTURE = 3;
+
+/** A run by its addresses; once it has come often enough, as a graph. */
+interface RememberedRun {
+  readonly addresses: readonly bigint[];
+  runs: number;
+  graph?: CudaGraph;
+}
+
 /** Launches bound to one device, with their constants there. Runs any number of times, on any stream. */
 export class BoundLaunches {
   readonly device: CudaDevice;
@@ -70,6 +82,8 @@ export class BoundLaunches {
   readonly #constants: DeviceMemory;
   /** Addresses of the run being enqueued; those of the constants stay. */
   readonly #addresses = new Map<BufferName, bigint>();
+  /** Latest runs, the one used longest ago first. */
+  readonly #remembered: RememberedRun[] = [];
 
   constructor(device: CudaDevice, sequence: LaunchSequence) {
     this.device = device;
@@ -113,18 +127,39 @@ export class BoundLaunches {
     if (this.#constants.byteLength > 0) this.#constants.useOn(stream);
   }
 
-  /** {@link enqueue} with scratch of its own, which is freed in the stream's order. */
-  run(stream: CudaStream, operands: Iterable<readonly [BufferName, bigint]>): void {
+  /**
+   * {@link enqueue} with scratch of the stream. A run over the same addresses as earlier ones becomes a graph, which the host
+   * launches with one call of the driver.
+   */
+  run(stream: CudaStream, operands: readonly (readonly [BufferName, bigint])[]): void {
     this.useOn(stream);
-    const scratch = this.device.allocatePointer(this.scratchBytes, stream);
-    try {
-      this.enqueue(stream, operands, scratch);
-    } finally {
-      this.device.release(() => this.device.freePointer(scratch, stream));
-    }
+    stream.withScratch(this.scratchBytes, (scratch) => {
+      const run = this.#remember(operands, scratch);
+      if (run.graph === undefined && ++run.runs > RUNS_BEFORE_CAPTURE) {
+        run.graph = new CudaGraph(this.device, (capturing) => this.enqueue(capturing, operands, scratch));
+      }
+      if (run.graph === undefined) this.enqueue(stream, operands, scratch);
+      else run.graph.launch(stream);
+    });
+  }
+
+  #remember(operands: readonly (readonly [BufferName, bigint])[], scratch: bigint): RememberedRun {
+    const remembered = this.#remembered;
+    const same = ({ addresses }: RememberedRun) =>
+      addresses[0] === scratch && operands.every(([, address], i) => addresses[i + 1] === address);
+    const at = remembered.findLastIndex(same);
+    let run = remembered[at];
+    if (run !== undefined && at === remembered.length - 1) return run;
+    if (run !== undefined) remembered.splice(at, 1);
+    run ??= { addresses: [scratch, ...operands.map(([, address]) => address)], runs: 0 };
+    remembered.push(run);
+    if (remembered.length > REMEMBERED_RUNS) remembered.shift()?.graph?.dispose();
+    return run;
   }
 
   dispose(): void {
+    for (const { graph } of this.#remembered) graph?.dispose();
+    this.#remembered.length = 0;
     this.#constants.dispose();
   }
 }
@@ -338,8 +373,7 @@ export class AttentionRunner {
     const { device } = this;
     const stream = streamOf(device, handle);
     const tensors = this.#tensors(operands);
-    for (const { memory } of held) memory.useOn(stream);
-    return ordered(stream, device, tensors, (home) => {
+    const work = (home: CudaStream) => {
       const outputs = this.#createOutputs(home);
       if (!stream.owned) stream.waitFor(home);
       try {
@@ -349,6 +383,11 @@ export class AttentionRunner {
         throw error;
       }
       return outputs;
+    };
+    // The context is made current once for all calls of the driver.
+    return device.inContext(() => {
+      for (const { memory } of held) memory.useOn(stream);
+      return ordered(stream, device, tensors, work);
     });
   }
 

@@ -137,16 +137,23 @@ export class CudaDevice {
     if (this.#disposed) throw new ExecutionError('disposed', `${this} has been disposed`);
   }
 
-  /** @internal Runs `use` with the device's context current, and leaves the thread's context as it was. */
+  /**
+   * @internal Runs `use`, which must not be asynchronous, with the device's context current, and leaves the thread's context as
+   * it was. Inside another `inContext` of the same device it costs nothing.
+   */
   inContext<T>(use: () => T): T {
     this.#requireUsable();
+    if (current === this) return use();
     const { api } = this;
     this.#context ??= this.#openContext();
     const pushed = api.cuCtxPushCurrent(this.#context);
     if (pushed !== 0) throw this.error(pushed, 'cuCtxPushCurrent', `using ${this}`);
+    const before = current;
+    current = this;
     try {
       return use();
     } finally {
+      current = before;
       api.cuCtxPopCurrent(POPPED);
     }
   }
@@ -248,7 +255,7 @@ export class CudaDevice {
     return new DeviceMemory(this, pointer, byteLength, stream, free);
   }
 
-  /** @internal {@link allocate} without the object, for scratch that lives for one run. */
+  /** @internal {@link allocate} without the object. */
   allocatePointer(byteLength: number, stream: CudaStream): bigint {
     if (byteLength === 0) return 0n;
     const what = `allocating ${byteLength} bytes on ${this}`;
@@ -295,8 +302,9 @@ export class CudaDevice {
     return { free: Number(free[0]), total: Number(total[0]) };
   }
 
-  /** Gives memory that was freed back to the driver, all but `keepBytes`. Waits for the device's own stream. */
+  /** Gives memory that was freed back to the driver, all but `keepBytes`, and what streams keep. Waits for the device's own stream. */
   trimMemory(keepBytes = 0): void {
+    for (const stream of this.#streams) stream.freeScratch();
     if (this.#pool === undefined || this.#pool === 0n) return;
     this.stream.synchronize();
     this.call('cuMemPoolTrimTo', 'trimming the memory pool', this.#pool, keepBytes);
@@ -332,6 +340,9 @@ export class CudaDevice {
     if (this.#context !== undefined) this.api.cuDevicePrimaryCtxRelease(this.#handle);
   }
 }
+
+/** The device whose context this library has made current; each thread has its own module, and its own current context. */
+let current: CudaDevice | undefined;
 
 /** Where popped contexts go; nobody reads it. */
 const POPPED = new BigUint64Array(1);

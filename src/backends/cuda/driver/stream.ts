@@ -8,6 +8,9 @@ import {
 } from './api.ts';
 import type { CudaDevice } from './device.ts';
 
+/** Scratch up to this size stays with a stream between runs: beside the time of larger runs an allocation's is nothing. */
+const KEPT_SCRATCH = 2 ** 24;
+
 /** Polls that yield to the event loop without waiting, before they are a millisecond apart. */
 const EAGER_POLLS = 200;
 
@@ -31,6 +34,8 @@ export class CudaStream implements StreamHandle {
   readonly #pending = new Map<string, number>();
   /** Launches and holds so far: what is numbered below this when work ends has ended with it. */
   #enqueued = 0;
+  /** Memory that runs on this stream share: one has ended before the next begins. */
+  #scratch = { pointer: 0n, byteLength: 0 };
   /** Host memory that enqueued copies read. */
   readonly #held: { readonly enqueued: number; readonly memory: unknown }[] = [];
 
@@ -62,6 +67,37 @@ export class CudaStream implements StreamHandle {
     for (const [kernel, latest] of this.#pending) if (latest <= enqueued) this.#pending.delete(kernel);
     const kept = this.#held.findIndex((held) => held.enqueued > enqueued);
     this.#held.splice(0, kept < 0 ? this.#held.length : kept);
+  }
+
+  /**
+   * @internal Lends device memory, of undefined contents, to what `enqueue` puts on this stream.
+   *
+   * @param enqueue gets its address; 0n for no bytes
+   */
+  withScratch(byteLength: number, enqueue: (pointer: bigint) => void): void {
+    const device = this.#device;
+    // The caller may destroy his own stream: nothing stays with it.
+    if (!this.owned || byteLength > KEPT_SCRATCH) {
+      const pointer = device.allocatePointer(byteLength, this);
+      try {
+        enqueue(pointer);
+      } finally {
+        device.release(() => device.freePointer(pointer, this));
+      }
+      return;
+    }
+    if (byteLength > this.#scratch.byteLength) {
+      this.freeScratch();
+      this.#scratch = { pointer: device.allocatePointer(byteLength, this), byteLength };
+    }
+    enqueue(byteLength === 0 ? 0n : this.#scratch.pointer);
+  }
+
+  /** @internal Gives back what {@link withScratch} keeps. */
+  freeScratch(): void {
+    const { pointer } = this.#scratch;
+    this.#scratch = { pointer: 0n, byteLength: 0 };
+    this.#device.freePointer(pointer, this);
   }
 
   get disposed(): boolean {
@@ -143,6 +179,7 @@ export class CudaStream implements StreamHandle {
     if (this.#disposed) return;
     const device = this.#device;
     device.release(() => {
+      this.freeScratch();
       if (this !== device.stream) device.stream.waitFor(this);
       if (this.#mark !== 0n) device.call('cuEventDestroy', 'destroying an event', this.#mark);
       if (this.owned) device.call('cuStreamDestroy', 'destroying a stream', this.handle);

@@ -43,6 +43,8 @@ export interface FakeCudaOptions {
   readonly memoryBytes?: number;
   /** False: a driver without stream-ordered allocation. */
   readonly pools?: boolean;
+  /** True: memory that was freed is handed out again, as real pools do. Default: whoever uses it finds nothing. */
+  readonly reuse?: boolean;
 }
 
 /** Names of the statuses that the fake returns, as the driver gives them. */
@@ -200,6 +202,7 @@ export class FakeCuda {
       execute: options.execute ?? (() => undefined),
       memoryBytes: options.memoryBytes ?? 2 ** 30,
       pools: options.pools ?? true,
+      reuse: options.reuse ?? false,
     };
     this.#contexts = this.#options.devices.map((_, device) => ({
       handle: 0xc000n + BigInt(device),
@@ -280,6 +283,13 @@ export class FakeCuda {
   #allocate(bytes: number, device: number): bigint | undefined {
     const used = this.#allocations.reduce((sum, a) => sum + (a.freed || a.device !== device ? 0 : a.bytes.length), 0);
     if (used + bytes > this.#options.memoryBytes) return undefined;
+    const again = this.#options.reuse
+      ? this.#allocations.find((a) => a.freed && a.device === device && a.bytes.length === bytes)
+      : undefined;
+    if (again !== undefined) {
+      again.freed = false;
+      return again.base;
+    }
     const base = this.#nextDevice;
     // A gap after each allocation: what runs over the end of one finds nothing.
     this.#nextDevice += BigInt(Math.ceil(bytes / 256) * 256 + 4096);
