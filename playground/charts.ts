@@ -86,8 +86,8 @@ export function sequential(t: number): string {
 
 /** Told apart by lightness as well as by hue, on white and on near-black. */
 const SERIES = {
-  light: ['#2a6a4b', '#b0520f', '#3361b8', '#8c3a8f', '#6f6a12', '#a8324f'],
-  dark: ['#8bcfa9', '#f2a261', '#8fb4ff', '#d898da', '#d3c95f', '#ff9bb0'],
+  light: ['#2a6a4b', '#b0520f', '#3361b8', '#8c3a8f', '#6f6a12', '#a8324f', '#5c6270'],
+  dark: ['#8bcfa9', '#f2a261', '#8fb4ff', '#d898da', '#d3c95f', '#ff9bb0', '#b8bfcc'],
 } as const;
 
 export function seriesColor(index: number): string {

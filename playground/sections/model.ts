@@ -221,7 +221,7 @@ export function startModel(
           headDim,
           kernel,
           quantizedMs,
-          exactMs,
+          exact,
           relativeL1,
           cosine: similarity,
         }: LayerRun) =>
@@ -232,8 +232,8 @@ export function startModel(
               `Layer ${layer + 1}, ${heads} heads of ${headDim}`,
               kernel,
               duration(quantizedMs),
-              typeof exactMs === 'number' ? duration(exactMs) : 'none',
-              typeof exactMs === 'number' ? `${(exactMs / quantizedMs).toFixed(2)}×` : '',
+              exact === undefined ? 'none' : duration(exact.ms),
+              exact === undefined ? '' : `${(exact.ms / quantizedMs).toFixed(2)}×`,
               percent(relativeL1),
               cosine(similarity),
             ].map((cell) => h('td', {}, cell)),
@@ -274,10 +274,10 @@ export function startModel(
           }),
           onDeviceLoss,
         );
-        const missing = rows.map(({ exactMs }) => exactMs).find((ms) => typeof ms === 'string');
+        const peers = [...new Set(rows.map(({ exact }) => exact?.label ?? 'none'))].join(' and ');
         say(
           message,
-          `${count(tokens)} tokens as one sequence. Everything but attention, in plain TypeScript, took ${duration(restMs)}.${missing === undefined ? ' Exact: onnxruntime-web on the same backend.' : ` No exact time: ${missing}.`}`,
+          `${count(tokens)} tokens as one sequence. Everything but attention, in plain TypeScript, took ${duration(restMs)}. Exact: the fastest here, ${peers}.`,
         );
       } catch (error) {
         say(message, messageOf(error), true);

@@ -19,13 +19,13 @@ export async function useBrowserBackends(): Promise<void> {
   await setBackend(webgpu);
 }
 
-/** The device that the WebGPU backend runs on. */
-export async function gpuDevice(): Promise<GPUDevice> {
+/** The device that the WebGPU backend runs on, with what it can do. */
+export async function gpuContext() {
   if (webgpu === undefined) throw new Error('the backends are not there yet');
-  return (await webgpu.context()).device;
+  return webgpu.context();
 }
 
-const isLoss = (error: unknown): error is Error =>
+export const isLoss = (error: unknown): error is Error =>
   error instanceof Error && 'code' in error && error.code === 'device-lost';
 
 /**
@@ -45,5 +45,5 @@ export async function survivingLoss<T>(work: () => Promise<T>, onLoss: (reason: 
 
 /** For tests: takes the device away, as a driver's reset would. */
 export async function loseDevice(): Promise<void> {
-  (await gpuDevice()).destroy();
+  (await gpuContext()).device.destroy();
 }

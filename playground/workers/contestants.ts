@@ -1,10 +1,10 @@
-/** What section 3 measures: SageAttention's kernels, and exact attention of onnxruntime-web as their peer. */
+/** What section 3 measures: SageAttention's kernels, and as their peers exact attention, our own and onnxruntime-web's. */
 import type * as OnnxRuntime from 'onnxruntime-web';
 import { attentionModel } from '../../src/cli/onnx-attention-model.ts';
-import { createAttention, emptyTensor, getBackend, type KernelName, type Tensor } from '../../src/index.ts';
-import { toFloat32, writeValues } from '../../src/tensor/access.ts';
+import { createAttention, getBackend, type KernelName, type Tensor } from '../../src/index.ts';
+import { fromFloat32, toFloat32 } from '../../src/tensor/access.ts';
 import { bitsOf, NativeFloat16Array, tensor } from '../../src/tensor/tensor.ts';
-import { type BrowserBackend, gpuDevice, webgpuModule } from './backends.ts';
+import { type BrowserBackend, gpuContext, webgpuModule } from './backends.ts';
 
 /** q, k and v, `[1,L,H,D]` float32. */
 export interface BenchInputs {
@@ -31,6 +31,8 @@ export interface Contestant {
   /** Whose it is: the library's, or the exact attention that it is compared with. */
   readonly kind: 'sage' | 'peer';
   readonly where: BrowserBackend;
+  /** Of q, k, v and the output. */
+  readonly dtype: 'float16' | 'float32';
   /** What the numbers are made of. */
   readonly note: string;
   prepare(inputs: BenchInputs): Promise<Ready>;
@@ -53,13 +55,11 @@ const gpuDtype = (device: GPUDevice) => (device.features.has('shader-f16') ? 'fl
 
 function asDtype(view: Tensor, dtype: 'float16' | 'float32'): Tensor {
   if (dtype === 'float32') return view;
-  const half = emptyTensor(view.shape, dtype);
-  writeValues(toFloat32(view), half);
-  return half;
+  return fromFloat32(toFloat32(view), view.shape, dtype);
 }
 
 async function sageOnGpu(kernel: KernelName, inputs: BenchInputs): Promise<Ready> {
-  const [device, { downloadTensor, uploadTensor }] = await Promise.all([gpuDevice(), webgpuModule()]);
+  const [{ device }, { downloadTensor, uploadTensor }] = await Promise.all([gpuContext(), webgpuModule()]);
   const dtype = gpuDtype(device);
   const upload = (view: Tensor) => uploadTensor(device, asDtype(view, dtype));
   const tensors = { q: upload(inputs.q), k: upload(inputs.k), v: upload(inputs.v) };
@@ -82,6 +82,57 @@ async function sageOnGpu(kernel: KernelName, inputs: BenchInputs): Promise<Ready
       for (const { buffer } of Object.values(tensors)) buffer.destroy();
     },
   };
+}
+
+async function exactOnCpu({ q, k, v, isCausal }: BenchInputs): Promise<Ready> {
+  const { createExactAttention } = await import('../../src/backends/wasm/exact-attention.ts');
+  const attention = await createExactAttention({ q, k, v }, { isCausal, tensorLayout: 'NHD' });
+  return {
+    run: async (signal) => {
+      await attention.run({ signal });
+    },
+    finish: async () => {},
+    output: async (signal) => (await attention.run({ signal })).output as Tensor,
+    dispose: () => void attention.dispose(),
+  };
+}
+
+async function exactOnGpu({ q, k, v, isCausal }: BenchInputs): Promise<Ready> {
+  const [context, { downloadTensor, uploadTensor }, { createExactAttention }] = await Promise.all([
+    gpuContext(),
+    webgpuModule(),
+    import('../../src/backends/webgpu/exact-attention.ts'),
+  ]);
+  const { device } = context;
+  const dtype = gpuDtype(device);
+  const upload = (view: Tensor) => uploadTensor(device, asDtype(view, dtype));
+  const tensors = { q: upload(q), k: upload(k), v: upload(v) };
+  const dispose = () => {
+    for (const { buffer } of Object.values(tensors)) buffer.destroy();
+  };
+  try {
+    const attention = await createExactAttention(context, tensors, { isCausal, tensorLayout: 'NHD' });
+    return {
+      run: async () => attention.run().buffer.destroy(),
+      finish: async () => {
+        await context.unlessLost(device.queue.onSubmittedWorkDone());
+        if (context.lost !== undefined) throw context.lost;
+      },
+      output: async () => {
+        const output = attention.run();
+        const downloaded = await context.unlessLost(downloadTensor(device, output));
+        output.buffer.destroy();
+        return downloaded;
+      },
+      dispose: () => {
+        attention.dispose();
+        dispose();
+      },
+    };
+  } catch (error) {
+    dispose();
+    throw error;
+  }
 }
 
 type Ort = typeof OnnxRuntime;
@@ -132,7 +183,7 @@ async function ortOnCpu(base: string, inputs: BenchInputs): Promise<Ready> {
 async function ortOnGpu(base: string, inputs: BenchInputs): Promise<Ready> {
   requireUnmasked(inputs);
   const [ort, { uploadTensor }] = await Promise.all([loadOrt(base, 'webgpu'), webgpuModule()]);
-  const dtype = gpuDtype(await gpuDevice());
+  const dtype = gpuDtype((await gpuContext()).device);
   const session = await ort.InferenceSession.create(attentionModel(inputs.q.shape[2] as number, { dtype }), {
     executionProviders: ['webgpu'],
     preferredOutputLocation: 'gpu-buffer',
@@ -178,24 +229,37 @@ export async function contestants(
 ): Promise<Contestant[]> {
   const found: Contestant[] = [];
   for (const where of available) {
+    const dtype = where === 'webgpu' ? gpuDtype((await gpuContext()).device) : 'float32';
+    const short = dtype === 'float16' ? 'f16' : 'f32';
+    const title = where === 'webgpu' ? 'WebGPU' : 'WASM';
     for (const { name, summary } of (await getBackend(where)).kernels) {
       found.push({
         id: `${where}:${name}`,
-        label: `${where === 'webgpu' ? 'WebGPU' : 'WASM'} ${name}`,
+        label: `${title} ${name}`,
         kind: 'sage',
         where,
+        dtype,
         note: summary,
         prepare: (inputs) => (where === 'webgpu' ? sageOnGpu(name, inputs) : sageOnCpu(name, inputs)),
       });
     }
-    if (ortBase === undefined) continue;
-    const dtype = where === 'webgpu' ? gpuDtype(await gpuDevice()) : 'float32';
     found.push({
-      id: `${where}:onnxruntime`,
-      label: `onnxruntime-web, ${where === 'webgpu' ? 'WebGPU' : 'WASM'}`,
+      id: `${where}:exact`,
+      label: `${title} exact ${short}`,
       kind: 'peer',
       where,
-      note: `exact attention in ${dtype}: MultiHeadAttention`,
+      dtype,
+      note: where === 'webgpu' ? 'FlashAttention in WGSL, sums in float32, no matrix units' : 'FlashAttention in SIMD',
+      prepare: where === 'webgpu' ? exactOnGpu : exactOnCpu,
+    });
+    if (ortBase === undefined) continue;
+    found.push({
+      id: `${where}:onnxruntime`,
+      label: `onnxruntime-web ${short}, ${title}`,
+      kind: 'peer',
+      where,
+      dtype,
+      note: 'com.microsoft.MultiHeadAttention',
       prepare: (inputs) => (where === 'webgpu' ? ortOnGpu(ortBase, inputs) : ortOnCpu(ortBase, inputs)),
     });
   }

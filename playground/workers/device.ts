@@ -1,14 +1,13 @@
 /** The worker of sections 1 and 3: what this device can run, whether it computes, and how fast. */
 import * as Comlink from 'comlink';
-import { accuracyOnRows, sampleRows } from '../../src/cli/exact.ts';
 import { randomInputs } from '../../src/cli/inputs.ts';
-import { median } from '../../src/cli/statistics.ts';
 import { type Availability, getBackend, type KernelDescriptor, type Tensor, transpose } from '../../src/index.ts';
 import { toFloat32 } from '../../src/tensor/access.ts';
 import { tensor } from '../../src/tensor/tensor.ts';
 import type { CheckResult } from '../self-check.ts';
 import { BROWSER_BACKENDS, type BrowserBackend, loseDevice, survivingLoss, useBrowserBackends } from './backends.ts';
-import { type BenchInputs, type Contestant, contestants, type Ready } from './contestants.ts';
+import { type BenchInputs, type Contestant, contestants } from './contestants.ts';
+import { isTiming, measureInTurns, type Outcome, STEPS } from './in-turns.ts';
 
 const ready = useBrowserBackends();
 
@@ -39,6 +38,7 @@ export interface Measurement {
   readonly label: string;
   readonly kind: Contestant['kind'];
   readonly where: BrowserBackend;
+  readonly dtype: Contestant['dtype'];
   readonly length: number;
   /** Of a call, milliseconds. */
   readonly medianMs?: number;
@@ -52,18 +52,14 @@ export interface Measurement {
 }
 
 export interface BenchProgress {
+  /** Steps: making a contestant ready for a length, and each of its samples. */
   readonly done: number;
   readonly total: number;
   readonly doing: string;
-  readonly measurement?: Measurement;
+  /** Of a length, when it is done. */
+  readonly measurements: readonly Measurement[];
 }
 
-/** A contestant is measured this long, at least {@link LEAST_SAMPLES} times. */
-const MEASURE_MS = 400;
-const LEAST_SAMPLES = 3;
-const MOST_SAMPLES = 60;
-/** Calls submitted together to a GPU, so that waiting for it is not what is measured. */
-const MOST_TOGETHER = 16;
 /** A call that is expected to take longer is left out. Systems take a GPU away from a program that blocks it for seconds. */
 const LONGEST_CALL_MS = { webgpu: 2_000, wasm: 15_000 } as const satisfies Record<BrowserBackend, number>;
 const ACCURACY_ROWS = 64;
@@ -79,50 +75,14 @@ async function available(): Promise<BrowserBackend[]> {
   return found;
 }
 
-/** Milliseconds of a call, each sample the mean of calls that were submitted together. */
-async function timeCalls(contestant: Ready, signal: AbortSignal): Promise<{ medianMs: number; calls: number }> {
-  const sample = async (together: number) => {
-    const start = performance.now();
-    for (let i = 0; i < together; i++) await contestant.run(signal);
-    await contestant.finish();
-    return (performance.now() - start) / together;
-  };
-  // The first call compiles and starts workers, the second tells how many fit into the time.
-  await sample(1);
-  const first = await sample(1);
-  const together = Math.max(1, Math.min(MOST_TOGETHER, Math.floor(MEASURE_MS / LEAST_SAMPLES / first)));
-  const samples: number[] = [];
-  const start = performance.now();
-  while (samples.length < LEAST_SAMPLES || (performance.now() - start < MEASURE_MS && samples.length < MOST_SAMPLES)) {
-    samples.push(await sample(together));
-    signal.throwIfAborted();
-  }
-  return { medianMs: median(samples), calls: samples.length * together };
-}
-
 function benchInputs({ heads, headDim, isCausal }: BenchConfig, length: number): BenchInputs {
   const { q, k, v } = randomInputs({ batch: 1, heads, kvHeads: heads, length, headDim }, 'float32', 1);
   const nhd = (view: Tensor) => tensor(toFloat32(transpose(view, [0, 2, 1, 3])), [1, length, heads, headDim]);
   return { q: nhd(q), k: nhd(k), v: nhd(v), isCausal };
 }
 
-async function measure(contestant: Contestant, inputs: BenchInputs, signal: AbortSignal) {
-  const prepared = await contestant.prepare(inputs);
-  try {
-    const [, length = 0, heads = 0, dim = 0] = inputs.q.shape;
-    const times = await timeCalls(prepared, signal);
-    const output = await prepared.output(signal);
-    const { relativeL1 } = await accuracyOnRows(
-      { ...inputs, tensorLayout: 'NHD' },
-      output,
-      sampleRows(length, Math.max(8, Math.min(ACCURACY_ROWS, Math.floor(2 ** 17 / length)))),
-    );
-    const operations = (4 * heads * length ** 2 * dim) / (inputs.isCausal ? 2 : 1);
-    return { ...times, flops: (operations / times.medianMs) * 1000, relativeL1 };
-  } finally {
-    prepared.dispose();
-  }
-}
+/** Rows to compare with float64, fewer of long ones: each costs as much as it is long. */
+const accuracyRows = (length: number) => Math.max(8, Math.min(ACCURACY_ROWS, Math.floor(2 ** 17 / length)));
 
 const api = {
   async describe(): Promise<DeviceReport> {
@@ -153,11 +113,9 @@ const api = {
   },
 
   /** @param ortBase the folder of onnxruntime-web's files, if they are there */
-  async contestants(
-    ortBase: string | undefined,
-  ): Promise<Pick<Contestant, 'id' | 'label' | 'kind' | 'where' | 'note'>[]> {
+  async contestants(ortBase: string | undefined): Promise<Omit<Contestant, 'prepare'>[]> {
     const all = await contestants(await available(), ortBase);
-    return all.map(({ id, label, kind, where, note }) => ({ id, label, kind, where, note }));
+    return all.map(({ prepare: _, ...told }) => told);
   },
 
   async bench(
@@ -170,34 +128,48 @@ const api = {
     const { signal } = stop;
     const chosen = (await contestants(await available(), ortBase)).filter(({ id }) => config.contestants.includes(id));
     const lengths = [...config.lengths].sort((a, b) => a - b);
-    const total = chosen.length * lengths.length;
+    const total = chosen.length * lengths.length * STEPS;
     const lastMs = new Map<string, { length: number; ms: number }>();
-    let done = 0;
-    for (const length of lengths) {
+    for (const [i, length] of lengths.entries()) {
+      const before = i * chosen.length * STEPS;
       const inputs = benchInputs(config, length);
-      for (const contestant of chosen) {
-        const { id, label, kind, where } = contestant;
-        if (signal.aborted) return;
-        onProgress({ done, total, doing: `${label}, ${length} tokens` });
+      const expected = ({ id }: Contestant) => {
         const last = lastMs.get(id);
-        const expected = last === undefined ? 0 : last.ms * (length / last.length) ** 2;
-        let outcome: Partial<Measurement>;
-        if (expected > LONGEST_CALL_MS[where]) {
-          outcome = { failure: `left out: a call would take about ${Math.round(expected / 1000)} s` };
-        } else {
-          try {
-            const figures = await survivingLoss(() => measure(contestant, inputs, signal), onLoss);
-            lastMs.set(id, { length, ms: figures.medianMs });
-            outcome = figures;
-          } catch (error) {
-            if (signal.aborted) return;
-            outcome = { failure: error instanceof Error ? error.message : String(error) };
-          }
-        }
-        done++;
-        const measurement = { contestant: id, label, kind, where, length, ...outcome };
-        onProgress({ done, total, doing: `${label}, ${length} tokens`, measurement });
+        return last === undefined ? 0 : last.ms * (length / last.length) ** 2;
+      };
+      const running = chosen.filter((contestant) => expected(contestant) <= LONGEST_CALL_MS[contestant.where]);
+      const leftOut = (chosen.length - running.length) * STEPS;
+      const onStep = (done: number, doing: string) =>
+        onProgress({
+          done: before + leftOut + done,
+          total,
+          doing: `${length} tokens, ${doing}`,
+          measurements: [],
+        });
+      let outcomes: ReadonlyMap<string, Outcome>;
+      try {
+        const measure = () => measureInTurns(running, inputs, { rows: accuracyRows(length), signal, onStep });
+        outcomes = await survivingLoss(measure, onLoss);
+      } catch (error) {
+        if (signal.aborted) return;
+        // The GPU was lost a second time.
+        const failure = error instanceof Error ? error.message : String(error);
+        outcomes = new Map(running.map(({ id }) => [id, { failure }]));
       }
+      const measurements = chosen.map((contestant): Measurement => {
+        const { id, label, kind, where, dtype } = contestant;
+        const facts = { contestant: id, label, kind, where, dtype, length };
+        const outcome = outcomes.get(id);
+        if (!isTiming(outcome)) {
+          const seconds = Math.round(expected(contestant) / 1000);
+          return { ...facts, failure: outcome?.failure ?? `left out: a call would take about ${seconds} s` };
+        }
+        const { medianMs, calls, relativeL1 } = outcome;
+        lastMs.set(id, { length, ms: medianMs });
+        const operations = (4 * config.heads * length ** 2 * config.headDim) / (config.isCausal ? 2 : 1);
+        return { ...facts, medianMs, calls, flops: (operations / medianMs) * 1000, relativeL1 };
+      });
+      onProgress({ done: before + chosen.length * STEPS, total, doing: `${length} tokens`, measurements });
     }
   },
 

@@ -1,8 +1,7 @@
 /** The worker of the sentence encoder: its activations for section 2, its embeddings for section 4. */
 import * as Comlink from 'comlink';
 import { createProblem } from '../../src/attention/problem.ts';
-import { accuracyOnRows, exactOutput, sampleRows } from '../../src/cli/exact.ts';
-import { median } from '../../src/cli/statistics.ts';
+import { exactOutput } from '../../src/cli/exact.ts';
 import { getBackend, sageattn, type Tensor, tensor } from '../../src/index.ts';
 import {
   type AttentionCall,
@@ -17,6 +16,7 @@ import { slice } from '../../src/tensor/tensor.ts';
 import type { Head } from '../lab.ts';
 import { type BrowserBackend, loseDevice, survivingLoss, useBrowserBackends } from './backends.ts';
 import { type BenchInputs, contestants } from './contestants.ts';
+import { isTiming, measureInTurns } from './in-turns.ts';
 
 const ready = useBrowserBackends();
 
@@ -82,8 +82,8 @@ export interface LayerRun {
   readonly headDim: number;
   readonly kernel: string;
   readonly quantizedMs: number;
-  /** Of exact attention, by onnxruntime-web on the same backend; or why there is none. */
-  readonly exactMs: number | string;
+  /** The fastest exact attention on the same backend; none when each of them failed. */
+  readonly exact: { readonly label: string; readonly ms: number } | undefined;
   /** On some query rows, against float64. */
   readonly relativeL1: number;
   readonly cosine: number;
@@ -103,56 +103,38 @@ const quantizedAttention =
   ({ q, k, v, attnMask, smScale }) =>
     sageattn(q, k, v, { tensorLayout: 'NHD', smScale, backend, ...(attnMask && { attnMask }) });
 
-const TIMED_CALLS = 3;
 const ACCURACY_ROWS = 64;
 
+/** SageAttention's default kernel and every peer of its backend, in turns. */
 async function timeLayer(call: AttentionCall, backend: BrowserBackend, ortBase: string | undefined): Promise<LayerRun> {
   const contiguous = (view: Tensor) => tensor(toFloat32(view), view.shape);
   const inputs: BenchInputs = { q: contiguous(call.q), k: contiguous(call.k), v: contiguous(call.v), isCausal: false };
-  const [, length = 0, heads = 0, headDim = 0] = call.q.shape;
-  const all = await contestants([backend], ortBase);
+  const [, , heads = 0, headDim = 0] = call.q.shape;
   const { name } = await (await getBackend(backend)).defaultKernel(
     createProblem(call.q, call.k, call.v, { tensorLayout: 'NHD' }),
   );
-  const time = async (id: string) => {
-    const found = all.find((contestant) => contestant.id === `${backend}:${id}`);
-    if (found === undefined) return 'onnxruntime-web is not on this host';
-    const { signal } = new AbortController();
-    const prepared = await found.prepare(inputs);
-    try {
-      // The first call is not timed: it compiles.
-      const output = await prepared.output(signal);
-      const times: number[] = [];
-      for (let i = 0; i < TIMED_CALLS; i++) {
-        const start = performance.now();
-        await prepared.run(signal);
-        await prepared.finish();
-        times.push(performance.now() - start);
-      }
-      return { ms: median(times), output };
-    } finally {
-      prepared.dispose();
-    }
-  };
-  const quantized = await time(name);
-  if (typeof quantized === 'string') throw new Error(`backend ${backend} has no kernel ${name}`);
-  const exact = await time('onnxruntime').catch((error: unknown) =>
-    error instanceof Error ? error.message : String(error),
-  );
-  const accuracy = await accuracyOnRows(
-    { ...inputs, tensorLayout: 'NHD' },
-    quantized.output,
-    sampleRows(length, ACCURACY_ROWS),
-  );
+  const ours = `${backend}:${name}`;
+  const chosen = (await contestants([backend], ortBase)).filter(({ id, kind }) => kind === 'peer' || id === ours);
+  const { signal } = new AbortController();
+  const outcomes = await measureInTurns(chosen, inputs, { rows: ACCURACY_ROWS, signal, onStep: () => {} });
+  const quantized = outcomes.get(ours);
+  if (quantized === undefined) throw new Error(`backend ${backend} has no kernel ${name}`);
+  if (!isTiming(quantized)) throw new Error(quantized.failure);
+  const exact = chosen
+    .flatMap(({ id, kind, label }) => {
+      const outcome = outcomes.get(id);
+      return kind === 'peer' && isTiming(outcome) ? [{ label, ms: outcome.medianMs }] : [];
+    })
+    .sort((a, b) => a.ms - b.ms)[0];
   return {
     layer: call.layer,
     heads,
     headDim,
     kernel: name,
-    quantizedMs: quantized.ms,
-    exactMs: typeof exact === 'string' ? exact : exact.ms,
-    relativeL1: accuracy.relativeL1,
-    cosine: accuracy.cosineSimilarity,
+    quantizedMs: quantized.medianMs,
+    exact,
+    relativeL1: quantized.relativeL1,
+    cosine: quantized.cosineSimilarity,
   };
 }
 

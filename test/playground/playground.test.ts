@@ -2,7 +2,7 @@
  * The playground, driven in a real browser: every section, in light and dark, with WebGPU on a software driver and without
  * WebGPU. Pictures are checked for what they show, not for their pixels.
  */
-import { mkdtempSync, readFileSync, rmSync } from 'node:fs';
+import { mkdtempSync, readdirSync, readFileSync, rmSync } from 'node:fs';
 import { createServer, type Server } from 'node:http';
 import type { AddressInfo } from 'node:net';
 import { tmpdir } from 'node:os';
@@ -264,7 +264,8 @@ describe('playground', () => {
 
   it('measures kernels and peers, stays responsive, and can be stopped and saved', async () => {
     await withPage({}, async (page) => {
-      const kernels = ['WASM qk-int8-pv-int8', 'WASM qk-int8-pv-fp16', 'onnxruntime-web, WASM'];
+      const peers = ['WASM exact f32', 'onnxruntime-web f32, WASM'];
+      const kernels = ['WASM qk-int8-pv-int8', 'WASM qk-int8-pv-fp16', ...peers];
       await startBench(page, kernels, '512');
       const medianFrame = await page.evaluate(
         () =>
@@ -283,13 +284,17 @@ describe('playground', () => {
       );
       // The work is in workers: frames go on as long as the machine has anything left for the page.
       expect(medianFrame).toBeLessThan(200);
-      await waitForText(page, '#bench-note', /^6 measurements/);
+      await waitForText(page, '#bench-note', /^8 measurements/);
+      expect(await page.locator('#bench-progress').evaluate((bar) => (bar as HTMLProgressElement).value)).toBe(1);
       const rows = await benchRows(page);
-      expect(rows).toHaveLength(6);
+      expect(rows.map(([label, tokens]) => `${label} ${tokens}`)).toEqual(
+        ['256', '512'].flatMap((tokens) => kernels.map((label) => `${label} ${tokens}`)),
+      );
       for (const [label = '', , call, speed, against, error] of rows) {
         expect(call).toMatch(/^[\d.]+ m?s$/);
         expect(numberIn(speed)).toBeGreaterThan(0);
-        if (label.startsWith('onnxruntime')) {
+        if (peers.includes(label)) {
+          expect(against).toBe('');
           expect(numberIn(error)).toBeLessThan(0.01);
         } else {
           expect(against).toMatch(/^[\d.]+×$/);
@@ -297,13 +302,17 @@ describe('playground', () => {
           expect(numberIn(error)).toBeGreaterThan(0.05);
         }
       }
-      expect(await page.locator('#bench-figures svg circle').count()).toBe(6);
+      expect(await page.locator('#bench-figures svg circle').count()).toBe(8);
       expect(await page.locator('#bench-figures svg').getAttribute('aria-label')).toMatch(/FLOP\/s/);
 
       const [download] = await Promise.all([page.waitForEvent('download'), page.click('#bench-download')]);
       const saved = JSON.parse(readFileSync((await download.path()) as string, 'utf8'));
       expect(saved.schema).toBe('sageattention-playground/1');
-      expect(saved.results).toHaveLength(6);
+      expect(saved.results).toHaveLength(8);
+      expect(saved.results.map(({ label, dtype }: { label: string; dtype: string }) => [label, dtype])).toContainEqual([
+        'WASM exact f32',
+        'float32',
+      ]);
       expect(saved.results.every((result: { medianMs: number }) => result.medianMs > 0)).toBe(true);
       await expectAccessible(page);
 
@@ -312,25 +321,34 @@ describe('playground', () => {
       await page.click('#bench-stop');
       await waitForText(page, '#bench-note', /^Stopped\./);
       expect(await page.locator('#bench-start').isEnabled()).toBe(true);
-      expect((await benchRows(page)).length).toBeLessThan(21);
+      expect((await benchRows(page)).length).toBeLessThan(28);
+      // Nothing goes on behind the message.
+      const note = await textOf(page, '#bench-note');
+      await page.waitForTimeout(300);
+      expect(await textOf(page, '#bench-note')).toBe(note);
     });
   });
 
   it('reports a lost GPU and goes on with a new one', async () => {
     await withPage({ url: `${server.url}?debug` }, async (page) => {
       await page.waitForFunction(() => 'playground' in globalThis);
-      await startBench(page, ['WebGPU qk-int8-pv-fp16'], '512');
-      await waitForText(page, '#bench-note', /^[01] of 2/);
+      const kernels = ['WebGPU qk-int8-pv-fp16', 'WebGPU exact f32'];
+      await startBench(page, kernels, '512');
+      await waitForText(page, '#bench-note', /^[2-9] of 24 steps/);
       await page.evaluate(async () => {
         await (globalThis as unknown as { playground: { loseDevice(): Promise<void> } }).playground.loseDevice();
       });
-      await waitForText(page, '#bench-note', /^2 measurements/);
+      await waitForText(page, '#bench-note', /^4 measurements/);
       expect(await page.locator('#alert').textContent()).toContain('was lost');
       const rows = await benchRows(page);
-      expect(rows.map(([label]) => label)).toEqual(Array(2).fill('WebGPU qk-int8-pv-fp16'));
-      for (const row of rows) {
-        expect(numberIn(row[5])).toBeGreaterThan(0.05);
-        expect(numberIn(row[5])).toBeLessThan(3);
+      expect(rows.map(([label]) => label)).toEqual([...kernels, ...kernels]);
+      for (const [label, , , , , error] of rows) {
+        if (label === 'WebGPU exact f32') {
+          expect(numberIn(error)).toBeLessThan(0.001);
+        } else {
+          expect(numberIn(error)).toBeGreaterThan(0.05);
+          expect(numberIn(error)).toBeLessThan(3);
+        }
       }
       await page.getByRole('button', { name: 'Dismiss' }).click();
       expect(await page.locator('#alert').isVisible()).toBe(false);
@@ -444,6 +462,15 @@ describe('playground', () => {
     });
   });
 
+  it('carries no code of the CUDA backend, which no browser can use', () => {
+    const assets = path.join(built, 'page', 'assets');
+    const scripts = readdirSync(assets).filter((name) => name.endsWith('.js'));
+    expect(scripts.length).toBeGreaterThan(5);
+    expect(scripts.filter((name) => readFileSync(path.join(assets, name), 'utf8').includes('cuLaunchKernel'))).toEqual(
+      [],
+    );
+  });
+
   it('runs from a folder of any static host, which sends no headers and has no model', async () => {
     const files = sirv(path.join(built, 'page'));
     const host: Server = createServer((request, response) => {
@@ -462,9 +489,12 @@ describe('playground', () => {
       await page.waitForSelector('.card');
       expect(await page.locator('[data-backend=wasm]').textContent()).toContain('Cross-Origin-Embedder-Policy');
       await waitForText(page, '#bench-note', /onnxruntime-web is not on this host/);
-      await startBench(page, ['WASM qk-int8-pv-int8'], '256');
-      await waitForText(page, '#bench-note', /^1 measurements?/);
-      expect(numberIn((await benchRows(page))[0]?.[5])).toBeLessThan(5);
+      await startBench(page, ['WASM qk-int8-pv-int8', 'WASM exact f32'], '256');
+      await waitForText(page, '#bench-note', /^2 measurements/);
+      const [quantized, exact] = await benchRows(page);
+      expect(quantized?.[4]).toMatch(/^[\d.]+×$/);
+      expect(numberIn(quantized?.[5])).toBeLessThan(5);
+      expect(numberIn(exact?.[5])).toBeLessThan(0.01);
       await page.getByRole('button', { name: 'Load the model' }).click();
       await waitForText(page, '#model-load', /could not be loaded.*@energetic-ai\/model-embeddings-en/);
     } finally {

@@ -12,7 +12,7 @@ import type {
   RunContext,
 } from '../backend.ts';
 import { arithmeticOf, prepareCall } from './calls.ts';
-import { availableThreads, createExecutor, type ExecutorKind } from './executor.ts';
+import { createExecutor, defaultThreads, type ExecutorKind } from './executor.ts';
 import type { Simd } from './geometry.ts';
 import { ACCURATE_KERNEL, INTEGER_KERNEL } from './kernels.ts';
 import { WasmKeyValue } from './key-value.ts';
@@ -32,7 +32,6 @@ export interface WasmBackend extends Backend, Disposable, AsyncDisposable {
 }
 
 const MOST_THREADS = 256;
-const MOST_DEFAULT_THREADS = 16;
 
 class WasmBackendImplementation implements WasmBackend {
   readonly name = 'wasm';
@@ -44,7 +43,7 @@ class WasmBackendImplementation implements WasmBackend {
   #runtime: Promise<Runtime> | undefined;
 
   constructor(options: WasmBackendOptions, kind?: ExecutorKind) {
-    this.#threads = options.threads ?? Math.min(MOST_DEFAULT_THREADS, availableThreads());
+    this.#threads = options.threads ?? defaultThreads();
     this.#simd = options.simd ?? 'auto';
     this.#kind = kind;
   }

@@ -7,7 +7,7 @@ import { createProblem } from '../../attention/problem.ts';
 import type { Tensor } from '../../tensor/tensor.ts';
 import type { AttentionInputs, AttentionOutputs, RunContext } from '../backend.ts';
 import { EXACT, prepareCall } from './calls.ts';
-import { availableThreads, createExecutor } from './executor.ts';
+import { createExecutor, defaultThreads } from './executor.ts';
 import type { Simd } from './geometry.ts';
 import { loadModule } from './modules.ts';
 import { Runtime } from './runtime.ts';
@@ -24,7 +24,7 @@ const HONOURED = [
 ] as const;
 
 export interface ExactAttentionOptions extends Pick<AttentionOptions, (typeof HONOURED)[number]> {
-  /** Worker threads; default: one for each processor. */
+  /** Worker threads; default: as many as the backend starts. */
   readonly threads?: number;
   /** Default `'auto'`, as the backend's. */
   readonly simd?: 'auto' | Simd;
@@ -44,7 +44,7 @@ export interface ExactAttention {
  */
 export async function createExactAttention(
   inputs: AttentionInputs<Tensor>,
-  { threads = availableThreads(), simd: wanted = 'auto', ...options }: ExactAttentionOptions = {},
+  { threads = defaultThreads(), simd: wanted = 'auto', ...options }: ExactAttentionOptions = {},
 ): Promise<ExactAttention> {
   validateOptions(options, HONOURED);
   const problem = createProblem(inputs.q, inputs.k, inputs.v, options);

@@ -158,10 +158,15 @@ function canShare(): boolean {
 }
 
 /** Processors that threads can run on. */
-export function availableThreads(): number {
+function availableThreads(): number {
   const os = nodeModule<typeof import('node:os')>('node:os');
   return os?.availableParallelism() ?? globalThis.navigator?.hardwareConcurrency ?? 1;
 }
+
+const MOST_DEFAULT_THREADS = 16;
+
+/** Threads that are started where nobody says how many. */
+export const defaultThreads = (): number => Math.min(MOST_DEFAULT_THREADS, availableThreads());
 
 interface Pending {
   /** Replies still to come. */
