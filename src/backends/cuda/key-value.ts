@@ -171,7 +171,8 @@ const TILE = 128;
 
 /**
  * Keys and values of one call, as they came and quantized. An append quantizes the tiles that it touches, with the means of
- * before: any constant vector serves for smoothing. V in FP8 is quantized anew, since its scales are those of whole channels.
+ * before: any constant vector serves for smoothing. V in FP8 is quantized anew where its scales are those of whole channels, not
+ * where its tiles have their own.
  */
 export class CudaKeyValue implements PreparedKeyValue {
   readonly #device: CudaDevice;
@@ -267,7 +268,8 @@ export class CudaKeyValue implements PreparedKeyValue {
     const kept = this.#quantized;
     if (kept !== undefined && kept.capacity === capacity && this.#length >= SETTLED_MEAN) {
       const from = Math.floor(this.#length / TILE) * TILE;
-      const valueFrom = kept.buffers.some(({ buffer }) => buffer === 'valueScale') ? 0 : from;
+      const holds = (name: string) => kept.buffers.some(({ buffer }) => buffer === name);
+      const valueFrom = holds('valueScale') && !holds('valueTileScale') ? 0 : from;
       if (valueFrom === from) this.#run(problem, kept, stream, { capacity, from }, ['key', 'value']);
       else {
         this.#run(problem, kept, stream, { capacity, from }, ['key']);

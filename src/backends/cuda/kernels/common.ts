@@ -12,6 +12,12 @@ export const MAGIC_BITS = 0x4b400000;
 
 export const LOG2_E = Math.LOG2E;
 
+/** Magnitudes of floats order like the integers of their bits: from here on they are not finite. */
+export const INFINITY_BITS = 0x7f800000;
+
+/** Below this a group of Q or K counts as zeros: 127 / max would not be finite, and no score could tell. */
+export const SMALLEST_GROUP_MAXIMUM = 1e-36;
+
 /** Elements of the largest load that an operand's strides and offset allow. */
 export type LoadWidth = 1 | 2 | 4 | 8;
 
@@ -85,6 +91,55 @@ export function unpackPair(
 }
 
 /**
+ * Loads eight consecutive channels of a token: four pairs of 16-bit floats, or eight f32. {@link unpackEight} makes floats of
+ * them, which take twice the registers.
+ *
+ * @param inside of the load at channel `first` (counted from this thread's first): what is not inside is not read and is 0;
+ * undefined where all of it is
+ */
+export function loadEightPacked(
+  b: KernelBuilder,
+  dtype: DType,
+  width: LoadWidth,
+  address: Reg<'global'>,
+  inside: (first: number) => Reg<'pred'> | undefined,
+): Reg<'b32'>[] {
+  const words: Reg<'b32'>[] = [];
+  const bytes = BYTES[dtype];
+  const step = Math.min(width, 16 / bytes);
+  const halves: Reg<'b16'>[] = [];
+  for (let first = 0; first < 8; first += step) {
+    const guard = inside(first);
+    const load = (registers: readonly Reg[], body: () => void) => {
+      if (guard === undefined) return body();
+      for (const register of registers) b.set(register as Reg<'b32'>, 0);
+      b.when(guard, body);
+    };
+    if (bytes * step === 2) {
+      const loaded = b.reg('b16');
+      load([loaded], () => b.ld('b16', address, first * bytes, { readOnly: true, into: loaded }));
+      halves.push(loaded);
+      continue;
+    }
+    const loaded = b.regs('b32', (bytes * step) / 4);
+    load(loaded, () => {
+      const [only] = loaded as [Reg<'b32'>];
+      if (loaded.length === 1) b.ld('b32', address, first * bytes, { readOnly: true, into: only });
+      else b.ldVector('b32', loaded.length as 2 | 4, address, first * bytes, { readOnly: true, into: loaded });
+    });
+    words.push(...loaded);
+  }
+  for (let i = 0; i < halves.length; i += 2) words.push(b.pack('b32', halves[i] as Reg, halves[i + 1] as Reg));
+  return words;
+}
+
+/** The eight floats of {@link loadEightPacked}'s registers. Those of float32 are the same registers. */
+export function unpackEight(b: KernelBuilder, dtype: DType, words: readonly Reg<'b32'>[]): Reg<'f32'>[] {
+  if (dtype === 'float32') return words.map((word) => b.as(word, 'f32'));
+  return words.flatMap((word) => unpackPair(b, dtype, word));
+}
+
+/**
  * Loads eight consecutive channels of a token as f32.
  *
  * @param channel first channel of this thread
@@ -100,36 +155,16 @@ export function loadEight(
   dim: number,
   rowInside: Reg<'pred'>,
 ): Reg<'f32'>[] {
-  const values: Reg<'f32'>[] = [];
-  const bytes = BYTES[dtype];
-  const step = Math.min(width, 16 / bytes);
-  for (let first = 0; first < 8; first += step) {
-    const inside = b.andPred(rowInside, b.setp('lt', b.add(channel, first), dim));
-    if (dtype === 'float32') {
-      const loaded = b.regs('f32', step);
-      for (const register of loaded) b.set(register, 0);
-      b.when(inside, () => {
-        if (step === 1) b.ld('f32', address, first * bytes, { readOnly: true, into: loaded[0] as Reg<'f32'> });
-        else b.ldVector('f32', step as 2 | 4, address, first * bytes, { readOnly: true, into: loaded });
-      });
-      values.push(...loaded);
-    } else if (step === 1) {
-      const loaded = b.reg('b16');
-      b.set(loaded, 0);
-      b.when(inside, () => b.ld('b16', address, first * bytes, { readOnly: true, into: loaded }));
-      if (dtype === 'float16') values.push(b.cvt('f32', b.as(loaded, 'f16')));
-      else values.push(b.as(b.shl(b.cvt('u32', loaded), 16), 'f32'));
-    } else {
-      const loaded = b.regs('b32', step / 2);
-      for (const register of loaded) b.set(register, 0);
-      b.when(inside, () => {
-        if (step === 2) b.ld('b32', address, first * bytes, { readOnly: true, into: loaded[0] as Reg<'b32'> });
-        else b.ldVector('b32', (step / 2) as 2 | 4, address, first * bytes, { readOnly: true, into: loaded });
-      });
-      for (const pair of loaded) values.push(...unpackPair(b, dtype, pair));
-    }
-  }
-  return values;
+  const inside = (first: number) => b.andPred(rowInside, b.setp('lt', b.add(channel, first), dim));
+  return unpackEight(b, dtype, loadEightPacked(b, dtype, width, address, inside));
+}
+
+/** The low bytes of eight registers, in two. */
+export function packBytes(b: KernelBuilder, words: readonly Reg<'b32'>[]): Reg<'b32'>[] {
+  return [0, 4].map((first) => {
+    const [x, y, z, w] = words.slice(first, first + 4) as [Reg<'b32'>, Reg<'b32'>, Reg<'b32'>, Reg<'b32'>];
+    return b.prmt(b.prmt(x, y, 0x0040), b.prmt(z, w, 0x0040), 0x5410);
+  });
 }
 
 /** Reads eight consecutive floats, 16-byte aligned. */

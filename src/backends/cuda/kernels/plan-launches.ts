@@ -28,12 +28,12 @@ import {
   blockQueries,
 } from './attention.ts';
 import {
-  CHANNEL_MEAN_INTEGERS,
-  CHANNEL_MEAN_POINTERS,
-  CHANNEL_MEAN_THREADS,
-  type ChannelMeanConfig,
-  channelMean,
-} from './channel-mean.ts';
+  CHANNEL_STATISTICS_INTEGERS,
+  CHANNEL_STATISTICS_POINTERS,
+  CHANNEL_STATISTICS_THREADS,
+  type ChannelStatisticsConfig,
+  channelStatistics,
+} from './channel-statistics.ts';
 import {
   COMBINE_INTEGERS,
   COMBINE_POINTERS,
@@ -44,7 +44,7 @@ import {
 } from './combine.ts';
 import { BYTES, LOG2_E, type LoadWidth, roundUp, SEQUENCE_INTS } from './common.ts';
 import { chooseTile } from './config.ts';
-import { hopperAttendLaunches, isHopperKernel } from './hopper/plan-hopper.ts';
+import { hopperAttendLaunches, hopperKeyValueLaunch, isHopperKernel, VALUE_TILE_SCALES } from './hopper/plan-hopper.ts';
 import type { HopperTuning } from './hopper/table.ts';
 import {
   MEAN_SCORES_INTEGERS,
@@ -99,6 +99,7 @@ export const KEY_VALUE_BUFFERS = [
   'keyMean',
   'value',
   'valueScale',
+  'valueTileScale',
   'valueMean',
 ] as const;
 
@@ -134,6 +135,8 @@ export interface Scheme {
   readonly accumulate: AttentionConfig['accumulate'];
   readonly paddedValueDim: number;
   readonly vMax: number;
+  /** V in FP8 has a scale for each tile of keys, besides those of its channels, which a sample of its tokens sets. */
+  readonly valueTileScales: boolean;
   readonly queryGroups: readonly [tokens: 32 | 128, groups: 1 | 8];
   readonly keyGroups: 1 | 4;
 }
@@ -186,6 +189,7 @@ export function schemeOf(problem: AttentionProblem, choice: KernelChoice, target
     accumulate,
     paddedValueDim: roundUp(problem.valueDim, fp8 ? 32 : 16),
     vMax: accumulate === 'f16-per-tile' && fp8 ? V_FP8_MAX.fp16Accumulator : V_FP8_MAX.default,
+    valueTileScales: hopper && fp8 && VALUE_TILE_SCALES,
     queryGroups: qkQuantGran === 'per-block' ? [128, 1] : qkQuantGran === 'per-warp' ? [32, 1] : [32, 8],
     keyGroups: qkQuantGran === 'per-thread' ? 4 : 1,
   };
@@ -314,6 +318,7 @@ function keyValueBytes({ problem, choice, layout, scheme }: Context): Record<Buf
     ...(choice.smoothK ? { keyMean: batch * kvHeads * scheme.paddedDim * 4 } : {}),
     value: rows * scheme.paddedValueDim * (fp8 ? 1 : 2),
     ...(fp8 ? { valueScale: batch * kvHeads * scheme.paddedValueDim * 4 } : {}),
+    ...(scheme.valueTileScales ? { valueTileScale: (rows / BLOCK_K) * 4 } : {}),
     ...(choice.smoothV ? { valueMean: batch * kvHeads * scheme.paddedValueDim * 4 } : {}),
   };
 }
@@ -322,6 +327,53 @@ function keyValueBytes({ problem, choice, layout, scheme }: Context): Record<Buf
 export type KeyValuePart = 'means' | 'key' | 'value';
 const ALL_PARTS: readonly KeyValuePart[] = ['means', 'key', 'value'];
 
+/** Means of K and V where they are smoothed, and with `valueScales` scales of V's channels: one launch, or none. */
+export function statisticsLaunches(
+  { problem, choice, device, scheme }: Context,
+  valueScales: boolean,
+): readonly KernelLaunch[] {
+  const { target, pointerAlignment = 16 } = device;
+  const { batch, kvHeads, dtype, headDim, valueDim, k, v } = problem;
+  const { paddedDim, paddedValueDim } = scheme;
+  const { smoothK, smoothV } = choice;
+  const [keyWidth, valueWidth] = [
+    loadWidthOf(k, headDim, dtype, pointerAlignment),
+    loadWidthOf(v, valueDim, dtype, pointerAlignment),
+  ];
+  const key = { dim: headDim, paddedDim, loadWidth: keyWidth, mean: true, scale: false };
+  const value = {
+    dim: valueDim,
+    paddedDim: paddedValueDim,
+    loadWidth: valueWidth,
+    mean: smoothV,
+    scale: valueScales,
+  };
+  const config: ChannelStatisticsConfig = {
+    target,
+    dtype,
+    key: smoothK ? key : undefined,
+    value: smoothV || valueScales ? value : undefined,
+  };
+  const operands = [config.key, config.value].filter((of) => of !== undefined);
+  if (operands.length === 0) return [];
+  const module = moduleOf(channelStatistics, config);
+  const blocks = operands.length * batch * kvHeads;
+  return [
+    launch('statistics', module, 'channelStatistics', blocks, CHANNEL_STATISTICS_THREADS, module.kernel().sharedBytes, [
+      ...inOrder(CHANNEL_STATISTICS_POINTERS, {
+        sequences: pointer('sequences'),
+        ...(config.key === undefined ? {} : { k: pointer('k', k.offset * BYTES[dtype]), keyMean: pointer('keyMean') }),
+        ...(config.value === undefined ? {} : { v: pointer('v', v.offset * BYTES[dtype]) }),
+        ...(smoothV ? { valueMean: pointer('valueMean') } : {}),
+        ...(valueScales ? { valueScale: pointer('valueScale') } : {}),
+      }),
+      ...inOrder(CHANNEL_STATISTICS_INTEGERS, { heads: u32(kvHeads), sequenceHeads: u32(batch * kvHeads) }),
+      ...strideBytes(k, dtype),
+      ...strideBytes(v, dtype),
+    ]),
+  ];
+}
+
 /** Quantizes K and V. */
 function keyValueLaunches(context: Context, parts: readonly KeyValuePart[] = ALL_PARTS): KernelLaunch[] {
   const { problem, choice, device, layout, scheme } = context;
@@ -329,33 +381,13 @@ function keyValueLaunches(context: Context, parts: readonly KeyValuePart[] = ALL
   const { batch, kvHeads, dtype, headDim, valueDim, k, v } = problem;
   const launches: KernelLaunch[] = [];
   if (layout.keyTiles === 0 || batch * kvHeads === 0) return launches;
+  if (parts.includes('means')) launches.push(...statisticsLaunches(context, scheme.valueTileScales));
+  if (scheme.valueTileScales) {
+    if (parts.includes('key') || parts.includes('value')) launches.push(hopperKeyValueLaunch(context));
+    return launches;
+  }
   const keyWidth = loadWidthOf(k, headDim, dtype, pointerAlignment);
   const valueWidth = loadWidthOf(v, valueDim, dtype, pointerAlignment);
-
-  const meanOf = (name: string, input: 'k' | 'v', config: ChannelMeanConfig, mean: BufferName) => {
-    const module = moduleOf(channelMean, config);
-    const operand = problem[input];
-    const args = [
-      ...inOrder(CHANNEL_MEAN_POINTERS, {
-        sequences: pointer('sequences'),
-        input: pointer(input, operand.offset * BYTES[dtype]),
-        mean: pointer(mean),
-      }),
-      ...inOrder(CHANNEL_MEAN_INTEGERS, { heads: u32(kvHeads) }),
-      ...strideBytes(operand, dtype),
-    ];
-    launches.push(
-      launch(name, module, 'channelMean', batch * kvHeads, CHANNEL_MEAN_THREADS, module.kernel().sharedBytes, args),
-    );
-  };
-  if (choice.smoothK && parts.includes('means')) {
-    const config = { target, dtype, dim: headDim, paddedDim: scheme.paddedDim, loadWidth: keyWidth };
-    meanOf('mean of K', 'k', config, 'keyMean');
-  }
-  if (choice.smoothV && parts.includes('means')) {
-    const config = { target, dtype, dim: valueDim, paddedDim: scheme.paddedValueDim, loadWidth: valueWidth };
-    meanOf('mean of V', 'v', config, 'valueMean');
-  }
 
   const keyConfig: QuantizeTokensConfig = {
     target,
@@ -728,7 +760,7 @@ function attendLaunches(context: Context): Pick<LaunchSequence, 'launches' | 'sc
 
 /** Scratch that quantizing K and V needs for itself. */
 function keyValueScratch({ problem, scheme }: Context): Record<BufferName, number> {
-  if (scheme.pvFormat === 'f16') return {};
+  if (scheme.pvFormat === 'f16' || scheme.valueTileScales) return {};
   return { valueMaximum: problem.batch * problem.kvHeads * VALUE_CHUNKS * scheme.paddedValueDim * 4 };
 }
 

@@ -15,6 +15,7 @@ import type { Kernel, Reg } from '../ptx/types.ts';
 import {
   BYTES,
   divide,
+  INFINITY_BITS,
   integers,
   LOG2_E,
   type LoadWidth,
@@ -25,7 +26,9 @@ import {
   nextPowerOfTwo,
   offset,
   offset64,
+  packBytes,
   pointers,
+  SMALLEST_GROUP_MAXIMUM,
 } from './common.ts';
 
 export interface QuantizeTokensConfig {
@@ -64,10 +67,6 @@ export const QUANTIZE_TOKENS_POINTERS = [
 export const QUANTIZE_TOKENS_INTEGERS = ['heads', 'blocks', 'paddedTokens', 'headsPerKeyHead'] as const;
 /** Strides of the input in bytes. */
 export const QUANTIZE_TOKENS_STRIDES = ['batchStride', 'headStride', 'tokenStride'] as const;
-
-/** Below this a group counts as zeros: 127 / max would not be finite, and no score could tell. */
-const SMALLEST_MAXIMUM = 1e-36;
-const INFINITY_BITS = 0x7f800000;
 
 /** Threads of a row, each with eight channels, and threads of the CTA. */
 function threadsOf(paddedDim: number) {
@@ -214,7 +213,7 @@ export function quantizeTokens(config: QuantizeTokensConfig): Kernel {
       largest = b.max(largest, value);
     }
     const maximum = b.as(largest, 'f32');
-    b.when(b.setp('lt', maximum, SMALLEST_MAXIMUM), () => b.set(maximum, 0));
+    b.when(b.setp('lt', maximum, SMALLEST_GROUP_MAXIMUM), () => b.set(maximum, 0));
     const scale = b.divF32(maximum, config.largest);
     const reciprocal = b.divF32(signedLargest(), maximum);
     b.when(b.setp('eq', maximum, 0), () => b.set(reciprocal, 0));
@@ -247,7 +246,7 @@ export function quantizeTokens(config: QuantizeTokensConfig): Kernel {
     const integersOf = eight.map((value) => b.as(b.fma(value, reciprocal, magic), 'b32'));
     const at = pass * rowsAtOnce * rowBytes;
     b.when(stored, () => {
-      const words = container === 's8' ? packBytes(integersOf) : [packNibbles(integersOf)];
+      const words = container === 's8' ? packBytes(b, integersOf) : [packNibbles(integersOf)];
       if (words.length === 2) b.stVector(words, destination, at);
       else b.st(words[0] as Reg<'b32'>, destination, at);
     });
@@ -323,13 +322,6 @@ export function quantizeTokens(config: QuantizeTokensConfig): Kernel {
       b.when(b.setp('ne', b.or(words[0], words[1]), 0), () => b.set(sign, 0x80000000));
     });
     return sign;
-  }
-
-  function packBytes(words: readonly Reg<'b32'>[]): Reg<'b32'>[] {
-    return [0, 4].map((first) => {
-      const [x, y, z, w] = words.slice(first, first + 4) as [Reg<'b32'>, Reg<'b32'>, Reg<'b32'>, Reg<'b32'>];
-      return b.prmt(b.prmt(x, y, 0x0040), b.prmt(z, w, 0x0040), 0x5410);
-    });
   }
 
   function packNibbles(words: readonly Reg<'b32'>[]): Reg<'b32'> {

@@ -15,6 +15,7 @@ import type { Kernel, Reg } from '../ptx/types.ts';
 import {
   BYTES,
   divide,
+  INFINITY_BITS,
   integers,
   type LoadWidth,
   loadEight,
@@ -55,7 +56,6 @@ export const VALUE_POINTERS = [
 ] as const;
 export const VALUE_INTEGERS = ['heads', 'blocks', 'paddedTokens'] as const;
 
-const INFINITY_BITS = 0x7f800000;
 /** Floats from here on round to infinity in FP16. */
 const BEYOND_FP16_BITS = 0x477ff000;
 

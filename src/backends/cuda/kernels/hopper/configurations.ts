@@ -45,12 +45,12 @@ const DIMS = [
   [80, 80],
 ] as const;
 
-function kernelOf(
+function launchesOf(
   choice: KernelChoice,
   [d, dv]: readonly [number, number],
   features: Features,
   tuning: Partial<HopperTuning>,
-): () => Kernel {
+): readonly { readonly name: string; readonly module: SimulatableModule }[] {
   const dtype = features.dtype ?? 'bfloat16';
   const [heads, lq, lk] = features.decoding ? [4, 1, 8192] : [1, 256, 256];
   const storage = emptyTensor([Math.max(lk, heads * lq) * Math.max(d, dv)], dtype).data;
@@ -65,17 +65,22 @@ function kernelOf(
   });
   const device = { target: 'sm_90a', multiprocessors: 132 } as const;
   const { launches } = planLaunches(problem, choice, device, tuning);
-  const attention = launches.find(({ name }) => name === 'attention');
-  if (attention === undefined) throw new Error('no attention among the launches');
-  return (attention.module as SimulatableModule).kernel;
+  return launches.map(({ name, module }) => ({ name, module: module as SimulatableModule }));
 }
 
 /**
  * @param thorough every accumulator, head dim, feature and variant; otherwise each kernel at D = 128, full and causal, and the
- * features of its default accumulator
+ * features of its default accumulator; the kernels that quantize for them once each
  */
 export function hopperConfigurations(thorough: boolean): HopperConfiguration[] {
-  const found: HopperConfiguration[] = [];
+  const found = new Map<string, HopperConfiguration>();
+  const add = (name: string, ...of: Parameters<typeof launchesOf>) => {
+    for (const { name: launch, module } of launchesOf(...of)) {
+      const key = launch === 'attention' ? name : module.id;
+      if (!found.has(key))
+        found.set(key, { name: launch === 'attention' ? name : `${launch}, ${name}`, kernel: module.kernel });
+    }
+  };
   for (const descriptor of CUDA_KERNELS.filter(({ name }) => isHopperKernel(name))) {
     for (const [rank, pvAccumDtype] of descriptor.pvAccumDtype.entries()) {
       for (const dims of thorough ? DIMS : DIMS.slice(0, 1)) {
@@ -90,14 +95,14 @@ export function hopperConfigurations(thorough: boolean): HopperConfiguration[] {
             smoothQ: false,
           };
           const name = `${descriptor.name} ${pvAccumDtype} D${dims.join('/')} ${features.name}`;
-          found.push({ name, kernel: kernelOf(choice, dims, features, {}) });
+          add(name, choice, dims, features, {});
           if (!thorough || !rare || features.name !== 'full' || !descriptor.name.includes('fp8')) continue;
           for (const [variant, tuning] of Object.entries(HOPPER_VARIANTS)) {
-            found.push({ name: `${name} [${variant}]`, kernel: kernelOf(choice, dims, features, tuning) });
+            add(`${name} [${variant}]`, choice, dims, features, tuning);
           }
         }
       }
     }
   }
-  return found;
+  return [...found.values()];
 }

@@ -2,6 +2,7 @@
 import type { KernelName } from '../../../../attention/kernels.ts';
 import type { KernelArgument, KernelLaunch, LaunchSequence, TensorMapDescription } from '../../launch.ts';
 import { TARGET_FEATURES } from '../../ptx/targets.ts';
+import { BLOCK_K } from '../attention.ts';
 import { BYTES, LOG2_E } from '../common.ts';
 import {
   type Context,
@@ -21,6 +22,14 @@ import {
   u64,
 } from '../plan-launches.ts';
 import {
+  KEY_VALUE_TILE,
+  QUANTIZE_KEY_VALUE_INTEGERS,
+  QUANTIZE_KEY_VALUE_POINTERS,
+  type QuantizeKeyValueConfig,
+  quantizeKeyValue,
+  quantizeKeyValueThreads,
+} from '../quantize-key-value.ts';
+import {
   CONSUMER_ROWS,
   HOPPER_BLOCK_K,
   HOPPER_INTEGERS,
@@ -30,6 +39,9 @@ import {
 } from './attention.ts';
 import { type HopperConfig, LOG2_E4M3_MAX, sharedPlanOf } from './config.ts';
 import { type HopperTuning, tuningOf } from './table.ts';
+
+/** Whether V in FP8 is quantized with K in one launch, with a scale for each tile, or per channel after a pass of its own for the maxima. */
+export const VALUE_TILE_SCALES: boolean = false;
 
 export const isHopperKernel = (name: KernelName) =>
   name === 'qk-int8-pv-fp8-cuda-sm90' || name === 'qk-int8-pv-fp16-cuda-sm90';
@@ -170,6 +182,57 @@ function headGroupOf({ problem, scheme }: Context, { tuning, units }: Shape): nu
   const valueBytes = scheme.paddedValueDim * (scheme.pvFormat === 'f16' ? 2 : 1);
   const bytes = Math.max(1, problem.keyLength) * (scheme.qkRowBytes + valueBytes);
   return Math.max(1, Math.min(units, Math.floor((tuning.groupMegabytes * 2 ** 20) / bytes)));
+}
+
+/** K and V in one launch, for V in FP8. */
+export function hopperKeyValueLaunch({ problem, choice, device, layout, scheme }: Context): KernelLaunch {
+  const { target, pointerAlignment = 16 } = device;
+  const { batch, kvHeads, dtype, headDim, valueDim, k, v } = problem;
+  const config: QuantizeKeyValueConfig = {
+    target,
+    dtype,
+    headDim,
+    paddedDim: scheme.paddedDim,
+    valueDim,
+    paddedValueDim: scheme.paddedValueDim,
+    keyLoadWidth: loadWidthOf(k, headDim, dtype, pointerAlignment),
+    valueLoadWidth: loadWidthOf(v, valueDim, dtype, pointerAlignment),
+    keyScales: scheme.keyGroups,
+    smoothK: choice.smoothK,
+    smoothV: choice.smoothV,
+  };
+  const module = moduleOf(quantizeKeyValue, config);
+  const tiles = Math.ceil((layout.keyTiles * BLOCK_K) / KEY_VALUE_TILE);
+  return launch(
+    'quantize K and V',
+    module,
+    'quantizeKeyValue',
+    tiles * kvHeads * batch,
+    quantizeKeyValueThreads(config),
+    module.kernel().sharedBytes,
+    [
+      ...inOrder(QUANTIZE_KEY_VALUE_POINTERS, {
+        sequences: pointer('sequences'),
+        k: pointer('k', k.offset * BYTES[dtype]),
+        v: pointer('v', v.offset * BYTES[dtype]),
+        ...(choice.smoothK ? { keyMean: pointer('keyMean') } : {}),
+        ...(choice.smoothV ? { valueMean: pointer('valueMean') } : {}),
+        valueScale: pointer('valueScale'),
+        key: pointer('key'),
+        keyScale: pointer('keyScale'),
+        keyFaults: pointer('keyFaults'),
+        value: pointer('value'),
+        valueTileScale: pointer('valueTileScale'),
+      }),
+      ...inOrder(QUANTIZE_KEY_VALUE_INTEGERS, {
+        heads: u32(kvHeads),
+        tiles: u32(tiles),
+        paddedTokens: u32(layout.paddedKeys),
+      }),
+      ...strideBytes(k, dtype),
+      ...strideBytes(v, dtype),
+    ],
+  );
 }
 
 export function hopperAttendLaunches(context: Context): Pick<LaunchSequence, 'launches' | 'scratch'> {
