@@ -1,163 +1,308 @@
 /**
  * A stack of diffusion transformer blocks (16 heads of 72, hidden 1152, float16) through onnxruntime-web's WebGPU provider in
  * Node: the whole model, with SageAttention, without, and cut in pieces with onnxruntime's own attention between them, which
- * is the cost of cutting by itself. All three on one device, interleaved in the same run.
+ * is the cost of cutting by itself. All three on one device, interleaved in the same run. Attention is written in two ways:
+ * `fused`, one operator, for which onnxruntime has a kernel that never stores the scores, and `decomposed`, in single
+ * operators, as exporters write it.
  *
- *     npx tsx bench/onnxruntime/h200.ts OUTPUT_FOLDER [--lengths 256,1024,8192,32768] [--blocks 4] [--runs 7] [--provider webgpu]
+ *     npx tsx bench/onnxruntime/h200.ts OUTPUT_FOLDER [--lengths 256,1024,8192,32768] [--blocks 4] [--runs 7]
+ *         [--seconds 6] [--spellings fused,decomposed] [--provider webgpu|wasm] [--float float16|float32]
  *
- * Writes `onnxruntime.json` and `onnxruntime.md` after every length. Times are medians of wall clock from `run` to its output
- * on the GPU, synchronized by reading it back.
+ * Writes `onnxruntime.json` and `onnxruntime.md` after every length. Times are medians of wall clock from `run` until the GPU
+ * has finished; inputs and outputs are on the GPU, so that no transfer is in them.
  */
 import { mkdirSync, writeFileSync } from 'node:fs';
 import { join } from 'node:path';
 import { parseArgs } from 'node:util';
-import type * as Ort from 'onnxruntime-web';
+import { WANTED_LIMITS } from '../../src/backends/webgpu/capabilities.ts';
+import { createWebgpuBackend, emptyGpuTensor } from '../../src/backends/webgpu/index.ts';
 import { enableNodeWebgpu, withSageAttention } from '../../src/integrations/onnxruntime/index.ts';
+import type { OrtFeeds, OrtSession, OrtTensor } from '../../src/integrations/onnxruntime/ort.ts';
+import type { AttentionReport } from '../../src/integrations/onnxruntime/report.ts';
 import { compare } from '../../src/reference/metrics.ts';
 import { toFloat32 } from '../../src/tensor/access.ts';
 import { float16FromNumber } from '../../src/tensor/formats/float16.ts';
 import { bitsOf, tensor } from '../../src/tensor/tensor.ts';
 import { GraphBuilder } from '../../test/support/graph-builder.ts';
-import { buildDiT } from '../../test/support/models.ts';
+import { type AttentionSpelling, buildDiT } from '../../test/support/models.ts';
 import { Random } from '../../test/support/random.ts';
 
 const { values: flags, positionals } = parseArgs({
   allowPositionals: true,
   options: {
     lengths: { type: 'string', default: '256,512,1024,2048,4096,8192,16384,32768' },
+    spellings: { type: 'string', default: 'fused,decomposed' },
     blocks: { type: 'string', default: '4' },
     heads: { type: 'string', default: '16' },
     'head-dim': { type: 'string', default: '72' },
     runs: { type: 'string', default: '7' },
+    /** Time for one length and spelling, after which no further run starts; three runs are made at least. */
+    seconds: { type: 'string', default: '6' },
     provider: { type: 'string', default: 'webgpu' },
     float: { type: 'string', default: 'float16' },
   },
 });
-const [folder] = positionals;
-if (folder === undefined) throw new Error('give the folder for the results');
+
+/** Ends the program with one line. */
+function fail(message: string): never {
+  console.error(message);
+  process.exit(1);
+}
+
+/** The first line of what went wrong: onnxruntime's errors carry its whole source behind them. */
+const messageOf = (error: unknown): string => {
+  const text = error instanceof Error ? error.message : String(error);
+  return (text.split('\n')[0] as string).slice(0, 200);
+};
+process.on('uncaughtException', (error) => fail(messageOf(error)));
+process.on('unhandledRejection', (error) => fail(messageOf(error)));
+
+const folder = positionals[0] ?? fail('give the folder for the results');
 const size = { heads: Number(flags.heads), headDim: Number(flags['head-dim']), blocks: Number(flags.blocks) };
 const width = size.heads * size.headDim;
 const float = flags.float === 'float32' ? 'float32' : 'float16';
+const spellings = flags.spellings.split(',') as AttentionSpelling[];
+const lengths = flags.lengths.split(',').map(Number);
 
 const gpu = flags.provider === 'webgpu' ? await enableNodeWebgpu() : undefined;
+const adapter = await gpu?.requestAdapter({ powerPreference: 'high-performance' });
+if (gpu !== undefined && adapter == null) fail('no GPU adapter was found');
+if (float === 'float16' && adapter != null && !adapter.features.has('shader-f16')) {
+  fail(
+    `${adapter.info.description}: no feature 'shader-f16', which onnxruntime needs for a float16 model; use --float float32`,
+  );
+}
 const ort = gpu === undefined ? await import('onnxruntime-web') : await import('onnxruntime-web/webgpu');
 // Its WebGPU build finds no workers in Node.
 if (gpu !== undefined) ort.env.wasm.numThreads = 1;
-const adapter = await gpu?.requestAdapter({ powerPreference: 'high-performance' });
+ort.env.logLevel = 'fatal';
+
+/** What WebGPU reported outside any call since it was last looked at: results behind it are worth nothing. */
+let gpuError: string | undefined;
 
 /** Every feature and limit of the adapter: onnxruntime and SageAttention each use what they know. */
 async function openDevice(): Promise<GPUDevice | undefined> {
   if (adapter == null) return undefined;
   const requiredFeatures = [...adapter.features] as GPUFeatureName[];
-  const names = [
-    'maxBufferSize',
-    'maxStorageBufferBindingSize',
-    'maxComputeWorkgroupStorageSize',
-    'maxComputeInvocationsPerWorkgroup',
-    'maxComputeWorkgroupSizeX',
-    'maxStorageBuffersPerShaderStage',
-  ] as const;
-  const requiredLimits = Object.fromEntries(names.map((name) => [name, adapter.limits[name]]));
-  return adapter.requestDevice({ requiredFeatures, requiredLimits });
+  const requiredLimits = Object.fromEntries(WANTED_LIMITS.map((name) => [name, adapter.limits[name]]));
+  const opened = await adapter.requestDevice({ requiredFeatures, requiredLimits });
+  opened.addEventListener('uncapturederror', (event) => {
+    gpuError ??= messageOf((event as GPUUncapturedErrorEvent).error.message);
+  });
+  opened.lost.then((info) => {
+    if (info.reason !== 'destroyed') fail(`the device was lost: ${messageOf(info.message)}`);
+  });
+  return opened;
 }
 const device = await openDevice();
-const options: Ort.InferenceSession.SessionOptions = {
-  executionProviders: device === undefined ? ['wasm'] : [{ name: 'webgpu', device }],
-  logSeverityLevel: 3,
-};
+const backend = device && createWebgpuBackend({ device });
+const { details } = (await backend?.availability()) ?? { details: { adapter: 'CPU' } as Record<string, string> };
+console.log(
+  Object.entries(details)
+    .map(([name, value]) => `${name}: ${value}`)
+    .join('\n'),
+);
 
-function floats(random: Random, dims: readonly number[]): InstanceType<typeof ort.Tensor> {
+const options = {
+  executionProviders: device === undefined ? ['wasm'] : [{ name: 'webgpu', device }],
+  preferredOutputLocation: device === undefined ? 'cpu' : 'gpu-buffer',
+  logSeverityLevel: 4,
+} as never;
+
+/** Normal numbers, where the model runs. */
+function floats(random: Random, dims: readonly number[]): OrtTensor {
   const values = random.normals(dims.reduce((product, n) => product * n, 1));
-  return float === 'float32'
-    ? new ort.Tensor('float32', values, dims)
-    : new ort.Tensor('float16', Uint16Array.from(values, float16FromNumber), dims);
+  const data = float === 'float32' ? values : Uint16Array.from(values, float16FromNumber);
+  if (device === undefined) return new ort.Tensor(float, data as never, dims) as unknown as OrtTensor;
+  const { buffer } = emptyGpuTensor(device, float, dims);
+  device.queue.writeBuffer(buffer, 0, data as BufferSource);
+  return ort.Tensor.fromGpuBuffer(buffer, {
+    dataType: float,
+    dims,
+    dispose: () => buffer.destroy(),
+  }) as unknown as OrtTensor;
 }
 
-const g = new GraphBuilder(new Random(1), float);
-buildDiT(g, size);
-const model = g.build();
+async function numbersOf(output: OrtTensor): Promise<Float32Array> {
+  const data = output.location === 'gpu-buffer' ? await output.getData() : output.data;
+  return data instanceof Float32Array
+    ? data
+    : toFloat32(tensor(bitsOf(data as Uint16Array), [output.size], { dtype: 'float16' }));
+}
 
 interface Variant {
-  readonly name: 'without' | 'with' | 'cut only';
-  readonly session: Awaited<ReturnType<typeof ort.InferenceSession.create>>;
+  readonly name: 'without' | 'with' | 'cutOnly';
+  readonly session: OrtSession & { readonly sageAttention?: readonly AttentionReport[] };
   readonly createMilliseconds: number;
-}
-
-async function open(name: Variant['name'], create: () => Promise<unknown>): Promise<Variant> {
-  const start = performance.now();
-  const session = (await create()) as Variant['session'];
-  return { name, session, createMilliseconds: performance.now() - start };
+  /** Why it is not run any more: what failed at one length fails at longer ones. */
+  failure: string | undefined;
 }
 
 // Finite, so that the model is cut, and above every length, so that each attention is onnxruntime's, between the pieces.
 const CUT_ONLY = Number.MAX_SAFE_INTEGER;
-const variants = [
-  await open('without', () => ort.InferenceSession.create(model, options)),
-  await open('with', () => withSageAttention(ort, { minTokens: 0 }).InferenceSession.create(model, options)),
-  await open('cut only', () =>
-    withSageAttention(ort, { minTokens: CUT_ONLY, wholeFallback: false }).InferenceSession.create(model, options),
-  ),
-];
 
-const median = (values: readonly number[]) =>
-  [...values].sort((a, b) => a - b)[Math.floor(values.length / 2)] as number;
-const numbers = (data: unknown): Float32Array =>
-  data instanceof Float32Array
-    ? data
-    : toFloat32(tensor(bitsOf(data as Uint16Array), [(data as Uint16Array).length], { dtype: 'float16' }));
+async function openVariants(model: Uint8Array): Promise<Variant[]> {
+  const open = async (name: Variant['name'], create: () => Promise<unknown>): Promise<Variant> => {
+    const start = performance.now();
+    const session = (await create()) as Variant['session'];
+    return { name, session, createMilliseconds: performance.now() - start, failure: undefined };
+  };
+  const sage = (minTokens: number, wholeFallback: boolean) =>
+    withSageAttention(ort, { minTokens, wholeFallback }).InferenceSession.create(model, options);
+  return [
+    await open('without', () => ort.InferenceSession.create(model, options)),
+    await open('with', () => sage(0, true)),
+    await open('cutOnly', () => sage(CUT_ONLY, false)),
+  ];
+}
 
-const results: Record<string, unknown>[] = [];
-for (const length of flags.lengths.split(',').map(Number)) {
-  const random = new Random(2);
-  const feeds = { x: floats(random, [1, length, width]), c: floats(random, [1, width]) };
+/** One run, until the GPU has finished. */
+async function timed({ session }: Variant, feeds: OrtFeeds): Promise<{ milliseconds: number; output: OrtTensor }> {
+  const start = performance.now();
+  const { y } = await (session.run as (feeds: OrtFeeds) => Promise<Record<string, OrtTensor>>)(feeds);
+  await device?.queue.onSubmittedWorkDone();
+  const milliseconds = performance.now() - start;
+  if (gpuError !== undefined) {
+    const error = new Error(gpuError);
+    gpuError = undefined;
+    throw error;
+  }
+  return { milliseconds, output: y as OrtTensor };
+}
+
+const median = (values: readonly number[]): number | undefined =>
+  [...values].sort((a, b) => a - b)[Math.floor(values.length / 2)];
+
+const WARM_UPS = 2;
+const LEAST_RUNS = 3;
+
+interface Measured {
+  readonly times: Map<Variant['name'], number[]>;
+  readonly outputs: Map<Variant['name'], Float32Array>;
+}
+
+/** Times of all variants, interleaved; outputs are read between the times. */
+async function measure(variants: readonly Variant[], feeds: OrtFeeds): Promise<Measured> {
   const times = new Map(variants.map(({ name }) => [name, [] as number[]]));
-  const outputs = new Map<string, Float32Array>();
-  for (let run = -2; run < Number(flags.runs); run++) {
-    for (const { name, session } of variants) {
-      const start = performance.now();
-      const { y } = await session.run(feeds);
-      const data = numbers(y?.data);
-      if (run >= 0) times.get(name)?.push(performance.now() - start);
-      outputs.set(name, data);
+  const outputs = new Map<Variant['name'], Float32Array>();
+  const start = performance.now();
+  for (let run = -WARM_UPS; run < Number(flags.runs); run++) {
+    if (run >= LEAST_RUNS && performance.now() - start > 1000 * Number(flags.seconds)) break;
+    for (const variant of variants) {
+      if (variant.failure !== undefined) continue;
+      try {
+        const { milliseconds, output } = await timed(variant, feeds);
+        if (run >= 0) times.get(variant.name)?.push(milliseconds);
+        if (!outputs.has(variant.name)) outputs.set(variant.name, await numbersOf(output));
+        output.dispose();
+      } catch (error) {
+        variant.failure = messageOf(error);
+        outputs.delete(variant.name);
+        times.set(variant.name, []);
+      }
     }
   }
-  const [without, sage, cut] = variants.map(({ name }) => median(times.get(name) ?? [])) as [number, number, number];
-  const accuracy = compare(outputs.get('with') ?? [], outputs.get('without') ?? []);
-  results.push({
-    length,
-    without,
-    with: sage,
-    cutOnly: cut,
-    speedup: without / sage,
-    cutCost: cut - without,
-    accuracy,
-  });
-  console.log(
-    `${length} tokens: without ${without.toFixed(2)} ms, with ${sage.toFixed(2)} ms (${(without / sage).toFixed(2)}x), cut only ${cut.toFixed(2)} ms, cosine similarity ${accuracy.cosineSimilarity.toFixed(6)}`,
-  );
-  write(folder);
+  return { times, outputs };
 }
 
-function write(target: string): void {
-  mkdirSync(target, { recursive: true });
-  const report = {
-    adapter: adapter?.info.description ?? 'CPU',
-    onnxruntime: ort.env.versions.web,
-    ...size,
-    float,
-    create: Object.fromEntries(variants.map(({ name, createMilliseconds }) => [name, createMilliseconds])),
-    results,
-  };
-  writeFileSync(join(target, 'onnxruntime.json'), `${JSON.stringify(report, null, 2)}\n`);
-  const rows = results.map((row) => {
-    const { length, without, with: sage, cutOnly, speedup } = row as Record<string, number>;
-    const cells = [without, sage, speedup, cutOnly].map((value) => (value as number).toFixed(2));
-    return `| ${length} | ${cells.join(' | ')} |`;
-  });
-  const header = '| tokens | without (ms) | with (ms) | speedup | cut only (ms) |\n|---|---|---|---|---|';
-  writeFileSync(join(target, 'onnxruntime.md'), `${header}\n${rows.join('\n')}\n`);
+/** One attention of the model by itself, several in a row without a wait. */
+async function attentionAlone(length: number): Promise<number | undefined> {
+  if (device === undefined || backend === undefined) return undefined;
+  const shape = [1, length, size.heads, size.headDim];
+  const operands = [0, 1, 2].map(() => emptyGpuTensor(device, float, shape));
+  const [q, k, v] = operands as [(typeof operands)[0], (typeof operands)[0], (typeof operands)[0]];
+  const plan = await backend.createPlan({ q, k, v }, { tensorLayout: 'NHD' });
+  const output = emptyGpuTensor(device, float, shape);
+  const times: number[] = [];
+  for (let run = 0; run < WARM_UPS + LEAST_RUNS; run++) {
+    const start = performance.now();
+    const encoder = device.createCommandEncoder();
+    for (let block = 0; block < size.blocks; block++) plan.encode(encoder, { q, k, v }, { output });
+    device.queue.submit([encoder.finish()]);
+    await device.queue.onSubmittedWorkDone();
+    if (run >= WARM_UPS) times.push((performance.now() - start) / size.blocks);
+  }
+  if (length === lengths[0]) console.log(`attention: ${plan.details.family} ${plan.details.variant}`);
+  plan.dispose();
+  for (const { buffer } of [...operands, output]) buffer.destroy();
+  return median(times);
 }
 
-for (const { session } of variants) await session.release();
+interface Row {
+  readonly spelling: AttentionSpelling;
+  readonly length: number;
+  /** Milliseconds. */
+  readonly without: number | undefined;
+  readonly with: number | undefined;
+  readonly cutOnly: number | undefined;
+  readonly speedup: number | undefined;
+  readonly cutCost: number | undefined;
+  /** Of one block. */
+  readonly attentionAlone: number | undefined;
+  readonly accuracy: ReturnType<typeof compare> | undefined;
+  readonly failures: Readonly<Record<string, string>>;
+}
+
+const rows: Row[] = [];
+const created: Record<string, Record<string, number>> = {};
+
+function write(): void {
+  mkdirSync(folder, { recursive: true });
+  const report = { ...details, onnxruntime: ort.env.versions.web, ...size, float, created, results: rows };
+  writeFileSync(join(folder, 'onnxruntime.json'), `${JSON.stringify(report, null, 2)}\n`);
+  const cell = (value: number | undefined, digits = 2) => value?.toFixed(digits) ?? '';
+  const lines = rows.map((row) => {
+    const numbers = [row.without, row.with, row.speedup, row.cutOnly, row.attentionAlone].map((value) => cell(value));
+    return `| ${row.spelling} | ${row.length} | ${numbers.join(' | ')} | ${cell(row.accuracy?.cosineSimilarity, 6)} |`;
+  });
+  const header =
+    '| attention | tokens | without (ms) | with (ms) | speedup | cut only (ms) | one attention alone (ms) | cosine similarity |\n|---|---|---|---|---|---|---|---|';
+  writeFileSync(join(folder, 'onnxruntime.md'), `${header}\n${lines.join('\n')}\n`);
+}
+
+for (const spelling of spellings) {
+  const g = new GraphBuilder(new Random(1), float);
+  buildDiT(g, size, spelling);
+  const variants = await openVariants(g.build());
+  created[spelling] = Object.fromEntries(variants.map(({ name, createMilliseconds }) => [name, createMilliseconds]));
+  for (const length of lengths) {
+    const random = new Random(2);
+    const feeds = { x: floats(random, [1, length, width]), c: floats(random, [1, width]) };
+    const { times, outputs } = await measure(variants, feeds);
+    for (const value of Object.values(feeds)) value.dispose();
+    const [without, sage, cutOnly] = variants.map(({ name }) => median(times.get(name) ?? []));
+    const [expected, actual] = [outputs.get('without') ?? outputs.get('cutOnly'), outputs.get('with')];
+    const row: Row = {
+      spelling,
+      length,
+      without,
+      with: sage,
+      cutOnly,
+      speedup: without !== undefined && sage !== undefined ? without / sage : undefined,
+      cutCost: without !== undefined && cutOnly !== undefined ? cutOnly - without : undefined,
+      attentionAlone: await attentionAlone(length).catch((error: unknown) => {
+        console.error(`attention alone: ${messageOf(error)}`);
+        return undefined;
+      }),
+      accuracy: expected && actual && compare(actual, expected),
+      failures: Object.fromEntries(
+        variants.flatMap(({ name, failure }) => (failure === undefined ? [] : [[name, failure]])),
+      ),
+    };
+    rows.push(row);
+    write();
+    const left = variants[1]?.session.sageAttention?.find(({ taken }) => !taken);
+    console.log(
+      [
+        `${spelling}, ${length} tokens: without ${without?.toFixed(2)} ms, with ${sage?.toFixed(2)} ms (${row.speedup?.toFixed(2)}x)`,
+        `cut only ${cutOnly?.toFixed(2)} ms, attention alone ${size.blocks} x ${row.attentionAlone?.toFixed(2)} ms`,
+        `cosine similarity ${row.accuracy?.cosineSimilarity.toFixed(6)}`,
+        ...(left === undefined ? [] : [`left: ${left.reason}`]),
+        ...Object.entries(row.failures).map(([name, failure]) => `${name} failed: ${failure}`),
+      ].join(', '),
+    );
+  }
+  for (const { session } of variants) await session.release();
+}
 device?.destroy();
 process.exit(0);

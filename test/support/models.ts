@@ -29,13 +29,34 @@ function attention(g: GraphBuilder, q: string, kT: string, v: string, headDim: n
   return g.op('MatMul', [g.op('Softmax', [masked], { axis: -1 }), v]);
 }
 
+/** `[B,L,width]` attended to itself: projections packed into one, and attention in single operators, as timm is exported. */
+function packedAttention(g: GraphBuilder, x: string, { heads, headDim }: TransformerSize): string {
+  const width = heads * headDim;
+  const packed = g.op('Reshape', [g.linear(x, width, 3 * width), g.ints([0, 0, 3, heads, headDim])]);
+  const parts = g.op('Transpose', [packed], { perm: [2, 0, 3, 1, 4] });
+  const [q, k, v] = [0, 1, 2].map((i) => g.op('Gather', [parts, g.int(i)], { axis: 0 })) as [string, string, string];
+  const kT = g.op('Transpose', [k], { perm: [0, 1, 3, 2] });
+  return mergeHeads(g, attention(g, q, kT, v, headDim), width);
+}
+
+/** The same function as onnxruntime's optimizer writes it: three projections and one operator. */
+function fusedAttention(g: GraphBuilder, x: string, { heads, headDim }: TransformerSize): string {
+  const width = heads * headDim;
+  const [q, k, v] = [0, 1, 2].map(() => g.linear(x, width, width)) as [string, string, string];
+  return g.contrib('MultiHeadAttention', [q, k, v], { num_heads: heads });
+}
+
+/** How a model's attention is written: in single operators, or as the `MultiHeadAttention` of `com.microsoft`. */
+export type AttentionSpelling = 'decomposed' | 'fused';
+
 /**
  * A stack of diffusion transformer blocks (Peebles and Xie 2023, arXiv 2212.09748, adaLN-Zero): inputs `x`
  * `[batch,tokens,width]` and the conditioning `c` `[batch,width]`, output `y` like `x`.
  */
-export function buildDiT(g: GraphBuilder, size: TransformerSize): void {
+export function buildDiT(g: GraphBuilder, size: TransformerSize, spelling: AttentionSpelling = 'decomposed'): void {
   const { heads, headDim, blocks } = size;
   const width = heads * headDim;
+  const attend = spelling === 'fused' ? fusedAttention : packedAttention;
   let x = g.input('x', ['batch', 'tokens', width]);
   const c = g.input('c', ['batch', width]);
   const active = g.op('Mul', [c, g.op('Sigmoid', [c])]);
@@ -47,11 +68,7 @@ export function buildDiT(g: GraphBuilder, size: TransformerSize): void {
     const modulate = (value: string, shift: string, scale: string) =>
       g.op('Add', [g.op('Mul', [norm(g, value, width), g.op('Add', [scale, g.scalar(1)])]), shift]);
     const inner = modulate(x, shift1, scale1);
-    const packed = g.op('Reshape', [g.linear(inner, width, 3 * width), g.ints([0, 0, 3, heads, headDim])]);
-    const parts = g.op('Transpose', [packed], { perm: [2, 0, 3, 1, 4] });
-    const [q, k, v] = [0, 1, 2].map((i) => g.op('Gather', [parts, g.int(i)], { axis: 0 })) as [string, string, string];
-    const kT = g.op('Transpose', [k], { perm: [0, 1, 3, 2] });
-    const attended = g.linear(mergeHeads(g, attention(g, q, kT, v, headDim), width), width, width);
+    const attended = g.linear(attend(g, inner, size), width, width);
     const middle = g.op('Add', [x, g.op('Mul', [gate1, attended])]);
     const hidden = g.linear(modulate(middle, shift2, scale2), width, 4 * width);
     const gelu = g.op('Mul', [hidden, g.op('Sigmoid', [g.op('Mul', [hidden, g.scalar(1.702)])])]);

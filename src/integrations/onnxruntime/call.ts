@@ -2,6 +2,7 @@
 import { MAX_HEAD_DIM } from '../../attention/problem.ts';
 import { contiguousStrides } from '../../tensor/tensor.ts';
 import type { AttentionSite, Mask, View } from './detect/site.ts';
+import { contiguous } from './detect/views.ts';
 import type { OrtTensor } from './ort.ts';
 
 export interface OperandCall {
@@ -30,9 +31,10 @@ export type Preparation = { readonly call: AttentionCall } | { readonly reason: 
 /** `values` has the site's inputs. */
 export function prepareCall(site: AttentionSite, values: ReadonlyMap<string, OrtTensor>): Preparation {
   const tensor = (name: string) => values.get(name) as OrtTensor;
+  const numbers = (name: string) => numbersOf(tensor(name));
   const [q, k, v] = [site.q, site.k, site.v].map((operand) => ({
     tensor: tensor(operand.value),
-    view: operand.view(tensor(operand.value).dims),
+    view: operand.view(contiguous(tensor(operand.value).dims), numbers),
   })) as [PartialOperand, PartialOperand, PartialOperand];
   const { type } = q.tensor;
   if ((type !== 'float32' && type !== 'float16') || k.tensor.type !== type || v.tensor.type !== type) {
@@ -42,7 +44,7 @@ export function prepareCall(site: AttentionSite, values: ReadonlyMap<string, Ort
   if (q.view === undefined || k.view === undefined || v.view === undefined) {
     return { reason: `operands of shapes ${shapes}` };
   }
-  const rank = q.tensor.dims.length;
+  const { rank } = q.view;
   const splits = site.mask?.form === 'split-heads';
   if (site.scoresRank !== undefined && !splits && rank !== site.scoresRank) {
     return { reason: `softmax over axis ${site.scoresRank - 1} of scores of rank ${rank}` };
@@ -148,6 +150,7 @@ function splitHeads(operands: Operands, rank: number, mask: readonly number[]): 
           shape: [total / heads, heads, shape[2], shape[3]],
           strides: [heads * strides[0], strides[0], strides[2], strides[3]],
           offset,
+          rank: 4,
         }
       : undefined;
   const [q, k, v] = [split(operands.q), split(operands.k), split(operands.v)];
@@ -164,6 +167,7 @@ function maskView(mask: Mask, tensor: OrtTensor, query: View['shape'], keys: num
     shape: dims as unknown as View['shape'],
     strides: contiguousStrides(dims) as unknown as View['strides'],
     offset: 0,
+    rank,
   };
 }
 

@@ -341,7 +341,10 @@ class SessionBuilder {
       return (typeof asked === 'string' ? asked : asked?.[name]) ?? 'cpu';
     }
     const onCpu = cut.sites.some(
-      ({ site }) => site.check?.value === name || site.runtimeScales.some((scale) => scale.value === name),
+      ({ site }) =>
+        site.check?.value === name ||
+        site.runtimeScales.some((scale) => scale.value === name) ||
+        [site.q, site.k, site.v].some(({ parameters }) => parameters.includes(name)),
     );
     return onCpu || elementKind(this.#index, name) === 'integer' ? 'cpu' : 'gpu-buffer';
   }

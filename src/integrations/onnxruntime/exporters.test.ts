@@ -10,7 +10,10 @@ import { GraphBuilder } from '../../../test/support/graph-builder.ts';
 import { Random, runSeed } from '../../../test/support/random.ts';
 import type { Backend } from '../../backends/backend.ts';
 import { setBackend } from '../../backends/registry.ts';
+import { detectAttention } from './detect/index.ts';
+import { indexGraph } from './graph.ts';
 import { withSageAttention } from './index.ts';
+import { type GraphProto, readModel } from './onnx/codec.ts';
 
 const SEED = runSeed();
 const backend = exactBackend();
@@ -42,6 +45,8 @@ interface Case {
   readonly taken?: number;
   /** Part of the reason of an attention that is left. */
   readonly left?: string;
+  /** Values that q, k and v are read from; not looked at by default. */
+  readonly sources?: number;
   /** onnxruntime-web's CPU provider has it too; default true. */
   readonly web?: boolean;
 }
@@ -74,6 +79,14 @@ const block = (attend: (g: GraphBuilder, q: string, k: string, v: string) => str
   const x = input(g);
   const [q, k, v] = [heads(g, project(g, x)), heads(g, project(g, x), H, [0, 2, 3, 1]), heads(g, project(g, x))];
   finish(g, attend(g, q as string, k as string, v as string));
+};
+
+type Parts = [q: string, k: string, v: string];
+
+/** Attention of `[B,H,L,D]` to itself. */
+const attendTo = (g: GraphBuilder, [q, k, v]: Parts) => {
+  const scores = g.op('MatMul', [q, g.op('Transpose', [k], { perm: [0, 1, 3, 2] })]);
+  return g.op('MatMul', [g.op('Softmax', [g.op('Mul', [scores, g.scalar(scale)])], { axis: -1 }), v]);
 };
 
 /** `sqrt(1 / sqrt(D))` from the shape, as PyTorch's TorchScript exporter writes it for a dynamic head dim. */
@@ -370,6 +383,105 @@ const CASES: Case[] = [
     taken: 3,
   },
   {
+    name: 'timm: one projection, Reshape, Transpose, and a Gather for each part',
+    build: (g) => {
+      const packed = g.op('Reshape', [g.linear(input(g), C, 3 * C, 2), g.ints([0, -1, 3, H, D])]);
+      const parts = g.op('Transpose', [packed], { perm: [2, 0, 3, 1, 4] });
+      finish(g, attendTo(g, [0, 1, 2].map((i) => g.op('Gather', [parts, g.int(i)], { axis: 0 })) as Parts));
+    },
+    feeds: hidden,
+    sources: 1,
+  },
+  {
+    name: 'the same with shapes that are computed, and the last part counted from the end',
+    build: (g) => {
+      const x = input(g);
+      const shape = g.op('Shape', [x]);
+      const [batch, length] = [0, 1].map((i) => g.op('Gather', [shape, g.ints([i])])) as [string, string];
+      const target = g.op('Concat', [batch, length, g.ints([3, H, D])], { axis: 0 });
+      const parts = g.op('Transpose', [g.op('Reshape', [g.linear(x, C, 3 * C, 2), target])], { perm: [2, 0, 3, 1, 4] });
+      finish(g, attendTo(g, [0, 1, -1].map((i) => g.op('Gather', [parts, g.int(i)], { axis: 0 })) as Parts));
+    },
+    feeds: hidden,
+    sources: 1,
+  },
+  {
+    name: 'ViT: Split of the transposed projection, Squeeze',
+    build: (g) => {
+      const packed = g.op('Reshape', [g.linear(input(g), C, 3 * C, 2), g.ints([0, 0, 3, H, D])]);
+      const parts = g.op('Transpose', [packed], { perm: [2, 0, 3, 1, 4] });
+      g.op('Split', [parts, g.ints([1, 1, 1])], { axis: 0 }, { outputs: ['q1', 'k1', 'v1'] });
+      finish(g, attendTo(g, ['q1', 'k1', 'v1'].map((part) => g.op('Squeeze', [part, g.ints([0])])) as Parts));
+    },
+    feeds: hidden,
+    sources: 1,
+  },
+  {
+    name: 'GPT-2: Split of the projection, then heads',
+    build: (g) => {
+      g.op('Split', [g.linear(input(g), C, 3 * C, 2)], { axis: -1, num_outputs: 3 }, { outputs: ['q1', 'k1', 'v1'] });
+      finish(g, attendTo(g, ['q1', 'k1', 'v1'].map((part) => heads(g, part)) as Parts));
+    },
+    feeds: hidden,
+    opset: 18,
+    sources: 1,
+  },
+  {
+    name: 'Slices of the projection with negative bounds, heads of the keys moved behind in one Transpose',
+    build: (g) => {
+      const packed = g.linear(input(g), C, 3 * C, 2);
+      const slice = (from: number, to: number) => g.op('Slice', [packed, g.ints([from]), g.ints([to]), g.ints([2])]);
+      const [q, k, v] = [slice(0, C), slice(C, -C), slice(-C, 2 ** 31 - 1)] as Parts;
+      const scores = g.op('MatMul', [heads(g, q), heads(g, k, H, [0, 2, 3, 1])]);
+      const p = g.op('Softmax', [g.op('Mul', [scores, g.scalar(scale)])], { axis: -1 });
+      finish(g, g.op('MatMul', [p, heads(g, v)]));
+    },
+    feeds: hidden,
+    sources: 1,
+  },
+  {
+    name: 'keys transposed with all axes of the packed projection, tokens sliced off in front',
+    build: (g) => {
+      const packed = g.op('Reshape', [g.linear(input(g), C, 3 * C, 2), g.ints([0, 0, 3, H, D])]);
+      const tail = g.op('Slice', [packed, g.ints([2]), g.ints([1000]), g.ints([1])]);
+      const part = (i: number, perm: number[]) =>
+        g.op('Gather', [g.op('Transpose', [tail], { perm }), g.int(i)], { axis: 0 });
+      const kT = part(1, [2, 0, 3, 4, 1]);
+      const scores = g.op('Mul', [g.op('MatMul', [part(0, [2, 0, 3, 1, 4]), kT]), g.scalar(scale)]);
+      const o = g.op('MatMul', [g.op('Softmax', [scores], { axis: -1 }), part(2, [2, 0, 3, 1, 4])]);
+      g.op('Identity', [merge(g, o)], {}, { outputs: ['y'] });
+      g.output('y', ['batch', 'rest', C]);
+    },
+    feeds: hidden,
+    sources: 1,
+  },
+  {
+    name: 'an operand that is a view only by a copy: heads folded into the batch behind a Split',
+    build: (g) => {
+      g.op('Split', [g.linear(input(g), C, 3 * C, 2)], { axis: 2, num_outputs: 3 }, { outputs: ['q1', 'k1', 'v1'] });
+      const fold = (value: string) => g.op('Reshape', [heads(g, value), g.ints([-1, L, D])]);
+      const [q, k, v] = ['q1', 'k1', 'v1'].map(fold) as Parts;
+      const scores = g.op('MatMul', [q, g.op('Transpose', [k], { perm: [0, 2, 1] })]);
+      const p = g.op('Softmax', [g.op('Mul', [scores, g.scalar(scale)])], { axis: -1 });
+      finish(g, g.op('Reshape', [g.op('MatMul', [p, v]), g.ints([-1, H, L, D])]));
+    },
+    feeds: hidden,
+    opset: 18,
+    sources: 3,
+  },
+  {
+    name: 'com.microsoft MultiHeadAttention over a Split projection',
+    build: (g) => {
+      const x = input(g);
+      g.op('Split', [g.linear(x, C, 3 * C, 2), g.ints([C, C, C])], { axis: 2 }, { outputs: ['q1', 'k1', 'v1'] });
+      const o = g.contrib('MultiHeadAttention', ['q1', 'k1', 'v1'], { num_heads: H });
+      g.op('Add', [o, x], {}, { outputs: ['y'] });
+      g.output('y', ['batch', 'length', C]);
+    },
+    feeds: hidden,
+    sources: 1,
+  },
+  {
     name: 'left: attention weights that are an output',
     build: (g) => {
       block((g, q, kT, v) => {
@@ -591,6 +703,10 @@ describe.each(Object.entries(ENGINES))('%s', (engine, ort) => {
     const taken = entry.taken ?? 1;
     expect(report.filter((attention) => attention.taken).length, JSON.stringify(report)).toBe(taken);
     expect(backend.calls - before).toBe(taken);
+    if (entry.sources !== undefined) {
+      const [site] = detectAttention(indexGraph(readModel(bytes).graph as GraphProto, entry.opset ?? 17)).sites;
+      expect(new Set([site?.q, site?.k, site?.v].map((operand) => operand?.value)).size).toBe(entry.sources);
+    }
     if (entry.left !== undefined) expect(report.map(({ reason }) => reason).join()).toContain(entry.left);
     expect(cut.inputNames).toEqual(plain.inputNames);
     expect(cut.outputNames).toEqual(plain.outputNames);

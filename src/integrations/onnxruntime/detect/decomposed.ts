@@ -24,6 +24,7 @@ import {
   permutedOperand,
   type RuntimeScale,
 } from './site.ts';
+import { sourceOf } from './views.ts';
 
 /** A score at or below this, beside any unmasked score, has a probability of 0 in every float type. */
 const MASKED_SCORE = -1e4;
@@ -379,6 +380,11 @@ function keyOperand(index: GraphIndex, product: Product): { peeled: Peeled; oper
     const deeper = peel(index, found, { scales: true, repeats: false });
     const result = deeper.axes === undefined ? deeper : found;
     return { peeled: result, operand: naturalOperand(result.value), extra: [] };
+  }
+  // A Transpose of all axes of a packed projection, say: the channels are contiguous where it was computed.
+  if (sourceOf(index, right, 1, 4) !== undefined) {
+    const operand = permutedOperand(right, [0, 1, 3, 2]);
+    return { peeled: { value: right, axes: undefined, scale: 1, nodes: [] }, operand, extra: [] };
   }
   if (index.opset < 12) throw new NotExact('keys stored transposed in an operator set without Einsum');
   const value = added('transposed', right);

@@ -3,7 +3,7 @@ import { type GraphIndex, nestedNodes } from '../graph.ts';
 import { node as makeNode } from '../onnx/codec.ts';
 import { added, detectDecomposed } from './decomposed.ts';
 import { detectFused } from './fused.ts';
-import type { AttentionSite, LeftAttention } from './site.ts';
+import { type AttentionSite, type LeftAttention, withSources } from './site.ts';
 
 export interface Detected {
   readonly sites: readonly AttentionSite[];
@@ -25,7 +25,7 @@ export function detectAttention(index: GraphIndex): Detected {
   for (const node of index.nodes) {
     const found = detectFused(index, node) ?? detectDecomposed(index, node);
     if (found !== undefined) {
-      if ('site' in found) sites.push(withComputedMask(index, found.site));
+      if ('site' in found) sites.push(withSources(index, withComputedMask(index, found.site)));
       else left.push(found.left);
     }
     for (const inner of nestedNodes(node)) {

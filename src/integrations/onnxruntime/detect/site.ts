@@ -1,19 +1,27 @@
 /** What detection finds: one attention in a graph, as the operands of `sageattn` and the nodes that it replaces. */
-import { contiguousStrides } from '../../../tensor/tensor.ts';
-import type { GraphIndex } from '../graph.ts';
+import { type GraphIndex, isOp } from '../graph.ts';
 import type { NodeProto } from '../onnx/codec.ts';
+import { type Numbers, type Strided, sourceOf } from './views.ts';
 
 /** `[B,H,L,D]` seen in the elements of a tensor. */
 export interface View {
   readonly shape: readonly [batch: number, heads: number, length: number, dim: number];
   readonly strides: readonly [number, number, number, number];
   readonly offset: number;
+  /** Of the tensor that the graph has there: 3 where heads are part of the batch or of the channels. */
+  readonly rank: number;
 }
 
 /** How an operand lies in a value of the graph. `view` is undefined for sizes that it does not cover. */
 export interface Operand {
   readonly value: string;
-  view(dims: readonly number[]): View | undefined;
+  /** Integer values that `view` reads. */
+  readonly parameters: readonly string[];
+  view(tensor: Strided, numbers: Numbers): View | undefined;
+  /** Axis of the channels in `value`, counted from its last one. */
+  readonly channels: number;
+  /** Of `value`, where it is known. */
+  readonly valueRank: number | undefined;
 }
 
 export interface Mask {
@@ -82,87 +90,134 @@ export interface LeftAttention {
 
 export type Detection = { readonly site: AttentionSite } | { readonly left: LeftAttention };
 
+type Four = readonly [number, number, number, number];
+
+const operand = (
+  value: string,
+  view: (tensor: Strided) => View | undefined,
+  { channels = 0, valueRank }: { readonly channels?: number; readonly valueRank?: number } = {},
+): Operand => ({ value, parameters: [], view, channels, valueRank });
+
+function permuted({ shape, strides, offset }: Strided, axes: Four, rank = 4): View {
+  const pick = (sizes: readonly number[]) => axes.map((axis) => sizes[axis] as number) as unknown as Four;
+  return { shape: pick(shape), strides: pick(strides), offset, rank };
+}
+
 /** The operand `[B,H,L,D]` whose axes are `axes` of a value of rank 4. */
-export function permutedOperand(value: string, axes: readonly [number, number, number, number]): Operand {
-  return {
-    value,
-    view(dims) {
-      if (dims.length !== 4) return undefined;
-      const strides = contiguousStrides(dims);
-      const [b, h, l, d] = axes;
-      return {
-        shape: [dims[b] as number, dims[h] as number, dims[l] as number, dims[d] as number],
-        strides: [strides[b] as number, strides[h] as number, strides[l] as number, strides[d] as number],
-        offset: 0,
-      };
-    },
-  };
+export function permutedOperand(value: string, axes: Four): Operand {
+  return operand(value, (tensor) => (tensor.shape.length === 4 ? permuted(tensor, axes) : undefined), {
+    channels: 3 - axes[3],
+    valueRank: 4,
+  });
 }
 
 /** A value `[B,H,L,D]`, or `[B,L,D]` with one head. */
 export function naturalOperand(value: string): Operand {
-  const rank4 = permutedOperand(value, [0, 1, 2, 3]);
-  return {
-    value,
-    view(dims) {
-      const [batch, length, dim] = dims as [number, number, number];
-      return dims.length === 3 ? rank4.view([batch, 1, length, dim]) : rank4.view(dims);
-    },
-  };
+  return operand(value, (tensor) => {
+    if (tensor.shape.length === 4) return permuted(tensor, [0, 1, 2, 3]);
+    if (tensor.shape.length !== 3) return undefined;
+    const [batch, length, dim] = tensor.shape as [number, number, number];
+    const [batchStride, token, channel] = tensor.strides as [number, number, number];
+    return {
+      shape: [batch, 1, length, dim],
+      strides: [batchStride, dim, token, channel],
+      offset: tensor.offset,
+      rank: 3,
+    };
+  });
 }
 
 /** Columns `[start, start + heads * dim)` of a value `[B,L,columns]`, where start and dim are fractions of the columns. */
 export function hiddenOperand(value: string, heads: number, part = 0, parts: readonly number[] = [1]): Operand {
   const total = parts.reduce((sum, size) => sum + size, 0);
   const before = parts.slice(0, part).reduce((sum, size) => sum + size, 0);
-  return {
-    value,
-    view(dims) {
-      if (dims.length !== 3) return undefined;
-      const [batch, length, columns] = dims as [number, number, number];
-      const start = (columns * before) / total;
-      const width = (columns * (parts[part] as number)) / total;
-      const dim = width / heads;
-      if (!Number.isInteger(start) || !Number.isInteger(dim)) return undefined;
-      return {
-        shape: [batch, heads, length, dim],
-        strides: [length * columns, dim, columns, 1],
-        offset: start,
-      };
-    },
-  };
+  return operand(value, (tensor) => {
+    if (tensor.shape.length !== 3) return undefined;
+    const [batch, length, columns] = tensor.shape as [number, number, number];
+    const [batchStride, token, channel] = tensor.strides as [number, number, number];
+    const start = (columns * before) / total;
+    const width = (columns * (parts[part] as number)) / total;
+    const dim = width / heads;
+    if (!Number.isInteger(start) || !Number.isInteger(dim)) return undefined;
+    return {
+      shape: [batch, heads, length, dim],
+      strides: [batchStride, dim * channel, token, channel],
+      offset: tensor.offset + start * channel,
+      rank: 3,
+    };
+  });
 }
 
 /** `[B,L,H*D]`, or `[B,H,L,D]`. */
-export function hiddenOrHeadsOperand(value: string, heads: number): Operand {
-  const hidden = hiddenOperand(value, heads);
-  const natural = permutedOperand(value, [0, 1, 2, 3]);
-  return { value, view: (dims) => (dims.length === 3 ? hidden.view(dims) : natural.view(dims)) };
-}
+export const hiddenOrHeadsOperand = (value: string, heads: number): Operand =>
+  anyOperand(hiddenOperand(value, heads), permutedOperand(value, [0, 1, 2, 3]));
 
 /** Part `part` of `parts` in a value `[B,L,H,parts,D]`. */
 export function packedOperand(value: string, part: number, parts: number): Operand {
-  return {
+  return operand(
     value,
-    view(dims) {
-      if (dims.length !== 5 || dims[3] !== parts) return undefined;
-      const [batch, length, heads, , dim] = dims as [number, number, number, number, number];
-      const token = heads * parts * dim;
+    ({ shape, strides, offset }) => {
+      if (shape.length !== 5 || shape[3] !== parts) return undefined;
+      const [batch, length, heads, , dim] = shape as [number, number, number, number, number];
+      const [batchStride, token, head, each, channel] = strides as [number, number, number, number, number];
       return {
         shape: [batch, heads, length, dim],
-        strides: [length * token, parts * dim, token, 1],
-        offset: part * dim,
+        strides: [batchStride, head, token, channel],
+        offset: offset + part * each,
+        rank: 5,
       };
     },
-  };
+    { valueRank: 5 },
+  );
 }
 
-/** The first of several readings that covers a tensor's dimensions. */
+/** The first of several readings that covers a tensor's dimensions; all have the channels last. */
 export function anyOperand(...readings: readonly [Operand, ...Operand[]]): Operand {
-  return {
-    value: readings[0].value,
-    view: (dims) => readings.map((reading) => reading.view(dims)).find((view) => view !== undefined),
+  return operand(readings[0].value, (tensor) => {
+    for (const reading of readings) {
+      const view = reading.view(tensor, () => []);
+      if (view !== undefined) return view;
+    }
+    return undefined;
+  });
+}
+
+/** The graph with nodes added to it. */
+function indexBehind(index: GraphIndex, extra: readonly NodeProto[]): GraphIndex {
+  if (extra.length === 0) return index;
+  const producers = new Map(extra.flatMap((node) => node.output.map((name) => [name, node] as const)));
+  const constants = new Map(index.constants);
+  for (const node of extra) {
+    const value = isOp(node, 'Constant') ? node.attribute.find(({ name }) => name === 'value')?.t : undefined;
+    if (value !== undefined) constants.set(node.output[0] as string, value);
+  }
+  return { ...index, constants, producer: (value) => producers.get(value) ?? index.producer(value) };
+}
+
+/**
+ * The site with its operands read where they were computed, before splits, slices and transposes. The nodes in between
+ * join those that the site replaces.
+ */
+export function withSources(index: GraphIndex, site: AttentionSite): AttentionSite {
+  const all = indexBehind(index, site.extra);
+  const nodes = new Set<NodeProto>(site.nodes);
+  const read = (from: Operand): Operand => {
+    const source = sourceOf(all, from.value, from.channels, from.valueRank);
+    if (source === undefined) return from;
+    for (const node of source.nodes) nodes.add(node);
+    return {
+      value: source.value,
+      parameters: source.parameters,
+      channels: 0,
+      valueRank: undefined,
+      view: (tensor, numbers) => {
+        const view = source.view(tensor, numbers);
+        return view && from.view(view, numbers);
+      },
+    };
   };
+  const [q, k, v] = [read(site.q), read(site.k), read(site.v)];
+  return { ...site, q, k, v, nodes: index.nodes.filter((node) => nodes.has(node)) };
 }
 
 /** Names that the nodes read and do not write, constants left out. */
@@ -178,6 +233,7 @@ export function inputsOf(index: GraphIndex, site: AttentionSite): string[] {
     site.q.value,
     site.k.value,
     site.v.value,
+    ...[site.q, site.k, site.v].flatMap((operand) => operand.parameters),
     ...(site.mask === undefined ? [] : [site.mask.value]),
     ...site.runtimeScales.map((scale) => scale.value),
     ...(site.check === undefined ? [] : [site.check.value]),
