@@ -109,8 +109,16 @@ async function sameEveryTime(target: Target, device: CudaDevice, sizes: CheckSiz
   dispose(q, k, v, first.output, first.lse, elsewhere.output, elsewhere.lse);
 }
 
+/** How much less accurate than aligned operands unaligned ones may be. */
+const OTHER_ROUTE_SLACK = 1.15;
+
 /** A packed `[1,L,3,H,D]` projection and unaligned raw pointers against contiguous copies. */
-async function viewsEqualCopies(target: Target, device: CudaDevice, { tokens, headDim }: CheckSizes, seed: number) {
+async function viewsEqualCopies(
+  target: Target,
+  device: CudaDevice,
+  { tokens, headDim }: CheckSizes,
+  seed: number,
+): Promise<string> {
   const heads = 2;
   const random = new Random(seed);
   const packed = upload(
@@ -138,12 +146,18 @@ async function viewsEqualCopies(target: Target, device: CudaDevice, { tokens, he
   });
   const [q, k, v] = shifted.map(({ view }) => view) as [CudaTensor, CudaTensor, CudaTensor];
   const unaligned = await sageattn(q, k, v, options);
-  // Other loads may be other code, which rounds a tie another way.
-  const { relativeL1 } = compare(toFloat32(download(unaligned)), toFloat32(download(expected)));
-  const limit = target.relativeL1 / 4;
-  check(relativeL1 <= limit, () => `pointers that are multiples of 2 only: relative L1 ${relativeL1}, limit ${limit}`);
+  // Other loads may be another route, which groups the rows of Q that share a scale in its own way: as accurate, not the same.
+  const hosts = views.map(contiguous) as [Tensor, Tensor, Tensor];
+  const inputs = { q: hosts[0], k: hosts[1], v: hosts[2] };
+  const exact = attentionExact(createProblem(...hosts, options), inputs).output;
+  const errorOf = (view: CudaTensor) => compare(toFloat32(download(view)), exact).relativeL1;
+  const [aligned, other] = [errorOf(expected), errorOf(unaligned)];
+  check(aligned <= target.relativeL1, () => `relative L1 ${aligned}, limit ${target.relativeL1}`);
+  const limit = OTHER_ROUTE_SLACK * aligned;
+  check(other <= limit, () => `pointers that are multiples of 2 only: relative L1 ${other}, limit ${limit}`);
   dispose(packed, output, expected, unaligned, ...copies);
   for (const { memory } of shifted) memory.dispose();
+  return `relative L1 ${aligned.toFixed(4)}, of unaligned pointers ${other.toFixed(4)}`;
 }
 
 /** One row of Q over many keys: the keys are split over the card. */
@@ -234,10 +248,7 @@ export function kernelChecks(
     },
     {
       name: 'views and unaligned pointers give what contiguous copies give',
-      run: async () => {
-        await viewsEqualCopies(target, device, { ...sizes, tokens: Math.ceil(sizes.tokens / 2) }, seed);
-        return undefined;
-      },
+      run: () => viewsEqualCopies(target, device, { ...sizes, tokens: Math.ceil(sizes.tokens / 2) }, seed),
     },
     {
       name: 'prepared keys and values grow',
