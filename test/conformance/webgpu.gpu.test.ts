@@ -90,8 +90,13 @@ const RUNS: readonly Run[] = [
           only: ['smScale 0.3'],
         },
         {
-          options: { emulateMatrices: 'int8', variant: '2x2x32kv' } as const,
-          target: target('matrix kernel with two row tiles and staged operands, emulated'),
+          options: { emulateMatrices: 'int8', variant: '1x2x64' } as const,
+          target: target('matrix kernel with two row tiles and two tiles of keys, emulated'),
+          only: ['smScale 0.3'],
+        },
+        {
+          options: { emulateMatrices: 'int8', variant: '4x1x32k' } as const,
+          target: target('matrix kernel with staged keys, emulated'),
           only: ['smScale 0.3'],
         },
       ]

@@ -6,6 +6,7 @@ import { type Capabilities, MATRIX_FEATURES, type MatrixConfig } from './capabil
 import { type AttentionKernel, padDim } from './stages.ts';
 import { type MatrixShape, matrixAttentionKernel, matrixWorkgroupBytes } from './wgsl/attention-matrix.ts';
 import { type TileShape, tiledAttentionKernel, tiledWorkgroupBytes } from './wgsl/attention-tiled.ts';
+import { KEY_TILE, type KeyValueLayout, VALUE_GROUP } from './wgsl/layout.ts';
 import { emulatedMatrices, nativeMatrices } from './wgsl/matrix-operations.ts';
 
 export const FAMILIES = ['matrix', 'subgroup', 'base'] as const;
@@ -40,151 +41,45 @@ export interface MatrixVariant extends MatrixShape {
   readonly accumulate: 'f32' | 'f16';
 }
 
+const matrixVariant = (
+  subgroups: number,
+  rowTiles: number,
+  keys: number,
+  { staged = '', headroom = 8, accumulate = 'f32' as 'f32' | 'f16' } = {},
+): MatrixVariant => ({
+  name: `${subgroups}x${rowTiles}x${keys}${staged}${headroom === 0 && accumulate === 'f32' ? 'e' : ''}${accumulate === 'f16' ? 'h' : ''}`,
+  subgroups,
+  rowTiles,
+  keys,
+  stageKeys: staged.includes('k'),
+  stageValues: staged.includes('v'),
+  headroom,
+  accumulate,
+});
+
 /**
  * Tiles of family `matrix`, best first; the first that fits is taken. Names: subgroups x row tiles x keys, staged
- * operands (k, v), headroom. The order is a judgement from instruction counts, to be settled by bench/webgpu/h200.ts.
+ * operands (k, v), exact maximum (e), float16 sums (h). The order is that of bench/webgpu/h200.ts on an H200.
  */
 export const MATRIX_VARIANTS: readonly MatrixVariant[] = [
-  {
-    name: '4x2x32kv',
-    subgroups: 4,
-    rowTiles: 2,
-    keys: 32,
-    stageKeys: true,
-    stageValues: true,
-    headroom: 8,
-    accumulate: 'f32',
-  },
-  {
-    name: '4x2x64',
-    subgroups: 4,
-    rowTiles: 2,
-    keys: 64,
-    stageKeys: false,
-    stageValues: false,
-    headroom: 8,
-    accumulate: 'f32',
-  },
-  {
-    name: '4x2x32',
-    subgroups: 4,
-    rowTiles: 2,
-    keys: 32,
-    stageKeys: false,
-    stageValues: false,
-    headroom: 8,
-    accumulate: 'f32',
-  },
-  {
-    name: '4x1x64kv',
-    subgroups: 4,
-    rowTiles: 1,
-    keys: 64,
-    stageKeys: true,
-    stageValues: true,
-    headroom: 8,
-    accumulate: 'f32',
-  },
-  {
-    name: '4x1x64',
-    subgroups: 4,
-    rowTiles: 1,
-    keys: 64,
-    stageKeys: false,
-    stageValues: false,
-    headroom: 8,
-    accumulate: 'f32',
-  },
-  {
-    name: '8x1x32kv',
-    subgroups: 8,
-    rowTiles: 1,
-    keys: 32,
-    stageKeys: true,
-    stageValues: true,
-    headroom: 8,
-    accumulate: 'f32',
-  },
-  {
-    name: '8x1x32',
-    subgroups: 8,
-    rowTiles: 1,
-    keys: 32,
-    stageKeys: false,
-    stageValues: false,
-    headroom: 8,
-    accumulate: 'f32',
-  },
-  {
-    name: '4x1x32',
-    subgroups: 4,
-    rowTiles: 1,
-    keys: 32,
-    stageKeys: false,
-    stageValues: false,
-    headroom: 8,
-    accumulate: 'f32',
-  },
-  {
-    name: '2x2x64',
-    subgroups: 2,
-    rowTiles: 2,
-    keys: 64,
-    stageKeys: false,
-    stageValues: false,
-    headroom: 8,
-    accumulate: 'f32',
-  },
-  {
-    name: '4x1x32e',
-    subgroups: 4,
-    rowTiles: 1,
-    keys: 32,
-    stageKeys: false,
-    stageValues: false,
-    headroom: 0,
-    accumulate: 'f32',
-  },
-  {
-    name: '4x2x64h',
-    subgroups: 4,
-    rowTiles: 2,
-    keys: 64,
-    stageKeys: false,
-    stageValues: false,
-    headroom: 0,
-    accumulate: 'f16',
-  },
-  {
-    name: '2x2x32kv',
-    subgroups: 2,
-    rowTiles: 2,
-    keys: 32,
-    stageKeys: true,
-    stageValues: true,
-    headroom: 8,
-    accumulate: 'f32',
-  },
-  {
-    name: '2x1x32',
-    subgroups: 2,
-    rowTiles: 1,
-    keys: 32,
-    stageKeys: false,
-    stageValues: false,
-    headroom: 8,
-    accumulate: 'f32',
-  },
-  {
-    name: '1x1x32',
-    subgroups: 1,
-    rowTiles: 1,
-    keys: 32,
-    stageKeys: false,
-    stageValues: false,
-    headroom: 8,
-    accumulate: 'f32',
-  },
+  matrixVariant(4, 1, 32),
+  matrixVariant(4, 1, 64),
+  matrixVariant(4, 2, 32),
+  matrixVariant(2, 2, 64),
+  matrixVariant(2, 2, 32),
+  matrixVariant(2, 1, 64),
+  matrixVariant(8, 1, 32),
+  matrixVariant(1, 2, 64),
+  matrixVariant(1, 2, 32),
+  matrixVariant(1, 1, 64),
+  matrixVariant(4, 1, 32, { staged: 'k' }),
+  matrixVariant(4, 1, 64, { staged: 'k' }),
+  matrixVariant(8, 1, 32, { staged: 'kv' }),
+  matrixVariant(4, 2, 32, { staged: 'kv' }),
+  matrixVariant(4, 1, 32, { headroom: 0 }),
+  matrixVariant(4, 1, 32, { headroom: 0, accumulate: 'f16' }),
+  matrixVariant(2, 1, 32),
+  matrixVariant(1, 1, 32),
 ];
 
 /** The products that emulation stands for: what an H200 lists (`int8`), or Apple's GPUs (`float32`). */
@@ -217,7 +112,7 @@ export function matrixProducts(
         .sort((a, b) => b.M * b.N * b.K - a.M * a.N * a.K),
     );
   for (const qk of ranked(QK_PREFERENCE)) {
-    const pv = ranked(PV_PREFERENCE[accumulate]).find(({ M }) => M === qk.M);
+    const pv = ranked(PV_PREFERENCE[accumulate]).find(({ M, K }) => M === qk.M && VALUE_GROUP % K === 0);
     if (pv !== undefined) return { qk, pv };
   }
   return undefined;
@@ -266,7 +161,7 @@ export function chooseMatrixVariant(
       matrixWorkgroupBytes({ ...variant, ...products }, headDimPadded, valueDimPadded) <= capabilities.workgroupBytes &&
       variant.subgroups * lanes <= capabilities.workgroupThreads &&
       128 % rows === 0 &&
-      variant.subgroups * lanes >= variant.keys;
+      variant.keys % KEY_TILE === 0;
     return fits ? [{ variant, products, rows }] : [];
   });
   const affordable = candidates.filter(
@@ -337,6 +232,20 @@ export function chooseFamily(capabilities: Capabilities, forced: Family | undefi
   return forced ?? (offered[0] as Family);
 }
 
+/** How the kernels of the family that a device gets read K and V. */
+export const keyValueLayoutOf = (capabilities: Capabilities, forced: Forced): KeyValueLayout =>
+  familyOf(capabilities, forced) === 'matrix' ? 'tiles' : 'rows';
+
+const familyOf = (capabilities: Capabilities, { family, emulateMatrices }: Forced): Family =>
+  emulateMatrices !== undefined ? 'matrix' : chooseFamily(capabilities, family);
+
+/** What tests and tuning settle beforehand. */
+interface Forced {
+  readonly family?: Family;
+  readonly variant?: string;
+  readonly emulateMatrices?: Emulation;
+}
+
 /**
  * @param queryLength the longest query
  * @param forced a variant's name, for tests and tuning
@@ -402,10 +311,10 @@ export function chooseVariant(
   capabilities: Capabilities,
   problem: AttentionProblem,
   _choice: KernelChoice,
-  forced: { readonly family?: Family; readonly variant?: string; readonly emulateMatrices?: Emulation },
+  forced: Forced,
 ): AttentionVariant {
   const emulate = forced.emulateMatrices;
-  const family = emulate !== undefined ? 'matrix' : chooseFamily(capabilities, forced.family);
+  const family = familyOf(capabilities, forced);
   const [headDimPadded, valueDimPadded] = [padDim(problem.headDim), padDim(problem.valueDim)];
   if (family === 'matrix')
     return chooseMatrixVariant(capabilities, headDimPadded, valueDimPadded, forced.variant, emulate);

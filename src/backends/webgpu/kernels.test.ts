@@ -136,9 +136,11 @@ describe('WGSL', () => {
         for (const granularity of ['per-block', 'per-warp', 'per-thread'] as const) {
           for (const smoothK of [true, false]) {
             const query = prepareQueryKernel({ ...sizes, granularity, smoothK, rowConstant: true });
-            const keyValue = prepareKeyValueKernel({ ...sizes, granularity, smoothK, scaleValues: valueMax });
             expect(await messagesOf(query)).toEqual([]);
-            expect(await messagesOf(keyValue)).toEqual([]);
+            for (const layout of ['rows', 'tiles'] as const) {
+              const config = { ...sizes, granularity, smoothK, scaleValues: valueMax, layout };
+              expect(await messagesOf(prepareKeyValueKernel(config))).toEqual([]);
+            }
           }
         }
       }

@@ -12,7 +12,7 @@ import {
 } from '../../tensor/tensor.ts';
 import type { AttentionInputs, AttentionOutputs, KernelChoice, Plan, RunContext } from '../backend.ts';
 import type { GpuContext } from './device.ts';
-import { type AttentionVariant, chooseVariant, type Emulation, type Family } from './families.ts';
+import { type AttentionVariant, chooseVariant, type Emulation, type Family, keyValueLayoutOf } from './families.ts';
 import {
   arrayOf,
   bufferBytes,
@@ -521,7 +521,12 @@ async function build(
   options: PlanOptions,
 ): Promise<Built> {
   const { capabilities } = context;
-  const keyValue: KeyValueShape = keyValueShapeOf(problem, kernel, capabilities);
+  const keyValue: KeyValueShape = keyValueShapeOf(
+    problem,
+    kernel,
+    capabilities,
+    keyValueLayoutOf(capabilities, options),
+  );
   const stages = createStages(problem, capabilities, keyValue);
   const empty = elementCount(outputShapeOf(problem)) === 0;
   const prepare = empty ? [] : [...statisticsLaunches(stages), ...prepareKeyValueLaunches(stages)];

@@ -4,6 +4,7 @@ import type { AttentionProblem } from '../../attention/problem.ts';
 import type { TensorView } from '../../tensor/tensor.ts';
 import type { AttentionOutputs, KernelChoice, PreparedKeyValue, RunContext } from '../backend.ts';
 import type { GpuContext } from './device.ts';
+import { keyValueLayoutOf } from './families.ts';
 import { GPU_BUFFER_USAGE, isGpuTensor, validateBuffer } from './gpu-tensor.ts';
 import { attentionParts, checkSizes, type PlanOptions, Program, rebased, runProgram, uploaded } from './plan.ts';
 import {
@@ -57,7 +58,8 @@ export class WebgpuKeyValue implements PreparedKeyValue {
     run: RunContext,
   ): Promise<WebgpuKeyValue> {
     const context = await device();
-    const shape = keyValueShapeOf(problem, kernel, context.capabilities);
+    const layout = keyValueLayoutOf(context.capabilities, options);
+    const shape = keyValueShapeOf(problem, kernel, context.capabilities, layout);
     const prepared = new WebgpuKeyValue(context, kernel, options, shape);
     await prepared.append(k, v, problem, run);
     return prepared;
@@ -77,7 +79,7 @@ export class WebgpuKeyValue implements PreparedKeyValue {
     const fresh = first === 0;
     if (fresh) {
       this.#release();
-      this.#shape = keyValueShapeOf(problem, this.#kernel, capabilities);
+      this.#shape = keyValueShapeOf(problem, this.#kernel, capabilities, this.#shape.layout);
     }
     await this.#reserve(length, problem);
     if (added === 0) return;
@@ -196,7 +198,7 @@ export class WebgpuKeyValue implements PreparedKeyValue {
           ['values', padDim(next.valueDim) * 2],
         ] as const) {
           for (let run = 0; run < next.kvHeads * batch; run++) {
-            const bytes = this.#length * rowBytes;
+            const bytes = roundUp(this.#length, KEY_BLOCK) * rowBytes;
             encoder.copyBufferToBuffer(
               previous[name],
               run * this.#capacity * rowBytes,

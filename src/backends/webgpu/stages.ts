@@ -12,7 +12,7 @@ import { BYTES_PER_ELEMENT, type DType } from '../../tensor/dtype.ts';
 import { elementCount } from '../../tensor/tensor.ts';
 import type { Capabilities } from './capabilities.ts';
 import { aligned, type Binding, type BufferName, type Launch, type Unit, unitsOf } from './launches.ts';
-import { encodeParams, rowVectors, SEQUENCE, SEQUENCE_WORDS, wrap32 } from './wgsl/layout.ts';
+import { encodeParams, type KeyValueLayout, rowVectors, SEQUENCE, SEQUENCE_WORDS, wrap32 } from './wgsl/layout.ts';
 import { MERGE_PARAMS, MERGE_THREADS, mergeKernel } from './wgsl/merge.ts';
 import {
   KEY_BLOCK,
@@ -62,6 +62,7 @@ export interface KeyValueShape {
   readonly chunks: number;
   readonly smoothK: boolean;
   readonly granularity: Granularity;
+  readonly layout: KeyValueLayout;
 }
 
 export const padDim = (dim: number): number => roundUp(dim, 32);
@@ -70,7 +71,8 @@ export const padDim = (dim: number): number => roundUp(dim, 32);
 export const scalesValues = (dtype: DType): boolean => dtype !== 'float16';
 
 export function keyValueBytes(shape: KeyValueShape): { keys: number; values: number; partials: number } {
-  const rows = Math.max(1, shape.kvHeads * shape.rowsPerHead);
+  // Kernels bind whole tiles.
+  const rows = Math.max(KEY_BLOCK, shape.kvHeads * shape.rowsPerHead);
   const records = Math.max(1, shape.kvHeads * shape.sequences * shape.chunks);
   return {
     keys: rows * rowVectors(padDim(shape.headDim)) * 16,
@@ -84,6 +86,7 @@ export function keyValueShapeOf(
   problem: AttentionProblem,
   choice: { readonly smoothK: boolean; readonly qkQuantGran: Granularity },
   capabilities: Capabilities,
+  layout: KeyValueLayout,
 ): KeyValueShape {
   const keyRows: number[] = [];
   let rows = 0;
@@ -110,6 +113,7 @@ export function keyValueShapeOf(
     chunks,
     smoothK: choice.smoothK,
     granularity: choice.qkQuantGran,
+    layout,
   };
 }
 
@@ -404,6 +408,7 @@ export function prepareKeyValueLaunches(stages: Stages, first = 0): Launch[] {
     valueDimPadded,
     smoothK: keyValue.smoothK,
     scaleValues,
+    layout: keyValue.layout,
   });
   const keyBytes = rowVectors(headDimPadded) * 16;
   const valueBytes = valueDimPadded * 2;
@@ -415,8 +420,9 @@ export function prepareKeyValueLaunches(stages: Stages, first = 0): Launch[] {
     allOf(tiles, kvHeads),
     (unit) => {
       const rows = extent(tiles, unit.tiles, (tile) => {
-        const row = (records[tile.sequence] as SequenceRecord).keyRow + tile.first;
-        return [row, row + tile.count];
+        const { keyRow } = records[tile.sequence] as SequenceRecord;
+        const block = keyRow + Math.floor(tile.first / KEY_BLOCK) * KEY_BLOCK;
+        return [block, block + KEY_BLOCK];
       });
       return [
         tablesBinding(stages),

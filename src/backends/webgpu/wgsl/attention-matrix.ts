@@ -9,16 +9,19 @@
  * by `2^headroom`; only then are the output matrices stored, rescaled and loaded again. P then reaches 2^headroom, which
  * float16 holds.
  *
- * Result matrices are separate variables: an array of them indexed in a loop is not kept in registers.
+ * Result matrices are separate variables: an array of them indexed in a loop is not kept in registers. Offsets of matrices
+ * are constants (see {@link MatrixMemory}), and K and V lie in storage so that each matrix of theirs is one run of bytes
+ * (KEY_TILE in layout.ts): gathering one out of rows takes a memory transaction for each row.
  */
 import type { MatrixConfig } from '../capabilities.ts';
-import { params, rowVectors, SEQUENCE, tables } from './layout.ts';
+import { KEY_TILE, params, rowVectors, SEQUENCE, tables, VALUE_GROUP } from './layout.ts';
 import type { MatrixMemory, MatrixOperations } from './matrix-operations.ts';
 import { valueScale } from './prepare.ts';
 import {
   ATTENTION_PARAMS,
   expOf,
   lseStatement,
+  naturalUnits,
   recordFloats,
   type ScoreConfig,
   scoreDeclarations,
@@ -33,9 +36,9 @@ export interface MatrixShape {
   readonly subgroups: number;
   /** Result tiles of M rows that each subgroup owns. */
   readonly rowTiles: number;
-  /** Keys of a tile; divides 64. */
+  /** Keys of a step: 32 or 64. */
   readonly keys: number;
-  /** Copy the tile's K (V) into workgroup memory first; otherwise matrices are loaded from the storage buffer. */
+  /** Copy the tile's K (V) into workgroup memory first; otherwise matrices are loaded from the storage buffer, once for each subgroup. */
   readonly stageKeys: boolean;
   readonly stageValues: boolean;
   /** Powers of two by which a row may outgrow its maximum before the output is rescaled; 0: always exact maximum. */
@@ -75,15 +78,16 @@ export function matrixWorkgroupBytes(
   const rows = subgroups * rowTiles * qk.M;
   const staged = stages(config);
   const row = headDimPadded * bytesOf(qk.componentType) + ROW_PADDING;
+  const keyBytes = qk.componentType === 'i8' ? (keys * headDimPadded * (32 + ROW_PADDING)) / 32 : keys * row;
+  const valueBytes = VALUE_GROUP * bytesOf(pv.componentType) + ROW_PADDING;
   return (
     (staged.query ? rows * row : 0) +
-    (staged.keys ? keys * row : 0) +
-    (staged.values ? keys * (valueDimPadded * bytesOf(pv.componentType) + ROW_PADDING) : 0) +
+    (staged.keys ? keyBytes : 0) +
+    (staged.values ? (keys / VALUE_GROUP) * valueDimPadded * valueBytes : 0) +
     rows * (keys * 4 + ROW_PADDING) +
     rows * (keys * bytesOf(pv.componentType) + ROW_PADDING) +
     subgroups * pv.M * pv.N * bytesOf(pv.resultComponentType) +
     rows * 4 +
-    keys * 8 +
     valueDimPadded * 4 +
     64
   );
@@ -99,6 +103,8 @@ export function matrixAttentionKernel(config: MatrixKernelConfig): string {
   const columns = keys / lanesPerRow;
   const staged = stages(config);
   const rowWords = rowVectors(headDimPadded) * 4;
+  /** Where the facts of a tile's keys start. */
+  const factsWords = (KEY_TILE * headDimPadded) / 4;
   const usesF16 = pv.componentType === 'f16' || qk.componentType === 'f16' || pv.resultComponentType === 'f16';
   const T = range(rowTiles);
   const S = range(keys / qk.N);
@@ -108,64 +114,118 @@ export function matrixAttentionKernel(config: MatrixKernelConfig): string {
 
   // Strides in components.
   const padding = (component: string) => ROW_PADDING / bytesOf(component);
+  const int8 = qk.componentType === 'i8';
   const qkStride = headDimPadded + padding(qk.componentType);
   const scoreStride = keys + padding('i32');
   const probabilityStride = keys + padding(pv.componentType);
-  const valueStride = staged.values ? valueDimPadded + padding(pv.componentType) : valueDimPadded;
+  const valueStride = VALUE_GROUP + (staged.values ? padding(pv.componentType) : 0);
   const scoreType = qk.resultComponentType;
+  const subtiles = keys / KEY_TILE;
 
   const component = (name: string) => name as MatrixMemory['component'];
+  const storageBlock = (subtile: number) => `(key_tile + ${subtile}u)`;
   const memory = {
     query: { name: staged.query ? 'tile_q' : 'query_rows', component: component(qk.componentType) },
-    keys: { name: staged.keys ? 'tile_k' : 'key_rows', component: component(qk.componentType) },
-    values: { name: staged.values ? 'tile_v' : 'value_rows', component: component(pv.componentType) },
-    scores: { name: 'scores', component: component(scoreType) },
-    probabilities: { name: 'probabilities', component: component(pv.componentType) },
-    output: { name: 'output_tile', component: component(pv.resultComponentType) },
-  } satisfies Record<string, MatrixMemory>;
+    keys: (subtile: number): MatrixMemory =>
+      staged.keys
+        ? { name: 'tile_k', component: component(qk.componentType) }
+        : { name: 'key_tiles', component: component(qk.componentType), block: storageBlock(subtile) },
+    values: (subtile: number): MatrixMemory =>
+      staged.values
+        ? { name: 'tile_v', component: component(pv.componentType) }
+        : { name: 'value_tiles', component: component(pv.componentType), block: storageBlock(subtile) },
+    scores: { name: 'scores', component: component(scoreType), block: 'subgroup' },
+    probabilities: { name: 'probabilities', component: component(pv.componentType), block: 'subgroup' },
+    output: { name: 'output_tile', component: component(pv.resultComponentType), block: 'subgroup' },
+  } as const;
 
-  const arrayOf = (name: string, type: string, elements: number) =>
-    type === 'i8'
-      ? `var<workgroup> ${name}: array<i32, ${elements / 4}>;`
-      : `var<workgroup> ${name}: array<${type}, ${elements}>;`;
+  const arrayOf = (name: string, type: string, elements: number, blocks = 0) => {
+    const array = type === 'i8' ? `array<i32, ${elements / 4}>` : `array<${type}, ${elements}>`;
+    return `var<workgroup> ${name}: ${blocks === 0 ? array : `array<${array}, ${blocks}>`};`;
+  };
 
+  /** A row within its subgroup, and within the workgroup. */
+  const ownRow = (rt: number) => `(${rt * M}u + lane_row)`;
   const tileRow = (rt: number) => `(subgroup * ${rowTiles * M}u + ${rt * M}u)`;
   const row = (rt: number) => `(${tileRow(rt)} + lane_row)`;
 
-  /** Copies quantized rows into workgroup memory, as they are or converted to the product's component. */
-  const stageRows = (to: string, from: string, first: string, count: number, base: string) =>
-    qk.componentType === 'i8'
-      ? `for (var i = t; i < ${count * rowWords}u; i += ${threads}u) { ${to}[i] = ${from}[${first} * ${rowWords}u + i - ${base}]; }`
-      : `for (var i = t; i < ${(count * headDimPadded) / 4}u; i += ${threads}u) {
+  // Quantized queries are converted where the product takes no INT8.
+  const stageQuery = `for (var i = t; i < ${(rows * headDimPadded) / 4}u; i += ${threads}u) {
       let r = i / ${headDimPadded / 4}u; let w = i % ${headDimPadded / 4}u;
-      let word = ${from}[(${first} + r) * ${rowWords}u + w - ${base}];
-      for (var e = 0u; e < 4u; e++) { ${to}[r * ${qkStride}u + 4u * w + e] = ${qk.componentType}(extractBits(word, e * 8u, 8u)); }
+      let word = query_rows[(query_row + r) * ${rowWords}u + w - P.queryRowBase * 4u];
+      for (var e = 0u; e < 4u; e++) { tile_q[r * ${qkStride}u + 4u * w + e] = ${qk.componentType}(extractBits(word, e * 8u, 8u)); }
     }`;
+  const tileWords = KEY_TILE * 8;
+  const stageKeys = range(subtiles)
+    .map((subtile) => {
+      const word = `key_tiles[${storageBlock(subtile)}][i]`;
+      const store = int8
+        ? `tile_k[(g * ${keys}u + ${subtile * KEY_TILE}u + r) * ${(32 + ROW_PADDING) / 4}u + w] = ${word};`
+        : `let word = ${word};
+      for (var e = 0u; e < 4u; e++) { tile_k[(${subtile * KEY_TILE}u + r) * ${qkStride}u + g * 32u + 4u * w + e] = ${qk.componentType}(extractBits(word, e * 8u, 8u)); }`;
+      return `for (var i = t; i < ${(KEY_TILE * headDimPadded) / 4}u; i += ${threads}u) {
+      let g = i / ${tileWords}u; let r = i % ${tileWords}u / 8u; let w = i % 8u;
+      ${store}
+    }`;
+    })
+    .join('\n    ');
   // Four values at a time; a matrix is loaded from an array of scalars, so they are written one by one.
-  const stageValues = `for (var i = t; i < ${(keys * valueDimPadded) / 4}u; i += ${threads}u) {
-      let x = ${pv.componentType === 'f16' ? 'value_rows[AT]' : 'unpack_values(value_rows[AT])'};
-      let to = i / ${valueDimPadded / 4}u * ${valueStride}u + i % ${valueDimPadded / 4}u * 4u;
-      ${['x', 'y', 'z', 'w'].map((c, e) => `tile_v[to + ${e}u] = ${pv.componentType}(x.${c});`).join(' ')}
-    }`.replace('AT', `(kv_row + first) * ${valueDimPadded / 4}u + i - P.valueRowBase`);
+  const stageValues = range(subtiles)
+    .map(
+      (subtile) => `for (var i = t; i < ${(KEY_TILE * valueDimPadded) / 4}u; i += ${threads}u) {
+      let word = value_tiles[${storageBlock(subtile)}][i];
+      let x = ${pv.componentType === 'f16' ? 'word' : 'vec4<f32>(unpack2x16float(word.x), unpack2x16float(word.y))'};
+      let to = (i / ${VALUE_GROUP / 4}u + ${(subtile * KEY_TILE * valueDimPadded) / VALUE_GROUP}u) * ${valueStride}u + i % ${VALUE_GROUP / 4}u * 4u;
+      ${['x', 'y', 'z', 'w'].map((c, e) => `tile_v[to + ${e}u] = x.${c};`).join(' ')}
+    }`,
+    )
+    .join('\n    ');
 
-  const queryOffset = (rt: number, step: number) =>
-    staged.query
-      ? `${tileRow(rt)} * ${qkStride}u + ${step * qk.K}u`
-      : `(query_row + ${tileRow(rt)}) * ${rowWords * 4}u - P.queryRowBase * 16u + ${step * qk.K}u`;
-  const keyOffset = (n: number, step: number) =>
-    staged.keys
-      ? `${n * qk.N * qkStride + step * qk.K}u`
-      : `(kv_row + first + ${n * qk.N}u) * ${rowWords * 4}u - P.keyRowBase * 16u + ${step * qk.K}u`;
-  const keyStride = `${qk.componentType === 'i8' ? rowWords * 4 : qkStride}u`;
+  const loadQuery = (rt: number, step: number) =>
+    operations.loadLeft(
+      qk,
+      `q_${rt}_${step}`,
+      memory.query,
+      staged.query
+        ? `${tileRow(rt)} * ${qkStride}u + ${step * qk.K}u`
+        : `(query_row + ${tileRow(rt)}) * ${rowWords * 4}u - P.queryRowBase * 16u + ${step * qk.K}u`,
+      `${staged.query ? qkStride : rowWords * 4}u`,
+    );
+  // In storage and in a staged INT8 tile, 32 channels of each key follow one another.
+  const keyStride = int8 ? (staged.keys ? 32 + ROW_PADDING : 32) : qkStride;
+  const keyOffset = (n: number, step: number) => {
+    const [key, channel] = [n * qk.N, step * qk.K];
+    if (!int8) return key * keyStride + channel;
+    const group = Math.floor(channel / 32);
+    return (
+      (group * (staged.keys ? keys : KEY_TILE) + (staged.keys ? key : key % KEY_TILE)) * keyStride + (channel % 32)
+    );
+  };
+  const valueOffset = (step: number, j: number) => {
+    const key = step * pv.K;
+    const group = Math.floor((staged.values ? key : key % KEY_TILE) / VALUE_GROUP);
+    return (group * valueDimPadded + j * pv.N) * valueStride + (key % VALUE_GROUP);
+  };
+  const subtileOf = (key: number) => Math.floor(key / KEY_TILE);
 
-  const multiplyKeys = range(headDimPadded / qk.K)
+  const steps = range(headDimPadded / qk.K);
+  // Operands that matrices are loaded from once are held in registers; staged ones would be too many of them.
+  const heldQueries = staged.query ? [] : T.map((rt) => steps.map((step) => loadQuery(rt, step)));
+  const multiplyKeys = steps
     .map((step) => {
-      const lefts = T.map((rt) => operations.loadLeft(qk, `q_${rt}`, memory.query, queryOffset(rt, step), keyStride));
+      const lefts = T.map((rt) => heldQueries[rt]?.[step] ?? loadQuery(rt, step));
       const body = S.map((n) => {
-        const [load, right] = operations.loadRight(qk, `k_${n}`, memory.keys, keyOffset(n, step), keyStride, true);
+        const [load, right] = operations.loadRight(
+          qk,
+          `k_${n}`,
+          memory.keys(subtileOf(n * qk.N)),
+          `${keyOffset(n, step)}u`,
+          `${keyStride}u`,
+          true,
+        );
         return `${load} ${T.map((rt) => operations.multiplyAccumulate(qk, lefts[rt]?.[1] ?? right, right, `s_${rt}_${n}`)).join(' ')}`;
       });
-      return `{ ${lefts.map(([load]) => load).join(' ')}
+      return `{ ${staged.query ? lefts.map(([load]) => load).join(' ') : ''}
       ${body.join('\n      ')} }`;
     })
     .join('\n    ');
@@ -177,15 +237,19 @@ export function matrixAttentionKernel(config: MatrixKernelConfig): string {
           pv,
           `p_${rt}`,
           memory.probabilities,
-          `${tileRow(rt)} * ${probabilityStride}u + ${step * pv.K}u`,
+          `${rt * M * probabilityStride + step * pv.K}u`,
           `${probabilityStride}u`,
         ),
       );
       const body = O.map((j) => {
-        const offset = staged.values
-          ? `${step * pv.K * valueStride + j * pv.N}u`
-          : `(kv_row + first + ${step * pv.K}u) * ${valueStride}u - P.valueRowBase * 4u + ${j * pv.N}u`;
-        const [load, right] = operations.loadRight(pv, `v_${j}`, memory.values, offset, `${valueStride}u`, false);
+        const [load, right] = operations.loadRight(
+          pv,
+          `v_${j}`,
+          memory.values(subtileOf(step * pv.K)),
+          `${valueOffset(step, j)}u`,
+          `${valueStride}u`,
+          true,
+        );
         return `${load} ${T.map((rt) => operations.multiplyAccumulate(pv, lefts[rt]?.[1] ?? right, right, `o_${rt}_${j}`)).join(' ')}`;
       });
       return `{ ${lefts.map(([load]) => load).join(' ')}
@@ -193,56 +257,74 @@ export function matrixAttentionKernel(config: MatrixKernelConfig): string {
     })
     .join('\n    ');
 
+  // Rows 8 and on swap neighbouring columns with those of the lanes before: otherwise two rows would share each bank.
+  const column = (c: number) => `(${c * lanesPerRow}u + ${c % 2 === 0 ? 'lane_even' : 'lane_odd'})`;
+  const natural = naturalUnits(config);
   const softmax = (rt: number) => {
-    const score = (c: number) => {
-      const f = `f_${c}`;
-      const column = `(${c * lanesPerRow}u + lane_column)`;
-      const { softcap, mask: masking } = scoreStatements(
+    const statements = C.map((c) =>
+      scoreStatements(
         config,
-        f,
+        `f_${c}`,
         { constant: `constant_${rt}`, mask: `mask_${rt}`, poison: `poison_${rt}` },
-        `(start + i32(${column}))`,
-      );
-      const scale = keyScale === 'token' ? `key_scale[${column}]` : 'key_scale[0]';
-      return `var ${f} = f32(scores[at + ${column}]) * (scale_${rt} * ${scale}); ${softcap}
-      if (edge) { let key = start + i32(${column}); if (key < low_${rt} || key > high_${rt}) { ${f} = ${EXCLUDED}; } }
-      ${masking === '' ? '' : `if (${f} > ${EXCLUDED_BELOW}) ${masking.startsWith('{') ? masking : `{ ${masking} }`}`}`;
-    };
+        `(start + i32${column(c)})`,
+      ),
+    );
+    const scaleAt = (c: number) =>
+      keyScale === 'token'
+        ? `bitcast<f32>(key_tiles[key_tile + ${column(c)} / ${KEY_TILE}u][${factsWords}u + ${column(c)} % ${KEY_TILE}u * 4u])`
+        : 'key_scale';
+    const masked = statements.map(({ mask: masking }, c) =>
+      masking === '' ? '' : `if (f_${c} > ${EXCLUDED_BELOW}) ${masking.startsWith('{') ? masking : `{ ${masking} }`}`,
+    );
+    const flagsAt = (c: number) =>
+      `u32(key_tiles[key_tile + ${column(c)} / ${KEY_TILE}u][${factsWords + 1}u + ${column(c)} % ${KEY_TILE}u * 4u])`;
+    // The subtrahend of an empty row is so far above EXCLUDED that the difference is 0 to exp2; in natural units, where
+    // masks may hold such values themselves and differences may overflow, it is a comparison instead.
+    const probability = (c: number) =>
+      natural
+        ? `select(${expOf(config, `f_${c} - updated`)}, 0.0, f_${c} < ${EXCLUDED_BELOW})`
+        : expOf(config, `f_${c} - subtrahend`);
     return `
     {
-      let at = ${row(rt)} * ${scoreStride}u;
-      ${C.map(score).join('\n      ')}
+      let at = ${ownRow(rt)} * ${scoreStride}u;
+      ${C.map((c) => `var f_${c} = f32(scores[subgroup][at + ${column(c)}]) * (scale_${rt} * ${scaleAt(c)}); ${statements[c]?.softcap ?? ''}`).join('\n      ')}
+      if (edge) {
+        ${C.map((c) => `{ let key = start + i32${column(c)}; if (key < low_${rt} || key > high_${rt}) { f_${c} = ${EXCLUDED}; } }`).join('\n        ')}
+      }
+      ${masked.join('\n      ')}
       if (flagged) {
-        ${C.map((c) => `if (f_${c} > ${EXCLUDED_BELOW}) { poison_${rt} |= key_flags[${c * lanesPerRow}u + lane_column]; }`).join('\n        ')}
+        ${C.map((c) => `if (f_${c} > ${EXCLUDED_BELOW}) { poison_${rt} |= ${flagsAt(c)}; }`).join('\n        ')}
       }
       var largest = ${C.slice(1).reduce((acc, c) => `max(${acc}, f_${c})`, 'f_0')};
       ${log(lanesPerRow)
         .map((s) => `largest = max(largest, subgroupShuffleXor(largest, ${1 << s}u));`)
         .join(' ')}
       let held = m_${rt} >= ${EXCLUDED_BELOW};
-      let raised = largest >= ${EXCLUDED_BELOW} && (!held || largest > m_${rt} + ${config.softcap || (mask !== undefined && mask !== 'bool') ? (headroom * Math.LN2).toFixed(6) : `${headroom}.0`});
+      let raised = largest >= ${EXCLUDED_BELOW} && (!held || largest > m_${rt} + ${natural ? (headroom * Math.LN2).toFixed(6) : `${headroom}.0`});
       let updated = select(m_${rt}, largest, raised);
-      let alpha = select(select(1.0, ${expOf(config, `m_${rt} - updated`)}, held), 1.0, !raised);
-      if (raised && held) { atomicStore(&moved[parity], 1u); }
-      if (lane_column == 0u) { row_factor[${row(rt)}] = alpha; }
+      if (raised && held) {
+        let alpha = ${expOf(config, `m_${rt} - updated`)};
+        atomicStore(&moved[parity], 1u);
+        l_${rt} *= alpha;
+        if (lane_column == 0u) { row_factor[${row(rt)}] = alpha; }
+      }
       m_${rt} = updated;
-      l_${rt} *= alpha;
-      let to = ${row(rt)} * ${probabilityStride}u;
+      ${natural ? '' : 'let subtrahend = max(updated, -2.0e38f);'}
+      let to = ${ownRow(rt)} * ${probabilityStride}u;
       ${C.map(
-        (c) => `{ let p = select(${expOf(config, `f_${c} - updated`)}, 0.0, f_${c} < ${EXCLUDED_BELOW}); l_${rt} += p;
-        probabilities[to + ${c * lanesPerRow}u + lane_column] = ${pv.componentType}(p); }`,
+        (c) => `{ let p = ${probability(c)}; l_${rt} += p;
+        probabilities[subgroup][to + ${column(c)}] = ${pv.componentType}(p); }`,
       ).join('\n      ')}
     }`;
   };
 
-  const ownOutput = `subgroup * ${pv.M * pv.N}u`;
   const rescale = T.map((rt) =>
     O.map(
-      (j) => `${operations.storeResult(pv, `o_${rt}_${j}`, memory.output, ownOutput, `${pv.N}u`)}
+      (j) => `${operations.storeResult(pv, `o_${rt}_${j}`, memory.output, '0u', `${pv.N}u`)}
       workgroupBarrier();
-      for (var i = lane; i < ${pv.M * pv.N}u; i += ${lanes}u) { output_tile[${ownOutput} + i] *= ${pv.resultComponentType}(row_factor[${tileRow(rt)} + i / ${pv.N}u]); }
+      for (var i = lane; i < ${pv.M * pv.N}u; i += ${lanes}u) { output_tile[subgroup][i] *= ${pv.resultComponentType}(row_factor[${tileRow(rt)} + i / ${pv.N}u]); }
       workgroupBarrier();
-      ${operations.loadResult(pv, `o_${rt}_${j}`, memory.output, ownOutput, `${pv.N}u`)}
+      ${operations.loadResult(pv, `o_${rt}_${j}`, memory.output, '0u', `${pv.N}u`)}
       workgroupBarrier();`,
     ).join('\n      '),
   ).join('\n      ');
@@ -277,15 +359,16 @@ export function matrixAttentionKernel(config: MatrixKernelConfig): string {
   const finish = T.map((rt) =>
     O.map(
       (j) => `
-  ${operations.storeResult(pv, `o_${rt}_${j}`, memory.output, ownOutput, `${pv.N}u`)}
+  ${operations.storeResult(pv, `o_${rt}_${j}`, memory.output, '0u', `${pv.N}u`)}
   workgroupBarrier();
   for (var i = lane; i < ${(pv.M * pv.N) / 4}u; i += ${lanes}u) {
     let r = ${tileRow(rt)} + i / ${pv.N / 4}u;
     let c = ${j * pv.N}u + i % ${pv.N / 4}u * 4u;
     let factor = row_factor[r];
-    let y_at = ${ownOutput} + 4u * i;
     if (r < count) {
-      let y = vec4<f32>(f32(output_tile[y_at]), f32(output_tile[y_at + 1u]), f32(output_tile[y_at + 2u]), f32(output_tile[y_at + 3u])) * factor${scaleValues ? ' * value_scales[c / 4u]' : ''};
+      let y = vec4<f32>(${range(4)
+        .map((e) => `f32(output_tile[subgroup][4u * i + ${e}u])`)
+        .join(', ')}) * factor${scaleValues ? ' * value_scales[c / 4u]' : ''};
       ${
         result === 'final'
           ? `let at = ${rowElement('(first_row + r)')} - P.outputBase;
@@ -307,6 +390,8 @@ fn main(@builtin(workgroup_id) group: vec3<u32>, @builtin(local_invocation_index
   let lane = t % ${lanes}u;
   let lane_row = lane / ${lanesPerRow}u;
   let lane_column = lane % ${lanesPerRow}u;
+  let lane_even = lane_column + lane_row / 8u * ${lanesPerRow}u;
+  let lane_odd = lane_column - lane_row / 8u * ${lanesPerRow}u;
   let tile = P.tileStart + group.x;
   let head = P.headStart + group.y;
   let sequence = tile_field(tile, 0u);
@@ -321,7 +406,7 @@ fn main(@builtin(workgroup_id) group: vec3<u32>, @builtin(local_invocation_index
   let begin = i32(P.keyStart + group.z * P.keySpan);
   let key_begin = max(begin, max(0, lower)) / ${keys} * ${keys};
   let key_end = min(min(length, begin + i32(P.keySpan)), upper + i32(count));
-  ${staged.query ? stageRows('tile_q', 'query_rows', 'query_row', rows, 'P.queryRowBase * 4u') : ''}
+  ${staged.query ? stageQuery : ''}
   ${
     scaleValues
       ? `let value_record = ((head / P.groupSize * P.sequences + sequence) * P.chunks) * ${statisticsVectors(headDimPadded, valueDimPadded)}u + ${headDimPadded / 4}u - P.partialBase;
@@ -334,35 +419,37 @@ ${T.map(
   var m_${rt} = ${EXCLUDED}; var l_${rt} = 0.0; var poison_${rt} = 0u;
   let low_${rt} = lower + i32(${row(rt)}); let high_${rt} = min(length - 1, upper + i32(${row(rt)}));
   ${mask === undefined ? '' : `let mask_${rt} = sequence_field(sequence, ${SEQUENCE.mask}u) - P.maskBase + head * P.maskHeadStride + (first_row + ${row(rt)}) * P.maskQueryStride;`}
+  if (lane_column == 0u) { row_factor[${row(rt)}] = 1.0; }
   ${O.map((j) => operations.declareResult(pv, `o_${rt}_${j}`)).join(' ')}
-  ${S.map((n) => operations.declareResult(qk, `s_${rt}_${n}`)).join(' ')}`,
+  ${S.map((n) => operations.declareResult(qk, `s_${rt}_${n}`)).join(' ')}
+  ${(heldQueries[rt] ?? []).map(([load]) => load).join(' ')}`,
 ).join('\n')}
 
   var parity = 0u;
   for (var start = key_begin; start < key_end; start += ${keys}) {
-    let first = u32(start);
-    workgroupBarrier();
-    ${staged.keys ? stageRows('tile_k', 'key_rows', '(kv_row + first)', keys, 'P.keyRowBase * 4u') : ''}
+    let key_tile = (kv_row + u32(start)) / ${KEY_TILE}u - P.keyRowBase / ${KEY_TILE * (rowWords / 4)}u;
+    ${
+      staged.keys || staged.values || staged.query
+        ? `workgroupBarrier();
+    ${staged.keys ? stageKeys : ''}
     ${staged.values ? stageValues : ''}
-    if (t < ${keys}u) {
-      let at = (kv_row + first + t) * ${rowWords}u + ${rowWords - 4}u - P.keyRowBase * 4u;
-      key_scale[t] = bitcast<f32>(key_rows[at]);
-      // Rows past the end are whatever scratch holds; no row attends to them.
-      let flags = select(0u, u32(key_rows[at + 1u]), start + i32(t) < length);
-      key_flags[t] = flags;
-      if (flags != 0u) { atomicStore(&poisonous[parity], 1u); }
+    workgroupBarrier();`
+        : ''
     }
-    if (t == 0u) { atomicStore(&moved[1u - parity], 0u); atomicStore(&poisonous[1u - parity], 0u); }
-    workgroupBarrier();
+    ${keyScale === 'tile' ? `let key_scale = bitcast<f32>(key_tiles[key_tile][${factsWords}u]);` : ''}
+    let flagged = (${range(subtiles)
+      .map((subtile) => `key_tiles[key_tile + ${subtile}u][${factsWords + 2}u]`)
+      .join(' | ')}) != 0;
     ${T.map((rt) => S.map((n) => operations.clear(qk, `s_${rt}_${n}`)).join(' ')).join('\n    ')}
     ${multiplyKeys}
-    ${T.map((rt) => S.map((n) => operations.storeResult(qk, `s_${rt}_${n}`, memory.scores, `${tileRow(rt)} * ${scoreStride}u + ${n * qk.N}u`, `${scoreStride}u`)).join('\n    ')).join('\n    ')}
+    ${T.map((rt) => S.map((n) => operations.storeResult(qk, `s_${rt}_${n}`, memory.scores, `${rt * M * scoreStride + n * qk.N}u`, `${scoreStride}u`)).join('\n    ')).join('\n    ')}
     workgroupBarrier();
+    if (t == 0u) { atomicStore(&moved[1u - parity], 0u); }
     let edge = start + ${keys} > length || start < lower + ${rows - 1} || start + ${keys - 1} > upper;
-    let flagged = atomicLoad(&poisonous[parity]) != 0u;
     ${T.map(softmax).join('')}
     if (workgroupUniformLoad(&moved[parity]) != 0u) {
       ${rescale}
+      ${T.map((rt) => `if (lane_column == 0u) { row_factor[${row(rt)}] = 1.0; }`).join(' ')}
     }
     ${multiplyValues}
     parity = 1u - parity;
@@ -382,27 +469,25 @@ ${operations.enable === '' ? '' : `diagnostic(off, ${operations.enable.includes(
 ${params(0, ATTENTION_PARAMS)}
 ${tables(1)}
 @group(0) @binding(2) var<storage, read> query_rows: array<i32>;
-@group(0) @binding(3) var<storage, read> key_rows: array<i32>;
-@group(0) @binding(4) var<storage, read> value_rows: array<${valueRowType(pv.componentType, staged.values)}>;
-${pv.componentType === 'f16' ? '' : 'fn unpack_values(w: vec2<u32>) -> vec4<f32> { return vec4<f32>(unpack2x16float(w.x), unpack2x16float(w.y)); }'}
+@group(0) @binding(3) var<storage, read> key_tiles: array<array<i32, ${KEY_TILE * rowWords}>>;
+@group(0) @binding(4) var<storage, read> value_tiles: array<${valueTileType(pv.componentType, staged.values, KEY_TILE * valueDimPadded)}>;
 ${scoreDeclarations(config)}
 ${scaleValues ? valueScale(statisticsVectors(headDimPadded, valueDimPadded)) : ''}
 ${staged.query ? arrayOf('tile_q', qk.componentType, rows * qkStride) : ''}
-${staged.keys ? arrayOf('tile_k', qk.componentType, keys * qkStride) : ''}
-${staged.values ? arrayOf('tile_v', pv.componentType, keys * valueStride) : ''}
-${arrayOf('scores', scoreType, rows * scoreStride)}
-${arrayOf('probabilities', pv.componentType, rows * probabilityStride)}
-${arrayOf('output_tile', pv.resultComponentType, subgroups * pv.M * pv.N)}
+${staged.keys ? arrayOf('tile_k', qk.componentType, int8 ? (keys * headDimPadded * keyStride) / 32 : keys * qkStride) : ''}
+${staged.values ? arrayOf('tile_v', pv.componentType, (keys / VALUE_GROUP) * valueDimPadded * valueStride) : ''}
+${arrayOf('scores', scoreType, rowTiles * M * scoreStride, subgroups)}
+${arrayOf('probabilities', pv.componentType, rowTiles * M * probabilityStride, subgroups)}
+${arrayOf('output_tile', pv.resultComponentType, pv.M * pv.N, subgroups)}
 var<workgroup> row_factor: array<f32, ${rows}>;
-var<workgroup> key_scale: array<f32, ${keys}>;
-var<workgroup> key_flags: array<u32, ${keys}>;
 ${scaleValues ? `var<workgroup> value_scales: array<vec4<f32>, ${valueDimPadded / 4}>;` : ''}
 var<workgroup> moved: array<atomic<u32>, 2>;
-var<workgroup> poisonous: array<atomic<u32>, 2>;
 ${operations.declarations()}
 ${main}`;
 }
 
-/** How rows of V, FP16 in storage, are bound: as matrices are loaded from them, or four values at a time. */
-const valueRowType = (component: string, staged: boolean) =>
-  component !== 'f16' ? 'vec2<u32>' : staged ? 'vec4<f16>' : 'f16';
+/** How tiles of V, FP16 in storage, are bound: as matrices are loaded from them, or four values at a time. */
+function valueTileType(component: string, staged: boolean, elements: number): string {
+  if (component !== 'f16') return `array<vec2<u32>, ${elements / 4}>`;
+  return staged ? `array<vec4<f16>, ${elements / 4}>` : `array<f16, ${elements}>`;
+}

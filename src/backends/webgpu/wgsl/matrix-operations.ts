@@ -7,9 +7,16 @@
  */
 import type { MatrixConfig } from '../capabilities.ts';
 
-/** An array in workgroup or storage memory that matrices are loaded from and stored to. */
+/**
+ * An array in workgroup or storage memory that matrices are loaded from and stored to.
+ *
+ * With `block` it is one of an array of arrays. Every access to a matrix is checked against its array's length, with a
+ * branch around it, unless length, offset and stride are constants: so what moves is the block, and offsets stay constant.
+ */
 export interface MatrixMemory {
   readonly name: string;
+  /** Index of the inner array, an expression. */
+  readonly block?: string;
   /** Component type of the matrices; `i8` lies packed in an `array<i32>`. */
   readonly component: 'i8' | 'i32' | 'f16' | 'f32';
 }
@@ -58,6 +65,8 @@ export interface MatrixDialect {
   readonly packedUnit: 'words' | 'components';
 }
 
+const arrayAt = ({ name, block }: MatrixMemory) => (block === undefined ? name : `${name}[${block}]`);
+
 const majorness = (columnMajor: boolean) => (columnMajor ? 'col_major' : 'row_major');
 
 /** @param extension the WGSL extension's name, as the device's feature calls it */
@@ -72,8 +81,8 @@ export function nativeMatrices(extension: string, dialect: MatrixDialect): Matri
   const load = (type: string, memory: MatrixMemory, offset: string, stride: string, columnMajor: boolean) => {
     const [at, step] = [units(memory, offset), units(memory, stride)];
     return template
-      ? `subgroupMatrixLoad<${type}, ${majorness(columnMajor)}>(&${memory.name}, ${at}, ${step})`
-      : `subgroupMatrixLoad<${type}>(&${memory.name}, ${at}, ${columnMajor}, ${step})`;
+      ? `subgroupMatrixLoad<${type}, ${majorness(columnMajor)}>(&${arrayAt(memory)}, ${at}, ${step})`
+      : `subgroupMatrixLoad<${type}>(&${arrayAt(memory)}, ${at}, ${columnMajor}, ${step})`;
   };
   return {
     enable: `enable ${extension};`,
@@ -89,10 +98,10 @@ export function nativeMatrices(extension: string, dialect: MatrixDialect): Matri
       { name, memory, columnMajor },
     ],
     multiplyAccumulate: (_, a, b, c) => `${c} = subgroupMatrixMultiplyAccumulate(${a.name}, ${b.name}, ${c});`,
-    storeResult: (_, name, { name: to }, offset, stride) =>
+    storeResult: (_, name, to, offset, stride) =>
       template
-        ? `subgroupMatrixStore<row_major>(&${to}, ${offset}, ${name}, ${stride});`
-        : `subgroupMatrixStore(&${to}, ${offset}, ${name}, false, ${stride});`,
+        ? `subgroupMatrixStore<row_major>(&${arrayAt(to)}, ${offset}, ${name}, ${stride});`
+        : `subgroupMatrixStore(&${arrayAt(to)}, ${offset}, ${name}, false, ${stride});`,
     loadResult: (product, name, memory, offset, stride) =>
       `${name} = ${load(result(product), memory, offset, stride, false)};`,
   };
@@ -106,29 +115,31 @@ export function emulatedMatrices(lanes: number): MatrixOperations {
     return (M * N) / lanes;
   };
   const resultType = (product: MatrixConfig) => `array<${product.resultComponentType}, ${elements(product)}>`;
-  const reader = ({ name, component }: MatrixMemory): string => {
+  const reader = ({ name, component, block }: MatrixMemory): string => {
+    const from = block === undefined ? name : `${name}[block]`;
     const body =
       component === 'i8'
-        ? `let word = ${name}[i >> 2u]; return extractBits(word, (i & 3u) * 8u, 8u);`
+        ? `let word = ${from}[i >> 2u]; return extractBits(word, (i & 3u) * 8u, 8u);`
         : component === 'f16'
-          ? `return f32(${name}[i]);`
-          : `return ${name}[i];`;
+          ? `return f32(${from}[i]);`
+          : `return ${from}[i];`;
     const type = component === 'i8' || component === 'i32' ? 'i32' : 'f32';
-    functions.set(`read_${name}`, `fn read_${name}(i: u32) -> ${type} { ${body} }`);
+    functions.set(`read_${name}`, `fn read_${name}(block: u32, i: u32) -> ${type} { ${body} }`);
     return `read_${name}`;
   };
-  const reference = (name: string, offset: string, stride: string) => `let ${name} = vec2<u32>(${offset}, ${stride});`;
+  const reference = (name: string, { block }: MatrixMemory, offset: string, stride: string) =>
+    `let ${name} = vec3<u32>(${offset}, ${stride}, ${block ?? '0u'});`;
   return {
     enable: '',
     declarations: () => [...functions.values()].join('\n'),
     declareResult: (product, name) => `var ${name}: ${resultType(product)};`,
     clear: (product, name) => `${name} = ${resultType(product)}();`,
     loadLeft: (_, name, memory, offset, stride) => [
-      reference(name, offset, stride),
+      reference(name, memory, offset, stride),
       { name, memory, columnMajor: false },
     ],
     loadRight: (_, name, memory, offset, stride, columnMajor) => [
-      reference(name, offset, stride),
+      reference(name, memory, offset, stride),
       { name, memory, columnMajor },
     ],
     multiplyAccumulate(product, a, b, c) {
@@ -138,13 +149,13 @@ export function emulatedMatrices(lanes: number): MatrixOperations {
       const at = b.columnMajor ? 'right.x + n * right.y + k' : 'right.x + k * right.y + n';
       functions.set(
         name,
-        `fn ${name}(left: vec2<u32>, right: vec2<u32>, result: ptr<function, ${resultType(product)}>, lane: u32) {
+        `fn ${name}(left: vec3<u32>, right: vec3<u32>, result: ptr<function, ${resultType(product)}>, lane: u32) {
   for (var e = 0u; e < ${elements(product)}u; e++) {
     let at = lane * ${elements(product)}u + e;
     let m = at / ${N}u;
     let n = at % ${N}u;
     var sum = ${sum}((*result)[e]);
-    for (var k = 0u; k < ${K}u; k++) { sum += ${sum}(${reader(a.memory)}(left.x + m * left.y + k)) * ${sum}(${reader(b.memory)}(${at})); }
+    for (var k = 0u; k < ${K}u; k++) { sum += ${sum}(${reader(a.memory)}(left.z, left.x + m * left.y + k)) * ${sum}(${reader(b.memory)}(right.z, ${at})); }
     (*result)[e] = ${resultComponentType}(sum);
   }
 }`,
@@ -152,8 +163,8 @@ export function emulatedMatrices(lanes: number): MatrixOperations {
       return `${name}(${a.name}, ${b.name}, &${c}, lane);`;
     },
     storeResult: (product, name, memory, offset, stride) =>
-      `for (var e = 0u; e < ${elements(product)}u; e++) { let at = lane * ${elements(product)}u + e; ${memory.name}[${offset} + at / ${product.N}u * ${stride} + at % ${product.N}u] = ${name}[e]; }`,
+      `for (var e = 0u; e < ${elements(product)}u; e++) { let at = lane * ${elements(product)}u + e; ${arrayAt(memory)}[${offset} + at / ${product.N}u * ${stride} + at % ${product.N}u] = ${name}[e]; }`,
     loadResult: (product, name, memory, offset, stride) =>
-      `for (var e = 0u; e < ${elements(product)}u; e++) { let at = lane * ${elements(product)}u + e; ${name}[e] = ${memory.name}[${offset} + at / ${product.N}u * ${stride} + at % ${product.N}u]; }`,
+      `for (var e = 0u; e < ${elements(product)}u; e++) { let at = lane * ${elements(product)}u + e; ${name}[e] = ${arrayAt(memory)}[${offset} + at / ${product.N}u * ${stride} + at % ${product.N}u]; }`,
   };
 }

@@ -10,7 +10,17 @@
  */
 import { type Granularity, INT_MAX, TILINGS } from '../../../quantization/schemes.ts';
 import type { DType } from '../../../tensor/dtype.ts';
-import { FLAG_NONFINITE_K, FLAG_NONFINITE_V, params, rowVectors, SEQUENCE, tables } from './layout.ts';
+import {
+  FLAG_NONFINITE_K,
+  FLAG_NONFINITE_V,
+  KEY_TILE,
+  type KeyValueLayout,
+  params,
+  rowVectors,
+  SEQUENCE,
+  tables,
+  VALUE_GROUP,
+} from './layout.ts';
 import { statisticsVectors } from './statistics.ts';
 import { type Access, decoder, NONFINITE, operandLoader, range } from './storage.ts';
 
@@ -40,6 +50,7 @@ export interface PrepareQueryConfig extends PrepareConfig {
 export interface PrepareKeyValueConfig extends PrepareConfig {
   /** V gets a power-of-two scale per channel, so that float32 and bfloat16 values fit float16. */
   readonly scaleValues: boolean;
+  readonly layout: KeyValueLayout;
 }
 
 export const PREPARE_QUERY_PARAMS = [
@@ -208,7 +219,8 @@ ${reduceGroups(chunks)}
 }
 
 export function prepareKeyValueKernel(config: PrepareKeyValueConfig): string {
-  const { dtype, access, headDim, headDimPadded, valueDim, valueDimPadded, smoothK, scaleValues, granularity } = config;
+  const { dtype, access, headDim, headDimPadded, valueDim, valueDimPadded, smoothK, scaleValues, granularity, layout } =
+    config;
   const chunks = headDimPadded / 16;
   const valueChunks = valueDimPadded / 16;
   const vectors = rowVectors(headDimPadded);
@@ -217,8 +229,62 @@ export function prepareKeyValueKernel(config: PrepareKeyValueConfig): string {
   const loadK = `load_k(kSource + row * P.kTokenStride + channel, min(16u, max(${headDim}u, channel) - channel))`;
   // Channels past D are 0 in x and in the mean, so smoothing leaves them 0.
   const smooth = smoothK ? range(4).map((i) => `x[${i}] -= mean[channel / 4u + ${i}u];`) : [];
+  const tiled = layout === 'tiles';
   const convert = (i: number) =>
     `pack2x16float(clamp(x[${i >> 1}].${i % 2 === 0 ? 'xy' : 'zw'}, vec2<f32>(-65504.0), vec2<f32>(65504.0)))`;
+  const loadV = `load_v(vSource + row * P.vTokenStride + channel, min(16u, max(${valueDim}u, channel) - channel))`;
+  const scaleV = scaleValues
+    ? `${range(4)
+        .map((i) => `x[${i}] *= inverse_scale[channel / 4u + ${i}u];`)
+        .join(' ')}
+    // Values appended to a cache may outgrow the scale that its first values set; they are flagged, not clipped.
+    if (${largestOf16} > 65504.0) { nonfinite = 1u; }`
+    : '';
+  const storeRows = `for (var item = lid; item < count * ${valueChunks}u; item += ${THREADS}u) {
+    let row = item / ${valueChunks}u;
+    let channel = item % ${valueChunks}u * 16u;
+    nonfinite = 0u;
+    var x = ${loadV};
+    ${scaleV}
+    if (nonfinite != 0u) { atomicOr(&flags[row], ${FLAG_NONFINITE_V}u); }
+    let at = (row_at + row) * ${valueDimPadded / 8}u + channel / 8u - P.vRowBase;
+    values[at] = vec4<u32>(${range(4).map(convert).join(', ')});
+    values[at + 1u] = vec4<u32>(${range(4)
+      .map((i) => convert(i + 4))
+      .join(', ')});
+  }`;
+  // A word holds two keys' values of a channel. Of a pair that is cut by the range, the other key's stay as they are.
+  const storeTiles = `let first_pair = row_at / 2u;
+  let pairs = (row_at + count - 1u) / 2u - first_pair + 1u;
+  for (var item = lid; item < pairs * ${valueChunks}u; item += ${THREADS}u) {
+    let pair = first_pair + item % pairs;
+    let channel = item / pairs * 16u;
+    var words: array<u32, 16>;
+    var written = 0u;
+    for (var half = 0u; half < 2u; half++) {
+      let row = 2u * pair + half - row_at;
+      if (row >= count) { continue; }
+      nonfinite = 0u;
+      var x = ${loadV};
+      ${scaleV}
+      if (nonfinite != 0u) { atomicOr(&flags[row], ${FLAG_NONFINITE_V}u); }
+      written |= 0xffffu << (16u * half);
+      for (var i = 0u; i < 4u; i++) {
+        let y = clamp(x[i], vec4<f32>(-65504.0), vec4<f32>(65504.0));
+        let low = pack2x16float(y.xy);
+        let high = pack2x16float(y.zw);
+        words[4u * i] |= (low & 0xffffu) << (16u * half);
+        words[4u * i + 1u] |= (low >> 16u) << (16u * half);
+        words[4u * i + 2u] |= (high & 0xffffu) << (16u * half);
+        words[4u * i + 3u] |= (high >> 16u) << (16u * half);
+      }
+    }
+    let at = (pair / ${VALUE_GROUP / 2}u * ${valueDimPadded}u + channel) * ${VALUE_GROUP / 2}u + pair % ${VALUE_GROUP / 2}u - P.vRowBase * 4u;
+    for (var i = 0u; i < 16u; i++) {
+      if (written != 0xffffffffu) { words[i] |= values[at + i * ${VALUE_GROUP / 2}u] & ~written; }
+      values[at + i * ${VALUE_GROUP / 2}u] = words[i];
+    }
+  }`;
   return `
 ${params(0, PREPARE_KEY_VALUE_PARAMS)}
 ${tables(1)}
@@ -228,7 +294,7 @@ ${operandLoader('k', 2, dtype, access)}
 ${operandLoader('v', 3, dtype, access)}
 ${needsPartials ? '@group(0) @binding(4) var<storage, read> partials: array<vec4<f32>>;' : ''}
 @group(0) @binding(5) var<storage, read_write> keys: array<vec4<u32>>;
-@group(0) @binding(6) var<storage, read_write> values: array<vec4<u32>>;
+@group(0) @binding(6) var<storage, read_write> values: array<${tiled ? 'u32' : 'vec4<u32>'}>;
 ${smoothK ? `var<workgroup> mean: array<vec4<f32>, ${headDimPadded / 4}>;` : ''}
 ${scaleValues ? `var<workgroup> inverse_scale: array<vec4<f32>, ${valueDimPadded / 4}>;` : ''}
 var<workgroup> partial: array<f32, ${KEY_BLOCK * chunks}>;
@@ -239,6 +305,12 @@ ${QUANTIZE}
 ${MAX4}
 ${scaleValues ? valueScale(statistics) : ''}
 fn group_of(row: u32) -> u32 { return ${KEY_GROUP[granularity]}; }
+// The vector of a row's 16 channels from 16 * chunk on; of its facts after the last chunk.
+fn key_at(row: u32, chunk: u32) -> u32 { return ${
+    tiled
+      ? `row / ${KEY_TILE}u * ${KEY_TILE * vectors}u + select(chunk / 2u * ${2 * KEY_TILE}u + row % ${KEY_TILE}u * 2u + chunk % 2u, ${KEY_TILE * chunks}u + row % ${KEY_TILE}u, chunk == ${chunks}u)`
+      : `row * ${vectors}u + chunk`
+  } - P.kRowBase; }
 
 @compute @workgroup_size(${THREADS})
 fn main(@builtin(workgroup_id) group: vec3<u32>, @builtin(local_invocation_index) lid: u32) {
@@ -276,36 +348,25 @@ ${reduceGroups(chunks)}
     var x = ${loadK};
     ${smooth.join(' ')}
     let inverse = select(0.0, ${INT_MAX.int8}.0 / max(group_max[row], ${TINY}), group_max[row] > ${TINY});
-    keys[(row_at + row) * ${vectors}u + channel / 16u - P.kRowBase] = vec4<u32>(${range(4)
+    keys[key_at(row_at + row, channel / 16u)] = vec4<u32>(${range(4)
       .map((i) => `quantize(x[${i}], inverse)`)
       .join(', ')});
   }
-  for (var item = lid; item < count * ${valueChunks}u; item += ${THREADS}u) {
-    let row = item / ${valueChunks}u;
-    let channel = item % ${valueChunks}u * 16u;
-    nonfinite = 0u;
-    var x = load_v(vSource + row * P.vTokenStride + channel, min(16u, max(${valueDim}u, channel) - channel));
-    ${
-      scaleValues
-        ? `${range(4)
-            .map((i) => `x[${i}] *= inverse_scale[channel / 4u + ${i}u];`)
-            .join(' ')}
-    // Values appended to a cache may outgrow the scale that its first values set; they are flagged, not clipped.
-    if (${largestOf16} > 65504.0) { nonfinite = 1u; }`
-        : ''
-    }
-    if (nonfinite != 0u) { atomicOr(&flags[row], ${FLAG_NONFINITE_V}u); }
-    let at = (row_at + row) * ${valueDimPadded / 8}u + channel / 8u - P.vRowBase;
-    values[at] = vec4<u32>(${range(4).map(convert).join(', ')});
-    values[at + 1u] = vec4<u32>(${range(4)
-      .map((i) => convert(i + 4))
-      .join(', ')});
-  }
+  ${tiled ? storeTiles : storeRows}
   workgroupBarrier();
   if (lid < count) {
     let scale = min(group_max[lid] / ${INT_MAX.int8}.0, ${LARGEST_SCALE});
-    keys[(row_at + lid) * ${vectors}u + ${vectors - 1}u - P.kRowBase] =
-      vec4<u32>(bitcast<u32>(scale), atomicLoad(&flags[lid]), 0u, 0u);
+    var joined = 0u;
+    ${
+      tiled
+        ? `let in_tile = (row_at + lid) % ${KEY_TILE}u;
+    if (lid == 0u || in_tile == 0u) {
+      for (var row = lid; row < min(count, lid + ${KEY_TILE}u - in_tile); row++) { joined |= atomicLoad(&flags[row]); }
+      if (in_tile != 0u && joined != 0u) { keys[key_at(row_at - in_tile, ${chunks}u)].z |= joined; }
+    }`
+        : ''
+    }
+    keys[key_at(row_at + lid, ${chunks}u)] = vec4<u32>(bitcast<u32>(scale), atomicLoad(&flags[lid]), joined, 0u);
   }
 }`;
 }
