@@ -13,9 +13,19 @@ export interface AttentionEngine {
   readonly backend: 'wasm' | 'webgpu';
   /** Kernels of the backend, for calibration. */
   kernels(): Promise<readonly KernelName[]>;
-  /** The output, where the operands are. */
-  attend(call: AttentionCall, kernel: KernelName | 'auto'): Promise<OrtTensor>;
+  attend(call: AttentionCall, kernel: KernelName | 'auto'): Promise<Attended>;
+  /** Gives back what is kept between runs. */
+  release(): void;
 }
+
+export interface Attended {
+  /** Where the operands are. */
+  readonly output: OrtTensor;
+  /** Undefined, or what went wrong on the GPU behind the call's back: known a little later, and waited for once a run. */
+  readonly failure: Promise<Error | undefined>;
+}
+
+const FINE = Promise.resolve(undefined);
 
 /** Everything of a call but the tensors. */
 export function optionsOf(call: AttentionCall, kernel: KernelName | 'auto'): Omit<AttentionOptions, 'returnLse'> {
@@ -69,8 +79,9 @@ export function cpuEngine(OrtTensorClass: OrtTensorConstructor): AttentionEngine
         ...(mask?.causal === undefined ? {} : { isCausal: true, causalAlignment: mask.causal }),
         ...(mask?.attnMask === undefined ? {} : { attnMask: mask.attnMask }),
       });
-      return new OrtTensorClass(call.type, output.data, call.dims);
+      return { output: new OrtTensorClass(call.type, output.data, call.dims), failure: FINE };
     },
+    release() {},
   };
 }
 

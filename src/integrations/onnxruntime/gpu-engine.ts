@@ -1,13 +1,14 @@
 /** The WebGPU backend on onnxruntime's own device: buffers go from one to the other without a copy. */
 import { chooseOptions } from '../../attention/choice.ts';
-import { ExecutionError, UnsupportedOptionError } from '../../attention/errors.ts';
+import { UnsupportedOptionError } from '../../attention/errors.ts';
 import { withCachedPlan } from '../../attention/plan-cache.ts';
-import { createProblem } from '../../attention/problem.ts';
+import { createProblem, outputShapeOf } from '../../attention/problem.ts';
 import type { GpuTensor } from '../../backends/webgpu/gpu-tensor.ts';
-import type { WebgpuBackend } from '../../backends/webgpu/index.ts';
+import type { WebgpuBackend, WebgpuPlan } from '../../backends/webgpu/index.ts';
+import { contiguousStrides, elementCount } from '../../tensor/tensor.ts';
 import type { OperandCall } from './call.ts';
-import { type AttentionEngine, inLayout, optionsOf } from './engine.ts';
-import type { OrtModule, OrtSessionOptions, OrtTensor, OrtTensorConstructor } from './ort.ts';
+import { type Attended, type AttentionEngine, inLayout, optionsOf } from './engine.ts';
+import type { OrtModule, OrtSessionOptions, OrtTensorConstructor } from './ort.ts';
 
 const DTYPES = { float16: 'float16', float32: 'float32', bool: 'bool' } as const;
 
@@ -36,11 +37,29 @@ export async function deviceOf(ort: OrtModule, options: OrtSessionOptions): Prom
   return device;
 }
 
+/** Output buffers that wait for the next attention: with buffers seen before, neither memory nor bindings are made anew. */
+const SPARE_OUTPUTS = 4;
+
 export async function gpuEngine(OrtTensorClass: OrtTensorConstructor, device: GPUDevice): Promise<AttentionEngine> {
   const { fromGpuBuffer } = OrtTensorClass;
   if (fromGpuBuffer === undefined) throw new Error('this onnxruntime makes no tensors of GPU buffers');
   const backend = await backendOn(device);
-  const { downloadTensor, uploadTensor } = await import('../../backends/webgpu/index.ts');
+  const { bufferBytes, downloadTensor, emptyGpuTensor, uploadTensor } = await import(
+    '../../backends/webgpu/gpu-tensor.ts'
+  );
+  const spare: GPUBuffer[] = [];
+  let isReleased = false;
+
+  const outputTensor = (dtype: GpuTensor['dtype'], shape: readonly number[], bytes: number): GpuTensor => {
+    const at = spare.findIndex((buffer) => buffer.size === bytes);
+    const [buffer] = at < 0 ? [] : spare.splice(at, 1);
+    if (buffer === undefined) return emptyGpuTensor(device, dtype, shape);
+    return { location: 'webgpu', buffer, dtype, shape, strides: contiguousStrides(shape), offset: 0 };
+  };
+  const giveBack = (buffer: GPUBuffer) => {
+    if (isReleased) buffer.destroy();
+    else if (spare.push(buffer) > SPARE_OUTPUTS) spare.shift()?.destroy();
+  };
 
   /** What is on the CPU for a reason of onnxruntime's (an input of the graph, mostly) goes up; `uploaded` is freed later. */
   const toGpu = ({ tensor, view }: OperandCall, uploaded: GPUBuffer[]): GpuTensor => {
@@ -66,7 +85,7 @@ export async function gpuEngine(OrtTensorClass: OrtTensorConstructor, device: GP
     async kernels() {
       return backend.kernels.map(({ name }) => name);
     },
-    async attend(call, kernel): Promise<OrtTensor> {
+    async attend(call, kernel): Promise<Attended> {
       const uploaded: GPUBuffer[] = [];
       try {
         const [q, k, v] = [call.q, call.k, call.v].map((operand) => inLayout(call, toGpu(operand, uploaded))) as [
@@ -84,19 +103,32 @@ export async function gpuEngine(OrtTensorClass: OrtTensorConstructor, device: GP
         }
         const choice = chooseOptions(descriptor, problem, options);
         const inputs = { q, k, v, ...(mask === undefined ? {} : { attnMask: mask }) };
-        const { output } = await withCachedPlan(backend, problem, choice, (plan) => plan.run(inputs, {}));
-        const result = output as GpuTensor;
-        if (result.offset !== 0) throw new ExecutionError('execution-failed', 'the output does not start its buffer');
-        return fromGpuBuffer.call(OrtTensorClass, result.buffer, {
+        const shape = outputShapeOf(problem);
+        const context = await backend.context();
+        const [result, outcome] = await withCachedPlan(backend, problem, choice, async (plan) =>
+          context.checked(() => {
+            const output = outputTensor(problem.dtype, shape, bufferBytes(problem.dtype, elementCount(shape)));
+            const encoder = device.createCommandEncoder({ label: 'sageattention' });
+            (plan as WebgpuPlan).encode(encoder, inputs, { output });
+            device.queue.submit([encoder.finish()]);
+            return output;
+          }),
+        );
+        const output = fromGpuBuffer.call(OrtTensorClass, result.buffer, {
           dataType: call.type,
           dims: call.dims,
           download: async () => (await downloadTensor(device, result)).data,
-          dispose: () => result.buffer.destroy(),
+          dispose: () => giveBack(result.buffer),
         });
+        return { output, failure: outcome };
       } finally {
         // Work that reads them is submitted: destroying waits for it.
         for (const buffer of uploaded) buffer.destroy();
       }
+    },
+    release() {
+      isReleased = true;
+      for (const buffer of spare.splice(0)) buffer.destroy();
     },
   };
 }

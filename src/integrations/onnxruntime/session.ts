@@ -145,6 +145,7 @@ export class CutSession implements OrtSessionHandler {
         }
         run.endLevel(level);
       }
+      await run.throwFailures();
       if (!replaced && this.#parts.options.wholeFallback !== false) this.#remember(shapes);
       return run.results();
     } catch (error) {
@@ -192,7 +193,9 @@ export class CutSession implements OrtSessionHandler {
       return false;
     }
     try {
-      run.store({ [result]: await this.#parts.engine.attend(prepared.call, state.kernel) });
+      const { output, failure } = await this.#parts.engine.attend(prepared.call, state.kernel);
+      run.store({ [result]: output });
+      run.failures.push({ node: site.name, failure });
       return true;
     } catch (error) {
       throw namedError(site.name, error);
@@ -250,6 +253,7 @@ export class CutSession implements OrtSessionHandler {
     this.#originals.clear();
     this.#whole = undefined;
     for (const session of [...this.#parts.sessions, ...opened]) await session.release();
+    this.#parts.engine.release();
   }
 
   startProfiling(): void {
@@ -269,7 +273,9 @@ async function tryKernel(
 ): Promise<void> {
   try {
     const start = performance.now();
-    const output = await engine.attend(call, trial.kernel as KernelName);
+    const { output, failure } = await engine.attend(call, trial.kernel as KernelName);
+    const error = await failure;
+    if (error !== undefined) throw error;
     const numbers = await toNumbers(output);
     trial.milliseconds = Math.min(trial.milliseconds, performance.now() - start);
     trial.cosineSimilarity = Math.min(trial.cosineSimilarity, compare(numbers, exact).cosineSimilarity);
@@ -310,6 +316,7 @@ async function toNumbers(tensor: OrtTensor): Promise<Float32Array> {
 /** Values of one run, each held until its last reader has run. */
 class Run {
   readonly values = new Map<string, OrtTensor>();
+  readonly failures: { readonly node: string; readonly failure: Promise<Error | undefined> }[] = [];
   readonly #cut: Cut;
   readonly #feeds: OrtFeeds;
   readonly #fetches: OrtFetches;
@@ -357,6 +364,14 @@ class Run {
       if (this.#isWanted(name) || (this.#cut.lastUse.get(name) ?? -1) > level) continue;
       this.#release(name, tensor);
       this.values.delete(name);
+    }
+  }
+
+  /** @throws {ExecutionError} what a kernel reported since, with the attention's name */
+  async throwFailures(): Promise<void> {
+    for (const { node, failure } of this.failures) {
+      const error = await failure;
+      if (error !== undefined) throw namedError(node, error);
     }
   }
 
