@@ -27,15 +27,17 @@ import {
   unpackEight,
 } from './common.ts';
 
-/** Tokens of a sequence that are looked at: so many, and up to twice as many less one; all of a shorter sequence. */
-export const SAMPLED_TOKENS = 256;
+/** Tokens of a long sequence that are looked at: so many, and up to twice as many less one. */
+export const SAMPLED_TOKENS = 128;
+/** Sequences shorter than this are looked at as a whole. */
+export const WHOLE_BELOW = 512;
 /**
  * One token is taken from each stretch of `floor(length / SAMPLED_TOKENS)`, at a place in it that moves by the golden ratio from
  * stretch to stretch: tokens of an image lie in rows, and a constant step could look at one column only.
  */
 const GOLDEN_RATIO = 0x9e3779b9;
-/** Sums of twice {@link SAMPLED_TOKENS} float32 numbers are kept finite by adding this share of each. */
-const SUM_SHARE = 2 ** -9;
+/** Sums of all sampled numbers, each up to float32's largest, are kept finite by adding this share of each. */
+const SUM_SHARE = 1 / WHOLE_BELOW;
 
 /** V's scale maps the largest sampled magnitude to half of E4M3's largest, so that most tiles need no scale of their own. */
 const LARGEST_CODE = 448 / 2;
@@ -49,7 +51,7 @@ const SMALLEST_MAXIMUM = 1e-30;
 
 /** The tokens of a sequence that are sampled, in order; what {@link channelStatistics} looks at. */
 export function sampledTokens(length: number): number[] {
-  const stretch = Math.max(1, Math.floor(length / SAMPLED_TOKENS));
+  const stretch = length < WHOLE_BELOW ? 1 : Math.floor(length / SAMPLED_TOKENS);
   const tokens: number[] = [];
   for (let i = 0; i * stretch < length; i++) {
     const within = Math.floor((Math.imul(i, GOLDEN_RATIO) >>> 0) * stretch * 2 ** -32);
@@ -146,7 +148,8 @@ export function channelStatistics({ target, dtype, key, value }: ChannelStatisti
     const { keyStart, keyLength } = loadSequence(b, b.loadPointer(pointer.sequences), sequence);
 
     b.section('the sampled tokens');
-    const stretch = b.max(b.div(keyLength, SAMPLED_TOKENS), 1);
+    const stretch = b.div(keyLength, SAMPLED_TOKENS);
+    b.when(b.setp('lt', keyLength, WHOLE_BELOW), () => b.set(stretch, 1));
     const row = b.shr(thread, Math.log2(perRow));
     const column = b.and(thread, perRow - 1);
     const channel = b.shl(column, 3);
