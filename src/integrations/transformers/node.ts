@@ -17,4 +17,4 @@ import { provideOnnxruntime } from './provide.ts';
 
 export { attentionReportOf } from '../onnxruntime/index.ts';
 
-provideOnnxruntime(ort, ['cpu']);
+provideOnnxruntime(ort, async () => ['cpu']);

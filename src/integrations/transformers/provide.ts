@@ -11,14 +11,14 @@ type Create = (model: unknown, options?: { readonly executionProviders?: readonl
  *
  * @param providers execution providers where the caller names none: `device: 'auto'` comes as an empty list
  */
-export function provideOnnxruntime(ort: OrtModule, providers: readonly string[]): void {
+export function provideOnnxruntime(ort: OrtModule, providers: () => Promise<readonly string[]>): void {
   const scope = globalThis as { [ONNXRUNTIME]?: unknown };
   if (scope[ONNXRUNTIME] !== undefined) return;
   const { InferenceSession } = withSageAttention(ort);
   const create: Create = InferenceSession.create.bind(InferenceSession) as Create;
-  const withProviders: Create = (model, options = {}) => {
+  const withProviders: Create = async (model, options = {}) => {
     const named = (options.executionProviders?.length ?? 0) > 0;
-    return create(model, named ? options : { ...options, executionProviders: providers });
+    return create(model, named ? options : { ...options, executionProviders: await providers() });
   };
   scope[ONNXRUNTIME] = {
     ...ort,

@@ -18,7 +18,7 @@ import { provideOnnxruntime } from './provide.ts';
 
 export { attentionReportOf } from '../onnxruntime/index.ts';
 
-provideOnnxruntime(
-  ort,
-  (globalThis as { navigator?: { gpu?: object } }).navigator?.gpu ? ['webgpu', 'wasm'] : ['wasm'],
-);
+provideOnnxruntime(ort, async () => {
+  const { gpu } = (globalThis as { navigator?: { gpu?: GPU } }).navigator ?? {};
+  return (await gpu?.requestAdapter()) ? ['webgpu', 'wasm'] : ['wasm'];
+});
