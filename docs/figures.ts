@@ -56,7 +56,7 @@ function codesFigure(samples: readonly Sample[]): string {
       smoothQ: false,
       granularity: 'per-block',
       bits: 'int8',
-    });
+    }).k;
     return [rawCodes, smoothedCodes].flatMap((codes, i) =>
       Array.from(codes.lowest, (low, channel) => ({
         name,

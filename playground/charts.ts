@@ -26,7 +26,7 @@ export function figure(
     shape,
     span = '',
     legend,
-  }: { shape: 'square' | 'tall' | 'low' | 'list'; span?: '' | 'half' | 'full'; legend?: HTMLElement },
+  }: { shape: 'square' | 'tall' | 'low' | 'list'; span?: '' | 'quarter' | 'half' | 'full'; legend?: HTMLElement },
 ): Figure {
   const plot = h('div', { class: `plot ${shape}` });
   const note = h('p', { class: 'note' });

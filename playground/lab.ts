@@ -77,7 +77,7 @@ export interface Histogram {
   readonly smoothed: Uint32Array;
 }
 
-/** The codes that each channel of K uses: what is left of the format to tell tokens apart. */
+/** The codes that each channel uses: what is left of the format to tell tokens apart. */
 export interface CodeUse {
   /** Codes go from -max to max. */
   readonly max: number;
@@ -90,15 +90,21 @@ export interface CodeUse {
   readonly meanSpan: number;
 }
 
-export interface Picture {
-  readonly length: number;
-  readonly dim: number;
-  readonly q: Float32Array;
-  readonly k: Float32Array;
-  readonly smoothedK: Float32Array;
+/** Q or K before and after smoothing: the mean of all tokens taken away from K, that of each block from Q. */
+export interface Operand {
+  /** `[length, dim]` each. */
+  readonly raw: Float32Array;
+  readonly smoothed: Float32Array;
   readonly histogram: Histogram;
   readonly rawCodes: CodeUse;
   readonly smoothedCodes: CodeUse;
+}
+
+export interface Picture {
+  readonly length: number;
+  readonly dim: number;
+  readonly q: Operand;
+  readonly k: Operand;
   /** `[length, length]`, scaled, each row's mean taken away: softmax does not see it. */
   readonly exactScores: Float32Array;
   readonly quantizedScores: Float32Array;
@@ -185,32 +191,38 @@ function dot(a: ArrayLike<number>, aAt: number, b: ArrayLike<number>, bAt: numbe
 export function picture({ q, k, length, dim }: Head, quantization: Quantization): Picture {
   const smScale = 1 / Math.sqrt(dim);
   const max = INT_MAX[quantization.bits];
-  const mean = channelMean(k, dim);
-  const smoothedK = subtractMean(k, mean);
-  const rawCodes = quantize(k, dim, 'k', quantization);
-  const smoothedCodes = quantize(smoothedK, dim, 'k', quantization);
-  const keyCodes = quantization.smoothK ? smoothedCodes : rawCodes;
+  const codesOf = (which: 'q' | 'k', raw: Float32Array, smoothed: Float32Array) =>
+    [quantize(raw, dim, which, quantization), quantize(smoothed, dim, which, quantization)] as const;
+  const smoothedK = subtractMean(k, channelMean(k, dim));
+  const codesOfK = codesOf('k', k, smoothedK);
+  const keyCodes = codesOfK[quantization.smoothK ? 1 : 0];
 
   const { blockQ } = TILING[quantization.granularity];
-  const means = quantization.smoothQ ? blockMeans(q, dim, blockQ) : new Float32Array(Math.ceil(length / blockQ) * dim);
-  const centredQ = q.map((value, i) => value - (means[Math.floor(i / dim / blockQ) * dim + (i % dim)] as number));
-  const queryCodes = quantize(centredQ, dim, 'q', quantization);
+  const means = blockMeans(q, dim, blockQ);
+  const smoothedQ = q.map((value, i) => value - (means[Math.floor(i / dim / blockQ) * dim + (i % dim)] as number));
+  const codesOfQ = codesOf('q', q, smoothedQ);
+  const queryCodes = codesOfQ[quantization.smoothQ ? 1 : 0];
 
   const exactScores = centredScores(length, (row, column) => smScale * dot(q, row * dim, k, column * dim, dim));
   const quantizedScores = centredScores(length, (row, column) => {
     const product = dot(queryCodes.values, row * dim, keyCodes.values, column * dim, dim);
-    const rank1 = dot(means, Math.floor(row / blockQ) * dim, quantization.smoothK ? smoothedK : k, column * dim, dim);
+    const rank1 = quantization.smoothQ
+      ? dot(means, Math.floor(row / blockQ) * dim, quantization.smoothK ? smoothedK : k, column * dim, dim)
+      : 0;
     return smScale * (product * queryCodes.scaleOf(row) * keyCodes.scaleOf(column) + rank1);
+  });
+  const operand = (raw: Float32Array, smoothed: Float32Array, codes: readonly [Codes, Codes]): Operand => ({
+    raw,
+    smoothed,
+    histogram: histogramOf(raw, smoothed),
+    rawCodes: codeUse(codes[0], dim, max),
+    smoothedCodes: codeUse(codes[1], dim, max),
   });
   return {
     length,
     dim,
-    q,
-    k,
-    smoothedK,
-    histogram: histogramOf(k, smoothedK),
-    rawCodes: codeUse(rawCodes, dim, max),
-    smoothedCodes: codeUse(smoothedCodes, dim, max),
+    q: operand(q, smoothedQ, codesOfQ),
+    k: operand(k, smoothedK, codesOfK),
     exactScores,
     quantizedScores,
     scoreError: compare(quantizedScores, exactScores).rmse,

@@ -4,15 +4,15 @@ import type { Granularity } from '../../src/quantization/schemes.ts';
 import { diverging, type Figure, figure, fillLegend, heatMap, Plot, sequential, seriesColor } from '../charts.ts';
 import { byId, checkField, h, latest, messageOf, radioField, rangeField, say, selectField } from '../dom.ts';
 import { percent, short } from '../format.ts';
-import type { DistributionName, OutputError, Picture } from '../lab.ts';
+import type { DistributionName, Operand, OutputError, Picture } from '../lab.ts';
 import type { ModelClient } from '../model-client.ts';
 import type { LabApi } from '../workers/lab.ts';
 
 const DISTRIBUTIONS = [
-  { value: 'channels', label: 'K, offset in each channel' },
-  { value: 'few', label: 'K, three outlier channels' },
-  { value: 'token', label: 'K, one outlier token' },
-  { value: 'normal', label: 'Normal, no offset' },
+  { value: 'channels', label: 'offset in each channel' },
+  { value: 'few', label: 'three outlier channels' },
+  { value: 'token', label: 'one outlier token' },
+  { value: 'normal', label: 'normal, no offset' },
 ] as const satisfies readonly { value: DistributionName; label: string }[];
 
 /** A fixed scale, so that a control's effect on the error can be seen: a quarter of a unit of a softmax exponent. */
@@ -36,7 +36,7 @@ const symmetric = (values: Float32Array): [number, number] => {
   return [-most, most];
 };
 
-function drawCodes(target: Figure, { rawCodes, smoothedCodes }: Picture): void {
+function drawCodes(target: Figure, name: string, { rawCodes, smoothedCodes }: Operand): void {
   const total = 2 * rawCodes.max + 1;
   const panels = [
     { panel: 'not smoothed', codes: rawCodes, color: 1 },
@@ -52,10 +52,10 @@ function drawCodes(target: Figure, { rawCodes, smoothedCodes }: Picture): void {
     })),
   );
   target.note(
-    `Of ${total} codes a channel spans ${Math.round(rawCodes.meanSpan)} on average as it is, ${Math.round(smoothedCodes.meanSpan)} smoothed. The whole head uses ${rawCodes.used} and ${smoothedCodes.used}.`,
+    `Of ${total} codes a channel of ${name} spans ${Math.round(rawCodes.meanSpan)} on average as it is, ${Math.round(smoothedCodes.meanSpan)} smoothed. The whole head uses ${rawCodes.used} and ${smoothedCodes.used}.`,
   );
   target.draw(
-    `A channel spans ${Math.round(rawCodes.meanSpan)} of ${total} codes, smoothed ${Math.round(smoothedCodes.meanSpan)}.`,
+    `A channel of ${name} spans ${Math.round(rawCodes.meanSpan)} of ${total} codes, smoothed ${Math.round(smoothedCodes.meanSpan)}.`,
     () => ({
       marginLeft: 40,
       marginBottom: 38,
@@ -84,16 +84,21 @@ function drawCodes(target: Figure, { rawCodes, smoothedCodes }: Picture): void {
   );
 }
 
-function drawHistogram(target: Figure, { histogram }: Picture): void {
+function drawHistogram(target: Figure, name: string, { histogram }: Operand): void {
   const { edges, raw, smoothed } = histogram;
   const bars = [raw, smoothed].flatMap((counts, series) =>
     Array.from(counts, (count, i) => ({ series, x1: edges[i] as number, x2: edges[i + 1] as number, count })),
   );
   const most = Math.max(...smoothed, ...raw);
-  target.draw('Smoothed keys are gathered around zero.', () => ({
+  const reach = (counts: Uint32Array) => {
+    const filled = Array.from(counts, (count, i) => (count > 0 ? i : -1)).filter((i) => i >= 0);
+    return `${short(edges[filled[0] ?? 0] as number)} to ${short(edges[(filled.at(-1) ?? 0) + 1] as number)}`;
+  };
+  target.note(`All elements of ${name} in this head, in the same bins before and after.`);
+  target.draw(`${name} reaches from ${reach(raw)} as it is, from ${reach(smoothed)} smoothed.`, () => ({
     marginLeft: 44,
     marginBottom: 38,
-    x: { label: 'value of an element of K', labelAnchor: 'center', labelArrow: 'none', ticks: 6 },
+    x: { label: `value of an element of ${name}`, labelAnchor: 'center', labelArrow: 'none', ticks: 6 },
     y: { label: 'elements', domain: [0, most], grid: true, nice: true, ticks: 4, tickFormat: 's', labelArrow: 'none' },
     marks: [
       Plot.rectY(
@@ -172,9 +177,10 @@ export function startWhy(model: ModelClient): void {
   const message = byId('why-message');
 
   const maps = {
-    q: figure('Q', { shape: 'tall' }),
-    k: figure('K as it is', { shape: 'tall' }),
-    smoothed: figure('K smoothed', { shape: 'tall' }),
+    q: figure('Q as it is', { shape: 'tall', span: 'quarter' }),
+    smoothedQ: figure('Q smoothed', { shape: 'tall', span: 'quarter' }),
+    k: figure('K as it is', { shape: 'tall', span: 'quarter' }),
+    smoothedK: figure('K smoothed', { shape: 'tall', span: 'quarter' }),
     exact: figure('Scores, exact', { shape: 'square' }),
     quantized: figure('Scores from codes', { shape: 'square' }),
     difference: figure('Difference', { shape: 'square' }),
@@ -184,8 +190,8 @@ export function startWhy(model: ModelClient): void {
     fillLegend(list, ['smoothed', 'not smoothed']);
     return list;
   };
-  const histogram = figure('Values of K', { shape: 'low', span: 'half', legend: legend() });
-  const codes = figure('Codes of K, channel by channel', { shape: 'low', span: 'half' });
+  const histogram = figure('Values', { shape: 'low', span: 'half', legend: legend() });
+  const codes = figure('Codes, channel by channel', { shape: 'low', span: 'half' });
   const errors = figure('Error of the output, by kernel and granularity', {
     shape: 'list',
     span: 'full',
@@ -193,8 +199,9 @@ export function startWhy(model: ModelClient): void {
   });
   byId('why-figures').append(
     maps.q.element,
+    maps.smoothedQ.element,
     maps.k.element,
-    maps.smoothed.element,
+    maps.smoothedK.element,
     histogram.element,
     codes.element,
     maps.exact.element,
@@ -205,21 +212,21 @@ export function startWhy(model: ModelClient): void {
 
   const drawPicture = (data: Picture) => {
     const { length, dim, bits } = { ...data, bits: format.value };
-    const tokensByChannels = (target: Figure, values: Float32Array, domain: [number, number], alt: string) => {
-      target.draw(alt, () => heatMap(values, length, dim, { domain, color: diverging, x: 'channel', y: 'token' }));
-    };
     const range = (values: Float32Array) => extremes(values).map(short).join(' to ');
-    const keys = symmetric(data.k);
-    tokensByChannels(maps.q, data.q, symmetric(data.q), `Values from ${range(data.q)}`);
-    maps.q.note(`${length} tokens, ${dim} channels. Values from ${range(data.q)}.`);
-    tokensByChannels(maps.k, data.k, keys, `Values from ${range(data.k)}`);
-    maps.k.note(`Values from ${range(data.k)}. Stripes are what all keys share.`);
-    tokensByChannels(maps.smoothed, data.smoothedK, keys, `Values from ${range(data.smoothedK)}`);
-    maps.smoothed.note(`Each channel's mean taken away, same colours. Values from ${range(data.smoothedK)}.`);
+    const tokensByChannels = (target: Figure, values: Float32Array, domain: [number, number], what: string) => {
+      const said = `Values from ${range(values)}.`;
+      target.draw(said, () => heatMap(values, length, dim, { domain, color: diverging, x: 'channel', y: 'token' }));
+      target.note(`${what} ${said}`);
+    };
+    const [queries, keys] = [symmetric(data.q.raw), symmetric(data.k.raw)];
+    tokensByChannels(maps.q, data.q.raw, queries, `${length} tokens, ${dim} channels.`);
+    tokensByChannels(maps.smoothedQ, data.q.smoothed, queries, 'Mean of each block taken away.');
+    tokensByChannels(maps.k, data.k.raw, keys, 'Stripes are what all keys share.');
+    tokensByChannels(maps.smoothedK, data.k.smoothed, keys, 'Mean of all taken away, same colours.');
 
-    drawHistogram(histogram, data);
-    histogram.note('All elements of the head, in the same bins before and after.');
-    drawCodes(codes, data);
+    const shown = operand.value === 'q' ? data.q : data.k;
+    drawHistogram(histogram, operand.value.toUpperCase(), shown);
+    drawCodes(codes, operand.value.toUpperCase(), shown);
 
     const scores = symmetric(data.exactScores);
     const square = (values: Float32Array, domain: [number, number], color: typeof diverging) =>
@@ -307,7 +314,7 @@ export function startWhy(model: ModelClient): void {
       changed();
     },
   );
-  const distribution = selectField('Distribution', DISTRIBUTIONS, 'channels', changed);
+  const distribution = selectField('Distribution of K', DISTRIBUTIONS, 'channels', changed);
   const strength = rangeField('Offset of K, in σ', { min: 0, max: 20, step: 0.5, initial: 6 }, changed);
   const tokens = rangeField('Tokens', { min: 16, max: 160, step: 16, initial: 96 }, changed);
   const dim = selectField(
@@ -374,6 +381,16 @@ export function startWhy(model: ModelClient): void {
     () => redraw(undefined),
   );
 
+  const operand = radioField(
+    'Values and codes of',
+    [
+      { value: 'k', label: 'K' },
+      { value: 'q', label: 'Q' },
+    ],
+    'k',
+    () => redraw(undefined),
+  );
+
   const form = byId<HTMLFormElement>('why-controls');
   form.addEventListener('submit', (event) => event.preventDefault());
   source.element.classList.add('wide');
@@ -389,6 +406,7 @@ export function startWhy(model: ModelClient): void {
     smoothing.element,
     granularity.element,
     format.element,
+    operand.element,
   );
   for (const element of [textField, layer.element, headIndex.element]) element.hidden = true;
   changed();

@@ -200,8 +200,8 @@ describe('playground', () => {
 
   it('shows what smoothing does, and redraws when a control moves', async () => {
     await withPage({}, async (page) => {
-      const codes = 'Codes of K, channel by channel';
-      const spans = /Of (\d+) codes a channel spans (\d+) on average as it is, (\d+) smoothed/;
+      const codes = 'Codes, channel by channel';
+      const spans = /Of (\d+) codes a channel of K spans (\d+) on average as it is, (\d+) smoothed/;
       const [, total, raw, smoothed] = (await waitForNote(page, codes, spans)).map(Number);
       expect(total).toBe(255);
       expect(smoothed).toBeGreaterThan(2 * (raw as number));
@@ -226,7 +226,7 @@ describe('playground', () => {
 
       const rms = /Root mean square ([\d.]+)/;
       const before = numberIn((await waitForNote(page, 'Difference', rms))[1]);
-      await page.locator('#why-controls').getByLabel('K', { exact: true }).uncheck();
+      await page.locator('#why-controls').getByRole('checkbox', { name: 'K' }).uncheck();
       await expect
         .poll(async () => numberIn((await figureNote(page, 'Difference').textContent())?.match(rms)?.[1]), {
           timeout: PATIENCE,
@@ -235,9 +235,16 @@ describe('playground', () => {
       await page.locator('#why-controls').getByLabel('INT4').check();
       await waitForNote(page, codes, /Of 15 codes/);
       await setSlider(page, 'Offset of K, in σ', 0);
+      // Q of this distribution has no offset either; its own histogram and codes are shown when asked for.
+      const values = figureOf(page, 'Values').locator('svg');
+      expect(await values.getAttribute('aria-label')).toMatch(/K reaches from -[\d.]+ to [\d.]+ as it is/);
+      await page.locator('#why-controls').getByRole('radio', { name: 'Q', exact: true }).check();
+      await waitForNote(page, codes, /Of 15 codes a channel of Q spans \d+/);
+      expect(await values.getAttribute('aria-label')).toMatch(/Q reaches from -[\d.]+ to [\d.]+ as it is/);
+      await page.locator('#why-controls').getByRole('radio', { name: 'K', exact: true }).check();
       // Without an offset there is nothing to smooth away.
       const [, , rawAfter, smoothedAfter] = (
-        await waitForNote(page, codes, /Of (15) codes a channel spans (\d+) on average as it is, (\2) smoothed/)
+        await waitForNote(page, codes, /Of (15) codes a channel of K spans (\d+) on average as it is, (\2) smoothed/)
       ).map(Number);
       expect(rawAfter).toBeGreaterThan(5);
       expect(smoothedAfter).toBe(rawAfter);
@@ -248,15 +255,15 @@ describe('playground', () => {
     await withPage({}, async (page) => {
       await page.getByLabel('a real layer, on your text').check();
       await waitForText(page, '#why-message', /^\d+ tokens, layer 1 of 2, head 1 of 4\.$/);
-      await waitForNote(page, 'Q', /64 channels/);
-      const spans = /a channel spans (\d+) on average as it is, (\d+) smoothed/;
-      const [, raw, smoothed] = (await waitForNote(page, 'Codes of K, channel by channel', spans)).map(Number);
+      await waitForNote(page, 'Q as it is', /64 channels/);
+      const spans = /a channel of K spans (\d+) on average as it is, (\d+) smoothed/;
+      const [, raw, smoothed] = (await waitForNote(page, 'Codes, channel by channel', spans)).map(Number);
       // Keys of a trained model do share something.
       expect(smoothed).toBeGreaterThan(raw as number);
       await page.fill('#why-text', 'A short text of one sentence.');
       await waitForText(page, '#why-message', /^[5-9] tokens, layer 1/);
       await page.locator('#why-controls').getByLabel('Layer', { exact: true }).selectOption('1');
-      await waitForNote(page, 'Q', /128 channels/);
+      await waitForNote(page, 'Q as it is', /128 channels/);
       await page.fill('#why-text', ' ');
       await waitForText(page, '#why-message', /Type a few words/);
     });
