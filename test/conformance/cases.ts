@@ -622,11 +622,55 @@ const nans = [
   }),
 ];
 
+/** Few tokens over grouped heads, which kernels may work on together. */
+const decoding = (
+  [
+    [8, 2, 1],
+    [7, 1, 1],
+    [24, 2, 1],
+    [8, 2, 3],
+  ] as const
+).flatMap(([heads, kvHeads, lq]) => {
+  const shape = { heads, kvHeads, lq, lk: 150, d: 32 };
+  return [
+    dense('decoding', `${lq} over ${heads} heads on ${kvHeads}`, {
+      ...shape,
+      batch: 2,
+      options: { returnLse: true },
+    }),
+    dense('decoding', `${lq} over ${heads} heads on ${kvHeads}, NHD, bottom-right causal`, {
+      ...shape,
+      layout: 'NHD',
+      dtype: 'bfloat16',
+      options: { returnLse: true, isCausal: true, causalAlignment: 'bottom-right' },
+    }),
+    dense('decoding', `${lq} over ${heads} heads on ${kvHeads}, a window`, {
+      ...shape,
+      options: { windowSize: [20, 0], causalAlignment: 'bottom-right', returnLse: true },
+    }),
+    dense('decoding', `${lq} over ${heads} heads on ${kvHeads}, a mask of each head, softcap`, {
+      ...shape,
+      options: { returnLse: true, softcap: 20 },
+      mask: ({ lk }, random) => place(random.normals(heads * lk), [1, heads, 1, lk], 'float32'),
+    }),
+    dense('decoding', `${lq} over ${heads} heads on ${kvHeads}, one head's query not a number, the others far apart`, {
+      ...shape,
+      options: { returnLse: true },
+      edit: ({ q }, { d }) => {
+        for (let i = 0; i < q.length; i++) q[i] = (q[i] as number) * 2 ** (Math.floor(i / (lq * d)) % 5);
+        q.fill(Number.NaN, lq * d, 2 * lq * d);
+      },
+      bound: 'algorithm',
+    }),
+  ];
+});
+
 export const CASES: readonly ConformanceCase[] = [
   ...layouts,
   ...lengths,
   ...headDims,
   ...heads,
+  ...decoding,
   ...causal,
   ...windows,
   ...masks,

@@ -44,6 +44,7 @@ import {
 } from './combine.ts';
 import { BYTES, LOG2_E, type LoadWidth, roundUp, SEQUENCE_INTS } from './common.ts';
 import { chooseTile } from './config.ts';
+import { headsAsRows } from './heads-as-rows.ts';
 import { hopperAttendLaunches, hopperKeyValueLaunch, isHopperKernel, VALUE_TILE_SCALES } from './hopper/plan-hopper.ts';
 import type { HopperTuning } from './hopper/table.ts';
 import {
@@ -382,7 +383,7 @@ function keyValueLaunches(context: Context, parts: readonly KeyValuePart[] = ALL
   const launches: KernelLaunch[] = [];
   if (layout.keyTiles === 0 || batch * kvHeads === 0) return launches;
   if (parts.includes('means')) launches.push(...statisticsLaunches(context, scheme.valueTileScales));
-  if (scheme.valueTileScales) {
+  if (isHopperKernel(choice.descriptor.name) && (scheme.pvFormat === 'f16' || scheme.valueTileScales)) {
     if (parts.includes('key') || parts.includes('value')) launches.push(hopperKeyValueLaunch(context));
     return launches;
   }
@@ -768,6 +769,10 @@ const constantsOf = ({ layout }: Context): Record<BufferName, Uint8Array> => ({
   sequences: new Uint8Array(layout.table.buffer),
 });
 
+/** Hopper's kernel has tiles of grouped heads of its own. */
+const asKernelsTakeIt = (problem: AttentionProblem, choice: KernelChoice): AttentionProblem =>
+  isHopperKernel(choice.descriptor.name) ? problem : headsAsRows(problem, choice);
+
 /**
  * A whole call: buffers `q`, `k`, `v`, `output` and, where the problem has them, `mask` and `lse`.
  *
@@ -779,7 +784,7 @@ export function planLaunches(
   device: DeviceFacts,
   hopperTuning: Partial<HopperTuning> = {},
 ): LaunchSequence {
-  const context = contextOf(problem, choice, device, undefined, hopperTuning);
+  const context = contextOf(asKernelsTakeIt(problem, choice), choice, device, undefined, hopperTuning);
   const attend = attendLaunches(context);
   return {
     scratch: { ...keyValueBytes(context), ...keyValueScratch(context), ...attend.scratch },
@@ -821,6 +826,6 @@ export function planAttend(
   room?: KeyRoom,
   hopperTuning: Partial<HopperTuning> = {},
 ): LaunchSequence {
-  const context = contextOf(problem, choice, device, room, hopperTuning);
+  const context = contextOf(asKernelsTakeIt(problem, choice), choice, device, room, hopperTuning);
   return { ...attendLaunches(context), constants: constantsOf(context) };
 }
