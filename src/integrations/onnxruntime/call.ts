@@ -20,6 +20,8 @@ export interface AttentionCall {
   readonly softcap: number;
   readonly isCausal: boolean;
   readonly causalAlignment: 'top-left' | 'bottom-right';
+  /** Keys that a row sees up to its diagonal. */
+  readonly windowLength: number | undefined;
   readonly layout: 'HND' | 'NHD';
   /** Of the output tensor, whose elements are those of `layout`. */
   readonly dims: readonly number[];
@@ -68,6 +70,11 @@ export function prepareCall(site: AttentionSite, values: ReadonlyMap<string, Ort
   if (site.check !== undefined && !numbersOf(tensor(site.check.value)).every((last) => last + 1 === keys)) {
     return { reason: 'sequences of different lengths in one batch, or a cache longer than its keys' };
   }
+  if (site.alignedPast !== undefined) {
+    const past = site.alignedPast === '' ? 0 : tensor(site.alignedPast).dims[2];
+    if (keys - length !== past)
+      return { reason: `a causal mask of ${length} queries over ${keys} keys, ${past} of them past` };
+  }
   const smScale = scaleOf(site, operands.q.shape[3], values);
   if (Number.isNaN(smScale)) return { reason: 'a scale that is no single number' };
   const outputShape = [batch, heads, length, operands.v.shape[3]] as const;
@@ -81,6 +88,7 @@ export function prepareCall(site: AttentionSite, values: ReadonlyMap<string, Ort
       softcap: site.softcap,
       isCausal: site.isCausal,
       causalAlignment: site.causalAlignment,
+      windowLength: site.windowLength,
       layout: site.outputLayout(rank),
       dims: site.outputDims(outputShape, rank),
       type,

@@ -35,6 +35,7 @@ export function optionsOf(call: AttentionCall, kernel: KernelName | 'auto'): Omi
     isCausal: call.isCausal,
     causalAlignment: call.causalAlignment,
     softcap: call.softcap,
+    ...(call.windowLength === undefined ? {} : { windowSize: [call.windowLength - 1, -1] as const }),
     ...(call.smScale === undefined ? {} : { smScale: call.smScale }),
   };
 }

@@ -597,6 +597,73 @@ const CASES: Case[] = [
     }),
   },
   ...[false, true].map(
+    (isMasked): Case => ({
+      name: `com.microsoft Attention: past and present in one tensor${isMasked ? ', mask over both' : ', causal'}`,
+      build: (g) => {
+        const x = input(g);
+        g.input('past', [2, 'batch', H, 'past', D]);
+        if (isMasked) g.input('mask', ['batch', 'total'], 'int32');
+        const weights = [g.weight([C, 3 * C], 0.4), g.weight([3 * C], 0.2)];
+        g.contrib(
+          'Attention',
+          [x, ...weights, isMasked ? 'mask' : '', 'past'],
+          { num_heads: H, unidirectional: Number(!isMasked) },
+          ['o', 'present'],
+        );
+        g.op('Add', ['o', x], {}, { outputs: ['y'] });
+        g.output('y', ['batch', 'length', C]);
+        g.output('present', [2, 'batch', H, 'total', D]);
+      },
+      feeds: (random): Feeds => ({
+        ...hidden(random),
+        past: floats(random, [2, B, H, 4, D]),
+        ...(isMasked
+          ? {
+              mask: new ortNode.Tensor(
+                'int32',
+                Int32Array.from({ length: B * (L + 4) }, (_, i) => Number(i % (L + 4) !== 2)),
+                [B, L + 4],
+              ),
+            }
+          : {}),
+      }),
+    }),
+  ),
+  ...[1, 3, 100].map(
+    (window): Case => ({
+      name: `com.microsoft GroupQueryAttention: a local window of ${window}`,
+      build: (g) => {
+        const x = g.input('x', [1, 'length', C]);
+        g.input('past_k', [1, 1, 'past', D]);
+        g.input('past_v', [1, 1, 'past', D]);
+        g.input('seqlens', [1, 1], 'int32');
+        g.input('total', [], 'int32');
+        const inputs = [
+          project(g, x),
+          g.linear(x, C, D, 2),
+          g.linear(x, C, D, 2),
+          'past_k',
+          'past_v',
+          'seqlens',
+          'total',
+        ];
+        const attributes = { num_heads: H, kv_num_heads: 1, local_window_size: window };
+        g.contrib('GroupQueryAttention', inputs, attributes, ['o', 'present_k', 'present_v']);
+        g.op('Add', ['o', x], {}, { outputs: ['y'] });
+        g.output('y', [1, 'length', C]);
+        g.output('present_k', [1, 1, 'total', D]);
+        g.output('present_v', [1, 1, 'total', D]);
+      },
+      feeds: (random) => ({
+        x: floats(random, [1, L, C]),
+        past_k: floats(random, [1, 1, 4, D]),
+        past_v: floats(random, [1, 1, 4, D]),
+        seqlens: new ortNode.Tensor('int32', Int32Array.of(L + 3), [1, 1]),
+        total: new ortNode.Tensor('int32', Int32Array.of(L + 4), []),
+      }),
+    }),
+  ),
+  ...[false, true].map(
     (rotary): Case => ({
       name: `com.microsoft GroupQueryAttention: past and present${rotary ? ', packed, rotary' : ''}`,
       build: (g) => {
@@ -642,6 +709,40 @@ const CASES: Case[] = [
     },
     feeds: hidden,
     opset: 23,
+  },
+  {
+    name: 'ONNX Attention: causal with past and present',
+    build: (g) => {
+      const x = input(g);
+      g.input('past_k', ['batch', 1, 'past', D]);
+      g.input('past_v', ['batch', 1, 'past', D]);
+      const inputs = [project(g, x), g.linear(x, C, D, 2), g.linear(x, C, D, 2), '', 'past_k', 'past_v'];
+      const attributes = { q_num_heads: H, kv_num_heads: 1, is_causal: 1 };
+      g.op('Attention', inputs, attributes, { outputs: ['o', 'present_k', 'present_v'] });
+      g.op('Add', ['o', x], {}, { outputs: ['y'] });
+      g.output('y', ['batch', 'length', C]);
+      g.output('present_k', ['batch', 1, 'total', D]);
+      g.output('present_v', ['batch', 1, 'total', D]);
+    },
+    feeds: (random) => ({
+      ...hidden(random),
+      past_k: floats(random, [B, 1, 4, D]),
+      past_v: floats(random, [B, 1, 4, D]),
+    }),
+    opset: 23,
+  },
+  {
+    name: 'left: ONNX Attention, causal over more keys than queries without a past, which runtimes align differently',
+    build: (g) => {
+      const x = input(g);
+      g.input('keys', ['batch', H, 'keys', D]);
+      const o = g.op('Attention', [heads(g, project(g, x)), 'keys', 'keys'], { is_causal: 1 });
+      finish(g, o);
+    },
+    feeds: (random) => ({ ...hidden(random), keys: floats(random, [B, H, L + 3, D]) }),
+    opset: 23,
+    taken: 0,
+    left: 'a causal mask of 10 queries over 13 keys',
   },
   {
     name: 'ONNX Attention: [B,H,L,D], additive mask, past and present',

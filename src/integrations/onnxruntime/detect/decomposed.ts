@@ -482,6 +482,8 @@ function buildSite(index: GraphIndex, softmax: NodeProto, scores: Scores, probab
     softcap: scores.softcap,
     isCausal: false,
     causalAlignment: 'top-left',
+    windowLength: undefined,
+    alignedPast: undefined,
     check: undefined,
     output: output.value,
     outputLayout: () => output.layout,

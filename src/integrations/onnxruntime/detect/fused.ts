@@ -110,6 +110,8 @@ function site(index: GraphIndex, node: NodeProto, prelude: Prelude, parts: SiteP
     softcap: 0,
     isCausal: false,
     causalAlignment: 'top-left',
+    windowLength: undefined,
+    alignedPast: undefined,
     check: undefined,
     output: node.output[0] as string,
     outputLayout: () => 'NHD',
@@ -209,8 +211,9 @@ function microsoftAttention(index: GraphIndex, node: NodeProto): AttentionSite {
     string,
     ...string[],
   ];
+  const present = node.output[1];
   const heads = intAttribute(node, 'num_heads') ?? 0;
-  refuse(given(past) || given(pastLength) || given(node.output[1]), 'past or present in one tensor');
+  refuse(given(pastLength), 'a key-value buffer shared by past and present');
   refuse((intAttribute(node, 'do_rotary') ?? 0) !== 0, 'rotary embedding inside the node');
   refuse(given(maskIndex) && given(attentionBias), 'a mask and an attention bias together');
   const prelude = new Prelude(node);
@@ -218,20 +221,58 @@ function microsoftAttention(index: GraphIndex, node: NodeProto): AttentionSite {
   const packed = given(bias) ? prelude.add('Add', 'biased', [product, bias]) : product;
   const sizes = intsAttribute(node, 'qkv_hidden_sizes');
   const parts = sizes?.length === 3 ? sizes : [1, 1, 1];
-  const [q, k, v] = [0, 1, 2].map((part) => hiddenOperand(packed, heads, part, parts)) as [Operand, Operand, Operand];
-  return site(index, node, prelude, {
+  const isCausal = (intAttribute(node, 'unidirectional') ?? 0) !== 0;
+  const q = hiddenOperand(packed, heads, 0, parts);
+  const common = {
     heads,
     q,
-    k,
-    v,
     mask: given(attentionBias)
-      ? { value: attentionBias, form: 'full' }
+      ? ({ value: attentionBias, form: 'full' } as const)
       : given(maskIndex)
         ? paddingMask(node, prelude, maskIndex)
         : undefined,
     scale: scaleOf(node),
-    isCausal: (intAttribute(node, 'unidirectional') ?? 0) !== 0,
+    isCausal,
+  };
+  if (!given(past) && !given(present)) {
+    const [k, v] = [1, 2].map((part) => hiddenOperand(packed, heads, part, parts)) as [Operand, Operand];
+    return site(index, node, prelude, { ...common, k, v });
+  }
+  requireOnlyOutput(index, present);
+  const [k, v] = packedState(index, node, prelude, packed, heads) as [string, string];
+  return site(index, node, prelude, {
+    ...common,
+    k: permutedOperand(k, [0, 1, 2, 3]),
+    v: permutedOperand(v, [0, 1, 2, 3]),
+    causalAlignment: 'bottom-right',
   });
+}
+
+/** Keys and values `[B,H,P+L,D]` of an Attention whose past and present are one tensor `[2,B,H,P,D]`. */
+function packedState(index: GraphIndex, node: NodeProto, prelude: Prelude, packed: string, heads: number): string[] {
+  refuse(index.opset < 13, 'past or present in an operator set before 13');
+  refuse(intsAttribute(node, 'qkv_hidden_sizes') !== undefined, 'past or present with widths of their own');
+  const past = node.input[4];
+  const split = prelude.splitHeads('packed.heads', packed, 3 * heads);
+  const bounds = [1, 2, 3].map((part) => prelude.ints(`packed.${part}`, [part * heads])) as [string, string, string];
+  const first = prelude.ints('state.axis', [0]);
+  const states = ['k', 'v'].map((label, i) => {
+    const part = prelude.slice(`${label}.packed`, split, bounds[i] as string, bounds[i + 1] as string, 2);
+    const now = prelude.swapHeads(`${label}.swapped`, part);
+    if (!given(past)) return now;
+    const [from, to] = [i, i + 1].map((at) => prelude.ints(`${label}.past.${at}`, [at])) as [string, string];
+    const before = prelude.add('Squeeze', `${label}.past`, [
+      prelude.slice(`${label}.past.part`, past, from, to, 0),
+      first,
+    ]);
+    return prelude.add('Concat', `${label}.state`, [before, now], { attributes: { axis: 2 } });
+  });
+  const present = node.output[1];
+  if (given(present)) {
+    const wide = states.map((state, i) => prelude.add('Unsqueeze', `present.${i}`, [state, first]));
+    prelude.add('Concat', 'present', wide, { attributes: { axis: 0 }, output: present });
+  }
+  return states;
 }
 
 /** Inputs and attributes of GroupQueryAttention that change the result in ways kernels do not have. */
@@ -241,7 +282,6 @@ function refuseGroupQuery(node: NodeProto): void {
   refuse(given(attentionBias), 'an attention bias on a grouped causal attention');
   refuse(given(sink) || (intAttribute(node, 'smooth_softmax') ?? 0) > 0, 'a smooth softmax or sink');
   refuse(given(keyScale) || given(valueScale), 'a quantized cache');
-  refuse((intAttribute(node, 'local_window_size') ?? -1) > 0, 'a local window');
   refuse(given(node.output[3]), 'scores that are an output');
 }
 
@@ -250,6 +290,7 @@ function groupQueryAttention(index: GraphIndex, node: NodeProto): AttentionSite 
   const [, presentKey, presentValue] = node.output;
   const heads = intAttribute(node, 'num_heads') ?? 0;
   const kvHeads = intAttribute(node, 'kv_num_heads') ?? 0;
+  const windowLength = intAttribute(node, 'local_window_size') ?? -1;
   refuseGroupQuery(node);
   refuse(!given(lengths), 'no sequence lengths');
   requireOnlyOutput(index, presentKey);
@@ -313,6 +354,7 @@ function groupQueryAttention(index: GraphIndex, node: NodeProto): AttentionSite 
     softcap: floatAttribute(node, 'softcap') ?? 0,
     isCausal: true,
     causalAlignment: 'bottom-right',
+    ...(windowLength > 0 ? { windowLength } : {}),
     check: { value: lengths as string },
   });
 }
@@ -325,7 +367,6 @@ function onnxAttention(index: GraphIndex, node: NodeProto): AttentionSite {
   refuse(given(scores), 'scores that are an output');
   refuse(given(nonPadded), 'lengths of padded caches');
   refuse(softcap !== 0 && (given(mask) || causal), 'a softcap together with a mask');
-  refuse(causal && given(pastKey), 'causality with past keys, which operator sets define differently');
   requireOnlyOutput(index, presentKey);
   requireOnlyOutput(index, presentValue);
   const heads = intAttribute(node, 'q_num_heads');
@@ -352,6 +393,7 @@ function onnxAttention(index: GraphIndex, node: NodeProto): AttentionSite {
     scale: floatAttribute(node, 'scale'),
     softcap,
     isCausal: causal,
+    ...(causal ? { causalAlignment: 'bottom-right' as const, alignedPast: pastKey ?? '' } : {}),
     outputLayout: (rank) => (rank === 3 ? 'NHD' : 'HND'),
     outputDims: ([batch, count, length, dim], rank) =>
       rank === 3 ? [batch, length, count * dim] : [batch, count, length, dim],

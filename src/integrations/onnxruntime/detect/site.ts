@@ -40,7 +40,7 @@ export interface RuntimeScale {
   readonly inverse: boolean;
 }
 
-/** Values of the graph that must hold equal numbers for the replacement to be exact; see `checks`. */
+/** Values of the graph that must hold equal numbers for the replacement to be exact. */
 export interface SequenceLengthCheck {
   /** `seqlens_k` of GroupQueryAttention: keys of each sequence minus one. */
   readonly value: string;
@@ -63,6 +63,13 @@ export interface AttentionSite {
   readonly softcap: number;
   readonly isCausal: boolean;
   readonly causalAlignment: 'top-left' | 'bottom-right';
+  /** Keys that a row sees up to and with the one on its diagonal; undefined: all. */
+  readonly windowLength: number | undefined;
+  /**
+   * Set where runtimes align a causal mask in different ways unless the keys in front of the first query are as many as the
+   * past has tokens: the past keys `[B,H,P,D]`, or an empty name where there are none.
+   */
+  readonly alignedPast: string | undefined;
   readonly check: SequenceLengthCheck | undefined;
   /** The attention output and how `[B,H,Lq,Dv]` lies in it. */
   readonly output: string;
@@ -237,6 +244,7 @@ export function inputsOf(index: GraphIndex, site: AttentionSite): string[] {
     ...(site.mask === undefined ? [] : [site.mask.value]),
     ...site.runtimeScales.map((scale) => scale.value),
     ...(site.check === undefined ? [] : [site.check.value]),
+    ...(site.alignedPast ? [site.alignedPast] : []),
     ...boundaryOf(index, site.nodes),
   ];
   return [...new Set(values)].filter((name) => !index.constants.has(name));
