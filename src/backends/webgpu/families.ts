@@ -17,20 +17,43 @@ export interface TiledVariant extends TileShape {
   readonly name: string;
 }
 
+const tiledVariant = (
+  rows: number,
+  keys: number,
+  rowThreads: number,
+  colThreads: number,
+  options: 's' | 'f' | '' = '',
+): TiledVariant => ({
+  name: `${rows}x${keys}${colThreads < 8 ? 'n' : colThreads > 8 ? 'w' : ''}${options}`,
+  rows,
+  keys,
+  rowThreads,
+  colThreads,
+  sharedKeyValue: options === 's',
+  floatValues: options === 'f',
+});
+
 /**
  * Tiles of families `subgroup` and `base`, best first: the first that fits the device and the head dims is taken. Small
- * tiles serve devices with the core limit of 16 KiB workgroup memory, wide heads, and short queries.
+ * tiles serve devices with the core limit of 16 KiB workgroup memory, wide heads, and short queries. Names: rows x keys,
+ * fewer (n) or more (w) than 8 threads to a row, K and V in shared memory (s), V in float32 (f).
  */
 export const TILED_VARIANTS: readonly TiledVariant[] = [
-  { name: '64x32', rows: 64, keys: 32, rowThreads: 16, colThreads: 8, sharedKeyValue: false },
-  { name: '64x32s', rows: 64, keys: 32, rowThreads: 16, colThreads: 8, sharedKeyValue: true },
-  { name: '64x16n', rows: 64, keys: 16, rowThreads: 32, colThreads: 4, sharedKeyValue: false },
-  { name: '32x32', rows: 32, keys: 32, rowThreads: 16, colThreads: 8, sharedKeyValue: false },
-  { name: '32x32s', rows: 32, keys: 32, rowThreads: 16, colThreads: 8, sharedKeyValue: true },
-  { name: '32x16n', rows: 32, keys: 16, rowThreads: 16, colThreads: 4, sharedKeyValue: false },
-  { name: '32x16ns', rows: 32, keys: 16, rowThreads: 16, colThreads: 4, sharedKeyValue: true },
-  { name: '16x16n', rows: 16, keys: 16, rowThreads: 16, colThreads: 4, sharedKeyValue: false },
-  { name: '16x16ns', rows: 16, keys: 16, rowThreads: 16, colThreads: 4, sharedKeyValue: true },
+  tiledVariant(64, 32, 16, 8, 'f'),
+  tiledVariant(64, 32, 16, 8),
+  tiledVariant(64, 64, 16, 8),
+  tiledVariant(128, 32, 32, 8, 'f'),
+  tiledVariant(128, 32, 16, 8),
+  tiledVariant(64, 64, 8, 16, 'f'),
+  tiledVariant(64, 16, 32, 4, 'f'),
+  tiledVariant(64, 16, 32, 4),
+  tiledVariant(64, 32, 16, 8, 's'),
+  tiledVariant(32, 32, 16, 8),
+  tiledVariant(32, 32, 16, 8, 's'),
+  tiledVariant(32, 16, 16, 4),
+  tiledVariant(32, 16, 16, 4, 's'),
+  tiledVariant(16, 16, 16, 4),
+  tiledVariant(16, 16, 16, 4, 's'),
 ];
 
 const SOFTWARE_VARIANT = '16x16n';

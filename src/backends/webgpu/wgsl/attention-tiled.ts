@@ -4,6 +4,10 @@
  * A workgroup owns `rows` queries and walks over the keys in tiles of `keys`. Its threads form a grid of `rowThreads` x
  * `colThreads`: each holds a register tile of scores (INT8 dot products) and one of the output (float32). P goes through
  * workgroup memory once a tile, so that a thread finds the probabilities of its rows for all keys of the tile.
+ *
+ * Arrays in workgroup memory are arrays of arrays, with an index for what is unrolled (a constant), one for the thread's
+ * place (the same all along) and one that runs: every index that is no constant is clamped to its array's length, and a
+ * flat index would be clamped, and its address computed, at each of the accesses that bound these kernels.
  */
 import { FLAG_NONFINITE_K, FLAG_NONFINITE_V, params, rowVectors, SEQUENCE, tables } from './layout.ts';
 import { valueScale } from './prepare.ts';
@@ -28,6 +32,8 @@ export interface TileShape {
   readonly colThreads: number;
   /** K and V tiles take turns in the same workgroup memory: one more barrier a tile, for devices with little of it. */
   readonly sharedKeyValue: boolean;
+  /** V is converted to float32 once for a tile instead of by each row of threads; not with `sharedKeyValue`. */
+  readonly floatValues?: boolean;
 }
 
 export interface TiledConfig extends ScoreConfig, TileShape {
@@ -42,14 +48,21 @@ export interface TiledConfig extends ScoreConfig, TileShape {
 export function tiledWorkgroupBytes(shape: TileShape, headDimPadded: number, valueDimPadded: number): number {
   const row = rowVectors(headDimPadded) * 16;
   const keys = shape.keys * row;
-  const values = shape.keys * valueDimPadded * 2;
+  const values = shape.keys * valueDimPadded * (shape.floatValues === true ? 4 : 2);
   return (
     shape.rows * row +
-    (shape.sharedKeyValue ? Math.max(keys, values) : keys + values) +
-    shape.rows * shape.keys * 4 +
+    (shape.sharedKeyValue ? shape.keys * sharedPairs(headDimPadded, valueDimPadded) * 8 : keys + values) +
+    shape.rows * (shape.keys + 4) * 4 +
     shape.rows * shape.colThreads * 4
   );
 }
+
+/** Pairs of words in a row of the memory that K and V share: an odd number of 16 bytes, so that rows start in other banks. */
+const sharedPairs = (headDimPadded: number, valueDimPadded: number): number =>
+  Math.max(rowVectors(headDimPadded) * 2, valueDimPadded / 4 + 2);
+
+/** Loads from storage that are under way together. */
+const LOADS_AHEAD = 8;
 
 const DOT = `fn dot_int8(a: u32, b: u32) -> i32 { return dot4I8Packed(a, b); }`;
 const DOT_EMULATED = `fn dot_int8(a: u32, b: u32) -> i32 {
@@ -59,7 +72,7 @@ const DOT_EMULATED = `fn dot_int8(a: u32, b: u32) -> i32 {
 }`;
 
 export function tiledAttentionKernel(config: TiledConfig): string {
-  const { rows, keys, rowThreads, colThreads, sharedKeyValue, family, packedDot, subgroupId } = config;
+  const { rows, keys, rowThreads, colThreads, sharedKeyValue, floatValues, family, packedDot, subgroupId } = config;
   const { headDimPadded, valueDim, valueDimPadded, keyScale, result, returnLse, scaleValues, mask } = config;
   const threads = rowThreads * colThreads;
   const vectors = rowVectors(headDimPadded);
@@ -75,23 +88,62 @@ export function tiledAttentionKernel(config: TiledConfig): string {
   const row = (i: number) => `(r + ${i * rowThreads}u)`;
   const col = (n: number) => `(c + ${n * colThreads}u)`;
 
+  /** Nested array types, outermost length first. */
+  const nested = (element: string, ...lengths: number[]) =>
+    lengths.reduceRight((inner, length) => `array<${inner}, ${length}>`, element);
+  const queryAt = (i: number, w: string) => `tile_q[${i}][r][${w}]`;
+  const probabilityAt = (i: number, vector: string) => `tile_p[${i}][r][${vector}]`;
+  const maxAt = (i: number, column: string) => `tile_max[${i}][r][${column}]`;
   // With shared memory K is stored as pairs of words, as V is.
-  const keyAt = (index: string) =>
-    sharedKeyValue ? `vec4<u32>(tile_kv[2u * (${index})], tile_kv[2u * (${index}) + 1u])` : `tile_k[${index}]`;
-  const valueTile = sharedKeyValue ? 'tile_kv' : 'tile_v';
+  const keyAt = (n: number, w: string) =>
+    sharedKeyValue
+      ? `vec4<u32>(tile_kv[${n}][c][2u * ${w}], tile_kv[${n}][c][2u * ${w} + 1u])`
+      : `tile_k[${n}][c][${w}]`;
+  /** Four channels of key `n * colThreads + k`. */
+  const valueAt = (n: string, k: string, v: number) =>
+    sharedKeyValue ? `tile_kv[${n}][${k}][c + ${v * colThreads}u]` : `tile_v[${n}][${k}][${v}][c]`;
   const memory = sharedKeyValue
-    ? `var<workgroup> tile_kv: array<vec2<u32>, ${Math.max(keys * vectors * 2, keys * quads)}>;`
-    : `var<workgroup> tile_k: array<vec4<u32>, ${keys * vectors}>;
-var<workgroup> tile_v: array<vec2<u32>, ${keys * quads}>;`;
+    ? `var<workgroup> tile_kv: ${nested('vec2<u32>', tn, colThreads, sharedPairs(headDimPadded, valueDimPadded))};`
+    : `var<workgroup> tile_k: ${nested('vec4<u32>', tn, colThreads, vectors)};
+var<workgroup> tile_v: ${nested(floatValues ? 'vec4<f32>' : 'vec2<u32>', tn, colThreads, tv, colThreads)};`;
+  const unpacked = (w: string) => `vec4<f32>(unpack2x16float(${w}.x), unpack2x16float(${w}.y))`;
 
+  /** Copies `count` elements, a few loads ahead of their stores. */
+  const copy = (count: number, load: (i: string) => string, store: (i: string, x: string) => string) => {
+    const whole = Math.floor(count / threads);
+    const rest = count % threads;
+    const batches = range(Math.ceil(whole / LOADS_AHEAD)).map((batch) => {
+      const items = range(Math.min(LOADS_AHEAD, whole - batch * LOADS_AHEAD)).map((i) => batch * LOADS_AHEAD + i);
+      return `{ ${items.map((i) => `let i_${i} = t + ${i * threads}u; let x_${i} = ${load(`i_${i}`)};`).join(' ')}
+      ${items.map((i) => store(`i_${i}`, `x_${i}`)).join(' ')} }`;
+    });
+    const tail = `if (t < ${rest}u) { let i = t + ${whole * threads}u; let x = ${load('i')}; ${store('i', 'x')} }`;
+    return [...batches, ...(rest === 0 ? [] : [tail])].join('\n    ');
+  };
+  const place = (i: string, size: number) => `[${i} / ${size * colThreads}u][${i} / ${size}u % ${colThreads}u]`;
   // Rows past a buffer's end are never visible, so reading them as anything is fine; WebGPU bounds every access.
-  const loadKeys = `
-    for (var i = t; i < ${keys * vectors}u; i += ${threads}u) {
-      let x = key_rows[(kvRow + first) * ${vectors}u + i - P.keyRowBase];
-      ${sharedKeyValue ? 'tile_kv[2u * i] = x.xy; tile_kv[2u * i + 1u] = x.zw;' : 'tile_k[i] = x;'}
-    }`;
-  const loadValues = `
-    for (var i = t; i < ${keys * quads}u; i += ${threads}u) { ${valueTile}[i] = value_rows[(kvRow + first) * ${quads}u + i - P.valueRowBase]; }`;
+  const loadKeys = copy(
+    keys * vectors,
+    (i) => `key_rows[(kvRow + first) * ${vectors}u + ${i} - P.keyRowBase]`,
+    (i, x) =>
+      sharedKeyValue
+        ? `tile_kv${place(i, vectors)}[2u * (${i} % ${vectors}u)] = ${x}.xy; tile_kv${place(i, vectors)}[2u * (${i} % ${vectors}u) + 1u] = ${x}.zw;`
+        : `tile_k${place(i, vectors)}[${i} % ${vectors}u] = ${x};`,
+  );
+  const loadValues = copy(
+    keys * quads,
+    (i) => `value_rows[(kvRow + first) * ${quads}u + ${i} - P.valueRowBase]`,
+    (i, x) =>
+      sharedKeyValue
+        ? `tile_kv${place(i, quads)}[${i} % ${quads}u] = ${x};`
+        : `tile_v${place(i, quads)}[${i} % ${quads}u / ${colThreads}u][${i} % ${colThreads}u] = ${floatValues ? unpacked(x) : x};`,
+  );
+  const loadQueries = copy(
+    rows * vectors,
+    (i) => `query_rows[queryRow * ${vectors}u + ${i} - P.queryRowBase]`,
+    (i, x) =>
+      `tile_q[${i} / ${vectors * rowThreads}u][${i} / ${vectors}u % ${rowThreads}u][${i} % ${vectors}u] = ${x};`,
+  );
 
   const score = (i: number, n: number) => {
     const f = `f_${i}_${n}`;
@@ -111,17 +163,14 @@ var<workgroup> tile_v: array<vec2<u32>, ${keys * quads}>;`;
 
   const rowMax = (i: number) => {
     const own = N.slice(1).reduce((acc, n) => `max(${acc}, f_${i}_${n})`, `f_${i}_0`);
-    if (!subgroup) return `tile_max[${row(i)} * ${colThreads}u + c] = ${own};`;
+    if (!subgroup) return `${maxAt(i, 'c')} = ${own};`;
     const steps = range(Math.log2(colThreads)).map((s) => `x = max(x, subgroupShuffleXor(x, ${1 << s}u));`);
     return `var max_${i} = ${own}; { var x = max_${i}; ${steps.join(' ')} max_${i} = x; }`;
   };
   const sharedMax = (i: number) =>
     `let max_${i} = ${range(colThreads)
       .slice(1)
-      .reduce(
-        (acc, n) => `max(${acc}, tile_max[${row(i)} * ${colThreads}u + ${n}u])`,
-        `tile_max[${row(i)} * ${colThreads}u]`,
-      )};`;
+      .reduce((acc, n) => `max(${acc}, ${maxAt(i, `${n}`)})`, maxAt(i, '0'))};`;
 
   const softmax = (i: number) => `
     { let updated = max(m_${i}, max_${i});
@@ -134,29 +183,29 @@ var<workgroup> tile_v: array<vec2<u32>, ${keys * quads}>;`;
       ${range(tn / 4)
         .map(
           (q) =>
-            `tile_p[${row(i)} * ${keys / 4}u + ${q * colThreads}u + c] = vec4<f32>(${range(4)
+            `${probabilityAt(i, `${q * colThreads}u + c`)} = vec4<f32>(${range(4)
               .map((n) => `f_${i}_${q * 4 + n}`)
               .join(', ')});`,
         )
         .join(' ')} }`;
 
   // Component n of P's vector q * colThreads + c is key c + (4q + n) * colThreads: a thread writes whole vectors.
-  const accumulate = `
-    for (var q = 0u; q < ${tn / 4}u; q++) {
-      for (var k = 0u; k < ${colThreads}u; k++) {
-        ${I.map((i) => `let p_${i} = tile_p[${row(i)} * ${keys / 4}u + q * ${colThreads}u + k];`).join('\n        ')}
-        ${range(4)
-          .map(
-            (n) => `{ let at = (k + (4u * q + ${n}u) * ${colThreads}u) * ${quads}u + c;
-          ${V.map(
-            (v) => `{ let w = ${valueTile}[at + ${v * colThreads}u];
-            let x = vec4<f32>(unpack2x16float(w.x), unpack2x16float(w.y));
-            ${I.map((i) => `o_${i}_${v} = fma(vec4<f32>(p_${i}.${'xyzw'[n]}), x, o_${i}_${v});`).join(' ')} }`,
-          ).join('\n          ')} }`,
-          )
-          .join('\n        ')}
-      }
-    }`;
+  const accumulate = range(tn / 4)
+    .map(
+      (q) => `for (var k = 0u; k < ${colThreads}u; k++) {
+      ${I.map((i) => `let p_${i} = ${probabilityAt(i, `${q * colThreads}u + k`)};`).join('\n      ')}
+      ${range(4)
+        .map((n) =>
+          V.map(
+            (v) => `{ let w = ${valueAt(`${4 * q + n}`, 'k', v)};
+        let x = ${floatValues ? 'w' : unpacked('w')};
+        ${I.map((i) => `o_${i}_${v} = fma(vec4<f32>(p_${i}.${'xyzw'[n]}), x, o_${i}_${v});`).join(' ')} }`,
+          ).join('\n      '),
+        )
+        .join('\n      ')}
+    }`,
+    )
+    .join('\n    ');
 
   const rowSum = (i: number) =>
     subgroup
@@ -164,7 +213,7 @@ var<workgroup> tile_v: array<vec2<u32>, ${keys * quads}>;`;
           .map((s) => `sum_${i} += subgroupShuffleXor(sum_${i}, ${1 << s}u);`)
           .join(' ')}`
       : `let sum_${i} = ${range(colThreads)
-          .map((n) => `tile_max[${row(i)} * ${colThreads}u + ${n}u]`)
+          .map((n) => maxAt(i, `${n}`))
           .join(' + ')};`;
 
   const finish = (i: number) => {
@@ -212,10 +261,10 @@ ${tables(1)}
 ${scoreDeclarations(config)}
 ${packedDot ? DOT : DOT_EMULATED}
 ${scaleValues ? valueScale(statisticsVectors(headDimPadded, valueDimPadded)) : ''}
-var<workgroup> tile_q: array<vec4<u32>, ${rows * vectors}>;
+var<workgroup> tile_q: ${nested('vec4<u32>', tm, rowThreads, vectors)};
 ${memory}
-var<workgroup> tile_p: array<vec4<f32>, ${(rows * keys) / 4}>;
-var<workgroup> tile_max: array<f32, ${rows * colThreads}>;
+var<workgroup> tile_p: ${nested('vec4<f32>', tm, rowThreads, keys / 4 + 1)};
+var<workgroup> tile_max: ${nested('f32', tm, rowThreads, colThreads)};
 
 @compute @workgroup_size(${threads})
 fn main(@builtin(workgroup_id) group: vec3<u32>, @builtin(local_invocation_index) lid: u32${
@@ -233,7 +282,7 @@ fn main(@builtin(workgroup_id) group: vec3<u32>, @builtin(local_invocation_index
   let count = tile_field(tile, 2u);
   let queryRow = head * P.queryRowsPerHead + sequence_field(sequence, ${SEQUENCE.queryRow}u) + first_row;
   let kvRow = head / P.groupSize * P.keyRowsPerHead + sequence_field(sequence, ${SEQUENCE.keyRow}u);
-  for (var i = t; i < ${rows * vectors}u; i += ${threads}u) { tile_q[i] = query_rows[queryRow * ${vectors}u + i - P.queryRowBase]; }
+  ${loadQueries}
 
   let length = i32(sequence_field(sequence, ${SEQUENCE.keyLength}u));
   let lower = i32(sequence_field(sequence, ${SEQUENCE.lower}u)) + i32(first_row);
@@ -250,7 +299,7 @@ ${V.map((v) => `  var o_${i}_${v} = vec4<f32>();`).join('')}`,
 ).join('\n')}
   workgroupBarrier();
 ${I.map(
-  (i) => `  let facts_${i} = tile_q[${row(i)} * ${vectors}u + ${dims}u];
+  (i) => `  let facts_${i} = ${queryAt(i, `${dims}u`)};
   let scale_${i} = bitcast<f32>(facts_${i}.x); let constant_${i} = bitcast<f32>(facts_${i}.z);`,
 ).join('\n')}
 
@@ -262,15 +311,15 @@ ${I.map(
     workgroupBarrier();
     ${I.map((i) => N.map((n) => `var s_${i}_${n} = 0;`).join(' ')).join('\n    ')}
     for (var w = 0u; w < ${dims}u; w++) {
-      ${I.map((i) => `let q_${i} = tile_q[${row(i)} * ${vectors}u + w];`).join('\n      ')}
+      ${I.map((i) => `let q_${i} = ${queryAt(i, 'w')};`).join('\n      ')}
       ${N.map(
-        (n) => `{ let k = ${keyAt(`${col(n)} * ${vectors}u + w`)};
+        (n) => `{ let k = ${keyAt(n, 'w')};
         ${I.map((i) => `s_${i}_${n} += ${['x', 'y', 'z', 'w'].map((e) => `dot_int8(q_${i}.${e}, k.${e})`).join(' + ')};`).join('\n        ')} }`,
       ).join('\n      ')}
     }
     ${N.map(
       (n) => `let key_${n} = start + i32(${col(n)});
-    let facts_k_${n} = ${keyAt(`${col(n)} * ${vectors}u + ${dims}u`)}; let key_scale_${n} = bitcast<f32>(facts_k_${n}.x);`,
+    let facts_k_${n} = ${keyAt(n, `${dims}u`)}; let key_scale_${n} = bitcast<f32>(facts_k_${n}.x);`,
     ).join('\n    ')}
     let edge = start + ${keys} > length || start < lower + ${rows - 1} || start + ${keys - 1} > upper || start < begin;
     ${I.map((i) => N.map((n) => score(i, n)).join('')).join('\n')}
@@ -287,7 +336,7 @@ ${I.map(
   }
 
   ${I.map((i) => `if (poison_${i} != 0u || (l_${i} > 0.0 && facts_${i}.y != 0u)) { l_${i} = -1.0e30f; }`).join('\n  ')}
-  ${subgroup ? '' : `workgroupBarrier();\n  ${I.map((i) => `tile_max[${row(i)} * ${colThreads}u + c] = l_${i};`).join('\n  ')}\n  workgroupBarrier();`}
+  ${subgroup ? '' : `workgroupBarrier();\n  ${I.map((i) => `${maxAt(i, 'c')} = l_${i};`).join('\n  ')}\n  workgroupBarrier();`}
   ${I.map(rowSum).join('\n  ')}
   ${
     scaleValues
