@@ -96,7 +96,8 @@ export async function startSpeed(
 
   const drawChart = () => {
     const measured = results.filter(isMeasured);
-    const names = [...new Set(results.map(({ label }) => label))];
+    // All of them from the start, so that colours and the figure's height stay as they are.
+    const names = offered.filter(({ id }) => config?.contestants.includes(id)).map(({ label }) => label);
     fillLegend(legend, names);
     const lengths = config?.lengths ?? LENGTHS.filter((length) => length <= Number(longest.value));
     const tera = measured.some(({ flops }) => flops >= 1e12);
