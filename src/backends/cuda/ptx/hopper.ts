@@ -125,6 +125,17 @@ export function mbarrierArriveRemote(b: KernelBuilder, barrier: Reg<'u32'>, offs
   b.emit('mbarrier.arrive.release.cluster.shared::cluster.b64', [SINK], [memory(barrier, offset)]);
 }
 
+/** Whether the phase of this parity is over. Does not wait. */
+export function mbarrierTest(
+  b: KernelBuilder,
+  barrier: Reg<'shared'>,
+  parity: Reg<'u32'>,
+  offset: number,
+  into: Reg<'pred'>,
+): void {
+  b.emit('mbarrier.test_wait.parity.shared::cta.b64', [into], [memory(barrier, offset), parity]);
+}
+
 /** Waits until the phase of this parity has completed. */
 export function mbarrierWait(b: KernelBuilder, barrier: Reg<'shared'>, parity: Reg<'u32'>, offset = 0): void {
   b.repeatUntil(() => {

@@ -23,6 +23,7 @@ import {
   mbarrierArrive,
   mbarrierArriveExpectTx,
   mbarrierInit,
+  mbarrierTest,
   mbarrierWait,
   prefetchTensorMap,
   setMaxNReg,
@@ -47,8 +48,13 @@ import {
   pointers,
   unpackPair,
 } from '../common.ts';
-import { type HopperConfig, MIN_SCALE, sharedPlanOf } from './config.ts';
+import { EXACT_SCALE, type HopperConfig, MIN_SCALE, SCALE_BITS, sharedPlanOf } from './config.ts';
 import { exp2Halves, namedBarrier, uniform } from './instructions.ts';
+
+/** The lowest finite float32. */
+const LOWEST = -3.4028234663852886e38;
+/** Bits of 1.0. */
+const ONE_BITS = 0x3f800000;
 
 /** Keys of a tile. Scales of K are those of each 64. */
 export const HOPPER_BLOCK_K = 128;
@@ -64,6 +70,7 @@ export const HOPPER_POINTERS = [
   'keyScale',
   'keyFaults',
   'valueScale',
+  'valueTileScale',
   'valueMean',
   'mask',
   'output',
@@ -201,7 +208,6 @@ export function hopperAttention(config: HopperConfig): Kernel {
 
   const R = 2; // rows of a thread
   const NT = HOPPER_BLOCK_K / 8;
-  const convert = config.toFloat === 'convert';
   const cooked = config.softcap || (config.mask !== 'none' && config.mask !== 'boolean');
 
   b.if(b.setp('eq', warpgroup, 0), producer, consumer);
@@ -439,15 +445,29 @@ export function hopperAttention(config: HopperConfig): Kernel {
       b.when(leader, () => mbarrierArrive(b, barrier, barrierOffset));
       advance(place);
     };
-    const awaitStage = (kind: 'keyFull' | 'valueFull', place: RingPlace) => {
+    const awaitStage = (kind: 'keyFull' | 'valueFull', place: RingPlace, known?: Reg<'pred'>) => {
       const [barrier, barrierOffset] = barrierOf(kind, place.stage);
-      mbarrierWait(b, barrier, place.parity, barrierOffset);
+      const wait = () => mbarrierWait(b, barrier, place.parity, barrierOffset);
+      if (known === undefined) wait();
+      else b.if(b.notPred(known), wait);
+    };
+    // To ask a barrier takes 40 clocks: those of the next products are asked long before.
+    const keyKnown = b.reg('pred');
+    const valueKnown = b.reg('pred');
+    const askAhead = () => {
+      for (const [kind, place, known] of [
+        ['keyFull', keyPlace, keyKnown],
+        ['valueFull', valuePlace, valueKnown],
+      ] as const) {
+        const [barrier, barrierOffset] = barrierOf(kind, place.stage);
+        mbarrierTest(b, barrier, place.parity, barrierOffset, known);
+      }
     };
 
     // Consumers take turns at issuing products: the one whose turn it is waits at its own barrier. The first needs none.
     const turn = b.add(group, 1);
     const nextTurn = b.selp(1, b.add(turn, 1), b.setp('eq', turn, consumers));
-    if (config.pingPong) {
+    if (config.pingPong !== 'none') {
       b.if(b.setp('eq', turn, consumers), () => namedBarrier(b, 'bar.arrive', b.constant('u32', 1), 256));
     }
 
@@ -466,10 +486,17 @@ export function hopperAttention(config: HopperConfig): Kernel {
       const queryScale = fused ? quantizeQuery() : loadQueryScales();
 
       b.section('sums and outputs');
-      const rowMax = Array.from({ length: R }, () => b.constant('f32', Number.NEGATIVE_INFINITY));
+      // Finite also before a row's first key, so that no difference is one of infinities.
+      const rowMax = Array.from({ length: R }, () => b.constant('f32', LOWEST));
       const rowSum = Array.from({ length: R }, () => b.constant('f32', 0));
-      /** What the output must be multiplied by before the tile at hand is added. */
+      /** What the output must be multiplied by before the tile at hand is added, and a column of row sums among it. */
       const factor = Array.from({ length: R }, () => b.constant('f32', 1));
+      const separateSums = config.onesColumn && config.valueTileScale;
+      const sumFactor = separateSums ? Array.from({ length: R }, () => b.constant('f32', 1)) : factor;
+      /** Register i of the output, and of what the tensor cores sum for it, belongs to row (i >> 1) & 1. */
+      const factorOf = (i: number) => at(i < paddedValueDim / 2 ? factor : sumFactor, (i >> 1) & 1);
+      /** Scale of V's codes in the last tile taken; the output is in its units. */
+      const tileScale = b.constant('f32', 1);
       const columns = paddedValueDim + (config.onesColumn ? 8 : 0);
       const direct = config.promotionInterval === 0;
       const everyTile = config.promotionInterval === 1;
@@ -483,15 +510,33 @@ export function hopperAttention(config: HopperConfig): Kernel {
       const tile = b.mov(firstTile);
       const keyTileIndex = b.shr(b.mad(keyHead, b.loadParameter(integer.paddedKeys), paddedKeyStart), 6);
       const lastScaleTile = b.shr(b.sub(b.as(work.keyLength, 's32'), 1), 6);
-      const keyScaleNext = [b.constant('f32', 0), b.constant('f32', 0)];
+      /** Of the next tile that the softmax takes, as is `tileScaleNext`. */
+      const keyScale = [b.constant('f32', 0), b.constant('f32', 0)];
+      const tileScaleNext = b.constant('f32', 1);
+      const firstScale = b.add(keyTileIndex, b.as(b.shl(firstTile, 1), 'u32'));
+      const keyScaleAt = offset(
+        b,
+        b.loadPointer(pointer.keyScale),
+        config.keyScales === 4 ? b.mad(firstScale, 4, t) : firstScale,
+        4,
+      );
+      const tileScaleAt = config.valueTileScale
+        ? offset(b, b.loadPointer(pointer.valueTileScale), firstScale, 4)
+        : undefined;
+      /** Loads the scales of a tile; each tile's in its turn. */
       const fetchScales = (of: Reg<'s32'>) => {
-        keyScaleNext.forEach((register, half) => {
-          // The second half of the last tile may not exist.
-          const inSequence = b.min(b.add(b.shl(of, 1), half), lastScaleTile);
-          const index = b.add(keyTileIndex, b.as(inSequence, 'u32'));
-          const at = config.keyScales === 4 ? b.add(b.shl(index, 2), t) : index;
-          b.ld('f32', offset(b, b.loadPointer(pointer.keyScale), at, 4), 0, { readOnly: true, into: register });
+        const load = (address: Reg<'global'>, into: Reg<'f32'>, at = 0) =>
+          b.ld('f32', address, at, { readOnly: true, into });
+        b.when(b.setp('lt', of, lastTile), () => {
+          load(keyScaleAt, at(keyScale, 0));
+          if (tileScaleAt !== undefined) load(tileScaleAt, tileScaleNext);
         });
+        // The second half of the last tile may not exist.
+        b.when(b.setp('lt', b.shl(of, 1), lastScaleTile), () =>
+          load(keyScaleAt, at(keyScale, 1), 4 * config.keyScales),
+        );
+        b.add(keyScaleAt, 8 * config.keyScales, keyScaleAt);
+        if (tileScaleAt !== undefined) b.add(tileScaleAt, 8, tileScaleAt);
       };
 
       if (!fused) {
@@ -502,10 +547,12 @@ export function hopperAttention(config: HopperConfig): Kernel {
         fetchScales(tile);
         if (schedule === 'ahead') {
           b.section('first S = Q K^T');
+          seedScores();
           issueScores();
           wgmmaWaitGroup(b, 0);
           release('keyEmpty', keyPlace);
-          softmax()();
+          softmax(askAhead);
+          seedScores();
           rescale();
           b.add(tile, 1, tile);
           b.loop(
@@ -513,23 +560,27 @@ export function hopperAttention(config: HopperConfig): Kernel {
             () => {
               takeTurn();
               b.section('S = Q K^T of the next tile');
-              issueScores();
+              issueScores(keyKnown);
+              if (config.pingPong === 'scores') giveTurn();
               b.section('O += P V');
-              issueValues(0, columns, partial);
-              giveTurn();
+              issueValues(0, columns, partial, valueKnown);
+              if (config.pingPong === 'values') giveTurn();
               wgmmaWaitGroup(b, 1);
               release('keyEmpty', keyPlace);
-              const next = softmax();
-              wgmmaWaitGroup(b, 0);
-              release('valueEmpty', valuePlace);
-              promote();
-              next();
+              // Exponentials wait 8 clocks for each other: what else there is to do stands beside them, for ptxas to fill the gaps with.
+              softmax(() => {
+                wgmmaWaitGroup(b, 0);
+                release('valueEmpty', valuePlace);
+                askAhead();
+                promote();
+              });
+              seedScores();
               rescale();
               b.add(tile, 1, tile);
             },
           );
           b.section('last O += P V');
-          issueValues(0, columns, partial);
+          issueValues(0, columns, partial, valueKnown);
           wgmmaWaitGroup(b, 0);
           release('valueEmpty', valuePlace);
           promote();
@@ -539,11 +590,12 @@ export function hopperAttention(config: HopperConfig): Kernel {
             () => {
               takeTurn();
               b.section('S = Q K^T');
+              seedScores();
               issueScores();
               wgmmaWaitGroup(b, 0);
-              giveTurn();
+              if (config.pingPong !== 'none') giveTurn();
               release('keyEmpty', keyPlace);
-              softmax()();
+              softmax();
               rescale();
               b.section('O += P V');
               multiplyInChunks();
@@ -562,31 +614,40 @@ export function hopperAttention(config: HopperConfig): Kernel {
       writeResults();
 
       function takeTurn(): void {
-        if (config.pingPong) namedBarrier(b, 'bar.sync', turn, 256);
+        if (config.pingPong !== 'none') namedBarrier(b, 'bar.sync', turn, 256);
       }
 
       function giveTurn(): void {
-        if (config.pingPong) namedBarrier(b, 'bar.arrive', nextTurn, 256);
+        namedBarrier(b, 'bar.arrive', nextTurn, 256);
+      }
+
+      /** INT32 scores are summed on top of the bits of 1.5 * 2^23, so that read as floats they are 1.5 * 2^23 + q . k. */
+      function seedScores(): void {
+        for (const register of scoreRegisters) b.set(register, MAGIC_BITS);
       }
 
       /** Sends S = Q K^T of the stage at hand to the tensor cores. */
-      function issueScores(): void {
-        if (!convert) for (const register of scoreRegisters) b.set(register, MAGIC_BITS);
-        awaitStage('keyFull', keyPlace);
+      function issueScores(known?: Reg<'pred'>): void {
+        awaitStage('keyFull', keyPlace, known);
         const key = staged(keyDescriptor, keyPlace, keyStageBytes);
         wgmmaFence(b);
         for (let byte = 0; byte < qkRowBytes; byte += 32) {
           const [block, inBlock] = [Math.floor(byte / rowLayout.rowBytes), byte % rowLayout.rowBytes];
           const q = advanceDescriptor(b, queryDescriptor, block * queryBlockBytes + inBlock);
           const k = advanceDescriptor(b, key, block * keyBlockBytes + inBlock);
-          wgmma(b, HOPPER_BLOCK_K, 'k32.s32.s8.s8', scoreRegisters, q, k, !convert || byte > 0);
+          wgmma(b, HOPPER_BLOCK_K, 'k32.s32.s8.s8', scoreRegisters, q, k, true);
         }
         wgmmaCommitGroup(b);
       }
 
       /** Sends columns `first`..`first + count` of P V of the stage at hand to the tensor cores. */
-      function issueValues(first: number, count: number, into: readonly Reg<'f32'>[], wait = true): void {
-        if (wait) awaitStage('valueFull', valuePlace);
+      function issueValues(
+        first: number,
+        count: number,
+        into: readonly Reg<'f32'>[],
+        known?: Reg<'pred'> | 'waited',
+      ): void {
+        if (known !== 'waited') awaitStage('valueFull', valuePlace, known);
         const value = staged(valueDescriptor, valuePlace, valueStageBytes);
         const accumulates = direct ? undefined : everyTile ? false : b.setp('ne', sinceAdded, 0);
         wgmmaFence(b);
@@ -616,11 +677,11 @@ export function hopperAttention(config: HopperConfig): Kernel {
         for (let first = 0; first < columns; first += config.valueChunk) {
           const count = Math.min(config.valueChunk, columns - first);
           const sums = b.regs('f32', count / 2);
-          issueValues(first, count, sums, first === 0);
+          issueValues(first, count, sums, first === 0 ? undefined : 'waited');
           wgmmaWaitGroup(b, 0);
           for (const [i, sum] of sums.entries()) {
             const register = at(output, first / 2 + i);
-            b.fma(register, at(factor, (i >> 1) & 1), sum, register);
+            b.fma(register, factorOf(first / 2 + i), sum, register);
           }
         }
       }
@@ -631,7 +692,7 @@ export function hopperAttention(config: HopperConfig): Kernel {
         b.section('promotion to float32');
         if (everyTile) {
           for (const [i, register] of output.entries()) {
-            b.fma(register, at(factor, (i >> 1) & 1), at(partial, i), register);
+            b.fma(register, factorOf(i), at(partial, i), register);
           }
           return;
         }
@@ -651,85 +712,91 @@ export function hopperAttention(config: HopperConfig): Kernel {
         b.if(b.voteAny(grown), () => {
           b.section('rescale the output to the new maximum');
           for (const registers of direct ? [output] : [output, partial]) {
-            for (const [i, register] of registers.entries()) b.mul(register, at(factor, (i >> 1) & 1), register);
+            for (const [i, register] of registers.entries()) b.mul(register, factorOf(i), register);
           }
         });
       }
 
       /**
-       * From scores to P, in registers of its own while PV still reads the last tile's. Returns what puts P and the factor of the
-       * output in their places.
+       * From scores to P and the factors of the output. `finishValues` ends PV of the last tile, which reads P and sums to
+       * what the factors are for.
        */
-      function softmax(): () => void {
+      function softmax(finishValues = (): void => {}): void {
         b.section('scale and maximum');
-        const keyScale = keyScaleNext.map((register) => b.mov(register));
-        fetchScales(b.add(tile, 1));
-        // A group of zeros has scale 0; the smallest normal keeps -Infinity * scale from being NaN.
+        // A group of zeros has scale 0; the smallest normal keeps -Infinity * scale from being NaN. With fewer bits, 1.5 * 2^23 times
+        // the scale is exact.
         const scale = keyScale.map((key) => {
           const magnitude = b.abs(key);
-          const make = (query: Reg<'f32'>) => b.max(b.mul(query, magnitude), MIN_SCALE);
+          const make = (query: Reg<'f32'>) =>
+            b.as(b.and(b.as(b.max(b.mul(query, magnitude), MIN_SCALE), 'b32'), SCALE_BITS), 'f32');
           const first = make(at(queryScale, 0));
           return [first, queryScale.length === 1 ? first : make(at(queryScale, 1))];
         });
-        const zeroPoint = scale.map((ofRows) =>
-          ofRows[0] === ofRows[1] ? twice(b.mul(at(ofRows, 0), -MAGIC)) : ofRows.map((s) => b.mul(s, -MAGIC)),
-        );
+        // A register for each row also where rows share a scale: for large scores the two part.
+        const zeroPoint = scale.map((ofRows) => {
+          const first = b.mul(at(ofRows, 0), -MAGIC);
+          return [first, ofRows[0] === ofRows[1] ? b.mov(first) : b.mul(at(ofRows, 1), -MAGIC)];
+        });
         const scaleOf = (r: number, column: number) => at(at(scale, column >> 6), r);
         const zeroOf = (r: number, column: number) => at(at(zeroPoint, column >> 6), r);
-        if (convert) for (const [i, register] of scoreRegisters.entries()) b.cvt('f32', register, at(scores, i));
 
         if (cooked) cookScores(scaleOf, zeroOf);
         if (config.mask !== 'none') maskScores();
-        excludeBeyondBand();
-        spreadFaults(keyScale);
+        treatRareTiles(scale, zeroPoint);
+        const exponentsApart = b.sub(b.as(tileScale, 's32'), b.as(tileScaleNext, 's32'));
+        if (config.valueTileScale) b.mov(tileScaleNext, tileScale);
+        fetchScales(b.add(tile, 1));
 
+        // Positive floats, and -Infinity below them, order like the integers of their bits; three-input integer maxima exist. Chains of
+        // maxima take turns, and so do the rows' shuffles: each waits for its last.
+        const chains = [0, 1, 2, 3].map((chain) =>
+          scoreRegisters.filter((_, i) => ((i >> 5) << 1) + ((i >> 1) & 1) === chain),
+        );
+        const raw = chains.map((chain) => at(chain, 0));
+        for (let i = 1; i < at(chains, 0).length; i++) {
+          chains.forEach((chain, c) => {
+            const [so, next] = [at(raw, c), at(chain, i)];
+            raw[c] = cooked ? b.as(b.max(b.as(so, 'f32'), b.as(next, 'f32')), 's32') : b.max(so, next);
+          });
+        }
         const newMax = Array.from({ length: R }, (_, r) => {
           const halves = [0, 1].map((half) => {
-            const own = scoreRegisters.filter((_s, i) => ((i >> 1) & 1) === r && i >> 5 === half);
-            if (cooked)
-              return maxOf(
-                own.map((s) => b.as(s, 'f32')),
-                (x, y) => b.max(x, y),
-              );
-            // Positive floats, and -Infinity below them, order like the integers of their bits; three-input integer maxima exist.
-            const raw = convert
-              ? maxOf(
-                  own.map((s) => b.as(s, 'f32')),
-                  (x, y) => b.max(x, y),
-                )
-              : b.as(
-                  maxOf(own, (x, y) => b.max(x, y)),
-                  'f32',
-                );
-            const factorOf = scaleOf(r, 64 * half);
-            return convert ? b.mul(raw, factorOf) : b.fma(raw, factorOf, zeroOf(r, 64 * half));
+            const own = b.as(at(raw, 2 * half + r), 'f32');
+            return cooked ? own : b.fma(own, scaleOf(r, 64 * half), zeroOf(r, 64 * half));
           });
-          let largest = b.max(at(halves, 0), at(halves, 1));
-          largest = b.max(largest, b.shflBfly(largest, 1));
-          largest = b.max(largest, b.shflBfly(largest, 2));
-          return largest;
+          return b.max(at(halves, 0), at(halves, 1));
         });
-        const nextFactor = newMax.map((largest, r) => {
-          const old = at(rowMax, r);
-          const threshold = config.rescaleThreshold;
-          const kept = b.max(largest, old);
-          if (threshold > 0) {
-            b.when(b.setp('le', largest, b.add(old, threshold)), () => b.mov(old, kept));
+        for (const lanes of [1, 2]) {
+          const others = newMax.map((largest) => b.shflBfly(largest, lanes));
+          for (const [r, other] of others.entries()) newMax[r] = b.max(at(newMax, r), other);
+        }
+        // The maxima of few tiles grow. The branch also keeps ptxas from waiting for PV before the maxima are found.
+        const nextFactor = rowMax.map(() => b.constant('f32', 1));
+        const grown = newMax.map((largest, r) => {
+          const { rescaleThreshold } = config;
+          const limit = rescaleThreshold > 0 ? b.add(at(rowMax, r), rescaleThreshold) : at(rowMax, r);
+          return b.setp('gt', largest, limit);
+        }) as [Reg<'pred'>, Reg<'pred'>];
+        b.if(b.voteAny(b.orPred(...grown)), () => {
+          for (const [r, largest] of newMax.entries()) {
+            const change = b.ex2(b.sub(at(rowMax, r), largest));
+            b.when(at(grown, r), () => {
+              b.mov(change, at(nextFactor, r));
+              b.mov(largest, at(rowMax, r));
+            });
           }
-          const change = b.ex2(b.sub(old, finite(kept)));
-          b.mov(kept, old);
-          return change;
         });
 
+        finishValues();
         b.section('P = exp2(S - max)');
         const pOffset = config.exponentOffset;
-        const shift = rowMax.map((max) => b.add(b.neg(finite(max)), pOffset));
+        // The maximum first: where it is large, what is near it loses nothing.
         const folded = [0, 1].map((half) =>
-          shift.map((value, r) => (cooked || convert ? value : b.add(value, zeroOf(r, 64 * half)))),
+          rowMax.map((max, r) => (cooked ? max : b.add(b.sub(zeroOf(r, 64 * half), max), pOffset))),
         );
         const exponentOf = (score: Reg<'f32'>, r: number, column: number) => {
           const constant = at(at(folded, column >> 6), r);
-          return cooked ? b.add(score, constant) : b.fma(score, scaleOf(r, column), constant);
+          return cooked ? b.add(b.sub(score, constant), pOffset) : b.fma(score, scaleOf(r, column), constant);
         };
         const tileSums = Array.from({ length: R }, () => [] as Reg<'f32'>[]);
         /** exp2 of two neighbours of a row, counted into its sum. */
@@ -756,31 +823,84 @@ export function hopperAttention(config: HopperConfig): Kernel {
           }
           return b.cvtPack('e4m3x2', ...exponentials(n, r));
         };
-        // PV of the last tile still reads its fragments. FP8 has registers for the next ones beside them; of FP16 there are twice
-        // as many, and the exponentials wait as floats.
-        const inOrder = fragments.flatMap((fragment, k) =>
-          fragment.map((register, index) => ({ register, k, r: index & 1, half: index >> 1 })),
-        );
-        const made = inOrder.map(({ register, k, r, half }): (() => void) => {
-          if (fp8) {
-            const n = 4 * k + 2 * half;
-            const packed = b.as(b.pack('e4m3x4', e4m3Pair(n, r), e4m3Pair(n + 1, r)), 'b32');
-            return () => b.mov(packed, register);
+        for (const [k, fragment] of fragments.entries()) {
+          for (const [index, register] of fragment.entries()) {
+            const [r, half] = [index & 1, index >> 1];
+            if (fp8) {
+              const n = 4 * k + 2 * half;
+              const packed = b.pack('e4m3x4', e4m3Pair(n, r), e4m3Pair(n + 1, r));
+              b.mov(b.as(packed, 'b32'), register);
+            } else b.cvtPack('f16x2', ...exponentials(2 * k + half, r), b.as(register, 'f16x2'));
           }
-          const pair = exponentials(2 * k + half, r);
-          return () => b.cvtPack('f16x2', ...pair, b.as(register, 'f16x2'));
-        });
+        }
         if (!config.onesColumn) {
           for (const [r, chains] of tileSums.entries()) {
             const sum = at(rowSum, r);
             b.fma(sum, at(nextFactor, r), b.add(at(chains, 0), at(chains, 1)), sum);
           }
         }
-        const settle = () => {
-          for (const place of made) place();
+        if (separateSums) for (const [r, register] of sumFactor.entries()) b.mov(at(nextFactor, r), register);
+        if (!config.valueTileScale) {
           for (const [r, register] of factor.entries()) b.mov(at(nextFactor, r), register);
-        };
-        return settle;
+          return;
+        }
+        // Scales of V's tiles are powers of two: their ratio is a difference of exponents.
+        const ratio = b.as(b.add(exponentsApart, ONE_BITS), 'f32');
+        for (const [r, register] of factor.entries()) b.mul(at(nextFactor, r), ratio, register);
+      }
+
+      /**
+       * What few tiles need, behind one branch: keys outside the band or beyond the last, keys that are not finite, and scales so large
+       * that 1.5 * 2^23 times the scale swallows differences between scores.
+       */
+      function treatRareTiles(
+        scale: readonly (readonly Reg<'f32'>[])[],
+        zeroPoint: readonly (readonly Reg<'f32'>[])[],
+      ): void {
+        b.section('keys out of reach or not finite, large scores');
+        const tileStart = b.shl(tile, 7);
+        let edge = b.setp('gt', b.add(tileStart, HOPPER_BLOCK_K), work.wholeUntil);
+        if (work.wholeFrom !== undefined) edge = b.orPred(edge, b.setp('lt', tileStart, work.wholeFrom));
+        const faulty = b.setp('lt', b.or(b.as(at(keyScale, 0), 's32'), b.as(at(keyScale, 1), 's32')), 0);
+        const large = cooked
+          ? undefined
+          : b.setp(
+              'gt',
+              maxOf([...new Set(scale.flat())], (x, y) => b.max(x, y)),
+              EXACT_SCALE,
+            );
+        const rare = b.orPred(edge, large === undefined ? faulty : b.orPred(faulty, large));
+        b.if(b.voteAny(rare), () => {
+          b.if(edge, () => excludeBeyondBand(tileStart));
+          if (large !== undefined) b.if(b.voteAny(large), () => subtractMaximum(scale, zeroPoint));
+          spreadFaults();
+        });
+      }
+
+      /** Scores become floats of scale 1 above 128 less than the row's maximum; what lies lower counts nothing. */
+      function subtractMaximum(
+        scale: readonly (readonly Reg<'f32'>[])[],
+        zeroPoint: readonly (readonly Reg<'f32'>[])[],
+      ): void {
+        b.section('large scores');
+        const largest = Array.from({ length: R }, () => b.constant('f32', Number.NEGATIVE_INFINITY));
+        eachScore((score, r, column) => {
+          b.mul(b.sub(score, MAGIC), at(at(scale, column >> 6), r), score);
+          b.max(at(largest, r), score, at(largest, r));
+        });
+        const zero = largest.map((own, r) => {
+          let maximum = b.max(own, b.shflBfly(own, 1));
+          maximum = b.max(maximum, b.shflBfly(maximum, 2));
+          return b.add(b.max(maximum, at(rowMax, r)), -128);
+        });
+        eachScore((score, r) => {
+          const excluded = b.setp('eq', score, Number.NEGATIVE_INFINITY);
+          b.max(b.sub(score, at(zero, r)), 0, score);
+          b.when(excluded, () => b.set(score, Number.NEGATIVE_INFINITY));
+        });
+        for (const registers of scale) for (const register of registers) b.set(register, 1);
+        for (const registers of zeroPoint)
+          for (const [r, register] of registers.entries()) b.mov(at(zero, r), register);
       }
 
       /** Scores in base 2, with softcap. */
@@ -790,8 +910,7 @@ export function hopperAttention(config: HopperConfig): Kernel {
       ): void {
         b.section('scores in base 2: scale, softcap');
         eachScore((score, r, column) => {
-          if (convert) b.mul(score, scaleOf(r, column), score);
-          else b.fma(score, scaleOf(r, column), zeroOf(r, column), score);
+          b.fma(score, scaleOf(r, column), zeroOf(r, column), score);
         });
         if (!config.softcap) return;
         // The cap applies to the true scores: what smoothing K took away comes back first.
@@ -837,35 +956,28 @@ export function hopperAttention(config: HopperConfig): Kernel {
       }
 
       /** Keys outside the band or beyond the last. */
-      function excludeBeyondBand(): void {
-        b.section('keys outside the band or beyond the last');
-        const tileStart = b.shl(tile, 7);
-        let edge = b.setp('gt', b.add(tileStart, HOPPER_BLOCK_K), work.wholeUntil);
-        if (work.wholeFrom !== undefined) edge = b.orPred(edge, b.setp('lt', tileStart, work.wholeFrom));
-        b.if(edge, () => {
-          const origin = b.add(tileStart, b.as(t2, 's32'));
-          const [first, last]: [Reg<'s32'>[], Reg<'s32'>[]] = [[], []];
-          for (let r = 0; r < R; r++) {
-            let limit = b.sub(b.as(work.keyLength, 's32'), 1);
-            if (config.banded) {
-              const token = b.as(tokenOf(rowOf(r)), 's32');
-              limit = b.min(limit, b.add(token, work.upper));
-              first.push(b.sub(b.add(token, work.lower), origin));
-            }
-            last.push(b.sub(limit, origin));
+      function excludeBeyondBand(tileStart: Reg<'s32'>): void {
+        const origin = b.add(tileStart, b.as(t2, 's32'));
+        const [first, last]: [Reg<'s32'>[], Reg<'s32'>[]] = [[], []];
+        for (let r = 0; r < R; r++) {
+          let limit = b.sub(b.as(work.keyLength, 's32'), 1);
+          if (config.banded) {
+            const token = b.as(tokenOf(rowOf(r)), 's32');
+            limit = b.min(limit, b.add(token, work.upper));
+            first.push(b.sub(b.add(token, work.lower), origin));
           }
-          eachScore((score, r, column) => {
-            b.when(b.setp('lt', at(last, r), column), () => b.set(score, Number.NEGATIVE_INFINITY));
-            if (config.banded) {
-              b.when(b.setp('gt', at(first, r), column), () => b.set(score, Number.NEGATIVE_INFINITY));
-            }
-          });
+          last.push(b.sub(limit, origin));
+        }
+        eachScore((score, r, column) => {
+          b.when(b.setp('lt', at(last, r), column), () => b.set(score, Number.NEGATIVE_INFINITY));
+          if (config.banded) {
+            b.when(b.setp('gt', at(first, r), column), () => b.set(score, Number.NEGATIVE_INFINITY));
+          }
         });
       }
 
       /** The sign of a K scale, which is never negative otherwise, says that its 64 keys have some that are not finite; a bit each says which. */
-      function spreadFaults(keyScale: readonly Reg<'f32'>[]): void {
-        b.section('keys that are not finite make the rows that see them NaN');
+      function spreadFaults(): void {
         for (const [half, scale] of keyScale.entries()) {
           b.if(b.setp('lt', b.as(scale, 's32'), 0), () => {
             const index = b.min(b.add(b.shl(tile, 1), half), lastScaleTile);
@@ -1041,7 +1153,8 @@ export function hopperAttention(config: HopperConfig): Kernel {
           const bias = loadBias(r);
           const empty = b.setp('eq', sum, 0);
           // A row of Q that is not finite has a NaN bias.
-          const inverse = b.fma(bias, 0, b.rcp(sum));
+          const reciprocal = b.fma(bias, 0, b.rcp(sum));
+          const inverse = config.valueTileScale ? b.mul(reciprocal, tileScale) : reciprocal;
           b.when(empty, () => b.set(inverse, 0));
           const row = rowOf(r);
           const token = tokenOf(row);
@@ -1083,10 +1196,13 @@ export function hopperAttention(config: HopperConfig): Kernel {
           const means = meanAt?.(n);
           for (const [r, { inverse, empty, inside, address }] of finished.entries()) {
             const pair = [0, 1].map((j) => {
-              const multiplier = scales === undefined ? inverse : b.mul(inverse, at(scales, j));
-              // A sequence without keys has no scales of V either.
-              if (scales !== undefined) b.when(empty, () => b.set(multiplier, 0));
-              const result = b.mul(at(output, 4 * n + 2 * r + j), multiplier);
+              // A channel's scale may be so small or large that only the result itself can bear it.
+              const result = b.mul(at(output, 4 * n + 2 * r + j), inverse);
+              if (scales !== undefined) {
+                b.mul(result, at(scales, j), result);
+                // A sequence without keys has no scales of V either.
+                b.when(empty, () => b.set(result, 0));
+              }
               if (means === undefined) return result;
               const smoothed = b.add(result, at(means, j));
               b.when(empty, () => b.set(smoothed, 0));
@@ -1097,15 +1213,6 @@ export function hopperAttention(config: HopperConfig): Kernel {
         }
       }
     });
-
-    /** The value, or 0 for -Infinity. */
-    function finite(value: Reg<'f32'>): Reg<'f32'> {
-      return b.selp(b.constant('f32', 0), value, b.setp('eq', value, Number.NEGATIVE_INFINITY));
-    }
-
-    function twice<T>(value: T): T[] {
-      return [value, value];
-    }
 
     function applyMask(kind: 'boolean' | DType, score: Reg<'f32'>, address: Reg<'global'>, inside: Reg<'pred'>): void {
       if (kind === 'boolean') {

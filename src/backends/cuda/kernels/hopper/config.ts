@@ -14,14 +14,12 @@ export interface HopperTile {
   readonly registers: { readonly producer: number; readonly consumer: number } | undefined;
   /** `ahead`: QK^T of the next tile is issued before PV of this one. `serial`: one after the other. */
   readonly schedule: 'ahead' | 'serial';
-  /** Two consumers issue their products in turns, so that one takes exponentials while the other multiplies. */
-  readonly pingPong: boolean;
+  /** Two consumers issue their products in turns, so that one takes exponentials while the other multiplies; a turn ends behind these. */
+  readonly pingPong: 'none' | 'scores' | 'values';
   /** Tiles after which FP8 sums move to float32 registers; 0: never ('fp32'). FP16 products are summed in float32 and take 0. */
   readonly promotionInterval: number;
   /** Columns of PV that have registers for sums of their own; fewer than Dv only when serial and promoted every tile. */
   readonly valueChunk: number;
-  /** How INT32 scores become floats: summed on top of 1.5 * 2^23, or by an instruction each. */
-  readonly toFloat: 'seed' | 'convert';
   /** A scale for each row of a Q that the kernel quantizes; else rows i and i + 8 of every 16 share one, which saves registers. */
   readonly queryScalePerRow: boolean;
   /** Share of the exponentials on the FMA units. Needs `onesColumn`. */
@@ -54,6 +52,8 @@ export interface HopperConfig extends HopperTile {
   readonly mask: 'none' | 'boolean' | DType;
   readonly softcap: boolean;
   readonly smoothV: boolean;
+  /** V's codes have, besides a scale for each channel, a power of two for each tile of 128 keys (FP8 only). */
+  readonly valueTileScale: boolean;
   readonly outputType: DType;
   readonly lse: boolean;
   readonly split: boolean;
@@ -63,6 +63,13 @@ export interface HopperConfig extends HopperTile {
 export const LOG2_E4M3_MAX = Math.log2(448);
 /** Scales below it are taken for it: the smallest normal float32. */
 export const MIN_SCALE = 1.1754943508222875e-38;
+/** Bits of a float that scales keep: 21 of the mantissa, so that 1.5 * 2^23 times the scale has no more than 24. */
+export const SCALE_BITS = 0xfffffff8;
+/**
+ * Largest scale (of a product of codes, in powers of two) up to which the zero point, 1.5 * 2^23 times the scale, may be added to a maximum in
+ * float32: it then errs by less than 2^-7, where the rounding of the codes themselves is good for more than 2.
+ */
+export const EXACT_SCALE = 2 ** -6;
 
 /** CU_TENSOR_MAP_SWIZZLE_64B: in 512-byte atoms of eight 64-byte rows, chunk c of row r lies at chunk c ^ (r >> 1). */
 export function tma64Swizzle(): Layout {

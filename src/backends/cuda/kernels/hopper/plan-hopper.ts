@@ -40,8 +40,8 @@ import {
 import { type HopperConfig, LOG2_E4M3_MAX, sharedPlanOf } from './config.ts';
 import { type HopperTuning, tuningOf } from './table.ts';
 
-/** Whether V in FP8 is quantized with K in one launch, with a scale for each tile, or per channel after a pass of its own for the maxima. */
-export const VALUE_TILE_SCALES: boolean = false;
+/** Whether V in FP8 has a scale for each tile besides those of its channels, and so no pass of its own for the maxima. */
+export const VALUE_TILE_SCALES: boolean = true;
 
 export const isHopperKernel = (name: KernelName) =>
   name === 'qk-int8-pv-fp8-cuda-sm90' || name === 'qk-int8-pv-fp16-cuda-sm90';
@@ -113,6 +113,7 @@ export function hopperShapeOf(context: Context): Shape {
     mask: mask === undefined ? 'none' : mask.dtype === 'bool' ? 'boolean' : mask.dtype,
     softcap: problem.softcap !== 0,
     smoothV: choice.smoothV,
+    valueTileScale: scheme.valueTileScales,
     outputType: dtype,
     lse: problem.returnLse,
     split: splits > 1,
@@ -184,13 +185,15 @@ function headGroupOf({ problem, scheme }: Context, { tuning, units }: Shape): nu
   return Math.max(1, Math.min(units, Math.floor((tuning.groupMegabytes * 2 ** 20) / bytes)));
 }
 
-/** K and V in one launch, for V in FP8. */
+/** K and V in one launch. */
 export function hopperKeyValueLaunch({ problem, choice, device, layout, scheme }: Context): KernelLaunch {
   const { target, pointerAlignment = 16 } = device;
   const { batch, kvHeads, dtype, headDim, valueDim, k, v } = problem;
+  const fp8 = scheme.pvFormat !== 'f16';
   const config: QuantizeKeyValueConfig = {
     target,
     dtype,
+    valueFormat: fp8 ? 'e4m3' : 'f16',
     headDim,
     paddedDim: scheme.paddedDim,
     valueDim,
@@ -217,12 +220,11 @@ export function hopperKeyValueLaunch({ problem, choice, device, layout, scheme }
         v: pointer('v', v.offset * BYTES[dtype]),
         ...(choice.smoothK ? { keyMean: pointer('keyMean') } : {}),
         ...(choice.smoothV ? { valueMean: pointer('valueMean') } : {}),
-        valueScale: pointer('valueScale'),
+        ...(fp8 ? { valueScale: pointer('valueScale'), valueTileScale: pointer('valueTileScale') } : {}),
         key: pointer('key'),
         keyScale: pointer('keyScale'),
         keyFaults: pointer('keyFaults'),
         value: pointer('value'),
-        valueTileScale: pointer('valueTileScale'),
       }),
       ...inOrder(QUANTIZE_KEY_VALUE_INTEGERS, {
         heads: u32(kvHeads),
@@ -272,6 +274,7 @@ export function hopperAttendLaunches(context: Context): Pick<LaunchSequence, 'la
         keyScale: pointer('keyScale'),
         keyFaults: pointer('keyFaults'),
         ...(config.pvFormat === 'e4m3' ? { valueScale: pointer('valueScale') } : {}),
+        ...(config.valueTileScale ? { valueTileScale: pointer('valueTileScale') } : {}),
         ...(choice.smoothV ? { valueMean: pointer('valueMean') } : {}),
         ...(mask === undefined ? {} : { mask: pointer('mask', mask.offset * maskBytes) }),
         output: splits > 1 ? pointer('partialOutput') : pointer('output'),

@@ -599,6 +599,7 @@ export function hopperCollective(
       return guarded(`W.hopper.units.arrive(${address(first)},0,${what});`);
     case 'mbarrier.arrive.expect_tx.shared::cta.b64':
       return guarded(`W.hopper.units.arrive(${address(first)},${value(second)},${what});`);
+    case 'mbarrier.test_wait.parity.shared::cta.b64':
     case 'mbarrier.try_wait.parity.shared::cta.b64':
       return guarded(`${value(outputs[0])}=W.hopper.tryWait(${address(first)},${value(second)},${what});`);
     case 'fence.proxy.async.shared::cta':
