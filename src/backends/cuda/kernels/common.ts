@@ -14,6 +14,8 @@ export const LOG2_E = Math.LOG2E;
 
 /** Magnitudes of floats order like the integers of their bits: from here on they are not finite. */
 export const INFINITY_BITS = 0x7f800000;
+/** From here on they round to infinity in FP16. */
+export const BEYOND_FP16_BITS = 0x477ff000;
 
 /** Below this a group of Q or K counts as zeros: 127 / max would not be finite, and no score could tell. */
 export const SMALLEST_GROUP_MAXIMUM = 1e-36;

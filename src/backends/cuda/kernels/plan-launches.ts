@@ -383,7 +383,7 @@ function keyValueLaunches(context: Context, parts: readonly KeyValuePart[] = ALL
   const launches: KernelLaunch[] = [];
   if (layout.keyTiles === 0 || batch * kvHeads === 0) return launches;
   if (parts.includes('means')) launches.push(...statisticsLaunches(context, scheme.valueTileScales));
-  if (scheme.valueTileScales) {
+  if (isHopperKernel(choice.descriptor.name) && (scheme.pvFormat === 'f16' || scheme.valueTileScales)) {
     if (parts.includes('key') || parts.includes('value')) launches.push(hopperKeyValueLaunch(context));
     return launches;
   }

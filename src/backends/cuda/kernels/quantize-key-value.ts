@@ -1,6 +1,8 @@
 /**
- * Quantizes K and V for the Hopper kernels in one launch that reads each once: INT8 rows of K with float32 scales, and V in FP8,
- * transposed, tokens permuted inside every 16. One CTA takes a tile of 128 keys of one head, the attention kernel's own.
+ * Quantizes K and V for the Hopper kernels in one launch that reads each once: INT8 rows of K with float32 scales, and V in FP16
+ * or FP8. One CTA takes a tile of 128 keys of one head, the attention kernel's own.
+ *
+ * V in FP16 stays as it lies, `[head, token, channel]`. V in FP8 is transposed, tokens permuted inside every 16, and
  *
  *     v[token, channel] ~ code * valueScale[channel] * valueTileScale[tile]
  *
@@ -11,7 +13,7 @@
  *
  * An element that is not finite sets its token's bit in `keyFaults` and the sign bit of the scales of its 64 keys: attention
  * makes NaN of the rows that see it, and of those only. Of V it becomes 0 with its neighbours, since 0 * NaN would reach
- * the others; it takes no part in a scale. Behind the last token of a sequence, tiles are filled with copies of it.
+ * the others; it takes no part in a scale. So it is with numbers beyond FP16's range where V is stored in FP16. Behind the last token of a sequence, tiles are filled with copies of it.
  */
 import { TOKEN_PERMUTATION } from '../../../quantization/value-fp8.ts';
 import type { DType } from '../../../tensor/dtype.ts';
@@ -20,6 +22,7 @@ import { rowMajor } from '../ptx/layouts.ts';
 import type { Target } from '../ptx/targets.ts';
 import type { Kernel, Reg } from '../ptx/types.ts';
 import {
+  BEYOND_FP16_BITS,
   BYTES,
   divide,
   INFINITY_BITS,
@@ -41,7 +44,8 @@ import {
 export interface QuantizeKeyValueConfig {
   readonly target: Target;
   readonly dtype: DType;
-  /** D and Dv, and padded to multiples of 32. */
+  readonly valueFormat: 'e4m3' | 'f16';
+  /** D and Dv, and padded to multiples of 32; Dv in FP16 to one of 16. */
   readonly headDim: number;
   readonly paddedDim: number;
   readonly valueDim: number;
@@ -100,8 +104,25 @@ export const quantizeKeyValueThreads = ({
 }: Pick<QuantizeKeyValueConfig, 'paddedDim' | 'paddedValueDim'>) =>
   Math.max(paddedDim, paddedValueDim) <= 128 ? 256 : 512;
 
+/** The eight channels of a thread, from `channel` on, of the `span` that the threads cover together. */
+interface Channels {
+  readonly channel: Reg<'u32'>;
+  readonly span: number;
+}
+
+/** How V's elements are dealt out to the threads, and how they are stored. */
+interface ValueOrder {
+  readonly channels: Channels;
+  /** Tokens of a thread, counted from the tile's first. */
+  readonly tokens: readonly Reg<'u32'>[];
+  readonly store: () => void;
+}
+
+type Quad = [Reg<'f32'>, Reg<'f32'>, Reg<'f32'>, Reg<'f32'>];
+
 export function quantizeKeyValue(config: QuantizeKeyValueConfig): Kernel {
   const { target, dtype, headDim, paddedDim, valueDim, paddedValueDim, keyScales } = config;
+  const fp8 = config.valueFormat === 'e4m3';
   const threads = quantizeKeyValueThreads(config);
   const warps = threads / 32;
   const bytes = BYTES[dtype];
@@ -121,20 +142,13 @@ export function quantizeKeyValue(config: QuantizeKeyValueConfig): Kernel {
   const rowsAtOnce = threads / perRow;
   const passes = KEY_VALUE_TILE / rowsAtOnce;
   const halfOf = (pass: number) => Math.floor((pass * rowsAtOnce) / HALF);
-  // V: a warp takes `octets` times eight channels of `words` times four tokens, which lie side by side in permuted order.
-  const octets = (paddedValueDim / 8) % 8 === 0 ? 8 : 4;
-  const words = 32 / octets;
-  const channelParts = paddedValueDim / 8 / octets;
-  const partsAtOnce = Math.min(Math.floor(warps / channelParts), 32 / words);
-  const rounds = Math.ceil(32 / words / partsAtOnce);
-
-  const transposed = b.shared('V, transposed', paddedValueDim, rowMajor(KEY_VALUE_TILE));
   const rowMaxima = b.shared('row maxima of K', 2, rowMajor(rowsAtOnce * 4));
   const valueMaxima = b.shared('maxima of V', 1, rowMajor(warps * 4));
   const faultWords = b.shared('faults', warps, rowMajor(16));
   const shared = b.sharedAddress();
   const sharedAt = (base: Reg<'shared'>, index: Reg<'u32'>, shift: number) =>
     b.add(base, b.as(b.shl(index, shift), 'shared'));
+  const at = <T>(list: readonly T[], i: number) => list[i] as T;
 
   b.section('which tile');
   const thread = b.special('%tid.x');
@@ -151,77 +165,50 @@ export function quantizeKeyValue(config: QuantizeKeyValueConfig): Kernel {
   const secondHalf = b.setp('gt', tokensLeft, HALF);
   const paddedTokens = b.loadParameter(integer.paddedTokens);
   const firstRow = b.add(b.mad(head, paddedTokens, paddedKeyStart), firstToken);
-  const firstOf = (input: typeof pointer.k, [batch, ofHead, token]: readonly [Stride, Stride, Stride]) => {
+  /** Loads eight channels of each token; those beyond the last are its copies. */
+  const loaderOf = (
+    input: typeof pointer.k,
+    [batch, ofHead, token]: readonly [Stride, Stride, Stride],
+    { channel, span }: Channels,
+    dim: number,
+    width: LoadWidth,
+  ) => {
     let source = offset64(b, b.loadPointer(input), sequence, b.loadParameter(batch));
     source = offset64(b, source, head, b.loadParameter(ofHead));
     const stride = b.loadParameter(token);
-    return { source: offset64(b, source, b.add(keyStart, firstToken), stride), stride };
+    source = offset(b, offset64(b, source, b.add(keyStart, firstToken), stride), channel, bytes);
+    const inside = (first: number) => (dim === span ? undefined : b.setp('lt', b.add(channel, first), dim));
+    return (inTile: Reg<'u32'>) =>
+      loadEightPacked(b, dtype, width, offset64(b, source, b.min(inTile, lastToken), stride), inside);
   };
 
   b.section('load K');
   const row = b.shr(thread, Math.log2(perRow));
   const column = b.and(thread, perRow - 1);
-  const keyChannel = b.shl(column, 3);
-  const key = firstOf(pointer.k, [keyBatch, keyHead, keyToken]);
-  const keySource = offset(b, key.source, keyChannel, bytes);
-  const keyInside = (first: number) =>
-    headDim === perRow * 8 ? undefined : b.setp('lt', b.add(keyChannel, first), headDim);
-  const keys = Array.from({ length: passes }, (_, pass) => {
-    const token = b.min(b.add(row, pass * rowsAtOnce), lastToken);
-    return loadEightPacked(b, dtype, config.keyLoadWidth, offset64(b, keySource, token, key.stride), keyInside);
-  });
-  const stored = b.setp('lt', keyChannel, paddedDim);
+  const keyChannels: Channels = { channel: b.shl(column, 3), span: perRow * 8 };
+  const keyTokens = () => Array.from({ length: passes }, (_, pass) => b.add(row, pass * rowsAtOnce));
+  const keys = keyTokens().map(
+    loaderOf(pointer.k, [keyBatch, keyHead, keyToken], keyChannels, headDim, config.keyLoadWidth),
+  );
 
   b.section('load V');
-  const part = b.rem(warp, channelParts);
-  const octet = b.mad(part, octets, b.and(lane, octets - 1));
-  const valueChannel = b.shl(octet, 3);
-  const firstPart = b.div(warp, channelParts);
-  const value = firstOf(pointer.v, [valueBatch, valueHead, valueToken]);
-  const valueSource = offset(b, value.source, valueChannel, bytes);
-  const valueInside = (first: number) =>
-    valueDim === paddedValueDim ? undefined : b.setp('lt', b.add(valueChannel, first), valueDim);
-  const allBusy = partsAtOnce * channelParts === warps && rounds * partsAtOnce * words === 32;
-  // Warps that are left over, or have no more tokens, load what others load and store nothing.
-  const valueWords = Array.from({ length: rounds }, (_, round) => {
-    const wordPart = b.add(firstPart, round * partsAtOnce);
-    const clamped = allBusy ? wordPart : b.min(wordPart, 32 / words - 1);
-    return b.mad(clamped, words, b.shr(lane, Math.log2(octets)));
-  });
-  const isBusy = (round: number) =>
-    allBusy ? undefined : b.setp('lt', firstPart, Math.min(partsAtOnce, 32 / words - round * partsAtOnce));
-  // Position 4w + i of 16 holds token TOKEN_PERMUTATION[4w + i] = 2w + TOKEN_PERMUTATION[i].
-  const firstTokenOf = (word: Reg<'u32'>) => b.add(b.shl(b.shr(word, 2), 4), b.shl(b.and(word, 3), 1));
-  const loadValues = () =>
-    valueWords.map((word) => {
-      const first = firstTokenOf(word);
-      return TOKEN_PERMUTATION.slice(0, 4).map((later) => {
-        const from = offset64(b, valueSource, b.min(b.add(first, later), lastToken), value.stride);
-        return loadEightPacked(b, dtype, config.valueLoadWidth, from, valueInside);
-      });
-    });
+  const loadValues = () => {
+    const order = fp8 ? transposed() : asItLies();
+    const strides = [valueBatch, valueHead, valueToken] as const;
+    const load = loaderOf(pointer.v, strides, order.channels, valueDim, config.valueLoadWidth);
+    return { ...order, packed: order.tokens.map(load) };
+  };
   const early = valuesLater ? undefined : loadValues();
 
-  b.section('means and scales of the channels');
-  const channelVector = (name: 'keyMean' | 'valueMean' | 'valueScale', channel: Reg<'u32'>, padded: number) =>
-    loadEightFloats(b, offset(b, b.loadPointer(pointer[name]), b.mad(sequenceHead, padded, channel), 4));
-  const keyMean = config.smoothK ? keyMeans() : undefined;
-  const at = <T>(list: readonly T[], i: number) => list[i] as T;
-  const centered = (packed: readonly Reg<'b32'>[], mean: readonly Reg<'f32'>[] | undefined) => {
-    const floats = unpackEight(b, dtype, packed);
-    return mean === undefined ? floats : floats.map((float, i) => b.sub(float, at(mean, i)));
-  };
-  const largestOf = (floats: readonly Reg<'f32'>[]) =>
-    floats.map((float) => b.and(b.as(float, 'u32'), 0x7fffffff)).reduce((x, y) => b.max(x, y));
-  /** Bits of eight channels of a token, in order, that are not finite. */
+  b.section('largest magnitudes of rows of K');
+  const keyMean = config.smoothK ? channelVector('keyMean', keyChannels, paddedDim) : undefined;
+  /** Bits of the eights of K and then of V that hold something that is not finite. */
   const faults = b.constant('b32', 0);
-  const leaveOutFaults = (largest: Reg<'u32'>, bit: number) =>
-    b.when(b.setp('ge', largest, INFINITY_BITS), () => {
+  const leaveOutFaults = (largest: Reg<'u32'>, bit: number, from = INFINITY_BITS) =>
+    b.when(b.setp('ge', largest, from), () => {
       b.set(largest, 0);
       b.or(faults, 2 ** bit, faults);
     });
-
-  b.section('largest magnitudes of rows of K');
   const ofHalves = [b.constant('u32', 0), b.constant('u32', 0)];
   keys.forEach((packed, pass) => {
     const largest = largestOf(centered(packed, keyMean));
@@ -245,21 +232,23 @@ export function quantizeKeyValue(config: QuantizeKeyValueConfig): Kernel {
 
   b.section('largest code of V');
   const values = early ?? loadValues();
-  const valueMean = config.smoothV ? channelVector('valueMean', valueChannel, paddedValueDim) : undefined;
-  const valueFactor = channelVector('valueScale', valueChannel, paddedValueDim).map((scale) => b.rcpApprox(scale));
+  const valueMean = config.smoothV ? channelVector('valueMean', values.channels, paddedValueDim) : undefined;
+  const toCodes = fp8
+    ? channelVector('valueScale', values.channels, paddedValueDim).map((scale) => b.rcpApprox(scale))
+    : undefined;
   let largestCode = b.constant('u32', 0);
-  values.forEach((tokens, round) => {
-    tokens.forEach((packed, i) => {
-      const codes = centered(packed, valueMean).map((float, c) => b.mul(float, at(valueFactor, c)));
-      const largest = largestOf(codes);
-      leaveOutFaults(largest, passes + 4 * round + i);
-      b.max(largestCode, largest, largestCode);
-    });
+  values.packed.forEach((packed, i) => {
+    const largest = largestOf(scaled(centered(packed, valueMean), toCodes));
+    leaveOutFaults(largest, passes + i, fp8 ? INFINITY_BITS : BEYOND_FP16_BITS);
+    if (fp8) b.max(largestCode, largest, largestCode);
   });
-  for (let mask = 1; mask < 32; mask *= 2) largestCode = b.max(largestCode, b.shflBfly(largestCode, mask));
   const first = b.setp('eq', lane, 0);
-  b.when(first, () => b.st(largestCode, sharedAt(shared, warp, 2), valueMaxima.base));
+  if (fp8) {
+    for (let mask = 1; mask < 32; mask *= 2) largestCode = b.max(largestCode, b.shflBfly(largestCode, mask));
+    b.when(first, () => b.st(largestCode, sharedAt(shared, warp, 2), valueMaxima.base));
+  }
 
+  b.section('faults');
   const tokenBits = Array.from({ length: 4 }, () => b.constant('b32', 0));
   b.if(b.voteAny(b.setp('ne', faults, 0)), reportFaults);
   b.when(first, () => b.stVector(tokenBits, sharedAt(shared, warp, 4), faultWords.base));
@@ -267,97 +256,86 @@ export function quantizeKeyValue(config: QuantizeKeyValueConfig): Kernel {
 
   if (!valuesLater) quantizeKeys();
   b.if(b.setp('lt', thread, 2 * keyScales), writeKeyScales);
-
-  b.section('scale of the tile of V');
-  const tileMaximum = Array.from({ length: warps / 4 }, (_, i) =>
-    b.ldVector('u32', 4, shared, valueMaxima.base + 16 * i),
-  )
-    .flat()
-    .reduce((x, y) => b.max(x, y));
-  const tileScale = tileScaleOf(tileMaximum);
-  b.when(b.setp('eq', thread, 0), () =>
-    b.st(tileScale, offset(b, b.loadPointer(pointer.valueTileScale), b.shr(firstRow, 6), 4)),
-  );
-  // The reciprocal of a power of two.
-  const inverse = b.as(b.sub(b.constant('u32', 0x7f000000), tileScale), 'f32');
-  const factor = valueFactor.map((ofChannel) => b.mul(ofChannel, inverse));
-
-  b.section('quantize V into shared memory');
-  // The 16-byte chunks of a channel are permuted so that the lanes of a warp write different banks.
-  const chunkMask = (ofOctet: Reg<'u32'>) => (octets === 8 ? b.and(ofOctet, 7) : b.shl(b.and(ofOctet, 3), 1));
-  const channelAt = sharedAt(b.add(shared, transposed.base), valueChannel, Math.log2(KEY_VALUE_TILE));
-  values.forEach((tokens, round) => {
-    const word = at(valueWords, round);
-    const chunk = b.xor(b.shr(word, 2), chunkMask(octet));
-    const place = sharedAt(sharedAt(channelAt, chunk, 4), b.and(word, 3), 2);
-    const codes = tokens.map((packed) => centered(packed, valueMean).map((float, c) => b.mul(float, at(factor, c))));
-    const busy = isBusy(round);
-    for (let c = 0; c < 8; c++) {
-      const [x, y, z, w] = codes.map((ofToken) => at(ofToken, c)) as [Reg<'f32'>, Reg<'f32'>, Reg<'f32'>, Reg<'f32'>];
-      const packed = b.pack('e4m3x4', b.cvtPack('e4m3x2', x, y), b.cvtPack('e4m3x2', z, w));
-      if (busy === undefined) b.st(packed, place, c * KEY_VALUE_TILE);
-      else b.when(busy, () => b.st(packed, place, c * KEY_VALUE_TILE));
-    }
-  });
-  b.barSync();
-
-  b.section('store V');
-  const chunks = paddedValueDim * (KEY_VALUE_TILE / 16);
-  const valueRow = b.mul(head, paddedValueDim);
-  const valueBase = b.add(
-    b.loadPointer(pointer.value),
-    b.as(b.cvt('u64', b.add(paddedKeyStart, firstToken)), 'global'),
-  );
-  for (let done = 0; done < chunks; done += threads) {
-    const index = b.add(thread, done);
-    const channel = b.shr(index, 3);
-    const chunk = b.and(index, 7);
-    const from = sharedAt(
-      sharedAt(b.add(shared, transposed.base), channel, Math.log2(KEY_VALUE_TILE)),
-      b.xor(chunk, chunkMask(b.shr(channel, 3))),
-      4,
-    );
-    const to = b.add(
-      offset(b, valueBase, b.add(valueRow, channel), paddedTokens),
-      b.as(b.cvt('u64', b.shl(chunk, 4)), 'global'),
-    );
-    // Tokens of the second half may belong to the next sequence.
-    let kept = b.orPred(secondHalf, b.setp('lt', chunk, 4));
-    const exists = b.setp('lt', index, chunks);
-    if (done + threads > chunks) kept = b.andPred(kept, exists);
-    b.if(kept, () => b.stVector(b.ldVector('b32', 4, from), to));
-  }
+  values.store();
   return b.build();
 
-  function keyMeans(): Reg<'f32'>[] {
-    const means = Array.from({ length: 8 }, () => b.constant('f32', 0));
+  // ---- channels
+
+  /** A thread's eight channels of a `[sequence, head, channel]` vector; those beyond the row are 0. */
+  function channelVector(
+    name: 'keyMean' | 'valueMean' | 'valueScale',
+    { channel, span }: Channels,
+    padded: number,
+  ): Reg<'f32'>[] {
+    const vector = Array.from({ length: 8 }, () => b.constant('f32', 0));
     const load = () => {
-      channelVector('keyMean', keyChannel, paddedDim).forEach((mean, i) => {
-        b.mov(mean, means[i]);
+      const from = offset(b, b.loadPointer(pointer[name]), b.mad(sequenceHead, padded, channel), 4);
+      loadEightFloats(b, from).forEach((value, i) => {
+        b.mov(value, vector[i]);
       });
     };
-    if (perRow * 8 === paddedDim) load();
-    else b.if(b.setp('lt', keyChannel, paddedDim), load);
-    return means;
+    if (span === padded) load();
+    else b.if(b.setp('lt', channel, padded), load);
+    return vector;
   }
+
+  function centered(packed: readonly Reg<'b32'>[], mean: readonly Reg<'f32'>[] | undefined): Reg<'f32'>[] {
+    const floats = unpackEight(b, dtype, packed);
+    return mean === undefined ? floats : floats.map((float, i) => b.sub(float, at(mean, i)));
+  }
+
+  function scaled(floats: Reg<'f32'>[], factors: readonly Reg<'f32'>[] | undefined): Reg<'f32'>[] {
+    return factors === undefined ? floats : floats.map((float, i) => b.mul(float, at(factors, i)));
+  }
+
+  function largestOf(floats: readonly Reg<'f32'>[]): Reg<'u32'> {
+    return floats.map((float) => b.and(b.as(float, 'u32'), 0x7fffffff)).reduce((x, y) => b.max(x, y));
+  }
+
+  // ---- faults
+
+  function isFaulty(bit: number): Reg<'pred'> {
+    return b.setp('ne', b.and(faults, 2 ** bit), 0);
+  }
+
+  /** Bits of the tile's tokens that this warp found not to be finite; what it holds of V for them becomes 0. */
+  function reportFaults(): void {
+    [...keyTokens(), ...values.tokens].forEach((token, i) => {
+      const found = isFaulty(i);
+      const real = b.andPred(found, b.setp('le', token, lastToken));
+      tokenBits.forEach((bits, word) => {
+        // Shifts by 32 and more give 0, those by less than 0 too.
+        const bit = b.shl(b.constant('b32', 1), b.sub(token, 32 * word));
+        b.when(real, () => b.or(bits, bit, bits));
+      });
+      if (i < passes) return;
+      b.when(found, () => {
+        for (const register of at(values.packed, i - passes)) b.set(register, 0);
+      });
+    });
+    for (const bits of tokenBits) {
+      for (let mask = 1; mask < 32; mask *= 2) b.or(bits, b.shflBfly(bits, mask), bits);
+    }
+  }
+
+  // ---- K
 
   /** Codes of K, once all rows' maxima are known. */
   function quantizeKeys(): void {
-    b.section('scales of K');
-    const reciprocalOf = (maximum: Reg<'f32'>) => {
+    b.section('quantize K');
+    const ownGroup = b.shr(b.and(row, 7), 1);
+    const reciprocals = [0, 1].map((half) => {
+      const maximum = groupMaximum(ownGroup, b.constant('u32', half));
       const reciprocal = b.divF32(b.constant('f32', 127), maximum);
       b.when(b.setp('eq', maximum, 0), () => b.set(reciprocal, 0));
       return reciprocal;
-    };
-    const ownGroup = b.shr(b.and(row, 7), 1);
-    const reciprocals = [0, 1].map((half) => reciprocalOf(groupMaximum(ownGroup, b.constant('u32', half))));
-
-    b.section('quantize K');
-    const keyDestination = b.add(
+    });
+    const destination = b.add(
       offset(b, b.loadPointer(pointer.key), b.add(firstRow, row), paddedDim),
-      b.as(b.cvt('u64', keyChannel), 'global'),
+      b.as(b.cvt('u64', keyChannels.channel), 'global'),
     );
     const magic = b.constant('f32', MAGIC);
+    const stored = b.setp('lt', keyChannels.channel, paddedDim);
     const storedBeyond = b.andPred(stored, secondHalf);
     keys.forEach((packed, pass) => {
       const reciprocal = at(reciprocals, halfOf(pass));
@@ -365,36 +343,9 @@ export function quantizeKeyValue(config: QuantizeKeyValueConfig): Kernel {
       const rounded = centered(packed, keyMean).map((float) => b.as(b.fma(float, reciprocal, magic), 'b32'));
       const codes = packBytes(b, rounded);
       b.when(halfOf(pass) === 0 ? stored : storedBeyond, () =>
-        b.stVector(codes, keyDestination, pass * rowsAtOnce * paddedDim),
+        b.stVector(codes, destination, pass * rowsAtOnce * paddedDim),
       );
     });
-  }
-
-  /** Bits of the tile's tokens that this warp found not to be finite; what it holds of V for them becomes 0. */
-  function reportFaults(): void {
-    const mark = (token: Reg<'u32'>, found: Reg<'pred'>) => {
-      const real = b.andPred(found, b.setp('le', token, lastToken));
-      tokenBits.forEach((bits, i) => {
-        // Shifts by 32 and more give 0, those by less than 0 too.
-        const bit = b.shl(b.constant('b32', 1), b.sub(token, 32 * i));
-        b.when(real, () => b.or(bits, bit, bits));
-      });
-    };
-    const foundAt = (bit: number) => b.setp('ne', b.and(faults, 2 ** bit), 0);
-    for (let pass = 0; pass < passes; pass++) mark(b.add(row, pass * rowsAtOnce), foundAt(pass));
-    values.forEach((tokens, round) => {
-      const firstOfWord = firstTokenOf(at(valueWords, round));
-      tokens.forEach((packed, i) => {
-        const found = foundAt(passes + 4 * round + i);
-        mark(b.add(firstOfWord, at(TOKEN_PERMUTATION, i)), found);
-        b.when(found, () => {
-          for (const register of packed) b.set(register, 0);
-        });
-      });
-    });
-    for (const bits of tokenBits) {
-      for (let mask = 1; mask < 32; mask *= 2) b.or(bits, b.shflBfly(bits, mask), bits);
-    }
   }
 
   /** Largest magnitude of a group of half a tile. */
@@ -414,6 +365,7 @@ export function quantizeKeyValue(config: QuantizeKeyValueConfig): Kernel {
 
   /** Thread i writes the scale of group i % keyScales of half i / keyScales, and the first of a half its bits of faults. */
   function writeKeyScales(): void {
+    b.section('scales and faults');
     const group = b.and(thread, keyScales - 1);
     const half = b.shr(thread, Math.log2(keyScales));
     const scale = b.divF32(groupMaximum(group, half), 127);
@@ -431,6 +383,129 @@ export function quantizeKeyValue(config: QuantizeKeyValueConfig): Kernel {
     b.when(exists, () => b.st(bits, scaleAt));
     const faultsAt = offset(b, b.loadPointer(pointer.keyFaults), slot, 8);
     b.when(b.andPred(exists, b.setp('eq', group, 0)), () => b.stVector([low, high], faultsAt));
+  }
+
+  // ---- V
+
+  /** V in FP16: rows as those of K. */
+  function asItLies(): ValueOrder {
+    const ofRow = Math.max(nextPowerOfTwo(paddedValueDim / 8), threads / KEY_VALUE_TILE);
+    const atOnce = threads / ofRow;
+    const firstOfThread = b.shr(thread, Math.log2(ofRow));
+    const channel = b.shl(b.and(thread, ofRow - 1), 3);
+    const tokens = Array.from({ length: KEY_VALUE_TILE / atOnce }, (_, i) => b.add(firstOfThread, i * atOnce));
+    const store = () => {
+      b.section('convert and store V');
+      const rowBytes = paddedValueDim * 2;
+      const destination = b.add(
+        offset(b, b.loadPointer(pointer.value), b.add(firstRow, firstOfThread), rowBytes),
+        b.as(b.mulWide(channel, 2), 'global'),
+      );
+      const inRow = b.setp('lt', channel, paddedValueDim);
+      values.packed.forEach((packed, i) => {
+        const floats = centered(packed, valueMean);
+        const pairs = [0, 2, 4, 6].map((c) => b.as(b.cvtPack('f16x2', at(floats, c), at(floats, c + 1)), 'b32'));
+        if (config.smoothV) {
+          // 0 less the mean may be beyond FP16's range.
+          b.when(isFaulty(passes + i), () => {
+            for (const pair of pairs) b.set(pair, 0);
+          });
+        }
+        const kept = b.andPred(inRow, b.orPred(secondHalf, b.setp('lt', at(tokens, i), HALF)));
+        b.when(kept, () => b.stVector(pairs, destination, i * atOnce * rowBytes));
+      });
+    };
+    return { channels: { channel, span: ofRow * 8 }, tokens, store };
+  }
+
+  /**
+   * V in FP8: a warp takes `octets` times eight channels of `words` times four tokens, which lie side by side in permuted order,
+   * so that packing transposes them; shared memory gathers the 128 tokens of each channel.
+   */
+  function transposed(): ValueOrder {
+    const octets = (paddedValueDim / 8) % 8 === 0 ? 8 : 4;
+    const words = 32 / octets;
+    const channelParts = paddedValueDim / 8 / octets;
+    const wordParts = 32 / words;
+    const partsAtOnce = Math.min(Math.floor(warps / channelParts), wordParts);
+    const rounds = Math.ceil(wordParts / partsAtOnce);
+    const codeTile = b.shared('V, transposed', paddedValueDim, rowMajor(KEY_VALUE_TILE));
+    const codesAt = b.add(shared, codeTile.base);
+    // The 16-byte chunks of a channel are permuted so that the lanes of a warp write different banks.
+    const chunkMask = (ofOctet: Reg<'u32'>) => (octets === 8 ? b.and(ofOctet, 7) : b.shl(b.and(ofOctet, 3), 1));
+    const part = b.rem(warp, channelParts);
+    const octet = b.mad(part, octets, b.and(lane, octets - 1));
+    const channel = b.shl(octet, 3);
+    const firstPart = b.div(warp, channelParts);
+    // Warps that are left over, or have no more tokens, load what others load and store nothing.
+    const allBusy = partsAtOnce * channelParts === warps && rounds * partsAtOnce === wordParts;
+    const wordOf = (round: number) => {
+      const wordPart = b.add(firstPart, round * partsAtOnce);
+      const clamped = allBusy ? wordPart : b.min(wordPart, wordParts - 1);
+      return b.mad(clamped, words, b.shr(lane, Math.log2(octets)));
+    };
+    const ofRounds = Array.from({ length: rounds }, (_, round) => wordOf(round));
+    const tokens = ofRounds.flatMap((word) => {
+      // Position 4w + i of 16 holds token TOKEN_PERMUTATION[4w + i] = 2w + TOKEN_PERMUTATION[i].
+      const firstOfWord = b.add(b.shl(b.shr(word, 2), 4), b.shl(b.and(word, 3), 1));
+      return TOKEN_PERMUTATION.slice(0, 4).map((later) => b.add(firstOfWord, later));
+    });
+
+    const store = () => {
+      b.section('scale of the tile of V');
+      const ofWarps = Array.from({ length: warps / 4 }, (_, i) =>
+        b.ldVector('u32', 4, shared, valueMaxima.base + 16 * i),
+      );
+      const tileScale = tileScaleOf(ofWarps.flat().reduce((x, y) => b.max(x, y)));
+      const scaleAt = offset(b, b.loadPointer(pointer.valueTileScale), b.shr(firstRow, 6), 4);
+      b.when(b.setp('eq', thread, 0), () => b.st(tileScale, scaleAt));
+      // The reciprocal of a power of two.
+      const inverse = b.as(b.sub(b.constant('u32', 0x7f000000), tileScale), 'f32');
+      const factors = (toCodes as Reg<'f32'>[]).map((ofChannel) => b.mul(ofChannel, inverse));
+
+      b.section('quantize V into shared memory');
+      const channelAt = sharedAt(codesAt, channel, Math.log2(KEY_VALUE_TILE));
+      ofRounds.forEach((word, round) => {
+        const chunk = b.xor(b.shr(word, 2), chunkMask(octet));
+        const place = sharedAt(sharedAt(channelAt, chunk, 4), b.and(word, 3), 2);
+        const codes = values.packed
+          .slice(4 * round, 4 * round + 4)
+          .map((packed) => scaled(centered(packed, valueMean), factors));
+        const parts = Math.min(partsAtOnce, wordParts - round * partsAtOnce);
+        const busy = allBusy ? undefined : b.setp('lt', firstPart, parts);
+        for (let c = 0; c < 8; c++) {
+          const [x, y, z, w] = codes.map((ofToken) => at(ofToken, c)) as Quad;
+          const packed = b.pack('e4m3x4', b.cvtPack('e4m3x2', x, y), b.cvtPack('e4m3x2', z, w));
+          const write = () => b.st(packed, place, c * KEY_VALUE_TILE);
+          if (busy === undefined) write();
+          else b.when(busy, write);
+        }
+      });
+      b.barSync();
+
+      b.section('store V');
+      const chunks = paddedValueDim * (KEY_VALUE_TILE / 16);
+      const valueRow = b.mul(head, paddedValueDim);
+      const destination = b.add(
+        b.loadPointer(pointer.value),
+        b.as(b.cvt('u64', b.add(paddedKeyStart, firstToken)), 'global'),
+      );
+      for (let done = 0; done < chunks; done += threads) {
+        const index = b.add(thread, done);
+        const ofChannel = b.shr(index, 3);
+        const chunk = b.and(index, 7);
+        const place = b.xor(chunk, chunkMask(b.shr(ofChannel, 3)));
+        const from = sharedAt(sharedAt(codesAt, ofChannel, Math.log2(KEY_VALUE_TILE)), place, 4);
+        const to = b.add(
+          offset(b, destination, b.add(valueRow, ofChannel), paddedTokens),
+          b.as(b.cvt('u64', b.shl(chunk, 4)), 'global'),
+        );
+        let kept = b.orPred(secondHalf, b.setp('lt', chunk, 4));
+        if (done + threads > chunks) kept = b.andPred(kept, b.setp('lt', index, chunks));
+        b.if(kept, () => b.stVector(b.ldVector('b32', 4, from), to));
+      }
+    };
+    return { channels: { channel, span: paddedValueDim }, tokens, store };
   }
 
   /** Bits of the power of two that brings a tile's largest code into E4M3's range; 1 where it is there. */

@@ -13,6 +13,7 @@ import { rowMajor } from '../ptx/layouts.ts';
 import type { Target } from '../ptx/targets.ts';
 import type { Kernel, Reg } from '../ptx/types.ts';
 import {
+  BEYOND_FP16_BITS,
   BYTES,
   divide,
   INFINITY_BITS,
@@ -55,9 +56,6 @@ export const VALUE_POINTERS = [
   'keyFaults',
 ] as const;
 export const VALUE_INTEGERS = ['heads', 'blocks', 'paddedTokens'] as const;
-
-/** Floats from here on round to infinity in FP16. */
-const BEYOND_FP16_BITS = 0x477ff000;
 
 const isFault = (b: KernelBuilder, value: Reg<'f32'>, from = INFINITY_BITS) =>
   b.setp('ge', b.and(b.as(value, 'u32'), 0x7fffffff), from);
