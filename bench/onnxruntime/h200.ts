@@ -6,12 +6,13 @@
  * operators, as exporters write it.
  *
  *     npx tsx bench/onnxruntime/h200.ts OUTPUT_FOLDER [--lengths 256,1024,8192,32768] [--blocks 4] [--runs 7]
- *         [--seconds 6] [--spellings fused,decomposed] [--provider webgpu|wasm] [--float float16|float32]
+ *         [--seconds 6] [--limit 150] [--spellings decomposed,fused] [--provider webgpu|wasm] [--float float16|float32]
  *
- * Writes `onnxruntime.json` and `onnxruntime.md` after every length. Times are medians of wall clock from `run` until the GPU
+ * Each spelling runs in a process of its own with a time limit. Writes `onnxruntime.json` and `onnxruntime.md` after every length. Times are medians of wall clock from `run` until the GPU
  * has finished; inputs and outputs are on the GPU, so that no transfer is in them.
  */
-import { mkdirSync, writeFileSync } from 'node:fs';
+import { spawnSync } from 'node:child_process';
+import { existsSync, mkdirSync, readFileSync, writeFileSync } from 'node:fs';
 import { join } from 'node:path';
 import { parseArgs } from 'node:util';
 import { WANTED_LIMITS } from '../../src/backends/webgpu/capabilities.ts';
@@ -31,13 +32,15 @@ const { values: flags, positionals } = parseArgs({
   allowPositionals: true,
   options: {
     lengths: { type: 'string', default: '256,512,1024,2048,4096,8192,16384,32768' },
-    spellings: { type: 'string', default: 'fused,decomposed' },
+    spellings: { type: 'string', default: 'decomposed,fused' },
     blocks: { type: 'string', default: '4' },
     heads: { type: 'string', default: '16' },
     'head-dim': { type: 'string', default: '72' },
     runs: { type: 'string', default: '7' },
     /** Time for one length and spelling, after which no further run starts; three runs are made at least. */
     seconds: { type: 'string', default: '6' },
+    /** Seconds for one spelling. */
+    limit: { type: 'string', default: '150' },
     provider: { type: 'string', default: 'webgpu' },
     float: { type: 'string', default: 'float16' },
   },
@@ -63,6 +66,79 @@ const width = size.heads * size.headDim;
 const float = flags.float === 'float32' ? 'float32' : 'float16';
 const spellings = flags.spellings.split(',') as AttentionSpelling[];
 const lengths = flags.lengths.split(',').map(Number);
+
+interface Row {
+  readonly spelling: AttentionSpelling;
+  readonly length: number;
+  /** Milliseconds. */
+  readonly without: number | undefined;
+  readonly with: number | undefined;
+  readonly cutOnly: number | undefined;
+  readonly speedup: number | undefined;
+  readonly cutCost: number | undefined;
+  /** Of one block. */
+  readonly attentionAlone: number | undefined;
+  readonly accuracy: ReturnType<typeof compare> | undefined;
+  readonly failures: Readonly<Record<string, string>>;
+}
+
+interface Report {
+  readonly [what: string]: unknown;
+  readonly results?: readonly Row[];
+}
+
+const resultFile = (target: string) => join(target, 'onnxruntime.json');
+const readReport = (target: string): Report =>
+  existsSync(resultFile(target)) ? (JSON.parse(readFileSync(resultFile(target), 'utf8')) as Report) : {};
+
+/** Writes a report, with its rows as a table. */
+function writeReport(target: string, report: Report): void {
+  mkdirSync(target, { recursive: true });
+  writeFileSync(resultFile(target), `${JSON.stringify(report, null, 2)}\n`);
+  const cell = (value: number | null | undefined, digits = 2) => value?.toFixed(digits) ?? '';
+  const lines = (report.results ?? []).map((row) => {
+    const numbers = [row.without, row.with, row.speedup, row.cutOnly, row.attentionAlone].map((value) => cell(value));
+    return `| ${row.spelling} | ${row.length} | ${numbers.join(' | ')} | ${cell(row.accuracy?.cosineSimilarity, 6)} |`;
+  });
+  const header =
+    '| attention | tokens | without (ms) | with (ms) | speedup | cut only (ms) | one attention alone (ms) | cosine similarity |\n|---|---|---|---|---|---|---|---|';
+  writeFileSync(join(target, 'onnxruntime.md'), `${header}\n${lines.join('\n')}\n`);
+}
+
+if (spellings.length > 1) {
+  // A process each: a runtime that fails or waits for ever in one leaves the other its numbers.
+  let merged: Report = {};
+  for (const spelling of spellings) {
+    const target = join(folder, spelling);
+    const rest = Object.entries({ ...flags, spellings: spelling }).flatMap(([name, value]) => [
+      `--${name}`,
+      `${value}`,
+    ]);
+    const { signal } = spawnSync(process.execPath, [...process.execArgv, process.argv[1] as string, target, ...rest], {
+      stdio: 'inherit',
+      timeout: 1000 * Number(flags.limit),
+      killSignal: 'SIGKILL',
+    });
+    if (signal !== null) console.error(`${spelling}: ended after ${flags.limit} s`);
+    const report = readReport(target);
+    merged = { ...report, ...merged, results: [...(merged.results ?? []), ...(report.results ?? [])] };
+    writeReport(folder, merged);
+  }
+  process.exit(0);
+}
+const [spelling] = spellings as [AttentionSpelling];
+
+/** What is being done, for the log: a step that takes long says so, unless it keeps this thread from running. */
+let current = { what: 'start', since: performance.now() };
+function step(what: string): void {
+  const now = performance.now();
+  if (now - current.since > 2000)
+    console.log(`${spelling}: ${current.what} took ${((now - current.since) / 1000).toFixed(1)} s`);
+  current = { what, since: now };
+}
+setInterval(() => {
+  console.log(`${spelling}: ${current.what} since ${((performance.now() - current.since) / 1000).toFixed(0)} s`);
+}, 15_000).unref();
 
 const gpu = flags.provider === 'webgpu' ? await enableNodeWebgpu() : undefined;
 const adapter = await gpu?.requestAdapter({ powerPreference: 'high-performance' });
@@ -112,7 +188,9 @@ const options = {
 /** Normal numbers, where the model runs. */
 function floats(random: Random, dims: readonly number[]): OrtTensor {
   const values = random.normals(dims.reduce((product, n) => product * n, 1));
-  const data = float === 'float32' ? values : Uint16Array.from(values, float16FromNumber);
+  const bits = new Uint16Array(float === 'float16' ? values.length : 0);
+  for (let i = 0; i < bits.length; i++) bits[i] = float16FromNumber(values[i] as number);
+  const data = float === 'float16' ? bits : values;
   if (device === undefined) return new ort.Tensor(float, data as never, dims) as unknown as OrtTensor;
   const { buffer } = emptyGpuTensor(device, float, dims);
   device.queue.writeBuffer(buffer, 0, data as BufferSource);
@@ -130,6 +208,21 @@ async function numbersOf(output: OrtTensor): Promise<Float32Array> {
     : toFloat32(tensor(bitsOf(data as Uint16Array), [output.size], { dtype: 'float16' }));
 }
 
+/** Normal numbers that come again: as good as new ones for time, and a model has a hundred million of them. */
+class RepeatedRandom extends Random {
+  readonly #numbers = super.normals(65_537);
+  #at = 0;
+
+  override normals(length: number, scale = 1): Float32Array {
+    const values = new Float32Array(length);
+    for (let i = 0; i < length; i++) {
+      values[i] = (this.#numbers[this.#at] as number) * scale;
+      this.#at = this.#at === 65_536 ? 0 : this.#at + 1;
+    }
+    return values;
+  }
+}
+
 interface Variant {
   readonly name: 'without' | 'with' | 'cutOnly';
   readonly session: OrtSession & { readonly sageAttention?: readonly AttentionReport[] };
@@ -143,6 +236,7 @@ const CUT_ONLY = Number.MAX_SAFE_INTEGER;
 
 async function openVariants(model: Uint8Array): Promise<Variant[]> {
   const open = async (name: Variant['name'], create: () => Promise<unknown>): Promise<Variant> => {
+    step(`opening '${name}'`);
     const start = performance.now();
     const session = (await create()) as Variant['session'];
     return { name, session, createMilliseconds: performance.now() - start, failure: undefined };
@@ -157,9 +251,14 @@ async function openVariants(model: Uint8Array): Promise<Variant[]> {
 }
 
 /** One run, until the GPU has finished. */
-async function timed({ session }: Variant, feeds: OrtFeeds): Promise<{ milliseconds: number; output: OrtTensor }> {
+async function timed(
+  { name, session }: Variant,
+  feeds: OrtFeeds,
+): Promise<{ milliseconds: number; output: OrtTensor }> {
+  step(`a run of '${name}', ${feeds.x?.dims[1]} tokens`);
   const start = performance.now();
   const { y } = await (session.run as (feeds: OrtFeeds) => Promise<Record<string, OrtTensor>>)(feeds);
+  step(`the GPU's work for '${name}', ${feeds.x?.dims[1]} tokens`);
   await device?.queue.onSubmittedWorkDone();
   const milliseconds = performance.now() - start;
   if (gpuError !== undefined) {
@@ -199,6 +298,10 @@ async function measure(variants: readonly Variant[], feeds: OrtFeeds): Promise<M
         variant.failure = messageOf(error);
         outputs.delete(variant.name);
         times.set(variant.name, []);
+        // What it still reports is its own, not the next one's.
+        await device?.queue.onSubmittedWorkDone();
+        await new Promise((resolve) => setTimeout(resolve, 10));
+        gpuError = undefined;
       }
     }
   }
@@ -228,81 +331,50 @@ async function attentionAlone(length: number): Promise<number | undefined> {
   return median(times);
 }
 
-interface Row {
-  readonly spelling: AttentionSpelling;
-  readonly length: number;
-  /** Milliseconds. */
-  readonly without: number | undefined;
-  readonly with: number | undefined;
-  readonly cutOnly: number | undefined;
-  readonly speedup: number | undefined;
-  readonly cutCost: number | undefined;
-  /** Of one block. */
-  readonly attentionAlone: number | undefined;
-  readonly accuracy: ReturnType<typeof compare> | undefined;
-  readonly failures: Readonly<Record<string, string>>;
-}
-
 const rows: Row[] = [];
-const created: Record<string, Record<string, number>> = {};
-
-function write(): void {
-  mkdirSync(folder, { recursive: true });
-  const report = { ...details, onnxruntime: ort.env.versions.web, ...size, float, created, results: rows };
-  writeFileSync(join(folder, 'onnxruntime.json'), `${JSON.stringify(report, null, 2)}\n`);
-  const cell = (value: number | undefined, digits = 2) => value?.toFixed(digits) ?? '';
-  const lines = rows.map((row) => {
-    const numbers = [row.without, row.with, row.speedup, row.cutOnly, row.attentionAlone].map((value) => cell(value));
-    return `| ${row.spelling} | ${row.length} | ${numbers.join(' | ')} | ${cell(row.accuracy?.cosineSimilarity, 6)} |`;
-  });
-  const header =
-    '| attention | tokens | without (ms) | with (ms) | speedup | cut only (ms) | one attention alone (ms) | cosine similarity |\n|---|---|---|---|---|---|---|---|';
-  writeFileSync(join(folder, 'onnxruntime.md'), `${header}\n${lines.join('\n')}\n`);
+step('building the model');
+const g = new GraphBuilder(new RepeatedRandom(1), float);
+buildDiT(g, size, spelling);
+const variants = await openVariants(g.build());
+const created = Object.fromEntries(variants.map(({ name, createMilliseconds }) => [name, createMilliseconds]));
+for (const length of lengths) {
+  const random = new RepeatedRandom(2);
+  const feeds = { x: floats(random, [1, length, width]), c: floats(random, [1, width]) };
+  const { times, outputs } = await measure(variants, feeds);
+  for (const value of Object.values(feeds)) value.dispose();
+  const [without, sage, cutOnly] = variants.map(({ name }) => median(times.get(name) ?? []));
+  const [expected, actual] = [outputs.get('without') ?? outputs.get('cutOnly'), outputs.get('with')];
+  const row: Row = {
+    spelling,
+    length,
+    without,
+    with: sage,
+    cutOnly,
+    speedup: without !== undefined && sage !== undefined ? without / sage : undefined,
+    cutCost: without !== undefined && cutOnly !== undefined ? cutOnly - without : undefined,
+    attentionAlone: await attentionAlone(length).catch((error: unknown) => {
+      console.error(`attention alone: ${messageOf(error)}`);
+      return undefined;
+    }),
+    accuracy: expected && actual && compare(actual, expected),
+    failures: Object.fromEntries(
+      variants.flatMap(({ name, failure }) => (failure === undefined ? [] : [[name, failure]])),
+    ),
+  };
+  rows.push(row);
+  writeReport(folder, { ...details, onnxruntime: ort.env.versions.web, ...size, float, created, results: rows });
+  const left = variants[1]?.session.sageAttention?.find(({ taken }) => !taken);
+  console.log(
+    [
+      `${spelling}, ${length} tokens: without ${without?.toFixed(2)} ms, with ${sage?.toFixed(2)} ms (${row.speedup?.toFixed(2)}x)`,
+      `cut only ${cutOnly?.toFixed(2)} ms, attention alone ${size.blocks} x ${row.attentionAlone?.toFixed(2)} ms`,
+      `cosine similarity ${row.accuracy?.cosineSimilarity.toFixed(6)}`,
+      ...(left === undefined ? [] : [`left: ${left.reason}`]),
+      ...Object.entries(row.failures).map(([name, failure]) => `${name} failed: ${failure}`),
+    ].join(', '),
+  );
 }
-
-for (const spelling of spellings) {
-  const g = new GraphBuilder(new Random(1), float);
-  buildDiT(g, size, spelling);
-  const variants = await openVariants(g.build());
-  created[spelling] = Object.fromEntries(variants.map(({ name, createMilliseconds }) => [name, createMilliseconds]));
-  for (const length of lengths) {
-    const random = new Random(2);
-    const feeds = { x: floats(random, [1, length, width]), c: floats(random, [1, width]) };
-    const { times, outputs } = await measure(variants, feeds);
-    for (const value of Object.values(feeds)) value.dispose();
-    const [without, sage, cutOnly] = variants.map(({ name }) => median(times.get(name) ?? []));
-    const [expected, actual] = [outputs.get('without') ?? outputs.get('cutOnly'), outputs.get('with')];
-    const row: Row = {
-      spelling,
-      length,
-      without,
-      with: sage,
-      cutOnly,
-      speedup: without !== undefined && sage !== undefined ? without / sage : undefined,
-      cutCost: without !== undefined && cutOnly !== undefined ? cutOnly - without : undefined,
-      attentionAlone: await attentionAlone(length).catch((error: unknown) => {
-        console.error(`attention alone: ${messageOf(error)}`);
-        return undefined;
-      }),
-      accuracy: expected && actual && compare(actual, expected),
-      failures: Object.fromEntries(
-        variants.flatMap(({ name, failure }) => (failure === undefined ? [] : [[name, failure]])),
-      ),
-    };
-    rows.push(row);
-    write();
-    const left = variants[1]?.session.sageAttention?.find(({ taken }) => !taken);
-    console.log(
-      [
-        `${spelling}, ${length} tokens: without ${without?.toFixed(2)} ms, with ${sage?.toFixed(2)} ms (${row.speedup?.toFixed(2)}x)`,
-        `cut only ${cutOnly?.toFixed(2)} ms, attention alone ${size.blocks} x ${row.attentionAlone?.toFixed(2)} ms`,
-        `cosine similarity ${row.accuracy?.cosineSimilarity.toFixed(6)}`,
-        ...(left === undefined ? [] : [`left: ${left.reason}`]),
-        ...Object.entries(row.failures).map(([name, failure]) => `${name} failed: ${failure}`),
-      ].join(', '),
-    );
-  }
-  for (const { session } of variants) await session.release();
-}
+step('release');
+for (const { session } of variants) await session.release();
 device?.destroy();
 process.exit(0);
