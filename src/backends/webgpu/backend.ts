@@ -24,8 +24,8 @@ const DESCRIPTOR: KernelDescriptor = {
   name: 'qk-int8-pv-fp16',
   summary: 'INT8 QK, FP16 PV in WGSL: subgroup matrices, dot4I8Packed with subgroups, or core WebGPU',
   qkQuantGran: ['per-block', 'per-warp', 'per-thread'],
-  pvAccumDtype: ['fp32'],
-  smoothV: false,
+  pvAccumDtype: ['fp32', 'fp16'],
+  smoothV: true,
   smoothQ: false,
   maxHeadDim: MAX_HEAD_DIM,
 };

@@ -8,6 +8,7 @@ import {
   WANTED_FEATURES,
   WANTED_LIMITS,
 } from './capabilities.ts';
+import { matrixProducts } from './families.ts';
 import { probeMatrixDialect } from './matrix-dialect.ts';
 
 export interface DeviceOptions {
@@ -127,19 +128,27 @@ const settled = async (device: GPUDevice, found: Capabilities, options: DeviceOp
   ...options.capabilities,
 });
 
-/** Probes how subgroup matrices are written here; INT8 products that come out wrong in every way are not used. */
+/** Probes how subgroup matrices are written here; products that come out wrong in every way are not used. */
 async function withDialect(device: GPUDevice, capabilities: Capabilities): Promise<Capabilities> {
-  const { matrixFeature, matrixConfigs, subgroupSize } = capabilities;
-  const product = matrixConfigs.find(
-    ({ componentType, resultComponentType }) => componentType === 'i8' && resultComponentType === 'i32',
-  );
-  if (matrixFeature === undefined || product === undefined) return capabilities;
-  const matrixDialect = await probeMatrixDialect(device, matrixFeature, product, subgroupSize[1]);
-  if (matrixDialect !== undefined) return { ...capabilities, matrixDialect };
-  return { ...capabilities, matrixConfigs: matrixConfigs.filter(({ componentType }) => componentType !== 'i8') };
+  const { matrixFeature, subgroupSize } = capabilities;
+  let { matrixConfigs } = capabilities;
+  while (matrixFeature !== undefined && matrixConfigs.length > 0) {
+    const used = (['f32', 'f16'] as const).flatMap((accumulate) =>
+      Object.values(matrixProducts(matrixConfigs, accumulate) ?? {}),
+    );
+    if (used.length === 0) break;
+    const products = [...new Set<MatrixConfig>(used)];
+    const { dialect, wrong } = await probeMatrixDialect(device, matrixFeature, products, subgroupSize[1]);
+    if (dialect !== undefined) return { ...capabilities, matrixConfigs, matrixDialect: dialect };
+    matrixConfigs = matrixConfigs.filter((config) => config !== wrong);
+  }
+  return { ...capabilities, matrixConfigs };
 }
 
 const messageOf = (error: unknown) => (error instanceof Error ? error.message : String(error));
+
+/** Work that failed may have failed because the device went: how long to wait for word of it. */
+const LOSS_IS_TOLD_MS = 100;
 
 export class GpuContext {
   readonly device: GPUDevice;
@@ -240,8 +249,9 @@ export class GpuContext {
     try {
       return await Promise.race([promise, this.#loss]);
     } catch (error) {
-      // Work fails in its own words when the device goes; what matters is the loss.
-      await Promise.resolve();
+      // Work fails in its own words when the device goes, in Chromium before the loss is told; what matters is the loss.
+      const told = new Promise((resolve) => setTimeout(resolve, LOSS_IS_TOLD_MS));
+      await Promise.race([told, this.#loss.catch(() => {})]);
       throw this.#lost ?? error;
     }
   }

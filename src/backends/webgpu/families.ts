@@ -60,29 +60,26 @@ const SOFTWARE_VARIANT = '16x16n';
 
 export interface MatrixVariant extends MatrixShape {
   readonly name: string;
-  /** Result type of P V. f16 takes half the registers and loses accuracy with length: never chosen unless forced. */
-  readonly accumulate: 'f32' | 'f16';
 }
 
 const matrixVariant = (
   subgroups: number,
   rowTiles: number,
   keys: number,
-  { staged = '', headroom = 8, accumulate = 'f32' as 'f32' | 'f16' } = {},
+  { staged = '', headroom = 8 } = {},
 ): MatrixVariant => ({
-  name: `${subgroups}x${rowTiles}x${keys}${staged}${headroom === 0 && accumulate === 'f32' ? 'e' : ''}${accumulate === 'f16' ? 'h' : ''}`,
+  name: `${subgroups}x${rowTiles}x${keys}${staged}${headroom === 0 ? 'e' : ''}`,
   subgroups,
   rowTiles,
   keys,
   stageKeys: staged.includes('k'),
   stageValues: staged.includes('v'),
   headroom,
-  accumulate,
 });
 
 /**
  * Tiles of family `matrix`, best first; the first that fits is taken. Names: subgroups x row tiles x keys, staged
- * operands (k, v), exact maximum (e), float16 sums (h). The order is that of bench/webgpu/h200.ts on an H200.
+ * operands (k, v), exact maximum (e). The order is that of bench/webgpu/h200.ts on an H200.
  */
 export const MATRIX_VARIANTS: readonly MatrixVariant[] = [
   matrixVariant(4, 1, 32),
@@ -100,7 +97,6 @@ export const MATRIX_VARIANTS: readonly MatrixVariant[] = [
   matrixVariant(8, 1, 32, { staged: 'kv' }),
   matrixVariant(4, 2, 32, { staged: 'kv' }),
   matrixVariant(4, 1, 32, { headroom: 0 }),
-  matrixVariant(4, 1, 32, { headroom: 0, accumulate: 'f16' }),
   matrixVariant(2, 1, 32),
   matrixVariant(1, 1, 32),
 ];
@@ -115,6 +111,7 @@ const emulatedProducts = (kind: Emulation, f16: boolean): readonly MatrixConfig[
   return [
     { componentType: 'i8', resultComponentType: 'i32', M: 16, N: 16, K: 32 },
     { componentType: type, resultComponentType: 'f32', M: 16, N: 16, K: 16 },
+    ...(f16 ? [{ componentType: type, resultComponentType: 'f16', M: 16, N: 16, K: 16 }] : []),
   ];
 };
 
@@ -122,10 +119,13 @@ const emulatedProducts = (kind: Emulation, f16: boolean): readonly MatrixConfig[
 const QK_PREFERENCE = ['i8->i32', 'f16->f32', 'f32->f32'];
 const PV_PREFERENCE = { f32: ['f16->f32', 'f32->f32'], f16: ['f16->f16'] } as const;
 
+/** Result type of P V. */
+export type Accumulation = 'f32' | 'f16';
+
 /** The products to use: both with the same M, and dims that divide the padded head dims (32) and the key tile. */
 export function matrixProducts(
   configs: readonly MatrixConfig[],
-  accumulate: 'f32' | 'f16',
+  accumulate: Accumulation,
 ): { readonly qk: MatrixConfig; readonly pv: MatrixConfig } | undefined {
   const usable = (config: MatrixConfig) => 32 % config.K === 0 && 32 % config.N === 0 && config.N % 4 === 0;
   const ranked = (preference: readonly string[]) =>
@@ -162,6 +162,7 @@ export function chooseMatrixVariant(
   capabilities: Capabilities,
   headDimPadded: number,
   valueDimPadded: number,
+  accumulate: Accumulation,
   forced: string | undefined,
   emulate: Emulation | undefined,
 ): AttentionVariant {
@@ -175,28 +176,28 @@ export function chooseMatrixVariant(
     );
   }
   const { lanes, configs } = support;
-  const candidates = MATRIX_VARIANTS.flatMap((variant) => {
-    const products = matrixProducts(configs, variant.accumulate);
-    if (products === undefined) return [];
-    const { qk } = products;
+  const products = matrixProducts(configs, accumulate);
+  if (products === undefined) throw unsupportedAccumulation('a device that lists no product with float16 sums');
+  const { qk } = products;
+  const candidates = MATRIX_VARIANTS.flatMap((table) => {
+    // Sums in float16 have no room for P above 1.
+    const variant = accumulate === 'f16' ? { ...table, headroom: 0 } : table;
     const rows = variant.subgroups * variant.rowTiles * qk.M;
     const fits =
       matrixWorkgroupBytes({ ...variant, ...products }, headDimPadded, valueDimPadded) <= capabilities.workgroupBytes &&
       variant.subgroups * lanes <= capabilities.workgroupThreads &&
       128 % rows === 0 &&
       variant.keys % KEY_TILE === 0;
-    return fits ? [{ variant, products, rows }] : [];
+    return fits ? [{ variant, rows }] : [];
   });
-  const affordable = candidates.filter(
-    ({ variant }) => variant.accumulate === 'f32' && variant.rowTiles * valueDimPadded <= MATRIX_OUTPUT_COLUMNS,
-  );
+  const affordable = candidates.filter(({ variant }) => variant.rowTiles * valueDimPadded <= MATRIX_OUTPUT_COLUMNS);
   const found =
     forced === undefined ? (affordable[0] ?? candidates[0]) : candidates.find(({ variant }) => variant.name === forced);
   if (found === undefined) {
     const names = candidates.map(({ variant }) => `'${variant.name}'`).join(', ');
     throw new UnsupportedOptionError('qk-int8-pv-fp16', 'options.variant', `one of ${names || 'none'}`, `'${forced}'`);
   }
-  const { variant, products, rows } = found;
+  const { variant, rows } = found;
   const extension = MATRIX_FEATURES.find(([feature]) => capabilities.matrixFeature === feature)?.[1] ?? '';
   return {
     family: 'matrix',
@@ -318,6 +319,14 @@ export function chooseTiles(
   return chosen;
 }
 
+const unsupportedAccumulation = (received: string) =>
+  new UnsupportedOptionError(
+    'qk-int8-pv-fp16',
+    'options.pvAccumDtype',
+    "'fp32', or family 'matrix'",
+    `'fp16' on ${received}`,
+  );
+
 /** A family's kernel with its tiles settled. */
 export interface AttentionVariant {
   readonly family: Family;
@@ -333,14 +342,16 @@ export interface AttentionVariant {
 export function chooseVariant(
   capabilities: Capabilities,
   problem: AttentionProblem,
-  _choice: KernelChoice,
+  choice: KernelChoice,
   forced: Forced,
 ): AttentionVariant {
   const emulate = forced.emulateMatrices;
   const family = familyOf(capabilities, forced);
   const [headDimPadded, valueDimPadded] = [padDim(problem.headDim), padDim(problem.valueDim)];
+  const accumulate = choice.pvAccumDtype === 'fp16' ? 'f16' : 'f32';
   if (family === 'matrix')
-    return chooseMatrixVariant(capabilities, headDimPadded, valueDimPadded, forced.variant, emulate);
+    return chooseMatrixVariant(capabilities, headDimPadded, valueDimPadded, accumulate, forced.variant, emulate);
+  if (accumulate === 'f16') throw unsupportedAccumulation(`family '${family}'`);
   const tiles = chooseTiles(capabilities, family, headDimPadded, valueDimPadded, problem.queryLength, forced.variant);
   return {
     family,

@@ -22,7 +22,7 @@ import { statisticsKernel } from './wgsl/statistics.ts';
 
 const gpu = create(['backend=null', 'enable-dawn-features=allow_unsafe_apis']);
 const EXTENSION = 'chromium_experimental_subgroup_matrix';
-const DIALECT = { majorness: 'template', packedUnit: 'words' } as const;
+const DIALECT = { majorness: 'template', packedUnit: 'words', blocks: true } as const;
 
 const H200: readonly MatrixConfig[] = [
   { componentType: 'i8', resultComponentType: 'i32', M: 16, N: 16, K: 32 },
@@ -54,6 +54,7 @@ const SCORES: readonly ScoreConfig[] = (
   softcap,
   returnLse,
   scaleValues: dtype !== 'float16',
+  smoothV: dtype === 'bfloat16',
   keyScale,
   result,
 }));
@@ -97,34 +98,34 @@ describe('WGSL', () => {
     ['an Apple GPU', APPLE],
   ] as const) {
     for (const variant of MATRIX_VARIANTS) {
-      const products = matrixProducts(configs, variant.accumulate);
-      if (products === undefined) continue;
       it(`matrices of ${name}, ${variant.name}, compile`, async () => {
-        for (const scores of SCORES) {
-          const operations = nativeMatrices(EXTENSION, DIALECT);
-          const code = matrixAttentionKernel({
-            ...scores,
-            ...variant,
-            ...products,
-            lanes: 32,
-            subgroupId: true,
-            operations,
-          });
-          // Wide heads do not fit every variant's workgroup memory; then the compiler need not take them either.
-          const bytes = matrixWorkgroupBytes({ ...variant, ...products }, scores.headDimPadded, scores.valueDimPadded);
-          if (bytes <= 48 * 1024) expect(await messagesOf(code)).toEqual([]);
+        for (const accumulate of ['f32', 'f16'] as const) {
+          const products = matrixProducts(configs, accumulate);
+          if (products === undefined) continue;
+          for (const [i, scores] of SCORES.entries()) {
+            const operations = nativeMatrices(EXTENSION, { ...DIALECT, blocks: i % 2 === 0 });
+            const sizes = { ...scores, ...variant, ...products, lanes: 32, subgroupId: true, operations };
+            // Wide heads do not fit every variant's workgroup memory; then the compiler need not take them either.
+            const bytes = matrixWorkgroupBytes(sizes, scores.headDimPadded, scores.valueDimPadded);
+            if (bytes <= 48 * 1024) expect(await messagesOf(matrixAttentionKernel(sizes))).toEqual([]);
+          }
         }
       });
     }
   }
 
   it('the probe of subgroup matrices compiles in the dialect of this Dawn', async () => {
-    expect(await messagesOf(matrixProbeKernel(H200[0] as MatrixConfig, EXTENSION, DIALECT, 32))).toEqual([]);
+    for (const product of H200) {
+      for (const blocks of [true, false]) {
+        const code = matrixProbeKernel(product, EXTENSION, { ...DIALECT, blocks }, 32);
+        expect(await messagesOf(code)).toEqual([]);
+      }
+    }
   });
 
-  it('a product that comes out right in no dialect is not used', async () => {
-    const product = H200[0] as MatrixConfig;
-    expect(await probeMatrixDialect(device, 'chromium-experimental-subgroup-matrix', product, 32)).toBeUndefined();
+  it('a product that comes out right in no dialect is named', async () => {
+    const found = await probeMatrixDialect(device, 'chromium-experimental-subgroup-matrix', H200, 32);
+    expect(found).toEqual({ wrong: H200[0] });
   });
 
   it('preparing kernels compile', async () => {
@@ -132,13 +133,22 @@ describe('WGSL', () => {
       for (const access of ['vector', 'scalar'] as const) {
         const sizes = { dtype, access, headDim: 48, headDimPadded: 64, valueDim: 80, valueDimPadded: 96 };
         const valueMax = dtype !== 'float16';
-        expect(await messagesOf(statisticsKernel({ ...sizes, mean: true, valueMax }))).toEqual([]);
+        expect(await messagesOf(statisticsKernel({ ...sizes, keyMean: true, valueMax, valueMean: valueMax }))).toEqual(
+          [],
+        );
         for (const granularity of ['per-block', 'per-warp', 'per-thread'] as const) {
           for (const smoothK of [true, false]) {
             const query = prepareQueryKernel({ ...sizes, granularity, smoothK, rowConstant: true });
             expect(await messagesOf(query)).toEqual([]);
             for (const layout of ['rows', 'tiles'] as const) {
-              const config = { ...sizes, granularity, smoothK, scaleValues: valueMax, layout };
+              const config = {
+                ...sizes,
+                granularity,
+                smoothK,
+                scaleValues: valueMax,
+                smoothV: valueMax && smoothK,
+                layout,
+              };
               expect(await messagesOf(prepareKeyValueKernel(config))).toEqual([]);
             }
           }
@@ -330,7 +340,7 @@ describe('the backend on a device that computes nothing', () => {
   });
 
   it("asks the adapter for subgroup matrices that the caller's device does not list", async () => {
-    // The null device computes nothing: INT8 products fail the probe, the others stay.
+    // The null device computes nothing: products that the kernels would use fail the probe, the others stay.
     const { vendor, architecture, device: name, description } = device.adapterInfo;
     const listing = (other: object) => ({
       wgslLanguageFeatures: gpu.wgslLanguageFeatures,
@@ -340,7 +350,7 @@ describe('the backend on a device that computes nothing', () => {
     });
     const configsWith = async (options: object) =>
       (await createWebgpuBackend({ device, ...options }).context()).capabilities.matrixConfigs;
-    const floats = H200.filter(({ componentType }) => componentType === 'f16');
+    const floats = H200.filter(({ resultComponentType }) => resultComponentType === 'f16');
     expect(await configsWith({ gpu: listing({}) })).toEqual(floats);
     expect(await configsWith({ adapter: await listing({}).requestAdapter() })).toEqual(floats);
     expect(await configsWith({ gpu: listing({ device: 'another GPU' }) })).toEqual([]);

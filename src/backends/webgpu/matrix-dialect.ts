@@ -1,83 +1,163 @@
 /**
  * Finds out by value how a device's subgroup matrices are written: the extension is experimental, and implementations
- * have differed in syntax and in the unit of offsets of 8-bit matrices, where a wrong reading is a fast wrong answer.
+ * have differed in syntax, in the unit of offsets of 8-bit matrices and in what memory matrices may lie, where a wrong
+ * reading is a fast wrong answer.
  */
+import { float16FromNumber, float16ToNumber } from '../../tensor/formats/float16.ts';
 import { MATRIX_FEATURES, type MatrixConfig } from './capabilities.ts';
 import { GPU_BUFFER_USAGE, GPU_MAP_READ } from './gpu-tensor.ts';
-import { type MatrixDialect, nativeMatrices } from './wgsl/matrix-operations.ts';
+import { type MatrixDialect, type MatrixMemory, nativeMatrices } from './wgsl/matrix-operations.ts';
 
 const DIALECTS: readonly MatrixDialect[] = [
-  { majorness: 'template', packedUnit: 'words' },
-  { majorness: 'template', packedUnit: 'components' },
-  { majorness: 'argument', packedUnit: 'components' },
-  { majorness: 'argument', packedUnit: 'words' },
+  { majorness: 'template', packedUnit: 'words', blocks: true },
+  { majorness: 'template', packedUnit: 'words', blocks: false },
+  { majorness: 'template', packedUnit: 'components', blocks: true },
+  { majorness: 'template', packedUnit: 'components', blocks: false },
+  { majorness: 'argument', packedUnit: 'components', blocks: false },
+  { majorness: 'argument', packedUnit: 'words', blocks: false },
 ];
 
-/** Rows are this many components longer than the product's K, and data starts this far into the buffer. */
+/** Rows of the left matrix are this many components longer than the product's K, and data starts this far into a buffer. */
 const GAP = 16;
 
-/** A kernel that multiplies one left by one right matrix, both with gaps between their rows. */
+/** The right matrix is in the second of two blocks. */
+const BLOCKS = 2;
+const rightBlock = ({ N, K }: MatrixConfig) => GAP + N * K + 16;
+/** Result and, where it is no INT8, the left matrix go through workgroup memory, in the second of two blocks too. */
+const resultBlock = ({ M, N }: MatrixConfig) => M * (N + 4);
+const leftBlock = ({ M, K }: MatrixConfig) => M * (K + 8);
+
+/** Of what kind each place of the probe's is: a block in an array of arrays, or in one long array. */
+export interface ProbedBlocks {
+  readonly left: boolean;
+  readonly right: boolean;
+  readonly result: boolean;
+}
+
+/**
+ * A kernel that multiplies one left by one right matrix with the memory of the attention kernel: rows with gaps in storage
+ * for Q, dense columns in a block of storage for K and V, blocks of workgroup memory for P and for results.
+ */
 export function matrixProbeKernel(
   product: MatrixConfig,
   extension: string,
   dialect: MatrixDialect,
   lanes: number,
+  blocks: ProbedBlocks = { left: dialect.blocks, right: dialect.blocks, result: dialect.blocks },
 ): string {
-  const operations = nativeMatrices(extension, dialect);
-  const { componentType, K, N } = product;
-  const component = componentType as 'i8' | 'f16' | 'f32';
-  const memory = (name: string) => ({ name, component });
-  const [loadLeft, left] = operations.loadLeft(product, 'a', memory('lefts'), `${GAP}u`, `${K + GAP}u`);
-  const [loadRight, right] = operations.loadRight(product, 'b', memory('rights'), `${GAP}u`, `${K + GAP}u`, true);
-  const result = { name: 'results', component: 'i32' as const };
+  const operations = (nested: boolean) => nativeMatrices(extension, { ...dialect, blocks: nested });
+  const { componentType, resultComponentType, K, M, N } = product;
+  const component = componentType as MatrixMemory['component'];
+  const element = component === 'i8' ? 'i32' : component;
+  const array = (nested: boolean, type: string, length: number) =>
+    nested ? `array<array<${type}, ${length}>, ${BLOCKS}>` : `array<${type}, ${length * BLOCKS}>`;
+  const at = (nested: boolean, name: string, length: number, index: string) =>
+    nested ? `${name}[block][${index}]` : `${name}[block * ${length}u + ${index}]`;
+  const block = (length: number) => ({ index: 'block', length });
+  const staged = component !== 'i8';
+  const [loadLeft, left] = staged
+    ? operations(blocks.left).loadLeft(
+        product,
+        'a',
+        { name: 'tile', component, block: block(leftBlock(product)) },
+        '0u',
+        `${K + 8}u`,
+      )
+    : operations(false).loadLeft(product, 'a', { name: 'lefts', component }, `${GAP}u`, `${K + GAP}u`);
+  const rightLength = rightBlock(product);
+  const [loadRight, right] = operations(blocks.right).loadRight(
+    product,
+    'b',
+    { name: 'rights', component, block: block(rightLength) },
+    `${GAP}u`,
+    `${K}u`,
+    true,
+  );
+  const result: MatrixMemory = {
+    name: 'result',
+    component: resultComponentType as MatrixMemory['component'],
+    block: block(resultBlock(product)),
+  };
+  const { enable, declareResult, multiplyAccumulate } = operations(false);
+  const rightWords = component === 'i8' ? rightLength / 4 : rightLength;
   return `
 enable subgroups;
-${operations.enable}
-${component === 'f16' ? 'enable f16;' : ''}
-@group(0) @binding(0) var<storage, read> lefts: array<${component === 'i8' ? 'i32' : component}>;
-@group(0) @binding(1) var<storage, read> rights: array<${component === 'i8' ? 'i32' : component}>;
-@group(0) @binding(2) var<storage, read_write> results: array<${product.resultComponentType}>;
+${enable}
+${component === 'f16' || resultComponentType === 'f16' ? 'enable f16;' : ''}
+@group(0) @binding(0) var<storage, read> lefts: array<${element}>;
+@group(0) @binding(1) var<storage, read> rights: array<${blocks.right ? `array<${element}, ${rightWords}>` : element}>;
+@group(0) @binding(2) var<storage, read_write> results: array<${resultComponentType}>;
+${staged ? `var<workgroup> tile: ${array(blocks.left, element, leftBlock(product))};` : ''}
+var<workgroup> result: ${array(blocks.result, resultComponentType, resultBlock(product))};
 @compute @workgroup_size(${lanes})
-fn main() {
-  ${operations.declareResult(product, 'c')}
+fn main(@builtin(workgroup_id) group: vec3<u32>, @builtin(local_invocation_index) lane: u32) {
+  let block = group.x + 1u;
+  ${
+    staged
+      ? `for (var i = lane; i < ${M * K}u; i += ${lanes}u) { ${at(blocks.left, 'tile', leftBlock(product), `i / ${K}u * ${K + 8}u + i % ${K}u`)} = lefts[${GAP}u + i / ${K}u * ${K + GAP}u + i % ${K}u]; }
+  workgroupBarrier();`
+      : ''
+  }
+  ${declareResult(product, 'c')}
   ${loadLeft}
   ${loadRight}
-  ${operations.multiplyAccumulate(product, left, right, 'c')}
-  ${operations.storeResult(product, 'c', result, '0u', `${N}u`)}
+  ${multiplyAccumulate(product, left, right, 'c')}
+  ${operations(blocks.result).storeResult(product, 'c', result, '0u', `${N + 4}u`)}
+  workgroupBarrier();
+  for (var i = lane; i < ${M * N}u; i += ${lanes}u) { results[i] = ${at(blocks.result, 'result', resultBlock(product), `i / ${N}u * ${N + 4}u + i % ${N}u`)}; }
 }`;
 }
 
 /** Small integers that depend on row and column, so that a misread matrix does not give the right product. */
 const valueAt = (row: number, column: number) => ((row * 7 + column * 5 + row * column * 3) % 15) - 7;
 
-/** `rows` rows of K INT8 values with gaps, as the probe's buffers hold them. */
-function packedRows(rows: number, K: number, salt: number): Int8Array<ArrayBuffer> {
-  const data = new Int8Array(GAP + rows * (K + GAP) + 64).fill(77);
+/** Rows of K values from `GAP` on, as the probe's buffers hold them, in bytes of the component's type. */
+function rowsOf(component: string, rows: number, K: number, stride: number, start: number, salt: number): ArrayBuffer {
+  const length = start + rows * stride + 64;
+  const data =
+    component === 'i8'
+      ? new Int8Array(length).fill(77)
+      : component === 'f16'
+        ? new Uint16Array(length).fill(0x4000)
+        : new Float32Array(length).fill(2);
   for (let row = 0; row < rows; row++) {
-    for (let k = 0; k < K; k++) data[GAP + row * (K + GAP) + k] = valueAt(row + salt, k);
+    for (let k = 0; k < K; k++) {
+      const value = valueAt(row + salt, k);
+      data[start + row * stride + k] = component === 'f16' ? float16FromNumber(value) : value;
+    }
   }
-  return data;
+  return data.buffer as ArrayBuffer;
 }
 
 /**
- * The dialect in which the product of INT8 matrices comes out right; `undefined` when there is none.
+ * The dialect in which all products come out right; where there is none, the first product that stood in the way.
  *
- * @param product a listed i8 -> i32 configuration
+ * @param products listed configurations
  */
 export async function probeMatrixDialect(
   device: GPUDevice,
   feature: string,
-  product: MatrixConfig,
+  products: readonly MatrixConfig[],
   lanes: number,
-): Promise<MatrixDialect | undefined> {
+): Promise<{ readonly dialect?: MatrixDialect; readonly wrong?: MatrixConfig }> {
   const extension = MATRIX_FEATURES.find(([name]) => name === feature)?.[1] ?? '';
+  let furthest = 0;
   for (const dialect of DIALECTS) {
-    if (await isExact(device, matrixProbeKernel(product, extension, dialect, lanes), product)) return dialect;
+    let right = 0;
+    for (const product of products) {
+      if (!(await isExact(device, matrixProbeKernel(product, extension, dialect, lanes), product))) break;
+      right++;
+    }
+    if (right === products.length) return { dialect };
+    furthest = Math.max(furthest, right);
   }
-  return undefined;
+  const wrong = products[furthest];
+  return wrong === undefined ? {} : { wrong };
 }
 
-async function isExact(device: GPUDevice, code: string, { M, N, K }: MatrixConfig): Promise<boolean> {
+/** Whether a probe's kernel gives the product of the probe's matrices. */
+export async function isExact(device: GPUDevice, code: string, product: MatrixConfig): Promise<boolean> {
+  const { M, N, K, componentType, resultComponentType } = product;
   const buffers: GPUBuffer[] = [];
   const buffer = (size: number, usage: number) => {
     const made = device.createBuffer({ label: 'sageattention matrix probe', size: Math.ceil(size / 16) * 16, usage });
@@ -92,10 +172,12 @@ async function isExact(device: GPUDevice, code: string, { M, N, K }: MatrixConfi
     device.popErrorScope().catch(() => null);
     const pipeline = await compiling;
     const storage = GPU_BUFFER_USAGE.STORAGE | GPU_BUFFER_USAGE.COPY_DST | GPU_BUFFER_USAGE.COPY_SRC;
-    const [left, right] = [packedRows(M, K, 0), packedRows(N, K, 3)];
+    const left = rowsOf(componentType, M, K, K + GAP, GAP, 0);
+    const right = rowsOf(componentType, N, K, K, rightBlock(product) + GAP, 3);
     const [lefts, rights] = [buffer(left.byteLength, storage), buffer(right.byteLength, storage)];
-    const results = buffer(M * N * 4, storage);
-    const staging = buffer(M * N * 4, GPU_BUFFER_USAGE.MAP_READ | GPU_BUFFER_USAGE.COPY_DST);
+    const bytes = M * N * (resultComponentType === 'f16' ? 2 : 4);
+    const results = buffer(bytes, storage);
+    const staging = buffer(bytes, GPU_BUFFER_USAGE.MAP_READ | GPU_BUFFER_USAGE.COPY_DST);
     device.queue.writeBuffer(lefts, 0, left);
     device.queue.writeBuffer(rights, 0, right);
     const encoder = device.createCommandEncoder();
@@ -105,10 +187,14 @@ async function isExact(device: GPUDevice, code: string, { M, N, K }: MatrixConfi
     pass.setBindGroup(0, device.createBindGroup({ layout: pipeline.getBindGroupLayout(0), entries }));
     pass.dispatchWorkgroups(1);
     pass.end();
-    encoder.copyBufferToBuffer(results, 0, staging, 0, M * N * 4);
+    encoder.copyBufferToBuffer(results, 0, staging, 0, bytes);
     device.queue.submit([encoder.finish()]);
     await staging.mapAsync(GPU_MAP_READ);
-    const actual = new Int32Array(staging.getMappedRange(0, M * N * 4).slice(0));
+    const mapped = staging.getMappedRange(0, bytes).slice(0);
+    const actual =
+      resultComponentType === 'f16'
+        ? Float64Array.from(new Uint16Array(mapped), float16ToNumber)
+        : Float64Array.from(resultComponentType === 'i32' ? new Int32Array(mapped) : new Float32Array(mapped));
     return actual.every((value, i) => {
       const [m, n] = [Math.floor(i / N), i % N];
       let expected = 0;

@@ -10,6 +10,7 @@ import {
 import type { Granularity } from '../../quantization/schemes.ts';
 import { BYTES_PER_ELEMENT, type DType } from '../../tensor/dtype.ts';
 import { elementCount } from '../../tensor/tensor.ts';
+import type { KernelChoice } from '../backend.ts';
 import type { Capabilities } from './capabilities.ts';
 import { aligned, type Binding, type BufferName, type Launch, type Unit, unitsOf } from './launches.ts';
 import { encodeParams, type KeyValueLayout, rowVectors, SEQUENCE, SEQUENCE_WORDS, wrap32 } from './wgsl/layout.ts';
@@ -61,14 +62,22 @@ export interface KeyValueShape {
   /** Chunks of the statistics of each sequence. */
   readonly chunks: number;
   readonly smoothK: boolean;
+  readonly smoothV: boolean;
+  readonly scaleValues: boolean;
   readonly granularity: Granularity;
   readonly layout: KeyValueLayout;
 }
 
 export const padDim = (dim: number): number => roundUp(dim, 32);
 
-/** V's channels need scales: float16 values fit as they are. */
-export const scalesValues = (dtype: DType): boolean => dtype !== 'float16';
+/**
+ * V's channels need scales: float16 values fit as they are, but for differences from a mean. Sums in float16 overflow less
+ * where no value exceeds 1.
+ */
+const scalesValues = (dtype: DType, { smoothV, pvAccumDtype }: ValueChoice): boolean =>
+  dtype !== 'float16' || smoothV || pvAccumDtype === 'fp16';
+
+type ValueChoice = Pick<KernelChoice, 'smoothV' | 'pvAccumDtype'>;
 
 export function keyValueBytes(shape: KeyValueShape): { keys: number; values: number; partials: number } {
   // Kernels bind whole tiles.
@@ -84,7 +93,7 @@ export function keyValueBytes(shape: KeyValueShape): { keys: number; values: num
 /** Where the rows of the keys of a problem's sequences are when they are laid end to end, each from a new block. */
 export function keyValueShapeOf(
   problem: AttentionProblem,
-  choice: { readonly smoothK: boolean; readonly qkQuantGran: Granularity },
+  choice: Pick<KernelChoice, 'smoothK' | 'qkQuantGran'> & ValueChoice,
   capabilities: Capabilities,
   layout: KeyValueLayout,
 ): KeyValueShape {
@@ -112,6 +121,8 @@ export function keyValueShapeOf(
     keyRows,
     chunks,
     smoothK: choice.smoothK,
+    smoothV: choice.smoothV,
+    scaleValues: scalesValues(dtype, choice),
     granularity: choice.qkQuantGran,
     layout,
   };
@@ -322,9 +333,8 @@ const allOf = (tiles: readonly unknown[], heads: number, splits = 1): Unit => ({
 export function statisticsLaunches(stages: Stages): Launch[] {
   const { problem, keyValue, records } = stages;
   const { dtype, headDim, valueDim, kvHeads } = problem;
-  const mean = keyValue.smoothK;
-  const valueMax = scalesValues(dtype);
-  if (!mean && !valueMax) return [];
+  const { smoothK: keyMean, scaleValues: valueMax, smoothV: valueMean } = keyValue;
+  if (!keyMean && !valueMax) return [];
   const { chunks } = keyValue;
   const items: Tile[] = records.flatMap(({ keyLength }, sequence) =>
     Array.from({ length: chunks }, (_, chunk) => {
@@ -338,15 +348,16 @@ export function statisticsLaunches(stages: Stages): Launch[] {
     dtype,
     access: accessOf(
       dtype,
-      [...(mean ? [problem.k] : []), ...(valueMax ? [problem.v] : [])],
-      [...(mean ? [headDim] : []), ...(valueMax ? [valueDim] : [])],
+      [...(keyMean ? [problem.k] : []), ...(valueMax ? [problem.v] : [])],
+      [...(keyMean ? [headDim] : []), ...(valueMax ? [valueDim] : [])],
     ),
     headDim,
     headDimPadded,
     valueDim,
     valueDimPadded,
-    mean,
+    keyMean,
     valueMax,
+    valueMean,
   });
   const bytes = BYTES_PER_ELEMENT[dtype];
   if (records.every(({ keyLength }) => keyLength === 0)) return [];
@@ -357,7 +368,7 @@ export function statisticsLaunches(stages: Stages): Launch[] {
     allOf(items, kvHeads),
     (unit) => [
       tablesBinding(stages),
-      ...(mean ? [operandSpan(stages, 2, 'k', items, unit)] : []),
+      ...(keyMean ? [operandSpan(stages, 2, 'k', items, unit)] : []),
       ...(valueMax ? [operandSpan(stages, 3, 'v', items, unit)] : []),
       partialSpan(stages, 4, unit.heads),
     ],
@@ -396,7 +407,7 @@ export function prepareKeyValueLaunches(stages: Stages, first = 0): Launch[] {
     return list;
   });
   const tilesAt = tables.tiles(tiles);
-  const scaleValues = scalesValues(dtype);
+  const { scaleValues, smoothV } = keyValue;
   const needsPartials = keyValue.smoothK || scaleValues;
   const code = prepareKeyValueKernel({
     dtype,
@@ -408,6 +419,7 @@ export function prepareKeyValueLaunches(stages: Stages, first = 0): Launch[] {
     valueDimPadded,
     smoothK: keyValue.smoothK,
     scaleValues,
+    smoothV,
     layout: keyValue.layout,
   });
   const keyBytes = rowVectors(headDimPadded) * 16;
@@ -779,7 +791,8 @@ export function scoreConfigOf(stages: Stages, splits: KeySplits, keyScale: 'toke
     mask: keyLength === 0 ? undefined : mask?.dtype,
     softcap: softcap > 0,
     returnLse,
-    scaleValues: scalesValues(dtype),
+    scaleValues: stages.keyValue.scaleValues,
+    smoothV: stages.keyValue.smoothV,
     keyScale,
     result: splits.count > 1 || sharesWords ? 'partial' : 'final',
   };

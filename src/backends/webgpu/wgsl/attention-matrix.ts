@@ -16,7 +16,7 @@
 import type { MatrixConfig } from '../capabilities.ts';
 import { KEY_TILE, params, rowVectors, SEQUENCE, tables, VALUE_GROUP } from './layout.ts';
 import type { MatrixMemory, MatrixOperations } from './matrix-operations.ts';
-import { valueScale } from './prepare.ts';
+import { valueMean, valueScale } from './prepare.ts';
 import {
   ATTENTION_PARAMS,
   expOf,
@@ -88,14 +88,14 @@ export function matrixWorkgroupBytes(
     rows * (keys * bytesOf(pv.componentType) + ROW_PADDING) +
     subgroups * pv.M * pv.N * bytesOf(pv.resultComponentType) +
     rows * 4 +
-    valueDimPadded * 4 +
+    2 * valueDimPadded * 4 +
     64
   );
 }
 
 export function matrixAttentionKernel(config: MatrixKernelConfig): string {
   const { operations, qk, pv, lanes, subgroupId, subgroups, rowTiles, keys, headroom } = config;
-  const { headDimPadded, valueDim, valueDimPadded, keyScale, result, returnLse, scaleValues, mask } = config;
+  const { headDimPadded, valueDim, valueDimPadded, keyScale, result, returnLse, scaleValues, smoothV, mask } = config;
   const M = qk.M;
   const threads = subgroups * lanes;
   const rows = subgroups * rowTiles * M;
@@ -120,28 +120,55 @@ export function matrixAttentionKernel(config: MatrixKernelConfig): string {
   const probabilityStride = keys + padding(pv.componentType);
   const valueStride = VALUE_GROUP + (staged.values ? padding(pv.componentType) : 0);
   const scoreType = qk.resultComponentType;
+  const valueType = valueTypeOf(pv.componentType, staged.values);
   const subtiles = keys / KEY_TILE;
 
   const component = (name: string) => name as MatrixMemory['component'];
-  const storageBlock = (subtile: number) => `(key_tile + ${subtile}u)`;
+  // Elements of blocks, as the lanes reach them.
+  const inBlock = (name: string, block: string, length: number, index: string) =>
+    operations.blocks ? `${name}[${block}][${index}]` : `${name}[${block} * ${length}u + ${index}]`;
+  const ownRows = rowTiles * M;
+  const keyTile = (subtile: number | string) => `(key_tile + ${subtile}${typeof subtile === 'number' ? 'u' : ''})`;
+  const keyWord = (subtile: number | string, word: string) =>
+    inBlock('key_tiles', keyTile(subtile), KEY_TILE * rowWords, word);
+  const scoreAt = (index: string) => inBlock('scores', 'subgroup', ownRows * scoreStride, index);
+  const outputAt = (index: string) => inBlock('output_tile', 'subgroup', pv.M * pv.N, index);
+  const block = (index: string, length: number) => ({ index, length });
   const memory = {
     query: { name: staged.query ? 'tile_q' : 'query_rows', component: component(qk.componentType) },
     keys: (subtile: number): MatrixMemory =>
       staged.keys
         ? { name: 'tile_k', component: component(qk.componentType) }
-        : { name: 'key_tiles', component: component(qk.componentType), block: storageBlock(subtile) },
+        : {
+            name: 'key_tiles',
+            component: component(qk.componentType),
+            block: block(keyTile(subtile), KEY_TILE * rowWords * 4),
+          },
     values: (subtile: number): MatrixMemory =>
       staged.values
         ? { name: 'tile_v', component: component(pv.componentType) }
-        : { name: 'value_tiles', component: component(pv.componentType), block: storageBlock(subtile) },
-    scores: { name: 'scores', component: component(scoreType), block: 'subgroup' },
-    probabilities: { name: 'probabilities', component: component(pv.componentType), block: 'subgroup' },
-    output: { name: 'output_tile', component: component(pv.resultComponentType), block: 'subgroup' },
+        : {
+            name: 'value_tiles',
+            component: component(pv.componentType),
+            block: block(keyTile(subtile), KEY_TILE * valueDimPadded),
+          },
+    scores: { name: 'scores', component: component(scoreType), block: block('subgroup', ownRows * scoreStride) },
+    probabilities: {
+      name: 'probabilities',
+      component: component(pv.componentType),
+      block: block('subgroup', ownRows * probabilityStride),
+    },
+    output: {
+      name: 'output_tile',
+      component: component(pv.resultComponentType),
+      block: block('subgroup', pv.M * pv.N),
+    },
   } as const;
 
   const arrayOf = (name: string, type: string, elements: number, blocks = 0) => {
     const array = type === 'i8' ? `array<i32, ${elements / 4}>` : `array<${type}, ${elements}>`;
-    return `var<workgroup> ${name}: ${blocks === 0 ? array : `array<${array}, ${blocks}>`};`;
+    if (blocks === 0) return `var<workgroup> ${name}: ${array};`;
+    return `var<workgroup> ${name}: ${operations.blocks ? `array<${array}, ${blocks}>` : `array<${type}, ${elements * blocks}>`};`;
   };
 
   /** A row within its subgroup, and within the workgroup. */
@@ -158,7 +185,7 @@ export function matrixAttentionKernel(config: MatrixKernelConfig): string {
   const tileWords = KEY_TILE * 8;
   const stageKeys = range(subtiles)
     .map((subtile) => {
-      const word = `key_tiles[${storageBlock(subtile)}][i]`;
+      const word = keyWord(subtile, 'i');
       const store = int8
         ? `tile_k[(g * ${keys}u + ${subtile * KEY_TILE}u + r) * ${(32 + ROW_PADDING) / 4}u + w] = ${word};`
         : `let word = ${word};
@@ -173,7 +200,7 @@ export function matrixAttentionKernel(config: MatrixKernelConfig): string {
   const stageValues = range(subtiles)
     .map(
       (subtile) => `for (var i = t; i < ${(KEY_TILE * valueDimPadded) / 4}u; i += ${threads}u) {
-      let word = value_tiles[${storageBlock(subtile)}][i];
+      let word = ${inBlock('value_tiles', keyTile(subtile), (KEY_TILE * valueDimPadded) / 4, 'i')};
       let x = ${pv.componentType === 'f16' ? 'word' : 'vec4<f32>(unpack2x16float(word.x), unpack2x16float(word.y))'};
       let to = (i / ${VALUE_GROUP / 4}u + ${(subtile * KEY_TILE * valueDimPadded) / VALUE_GROUP}u) * ${valueStride}u + i % ${VALUE_GROUP / 4}u * 4u;
       ${['x', 'y', 'z', 'w'].map((c, e) => `tile_v[to + ${e}u] = x.${c};`).join(' ')}
@@ -271,13 +298,13 @@ export function matrixAttentionKernel(config: MatrixKernelConfig): string {
     );
     const scaleAt = (c: number) =>
       keyScale === 'token'
-        ? `bitcast<f32>(key_tiles[key_tile + ${column(c)} / ${KEY_TILE}u][${factsWords}u + ${column(c)} % ${KEY_TILE}u * 4u])`
+        ? `bitcast<f32>(${keyWord(`${column(c)} / ${KEY_TILE}u`, `${factsWords}u + ${column(c)} % ${KEY_TILE}u * 4u`)})`
         : 'key_scale';
     const masked = statements.map(({ mask: masking }, c) =>
       masking === '' ? '' : `if (f_${c} > ${EXCLUDED_BELOW}) ${masking.startsWith('{') ? masking : `{ ${masking} }`}`,
     );
     const flagsAt = (c: number) =>
-      `u32(key_tiles[key_tile + ${column(c)} / ${KEY_TILE}u][${factsWords + 1}u + ${column(c)} % ${KEY_TILE}u * 4u])`;
+      `u32(${keyWord(`${column(c)} / ${KEY_TILE}u`, `${factsWords + 1}u + ${column(c)} % ${KEY_TILE}u * 4u`)})`;
     // The subtrahend of an empty row is so far above EXCLUDED that the difference is 0 to exp2; in natural units, where
     // masks may hold such values themselves and differences may overflow, it is a comparison instead.
     const probability = (c: number) =>
@@ -287,7 +314,7 @@ export function matrixAttentionKernel(config: MatrixKernelConfig): string {
     return `
     {
       let at = ${ownRow(rt)} * ${scoreStride}u;
-      ${C.map((c) => `var f_${c} = f32(scores[subgroup][at + ${column(c)}]) * (scale_${rt} * ${scaleAt(c)}); ${statements[c]?.softcap ?? ''}`).join('\n      ')}
+      ${C.map((c) => `var f_${c} = f32(${scoreAt(`at + ${column(c)}`)}) * (scale_${rt} * ${scaleAt(c)}); ${statements[c]?.softcap ?? ''}`).join('\n      ')}
       if (edge) {
         ${C.map((c) => `{ let key = start + i32${column(c)}; if (key < low_${rt} || key > high_${rt}) { f_${c} = ${EXCLUDED}; } }`).join('\n        ')}
       }
@@ -313,7 +340,7 @@ export function matrixAttentionKernel(config: MatrixKernelConfig): string {
       let to = ${ownRow(rt)} * ${probabilityStride}u;
       ${C.map(
         (c) => `{ let p = ${probability(c)}; l_${rt} += p;
-        probabilities[subgroup][to + ${column(c)}] = ${pv.componentType}(p); }`,
+        ${inBlock('probabilities', 'subgroup', ownRows * probabilityStride, `to + ${column(c)}`)} = ${pv.componentType}(p); }`,
       ).join('\n      ')}
     }`;
   };
@@ -322,7 +349,7 @@ export function matrixAttentionKernel(config: MatrixKernelConfig): string {
     O.map(
       (j) => `${operations.storeResult(pv, `o_${rt}_${j}`, memory.output, '0u', `${pv.N}u`)}
       workgroupBarrier();
-      for (var i = lane; i < ${pv.M * pv.N}u; i += ${lanes}u) { output_tile[subgroup][i] *= ${pv.resultComponentType}(row_factor[${tileRow(rt)} + i / ${pv.N}u]); }
+      for (var i = lane; i < ${pv.M * pv.N}u; i += ${lanes}u) { ${outputAt('i')} *= ${pv.resultComponentType}(row_factor[${tileRow(rt)} + i / ${pv.N}u]); }
       workgroupBarrier();
       ${operations.loadResult(pv, `o_${rt}_${j}`, memory.output, '0u', `${pv.N}u`)}
       workgroupBarrier();`,
@@ -367,8 +394,10 @@ export function matrixAttentionKernel(config: MatrixKernelConfig): string {
     let factor = row_factor[r];
     if (r < count) {
       let y = vec4<f32>(${range(4)
-        .map((e) => `f32(output_tile[subgroup][4u * i + ${e}u])`)
-        .join(', ')}) * factor${scaleValues ? ' * value_scales[c / 4u]' : ''};
+        .map((e) => `f32(${outputAt(`4u * i + ${e}u`)})`)
+        .join(
+          ', ',
+        )}) * factor${scaleValues ? ' * value_scales[c / 4u]' : ''}${smoothV ? ' + select(vec4<f32>(), value_means[c / 4u], factor > 0.0)' : ''};
       ${
         result === 'final'
           ? `let at = ${rowElement('(first_row + r)')} - P.outputBase;
@@ -410,7 +439,7 @@ fn main(@builtin(workgroup_id) group: vec3<u32>, @builtin(local_invocation_index
   ${
     scaleValues
       ? `let value_record = ((head / P.groupSize * P.sequences + sequence) * P.chunks) * ${statisticsVectors(headDimPadded, valueDimPadded)}u + ${headDimPadded / 4}u - P.partialBase;
-  for (var i = t; i < ${valueDimPadded / 4}u; i += ${threads}u) { value_scales[i] = value_scale(value_record + i, P.chunks, 1); }`
+  for (var i = t; i < ${valueDimPadded / 4}u; i += ${threads}u) { value_scales[i] = value_scale(value_record + i, P.chunks, 1); ${smoothV ? `value_means[i] = value_mean(value_record + ${valueDimPadded / 4}u + i, P.chunks);` : ''} }`
       : ''
   }
 ${T.map(
@@ -436,9 +465,9 @@ ${T.map(
     workgroupBarrier();`
         : ''
     }
-    ${keyScale === 'tile' ? `let key_scale = bitcast<f32>(key_tiles[key_tile][${factsWords}u]);` : ''}
+    ${keyScale === 'tile' ? `let key_scale = bitcast<f32>(${keyWord(0, `${factsWords}u`)});` : ''}
     let flagged = (${range(subtiles)
-      .map((subtile) => `key_tiles[key_tile + ${subtile}u][${factsWords + 2}u]`)
+      .map((subtile) => keyWord(subtile, `${factsWords + 2}u`))
       .join(' | ')}) != 0;
     ${T.map((rt) => S.map((n) => operations.clear(qk, `s_${rt}_${n}`)).join(' ')).join('\n    ')}
     ${multiplyKeys}
@@ -469,10 +498,11 @@ ${operations.enable === '' ? '' : `diagnostic(off, ${operations.enable.includes(
 ${params(0, ATTENTION_PARAMS)}
 ${tables(1)}
 @group(0) @binding(2) var<storage, read> query_rows: array<i32>;
-@group(0) @binding(3) var<storage, read> key_tiles: array<array<i32, ${KEY_TILE * rowWords}>>;
-@group(0) @binding(4) var<storage, read> value_tiles: array<${valueTileType(pv.componentType, staged.values, KEY_TILE * valueDimPadded)}>;
+@group(0) @binding(3) var<storage, read> key_tiles: array<${operations.blocks ? `array<i32, ${KEY_TILE * rowWords}>` : 'i32'}>;
+@group(0) @binding(4) var<storage, read> value_tiles: array<${operations.blocks ? `array<${valueType}, ${(KEY_TILE * valueDimPadded) / (valueType === 'f16' ? 1 : 4)}>` : valueType}>;
 ${scoreDeclarations(config)}
-${scaleValues ? valueScale(statisticsVectors(headDimPadded, valueDimPadded)) : ''}
+${scaleValues ? valueScale(statisticsVectors(headDimPadded, valueDimPadded), smoothV) : ''}
+${smoothV ? valueMean(statisticsVectors(headDimPadded, valueDimPadded)) : ''}
 ${staged.query ? arrayOf('tile_q', qk.componentType, rows * qkStride) : ''}
 ${staged.keys ? arrayOf('tile_k', qk.componentType, int8 ? (keys * headDimPadded * keyStride) / 32 : keys * qkStride) : ''}
 ${staged.values ? arrayOf('tile_v', pv.componentType, (keys / VALUE_GROUP) * valueDimPadded * valueStride) : ''}
@@ -481,13 +511,12 @@ ${arrayOf('probabilities', pv.componentType, rowTiles * M * probabilityStride, s
 ${arrayOf('output_tile', pv.resultComponentType, pv.M * pv.N, subgroups)}
 var<workgroup> row_factor: array<f32, ${rows}>;
 ${scaleValues ? `var<workgroup> value_scales: array<vec4<f32>, ${valueDimPadded / 4}>;` : ''}
+${smoothV ? `var<workgroup> value_means: array<vec4<f32>, ${valueDimPadded / 4}>;` : ''}
 var<workgroup> moved: array<atomic<u32>, 2>;
 ${operations.declarations()}
 ${main}`;
 }
 
-/** How tiles of V, FP16 in storage, are bound: as matrices are loaded from them, or four values at a time. */
-function valueTileType(component: string, staged: boolean, elements: number): string {
-  if (component !== 'f16') return `array<vec2<u32>, ${elements / 4}>`;
-  return staged ? `array<vec4<f16>, ${elements / 4}>` : `array<f16, ${elements}>`;
-}
+/** How V, FP16 in storage, is bound: as matrices are loaded from it, or four values at a time. */
+const valueTypeOf = (component: string, staged: boolean) =>
+  component !== 'f16' ? 'vec2<u32>' : staged ? 'vec4<f16>' : 'f16';

@@ -10,7 +10,7 @@
  * flat index would be clamped, and its address computed, at each of the accesses that bound these kernels.
  */
 import { FLAG_NONFINITE_K, FLAG_NONFINITE_V, params, rowVectors, SEQUENCE, tables } from './layout.ts';
-import { valueScale } from './prepare.ts';
+import { valueMean, valueScale } from './prepare.ts';
 import {
   ATTENTION_PARAMS,
   expOf,
@@ -73,7 +73,7 @@ const DOT_EMULATED = `fn dot_int8(a: u32, b: u32) -> i32 {
 
 export function tiledAttentionKernel(config: TiledConfig): string {
   const { rows, keys, rowThreads, colThreads, sharedKeyValue, floatValues, family, packedDot, subgroupId } = config;
-  const { headDimPadded, valueDim, valueDimPadded, keyScale, result, returnLse, scaleValues, mask } = config;
+  const { headDimPadded, valueDim, valueDimPadded, keyScale, result, returnLse, scaleValues, smoothV, mask } = config;
   const threads = rowThreads * colThreads;
   const vectors = rowVectors(headDimPadded);
   const dims = vectors - 1;
@@ -218,7 +218,8 @@ var<workgroup> tile_v: ${nested(floatValues ? 'vec4<f32>' : 'vec2<u32>', tn, col
 
   const finish = (i: number) => {
     const nanRow = `sum_${i} < 0.0`;
-    const scaled = (v: number) => (scaleValues ? ` * scale_v_${v}` : '');
+    const scaled = (v: number) =>
+      `${scaleValues ? ` * scale_v_${v}` : ''}${smoothV ? ` + select(vec4<f32>(), mean_v_${v}, sum_${i} > 0.0)` : ''}`;
     const at = `(sequence_field(sequence, ${SEQUENCE.output}u) - P.outputBase + head * P.outputHeadStride + (first_row + ${row(i)}) * P.outputTokenStride)`;
     const store = (v: number) => {
       const channel = `(4u * (c + ${v * colThreads}u))`;
@@ -260,7 +261,8 @@ ${tables(1)}
 @group(0) @binding(4) var<storage, read> value_rows: array<vec2<u32>>;
 ${scoreDeclarations(config)}
 ${packedDot ? DOT : DOT_EMULATED}
-${scaleValues ? valueScale(statisticsVectors(headDimPadded, valueDimPadded)) : ''}
+${scaleValues ? valueScale(statisticsVectors(headDimPadded, valueDimPadded), smoothV) : ''}
+${smoothV ? valueMean(statisticsVectors(headDimPadded, valueDimPadded)) : ''}
 var<workgroup> tile_q: ${nested('vec4<u32>', tm, rowThreads, vectors)};
 ${memory}
 var<workgroup> tile_p: ${nested('vec4<f32>', tm, rowThreads, keys / 4 + 1)};
@@ -341,7 +343,7 @@ ${I.map(
   ${
     scaleValues
       ? `let record_v = ((head / P.groupSize * P.sequences + sequence) * P.chunks) * ${statisticsVectors(headDimPadded, valueDimPadded)}u + ${headDimPadded / 4}u - P.partialBase;
-  ${V.map((v) => `let scale_v_${v} = value_scale(record_v + c + ${v * colThreads}u, P.chunks, 1);`).join('\n  ')}`
+  ${V.map((v) => `let scale_v_${v} = value_scale(record_v + c + ${v * colThreads}u, P.chunks, 1);${smoothV ? ` let mean_v_${v} = value_mean(record_v + ${quads + v * colThreads}u + c, P.chunks);` : ''}`).join('\n  ')}`
       : ''
   }
 ${I.map(finish).join('')}

@@ -10,15 +10,22 @@ import type { MatrixConfig } from '../capabilities.ts';
 /**
  * An array in workgroup or storage memory that matrices are loaded from and stored to.
  *
- * With `block` it is one of an array of arrays. Every access to a matrix is checked against its array's length, with a
- * branch around it, unless length, offset and stride are constants: so what moves is the block, and offsets stay constant.
+ * With `block` it is one of several of equal length, in an array of arrays where the dialect has `blocks`. Every access to
+ * a matrix is checked against its array's length, with a branch around it, unless length, offset and stride are constants:
+ * so what moves is the block, and offsets stay constant.
  */
 export interface MatrixMemory {
   readonly name: string;
-  /** Index of the inner array, an expression. */
-  readonly block?: string;
+  readonly block?: MatrixBlock;
   /** Component type of the matrices; `i8` lies packed in an `array<i32>`. */
   readonly component: 'i8' | 'i32' | 'f16' | 'f32';
+}
+
+export interface MatrixBlock {
+  /** Which one, an expression. */
+  readonly index: string;
+  /** Components of each. */
+  readonly length: number;
 }
 
 /** A loaded operand: a WGSL name, and where it came from. */
@@ -30,6 +37,8 @@ export interface Operand {
 
 export interface MatrixOperations {
   readonly enable: string;
+  /** Blocks are arrays of arrays; otherwise they follow one another in one array. */
+  readonly blocks: boolean;
   /** Functions that the statements call. */
   declarations(): string;
   /** `var name = 0`, a result of the product. */
@@ -63,9 +72,15 @@ export interface MatrixOperations {
 export interface MatrixDialect {
   readonly majorness: 'template' | 'argument';
   readonly packedUnit: 'words' | 'components';
+  /** Matrices in an array of arrays come out right. */
+  readonly blocks: boolean;
 }
 
-const arrayAt = ({ name, block }: MatrixMemory) => (block === undefined ? name : `${name}[${block}]`);
+/** The array that a matrix is in, and its offset there. */
+const arrayAt = ({ name, block }: MatrixMemory, offset: string, blocks: boolean): readonly [string, string] => {
+  if (block === undefined) return [name, offset];
+  return blocks ? [`${name}[${block.index}]`, offset] : [name, `${block.index} * ${block.length}u + ${offset}`];
+};
 
 const majorness = (columnMajor: boolean) => (columnMajor ? 'col_major' : 'row_major');
 
@@ -79,13 +94,15 @@ export function nativeMatrices(extension: string, dialect: MatrixDialect): Matri
     component === 'i8' && dialect.packedUnit === 'words' ? `(${n}) / 4u` : n;
   const template = dialect.majorness === 'template';
   const load = (type: string, memory: MatrixMemory, offset: string, stride: string, columnMajor: boolean) => {
-    const [at, step] = [units(memory, offset), units(memory, stride)];
+    const [array, inArray] = arrayAt(memory, offset, dialect.blocks);
+    const [at, step] = [units(memory, inArray), units(memory, stride)];
     return template
-      ? `subgroupMatrixLoad<${type}, ${majorness(columnMajor)}>(&${arrayAt(memory)}, ${at}, ${step})`
-      : `subgroupMatrixLoad<${type}>(&${arrayAt(memory)}, ${at}, ${columnMajor}, ${step})`;
+      ? `subgroupMatrixLoad<${type}, ${majorness(columnMajor)}>(&${array}, ${at}, ${step})`
+      : `subgroupMatrixLoad<${type}>(&${array}, ${at}, ${columnMajor}, ${step})`;
   };
   return {
     enable: `enable ${extension};`,
+    blocks: dialect.blocks,
     declarations: () => '',
     declareResult: (product, name) => `var ${name}: ${result(product)};`,
     clear: (product, name) => `${name} = ${result(product)}();`,
@@ -98,10 +115,12 @@ export function nativeMatrices(extension: string, dialect: MatrixDialect): Matri
       { name, memory, columnMajor },
     ],
     multiplyAccumulate: (_, a, b, c) => `${c} = subgroupMatrixMultiplyAccumulate(${a.name}, ${b.name}, ${c});`,
-    storeResult: (_, name, to, offset, stride) =>
-      template
-        ? `subgroupMatrixStore<row_major>(&${arrayAt(to)}, ${offset}, ${name}, ${stride});`
-        : `subgroupMatrixStore(&${arrayAt(to)}, ${offset}, ${name}, false, ${stride});`,
+    storeResult: (_, name, to, offset, stride) => {
+      const [array, at] = arrayAt(to, offset, dialect.blocks);
+      return template
+        ? `subgroupMatrixStore<row_major>(&${array}, ${at}, ${name}, ${stride});`
+        : `subgroupMatrixStore(&${array}, ${at}, ${name}, false, ${stride});`;
+    },
     loadResult: (product, name, memory, offset, stride) =>
       `${name} = ${load(result(product), memory, offset, stride, false)};`,
   };
@@ -128,9 +147,10 @@ export function emulatedMatrices(lanes: number): MatrixOperations {
     return `read_${name}`;
   };
   const reference = (name: string, { block }: MatrixMemory, offset: string, stride: string) =>
-    `let ${name} = vec3<u32>(${offset}, ${stride}, ${block ?? '0u'});`;
+    `let ${name} = vec3<u32>(${offset}, ${stride}, ${block?.index ?? '0u'});`;
   return {
     enable: '',
+    blocks: true,
     declarations: () => [...functions.values()].join('\n'),
     declareResult: (product, name) => `var ${name}: ${resultType(product)};`,
     clear: (product, name) => `${name} = ${resultType(product)}();`,
@@ -163,8 +183,8 @@ export function emulatedMatrices(lanes: number): MatrixOperations {
       return `${name}(${a.name}, ${b.name}, &${c}, lane);`;
     },
     storeResult: (product, name, memory, offset, stride) =>
-      `for (var e = 0u; e < ${elements(product)}u; e++) { let at = lane * ${elements(product)}u + e; ${arrayAt(memory)}[${offset} + at / ${product.N}u * ${stride} + at % ${product.N}u] = ${name}[e]; }`,
+      `for (var e = 0u; e < ${elements(product)}u; e++) { let at = lane * ${elements(product)}u + e; ${memory.block === undefined ? memory.name : `${memory.name}[${memory.block.index}]`}[${offset} + at / ${product.N}u * ${stride} + at % ${product.N}u] = ${name}[e]; }`,
     loadResult: (product, name, memory, offset, stride) =>
-      `for (var e = 0u; e < ${elements(product)}u; e++) { let at = lane * ${elements(product)}u + e; ${name}[e] = ${arrayAt(memory)}[${offset} + at / ${product.N}u * ${stride} + at % ${product.N}u]; }`,
+      `for (var e = 0u; e < ${elements(product)}u; e++) { let at = lane * ${elements(product)}u + e; ${name}[e] = ${memory.block === undefined ? memory.name : `${memory.name}[${memory.block.index}]`}[${offset} + at / ${product.N}u * ${stride} + at % ${product.N}u]; }`,
   };
 }

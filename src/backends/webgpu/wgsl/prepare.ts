@@ -50,6 +50,8 @@ export interface PrepareQueryConfig extends PrepareConfig {
 export interface PrepareKeyValueConfig extends PrepareConfig {
   /** V gets a power-of-two scale per channel, so that float32 and bfloat16 values fit float16. */
   readonly scaleValues: boolean;
+  /** Subtract V's mean over its sequence; with `scaleValues` only, since differences may be twice as large. */
+  readonly smoothV: boolean;
   readonly layout: KeyValueLayout;
 }
 
@@ -219,8 +221,19 @@ ${reduceGroups(chunks)}
 }
 
 export function prepareKeyValueKernel(config: PrepareKeyValueConfig): string {
-  const { dtype, access, headDim, headDimPadded, valueDim, valueDimPadded, smoothK, scaleValues, granularity, layout } =
-    config;
+  const {
+    dtype,
+    access,
+    headDim,
+    headDimPadded,
+    valueDim,
+    valueDimPadded,
+    smoothK,
+    smoothV,
+    scaleValues,
+    granularity,
+    layout,
+  } = config;
   const chunks = headDimPadded / 16;
   const valueChunks = valueDimPadded / 16;
   const vectors = rowVectors(headDimPadded);
@@ -235,7 +248,10 @@ export function prepareKeyValueKernel(config: PrepareKeyValueConfig): string {
   const loadV = `load_v(vSource + row * P.vTokenStride + channel, min(16u, max(${valueDim}u, channel) - channel))`;
   const scaleV = scaleValues
     ? `${range(4)
-        .map((i) => `x[${i}] *= inverse_scale[channel / 4u + ${i}u];`)
+        .map(
+          (i) =>
+            `x[${i}] = x[${i}] * inverse_scale[channel / 4u + ${i}u]${smoothV ? ` - scaled_mean[channel / 4u + ${i}u]` : ''};`,
+        )
         .join(' ')}
     // Values appended to a cache may outgrow the scale that its first values set; they are flagged, not clipped.
     if (${largestOf16} > 65504.0) { nonfinite = 1u; }`
@@ -297,13 +313,15 @@ ${needsPartials ? '@group(0) @binding(4) var<storage, read> partials: array<vec4
 @group(0) @binding(6) var<storage, read_write> values: array<${tiled ? 'u32' : 'vec4<u32>'}>;
 ${smoothK ? `var<workgroup> mean: array<vec4<f32>, ${headDimPadded / 4}>;` : ''}
 ${scaleValues ? `var<workgroup> inverse_scale: array<vec4<f32>, ${valueDimPadded / 4}>;` : ''}
+${smoothV ? `var<workgroup> scaled_mean: array<vec4<f32>, ${valueDimPadded / 4}>;` : ''}
 var<workgroup> partial: array<f32, ${KEY_BLOCK * chunks}>;
 var<workgroup> row_max: array<f32, ${KEY_BLOCK}>;
 var<workgroup> group_max: array<f32, ${KEY_BLOCK}>;
 var<workgroup> flags: array<atomic<u32>, ${KEY_BLOCK}>;
 ${QUANTIZE}
 ${MAX4}
-${scaleValues ? valueScale(statistics) : ''}
+${scaleValues ? valueScale(statistics, smoothV) : ''}
+${smoothV ? valueMean(statistics) : ''}
 fn group_of(row: u32) -> u32 { return ${KEY_GROUP[granularity]}; }
 // The vector of a row's 16 channels from 16 * chunk on; of its facts after the last chunk.
 fn key_at(row: u32, chunk: u32) -> u32 { return ${
@@ -327,7 +345,9 @@ ${smoothK ? loadMean(headDimPadded / 4, statistics) : ''}
 ${
   scaleValues
     ? `  for (var i = lid; i < ${valueDimPadded / 4}u; i += ${THREADS}u) {
-    inverse_scale[i] = value_scale(record + ${headDimPadded / 4}u + i, P.chunks, -1);
+    let inverse = value_scale(record + ${headDimPadded / 4}u + i, P.chunks, -1);
+    inverse_scale[i] = inverse;
+    ${smoothV ? `scaled_mean[i] = value_mean(record + ${(headDimPadded + valueDimPadded) / 4}u + i, P.chunks) * inverse;` : ''}
   }`
     : ''
 }
@@ -374,13 +394,22 @@ ${reduceGroups(chunks)}
 /**
  * `value_scale(record, chunks, sign)`: the power of two that brings four channels' largest magnitudes into [0.5, 1) when
  * divided by it (sign 1), or its inverse (sign -1); 1 for a channel of zeros. Powers of two keep V's bits as they are.
+ * Smoothed values may be twice as large.
  */
-export const valueScale = (statistics: number): string => `
+export const valueScale = (statistics: number, smoothV: boolean): string => `
 fn value_scale(record: u32, chunks: u32, sign: i32) -> vec4<f32> {
   var largest = vec4<f32>();
   for (var chunk = 0u; chunk < chunks; chunk++) { largest = max(largest, partials[record + chunk * ${statistics}u]); }
   let biased = vec4<i32>((bitcast<vec4<u32>>(largest) >> vec4<u32>(23u)) & vec4<u32>(0xffu));
-  let exponent = clamp(biased - vec4<i32>(126), vec4<i32>(-120), vec4<i32>(120));
+  let exponent = clamp(biased - vec4<i32>(${smoothV ? 125 : 126}), vec4<i32>(-120), vec4<i32>(120));
   let scale = bitcast<vec4<f32>>((vec4<i32>(127) + sign * exponent) << vec4<u32>(23u));
   return select(scale, vec4<f32>(1.0), biased == vec4<i32>(0));
+}`;
+
+/** `value_mean(record, chunks)`: the mean of four of V's channels over a sequence. */
+export const valueMean = (statistics: number): string => `
+fn value_mean(record: u32, chunks: u32) -> vec4<f32> {
+  var mean = vec4<f32>();
+  for (var chunk = 0u; chunk < chunks; chunk++) { mean += partials[record + chunk * ${statistics}u]; }
+  return mean;
 }`;

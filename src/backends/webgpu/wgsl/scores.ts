@@ -14,6 +14,8 @@ export interface ScoreConfig {
   readonly returnLse: boolean;
   /** V's channels have power-of-two scales. */
   readonly scaleValues: boolean;
+  /** V's mean was subtracted, and is added to every row that attends to something; V has scales then. */
+  readonly smoothV: boolean;
   /** `token`: each K row has its own scale; `tile`: all rows of a 64-token block share one. */
   readonly keyScale: 'token' | 'tile';
   /** `final`: outputs; `partial`: normalized sums, maximum and sum of each row, for the merging kernel. */

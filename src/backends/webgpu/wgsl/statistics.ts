@@ -1,6 +1,6 @@
 /**
- * First pass over K and V: partial sums of K's channels (for its mean) and, where V is stored as float32 or bfloat16,
- * the largest magnitude of V's channels (for its power-of-two scale). Each workgroup reduces one chunk of one sequence
+ * First pass over K and V: partial sums of their channels (for the means that smoothing takes) and, where V gets scales,
+ * the largest magnitude of V's channels (for a power of two). Each workgroup reduces one chunk of one sequence
  * and head; the preparing kernels add up the few chunks, always in the same order.
  */
 import type { DType } from '../../../tensor/dtype.ts';
@@ -14,8 +14,9 @@ export interface StatisticsConfig {
   readonly headDimPadded: number;
   readonly valueDim: number;
   readonly valueDimPadded: number;
-  readonly mean: boolean;
+  readonly keyMean: boolean;
   readonly valueMax: boolean;
+  readonly valueMean: boolean;
 }
 
 export const STATISTICS_PARAMS = [
@@ -36,21 +37,22 @@ export const STATISTICS_PARAMS = [
 
 const THREADS = 256;
 
-/** Vectors of four channels in one chunk's record: K's sums, then V's maxima. */
+/** Vectors of four channels in one chunk's record: K's sums, then V's maxima, then V's sums. */
 export const statisticsVectors = (headDimPadded: number, valueDimPadded: number): number =>
-  (headDimPadded + valueDimPadded) / 4;
+  (headDimPadded + 2 * valueDimPadded) / 4;
 
 export function statisticsKernel(config: StatisticsConfig): string {
-  const { dtype, access, headDim, headDimPadded, valueDim, valueDimPadded, mean, valueMax } = config;
+  const { dtype, access, headDim, headDimPadded, valueDim, valueDimPadded, keyMean, valueMax, valueMean } = config;
   const vectors = statisticsVectors(headDimPadded, valueDimPadded);
   const lanes = 2 ** Math.ceil(Math.log2(Math.max(headDimPadded, valueDimPadded) / 2));
   const rows = THREADS / lanes;
 
   // A lane has two neighbouring channels: one word of a 16-bit type.
-  const reduce = (operand: 'k' | 'v', dim: number, padded: number, recordAt: number) => {
-    const add = operand === 'k' ? 'sum + x * inverse' : 'max(sum, abs(x))';
+  const reduce = (operand: 'k' | 'v', of: 'sum' | 'max', recordAt: number) => {
+    const [dim, padded] = operand === 'k' ? [headDim, headDimPadded] : [valueDim, valueDimPadded];
+    const add = of === 'sum' ? 'sum + x * inverse' : 'max(sum, abs(x))';
     const combine =
-      operand === 'k' ? `red[lid] + red[lid + step * ${lanes}u]` : `max(red[lid], red[lid + step * ${lanes}u])`;
+      of === 'sum' ? `red[lid] + red[lid + step * ${lanes}u]` : `max(red[lid], red[lid + step * ${lanes}u])`;
     return `
   {
     var sum = vec2<f32>();
@@ -78,8 +80,8 @@ ${params(0, STATISTICS_PARAMS)}
 ${tables(1)}
 ${NONFINITE}
 ${decoder(dtype)}
-${mean ? pairLoader('k', 2, dtype, access) : ''}
-${valueMax ? pairLoader('v', 3, dtype, access) : ''}
+${keyMean ? pairLoader('k', 2, dtype, access) : ''}
+${valueMax || valueMean ? pairLoader('v', 3, dtype, access) : ''}
 @group(0) @binding(4) var<storage, read_write> partials: array<vec2<f32>>;
 var<workgroup> red: array<vec2<f32>, ${THREADS}>;
 
@@ -98,8 +100,9 @@ fn main(@builtin(workgroup_id) group: vec3<u32>, @builtin(local_invocation_index
   let lane = lid % ${lanes}u;
   let row = lid / ${lanes}u;
   let record = ((head * P.sequences + sequence) * P.chunks + chunk) * ${vectors}u - P.partialBase;
-${mean ? reduce('k', headDim, headDimPadded, 0) : ''}
-${valueMax ? reduce('v', valueDim, valueDimPadded, headDimPadded / 4) : ''}
+${keyMean ? reduce('k', 'sum', 0) : ''}
+${valueMax ? reduce('v', 'max', headDimPadded / 4) : ''}
+${valueMean ? reduce('v', 'sum', (headDimPadded + valueDimPadded) / 4) : ''}
 }`;
 }
 
