@@ -147,7 +147,7 @@ export class BoundLaunches {
     const remembered = this.#remembered;
     const same = ({ addresses }: RememberedRun) =>
       addresses[0] === scratch && operands.every(([, address], i) => addresses[i + 1] === address);
-    const at = remembered.findLastIndex(same);
+    const at = remembered.map(same).lastIndexOf(true);
     let run = remembered[at];
     if (run !== undefined && at === remembered.length - 1) return run;
     if (run !== undefined) remembered.splice(at, 1);
