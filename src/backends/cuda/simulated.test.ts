@@ -14,6 +14,7 @@ for (const [capability, kernel] of [
   [89, 'qk-int8-pv-fp8-cuda'],
   [90, 'qk-int4-pv-fp8-cuda'],
   [90, 'qk-int8-pv-fp16-cuda-sm90'],
+  [90, 'qk-int8-pv-fp8-cuda-sm90'],
 ] as const) {
   const target = CUDA_TARGETS.find((candidate) => candidate.kernel === kernel);
   if (target === undefined) throw new Error(`no target of ${kernel}`);
