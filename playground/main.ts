@@ -46,7 +46,7 @@ async function start(): Promise<void> {
   const device = Comlink.wrap<DeviceApi>(
     new Worker(new URL('./workers/device.ts', import.meta.url), { type: 'module' }),
   );
-  const [report, ortBase] = await Promise.all([startDevice(device), findOrt()]);
+  const [report, ortBase] = await Promise.all([startDevice(device, onLoss), findOrt()]);
   startModel(model, report, ortBase, onLoss);
   await startSpeed(device, report, ortBase, onLoss);
   // Only with ?debug: lets a test take the GPU away while something runs.

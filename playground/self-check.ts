@@ -5,6 +5,7 @@ import type { Backend, KernelDescriptor } from '../src/backends/backend.ts';
 import { PORTABLE_ALGORITHM, type QuantizedAlgorithm } from '../src/reference/quantized.ts';
 import { CASES, type ConformanceCase } from '../test/conformance/cases.ts';
 import { runCase, type Target } from '../test/conformance/suite.ts';
+import { survivingLoss } from './workers/backends.ts';
 
 export interface CheckResult {
   readonly backend: string;
@@ -60,8 +61,12 @@ function targetOf(backend: Backend, { name }: KernelDescriptor): Target | undefi
 export const checkCount = (backends: readonly Backend[]): number =>
   backends.flatMap(({ kernels }) => kernels.filter(({ name }) => name in BOUNDS)).length * cases.length;
 
-/** Runs every case on every kernel, one after the other. */
-export async function* selfCheck(backends: readonly Backend[], seed: number): AsyncGenerator<CheckResult> {
+/** Runs every case on every kernel, one after the other; `onLoss` hears of a GPU that went meanwhile. */
+export async function* selfCheck(
+  backends: readonly Backend[],
+  seed: number,
+  onLoss: (reason: string) => void,
+): AsyncGenerator<CheckResult> {
   for (const backend of backends) {
     for (const kernel of backend.kernels) {
       const target = targetOf(backend, kernel);
@@ -70,7 +75,7 @@ export async function* selfCheck(backends: readonly Backend[], seed: number): As
         const start = performance.now();
         let failure: string | undefined;
         try {
-          await runCase(target, testCase, seed + i);
+          await survivingLoss(() => runCase(target, testCase, seed + i), onLoss);
         } catch (error) {
           failure = error instanceof Error ? error.message : String(error);
         }

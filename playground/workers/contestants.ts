@@ -58,8 +58,15 @@ function asDtype(view: Tensor, dtype: 'float16' | 'float32'): Tensor {
   return fromFloat32(toFloat32(view), view.shape, dtype);
 }
 
+/** Resolves when the GPU has done all of its work; where it went meanwhile, nothing was done and the loss is thrown. */
+async function allDone(context: Awaited<ReturnType<typeof gpuContext>>): Promise<void> {
+  await context.unlessLost(context.device.queue.onSubmittedWorkDone());
+  if (context.lost !== undefined) throw context.lost;
+}
+
 async function sageOnGpu(kernel: KernelName, inputs: BenchInputs): Promise<Ready> {
-  const [{ device }, { downloadTensor, uploadTensor }] = await Promise.all([gpuContext(), webgpuModule()]);
+  const [context, { downloadTensor, uploadTensor }] = await Promise.all([gpuContext(), webgpuModule()]);
+  const { device } = context;
   const dtype = gpuDtype(device);
   const upload = (view: Tensor) => uploadTensor(device, asDtype(view, dtype));
   const tensors = { q: upload(inputs.q), k: upload(inputs.k), v: upload(inputs.v) };
@@ -70,10 +77,10 @@ async function sageOnGpu(kernel: KernelName, inputs: BenchInputs): Promise<Ready
     run: async (signal) => {
       (await attend(signal)).buffer.destroy();
     },
-    finish: () => device.queue.onSubmittedWorkDone(),
+    finish: () => allDone(context),
     output: async (signal) => {
       const output = await attend(signal);
-      const downloaded = await downloadTensor(device, output);
+      const downloaded = await context.unlessLost(downloadTensor(device, output));
       output.buffer.destroy();
       return downloaded;
     },
@@ -114,10 +121,7 @@ async function exactOnGpu({ q, k, v, isCausal }: BenchInputs): Promise<Ready> {
     const attention = await createExactAttention(context, tensors, { isCausal, tensorLayout: 'NHD' });
     return {
       run: async () => attention.run().buffer.destroy(),
-      finish: async () => {
-        await context.unlessLost(device.queue.onSubmittedWorkDone());
-        if (context.lost !== undefined) throw context.lost;
-      },
+      finish: () => allDone(context),
       output: async () => {
         const output = attention.run();
         const downloaded = await context.unlessLost(downloadTensor(device, output));

@@ -104,12 +104,13 @@ const api = {
   },
 
   /** @returns the number of lines that `onResult` hears of */
-  async check(onResult: (result: CheckResult, total: number) => void): Promise<void> {
+  async check(onResult: (result: CheckResult, total: number) => void, onLoss: (reason: string) => void): Promise<void> {
     const { selfCheck, checkCount } = await import('../self-check.ts');
     const backends = await Promise.all((await available()).map(getBackend));
     const total = checkCount(backends);
     // A fresh seed each time: a check that always sees the same numbers says less.
-    for await (const result of selfCheck(backends, Math.floor(Math.random() * 2 ** 31))) onResult(result, total);
+    const seed = Math.floor(Math.random() * 2 ** 31);
+    for await (const result of selfCheck(backends, seed, onLoss)) onResult(result, total);
   },
 
   /** @param ortBase the folder of onnxruntime-web's files, if they are there */

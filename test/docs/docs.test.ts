@@ -189,12 +189,22 @@ describe('the documentation site', () => {
     expect(dead).toEqual([]);
   });
 
-  it('links on GitHub too: relative links of the sources lead to files', () => {
-    const dead = pages.flatMap((page) =>
-      [...readFileSync(path.join(DOCS, page), 'utf8').matchAll(/\]\((?!https?:|#)([^)#\s]+)(?:#[^)]*)?\)/g)]
-        .filter(([, target]) => !existsSync(path.join(DOCS, target as string)))
-        .map(([, target]) => `${page}: ${target}`),
+  it('links on GitHub too: relative links and pictures of the sources lead to files', () => {
+    const sources = [...pages.map((page) => `docs/${page}`), 'README.md', 'CONTRIBUTING.md', 'CHANGELOG.md'];
+    const dead = sources.flatMap((source) =>
+      [
+        ...readFileSync(path.join(ROOT, source), 'utf8').matchAll(
+          /(?:\]\(|\b(?:src|srcset|href)=")(?!https?:|#)([^)#\s"]+)(?:#[^)"]*)?[)"]/g,
+        ),
+      ]
+        .filter(([, target]) => !existsSync(path.join(ROOT, path.dirname(source), target as string)))
+        .map(([, target]) => `${source}: ${target}`),
     );
     expect(dead).toEqual([]);
+  });
+
+  it('shows the pictures of the playground in the README', () => {
+    const readme = readFileSync(path.join(ROOT, 'README.md'), 'utf8');
+    for (const theme of ['light', 'dark']) expect(readme).toContain(`docs/images/playground-${theme}.webp`);
   });
 });

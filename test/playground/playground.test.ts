@@ -355,7 +355,8 @@ describe('playground', () => {
       expect(await page.locator('#alert').textContent()).toContain('was lost');
       const rows = await benchRows(page);
       expect(rows.map(([label]) => label)).toEqual([...kernels, ...kernels]);
-      for (const [label, , , , , error] of rows) {
+      for (const [label, , failure, , , error] of rows) {
+        expect(error, failure).toBeDefined();
         if (label === 'WebGPU exact f32') {
           expect(numberIn(error)).toBeLessThan(0.001);
         } else {
@@ -365,6 +366,16 @@ describe('playground', () => {
       }
       await page.getByRole('button', { name: 'Dismiss' }).click();
       expect(await page.locator('#alert').isVisible()).toBe(false);
+
+      // The self-check, too, goes on: what was lost is checked again, not reported as wrong.
+      await page.click('#check-start');
+      await waitForText(page, '#check-note', /^[3-9] of \d+ checks/);
+      await page.evaluate(async () => {
+        await (globalThis as unknown as { playground: { loseDevice(): Promise<void> } }).playground.loseDevice();
+      });
+      await waitForText(page, '#check-note', /^(All \d+ checks passed|\d+ of \d+ checks failed)\.$/);
+      expect(await page.locator('#checks .fail').allTextContents()).toEqual([]);
+      expect(await page.locator('#alert').textContent()).toContain('was lost');
     });
   });
 
@@ -466,6 +477,15 @@ describe('playground', () => {
       expect(reached).toContain('check-start');
       expect(reached).toContain('bench-start');
       expect(reached).toContain('Load the model');
+      // Start hands the focus to Stop, and Stop back to Start.
+      await speedField(page, 'Tokens, up to').selectOption('16384');
+      await page.locator('#bench-start').focus();
+      await page.keyboard.press('Enter');
+      await waitForText(page, '#bench-note', /^[1-9]\d* of \d+ steps/);
+      expect(await page.evaluate(() => document.activeElement?.id)).toBe('bench-stop');
+      await page.keyboard.press('Enter');
+      await waitForText(page, '#bench-note', /^Stopped\./);
+      expect(await page.evaluate(() => document.activeElement?.id)).toBe('bench-start');
       await page.locator('#why-controls').getByLabel('Offset of K, in σ').focus();
       const note = await figureNote(page, 'K as it is').textContent();
       for (let i = 0; i < 4; i++) await page.keyboard.press('ArrowRight');
