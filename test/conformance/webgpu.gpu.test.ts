@@ -90,13 +90,13 @@ const RUNS: readonly Run[] = [
           only: ['smScale 0.3'],
         },
         {
-          options: { emulateMatrices: 'int8', variant: '1x2x64' } as const,
-          target: target('matrix kernel with two row tiles and two tiles of keys, emulated'),
+          options: { emulateMatrices: 'int8', variant: '1x1x64' } as const,
+          target: target('matrix kernel with two tiles of keys, emulated'),
           only: ['smScale 0.3'],
         },
         {
-          options: { emulateMatrices: 'int8', variant: '4x1x32k' } as const,
-          target: target('matrix kernel with staged keys, emulated'),
+          options: { emulateMatrices: 'int8', variant: '1x2x32' } as const,
+          target: target('matrix kernel with two tiles of rows, emulated'),
           only: ['smScale 0.3'],
         },
       ]

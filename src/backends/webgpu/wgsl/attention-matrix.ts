@@ -31,6 +31,13 @@ import {
 import { statisticsVectors } from './statistics.ts';
 import { EXCLUDED, EXCLUDED_BELOW, range } from './storage.ts';
 
+/**
+ * Where matrices of K and V are loaded from: `none`: from the storage buffer, once for each subgroup; `step`: from
+ * workgroup memory, where the threads copy each step's keys; `ahead`: likewise, with the next step's on their way in
+ * registers meanwhile. What a product does not take as it is stored is converted on the way, step by step.
+ */
+export type Staging = 'none' | 'step' | 'ahead';
+
 /** Sizes and strategies of a matrix kernel. */
 export interface MatrixShape {
   readonly subgroups: number;
@@ -38,9 +45,7 @@ export interface MatrixShape {
   readonly rowTiles: number;
   /** Keys of a step: 32 or 64. */
   readonly keys: number;
-  /** Copy the tile's K (V) into workgroup memory first; otherwise matrices are loaded from the storage buffer, once for each subgroup. */
-  readonly stageKeys: boolean;
-  readonly stageValues: boolean;
+  readonly staging: Staging;
   /** Powers of two by which a row may outgrow its maximum before the output is rescaled; 0: always exact maximum. */
   readonly headroom: number;
 }
@@ -61,12 +66,15 @@ const bytesOf = (component: string) => (component === 'i8' ? 1 : component === '
 /** Rows in workgroup memory are this many bytes longer than their contents: neighbouring rows then start in other banks. */
 const ROW_PADDING = 16;
 
-const stages = (config: Pick<MatrixKernelConfig, 'qk' | 'pv' | 'stageKeys' | 'stageValues'>) => ({
-  // Quantized rows are converted on the way where the product takes no INT8, and V where it takes no FP16.
-  query: config.qk.componentType !== 'i8',
-  keys: config.stageKeys || config.qk.componentType !== 'i8',
-  values: config.stageValues || config.pv.componentType !== 'f16',
-});
+const stages = ({ qk, pv, staging }: Pick<MatrixKernelConfig, 'qk' | 'pv' | 'staging'>) => {
+  const [int8, float16] = [qk.componentType === 'i8', pv.componentType === 'f16'];
+  return {
+    query: !int8,
+    keys: staging !== 'none' || !int8,
+    values: staging !== 'none' || !float16,
+    ahead: staging === 'ahead' && int8 && float16,
+  };
+};
 
 /** Bytes of workgroup memory that the kernel takes. */
 export function matrixWorkgroupBytes(
@@ -78,12 +86,10 @@ export function matrixWorkgroupBytes(
   const rows = subgroups * rowTiles * qk.M;
   const staged = stages(config);
   const row = headDimPadded * bytesOf(qk.componentType) + ROW_PADDING;
-  const keyBytes = qk.componentType === 'i8' ? (keys * headDimPadded * (32 + ROW_PADDING)) / 32 : keys * row;
-  const valueBytes = VALUE_GROUP * bytesOf(pv.componentType) + ROW_PADDING;
   return (
     (staged.query ? rows * row : 0) +
-    (staged.keys ? keyBytes : 0) +
-    (staged.values ? (keys / VALUE_GROUP) * valueDimPadded * valueBytes : 0) +
+    (staged.keys ? keys * (qk.componentType === 'i8' ? headDimPadded : row) : 0) +
+    (staged.values ? keys * valueDimPadded * bytesOf(pv.componentType) : 0) +
     rows * (keys * 4 + ROW_PADDING) +
     rows * (keys * bytesOf(pv.componentType) + ROW_PADDING) +
     subgroups * pv.M * pv.N * bytesOf(pv.resultComponentType) +
@@ -118,9 +124,8 @@ export function matrixAttentionKernel(config: MatrixKernelConfig): string {
   const qkStride = headDimPadded + padding(qk.componentType);
   const scoreStride = keys + padding('i32');
   const probabilityStride = keys + padding(pv.componentType);
-  const valueStride = VALUE_GROUP + (staged.values ? padding(pv.componentType) : 0);
   const scoreType = qk.resultComponentType;
-  const valueType = valueTypeOf(pv.componentType, staged.values);
+  const valueType = staged.values ? 'u32' : 'f16';
   const subtiles = keys / KEY_TILE;
 
   const component = (name: string) => name as MatrixMemory['component'];
@@ -171,6 +176,9 @@ export function matrixAttentionKernel(config: MatrixKernelConfig): string {
     return `var<workgroup> ${name}: ${operations.blocks ? `array<${array}, ${blocks}>` : `array<${type}, ${elements * blocks}>`};`;
   };
 
+  const keyTileOf = (start: string) =>
+    `(kv_row + u32(${start})) / ${KEY_TILE}u - P.keyRowBase / ${KEY_TILE * (rowWords / 4)}u`;
+
   /** A row within its subgroup, and within the workgroup. */
   const ownRow = (rt: number) => `(${rt * M}u + lane_row)`;
   const tileRow = (rt: number) => `(subgroup * ${rowTiles * M}u + ${rt * M}u)`;
@@ -182,31 +190,55 @@ export function matrixAttentionKernel(config: MatrixKernelConfig): string {
       let word = query_rows[(query_row + r) * ${rowWords}u + w - P.queryRowBase * 4u];
       for (var e = 0u; e < 4u; e++) { tile_q[r * ${qkStride}u + 4u * w + e] = ${qk.componentType}(extractBits(word, e * 8u, 8u)); }
     }`;
-  const tileWords = KEY_TILE * 8;
-  const stageKeys = range(subtiles)
-    .map((subtile) => {
-      const word = keyWord(subtile, 'i');
-      const store = int8
-        ? `tile_k[(g * ${keys}u + ${subtile * KEY_TILE}u + r) * ${(32 + ROW_PADDING) / 4}u + w] = ${word};`
-        : `let word = ${word};
-      for (var e = 0u; e < 4u; e++) { tile_k[(${subtile * KEY_TILE}u + r) * ${qkStride}u + g * 32u + 4u * w + e] = ${qk.componentType}(extractBits(word, e * 8u, 8u)); }`;
-      return `for (var i = t; i < ${(KEY_TILE * headDimPadded) / 4}u; i += ${threads}u) {
-      let g = i / ${tileWords}u; let r = i % ${tileWords}u / 8u; let w = i % 8u;
-      ${store}
-    }`;
-    })
-    .join('\n    ');
-  // Four values at a time; a matrix is loaded from an array of scalars, so they are written one by one.
-  const stageValues = range(subtiles)
+  const tileWords = (KEY_TILE * headDimPadded) / 4;
+  const pairs = (KEY_TILE * valueDimPadded) / 2;
+  /** Copies of words, all loads before the stores: `count` words of each subtile, from a start that may lie ahead. */
+  const copies = (name: string, count: number, load: (subtile: string, i: string) => string) => {
+    const total = count * subtiles;
+    const at = (item: number) => (item * threads === 0 ? 't' : `(t + ${item * threads}u)`);
+    const items = range(Math.ceil(total / threads));
+    const guard = (item: number, statement: string) =>
+      (item + 1) * threads <= total ? statement : `if (${at(item)} < ${total}u) { ${statement} }`;
+    return {
+      declare: items.map((item) => `var ${name}_${item}: ${name === 'ahead_v' ? 'u32' : 'i32'};`).join(' '),
+      load: items
+        .map((item) => {
+          const [subtile, i] =
+            subtiles === 1 ? ['0u', at(item)] : [`${at(item)} / ${count}u`, `${at(item)} % ${count}u`];
+          return `${name}_${item} = ${load(subtile, i)};`;
+        })
+        .join(' '),
+      store: (statement: (i: string, x: string) => string) =>
+        items.map((item) => guard(item, statement(at(item), `${name}_${item}`))).join(' '),
+    };
+  };
+  const keyCopies = copies('ahead_k', tileWords, (subtile, i) => keyWord(subtile, i));
+  const valueCopies = copies('ahead_v', pairs, (subtile, i) => inBlock('value_tiles', keyTile(subtile), pairs, i));
+  const storeKeys = keyCopies.store((i, x) => `tile_k[${i}] = ${x};`);
+  const storeValues = valueCopies.store(
+    (i, x) => `{ let y = bitcast<vec2<f16>>(${x}); tile_v[2u * ${i}] = y.x; tile_v[2u * ${i} + 1u] = y.y; }`,
+  );
+  const convertKeys = range(subtiles)
     .map(
-      (subtile) => `for (var i = t; i < ${(KEY_TILE * valueDimPadded) / 4}u; i += ${threads}u) {
-      let word = ${inBlock('value_tiles', keyTile(subtile), (KEY_TILE * valueDimPadded) / 4, 'i')};
-      let x = ${pv.componentType === 'f16' ? 'word' : 'vec4<f32>(unpack2x16float(word.x), unpack2x16float(word.y))'};
-      let to = (i / ${VALUE_GROUP / 4}u + ${(subtile * KEY_TILE * valueDimPadded) / VALUE_GROUP}u) * ${valueStride}u + i % ${VALUE_GROUP / 4}u * 4u;
-      ${['x', 'y', 'z', 'w'].map((c, e) => `tile_v[to + ${e}u] = x.${c};`).join(' ')}
+      (subtile) => `for (var i = t; i < ${tileWords}u; i += ${threads}u) {
+      let g = i / ${KEY_TILE * 8}u; let r = i % ${KEY_TILE * 8}u / 8u; let w = i % 8u;
+      let word = ${keyWord(subtile, 'i')};
+      for (var e = 0u; e < 4u; e++) { tile_k[(${subtile * KEY_TILE}u + r) * ${qkStride}u + g * 32u + 4u * w + e] = ${qk.componentType}(extractBits(word, e * 8u, 8u)); }
     }`,
     )
     .join('\n    ');
+  const convertValues = range(subtiles)
+    .map(
+      (subtile) => `for (var i = t; i < ${pairs}u; i += ${threads}u) {
+      let x = unpack2x16float(${inBlock('value_tiles', keyTile(subtile), pairs, 'i')});
+      tile_v[${2 * pairs * subtile}u + 2u * i] = x.x; tile_v[${2 * pairs * subtile}u + 2u * i + 1u] = x.y;
+    }`,
+    )
+    .join('\n    ');
+  const stageKeys = int8 ? `{ ${keyCopies.declare} ${keyCopies.load} ${storeKeys} }` : convertKeys;
+  const stageValues =
+    pv.componentType === 'f16' ? `{ ${valueCopies.declare} ${valueCopies.load} ${storeValues} }` : convertValues;
+  const loadAhead = (start: string) => `{ let key_tile = ${keyTileOf(start)}; ${keyCopies.load} ${valueCopies.load} }`;
 
   const loadQuery = (rt: number, step: number) =>
     operations.loadLeft(
@@ -218,20 +250,18 @@ export function matrixAttentionKernel(config: MatrixKernelConfig): string {
         : `(query_row + ${tileRow(rt)}) * ${rowWords * 4}u - P.queryRowBase * 16u + ${step * qk.K}u`,
       `${staged.query ? qkStride : rowWords * 4}u`,
     );
-  // In storage and in a staged INT8 tile, 32 channels of each key follow one another.
-  const keyStride = int8 ? (staged.keys ? 32 + ROW_PADDING : 32) : qkStride;
+  // In tiles, 32 channels of each key follow one another; staged tiles follow one another without their facts.
+  const keyStride = int8 ? 32 : qkStride;
   const keyOffset = (n: number, step: number) => {
     const [key, channel] = [n * qk.N, step * qk.K];
     if (!int8) return key * keyStride + channel;
-    const group = Math.floor(channel / 32);
-    return (
-      (group * (staged.keys ? keys : KEY_TILE) + (staged.keys ? key : key % KEY_TILE)) * keyStride + (channel % 32)
-    );
+    const inTile = (Math.floor(channel / 32) * KEY_TILE + (key % KEY_TILE)) * keyStride + (channel % 32);
+    return inTile + (staged.keys ? Math.floor(key / KEY_TILE) * KEY_TILE * headDimPadded : 0);
   };
   const valueOffset = (step: number, j: number) => {
     const key = step * pv.K;
     const group = Math.floor((staged.values ? key : key % KEY_TILE) / VALUE_GROUP);
-    return (group * valueDimPadded + j * pv.N) * valueStride + (key % VALUE_GROUP);
+    return (group * valueDimPadded + j * pv.N) * VALUE_GROUP + (key % VALUE_GROUP);
   };
   const subtileOf = (key: number) => Math.floor(key / KEY_TILE);
 
@@ -274,7 +304,7 @@ export function matrixAttentionKernel(config: MatrixKernelConfig): string {
           `v_${j}`,
           memory.values(subtileOf(step * pv.K)),
           `${valueOffset(step, j)}u`,
-          `${valueStride}u`,
+          `${VALUE_GROUP}u`,
           true,
         );
         return `${load} ${T.map((rt) => operations.multiplyAccumulate(pv, lefts[rt]?.[1] ?? right, right, `o_${rt}_${j}`)).join(' ')}`;
@@ -455,14 +485,15 @@ ${T.map(
 ).join('\n')}
 
   var parity = 0u;
+  ${staged.ahead ? `${keyCopies.declare} ${valueCopies.declare} ${loadAhead('key_begin')}` : ''}
   for (var start = key_begin; start < key_end; start += ${keys}) {
-    let key_tile = (kv_row + u32(start)) / ${KEY_TILE}u - P.keyRowBase / ${KEY_TILE * (rowWords / 4)}u;
+    let key_tile = ${keyTileOf('start')};
     ${
       staged.keys || staged.values || staged.query
         ? `workgroupBarrier();
-    ${staged.keys ? stageKeys : ''}
-    ${staged.values ? stageValues : ''}
-    workgroupBarrier();`
+    ${staged.ahead ? `${storeKeys} ${storeValues}` : `${staged.keys ? stageKeys : ''} ${staged.values ? stageValues : ''}`}
+    workgroupBarrier();
+    ${staged.ahead ? loadAhead(`(start + ${keys})`) : ''}`
         : ''
     }
     ${keyScale === 'tile' ? `let key_scale = bitcast<f32>(${keyWord(0, `${factsWords}u`)});` : ''}
@@ -499,13 +530,13 @@ ${params(0, ATTENTION_PARAMS)}
 ${tables(1)}
 @group(0) @binding(2) var<storage, read> query_rows: array<i32>;
 @group(0) @binding(3) var<storage, read> key_tiles: array<${operations.blocks ? `array<i32, ${KEY_TILE * rowWords}>` : 'i32'}>;
-@group(0) @binding(4) var<storage, read> value_tiles: array<${operations.blocks ? `array<${valueType}, ${(KEY_TILE * valueDimPadded) / (valueType === 'f16' ? 1 : 4)}>` : valueType}>;
+@group(0) @binding(4) var<storage, read> value_tiles: array<${operations.blocks ? `array<${valueType}, ${(KEY_TILE * valueDimPadded) / (staged.values ? 2 : 1)}>` : valueType}>;
 ${scoreDeclarations(config)}
 ${scaleValues ? valueScale(statisticsVectors(headDimPadded, valueDimPadded), smoothV) : ''}
 ${smoothV ? valueMean(statisticsVectors(headDimPadded, valueDimPadded)) : ''}
 ${staged.query ? arrayOf('tile_q', qk.componentType, rows * qkStride) : ''}
-${staged.keys ? arrayOf('tile_k', qk.componentType, int8 ? (keys * headDimPadded * keyStride) / 32 : keys * qkStride) : ''}
-${staged.values ? arrayOf('tile_v', pv.componentType, (keys / VALUE_GROUP) * valueDimPadded * valueStride) : ''}
+${staged.keys ? arrayOf('tile_k', qk.componentType, keys * (int8 ? headDimPadded : qkStride)) : ''}
+${staged.values ? arrayOf('tile_v', pv.componentType, keys * valueDimPadded) : ''}
 ${arrayOf('scores', scoreType, rowTiles * M * scoreStride, subgroups)}
 ${arrayOf('probabilities', pv.componentType, rowTiles * M * probabilityStride, subgroups)}
 ${arrayOf('output_tile', pv.resultComponentType, pv.M * pv.N, subgroups)}
@@ -516,7 +547,3 @@ var<workgroup> moved: array<atomic<u32>, 2>;
 ${operations.declarations()}
 ${main}`;
 }
-
-/** How V, FP16 in storage, is bound: as matrices are loaded from it, or four values at a time. */
-const valueTypeOf = (component: string, staged: boolean) =>
-  component !== 'f16' ? 'vec2<u32>' : staged ? 'vec4<f16>' : 'f16';
