@@ -6,13 +6,14 @@
  * operators, as exporters write it.
  *
  *     npx tsx bench/onnxruntime/h200.ts OUTPUT_FOLDER [--lengths 256,1024,8192,32768] [--blocks 4] [--runs 7]
- *         [--seconds 6] [--limit 150] [--spellings decomposed,fused] [--provider webgpu|wasm] [--float float16|float32]
+ *         [--seconds 6] [--limit 120] [--patience 60] [--spellings decomposed,fused] [--float float16,float32]
+ *         [--provider webgpu|wasm]
  *
- * Each spelling runs in a process of its own with a time limit. Writes `onnxruntime.json` and `onnxruntime.md` after every length. Times are medians of wall clock from `run` until the GPU
+ * Each spelling and type runs in a process of its own with a time limit. Writes `onnxruntime.json` and `onnxruntime.md` after every length. Times are medians of wall clock from `run` until the GPU
  * has finished; inputs and outputs are on the GPU, so that no transfer is in them.
  */
-import { spawnSync } from 'node:child_process';
-import { existsSync, mkdirSync, readFileSync, writeFileSync } from 'node:fs';
+import { spawn } from 'node:child_process';
+import { existsSync, mkdirSync, readFileSync, rmSync, writeFileSync } from 'node:fs';
 import { join } from 'node:path';
 import { parseArgs } from 'node:util';
 import { WANTED_LIMITS } from '../../src/backends/webgpu/capabilities.ts';
@@ -39,10 +40,11 @@ const { values: flags, positionals } = parseArgs({
     runs: { type: 'string', default: '7' },
     /** Time for one length and spelling, after which no further run starts; three runs are made at least. */
     seconds: { type: 'string', default: '6' },
-    /** Seconds for one spelling. */
-    limit: { type: 'string', default: '150' },
+    /** Seconds for one spelling and type, and those until its first row. */
+    limit: { type: 'string', default: '120' },
+    patience: { type: 'string', default: '60' },
     provider: { type: 'string', default: 'webgpu' },
-    float: { type: 'string', default: 'float16' },
+    float: { type: 'string', default: 'float16,float32' },
   },
 });
 
@@ -63,12 +65,13 @@ process.on('unhandledRejection', (error) => fail(messageOf(error)));
 const folder = positionals[0] ?? fail('give the folder for the results');
 const size = { heads: Number(flags.heads), headDim: Number(flags['head-dim']), blocks: Number(flags.blocks) };
 const width = size.heads * size.headDim;
-const float = flags.float === 'float32' ? 'float32' : 'float16';
+const floatTypes = flags.float.split(',') as ('float16' | 'float32')[];
 const spellings = flags.spellings.split(',') as AttentionSpelling[];
 const lengths = flags.lengths.split(',').map(Number);
 
 interface Row {
   readonly spelling: AttentionSpelling;
+  readonly float: 'float16' | 'float32';
   readonly length: number;
   /** Milliseconds. */
   readonly without: number | undefined;
@@ -98,35 +101,59 @@ function writeReport(target: string, report: Report): void {
   const cell = (value: number | null | undefined, digits = 2) => value?.toFixed(digits) ?? '';
   const lines = (report.results ?? []).map((row) => {
     const numbers = [row.without, row.with, row.speedup, row.cutOnly, row.attentionAlone].map((value) => cell(value));
-    return `| ${row.spelling} | ${row.length} | ${numbers.join(' | ')} | ${cell(row.accuracy?.cosineSimilarity, 6)} |`;
+    return `| ${row.spelling} | ${row.float} | ${row.length} | ${numbers.join(' | ')} | ${cell(row.accuracy?.cosineSimilarity, 6)} |`;
   });
   const header =
-    '| attention | tokens | without (ms) | with (ms) | speedup | cut only (ms) | one attention alone (ms) | cosine similarity |\n|---|---|---|---|---|---|---|---|';
+    '| attention | type | tokens | without (ms) | with (ms) | speedup | cut only (ms) | one attention alone (ms) | cosine similarity |\n|---|---|---|---|---|---|---|---|---|';
   writeFileSync(join(target, 'onnxruntime.md'), `${header}\n${lines.join('\n')}\n`);
 }
 
-if (spellings.length > 1) {
-  // A process each: a runtime that fails or waits for ever in one leaves the other its numbers.
-  let merged: Report = {};
-  for (const spelling of spellings) {
-    const target = join(folder, spelling);
-    const rest = Object.entries({ ...flags, spellings: spelling }).flatMap(([name, value]) => [
-      `--${name}`,
-      `${value}`,
-    ]);
-    const { signal } = spawnSync(process.execPath, [...process.execArgv, process.argv[1] as string, target, ...rest], {
-      stdio: 'inherit',
-      timeout: 1000 * Number(flags.limit),
-      killSignal: 'SIGKILL',
+/** What a process is doing, which it cannot say itself while a driver keeps it. */
+const currentFile = (target: string) => join(target, 'current.txt');
+
+/** One spelling and type in a process of its own, which is ended when it takes too long. */
+function runProcess(target: string, spelling: AttentionSpelling, float: string): Promise<void> {
+  mkdirSync(target, { recursive: true });
+  const own = { ...flags, spellings: spelling, float };
+  const rest = Object.entries(own).flatMap(([name, value]) => [`--${name}`, `${value}`]);
+  const child = spawn(process.execPath, [...process.execArgv, process.argv[1] as string, target, ...rest], {
+    stdio: 'inherit',
+  });
+  const start = performance.now();
+  const watch = setInterval(() => {
+    const seconds = (performance.now() - start) / 1000;
+    const limit = existsSync(resultFile(target)) ? flags.limit : flags.patience;
+    if (seconds < Number(limit)) return;
+    const doing = existsSync(currentFile(target)) ? readFileSync(currentFile(target), 'utf8') : 'starting';
+    console.error(`${spelling}, ${float}: ended after ${seconds.toFixed(0)} s, while ${doing}`);
+    child.kill('SIGKILL');
+  }, 1000);
+  return new Promise((resolve) => {
+    child.on('exit', () => {
+      clearInterval(watch);
+      resolve();
     });
-    if (signal !== null) console.error(`${spelling}: ended after ${flags.limit} s`);
-    const report = readReport(target);
-    merged = { ...report, ...merged, results: [...(merged.results ?? []), ...(report.results ?? [])] };
-    writeReport(folder, merged);
+  });
+}
+
+if (spellings.length * floatTypes.length > 1) {
+  // A process each: a runtime that fails or waits for ever in one leaves the others their numbers.
+  let merged: Report = {};
+  for (const float of floatTypes) {
+    for (const spelling of spellings) {
+      const target = join(folder, `${spelling}-${float}`);
+      await runProcess(target, spelling, float);
+      const report = readReport(target);
+      merged = { ...report, ...merged, results: [...(merged.results ?? []), ...(report.results ?? [])] };
+      writeReport(folder, merged);
+    }
   }
   process.exit(0);
 }
 const [spelling] = spellings as [AttentionSpelling];
+const [float] = floatTypes as ['float16' | 'float32'];
+mkdirSync(folder, { recursive: true });
+const mark = (what: string) => writeFileSync(currentFile(folder), what);
 
 /** What is being done, for the log: a step that takes long says so, unless it keeps this thread from running. */
 let current = { what: 'start', since: performance.now() };
@@ -135,6 +162,7 @@ function step(what: string): void {
   if (now - current.since > 2000)
     console.log(`${spelling}: ${current.what} took ${((now - current.since) / 1000).toFixed(1)} s`);
   current = { what, since: now };
+  mark(what);
 }
 setInterval(() => {
   console.log(`${spelling}: ${current.what} since ${((performance.now() - current.since) / 1000).toFixed(0)} s`);
@@ -165,6 +193,20 @@ async function openDevice(): Promise<GPUDevice | undefined> {
   opened.addEventListener('uncapturederror', (event) => {
     gpuError ??= messageOf((event as GPUUncapturedErrorEvent).error.message);
   });
+  // Drivers have been seen to compile for minutes: the shader that they are at is kept.
+  const createShaderModule = opened.createShaderModule.bind(opened);
+  opened.createShaderModule = (descriptor) => {
+    writeFileSync(join(folder, 'current.wgsl'), descriptor.code);
+    return createShaderModule(descriptor);
+  };
+  let pipelines = 0;
+  for (const name of ['createComputePipeline', 'createComputePipelineAsync'] as const) {
+    const create = opened[name].bind(opened) as (descriptor: GPUComputePipelineDescriptor) => never;
+    opened[name] = (descriptor: GPUComputePipelineDescriptor) => {
+      mark(`compiling pipeline ${++pipelines} (current.wgsl) in ${current.what}`);
+      return create(descriptor);
+    };
+  }
   opened.lost.then((info) => {
     if (info.reason !== 'destroyed') fail(`the device was lost: ${messageOf(info.message)}`);
   });
@@ -346,6 +388,7 @@ for (const length of lengths) {
   const [expected, actual] = [outputs.get('without') ?? outputs.get('cutOnly'), outputs.get('with')];
   const row: Row = {
     spelling,
+    float,
     length,
     without,
     with: sage,
@@ -362,11 +405,11 @@ for (const length of lengths) {
     ),
   };
   rows.push(row);
-  writeReport(folder, { ...details, onnxruntime: ort.env.versions.web, ...size, float, created, results: rows });
+  writeReport(folder, { ...details, onnxruntime: ort.env.versions.web, ...size, created, results: rows });
   const left = variants[1]?.session.sageAttention?.find(({ taken }) => !taken);
   console.log(
     [
-      `${spelling}, ${length} tokens: without ${without?.toFixed(2)} ms, with ${sage?.toFixed(2)} ms (${row.speedup?.toFixed(2)}x)`,
+      `${spelling}, ${float}, ${length} tokens: without ${without?.toFixed(2)} ms, with ${sage?.toFixed(2)} ms (${row.speedup?.toFixed(2)}x)`,
       `cut only ${cutOnly?.toFixed(2)} ms, attention alone ${size.blocks} x ${row.attentionAlone?.toFixed(2)} ms`,
       `cosine similarity ${row.accuracy?.cosineSimilarity.toFixed(6)}`,
       ...(left === undefined ? [] : [`left: ${left.reason}`]),
@@ -377,4 +420,5 @@ for (const length of lengths) {
 step('release');
 for (const { session } of variants) await session.release();
 device?.destroy();
+for (const file of [currentFile(folder), join(folder, 'current.wgsl')]) rmSync(file, { force: true });
 process.exit(0);
