@@ -74,6 +74,8 @@ export interface AttentionConfig {
   readonly rescaleThreshold: number;
   /** Causal or windowed: row i sees keys i + lower .. i + upper. */
   readonly banded: boolean;
+  /** Rows are heads over one token: all see what row 0 sees. */
+  readonly sameBand: boolean;
   readonly mask: 'none' | 'boolean' | DType;
   readonly softcap: boolean;
   /** Adds the share of Q's block mean to the scores (`smoothQ`), buffer `meanScores`. */
@@ -279,8 +281,9 @@ export function attention(config: AttentionConfig): Kernel {
   b.when(b.setp('ge', firstRow, queryLength), () => b.exit());
 
   b.section('keys of the band');
-  const [rowLow, length] = [b.as(firstRow, 's32'), b.as(keyLength, 's32')];
-  const rowHigh = b.min(b.add(rowLow, blockQ - 1), b.sub(b.as(queryLength, 's32'), 1));
+  const length = b.as(keyLength, 's32');
+  const rowLow = config.sameBand ? b.constant('s32', 0) : b.as(firstRow, 's32');
+  const rowHigh = config.sameBand ? rowLow : b.min(b.add(rowLow, blockQ - 1), b.sub(b.as(queryLength, 's32'), 1));
   const lower = b.constant('s32', 0);
   const upper = b.constant('s32', 0);
   // A tile needs its scores masked when it begins before `wholeFrom` or ends after `wholeUntil`.
@@ -619,7 +622,7 @@ export function attention(config: AttentionConfig): Kernel {
         for (let r = 0; r < R; r++) {
           let limit = b.sub(length, 1);
           if (config.banded) {
-            const row = b.add(rowIndex, 8 * r);
+            const row = config.sameBand ? b.constant('s32', 0) : b.add(rowIndex, 8 * r);
             limit = b.min(limit, b.add(row, upper));
             first.push(b.sub(b.add(row, lower), origin));
           }

@@ -40,6 +40,9 @@ interface Features {
   readonly smoothV?: boolean;
   /** Few queries over many keys. */
   readonly decoding?: boolean;
+  /** Heads of Q over the one of K; default 1. */
+  readonly heads?: number;
+  readonly windowSize?: readonly [number, number];
 }
 
 const PLAIN: readonly Features[] = [{ name: 'full' }, { name: 'causal', causal: true }];
@@ -48,6 +51,7 @@ const RARE: readonly Features[] = [
   { name: 'additive mask, LSE', mask: 'float16', lse: true },
   { name: 'softcap, causal', softcap: 30, causal: true },
   { name: 'decoding', decoding: true, dtype: 'float16' },
+  { name: 'decoding, grouped heads in a window', decoding: true, heads: 8, windowSize: [1000, 0] },
   { name: 'smooth V, float32', smoothV: true, dtype: 'float32' },
 ];
 
@@ -60,9 +64,11 @@ function modulesOf(
   const dtype = features.dtype ?? 'bfloat16';
   const [lq, lk] = features.decoding ? [1, 4096] : [256, 256];
   const storage = emptyTensor([lk * Math.max(d, dv)], dtype).data;
-  const operand = (length: number, dim: number) => tensor(storage, [1, 1, length, dim], { dtype });
-  const mask = features.mask;
-  const problem = createProblem(operand(lq, d), operand(lk, d), operand(lk, dv), {
+  const operand = (length: number, dim: number, heads = 1) => tensor(storage, [1, heads, length, dim], { dtype });
+  const { mask, windowSize } = features;
+  const problem = createProblem(operand(lq, d, features.heads), operand(lk, d), operand(lk, dv), {
+    causalAlignment: 'bottom-right',
+    ...(windowSize === undefined ? {} : { windowSize }),
     isCausal: features.causal ?? false,
     softcap: features.softcap ?? 0,
     returnLse: features.lse ?? false,

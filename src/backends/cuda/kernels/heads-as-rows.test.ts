@@ -50,24 +50,33 @@ describe('heads as rows', () => {
     [11, 1, 11, 1],
     [4, 4, 4, 1],
   ])('%i heads over %i are %i of %i rows', (heads, kvHeads, expectedHeads, rows) => {
-    const problem = headsAsRows(problemOf({ heads, kvHeads }), choiceOf());
-    expect([problem.queryHeads, problem.queryLength]).toEqual([expectedHeads, rows]);
+    const problem = problemOf({ heads, kvHeads });
+    const { queryHeads, queryLength } = headsAsRows(problem, choiceOf()) ?? problem;
+    expect([queryHeads, queryLength]).toEqual([expectedHeads, rows]);
     expect(expectedHeads % kvHeads).toBe(0);
   });
 
-  test('not where rows would see other keys, share scales or have a mean together', () => {
+  test('not where rows would share scales or have a mean together', () => {
     const shape = { heads: 8, kvHeads: 2 };
-    const same = (options: AttentionOptions, choice: Partial<KernelChoice> = {}, of: Shape = shape) => {
-      const problem = problemOf(of, options);
-      return headsAsRows(problem, choiceOf(choice)) === problem;
-    };
-    expect(same({ isCausal: true, causalAlignment: 'bottom-right' })).toBe(false);
-    expect(same({ windowSize: [99, 0], causalAlignment: 'bottom-right' })).toBe(false);
-    expect(same({ windowSize: [98, 0], causalAlignment: 'bottom-right' })).toBe(true);
-    expect(same({ isCausal: true })).toBe(true);
-    expect(same({}, { qkQuantGran: 'per-warp' })).toBe(true);
-    expect(same({}, { smoothQ: true })).toBe(true);
-    expect(same({}, {}, { ...shape, queries: 2 })).toBe(true);
+    const grouped = (choice: Partial<KernelChoice>, of: Shape = shape) =>
+      headsAsRows(problemOf(of), choiceOf(choice)) !== undefined;
+    expect(grouped({})).toBe(true);
+    expect(grouped({ qkQuantGran: 'per-warp' })).toBe(false);
+    expect(grouped({ smoothQ: true })).toBe(false);
+    expect(grouped({}, { ...shape, queries: 2 })).toBe(false);
+  });
+
+  test('every row has the band of the token', () => {
+    const windowOf = (options: AttentionOptions) =>
+      headsAsRows(problemOf({ heads: 8, kvHeads: 2 }, options), choiceOf())?.windowSize;
+    const all = Number.POSITIVE_INFINITY;
+    const bottomRight = { causalAlignment: 'bottom-right' } as const;
+    expect(windowOf({ ...bottomRight, isCausal: true })).toEqual([all, all]);
+    expect(windowOf({ ...bottomRight, windowSize: [99, 0] })).toEqual([all, all]);
+    expect(windowOf({ ...bottomRight, windowSize: [98, 0] })).toEqual([-1, all]);
+    expect(windowOf({ ...bottomRight, windowSize: [10, -1] })).toEqual([-89, all]);
+    expect(windowOf({ windowSize: [5, 7] })).toEqual([all, 7]);
+    expect(windowOf({ isCausal: true })).toEqual([all, 0]);
   });
 
   test('attention has one CTA for the heads over a head of K', () => {
@@ -78,9 +87,14 @@ describe('heads as rows', () => {
     expect(blocks({ heads: 8, kvHeads: 2, queries: 3 })).toBe(2 * 8);
   });
 
-  test.each([80, 89])(
-    `the bits are those of heads by themselves on a simulated device of %i (${seed})`,
-    async (capability) => {
+  test.each([
+    [80, {}],
+    [80, { windowSize: [37, 0], causalAlignment: 'bottom-right' }],
+    [80, { windowSize: [0, 70] }],
+    [89, { isCausal: true, causalAlignment: 'bottom-right' }],
+  ] as const)(
+    `the bits are those of heads by themselves on a simulated device of %i, %o (${seed})`,
+    async (capability, band) => {
       const backend = createSimulatedBackend(capability);
       await setBackend(backend);
       const { q, k, v } = tensors({ heads: 12, kvHeads: 1, keys: 150 });
@@ -90,7 +104,7 @@ describe('heads as rows', () => {
         const [batchStride, , tokenStride, channelStride] = view.strides as [number, number, number, number];
         return { ...view, shape: [batch, 12, tokens, dim], strides: [batchStride, 0, tokenStride, channelStride] };
       };
-      const options = { backend: 'cuda', returnLse: true, isCausal: true, causalAlignment: 'bottom-right' } as const;
+      const options = { backend: 'cuda', returnLse: true, ...band } as const;
       const packed = await sageattn(q, k, v, options);
       const single = await sageattn(q, alone(k), alone(v), options);
       expect(snapshot(packed.output)).toEqual(snapshot(single.output));

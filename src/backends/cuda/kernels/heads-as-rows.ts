@@ -15,20 +15,19 @@ function largestDivisor(value: number, limit: number): number {
   return divisor;
 }
 
-/** The problem with heads of one token as rows of one query, where that changes no result; else as it is. */
-export function headsAsRows(problem: AttentionProblem, { qkQuantGran, smoothQ }: KernelChoice): AttentionProblem {
+/** The problem with heads of one token as rows of one query, where that changes no result; else undefined. */
+export function headsAsRows(
+  problem: AttentionProblem,
+  { qkQuantGran, smoothQ }: KernelChoice,
+): AttentionProblem | undefined {
   const { queryLength, keyLength, queryHeads, kvHeads, sequences, q, mask } = problem;
   const rows = kvHeads === 0 ? 1 : largestDivisor(queryHeads / kvHeads, ROWS_WITH_OWN_SCALE);
-  if (queryLength !== 1 || sequences !== undefined || rows <= 1) return problem;
+  if (queryLength !== 1 || sequences !== undefined || rows <= 1) return undefined;
   // Coarser scales, and the mean that smoothing takes from Q, would be those of several heads.
-  if (qkQuantGran !== 'per-thread' || smoothQ) return problem;
-  // A band counts from the row.
+  if (qkQuantGran !== 'per-thread' || smoothQ) return undefined;
   const { lower, upper } = bandOf(problem, queryLength, keyLength);
-  if (lower > 0 || upper < keyLength - 1) return problem;
   return {
     ...problem,
-    isCausal: false,
-    windowSize: [Number.POSITIVE_INFINITY, Number.POSITIVE_INFINITY],
     queryHeads: queryHeads / rows,
     queryLength: rows,
     q: { ...q, headStride: rows * q.headStride, tokenStride: q.headStride },
@@ -36,6 +35,13 @@ export function headsAsRows(problem: AttentionProblem, { qkQuantGran, smoothQ }:
       mask === undefined
         ? undefined
         : { ...mask, strides: [mask.strides[0], rows * mask.strides[1], mask.strides[1], mask.strides[3]] },
+    // Every row sees what the one token sees: the kernel counts the band from row 0 (`sameBand`).
+    isCausal: false,
+    causalAlignment: 'top-left',
+    windowSize: [
+      lower <= 0 ? Number.POSITIVE_INFINITY : -lower,
+      upper >= keyLength - 1 ? Number.POSITIVE_INFINITY : upper,
+    ],
     // With one token both layouts are the same.
     tensorLayout: 'HND',
   };

@@ -107,6 +107,8 @@ export const KEY_VALUE_BUFFERS = [
 /** Everything about a call that its launches share. */
 export interface Context {
   readonly problem: AttentionProblem;
+  /** Rows of Q are heads: all see the same keys. */
+  readonly rowsAreHeads: boolean;
   readonly choice: KernelChoice;
   readonly device: DeviceFacts;
   readonly layout: PaddedLayout;
@@ -297,14 +299,18 @@ export const strideBytes = (operand: OperandLayout, dtype: DType) =>
   [operand.batchStride, operand.headStride, operand.tokenStride].map((stride) => u64(stride * BYTES[dtype]));
 
 function contextOf(
-  problem: AttentionProblem,
+  asked: AttentionProblem,
   choice: KernelChoice,
   device: DeviceFacts,
   room?: KeyRoom,
   hopperTuning: Partial<HopperTuning> = {},
 ): Context {
+  // Hopper's kernel has tiles of grouped heads of its own.
+  const grouped = isHopperKernel(choice.descriptor.name) ? undefined : headsAsRows(asked, choice);
+  const problem = grouped ?? asked;
   const layout = paddedLayoutOf(problem, room);
-  return { problem, choice, device, layout, scheme: schemeOf(problem, choice, device.target), hopperTuning };
+  const scheme = schemeOf(problem, choice, device.target);
+  return { problem, rowsAreHeads: grouped !== undefined, choice, device, layout, scheme, hopperTuning };
 }
 
 /** Bytes of the buffers that hold quantized K and V. */
@@ -612,7 +618,7 @@ export function combineLaunch({ problem, device, layout, scheme }: Context, spli
 /** Quantizes Q and attends to quantized K and V. */
 function attendLaunches(context: Context): Pick<LaunchSequence, 'launches' | 'scratch'> {
   if (isHopperKernel(context.choice.descriptor.name)) return hopperAttendLaunches(context);
-  const { problem, choice, device, layout, scheme } = context;
+  const { problem, rowsAreHeads, choice, device, layout, scheme } = context;
   const { target, pointerAlignment = 16 } = device;
   const { batch, queryHeads, kvHeads, dtype, headDim, valueDim, mask } = problem;
   const launches: KernelLaunch[] = [];
@@ -689,6 +695,7 @@ function attendLaunches(context: Context): Pick<LaunchSequence, 'launches' | 'sc
     // FP16 holds P up to 2^8 as well as up to 1; FP16 sums and E4M3, whose maximum is P's already, have no room.
     rescaleThreshold: scheme.pvFormat !== 'e4m3' && scheme.accumulate === 'f32' ? 8 : 0,
     banded: problem.isCausal || left !== Number.POSITIVE_INFINITY || right !== Number.POSITIVE_INFINITY,
+    sameBand: rowsAreHeads,
     mask: mask === undefined ? 'none' : mask.dtype === 'bool' ? 'boolean' : mask.dtype,
     softcap: problem.softcap !== 0,
     smoothQ: choice.smoothQ,
@@ -769,10 +776,6 @@ const constantsOf = ({ layout }: Context): Record<BufferName, Uint8Array> => ({
   sequences: new Uint8Array(layout.table.buffer),
 });
 
-/** Hopper's kernel has tiles of grouped heads of its own. */
-const asKernelsTakeIt = (problem: AttentionProblem, choice: KernelChoice): AttentionProblem =>
-  isHopperKernel(choice.descriptor.name) ? problem : headsAsRows(problem, choice);
-
 /**
  * A whole call: buffers `q`, `k`, `v`, `output` and, where the problem has them, `mask` and `lse`.
  *
@@ -784,7 +787,7 @@ export function planLaunches(
   device: DeviceFacts,
   hopperTuning: Partial<HopperTuning> = {},
 ): LaunchSequence {
-  const context = contextOf(asKernelsTakeIt(problem, choice), choice, device, undefined, hopperTuning);
+  const context = contextOf(problem, choice, device, undefined, hopperTuning);
   const attend = attendLaunches(context);
   return {
     scratch: { ...keyValueBytes(context), ...keyValueScratch(context), ...attend.scratch },
@@ -826,6 +829,6 @@ export function planAttend(
   room?: KeyRoom,
   hopperTuning: Partial<HopperTuning> = {},
 ): LaunchSequence {
-  const context = contextOf(asKernelsTakeIt(problem, choice), choice, device, room, hopperTuning);
+  const context = contextOf(problem, choice, device, room, hopperTuning);
   return { ...attendLaunches(context), constants: constantsOf(context) };
 }
