@@ -1,5 +1,5 @@
 /** What a cut session promises beyond its numbers: onnxruntime's own interface, reports, options, errors. */
-import { mkdtemp, rm, writeFile } from 'node:fs/promises';
+import { mkdtemp, readFile, rm, writeFile } from 'node:fs/promises';
 import { tmpdir } from 'node:os';
 import path from 'node:path';
 import * as ort from 'onnxruntime-node';
@@ -256,6 +256,26 @@ describe('what cannot be replaced', () => {
     await expect(sageOf().InferenceSession.create(bytes)).rejects.toThrow(expected as string);
     await expect(sageOf().InferenceSession.create('/no/such/model.onnx')).rejects.toThrow();
     warn.mockRestore();
+  });
+
+  it("a model in onnxruntime's own format runs unmodified, with one warning", async () => {
+    const folder = await mkdtemp(path.join(tmpdir(), 'ort-format-'));
+    const file = path.join(folder, 'model.ort');
+    const warn = vi.spyOn(console, 'warn').mockImplementation(() => undefined);
+    try {
+      const writer = await ort.InferenceSession.create(DIT, { optimizedModelFilePath: file, logSeverityLevel: 3 });
+      await writer.release();
+      for (const source of [file, new Uint8Array(await readFile(file))]) {
+        warn.mockClear();
+        const sage = await sageOf().InferenceSession.create(source);
+        expect(warn.mock.calls.flat()).toEqual([expect.stringContaining('the model runs unmodified')]);
+        expect(sage.sageAttention).toEqual([]);
+        expectClose((await sage.run(ditFeeds())).y, (await (await ort.InferenceSession.create(DIT)).run(ditFeeds())).y);
+      }
+    } finally {
+      warn.mockRestore();
+      await rm(folder, { recursive: true });
+    }
   });
 
   it('attention inside control flow is left, with the reason', async () => {
