@@ -294,8 +294,10 @@ class SessionBuilder {
     if (metadata?.isTensor !== true || !(String(metadata.type) in ELEMENT_TYPES)) {
       throw new Error(`value '${name}' between attentions is no tensor of a known type`);
     }
-    const shape = metadata.shape?.map((size) => (this.#isKnown(size) ? size : undefined));
-    return valueInfo(name, metadata.type as ElementTypeName, shape);
+    // onnxruntime gives a value of unknown rank no dimensions; a scalar loses nothing by being one of those.
+    const shape = metadata.shape?.length ? metadata.shape : undefined;
+    const sizes = shape?.map((size) => (this.#isKnown(size) ? size : undefined));
+    return valueInfo(name, metadata.type as ElementTypeName, sizes);
   }
 
   /** onnxruntime-web gives -1, an unknown size, as an unsigned number. */

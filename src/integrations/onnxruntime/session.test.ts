@@ -258,6 +258,20 @@ describe('what cannot be replaced', () => {
     warn.mockRestore();
   });
 
+  it('attention operators too short to be worth it, one behind the other, in pieces and whole', async () => {
+    const g = new GraphBuilder(new Random(SEED));
+    buildDiT(g, SIZE, 'fused');
+    const bytes = g.build();
+    const { y: expected } = await (await ort.InferenceSession.create(bytes)).run(ditFeeds());
+    for (const wholeFallback of [false, true]) {
+      const sage = await sageOf({ minTokens: 1000, wholeFallback }).InferenceSession.create(bytes);
+      for (let run = 0; run < 2; run++) expectClose((await sage.run(ditFeeds())).y, expected);
+      expect(sage.sageAttention.map(({ taken }) => taken)).toEqual(new Array(SIZE.blocks).fill(false));
+      await sage.release();
+    }
+    expect(backend.calls).toBe(0);
+  });
+
   it("a model in onnxruntime's own format runs unmodified, with one warning", async () => {
     const folder = await mkdtemp(path.join(tmpdir(), 'ort-format-'));
     const file = path.join(folder, 'model.ort');
