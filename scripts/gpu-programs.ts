@@ -16,6 +16,7 @@ await build({
     'bench-hopper': 'bench/cuda/hopper.ts',
     'test-webgpu': 'test/webgpu/main.ts',
     'bench-webgpu': 'bench/webgpu/h200.ts',
+    'bench-webgpu-exact': 'bench/webgpu/exact.ts',
     'bench-onnxruntime': 'bench/onnxruntime/h200.ts',
   },
   outdir: path.join('.gpu', 'programs'),
