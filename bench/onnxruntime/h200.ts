@@ -6,7 +6,7 @@
  * operators, as exporters write it.
  *
  *     npx tsx bench/onnxruntime/h200.ts OUTPUT_FOLDER [--lengths 256,1024,8192,32768] [--blocks 4] [--runs 7]
- *         [--seconds 6] [--limit 120] [--patience 60] [--spellings decomposed,fused] [--float float16,float32]
+ *         [--seconds 6] [--limit 120] [--patience 90] [--spellings decomposed,fused] [--float float16,float32]
  *         [--provider webgpu|wasm]
  *
  * Each spelling and type runs in a process of its own with a time limit. Writes `onnxruntime.json` and `onnxruntime.md` after every length. Times are medians of wall clock from `run` until the GPU
@@ -42,7 +42,7 @@ const { values: flags, positionals } = parseArgs({
     seconds: { type: 'string', default: '6' },
     /** Seconds for one spelling and type, and those until its first row. */
     limit: { type: 'string', default: '120' },
-    patience: { type: 'string', default: '60' },
+    patience: { type: 'string', default: '90' },
     provider: { type: 'string', default: 'webgpu' },
     float: { type: 'string', default: 'float16,float32' },
   },
@@ -300,7 +300,6 @@ async function timed(
   step(`a run of '${name}', ${feeds.x?.dims[1]} tokens`);
   const start = performance.now();
   const { y } = await (session.run as (feeds: OrtFeeds) => Promise<Record<string, OrtTensor>>)(feeds);
-  step(`the GPU's work for '${name}', ${feeds.x?.dims[1]} tokens`);
   await device?.queue.onSubmittedWorkDone();
   const milliseconds = performance.now() - start;
   if (gpuError !== undefined) {
