@@ -50,11 +50,13 @@ afterAll(async () => {
 interface OpenOptions extends BrowserContextOptions {
   readonly in?: Browser;
   readonly url?: string;
+  /** The page gets this bound of the error instead of its own, which right kernels do not keep. */
+  readonly bound?: number;
 }
 
 /** Opens the page, waits until it has found its device, runs `drive`, and expects that nothing complained. */
 async function withPage(options: OpenOptions, drive: (page: Page) => Promise<void>): Promise<void> {
-  const { in: where = browser, url = server.url, ...context } = options;
+  const { in: where = browser, url = server.url, bound, ...context } = options;
   const page = await where.newPage(context);
   page.setDefaultTimeout(PATIENCE);
   const complaints: string[] = [];
@@ -62,6 +64,13 @@ async function withPage(options: OpenOptions, drive: (page: Page) => Promise<voi
     if (message.type() === 'error' || message.type() === 'warning') complaints.push(message.text());
   });
   page.on('pageerror', (error) => complaints.push(error.stack ?? error.message));
+  if (bound !== undefined) {
+    await page.route(/self-check-\w+\.js$/, async (route) => {
+      const response = await route.fetch();
+      const body = (await response.text()).replaceAll(/relativeL1:\.\d+,algorithm/g, `relativeL1:${bound},algorithm`);
+      await route.fulfill({ response, body });
+    });
+  }
   try {
     await page.goto(url);
     await page.waitForSelector('.card');
@@ -200,6 +209,25 @@ describe('playground', () => {
       const titles = await page.locator('#checks h3').allTextContents();
       expect(titles.some((title) => title.startsWith('WebGPU'))).toBe(true);
       expect(titles.filter((title) => title.startsWith('WebAssembly')).length).toBeGreaterThanOrEqual(2);
+      await expectAccessible(page);
+    });
+  });
+
+  it('shows a kernel that is wrong in red, with what was wrong', async () => {
+    await withPage({ in: withoutWebgpu, bound: 1e-9 }, async (page) => {
+      await page.click('#check-start');
+      const note = await waitForText(page, '#check-note', /^\d+ of \d+ checks failed\.$/);
+      const failed = await page.locator('#checks .fail').count();
+      expect(note.startsWith(`${failed} of `)).toBe(true);
+      expect(failed).toBeGreaterThan(10);
+      expect(await page.locator('#checks .fail').first().textContent()).toMatch(/^✗.*: wrong.*relative L1 .* limit/);
+      const color = (selector: string) =>
+        page
+          .locator(selector)
+          .first()
+          .evaluate((e) => getComputedStyle(e).color);
+      expect(await color('#checks .fail > span')).not.toBe(await color('#checks .pass > span'));
+      expect(await color('#check-note')).toBe(await color('#checks .fail > span'));
       await expectAccessible(page);
     });
   });
