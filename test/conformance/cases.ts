@@ -515,12 +515,12 @@ const extremes = [
   ...(
     [
       [{}, ''],
-      [{ lq: 20, lk: 70, d: 32 }, ', few queries'],
+      [{ lq: 20, lk: 70, d: 32, options: { returnLse: true } }, ', few queries'],
       [
         { lq: 20, lk: 70, d: 32, mask: ({ lq, lk }, random) => place(random.normals(lq * lk), [lq, lk], 'float32') },
         ', a mask is added',
       ],
-      [{ lq: 20, lk: 70, d: 32, options: { softcap: 1e6 } }, ', softcap'],
+      [{ lq: 20, lk: 70, d: 32, options: { softcap: 1e6, returnLse: true } }, ', softcap'],
     ] satisfies [Dense, string][]
   ).flatMap(([shape, what]) =>
     [4, 100, 300, 1000].map((magnitude) =>
