@@ -7,8 +7,9 @@ import { attentionExact } from '../../reference/exact.ts';
 import { compare } from '../../reference/metrics.ts';
 import { fromFloat32, toFloat32 } from '../../tensor/access.ts';
 import { elementCount, type Tensor, tensor } from '../../tensor/tensor.ts';
-import { createExactAttention, type ExactAttentionOptions, exactVariants } from './exact-attention.ts';
+import { createExactAttention, EXACT_VARIANTS, type ExactAttentionOptions, exactVariants } from './exact-attention.ts';
 import { createWebgpuBackend, downloadTensor, gpuTensor, uploadTensor, type WebgpuBackend } from './index.ts';
+import { exactAttentionKernel } from './wgsl/attention-exact.ts';
 
 const it = itNeeds(process.env.SAGEATTENTION_SOFTWARE_GPU_MISSING);
 const seed = runSeed();
@@ -88,6 +89,30 @@ describe(`exact attention on WebGPU (SAGEATTENTION_SEED=${seed})`, () => {
       });
     }
   }
+
+  it('writes valid WGSL for every variant of the table', async () => {
+    const { device, capabilities } = await backend.context();
+    for (const variant of EXACT_VARIANTS) {
+      for (const component of ['f32', 'f16'] as const) {
+        if ((variant.tile === 'f16' || component === 'f16') && !capabilities.shaderF16) continue;
+        for (const [headDim, valueDim] of [
+          [64, 64],
+          [128, 96],
+          [37, 256],
+        ] as const) {
+          const vectors = headDim % 4 === 0;
+          const shape = { ...variant, component, headDim, valueDim, vectors };
+          const { subgroups, subgroupId } = capabilities;
+          const code = exactAttentionKernel({ ...shape, subgroups, subgroupId: subgroups && subgroupId });
+          const { messages } = await device.createShaderModule({ code }).getCompilationInfo();
+          expect(
+            messages.map(({ message }) => message),
+            `${variant.name}, ${headDim}`,
+          ).toEqual([]);
+        }
+      }
+    }
+  });
 
   const chosen = [
     [16, 'float32', 64, 32],

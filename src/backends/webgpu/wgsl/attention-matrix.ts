@@ -16,6 +16,7 @@
 import type { MatrixConfig } from '../capabilities.ts';
 import { KEY_TILE, params, rowVectors, SEQUENCE, tables, VALUE_GROUP } from './layout.ts';
 import type { MatrixMemory, MatrixOperations } from './matrix-operations.ts';
+import { stageTiles } from './matrix-staging.ts';
 import { valueMean, valueScale } from './prepare.ts';
 import {
   ATTENTION_PARAMS,
@@ -99,44 +100,22 @@ export function matrixWorkgroupBytes(
   );
 }
 
-export function matrixAttentionKernel(config: MatrixKernelConfig): string {
-  const { operations, qk, pv, lanes, subgroupId, subgroups, rowTiles, keys, headroom } = config;
-  const { headDimPadded, valueDim, valueDimPadded, keyScale, result, returnLse, scaleValues, smoothV, mask } = config;
-  const M = qk.M;
-  const threads = subgroups * lanes;
-  const rows = subgroups * rowTiles * M;
-  const lanesPerRow = lanes / M;
-  const columns = keys / lanesPerRow;
+/** Where each matrix is, for matrix operations and for single elements. */
+function placesOf(config: MatrixKernelConfig, scoreStride: number, probabilityStride: number) {
+  const { operations, qk, pv, rowTiles, headDimPadded, valueDimPadded } = config;
   const staged = stages(config);
   const rowWords = rowVectors(headDimPadded) * 4;
-  /** Where the facts of a tile's keys start. */
-  const factsWords = (KEY_TILE * headDimPadded) / 4;
-  const usesF16 = pv.componentType === 'f16' || qk.componentType === 'f16' || pv.resultComponentType === 'f16';
-  const T = range(rowTiles);
-  const S = range(keys / qk.N);
-  const O = range(valueDimPadded / pv.N);
-  const C = range(columns);
-  const log = (n: number) => range(Math.log2(n));
-
-  // Strides in components.
-  const padding = (component: string) => ROW_PADDING / bytesOf(component);
-  const int8 = qk.componentType === 'i8';
-  const qkStride = headDimPadded + padding(qk.componentType);
-  const scoreStride = keys + padding('i32');
-  const probabilityStride = keys + padding(pv.componentType);
   const scoreType = qk.resultComponentType;
-  const valueType = staged.values ? 'u32' : 'f16';
-  const subtiles = keys / KEY_TILE;
-
   const component = (name: string) => name as MatrixMemory['component'];
   // Elements of blocks, as the lanes reach them.
   const inBlock = (name: string, block: string, length: number, index: string) =>
     operations.blocks ? `${name}[${block}][${index}]` : `${name}[${block} * ${length}u + ${index}]`;
-  const ownRows = rowTiles * M;
+  const ownRows = rowTiles * qk.M;
   const keyTile = (subtile: number | string) => `(key_tile + ${subtile}${typeof subtile === 'number' ? 'u' : ''})`;
   const keyWord = (subtile: number | string, word: string) =>
     inBlock('key_tiles', keyTile(subtile), KEY_TILE * rowWords, word);
   const scoreAt = (index: string) => inBlock('scores', 'subgroup', ownRows * scoreStride, index);
+  const probabilityAt = (index: string) => inBlock('probabilities', 'subgroup', ownRows * probabilityStride, index);
   const outputAt = (index: string) => inBlock('output_tile', 'subgroup', pv.M * pv.N, index);
   const block = (index: string, length: number) => ({ index, length });
   const memory = {
@@ -169,85 +148,171 @@ export function matrixAttentionKernel(config: MatrixKernelConfig): string {
       block: block('subgroup', pv.M * pv.N),
     },
   } as const;
+  return { inBlock, keyTile, keyWord, scoreAt, probabilityAt, outputAt, memory };
+}
 
-  const arrayOf = (name: string, type: string, elements: number, blocks = 0) => {
-    const array = type === 'i8' ? `array<i32, ${elements / 4}>` : `array<${type}, ${elements}>`;
-    if (blocks === 0) return `var<workgroup> ${name}: ${array};`;
-    return `var<workgroup> ${name}: ${operations.blocks ? `array<${array}, ${blocks}>` : `array<${type}, ${elements * blocks}>`};`;
-  };
+/** The word of a tile where the facts of its keys start. */
+const factsOffset = (headDimPadded: number) => (KEY_TILE * headDimPadded) / 4;
 
-  const keyTileOf = (start: string) =>
-    `(kv_row + u32(${start})) / ${KEY_TILE}u - P.keyRowBase / ${KEY_TILE * (rowWords / 4)}u`;
+/** Statements for each halving of a power of two. */
+const halvings = (n: number) => range(Math.log2(n));
 
-  /** A row within its subgroup, and within the workgroup. */
-  const ownRow = (rt: number) => `(${rt * M}u + lane_row)`;
-  const tileRow = (rt: number) => `(subgroup * ${rowTiles * M}u + ${rt * M}u)`;
-  const row = (rt: number) => `(${tileRow(rt)} + lane_row)`;
-
-  // Quantized queries are converted where the product takes no INT8.
-  const stageQuery = `for (var i = t; i < ${(rows * headDimPadded) / 4}u; i += ${threads}u) {
-      let r = i / ${headDimPadded / 4}u; let w = i % ${headDimPadded / 4}u;
-      let word = query_rows[(query_row + r) * ${rowWords}u + w - P.queryRowBase * 4u];
-      for (var e = 0u; e < 4u; e++) { tile_q[r * ${qkStride}u + 4u * w + e] = ${qk.componentType}(extractBits(word, e * 8u, 8u)); }
-    }`;
-  const tileWords = (KEY_TILE * headDimPadded) / 4;
-  const pairs = (KEY_TILE * valueDimPadded) / 2;
-  /** Copies of words, all loads before the stores: `count` words of each subtile, from a start that may lie ahead. */
-  const copies = (name: string, count: number, load: (subtile: string, i: string) => string) => {
-    const total = count * subtiles;
-    const at = (item: number) => (item * threads === 0 ? 't' : `(t + ${item * threads}u)`);
-    const items = range(Math.ceil(total / threads));
-    const guard = (item: number, statement: string) =>
-      (item + 1) * threads <= total ? statement : `if (${at(item)} < ${total}u) { ${statement} }`;
-    return {
-      declare: items.map((item) => `var ${name}_${item}: ${name === 'ahead_v' ? 'u32' : 'i32'};`).join(' '),
-      load: items
-        .map((item) => {
-          const [subtile, i] =
-            subtiles === 1 ? ['0u', at(item)] : [`${at(item)} / ${count}u`, `${at(item)} % ${count}u`];
-          return `${name}_${item} = ${load(subtile, i)};`;
-        })
-        .join(' '),
-      store: (statement: (i: string, x: string) => string) =>
-        items.map((item) => guard(item, statement(at(item), `${name}_${item}`))).join(' '),
-    };
-  };
-  const keyCopies = copies('ahead_k', tileWords, (subtile, i) => keyWord(subtile, i));
-  const valueCopies = copies('ahead_v', pairs, (subtile, i) => inBlock('value_tiles', keyTile(subtile), pairs, i));
-  const storeKeys = keyCopies.store((i, x) => `tile_k[${i}] = ${x};`);
-  const storeValues = valueCopies.store(
-    (i, x) => `{ let y = bitcast<vec2<f16>>(${x}); tile_v[2u * ${i}] = y.x; tile_v[2u * ${i} + 1u] = y.y; }`,
+/** Scores of one row tile to probabilities, and the rows' maxima and sums. */
+function softmaxStatements(
+  config: MatrixKernelConfig,
+  { keyWord, scoreAt, probabilityAt }: ReturnType<typeof placesOf>,
+  rt: number,
+  rows: {
+    /** The lane's row within its subgroup, and within the workgroup. */
+    readonly own: string;
+    readonly group: string;
+    readonly scoreStride: number;
+    readonly probabilityStride: number;
+  },
+): string {
+  const { qk, pv, lanes, keys, keyScale, headroom, headDimPadded } = config;
+  const lanesPerRow = lanes / qk.M;
+  const C = range(keys / lanesPerRow);
+  const factsWords = factsOffset(headDimPadded);
+  // Rows 8 and on swap neighbouring columns with those of the lanes before: otherwise two rows would share each bank.
+  const column = (c: number) => `(${c * lanesPerRow}u + ${c % 2 === 0 ? 'lane_even' : 'lane_odd'})`;
+  const natural = naturalUnits(config);
+  const statements = C.map((c) =>
+    scoreStatements(
+      config,
+      `f_${c}`,
+      { constant: `constant_${rt}`, mask: `mask_${rt}`, poison: `poison_${rt}` },
+      `(start + i32${column(c)})`,
+    ),
   );
-  const convertKeys = range(subtiles)
-    .map(
-      (subtile) => `for (var i = t; i < ${tileWords}u; i += ${threads}u) {
-      let g = i / ${KEY_TILE * 8}u; let r = i % ${KEY_TILE * 8}u / 8u; let w = i % 8u;
-      let word = ${keyWord(subtile, 'i')};
-      for (var e = 0u; e < 4u; e++) { tile_k[(${subtile * KEY_TILE}u + r) * ${qkStride}u + g * 32u + 4u * w + e] = ${qk.componentType}(extractBits(word, e * 8u, 8u)); }
-    }`,
-    )
-    .join('\n    ');
-  const convertValues = range(subtiles)
-    .map(
-      (subtile) => `for (var i = t; i < ${pairs}u; i += ${threads}u) {
-      let x = unpack2x16float(${inBlock('value_tiles', keyTile(subtile), pairs, 'i')});
-      tile_v[${2 * pairs * subtile}u + 2u * i] = x.x; tile_v[${2 * pairs * subtile}u + 2u * i + 1u] = x.y;
-    }`,
-    )
-    .join('\n    ');
-  const stageKeys = int8 ? `{ ${keyCopies.declare} ${keyCopies.load} ${storeKeys} }` : convertKeys;
-  const stageValues =
-    pv.componentType === 'f16' ? `{ ${valueCopies.declare} ${valueCopies.load} ${storeValues} }` : convertValues;
-  const loadAhead = (start: string) => `{ let key_tile = ${keyTileOf(start)}; ${keyCopies.load} ${valueCopies.load} }`;
+  const scaleAt = (c: number) =>
+    keyScale === 'token'
+      ? `bitcast<f32>(${keyWord(`${column(c)} / ${KEY_TILE}u`, `${factsWords}u + ${column(c)} % ${KEY_TILE}u * 4u`)})`
+      : 'key_scale';
+  const masked = statements.map(({ mask: masking }, c) =>
+    masking === '' ? '' : `if (f_${c} > ${EXCLUDED_BELOW}) ${masking.startsWith('{') ? masking : `{ ${masking} }`}`,
+  );
+  const flagsAt = (c: number) =>
+    `u32(${keyWord(`${column(c)} / ${KEY_TILE}u`, `${factsWords + 1}u + ${column(c)} % ${KEY_TILE}u * 4u`)})`;
+  // The subtrahend of an empty row is so far above EXCLUDED that the difference is 0 to exp2; in natural units, where
+  // masks may hold such values themselves and differences may overflow, it is a comparison instead.
+  const probability = (c: number) =>
+    natural
+      ? `select(${expOf(config, `f_${c} - updated`)}, 0.0, f_${c} < ${EXCLUDED_BELOW})`
+      : expOf(config, `f_${c} - subtrahend`);
+  return `
+    {
+      let at = ${rows.own} * ${rows.scoreStride}u;
+      ${C.map((c) => `var f_${c} = f32(${scoreAt(`at + ${column(c)}`)}) * (scale_${rt} * ${scaleAt(c)}); ${statements[c]?.softcap ?? ''}`).join('\n      ')}
+      if (edge) {
+        ${C.map((c) => `{ let key = start + i32${column(c)}; if (key < low_${rt} || key > high_${rt}) { f_${c} = ${EXCLUDED}; } }`).join('\n        ')}
+      }
+      ${masked.join('\n      ')}
+      if (flagged) {
+        ${C.map((c) => `if (f_${c} > ${EXCLUDED_BELOW}) { poison_${rt} |= ${flagsAt(c)}; }`).join('\n        ')}
+      }
+      var largest = ${C.slice(1).reduce((acc, c) => `max(${acc}, f_${c})`, 'f_0')};
+      ${halvings(lanesPerRow)
+        .map((s) => `largest = max(largest, subgroupShuffleXor(largest, ${1 << s}u));`)
+        .join(' ')}
+      let held = m_${rt} >= ${EXCLUDED_BELOW};
+      let raised = largest >= ${EXCLUDED_BELOW} && (!held || largest > m_${rt} + ${natural ? (headroom * Math.LN2).toFixed(6) : `${headroom}.0`});
+      let updated = select(m_${rt}, largest, raised);
+      if (raised && held) {
+        let alpha = ${expOf(config, `m_${rt} - updated`)};
+        atomicStore(&moved[parity], 1u);
+        l_${rt} *= alpha;
+        if (lane_column == 0u) { row_factor[${rows.group}] = alpha; }
+      }
+      m_${rt} = updated;
+      ${natural ? '' : 'let subtrahend = max(updated, -2.0e38f);'}
+      let to = ${rows.own} * ${rows.probabilityStride}u;
+      ${C.map(
+        (c) => `{ let p = ${probability(c)}; l_${rt} += p;
+        ${probabilityAt(`to + ${column(c)}`)} = ${pv.componentType}(p); }`,
+      ).join('\n      ')}
+    }`;
+}
 
+/** What becomes of a row's sum, and of the output matrices, at the end. */
+function finishStatements(config: MatrixKernelConfig, { outputAt, memory }: ReturnType<typeof placesOf>) {
+  const { operations, pv, lanes, valueDim, valueDimPadded, result, returnLse, scaleValues, smoothV } = config;
+  const floats = recordFloats(valueDimPadded);
+  const finishRow = (rt: number, row: string) => {
+    const maximum = config.softcap ? `m_${rt}` : `m_${rt} + constant_${rt}`;
+    return `
+  if (poison_${rt} != 0u || (l_${rt} > 0.0 && flags_${rt} != 0u)) { l_${rt} = -1.0e30f; }
+  ${halvings(lanes / config.qk.M)
+    .map((s) => `l_${rt} += subgroupShuffleXor(l_${rt}, ${1 << s}u);`)
+    .join(' ')}
+  if (lane_column == 0u) {
+    // The sign carries NaN: a sum is positive, and 0 for a row that attends to nothing.
+    row_factor[${row}] = select(select(1.0 / max(l_${rt}, 1.0e-37f), 0.0, l_${rt} == 0.0), -1.0, l_${rt} < 0.0);
+    if (${row} < count) {
+      ${result === 'final' && returnLse ? lseStatement(config, `(first_row + ${row})`, `m_${rt}`, `l_${rt}`, `constant_${rt}`) : ''}
+      ${
+        result === 'partial'
+          ? `let record = ${recordAt(`(first_row + ${row})`)};
+      records[record + ${valueDimPadded}u] = select(${maximum}, ${EXCLUDED}, l_${rt} == 0.0);
+      records[record + ${valueDimPadded + 1}u] = l_${rt};`
+          : ''
+      }
+    }
+  }`;
+  };
+  const rowElement = (r: string) =>
+    `(sequence_field(sequence, ${SEQUENCE.output}u) + head * P.outputHeadStride + ${r} * P.outputTokenStride)`;
+  const recordAt = (r: string) =>
+    `(${rowElement(r)} / ${valueDim}u * P.splits + P.splitIndex + group.z) * ${floats}u - P.recordBase`;
+  /** Stores an output tile; `first` is its first row within the workgroup. */
+  const storeTile = (rt: number, j: number, first: string) => `
+  ${operations.storeResult(pv, `o_${rt}_${j}`, memory.output, '0u', `${pv.N}u`)}
+  workgroupBarrier();
+  for (var i = lane; i < ${(pv.M * pv.N) / 4}u; i += ${lanes}u) {
+    let r = ${first} + i / ${pv.N / 4}u;
+    let c = ${j * pv.N}u + i % ${pv.N / 4}u * 4u;
+    let factor = row_factor[r];
+    if (r < count) {
+      let y = vec4<f32>(${range(4)
+        .map((e) => `f32(${outputAt(`4u * i + ${e}u`)})`)
+        .join(
+          ', ',
+        )}) * factor${scaleValues ? ' * value_scales[c / 4u]' : ''}${smoothV ? ' + select(vec4<f32>(), value_means[c / 4u], factor > 0.0)' : ''};
+      ${
+        result === 'final'
+          ? `let at = ${rowElement('(first_row + r)')} - P.outputBase;
+      ${storeChannels(config, 'at', 'c', 'y', 'factor < 0.0')}`
+          : `let to = ${recordAt('(first_row + r)')} + c;
+      records[to] = y.x; records[to + 1u] = y.y; records[to + 2u] = y.z; records[to + 3u] = y.w;`
+      }
+    }
+  }
+  workgroupBarrier();`;
+  return { finishRow, storeTile };
+}
+
+/** The loads of Q that last, and the products of one step. */
+function productStatements(
+  config: MatrixKernelConfig,
+  memory: ReturnType<typeof placesOf>['memory'],
+  qkStride: number,
+  probabilityStride: number,
+) {
+  const { operations, qk, pv, rowTiles, keys, headDimPadded, valueDimPadded } = config;
+  const staged = stages(config);
+  const int8 = qk.componentType === 'i8';
+  const rowWords = rowVectors(headDimPadded) * 4;
+  const T = range(rowTiles);
+  const S = range(keys / qk.N);
+  const O = range(valueDimPadded / pv.N);
   const loadQuery = (rt: number, step: number) =>
     operations.loadLeft(
       qk,
       `q_${rt}_${step}`,
       memory.query,
       staged.query
-        ? `${tileRow(rt)} * ${qkStride}u + ${step * qk.K}u`
-        : `(query_row + ${tileRow(rt)}) * ${rowWords * 4}u - P.queryRowBase * 16u + ${step * qk.K}u`,
+        ? `${tileRowOf(config, rt)} * ${qkStride}u + ${step * qk.K}u`
+        : `(query_row + ${tileRowOf(config, rt)}) * ${rowWords * 4}u - P.queryRowBase * 16u + ${step * qk.K}u`,
       `${staged.query ? qkStride : rowWords * 4}u`,
     );
   // In tiles, 32 channels of each key follow one another; staged tiles follow one another without their facts.
@@ -294,7 +359,7 @@ export function matrixAttentionKernel(config: MatrixKernelConfig): string {
           pv,
           `p_${rt}`,
           memory.probabilities,
-          `${rt * M * probabilityStride + step * pv.K}u`,
+          `${rt * qk.M * probabilityStride + step * pv.K}u`,
           `${probabilityStride}u`,
         ),
       );
@@ -313,67 +378,99 @@ export function matrixAttentionKernel(config: MatrixKernelConfig): string {
       ${body.join('\n      ')} }`;
     })
     .join('\n    ');
+  return { heldQueries, multiplyKeys, multiplyValues };
+}
 
-  // Rows 8 and on swap neighbouring columns with those of the lanes before: otherwise two rows would share each bank.
-  const column = (c: number) => `(${c * lanesPerRow}u + ${c % 2 === 0 ? 'lane_even' : 'lane_odd'})`;
-  const natural = naturalUnits(config);
-  const softmax = (rt: number) => {
-    const statements = C.map((c) =>
-      scoreStatements(
-        config,
-        `f_${c}`,
-        { constant: `constant_${rt}`, mask: `mask_${rt}`, poison: `poison_${rt}` },
-        `(start + i32${column(c)})`,
-      ),
-    );
-    const scaleAt = (c: number) =>
-      keyScale === 'token'
-        ? `bitcast<f32>(${keyWord(`${column(c)} / ${KEY_TILE}u`, `${factsWords}u + ${column(c)} % ${KEY_TILE}u * 4u`)})`
-        : 'key_scale';
-    const masked = statements.map(({ mask: masking }, c) =>
-      masking === '' ? '' : `if (f_${c} > ${EXCLUDED_BELOW}) ${masking.startsWith('{') ? masking : `{ ${masking} }`}`,
-    );
-    const flagsAt = (c: number) =>
-      `u32(${keyWord(`${column(c)} / ${KEY_TILE}u`, `${factsWords + 1}u + ${column(c)} % ${KEY_TILE}u * 4u`)})`;
-    // The subtrahend of an empty row is so far above EXCLUDED that the difference is 0 to exp2; in natural units, where
-    // masks may hold such values themselves and differences may overflow, it is a comparison instead.
-    const probability = (c: number) =>
-      natural
-        ? `select(${expOf(config, `f_${c} - updated`)}, 0.0, f_${c} < ${EXCLUDED_BELOW})`
-        : expOf(config, `f_${c} - subtrahend`);
-    return `
-    {
-      let at = ${ownRow(rt)} * ${scoreStride}u;
-      ${C.map((c) => `var f_${c} = f32(${scoreAt(`at + ${column(c)}`)}) * (scale_${rt} * ${scaleAt(c)}); ${statements[c]?.softcap ?? ''}`).join('\n      ')}
-      if (edge) {
-        ${C.map((c) => `{ let key = start + i32${column(c)}; if (key < low_${rt} || key > high_${rt}) { f_${c} = ${EXCLUDED}; } }`).join('\n        ')}
-      }
-      ${masked.join('\n      ')}
-      if (flagged) {
-        ${C.map((c) => `if (f_${c} > ${EXCLUDED_BELOW}) { poison_${rt} |= ${flagsAt(c)}; }`).join('\n        ')}
-      }
-      var largest = ${C.slice(1).reduce((acc, c) => `max(${acc}, f_${c})`, 'f_0')};
-      ${log(lanesPerRow)
-        .map((s) => `largest = max(largest, subgroupShuffleXor(largest, ${1 << s}u));`)
-        .join(' ')}
-      let held = m_${rt} >= ${EXCLUDED_BELOW};
-      let raised = largest >= ${EXCLUDED_BELOW} && (!held || largest > m_${rt} + ${natural ? (headroom * Math.LN2).toFixed(6) : `${headroom}.0`});
-      let updated = select(m_${rt}, largest, raised);
-      if (raised && held) {
-        let alpha = ${expOf(config, `m_${rt} - updated`)};
-        atomicStore(&moved[parity], 1u);
-        l_${rt} *= alpha;
-        if (lane_column == 0u) { row_factor[${row(rt)}] = alpha; }
-      }
-      m_${rt} = updated;
-      ${natural ? '' : 'let subtrahend = max(updated, -2.0e38f);'}
-      let to = ${ownRow(rt)} * ${probabilityStride}u;
-      ${C.map(
-        (c) => `{ let p = ${probability(c)}; l_${rt} += p;
-        ${inBlock('probabilities', 'subgroup', ownRows * probabilityStride, `to + ${column(c)}`)} = ${pv.componentType}(p); }`,
-      ).join('\n      ')}
-    }`;
+/** The first row of a subgroup's row tile within the workgroup. */
+const tileRowOf = ({ rowTiles, qk }: Pick<MatrixKernelConfig, 'rowTiles' | 'qk'>, rt: number) =>
+  `(subgroup * ${rowTiles * qk.M}u + ${rt * qk.M}u)`;
+
+function workgroupMemory(
+  config: MatrixKernelConfig,
+  qkStride: number,
+  scoreStride: number,
+  probabilityStride: number,
+): string {
+  const { operations, qk, pv, subgroups, rowTiles, keys, headDimPadded, valueDimPadded, scaleValues, smoothV } = config;
+  const staged = stages(config);
+  const rows = subgroups * rowTiles * qk.M;
+  const arrayOf = (name: string, type: string, elements: number, blocks = 0) => {
+    const array = type === 'i8' ? `array<i32, ${elements / 4}>` : `array<${type}, ${elements}>`;
+    if (blocks === 0) return `var<workgroup> ${name}: ${array};`;
+    return `var<workgroup> ${name}: ${operations.blocks ? `array<${array}, ${blocks}>` : `array<${type}, ${elements * blocks}>`};`;
   };
+  return `${staged.query ? arrayOf('tile_q', qk.componentType, rows * qkStride) : ''}
+${staged.keys ? arrayOf('tile_k', qk.componentType, keys * (qk.componentType === 'i8' ? headDimPadded : qkStride)) : ''}
+${staged.values ? arrayOf('tile_v', pv.componentType, keys * valueDimPadded) : ''}
+${arrayOf('scores', qk.resultComponentType, rowTiles * qk.M * scoreStride, subgroups)}
+${arrayOf('probabilities', pv.componentType, rowTiles * qk.M * probabilityStride, subgroups)}
+${arrayOf('output_tile', pv.resultComponentType, pv.M * pv.N, subgroups)}
+var<workgroup> row_factor: array<f32, ${rows}>;
+${scaleValues ? `var<workgroup> value_scales: array<vec4<f32>, ${valueDimPadded / 4}>;` : ''}
+${smoothV ? `var<workgroup> value_means: array<vec4<f32>, ${valueDimPadded / 4}>;` : ''}
+var<workgroup> moved: array<atomic<u32>, 2>;`;
+}
+
+export function matrixAttentionKernel(config: MatrixKernelConfig): string {
+  const { operations, qk, pv, lanes, subgroupId, subgroups, rowTiles, keys } = config;
+  const { headDimPadded, valueDimPadded, keyScale, scaleValues, smoothV, mask } = config;
+  const M = qk.M;
+  const threads = subgroups * lanes;
+  const rows = subgroups * rowTiles * M;
+  const lanesPerRow = lanes / M;
+  const staged = stages(config);
+  const rowWords = rowVectors(headDimPadded) * 4;
+  const factsWords = factsOffset(headDimPadded);
+  const usesF16 = pv.componentType === 'f16' || qk.componentType === 'f16' || pv.resultComponentType === 'f16';
+  const T = range(rowTiles);
+  const S = range(keys / qk.N);
+  const O = range(valueDimPadded / pv.N);
+
+  // Strides in components.
+  const padding = (component: string) => ROW_PADDING / bytesOf(component);
+  const qkStride = headDimPadded + padding(qk.componentType);
+  const scoreStride = keys + padding('i32');
+  const probabilityStride = keys + padding(pv.componentType);
+  const valueType = staged.values ? 'u32' : 'f16';
+  const subtiles = keys / KEY_TILE;
+
+  const places = placesOf(config, scoreStride, probabilityStride);
+  const { inBlock, keyTile, keyWord, outputAt, memory } = places;
+
+  const keyTileOf = (start: string) =>
+    `(kv_row + u32(${start})) / ${KEY_TILE}u - P.keyRowBase / ${KEY_TILE * (rowWords / 4)}u`;
+
+  /** A row within its subgroup, and within the workgroup. */
+  const ownRow = (rt: number) => `(${rt * M}u + lane_row)`;
+  const tileRow = (rt: number) => tileRowOf(config, rt);
+  const row = (rt: number) => `(${tileRow(rt)} + lane_row)`;
+
+  // Quantized queries are converted where the product takes no INT8.
+  const stageQuery = `for (var i = t; i < ${(rows * headDimPadded) / 4}u; i += ${threads}u) {
+      let r = i / ${headDimPadded / 4}u; let w = i % ${headDimPadded / 4}u;
+      let word = query_rows[(query_row + r) * ${rowWords}u + w - P.queryRowBase * 4u];
+      for (var e = 0u; e < 4u; e++) { tile_q[r * ${qkStride}u + 4u * w + e] = ${qk.componentType}(extractBits(word, e * 8u, 8u)); }
+    }`;
+  const tiles = stageTiles({
+    threads,
+    keys,
+    headDimPadded,
+    valueDimPadded,
+    qk,
+    pv,
+    keyStride: qkStride,
+    keyWord,
+    valueWord: (subtile, word) => inBlock('value_tiles', keyTile(subtile), (KEY_TILE * valueDimPadded) / 2, word),
+  });
+  const copied = [...(staged.keys ? [tiles.keys] : []), ...(staged.values ? [tiles.values] : [])];
+  const part = (name: 'declare' | 'load' | 'store') => copied.map((copies) => copies[name]).join(' ');
+  const loadStep = (start: string) => `{ let key_tile = ${keyTileOf(start)}; ${part('load')} }`;
+  const waits = copied.length > 0;
+
+  const { heldQueries, multiplyKeys, multiplyValues } = productStatements(config, memory, qkStride, probabilityStride);
+
+  const softmax = (rt: number) =>
+    softmaxStatements(config, places, rt, { own: ownRow(rt), group: row(rt), scoreStride, probabilityStride });
 
   const rescale = T.map((rt) =>
     O.map(
@@ -386,60 +483,8 @@ export function matrixAttentionKernel(config: MatrixKernelConfig): string {
     ).join('\n      '),
   ).join('\n      ');
 
-  const floats = recordFloats(valueDimPadded);
-  const finishRow = (rt: number) => {
-    const maximum = config.softcap ? `m_${rt}` : `m_${rt} + constant_${rt}`;
-    return `
-  if (poison_${rt} != 0u || (l_${rt} > 0.0 && flags_${rt} != 0u)) { l_${rt} = -1.0e30f; }
-  ${log(lanesPerRow)
-    .map((s) => `l_${rt} += subgroupShuffleXor(l_${rt}, ${1 << s}u);`)
-    .join(' ')}
-  if (lane_column == 0u) {
-    // The sign carries NaN: a sum is positive, and 0 for a row that attends to nothing.
-    row_factor[${row(rt)}] = select(select(1.0 / max(l_${rt}, 1.0e-37f), 0.0, l_${rt} == 0.0), -1.0, l_${rt} < 0.0);
-    if (${row(rt)} < count) {
-      ${result === 'final' && returnLse ? lseStatement(config, `(first_row + ${row(rt)})`, `m_${rt}`, `l_${rt}`, `constant_${rt}`) : ''}
-      ${
-        result === 'partial'
-          ? `let record = ${recordAt(`(first_row + ${row(rt)})`)};
-      records[record + ${valueDimPadded}u] = select(${maximum}, ${EXCLUDED}, l_${rt} == 0.0);
-      records[record + ${valueDimPadded + 1}u] = l_${rt};`
-          : ''
-      }
-    }
-  }`;
-  };
-  const rowElement = (r: string) =>
-    `(sequence_field(sequence, ${SEQUENCE.output}u) + head * P.outputHeadStride + ${r} * P.outputTokenStride)`;
-  const recordAt = (r: string) =>
-    `(${rowElement(r)} / ${valueDim}u * P.splits + P.splitIndex + group.z) * ${floats}u - P.recordBase`;
-  const finish = T.map((rt) =>
-    O.map(
-      (j) => `
-  ${operations.storeResult(pv, `o_${rt}_${j}`, memory.output, '0u', `${pv.N}u`)}
-  workgroupBarrier();
-  for (var i = lane; i < ${(pv.M * pv.N) / 4}u; i += ${lanes}u) {
-    let r = ${tileRow(rt)} + i / ${pv.N / 4}u;
-    let c = ${j * pv.N}u + i % ${pv.N / 4}u * 4u;
-    let factor = row_factor[r];
-    if (r < count) {
-      let y = vec4<f32>(${range(4)
-        .map((e) => `f32(${outputAt(`4u * i + ${e}u`)})`)
-        .join(
-          ', ',
-        )}) * factor${scaleValues ? ' * value_scales[c / 4u]' : ''}${smoothV ? ' + select(vec4<f32>(), value_means[c / 4u], factor > 0.0)' : ''};
-      ${
-        result === 'final'
-          ? `let at = ${rowElement('(first_row + r)')} - P.outputBase;
-      ${storeChannels(config, 'at', 'c', 'y', 'factor < 0.0')}`
-          : `let to = ${recordAt('(first_row + r)')} + c;
-      records[to] = y.x; records[to + 1u] = y.y; records[to + 2u] = y.z; records[to + 3u] = y.w;`
-      }
-    }
-  }
-  workgroupBarrier();`,
-    ).join(''),
-  ).join('');
+  const { finishRow, storeTile } = finishStatements(config, places);
+  const finish = T.map((rt) => O.map((j) => storeTile(rt, j, tileRow(rt))).join('')).join('');
 
   const main = `
 @compute @workgroup_size(${threads})
@@ -485,17 +530,12 @@ ${T.map(
 ).join('\n')}
 
   var parity = 0u;
-  ${staged.ahead ? `${keyCopies.declare} ${valueCopies.declare} ${loadAhead('key_begin')}` : ''}
+  ${part('declare')} ${staged.ahead ? loadStep('key_begin') : ''}
   for (var start = key_begin; start < key_end; start += ${keys}) {
     let key_tile = ${keyTileOf('start')};
-    ${
-      staged.keys || staged.values || staged.query
-        ? `workgroupBarrier();
-    ${staged.ahead ? `${storeKeys} ${storeValues}` : `${staged.keys ? stageKeys : ''} ${staged.values ? stageValues : ''}`}
-    workgroupBarrier();
-    ${staged.ahead ? loadAhead(`(start + ${keys})`) : ''}`
-        : ''
-    }
+    ${waits && !staged.ahead ? loadStep('start') : ''}
+    ${waits ? `workgroupBarrier(); ${part('store')} workgroupBarrier();` : ''}
+    ${staged.ahead ? loadStep(`(start + ${keys})`) : ''}
     ${keyScale === 'tile' ? `let key_scale = bitcast<f32>(${keyWord(0, `${factsWords}u`)});` : ''}
     let flagged = (${range(subtiles)
       .map((subtile) => keyWord(subtile, `${factsWords + 2}u`))
@@ -515,7 +555,7 @@ ${T.map(
     parity = 1u - parity;
   }
   workgroupBarrier();
-${T.map(finishRow).join('')}
+${T.map((rt) => finishRow(rt, row(rt))).join('')}
   workgroupBarrier();
 ${finish}
 }`;
@@ -534,16 +574,7 @@ ${tables(1)}
 ${scoreDeclarations(config)}
 ${scaleValues ? valueScale(statisticsVectors(headDimPadded, valueDimPadded), smoothV) : ''}
 ${smoothV ? valueMean(statisticsVectors(headDimPadded, valueDimPadded)) : ''}
-${staged.query ? arrayOf('tile_q', qk.componentType, rows * qkStride) : ''}
-${staged.keys ? arrayOf('tile_k', qk.componentType, keys * (int8 ? headDimPadded : qkStride)) : ''}
-${staged.values ? arrayOf('tile_v', pv.componentType, keys * valueDimPadded) : ''}
-${arrayOf('scores', scoreType, rowTiles * M * scoreStride, subgroups)}
-${arrayOf('probabilities', pv.componentType, rowTiles * M * probabilityStride, subgroups)}
-${arrayOf('output_tile', pv.resultComponentType, pv.M * pv.N, subgroups)}
-var<workgroup> row_factor: array<f32, ${rows}>;
-${scaleValues ? `var<workgroup> value_scales: array<vec4<f32>, ${valueDimPadded / 4}>;` : ''}
-${smoothV ? `var<workgroup> value_means: array<vec4<f32>, ${valueDimPadded / 4}>;` : ''}
-var<workgroup> moved: array<atomic<u32>, 2>;
+${workgroupMemory(config, qkStride, scoreStride, probabilityStride)}
 ${operations.declarations()}
 ${main}`;
 }
