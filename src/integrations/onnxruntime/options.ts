@@ -35,7 +35,7 @@ export interface SageAttentionOptions {
 /**
  * Least tokens for which replacing attention was measured to be no slower than leaving it; see docs/integrations.md. The
  * CPU provider of onnxruntime-node was faster than the WASM backend at every length, so there the caller must ask for it.
- * WebGPU's has not been measured yet: it is where the cost of cutting is sure to be small.
+ * WebGPU's is the shortest length that was measured, on an H200.
  */
 export const DEFAULT_MIN_TOKENS = {
   'onnxruntime-web': 256,
