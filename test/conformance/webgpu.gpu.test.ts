@@ -65,6 +65,11 @@ const RUNS: readonly Run[] = [
     only: ['GQA', 'varlen: 5'],
   },
   {
+    options: { family: OTHER },
+    target: target('smoothed V', { options: { smoothV: true } }),
+    only: ['mask: bool [Lq', 'varlen: 5', 'V near the float32', 'not a number: in a value', 'one key at a time'],
+  },
+  {
     options: { family: 'base', variant: '32x32s' },
     target: target('base, wide tiles in shared memory'),
     only: ['GQA', 'mask: bool [Lq'],

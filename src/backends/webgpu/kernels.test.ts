@@ -285,6 +285,17 @@ describe('the backend on a device that computes nothing', () => {
     await expect(plan.run({ q, k, v })).rejects.toMatchObject({ code: 'disposed' });
   });
 
+  it('has float16 sums in family matrix only, and says so', async () => {
+    const [q, k, v] = [zeros([1, 2, 5, 32]), zeros([1, 2, 5, 32]), zeros([1, 2, 5, 32])];
+    const problem = spec(q, k, v);
+    const choice = chooseOptions(await backend.defaultKernel(), problem, { pvAccumDtype: 'fp16' });
+    await expect(backend.plan(problem, choice)).rejects.toMatchObject({
+      code: 'unsupported-option',
+      argument: 'options.pvAccumDtype',
+      received: "'fp16' on family 'subgroup'",
+    });
+  });
+
   it('validates varlen, odd 16-bit head dims and masks', async () => {
     const half = (shape: readonly number[]) =>
       tensor(new Uint16Array(shape.reduce((a, b) => a * b, 1)), shape, { dtype: 'bfloat16' });
