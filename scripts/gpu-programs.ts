@@ -2,11 +2,14 @@
  * Bundles the programs that are run on a GPU machine into `.gpu/programs/`: one file each that needs Node and
  * koffi (CUDA) or webgpu and, as a peer, onnxruntime-web (WebGPU) and nothing else, so that the machine needs no npm.
  */
+import { execFileSync } from 'node:child_process';
 import path from 'node:path';
 import { fileURLToPath } from 'node:url';
 import { build } from 'esbuild';
 
 const ROOT = fileURLToPath(new URL('..', import.meta.url));
+/** For the results: where the programs run there is no git. */
+const commit = execFileSync('git', ['describe', '--always', '--dirty'], { cwd: ROOT, encoding: 'utf8' }).trim();
 
 await build({
   absWorkingDir: ROOT,
@@ -28,7 +31,7 @@ await build({
   // Loaded at run time where they are installed.
   external: ['koffi', 'webgpu', 'onnxruntime-*', 'assemblyscript'],
   // What the programs read by its place beside a source file is test/golden, which travels with the work tree.
-  define: { 'import.meta.url': 'GOLDEN_URL' },
+  define: { 'import.meta.url': 'GOLDEN_URL', 'process.env.SAGEATTENTION_COMMIT': JSON.stringify(commit) },
   banner: { js: "const GOLDEN_URL = new URL('../../test/golden/golden.js', import.meta.url).href;" },
   logLevel: 'warning',
 });

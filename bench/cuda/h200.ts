@@ -324,13 +324,14 @@ async function main(): Promise<number> {
   const hostSide = await hostCosts(device, backend, flat);
   const smi = spawnSync(
     'nvidia-smi',
-    ['--query-gpu=name,clocks.sm,clocks.mem,power.draw,temperature.gpu', '--format=csv'],
+    ['--query-gpu=name,driver_version,clocks.sm,clocks.mem,power.draw,temperature.gpu', '--format=csv'],
     {
       encoding: 'utf8',
     },
   );
   const report = {
     date: new Date().toISOString(),
+    commit: process.env.SAGEATTENTION_COMMIT,
     seed,
     details,
     nvidiaSmi: smi.stdout,

@@ -125,12 +125,15 @@ interface Outcome {
   readonly task: Task;
   readonly error?: string;
   readonly relativeL1?: number;
+  readonly cosineSimilarity?: number;
   /** Of the official sm90 kernel on the same golden file. */
   readonly official?: number;
   readonly sameBits?: boolean;
   /** Of the attention kernel (and the joining of splits) alone, and of everything. */
   readonly aloneMilliseconds?: number;
   readonly milliseconds?: number;
+  /** Of what comes before attention, by itself. */
+  readonly quantizeMilliseconds?: number;
   readonly registers?: number;
   readonly localBytes?: number;
   readonly ofCopyBandwidth?: number;
@@ -252,6 +255,11 @@ function golden(bench: Bench, task: Task & { kind: 'golden' }): Partial<Outcome>
   return { relativeL1, official: Math.min(...theirs) };
 }
 
+function accuracyOf(actual: ArrayLike<number>, expected: ArrayLike<number>): Partial<Outcome> {
+  const { relativeL1, cosineSimilarity } = compare(actual, expected);
+  return { relativeL1, cosineSimilarity };
+}
+
 const exactRows = new Map<string, Float64Array>();
 
 /** Variants are compared on the same rows. */
@@ -275,6 +283,7 @@ function time(bench: Bench, task: Task & { kind: 'time' }): Partial<Outcome> {
   const workbench = new Workbench(device, plan, addresses);
   const milliseconds = timeOnDevice(device, () => workbench.run());
   const aloneMilliseconds = timeOnDevice(device, () => workbench.run(isAttention));
+  const quantizeMilliseconds = timeOnDevice(device, () => workbench.run((name) => !isAttention(name)));
   const { registers, localBytes } = workbench.resourcesOf('attention');
   const rows = sampleRows(new Random(bench.seed), task.shape, SAMPLED_ROWS);
   const actual: number[] = [];
@@ -287,8 +296,14 @@ function time(bench: Bench, task: Task & { kind: 'time' }): Partial<Outcome> {
   }
   workbench.dispose();
   output.memory.dispose();
-  const { relativeL1 } = compare(actual, expected);
-  return { milliseconds, aloneMilliseconds, registers, localBytes, relativeL1 };
+  return {
+    milliseconds,
+    aloneMilliseconds,
+    quantizeMilliseconds,
+    registers,
+    localBytes,
+    ...accuracyOf(actual, expected),
+  };
 }
 
 /** One row of Q, 32 heads over 8, over 65,536 keys already quantized. */
@@ -337,8 +352,11 @@ function decode(bench: Bench, task: Task & { kind: 'decode' }): Partial<Outcome>
     kept.dispose();
   }
   output.memory.dispose();
-  const { relativeL1 } = compare(actual, expected);
-  return { milliseconds, ofCopyBandwidth: bytes / (milliseconds / 1000) / bandwidth, relativeL1 };
+  return {
+    milliseconds,
+    ofCopyBandwidth: bytes / (milliseconds / 1000) / bandwidth,
+    ...accuracyOf(actual, expected),
+  };
 }
 
 /** The exact output of one head of one row of Q over the keys of its group's head. */
@@ -484,6 +502,7 @@ function summaryOf(
       parts.push(
         `alone ${fixed(tflops(task.shape, alone), 0)} (${ratio(alone)})`,
         `whole ${fixed(tflops(task.shape, outcome.milliseconds), 0)} (${ratio(outcome.milliseconds)})`,
+        `quantize ${fixed(outcome.quantizeMilliseconds, 3)} ms`,
       );
       const goal = GOALS.find(
         ({ kernel, shape: of }) => kernel === task.kernel && JSON.stringify(of) === JSON.stringify(task.shape),
@@ -533,7 +552,7 @@ async function main(): Promise<number> {
   const clocks = () =>
     spawnSync(
       'nvidia-smi',
-      ['--query-gpu=name,clocks.sm,clocks.mem,power.draw,temperature.gpu', '--format=csv,noheader'],
+      ['--query-gpu=name,driver_version,clocks.sm,clocks.mem,power.draw,temperature.gpu', '--format=csv,noheader'],
       {
         encoding: 'utf8',
       },
@@ -541,7 +560,7 @@ async function main(): Promise<number> {
   const write = () =>
     writeFileSync(
       join(folder, 'hopper.json'),
-      `${JSON.stringify({ date: new Date().toISOString(), seed, copyBandwidth: bandwidth, gpu: clocks(), torch, outcomes }, null, 1)}\n`,
+      `${JSON.stringify({ date: new Date().toISOString(), commit: process.env.SAGEATTENTION_COMMIT, seed, copyBandwidth: bandwidth, gpu: clocks(), torch, outcomes }, null, 1)}\n`,
     );
   for (let next = 0; next < list.length && Date.now() < deadline; ) {
     next = await runWorker(next, list, only, seed, deadline, (message) => {

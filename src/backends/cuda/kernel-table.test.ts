@@ -15,7 +15,7 @@ it.each([
   [86, 'qk-int8-pv-fp16-cuda'],
   [87, 'qk-int8-pv-fp16-cuda'],
   [89, 'qk-int8-pv-fp8-cuda'],
-  [90, 'qk-int8-pv-fp16-cuda'],
+  [90, 'qk-int8-pv-fp8-cuda-sm90'],
   [100, 'qk-int8-pv-fp8-cuda'],
   [120, 'qk-int8-pv-fp8-cuda'],
 ] as const)('compute capability %i runs %s by default', (capability, name) => {

@@ -467,7 +467,7 @@ export function hopperAttention(config: HopperConfig): Kernel {
     // Consumers take turns at issuing products: the one whose turn it is waits at its own barrier. The first needs none.
     const turn = b.add(group, 1);
     const nextTurn = b.selp(1, b.add(turn, 1), b.setp('eq', turn, consumers));
-    if (config.pingPong !== 'none') {
+    if (config.pingPong) {
       b.if(b.setp('eq', turn, consumers), () => namedBarrier(b, 'bar.arrive', b.constant('u32', 1), 256));
     }
 
@@ -498,13 +498,9 @@ export function hopperAttention(config: HopperConfig): Kernel {
       /** Scale of V's codes in the last tile taken; the output is in its units. */
       const tileScale = b.constant('f32', 1);
       const columns = paddedValueDim + (config.onesColumn ? 8 : 0);
-      const direct = config.promotionInterval === 0;
-      const everyTile = config.promotionInterval === 1;
       const output = Array.from({ length: columns / 2 }, () => b.constant('f32', 0));
       /** Sums of the tensor cores that are still to be added to the output. */
-      const partial = direct ? output : config.valueChunk < columns ? [] : b.regs('f32', columns / 2);
-      if (!direct && !everyTile) for (const register of partial) b.set(register, 0);
-      const sinceAdded = b.constant('u32', 0);
+      const partial = !config.promoted ? output : config.valueChunk < columns ? [] : b.regs('f32', columns / 2);
       const fragments = Array.from({ length: fp8 ? 4 : 8 }, () => b.regs('b32', 4));
 
       const tile = b.mov(firstTile);
@@ -561,10 +557,9 @@ export function hopperAttention(config: HopperConfig): Kernel {
               takeTurn();
               b.section('S = Q K^T of the next tile');
               issueScores(keyKnown);
-              if (config.pingPong === 'scores') giveTurn();
               b.section('O += P V');
               issueValues(0, columns, partial, valueKnown);
-              if (config.pingPong === 'values') giveTurn();
+              giveTurn();
               wgmmaWaitGroup(b, 1);
               release('keyEmpty', keyPlace);
               // Exponentials wait 8 clocks for each other: what else there is to do stands beside them, for ptxas to fill the gaps with.
@@ -593,7 +588,7 @@ export function hopperAttention(config: HopperConfig): Kernel {
               seedScores();
               issueScores();
               wgmmaWaitGroup(b, 0);
-              if (config.pingPong !== 'none') giveTurn();
+              giveTurn();
               release('keyEmpty', keyPlace);
               softmax();
               rescale();
@@ -604,9 +599,6 @@ export function hopperAttention(config: HopperConfig): Kernel {
             },
           );
         }
-        if (!direct && !everyTile) {
-          for (const [i, register] of output.entries()) b.add(register, at(partial, i), register);
-        }
       });
       if (!fused) b.when(leader, () => mbarrierArrive(b, barriers, queryEmpty));
 
@@ -614,11 +606,11 @@ export function hopperAttention(config: HopperConfig): Kernel {
       writeResults();
 
       function takeTurn(): void {
-        if (config.pingPong !== 'none') namedBarrier(b, 'bar.sync', turn, 256);
+        if (config.pingPong) namedBarrier(b, 'bar.sync', turn, 256);
       }
 
       function giveTurn(): void {
-        namedBarrier(b, 'bar.arrive', nextTurn, 256);
+        if (config.pingPong) namedBarrier(b, 'bar.arrive', nextTurn, 256);
       }
 
       /** INT32 scores are summed on top of the bits of 1.5 * 2^23, so that read as floats they are 1.5 * 2^23 + q . k. */
@@ -649,10 +641,9 @@ export function hopperAttention(config: HopperConfig): Kernel {
       ): void {
         if (known !== 'waited') awaitStage('valueFull', valuePlace, known);
         const value = staged(valueDescriptor, valuePlace, valueStageBytes);
-        const accumulates = direct ? undefined : everyTile ? false : b.setp('ne', sinceAdded, 0);
         wgmmaFence(b);
         fragments.forEach((fragment, k) => {
-          const accumulate = accumulates === undefined || k > 0 ? true : accumulates;
+          const accumulate = !config.promoted || k > 0;
           if (fp8) {
             const p = fragment.map((register) => b.as(register, 'e4m3x4'));
             const v = advanceDescriptor(b, value, first * 128 + k * 32);
@@ -686,34 +677,20 @@ export function hopperAttention(config: HopperConfig): Kernel {
         }
       }
 
-      /** Adds what the tensor cores summed to the output, when it is time. */
+      /** Adds what the tensor cores summed to the output, where they do not sum into the output itself. */
       function promote(): void {
-        if (direct) return;
+        if (!config.promoted) return;
         b.section('promotion to float32');
-        if (everyTile) {
-          for (const [i, register] of output.entries()) {
-            b.fma(register, factorOf(i), at(partial, i), register);
-          }
-          return;
-        }
-        b.add(sinceAdded, 1, sinceAdded);
-        b.if(b.setp('eq', sinceAdded, config.promotionInterval), () => {
-          for (const [i, register] of output.entries()) b.add(register, at(partial, i), register);
-          // The next product starts from nothing; until then what was added must not be added again.
-          for (const register of partial) b.set(register, 0);
-          b.set(sinceAdded, 0);
-        });
+        for (const [i, register] of output.entries()) b.fma(register, factorOf(i), at(partial, i), register);
       }
 
       /** Where the output is not multiplied with every promotion: multiplies it now, if the maximum of a row of this warp grew. */
       function rescale(): void {
-        if (everyTile) return;
+        if (config.promoted) return;
         const grown = b.orPred(b.setp('ne', at(factor, 0), 1), b.setp('ne', at(factor, 1), 1));
         b.if(b.voteAny(grown), () => {
           b.section('rescale the output to the new maximum');
-          for (const registers of direct ? [output] : [output, partial]) {
-            for (const [i, register] of registers.entries()) b.mul(register, factorOf(i), register);
-          }
+          for (const [i, register] of output.entries()) b.mul(register, factorOf(i), register);
         });
       }
 
@@ -732,10 +709,11 @@ export function hopperAttention(config: HopperConfig): Kernel {
           const first = make(at(queryScale, 0));
           return [first, queryScale.length === 1 ? first : make(at(queryScale, 1))];
         });
-        // A register for each row also where rows share a scale: for large scores the two part.
+        // A register for each row also where rows share a scale: for large scores the two part, unless they are scaled before.
         const zeroPoint = scale.map((ofRows) => {
           const first = b.mul(at(ofRows, 0), -MAGIC);
-          return [first, ofRows[0] === ofRows[1] ? b.mov(first) : b.mul(at(ofRows, 1), -MAGIC)];
+          if (ofRows[0] !== ofRows[1]) return [first, b.mul(at(ofRows, 1), -MAGIC)];
+          return [first, cooked ? first : b.mov(first)];
         });
         const scaleOf = (r: number, column: number) => at(at(scale, column >> 6), r);
         const zeroOf = (r: number, column: number) => at(at(zeroPoint, column >> 6), r);

@@ -14,17 +14,17 @@ export interface HopperTile {
   readonly registers: { readonly producer: number; readonly consumer: number } | undefined;
   /** `ahead`: QK^T of the next tile is issued before PV of this one. `serial`: one after the other. */
   readonly schedule: 'ahead' | 'serial';
-  /** Two consumers issue their products in turns, so that one takes exponentials while the other multiplies; a turn ends behind these. */
-  readonly pingPong: 'none' | 'scores' | 'values';
-  /** Tiles after which FP8 sums move to float32 registers; 0: never ('fp32'). FP16 products are summed in float32 and take 0. */
-  readonly promotionInterval: number;
+  /** Two consumers issue their products in turns, so that one takes exponentials while the other multiplies. */
+  readonly pingPong: boolean;
+  /** FP8 sums move to float32 registers with every tile ('fp32+fp32'), or never ('fp32'). FP16 products are summed in float32. */
+  readonly promoted: boolean;
   /** Columns of PV that have registers for sums of their own; fewer than Dv only when serial and promoted every tile. */
   readonly valueChunk: number;
   /** A scale for each row of a Q that the kernel quantizes; else rows i and i + 8 of every 16 share one, which saves registers. */
   readonly queryScalePerRow: boolean;
   /** Share of the exponentials on the FMA units. Needs `onesColumn`. */
   readonly polynomialShare: 0 | 0.125 | 0.25 | 0.5;
-  /** Row sums as one more column of P V, over the same rounded P: 8 more columns. */
+  /** Row sums as one more column of P V, over the same rounded P: 8 more columns. Only with promotion: FP8 sums lose what is small beside them. */
   readonly onesColumn: boolean;
   /** Powers of two by which a row's maximum may grow before the output is rescaled. */
   readonly rescaleThreshold: number;

@@ -82,8 +82,9 @@ export function hopperShapeOf(context: Context): Shape {
       pvFormat,
       qkRowBytes: scheme.qkRowBytes,
       paddedValueDim: scheme.paddedValueDim,
-      fewRows: totalRows <= CONSUMER_ROWS,
+      rows: totalRows,
       promoted: choice.pvAccumDtype !== 'fp32',
+      cooked: mask !== undefined || problem.softcap !== 0,
     }),
     ...context.hopperTuning,
   };
