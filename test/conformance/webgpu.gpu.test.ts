@@ -95,11 +95,6 @@ const RUNS: readonly Run[] = [
           only: ['smScale 0.3'],
         },
         {
-          options: { emulateMatrices: 'int8', variant: '1x1x64' } as const,
-          target: target('matrix kernel with two tiles of keys, emulated'),
-          only: ['smScale 0.3'],
-        },
-        {
           options: { emulateMatrices: 'int8', variant: '1x2x32' } as const,
           target: target('matrix kernel with two tiles of rows, emulated'),
           only: ['smScale 0.3'],

@@ -88,7 +88,7 @@ export function capabilitiesOf(
     subgroupSize: [info?.subgroupMinSize ?? 0, info?.subgroupMaxSize ?? 0],
     matrixConfigs: matrixFeature === undefined ? [] : matrixConfigsOf(info),
     matrixFeature,
-    matrixDialect: { majorness: 'template', packedUnit: 'words', blocks: false },
+    matrixDialect: { majorness: 'template', packedUnit: 'words' },
     packedDot: language?.has('packed_4x8_integer_dot_product') ?? false,
     subgroupId: language?.has('subgroup_id') ?? false,
     timestamps: has('timestamp-query'),

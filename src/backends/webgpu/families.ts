@@ -4,12 +4,7 @@ import type { AttentionProblem } from '../../attention/problem.ts';
 import type { KernelChoice } from '../backend.ts';
 import { type Capabilities, MATRIX_FEATURES, type MatrixConfig } from './capabilities.ts';
 import { type AttentionKernel, padDim } from './stages.ts';
-import {
-  type MatrixShape,
-  matrixAttentionKernel,
-  matrixWorkgroupBytes,
-  type Staging,
-} from './wgsl/attention-matrix.ts';
+import { type MatrixShape, matrixAttentionKernel, matrixWorkgroupBytes } from './wgsl/attention-matrix.ts';
 import { type TileShape, tiledAttentionKernel, tiledWorkgroupBytes } from './wgsl/attention-tiled.ts';
 import { KEY_TILE, type KeyValueLayout, VALUE_GROUP } from './wgsl/layout.ts';
 import { emulatedMatrices, nativeMatrices } from './wgsl/matrix-operations.ts';
@@ -67,43 +62,38 @@ export interface MatrixVariant extends MatrixShape {
   readonly name: string;
 }
 
-const STAGING_SUFFIX: Record<Staging, string> = { none: '', step: 's', ahead: 'a' };
-
 const matrixVariant = (
   subgroups: number,
   rowTiles: number,
   keys: number,
-  staging: Staging,
-  headroom = 8,
+  { ahead = false, headroom = 8 } = {},
 ): MatrixVariant => ({
-  name: `${subgroups}x${rowTiles}x${keys}${STAGING_SUFFIX[staging]}${headroom === 0 ? 'e' : ''}`,
+  name: `${subgroups}x${rowTiles}x${keys}${ahead ? 'a' : ''}${headroom === 0 ? 'e' : ''}`,
   subgroups,
   rowTiles,
   keys,
-  staging,
+  ahead,
   headroom,
 });
 
 /**
- * Tiles of family `matrix`, best first; the first that fits is taken. Names: subgroups x row tiles x keys, K and V staged
- * in each step (s) or a step ahead (a), exact maximum (e). The order is that of bench/webgpu/h200.ts on an H200.
+ * Tiles of family `matrix`, best first; the first that fits is taken. Names: subgroups x row tiles x keys, loads ahead of
+ * need (a), exact maximum (e). The order is that of bench/webgpu/h200.ts on an H200.
  */
 export const MATRIX_VARIANTS: readonly MatrixVariant[] = [
-  matrixVariant(4, 1, 32, 'ahead'),
-  matrixVariant(4, 2, 32, 'ahead'),
-  matrixVariant(8, 1, 32, 'ahead'),
-  matrixVariant(4, 1, 64, 'ahead'),
-  matrixVariant(2, 2, 32, 'ahead'),
-  matrixVariant(4, 1, 32, 'step'),
-  matrixVariant(4, 2, 32, 'step'),
-  matrixVariant(8, 1, 32, 'step'),
-  matrixVariant(1, 2, 32, 'none'),
-  matrixVariant(4, 1, 32, 'none'),
-  matrixVariant(2, 2, 32, 'none'),
-  matrixVariant(1, 1, 64, 'none'),
-  matrixVariant(4, 1, 32, 'ahead', 0),
-  matrixVariant(2, 1, 32, 'none'),
-  matrixVariant(1, 1, 32, 'none'),
+  matrixVariant(1, 2, 32),
+  matrixVariant(1, 1, 32, { ahead: true }),
+  matrixVariant(2, 1, 32, { ahead: true }),
+  matrixVariant(4, 1, 32, { ahead: true }),
+  matrixVariant(1, 2, 32, { ahead: true }),
+  matrixVariant(2, 2, 32),
+  matrixVariant(1, 1, 64),
+  matrixVariant(2, 1, 64),
+  matrixVariant(4, 1, 32),
+  matrixVariant(8, 1, 32),
+  matrixVariant(2, 1, 32),
+  matrixVariant(1, 1, 32),
+  matrixVariant(1, 1, 32, { headroom: 0 }),
 ];
 
 /** The products that emulation stands for: what an H200 lists (`int8`), or Apple's GPUs (`float32`). */

@@ -1,7 +1,6 @@
 /**
  * Finds out by value how a device's subgroup matrices are written: the extension is experimental, and implementations
- * have differed in syntax, in the unit of offsets of 8-bit matrices and in what memory matrices may lie, where a wrong
- * reading is a fast wrong answer.
+ * have differed in syntax and in the unit of offsets of 8-bit matrices, where a wrong reading is a fast wrong answer.
  */
 import { float16FromNumber, float16ToNumber } from '../../tensor/formats/float16.ts';
 import { MATRIX_FEATURES, type MatrixConfig } from './capabilities.ts';
@@ -9,102 +8,74 @@ import { GPU_BUFFER_USAGE, GPU_MAP_READ } from './gpu-tensor.ts';
 import { type MatrixDialect, type MatrixMemory, nativeMatrices } from './wgsl/matrix-operations.ts';
 
 const DIALECTS: readonly MatrixDialect[] = [
-  { majorness: 'template', packedUnit: 'words', blocks: true },
-  { majorness: 'template', packedUnit: 'words', blocks: false },
-  { majorness: 'template', packedUnit: 'components', blocks: true },
-  { majorness: 'template', packedUnit: 'components', blocks: false },
-  { majorness: 'argument', packedUnit: 'components', blocks: false },
-  { majorness: 'argument', packedUnit: 'words', blocks: false },
+  { majorness: 'template', packedUnit: 'words' },
+  { majorness: 'template', packedUnit: 'components' },
+  { majorness: 'argument', packedUnit: 'components' },
+  { majorness: 'argument', packedUnit: 'words' },
 ];
 
 /** Rows of the left matrix are this many components longer than the product's K, and data starts this far into a buffer. */
 const GAP = 16;
 
-/** The right matrix is in the second of two blocks. */
-const BLOCKS = 2;
-const rightBlock = ({ N, K }: MatrixConfig) => GAP + N * K + 16;
-/** Result and, where it is no INT8, the left matrix go through workgroup memory, in the second of two blocks too. */
-const resultBlock = ({ M, N }: MatrixConfig) => M * (N + 4);
-const leftBlock = ({ M, K }: MatrixConfig) => M * (K + 8);
-
-/** Of what kind each place of the probe's is: a block in an array of arrays, or in one long array. */
-export interface ProbedBlocks {
-  readonly left: boolean;
-  readonly right: boolean;
-  readonly result: boolean;
-}
+/** Components before the right matrix. */
+const rightStart = ({ N, K }: MatrixConfig) => 2 * GAP + N * K;
 
 /**
  * A kernel that multiplies one left by one right matrix with the memory of the attention kernel: rows with gaps in storage
- * for Q, dense columns in a block of storage for K and V, blocks of workgroup memory for P and for results.
+ * for Q, dense columns for K and V, padded rows in workgroup memory for P and for results.
  */
 export function matrixProbeKernel(
   product: MatrixConfig,
   extension: string,
   dialect: MatrixDialect,
   lanes: number,
-  blocks: ProbedBlocks = { left: dialect.blocks, right: dialect.blocks, result: dialect.blocks },
 ): string {
-  const operations = (nested: boolean) => nativeMatrices(extension, { ...dialect, blocks: nested });
+  const operations = nativeMatrices(extension, dialect);
   const { componentType, resultComponentType, K, M, N } = product;
   const component = componentType as MatrixMemory['component'];
   const element = component === 'i8' ? 'i32' : component;
-  const array = (nested: boolean, type: string, length: number) =>
-    nested ? `array<array<${type}, ${length}>, ${BLOCKS}>` : `array<${type}, ${length * BLOCKS}>`;
-  const at = (nested: boolean, name: string, length: number, index: string) =>
-    nested ? `${name}[block][${index}]` : `${name}[block * ${length}u + ${index}]`;
-  const block = (length: number) => ({ index: 'block', length });
   const staged = component !== 'i8';
-  const [loadLeft, left] = staged
-    ? operations(blocks.left).loadLeft(
-        product,
-        'a',
-        { name: 'tile', component, block: block(leftBlock(product)) },
-        '0u',
-        `${K + 8}u`,
-      )
-    : operations(false).loadLeft(product, 'a', { name: 'lefts', component }, `${GAP}u`, `${K + GAP}u`);
-  const rightLength = rightBlock(product);
-  const [loadRight, right] = operations(blocks.right).loadRight(
+  const [loadLeft, left] = operations.loadLeft(
+    product,
+    'a',
+    { name: staged ? 'tile' : 'lefts', component },
+    staged ? '0u' : `${GAP}u`,
+    `${staged ? K + 8 : K + GAP}u`,
+  );
+  const base = `(group.x + 1u) * ${rightStart(product)}u`;
+  const [loadRight, right] = operations.loadRight(
     product,
     'b',
-    { name: 'rights', component, block: block(rightLength) },
-    `${GAP}u`,
+    { name: 'rights', component, base },
+    '0u',
     `${K}u`,
     true,
   );
-  const result: MatrixMemory = {
-    name: 'result',
-    component: resultComponentType as MatrixMemory['component'],
-    block: block(resultBlock(product)),
-  };
-  const { enable, declareResult, multiplyAccumulate } = operations(false);
-  const rightWords = component === 'i8' ? rightLength / 4 : rightLength;
+  const result: MatrixMemory = { name: 'result', component: resultComponentType as MatrixMemory['component'] };
   return `
 enable subgroups;
-${enable}
+${operations.enable}
 ${component === 'f16' || resultComponentType === 'f16' ? 'enable f16;' : ''}
 @group(0) @binding(0) var<storage, read> lefts: array<${element}>;
-@group(0) @binding(1) var<storage, read> rights: array<${blocks.right ? `array<${element}, ${rightWords}>` : element}>;
+@group(0) @binding(1) var<storage, read> rights: array<${element}>;
 @group(0) @binding(2) var<storage, read_write> results: array<${resultComponentType}>;
-${staged ? `var<workgroup> tile: ${array(blocks.left, element, leftBlock(product))};` : ''}
-var<workgroup> result: ${array(blocks.result, resultComponentType, resultBlock(product))};
+${staged ? `var<workgroup> tile: array<${element}, ${M * (K + 8)}>;` : ''}
+var<workgroup> result: array<${resultComponentType}, ${M * (N + 4)}>;
 @compute @workgroup_size(${lanes})
 fn main(@builtin(workgroup_id) group: vec3<u32>, @builtin(local_invocation_index) lane: u32) {
-  let block = group.x + 1u;
   ${
     staged
-      ? `for (var i = lane; i < ${M * K}u; i += ${lanes}u) { ${at(blocks.left, 'tile', leftBlock(product), `i / ${K}u * ${K + 8}u + i % ${K}u`)} = lefts[${GAP}u + i / ${K}u * ${K + GAP}u + i % ${K}u]; }
+      ? `for (var i = lane; i < ${M * K}u; i += ${lanes}u) { tile[i / ${K}u * ${K + 8}u + i % ${K}u] = lefts[${GAP}u + i / ${K}u * ${K + GAP}u + i % ${K}u]; }
   workgroupBarrier();`
       : ''
   }
-  ${declareResult(product, 'c')}
+  ${operations.declareResult(product, 'c')}
   ${loadLeft}
   ${loadRight}
-  ${multiplyAccumulate(product, left, right, 'c')}
-  ${operations(blocks.result).storeResult(product, 'c', result, '0u', `${N + 4}u`)}
+  ${operations.multiplyAccumulate(product, left, right, 'c')}
+  ${operations.storeResult(product, 'c', result, '0u', `${N + 4}u`)}
   workgroupBarrier();
-  for (var i = lane; i < ${M * N}u; i += ${lanes}u) { results[i] = ${at(blocks.result, 'result', resultBlock(product), `i / ${N}u * ${N + 4}u + i % ${N}u`)}; }
+  for (var i = lane; i < ${M * N}u; i += ${lanes}u) { results[i] = result[i / ${N}u * ${N + 4}u + i % ${N}u]; }
 }`;
 }
 
@@ -156,7 +127,7 @@ export async function probeMatrixDialect(
 }
 
 /** Whether a probe's kernel gives the product of the probe's matrices. */
-export async function isExact(device: GPUDevice, code: string, product: MatrixConfig): Promise<boolean> {
+async function isExact(device: GPUDevice, code: string, product: MatrixConfig): Promise<boolean> {
   const { M, N, K, componentType, resultComponentType } = product;
   const buffers: GPUBuffer[] = [];
   const buffer = (size: number, usage: number) => {
@@ -173,7 +144,7 @@ export async function isExact(device: GPUDevice, code: string, product: MatrixCo
     const pipeline = await compiling;
     const storage = GPU_BUFFER_USAGE.STORAGE | GPU_BUFFER_USAGE.COPY_DST | GPU_BUFFER_USAGE.COPY_SRC;
     const left = rowsOf(componentType, M, K, K + GAP, GAP, 0);
-    const right = rowsOf(componentType, N, K, K, rightBlock(product) + GAP, 3);
+    const right = rowsOf(componentType, N, K, K, rightStart(product), 3);
     const [lefts, rights] = [buffer(left.byteLength, storage), buffer(right.byteLength, storage)];
     const bytes = M * N * (resultComponentType === 'f16' ? 2 : 4);
     const results = buffer(bytes, storage);

@@ -9,9 +9,12 @@
  * by `2^headroom`; only then are the output matrices stored, rescaled and loaded again. P then reaches 2^headroom, which
  * float16 holds.
  *
- * Result matrices are separate variables: an array of them indexed in a loop is not kept in registers. Offsets of matrices
- * are constants (see {@link MatrixMemory}), and K and V lie in storage so that each matrix of theirs is one run of bytes
- * (KEY_TILE in layout.ts): gathering one out of rows takes a memory transaction for each row.
+ * Result matrices are separate variables: an array of them indexed in a loop is not kept in registers. K and V lie in
+ * storage so that each matrix of theirs is one run of bytes (KEY_TILE in layout.ts): gathering one out of rows takes a memory
+ * transaction for each row. Several matrices are loaded before the first of them is used, since each load waits for memory.
+ *
+ * Of memory: on NVIDIA's driver 580 matrices in an array of arrays came out shifted by 128 bytes, and INT8 matrices from
+ * workgroup memory with rows of 48 bytes as zeros. Plain arrays, INT8 from storage: right.
  */
 import type { MatrixConfig } from '../capabilities.ts';
 import { KEY_TILE, params, rowVectors, SEQUENCE, tables, VALUE_GROUP } from './layout.ts';
@@ -32,13 +35,6 @@ import {
 import { statisticsVectors } from './statistics.ts';
 import { EXCLUDED, EXCLUDED_BELOW, range } from './storage.ts';
 
-/**
- * Where matrices of K and V are loaded from: `none`: from the storage buffer, once for each subgroup; `step`: from
- * workgroup memory, where the threads copy each step's keys; `ahead`: likewise, with the next step's on their way in
- * registers meanwhile. What a product does not take as it is stored is converted on the way, step by step.
- */
-export type Staging = 'none' | 'step' | 'ahead';
-
 /** Sizes and strategies of a matrix kernel. */
 export interface MatrixShape {
   readonly subgroups: number;
@@ -46,7 +42,8 @@ export interface MatrixShape {
   readonly rowTiles: number;
   /** Keys of a step: 32 or 64. */
   readonly keys: number;
-  readonly staging: Staging;
+  /** Load K of the next step, and some of V, before they are needed: registers for time. */
+  readonly ahead: boolean;
   /** Powers of two by which a row may outgrow its maximum before the output is rescaled; 0: always exact maximum. */
   readonly headroom: number;
 }
@@ -64,18 +61,18 @@ export interface MatrixKernelConfig extends ScoreConfig, MatrixShape {
 
 const bytesOf = (component: string) => (component === 'i8' ? 1 : component === 'f16' ? 2 : 4);
 
+/** Matrices of K or V that are loaded before the first of them is used. */
+const BATCH = 8;
+
 /** Rows in workgroup memory are this many bytes longer than their contents: neighbouring rows then start in other banks. */
 const ROW_PADDING = 16;
 
-const stages = ({ qk, pv, staging }: Pick<MatrixKernelConfig, 'qk' | 'pv' | 'staging'>) => {
-  const [int8, float16] = [qk.componentType === 'i8', pv.componentType === 'f16'];
-  return {
-    query: !int8,
-    keys: staging !== 'none' || !int8,
-    values: staging !== 'none' || !float16,
-    ahead: staging === 'ahead' && int8 && float16,
-  };
-};
+/** Quantized rows are converted in workgroup memory where the product takes no INT8, and V where it takes no FP16. */
+const stages = ({ qk, pv }: Pick<MatrixKernelConfig, 'qk' | 'pv'>) => ({
+  query: qk.componentType !== 'i8',
+  keys: qk.componentType !== 'i8',
+  values: pv.componentType !== 'f16',
+});
 
 /** Bytes of workgroup memory that the kernel takes. */
 export function matrixWorkgroupBytes(
@@ -89,7 +86,7 @@ export function matrixWorkgroupBytes(
   const row = headDimPadded * bytesOf(qk.componentType) + ROW_PADDING;
   return (
     (staged.query ? rows * row : 0) +
-    (staged.keys ? keys * (qk.componentType === 'i8' ? headDimPadded : row) : 0) +
+    (staged.keys ? keys * row : 0) +
     (staged.values ? keys * valueDimPadded * bytesOf(pv.componentType) : 0) +
     rows * (keys * 4 + ROW_PADDING) +
     rows * (keys * bytesOf(pv.componentType) + ROW_PADDING) +
@@ -102,14 +99,14 @@ export function matrixWorkgroupBytes(
 
 /** Where each matrix is, for matrix operations and for single elements. */
 function placesOf(config: MatrixKernelConfig, scoreStride: number, probabilityStride: number) {
-  const { operations, qk, pv, rowTiles, headDimPadded, valueDimPadded } = config;
+  const { qk, pv, rowTiles, headDimPadded, valueDimPadded } = config;
   const staged = stages(config);
   const rowWords = rowVectors(headDimPadded) * 4;
   const scoreType = qk.resultComponentType;
   const component = (name: string) => name as MatrixMemory['component'];
-  // Elements of blocks, as the lanes reach them.
+  /** An element of one of several blocks that follow one another in an array. */
   const inBlock = (name: string, block: string, length: number, index: string) =>
-    operations.blocks ? `${name}[${block}][${index}]` : `${name}[${block} * ${length}u + ${index}]`;
+    `${name}[${block} * ${length}u + ${index}]`;
   const ownRows = rowTiles * qk.M;
   const keyTile = (subtile: number | string) => `(key_tile + ${subtile}${typeof subtile === 'number' ? 'u' : ''})`;
   const keyWord = (subtile: number | string, word: string) =>
@@ -117,7 +114,7 @@ function placesOf(config: MatrixKernelConfig, scoreStride: number, probabilitySt
   const scoreAt = (index: string) => inBlock('scores', 'subgroup', ownRows * scoreStride, index);
   const probabilityAt = (index: string) => inBlock('probabilities', 'subgroup', ownRows * probabilityStride, index);
   const outputAt = (index: string) => inBlock('output_tile', 'subgroup', pv.M * pv.N, index);
-  const block = (index: string, length: number) => ({ index, length });
+  const base = (block: string, length: number) => `${block} * ${length}u`;
   const memory = {
     query: { name: staged.query ? 'tile_q' : 'query_rows', component: component(qk.componentType) },
     keys: (subtile: number): MatrixMemory =>
@@ -126,7 +123,7 @@ function placesOf(config: MatrixKernelConfig, scoreStride: number, probabilitySt
         : {
             name: 'key_tiles',
             component: component(qk.componentType),
-            block: block(keyTile(subtile), KEY_TILE * rowWords * 4),
+            base: base(keyTile(subtile), KEY_TILE * rowWords * 4),
           },
     values: (subtile: number): MatrixMemory =>
       staged.values
@@ -134,18 +131,18 @@ function placesOf(config: MatrixKernelConfig, scoreStride: number, probabilitySt
         : {
             name: 'value_tiles',
             component: component(pv.componentType),
-            block: block(keyTile(subtile), KEY_TILE * valueDimPadded),
+            base: base(keyTile(subtile), KEY_TILE * valueDimPadded),
           },
-    scores: { name: 'scores', component: component(scoreType), block: block('subgroup', ownRows * scoreStride) },
+    scores: { name: 'scores', component: component(scoreType), base: base('subgroup', ownRows * scoreStride) },
     probabilities: {
       name: 'probabilities',
       component: component(pv.componentType),
-      block: block('subgroup', ownRows * probabilityStride),
+      base: base('subgroup', ownRows * probabilityStride),
     },
     output: {
       name: 'output_tile',
       component: component(pv.resultComponentType),
-      block: block('subgroup', pv.M * pv.N),
+      base: base('subgroup', pv.M * pv.N),
     },
   } as const;
   return { inBlock, keyTile, keyWord, scoreAt, probabilityAt, outputAt, memory };
@@ -315,13 +312,12 @@ function productStatements(
         : `(query_row + ${tileRowOf(config, rt)}) * ${rowWords * 4}u - P.queryRowBase * 16u + ${step * qk.K}u`,
       `${staged.query ? qkStride : rowWords * 4}u`,
     );
-  // In tiles, 32 channels of each key follow one another; staged tiles follow one another without their facts.
+  // In tiles, 32 channels of each key follow one another.
   const keyStride = int8 ? 32 : qkStride;
   const keyOffset = (n: number, step: number) => {
     const [key, channel] = [n * qk.N, step * qk.K];
     if (!int8) return key * keyStride + channel;
-    const inTile = (Math.floor(channel / 32) * KEY_TILE + (key % KEY_TILE)) * keyStride + (channel % 32);
-    return inTile + (staged.keys ? Math.floor(key / KEY_TILE) * KEY_TILE * headDimPadded : 0);
+    return (Math.floor(channel / 32) * KEY_TILE + (key % KEY_TILE)) * keyStride + (channel % 32);
   };
   const valueOffset = (step: number, j: number) => {
     const key = step * pv.K;
@@ -333,52 +329,68 @@ function productStatements(
   const steps = range(headDimPadded / qk.K);
   // Operands that matrices are loaded from once are held in registers; staged ones would be too many of them.
   const heldQueries = staged.query ? [] : T.map((rt) => steps.map((step) => loadQuery(rt, step)));
-  const multiplyKeys = steps
-    .map((step) => {
-      const lefts = T.map((rt) => heldQueries[rt]?.[step] ?? loadQuery(rt, step));
-      const body = S.map((n) => {
-        const [load, right] = operations.loadRight(
-          qk,
-          `k_${n}`,
-          memory.keys(subtileOf(n * qk.N)),
-          `${keyOffset(n, step)}u`,
-          `${keyStride}u`,
-          true,
-        );
-        return `${load} ${T.map((rt) => operations.multiplyAccumulate(qk, lefts[rt]?.[1] ?? right, right, `s_${rt}_${n}`)).join(' ')}`;
-      });
-      return `{ ${staged.query ? lefts.map(([load]) => load).join(' ') : ''}
-      ${body.join('\n      ')} }`;
-    })
-    .join('\n    ');
+  const loadKey = (step: number, n: number) =>
+    operations.loadRight(
+      qk,
+      `k_${step}_${n}`,
+      memory.keys(subtileOf(n * qk.N)),
+      `${keyOffset(n, step)}u`,
+      `${keyStride}u`,
+      true,
+    );
+  const loadValue = (step: number, j: number) =>
+    operations.loadRight(
+      pv,
+      `v_${step}_${j}`,
+      memory.values(subtileOf(step * pv.K)),
+      `${valueOffset(step, j)}u`,
+      `${VALUE_GROUP}u`,
+      true,
+    );
+  const loadProbability = (rt: number, step: number) =>
+    operations.loadLeft(
+      pv,
+      `p_${rt}_${step}`,
+      memory.probabilities,
+      `${rt * qk.M * probabilityStride + step * pv.K}u`,
+      `${probabilityStride}u`,
+    );
+  const keyProducts = steps.flatMap((step) => S.map((n) => ({ step, n, right: loadKey(step, n) })));
+  const valueProducts = range(keys / pv.K).flatMap((step) => O.map((j) => ({ step, j, right: loadValue(step, j) })));
 
-  const multiplyValues = range(keys / pv.K)
-    .map((step) => {
-      const lefts = T.map((rt) =>
-        operations.loadLeft(
-          pv,
-          `p_${rt}`,
-          memory.probabilities,
-          `${rt * qk.M * probabilityStride + step * pv.K}u`,
-          `${probabilityStride}u`,
-        ),
-      );
-      const body = O.map((j) => {
-        const [load, right] = operations.loadRight(
-          pv,
-          `v_${j}`,
-          memory.values(subtileOf(step * pv.K)),
-          `${valueOffset(step, j)}u`,
-          `${VALUE_GROUP}u`,
-          true,
-        );
-        return `${load} ${T.map((rt) => operations.multiplyAccumulate(pv, lefts[rt]?.[1] ?? right, right, `o_${rt}_${j}`)).join(' ')}`;
-      });
-      return `{ ${lefts.map(([load]) => load).join(' ')}
-      ${body.join('\n      ')} }`;
-    })
-    .join('\n    ');
-  return { heldQueries, multiplyKeys, multiplyValues };
+  const multiplyKey = ({ step, n, right }: (typeof keyProducts)[number]) =>
+    T.map((rt) =>
+      operations.multiplyAccumulate(qk, (heldQueries[rt]?.[step] ?? loadQuery(rt, step))[1], right[1], `s_${rt}_${n}`),
+    ).join(' ');
+  const multiplyValue = ({ step, j, right }: (typeof valueProducts)[number]) =>
+    T.map((rt) => operations.multiplyAccumulate(pv, loadProbability(rt, step)[1], right[1], `o_${rt}_${j}`)).join(' ');
+  const loads = (products: readonly { readonly right: readonly [string, unknown] }[]) =>
+    products.map(({ right: [load] }) => load).join(' ');
+  const inBatches = <P extends { readonly right: readonly [string, unknown] }>(
+    products: readonly P[],
+    multiply: (product: P) => string,
+    loaded = 0,
+  ) =>
+    range(Math.ceil(products.length / BATCH))
+      .map((batch) => {
+        const part = products.slice(batch * BATCH, (batch + 1) * BATCH);
+        return `${batch < loaded ? '' : loads(part)}\n    ${part.map(multiply).join(' ')}`;
+      })
+      .join('\n    ');
+
+  const ahead = config.ahead && int8 && !staged.values;
+  const queries = staged.query ? T.flatMap((rt) => steps.map((step) => loadQuery(rt, step)[0])).join(' ') : '';
+  const probabilities = T.flatMap((rt) => range(keys / pv.K).map((step) => loadProbability(rt, step)[0])).join(' ');
+  return {
+    heldQueries,
+    /** K of the first step, where the loop finds it loaded. */
+    firstKeys: ahead ? loads(keyProducts).replaceAll('let ', 'var ') : '',
+    multiplyKeys: `${queries} ${ahead ? keyProducts.map(multiplyKey).join(' ') : inBatches(keyProducts, multiplyKey)}`,
+    /** Loads that are on their way during the softmax. */
+    nextKeys: ahead ? loads(keyProducts).replaceAll('let ', '') : '',
+    firstValues: ahead ? loads(valueProducts.slice(0, BATCH)) : '',
+    multiplyValues: `${probabilities}\n    ${inBatches(valueProducts, multiplyValue, ahead ? 1 : 0)}`,
+  };
 }
 
 /** The first row of a subgroup's row tile within the workgroup. */
@@ -391,20 +403,17 @@ function workgroupMemory(
   scoreStride: number,
   probabilityStride: number,
 ): string {
-  const { operations, qk, pv, subgroups, rowTiles, keys, headDimPadded, valueDimPadded, scaleValues, smoothV } = config;
+  const { qk, pv, subgroups, rowTiles, keys, valueDimPadded, scaleValues, smoothV } = config;
   const staged = stages(config);
   const rows = subgroups * rowTiles * qk.M;
-  const arrayOf = (name: string, type: string, elements: number, blocks = 0) => {
-    const array = type === 'i8' ? `array<i32, ${elements / 4}>` : `array<${type}, ${elements}>`;
-    if (blocks === 0) return `var<workgroup> ${name}: ${array};`;
-    return `var<workgroup> ${name}: ${operations.blocks ? `array<${array}, ${blocks}>` : `array<${type}, ${elements * blocks}>`};`;
-  };
+  const arrayOf = (name: string, type: string, elements: number) =>
+    `var<workgroup> ${name}: array<${type}, ${elements}>;`;
   return `${staged.query ? arrayOf('tile_q', qk.componentType, rows * qkStride) : ''}
-${staged.keys ? arrayOf('tile_k', qk.componentType, keys * (qk.componentType === 'i8' ? headDimPadded : qkStride)) : ''}
+${staged.keys ? arrayOf('tile_k', qk.componentType, keys * qkStride) : ''}
 ${staged.values ? arrayOf('tile_v', pv.componentType, keys * valueDimPadded) : ''}
-${arrayOf('scores', qk.resultComponentType, rowTiles * qk.M * scoreStride, subgroups)}
-${arrayOf('probabilities', pv.componentType, rowTiles * qk.M * probabilityStride, subgroups)}
-${arrayOf('output_tile', pv.resultComponentType, pv.M * pv.N, subgroups)}
+${arrayOf('scores', qk.resultComponentType, rows * scoreStride)}
+${arrayOf('probabilities', pv.componentType, rows * probabilityStride)}
+${arrayOf('output_tile', pv.resultComponentType, subgroups * pv.M * pv.N)}
 var<workgroup> row_factor: array<f32, ${rows}>;
 ${scaleValues ? `var<workgroup> value_scales: array<vec4<f32>, ${valueDimPadded / 4}>;` : ''}
 ${smoothV ? `var<workgroup> value_means: array<vec4<f32>, ${valueDimPadded / 4}>;` : ''}
@@ -431,7 +440,6 @@ export function matrixAttentionKernel(config: MatrixKernelConfig): string {
   const qkStride = headDimPadded + padding(qk.componentType);
   const scoreStride = keys + padding('i32');
   const probabilityStride = keys + padding(pv.componentType);
-  const valueType = staged.values ? 'u32' : 'f16';
   const subtiles = keys / KEY_TILE;
 
   const places = placesOf(config, scoreStride, probabilityStride);
@@ -457,17 +465,19 @@ export function matrixAttentionKernel(config: MatrixKernelConfig): string {
     headDimPadded,
     valueDimPadded,
     qk,
-    pv,
     keyStride: qkStride,
     keyWord,
     valueWord: (subtile, word) => inBlock('value_tiles', keyTile(subtile), (KEY_TILE * valueDimPadded) / 2, word),
   });
   const copied = [...(staged.keys ? [tiles.keys] : []), ...(staged.values ? [tiles.values] : [])];
   const part = (name: 'declare' | 'load' | 'store') => copied.map((copies) => copies[name]).join(' ');
-  const loadStep = (start: string) => `{ let key_tile = ${keyTileOf(start)}; ${part('load')} }`;
-  const waits = copied.length > 0;
 
-  const { heldQueries, multiplyKeys, multiplyValues } = productStatements(config, memory, qkStride, probabilityStride);
+  const { heldQueries, firstKeys, multiplyKeys, nextKeys, firstValues, multiplyValues } = productStatements(
+    config,
+    memory,
+    qkStride,
+    probabilityStride,
+  );
 
   const softmax = (rt: number) =>
     softmaxStatements(config, places, rt, { own: ownRow(rt), group: row(rt), scoreStride, probabilityStride });
@@ -530,18 +540,20 @@ ${T.map(
 ).join('\n')}
 
   var parity = 0u;
-  ${part('declare')} ${staged.ahead ? loadStep('key_begin') : ''}
+  ${part('declare')}
+  ${firstKeys === '' ? '' : `let key_tile = ${keyTileOf('key_begin')};`}
+  ${firstKeys}
   for (var start = key_begin; start < key_end; start += ${keys}) {
     let key_tile = ${keyTileOf('start')};
-    ${waits && !staged.ahead ? loadStep('start') : ''}
-    ${waits ? `workgroupBarrier(); ${part('store')} workgroupBarrier();` : ''}
-    ${staged.ahead ? loadStep(`(start + ${keys})`) : ''}
+    ${copied.length > 0 ? `${part('load')} workgroupBarrier(); ${part('store')} workgroupBarrier();` : ''}
     ${keyScale === 'tile' ? `let key_scale = bitcast<f32>(${keyWord(0, `${factsWords}u`)});` : ''}
     let flagged = (${range(subtiles)
       .map((subtile) => keyWord(subtile, `${factsWords + 2}u`))
       .join(' | ')}) != 0;
     ${T.map((rt) => S.map((n) => operations.clear(qk, `s_${rt}_${n}`)).join(' ')).join('\n    ')}
     ${multiplyKeys}
+    ${nextKeys === '' ? '' : `{ let key_tile = ${keyTileOf(`(start + ${keys})`)}; ${nextKeys} }`}
+    ${firstValues}
     ${T.map((rt) => S.map((n) => operations.storeResult(qk, `s_${rt}_${n}`, memory.scores, `${rt * M * scoreStride + n * qk.N}u`, `${scoreStride}u`)).join('\n    ')).join('\n    ')}
     workgroupBarrier();
     if (t == 0u) { atomicStore(&moved[1u - parity], 0u); }
@@ -569,8 +581,8 @@ ${operations.enable === '' ? '' : `diagnostic(off, ${operations.enable.includes(
 ${params(0, ATTENTION_PARAMS)}
 ${tables(1)}
 @group(0) @binding(2) var<storage, read> query_rows: array<i32>;
-@group(0) @binding(3) var<storage, read> key_tiles: array<${operations.blocks ? `array<i32, ${KEY_TILE * rowWords}>` : 'i32'}>;
-@group(0) @binding(4) var<storage, read> value_tiles: array<${operations.blocks ? `array<${valueType}, ${(KEY_TILE * valueDimPadded) / (staged.values ? 2 : 1)}>` : valueType}>;
+@group(0) @binding(3) var<storage, read> key_tiles: array<i32>;
+@group(0) @binding(4) var<storage, read> value_tiles: array<${staged.values ? 'u32' : 'f16'}>;
 ${scoreDeclarations(config)}
 ${scaleValues ? valueScale(statisticsVectors(headDimPadded, valueDimPadded), smoothV) : ''}
 ${smoothV ? valueMean(statisticsVectors(headDimPadded, valueDimPadded)) : ''}

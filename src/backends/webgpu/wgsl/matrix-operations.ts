@@ -7,25 +7,13 @@
  */
 import type { MatrixConfig } from '../capabilities.ts';
 
-/**
- * An array in workgroup or storage memory that matrices are loaded from and stored to.
- *
- * With `block` it is one of several of equal length, in an array of arrays where the dialect has `blocks`. Every access to
- * a matrix is checked against its array's length, with a branch around it, unless length, offset and stride are constants:
- * so what moves is the block, and offsets stay constant.
- */
+/** An array in workgroup or storage memory that matrices are loaded from and stored to. */
 export interface MatrixMemory {
   readonly name: string;
-  readonly block?: MatrixBlock;
+  /** Added to every offset; an expression in components. Default: 0. */
+  readonly base?: string;
   /** Component type of the matrices; `i8` lies packed in an `array<i32>`. */
   readonly component: 'i8' | 'i32' | 'f16' | 'f32';
-}
-
-export interface MatrixBlock {
-  /** Which one, an expression. */
-  readonly index: string;
-  /** Components of each. */
-  readonly length: number;
 }
 
 /** A loaded operand: a WGSL name, and where it came from. */
@@ -37,8 +25,6 @@ export interface Operand {
 
 export interface MatrixOperations {
   readonly enable: string;
-  /** Blocks are arrays of arrays; otherwise they follow one another in one array. */
-  readonly blocks: boolean;
   /** Functions that the statements call. */
   declarations(): string;
   /** `var name = 0`, a result of the product. */
@@ -72,15 +58,9 @@ export interface MatrixOperations {
 export interface MatrixDialect {
   readonly majorness: 'template' | 'argument';
   readonly packedUnit: 'words' | 'components';
-  /** Matrices in an array of arrays come out right. */
-  readonly blocks: boolean;
 }
 
-/** The array that a matrix is in, and its offset there. */
-const arrayAt = ({ name, block }: MatrixMemory, offset: string, blocks: boolean): readonly [string, string] => {
-  if (block === undefined) return [name, offset];
-  return blocks ? [`${name}[${block.index}]`, offset] : [name, `${block.index} * ${block.length}u + ${offset}`];
-};
+const offsetIn = ({ base }: MatrixMemory, offset: string) => (base === undefined ? offset : `${base} + ${offset}`);
 
 const majorness = (columnMajor: boolean) => (columnMajor ? 'col_major' : 'row_major');
 
@@ -94,15 +74,13 @@ export function nativeMatrices(extension: string, dialect: MatrixDialect): Matri
     component === 'i8' && dialect.packedUnit === 'words' ? `(${n}) / 4u` : n;
   const template = dialect.majorness === 'template';
   const load = (type: string, memory: MatrixMemory, offset: string, stride: string, columnMajor: boolean) => {
-    const [array, inArray] = arrayAt(memory, offset, dialect.blocks);
-    const [at, step] = [units(memory, inArray), units(memory, stride)];
+    const [at, step] = [units(memory, offsetIn(memory, offset)), units(memory, stride)];
     return template
-      ? `subgroupMatrixLoad<${type}, ${majorness(columnMajor)}>(&${array}, ${at}, ${step})`
-      : `subgroupMatrixLoad<${type}>(&${array}, ${at}, ${columnMajor}, ${step})`;
+      ? `subgroupMatrixLoad<${type}, ${majorness(columnMajor)}>(&${memory.name}, ${at}, ${step})`
+      : `subgroupMatrixLoad<${type}>(&${memory.name}, ${at}, ${columnMajor}, ${step})`;
   };
   return {
     enable: `enable ${extension};`,
-    blocks: dialect.blocks,
     declarations: () => '',
     declareResult: (product, name) => `var ${name}: ${result(product)};`,
     clear: (product, name) => `${name} = ${result(product)}();`,
@@ -115,12 +93,10 @@ export function nativeMatrices(extension: string, dialect: MatrixDialect): Matri
       { name, memory, columnMajor },
     ],
     multiplyAccumulate: (_, a, b, c) => `${c} = subgroupMatrixMultiplyAccumulate(${a.name}, ${b.name}, ${c});`,
-    storeResult: (_, name, to, offset, stride) => {
-      const [array, at] = arrayAt(to, offset, dialect.blocks);
-      return template
-        ? `subgroupMatrixStore<row_major>(&${array}, ${at}, ${name}, ${stride});`
-        : `subgroupMatrixStore(&${array}, ${at}, ${name}, false, ${stride});`;
-    },
+    storeResult: (_, name, to, offset, stride) =>
+      template
+        ? `subgroupMatrixStore<row_major>(&${to.name}, ${offsetIn(to, offset)}, ${name}, ${stride});`
+        : `subgroupMatrixStore(&${to.name}, ${offsetIn(to, offset)}, ${name}, false, ${stride});`,
     loadResult: (product, name, memory, offset, stride) =>
       `${name} = ${load(result(product), memory, offset, stride, false)};`,
   };
@@ -134,23 +110,21 @@ export function emulatedMatrices(lanes: number): MatrixOperations {
     return (M * N) / lanes;
   };
   const resultType = (product: MatrixConfig) => `array<${product.resultComponentType}, ${elements(product)}>`;
-  const reader = ({ name, component, block }: MatrixMemory): string => {
-    const from = block === undefined ? name : `${name}[block]`;
+  const reader = ({ name, component }: MatrixMemory): string => {
     const body =
       component === 'i8'
-        ? `let word = ${from}[i >> 2u]; return extractBits(word, (i & 3u) * 8u, 8u);`
+        ? `let word = ${name}[i >> 2u]; return extractBits(word, (i & 3u) * 8u, 8u);`
         : component === 'f16'
-          ? `return f32(${from}[i]);`
-          : `return ${from}[i];`;
+          ? `return f32(${name}[i]);`
+          : `return ${name}[i];`;
     const type = component === 'i8' || component === 'i32' ? 'i32' : 'f32';
-    functions.set(`read_${name}`, `fn read_${name}(block: u32, i: u32) -> ${type} { ${body} }`);
+    functions.set(`read_${name}`, `fn read_${name}(i: u32) -> ${type} { ${body} }`);
     return `read_${name}`;
   };
-  const reference = (name: string, { block }: MatrixMemory, offset: string, stride: string) =>
-    `let ${name} = vec3<u32>(${offset}, ${stride}, ${block?.index ?? '0u'});`;
+  const reference = (name: string, memory: MatrixMemory, offset: string, stride: string) =>
+    `let ${name} = vec2<u32>(${offsetIn(memory, offset)}, ${stride});`;
   return {
     enable: '',
-    blocks: true,
     declarations: () => [...functions.values()].join('\n'),
     declareResult: (product, name) => `var ${name}: ${resultType(product)};`,
     clear: (product, name) => `${name} = ${resultType(product)}();`,
@@ -169,13 +143,13 @@ export function emulatedMatrices(lanes: number): MatrixOperations {
       const at = b.columnMajor ? 'right.x + n * right.y + k' : 'right.x + k * right.y + n';
       functions.set(
         name,
-        `fn ${name}(left: vec3<u32>, right: vec3<u32>, result: ptr<function, ${resultType(product)}>, lane: u32) {
+        `fn ${name}(left: vec2<u32>, right: vec2<u32>, result: ptr<function, ${resultType(product)}>, lane: u32) {
   for (var e = 0u; e < ${elements(product)}u; e++) {
     let at = lane * ${elements(product)}u + e;
     let m = at / ${N}u;
     let n = at % ${N}u;
     var sum = ${sum}((*result)[e]);
-    for (var k = 0u; k < ${K}u; k++) { sum += ${sum}(${reader(a.memory)}(left.z, left.x + m * left.y + k)) * ${sum}(${reader(b.memory)}(right.z, ${at})); }
+    for (var k = 0u; k < ${K}u; k++) { sum += ${sum}(${reader(a.memory)}(left.x + m * left.y + k)) * ${sum}(${reader(b.memory)}(${at})); }
     (*result)[e] = ${resultComponentType}(sum);
   }
 }`,
@@ -183,8 +157,8 @@ export function emulatedMatrices(lanes: number): MatrixOperations {
       return `${name}(${a.name}, ${b.name}, &${c}, lane);`;
     },
     storeResult: (product, name, memory, offset, stride) =>
-      `for (var e = 0u; e < ${elements(product)}u; e++) { let at = lane * ${elements(product)}u + e; ${memory.block === undefined ? memory.name : `${memory.name}[${memory.block.index}]`}[${offset} + at / ${product.N}u * ${stride} + at % ${product.N}u] = ${name}[e]; }`,
+      `for (var e = 0u; e < ${elements(product)}u; e++) { let at = lane * ${elements(product)}u + e; ${memory.name}[${offsetIn(memory, offset)} + at / ${product.N}u * ${stride} + at % ${product.N}u] = ${name}[e]; }`,
     loadResult: (product, name, memory, offset, stride) =>
-      `for (var e = 0u; e < ${elements(product)}u; e++) { let at = lane * ${elements(product)}u + e; ${name}[e] = ${memory.block === undefined ? memory.name : `${memory.name}[${memory.block.index}]`}[${offset} + at / ${product.N}u * ${stride} + at % ${product.N}u]; }`,
+      `for (var e = 0u; e < ${elements(product)}u; e++) { let at = lane * ${elements(product)}u + e; ${name}[e] = ${memory.name}[${offsetIn(memory, offset)} + at / ${product.N}u * ${stride} + at % ${product.N}u]; }`,
   };
 }

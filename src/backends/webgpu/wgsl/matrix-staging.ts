@@ -1,6 +1,6 @@
 /**
- * How tiles of K and V get into the workgroup memory that matrices are loaded from: as they are, all of a thread's loads
- * before its stores, or converted to a component that the device's products take.
+ * How tiles of K and V get into workgroup memory where the device's products do not take them as they are stored: converted,
+ * all of a thread's loads before its stores.
  */
 import type { MatrixConfig } from '../capabilities.ts';
 import { KEY_TILE } from './layout.ts';
@@ -13,7 +13,6 @@ export interface StagingConfig {
   readonly headDimPadded: number;
   readonly valueDimPadded: number;
   readonly qk: MatrixConfig;
-  readonly pv: MatrixConfig;
   /** Components between the rows of converted K. */
   readonly keyStride: number;
   /** A 32-bit word of the step's K or V: expressions of a tile of {@link KEY_TILE} keys and of a word in it. */
@@ -21,7 +20,7 @@ export interface StagingConfig {
   valueWord(subtile: string, word: string): string;
 }
 
-/** Statements over variables that the caller declares, so that loads may run ahead of stores. */
+/** Statements over variables that the caller declares. */
 interface Copies {
   readonly declare: string;
   readonly load: string;
@@ -35,7 +34,7 @@ export interface Staging {
 }
 
 export function stageTiles(config: StagingConfig): Staging {
-  const { threads, keys, headDimPadded, valueDimPadded, qk, pv, keyStride } = config;
+  const { threads, keys, headDimPadded, valueDimPadded, qk, keyStride } = config;
   const subtiles = keys / KEY_TILE;
   const copies = (
     [name, type]: readonly [string, string],
@@ -63,16 +62,13 @@ export function stageTiles(config: StagingConfig): Staging {
           `tile_k[(${i} / ${8 * KEY_TILE * (headDimPadded / 32)}u * ${KEY_TILE}u + ${i} / 8u % ${KEY_TILE}u) * ${keyStride}u + ${i} / ${8 * KEY_TILE}u % ${headDimPadded / 32}u * 32u + ${i} % 8u * 4u + ${e}u] = ${qk.componentType}(extractBits(${x}, ${8 * e}u, 8u));`,
       )
       .join(' ');
-  const pair = pv.componentType === 'f16' ? 'bitcast<vec2<f16>>' : 'unpack2x16float';
   return {
-    keys: copies(['word_k', 'i32'], (KEY_TILE * headDimPadded) / 4, config.keyWord, (i, x) =>
-      qk.componentType === 'i8' ? `tile_k[${i}] = ${x};` : `{ ${convertedKey(i, x)} }`,
-    ),
+    keys: copies(['word_k', 'i32'], (KEY_TILE * headDimPadded) / 4, config.keyWord, convertedKey),
     values: copies(
       ['word_v', 'u32'],
       (KEY_TILE * valueDimPadded) / 2,
       config.valueWord,
-      (i, x) => `{ let y = ${pair}(${x}); tile_v[2u * ${i}] = y.x; tile_v[2u * ${i} + 1u] = y.y; }`,
+      (i, x) => `{ let y = unpack2x16float(${x}); tile_v[2u * ${i}] = y.x; tile_v[2u * ${i} + 1u] = y.y; }`,
     ),
   };
 }
