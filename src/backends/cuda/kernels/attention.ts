@@ -27,6 +27,7 @@ import {
   pointers,
   roundUp,
 } from './common.ts';
+import { applyMask } from './mask.ts';
 
 /** Keys of a tile. */
 export const BLOCK_K = 64;
@@ -937,27 +938,7 @@ export function attention(config: AttentionConfig): Kernel {
           }
           const score = at(at(at(scores, r >> 1), n), 2 * (r & 1) + j);
           const inside = b.andPred(rowInside, b.setp('gt', columnsLeft, column));
-          if (kind === 'boolean') {
-            const attend = b.constant('u32', 0);
-            b.when(inside, () => b.ldByte(address, 0, attend));
-            b.when(b.setp('eq', attend, 0), () => b.set(score, Number.NEGATIVE_INFINITY));
-            continue;
-          }
-          let added: Reg<'f32'>;
-          if (kind === 'float32') {
-            added = b.constant('f32', 0);
-            const into = added;
-            b.when(inside, () => b.ld('f32', address, 0, { into }));
-          } else {
-            const bits = b.reg('b16');
-            b.set(bits, 0);
-            b.when(inside, () => b.ld('b16', address, 0, { into: bits }));
-            added = kind === 'float16' ? b.cvt('f32', b.as(bits, 'f16')) : b.as(b.shl(b.cvt('u32', bits), 16), 'f32');
-          }
-          // A finite mask stays finite in base 2, however low: a row of such values is not an empty one.
-          const excluded = b.setp('eq', added, Number.NEGATIVE_INFINITY);
-          b.add(score, b.max(b.mul(added, LOG2_E), -3e38), score);
-          b.when(excluded, () => b.set(score, Number.NEGATIVE_INFINITY));
+          applyMask(b, kind, score, address, inside);
         }
       }
     }

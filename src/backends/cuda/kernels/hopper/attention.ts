@@ -48,6 +48,7 @@ import {
   pointers,
   unpackPair,
 } from '../common.ts';
+import { applyMask } from '../mask.ts';
 import { EXACT_SCALE, type HopperConfig, MIN_SCALE, SCALE_BITS, sharedPlanOf } from './config.ts';
 import { exp2Halves, namedBarrier, uniform } from './instructions.ts';
 
@@ -927,7 +928,7 @@ export function hopperAttention(config: HopperConfig): Kernel {
                 column = next;
               }
               const inside = b.andPred(rowInside, b.setp('gt', columnsLeft, column));
-              applyMask(kind, at(scores, 4 * n + 2 * r + j), address, inside);
+              applyMask(b, kind, at(scores, 4 * n + 2 * r + j), address, inside);
             }
           }
         }
@@ -1191,30 +1192,6 @@ export function hopperAttention(config: HopperConfig): Kernel {
         }
       }
     });
-
-    function applyMask(kind: 'boolean' | DType, score: Reg<'f32'>, address: Reg<'global'>, inside: Reg<'pred'>): void {
-      if (kind === 'boolean') {
-        const attend = b.constant('u32', 0);
-        b.when(inside, () => b.ldByte(address, 0, attend));
-        b.when(b.setp('eq', attend, 0), () => b.set(score, Number.NEGATIVE_INFINITY));
-        return;
-      }
-      let added: Reg<'f32'>;
-      if (kind === 'float32') {
-        added = b.constant('f32', 0);
-        const into = added;
-        b.when(inside, () => b.ld('f32', address, 0, { into }));
-      } else {
-        const bits = b.reg('b16');
-        b.set(bits, 0);
-        b.when(inside, () => b.ld('b16', address, 0, { into: bits }));
-        added = kind === 'float16' ? b.cvt('f32', b.as(bits, 'f16')) : b.as(b.shl(b.cvt('u32', bits), 16), 'f32');
-      }
-      // A finite mask stays finite in base 2, however low: a row of such values is not an empty one.
-      const excluded = b.setp('eq', added, Number.NEGATIVE_INFINITY);
-      b.add(score, b.max(b.mul(added, LOG2_E), -3e38), score);
-      b.when(excluded, () => b.set(score, Number.NEGATIVE_INFINITY));
-    }
 
     /** Stores channels `first` + 2t and the next of a row, as far as they exist. */
     function storePair(
