@@ -1,13 +1,14 @@
 /**
  * Times every CUDA kernel against PyTorch's attention on the same card in the same run, with its accuracy beside it.
  *
- *     npx tsx scripts/gpu-programs.ts && node .gpu/programs/bench-cuda.mjs OUTPUT_FOLDER [--quick]
+ *     npx tsx scripts/gpu-programs.ts && node .gpu/programs/bench-cuda.mjs OUTPUT_FOLDER [--lengths 1024,16384] [--head-dims 64,128] [--full-only]
  *
  * Writes `cuda.json` and `cuda.md` there. TFLOP/s count 4 B H Lq Lk D, half when causal.
  */
 import { spawnSync } from 'node:child_process';
 import { mkdirSync, writeFileSync } from 'node:fs';
 import { join } from 'node:path';
+import { parseArgs } from 'node:util';
 import { chooseOptions } from '../../src/attention/choice.ts';
 import { type AttentionProblem, createProblem } from '../../src/attention/problem.ts';
 import {
@@ -34,7 +35,18 @@ import { copyBandwidth, type KernelTime, Workbench } from './workbench.ts';
 const HEADS = 32;
 /** Tokens of all sequences of a batch, except where one sequence is longer. */
 const TOKENS = 16384;
-const LENGTHS = [1024, 2048, 4096, 8192, 16384, 32768];
+const { values: flags, positionals } = parseArgs({
+  allowPositionals: true,
+  options: {
+    lengths: { type: 'string', default: '1024,2048,4096,8192,16384,32768' },
+    'head-dims': { type: 'string', default: '128,64' },
+    'full-only': { type: 'boolean', default: false },
+  },
+});
+const numbers = (text: string) => text.split(',').map(Number);
+const LENGTHS = numbers(flags.lengths);
+const HEAD_DIMS = numbers(flags['head-dims']);
+const CAUSAL = flags['full-only'] ? [false] : [false, true];
 const SAMPLED_ROWS = 24;
 /** K's offset per channel, which smoothing is for. */
 const KEY_OFFSET = 2;
@@ -214,8 +226,8 @@ const fixed = (value: number | undefined, digits: number) => (value === undefine
 
 function markdown(results: readonly Result[], torch: ReturnType<typeof torchTimes>): string {
   const lines: string[] = [];
-  for (const headDim of [128, 64]) {
-    for (const isCausal of [false, true]) {
+  for (const headDim of HEAD_DIMS) {
+    for (const isCausal of CAUSAL) {
       lines.push(
         `\n## D=${headDim}, ${isCausal ? 'causal' : 'full'}\n`,
         '| tokens (batch) | kernel | TFLOP/s with quantization | attention alone | of FA2 | of cuDNN | quantization, of copy bandwidth | relative L1 |',
@@ -244,12 +256,11 @@ function markdown(results: readonly Result[], torch: ReturnType<typeof torchTime
 }
 
 async function main(): Promise<number> {
-  const folder = process.argv.slice(2).find((argument) => !argument.startsWith('--'));
+  const [folder] = positionals;
   if (folder === undefined) {
-    console.error('usage: bench-cuda.mjs OUTPUT_FOLDER [--quick]');
+    console.error('usage: bench-cuda.mjs OUTPUT_FOLDER [--lengths 1024,16384] [--head-dims 64,128] [--full-only]');
     return 2;
   }
-  const quick = process.argv.includes('--quick');
   const backend = new CudaBackend();
   const { available, reason, remedy, details } = await backend.availability();
   if (!available) {
@@ -262,10 +273,9 @@ async function main(): Promise<number> {
   const random = new Random(seed);
   mkdirSync(folder, { recursive: true });
 
-  const lengths = quick ? [1024, 16384] : LENGTHS;
-  const shapes = lengths.flatMap((tokens) =>
-    [128, 64].flatMap((headDim) =>
-      [false, true].map(
+  const shapes = LENGTHS.flatMap((tokens) =>
+    HEAD_DIMS.flatMap((headDim) =>
+      CAUSAL.map(
         (isCausal): Shape => ({
           batch: Math.max(1, TOKENS / tokens),
           heads: HEADS,
