@@ -78,21 +78,21 @@ const matrixVariant = (
 
 /**
  * Tiles of family `matrix`, best first; the first that fits is taken. Names: subgroups x row tiles x keys, loads ahead of
- * need (a), exact maximum (e). The order is that of bench/webgpu/h200.ts on an H200.
+ * need (a), exact maximum (e). The order of the first is that of bench/webgpu/h200.ts on an H200.
  */
 export const MATRIX_VARIANTS: readonly MatrixVariant[] = [
   matrixVariant(1, 2, 32),
-  matrixVariant(1, 1, 32, { ahead: true }),
-  matrixVariant(2, 1, 32, { ahead: true }),
-  matrixVariant(4, 1, 32, { ahead: true }),
-  matrixVariant(1, 2, 32, { ahead: true }),
+  matrixVariant(1, 1, 32),
   matrixVariant(2, 2, 32),
+  matrixVariant(2, 1, 32),
   matrixVariant(1, 1, 64),
   matrixVariant(2, 1, 64),
   matrixVariant(4, 1, 32),
   matrixVariant(8, 1, 32),
-  matrixVariant(2, 1, 32),
-  matrixVariant(1, 1, 32),
+  matrixVariant(1, 1, 32, { ahead: true }),
+  matrixVariant(2, 1, 32, { ahead: true }),
+  matrixVariant(4, 1, 32, { ahead: true }),
+  matrixVariant(1, 2, 32, { ahead: true }),
   matrixVariant(1, 1, 32, { headroom: 0 }),
 ];
 
