@@ -96,7 +96,184 @@ function wasmSpeed(): string {
   );
 }
 
-const TABLES: Readonly<Record<string, () => string>> = { accuracy, 'wasm-speed': wasmSpeed };
+interface Shape {
+  readonly batch: number;
+  readonly tokens: number;
+  readonly headDim: number;
+  readonly isCausal: boolean;
+}
+type Measured = Partial<AccuracyRow['accuracy']>;
+interface CudaReport {
+  readonly torch?: {
+    readonly results: readonly (Shape & { readonly backend: string; readonly milliseconds: number })[];
+  };
+}
+interface HopperReport extends CudaReport {
+  readonly outcomes: readonly (Measured & {
+    readonly task: { readonly kind: string; readonly kernel: string; readonly variant: string; readonly shape: Shape };
+    readonly milliseconds?: number;
+    readonly aloneMilliseconds?: number;
+  })[];
+}
+interface MmaReport extends CudaReport {
+  readonly results: readonly (Shape &
+    Measured & {
+      readonly kernel: string;
+      readonly options: Readonly<Record<string, string>>;
+      readonly milliseconds: number;
+      readonly attentionMilliseconds: number;
+    })[];
+}
+
+const CUDA_HEADS = 32;
+const sameShape = (a: Shape, b: Shape) =>
+  a.batch === b.batch && a.tokens === b.tokens && a.headDim === b.headDim && a.isCausal === b.isCausal;
+const accuracyText = ({ relativeL1, cosineSimilarity }: Measured) =>
+  `${relativeL1?.toFixed(4)} / ${cosineSimilarity?.toFixed(5)}`;
+
+/** The CUDA kernels, each case once: alone and with quantization, against cuDNN in the same run. */
+function cudaSpeed(): string {
+  const hopper = read<HopperReport>('hopper-h200.json');
+  const mma = read<MmaReport>('cuda-h200.json');
+  const row = (
+    report: CudaReport,
+    kernel: string,
+    shape: Shape,
+    alone: number,
+    whole: number,
+    accuracy: Measured,
+  ): string[] => {
+    const peer = report.torch?.results.find(
+      (entry) => entry.backend === 'CUDNN_ATTENTION' && sameShape(entry, shape),
+    )?.milliseconds;
+    const { batch, tokens, headDim, isCausal } = shape;
+    const work = (4 * batch * CUDA_HEADS * tokens * tokens * headDim) / (isCausal ? 2 : 1) / 1e9;
+    const speed = (milliseconds: number) =>
+      `${(work / milliseconds).toFixed(0)}${peer === undefined ? '' : ` (${(peer / milliseconds).toFixed(2)}x)`}`;
+    return [
+      `${tokens}${batch > 1 ? `, batch ${batch}` : ''}, D=${headDim}${isCausal ? ', causal' : ''}`,
+      kernel,
+      peer === undefined ? '' : (work / peer).toFixed(0),
+      speed(alone),
+      speed(whole),
+      accuracyText(accuracy),
+    ];
+  };
+  const timed = hopper.outcomes.filter(({ task }) => task.kind === 'time' && task.variant === 'base');
+  const once = timed.filter(
+    ({ task }, i) =>
+      timed.findIndex((other) => other.task.kernel === task.kernel && sameShape(other.task.shape, task.shape)) === i,
+  );
+  const rows = once.flatMap((outcome) => {
+    const { task, milliseconds, aloneMilliseconds } = outcome;
+    if (milliseconds === undefined || aloneMilliseconds === undefined) return [];
+    return [row(hopper, `\`${task.kernel}\``, task.shape, aloneMilliseconds, milliseconds, outcome)];
+  });
+  const others = mma.results
+    .filter(({ kernel }) => !kernel.endsWith('sm90'))
+    .map((result) =>
+      row(
+        mma,
+        `\`${result.kernel}\`${result.options.pvAccumDtype === undefined ? '' : `, ${result.options.pvAccumDtype}`}`,
+        result,
+        result.attentionMilliseconds,
+        result.milliseconds,
+        result,
+      ),
+    );
+  return table(
+    ['tokens', 'kernel', 'cuDNN', 'kernel alone', 'with quantization', 'relative L1 / cosine'],
+    [...rows, ...others],
+  );
+}
+
+interface WebgpuReport {
+  readonly rows: readonly (Omit<Shape, 'batch'> & {
+    readonly onnxruntime?: { readonly milliseconds?: number; readonly tflops?: number };
+    readonly timings: readonly {
+      readonly family: string;
+      readonly variant: string;
+      readonly milliseconds?: number;
+      readonly tflops?: number;
+      readonly accuracy?: AccuracyRow['accuracy'];
+    }[];
+  })[];
+}
+
+/** The best variant of each family, against onnxruntime's attention on the same device in the same run. */
+function webgpuSpeed(): string {
+  const { rows } = read<WebgpuReport>('webgpu-h200.json');
+  return table(
+    ['tokens', 'family', 'TFLOP/s', 'onnxruntime', 'to onnxruntime', 'relative L1 / cosine'],
+    rows.flatMap(({ tokens, headDim, isCausal, onnxruntime, timings }) =>
+      [...new Set(timings.map(({ family }) => family))].flatMap((family) => {
+        const measured = timings.filter((timing) => timing.family === family && timing.milliseconds !== undefined);
+        const best = measured.sort((a, b) => (a.milliseconds ?? 0) - (b.milliseconds ?? 0))[0];
+        if (best?.milliseconds === undefined) return [];
+        const peer = onnxruntime?.milliseconds;
+        return [
+          [
+            `${tokens}, D=${headDim}${isCausal ? ', causal' : ''}`,
+            `${family} (\`${best.variant}\`)`,
+            best.tflops?.toFixed(1) ?? '',
+            onnxruntime === undefined ? 'not timed' : (onnxruntime.tflops?.toFixed(1) ?? 'fails'),
+            peer === undefined ? '' : `${(peer / best.milliseconds).toFixed(1)}x`,
+            accuracyText(best.accuracy ?? {}),
+          ],
+        ];
+      }),
+    ),
+  );
+}
+
+interface OnnxruntimeReport {
+  readonly results: readonly {
+    readonly length: number;
+    readonly without?: number;
+    readonly with?: number;
+    readonly cutOnly?: number;
+    readonly accuracy?: AccuracyRow['accuracy'];
+  }[];
+}
+
+/** A stack of DiT blocks, the whole model. */
+function onnxruntimeSpeed(): string {
+  // Two runs, one after the other on the same machine.
+  const results = readdirSync(RESULTS)
+    .filter((name) => /^onnxruntime-h200-\d\.json$/.test(name))
+    .sort()
+    .flatMap((name) => read<OnnxruntimeReport>(name).results);
+  const milliseconds = (value: number | undefined) => value?.toFixed(1) ?? '';
+  return table(
+    [
+      'tokens',
+      'without (ms)',
+      'with (ms)',
+      'speedup',
+      'cut, attention by onnxruntime (ms)',
+      'output against without: cosine',
+    ],
+    results
+      .filter(({ length }, i) => results.findIndex((other) => other.length === length) === i)
+      .sort((a, b) => a.length - b.length)
+      .map((row) => [
+        String(row.length),
+        milliseconds(row.without),
+        milliseconds(row.with),
+        row.without === undefined || row.with === undefined ? '' : `${(row.without / row.with).toFixed(2)}x`,
+        milliseconds(row.cutOnly),
+        row.accuracy?.cosineSimilarity.toFixed(5) ?? '',
+      ]),
+  );
+}
+
+const TABLES: Readonly<Record<string, () => string>> = {
+  accuracy,
+  'wasm-speed': wasmSpeed,
+  'cuda-speed': cudaSpeed,
+  'webgpu-speed': webgpuSpeed,
+  'onnxruntime-speed': onnxruntimeSpeed,
+};
 
 /** The formatter pads the cells of tables. */
 const plain = (text: string) =>

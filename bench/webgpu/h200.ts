@@ -226,6 +226,7 @@ function save(): void {
   const peak = { i8: 1289, f16: 647, source: 'registers only, one H200, 2026-11-23 (TOP/s, TFLOP/s)' };
   const report = {
     date: new Date().toISOString(),
+    commit: process.env.SAGEATTENTION_COMMIT,
     device: details,
     dialect: capabilities.matrixDialect,
     seed,

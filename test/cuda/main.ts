@@ -21,7 +21,7 @@ import { toFloat32 } from '../../src/tensor/access.ts';
 import { conformanceTests, type Target } from '../conformance/suite.ts';
 import { GOLDEN_NAMES, readGolden } from '../golden/golden.ts';
 import { runSeed } from '../support/random.ts';
-import { type Check, deviceChecks, hostCost, kernelChecks, largeChecks } from './checks.ts';
+import { type Check, deviceChecks, hostCost, kernelChecks, largeChecks, memoryChecks } from './checks.ts';
 import { driverChecks } from './driver-checks.ts';
 import { targetsFor } from './targets.ts';
 
@@ -162,6 +162,11 @@ function groupsOf(backend: CudaBackend, cuda: Cuda, targets: readonly Target[], 
         ...deviceChecks(target, device, seed),
       ],
       alone: false,
+    })),
+    ...targets.map((target) => ({
+      name: `${target.name}, memory`,
+      checks: () => memoryChecks(target, device, seed),
+      alone: true,
     })),
     ...defaultTargets(targets).map((target) => ({
       name: `${target.name}, large`,

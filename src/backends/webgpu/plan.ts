@@ -525,7 +525,7 @@ async function build(
     problem,
     kernel,
     capabilities,
-    keyValueLayoutOf(capabilities, options),
+    keyValueLayoutOf(capabilities, problem, options),
   );
   const stages = createStages(problem, capabilities, keyValue);
   const empty = elementCount(outputShapeOf(problem)) === 0;

@@ -58,7 +58,7 @@ export class WebgpuKeyValue implements PreparedKeyValue {
     run: RunContext,
   ): Promise<WebgpuKeyValue> {
     const context = await device();
-    const layout = keyValueLayoutOf(context.capabilities, options);
+    const layout = keyValueLayoutOf(context.capabilities, problem, options);
     const shape = keyValueShapeOf(problem, kernel, context.capabilities, layout);
     const prepared = new WebgpuKeyValue(context, kernel, options, shape);
     await prepared.append(k, v, problem, run);

@@ -32,8 +32,6 @@ export interface TileShape {
   readonly colThreads: number;
   /** K and V tiles take turns in the same workgroup memory: one more barrier a tile, for devices with little of it. */
   readonly sharedKeyValue: boolean;
-  /** V is converted to float32 once for a tile instead of by each row of threads; not with `sharedKeyValue`. */
-  readonly floatValues?: boolean;
 }
 
 export interface TiledConfig extends ScoreConfig, TileShape {
@@ -48,7 +46,7 @@ export interface TiledConfig extends ScoreConfig, TileShape {
 export function tiledWorkgroupBytes(shape: TileShape, headDimPadded: number, valueDimPadded: number): number {
   const row = rowVectors(headDimPadded) * 16;
   const keys = shape.keys * row;
-  const values = shape.keys * valueDimPadded * (shape.floatValues === true ? 4 : 2);
+  const values = shape.keys * valueDimPadded * 2;
   return (
     shape.rows * row +
     (shape.sharedKeyValue ? shape.keys * sharedPairs(headDimPadded, valueDimPadded) * 8 : keys + values) +
@@ -72,7 +70,7 @@ const DOT_EMULATED = `fn dot_int8(a: u32, b: u32) -> i32 {
 }`;
 
 export function tiledAttentionKernel(config: TiledConfig): string {
-  const { rows, keys, rowThreads, colThreads, sharedKeyValue, floatValues, family, packedDot, subgroupId } = config;
+  const { rows, keys, rowThreads, colThreads, sharedKeyValue, family, packedDot, subgroupId } = config;
   const { headDimPadded, valueDim, valueDimPadded, keyScale, result, returnLse, scaleValues, smoothV, mask } = config;
   const threads = rowThreads * colThreads;
   const vectors = rowVectors(headDimPadded);
@@ -105,7 +103,7 @@ export function tiledAttentionKernel(config: TiledConfig): string {
   const memory = sharedKeyValue
     ? `var<workgroup> tile_kv: ${nested('vec2<u32>', tn, colThreads, sharedPairs(headDimPadded, valueDimPadded))};`
     : `var<workgroup> tile_k: ${nested('vec4<u32>', tn, colThreads, vectors)};
-var<workgroup> tile_v: ${nested(floatValues ? 'vec4<f32>' : 'vec2<u32>', tn, colThreads, tv, colThreads)};`;
+var<workgroup> tile_v: ${nested('vec2<u32>', tn, colThreads, tv, colThreads)};`;
   const unpacked = (w: string) => `vec4<f32>(unpack2x16float(${w}.x), unpack2x16float(${w}.y))`;
 
   /** Copies `count` elements, a few loads ahead of their stores. */
@@ -136,7 +134,7 @@ var<workgroup> tile_v: ${nested(floatValues ? 'vec4<f32>' : 'vec2<u32>', tn, col
     (i, x) =>
       sharedKeyValue
         ? `tile_kv${place(i, quads)}[${i} % ${quads}u] = ${x};`
-        : `tile_v${place(i, quads)}[${i} % ${quads}u / ${colThreads}u][${i} % ${colThreads}u] = ${floatValues ? unpacked(x) : x};`,
+        : `tile_v${place(i, quads)}[${i} % ${quads}u / ${colThreads}u][${i} % ${colThreads}u] = ${x};`,
   );
   const loadQueries = copy(
     rows * vectors,
@@ -198,7 +196,7 @@ var<workgroup> tile_v: ${nested(floatValues ? 'vec4<f32>' : 'vec2<u32>', tn, col
         .map((n) =>
           V.map(
             (v) => `{ let w = ${valueAt(`${4 * q + n}`, 'k', v)};
-        let x = ${floatValues ? 'w' : unpacked('w')};
+        let x = ${unpacked('w')};
         ${I.map((i) => `o_${i}_${v} = fma(vec4<f32>(p_${i}.${'xyzw'[n]}), x, o_${i}_${v});`).join(' ')} }`,
           ).join('\n      '),
         )

@@ -499,6 +499,9 @@ export function hopperAttention(config: HopperConfig): Kernel {
       /** Scale of V's codes in the last tile taken; the output is in its units. */
       const tileScale = b.constant('f32', 1);
       const columns = paddedValueDim + (config.onesColumn ? 8 : 0);
+      if (!config.promoted && (config.valueChunk < columns || config.onesColumn)) {
+        throw new RangeError('sums of PV in chunks, and row sums among them, need promotion');
+      }
       const output = Array.from({ length: columns / 2 }, () => b.constant('f32', 0));
       /** Sums of the tensor cores that are still to be added to the output. */
       const partial = !config.promoted ? output : config.valueChunk < columns ? [] : b.regs('f32', columns / 2);

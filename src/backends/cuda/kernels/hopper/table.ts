@@ -60,7 +60,11 @@ export function tuningOf({ pvFormat, qkRowBytes, paddedValueDim, rows, promoted,
   const fp8 = pvFormat === 'e4m3';
   const plainSums = { onesColumn: false, polynomialShare: 0 as const };
   // Masks need the registers.
-  const sums = { promoted: fp8 && promoted, ...(fp8 && promoted && !cooked ? {} : plainSums) };
+  const sums = {
+    ...(fp8 && promoted && !cooked ? {} : plainSums),
+    // Without promotion all columns are summed where they stay.
+    ...(fp8 && promoted ? {} : { promoted: false, valueChunk: 256 }),
+  };
   // FP16 holds P up to 2^8 as well as up to 1; E4M3, whose maximum is P's already, has no room.
   const two: HopperTuning = { ...TWO_CONSUMERS, ...sums, rescaleThreshold: fp8 ? 0 : 8 };
   const narrowChunk = two.promoted ? 128 : 256;
@@ -110,7 +114,7 @@ export const HOPPER_VARIANTS: Readonly<Record<string, Partial<HopperTuning>>> = 
   'exp 25% on FMA': { polynomialShare: 0.25 },
   'one CTA an item': { persistent: false },
   '2 stages': { stages: 2 },
-  'no promotion': { promoted: false, onesColumn: false, polynomialShare: 0 },
+  'no promotion': { promoted: false, onesColumn: false, polynomialShare: 0, valueChunk: 256 },
   '128 x 128': TWO_CONSUMERS,
   '128 x 128, no ping-pong': { ...TWO_CONSUMERS, pingPong: false },
   '128 x 128, exp 25% on FMA': { ...TWO_CONSUMERS, polynomialShare: 0.25 },
