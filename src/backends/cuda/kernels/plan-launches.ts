@@ -45,7 +45,7 @@ import {
 import { BYTES, LOG2_E, type LoadWidth, roundUp, SEQUENCE_INTS } from './common.ts';
 import { chooseTile } from './config.ts';
 import { headsAsRows } from './heads-as-rows.ts';
-import { hopperAttendLaunches, hopperKeyValueLaunch, isHopperKernel, VALUE_TILE_SCALES } from './hopper/plan-hopper.ts';
+import { hopperAttendLaunches, hopperKeyValueLaunch, isHopperKernel } from './hopper/plan-hopper.ts';
 import type { HopperTuning } from './hopper/table.ts';
 import {
   MEAN_SCORES_INTEGERS,
@@ -192,7 +192,7 @@ export function schemeOf(problem: AttentionProblem, choice: KernelChoice, target
     accumulate,
     paddedValueDim: roundUp(problem.valueDim, fp8 ? 32 : 16),
     vMax: accumulate === 'f16-per-tile' && fp8 ? V_FP8_MAX.fp16Accumulator : V_FP8_MAX.default,
-    valueTileScales: hopper && fp8 && VALUE_TILE_SCALES,
+    valueTileScales: hopper && fp8,
     queryGroups: qkQuantGran === 'per-block' ? [128, 1] : qkQuantGran === 'per-warp' ? [32, 1] : [32, 8],
     keyGroups: qkQuantGran === 'per-thread' ? 4 : 1,
   };
@@ -389,7 +389,7 @@ function keyValueLaunches(context: Context, parts: readonly KeyValuePart[] = ALL
   const launches: KernelLaunch[] = [];
   if (layout.keyTiles === 0 || batch * kvHeads === 0) return launches;
   if (parts.includes('means')) launches.push(...statisticsLaunches(context, scheme.valueTileScales));
-  if (isHopperKernel(choice.descriptor.name) && (scheme.pvFormat === 'f16' || scheme.valueTileScales)) {
+  if (isHopperKernel(choice.descriptor.name)) {
     if (parts.includes('key') || parts.includes('value')) launches.push(hopperKeyValueLaunch(context));
     return launches;
   }

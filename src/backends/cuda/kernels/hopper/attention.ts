@@ -492,8 +492,7 @@ export function hopperAttention(config: HopperConfig): Kernel {
       const rowSum = Array.from({ length: R }, () => b.constant('f32', 0));
       /** What the output must be multiplied by before the tile at hand is added, and a column of row sums among it. */
       const factor = Array.from({ length: R }, () => b.constant('f32', 1));
-      const separateSums = config.onesColumn && config.valueTileScale;
-      const sumFactor = separateSums ? Array.from({ length: R }, () => b.constant('f32', 1)) : factor;
+      const sumFactor = config.onesColumn ? Array.from({ length: R }, () => b.constant('f32', 1)) : factor;
       /** Register i of the output, and of what the tensor cores sum for it, belongs to row (i >> 1) & 1. */
       const factorOf = (i: number) => at(i < paddedValueDim / 2 ? factor : sumFactor, (i >> 1) & 1);
       /** Scale of V's codes in the last tile taken; the output is in its units. */
@@ -520,9 +519,7 @@ export function hopperAttention(config: HopperConfig): Kernel {
         config.keyScales === 4 ? b.mad(firstScale, 4, t) : firstScale,
         4,
       );
-      const tileScaleAt = config.valueTileScale
-        ? offset(b, b.loadPointer(pointer.valueTileScale), firstScale, 4)
-        : undefined;
+      const tileScaleAt = fp8 ? offset(b, b.loadPointer(pointer.valueTileScale), firstScale, 4) : undefined;
       /** Loads the scales of a tile; each tile's in its turn. */
       const fetchScales = (of: Reg<'s32'>) => {
         const load = (address: Reg<'global'>, into: Reg<'f32'>, at = 0) =>
@@ -726,7 +723,7 @@ export function hopperAttention(config: HopperConfig): Kernel {
         if (config.mask !== 'none') maskScores();
         treatRareTiles(scale, zeroPoint);
         const exponentsApart = b.sub(b.as(tileScale, 's32'), b.as(tileScaleNext, 's32'));
-        if (config.valueTileScale) b.mov(tileScaleNext, tileScale);
+        if (fp8) b.mov(tileScaleNext, tileScale);
         fetchScales(b.add(tile, 1));
 
         // Positive floats, and -Infinity below them, order like the integers of their bits; three-input integer maxima exist. Chains of
@@ -821,8 +818,8 @@ export function hopperAttention(config: HopperConfig): Kernel {
             b.fma(sum, at(nextFactor, r), b.add(at(chains, 0), at(chains, 1)), sum);
           }
         }
-        if (separateSums) for (const [r, register] of sumFactor.entries()) b.mov(at(nextFactor, r), register);
-        if (!config.valueTileScale) {
+        if (config.onesColumn) for (const [r, register] of sumFactor.entries()) b.mov(at(nextFactor, r), register);
+        if (!fp8) {
           for (const [r, register] of factor.entries()) b.mov(at(nextFactor, r), register);
           return;
         }
@@ -1136,7 +1133,7 @@ export function hopperAttention(config: HopperConfig): Kernel {
           const empty = b.setp('eq', sum, 0);
           // A row of Q that is not finite has a NaN bias.
           const reciprocal = b.fma(bias, 0, b.rcp(sum));
-          const inverse = config.valueTileScale ? b.mul(reciprocal, tileScale) : reciprocal;
+          const inverse = fp8 ? b.mul(reciprocal, tileScale) : reciprocal;
           b.when(empty, () => b.set(inverse, 0));
           const row = rowOf(r);
           const token = tokenOf(row);

@@ -52,8 +52,6 @@ export interface HopperConfig extends HopperTile {
   readonly mask: 'none' | 'boolean' | DType;
   readonly softcap: boolean;
   readonly smoothV: boolean;
-  /** V's codes have, besides a scale for each channel, a power of two for each tile of 128 keys (FP8 only). */
-  readonly valueTileScale: boolean;
   readonly outputType: DType;
   readonly lse: boolean;
   readonly split: boolean;

@@ -40,9 +40,6 @@ import {
 import { type HopperConfig, LOG2_E4M3_MAX, sharedPlanOf } from './config.ts';
 import { type HopperTuning, tuningOf } from './table.ts';
 
-/** Whether V in FP8 has a scale for each tile besides those of its channels, and so no pass of its own for the maxima. */
-export const VALUE_TILE_SCALES: boolean = true;
-
 export const isHopperKernel = (name: KernelName) =>
   name === 'qk-int8-pv-fp8-cuda-sm90' || name === 'qk-int8-pv-fp16-cuda-sm90';
 
@@ -114,7 +111,6 @@ export function hopperShapeOf(context: Context): Shape {
     mask: mask === undefined ? 'none' : mask.dtype === 'bool' ? 'boolean' : mask.dtype,
     softcap: problem.softcap !== 0,
     smoothV: choice.smoothV,
-    valueTileScale: scheme.valueTileScales,
     outputType: dtype,
     lse: problem.returnLse,
     split: splits > 1,
@@ -275,7 +271,7 @@ export function hopperAttendLaunches(context: Context): Pick<LaunchSequence, 'la
         keyScale: pointer('keyScale'),
         keyFaults: pointer('keyFaults'),
         ...(config.pvFormat === 'e4m3' ? { valueScale: pointer('valueScale') } : {}),
-        ...(config.valueTileScale ? { valueTileScale: pointer('valueTileScale') } : {}),
+        ...(scheme.valueTileScales ? { valueTileScale: pointer('valueTileScale') } : {}),
         ...(choice.smoothV ? { valueMean: pointer('valueMean') } : {}),
         ...(mask === undefined ? {} : { mask: pointer('mask', mask.offset * maskBytes) }),
         output: splits > 1 ? pointer('partialOutput') : pointer('output'),
