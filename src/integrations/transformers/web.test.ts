@@ -8,6 +8,7 @@ import { afterAll, beforeAll, describe, expect } from 'vitest';
 import { writeSentenceEncoder } from '../../../scripts/sentence-encoder-onnx.ts';
 import { launchChromium, missingChromium } from '../../../test/support/chromium.ts';
 import { itNeeds } from '../../../test/support/requirement.ts';
+import { DEFAULT_MIN_TOKENS } from '../onnxruntime/options.ts';
 import { callPage, type ServedPage, servePage } from '../testing/serve-page.ts';
 import type { Embedded, Page, Way } from '../testing/transformers-page.ts';
 
@@ -90,7 +91,7 @@ describe('transformers.js in Chromium', () => {
   itNeeds(missing)('the module, with WebGPU: short texts stay, and the report says why', async () => {
     const short = await embed('software', 'module', SHORT, { device: 'auto' });
     expect(takenIn(short)).toEqual([false, false]);
-    expect(short.report?.[0]?.reason).toContain('minTokens, 1024');
+    expect(short.report?.[0]?.reason).toContain(`minTokens, ${DEFAULT_MIN_TOKENS.webgpu}`);
     await expectSameEmbeddings(short, SHORT, TOLERANCE);
   });
 
