@@ -51,6 +51,18 @@ export interface AttentionOptions {
   readonly stream?: StreamHandle;
 }
 
+/** Options that decide what is computed, not how: those of exact attention. */
+export const EXACT_OPTIONS = [
+  'tensorLayout',
+  'isCausal',
+  'causalAlignment',
+  'smScale',
+  'softcap',
+  'windowSize',
+  'attnMask',
+  'returnLse',
+] as const satisfies readonly (keyof AttentionOptions)[];
+
 type Check = (value: unknown) => boolean;
 const isBoolean: Check = (value) => typeof value === 'boolean';
 const oneOf = (...values: readonly string[]): [Check, string] => [

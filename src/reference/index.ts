@@ -5,7 +5,7 @@
  * @module
  */
 import { InvalidArgumentError } from '../attention/errors.ts';
-import { type AttentionOptions, validateOptions } from '../attention/options.ts';
+import { type AttentionOptions, EXACT_OPTIONS, validateOptions } from '../attention/options.ts';
 import {
   type AttentionProblem,
   createProblem,
@@ -45,18 +45,6 @@ export * from '../tensor/formats/int4.ts';
 export * from '../tensor/formats/ue8m0.ts';
 export { type Accuracy, compare } from './metrics.ts';
 export { PORTABLE_ALGORITHM, type QuantizedAlgorithm } from './quantized.ts';
-
-/** Options of `sageattn` that decide what is computed. */
-const EXACT_OPTIONS = [
-  'tensorLayout',
-  'isCausal',
-  'causalAlignment',
-  'smScale',
-  'softcap',
-  'windowSize',
-  'attnMask',
-  'returnLse',
-] as const satisfies readonly (keyof AttentionOptions)[];
 
 /** Options of `sageattn` that decide how it is quantized. */
 const QUANTIZATION_OPTIONS = [

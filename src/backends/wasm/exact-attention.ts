@@ -2,7 +2,7 @@
  * Exact attention in float32 SIMD on worker threads: what benches compare the quantized kernels with. It is those kernels'
  * code with nothing quantized. No part of the package's interface.
  */
-import { type AttentionOptions, validateOptions } from '../../attention/options.ts';
+import { type AttentionOptions, EXACT_OPTIONS, validateOptions } from '../../attention/options.ts';
 import { createProblem } from '../../attention/problem.ts';
 import type { Tensor } from '../../tensor/tensor.ts';
 import type { AttentionInputs, AttentionOutputs, RunContext } from '../backend.ts';
@@ -12,18 +12,7 @@ import type { Simd } from './geometry.ts';
 import { loadModule } from './modules.ts';
 import { Runtime } from './runtime.ts';
 
-const HONOURED = [
-  'tensorLayout',
-  'isCausal',
-  'causalAlignment',
-  'smScale',
-  'softcap',
-  'windowSize',
-  'attnMask',
-  'returnLse',
-] as const;
-
-export interface ExactAttentionOptions extends Pick<AttentionOptions, (typeof HONOURED)[number]> {
+export interface ExactAttentionOptions extends Pick<AttentionOptions, (typeof EXACT_OPTIONS)[number]> {
   /** Worker threads; default: as many as the backend starts. */
   readonly threads?: number;
   /** Default `'auto'`, as the backend's. */
@@ -46,7 +35,7 @@ export async function createExactAttention(
   inputs: AttentionInputs<Tensor>,
   { threads = defaultThreads(), simd: wanted = 'auto', ...options }: ExactAttentionOptions = {},
 ): Promise<ExactAttention> {
-  validateOptions(options, HONOURED);
+  validateOptions(options, EXACT_OPTIONS);
   const problem = createProblem(inputs.q, inputs.k, inputs.v, options);
   const { module, simd, relaxed } = await loadModule(wanted);
   const runtime = new Runtime(createExecutor(module, threads), simd, relaxed);

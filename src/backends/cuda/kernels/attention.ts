@@ -229,10 +229,7 @@ export function attention(config: AttentionConfig): Kernel {
   });
   const pointer = pointers(b, ATTENTION_POINTERS);
   const integer = integers(b, ATTENTION_INTEGERS);
-  const strides = Object.fromEntries(ATTENTION_STRIDES.map((name) => [name, b.parameter(name, 'u64')])) as Record<
-    (typeof ATTENTION_STRIDES)[number],
-    ReturnType<typeof b.parameter<'u64'>>
-  >;
+  const strides = pointers(b, ATTENTION_STRIDES);
   const bandParameters = [b.parameter('bandLeft', 's32'), b.parameter('bandRight', 's32')] as const;
   const alignBottomRight = b.parameter('alignBottomRight', 'u32');
   const scoreScale = b.parameter('scoreScale', 'f32'); // |smScale| * log2(e); its sign is Q's

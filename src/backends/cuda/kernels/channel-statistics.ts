@@ -11,12 +11,13 @@ import type { DType } from '../../../tensor/dtype.ts';
 import { KernelBuilder } from '../ptx/builder.ts';
 import { rowMajor } from '../ptx/layouts.ts';
 import type { Target } from '../ptx/targets.ts';
-import type { Kernel, Reg } from '../ptx/types.ts';
+import type { Kernel, Parameter, Reg } from '../ptx/types.ts';
 import {
   BYTES,
   divide,
   INFINITY_BITS,
   integers,
+  KEY_VALUE_STRIDES,
   type LoadWidth,
   loadEightPacked,
   loadSequence,
@@ -88,15 +89,6 @@ export interface ChannelStatisticsConfig {
 export const CHANNEL_STATISTICS_POINTERS = ['sequences', 'k', 'v', 'keyMean', 'valueMean', 'valueScale'] as const;
 /** `sequenceHeads`: sequences times heads, the CTAs of an operand; those of K come first. */
 export const CHANNEL_STATISTICS_INTEGERS = ['heads', 'sequenceHeads'] as const;
-/** In bytes. */
-export const CHANNEL_STATISTICS_STRIDES = [
-  'keyBatch',
-  'keyHead',
-  'keyToken',
-  'valueBatch',
-  'valueHead',
-  'valueToken',
-] as const;
 export const CHANNEL_STATISTICS_THREADS = 512;
 const WARPS = CHANNEL_STATISTICS_THREADS / 32;
 
@@ -104,10 +96,7 @@ export function channelStatistics({ target, dtype, key, value }: ChannelStatisti
   const b = new KernelBuilder({ name: 'channelStatistics', target, threads: CHANNEL_STATISTICS_THREADS });
   const pointer = pointers(b, CHANNEL_STATISTICS_POINTERS);
   const integer = integers(b, CHANNEL_STATISTICS_INTEGERS);
-  const [keyBatch, keyHead, keyToken, valueBatch, valueHead, valueToken] = CHANNEL_STATISTICS_STRIDES.map((name) =>
-    b.parameter(name, 'u64'),
-  ) as [Stride, Stride, Stride, Stride, Stride, Stride];
-  type Stride = ReturnType<typeof b.parameter<'u64'>>;
+  const { keyBatch, keyHead, keyToken, valueBatch, valueHead, valueToken } = pointers(b, KEY_VALUE_STRIDES);
   // A row for each warp in each plane: one plane for every kind of number that is joined.
   const planesOf = (of: StatisticsOf | undefined) =>
     of === undefined ? 0 : (of.mean ? 2 : 0) + (of.scale ? (of.mean ? 2 : 1) : 0);
@@ -138,7 +127,7 @@ export function channelStatistics({ target, dtype, key, value }: ChannelStatisti
     { dim, paddedDim, loadWidth, mean: wantsMean, scale: wantsScale }: StatisticsOf,
     sequenceHead: Reg<'u32'>,
     input: typeof pointer.k,
-    [batchStride, headStride, tokenStride]: readonly [Stride, Stride, Stride],
+    [batchStride, headStride, tokenStride]: readonly [Parameter<'u64'>, Parameter<'u64'>, Parameter<'u64'>],
     meanOut: Reg<'global'>,
     scaleOut: Reg<'global'> | undefined,
   ): void {

@@ -27,10 +27,7 @@ export function combine({ target, valueDim, paddedValueDim, outputType, lse }: C
   const b = new KernelBuilder({ name: 'combine', target, threads: COMBINE_ROWS * 32 });
   const pointer = pointers(b, COMBINE_POINTERS);
   const integer = integers(b, COMBINE_INTEGERS);
-  const strides = Object.fromEntries(COMBINE_STRIDES.map((name) => [name, b.parameter(name, 'u64')])) as Record<
-    (typeof COMBINE_STRIDES)[number],
-    ReturnType<typeof b.parameter<'u64'>>
-  >;
+  const strides = pointers(b, COMBINE_STRIDES);
 
   b.section('which row');
   const thread = b.special('%tid.x');

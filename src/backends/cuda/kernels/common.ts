@@ -174,10 +174,13 @@ export function loadEightFloats(b: KernelBuilder, address: Reg<'global'>): Reg<'
   return [0, 16].flatMap((at) => b.ldVector('f32', 4, address, at, { readOnly: true }));
 }
 
-/** Pointer parameters by name, in order. */
+/** `u64` parameters by name, in order: pointers, and strides in bytes. */
 export function pointers<const N extends string>(b: KernelBuilder, names: readonly N[]): Record<N, Parameter<'u64'>> {
   return Object.fromEntries(names.map((name) => [name, b.parameter(name, 'u64')])) as Record<N, Parameter<'u64'>>;
 }
+
+/** Strides of the caller's K and V, in bytes, for kernels that read both. */
+export const KEY_VALUE_STRIDES = ['keyBatch', 'keyHead', 'keyToken', 'valueBatch', 'valueHead', 'valueToken'] as const;
 
 /** `u32` parameters by name, in order. */
 export function integers<const N extends string>(b: KernelBuilder, names: readonly N[]): Record<N, Parameter<'u32'>> {

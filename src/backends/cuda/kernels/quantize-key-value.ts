@@ -20,13 +20,14 @@ import type { DType } from '../../../tensor/dtype.ts';
 import { KernelBuilder } from '../ptx/builder.ts';
 import { rowMajor } from '../ptx/layouts.ts';
 import type { Target } from '../ptx/targets.ts';
-import type { Kernel, Reg } from '../ptx/types.ts';
+import type { Kernel, Parameter, Reg } from '../ptx/types.ts';
 import {
   BEYOND_FP16_BITS,
   BYTES,
   divide,
   INFINITY_BITS,
   integers,
+  KEY_VALUE_STRIDES,
   type LoadWidth,
   loadEightFloats,
   loadEightPacked,
@@ -79,15 +80,6 @@ export const QUANTIZE_KEY_VALUE_POINTERS = [
   'valueTileScale',
 ] as const;
 export const QUANTIZE_KEY_VALUE_INTEGERS = ['heads', 'tiles', 'paddedTokens'] as const;
-/** In bytes. */
-export const QUANTIZE_KEY_VALUE_STRIDES = [
-  'keyBatch',
-  'keyHead',
-  'keyToken',
-  'valueBatch',
-  'valueHead',
-  'valueToken',
-] as const;
 
 const E4M3_MAX = 448;
 /** Exponents of a tile's scale lie in this range, so that the ratio of two moves sums neither to infinity nor out of reach. */
@@ -132,10 +124,7 @@ export function quantizeKeyValue(config: QuantizeKeyValueConfig): Kernel {
   const b = new KernelBuilder({ name: 'quantizeKeyValue', target, threads, minBlocksPerMultiprocessor });
   const pointer = pointers(b, QUANTIZE_KEY_VALUE_POINTERS);
   const integer = integers(b, QUANTIZE_KEY_VALUE_INTEGERS);
-  const [keyBatch, keyHead, keyToken, valueBatch, valueHead, valueToken] = QUANTIZE_KEY_VALUE_STRIDES.map((name) =>
-    b.parameter(name, 'u64'),
-  ) as [Stride, Stride, Stride, Stride, Stride, Stride];
-  type Stride = ReturnType<typeof b.parameter<'u64'>>;
+  const { keyBatch, keyHead, keyToken, valueBatch, valueHead, valueToken } = pointers(b, KEY_VALUE_STRIDES);
 
   // K: a thread takes eight channels of rows `rowsAtOnce` apart, at most half a tile, which are all of one group.
   const perRow = Math.max(nextPowerOfTwo(paddedDim / 8), threads / HALF);
@@ -168,7 +157,7 @@ export function quantizeKeyValue(config: QuantizeKeyValueConfig): Kernel {
   /** Loads eight channels of each token; those beyond the last are its copies. */
   const loaderOf = (
     input: typeof pointer.k,
-    [batch, ofHead, token]: readonly [Stride, Stride, Stride],
+    [batch, ofHead, token]: readonly [Parameter<'u64'>, Parameter<'u64'>, Parameter<'u64'>],
     { channel, span }: Channels,
     dim: number,
     width: LoadWidth,

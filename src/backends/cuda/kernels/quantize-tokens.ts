@@ -85,11 +85,7 @@ export function quantizeTokens(config: QuantizeTokensConfig): Kernel {
   const b = new KernelBuilder({ name: isQuery ? 'quantizeQuery' : 'quantizeKey', target, threads });
   const pointer = pointers(b, QUANTIZE_TOKENS_POINTERS);
   const integer = integers(b, QUANTIZE_TOKENS_INTEGERS);
-  const [batchStride, headStride, tokenStride] = QUANTIZE_TOKENS_STRIDES.map((name) => b.parameter(name, 'u64')) as [
-    ReturnType<typeof b.parameter<'u64'>>,
-    ReturnType<typeof b.parameter<'u64'>>,
-    ReturnType<typeof b.parameter<'u64'>>,
-  ];
+  const { batchStride, headStride, tokenStride } = pointers(b, QUANTIZE_TOKENS_STRIDES);
   const smScale = b.parameter('smScale', 'f32');
 
   const groupCount = (blockTokens / groupTokens) * groups;

@@ -34,7 +34,7 @@ import {
   wgmmaWaitGroup,
 } from '../../ptx/hopper.ts';
 import { rowMajor } from '../../ptx/layouts.ts';
-import type { Kernel, Parameter, Reg } from '../../ptx/types.ts';
+import type { Kernel, Reg } from '../../ptx/types.ts';
 import {
   BYTES,
   divide,
@@ -158,10 +158,7 @@ export function hopperAttention(config: HopperConfig): Kernel {
   });
   const pointer = pointers(b, HOPPER_POINTERS);
   const integer = integers(b, HOPPER_INTEGERS);
-  const strides = Object.fromEntries(HOPPER_STRIDES.map((name) => [name, b.parameter(name, 'u64')])) as Record<
-    (typeof HOPPER_STRIDES)[number],
-    Parameter<'u64'>
-  >;
+  const strides = pointers(b, HOPPER_STRIDES);
   const bandLeft = b.parameter('bandLeft', 's32');
   const bandRight = b.parameter('bandRight', 's32');
   const alignBottomRight = b.parameter('alignBottomRight', 'u32');
@@ -722,7 +719,8 @@ export function hopperAttention(config: HopperConfig): Kernel {
         if (cooked) cookScores(scaleOf, zeroOf);
         if (config.mask !== 'none') maskScores();
         treatRareTiles(scale, zeroPoint);
-        const exponentsApart = b.sub(b.as(tileScale, 's32'), b.as(tileScaleNext, 's32'));
+        // Scales of V's tiles are powers of two: the ratio of the last to this one is a difference of exponents.
+        const exponentsApart = fp8 ? b.sub(b.as(tileScale, 's32'), b.as(tileScaleNext, 's32')) : undefined;
         if (fp8) b.mov(tileScaleNext, tileScale);
         fetchScales(b.add(tile, 1));
 
@@ -819,13 +817,11 @@ export function hopperAttention(config: HopperConfig): Kernel {
           }
         }
         if (config.onesColumn) for (const [r, register] of sumFactor.entries()) b.mov(at(nextFactor, r), register);
-        if (!fp8) {
-          for (const [r, register] of factor.entries()) b.mov(at(nextFactor, r), register);
-          return;
+        const ratio = exponentsApart === undefined ? undefined : b.as(b.add(exponentsApart, ONE_BITS), 'f32');
+        for (const [r, register] of factor.entries()) {
+          if (ratio === undefined) b.mov(at(nextFactor, r), register);
+          else b.mul(at(nextFactor, r), ratio, register);
         }
-        // Scales of V's tiles are powers of two: their ratio is a difference of exponents.
-        const ratio = b.as(b.add(exponentsApart, ONE_BITS), 'f32');
-        for (const [r, register] of factor.entries()) b.mul(at(nextFactor, r), ratio, register);
       }
 
       /**
