@@ -151,41 +151,90 @@ interface Limits {
   readonly lse: (exact: number) => number;
 }
 
+/** What an algorithm loses on some inputs: the relative L1 of its output and the largest error of a logsumexp. */
+interface Loss {
+  readonly output: number;
+  readonly lse: number;
+}
+
+function lossOf(target: Target, problem: AttentionProblem, inputs: CaseInputs, exact: ReferenceOutputs): Loss {
+  const smoothK = target.options?.smoothK ?? inputs.options.smoothK ?? target.algorithm.smoothK;
+  const emulated = attentionQuantized(problem, referenceInputs(inputs), { ...target.algorithm, smoothK });
+  let lse = 0;
+  for (let i = 0; i < exact.lse.length; i++) {
+    const error = Math.abs((emulated.lse[i] as number) - (exact.lse[i] as number));
+    if (Number.isFinite(error)) lse = Math.max(lse, error);
+  }
+  return {
+    output: outputError(emulated.output, exact.output, problem, meanMagnitude(toFloat32(inputs.v))),
+    lse,
+  };
+}
+
+/**
+ * Rows of which the algorithm's loss is taken. A kernel rounds elsewhere than the algorithm does in plain TypeScript, so the
+ * error of a few rows says little about that of the same rows in the kernel: where a case has fewer, its inputs are made anew.
+ */
+const LOSS_ROWS = 128;
+const MOST_DRAWS = 16;
+
 function limitsOf(
   target: Target,
   testCase: ConformanceCase,
   problem: AttentionProblem,
   inputs: CaseInputs,
   exact: ReferenceOutputs,
-  meanMagnitudeV: number,
+  seed: number,
 ): Limits {
   const output = target.relativeL1 + OUTPUT_ROUNDING[problem.dtype];
   const lse = (value: number) => lseTolerance(target) + 1e-5 * Math.abs(value);
   if (testCase.bound === 'kernel') return { output, lse };
-  const smoothK = target.options?.smoothK ?? inputs.options.smoothK ?? target.algorithm.smoothK;
-  const emulated = attentionQuantized(problem, referenceInputs(inputs), { ...target.algorithm, smoothK });
-  const lost = outputError(emulated.output, exact.output, problem, meanMagnitudeV);
-  let lseLost = 0;
-  for (let i = 0; i < exact.lse.length; i++) {
-    const error = Math.abs((emulated.lse[i] as number) - (exact.lse[i] as number));
-    if (Number.isFinite(error)) lseLost = Math.max(lseLost, error);
+  const lost = [lossOf(target, problem, inputs, exact)];
+  const draws = Math.min(MOST_DRAWS, Math.ceil(LOSS_ROWS / Math.max(1, exact.lse.length)));
+  for (let draw = 1; draw < draws; draw++) {
+    const others = testCase.make(new Random(seed + draw));
+    lost.push(lossOf(target, problem, others, attentionExact(problem, referenceInputs(others))));
   }
+  const lseLost = Math.max(...lost.map((loss) => loss.lse));
   return {
-    output: Math.max(output, ALGORITHM_SLACK * lost),
+    output: Math.max(output, ALGORITHM_SLACK * Math.max(...lost.map((loss) => loss.output))),
     lse: (value) => Math.max(lse(value), 2 * ALGORITHM_SLACK * lseLost),
   };
 }
 
-function checkLse(actual: Float32Array, exact: Float64Array, limit: (exact: number) => number): void {
+/** An error and what it may be. */
+export interface Measured {
+  readonly what: string;
+  readonly error: number;
+  readonly limit: number;
+}
+
+/** The logsumexp nearest its limit; a NaN where there must be none, or none where there must be one, throws. */
+function measureLse(actual: Float32Array, exact: Float64Array, limitOf: (exact: number) => number): Measured {
+  let worst: Measured = { what: 'lse', error: 0, limit: 1 };
   for (let i = 0; i < exact.length; i++) {
     const [a, e] = [actual[i] as number, exact[i] as number];
-    if (Number.isNaN(e)) check(!Number.isFinite(a), () => `lse[${i}] is ${a}, a NaN was attended`);
-    else check(a === e || Math.abs(a - e) <= limit(e), () => `lse[${i}] is ${a}, exact ${e}, limit ${limit(e)}`);
+    const what = `lse[${i}] is ${a}, exact ${e}`;
+    if (Number.isNaN(e)) check(!Number.isFinite(a), () => `${what}: a NaN was attended`);
+    if (a === e || Number.isNaN(e)) continue;
+    const [error, limit] = [Math.abs(a - e), limitOf(e)];
+    check(Number.isFinite(error), () => what);
+    if (error / limit > worst.error / worst.limit) worst = { what, error, limit };
   }
+  return worst;
+}
+
+function checkMeasured(measured: readonly Measured[]): void {
+  for (const { what, error, limit } of measured) check(error <= limit, () => `${what}: error ${error}, limit ${limit}`);
 }
 
 /** Runs one case and compares with exact attention. */
 export async function runCase(target: Target, testCase: ConformanceCase, seed: number): Promise<void> {
+  checkMeasured(await measureCase(target, testCase, seed));
+}
+
+/** What {@link runCase} compares, for `margins.ts`; what must hold to the bit throws here already. */
+export async function measureCase(target: Target, testCase: ConformanceCase, seed: number): Promise<Measured[]> {
   const inputs = testCase.make(new Random(seed));
   const problem = problemOf(inputs);
   const before = [inputs.q, inputs.k, inputs.v].map(snapshot);
@@ -210,11 +259,12 @@ export async function runCase(target: Target, testCase: ConformanceCase, seed: n
       if (!poisoned.has(Math.floor(i / width))) check(Number.isFinite(a), () => `output[${i}] is ${a}, exact ${e}`);
     } else check(!Number.isFinite(a), () => `output[${i}] is ${a}, but a NaN or infinity was attended`);
   }
-  const meanMagnitudeV = meanMagnitude(toFloat32(inputs.v));
-  const limits = limitsOf(target, testCase, problem, inputs, exact, meanMagnitudeV);
-  const error = outputError(actual, exact.output, problem, meanMagnitudeV);
-  check(error <= limits.output, () => `output: relative L1 ${error}, limit ${limits.output}`);
-  if (lse !== undefined) checkLse(toFloat32(lse), exact.lse, limits.lse);
+  const limits = limitsOf(target, testCase, problem, inputs, exact, seed);
+  const error = outputError(actual, exact.output, problem, meanMagnitude(toFloat32(inputs.v)));
+  return [
+    { what: 'output, relative L1', error, limit: limits.output },
+    ...(lse === undefined ? [] : [measureLse(toFloat32(lse), exact.lse, limits.lse)]),
+  ];
 }
 
 const byName = (group: string, name: string): ConformanceCase => {
@@ -352,10 +402,11 @@ async function runKeyValueCache(target: Target, steps: readonly number[], seed: 
       const problem = createProblem(inputs.q, inputs.k, inputs.v, { ...options, tensorLayout: 'NHD', returnLse: true });
       const exact = attentionExact(problem, inputs);
       const error = outputError(toFloat32(output), exact.output, problem, meanMagnitude(toFloat32(v)));
-      // The smoothing vector is the first step's mean, an estimate from few tokens; a little is lost by that.
-      const limit = ALGORITHM_SLACK * target.relativeL1;
-      check(error <= limit, () => `after ${held} tokens: relative L1 ${error}, limit ${limit}`);
-      checkLse(toFloat32(lse), exact.lse, (value) => 2 * lseTolerance(target) + 1e-5 * Math.abs(value));
+      checkMeasured([
+        // The smoothing vector is the first step's mean, an estimate from few tokens; a little is lost by that.
+        { what: `output after ${held} tokens, relative L1`, error, limit: ALGORITHM_SLACK * target.relativeL1 },
+        measureLse(toFloat32(lse), exact.lse, (value) => 2 * lseTolerance(target) + 1e-5 * Math.abs(value)),
+      ]);
     }
   } finally {
     cache.dispose();

@@ -1,25 +1,7 @@
 import { describe, expect, it } from 'vitest';
 import { createWasmBackend, type WasmBackendOptions } from '../../src/backends/wasm/index.ts';
-import { PORTABLE_ALGORITHM, type QuantizedAlgorithm } from '../../src/reference/quantized.ts';
-import type { Target } from './suite.ts';
 import { describeConformance } from './vitest.ts';
-
-/** The integer kernel must be no less accurate than the official FP8 kernels. */
-const FP8_ALGORITHM: QuantizedAlgorithm = { ...PORTABLE_ALGORITHM, pvFormat: 'fp8', pvAccumDtype: 'fp32+fp32' };
-
-const TARGETS: readonly Target[] = [
-  { name: 'integer PV', backend: 'wasm', kernel: 'qk-int8-pv-int8', relativeL1: 0.05, algorithm: FP8_ALGORITHM },
-  { name: 'float32 PV', backend: 'wasm', kernel: 'qk-int8-pv-fp16', relativeL1: 0.02, algorithm: PORTABLE_ALGORITHM },
-  {
-    name: 'integer PV, V smoothed',
-    backend: 'wasm',
-    kernel: 'qk-int8-pv-int8',
-    options: { smoothV: true },
-    relativeL1: 0.05,
-    algorithm: FP8_ALGORITHM,
-    randomCases: 10,
-  },
-];
+import { WASM_TARGETS } from './wasm-targets.ts';
 
 /** Node before 22 computes the relaxed dot product wrong, or lacks it; there `auto` is SIMD128. */
 const simd = await (async () => {
@@ -41,6 +23,6 @@ describe('the SIMD chosen here', () => {
 
 for (const options of VARIANTS) {
   describe(`WASM, ${options.simd}, ${options.threads} threads`, () => {
-    describeConformance(() => createWasmBackend(options), TARGETS);
+    describeConformance(() => createWasmBackend(options), WASM_TARGETS);
   });
 }

@@ -1,0 +1,106 @@
+/**
+ * How far the cases of the conformance table stay from their limits over many seeds: a case that comes near them fails some
+ * day by chance. Run it for a new case, a new kernel or a new limit.
+ *
+ *     npx tsx test/conformance/margins.ts [--backend wasm|cuda] [--simd auto|simd128|relaxed] [--seconds 120] [--cases TEXT]
+ *
+ * Prints the cases nearest their limits: the largest of error / limit that was seen, and how many of its standard deviations
+ * lie between its mean and 1. Fails when a limit was exceeded, or is nearer than four of them.
+ */
+import { parseArgs } from 'node:util';
+import Table from 'cli-table3';
+import fc from 'fast-check';
+import { createSimulatedBackend } from '../../src/backends/cuda/testing/simulator/backend.ts';
+import { setBackend } from '../../src/backends/registry.ts';
+import { createWasmBackend, type WasmBackendOptions } from '../../src/backends/wasm/index.ts';
+import { CUDA_TARGETS } from '../cuda/targets.ts';
+import { arbitraryCase, CASES, type ConformanceCase } from './cases.ts';
+import { measureCase, type Target } from './suite.ts';
+import { WASM_TARGETS } from './wasm-targets.ts';
+
+const { values: flags } = parseArgs({
+  options: {
+    backend: { type: 'string', default: 'wasm' },
+    simd: { type: 'string', default: 'auto' },
+    seconds: { type: 'string', default: '120' },
+    cases: { type: 'string', default: '' },
+    rows: { type: 'string', default: '25' },
+  },
+});
+
+/** Multiply-adds of the largest case that the simulator is given. */
+const SIMULATED_WORK = 2e5;
+/** Seeds from which a distribution's width is guessed. */
+const LEAST_SAMPLES = 8;
+const LEAST_DEVIATIONS = 4;
+
+interface Samples {
+  readonly target: string;
+  readonly name: string;
+  /** What was compared: the output or a logsumexp. */
+  readonly what: string;
+  readonly ratios: number[];
+}
+
+const samples = new Map<string, Samples>();
+let failures = 0;
+
+async function measure(target: Target, testCase: ConformanceCase, seed: number, name: string): Promise<void> {
+  try {
+    for (const { what, error, limit } of await measureCase(target, testCase, seed)) {
+      const kind = what.split(/[,[]/, 1)[0] as string;
+      const key = `${target.name} ${name} ${kind}`;
+      const entry = samples.get(key) ?? { target: target.name, name, what: kind, ratios: [] };
+      samples.set(key, entry);
+      entry.ratios.push(error / limit);
+      if (error > limit) console.log(`EXCEEDED ${target.name}, ${name}, seed ${seed}: ${what}: ${error} > ${limit}`);
+    }
+  } catch (error) {
+    failures++;
+    console.log(`FAILED ${target.name}, ${name}, seed ${seed}: ${error instanceof Error ? error.message : error}`);
+  }
+}
+
+const simulated = flags.backend === 'cuda';
+await setBackend(
+  simulated
+    ? createSimulatedBackend(90)
+    : createWasmBackend({ threads: 1, simd: flags.simd as NonNullable<WasmBackendOptions['simd']> }),
+);
+const targets: readonly Target[] = simulated ? CUDA_TARGETS : WASM_TARGETS;
+const maxWork = simulated ? SIMULATED_WORK : Number.POSITIVE_INFINITY;
+const end = performance.now() + 1000 * Number(flags.seconds);
+
+while (performance.now() < end) {
+  const seed = Math.floor(Math.random() * 2 ** 32);
+  const [random] = fc.sample(arbitraryCase, { numRuns: 1, seed: seed | 0 });
+  for (const target of targets) {
+    for (const testCase of CASES) {
+      const name = `${testCase.group}: ${testCase.name}`;
+      if (!name.includes(flags.cases) || testCase.largestV > (target.largestV ?? Number.POSITIVE_INFINITY)) continue;
+      if (testCase.work <= maxWork && performance.now() < end) await measure(target, testCase, seed, name);
+    }
+    if (random !== undefined && random.work <= maxWork && 'random'.includes(flags.cases)) {
+      await measure(target, random, seed, 'random');
+    }
+  }
+}
+
+const rows = [...samples.values()]
+  .filter(({ ratios }) => ratios.length >= LEAST_SAMPLES)
+  .map(({ ratios, ...rest }) => {
+    const mean = ratios.reduce((sum, ratio) => sum + ratio, 0) / ratios.length;
+    const deviation = Math.sqrt(ratios.reduce((sum, ratio) => sum + (ratio - mean) ** 2, 0) / ratios.length);
+    return { ...rest, count: ratios.length, largest: Math.max(...ratios), deviations: (1 - mean) / deviation };
+  })
+  .filter(({ deviations }) => Number.isFinite(deviations))
+  .sort((a, b) => b.largest - a.largest);
+
+const table = new Table({ head: ['target', 'case', 'what', 'seeds', 'largest of limit', 'deviations'] });
+for (const { target, name, what, count, largest, deviations } of rows.slice(0, Number(flags.rows))) {
+  table.push([target, name, what, count, largest.toFixed(3), deviations.toFixed(1)]);
+}
+console.log(table.toString());
+const near = rows.filter(({ largest, deviations }) => largest > 1 || deviations < LEAST_DEVIATIONS);
+console.log(`${rows.length} measured, ${near.length} nearer than ${LEAST_DEVIATIONS} deviations, ${failures} failed`);
+process.exit(near.length + failures > 0 ? 1 : 0);
