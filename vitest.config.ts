@@ -46,10 +46,12 @@ export default defineConfig({
             '**/*.browser.test.ts',
             'test/playground/**',
             'test/docs/**',
+            'test/runtimes/**',
           ],
         },
       },
       { extends: true, test: { name: 'site', include: ['test/playground/*.test.ts', 'test/docs/*.test.ts'] } },
+      { extends: true, test: { name: 'runtimes', include: ['test/runtimes/*.test.ts'] } },
       ...SOFTWARE_GPUS.map(softwareGpuProject),
       {
         extends: true,

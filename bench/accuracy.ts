@@ -6,7 +6,7 @@
 import { spawnSync } from 'node:child_process';
 import { writeFileSync } from 'node:fs';
 import { fileURLToPath } from 'node:url';
-import { ensureNode24 } from '../scripts/node24.ts';
+import { ensureRuntime } from '../scripts/runtimes.ts';
 import { createProblem } from '../src/attention/problem.ts';
 import { createWasmBackend } from '../src/backends/wasm/index.ts';
 import { thisMachine } from '../src/cli/machine.ts';
@@ -26,7 +26,7 @@ export interface AccuracyRow {
 
 // The engine must compute relaxed SIMD right for its kernels to be measured.
 if (Number(process.versions.node.split('.')[0]) < 24) {
-  const { status } = spawnSync(ensureNode24(), ['--import', 'tsx', fileURLToPath(import.meta.url)], {
+  const { status } = spawnSync(ensureRuntime('node24'), ['--import', 'tsx', fileURLToPath(import.meta.url)], {
     stdio: 'inherit',
   });
   process.exit(status ?? 1);

@@ -6,7 +6,7 @@ import { spawnSync } from 'node:child_process';
 import { mkdtempSync, readFileSync, rmSync } from 'node:fs';
 import { tmpdir } from 'node:os';
 import { join } from 'node:path';
-import { ensureNode24 } from './node24.ts';
+import { ensureRuntime } from './runtimes.ts';
 import { ensureSoftwareGpu, SOFTWARE_GPUS } from './software-gpu.ts';
 
 interface Part {
@@ -25,9 +25,10 @@ const PARTS: readonly Part[] = [
   {
     name: 'Relaxed SIMD and Float16Array (Node 24)',
     arguments: ['--project', 'unit', 'src/backends/wasm', 'test/conformance/wasm', 'src/tensor'],
-    node: ensureNode24,
+    node: () => ensureRuntime('node24'),
     covers: true,
   },
+  { name: 'Deno and Bun', arguments: ['--project', 'runtimes'] },
   // A browser beside other tests would be short of processors.
   { name: 'Playground and documentation', arguments: ['--project', 'site', '--no-file-parallelism'] },
   ...SOFTWARE_GPUS.map((gpu) => ({
@@ -52,9 +53,10 @@ const PARTS: readonly Part[] = [
 ];
 
 interface Counts {
-  passed: number;
-  failed: number;
-  skipped: string[];
+  readonly passed: number;
+  /** A line for each failed test: its name and what it said first. */
+  readonly failed: readonly string[];
+  readonly skipped: readonly string[];
 }
 
 interface VitestReport {
@@ -63,7 +65,13 @@ interface VitestReport {
   readonly testResults: readonly {
     readonly name: string;
     readonly status: string;
-    readonly assertionResults: readonly { readonly status: string; readonly fullName: string }[];
+    /** Why the file did not load. */
+    readonly message: string;
+    readonly assertionResults: readonly {
+      readonly status: string;
+      readonly fullName: string;
+      readonly failureMessages: readonly string[];
+    }[];
   }[];
 }
 
@@ -88,22 +96,29 @@ function run(part: Part, folder: string): Counts {
       ],
       { stdio: ['ignore', 'inherit', 'inherit'], env: { ...process.env, ...part.env?.() } },
     );
-    const { numPassedTests, numFailedTests, testResults } = JSON.parse(readFileSync(report, 'utf8')) as VitestReport;
-    const skipped = testResults.flatMap(({ assertionResults }) =>
-      assertionResults
-        .filter((test) => test.status !== 'passed' && test.status !== 'failed')
-        .map((test) => test.fullName),
-    );
-    // A coverage threshold or a file that does not load fails the run without failing a test.
-    const failed = numFailedTests === 0 && status !== 0 ? 1 : numFailedTests;
-    return { passed: numPassedTests, failed, skipped };
+    const { numPassedTests, testResults } = JSON.parse(readFileSync(report, 'utf8')) as VitestReport;
+    const tests = testResults.flatMap(({ assertionResults }) => assertionResults);
+    const failed = [
+      ...tests
+        .filter((test) => test.status === 'failed')
+        .map((test) => `${test.fullName}: ${firstLine(test.failureMessages[0])}`),
+      ...testResults
+        .filter((file) => file.status === 'failed' && file.assertionResults.every((test) => test.status !== 'failed'))
+        .map((file) => `${file.name}: ${firstLine(file.message)}`),
+    ];
+    if (failed.length === 0 && status !== 0) failed.push(`vitest ended with ${status}`);
+    const skipped = tests.filter((test) => test.status !== 'passed' && test.status !== 'failed');
+    return { passed: numPassedTests, failed, skipped: skipped.map((test) => test.fullName) };
   } catch (error) {
-    console.error(`${part.name}: ${error instanceof Error ? error.message : error}`);
+    const reason = `${part.name}: ${error instanceof Error ? error.message : error}`;
+    console.error(reason);
     return process.env.CI === undefined
-      ? { passed: 0, failed: 0, skipped: [`${part.name}: ${error instanceof Error ? error.message : error}`] }
-      : { passed: 0, failed: 1, skipped: [] };
+      ? { passed: 0, failed: [], skipped: [reason] }
+      : { passed: 0, failed: [reason], skipped: [] };
   }
 }
+
+const firstLine = (text = ''): string => text.split('\n', 1)[0] as string;
 
 // What several parts need is installed before the first; a part that then lacks it says so itself.
 for (const gpu of SOFTWARE_GPUS) {
@@ -140,13 +155,15 @@ try {
   const results = parts.map((part) => ({ part, counts: run(part, folder) }));
   console.log('');
   for (const { part, counts } of results) {
-    console.log(`${part.name}: ${counts.passed} passed, ${counts.failed} failed, ${counts.skipped.length} not run`);
-    for (const name of counts.skipped) console.log(`  not run: ${name}`);
+    const { passed, failed, skipped } = counts;
+    console.log(`${part.name}: ${passed} passed, ${failed.length} failed, ${skipped.length} not run`);
+    for (const name of skipped) console.log(`  not run: ${name}`);
+    for (const name of failed) console.log(`  failed: ${name}`);
   }
   const total = (count: (counts: Counts) => number) => results.reduce((sum, { counts }) => sum + count(counts), 0);
   const [passed, failed, skipped] = [
     total((counts) => counts.passed),
-    total((counts) => counts.failed),
+    total((counts) => counts.failed.length),
     total((counts) => counts.skipped.length),
   ];
   // A run of some parts covers only what they do, and failed tests are reported already.

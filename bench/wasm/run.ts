@@ -4,11 +4,11 @@
  */
 import { spawnSync } from 'node:child_process';
 import { mkdirSync } from 'node:fs';
-import { ensureNode24 } from '../../scripts/node24.ts';
+import { ensureRuntime } from '../../scripts/runtimes.ts';
 
 const seconds = process.argv[2] ?? '20';
 mkdirSync('bench/results', { recursive: true });
-for (const node of new Set([process.execPath, ensureNode24()])) {
+for (const node of new Set([process.execPath, ensureRuntime('node24')])) {
   const version = spawnSync(node, ['--version'], { encoding: 'utf8' }).stdout.slice(1).split('.')[0];
   for (const threads of ['1', '2']) {
     const out = `bench/results/wasm-node${version}-threads${threads}.json`;

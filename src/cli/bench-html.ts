@@ -156,7 +156,7 @@ export function benchHtml(report: BenchReport): string {
 </head>
 <body>
 <h1>SageAttention benchmark</h1>
-<p>${escapeHtml(`Version ${version}, ${date}. Node ${machine.node} on ${machine.platform}, ${machine.cpu}, ${machine.cores} cores.`)}</p>
+<p>${escapeHtml(`Version ${version}, ${date}. ${machine.runtime} on ${machine.platform}, ${machine.cpu}, ${machine.cores} cores.`)}</p>
 <p>${escapeHtml(`Batch ${batch}, ${heads} heads (${kvHeads} of keys and values), ${dtype}. Median of ${repetitions} runs; seed ${seed}.`)}</p>
 ${found.join('\n')}
 <h2>Speed</h2>

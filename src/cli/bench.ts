@@ -165,9 +165,7 @@ export async function bench(options: BenchOptions, version: string): Promise<voi
 
   const machine = thisMachine();
   print(bold(`Batch ${batch}, ${heads} heads${kvHeads === heads ? '' : ` (${kvHeads} of keys and values)`}, ${dtype}`));
-  print(
-    dim(`Node ${machine.node}, ${machine.cpu}, ${machine.cores} cores; median of ${repetitions} runs, seed ${seed}`),
-  );
+  print(dim(`${machine.runtime}, ${machine.cpu}, ${machine.cores} cores; median of ${repetitions} runs, seed ${seed}`));
   print(
     table(
       [

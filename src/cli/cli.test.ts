@@ -164,7 +164,7 @@ describe('bench', () => {
       dtype: 'float32',
       repetitions: 2,
       seed: 7,
-      machine: { node: process.versions.node, cores: expect.any(Number) },
+      machine: { runtime: `Node ${process.versions.node}`, cores: expect.any(Number) },
     });
     expect(Date.parse(report.date)).toBeGreaterThan(Date.parse('2025-01-01'));
     const kernels = new Set(report.results.map(({ kernel }) => kernel));

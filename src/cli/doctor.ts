@@ -104,7 +104,7 @@ export async function doctor(): Promise<void> {
   const machine = thisMachine();
   print(bold('This machine'));
   facts({
-    node: `${machine.node} on ${machine.platform}`,
+    runtime: `${machine.runtime} on ${machine.platform}`,
     cpu: `${machine.cpu}, ${machine.cores} cores, ${machine.memoryGiB} GiB`,
     float16:
       NativeFloat16Array === undefined ? 'as bits in a Uint16Array (native from Node 24)' : 'native Float16Array',

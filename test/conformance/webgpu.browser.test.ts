@@ -2,9 +2,9 @@
 import { afterAll, beforeAll, describe, expect, it } from 'vitest';
 import { setBackend } from '../../src/backends/registry.ts';
 import { createWebgpuBackend, type WebgpuBackend } from '../../src/backends/webgpu/index.ts';
-import { PORTABLE_ALGORITHM } from '../../src/reference/quantized.ts';
 import { runSeed } from '../support/random.ts';
-import { conformanceTests, type Target } from './suite.ts';
+import { conformanceTests } from './suite.ts';
+import { WEBGPU_TARGET } from './webgpu-target.ts';
 
 /** What a browser could do differently from Dawn in Node: layouts, dtypes, masks, errors, concurrent calls, caches. */
 const TESTS = [
@@ -22,14 +22,6 @@ const TESTS = [
   'one key at a time',
 ];
 
-const TARGET: Target = {
-  name: 'browser',
-  backend: 'webgpu',
-  kernel: 'qk-int8-pv-fp16',
-  relativeL1: 0.02,
-  algorithm: PORTABLE_ALGORITHM,
-};
-
 const seed = runSeed();
 
 describe(`WebGPU in ${navigator.userAgent} (SAGEATTENTION_SEED=${seed})`, () => {
@@ -43,7 +35,7 @@ describe(`WebGPU in ${navigator.userAgent} (SAGEATTENTION_SEED=${seed})`, () => 
   it('finds the software GPU', async () => {
     expect(await backend.availability()).toMatchObject({ available: true, accelerated: false });
   });
-  for (const { name, run } of conformanceTests(TARGET, seed)) {
+  for (const { name, run } of conformanceTests(WEBGPU_TARGET, seed)) {
     if (TESTS.some((text) => name.includes(text))) it(name, run);
   }
 });

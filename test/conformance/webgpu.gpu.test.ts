@@ -5,21 +5,17 @@
 import { afterAll, beforeAll, describe, expect } from 'vitest';
 import { setBackend } from '../../src/backends/registry.ts';
 import { createWebgpuBackend, type WebgpuBackend, type WebgpuBackendOptions } from '../../src/backends/webgpu/index.ts';
-import { PORTABLE_ALGORITHM } from '../../src/reference/quantized.ts';
 import { runSeed } from '../support/random.ts';
 import { itNeeds } from '../support/requirement.ts';
 import { conformanceTests, type Target } from './suite.ts';
+import { WEBGPU_TARGET } from './webgpu-target.ts';
 
 const DRIVER = process.env.SAGEATTENTION_SOFTWARE_GPU ?? 'the GPU of this machine';
 const MISSING = process.env.SAGEATTENTION_SOFTWARE_GPU_MISSING;
 
 const target = (name: string, settings: Partial<Target> = {}): Target => ({
+  ...WEBGPU_TARGET,
   name,
-  backend: 'webgpu',
-  kernel: 'qk-int8-pv-fp16',
-  // What the official INT8 kernel with FP16 PV loses on such inputs, and a half more.
-  relativeL1: 0.02,
-  algorithm: PORTABLE_ALGORITHM,
   randomCases: 6,
   ...settings,
 });

@@ -12,8 +12,8 @@ import {
   type Family,
   type WebgpuBackendOptions,
 } from '../../src/backends/webgpu/index.ts';
-import { PORTABLE_ALGORITHM } from '../../src/reference/quantized.ts';
-import { conformanceTests, type Target } from '../conformance/suite.ts';
+import { conformanceTests } from '../conformance/suite.ts';
+import { WEBGPU_TARGET } from '../conformance/webgpu-target.ts';
 import { runSeed } from '../support/random.ts';
 
 /** Tests that each variant runs: tiles, edges, masks, poison. */
@@ -27,14 +27,6 @@ const VARIANT_TESTS = [
   'not a number: in a value',
 ];
 
-const TARGET: Target = {
-  name: 'webgpu',
-  backend: 'webgpu',
-  kernel: 'qk-int8-pv-fp16',
-  relativeL1: 0.02,
-  algorithm: PORTABLE_ALGORITHM,
-};
-
 const asked = process.argv.slice(2) as Family[];
 const seed = runSeed();
 let failures = 0;
@@ -43,7 +35,7 @@ async function run(
   options: WebgpuBackendOptions,
   name: string,
   only?: readonly string[],
-  target = TARGET,
+  target = WEBGPU_TARGET,
 ): Promise<void> {
   const backend = createWebgpuBackend(options);
   await setBackend(backend);
@@ -85,11 +77,11 @@ for (const family of FAMILIES.filter(
   await run({ family }, family);
   const variants = family === 'matrix' ? MATRIX_VARIANTS : TILED_VARIANTS;
   for (const { name } of variants) await run({ family, variant: name }, `${family} ${name}`, VARIANT_TESTS);
-  const smoothed = { ...TARGET, options: { smoothV: true } };
+  const smoothed = { ...WEBGPU_TARGET, options: { smoothV: true } };
   await run({ family }, `${family}, smoothV`, VARIANT_TESTS, smoothed);
 }
 if (offered.includes('matrix') && (asked.length === 0 || asked.includes('matrix'))) {
-  const halves = { ...TARGET, options: { pvAccumDtype: 'fp16' as const }, relativeL1: 0.03 };
+  const halves = { ...WEBGPU_TARGET, options: { pvAccumDtype: 'fp16' as const }, relativeL1: 0.03 };
   await run({ family: 'matrix' }, 'matrix, float16 sums', VARIANT_TESTS, halves);
 }
 process.exit(failures === 0 ? 0 : 1);
