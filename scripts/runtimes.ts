@@ -37,7 +37,7 @@ const DOWNLOADS: Readonly<Record<Runtime, Download>> = {
 };
 
 const answers = (file: string, major: number): boolean =>
-  existsSync(file) && new RegExp(`\\b${major}\\.`).test(spawnSync(file, ['--version'], { encoding: 'utf8' }).stdout);
+  existsSync(file) && new RegExp(`^\\D*${major}\\.`).test(spawnSync(file, ['--version'], { encoding: 'utf8' }).stdout);
 
 /** @returns the path of the runtime's executable, fetched if it is not there */
 export function ensureRuntime(runtime: Runtime): string {

@@ -4,7 +4,7 @@
  */
 import { spawnSync } from 'node:child_process';
 import { mkdtempSync, readFileSync, rmSync } from 'node:fs';
-import { tmpdir } from 'node:os';
+import { availableParallelism, tmpdir } from 'node:os';
 import { join } from 'node:path';
 import { ensureRuntime } from './runtimes.ts';
 import { ensureSoftwareGpu, SOFTWARE_GPUS } from './software-gpu.ts';
@@ -20,11 +20,14 @@ interface Part {
   readonly env?: () => Record<string, string>;
 }
 
+/** Vitest leaves one processor to itself, which waits; of two that is half. */
+const ALL_PROCESSORS = `--maxWorkers=${availableParallelism()}`;
+
 const PARTS: readonly Part[] = [
-  { name: 'unit', arguments: ['--project', 'unit'], covers: true },
+  { name: 'unit', arguments: ['--project', 'unit', ALL_PROCESSORS], covers: true },
   {
     name: 'Relaxed SIMD and Float16Array (Node 24)',
-    arguments: ['--project', 'unit', 'src/backends/wasm', 'test/conformance/wasm', 'src/tensor'],
+    arguments: ['--project', 'unit', 'src/backends/wasm', 'test/conformance/wasm', 'src/tensor', ALL_PROCESSORS],
     node: () => ensureRuntime('node24'),
     covers: true,
   },
