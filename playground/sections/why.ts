@@ -131,7 +131,11 @@ function drawHistogram(target: Figure, name: string, { histogram }: Operand): vo
   }));
 }
 
-const DECADES = [0.0001, 0.001, 0.01, 0.1, 1];
+/** Powers of ten, and three times each, of which an axis takes what its values span. */
+const ERROR_TICKS = [0.0001, 0.0003, 0.001, 0.003, 0.01, 0.03, 0.1, 0.3, 1];
+
+const ERRORS_NOTE =
+  'Against float64. The WASM kernels are run, the others computed step by step. Filled: K smoothed; open: not smoothed.';
 
 function drawErrors(target: Figure, errors: readonly OutputError[]): void {
   const rows = errors.map((error) => ({ ...error, row: `${error.kernel}\n${error.granularity}` }));
@@ -140,25 +144,30 @@ function drawErrors(target: Figure, errors: readonly OutputError[]): void {
     const [raw, smoothed] = [false, true].map((which) => rows.find((d) => d.row === row && d.smoothK === which));
     return { row, x1: raw?.relativeL1 ?? 0, x2: smoothed?.relativeL1 ?? 0 };
   });
+  const values = rows.map(({ relativeL1 }) => relativeL1);
+  const low = ERROR_TICKS.filter((tick) => tick <= Math.min(...values)).at(-1) ?? Math.min(...values);
+  const high = Math.max(...values, low);
+  const domain = [low, ERROR_TICKS.find((tick) => tick >= high) ?? high];
+  const ticks = ERROR_TICKS.filter((tick) => tick >= low && tick <= (domain[1] as number));
   const best = rows.reduce((least, error) => (error.relativeL1 < least.relativeL1 ? error : least));
   target.draw(
     rows
       .map((d) => `${d.kernel} ${d.granularity}, ${d.smoothK ? 'smoothed' : 'not smoothed'}: ${percent(d.relativeL1)}`)
       .join('; '),
     (width) => ({
-      marginLeft: width < 420 ? 112 : 190,
+      marginLeft: width < 420 ? 132 : 215,
       marginRight: width < 420 ? 14 : 40,
       marginBottom: 40,
       marginTop: 6,
       x: {
         type: 'log',
+        domain,
         label: 'relative L1 error of the output',
         labelAnchor: 'center',
         labelArrow: 'none',
         grid: true,
-        nice: true,
         tickFormat: (error: number) => `${Number((100 * error).toPrecision(2))} %`,
-        ticks: width < 520 ? DECADES : DECADES.flatMap((decade) => [decade, 2 * decade, 5 * decade]),
+        ticks: width < 520 ? ticks.filter((tick) => Number.isInteger(Math.log10(tick))) : ticks,
       },
       y: {
         domain: names,
@@ -218,6 +227,7 @@ export function startWhy(model: ModelClient): void {
     span: 'full',
     legend: legend(),
   });
+  errors.note(ERRORS_NOTE);
   byId('why-figures').append(
     maps.q.element,
     maps.smoothedQ.element,
@@ -292,9 +302,7 @@ export function startWhy(model: ModelClient): void {
     try {
       const computed = await errorLab.errors();
       if (computed === undefined || !shownHead) return;
-      errors.note(
-        'Against exact attention in float64. Filled: with K smoothed; open: without. The WASM kernels are run, the others computed step by step in TypeScript.',
-      );
+      errors.note(ERRORS_NOTE);
       drawErrors(errors, computed);
     } catch (error) {
       say(message, messageOf(error), true);
