@@ -9,7 +9,7 @@ import { startWhy } from './sections/why.ts';
 import type { DeviceApi } from './workers/device.ts';
 
 const onLoss = (reason: string) =>
-  warn(`The GPU was taken away: ${reason} A new device was opened, and the work is being done again.`);
+  warn(`The GPU was taken away: ${reason} A new device is being opened, and the work is done again.`);
 
 /** Marks the section in sight in the navigation. */
 function followScrolling(): void {

@@ -66,7 +66,7 @@ async function withPage(options: OpenOptions, drive: (page: Page) => Promise<voi
   });
   page.on('pageerror', (error) => complaints.push(error.stack ?? error.message));
   if (bound !== undefined) {
-    await page.route(/self-check-\w+\.js$/, async (route) => {
+    await page.route(/self-check-[\w-]+\.js$/, async (route) => {
       const response = await route.fetch();
       const body = (await response.text()).replaceAll(/relativeL1:\.\d+,algorithm/g, `relativeL1:${bound},algorithm`);
       await route.fulfill({ response, body });
@@ -581,7 +581,7 @@ describe('playground', () => {
       page.setDefaultTimeout(PATIENCE);
       await page.goto(pathToFileURL(path.join(built, 'page', 'index.html')).href);
       expect(await textOf(page, '#status')).toContain('npx sageattention playground');
-      await page.route(/\/device-\w+\.js$/, (route) => route.abort());
+      await page.route(/\/device-[\w-]+\.js$/, (route) => route.abort());
       await page.goto(server.url);
       await waitForText(page, '#alert', /script could not be loaded/);
     } finally {
