@@ -17,6 +17,8 @@ export interface Figure {
   /** `alt` says in words what the chart shows. */
   draw(alt: string, options: (width: number) => Plot.PlotOptions): void;
   note(text: string): void;
+  /** Takes away what is no longer true; the box stays. */
+  clear(): void;
 }
 
 /** A figure whose box has its final size before anything is drawn in it. */
@@ -63,25 +65,46 @@ export function figure(
     note(text) {
       note.textContent = text;
     },
+    clear() {
+      last = undefined;
+      note.textContent = '';
+      plot.replaceChildren();
+    },
   };
 }
 
 type Rgb = readonly [number, number, number];
-const mix = (a: Rgb, b: Rgb, t: number) =>
-  `rgb(${a.map((from, i) => Math.round(from + ((b[i] as number) - from) * t)).join(', ')})`;
+const mix = (a: Rgb, b: Rgb, t: number): Rgb => {
+  const at = (i: 0 | 1 | 2) => Math.round(a[i] + (b[i] - a[i]) * t);
+  return [at(0), at(1), at(2)];
+};
+
+/** A colour for each number from 0 to 1. */
+type Ramp = (t: number) => Rgb;
+
+export const css = (color: Rgb) => `rgb(${color.join(', ')})`;
 
 /** Blue below zero, orange above; zero is the colour of the panel, so that dark pages are not lit up by zeros. */
-export function diverging(t: number): string {
+export const diverging: Ramp = (t) => {
   const middle: Rgb = dark.matches ? [26, 30, 27] : [255, 255, 255];
   const low: Rgb = dark.matches ? [108, 168, 240] : [28, 84, 162];
   const high: Rgb = dark.matches ? [243, 154, 92] : [188, 84, 22];
   const distance = Math.min(1, Math.abs(2 * t - 1)) ** 0.8;
   return mix(middle, t < 0.5 ? low : high, distance);
-}
+};
 
 /** From the colour of the panel to the accent. */
-export function sequential(t: number): string {
-  return dark.matches ? mix([26, 30, 27], [150, 226, 182], t) : mix([255, 255, 255], [16, 74, 48], t);
+export const sequential: Ramp = (t) =>
+  dark.matches ? mix([26, 30, 27], [150, 226, 182], t) : mix([255, 255, 255], [16, 74, 48], t);
+
+/** Black or white, whichever reads better on the colour. */
+export function inkOn(color: Rgb): string {
+  const [red, green, blue] = color.map((channel) => {
+    const level = channel / 255;
+    return level <= 0.04045 ? level / 12.92 : ((level + 0.055) / 1.055) ** 2.4;
+  }) as [number, number, number];
+  const luminance = 0.2126 * red + 0.7152 * green + 0.0722 * blue;
+  return 1.05 / (luminance + 0.05) > (luminance + 0.05) / 0.05 ? '#ffffff' : '#000000';
 }
 
 /** Told apart by lightness as well as by hue, on white and on near-black. */
@@ -116,15 +139,58 @@ export function fillLegend(list: HTMLElement, names: readonly string[]): void {
   paintLegend(list, names);
 }
 
+/** Colours of a ramp that pictures use: a colour for every pixel would take longer to make than all that it shows. */
+const STEPS = 1024;
+
+/** Values as pixels, as a URL. */
+function pictureOf(
+  values: ArrayLike<number>,
+  rows: number,
+  columns: number,
+  [low, high]: readonly [number, number],
+  ramp: Ramp,
+): string {
+  const canvas = h('canvas', { width: columns, height: rows });
+  const context = canvas.getContext('2d');
+  if (context === null) throw new Error('this browser draws no pictures');
+  const colors = Array.from({ length: STEPS }, (_, i) => ramp(i / (STEPS - 1)));
+  const pixels = context.createImageData(columns, rows);
+  const step = (STEPS - 1) / (high - low || 1);
+  for (let i = 0; i < rows * columns; i++) {
+    const at = Math.round(((values[i] as number) - low) * step);
+    pixels.data.set(colors[Math.max(0, Math.min(STEPS - 1, at))] as Rgb, 4 * i);
+    pixels.data[4 * i + 3] = 255;
+  }
+  context.putImageData(pixels, 0, 0);
+  return canvas.toDataURL();
+}
+
 /** Rows by columns of values as one picture; row 0 on top. */
 export function heatMap(
   values: ArrayLike<number>,
   rows: number,
   columns: number,
-  { domain, color, x, y }: { domain: readonly [number, number]; color: (t: number) => string; x: string; y: string },
+  { domain, color, x, y }: { domain: readonly [number, number]; color: Ramp; x: string; y: string },
 ): Plot.PlotOptions {
-  const [low, high] = domain;
-  const span = high - low || 1;
+  const drawPicture: Plot.RenderFunction = (
+    _,
+    __,
+    ___,
+    { width, height, marginLeft, marginRight, marginTop, marginBottom },
+  ) => {
+    const image = document.createElementNS('http://www.w3.org/2000/svg', 'image');
+    const attributes = {
+      x: marginLeft,
+      y: marginTop,
+      width: width - marginLeft - marginRight,
+      height: height - marginTop - marginBottom,
+      preserveAspectRatio: 'none',
+      href: pictureOf(values, rows, columns, domain, color),
+    };
+    for (const [name, value] of Object.entries(attributes)) image.setAttribute(name, String(value));
+    image.style.imageRendering = 'pixelated';
+    return image;
+  };
   return {
     marginLeft: 40,
     marginRight: 8,
@@ -132,13 +198,6 @@ export function heatMap(
     marginBottom: 40,
     x: { domain: [0, columns], label: x, ticks: 5, tickSize: 4, labelAnchor: 'center', labelArrow: 'none' },
     y: { domain: [rows, 0], label: y, ticks: 5, tickSize: 4, labelAnchor: 'center', labelArrow: 'none' },
-    color: { type: 'linear', domain: [0, 1], interpolate: color, clamp: true },
-    marks: [
-      Plot.raster(
-        Float32Array.from({ length: rows * columns }, (_, i) => ((values[i] as number) - low) / span),
-        { width: columns, height: rows, x1: 0, y1: 0, x2: columns, y2: rows, imageRendering: 'pixelated' },
-      ),
-      Plot.frame({ stroke: 'var(--line)' }),
-    ],
+    marks: [drawPicture, Plot.frame({ stroke: 'var(--line)' })],
   };
 }

@@ -37,6 +37,40 @@ export function say(element: HTMLElement, text: string, bad = false): void {
   element.classList.toggle('bad', bad);
 }
 
+const exclusive = new Set<HTMLButtonElement>();
+let working = false;
+
+/**
+ * A button whose work takes the whole device. While the work of one lasts none of them can be pressed: what runs beside a
+ * measurement is measured with it.
+ *
+ * @param after runs before the buttons can be pressed again
+ */
+export function exclusively(button: HTMLButtonElement, work: () => Promise<void>, after: () => void = () => {}): void {
+  const lock = (on: boolean) => {
+    working = on;
+    for (const each of exclusive) each.disabled = on;
+  };
+  exclusive.add(button);
+  button.disabled = working;
+  button.addEventListener('click', async () => {
+    lock(true);
+    try {
+      await work();
+    } finally {
+      after();
+      lock(false);
+      // A button that is disabled loses the focus; one who has gone elsewhere meanwhile is left there.
+      if (document.activeElement === document.body) button.focus({ preventScroll: true });
+    }
+  });
+}
+
+/** A line that changes many times a second is read out once it has come to rest. */
+export function saySteadily(element: HTMLElement, changing: boolean): void {
+  element.setAttribute('aria-busy', String(changing));
+}
+
 /** Runs `work` at most once a frame, with what was asked for last; while one run lasts, the next waits for its end. */
 export function latest<T>(work: (input: T) => Promise<void>): (input: T) => void {
   let waiting: { input: T } | undefined;
@@ -104,7 +138,7 @@ export function rangeField(
   name: string,
   { min, max, step, initial }: { min: number; max: number; step: number; initial: number },
   onInput: () => void,
-): Control<number> {
+): Control<number> & { enable(on: boolean): void } {
   const id = `field-${fields++}`;
   const shown = h('output', { for: id }, String(initial));
   const input = h('input', {
@@ -123,6 +157,9 @@ export function rangeField(
     element: h('div', { class: 'field' }, h('label', { for: id }, `${name} `, shown), input),
     get value() {
       return Number(input.value);
+    },
+    enable(on) {
+      input.disabled = !on;
     },
   };
 }

@@ -2,6 +2,8 @@
 
 export const count = (value: number) => value.toLocaleString('en');
 
+export const counted = (value: number, noun: string) => `${count(value)} ${noun}${value === 1 ? '' : 's'}`;
+
 /** Three significant digits, without an exponent where that is readable. */
 export function short(value: number): string {
   const magnitude = Math.abs(value);

@@ -2,8 +2,15 @@
 import { keyGrouping, queryGrouping } from '../src/quantization/groups.ts';
 import { quantizeIntegers } from '../src/quantization/integers.ts';
 import { type Granularity, INT_MAX, TILINGS, type Tiling, V_FP8_MAX } from '../src/quantization/schemes.ts';
-import { blockMeans, channelMean, subtractMean } from '../src/quantization/smoothing.ts';
-import { compare, exactAttention, type QuantizedAlgorithm, quantizedAttention } from '../src/reference/index.ts';
+import { blockMeans, channelMean, subtractBlockMeans, subtractMean } from '../src/quantization/smoothing.ts';
+import {
+  compare,
+  exactAttention,
+  PORTABLE_ALGORITHM,
+  type QuantizedAlgorithm,
+  quantizedAttention,
+} from '../src/reference/index.ts';
+import { quantizedScores } from '../src/reference/quantized.ts';
 import { type Tensor, tensor } from '../src/tensor/tensor.ts';
 import { Random } from '../test/support/random.ts';
 
@@ -103,6 +110,8 @@ export interface Operand {
 export interface Picture {
   readonly length: number;
   readonly dim: number;
+  /** What the scores were computed with. */
+  readonly quantization: Quantization;
   readonly q: Operand;
   readonly k: Operand;
   /** `[length, length]`, scaled, each row's mean taken away: softmax does not see it. */
@@ -139,19 +148,11 @@ function histogramOf(raw: Float32Array, smoothed: Float32Array): Histogram {
   };
 }
 
-interface Codes {
-  readonly values: Int8Array;
-  readonly scaleOf: (token: number) => number;
-}
-
-function quantize(x: Float32Array, dim: number, which: 'q' | 'k', { granularity, bits }: Quantization): Codes {
+function codeUse(x: Float32Array, dim: number, which: 'q' | 'k', { granularity, bits }: Quantization): CodeUse {
   const tiling = TILING[granularity];
   const grouping = which === 'q' ? queryGrouping(granularity, tiling) : keyGrouping(granularity, tiling);
-  const { values, scales } = quantizeIntegers(x, dim, grouping, INT_MAX[bits]);
-  return { values, scaleOf: (token) => scales[grouping.indexOf(token)] as number };
-}
-
-function codeUse({ values }: Codes, dim: number, max: number): CodeUse {
+  const max = INT_MAX[bits];
+  const { values } = quantizeIntegers(x, dim, grouping, max);
   const lowest = new Int8Array(dim).fill(max);
   const highest = new Int8Array(dim).fill(-max);
   values.forEach((code, i) => {
@@ -163,13 +164,13 @@ function codeUse({ values }: Codes, dim: number, max: number): CodeUse {
   return { max, lowest, highest, used: new Set(values).size, meanSpan };
 }
 
-/** `rows . columns` for every pair, scaled, row means taken away. */
-function centredScores(length: number, score: (row: number, column: number) => number): Float32Array {
+/** Scores of every query and key, `[length, length]`, scaled, row means taken away. */
+function centredScores(length: number, smScale: number, score: (row: number, column: number) => number): Float32Array {
   const scores = new Float32Array(length * length);
   for (let row = 0; row < length; row++) {
     let sum = 0;
     for (let column = 0; column < length; column++) {
-      const value = score(row, column);
+      const value = smScale * score(row, column);
       scores[row * length + column] = value;
       sum += value;
     }
@@ -181,51 +182,41 @@ function centredScores(length: number, score: (row: number, column: number) => n
   return scores;
 }
 
-function dot(a: ArrayLike<number>, aAt: number, b: ArrayLike<number>, bAt: number, length: number): number {
-  let sum = 0;
-  for (let i = 0; i < length; i++) sum += (a[aAt + i] as number) * (b[bAt + i] as number);
-  return sum;
-}
-
 /** Everything that the section draws but the errors of the output. */
 export function picture({ q, k, length, dim }: Head, quantization: Quantization): Picture {
+  const { granularity, smoothK, smoothQ, bits } = quantization;
+  const tiling = TILING[granularity];
   const smScale = 1 / Math.sqrt(dim);
-  const max = INT_MAX[quantization.bits];
-  const codesOf = (which: 'q' | 'k', raw: Float32Array, smoothed: Float32Array) =>
-    [quantize(raw, dim, which, quantization), quantize(smoothed, dim, which, quantization)] as const;
-  const smoothedK = subtractMean(k, channelMean(k, dim));
-  const codesOfK = codesOf('k', k, smoothedK);
-  const keyCodes = codesOfK[quantization.smoothK ? 1 : 0];
-
-  const { blockQ } = TILING[quantization.granularity];
-  const means = blockMeans(q, dim, blockQ);
-  const smoothedQ = q.map((value, i) => value - (means[Math.floor(i / dim / blockQ) * dim + (i % dim)] as number));
-  const codesOfQ = codesOf('q', q, smoothedQ);
-  const queryCodes = codesOfQ[quantization.smoothQ ? 1 : 0];
-
-  const exactScores = centredScores(length, (row, column) => smScale * dot(q, row * dim, k, column * dim, dim));
-  const quantizedScores = centredScores(length, (row, column) => {
-    const product = dot(queryCodes.values, row * dim, keyCodes.values, column * dim, dim);
-    const rank1 = quantization.smoothQ
-      ? dot(means, Math.floor(row / blockQ) * dim, quantization.smoothK ? smoothedK : k, column * dim, dim)
-      : 0;
-    return smScale * (product * queryCodes.scaleOf(row) * keyCodes.scaleOf(column) + rank1);
+  const exactScores = centredScores(length, smScale, (row, column) => {
+    let sum = 0;
+    for (let i = 0; i < dim; i++) sum += (q[row * dim + i] as number) * (k[column * dim + i] as number);
+    return sum;
   });
-  const operand = (raw: Float32Array, smoothed: Float32Array, codes: readonly [Codes, Codes]): Operand => ({
+  const products = quantizedScores(q, k, dim, {
+    ...PORTABLE_ALGORITHM,
+    qkFormat: bits,
+    granularity,
+    tiling,
+    smoothK,
+    smoothQ,
+  });
+  const quantizedCentred = centredScores(length, smScale, (row, column) => products[row * length + column] as number);
+  const operand = (which: 'q' | 'k', raw: Float32Array, smoothed: Float32Array): Operand => ({
     raw,
     smoothed,
     histogram: histogramOf(raw, smoothed),
-    rawCodes: codeUse(codes[0], dim, max),
-    smoothedCodes: codeUse(codes[1], dim, max),
+    rawCodes: codeUse(raw, dim, which, quantization),
+    smoothedCodes: codeUse(smoothed, dim, which, quantization),
   });
   return {
     length,
     dim,
-    q: operand(q, smoothedQ, codesOfQ),
-    k: operand(k, smoothedK, codesOfK),
+    quantization,
+    q: operand('q', q, subtractBlockMeans(q, dim, tiling.blockQ, blockMeans(q, dim, tiling.blockQ))),
+    k: operand('k', k, subtractMean(k, channelMean(k, dim))),
     exactScores,
-    quantizedScores,
-    scoreError: compare(quantizedScores, exactScores).rmse,
+    quantizedScores: quantizedCentred,
+    scoreError: compare(quantizedCentred, exactScores).rmse,
   };
 }
 

@@ -1,6 +1,6 @@
 /** The playground: four sections, each started when what it needs is there. */
-import * as Comlink from 'comlink';
-import { byId, h, messageOf, say } from './dom.ts';
+import { connect, warn } from './alert.ts';
+import { byId, messageOf, say } from './dom.ts';
 import { createModelClient } from './model-client.ts';
 import { startDevice } from './sections/device.ts';
 import { startModel } from './sections/model.ts';
@@ -8,19 +8,8 @@ import { findOrt, startSpeed } from './sections/speed.ts';
 import { startWhy } from './sections/why.ts';
 import type { DeviceApi } from './workers/device.ts';
 
-/** Shows something that went wrong and was dealt with, until it is dismissed. */
-function warn(text: string): void {
-  const alert = byId('alert');
-  const dismiss = h('button', { type: 'button', class: 'plain' }, 'Dismiss');
-  dismiss.addEventListener('click', () => {
-    alert.hidden = true;
-  });
-  alert.replaceChildren(h('span', {}, text), dismiss);
-  alert.hidden = false;
-}
-
 const onLoss = (reason: string) =>
-  warn(`The GPU was taken away: ${reason} A new device was opened, and the work is being done again.`);
+  warn(`The GPU was taken away: ${reason} A new device is being opened, and the work is done again.`);
 
 /** Marks the section in sight in the navigation. */
 function followScrolling(): void {
@@ -43,9 +32,7 @@ async function start(): Promise<void> {
   followScrolling();
   const model = createModelClient();
   startWhy(model);
-  const device = Comlink.wrap<DeviceApi>(
-    new Worker(new URL('./workers/device.ts', import.meta.url), { type: 'module' }),
-  );
+  const device = connect<DeviceApi>(new Worker(new URL('./workers/device.ts', import.meta.url), { type: 'module' }));
   const [report, ortBase] = await Promise.all([startDevice(device, onLoss), findOrt()]);
   startModel(model, report, ortBase, onLoss);
   await startSpeed(device, report, ortBase, onLoss);

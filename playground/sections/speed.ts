@@ -1,8 +1,8 @@
 /** Section 3: how fast each kernel is here, beside exact attention of our own and of onnxruntime-web. */
 import * as Comlink from 'comlink';
 import { figure, fillLegend, Plot, seriesColor } from '../charts.ts';
-import { byId, checkField, h, messageOf, say, selectField } from '../dom.ts';
-import { count, duration, percent, rate } from '../format.ts';
+import { byId, checkField, exclusively, h, messageOf, say, saySteadily, selectField } from '../dom.ts';
+import { count, counted, duration, percent, rate } from '../format.ts';
 import type { BenchConfig, DeviceApi, DeviceReport, Measurement } from '../workers/device.ts';
 
 type Measured = Measurement & Required<Pick<Measurement, 'medianMs' | 'flops' | 'relativeL1'>>;
@@ -211,7 +211,7 @@ export async function startSpeed(
 
   drawChart();
 
-  start.addEventListener('click', async () => {
+  const run = async () => {
     const chosen = who.value;
     if (chosen.length === 0) {
       say(note, 'Choose at least one kernel to measure.', true);
@@ -225,10 +225,10 @@ export async function startSpeed(
       headDim: Number(headDim.value),
       isCausal: mask.value === 'causal',
     };
-    start.disabled = true;
     save.disabled = true;
     stop.disabled = false;
     stop.focus();
+    saySteadily(note, true);
     progress.value = 0;
     chart.note(
       `${config.heads} heads of ${config.headDim}${config.isCausal ? ', causal' : ''}. Solid: SageAttention; dashed: exact attention. Higher is better.`,
@@ -254,17 +254,19 @@ export async function startSpeed(
       say(
         note,
         complete
-          ? `${results.length} measurement${results.length === 1 ? '' : 's'}. Times are medians of samples taken in turns; GPU times are without copies to and from the GPU.`
+          ? `${counted(results.length, 'measurement')}. Times are medians of samples taken in turns; GPU times are without copies to and from the GPU.`
           : 'Stopped. What was measured so far is below.',
       );
     } catch (error) {
       say(note, messageOf(error), true);
     } finally {
-      start.disabled = false;
-      stop.disabled = true;
+      saySteadily(note, false);
       save.disabled = results.length === 0;
-      start.focus();
     }
+  };
+  exclusively(start, run, () => {
+    if (document.activeElement === stop) stop.blur();
+    stop.disabled = true;
   });
 
   stop.addEventListener('click', () => {
@@ -284,6 +286,7 @@ export async function startSpeed(
     };
     const url = URL.createObjectURL(new Blob([JSON.stringify(file, null, 2)], { type: 'application/json' }));
     h('a', { href: url, download: 'sageattention-bench.json' }).click();
-    setTimeout(() => URL.revokeObjectURL(url));
+    // Some browsers read it only after they have asked where to put it.
+    setTimeout(() => URL.revokeObjectURL(url), 60_000);
   });
 }

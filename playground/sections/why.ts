@@ -1,9 +1,9 @@
 /** Section 2: Q and K of a head, what smoothing does to them, and what that is worth. */
-import * as Comlink from 'comlink';
 import type { Granularity } from '../../src/quantization/schemes.ts';
+import { connect } from '../alert.ts';
 import { diverging, type Figure, figure, fillLegend, heatMap, Plot, sequential, seriesColor } from '../charts.ts';
 import { byId, checkField, h, latest, messageOf, radioField, rangeField, say, selectField } from '../dom.ts';
-import { percent, short } from '../format.ts';
+import { count, counted, percent, short } from '../format.ts';
 import type { DistributionName, Operand, OutputError, Picture } from '../lab.ts';
 import type { ModelClient } from '../model-client.ts';
 import type { LabApi } from '../workers/lab.ts';
@@ -36,7 +36,7 @@ const symmetric = (values: Float32Array): [number, number] => {
   return [-most, most];
 };
 
-function drawCodes(target: Figure, name: string, { rawCodes, smoothedCodes }: Operand): void {
+function drawCodes(target: Figure, name: string, dim: number, { rawCodes, smoothedCodes }: Operand): void {
   const total = 2 * rawCodes.max + 1;
   const panels = [
     { panel: 'not smoothed', codes: rawCodes, color: 1 },
@@ -56,12 +56,19 @@ function drawCodes(target: Figure, name: string, { rawCodes, smoothedCodes }: Op
   );
   target.draw(
     `A channel of ${name} spans ${Math.round(rawCodes.meanSpan)} of ${total} codes, smoothed ${Math.round(smoothedCodes.meanSpan)}.`,
-    () => ({
-      marginLeft: 40,
+    (width) => ({
+      marginLeft: 52,
       marginBottom: 38,
       marginTop: 22,
       fx: { domain: panels.map(({ panel }) => panel), label: null, padding: 0.08 },
-      x: { label: 'channel', labelAnchor: 'center', labelArrow: 'none', ticks: 4 },
+      x: {
+        domain: [0, dim],
+        label: 'channel',
+        labelAnchor: 'center',
+        labelArrow: 'none',
+        // None at the right edge, where the next panel's 0 is near.
+        ticks: [0, 1, 2, 3].map((quarter) => (quarter * dim) / 4),
+      },
       y: {
         label: 'code',
         domain: [-rawCodes.max - 0.5, rawCodes.max + 0.5],
@@ -71,13 +78,15 @@ function drawCodes(target: Figure, name: string, { rawCodes, smoothedCodes }: Op
       },
       marks: [
         Plot.frame({ stroke: 'var(--line)' }),
-        Plot.ruleX(bars, {
+        Plot.rect(bars, {
           fx: 'panel',
-          x: 'channel',
+          x1: 'channel',
+          x2: (d) => d.channel + 1,
           y1: 'low',
           y2: 'high',
-          stroke: (d) => seriesColor(d.color),
-          strokeWidth: 2,
+          fill: (d) => seriesColor(d.color),
+          // A gap between bars where there is room for one.
+          insetRight: width / dim > 5 ? 1 : 0.3,
         }),
       ],
     }),
@@ -99,7 +108,15 @@ function drawHistogram(target: Figure, name: string, { histogram }: Operand): vo
     marginLeft: 44,
     marginBottom: 38,
     x: { label: `value of an element of ${name}`, labelAnchor: 'center', labelArrow: 'none', ticks: 6 },
-    y: { label: 'elements', domain: [0, most], grid: true, nice: true, ticks: 4, tickFormat: 's', labelArrow: 'none' },
+    y: {
+      label: 'elements',
+      domain: [0, most],
+      grid: true,
+      nice: true,
+      ticks: 4,
+      tickFormat: (elements: number) => (Number.isInteger(elements) ? count(elements) : ''),
+      labelArrow: 'none',
+    },
     marks: [
       Plot.rectY(
         bars.filter(({ series }) => series === 0),
@@ -114,6 +131,12 @@ function drawHistogram(target: Figure, name: string, { histogram }: Operand): vo
   }));
 }
 
+/** Powers of ten, and three times each, of which an axis takes what its values span. */
+const ERROR_TICKS = [0.0001, 0.0003, 0.001, 0.003, 0.01, 0.03, 0.1, 0.3, 1];
+
+const ERRORS_NOTE =
+  'Against float64. The WASM kernels are run, the others computed step by step. Filled: K smoothed; open: not smoothed.';
+
 function drawErrors(target: Figure, errors: readonly OutputError[]): void {
   const rows = errors.map((error) => ({ ...error, row: `${error.kernel}\n${error.granularity}` }));
   const names = [...new Set(rows.map(({ row }) => row))];
@@ -121,25 +144,30 @@ function drawErrors(target: Figure, errors: readonly OutputError[]): void {
     const [raw, smoothed] = [false, true].map((which) => rows.find((d) => d.row === row && d.smoothK === which));
     return { row, x1: raw?.relativeL1 ?? 0, x2: smoothed?.relativeL1 ?? 0 };
   });
+  const values = rows.map(({ relativeL1 }) => relativeL1);
+  const low = ERROR_TICKS.filter((tick) => tick <= Math.min(...values)).at(-1) ?? Math.min(...values);
+  const high = Math.max(...values, low);
+  const domain = [low, ERROR_TICKS.find((tick) => tick >= high) ?? high];
+  const ticks = ERROR_TICKS.filter((tick) => tick >= low && tick <= (domain[1] as number));
   const best = rows.reduce((least, error) => (error.relativeL1 < least.relativeL1 ? error : least));
   target.draw(
     rows
       .map((d) => `${d.kernel} ${d.granularity}, ${d.smoothK ? 'smoothed' : 'not smoothed'}: ${percent(d.relativeL1)}`)
       .join('; '),
     (width) => ({
-      marginLeft: width < 420 ? 112 : 190,
+      marginLeft: width < 420 ? 132 : 215,
       marginRight: width < 420 ? 14 : 40,
       marginBottom: 40,
       marginTop: 6,
       x: {
         type: 'log',
+        domain,
         label: 'relative L1 error of the output',
         labelAnchor: 'center',
         labelArrow: 'none',
         grid: true,
-        nice: true,
         tickFormat: (error: number) => `${Number((100 * error).toPrecision(2))} %`,
-        ticks: width < 520 ? 3 : 6,
+        ticks: width < 520 ? ticks.filter((tick) => Number.isInteger(Math.log10(tick))) : ticks,
       },
       y: {
         domain: names,
@@ -173,7 +201,9 @@ function drawErrors(target: Figure, errors: readonly OutputError[]): void {
 }
 
 export function startWhy(model: ModelClient): void {
-  const lab = Comlink.wrap<LabApi>(new Worker(new URL('../workers/lab.ts', import.meta.url), { type: 'module' }));
+  const startLab = () => connect<LabApi>(new Worker(new URL('../workers/lab.ts', import.meta.url), { type: 'module' }));
+  // One for what must follow every move of a control, one for the errors, each of which takes a while.
+  const [lab, errorLab] = [startLab(), startLab()];
   const message = byId('why-message');
 
   const maps = {
@@ -197,6 +227,7 @@ export function startWhy(model: ModelClient): void {
     span: 'full',
     legend: legend(),
   });
+  errors.note(ERRORS_NOTE);
   byId('why-figures').append(
     maps.q.element,
     maps.smoothedQ.element,
@@ -211,7 +242,7 @@ export function startWhy(model: ModelClient): void {
   );
 
   const drawPicture = (data: Picture) => {
-    const { length, dim, bits } = { ...data, bits: format.value };
+    const { length, dim, quantization } = data;
     const range = (values: Float32Array) => extremes(values).map(short).join(' to ');
     const tokensByChannels = (target: Figure, values: Float32Array, domain: [number, number], what: string) => {
       const said = `Values from ${range(values)}.`;
@@ -226,14 +257,17 @@ export function startWhy(model: ModelClient): void {
 
     const shown = operand.value === 'q' ? data.q : data.k;
     drawHistogram(histogram, operand.value.toUpperCase(), shown);
-    drawCodes(codes, operand.value.toUpperCase(), shown);
+    drawCodes(codes, operand.value.toUpperCase(), dim, shown);
 
     const scores = symmetric(data.exactScores);
     const square = (values: Float32Array, domain: [number, number], color: typeof diverging) =>
       heatMap(values, length, length, { domain, color, x: 'key', y: 'query' });
     maps.exact.note('Scaled, with the mean of each row taken away, which softmax does not see.');
     maps.exact.draw(`Values from ${range(data.exactScores)}`, () => square(data.exactScores, scores, diverging));
-    maps.quantized.note(`${bits.toUpperCase()} codes, multiplied as integers, times their scales.`);
+    const used = (name: string, smoothed: boolean) => `${name} ${smoothed ? 'smoothed' : 'as it is'}`;
+    maps.quantized.note(
+      `${quantization.bits.toUpperCase()} codes of ${used('Q', quantization.smoothQ)} and ${used('K', quantization.smoothK)}, multiplied as integers, times their scales.`,
+    );
     maps.quantized.draw(`Values from ${range(data.quantizedScores)}`, () =>
       square(data.quantizedScores, scores, diverging),
     );
@@ -245,26 +279,34 @@ export function startWhy(model: ModelClient): void {
     maps.difference.draw(`At most ${short(most)}`, () => square(difference, [0, FULL_DIFFERENCE], sequential));
   };
 
+  /** Whether the figures show a head: an empty text has none. */
+  let shownHead = false;
+  const both = (tell: (each: typeof lab) => Promise<void>) => Promise.all([lab, errorLab].map(tell));
+
   const redraw = latest(async () => {
+    if (!shownHead) return;
     try {
-      drawPicture(
-        await lab.picture({
-          smoothK: smoothing.value.includes('k'),
-          smoothQ: smoothing.value.includes('q'),
-          granularity: granularity.value,
-          bits: format.value,
-        }),
-      );
+      const data = await lab.picture({
+        smoothK: smoothing.value.includes('k'),
+        smoothQ: smoothing.value.includes('q'),
+        granularity: granularity.value,
+        bits: format.value,
+      });
+      if (shownHead) drawPicture(data);
     } catch (error) {
       say(message, messageOf(error), true);
     }
   });
 
   const redrawErrors = latest(async () => {
-    const computed = await lab.errors();
-    if (computed === undefined) return;
-    errors.note('Against exact attention in float64. Filled: with K smoothed; open: without.');
-    drawErrors(errors, computed);
+    try {
+      const computed = await errorLab.errors();
+      if (computed === undefined || !shownHead) return;
+      errors.note(ERRORS_NOTE);
+      drawErrors(errors, computed);
+    } catch (error) {
+      say(message, messageOf(error), true);
+    }
   });
 
   const showHead = latest(async () => {
@@ -277,22 +319,27 @@ export function startWhy(model: ModelClient): void {
         );
         if (head.length < 2) {
           say(message, 'Type a few words: there is nothing to attend to yet.');
+          shownHead = false;
+          for (const each of [...Object.values(maps), histogram, codes, errors]) each.clear();
           return;
         }
         say(
           message,
-          `${head.length} tokens, layer ${Number(layer.value) + 1} of 2, head ${Number(headIndex.value) + 1} of 4.`,
+          `${counted(head.length, 'token')}, layer ${Number(layer.value) + 1} of 2, head ${Number(headIndex.value) + 1} of 4.`,
         );
-        await lab.take(Comlink.transfer(head, [head.q.buffer, head.k.buffer, head.v.buffer]));
+        await both((each) => each.take(head));
       } else {
-        await lab.draw({
+        strength.enable(distribution.value !== 'normal');
+        const drawn = {
           name: distribution.value,
           strength: strength.value,
           length: tokens.value,
           dim: Number(dim.value),
           seed: 7,
-        });
+        };
+        await both((each) => each.draw(drawn));
       }
+      shownHead = true;
       redraw(undefined);
       redrawErrors(undefined);
     } catch (error) {

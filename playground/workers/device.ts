@@ -64,6 +64,9 @@ export interface BenchProgress {
 const LONGEST_CALL_MS = { webgpu: 2_000, wasm: 15_000 } as const satisfies Record<BrowserBackend, number>;
 const ACCURACY_ROWS = 64;
 
+/** What a call of the page's comes to: it has its own channel, and may be heard after the result of what made it. */
+type Told = void | Promise<void>;
+
 let stop = new AbortController();
 
 async function available(): Promise<BrowserBackend[]> {
@@ -103,14 +106,14 @@ const api = {
     };
   },
 
-  /** @returns the number of lines that `onResult` hears of */
-  async check(onResult: (result: CheckResult, total: number) => void, onLoss: (reason: string) => void): Promise<void> {
+  /** Resolves when `onResult` has heard of every check. */
+  async check(onResult: (result: CheckResult, total: number) => Told, onLoss: (reason: string) => void): Promise<void> {
     const { selfCheck, checkCount } = await import('../self-check.ts');
     const backends = await Promise.all((await available()).map(getBackend));
     const total = checkCount(backends);
     // A fresh seed each time: a check that always sees the same numbers says less.
     const seed = Math.floor(Math.random() * 2 ** 31);
-    for await (const result of selfCheck(backends, seed, onLoss)) onResult(result, total);
+    for await (const result of selfCheck(backends, seed, onLoss)) await onResult(result, total);
   },
 
   /** @param ortBase the folder of onnxruntime-web's files, if they are there */
@@ -122,7 +125,7 @@ const api = {
   async bench(
     config: BenchConfig,
     ortBase: string | undefined,
-    onProgress: (progress: BenchProgress) => void,
+    onProgress: (progress: BenchProgress) => Told,
     onLoss: (reason: string) => void,
   ): Promise<void> {
     stop = new AbortController();
@@ -141,7 +144,7 @@ const api = {
       const running = chosen.filter((contestant) => expected(contestant) <= LONGEST_CALL_MS[contestant.where]);
       const leftOut = (chosen.length - running.length) * STEPS;
       const onStep = (done: number, doing: string) =>
-        onProgress({
+        void onProgress({
           done: before + leftOut + done,
           total,
           doing: `${length} tokens, ${doing}`,
@@ -170,7 +173,7 @@ const api = {
         const operations = (4 * config.heads * length ** 2 * config.headDim) / (config.isCausal ? 2 : 1);
         return { ...facts, medianMs, calls, flops: (operations / medianMs) * 1000, relativeL1 };
       });
-      onProgress({ done: before + chosen.length * STEPS, total, doing: `${length} tokens`, measurements });
+      await onProgress({ done: before + chosen.length * STEPS, total, doing: `${length} tokens`, measurements });
     }
   },
 

@@ -183,19 +183,21 @@ const api = {
     maxTokens: number,
     backend: BrowserBackend,
     ortBase: string | undefined,
-    onStep: (note: string) => void,
-    onLayer: (run: LayerRun) => void,
+    onStep: (note: string) => void | Promise<void>,
+    onLayer: (run: LayerRun) => void | Promise<void>,
     onLoss: (reason: string) => void,
   ): Promise<LongRun> {
     await ready;
     const { tokenizer, encoder } = need();
+    await onStep('Cutting the text into tokens…');
     const ids = tokenizer.encode(text).slice(0, maxTokens);
+    if (ids.length === 0) return { tokens: 0, restMs: 0 };
     const calls: AttentionCall[] = [];
     let attentionMs = 0;
     const start = performance.now();
     const attend = quantizedAttention(backend);
     const record: AttentionFunction = async (call) => {
-      onStep(`${ids.length} tokens through the model: layer ${calls.length + 1} of 2…`);
+      await onStep(`${ids.length} tokens through the model: layer ${calls.length + 1} of 2…`);
       const before = performance.now();
       const output = await survivingLoss(() => attend(call), onLoss);
       attentionMs += performance.now() - before;
@@ -205,8 +207,8 @@ const api = {
     await encoder.encode([ids], record, { maxLength: Number.POSITIVE_INFINITY });
     const restMs = performance.now() - start - attentionMs;
     for (const call of calls) {
-      onStep(`Timing attention of layer ${call.layer + 1}…`);
-      onLayer(await survivingLoss(() => timeLayer(call, backend, ortBase), onLoss));
+      await onStep(`Timing attention of layer ${call.layer + 1}…`);
+      await onLayer(await survivingLoss(() => timeLayer(call, backend, ortBase), onLoss));
     }
     return { tokens: ids.length, restMs };
   },

@@ -1,6 +1,6 @@
 /** The static server of `sageattention playground`. */
 import { createServer, type Server } from 'node:http';
-import type { AddressInfo } from 'node:net';
+import { type AddressInfo, isIPv6 } from 'node:net';
 import sirv from 'sirv';
 import { findAssetFolder, PLAYGROUND_ASSETS } from './playground-assets.ts';
 
@@ -50,8 +50,10 @@ export async function servePlayground(folder: string, port: number, host: string
   });
   await listen(server, port, host);
   const { port: taken } = server.address() as AddressInfo;
+  // Every address is one of this machine's; a v6 address stands in brackets.
+  const name = host === '0.0.0.0' || host === '::' ? 'localhost' : isIPv6(host) ? `[${host}]` : host;
   return {
-    url: `http://${host === '0.0.0.0' || host === '::' ? 'localhost' : host}:${taken}/`,
+    url: `http://${name}:${taken}/`,
     close: () =>
       new Promise((resolve) => {
         server.close(() => resolve());

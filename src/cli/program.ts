@@ -45,8 +45,16 @@ function createProgram(): Command {
     .option('--batch <n>', 'batch size', integer(1), 1)
     .option('--heads <n>', 'heads of queries', integer(1), 8)
     .option('--kv-heads <n>', 'heads of keys and values; default: as many', integer(1))
-    .option('-l, --length <list>', 'tokens, comma-separated', list(integer(1)), [1024, 2048])
-    .option('-d, --head-dim <list>', 'head dims, comma-separated', list(integer(1, 256)), [64, 128])
+    .addOption(
+      new Option('-l, --length <list>', 'tokens, comma-separated')
+        .argParser(list(integer(1)))
+        .default([1024, 2048], '1024,2048'),
+    )
+    .addOption(
+      new Option('-d, --head-dim <list>', 'head dims, comma-separated')
+        .argParser(list(integer(1, 256)))
+        .default([64, 128], '64,128'),
+    )
     .addOption(new Option('--causal <which>', 'causal mask').choices(['no', 'yes', 'both']).default('no'))
     .addOption(
       new Option('--dtype <name>', 'of the inputs').choices(['float16', 'bfloat16', 'float32']).default('float32'),

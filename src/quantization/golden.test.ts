@@ -8,7 +8,7 @@ import { INT_MAX, TILINGS, V_FP8_MAX } from './schemes.ts';
 import { channelMean, subtractMean } from './smoothing.ts';
 import { quantizeValueFp8 } from './value-fp8.ts';
 
-/** Relative; DESIGN section 4. */
+/** Relative: what counts as agreement with the official kernels. */
 const SCALE_TOLERANCE = 1e-5;
 
 /** The official kernels' schemes. Triton's K - mean was rounded to bfloat16 by torch; its per-block Q has the softmax scale in it. */

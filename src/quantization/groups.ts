@@ -1,5 +1,5 @@
 /**
- * Which tokens share a scale: DESIGN section 4's table as index functions. The indices are those of the reference
+ * Which tokens share a scale: the table of docs/how-it-works.md as index functions. The indices are those of the reference
  * implementation's scale tensors, padding included: a last block that is not full still has the scales of a whole block.
  */
 import type { Granularity, Tiling } from './schemes.ts';
@@ -15,7 +15,7 @@ export interface Grouping {
   indexOf(token: number): number;
 }
 
-/** Groups of Q's tokens; see the table in DESIGN section 4. */
+/** Groups of Q's tokens; see the table in docs/how-it-works.md. */
 export function queryGrouping(granularity: Granularity, { blockQ, warpQ }: Tiling): Grouping {
   const blocks = (length: number) => Math.ceil(length / blockQ);
   switch (granularity) {

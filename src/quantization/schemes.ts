@@ -5,7 +5,7 @@
  * smooth Q and FP8 V, SageAttention2++ (arXiv 2505.21136) for `vmax`, SageAttention3 (arXiv 2505.11594) for NVFP4.
  */
 
-/** How many tokens share one scale of Q or K; DESIGN section 4 has the groups. */
+/** How many tokens share one scale of Q or K; `groups.ts` has the groups. */
 export type Granularity = 'per-block' | 'per-warp' | 'per-thread';
 
 /**

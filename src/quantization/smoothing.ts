@@ -49,3 +49,8 @@ export function blockMeans(x: Float32Array, dim: number, blockSize: number): Flo
   }
   return means;
 }
+
+/** `x` less the mean of its block, float32: what `smoothQ` quantizes. `means` are {@link blockMeans} of the same blocks. */
+export function subtractBlockMeans(x: Float32Array, dim: number, blockSize: number, means: Float32Array): Float32Array {
+  return x.map((value, i) => value - (means[Math.floor(i / dim / blockSize) * dim + (i % dim)] as number));
+}

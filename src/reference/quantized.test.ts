@@ -13,6 +13,7 @@ import {
   quantizedAttentionVarlen,
   TILINGS,
 } from './index.ts';
+import { PORTABLE_ALGORITHM, quantizedScores } from './quantized.ts';
 
 const seed = runSeed();
 const ACCUMULATORS: readonly PvAccumDtype[] = ['fp32', 'fp16', 'fp16+fp32', 'fp32+fp32', 'fp32+fp16'];
@@ -36,6 +37,36 @@ const errorOf = ({ q, k, v }: { q: Tensor; k: Tensor; v: Tensor }, options: Quan
   compare(quantizedAttention(q, k, v, options).output, exactAttention(q, k, v).output).relativeL1;
 
 describe(`quantized attention (seed ${seed})`, () => {
+  it.each([
+    { smoothK: true, smoothQ: false },
+    { smoothK: true, smoothQ: true },
+    { smoothK: false, smoothQ: false },
+  ])('its output is the softmax of its scores times V, %j', (smoothing) => {
+    const [length, dim] = [150, 64];
+    const random = new Random(seed);
+    const [q, k, v] = [
+      normal(random, 1, 1, length, dim),
+      normal(random, 1, 1, length, dim),
+      normal(random, 1, 1, length, dim),
+    ];
+    const algorithm = { ...PORTABLE_ALGORITHM, ...smoothing, pvFormat: 'fp32' } as const;
+    const scores = quantizedScores(q.data as Float32Array, k.data as Float32Array, dim, algorithm);
+    const output = new Float64Array(length * dim);
+    for (let row = 0; row < length; row++) {
+      const weights = scores
+        .subarray(row * length, (row + 1) * length)
+        .map((score) => Math.exp(score / Math.sqrt(dim)));
+      const sum = weights.reduce((a, b) => a + b);
+      for (let i = 0; i < length * dim; i++) {
+        const at = row * dim + (i % dim);
+        output[at] =
+          (output[at] as number) +
+          ((weights[Math.floor(i / dim)] as number) / sum) * ((v.data as Float32Array)[i] as number);
+      }
+    }
+    expect(compare(quantizedAttention(q, k, v, { algorithm }).output, output).relativeL1).toBeLessThan(1e-5);
+  });
+
   // The published levels: about 1.3% with FP16 PV, 4% with FP8, INT4 and FP4 an order of magnitude more than INT8.
   const QK: Readonly<Record<QkFormat, number>> = { int8: 0.02, int4: 0.2, fp4: 0.25 };
   const PV: Readonly<Record<PvFormat, number>> = { fp32: 0, fp16: 0.001, fp8: 0.035, int8: 0.035, fp4: 0.2 };

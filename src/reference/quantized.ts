@@ -24,7 +24,7 @@ import {
   type Tiling,
   V_FP8_MAX,
 } from '../quantization/schemes.ts';
-import { blockMeans, channelMean, subtractMean } from '../quantization/smoothing.ts';
+import { blockMeans, channelMean, subtractBlockMeans, subtractMean } from '../quantization/smoothing.ts';
 import { permutedPosition, quantizeValueFp8 } from '../quantization/value-fp8.ts';
 import type { DType } from '../tensor/dtype.ts';
 import { roundToBfloat16 } from '../tensor/formats/bfloat16.ts';
@@ -188,31 +188,24 @@ function quantizeValue(v: Float32Array, dim: number, { pvFormat, smoothV, vMax }
   }
 }
 
-/** One head's keys and values of one sequence, ready to be attended to. */
-interface PreparedHead {
+/** K of one head and sequence. */
+interface PreparedKey {
   readonly key: ScoreOperand;
   /** K - mean, before quantization: the second factor of smoothQ's term. */
   readonly smoothedKey: Float32Array;
   /** K's mean; undefined without smoothing. */
   readonly keyMean: Float32Array | undefined;
-  readonly value: ValueOperand;
 }
 
-function prepareHead(
-  k: Float32Array,
-  v: Float32Array,
-  headDim: number,
-  valueDim: number,
-  algorithm: QuantizedAlgorithm,
-): PreparedHead {
-  const keyMean = algorithm.smoothK ? channelMean(k, headDim).map(ROUND[algorithm.keyMeanDtype]) : undefined;
+function prepareKey(k: Float32Array, dim: number, algorithm: QuantizedAlgorithm): PreparedKey {
+  const keyMean = algorithm.smoothK ? channelMean(k, dim).map(ROUND[algorithm.keyMeanDtype]) : undefined;
   const smoothedKey = keyMean === undefined ? k : subtractMean(k, keyMean).map(ROUND[algorithm.smoothedKeyDtype]);
-  return {
-    key: quantizeScoreOperand(smoothedKey, headDim, 'k', algorithm),
-    smoothedKey,
-    keyMean,
-    value: quantizeValue(v, valueDim, algorithm),
-  };
+  return { key: quantizeScoreOperand(smoothedKey, dim, 'k', algorithm), smoothedKey, keyMean };
+}
+
+/** One head's keys and values of one sequence, ready to be attended to. */
+interface PreparedHead extends PreparedKey {
+  readonly value: ValueOperand;
 }
 
 function dot(
@@ -241,8 +234,46 @@ function prepareQuery(q: Float32Array, dim: number, algorithm: QuantizedAlgorith
     return { operand: quantizeScoreOperand(q, dim, 'q', algorithm), original: q, means: undefined };
   const { blockQ } = algorithm.tiling;
   const means = blockMeans(q, dim, blockQ);
-  const smoothed = q.map((value, i) => value - (means[Math.floor(i / dim / blockQ) * dim + (i % dim)] as number));
+  const smoothed = subtractBlockMeans(q, dim, blockQ, means);
   return { operand: quantizeScoreOperand(smoothed, dim, 'q', algorithm), original: q, means };
+}
+
+/** `q . (k - mean)` as kernels get it: the product of the codes times both scales, and the rank-1 term of smoothQ. */
+function productOf(
+  row: number,
+  token: number,
+  { operand, means }: PreparedQuery,
+  { key, smoothedKey }: PreparedKey,
+  dim: number,
+  blockQ: number,
+): number {
+  const product = dot(operand.values, row * dim, key.values, token * dim, dim);
+  const queryScale = operand.scales[operand.indexOf(row)] as number;
+  const scale = Math.fround(queryScale * (key.scales[key.indexOf(token)] as number));
+  const rank1 = means === undefined ? 0 : dot(means, Math.floor(row / blockQ) * dim, smoothedKey, token * dim, dim);
+  return product * scale + rank1;
+}
+
+/**
+ * The scores of one head that a kernel computes from codes and scales, `[Lq,Lk]`, before `smScale`. With `smoothK` each row
+ * lacks `q . mean(K)`, which softmax does not see.
+ *
+ * @param q `[Lq,D]`
+ * @param k `[Lk,D]`
+ */
+export function quantizedScores(
+  q: Float32Array,
+  k: Float32Array,
+  dim: number,
+  algorithm: QuantizedAlgorithm,
+): Float32Array {
+  const query = prepareQuery(q, dim, algorithm);
+  const key = prepareKey(k, dim, algorithm);
+  const keys = k.length / dim;
+  const { blockQ } = algorithm.tiling;
+  return Float32Array.from({ length: (q.length / dim) * keys }, (_, i) =>
+    productOf(Math.floor(i / keys), i % keys, query, key, dim, blockQ),
+  );
 }
 
 /** Sums of P.V to the output, in place: divided by the sum of P, scaled, V's mean added back. */
@@ -286,11 +317,11 @@ function rowAttention(problem: AttentionProblem, algorithm: QuantizedAlgorithm):
     firstKey: number,
     tokens: number,
     bias: Float32Array,
-    { operand, original, means }: PreparedQuery,
-    { key, smoothedKey, keyMean }: PreparedHead,
+    query: PreparedQuery,
+    prepared: PreparedHead,
   ): number => {
-    const queryScale = operand.scales[operand.indexOf(row)] as number;
-    const meanRow = means === undefined ? 0 : Math.floor(row / tiling.blockQ) * headDim;
+    const { operand, original } = query;
+    const { key, keyMean } = prepared;
     // softcap is no constant shift: there, what smoothing took from K must be back before it.
     const meanTerm = softcap > 0 && keyMean !== undefined ? dot(original, row * headDim, keyMean, 0, headDim) : 0;
     let maximum = Number.NEGATIVE_INFINITY;
@@ -299,10 +330,7 @@ function rowAttention(problem: AttentionProblem, algorithm: QuantizedAlgorithm):
       visible[i] = bias[token] === Number.NEGATIVE_INFINITY ? 0 : 1;
       tileP[i] = 0;
       if (visible[i] === 0) continue;
-      const product = dot(operand.values, row * headDim, key.values, token * headDim, headDim);
-      const scale = Math.fround(queryScale * (key.scales[key.indexOf(token)] as number));
-      let raw = product * scale + meanTerm;
-      if (means !== undefined) raw += dot(means, meanRow, smoothedKey, token * headDim, headDim);
+      const raw = productOf(row, token, query, prepared, headDim, tiling.blockQ) + meanTerm;
       const capped = softcap > 0 ? softcap * Math.tanh((raw * smScale) / softcap) * Math.LOG2E : raw * toBase2;
       const finite = operand.finite[row] === 1 && key.finite[token] === 1;
       const shift = Math.max(bias[token] as number, LEAST_BIAS) * Math.LOG2E;
@@ -403,13 +431,10 @@ export function attentionQuantized(
     for (let kvHead = 0; kvHead < kvHeads; kvHead++) {
       const firstToken = (batch * kvHeads + kvHead) * keyTokens + sequence.keyStart;
       const end = firstToken + sequence.keyLength;
-      const prepared = prepareHead(
-        k.slice(firstToken * headDim, end * headDim),
-        v.slice(firstToken * valueDim, end * valueDim),
-        headDim,
-        valueDim,
-        algorithm,
-      );
+      const prepared = {
+        ...prepareKey(k.slice(firstToken * headDim, end * headDim), headDim, algorithm),
+        value: quantizeValue(v.slice(firstToken * valueDim, end * valueDim), valueDim, algorithm),
+      };
       const headsPerKv = queryHeads / kvHeads;
       for (let i = 0; i < headsPerKv; i++) attendHead(sequence, kvHead * headsPerKv + i, prepared);
     }

@@ -7,6 +7,7 @@ import { createServer, type Server } from 'node:http';
 import type { AddressInfo } from 'node:net';
 import { tmpdir } from 'node:os';
 import path from 'node:path';
+import { pathToFileURL } from 'node:url';
 import axe, { type AxeResults } from 'axe-core';
 import type { Browser, BrowserContextOptions, Page } from 'playwright-core';
 import sirv from 'sirv';
@@ -65,7 +66,7 @@ async function withPage(options: OpenOptions, drive: (page: Page) => Promise<voi
   });
   page.on('pageerror', (error) => complaints.push(error.stack ?? error.message));
   if (bound !== undefined) {
-    await page.route(/self-check-\w+\.js$/, async (route) => {
+    await page.route(/self-check-[\w-]+\.js$/, async (route) => {
       const response = await route.fetch();
       const body = (await response.text()).replaceAll(/relativeL1:\.\d+,algorithm/g, `relativeL1:${bound},algorithm`);
       await route.fulfill({ response, body });
@@ -257,6 +258,12 @@ describe('playground', () => {
       expect(errorOf('smoothed')).toBeLessThan(3);
       expect(errorOf('not smoothed')).toBeGreaterThan(2 * errorOf('smoothed'));
       expect(said.match(/per-(block|warp|thread)/g)).toHaveLength(16);
+      // The kernels that run here, beside the families that are computed step by step.
+      for (const kernel of ['int8', 'fp16']) {
+        const [, error] = said.match(new RegExp(`WASM qk-int8-pv-${kernel} per token, smoothed: ([\\d.]+) %`)) ?? [];
+        expect(numberIn(error)).toBeGreaterThan(0);
+        expect(numberIn(error)).toBeLessThan(5);
+      }
 
       const rms = /Root mean square ([\d.]+)/;
       const before = numberIn((await waitForNote(page, 'Difference', rms))[1]);
@@ -269,6 +276,12 @@ describe('playground', () => {
       await page.locator('#why-controls').getByLabel('INT4').check();
       await waitForNote(page, codes, /Of 15 codes/);
       await setSlider(page, 'Offset of K, in σ', 0);
+      // Nothing has an offset in this distribution, and the slider says that it does nothing.
+      const distribution = page.locator('#why-controls').getByLabel('Distribution of K');
+      await distribution.selectOption('normal');
+      await expect.poll(() => page.getByLabel('Offset of K, in σ').isEnabled(), { timeout: PATIENCE }).toBe(false);
+      await distribution.selectOption('channels');
+      await expect.poll(() => page.getByLabel('Offset of K, in σ').isEnabled(), { timeout: PATIENCE }).toBe(true);
       // Q of this distribution has no offset either; its own histogram and codes are shown when asked for.
       const values = figureOf(page, 'Values').locator('svg');
       expect(await values.getAttribute('aria-label')).toMatch(/K reaches from -[\d.]+ to [\d.]+ as it is/);
@@ -298,8 +311,14 @@ describe('playground', () => {
       await waitForText(page, '#why-message', /^[5-9] tokens, layer 1/);
       await page.locator('#why-controls').getByLabel('Layer', { exact: true }).selectOption('1');
       await waitForNote(page, 'Q as it is', /128 channels/);
+      // What is drawn is of the text that stands there, or nothing is.
       await page.fill('#why-text', ' ');
       await waitForText(page, '#why-message', /Type a few words/);
+      expect(await page.locator('#why-figures svg').count()).toBe(0);
+      await page.locator('#why-controls').getByLabel('INT4').check();
+      await page.fill('#why-text', '😀 and a word');
+      await waitForNote(page, 'Scores from codes', /^INT4 codes of Q as it is and K smoothed/);
+      expect(await page.locator('#why-figures svg').count()).toBeGreaterThanOrEqual(9);
     });
   });
 
@@ -323,10 +342,15 @@ describe('playground', () => {
             requestAnimationFrame(tick);
           }),
       );
+      // Nothing else that takes the whole device can be started meanwhile, and the focus stays where the reader put it.
+      expect(await page.locator('#check-start').isEnabled()).toBe(false);
+      await page.locator('#why-controls').getByLabel('Head dim').focus();
       // The work is in workers: frames go on as long as the machine has anything left for the page.
       expect(medianFrame).toBeLessThan(200);
       await waitForText(page, '#bench-note', /^8 measurements/);
       expect(await page.locator('#bench-progress').evaluate((bar) => (bar as HTMLProgressElement).value)).toBe(1);
+      expect(await page.locator('#check-start').isEnabled()).toBe(true);
+      expect(await page.evaluate(() => document.activeElement?.closest('form')?.id)).toBe('why-controls');
       const rows = await benchRows(page);
       expect(rows.map(([label, tokens]) => `${label} ${tokens}`)).toEqual(
         ['256', '512'].flatMap((tokens) => kernels.map((label) => `${label} ${tokens}`)),
@@ -437,6 +461,23 @@ describe('playground', () => {
       await page.getByRole('button', { name: 'Remove sentence 7' }).click();
       await expect.poll(async () => (await similarities('Exact attention')).length, { timeout: PATIENCE }).toBe(15);
 
+      // A sentence without words is in no matrix, and the others keep their numbers.
+      for (const nothing of ['', '\u200b']) {
+        await page.getByRole('textbox', { name: 'Sentence 3' }).fill(nothing);
+        await expect.poll(async () => (await similarities('Exact attention')).length, { timeout: PATIENCE }).toBe(10);
+        const said = await figureOf(page, 'SageAttention').locator('svg').getAttribute('aria-label');
+        expect(said).toContain('2 and 4: ');
+        expect(said).not.toMatch(/\b3\b(?!\.)/);
+      }
+      for (const i of [1, 2, 4, 5]) await page.getByRole('textbox', { name: `Sentence ${i}` }).fill('');
+      await waitForText(page, '#model-body .message', /Two sentences are needed/);
+      expect(await page.locator('#model-body figure svg').count()).toBe(0);
+
+      await page.fill('#long-text', '\u200b');
+      await page.getByRole('button', { name: 'Run', exact: true }).click();
+      await expect
+        .poll(() => page.locator('#model-body .message').nth(1).textContent(), { timeout: PATIENCE })
+        .toBe('There are no words in this text.');
       await page.getByRole('button', { name: 'Take a chapter' }).click();
       await expect.poll(() => page.locator('#long-text').inputValue()).toContain('Alice');
       await page.locator('#model-body').getByLabel('Tokens, up to').selectOption('512');
@@ -457,6 +498,7 @@ describe('playground', () => {
   });
 
   const windows = [
+    ['a small phone, or a desk at 400 %', { width: 320, height: 600 }],
     ['a phone', { width: 360, height: 740 }],
     ['a tablet', { width: 820, height: 1180 }],
     ['a desk', { width: 1280, height: 800 }],
@@ -533,6 +575,20 @@ describe('playground', () => {
     });
   });
 
+  it('says so where it cannot start: opened as a file, or without one of its workers', async () => {
+    const page = await withoutWebgpu.newPage();
+    try {
+      page.setDefaultTimeout(PATIENCE);
+      await page.goto(pathToFileURL(path.join(built, 'page', 'index.html')).href);
+      expect(await textOf(page, '#status')).toContain('npx sageattention playground');
+      await page.route(/\/device-[\w-]+\.js$/, (route) => route.abort());
+      await page.goto(server.url);
+      await waitForText(page, '#alert', /script could not be loaded/);
+    } finally {
+      await page.close();
+    }
+  });
+
   it('carries no code of the CUDA backend, which no browser can use', () => {
     const assets = path.join(built, 'page', 'assets');
     const scripts = readdirSync(assets).filter((name) => name.endsWith('.js'));
@@ -568,6 +624,8 @@ describe('playground', () => {
       expect(numberIn(exact?.[5])).toBeLessThan(0.01);
       await page.getByRole('button', { name: 'Load the model' }).click();
       await waitForText(page, '#model-load', /could not be loaded.*@energetic-ai\/model-embeddings-en/);
+      await page.getByLabel('a real layer, on your text').check();
+      await waitForText(page, '#why-message', /could not be loaded.*@energetic-ai\/model-embeddings-en/);
     } finally {
       await page.close();
       await new Promise((resolve) => host.close(resolve));

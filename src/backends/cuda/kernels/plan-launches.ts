@@ -150,7 +150,7 @@ const ACCUMULATE = {
   e4m3: { fp32: 'f32-per-tile', 'fp32+fp32': 'f32-per-tile', 'fp32+fp16': 'f16-per-tile' },
 } as const;
 
-/** The scheme of a kernel choice; see the tables in DESIGN sections 2 and 4. */
+/** The scheme of a kernel choice; see docs/cuda.md for the kernels and docs/how-it-works.md for the groups. */
 export function schemeOf(problem: AttentionProblem, choice: KernelChoice, target: Target): Scheme {
   const features = TARGET_FEATURES[target];
   const { descriptor, qkQuantGran, pvAccumDtype } = choice;

@@ -57,7 +57,7 @@ function quantized({ kernel, granularity, accum, target, dim, dtype }: Setting, 
 const floats = ({ bytes }: { bytes: Uint8Array }) =>
   new Float32Array(bytes.buffer, bytes.byteOffset, bytes.length >> 2);
 
-/** Codes within one unit (few of them even that), scales within 1e-5: DESIGN's measure of agreement. */
+/** Codes within one unit (few of them even that), scales within 1e-5: what counts as agreement with the official kernels. */
 function expectAgreement(codes: ArrayLike<number>, expected: ArrayLike<number>, what: string): void {
   let different = 0;
   for (let i = 0; i < expected.length; i++) {

@@ -1,7 +1,7 @@
 /**
  * Quantizes Q or K: subtracts K's mean (or the block's own mean of Q), finds the largest magnitude of each group of tokens,
  * and writes padded INT8 or INT4 rows and float32 scales. One CTA takes one block of tokens of one head and reads it once;
- * DESIGN section 4 has the groups.
+ * src/quantization/groups.ts has the groups.
  *
  * A token with an element that is not finite takes no part in its group's scale. Of K, its bit is set in `keyFaults` and
  * the sign bit in the scales of its tile; of Q, its row bias becomes NaN: attention makes NaN of the rows that see it, and

@@ -1,6 +1,6 @@
 /**
  * V for the tensor cores: FP16 as it is (`[head, token, channel]`), or FP8 with a scale per channel (`[head, channel, token]`,
- * tokens permuted inside every 16; DESIGN section 4). Padded with zeros, V's mean subtracted if asked for.
+ * tokens permuted inside every 16; src/quantization/value-fp8.ts). Padded with zeros, V's mean subtracted if asked for.
  *
  * An element that is not finite becomes 0, since 0 * NaN would reach rows that may not see it; its token's bit is set in
  * `keyFaults` and the sign bit in the scales of K's tile, so attention makes NaN of the rows that do see it. So it is with

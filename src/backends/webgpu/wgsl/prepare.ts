@@ -1,5 +1,5 @@
 /**
- * Quantization of Q and K to INT8 (DESIGN section 4) and conversion of V to float16, into the rows that the attention
+ * Quantization of Q and K to INT8 (src/quantization/groups.ts) and conversion of V to float16, into the rows that the attention
  * kernels read.
  *
  * A NaN or an infinity is stored as 0 and its token flagged, so that it takes part in no maximum, mean or product: the
