@@ -7,6 +7,7 @@ import { type AttentionCall, prepareCall } from './call.ts';
 import type { Cut, PlacedSite } from './cut.ts';
 import type { LeftAttention } from './detect/site.ts';
 import { type AttentionEngine, namedError } from './engine.ts';
+import type { ModelMetadata } from './metadata.ts';
 import type { SageAttentionOptions } from './options.ts';
 import type {
   OrtFeeds,
@@ -89,8 +90,7 @@ export interface CutSessionParts {
     readonly threshold: number;
     readonly calibrationRuns: number;
   };
-  readonly inputMetadata: readonly OrtValueMetadata[];
-  readonly outputMetadata: readonly OrtValueMetadata[];
+  readonly metadata: ModelMetadata;
   /** The nodes that an attention replaces, as a session of their own. */
   createOriginal(placed: PlacedSite): Promise<OrtSession>;
   /** The model in one piece. */
@@ -114,10 +114,10 @@ export class CutSession implements OrtSessionHandler {
 
   constructor(parts: CutSessionParts) {
     this.#parts = parts;
-    this.inputMetadata = parts.inputMetadata;
-    this.outputMetadata = parts.outputMetadata;
-    this.inputNames = parts.inputMetadata.map(({ name }) => name);
-    this.outputNames = parts.outputMetadata.map(({ name }) => name);
+    this.inputMetadata = parts.metadata.inputs;
+    this.outputMetadata = parts.metadata.outputs;
+    this.inputNames = this.inputMetadata.map(({ name }) => name);
+    this.outputNames = this.outputMetadata.map(({ name }) => name);
     this.#sites = parts.cut.sites.map((placed) => {
       const state = new SiteState(placed, parts.options.kernel ?? 'auto');
       if (parts.options.policy === 'adaptive') state.remainingTrials = parts.options.calibrationRuns;

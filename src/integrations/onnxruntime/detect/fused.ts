@@ -116,7 +116,7 @@ function site(index: GraphIndex, node: NodeProto, prelude: Prelude, parts: SiteP
     output: node.output[0] as string,
     outputLayout: () => 'NHD',
     outputDims: ([batch, heads, length, dim]) => [batch, length, heads * dim],
-    scoresRank: undefined,
+    scores: undefined,
     nodes: [node],
     overrides: node.output.slice(1).filter(given),
     extra: prelude.nodes,
