@@ -4,6 +4,7 @@ import { detectAttention } from './detect/index.ts';
 import type { AttentionSite, LeftAttention } from './detect/site.ts';
 import { boundaryOf, numbersReadBy } from './detect/site.ts';
 import { type AttentionEngine, cpuEngine } from './engine.ts';
+import { isSize } from './feeds.ts';
 import { deviceOf, gpuEngine } from './gpu-engine.ts';
 import { type GraphIndex, indexGraph } from './graph.ts';
 import { type ModelMetadata, readMetadata } from './metadata.ts';
@@ -80,10 +81,11 @@ export async function openModel(
     plain: await create(...args),
     report: () => report,
   });
-  const sessionOptions = (args.find((arg) => isPlainObject(arg)) ?? {}) as OrtSessionOptions;
+  let sessionOptions: OrtSessionOptions;
   let model: ModelProto;
   let source: ModelSource;
   try {
+    sessionOptions = sessionOptionsOf(args);
     source = await loadModel(args, sessionOptions);
     model = readModel(source.bytes);
     if (model.graph === undefined || model.graph.node.length === 0) throw new Error('it has no graph');
@@ -140,6 +142,15 @@ const messageOf = (error: unknown): string => (error instanceof Error ? error.me
 function leave(site: AttentionSite, reason: string): LeftAttention {
   const { name, form, heads, headDim } = site;
   return { name, form, heads, headDim, reason };
+}
+
+/** Behind the model; behind its place in a buffer too. */
+function sessionOptionsOf([model, ...rest]: CreateArguments): OrtSessionOptions {
+  const isBuffer = typeof model !== 'string' && !ArrayBuffer.isView(model);
+  const at = isBuffer ? rest.findIndex((arg) => typeof arg !== 'number') : 0;
+  const options = rest[at] ?? {};
+  if (rest[at] === null || !isPlainObject(options)) throw new TypeError('the session options are no object');
+  return options as OrtSessionOptions;
 }
 
 function isPlainObject(value: unknown): boolean {
@@ -301,9 +312,8 @@ class SessionBuilder {
     return valueInfo(name, metadata.type as ElementTypeName, sizes);
   }
 
-  /** onnxruntime-web gives -1, an unknown size, as an unsigned number. */
   #isKnown(size: OrtDimension): boolean {
-    return typeof size === 'number' ? size >= 0 && size < 2 ** 32 - 1 : this.#symbols.has(size);
+    return typeof size === 'string' ? this.#symbols.has(size) : isSize(size);
   }
 
   /** As far as the pieces know it. */

@@ -226,6 +226,12 @@ const CASES: Case[] = [
     },
     masks: { mask: causal },
   }),
+  around('a mask that is subtracted', {
+    scores: (g, s) => g.op('Sub', [g.op('Mul', [s, g.scalar(0.3)]), g.floats([1, 1, 1, L], [0, 1e9, 2, 0])]),
+  }),
+  around('a factor in a Constant of floats', {
+    scores: (g, s) => g.op('Mul', [s, g.op('Constant', [], { value_float: { float: 0.25 } })]),
+  }),
   repeated(
     'heads tiled as well as repeated',
     [8, 2],

@@ -219,6 +219,11 @@ function followScores(index: GraphIndex, value: string, state: ScoresState): Sco
   if (isOp(node, 'Add')) {
     return followAdd(index, next, a, b) ?? followAdd(index, next, b, a);
   }
+  if (isOp(node, 'Sub')) {
+    const negated = added('neg', b);
+    const extra = [...state.extra, makeNode('Neg', [b], [negated])];
+    return followAdd(index, { ...next, extra }, a, negated);
+  }
   if (isOp(node, 'Max') && node.input.length === 2) {
     // Lifts -Infinity to a finite floor, which gives a probability of 0 as well.
     return isMasked(index, b, state) ? followScores(index, a, beside(index, next, b)) : undefined;
