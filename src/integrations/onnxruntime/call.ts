@@ -3,7 +3,7 @@ import { MAX_HEAD_DIM } from '../../attention/problem.ts';
 import { float16ToNumber } from '../../tensor/formats/float16.ts';
 import { contiguousStrides } from '../../tensor/tensor.ts';
 import type { AttentionSite, Mask, View } from './detect/site.ts';
-import { contiguous } from './detect/views.ts';
+import { contiguous, type Numbers, readSizes } from './detect/views.ts';
 import type { OrtTensor } from './ort.ts';
 import { readScores } from './scores.ts';
 
@@ -69,7 +69,7 @@ export function prepareCall(site: AttentionSite, values: ReadonlyMap<string, Ort
     if (view === undefined) return { reason: `a mask [${maskTensor.dims}] of type ${maskTensor.type}` };
     mask = { tensor: maskTensor, view };
   }
-  const lengths = reasonOfLengths(site, length, keys, values);
+  const lengths = reasonOfLengths(site, length, keys, values, numbers);
   if (lengths !== undefined) return { reason: lengths };
   const smScale = scaleOf(site, operands.q.shape[3], values, scores?.rank ?? rank);
   if (smScale !== undefined && !Number.isFinite(smScale)) return { reason: 'a scale that is no single finite number' };
@@ -123,12 +123,13 @@ function agree({ q, k, v }: Operands): boolean {
 
 /** Why sequences of these lengths are left to onnxruntime. */
 function reasonOfLengths(
-  { check, alignedPast }: AttentionSite,
+  { lastKeys, alignedPast }: AttentionSite,
   length: number,
   keys: number,
   values: ReadonlyMap<string, OrtTensor>,
+  numbers: Numbers,
 ): string | undefined {
-  if (check !== undefined && !numbersOf(values.get(check.value) as OrtTensor).every((last) => last + 1 === keys)) {
+  if (lastKeys !== undefined && !readSizes(lastKeys, numbers).every((last) => last + 1 === keys)) {
     return 'sequences of different lengths in one batch, or a cache longer than its keys';
   }
   if (alignedPast === undefined) return undefined;

@@ -299,6 +299,61 @@ const CASES: Case[] = [
     },
     feeds: feedsOf({ q: [B, H, L, D], k: [B, H, D, L], v: [B, H, L, D] }),
   },
+  {
+    name: 'com.microsoft MultiHeadAttention: a bias beside keys in [B,H,L,D], which onnxruntime adds to q alone',
+    build: (g) => {
+      g.input('q', [B, L, H * D]);
+      g.input('k', [B, H, 5, D]);
+      g.input('v', [B, H, 5, D]);
+      g.contrib('MultiHeadAttention', ['q', 'k', 'v', g.weight([3 * H * D], 1)], { num_heads: H }, ['y']);
+      g.output('y', [B, L, H * D]);
+    },
+    feeds: feedsOf({ q: [B, L, H * D], k: [B, H, 5, D], v: [B, H, 5, D] }),
+    taken: 0,
+    left: 'operands of shapes',
+  },
+  ...[0, 2].map(
+    (past): Case => ({
+      name: `com.microsoft MultiHeadAttention: unidirectional over more keys than queries, past ${past}`,
+      build: (g) => {
+        g.input('q', [B, L, H * D]);
+        for (const input of ['k', 'v']) g.input(input, [B, L + 1, H * D]);
+        for (const input of ['pk', 'pv']) g.input(input, [B, H, past, D]);
+        const inputs = ['q', 'k', 'v', '', '', '', 'pk', 'pv'];
+        g.contrib('MultiHeadAttention', inputs, { num_heads: H, unidirectional: 1 }, ['y', 'present_k', 'present_v']);
+        g.output('y', [B, L, H * D]);
+      },
+      feeds: feedsOf({
+        q: [B, L, H * D],
+        k: [B, L + 1, H * D],
+        v: [B, L + 1, H * D],
+        pk: [B, H, past, D],
+        pv: [B, H, past, D],
+      }),
+      taken: 0,
+      left: `a causal mask of ${L} queries over ${L + 1 + past} keys`,
+    }),
+  ),
+  {
+    name: 'com.microsoft GroupQueryAttention: sequence lengths that are an initializer',
+    build: (g) => {
+      for (const input of ['q', 'k', 'v']) g.input(input, [1, L, H * 16]);
+      for (const input of ['pk', 'pv']) g.input(input, [1, H, 0, 16]);
+      const constant = (dims: readonly number[], value: number) =>
+        g.op('Constant', [], { value: tensorProto('', 'int32', dims, Int32Array.of(value)) });
+      const [lengths, total] = [constant([1], L - 1), constant([], L)] as [string, string];
+      const attributes = { num_heads: H, kv_num_heads: H };
+      g.contrib('GroupQueryAttention', ['q', 'k', 'v', 'pk', 'pv', lengths, total], attributes, ['y', 'k1', 'v1']);
+      for (const output of ['y', 'k1', 'v1']) g.output(output);
+    },
+    feeds: feedsOf({
+      q: [1, L, H * 16],
+      k: [1, L, H * 16],
+      v: [1, L, H * 16],
+      pk: [1, H, 0, 16],
+      pv: [1, H, 0, 16],
+    }),
+  },
 ];
 
 testCases(CASES);

@@ -554,7 +554,7 @@ function buildSite(index: GraphIndex, softmax: NodeProto, scores: Scores, probab
     causalAlignment: 'top-left',
     windowLength: undefined,
     alignedPast: undefined,
-    check: undefined,
+    lastKeys: undefined,
     output: output.value,
     outputLayout: () => output.layout,
     outputDims: ([batch, heads, length, dim], rank) => {

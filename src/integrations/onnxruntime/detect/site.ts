@@ -42,12 +42,6 @@ export interface RuntimeScale {
   readonly inverse: boolean;
 }
 
-/** Values of the graph that must hold equal numbers for the replacement to be exact. */
-export interface SequenceLengthCheck {
-  /** `seqlens_k` of GroupQueryAttention: keys of each sequence minus one. */
-  readonly value: string;
-}
-
 /** What must hold when the graph runs of scores that are a tensor of the graph. Stage 0 is the product of q and k. */
 export interface ScoresShape {
   /** Reshapes from the product of q and k to that with v; each makes the next stage. */
@@ -84,7 +78,8 @@ export interface AttentionSite {
    * past has tokens: the past keys `[B,H,P,D]`, or an empty name where there are none.
    */
   readonly alignedPast: string | undefined;
-  readonly check: SequenceLengthCheck | undefined;
+  /** `seqlens_k` of GroupQueryAttention, the last key of each sequence: in every one it must be the last of all keys. */
+  readonly lastKeys: Sizes | undefined;
   /** The attention output and how `[B,H,Lq,Dv]` lies in it. */
   readonly output: string;
   /** `rank` is that of the tensor that holds q. */
@@ -249,13 +244,13 @@ export function boundaryOf(index: GraphIndex, nodes: readonly NodeProto[]): stri
 }
 
 /** Values whose numbers are read before the site can run: shapes, scales, lengths. */
-export function numbersReadBy({ q, k, v, scores, runtimeScales, check }: AttentionSite): string[] {
+export function numbersReadBy({ q, k, v, scores, runtimeScales, lastKeys }: AttentionSite): string[] {
   return [
     ...[q, k, v].flatMap((operand) => operand.parameters),
     ...parametersOf(scores?.reshapes ?? []),
     ...parametersOf(scores?.operands.map(({ dims }) => dims) ?? []),
     ...runtimeScales.map((scale) => scale.value),
-    ...(check === undefined ? [] : [check.value]),
+    ...parametersOf(lastKeys === undefined ? [] : [lastKeys]),
   ];
 }
 
