@@ -218,6 +218,7 @@ async function openCut(parts: CutParts): Promise<CutSession> {
         calibrationRuns: options.calibrationRuns ?? DEFAULT_CALIBRATION_RUNS,
       },
       metadata: metadata ?? builder.metadata(),
+      isWeb: versionsOf(ort).node === undefined,
       createOriginal: (placed) => builder.openOriginal(placed),
       createWhole: () => create(...args),
     });

@@ -5,8 +5,13 @@ import type { OrtFeeds, OrtValueMetadata } from './ort.ts';
 export const isSize = (size: number | string): size is number =>
   typeof size === 'number' && size >= 0 && size < 2 ** 32 - 1;
 
-/** @throws {Error} in the words of onnxruntime: a tensor whose dimensions are not the model's */
-export function checkFeeds(inputs: readonly OrtValueMetadata[], feeds: OrtFeeds): void {
+/**
+ * @param isWeb onnxruntime-web takes no tensors that the model has no input for; onnxruntime-node does not look at them
+ * @throws {Error} in the words of onnxruntime: a tensor whose dimensions are not the model's
+ */
+export function checkFeeds(inputs: readonly OrtValueMetadata[], feeds: OrtFeeds, isWeb: boolean): void {
+  const unknown = Object.keys(feeds).find((feed) => inputs.every(({ name }) => name !== feed));
+  if (isWeb && unknown !== undefined) throw new Error(`invalid input '${unknown}'`);
   for (const { name, shape = [] } of inputs) {
     const dims = feeds[name]?.dims;
     // onnxruntime gives a value of unknown rank no dimensions.

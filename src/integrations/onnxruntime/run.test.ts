@@ -3,6 +3,7 @@ import { mkdtemp, readFile, rm } from 'node:fs/promises';
 import { tmpdir } from 'node:os';
 import path from 'node:path';
 import * as ort from 'onnxruntime-node';
+import * as ortWeb from 'onnxruntime-web';
 import { afterAll, afterEach, beforeEach, describe, expect, it, vi } from 'vitest';
 import { exactBackend } from '../../../test/support/exact-backend.ts';
 import { GraphBuilder } from '../../../test/support/graph-builder.ts';
@@ -72,6 +73,19 @@ describe('feeds', () => {
     expect(expected).toBeDefined();
     expect(await messageOf(sage.run(wrong))).toBe(expected);
     expect((await sage.run(feeds())).y?.dims).toEqual([1, H, 4, D]);
+  });
+
+  it('a tensor that the model has no input for is refused where onnxruntime refuses it', async () => {
+    ortWeb.env.wasm.numThreads = 1;
+    for (const runtime of [ort, ortWeb as unknown as typeof ort]) {
+      const others = Object.entries({ ...feeds(), other: tensor([1]) }).map(
+        ([name, { data, dims }]) => [name, new runtime.Tensor('float32', data as Float32Array, dims)] as const,
+      );
+      const plain = await runtime.InferenceSession.create(ATTENTION);
+      const sage = await withSageAttention(runtime, { minTokens: 0 }).InferenceSession.create(ATTENTION);
+      const inputs = Object.fromEntries(others);
+      expect(await messageOf(sage.run(inputs))).toBe(await messageOf(plain.run(inputs)));
+    }
   });
 
   it('a float16 scale computed from sizes is read', async () => {

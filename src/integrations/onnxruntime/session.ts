@@ -93,6 +93,7 @@ export interface CutSessionParts {
     readonly calibrationRuns: number;
   };
   readonly metadata: ModelMetadata;
+  readonly isWeb: boolean;
   /** The nodes that an attention replaces, as a session of their own. */
   createOriginal(placed: PlacedSite): Promise<OrtSession>;
   /** The model in one piece. */
@@ -137,7 +138,7 @@ export class CutSession implements OrtSessionHandler {
 
   async run(feeds: OrtFeeds, fetches: OrtFetches, options: object): Promise<OrtResults> {
     this.#requireSession();
-    checkFeeds(this.inputMetadata, feeds);
+    checkFeeds(this.inputMetadata, feeds, this.#parts.isWeb);
     const running = this.#run(feeds, fetches, options);
     this.#running.add(running);
     try {
