@@ -188,7 +188,7 @@ describe("policy: 'adaptive'", () => {
   }
 
   it('does not count the opening of sessions against onnxruntime', async () => {
-    await slow(100);
+    await slow(400);
     const create = ort.InferenceSession.create.bind(ort.InferenceSession);
     let delay = 0;
     vi.spyOn(ort.InferenceSession, 'create').mockImplementation(async (...args: unknown[]) => {
@@ -196,7 +196,7 @@ describe("policy: 'adaptive'", () => {
       return (create as (...args: unknown[]) => Promise<ort.InferenceSession>)(...args);
     });
     const sage = await sageOf({ policy: 'adaptive', calibrationRuns: 1 }).create(ATTENTION);
-    delay = 500;
+    delay = 1000;
     await sage.run(feeds());
     expect(sage.sageAttention[0]).toMatchObject({ taken: false, reason: 'onnxruntime was faster' });
   });
@@ -210,7 +210,7 @@ describe("policy: 'adaptive'", () => {
   });
 
   it('runs at the same time compare each on its own', async () => {
-    await slow(20);
+    await slow(400);
     const sage = await sageOf({ policy: 'adaptive', calibrationRuns: 2 }).create(ATTENTION);
     const expected = await (await ort.InferenceSession.create(ATTENTION)).run(feeds());
     const together = await Promise.all([1, 2, 3].map(() => sage.run(feeds())));
