@@ -1,9 +1,11 @@
 /** From a site and the tensors of one run to the arguments of `sageattn`, or the reason why onnxruntime must do it. */
 import { MAX_HEAD_DIM } from '../../attention/problem.ts';
+import { float16ToNumber } from '../../tensor/formats/float16.ts';
 import { contiguousStrides } from '../../tensor/tensor.ts';
 import type { AttentionSite, Mask, View } from './detect/site.ts';
-import { contiguous } from './detect/views.ts';
+import { contiguous, type Numbers, readSizes } from './detect/views.ts';
 import type { OrtTensor } from './ort.ts';
+import { readScores } from './scores.ts';
 
 export interface OperandCall {
   readonly tensor: OrtTensor;
@@ -47,36 +49,30 @@ export function prepareCall(site: AttentionSite, values: ReadonlyMap<string, Ort
     return { reason: `operands of shapes ${shapes}` };
   }
   const { rank } = q.view;
-  const splits = site.mask?.form === 'split-heads';
-  if (site.scoresRank !== undefined && !splits && rank !== site.scoresRank) {
-    return { reason: `softmax over axis ${site.scoresRank - 1} of scores of rank ${rank}` };
-  }
+  let operands: Operands = { q: q.view, k: k.view, v: v.view };
+  if (!agree(operands) || (site.scores !== undefined && !multiply(operands)))
+    return { reason: `operands of shapes ${shapes}` };
+  const scores = site.scores && readScores(site.scores, productOf(operands), numbers);
+  if (scores !== undefined && 'reason' in scores) return scores;
   const maskTensor = site.mask && tensor(site.mask.value);
-  let operands = { q: q.view, k: k.view, v: v.view };
-  if (splits && maskTensor !== undefined) {
-    const split = splitHeads(operands, rank, maskTensor.dims);
-    if (split === undefined) return { reason: `a mask [${maskTensor.dims}] over operands ${shapes}` };
+  const maskRank = scores?.masked.length ?? rank;
+  if (maskTensor !== undefined && scores !== undefined && maskRank !== rank) {
+    const split = splitHeads(operands, rank, scores.masked);
+    if (split === undefined) return { reason: `a mask of scores [${scores.masked}] over operands ${shapes}` };
     operands = split;
   }
-  if (!agree(operands)) return { reason: `operands of shapes ${shapes}` };
   const [batch, heads, length] = operands.q.shape;
   const keys = operands.k.shape[2];
   let mask: OperandCall | undefined;
   if (site.mask !== undefined && maskTensor !== undefined) {
-    const view = maskView(site.mask, maskTensor, operands.q.shape, keys, rank);
+    const view = maskView(site.mask, maskTensor, operands.q.shape, keys, maskRank);
     if (view === undefined) return { reason: `a mask [${maskTensor.dims}] of type ${maskTensor.type}` };
     mask = { tensor: maskTensor, view };
   }
-  if (site.check !== undefined && !numbersOf(tensor(site.check.value)).every((last) => last + 1 === keys)) {
-    return { reason: 'sequences of different lengths in one batch, or a cache longer than its keys' };
-  }
-  if (site.alignedPast !== undefined) {
-    const past = site.alignedPast === '' ? 0 : tensor(site.alignedPast).dims[2];
-    if (keys - length !== past)
-      return { reason: `a causal mask of ${length} queries over ${keys} keys, ${past} of them past` };
-  }
-  const smScale = scaleOf(site, operands.q.shape[3], values);
-  if (Number.isNaN(smScale)) return { reason: 'a scale that is no single number' };
+  const lengths = reasonOfLengths(site, length, keys, values, numbers);
+  if (lengths !== undefined) return { reason: lengths };
+  const smScale = scaleOf(site, operands.q.shape[3], values, scores?.rank ?? rank);
+  if (smScale !== undefined && !Number.isFinite(smScale)) return { reason: 'a scale that is no single finite number' };
   const outputShape = [batch, heads, length, operands.v.shape[3]] as const;
   return {
     call: {
@@ -125,13 +121,51 @@ function agree({ q, k, v }: Operands): boolean {
   );
 }
 
-/** Factor of q k^T, undefined for the default; NaN where a factor is no single number. */
-function scaleOf(site: AttentionSite, dim: number, values: ReadonlyMap<string, OrtTensor>): number | undefined {
+/** Why sequences of these lengths are left to onnxruntime. */
+function reasonOfLengths(
+  { lastKeys, alignedPast }: AttentionSite,
+  length: number,
+  keys: number,
+  values: ReadonlyMap<string, OrtTensor>,
+  numbers: Numbers,
+): string | undefined {
+  if (lastKeys !== undefined && !readSizes(lastKeys, numbers).every((last) => last + 1 === keys)) {
+    return 'sequences of different lengths in one batch, or a cache longer than its keys';
+  }
+  if (alignedPast === undefined) return undefined;
+  const past = alignedPast === '' ? 0 : values.get(alignedPast)?.dims[2];
+  return keys - length === past
+    ? undefined
+    : `a causal mask of ${length} queries over ${keys} keys, ${past} of them past`;
+}
+
+/** Dimensions of q k^T as the graph has it. */
+function productOf({ q, k }: Operands): number[] {
+  const [batch, heads, length] = q.shape;
+  const keys = k.shape[2];
+  return q.rank === 3 ? [batch, length, keys] : [batch, heads, length, keys];
+}
+
+/** True where a MatMul takes the operands as they are, with at most one key head for all queries. */
+function multiply({ q, k, v }: Operands): boolean {
+  const heads = [k, v].map(({ shape, repeats = 1 }) => shape[1] * repeats);
+  return k.rank === q.rank && v.rank === q.rank && heads.every((count) => count === q.shape[1] || count === 1);
+}
+
+/** Factor of q k^T, undefined for the default; NaN where a factor is no single number, or has more axes than `rank`. */
+function scaleOf(
+  site: AttentionSite,
+  dim: number,
+  values: ReadonlyMap<string, OrtTensor>,
+  rank: number,
+): number | undefined {
   if (site.runtimeScales.length === 0) return site.scale;
   return site.runtimeScales.reduce(
     (product, { value, inverse }) => {
-      const numbers = numbersOf(values.get(value) as OrtTensor);
-      const factor = numbers.length === 1 ? (numbers[0] as number) : Number.NaN;
+      const tensor = values.get(value) as OrtTensor;
+      const [number, ...others] = numbersOf(tensor);
+      const isOne = number !== undefined && others.length === 0 && tensor.dims.length <= rank;
+      const factor = isOne ? number : Number.NaN;
       return inverse ? product / factor : product * factor;
     },
     site.scale ?? 1 / Math.sqrt(dim),
@@ -140,29 +174,22 @@ function scaleOf(site: AttentionSite, dim: number, values: ReadonlyMap<string, O
 
 function numbersOf(tensor: OrtTensor): number[] {
   const data = tensor.data as ArrayLike<number | bigint>;
-  // float16 without a native array class comes as bits; such a scale is left to onnxruntime.
-  if (tensor.type === 'float16' && data instanceof Uint16Array) return [];
+  // float16 comes as bits where there is no native array class for it.
+  if (tensor.type === 'float16' && data instanceof Uint16Array) return Array.from(data, float16ToNumber);
   return Array.from(data, Number);
 }
 
-/** `[B*H,L,D]` as `[B,H,L,D]`, with B and H from a mask `[B or 1,H or 1,L,S]` that the graph adds to the split scores. */
-function splitHeads(operands: Operands, rank: number, mask: readonly number[]): Operands | undefined {
-  const total = operands.q.shape[0];
-  if (rank !== 3 || mask.length !== 4) return undefined;
-  const [maskBatch, maskHeads] = mask as [number, number];
-  const heads = maskHeads > 1 ? maskHeads : maskBatch > 1 ? total / maskBatch : 1;
-  if (!Number.isInteger(heads) || total % heads !== 0 || heads < 1) return undefined;
-  const split = ({ shape, strides, offset }: View): View | undefined =>
-    shape[0] === total && shape[1] === 1
-      ? {
-          shape: [total / heads, heads, shape[2], shape[3]],
-          strides: [heads * strides[0], strides[0], strides[2], strides[3]],
-          offset,
-          rank: 4,
-        }
-      : undefined;
-  const [q, k, v] = [split(operands.q), split(operands.k), split(operands.v)];
-  return q && k && v && { q, k, v };
+/** `[B*H,L,D]` as `[B,H,L,D]`, with B and H from the scores `[B,H,L,S]` that the graph adds a mask to. */
+function splitHeads(operands: Operands, rank: number, scores: readonly number[]): Operands | undefined {
+  if (rank !== 3 || scores.length !== 4) return undefined;
+  const [batch, heads] = scores as [number, number];
+  const split = ({ shape, strides, offset }: View): View => ({
+    shape: [batch, heads, shape[2], shape[3]],
+    strides: [heads * strides[0], strides[0], strides[2], strides[3]],
+    offset,
+    rank: 4,
+  });
+  return { q: split(operands.q), k: split(operands.k), v: split(operands.v) };
 }
 
 function maskView(mask: Mask, tensor: OrtTensor, query: View['shape'], keys: number, rank: number): View | undefined {

@@ -2,14 +2,17 @@
 import { type Cut, cutGraph, type PlacedSite } from './cut.ts';
 import { detectAttention } from './detect/index.ts';
 import type { AttentionSite, LeftAttention } from './detect/site.ts';
-import { boundaryOf } from './detect/site.ts';
+import { boundaryOf, numbersReadBy } from './detect/site.ts';
 import { type AttentionEngine, cpuEngine } from './engine.ts';
+import { isSize } from './feeds.ts';
 import { deviceOf, gpuEngine } from './gpu-engine.ts';
 import { type GraphIndex, indexGraph } from './graph.ts';
+import { type ModelMetadata, readMetadata } from './metadata.ts';
 import {
   canonicalDomain,
   ELEMENT_TYPES,
   type ElementTypeName,
+  elementTypeName,
   type ModelProto,
   graph as makeGraph,
   modelLike,
@@ -78,10 +81,11 @@ export async function openModel(
     plain: await create(...args),
     report: () => report,
   });
-  const sessionOptions = (args.find((arg) => isPlainObject(arg)) ?? {}) as OrtSessionOptions;
+  let sessionOptions: OrtSessionOptions;
   let model: ModelProto;
   let source: ModelSource;
   try {
+    sessionOptions = sessionOptionsOf(args);
     source = await loadModel(args, sessionOptions);
     model = readModel(source.bytes);
     if (model.graph === undefined || model.graph.node.length === 0) throw new Error('it has no graph');
@@ -105,7 +109,8 @@ export async function openModel(
   if (typeof engine !== 'string' || sites.length === 0) return plain(left.map(reportLeft));
   try {
     const cut = cutGraph(model.graph, opset, sites);
-    const session = await openCut({ ort, create, args, model, source, cut, left, engine, options });
+    const metadata = await readMetadata(create, model, index, sessionOptions).catch(() => undefined);
+    const session = await openCut({ ort, create, args, model, source, cut, metadata, left, engine, options });
     return { cut: session, plain: undefined, report: () => session.report() };
   } catch (error) {
     const reason = `the graph could not be cut: ${messageOf(error)}`;
@@ -137,6 +142,15 @@ const messageOf = (error: unknown): string => (error instanceof Error ? error.me
 function leave(site: AttentionSite, reason: string): LeftAttention {
   const { name, form, heads, headDim } = site;
   return { name, form, heads, headDim, reason };
+}
+
+/** Behind the model; behind its place in a buffer too. */
+function sessionOptionsOf([model, ...rest]: CreateArguments): OrtSessionOptions {
+  const isBuffer = typeof model !== 'string' && !ArrayBuffer.isView(model);
+  const at = isBuffer ? rest.findIndex((arg) => typeof arg !== 'number') : 0;
+  const options = rest[at] ?? {};
+  if (rest[at] === null || !isPlainObject(options)) throw new TypeError('the session options are no object');
+  return options as OrtSessionOptions;
 }
 
 function isPlainObject(value: unknown): boolean {
@@ -173,13 +187,15 @@ interface CutParts {
   readonly model: ModelProto;
   readonly source: ModelSource;
   readonly cut: Cut;
+  /** Undefined: what the pieces say must do. */
+  readonly metadata: ModelMetadata | undefined;
   readonly left: readonly LeftAttention[];
   readonly engine: Engine;
   readonly options: SageAttentionOptions;
 }
 
 async function openCut(parts: CutParts): Promise<CutSession> {
-  const { ort, create, args, cut, left, engine, options } = parts;
+  const { ort, create, args, cut, metadata, left, engine, options } = parts;
   const builder = new SessionBuilder(parts);
   const sessions: OrtSession[] = [];
   try {
@@ -201,8 +217,8 @@ async function openCut(parts: CutParts): Promise<CutSession> {
         threshold: options.threshold ?? DEFAULT_THRESHOLD,
         calibrationRuns: options.calibrationRuns ?? DEFAULT_CALIBRATION_RUNS,
       },
-      inputMetadata: builder.inputs(),
-      outputMetadata: builder.outputs(),
+      metadata: metadata ?? builder.metadata(),
+      isWeb: versionsOf(ort).node === undefined,
       createOriginal: (placed) => builder.openOriginal(placed),
       createWhole: () => create(...args),
     });
@@ -242,9 +258,6 @@ class SessionBuilder {
       inputs: graph.input.map(({ name }) => name).filter((name) => this.#index.inputs.has(name)),
       outputs: graph.output.map(({ name }) => name),
     };
-    for (const name of this.#names.outputs) {
-      if (this.#index.constants.has(name)) throw new Error(`output '${name}' is a constant`);
-    }
     for (const name of this.#names.inputs) {
       const info = this.#declared.get(name);
       if (info !== undefined) this.#types.set(name, metadataOf(info));
@@ -300,17 +313,14 @@ class SessionBuilder {
     return valueInfo(name, metadata.type as ElementTypeName, sizes);
   }
 
-  /** onnxruntime-web gives -1, an unknown size, as an unsigned number. */
   #isKnown(size: OrtDimension): boolean {
-    return typeof size === 'number' ? size >= 0 && size < 2 ** 32 - 1 : this.#symbols.has(size);
+    return typeof size === 'string' ? this.#symbols.has(size) : isSize(size);
   }
 
-  inputs(): OrtValueMetadata[] {
-    return this.#names.inputs.map((name) => this.#types.get(name) ?? { name, isTensor: false });
-  }
-
-  outputs(): OrtValueMetadata[] {
-    return this.#names.outputs.map((name) => this.#types.get(name) ?? { name, isTensor: false });
+  /** As far as the pieces know it. */
+  metadata(): ModelMetadata {
+    const of = (name: string) => this.#types.get(name) ?? { name, isTensor: false };
+    return { inputs: this.#names.inputs.map(of), outputs: this.#names.outputs.map(of) };
   }
 
   #optionsFor(outputs: readonly string[], files: ReadonlySet<string>): OrtSessionOptions {
@@ -342,12 +352,7 @@ class SessionBuilder {
       const asked = source.options.preferredOutputLocation;
       return (typeof asked === 'string' ? asked : asked?.[name]) ?? 'cpu';
     }
-    const onCpu = cut.sites.some(
-      ({ site }) =>
-        site.check?.value === name ||
-        site.runtimeScales.some((scale) => scale.value === name) ||
-        [site.q, site.k, site.v].some(({ parameters }) => parameters.includes(name)),
-    );
+    const onCpu = cut.sites.some(({ site }) => numbersReadBy(site).includes(name));
     return onCpu || elementKind(this.#index, name) === 'integer' ? 'cpu' : 'gpu-buffer';
   }
 }
@@ -374,11 +379,9 @@ function withFolder(extra: OrtSessionOptions['extra'], folder: string): Record<s
   return { ...extra, session: { ...session, model_external_initializers_file_folder_path: folder } };
 }
 
-const TYPE_NAMES = new Map<number, string>(Object.entries(ELEMENT_TYPES).map(([name, number]) => [number, name]));
-
 function metadataOf(info: ValueInfoProto): OrtValueMetadata {
   const tensor = info.type?.value.case === 'tensorType' ? info.type.value.value : undefined;
-  const type = tensor && TYPE_NAMES.get(tensor.elemType);
+  const type = tensor && elementTypeName(tensor.elemType);
   if (tensor === undefined || type === undefined) return { name: info.name, isTensor: false };
   const shape = tensor.shape?.dim.map((dimension): OrtDimension => {
     if (dimension.value.case === 'dimValue') return Number(dimension.value.value);

@@ -2,7 +2,7 @@
 import { added } from './detect/decomposed.ts';
 import { type AttentionSite, inputsOf } from './detect/site.ts';
 import { type GraphIndex, indexGraph } from './graph.ts';
-import { type GraphProto, node as makeNode, type NodeProto } from './onnx/codec.ts';
+import { EXTERNAL, type GraphProto, node as makeNode, type NodeProto } from './onnx/codec.ts';
 
 /** Nodes that run in one session. */
 export interface Piece {
@@ -29,6 +29,7 @@ export interface Cut {
   /** Of the graph with the nodes that sites need added. */
   readonly index: GraphIndex;
   readonly levels: number;
+  /** Ordered by level. */
   readonly pieces: readonly Piece[];
   readonly sites: readonly PlacedSite[];
   /** Last level that reads a value; outputs of the graph are not in it. */
@@ -175,6 +176,10 @@ function assemble(index: GraphIndex, units: readonly Unit[]): Cut {
     }
   }
   const pieces: Piece[] = [];
+  const constants = constantOutputs(index);
+  if (constants.length > 0) {
+    pieces.push({ level: 0, nodes: constants, inputs: [], outputs: constants.flatMap((node) => node.output) });
+  }
   for (let level = 0; level < levels; level++) {
     const nodes = units.flatMap((unit) => (unit.site === undefined && unit.level === level ? [unit.node] : []));
     if (nodes.length === 0) continue;
@@ -186,4 +191,14 @@ function assemble(index: GraphIndex, units: readonly Unit[]): Cut {
     unit.site === undefined ? [] : [{ level: unit.level, site: unit.site, inputs: unit.reads, result: unit.result }],
   );
   return { index, levels, pieces, sites: placed, lastUse };
+}
+
+/** Outputs of the graph that are constants: a piece of their own gives them, since other pieces hold what they read as weights. */
+function constantOutputs(index: GraphIndex): NodeProto[] {
+  return [...index.outputs].flatMap((name) => {
+    const value = index.constants.get(name);
+    if (value === undefined) return [];
+    if (value.dataLocation === EXTERNAL) throw new Error(`output '${name}' is a constant outside of the model`);
+    return [makeNode('Constant', [], [name], { attributes: { value } })];
+  });
 }

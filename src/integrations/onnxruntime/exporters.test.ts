@@ -1,32 +1,8 @@
-/**
- * Attention in each exporter's spelling. The backend here is exact, so the outputs must agree with onnxruntime alone to
- * float32 accuracy: an error of matching or cutting cannot hide behind quantization.
- */
+/** Attention in each exporter's spelling. */
 import * as ortNode from 'onnxruntime-node';
-import * as ortWeb from 'onnxruntime-web';
-import { afterAll, beforeAll, describe, expect, it } from 'vitest';
-import { exactBackend } from '../../../test/support/exact-backend.ts';
-import { GraphBuilder } from '../../../test/support/graph-builder.ts';
-import { Random, runSeed } from '../../../test/support/random.ts';
-import type { Backend } from '../../backends/backend.ts';
-import { setBackend } from '../../backends/registry.ts';
-import { detectAttention } from './detect/index.ts';
-import { indexGraph } from './graph.ts';
-import { withSageAttention } from './index.ts';
-import { type GraphProto, readModel } from './onnx/codec.ts';
-
-const SEED = runSeed();
-const backend = exactBackend();
-let previous: Backend | undefined;
-
-beforeAll(async () => {
-  console.info(`seed ${SEED}`);
-  ortWeb.env.wasm.numThreads = 1;
-  previous = await setBackend(backend);
-});
-afterAll(async () => {
-  if (previous !== undefined) await setBackend(previous);
-});
+import type { GraphBuilder } from '../../../test/support/graph-builder.ts';
+import type { Random } from '../../../test/support/random.ts';
+import { type Case, type Feeds, floats, testCases } from './testing/cases.ts';
 
 const B = 2;
 const L = 10;
@@ -34,32 +10,6 @@ const H = 3;
 const D = 16;
 const C = H * D;
 
-type Feeds = Record<string, ortNode.Tensor>;
-
-interface Case {
-  readonly name: string;
-  readonly build: (g: GraphBuilder) => void;
-  readonly feeds?: (random: Random) => Feeds;
-  readonly opset?: number;
-  /** Attentions replaced; default 1. */
-  readonly taken?: number;
-  /** Part of the reason of an attention that is left. */
-  readonly left?: string;
-  /** Values that q, k and v are read from; not looked at by default. */
-  readonly sources?: number;
-  /** onnxruntime-web's CPU provider has it too; default true. */
-  readonly web?: boolean;
-}
-
-const floats = (random: Random, dims: number[], scale = 1) =>
-  new ortNode.Tensor(
-    'float32',
-    random.normals(
-      dims.reduce((a, b) => a * b, 1),
-      scale,
-    ),
-    dims,
-  );
 const hidden = (random: Random): Feeds => ({ x: floats(random, [B, L, C]) });
 
 /** `[B,L,C]` to `[B,H,L,D]`. */
@@ -772,60 +722,4 @@ const CASES: Case[] = [
   },
 ];
 
-const ENGINES = { 'onnxruntime-node': ortNode, 'onnxruntime-web': ortWeb } as const;
-
-/** Feeds of one onnxruntime package are made of that package's tensors. */
-function convert(ort: typeof ortNode | typeof ortWeb, feeds: Feeds): Feeds {
-  const TensorClass = ort.Tensor as unknown as new (
-    type: string,
-    data: unknown,
-    dims: readonly number[],
-  ) => ortNode.Tensor;
-  return Object.fromEntries(
-    Object.entries(feeds).map(([name, { type, data, dims }]) => [name, new TensorClass(type, data, dims)]),
-  );
-}
-
-describe.each(Object.entries(ENGINES))('%s', (engine, ort) => {
-  const sage = withSageAttention(ort as typeof ortNode, { minTokens: 0 });
-
-  it.each(CASES.map((entry) => [entry.name, entry] as const))('%s', async (_, entry) => {
-    const builder = new GraphBuilder(new Random(SEED));
-    entry.build(builder);
-    const bytes = builder.build(entry.opset ?? 17);
-    const feeds = convert(ort, (entry.feeds ?? hidden)(new Random(SEED + 1)));
-    const plain = await ort.InferenceSession.create(bytes);
-    const cut = await sage.InferenceSession.create(bytes);
-    const before = backend.calls;
-    const expected = await plain.run(feeds as never);
-    const actual = await cut.run(feeds);
-
-    const report = cut.sageAttention;
-    const taken = entry.taken ?? 1;
-    expect(report.filter((attention) => attention.taken).length, JSON.stringify(report)).toBe(taken);
-    expect(backend.calls - before).toBe(taken);
-    if (entry.sources !== undefined) {
-      const [site] = detectAttention(indexGraph(readModel(bytes).graph as GraphProto, entry.opset ?? 17)).sites;
-      expect(new Set([site?.q, site?.k, site?.v].map((operand) => operand?.value)).size).toBe(entry.sources);
-    }
-    if (entry.left !== undefined) expect(report.map(({ reason }) => reason).join()).toContain(entry.left);
-    expect(cut.inputNames).toEqual(plain.inputNames);
-    expect(cut.outputNames).toEqual(plain.outputNames);
-    for (const name of plain.outputNames) {
-      const e = expected[name] as ortNode.Tensor;
-      const a = actual[name] as ortNode.Tensor;
-      expect([a.type, a.dims]).toEqual([e.type, e.dims]);
-      const [x, y] = [a.data, e.data] as [Float32Array, Float32Array];
-      const largest = y.reduce((most, value) => Math.max(most, Math.abs(value)), 0);
-      // float32 on both sides, sums of at most a few hundred terms.
-      x.forEach(
-        (value, i) =>
-          void (
-            Math.abs(value - (y[i] as number)) <= 2e-5 * largest || expect(value, `${engine} ${name}[${i}]`).toBe(y[i])
-          ),
-      );
-    }
-    await plain.release();
-    await cut.release();
-  });
-});
+testCases(CASES);

@@ -1,5 +1,12 @@
 /** An ONNX graph with the look-ups that matching and cutting need. */
-import { canonicalDomain, type GraphProto, type NodeProto, type TensorProto, tensorNumbers } from './onnx/codec.ts';
+import {
+  canonicalDomain,
+  type GraphProto,
+  type NodeProto,
+  type TensorProto,
+  tensorNumbers,
+  tensorProto,
+} from './onnx/codec.ts';
 
 export interface GraphIndex {
   readonly graph: GraphProto;
@@ -26,7 +33,7 @@ export function indexGraph(graph: GraphProto, opset: number): GraphIndex {
   const consumers = new Map<string, NodeProto[]>();
   const reads = new Map<NodeProto, string[]>();
   for (const node of graph.node) {
-    const constant = node.opType === 'Constant' ? node.attribute.find((entry) => entry.name === 'value')?.t : undefined;
+    const constant = isOp(node, 'Constant') ? constantOf(node) : undefined;
     if (constant !== undefined) {
       constants.set(node.output[0] as string, constant);
       continue;
@@ -57,6 +64,18 @@ export function indexGraph(graph: GraphProto, opset: number): GraphIndex {
     },
     readsOf: (node) => reads.get(node) ?? [],
   };
+}
+
+/** What a `Constant` node gives, in any of its spellings but those of strings and sparse tensors. */
+function constantOf(node: NodeProto): TensorProto | undefined {
+  for (const { name, t, f, i, floats, ints } of node.attribute) {
+    if (name === 'value') return t;
+    if (name === 'value_float') return tensorProto('', 'float32', [], Float32Array.of(f));
+    if (name === 'value_int') return tensorProto('', 'int64', [], BigInt64Array.of(i));
+    if (name === 'value_floats') return tensorProto('', 'float32', [floats.length], Float32Array.from(floats));
+    if (name === 'value_ints') return tensorProto('', 'int64', [ints.length], BigInt64Array.from(ints));
+  }
+  return undefined;
 }
 
 function subgraphsOf(node: NodeProto): GraphProto[] {
@@ -114,49 +133,4 @@ export function constantNumbers(index: GraphIndex, value: string): number[] | un
   if (tensor === undefined) return undefined;
   const elements = tensor.dims.reduce((product, size) => product * Number(size), 1);
   return elements <= 4096 ? tensorNumbers(tensor) : undefined;
-}
-
-const UNARY: Readonly<Record<string, (x: number) => number>> = {
-  Identity: (x) => x,
-  Cast: (x) => x,
-  Sqrt: Math.sqrt,
-  Reciprocal: (x) => 1 / x,
-  Neg: (x) => -x,
-  Unsqueeze: (x) => x,
-  Squeeze: (x) => x,
-  Reshape: (x) => x,
-  Expand: (x) => x,
-};
-
-const BINARY: Readonly<Record<string, (x: number, y: number) => number>> = {
-  Add: (x, y) => x + y,
-  Sub: (x, y) => x - y,
-  Mul: (x, y) => x * y,
-  Div: (x, y) => x / y,
-  Pow: (x, y) => x ** y,
-};
-
-/** The value of an expression of constants all of whose elements are equal; undefined when it is none. */
-export function constantScalar(index: GraphIndex, value: string, depth = 0): number | undefined {
-  const numbers = constantNumbers(index, value);
-  if (numbers !== undefined) {
-    const [first] = numbers;
-    return first !== undefined && numbers.every((x) => Object.is(x, first)) ? first : undefined;
-  }
-  const node = index.producer(value);
-  if (node === undefined || depth > 16 || canonicalDomain(node.domain) !== '') return undefined;
-  if (node.opType === 'ConstantOfShape') {
-    const fill = node.attribute.find((entry) => entry.name === 'value')?.t;
-    return fill === undefined ? 0 : tensorNumbers(fill)?.[0];
-  }
-  if (node.opType === 'Constant') return floatAttribute(node, 'value_float') ?? intAttribute(node, 'value_int');
-  const [a, b] = node.input;
-  const unary = UNARY[node.opType];
-  const binary = BINARY[node.opType];
-  if (a === undefined || (unary === undefined && binary === undefined)) return undefined;
-  const x = constantScalar(index, a, depth + 1);
-  if (x === undefined) return undefined;
-  if (unary !== undefined) return unary(x);
-  const y = b === undefined ? undefined : constantScalar(index, b, depth + 1);
-  return y === undefined ? undefined : binary?.(x, y);
 }

@@ -26,15 +26,20 @@ export interface SageAttentionSession {
   readonly sageAttention: readonly AttentionReport[];
 }
 
-type SessionOf<T extends OrtModule> = Awaited<ReturnType<T['InferenceSession']['create']>>;
+type SessionOf<T extends OrtModule> = Awaited<ReturnType<T['InferenceSession']['create']>> & SageAttentionSession;
+/** Of the last overload of `create`, which all share them. */
+type SessionOptionsOf<T extends OrtModule> = Parameters<T['InferenceSession']['create']>[1];
 
 /** A namespace of onnxruntime whose sessions say what became of their attention. */
 export type WithSageAttention<T extends OrtModule> = {
   readonly InferenceSession: {
+    create(model: string | Uint8Array | ArrayBufferLike, options?: SessionOptionsOf<T>): Promise<SessionOf<T>>;
     create(
-      model: string | Uint8Array | ArrayBufferLike,
-      options?: object,
-    ): Promise<SessionOf<T> & SageAttentionSession>;
+      buffer: ArrayBufferLike,
+      byteOffset: number,
+      byteLength?: number,
+      options?: SessionOptionsOf<T>,
+    ): Promise<SessionOf<T>>;
   };
 } & T;
 

@@ -75,7 +75,8 @@ export function validateSageAttentionOptions(options: SageAttentionOptions): voi
 }
 
 const matches = (patterns: readonly (string | RegExp)[], name: string) =>
-  patterns.some((pattern) => (typeof pattern === 'string' ? pattern === name : pattern.test(name)));
+  // Not `test`: it goes on where it stopped the last time if the expression is global.
+  patterns.some((pattern) => (typeof pattern === 'string' ? pattern === name : name.search(pattern) >= 0));
 
 /** Why the caller's choice leaves an attention alone; undefined where it does not. */
 export function excludedBy(options: SageAttentionOptions, name: string): string | undefined {

@@ -50,6 +50,7 @@ export interface OrtSessionOptions {
   readonly externalData?: readonly (string | { readonly path: string; readonly data: unknown })[];
   readonly preferredOutputLocation?: string | Readonly<Record<string, string>>;
   readonly enableGraphCapture?: boolean;
+  readonly optimizedModelFilePath?: string;
   readonly extra?: Readonly<Record<string, unknown>>;
   readonly [name: string]: unknown;
 }
@@ -97,6 +98,7 @@ export function engineOf(ort: OrtModule, options: OrtSessionOptions): Engine | {
   );
   const first = names[0] ?? 'cpu';
   if (options.enableGraphCapture === true) return { reason: 'graph capture needs the graph in one piece' };
+  if (options.optimizedModelFilePath) return { reason: 'the optimized model is written from the graph in one piece' };
   if (first === 'cpu' || first === 'wasm' || first === 'xnnpack') return 'cpu';
   if (first !== 'webgpu') return { reason: `execution provider '${first}' shares no tensors with SageAttention` };
   return versionsOf(ort).node === undefined

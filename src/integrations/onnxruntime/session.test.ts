@@ -14,7 +14,7 @@ import type { Backend } from '../../backends/backend.ts';
 import { setBackend } from '../../backends/registry.ts';
 import { compare } from '../../reference/metrics.ts';
 import { withSageAttention } from './index.ts';
-import { externalTensor, readModel, writeModel } from './onnx/codec.ts';
+import { externalTensor, type GraphProto, readModel, writeModel } from './onnx/codec.ts';
 
 const SEED = runSeed();
 const SIZE = { heads: 4, headDim: 16, blocks: 3 };
@@ -58,6 +58,10 @@ function expectClose(actual: ort.Tensor | undefined, expected: ort.Tensor | unde
   expect(compare(actual?.data as Float32Array, expected?.data as Float32Array).relativeL1).toBeLessThan(1e-5);
 }
 
+/** Graphs of sessions that hold a part of a model; their names end in its level. */
+const piecesOf = (calls: readonly (readonly unknown[])[]): GraphProto[] =>
+  calls.map(([bytes]) => readModel(bytes as Uint8Array).graph as GraphProto).filter(({ name }) => /\/\d+$/.test(name));
+
 const sageOf = (options = {}) => withSageAttention(ort, { minTokens: 0, ...options });
 
 describe('a diffusion transformer', () => {
@@ -66,11 +70,11 @@ describe('a diffusion transformer', () => {
     const plain = await ort.InferenceSession.create(DIT);
     create.mockClear();
     const sage = await sageOf().InferenceSession.create(DIT);
-    expect(create).toHaveBeenCalledTimes(SIZE.blocks + 1);
+    expect(piecesOf(create.mock.calls)).toHaveLength(SIZE.blocks + 1);
     create.mockRestore();
     expect(sage).toBeInstanceOf(ort.InferenceSession);
     expect(sage.inputMetadata).toEqual(plain.inputMetadata);
-    expect(sage.outputNames).toEqual(plain.outputNames);
+    expect(sage.outputMetadata).toEqual(plain.outputMetadata);
     const [expected, actual] = [await plain.run(ditFeeds()), await sage.run(ditFeeds())];
     expectClose(actual.y, expected.y);
     expect(sage.sageAttention).toHaveLength(SIZE.blocks);
@@ -96,9 +100,7 @@ describe('a diffusion transformer', () => {
     const inputs: string[][] = [];
     const create = vi.spyOn(ort.InferenceSession, 'create');
     await sageOf().InferenceSession.create(DIT);
-    for (const [bytes] of create.mock.calls as unknown as [Uint8Array][]) {
-      inputs.push(readModel(bytes).graph?.input.map(({ name }) => name) ?? []);
-    }
+    for (const graph of piecesOf(create.mock.calls)) inputs.push(graph.input.map(({ name }) => name));
     create.mockRestore();
     // The attention's result, the residual, the activated conditioning, two shifts and scales and gates at most.
     for (const names of inputs) expect(names.length).toBeLessThanOrEqual(7);

@@ -7,6 +7,9 @@ import { type AttentionCall, prepareCall } from './call.ts';
 import type { Cut, PlacedSite } from './cut.ts';
 import type { LeftAttention } from './detect/site.ts';
 import { type AttentionEngine, namedError } from './engine.ts';
+import { checkFeeds } from './feeds.ts';
+import type { ModelMetadata } from './metadata.ts';
+import { OpenedOnce } from './once.ts';
 import type { SageAttentionOptions } from './options.ts';
 import type {
   OrtFeeds,
@@ -21,8 +24,8 @@ import type { AttentionReport } from './report.ts';
 
 interface Trial {
   readonly kernel: KernelName | 'onnxruntime';
-  cosineSimilarity: number;
-  milliseconds: number;
+  readonly cosineSimilarity: number;
+  readonly milliseconds: number;
 }
 
 /** What is known of one attention while its session lives. */
@@ -35,7 +38,7 @@ class SiteState {
   kernel: KernelName | 'auto';
   cosineSimilarity: number | undefined;
   remainingTrials = 0;
-  trials: Trial[] | undefined;
+  trials: readonly Trial[] | undefined;
   readonly placed: PlacedSite;
 
   constructor(placed: PlacedSite, kernel: KernelName | 'auto') {
@@ -89,8 +92,8 @@ export interface CutSessionParts {
     readonly threshold: number;
     readonly calibrationRuns: number;
   };
-  readonly inputMetadata: readonly OrtValueMetadata[];
-  readonly outputMetadata: readonly OrtValueMetadata[];
+  readonly metadata: ModelMetadata;
+  readonly isWeb: boolean;
   /** The nodes that an attention replaces, as a session of their own. */
   createOriginal(placed: PlacedSite): Promise<OrtSession>;
   /** The model in one piece. */
@@ -107,17 +110,21 @@ export class CutSession implements OrtSessionHandler {
   readonly outputMetadata: readonly OrtValueMetadata[];
   readonly #parts: CutSessionParts;
   readonly #sites: readonly SiteState[];
-  readonly #originals = new Map<PlacedSite, Promise<OrtSession>>();
+  readonly #originals: OpenedOnce<PlacedSite>;
+  readonly #whole: OpenedOnce<'whole'>;
   /** Input shapes for which no attention was worth replacing: they run in one piece. */
   readonly #wholeShapes = new Set<string>();
-  #whole: Promise<OrtSession> | undefined;
+  readonly #running = new Set<Promise<OrtResults>>();
+  #isReleased = false;
 
   constructor(parts: CutSessionParts) {
     this.#parts = parts;
-    this.inputMetadata = parts.inputMetadata;
-    this.outputMetadata = parts.outputMetadata;
-    this.inputNames = parts.inputMetadata.map(({ name }) => name);
-    this.outputNames = parts.outputMetadata.map(({ name }) => name);
+    this.#originals = new OpenedOnce((placed) => parts.createOriginal(placed));
+    this.#whole = new OpenedOnce(() => parts.createWhole());
+    this.inputMetadata = parts.metadata.inputs;
+    this.outputMetadata = parts.metadata.outputs;
+    this.inputNames = this.inputMetadata.map(({ name }) => name);
+    this.outputNames = this.outputMetadata.map(({ name }) => name);
     this.#sites = parts.cut.sites.map((placed) => {
       const state = new SiteState(placed, parts.options.kernel ?? 'auto');
       if (parts.options.policy === 'adaptive') state.remainingTrials = parts.options.calibrationRuns;
@@ -130,10 +137,26 @@ export class CutSession implements OrtSessionHandler {
   }
 
   async run(feeds: OrtFeeds, fetches: OrtFetches, options: object): Promise<OrtResults> {
+    this.#requireSession();
+    checkFeeds(this.inputMetadata, feeds, this.#parts.isWeb);
+    const running = this.#run(feeds, fetches, options);
+    this.#running.add(running);
+    try {
+      return await running;
+    } finally {
+      this.#running.delete(running);
+    }
+  }
+
+  /** @throws {Error} in the words of onnxruntime */
+  #requireSession(): void {
+    if (this.#isReleased) throw new Error('Session already disposed.');
+  }
+
+  async #run(feeds: OrtFeeds, fetches: OrtFetches, options: object): Promise<OrtResults> {
     const shapes = this.inputNames.map((name) => `${feeds[name]?.dims}`).join(';');
     if (this.#wholeShapes.has(shapes)) {
-      this.#whole ??= this.#parts.createWhole();
-      return (await this.#whole).run(feeds, fetches, options);
+      return (await this.#whole.get('whole')).run(feeds, fetches, options);
     }
     const run = new Run(this.#parts.cut, feeds, fetches);
     try {
@@ -213,12 +236,7 @@ export class CutSession implements OrtSessionHandler {
 
   async #runOriginal(run: Run, state: SiteState, options: object): Promise<OrtTensor> {
     const { placed } = state;
-    let original = this.#originals.get(placed);
-    if (original === undefined) {
-      original = this.#parts.createOriginal(placed);
-      this.#originals.set(placed, original);
-    }
-    const session = await original;
+    const session = await this.#originals.get(placed);
     const names = session.outputNames.filter((name) => name === placed.site.output || run.needs(name));
     const outputs = await session.run(run.take(session.inputNames), run.fetchesOf(names), options);
     const { [placed.site.output]: output, ...overrides } = outputs;
@@ -228,31 +246,30 @@ export class CutSession implements OrtSessionHandler {
 
   /** Runs the attention with onnxruntime, whose result goes on, and with every kernel. */
   async #calibrate(run: Run, state: SiteState, call: AttentionCall, options: object): Promise<void> {
+    const { engine } = this.#parts;
+    state.reason = undefined;
+    const kernels = await engine.kernels();
+    // Opening its session is no part of what onnxruntime takes.
+    await this.#originals.get(state.placed);
     const start = performance.now();
     const exact = await toNumbers(await this.#runOriginal(run, state, options));
-    const milliseconds = performance.now() - start;
-    const { engine } = this.#parts;
-    state.trials ??= [
-      { kernel: 'onnxruntime', cosineSimilarity: 1, milliseconds: Number.POSITIVE_INFINITY },
-      ...(await engine.kernels()).map((kernel) => ({
-        kernel,
-        cosineSimilarity: 1,
-        milliseconds: Number.POSITIVE_INFINITY,
-      })),
-    ];
-    const [own, ...trials] = state.trials as [Trial, ...Trial[]];
-    own.milliseconds = Math.min(own.milliseconds, milliseconds);
-    for (const trial of trials) await tryKernel(engine, call, trial, exact);
-    state.remainingTrials--;
+    const seen: Trial[] = [{ kernel: 'onnxruntime', cosineSimilarity: 1, milliseconds: performance.now() - start }];
+    for (const kernel of kernels) seen.push(await tryKernel(engine, call, kernel, exact));
+    state.trials =
+      state.trials === undefined ? seen : state.trials.map((trial, i) => together(trial, seen[i] as Trial));
+    // Runs at the same time may each have found one left to do.
+    state.remainingTrials = Math.max(0, state.remainingTrials - 1);
     if (state.remainingTrials === 0) settle(state, state.trials, this.#parts.options.threshold);
   }
 
+  /** Runs in flight end first, as in onnxruntime, where they cannot be interrupted. */
   async dispose(): Promise<void> {
-    const others = await Promise.allSettled([...this.#originals.values(), ...(this.#whole ? [this.#whole] : [])]);
-    const opened = others.flatMap((result) => (result.status === 'fulfilled' ? [result.value] : []));
-    this.#originals.clear();
-    this.#whole = undefined;
-    for (const session of [...this.#parts.sessions, ...opened]) await session.release();
+    this.#requireSession();
+    this.#isReleased = true;
+    await Promise.allSettled(this.#running);
+    await this.#originals.release();
+    await this.#whole.release();
+    for (const session of this.#parts.sessions) await session.release();
     this.#parts.engine.release();
   }
 
@@ -268,23 +285,33 @@ export class CutSession implements OrtSessionHandler {
 async function tryKernel(
   engine: AttentionEngine,
   call: AttentionCall,
-  trial: Trial,
+  kernel: KernelName,
   exact: Float32Array,
-): Promise<void> {
+): Promise<Trial> {
   try {
     const start = performance.now();
-    const { output, failure } = await engine.attend(call, trial.kernel as KernelName);
-    const error = await failure;
-    if (error !== undefined) throw error;
-    const numbers = await toNumbers(output);
-    trial.milliseconds = Math.min(trial.milliseconds, performance.now() - start);
-    trial.cosineSimilarity = Math.min(trial.cosineSimilarity, compare(numbers, exact).cosineSimilarity);
-    output.dispose();
+    const { output, failure } = await engine.attend(call, kernel);
+    try {
+      const error = await failure;
+      if (error !== undefined) throw error;
+      const numbers = await toNumbers(output);
+      const milliseconds = performance.now() - start;
+      return { kernel, milliseconds, cosineSimilarity: compare(numbers, exact).cosineSimilarity };
+    } finally {
+      output.dispose();
+    }
   } catch {
     // A kernel that does not take this call cannot be the one that is kept.
-    trial.cosineSimilarity = -1;
+    return { kernel, milliseconds: Number.POSITIVE_INFINITY, cosineSimilarity: -1 };
   }
 }
+
+/** Of two runs: the least similarity, and the time that nothing disturbed. */
+const together = (a: Trial, b: Trial): Trial => ({
+  kernel: a.kernel,
+  cosineSimilarity: Math.min(a.cosineSimilarity, b.cosineSimilarity),
+  milliseconds: Math.min(a.milliseconds, b.milliseconds),
+});
 
 /** Keeps the fastest kernel that is close enough. */
 function settle(state: SiteState, trials: readonly Trial[], threshold: number): void {

@@ -11,7 +11,8 @@ const FLOATS: readonly number[] = [
   ELEMENT_TYPES.bfloat16,
 ];
 
-const kindOf = (elementType: number): ElementKind => {
+/** Of a number of `TensorProto.DataType`. */
+export const kindOf = (elementType: number): ElementKind => {
   if (elementType === ELEMENT_TYPES.bool) return 'bool';
   return FLOATS.includes(elementType) ? 'float' : 'integer';
 };

@@ -4,30 +4,26 @@
  * inputs; what is not provable stays outside (its value becomes an operand) or makes the whole match fail.
  */
 
-import {
-  constantNumbers,
-  constantScalar,
-  floatAttribute,
-  type GraphIndex,
-  intAttribute,
-  intsAttribute,
-  isOp,
-  stringAttribute,
-} from '../graph.ts';
+import { constantScalar, uniformOf } from '../constants.ts';
+import { floatAttribute, type GraphIndex, intAttribute, intsAttribute, isOp, stringAttribute } from '../graph.ts';
 import { canonicalDomain, node as makeNode, type NodeProto } from '../onnx/codec.ts';
+import { kindOf } from '../types.ts';
+import { type Repeat, repeatedHeads } from './repeats.ts';
 import {
   type AttentionSite,
   type Detection,
-  type Mask,
   naturalOperand,
   type Operand,
   permutedOperand,
   type RuntimeScale,
+  type ScoresShape,
 } from './site.ts';
-import { sourceOf } from './views.ts';
+import { type Sizes, sizesOf, sourceOf } from './views.ts';
 
 /** A score at or below this, beside any unmasked score, has a probability of 0 in every float type. */
 const MASKED_SCORE = -1e4;
+/** The same where a factor follows that is known only when the graph runs: arithmetic on sizes of tensors. */
+const MASKED_BEFORE_FACTOR = -1e30;
 
 const FORM = 'MatMul-Softmax-MatMul';
 
@@ -110,29 +106,42 @@ function einsumProduct(node: NodeProto, leftValue: string | undefined): Product 
 interface Probabilities {
   /** From the Softmax to the product with v, the product left out. */
   readonly nodes: readonly NodeProto[];
+  readonly reshapes: readonly Sizes[];
   readonly product: Product;
 }
 
 /** Follows the probabilities down to the product with v. */
 function followProbabilities(index: GraphIndex, softmax: NodeProto): Probabilities | undefined {
   const nodes: NodeProto[] = [];
+  const reshapes: Sizes[] = [];
   let value = softmax.output[0] as string;
   for (;;) {
     const guarded = nanGuard(index, value);
     const next = guarded?.at(-1) ?? index.soleConsumer(value);
     if (next === undefined) return undefined;
     if (guarded !== undefined) nodes.push(...guarded);
-    else if (isOp(next, 'Cast') || isOp(next, 'Identity') || isInferenceDropout(index, next)) nodes.push(next);
-    else if (isOp(next, 'Reshape') && next.input[0] === value) nodes.push(next);
-    else {
+    else if (isFloatCast(next) || isOp(next, 'Identity') || isInferenceDropout(index, next)) nodes.push(next);
+    else if (isOp(next, 'Reshape') && next.input[0] === value) {
+      const sizes = reshapeSizes(index, next);
+      if (sizes === undefined) return undefined;
+      nodes.push(next);
+      reshapes.push(sizes);
+    } else {
       const product = asProduct(next, value);
       return product !== undefined && product.left === value && product.right !== value
-        ? { nodes, product }
+        ? { nodes, reshapes, product }
         : undefined;
     }
     value = next.output[0] as string;
   }
 }
+
+const isFloatCast = (node: NodeProto): boolean =>
+  isOp(node, 'Cast') && kindOf(intAttribute(node, 'to') ?? 0) === 'float';
+
+/** Undefined for a Reshape whose zeros are sizes. */
+const reshapeSizes = (index: GraphIndex, node: NodeProto): Sizes | undefined =>
+  (intAttribute(node, 'allowzero') ?? 0) === 0 ? sizesOf(index, node.input[1]) : undefined;
 
 /** `Where(IsNaN(p), 0, p)`: PyTorch's way to give rows with nothing to attend to an output of 0, which is ours too. */
 function nanGuard(index: GraphIndex, value: string): NodeProto[] | undefined {
@@ -157,6 +166,15 @@ interface FoundMask {
   readonly fill: string;
   /** Reshapes between the Softmax and the mask. */
   readonly reshapes: number;
+  /** Casts between the Softmax and the mask: masks with other ones between them are of other types. */
+  readonly casts: number;
+}
+
+/** A constant beside the scores. */
+interface ScoresOperand {
+  readonly dims: Sizes;
+  /** Reshapes between the Softmax and it. */
+  readonly reshapes: number;
 }
 
 interface ScoresState {
@@ -166,7 +184,10 @@ interface ScoresState {
   readonly softcap: number;
   /** The last applied first. */
   readonly masks: readonly FoundMask[];
-  readonly reshapes: number;
+  /** From the product to the Softmax. */
+  readonly reshapes: readonly Sizes[];
+  readonly casts: number;
+  readonly operands: readonly ScoresOperand[];
   /** Nodes that compute masks in the form that kernels take. */
   readonly extra: readonly NodeProto[];
 }
@@ -187,20 +208,29 @@ function followScores(index: GraphIndex, value: string, state: ScoresState): Sco
   const product = asProduct(node);
   if (product !== undefined) return { ...next, product, scale: state.scale * product.alpha };
   const [a, b] = node.input as [string, string];
-  if (isOp(node, 'Cast') || isOp(node, 'Identity')) return followScores(index, a, next);
-  if (isOp(node, 'Reshape')) return followScores(index, a, { ...next, reshapes: state.reshapes + 1 });
+  if (isFloatCast(node)) return followScores(index, a, { ...next, casts: state.casts + 1 });
+  if (isOp(node, 'Identity')) return followScores(index, a, next);
+  if (isOp(node, 'Reshape')) {
+    const sizes = reshapeSizes(index, node);
+    if (sizes === undefined) return undefined;
+    return followScores(index, a, { ...next, reshapes: [sizes, ...state.reshapes] });
+  }
   if (isOp(node, 'Where')) return followWhere(index, node, next);
   if (isOp(node, 'Add')) {
     return followAdd(index, next, a, b) ?? followAdd(index, next, b, a);
   }
+  if (isOp(node, 'Sub')) {
+    const negated = added('neg', b);
+    const extra = [...state.extra, makeNode('Neg', [b], [negated])];
+    return followAdd(index, { ...next, extra }, a, negated);
+  }
   if (isOp(node, 'Max') && node.input.length === 2) {
     // Lifts -Infinity to a finite floor, which gives a probability of 0 as well.
-    const floor = constantScalar(index, b);
-    return floor !== undefined && floor <= MASKED_SCORE ? followScores(index, a, next) : undefined;
+    return isMasked(index, b, state) ? followScores(index, a, beside(index, next, b)) : undefined;
   }
   if (isOp(node, 'Tanh')) {
     // A tanh(B x) is softcap A of scores scaled by A B.
-    if (state.softcap !== 0 || state.runtimeScales.length > 0 || state.scale <= 0)
+    if (state.softcap !== 0 || state.runtimeScales.length > 0 || !(state.scale > 0 && Number.isFinite(state.scale)))
       throw new NotExact('a softcap of another kind');
     return followScores(index, a, { ...next, softcap: state.scale });
   }
@@ -208,17 +238,38 @@ function followScores(index: GraphIndex, value: string, state: ScoresState): Sco
   return (
     scaled &&
     followScores(index, scaled.value, {
-      ...next,
-      scale: state.scale * (scaled.factor ?? 1),
+      ...(scaled.factor === undefined ? next : withOperand(next, scaled.factor.dims)),
+      scale: state.scale * (scaled.factor?.number ?? 1),
       runtimeScales: [...state.runtimeScales, ...scaled.runtime],
     })
   );
 }
 
+const withOperand = (state: ScoresState, dims: Sizes): ScoresState => ({
+  ...state,
+  operands: [...state.operands, { dims, reshapes: state.reshapes.length }],
+});
+
+/** The state with a constant operand in it, whose dimensions are read when the graph runs if need be. */
+function beside(index: GraphIndex, state: ScoresState, value: string): ScoresState {
+  const dims = uniformOf(index, value)?.dims;
+  if (dims !== undefined) return withOperand(state, dims);
+  const shape = added('shape', value);
+  return withOperand({ ...state, extra: [...state.extra, makeNode('Shape', [value], [shape])] }, shape);
+}
+
+/** True for a number that gives a probability of 0 whatever the state's factors make of it. */
+function isMasked(index: GraphIndex, value: string, { scale, runtimeScales }: ScoresState): boolean {
+  const fill = constantScalar(index, value);
+  const bound = runtimeScales.length > 0 ? MASKED_BEFORE_FACTOR : MASKED_SCORE;
+  return fill !== undefined && fill <= bound && fill * scale <= bound;
+}
+
 /** Of the two sides of an Add, one leads to the product; the other is a mask or bias. */
 function followAdd(index: GraphIndex, state: ScoresState, scores: string, mask: string): Scores | undefined {
   if (index.constants.has(scores)) return undefined;
-  const masks: FoundMask[] = [...state.masks, { value: mask, kind: 'additive', fill: '', reshapes: state.reshapes }];
+  const place = { reshapes: state.reshapes.length, casts: state.casts };
+  const masks: FoundMask[] = [...state.masks, { value: mask, kind: 'additive', fill: '', ...place }];
   const found = followScores(index, scores, { ...state, masks });
   if (found !== undefined && state.softcap !== 0) throw new NotExact('a mask added before the softcap');
   if (found !== undefined && (state.scale !== 1 || state.runtimeScales.length > 0)) {
@@ -229,20 +280,18 @@ function followAdd(index: GraphIndex, state: ScoresState, scores: string, mask: 
 
 function followWhere(index: GraphIndex, node: NodeProto, state: ScoresState): Scores | undefined {
   const [condition, yes, no] = node.input as [string, string, string];
-  const isFill = (value: string) => {
-    const fill = constantScalar(index, value);
-    return fill !== undefined && fill <= MASKED_SCORE && fill * state.scale <= MASKED_SCORE;
-  };
-  const mask = (value: string, fill: string): FoundMask[] => [
-    ...state.masks,
-    { value, kind: 'boolean', fill, reshapes: state.reshapes },
-  ];
+  const isFill = (value: string) => isMasked(index, value, state);
+  const masked = (value: string, fill: string): ScoresState => ({
+    ...beside(index, state, fill),
+    masks: [...state.masks, { value, kind: 'boolean', fill, reshapes: state.reshapes.length, casts: state.casts }],
+  });
   let found: Scores | undefined;
-  if (isFill(no)) found = followScores(index, yes, { ...state, masks: mask(condition, no) });
+  if (isFill(no)) found = followScores(index, yes, masked(condition, no));
   else if (isFill(yes)) {
     const attended = added('not', condition);
+    const state = masked(attended, yes);
     const extra = [...state.extra, makeNode('Not', [condition], [attended])];
-    found = followScores(index, no, { ...state, masks: mask(attended, yes), extra });
+    found = followScores(index, no, { ...state, extra });
   }
   if (found !== undefined && state.softcap !== 0) throw new NotExact('a mask applied before the softcap');
   return found;
@@ -250,23 +299,24 @@ function followWhere(index: GraphIndex, node: NodeProto, state: ScoresState): Sc
 
 interface ScaleStep {
   readonly value: string;
-  readonly factor: number | undefined;
+  /** Undefined where only a run shows it. */
+  readonly factor: { readonly number: number; readonly dims: readonly number[] } | undefined;
   readonly runtime: readonly RuntimeScale[];
 }
 
 /** Reads Mul and Div by one number, known now or when the graph runs. */
 function scaleStep(index: GraphIndex, node: NodeProto): ScaleStep | undefined {
+  const inverse = isOp(node, 'Div');
+  if (!inverse && !isOp(node, 'Mul')) return undefined;
   const [a, b] = node.input as [string, string];
-  if (isOp(node, 'Mul') || isOp(node, 'Div')) {
-    const inverse = node.opType === 'Div';
-    const right = constantScalar(index, b);
-    if (right !== undefined) return { value: a, factor: inverse ? 1 / right : right, runtime: [] };
-    const left = inverse ? undefined : constantScalar(index, a);
-    if (left !== undefined) return { value: b, factor: left, runtime: [] };
-    if (isRuntimeScalar(index, b)) return { value: a, factor: undefined, runtime: [{ value: b, inverse }] };
-    if (!inverse && isRuntimeScalar(index, a)) {
-      return { value: b, factor: undefined, runtime: [{ value: a, inverse }] };
-    }
+  const orders = inverse ? [[a, b] as const] : [[a, b] as const, [b, a] as const];
+  for (const [value, scale] of orders) {
+    const { number, dims } = uniformOf(index, scale) ?? {};
+    if (number === undefined || dims === undefined) continue;
+    return { value, factor: { number: inverse ? 1 / number : number, dims }, runtime: [] };
+  }
+  for (const [value, scale] of orders) {
+    if (isRuntimeScalar(index, scale)) return { value, factor: undefined, runtime: [{ value: scale, inverse }] };
   }
   return undefined;
 }
@@ -296,6 +346,8 @@ interface Peeled {
   readonly axes: Axes | undefined;
   readonly scale: number;
   readonly nodes: readonly NodeProto[];
+  /** Of `value`, whose heads the graph repeats. */
+  readonly repeat?: { readonly of: Repeat; readonly axes: Axes };
 }
 
 const NATURAL: Axes = [0, 1, 2, 3];
@@ -316,48 +368,48 @@ function peel(
     if (node === undefined) return best;
     const nodes = [node, ...current.nodes];
     const scaled = options.scales ? scaleStep(index, node) : undefined;
-    const repeated = options.repeats ? repeatedHeads(index, current) : undefined;
+    const repeats = options.repeats && current.repeat === undefined;
+    const axes = current.axes ?? NATURAL;
+    const repeated = repeats ? repeatedHeads(index, node, axes[1]) : undefined;
     if (isOp(node, 'Identity')) current = { ...current, value: node.input[0] as string, nodes };
     else if (isOp(node, 'Transpose')) {
       const permutation = intsAttribute(node, 'perm');
       if (permutation?.length !== 4) return best;
-      const axes = (current.axes ?? NATURAL).map((axis) => permutation[axis] as number) as unknown as Axes;
-      current = { ...current, value: node.input[0] as string, axes, nodes };
-    } else if (scaled?.factor !== undefined) {
-      current = { ...current, value: scaled.value, scale: current.scale * scaled.factor, nodes };
-    } else if (repeated !== undefined) current = repeated;
-    else return best;
+      const permuted = axes.map((axis) => permutation[axis] as number) as unknown as Axes;
+      current = { ...current, value: node.input[0] as string, axes: permuted, nodes };
+    } else if (scaled?.factor !== undefined && isOneNumber(scaled.factor.dims)) {
+      current = { ...current, value: scaled.value, scale: current.scale * scaled.factor.number, nodes };
+    } else if (repeated !== undefined) {
+      const { value } = repeated;
+      current = {
+        ...current,
+        value,
+        axes,
+        nodes: [...repeated.nodes, ...current.nodes],
+        repeat: { of: repeated, axes },
+      };
+    } else return best;
     if (current.axes === undefined || current.axes[3] === 3) best = current;
   }
 }
 
-/** Goes up through key heads repeated for grouped queries: Unsqueeze, Expand or Tile, Reshape; or a Gather. */
-function repeatedHeads(index: GraphIndex, current: Peeled): Peeled | undefined {
-  const headAxis = (current.axes ?? NATURAL)[1];
-  const last = index.producer(current.value) as NodeProto;
-  if (isOp(last, 'Gather') && (intAttribute(last, 'axis') ?? 0) === headAxis) {
-    const indices = constantNumbers(index, last.input[1] as string);
-    const groups = indices === undefined ? 0 : indices.filter((i) => i === 0).length;
-    const interleaved = groups > 1 && indices?.every((head, i) => head === Math.floor(i / groups));
-    // A Gather of all heads of a tensor whose size is unknown here: the runtime checks that the heads divide.
-    return interleaved ? { ...current, value: last.input[0] as string, nodes: [last, ...current.nodes] } : undefined;
-  }
-  const expand = isOp(last, 'Reshape') ? index.producer(last.input[0] as string) : undefined;
-  if (!isOp(expand, 'Expand') && !isOp(expand, 'Tile')) return undefined;
-  const unsqueeze = index.producer(expand.input[0] as string);
-  if (!isOp(unsqueeze, 'Unsqueeze')) return undefined;
-  const axes = intsAttribute(unsqueeze, 'axes') ?? constantNumbers(index, unsqueeze.input[1] ?? '');
-  if (axes?.length !== 1 || (axes[0] !== headAxis + 1 && axes[0] !== headAxis - 4)) return undefined;
-  return {
-    ...current,
-    value: unsqueeze.input[0] as string,
-    axes: current.axes ?? NATURAL,
-    nodes: [unsqueeze, expand, last, ...current.nodes],
-  };
-}
+/** A factor that gives no operand, which has three dimensions at least, another shape. */
+const isOneNumber = (dims: readonly number[]) => dims.length <= 3 && dims.every((size) => size === 1);
 
-function operandOf(peeled: Peeled): Operand {
-  return peeled.axes === undefined ? naturalOperand(peeled.value) : permutedOperand(peeled.value, peeled.axes);
+function operandOf({ value, axes, repeat }: Peeled): Operand {
+  const operand = axes === undefined ? naturalOperand(value) : permutedOperand(value, axes);
+  if (repeat === undefined) return operand;
+  return {
+    ...operand,
+    parameters: repeat.of.parameters,
+    view: (tensor, numbers) => {
+      const view = operand.view(tensor, numbers);
+      // In the order of the axes where heads are repeated.
+      const shape = view && [0, 1, 2, 3].map((axis) => view.shape[repeat.axes.indexOf(axis)] as number);
+      const repeats = shape && repeat.of.count(shape, numbers);
+      return repeats === undefined ? undefined : view && { ...view, repeats };
+    },
+  };
 }
 
 /** k as `[B,H,L,D]`: a MatMul's right operand is `[.., D, L]`, so a transpose must be found or added. */
@@ -371,7 +423,7 @@ function keyOperand(index: GraphIndex, product: Product): { peeled: Peeled; oper
   }
   const start: Peeled = { value: right, axes: [0, 1, 3, 2], scale: 1, nodes: [] };
   const peeled = peel(index, start, { scales: true, repeats: true });
-  if (peeled.axes?.[3] === 3) return { peeled, operand: permutedOperand(peeled.value, peeled.axes), extra: [] };
+  if (peeled.axes?.[3] === 3) return { peeled, operand: operandOf(peeled), extra: [] };
   const transpose = index.producer(right);
   const permutation = isOp(transpose, 'Transpose') ? intsAttribute(transpose, 'perm') : undefined;
   if (transpose !== undefined && permutation?.join() === '0,2,1') {
@@ -396,27 +448,37 @@ function keyOperand(index: GraphIndex, product: Product): { peeled: Peeled; oper
 }
 
 /** One mask out of several, in nodes to add to the graph. */
-function combineMasks(scores: Scores, extra: NodeProto[]): Mask | undefined {
-  const above = new Set(scores.masks.map((mask) => scores.reshapes - mask.reshapes));
-  if (above.size > 1 || [...above].some((reshapes) => reshapes > 1)) throw new NotExact('masks of reshaped scores');
+function combineMasks(index: GraphIndex, { masks }: Scores, extra: NodeProto[]): FoundMask | undefined {
+  if (new Set(masks.map(({ reshapes }) => reshapes)).size > 1) throw new NotExact('masks of scores of several shapes');
   const compute = (opType: string, inputs: string[]) => {
     const result = added(opType.toLowerCase(), ...inputs);
     extra.push(makeNode(opType, inputs, [result]));
     return result;
   };
-  let combined: FoundMask | undefined;
-  for (const mask of scores.masks) {
-    if (combined === undefined) combined = mask;
-    else if (combined.kind === mask.kind) {
-      const value = compute(mask.kind === 'additive' ? 'Add' : 'And', [combined.value, mask.value]);
-      combined = { ...combined, value };
-    } else {
-      const [boolean, additive]: FoundMask[] = combined.kind === 'boolean' ? [combined, mask] : [mask, combined];
-      if (boolean === undefined || additive === undefined) continue;
-      combined = { ...additive, value: compute('Where', [boolean.value, additive.value, boolean.fill]) };
+  const numbersOf = (mask: FoundMask) => (mask.kind === 'additive' ? mask.value : mask.fill);
+  const combine = (outer: FoundMask, mask: FoundMask): Pick<FoundMask, 'kind' | 'value'> => {
+    if (outer.kind === 'boolean' && mask.kind === 'boolean') {
+      return { kind: 'boolean', value: compute('And', [outer.value, mask.value]) };
     }
+    let numbers = numbersOf(mask);
+    if (mask.casts !== outer.casts) {
+      if (index.opset < 15) throw new NotExact('masks of several types in an operator set without CastLike');
+      numbers = compute('CastLike', [numbers, numbersOf(outer)]);
+    }
+    if (outer.kind === 'boolean') {
+      return { kind: 'additive', value: compute('Where', [outer.value, numbers, outer.fill]) };
+    }
+    const value =
+      mask.kind === 'additive'
+        ? compute('Add', [outer.value, numbers])
+        : compute('Where', [mask.value, outer.value, numbers]);
+    return { kind: 'additive', value };
+  };
+  let combined: FoundMask | undefined;
+  for (const mask of masks) {
+    combined = combined === undefined ? mask : { ...combined, ...combine(combined, mask) };
   }
-  return combined && { value: combined.value, form: above.has(1) ? 'split-heads' : 'scores' };
+  return combined;
 }
 
 /** The last axis as Softmax names it: the rank that the scores must then have, undefined for -1, null for another axis. */
@@ -467,7 +529,15 @@ function buildSite(index: GraphIndex, softmax: NodeProto, scores: Scores, probab
     throw new NotExact('an operand that is a constant');
 
   const output = outputOf(index, probabilities.product);
-  const rank = softmaxRank(softmax, index.opset);
+  const mask = combineMasks(index, scores, extra);
+  const softmaxAt = scores.reshapes.length;
+  const shape: ScoresShape = {
+    reshapes: [...scores.reshapes, ...probabilities.reshapes],
+    softmaxAt,
+    softmaxRank: softmaxRank(softmax, index.opset) ?? undefined,
+    maskAt: softmaxAt - (mask?.reshapes ?? 0),
+    operands: scores.operands.map(({ dims, reshapes }) => ({ dims, at: softmaxAt - reshapes })),
+  };
   return {
     name: softmax.name || (softmax.output[0] as string),
     form: FORM,
@@ -476,7 +546,7 @@ function buildSite(index: GraphIndex, softmax: NodeProto, scores: Scores, probab
     q: operandOf(q),
     k: k.operand,
     v: operandOf(v),
-    mask: combineMasks(scores, extra),
+    mask: mask && { value: mask.value, form: 'scores' },
     scale: scores.scale * q.scale * k.peeled.scale,
     runtimeScales: scores.runtimeScales,
     softcap: scores.softcap,
@@ -484,14 +554,14 @@ function buildSite(index: GraphIndex, softmax: NodeProto, scores: Scores, probab
     causalAlignment: 'top-left',
     windowLength: undefined,
     alignedPast: undefined,
-    check: undefined,
+    lastKeys: undefined,
     output: output.value,
     outputLayout: () => output.layout,
     outputDims: ([batch, heads, length, dim], rank) => {
       if (output.layout === 'NHD') return [batch, length, heads, dim];
       return rank === 3 ? [batch * heads, length, dim] : [batch, heads, length, dim];
     },
-    scoresRank: rank ?? undefined,
+    scores: shape,
     nodes: inGraphOrder(index, [
       ...q.nodes,
       ...k.peeled.nodes,
@@ -534,7 +604,9 @@ export function detectDecomposed(index: GraphIndex, softmax: NodeProto): Detecti
       runtimeScales: [],
       softcap: 0,
       masks: [],
-      reshapes: 0,
+      reshapes: [],
+      casts: 0,
+      operands: [],
       extra: [],
     };
     const scores = followScores(index, softmax.input[0] as string, state);

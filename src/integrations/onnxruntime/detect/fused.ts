@@ -18,6 +18,7 @@ import {
   packedOperand,
   permutedOperand,
 } from './site.ts';
+import { sizesOf } from './views.ts';
 
 class NotExact extends Error {}
 
@@ -112,11 +113,11 @@ function site(index: GraphIndex, node: NodeProto, prelude: Prelude, parts: SiteP
     causalAlignment: 'top-left',
     windowLength: undefined,
     alignedPast: undefined,
-    check: undefined,
+    lastKeys: undefined,
     output: node.output[0] as string,
     outputLayout: () => 'NHD',
     outputDims: ([batch, heads, length, dim]) => [batch, length, heads * dim],
-    scoresRank: undefined,
+    scores: undefined,
     nodes: [node],
     overrides: node.output.slice(1).filter(given),
     extra: prelude.nodes,
@@ -133,6 +134,21 @@ const scaleOf = (node: NodeProto): number | undefined => floatAttribute(node, 's
 function paddingMask(node: NodeProto, prelude: Prelude, value: string): Mask {
   refuse((floatAttribute(node, 'mask_filter_value') ?? -1e4) > -1e4, 'a mask_filter_value above -10000');
   return { value: prelude.add('Cast', 'mask', [value], { attributes: { to: BOOL } }), form: 'padding' };
+}
+
+/**
+ * Keys or values `[B,L,columns]` with a bias of as many columns. Where they are `[B,H,L,D]`, to which onnxruntime adds no bias, this is
+ * something that may be computed and is not used.
+ */
+function biasedRows(prelude: Prelude, label: string, value: string, bias: string): string {
+  const columns = prelude.add('Shape', `${label}.columns`, [bias]);
+  const shape = [prelude.ints(`${label}.all`, [-1]), columns];
+  const rows = prelude.add('Concat', `${label}.rowsShape`, shape, { attributes: { axis: 0 } });
+  const biased = prelude.add('Add', `${label}.biasedRows`, [
+    prelude.add('Reshape', `${label}.rows`, [value, rows]),
+    bias,
+  ]);
+  return prelude.add('Reshape', `${label}.biased`, [biased, prelude.add('Shape', `${label}.shape`, [value])]);
 }
 
 function multiHeadAttention(index: GraphIndex, node: NodeProto): AttentionSite {
@@ -156,11 +172,10 @@ function multiHeadAttention(index: GraphIndex, node: NodeProto): AttentionSite {
     const zero = prelude.ints('bias.zero', [0]);
     const end = prelude.ints('bias.end', [2 ** 31 - 1]);
     const both = prelude.add('Add', 'bias.both', [width, width]);
-    const part = (name: string, of: string, from: string, to: string) =>
-      prelude.add('Add', `${name}.biased`, [of, prelude.slice(`${name}.bias`, bias, from, to, 0)]);
-    operands.q = part('q', operands.q, zero, width);
-    operands.k = part('k', key as string, width, both);
-    operands.v = part('v', value as string, both, end);
+    const part = (name: string, from: string, to: string) => prelude.slice(`${name}.bias`, bias, from, to, 0);
+    operands.q = prelude.add('Add', 'q.biased', [operands.q, part('q', zero, width)]);
+    operands.k = biasedRows(prelude, 'k', key as string, part('k', width, both));
+    operands.v = biasedRows(prelude, 'v', value as string, part('v', both, end));
   }
   requireOnlyOutput(index, presentKey);
   requireOnlyOutput(index, presentValue);
@@ -175,7 +190,7 @@ function multiHeadAttention(index: GraphIndex, node: NodeProto): AttentionSite {
     mask,
     scale: scaleOf(node),
     isCausal: causal,
-    causalAlignment: given(pastKey) ? ('bottom-right' as const) : ('top-left' as const),
+    ...(causal ? { causalAlignment: 'bottom-right' as const, alignedPast: pastKey ?? '' } : {}),
   };
   if (!given(operands.k)) {
     refuse(state, 'past or present with packed operands');
@@ -189,7 +204,8 @@ function multiHeadAttention(index: GraphIndex, node: NodeProto): AttentionSite {
     return site(index, node, prelude, { ...common, q, k, v });
   }
   if (!state) {
-    const [k, v] = [operands.k, operands.v].map((name) => hiddenOrHeadsOperand(name, heads)) as [Operand, Operand];
+    const read = given(bias) ? hiddenOperand : hiddenOrHeadsOperand;
+    const [k, v] = [operands.k, operands.v].map((name) => read(name, heads)) as [Operand, Operand];
     return site(index, node, prelude, { ...common, q, k, v });
   }
   const cached = (label: string, name: string, past: string | undefined, present: string | undefined) => {
@@ -292,7 +308,8 @@ function groupQueryAttention(index: GraphIndex, node: NodeProto): AttentionSite 
   const kvHeads = intAttribute(node, 'kv_num_heads') ?? 0;
   const windowLength = intAttribute(node, 'local_window_size') ?? -1;
   refuseGroupQuery(node);
-  refuse(!given(lengths), 'no sequence lengths');
+  const keys = sizesOf(index, lengths);
+  refuse(keys === undefined, 'no sequence lengths');
   requireOnlyOutput(index, presentKey);
   requireOnlyOutput(index, presentValue);
   const prelude = new Prelude(node);
@@ -355,7 +372,7 @@ function groupQueryAttention(index: GraphIndex, node: NodeProto): AttentionSite 
     isCausal: true,
     causalAlignment: 'bottom-right',
     ...(windowLength > 0 ? { windowLength } : {}),
-    check: { value: lengths as string },
+    lastKeys: keys,
   });
 }
 

@@ -1,7 +1,7 @@
 /** What detection finds: one attention in a graph, as the operands of `sageattn` and the nodes that it replaces. */
 import { type GraphIndex, isOp } from '../graph.ts';
 import type { NodeProto } from '../onnx/codec.ts';
-import { type Numbers, type Strided, sourceOf } from './views.ts';
+import { type Numbers, parametersOf, type Sizes, type Strided, sourceOf } from './views.ts';
 
 /** `[B,H,L,D]` seen in the elements of a tensor. */
 export interface View {
@@ -10,6 +10,8 @@ export interface View {
   readonly offset: number;
   /** Of the tensor that the graph has there: 3 where heads are part of the batch or of the channels. */
   readonly rank: number;
+  /** How often the graph repeats each head before it multiplies; default 1. */
+  readonly repeats?: number;
 }
 
 /** How an operand lies in a value of the graph. `view` is undefined for sizes that it does not cover. */
@@ -28,10 +30,10 @@ export interface Mask {
   /** bool (true = attend) or additive float; the tensor's type says which. */
   readonly value: string;
   /**
-   * `full`: broadcasts to `[B,H,L,S]`. `scores`: broadcasts to the scores, of rank 3 or 4 as q is. `split-heads`: broadcasts
-   * to `[B,H,L,S]` while q, k and v are `[B*H,L,D]`. `padding`: `[B,S]`, or `[B,L,S]` for all heads.
+   * `full`: broadcasts to `[B,H,L,S]`. `scores`: broadcasts to the scores as they are at `ScoresShape.maskAt`. `padding`:
+   * `[B,S]`, or `[B,L,S]` for all heads.
    */
-  readonly form: 'full' | 'scores' | 'split-heads' | 'padding';
+  readonly form: 'full' | 'scores' | 'padding';
 }
 
 /** A factor of the scores that is known only when the graph runs: a tensor of one element. */
@@ -40,10 +42,16 @@ export interface RuntimeScale {
   readonly inverse: boolean;
 }
 
-/** Values of the graph that must hold equal numbers for the replacement to be exact. */
-export interface SequenceLengthCheck {
-  /** `seqlens_k` of GroupQueryAttention: keys of each sequence minus one. */
-  readonly value: string;
+/** What must hold when the graph runs of scores that are a tensor of the graph. Stage 0 is the product of q and k. */
+export interface ScoresShape {
+  /** Reshapes from the product of q and k to that with v; each makes the next stage. */
+  readonly reshapes: readonly Sizes[];
+  readonly softmaxAt: number;
+  /** Rank at the Softmax for its axis to be the last one; undefined where any will do. */
+  readonly softmaxRank: number | undefined;
+  readonly maskAt: number;
+  /** Dimensions of factors and of what masked scores become: they must not make the scores larger. */
+  readonly operands: readonly { readonly dims: Sizes; readonly at: number }[];
 }
 
 export interface AttentionSite {
@@ -70,14 +78,15 @@ export interface AttentionSite {
    * past has tokens: the past keys `[B,H,P,D]`, or an empty name where there are none.
    */
   readonly alignedPast: string | undefined;
-  readonly check: SequenceLengthCheck | undefined;
+  /** `seqlens_k` of GroupQueryAttention, the last key of each sequence: in every one it must be the last of all keys. */
+  readonly lastKeys: Sizes | undefined;
   /** The attention output and how `[B,H,Lq,Dv]` lies in it. */
   readonly output: string;
   /** `rank` is that of the tensor that holds q. */
   outputLayout(rank: number): 'HND' | 'NHD';
   outputDims(view: View['shape'], rank: number): number[];
-  /** Rank that the scores must have for the softmax axis to be the last one; undefined where any will do. */
-  readonly scoresRank: number | undefined;
+  /** Undefined where attention is one operator. */
+  readonly scores: ScoresShape | undefined;
   /** The replaced nodes in topological order: onnxruntime computes `output` and `overrides` with them when it must. */
   readonly nodes: readonly NodeProto[];
   /** Outputs of `nodes` that `extra` computes too (present keys and values). */
@@ -214,7 +223,7 @@ export function withSources(index: GraphIndex, site: AttentionSite): AttentionSi
     for (const node of source.nodes) nodes.add(node);
     return {
       value: source.value,
-      parameters: source.parameters,
+      parameters: [...source.parameters, ...from.parameters],
       channels: 0,
       valueRank: undefined,
       view: (tensor, numbers) => {
@@ -234,16 +243,25 @@ export function boundaryOf(index: GraphIndex, nodes: readonly NodeProto[]): stri
   return [...new Set(read)].filter((name) => !written.has(name) && !index.constants.has(name));
 }
 
+/** Values whose numbers are read before the site can run: shapes, scales, lengths. */
+export function numbersReadBy({ q, k, v, scores, runtimeScales, lastKeys }: AttentionSite): string[] {
+  return [
+    ...[q, k, v].flatMap((operand) => operand.parameters),
+    ...parametersOf(scores?.reshapes ?? []),
+    ...parametersOf(scores?.operands.map(({ dims }) => dims) ?? []),
+    ...runtimeScales.map((scale) => scale.value),
+    ...parametersOf(lastKeys === undefined ? [] : [lastKeys]),
+  ];
+}
+
 /** Everything that must exist before the site can run. */
 export function inputsOf(index: GraphIndex, site: AttentionSite): string[] {
   const values = [
     site.q.value,
     site.k.value,
     site.v.value,
-    ...[site.q, site.k, site.v].flatMap((operand) => operand.parameters),
+    ...numbersReadBy(site),
     ...(site.mask === undefined ? [] : [site.mask.value]),
-    ...site.runtimeScales.map((scale) => scale.value),
-    ...(site.check === undefined ? [] : [site.check.value]),
     ...(site.alignedPast ? [site.alignedPast] : []),
     ...boundaryOf(index, site.nodes),
   ];

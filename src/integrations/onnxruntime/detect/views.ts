@@ -16,6 +16,23 @@ export interface Strided {
 /** Numbers of a small integer value when the graph runs. */
 export type Numbers = (value: string) => readonly number[];
 
+/** Dimensions that the graph says, or the integer value that has them when the graph runs. */
+export type Sizes = readonly number[] | string;
+
+/** What an operator is given as a shape; undefined where it is given none, or none that can be read. */
+export function sizesOf(index: GraphIndex, value: string | undefined): Sizes | undefined {
+  if (value === undefined || value === '') return undefined;
+  return index.constants.has(value) ? constantNumbers(index, value) : value;
+}
+
+export const parametersOf = (sizes: readonly Sizes[]): string[] => sizes.filter((entry) => typeof entry === 'string');
+
+export const readSizes = (sizes: Sizes, numbers: Numbers): readonly number[] =>
+  typeof sizes === 'string' ? numbers(sizes) : sizes;
+
+export const sameSizes = (a: readonly number[], b: readonly number[]): boolean =>
+  a.length === b.length && a.every((size, axis) => size === b[axis]);
+
 export const contiguous = (shape: readonly number[]): Strided => ({
   shape,
   strides: contiguousStrides(shape),
@@ -79,8 +96,8 @@ export function reshaped({ shape, strides, offset }: Strided, target: readonly n
   return { shape: target, strides: result, offset };
 }
 
-/** Zeros copy a size, -1 is what is left over. */
-function targetShape(asked: readonly number[], shape: readonly number[]): number[] | undefined {
+/** Of a Reshape. Zeros copy a size, -1 is what is left over. */
+export function targetShape(asked: readonly number[], shape: readonly number[]): number[] | undefined {
   const target = asked.map((size, axis) => (size === 0 ? (shape[axis] ?? -2) : size));
   const open = target.indexOf(-1);
   if (open >= 0) {
@@ -181,17 +198,14 @@ function sliceStep(index: GraphIndex, node: NodeProto, up: Up): Place | undefine
 }
 
 function reshapeStep(index: GraphIndex, node: NodeProto, place: Place, up: Up): Place | undefined {
-  const target = node.input[1];
+  const target = sizesOf(index, node.input[1]);
   if (target === undefined || (intAttribute(node, 'allowzero') ?? 0) !== 0 || place.channels !== 0) return undefined;
-  const constant = constantNumbers(index, target);
-  if (constant === undefined && index.constants.has(target)) return undefined;
-  const parameters = constant === undefined ? [...place.parameters, target] : place.parameters;
   return up(
     (view, numbers) => {
-      const sizes = targetShape(constant ?? numbers(target), view.shape);
+      const sizes = targetShape(readSizes(target, numbers), view.shape);
       return sizes && reshaped(view, sizes);
     },
-    { rank: undefined, rowsOnly: true, parameters },
+    { rank: undefined, rowsOnly: true, parameters: [...place.parameters, ...parametersOf([target])] },
   );
 }
 

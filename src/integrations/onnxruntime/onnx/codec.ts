@@ -46,6 +46,13 @@ export const ELEMENT_TYPES = {
 
 export type ElementTypeName = keyof typeof ELEMENT_TYPES;
 
+const TYPE_NAMES = new Map(
+  Object.entries(ELEMENT_TYPES).map(([name, number]) => [number as number, name as ElementTypeName]),
+);
+
+/** Undefined for types that onnxruntime has no name for. */
+export const elementTypeName = (elementType: number): ElementTypeName | undefined => TYPE_NAMES.get(elementType);
+
 /** Numbers of `AttributeProto.AttributeType`. */
 export const ATTRIBUTE_TYPES = { float: 1, int: 2, string: 3, tensor: 4, graph: 5, floats: 6, ints: 7 } as const;
 
