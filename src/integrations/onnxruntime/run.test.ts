@@ -171,15 +171,16 @@ describe('options', () => {
 
 describe("policy: 'adaptive'", () => {
   /** The exact backend with another time, or result, of its kernel. */
-  async function slow(milliseconds: number): Promise<void> {
+  async function slow(milliseconds: number | ((queryLength: number) => number)): Promise<void> {
     await setBackend({
       ...backend,
       plan: async (problem, choice) => {
         const plan = await backend.plan(problem, choice);
+        const wait = typeof milliseconds === 'number' ? milliseconds : milliseconds(problem.queryLength);
         return {
           ...plan,
           run: async (inputs, context) => {
-            await new Promise((resolve) => setTimeout(resolve, milliseconds));
+            await new Promise((resolve) => setTimeout(resolve, wait));
             return plan.run(inputs, context);
           },
         };
@@ -199,6 +200,21 @@ describe("policy: 'adaptive'", () => {
     delay = 1000;
     await sage.run(feeds());
     expect(sage.sageAttention[0]).toMatchObject({ taken: false, reason: 'onnxruntime was faster' });
+  });
+
+  it('weighs runs of different lengths by what they take', async () => {
+    await slow((queryLength) => (queryLength < 50 ? 200 : 0));
+    const sage = await sageOf({ policy: 'adaptive', calibrationRuns: 2 }).create(ATTENTION);
+    await sage.run(feeds(5));
+    // The types know the class by its factory alone.
+    const { prototype } = ort.InferenceSession as unknown as { prototype: ort.InferenceSession };
+    const { run } = prototype;
+    vi.spyOn(prototype, 'run').mockImplementation(async function (this: ort.InferenceSession, ...args: unknown[]) {
+      await new Promise((resolve) => setTimeout(resolve, 1000));
+      return (run as (...args: unknown[]) => Promise<ort.InferenceSession.OnnxValueMapType>).apply(this, args);
+    });
+    await sage.run(feeds(64));
+    expect(sage.sageAttention[0]).toMatchObject({ taken: true, reason: undefined });
   });
 
   it('a reason of a run before is none of the runs that compare', async () => {
