@@ -1,7 +1,7 @@
 /**
  * A stack of diffusion transformer blocks (16 heads of 72, hidden 1152, float16) through onnxruntime-web's WebGPU provider in
  * Node: the whole model, with SageAttention, without, and cut in pieces with onnxruntime's own attention between them, which
- * is the cost of cutting by itself. All three on one device, interleaved in the same run. Attention is written in two ways:
+ * is the cost of cutting by itself; and with SageAttention as it comes, which leaves short attention alone. All on one device, interleaved in the same run. Attention is written in two ways:
  * `fused`, one operator, for which onnxruntime has a kernel that never stores the scores, and `decomposed`, in single
  * operators, as exporters write it.
  *
@@ -18,6 +18,7 @@ import { join } from 'node:path';
 import { parseArgs } from 'node:util';
 import { WANTED_LIMITS } from '../../src/backends/webgpu/capabilities.ts';
 import { createWebgpuBackend, emptyGpuTensor } from '../../src/backends/webgpu/index.ts';
+import { thisMachine } from '../../src/cli/machine.ts';
 import { enableNodeWebgpu, withSageAttention } from '../../src/integrations/onnxruntime/index.ts';
 import type { OrtFeeds, OrtSession, OrtTensor } from '../../src/integrations/onnxruntime/ort.ts';
 import type { AttentionReport } from '../../src/integrations/onnxruntime/report.ts';
@@ -77,7 +78,10 @@ interface Row {
   readonly without: number | undefined;
   readonly with: number | undefined;
   readonly cutOnly: number | undefined;
+  /** With no options: attention below the default of `minTokens` stays with onnxruntime. */
+  readonly byDefault: number | undefined;
   readonly speedup: number | undefined;
+  readonly defaultSpeedup: number | undefined;
   readonly cutCost: number | undefined;
   /** Of one block. */
   readonly attentionAlone: number | undefined;
@@ -100,11 +104,13 @@ function writeReport(target: string, report: Report): void {
   writeFileSync(resultFile(target), `${JSON.stringify(report, null, 2)}\n`);
   const cell = (value: number | null | undefined, digits = 2) => value?.toFixed(digits) ?? '';
   const lines = (report.results ?? []).map((row) => {
-    const numbers = [row.without, row.with, row.speedup, row.cutOnly, row.attentionAlone].map((value) => cell(value));
+    const { without, speedup, cutOnly, byDefault, defaultSpeedup, attentionAlone } = row;
+    const times = [without, row.with, speedup, byDefault, defaultSpeedup, cutOnly, attentionAlone];
+    const numbers = times.map((value) => cell(value));
     return `| ${row.spelling} | ${row.float} | ${row.length} | ${numbers.join(' | ')} | ${cell(row.accuracy?.cosineSimilarity, 6)} |`;
   });
   const header =
-    '| attention | type | tokens | without (ms) | with (ms) | speedup | cut only (ms) | one attention alone (ms) | cosine similarity |\n|---|---|---|---|---|---|---|---|---|';
+    '| attention | type | tokens | without (ms) | with (ms) | speedup | by default (ms) | speedup | cut only (ms) | one attention alone (ms) | cosine similarity |\n|---|---|---|---|---|---|---|---|---|---|---|';
   writeFileSync(join(target, 'onnxruntime.md'), `${header}\n${lines.join('\n')}\n`);
 }
 
@@ -266,7 +272,7 @@ class RepeatedRandom extends Random {
 }
 
 interface Variant {
-  readonly name: 'without' | 'with' | 'cutOnly';
+  readonly name: 'without' | 'with' | 'cutOnly' | 'byDefault';
   readonly session: OrtSession & { readonly sageAttention?: readonly AttentionReport[] };
   readonly createMilliseconds: number;
   /** Why it is not run any more: what failed at one length fails at longer ones. */
@@ -289,6 +295,7 @@ async function openVariants(model: Uint8Array): Promise<Variant[]> {
     await open('without', () => ort.InferenceSession.create(model, options)),
     await open('with', () => sage(0, true)),
     await open('cutOnly', () => sage(CUT_ONLY, false)),
+    await open('byDefault', () => withSageAttention(ort).InferenceSession.create(model, options)),
   ];
 }
 
@@ -383,7 +390,7 @@ for (const length of lengths) {
   const feeds = { x: floats(random, [1, length, width]), c: floats(random, [1, width]) };
   const { times, outputs } = await measure(variants, feeds);
   for (const value of Object.values(feeds)) value.dispose();
-  const [without, sage, cutOnly] = variants.map(({ name }) => median(times.get(name) ?? []));
+  const [without, sage, cutOnly, byDefault] = variants.map(({ name }) => median(times.get(name) ?? []));
   const [expected, actual] = [outputs.get('without') ?? outputs.get('cutOnly'), outputs.get('with')];
   const row: Row = {
     spelling,
@@ -392,7 +399,9 @@ for (const length of lengths) {
     without,
     with: sage,
     cutOnly,
+    byDefault,
     speedup: without !== undefined && sage !== undefined ? without / sage : undefined,
+    defaultSpeedup: without !== undefined && byDefault !== undefined ? without / byDefault : undefined,
     cutCost: without !== undefined && cutOnly !== undefined ? cutOnly - without : undefined,
     attentionAlone: await attentionAlone(length).catch((error: unknown) => {
       console.error(`attention alone: ${messageOf(error)}`);
@@ -404,11 +413,19 @@ for (const length of lengths) {
     ),
   };
   rows.push(row);
-  writeReport(folder, { ...details, onnxruntime: ort.env.versions.web, ...size, created, results: rows });
+  writeReport(folder, {
+    machine: thisMachine(),
+    ...details,
+    onnxruntime: ort.env.versions.web,
+    ...size,
+    created,
+    results: rows,
+  });
   const left = variants[1]?.session.sageAttention?.find(({ taken }) => !taken);
   console.log(
     [
       `${spelling}, ${float}, ${length} tokens: without ${without?.toFixed(2)} ms, with ${sage?.toFixed(2)} ms (${row.speedup?.toFixed(2)}x)`,
+      `by default ${byDefault?.toFixed(2)} ms (${row.defaultSpeedup?.toFixed(2)}x)`,
       `cut only ${cutOnly?.toFixed(2)} ms, attention alone ${size.blocks} x ${row.attentionAlone?.toFixed(2)} ms`,
       `cosine similarity ${row.accuracy?.cosineSimilarity.toFixed(6)}`,
       ...(left === undefined ? [] : [`left: ${left.reason}`]),
