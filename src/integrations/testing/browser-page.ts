@@ -1,5 +1,5 @@
 /** Runs in a browser, driven by browser.test.ts: each function compares one engine with exact attention or with itself. */
-import { init, numpy } from '@jax-js/jax';
+import { getWebGPUDevice, init, numpy } from '@jax-js/jax';
 import * as tf from '@tensorflow/tfjs-core';
 import '@tensorflow/tfjs-backend-webgpu';
 import * as ort from 'onnxruntime-web/webgpu';
@@ -50,7 +50,50 @@ async function onnxruntime(
   return { accuracy: compare(actual, expected), taken };
 }
 
-async function tfjs(seed: number): Promise<{ accuracy: Accuracy; leaked: number }> {
+/** Bytes of the buffers that a device has made, from now on, and that are not destroyed. */
+function countBytes(device: GPUDevice): () => number {
+  let bytes = 0;
+  const createBuffer = device.createBuffer.bind(device);
+  device.createBuffer = (descriptor) => {
+    const buffer = createBuffer(descriptor);
+    let { size } = buffer;
+    bytes += size;
+    const destroy = buffer.destroy.bind(buffer);
+    buffer.destroy = () => {
+      bytes -= size;
+      size = 0;
+      destroy();
+    };
+    return buffer;
+  };
+  return () => bytes;
+}
+
+/** Bytes that stay behind with each of a few calls; what the first calls make for all later ones does not count. */
+async function leakedBytes(device: GPUDevice, call: () => Promise<void>): Promise<number> {
+  const bytes = countBytes(device);
+  for (let i = 0; i < 3; i++) await call();
+  const before = bytes();
+  for (let i = 0; i < 3; i++) await call();
+  return bytes() - before;
+}
+
+/** What a promise is rejected with, as far as it can leave the page. */
+async function argumentAtFault(call: Promise<unknown>): Promise<string | undefined> {
+  return call.then(
+    () => undefined,
+    (error: { argument?: string }) => error.argument,
+  );
+}
+
+interface OnGpu {
+  readonly accuracy: Accuracy;
+  readonly leakedBytes: number;
+  /** The argument named where an option is unknown. */
+  readonly refused: string | undefined;
+}
+
+async function tfjs(seed: number): Promise<OnGpu & { leaked: number; unseeing: number[] }> {
   await tf.setBackend('webgpu');
   await tf.ready();
   const { q, k, v, exact } = operands(seed);
@@ -63,17 +106,32 @@ async function tfjs(seed: number): Promise<{ accuracy: Accuracy; leaked: number 
   const output = await tfAttention.sageattn(...inputs, { isCausal: true });
   const accuracy = compare(await output.data(), exact);
   output.dispose();
-  return { accuracy, leaked: tf.memory().numTensors - before };
+  const bytes = await leakedBytes((tf.backend() as unknown as { device: GPUDevice }).device, async () => {
+    (await tfAttention.sageattn(...inputs, { isCausal: true })).dispose();
+  });
+  const refused = await argumentAtFault(tfAttention.sageattn(...inputs, { isCasual: true } as never));
+  // No query sees a key.
+  const attnMask = tf.zeros([1, SHAPE[2]], 'bool');
+  const blind = await tfAttention.sageattn(...inputs, { attnMask });
+  const unseeing = [...new Set(await blind.data())];
+  tf.dispose([blind, attnMask]);
+  return { accuracy, leaked: tf.memory().numTensors - before, leakedBytes: bytes, refused, unseeing };
 }
 
-async function jax(seed: number): Promise<{ accuracy: Accuracy; device: string }> {
+async function jax(seed: number): Promise<OnGpu & { device: string; kept: number }> {
   await init('webgpu');
   const { q, k, v, exact } = operands(seed);
   const make = (value: Tensor) =>
     numpy.array(value.data as Float32Array<ArrayBuffer>, { shape: [...SHAPE], device: 'webgpu' });
   const output = await jaxAttention.sageattn(make(q), make(k), make(v), { isCausal: true });
   const { device } = output;
-  return { accuracy: compare((await output.data()) as Float32Array, exact), device };
+  const accuracy = compare((await output.data()) as Float32Array, exact);
+  const bytes = await leakedBytes(getWebGPUDevice(), async () => {
+    (await jaxAttention.sageattn(make(q), make(k), make(v), { isCausal: true })).dispose();
+  });
+  const kept = make(q);
+  const refused = await argumentAtFault(jaxAttention.sageattn(kept, make(k), make(v), { isCasual: true } as never));
+  return { accuracy, device, leakedBytes: bytes, refused, kept: kept.refCount };
 }
 
 /** What the test calls. */

@@ -10,7 +10,6 @@ import { readModelFile } from '../../../scripts/sentence-encoder-onnx.ts';
 import { exactBackend } from '../../../test/support/exact-backend.ts';
 import { Random, runSeed } from '../../../test/support/random.ts';
 import { SENTENCES } from '../../../test/support/sentences.ts';
-import { InvalidArgumentError } from '../../attention/errors.ts';
 import { createProblem } from '../../attention/problem.ts';
 import { disposeBackends, setBackend } from '../../backends/registry.ts';
 import { createTokenizer } from '../../models/sentence-encoder/index.ts';
@@ -61,10 +60,49 @@ describe.each(['cpu', 'wasm'])('sageattn on tfjs backend %s', (name) => {
     expect(tf.memory().numTensors).toBe(before);
   });
 
-  it('refuses integers', () => {
-    const integers = tf.zeros([1, 1, 2, 4], 'int32');
-    expect(() => sageattn(integers, integers, integers)).toThrow(InvalidArgumentError);
-    integers.dispose();
+  it('answers with booleans where a mask says so', async () => {
+    const random = new Random(seed);
+    const [q, k, v] = [0, 1, 2].map(() => tf.tensor(random.normals(2 * 5 * 8), [1, 2, 5, 8])) as [
+      tf.Tensor,
+      tf.Tensor,
+      tf.Tensor,
+    ];
+    // The last query sees nothing.
+    const attnMask = tf.tensor2d(
+      [1, 1, 1, 1, 0].flatMap((row) => [1, 0, 1, 0, 1].map((key) => row * key)),
+      [5, 5],
+      'bool',
+    );
+    const output = await sageattn(q, k, v, { attnMask });
+    const rows = (await output.array()) as number[][][][];
+    expect(rows[0]?.map((head) => head[4])).toEqual([0, 1].map(() => new Array(8).fill(0)));
+    expect(Math.abs(rows[0]?.[0]?.[0]?.[0] as number)).toBeGreaterThan(0);
+    tf.dispose([q, k, v, attnMask, output]);
+  });
+
+  const one = () => tf.ones([1, 1, 2, 4]);
+  it.each<[string, string, (q: tf.Tensor) => Promise<unknown>]>([
+    ['integers', 'k', (q) => sageattn(q, tf.cast(q, 'int32'), q)],
+    ['no tensor', 'v', (q) => sageattn(q, q, undefined as never)],
+    ['an array', 'q', (q) => sageattn([1, 2] as never, q, q)],
+    ['a mask of integers', 'options.attnMask', (q) => sageattn(q, q, q, { attnMask: tf.ones([2, 2], 'int32') })],
+    ['a mask of another shape', 'options.attnMask', (q) => sageattn(q, q, q, { attnMask: tf.ones([3, 2]) })],
+    ['a name that is no option', 'options.isCasual', (q) => sageattn(q, q, q, { isCasual: true } as never)],
+    ['the logsumexp', 'options.returnLse', (q) => sageattn(q, q, q, { returnLse: true } as never)],
+    ['a backend', 'options.backend', (q) => sageattn(q, q, q, { backend: 'webgpu' } as never)],
+    ['three dimensions', 'q', (q) => sageattn(tf.squeeze(q), q, q)],
+    ['no options', 'options', (q) => sageattn(q, q, q, null as never)],
+  ])('refuses %s with a rejected promise, and leaves no tensor behind', async (_, argument, call) => {
+    const before = tf.memory().numTensors;
+    let pending: Promise<unknown> | undefined;
+    tf.tidy(() => {
+      pending = call(one());
+    });
+    await expect(pending).rejects.toMatchObject({
+      name: 'InvalidArgumentError',
+      argument: expect.stringMatching(`^${argument}`),
+    });
+    expect(tf.memory().numTensors).toBe(before);
   });
 });
 
