@@ -40,12 +40,12 @@ export interface RewrittenTopology {
  * @throws {InvalidArgumentError} no topology of a GraphModel, or a wrong option
  */
 export function withSageAttention<T extends object>(modelTopology: T, options: GraphModelOptions = {}): T {
-  return rewriteTopology(modelTopology as unknown as ModelTopology, options).topology as unknown as T;
+  return rewriteTopology(modelTopology, options).topology as unknown as T;
 }
 
 /** {@link withSageAttention} with a report. */
-export function rewriteTopology(modelTopology: ModelTopology, options: GraphModelOptions = {}): RewrittenTopology {
-  if (!Array.isArray(modelTopology?.node)) {
+export function rewriteTopology(modelTopology: object, options: GraphModelOptions = {}): RewrittenTopology {
+  if (!isTopology(modelTopology)) {
     const received = Object.prototype.toString.call(modelTopology).slice(8, -1);
     const expected = "the modelTopology of a GraphModel's JSON, which has a list 'node'";
     throw new InvalidArgumentError('invalid-option', 'modelTopology', expected, `${received} without one`);
@@ -83,6 +83,8 @@ export function rewriteTopology(modelTopology: ModelTopology, options: GraphMode
     .map(({ name }) => nodes.get(name) as TopologyNode);
   return { topology: { ...modelTopology, node }, taken, left };
 }
+
+const isTopology = (value: object): value is ModelTopology => Array.isArray((value as ModelTopology | undefined)?.node);
 
 function validate({ kernel, outputs, ...unknown }: GraphModelOptions, nodes: ReadonlyMap<string, TopologyNode>): void {
   for (const name of Object.keys(unknown)) {

@@ -16,7 +16,7 @@ import { createTokenizer } from '../../models/sentence-encoder/index.ts';
 import { attentionExact } from '../../reference/exact.ts';
 import { compare } from '../../reference/metrics.ts';
 import { tensor } from '../../tensor/tensor.ts';
-import { OPERATOR, rewriteTopology, sageattn, withSageAttention } from './index.ts';
+import { type ModelTopology, OPERATOR, rewriteTopology, sageattn, withSageAttention } from './index.ts';
 
 const seed = runSeed();
 beforeAll(() => {
@@ -110,7 +110,7 @@ const largestDifference = (a: readonly number[], b: readonly number[]) =>
   a.reduce((most, value, i) => Math.max(most, Math.abs(value - (b[i] as number))), 0);
 
 interface Artifacts {
-  readonly modelTopology: Parameters<typeof rewriteTopology>[0];
+  readonly modelTopology: ModelTopology;
   readonly weightsManifest: readonly { readonly paths: string[]; readonly weights: tf.io.WeightsManifestEntry[] }[];
 }
 
