@@ -55,6 +55,12 @@ describe('in Chromium', () => {
     expect(unseeing).toEqual([0]);
   });
 
+  itNeeds(missing)('a GraphModel of tfjs on WebGPU', async () => {
+    const { accuracy, taken, leaked } = await call('tfjsModel', seed);
+    expect([taken, leaked]).toEqual([1, 0]);
+    expect(accuracy.cosineSimilarity).toBeGreaterThan(0.999);
+  });
+
   itNeeds(missing)('jax-js on WebGPU', async () => {
     const { accuracy, device, leakedBytes, refused, kept } = await call('jax', seed);
     expect(accuracy.cosineSimilarity).toBeGreaterThan(0.999);

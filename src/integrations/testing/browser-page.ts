@@ -1,5 +1,6 @@
 /** Runs in a browser, driven by browser.test.ts: each function compares one engine with exact attention or with itself. */
 import { getWebGPUDevice, init, numpy } from '@jax-js/jax';
+import { loadGraphModel } from '@tensorflow/tfjs-converter';
 import * as tf from '@tensorflow/tfjs-core';
 import '@tensorflow/tfjs-backend-webgpu';
 import * as ort from 'onnxruntime-web/webgpu';
@@ -13,6 +14,7 @@ import { elementCount, type Tensor, tensor } from '../../tensor/tensor.ts';
 import * as jaxAttention from '../jax/index.ts';
 import { withSageAttention } from '../onnxruntime/index.ts';
 import * as tfAttention from '../tfjs/index.ts';
+import { TopologyBuilder } from '../tfjs/testing/topology-builder.ts';
 
 const SHAPE = [1, 2, 80, 32] as const;
 
@@ -118,6 +120,33 @@ async function tfjs(seed: number): Promise<OnGpu & { leaked: number; unseeing: n
   return { accuracy, leaked: tf.memory().numTensors - before, leakedBytes: bytes, refused, unseeing };
 }
 
+/** A GraphModel that flattens rows for its softmax by a shape that it computes, beside tfjs alone. */
+async function tfjsModel(seed: number): Promise<{ accuracy: Accuracy; taken: number; leaked: number }> {
+  await tf.setBackend('webgpu');
+  await tf.ready();
+  const g = new TopologyBuilder(new Random(seed));
+  const [q, k, v] = [g.input(SHAPE), g.input(SHAPE), g.input(SHAPE)];
+  const scaled = g.node('Mul', [g.node('BatchMatMul', [q, k], { adj_y: true }), g.scalar(SHAPE[3] ** -0.5)]);
+  const scores = g.node('Add', [scaled, g.input([1, 1, 1, SHAPE[2]])]);
+  const shape = g.node('Shape', [scores]);
+  const last = g.node('Slice', [shape, g.shape([3]), g.shape([1])]);
+  const rows = g.node('Reshape', [scores, g.node('ConcatV2', [g.shape([-1]), last, g.integer(0)])]);
+  g.node('BatchMatMul', [g.node('Reshape', [g.node('Softmax', [rows]), shape]), v]);
+  const { topology, taken } = tfAttention.rewriteTopology(g.topology());
+  const feeds = g.feeds();
+  const run = async (modelTopology: object) => {
+    const model = await loadGraphModel(tf.io.fromMemory({ ...g.weights(), modelTopology }));
+    const before = tf.memory().numTensors;
+    const output = (await model.executeAsync(feeds)) as tf.Tensor;
+    const values = (await output.data()) as Float32Array;
+    output.dispose();
+    return { values, leaked: tf.memory().numTensors - before };
+  };
+  const plain = await run(g.topology());
+  const sage = await run(topology);
+  return { accuracy: compare(sage.values, plain.values), taken: taken.length, leaked: sage.leaked };
+}
+
 async function jax(seed: number): Promise<OnGpu & { device: string; kept: number }> {
   await init('webgpu');
   const { q, k, v, exact } = operands(seed);
@@ -135,7 +164,7 @@ async function jax(seed: number): Promise<OnGpu & { device: string; kept: number
 }
 
 /** What the test calls. */
-export const page = { onnxruntime, tfjs, jax };
+export const page = { onnxruntime, tfjs, tfjsModel, jax };
 export type Page = typeof page;
 
 (globalThis as { page?: Page }).page = page;
