@@ -32,33 +32,36 @@ describe.each(['cpu', 'wasm'])('sageattn on tfjs backend %s', (name) => {
     await tf.ready();
   });
 
-  it('attends, with a mask, in either layout, and leaves no tensor behind', async () => {
-    const random = new Random(seed);
-    const shape = [2, 3, 70, 32] as const;
-    const [q, k, v] = [0, 1, 2].map(() => tensor(random.normals(2 * 3 * 70 * 32), shape)) as [
-      ReturnType<typeof tensor>,
-      ReturnType<typeof tensor>,
-      ReturnType<typeof tensor>,
-    ];
-    const bias = tensor(
-      Float32Array.from({ length: 2 * 70 }, (_, i) => (i % 70 < 50 ? 0 : -1e9)),
-      [2, 1, 1, 70],
-    );
-    const before = tf.memory().numTensors;
-    const toTf = (value: typeof q) => tf.tensor(value.data as Float32Array, [...value.shape]);
-    // Disposed by `tidy` before the promise settles: the inputs were read.
-    let pending: Promise<tf.Tensor4D> | undefined;
-    tf.tidy(() => {
-      pending = sageattn(toTf(q), toTf(k), toTf(v), { attnMask: toTf(bias), isCausal: true });
-    });
-    const output = (await pending) as tf.Tensor4D;
-    expect(output.shape).toEqual(shape);
-    const problem = createProblem(q, k, v, { attnMask: bias, isCausal: true });
-    const exact = attentionExact(problem, { q, k, v, attnMask: bias }).output;
-    expect(compare(await output.data(), exact).cosineSimilarity).toBeGreaterThan(0.999);
-    output.dispose();
-    expect(tf.memory().numTensors).toBe(before);
-  });
+  it.each(['HND', 'NHD'] as const)(
+    'attends, with a mask, in the layout %s, and leaves no tensor behind',
+    async (tensorLayout) => {
+      const random = new Random(seed);
+      const shape = tensorLayout === 'HND' ? [2, 3, 70, 32] : [2, 70, 3, 32];
+      const [q, k, v] = [0, 1, 2].map(() => tensor(random.normals(2 * 3 * 70 * 32), shape)) as [
+        ReturnType<typeof tensor>,
+        ReturnType<typeof tensor>,
+        ReturnType<typeof tensor>,
+      ];
+      const bias = tensor(
+        Float32Array.from({ length: 2 * 70 }, (_, i) => (i % 70 < 50 ? 0 : -1e9)),
+        [2, 1, 1, 70],
+      );
+      const before = tf.memory().numTensors;
+      const toTf = (value: typeof q) => tf.tensor(value.data as Float32Array, [...value.shape]);
+      // Disposed by `tidy` before the promise settles: the inputs were read.
+      let pending: Promise<tf.Tensor4D> | undefined;
+      tf.tidy(() => {
+        pending = sageattn(toTf(q), toTf(k), toTf(v), { attnMask: toTf(bias), isCausal: true, tensorLayout });
+      });
+      const output = (await pending) as tf.Tensor4D;
+      expect(output.shape).toEqual(shape);
+      const problem = createProblem(q, k, v, { attnMask: bias, isCausal: true, tensorLayout });
+      const exact = attentionExact(problem, { q, k, v, attnMask: bias }).output;
+      expect(compare(await output.data(), exact).cosineSimilarity).toBeGreaterThan(0.999);
+      output.dispose();
+      expect(tf.memory().numTensors).toBe(before);
+    },
+  );
 
   it('answers with booleans where a mask says so', async () => {
     const random = new Random(seed);
