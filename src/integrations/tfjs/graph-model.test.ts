@@ -35,26 +35,33 @@ afterAll(disposeBackends);
 /** Largest difference to tfjs alone. Attention is exact in float64 here: what remains is float32. */
 const TOLERANCE = 1e-5;
 
-/**
- * Runs the graph with tfjs alone and rewritten.
- *
- * @param attentions how many are found in the graph
- * @param calls how many of them our kernels compute when it runs
- */
+interface Expected {
+  /** How many are found in the graph. */
+  readonly attentions?: number;
+  /** How many of them our kernels compute when it runs. */
+  readonly calls?: number;
+  readonly options?: GraphModelOptions;
+}
+
+/** Runs the graph with tfjs alone and rewritten: the same shapes and values, no tensor left behind. */
 async function expectSame(
   g: TopologyBuilder,
   outputs: readonly string[],
-  {
-    attentions = 1,
-    calls = attentions,
-    options = {},
-  }: { attentions?: number; calls?: number; options?: GraphModelOptions } = {},
+  { attentions = 1, calls = attentions, options = {} }: Expected = {},
 ): Promise<void> {
-  const before = JSON.stringify(g.topology());
   const { topology, taken, left } = rewriteTopology(g.topology(), options);
-  expect(JSON.stringify(g.topology())).toBe(before);
   expect(taken, JSON.stringify(left)).toHaveLength(attentions);
   expect(topology.node.filter(({ op }) => op === OPERATOR)).toHaveLength(attentions);
+  await expectSameResults(g, outputs, topology);
+  expect(exact.calls).toBe(calls);
+}
+
+async function expectSameResults(
+  g: TopologyBuilder,
+  outputs: readonly string[],
+  rewritten: object,
+  tolerance = TOLERANCE,
+): Promise<void> {
   const run = async (modelTopology: object): Promise<{ shape: number[]; values: Float32Array }[]> => {
     const model = await loadGraphModel(tf.io.fromMemory({ ...g.weights(), modelTopology }));
     const feeds = g.feeds();
@@ -68,15 +75,14 @@ async function expectSame(
     return values;
   };
   const expected = await run(g.topology());
-  const actual = await run(topology);
-  expect(exact.calls).toBe(calls);
+  const actual = await run(rewritten);
   expect(actual.map(({ shape }) => shape)).toEqual(expected.map(({ shape }) => shape));
   for (const [i, { values }] of expected.entries()) {
     const difference = values.reduce(
       (most, value, at) => Math.max(most, Math.abs(value - (actual[i]?.values[at] as number))),
       0,
     );
-    expect(difference).toBeLessThan(TOLERANCE);
+    expect(difference).toBeLessThan(tolerance);
   }
 }
 
@@ -226,4 +232,64 @@ describe('a rewritten GraphModel', () => {
   ])('refuses a wrong %s', (argument, rewrite) => {
     expect(rewrite).toThrow(expect.objectContaining({ name: 'InvalidArgumentError', argument }));
   });
+
+  it('does not change the topology that it is given', () => {
+    const g = builder();
+    const [q, k, v] = [g.input([1, 5, 8]), g.input([1, 7, 8]), g.input([1, 7, 4])];
+    const scores = g.node('BatchMatMulV2', [q, k], { adj_y: true });
+    g.node('BatchMatMulV2', [g.node('Reshape', [g.node('Softmax', [scores]), g.node('Shape', [scores])]), v]);
+    const topology = g.topology();
+    const before = JSON.stringify(topology);
+    expect(rewriteTopology(topology).taken).toHaveLength(1);
+    expect(JSON.stringify(topology)).toBe(before);
+  });
+
+  it('computes what the graph did, for random steps between the products', async () => {
+    let taken = 0;
+    for (let i = 0; i < 60; i++) {
+      const g = builder();
+      const output = randomGraph(g);
+      const rewritten = rewriteTopology(g.topology());
+      taken += rewritten.taken.length;
+      // Several factors make scores of thousands, of which float32 keeps a ten-thousandth.
+      await expectSameResults(g, [output], rewritten.topology, 1e-3);
+    }
+    expect(taken).toBeGreaterThan(30);
+    expect(exact.calls).toBeGreaterThan(10);
+  });
 });
+
+/** Scores scaled, masked and reshaped at random; often attention, sometimes not. */
+function randomGraph(g: TopologyBuilder): string {
+  const batch = Array.from({ length: random.integer(0, 3) }, () => random.integer(1, 3));
+  const [queries, keys, dim] = [random.integer(1, 5), random.integer(1, 5), random.integer(1, 6)];
+  const size = tf.util.sizeFromShape(batch);
+  const transposed = random.uniform() < 0.5;
+  const k = g.input([...batch, ...(transposed ? [keys, dim] : [dim, keys])]);
+  let scores = g.node('BatchMatMulV2', [g.input([...batch, queries, dim]), k], { adj_y: transposed });
+  let shape = [...batch, queries, keys];
+  /** A shape that broadcasts to that of the scores. */
+  const smaller = () =>
+    shape.map((length) => (random.uniform() < 0.4 ? 1 : length)).slice(random.integer(0, shape.length));
+  const either = (op: string, other: string) => g.node(op, random.uniform() < 0.5 ? [scores, other] : [other, scores]);
+  const reshape = (to: number[]) => {
+    shape = to;
+    return g.node('Reshape', [scores, g.shape(to)]);
+  };
+  const steps: readonly (() => string)[] = [
+    () => either('Mul', g.constant(random.uniform() < 0.7 ? [] : smaller())),
+    () => g.node('RealDiv', [scores, g.scalar(1 + random.uniform())]),
+    () => either('AddV2', g.input(smaller())),
+    () => reshape([size, queries, keys]),
+    () => reshape([...batch, queries, keys]),
+    () => reshape([1, ...batch, queries, keys]),
+    () => reshape([size * queries, keys]),
+    () => reshape([...batch, queries * keys]),
+    () => g.node('Reshape', [scores, g.node('Shape', [scores])]),
+    () => g.node('Cast', [g.node('Identity', [scores])], { DstT: 1 }),
+  ];
+  for (let count = random.integer(0, 4); count > 0; count--) scores = random.pick(steps)();
+  scores = g.node('Softmax', [scores]);
+  scores = reshape([...batch, queries, keys]);
+  return g.node('BatchMatMulV2', [scores, g.input([...batch, keys, random.integer(1, 6)])]);
+}
