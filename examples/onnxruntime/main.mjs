@@ -9,13 +9,24 @@ const dimensions = Object.fromEntries(sizes.map((entry) => entry.split('=')));
 
 const session = await withSageAttention(ort).InferenceSession.create(path);
 
-const CLASSES = { float32: Float32Array, int64: BigInt64Array, int32: Int32Array, bool: Uint8Array };
+const random = () => Math.random() * 2 - 1;
+/** Bits of a float16 from 0.5 to 1, of either sign. */
+const randomHalf = () => (Math.random() < 0.5 ? 0x8000 : 0) | 0x3800 | Math.floor(Math.random() * 0x400);
+/** For each type an array, and what to put into it: random numbers, or ones where numbers are tokens or flags. */
+const TYPES = {
+  float32: [Float32Array, random],
+  float16: [Uint16Array, randomHalf],
+  int64: [BigInt64Array, () => 1n],
+  int32: [Int32Array, () => 1],
+  uint8: [Uint8Array, () => 1],
+  bool: [Uint8Array, () => 1],
+};
 const feeds = Object.fromEntries(
   session.inputMetadata.map(({ name, type, shape }) => {
+    if (!(type in TYPES)) throw new Error(`input ${name}: type ${type} needs code of its own`);
     const dims = shape.map((size) => (typeof size === 'number' ? size : Number(dimensions[size] ?? 1)));
-    const count = dims.reduce((product, size) => product * size, 1);
-    const data = new CLASSES[type](count);
-    for (let i = 0; i < count; i++) data[i] = type === 'float32' ? Math.random() * 2 - 1 : type === 'int64' ? 1n : 1;
+    const [Data, value] = TYPES[type];
+    const data = Data.from({ length: dims.reduce((product, size) => product * size, 1) }, value);
     return [name, new ort.Tensor(type, data, dims)];
   }),
 );

@@ -129,9 +129,10 @@ async function attend<T extends TensorView>(
   inputs: AttentionInputs<T>,
   problem: AttentionProblem,
   options: AttentionOptions,
+  given?: Backend,
 ): Promise<T | AttentionResult<T>> {
   options.signal?.throwIfAborted();
-  const backend = await chooseBackend(problem, options);
+  const backend = given ?? (await chooseBackend(problem, options));
   const context = contextOf(options, backend.name);
   const choice = await chooseKernel(backend, problem, options);
   const outputs = await withCachedPlan(backend, problem, choice, (plan) => plan.run(inputs, context));
@@ -176,6 +177,18 @@ export async function sageattn<T extends TensorView>(
   validateOptions(options);
   const problem = createProblem(q, k, v, options);
   return attend(inputsOf(q, k, v, options.attnMask), problem, options);
+}
+
+/** {@link sageattn} on a backend that no name stands for: one on a device of another library. */
+export async function sageattnOn<T extends TensorView>(
+  backend: Backend,
+  q: T,
+  k: T,
+  v: T,
+  options: AttentionOptions & { readonly returnLse?: false },
+): Promise<T> {
+  const problem = createProblem(q, k, v, options);
+  return (await attend(inputsOf(q, k, v, options.attnMask), problem, options, backend)) as T;
 }
 
 const VARLEN_OPTIONS = OPTION_NAMES.filter((name) => name !== 'tensorLayout');

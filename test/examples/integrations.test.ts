@@ -26,6 +26,7 @@ afterAll(() => rm(folder, { recursive: true }));
 /** A copy of an example whose dependencies are those of this repository, and whose `sageattention` is the built package. */
 async function project(name: string): Promise<string> {
   const copy = path.join(folder, name);
+  if (existsSync(copy)) return copy;
   await cp(path.join(ROOT, 'examples', name), copy, { recursive: true });
   const modules = path.join(copy, 'node_modules');
   await mkdir(path.join(modules, '@huggingface'), { recursive: true });
@@ -42,10 +43,10 @@ function run(cwd: string, ...args: string[]): string {
   return stdout;
 }
 
-async function ditFile(): Promise<string> {
-  const g = new GraphBuilder(new Random(1));
+async function ditFile(type: 'float32' | 'float16' = 'float32'): Promise<string> {
+  const g = new GraphBuilder(new Random(1), type);
   buildDiT(g, { heads: 2, headDim: 32, blocks: 2 });
-  const file = path.join(folder, 'dit.onnx');
+  const file = path.join(folder, `dit-${type}.onnx`);
   await writeFile(file, g.build());
   return file;
 }
@@ -53,6 +54,12 @@ async function ditFile(): Promise<string> {
 itNeeds(missing)('onnxruntime: a model of any kind, and what became of its attention', async () => {
   const output = run(await project('onnxruntime'), 'main.mjs', await ditFile(), 'tokens=600');
   expect(output).toContain('y: float32 [1,600,64]');
+  expect(output.match(/MatMul-Softmax-MatMul.*\btrue\b/g)).toHaveLength(2);
+});
+
+itNeeds(missing)('onnxruntime: a model in float16', async () => {
+  const output = run(await project('onnxruntime'), 'main.mjs', await ditFile('float16'), 'tokens=300');
+  expect(output).toContain('y: float16 [1,300,64]');
   expect(output.match(/MatMul-Softmax-MatMul.*\btrue\b/g)).toHaveLength(2);
 });
 

@@ -4,39 +4,34 @@
  * @packageDocumentation
  */
 import { getWebGPUDevice, numpy } from '@jax-js/jax';
-import { chooseOptions } from '../../attention/choice.ts';
 import { InvalidArgumentError } from '../../attention/errors.ts';
-import type { AttentionOptions } from '../../attention/options.ts';
-import { withCachedPlan } from '../../attention/plan-cache.ts';
-import { createProblem } from '../../attention/problem.ts';
 import { sageattn as attend } from '../../attention/sageattn.ts';
 import type { GpuTensor } from '../../backends/webgpu/gpu-tensor.ts';
-import type { WebgpuBackend } from '../../backends/webgpu/index.ts';
 import { byteLengthOf, contiguousStrides, type Tensor, tensor } from '../../tensor/tensor.ts';
+import { attendOnDevice, type BridgeOptions, validateBridgeOptions } from '../bridge.ts';
 
 type JaxArray = numpy.Array;
 
 /** Options of `sageattn` but for what makes no sense here: where arrays live says which backend runs. */
-export type JaxAttentionOptions = Omit<AttentionOptions, 'attnMask' | 'returnLse' | 'stream' | 'backend'> & {
+export type JaxAttentionOptions = BridgeOptions & {
   /** Additive, of q's dtype, broadcastable to `[B,Hq,Lq,Lk]`. */
   readonly attnMask?: JaxArray;
 };
 
-let shared: { readonly device: GPUDevice; readonly backend: Promise<WebgpuBackend> } | undefined;
-
-function backendOn(device: GPUDevice): Promise<WebgpuBackend> {
-  if (shared?.device !== device) {
-    const backend = import('../../backends/webgpu/index.ts').then((module) => module.createWebgpuBackend({ device }));
-    shared = { device, backend };
-  }
-  return shared.backend;
+interface Operands<T> {
+  readonly q: T;
+  readonly k: T;
+  readonly v: T;
+  readonly attnMask?: T;
 }
 
 /**
- * Attention on jax-js arrays `[B,H,L,D]` (or as `tensorLayout` says), float32, or float16 on WebGPU. On jax-js' WebGPU
- * backend it runs on its device and buffers; elsewhere on the WASM backend of this package.
+ * Attention on jax-js arrays `[B,H,L,D]` (or as `tensorLayout` says), float32, or float16 where the platform has a
+ * `Float16Array`. On jax-js' WebGPU backend it runs on its device and buffers; elsewhere on the WASM backend of this
+ * package.
  *
- * Like every function of jax-js it consumes its arguments: pass `q.ref` to keep `q`.
+ * Like every function of jax-js it consumes its arguments, the mask among them, and also when it fails: pass `q.ref` to
+ * keep `q`. It reads values, so it cannot be traced: call it outside of `jit`, `grad` and `vmap`.
  *
  * @throws as `sageattn`
  */
@@ -46,60 +41,73 @@ export async function sageattn(
   v: JaxArray,
   options: JaxAttentionOptions = {},
 ): Promise<JaxArray> {
-  for (const [argument, value] of Object.entries({ q, k, v })) {
-    if (value.dtype !== numpy.float32 && value.dtype !== numpy.float16) {
-      throw new InvalidArgumentError('invalid-dtype', argument, 'float32 or float16', String(value.dtype));
+  const attnMask = options?.attnMask;
+  const operands = { q, k, v, ...(attnMask === undefined ? {} : { attnMask }) };
+  try {
+    validateBridgeOptions(options);
+    for (const [name, value] of Object.entries(operands)) {
+      validateArray(name === 'attnMask' ? 'options.attnMask' : name, value, q);
+    }
+    const { attnMask: _, ...rest } = options;
+    return await (q.device === 'webgpu' ? attendOnGpu(operands, rest) : attendOnCpu(operands, rest));
+  } finally {
+    // One that was given up before, or is given twice, has no reference left.
+    for (const value of Object.values(operands)) {
+      if (value instanceof numpy.Array && value.refCount > 0) value.dispose();
     }
   }
-  return q.device === 'webgpu' ? attendOnGpu(q, k, v, options) : attendOnCpu(q, k, v, options);
 }
 
-async function attendOnCpu(q: JaxArray, k: JaxArray, v: JaxArray, options: JaxAttentionOptions): Promise<JaxArray> {
-  const { attnMask, ...rest } = options;
-  const read = async (value: JaxArray): Promise<Tensor> => {
+function validateArray(argument: string, value: unknown, q: JaxArray): void {
+  if (!(value instanceof numpy.Array)) {
+    throw new InvalidArgumentError('invalid-shape', argument, 'an array of jax-js with values', String(value));
+  }
+  if (value.dtype !== numpy.float32 && value.dtype !== numpy.float16) {
+    throw new InvalidArgumentError('invalid-dtype', argument, 'float32 or float16', String(value.dtype));
+  }
+  if (value.dtype !== q.dtype) {
+    throw new InvalidArgumentError('invalid-dtype', argument, `${q.dtype}, as q has`, String(value.dtype));
+  }
+  if (q.device === 'webgpu' && value.device !== 'webgpu') {
+    throw new InvalidArgumentError('mixed-locations', argument, "an array on 'webgpu', as q is", `'${value.device}'`);
+  }
+}
+
+/** The operands as another kind of tensor; all are read at once. */
+async function convert<T>(operands: Operands<JaxArray>, to: (value: JaxArray) => Promise<T>): Promise<Operands<T>> {
+  const entries = Object.entries(operands).map(async ([name, value]) => [name, await to(value)] as const);
+  return Object.fromEntries(await Promise.all(entries)) as unknown as Operands<T>;
+}
+
+async function attendOnCpu(operands: Operands<JaxArray>, options: BridgeOptions): Promise<JaxArray> {
+  const { device } = operands.q;
+  const { q, k, v, ...mask } = await convert<Tensor>(operands, async (value) => {
     const { shape } = value;
-    return tensor((await value.data()) as Float32Array, shape);
-  };
-  const [q4, k4, v4, mask] = await Promise.all([read(q), read(k), read(v), attnMask && read(attnMask)]);
-  const output = await attend(q4, k4, v4, {
-    ...rest,
-    backend: 'wasm',
-    returnLse: false,
-    ...(mask === undefined ? {} : { attnMask: mask }),
+    return tensor((await value.ref.data()) as Float32Array, shape);
   });
-  return numpy.array(output.data as Float32Array<ArrayBuffer>, { shape: [...output.shape] });
+  const output = await attend(q, k, v, { ...options, ...mask, backend: 'wasm' });
+  return numpy.array(output.data as Float32Array<ArrayBuffer>, { shape: [...output.shape], device });
 }
 
-async function attendOnGpu(q: JaxArray, k: JaxArray, v: JaxArray, options: JaxAttentionOptions): Promise<JaxArray> {
-  const { attnMask, ...rest } = options;
+async function attendOnGpu(operands: Operands<JaxArray>, options: BridgeOptions): Promise<JaxArray> {
   const device = getWebGPUDevice();
-  // `gpuBuffer` gives up the array, and with the last reference its buffer: one reference is held until the end.
-  const held = [q, k, v, ...(attnMask === undefined ? [] : [attnMask])];
-  const share = async (value: JaxArray): Promise<GpuTensor> => ({
+  const { dtype } = operands.q;
+  // `gpuBuffer` gives up the array, and with the last reference its buffer: the caller holds one until the end.
+  const { q, k, v, ...mask } = await convert<GpuTensor>(operands, async (value) => ({
     location: 'webgpu',
     buffer: await value.ref.gpuBuffer(),
-    dtype: value.dtype === numpy.float16 ? 'float16' : 'float32',
+    dtype: dtype === numpy.float16 ? 'float16' : 'float32',
     shape: value.shape,
     strides: contiguousStrides(value.shape),
     offset: 0,
-  });
-  try {
-    const [q4, k4, v4, mask] = await Promise.all([share(q), share(k), share(v), attnMask && share(attnMask)]);
-    const all = { ...rest, ...(mask === undefined ? {} : { attnMask: mask }) };
-    const problem = createProblem(q4, k4, v4, all);
-    const backend = await backendOn(device);
-    const choice = chooseOptions(await backend.defaultKernel(), problem, all);
-    const inputs = { q: q4, k: k4, v: v4, ...(mask === undefined ? {} : { attnMask: mask }) };
-    const { output } = await withCachedPlan(backend, problem, choice, (plan) => plan.run(inputs, {}));
-    // jax-js takes no foreign buffers: the output is copied, on the GPU, into that of a fresh array.
-    const result = numpy.zeros([...output.shape], { dtype: q.dtype, device: 'webgpu' });
-    const encoder = device.createCommandEncoder();
-    const bytes = Math.ceil(byteLengthOf(output) / 4) * 4;
-    encoder.copyBufferToBuffer((output as GpuTensor).buffer, 0, await result.ref.gpuBuffer(), 0, bytes);
-    device.queue.submit([encoder.finish()]);
-    (output as GpuTensor).buffer.destroy();
-    return result;
-  } finally {
-    for (const value of held) value.dispose();
-  }
+  }));
+  const output = await attendOnDevice(device, q, k, v, { ...options, ...mask });
+  // jax-js takes no foreign buffers: the output is copied, on the GPU, into that of a fresh array.
+  const result = numpy.zeros([...output.shape], { dtype, device: 'webgpu' });
+  const encoder = device.createCommandEncoder();
+  const bytes = Math.ceil(byteLengthOf(output) / 4) * 4;
+  encoder.copyBufferToBuffer(output.buffer, 0, await result.ref.gpuBuffer(), 0, bytes);
+  device.queue.submit([encoder.finish()]);
+  output.buffer.destroy();
+  return result;
 }

@@ -1,5 +1,5 @@
-import { init, numpy } from '@jax-js/jax';
-import { afterAll, beforeAll, expect, it } from 'vitest';
+import { init, jit, numpy } from '@jax-js/jax';
+import { afterAll, beforeAll, describe, expect, it } from 'vitest';
 import { Random, runSeed } from '../../../test/support/random.ts';
 import { createProblem } from '../../attention/problem.ts';
 import { disposeBackends } from '../../backends/registry.ts';
@@ -11,7 +11,7 @@ import { sageattn } from './index.ts';
 const seed = runSeed();
 beforeAll(async () => {
   console.info(`seed ${seed}`);
-  await init('cpu');
+  await init('cpu', 'wasm');
 });
 afterAll(disposeBackends);
 
@@ -30,4 +30,52 @@ it('attends over jax-js arrays in the memory of this process, and consumes them'
   expect(compare((await output.data()) as Float32Array, exact).cosineSimilarity).toBeGreaterThan(0.999);
   expect(kept.refCount).toBe(1);
   kept.dispose();
+});
+
+describe.each(['cpu', 'wasm'] as const)('on the device %s', (device) => {
+  const ones = (...shape: number[]) => numpy.ones(shape, { device });
+
+  it('answers there', async () => {
+    const output = await sageattn(ones(1, 1, 2, 4), ones(1, 1, 3, 4), ones(1, 1, 3, 4), {
+      attnMask: numpy.zeros([2, 3], { device }),
+    });
+    expect(output.device).toBe(device);
+    expect(output.shape).toEqual([1, 1, 2, 4]);
+    for (const value of await output.data()) expect(value).toBeCloseTo(1, 3);
+  });
+
+  it.each<[string, string, (q: numpy.Array, other: numpy.Array) => Promise<unknown>]>([
+    ['integers', 'k', (q, other) => sageattn(q, other.astype(numpy.int32), q.ref)],
+    [
+      'a mask of booleans',
+      'options.attnMask',
+      (q, other) => sageattn(q, q.ref, q.ref, { attnMask: other.astype(numpy.bool) }),
+    ],
+    [
+      'a name that is no option',
+      'options.isCasual',
+      (q, other) => sageattn(q, other, q.ref, { isCasual: true } as never),
+    ],
+    ['a backend', 'options.backend', (q, other) => sageattn(q, other, q.ref, { backend: 'wasm' } as never)],
+    ['keys of another shape', 'k', (q, other) => sageattn(q, other.reshape([2, 4]), q.ref)],
+    ['no array', 'k', (q, other) => sageattn(q, undefined as never, other)],
+  ])('refuses %s, and consumes its arguments all the same', async (_, argument, call) => {
+    const [q, other] = [ones(1, 1, 2, 4), ones(1, 1, 2, 4)];
+    await expect(call(q, other)).rejects.toMatchObject({
+      name: 'InvalidArgumentError',
+      argument: expect.stringMatching(`^${argument}`),
+    });
+    expect(q.refCount).toBe(0);
+    expect(other.refCount).toBe(0);
+  });
+
+  it('refuses to be traced, by name', async () => {
+    let pending: Promise<unknown> | undefined;
+    const traced = jit((q: numpy.Array) => {
+      pending = sageattn(q.ref, q.ref, q.ref);
+      return q;
+    });
+    traced(ones(1, 1, 2, 4)).dispose();
+    await expect(pending).rejects.toMatchObject({ name: 'InvalidArgumentError', argument: 'q' });
+  });
 });

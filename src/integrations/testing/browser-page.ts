@@ -1,5 +1,6 @@
 /** Runs in a browser, driven by browser.test.ts: each function compares one engine with exact attention or with itself. */
-import { init, numpy } from '@jax-js/jax';
+import { getWebGPUDevice, init, numpy } from '@jax-js/jax';
+import { loadGraphModel } from '@tensorflow/tfjs-converter';
 import * as tf from '@tensorflow/tfjs-core';
 import '@tensorflow/tfjs-backend-webgpu';
 import * as ort from 'onnxruntime-web/webgpu';
@@ -13,6 +14,7 @@ import { elementCount, type Tensor, tensor } from '../../tensor/tensor.ts';
 import * as jaxAttention from '../jax/index.ts';
 import { withSageAttention } from '../onnxruntime/index.ts';
 import * as tfAttention from '../tfjs/index.ts';
+import { TopologyBuilder } from '../tfjs/testing/topology-builder.ts';
 
 const SHAPE = [1, 2, 80, 32] as const;
 
@@ -50,7 +52,50 @@ async function onnxruntime(
   return { accuracy: compare(actual, expected), taken };
 }
 
-async function tfjs(seed: number): Promise<{ accuracy: Accuracy; leaked: number }> {
+/** Bytes of the buffers that a device has made, from now on, and that are not destroyed. */
+function countBytes(device: GPUDevice): () => number {
+  let bytes = 0;
+  const createBuffer = device.createBuffer.bind(device);
+  device.createBuffer = (descriptor) => {
+    const buffer = createBuffer(descriptor);
+    let { size } = buffer;
+    bytes += size;
+    const destroy = buffer.destroy.bind(buffer);
+    buffer.destroy = () => {
+      bytes -= size;
+      size = 0;
+      destroy();
+    };
+    return buffer;
+  };
+  return () => bytes;
+}
+
+/** Bytes that stay behind with each of a few calls; what the first calls make for all later ones does not count. */
+async function leakedBytes(device: GPUDevice, call: () => Promise<void>): Promise<number> {
+  const bytes = countBytes(device);
+  for (let i = 0; i < 3; i++) await call();
+  const before = bytes();
+  for (let i = 0; i < 3; i++) await call();
+  return bytes() - before;
+}
+
+/** What a promise is rejected with, as far as it can leave the page. */
+async function argumentAtFault(call: Promise<unknown>): Promise<string | undefined> {
+  return call.then(
+    () => undefined,
+    (error: { argument?: string }) => error.argument,
+  );
+}
+
+interface OnGpu {
+  readonly accuracy: Accuracy;
+  readonly leakedBytes: number;
+  /** The argument named where an option is unknown. */
+  readonly refused: string | undefined;
+}
+
+async function tfjs(seed: number): Promise<OnGpu & { leaked: number; unseeing: number[] }> {
   await tf.setBackend('webgpu');
   await tf.ready();
   const { q, k, v, exact } = operands(seed);
@@ -63,21 +108,63 @@ async function tfjs(seed: number): Promise<{ accuracy: Accuracy; leaked: number 
   const output = await tfAttention.sageattn(...inputs, { isCausal: true });
   const accuracy = compare(await output.data(), exact);
   output.dispose();
-  return { accuracy, leaked: tf.memory().numTensors - before };
+  const bytes = await leakedBytes((tf.backend() as unknown as { device: GPUDevice }).device, async () => {
+    (await tfAttention.sageattn(...inputs, { isCausal: true })).dispose();
+  });
+  const refused = await argumentAtFault(tfAttention.sageattn(...inputs, { isCasual: true } as never));
+  // No query sees a key.
+  const attnMask = tf.zeros([1, SHAPE[2]], 'bool');
+  const blind = await tfAttention.sageattn(...inputs, { attnMask });
+  const unseeing = [...new Set(await blind.data())];
+  tf.dispose([blind, attnMask]);
+  return { accuracy, leaked: tf.memory().numTensors - before, leakedBytes: bytes, refused, unseeing };
 }
 
-async function jax(seed: number): Promise<{ accuracy: Accuracy; device: string }> {
+/** A GraphModel that flattens rows for its softmax by a shape that it computes, beside tfjs alone. */
+async function tfjsModel(seed: number): Promise<{ accuracy: Accuracy; taken: number; leaked: number }> {
+  await tf.setBackend('webgpu');
+  await tf.ready();
+  const g = new TopologyBuilder(new Random(seed));
+  const [q, k, v] = [g.input(SHAPE), g.input(SHAPE), g.input(SHAPE)];
+  const scaled = g.node('Mul', [g.node('BatchMatMul', [q, k], { adj_y: true }), g.scalar(SHAPE[3] ** -0.5)]);
+  const scores = g.node('Add', [scaled, g.input([1, 1, 1, SHAPE[2]])]);
+  const shape = g.node('Shape', [scores]);
+  const last = g.node('Slice', [shape, g.shape([3]), g.shape([1])]);
+  const rows = g.node('Reshape', [scores, g.node('ConcatV2', [g.shape([-1]), last, g.integer(0)])]);
+  g.node('BatchMatMul', [g.node('Reshape', [g.node('Softmax', [rows]), shape]), v]);
+  const { topology, taken } = tfAttention.rewriteTopology(g.topology());
+  const feeds = g.feeds();
+  const run = async (modelTopology: object) => {
+    const model = await loadGraphModel(tf.io.fromMemory({ ...g.weights(), modelTopology }));
+    const before = tf.memory().numTensors;
+    const output = (await model.executeAsync(feeds)) as tf.Tensor;
+    const values = (await output.data()) as Float32Array;
+    output.dispose();
+    return { values, leaked: tf.memory().numTensors - before };
+  };
+  const plain = await run(g.topology());
+  const sage = await run(topology);
+  return { accuracy: compare(sage.values, plain.values), taken: taken.length, leaked: sage.leaked };
+}
+
+async function jax(seed: number): Promise<OnGpu & { device: string; kept: number }> {
   await init('webgpu');
   const { q, k, v, exact } = operands(seed);
   const make = (value: Tensor) =>
     numpy.array(value.data as Float32Array<ArrayBuffer>, { shape: [...SHAPE], device: 'webgpu' });
   const output = await jaxAttention.sageattn(make(q), make(k), make(v), { isCausal: true });
   const { device } = output;
-  return { accuracy: compare((await output.data()) as Float32Array, exact), device };
+  const accuracy = compare((await output.data()) as Float32Array, exact);
+  const bytes = await leakedBytes(getWebGPUDevice(), async () => {
+    (await jaxAttention.sageattn(make(q), make(k), make(v), { isCausal: true })).dispose();
+  });
+  const kept = make(q);
+  const refused = await argumentAtFault(jaxAttention.sageattn(kept, make(k), make(v), { isCasual: true } as never));
+  return { accuracy, device, leakedBytes: bytes, refused, kept: kept.refCount };
 }
 
 /** What the test calls. */
-export const page = { onnxruntime, tfjs, jax };
+export const page = { onnxruntime, tfjs, tfjsModel, jax };
 export type Page = typeof page;
 
 (globalThis as { page?: Page }).page = page;

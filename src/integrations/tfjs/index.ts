@@ -5,9 +5,10 @@
  */
 export { sageattn, type TfAttentionOptions } from './attention.ts';
 export {
-  type ModelTopology,
-  OPERATOR,
+  type GraphModelOptions,
   type RewrittenTopology,
   rewriteTopology,
   withSageAttention,
 } from './graph-model.ts';
+export { OPERATOR } from './operator.ts';
+export type { ModelTopology } from './topology.ts';

@@ -10,14 +10,13 @@ import { readModelFile } from '../../../scripts/sentence-encoder-onnx.ts';
 import { exactBackend } from '../../../test/support/exact-backend.ts';
 import { Random, runSeed } from '../../../test/support/random.ts';
 import { SENTENCES } from '../../../test/support/sentences.ts';
-import { InvalidArgumentError } from '../../attention/errors.ts';
 import { createProblem } from '../../attention/problem.ts';
 import { disposeBackends, setBackend } from '../../backends/registry.ts';
 import { createTokenizer } from '../../models/sentence-encoder/index.ts';
 import { attentionExact } from '../../reference/exact.ts';
 import { compare } from '../../reference/metrics.ts';
 import { tensor } from '../../tensor/tensor.ts';
-import { OPERATOR, rewriteTopology, sageattn, withSageAttention } from './index.ts';
+import { type ModelTopology, OPERATOR, rewriteTopology, sageattn, withSageAttention } from './index.ts';
 
 const seed = runSeed();
 beforeAll(() => {
@@ -33,38 +32,80 @@ describe.each(['cpu', 'wasm'])('sageattn on tfjs backend %s', (name) => {
     await tf.ready();
   });
 
-  it('attends, with a mask, in either layout, and leaves no tensor behind', async () => {
+  it.each(['HND', 'NHD'] as const)(
+    'attends, with a mask, in the layout %s, and leaves no tensor behind',
+    async (tensorLayout) => {
+      const random = new Random(seed);
+      const shape = tensorLayout === 'HND' ? [2, 3, 70, 32] : [2, 70, 3, 32];
+      const [q, k, v] = [0, 1, 2].map(() => tensor(random.normals(2 * 3 * 70 * 32), shape)) as [
+        ReturnType<typeof tensor>,
+        ReturnType<typeof tensor>,
+        ReturnType<typeof tensor>,
+      ];
+      const bias = tensor(
+        Float32Array.from({ length: 2 * 70 }, (_, i) => (i % 70 < 50 ? 0 : -1e9)),
+        [2, 1, 1, 70],
+      );
+      const before = tf.memory().numTensors;
+      const toTf = (value: typeof q) => tf.tensor(value.data as Float32Array, [...value.shape]);
+      // Disposed by `tidy` before the promise settles: the inputs were read.
+      let pending: Promise<tf.Tensor4D> | undefined;
+      tf.tidy(() => {
+        pending = sageattn(toTf(q), toTf(k), toTf(v), { attnMask: toTf(bias), isCausal: true, tensorLayout });
+      });
+      const output = (await pending) as tf.Tensor4D;
+      expect(output.shape).toEqual(shape);
+      const problem = createProblem(q, k, v, { attnMask: bias, isCausal: true, tensorLayout });
+      const exact = attentionExact(problem, { q, k, v, attnMask: bias }).output;
+      expect(compare(await output.data(), exact).cosineSimilarity).toBeGreaterThan(0.999);
+      output.dispose();
+      expect(tf.memory().numTensors).toBe(before);
+    },
+  );
+
+  it('answers with booleans where a mask says so', async () => {
     const random = new Random(seed);
-    const shape = [2, 3, 70, 32] as const;
-    const [q, k, v] = [0, 1, 2].map(() => tensor(random.normals(2 * 3 * 70 * 32), shape)) as [
-      ReturnType<typeof tensor>,
-      ReturnType<typeof tensor>,
-      ReturnType<typeof tensor>,
+    const [q, k, v] = [0, 1, 2].map(() => tf.tensor(random.normals(2 * 5 * 8), [1, 2, 5, 8])) as [
+      tf.Tensor,
+      tf.Tensor,
+      tf.Tensor,
     ];
-    const bias = tensor(
-      Float32Array.from({ length: 2 * 70 }, (_, i) => (i % 70 < 50 ? 0 : -1e9)),
-      [2, 1, 1, 70],
+    // The last query sees nothing.
+    const attnMask = tf.tensor2d(
+      [1, 1, 1, 1, 0].flatMap((row) => [1, 0, 1, 0, 1].map((key) => row * key)),
+      [5, 5],
+      'bool',
     );
-    const before = tf.memory().numTensors;
-    const toTf = (value: typeof q) => tf.tensor(value.data as Float32Array, [...value.shape]);
-    // Disposed by `tidy` before the promise settles: the inputs were read.
-    let pending: Promise<tf.Tensor4D> | undefined;
-    tf.tidy(() => {
-      pending = sageattn(toTf(q), toTf(k), toTf(v), { attnMask: toTf(bias), isCausal: true });
-    });
-    const output = (await pending) as tf.Tensor4D;
-    expect(output.shape).toEqual(shape);
-    const problem = createProblem(q, k, v, { attnMask: bias, isCausal: true });
-    const exact = attentionExact(problem, { q, k, v, attnMask: bias }).output;
-    expect(compare(await output.data(), exact).cosineSimilarity).toBeGreaterThan(0.999);
-    output.dispose();
-    expect(tf.memory().numTensors).toBe(before);
+    const output = await sageattn(q, k, v, { attnMask });
+    const rows = (await output.array()) as number[][][][];
+    expect(rows[0]?.map((head) => head[4])).toEqual([0, 1].map(() => new Array(8).fill(0)));
+    expect(Math.abs(rows[0]?.[0]?.[0]?.[0] as number)).toBeGreaterThan(0);
+    tf.dispose([q, k, v, attnMask, output]);
   });
 
-  it('refuses integers', () => {
-    const integers = tf.zeros([1, 1, 2, 4], 'int32');
-    expect(() => sageattn(integers, integers, integers)).toThrow(InvalidArgumentError);
-    integers.dispose();
+  const one = () => tf.ones([1, 1, 2, 4]);
+  it.each<[string, string, (q: tf.Tensor) => Promise<unknown>]>([
+    ['integers', 'k', (q) => sageattn(q, tf.cast(q, 'int32'), q)],
+    ['no tensor', 'v', (q) => sageattn(q, q, undefined as never)],
+    ['an array', 'q', (q) => sageattn([1, 2] as never, q, q)],
+    ['a mask of integers', 'options.attnMask', (q) => sageattn(q, q, q, { attnMask: tf.ones([2, 2], 'int32') })],
+    ['a mask of another shape', 'options.attnMask', (q) => sageattn(q, q, q, { attnMask: tf.ones([3, 2]) })],
+    ['a name that is no option', 'options.isCasual', (q) => sageattn(q, q, q, { isCasual: true } as never)],
+    ['the logsumexp', 'options.returnLse', (q) => sageattn(q, q, q, { returnLse: true } as never)],
+    ['a backend', 'options.backend', (q) => sageattn(q, q, q, { backend: 'webgpu' } as never)],
+    ['three dimensions', 'q', (q) => sageattn(tf.squeeze(q), q, q)],
+    ['no options', 'options', (q) => sageattn(q, q, q, null as never)],
+  ])('refuses %s with a rejected promise, and leaves no tensor behind', async (_, argument, call) => {
+    const before = tf.memory().numTensors;
+    let pending: Promise<unknown> | undefined;
+    tf.tidy(() => {
+      pending = call(one());
+    });
+    await expect(pending).rejects.toMatchObject({
+      name: 'InvalidArgumentError',
+      argument: expect.stringMatching(`^${argument}`),
+    });
+    expect(tf.memory().numTensors).toBe(before);
   });
 });
 
@@ -72,7 +113,7 @@ const largestDifference = (a: readonly number[], b: readonly number[]) =>
   a.reduce((most, value, i) => Math.max(most, Math.abs(value - (b[i] as number))), 0);
 
 interface Artifacts {
-  readonly modelTopology: Parameters<typeof rewriteTopology>[0];
+  readonly modelTopology: ModelTopology;
   readonly weightsManifest: readonly { readonly paths: string[]; readonly weights: tf.io.WeightsManifestEntry[] }[];
 }
 

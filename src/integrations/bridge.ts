@@ -1,0 +1,34 @@
+/** What bridges to engines with tensors of their own share. */
+import { type AttentionOptions, OPTION_NAMES, validateOptions } from '../attention/options.ts';
+import { sageattnOn } from '../attention/sageattn.ts';
+import type { GpuTensor } from '../backends/webgpu/gpu-tensor.ts';
+import type { WebgpuBackend } from '../backends/webgpu/index.ts';
+
+/** Options of `sageattn` that say something about an engine's tensors: where they live says which backend runs. */
+export type BridgeOptions = Omit<AttentionOptions, 'attnMask' | 'returnLse' | 'stream' | 'backend'>;
+
+const TAKEN = OPTION_NAMES.filter((name) => name !== 'returnLse' && name !== 'stream' && name !== 'backend');
+
+/** @throws {InvalidArgumentError} an unknown option or a wrong value */
+export function validateBridgeOptions(options: BridgeOptions & { readonly attnMask?: object }): void {
+  validateOptions(options as AttentionOptions, TAKEN);
+}
+
+/** One backend for each device, so that calls share pipelines. */
+const backends = new WeakMap<GPUDevice, Promise<WebgpuBackend>>();
+
+/** Attention on an engine's device. The caller destroys the output's buffer. */
+export async function attendOnDevice(
+  device: GPUDevice,
+  q: GpuTensor,
+  k: GpuTensor,
+  v: GpuTensor,
+  options: AttentionOptions & { readonly returnLse?: false },
+): Promise<GpuTensor> {
+  let backend = backends.get(device);
+  if (backend === undefined) {
+    backend = import('../backends/webgpu/index.ts').then((module) => module.createWebgpuBackend({ device }));
+    backends.set(device, backend);
+  }
+  return sageattnOn(await backend, q, k, v, options);
+}
