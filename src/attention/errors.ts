@@ -13,6 +13,7 @@ export type ErrorCode =
   | 'unsupported-size'
   | 'buffer-too-small'
   | 'mixed-locations'
+  | 'already-installed'
   | 'backend-unavailable'
   | 'missing-package'
   | 'device-lost'

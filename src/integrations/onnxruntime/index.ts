@@ -10,6 +10,7 @@
  *
  * @packageDocumentation
  */
+import { InvalidArgumentError } from '../../attention/errors.ts';
 import { type CreateSession, openModel } from './create.ts';
 import { type SageAttentionOptions, validateSageAttentionOptions } from './options.ts';
 import type { CreateArguments, OrtModule, OrtSession, OrtSessionHandler } from './ort.ts';
@@ -77,12 +78,15 @@ const installed = new WeakMap<object, { readonly before: unknown; readonly now: 
  * and the page that imports the same onnxruntime) gets it.
  *
  * @returns a function that puts the class back as it was
- * @throws {Error} when it is already installed
+ * @throws {InvalidArgumentError} `already-installed`, until the function that it gave has been called
  */
 export function installSageAttention(ort: OrtModule, options: SageAttentionOptions = {}): () => void {
   validateSageAttentionOptions(options);
   const target = ort.InferenceSession as { create: unknown };
-  if (installed.has(target)) throw new Error('SageAttention is already installed on this InferenceSession');
+  if (installed.has(target)) {
+    const expected = 'an InferenceSession without SageAttention';
+    throw new InvalidArgumentError('already-installed', 'ort', expected, 'one on which it is already installed');
+  }
   const before = target.create;
   const create = bindCreate(ort.InferenceSession);
   const now = (...args: CreateArguments) => open(ort, ort.InferenceSession, create, args, options);
