@@ -48,12 +48,13 @@ let failures = 0;
 async function measure(target: Target, testCase: ConformanceCase, seed: number, name: string): Promise<void> {
   try {
     for (const { what, error, limit } of await measureCase(target, testCase, seed)) {
-      const kind = what.split(/[,[]/, 1)[0] as string;
+      const kind = what.split(/[:[]/, 1)[0] as string;
       const key = `${target.name} ${name} ${kind}`;
       const entry = samples.get(key) ?? { target: target.name, name, what: kind, ratios: [] };
       samples.set(key, entry);
       entry.ratios.push(error / limit);
-      if (error > limit) console.log(`EXCEEDED ${target.name}, ${name}, seed ${seed}: ${what}: ${error} > ${limit}`);
+      if (error > limit)
+        console.log(`EXCEEDED ${target.name}, ${name}, seed ${seed}: ${what} ${error}, limit ${limit}`);
     }
   } catch (error) {
     failures++;

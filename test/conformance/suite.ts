@@ -204,6 +204,7 @@ function limitsOf(
 
 /** An error and what it may be. */
 export interface Measured {
+  /** In words that the error follows. */
   readonly what: string;
   readonly error: number;
   readonly limit: number;
@@ -211,7 +212,7 @@ export interface Measured {
 
 /** The logsumexp nearest its limit; a NaN where there must be none, or none where there must be one, throws. */
 function measureLse(actual: Float32Array, exact: Float64Array, limitOf: (exact: number) => number): Measured {
-  let worst: Measured = { what: 'lse', error: 0, limit: 1 };
+  let worst: Measured = { what: 'lse: off by', error: 0, limit: 1 };
   for (let i = 0; i < exact.length; i++) {
     const [a, e] = [actual[i] as number, exact[i] as number];
     const what = `lse[${i}] is ${a}, exact ${e}`;
@@ -219,13 +220,13 @@ function measureLse(actual: Float32Array, exact: Float64Array, limitOf: (exact: 
     if (a === e || Number.isNaN(e)) continue;
     const [error, limit] = [Math.abs(a - e), limitOf(e)];
     check(Number.isFinite(error), () => what);
-    if (error / limit > worst.error / worst.limit) worst = { what, error, limit };
+    if (error / limit > worst.error / worst.limit) worst = { what: `${what}: off by`, error, limit };
   }
   return worst;
 }
 
 function checkMeasured(measured: readonly Measured[]): void {
-  for (const { what, error, limit } of measured) check(error <= limit, () => `${what}: error ${error}, limit ${limit}`);
+  for (const { what, error, limit } of measured) check(error <= limit, () => `${what} ${error}, limit ${limit}`);
 }
 
 /** Runs one case and compares with exact attention. */
@@ -262,7 +263,7 @@ export async function measureCase(target: Target, testCase: ConformanceCase, see
   const limits = limitsOf(target, testCase, problem, inputs, exact, seed);
   const error = outputError(actual, exact.output, problem, meanMagnitude(toFloat32(inputs.v)));
   return [
-    { what: 'output, relative L1', error, limit: limits.output },
+    { what: 'output: relative L1', error, limit: limits.output },
     ...(lse === undefined ? [] : [measureLse(toFloat32(lse), exact.lse, limits.lse)]),
   ];
 }
@@ -404,7 +405,7 @@ async function runKeyValueCache(target: Target, steps: readonly number[], seed: 
       const error = outputError(toFloat32(output), exact.output, problem, meanMagnitude(toFloat32(v)));
       checkMeasured([
         // The smoothing vector is the first step's mean, an estimate from few tokens; a little is lost by that.
-        { what: `output after ${held} tokens, relative L1`, error, limit: ALGORITHM_SLACK * target.relativeL1 },
+        { what: `output after ${held} tokens: relative L1`, error, limit: ALGORITHM_SLACK * target.relativeL1 },
         measureLse(toFloat32(lse), exact.lse, (value) => 2 * lseTolerance(target) + 1e-5 * Math.abs(value)),
       ]);
     }
