@@ -55,6 +55,9 @@ interface WasmReport {
   }[];
 }
 
+/** Heading of what kernels compute wrong, in every table of speeds. */
+const ACCURACY = 'relative L1 / cosine';
+
 /** The build that a Node takes by itself. */
 const WASM_BUILDS: Readonly<Record<string, string>> = { 'Node 20': 'simd128', 'Node 24': 'relaxed' };
 
@@ -96,15 +99,7 @@ function wasmSpeed(short: boolean): string {
       });
   });
   return table(
-    [
-      'tokens',
-      'engine, threads',
-      'kernel',
-      'GFLOP/s',
-      'to onnxruntime-web',
-      'to onnxruntime-node',
-      'relative L1 / cosine',
-    ],
+    ['tokens', 'engine, threads', 'kernel', 'GFLOP/s', 'to onnxruntime-web', 'to onnxruntime-node', ACCURACY],
     rows,
   );
 }
@@ -200,7 +195,7 @@ function cudaSpeed(short: boolean): string {
       ),
     );
   return table(
-    ['tokens', 'kernel', 'cuDNN', 'kernel alone', 'with quantization', 'relative L1 / cosine'],
+    ['tokens', 'kernel', 'cuDNN', 'kernel alone', 'with quantization', ACCURACY],
     short ? rows : [...rows, ...others],
   );
 }
@@ -227,7 +222,7 @@ function webgpuSpeed(short: boolean): string {
   const { rows: all } = read<WebgpuReport>('webgpu-h200.json');
   const rows = all.filter(({ onnxruntime }) => !short || onnxruntime !== undefined);
   return table(
-    ['tokens', 'family', 'TFLOP/s', 'onnxruntime', 'to onnxruntime', 'relative L1 / cosine'],
+    ['tokens', 'family', 'TFLOP/s', 'onnxruntime', 'to onnxruntime', ACCURACY],
     rows.flatMap(({ tokens, headDim, isCausal, onnxruntime, timings }) =>
       [...new Set(timings.map(({ family }) => family))].flatMap((family) => {
         const measured = timings.filter((timing) => timing.family === family && timing.milliseconds !== undefined);
@@ -301,7 +296,6 @@ const SUMMARY: readonly {
   readonly row: readonly string[];
   readonly peer: string;
   readonly faster: string;
-  readonly accuracy: string;
 }[] = [
   {
     where: 'CUDA, one H200',
@@ -309,7 +303,6 @@ const SUMMARY: readonly {
     row: ['16384, D=128', '`qk-int8-pv-fp8-cuda-sm90`'],
     peer: 'cuDNN, bfloat16',
     faster: 'with quantization',
-    accuracy: 'relative L1 / cosine',
   },
   ...(['matrix (`1x1x32`)', 'base (`64x16n`)'] as const).map((family) => ({
     where: `WebGPU, the same card, ${family.startsWith('base') ? 'core features only' : 'its matrix units'}`,
@@ -317,7 +310,6 @@ const SUMMARY: readonly {
     row: ['8192, D=64', family],
     peer: "onnxruntime-web's WebGPU, float16",
     faster: 'to onnxruntime',
-    accuracy: 'relative L1 / cosine',
   })),
   ...Object.entries(WASM_BUILDS).map(([node, build]) => ({
     where: `WebAssembly, two CPU cores, ${node}`,
@@ -325,22 +317,21 @@ const SUMMARY: readonly {
     row: ['1024, D=64', `${node}, 2`, `\`qk-int8-pv-int8\` (${build})`],
     peer: "onnxruntime-web's WebAssembly, float32",
     faster: 'to onnxruntime-web',
-    accuracy: 'relative L1 / cosine',
   })),
 ];
 
 /** One row of each table, in one. */
 function summary(): string {
   return table(
-    ['where', 'tokens', 'against', 'times as fast', 'relative L1 / cosine'],
-    SUMMARY.map(({ where, make, row, peer, faster, accuracy: error }) => {
+    ['where', 'tokens', 'against', 'times as fast', ACCURACY],
+    SUMMARY.map(({ where, make, row, peer, faster }) => {
       const [header = [], , ...rows] = make(false)
         .split('\n')
         .map((line) => line.slice(2, -2).split(' | '));
       const found = rows.find((cells) => row.every((cell, i) => cells[i] === cell));
       if (found === undefined) throw new Error(`no row ${row.join(', ')} among the results`);
       const cell = (heading: string) => found[header.indexOf(heading)] ?? '';
-      return [where, row[0] ?? '', peer, /[\d.]+x/.exec(cell(faster))?.[0] ?? '', cell(error)];
+      return [where, row[0] ?? '', peer, /[\d.]+x/.exec(cell(faster))?.[0] ?? '', cell(ACCURACY)];
     }),
   );
 }
