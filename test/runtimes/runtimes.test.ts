@@ -14,7 +14,9 @@ import { locateSoftwareGpu, REMEDY, softwareGpuEnvironment } from '../../scripts
 import { itNeeds } from '../support/requirement.ts';
 import type { Line } from './program.ts';
 
-const RUN: Readonly<Record<string, readonly string[]>> = { deno: ['run', '--allow-all', '--no-config'], bun: ['run'] };
+const RUN = { deno: ['run', '--allow-all', '--no-config'], bun: ['run'] } as const satisfies Partial<
+  Record<Runtime, readonly string[]>
+>;
 
 /** Layouts, dtypes, an odd length, a band. Each further kind of kernel costs the software driver half a minute. */
 const WEBGPU_TESTS = ['dtype and layout', 'length: 65', 'causal: top-left 130'];
@@ -27,12 +29,12 @@ interface Outcome {
 }
 
 function runProgram(
-  runtime: Runtime,
+  runtime: keyof typeof RUN,
   program: string,
   args: readonly string[],
   env: Record<string, string> = {},
 ): Promise<Outcome> {
-  const child = spawn(ensureRuntime(runtime), [...(RUN[runtime] as readonly string[]), program, ...args], {
+  const child = spawn(ensureRuntime(runtime), [...RUN[runtime], program, ...args], {
     cwd: path.dirname(program),
     stdio: ['ignore', 'pipe', 'pipe'],
     env: { ...process.env, DENO_NO_UPDATE_CHECK: '1', ...env },
