@@ -304,8 +304,7 @@ async function tryKernel(
     try {
       const error = await failure;
       if (error !== undefined) throw error;
-      // Disposing of a tensor takes its memory back.
-      return (await toNumbers(output)).slice();
+      return await toNumbers(output);
     } finally {
       output.dispose();
     }
