@@ -482,12 +482,13 @@ const extremes = [
     dtype: 'float16',
     bound: 'algorithm',
     options: { smScale: 1, returnLse: true },
-    edit: ({ q, k }, { lq, lk, d, heads }) => {
-      // Each row's own key scores 64 * 30 * 28 = 53760, over the limit once scaled by log2(e); no other comes near.
-      fill(k, (i) => Math.sign(k[i] as number) * 28);
+    edit: ({ q, k }, { lq, lk, d, heads }, random) => {
+      // Each row's own key scores about 64 * 29 * 27 = 50112, over the limit once scaled by log2(e); no other comes near.
+      // Magnitudes differ, so that the roundings of a channel's elements do: equal ones would add up over all rows.
+      fill(k, (i) => Math.sign(k[i] as number) * random.uniform(26, 28));
       fill(q, (i) => {
         const [head, row] = [Math.floor(i / (lq * d)) % heads, Math.floor(i / d) % lq];
-        return Math.sign(k[(head * lk + ((row * 7) % lk)) * d + (i % d)] as number) * 30;
+        return Math.sign(k[(head * lk + ((row * 7) % lk)) * d + (i % d)] as number) * random.uniform(28, 30);
       });
     },
   }),
@@ -512,20 +513,29 @@ const extremes = [
     options: { returnLse: true },
   }),
   // Scores reach from 128 to 8e6 at the larger magnitudes: a factor taken before the difference leaves no fraction there.
+  // The softcap is near each magnitude's scores: far below them a row's error is that of its slope, and says nothing.
   ...(
     [
-      [{}, ''],
-      [{ lq: 20, lk: 70, d: 32, options: { returnLse: true } }, ', few queries'],
+      [() => ({}), ''],
+      [() => ({ lq: 20, lk: 70, d: 32, options: { returnLse: true } }), ', few queries'],
       [
-        { lq: 20, lk: 70, d: 32, mask: ({ lq, lk }, random) => place(random.normals(lq * lk), [lq, lk], 'float32') },
+        () => ({
+          lq: 20,
+          lk: 70,
+          d: 32,
+          mask: ({ lq, lk }, random) => place(random.normals(lq * lk), [lq, lk], 'float32'),
+        }),
         ', a mask is added',
       ],
-      [{ lq: 20, lk: 70, d: 32, options: { softcap: 1e6, returnLse: true } }, ', softcap'],
-    ] satisfies [Dense, string][]
+      [
+        (magnitude) => ({ lq: 20, lk: 70, d: 32, options: { softcap: 10 * magnitude ** 2, returnLse: true } }),
+        ', softcap',
+      ],
+    ] satisfies [(magnitude: number) => Dense, string][]
   ).flatMap(([shape, what]) =>
     [4, 100, 300, 1000].map((magnitude) =>
       dense('extreme', `one key wins each row, q and k of magnitude ${magnitude}${what}`, {
-        ...shape,
+        ...shape(magnitude),
         bound: 'algorithm',
         edit: ({ q, k }, { lq, lk, d, heads }, random) => {
           const key = random.normals(heads * lk * d, magnitude);
@@ -655,6 +665,7 @@ const decoding = (
     }),
     dense('decoding', `${lq} over ${heads} heads on ${kvHeads}, one head's query not a number, the others far apart`, {
       ...shape,
+      batch: 4,
       options: { returnLse: true },
       edit: ({ q, k }, { d }) => {
         // A channel in which all keys agree: it gives every fifth head a scale 64 times its neighbours', and moves no score.

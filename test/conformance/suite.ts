@@ -225,14 +225,32 @@ function measureLse(actual: Float32Array, exact: Float64Array, limitOf: (exact: 
   return worst;
 }
 
-function checkMeasured(measured: readonly Measured[]): void {
-  for (const { what, error, limit } of measured) check(error <= limit, () => `${what} ${error}, limit ${limit}`);
+/**
+ * An error over random inputs has a tail that no limit ends, and thousands of them are measured in a run. One that is beyond its
+ * limit, not twice so, is therefore measured again on other inputs, where nothing may be beyond; a defect shows there too.
+ */
+const MEASURED_AGAIN = 4;
+const BEYOND_DOUBT = 2;
+
+export async function checkMeasured(
+  measure: (seed: number) => Promise<readonly Measured[]>,
+  seed: number,
+): Promise<void> {
+  const message = ({ what, error, limit }: Measured) => `${what} ${error}, limit ${limit}`;
+  const beyond = (await measure(seed)).filter(({ error, limit }) => error > limit);
+  for (const first of beyond) check(first.error <= BEYOND_DOUBT * first.limit, () => message(first));
+  if (beyond.length === 0) return;
+  for (let again = seed + 1; again <= seed + MEASURED_AGAIN; again++) {
+    for (const measured of await measure(again)) {
+      const { error, limit } = measured;
+      check(error <= limit, () => `${message(measured)}, with seed ${again}; with ${seed} ${beyond.map(message)}`);
+    }
+  }
 }
 
 /** Runs one case and compares with exact attention. */
-export async function runCase(target: Target, testCase: ConformanceCase, seed: number): Promise<void> {
-  checkMeasured(await measureCase(target, testCase, seed));
-}
+export const runCase = (target: Target, testCase: ConformanceCase, seed: number): Promise<void> =>
+  checkMeasured((again) => measureCase(target, testCase, again), seed);
 
 /** What {@link runCase} compares, for `margins.ts`; what must hold to the bit throws here already. */
 export async function measureCase(target: Target, testCase: ConformanceCase, seed: number): Promise<Measured[]> {
@@ -340,7 +358,7 @@ function behaviours(target: Target, seed: number): ConformanceTest[] {
     ].map(({ name, steps }) => ({
       name: `prepared keys and values, appended to ${name}, attend as the whole would`,
       async run() {
-        await runKeyValueCache(target, steps, seed);
+        await checkMeasured((again) => measureKeyValueCache(target, steps, again), seed);
       },
     })),
     {
@@ -359,7 +377,8 @@ function behaviours(target: Target, seed: number): ConformanceTest[] {
 }
 
 /** Prepares the first step's tokens, appends the others, and attends after each step. */
-async function runKeyValueCache(target: Target, steps: readonly number[], seed: number): Promise<void> {
+async function measureKeyValueCache(target: Target, steps: readonly number[], seed: number): Promise<Measured[]> {
+  const measured: Measured[] = [];
   const total = steps.reduce((sum, step) => sum + step, 0);
   const random = new Random(seed);
   const dense = byName('heads', 'MQA').make(random);
@@ -403,15 +422,16 @@ async function runKeyValueCache(target: Target, steps: readonly number[], seed: 
       const problem = createProblem(inputs.q, inputs.k, inputs.v, { ...options, tensorLayout: 'NHD', returnLse: true });
       const exact = attentionExact(problem, inputs);
       const error = outputError(toFloat32(output), exact.output, problem, meanMagnitude(toFloat32(v)));
-      checkMeasured([
+      measured.push(
         // The smoothing vector is the first step's mean, an estimate from few tokens; a little is lost by that.
         { what: `output after ${held} tokens: relative L1`, error, limit: ALGORITHM_SLACK * target.relativeL1 },
         measureLse(toFloat32(lse), exact.lse, (value) => 2 * lseTolerance(target) + 1e-5 * Math.abs(value)),
-      ]);
+      );
     }
   } finally {
     cache.dispose();
   }
+  return measured;
 }
 
 /** Every test of the suite for one target. */

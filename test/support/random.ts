@@ -10,12 +10,12 @@ export class Random {
     this.#state = this.seed;
   }
 
-  /** Uniform in [0, 1). */
-  uniform(): number {
+  /** Uniform in [low, high). */
+  uniform(low = 0, high = 1): number {
     this.#state = (this.#state + 0x6d2b79f5) | 0;
     let t = Math.imul(this.#state ^ (this.#state >>> 15), 1 | this.#state);
     t = (t + Math.imul(t ^ (t >>> 7), 61 | t)) ^ t;
-    return ((t ^ (t >>> 14)) >>> 0) / 2 ** 32;
+    return low + (high - low) * (((t ^ (t >>> 14)) >>> 0) / 2 ** 32);
   }
 
   /** Uniform integer in [low, high]. */
