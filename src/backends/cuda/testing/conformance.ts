@@ -5,7 +5,8 @@
 import { describe } from 'vitest';
 import { describeConformance } from '../../../../test/conformance/vitest.ts';
 import { CUDA_TARGETS } from '../../../../test/cuda/targets.ts';
-import { createSimulatedBackend } from '../testing/simulator/backend.ts';
+import type { KernelName } from '../../../index.ts';
+import { createSimulatedBackend } from './simulator/backend.ts';
 
 /** Multiply-adds of the largest case that is simulated; more with SIMULATED_WORK. */
 const WORK = {
@@ -13,14 +14,8 @@ const WORK = {
   others: Number(process.env.SIMULATED_WORK ?? 2e5),
 } as const;
 
-/** Compute capabilities whose kernels differ, and the kernels that are tested there. */
-const DEVICES = [
-  [80, ['qk-int8-pv-fp16-cuda']],
-  [89, ['qk-int8-pv-fp8-cuda', 'qk-int4-pv-fp8-cuda']],
-  [90, ['qk-int8-pv-fp8-cuda', 'qk-int4-pv-fp8-cuda']],
-] as const;
-
-for (const [capability, kernels] of DEVICES) {
+/** One capability's kernels; each capability has a file of its own, since files are what runs in parallel. */
+export function describeSimulated(capability: number, kernels: readonly KernelName[]): void {
   describe(`simulated sm_${capability}`, () => {
     const targets = kernels.flatMap((kernel) =>
       CUDA_TARGETS.filter((target) => target.kernel === kernel).map((target, i) => ({
