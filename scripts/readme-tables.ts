@@ -10,7 +10,12 @@ const RESULTS = new URL('../bench/results/', import.meta.url);
 const PAGES = ['README.md', 'docs/choosing-a-kernel.md'];
 const read = <T>(name: string): T => JSON.parse(readFileSync(new URL(name, RESULTS), 'utf8')) as T;
 
-const table = (header: readonly string[], rows: readonly (readonly string[])[]) =>
+interface Table {
+  readonly header: readonly string[];
+  readonly rows: readonly (readonly string[])[];
+}
+
+const markdown = ({ header, rows }: Table): string =>
   [header, header.map((_, i) => (i === 0 ? '---' : '---:')), ...rows]
     .map((cells) => `| ${cells.join(' | ')} |`)
     .join('\n');
@@ -26,12 +31,12 @@ const ACCURACY_KERNELS: readonly [source: AccuracyRow['source'], kernel: string,
   ['wasm', 'qk-int8-pv-fp16 (simd128)', '`qk-int8-pv-fp16` on WASM'],
 ];
 
-function accuracy(): string {
+function accuracy(): Table {
   const { rows } = read<{ rows: AccuracyRow[] }>('accuracy.json');
   const golden = [...new Set(rows.map((row) => row.golden))];
-  return table(
-    ['relative L1 / cosine similarity', ...golden.map((name) => `\`${name}\``)],
-    ACCURACY_KERNELS.map(([source, kernel, label]) => [
+  return {
+    header: ['relative L1 / cosine similarity', ...golden.map((name) => `\`${name}\``)],
+    rows: ACCURACY_KERNELS.map(([source, kernel, label]) => [
       label,
       ...golden.map((name) => {
         const row = rows.find((entry) => entry.golden === name && entry.source === source && entry.kernel === kernel);
@@ -39,7 +44,7 @@ function accuracy(): string {
         return `${row.accuracy.relativeL1.toFixed(4)} / ${row.accuracy.cosineSimilarity.toFixed(5)}`;
       }),
     ]),
-  );
+  };
 }
 
 interface WasmReport {
@@ -66,7 +71,7 @@ const WASM_BUILDS: Readonly<Record<string, string>> = { 'Node 20': 'simd128', 'N
  *
  * @param short two threads and D = 64 only, the build that each Node takes
  */
-function wasmSpeed(short: boolean): string {
+function wasmSpeed(short: boolean): Table {
   const files = readdirSync(RESULTS).filter((name) => /^wasm-node\d+-threads\d+\.json$/.test(name));
   const rows = files.sort().flatMap((name) => {
     const report = read<WasmReport>(name);
@@ -98,10 +103,10 @@ function wasmSpeed(short: boolean): string {
         ];
       });
   });
-  return table(
-    ['tokens', 'engine, threads', 'kernel', 'GFLOP/s', 'to onnxruntime-web', 'to onnxruntime-node', ACCURACY],
+  return {
+    header: ['tokens', 'engine, threads', 'kernel', 'GFLOP/s', 'to onnxruntime-web', 'to onnxruntime-node', ACCURACY],
     rows,
-  );
+  };
 }
 
 interface Shape {
@@ -144,7 +149,7 @@ const accuracyText = ({ relativeL1, cosineSimilarity }: Measured) =>
  *
  * @param short the kernels that were made for the card that was measured, D = 128
  */
-function cudaSpeed(short: boolean): string {
+function cudaSpeed(short: boolean): Table {
   const hopper = read<HopperReport>('hopper-h200.json');
   const mma = read<MmaReport>('cuda-h200.json');
   const row = (
@@ -194,10 +199,10 @@ function cudaSpeed(short: boolean): string {
         result,
       ),
     );
-  return table(
-    ['tokens', 'kernel', 'cuDNN', 'kernel alone', 'with quantization', ACCURACY],
-    short ? rows : [...rows, ...others],
-  );
+  return {
+    header: ['tokens', 'kernel', 'cuDNN', 'kernel alone', 'with quantization', ACCURACY],
+    rows: short ? rows : [...rows, ...others],
+  };
 }
 
 interface WebgpuReport {
@@ -218,12 +223,12 @@ interface WebgpuReport {
  *
  * @param short without the cases that have no peer
  */
-function webgpuSpeed(short: boolean): string {
+function webgpuSpeed(short: boolean): Table {
   const { rows: all } = read<WebgpuReport>('webgpu-h200.json');
   const rows = all.filter(({ onnxruntime }) => !short || onnxruntime !== undefined);
-  return table(
-    ['tokens', 'family', 'TFLOP/s', 'onnxruntime', 'to onnxruntime', ACCURACY],
-    rows.flatMap(({ tokens, headDim, isCausal, onnxruntime, timings }) =>
+  return {
+    header: ['tokens', 'family', 'TFLOP/s', 'onnxruntime', 'to onnxruntime', ACCURACY],
+    rows: rows.flatMap(({ tokens, headDim, isCausal, onnxruntime, timings }) =>
       [...new Set(timings.map(({ family }) => family))].flatMap((family) => {
         const measured = timings.filter((timing) => timing.family === family && timing.milliseconds !== undefined);
         const best = measured.sort((a, b) => (a.milliseconds ?? 0) - (b.milliseconds ?? 0))[0];
@@ -241,7 +246,7 @@ function webgpuSpeed(short: boolean): string {
         ];
       }),
     ),
-  );
+  };
 }
 
 interface OnnxruntimeReport {
@@ -258,15 +263,15 @@ interface OnnxruntimeReport {
 const SHORT_LENGTHS = [1024, 2048, 8192, 32768];
 
 /** A stack of DiT blocks, the whole model. */
-function onnxruntimeSpeed(short: boolean): string {
+function onnxruntimeSpeed(short: boolean): Table {
   // Two runs, one after the other on the same machine.
   const results = readdirSync(RESULTS)
     .filter((name) => /^onnxruntime-h200-\d\.json$/.test(name))
     .sort()
     .flatMap((name) => read<OnnxruntimeReport>(name).results);
   const milliseconds = (value: number | undefined) => value?.toFixed(1) ?? '';
-  return table(
-    [
+  return {
+    header: [
       'tokens',
       'without (ms)',
       'with (ms)',
@@ -274,7 +279,7 @@ function onnxruntimeSpeed(short: boolean): string {
       'cut, attention by onnxruntime (ms)',
       'output against without: cosine',
     ],
-    results
+    rows: results
       .filter(({ length }) => !short || SHORT_LENGTHS.includes(length))
       .filter(({ length }, i, those) => those.findIndex((other) => other.length === length) === i)
       .sort((a, b) => a.length - b.length)
@@ -286,13 +291,13 @@ function onnxruntimeSpeed(short: boolean): string {
         milliseconds(row.cutOnly),
         row.accuracy?.cosineSimilarity.toFixed(5) ?? '',
       ]),
-  );
+  };
 }
 
 /** Rows of the tables that say the most, one of each kind of device: what stands in their first cells, and what they are called. */
 const SUMMARY: readonly {
   readonly where: string;
-  readonly make: (short: boolean) => string;
+  readonly make: (short: boolean) => Table;
   readonly row: readonly string[];
   readonly peer: string;
   readonly faster: string;
@@ -321,22 +326,20 @@ const SUMMARY: readonly {
 ];
 
 /** One row of each table, in one. */
-function summary(): string {
-  return table(
-    ['where', 'tokens', 'against', 'times as fast', ACCURACY],
-    SUMMARY.map(({ where, make, row, peer, faster }) => {
-      const [header = [], , ...rows] = make(false)
-        .split('\n')
-        .map((line) => line.slice(2, -2).split(' | '));
+function summary(): Table {
+  return {
+    header: ['where', 'tokens', 'against', 'times as fast', ACCURACY],
+    rows: SUMMARY.map(({ where, make, row, peer, faster }) => {
+      const { header, rows } = make(false);
       const found = rows.find((cells) => row.every((cell, i) => cells[i] === cell));
       if (found === undefined) throw new Error(`no row ${row.join(', ')} among the results`);
       const cell = (heading: string) => found[header.indexOf(heading)] ?? '';
       return [where, row[0] ?? '', peer, /[\d.]+x/.exec(cell(faster))?.[0] ?? '', cell(ACCURACY)];
     }),
-  );
+  };
 }
 
-const TABLES: Readonly<Record<string, (short: boolean) => string>> = {
+const TABLES: Readonly<Record<string, (short: boolean) => Table>> = {
   summary,
   accuracy,
   'wasm-speed': wasmSpeed,
@@ -360,7 +363,7 @@ for (const page of PAGES) {
     (_, open, name, short, close) => {
       const make = TABLES[name as string];
       if (make === undefined) throw new Error(`${page} asks for table '${name}'; there are ${Object.keys(TABLES)}`);
-      return `${open}\n${make(short !== undefined)}\n\n${close}`;
+      return `${open}\n${markdown(make(short !== undefined))}\n\n${close}`;
     },
   );
   if (!process.argv.includes('--check')) writeFileSync(file, after);
