@@ -1,4 +1,5 @@
 /** The playground: four sections, each started when what it needs is there. */
+import * as Comlink from 'comlink';
 import { connect, warn } from './alert.ts';
 import { byId, messageOf, say } from './dom.ts';
 import { createModelClient } from './model-client.ts';
@@ -7,9 +8,6 @@ import { startModel } from './sections/model.ts';
 import { findOrt, startSpeed } from './sections/speed.ts';
 import { startWhy } from './sections/why.ts';
 import type { DeviceApi } from './workers/device.ts';
-
-const onLoss = (reason: string) =>
-  warn(`The GPU was taken away: ${reason} A new device is being opened, and the work is done again.`);
 
 /** Marks the section in sight in the navigation. */
 function followScrolling(): void {
@@ -33,9 +31,10 @@ async function start(): Promise<void> {
   const model = createModelClient();
   startWhy(model);
   const device = connect<DeviceApi>(new Worker(new URL('./workers/device.ts', import.meta.url), { type: 'module' }));
-  const [report, ortBase] = await Promise.all([startDevice(device, onLoss), findOrt()]);
-  startModel(model, report, ortBase, onLoss);
-  await startSpeed(device, report, ortBase, onLoss);
+  void device.watchDevice(Comlink.proxy(warn));
+  const [report, ortBase] = await Promise.all([startDevice(device), findOrt()]);
+  startModel(model, report, ortBase);
+  await startSpeed(device, report, ortBase);
   // Only with ?debug: lets a test take the GPU away while something runs.
   if (new URLSearchParams(location.search).has('debug')) {
     Object.assign(globalThis, { playground: { loseDevice: () => device.loseDevice() } });

@@ -61,12 +61,8 @@ function targetOf(backend: Backend, { name }: KernelDescriptor): Target | undefi
 export const checkCount = (backends: readonly Backend[]): number =>
   backends.flatMap(({ kernels }) => kernels.filter(({ name }) => name in BOUNDS)).length * cases.length;
 
-/** Runs every case on every kernel, one after the other; `onLoss` hears of a GPU that went meanwhile. */
-export async function* selfCheck(
-  backends: readonly Backend[],
-  seed: number,
-  onLoss: (reason: string) => void,
-): AsyncGenerator<CheckResult> {
+/** Runs every case on every kernel, one after the other. */
+export async function* selfCheck(backends: readonly Backend[], seed: number): AsyncGenerator<CheckResult> {
   for (const backend of backends) {
     for (const kernel of backend.kernels) {
       const target = targetOf(backend, kernel);
@@ -75,7 +71,7 @@ export async function* selfCheck(
         const start = performance.now();
         let failure: string | undefined;
         try {
-          await survivingLoss(() => runCase(target, testCase, seed + i), onLoss);
+          await survivingLoss(() => runCase(target, testCase, seed + i));
         } catch (error) {
           failure = error instanceof Error ? error.message : String(error);
         }

@@ -69,10 +69,7 @@ function statusOf({ chosen, backends }: DeviceReport): string {
   return `${why}, so everything below runs on WebAssembly: ${wasm.details.threads ?? ''}.`;
 }
 
-export async function startDevice(
-  device: Comlink.Remote<DeviceApi>,
-  onLoss: (reason: string) => void,
-): Promise<DeviceReport> {
+export async function startDevice(device: Comlink.Remote<DeviceApi>): Promise<DeviceReport> {
   const cards = byId('backends');
   const show = async () => {
     const report = await device.describe();
@@ -115,7 +112,7 @@ export async function startDevice(
       say(note, `${done} of ${total} checks, ${failed === 0 ? 'all passed so far' : `${failed} failed`}.`, failed > 0);
     };
     try {
-      await device.check(Comlink.proxy(onResult), Comlink.proxy(onLoss));
+      await device.check(Comlink.proxy(onResult));
       say(note, failed === 0 ? `All ${done} checks passed.` : `${failed} of ${done} checks failed.`, failed > 0);
     } catch (error) {
       say(note, messageOf(error), true);

@@ -1,6 +1,7 @@
 /** Section 4: a trained encoder, with exact attention and with SageAttention. */
 import * as Comlink from 'comlink';
 import { compare } from '../../src/reference/metrics.ts';
+import { warn } from '../alert.ts';
 import { css, type Figure, figure, inkOn, Plot, sequential } from '../charts.ts';
 import { byId, exclusively, h, latest, messageOf, say, selectField } from '../dom.ts';
 import { bytes, cosine, count, counted, duration, percent, short } from '../format.ts';
@@ -65,12 +66,7 @@ function drawMatrix(
   }));
 }
 
-export function startModel(
-  model: ModelClient,
-  report: DeviceReport,
-  ortBase: string | undefined,
-  onLoss: (reason: string) => void,
-): void {
+export function startModel(model: ModelClient, report: DeviceReport, ortBase: string | undefined): void {
   const body = byId('model-body');
   const loadBox = byId('model-load');
   const loadNote = h(
@@ -81,7 +77,6 @@ export function startModel(
   const loadBar = h('progress', { max: MODEL_BYTES, value: 0, 'aria-label': 'Loading of the model', hidden: true });
   const loadButton = h('button', { type: 'button', class: 'primary' }, 'Load the model');
   loadBox.append(loadButton, loadNote, loadBar);
-  const onDeviceLoss = Comlink.proxy(onLoss);
 
   loadButton.addEventListener('click', async () => {
     loadButton.disabled = true;
@@ -91,6 +86,7 @@ export function startModel(
         loadBar.value = received;
         say(loadNote, `${bytes(received)} of ${bytes(MODEL_BYTES)}`);
       });
+      if (report.chosen === 'webgpu') void model.worker.watchDevice(Comlink.proxy(warn));
       loadBox.hidden = true;
       showSentences();
       showLong();
@@ -122,7 +118,7 @@ export function startModel(
           let pair = cache.get(text);
           if (pair === undefined) {
             say(message, 'Encoding…');
-            pair = await model.worker.sentence(text, report.chosen, onDeviceLoss);
+            pair = await model.worker.sentence(text, report.chosen);
             cache.set(text, pair);
           }
           if (pair.tokens > 0) encoded.push({ number: i + 1, pair });
@@ -207,6 +203,7 @@ export function startModel(
     );
     const insert = h('button', { type: 'button' }, 'Take a chapter of Alice in Wonderland');
     const run = h('button', { type: 'button', class: 'primary' }, 'Run');
+    const stop = h('button', { type: 'button', disabled: true }, 'Stop');
     const message = h('p', { class: 'message', role: 'status' });
     const results = h('div', { id: 'long-results' });
     insert.addEventListener('click', async () => {
@@ -219,7 +216,12 @@ export function startModel(
         say(message, messageOf(error), true);
       }
     });
-    exclusively(run, async () => {
+    stop.addEventListener('click', () => {
+      stop.disabled = true;
+      say(message, 'Stopping…');
+      void model.worker.stop();
+    });
+    const attend = async () => {
       if (text.value.trim() === '') {
         say(message, 'Paste a text first, or take the chapter.', true);
         return;
@@ -272,19 +274,27 @@ export function startModel(
         );
       };
       draw();
+      stop.disabled = false;
+      stop.focus();
       try {
-        const { tokens, restMs } = await model.worker.long(
+        const done = await model.worker.long(
           text.value,
           Number(most.value),
           report.chosen,
           ortBase,
-          Comlink.proxy((note) => say(message, note)),
+          Comlink.proxy((note) => {
+            if (!stop.disabled) say(message, note);
+          }),
           Comlink.proxy((layer) => {
             rows.push(layer);
             draw();
           }),
-          onDeviceLoss,
         );
+        if (done === undefined) {
+          say(message, 'Stopped. What was timed so far is below.');
+          return;
+        }
+        const { tokens, restMs } = done;
         if (tokens === 0) {
           results.replaceChildren();
           say(message, 'There are no words in this text.', true);
@@ -298,6 +308,10 @@ export function startModel(
       } catch (error) {
         say(message, messageOf(error), true);
       }
+    };
+    exclusively(run, attend, () => {
+      if (document.activeElement === stop) stop.blur();
+      stop.disabled = true;
     });
     body.append(
       h('h3', { class: 'sub' }, 'A long text'),
@@ -312,7 +326,7 @@ export function startModel(
         h('div', { class: 'field wide' }, h('label', { for: 'long-text' }, 'Text'), text),
         most.element,
       ),
-      h('div', { class: 'actions' }, run, insert),
+      h('div', { class: 'actions' }, run, stop, insert),
       message,
       results,
     );

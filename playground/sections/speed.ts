@@ -30,7 +30,6 @@ export async function startSpeed(
   device: Comlink.Remote<DeviceApi>,
   report: DeviceReport,
   ortBase: string | undefined,
-  onLoss: (reason: string) => void,
 ): Promise<void> {
   const offered = await device.contestants(ortBase);
   const start = byId<HTMLButtonElement>('bench-start');
@@ -249,7 +248,6 @@ export async function startSpeed(
           drawChart();
           drawTable();
         }),
-        Comlink.proxy(onLoss),
       );
       say(
         note,

@@ -28,18 +28,29 @@ export async function gpuContext() {
 export const isLoss = (error: unknown): error is Error =>
   error instanceof Error && 'code' in error && error.code === 'device-lost';
 
-/**
- * Runs `work`, and once more if the GPU device is lost meanwhile: the backend opens a new one.
- *
- * @param onLoss hears of a loss, and that the work is being done again
- */
-export async function survivingLoss<T>(work: () => Promise<T>, onLoss: (reason: string) => void): Promise<T> {
+/** Runs `work`, and once more if the GPU device is lost meanwhile: the backend opens a new one. */
+export async function survivingLoss<T>(work: () => Promise<T>): Promise<T> {
   try {
     return await work();
   } catch (error) {
     if (!isLoss(error)) throw error;
-    onLoss(error.message);
     return work();
+  }
+}
+
+/** What a call of the page's comes to: it has its own channel, and may be heard after the result of what made it. */
+export type Told = void | Promise<void>;
+
+/** Tells of each loss of the GPU device, whether something runs on it or not, and opens the next one. */
+export async function watchDevice(tell: (text: string) => Told): Promise<void> {
+  let context = await gpuContext().catch(() => undefined);
+  while (context !== undefined) {
+    await context.device.lost;
+    await tell(`The GPU was taken away: ${context.lost?.message}. What ran on it is done again on a new device.`);
+    context = await gpuContext().catch(async (error: Error) => {
+      await tell(`The GPU was taken away, and no new device could be opened: ${error.message}`);
+      return undefined;
+    });
   }
 }
 

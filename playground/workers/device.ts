@@ -5,7 +5,15 @@ import { type Availability, getBackend, type KernelDescriptor, type Tensor, tran
 import { toFloat32 } from '../../src/tensor/access.ts';
 import { tensor } from '../../src/tensor/tensor.ts';
 import type { CheckResult } from '../self-check.ts';
-import { BROWSER_BACKENDS, type BrowserBackend, loseDevice, survivingLoss, useBrowserBackends } from './backends.ts';
+import {
+  BROWSER_BACKENDS,
+  type BrowserBackend,
+  loseDevice,
+  survivingLoss,
+  type Told,
+  useBrowserBackends,
+  watchDevice,
+} from './backends.ts';
 import { type BenchInputs, type Contestant, contestants } from './contestants.ts';
 import { isTiming, measureInTurns, type Outcome, STEPS } from './in-turns.ts';
 
@@ -64,9 +72,6 @@ export interface BenchProgress {
 const LONGEST_CALL_MS = { webgpu: 2_000, wasm: 15_000 } as const satisfies Record<BrowserBackend, number>;
 const ACCURACY_ROWS = 64;
 
-/** What a call of the page's comes to: it has its own channel, and may be heard after the result of what made it. */
-type Told = void | Promise<void>;
-
 let stop = new AbortController();
 
 async function available(): Promise<BrowserBackend[]> {
@@ -107,13 +112,13 @@ const api = {
   },
 
   /** Resolves when `onResult` has heard of every check. */
-  async check(onResult: (result: CheckResult, total: number) => Told, onLoss: (reason: string) => void): Promise<void> {
+  async check(onResult: (result: CheckResult, total: number) => Told): Promise<void> {
     const { selfCheck, checkCount } = await import('../self-check.ts');
     const backends = await Promise.all((await available()).map(getBackend));
     const total = checkCount(backends);
     // A fresh seed each time: a check that always sees the same numbers says less.
     const seed = Math.floor(Math.random() * 2 ** 31);
-    for await (const result of selfCheck(backends, seed, onLoss)) await onResult(result, total);
+    for await (const result of selfCheck(backends, seed)) await onResult(result, total);
   },
 
   /** @param ortBase the folder of onnxruntime-web's files, if they are there */
@@ -126,7 +131,6 @@ const api = {
     config: BenchConfig,
     ortBase: string | undefined,
     onProgress: (progress: BenchProgress) => Told,
-    onLoss: (reason: string) => void,
   ): Promise<void> {
     stop = new AbortController();
     const { signal } = stop;
@@ -153,7 +157,7 @@ const api = {
       let outcomes: ReadonlyMap<string, Outcome>;
       try {
         const measure = () => measureInTurns(running, inputs, { rows: accuracyRows(length), signal, onStep });
-        outcomes = await survivingLoss(measure, onLoss);
+        outcomes = await survivingLoss(measure);
       } catch (error) {
         if (signal.aborted) return;
         // The GPU was lost a second time.
@@ -179,6 +183,11 @@ const api = {
 
   stop(): void {
     stop.abort();
+  },
+
+  async watchDevice(tell: (text: string) => Told): Promise<void> {
+    await ready;
+    await watchDevice(tell);
   },
 
   loseDevice,

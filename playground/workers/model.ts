@@ -14,13 +14,14 @@ import { compare } from '../../src/reference/metrics.ts';
 import { toFloat32 } from '../../src/tensor/access.ts';
 import { slice } from '../../src/tensor/tensor.ts';
 import type { Head } from '../lab.ts';
-import { type BrowserBackend, loseDevice, survivingLoss, useBrowserBackends } from './backends.ts';
+import { type BrowserBackend, survivingLoss, type Told, useBrowserBackends, watchDevice } from './backends.ts';
 import { type BenchInputs, contestants } from './contestants.ts';
 import { isTiming, measureInTurns } from './in-turns.ts';
 
 const ready = useBrowserBackends();
 
 let model: SentenceModel | undefined;
+let stop = new AbortController();
 let loading: Promise<SentenceModel> | undefined;
 
 /** Fetches a file piece by piece, so that progress can be shown. */
@@ -106,7 +107,12 @@ const quantizedAttention =
 const ACCURACY_ROWS = 64;
 
 /** SageAttention's default kernel and every peer of its backend, in turns. */
-async function timeLayer(call: AttentionCall, backend: BrowserBackend, ortBase: string | undefined): Promise<LayerRun> {
+async function timeLayer(
+  call: AttentionCall,
+  backend: BrowserBackend,
+  ortBase: string | undefined,
+  signal: AbortSignal,
+): Promise<LayerRun> {
   const contiguous = (view: Tensor) => tensor(toFloat32(view), view.shape);
   const inputs: BenchInputs = { q: contiguous(call.q), k: contiguous(call.k), v: contiguous(call.v), isCausal: false };
   const [, , heads = 0, headDim = 0] = call.q.shape;
@@ -115,7 +121,6 @@ async function timeLayer(call: AttentionCall, backend: BrowserBackend, ortBase: 
   );
   const ours = `${backend}:${name}`;
   const chosen = (await contestants([backend], ortBase)).filter(({ id, kind }) => kind === 'peer' || id === ours);
-  const { signal } = new AbortController();
   const outcomes = await measureInTurns(chosen, inputs, { rows: ACCURACY_ROWS, signal, onStep: () => {} });
   const quantized = outcomes.get(ours);
   if (quantized === undefined) throw new Error(`backend ${backend} has no kernel ${name}`);
@@ -166,28 +171,33 @@ const api = {
   },
 
   /** One sentence, with exact attention and with SageAttention. */
-  async sentence(text: string, backend: BrowserBackend, onLoss: (reason: string) => void): Promise<SentencePair> {
+  async sentence(text: string, backend: BrowserBackend): Promise<SentencePair> {
     await ready;
     const { tokenizer, encoder } = need();
     const ids = tokenizer.encode(text);
     const [exact] = await encoder.encode([ids], exactAttention);
-    const [quantized] = await survivingLoss(() => encoder.encode([ids], quantizedAttention(backend)), onLoss);
+    const [quantized] = await survivingLoss(() => encoder.encode([ids], quantizedAttention(backend)));
     if (exact === undefined || quantized === undefined) throw new Error('the encoder gave nothing');
     const { cosineSimilarity } = compare(quantized, exact);
     return { tokens: Math.min(ids.length, TRAINED_LENGTH), exact, quantized, cosine: cosineSimilarity };
   },
 
-  /** The text as one sequence through the model, then the attention of each layer timed by itself. */
+  /**
+   * The text as one sequence through the model, then the attention of each layer timed by itself.
+   *
+   * @returns nothing when it was stopped
+   */
   async long(
     text: string,
     maxTokens: number,
     backend: BrowserBackend,
     ortBase: string | undefined,
-    onStep: (note: string) => void | Promise<void>,
-    onLayer: (run: LayerRun) => void | Promise<void>,
-    onLoss: (reason: string) => void,
-  ): Promise<LongRun> {
+    onStep: (note: string) => Told,
+    onLayer: (run: LayerRun) => Told,
+  ): Promise<LongRun | undefined> {
     await ready;
+    stop = new AbortController();
+    const { signal } = stop;
     const { tokenizer, encoder } = need();
     await onStep('Cutting the text into tokens…');
     const ids = tokenizer.encode(text).slice(0, maxTokens);
@@ -198,22 +208,35 @@ const api = {
     const attend = quantizedAttention(backend);
     const record: AttentionFunction = async (call) => {
       await onStep(`${ids.length} tokens through the model: layer ${calls.length + 1} of 2…`);
+      signal.throwIfAborted();
       const before = performance.now();
-      const output = await survivingLoss(() => attend(call), onLoss);
+      const output = await survivingLoss(() => attend(call));
       attentionMs += performance.now() - before;
       calls.push(call);
       return output;
     };
-    await encoder.encode([ids], record, { maxLength: Number.POSITIVE_INFINITY });
-    const restMs = performance.now() - start - attentionMs;
-    for (const call of calls) {
-      await onStep(`Timing attention of layer ${call.layer + 1}…`);
-      await onLayer(await survivingLoss(() => timeLayer(call, backend, ortBase), onLoss));
+    try {
+      await encoder.encode([ids], record, { maxLength: Number.POSITIVE_INFINITY });
+      const restMs = performance.now() - start - attentionMs;
+      for (const call of calls) {
+        await onStep(`Timing attention of layer ${call.layer + 1}…`);
+        await onLayer(await survivingLoss(() => timeLayer(call, backend, ortBase, signal)));
+      }
+      return { tokens: ids.length, restMs };
+    } catch (error) {
+      if (signal.aborted) return undefined;
+      throw error;
     }
-    return { tokens: ids.length, restMs };
   },
 
-  loseDevice,
+  stop(): void {
+    stop.abort();
+  },
+
+  async watchDevice(tell: (text: string) => Told): Promise<void> {
+    await ready;
+    await watchDevice(tell);
+  },
 };
 
 export type ModelApi = typeof api;

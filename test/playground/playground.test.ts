@@ -431,6 +431,20 @@ describe('playground', () => {
     });
   });
 
+  it('reports each loss of a GPU that nothing runs on', async () => {
+    await withPage({ url: `${server.url}?debug` }, async (page) => {
+      await page.waitForFunction(() => 'playground' in globalThis);
+      for (let loss = 0; loss < 2; loss++) {
+        await page.evaluate(async () => {
+          await (globalThis as unknown as { playground: { loseDevice(): Promise<void> } }).playground.loseDevice();
+        });
+        await page.locator('#alert', { hasText: 'was lost' }).waitFor();
+        await page.getByRole('button', { name: 'Dismiss' }).click();
+        expect(await page.locator('#alert').isVisible()).toBe(false);
+      }
+    });
+  });
+
   it('compares sentences with exact and quantized attention, and times a long text', async () => {
     await withPage({ colorScheme: 'dark' }, async (page) => {
       await page.getByRole('button', { name: 'Load the model' }).click();
@@ -494,6 +508,19 @@ describe('playground', () => {
         expect(numberIn(similarity)).toBeGreaterThan(0.998);
       }
       await expectAccessible(page);
+
+      const said = page.locator('#model-body .message').nth(1);
+      const stop = page.locator('#model-body').getByRole('button', { name: 'Stop' });
+      await page.locator('#model-body').getByLabel('Tokens, up to').selectOption('2048');
+      await page.getByRole('button', { name: 'Run', exact: true }).click();
+      await expect.poll(() => said.textContent(), { timeout: PATIENCE }).toContain('Timing attention of layer 1');
+      await stop.click();
+      await expect
+        .poll(() => said.textContent(), { timeout: PATIENCE })
+        .toBe('Stopped. What was timed so far is below.');
+      expect(await page.locator('#long-results tbody tr').count()).toBeLessThan(2);
+      expect(await stop.isDisabled()).toBe(true);
+      await expect.poll(() => page.getByRole('button', { name: 'Run', exact: true }).isDisabled()).toBe(false);
     });
   });
 
