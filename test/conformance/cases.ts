@@ -665,7 +665,7 @@ const decoding = (
     }),
     dense('decoding', `${lq} over ${heads} heads on ${kvHeads}, one head's query not a number, the others far apart`, {
       ...shape,
-      batch: 4,
+      batch: 2,
       options: { returnLse: true },
       edit: ({ q, k }, { d }) => {
         // A channel in which all keys agree: it gives every fifth head a scale 64 times its neighbours', and moves no score.
