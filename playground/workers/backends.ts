@@ -46,9 +46,9 @@ export async function watchDevice(tell: (text: string) => Told): Promise<void> {
   let context = await gpuContext().catch(() => undefined);
   while (context !== undefined) {
     await context.device.lost;
-    await tell(`The GPU was taken away: ${context.lost?.message}. What ran on it is done again on a new device.`);
+    await tell(`The GPU was taken away; what ran on it is done again on a new device. (${context.lost?.message})`);
     context = await gpuContext().catch(async (error: Error) => {
-      await tell(`The GPU was taken away, and no new device could be opened: ${error.message}`);
+      await tell(`The GPU was taken away, and no other could be had: ${error.message}`);
       return undefined;
     });
   }
