@@ -46,20 +46,22 @@ describe('in Chromium', () => {
     expect(accuracy.cosineSimilarity).toBeGreaterThan(0.999);
   });
 
-  itNeeds(missing)('tfjs on WebGPU, leaving no tensor and no buffer behind', async () => {
-    const { accuracy, leaked, leakedBytes, refused, unseeing } = await call('tfjs', seed);
-    expect(accuracy.cosineSimilarity).toBeGreaterThan(0.999);
-    expect(leaked).toBe(0);
-    expect(leakedBytes).toBe(0);
-    expect(refused).toBe('options.isCasual');
-    expect(unseeing).toEqual([0]);
-  });
+  for (const backend of ['webgpu', 'webgl'] as const) {
+    itNeeds(missing)(`tfjs on ${backend}, leaving no tensor and no buffer behind`, async () => {
+      const { accuracy, leaked, leakedBytes, refused, unseeing } = await call('tfjs', backend, seed);
+      expect(accuracy.cosineSimilarity).toBeGreaterThan(0.999);
+      expect(leaked).toBe(0);
+      expect(leakedBytes).toBe(backend === 'webgpu' ? 0 : undefined);
+      expect(refused).toBe('options.isCasual');
+      expect(unseeing).toEqual([0]);
+    });
 
-  itNeeds(missing)('a GraphModel of tfjs on WebGPU', async () => {
-    const { accuracy, taken, leaked } = await call('tfjsModel', seed);
-    expect([taken, leaked]).toEqual([1, 0]);
-    expect(accuracy.cosineSimilarity).toBeGreaterThan(0.999);
-  });
+    itNeeds(missing)(`a GraphModel of tfjs on ${backend}`, async () => {
+      const { accuracy, taken, leaked } = await call('tfjsModel', backend, seed);
+      expect([taken, leaked]).toEqual([1, 0]);
+      expect(accuracy.cosineSimilarity).toBeGreaterThan(0.999);
+    });
+  }
 
   itNeeds(missing)('jax-js on WebGPU', async () => {
     const { accuracy, device, leakedBytes, refused, kept } = await call('jax', seed);

@@ -2,6 +2,7 @@
 import { getWebGPUDevice, init, numpy } from '@jax-js/jax';
 import { loadGraphModel } from '@tensorflow/tfjs-converter';
 import * as tf from '@tensorflow/tfjs-core';
+import '@tensorflow/tfjs-backend-webgl';
 import '@tensorflow/tfjs-backend-webgpu';
 import * as ort from 'onnxruntime-web/webgpu';
 import { GraphBuilder } from '../../../test/support/graph-builder.ts';
@@ -95,9 +96,17 @@ interface OnGpu {
   readonly refused: string | undefined;
 }
 
-async function tfjs(seed: number): Promise<OnGpu & { leaked: number; unseeing: number[] }> {
-  await tf.setBackend('webgpu');
-  await tf.ready();
+type TfBackend = 'webgpu' | 'webgl';
+
+async function useTfBackend(backend: TfBackend): Promise<void> {
+  if (!(await tf.setBackend(backend))) throw new Error(`tfjs has no ${backend} here`);
+}
+
+async function tfjs(
+  backend: TfBackend,
+  seed: number,
+): Promise<Omit<OnGpu, 'leakedBytes'> & { leaked: number; leakedBytes: number | undefined; unseeing: number[] }> {
+  await useTfBackend(backend);
   const { q, k, v, exact } = operands(seed);
   const inputs = [q, k, v].map((value) => tf.tensor(value.data as Float32Array, [...SHAPE])) as [
     tf.Tensor,
@@ -108,9 +117,12 @@ async function tfjs(seed: number): Promise<OnGpu & { leaked: number; unseeing: n
   const output = await tfAttention.sageattn(...inputs, { isCausal: true });
   const accuracy = compare(await output.data(), exact);
   output.dispose();
-  const bytes = await leakedBytes((tf.backend() as unknown as { device: GPUDevice }).device, async () => {
-    (await tfAttention.sageattn(...inputs, { isCausal: true })).dispose();
-  });
+  const { device } = tf.backend() as { device?: GPUDevice };
+  const bytes =
+    device &&
+    (await leakedBytes(device, async () => {
+      (await tfAttention.sageattn(...inputs, { isCausal: true })).dispose();
+    }));
   const refused = await argumentAtFault(tfAttention.sageattn(...inputs, { isCasual: true } as never));
   // No query sees a key.
   const attnMask = tf.zeros([1, SHAPE[2]], 'bool');
@@ -121,9 +133,11 @@ async function tfjs(seed: number): Promise<OnGpu & { leaked: number; unseeing: n
 }
 
 /** A GraphModel that flattens rows for its softmax by a shape that it computes, beside tfjs alone. */
-async function tfjsModel(seed: number): Promise<{ accuracy: Accuracy; taken: number; leaked: number }> {
-  await tf.setBackend('webgpu');
-  await tf.ready();
+async function tfjsModel(
+  backend: TfBackend,
+  seed: number,
+): Promise<{ accuracy: Accuracy; taken: number; leaked: number }> {
+  await useTfBackend(backend);
   const g = new TopologyBuilder(new Random(seed));
   const [q, k, v] = [g.input(SHAPE), g.input(SHAPE), g.input(SHAPE)];
   const scaled = g.node('Mul', [g.node('BatchMatMul', [q, k], { adj_y: true }), g.scalar(SHAPE[3] ** -0.5)]);
