@@ -42,7 +42,9 @@ describe.each(layouts.map(([layout, rows]) => ({ name: `${layout.name} ${layout.
       }
     });
 
-    test.skipIf(layout.rowMask === 0)('gives ldmatrix eight different bank groups', () => {
+    // Rows that are not permuted promise nothing.
+    if (layout.rowMask === 0) return;
+    test('gives ldmatrix eight different bank groups', () => {
       for (let row = 0; row < rows; row += 8) {
         for (let byte = 0; byte < layout.rowBytes; byte += 16) {
           const groups = Array.from({ length: 8 }, (_, i) => bankGroup(layout.at(row + i, byte)));
