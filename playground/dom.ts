@@ -44,21 +44,36 @@ let working = false;
  * A button whose work takes the whole device. While the work of one lasts none of them can be pressed: what runs beside a
  * measurement is measured with it.
  *
- * @param after runs before the buttons can be pressed again
+ * @param stop a button that can be pressed while the work lasts, and what it does
  */
-export function exclusively(button: HTMLButtonElement, work: () => Promise<void>, after: () => void = () => {}): void {
+export function exclusively(
+  button: HTMLButtonElement,
+  work: () => Promise<void>,
+  stop?: { readonly button: HTMLButtonElement; readonly press: () => void },
+): void {
   const lock = (on: boolean) => {
     working = on;
     for (const each of exclusive) each.disabled = on;
   };
   exclusive.add(button);
   button.disabled = working;
+  stop?.button.addEventListener('click', () => {
+    stop.button.disabled = true;
+    stop.press();
+  });
   button.addEventListener('click', async () => {
     lock(true);
+    if (stop !== undefined) {
+      stop.button.disabled = false;
+      stop.button.focus();
+    }
     try {
       await work();
     } finally {
-      after();
+      if (stop !== undefined) {
+        if (document.activeElement === stop.button) stop.button.blur();
+        stop.button.disabled = true;
+      }
       lock(false);
       // A button that is disabled loses the focus; one who has gone elsewhere meanwhile is left there.
       if (document.activeElement === document.body) button.focus({ preventScroll: true });

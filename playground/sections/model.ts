@@ -216,11 +216,6 @@ export function startModel(model: ModelClient, report: DeviceReport, ortBase: st
         say(message, messageOf(error), true);
       }
     });
-    stop.addEventListener('click', () => {
-      stop.disabled = true;
-      say(message, 'Stopping…');
-      void model.worker.stop();
-    });
     const attend = async () => {
       if (text.value.trim() === '') {
         say(message, 'Paste a text first, or take the chapter.', true);
@@ -274,8 +269,6 @@ export function startModel(model: ModelClient, report: DeviceReport, ortBase: st
         );
       };
       draw();
-      stop.disabled = false;
-      stop.focus();
       try {
         const done = await model.worker.long(
           text.value,
@@ -309,9 +302,12 @@ export function startModel(model: ModelClient, report: DeviceReport, ortBase: st
         say(message, messageOf(error), true);
       }
     };
-    exclusively(run, attend, () => {
-      if (document.activeElement === stop) stop.blur();
-      stop.disabled = true;
+    exclusively(run, attend, {
+      button: stop,
+      press: () => {
+        say(message, 'Stopping…');
+        void model.worker.stop();
+      },
     });
     body.append(
       h('h3', { class: 'sub' }, 'A long text'),

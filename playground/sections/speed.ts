@@ -33,7 +33,6 @@ export async function startSpeed(
 ): Promise<void> {
   const offered = await device.contestants(ortBase);
   const start = byId<HTMLButtonElement>('bench-start');
-  const stop = byId<HTMLButtonElement>('bench-stop');
   const save = byId<HTMLButtonElement>('bench-download');
   const progress = byId<HTMLProgressElement>('bench-progress');
   const note = byId('bench-note');
@@ -225,8 +224,6 @@ export async function startSpeed(
       isCausal: mask.value === 'causal',
     };
     save.disabled = true;
-    stop.disabled = false;
-    stop.focus();
     saySteadily(note, true);
     progress.value = 0;
     chart.note(
@@ -262,15 +259,12 @@ export async function startSpeed(
       save.disabled = results.length === 0;
     }
   };
-  exclusively(start, run, () => {
-    if (document.activeElement === stop) stop.blur();
-    stop.disabled = true;
-  });
-
-  stop.addEventListener('click', () => {
-    stop.disabled = true;
-    say(note, 'Stopping…');
-    void device.stop();
+  exclusively(start, run, {
+    button: byId<HTMLButtonElement>('bench-stop'),
+    press: () => {
+      say(note, 'Stopping…');
+      void device.stop();
+    },
   });
 
   save.addEventListener('click', () => {

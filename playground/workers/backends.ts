@@ -10,19 +10,21 @@ export type BrowserBackend = (typeof BROWSER_BACKENDS)[number];
 /** Loaded as the library loads it, so that it is one chunk of the page. */
 export const webgpuModule = () => import('../../src/backends/webgpu/index.ts');
 
-let webgpu: WebgpuBackend | undefined;
+let webgpu: Promise<WebgpuBackend> | undefined;
 
-/** Makes the WebGPU backend of this worker; to be called before anything else of the library. */
-export async function useBrowserBackends(): Promise<void> {
-  const { createWebgpuBackend } = await webgpuModule();
-  webgpu = createWebgpuBackend();
-  await setBackend(webgpu);
+/** Makes the WebGPU backend of this worker, once; to be called before anything else of the library. */
+export function useBrowserBackends(): Promise<WebgpuBackend> {
+  webgpu ??= webgpuModule().then(async ({ createWebgpuBackend }) => {
+    const backend = createWebgpuBackend();
+    await setBackend(backend);
+    return backend;
+  });
+  return webgpu;
 }
 
 /** The device that the WebGPU backend runs on, with what it can do. */
 export async function gpuContext() {
-  if (webgpu === undefined) throw new Error('the backends are not there yet');
-  return webgpu.context();
+  return (await useBrowserBackends()).context();
 }
 
 export const isLoss = (error: unknown): error is Error =>

@@ -185,11 +185,7 @@ const api = {
     stop.abort();
   },
 
-  async watchDevice(tell: (text: string) => Told): Promise<void> {
-    await ready;
-    await watchDevice(tell);
-  },
-
+  watchDevice,
   loseDevice,
 };
 

@@ -233,10 +233,7 @@ const api = {
     stop.abort();
   },
 
-  async watchDevice(tell: (text: string) => Told): Promise<void> {
-    await ready;
-    await watchDevice(tell);
-  },
+  watchDevice,
 };
 
 export type ModelApi = typeof api;

@@ -156,6 +156,12 @@ async function setSlider(page: Page, label: string, value: number): Promise<void
   }, value);
 }
 
+/** On a page that was opened with `?debug`. */
+const loseDevice = (page: Page) =>
+  page.evaluate(() =>
+    (globalThis as unknown as { playground: { loseDevice(): Promise<void> } }).playground.loseDevice(),
+  );
+
 const speedField = (page: Page, label: string) => page.locator('#speed-controls').getByLabel(label, { exact: true });
 
 /** Chooses what to measure, and measures it. */
@@ -400,9 +406,7 @@ describe('playground', () => {
       const kernels = ['WebGPU qk-int8-pv-fp16', 'WebGPU exact f32'];
       await startBench(page, kernels, '512');
       await waitForText(page, '#bench-note', /^[2-9] of 24 steps/);
-      await page.evaluate(async () => {
-        await (globalThis as unknown as { playground: { loseDevice(): Promise<void> } }).playground.loseDevice();
-      });
+      await loseDevice(page);
       await waitForText(page, '#bench-note', /^4 measurements/);
       expect(await page.locator('#alert').textContent()).toContain('was lost');
       const rows = await benchRows(page);
@@ -422,9 +426,7 @@ describe('playground', () => {
       // The self-check, too, goes on: what was lost is checked again, not reported as wrong.
       await page.click('#check-start');
       await waitForText(page, '#check-note', /^[3-9] of \d+ checks/);
-      await page.evaluate(async () => {
-        await (globalThis as unknown as { playground: { loseDevice(): Promise<void> } }).playground.loseDevice();
-      });
+      await loseDevice(page);
       await waitForText(page, '#check-note', /^(All \d+ checks passed|\d+ of \d+ checks failed)\.$/);
       expect(await page.locator('#checks .fail').allTextContents()).toEqual([]);
       expect(await page.locator('#alert').textContent()).toContain('was lost');
@@ -435,9 +437,7 @@ describe('playground', () => {
     await withPage({ url: `${server.url}?debug` }, async (page) => {
       await page.waitForFunction(() => 'playground' in globalThis);
       for (let loss = 0; loss < 2; loss++) {
-        await page.evaluate(async () => {
-          await (globalThis as unknown as { playground: { loseDevice(): Promise<void> } }).playground.loseDevice();
-        });
+        await loseDevice(page);
         await page.locator('#alert', { hasText: 'was lost' }).waitFor();
         await page.getByRole('button', { name: 'Dismiss' }).click();
         expect(await page.locator('#alert').isVisible()).toBe(false);
