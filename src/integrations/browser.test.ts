@@ -47,7 +47,7 @@ describe('in Chromium', () => {
   });
 
   for (const backend of ['webgpu', 'webgl'] as const) {
-    itNeeds(missing)(`tfjs on ${backend}, leaving no tensor and no buffer behind`, async () => {
+    itNeeds(missing)(`tfjs on ${backend}, leaving nothing behind that can be counted`, async () => {
       const { accuracy, leaked, leakedBytes, refused, unseeing } = await call('tfjs', backend, seed);
       expect(accuracy.cosineSimilarity).toBeGreaterThan(0.999);
       expect(leaked).toBe(0);

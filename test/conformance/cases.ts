@@ -514,28 +514,21 @@ const extremes = [
   }),
   // Scores reach from 128 to 8e6 at the larger magnitudes: a factor taken before the difference leaves no fraction there.
   // The softcap is near each magnitude's scores: far below them a row's error is that of its slope, and says nothing.
-  ...(
-    [
-      [() => ({}), ''],
-      [() => ({ lq: 20, lk: 70, d: 32, options: { returnLse: true } }), ', few queries'],
+  ...[4, 100, 300, 1000].flatMap((magnitude) => {
+    const few = { lq: 20, lk: 70, d: 32 };
+    return (
       [
-        () => ({
-          lq: 20,
-          lk: 70,
-          d: 32,
-          mask: ({ lq, lk }, random) => place(random.normals(lq * lk), [lq, lk], 'float32'),
-        }),
-        ', a mask is added',
-      ],
-      [
-        (magnitude) => ({ lq: 20, lk: 70, d: 32, options: { softcap: 10 * magnitude ** 2, returnLse: true } }),
-        ', softcap',
-      ],
-    ] satisfies [(magnitude: number) => Dense, string][]
-  ).flatMap(([shape, what]) =>
-    [4, 100, 300, 1000].map((magnitude) =>
+        ['', {}],
+        [', few queries', { ...few, options: { returnLse: true } }],
+        [
+          ', a mask is added',
+          { ...few, mask: ({ lq, lk }, random) => place(random.normals(lq * lk), [lq, lk], 'float32') },
+        ],
+        [', softcap', { ...few, options: { softcap: 10 * magnitude ** 2, returnLse: true } }],
+      ] satisfies [string, Dense][]
+    ).map(([what, spec]) =>
       dense('extreme', `one key wins each row, q and k of magnitude ${magnitude}${what}`, {
-        ...shape(magnitude),
+        ...spec,
         bound: 'algorithm',
         edit: ({ q, k }, { lq, lk, d, heads }, random) => {
           const key = random.normals(heads * lk * d, magnitude);
@@ -546,8 +539,8 @@ const extremes = [
           });
         },
       }),
-    ),
-  ),
+    );
+  }),
 ];
 
 /**

@@ -6,8 +6,8 @@
  *
  * Prints the cases nearest their limits: the largest of error / limit that was seen, and how many of its standard deviations
  * lie between its mean and 1, those of its logarithm where they are fewer: a few errors are of many sizes, and their own
- * deviation hides the rare large one. Fails when a limit was exceeded, or is nearer than three of
- * them (but for the random problems, which are many cases in one).
+ * deviation hides the rare large one. Fails when a limit was exceeded, or is nearer than three of them (but for the random
+ * problems, which are many cases in one).
  */
 import { parseArgs } from 'node:util';
 import Table from 'cli-table3';
@@ -17,7 +17,7 @@ import { setBackend } from '../../src/backends/registry.ts';
 import { createWasmBackend, type WasmBackendOptions } from '../../src/backends/wasm/index.ts';
 import { CUDA_TARGETS } from '../cuda/targets.ts';
 import { arbitraryCase, CASES, type ConformanceCase } from './cases.ts';
-import { measureCase, type Target } from './suite.ts';
+import { excessOf, measureCase, type Target } from './suite.ts';
 import { WASM_TARGETS } from './wasm-targets.ts';
 
 const { values: flags } = parseArgs({
@@ -49,14 +49,14 @@ let failures = 0;
 
 async function measure(target: Target, testCase: ConformanceCase, seed: number, name: string): Promise<void> {
   try {
-    for (const { what, error, limit } of await measureCase(target, testCase, seed)) {
+    for (const measured of await measureCase(target, testCase, seed)) {
+      const { what, error, limit } = measured;
       const kind = what.split(/[:[]/, 1)[0] as string;
       const key = `${target.name} ${name} ${kind}`;
       const entry = samples.get(key) ?? { target: target.name, name, what: kind, ratios: [] };
       samples.set(key, entry);
       entry.ratios.push(error / limit);
-      if (error > limit)
-        console.log(`EXCEEDED ${target.name}, ${name}, seed ${seed}: ${what} ${error}, limit ${limit}`);
+      if (error > limit) console.log(`EXCEEDED ${target.name}, ${name}, seed ${seed}: ${excessOf(measured)}`);
     }
   } catch (error) {
     failures++;

@@ -225,25 +225,27 @@ function measureLse(actual: Float32Array, exact: Float64Array, limitOf: (exact: 
   return worst;
 }
 
+/** A limit that was exceeded, in words. */
+export const excessOf = ({ what, error, limit }: Measured) => `${what} ${error}, limit ${limit}`;
+
+const MEASURED_AGAIN = 4;
+const BEYOND_DOUBT = 2;
+
 /**
  * An error over random inputs has a tail that no limit ends, and thousands of them are measured in a run. One that is beyond its
  * limit, not twice so, is therefore measured again on other inputs, where nothing may be beyond; a defect shows there too.
  */
-const MEASURED_AGAIN = 4;
-const BEYOND_DOUBT = 2;
-
 export async function checkMeasured(
   measure: (seed: number) => Promise<readonly Measured[]>,
   seed: number,
 ): Promise<void> {
-  const message = ({ what, error, limit }: Measured) => `${what} ${error}, limit ${limit}`;
   const beyond = (await measure(seed)).filter(({ error, limit }) => error > limit);
-  for (const first of beyond) check(first.error <= BEYOND_DOUBT * first.limit, () => message(first));
+  for (const first of beyond) check(first.error <= BEYOND_DOUBT * first.limit, () => excessOf(first));
   if (beyond.length === 0) return;
   for (let again = seed + 1; again <= seed + MEASURED_AGAIN; again++) {
     for (const measured of await measure(again)) {
       const { error, limit } = measured;
-      check(error <= limit, () => `${message(measured)}, with seed ${again}; with ${seed} ${beyond.map(message)}`);
+      check(error <= limit, () => `${excessOf(measured)}, with seed ${again}; with ${seed} ${beyond.map(excessOf)}`);
     }
   }
 }

@@ -91,7 +91,8 @@ async function argumentAtFault(call: Promise<unknown>): Promise<string | undefin
 
 interface OnGpu {
   readonly accuracy: Accuracy;
-  readonly leakedBytes: number;
+  /** None where there is no WebGPU device whose buffers could be counted. */
+  readonly leakedBytes: number | undefined;
   /** The argument named where an option is unknown. */
   readonly refused: string | undefined;
 }
@@ -102,10 +103,7 @@ async function useTfBackend(backend: TfBackend): Promise<void> {
   if (!(await tf.setBackend(backend))) throw new Error(`tfjs has no ${backend} here`);
 }
 
-async function tfjs(
-  backend: TfBackend,
-  seed: number,
-): Promise<Omit<OnGpu, 'leakedBytes'> & { leaked: number; leakedBytes: number | undefined; unseeing: number[] }> {
+async function tfjs(backend: TfBackend, seed: number): Promise<OnGpu & { leaked: number; unseeing: number[] }> {
   await useTfBackend(backend);
   const { q, k, v, exact } = operands(seed);
   const inputs = [q, k, v].map((value) => tf.tensor(value.data as Float32Array, [...SHAPE])) as [
