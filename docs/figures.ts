@@ -5,8 +5,8 @@
 import { mkdir, readFile, writeFile } from 'node:fs/promises';
 import { drawHead, type Head, outputErrors, picture } from '../playground/lab.ts';
 import { chart, Plot } from '../src/cli/charts.ts';
-import { exactOutput } from '../src/cli/exact.ts';
 import { openSentenceModel } from '../src/cli/model.ts';
+import { exactOutput } from '../src/measure/accuracy.ts';
 import type { AttentionCall } from '../src/models/sentence-encoder/index.ts';
 import { toFloat32 } from '../src/tensor/access.ts';
 import { E4M3_MAX, roundToE4m3 } from '../src/tensor/formats/float8.ts';

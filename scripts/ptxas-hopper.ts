@@ -1,7 +1,7 @@
 /** Assembles every configuration and variant of the Hopper kernel and writes what ptxas says to bench/results/ptxas-hopper.json. */
 import { writeFileSync } from 'node:fs';
-import { hopperConfigurations } from '../src/backends/cuda/kernels/hopper/configurations.ts';
 import { opcodeCounts, registerPressure } from '../src/backends/cuda/ptx/inspect.ts';
+import { hopperConfigurations } from '../src/backends/cuda/testing/configurations-wgmma.ts';
 import { assemble, ptxasVersion } from '../src/backends/cuda/testing/ptxas.ts';
 
 const version = ptxasVersion();

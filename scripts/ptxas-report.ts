@@ -3,8 +3,8 @@
  * bench/results/ptxas.json. Ends with status 1 when ptxas refuses one, or a kernel spills more than it may (a main kernel: nothing).
  */
 import { writeFileSync } from 'node:fs';
-import { configurations } from '../src/backends/cuda/kernels/configurations.ts';
 import { registerPressure } from '../src/backends/cuda/ptx/inspect.ts';
+import { configurations } from '../src/backends/cuda/testing/configurations.ts';
 import { assembleAsync, ptxasVersion } from '../src/backends/cuda/testing/ptxas.ts';
 
 const version = ptxasVersion();

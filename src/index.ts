@@ -4,26 +4,14 @@
  *
  * @packageDocumentation
  */
-import { kernelFunction } from './attention/sageattn.ts';
+import { kernelFunction } from './api/sageattn.ts';
 
-export {
-  BackendUnavailableError,
-  type ErrorCode,
-  type ErrorDetails,
-  ExecutionError,
-  InvalidArgumentError,
-  MissingPackageError,
-  SageAttentionError,
-  UnsupportedOptionError,
-} from './attention/errors.ts';
-export { KERNEL_NAMES, type KernelName } from './attention/kernels.ts';
 export {
   type AttendOptions,
   KeyValueCache,
   type KeyValueOptions,
   prepareKeyValue,
-} from './attention/key-value-cache.ts';
-export type { AttentionOptions, CausalAlignment, TensorLayout } from './attention/options.ts';
+} from './api/key-value-cache.ts';
 export {
   Attention,
   type AttentionResult,
@@ -33,7 +21,9 @@ export {
   sageattnVarlen,
   type TensorSpec,
   type VarlenOptions,
-} from './attention/sageattn.ts';
+} from './api/sageattn.ts';
+export { KERNEL_NAMES, type KernelName } from './attention/kernels.ts';
+export type { AttentionOptions, CausalAlignment, TensorLayout } from './attention/options.ts';
 export type {
   AttentionInputs,
   AttentionOutputs,
@@ -44,6 +34,16 @@ export type {
   KernelDescriptor,
 } from './backends/backend.ts';
 export { disposeBackends, getBackend, listBackends, setBackend } from './backends/registry.ts';
+export {
+  BackendUnavailableError,
+  type ErrorCode,
+  type ErrorDetails,
+  ExecutionError,
+  InvalidArgumentError,
+  MissingPackageError,
+  SageAttentionError,
+  UnsupportedOptionError,
+} from './errors.ts';
 export type { Granularity, PvAccumDtype } from './quantization/schemes.ts';
 export { fromFloat32, toFloat32 } from './tensor/access.ts';
 export type { DType, MaskDType } from './tensor/dtype.ts';

@@ -9,8 +9,8 @@ import { spawnSync } from 'node:child_process';
 import { mkdirSync, writeFileSync } from 'node:fs';
 import { join } from 'node:path';
 import { parseArgs } from 'node:util';
-import { chooseOptions } from '../../src/attention/choice.ts';
 import { type AttentionProblem, createProblem } from '../../src/attention/problem.ts';
+import { chooseOptions } from '../../src/backends/choice.ts';
 import {
   CudaBackend,
   type CudaDevice,
@@ -20,7 +20,7 @@ import {
   emptyCudaTensor,
 } from '../../src/backends/cuda/index.ts';
 import { descriptorOf, lackedBy, targetFor } from '../../src/backends/cuda/kernel-table.ts';
-import { planAttend, planKeyValue, planLaunches } from '../../src/backends/cuda/kernels/plan-launches.ts';
+import { planAttend, planKeyValue, planLaunches } from '../../src/backends/cuda/launches/plan.ts';
 import { packBuffers } from '../../src/backends/cuda/plan.ts';
 import { type AttentionOptions, type KernelName, prepareKeyValue, sageattn, setBackend } from '../../src/index.ts';
 import { compare } from '../../src/reference/metrics.ts';

@@ -11,8 +11,8 @@ import { spawn, spawnSync } from 'node:child_process';
 import { mkdirSync, writeFileSync } from 'node:fs';
 import { join } from 'node:path';
 import { createInterface } from 'node:readline';
-import { chooseOptions } from '../../src/attention/choice.ts';
 import { createProblem } from '../../src/attention/problem.ts';
+import { chooseOptions } from '../../src/backends/choice.ts';
 import {
   CudaBackend,
   type CudaDevice,
@@ -21,8 +21,8 @@ import {
   download,
 } from '../../src/backends/cuda/index.ts';
 import { descriptorOf } from '../../src/backends/cuda/kernel-table.ts';
-import { HOPPER_VARIANTS, type HopperTuning } from '../../src/backends/cuda/kernels/hopper/table.ts';
-import { planAttend, planKeyValue, planLaunches } from '../../src/backends/cuda/kernels/plan-launches.ts';
+import { HOPPER_VARIANTS, type HopperTuning } from '../../src/backends/cuda/kernels/wgmma/table.ts';
+import { planAttend, planKeyValue, planLaunches } from '../../src/backends/cuda/launches/plan.ts';
 import { packBuffers } from '../../src/backends/cuda/plan.ts';
 import { emptyCudaTensor, upload } from '../../src/backends/cuda/tensor.ts';
 import type { AttentionOptions, KernelName } from '../../src/index.ts';

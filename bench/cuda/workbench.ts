@@ -1,7 +1,7 @@
 /** One problem's launches on a device, to be run and timed whole or in part, and what a copy takes there. */
 import { PreparedLaunches } from '../../src/backends/cuda/driver/prepared-launches.ts';
 import type { CudaDevice } from '../../src/backends/cuda/index.ts';
-import type { BufferName, LaunchSequence } from '../../src/backends/cuda/launch.ts';
+import type { BufferName, LaunchSequence } from '../../src/backends/cuda/launches/launch.ts';
 import { packBuffers } from '../../src/backends/cuda/plan.ts';
 import { timeOnDevice } from './timing.ts';
 

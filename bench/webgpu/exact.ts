@@ -1,5 +1,5 @@
 /**
- * Times every tile of exact attention (src/backends/webgpu/exact-attention.ts) on one GPU, with its error on some rows: what
+ * Times every tile of exact attention (src/measure/peers/exact-webgpu.ts) on one GPU, with its error on some rows: what
  * the order of `EXACT_VARIANTS` is settled by. 16 heads, float16 where the device has it, else float32.
  *
  *     npx tsx scripts/gpu-programs.ts && node .gpu/programs/bench-webgpu-exact.mjs [--lengths 1024,4096] [--head-dims 64,128]
@@ -7,11 +7,11 @@
  * TFLOP/s count 4 H L^2 D. Times are medians of the clock around several calls; the variants take turns.
  */
 import { parseArgs } from 'node:util';
-import { createExactAttention, exactVariants } from '../../src/backends/webgpu/exact-attention.ts';
 import { createWebgpuBackend, downloadTensor, uploadTensor } from '../../src/backends/webgpu/index.ts';
-import { accuracyOnRows, sampleRows } from '../../src/cli/exact.ts';
-import { randomInputs } from '../../src/cli/inputs.ts';
-import { median } from '../../src/cli/statistics.ts';
+import { accuracyOnRows, sampleRows } from '../../src/measure/accuracy.ts';
+import { randomInputs } from '../../src/measure/inputs.ts';
+import { createExactAttention, exactVariants } from '../../src/measure/peers/exact-webgpu.ts';
+import { median } from '../../src/measure/statistics.ts';
 
 const { values: flags } = parseArgs({
   options: {

@@ -14,10 +14,10 @@
 import { mkdirSync, writeFileSync } from 'node:fs';
 import { join } from 'node:path';
 import { parseArgs } from 'node:util';
-import { chooseOptions } from '../../src/attention/choice.ts';
 import { createProblem } from '../../src/attention/problem.ts';
+import { chooseOptions } from '../../src/backends/choice.ts';
 import { DAWN_FLAGS } from '../../src/backends/webgpu/device.ts';
-import { MATRIX_VARIANTS, TILED_VARIANTS } from '../../src/backends/webgpu/families.ts';
+import { MATRIX_VARIANTS, TILED_VARIANTS } from '../../src/backends/webgpu/families/choose.ts';
 import {
   createWebgpuBackend,
   downloadTensor,

@@ -1,7 +1,7 @@
 /** What section 3 measures: SageAttention's kernels, and as their peers exact attention, our own and onnxruntime-web's. */
 import type * as OnnxRuntime from 'onnxruntime-web';
-import { attentionModel } from '../../src/cli/onnx-attention-model.ts';
 import { createAttention, getBackend, type KernelName, type Tensor } from '../../src/index.ts';
+import { attentionModel } from '../../src/measure/onnx-attention-model.ts';
 import { fromFloat32, toFloat32 } from '../../src/tensor/access.ts';
 import { bitsOf, NativeFloat16Array, tensor } from '../../src/tensor/tensor.ts';
 import { type BrowserBackend, gpuContext, webgpuModule } from './backends.ts';
@@ -92,7 +92,7 @@ async function sageOnGpu(kernel: KernelName, inputs: BenchInputs): Promise<Ready
 }
 
 async function exactOnCpu({ q, k, v, isCausal }: BenchInputs): Promise<Ready> {
-  const { createExactAttention } = await import('../../src/backends/wasm/exact-attention.ts');
+  const { createExactAttention } = await import('../../src/measure/peers/exact-wasm.ts');
   const attention = await createExactAttention({ q, k, v }, { isCausal, tensorLayout: 'NHD' });
   return {
     run: async (signal) => {
@@ -108,7 +108,7 @@ async function exactOnGpu({ q, k, v, isCausal }: BenchInputs): Promise<Ready> {
   const [context, { downloadTensor, uploadTensor }, { createExactAttention }] = await Promise.all([
     gpuContext(),
     webgpuModule(),
-    import('../../src/backends/webgpu/exact-attention.ts'),
+    import('../../src/measure/peers/exact-webgpu.ts'),
   ]);
   const { device } = context;
   const dtype = gpuDtype(device);

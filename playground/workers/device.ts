@@ -1,7 +1,7 @@
 /** The worker of sections 1 and 3: what this device can run, whether it computes, and how fast. */
 import * as Comlink from 'comlink';
-import { randomInputs } from '../../src/cli/inputs.ts';
 import { type Availability, getBackend, type KernelDescriptor, type Tensor, transpose } from '../../src/index.ts';
+import { randomInputs } from '../../src/measure/inputs.ts';
 import { toFloat32 } from '../../src/tensor/access.ts';
 import { tensor } from '../../src/tensor/tensor.ts';
 import type { CheckResult } from '../self-check.ts';

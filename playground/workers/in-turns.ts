@@ -1,7 +1,7 @@
 /** Times contestants in turns, so that what a machine does besides falls on all of them alike. */
 
-import { accuracyOnRows, sampleRows } from '../../src/cli/exact.ts';
-import { median } from '../../src/cli/statistics.ts';
+import { accuracyOnRows, sampleRows } from '../../src/measure/accuracy.ts';
+import { median } from '../../src/measure/statistics.ts';
 import type { Accuracy } from '../../src/reference/metrics.ts';
 import { isLoss } from './backends.ts';
 import type { BenchInputs, Contestant, Ready } from './contestants.ts';

@@ -1,8 +1,8 @@
 /** The worker of the sentence encoder: its activations for section 2, its embeddings for section 4. */
 import * as Comlink from 'comlink';
 import { createProblem } from '../../src/attention/problem.ts';
-import { exactOutput } from '../../src/cli/exact.ts';
 import { getBackend, sageattn, type Tensor, tensor } from '../../src/index.ts';
+import { exactOutput } from '../../src/measure/accuracy.ts';
 import {
   type AttentionCall,
   type AttentionFunction,

@@ -1,7 +1,7 @@
 import type { BackendName, StreamHandle } from '../backends/backend.ts';
+import { InvalidArgumentError } from '../errors.ts';
 import type { Granularity, PvAccumDtype } from '../quantization/schemes.ts';
 import type { TensorView } from '../tensor/tensor.ts';
-import { InvalidArgumentError } from './errors.ts';
 import { KERNEL_NAMES, type KernelName } from './kernels.ts';
 
 /** `HND`: `[B,H,L,D]`; `NHD`: `[B,L,H,D]`. */

@@ -1,7 +1,8 @@
 /** What a call means, with every default filled in. Nothing behind this file checks arguments again. */
+
+import { InvalidArgumentError } from '../errors.ts';
 import type { DType, MaskDType } from '../tensor/dtype.ts';
 import { type TensorLocation, type TensorView, validateView } from '../tensor/tensor.ts';
-import { InvalidArgumentError } from './errors.ts';
 import type { AttentionOptions, CausalAlignment, TensorLayout } from './options.ts';
 
 /** Where an operand's elements are: `offset + batch * batchStride + head * headStride + token * tokenStride + channel`. */

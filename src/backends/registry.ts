@@ -1,5 +1,5 @@
 /** Which backends there are, and the instance of each that `sageattn` uses. */
-import { BackendUnavailableError, InvalidArgumentError } from '../attention/errors.ts';
+import { BackendUnavailableError, InvalidArgumentError } from '../errors.ts';
 import type { Availability, Backend, BackendName } from './backend.ts';
 
 /** Each backend is loaded when it is first asked for, so that a bundle carries only what runs. */

@@ -1,9 +1,11 @@
 /** `sageattention bench`: time and accuracy of kernels on random inputs. */
 import { performance } from 'node:perf_hooks';
+import { accuracyOnRows, sampleRows } from '../measure/accuracy.ts';
+import { type InputShape, randomInputs } from '../measure/inputs.ts';
+import { type Machine, thisMachine } from '../measure/machine.ts';
+import { median } from '../measure/statistics.ts';
 import { availableBackends, offeredKernels } from './backends.ts';
 import { isRefusal, UserError } from './errors.ts';
-import { accuracyOnRows, sampleRows } from './exact.ts';
-import { type InputShape, randomInputs } from './inputs.ts';
 import {
   type Accuracy,
   type BackendName,
@@ -12,9 +14,7 @@ import {
   type KernelName,
   SageAttentionError,
 } from './library.ts';
-import { type Machine, thisMachine } from './machine.ts';
 import { writeReport } from './report-file.ts';
-import { median } from './statistics.ts';
 import { bold, cosine, dim, duration, print, progress, rate, small, table } from './terminal.ts';
 
 export interface BenchOptions {

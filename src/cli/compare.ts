@@ -1,8 +1,9 @@
 /** `sageattention compare`: accuracy of every kernel on the user's own tensors. */
+
+import { accuracyOnRows, type ExactCall, queryLength, sampleRows } from '../measure/accuracy.ts';
 import { readUserFile } from './arguments.ts';
 import { availableBackends, offeredKernels } from './backends.ts';
 import { isRefusal, messageOf, UserError } from './errors.ts';
-import { accuracyOnRows, type ExactCall, queryLength, sampleRows } from './exact.ts';
 import {
   type Accuracy,
   type BackendName,

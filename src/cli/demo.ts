@@ -1,4 +1,6 @@
 /** `sageattention demo`: a trained encoder on real text, with exact attention and with SageAttention. */
+
+import { type Machine, thisMachine } from '../measure/machine.ts';
 import { readUserFile } from './arguments.ts';
 import { chooseBackend } from './backends.ts';
 import { DEFAULT_SENTENCES, DEFAULT_TEXT, pickSentences } from './demo-text.ts';
@@ -10,7 +12,6 @@ import {
 } from './encoder-comparison.ts';
 import { UserError } from './errors.ts';
 import { type BackendName, compare, type KernelName, TRAINED_LENGTH } from './library.ts';
-import { type Machine, thisMachine } from './machine.ts';
 import { openSentenceModel } from './model.ts';
 import { openPeer } from './onnxruntime-peer.ts';
 import { writeReport } from './report-file.ts';

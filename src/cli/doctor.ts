@@ -1,8 +1,10 @@
 /** `sageattention doctor`: what of this package can run here, and how to get the rest. */
+
+import { accuracyOnRows, sampleRows } from '../measure/accuracy.ts';
+import { randomInputs } from '../measure/inputs.ts';
+import { thisMachine } from '../measure/machine.ts';
 import { BACKEND_NAMES } from './arguments.ts';
 import { messageOf } from './errors.ts';
-import { accuracyOnRows, sampleRows } from './exact.ts';
-import { randomInputs } from './inputs.ts';
 import {
   type Availability,
   type Backend,
@@ -15,7 +17,6 @@ import {
   sageattn,
   type TensorView,
 } from './library.ts';
-import { thisMachine } from './machine.ts';
 import { findModelFolder } from './model.ts';
 import { bold, cosine, print, small, table } from './terminal.ts';
 

@@ -1,6 +1,7 @@
 /** The encoder with exact attention and with SageAttention, side by side. */
 import { performance } from 'node:perf_hooks';
-import { exactOutput } from './exact.ts';
+import { exactOutput } from '../measure/accuracy.ts';
+import { median } from '../measure/statistics.ts';
 import {
   type Accuracy,
   type AttentionCall,
@@ -15,7 +16,6 @@ import {
   tensor,
 } from './library.ts';
 import { failureOf, type Peer } from './onnxruntime-peer.ts';
-import { median } from './statistics.ts';
 import { type Progress, progress } from './terminal.ts';
 
 export interface LayerComparison {

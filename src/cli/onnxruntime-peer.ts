@@ -4,9 +4,9 @@
  */
 import { availableParallelism } from 'node:os';
 import type * as OnnxRuntime from 'onnxruntime-web';
+import { attentionModel } from '../measure/onnx-attention-model.ts';
 import { messageOf } from './errors.ts';
 import { type AttentionCall, type Tensor, toFloat32 } from './library.ts';
-import { attentionModel } from './onnx-attention-model.ts';
 
 export interface Peer {
   readonly threads: number;

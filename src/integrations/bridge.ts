@@ -1,8 +1,9 @@
 /** What bridges to engines with tensors of their own share. */
+
+import { sageattnOn } from '../api/sageattn.ts';
 import { type AttentionOptions, OPTION_NAMES, validateOptions } from '../attention/options.ts';
-import { sageattnOn } from '../attention/sageattn.ts';
-import type { GpuTensor } from '../backends/webgpu/gpu-tensor.ts';
 import type { WebgpuBackend } from '../backends/webgpu/index.ts';
+import type { GpuTensor } from '../backends/webgpu/tensor.ts';
 
 /** Options of `sageattn` that say something about an engine's tensors: where they live says which backend runs. */
 export type BridgeOptions = Omit<AttentionOptions, 'attnMask' | 'returnLse' | 'stream' | 'backend'>;

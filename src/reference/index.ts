@@ -4,7 +4,7 @@
  *
  * @module
  */
-import { InvalidArgumentError } from '../attention/errors.ts';
+
 import { type AttentionOptions, EXACT_OPTIONS, validateOptions } from '../attention/options.ts';
 import {
   type AttentionProblem,
@@ -13,6 +13,7 @@ import {
   lseShapeOf,
   outputShapeOf,
 } from '../attention/problem.ts';
+import { InvalidArgumentError } from '../errors.ts';
 import { type Tensor, validateData } from '../tensor/tensor.ts';
 import { attentionExact, type ReferenceInputs, type ReferenceOutputs } from './exact.ts';
 import { attentionQuantized, PORTABLE_ALGORITHM, type QuantizedAlgorithm } from './quantized.ts';

@@ -1,5 +1,5 @@
 import { describe, expect, it } from 'vitest';
-import { InvalidArgumentError } from '../attention/errors.ts';
+import { InvalidArgumentError } from '../errors.ts';
 import { compare } from './metrics.ts';
 
 const WORST = {

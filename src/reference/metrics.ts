@@ -1,4 +1,4 @@
-import { InvalidArgumentError } from '../attention/errors.ts';
+import { InvalidArgumentError } from '../errors.ts';
 
 /** How far a result is from the exact one. */
 export interface Accuracy {

@@ -1,6 +1,7 @@
 /** Reading and writing the elements of CPU tensors, whatever their dtype and strides. */
-import { InvalidArgumentError } from '../attention/errors.ts';
+
 import type { OperandLayout } from '../attention/problem.ts';
+import { InvalidArgumentError } from '../errors.ts';
 import type { DType } from './dtype.ts';
 import { decodeBfloat16, encodeBfloat16 } from './formats/bfloat16.ts';
 import { decodeFloat16, encodeFloat16 } from './formats/float16.ts';

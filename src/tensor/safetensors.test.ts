@@ -1,5 +1,5 @@
 import { describe, expect, it } from 'vitest';
-import { InvalidArgumentError } from '../attention/errors.ts';
+import { InvalidArgumentError } from '../errors.ts';
 import { parseSafetensors, safetensorsToFloat32 } from './safetensors.ts';
 
 function file(header: unknown, data: readonly number[] = []): Uint8Array {

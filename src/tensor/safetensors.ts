@@ -2,7 +2,7 @@
  * Reading safetensors files: 8 bytes of header length (little-endian), a JSON header, then the tensors' bytes.
  * Format: the safetensors project's README.
  */
-import { InvalidArgumentError } from '../attention/errors.ts';
+import { InvalidArgumentError } from '../errors.ts';
 import { decodeBfloat16 } from './formats/bfloat16.ts';
 import { decodeE4m3, decodeE5m2 } from './formats/float8.ts';
 import { decodeFloat16 } from './formats/float16.ts';

@@ -1,4 +1,4 @@
-import { InvalidArgumentError } from '../attention/errors.ts';
+import { InvalidArgumentError } from '../errors.ts';
 import { BYTES_PER_ELEMENT, type DType, type MaskDType } from './dtype.ts';
 
 /** Where a tensor's elements live. */

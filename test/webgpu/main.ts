@@ -5,7 +5,7 @@
  *     npx tsx scripts/gpu-programs.ts && node .gpu/programs/test-webgpu.mjs [FAMILY...]
  */
 import { setBackend } from '../../src/backends/registry.ts';
-import { familiesOf, MATRIX_VARIANTS, TILED_VARIANTS } from '../../src/backends/webgpu/families.ts';
+import { familiesOf, MATRIX_VARIANTS, TILED_VARIANTS } from '../../src/backends/webgpu/families/choose.ts';
 import {
   createWebgpuBackend,
   FAMILIES,

@@ -2,7 +2,7 @@
  * What bundlers for browsers put in the place of backend.ts (`browser` in package.json): no browser reaches an NVIDIA
  * driver, and its kernels would be the largest part of a bundle.
  */
-import { BackendUnavailableError } from '../../attention/errors.ts';
+import { BackendUnavailableError } from '../../errors.ts';
 
 export class CudaBackend {
   constructor() {

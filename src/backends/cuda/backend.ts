@@ -1,5 +1,5 @@
-import { BackendUnavailableError, MissingPackageError, UnsupportedOptionError } from '../../attention/errors.ts';
 import type { AttentionProblem } from '../../attention/problem.ts';
+import { BackendUnavailableError, MissingPackageError, UnsupportedOptionError } from '../../errors.ts';
 import type { TensorView } from '../../tensor/tensor.ts';
 import type {
   AttentionInputs,
@@ -12,8 +12,8 @@ import type {
 } from '../backend.ts';
 import { type Cuda, type CudaDevice, openCuda } from './driver/device.ts';
 import { CUDA_KERNELS, defaultKernelFor, lackedBy, MINIMUM_COMPUTE_CAPABILITY, targetFor } from './kernel-table.ts';
-import { type DeviceFacts, planAttend, planKeyValue, planLaunches } from './kernels/plan-launches.ts';
 import { CudaKeyValue } from './key-value.ts';
+import { type DeviceFacts, planAttend, planKeyValue, planLaunches } from './launches/plan.ts';
 import { AttentionRunner, type CapturedAttention, CudaPlan, operandsOf } from './plan.ts';
 
 /** Makes launches of problems, without touching a device; tests put others in place of the kernels of this package. */

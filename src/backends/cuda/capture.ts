@@ -1,7 +1,7 @@
-import { InvalidArgumentError } from '../../attention/errors.ts';
+import { selection } from '../../api/sageattn.ts';
 import { type AttentionOptions, OPTION_NAMES, validateOptions } from '../../attention/options.ts';
 import { createProblem, createVarlenProblem } from '../../attention/problem.ts';
-import { selection } from '../../attention/sageattn.ts';
+import { InvalidArgumentError } from '../../errors.ts';
 import type { AttentionInputs } from '../backend.ts';
 import { getBackend } from '../registry.ts';
 import { CudaBackend } from './backend.ts';

@@ -18,7 +18,7 @@ export { DeviceMemory, PinnedBuffer } from './driver/memory.ts';
 export { CudaError } from './driver/status.ts';
 export { CudaEvent, CudaStream } from './driver/stream.ts';
 export { CUDA_KERNELS, DEFAULT_KERNELS, defaultKernelFor, MINIMUM_COMPUTE_CAPABILITY } from './kernel-table.ts';
-export type * from './launch.ts';
+export type * from './launches/launch.ts';
 export { CapturedAttention, CudaPlan } from './plan.ts';
 export {
   type CudaTensor,

@@ -8,7 +8,7 @@ import { CU_MEMORYTYPE_DEVICE, STRUCTS } from './driver/api.ts';
 import type { CudaDevice } from './driver/device.ts';
 import type { DeviceMemory } from './driver/memory.ts';
 import type { CudaStream } from './driver/stream.ts';
-import type { DeviceFacts, KeyRoom, KeyValuePart } from './kernels/plan-launches.ts';
+import type { DeviceFacts, KeyRoom, KeyValuePart } from './launches/plan.ts';
 import {
   AttentionRunner,
   BoundLaunches,

@@ -1,10 +1,10 @@
 /** Plans, tensors and the backend over the fake driver, with a kernel that shows what it was given. */
 import { beforeEach, describe, expect, it } from 'vitest';
 import { place } from '../../../test/support/tensors.ts';
-import { SageAttentionError } from '../../attention/errors.ts';
-import { prepareKeyValue } from '../../attention/key-value-cache.ts';
+import { prepareKeyValue } from '../../api/key-value-cache.ts';
+import { sageattn } from '../../api/sageattn.ts';
 import { type AttentionProblem, createProblem } from '../../attention/problem.ts';
-import { sageattn } from '../../attention/sageattn.ts';
+import { SageAttentionError } from '../../errors.ts';
 import { toFloat32 } from '../../tensor/access.ts';
 import { slice, type Tensor, tensor, transpose } from '../../tensor/tensor.ts';
 import type { KernelChoice } from '../backend.ts';
@@ -15,7 +15,7 @@ import type { DriverFunctions } from './driver/api.ts';
 import { Cuda } from './driver/device.ts';
 import { CudaError } from './driver/status.ts';
 import { descriptorOf } from './kernel-table.ts';
-import type { KernelLaunch, KernelModule, LaunchSequence } from './launch.ts';
+import type { KernelLaunch, KernelModule, LaunchSequence } from './launches/launch.ts';
 import { packBuffers } from './plan.ts';
 import {
   type CudaTensor,

@@ -1,6 +1,7 @@
 /** A problem made ready for one device: kernels compiled, arguments marshalled, scratch sized. */
-import { ExecutionError, InvalidArgumentError } from '../../attention/errors.ts';
+
 import { type AttentionProblem, lseShapeOf, outputShapeOf } from '../../attention/problem.ts';
+import { ExecutionError, InvalidArgumentError } from '../../errors.ts';
 import { BYTES_PER_ELEMENT } from '../../tensor/dtype.ts';
 import { elementCount, type Tensor, type TensorView } from '../../tensor/tensor.ts';
 import type { AttentionInputs, AttentionOutputs, KernelChoice, Plan, RunContext, StreamHandle } from '../backend.ts';
@@ -9,7 +10,7 @@ import { CudaGraph } from './driver/graph.ts';
 import type { DeviceMemory } from './driver/memory.ts';
 import { PreparedLaunches } from './driver/prepared-launches.ts';
 import { CudaStream } from './driver/stream.ts';
-import type { BufferName, LaunchSequence } from './launch.ts';
+import type { BufferName, LaunchSequence } from './launches/launch.ts';
 import {
   type CudaTensor,
   copyToDevice,

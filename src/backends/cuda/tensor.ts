@@ -1,5 +1,5 @@
 /** Tensors in the memory of a GPU. */
-import { InvalidArgumentError } from '../../attention/errors.ts';
+import { InvalidArgumentError } from '../../errors.ts';
 import { BYTES_PER_ELEMENT, type MaskDType } from '../../tensor/dtype.ts';
 import {
   contiguousStrides,

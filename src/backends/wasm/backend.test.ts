@@ -2,18 +2,18 @@ import { spawn } from 'node:child_process';
 import type { Worker } from 'node:worker_threads';
 import { afterEach, describe, expect, test } from 'vitest';
 import { Random, runSeed } from '../../../test/support/random.ts';
-import { chooseOptions } from '../../attention/choice.ts';
-import { ExecutionError, InvalidArgumentError } from '../../attention/errors.ts';
 import type { AttentionOptions } from '../../attention/options.ts';
 import { createProblem } from '../../attention/problem.ts';
+import { ExecutionError, InvalidArgumentError } from '../../errors.ts';
 import { attentionExact } from '../../reference/exact.ts';
 import { compare } from '../../reference/metrics.ts';
 import { toFloat32 } from '../../tensor/access.ts';
 import { slice, type Tensor, tensor } from '../../tensor/tensor.ts';
 import type { RunContext } from '../backend.ts';
+import { chooseOptions } from '../choice.ts';
 import { createWasmBackendOn, type WasmBackend } from './backend.ts';
 import { createExecutor, type ExecutorKind } from './executor.ts';
-import { ACCURATE_KERNEL, INTEGER_KERNEL } from './kernels.ts';
+import { ACCURATE_KERNEL, INTEGER_KERNEL } from './kernel-table.ts';
 import { loadModule } from './modules.ts';
 
 const random = new Random(runSeed());
@@ -294,7 +294,7 @@ test('an idle backend does not keep the process, a running call does', async () 
   const code = `
     import { createWasmBackend } from ${JSON.stringify(new URL('./index.ts', import.meta.url).href)};
     import { createProblem } from ${JSON.stringify(new URL('../../attention/problem.ts', import.meta.url).href)};
-    import { chooseOptions } from ${JSON.stringify(new URL('../../attention/choice.ts', import.meta.url).href)};
+    import { chooseOptions } from ${JSON.stringify(new URL('../choice.ts', import.meta.url).href)};
     import { tensor } from ${JSON.stringify(new URL('../../tensor/tensor.ts', import.meta.url).href)};
     const backend = createWasmBackend();
     const x = tensor(new Float32Array(64 * 8).fill(1), [1, 1, 64, 8]);

@@ -1,6 +1,7 @@
 /** The WASM backend. */
-import { BackendUnavailableError, ExecutionError, InvalidArgumentError } from '../../attention/errors.ts';
+
 import type { AttentionProblem } from '../../attention/problem.ts';
+import { BackendUnavailableError, ExecutionError, InvalidArgumentError } from '../../errors.ts';
 import type { TensorView } from '../../tensor/tensor.ts';
 import type {
   Availability,
@@ -14,7 +15,7 @@ import type {
 import { arithmeticOf, prepareCall } from './calls.ts';
 import { createExecutor, defaultThreads, type ExecutorKind } from './executor.ts';
 import type { Simd } from './geometry.ts';
-import { ACCURATE_KERNEL, INTEGER_KERNEL } from './kernels.ts';
+import { ACCURATE_KERNEL, INTEGER_KERNEL } from './kernel-table.ts';
 import { WasmKeyValue } from './key-value.ts';
 import { type LoadedModule, loadModule } from './modules.ts';
 import { Runtime } from './runtime.ts';

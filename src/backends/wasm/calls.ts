@@ -17,7 +17,7 @@ import {
 import type { AttentionInputs, AttentionOutputs, KernelChoice } from '../backend.ts';
 import { type Precision, tileGeometry } from './geometry.ts';
 import { FLAG_ACCURATE, FLAG_EXACT, FLAG_SMOOTH_K, FLAG_SMOOTH_V } from './job.ts';
-import { ACCURATE_KERNEL } from './kernels.ts';
+import { ACCURATE_KERNEL } from './kernel-table.ts';
 import {
   attendUnits,
   jobSettings,

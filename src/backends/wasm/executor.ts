@@ -2,7 +2,7 @@
  * Who runs the kernels: worker threads over one shared memory, one worker with a memory of its own where memory cannot be
  * shared, or this thread where there are no workers.
  */
-import { ExecutionError } from '../../attention/errors.ts';
+import { ExecutionError } from '../../errors.ts';
 import { JOB_ABORT, SCRATCH_BYTES } from './job.ts';
 import { MemoryPool } from './memory.ts';
 import { instantiate, type KernelExports } from './modules.ts';

@@ -1,14 +1,14 @@
 import { expect, test } from 'vitest';
 import { Random, runSeed } from '../../../test/support/random.ts';
-import { chooseOptions } from '../../attention/choice.ts';
 import { createProblem } from '../../attention/problem.ts';
 import { attentionExact } from '../../reference/exact.ts';
 import { compare } from '../../reference/metrics.ts';
 import { toFloat32 } from '../../tensor/access.ts';
 import { type Tensor, tensor } from '../../tensor/tensor.ts';
+import { chooseOptions } from '../choice.ts';
 import { arithmeticOf, EXACT, prepareCall } from './calls.ts';
 import { createExecutor } from './executor.ts';
-import { ACCURATE_KERNEL, INTEGER_KERNEL } from './kernels.ts';
+import { ACCURATE_KERNEL, INTEGER_KERNEL } from './kernel-table.ts';
 import { loadModule } from './modules.ts';
 import { Runtime } from './runtime.ts';
 

@@ -1,7 +1,6 @@
 import { readFileSync } from 'node:fs';
 import { afterAll, describe, expect, test } from 'vitest';
 import { Random, runSeed } from '../../../test/support/random.ts';
-import { chooseOptions } from '../../attention/choice.ts';
 import type { AttentionOptions } from '../../attention/options.ts';
 import { createProblem, createVarlenProblem } from '../../attention/problem.ts';
 import { attentionExact } from '../../reference/exact.ts';
@@ -10,9 +9,10 @@ import { attentionQuantized, PORTABLE_ALGORITHM, type QuantizedAlgorithm } from 
 import { toFloat32 } from '../../tensor/access.ts';
 import { parseSafetensors, safetensorsToFloat32 } from '../../tensor/safetensors.ts';
 import { type Tensor, tensor } from '../../tensor/tensor.ts';
+import { chooseOptions } from '../choice.ts';
 import { createWasmBackendOn } from './backend.ts';
 import type { Simd } from './geometry.ts';
-import { ACCURATE_KERNEL, INTEGER_KERNEL } from './kernels.ts';
+import { ACCURATE_KERNEL, INTEGER_KERNEL } from './kernel-table.ts';
 
 const relaxedRuns = Number(process.versions.node.split('.')[0]) >= 24;
 const BUILDS: Simd[] = relaxedRuns ? ['simd128', 'relaxed'] : ['simd128'];

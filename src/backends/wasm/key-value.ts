@@ -1,6 +1,7 @@
 /** Keys and values held as tiles between calls. */
-import { ExecutionError } from '../../attention/errors.ts';
+
 import { type AttentionProblem, sequencesOf } from '../../attention/problem.ts';
+import { ExecutionError } from '../../errors.ts';
 import type { TensorView } from '../../tensor/tensor.ts';
 import type { AttentionOutputs, KernelChoice, PreparedKeyValue, RunContext } from '../backend.ts';
 import { type Arithmetic, arithmeticOf, flagsOf, prepareAttend } from './calls.ts';

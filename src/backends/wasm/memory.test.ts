@@ -1,6 +1,6 @@
 import { expect, test } from 'vitest';
 import { Random, runSeed } from '../../../test/support/random.ts';
-import { ExecutionError } from '../../attention/errors.ts';
+import { ExecutionError } from '../../errors.ts';
 import { MemoryPool } from './memory.ts';
 
 const PAGE = 65536;

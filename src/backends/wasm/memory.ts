@@ -1,5 +1,5 @@
 /** Hands out pieces of one WebAssembly memory and takes them back. */
-import { ExecutionError } from '../../attention/errors.ts';
+import { ExecutionError } from '../../errors.ts';
 
 const ALIGNMENT = 64;
 const PAGE_BYTES = 65536;

@@ -1,5 +1,5 @@
 import { expect, test } from 'vitest';
-import { BackendUnavailableError } from '../../attention/errors.ts';
+import { BackendUnavailableError } from '../../errors.ts';
 import { computesExactly, instantiate, loadModule, othersAreExact } from './modules.ts';
 
 test('the probe tells a wrong dot product from a right one', async () => {

@@ -1,5 +1,5 @@
 /** The compiled kernels, and which of the two builds this engine runs correctly. */
-import { BackendUnavailableError } from '../../attention/errors.ts';
+import { BackendUnavailableError } from '../../errors.ts';
 import type { Simd } from './geometry.ts';
 
 /** What a kernel module exports. `prepare` and `attend` do one unit of a job and return 0 when none is left. */

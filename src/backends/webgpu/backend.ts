@@ -1,8 +1,8 @@
 /** The WebGPU backend: a device, opened when first needed and again after a loss, and plans on it. */
-import { chooseOptions } from '../../attention/choice.ts';
-import { BackendUnavailableError } from '../../attention/errors.ts';
+
 import { type AttentionOptions, validateOptions } from '../../attention/options.ts';
 import { type AttentionProblem, createProblem, MAX_HEAD_DIM } from '../../attention/problem.ts';
+import { BackendUnavailableError } from '../../errors.ts';
 import type { TensorView } from '../../tensor/tensor.ts';
 import type {
   AttentionInputs,
@@ -13,10 +13,11 @@ import type {
   PreparedKeyValue,
   RunContext,
 } from '../backend.ts';
+import { chooseOptions } from '../choice.ts';
 import { type DeviceOptions, type GpuContext, openDevice } from './device.ts';
-import { familiesOf } from './families.ts';
+import { familiesOf } from './families/choose.ts';
+import { WebgpuKeyValue } from './key-value.ts';
 import { type PlanOptions, WebgpuPlan } from './plan.ts';
-import { WebgpuKeyValue } from './prepared-key-value.ts';
 
 export interface WebgpuBackendOptions extends DeviceOptions, PlanOptions {}
 

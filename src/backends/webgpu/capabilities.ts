@@ -1,6 +1,6 @@
 /** What a device can do, as data: what the selection tables and the kernels' configurations are chosen from. */
 
-import type { MatrixDialect } from './wgsl/matrix-operations.ts';
+import type { MatrixDialect } from './kernels/matrix-operations.ts';
 
 /** One subgroup matrix product: left is M x K, right K x N. */
 export interface MatrixConfig {

@@ -1,5 +1,5 @@
 /** A WebGPU device with what belongs to it: capabilities, compiled pipelines, and what went wrong. */
-import { BackendUnavailableError, ExecutionError } from '../../attention/errors.ts';
+import { BackendUnavailableError, ExecutionError } from '../../errors.ts';
 import {
   type Capabilities,
   capabilitiesOf,
@@ -8,8 +8,8 @@ import {
   WANTED_FEATURES,
   WANTED_LIMITS,
 } from './capabilities.ts';
-import { matrixProducts } from './families.ts';
-import { probeMatrixDialect } from './matrix-dialect.ts';
+import { matrixProducts } from './families/choose.ts';
+import { probeMatrixDialect } from './families/matrix-dialect.ts';
 
 export interface DeviceOptions {
   /** A device of the caller's, shared with other code; it is never destroyed here. */

@@ -3,7 +3,8 @@
 export { createWebgpuBackend, WebgpuBackend, type WebgpuBackendOptions } from './backend.ts';
 export type { Capabilities, MatrixConfig } from './capabilities.ts';
 export { DAWN_FLAGS, type DeviceOptions, findGpu } from './device.ts';
-export { FAMILIES, type Family } from './families.ts';
+export { FAMILIES, type Family } from './families/choose.ts';
+export { type EncodeOptions, type PlanDetails, type PlanOptions, WebgpuPlan } from './plan.ts';
 export {
   downloadTensor,
   emptyGpuTensor,
@@ -11,5 +12,4 @@ export {
   type GpuTensorOptions,
   gpuTensor,
   uploadTensor,
-} from './gpu-tensor.ts';
-export { type EncodeOptions, type PlanDetails, type PlanOptions, WebgpuPlan } from './plan.ts';
+} from './tensor.ts';

@@ -4,21 +4,21 @@
  */
 import { afterAll, beforeAll, describe, expect, it } from 'vitest';
 import { create } from 'webgpu';
-import { chooseOptions } from '../../attention/choice.ts';
 import { createProblem, createVarlenProblem } from '../../attention/problem.ts';
 import { type Tensor, type TensorView, tensor } from '../../tensor/tensor.ts';
+import { chooseOptions } from '../choice.ts';
 import type { Capabilities, MatrixConfig } from './capabilities.ts';
-import { chooseTiles, familiesOf, MATRIX_VARIANTS, matrixProducts, TILED_VARIANTS } from './families.ts';
+import { chooseTiles, familiesOf, MATRIX_VARIANTS, matrixProducts, TILED_VARIANTS } from './families/choose.ts';
+import { matrixProbeKernel, probeMatrixDialect } from './families/matrix-dialect.ts';
 import { createWebgpuBackend, downloadTensor, emptyGpuTensor, uploadTensor, type WebgpuBackend } from './index.ts';
-import { aligned, unitsOf } from './launches.ts';
-import { matrixProbeKernel, probeMatrixDialect } from './matrix-dialect.ts';
-import { matrixAttentionKernel, matrixWorkgroupBytes } from './wgsl/attention-matrix.ts';
-import { tiledAttentionKernel, tiledWorkgroupBytes } from './wgsl/attention-tiled.ts';
-import { nativeMatrices } from './wgsl/matrix-operations.ts';
-import { mergeKernel } from './wgsl/merge.ts';
-import { prepareKeyValueKernel, prepareQueryKernel } from './wgsl/prepare.ts';
-import type { ScoreConfig } from './wgsl/scores.ts';
-import { statisticsKernel } from './wgsl/statistics.ts';
+import { matrixAttentionKernel, matrixWorkgroupBytes } from './kernels/attention-matrix.ts';
+import { tiledAttentionKernel, tiledWorkgroupBytes } from './kernels/attention-tiled.ts';
+import { nativeMatrices } from './kernels/matrix-operations.ts';
+import { mergeKernel } from './kernels/merge.ts';
+import { prepareKeyValueKernel, prepareQueryKernel } from './kernels/prepare.ts';
+import type { ScoreConfig } from './kernels/scores.ts';
+import { statisticsKernel } from './kernels/statistics.ts';
+import { aligned, unitsOf } from './launches/launch.ts';
 
 const gpu = create(['backend=null', 'enable-dawn-features=allow_unsafe_apis']);
 const EXTENSION = 'chromium_experimental_subgroup_matrix';

@@ -1,6 +1,7 @@
 /** A problem made ready on a device: launches, scratch, bind groups; encoding and running it. */
-import { ExecutionError, InvalidArgumentError, SageAttentionError } from '../../attention/errors.ts';
+
 import { type AttentionProblem, lseShapeOf, outputShapeOf } from '../../attention/problem.ts';
+import { ExecutionError, InvalidArgumentError, SageAttentionError } from '../../errors.ts';
 import { BYTES_PER_ELEMENT } from '../../tensor/dtype.ts';
 import {
   contiguousStrides,
@@ -12,20 +13,15 @@ import {
 } from '../../tensor/tensor.ts';
 import type { AttentionInputs, AttentionOutputs, KernelChoice, Plan, RunContext } from '../backend.ts';
 import type { GpuContext } from './device.ts';
-import { type AttentionVariant, chooseVariant, type Emulation, type Family, keyValueLayoutOf } from './families.ts';
 import {
-  arrayOf,
-  bufferBytes,
-  bytesOf,
-  emptyGpuTensor,
-  GPU_BUFFER_USAGE,
-  GPU_MAP_READ,
-  type GpuTensor,
-  isGpuTensor,
-  validateBuffer,
-  writeBytes,
-} from './gpu-tensor.ts';
-import type { BufferName, Launch } from './launches.ts';
+  type AttentionVariant,
+  chooseVariant,
+  type Emulation,
+  type Family,
+  keyValueLayoutOf,
+} from './families/choose.ts';
+import { rowVectors } from './kernels/layout.ts';
+import type { BufferName, Launch } from './launches/launch.ts';
 import {
   attentionLaunches,
   createStages,
@@ -42,8 +38,19 @@ import {
   scoreConfigOf,
   scoreScaleOf,
   statisticsLaunches,
-} from './stages.ts';
-import { rowVectors } from './wgsl/layout.ts';
+} from './launches/stages.ts';
+import {
+  arrayOf,
+  bufferBytes,
+  bytesOf,
+  emptyGpuTensor,
+  GPU_BUFFER_USAGE,
+  GPU_MAP_READ,
+  type GpuTensor,
+  isGpuTensor,
+  validateBuffer,
+  writeBytes,
+} from './tensor.ts';
 
 /** What a plan came to, for `doctor`, benches and tests. */
 export interface PlanDetails {

@@ -2,7 +2,6 @@
 import { afterAll, beforeAll, describe, expect } from 'vitest';
 import { Random, runSeed } from '../../../test/support/random.ts';
 import { itNeeds } from '../../../test/support/requirement.ts';
-import { chooseOptions } from '../../attention/choice.ts';
 import type { AttentionOptions } from '../../attention/options.ts';
 import { createProblem } from '../../attention/problem.ts';
 import { attentionExact } from '../../reference/exact.ts';
@@ -10,6 +9,7 @@ import { compare } from '../../reference/metrics.ts';
 import { toFloat32 } from '../../tensor/access.ts';
 import { type Tensor, type TensorView, tensor } from '../../tensor/tensor.ts';
 import type { AttentionOutputs } from '../backend.ts';
+import { chooseOptions } from '../choice.ts';
 import type { Capabilities } from './capabilities.ts';
 import {
   createWebgpuBackend,

@@ -4,9 +4,9 @@
  * @packageDocumentation
  */
 import { getWebGPUDevice, numpy } from '@jax-js/jax';
-import { InvalidArgumentError } from '../../attention/errors.ts';
-import { sageattn as attend } from '../../attention/sageattn.ts';
-import type { GpuTensor } from '../../backends/webgpu/gpu-tensor.ts';
+import { sageattn as attend } from '../../api/sageattn.ts';
+import type { GpuTensor } from '../../backends/webgpu/tensor.ts';
+import { InvalidArgumentError } from '../../errors.ts';
 import { byteLengthOf, contiguousStrides, type Tensor, tensor } from '../../tensor/tensor.ts';
 import { attendOnDevice, type BridgeOptions, validateBridgeOptions } from '../bridge.ts';
 

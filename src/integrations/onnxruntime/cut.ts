@@ -1,8 +1,8 @@
 /** Cuts a graph at its attentions into pieces that onnxruntime runs one after the other, attention between them. */
 import { added } from './detect/decomposed.ts';
 import { type AttentionSite, inputsOf } from './detect/site.ts';
-import { type GraphIndex, indexGraph } from './graph.ts';
-import { EXTERNAL, type GraphProto, node as makeNode, type NodeProto } from './onnx/codec.ts';
+import { EXTERNAL, type GraphProto, node as makeNode, type NodeProto } from './model/codec.ts';
+import { type GraphIndex, indexGraph } from './model/graph.ts';
 
 /** Nodes that run in one session. */
 export interface Piece {

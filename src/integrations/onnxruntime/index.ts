@@ -10,16 +10,16 @@
  *
  * @packageDocumentation
  */
-import { InvalidArgumentError } from '../../attention/errors.ts';
-import { type CreateSession, openModel } from './create.ts';
+import { InvalidArgumentError } from '../../errors.ts';
 import { type SageAttentionOptions, validateSageAttentionOptions } from './options.ts';
 import type { CreateArguments, OrtModule, OrtSession, OrtSessionHandler } from './ort.ts';
-import type { AttentionReport } from './report.ts';
+import { type CreateSession, openModel } from './session/open.ts';
+import type { AttentionReport } from './session/report.ts';
 
 export { enableNodeWebgpu } from './node-webgpu.ts';
 export { DEFAULT_MIN_TOKENS, type SageAttentionOptions } from './options.ts';
 export type { OrtModule } from './ort.ts';
-export type { AttentionReport } from './report.ts';
+export type { AttentionReport } from './session/report.ts';
 
 /** A session with what became of the attentions of its model. */
 export interface SageAttentionSession {

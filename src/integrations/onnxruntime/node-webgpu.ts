@@ -1,6 +1,7 @@
 /** WebGPU under onnxruntime-web in Node: Dawn, from the package `webgpu`, where a browser has `navigator.gpu`. */
-import { MissingPackageError } from '../../attention/errors.ts';
+
 import { DAWN_FLAGS } from '../../backends/webgpu/device.ts';
+import { MissingPackageError } from '../../errors.ts';
 
 interface Dawn {
   create(flags: readonly string[]): GPU;

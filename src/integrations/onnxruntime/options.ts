@@ -1,5 +1,5 @@
-import { InvalidArgumentError } from '../../attention/errors.ts';
 import { KERNEL_NAMES, type KernelName } from '../../attention/kernels.ts';
+import { InvalidArgumentError } from '../../errors.ts';
 
 /** Options of `withSageAttention` and `installSageAttention`. */
 export interface SageAttentionOptions {

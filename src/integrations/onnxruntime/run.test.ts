@@ -11,7 +11,7 @@ import { Random, runSeed } from '../../../test/support/random.ts';
 import type { Backend } from '../../backends/backend.ts';
 import { setBackend } from '../../backends/registry.ts';
 import { withSageAttention } from './index.ts';
-import { readModel } from './onnx/codec.ts';
+import { readModel } from './model/codec.ts';
 
 const SEED = runSeed();
 const H = 2;

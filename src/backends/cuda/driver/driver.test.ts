@@ -1,6 +1,6 @@
 import { describe, expect, it } from 'vitest';
-import { BackendUnavailableError } from '../../../attention/errors.ts';
-import type { KernelLaunch, KernelModule } from '../launch.ts';
+import { BackendUnavailableError } from '../../../errors.ts';
+import type { KernelLaunch, KernelModule } from '../launches/launch.ts';
 import { FakeCuda, type FakeCudaOptions, type FakeLaunch } from '../testing/fake-cuda.ts';
 import { Cuda, type CudaDevice } from './device.ts';
 import { CudaGraph } from './graph.ts';

@@ -1,4 +1,4 @@
-import { ExecutionError } from '../../../attention/errors.ts';
+import { ExecutionError } from '../../../errors.ts';
 import { CU_STREAM_CAPTURE_MODE_THREAD_LOCAL } from './api.ts';
 import type { CudaDevice } from './device.ts';
 import type { CudaStream } from './stream.ts';

@@ -1,7 +1,7 @@
 // Loaded before the tests pretend to be elsewhere: it looks for its own library by platform.
 import 'koffi';
 import { afterEach, describe, expect, it, vi } from 'vitest';
-import { BackendUnavailableError } from '../../../attention/errors.ts';
+import { BackendUnavailableError } from '../../../errors.ts';
 import { FakeCuda } from '../testing/fake-cuda.ts';
 import { loadDriver } from './load.ts';
 import { cudaError, describeStatus } from './status.ts';

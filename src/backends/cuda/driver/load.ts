@@ -1,5 +1,5 @@
 /** Finds the driver library and binds it through koffi. */
-import { BackendUnavailableError, MissingPackageError } from '../../../attention/errors.ts';
+import { BackendUnavailableError, MissingPackageError } from '../../../errors.ts';
 import { type CudaApi, DRIVER_FUNCTIONS, type DriverFunctionName, type ParameterKind } from './api.ts';
 
 /** What this file uses of koffi; the package is an optional peer, so its own types are not imported. */

@@ -1,4 +1,4 @@
-import { ExecutionError } from '../../../attention/errors.ts';
+import { ExecutionError } from '../../../errors.ts';
 import type { CudaDevice } from './device.ts';
 import type { CudaStream } from './stream.ts';
 

@@ -1,4 +1,4 @@
-import type { KernelModule } from '../launch.ts';
+import type { KernelModule } from '../launches/launch.ts';
 import {
   CU_FUNC_ATTRIBUTE_LOCAL_SIZE_BYTES,
   CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES,

@@ -1,5 +1,5 @@
-import { InvalidArgumentError } from '../../../attention/errors.ts';
-import type { BufferName, KernelArgument, KernelLaunch } from '../launch.ts';
+import { InvalidArgumentError } from '../../../errors.ts';
+import type { BufferName, KernelArgument, KernelLaunch } from '../launches/launch.ts';
 import { CU_LAUNCH_ATTRIBUTE_CLUSTER_DIMENSION, STRUCTS } from './api.ts';
 import type { CudaDevice } from './device.ts';
 import type { CudaFunction } from './module.ts';

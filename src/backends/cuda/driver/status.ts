@@ -1,4 +1,4 @@
-import { ExecutionError } from '../../../attention/errors.ts';
+import { ExecutionError } from '../../../errors.ts';
 import { CUDA_ERROR_OUT_OF_MEMORY, type CudaApi } from './api.ts';
 
 /** A call of the driver that did not succeed. */

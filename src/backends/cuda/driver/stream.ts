@@ -1,4 +1,4 @@
-import { ExecutionError } from '../../../attention/errors.ts';
+import { ExecutionError } from '../../../errors.ts';
 import type { StreamHandle } from '../../backend.ts';
 import {
   CU_EVENT_DISABLE_TIMING,

@@ -1,4 +1,4 @@
-import type { TensorMapDescription } from '../launch.ts';
+import type { TensorMapDescription } from '../launches/launch.ts';
 import type { CudaDevice } from './device.ts';
 
 /** Values of CUtensorMapDataType, CUtensorMapInterleave, CUtensorMapSwizzle, CUtensorMapL2promotion, CUtensorMapFloatOOBfill. */

@@ -4,10 +4,10 @@
  * inputs; what is not provable stays outside (its value becomes an operand) or makes the whole match fail.
  */
 
-import { constantScalar, uniformOf } from '../constants.ts';
-import { floatAttribute, type GraphIndex, intAttribute, intsAttribute, isOp, stringAttribute } from '../graph.ts';
-import { canonicalDomain, node as makeNode, type NodeProto } from '../onnx/codec.ts';
-import { kindOf } from '../types.ts';
+import { canonicalDomain, node as makeNode, type NodeProto } from '../model/codec.ts';
+import { constantScalar, uniformOf } from '../model/constants.ts';
+import { floatAttribute, type GraphIndex, intAttribute, intsAttribute, isOp, stringAttribute } from '../model/graph.ts';
+import { kindOf } from '../model/types.ts';
 import { type Repeat, repeatedHeads } from './repeats.ts';
 import {
   type AttentionSite,

@@ -4,8 +4,8 @@
  * keys), that part becomes ordinary nodes in front of it.
  */
 
-import { floatAttribute, type GraphIndex, intAttribute, intsAttribute } from '../graph.ts';
-import { canonicalDomain, node as makeNode, type NodeOptions, type NodeProto, tensorProto } from '../onnx/codec.ts';
+import { canonicalDomain, node as makeNode, type NodeOptions, type NodeProto, tensorProto } from '../model/codec.ts';
+import { floatAttribute, type GraphIndex, intAttribute, intsAttribute } from '../model/graph.ts';
 import { added } from './decomposed.ts';
 import {
   type AttentionSite,

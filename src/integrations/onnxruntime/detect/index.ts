@@ -1,6 +1,7 @@
 /** Finds every attention of a graph. */
-import { type GraphIndex, nestedNodes } from '../graph.ts';
-import { node as makeNode } from '../onnx/codec.ts';
+
+import { node as makeNode } from '../model/codec.ts';
+import { type GraphIndex, nestedNodes } from '../model/graph.ts';
 import { added, detectDecomposed } from './decomposed.ts';
 import { detectFused } from './fused.ts';
 import { type AttentionSite, type LeftAttention, withSources } from './site.ts';

@@ -3,8 +3,8 @@
  * projections moves no number, so the operand is read where the projection wrote it, by strides.
  */
 import { contiguousStrides } from '../../../tensor/tensor.ts';
-import { constantNumbers, type GraphIndex, intAttribute, intsAttribute, isOp } from '../graph.ts';
-import type { NodeProto } from '../onnx/codec.ts';
+import type { NodeProto } from '../model/codec.ts';
+import { constantNumbers, type GraphIndex, intAttribute, intsAttribute, isOp } from '../model/graph.ts';
 
 /** Elements of a tensor, of any rank. */
 export interface Strided {

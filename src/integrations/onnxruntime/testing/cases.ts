@@ -11,9 +11,9 @@ import { Random, runSeed } from '../../../../test/support/random.ts';
 import type { Backend } from '../../../backends/backend.ts';
 import { setBackend } from '../../../backends/registry.ts';
 import { detectAttention } from '../detect/index.ts';
-import { indexGraph } from '../graph.ts';
 import { withSageAttention } from '../index.ts';
-import { type GraphProto, readModel } from '../onnx/codec.ts';
+import { type GraphProto, readModel } from '../model/codec.ts';
+import { indexGraph } from '../model/graph.ts';
 
 export type Feeds = Record<string, ortNode.Tensor>;
 

@@ -1,6 +1,6 @@
 /** The simulator against kernels that do right and kernels that do wrong: what it does not notice, it cannot vouch for. */
 import { describe, expect, test } from 'vitest';
-import { namedBarrier } from '../../kernels/hopper/instructions.ts';
+import { namedBarrier } from '../../kernels/wgmma/instructions.ts';
 import { KernelBuilder } from '../../ptx/builder.ts';
 import {
   advanceDescriptor,

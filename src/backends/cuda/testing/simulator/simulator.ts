@@ -5,7 +5,7 @@
  *
  * Divergence: lanes carry a block number each, and the lanes at the lowest one run next, which reconverges structured code.
  */
-import type { KernelArgument, KernelLaunch } from '../../launch.ts';
+import type { KernelArgument, KernelLaunch } from '../../launches/launch.ts';
 import type { Kernel } from '../../ptx/types.ts';
 import { compileKernel, type ParameterValues, type Program, parameterWords } from './compile.ts';
 import { AsyncSharedMemory, AsyncUnits, HopperWarp, type SimulatedTensorMap, usesHopper } from './hopper.ts';

@@ -1,0 +1,334 @@
+/**
+ * Quantizes Q or K: subtracts K's mean (or the block's own mean of Q), finds the largest magnitude of each group of tokens,
+ * and writes padded INT8 or INT4 rows and float32 scales. One CTA takes one block of tokens of one head and reads it once;
+ * src/quantization/groups.ts has the groups.
+ *
+ * A token with an element that is not finite takes no part in its group's scale. Of K, its bit is set in `keyFaults` and
+ * the sign bit in the scales of its tile; of Q, its row bias becomes NaN: attention makes NaN of the rows that see it, and
+ * of those only.
+ */
+import type { DType } from '../../../../tensor/dtype.ts';
+import { KernelBuilder } from '../../ptx/builder.ts';
+import { rowMajor } from '../../ptx/layouts.ts';
+import type { Target } from '../../ptx/targets.ts';
+import type { Kernel, Reg } from '../../ptx/types.ts';
+import {
+  BYTES,
+  divide,
+  INFINITY_BITS,
+  integers,
+  LOG2_E,
+  type LoadWidth,
+  loadEight,
+  loadEightFloats,
+  loadSequence,
+  MAGIC,
+  nextPowerOfTwo,
+  offset,
+  offset64,
+  packBytes,
+  pointers,
+  SMALLEST_GROUP_MAXIMUM,
+} from '../common.ts';
+
+export interface QuantizeTokensConfig {
+  readonly target: Target;
+  readonly operand: 'query' | 'key';
+  readonly dtype: DType;
+  /** D, and D padded to 32 (INT8) or 64 (INT4). */
+  readonly headDim: number;
+  readonly paddedDim: number;
+  readonly loadWidth: LoadWidth;
+  /** What is stored: a byte or half a byte for each value. */
+  readonly container: 's8' | 's4';
+  /** Largest quantized magnitude: 127, or 7. */
+  readonly largest: 127 | 7;
+  /** Tokens of a CTA: 128 of Q, 64 of K. */
+  readonly blockTokens: 64 | 128;
+  /** Consecutive tokens that hold a set of groups, and groups in the set: 1 takes them all, 8 by row % 8 (Q), 4 by (row % 8) / 2 (K). */
+  readonly groupTokens: 32 | 64 | 128;
+  readonly groups: 1 | 4 | 8;
+  /** Subtract the vector in `keyMean` (K), or use it for the row bias (Q). */
+  readonly keyMean: boolean;
+  /** Q only: subtract the mean of the block's tokens and write it to `queryMean`. */
+  readonly smoothQ: boolean;
+}
+
+export const QUANTIZE_TOKENS_POINTERS = [
+  'sequences',
+  'input',
+  'keyMean',
+  'quantized',
+  'scale',
+  'rowBias',
+  'keyFaults',
+  'queryMean',
+] as const;
+export const QUANTIZE_TOKENS_INTEGERS = ['heads', 'blocks', 'paddedTokens', 'headsPerKeyHead'] as const;
+/** Strides of the input in bytes. */
+export const QUANTIZE_TOKENS_STRIDES = ['batchStride', 'headStride', 'tokenStride'] as const;
+
+/** Threads of a row, each with eight channels, and threads of the CTA. */
+function threadsOf(paddedDim: number) {
+  const perRow = nextPowerOfTwo(paddedDim / 8);
+  return { perRow, threads: Math.min(512, Math.max(128, perRow * 16)) };
+}
+
+export const quantizeTokensThreads = ({ paddedDim }: QuantizeTokensConfig) => threadsOf(paddedDim).threads;
+
+export function quantizeTokens(config: QuantizeTokensConfig): Kernel {
+  const { target, operand, dtype, headDim, paddedDim, blockTokens, groupTokens, groups, container } = config;
+  const isQuery = operand === 'query';
+  const { perRow, threads } = threadsOf(paddedDim);
+  const rowsAtOnce = threads / perRow;
+  const passes = blockTokens / rowsAtOnce;
+  const b = new KernelBuilder({ name: isQuery ? 'quantizeQuery' : 'quantizeKey', target, threads });
+  const pointer = pointers(b, QUANTIZE_TOKENS_POINTERS);
+  const integer = integers(b, QUANTIZE_TOKENS_INTEGERS);
+  const { batchStride, headStride, tokenStride } = pointers(b, QUANTIZE_TOKENS_STRIDES);
+  const smScale = b.parameter('smScale', 'f32');
+
+  const groupCount = (blockTokens / groupTokens) * groups;
+  const rowMaxima = b.shared('row maxima', 1, rowMajor(blockTokens * 4));
+  const reciprocals = b.shared('reciprocals', 1, rowMajor(Math.max(16, groupCount * 4)));
+  const sums = config.smoothQ ? b.shared('column sums', rowsAtOnce, rowMajor(perRow * 32)) : undefined;
+  const shared = b.sharedAddress();
+
+  b.section('which block');
+  const thread = b.special('%tid.x');
+  const heads = b.loadParameter(integer.heads);
+  const [block, headAndSequence] = divide(b, b.special('%ctaid.x'), b.loadParameter(integer.blocks));
+  const [head, sequence] = divide(b, headAndSequence, heads);
+  const table = loadSequence(b, b.loadPointer(pointer.sequences), sequence);
+  const [start, length, paddedStart] = isQuery
+    ? [table.queryStart, table.queryLength, table.paddedQueryStart]
+    : [table.keyStart, table.keyLength, table.paddedKeyStart];
+  const firstToken = b.mul(block, blockTokens);
+  b.when(b.setp('ge', firstToken, length), () => b.exit());
+  const tokensLeft = b.sub(length, firstToken);
+
+  b.section('load');
+  const row = b.shr(thread, Math.log2(perRow));
+  const column = b.and(thread, perRow - 1);
+  const channel = b.shl(column, 3);
+  let source = offset64(b, b.loadPointer(pointer.input), sequence, b.loadParameter(batchStride));
+  source = offset64(b, source, head, b.loadParameter(headStride));
+  const stride = b.loadParameter(tokenStride);
+  source = offset64(b, source, b.add(b.add(start, firstToken), row), stride);
+  source = offset(b, source, channel, BYTES[dtype]);
+  const step = b.as(b.mul(stride, rowsAtOnce), 'global');
+  const values: Reg<'f32'>[][] = [];
+  const inside: Reg<'pred'>[] = [];
+  for (let pass = 0; pass < passes; pass++) {
+    const rowInside = b.setp('lt', b.add(row, pass * rowsAtOnce), tokensLeft);
+    inside.push(rowInside);
+    values.push(loadEight(b, dtype, config.loadWidth, source, channel, headDim, rowInside));
+    if (pass + 1 < passes) source = b.add(source, step);
+  }
+
+  let mean: Reg<'f32'>[] | undefined;
+  if (config.keyMean) {
+    b.section('mean of K');
+    const keyHeads = b.div(heads, b.loadParameter(integer.headsPerKeyHead));
+    const keyHead = b.div(head, b.loadParameter(integer.headsPerKeyHead));
+    const inRow = b.setp('lt', channel, paddedDim);
+    const at = offset(
+      b,
+      b.loadPointer(pointer.keyMean),
+      b.mad(b.mad(sequence, keyHeads, keyHead), paddedDim, channel),
+      4,
+    );
+    mean = b.regs('f32', 8);
+    for (const register of mean) b.set(register, 0);
+    b.if(inRow, () => {
+      loadEightFloats(b, at).forEach((value, i) => {
+        b.mov(value, (mean as Reg<'f32'>[])[i]);
+      });
+    });
+    if (!isQuery) {
+      values.forEach((eight, pass) => {
+        for (const [i, value] of eight.entries()) {
+          b.when(inside[pass] as Reg<'pred'>, () => b.sub(value, (mean as Reg<'f32'>[])[i] as Reg<'f32'>, value));
+        }
+      });
+    }
+  }
+
+  if (isQuery) {
+    b.section('row bias: smScale * log2(e) * q . mean(K), NaN for a row that is not finite');
+    const scale = b.mul(b.loadParameter(smScale), LOG2_E);
+    const destination = offset(
+      b,
+      b.loadPointer(pointer.rowBias),
+      b.add(b.mad(head, b.loadParameter(integer.paddedTokens), paddedStart), b.add(firstToken, row)),
+      4,
+    );
+    const first = b.setp('eq', column, 0);
+    values.forEach((eight, pass) => {
+      let dot = b.constant('f32', 0);
+      eight.forEach((value, i) => {
+        // Without a mean only NaN is to be carried: anything times 0.
+        dot = mean === undefined ? b.fma(value, 0, dot) : b.fma(value, mean[i] as Reg<'f32'>, dot);
+      });
+      for (let mask = 1; mask < perRow; mask *= 2) dot = b.add(dot, b.shflBfly(dot, mask));
+      const bias = b.mul(dot, scale);
+      // Infinity minus Infinity: an infinite element makes its row NaN too.
+      const carried = b.add(bias, b.mul(bias, 0));
+      b.when(first, () => b.st(carried, destination, pass * rowsAtOnce * 4));
+    });
+  }
+
+  if (sums !== undefined) {
+    b.section('mean of the block');
+    subtractBlockMean(sums.base);
+  }
+
+  b.section('largest magnitude of each row');
+  const rowMaxAt = b.add(b.add(shared, rowMaxima.base), b.as(b.shl(row, 2), 'shared'));
+  const firstOfRow = b.setp('eq', column, 0);
+  values.forEach((eight, pass) => {
+    // Magnitudes order like the integers of their bits, with Infinity and then NaN above all numbers.
+    let largest = b.constant('u32', 0);
+    for (const value of eight) largest = b.max(largest, b.and(b.as(value, 'u32'), 0x7fffffff));
+    for (let mask = 1; mask < perRow; mask *= 2) largest = b.max(largest, b.shflBfly(largest, mask));
+    b.when(firstOfRow, () => b.st(largest, rowMaxAt, pass * rowsAtOnce * 4));
+  });
+  b.barSync();
+
+  b.section('scale of each group');
+  const faulty = isQuery ? undefined : findFaults();
+  b.if(b.setp('lt', thread, groupCount), () => {
+    // Thread i takes group i % groups of the set i / groups.
+    const [group, set] = [b.and(thread, groups - 1), b.shr(thread, Math.log2(groups))];
+    const firstOfGroup = groups === 4 ? b.shl(group, 1) : group;
+    const at = b.add(b.add(shared, rowMaxima.base), b.as(b.shl(b.mad(set, groupTokens, firstOfGroup), 2), 'shared'));
+    let largest = b.constant('u32', 0);
+    for (const member of membersOf(groupTokens, groups)) {
+      const value = b.ld('u32', at, member * 4);
+      b.when(b.setp('ge', value, INFINITY_BITS), () => b.set(value, 0));
+      largest = b.max(largest, value);
+    }
+    const maximum = b.as(largest, 'f32');
+    b.when(b.setp('lt', maximum, SMALLEST_GROUP_MAXIMUM), () => b.set(maximum, 0));
+    const scale = b.divF32(maximum, config.largest);
+    const reciprocal = b.divF32(signedLargest(), maximum);
+    b.when(b.setp('eq', maximum, 0), () => b.set(reciprocal, 0));
+    b.st(reciprocal, b.add(b.add(shared, reciprocals.base), b.as(b.shl(thread, 2), 'shared')));
+    const tokens = b.mad(head, b.loadParameter(integer.paddedTokens), b.add(paddedStart, firstToken));
+    const index = b.add(b.mul(b.shr(tokens, Math.log2(groupTokens)), groups), thread);
+    let stored = b.as(scale, 'b32');
+    if (faulty !== undefined) stored = b.or(stored, faulty);
+    b.st(stored, offset(b, b.loadPointer(pointer.scale), index, 4));
+  });
+  b.barSync();
+
+  b.section('quantize and store');
+  const rowBytes = container === 's8' ? paddedDim : paddedDim / 2;
+  const tokenRow = b.mad(head, b.loadParameter(integer.paddedTokens), b.add(b.add(paddedStart, firstToken), row));
+  const destination = b.add(
+    offset(b, b.loadPointer(pointer.quantized), tokenRow, rowBytes),
+    b.as(b.cvt('u64', container === 's8' ? channel : b.shr(channel, 1)), 'global'),
+  );
+  const stored = b.setp('lt', channel, paddedDim);
+  const magic = b.constant('f32', MAGIC);
+  const reciprocalBase = b.add(shared, reciprocals.base);
+  values.forEach((eight, pass) => {
+    const inBlock = b.add(row, pass * rowsAtOnce);
+    const set = b.mul(b.shr(inBlock, Math.log2(groupTokens)), groups);
+    const within = groups === 1 ? undefined : groups === 8 ? b.and(inBlock, 7) : b.shr(b.and(inBlock, 7), 1);
+    const group = within === undefined ? set : b.add(set, within);
+    const reciprocal = b.ld('f32', b.add(reciprocalBase, b.as(b.shl(group, 2), 'shared')));
+    // Adding 1.5 * 2^23 rounds to the nearest even integer and leaves it in the low bits.
+    const integersOf = eight.map((value) => b.as(b.fma(value, reciprocal, magic), 'b32'));
+    const at = pass * rowsAtOnce * rowBytes;
+    b.when(stored, () => {
+      const words = container === 's8' ? packBytes(b, integersOf) : [packNibbles(integersOf)];
+      if (words.length === 2) b.stVector(words, destination, at);
+      else b.st(words[0] as Reg<'b32'>, destination, at);
+    });
+  });
+  return b.build();
+
+  /** Attention takes positive scales only: Q bears the sign of smScale. */
+  function signedLargest(): Reg<'f32'> {
+    const largest = b.constant('f32', config.largest);
+    return isQuery ? b.selp(-config.largest, largest, b.setp('lt', b.loadParameter(smScale), 0)) : largest;
+  }
+
+  /** Subtracts the mean over the block's tokens from each channel and stores it, `[head, block, paddedDim]`. */
+  function subtractBlockMean(base: number): void {
+    const at = b.add(b.add(shared, base), b.as(b.mad(row, perRow * 32, b.shl(channel, 2)), 'shared'));
+    const partial = Array.from({ length: 8 }, (_, i) => {
+      let sum = b.constant('f32', 0);
+      for (const eight of values) {
+        const value = eight[i] as Reg<'f32'>;
+        const finite = b.selp(
+          b.constant('f32', 0),
+          value,
+          b.setp('ge', b.and(b.as(value, 'u32'), 0x7fffffff), INFINITY_BITS),
+        );
+        sum = b.add(sum, finite);
+      }
+      return sum;
+    });
+    b.stVector(partial.slice(0, 4), at);
+    b.stVector(partial.slice(4), at, 16);
+    b.barSync();
+    const columnAt = b.add(b.add(shared, base), b.as(b.shl(channel, 2), 'shared'));
+    const total = Array.from({ length: 8 }, () => b.constant('f32', 0));
+    for (let r = 0; r < rowsAtOnce; r++) {
+      for (let half = 0; half < 2; half++) {
+        b.ldVector('f32', 4, columnAt, r * perRow * 32 + half * 16).forEach((value, i) => {
+          const sum = total[half * 4 + i] as Reg<'f32'>;
+          b.add(sum, value, sum);
+        });
+      }
+    }
+    const reciprocal = b.rcp(b.cvt('f32', b.min(tokensLeft, blockTokens)));
+    const blockMean = total.map((sum) => b.mul(sum, reciprocal));
+    const tokens = b.mad(head, b.loadParameter(integer.paddedTokens), b.add(paddedStart, firstToken));
+    const index = b.mad(b.shr(tokens, Math.log2(blockTokens)), paddedDim, channel);
+    const destination = offset(b, b.loadPointer(pointer.queryMean), index, 4);
+    b.when(b.andPred(b.setp('eq', row, 0), b.setp('lt', channel, paddedDim)), () => {
+      b.stVector(blockMean.slice(0, 4), destination);
+      b.stVector(blockMean.slice(4), destination, 16);
+    });
+    values.forEach((eight, pass) => {
+      for (const [i, value] of eight.entries()) {
+        b.when(inside[pass] as Reg<'pred'>, () => b.sub(value, blockMean[i] as Reg<'f32'>, value));
+      }
+    });
+  }
+
+  /** Writes the tile's bits of keys that are not finite; returns the sign bit for its scales if there are any. */
+  function findFaults(): Reg<'b32'> {
+    const sign = b.constant('b32', 0);
+    const base = b.add(shared, rowMaxima.base);
+    b.if(b.setp('lt', thread, 32), () => {
+      const words = [0, 1].map((half) => {
+        const value = b.ld('u32', b.add(base, b.as(b.shl(thread, 2), 'shared')), half * 128);
+        const own = b.selp<'b32'>(1, b.constant('b32', 0), b.setp('ge', value, INFINITY_BITS));
+        let word = b.shl(own, b.as(thread, 'u32'));
+        for (let mask = 1; mask < 32; mask *= 2) word = b.or(word, b.shflBfly(word, mask));
+        return word;
+      }) as [Reg<'b32'>, Reg<'b32'>];
+      const tokens = b.mad(head, b.loadParameter(integer.paddedTokens), b.add(paddedStart, firstToken));
+      const at = offset(b, b.loadPointer(pointer.keyFaults), b.shr(tokens, 6), 8);
+      b.when(b.setp('eq', thread, 0), () => b.stVector(words, at));
+      b.when(b.setp('ne', b.or(words[0], words[1]), 0), () => b.set(sign, 0x80000000));
+    });
+    return sign;
+  }
+
+  function packNibbles(words: readonly Reg<'b32'>[]): Reg<'b32'> {
+    return words.map((word, i) => b.shl(b.and(word, 15), 4 * i)).reduce((packed, nibble) => b.or(packed, nibble));
+  }
+}
+
+/** Rows of one group, counted from its first. */
+function membersOf(groupTokens: number, groups: 1 | 4 | 8): number[] {
+  const rows = Array.from({ length: groupTokens }, (_, i) => i);
+  if (groups === 8) return rows.filter((i) => i % 8 === 0);
+  if (groups === 4) return rows.filter((i) => i % 8 < 2);
+  return rows;
+}

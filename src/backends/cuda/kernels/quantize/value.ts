@@ -1,0 +1,350 @@
+/**
+ * V for the tensor cores: FP16 as it is (`[head, token, channel]`), or FP8 with a scale per channel (`[head, channel, token]`,
+ * tokens permuted inside every 16; src/quantization/value-fp8.ts). Padded with zeros, V's mean subtracted if asked for.
+ *
+ * An element that is not finite becomes 0, since 0 * NaN would reach rows that may not see it; its token's bit is set in
+ * `keyFaults` and the sign bit in the scales of K's tile, so attention makes NaN of the rows that do see it. So it is with
+ * numbers beyond FP16's range where V is stored in FP16.
+ */
+import { TOKEN_PERMUTATION } from '../../../../quantization/value-fp8.ts';
+import type { DType } from '../../../../tensor/dtype.ts';
+import { KernelBuilder } from '../../ptx/builder.ts';
+import { rowMajor } from '../../ptx/layouts.ts';
+import type { Target } from '../../ptx/targets.ts';
+import type { Kernel, Reg } from '../../ptx/types.ts';
+import {
+  BEYOND_FP16_BITS,
+  BYTES,
+  divide,
+  INFINITY_BITS,
+  integers,
+  type LoadWidth,
+  loadEight,
+  loadEightFloats,
+  loadSequence,
+  nextPowerOfTwo,
+  offset,
+  offset64,
+  pointers,
+} from '../common.ts';
+
+export interface ValueConfig {
+  readonly target: Target;
+  readonly dtype: DType;
+  readonly valueDim: number;
+  readonly paddedValueDim: number;
+  readonly loadWidth: LoadWidth;
+  /** Subtract `valueMean`. */
+  readonly smoothV: boolean;
+  /** Scales in a K tile, whose signs say that the tile has faults. */
+  readonly keyScales: 1 | 4;
+}
+
+/** Tokens that a CTA of `quantizeValue` and `convertValue` takes: one K tile. */
+export const VALUE_BLOCK = 64;
+/** Parts of a sequence whose maxima are found apart. */
+export const VALUE_CHUNKS = 16;
+
+export const VALUE_POINTERS = [
+  'sequences',
+  'input',
+  'valueMean',
+  'valueMaximum',
+  'value',
+  'valueScale',
+  'keyScale',
+  'keyFaults',
+] as const;
+export const VALUE_INTEGERS = ['heads', 'blocks', 'paddedTokens'] as const;
+
+const isFault = (b: KernelBuilder, value: Reg<'f32'>, from = INFINITY_BITS) =>
+  b.setp('ge', b.and(b.as(value, 'u32'), 0x7fffffff), from);
+
+interface Place {
+  readonly thread: Reg<'u32'>;
+  readonly head: Reg<'u32'>;
+  readonly sequence: Reg<'u32'>;
+  /** Which of the blocks that the grid has for each head of each sequence. */
+  readonly block: Reg<'u32'>;
+  readonly keyStart: Reg<'u32'>;
+  readonly keyLength: Reg<'u32'>;
+  readonly paddedKeyStart: Reg<'u32'>;
+  /** Row of the sequence's head in `[sequence, head, channel]` buffers. */
+  readonly sequenceHead: Reg<'u32'>;
+  readonly pointer: ReturnType<typeof pointers<(typeof VALUE_POINTERS)[number]>>;
+  readonly paddedTokens: Reg<'u32'>;
+  /** First element of the head. */
+  readonly source: Reg<'global'>;
+  readonly tokenStride: Reg<'u64'>;
+}
+
+/** Parameters and place, common to the three kernels. */
+function begin(b: KernelBuilder): Place {
+  const pointer = pointers(b, VALUE_POINTERS);
+  const integer = integers(b, VALUE_INTEGERS);
+  const batchStride = b.parameter('batchStride', 'u64');
+  const headStride = b.parameter('headStride', 'u64');
+  const tokenStrideParameter = b.parameter('tokenStride', 'u64');
+  b.section('which block');
+  const thread = b.special('%tid.x');
+  const heads = b.loadParameter(integer.heads);
+  const [block, sequenceHeadIndex] = divide(b, b.special('%ctaid.x'), b.loadParameter(integer.blocks));
+  const [head, sequence] = divide(b, sequenceHeadIndex, heads);
+  const table = loadSequence(b, b.loadPointer(pointer.sequences), sequence);
+  let source = offset64(b, b.loadPointer(pointer.input), sequence, b.loadParameter(batchStride));
+  source = offset64(b, source, head, b.loadParameter(headStride));
+  return {
+    thread,
+    head,
+    sequence,
+    block,
+    keyStart: table.keyStart,
+    keyLength: table.keyLength,
+    paddedKeyStart: table.paddedKeyStart,
+    sequenceHead: sequenceHeadIndex,
+    pointer,
+    paddedTokens: b.loadParameter(integer.paddedTokens),
+    source,
+    tokenStride: b.loadParameter(tokenStrideParameter),
+  };
+}
+
+/** Eight channels of a `[sequence, head, channel]` vector. */
+function channelVector(b: KernelBuilder, place: Place, name: 'valueMean', channel: Reg<'u32'>, paddedDim: number) {
+  const at = offset(b, b.loadPointer(place.pointer[name]), b.mad(place.sequenceHead, paddedDim, channel), 4);
+  return loadEightFloats(b, at);
+}
+
+/** Largest finite magnitude of each channel in each of {@link VALUE_CHUNKS} parts of a sequence, `[sequence, head, chunk, channel]`. */
+export function valueMaximum(config: ValueConfig): Kernel {
+  const { target, dtype, valueDim, paddedValueDim, loadWidth, smoothV } = config;
+  const threads = valueThreads(config);
+  const perRow = nextPowerOfTwo(paddedValueDim / 8);
+  const rowsAtOnce = threads / perRow;
+  const b = new KernelBuilder({ name: 'valueMaximum', target, threads });
+  const place = begin(b);
+  const tile = b.shared('maxima', rowsAtOnce, rowMajor(perRow * 32));
+
+  b.section('maximum of this chunk');
+  const chunk = b.div(b.add(place.keyLength, VALUE_CHUNKS - 1), VALUE_CHUNKS);
+  const firstToken = b.mul(place.block, chunk);
+  const endToken = b.min(b.add(firstToken, chunk), place.keyLength);
+  const row = b.shr(place.thread, Math.log2(perRow));
+  const channel = b.shl(b.and(place.thread, perRow - 1), 3);
+  const token = b.add(firstToken, row);
+  const source = offset(
+    b,
+    offset64(b, place.source, b.add(place.keyStart, token), place.tokenStride),
+    channel,
+    BYTES[dtype],
+  );
+  const stepBytes = b.as(b.mul(place.tokenStride, rowsAtOnce), 'global');
+  const maxima = Array.from({ length: 8 }, () => b.constant('u32', 0));
+  const means = smoothV ? guardedMeans(b, place, channel, paddedValueDim) : undefined;
+  b.loop(
+    () => b.setp('lt', token, endToken),
+    () => {
+      for (let unrolled = 0; unrolled < 4; unrolled++) {
+        const inside = b.setp('lt', token, endToken);
+        const values = loadEight(b, dtype, loadWidth, source, channel, valueDim, inside);
+        values.forEach((value, i) => {
+          const centered = means === undefined ? value : b.sub(value, means[i] as Reg<'f32'>);
+          const magnitude = b.and(b.as(centered, 'u32'), 0x7fffffff);
+          const counted = b.andPred(inside, b.setp('lt', magnitude, INFINITY_BITS));
+          b.when(counted, () => b.max(maxima[i] as Reg<'u32'>, magnitude, maxima[i]));
+        });
+        b.add(token, rowsAtOnce, token);
+        b.add(source, stepBytes, source);
+      }
+    },
+  );
+
+  b.section('maximum over the rows');
+  const shared = b.sharedAddress(tile.base);
+  const at = b.add(shared, b.as(b.mad(row, perRow * 32, b.shl(channel, 2)), 'shared'));
+  b.stVector(maxima.slice(0, 4), at);
+  b.stVector(maxima.slice(4), at, 16);
+  b.barSync();
+  b.if(b.setp('lt', place.thread, paddedValueDim), () => {
+    const column = b.add(shared, b.as(b.shl(place.thread, 2), 'shared'));
+    let largest = b.ld('u32', column);
+    for (let r = 1; r < rowsAtOnce; r++) largest = b.max(largest, b.ld('u32', column, r * perRow * 32));
+    // Channels of the padding have no mean to lie apart from.
+    b.when(b.setp('ge', place.thread, valueDim), () => b.set(largest, 0));
+    const index = b.mad(b.mad(place.sequenceHead, VALUE_CHUNKS, place.block), paddedValueDim, place.thread);
+    b.st(largest, offset(b, b.loadPointer(place.pointer.valueMaximum), index, 4));
+  });
+  return b.build();
+}
+
+/** Means of this thread's eight channels; threads beyond the row get zeros. */
+function guardedMeans(b: KernelBuilder, place: Place, channel: Reg<'u32'>, paddedDim: number): Reg<'f32'>[] {
+  const means = Array.from({ length: 8 }, () => b.constant('f32', 0));
+  b.if(b.setp('lt', channel, paddedDim), () => {
+    channelVector(b, place, 'valueMean', channel, paddedDim).forEach((mean, i) => {
+      b.mov(mean, means[i]);
+    });
+  });
+  return means;
+}
+
+/** Marks a token of this block as not finite: its bit, and the signs of the K tile's scales. */
+function reportFault(b: KernelBuilder, place: Place, token: Reg<'u32'>, keyScales: 1 | 4): void {
+  const tile = b.shr(
+    b.add(b.mad(place.head, place.paddedTokens, place.paddedKeyStart), b.mul(place.block, VALUE_BLOCK)),
+    6,
+  );
+  const word = b.add(b.shl(tile, 1), b.shr(token, 5));
+  const bit = b.shl(b.constant('b32', 1), b.and(token, 31));
+  b.redOr(offset(b, b.loadPointer(place.pointer.keyFaults), word, 4), bit);
+  const scales = offset(b, b.loadPointer(place.pointer.keyScale), b.mul(tile, keyScales), 4);
+  const sign = b.constant('b32', 0x80000000);
+  for (let i = 0; i < keyScales; i++) b.redOr(scales, sign, 4 * i);
+}
+
+export const valueThreads = ({ paddedValueDim }: Pick<ValueConfig, 'paddedValueDim'>) => Math.max(256, paddedValueDim);
+
+/** V in FP16: one CTA takes 64 tokens. */
+export function convertValue(config: ValueConfig): Kernel {
+  const { target, dtype, valueDim, paddedValueDim, loadWidth, smoothV, keyScales } = config;
+  const threads = valueThreads(config);
+  const perRow = nextPowerOfTwo(paddedValueDim / 8);
+  const rowsAtOnce = threads / perRow;
+  const b = new KernelBuilder({ name: 'convertValue', target, threads });
+  const place = begin(b);
+  const firstToken = b.mul(place.block, VALUE_BLOCK);
+  b.when(b.setp('ge', firstToken, place.keyLength), () => b.exit());
+
+  b.section('convert');
+  const row = b.shr(place.thread, Math.log2(perRow));
+  const channel = b.shl(b.and(place.thread, perRow - 1), 3);
+  const tokensLeft = b.sub(place.keyLength, firstToken);
+  let source = offset64(b, place.source, b.add(b.add(place.keyStart, firstToken), row), place.tokenStride);
+  source = offset(b, source, channel, BYTES[dtype]);
+  const stepBytes = b.as(b.mul(place.tokenStride, rowsAtOnce), 'global');
+  const outputRow = b.add(b.add(b.mad(place.head, place.paddedTokens, place.paddedKeyStart), firstToken), row);
+  const destination = b.add(
+    offset(b, b.loadPointer(place.pointer.value), outputRow, paddedValueDim * 2),
+    b.as(b.mulWide(channel, 2), 'global'),
+  );
+  const stored = b.setp('lt', channel, paddedValueDim);
+  const means = smoothV ? guardedMeans(b, place, channel, paddedValueDim) : undefined;
+  for (let first = 0; first < VALUE_BLOCK; first += rowsAtOnce) {
+    const token = b.add(row, first);
+    // More threads than the block has elements: rows beyond it are not stored.
+    const inBlock = rowsAtOnce > VALUE_BLOCK ? b.andPred(stored, b.setp('lt', token, VALUE_BLOCK)) : stored;
+    const inside = b.setp('lt', token, tokensLeft);
+    const values = loadEight(b, dtype, loadWidth, source, channel, valueDim, inside);
+    const faulty = b.constant('b32', 0);
+    values.forEach((value, i) => {
+      if (means !== undefined) b.when(inside, () => b.sub(value, means[i] as Reg<'f32'>, value));
+      b.when(isFault(b, value, BEYOND_FP16_BITS), () => {
+        b.set(faulty, 1);
+        b.set(value, 0);
+      });
+    });
+    const pairs = [0, 2, 4, 6].map((i) => b.cvtPack('f16x2', values[i] as Reg<'f32'>, values[i + 1] as Reg<'f32'>));
+    b.when(inBlock, () => b.stVector(pairs, destination, first * paddedValueDim * 2));
+    b.if(b.andPred(inBlock, b.setp('ne', faulty, 0)), () => reportFault(b, place, token, keyScales));
+    if (first + rowsAtOnce < VALUE_BLOCK) source = b.add(source, stepBytes);
+  }
+  return b.build();
+}
+
+/**
+ * V in FP8: one CTA takes 64 tokens. A thread takes eight channels of four tokens that lie side by side in the permuted order,
+ * so that it transposes them by packing; sixteen lanes write the 64 tokens of a channel.
+ */
+export function quantizeValue(config: ValueConfig & { readonly vMax: number }): Kernel {
+  const { target, dtype, valueDim, paddedValueDim, loadWidth, smoothV, vMax, keyScales } = config;
+  const threads = (paddedValueDim / 8) * 16;
+  const b = new KernelBuilder({ name: 'quantizeValue', target, threads: Math.max(32, threads) });
+  const place = begin(b);
+  const firstToken = b.mul(place.block, VALUE_BLOCK);
+  b.when(b.setp('ge', firstToken, place.keyLength), () => b.exit());
+
+  b.section('scales of the channels of this thread');
+  const word = b.and(place.thread, 15); // four permuted tokens: positions 4 * word ..
+  const channel = b.shl(b.shr(place.thread, 4), 3);
+  const maximumAt = offset(
+    b,
+    b.loadPointer(place.pointer.valueMaximum),
+    b.mad(b.mul(place.sequenceHead, VALUE_CHUNKS), paddedValueDim, channel),
+    4,
+  );
+  const maxima = Array.from({ length: 8 }, () => b.constant('u32', 0));
+  for (let chunk = 0; chunk < VALUE_CHUNKS; chunk++) {
+    [0, 16].forEach((half) => {
+      b.ldVector('u32', 4, maximumAt, chunk * paddedValueDim * 4 + half, { readOnly: true }).forEach((value, i) => {
+        const register = maxima[half / 4 + i] as Reg<'u32'>;
+        b.max(register, value, register);
+      });
+    });
+  }
+  const reciprocals = maxima.map((maximum) => {
+    const value = b.as(maximum, 'f32');
+    // A channel of zeros, or of numbers too small for a reciprocal, becomes zeros.
+    b.when(b.setp('lt', value, 1e-35), () => b.set(value, 0));
+    const reciprocal = b.divF32(b.constant('f32', vMax), value);
+    b.when(b.setp('eq', value, 0), () => b.set(reciprocal, 0));
+    return reciprocal;
+  });
+  b.if(b.andPred(b.setp('eq', place.block, 0), b.setp('eq', word, 0)), () => {
+    const scales = maxima.map((maximum) => b.divF32(b.as(maximum, 'f32'), vMax));
+    const at = offset(
+      b,
+      b.loadPointer(place.pointer.valueScale),
+      b.mad(place.sequenceHead, paddedValueDim, channel),
+      4,
+    );
+    b.stVector(scales.slice(0, 4), at);
+    b.stVector(scales.slice(4), at, 16);
+  });
+
+  b.section('load four tokens');
+  const means = smoothV ? channelVector(b, place, 'valueMean', channel, paddedValueDim) : undefined;
+  // Position 4w + i of 16 holds token TOKEN_PERMUTATION[4w + i] = 2w + TOKEN_PERMUTATION[i].
+  const [group, within] = [b.shr(word, 2), b.and(word, 3)];
+  const firstOfWord = b.add(b.shl(group, 4), b.shl(within, 1));
+  const base = offset(
+    b,
+    offset64(b, place.source, b.add(b.add(place.keyStart, firstToken), firstOfWord), place.tokenStride),
+    channel,
+    BYTES[dtype],
+  );
+  const tokensLeft = b.sub(place.keyLength, firstToken);
+  const tokens = TOKEN_PERMUTATION.slice(0, 4).map((later) => {
+    const token = b.add(firstOfWord, later);
+    const inside = b.setp('lt', token, tokensLeft);
+    const source = later === 0 ? base : b.add(base, b.as(b.mul(place.tokenStride, later), 'global'));
+    const values = loadEight(b, dtype, loadWidth, source, channel, valueDim, inside);
+    const faulty = b.constant('b32', 0);
+    values.forEach((value, i) => {
+      if (means !== undefined) b.when(inside, () => b.sub(value, means[i] as Reg<'f32'>, value));
+      b.when(isFault(b, value), () => {
+        b.set(faulty, 1);
+        b.set(value, 0);
+      });
+      b.mul(value, reciprocals[i] as Reg<'f32'>, value);
+    });
+    b.if(b.setp('ne', faulty, 0), () => reportFault(b, place, token, keyScales));
+    return values;
+  });
+
+  b.section('pack and store');
+  const row = b.mad(place.head, paddedValueDim, channel);
+  const destination = b.add(
+    offset(b, b.loadPointer(place.pointer.value), row, place.paddedTokens),
+    b.as(b.cvt('u64', b.add(b.add(place.paddedKeyStart, firstToken), b.shl(word, 2))), 'global'),
+  );
+  const rowStride = b.as(b.cvt('u64', place.paddedTokens), 'global');
+  for (let i = 0; i < 8; i++) {
+    const [x, y, z, w] = tokens.map((values) => values[i]) as [Reg<'f32'>, Reg<'f32'>, Reg<'f32'>, Reg<'f32'>];
+    b.st(b.pack('e4m3x4', b.cvtPack('e4m3x2', x, y), b.cvtPack('e4m3x2', z, w)), destination);
+    b.add(destination, rowStride, destination);
+  }
+  return b.build();
+}
+
+export const quantizeValueThreads = ({ paddedValueDim }: Pick<ValueConfig, 'paddedValueDim'>) =>
+  Math.max(32, (paddedValueDim / 8) * 16);

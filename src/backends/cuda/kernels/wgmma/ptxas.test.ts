@@ -1,0 +1,17 @@
+import { expect, test } from 'vitest';
+import { TARGET_FEATURES } from '../../ptx/targets.ts';
+import { hopperConfigurations } from '../../testing/configurations-wgmma.ts';
+import { assemble, ptxasVersion } from '../../testing/ptxas.ts';
+
+/** All with HOPPER_PTXAS=all: `npx tsx scripts/ptxas-hopper.ts` keeps that report. */
+const configurations = hopperConfigurations(process.env.HOPPER_PTXAS === 'all');
+
+test.skipIf(ptxasVersion() === undefined).each(configurations)(
+  '$name: no spills, products in the background, registers moved',
+  ({ kernel }) => {
+    const made = kernel();
+    expect(made.sharedBytes).toBeLessThanOrEqual(TARGET_FEATURES.sm_90a.sharedBytesPerBlock);
+    expect(assemble(made)).toMatchObject({ spillStoreBytes: 0, spillLoadBytes: 0, stackBytes: 0, remarks: [] });
+  },
+  60_000,
+);

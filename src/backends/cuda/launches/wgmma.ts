@@ -1,0 +1,329 @@
+/** Launches of the Hopper kernels: what {@link planLaunches} does with them once K and V are quantized. */
+import type { KernelName } from '../../../attention/kernels.ts';
+import { BYTES, LOG2_E } from '../kernels/common.ts';
+import { BLOCK_K } from '../kernels/mma-sync/attention.ts';
+import {
+  KEY_VALUE_TILE,
+  QUANTIZE_KEY_VALUE_INTEGERS,
+  QUANTIZE_KEY_VALUE_POINTERS,
+  type QuantizeKeyValueConfig,
+  quantizeKeyValue,
+  quantizeKeyValueThreads,
+} from '../kernels/quantize/key-value.ts';
+import {
+  CONSUMER_ROWS,
+  HOPPER_BLOCK_K,
+  HOPPER_INTEGERS,
+  HOPPER_POINTERS,
+  HOPPER_STRIDES,
+  hopperAttention,
+} from '../kernels/wgmma/attention.ts';
+import { type HopperConfig, LOG2_E4M3_MAX, sharedPlanOf } from '../kernels/wgmma/config.ts';
+import { type HopperTuning, tuningOf } from '../kernels/wgmma/table.ts';
+import { TARGET_FEATURES } from '../ptx/targets.ts';
+import type { KernelArgument, KernelLaunch, LaunchSequence, TensorMapDescription } from './launch.ts';
+import {
+  type Context,
+  combineLaunch,
+  f32,
+  inOrder,
+  launch,
+  loadWidthOf,
+  moduleOf,
+  NO_LIMIT,
+  outputStridesOf,
+  pointer,
+  quantizeQueryLaunch,
+  s32,
+  strideBytes,
+  u32,
+  u64,
+} from './plan.ts';
+
+export const isHopperKernel = (name: KernelName) =>
+  name === 'qk-int8-pv-fp8-cuda-sm90' || name === 'qk-int8-pv-fp16-cuda-sm90';
+
+/** Heads that lie side by side in one tile: those over one head of K, when the queries are too short to fill a tile alone. */
+function packedHeadsOf(queryLength: number, headsPerKeyHead: number): number {
+  const powerOfTwo = (headsPerKeyHead & (headsPerKeyHead - 1)) === 0;
+  return powerOfTwo && headsPerKeyHead <= CONSUMER_ROWS && queryLength < CONSUMER_ROWS ? headsPerKeyHead : 1;
+}
+
+interface Shape {
+  readonly config: HopperConfig;
+  readonly tuning: HopperTuning;
+  readonly rows: number;
+  readonly queryTiles: number;
+  /** Heads of Q, or groups of packed ones, over all sequences. */
+  readonly units: number;
+  readonly splits: number;
+}
+
+/** Into how many parts the keys are split so that the card is filled. */
+function splitsOf({ device, problem }: Context, blocks: number, minBlocks: number): number {
+  const keyTiles = Math.ceil(problem.keyLength / HOPPER_BLOCK_K);
+  // A part of fewer than two tiles is not worth its prologue.
+  const most = Math.max(1, Math.floor(keyTiles / 2));
+  return Math.max(1, Math.min(64, most, Math.floor((device.multiprocessors * minBlocks) / blocks)));
+}
+
+/** Configuration and grid of a problem. */
+export function hopperShapeOf(context: Context): Shape {
+  const { problem, choice, device, scheme, layout } = context;
+  const { queryHeads, kvHeads, batch, queryLength, dtype, headDim, valueDim, mask } = problem;
+  const packedHeads = packedHeadsOf(queryLength, queryHeads / kvHeads);
+  const totalRows = queryLength * packedHeads;
+  const pvFormat = scheme.pvFormat === 'f16' ? 'f16' : 'e4m3';
+  const tuning: HopperTuning = {
+    ...tuningOf({
+      pvFormat,
+      qkRowBytes: scheme.qkRowBytes,
+      paddedValueDim: scheme.paddedValueDim,
+      rows: totalRows,
+      promoted: choice.pvAccumDtype !== 'fp32',
+      cooked: mask !== undefined || problem.softcap !== 0,
+    }),
+    ...context.hopperTuning,
+  };
+  const { fuseQuery, persistent: _persistent, groupMegabytes: _groupMegabytes, ...tile } = tuning;
+  const rows = tile.consumers * CONSUMER_ROWS;
+  const queryTiles = Math.ceil(totalRows / rows);
+  const units = (queryHeads / packedHeads) * batch;
+  const splits = splitsOf(context, Math.max(1, queryTiles * units), tile.minBlocks);
+  const [left, right] = problem.windowSize;
+  const aligned = loadWidthOf(problem.q, headDim, dtype, device.pointerAlignment ?? 16) >= 4;
+  const fused = fuseQuery && aligned && choice.qkQuantGran === 'per-thread';
+  const keyMean = choice.smoothK && layout.keyTiles > 0;
+  const config: HopperConfig = {
+    ...tile,
+    // Rows i and i + 8 are heads of different magnitude when more than eight lie side by side.
+    queryScalePerRow: fused && (tile.queryScalePerRow || packedHeads > 8),
+    pvFormat,
+    qkRowBytes: scheme.qkRowBytes,
+    valueDim,
+    paddedValueDim: scheme.paddedValueDim,
+    fusedQuery: fused ? { dtype, headDim, keyMean } : undefined,
+    queryScales: scheme.queryGroups,
+    keyScales: scheme.keyGroups,
+    packedHeads,
+    exponentOffset: pvFormat === 'e4m3' ? LOG2_E4M3_MAX - tile.rescaleThreshold : 0,
+    banded: problem.isCausal || left !== Number.POSITIVE_INFINITY || right !== Number.POSITIVE_INFINITY,
+    mask: mask === undefined ? 'none' : mask.dtype === 'bool' ? 'boolean' : mask.dtype,
+    softcap: problem.softcap !== 0,
+    smoothV: choice.smoothV,
+    outputType: dtype,
+    lse: problem.returnLse,
+    split: splits > 1,
+  };
+  return { config, tuning, rows, queryTiles, units, splits };
+}
+
+/** Tensor maps of the quantized operands, in the order of the kernel's parameters. */
+function mapsOf({ problem, layout }: Context, { config, rows }: Shape): KernelArgument[] {
+  const { queryHeads, kvHeads } = problem;
+  const { qkRowBytes, paddedValueDim, packedHeads, pvFormat, fusedQuery } = config;
+  const { rowLayout, valueLayout, valueBlockChannels } = sharedPlanOf(config);
+  const rowSwizzle = rowLayout.rowBytes === 128 ? '128B' : '64B';
+  // Without keys the maps are never followed, but must be valid.
+  const paddedKeys = layout.paddedKeys === 0 ? HOPPER_BLOCK_K : layout.paddedKeys;
+  const keys = kvHeads * paddedKeys;
+  const key: TensorMapDescription = {
+    buffer: 'key',
+    elementType: 'u8',
+    dimensions: [qkRowBytes, keys],
+    byteStrides: [qkRowBytes],
+    box: [rowLayout.rowBytes, HOPPER_BLOCK_K],
+    swizzle: rowSwizzle,
+    l2Promotion: '256B',
+  };
+  const query: TensorMapDescription =
+    packedHeads === 1
+      ? {
+          ...key,
+          buffer: 'query',
+          dimensions: [qkRowBytes, queryHeads * layout.paddedQueries],
+          box: [rowLayout.rowBytes, rows],
+        }
+      : {
+          ...key,
+          buffer: 'query',
+          dimensions: [qkRowBytes, queryHeads, layout.paddedQueries],
+          byteStrides: [layout.paddedQueries * qkRowBytes, qkRowBytes],
+          box: [rowLayout.rowBytes, packedHeads, rows / packedHeads],
+        };
+  const value: TensorMapDescription =
+    pvFormat === 'e4m3'
+      ? {
+          buffer: 'value',
+          elementType: 'u8',
+          dimensions: [paddedKeys, kvHeads * paddedValueDim],
+          byteStrides: [paddedKeys],
+          box: [HOPPER_BLOCK_K, paddedValueDim],
+          swizzle: '128B',
+          l2Promotion: '256B',
+        }
+      : {
+          buffer: 'value',
+          elementType: 'f16',
+          dimensions: [paddedValueDim, keys],
+          byteStrides: [paddedValueDim * 2],
+          box: [valueBlockChannels, HOPPER_BLOCK_K],
+          swizzle: valueLayout.rowBytes === 128 ? '128B' : '64B',
+          l2Promotion: '256B',
+        };
+  // A kernel that quantizes Q itself does not look at the map of Q.
+  return [fusedQuery === undefined ? query : key, key, value].map((map) => ({ kind: 'tensor-map', map }));
+}
+
+/** Heads that are worked on together, so that their K and V stay in the L2 cache. */
+function headGroupOf({ problem, scheme }: Context, { tuning, units }: Shape): number {
+  const valueBytes = scheme.paddedValueDim * (scheme.pvFormat === 'f16' ? 2 : 1);
+  const bytes = Math.max(1, problem.keyLength) * (scheme.qkRowBytes + valueBytes);
+  return Math.max(1, Math.min(units, Math.floor((tuning.groupMegabytes * 2 ** 20) / bytes)));
+}
+
+/** K and V in one launch. */
+export function hopperKeyValueLaunch({ problem, choice, device, layout, scheme }: Context): KernelLaunch {
+  const { target, pointerAlignment = 16 } = device;
+  const { batch, kvHeads, dtype, headDim, valueDim, k, v } = problem;
+  const fp8 = scheme.pvFormat !== 'f16';
+  const config: QuantizeKeyValueConfig = {
+    target,
+    dtype,
+    valueFormat: fp8 ? 'e4m3' : 'f16',
+    headDim,
+    paddedDim: scheme.paddedDim,
+    valueDim,
+    paddedValueDim: scheme.paddedValueDim,
+    keyLoadWidth: loadWidthOf(k, headDim, dtype, pointerAlignment),
+    valueLoadWidth: loadWidthOf(v, valueDim, dtype, pointerAlignment),
+    keyScales: scheme.keyGroups,
+    smoothK: choice.smoothK,
+    smoothV: choice.smoothV,
+  };
+  const module = moduleOf(quantizeKeyValue, config);
+  const tiles = Math.ceil((layout.keyTiles * BLOCK_K) / KEY_VALUE_TILE);
+  return launch(
+    'quantize K and V',
+    module,
+    'quantizeKeyValue',
+    tiles * kvHeads * batch,
+    quantizeKeyValueThreads(config),
+    module.kernel().sharedBytes,
+    [
+      ...inOrder(QUANTIZE_KEY_VALUE_POINTERS, {
+        sequences: pointer('sequences'),
+        k: pointer('k', k.offset * BYTES[dtype]),
+        v: pointer('v', v.offset * BYTES[dtype]),
+        ...(choice.smoothK ? { keyMean: pointer('keyMean') } : {}),
+        ...(choice.smoothV ? { valueMean: pointer('valueMean') } : {}),
+        ...(fp8 ? { valueScale: pointer('valueScale'), valueTileScale: pointer('valueTileScale') } : {}),
+        key: pointer('key'),
+        keyScale: pointer('keyScale'),
+        keyFaults: pointer('keyFaults'),
+        value: pointer('value'),
+      }),
+      ...inOrder(QUANTIZE_KEY_VALUE_INTEGERS, {
+        heads: u32(kvHeads),
+        tiles: u32(tiles),
+        paddedTokens: u32(layout.paddedKeys),
+      }),
+      ...strideBytes(k, dtype),
+      ...strideBytes(v, dtype),
+    ],
+  );
+}
+
+export function hopperAttendLaunches(context: Context): Pick<LaunchSequence, 'launches' | 'scratch'> {
+  const { problem, choice, device, layout, scheme } = context;
+  const { queryHeads, kvHeads, dtype, mask } = problem;
+  const launches: KernelLaunch[] = [];
+  const shape = hopperShapeOf(context);
+  const { config, tuning, queryTiles, units, splits } = shape;
+  const work = queryTiles * units * splits;
+  if (work === 0) return { launches, scratch: {} };
+  const fused = config.fusedQuery !== undefined;
+  if (!fused) launches.push(quantizeQueryLaunch(context));
+  const module = moduleOf(hopperAttention, config);
+  const { sharedBytes, threads } = module.kernel();
+  if (sharedBytes > TARGET_FEATURES.sm_90a.sharedBytesPerBlock) {
+    throw new RangeError(`${sharedBytes} bytes of shared memory for one CTA`);
+  }
+  const maskBytes = mask === undefined ? 0 : mask.dtype === 'bool' ? 1 : BYTES[mask.dtype];
+  const [maskBatch, maskHead, maskQuery, maskKey] = (mask?.strides ?? [0, 0, 0, 0]).map((stride) =>
+    u64(stride * maskBytes),
+  ) as [KernelArgument, KernelArgument, KernelArgument, KernelArgument];
+  const [queryBatch, queryHead, queryToken] = strideBytes(problem.q, dtype) as [
+    KernelArgument,
+    KernelArgument,
+    KernelArgument,
+  ];
+  const [left, right] = problem.windowSize;
+  const blocks = tuning.persistent ? Math.min(work, device.multiprocessors * config.minBlocks) : work;
+  launches.push(
+    launch('attention', module, 'hopperAttention', blocks, threads, sharedBytes, [
+      ...inOrder(HOPPER_POINTERS, {
+        sequences: pointer('sequences'),
+        ...(fused
+          ? { query: pointer('q', problem.q.offset * BYTES[dtype]) }
+          : { queryScale: pointer('queryScale'), rowBias: pointer('rowBias') }),
+        ...(config.fusedQuery?.keyMean === true ? { keyMean: pointer('keyMean') } : {}),
+        keyScale: pointer('keyScale'),
+        keyFaults: pointer('keyFaults'),
+        ...(config.pvFormat === 'e4m3' ? { valueScale: pointer('valueScale') } : {}),
+        ...(scheme.valueTileScales ? { valueTileScale: pointer('valueTileScale') } : {}),
+        ...(choice.smoothV ? { valueMean: pointer('valueMean') } : {}),
+        ...(mask === undefined ? {} : { mask: pointer('mask', mask.offset * maskBytes) }),
+        output: splits > 1 ? pointer('partialOutput') : pointer('output'),
+        ...(splits > 1 ? { lse: pointer('partialLse') } : problem.returnLse ? { lse: pointer('lse') } : {}),
+      }),
+      ...inOrder(HOPPER_INTEGERS, {
+        queryHeads: u32(queryHeads),
+        headsPerKeyHead: u32(queryHeads / kvHeads),
+        queryTiles: u32(queryTiles),
+        splits: u32(splits),
+        paddedQueries: u32(layout.paddedQueries),
+        paddedKeys: u32(layout.paddedKeys),
+        work: u32(work),
+        headGroup: u32(headGroupOf(context, shape)),
+      }),
+      ...inOrder(HOPPER_STRIDES, {
+        queryBatch,
+        queryHead,
+        queryToken,
+        maskBatch,
+        maskHead,
+        maskQuery,
+        maskKey,
+        ...outputStridesOf(problem),
+      }),
+      s32(Math.min(left, NO_LIMIT)),
+      s32(problem.isCausal ? 0 : Math.min(right, NO_LIMIT)),
+      u32(problem.causalAlignment === 'bottom-right' ? 1 : 0),
+      f32(problem.smScale),
+      f32(problem.softcap * LOG2_E),
+      ...mapsOf(context, shape),
+    ]),
+  );
+  if (splits > 1) launches.push(combineLaunch(context, splits));
+  const queryRows = queryHeads * layout.paddedQueries;
+  const [groupTokens, groups] = scheme.queryGroups;
+  return {
+    launches,
+    scratch: {
+      ...(fused
+        ? {}
+        : {
+            query: queryRows * scheme.qkRowBytes,
+            queryScale: (queryRows / groupTokens) * groups * 4,
+            rowBias: queryRows * 4,
+          }),
+      ...(splits > 1
+        ? {
+            partialOutput: splits * queryRows * scheme.paddedValueDim * 4,
+            partialLse: splits * queryRows * 4,
+          }
+        : {}),
+    },
+  };
+}

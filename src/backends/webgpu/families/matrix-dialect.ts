@@ -1,0 +1,181 @@
+/**
+ * Finds out by value how a device's subgroup matrices are written: the extension is experimental, and implementations
+ * have differed in syntax and in the unit of offsets of 8-bit matrices, where a wrong reading is a fast wrong answer.
+ */
+import { float16FromNumber, float16ToNumber } from '../../../tensor/formats/float16.ts';
+import { MATRIX_FEATURES, type MatrixConfig } from '../capabilities.ts';
+import { type MatrixDialect, type MatrixMemory, nativeMatrices } from '../kernels/matrix-operations.ts';
+import { GPU_BUFFER_USAGE, GPU_MAP_READ } from '../tensor.ts';
+
+const DIALECTS: readonly MatrixDialect[] = [
+  { majorness: 'template', packedUnit: 'words' },
+  { majorness: 'template', packedUnit: 'components' },
+  { majorness: 'argument', packedUnit: 'components' },
+  { majorness: 'argument', packedUnit: 'words' },
+];
+
+/** Rows of the left matrix are this many components longer than the product's K, and data starts this far into a buffer. */
+const GAP = 16;
+
+/** Components before the right matrix. */
+const rightStart = ({ N, K }: MatrixConfig) => 2 * GAP + N * K;
+
+/**
+ * A kernel that multiplies one left by one right matrix with the memory of the attention kernel: rows with gaps in storage
+ * for Q, dense columns for K and V, padded rows in workgroup memory for P and for results.
+ */
+export function matrixProbeKernel(
+  product: MatrixConfig,
+  extension: string,
+  dialect: MatrixDialect,
+  lanes: number,
+): string {
+  const operations = nativeMatrices(extension, dialect);
+  const { componentType, resultComponentType, K, M, N } = product;
+  const component = componentType as MatrixMemory['component'];
+  const element = component === 'i8' ? 'i32' : component;
+  const staged = component !== 'i8';
+  const [loadLeft, left] = operations.loadLeft(
+    product,
+    'a',
+    { name: staged ? 'tile' : 'lefts', component },
+    staged ? '0u' : `${GAP}u`,
+    `${staged ? K + 8 : K + GAP}u`,
+  );
+  const base = `(group.x + 1u) * ${rightStart(product)}u`;
+  const [loadRight, right] = operations.loadRight(
+    product,
+    'b',
+    { name: 'rights', component, base },
+    '0u',
+    `${K}u`,
+    true,
+  );
+  const result: MatrixMemory = { name: 'result', component: resultComponentType as MatrixMemory['component'] };
+  return `
+enable subgroups;
+${operations.enable}
+${component === 'f16' || resultComponentType === 'f16' ? 'enable f16;' : ''}
+@group(0) @binding(0) var<storage, read> lefts: array<${element}>;
+@group(0) @binding(1) var<storage, read> rights: array<${element}>;
+@group(0) @binding(2) var<storage, read_write> results: array<${resultComponentType}>;
+${staged ? `var<workgroup> tile: array<${element}, ${M * (K + 8)}>;` : ''}
+var<workgroup> result: array<${resultComponentType}, ${M * (N + 4)}>;
+@compute @workgroup_size(${lanes})
+fn main(@builtin(workgroup_id) group: vec3<u32>, @builtin(local_invocation_index) lane: u32) {
+  ${
+    staged
+      ? `for (var i = lane; i < ${M * K}u; i += ${lanes}u) { tile[i / ${K}u * ${K + 8}u + i % ${K}u] = lefts[${GAP}u + i / ${K}u * ${K + GAP}u + i % ${K}u]; }
+  workgroupBarrier();`
+      : ''
+  }
+  ${operations.declareResult(product, 'c')}
+  ${loadLeft}
+  ${loadRight}
+  ${operations.multiplyAccumulate(product, left, right, 'c')}
+  ${operations.storeResult(product, 'c', result, '0u', `${N + 4}u`)}
+  workgroupBarrier();
+  for (var i = lane; i < ${M * N}u; i += ${lanes}u) { results[i] = result[i / ${N}u * ${N + 4}u + i % ${N}u]; }
+}`;
+}
+
+/** Small integers that depend on row and column, so that a misread matrix does not give the right product. */
+const valueAt = (row: number, column: number) => ((row * 7 + column * 5 + row * column * 3) % 15) - 7;
+
+/** Rows of K values from `GAP` on, as the probe's buffers hold them, in bytes of the component's type. */
+function rowsOf(component: string, rows: number, K: number, stride: number, start: number, salt: number): ArrayBuffer {
+  const length = start + rows * stride + 64;
+  const data =
+    component === 'i8'
+      ? new Int8Array(length).fill(77)
+      : component === 'f16'
+        ? new Uint16Array(length).fill(0x4000)
+        : new Float32Array(length).fill(2);
+  for (let row = 0; row < rows; row++) {
+    for (let k = 0; k < K; k++) {
+      const value = valueAt(row + salt, k);
+      data[start + row * stride + k] = component === 'f16' ? float16FromNumber(value) : value;
+    }
+  }
+  return data.buffer as ArrayBuffer;
+}
+
+/**
+ * The dialect in which all products come out right; where there is none, the first product that stood in the way.
+ *
+ * @param products listed configurations
+ */
+export async function probeMatrixDialect(
+  device: GPUDevice,
+  feature: string,
+  products: readonly MatrixConfig[],
+  lanes: number,
+): Promise<{ readonly dialect?: MatrixDialect; readonly wrong?: MatrixConfig }> {
+  const extension = MATRIX_FEATURES.find(([name]) => name === feature)?.[1] ?? '';
+  let furthest = 0;
+  for (const dialect of DIALECTS) {
+    let right = 0;
+    for (const product of products) {
+      if (!(await isExact(device, matrixProbeKernel(product, extension, dialect, lanes), product))) break;
+      right++;
+    }
+    if (right === products.length) return { dialect };
+    furthest = Math.max(furthest, right);
+  }
+  const wrong = products[furthest];
+  return wrong === undefined ? {} : { wrong };
+}
+
+/** Whether a probe's kernel gives the product of the probe's matrices. */
+async function isExact(device: GPUDevice, code: string, product: MatrixConfig): Promise<boolean> {
+  const { M, N, K, componentType, resultComponentType } = product;
+  const buffers: GPUBuffer[] = [];
+  const buffer = (size: number, usage: number) => {
+    const made = device.createBuffer({ label: 'sageattention matrix probe', size: Math.ceil(size / 16) * 16, usage });
+    buffers.push(made);
+    return made;
+  };
+  try {
+    // Scopes are a stack that other code on the device uses too: this one is closed before anything is waited for.
+    device.pushErrorScope('validation');
+    const module = device.createShaderModule({ code });
+    const compiling = device.createComputePipelineAsync({ layout: 'auto', compute: { module, entryPoint: 'main' } });
+    device.popErrorScope().catch(() => null);
+    const pipeline = await compiling;
+    const storage = GPU_BUFFER_USAGE.STORAGE | GPU_BUFFER_USAGE.COPY_DST | GPU_BUFFER_USAGE.COPY_SRC;
+    const left = rowsOf(componentType, M, K, K + GAP, GAP, 0);
+    const right = rowsOf(componentType, N, K, K, rightStart(product), 3);
+    const [lefts, rights] = [buffer(left.byteLength, storage), buffer(right.byteLength, storage)];
+    const bytes = M * N * (resultComponentType === 'f16' ? 2 : 4);
+    const results = buffer(bytes, storage);
+    const staging = buffer(bytes, GPU_BUFFER_USAGE.MAP_READ | GPU_BUFFER_USAGE.COPY_DST);
+    device.queue.writeBuffer(lefts, 0, left);
+    device.queue.writeBuffer(rights, 0, right);
+    const encoder = device.createCommandEncoder();
+    const pass = encoder.beginComputePass();
+    pass.setPipeline(pipeline);
+    const entries = [lefts, rights, results].map((bound, binding) => ({ binding, resource: { buffer: bound } }));
+    pass.setBindGroup(0, device.createBindGroup({ layout: pipeline.getBindGroupLayout(0), entries }));
+    pass.dispatchWorkgroups(1);
+    pass.end();
+    encoder.copyBufferToBuffer(results, 0, staging, 0, bytes);
+    device.queue.submit([encoder.finish()]);
+    await staging.mapAsync(GPU_MAP_READ);
+    const mapped = staging.getMappedRange(0, bytes).slice(0);
+    const actual =
+      resultComponentType === 'f16'
+        ? Float64Array.from(new Uint16Array(mapped), float16ToNumber)
+        : Float64Array.from(resultComponentType === 'i32' ? new Int32Array(mapped) : new Float32Array(mapped));
+    return actual.every((value, i) => {
+      const [m, n] = [Math.floor(i / N), i % N];
+      let expected = 0;
+      for (let k = 0; k < K; k++) expected += valueAt(m, k) * valueAt(n + 3, k);
+      return value === expected;
+    });
+  } catch {
+    // A dialect that does not compile is not the device's.
+    return false;
+  } finally {
+    for (const made of buffers) made.destroy();
+  }
+}

@@ -1,0 +1,136 @@
+/** An ONNX graph with the look-ups that matching and cutting need. */
+import {
+  canonicalDomain,
+  type GraphProto,
+  type NodeProto,
+  type TensorProto,
+  tensorNumbers,
+  tensorProto,
+} from './codec.ts';
+
+export interface GraphIndex {
+  readonly graph: GraphProto;
+  /** Nodes that compute something; `Constant` nodes are among `constants` instead. */
+  readonly nodes: readonly NodeProto[];
+  readonly constants: ReadonlyMap<string, TensorProto>;
+  /** Names that a caller feeds. */
+  readonly inputs: ReadonlySet<string>;
+  readonly outputs: ReadonlySet<string>;
+  /** Version of the default operator set. */
+  readonly opset: number;
+  producer(value: string): NodeProto | undefined;
+  consumers(value: string): readonly NodeProto[];
+  /** The one node that reads `value`, once; undefined when there are more uses or it is an output of the graph. */
+  soleConsumer(value: string): NodeProto | undefined;
+  /** Names that a node reads, those captured by its subgraphs included; no empty names. */
+  readsOf(node: NodeProto): readonly string[];
+}
+
+export function indexGraph(graph: GraphProto, opset: number): GraphIndex {
+  const constants = new Map<string, TensorProto>(graph.initializer.map((tensor) => [tensor.name, tensor]));
+  const nodes: NodeProto[] = [];
+  const producers = new Map<string, NodeProto>();
+  const consumers = new Map<string, NodeProto[]>();
+  const reads = new Map<NodeProto, string[]>();
+  for (const node of graph.node) {
+    const constant = isOp(node, 'Constant') ? constantOf(node) : undefined;
+    if (constant !== undefined) {
+      constants.set(node.output[0] as string, constant);
+      continue;
+    }
+    nodes.push(node);
+    for (const name of node.output) if (name !== '') producers.set(name, node);
+    const names = [...node.input.filter((name) => name !== ''), ...capturedNames(node)];
+    reads.set(node, [...new Set(names)]);
+    for (const name of names) {
+      const list = consumers.get(name);
+      if (list === undefined) consumers.set(name, [node]);
+      else list.push(node);
+    }
+  }
+  const outputs = new Set(graph.output.map((output) => output.name));
+  return {
+    graph,
+    nodes,
+    constants,
+    inputs: new Set(graph.input.map((input) => input.name).filter((name) => !constants.has(name))),
+    outputs,
+    opset,
+    producer: (value) => producers.get(value),
+    consumers: (value) => consumers.get(value) ?? [],
+    soleConsumer: (value) => {
+      const list = consumers.get(value);
+      return list?.length === 1 && !outputs.has(value) ? list[0] : undefined;
+    },
+    readsOf: (node) => reads.get(node) ?? [],
+  };
+}
+
+/** What a `Constant` node gives, in any of its spellings but those of strings and sparse tensors. */
+function constantOf(node: NodeProto): TensorProto | undefined {
+  for (const { name, t, f, i, floats, ints } of node.attribute) {
+    if (name === 'value') return t;
+    if (name === 'value_float') return tensorProto('', 'float32', [], Float32Array.of(f));
+    if (name === 'value_int') return tensorProto('', 'int64', [], BigInt64Array.of(i));
+    if (name === 'value_floats') return tensorProto('', 'float32', [floats.length], Float32Array.from(floats));
+    if (name === 'value_ints') return tensorProto('', 'int64', [ints.length], BigInt64Array.from(ints));
+  }
+  return undefined;
+}
+
+function subgraphsOf(node: NodeProto): GraphProto[] {
+  return node.attribute.flatMap((entry) => [...(entry.g === undefined ? [] : [entry.g]), ...entry.graphs]);
+}
+
+/** Names of the outer graph that a node's subgraphs (If, Loop, Scan) read. */
+function capturedNames(node: NodeProto): string[] {
+  return subgraphsOf(node).flatMap((subgraph) => {
+    const local = new Set([
+      ...subgraph.input.map((input) => input.name),
+      ...subgraph.initializer.map((tensor) => tensor.name),
+      ...subgraph.node.flatMap((inner) => inner.output),
+    ]);
+    const used = [
+      ...subgraph.node.flatMap((inner) => [...inner.input, ...capturedNames(inner)]),
+      ...subgraph.output.map((output) => output.name),
+    ];
+    return used.filter((name) => name !== '' && !local.has(name));
+  });
+}
+
+/** Every node inside a node's subgraphs, at any depth. */
+export function nestedNodes(node: NodeProto): NodeProto[] {
+  return subgraphsOf(node).flatMap((subgraph) => subgraph.node.flatMap((inner) => [inner, ...nestedNodes(inner)]));
+}
+
+export function isOp(node: NodeProto, opType: string, domain?: string): boolean;
+export function isOp(node: NodeProto | undefined, opType: string, domain?: string): node is NodeProto;
+export function isOp(node: NodeProto | undefined, opType: string, domain = ''): boolean {
+  return node !== undefined && node.opType === opType && canonicalDomain(node.domain) === domain;
+}
+
+export function intAttribute(node: NodeProto, name: string): number | undefined {
+  const entry = node.attribute.find((attribute) => attribute.name === name);
+  return entry === undefined ? undefined : Number(entry.i);
+}
+
+export function intsAttribute(node: NodeProto, name: string): number[] | undefined {
+  return node.attribute.find((attribute) => attribute.name === name)?.ints.map(Number);
+}
+
+export function floatAttribute(node: NodeProto, name: string): number | undefined {
+  return node.attribute.find((attribute) => attribute.name === name)?.f;
+}
+
+export function stringAttribute(node: NodeProto, name: string): string | undefined {
+  const entry = node.attribute.find((attribute) => attribute.name === name);
+  return entry === undefined ? undefined : new TextDecoder().decode(entry.s);
+}
+
+/** Elements of a constant of at most 4096 elements. */
+export function constantNumbers(index: GraphIndex, value: string): number[] | undefined {
+  const tensor = index.constants.get(value);
+  if (tensor === undefined) return undefined;
+  const elements = tensor.dims.reduce((product, size) => product * Number(size), 1);
+  return elements <= 4096 ? tensorNumbers(tensor) : undefined;
+}

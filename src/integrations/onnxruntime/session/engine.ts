@@ -1,0 +1,94 @@
+/** Runs one attention on onnxruntime's tensors, where they are. */
+
+import { sageattn } from '../../../api/sageattn.ts';
+import type { KernelName } from '../../../attention/kernels.ts';
+import type { AttentionOptions } from '../../../attention/options.ts';
+import { getBackend } from '../../../backends/registry.ts';
+import { ExecutionError } from '../../../errors.ts';
+import { type Tensor, type TensorView, transpose } from '../../../tensor/tensor.ts';
+import type { OrtTensor, OrtTensorConstructor } from '../ort.ts';
+import type { AttentionCall, OperandCall } from './call.ts';
+import { simplifyMask } from './mask.ts';
+
+export interface AttentionEngine {
+  readonly backend: 'wasm' | 'webgpu';
+  /** Kernels of the backend, for calibration. */
+  kernels(): Promise<readonly KernelName[]>;
+  attend(call: AttentionCall, kernel: KernelName | 'auto'): Promise<Attended>;
+  /** Gives back what is kept between runs. */
+  release(): void;
+}
+
+export interface Attended {
+  /** Where the operands are. */
+  readonly output: OrtTensor;
+  /** Undefined, or what went wrong on the GPU behind the call's back: known a little later, and waited for once a run. */
+  readonly failure: Promise<Error | undefined>;
+}
+
+const FINE = Promise.resolve(undefined);
+
+/** Everything of a call but the tensors. */
+export function optionsOf(call: AttentionCall, kernel: KernelName | 'auto'): Omit<AttentionOptions, 'returnLse'> {
+  return {
+    kernel,
+    tensorLayout: call.layout,
+    isCausal: call.isCausal,
+    causalAlignment: call.causalAlignment,
+    softcap: call.softcap,
+    ...(call.windowLength === undefined ? {} : { windowSize: [call.windowLength - 1, -1] as const }),
+    ...(call.smScale === undefined ? {} : { smScale: call.smScale }),
+  };
+}
+
+/** A view `[B,H,L,D]` in the order of the call's layout. */
+export function inLayout<T extends TensorView>(call: AttentionCall, view: T): T {
+  return call.layout === 'HND' ? view : transpose(view, [0, 2, 1, 3]);
+}
+
+const DTYPES = { float16: 'float16', float32: 'float32', bool: 'bool' } as const;
+
+function cpuTensor({ tensor, view }: OperandCall): Tensor {
+  return {
+    location: 'cpu',
+    dtype: DTYPES[tensor.type as keyof typeof DTYPES],
+    data: tensor.data as Tensor['data'],
+    shape: view.shape,
+    strides: view.strides,
+    offset: view.offset,
+  };
+}
+
+/** The WASM backend on tensors in the memory of this process. */
+export function cpuEngine(OrtTensorClass: OrtTensorConstructor): AttentionEngine {
+  return {
+    backend: 'wasm',
+    async kernels() {
+      return (await getBackend('wasm')).kernels.map(({ name }) => name);
+    },
+    async attend(call, kernel) {
+      const [q, k, v] = [call.q, call.k, call.v].map((operand) => inLayout(call, cpuTensor(operand))) as [
+        Tensor,
+        Tensor,
+        Tensor,
+      ];
+      const length = call.q.view.shape[2];
+      const keys = call.k.view.shape[2];
+      const mask = call.mask && simplifyMask(cpuTensor(call.mask), length, keys);
+      const output = await sageattn(q, k, v, {
+        ...optionsOf(call, kernel),
+        backend: 'wasm',
+        ...(mask?.causal === undefined ? {} : { isCausal: true, causalAlignment: mask.causal }),
+        ...(mask?.attnMask === undefined ? {} : { attnMask: mask.attnMask }),
+      });
+      return { output: new OrtTensorClass(call.type, output.data, call.dims), failure: FINE };
+    },
+    release() {},
+  };
+}
+
+/** An error of a kernel with the name of the attention in front. */
+export function namedError(node: string, error: unknown): ExecutionError {
+  const message = error instanceof Error ? error.message : String(error);
+  return new ExecutionError('execution-failed', `attention '${node}': ${message}`, error);
+}

@@ -1,0 +1,135 @@
+/** The WebGPU backend on onnxruntime's own device: buffers go from one to the other without a copy. */
+
+import { withCachedPlan } from '../../../api/plan-cache.ts';
+import { createProblem, outputShapeOf } from '../../../attention/problem.ts';
+import { chooseOptions } from '../../../backends/choice.ts';
+import type { WebgpuBackend, WebgpuPlan } from '../../../backends/webgpu/index.ts';
+import type { GpuTensor } from '../../../backends/webgpu/tensor.ts';
+import { UnsupportedOptionError } from '../../../errors.ts';
+import { contiguousStrides, elementCount } from '../../../tensor/tensor.ts';
+import type { OrtModule, OrtSessionOptions, OrtTensorConstructor } from '../ort.ts';
+import type { OperandCall } from './call.ts';
+import { type Attended, type AttentionEngine, inLayout, optionsOf } from './engine.ts';
+
+const DTYPES = { float16: 'float16', float32: 'float32', bool: 'bool' } as const;
+
+/** One backend for each device, so that sessions share pipelines. */
+const backends = new WeakMap<GPUDevice, Promise<WebgpuBackend>>();
+
+function backendOn(device: GPUDevice): Promise<WebgpuBackend> {
+  let backend = backends.get(device);
+  if (backend === undefined) {
+    backend = import('../../../backends/webgpu/index.ts').then((module) => module.createWebgpuBackend({ device }));
+    backends.set(device, backend);
+  }
+  return backend;
+}
+
+/** The device of the session options, or the one that onnxruntime has opened by now. */
+export async function deviceOf(ort: OrtModule, options: OrtSessionOptions): Promise<GPUDevice> {
+  for (const provider of options.executionProviders ?? []) {
+    if (typeof provider !== 'string' && provider.name === 'webgpu' && provider.device != null) {
+      return provider.device as GPUDevice;
+    }
+  }
+  const device = await (ort.env as { webgpu?: { device?: GPUDevice | Promise<GPUDevice> } }).webgpu?.device;
+  if (device === undefined)
+    throw new Error('onnxruntime does not say which GPU device it uses; pass one in executionProviders');
+  return device;
+}
+
+/** Output buffers that wait for the next attention: with buffers seen before, neither memory nor bindings are made anew. */
+const SPARE_OUTPUTS = 4;
+
+export async function gpuEngine(OrtTensorClass: OrtTensorConstructor, device: GPUDevice): Promise<AttentionEngine> {
+  const { fromGpuBuffer } = OrtTensorClass;
+  if (fromGpuBuffer === undefined) throw new Error('this onnxruntime makes no tensors of GPU buffers');
+  const backend = await backendOn(device);
+  const { bufferBytes, downloadTensor, emptyGpuTensor, uploadTensor } = await import(
+    '../../../backends/webgpu/tensor.ts'
+  );
+  const spare: GPUBuffer[] = [];
+  let isReleased = false;
+
+  const outputTensor = (dtype: GpuTensor['dtype'], shape: readonly number[], bytes: number): GpuTensor => {
+    const at = spare.findIndex((buffer) => buffer.size === bytes);
+    const [buffer] = at < 0 ? [] : spare.splice(at, 1);
+    if (buffer === undefined) return emptyGpuTensor(device, dtype, shape);
+    return { location: 'webgpu', buffer, dtype, shape, strides: contiguousStrides(shape), offset: 0 };
+  };
+  const giveBack = (buffer: GPUBuffer) => {
+    if (isReleased) buffer.destroy();
+    else if (spare.push(buffer) > SPARE_OUTPUTS) spare.shift()?.destroy();
+  };
+
+  /** What is on the CPU for a reason of onnxruntime's (an input of the graph, mostly) goes up; `uploaded` is freed later. */
+  const toGpu = ({ tensor, view }: OperandCall, uploaded: GPUBuffer[]): GpuTensor => {
+    const dtype = DTYPES[tensor.type as keyof typeof DTYPES];
+    const { shape, strides, offset } = view;
+    if (tensor.location === 'gpu-buffer') {
+      return { location: 'webgpu', buffer: tensor.gpuBuffer as GPUBuffer, dtype, shape, strides, offset };
+    }
+    const { buffer } = uploadTensor(device, {
+      location: 'cpu',
+      dtype,
+      data: tensor.data as Float32Array,
+      shape: [tensor.size],
+      strides: [1],
+      offset: 0,
+    });
+    uploaded.push(buffer);
+    return { location: 'webgpu', buffer, dtype, shape, strides, offset };
+  };
+
+  return {
+    backend: 'webgpu',
+    async kernels() {
+      return backend.kernels.map(({ name }) => name);
+    },
+    async attend(call, kernel): Promise<Attended> {
+      const uploaded: GPUBuffer[] = [];
+      try {
+        const [q, k, v] = [call.q, call.k, call.v].map((operand) => inLayout(call, toGpu(operand, uploaded))) as [
+          GpuTensor,
+          GpuTensor,
+          GpuTensor,
+        ];
+        const mask = call.mask && toGpu(call.mask, uploaded);
+        const options = { ...optionsOf(call, kernel), ...(mask === undefined ? {} : { attnMask: mask }) };
+        const problem = createProblem(q, k, v, options);
+        const descriptor =
+          kernel === 'auto' ? await backend.defaultKernel() : backend.kernels.find(({ name }) => name === kernel);
+        if (descriptor === undefined) {
+          throw new UnsupportedOptionError(kernel, 'options.kernel', 'a backend that has it, not webgpu', kernel);
+        }
+        const choice = chooseOptions(descriptor, problem, options);
+        const inputs = { q, k, v, ...(mask === undefined ? {} : { attnMask: mask }) };
+        const shape = outputShapeOf(problem);
+        const context = await backend.context();
+        const [result, outcome] = await withCachedPlan(backend, problem, choice, async (plan) =>
+          context.checked(() => {
+            const output = outputTensor(problem.dtype, shape, bufferBytes(problem.dtype, elementCount(shape)));
+            const encoder = device.createCommandEncoder({ label: 'sageattention' });
+            (plan as WebgpuPlan).encode(encoder, inputs, { output });
+            device.queue.submit([encoder.finish()]);
+            return output;
+          }),
+        );
+        const output = fromGpuBuffer.call(OrtTensorClass, result.buffer, {
+          dataType: call.type,
+          dims: call.dims,
+          download: async () => (await downloadTensor(device, result)).data,
+          dispose: () => giveBack(result.buffer),
+        });
+        return { output, failure: outcome };
+      } finally {
+        // Work that reads them is submitted: destroying waits for it.
+        for (const buffer of uploaded) buffer.destroy();
+      }
+    },
+    release() {
+      isReleased = true;
+      for (const buffer of spare.splice(0)) buffer.destroy();
+    },
+  };
+}

@@ -1,0 +1,22 @@
+import type { KernelName } from '../../../attention/kernels.ts';
+
+/** What became of one attention of a model. */
+export interface AttentionReport {
+  readonly node: string;
+  /** What it was recognized by: an operator's name, or `MatMul-Softmax-MatMul`. */
+  readonly form: string;
+  /** Query heads; undefined until a run shows them where the graph does not say. */
+  readonly heads: number | undefined;
+  readonly headDim: number | undefined;
+  /** Tokens of the last run. */
+  readonly queryLength: number | undefined;
+  readonly keyLength: number | undefined;
+  /** True when the last run used SageAttention, or the next one will as far as is known. */
+  readonly taken: boolean;
+  /** Why onnxruntime computes it; undefined when taken. */
+  readonly reason: string | undefined;
+  /** The kernel asked for, or found by `policy: 'adaptive'`; undefined when left. */
+  readonly kernel: KernelName | 'auto' | undefined;
+  /** Least cosine similarity seen while `'adaptive'` compared the kept kernel. */
+  readonly cosineSimilarity: number | undefined;
+}
