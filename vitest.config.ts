@@ -33,6 +33,7 @@ function softwareGpuProject(gpu: SoftwareGpu) {
 export default defineConfig({
   test: {
     pool: 'forks',
+    globalSetup: './test/support/global-setup.ts',
     testTimeout: 120_000,
     projects: [
       {

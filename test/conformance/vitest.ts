@@ -2,10 +2,19 @@ import { afterAll, beforeAll, describe, it } from 'vitest';
 import type { Backend } from '../../src/backends/backend.ts';
 import { setBackend } from '../../src/backends/registry.ts';
 import { runSeed } from '../support/random.ts';
+import { sampled } from '../support/sample.ts';
 import { conformanceTests, type Target } from './suite.ts';
 
-/** Runs the conformance suite for targets of one backend instance. */
-export function describeConformance(create: () => Backend | Promise<Backend>, targets: readonly Target[]): void {
+/**
+ * Runs the conformance suite for targets of one backend instance.
+ *
+ * @param share of each target's tests in a sample (`test/support/sample.ts`); 1 where they are quick
+ */
+export function describeConformance(
+  create: () => Backend | Promise<Backend>,
+  targets: readonly Target[],
+  share = 1,
+): void {
   const seed = runSeed();
   let backend: Backend | undefined;
   beforeAll(async () => {
@@ -15,7 +24,7 @@ export function describeConformance(create: () => Backend | Promise<Backend>, ta
   afterAll(() => backend?.dispose());
   for (const target of targets) {
     describe(`${target.name} (SAGEATTENTION_SEED=${seed})`, () => {
-      for (const test of conformanceTests(target, seed)) it(test.name, test.run);
+      for (const test of sampled(conformanceTests(target, seed), seed, share, target.name)) it(test.name, test.run);
     });
   }
 }

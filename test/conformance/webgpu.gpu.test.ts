@@ -7,6 +7,7 @@ import { setBackend } from '../../src/backends/registry.ts';
 import { createWebgpuBackend, type WebgpuBackend, type WebgpuBackendOptions } from '../../src/backends/webgpu/index.ts';
 import { runSeed } from '../support/random.ts';
 import { itNeeds } from '../support/requirement.ts';
+import { sampled } from '../support/sample.ts';
 import { conformanceTests, type Target } from './suite.ts';
 import { WEBGPU_TARGET } from './webgpu-target.ts';
 
@@ -99,6 +100,9 @@ const RUNS: readonly Run[] = [
     : []),
 ];
 
+/** Share of each target's tests that `npm test` by hand runs. */
+const SHARE = 0.25;
+
 const seed = runSeed();
 const test = itNeeds(MISSING);
 
@@ -111,9 +115,10 @@ for (const { options, target, only } of RUNS) {
       await setBackend(backend);
     });
     afterAll(() => backend?.dispose());
-    for (const { name, run } of conformanceTests(target, seed)) {
-      if (only === undefined || only.some((text) => name.includes(text))) test(name, run);
-    }
+    const chosen = conformanceTests(target, seed).filter(
+      ({ name }) => only === undefined || only.some((text) => name.includes(text)),
+    );
+    for (const { name, run } of sampled(chosen, seed, SHARE, target.name)) test(name, run);
   });
 }
 

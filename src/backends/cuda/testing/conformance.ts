@@ -14,6 +14,9 @@ const WORK = {
   others: Number(process.env.SIMULATED_WORK ?? 2e5),
 } as const;
 
+/** Share of a target's tests that `npm test` by hand simulates; see test/support/sample.ts. */
+export const SIMULATED_SHARE = 0.1;
+
 /** One capability's kernels; each capability has a file of its own, since files are what runs in parallel. */
 export function describeSimulated(capability: number, kernels: readonly KernelName[]): void {
   describe(`simulated sm_${capability}`, () => {
@@ -24,6 +27,6 @@ export function describeSimulated(capability: number, kernels: readonly KernelNa
         randomCases: i === 0 ? 5 : 2,
       })),
     );
-    describeConformance(() => createSimulatedBackend(capability), targets);
+    describeConformance(() => createSimulatedBackend(capability), targets, SIMULATED_SHARE);
   });
 }

@@ -1,6 +1,7 @@
 /** The conformance suite on the Hopper kernels: the real backend and launches, kernels run by the simulator. */
 import { describeConformance } from '../../../../../test/conformance/vitest.ts';
 import { CUDA_TARGETS } from '../../../../../test/cuda/targets.ts';
+import { SIMULATED_SHARE } from '../../testing/conformance.ts';
 import { createSimulatedBackend } from '../../testing/simulator/backend.ts';
 
 /** Multiply-adds of a case that a second simulates; more with SIMULATED_WORK. */
@@ -13,4 +14,5 @@ describeConformance(
     maxWork: MAX_WORK,
     randomCases: 3,
   })),
+  SIMULATED_SHARE,
 );
