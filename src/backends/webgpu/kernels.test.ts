@@ -7,57 +7,15 @@ import { create } from 'webgpu';
 import { createProblem, createVarlenProblem } from '../../attention/problem.ts';
 import { type Tensor, type TensorView, tensor } from '../../tensor/tensor.ts';
 import { chooseOptions } from '../choice.ts';
-import type { Capabilities, MatrixConfig } from './capabilities.ts';
-import { chooseTiles, familiesOf, MATRIX_VARIANTS, matrixProducts, TILED_VARIANTS } from './families/choose.ts';
+import type { Capabilities } from './capabilities.ts';
+import { chooseTiles, familiesOf, matrixProducts } from './families/choose.ts';
 import { matrixProbeKernel, probeMatrixDialect } from './families/matrix-dialect.ts';
 import { createWebgpuBackend, downloadTensor, emptyGpuTensor, uploadTensor, type WebgpuBackend } from './index.ts';
-import { matrixAttentionKernel, matrixWorkgroupBytes } from './kernels/attention-matrix.ts';
-import { tiledAttentionKernel, tiledWorkgroupBytes } from './kernels/attention-tiled.ts';
-import { nativeMatrices } from './kernels/matrix-operations.ts';
-import { mergeKernel } from './kernels/merge.ts';
-import { prepareKeyValueKernel, prepareQueryKernel } from './kernels/prepare.ts';
-import type { ScoreConfig } from './kernels/scores.ts';
-import { statisticsKernel } from './kernels/statistics.ts';
+import { tiledWorkgroupBytes } from './kernels/attention-tiled.ts';
 import { aligned, unitsOf } from './launches/launch.ts';
+import { APPLE, DIALECT, EXTENSION, H200, webgpuKernels } from './testing/configurations.ts';
 
 const gpu = create(['backend=null', 'enable-dawn-features=allow_unsafe_apis']);
-const EXTENSION = 'chromium_experimental_subgroup_matrix';
-const DIALECT = { majorness: 'template', packedUnit: 'words' } as const;
-
-const H200: readonly MatrixConfig[] = [
-  { componentType: 'i8', resultComponentType: 'i32', M: 16, N: 16, K: 32 },
-  { componentType: 'i8', resultComponentType: 'i32', M: 16, N: 8, K: 32 },
-  { componentType: 'f16', resultComponentType: 'f16', M: 16, N: 16, K: 16 },
-  { componentType: 'f16', resultComponentType: 'f32', M: 16, N: 16, K: 16 },
-  { componentType: 'f16', resultComponentType: 'f32', M: 16, N: 8, K: 16 },
-];
-const APPLE: readonly MatrixConfig[] = [
-  { componentType: 'f32', resultComponentType: 'f32', M: 8, N: 8, K: 8 },
-  { componentType: 'f16', resultComponentType: 'f16', M: 8, N: 8, K: 8 },
-];
-
-/** Score configurations that together use every statement of the kernels. */
-const SCORES: readonly ScoreConfig[] = (
-  [
-    ['float16', 64, 64, undefined, false, false, 'tile', 'final'],
-    ['float32', 128, 100, 'bool', true, true, 'token', 'final'],
-    ['bfloat16', 256, 254, 'bfloat16', false, true, 'tile', 'final'],
-    ['float16', 32, 33, 'float16', true, true, 'token', 'partial'],
-    ['bfloat16', 32, 1, 'float32', false, false, 'tile', 'partial'],
-  ] as const
-).map(([dtype, headDimPadded, valueDim, mask, softcap, returnLse, keyScale, result]) => ({
-  dtype,
-  headDimPadded,
-  valueDim,
-  valueDimPadded: Math.ceil(valueDim / 32) * 32,
-  mask,
-  softcap,
-  returnLse,
-  scaleValues: dtype !== 'float16',
-  smoothV: dtype === 'bfloat16',
-  keyScale,
-  result,
-}));
 
 let device: GPUDevice;
 beforeAll(async () => {
@@ -79,39 +37,13 @@ async function messagesOf(code: string): Promise<string[]> {
 }
 
 describe('WGSL', () => {
-  for (const variant of TILED_VARIANTS) {
-    it(`tiles ${variant.name} compile in both families`, async () => {
-      for (const scores of SCORES) {
-        if (scores.valueDimPadded % (4 * variant.colThreads) !== 0) continue;
-        for (const family of ['base', 'subgroup'] as const) {
-          for (const modern of [true, false]) {
-            const code = tiledAttentionKernel({ ...scores, ...variant, family, packedDot: modern, subgroupId: modern });
-            expect(await messagesOf(code)).toEqual([]);
-          }
-        }
+  const kernels = webgpuKernels();
+  for (const group of new Set(kernels.map((kernel) => kernel.group))) {
+    it(`${group} compile`, async () => {
+      for (const kernel of kernels.filter((kernel) => kernel.group === group)) {
+        expect(await messagesOf(kernel.source()), kernel.name).toEqual([]);
       }
     });
-  }
-
-  for (const [name, configs] of [
-    ['an H200', H200],
-    ['an Apple GPU', APPLE],
-  ] as const) {
-    for (const variant of MATRIX_VARIANTS) {
-      it(`matrices of ${name}, ${variant.name}, compile`, async () => {
-        for (const accumulate of ['f32', 'f16'] as const) {
-          const products = matrixProducts(configs, accumulate);
-          if (products === undefined) continue;
-          for (const scores of SCORES) {
-            const operations = nativeMatrices(EXTENSION, DIALECT);
-            const sizes = { ...scores, ...variant, ...products, lanes: 32, subgroupId: true, operations };
-            // Wide heads do not fit every variant's workgroup memory; then the compiler need not take them either.
-            const bytes = matrixWorkgroupBytes(sizes, scores.headDimPadded, scores.valueDimPadded);
-            if (bytes <= 48 * 1024) expect(await messagesOf(matrixAttentionKernel(sizes))).toEqual([]);
-          }
-        }
-      });
-    }
   }
 
   it('the probe of subgroup matrices compiles in the dialect of this Dawn', async () => {
@@ -123,38 +55,6 @@ describe('WGSL', () => {
   it('a product that comes out right in no dialect is named', async () => {
     const found = await probeMatrixDialect(device, 'chromium-experimental-subgroup-matrix', H200, 32);
     expect(found).toEqual({ wrong: H200[0] });
-  });
-
-  it('preparing kernels compile', async () => {
-    for (const dtype of ['float16', 'bfloat16', 'float32'] as const) {
-      for (const access of ['vector', 'scalar'] as const) {
-        const sizes = { dtype, access, headDim: 48, headDimPadded: 64, valueDim: 80, valueDimPadded: 96 };
-        const valueMax = dtype !== 'float16';
-        expect(await messagesOf(statisticsKernel({ ...sizes, keyMean: true, valueMax, valueMean: valueMax }))).toEqual(
-          [],
-        );
-        for (const granularity of ['per-block', 'per-warp', 'per-thread'] as const) {
-          for (const smoothK of [true, false]) {
-            const query = prepareQueryKernel({ ...sizes, granularity, smoothK, rowConstant: true });
-            expect(await messagesOf(query)).toEqual([]);
-            for (const layout of ['rows', 'tiles'] as const) {
-              const config = {
-                ...sizes,
-                granularity,
-                smoothK,
-                scaleValues: valueMax,
-                smoothV: valueMax && smoothK,
-                layout,
-              };
-              expect(await messagesOf(prepareKeyValueKernel(config))).toEqual([]);
-            }
-          }
-        }
-      }
-    }
-    for (const scores of SCORES) {
-      for (const headsInner of [true, false]) expect(await messagesOf(mergeKernel(scores, headsInner))).toEqual([]);
-    }
   });
 });
 

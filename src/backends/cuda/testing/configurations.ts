@@ -112,7 +112,8 @@ export function configurations(thorough: boolean): Configuration[] {
       const main = attention && plain && isDefault && dims[0] === dims[1];
       const label = [
         name,
-        ...(attention ? [choice.descriptor.name, choice.pvAccumDtype] : []),
+        choice.descriptor.name,
+        choice.pvAccumDtype,
         dims[0] === dims[1] ? `D${dims[0]}` : `D${dims[0]}/${dims[1]}`,
         features.name,
         target,
