@@ -15,8 +15,17 @@ export function validateBridgeOptions(options: BridgeOptions & { readonly attnMa
   validateOptions(options as AttentionOptions, TAKEN);
 }
 
-/** One backend for each device, so that calls share pipelines. */
+/** One backend for each device, so that calls and sessions share pipelines. */
 const backends = new WeakMap<GPUDevice, Promise<WebgpuBackend>>();
+
+export function backendOn(device: GPUDevice): Promise<WebgpuBackend> {
+  let backend = backends.get(device);
+  if (backend === undefined) {
+    backend = import('../backends/webgpu/index.ts').then((module) => module.createWebgpuBackend({ device }));
+    backends.set(device, backend);
+  }
+  return backend;
+}
 
 /** Attention on an engine's device. The caller destroys the output's buffer. */
 export async function attendOnDevice(
@@ -26,10 +35,5 @@ export async function attendOnDevice(
   v: GpuTensor,
   options: AttentionOptions & { readonly returnLse?: false },
 ): Promise<GpuTensor> {
-  let backend = backends.get(device);
-  if (backend === undefined) {
-    backend = import('../backends/webgpu/index.ts').then((module) => module.createWebgpuBackend({ device }));
-    backends.set(device, backend);
-  }
-  return sageattnOn(await backend, q, k, v, options);
+  return sageattnOn(await backendOn(device), q, k, v, options);
 }

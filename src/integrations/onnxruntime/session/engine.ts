@@ -48,10 +48,13 @@ export function inLayout<T extends TensorView>(call: AttentionCall, view: T): T 
 
 const DTYPES = { float16: 'float16', float32: 'float32', bool: 'bool' } as const;
 
+/** Of an operand or a mask, whose types were checked. */
+export const dtypeOf = ({ type }: OrtTensor) => DTYPES[type as keyof typeof DTYPES];
+
 function cpuTensor({ tensor, view }: OperandCall): Tensor {
   return {
     location: 'cpu',
-    dtype: DTYPES[tensor.type as keyof typeof DTYPES],
+    dtype: dtypeOf(tensor),
     data: tensor.data as Tensor['data'],
     shape: view.shape,
     strides: view.strides,

@@ -3,27 +3,14 @@
 import { withCachedPlan } from '../../../api/plan-cache.ts';
 import { createProblem, outputShapeOf } from '../../../attention/problem.ts';
 import { chooseOptions } from '../../../backends/choice.ts';
-import type { WebgpuBackend, WebgpuPlan } from '../../../backends/webgpu/index.ts';
+import type { WebgpuPlan } from '../../../backends/webgpu/index.ts';
 import type { GpuTensor } from '../../../backends/webgpu/tensor.ts';
 import { UnsupportedOptionError } from '../../../errors.ts';
 import { contiguousStrides, elementCount } from '../../../tensor/tensor.ts';
+import { backendOn } from '../../bridge.ts';
 import type { OrtModule, OrtSessionOptions, OrtTensorConstructor } from '../ort.ts';
 import type { OperandCall } from './call.ts';
-import { type Attended, type AttentionEngine, inLayout, optionsOf } from './engine.ts';
-
-const DTYPES = { float16: 'float16', float32: 'float32', bool: 'bool' } as const;
-
-/** One backend for each device, so that sessions share pipelines. */
-const backends = new WeakMap<GPUDevice, Promise<WebgpuBackend>>();
-
-function backendOn(device: GPUDevice): Promise<WebgpuBackend> {
-  let backend = backends.get(device);
-  if (backend === undefined) {
-    backend = import('../../../backends/webgpu/index.ts').then((module) => module.createWebgpuBackend({ device }));
-    backends.set(device, backend);
-  }
-  return backend;
-}
+import { type Attended, type AttentionEngine, dtypeOf, inLayout, optionsOf } from './engine.ts';
 
 /** The device of the session options, or the one that onnxruntime has opened by now. */
 export async function deviceOf(ort: OrtModule, options: OrtSessionOptions): Promise<GPUDevice> {
@@ -64,7 +51,7 @@ export async function gpuEngine(OrtTensorClass: OrtTensorConstructor, device: GP
 
   /** What is on the CPU for a reason of onnxruntime's (an input of the graph, mostly) goes up; `uploaded` is freed later. */
   const toGpu = ({ tensor, view }: OperandCall, uploaded: GPUBuffer[]): GpuTensor => {
-    const dtype = DTYPES[tensor.type as keyof typeof DTYPES];
+    const dtype = dtypeOf(tensor);
     const { shape, strides, offset } = view;
     if (tensor.location === 'gpu-buffer') {
       return { location: 'webgpu', buffer: tensor.gpuBuffer as GPUBuffer, dtype, shape, strides, offset };

@@ -1,8 +1,4 @@
 /** A session in pieces, behind the interface of one. */
-import type { KernelName } from '../../../attention/kernels.ts';
-import { compare } from '../../../reference/metrics.ts';
-import { decodeFloat16 } from '../../../tensor/formats/float16.ts';
-import { bitsOf } from '../../../tensor/tensor.ts';
 import type { Cut, PlacedSite } from '../cut.ts';
 import type { LeftAttention } from '../detect/site.ts';
 import type { ModelMetadata } from '../model/metadata.ts';
@@ -16,60 +12,13 @@ import type {
   OrtTensor,
   OrtValueMetadata,
 } from '../ort.ts';
+import { CALLS_TO_TIME, lastOf, SiteState, settle, type Trial, together, toNumbers, tryKernel } from './calibration.ts';
 import { type AttentionCall, prepareCall } from './call.ts';
 import { type AttentionEngine, namedError } from './engine.ts';
 import { checkFeeds } from './feeds.ts';
 import { OpenedOnce } from './opened-sessions.ts';
 import type { AttentionReport } from './report.ts';
-
-interface Trial {
-  readonly kernel: KernelName | 'onnxruntime';
-  /** The least of all calibration runs. */
-  readonly cosineSimilarity: number;
-  /** Of all calibration runs together, so that in a model whose lengths differ the long ones count for what they take. */
-  readonly milliseconds: number;
-}
-
-/** Calls of a contestant in one calibration run. The last is timed: the first compiles and allocates. */
-const CALLS_TO_TIME = 2;
-
-/** What is known of one attention while its session lives. */
-class SiteState {
-  heads: number | undefined;
-  headDim: number | undefined;
-  queryLength: number | undefined;
-  keyLength: number | undefined;
-  reason: string | undefined;
-  kernel: KernelName | 'auto';
-  cosineSimilarity: number | undefined;
-  remainingTrials = 0;
-  trials: readonly Trial[] | undefined;
-  readonly placed: PlacedSite;
-
-  constructor(placed: PlacedSite, kernel: KernelName | 'auto') {
-    this.placed = placed;
-    this.heads = placed.site.heads;
-    this.headDim = placed.site.headDim;
-    this.kernel = kernel;
-  }
-
-  report(): AttentionReport {
-    const { heads, headDim, queryLength, keyLength, reason, cosineSimilarity } = this;
-    const taken = reason === undefined;
-    return {
-      node: this.placed.site.name,
-      form: this.placed.site.form,
-      heads,
-      headDim,
-      queryLength,
-      keyLength,
-      taken,
-      reason,
-      kernel: taken ? this.kernel : undefined,
-      cosineSimilarity,
-    };
-  }
-}
+import { Run } from './run.ts';
 
 export function reportLeft(left: LeftAttention): AttentionReport {
   return {
@@ -283,148 +232,5 @@ export class CutSession implements OrtSessionHandler {
 
   endProfiling(): void {
     for (const session of this.#parts.sessions) session.endProfiling();
-  }
-}
-
-/** Does the same several times; gives the last result, and what it took. */
-async function lastOf<T>(calls: number, work: () => Promise<T>): Promise<{ result: T; milliseconds: number }> {
-  for (let call = 1; call < calls; call++) await work();
-  const start = performance.now();
-  return { result: await work(), milliseconds: performance.now() - start };
-}
-
-async function tryKernel(
-  engine: AttentionEngine,
-  call: AttentionCall,
-  kernel: KernelName,
-  exact: Float32Array,
-): Promise<Trial> {
-  const attend = async (): Promise<Float32Array> => {
-    const { output, failure } = await engine.attend(call, kernel);
-    try {
-      const error = await failure;
-      if (error !== undefined) throw error;
-      return await toNumbers(output);
-    } finally {
-      output.dispose();
-    }
-  };
-  try {
-    const { result, milliseconds } = await lastOf(CALLS_TO_TIME, attend);
-    return { kernel, milliseconds, cosineSimilarity: compare(result, exact).cosineSimilarity };
-  } catch {
-    // A kernel that does not take this call cannot be the one that is kept.
-    return { kernel, milliseconds: Number.POSITIVE_INFINITY, cosineSimilarity: -1 };
-  }
-}
-
-const together = (a: Trial, b: Trial): Trial => ({
-  kernel: a.kernel,
-  cosineSimilarity: Math.min(a.cosineSimilarity, b.cosineSimilarity),
-  milliseconds: a.milliseconds + b.milliseconds,
-});
-
-/** Keeps the fastest kernel that is close enough. */
-function settle(state: SiteState, trials: readonly Trial[], threshold: number): void {
-  const [best] = trials
-    .filter((trial) => trial.cosineSimilarity >= threshold)
-    .sort((a, b) => a.milliseconds - b.milliseconds);
-  const closest = Math.max(...trials.slice(1).map((trial) => trial.cosineSimilarity));
-  if (best === undefined || best.kernel === 'onnxruntime') {
-    state.reason =
-      closest < threshold
-        ? `no kernel reached a cosine similarity of ${threshold}; the best had ${closest.toFixed(5)}`
-        : 'onnxruntime was faster';
-  } else {
-    state.reason = undefined;
-    state.kernel = best.kernel;
-    state.cosineSimilarity = best.cosineSimilarity;
-  }
-}
-
-async function toNumbers(tensor: OrtTensor): Promise<Float32Array> {
-  const data = tensor.location === 'gpu-buffer' ? await tensor.getData() : tensor.data;
-  if (data instanceof Float32Array) return data;
-  const bits = bitsOf(data as Uint16Array);
-  const numbers = new Float32Array(bits.length);
-  decodeFloat16(bits, numbers, 0, 1, bits.length, 0);
-  return numbers;
-}
-
-/** Values of one run, each held until its last reader has run. */
-class Run {
-  readonly values = new Map<string, OrtTensor>();
-  readonly failures: { readonly node: string; readonly failure: Promise<Error | undefined> }[] = [];
-  readonly #cut: Cut;
-  readonly #feeds: OrtFeeds;
-  readonly #fetches: OrtFetches;
-
-  constructor(cut: Cut, feeds: OrtFeeds, fetches: OrtFetches) {
-    this.#cut = cut;
-    this.#feeds = feeds;
-    this.#fetches = fetches;
-    for (const [name, tensor] of Object.entries(feeds)) this.values.set(name, tensor);
-  }
-
-  needs(name: string): boolean {
-    return this.#isWanted(name) || this.#cut.lastUse.has(name);
-  }
-
-  #isWanted(name: string): boolean {
-    return Object.hasOwn(this.#fetches, name);
-  }
-
-  take(names: readonly string[]): Record<string, OrtTensor> {
-    return Object.fromEntries(
-      names.map((name) => {
-        const tensor = this.values.get(name);
-        if (tensor === undefined) throw new Error(`value '${name}' was not computed`);
-        return [name, tensor];
-      }),
-    );
-  }
-
-  /** Tensors that the caller wants results written to stay what they are. */
-  fetchesOf(names: readonly string[]): OrtFetches {
-    return Object.fromEntries(names.map((name) => [name, this.#fetches[name] ?? null]));
-  }
-
-  store(results: OrtResults): void {
-    for (const [name, tensor] of Object.entries(results)) {
-      const before = this.values.get(name);
-      if (before !== undefined && before !== tensor) this.#release(name, before);
-      this.values.set(name, tensor);
-    }
-  }
-
-  endLevel(level: number): void {
-    for (const [name, tensor] of this.values) {
-      if (this.#isWanted(name) || (this.#cut.lastUse.get(name) ?? -1) > level) continue;
-      this.#release(name, tensor);
-      this.values.delete(name);
-    }
-  }
-
-  /** @throws {ExecutionError} what a kernel reported since, with the attention's name */
-  async throwFailures(): Promise<void> {
-    for (const { node, failure } of this.failures) {
-      const error = await failure;
-      if (error !== undefined) throw namedError(node, error);
-    }
-  }
-
-  releaseAll(): void {
-    for (const [name, tensor] of this.values) this.#release(name, tensor);
-    this.values.clear();
-  }
-
-  results(): OrtResults {
-    return this.take(Object.keys(this.#fetches));
-  }
-
-  /** What the caller gave is the caller's. */
-  #release(name: string, tensor: OrtTensor): void {
-    if (this.#feeds[name] === tensor || this.#fetches[name] === tensor) return;
-    tensor.dispose();
   }
 }
