@@ -1,4 +1,6 @@
 /** What section 2 computes: Q and K of one head, how they quantize, and what that does to scores and output. */
+
+import { Random } from '../src/measure/random.ts';
 import { keyGrouping, queryGrouping } from '../src/quantization/groups.ts';
 import { quantizeIntegers } from '../src/quantization/integers.ts';
 import { type Granularity, INT_MAX, TILINGS, type Tiling, V_FP8_MAX } from '../src/quantization/schemes.ts';
@@ -12,7 +14,6 @@ import {
 } from '../src/reference/index.ts';
 import { quantizedScores } from '../src/reference/quantized.ts';
 import { type Tensor, tensor } from '../src/tensor/tensor.ts';
-import { Random } from '../test/support/random.ts';
 
 /** Q, K and V of one head, `[length, dim]` each. */
 export interface Head {

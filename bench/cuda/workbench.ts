@@ -1,9 +1,32 @@
 /** One problem's launches on a device, to be run and timed whole or in part, and what a copy takes there. */
+import { spawnSync } from 'node:child_process';
 import { PreparedLaunches } from '../../src/backends/cuda/driver/prepared-launches.ts';
 import type { CudaDevice } from '../../src/backends/cuda/index.ts';
+import { targetFor } from '../../src/backends/cuda/kernel-table.ts';
 import type { BufferName, LaunchSequence } from '../../src/backends/cuda/launches/launch.ts';
 import { packBuffers } from '../../src/backends/cuda/plan.ts';
-import { timeOnDevice } from './timing.ts';
+import { timeOnDevice } from '../../src/measure/cuda-timing.ts';
+import { type AttentionSize, attentionOperations } from '../../src/measure/operations.ts';
+
+/** Rate of a problem that takes so long, as every table here counts it. */
+export const tflops = (shape: AttentionSize, milliseconds: number) => attentionOperations(shape) / milliseconds / 1e9;
+
+/** Launches that are not quantization. */
+export const isAttention = (name: string) => name === 'attention' || name.startsWith('combine');
+
+export const factsOf = (device: CudaDevice) => {
+  const target = targetFor(device.computeCapability);
+  if (target === undefined) throw new Error(`${device} is too old`);
+  return { target, multiprocessors: device.multiprocessors };
+};
+
+/** Card, driver, clocks, power and temperature as they are now; a line of comma-separated values with its heading. */
+export const nvidiaSmi = (): string =>
+  spawnSync(
+    'nvidia-smi',
+    ['--query-gpu=name,driver_version,clocks.sm,clocks.mem,power.draw,temperature.gpu', '--format=csv'],
+    { encoding: 'utf8' },
+  ).stdout;
 
 export interface KernelTime {
   readonly name: string;

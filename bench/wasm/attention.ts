@@ -15,10 +15,11 @@ import { parseArgs } from 'node:util';
 import { createProblem } from '../../src/attention/problem.ts';
 import { chooseOptions } from '../../src/backends/choice.ts';
 import { createWasmBackend } from '../../src/backends/wasm/index.ts';
+import { Random } from '../../src/measure/random.ts';
+import { median } from '../../src/measure/statistics.ts';
 import { attentionExact } from '../../src/reference/exact.ts';
 import { type Accuracy, compare } from '../../src/reference/metrics.ts';
 import { slice, type Tensor, tensor } from '../../src/tensor/tensor.ts';
-import { Random } from '../../test/support/random.ts';
 import { type Contender, type Operands, ortNode, ortWeb } from './peers.ts';
 
 const { values: flags } = parseArgs({
@@ -38,8 +39,6 @@ const PAUSE_MILLISECONDS = 30;
 const EXACT_ROWS = 64;
 /** Mean of the normal distribution that each channel of K takes its offset from. */
 const CHANNEL_OFFSET = 2;
-
-const median = (values: number[]) => [...values].sort((a, b) => a - b)[Math.floor(values.length / 2)] as number;
 
 function operandsOf(tokens: number, headDim: number): Operands {
   const random = new Random(tokens + headDim);

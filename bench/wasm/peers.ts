@@ -1,7 +1,8 @@
 /** The engines that the WASM backend is measured against: ONNX Runtime's MultiHeadAttention, float32. */
+
+import { Random } from '../../src/measure/random.ts';
 import type { Tensor } from '../../src/tensor/tensor.ts';
 import { GraphBuilder } from '../../test/support/graph-builder.ts';
-import { Random } from '../../test/support/random.ts';
 
 /** One attention over fixed operands, `[1,L,H,D]`; the result is the output in the same layout. */
 export interface Contender {

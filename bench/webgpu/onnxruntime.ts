@@ -1,6 +1,8 @@
 /** onnxruntime's own WebGPU attention on the same device: MultiHeadAttention, float16. */
+
+import { Random } from '../../src/measure/random.ts';
+import { median } from '../../src/measure/statistics.ts';
 import { GraphBuilder } from '../../test/support/graph-builder.ts';
-import { Random } from '../../test/support/random.ts';
 
 export interface AttentionSize {
   readonly heads: number;
@@ -28,9 +30,6 @@ function chainModel({ heads, tokens, headDim, isCausal }: AttentionSize, operato
   builder.output(last, dims);
   return builder.build();
 }
-
-const median = (values: readonly number[]) =>
-  [...values].sort((a, b) => a - b)[Math.floor(values.length / 2)] as number;
 
 /** Operators of the short and of the long chain. */
 const CHAINS = [1, 5] as const;

@@ -2,6 +2,7 @@
 import * as Comlink from 'comlink';
 import { type Availability, getBackend, type KernelDescriptor, type Tensor, transpose } from '../../src/index.ts';
 import { randomInputs } from '../../src/measure/inputs.ts';
+import { attentionOperations } from '../../src/measure/operations.ts';
 import { toFloat32 } from '../../src/tensor/access.ts';
 import { tensor } from '../../src/tensor/tensor.ts';
 import type { CheckResult } from '../self-check.ts';
@@ -174,7 +175,7 @@ const api = {
         }
         const { medianMs, calls, relativeL1 } = outcome;
         lastMs.set(id, { length, ms: medianMs });
-        const operations = (4 * config.heads * length ** 2 * config.headDim) / (config.isCausal ? 2 : 1);
+        const operations = attentionOperations({ ...config, tokens: length });
         return { ...facts, medianMs, calls, flops: (operations / medianMs) * 1000, relativeL1 };
       });
       await onProgress({ done: before + chosen.length * STEPS, total, doing: `${length} tokens`, measurements });

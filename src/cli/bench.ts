@@ -3,6 +3,7 @@ import { performance } from 'node:perf_hooks';
 import { accuracyOnRows, sampleRows } from '../measure/accuracy.ts';
 import { type InputShape, randomInputs } from '../measure/inputs.ts';
 import { type Machine, thisMachine } from '../measure/machine.ts';
+import { attentionOperations } from '../measure/operations.ts';
 import { median } from '../measure/statistics.ts';
 import { availableBackends, offeredKernels } from './backends.ts';
 import { isRefusal, UserError } from './errors.ts';
@@ -101,8 +102,8 @@ async function measure(
       times.push(performance.now() - start);
     }
     const medianMs = median(times);
-    const { batch, heads, length, headDim } = shape;
-    const operations = (4 * batch * heads * length ** 2 * headDim) / (isCausal ? 2 : 1);
+    const { length } = shape;
+    const operations = attentionOperations({ ...shape, tokens: length, isCausal });
     const ranges = sampleRows(length, rows);
     return {
       medianMs,

@@ -1,6 +1,7 @@
 /** The encoder with exact attention and with SageAttention, side by side. */
 import { performance } from 'node:perf_hooks';
 import { exactOutput } from '../measure/accuracy.ts';
+import { attentionOperations } from '../measure/operations.ts';
 import { median } from '../measure/statistics.ts';
 import {
   type Accuracy,
@@ -187,7 +188,7 @@ export async function compareEncoders(
       hidden: compare(rowsOf(sageHidden[call.layer] as Float32Array), rowsOf(exactHidden[call.layer] as Float32Array)),
       exactMs,
       sageMs,
-      sageGflops: (4 * batch * heads * length ** 2 * headDim) / sageMs / 1e6,
+      sageGflops: attentionOperations({ batch, heads, tokens: length, headDim }) / sageMs / 1e6,
       ...(peer && { onnxruntimeWeb: await timePeer(peer, call) }),
     });
   }

@@ -3,7 +3,7 @@
  * and raw pointers equal to copies, offsets beyond 2^31. `main.ts` runs them on a GPU, and unit tests the small ones over
  * the simulator. The backend in question must be the one that `sageattn` uses.
  */
-import { timeOnHost } from '../../bench/cuda/timing.ts';
+
 import { createProblem } from '../../src/attention/problem.ts';
 import {
   type CudaDevice,
@@ -16,6 +16,7 @@ import {
   upload,
 } from '../../src/backends/cuda/index.ts';
 import { type AttentionOptions, prepareKeyValue, sageattn } from '../../src/index.ts';
+import { timeOnHost } from '../../src/measure/cuda-timing.ts';
 import { attentionExact } from '../../src/reference/exact.ts';
 import { compare } from '../../src/reference/metrics.ts';
 import { toFloat32 } from '../../src/tensor/access.ts';

@@ -36,7 +36,7 @@ const tiledVariant = (
 /**
  * Tiles of families `subgroup` and `base`, best first: the first that fits the device and the head dims is taken. Small
  * tiles serve devices with the core limit of 16 KiB workgroup memory, wide heads, and short queries. Names: rows x keys,
- * fewer than 8 threads to a row (n), K and V in the same memory (s). The order of the first is that of bench/webgpu/h200.ts on an H200.
+ * fewer than 8 threads to a row (n), K and V in the same memory (s). The order of the first is that of bench/webgpu/families.ts on an H200.
  */
 export const TILED_VARIANTS: readonly TiledVariant[] = [
   tiledVariant(64, 16, 32, 4),
@@ -72,7 +72,7 @@ const matrixVariant = (
 
 /**
  * Tiles of family `matrix`, best first; the first that fits is taken. Names: subgroups x row tiles x keys, loads ahead of
- * need (a), exact maximum (e). The order of the first is that of bench/webgpu/h200.ts on an H200.
+ * need (a), exact maximum (e). The order of the first is that of bench/webgpu/families.ts on an H200.
  */
 export const MATRIX_VARIANTS: readonly MatrixVariant[] = [
   matrixVariant(1, 1, 32),

@@ -1,4 +1,4 @@
-/** Which configuration a problem gets on Hopper, and the variants of it that `bench/cuda/hopper.ts` times against each other. */
+/** Which configuration a problem gets on Hopper, and the variants of it that `bench/cuda/wgmma-variants.ts` times against each other. */
 import type { HopperConfig, HopperTile } from './config.ts';
 
 /** A tile with what else may be tuned. */

@@ -27,6 +27,8 @@ import {
   type WebgpuPlan,
 } from '../../src/backends/webgpu/index.ts';
 import { enableNodeWebgpu } from '../../src/integrations/onnxruntime/node-webgpu.ts';
+import { attentionOperations } from '../../src/measure/operations.ts';
+import { median } from '../../src/measure/statistics.ts';
 import { attentionExact } from '../../src/reference/exact.ts';
 import { type Accuracy, compare } from '../../src/reference/metrics.ts';
 import { toFloat32 } from '../../src/tensor/access.ts';
@@ -106,16 +108,13 @@ interface Size {
   readonly isCausal: boolean;
 }
 
-const flopsOf = ({ headDim, tokens, isCausal }: Size) => (4 * HEADS * tokens * tokens * headDim) / (isCausal ? 2 : 1);
+const flopsOf = (size: Size) => attentionOperations({ ...size, heads: HEADS });
 const nameOf = ({ headDim, tokens, isCausal }: Size) => `D ${headDim} L ${tokens}${isCausal ? ' causal' : ''}`;
 
 interface Row extends Size {
   onnxruntime?: { readonly milliseconds: number; readonly tflops: number } | { readonly error: string };
   readonly timings: readonly (Timing | { readonly family: Family; readonly variant: string; readonly error: string })[];
 }
-
-const median = (values: readonly number[]) =>
-  [...values].sort((a, b) => a - b)[Math.floor(values.length / 2)] as number;
 
 /** Bits of normal numbers as float16, out of a table: quick enough for a hundred million of them. */
 function normalBits(random: Random, tokens: number, headDim: number, offset: number): Uint16Array {

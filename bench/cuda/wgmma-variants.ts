@@ -2,15 +2,13 @@
  * The Hopper kernels on a card: the figures of the requirement, and every variant of the configuration table against each other,
  * each with its accuracy. Peer is torch's cuDNN attention in the same run.
  *
- *     npx tsx scripts/gpu-programs.ts && node .gpu/programs/bench-hopper.mjs OUTPUT_FOLDER [--only TEXT] [--minutes 8.5]
+ *     npx tsx scripts/gpu-programs.ts && node .gpu/programs/bench-wgmma.mjs OUTPUT_FOLDER [--only TEXT] [--minutes 8.5]
  *
  * Tasks run one after another in a worker process, most important first; a worker that faults or hangs loses its task and the
- * next one goes on with the rest. Writes `hopper.json` after every task, and `hopper.md` at the end.
+ * next one goes on with the rest. Writes `wgmma.json` after every task, and `wgmma.md` at the end.
  */
-import { spawn, spawnSync } from 'node:child_process';
 import { mkdirSync, writeFileSync } from 'node:fs';
 import { join } from 'node:path';
-import { createInterface } from 'node:readline';
 import { createProblem } from '../../src/attention/problem.ts';
 import { chooseOptions } from '../../src/backends/choice.ts';
 import {
@@ -26,23 +24,23 @@ import { planAttend, planKeyValue, planLaunches } from '../../src/backends/cuda/
 import { packBuffers } from '../../src/backends/cuda/plan.ts';
 import { emptyCudaTensor, upload } from '../../src/backends/cuda/tensor.ts';
 import type { AttentionOptions, KernelName } from '../../src/index.ts';
+import { timeOnDevice } from '../../src/measure/cuda-timing.ts';
+import { median } from '../../src/measure/statistics.ts';
 import { attentionExact } from '../../src/reference/exact.ts';
 import { compare } from '../../src/reference/metrics.ts';
 import { toFloat32 } from '../../src/tensor/access.ts';
 import { emptyTensor, slice } from '../../src/tensor/tensor.ts';
 import { GOLDEN_NAMES, type GoldenName, readGolden } from '../../test/golden/golden.ts';
 import { Random, runSeed } from '../../test/support/random.ts';
+import { runInWorkers, work } from '../harness.ts';
 import { exactRow, type HostInputs, normalBits, type SampledRow, type Shape, sampleRows } from './inputs.ts';
-import { median, timeOnDevice } from './timing.ts';
 import { torchTimes } from './torch.ts';
-import { copyBandwidth, Workbench } from './workbench.ts';
+import { copyBandwidth, factsOf, isAttention, nvidiaSmi, tflops, Workbench } from './workbench.ts';
 
 const HEADS = 32;
 const SAMPLED_ROWS = 16;
 const KEY_OFFSET = 2;
 const LARGEST = HEADS * 16384 * 128;
-/** A task that says nothing for so long hangs. */
-const SILENCE_SECONDS = 45;
 
 const FP8: KernelName = 'qk-int8-pv-fp8-cuda-sm90';
 const FP16: KernelName = 'qk-int8-pv-fp16-cuda-sm90';
@@ -139,11 +137,6 @@ interface Outcome {
   readonly ofCopyBandwidth?: number;
 }
 
-const isAttention = (name: string) => name === 'attention' || name.startsWith('combine');
-const flops = ({ batch, heads, tokens, headDim, isCausal }: Shape) =>
-  (4 * batch * heads * tokens * tokens * headDim) / (isCausal ? 2 : 1);
-const tflops = (of: Shape, milliseconds: number) => flops(of) / milliseconds / 1e9;
-
 // ---- the worker
 
 interface Bench {
@@ -180,8 +173,6 @@ async function openBench(seed: number): Promise<Bench> {
     bandwidth: copyBandwidth(device),
   };
 }
-
-const factsOf = ({ multiprocessors }: CudaDevice) => ({ target: 'sm_90a', multiprocessors }) as const;
 
 /** Plans a call of CUDA tensors, runs it `runs` times over poisoned outputs, and gives its outputs. */
 function runWhole(
@@ -384,25 +375,16 @@ function perform(bench: Bench, task: Task): Partial<Outcome> {
   }
 }
 
-const say = (message: object) => process.stdout.write(`${JSON.stringify(message)}\n`);
-
-async function worker(first: number, only: string, seed: number): Promise<void> {
+async function worker(first: number, only: string, seed: number): Promise<never> {
   const bench = await openBench(seed);
-  say({ bandwidth: bench.bandwidth });
-  const list = selected(only);
-  for (let i = first; i < list.length; i++) {
-    const task = list[i] as Task;
-    say({ started: i });
-    try {
-      say({ finished: i, outcome: perform(bench, task) });
-    } catch (error) {
-      const text = error instanceof Error ? error.message : String(error);
-      say({ finished: i, outcome: { error: text } });
-      // A device that is lost to this process serves the next one.
-      if (bench.device.lost !== undefined) process.exit(3);
-    }
-  }
-  process.exit(0);
+  return work(
+    selected(only),
+    first,
+    { bandwidth: bench.bandwidth },
+    (task) => perform(bench, task),
+    // A device that is lost to this process serves the next one.
+    () => bench.device.lost !== undefined,
+  );
 }
 
 const labelOf = (task: Task): string => {
@@ -425,54 +407,6 @@ const argument = (name: string, otherwise: string): string => {
   const at = process.argv.indexOf(name);
   return at < 0 ? otherwise : (process.argv[at + 1] ?? otherwise);
 };
-
-interface Message {
-  readonly bandwidth?: number;
-  readonly started?: number;
-  readonly finished?: number;
-  readonly outcome?: Partial<Outcome>;
-}
-
-/** Runs tasks from `first` on in one worker; gives the index of the next task to try. */
-function runWorker(
-  first: number,
-  list: readonly Task[],
-  only: string,
-  seed: number,
-  deadline: number,
-  heard: (message: Message) => void,
-): Promise<number> {
-  const program = process.argv[1] as string;
-  const child = spawn(process.execPath, [program, '--worker', String(first), '--only', only, '--seed', String(seed)], {
-    stdio: ['ignore', 'pipe', 'inherit'],
-  });
-  let current = first;
-  let next = first;
-  let why = 'the process ended';
-  let last = Date.now();
-  const watch = setInterval(() => {
-    const silent = Date.now() - last > SILENCE_SECONDS * 1000;
-    if (!silent && Date.now() < deadline) return;
-    why = silent ? `hung for ${SILENCE_SECONDS} s` : 'out of time';
-    child.kill('SIGKILL');
-  }, 500);
-  createInterface({ input: child.stdout }).on('line', (line) => {
-    last = Date.now();
-    if (!line.startsWith('{')) return;
-    const message = JSON.parse(line) as Message;
-    if (message.started !== undefined) current = message.started;
-    if (message.finished !== undefined) next = message.finished + 1;
-    heard(message);
-  });
-  return new Promise((resolve) => {
-    child.on('close', () => {
-      clearInterval(watch);
-      if (next > current || next >= list.length) return resolve(next);
-      heard({ finished: current, outcome: { error: why } });
-      resolve(current + 1);
-    });
-  });
-}
 
 const fixed = (value: number | undefined, digits = 2) => (value === undefined ? '-' : value.toFixed(digits));
 
@@ -526,12 +460,11 @@ function summaryOf(
 async function main(): Promise<number> {
   const only = argument('--only', '');
   if (process.argv.includes('--worker')) {
-    await worker(Number(argument('--worker', '0')), only, Number(argument('--seed', '1')));
-    return 0;
+    return worker(Number(argument('--worker', '0')), only, Number(argument('--seed', '1')));
   }
   const folder = process.argv.slice(2).find((value) => !value.startsWith('--'));
   if (folder === undefined) {
-    console.error('usage: bench-hopper.mjs OUTPUT_FOLDER [--only TEXT] [--minutes 8.5]');
+    console.error('usage: bench-wgmma.mjs OUTPUT_FOLDER [--only TEXT] [--minutes 8.5]');
     return 2;
   }
   const { available, reason, remedy } = await new CudaBackend().availability();
@@ -549,33 +482,28 @@ async function main(): Promise<number> {
   const torch = torchTimes(distinct);
   const outcomes: Outcome[] = [];
   let bandwidth: number | undefined;
-  const clocks = () =>
-    spawnSync(
-      'nvidia-smi',
-      ['--query-gpu=name,driver_version,clocks.sm,clocks.mem,power.draw,temperature.gpu', '--format=csv,noheader'],
-      {
-        encoding: 'utf8',
-      },
-    ).stdout;
   const write = () =>
     writeFileSync(
-      join(folder, 'hopper.json'),
-      `${JSON.stringify({ date: new Date().toISOString(), commit: process.env.SAGEATTENTION_COMMIT, seed, copyBandwidth: bandwidth, gpu: clocks(), torch, outcomes }, null, 1)}\n`,
+      join(folder, 'wgmma.json'),
+      `${JSON.stringify({ date: new Date().toISOString(), commit: process.env.SAGEATTENTION_COMMIT, seed, copyBandwidth: bandwidth, gpu: nvidiaSmi(), torch, outcomes }, null, 1)}\n`,
     );
-  for (let next = 0; next < list.length && Date.now() < deadline; ) {
-    next = await runWorker(next, list, only, seed, deadline, (message) => {
-      if (message.bandwidth !== undefined) bandwidth = message.bandwidth;
-      const task = message.finished === undefined ? undefined : list[message.finished];
-      if (task === undefined) return;
-      outcomes.push({ task, ...message.outcome });
+  await runInWorkers<Partial<Outcome>, { readonly bandwidth: number }>({
+    argumentsFor: (first) => ['--worker', String(first), '--only', only, '--seed', String(seed)],
+    tasks: list.length,
+    deadline,
+    onFacts: (facts) => {
+      bandwidth = facts.bandwidth;
+    },
+    onOutcome: (index, outcome) => {
+      outcomes.push({ task: list[index] as Task, ...outcome });
       write();
-    });
-  }
+    },
+  });
   const summary = summaryOf(outcomes, torch, bandwidth);
   const times = outcomes.flatMap(({ aloneMilliseconds }) =>
     aloneMilliseconds === undefined ? [] : [aloneMilliseconds],
   );
-  writeFileSync(join(folder, 'hopper.md'), `${summary}\n`);
+  writeFileSync(join(folder, 'wgmma.md'), `${summary}\n`);
   console.log(summary);
   console.log(
     `${outcomes.length} of ${list.length} tasks in ${Math.round((Date.now() - started) / 1000)} s, median kernel ${fixed(times.length === 0 ? undefined : median(times), 3)} ms`,

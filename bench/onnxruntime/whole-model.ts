@@ -5,7 +5,7 @@
  * `fused`, one operator, for which onnxruntime has a kernel that never stores the scores, and `decomposed`, in single
  * operators, as exporters write it.
  *
- *     npx tsx bench/onnxruntime/h200.ts OUTPUT_FOLDER [--lengths 256,1024,8192,32768] [--blocks 4] [--runs 7]
+ *     npx tsx bench/onnxruntime/whole-model.ts OUTPUT_FOLDER [--lengths 256,1024,8192,32768] [--blocks 4] [--runs 7]
  *         [--seconds 6] [--limit 120] [--patience 90] [--spellings decomposed,fused] [--float float16,float32]
  *         [--provider webgpu|wasm]
  *
@@ -22,13 +22,14 @@ import { enableNodeWebgpu, withSageAttention } from '../../src/integrations/onnx
 import type { OrtFeeds, OrtSession, OrtTensor } from '../../src/integrations/onnxruntime/ort.ts';
 import type { AttentionReport } from '../../src/integrations/onnxruntime/session/report.ts';
 import { thisMachine } from '../../src/measure/machine.ts';
+import { Random } from '../../src/measure/random.ts';
+import { median } from '../../src/measure/statistics.ts';
 import { compare } from '../../src/reference/metrics.ts';
 import { toFloat32 } from '../../src/tensor/access.ts';
 import { float16FromNumber } from '../../src/tensor/formats/float16.ts';
 import { bitsOf, tensor } from '../../src/tensor/tensor.ts';
 import { GraphBuilder } from '../../test/support/graph-builder.ts';
 import { type AttentionSpelling, buildDiT } from '../../test/support/models.ts';
-import { Random } from '../../test/support/random.ts';
 
 const { values: flags, positionals } = parseArgs({
   allowPositionals: true,
@@ -316,9 +317,6 @@ async function timed(
   }
   return { milliseconds, output: y as OrtTensor };
 }
-
-const median = (values: readonly number[]): number | undefined =>
-  [...values].sort((a, b) => a - b)[Math.floor(values.length / 2)];
 
 const WARM_UPS = 2;
 const LEAST_RUNS = 3;

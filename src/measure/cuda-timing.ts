@@ -1,10 +1,6 @@
 /** Times of work on a stream, by events of the driver. */
-import type { CudaDevice } from '../../src/backends/cuda/index.ts';
-
-export const median = (values: readonly number[]): number => {
-  const sorted = [...values].sort((a, b) => a - b);
-  return sorted[sorted.length >> 1] as number;
-};
+import type { CudaDevice } from '../backends/cuda/index.ts';
+import { median, quantile } from './statistics.ts';
 
 /** Milliseconds that a repetition takes at most: long enough for events, short enough for many cases. */
 const REPETITION = 40;
@@ -43,6 +39,5 @@ export async function timeOnHost(
     // A full queue would make the driver wait, which is not the cost of a call.
     if (i % 50 === 49) device.stream.synchronize();
   }
-  times.sort((a, b) => a - b);
-  return { median: median(times), p95: times[Math.floor(times.length * 0.95)] as number };
+  return { median: median(times), p95: quantile(times, 0.95) };
 }

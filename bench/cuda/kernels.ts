@@ -5,7 +5,6 @@
  *
  * Writes `cuda.json` and `cuda.md` there. TFLOP/s count 4 B H Lq Lk D, half when causal.
  */
-import { spawnSync } from 'node:child_process';
 import { mkdirSync, writeFileSync } from 'node:fs';
 import { join } from 'node:path';
 import { parseArgs } from 'node:util';
@@ -19,18 +18,18 @@ import {
   download,
   emptyCudaTensor,
 } from '../../src/backends/cuda/index.ts';
-import { descriptorOf, lackedBy, targetFor } from '../../src/backends/cuda/kernel-table.ts';
+import { descriptorOf, lackedBy } from '../../src/backends/cuda/kernel-table.ts';
 import { planAttend, planKeyValue, planLaunches } from '../../src/backends/cuda/launches/plan.ts';
 import { packBuffers } from '../../src/backends/cuda/plan.ts';
 import { type AttentionOptions, type KernelName, prepareKeyValue, sageattn, setBackend } from '../../src/index.ts';
+import { timeOnDevice, timeOnHost } from '../../src/measure/cuda-timing.ts';
 import { compare } from '../../src/reference/metrics.ts';
 import { toFloat32 } from '../../src/tensor/access.ts';
 import { slice } from '../../src/tensor/tensor.ts';
 import { Random, runSeed } from '../../test/support/random.ts';
 import { exactRow, type HostInputs, normalBits, type SampledRow, type Shape, sampleRows } from './inputs.ts';
-import { timeOnDevice, timeOnHost } from './timing.ts';
 import { torchTimes } from './torch.ts';
-import { copyBandwidth, type KernelTime, Workbench } from './workbench.ts';
+import { copyBandwidth, factsOf, isAttention, type KernelTime, nvidiaSmi, tflops, Workbench } from './workbench.ts';
 
 const HEADS = 32;
 /** Tokens of all sequences of a batch, except where one sequence is longer. */
@@ -86,18 +85,6 @@ interface Result extends Shape {
   readonly relativeL1: number;
   readonly cosineSimilarity: number;
 }
-
-const flopsOf = ({ batch, heads, tokens, headDim, isCausal }: Shape) =>
-  (4 * batch * heads * tokens * tokens * headDim) / (isCausal ? 2 : 1);
-const tflops = (shape: Shape, milliseconds: number) => flopsOf(shape) / milliseconds / 1e9;
-
-const isAttention = (name: string) => name === 'attention' || name.startsWith('combine');
-
-const factsOf = (device: CudaDevice) => {
-  const target = targetFor(device.computeCapability);
-  if (target === undefined) throw new Error(`${device} is too old`);
-  return { target, multiprocessors: device.multiprocessors };
-};
 
 interface Operands {
   readonly q: CudaTensor;
@@ -332,19 +319,12 @@ async function main(): Promise<number> {
     .filter(({ kernel }) => kernel !== 'qk-int4-pv-fp8-cuda')
     .map((setting) => measureDecoding(device, setting, bandwidth, flat.k));
   const hostSide = await hostCosts(device, backend, flat);
-  const smi = spawnSync(
-    'nvidia-smi',
-    ['--query-gpu=name,driver_version,clocks.sm,clocks.mem,power.draw,temperature.gpu', '--format=csv'],
-    {
-      encoding: 'utf8',
-    },
-  );
   const report = {
     date: new Date().toISOString(),
     commit: process.env.SAGEATTENTION_COMMIT,
     seed,
     details,
-    nvidiaSmi: smi.stdout,
+    nvidiaSmi: nvidiaSmi(),
     torch,
     copyBandwidth: bandwidth,
     hostMicroseconds: hostSide,
