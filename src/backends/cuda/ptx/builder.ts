@@ -4,6 +4,8 @@
  * run-time constructs.
  */
 import type { Layout, SharedTile } from './layouts.ts';
+import { MMA, type MmaShape } from './mma.ts';
+import { immediate, memory } from './operands.ts';
 import type { Target } from './targets.ts';
 import type {
   AddressKind,
@@ -44,18 +46,6 @@ const PTX_TYPE: Readonly<Record<Kind, string>> = {
   u64: 'u64',
   global: 'u64',
 };
-
-/** Tensor-core products by PTX's name for them: kinds of the fragments of A, B and of the accumulator, and their registers. */
-export const MMA = {
-  'm16n8k32.row.col.s32.s8.s8.s32': { a: 's8x4', b: 's8x4', d: 's32', registers: [4, 2, 4] },
-  'm16n8k64.row.col.s32.s4.s4.s32': { a: 's4x8', b: 's4x8', d: 's32', registers: [4, 2, 4] },
-  'm16n8k16.row.col.f32.f16.f16.f32': { a: 'f16x2', b: 'f16x2', d: 'f32', registers: [4, 2, 4] },
-  'm16n8k16.row.col.f16.f16.f16.f16': { a: 'f16x2', b: 'f16x2', d: 'f16x2', registers: [4, 2, 2] },
-  'm16n8k32.row.col.f32.e4m3.e4m3.f32': { a: 'e4m3x4', b: 'e4m3x4', d: 'f32', registers: [4, 2, 4] },
-  'm16n8k32.row.col.f16.e4m3.e4m3.f16': { a: 'e4m3x4', b: 'e4m3x4', d: 'f16x2', registers: [4, 2, 2] },
-} as const satisfies Record<string, { a: Kind; b: Kind; d: Kind; registers: readonly [number, number, number] }>;
-
-export type MmaShape = keyof typeof MMA;
 
 /** Rounding of float arithmetic: to nearest even, up (towards +Infinity), down. */
 export type Rounding = 'rn' | 'rp' | 'rm';
@@ -171,14 +161,6 @@ export class KernelBuilder {
     return tile;
   }
 
-  /** A tile over memory already reserved: for a phase that needs it after `over` is dead. */
-  sharedAlias(name: string, over: number, rows: number, layout: Layout): SharedTile {
-    const tile = { name, layout, rows, base: over, bytes: rows * layout.rowBytes };
-    this.#tiles.push(tile);
-    this.#sharedBytes = Math.max(this.#sharedBytes, over + tile.bytes);
-    return tile;
-  }
-
   /** The run-time address of the CTA's dynamic shared memory plus `offset`. */
   sharedAddress(offset = 0): Reg<'shared'> {
     const address = this.reg('shared');
@@ -214,10 +196,6 @@ export class KernelBuilder {
     this.#guard = { predicate, negated };
     body();
     this.#guard = undefined;
-  }
-
-  unless(predicate: Reg<'pred'>, body: () => void): void {
-    this.when(predicate, body, true);
   }
 
   /** Branches: threads for which `predicate` is false jump over `then` (to `otherwise`). */
@@ -489,14 +467,14 @@ export class KernelBuilder {
 
   /** Four bytes picked from the eight of a (0..3) and b (4..7) by the nibbles of a constant, low byte first. */
   prmt(a: Reg<'b32'>, b: Reg<'b32'>, selector: number, into: Reg<'b32'> = this.reg('b32')): Reg<'b32'> {
-    this.emit('prmt.b32', [into], [a, b, { type: 'immediate', kind: 'b32', value: selector }]);
+    this.emit('prmt.b32', [into], [a, b, immediate(selector, 'b32')]);
     return into;
   }
 
   /** Any bitwise function of three values, by its truth table: `f(0xf0, 0xcc, 0xaa)`. */
   lop3(a: Reg<'b32'>, b: Reg<'b32'>, c: Reg<'b32'> | number, table: number): Reg<'b32'> {
     const d = this.reg('b32');
-    this.emit('lop3.b32', [d], [a, b, this.#operand('b32', c), { type: 'immediate', kind: 'b32', value: table }]);
+    this.emit('lop3.b32', [d], [a, b, this.#operand('b32', c), immediate(table, 'b32')]);
     return d;
   }
 
@@ -590,7 +568,7 @@ export class KernelBuilder {
   ): Reg<K> {
     const d = options.into ?? this.reg(kind);
     const cache = options.readOnly ? '.nc' : '';
-    this.emit(`ld.${base.kind}${cache}.${this.#memoryType(kind)}`, [d], [{ type: 'memory', base, offset }]);
+    this.emit(`ld.${base.kind}${cache}.${this.#memoryType(kind)}`, [d], [memory(base, offset)]);
     return d;
   }
 
@@ -607,23 +585,18 @@ export class KernelBuilder {
     this.emit(
       `ld.${base.kind}${cache}.v${count}.${this.#memoryType(kind)}`,
       [{ type: 'group', registers }],
-      [{ type: 'memory', base, offset }],
+      [memory(base, offset)],
     );
     return registers;
   }
 
   st(value: Reg, base: Reg<AddressKind>, offset = 0): void {
-    this.emit(`st.${base.kind}.${this.#memoryType(value.kind)}`, [], [{ type: 'memory', base, offset }, value]);
-  }
-
-  /** The low byte of a register. */
-  stByte(value: Reg<'b32' | 'u32' | 's32'>, base: Reg<AddressKind>, offset = 0): void {
-    this.emit(`st.${base.kind}.u8`, [], [{ type: 'memory', base, offset }, value]);
+    this.emit(`st.${base.kind}.${this.#memoryType(value.kind)}`, [], [memory(base, offset), value]);
   }
 
   /** One byte, zero-extended. */
   ldByte(base: Reg<AddressKind>, offset = 0, into: Reg<'u32'> = this.reg('u32')): Reg<'u32'> {
-    this.emit(`ld.${base.kind}.u8`, [into], [{ type: 'memory', base, offset }]);
+    this.emit(`ld.${base.kind}.u8`, [into], [memory(base, offset)]);
     return into;
   }
 
@@ -635,16 +608,13 @@ export class KernelBuilder {
     this.emit(
       `st.${base.kind}.v${values.length}.${this.#memoryType(first.kind)}`,
       [],
-      [
-        { type: 'memory', base, offset },
-        { type: 'group', registers: values },
-      ],
+      [memory(base, offset), { type: 'group', registers: values }],
     );
   }
 
   /** Sets bits in global memory, atomically. */
   redOr(base: Reg<'global'>, bits: Reg<'b32'>, offset = 0): void {
-    this.emit('red.global.or.b32', [], [{ type: 'memory', base, offset }, bits]);
+    this.emit('red.global.or.b32', [], [memory(base, offset), bits]);
   }
 
   /** Copies 16 bytes from global to shared memory without registers; complete after `cpAsyncWaitGroup`. */
@@ -652,11 +622,7 @@ export class KernelBuilder {
     this.emit(
       'cp.async.cg.shared.global',
       [],
-      [
-        { type: 'memory', base: shared, offset: sharedOffset },
-        { type: 'memory', base: global, offset: globalOffset },
-        { type: 'immediate', kind: 'u32', value: 16 },
-      ],
+      [memory(shared, sharedOffset), memory(global, globalOffset), immediate(16)],
     );
   }
 
@@ -666,7 +632,7 @@ export class KernelBuilder {
 
   /** Waits until at most `pending` of this thread's groups are under way. */
   cpAsyncWaitGroup(pending: number): void {
-    this.emit('cp.async.wait_group', [], [{ type: 'immediate', kind: 'u32', value: pending }]);
+    this.emit('cp.async.wait_group', [], [immediate(pending)]);
   }
 
   /**
@@ -710,35 +676,32 @@ export class KernelBuilder {
   /** The value of the lane whose number differs by `mask`. */
   shflBfly<K extends 'b32' | 'f32' | 'u32' | 's32'>(value: Reg<K>, mask: number): Reg<K> {
     const d = this.reg(value.kind);
-    const immediate = (n: number): Operand => ({ type: 'immediate', kind: 'b32', value: n });
-    this.emit('shfl.sync.bfly.b32', [d], [value, immediate(mask), immediate(31), immediate(0xffffffff)]);
+    this.emit(
+      'shfl.sync.bfly.b32',
+      [d],
+      [value, immediate(mask, 'b32'), immediate(31, 'b32'), immediate(0xffffffff, 'b32')],
+    );
     return d;
   }
 
   /** True in every lane when true in any. */
   voteAny(predicate: Reg<'pred'>): Reg<'pred'> {
     const d = this.reg('pred');
-    this.emit('vote.sync.any.pred', [d], [predicate, { type: 'immediate', kind: 'b32', value: 0xffffffff }]);
+    this.emit('vote.sync.any.pred', [d], [predicate, immediate(0xffffffff, 'b32')]);
     return d;
   }
 
   /** Waits for all threads of the CTA; their shared writes before it are seen after it. */
   barSync(): void {
-    this.emit('bar.sync', [], [{ type: 'immediate', kind: 'u32', value: 0 }]);
+    this.emit('bar.sync', [], [immediate(0)]);
   }
 
-  /** {@link barSync} of `threads` threads at barrier `id` (1 to 15): of some of the CTA's warps. */
-  barSyncSome(id: number, threads: number): void {
-    this.#namedBarrier('bar.sync', id, threads);
-  }
-
-  /** Arrives at a barrier without waiting. */
-  barArrive(id: number, threads: number): void {
-    this.#namedBarrier('bar.arrive', id, threads);
-  }
-
-  #namedBarrier(opcode: string, id: number, threads: number): void {
-    const immediate = (value: number): Operand => ({ type: 'immediate', kind: 'u32', value });
-    this.emit(opcode, [], [immediate(id), immediate(threads)]);
+  /**
+   * A barrier of `threads` threads, some of the CTA's warps: `bar.sync` waits for all of them, `bar.arrive` does not wait.
+   *
+   * @param barrier 1 to 15; in a register, the same in all lanes
+   */
+  namedBarrier(opcode: 'bar.sync' | 'bar.arrive', barrier: Value<'u32'>, threads: number): void {
+    this.emit(opcode, [], [this.#operand('u32', barrier), immediate(threads)]);
   }
 }

@@ -15,26 +15,26 @@
  */
 import type { DType } from '../../../../tensor/dtype.ts';
 import { KernelBuilder } from '../../ptx/builder.ts';
+import { rowMajor } from '../../ptx/layouts.ts';
 import {
-  advanceDescriptor,
   fenceMbarrierInit,
-  fenceProxyAsync,
-  matrixDescriptor,
   mbarrierArrive,
   mbarrierArriveExpectTx,
   mbarrierInit,
   mbarrierTest,
   mbarrierWait,
-  prefetchTensorMap,
+} from '../../ptx/mbarrier.ts';
+import { fenceProxyAsync, prefetchTensorMap, tensorLoad } from '../../ptx/tma.ts';
+import type { Kernel, Reg } from '../../ptx/types.ts';
+import {
+  advanceDescriptor,
+  matrixDescriptor,
   setMaxNReg,
-  tensorLoad,
   wgmma,
   wgmmaCommitGroup,
   wgmmaFence,
   wgmmaWaitGroup,
-} from '../../ptx/hopper.ts';
-import { rowMajor } from '../../ptx/layouts.ts';
-import type { Kernel, Reg } from '../../ptx/types.ts';
+} from '../../ptx/wgmma.ts';
 import {
   BYTES,
   divide,
@@ -50,7 +50,7 @@ import {
 } from '../common.ts';
 import { applyMask } from '../parts/scores.ts';
 import { EXACT_SCALE, type HopperConfig, MIN_SCALE, SCALE_BITS, sharedPlanOf } from './config.ts';
-import { exp2Halves, namedBarrier, uniform } from './instructions.ts';
+import { exp2Halves, uniform } from './instructions.ts';
 
 /** The lowest finite float32. */
 const LOWEST = -3.4028234663852886e38;
@@ -466,7 +466,7 @@ export function hopperAttention(config: HopperConfig): Kernel {
     const turn = b.add(group, 1);
     const nextTurn = b.selp(1, b.add(turn, 1), b.setp('eq', turn, consumers));
     if (config.pingPong) {
-      b.if(b.setp('eq', turn, consumers), () => namedBarrier(b, 'bar.arrive', b.constant('u32', 1), 256));
+      b.if(b.setp('eq', turn, consumers), () => b.namedBarrier('bar.arrive', b.constant('u32', 1), 256));
     }
 
     const scoreRegisters = b.regs('s32', NT * 4);
@@ -604,11 +604,11 @@ export function hopperAttention(config: HopperConfig): Kernel {
       writeResults();
 
       function takeTurn(): void {
-        if (config.pingPong) namedBarrier(b, 'bar.sync', turn, 256);
+        if (config.pingPong) b.namedBarrier('bar.sync', turn, 256);
       }
 
       function giveTurn(): void {
-        if (config.pingPong) namedBarrier(b, 'bar.arrive', nextTurn, 256);
+        if (config.pingPong) b.namedBarrier('bar.arrive', nextTurn, 256);
       }
 
       /** INT32 scores are summed on top of the bits of 1.5 * 2^23, so that read as floats they are 1.5 * 2^23 + q . k. */
@@ -1011,7 +1011,7 @@ export function hopperAttention(config: HopperConfig): Kernel {
         const bytes = BYTES[dtype];
         const signed = b.mul(b.loadParameter(smScale), LOG2_E);
         // Threads of the group may still read the last item's.
-        namedBarrier(b, 'bar.sync', b.add(warpgroup, 8), 128);
+        b.namedBarrier('bar.sync', b.add(warpgroup, 8), 128);
         const chunks = qkRowBytes / 16;
         const channelTerm = b.shl(t, 2);
         const values = Array.from({ length: R }, (_, r) => {
@@ -1082,7 +1082,7 @@ export function hopperAttention(config: HopperConfig): Kernel {
           b.when(b.setp('eq', t, 0), () => b.st(bias, biasAt));
         });
         fenceProxyAsync(b);
-        namedBarrier(b, 'bar.sync', b.add(warpgroup, 8), 128);
+        b.namedBarrier('bar.sync', b.add(warpgroup, 8), 128);
         return maxima.map((maximum) => b.mul(b.mul(maximum, 1 / 127), b.abs(signed)));
       }
 

@@ -1,23 +1,14 @@
-/** Instructions and short sequences that only the Hopper kernel uses. */
+/** Instructions and short sequences that only the wgmma kernel uses. */
 import type { KernelBuilder } from '../../ptx/builder.ts';
-import type { Operand, Reg } from '../../ptx/types.ts';
+import { immediate } from '../../ptx/operands.ts';
+import type { Reg } from '../../ptx/types.ts';
 
 /** The value of the warp's first lane, known to be the same in all: what roles and descriptors are computed from. */
 export function uniform(b: KernelBuilder, value: Reg<'u32'>): Reg<'u32'> {
   const d = b.reg('u32');
-  const bits = (immediate: number): Operand => ({ type: 'immediate', kind: 'b32', value: immediate });
+  const bits = (value: number) => immediate(value, 'b32');
   b.emit('shfl.sync.idx.b32', [d], [value, bits(0), bits(31), bits(0xffffffff)]);
   return d;
-}
-
-/** A barrier of some of the CTA's warps whose number is known at run time. */
-export function namedBarrier(
-  b: KernelBuilder,
-  opcode: 'bar.sync' | 'bar.arrive',
-  barrier: Reg<'u32'>,
-  threads: number,
-): void {
-  b.emit(opcode, [], [barrier, { type: 'immediate', kind: 'u32', value: threads }]);
 }
 
 /** Below 2^-14 E4M3 has nothing but 0: its smallest number is 2^-9. */

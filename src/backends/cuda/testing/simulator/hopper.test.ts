@@ -1,23 +1,18 @@
 /** The simulator against kernels that do right and kernels that do wrong: what it does not notice, it cannot vouch for. */
 import { describe, expect, test } from 'vitest';
-import { namedBarrier } from '../../kernels/wgmma/instructions.ts';
 import { KernelBuilder } from '../../ptx/builder.ts';
+import { rowMajor, tma128Swizzle } from '../../ptx/layouts.ts';
+import { mbarrierArrive, mbarrierArriveExpectTx, mbarrierInit, mbarrierWait } from '../../ptx/mbarrier.ts';
+import { fenceProxyAsync, tensorLoad } from '../../ptx/tma.ts';
+import type { Kernel } from '../../ptx/types.ts';
 import {
   advanceDescriptor,
-  fenceProxyAsync,
   matrixDescriptor,
-  mbarrierArrive,
-  mbarrierArriveExpectTx,
-  mbarrierInit,
-  mbarrierWait,
-  tensorLoad,
   wgmma,
   wgmmaCommitGroup,
   wgmmaFence,
   wgmmaWaitGroup,
-} from '../../ptx/hopper.ts';
-import { rowMajor, tma128Swizzle } from '../../ptx/layouts.ts';
-import type { Kernel } from '../../ptx/types.ts';
+} from '../../ptx/wgmma.ts';
 import type { SimulatedTensorMap } from './hopper.ts';
 import { GlobalMemory } from './memory.ts';
 import { simulateKernel } from './simulator.ts';
@@ -60,8 +55,8 @@ function product(fault: Fault): Kernel {
   }
   if (fault !== 'no fence') fenceProxyAsync(b);
   if (fault === 'a barrier that one warp misses') {
-    b.if(b.setp('lt', thread, 96), () => namedBarrier(b, 'bar.sync', b.constant('u32', 1), 128));
-  } else namedBarrier(b, 'bar.sync', b.constant('u32', 1), 128);
+    b.if(b.setp('lt', thread, 96), () => b.namedBarrier('bar.sync', b.constant('u32', 1), 128));
+  } else b.namedBarrier('bar.sync', b.constant('u32', 1), 128);
   const bytes = N * 128;
   const zero = b.constant('s32', 0);
   b.if(first, () => {

@@ -1,17 +1,33 @@
 import { describe, expect, test } from 'vitest';
 import { assemble, ptxasVersion } from '../testing/ptxas.ts';
 import { KernelBuilder } from './builder.ts';
-import * as hopper from './hopper.ts';
+import { clusterArrive, clusterWait, electSync, mapa } from './cluster.ts';
 import { readsOf, writesOf } from './inspect.ts';
 import { tma128Swizzle } from './layouts.ts';
+import {
+  fenceMbarrierInit,
+  mbarrierArrive,
+  mbarrierArriveExpectTx,
+  mbarrierArriveRemote,
+  mbarrierInit,
+  mbarrierWait,
+} from './mbarrier.ts';
 import { printKernel } from './printer.ts';
-import type { Reg } from './types.ts';
+import { fenceProxyAsync, prefetchTensorMap, tensorLoad } from './tma.ts';
+import {
+  advanceDescriptor,
+  matrixDescriptor,
+  setMaxNReg,
+  wgmma,
+  wgmmaCommitGroup,
+  wgmmaFence,
+  wgmmaWaitGroup,
+} from './wgmma.ts';
 
 /** One of everything: a producer warpgroup on TMA, a consumer on wgmma, a cluster of two. */
 function everything() {
   const b = new KernelBuilder({ name: 'everything', target: 'sm_90a', threads: 256, clusterSize: 2 });
   const load = b.parameter('loadMap', 'tensorMap');
-  const store = b.parameter('storeMap', 'tensorMap');
   const out = b.parameter('out', 'u64');
   const tile = b.shared('tile', 128, tma128Swizzle());
   const barriers = b.shared('barriers', 1, { ...tma128Swizzle(), rowBytes: 16, alignment: 8 });
@@ -20,60 +36,52 @@ function everything() {
   const thread = b.special('%tid.x');
   const map = b.tensorMapAddress(load);
   b.when(b.setp('eq', thread, 0), () => {
-    hopper.prefetchTensorMap(b, map);
-    hopper.mbarrierInit(b, barrier, 1);
-    hopper.mbarrierInit(b, barrier, 128, 8);
-    hopper.fenceMbarrierInit(b);
+    prefetchTensorMap(b, map);
+    mbarrierInit(b, barrier, 1);
+    mbarrierInit(b, barrier, 128, 8);
+    fenceMbarrierInit(b);
   });
-  hopper.clusterArrive(b);
-  hopper.clusterWait(b);
+  clusterArrive(b);
+  clusterWait(b);
   const zero = b.constant('s32', 0);
   const parity = b.constant('u32', 0);
   b.if(
     b.setp('lt', thread, 128),
     () => {
-      hopper.setMaxNReg(b, 'dec', 40);
+      setMaxNReg(b, 'dec', 40);
       b.if(b.setp('lt', thread, 32), () => {
-        b.when(hopper.electSync(b), () => {
-          hopper.mbarrierArriveExpectTx(b, barrier, 128 * 128);
-          hopper.tensorLoad(b, tileAt, map, [zero, zero, zero], barrier);
-          hopper.tensorLoad(b, tileAt, map, [zero, zero], barrier, { multicast: b.cvt('b16', b.constant('u32', 3)) });
-          hopper.bulkLoad(b, tileAt, b.loadPointer(out), 1024, barrier);
+        b.when(electSync(b), () => {
+          mbarrierArriveExpectTx(b, barrier, 128 * 128);
+          tensorLoad(b, tileAt, map, [zero, zero, zero], barrier);
+          tensorLoad(b, tileAt, map, [zero, zero], barrier, { multicast: b.cvt('b16', b.constant('u32', 3)) });
         });
-        const remote = hopper.mapa(b, barrier, b.special('%cluster_ctarank'));
-        hopper.mbarrierArriveRemote(b, remote, 8);
+        const remote = mapa(b, barrier, b.special('%cluster_ctarank'));
+        mbarrierArriveRemote(b, remote, 8);
       });
     },
     () => {
-      hopper.setMaxNReg(b, 'inc', 240);
-      hopper.mbarrierWait(b, barrier, parity);
-      const descriptor = hopper.matrixDescriptor(b, tileAt, { strideBytes: 1024, swizzle: '128B' });
+      setMaxNReg(b, 'inc', 240);
+      mbarrierWait(b, barrier, parity);
+      const descriptor = matrixDescriptor(b, tileAt, { strideBytes: 1024, swizzle: '128B' });
       const scores = b.regs('s32', 64);
       const sums = b.regs('f32', 64);
       const halfSums = b.regs('f32', 32);
       for (const sum of [...sums, ...halfSums]) b.set(sum, 0);
-      hopper.wgmmaFence(b);
+      wgmmaFence(b);
       for (let k = 0; k < 4; k++) {
-        const step = hopper.advanceDescriptor(b, descriptor, 32 * k);
-        hopper.wgmma(b, 128, 'k32.s32.s8.s8', scores, step, step, k > 0);
+        const step = advanceDescriptor(b, descriptor, 32 * k);
+        wgmma(b, 128, 'k32.s32.s8.s8', scores, step, step, k > 0);
       }
       const p = b.ldmatrix('e4m3x4', 4, tileAt);
-      hopper.wgmma(b, 128, 'k32.f32.e4m3.e4m3', sums, p, descriptor, b.setp('ne', thread, 128));
-      hopper.wgmma(b, 64, 'k16.f32.f16.f16', halfSums, b.ldmatrix('f16x2', 4, tileAt), descriptor, true, true);
-      hopper.wgmma(b, 64, 'k16.f32.f16.f16', halfSums, descriptor, descriptor, true, true);
-      hopper.wgmmaCommitGroup(b);
-      hopper.wgmmaWaitGroup(b, 0);
-      hopper.mbarrierArrive(b, barrier, 8);
-      b.barSyncSome(1, 128);
-      b.barArrive(2, 256);
-      const packed = Array.from({ length: 4 }, (_, i) =>
-        b.cvtPack('f16x2', sums[2 * i] as Reg<'f32'>, sums[2 * i + 1] as Reg<'f32'>),
-      );
-      hopper.stmatrix(b, packed, tileAt);
-      hopper.fenceProxyAsync(b);
-      hopper.tensorStore(b, b.tensorMapAddress(store), [zero, zero], tileAt);
-      hopper.bulkCommitGroup(b);
-      hopper.bulkWaitGroup(b, 0);
+      wgmma(b, 128, 'k32.f32.e4m3.e4m3', sums, p, descriptor, b.setp('ne', thread, 128));
+      wgmma(b, 64, 'k16.f32.f16.f16', halfSums, b.ldmatrix('f16x2', 4, tileAt), descriptor, true, true);
+      wgmma(b, 64, 'k16.f32.f16.f16', halfSums, descriptor, descriptor, true, true);
+      wgmmaCommitGroup(b);
+      wgmmaWaitGroup(b, 0);
+      mbarrierArrive(b, barrier, 8);
+      b.namedBarrier('bar.sync', 1, 128);
+      b.namedBarrier('bar.arrive', 2, 256);
+      fenceProxyAsync(b);
       const total = b.cvt(
         'f32',
         scores.reduce((x, y) => b.add(x, y)),
@@ -87,7 +95,7 @@ function everything() {
   return b.build();
 }
 
-describe('Hopper instructions', () => {
+describe('instructions of sm_90a', () => {
   test.skipIf(ptxasVersion() === undefined)('ptxas accepts them for sm_90a', () => {
     const { registers } = assemble(everything());
     expect(registers).toBeGreaterThan(100);
@@ -113,9 +121,7 @@ describe('Hopper instructions', () => {
   test('wrong accumulators and budgets are refused', () => {
     const b = new KernelBuilder({ name: 'wrong', target: 'sm_90a', threads: 128 });
     const descriptor = b.constant('u64', 0);
-    expect(() => hopper.wgmma(b, 128, 'k32.s32.s8.s8', b.regs('s32', 32), descriptor, descriptor, true)).toThrow(
-      RangeError,
-    );
-    expect(() => hopper.setMaxNReg(b, 'inc', 100)).toThrow(RangeError);
+    expect(() => wgmma(b, 128, 'k32.s32.s8.s8', b.regs('s32', 32), descriptor, descriptor, true)).toThrow(RangeError);
+    expect(() => setMaxNReg(b, 'inc', 100)).toThrow(RangeError);
   });
 });
