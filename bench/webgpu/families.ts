@@ -16,8 +16,9 @@ import { join } from 'node:path';
 import { parseArgs } from 'node:util';
 import { createProblem } from '../../src/attention/problem.ts';
 import { chooseOptions } from '../../src/backends/choice.ts';
+import { createWebgpuBackendOn } from '../../src/backends/webgpu/backend.ts';
 import { DAWN_FLAGS } from '../../src/backends/webgpu/device.ts';
-import { MATRIX_VARIANTS, TILED_VARIANTS } from '../../src/backends/webgpu/families/choose.ts';
+import { variantsOf } from '../../src/backends/webgpu/families/choose.ts';
 import {
   createWebgpuBackend,
   downloadTensor,
@@ -212,8 +213,8 @@ function accuracyOf(random: Random, q: Tensor, k: Tensor, v: Tensor, output: Ten
   return compare(actual, expected);
 }
 
-const variantsOf = (family: Family): string[] => {
-  const all = (family === 'matrix' ? MATRIX_VARIANTS : TILED_VARIANTS).map(({ name }) => name);
+const timedVariants = (family: Family): string[] => {
+  const all = variantsOf(family).map(({ name }) => name);
   return flags.variants === undefined ? all : all.filter((name) => list(flags.variants as string).includes(name));
 };
 
@@ -292,9 +293,9 @@ for (const headDim of HEAD_DIMS) {
       // Family by family, so that a run that is cut short leaves those before.
       for (const family of FAMILIES) {
         const contenders: Contender[] = [];
-        for (const variant of best.get(`${family} ${headDim}`) ?? variantsOf(family)) {
+        for (const variant of best.get(`${family} ${headDim}`) ?? timedVariants(family)) {
           try {
-            const backend = createWebgpuBackend({ device, gpu, family, variant });
+            const backend = createWebgpuBackendOn({ device, gpu, family, variant });
             const problem = createProblem(q, k, v, { isCausal });
             const plan = await backend.plan(problem, chooseOptions(await backend.defaultKernel(), problem, {}));
             const once = median(await measure(plan, { q, k, v }, output, LEAST_REPETITIONS));

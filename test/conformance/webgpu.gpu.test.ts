@@ -4,7 +4,9 @@
  */
 import { afterAll, beforeAll, describe, expect } from 'vitest';
 import { setBackend } from '../../src/backends/registry.ts';
-import { createWebgpuBackend, type WebgpuBackend, type WebgpuBackendOptions } from '../../src/backends/webgpu/index.ts';
+import { createWebgpuBackendOn } from '../../src/backends/webgpu/backend.ts';
+import type { Forced } from '../../src/backends/webgpu/families/choose.ts';
+import { createWebgpuBackend, type WebgpuBackend } from '../../src/backends/webgpu/index.ts';
 import { runSeed } from '../support/random.ts';
 import { itNeeds } from '../support/requirement.ts';
 import { sampled } from '../support/sample.ts';
@@ -22,7 +24,7 @@ const target = (name: string, settings: Partial<Target> = {}): Target => ({
 });
 
 interface Run {
-  readonly options: WebgpuBackendOptions;
+  readonly options: Forced;
   readonly target: Target;
   /** Tests whose names contain one of these; default all. */
   readonly only?: readonly string[];
@@ -111,7 +113,7 @@ for (const { options, target, only } of RUNS) {
     let backend: WebgpuBackend | undefined;
     beforeAll(async () => {
       if (MISSING !== undefined) return;
-      backend = createWebgpuBackend(options);
+      backend = createWebgpuBackendOn(options);
       await setBackend(backend);
     });
     afterAll(() => backend?.dispose());

@@ -5,13 +5,9 @@
  *     npx tsx scripts/gpu-programs.ts && node .gpu/programs/test-webgpu.mjs [FAMILY...]
  */
 import { setBackend } from '../../src/backends/registry.ts';
-import { familiesOf, MATRIX_VARIANTS, TILED_VARIANTS } from '../../src/backends/webgpu/families/choose.ts';
-import {
-  createWebgpuBackend,
-  FAMILIES,
-  type Family,
-  type WebgpuBackendOptions,
-} from '../../src/backends/webgpu/index.ts';
+import { createWebgpuBackendOn } from '../../src/backends/webgpu/backend.ts';
+import { type Forced, familiesOf, variantsOf } from '../../src/backends/webgpu/families/choose.ts';
+import { createWebgpuBackend, FAMILIES, type Family } from '../../src/backends/webgpu/index.ts';
 import { conformanceTests } from '../conformance/suite.ts';
 import { WEBGPU_TARGET } from '../conformance/webgpu-target.ts';
 import { runSeed } from '../support/random.ts';
@@ -31,13 +27,8 @@ const asked = process.argv.slice(2) as Family[];
 const seed = runSeed();
 let failures = 0;
 
-async function run(
-  options: WebgpuBackendOptions,
-  name: string,
-  only?: readonly string[],
-  target = WEBGPU_TARGET,
-): Promise<void> {
-  const backend = createWebgpuBackend(options);
+async function run(options: Forced, name: string, only?: readonly string[], target = WEBGPU_TARGET): Promise<void> {
+  const backend = createWebgpuBackendOn(options);
   await setBackend(backend);
   const started = performance.now();
   let passed = 0;
@@ -75,8 +66,7 @@ for (const family of FAMILIES.filter(
   (name) => offered.includes(name) && (asked.length === 0 || asked.includes(name)),
 )) {
   await run({ family }, family);
-  const variants = family === 'matrix' ? MATRIX_VARIANTS : TILED_VARIANTS;
-  for (const { name } of variants) await run({ family, variant: name }, `${family} ${name}`, VARIANT_TESTS);
+  for (const { name } of variantsOf(family)) await run({ family, variant: name }, `${family} ${name}`, VARIANT_TESTS);
   const smoothed = { ...WEBGPU_TARGET, options: { smoothV: true } };
   await run({ family }, `${family}, smoothV`, VARIANT_TESTS, smoothed);
 }

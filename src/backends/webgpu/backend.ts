@@ -1,7 +1,7 @@
 /** The WebGPU backend: a device, opened when first needed and again after a loss, and plans on it. */
 
 import { type AttentionOptions, validateOptions } from '../../attention/options.ts';
-import { type AttentionProblem, createProblem, MAX_HEAD_DIM } from '../../attention/problem.ts';
+import { type AttentionProblem, createProblem } from '../../attention/problem.ts';
 import { BackendUnavailableError } from '../../errors.ts';
 import type { TensorView } from '../../tensor/tensor.ts';
 import type {
@@ -15,26 +15,21 @@ import type {
 } from '../backend.ts';
 import { chooseOptions } from '../choice.ts';
 import { type DeviceOptions, type GpuContext, openDevice } from './device.ts';
-import { familiesOf } from './families/choose.ts';
+import { type Forced, familiesOf } from './families/choose.ts';
+import type { Family } from './families/family.ts';
+import { QK_INT8_PV_FP16 } from './kernel-table.ts';
 import { WebgpuKeyValue } from './key-value.ts';
-import { type PlanOptions, WebgpuPlan } from './plan.ts';
+import { WebgpuPlan } from './plan.ts';
 
-export interface WebgpuBackendOptions extends DeviceOptions, PlanOptions {}
-
-const DESCRIPTOR: KernelDescriptor = {
-  name: 'qk-int8-pv-fp16',
-  summary: 'INT8 QK, FP16 PV in WGSL: subgroup matrices, dot4I8Packed with subgroups, or core WebGPU',
-  qkQuantGran: ['per-block', 'per-warp', 'per-thread'],
-  pvAccumDtype: ['fp32', 'fp16'],
-  smoothV: true,
-  smoothQ: false,
-  maxHeadDim: MAX_HEAD_DIM,
-};
+export interface WebgpuBackendOptions extends DeviceOptions {
+  /** The kernel family to use. Default: the fastest that the device can run. */
+  readonly family?: Family;
+}
 
 export class WebgpuBackend implements Backend {
   readonly name = 'webgpu' as const;
-  readonly kernels: readonly KernelDescriptor[] = [DESCRIPTOR];
-  readonly #options: WebgpuBackendOptions;
+  readonly kernels: readonly KernelDescriptor[] = [QK_INT8_PV_FP16];
+  readonly #options: WebgpuBackendOptions & Forced;
   #context: Promise<GpuContext> | undefined;
 
   constructor(options: WebgpuBackendOptions = {}) {
@@ -103,7 +98,7 @@ export class WebgpuBackend implements Backend {
   }
 
   async defaultKernel(): Promise<KernelDescriptor> {
-    return DESCRIPTOR;
+    return QK_INT8_PV_FP16;
   }
 
   plan(problem: AttentionProblem, kernel: KernelChoice): Promise<WebgpuPlan> {
@@ -124,7 +119,7 @@ export class WebgpuBackend implements Backend {
     const all: AttentionOptions = attnMask === undefined ? options : { ...options, attnMask };
     validateOptions(all);
     const problem = createProblem(q, k, v, all);
-    return this.plan(problem, chooseOptions(DESCRIPTOR, problem, all));
+    return this.plan(problem, chooseOptions(QK_INT8_PV_FP16, problem, all));
   }
 
   prepareKeyValue(
@@ -152,5 +147,12 @@ export class WebgpuBackend implements Backend {
  * await setBackend(backend);
  */
 export function createWebgpuBackend(options: WebgpuBackendOptions = {}): WebgpuBackend {
+  return new WebgpuBackend(options);
+}
+
+/**
+ * @internal For tests and tuning: with a variant of a family's table, or with emulated matrices.
+ */
+export function createWebgpuBackendOn(options: WebgpuBackendOptions & Forced): WebgpuBackend {
   return new WebgpuBackend(options);
 }

@@ -1,7 +1,5 @@
 /** What a device can do, as data: what the selection tables and the kernels' configurations are chosen from. */
 
-import type { MatrixDialect } from './kernels/matrix-operations.ts';
-
 /** One subgroup matrix product: left is M x K, right K x N. */
 export interface MatrixConfig {
   readonly componentType: string;
@@ -9,6 +7,15 @@ export interface MatrixConfig {
   readonly M: number;
   readonly N: number;
   readonly K: number;
+}
+
+/**
+ * What implementations of the extension differ in. `majorness`: whether a load's majorness is a template parameter or an
+ * argument. `packedUnit`: whether offsets and strides of 8-bit matrices count the array's 32-bit words or components.
+ */
+export interface MatrixDialect {
+  readonly majorness: 'template' | 'argument';
+  readonly packedUnit: 'words' | 'components';
 }
 
 export interface Capabilities {

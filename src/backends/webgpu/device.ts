@@ -8,7 +8,7 @@ import {
   WANTED_FEATURES,
   WANTED_LIMITS,
 } from './capabilities.ts';
-import { matrixProducts } from './families/choose.ts';
+import { matrixProducts } from './families/matrix.ts';
 import { probeMatrixDialect } from './families/matrix-dialect.ts';
 
 export interface DeviceOptions {

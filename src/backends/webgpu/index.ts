@@ -3,8 +3,9 @@
 export { createWebgpuBackend, WebgpuBackend, type WebgpuBackendOptions } from './backend.ts';
 export type { Capabilities, MatrixConfig } from './capabilities.ts';
 export { DAWN_FLAGS, type DeviceOptions, findGpu } from './device.ts';
-export { FAMILIES, type Family } from './families/choose.ts';
-export { type EncodeOptions, type PlanDetails, type PlanOptions, WebgpuPlan } from './plan.ts';
+export { FAMILIES, type Family } from './families/family.ts';
+export { type PlanDetails, WebgpuPlan } from './plan.ts';
+export type { EncodeOptions } from './program.ts';
 export {
   downloadTensor,
   emptyGpuTensor,

@@ -5,20 +5,15 @@ import { ExecutionError } from '../../errors.ts';
 import type { TensorView } from '../../tensor/tensor.ts';
 import type { AttentionOutputs, KernelChoice, PreparedKeyValue, RunContext } from '../backend.ts';
 import type { GpuContext } from './device.ts';
-import { keyValueLayoutOf } from './families/choose.ts';
-import { rowVectors } from './kernels/layout.ts';
+import { type Forced, keyValueLayoutOf } from './families/choose.ts';
+import { padDim, rowVectors } from './kernels/layout.ts';
 import { KEY_BLOCK } from './kernels/prepare.ts';
 import { roundUp } from './kernels/storage.ts';
-import {
-  createStages,
-  type KeyValueShape,
-  keyValueBytes,
-  keyValueShapeOf,
-  padDim,
-  prepareKeyValueLaunches,
-  statisticsLaunches,
-} from './launches/stages.ts';
-import { attentionParts, checkSizes, type PlanOptions, Program, rebased, runProgram, uploaded } from './plan.ts';
+import { attentionParts } from './launches/attention.ts';
+import { keyValueBytes, keyValueShapeOf, prepareKeyValueLaunches, statisticsLaunches } from './launches/quantize.ts';
+import { createStages, type KeyValueShape } from './launches/stages.ts';
+import { checkSizes, Program } from './program.ts';
+import { rebased, runProgram, uploaded } from './run.ts';
 import { GPU_BUFFER_USAGE, isGpuTensor, validateBuffer } from './tensor.ts';
 
 interface Store {
@@ -33,7 +28,7 @@ const PROGRAMS = 4;
 export class WebgpuKeyValue implements PreparedKeyValue {
   readonly #context: GpuContext;
   readonly #kernel: KernelChoice;
-  readonly #options: PlanOptions;
+  readonly #options: Forced;
   /** Rows of each sequence that there is room for. */
   #capacity = 0;
   #length = 0;
@@ -42,7 +37,7 @@ export class WebgpuKeyValue implements PreparedKeyValue {
   readonly #programs = new Map<string, Program>();
   #disposed = false;
 
-  private constructor(context: GpuContext, kernel: KernelChoice, options: PlanOptions, shape: KeyValueShape) {
+  private constructor(context: GpuContext, kernel: KernelChoice, options: Forced, shape: KeyValueShape) {
     this.#context = context;
     this.#kernel = kernel;
     this.#options = options;
@@ -53,7 +48,7 @@ export class WebgpuKeyValue implements PreparedKeyValue {
     problem: AttentionProblem,
     kernel: KernelChoice,
     device: () => Promise<GpuContext>,
-    options: PlanOptions,
+    options: Forced,
     k: TensorView,
     v: TensorView,
     run: RunContext,

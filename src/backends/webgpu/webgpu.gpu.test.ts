@@ -10,6 +10,7 @@ import { toFloat32 } from '../../tensor/access.ts';
 import { type Tensor, type TensorView, tensor } from '../../tensor/tensor.ts';
 import type { AttentionOutputs } from '../backend.ts';
 import { chooseOptions } from '../choice.ts';
+import { createWebgpuBackendOn } from './backend.ts';
 import type { Capabilities } from './capabilities.ts';
 import {
   createWebgpuBackend,
@@ -215,7 +216,7 @@ describe(`WebGPU backend (SAGEATTENTION_SEED=${seed})`, () => {
       code: 'unsupported-option',
       argument: 'options.family',
     });
-    const variant = createWebgpuBackend({ variant: 'none' });
+    const variant = createWebgpuBackendOn({ variant: 'none' });
     await expect(planOn(variant, inputs)).rejects.toMatchObject({
       code: 'unsupported-option',
       argument: 'options.variant',

@@ -3,8 +3,8 @@
  * have differed in syntax and in the unit of offsets of 8-bit matrices, where a wrong reading is a fast wrong answer.
  */
 import { float16FromNumber, float16ToNumber } from '../../../tensor/formats/float16.ts';
-import { MATRIX_FEATURES, type MatrixConfig } from '../capabilities.ts';
-import { type MatrixDialect, type MatrixMemory, nativeMatrices } from '../kernels/matrix-operations.ts';
+import { MATRIX_FEATURES, type MatrixConfig, type MatrixDialect } from '../capabilities.ts';
+import { type MatrixMemory, nativeMatrices } from '../kernels/matrix-operations.ts';
 import { GPU_BUFFER_USAGE, GPU_MAP_READ } from '../tensor.ts';
 
 const DIALECTS: readonly MatrixDialect[] = [

@@ -7,6 +7,8 @@
  * K and V are in rows for the tiled kernels, and in tiles for subgroup matrices.
  */
 
+import { roundUp } from './storage.ts';
+
 /** How quantized K and V lie in memory. */
 export type KeyValueLayout = 'rows' | 'tiles';
 
@@ -48,6 +50,9 @@ export function tables(binding: number): string {
 fn sequence_field(sequence: u32, field: u32) -> u32 { return tables[P.sequencesAt + sequence * ${SEQUENCE_WORDS}u + field]; }
 fn tile_field(tile: u32, field: u32) -> u32 { return tables[P.tilesAt + tile * ${TILE_WORDS}u + field]; }`;
 }
+
+/** A head dim as the kernels see it: a multiple of 32 channels. */
+export const padDim = (dim: number): number => roundUp(dim, 32);
 
 /** Vectors of 16 bytes in a row of quantized Q or K. */
 export const rowVectors = (headDimPadded: number): number => headDimPadded / 16 + 1;

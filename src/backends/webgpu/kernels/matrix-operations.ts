@@ -5,7 +5,7 @@
  * An emulated left or right matrix is a reference to memory, read when it is multiplied: what it was loaded from must not
  * change in between. An emulated result is an array, of which each lane holds M * N / lanes elements.
  */
-import type { MatrixConfig } from '../capabilities.ts';
+import type { MatrixConfig, MatrixDialect } from '../capabilities.ts';
 
 /** An array in workgroup or storage memory that matrices are loaded from and stored to. */
 export interface MatrixMemory {
@@ -49,15 +49,6 @@ export interface MatrixOperations {
   multiplyAccumulate(product: MatrixConfig, left: Operand, right: Operand, result: string): string;
   storeResult(product: MatrixConfig, result: string, memory: MatrixMemory, offset: string, stride: string): string;
   loadResult(product: MatrixConfig, result: string, memory: MatrixMemory, offset: string, stride: string): string;
-}
-
-/**
- * What implementations of the extension differ in. `majorness`: whether a load's majorness is a template parameter or an
- * argument. `packedUnit`: whether offsets and strides of 8-bit matrices count the array's 32-bit words or components.
- */
-export interface MatrixDialect {
-  readonly majorness: 'template' | 'argument';
-  readonly packedUnit: 'words' | 'components';
 }
 
 const offsetIn = ({ base }: MatrixMemory, offset: string) => (base === undefined ? offset : `${base} + ${offset}`);

@@ -1,6 +1,7 @@
 /** Every WGSL kernel that the tables can ask for: compiled in tests, and digested by `scripts/kernel-digest.ts`. */
 import type { MatrixConfig } from '../capabilities.ts';
-import { MATRIX_VARIANTS, matrixProducts, TILED_VARIANTS } from '../families/choose.ts';
+import { MATRIX_VARIANTS, matrixProducts } from '../families/matrix.ts';
+import { TILED_VARIANTS } from '../families/tiled.ts';
 import { matrixAttentionKernel, matrixWorkgroupBytes } from '../kernels/attention-matrix.ts';
 import { tiledAttentionKernel } from '../kernels/attention-tiled.ts';
 import { nativeMatrices } from '../kernels/matrix-operations.ts';

@@ -1,0 +1,61 @@
+/** What every kernel family is: how it reads K and V, whether a device can run it, and its kernel for a problem. */
+import type { AttentionProblem } from '../../../attention/problem.ts';
+import { UnsupportedOptionError } from '../../../errors.ts';
+import type { PvAccumDtype } from '../../../quantization/schemes.ts';
+import type { Capabilities } from '../capabilities.ts';
+import type { KeyValueLayout } from '../kernels/layout.ts';
+import type { ScoreConfig } from '../kernels/scores.ts';
+
+/** The families by name, fastest first. */
+export const FAMILIES = ['matrix', 'subgroup', 'base'] as const;
+
+export type Family = (typeof FAMILIES)[number];
+
+/** The attention kernel to launch: its source for a score configuration and its query rows per workgroup. */
+export interface AttentionKernel {
+  readonly label: string;
+  readonly rows: number;
+  source(config: ScoreConfig): string;
+}
+
+/** A family's kernel with its tiles settled. */
+export interface AttentionVariant {
+  readonly family: Family;
+  readonly name: string;
+  readonly kernel: AttentionKernel;
+}
+
+export type HeadDims = Pick<AttentionProblem, 'headDim' | 'valueDim'>;
+
+/** What of a call decides about its tiles. */
+export interface VariantRequest {
+  readonly headDimPadded: number;
+  readonly valueDimPadded: number;
+  /** Of the longest query. */
+  readonly queryLength: number;
+  readonly pvAccumDtype: PvAccumDtype;
+  /** A variant by name, for tests and tuning. Default: the best that fits. */
+  readonly variant: string | undefined;
+}
+
+export interface KernelFamily {
+  readonly name: Family;
+  /** How its kernels read K and V. */
+  readonly layout: KeyValueLayout;
+  /** Best first. */
+  readonly variants: readonly { readonly name: string }[];
+  /** Largest D and Dv. */
+  readonly maxHeadDim: number;
+  /** Why the device cannot run it; `undefined` where it can. */
+  support(capabilities: Capabilities): string | undefined;
+  /** @throws {UnsupportedOptionError} no variant fits, or not the one that was asked for */
+  kernel(capabilities: Capabilities, request: VariantRequest): AttentionVariant;
+}
+
+export const unsupportedAccumulation = (received: string) =>
+  new UnsupportedOptionError(
+    'qk-int8-pv-fp16',
+    'options.pvAccumDtype',
+    "'fp32', or family 'matrix'",
+    `'fp16' on ${received}`,
+  );

@@ -1,0 +1,136 @@
+/** Families `subgroup` and `base`: tiles for devices without subgroup matrices. */
+import { UnsupportedOptionError } from '../../../errors.ts';
+import type { Capabilities } from '../capabilities.ts';
+import { type TileShape, tiledAttentionKernel, tiledWorkgroupBytes } from '../kernels/attention-tiled.ts';
+import { type KernelFamily, unsupportedAccumulation } from './family.ts';
+
+export interface TiledVariant extends TileShape {
+  readonly name: string;
+}
+
+const tiledVariant = (
+  rows: number,
+  keys: number,
+  rowThreads: number,
+  colThreads: number,
+  options: 's' | '' = '',
+): TiledVariant => ({
+  name: `${rows}x${keys}${colThreads < 8 ? 'n' : ''}${options}`,
+  rows,
+  keys,
+  rowThreads,
+  colThreads,
+  sharedKeyValue: options === 's',
+});
+
+/**
+ * Tiles of families `subgroup` and `base`, best first: the first that fits the device and the head dims is taken. Small
+ * tiles serve devices with the core limit of 16 KiB workgroup memory, wide heads, and short queries. Names: rows x keys,
+ * fewer than 8 threads to a row (n), K and V in the same memory (s). The
+ * first entries are ordered by speed on an H200 (bench/webgpu).
+ */
+export const TILED_VARIANTS: readonly TiledVariant[] = [
+  tiledVariant(64, 16, 32, 4),
+  tiledVariant(64, 32, 16, 8),
+  tiledVariant(64, 32, 16, 8, 's'),
+  tiledVariant(32, 32, 16, 8),
+  tiledVariant(32, 32, 16, 8, 's'),
+  tiledVariant(32, 16, 16, 4),
+  tiledVariant(32, 16, 16, 4, 's'),
+  tiledVariant(16, 16, 16, 4),
+  tiledVariant(16, 16, 16, 4, 's'),
+];
+
+const SOFTWARE_VARIANT = '16x16n';
+
+/** A thread's output registers (float32) above which a tile is not used: more would spill. */
+const OUTPUT_REGISTERS = 80;
+
+/**
+ * @param queryLength the longest query
+ * @param forced a variant's name, for tests and tuning
+ */
+export function chooseTiles(
+  capabilities: Capabilities,
+  family: 'subgroup' | 'base',
+  headDimPadded: number,
+  valueDimPadded: number,
+  queryLength: number,
+  forced: string | undefined,
+): TiledVariant {
+  const fits = (variant: TiledVariant) =>
+    tiledWorkgroupBytes(variant, headDimPadded, valueDimPadded) <= capabilities.workgroupBytes &&
+    variant.rowThreads * variant.colThreads <= capabilities.workgroupThreads &&
+    (family === 'base' || variant.colThreads <= capabilities.subgroupSize[0]) &&
+    valueDimPadded % (4 * variant.colThreads) === 0;
+  const affordable = (variant: TiledVariant) =>
+    ((variant.rows / variant.rowThreads) * valueDimPadded) / variant.colThreads <= OUTPUT_REGISTERS;
+  const candidates = TILED_VARIANTS.filter(fits);
+  if (forced !== undefined) {
+    const variant = candidates.find(({ name }) => name === forced);
+    if (variant === undefined) {
+      throw new UnsupportedOptionError(
+        'qk-int8-pv-fp16',
+        'options.variant',
+        `one of ${candidates.map(({ name }) => `'${name}'`).join(', ')} for this device and these head dims`,
+        `'${forced}'`,
+      );
+    }
+    return variant;
+  }
+  const best = candidates.filter(affordable);
+  const ordered = best.length > 0 ? best : candidates;
+  const short = ordered.filter(({ rows }) => rows <= Math.max(16, queryLength));
+  // Software drivers gain nothing from large tiles and compile them slowly.
+  const simplest = candidates.find(({ name }) => name === SOFTWARE_VARIANT);
+  const chosen = (capabilities.isSoftware ? simplest : undefined) ?? short[0] ?? ordered.at(-1);
+  if (chosen === undefined) {
+    throw new UnsupportedOptionError(
+      'qk-int8-pv-fp16',
+      'device',
+      `at least ${tiledWorkgroupBytes(TILED_VARIANTS.at(-1) as TiledVariant, headDimPadded, valueDimPadded)} bytes of workgroup memory`,
+      `${capabilities.workgroupBytes} bytes`,
+    );
+  }
+  return chosen;
+}
+
+const tiledFamily = (
+  name: 'subgroup' | 'base',
+  support: (capabilities: Capabilities) => string | undefined,
+): KernelFamily => ({
+  name,
+  layout: 'rows',
+  variants: TILED_VARIANTS,
+  maxHeadDim: Number.POSITIVE_INFINITY,
+  support,
+  kernel(capabilities, { headDimPadded, valueDimPadded, queryLength, pvAccumDtype, variant }) {
+    if (pvAccumDtype === 'fp16') throw unsupportedAccumulation(`family '${name}'`);
+    const tiles = chooseTiles(capabilities, name, headDimPadded, valueDimPadded, queryLength, variant);
+    return {
+      family: name,
+      name: tiles.name,
+      kernel: {
+        label: `attention ${name} ${tiles.name}`,
+        rows: tiles.rows,
+        source: (config) =>
+          tiledAttentionKernel({
+            ...config,
+            ...tiles,
+            family: name,
+            packedDot: capabilities.packedDot,
+            subgroupId: capabilities.subgroupId,
+          }),
+      },
+    };
+  },
+});
+
+export const SUBGROUP_FAMILY = tiledFamily('subgroup', ({ subgroups, packedDot, subgroupSize: [smallest] }) => {
+  if (!subgroups) return "no feature 'subgroups'";
+  if (!packedDot) return 'no dot4I8Packed';
+  return smallest < 4 ? 'subgroups smaller than 4' : undefined;
+});
+
+/** Core WebGPU: every device runs it. */
+export const BASE_FAMILY = tiledFamily('base', () => undefined);

@@ -1,0 +1,62 @@
+/** Joining the partial results of rows. */
+import { type AttentionProblem, outputShapeOf } from '../../../attention/problem.ts';
+import { BYTES_PER_ELEMENT } from '../../../tensor/dtype.ts';
+import { elementCount } from '../../../tensor/tensor.ts';
+import { encodeParams, padDim } from '../kernels/layout.ts';
+import { MERGE_PARAMS, MERGE_THREADS, mergeKernel } from '../kernels/merge.ts';
+import { recordFloats, type ScoreConfig } from '../kernels/scores.ts';
+import type { Binding, Launch, Unit } from './launch.ts';
+import { allOf, type KeySplits, launchesOf, type Stages } from './stages.ts';
+
+/** Bytes of the partial results of a problem. */
+export const recordsBytes = (problem: AttentionProblem, splits: KeySplits): number =>
+  (elementCount(outputShapeOf(problem)) / problem.valueDim) * splits.count * recordFloats(padDim(problem.valueDim)) * 4;
+
+/** Joins partial results; words of the output take the place of tiles, in batches of one workgroup. */
+export function mergeLaunches(stages: Stages, config: ScoreConfig, splits: KeySplits): Launch[] {
+  const { problem, capabilities } = stages;
+  const { valueDim, queryHeads, queryLength, tensorLayout, sequences, batch, dtype } = problem;
+  const elements = elementCount(outputShapeOf(problem));
+  const headsInner = sequences !== undefined || tensorLayout === 'NHD';
+  const perWord = 4 / BYTES_PER_ELEMENT[dtype];
+  const words = Math.ceil(elements / perWord);
+  const recordBytes = recordFloats(config.valueDimPadded) * 4 * splits.count;
+  const batches = Array.from({ length: Math.ceil(words / MERGE_THREADS) }, (_, i) => i);
+  const wordsOf = (unit: Unit) =>
+    [unit.tiles[0] * MERGE_THREADS, Math.min(words, unit.tiles[1] * MERGE_THREADS)] as const;
+  const tokens = sequences === undefined ? queryLength : (sequences.cuSeqlensQ[batch] as number);
+  // Records are bound from a whole number of them, so that a row's index stays an integer.
+  const recordAlignment = leastCommonMultiple(recordBytes, capabilities.bindingAlignment);
+  const spansOf = (unit: Unit): Binding[] => {
+    const [start, end] = wordsOf(unit);
+    const firstRow = Math.floor((start * perWord) / valueDim);
+    const lastRow = Math.floor((Math.min(elements, end * perWord) - 1) / valueDim);
+    const from = Math.floor((firstRow * recordBytes) / recordAlignment) * recordAlignment;
+    return [
+      { slot: 1, buffer: 'records', start: from, end: (lastRow + 1) * recordBytes },
+      { slot: 6, buffer: 'output', start: start * 4, end: end * 4 },
+      ...(config.returnLse ? [{ slot: 7, buffer: 'lse' as const, start: 0, end: (elements / valueDim) * 4 }] : []),
+    ];
+  };
+  return launchesOf(stages, 'merge', mergeKernel(config, headsInner), allOf(batches, 1), spansOf, (unit, base) => {
+    const [start, end] = wordsOf(unit);
+    return encodeParams(MERGE_PARAMS, {
+      wordStart: start,
+      wordEnd: end,
+      elements,
+      splits: splits.count,
+      heads: queryHeads,
+      tokens,
+      rowBase: base('records') / recordBytes,
+      outputWordBase: base('output') / 4,
+      lseBase: base('lse') / 4,
+      softcap: problem.softcap,
+    });
+  });
+}
+
+function leastCommonMultiple(a: number, b: number): number {
+  let [x, y] = [a, b];
+  while (y !== 0) [x, y] = [y, x % y];
+  return (a / x) * b;
+}

@@ -1,0 +1,299 @@
+/** Statistics of K and V, and quantization of Q, K and V. */
+import { type AttentionProblem, sequencesOf } from '../../../attention/problem.ts';
+import type { Granularity } from '../../../quantization/schemes.ts';
+import { BYTES_PER_ELEMENT, type DType } from '../../../tensor/dtype.ts';
+import type { KernelChoice } from '../../backend.ts';
+import type { Capabilities } from '../capabilities.ts';
+import { encodeParams, type KeyValueLayout, padDim, rowVectors } from '../kernels/layout.ts';
+import {
+  KEY_BLOCK,
+  PREPARE_KEY_VALUE_PARAMS,
+  PREPARE_QUERY_PARAMS,
+  prepareKeyValueKernel,
+  prepareQueryKernel,
+  QUERY_BLOCK,
+} from '../kernels/prepare.ts';
+import { STATISTICS_PARAMS, statisticsKernel, statisticsVectors } from '../kernels/statistics.ts';
+import { roundUp } from '../kernels/storage.ts';
+import type { Launch } from './launch.ts';
+import {
+  accessOf,
+  allOf,
+  extent,
+  type KeyValueShape,
+  keyHeads,
+  launchesOf,
+  operandSpan,
+  partialSpan,
+  rowSpan,
+  type SequenceRecord,
+  type Stages,
+  type Tile,
+  tablesBinding,
+  tilesOf,
+} from './stages.ts';
+
+/**
+ * V's channels need scales: float16 values fit as they are, but for differences from a mean. Sums in float16 overflow less
+ * where no value exceeds 1.
+ */
+const scalesValues = (dtype: DType, { smoothV, pvAccumDtype }: ValueChoice): boolean =>
+  dtype !== 'float16' || smoothV || pvAccumDtype === 'fp16';
+
+type ValueChoice = Pick<KernelChoice, 'smoothV' | 'pvAccumDtype'>;
+
+export function keyValueBytes(shape: KeyValueShape): { keys: number; values: number; partials: number } {
+  // Kernels bind whole tiles.
+  const rows = Math.max(KEY_BLOCK, shape.kvHeads * shape.rowsPerHead);
+  const records = Math.max(1, shape.kvHeads * shape.sequences * shape.chunks);
+  return {
+    keys: rows * rowVectors(padDim(shape.headDim)) * 16,
+    values: rows * padDim(shape.valueDim) * 2,
+    partials: records * statisticsVectors(padDim(shape.headDim), padDim(shape.valueDim)) * 16,
+  };
+}
+
+/** Where the rows of the keys of a problem's sequences are when they are laid end to end, each from a new block. */
+export function keyValueShapeOf(
+  problem: AttentionProblem,
+  choice: Pick<KernelChoice, 'smoothK' | 'qkQuantGran'> & ValueChoice,
+  capabilities: Capabilities,
+  layout: KeyValueLayout,
+): KeyValueShape {
+  const keyRows: number[] = [];
+  let rows = 0;
+  for (const { keyLength } of sequencesOf(problem)) {
+    keyRows.push(rows);
+    rows += roundUp(keyLength, KEY_BLOCK);
+  }
+  const { dtype, kvHeads, headDim, valueDim, batch, keyLength, k, v } = problem;
+  // A chunk must fit a binding; more chunks than 16 only cost the kernels that add them up.
+  const spanned = keyLength * Math.max(k.tokenStride, v.tokenStride) * BYTES_PER_ELEMENT[dtype];
+  const chunks = Math.max(
+    Math.min(16, Math.ceil(keyLength / KEY_BLOCK)),
+    Math.ceil((2 * spanned) / capabilities.bindingBytes),
+    1,
+  );
+  return {
+    dtype,
+    kvHeads,
+    headDim,
+    valueDim,
+    sequences: batch,
+    rowsPerHead: rows,
+    keyRows,
+    chunks,
+    smoothK: choice.smoothK,
+    smoothV: choice.smoothV,
+    scaleValues: scalesValues(dtype, choice),
+    granularity: choice.qkQuantGran,
+    layout,
+  };
+}
+
+/** Partial sums of K and maxima of V; none where neither is needed. */
+export function statisticsLaunches(stages: Stages): Launch[] {
+  const { problem, keyValue, records } = stages;
+  const { dtype, headDim, valueDim, kvHeads } = problem;
+  const { smoothK: keyMean, scaleValues: valueMax, smoothV: valueMean } = keyValue;
+  if (!keyMean && !valueMax) return [];
+  const { chunks } = keyValue;
+  const items: Tile[] = records.flatMap(({ keyLength }, sequence) =>
+    Array.from({ length: chunks }, (_, chunk) => {
+      const each = Math.ceil(keyLength / chunks);
+      const first = Math.min(keyLength, chunk * each);
+      return { sequence, first, count: Math.max(1, Math.min(keyLength, first + each) - first) };
+    }),
+  );
+  const [headDimPadded, valueDimPadded] = [padDim(headDim), padDim(valueDim)];
+  const code = statisticsKernel({
+    dtype,
+    access: accessOf(
+      dtype,
+      [...(keyMean ? [problem.k] : []), ...(valueMax ? [problem.v] : [])],
+      [...(keyMean ? [headDim] : []), ...(valueMax ? [valueDim] : [])],
+    ),
+    headDim,
+    headDimPadded,
+    valueDim,
+    valueDimPadded,
+    keyMean,
+    valueMax,
+    valueMean,
+  });
+  const bytes = BYTES_PER_ELEMENT[dtype];
+  if (records.every(({ keyLength }) => keyLength === 0)) return [];
+  return launchesOf(
+    stages,
+    'statistics',
+    code,
+    allOf(items, kvHeads),
+    (unit) => [
+      tablesBinding(stages),
+      ...(keyMean ? [operandSpan(stages, 2, 'k', items, unit)] : []),
+      ...(valueMax ? [operandSpan(stages, 3, 'v', items, unit)] : []),
+      partialSpan(stages, 4, unit.heads),
+    ],
+    (unit, base) =>
+      encodeParams(STATISTICS_PARAMS, {
+        itemStart: unit.tiles[0],
+        headStart: unit.heads[0],
+        sequences: keyValue.sequences,
+        chunks,
+        sequencesAt: stages.sequencesAt,
+        tilesAt: 0,
+        kHeadStride: problem.k.headStride,
+        kTokenStride: problem.k.tokenStride,
+        kBase: base('k') / bytes,
+        vHeadStride: problem.v.headStride,
+        vTokenStride: problem.v.tokenStride,
+        vBase: base('v') / bytes,
+        partialBase: base('partials') / 16,
+      }),
+  );
+}
+
+/** Quantization of K and conversion of V, of tokens `first` to the end of each sequence. */
+export function prepareKeyValueLaunches(stages: Stages, first = 0): Launch[] {
+  const { problem, keyValue, records, tables } = stages;
+  const { dtype, headDim, valueDim, kvHeads } = problem;
+  const [headDimPadded, valueDimPadded] = [padDim(headDim), padDim(valueDim)];
+  // A tile never crosses a block: appended tokens fill the last block up first, as a group of their own.
+  const tiles = records.flatMap(({ keyLength }, sequence) => {
+    const list: Tile[] = [];
+    for (let token = first; token < keyLength; ) {
+      const end = Math.min(keyLength, (Math.floor(token / KEY_BLOCK) + 1) * KEY_BLOCK);
+      list.push({ sequence, first: token, count: end - token });
+      token = end;
+    }
+    return list;
+  });
+  const tilesAt = tables.tiles(tiles);
+  const { scaleValues, smoothV } = keyValue;
+  const needsPartials = keyValue.smoothK || scaleValues;
+  const code = prepareKeyValueKernel({
+    dtype,
+    access: accessOf(dtype, [problem.k, problem.v], [headDim, valueDim]),
+    granularity: keyValue.granularity,
+    headDim,
+    headDimPadded,
+    valueDim,
+    valueDimPadded,
+    smoothK: keyValue.smoothK,
+    scaleValues,
+    smoothV,
+    layout: keyValue.layout,
+  });
+  const keyBytes = rowVectors(headDimPadded) * 16;
+  const valueBytes = valueDimPadded * 2;
+  const bytes = BYTES_PER_ELEMENT[dtype];
+  return launchesOf(
+    stages,
+    'prepare key value',
+    code,
+    allOf(tiles, kvHeads),
+    (unit) => {
+      const rows = extent(tiles, unit.tiles, (tile) => {
+        const { keyRow } = records[tile.sequence] as SequenceRecord;
+        const block = keyRow + Math.floor(tile.first / KEY_BLOCK) * KEY_BLOCK;
+        return [block, block + KEY_BLOCK];
+      });
+      return [
+        tablesBinding(stages),
+        operandSpan(stages, 2, 'k', tiles, unit),
+        operandSpan(stages, 3, 'v', tiles, unit),
+        ...(needsPartials ? [partialSpan(stages, 4, unit.heads)] : []),
+        rowSpan(5, 'keys', keyBytes, keyValue.rowsPerHead, unit.heads, rows),
+        rowSpan(6, 'values', valueBytes, keyValue.rowsPerHead, unit.heads, rows),
+      ];
+    },
+    (unit, base) =>
+      encodeParams(PREPARE_KEY_VALUE_PARAMS, {
+        tileStart: unit.tiles[0],
+        headStart: unit.heads[0],
+        sequences: keyValue.sequences,
+        chunks: keyValue.chunks,
+        sequencesAt: stages.sequencesAt,
+        tilesAt,
+        kHeadStride: problem.k.headStride,
+        kTokenStride: problem.k.tokenStride,
+        kBase: base('k') / bytes,
+        vHeadStride: problem.v.headStride,
+        vTokenStride: problem.v.tokenStride,
+        vBase: base('v') / bytes,
+        rowsPerHead: keyValue.rowsPerHead,
+        kRowBase: base('keys') / 16,
+        vRowBase: base('values') / 16,
+        partialBase: base('partials') / 16,
+      }),
+  );
+}
+
+/** Quantization of Q. `scoreScale` is what a product of integers and scales is multiplied with to be a score. */
+export function prepareQueryLaunches(
+  stages: Stages,
+  granularity: Granularity,
+  scoreScale: number,
+  rowConstant: boolean,
+): Launch[] {
+  const { problem, keyValue, records, tables } = stages;
+  const { dtype, headDim, valueDim, queryHeads, kvHeads } = problem;
+  const headDimPadded = padDim(headDim);
+  const tiles = tilesOf(
+    records.map(({ queryLength }) => queryLength),
+    QUERY_BLOCK,
+  );
+  const tilesAt = tables.tiles(tiles);
+  const needsMean = rowConstant && keyValue.smoothK;
+  const code = prepareQueryKernel({
+    dtype,
+    access: accessOf(dtype, [problem.q], [headDim]),
+    granularity,
+    headDim,
+    headDimPadded,
+    valueDim,
+    valueDimPadded: padDim(valueDim),
+    smoothK: keyValue.smoothK,
+    rowConstant,
+  });
+  const groupSize = queryHeads / Math.max(1, kvHeads);
+  return launchesOf(
+    stages,
+    'prepare query',
+    code,
+    allOf(tiles, queryHeads),
+    (unit) => [
+      tablesBinding(stages),
+      operandSpan(stages, 2, 'q', tiles, unit),
+      rowSpan(
+        3,
+        'queryRows',
+        rowVectors(headDimPadded) * 16,
+        stages.rowsPerQueryHead,
+        unit.heads,
+        extent(tiles, unit.tiles, ({ sequence, first, count }) => {
+          const row = (records[sequence] as SequenceRecord).queryRow + first;
+          return [row, row + count];
+        }),
+      ),
+      ...(needsMean ? [partialSpan(stages, 4, keyHeads(unit.heads, groupSize))] : []),
+    ],
+    (unit, base) =>
+      encodeParams(PREPARE_QUERY_PARAMS, {
+        tileStart: unit.tiles[0],
+        headStart: unit.heads[0],
+        groupSize,
+        sequences: keyValue.sequences,
+        chunks: keyValue.chunks,
+        sequencesAt: stages.sequencesAt,
+        tilesAt,
+        headStride: problem.q.headStride,
+        tokenStride: problem.q.tokenStride,
+        base: base('q') / BYTES_PER_ELEMENT[dtype],
+        rowsPerHead: stages.rowsPerQueryHead,
+        rowBase: base('queryRows') / 16,
+        partialBase: base('partials') / 16,
+        scoreScale,
+      }),
+  );
+}
