@@ -1,9 +1,8 @@
 import { cp, mkdir, readdir } from 'node:fs/promises';
 import path from 'node:path';
-import sirv from 'sirv';
 import { defineConfig, type Plugin } from 'vite';
 import { findAssetFolder, PLAYGROUND_ASSETS } from '../src/cli/playground-assets.ts';
-import { ISOLATION_HEADERS } from '../src/cli/playground-server.ts';
+import { ISOLATION_HEADERS, serveFile } from '../src/cli/playground-server.ts';
 
 /** Weights and peers: copied beside the built page, served from their packages in development. */
 function assets(): Plugin {
@@ -16,7 +15,10 @@ function assets(): Plugin {
     configureServer({ middlewares }) {
       for (const asset of PLAYGROUND_ASSETS) {
         const folder = findAssetFolder(asset);
-        if (folder !== undefined) middlewares.use(`/${asset.folder}`, sirv(folder, { dev: true }));
+        if (folder === undefined) continue;
+        middlewares.use(`/${asset.folder}`, (request, response, next) =>
+          serveFile(request, response, folder, request.url ?? '/', next),
+        );
       }
     },
     async writeBundle() {

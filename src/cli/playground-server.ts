@@ -1,7 +1,7 @@
 /** The static server of `sageattention playground`. */
-import { createServer, type Server } from 'node:http';
+import { createServer, type IncomingMessage, type Server, type ServerResponse } from 'node:http';
 import { type AddressInfo, isIPv6 } from 'node:net';
-import sirv from 'sirv';
+import send from 'send';
 import { findAssetFolder, PLAYGROUND_ASSETS } from './playground-assets.ts';
 
 /** With these a page is cross-origin isolated, which browsers ask for before they share memory between threads. */
@@ -16,36 +16,54 @@ export interface PlaygroundServer {
 }
 
 /**
+ * Answers with a file of a folder, with ranges and validators; a broken download closes its file. What is no file of the folder,
+ * or hidden, is `missing`.
+ *
+ * @param target path below the folder as the request gives it, percent-encoded
+ */
+export function serveFile(
+  request: IncomingMessage,
+  response: ServerResponse,
+  folder: string,
+  target: string,
+  missing: () => void,
+): void {
+  send(request, target, { root: folder, dotfiles: 'ignore' })
+    .on('error', (error: { status?: number }) => {
+      // 416 has headers of its own and no body; everything else is no file that is given away.
+      if (error.status !== 416) return missing();
+      response.statusCode = 416;
+      response.end();
+    })
+    .on('directory', missing)
+    .pipe(response);
+}
+
+/**
  * Serves the built page; what it lacks of {@link PLAYGROUND_ASSETS} comes from the installed packages.
  *
  * @param folder the built page
  * @param port 0: any free one
  */
 export async function servePlayground(folder: string, port: number, host: string): Promise<PlaygroundServer> {
-  const setHeaders = (response: { setHeader(name: string, value: string): unknown }) => {
-    for (const [name, value] of Object.entries(ISOLATION_HEADERS)) response.setHeader(name, value);
-    response.setHeader('X-Content-Type-Options', 'nosniff');
-  };
-  // `dev`: files are looked up at each request, so that one that goes while this runs is a 404 and not the end of it.
-  const options = { dev: true, etag: true, setHeaders };
-  const page = sirv(folder, options);
   const packages = PLAYGROUND_ASSETS.flatMap((asset) => {
     const installed = findAssetFolder(asset);
-    return installed === undefined ? [] : [{ asset, serve: sirv(installed, options) }];
+    return installed === undefined ? [] : [{ asset, installed }];
   });
   const server = createServer((request, response) => {
+    for (const [name, value] of Object.entries(ISOLATION_HEADERS)) response.setHeader(name, value);
+    response.setHeader('X-Content-Type-Options', 'nosniff');
     const missing = () => {
       response.statusCode = 404;
       response.end('Not found');
     };
-    page(request, response, () => {
-      const { url = '/' } = request;
-      const found = packages.find(({ asset }) => url.startsWith(`/${asset.folder}/`));
-      const name = found === undefined ? '' : url.slice(found.asset.folder.length + 2);
-      if (found === undefined || !found.asset.files.test(name)) return missing();
+    const [target = '/'] = (request.url ?? '/').split('?', 1);
+    serveFile(request, response, folder, target, () => {
+      const found = packages.find(({ asset }) => target.startsWith(`/${asset.folder}/`));
+      const name = found === undefined ? '' : target.slice(found.asset.folder.length + 2);
       // `files` allows no slash, so that nothing else of the package can be asked for.
-      request.url = `/${name}`;
-      found.serve(request, response, missing);
+      if (found === undefined || !found.asset.files.test(name)) return missing();
+      serveFile(request, response, found.installed, `/${name}`, missing);
     });
   });
   await listen(server, port, host);

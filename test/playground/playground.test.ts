@@ -10,10 +10,9 @@ import path from 'node:path';
 import { pathToFileURL } from 'node:url';
 import axe, { type AxeResults } from 'axe-core';
 import type { Browser, BrowserContextOptions, Page } from 'playwright-core';
-import sirv from 'sirv';
 import { build } from 'vite';
 import { afterAll, beforeAll, describe, expect } from 'vitest';
-import { type PlaygroundServer, servePlayground } from '../../src/cli/playground-server.ts';
+import { type PlaygroundServer, serveFile, servePlayground } from '../../src/cli/playground-server.ts';
 import { launchChromium, missingChromium } from '../support/chromium.ts';
 import { itNeeds } from '../support/requirement.ts';
 
@@ -626,10 +625,9 @@ describe('playground', () => {
   });
 
   it('runs from a folder of any static host, which sends no headers and has no model', async () => {
-    const files = sirv(path.join(built, 'page'));
     const host: Server = createServer((request, response) => {
-      request.url = (request.url ?? '/').replace(/^\/some\/folder/, '');
-      files(request, response, () => {
+      const [target = '/'] = (request.url ?? '/').replace(/^\/some\/folder/, '').split('?', 1);
+      serveFile(request, response, path.join(built, 'page'), target, () => {
         response.statusCode = 404;
         response.end();
       });
