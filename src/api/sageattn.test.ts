@@ -321,7 +321,7 @@ describe('prepareKeyValue', () => {
     open();
     await Promise.all([appended, attended]);
     expect(cache.length).toBe(5);
-    expect(wasm.plans[0]?.problem).toMatchObject({ queryHeads: 4, keyLength: 5, isCausal: true });
+    expect(wasm.plans[0]?.problem).toMatchObject({ queryHeads: 4, keyLength: 5, band: { upper: 0, align: 1 } });
     cache[Symbol.dispose]();
     await expect(cache.attend(t(1, 4, 1, 8))).rejects.toMatchObject({ code: 'disposed' });
     await expect(cache.append(...kv(1))).rejects.toMatchObject({ code: 'disposed' });

@@ -1,7 +1,7 @@
 import { describe, expect, it } from 'vitest';
 import { emptyTensor, tensor } from '../tensor/tensor.ts';
+import { NO_LIMIT } from './band.ts';
 import {
-  bandOf,
   createProblem,
   createVarlenProblem,
   lseShapeOf,
@@ -32,9 +32,7 @@ describe('createProblem', () => {
       tensorLayout: 'HND',
       sequences: undefined,
       mask: undefined,
-      isCausal: false,
-      causalAlignment: 'top-left',
-      windowSize: [Number.POSITIVE_INFINITY, Number.POSITIVE_INFINITY],
+      band: { lower: -NO_LIMIT, upper: NO_LIMIT, align: 0 },
       softcap: 0,
       smScale: 1 / Math.sqrt(32),
       returnLse: false,
@@ -70,24 +68,6 @@ describe('createProblem', () => {
       offset: 0,
       strides,
     });
-  });
-});
-
-describe('bandOf', () => {
-  const band = (isCausal: boolean, causalAlignment: 'top-left' | 'bottom-right', windowSize: [number, number]) =>
-    bandOf({ isCausal, causalAlignment, windowSize }, 3, 10);
-  const all = Number.POSITIVE_INFINITY;
-
-  it('has no bounds without causality and window', () => {
-    expect(band(false, 'top-left', [all, all])).toEqual({ lower: -all, upper: all });
-  });
-  it('puts the causal diagonal at either corner', () => {
-    expect(band(true, 'top-left', [all, all])).toEqual({ lower: -all, upper: 0 });
-    expect(band(true, 'bottom-right', [all, all])).toEqual({ lower: -all, upper: 7 });
-  });
-  it('places the window around the same diagonal, and causality cuts its right side', () => {
-    expect(band(false, 'bottom-right', [2, 4])).toEqual({ lower: 5, upper: 11 });
-    expect(band(true, 'top-left', [2, 4])).toEqual({ lower: -2, upper: 0 });
   });
 });
 

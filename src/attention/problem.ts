@@ -3,7 +3,8 @@
 import { InvalidArgumentError } from '../errors.ts';
 import type { DType, MaskDType } from '../tensor/dtype.ts';
 import { type TensorLocation, type TensorView, validateView } from '../tensor/tensor.ts';
-import type { AttentionOptions, CausalAlignment, TensorLayout } from './options.ts';
+import { type Band, createBand } from './band.ts';
+import type { AttentionOptions, TensorLayout } from './options.ts';
 
 /** Where an operand's elements are: `offset + batch * batchStride + head * headStride + token * tokenStride + channel`. */
 export interface OperandLayout {
@@ -56,23 +57,12 @@ export interface AttentionProblem {
   readonly tensorLayout: TensorLayout;
   readonly sequences: PackedSequences | undefined;
   readonly mask: MaskLayout | undefined;
-  readonly isCausal: boolean;
-  readonly causalAlignment: CausalAlignment;
-  /** Infinity where there is no limit. */
-  readonly windowSize: readonly [left: number, right: number];
+  /** Which keys a row may see by causality, alignment and window. */
+  readonly band: Band;
   /** 0: none. */
   readonly softcap: number;
   readonly smScale: number;
   readonly returnLse: boolean;
-}
-
-/**
- * The keys that row i may see by causality and window: `i + lower <= j <= i + upper`. Both sides may be infinite. The
- * mask comes on top.
- */
-export interface Band {
-  readonly lower: number;
-  readonly upper: number;
 }
 
 /** One sequence of a problem: token ranges inside the operands. */
@@ -82,17 +72,6 @@ export interface Sequence {
   readonly queryLength: number;
   readonly keyStart: number;
   readonly keyLength: number;
-}
-
-/** Causality and window as one band; lengths are those of the sequence. */
-export function bandOf(
-  problem: Pick<AttentionProblem, 'isCausal' | 'causalAlignment' | 'windowSize'>,
-  queryLength: number,
-  keyLength: number,
-): Band {
-  const shift = problem.causalAlignment === 'bottom-right' ? keyLength - queryLength : 0;
-  const [left, right] = problem.windowSize;
-  return { lower: shift - left, upper: shift + (problem.isCausal ? Math.min(right, 0) : right) };
 }
 
 /** The sequences of a problem; a dense problem has one per batch entry, each starting at token 0. */
@@ -280,7 +259,6 @@ function normalize(
   validateHeadDim('v', valueDim);
   requireSame('k', 'head dim', headDim, k.shape.at(-1), 'invalid-shape');
 
-  const [left, right] = options.windowSize ?? [-1, -1];
   const mask = options.attnMask;
   if (mask !== undefined) {
     requireSame('options.attnMask', 'location', q.location, mask.location, 'mixed-locations');
@@ -304,9 +282,7 @@ function normalize(
     location: q.location,
     device: q.device ?? 0,
     mask: mask === undefined ? undefined : maskLayout(mask, [batch, queryHeads, queryLength, keyLength]),
-    isCausal: options.isCausal ?? false,
-    causalAlignment: options.causalAlignment ?? 'top-left',
-    windowSize: [left === -1 ? Number.POSITIVE_INFINITY : left, right === -1 ? Number.POSITIVE_INFINITY : right],
+    band: createBand(options),
     softcap: options.softcap ?? 0,
     smScale: options.smScale ?? 1 / Math.sqrt(headDim),
     returnLse: options.returnLse ?? false,

@@ -1,5 +1,6 @@
 /** Which keys a row may see, and what the mask adds to their scores. */
-import { type AttentionProblem, bandOf, type Sequence } from '../attention/problem.ts';
+import { bandOf } from '../attention/band.ts';
+import type { AttentionProblem, Sequence } from '../attention/problem.ts';
 import { decodeRun } from '../tensor/access.ts';
 import type { Tensor } from '../tensor/tensor.ts';
 
@@ -15,7 +16,7 @@ export type BiasReader = (sequence: Sequence, head: number, row: number, bias: F
 export function biasReader(problem: AttentionProblem, attnMask: Tensor | undefined): BiasReader {
   const { mask } = problem;
   return (sequence, head, row, bias) => {
-    const { queryLength, keyLength, index } = sequence;
+    const { keyLength, index } = sequence;
     if (mask === undefined || attnMask === undefined) {
       bias.fill(0, 0, keyLength);
     } else {
@@ -26,7 +27,7 @@ export function biasReader(problem: AttentionProblem, attnMask: Tensor | undefin
         for (let key = 0; key < keyLength; key++) bias[key] = bias[key] === 0 ? Number.NEGATIVE_INFINITY : 0;
       }
     }
-    const { lower, upper } = bandOf(problem, queryLength, keyLength);
+    const { lower, upper } = bandOf(problem, sequence);
     const first = Math.min(Math.max(row + lower, 0), keyLength);
     const end = Math.min(Math.max(row + upper + 1, first), keyLength);
     bias.fill(Number.NEGATIVE_INFINITY, 0, first);

@@ -1,7 +1,7 @@
 /** Fills in the records that kernels read (job.ts). */
+import { bandOf, visibleKeys } from '../../attention/band.ts';
 import {
   type AttentionProblem,
-  bandOf,
   lseShapeOf,
   type MaskLayout,
   type OperandLayout,
@@ -24,10 +24,6 @@ const NOWHERE: OperandLayout = { offset: 0, batchStride: 0, headStride: 0, token
 /** 0 means none to the kernels. Scores within 1e-10 of each other weigh the same in float32, so less changes nothing. */
 const LEAST_SOFTCAP = 1e-10;
 const LARGEST_SM_SCALE = 3.4e38;
-
-/** Limits that stand for "none" in a band; lengths are far smaller. */
-const FAR = 2 ** 30;
-const clampBand = (value: number) => Math.max(-FAR, Math.min(FAR, value));
 
 /** Addresses of what a job works on; 0: not there. */
 export interface Addresses {
@@ -103,8 +99,10 @@ export function sequenceRecords(
   const out = outputLayoutOf(problem);
   const lseBatchStride = problem.sequences === undefined ? problem.queryHeads * problem.queryLength : 0;
   let firstTile = 0;
-  return sequences.map(({ index, queryStart, queryLength, keyStart, keyLength }) => {
-    const band = bandOf(problem, queryLength, keyLength);
+  return sequences.map((sequence) => {
+    const { index, queryStart, queryLength, keyStart, keyLength } = sequence;
+    const { lower, upper } = bandOf(problem, sequence);
+    const [first, end] = visibleKeys(problem, sequence);
     const tiles = tilesOf(keyLength);
     const record = {
       q: startOf(layouts.q, index, queryStart),
@@ -115,12 +113,12 @@ export function sequenceRecords(
       mask: layouts.mask === undefined ? 0 : layouts.mask.offset + index * layouts.mask.strides[0],
       queryLength,
       keyLength,
-      lower: clampBand(band.lower),
-      upper: clampBand(band.upper),
+      lower,
+      upper,
       firstTile,
       tiles,
       start: 0,
-      partlySeen: layouts.mask !== undefined || band.lower > 0 || queryLength + band.upper < keyLength,
+      partlySeen: layouts.mask !== undefined || first > 0 || end < keyLength,
     };
     firstTile += tiles;
     return record;

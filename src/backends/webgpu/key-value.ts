@@ -118,7 +118,7 @@ export class WebgpuKeyValue implements PreparedKeyValue {
   ): Promise<AttentionOutputs> {
     this.#check(run);
     const own = rebased(problem);
-    const key = JSON.stringify({ ...own, windowSize: own.windowSize.map(String) });
+    const key = JSON.stringify(own);
     let program = this.#programs.get(key);
     if (program === undefined) {
       const stages = createStages(own, this.#context.capabilities, this.#shape);

@@ -2,14 +2,9 @@
  * Exact attention on a WebGPU device: what benches compare the quantized kernels with. No part of the package's interface.
  */
 
+import { bandOf } from '../../attention/band.ts';
 import { type AttentionOptions, validateOptions } from '../../attention/options.ts';
-import {
-  type AttentionProblem,
-  bandOf,
-  createProblem,
-  outputLayoutOf,
-  outputShapeOf,
-} from '../../attention/problem.ts';
+import { type AttentionProblem, createProblem, outputLayoutOf, outputShapeOf } from '../../attention/problem.ts';
 import type { Capabilities } from '../../backends/webgpu/capabilities.ts';
 import type { GpuContext } from '../../backends/webgpu/device.ts';
 import { encodeParams } from '../../backends/webgpu/kernels/layout.ts';
@@ -162,7 +157,7 @@ export async function createExactAttention(
       subgroupId,
     }),
   );
-  const { upper } = bandOf(problem, queryLength, keyLength);
+  const { upper } = bandOf(problem, problem);
   const bytes = encodeParams(EXACT_PARAMS, {
     queryLength,
     keyLength,

@@ -1,6 +1,7 @@
 import { describe, expect, test } from 'vitest';
 import { Random, runSeed } from '../../../../test/support/random.ts';
 import { place, snapshot } from '../../../../test/support/tensors.ts';
+import { NO_LIMIT } from '../../../attention/band.ts';
 import { createProblem } from '../../../attention/problem.ts';
 import { type AttentionOptions, sageattn } from '../../../index.ts';
 import { elementCount, type Tensor } from '../../../tensor/tensor.ts';
@@ -67,16 +68,18 @@ describe('heads as rows', () => {
   });
 
   test('every row has the band of the token', () => {
-    const windowOf = (options: AttentionOptions) =>
-      headsAsRows(problemOf({ heads: 8, kvHeads: 2 }, options), choiceOf())?.windowSize;
-    const all = Number.POSITIVE_INFINITY;
+    const limitsOf = (options: AttentionOptions) => {
+      const { lower, upper, align } = headsAsRows(problemOf({ heads: 8, kvHeads: 2 }, options), choiceOf())?.band ?? {};
+      expect(align).toBe(0);
+      return [lower, upper];
+    };
     const bottomRight = { causalAlignment: 'bottom-right' } as const;
-    expect(windowOf({ ...bottomRight, isCausal: true })).toEqual([all, all]);
-    expect(windowOf({ ...bottomRight, windowSize: [99, 0] })).toEqual([all, all]);
-    expect(windowOf({ ...bottomRight, windowSize: [98, 0] })).toEqual([-1, all]);
-    expect(windowOf({ ...bottomRight, windowSize: [10, -1] })).toEqual([-89, all]);
-    expect(windowOf({ windowSize: [5, 7] })).toEqual([all, 7]);
-    expect(windowOf({ isCausal: true })).toEqual([all, 0]);
+    expect(limitsOf({ ...bottomRight, isCausal: true })).toEqual([-NO_LIMIT, NO_LIMIT]);
+    expect(limitsOf({ ...bottomRight, windowSize: [99, 0] })).toEqual([-NO_LIMIT, NO_LIMIT]);
+    expect(limitsOf({ ...bottomRight, windowSize: [98, 0] })).toEqual([1, NO_LIMIT]);
+    expect(limitsOf({ ...bottomRight, windowSize: [10, -1] })).toEqual([89, NO_LIMIT]);
+    expect(limitsOf({ windowSize: [5, 7] })).toEqual([-NO_LIMIT, 7]);
+    expect(limitsOf({ isCausal: true })).toEqual([-NO_LIMIT, 0]);
   });
 
   test('attention has one CTA for the heads over a head of K', () => {

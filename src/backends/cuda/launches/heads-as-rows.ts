@@ -3,7 +3,8 @@
  * V anew. As rows of one query, whose token stride is the stride of heads, they share a tile, and K and V are read once. The
  * kernels see nothing of it.
  */
-import { type AttentionProblem, bandOf } from '../../../attention/problem.ts';
+import { bandOf, NO_LIMIT } from '../../../attention/band.ts';
+import type { AttentionProblem } from '../../../attention/problem.ts';
 import type { KernelChoice } from '../../backend.ts';
 
 /** Rows with this distance share a scale of Q in per-thread quantization: fewer have one each, as when they are alone. */
@@ -25,7 +26,7 @@ export function headsAsRows(
   if (queryLength !== 1 || sequences !== undefined || rows <= 1) return undefined;
   // Coarser scales, and the mean that smoothing takes from Q, would be those of several heads.
   if (qkQuantGran !== 'per-thread' || smoothQ) return undefined;
-  const { lower, upper } = bandOf(problem, queryLength, keyLength);
+  const { lower, upper } = bandOf(problem, problem);
   return {
     ...problem,
     queryHeads: queryHeads / rows,
@@ -36,12 +37,8 @@ export function headsAsRows(
         ? undefined
         : { ...mask, strides: [mask.strides[0], rows * mask.strides[1], mask.strides[1], mask.strides[3]] },
     // Every row sees what the one token sees: the kernel counts the band from row 0 (`sameBand`).
-    isCausal: false,
-    causalAlignment: 'top-left',
-    windowSize: [
-      lower <= 0 ? Number.POSITIVE_INFINITY : -lower,
-      upper >= keyLength - 1 ? Number.POSITIVE_INFINITY : upper,
-    ],
+    // A side that hides nothing is none, which is faster.
+    band: { lower: lower <= 0 ? -NO_LIMIT : lower, upper: upper >= keyLength - 1 ? NO_LIMIT : upper, align: 0 },
     // With one token both layouts are the same.
     tensorLayout: 'HND',
   };

@@ -4,6 +4,7 @@
  * and ordered `[head, token, channel]` with the sequences of a batch end to end.
  */
 
+import { type Band, isBanded, NO_LIMIT } from '../../../attention/band.ts';
 import {
   type AttentionProblem,
   lseShapeOf,
@@ -90,8 +91,6 @@ export interface SimulatableModule extends KernelModule {
 
 /** Rows of Q to which sequences are padded. */
 export const BLOCK_Q = 128;
-/** Windows at least this wide are no windows: lengths are below it. */
-export const NO_LIMIT = 2 ** 30;
 
 /** Quantized K and V: made once, attended to many times. */
 export const KEY_VALUE_BUFFERS = [
@@ -563,6 +562,13 @@ export function quantizeQueryLaunch({ problem, choice, device, layout, scheme }:
   );
 }
 
+/** The band as the attention kernels take it: keys left and right of the diagonal, and where that starts. */
+export const bandArguments = ({ lower, upper, align }: Band): KernelArgument[] => [
+  s32(0 - lower),
+  s32(upper),
+  u32(align),
+];
+
 /** Byte strides of output and LSE by the names of the kernels' parameters. */
 export function outputStridesOf(problem: AttentionProblem) {
   const { dtype, queryHeads } = problem;
@@ -681,7 +687,6 @@ function attendLaunches(context: Context): Pick<LaunchSequence, 'launches' | 'sc
   const attentionTiles = Math.ceil(problem.queryLength / blockQueries(tile));
   const attentionBlocks = attentionTiles * queryHeads * batch;
   const splits = splitsOf(context, attentionBlocks, tile.minBlocksPerMultiprocessor);
-  const [left, right] = problem.windowSize;
   const config: AttentionConfig = {
     target,
     qkFormat: scheme.qkFormat,
@@ -695,7 +700,7 @@ function attendLaunches(context: Context): Pick<LaunchSequence, 'launches' | 'sc
     keyScales: scheme.keyGroups,
     // FP16 holds P up to 2^8 as well as up to 1; FP16 sums and E4M3, whose maximum is P's already, have no room.
     rescaleThreshold: scheme.pvFormat !== 'e4m3' && scheme.accumulate === 'f32' ? 8 : 0,
-    banded: problem.isCausal || left !== Number.POSITIVE_INFINITY || right !== Number.POSITIVE_INFINITY,
+    banded: isBanded(problem.band),
     sameBand: rowsAreHeads,
     mask: mask === undefined ? 'none' : mask.dtype === 'bool' ? 'boolean' : mask.dtype,
     softcap: problem.softcap !== 0,
@@ -739,9 +744,7 @@ function attendLaunches(context: Context): Pick<LaunchSequence, 'launches' | 'sc
         meanScoreKeys: u32(meanScoreKeys),
       }),
       ...inOrder(ATTENTION_STRIDES, { maskBatch, maskHead, maskQuery, maskKey, ...outputStrides }),
-      s32(Math.min(left, NO_LIMIT)),
-      s32(problem.isCausal ? 0 : Math.min(right, NO_LIMIT)),
-      u32(problem.causalAlignment === 'bottom-right' ? 1 : 0),
+      ...bandArguments(problem.band),
       f32(Math.abs(problem.smScale) * LOG2_E),
       f32(problem.softcap * LOG2_E),
     ]),

@@ -1,4 +1,5 @@
 /** Launches of the Hopper kernels: what {@link planLaunches} does with them once K and V are quantized. */
+import { isBanded } from '../../../attention/band.ts';
 import type { KernelName } from '../../../attention/kernels.ts';
 import { BYTES, LOG2_E } from '../kernels/common.ts';
 import { BLOCK_K } from '../kernels/mma-sync/attention.ts';
@@ -23,6 +24,7 @@ import { type HopperTuning, tuningOf } from '../kernels/wgmma/table.ts';
 import { TARGET_FEATURES } from '../ptx/targets.ts';
 import type { KernelArgument, KernelLaunch, LaunchSequence, TensorMapDescription } from './launch.ts';
 import {
+  bandArguments,
   type Context,
   combineLaunch,
   f32,
@@ -30,11 +32,9 @@ import {
   launch,
   loadWidthOf,
   moduleOf,
-  NO_LIMIT,
   outputStridesOf,
   pointer,
   quantizeQueryLaunch,
-  s32,
   strideBytes,
   u32,
   u64,
@@ -90,7 +90,6 @@ export function hopperShapeOf(context: Context): Shape {
   const queryTiles = Math.ceil(totalRows / rows);
   const units = (queryHeads / packedHeads) * batch;
   const splits = splitsOf(context, Math.max(1, queryTiles * units), tile.minBlocks);
-  const [left, right] = problem.windowSize;
   const aligned = loadWidthOf(problem.q, headDim, dtype, device.pointerAlignment ?? 16) >= 4;
   const fused = fuseQuery && aligned && choice.qkQuantGran === 'per-thread';
   const keyMean = choice.smoothK && layout.keyTiles > 0;
@@ -107,7 +106,7 @@ export function hopperShapeOf(context: Context): Shape {
     keyScales: scheme.keyGroups,
     packedHeads,
     exponentOffset: pvFormat === 'e4m3' ? LOG2_E4M3_MAX - tile.rescaleThreshold : 0,
-    banded: problem.isCausal || left !== Number.POSITIVE_INFINITY || right !== Number.POSITIVE_INFINITY,
+    banded: isBanded(problem.band),
     mask: mask === undefined ? 'none' : mask.dtype === 'bool' ? 'boolean' : mask.dtype,
     softcap: problem.softcap !== 0,
     smoothV: choice.smoothV,
@@ -258,7 +257,6 @@ export function hopperAttendLaunches(context: Context): Pick<LaunchSequence, 'la
     KernelArgument,
     KernelArgument,
   ];
-  const [left, right] = problem.windowSize;
   const blocks = tuning.persistent ? Math.min(work, device.multiprocessors * config.minBlocks) : work;
   launches.push(
     launch('attention', module, 'hopperAttention', blocks, threads, sharedBytes, [
@@ -297,9 +295,7 @@ export function hopperAttendLaunches(context: Context): Pick<LaunchSequence, 'la
         maskKey,
         ...outputStridesOf(problem),
       }),
-      s32(Math.min(left, NO_LIMIT)),
-      s32(problem.isCausal ? 0 : Math.min(right, NO_LIMIT)),
-      u32(problem.causalAlignment === 'bottom-right' ? 1 : 0),
+      ...bandArguments(problem.band),
       f32(problem.smScale),
       f32(problem.softcap * LOG2_E),
       ...mapsOf(context, shape),

@@ -1,11 +1,6 @@
 /** What the stages of a computation share: sequences and tiles as tables, spans of buffers, launches over ranges of them. */
-import {
-  type AttentionProblem,
-  bandOf,
-  type OperandLayout,
-  outputLayoutOf,
-  sequencesOf,
-} from '../../../attention/problem.ts';
+import { bandOf } from '../../../attention/band.ts';
+import { type AttentionProblem, type OperandLayout, outputLayoutOf, sequencesOf } from '../../../attention/problem.ts';
 import type { Granularity } from '../../../quantization/schemes.ts';
 import { BYTES_PER_ELEMENT, type DType } from '../../../tensor/dtype.ts';
 import type { Capabilities } from '../capabilities.ts';
@@ -99,9 +94,6 @@ export const accessOf = (dtype: DType, layouts: readonly OperandLayout[], dims: 
   return whole && dims.every((dim) => dim % 16 === 0) ? 'vector' : 'scalar';
 };
 
-const BAND_LIMIT = 2 ** 30;
-const clipBand = (value: number) => Math.max(-BAND_LIMIT, Math.min(BAND_LIMIT, value));
-
 /** Everything that the stages share. */
 export interface Stages {
   readonly problem: AttentionProblem;
@@ -126,7 +118,6 @@ export function createStages(
   const total = problem.sequences?.cuSeqlensQ[problem.batch] ?? 0;
   const records = sequencesOf(problem).map((sequence): SequenceRecord => {
     const { index, queryStart, queryLength, keyStart, keyLength } = sequence;
-    const band = bandOf(problem, queryLength, keyLength);
     const at = ({ offset, batchStride, tokenStride }: OperandLayout, token: number) =>
       offset + index * batchStride + token * tokenStride;
     const record = {
@@ -134,8 +125,7 @@ export function createStages(
       keyLength,
       queryRow,
       keyRow: keyValue.keyRows[index] as number,
-      lower: clipBand(band.lower),
-      upper: clipBand(band.upper),
+      ...bandOf(problem, sequence),
       output: at(output, queryStart),
       lse: total > 0 || problem.sequences !== undefined ? queryStart : index * problem.queryHeads * queryLength,
       mask: problem.mask === undefined ? 0 : problem.mask.offset + index * problem.mask.strides[0],
