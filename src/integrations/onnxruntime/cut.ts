@@ -36,9 +36,16 @@ export interface Cut {
   readonly lastUse: ReadonlyMap<string, number>;
 }
 
+interface NodeUnit {
+  readonly node: NodeProto;
+  readonly site?: undefined;
+  readonly reads: readonly string[];
+  level: number;
+}
+
 /** A node, or an attention in the place of the nodes that it replaces. */
 type Unit =
-  | { readonly node: NodeProto; readonly site?: undefined; readonly reads: readonly string[]; level: number }
+  | NodeUnit
   | { readonly site: AttentionSite; readonly result: string; readonly reads: readonly string[]; level: number };
 
 /**
@@ -180,10 +187,12 @@ function assemble(index: GraphIndex, units: readonly Unit[]): Cut {
   if (constants.length > 0) {
     pieces.push({ level: 0, nodes: constants, inputs: [], outputs: constants.flatMap((node) => node.output) });
   }
-  for (let level = 0; level < levels; level++) {
-    const nodes = units.flatMap((unit) => (unit.site === undefined && unit.level === level ? [unit.node] : []));
-    if (nodes.length === 0) continue;
-    const reads = new Set(units.flatMap((unit) => (unit.site === undefined && unit.level === level ? unit.reads : [])));
+  const byLevel = Array.from({ length: levels }, (): NodeUnit[] => []);
+  for (const unit of units) if (unit.site === undefined) byLevel[unit.level]?.push(unit);
+  for (const [level, own] of byLevel.entries()) {
+    if (own.length === 0) continue;
+    const nodes = own.map(({ node }) => node);
+    const reads = new Set(own.flatMap((unit) => unit.reads));
     const outputs = nodes.flatMap((node) => node.output.filter((value) => value !== '' && crossing.has(value)));
     pieces.push({ level, nodes, inputs: [...reads].filter((value) => home.get(value) !== level), outputs });
   }

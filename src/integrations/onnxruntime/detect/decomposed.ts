@@ -8,6 +8,7 @@ import { canonicalDomain, node as makeNode, type NodeProto } from '../model/code
 import { constantScalar, uniformOf } from '../model/constants.ts';
 import { floatAttribute, type GraphIndex, intAttribute, intsAttribute, isOp, stringAttribute } from '../model/graph.ts';
 import { kindOf } from '../model/types.ts';
+import { graphFunction } from '../model/walk.ts';
 import { type Repeat, repeatedHeads } from './repeats.ts';
 import {
   type AttentionSite,
@@ -329,16 +330,20 @@ const isRuntimeScalar = (index: GraphIndex, value: string): boolean =>
   !index.constants.has(value) && dependsOnShapesOnly(index, value);
 
 /** True for arithmetic on sizes of tensors, such as the `sqrt(Shape(q)[-1])` that PyTorch writes for a dynamic head dim. */
-function dependsOnShapesOnly(index: GraphIndex, value: string, depth = 0): boolean {
-  if (index.constants.has(value)) return true;
-  const node = index.producer(value);
-  if (node === undefined || depth > 16 || canonicalDomain(node.domain) !== '') return false;
-  if (node.opType === 'Shape' || node.opType === 'Size') return true;
-  return (
-    SHAPE_ARITHMETIC.has(node.opType) &&
-    index.readsOf(node).every((input) => dependsOnShapesOnly(index, input, depth + 1))
-  );
-}
+const dependsOnShapesOnly = graphFunction<boolean>({
+  cyclic: false,
+  dependencies(index, value) {
+    const node = index.constants.has(value) ? undefined : index.producer(value);
+    return node !== undefined && SHAPE_ARITHMETIC.has(node.opType) ? index.readsOf(node) : [];
+  },
+  result(index, value, of) {
+    if (index.constants.has(value)) return true;
+    const node = index.producer(value);
+    if (node === undefined || canonicalDomain(node.domain) !== '') return false;
+    if (node.opType === 'Shape' || node.opType === 'Size') return true;
+    return SHAPE_ARITHMETIC.has(node.opType) && index.readsOf(node).every(of);
+  },
+});
 
 interface Peeled {
   readonly value: string;

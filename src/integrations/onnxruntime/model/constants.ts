@@ -1,8 +1,9 @@
 /** Numbers that a graph computes from constants alone: scales, and what masked scores become. */
 
-import { canonicalDomain, tensorNumbers } from './codec.ts';
+import { canonicalDomain, type NodeProto, tensorNumbers } from './codec.ts';
 import { constantNumbers, type GraphIndex, intAttribute } from './graph.ts';
 import { type ElementKind, kindOf } from './types.ts';
+import { graphFunction } from './walk.ts';
 
 /** A tensor all of whose elements are equal. */
 export interface Uniform {
@@ -13,12 +14,14 @@ export interface Uniform {
 }
 
 const UNARY: Readonly<Record<string, (x: number) => number>> = {
+  __proto__: null as never,
   Sqrt: Math.sqrt,
   Reciprocal: (x) => 1 / x,
   Neg: (x) => -x,
 };
 
 const BINARY: Readonly<Record<string, (x: number, y: number) => number>> = {
+  __proto__: null as never,
   Add: (x, y) => x + y,
   Sub: (x, y) => x - y,
   Mul: (x, y) => x * y,
@@ -37,39 +40,55 @@ function uniform(numbers: readonly number[] | undefined, rest: Omit<Uniform, 'nu
 /** Integers of a graph are divided as in C. */
 const inKind = (number: number, kind: ElementKind) => (kind === 'integer' ? Math.trunc(number) : number);
 
-/** The value of an expression of constants all of whose elements are equal; undefined when it is none. */
-export function uniformOf(index: GraphIndex, value: string, depth = 0): Uniform | undefined {
-  const tensor = index.constants.get(value);
-  if (tensor !== undefined) {
-    const rest = { kind: kindOf(tensor.dataType), dims: tensor.dims.map(Number) };
-    return uniform(constantNumbers(index, value), rest);
-  }
-  const node = index.producer(value);
-  if (node === undefined || depth > 16 || canonicalDomain(node.domain) !== '') return undefined;
-  const [a, b] = node.input;
-  if (node.opType === 'ConstantOfShape') {
-    const dims = constantNumbers(index, a as string);
-    const fill = node.attribute.find((entry) => entry.name === 'value')?.t;
-    return fill === undefined
-      ? { number: 0, kind: 'float', dims }
-      : uniform(tensorNumbers(fill), { kind: kindOf(fill.dataType), dims });
-  }
-  const x = a === undefined ? undefined : uniformOf(index, a, depth + 1);
-  if (x === undefined) return undefined;
-  if (node.opType === 'Identity') return x;
-  if (RESHAPING.has(node.opType)) return { ...x, dims: undefined };
-  if (node.opType === 'Cast') {
-    const kind = kindOf(intAttribute(node, 'to') ?? 0);
-    return kind === 'bool' ? undefined : { ...x, kind, number: inKind(x.number, kind) };
-  }
-  const unary = UNARY[node.opType];
-  if (unary !== undefined) return { ...x, number: unary(x.number) };
-  const binary = BINARY[node.opType];
-  const y = binary === undefined || b === undefined ? undefined : uniformOf(index, b, depth + 1);
-  if (binary === undefined || y === undefined) return undefined;
-  const { kind } = x;
-  return { kind, number: inKind(binary(x.number, y.number), kind), dims: broadcastDims(x.dims, y.dims) };
+/** An operator of the default domain that {@link uniformOf} can compute. */
+function computable(index: GraphIndex, value: string): NodeProto | undefined {
+  const node = index.constants.has(value) ? undefined : index.producer(value);
+  return node !== undefined && canonicalDomain(node.domain) === '' ? node : undefined;
 }
+
+/** The value of an expression of constants all of whose elements are equal; undefined when it is none. */
+export const uniformOf = graphFunction<Uniform | undefined>({
+  cyclic: undefined,
+  dependencies(index, value) {
+    const { opType = '', input = [] } = computable(index, value) ?? {};
+    if (opType in BINARY) return input.slice(0, 2);
+    return opType in UNARY || RESHAPING.has(opType) || opType === 'Identity' || opType === 'Cast'
+      ? input.slice(0, 1)
+      : [];
+  },
+  result(index, value, of) {
+    const tensor = index.constants.get(value);
+    if (tensor !== undefined) {
+      const rest = { kind: kindOf(tensor.dataType), dims: tensor.dims.map(Number) };
+      return uniform(constantNumbers(index, value), rest);
+    }
+    const node = computable(index, value);
+    if (node === undefined) return undefined;
+    const [a, b] = node.input;
+    if (node.opType === 'ConstantOfShape') {
+      const dims = constantNumbers(index, a as string);
+      const fill = node.attribute.find((entry) => entry.name === 'value')?.t;
+      return fill === undefined
+        ? { number: 0, kind: 'float', dims }
+        : uniform(tensorNumbers(fill), { kind: kindOf(fill.dataType), dims });
+    }
+    const x = a === undefined ? undefined : of(a);
+    if (x === undefined) return undefined;
+    if (node.opType === 'Identity') return x;
+    if (RESHAPING.has(node.opType)) return { ...x, dims: undefined };
+    if (node.opType === 'Cast') {
+      const kind = kindOf(intAttribute(node, 'to') ?? 0);
+      return kind === 'bool' ? undefined : { ...x, kind, number: inKind(x.number, kind) };
+    }
+    const unary = UNARY[node.opType];
+    if (unary !== undefined) return { ...x, number: unary(x.number) };
+    const binary = BINARY[node.opType];
+    const y = binary === undefined || b === undefined ? undefined : of(b);
+    if (binary === undefined || y === undefined) return undefined;
+    const { kind } = x;
+    return { kind, number: inKind(binary(x.number, y.number), kind), dims: broadcastDims(x.dims, y.dims) };
+  },
+});
 
 /** The number of {@link uniformOf}. */
 export const constantScalar = (index: GraphIndex, value: string): number | undefined => uniformOf(index, value)?.number;

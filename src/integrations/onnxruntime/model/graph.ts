@@ -6,6 +6,7 @@ import {
   type TensorProto,
   tensorNumbers,
   tensorProto,
+  type ValueInfoProto,
 } from './codec.ts';
 
 export interface GraphIndex {
@@ -18,6 +19,8 @@ export interface GraphIndex {
   readonly outputs: ReadonlySet<string>;
   /** Version of the default operator set. */
   readonly opset: number;
+  /** What the graph says of the type of a value. */
+  declared(value: string): ValueInfoProto | undefined;
   producer(value: string): NodeProto | undefined;
   consumers(value: string): readonly NodeProto[];
   /** The one node that reads `value`, once; undefined when there are more uses or it is an output of the graph. */
@@ -48,6 +51,7 @@ export function indexGraph(graph: GraphProto, opset: number): GraphIndex {
       else list.push(node);
     }
   }
+  const declared = new Map([...graph.valueInfo, ...graph.output, ...graph.input].map((info) => [info.name, info]));
   const outputs = new Set(graph.output.map((output) => output.name));
   return {
     graph,
@@ -56,6 +60,7 @@ export function indexGraph(graph: GraphProto, opset: number): GraphIndex {
     inputs: new Set(graph.input.map((input) => input.name).filter((name) => !constants.has(name))),
     outputs,
     opset,
+    declared: (value) => declared.get(value),
     producer: (value) => producers.get(value),
     consumers: (value) => consumers.get(value) ?? [],
     soleConsumer: (value) => {
@@ -64,6 +69,26 @@ export function indexGraph(graph: GraphProto, opset: number): GraphIndex {
     },
     readsOf: (node) => reads.get(node) ?? [],
   };
+}
+
+/** True where every node can run behind those that it reads from. onnxruntime refuses any other graph. */
+export function isAcyclic({ nodes, producer, readsOf, consumers }: GraphIndex): boolean {
+  const open = new Map(
+    nodes.map((node) => [node, readsOf(node).filter((name) => producer(name) !== undefined).length]),
+  );
+  const ready = nodes.filter((node) => open.get(node) === 0);
+  // The list grows while it is read.
+  for (const node of ready) {
+    for (const name of new Set(node.output)) {
+      if (name === '' || producer(name) !== node) continue;
+      for (const reader of new Set(consumers(name))) {
+        const left = (open.get(reader) as number) - 1;
+        open.set(reader, left);
+        if (left === 0) ready.push(reader);
+      }
+    }
+  }
+  return ready.length === nodes.length;
 }
 
 /** What a `Constant` node gives, in any of its spellings but those of strings and sparse tensors. */

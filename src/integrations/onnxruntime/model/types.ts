@@ -2,6 +2,7 @@
 
 import { canonicalDomain, ELEMENT_TYPES } from './codec.ts';
 import { type GraphIndex, intAttribute } from './graph.ts';
+import { graphFunction } from './walk.ts';
 
 export type ElementKind = 'float' | 'integer' | 'bool';
 
@@ -21,29 +22,48 @@ export const kindOf = (elementType: number): ElementKind => {
 const INTEGER_RESULTS = new Set('Shape Size NonZero ArgMax ArgMin OneHotIndices'.split(' '));
 const BOOL_RESULTS = new Set('Equal Less LessOrEqual Greater GreaterOrEqual And Or Not Xor IsNaN IsInf'.split(' '));
 /** Operators whose first output has the type of one input. */
-const PASSED_ON: Readonly<Record<string, number>> = Object.fromEntries([
+const PASSED_ON = new Map<string, number>([
   ...'Gather GatherElements GatherND Slice Concat Unsqueeze Squeeze Reshape Identity Add Sub Mul Div Mod Neg Abs Min Max Expand Tile Transpose Range Split CumSum ReduceProd ReduceSum ReduceMax ReduceMin ScatterND ScatterElements Flatten Pad Trilu Clip Sign'
     .split(' ')
     .map((name) => [name, 0] as const),
   ['Where', 1] as const,
 ]);
 
-/** Float where nothing says otherwise. */
-export function elementKind(index: GraphIndex, value: string, depth = 0): ElementKind {
+/** The input that the type of a value comes from. */
+function typedBy(index: GraphIndex, value: string): string | undefined {
+  const node = index.producer(value);
+  if (node === undefined || canonicalDomain(node.domain) !== '') return undefined;
+  const from = PASSED_ON.get(node.opType);
+  return from === undefined ? undefined : node.input[from];
+}
+
+function declaredKind(index: GraphIndex, value: string): ElementKind | undefined {
   const constant = index.constants.get(value);
   if (constant !== undefined) return kindOf(constant.dataType);
-  const declared = [...index.graph.input, ...index.graph.valueInfo].find((info) => info.name === value)?.type?.value;
-  if (declared?.case === 'tensorType') return kindOf(declared.value.elemType);
-  const node = index.producer(value);
-  if (node === undefined || depth > 64 || canonicalDomain(node.domain) !== '') return 'float';
-  if (INTEGER_RESULTS.has(node.opType)) return 'integer';
-  if (BOOL_RESULTS.has(node.opType)) return 'bool';
-  if (node.opType === 'Cast') return kindOf(intAttribute(node, 'to') ?? ELEMENT_TYPES.float32);
-  if (node.opType === 'ConstantOfShape') {
-    const fill = node.attribute.find((entry) => entry.name === 'value')?.t;
-    return fill === undefined ? 'float' : kindOf(fill.dataType);
-  }
-  const from = PASSED_ON[node.opType];
-  const input = from === undefined ? undefined : node.input[from];
-  return input === undefined ? 'float' : elementKind(index, input, depth + 1);
+  const declared = index.declared(value)?.type?.value;
+  return declared?.case === 'tensorType' && declared.value.elemType !== 0 ? kindOf(declared.value.elemType) : undefined;
 }
+
+/** Float where nothing says otherwise. */
+export const elementKind = graphFunction<ElementKind>({
+  cyclic: 'float',
+  dependencies(index, value) {
+    const from = declaredKind(index, value) === undefined ? typedBy(index, value) : undefined;
+    return from === undefined ? [] : [from];
+  },
+  result(index, value, of) {
+    const declared = declaredKind(index, value);
+    if (declared !== undefined) return declared;
+    const node = index.producer(value);
+    if (node === undefined || canonicalDomain(node.domain) !== '') return 'float';
+    if (INTEGER_RESULTS.has(node.opType)) return 'integer';
+    if (BOOL_RESULTS.has(node.opType)) return 'bool';
+    if (node.opType === 'Cast') return kindOf(intAttribute(node, 'to') ?? ELEMENT_TYPES.float32);
+    if (node.opType === 'ConstantOfShape') {
+      const fill = node.attribute.find((entry) => entry.name === 'value')?.t;
+      return fill === undefined ? 'float' : kindOf(fill.dataType);
+    }
+    const from = typedBy(index, value);
+    return from === undefined ? 'float' : of(from);
+  },
+});

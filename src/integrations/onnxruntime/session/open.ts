@@ -18,7 +18,7 @@ import {
   valueInfo,
   writeModel,
 } from '../model/codec.ts';
-import { type GraphIndex, indexGraph } from '../model/graph.ts';
+import { type GraphIndex, indexGraph, isAcyclic } from '../model/graph.ts';
 import { type ModelMetadata, readMetadata } from '../model/metadata.ts';
 import { elementKind } from '../model/types.ts';
 import { type WeightSource, weightsOf } from '../model/weights.ts';
@@ -84,20 +84,23 @@ export async function openModel(
   let sessionOptions: OrtSessionOptions;
   let model: ModelProto;
   let source: ModelSource;
+  let index: GraphIndex;
+  let opset: number;
   try {
     sessionOptions = sessionOptionsOf(args);
     source = await loadModel(args, sessionOptions);
     model = readModel(source.bytes);
     if (model.graph === undefined || model.graph.node.length === 0) throw new Error('it has no graph');
     if (model.graph.sparseInitializer.length > 0) throw new Error('it has sparse initializers');
+    opset = Number(model.opsetImport.find((entry) => canonicalDomain(entry.domain) === '')?.version ?? 1);
+    index = indexGraph(model.graph, opset);
+    if (!isAcyclic(index)) throw new Error('its graph has a cycle');
   } catch (error) {
     // Whatever is wrong with the arguments or the file, onnxruntime says it in its own words.
     const opened = await plain([]);
     warn(`the model runs unmodified: ${messageOf(error)}`);
     return opened;
   }
-  const opset = Number(model.opsetImport.find((entry) => canonicalDomain(entry.domain) === '')?.version ?? 1);
-  const index = indexGraph(model.graph, opset);
   const detected = detectAttention(index);
   const left: LeftAttention[] = [...detected.left];
   const engine = engineOf(ort, sessionOptions);
@@ -108,7 +111,7 @@ export async function openModel(
   });
   if (typeof engine !== 'string' || sites.length === 0) return plain(left.map(reportLeft));
   try {
-    const cut = cutGraph(model.graph, opset, sites);
+    const cut = cutGraph(index.graph, opset, sites);
     const metadata = await readMetadata(create, model, index, sessionOptions).catch(() => undefined);
     const session = await openCut({ ort, create, args, model, source, cut, metadata, left, engine, options });
     return { cut: session, plain: undefined, report: () => session.report() };
