@@ -189,7 +189,11 @@ function runWhole(
   const [batch, heads, length] = q.shape as [number, number, number];
   const output = emptyCudaTensor(device, [batch, heads, length, v.shape[3] as number], 'bfloat16');
   const addresses = { q: q.memory.pointer, k: k.memory.pointer, v: v.memory.pointer, output: output.memory.pointer };
-  const bench = new Workbench(device, planLaunches(problem, choice, factsOf(device), tuningOf(variant)), addresses);
+  const bench = new Workbench(
+    device,
+    planLaunches(problem, choice, factsOf(device), { overrides: tuningOf(variant) }),
+    addresses,
+  );
   const results: Uint16Array[] = [];
   for (let i = 0; i < runs; i++) {
     const { pointer, byteLength } = output.memory;
@@ -270,7 +274,7 @@ function time(bench: Bench, task: Task & { kind: 'time' }): Partial<Outcome> {
   const choice = chooseOptions(descriptorOf(task.kernel), problem, {});
   const output = emptyCudaTensor(device, q.shape, 'bfloat16');
   const addresses = { q: q.memory.pointer, k: k.memory.pointer, v: v.memory.pointer, output: output.memory.pointer };
-  const plan = planLaunches(problem, choice, factsOf(device), tuningOf(task.variant));
+  const plan = planLaunches(problem, choice, factsOf(device), { overrides: tuningOf(task.variant) });
   const workbench = new Workbench(device, plan, addresses);
   const milliseconds = timeOnDevice(device, () => workbench.run());
   const aloneMilliseconds = timeOnDevice(device, () => workbench.run(isAttention));

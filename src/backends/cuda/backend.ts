@@ -13,15 +13,9 @@ import type {
 import { type Cuda, type CudaDevice, openCuda } from './driver/device.ts';
 import { CUDA_KERNELS, defaultKernelFor, lackedBy, MINIMUM_COMPUTE_CAPABILITY, targetFor } from './kernel-table.ts';
 import { CudaKeyValue } from './key-value.ts';
-import { type DeviceFacts, planAttend, planKeyValue, planLaunches } from './launches/plan.ts';
+import type { DeviceFacts } from './launches/context.ts';
+import { type LaunchPlanner, planAttend, planKeyValue, planLaunches } from './launches/plan.ts';
 import { AttentionRunner, type CapturedAttention, CudaPlan, operandsOf } from './plan.ts';
-
-/** Makes launches of problems, without touching a device; tests put others in place of the kernels of this package. */
-export interface LaunchPlanner {
-  readonly planLaunches: typeof planLaunches;
-  readonly planKeyValue: typeof planKeyValue;
-  readonly planAttend: typeof planAttend;
-}
 
 export interface CudaBackendOptions {
   /** Default: the driver of this machine, see `openCuda`. */

@@ -8,7 +8,6 @@ export {
   CudaBackend,
   type CudaBackendOptions,
   createCudaBackend,
-  type LaunchPlanner,
 } from './backend.ts';
 export { type CaptureOptions, captureAttention } from './capture.ts';
 export type { CudaApi } from './driver/api.ts';
@@ -19,6 +18,7 @@ export { CudaError } from './driver/status.ts';
 export { CudaEvent, CudaStream } from './driver/stream.ts';
 export { CUDA_KERNELS, DEFAULT_KERNELS, defaultKernelFor, MINIMUM_COMPUTE_CAPABILITY } from './kernel-table.ts';
 export type * from './launches/launch.ts';
+export type { LaunchPlanner } from './launches/plan.ts';
 export { CapturedAttention, CudaPlan } from './plan.ts';
 export {
   type CudaTensor,

@@ -48,6 +48,7 @@ it.each([
 
 it('a kernel says which devices it needs', () => {
   expect(lackedBy('qk-int8-pv-fp16-cuda', 80)).toBeUndefined();
+  expect(lackedBy('qk-int8-pv-fp16', 75)).toBe('compute capability 8.0 or later');
   expect(lackedBy('qk-int8-pv-fp8-cuda', 86)).toBe('compute capability 8.9 or later');
   expect(lackedBy('qk-int8-pv-fp8-cuda', 120)).toBeUndefined();
   expect(lackedBy('qk-int8-pv-fp8-cuda-sm90', 90)).toBeUndefined();

@@ -7,10 +7,28 @@ import type { Target } from './ptx/targets.ts';
 /** Compute capability (major * 10 + minor) below which nothing here runs: `mma.m16n8k32` of INT8 and `cp.async` start there. */
 export const MINIMUM_COMPUTE_CAPABILITY = 80;
 
-export const CUDA_KERNELS: readonly KernelDescriptor[] = [
+/** Kernels that share an instruction for their products, and with it their launches (`launches/`) and their tiles. */
+export type Family = 'mma-sync' | 'wgmma';
+
+/** What the launches of a kernel must know of it, besides what callers may ask of it. */
+export interface CudaKernelDescriptor extends KernelDescriptor {
+  readonly family: Family;
+  /** Codes of Q and K: targets without INT4 tensor cores hold them in INT8. */
+  readonly qkFormat: 's8' | 's4';
+  /** What V is stored as. */
+  readonly pvFormat: 'f16' | 'e4m3';
+  /** Compute capabilities (major * 10 + minor) that it runs on: E4M3 conversions start at 8.9, and only 9.0 has wgmma. */
+  readonly computeCapability: readonly [from: number, below: number];
+}
+
+export const CUDA_KERNELS: readonly CudaKernelDescriptor[] = [
   {
     name: 'qk-int8-pv-fp16',
     summary: 'INT8 QK per block, FP16 PV: the portable kernel, on mma.sync; sm_80 and later',
+    family: 'mma-sync',
+    qkFormat: 's8',
+    pvFormat: 'f16',
+    computeCapability: [MINIMUM_COMPUTE_CAPABILITY, Number.POSITIVE_INFINITY],
     qkQuantGran: ['per-block'],
     pvAccumDtype: ['fp32'],
     smoothV: false,
@@ -20,6 +38,10 @@ export const CUDA_KERNELS: readonly KernelDescriptor[] = [
   {
     name: 'qk-int8-pv-fp16-cuda',
     summary: 'INT8 QK, FP16 PV on mma.sync; sm_80 and later',
+    family: 'mma-sync',
+    qkFormat: 's8',
+    pvFormat: 'f16',
+    computeCapability: [MINIMUM_COMPUTE_CAPABILITY, Number.POSITIVE_INFINITY],
     qkQuantGran: ['per-thread', 'per-warp', 'per-block'],
     pvAccumDtype: ['fp32', 'fp16', 'fp16+fp32'],
     smoothV: true,
@@ -29,6 +51,10 @@ export const CUDA_KERNELS: readonly KernelDescriptor[] = [
   {
     name: 'qk-int8-pv-fp8-cuda',
     summary: 'INT8 QK, FP8 PV on mma.sync (SageAttention2 and 2++); sm_89 and later',
+    family: 'mma-sync',
+    qkFormat: 's8',
+    pvFormat: 'e4m3',
+    computeCapability: [89, Number.POSITIVE_INFINITY],
     qkQuantGran: ['per-thread', 'per-warp', 'per-block'],
     pvAccumDtype: ['fp32+fp16', 'fp32+fp32', 'fp32'],
     smoothV: true,
@@ -38,6 +64,10 @@ export const CUDA_KERNELS: readonly KernelDescriptor[] = [
   {
     name: 'qk-int4-pv-fp8-cuda',
     summary: 'INT4 QK with Q and K smoothed, FP8 PV on mma.sync; sm_89 and later',
+    family: 'mma-sync',
+    qkFormat: 's4',
+    pvFormat: 'e4m3',
+    computeCapability: [89, Number.POSITIVE_INFINITY],
     qkQuantGran: ['per-thread'],
     pvAccumDtype: ['fp32+fp16', 'fp32+fp32', 'fp32'],
     smoothV: true,
@@ -47,6 +77,10 @@ export const CUDA_KERNELS: readonly KernelDescriptor[] = [
   {
     name: 'qk-int8-pv-fp8-cuda-sm90',
     summary: 'INT8 QK, FP8 PV on wgmma (Hopper)',
+    family: 'wgmma',
+    qkFormat: 's8',
+    pvFormat: 'e4m3',
+    computeCapability: [90, 91],
     qkQuantGran: ['per-thread', 'per-warp', 'per-block'],
     pvAccumDtype: ['fp32+fp32', 'fp32'],
     smoothV: true,
@@ -56,6 +90,10 @@ export const CUDA_KERNELS: readonly KernelDescriptor[] = [
   {
     name: 'qk-int8-pv-fp16-cuda-sm90',
     summary: 'INT8 QK, FP16 PV on wgmma (Hopper)',
+    family: 'wgmma',
+    qkFormat: 's8',
+    pvFormat: 'f16',
+    computeCapability: [90, 91],
     qkQuantGran: ['per-thread', 'per-warp', 'per-block'],
     pvAccumDtype: ['fp32'],
     smoothV: true,
@@ -64,22 +102,12 @@ export const CUDA_KERNELS: readonly KernelDescriptor[] = [
   },
 ];
 
-/** Compute capabilities that kernels need beyond the minimum: E4M3 conversions from 8.9, wgmma on 9.0 alone. */
-const NEEDS: Partial<Record<KernelName, { readonly from: number; readonly below: number }>> = {
-  'qk-int8-pv-fp8-cuda': { from: 89, below: Number.POSITIVE_INFINITY },
-  'qk-int4-pv-fp8-cuda': { from: 89, below: Number.POSITIVE_INFINITY },
-  'qk-int8-pv-fp8-cuda-sm90': { from: 90, below: 91 },
-  'qk-int8-pv-fp16-cuda-sm90': { from: 90, below: 91 },
-};
-
 /** What a kernel needs of a device, in words, when a device of this compute capability lacks it. */
 export function lackedBy(kernel: KernelName, computeCapability: number): string | undefined {
-  const needs = NEEDS[kernel];
-  if (needs === undefined || (computeCapability >= needs.from && computeCapability < needs.below)) return undefined;
-  const from = (needs.from / 10).toFixed(1);
-  return needs.below === Number.POSITIVE_INFINITY
-    ? `compute capability ${from} or later`
-    : `compute capability ${from}`;
+  const [from, below] = descriptorOf(kernel).computeCapability;
+  if (computeCapability >= from && computeCapability < below) return undefined;
+  const least = `compute capability ${(from / 10).toFixed(1)}`;
+  return below === Number.POSITIVE_INFINITY ? `${least} or later` : least;
 }
 
 /** What a range of devices runs by default: the first row whose compute capability is not above the device's. */
@@ -98,14 +126,14 @@ export const DEFAULT_KERNELS: readonly Preference[] = [
 ];
 
 /** The descriptor of a kernel of this backend. */
-export function descriptorOf(name: KernelName): KernelDescriptor {
+export function descriptorOf(name: KernelName): CudaKernelDescriptor {
   const found = CUDA_KERNELS.find((descriptor) => descriptor.name === name);
   if (found === undefined) throw new RangeError(`no CUDA kernel '${name}'`);
   return found;
 }
 
 /** The kernel that devices of a compute capability run unless told otherwise; undefined below the minimum. */
-export function defaultKernelFor(computeCapability: number): KernelDescriptor | undefined {
+export function defaultKernelFor(computeCapability: number): CudaKernelDescriptor | undefined {
   const row = DEFAULT_KERNELS.find(({ from }) => computeCapability >= from);
   return row === undefined ? undefined : descriptorOf(row.kernel);
 }

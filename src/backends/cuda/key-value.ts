@@ -3,12 +3,12 @@ import type { AttentionProblem, OperandLayout } from '../../attention/problem.ts
 import { BYTES_PER_ELEMENT } from '../../tensor/dtype.ts';
 import { type Tensor, type TensorView, transpose } from '../../tensor/tensor.ts';
 import type { AttentionOutputs, KernelChoice, PreparedKeyValue, RunContext } from '../backend.ts';
-import type { LaunchPlanner } from './backend.ts';
 import { CU_MEMORYTYPE_DEVICE, STRUCTS } from './driver/api.ts';
 import type { CudaDevice } from './driver/device.ts';
 import type { DeviceMemory } from './driver/memory.ts';
 import type { CudaStream } from './driver/stream.ts';
-import type { DeviceFacts, KeyRoom, KeyValuePart } from './launches/plan.ts';
+import type { DeviceFacts, KeyRoom, KeyValuePart } from './launches/context.ts';
+import type { LaunchPlanner } from './launches/plan.ts';
 import {
   AttentionRunner,
   BoundLaunches,
@@ -280,7 +280,7 @@ export class CudaKeyValue implements PreparedKeyValue {
     }
     const device = this.#device;
     const { offsets, byteLength } = packBuffers(
-      this.#planner.planKeyValue(problem, this.#choice, this.#facts, { capacity }).kept,
+      this.#planner.planKeyValue(problem, this.#choice, this.#facts, { room: { capacity } }).kept,
     );
     const memory = device.allocate(byteLength, device.stream);
     const buffers = [...offsets].map(([buffer, byteOffset]) => ({ buffer, memory, byteOffset }));
@@ -306,7 +306,12 @@ export class CudaKeyValue implements PreparedKeyValue {
     room: KeyRoom,
     parts?: readonly KeyValuePart[],
   ): void {
-    const sequence = this.#planner.planKeyValue(problem, this.#choice, this.#facts, room, parts);
+    const sequence = this.#planner.planKeyValue(
+      problem,
+      this.#choice,
+      this.#facts,
+      parts === undefined ? { room } : { room, parts },
+    );
     if (sequence.launches.length === 0) return;
     const bound = new BoundLaunches(this.#device, sequence);
     try {
@@ -339,7 +344,7 @@ export class CudaKeyValue implements PreparedKeyValue {
     let runner = this.#runners.get(key);
     if (runner === undefined) {
       const { capacity } = this.#k;
-      const plan = () => this.#planner.planAttend(problem, this.#choice, this.#facts, { capacity });
+      const plan = () => this.#planner.planAttend(problem, this.#choice, this.#facts, { room: { capacity } });
       runner = new AttentionRunner(this.#device, problem, plan);
       this.#runners.set(key, runner);
       if (this.#runners.size > CACHED_RUNNERS) {

@@ -1,6 +1,5 @@
-/** Launches of the Hopper kernels: what {@link planLaunches} does with them once K and V are quantized. */
+/** Launches of the kernels on `wgmma`. */
 import { isBanded } from '../../../attention/band.ts';
-import type { KernelName } from '../../../attention/kernels.ts';
 import { BYTES, LOG2_E } from '../kernels/common.ts';
 import { BLOCK_K } from '../kernels/mma-sync/attention.ts';
 import {
@@ -22,26 +21,23 @@ import {
 import { type HopperConfig, LOG2_E4M3_MAX, sharedPlanOf } from '../kernels/wgmma/config.ts';
 import { type HopperTuning, tuningOf } from '../kernels/wgmma/table.ts';
 import { TARGET_FEATURES } from '../ptx/targets.ts';
-import type { KernelArgument, KernelLaunch, LaunchSequence, TensorMapDescription } from './launch.ts';
 import {
   bandArguments,
-  type Context,
-  combineLaunch,
   f32,
   inOrder,
   launch,
-  loadWidthOf,
+  maskArgumentsOf,
+  maskFormatOf,
   moduleOf,
   outputStridesOf,
   pointer,
-  quantizeQueryLaunch,
   strideBytes,
   u32,
-  u64,
-} from './plan.ts';
-
-export const isHopperKernel = (name: KernelName) =>
-  name === 'qk-int8-pv-fp8-cuda-sm90' || name === 'qk-int8-pv-fp16-cuda-sm90';
+} from './arguments.ts';
+import { combineLaunches, combineScratch, outputPointersOf } from './combine.ts';
+import { type Context, type FamilyLaunches, type KeyValuePart, loadWidthOf, splitsOf } from './context.ts';
+import type { KernelArgument, KernelLaunch, LaunchSequence, TensorMapDescription } from './launch.ts';
+import { quantizeQueryLaunch, queryScratch, statisticsLaunches } from './quantize.ts';
 
 /** Heads that lie side by side in one tile: those over one head of K, when the queries are too short to fill a tile alone. */
 function packedHeadsOf(queryLength: number, headsPerKeyHead: number): number {
@@ -59,18 +55,10 @@ interface Shape {
   readonly splits: number;
 }
 
-/** Into how many parts the keys are split so that the card is filled. */
-function splitsOf({ device, problem }: Context, blocks: number, minBlocks: number): number {
-  const keyTiles = Math.ceil(problem.keyLength / HOPPER_BLOCK_K);
-  // A part of fewer than two tiles is not worth its prologue.
-  const most = Math.max(1, Math.floor(keyTiles / 2));
-  return Math.max(1, Math.min(64, most, Math.floor((device.multiprocessors * minBlocks) / blocks)));
-}
-
 /** Configuration and grid of a problem. */
-export function hopperShapeOf(context: Context): Shape {
+function shapeOf(context: Context): Shape {
   const { problem, choice, device, scheme, layout } = context;
-  const { queryHeads, kvHeads, batch, queryLength, dtype, headDim, valueDim, mask } = problem;
+  const { queryHeads, kvHeads, batch, queryLength, keyLength, dtype, headDim, valueDim, mask } = problem;
   const packedHeads = packedHeadsOf(queryLength, queryHeads / kvHeads);
   const totalRows = queryLength * packedHeads;
   const pvFormat = scheme.pvFormat === 'f16' ? 'f16' : 'e4m3';
@@ -83,13 +71,14 @@ export function hopperShapeOf(context: Context): Shape {
       promoted: choice.pvAccumDtype !== 'fp32',
       cooked: mask !== undefined || problem.softcap !== 0,
     }),
-    ...context.hopperTuning,
+    ...context.overrides,
   };
   const { fuseQuery, persistent: _persistent, groupMegabytes: _groupMegabytes, ...tile } = tuning;
   const rows = tile.consumers * CONSUMER_ROWS;
   const queryTiles = Math.ceil(totalRows / rows);
   const units = (queryHeads / packedHeads) * batch;
-  const splits = splitsOf(context, Math.max(1, queryTiles * units), tile.minBlocks);
+  // A part of fewer than two tiles is not worth its prologue.
+  const splits = splitsOf(device, Math.ceil(keyLength / HOPPER_BLOCK_K), 2, queryTiles * units, tile.minBlocks);
   const aligned = loadWidthOf(problem.q, headDim, dtype, device.pointerAlignment ?? 16) >= 4;
   const fused = fuseQuery && aligned && choice.qkQuantGran === 'per-thread';
   const keyMean = choice.smoothK && layout.keyTiles > 0;
@@ -107,7 +96,7 @@ export function hopperShapeOf(context: Context): Shape {
     packedHeads,
     exponentOffset: pvFormat === 'e4m3' ? LOG2_E4M3_MAX - tile.rescaleThreshold : 0,
     banded: isBanded(problem.band),
-    mask: mask === undefined ? 'none' : mask.dtype === 'bool' ? 'boolean' : mask.dtype,
+    mask: maskFormatOf(problem),
     softcap: problem.softcap !== 0,
     smoothV: choice.smoothV,
     outputType: dtype,
@@ -181,8 +170,8 @@ function headGroupOf({ problem, scheme }: Context, { tuning, units }: Shape): nu
   return Math.max(1, Math.min(units, Math.floor((tuning.groupMegabytes * 2 ** 20) / bytes)));
 }
 
-/** K and V in one launch. */
-export function hopperKeyValueLaunch({ problem, choice, device, layout, scheme }: Context): KernelLaunch {
+/** Quantizes K and V in one launch. */
+function keyValueLaunch({ problem, choice, device, layout, scheme }: Context): KernelLaunch {
   const { target, pointerAlignment = 16 } = device;
   const { batch, kvHeads, dtype, headDim, valueDim, k, v } = problem;
   const fp8 = scheme.pvFormat !== 'f16';
@@ -233,93 +222,72 @@ export function hopperKeyValueLaunch({ problem, choice, device, layout, scheme }
   );
 }
 
-export function hopperAttendLaunches(context: Context): Pick<LaunchSequence, 'launches' | 'scratch'> {
+function keyValue(context: Context, parts: readonly KeyValuePart[]): KernelLaunch[] {
+  return [
+    ...(parts.includes('means') ? statisticsLaunches(context, context.scheme.valueTileScales) : []),
+    ...(parts.includes('key') || parts.includes('value') ? [keyValueLaunch(context)] : []),
+  ];
+}
+
+function attentionLaunch(context: Context, shape: Shape): KernelLaunch {
   const { problem, choice, device, layout, scheme } = context;
-  const { queryHeads, kvHeads, dtype, mask } = problem;
-  const launches: KernelLaunch[] = [];
-  const shape = hopperShapeOf(context);
   const { config, tuning, queryTiles, units, splits } = shape;
-  const work = queryTiles * units * splits;
-  if (work === 0) return { launches, scratch: {} };
-  const fused = config.fusedQuery !== undefined;
-  if (!fused) launches.push(quantizeQueryLaunch(context));
+  const { queryHeads, kvHeads, dtype, q } = problem;
   const module = moduleOf(hopperAttention, config);
   const { sharedBytes, threads } = module.kernel();
   if (sharedBytes > TARGET_FEATURES.sm_90a.sharedBytesPerBlock) {
     throw new RangeError(`${sharedBytes} bytes of shared memory for one CTA`);
   }
-  const maskBytes = mask === undefined ? 0 : mask.dtype === 'bool' ? 1 : BYTES[mask.dtype];
-  const [maskBatch, maskHead, maskQuery, maskKey] = (mask?.strides ?? [0, 0, 0, 0]).map((stride) =>
-    u64(stride * maskBytes),
-  ) as [KernelArgument, KernelArgument, KernelArgument, KernelArgument];
-  const [queryBatch, queryHead, queryToken] = strideBytes(problem.q, dtype) as [
-    KernelArgument,
-    KernelArgument,
-    KernelArgument,
-  ];
+  const { mask, strides } = maskArgumentsOf(problem);
+  const [queryBatch, queryHead, queryToken] = strideBytes(q, dtype);
+  const work = queryTiles * units * splits;
   const blocks = tuning.persistent ? Math.min(work, device.multiprocessors * config.minBlocks) : work;
-  launches.push(
-    launch('attention', module, 'hopperAttention', blocks, threads, sharedBytes, [
-      ...inOrder(HOPPER_POINTERS, {
-        sequences: pointer('sequences'),
-        ...(fused
-          ? { query: pointer('q', problem.q.offset * BYTES[dtype]) }
-          : { queryScale: pointer('queryScale'), rowBias: pointer('rowBias') }),
-        ...(config.fusedQuery?.keyMean === true ? { keyMean: pointer('keyMean') } : {}),
-        keyScale: pointer('keyScale'),
-        keyFaults: pointer('keyFaults'),
-        ...(config.pvFormat === 'e4m3' ? { valueScale: pointer('valueScale') } : {}),
-        ...(scheme.valueTileScales ? { valueTileScale: pointer('valueTileScale') } : {}),
-        ...(choice.smoothV ? { valueMean: pointer('valueMean') } : {}),
-        ...(mask === undefined ? {} : { mask: pointer('mask', mask.offset * maskBytes) }),
-        output: splits > 1 ? pointer('partialOutput') : pointer('output'),
-        ...(splits > 1 ? { lse: pointer('partialLse') } : problem.returnLse ? { lse: pointer('lse') } : {}),
-      }),
-      ...inOrder(HOPPER_INTEGERS, {
-        queryHeads: u32(queryHeads),
-        headsPerKeyHead: u32(queryHeads / kvHeads),
-        queryTiles: u32(queryTiles),
-        splits: u32(splits),
-        paddedQueries: u32(layout.paddedQueries),
-        paddedKeys: u32(layout.paddedKeys),
-        work: u32(work),
-        headGroup: u32(headGroupOf(context, shape)),
-      }),
-      ...inOrder(HOPPER_STRIDES, {
-        queryBatch,
-        queryHead,
-        queryToken,
-        maskBatch,
-        maskHead,
-        maskQuery,
-        maskKey,
-        ...outputStridesOf(problem),
-      }),
-      ...bandArguments(problem.band),
-      f32(problem.smScale),
-      f32(problem.softcap * LOG2_E),
-      ...mapsOf(context, shape),
-    ]),
-  );
-  if (splits > 1) launches.push(combineLaunch(context, splits));
-  const queryRows = queryHeads * layout.paddedQueries;
-  const [groupTokens, groups] = scheme.queryGroups;
+  return launch('attention', module, 'hopperAttention', blocks, threads, sharedBytes, [
+    ...inOrder(HOPPER_POINTERS, {
+      sequences: pointer('sequences'),
+      ...(config.fusedQuery === undefined
+        ? { queryScale: pointer('queryScale'), rowBias: pointer('rowBias') }
+        : { query: pointer('q', q.offset * BYTES[dtype]) }),
+      ...(config.fusedQuery?.keyMean === true ? { keyMean: pointer('keyMean') } : {}),
+      keyScale: pointer('keyScale'),
+      keyFaults: pointer('keyFaults'),
+      ...(config.pvFormat === 'e4m3' ? { valueScale: pointer('valueScale') } : {}),
+      ...(scheme.valueTileScales ? { valueTileScale: pointer('valueTileScale') } : {}),
+      ...(choice.smoothV ? { valueMean: pointer('valueMean') } : {}),
+      mask,
+      ...outputPointersOf(context, splits),
+    }),
+    ...inOrder(HOPPER_INTEGERS, {
+      queryHeads: u32(queryHeads),
+      headsPerKeyHead: u32(queryHeads / kvHeads),
+      queryTiles: u32(queryTiles),
+      splits: u32(splits),
+      paddedQueries: u32(layout.paddedQueries),
+      paddedKeys: u32(layout.paddedKeys),
+      work: u32(work),
+      headGroup: u32(headGroupOf(context, shape)),
+    }),
+    ...inOrder(HOPPER_STRIDES, { queryBatch, queryHead, queryToken, ...strides, ...outputStridesOf(problem) }),
+    ...bandArguments(problem.band),
+    f32(problem.smScale),
+    f32(problem.softcap * LOG2_E),
+    ...mapsOf(context, shape),
+  ]);
+}
+
+function attend(context: Context): Pick<LaunchSequence, 'launches' | 'scratch'> {
+  const shape = shapeOf(context);
+  const { config, queryTiles, units, splits } = shape;
+  if (queryTiles * units === 0) return { launches: [], scratch: {} };
+  const fused = config.fusedQuery !== undefined;
   return {
-    launches,
-    scratch: {
-      ...(fused
-        ? {}
-        : {
-            query: queryRows * scheme.qkRowBytes,
-            queryScale: (queryRows / groupTokens) * groups * 4,
-            rowBias: queryRows * 4,
-          }),
-      ...(splits > 1
-        ? {
-            partialOutput: splits * queryRows * scheme.paddedValueDim * 4,
-            partialLse: splits * queryRows * 4,
-          }
-        : {}),
-    },
+    launches: [
+      ...(fused ? [] : [quantizeQueryLaunch(context)]),
+      attentionLaunch(context, shape),
+      ...combineLaunches(context, splits),
+    ],
+    scratch: { ...(fused ? {} : queryScratch(context)), ...combineScratch(context, splits) },
   };
 }
+
+export const WGMMA: FamilyLaunches = { keyValue, attend };

@@ -5,8 +5,8 @@ import { emptyTensor, tensor } from '../../../tensor/tensor.ts';
 import type { KernelChoice } from '../../backend.ts';
 import { CUDA_KERNELS } from '../kernel-table.ts';
 import { HOPPER_VARIANTS, type HopperTuning } from '../kernels/wgmma/table.ts';
-import { planLaunches, type SimulatableModule } from '../launches/plan.ts';
-import { isHopperKernel } from '../launches/wgmma.ts';
+import type { SimulatableModule } from '../launches/arguments.ts';
+import { planLaunches } from '../launches/plan.ts';
 import type { Kernel } from '../ptx/types.ts';
 
 export interface HopperConfiguration {
@@ -64,7 +64,7 @@ function launchesOf(
       : { attnMask: { location: 'cpu', dtype: features.mask, shape: [lq, lk], strides: [lk, 1], offset: 0 } }),
   });
   const device = { target: 'sm_90a', multiprocessors: 132 } as const;
-  const { launches } = planLaunches(problem, choice, device, tuning);
+  const { launches } = planLaunches(problem, choice, device, { overrides: tuning });
   return launches.map(({ name, module }) => ({ name, module: module as SimulatableModule }));
 }
 
@@ -81,7 +81,7 @@ export function hopperConfigurations(thorough: boolean): HopperConfiguration[] {
         found.set(key, { name: launch === 'attention' ? name : `${launch}, ${name}`, kernel: module.kernel });
     }
   };
-  for (const descriptor of CUDA_KERNELS.filter(({ name }) => isHopperKernel(name))) {
+  for (const descriptor of CUDA_KERNELS.filter(({ family }) => family === 'wgmma')) {
     for (const [rank, pvAccumDtype] of descriptor.pvAccumDtype.entries()) {
       for (const dims of thorough ? DIMS : DIMS.slice(0, 1)) {
         const rare = rank === 0 && dims === DIMS[0];
@@ -96,7 +96,7 @@ export function hopperConfigurations(thorough: boolean): HopperConfiguration[] {
           };
           const name = `${descriptor.name} ${pvAccumDtype} D${dims.join('/')} ${features.name}`;
           add(name, choice, dims, features, {});
-          if (!thorough || !rare || features.name !== 'full' || !descriptor.name.includes('fp8')) continue;
+          if (!thorough || !rare || features.name !== 'full' || descriptor.pvFormat !== 'e4m3') continue;
           for (const [variant, tuning] of Object.entries(HOPPER_VARIANTS)) {
             add(`${name} [${variant}]`, choice, dims, features, tuning);
           }

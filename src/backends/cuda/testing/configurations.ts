@@ -7,7 +7,8 @@ import type { DType } from '../../../tensor/dtype.ts';
 import { emptyTensor, tensor } from '../../../tensor/tensor.ts';
 import type { KernelChoice } from '../../backend.ts';
 import { CUDA_KERNELS } from '../kernel-table.ts';
-import { planLaunches, type SimulatableModule } from '../launches/plan.ts';
+import type { SimulatableModule } from '../launches/arguments.ts';
+import { planLaunches } from '../launches/plan.ts';
 import { TARGET_FEATURES, TARGETS, type Target } from '../ptx/targets.ts';
 import type { Kernel } from '../ptx/types.ts';
 
@@ -80,11 +81,12 @@ function modulesOf(
   return launches.map(({ name, module }) => ({ name, module: module as SimulatableModule }));
 }
 
-/** The kernels that a target can run, with every accumulator. */
+/** The kernels that a target can run, with every accumulator. The portable one is another with coarser scales. */
 function choicesOf(target: Target): KernelChoice[] {
   const { fp8Conversions } = TARGET_FEATURES[target];
   return CUDA_KERNELS.filter(
-    ({ name }) => name.endsWith('-cuda') && (fp8Conversions || name === 'qk-int8-pv-fp16-cuda'),
+    ({ family, pvFormat, qkQuantGran }) =>
+      family === 'mma-sync' && qkQuantGran.includes('per-thread') && (fp8Conversions || pvFormat === 'f16'),
   ).flatMap((descriptor) =>
     descriptor.pvAccumDtype.map((pvAccumDtype) => ({
       descriptor,

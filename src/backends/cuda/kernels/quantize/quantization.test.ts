@@ -14,7 +14,8 @@ import { float16ToNumber } from '../../../../tensor/formats/float16.ts';
 import { emptyTensor, type Tensor } from '../../../../tensor/tensor.ts';
 import type { KernelChoice } from '../../../backend.ts';
 import { descriptorOf } from '../../kernel-table.ts';
-import { type KeyRoom, type KeyValuePart, planKeyValue } from '../../launches/plan.ts';
+import type { KeyRoom, KeyValuePart } from '../../launches/context.ts';
+import { planKeyValue } from '../../launches/plan.ts';
 import type { Target } from '../../ptx/targets.ts';
 import { GlobalMemory } from '../../testing/simulator/memory.ts';
 import { simulateAttention } from '../../testing/simulator/run.ts';
@@ -217,8 +218,7 @@ class QuantizedKeyValue {
       { ...problem, keyLength: length },
       this.#choice,
       { target: 'sm_90a', multiprocessors: 132 },
-      room,
-      parts,
+      parts === undefined ? { room } : { room, parts },
     );
   }
 

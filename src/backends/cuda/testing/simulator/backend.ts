@@ -1,8 +1,9 @@
 /** The CUDA backend as it is, over a driver without a GPU whose kernels the simulator runs. */
 import { type CudaBackend, createCudaBackend } from '../../backend.ts';
 import { Cuda } from '../../driver/device.ts';
+import type { SimulatableModule } from '../../launches/arguments.ts';
 import type { LaunchSequence } from '../../launches/launch.ts';
-import { planAttend, planKeyValue, planLaunches, type SimulatableModule } from '../../launches/plan.ts';
+import { planAttend, planKeyValue, planLaunches } from '../../launches/plan.ts';
 import type { Kernel } from '../../ptx/types.ts';
 import { FakeCuda, type FakeLaunch } from '../fake-cuda.ts';
 import type { SimulatedTensorMap } from './hopper.ts';

@@ -2,8 +2,9 @@
 import { type AttentionProblem, lseShapeOf, outputShapeOf } from '../../../../attention/problem.ts';
 import { emptyTensor, type Tensor } from '../../../../tensor/tensor.ts';
 import type { KernelChoice } from '../../../backend.ts';
+import type { DeviceFacts } from '../../launches/context.ts';
 import type { LaunchSequence } from '../../launches/launch.ts';
-import { type DeviceFacts, planLaunches } from '../../launches/plan.ts';
+import { planLaunches } from '../../launches/plan.ts';
 import { GlobalMemory } from './memory.ts';
 import { simulateLaunches } from './simulator.ts';
 

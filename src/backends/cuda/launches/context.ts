@@ -1,0 +1,152 @@
+/** What the launches of one call share: the problem, its kernel on its target, and where sequences lie in padded buffers. */
+import { NO_LIMIT } from '../../../attention/band.ts';
+import { type AttentionProblem, type OperandLayout, sequencesOf } from '../../../attention/problem.ts';
+import { InvalidArgumentError } from '../../../errors.ts';
+import type { DType } from '../../../tensor/dtype.ts';
+import type { KernelChoice } from '../../backend.ts';
+import { BYTES, type LoadWidth, roundUp, SEQUENCE_INTS } from '../kernels/common.ts';
+import { BLOCK_K } from '../kernels/mma-sync/attention.ts';
+import type { TileConfig } from '../kernels/mma-sync/tiles.ts';
+import type { HopperTuning } from '../kernels/wgmma/table.ts';
+import type { Target } from '../ptx/targets.ts';
+import type { BufferName, KernelLaunch, LaunchSequence } from './launch.ts';
+import { type Scheme, schemeOf } from './scheme.ts';
+
+/** What planning needs to know of a device. */
+export interface DeviceFacts {
+  readonly target: Target;
+  readonly multiprocessors: number;
+  /** Alignment in bytes that the addresses of q, k and v are known to have; default 16, which allocations always have. */
+  readonly pointerAlignment?: number;
+}
+
+/** What the tables of the kernel families answer. */
+export type Tuning = TileConfig & HopperTuning;
+
+/** Room for keys that more will be appended to: what a cache has, and which part of it is worked on. */
+export interface KeyRoom {
+  /** Tokens that each sequence has room for, a multiple of {@link BLOCK_K}. */
+  readonly capacity: number;
+  /** First token that is worked on, a multiple of {@link BLOCK_K}; default 0. */
+  readonly from?: number;
+}
+
+/** Rows of Q to which sequences are padded. */
+export const BLOCK_Q = 128;
+
+/** Everything about a call that its launches share. */
+export interface Context {
+  readonly problem: AttentionProblem;
+  /** Rows of Q are heads: all see the same keys. */
+  readonly rowsAreHeads: boolean;
+  readonly choice: KernelChoice;
+  readonly device: DeviceFacts;
+  readonly layout: PaddedLayout;
+  readonly scheme: Scheme;
+  /** Replaces parts of the table's answer: for measurements. */
+  readonly overrides: Partial<Tuning>;
+}
+
+/** Where sequences lie in the padded buffers. */
+export interface PaddedLayout {
+  /** Rows of Q and of K of all sequences, padded. */
+  readonly paddedQueries: number;
+  readonly paddedKeys: number;
+  /** Longest padded sequences, and tiles in them. */
+  readonly queryTiles: number;
+  readonly keyTiles: number;
+  readonly table: Int32Array;
+}
+
+/** The parts of quantizing K and V. A cache keeps its means, and the tiles that nothing was appended to. */
+export type KeyValuePart = 'means' | 'key' | 'value';
+
+/** The launches of a kernel family: its row in `FAMILIES` (plan.ts). */
+export interface FamilyLaunches {
+  /** The problem as the kernels take it, with heads as rows of one query; undefined where they take it as it is. */
+  readonly headsAsRows?: (problem: AttentionProblem, choice: KernelChoice) => AttentionProblem | undefined;
+  /** Quantizes K and V. Asked only when there are keys. */
+  readonly keyValue: (context: Context, parts: readonly KeyValuePart[]) => KernelLaunch[];
+  /** Quantizes Q and attends to quantized K and V. */
+  readonly attend: (context: Context) => Pick<LaunchSequence, 'launches' | 'scratch'>;
+}
+
+/** Padded places of a problem's sequences; with `room`, each sequence of a dense problem has its own. */
+function paddedLayoutOf(problem: AttentionProblem, room?: KeyRoom): PaddedLayout {
+  const from = room?.from ?? 0;
+  const sequences = sequencesOf(problem);
+  const table = new Int32Array(sequences.length * SEQUENCE_INTS);
+  let paddedQueries = 0;
+  let paddedKeys = 0;
+  for (const { index, queryStart, queryLength, keyStart, keyLength } of sequences) {
+    const keys = [keyStart + from, keyLength - from] as const;
+    table.set([queryStart, queryLength, ...keys, paddedQueries, paddedKeys + from], index * SEQUENCE_INTS);
+    paddedQueries += roundUp(queryLength, BLOCK_Q);
+    paddedKeys += room?.capacity ?? roundUp(keyLength, BLOCK_K);
+  }
+  const largestRow = Math.max(problem.queryHeads * paddedQueries, problem.kvHeads * paddedKeys);
+  if (largestRow >= 2 ** 31 || Math.max(problem.queryLength, problem.keyLength) >= NO_LIMIT) {
+    throw new InvalidArgumentError(
+      'unsupported-size',
+      'q',
+      'fewer than 2^31 padded tokens over all heads and sequences, and sequences shorter than 2^30',
+      `${largestRow} tokens`,
+    );
+  }
+  return {
+    paddedQueries,
+    paddedKeys,
+    queryTiles: Math.ceil(problem.queryLength / BLOCK_Q),
+    keyTiles: Math.ceil((problem.keyLength - from) / BLOCK_K),
+    table,
+  };
+}
+
+/** The largest load that an operand's place in memory allows. */
+export function loadWidthOf(operand: OperandLayout, dim: number, dtype: DType, alignment: number): LoadWidth {
+  const whole = [operand.offset, operand.batchStride, operand.headStride, operand.tokenStride, dim];
+  for (const width of [8, 4, 2] as const) {
+    const bytes = Math.min(16, width * BYTES[dtype]);
+    if (alignment % bytes === 0 && whole.every((elements) => elements % width === 0)) return width;
+  }
+  return 1;
+}
+
+/** The context of a call whose kernel belongs to `family`. */
+export function contextOf(
+  family: FamilyLaunches,
+  asked: AttentionProblem,
+  choice: KernelChoice,
+  device: DeviceFacts,
+  room?: KeyRoom,
+  overrides: Partial<Tuning> = {},
+): Context {
+  const grouped = family.headsAsRows?.(asked, choice);
+  const problem = grouped ?? asked;
+  const layout = paddedLayoutOf(problem, room);
+  const scheme = schemeOf(problem, choice, device.target);
+  return { problem, rowsAreHeads: grouped !== undefined, choice, device, layout, scheme, overrides };
+}
+
+export const constantsOf = ({ layout }: Context): Record<BufferName, Uint8Array> => ({
+  sequences: new Uint8Array(layout.table.buffer),
+});
+
+/**
+ * Into how many parts the keys are split so that the card is filled; 1 when it is anyway.
+ *
+ * @param keyTiles tiles of the longest sequence's keys
+ * @param leastTiles a part of fewer is not worth its prologue
+ * @param blocks thread blocks without a split
+ * @param residentBlocks thread blocks that share a multiprocessor
+ */
+export function splitsOf(
+  { multiprocessors }: DeviceFacts,
+  keyTiles: number,
+  leastTiles: number,
+  blocks: number,
+  residentBlocks: number,
+): number {
+  const most = Math.max(1, Math.floor(keyTiles / leastTiles));
+  return Math.max(1, Math.min(64, most, Math.floor((multiprocessors * residentBlocks) / Math.max(1, blocks))));
+}

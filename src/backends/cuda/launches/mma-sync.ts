@@ -1,0 +1,198 @@
+/** Launches of the kernels on `mma.sync`. */
+import { isBanded } from '../../../attention/band.ts';
+import { BYTES, LOG2_E } from '../kernels/common.ts';
+import {
+  ATTENTION_INTEGERS,
+  ATTENTION_POINTERS,
+  ATTENTION_STRIDES,
+  type AttentionConfig,
+  attention,
+  BLOCK_K,
+  blockQueries,
+} from '../kernels/mma-sync/attention.ts';
+import { chooseTile } from '../kernels/mma-sync/tiles.ts';
+import {
+  MEAN_SCORES_INTEGERS,
+  MEAN_SCORES_POINTERS,
+  MEAN_SCORES_THREADS,
+  type MeanScoresConfig,
+  meanScores,
+} from '../kernels/quantize/mean-scores.ts';
+import {
+  bandArguments,
+  f32,
+  inOrder,
+  launch,
+  maskArgumentsOf,
+  maskFormatOf,
+  moduleOf,
+  outputStridesOf,
+  pointer,
+  strideBytes,
+  u32,
+} from './arguments.ts';
+import { combineLaunches, combineScratch, outputPointersOf } from './combine.ts';
+import { BLOCK_Q, type Context, type FamilyLaunches, type KeyValuePart, loadWidthOf, splitsOf } from './context.ts';
+import { headsAsRows } from './heads-as-rows.ts';
+import type { KernelLaunch, LaunchSequence } from './launch.ts';
+import { quantizeKeyLaunch, quantizeQueryLaunch, queryScratch, statisticsLaunches, valueLaunches } from './quantize.ts';
+
+function keyValue(context: Context, parts: readonly KeyValuePart[]): KernelLaunch[] {
+  return [
+    ...(parts.includes('means') ? statisticsLaunches(context, context.scheme.valueTileScales) : []),
+    ...(parts.includes('key') ? [quantizeKeyLaunch(context)] : []),
+    ...(parts.includes('value') ? valueLaunches(context) : []),
+  ];
+}
+
+/** Keys that have a score of the means of Q. */
+const meanScoreKeysOf = ({ layout }: Context) => layout.keyTiles * BLOCK_K;
+
+/** Scores of the means of Q against K as it came, which smoothing Q takes out of the quantized products. */
+function meanScoresLaunch(context: Context): KernelLaunch {
+  const { problem, choice, device, layout, scheme } = context;
+  const { target, pointerAlignment = 16 } = device;
+  const { batch, queryHeads, kvHeads, dtype, headDim, k } = problem;
+  const config: MeanScoresConfig = {
+    target,
+    dtype,
+    headDim,
+    paddedDim: scheme.paddedDim,
+    loadWidth: loadWidthOf(k, headDim, dtype, pointerAlignment),
+    keyMean: choice.smoothK,
+  };
+  const module = moduleOf(meanScores, config);
+  return launch(
+    'scores of the means of Q',
+    module,
+    'meanScores',
+    layout.keyTiles * queryHeads * batch,
+    MEAN_SCORES_THREADS,
+    module.kernel().sharedBytes,
+    [
+      ...inOrder(MEAN_SCORES_POINTERS, {
+        sequences: pointer('sequences'),
+        input: pointer('k', k.offset * BYTES[dtype]),
+        ...(choice.smoothK ? { keyMean: pointer('keyMean') } : {}),
+        queryMean: pointer('queryMean'),
+        meanScores: pointer('meanScores'),
+      }),
+      ...inOrder(MEAN_SCORES_INTEGERS, {
+        queryHeads: u32(queryHeads),
+        headsPerKeyHead: u32(queryHeads / kvHeads),
+        keyTiles: u32(layout.keyTiles),
+        paddedQueries: u32(layout.paddedQueries),
+        meanScoreKeys: u32(meanScoreKeysOf(context)),
+      }),
+      ...strideBytes(k, dtype),
+      f32(problem.smScale * LOG2_E),
+    ],
+  );
+}
+
+/** The attention kernel of a problem, its grid without splits and its splits. */
+function shapeOf(context: Context) {
+  const { problem, rowsAreHeads, choice, device, layout, scheme } = context;
+  const { batch, queryHeads, queryLength, dtype, valueDim } = problem;
+  const { target } = device;
+  const valueTileBytes = BLOCK_K * scheme.paddedValueDim * (scheme.pvFormat === 'f16' ? 2 : 1);
+  const tile = {
+    ...chooseTile(target, scheme.qkRowBytes, scheme.paddedValueDim, valueTileBytes, {
+      queryLength,
+      smoothQ: choice.smoothQ,
+    }),
+    ...context.overrides,
+  };
+  const queryTiles = Math.ceil(queryLength / blockQueries(tile));
+  const blocks = queryTiles * queryHeads * batch;
+  // A part of fewer than four tiles is not worth its prologue.
+  const splits = splitsOf(device, layout.keyTiles, 4, blocks, tile.minBlocksPerMultiprocessor);
+  const config: AttentionConfig = {
+    target,
+    qkFormat: scheme.qkFormat,
+    qkRowBytes: scheme.qkRowBytes,
+    pvFormat: scheme.pvFormat,
+    accumulate: scheme.accumulate,
+    valueDim,
+    paddedValueDim: scheme.paddedValueDim,
+    ...tile,
+    queryScales: scheme.queryGroups,
+    keyScales: scheme.keyGroups,
+    // FP16 holds P up to 2^8 as well as up to 1; FP16 sums and E4M3, whose maximum is P's already, have no room.
+    rescaleThreshold: scheme.pvFormat !== 'e4m3' && scheme.accumulate === 'f32' ? 8 : 0,
+    banded: isBanded(problem.band),
+    sameBand: rowsAreHeads,
+    mask: maskFormatOf(problem),
+    softcap: problem.softcap !== 0,
+    smoothQ: choice.smoothQ,
+    smoothV: choice.smoothV,
+    outputType: dtype,
+    lse: problem.returnLse,
+    split: splits > 1,
+  };
+  return { config, queryTiles, blocks, splits };
+}
+
+function attentionLaunch(context: Context, { config, queryTiles, blocks, splits }: ReturnType<typeof shapeOf>) {
+  const { problem, choice, layout, scheme } = context;
+  const { queryHeads, kvHeads } = problem;
+  const module = moduleOf(attention, config);
+  const { mask, strides } = maskArgumentsOf(problem);
+  return launch('attention', module, 'attention', blocks * splits, config.warps * 32, module.kernel().sharedBytes, [
+    ...inOrder(ATTENTION_POINTERS, {
+      sequences: pointer('sequences'),
+      query: pointer('query'),
+      queryScale: pointer('queryScale'),
+      rowBias: pointer('rowBias'),
+      key: pointer('key'),
+      keyScale: pointer('keyScale'),
+      keyFaults: pointer('keyFaults'),
+      value: pointer('value'),
+      ...(scheme.pvFormat === 'f16' ? {} : { valueScale: pointer('valueScale') }),
+      ...(choice.smoothV ? { valueMean: pointer('valueMean') } : {}),
+      ...(choice.smoothQ ? { meanScores: pointer('meanScores') } : {}),
+      mask,
+      ...outputPointersOf(context, splits),
+    }),
+    ...inOrder(ATTENTION_INTEGERS, {
+      queryHeads: u32(queryHeads),
+      headsPerKeyHead: u32(queryHeads / kvHeads),
+      queryTiles: u32(queryTiles),
+      splits: u32(splits),
+      paddedQueries: u32(layout.paddedQueries),
+      paddedKeys: u32(layout.paddedKeys),
+      meanScoreKeys: u32(meanScoreKeysOf(context)),
+    }),
+    ...inOrder(ATTENTION_STRIDES, { ...strides, ...outputStridesOf(problem) }),
+    ...bandArguments(problem.band),
+    f32(Math.abs(problem.smScale) * LOG2_E),
+    f32(problem.softcap * LOG2_E),
+  ]);
+}
+
+function attend(context: Context): Pick<LaunchSequence, 'launches' | 'scratch'> {
+  const { problem, choice, layout, scheme } = context;
+  if (layout.queryTiles * problem.queryHeads * problem.batch === 0) return { launches: [], scratch: {} };
+  const shape = shapeOf(context);
+  const blocks = (problem.queryHeads * layout.paddedQueries) / BLOCK_Q;
+  return {
+    launches: [
+      quantizeQueryLaunch(context),
+      ...(choice.smoothQ && layout.keyTiles > 0 ? [meanScoresLaunch(context)] : []),
+      attentionLaunch(context, shape),
+      ...combineLaunches(context, shape.splits),
+    ],
+    scratch: {
+      ...queryScratch(context),
+      ...(choice.smoothQ
+        ? {
+            queryMean: blocks * scheme.paddedDim * 4,
+            meanScores: Math.max(4, blocks * meanScoreKeysOf(context) * 4),
+          }
+        : {}),
+      ...combineScratch(context, shape.splits),
+    },
+  };
+}
+
+export const MMA_SYNC: FamilyLaunches = { headsAsRows, keyValue, attend };

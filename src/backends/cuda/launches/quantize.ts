@@ -1,0 +1,279 @@
+/** Launches that quantize Q, K and V for the kernel families, and the buffers that they fill. */
+import { BYTES } from '../kernels/common.ts';
+import { BLOCK_K } from '../kernels/mma-sync/attention.ts';
+import {
+  CHANNEL_STATISTICS_INTEGERS,
+  CHANNEL_STATISTICS_POINTERS,
+  CHANNEL_STATISTICS_THREADS,
+  type ChannelStatisticsConfig,
+  channelStatistics,
+} from '../kernels/quantize/channel-statistics.ts';
+import {
+  QUANTIZE_TOKENS_INTEGERS,
+  QUANTIZE_TOKENS_POINTERS,
+  type QuantizeTokensConfig,
+  quantizeTokens,
+  quantizeTokensThreads,
+} from '../kernels/quantize/tokens.ts';
+import {
+  convertValue,
+  quantizeValue,
+  quantizeValueThreads,
+  VALUE_BLOCK,
+  VALUE_CHUNKS,
+  VALUE_INTEGERS,
+  VALUE_POINTERS,
+  type ValueConfig,
+  valueMaximum,
+  valueThreads,
+} from '../kernels/quantize/value.ts';
+import { f32, inOrder, launch, moduleOf, pointer, strideBytes, u32 } from './arguments.ts';
+import { BLOCK_Q, type Context, loadWidthOf } from './context.ts';
+import type { BufferName, KernelLaunch } from './launch.ts';
+
+/** Quantized K and V: made once, attended to many times. */
+export const KEY_VALUE_BUFFERS = [
+  'key',
+  'keyScale',
+  'keyFaults',
+  'keyMean',
+  'value',
+  'valueScale',
+  'valueTileScale',
+  'valueMean',
+] as const;
+
+/** Bytes of the buffers that hold quantized K and V. */
+export function keyValueBytes({ problem, choice, layout, scheme }: Context): Record<BufferName, number> {
+  const { kvHeads, batch } = problem;
+  const rows = kvHeads * layout.paddedKeys;
+  const fp8 = scheme.pvFormat !== 'f16';
+  return {
+    key: rows * scheme.qkRowBytes,
+    keyScale: (rows / BLOCK_K) * scheme.keyGroups * 4,
+    keyFaults: (rows / BLOCK_K) * 8,
+    ...(choice.smoothK ? { keyMean: batch * kvHeads * scheme.paddedDim * 4 } : {}),
+    value: rows * scheme.paddedValueDim * (fp8 ? 1 : 2),
+    ...(fp8 ? { valueScale: batch * kvHeads * scheme.paddedValueDim * 4 } : {}),
+    ...(scheme.valueTileScales ? { valueTileScale: (rows / BLOCK_K) * 4 } : {}),
+    ...(choice.smoothV ? { valueMean: batch * kvHeads * scheme.paddedValueDim * 4 } : {}),
+  };
+}
+
+/** Scratch that quantizing K and V needs for itself. */
+export function keyValueScratch({ problem, scheme }: Context): Record<BufferName, number> {
+  if (scheme.pvFormat === 'f16' || scheme.valueTileScales) return {};
+  return { valueMaximum: problem.batch * problem.kvHeads * VALUE_CHUNKS * scheme.paddedValueDim * 4 };
+}
+
+/** Means of K and V where they are smoothed, and with `valueScales` scales of V's channels: one launch, or none. */
+export function statisticsLaunches(
+  { problem, choice, device, scheme }: Context,
+  valueScales: boolean,
+): readonly KernelLaunch[] {
+  const { target, pointerAlignment = 16 } = device;
+  const { batch, kvHeads, dtype, headDim, valueDim, k, v } = problem;
+  const { paddedDim, paddedValueDim } = scheme;
+  const { smoothK, smoothV } = choice;
+  const [keyWidth, valueWidth] = [
+    loadWidthOf(k, headDim, dtype, pointerAlignment),
+    loadWidthOf(v, valueDim, dtype, pointerAlignment),
+  ];
+  const key = { dim: headDim, paddedDim, loadWidth: keyWidth, mean: true, scale: false };
+  const value = {
+    dim: valueDim,
+    paddedDim: paddedValueDim,
+    loadWidth: valueWidth,
+    mean: smoothV,
+    scale: valueScales,
+  };
+  const config: ChannelStatisticsConfig = {
+    target,
+    dtype,
+    key: smoothK ? key : undefined,
+    value: smoothV || valueScales ? value : undefined,
+  };
+  const operands = [config.key, config.value].filter((of) => of !== undefined);
+  if (operands.length === 0) return [];
+  const module = moduleOf(channelStatistics, config);
+  const blocks = operands.length * batch * kvHeads;
+  return [
+    launch('statistics', module, 'channelStatistics', blocks, CHANNEL_STATISTICS_THREADS, module.kernel().sharedBytes, [
+      ...inOrder(CHANNEL_STATISTICS_POINTERS, {
+        sequences: pointer('sequences'),
+        ...(config.key === undefined ? {} : { k: pointer('k', k.offset * BYTES[dtype]), keyMean: pointer('keyMean') }),
+        ...(config.value === undefined ? {} : { v: pointer('v', v.offset * BYTES[dtype]) }),
+        ...(smoothV ? { valueMean: pointer('valueMean') } : {}),
+        ...(valueScales ? { valueScale: pointer('valueScale') } : {}),
+      }),
+      ...inOrder(CHANNEL_STATISTICS_INTEGERS, { heads: u32(kvHeads), sequenceHeads: u32(batch * kvHeads) }),
+      ...strideBytes(k, dtype),
+      ...strideBytes(v, dtype),
+    ]),
+  ];
+}
+
+/** Quantizes K, 64 tokens a block: buffers `key`, `keyScale`, `keyFaults`. */
+export function quantizeKeyLaunch({ problem, choice, device, layout, scheme }: Context): KernelLaunch {
+  const { target, pointerAlignment = 16 } = device;
+  const { batch, kvHeads, dtype, headDim, k } = problem;
+  const config: QuantizeTokensConfig = {
+    target,
+    operand: 'key',
+    dtype,
+    headDim,
+    paddedDim: scheme.paddedDim,
+    loadWidth: loadWidthOf(k, headDim, dtype, pointerAlignment),
+    container: scheme.qkFormat,
+    largest: scheme.largest,
+    blockTokens: BLOCK_K,
+    groupTokens: BLOCK_K,
+    groups: scheme.keyGroups,
+    keyMean: choice.smoothK,
+    smoothQ: false,
+  };
+  const module = moduleOf(quantizeTokens, config);
+  return launch(
+    'quantize K',
+    module,
+    'quantizeKey',
+    layout.keyTiles * kvHeads * batch,
+    quantizeTokensThreads(config),
+    module.kernel().sharedBytes,
+    [
+      ...inOrder(QUANTIZE_TOKENS_POINTERS, {
+        sequences: pointer('sequences'),
+        input: pointer('k', k.offset * BYTES[dtype]),
+        ...(choice.smoothK ? { keyMean: pointer('keyMean') } : {}),
+        quantized: pointer('key'),
+        scale: pointer('keyScale'),
+        keyFaults: pointer('keyFaults'),
+      }),
+      ...inOrder(QUANTIZE_TOKENS_INTEGERS, {
+        heads: u32(kvHeads),
+        blocks: u32(layout.keyTiles),
+        paddedTokens: u32(layout.paddedKeys),
+        headsPerKeyHead: u32(1),
+      }),
+      ...strideBytes(k, dtype),
+      f32(0),
+    ],
+  );
+}
+
+/** Converts V to FP16, or finds its maxima and quantizes it to E4M3: buffers `value` and `valueScale`. After K. */
+export function valueLaunches({ problem, choice, device, layout, scheme }: Context): KernelLaunch[] {
+  const { target, pointerAlignment = 16 } = device;
+  const { batch, kvHeads, dtype, valueDim, v } = problem;
+  const valueConfig: ValueConfig = {
+    target,
+    dtype,
+    valueDim,
+    paddedValueDim: scheme.paddedValueDim,
+    loadWidth: loadWidthOf(v, valueDim, dtype, pointerAlignment),
+    smoothV: choice.smoothV,
+    keyScales: scheme.keyGroups,
+  };
+  const valueArguments = (blocks: number) => [
+    ...inOrder(VALUE_POINTERS, {
+      sequences: pointer('sequences'),
+      input: pointer('v', v.offset * BYTES[dtype]),
+      ...(choice.smoothV ? { valueMean: pointer('valueMean') } : {}),
+      ...(scheme.pvFormat === 'f16'
+        ? {}
+        : { valueMaximum: pointer('valueMaximum'), valueScale: pointer('valueScale') }),
+      value: pointer('value'),
+      keyScale: pointer('keyScale'),
+      keyFaults: pointer('keyFaults'),
+    }),
+    ...inOrder(VALUE_INTEGERS, { heads: u32(kvHeads), blocks: u32(blocks), paddedTokens: u32(layout.paddedKeys) }),
+    ...strideBytes(v, dtype),
+  ];
+  const valueTiles = (layout.keyTiles * BLOCK_K) / VALUE_BLOCK;
+  if (scheme.pvFormat === 'f16') {
+    const module = moduleOf(convertValue, valueConfig);
+    const blocks = valueTiles * kvHeads * batch;
+    return [
+      launch('convert V', module, 'convertValue', blocks, valueThreads(valueConfig), 0, valueArguments(valueTiles)),
+    ];
+  }
+  const maximumModule = moduleOf(valueMaximum, valueConfig);
+  const quantizeConfig = { ...valueConfig, vMax: scheme.vMax };
+  return [
+    launch(
+      'maxima of V',
+      maximumModule,
+      'valueMaximum',
+      VALUE_CHUNKS * kvHeads * batch,
+      valueThreads(valueConfig),
+      maximumModule.kernel().sharedBytes,
+      valueArguments(VALUE_CHUNKS),
+    ),
+    launch(
+      'quantize V',
+      moduleOf(quantizeValue, quantizeConfig),
+      'quantizeValue',
+      valueTiles * kvHeads * batch,
+      quantizeValueThreads(valueConfig),
+      0,
+      valueArguments(valueTiles),
+    ),
+  ];
+}
+
+/** Quantizes Q: buffers `query`, `queryScale`, `rowBias` (and `queryMean`). */
+export function quantizeQueryLaunch({ problem, choice, device, layout, scheme }: Context): KernelLaunch {
+  const { target, pointerAlignment = 16 } = device;
+  const { batch, queryHeads, kvHeads, dtype, headDim, q } = problem;
+  const [groupTokens, groups] = scheme.queryGroups;
+  const queryConfig: QuantizeTokensConfig = {
+    target,
+    operand: 'query',
+    dtype,
+    headDim,
+    paddedDim: scheme.paddedDim,
+    loadWidth: loadWidthOf(q, headDim, dtype, pointerAlignment),
+    container: scheme.qkFormat,
+    largest: scheme.largest,
+    blockTokens: BLOCK_Q,
+    groupTokens,
+    groups,
+    keyMean: choice.smoothK && layout.keyTiles > 0,
+    smoothQ: choice.smoothQ,
+  };
+  const queryModule = moduleOf(quantizeTokens, queryConfig);
+  return launch(
+    'quantize Q',
+    queryModule,
+    'quantizeQuery',
+    layout.queryTiles * queryHeads * batch,
+    quantizeTokensThreads(queryConfig),
+    queryModule.kernel().sharedBytes,
+    [
+      ...inOrder(QUANTIZE_TOKENS_POINTERS, {
+        sequences: pointer('sequences'),
+        input: pointer('q', q.offset * BYTES[dtype]),
+        ...(queryConfig.keyMean ? { keyMean: pointer('keyMean') } : {}),
+        quantized: pointer('query'),
+        scale: pointer('queryScale'),
+        rowBias: pointer('rowBias'),
+        ...(choice.smoothQ ? { queryMean: pointer('queryMean') } : {}),
+      }),
+      ...inOrder(QUANTIZE_TOKENS_INTEGERS, {
+        heads: u32(queryHeads),
+        blocks: u32(layout.queryTiles),
+        paddedTokens: u32(layout.paddedQueries),
+        headsPerKeyHead: u32(queryHeads / kvHeads),
+      }),
+      ...strideBytes(q, dtype),
+      f32(problem.smScale),
+    ],
+  );
+}
+
+/** Buffers that {@link quantizeQueryLaunch} fills, without `queryMean`. */
+export function queryScratch({ problem, layout, scheme }: Context): Record<BufferName, number> {
+  const rows = problem.queryHeads * layout.paddedQueries;
+  const [groupTokens, groups] = scheme.queryGroups;
+  return { query: rows * scheme.qkRowBytes, queryScale: (rows / groupTokens) * groups * 4, rowBias: rows * 4 };
+}

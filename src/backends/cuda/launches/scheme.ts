@@ -1,0 +1,79 @@
+/** What a kernel's formats become on a target: containers of codes, padding, sums, groups of scales. */
+import type { AttentionProblem } from '../../../attention/problem.ts';
+import { InvalidArgumentError } from '../../../errors.ts';
+import { V_FP8_MAX } from '../../../quantization/schemes.ts';
+import type { KernelChoice } from '../../backend.ts';
+import { descriptorOf, lackedBy } from '../kernel-table.ts';
+import { roundUp } from '../kernels/common.ts';
+import type { AttentionConfig } from '../kernels/mma-sync/attention.ts';
+import { TARGET_FEATURES, type Target } from '../ptx/targets.ts';
+
+/** What a kernel choice means on a target. */
+export interface Scheme {
+  readonly qkFormat: 's8' | 's4';
+  readonly largest: 127 | 7;
+  readonly paddedDim: number;
+  readonly qkRowBytes: number;
+  readonly pvFormat: AttentionConfig['pvFormat'];
+  readonly accumulate: AttentionConfig['accumulate'];
+  readonly paddedValueDim: number;
+  readonly vMax: number;
+  /** V in FP8 has a scale for each tile of keys, besides those of its channels, which a sample of its tokens sets. */
+  readonly valueTileScales: boolean;
+  readonly queryGroups: readonly [tokens: 32 | 128, groups: 1 | 8];
+  readonly keyGroups: 1 | 4;
+}
+
+const ACCUMULATE = {
+  f16: { fp32: 'f32', fp16: 'f16', 'fp16+fp32': 'f16-per-tile' },
+  // FP8 tensor cores do not sum in true FP32: where 'fp32' asks for it, tiles are promoted as in 'fp32+fp32'.
+  e4m3: { fp32: 'f32-per-tile', 'fp32+fp32': 'f32-per-tile', 'fp32+fp16': 'f16-per-tile' },
+} as const;
+
+/** Compute capability (major * 10 + minor) that a target is named after. */
+const capabilityOf = (target: Target) => Number(/\d+/.exec(target)?.[0]);
+
+/**
+ * The scheme of a kernel choice; see docs/cuda.md for the kernels and docs/how-it-works.md for the groups.
+ *
+ * @throws {InvalidArgumentError} when the target lacks what the kernel needs
+ */
+export function schemeOf(problem: AttentionProblem, choice: KernelChoice, target: Target): Scheme {
+  const features = TARGET_FEATURES[target];
+  const { qkQuantGran, pvAccumDtype } = choice;
+  const kernel = descriptorOf(choice.descriptor.name);
+  const lacked = lackedBy(kernel.name, capabilityOf(target));
+  if (lacked !== undefined) {
+    throw new InvalidArgumentError(
+      'unsupported-option',
+      'options.kernel',
+      `a kernel that runs on ${target}`,
+      `${kernel.name}, which needs ${lacked}`,
+    );
+  }
+  const wgmma = kernel.family === 'wgmma';
+  const fp8 = kernel.pvFormat === 'e4m3';
+  const qkFormat = kernel.qkFormat === 's4' && features.int4Mma ? 's4' : 's8';
+  const paddedDim = roundUp(problem.headDim, qkFormat === 's4' ? 64 : 32);
+  const pvFormat = !fp8 ? 'f16' : features.fp8Mma || wgmma ? 'e4m3' : 'e4m3-as-f16';
+  const accumulate =
+    pvFormat === 'f16'
+      ? ACCUMULATE.f16[pvAccumDtype as keyof typeof ACCUMULATE.f16]
+      : pvFormat === 'e4m3'
+        ? ACCUMULATE.e4m3[pvAccumDtype as keyof typeof ACCUMULATE.e4m3]
+        : // FP16 products are summed in true FP32 at full rate: nothing is gained by less.
+          'f32';
+  return {
+    qkFormat,
+    largest: kernel.qkFormat === 's4' ? 7 : 127,
+    paddedDim,
+    qkRowBytes: qkFormat === 's4' ? paddedDim / 2 : paddedDim,
+    pvFormat,
+    accumulate,
+    paddedValueDim: roundUp(problem.valueDim, fp8 ? 32 : 16),
+    vMax: accumulate === 'f16-per-tile' && fp8 ? V_FP8_MAX.fp16Accumulator : V_FP8_MAX.default,
+    valueTileScales: wgmma && fp8,
+    queryGroups: qkQuantGran === 'per-block' ? [128, 1] : qkQuantGran === 'per-warp' ? [32, 1] : [32, 8],
+    keyGroups: qkQuantGran === 'per-thread' ? 4 : 1,
+  };
+}
