@@ -128,9 +128,24 @@ async function bundleProtobuf(): Promise<void> {
   await writeFile(path.join(folder, 'THIRD-PARTY-LICENSES.txt'), await licencesOf(metafile));
 }
 
+/**
+ * TypeScript wraps an import whose name is a variable into a call of a helper, and bundlers then find neither their comment nor a
+ * name: webpack warns, Next.js does not build. The names there are of packages, never relative paths, which the helper is for.
+ */
+async function unwrapOptionalImport(): Promise<void> {
+  const file = inRoot('dist', 'optional-package.js');
+  const emitted = await readFile(file, 'utf8');
+  const unwrapped = emitted
+    .replace(/^var __rewriteRelativeImportExtension = [\s\S]*?^\};\n/m, '')
+    .replace(/import\(__rewriteRelativeImportExtension\((.*)\)\)/, 'import($1)');
+  if (!/=> import\(\/\* webpackIgnore[^)]*\*\/ name\);/.test(unwrapped)) throw new Error(`${file} is not what it was`);
+  await writeFile(file, unwrapped);
+}
+
 await rm(inRoot('dist'), { recursive: true, force: true });
 run(inRoot('node_modules', 'tsx', 'dist', 'cli.mjs'), [inRoot('scripts', 'build-wasm.ts')]);
 run(inRoot('node_modules', 'typescript', 'bin', 'tsc'), ['-p', inRoot('tsconfig.build.json')]);
+await unwrapOptionalImport();
 await bundleCommandLine();
 await bundleProtobuf();
 run(inRoot('node_modules', 'vite', 'bin', 'vite.js'), [

@@ -5,6 +5,7 @@
 import { availableParallelism } from 'node:os';
 import type * as OnnxRuntime from 'onnxruntime-web';
 import { attentionModel } from '../measure/onnx-attention-model.ts';
+import { importOptional } from '../optional-package.ts';
 import { messageOf } from './errors.ts';
 import { type AttentionCall, type Tensor, toFloat32 } from './library.ts';
 
@@ -16,10 +17,9 @@ export interface Peer {
 
 /** None where onnxruntime-web is not installed. */
 export async function openPeer(): Promise<Peer | undefined> {
-  const name = 'onnxruntime-web';
   let ort: typeof OnnxRuntime;
   try {
-    ort = await import(/* @vite-ignore */ name);
+    ort = (await importOptional('onnxruntime-web')) as typeof OnnxRuntime;
   } catch {
     return undefined;
   }

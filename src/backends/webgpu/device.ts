@@ -1,5 +1,6 @@
 /** A WebGPU device with what belongs to it: capabilities, compiled pipelines, and what went wrong. */
 import { BackendUnavailableError, ExecutionError } from '../../errors.ts';
+import { importOptional } from '../../optional-package.ts';
 import {
   type Capabilities,
   capabilitiesOf,
@@ -39,9 +40,7 @@ interface DawnModule {
 let dawn: Promise<DawnModule> | undefined;
 
 async function loadDawn(): Promise<DawnModule> {
-  // A variable, so that bundlers leave the optional package alone.
-  const name = 'webgpu';
-  dawn ??= import(/* @vite-ignore */ name) as Promise<DawnModule>;
+  dawn ??= importOptional('webgpu') as Promise<DawnModule>;
   try {
     return await dawn;
   } catch (cause) {

@@ -2,6 +2,7 @@
 
 import { DAWN_FLAGS } from '../../backends/webgpu/device.ts';
 import { MissingPackageError } from '../../errors.ts';
+import { importOptional } from '../../optional-package.ts';
 
 interface Dawn {
   create(flags: readonly string[]): GPU;
@@ -31,10 +32,8 @@ type WriteBuffer = (
 export async function enableNodeWebgpu(flags: readonly string[] = DAWN_FLAGS): Promise<GPU> {
   const scope = globalThis as { navigator?: { gpu?: GPU } };
   if (scope.navigator?.gpu !== undefined) return scope.navigator.gpu;
-  // A variable, so that bundlers leave the optional package alone.
-  const name = 'webgpu';
-  const dawn = await (import(/* @vite-ignore */ name) as Promise<Dawn>).catch((cause: unknown) => {
-    throw new MissingPackageError(name, 'WebGPU in Node', cause);
+  const dawn = await (importOptional('webgpu') as Promise<Dawn>).catch((cause: unknown) => {
+    throw new MissingPackageError('webgpu', 'WebGPU in Node', cause);
   });
   Object.assign(globalThis, dawn.globals);
   const gpu = dawn.create(flags);

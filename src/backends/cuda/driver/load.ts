@@ -1,5 +1,6 @@
 /** Finds the driver library and binds it through koffi. */
 import { BackendUnavailableError, MissingPackageError } from '../../../errors.ts';
+import { importOptional } from '../../../optional-package.ts';
 import { type CudaApi, DRIVER_FUNCTIONS, type DriverFunctionName, type ParameterKind } from './api.ts';
 
 /** What this file uses of koffi; the package is an optional peer, so its own types are not imported. */
@@ -99,9 +100,8 @@ export async function loadDriver(): Promise<CudaApi> {
 }
 
 async function importKoffi(): Promise<Koffi> {
-  const name = 'koffi';
   try {
-    const module = (await import(/* @vite-ignore */ name)) as Koffi & { readonly default?: Koffi };
+    const module = (await importOptional('koffi')) as Koffi & { readonly default?: Koffi };
     return module.default ?? module;
   } catch (error) {
     throw new MissingPackageError('koffi', "backend 'cuda'", error);
