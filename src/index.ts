@@ -12,24 +12,21 @@ export {
   type KeyValueOptions,
   prepareKeyValue,
 } from './api/key-value-cache.ts';
+export { Attention, createAttention, type TensorSpec } from './api/planned.ts';
 export {
-  Attention,
   type AttentionResult,
-  createAttention,
   type KernelFunction,
   sageattn,
   sageattnVarlen,
-  type TensorSpec,
   type VarlenOptions,
 } from './api/sageattn.ts';
 export { KERNEL_NAMES, type KernelName } from './attention/kernels.ts';
-export type { AttentionOptions, CausalAlignment, TensorLayout } from './attention/options.ts';
+export type { AttentionOptions, BackendName, CausalAlignment, TensorLayout } from './attention/options.ts';
 export type {
   AttentionInputs,
   AttentionOutputs,
   Availability,
   Backend,
-  BackendName,
   KernelChoice,
   KernelDescriptor,
 } from './backends/backend.ts';

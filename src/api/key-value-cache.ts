@@ -1,12 +1,20 @@
 /** K and V quantized once and attended to many times: what a decoder's cache needs. */
 
-import { type AttentionOptions, OPTION_NAMES, type TensorLayout, validateOptions } from '../attention/options.ts';
+import {
+  type AttentionOptions,
+  type BackendName,
+  OPTION_NAMES,
+  type TensorLayout,
+  validateOptions,
+} from '../attention/options.ts';
 import { type AttentionProblem, createProblem } from '../attention/problem.ts';
-import type { AttentionOutputs, BackendName, PreparedKeyValue, RunContext } from '../backends/backend.ts';
+import type { AttentionOutputs, PreparedKeyValue, RunContext } from '../backends/backend.ts';
+import { chooseKernel, contextOf, RUN_OPTIONS, validateStorage } from '../backends/choice.ts';
 import { ExecutionError, InvalidArgumentError } from '../errors.ts';
 import type { Tensor, TensorView } from '../tensor/tensor.ts';
 import { contiguousStrides } from '../tensor/tensor.ts';
-import { type AttentionResult, selection } from './sageattn.ts';
+import type { AttentionResult } from './sageattn.ts';
+import { chooseBackend } from './selection.ts';
 
 /** Options that are settled when K and V are prepared. */
 export type KeyValueOptions = Pick<
@@ -101,7 +109,7 @@ export class KeyValueCache<T extends TensorView = Tensor> {
    * @throws {InvalidArgumentError} tensors that do not continue the ones held
    */
   async append(k: T, v: T, options: RunContext = {}): Promise<void> {
-    validateOptions(options, selection.RUN_OPTIONS);
+    validateOptions(options, RUN_OPTIONS);
     const [headAxis] = axesOf(this.#layout);
     const problem = createProblem(k, k, v, { tensorLayout: this.#layout });
     for (const [argument, given, held] of [
@@ -119,8 +127,8 @@ export class KeyValueCache<T extends TensorView = Tensor> {
         );
       }
     }
-    selection.validateStorage({ q: k, k, v });
-    const context = selection.contextOf(options, this.#backend);
+    validateStorage({ q: k, k, v });
+    const context = contextOf(options, this.#backend);
     return this.#enqueue(() => {
       context.signal?.throwIfAborted();
       return this.#prepared.append(k, v, problem, context);
@@ -140,11 +148,11 @@ export class KeyValueCache<T extends TensorView = Tensor> {
   async attend(q: T, options: AttendOptions = {}): Promise<T | AttentionResult<T>> {
     validateOptions(options, ATTEND_OPTIONS);
     const { attnMask } = options;
-    const context = selection.contextOf(options, this.#backend);
+    const context = contextOf(options, this.#backend);
     // The heads, dtype and rank of q are checked now; the mask's shape against the keys held when the call's turn comes.
     const { attnMask: _, ...unmasked } = options;
     this.#problem(q, this.length, unmasked);
-    selection.validateStorage({ q, k: q, v: q, ...(attnMask === undefined ? {} : { attnMask }) });
+    validateStorage({ q, k: q, v: q, ...(attnMask === undefined ? {} : { attnMask }) });
     const outputs = await this.#enqueue(() => {
       context.signal?.throwIfAborted();
       const problem = this.#problem(q, this.length, options);
@@ -182,10 +190,10 @@ export async function prepareKeyValue<T extends TensorView>(
   validateOptions(options, PREPARE_OPTIONS);
   const layout = options.tensorLayout ?? 'HND';
   const problem = createProblem(k, k, v, { tensorLayout: layout });
-  selection.validateStorage({ q: k, k, v });
-  const backend = await selection.chooseBackend(problem, options);
-  const context = selection.contextOf(options, backend.name);
-  const choice = await selection.chooseKernel(backend, problem, options);
+  validateStorage({ q: k, k, v });
+  const backend = await chooseBackend(problem, options);
+  const context = contextOf(options, backend.name);
+  const choice = await chooseKernel(backend, problem, options);
   const prepared = await backend.prepareKeyValue(problem, choice, k, v, context);
   return new KeyValueCache<T>(backend.name, prepared, layout, k, v);
 }

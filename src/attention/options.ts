@@ -1,8 +1,17 @@
-import type { BackendName, StreamHandle } from '../backends/backend.ts';
 import { InvalidArgumentError } from '../errors.ts';
 import type { Granularity, PvAccumDtype } from '../quantization/schemes.ts';
 import type { TensorView } from '../tensor/tensor.ts';
 import { KERNEL_NAMES, type KernelName } from './kernels.ts';
+
+export type BackendName = 'wasm' | 'webgpu' | 'cuda';
+
+/** A CUDA stream, the library's own or the caller's: `CudaStream` of `sageattention/cuda` is one. */
+export interface StreamHandle {
+  /** The driver's handle (`CUstream`). */
+  readonly handle: bigint;
+  /** Ordinal of its device. */
+  readonly device: number;
+}
 
 /** `HND`: `[B,H,L,D]`; `NHD`: `[B,L,H,D]`. */
 export type TensorLayout = 'HND' | 'NHD';

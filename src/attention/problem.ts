@@ -2,17 +2,9 @@
 
 import { InvalidArgumentError } from '../errors.ts';
 import type { DType, MaskDType } from '../tensor/dtype.ts';
-import { type TensorLocation, type TensorView, validateView } from '../tensor/tensor.ts';
+import { type OperandLayout, type TensorLocation, type TensorView, validateView } from '../tensor/tensor.ts';
 import { type Band, createBand } from './band.ts';
 import type { AttentionOptions, TensorLayout } from './options.ts';
-
-/** Where an operand's elements are: `offset + batch * batchStride + head * headStride + token * tokenStride + channel`. */
-export interface OperandLayout {
-  readonly offset: number;
-  readonly batchStride: number;
-  readonly headStride: number;
-  readonly tokenStride: number;
-}
 
 /** A mask as `[B,Hq,Lq,Lk]`; a dimension that it broadcasts over has stride 0. */
 export interface MaskLayout {

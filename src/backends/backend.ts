@@ -1,10 +1,9 @@
 /** The one interface that every backend implements. A backend knows nothing of another. */
 import type { KernelName } from '../attention/kernels.ts';
+import type { BackendName, StreamHandle } from '../attention/options.ts';
 import type { AttentionProblem } from '../attention/problem.ts';
 import type { Granularity, PvAccumDtype } from '../quantization/schemes.ts';
 import type { TensorView } from '../tensor/tensor.ts';
-
-export type BackendName = 'wasm' | 'webgpu' | 'cuda';
 
 /** What a kernel honours. The first entry of each list is its default; an empty list means the option has no meaning there. */
 export interface KernelDescriptor {
@@ -20,11 +19,11 @@ export interface KernelDescriptor {
   readonly maxHeadDim: number;
 }
 
-/** A kernel with its options settled: nothing in it is `undefined`, and the kernel honours all of it. */
+/** A kernel with its options settled: the kernel honours all of it, and what has no meaning for it is left out. */
 export interface KernelChoice {
   readonly descriptor: KernelDescriptor;
-  readonly qkQuantGran: Granularity;
-  readonly pvAccumDtype: PvAccumDtype;
+  readonly qkQuantGran?: Granularity;
+  readonly pvAccumDtype?: PvAccumDtype;
   readonly smoothK: boolean;
   readonly smoothV: boolean;
   readonly smoothQ: boolean;
@@ -54,14 +53,6 @@ export interface AttentionOutputs<T extends TensorView = TensorView> {
   readonly output: T;
   /** `[B,Hq,Lq]`; varlen `[Hq,totalQ]`. float32, natural logarithm. Present exactly when the problem asks for it. */
   readonly lse?: T;
-}
-
-/** A CUDA stream, the library's own or the caller's: `CudaStream` of `sageattention/cuda` is one. */
-export interface StreamHandle {
-  /** The driver's handle (`CUstream`). */
-  readonly handle: bigint;
-  /** Ordinal of its device. */
-  readonly device: number;
 }
 
 /** What belongs to one run and not to the plan. */

@@ -1,16 +1,23 @@
-/** Settles a kernel's options: what the caller asked for, checked against what the kernel honours. */
+/** Settles what a call asked for against what a backend has: its kernel, the kernel's options, what belongs to the run. */
 
-import type { AttentionOptions } from '../attention/options.ts';
+import type { AttentionOptions, BackendName } from '../attention/options.ts';
 import type { AttentionProblem } from '../attention/problem.ts';
-import { UnsupportedOptionError } from '../errors.ts';
-import type { KernelChoice, KernelDescriptor } from './backend.ts';
+import { InvalidArgumentError, UnsupportedOptionError } from '../errors.ts';
+import { type Tensor, validateData } from '../tensor/tensor.ts';
+import type { AttentionInputs, Backend, KernelChoice, KernelDescriptor, RunContext } from './backend.ts';
 
-function pick<T extends string>(kernel: string, argument: string, honoured: readonly T[], asked: T | undefined): T {
+/** The value asked for, or the kernel's default, by the option's name; nothing where the option has no meaning. */
+function pick<N extends 'qkQuantGran' | 'pvAccumDtype'>(
+  descriptor: KernelDescriptor,
+  name: N,
+  asked: KernelChoice[N],
+): Pick<KernelChoice, N> {
+  const honoured = descriptor[name] as readonly KernelChoice[N][];
   if (asked !== undefined && !honoured.includes(asked)) {
-    const taken = honoured.map((value) => `'${value}'`).join(' or ');
-    throw new UnsupportedOptionError(kernel, argument, taken, `'${asked}'`);
+    const taken = honoured.length === 0 ? 'no value' : honoured.map((value) => `'${value}'`).join(' or ');
+    throw new UnsupportedOptionError(descriptor.name, `options.${name}`, taken, `'${asked}'`);
   }
-  return asked ?? (honoured[0] as T);
+  return (honoured.length === 0 ? {} : { [name]: asked ?? honoured[0] }) as Pick<KernelChoice, N>;
 }
 
 /**
@@ -41,10 +48,63 @@ export function chooseOptions(
   }
   return {
     descriptor,
-    qkQuantGran: pick(name, 'options.qkQuantGran', descriptor.qkQuantGran, options.qkQuantGran),
-    pvAccumDtype: pick(name, 'options.pvAccumDtype', descriptor.pvAccumDtype, options.pvAccumDtype),
+    ...pick(descriptor, 'qkQuantGran', options.qkQuantGran),
+    ...pick(descriptor, 'pvAccumDtype', options.pvAccumDtype),
     smoothK: options.smoothK ?? true,
     smoothV: options.smoothV ?? false,
     smoothQ: options.smoothQ ?? smoothQ === 'always',
   };
+}
+
+/**
+ * The kernel that a call runs: the one asked for, or the backend's own choice.
+ *
+ * @throws {InvalidArgumentError} `unsupported-option`: the backend has no such kernel
+ * @throws {UnsupportedOptionError} the kernel does not honour an option
+ */
+export async function chooseKernel(
+  backend: Backend,
+  problem: AttentionProblem,
+  options: AttentionOptions,
+): Promise<KernelChoice> {
+  const asked = options.kernel ?? 'auto';
+  const descriptor =
+    asked === 'auto' ? await backend.defaultKernel(problem) : backend.kernels.find(({ name }) => name === asked);
+  if (descriptor === undefined) {
+    const names = backend.kernels.map(({ name }) => `'${name}'`).join(', ');
+    throw new InvalidArgumentError(
+      'unsupported-option',
+      'options.kernel',
+      `one of backend '${backend.name}': ${names}`,
+      `'${asked}'`,
+    );
+  }
+  return chooseOptions(descriptor, problem, options);
+}
+
+/** CPU storage must hold the views; a backend checks its own kind of storage when it runs. */
+export function validateStorage(inputs: AttentionInputs): void {
+  for (const [argument, view] of Object.entries({
+    q: inputs.q,
+    k: inputs.k,
+    v: inputs.v,
+    'options.attnMask': inputs.attnMask,
+  })) {
+    if (view?.location === 'cpu') validateData(argument, view as Tensor);
+  }
+}
+
+/** Options that belong to one run and not to a plan. */
+export const RUN_OPTIONS = ['signal', 'stream'] as const;
+
+/**
+ * What of the options belongs to the run.
+ *
+ * @throws {InvalidArgumentError} a stream on a backend that has none
+ */
+export function contextOf({ signal, stream }: RunContext, backend: BackendName): RunContext {
+  if (stream !== undefined && backend !== 'cuda') {
+    throw new InvalidArgumentError('invalid-option', 'options.stream', `no stream on backend '${backend}'`, 'a stream');
+  }
+  return { ...(signal === undefined ? {} : { signal }), ...(stream === undefined ? {} : { stream }) };
 }

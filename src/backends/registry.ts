@@ -1,6 +1,7 @@
 /** Which backends there are, and the instance of each that `sageattn` uses. */
+import type { BackendName } from '../attention/options.ts';
 import { BackendUnavailableError, InvalidArgumentError } from '../errors.ts';
-import type { Availability, Backend, BackendName } from './backend.ts';
+import type { Availability, Backend } from './backend.ts';
 
 /** Each backend is loaded when it is first asked for, so that a bundle carries only what runs. */
 const LOADERS: Partial<Record<BackendName, () => Promise<Backend>>> = {

@@ -1,11 +1,10 @@
 /** Reading and writing the elements of CPU tensors, whatever their dtype and strides. */
 
-import type { OperandLayout } from '../attention/problem.ts';
 import { InvalidArgumentError } from '../errors.ts';
 import type { DType } from './dtype.ts';
 import { decodeBfloat16, encodeBfloat16 } from './formats/bfloat16.ts';
 import { decodeFloat16, encodeFloat16 } from './formats/float16.ts';
-import { contiguousStrides, elementCount, emptyTensor, type Tensor } from './tensor.ts';
+import { contiguousStrides, elementCount, emptyTensor, type OperandLayout, type Tensor } from './tensor.ts';
 
 /** Copies `count` elements `start, start + stride, ...` of the storage as float32; bool elements become 0 or 1. */
 export function decodeRun(

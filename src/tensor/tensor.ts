@@ -18,6 +18,14 @@ export interface TensorView {
   readonly device?: number;
 }
 
+/** Where an operand's elements are: `offset + batch * batchStride + head * headStride + token * tokenStride + channel`. */
+export interface OperandLayout {
+  readonly offset: number;
+  readonly batchStride: number;
+  readonly headStride: number;
+  readonly tokenStride: number;
+}
+
 /** `Float16Array` where the platform has it (Node 24, current browsers); structurally a typed array of 2-byte elements. */
 export interface Float16ArrayLike {
   readonly BYTES_PER_ELEMENT: number;

@@ -1,13 +1,8 @@
 /** Exact attention under the name of a backend: what remains of an error is then that of the integration. */
 
+import type { BackendName } from '../../src/attention/options.ts';
 import { outputShapeOf } from '../../src/attention/problem.ts';
-import type {
-  AttentionOutputs,
-  Backend,
-  BackendName,
-  KernelDescriptor,
-  PreparedKeyValue,
-} from '../../src/backends/backend.ts';
+import type { AttentionOutputs, Backend, KernelDescriptor, PreparedKeyValue } from '../../src/backends/backend.ts';
 import { attentionExact } from '../../src/reference/exact.ts';
 import { writeValues } from '../../src/tensor/access.ts';
 import { emptyTensor, type Tensor } from '../../src/tensor/tensor.ts';

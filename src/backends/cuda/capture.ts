@@ -1,8 +1,8 @@
-import { selection } from '../../api/sageattn.ts';
 import { type AttentionOptions, OPTION_NAMES, validateOptions } from '../../attention/options.ts';
 import { createProblem, createVarlenProblem } from '../../attention/problem.ts';
 import { InvalidArgumentError } from '../../errors.ts';
 import type { AttentionInputs } from '../backend.ts';
+import { chooseKernel } from '../choice.ts';
 import { getBackend } from '../registry.ts';
 import { CudaBackend } from './backend.ts';
 import type { CapturedAttention } from './plan.ts';
@@ -45,5 +45,5 @@ export async function captureAttention(
       backend.name,
     );
   }
-  return backend.capture(problem, await selection.chooseKernel(backend, problem, options), inputs);
+  return backend.capture(problem, await chooseKernel(backend, problem, options), inputs);
 }

@@ -1,7 +1,7 @@
 /** Keys and values that stay on a device, quantized once and appended to. */
-import type { AttentionProblem, OperandLayout } from '../../attention/problem.ts';
+import type { AttentionProblem } from '../../attention/problem.ts';
 import { BYTES_PER_ELEMENT } from '../../tensor/dtype.ts';
-import { type Tensor, type TensorView, transpose } from '../../tensor/tensor.ts';
+import { type OperandLayout, type Tensor, type TensorView, transpose } from '../../tensor/tensor.ts';
 import type { AttentionOutputs, KernelChoice, PreparedKeyValue, RunContext } from '../backend.ts';
 import { CU_MEMORYTYPE_DEVICE, STRUCTS } from './driver/api.ts';
 import type { CudaDevice } from './driver/device.ts';

@@ -1,10 +1,11 @@
 /** A problem made ready for one device: kernels compiled, arguments marshalled, scratch sized. */
 
+import type { StreamHandle } from '../../attention/options.ts';
 import { type AttentionProblem, lseShapeOf, outputShapeOf } from '../../attention/problem.ts';
 import { ExecutionError, InvalidArgumentError } from '../../errors.ts';
 import { BYTES_PER_ELEMENT } from '../../tensor/dtype.ts';
 import { elementCount, type Tensor, type TensorView } from '../../tensor/tensor.ts';
-import type { AttentionInputs, AttentionOutputs, KernelChoice, Plan, RunContext, StreamHandle } from '../backend.ts';
+import type { AttentionInputs, AttentionOutputs, KernelChoice, Plan, RunContext } from '../backend.ts';
 import type { CudaDevice } from './driver/device.ts';
 import { CudaGraph } from './driver/graph.ts';
 import type { DeviceMemory } from './driver/memory.ts';

@@ -1,14 +1,15 @@
 /** Fills in the records that kernels read (job.ts). */
+
 import { bandOf, visibleKeys } from '../../attention/band.ts';
 import {
   type AttentionProblem,
   lseShapeOf,
   type MaskLayout,
-  type OperandLayout,
   outputLayoutOf,
   type Sequence,
 } from '../../attention/problem.ts';
 import type { DType, MaskDType } from '../../tensor/dtype.ts';
+import type { OperandLayout } from '../../tensor/tensor.ts';
 import type { TileGeometry } from './geometry.ts';
 import * as job from './job.ts';
 

@@ -1,6 +1,5 @@
 import { expect, test } from 'vitest';
-import type { OperandLayout } from '../../attention/problem.ts';
-import { tensor } from '../../tensor/tensor.ts';
+import { type OperandLayout, tensor } from '../../tensor/tensor.ts';
 import { stageOperand } from './staging.ts';
 
 const extent = { batch: 2, heads: 3, tokens: 4, dim: 5 };

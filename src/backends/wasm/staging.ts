@@ -1,7 +1,7 @@
 /** Tensors of this process as bytes that can be copied to the kernels' memory in one go. */
-import type { MaskLayout, OperandLayout } from '../../attention/problem.ts';
+import type { MaskLayout } from '../../attention/problem.ts';
 import { BYTES_PER_ELEMENT } from '../../tensor/dtype.ts';
-import type { Tensor, TensorData, TensorView } from '../../tensor/tensor.ts';
+import type { OperandLayout, Tensor, TensorData, TensorView } from '../../tensor/tensor.ts';
 
 /** Vector loads may reach this much beyond the last element. */
 export const PADDING_BYTES = 64;

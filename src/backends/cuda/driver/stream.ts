@@ -1,5 +1,5 @@
+import type { StreamHandle } from '../../../attention/options.ts';
 import { ExecutionError } from '../../../errors.ts';
-import type { StreamHandle } from '../../backend.ts';
 import {
   CU_EVENT_DISABLE_TIMING,
   CU_STREAM_CAPTURE_STATUS_NONE,

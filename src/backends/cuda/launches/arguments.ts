@@ -1,8 +1,9 @@
 /** Makers of modules, kernel arguments and launches. */
 import type { Band } from '../../../attention/band.ts';
-import { type AttentionProblem, lseShapeOf, type OperandLayout, outputLayoutOf } from '../../../attention/problem.ts';
+import { type AttentionProblem, lseShapeOf, outputLayoutOf } from '../../../attention/problem.ts';
 import { InvalidArgumentError } from '../../../errors.ts';
 import type { DType } from '../../../tensor/dtype.ts';
+import type { OperandLayout } from '../../../tensor/tensor.ts';
 import { BYTES } from '../kernels/common.ts';
 import { printKernel } from '../ptx/printer.ts';
 import type { Kernel } from '../ptx/types.ts';

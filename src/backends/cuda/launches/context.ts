@@ -1,8 +1,9 @@
 /** What the launches of one call share: the problem, its kernel on its target, and where sequences lie in padded buffers. */
 import { NO_LIMIT } from '../../../attention/band.ts';
-import { type AttentionProblem, type OperandLayout, sequencesOf } from '../../../attention/problem.ts';
+import { type AttentionProblem, sequencesOf } from '../../../attention/problem.ts';
 import { InvalidArgumentError } from '../../../errors.ts';
 import type { DType } from '../../../tensor/dtype.ts';
+import type { OperandLayout } from '../../../tensor/tensor.ts';
 import type { KernelChoice } from '../../backend.ts';
 import { BYTES, type LoadWidth, roundUp, SEQUENCE_INTS } from '../kernels/common.ts';
 import { BLOCK_K } from '../kernels/mma-sync/attention.ts';

@@ -33,7 +33,7 @@ export interface VariantRequest {
   readonly valueDimPadded: number;
   /** Of the longest query. */
   readonly queryLength: number;
-  readonly pvAccumDtype: PvAccumDtype;
+  readonly pvAccumDtype: PvAccumDtype | undefined;
   /** A variant by name, for tests and tuning. Default: the best that fits. */
   readonly variant: string | undefined;
 }

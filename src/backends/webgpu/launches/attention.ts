@@ -245,7 +245,7 @@ export function attentionParts(
   const launches = empty
     ? []
     : [
-        ...prepareQueryLaunches(stages, choice.qkQuantGran, scoreScaleOf(problem, config), rowConstant),
+        ...prepareQueryLaunches(stages, stages.keyValue.granularity, scoreScaleOf(problem, config), rowConstant),
         ...attentionLaunches(stages, config, variant.kernel, splits),
         ...(config.result === 'partial' ? mergeLaunches(stages, config, splits) : []),
       ];

@@ -86,7 +86,7 @@ export function keyValueShapeOf(
     smoothK: choice.smoothK,
     smoothV: choice.smoothV,
     scaleValues: scalesValues(dtype, choice),
-    granularity: choice.qkQuantGran,
+    granularity: choice.qkQuantGran ?? 'per-block',
     layout,
   };
 }

@@ -1,8 +1,10 @@
 /** What the stages of a computation share: sequences and tiles as tables, spans of buffers, launches over ranges of them. */
+
 import { bandOf } from '../../../attention/band.ts';
-import { type AttentionProblem, type OperandLayout, outputLayoutOf, sequencesOf } from '../../../attention/problem.ts';
+import { type AttentionProblem, outputLayoutOf, sequencesOf } from '../../../attention/problem.ts';
 import type { Granularity } from '../../../quantization/schemes.ts';
 import { BYTES_PER_ELEMENT, type DType } from '../../../tensor/dtype.ts';
+import type { OperandLayout } from '../../../tensor/tensor.ts';
 import type { Capabilities } from '../capabilities.ts';
 import { type KeyValueLayout, padDim, SEQUENCE, SEQUENCE_WORDS, wrap32 } from '../kernels/layout.ts';
 import { QUERY_BLOCK } from '../kernels/prepare.ts';

@@ -306,7 +306,7 @@ describe(`K and V in one launch (SAGEATTENTION_SEED=${seed})`, () => {
         { length: sampled.length * of },
         (_, i) => from[(sampled[Math.floor(i / of)] as number) * of + (i % of)] as number,
       );
-    const grouping = keyGrouping(all.qkQuantGran, TILINGS.sm80);
+    const grouping = keyGrouping(all.qkQuantGran as Granularity, TILINGS.sm80);
     const groups = all.qkQuantGran === 'per-thread' ? 4 : 1;
     for (let head = 0; head < heads; head++) {
       const ownKeys = keys.slice(head * length * dim, (head + 1) * length * dim);

@@ -1,10 +1,11 @@
 /** Every way to call wrongly: the error's class, code, argument, and that it says what was expected and what came. */
 import { describe, expect, it } from 'vitest';
-import { prepareKeyValue } from '../api/key-value-cache.ts';
-import { createAttention, kernelFunction, sageattn, sageattnVarlen } from '../api/sageattn.ts';
+import type { AttentionOptions } from '../attention/options.ts';
 import { InvalidArgumentError, type SageAttentionError } from '../errors.ts';
 import { emptyTensor, type Tensor, type TensorView, tensor } from '../tensor/tensor.ts';
-import type { AttentionOptions } from './options.ts';
+import { prepareKeyValue } from './key-value-cache.ts';
+import { createAttention } from './planned.ts';
+import { kernelFunction, sageattn, sageattnVarlen } from './sageattn.ts';
 
 const t = (...shape: number[]) => emptyTensor(shape, 'float32');
 const with_ = (view: Tensor, changes: Partial<Tensor>): Tensor => ({ ...view, ...changes });

@@ -1,0 +1,47 @@
+import { afterEach, beforeEach, describe, expect, it } from 'vitest';
+import { prepareKeyValue } from './key-value-cache.ts';
+import { type FakeBackend, installFakes, restoreBackends, t } from './testing/fake-backend.ts';
+
+let wasm: FakeBackend;
+
+beforeEach(async () => {
+  ({ wasm } = await installFakes());
+});
+afterEach(restoreBackends);
+
+describe('prepareKeyValue', () => {
+  const kv = (length: number) => [t(1, 2, length, 8), t(1, 2, length, 8)] as const;
+
+  it('appends and attends in the order of the calls', async () => {
+    const cache = await prepareKeyValue(...kv(3), { backend: 'wasm' });
+    let open = () => {};
+    wasm.gates.push(
+      new Promise<void>((resolve) => {
+        open = resolve;
+      }),
+    );
+    const appended = cache.append(...kv(2));
+    const attended = cache.attend(t(1, 4, 1, 8), { isCausal: true, causalAlignment: 'bottom-right' });
+    expect(cache.length).toBe(3);
+    open();
+    await Promise.all([appended, attended]);
+    expect(cache.length).toBe(5);
+    expect(wasm.plans[0]?.problem).toMatchObject({ queryHeads: 4, keyLength: 5, band: { upper: 0, align: 1 } });
+    cache[Symbol.dispose]();
+    await expect(cache.attend(t(1, 4, 1, 8))).rejects.toMatchObject({ code: 'disposed' });
+    await expect(cache.append(...kv(1))).rejects.toMatchObject({ code: 'disposed' });
+  });
+
+  it('refuses what does not continue the tensors held', async () => {
+    const cache = await prepareKeyValue(...kv(3), { backend: 'wasm' });
+    const wrong = { code: 'invalid-shape', argument: 'k' };
+    await expect(cache.append(t(1, 4, 2, 8), t(1, 4, 2, 8))).rejects.toMatchObject(wrong);
+    await expect(cache.append(t(1, 2, 2, 16), t(1, 2, 2, 8))).rejects.toMatchObject(wrong);
+    await expect(cache.append(...kv(1), { tag: 1 } as object)).rejects.toMatchObject({ code: 'unknown-option' });
+    await expect(cache.attend(t(1, 3, 1, 8))).rejects.toMatchObject({ argument: 'q' });
+    await expect(cache.attend(t(1, 4, 1, 8), { smoothK: false } as object)).rejects.toMatchObject({
+      code: 'unknown-option',
+    });
+    expect(cache.length).toBe(3);
+  });
+});

@@ -1,0 +1,105 @@
+/** Attention planned once and run many times, for callers who hold the plan themselves. */
+
+import { type AttentionOptions, type BackendName, OPTION_NAMES, validateOptions } from '../attention/options.ts';
+import { createProblem } from '../attention/problem.ts';
+import type { AttentionInputs, AttentionOutputs, KernelChoice, Plan, RunContext } from '../backends/backend.ts';
+import { chooseKernel, contextOf, RUN_OPTIONS, validateStorage } from '../backends/choice.ts';
+import { ExecutionError, InvalidArgumentError } from '../errors.ts';
+import type { Tensor, TensorView } from '../tensor/tensor.ts';
+import { chooseBackend } from './selection.ts';
+
+/** A shape, dtype and layout to plan for; any tensor is one. */
+export type TensorSpec = TensorView;
+
+const sameLayout = (a: TensorView, b: TensorView) =>
+  a.location === b.location &&
+  a.dtype === b.dtype &&
+  a.offset === b.offset &&
+  a.shape.length === b.shape.length &&
+  a.shape.every((size, i) => size === b.shape[i]) &&
+  a.strides.every((stride, i) => stride === b.strides[i]);
+
+const layoutText = (view: TensorView | undefined) =>
+  view === undefined
+    ? 'none'
+    : `${view.location} ${view.dtype} [${view.shape}] strides [${view.strides}] offset ${view.offset}`;
+
+/** Attention planned for one shape; see {@link createAttention}. */
+export class Attention<T extends TensorView = Tensor> {
+  /** The kernel and the options that it runs with. */
+  readonly kernel: KernelChoice;
+  readonly #backend: BackendName;
+  readonly #plan: Plan;
+  readonly #specs: AttentionInputs<TensorSpec>;
+  #disposed = false;
+
+  /** @internal */
+  constructor(backend: BackendName, plan: Plan, specs: AttentionInputs<TensorSpec>) {
+    this.#backend = backend;
+    this.kernel = plan.kernel;
+    this.#plan = plan;
+    this.#specs = specs;
+  }
+
+  /**
+   * @param inputs tensors with the location, dtype, shape, strides and offset that were planned for
+   * @returns the output and, if planned with `returnLse`, the logsumexp
+   * @throws {InvalidArgumentError} a tensor unlike the planned one
+   * @throws {ExecutionError} `disposed` after {@link dispose}; a device or worker that failed
+   */
+  async run(inputs: AttentionInputs<T>, context: RunContext = {}): Promise<AttentionOutputs<T>> {
+    if (this.#disposed) throw new ExecutionError('disposed', 'this Attention has been disposed');
+    validateOptions(context, RUN_OPTIONS);
+    if (typeof inputs !== 'object' || inputs === null) {
+      throw new InvalidArgumentError('invalid-shape', 'inputs', 'an object with q, k and v', String(inputs));
+    }
+    context.signal?.throwIfAborted();
+    for (const name of ['q', 'k', 'v', 'attnMask'] as const) {
+      const planned = this.#specs[name];
+      const given = inputs[name];
+      const fits = planned === undefined || given === undefined ? planned === given : sameLayout(planned, given);
+      if (!fits) {
+        throw new InvalidArgumentError('invalid-shape', name, `${layoutText(planned)}, as planned`, layoutText(given));
+      }
+    }
+    validateStorage(inputs);
+    return (await this.#plan.run(inputs, contextOf(context, this.#backend))) as AttentionOutputs<T>;
+  }
+
+  /** Frees what the plan holds. Runs under way end first. */
+  dispose(): void {
+    if (this.#disposed) return;
+    this.#disposed = true;
+    this.#plan.dispose();
+  }
+
+  [Symbol.dispose](): void {
+    this.dispose();
+  }
+}
+
+/**
+ * Plans attention for one shape, for callers who hold the plan themselves: kernel chosen, code compiled, scratch
+ * allocated. `specs` are tensors, or shape, strides, offset, dtype and location without data; their shapes are those of
+ * {@link sageattn}.
+ *
+ * @throws as {@link sageattn}
+ */
+export async function createAttention<T extends TensorView = Tensor>(
+  specs: AttentionInputs<TensorSpec>,
+  options: Omit<AttentionOptions, 'attnMask' | 'signal' | 'stream'> = {},
+): Promise<Attention<T>> {
+  validateOptions(
+    options,
+    OPTION_NAMES.filter((name) => name !== 'attnMask' && name !== 'signal' && name !== 'stream'),
+  );
+  if (typeof specs !== 'object' || specs === null) {
+    throw new InvalidArgumentError('invalid-shape', 'specs', 'an object with q, k and v', String(specs));
+  }
+  const { q, k, v, attnMask } = specs;
+  const all: AttentionOptions = attnMask === undefined ? options : { ...options, attnMask };
+  const problem = createProblem(q, k, v, all);
+  const backend = await chooseBackend(problem, all);
+  const plan = await backend.plan(problem, await chooseKernel(backend, problem, all));
+  return new Attention<T>(backend.name, plan, specs);
+}

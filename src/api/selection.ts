@@ -1,0 +1,61 @@
+/** Which backend a call runs on. */
+
+import type { AttentionOptions, BackendName } from '../attention/options.ts';
+import type { AttentionProblem } from '../attention/problem.ts';
+import type { Backend } from '../backends/backend.ts';
+import { BACKEND_PREFERENCE, getBackend } from '../backends/registry.ts';
+import { BackendUnavailableError, InvalidArgumentError } from '../errors.ts';
+
+async function usable(name: BackendName): Promise<Backend> {
+  const backend = await getBackend(name);
+  const { available, reason, remedy } = await backend.availability();
+  if (!available) throw new BackendUnavailableError(name, reason ?? 'unknown reason', remedy ?? '');
+  return backend;
+}
+
+const offers = (backend: Backend, kernel: AttentionOptions['kernel']) =>
+  kernel === undefined || kernel === 'auto' || backend.kernels.some(({ name }) => name === kernel);
+
+/** CPU tensors: the most preferred backend that is accelerated and offers the kernel, else one that merely offers it. */
+async function backendForCpuTensors(kernel: AttentionOptions['kernel']): Promise<Backend> {
+  let fallback: Backend | undefined;
+  let failure: unknown;
+  for (const name of BACKEND_PREFERENCE) {
+    try {
+      const backend = await getBackend(name);
+      if (!offers(backend, kernel)) continue;
+      const availability = await backend.availability();
+      if (availability.available && availability.accelerated) return backend;
+      if (availability.available) fallback = backend;
+      else failure ??= new BackendUnavailableError(name, availability.reason ?? '', availability.remedy ?? '');
+    } catch (error) {
+      failure ??= error;
+    }
+  }
+  if (fallback !== undefined) return fallback;
+  throw (
+    failure ?? new BackendUnavailableError('auto', `no backend here has kernel '${kernel}'`, 'Choose another kernel')
+  );
+}
+
+/**
+ * The backend that a call runs on: where its tensors live, or for CPU tensors the one asked for or the most preferred.
+ *
+ * @throws {BackendUnavailableError} none that was asked for can run here
+ * @throws {InvalidArgumentError} `mixed-locations`: another backend than where the tensors are
+ */
+export async function chooseBackend(problem: AttentionProblem, options: AttentionOptions): Promise<Backend> {
+  const asked = options.backend ?? 'auto';
+  if (problem.location === 'cpu') {
+    return asked === 'auto' ? backendForCpuTensors(options.kernel) : usable(asked);
+  }
+  if (asked !== 'auto' && asked !== problem.location) {
+    throw new InvalidArgumentError(
+      'mixed-locations',
+      'options.backend',
+      `'${problem.location}', where the tensors are`,
+      `'${asked}'`,
+    );
+  }
+  return usable(problem.location);
+}
