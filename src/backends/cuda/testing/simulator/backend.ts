@@ -6,7 +6,7 @@ import type { LaunchSequence } from '../../launches/launch.ts';
 import { planAttend, planKeyValue, planLaunches } from '../../launches/plan.ts';
 import type { Kernel } from '../../ptx/types.ts';
 import { FakeCuda, type FakeLaunch } from '../fake-cuda.ts';
-import type { SimulatedTensorMap } from './hopper.ts';
+import type { SimulatedTensorMap } from './mbarrier.ts';
 import { type Allocation, type DeviceAddresses, SimulationError } from './memory.ts';
 import { simulateKernel } from './simulator.ts';
 

@@ -1,9 +1,10 @@
 /** Turns basic blocks of a kernel into JavaScript functions over a warp's registers. */
 import { printInstruction } from '../../ptx/printer.ts';
 import { type Instruction, type Kernel, KIND_BITS, type Operand, type Parameter, type Reg } from '../../ptx/types.ts';
-import { endsTurn, hopperCollective, hopperLaneWise, isNamedBarrier } from './hopper.ts';
+import * as runtime from './arithmetic.ts';
+import { asyncCollective, asyncLaneWise, endsTurn, isNamedBarrier } from './compile-async.ts';
+import { SHARED_BASE } from './memory.ts';
 import type { Warp } from './warp.ts';
-import * as runtime from './warp.ts';
 
 /** What ends a basic block. */
 export type Terminator =
@@ -86,8 +87,8 @@ class Emitter {
   /** The statements of a lane-wise instruction, or undefined when it needs the whole warp or a memory. */
   laneWise(instruction: Instruction): string | undefined {
     const { opcode, outputs, inputs } = instruction;
-    const hopper = hopperLaneWise(this, instruction);
-    if (hopper !== undefined) return hopper;
+    const asynchronous = asyncLaneWise(this, instruction);
+    if (asynchronous !== undefined) return asynchronous;
     const parts = opcode.split('.');
     const type = parts.at(-1) as string;
     const [d] = outputs as [Operand];
@@ -196,7 +197,7 @@ class Emitter {
     const [d] = outputs as [Operand];
     const [a] = inputs as [Operand];
     if (a.type === 'special') return `u[${this.row(d as Reg)}+l]=${this.#special(a.name)};`;
-    if (a.type === 'parameter') return `u[${this.row(d as Reg)}+l]=${runtime.SHARED_BASE};`;
+    if (a.type === 'parameter') return `u[${this.row(d as Reg)}+l]=${SHARED_BASE};`;
     if (a.type === 'group') {
       const [low, high] = a.registers as [Reg, Reg];
       const row = this.row(d as Reg);
@@ -321,8 +322,8 @@ class Emitter {
     if (opcode === 'vote.sync.any.pred') {
       return `W.voteAny(${this.row(outputs[0] as Reg)},${this.row(first as Reg)},${what});`;
     }
-    const hopper = hopperCollective(this, instruction, guarded, what);
-    if (hopper !== undefined) return hopper;
+    const asynchronous = asyncCollective(this, instruction, guarded, what);
+    if (asynchronous !== undefined) return asynchronous;
     throw new Error(`the simulator has no ${opcode}`);
   }
 }

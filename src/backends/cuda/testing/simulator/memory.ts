@@ -5,6 +5,9 @@ export class SimulationError extends Error {
   override readonly name = 'SimulationError';
 }
 
+/** Where shared memory begins in the shared window; not 0, so that an offset taken for an address shows. */
+export const SHARED_BASE = 1024;
+
 /** A buffer of device memory. */
 export interface Allocation {
   readonly name: string;

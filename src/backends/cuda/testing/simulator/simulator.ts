@@ -4,13 +4,22 @@
  * never written, leaving a buffer, misaligned accesses, races in shared memory, barriers that some threads miss.
  *
  * Divergence: lanes carry a block number each, and the lanes at the lowest one run next, which reconverges structured code.
+ *
+ * Kernels with `mbarrier` run adversarially where the hardware is free: products read their operands and write their sums only
+ * when they are waited for, copies land at random times, warps take turns at random. Found are deadlocks, ordinary writes that
+ * reach `wgmma` or a copy without `fence.proxy.async`, tiles read before they have landed, too many arrivals, and a stage
+ * handed back too early (its new contents meet the old products). The four warps of a warpgroup compute their 16 rows
+ * apart; the hardware's requirement that they issue together is not checked.
  */
 import type { KernelArgument, KernelLaunch } from '../../launches/launch.ts';
 import type { Kernel } from '../../ptx/types.ts';
+import { AsyncSharedMemory } from './async-memory.ts';
 import { compileKernel, type ParameterValues, type Program, parameterWords } from './compile.ts';
-import { AsyncSharedMemory, AsyncUnits, HopperWarp, type SimulatedTensorMap, usesHopper } from './hopper.ts';
+import { isAsynchronous } from './compile-async.ts';
+import { AsyncUnits, type SimulatedTensorMap } from './mbarrier.ts';
 import { type DeviceAddresses, SharedMemory, SimulationError } from './memory.ts';
 import { type Cta, Warp } from './warp.ts';
+import { AsyncWarp } from './wgmma.ts';
 
 const EXITED = -1;
 /** Steps after which a warp is taken to hang. */
@@ -59,29 +68,34 @@ function runCta(cta: Cta, warps: Warp[], program: Program): void {
 }
 
 /** Runs the warps of a CTA by turns, at random, until all have ended: warps that wait for each other in other ways than `bar.sync`. */
-function runByTurns(cta: Cta, warps: readonly (Warp & { readonly hopper: HopperWarp })[], program: Program): void {
-  const { units } = (warps[0] as (typeof warps)[number]).hopper;
+function runByTurns(cta: Cta, warps: readonly (Warp & { readonly asynchronous: AsyncWarp })[], program: Program): void {
+  const { units } = (warps[0] as (typeof warps)[number]).asynchronous;
   const running = new Set(warps);
   const atBarrier = new Set<Warp>();
   for (let turn = 0; running.size > 0; turn++) {
     if (turn > STEP_LIMIT) throw new SimulationError('the CTA did not end');
     const ready = [...running].filter(
-      (warp) => warp.hopper.blocked === undefined && !atBarrier.has(warp) && warp.hopper.failedAt !== units.progress,
+      (warp) =>
+        warp.asynchronous.blocked === undefined &&
+        !atBarrier.has(warp) &&
+        warp.asynchronous.failedAt !== units.progress,
     );
     if (ready.length === 0 || units.random() < 0.05) {
       if (units.landCopies(ready.length === 0 ? 1 : 2)) continue;
       if (ready.length === 0) {
-        const states = [...running].map(({ index, hopper }) => `warp ${index} at ${hopper.blocked ?? hopper.waitsFor}`);
+        const states = [...running].map(
+          ({ index, asynchronous }) => `warp ${index} at ${asynchronous.blocked ?? asynchronous.waitsFor}`,
+        );
         throw new SimulationError(`deadlock: ${states.join('; ')}`);
       }
     }
     const warp = ready[Math.floor(units.random() * ready.length)] as (typeof warps)[number];
-    warp.hopper.yielded = false;
+    warp.asynchronous.yielded = false;
     if (!runToBarrier(warp, program)) {
-      warp.hopper.finish();
+      warp.asynchronous.finish();
       running.delete(warp);
       units.progress++;
-    } else if (!warp.hopper.yielded) atBarrier.add(warp);
+    } else if (!warp.asynchronous.yielded) atBarrier.add(warp);
     // Threads that have ended count as arrived.
     if (atBarrier.size > 0 && atBarrier.size === running.size) {
       atBarrier.clear();
@@ -103,14 +117,14 @@ export function simulateKernel(
   const tensorMapIndex = (name: string) => [...maps.keys()].indexOf(name);
   for (let block = 0; block < grid; block++) {
     try {
-      if (usesHopper(kernel.instructions)) {
+      if (isAsynchronous(kernel.instructions)) {
         const shared = new AsyncSharedMemory(kernel.sharedBytes);
         const units = new AsyncUnits(shared, global, [...maps.values()], block + 1);
         const cta: Cta = { shared, global, block, gridBlocks: grid, parameters: words, tensorMapIndex };
         const warps = Array.from({ length: kernel.threads / 32 }, (_, index) => {
           const warp = new Warp(index, cta, program.words);
-          const hopper = new HopperWarp(warp, units);
-          return Object.assign(warp, { hopper });
+          const asynchronous = new AsyncWarp(warp, units);
+          return Object.assign(warp, { asynchronous });
         });
         runByTurns(cta, warps, program);
       } else {

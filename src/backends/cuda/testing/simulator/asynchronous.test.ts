@@ -13,7 +13,7 @@ import {
   wgmmaFence,
   wgmmaWaitGroup,
 } from '../../ptx/wgmma.ts';
-import type { SimulatedTensorMap } from './hopper.ts';
+import type { SimulatedTensorMap } from './mbarrier.ts';
 import { GlobalMemory } from './memory.ts';
 import { simulateKernel } from './simulator.ts';
 

@@ -1,0 +1,73 @@
+/**
+ * Shared memory with asynchronous units beside the threads: it knows which bytes a fence has made visible to them, and which a
+ * copy is on its way to.
+ */
+import { SharedMemory, SimulationError } from './memory.ts';
+
+/** XORs the 16-byte chunk in a row of `swizzleBytes` with the bits of the address above its 128-byte line. */
+export function swizzled(address: number, swizzleBytes: number): number {
+  const mask = swizzleBytes / 16 - 1;
+  return swizzleBytes === 0 ? address : address ^ (((address >> 7) & mask) << 4);
+}
+
+/** Of a byte: written by a thread, readable by the asynchronous units, being copied to. */
+const STATE = { ordinary: 1, visible: 2, underWay: 3 } as const;
+
+/** Shared memory that also knows which bytes the asynchronous units may read. */
+export class AsyncSharedMemory extends SharedMemory {
+  /** 0: never written; else see `STATE`. */
+  readonly #async: Uint8Array;
+  readonly #unfenced = new Map<number, Set<number>>();
+
+  constructor(byteLength: number) {
+    super(byteLength);
+    this.#async = new Uint8Array(byteLength);
+  }
+
+  override writes(offset: number, length: number, warp: number, what: string, state: 1 | 2 = 1): void {
+    super.writes(offset, length, warp, what, state);
+    if (this.#async[offset] === STATE.underWay) throw new SimulationError(`${what}: writes under a bulk copy`);
+    this.#async.fill(STATE.ordinary, offset, offset + length);
+    let words = this.#unfenced.get(warp);
+    if (words === undefined) {
+      words = new Set();
+      this.#unfenced.set(warp, words);
+    }
+    for (let word = offset >> 2; word < (offset + length + 3) >> 2; word++) words.add(word);
+  }
+
+  /** `fence.proxy.async` of a warp. */
+  fence(warp: number): void {
+    for (const word of this.#unfenced.get(warp) ?? []) {
+      for (let i = 4 * word; i < 4 * word + 4; i++)
+        if (this.#async[i] === STATE.ordinary) this.#async[i] = STATE.visible;
+    }
+    this.#unfenced.delete(warp);
+  }
+
+  beginCopy(offset: number, length: number, what: string): void {
+    if (offset < 0 || offset + length > this.#async.length) throw new SimulationError(`${what}: beyond shared memory`);
+    for (let i = offset; i < offset + length; i++) {
+      if (this.#async[i] === STATE.underWay) throw new SimulationError(`${what}: two copies to shared byte ${i}`);
+      if (this.#async[i] === STATE.ordinary) {
+        throw new SimulationError(`${what}: no fence.proxy.async after the ordinary write of shared byte ${i}`);
+      }
+    }
+    this.#async.fill(STATE.underWay, offset, offset + length);
+  }
+
+  endCopy(offset: number, contents: Uint8Array): void {
+    this.bytes.set(contents, offset);
+    this.#async.fill(STATE.visible, offset, offset + contents.length);
+  }
+
+  /** Checks a read of 16 bytes by `wgmma`. */
+  productReads(offset: number, what: string): void {
+    if (offset < 0 || offset + 16 > this.#async.length) throw new SimulationError(`${what}: beyond shared memory`);
+    for (let i = offset; i < offset + 16; i++) {
+      if (this.#async[i] === STATE.visible) continue;
+      const why = ['was never written', 'has no fence.proxy.async after its write', '', 'has a copy under way'];
+      throw new SimulationError(`${what}: shared byte ${i} ${why[this.#async[i] as number]}`);
+    }
+  }
+}
