@@ -6,7 +6,9 @@ import type { DType } from '../../../tensor/dtype.ts';
 import { KernelBuilder } from '../ptx/builder.ts';
 import type { Target } from '../ptx/targets.ts';
 import type { Kernel, Reg } from '../ptx/types.ts';
-import { BYTES, divide, integers, loadSequence, offset, offset64, pointers } from './common.ts';
+import { divide, integers, offset, offset64, pointers } from './parts/addresses.ts';
+import { BYTES } from './parts/elements.ts';
+import { loadSequence } from './parts/sequences.ts';
 
 export interface CombineConfig {
   readonly target: Target;

@@ -4,7 +4,7 @@ import { type AttentionProblem, lseShapeOf, outputLayoutOf } from '../../../atte
 import { InvalidArgumentError } from '../../../errors.ts';
 import type { DType } from '../../../tensor/dtype.ts';
 import type { OperandLayout } from '../../../tensor/tensor.ts';
-import { BYTES } from '../kernels/common.ts';
+import { BYTES } from '../kernels/parts/elements.ts';
 import { printKernel } from '../ptx/printer.ts';
 import type { Kernel } from '../ptx/types.ts';
 import type { BufferName, KernelArgument, KernelLaunch, KernelModule } from './launch.ts';

@@ -1,6 +1,5 @@
 /** Launches of the kernels on `mma.sync`. */
 import { isBanded } from '../../../attention/band.ts';
-import { BYTES, LOG2_E } from '../kernels/common.ts';
 import {
   ATTENTION_INTEGERS,
   ATTENTION_POINTERS,
@@ -11,6 +10,8 @@ import {
   blockQueries,
 } from '../kernels/mma-sync/attention.ts';
 import { chooseTile } from '../kernels/mma-sync/tiles.ts';
+import { LOG2_E } from '../kernels/parts/constants.ts';
+import { BYTES } from '../kernels/parts/elements.ts';
 import {
   MEAN_SCORES_INTEGERS,
   MEAN_SCORES_POINTERS,

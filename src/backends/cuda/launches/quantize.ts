@@ -1,6 +1,7 @@
 /** Launches that quantize Q, K and V for the kernel families, and the buffers that they fill. */
-import { BYTES } from '../kernels/common.ts';
+
 import { BLOCK_K } from '../kernels/mma-sync/attention.ts';
+import { BYTES } from '../kernels/parts/elements.ts';
 import {
   CHANNEL_STATISTICS_INTEGERS,
   CHANNEL_STATISTICS_POINTERS,

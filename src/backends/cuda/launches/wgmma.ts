@@ -1,7 +1,8 @@
 /** Launches of the kernels on `wgmma`. */
 import { isBanded } from '../../../attention/band.ts';
-import { BYTES, LOG2_E } from '../kernels/common.ts';
 import { BLOCK_K } from '../kernels/mma-sync/attention.ts';
+import { LOG2_E } from '../kernels/parts/constants.ts';
+import { BYTES } from '../kernels/parts/elements.ts';
 import {
   KEY_VALUE_TILE,
   QUANTIZE_KEY_VALUE_INTEGERS,

@@ -13,21 +13,11 @@ import { KernelBuilder } from '../../ptx/builder.ts';
 import { type Layout, rowMajor, type SharedTile, xorSwizzle } from '../../ptx/layouts.ts';
 import type { Target } from '../../ptx/targets.ts';
 import type { Kernel, Reg } from '../../ptx/types.ts';
-import {
-  BYTES,
-  divide,
-  integers,
-  LOG2_E,
-  loadSequence,
-  MAGIC,
-  MAGIC_BITS,
-  nextPowerOfTwo,
-  offset,
-  offset64,
-  pointers,
-  roundUp,
-} from '../common.ts';
+import { divide, integers, offset, offset64, pointers } from '../parts/addresses.ts';
+import { LOG2_E, MAGIC, MAGIC_BITS, nextPowerOfTwo, roundUp } from '../parts/constants.ts';
+import { BYTES } from '../parts/elements.ts';
 import { applyMask } from '../parts/scores.ts';
+import { loadSequence } from '../parts/sequences.ts';
 
 /** Keys of a tile. */
 export const BLOCK_K = 64;

@@ -2,7 +2,7 @@
 import type { DType } from '../../../../tensor/dtype.ts';
 import type { KernelBuilder } from '../../ptx/builder.ts';
 import type { Reg } from '../../ptx/types.ts';
-import { LOG2_E } from '../common.ts';
+import { LOG2_E } from './constants.ts';
 
 /** Base 2: the lowest that a finite mask adds. A row of such values is not an empty one. */
 const LOWEST_FINITE = -3e38;

@@ -12,21 +12,10 @@ import { KernelBuilder } from '../../ptx/builder.ts';
 import { rowMajor } from '../../ptx/layouts.ts';
 import type { Target } from '../../ptx/targets.ts';
 import type { Kernel, Parameter, Reg } from '../../ptx/types.ts';
-import {
-  BYTES,
-  divide,
-  INFINITY_BITS,
-  integers,
-  KEY_VALUE_STRIDES,
-  type LoadWidth,
-  loadEightPacked,
-  loadSequence,
-  nextPowerOfTwo,
-  offset,
-  offset64,
-  pointers,
-  unpackEight,
-} from '../common.ts';
+import { divide, integers, KEY_VALUE_STRIDES, offset, offset64, pointers } from '../parts/addresses.ts';
+import { INFINITY_BITS, nextPowerOfTwo } from '../parts/constants.ts';
+import { BYTES, type LoadWidth, loadEightPacked, unpackEight } from '../parts/elements.ts';
+import { loadSequence } from '../parts/sequences.ts';
 
 /** Tokens of a long sequence that are looked at: so many, and up to twice as many less one. */
 export const SAMPLED_TOKENS = 128;

@@ -21,26 +21,10 @@ import { KernelBuilder } from '../../ptx/builder.ts';
 import { rowMajor } from '../../ptx/layouts.ts';
 import type { Target } from '../../ptx/targets.ts';
 import type { Kernel, Parameter, Reg } from '../../ptx/types.ts';
-import {
-  BEYOND_FP16_BITS,
-  BYTES,
-  divide,
-  INFINITY_BITS,
-  integers,
-  KEY_VALUE_STRIDES,
-  type LoadWidth,
-  loadEightFloats,
-  loadEightPacked,
-  loadSequence,
-  MAGIC,
-  nextPowerOfTwo,
-  offset,
-  offset64,
-  packBytes,
-  pointers,
-  SMALLEST_GROUP_MAXIMUM,
-  unpackEight,
-} from '../common.ts';
+import { divide, integers, KEY_VALUE_STRIDES, offset, offset64, pointers } from '../parts/addresses.ts';
+import { BEYOND_FP16_BITS, INFINITY_BITS, MAGIC, nextPowerOfTwo, SMALLEST_GROUP_MAXIMUM } from '../parts/constants.ts';
+import { BYTES, type LoadWidth, loadEightFloats, loadEightPacked, packBytes, unpackEight } from '../parts/elements.ts';
+import { loadSequence } from '../parts/sequences.ts';
 
 export interface QuantizeKeyValueConfig {
   readonly target: Target;

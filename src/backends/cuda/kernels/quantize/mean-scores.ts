@@ -8,19 +8,10 @@ import { KernelBuilder } from '../../ptx/builder.ts';
 import { rowMajor } from '../../ptx/layouts.ts';
 import type { Target } from '../../ptx/targets.ts';
 import type { Kernel, Reg } from '../../ptx/types.ts';
-import {
-  BYTES,
-  divide,
-  integers,
-  type LoadWidth,
-  loadEight,
-  loadEightFloats,
-  loadSequence,
-  nextPowerOfTwo,
-  offset,
-  offset64,
-  pointers,
-} from '../common.ts';
+import { divide, integers, offset, offset64, pointers } from '../parts/addresses.ts';
+import { nextPowerOfTwo } from '../parts/constants.ts';
+import { BYTES, type LoadWidth, loadEight, loadEightFloats } from '../parts/elements.ts';
+import { loadSequence } from '../parts/sequences.ts';
 
 export interface MeanScoresConfig {
   readonly target: Target;

@@ -12,24 +12,10 @@ import { KernelBuilder } from '../../ptx/builder.ts';
 import { rowMajor } from '../../ptx/layouts.ts';
 import type { Target } from '../../ptx/targets.ts';
 import type { Kernel, Reg } from '../../ptx/types.ts';
-import {
-  BYTES,
-  divide,
-  INFINITY_BITS,
-  integers,
-  LOG2_E,
-  type LoadWidth,
-  loadEight,
-  loadEightFloats,
-  loadSequence,
-  MAGIC,
-  nextPowerOfTwo,
-  offset,
-  offset64,
-  packBytes,
-  pointers,
-  SMALLEST_GROUP_MAXIMUM,
-} from '../common.ts';
+import { divide, integers, offset, offset64, pointers } from '../parts/addresses.ts';
+import { INFINITY_BITS, LOG2_E, MAGIC, nextPowerOfTwo, SMALLEST_GROUP_MAXIMUM } from '../parts/constants.ts';
+import { BYTES, type LoadWidth, loadEight, loadEightFloats, packBytes } from '../parts/elements.ts';
+import { loadSequence } from '../parts/sequences.ts';
 
 export interface QuantizeTokensConfig {
   readonly target: Target;

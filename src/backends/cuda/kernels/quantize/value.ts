@@ -12,21 +12,10 @@ import { KernelBuilder } from '../../ptx/builder.ts';
 import { rowMajor } from '../../ptx/layouts.ts';
 import type { Target } from '../../ptx/targets.ts';
 import type { Kernel, Reg } from '../../ptx/types.ts';
-import {
-  BEYOND_FP16_BITS,
-  BYTES,
-  divide,
-  INFINITY_BITS,
-  integers,
-  type LoadWidth,
-  loadEight,
-  loadEightFloats,
-  loadSequence,
-  nextPowerOfTwo,
-  offset,
-  offset64,
-  pointers,
-} from '../common.ts';
+import { divide, integers, offset, offset64, pointers } from '../parts/addresses.ts';
+import { BEYOND_FP16_BITS, INFINITY_BITS, nextPowerOfTwo } from '../parts/constants.ts';
+import { BYTES, type LoadWidth, loadEight, loadEightFloats } from '../parts/elements.ts';
+import { loadSequence } from '../parts/sequences.ts';
 
 export interface ValueConfig {
   readonly target: Target;

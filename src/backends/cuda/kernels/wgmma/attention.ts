@@ -35,20 +35,11 @@ import {
   wgmmaFence,
   wgmmaWaitGroup,
 } from '../../ptx/wgmma.ts';
-import {
-  BYTES,
-  divide,
-  integers,
-  LOG2_E,
-  loadSequence,
-  MAGIC,
-  MAGIC_BITS,
-  offset,
-  offset64,
-  pointers,
-  unpackPair,
-} from '../common.ts';
+import { divide, integers, offset, offset64, pointers } from '../parts/addresses.ts';
+import { LOG2_E, MAGIC, MAGIC_BITS } from '../parts/constants.ts';
+import { BYTES, unpackPair } from '../parts/elements.ts';
 import { applyMask } from '../parts/scores.ts';
+import { loadSequence } from '../parts/sequences.ts';
 import { EXACT_SCALE, type HopperConfig, MIN_SCALE, SCALE_BITS, sharedPlanOf } from './config.ts';
 import { exp2Halves, uniform } from './instructions.ts';
 

@@ -1,0 +1,22 @@
+/** Numbers that several kernels share, and the arithmetic of sizes. */
+
+/**
+ * 1.5 * 2^23. An integer |n| < 2^22 added to the bits of this float gives the bits of 1.5 * 2^23 + n: scores accumulated on
+ * top of it are floats without a conversion.
+ */
+export const MAGIC = 12582912;
+
+export const MAGIC_BITS = 0x4b400000;
+export const LOG2_E = Math.LOG2E;
+
+/** Magnitudes of floats order like the integers of their bits: from here on they are not finite. */
+export const INFINITY_BITS = 0x7f800000;
+
+/** From here on they round to infinity in FP16. */
+export const BEYOND_FP16_BITS = 0x477ff000;
+
+/** Below this a group of Q or K counts as zeros: 127 / max would not be finite, and no score could tell. */
+export const SMALLEST_GROUP_MAXIMUM = 1e-36;
+
+export const nextPowerOfTwo = (n: number) => 2 ** Math.ceil(Math.log2(Math.max(1, n)));
+export const roundUp = (n: number, multiple: number) => Math.ceil(n / multiple) * multiple;
