@@ -20,7 +20,7 @@ import {
 } from '../../src/backends/cuda/index.ts';
 import { descriptorOf, lackedBy } from '../../src/backends/cuda/kernel-table.ts';
 import { planAttend, planKeyValue, planLaunches } from '../../src/backends/cuda/launches/plan.ts';
-import { packBuffers } from '../../src/backends/cuda/plan.ts';
+import { packBuffers } from '../../src/backends/cuda/run/bound-launches.ts';
 import { type AttentionOptions, type KernelName, prepareKeyValue, sageattn, setBackend } from '../../src/index.ts';
 import { timeOnDevice, timeOnHost } from '../../src/measure/cuda-timing.ts';
 import { compare } from '../../src/reference/metrics.ts';

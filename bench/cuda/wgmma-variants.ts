@@ -21,7 +21,7 @@ import {
 import { descriptorOf } from '../../src/backends/cuda/kernel-table.ts';
 import { HOPPER_VARIANTS, type HopperTuning } from '../../src/backends/cuda/kernels/wgmma/table.ts';
 import { planAttend, planKeyValue, planLaunches } from '../../src/backends/cuda/launches/plan.ts';
-import { packBuffers } from '../../src/backends/cuda/plan.ts';
+import { packBuffers } from '../../src/backends/cuda/run/bound-launches.ts';
 import { emptyCudaTensor, upload } from '../../src/backends/cuda/tensor.ts';
 import type { AttentionOptions, KernelName } from '../../src/index.ts';
 import { timeOnDevice } from '../../src/measure/cuda-timing.ts';

@@ -4,7 +4,7 @@ import { PreparedLaunches } from '../../src/backends/cuda/driver/prepared-launch
 import type { CudaDevice } from '../../src/backends/cuda/index.ts';
 import { targetFor } from '../../src/backends/cuda/kernel-table.ts';
 import type { BufferName, LaunchSequence } from '../../src/backends/cuda/launches/launch.ts';
-import { packBuffers } from '../../src/backends/cuda/plan.ts';
+import { packBuffers } from '../../src/backends/cuda/run/bound-launches.ts';
 import { timeOnDevice } from '../../src/measure/cuda-timing.ts';
 import { type AttentionSize, attentionOperations } from '../../src/measure/operations.ts';
 

@@ -15,7 +15,10 @@ import { CUDA_KERNELS, defaultKernelFor, lackedBy, MINIMUM_COMPUTE_CAPABILITY, t
 import { CudaKeyValue } from './key-value.ts';
 import type { DeviceFacts } from './launches/context.ts';
 import { type LaunchPlanner, planAttend, planKeyValue, planLaunches } from './launches/plan.ts';
-import { AttentionRunner, type CapturedAttention, CudaPlan, operandsOf } from './plan.ts';
+import { CudaPlan } from './plan.ts';
+import { CapturedAttention } from './run/captured.ts';
+import { operandsOf, outputsOf } from './run/operands.ts';
+import { Runner } from './run/runner.ts';
 
 export interface CudaBackendOptions {
   /** Default: the driver of this machine, see `openCuda`. */
@@ -146,9 +149,10 @@ export class CudaBackend implements Backend {
   async capture(problem: AttentionProblem, kernel: KernelChoice, inputs: AttentionInputs): Promise<CapturedAttention> {
     const device = await this.device(problem);
     const facts = factsOf(device, kernel);
-    const runner = new AttentionRunner(device, problem, () => this.#planner.planLaunches(problem, kernel, facts));
+    const options = { location: problem.location, outputs: outputsOf(problem) };
+    const runner = new Runner(device, options, () => this.#planner.planLaunches(problem, kernel, facts));
     try {
-      return runner.capture(operandsOf(problem, inputs));
+      return new CapturedAttention(runner, operandsOf(problem, inputs));
     } catch (error) {
       runner.dispose();
       throw error;

@@ -5,7 +5,7 @@ import type { AttentionInputs } from '../backend.ts';
 import { chooseKernel } from '../choice.ts';
 import { getBackend } from '../registry.ts';
 import { CudaBackend } from './backend.ts';
-import type { CapturedAttention } from './plan.ts';
+import type { CapturedAttention } from './run/captured.ts';
 import type { CudaTensor } from './tensor.ts';
 
 /** Options of {@link captureAttention}: those of `sageattn` that do not belong to one run. */

@@ -19,7 +19,8 @@ export { CudaEvent, CudaStream } from './driver/stream.ts';
 export { CUDA_KERNELS, DEFAULT_KERNELS, defaultKernelFor, MINIMUM_COMPUTE_CAPABILITY } from './kernel-table.ts';
 export type * from './launches/launch.ts';
 export type { LaunchPlanner } from './launches/plan.ts';
-export { CapturedAttention, CudaPlan } from './plan.ts';
+export { CudaPlan } from './plan.ts';
+export { CapturedAttention } from './run/captured.ts';
 export {
   type CudaTensor,
   cudaTensorFromPointer,

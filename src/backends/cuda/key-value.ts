@@ -9,17 +9,19 @@ import type { DeviceMemory } from './driver/memory.ts';
 import type { CudaStream } from './driver/stream.ts';
 import type { DeviceFacts, KeyRoom, KeyValuePart } from './launches/context.ts';
 import type { LaunchPlanner } from './launches/plan.ts';
+import { BoundLaunches, packBuffers } from './run/bound-launches.ts';
 import {
-  AttentionRunner,
-  BoundLaunches,
+  attentionOutputs,
   type HeldBuffer,
   maskOperand,
   type Operand,
-  packBuffers,
+  outputsOf,
   requireTensorOn,
   streamOf,
-} from './plan.ts';
-import { type CudaTensor, uploadAsync } from './tensor.ts';
+} from './run/operands.ts';
+import { Runner } from './run/runner.ts';
+import { Uploads } from './run/uploads.ts';
+import type { CudaTensor } from './tensor.ts';
 
 /** Tokens that room is made for at first, and the unit in which it grows. */
 const CAPACITY_STEP = 256;
@@ -183,7 +185,7 @@ export class CudaKeyValue implements PreparedKeyValue {
   readonly #first: AttentionProblem;
   readonly #k: GrowingRows;
   readonly #v: GrowingRows;
-  readonly #runners = new Map<string, AttentionRunner>();
+  readonly #runners = new Map<string, Runner>();
   #quantized: Quantized | undefined;
   #length = 0;
 
@@ -218,13 +220,9 @@ export class CudaKeyValue implements PreparedKeyValue {
     stream.waitFor(given);
     const { keyLength, tensorLayout } = problem;
     const total = this.#length + keyLength;
-    const uploads: { readonly tensor: CudaTensor; readonly done: Promise<unknown> }[] = [];
-    const onDevice = (argument: string, view: TensorView): CudaTensor => {
-      if (view.location !== 'cpu') return requireTensorOn(device, argument, view);
-      const upload = uploadAsync(view as Tensor, device, { stream });
-      uploads.push(upload);
-      return upload.tensor;
-    };
+    const uploads = new Uploads(device, stream);
+    const onDevice = (argument: string, view: TensorView): CudaTensor =>
+      view.location === 'cpu' ? uploads.add(argument, view as Tensor) : requireTensorOn(device, argument, view);
     try {
       for (const [rows, argument, view] of [
         [this.#k, 'k', k],
@@ -235,16 +233,17 @@ export class CudaKeyValue implements PreparedKeyValue {
         rows.reserve(total, this.#length, stream);
         rows.write(tensorLayout === 'HND' ? source : transpose(source, [0, 2, 1, 3]), this.#length, stream);
       }
-      await Promise.all(uploads.map(({ done }) => done));
       this.#quantize(total, stream);
+      uploads.finishReading();
       this.#length = total;
       // Plans of other lengths will not be asked for again.
       for (const runner of this.#runners.values()) runner.dispose();
       this.#runners.clear();
       given.waitFor(stream);
+      // A fault is reported here, and copies of the caller's tensors are let go.
+      if (!uploads.isEmpty) await stream.completed();
     } finally {
-      await Promise.allSettled(uploads.map(({ done }) => done));
-      for (const { tensor } of uploads) tensor.memory.dispose();
+      uploads.dispose();
     }
   }
 
@@ -336,19 +335,19 @@ export class CudaKeyValue implements PreparedKeyValue {
     const operands: Operand[] = [{ buffer: 'q', argument: 'q', view: q, offset: problem.q.offset }];
     if (attnMask !== undefined) operands.push(maskOperand(problem, attnMask));
     const buffers = [...this.#rawBuffers(), ...(this.#quantized?.buffers ?? [])];
-    return this.#runnerOf(held).run(operands, context, buffers);
+    return attentionOutputs(await this.#runnerOf(held).run(operands, context, buffers));
   }
 
-  #runnerOf(problem: AttentionProblem): AttentionRunner {
+  #runnerOf(problem: AttentionProblem): Runner {
     const key = JSON.stringify(problem, (_, value) => (value === Number.POSITIVE_INFINITY ? 'Infinity' : value));
     let runner = this.#runners.get(key);
     if (runner === undefined) {
       const { capacity } = this.#k;
       const plan = () => this.#planner.planAttend(problem, this.#choice, this.#facts, { room: { capacity } });
-      runner = new AttentionRunner(this.#device, problem, plan);
+      runner = new Runner(this.#device, { location: problem.location, outputs: outputsOf(problem) }, plan);
       this.#runners.set(key, runner);
       if (this.#runners.size > CACHED_RUNNERS) {
-        const [oldest, old] = this.#runners.entries().next().value as [string, AttentionRunner];
+        const [oldest, old] = this.#runners.entries().next().value as [string, Runner];
         this.#runners.delete(oldest);
         old.dispose();
       }

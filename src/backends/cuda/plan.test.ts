@@ -1,5 +1,7 @@
 /** Plans, tensors and the backend over the fake driver, with a kernel that shows what it was given. */
+import fc from 'fast-check';
 import { beforeEach, describe, expect, it } from 'vitest';
+import { runSeed } from '../../../test/support/random.ts';
 import { place } from '../../../test/support/tensors.ts';
 import { prepareKeyValue } from '../../api/key-value-cache.ts';
 import { sageattn } from '../../api/sageattn.ts';
@@ -16,7 +18,7 @@ import { Cuda } from './driver/device.ts';
 import { CudaError } from './driver/status.ts';
 import { descriptorOf } from './kernel-table.ts';
 import type { KernelLaunch, KernelModule, LaunchSequence } from './launches/launch.ts';
-import { packBuffers } from './plan.ts';
+import { packBuffers } from './run/bound-launches.ts';
 import {
   type CudaTensor,
   cudaTensorFromPointer,
@@ -454,6 +456,39 @@ describe('CPU tensors', () => {
     expect(values(await sageattn(strided, strided, strided, { backend: 'cuda' }))).toEqual(shifted(100, 3));
     device.trimMemory();
     expect(fake.liveAllocations).toBe(2);
+  });
+
+  it.each([
+    ['small', 1, 100],
+    // Above what is copied before it is sent.
+    ['large', 270_000, 280_000],
+  ])('are taken when the call is made: %s ones may be overwritten or given away at once', async (_, least, most) => {
+    const { backend, device } = setup;
+    const property = fc.asyncProperty(
+      fc.integer({ min: least, max: most }),
+      fc.constantFrom('overwritten', 'transferred'),
+      async (tokens, then) => {
+        const [q, k, v] = [rows(tokens), rows(tokens, 7), rows(tokens, 9)];
+        const plan = await backend.plan(createProblem(q, k, v, {}), CHOICE);
+        const running = plan.run({ q, k, v }, {});
+        for (const { data } of [q, k, v]) {
+          if (then === 'overwritten') (data as Float32Array).fill(Number.NaN);
+          else structuredClone(data.buffer, { transfer: [data.buffer as ArrayBuffer] });
+        }
+        const output = ((await running).output as Tensor).data as Float32Array;
+        expect(output.findIndex((value, i) => value !== 101 + i)).toBe(-1);
+        plan.dispose();
+      },
+    );
+    await fc.assert(property, { seed: runSeed(), numRuns: least === 1 ? 20 : 2 });
+    expect(device.stream.pendingKernels).toEqual([]);
+  });
+
+  it('whose storage is gone are refused', async () => {
+    const q = rows(3);
+    const plan = await setup.backend.plan(problemOf(q), CHOICE);
+    structuredClone(q.data.buffer, { transfer: [q.data.buffer as ArrayBuffer] });
+    await expect(plan.run({ q, k: q, v: q }, {})).rejects.toMatchObject({ code: 'buffer-too-small', argument: 'q' });
   });
 
   it('leave nothing behind when the call is aborted', async () => {

@@ -128,11 +128,18 @@ export function copyToDevice(device: CudaDevice, memory: DeviceMemory, bytes: Ui
   device.call('cuMemcpyHtoDAsync', what, memory.pointer, bytes, bytes.byteLength, stream.handle);
 }
 
-function startUpload(source: Tensor, device: CudaDevice, stream: CudaStream): CudaTensor {
-  const { bytes, firstElement } = reachedBytes(source);
+/**
+ * Enqueues an upload. The stream keeps the source's storage referenced until it has been read.
+ *
+ * @param copied the upload reads a copy, made now
+ */
+export function startUpload(source: Tensor, device: CudaDevice, stream: CudaStream, copied = false): CudaTensor {
+  const { bytes: reached, firstElement } = reachedBytes(source);
+  const bytes = copied ? reached.slice() : reached;
   const memory = device.allocate(bytes.byteLength, stream);
   try {
     copyToDevice(device, memory, bytes, stream);
+    stream.hold(bytes);
     const { dtype, shape, strides, offset } = source;
     return cudaTensorOn(memory, dtype, shape, { strides, offset: offset - firstElement });
   } catch (error) {

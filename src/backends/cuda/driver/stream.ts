@@ -76,7 +76,7 @@ export class CudaStream implements StreamHandle {
    */
   withScratch(byteLength: number, enqueue: (pointer: bigint) => void): void {
     const device = this.#device;
-    // The caller may destroy his own stream: nothing stays with it.
+    // Callers may destroy their own streams: nothing stays with one.
     if (!this.owned || byteLength > KEPT_SCRATCH) {
       const pointer = device.allocatePointer(byteLength, this);
       try {
@@ -130,10 +130,29 @@ export class CudaStream implements StreamHandle {
     // What a disposed stream still had to do, the device's own stream waits for.
     const source = other.#disposed ? other.#device.stream : other;
     if (source === this) return;
-    // The caller may have destroyed his own stream since: its last mark stands for it.
+    // Callers may have destroyed their own streams since: the last mark stands for such a stream.
     if (source.owned) source.mark();
     if (source.#mark === 0n) return;
     this.#device.call('cuStreamWaitEvent', 'waiting for another stream', this.handle, source.#mark, 0);
+  }
+
+  /** @internal A point after what is enqueued now: calling the result, once, blocks until the stream has reached it. */
+  checkpoint(): () => void {
+    const device = this.#device;
+    const event = device.takeEvent();
+    try {
+      device.call('cuEventRecord', 'recording an event', event, this.handle);
+    } catch (error) {
+      device.returnEvent(event);
+      throw error;
+    }
+    return () => {
+      try {
+        device.call('cuEventSynchronize', `waiting for a stream of ${device}`, event);
+      } finally {
+        device.returnEvent(event);
+      }
+    };
   }
 
   /**

@@ -1,0 +1,139 @@
+/** The inputs and outputs of a run: what is checked of them, where they lie, and on which stream they are used. */
+import type { StreamHandle } from '../../../attention/options.ts';
+import { type AttentionProblem, lseShapeOf, outputShapeOf } from '../../../attention/problem.ts';
+import { ExecutionError, InvalidArgumentError } from '../../../errors.ts';
+import { BYTES_PER_ELEMENT, type DType } from '../../../tensor/dtype.ts';
+import type { TensorView } from '../../../tensor/tensor.ts';
+import type { AttentionInputs, AttentionOutputs } from '../../backend.ts';
+import type { CudaDevice } from '../driver/device.ts';
+import type { DeviceMemory } from '../driver/memory.ts';
+import { CudaStream } from '../driver/stream.ts';
+import type { BufferName } from '../launches/launch.ts';
+import { type CudaTensor, isCudaTensor, validateStorage } from '../tensor.ts';
+
+/** The stream of a run: the caller's, or the device's own. */
+export function streamOf(device: CudaDevice, handle: StreamHandle | undefined): CudaStream {
+  if (handle === undefined) return device.stream;
+  if (handle.device !== device.ordinal) {
+    throw new InvalidArgumentError(
+      'mixed-locations',
+      'options.stream',
+      `a stream of device ${device.ordinal}, where the tensors are`,
+      `one of device ${handle.device}`,
+    );
+  }
+  const stream = handle instanceof CudaStream ? handle : device.streamFromHandle(handle.handle);
+  stream.requireUsable();
+  if (!stream.owned && stream.isCapturing) {
+    throw new InvalidArgumentError(
+      'invalid-option',
+      'options.stream',
+      "a stream that is not being captured (use captureAttention of 'sageattention/cuda' for graphs)",
+      'one under capture',
+    );
+  }
+  return stream;
+}
+
+/**
+ * Address of element 0 as the kernels count: they add the offset of the problem, and the tensor of this run may lie at
+ * another one (an upload leaves out what lies before the view).
+ */
+export const addressOf = (tensor: CudaTensor, plannedOffset: number): bigint =>
+  tensor.memory.pointer + BigInt((tensor.offset - plannedOffset) * BYTES_PER_ELEMENT[tensor.dtype]);
+
+/** Checks that a tensor lies on the device that was planned for, in memory that holds it. */
+export function requireTensorOn(device: CudaDevice, argument: string, view: TensorView): CudaTensor {
+  if (isCudaTensor(view) && view.memory.device !== device && view.device === device.ordinal) {
+    throw new ExecutionError('disposed', `${argument} was lost when ${device} was disposed`);
+  }
+  if (!isCudaTensor(view) || view.memory.device !== device) {
+    const where = isCudaTensor(view) ? `${view.memory.device}` : `location '${view.location}'`;
+    throw new InvalidArgumentError('mixed-locations', argument, `a CudaTensor of ${device}`, where);
+  }
+  validateStorage(argument, view);
+  return view;
+}
+
+/**
+ * Runs `work` on a stream between what its operands wait for and what waits for them. On a caller's own stream the outputs
+ * belong to the device's stream, which waits: callers may destroy their own streams.
+ *
+ * @param work makes its outputs on the stream `home`
+ */
+export function ordered<T>(
+  stream: CudaStream,
+  device: CudaDevice,
+  tensors: readonly CudaTensor[],
+  work: (home: CudaStream) => T,
+): T {
+  for (const { memory } of tensors) memory.useOn(stream);
+  if (stream.owned) return work(stream);
+  const home = device.stream;
+  stream.waitFor(home);
+  const result = work(home);
+  stream.mark();
+  home.waitFor(stream);
+  return result;
+}
+
+/** An input of a run. */
+export interface Operand {
+  readonly buffer: BufferName;
+  /** In the caller's spelling. */
+  readonly argument: string;
+  readonly view: TensorView;
+  /** Offset that the launches were planned with. */
+  readonly offset: number;
+}
+
+/** Memory of the library's own that a run reads besides its inputs. */
+export interface HeldBuffer {
+  readonly buffer: BufferName;
+  readonly memory: DeviceMemory;
+  readonly byteOffset: number;
+}
+
+/** The inputs of a call as operands. */
+export function operandsOf(problem: AttentionProblem, { q, k, v, attnMask }: AttentionInputs): Operand[] {
+  const operands: Operand[] = [
+    { buffer: 'q', argument: 'q', view: q, offset: problem.q.offset },
+    { buffer: 'k', argument: 'k', view: k, offset: problem.k.offset },
+    { buffer: 'v', argument: 'v', view: v, offset: problem.v.offset },
+  ];
+  return attnMask === undefined ? operands : [...operands, maskOperand(problem, attnMask)];
+}
+
+export const maskOperand = (problem: AttentionProblem, view: TensorView): Operand => ({
+  buffer: 'mask',
+  argument: 'options.attnMask',
+  view,
+  offset: problem.mask?.offset ?? 0,
+});
+
+/** A tensor that a run makes. */
+export interface NamedOutput {
+  readonly buffer: BufferName;
+  readonly shape: readonly number[];
+  readonly dtype: DType;
+}
+
+/** What a run made, by the names of its buffers. */
+export type Outputs<T> = Readonly<Record<BufferName, T>>;
+
+/** The outputs of attention. */
+export function outputsOf(problem: AttentionProblem): NamedOutput[] {
+  const output = { buffer: 'output', shape: outputShapeOf(problem), dtype: problem.dtype };
+  if (!problem.returnLse) return [output];
+  return [output, { buffer: 'lse', shape: lseShapeOf(problem), dtype: 'float32' }];
+}
+
+/** {@link outputsOf} as a caller gets them. */
+export function attentionOutputs<T extends TensorView>(made: Outputs<T>): AttentionOutputs<T> {
+  const { output, lse } = made as { readonly output: T; readonly lse?: T };
+  return lse === undefined ? { output } : { output, lse };
+}
+
+export function disposeOutputs(outputs: Outputs<CudaTensor>): void {
+  for (const { memory } of Object.values(outputs)) memory.dispose();
+}
