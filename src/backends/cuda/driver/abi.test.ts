@@ -7,8 +7,9 @@ import koffi from 'koffi';
 import { afterAll, describe, expect } from 'vitest';
 import { itNeeds } from '../../../../test/support/requirement.ts';
 import * as api from './api.ts';
-import { DRIVER_FUNCTIONS, type DriverFunctionName, type ParameterKind, STRUCTS } from './api.ts';
-import { bindDriver, type Koffi } from './load.ts';
+import { DRIVER_FUNCTIONS, type DriverFunctionName, STRUCTS } from './api.ts';
+import { bindLibrary, type Koffi, type ParameterKind } from './bind.ts';
+import { bindDriver } from './load.ts';
 import { TENSOR_MAP_VALUES } from './tensor-map.ts';
 
 function findHeader(): string | undefined {
@@ -119,7 +120,7 @@ describe('the table of driver functions', () => {
   });
 });
 
-const C_TYPES: Readonly<Record<ParameterKind, string>> = {
+const C_TYPES: Readonly<Record<Exclude<ParameterKind, 'bytes128'>, string>> = {
   u8: 'uint8_t',
   u32: 'uint32_t',
   s32: 'int32_t',
@@ -195,6 +196,43 @@ describe('calls through koffi', () => {
     expect(shared[3]).toBe(9);
     expect(rubbish).toHaveLength(64);
   });
+
+  itNeeds(noCompiler)(
+    'bind any table of functions: one with a struct by value, another with a function that is missing',
+    () => {
+      const path = compile(
+        'other.so',
+        `#include <stdint.h>
+       #include <string.h>
+       typedef struct { char internal[128]; } Id;
+       static Id last;
+       int32_t make_id(Id *id) { for (int i = 0; i < 128; i++) id->internal[i] = (char)(200 + i); return 0; }
+       int32_t join_group(void **group, int32_t size, Id id, int32_t rank) { last = id; *group = &last; return 1000 * size + rank; }
+       int32_t read_id(void *group, uint8_t *bytes) { memcpy(bytes, group, 128); return 0; }`,
+        ['-shared', '-fPIC'],
+      );
+      const table = {
+        makeId: { symbol: 'make_id', parameters: ['memory'] },
+        joinGroup: { symbol: 'join_group', parameters: ['memory', 's32', 'bytes128', 's32'] },
+        readId: { symbol: 'read_id', parameters: ['u64', 'memory'] },
+        leaveGroup: { symbol: 'leave_group', parameters: ['u64'], optional: true },
+      } as const;
+      const missing = (symbol: string) => new TypeError(`no ${symbol}`);
+      const library = bindLibrary(koffi as unknown as Koffi, path, table, missing);
+      const id = new Uint8Array(128);
+      expect(library.makeId(id)).toBe(0);
+      expect([...id]).toEqual(Array.from(id, (_, i) => (200 + i) & 255));
+      const group = new BigUint64Array(1);
+      expect(library.joinGroup(group, 8, id, 3)).toBe(8003);
+      const read = new Uint8Array(128);
+      expect(library.readId(group[0] as bigint, read)).toBe(0);
+      expect(read).toEqual(id);
+      expect([library.has('joinGroup'), library.has('leaveGroup'), library.library]).toEqual([true, false, path]);
+      expect(() => library.leaveGroup(1n)).toThrow('no leave_group');
+      const needed = { leaveGroup: { symbol: 'leave_group', parameters: ['u64'] } } as const;
+      expect(() => bindLibrary(koffi as unknown as Koffi, path, needed, missing)).toThrow(/leave_group/);
+    },
+  );
 
   itNeeds(noCompiler)('name a missing library, and mark what an older driver lacks', () => {
     expect(() => bindDriver(koffi as unknown as Koffi, 'no-such-driver.so.1')).toThrow(/shared library/);

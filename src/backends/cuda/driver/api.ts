@@ -3,20 +3,7 @@
  * implements the same functions, and a test compares the table with `cuda.h`.
  */
 
-/**
- * `u8`, `u32`, `s32`: an integer of that width (enums are `u32` or `s32`). `u64`: `size_t`, `CUdeviceptr` and opaque handles.
- * `memory`: a pointer to host memory, as a view (read or written during the call only), as the address of memory that
- * stays (see {@link CudaApi.addressOf}), or null.
- */
-export interface ParameterTypes {
-  readonly u8: number;
-  readonly u32: number;
-  readonly s32: number;
-  readonly u64: bigint | number;
-  readonly memory: ArrayBufferView | bigint | null;
-}
-
-export type ParameterKind = keyof ParameterTypes;
+import type { BoundLibrary, Functions, FunctionTable } from './bind.ts';
 
 /**
  * Every function with its exported symbol (the version suffix is part of the ABI) and its parameters. All return
@@ -97,35 +84,15 @@ export const DRIVER_FUNCTIONS = {
   cuGraphLaunch: { symbol: 'cuGraphLaunch', parameters: ['u64', 'u64'] },
   cuGraphExecDestroy: { symbol: 'cuGraphExecDestroy', parameters: ['u64'] },
   cuGraphDestroy: { symbol: 'cuGraphDestroy', parameters: ['u64'] },
-} as const satisfies Record<
-  string,
-  { readonly symbol: string; readonly parameters: readonly ParameterKind[]; readonly optional?: true }
->;
+} as const satisfies FunctionTable;
 
-type Table = typeof DRIVER_FUNCTIONS;
-export type DriverFunctionName = keyof Table;
-
-type Values<Kinds extends readonly ParameterKind[]> = { -readonly [I in keyof Kinds]: ParameterTypes[Kinds[I]] };
+export type DriverFunctionName = keyof typeof DRIVER_FUNCTIONS;
 
 /** The functions themselves, under the names of `cuda.h`; each returns its CUresult. */
-export type DriverFunctions = {
-  readonly [Name in DriverFunctionName]: (...values: Values<Table[Name]['parameters']>) => number;
-};
+export type DriverFunctions = Functions<typeof DRIVER_FUNCTIONS>;
 
 /** A loaded driver. */
-export interface CudaApi extends DriverFunctions {
-  /** What was loaded, for `doctor`. */
-  readonly library: string;
-  /** False for an optional function that this driver does not export; calling it then throws. */
-  has(name: DriverFunctionName): boolean;
-  /**
-   * Address of a buffer's first byte. It holds as long as the buffer lives: storage of an `ArrayBuffer` never moves.
-   * Whoever hands it to the driver keeps the buffer referenced.
-   */
-  addressOf(buffer: ArrayBuffer): bigint;
-  /** The NUL-terminated text at an address that the driver gave. */
-  textAt(address: bigint): string;
-}
+export type CudaApi = BoundLibrary<typeof DRIVER_FUNCTIONS>;
 
 /** Values of `cuda.h` that this backend uses, by their names there. */
 export const CUDA_SUCCESS = 0;

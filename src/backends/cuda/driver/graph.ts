@@ -1,5 +1,6 @@
+import { DISPOSE } from '../../../dispose.ts';
 import { ExecutionError } from '../../../errors.ts';
-import { CU_STREAM_CAPTURE_MODE_THREAD_LOCAL } from './api.ts';
+import { CU_STREAM_CAPTURE_MODE_THREAD_LOCAL, CUDA_SUCCESS } from './api.ts';
 import type { CudaDevice } from './device.ts';
 import type { CudaStream } from './stream.ts';
 
@@ -29,8 +30,7 @@ export class CudaGraph {
       enqueue(stream);
       graph = this.#endCapture(stream);
     } catch (error) {
-      // A stream that is being captured can be used for nothing else, so the capture ends even so.
-      device.inContext(() => device.api.cuStreamEndCapture(stream.handle, new BigUint64Array(1)));
+      this.#abandonCapture(stream);
       throw error;
     }
     this.#kernels = stream.pendingKernels;
@@ -39,6 +39,19 @@ export class CudaGraph {
     } finally {
       device.call('cuGraphDestroy', 'destroying a graph', graph);
     }
+  }
+
+  /** A stream that is being captured can be used for nothing else, so the capture ends after an error too. */
+  #abandonCapture(stream: CudaStream): void {
+    const device = this.#device;
+    const graph = new BigUint64Array(1);
+    device.release(() => {
+      // The capture may have ended already, or be invalid: a status here would hide the error that is on its way.
+      const status = device.inContext(() => device.api.cuStreamEndCapture(stream.handle, graph));
+      if (status === CUDA_SUCCESS && graph[0] !== 0n) {
+        device.call('cuGraphDestroy', 'destroying a graph', graph[0] as bigint);
+      }
+    });
   }
 
   #endCapture(stream: CudaStream): bigint {
@@ -62,7 +75,7 @@ export class CudaGraph {
     this.#device.release(() => this.#device.call('cuGraphExecDestroy', 'destroying a graph', this.#executable));
   }
 
-  [Symbol.dispose](): void {
+  [DISPOSE](): void {
     this.dispose();
   }
 }

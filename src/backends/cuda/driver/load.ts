@@ -1,25 +1,7 @@
-/** Finds the driver library and binds it through koffi. */
-import { BackendUnavailableError, MissingPackageError } from '../../../errors.ts';
-import { importOptional } from '../../../optional-package.ts';
-import { type CudaApi, DRIVER_FUNCTIONS, type DriverFunctionName, type ParameterKind } from './api.ts';
-
-/** What this file uses of koffi; the package is an optional peer, so its own types are not imported. */
-export interface Koffi {
-  load(path: string): {
-    func(symbol: string, result: string, parameters: readonly string[]): (...values: unknown[]) => number;
-    unload(): void;
-  };
-  address(value: ArrayBuffer | ArrayBufferView): bigint;
-  readonly decode: { string(address: bigint): string };
-}
-
-const KOFFI_TYPES: Readonly<Record<ParameterKind, string>> = {
-  u8: 'uint8_t',
-  u32: 'uint32_t',
-  s32: 'int32_t',
-  u64: 'uint64_t',
-  memory: 'void *',
-};
+/** Finds the driver library and binds it. */
+import { BackendUnavailableError } from '../../../errors.ts';
+import { type CudaApi, DRIVER_FUNCTIONS } from './api.ts';
+import { bindLibrary, importKoffi, type Koffi } from './bind.ts';
 
 /** WSL keeps the library outside the loader's path. */
 const LIBRARIES: Readonly<Record<string, readonly string[]>> = {
@@ -27,35 +9,15 @@ const LIBRARIES: Readonly<Record<string, readonly string[]>> = {
   win32: ['nvcuda.dll'],
 };
 
-/** Binds every function of the table to a library. Exported for tests, which bind a library of their own. */
-export function bindDriver(koffi: Koffi, path: string): CudaApi {
-  const library = koffi.load(path);
-  const bound: Record<string, unknown> = {};
-  const missing = new Set<string>();
-  for (const [name, entry] of Object.entries(DRIVER_FUNCTIONS)) {
-    const parameters = entry.parameters.map((kind) => KOFFI_TYPES[kind]);
-    try {
-      bound[name] = library.func(entry.symbol, 'int32_t', parameters);
-    } catch (error) {
-      if (!('optional' in entry)) throw error;
-      missing.add(name);
-      bound[name] = () => {
-        throw new BackendUnavailableError(
-          'cuda',
-          `the driver does not export ${entry.symbol}`,
-          'Install a newer NVIDIA driver',
-        );
-      };
-    }
-  }
-  return {
-    ...(bound as unknown as Pick<CudaApi, DriverFunctionName>),
-    library: path,
-    has: (name) => !missing.has(name),
-    addressOf: (buffer) => koffi.address(buffer),
-    textAt: (address) => koffi.decode.string(address),
-  };
-}
+/** Binds the driver's functions to a library. Exported for tests, which bind a library of their own. */
+export const bindDriver = (koffi: Koffi, path: string): CudaApi =>
+  bindLibrary(
+    koffi,
+    path,
+    DRIVER_FUNCTIONS,
+    (symbol) =>
+      new BackendUnavailableError('cuda', `the driver does not export ${symbol}`, 'Install a newer NVIDIA driver'),
+  );
 
 /**
  * Loads the NVIDIA driver of this machine.
@@ -97,13 +59,4 @@ export async function loadDriver(): Promise<CudaApi> {
     'Install the NVIDIA driver; in a container, start it with GPU access (docker run --gpus all)',
     cause,
   );
-}
-
-async function importKoffi(): Promise<Koffi> {
-  try {
-    const module = (await importOptional('koffi')) as Koffi & { readonly default?: Koffi };
-    return module.default ?? module;
-  } catch (error) {
-    throw new MissingPackageError('koffi', "backend 'cuda'", error);
-  }
 }

@@ -1,6 +1,9 @@
+import { DISPOSE } from '../../../dispose.ts';
 import { ExecutionError } from '../../../errors.ts';
-import type { CudaDevice } from './device.ts';
-import type { CudaStream } from './stream.ts';
+import { CU_MEMHOSTREGISTER_PORTABLE } from './api.ts';
+import type { DeviceContext } from './context.ts';
+import { requireByteLength } from './pool.ts';
+import type { CudaStream, StreamDevice } from './stream.ts';
 
 /**
  * Memory of a device. It is freed by {@link dispose} and by nothing else: a garbage collector knows neither how much
@@ -10,7 +13,7 @@ import type { CudaStream } from './stream.ts';
  * the home first, and freeing waits for every stream that has used it.
  */
 export class DeviceMemory {
-  readonly device: CudaDevice;
+  readonly device: StreamDevice;
   /** 0n for memory of no bytes. */
   readonly pointer: bigint;
   readonly byteLength: number;
@@ -22,7 +25,7 @@ export class DeviceMemory {
 
   /** @internal Use `CudaDevice.allocate` or `CudaDevice.memoryFromPointer`. */
   constructor(
-    device: CudaDevice,
+    device: StreamDevice,
     pointer: bigint,
     byteLength: number,
     home: CudaStream | undefined,
@@ -66,12 +69,20 @@ export class DeviceMemory {
     });
   }
 
-  [Symbol.dispose](): void {
+  [DISPOSE](): void {
     this.dispose();
   }
 }
 
 const PAGE = 4096;
+
+function allocateHost(byteLength: number): ArrayBuffer {
+  try {
+    return new ArrayBuffer(byteLength);
+  } catch (error) {
+    throw new ExecutionError('out-of-memory', `allocating ${byteLength} bytes of host memory`, error);
+  }
+}
 
 /**
  * Host memory that is page-locked, so that copies to and from it run beside the program. The pages are those of an ordinary
@@ -82,20 +93,22 @@ export class PinnedBuffer {
   readonly bytes: Uint8Array<ArrayBuffer>;
   /** Their address in this process. */
   readonly address: bigint;
-  readonly #device: CudaDevice;
+  readonly #device: DeviceContext;
   #disposed = false;
 
   /** @internal Use `CudaDevice.allocatePinned`. */
-  constructor(device: CudaDevice, byteLength: number) {
+  constructor(device: DeviceContext, byteLength: number) {
+    requireByteLength('byteLength', byteLength);
     this.#device = device;
     // Whole pages of its own: a page locked twice is an error of the driver.
     const lockedBytes = Math.max(1, Math.ceil(byteLength / PAGE)) * PAGE;
-    const buffer = new ArrayBuffer(lockedBytes + PAGE);
+    const buffer = allocateHost(lockedBytes + PAGE);
     const start = device.api.addressOf(buffer);
     const skip = Number((BigInt(PAGE) - (start % BigInt(PAGE))) % BigInt(PAGE));
     this.bytes = new Uint8Array(buffer, skip, byteLength);
     this.address = start + BigInt(skip);
-    device.lockPages(this.address, lockedBytes);
+    const what = `page-locking ${lockedBytes} bytes of host memory`;
+    device.call('cuMemHostRegister', what, this.address, lockedBytes, CU_MEMHOSTREGISTER_PORTABLE);
   }
 
   /** A view of other elements over the same bytes: `pinned.view(Float32Array)`. */
@@ -115,10 +128,11 @@ export class PinnedBuffer {
   dispose(): void {
     if (this.#disposed) return;
     this.#disposed = true;
-    this.#device.release(() => this.#device.unlockPages(this.address));
+    const device = this.#device;
+    device.release(() => device.call('cuMemHostUnregister', 'unlocking host memory', this.address));
   }
 
-  [Symbol.dispose](): void {
+  [DISPOSE](): void {
     this.dispose();
   }
 }

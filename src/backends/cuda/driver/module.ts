@@ -10,7 +10,7 @@ import {
   CU_JIT_INFO_LOG_BUFFER_SIZE_BYTES,
   CU_JIT_LOG_VERBOSE,
 } from './api.ts';
-import type { CudaDevice } from './device.ts';
+import type { DeviceContext } from './context.ts';
 
 const LOG_BYTES = 16384;
 /** Dynamic shared memory that every kernel may have without asking. */
@@ -33,11 +33,11 @@ export class CudaFunction {
   readonly registers: number;
   /** Bytes of local memory of each thread: 0 when nothing is spilled. */
   readonly localBytes: number;
-  readonly #device: CudaDevice;
+  readonly #device: DeviceContext;
   #sharedLimit = DEFAULT_SHARED_LIMIT;
   #anyCluster = false;
 
-  constructor(device: CudaDevice, module: bigint, moduleId: string, name: string) {
+  constructor(device: DeviceContext, module: bigint, moduleId: string, name: string) {
     this.#device = device;
     this.name = name;
     this.handle = device.create(
@@ -76,13 +76,13 @@ export class CudaFunction {
 export class CudaModule {
   /** What the driver's compiler said: registers, spills, warnings. */
   readonly log: string;
-  readonly #device: CudaDevice;
+  readonly #device: DeviceContext;
   readonly #id: string;
   readonly #handle: bigint;
   readonly #functions = new Map<string, CudaFunction>();
 
   /** @throws {CudaError} with the compiler's log when it refuses the PTX */
-  constructor(device: CudaDevice, { id, ptx }: KernelModule) {
+  constructor(device: DeviceContext, { id, ptx }: KernelModule) {
     const { api } = device;
     const logs = new ArrayBuffer(2 * LOG_BYTES);
     const info = new Uint8Array(logs, 0, LOG_BYTES);

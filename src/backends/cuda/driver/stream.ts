@@ -1,4 +1,5 @@
 import type { StreamHandle } from '../../../attention/options.ts';
+import { DISPOSE } from '../../../dispose.ts';
 import { ExecutionError } from '../../../errors.ts';
 import {
   CU_EVENT_DISABLE_TIMING,
@@ -6,7 +7,8 @@ import {
   CU_STREAM_NON_BLOCKING,
   CUDA_ERROR_NOT_READY,
 } from './api.ts';
-import type { CudaDevice } from './device.ts';
+import type { DeviceContext } from './context.ts';
+import type { EventPool, MemoryPool } from './pool.ts';
 
 /** Scratch up to this size stays with a stream between runs: beside the time of larger runs an allocation's is nothing. */
 const KEPT_SCRATCH = 2 ** 24;
@@ -17,6 +19,15 @@ const EAGER_POLLS = 200;
 const nextPoll = (poll: number) =>
   new Promise<void>((resolve) => (poll < EAGER_POLLS ? setImmediate(resolve) : setTimeout(resolve, 1)));
 
+/** What a device is to its streams. */
+export interface StreamDevice extends DeviceContext {
+  /** The library's own stream, which outlives every other. */
+  readonly stream: CudaStream;
+  readonly memoryPool: MemoryPool;
+  readonly eventPool: EventPool;
+  forgetStream(stream: CudaStream): void;
+}
+
 /**
  * A stream of one device. Work of one stream runs in order; the order between streams is made by {@link waitFor}. Streams
  * of this library do not synchronize with the default stream.
@@ -26,7 +37,7 @@ export class CudaStream implements StreamHandle {
   readonly device: number;
   /** False for a stream that the caller made elsewhere: it is never destroyed here. */
   readonly owned: boolean;
-  readonly #device: CudaDevice;
+  readonly #device: StreamDevice;
   /** The end of this stream's work when it was last marked; 0 before the first mark. */
   #mark = 0n;
   #disposed = false;
@@ -40,7 +51,7 @@ export class CudaStream implements StreamHandle {
   readonly #held: { readonly enqueued: number; readonly memory: unknown }[] = [];
 
   /** @internal Use `CudaDevice.createStream` or `CudaDevice.streamFromHandle`. */
-  constructor(device: CudaDevice, handle: bigint | undefined) {
+  constructor(device: StreamDevice, handle: bigint | undefined) {
     this.#device = device;
     this.device = device.ordinal;
     this.owned = handle === undefined;
@@ -78,17 +89,17 @@ export class CudaStream implements StreamHandle {
     const device = this.#device;
     // Callers may destroy their own streams: nothing stays with one.
     if (!this.owned || byteLength > KEPT_SCRATCH) {
-      const pointer = device.allocatePointer(byteLength, this);
+      const pointer = device.memoryPool.allocate(byteLength, this.handle);
       try {
         enqueue(pointer);
       } finally {
-        device.release(() => device.freePointer(pointer, this));
+        device.release(() => device.memoryPool.free(pointer, this.handle));
       }
       return;
     }
     if (byteLength > this.#scratch.byteLength) {
       this.freeScratch();
-      this.#scratch = { pointer: device.allocatePointer(byteLength, this), byteLength };
+      this.#scratch = { pointer: device.memoryPool.allocate(byteLength, this.handle), byteLength };
     }
     enqueue(byteLength === 0 ? 0n : this.#scratch.pointer);
   }
@@ -97,7 +108,7 @@ export class CudaStream implements StreamHandle {
   freeScratch(): void {
     const { pointer } = this.#scratch;
     this.#scratch = { pointer: 0n, byteLength: 0 };
-    this.#device.freePointer(pointer, this);
+    this.#device.memoryPool.free(pointer, this.handle);
   }
 
   get disposed(): boolean {
@@ -139,18 +150,18 @@ export class CudaStream implements StreamHandle {
   /** @internal A point after what is enqueued now: calling the result, once, blocks until the stream has reached it. */
   checkpoint(): () => void {
     const device = this.#device;
-    const event = device.takeEvent();
+    const event = device.eventPool.take();
     try {
       device.call('cuEventRecord', 'recording an event', event, this.handle);
     } catch (error) {
-      device.returnEvent(event);
+      device.eventPool.giveBack(event);
       throw error;
     }
     return () => {
       try {
         device.call('cuEventSynchronize', `waiting for a stream of ${device}`, event);
       } finally {
-        device.returnEvent(event);
+        device.eventPool.giveBack(event);
       }
     };
   }
@@ -176,7 +187,7 @@ export class CudaStream implements StreamHandle {
     this.requireUsable();
     const device = this.#device;
     const enqueued = this.#enqueued;
-    const event = device.takeEvent();
+    const event = device.eventPool.take();
     try {
       device.call('cuEventRecord', 'recording an event', event, this.handle);
       for (let poll = 0; ; poll++) {
@@ -189,7 +200,7 @@ export class CudaStream implements StreamHandle {
       }
       this.#forgetUpTo(enqueued);
     } finally {
-      device.returnEvent(event);
+      device.eventPool.giveBack(event);
     }
   }
 
@@ -207,19 +218,19 @@ export class CudaStream implements StreamHandle {
     device.forgetStream(this);
   }
 
-  [Symbol.dispose](): void {
+  [DISPOSE](): void {
     this.dispose();
   }
 }
 
 /** A point in a stream's work, with its time. */
 export class CudaEvent {
-  readonly #device: CudaDevice;
+  readonly #device: StreamDevice;
   readonly #handle: bigint;
   #disposed = false;
 
   /** @internal Use `CudaDevice.createEvent`. */
-  constructor(device: CudaDevice) {
+  constructor(device: StreamDevice) {
     this.#device = device;
     this.#handle = device.create('cuEventCreate', 'creating an event', 0);
   }
@@ -254,7 +265,7 @@ export class CudaEvent {
     this.#device.release(() => this.#device.call('cuEventDestroy', 'destroying an event', this.#handle));
   }
 
-  [Symbol.dispose](): void {
+  [DISPOSE](): void {
     this.dispose();
   }
 }

@@ -1,5 +1,5 @@
 import type { TensorMapDescription } from '../launches/launch.ts';
-import type { CudaDevice } from './device.ts';
+import type { DeviceContext } from './context.ts';
 
 /** Values of CUtensorMapDataType, CUtensorMapInterleave, CUtensorMapSwizzle, CUtensorMapL2promotion, CUtensorMapFloatOOBfill. */
 export const TENSOR_MAP_VALUES = {
@@ -12,14 +12,14 @@ export const TENSOR_MAP_VALUES = {
 
 /** A tensor map's description in the form that the driver takes; only the tensor's address changes between runs. */
 export class TensorMapEncoder {
-  readonly #device: CudaDevice;
+  readonly #device: DeviceContext;
   readonly #description: TensorMapDescription;
   readonly #dimensions: BigUint64Array;
   readonly #strides: BigUint64Array;
   readonly #box: Uint32Array;
   readonly #elementStrides: Uint32Array;
 
-  constructor(device: CudaDevice, description: TensorMapDescription) {
+  constructor(device: DeviceContext, description: TensorMapDescription) {
     const { dimensions, byteStrides, box } = description;
     this.#device = device;
     this.#description = description;

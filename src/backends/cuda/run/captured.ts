@@ -1,4 +1,5 @@
 import type { StreamHandle } from '../../../attention/options.ts';
+import { DISPOSE } from '../../../dispose.ts';
 import type { AttentionOutputs } from '../../backend.ts';
 import { CudaGraph } from '../driver/graph.ts';
 import type { DeviceMemory } from '../driver/memory.ts';
@@ -60,7 +61,7 @@ export class CapturedAttention implements AttentionOutputs<CudaTensor> {
     this.#bound.dispose();
   }
 
-  [Symbol.dispose](): void {
+  [DISPOSE](): void {
     this.dispose();
   }
 }
