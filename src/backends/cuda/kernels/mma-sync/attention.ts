@@ -14,9 +14,13 @@ import { type Layout, rowMajor, type SharedTile, xorSwizzle } from '../../ptx/la
 import type { Target } from '../../ptx/targets.ts';
 import type { Kernel, Reg } from '../../ptx/types.ts';
 import { divide, integers, offset, offset64, pointers } from '../parts/addresses.ts';
-import { LOG2_E, MAGIC, MAGIC_BITS, nextPowerOfTwo, roundUp } from '../parts/constants.ts';
+import { bandParameters, keyRange } from '../parts/band.ts';
+import { MAGIC, MAGIC_BITS, nextPowerOfTwo, roundUp } from '../parts/constants.ts';
 import { BYTES } from '../parts/elements.ts';
-import { applyMask } from '../parts/scores.ts';
+import { headAddress, logSumExp, rowFactor, storePair } from '../parts/epilogue.ts';
+import { at, maxOf } from '../parts/lists.ts';
+import { quadMax, quadSum } from '../parts/quad.ts';
+import { capScores, excludeBeyondBand, maskRow, spreadFaults } from '../parts/scores.ts';
 import { loadSequence } from '../parts/sequences.ts';
 
 /** Keys of a tile. */
@@ -197,14 +201,7 @@ function tileCopy(b: KernelBuilder, tile: SharedTile, threads: number, rowBytes:
   };
 }
 
-/** An element that is there. */
-function at<T>(values: readonly T[], index: number): T {
-  const value = values[index];
-  if (value === undefined) throw new RangeError(`no element ${index} of ${values.length}`);
-  return value;
-}
 const fourOf = <T>(values: readonly T[]) => values as [T, T, T, T];
-const maxOf = <T>(values: readonly T[], max: (a: T, b: T) => T): T => values.reduce(max);
 
 /** The kernel of one configuration. */
 export function attention(config: AttentionConfig): Kernel {
@@ -220,8 +217,7 @@ export function attention(config: AttentionConfig): Kernel {
   const pointer = pointers(b, ATTENTION_POINTERS);
   const integer = integers(b, ATTENTION_INTEGERS);
   const strides = pointers(b, ATTENTION_STRIDES);
-  const bandParameters = [b.parameter('bandLeft', 's32'), b.parameter('bandRight', 's32')] as const;
-  const alignBottomRight = b.parameter('alignBottomRight', 'u32');
+  const band = bandParameters(b);
   const scoreScale = b.parameter('scoreScale', 'f32'); // |smScale| * log2(e); its sign is Q's
   const softcap = b.parameter('softcap', 'f32'); // softcap * log2(e)
 
@@ -272,33 +268,12 @@ export function attention(config: AttentionConfig): Kernel {
   const length = b.as(keyLength, 's32');
   const rowLow = config.sameBand ? b.constant('s32', 0) : b.as(firstRow, 's32');
   const rowHigh = config.sameBand ? rowLow : b.min(b.add(rowLow, blockQ - 1), b.sub(b.as(queryLength, 's32'), 1));
-  const lower = b.constant('s32', 0);
-  const upper = b.constant('s32', 0);
-  // A tile needs its scores masked when it begins before `wholeFrom` or ends after `wholeUntil`.
-  let wholeFrom = b.constant('s32', 0);
-  let wholeUntil = length;
-  let keyBegin = b.constant('s32', 0);
-  let keyEnd = b.mov(length);
-  if (config.banded) {
-    const shift = b.mul(b.sub(length, b.as(queryLength, 's32')), b.as(b.loadParameter(alignBottomRight), 's32'));
-    b.sub(shift, b.loadParameter(bandParameters[0]), lower);
-    b.add(shift, b.loadParameter(bandParameters[1]), upper);
-    keyBegin = b.max(b.add(rowLow, lower), 0);
-    keyEnd = b.min(keyEnd, b.add(b.add(rowHigh, upper), 1));
-    wholeFrom = b.add(rowHigh, lower);
-    wholeUntil = b.min(length, b.add(b.add(rowLow, upper), 1));
-  }
-  const firstTile = b.shr(keyBegin, 6);
-  const endTile = b.shr(b.add(keyEnd, BLOCK_K - 1), 6);
-  let tile = firstTile;
-  let lastTile = endTile;
-  if (split !== undefined && splits !== undefined) {
-    const count = b.as(b.max(b.sub(endTile, firstTile), 0), 'u32');
-    const each = b.div(b.add(b.add(count, splits), -1), splits);
-    tile = b.add(firstTile, b.as(b.mul(each, split), 's32'));
-    lastTile = b.min(endTile, b.add(tile, b.as(each, 's32')));
-  }
-  tile = b.mov(tile);
+  const rows = { low: rowLow, high: rowHigh, queryLength, keyLength };
+  const share = split === undefined || splits === undefined ? undefined : { split, splits: () => splits };
+  const range = keyRange(b, config.banded ? band : undefined, rows, BLOCK_K, share);
+  const { lower, upper, wholeUntil, firstTile, lastTile } = range;
+  const wholeFrom = range.wholeFrom ?? b.constant('s32', 0);
+  const tile = b.mov(firstTile);
 
   b.section('addresses');
   const shared = b.sharedAddress();
@@ -577,16 +552,9 @@ export function attention(config: AttentionConfig): Kernel {
         if (config.smoothQ) addMeanScores(scale, negativeMagic);
         else eachScore((score) => b.fma(score, scale, negativeMagic, score));
         if (config.softcap) {
-          // The cap applies to the true scores: what smoothing K took away comes back first.
-          const cap = b.loadParameter(softcap);
-          const slope = b.mul(b.rcp(cap), 2 * LOG2_E);
-          const { rowBias } = unpark();
-          const biases = Array.from({ length: R }, (_, r) => b.ld('f32', rowBias, r * 32, { readOnly: true }));
-          eachScore((score, r) => {
-            // tanh(x) = 1 - 2 / (1 + e^2x)
-            const exponential = b.ex2(b.mul(b.add(score, biases[r] as Reg<'f32'>), slope));
-            const quotient = b.rcpApprox(b.add(exponential, 1));
-            b.fma(b.mul(quotient, -2), cap, cap, score);
+          capScores(b, softcap, eachScore, () => {
+            const { rowBias } = unpark();
+            return Array.from({ length: R }, (_, r) => b.ld('f32', rowBias, r * 32, { readOnly: true }));
           });
         }
       }
@@ -602,40 +570,19 @@ export function attention(config: AttentionConfig): Kernel {
       let edge = b.setp('gt', b.add(tileStart, BLOCK_K), until);
       if (config.banded) edge = b.orPred(edge, b.setp('lt', tileStart, from));
       b.if(edge, () => {
-        // Columns relative to this thread's first.
         const { rowIndex, length, lower, upper, t2 } = unpark();
+        const token = (r: number) => (config.sameBand ? b.constant('s32', 0) : b.add(rowIndex, 8 * r));
         const origin = b.add(tileStart, b.as(t2, 's32'));
-        const last: Reg<'s32'>[] = [];
-        const first: Reg<'s32'>[] = [];
-        for (let r = 0; r < R; r++) {
-          let limit = b.sub(length, 1);
-          if (config.banded) {
-            const row = config.sameBand ? b.constant('s32', 0) : b.add(rowIndex, 8 * r);
-            limit = b.min(limit, b.add(row, upper));
-            first.push(b.sub(b.add(row, lower), origin));
-          }
-          last.push(b.sub(limit, origin));
-        }
-        eachScore((score, r, column) => {
-          b.when(b.setp('lt', last[r] as Reg<'s32'>, column), () => b.set(score, Number.NEGATIVE_INFINITY));
-          if (config.banded) {
-            b.when(b.setp('gt', first[r] as Reg<'s32'>, column), () => b.set(score, Number.NEGATIVE_INFINITY));
-          }
-        });
+        const band = config.banded ? { lower, upper, token } : undefined;
+        excludeBeyondBand(b, R, { origin, keyLength: length, band }, eachScore);
       });
 
       b.section('keys that are not finite make the rows that see them NaN');
-      // The sign of a K scale, which is never negative otherwise, says that its tile has such keys; a bit each says which.
-      b.if(b.setp('lt', b.as(keyScale, 's32'), 0), () => {
+      const faultsOfTile = () => {
         const { firstKeyTile, t2 } = unpark();
-        const faults = offset(b, b.loadPointer(pointer.keyFaults), b.add(firstKeyTile, b.as(tile, 'u32')), 8);
-        const words = b.ldVector('b32', 2, faults).map((word) => b.shr(word, t2));
-        eachScore((score, _, column) => {
-          const bit = b.and(words[column >> 5] as Reg<'b32'>, 2 ** (column & 31));
-          const seen = b.setp('gt', score, Number.NEGATIVE_INFINITY);
-          b.when(b.andPred(seen, b.setp('ne', bit, 0)), () => b.set(score, Number.NaN));
-        });
-      });
+        return { faults: offset(b, b.loadPointer(pointer.keyFaults), b.add(firstKeyTile, b.as(tile, 'u32')), 8), t2 };
+      };
+      spreadFaults(b, keyScale, faultsOfTile, eachScore);
 
       b.section('running maximum');
       const newMax: Reg<'f32'>[] = [];
@@ -656,9 +603,7 @@ export function attention(config: AttentionConfig): Kernel {
       for (let r = 0; r < R; r++) {
         let largest = ownLargest(r);
         if (!cooked) largest = b.fma(largest, scale, negativeMagic);
-        largest = b.max(largest, b.shflBfly(largest, 1));
-        largest = b.max(largest, b.shflBfly(largest, 2));
-        newMax.push(b.max(largest, rowMax[r] as Reg<'f32'>));
+        newMax.push(b.max(quadMax(b, largest), rowMax[r] as Reg<'f32'>));
       }
       let grown: Reg<'pred'> | undefined;
       for (let r = 0; r < R; r++) {
@@ -905,29 +850,22 @@ export function attention(config: AttentionConfig): Kernel {
     const kind = config.mask as Exclude<AttentionConfig['mask'], 'none'>;
     const { sequence, head, queryLength, rowIndex, length, t2 } = unpark();
     const keyStride = b.loadParameter(strides.maskKey);
-    let origin = b.loadPointer(pointer.mask);
-    origin = offset64(b, origin, sequence, b.loadParameter(strides.maskBatch));
-    origin = offset64(b, origin, head, b.loadParameter(strides.maskHead));
+    let origin = headAddress(
+      b,
+      b.loadPointer(pointer.mask),
+      { sequence, head },
+      { batch: strides.maskBatch, head: strides.maskHead },
+    );
     const firstColumn = b.add(b.as(b.shl(tile, 6), 'u32'), t2);
     origin = offset64(b, origin, firstColumn, keyStride);
     const columnsLeft = b.sub(length, b.as(firstColumn, 's32'));
     for (let r = 0; r < R; r++) {
       const row = b.as(b.add(rowIndex, 8 * r), 'u32');
       const rowInside = b.setp('lt', row, queryLength);
-      let address = offset64(b, origin, row, b.loadParameter(strides.maskQuery));
-      let column = 0;
-      for (let n = 0; n < NT; n++) {
-        for (let j = 0; j < 2; j++) {
-          const next = 8 * n + j;
-          if (next > column) {
-            address = b.add(address, b.as(b.mul(keyStride, next - column), 'global'));
-            column = next;
-          }
-          const score = at(at(at(scores, r >> 1), n), 2 * (r & 1) + j);
-          const inside = b.andPred(rowInside, b.setp('gt', columnsLeft, column));
-          applyMask(b, kind, score, address, inside);
-        }
-      }
+      const address = offset64(b, origin, row, b.loadParameter(strides.maskQuery));
+      maskRow(b, kind, { address, keyStride, inside: rowInside, columnsLeft }, NT, (n, j) =>
+        at(at(at(scores, r >> 1), n), 2 * (r & 1) + j),
+      );
     }
   }
 
@@ -939,11 +877,11 @@ export function attention(config: AttentionConfig): Kernel {
     const sequenceHead = b.mad(sequence, keyHeads, keyHead);
     const headOutput = config.split
       ? b.loadPointer(pointer.output)
-      : offset64(
+      : headAddress(
           b,
-          offset64(b, b.loadPointer(pointer.output), sequence, b.loadParameter(strides.outputBatch)),
-          head,
-          b.loadParameter(strides.outputHead),
+          b.loadPointer(pointer.output),
+          { sequence, head },
+          { batch: strides.outputBatch, head: strides.outputHead },
         );
     const tokenStride = b.loadParameter(strides.outputToken);
     const channelTerms = (name: 'valueScale' | 'valueMean', n: number): Reg<'f32'>[] =>
@@ -962,34 +900,27 @@ export function attention(config: AttentionConfig): Kernel {
         : b.mad(split, b.mul(b.loadParameter(integer.paddedQueries), queryHeads), b.add(queryRow, threadRow));
     for (let r = 0; r < R; r++) {
       const row = b.as(b.add(rowIndex, 8 * r), 'u32');
-      let sum = rowSum[r] as Reg<'f32'>;
-      sum = b.add(sum, b.shflBfly(sum, 1));
-      sum = b.add(sum, b.shflBfly(sum, 2));
-      // A row of Q that is not finite has a NaN bias.
+      const sum = quadSum(b, at(rowSum, r));
       const bias = b.ld('f32', rowBias, r * 32, { readOnly: true });
-      const empty = b.setp('eq', sum, 0);
-      const inverse = b.fma(bias, 0, b.rcp(sum));
-      b.when(empty, () => b.set(inverse, 0));
+      const { empty, factor: inverse } = rowFactor(b, sum, bias);
       b.if(b.setp('lt', row, queryLength), () => {
         if (config.lse || config.split) {
-          // Base 2 between splits, natural for the caller; the smoothing term of K is added back.
-          let lse = b.add(b.lg2(sum), rowMax[r] as Reg<'f32'>);
-          if (pvFormat === 'e4m3') lse = b.add(lse, -LOG2_E4M3_MAX);
-          lse = config.softcap ? b.fma(bias, 0, lse) : b.add(lse, bias);
-          if (!config.split) lse = b.mul(lse, Math.LN2);
-          b.when(empty, () => b.set(lse, Number.NEGATIVE_INFINITY));
+          const lse = logSumExp(
+            b,
+            { sum, max: at(rowMax, r), empty, bias },
+            {
+              exponentOffset: pvFormat === 'e4m3' ? LOG2_E4M3_MAX : undefined,
+              biased: config.softcap,
+              natural: !config.split,
+            },
+          );
           const first = b.setp('eq', t2, 0);
           const base = b.loadPointer(pointer.lse);
           const address =
             partialRow === undefined
               ? offset(
                   b,
-                  offset64(
-                    b,
-                    offset64(b, base, sequence, b.loadParameter(strides.lseBatch)),
-                    head,
-                    b.loadParameter(strides.lseHead),
-                  ),
+                  headAddress(b, base, { sequence, head }, { batch: strides.lseBatch, head: strides.lseHead }),
                   b.add(queryStart, row),
                   4,
                 )
@@ -1021,35 +952,15 @@ export function attention(config: AttentionConfig): Kernel {
             if (isFp8(config) || config.smoothV) b.when(empty, () => b.set(whole, 0));
             return whole;
           });
-          storePair(pair as [Reg<'f32'>, Reg<'f32'>], type, address, t2, n * 8, width);
+          storePair(b, pair as [Reg<'f32'>, Reg<'f32'>], address, {
+            type,
+            first: n * 8,
+            width,
+            t2,
+            inside: undefined,
+          });
         }
       });
     }
-  }
-
-  /** Stores channels 8n + 2t and the next of a row, as far as they exist. */
-  function storePair(
-    [low, high]: [Reg<'f32'>, Reg<'f32'>],
-    type: DType,
-    address: Reg<'global'>,
-    t2: Reg<'u32'>,
-    firstChannel: number,
-    width: number,
-  ): void {
-    const bytes = BYTES[type];
-    const at = firstChannel * bytes;
-    const whole = firstChannel + 8 <= width;
-    const packed = type === 'float32' ? undefined : b.cvtPack(type === 'float16' ? 'f16x2' : 'bf16x2', low, high);
-    if (width % 2 === 0) {
-      const store = () => (packed === undefined ? b.stVector([low, high], address, at) : b.st(packed, address, at));
-      if (whole) store();
-      else b.when(b.setp('lt', t2, width - firstChannel), store);
-      return;
-    }
-    // Odd Dv: rows are not aligned to pairs.
-    const halves = packed === undefined ? [low, high] : b.unpack(packed, 'b16');
-    halves.forEach((half, j) => {
-      b.when(b.setp('lt', b.add(t2, j), width - firstChannel), () => b.st(half, address, at + j * bytes));
-    });
   }
 }

@@ -13,7 +13,6 @@
  * and g + 8 of its warp's 16; register 4n + i holds row g + 8 * (i >> 1), column 8n + 2t + (i & 1). P in E4M3 is the A fragment of
  * the next product just as the thread has it, because V's tokens are stored in permuted order (see `TOKEN_PERMUTATION`).
  */
-import type { DType } from '../../../../tensor/dtype.ts';
 import { KernelBuilder } from '../../ptx/builder.ts';
 import { rowMajor } from '../../ptx/layouts.ts';
 import {
@@ -36,9 +35,13 @@ import {
   wgmmaWaitGroup,
 } from '../../ptx/wgmma.ts';
 import { divide, integers, offset, offset64, pointers } from '../parts/addresses.ts';
+import { bandParameters, type KeyRange, keyRange } from '../parts/band.ts';
 import { LOG2_E, MAGIC, MAGIC_BITS } from '../parts/constants.ts';
 import { BYTES, unpackPair } from '../parts/elements.ts';
-import { applyMask } from '../parts/scores.ts';
+import { headAddress, logSumExp, rowFactor, storePair } from '../parts/epilogue.ts';
+import { at, maxOf } from '../parts/lists.ts';
+import { quadMax, quadSum } from '../parts/quad.ts';
+import { capScores, excludeBeyondBand, maskRow, spreadFaults } from '../parts/scores.ts';
 import { loadSequence } from '../parts/sequences.ts';
 import { EXACT_SCALE, type HopperConfig, MIN_SCALE, SCALE_BITS, sharedPlanOf } from './config.ts';
 import { exp2Halves, uniform } from './instructions.ts';
@@ -102,7 +105,7 @@ interface RingPlace {
 }
 
 /** One item of work, as each role works it out for itself. */
-interface Work {
+interface Work extends KeyRange {
   readonly split: Reg<'u32'> | undefined;
   readonly sequence: Reg<'u32'>;
   /** First head of Q of the tile, and head of K and V. */
@@ -115,24 +118,7 @@ interface Work {
   readonly paddedKeyStart: Reg<'u32'>;
   /** First row of the tile; rows are tokens, or `packedHeads` heads of each token. */
   readonly firstRow: Reg<'u32'>;
-  /** Keys that a row sees lie `lower`..`upper` from it. */
-  readonly lower: Reg<'s32'>;
-  readonly upper: Reg<'s32'>;
-  /** Tiles of keys. */
-  readonly firstTile: Reg<'s32'>;
-  readonly lastTile: Reg<'s32'>;
-  /** A tile needs no bounds when it begins at or after `wholeFrom` and ends at or before `wholeUntil`. */
-  readonly wholeFrom: Reg<'s32'> | undefined;
-  readonly wholeUntil: Reg<'s32'>;
 }
-
-function at<T>(values: readonly T[], index: number): T {
-  const value = values[index];
-  if (value === undefined) throw new RangeError(`no element ${index} of ${values.length}`);
-  return value;
-}
-
-const maxOf = <T>(values: readonly T[], max: (a: T, b: T) => T): T => values.reduce(max);
 
 /** The kernel of one configuration. */
 export function hopperAttention(config: HopperConfig): Kernel {
@@ -150,9 +136,7 @@ export function hopperAttention(config: HopperConfig): Kernel {
   const pointer = pointers(b, HOPPER_POINTERS);
   const integer = integers(b, HOPPER_INTEGERS);
   const strides = pointers(b, HOPPER_STRIDES);
-  const bandLeft = b.parameter('bandLeft', 's32');
-  const bandRight = b.parameter('bandRight', 's32');
-  const alignBottomRight = b.parameter('alignBottomRight', 'u32');
+  const band = bandParameters(b);
   const smScale = b.parameter('smScale', 'f32');
   const softcap = b.parameter('softcap', 'f32'); // softcap * log2(e)
   const maps = HOPPER_MAPS.map((name) => b.parameter(name, 'tensorMap'));
@@ -232,8 +216,18 @@ export function hopperAttention(config: HopperConfig): Kernel {
         const firstRow = b.mul(tileIndex, rows);
         const firstToken = tokenOf(firstRow);
         b.if(b.setp('lt', firstToken, table.queryLength), () => {
-          const band = bandOf(firstToken, table.queryLength, table.keyLength, split);
-          body({ split, sequence, head, keyHead, firstRow, ...table, ...band });
+          const { queryLength, keyLength } = table;
+          const low = b.as(firstToken, 's32');
+          const high = b.min(b.add(low, Math.ceil(rows / packedHeads) - 1), b.sub(b.as(queryLength, 's32'), 1));
+          const splits = () => b.loadParameter(integer.splits);
+          const range = keyRange(
+            b,
+            config.banded ? band : undefined,
+            { low, high, queryLength, keyLength },
+            HOPPER_BLOCK_K,
+            split === undefined ? undefined : { split, splits },
+          );
+          body({ split, sequence, head, keyHead, firstRow, ...table, ...range });
         });
         b.add(index, b.special('%nctaid.x'), index);
       },
@@ -242,42 +236,6 @@ export function hopperAttention(config: HopperConfig): Kernel {
 
   function tokenOf(row: Reg<'u32'>): Reg<'u32'> {
     return packedHeads === 1 ? row : b.shr(row, Math.log2(packedHeads));
-  }
-
-  function bandOf(
-    firstToken: Reg<'u32'>,
-    queryLength: Reg<'u32'>,
-    keyLength: Reg<'u32'>,
-    split: Reg<'u32'> | undefined,
-  ): Pick<Work, 'lower' | 'upper' | 'firstTile' | 'lastTile' | 'wholeFrom' | 'wholeUntil'> {
-    const [low, length] = [b.as(firstToken, 's32'), b.as(keyLength, 's32')];
-    const high = b.min(b.add(low, Math.ceil(rows / packedHeads) - 1), b.sub(b.as(queryLength, 's32'), 1));
-    const lower = b.constant('s32', 0);
-    const upper = b.constant('s32', 0);
-    let wholeFrom: Reg<'s32'> | undefined;
-    let wholeUntil = length;
-    let begin = b.constant('s32', 0);
-    let end = b.mov(length);
-    if (config.banded) {
-      const shift = b.mul(b.sub(length, b.as(queryLength, 's32')), b.as(b.loadParameter(alignBottomRight), 's32'));
-      b.sub(shift, b.loadParameter(bandLeft), lower);
-      b.add(shift, b.loadParameter(bandRight), upper);
-      begin = b.max(b.add(low, lower), 0);
-      end = b.min(end, b.add(b.add(high, upper), 1));
-      wholeFrom = b.add(high, lower);
-      wholeUntil = b.min(length, b.add(b.add(low, upper), 1));
-    }
-    let firstTile = b.shr(begin, 7);
-    const endTile = b.shr(b.add(end, HOPPER_BLOCK_K - 1), 7);
-    let lastTile = endTile;
-    if (split !== undefined) {
-      const splits = b.loadParameter(integer.splits);
-      const count = b.as(b.max(b.sub(endTile, firstTile), 0), 'u32');
-      const each = b.div(b.add(b.add(count, splits), -1), splits);
-      firstTile = b.add(firstTile, b.as(b.mul(each, split), 's32'));
-      lastTile = b.min(endTile, b.add(firstTile, b.as(each, 's32')));
-    }
-    return { lower, upper, firstTile, lastTile, wholeFrom, wholeUntil };
   }
 
   // ---- the rings
@@ -837,9 +795,9 @@ export function hopperAttention(config: HopperConfig): Kernel {
             );
         const rare = b.orPred(edge, large === undefined ? faulty : b.orPred(faulty, large));
         b.if(b.voteAny(rare), () => {
-          b.if(edge, () => excludeBeyondBand(tileStart));
+          b.if(edge, () => excludeKeys(tileStart));
           if (large !== undefined) b.if(b.voteAny(large), () => subtractMaximum(scale, zeroPoint));
-          spreadFaults();
+          spreadFaultsOfTile();
         });
       }
 
@@ -855,9 +813,7 @@ export function hopperAttention(config: HopperConfig): Kernel {
           b.max(at(largest, r), score, at(largest, r));
         });
         const zero = largest.map((own, r) => {
-          let maximum = b.max(own, b.shflBfly(own, 1));
-          maximum = b.max(maximum, b.shflBfly(maximum, 2));
-          return b.add(b.max(maximum, at(rowMax, r)), -128);
+          return b.add(b.max(quadMax(b, own), at(rowMax, r)), -128);
         });
         eachScore((score, r) => {
           const excluded = b.setp('eq', score, Number.NEGATIVE_INFINITY);
@@ -879,16 +835,7 @@ export function hopperAttention(config: HopperConfig): Kernel {
           b.fma(score, scaleOf(r, column), zeroOf(r, column), score);
         });
         if (!config.softcap) return;
-        // The cap applies to the true scores: what smoothing K took away comes back first.
-        const cap = b.loadParameter(softcap);
-        const slope = b.mul(b.rcp(cap), 2 * LOG2_E);
-        const biases = Array.from({ length: R }, (_, r) => loadBias(r));
-        eachScore((score, r) => {
-          // tanh(x) = 1 - 2 / (1 + e^2x)
-          const exponential = b.ex2(b.mul(b.add(score, at(biases, r)), slope));
-          const quotient = b.rcpApprox(b.add(exponential, 1));
-          b.fma(b.mul(quotient, -2), cap, cap, score);
-        });
+        capScores(b, softcap, eachScore, () => Array.from({ length: R }, (_, r) => loadBias(r)));
       }
 
       /** Excludes (boolean) or adds (float) mask elements, read from the caller's tensor. */
@@ -906,61 +853,33 @@ export function hopperAttention(config: HopperConfig): Kernel {
           let address = offset64(b, batch, headOf(row), b.loadParameter(strides.maskHead));
           address = offset64(b, address, token, b.loadParameter(strides.maskQuery));
           address = offset64(b, address, firstColumn, keyStride);
-          let column = 0;
-          for (let n = 0; n < NT; n++) {
-            for (let j = 0; j < 2; j++) {
-              const next = 8 * n + j;
-              if (next > column) {
-                address = b.add(address, b.as(b.mul(keyStride, next - column), 'global'));
-                column = next;
-              }
-              const inside = b.andPred(rowInside, b.setp('gt', columnsLeft, column));
-              applyMask(b, kind, at(scores, 4 * n + 2 * r + j), address, inside);
-            }
-          }
+          maskRow(b, kind, { address, keyStride, inside: rowInside, columnsLeft }, NT, (n, j) =>
+            at(scores, 4 * n + 2 * r + j),
+          );
         }
       }
 
       /** Keys outside the band or beyond the last. */
-      function excludeBeyondBand(tileStart: Reg<'s32'>): void {
+      function excludeKeys(tileStart: Reg<'s32'>): void {
+        const { lower, upper } = work;
+        const token = (r: number) => b.as(tokenOf(rowOf(r)), 's32');
         const origin = b.add(tileStart, b.as(t2, 's32'));
-        const [first, last]: [Reg<'s32'>[], Reg<'s32'>[]] = [[], []];
-        for (let r = 0; r < R; r++) {
-          let limit = b.sub(b.as(work.keyLength, 's32'), 1);
-          if (config.banded) {
-            const token = b.as(tokenOf(rowOf(r)), 's32');
-            limit = b.min(limit, b.add(token, work.upper));
-            first.push(b.sub(b.add(token, work.lower), origin));
-          }
-          last.push(b.sub(limit, origin));
-        }
-        eachScore((score, r, column) => {
-          b.when(b.setp('lt', at(last, r), column), () => b.set(score, Number.NEGATIVE_INFINITY));
-          if (config.banded) {
-            b.when(b.setp('gt', at(first, r), column), () => b.set(score, Number.NEGATIVE_INFINITY));
-          }
-        });
+        const band = config.banded ? { lower, upper, token } : undefined;
+        excludeBeyondBand(b, R, { origin, keyLength: b.as(work.keyLength, 's32'), band }, eachScore);
       }
 
-      /** The sign of a K scale, which is never negative otherwise, says that its 64 keys have some that are not finite; a bit each says which. */
-      function spreadFaults(): void {
+      function spreadFaultsOfTile(): void {
         for (const [half, scale] of keyScale.entries()) {
-          b.if(b.setp('lt', b.as(scale, 's32'), 0), () => {
+          const place = () => {
             const index = b.min(b.add(b.shl(tile, 1), half), lastScaleTile);
-            const words = b
-              .ldVector(
-                'b32',
-                2,
-                offset(b, b.loadPointer(pointer.keyFaults), b.add(keyTileIndex, b.as(index, 'u32')), 8),
-              )
-              .map((word) => b.shr(word, t2));
-            eachScore((score, _, column) => {
-              if (column >> 6 !== half) return;
-              const bit = b.and(at(words, (column >> 5) & 1), 2 ** (column & 31));
-              const seen = b.setp('gt', score, Number.NEGATIVE_INFINITY);
-              b.when(b.andPred(seen, b.setp('ne', bit, 0)), () => b.set(score, Number.NaN));
-            });
-          });
+            const inHead = b.loadPointer(pointer.keyFaults);
+            return { faults: offset(b, inHead, b.add(keyTileIndex, b.as(index, 'u32')), 8), t2 };
+          };
+          spreadFaults(b, scale, place, (body) =>
+            eachScore((score, row, column) => {
+              if (column >> 6 === half) body(score, row, column);
+            }),
+          );
         }
       }
 
@@ -1032,8 +951,7 @@ export function hopperAttention(config: HopperConfig): Kernel {
         const rowMaxima = values.map((row) => {
           let own = b.constant('u32', 0);
           for (const value of row.flat()) own = b.max(own, b.and(b.as(value, 'u32'), 0x7fffffff));
-          own = b.max(own, b.shflBfly(own, 1));
-          own = b.max(own, b.shflBfly(own, 2));
+          own = quadMax(b, own);
           const fault = b.setp('ge', own, 0x7f800000);
           b.when(fault, () => b.set(own, 0));
           faulty.push(fault);
@@ -1092,9 +1010,7 @@ export function hopperAttention(config: HopperConfig): Kernel {
           const means = b.ldVector('f32', 4, mean, 64 * c, { readOnly: true });
           for (const [i, value] of four.entries()) dot = b.fma(value, at(means, i), dot);
         });
-        dot = b.add(dot, b.shflBfly(dot, 1));
-        dot = b.add(dot, b.shflBfly(dot, 2));
-        return b.mul(dot, signed);
+        return b.mul(quadSum(b, dot), signed);
       }
 
       /** Normalizes and stores this thread's rows. */
@@ -1113,15 +1029,9 @@ export function hopperAttention(config: HopperConfig): Kernel {
         const type = config.split ? 'float32' : config.outputType;
         const width = config.split ? paddedValueDim : valueDim;
         const finished = Array.from({ length: R }, (_, r) => {
-          let sum = config.onesColumn ? at(output, paddedValueDim / 2 + 2 * r) : at(rowSum, r);
-          sum = b.add(sum, b.shflBfly(sum, 1));
-          sum = b.add(sum, b.shflBfly(sum, 2));
+          const sum = quadSum(b, config.onesColumn ? at(output, paddedValueDim / 2 + 2 * r) : at(rowSum, r));
           const bias = loadBias(r);
-          const empty = b.setp('eq', sum, 0);
-          // A row of Q that is not finite has a NaN bias.
-          const reciprocal = b.fma(bias, 0, b.rcp(sum));
-          const inverse = fp8 ? b.mul(reciprocal, tileScale) : reciprocal;
-          b.when(empty, () => b.set(inverse, 0));
+          const { empty, factor: inverse } = rowFactor(b, sum, bias, fp8 ? tileScale : undefined);
           const row = rowOf(r);
           const token = tokenOf(row);
           const head = headOf(row);
@@ -1135,24 +1045,26 @@ export function hopperAttention(config: HopperConfig): Kernel {
                   b.add(b.mad(head, b.loadParameter(integer.paddedQueries), work.paddedQueryStart), token),
                 );
           if (config.lse || config.split) {
-            // Base 2 between splits, natural for the caller; the smoothing term of K is added back.
-            let lse = b.add(b.add(b.lg2(sum), at(rowMax, r)), -config.exponentOffset);
-            lse = config.softcap ? b.fma(bias, 0, lse) : b.add(lse, bias);
-            if (!config.split) lse = b.mul(lse, Math.LN2);
-            b.when(empty, () => b.set(lse, Number.NEGATIVE_INFINITY));
+            const { exponentOffset } = config;
+            const lse = logSumExp(
+              b,
+              { sum, max: at(rowMax, r), empty, bias },
+              { exponentOffset, biased: config.softcap, natural: !config.split },
+            );
             const base = b.loadPointer(pointer.lse);
             let address: Reg<'global'>;
             if (partialRow === undefined) {
-              address = offset64(b, base, work.sequence, b.loadParameter(strides.lseBatch));
-              address = offset64(b, address, head, b.loadParameter(strides.lseHead));
+              const { sequence } = work;
+              address = headAddress(b, base, { sequence, head }, { batch: strides.lseBatch, head: strides.lseHead });
               address = offset(b, address, b.add(work.queryStart, token), 4);
             } else address = offset(b, base, partialRow, 4);
             b.when(b.andPred(inside, b.setp('eq', t, 0)), () => b.st(lse, address));
           }
           let address = b.loadPointer(pointer.output);
           if (partialRow === undefined) {
-            address = offset64(b, address, work.sequence, b.loadParameter(strides.outputBatch));
-            address = offset64(b, address, head, b.loadParameter(strides.outputHead));
+            const { sequence } = work;
+            const outputStrides = { batch: strides.outputBatch, head: strides.outputHead };
+            address = headAddress(b, address, { sequence, head }, outputStrides);
             address = offset64(b, address, b.add(work.queryStart, token), tokenStride);
           } else address = offset(b, address, partialRow, paddedValueDim * 4);
           return { inverse, empty, inside, address: offset(b, address, t2, BYTES[type]) };
@@ -1174,36 +1086,10 @@ export function hopperAttention(config: HopperConfig): Kernel {
               b.when(empty, () => b.set(smoothed, 0));
               return smoothed;
             }) as [Reg<'f32'>, Reg<'f32'>];
-            storePair(pair, type, address, inside, n * 8, width);
+            storePair(b, pair, address, { type, first: n * 8, width, t2, inside });
           }
         }
       }
     });
-
-    /** Stores channels `first` + 2t and the next of a row, as far as they exist. */
-    function storePair(
-      [low, high]: readonly [Reg<'f32'>, Reg<'f32'>],
-      type: DType,
-      address: Reg<'global'>,
-      inside: Reg<'pred'>,
-      first: number,
-      width: number,
-    ): void {
-      const bytes = BYTES[type];
-      const packed = type === 'float32' ? undefined : b.cvtPack(type === 'float16' ? 'f16x2' : 'bf16x2', low, high);
-      const guardOf = (channel: Reg<'u32'>) =>
-        first + 8 <= width ? inside : b.andPred(inside, b.setp('lt', channel, width - first));
-      if (width % 2 === 0) {
-        b.when(guardOf(t2), () =>
-          packed === undefined ? b.stVector([low, high], address, first * bytes) : b.st(packed, address, first * bytes),
-        );
-        return;
-      }
-      // Odd Dv: rows are not aligned to pairs.
-      const halves = packed === undefined ? [low, high] : b.unpack(packed, 'b16');
-      halves.forEach((half, j) => {
-        b.when(guardOf(b.add(t2, j)), () => b.st(half, address, (first + j) * bytes));
-      });
-    }
   }
 }
