@@ -1,6 +1,7 @@
-import { cp, mkdir, readdir } from 'node:fs/promises';
+import { cp, mkdir, readdir, writeFile } from 'node:fs/promises';
 import path from 'node:path';
 import { defineConfig, type Plugin } from 'vite';
+import { licencesOf } from '../scripts/licences.ts';
 import { findAssetFolder, PLAYGROUND_ASSETS } from '../src/cli/playground-assets.ts';
 import { ISOLATION_HEADERS, serveFile } from '../src/cli/playground-server.ts';
 
@@ -34,13 +35,43 @@ function assets(): Plugin {
   };
 }
 
+/** Files of the page's chunks and of its workers', which are bundled apart. */
+const bundled = new Set<string>();
+
+function collectBundled(): Plugin {
+  return {
+    name: 'collect-bundled',
+    generateBundle(_, bundle) {
+      for (const chunk of Object.values(bundle)) {
+        if (chunk.type === 'chunk') for (const id of chunk.moduleIds) bundled.add(id.replace(/^\0|\?.*$/g, ''));
+      }
+    },
+  };
+}
+
+/** Workers are bundled before the page is written. */
+function licences(): Plugin {
+  let outDir = '';
+  return {
+    name: 'licences',
+    configResolved(config) {
+      outDir = path.resolve(config.root, config.build.outDir);
+    },
+    async writeBundle() {
+      const root = path.resolve(import.meta.dirname, '..');
+      const files = [...bundled].map((id) => path.relative(root, id).replaceAll(path.sep, '/'));
+      await writeFile(path.join(outDir, 'THIRD-PARTY-LICENSES.txt'), await licencesOf(files));
+    },
+  };
+}
+
 export default defineConfig(({ mode }) => ({
   root: import.meta.dirname,
   // Relative, so that the folder may lie anywhere on a host.
   base: './',
   // The tests take them from the packages, as `sageattention playground` does where they are not beside the page.
-  plugins: mode === 'test' ? [] : [assets()],
-  worker: { format: 'es' },
+  plugins: mode === 'test' ? [] : [assets(), collectBundled(), licences()],
+  worker: { format: 'es', plugins: () => [collectBundled()] },
   server: { headers: ISOLATION_HEADERS },
   build: {
     outDir: '../dist/playground',

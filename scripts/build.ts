@@ -1,10 +1,11 @@
 /** Builds the package into dist/: WASM kernels, library, command line, playground. */
 import { spawnSync } from 'node:child_process';
-import { copyFile, mkdtemp, readdir, readFile, rm, writeFile } from 'node:fs/promises';
+import { copyFile, mkdtemp, readFile, rm, writeFile } from 'node:fs/promises';
 import { tmpdir } from 'node:os';
 import path from 'node:path';
 import { fileURLToPath } from 'node:url';
-import { build, type Metafile, type Plugin } from 'esbuild';
+import { build, type Plugin } from 'esbuild';
+import { licencesOf } from './licences.ts';
 
 const ROOT = fileURLToPath(new URL('..', import.meta.url));
 const inRoot = (...parts: readonly string[]) => path.join(ROOT, ...parts);
@@ -30,49 +31,6 @@ const libraryStaysOutside: Plugin = {
     });
   },
 };
-
-/** The package folders, `node_modules/name`, that a bundle took files from. */
-function bundledPackages({ inputs }: Metafile): string[] {
-  const folders = Object.keys(inputs).flatMap((file) => {
-    const match = /^(.*node_modules\/(?:@[^/]+\/)?[^/]+)\//.exec(file);
-    return match === null ? [] : [match[1] as string];
-  });
-  return [...new Set(folders)].sort();
-}
-
-/** The notices at the heads of a package's files: where its licences are when it comes without files for them. */
-async function noticesOf(folder: string, { inputs }: Metafile): Promise<string[]> {
-  const files = Object.keys(inputs).filter((file) => file.startsWith(`${folder}/`));
-  const heads = await Promise.all(
-    files.map(async (file) => /^(?:\/\/.*\n)+/.exec(await readFile(inRoot(file), 'utf8'))?.[0] ?? ''),
-  );
-  const notices = heads.filter((head) => /copyright/i.test(head)).map((head) => head.replaceAll(/^\/\/ ?/gm, ''));
-  return [...new Set(notices)];
-}
-
-/** Name, version and licence text of every package inside the bundle, as their licences ask. */
-async function licencesOf(metafile: Metafile): Promise<string> {
-  const sections = await Promise.all(
-    bundledPackages(metafile).map(async (folder) => {
-      const { name, version, license } = JSON.parse(await readFile(inRoot(folder, 'package.json'), 'utf8')) as {
-        name: string;
-        version: string;
-        license?: string;
-      };
-      const files = (await readdir(inRoot(folder))).filter((file) => /^(licen[cs]e|notice|copying)/i.test(file));
-      const texts = await Promise.all(files.map((file) => readFile(inRoot(folder, file), 'utf8')));
-      if (texts.length === 0) {
-        texts.push(...(await noticesOf(folder, metafile)));
-        // This package is under the same one.
-        if (license?.includes('Apache-2.0')) texts.push(await readFile(inRoot('LICENSE'), 'utf8'));
-      }
-      if (license === undefined && texts.length === 0) throw new Error(`${name} is bundled but states no licence`);
-      return [`${name} ${version} (${license ?? 'see below'})`, ...texts.map((text) => text.trim())].join('\n\n');
-    }),
-  );
-  const rule = `\n\n${'-'.repeat(80)}\n\n`;
-  return `This folder contains the following packages, bundled.${rule}${sections.join(rule)}\n`;
-}
 
 async function bundleCommandLine(): Promise<void> {
   // What tsc made of the command line would need its libraries installed; the bundle does not.
@@ -101,7 +59,7 @@ async function bundleCommandLine(): Promise<void> {
       js: "import { createRequire as createBundleRequire } from 'node:module';\nconst require = createBundleRequire(import.meta.url);",
     },
   });
-  await writeFile(inRoot('dist', 'cli', 'THIRD-PARTY-LICENSES.txt'), await licencesOf(metafile));
+  await writeFile(inRoot('dist', 'cli', 'THIRD-PARTY-LICENSES.txt'), await licencesOf(Object.keys(metafile.inputs)));
   await copyFile(inRoot('src', 'cli', 'alice-chapter-1.txt'), inRoot('dist', 'cli', 'alice-chapter-1.txt'));
 }
 
@@ -125,7 +83,7 @@ async function bundleProtobuf(): Promise<void> {
     external: [inRoot('dist', 'tensor', 'formats', '*')],
   });
   for (const extension of ['js', 'js.map']) await rm(path.join(folder, `onnx_pb.${extension}`));
-  await writeFile(path.join(folder, 'THIRD-PARTY-LICENSES.txt'), await licencesOf(metafile));
+  await writeFile(path.join(folder, 'THIRD-PARTY-LICENSES.txt'), await licencesOf(Object.keys(metafile.inputs)));
 }
 
 /**

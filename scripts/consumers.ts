@@ -1,0 +1,191 @@
+/**
+ * `npm run test:consumers [-- NAME...] [--tarball FILE]`: installs the packed package into fresh projects of every kind
+ * (test/consumers/consumers.ts), builds and runs them. Any warning fails. A release runs all; they take minutes and the npm registry.
+ */
+import { spawn, spawnSync } from 'node:child_process';
+import { mkdirSync, mkdtempSync, rmSync, writeFileSync } from 'node:fs';
+import { createServer } from 'node:http';
+import type { AddressInfo } from 'node:net';
+import { tmpdir } from 'node:os';
+import path from 'node:path';
+import { parseArgs } from 'node:util';
+import type { Browser } from 'playwright-core';
+import { serveFile } from '../src/cli/playground-server.ts';
+import { CONSUMERS, type Consumer, DONE } from '../test/consumers/consumers.ts';
+import { launchChromium, missingChromium } from '../test/support/chromium.ts';
+import { pack } from './check-package.ts';
+import { ensureRuntime } from './runtimes.ts';
+
+const { values: flags, positionals: names } = parseArgs({
+  allowPositionals: true,
+  options: { tarball: { type: 'string' }, keep: { type: 'boolean', default: false } },
+});
+/** Milliseconds that a page or a server may take to answer. */
+const PATIENCE = 60_000;
+
+/** Words of npm about packages that are not ours. */
+const NOT_OURS = /npm (warn|notice)|deprecated|browserslist|caniuse/i;
+const warningsIn = (text: string): string[] =>
+  text.split('\n').filter((line) => /\bwarn(ing)?\b/i.test(line) && !NOT_OURS.test(line));
+
+interface Place {
+  readonly folder: string;
+  readonly env: NodeJS.ProcessEnv;
+}
+
+function run([command = '', ...args]: readonly string[], { folder, env }: Place): string {
+  const { status, stdout, stderr, error } = spawnSync(command, args, {
+    cwd: folder,
+    env,
+    encoding: 'utf8',
+    maxBuffer: 2 ** 28,
+  });
+  const text = `${stdout}${stderr}`;
+  if (status !== 0) throw new Error(`${command} ${args.join(' ')} ended with ${status ?? error}\n${text.slice(-2000)}`);
+  return text;
+}
+
+function build(
+  { files, packages = [], commands = [], runtimes = [] }: Consumer,
+  folder: string,
+  tarball: string,
+): Place {
+  for (const [name, content] of Object.entries(files)) {
+    mkdirSync(path.dirname(path.join(folder, name)), { recursive: true });
+    writeFileSync(path.join(folder, name), content);
+  }
+  const bins = runtimes.map((name) => path.dirname(ensureRuntime(name)));
+  // Of this repository, `npm run` puts the tools on the path; a project must find its own.
+  const inherited = (process.env.PATH ?? '').split(path.delimiter).filter((at) => !at.includes('node_modules'));
+  const own = Object.entries(process.env).filter(([name]) => !/^npm_(package|lifecycle|config_local)/.test(name));
+  const env: NodeJS.ProcessEnv = {
+    ...Object.fromEntries(own),
+    PATH: [...bins, ...inherited].join(path.delimiter),
+    CI: 'true',
+    NO_COLOR: '1',
+  };
+  const place = { folder, env };
+  run(['npm', 'install', '--no-audit', '--no-fund', tarball, ...packages], place);
+  for (const command of commands) {
+    const warnings = warningsIn(run(command, place));
+    if (warnings.length > 0) throw new Error(`${command.join(' ')} warned:\n${warnings.slice(0, 10).join('\n')}`);
+  }
+  return place;
+}
+
+/** Opens a page and waits until its title is no longer `waiting`. */
+async function titleOf(browser: Browser, url: string): Promise<string> {
+  const page = await browser.newPage();
+  const said: string[] = [];
+  page.on('console', (message) => {
+    // Chromium's own words where the machine has no GPU; the library then takes another backend.
+    const own = /WebGPU Context Provider/.test(message.text());
+    if (!own && ['error', 'warning'].includes(message.type())) said.push(message.text());
+  });
+  page.on('pageerror', (error) => said.push(String(error)));
+  try {
+    await page.goto(url);
+    await page
+      .waitForFunction(() => document.title !== 'waiting' && document.title !== '', undefined, { timeout: PATIENCE })
+      .catch(() => undefined);
+    const title = await page.title();
+    return said.length === 0 ? title : `${title}; console: ${said.join(' | ')}`;
+  } finally {
+    await page.close();
+  }
+}
+
+async function servedTitle(browser: Browser, folder: string, policy: string | undefined): Promise<string> {
+  const server = createServer((request, response) => {
+    if (policy !== undefined) response.setHeader('Content-Security-Policy', policy);
+    const [target = '/'] = (request.url ?? '/').split('?', 1);
+    serveFile(request, response, folder, target, () => {
+      // Every browser asks for an icon.
+      response.statusCode = target === '/favicon.ico' ? 204 : 404;
+      response.end();
+    });
+  });
+  await new Promise<void>((resolve) => server.listen(0, '127.0.0.1', resolve));
+  try {
+    return await titleOf(browser, `http://127.0.0.1:${(server.address() as AddressInfo).port}/`);
+  } finally {
+    server.close();
+    server.closeAllConnections();
+  }
+}
+
+async function freePort(): Promise<number> {
+  const server = createServer();
+  await new Promise<void>((resolve) => server.listen(0, '127.0.0.1', resolve));
+  const { port } = server.address() as AddressInfo;
+  await new Promise((resolve) => server.close(resolve));
+  return port;
+}
+
+async function serverAnswers(browser: Browser, consumer: Consumer, { folder, env }: Place): Promise<string> {
+  if (!('server' in consumer.run)) return '';
+  const port = await freePort();
+  const [command = '', ...args] = consumer.run.server;
+  const child = spawn(command, [...args, String(port)], { cwd: folder, env, stdio: 'ignore', detached: true });
+  try {
+    const until = Date.now() + PATIENCE;
+    const url = `http://127.0.0.1:${port}`;
+    while (
+      !(await fetch(url).then(
+        () => true,
+        () => false,
+      ))
+    ) {
+      if (Date.now() > until) return 'the server did not start';
+      await new Promise((resolve) => setTimeout(resolve, 250));
+    }
+    for (const page of consumer.run.pages) {
+      const text = page === '/' ? await titleOf(browser, url) : await (await fetch(`${url}${page}`)).text();
+      if (!text.includes(DONE)) return `${page}: ${text.slice(0, 500)}`;
+    }
+    return DONE;
+  } finally {
+    if (child.pid !== undefined) process.kill(-child.pid, 'SIGKILL');
+  }
+}
+
+async function result(consumer: Consumer, place: Place, browser: Browser): Promise<string> {
+  if ('command' in consumer.run) return run(consumer.run.command, place).trim();
+  if ('page' in consumer.run) {
+    return servedTitle(browser, path.join(place.folder, consumer.run.page), consumer.run.policy);
+  }
+  return serverAnswers(browser, consumer, place);
+}
+
+const missing = missingChromium();
+if (missing !== undefined) throw new Error(`could not run: ${missing}`);
+const unknown = names.filter((name) => !CONSUMERS.some((consumer) => consumer.name === name));
+if (unknown.length > 0)
+  throw new Error(`no consumer '${unknown[0]}'; there are ${CONSUMERS.map(({ name }) => name).join(', ')}`);
+
+const root = mkdtempSync(path.join(tmpdir(), 'sageattention-consumers-'));
+const browser = await launchChromium('none');
+let [passed, failed] = [0, 0];
+try {
+  const tarball = flags.tarball === undefined ? pack(root) : path.resolve(flags.tarball);
+  for (const consumer of CONSUMERS.filter(({ name }) => names.length === 0 || names.includes(name))) {
+    const folder = path.join(root, consumer.name);
+    mkdirSync(folder);
+    const start = Date.now();
+    const outcome = await (async () => result(consumer, build(consumer, folder, tarball), browser))().catch(
+      (error: unknown) => (error instanceof Error ? error.message : String(error)),
+    );
+    const seconds = Math.round((Date.now() - start) / 1000);
+    if (outcome === DONE) passed++;
+    else failed++;
+    console.log(
+      `${outcome === DONE ? 'passed' : 'FAILED'}  ${consumer.name} (${seconds} s)${outcome === DONE ? '' : `\n${outcome}`}`,
+    );
+    if (!flags.keep) rmSync(folder, { recursive: true, force: true });
+  }
+} finally {
+  await browser.close();
+  if (!flags.keep) rmSync(root, { recursive: true, force: true });
+}
+console.log(`${passed} passed, ${failed} failed`);
+process.exitCode = failed === 0 && passed > 0 ? 0 : 1;
