@@ -6,7 +6,8 @@
 
 import { canonicalDomain, node as makeNode, type NodeOptions, type NodeProto, tensorProto } from '../model/codec.ts';
 import { floatAttribute, type GraphIndex, intAttribute, intsAttribute } from '../model/graph.ts';
-import { added } from './decomposed.ts';
+import { added, NotExact } from './additions.ts';
+import { own, unknownAttribute } from './operators.ts';
 import {
   type AttentionSite,
   anyOperand,
@@ -20,8 +21,6 @@ import {
 } from './site.ts';
 import { sizesOf } from './views.ts';
 
-class NotExact extends Error {}
-
 const MICROSOFT = 'com.microsoft';
 const BOOL = 9;
 const INT64 = 7;
@@ -30,9 +29,11 @@ const INT64 = 7;
 class Prelude {
   readonly nodes: NodeProto[] = [];
   readonly #of: string;
+  readonly #opset: number;
 
-  constructor(attention: NodeProto) {
+  constructor(attention: NodeProto, { opset }: GraphIndex) {
     this.#of = attention.output[0] as string;
+    this.#opset = opset;
   }
 
   /** Adds a node and returns its output's name. */
@@ -56,7 +57,15 @@ class Prelude {
 
   /** Elements `[start, end)` of an axis; bounds are int64 vectors of one element. */
   slice(label: string, value: string, start: string, end: string, axis: number): string {
+    refuse(this.#opset < 10, 'parts of operands in an operator set before 10');
     return this.add('Slice', label, [value, start, end, this.ints(`${label}.axes`, [axis])]);
+  }
+
+  /** Takes the first axis, which has one element, away, or adds it. */
+  firstAxis(opType: 'Squeeze' | 'Unsqueeze', label: string, value: string): string {
+    return this.#opset < 13
+      ? this.add(opType, label, [value], { attributes: { axes: [0] } })
+      : this.add(opType, label, [value, this.ints(`${label}.axes`, [0])]);
   }
 
   /** `[B,L,H*D]` to `[B,L,H,D]`. */
@@ -159,7 +168,7 @@ function multiHeadAttention(index: GraphIndex, node: NodeProto): AttentionSite {
   refuse(given(scores), 'scores that are an output');
   refuse(given(padding) && given(attentionBias), 'a padding mask and an attention bias together');
   refuse(!given(query), 'no query');
-  const prelude = new Prelude(node);
+  const prelude = new Prelude(node, index);
   const state = given(pastKey) || given(pastValue) || given(presentKey) || given(presentValue);
   const operands = { q: query as string, k: key, v: value };
   if (given(bias)) {
@@ -232,7 +241,7 @@ function microsoftAttention(index: GraphIndex, node: NodeProto): AttentionSite {
   refuse(given(pastLength), 'a key-value buffer shared by past and present');
   refuse((intAttribute(node, 'do_rotary') ?? 0) !== 0, 'rotary embedding inside the node');
   refuse(given(maskIndex) && given(attentionBias), 'a mask and an attention bias together');
-  const prelude = new Prelude(node);
+  const prelude = new Prelude(node, index);
   const product = prelude.add('MatMul', 'projection', [input, weights]);
   const packed = given(bias) ? prelude.add('Add', 'biased', [product, bias]) : product;
   const sizes = intsAttribute(node, 'qkv_hidden_sizes');
@@ -255,7 +264,7 @@ function microsoftAttention(index: GraphIndex, node: NodeProto): AttentionSite {
     return site(index, node, prelude, { ...common, k, v });
   }
   requireOnlyOutput(index, present);
-  const [k, v] = packedState(index, node, prelude, packed, heads) as [string, string];
+  const [k, v] = packedState(node, prelude, packed, heads) as [string, string];
   return site(index, node, prelude, {
     ...common,
     k: permutedOperand(k, [0, 1, 2, 3]),
@@ -265,27 +274,26 @@ function microsoftAttention(index: GraphIndex, node: NodeProto): AttentionSite {
 }
 
 /** Keys and values `[B,H,P+L,D]` of an Attention whose past and present are one tensor `[2,B,H,P,D]`. */
-function packedState(index: GraphIndex, node: NodeProto, prelude: Prelude, packed: string, heads: number): string[] {
-  refuse(index.opset < 13, 'past or present in an operator set before 13');
+function packedState(node: NodeProto, prelude: Prelude, packed: string, heads: number): string[] {
   refuse(intsAttribute(node, 'qkv_hidden_sizes') !== undefined, 'past or present with widths of their own');
   const past = node.input[4];
   const split = prelude.splitHeads('packed.heads', packed, 3 * heads);
   const bounds = [1, 2, 3].map((part) => prelude.ints(`packed.${part}`, [part * heads])) as [string, string, string];
-  const first = prelude.ints('state.axis', [0]);
   const states = ['k', 'v'].map((label, i) => {
     const part = prelude.slice(`${label}.packed`, split, bounds[i] as string, bounds[i + 1] as string, 2);
     const now = prelude.swapHeads(`${label}.swapped`, part);
     if (!given(past)) return now;
     const [from, to] = [i, i + 1].map((at) => prelude.ints(`${label}.past.${at}`, [at])) as [string, string];
-    const before = prelude.add('Squeeze', `${label}.past`, [
+    const before = prelude.firstAxis(
+      'Squeeze',
+      `${label}.past`,
       prelude.slice(`${label}.past.part`, past, from, to, 0),
-      first,
-    ]);
+    );
     return prelude.add('Concat', `${label}.state`, [before, now], { attributes: { axis: 2 } });
   });
   const present = node.output[1];
   if (given(present)) {
-    const wide = states.map((state, i) => prelude.add('Unsqueeze', `present.${i}`, [state, first]));
+    const wide = states.map((state, i) => prelude.firstAxis('Unsqueeze', `present.${i}`, state));
     prelude.add('Concat', 'present', wide, { attributes: { axis: 0 }, output: present });
   }
   return states;
@@ -312,7 +320,7 @@ function groupQueryAttention(index: GraphIndex, node: NodeProto): AttentionSite 
   refuse(keys === undefined, 'no sequence lengths');
   requireOnlyOutput(index, presentKey);
   requireOnlyOutput(index, presentValue);
-  const prelude = new Prelude(node);
+  const prelude = new Prelude(node, index);
   let split: [q: string, k: string, v: string];
   if (given(key) && given(value)) {
     split = [
@@ -388,7 +396,7 @@ function onnxAttention(index: GraphIndex, node: NodeProto): AttentionSite {
   requireOnlyOutput(index, presentValue);
   const heads = intAttribute(node, 'q_num_heads');
   const kvHeads = intAttribute(node, 'kv_num_heads');
-  const prelude = new Prelude(node);
+  const prelude = new Prelude(node, index);
   const operand = (label: string, name: string, past: string | undefined, present: string | undefined) => {
     const natural = permutedOperand(name, [0, 1, 2, 3]);
     if (!given(past) && !given(present)) {
@@ -443,10 +451,12 @@ export function detectFused(index: GraphIndex, node: NodeProto): Detection | und
   const left = (reason: string): Detection => ({
     left: { name: nameOf(node), form, heads, headDim: undefined, reason },
   });
-  const reason = LEFT[form];
+  const reason = own(LEFT, form);
   if (reason !== undefined) return left(reason);
-  const read = FORMS[form];
+  const read = own(FORMS, form);
   if (read === undefined) return undefined;
+  const attribute = unknownAttribute(node);
+  if (attribute !== undefined) return left(`attribute '${attribute}' of ${form}`);
   try {
     return { site: read(index, node) };
   } catch (error) {

@@ -2,7 +2,8 @@
 
 import { node as makeNode } from '../model/codec.ts';
 import { type GraphIndex, nestedNodes } from '../model/graph.ts';
-import { added, detectDecomposed } from './decomposed.ts';
+import { added } from './additions.ts';
+import { detectDecomposed } from './decomposed.ts';
 import { detectFused } from './fused.ts';
 import { type AttentionSite, type LeftAttention, withSources } from './site.ts';
 

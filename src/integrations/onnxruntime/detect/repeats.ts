@@ -1,7 +1,8 @@
 /** Key heads repeated for grouped queries, in the nodes that exporters write for it. */
 
 import type { NodeProto } from '../model/codec.ts';
-import { constantNumbers, type GraphIndex, intAttribute, intsAttribute, isOp } from '../model/graph.ts';
+import { constantNumbers, type GraphIndex, intAttribute, intsAttribute } from '../model/graph.ts';
+import { is } from './operators.ts';
 import { type Numbers, parametersOf, readSizes, sameSizes, sizesOf, targetShape } from './views.ts';
 
 export interface Repeat {
@@ -19,7 +20,7 @@ export interface Repeat {
 
 /** Unsqueeze, Expand or Tile, Reshape; or a Gather. */
 export function repeatedHeads(index: GraphIndex, node: NodeProto, headAxis: number): Repeat | undefined {
-  return isOp(node, 'Gather') ? gatheredHeads(index, node, headAxis) : expandedHeads(index, node, headAxis);
+  return is(node, 'Gather') ? gatheredHeads(index, node, headAxis) : expandedHeads(index, node, headAxis);
 }
 
 function gatheredHeads(index: GraphIndex, node: NodeProto, headAxis: number): Repeat | undefined {
@@ -38,15 +39,15 @@ function gatheredHeads(index: GraphIndex, node: NodeProto, headAxis: number): Re
 }
 
 function expandedHeads(index: GraphIndex, last: NodeProto, headAxis: number): Repeat | undefined {
-  const expand = isOp(last, 'Reshape') ? index.producer(last.input[0] as string) : undefined;
-  if (!isOp(expand, 'Expand') && !isOp(expand, 'Tile')) return undefined;
+  const expand = is(last, 'Reshape') ? index.producer(last.input[0] as string) : undefined;
+  if (!is(expand, 'Expand') && !is(expand, 'Tile')) return undefined;
   const unsqueeze = index.producer(expand.input[0] as string);
-  if (!isOp(unsqueeze, 'Unsqueeze')) return undefined;
+  if (!is(unsqueeze, 'Unsqueeze')) return undefined;
   const axes = intsAttribute(unsqueeze, 'axes') ?? constantNumbers(index, unsqueeze.input[1] ?? '');
   if (axes?.length !== 1 || (axes[0] !== headAxis + 1 && axes[0] !== headAxis - 4)) return undefined;
   const [wide, merged] = [sizesOf(index, expand.input[1]), sizesOf(index, last.input[1])];
   if (wide === undefined || merged === undefined || (intAttribute(last, 'allowzero') ?? 0) !== 0) return undefined;
-  const widen = isOp(expand, 'Tile') ? tiled : expanded;
+  const widen = is(expand, 'Tile') ? tiled : expanded;
   return {
     value: unsqueeze.input[0] as string,
     nodes: [unsqueeze, expand, last],

@@ -11,6 +11,8 @@ export interface View {
   readonly offset: number;
   /** Of the tensor that the graph has there: 3 where heads are part of the batch or of the channels. */
   readonly rank: number;
+  /** Dimensions in front of the last two, where the graph has it in single operators: B and H are folded out of them. */
+  readonly batch?: readonly number[];
   /** How often the graph repeats each head before it multiplies; default 1. */
   readonly repeats?: number;
 }
@@ -51,8 +53,11 @@ export interface ScoresShape {
   /** Rank at the Softmax for its axis to be the last one; undefined where any will do. */
   readonly softmaxRank: number | undefined;
   readonly maskAt: number;
-  /** Dimensions of factors and of what masked scores become: they must not make the scores larger. */
-  readonly operands: readonly { readonly dims: Sizes; readonly at: number }[];
+  /**
+   * Dimensions of factors and of what masked scores become: they must not make the scores larger. `ofRows`: what a Reshape is asked to
+   * make of one number for each row.
+   */
+  readonly operands: readonly { readonly dims: Sizes; readonly at: number; readonly ofRows?: boolean }[];
 }
 
 export interface AttentionSite {
@@ -85,7 +90,8 @@ export interface AttentionSite {
   readonly output: string;
   /** `rank` is that of the tensor that holds q. */
   outputLayout(rank: number): 'HND' | 'NHD';
-  outputDims(view: View['shape'], rank: number): number[];
+  /** @param batch of the view of q */
+  outputDims(view: View['shape'], rank: number, batch: readonly number[]): number[];
   /** Undefined where attention is one operator. */
   readonly scores: ScoresShape | undefined;
   /** The replaced nodes in topological order: onnxruntime computes `output` and `overrides` with them when it must. */
@@ -125,22 +131,6 @@ export function permutedOperand(value: string, axes: Four): Operand {
   return operand(value, (tensor) => (tensor.shape.length === 4 ? permuted(tensor, axes) : undefined), {
     channels: 3 - axes[3],
     valueRank: 4,
-  });
-}
-
-/** A value `[B,H,L,D]`, or `[B,L,D]` with one head. */
-export function naturalOperand(value: string): Operand {
-  return operand(value, (tensor) => {
-    if (tensor.shape.length === 4) return permuted(tensor, [0, 1, 2, 3]);
-    if (tensor.shape.length !== 3) return undefined;
-    const [batch, length, dim] = tensor.shape as [number, number, number];
-    const [batchStride, token, channel] = tensor.strides as [number, number, number];
-    return {
-      shape: [batch, 1, length, dim],
-      strides: [batchStride, dim, token, channel],
-      offset: tensor.offset,
-      rank: 3,
-    };
   });
 }
 
@@ -234,7 +224,22 @@ export function withSources(index: GraphIndex, site: AttentionSite): AttentionSi
     };
   };
   const [q, k, v] = [read(site.q), read(site.k), read(site.v)];
-  return { ...site, q, k, v, nodes: index.nodes.filter((node) => nodes.has(node)) };
+  return { ...site, q, k, v, nodes: inGraphOrder(index, [...nodes]) };
+}
+
+/** Each node once, in the graph's order; those that the graph does not have stay behind it. */
+export function inGraphOrder(index: GraphIndex, nodes: readonly NodeProto[]): NodeProto[] {
+  const positions = positionsOf(index);
+  const position = (node: NodeProto) => positions.get(node) ?? positions.size;
+  return [...new Set(nodes)].sort((a, b) => position(a) - position(b));
+}
+
+const positions = new WeakMap<GraphIndex, ReadonlyMap<NodeProto, number>>();
+
+function positionsOf(index: GraphIndex): ReadonlyMap<NodeProto, number> {
+  const known = positions.get(index) ?? new Map(index.nodes.map((node, i) => [node, i]));
+  positions.set(index, known);
+  return known;
 }
 
 /** Names that the nodes read and do not write, constants left out. */

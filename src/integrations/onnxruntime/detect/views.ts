@@ -4,7 +4,9 @@
  */
 import { contiguousStrides } from '../../../tensor/tensor.ts';
 import type { NodeProto } from '../model/codec.ts';
-import { constantNumbers, type GraphIndex, intAttribute, intsAttribute, isOp } from '../model/graph.ts';
+import { constantNumbers, type GraphIndex, intAttribute, intsAttribute } from '../model/graph.ts';
+import { MAX_STEPS } from './additions.ts';
+import { is } from './operators.ts';
 
 /** Elements of a tensor, of any rank. */
 export interface Strided {
@@ -114,6 +116,8 @@ interface Place {
   readonly nodes: readonly NodeProto[];
   readonly parameters: readonly string[];
   readonly rank: number | undefined;
+  /** Axes that `value` has more than what was traced. */
+  readonly axesMore: number;
   /** The channels' axis, counted from the last (0). */
   readonly channels: number;
   /** Above a Reshape only steps are followed behind which it stays possible: parts of rows. */
@@ -132,15 +136,17 @@ function stepUp(index: GraphIndex, place: Place): Place | undefined {
     nodes: [node, ...place.nodes],
     ...changes,
   });
-  if (isOp(node, 'Identity')) return up((view) => view);
-  if (isOp(node, 'Split')) return splitStep(index, node, place, up);
-  if (isOp(node, 'Slice')) return sliceStep(index, node, up);
-  if (isOp(node, 'Reshape')) return reshapeStep(index, node, place, up);
+  if (is(node, 'Identity')) return up((view) => view);
+  if (is(node, 'Split')) return splitStep(index, node, place, up);
+  if (is(node, 'Slice')) return sliceStep(index, node, up);
+  if (is(node, 'Reshape')) return reshapeStep(index, node, place, up);
   if (place.rowsOnly) return undefined;
-  if (isOp(node, 'Transpose')) {
+  if (is(node, 'Transpose')) {
     const permutation = intsAttribute(node, 'perm');
     if (permutation === undefined) return undefined;
     const rank = permutation.length;
+    // More axes than kernels know are folded, which takes them as they lie in a tensor of their own.
+    if (rank - place.axesMore > 4) return undefined;
     const channels = rank - 1 - (permutation[rank - 1 - place.channels] as number);
     return up(
       ({ shape, strides, offset }) =>
@@ -154,8 +160,8 @@ function stepUp(index: GraphIndex, place: Place): Place | undefined {
       { rank, channels },
     );
   }
-  if (isOp(node, 'Gather')) return gatherStep(index, node, place, up);
-  if (isOp(node, 'Squeeze')) return squeezeStep(index, node, place, up);
+  if (is(node, 'Gather')) return gatherStep(index, node, place, up);
+  if (is(node, 'Squeeze')) return squeezeStep(index, node, place, up);
   return undefined;
 }
 
@@ -228,7 +234,7 @@ function gatherStep(index: GraphIndex, node: NodeProto, place: Place, up: Up): P
       const without = (sizes: readonly number[]) => sizes.filter((_, i) => i !== axis);
       return one && { ...one, shape: without(one.shape), strides: without(one.strides) };
     },
-    { rank, channels },
+    { rank, channels, axesMore: place.axesMore + 1 },
   );
 }
 
@@ -240,7 +246,7 @@ function squeezeStep(index: GraphIndex, node: NodeProto, place: Place, up: Up): 
   return up(
     ({ shape, strides, offset }) =>
       shape[0] === 1 ? { shape: shape.slice(1), strides: strides.slice(1), offset } : undefined,
-    { rank: place.rank === undefined ? undefined : place.rank + 1 },
+    { rank: place.rank === undefined ? undefined : place.rank + 1, axesMore: place.axesMore + 1 },
   );
 }
 
@@ -256,9 +262,10 @@ export function sourceOf(
   channels: number,
   rank: number | undefined,
 ): Source | undefined {
-  let place: Place = { value, steps: [], nodes: [], parameters: [], rank, channels, rowsOnly: false };
+  let place: Place = { value, steps: [], nodes: [], parameters: [], rank, axesMore: 0, channels, rowsOnly: false };
   let best: Place | undefined;
-  for (;;) {
+  if (rank !== undefined && rank > 4) return undefined;
+  for (let step = 0; step < MAX_STEPS; step++) {
     const next = stepUp(index, place);
     if (next === undefined) break;
     place = next;

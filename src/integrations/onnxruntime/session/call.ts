@@ -3,7 +3,7 @@ import { MAX_HEAD_DIM } from '../../../attention/problem.ts';
 import { float16ToNumber } from '../../../tensor/formats/float16.ts';
 import { contiguousStrides } from '../../../tensor/tensor.ts';
 import type { AttentionSite, Mask, View } from '../detect/site.ts';
-import { contiguous, type Numbers, readSizes } from '../detect/views.ts';
+import { contiguous, type Numbers, readSizes, sameSizes } from '../detect/views.ts';
 import type { OrtTensor } from '../ort.ts';
 import { readScores } from './score-shapes.ts';
 
@@ -65,7 +65,7 @@ export function prepareCall(site: AttentionSite, values: ReadonlyMap<string, Ort
   const keys = operands.k.shape[2];
   let mask: OperandCall | undefined;
   if (site.mask !== undefined && maskTensor !== undefined) {
-    const view = maskView(site.mask, maskTensor, operands.q.shape, keys, maskRank);
+    const view = maskView(site.mask, maskTensor, operands.q, keys, maskRank);
     if (view === undefined) return { reason: `a mask [${maskTensor.dims}] of type ${maskTensor.type}` };
     mask = { tensor: maskTensor, view };
   }
@@ -86,7 +86,7 @@ export function prepareCall(site: AttentionSite, values: ReadonlyMap<string, Ort
       causalAlignment: site.causalAlignment,
       windowLength: site.windowLength,
       layout: site.outputLayout(rank),
-      dims: site.outputDims(outputShape, rank),
+      dims: site.outputDims(outputShape, rank, q.view.batch ?? []),
       type,
     },
   };
@@ -143,13 +143,19 @@ function reasonOfLengths(
 function productOf({ q, k }: Operands): number[] {
   const [batch, heads, length] = q.shape;
   const keys = k.shape[2];
-  return q.rank === 3 ? [batch, length, keys] : [batch, heads, length, keys];
+  return [...(q.batch ?? [batch, heads]), length, keys];
 }
 
 /** True where a MatMul takes the operands as they are, with at most one key head for all queries. */
 function multiply({ q, k, v }: Operands): boolean {
   const heads = [k, v].map(({ shape, repeats = 1 }) => shape[1] * repeats);
-  return k.rank === q.rank && v.rank === q.rank && heads.every((count) => count === q.shape[1] || count === 1);
+  const isSameBatch = [k, v].every(({ batch = [] }) => sameSizes(batch.slice(0, -1), q.batch?.slice(0, -1) ?? []));
+  return (
+    k.rank === q.rank &&
+    v.rank === q.rank &&
+    (q.rank <= 4 || isSameBatch) &&
+    heads.every((count) => count === q.shape[1] || count === 1)
+  );
 }
 
 /** Factor of q k^T, undefined for the default; NaN where a factor is no single number, or has more axes than `rank`. */
@@ -192,10 +198,11 @@ function splitHeads(operands: Operands, rank: number, scores: readonly number[])
   return { q: split(operands.q), k: split(operands.k), v: split(operands.v) };
 }
 
-function maskView(mask: Mask, tensor: OrtTensor, query: View['shape'], keys: number, rank: number): View | undefined {
+function maskView(mask: Mask, tensor: OrtTensor, query: View, keys: number, rank: number): View | undefined {
   if (tensor.type !== 'bool' && tensor.type !== 'float32' && tensor.type !== 'float16') return undefined;
-  const dims = maskShape(mask.form, tensor.dims, rank);
-  const target = [query[0], query[1], query[2], keys];
+  const dims = rank > 4 ? foldedMask(tensor.dims, query) : maskShape(mask.form, tensor.dims, rank);
+  const [batch, heads, length] = query.shape;
+  const target = [batch, heads, length, keys];
   const broadcasts = dims?.every((size, i) => size === 1 || size === target[i]);
   if (dims === undefined || broadcasts !== true) return undefined;
   return {
@@ -204,6 +211,17 @@ function maskView(mask: Mask, tensor: OrtTensor, query: View['shape'], keys: num
     offset: 0,
     rank,
   };
+}
+
+/** Of a mask over more axes than four: all in front of the heads become one, as those of the queries did. */
+function foldedMask(dims: readonly number[], { batch = [] }: View): number[] | undefined {
+  const rank = batch.length + 2;
+  if (dims.length > rank) return undefined;
+  const all = [...new Array<number>(rank - dims.length).fill(1), ...dims];
+  const folded = all.slice(0, -3);
+  const isOne = folded.every((size) => size === 1);
+  if (!isOne && !sameSizes(folded, batch.slice(0, -1))) return undefined;
+  return [folded.reduce((product, size) => product * size, 1), ...all.slice(-3)];
 }
 
 /** A mask's dimensions as `[B,H,L,S]`. */

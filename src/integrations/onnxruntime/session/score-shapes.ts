@@ -22,16 +22,24 @@ export function readScores(
   const row = product.slice(-2);
   for (const sizes of reshapes) {
     const dims = targetShape(readSizes(sizes, numbers), stages.at(-1) as readonly number[]);
-    if (dims === undefined || count(dims) !== count(product) || !sameSizes(dims.slice(-2), row)) {
+    if (dims === undefined || count(dims) !== count(product)) {
       return { reason: `scores [${product}] in another shape: [${dims}]` };
     }
     stages.push(dims);
   }
+  // In between, rows and keys may be split up: what lies behind each other stays behind each other.
+  const split = [softmaxAt, maskAt]
+    .map((at) => stages[at] as readonly number[])
+    .find((dims) => !sameSizes(dims.slice(-2), row));
+  if (split !== undefined) return { reason: `scores [${product}] in another shape: [${split}]` };
   const last = stages.at(-1) as readonly number[];
   if (!sameSizes(last, product)) return { reason: `scores [${product}] in another shape: [${last}]` };
   for (const operand of operands) {
-    const dims = readSizes(operand.dims, numbers);
-    if (!fitsInto(dims, stages[operand.at] as readonly number[])) {
+    const stage = stages[operand.at] as readonly number[];
+    const read = readSizes(operand.dims, numbers);
+    const dims = operand.ofRows === true ? targetShape(read, stage.slice(0, -1)) : read;
+    const isWhole = operand.ofRows !== true || (dims?.at(-1) === 1 && count(dims) === count(stage.slice(0, -1)));
+    if (dims === undefined || !isWhole || !fitsInto(dims, stage)) {
       return { reason: `a factor or fill value [${dims}] beside scores [${product}]` };
     }
   }

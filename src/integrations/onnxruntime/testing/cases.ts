@@ -14,27 +14,7 @@ import { detectAttention } from '../detect/index.ts';
 import { withSageAttention } from '../index.ts';
 import { type GraphProto, readModel } from '../model/codec.ts';
 import { indexGraph } from '../model/graph.ts';
-
-export type Feeds = Record<string, ortNode.Tensor>;
-
-export interface Case {
-  readonly name: string;
-  readonly build: (g: GraphBuilder) => void;
-  readonly feeds: (random: Random) => Feeds;
-  readonly opset?: number;
-  /** Attentions replaced; default 1. */
-  readonly taken?: number;
-  /** Part of the reason of an attention that is left. */
-  readonly left?: string;
-  /** Values that q, k and v are read from; not looked at by default. */
-  readonly sources?: number;
-}
-
-/** Normal numbers. */
-export function floats(random: Random, dims: readonly number[], scale = 1): ortNode.Tensor {
-  const count = dims.reduce((product, size) => product * size, 1);
-  return new ortNode.Tensor('float32', random.normals(count, scale), dims);
-}
+import type { Case, Feeds } from './case.ts';
 
 const ENGINES = { 'onnxruntime-node': ortNode, 'onnxruntime-web': ortWeb } as const;
 

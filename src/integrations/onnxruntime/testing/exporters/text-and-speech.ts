@@ -1,0 +1,179 @@
+/** Language and speech models. */
+import * as ort from 'onnxruntime-node';
+import type { GraphBuilder } from '../../../../../test/support/graph-builder.ts';
+import type { Random } from '../../../../../test/support/random.ts';
+import type { Case, Feeds } from '../case.ts';
+import { B, block, causalBools, D, finish, H, heads, hidden, input, L, LOWEST, project, scale } from './blocks.ts';
+
+const TORCHSCRIPT = 'torch.onnx (TorchScript)';
+const SINCE = '0.1.0';
+
+const softmax = (g: GraphBuilder, scores: string) => g.op('Softmax', [scores], { axis: -1 });
+const scaled = (g: GraphBuilder, q: string, kT: string) => g.op('Mul', [g.op('MatMul', [q, kT]), g.scalar(scale)]);
+
+const hiding = (random: Random): Feeds => ({
+  ...hidden(random),
+  hide: new ort.Tensor(
+    'bool',
+    Uint8Array.from({ length: B * L }, (_, i) => Number(i % L > 6 + (i < L ? 0 : 2))),
+    [B, 1, 1, L],
+  ),
+});
+const hideInput = (g: GraphBuilder) => g.input('hide', ['batch', 1, 1, 'length'], 'bool');
+
+/** Scores of relative positions, shifted as Transformer-XL does it: `[B,H,L,2L-1]` to `[B,H,L,L]`. */
+const shiftedPositions = (g: GraphBuilder, x: string) => {
+  const padded = g.op('Concat', [g.op('Expand', [g.scalar(0), g.ints([B, H, L, 1])]), x], { axis: 3 });
+  const rows = g.op('Reshape', [padded, g.ints([B, H, 2 * L, L])]);
+  const rest = g.op('Slice', [rows, g.ints([1]), g.ints([1000]), g.ints([2])]);
+  const back = g.op('Reshape', [rest, g.ints([B, H, L, 2 * L - 1])]);
+  return g.op('Slice', [back, g.ints([0]), g.ints([L]), g.ints([3])]);
+};
+
+const FILLED: Case[] = [
+  {
+    name: 'Conformer: masked_fill before and behind the softmax, each with a Cast of its own',
+    exported: { models: 'ESPnet, WeNet, FunASR and NeMo conformers', exporter: TORCHSCRIPT, since: SINCE },
+    build: (g) => {
+      hideInput(g);
+      block((g, q, kT, v) => {
+        const hide = () => g.op('Cast', ['hide'], { to: 9 });
+        const p = softmax(g, g.op('Where', [hide(), g.scalar(LOWEST), scaled(g, q, kT)]));
+        return g.op('MatMul', [g.op('Where', [hide(), g.scalar(0), p]), v]);
+      })(g);
+    },
+    feeds: hiding,
+  },
+  {
+    name: 'DeBERTa: XSoftmax, with the mask negated',
+    exported: { models: 'DeBERTa v1 to v3 (XSoftmax)', exporter: 'Optimum', since: SINCE },
+    build: (g) => {
+      g.input('mask', ['batch', 1, 'length', 'length'], 'bool');
+      block((g, q, kT, v) => {
+        const hide = g.op('Not', ['mask']);
+        const biased = g.op('Add', [scaled(g, q, kT), g.weight([B, H, L, L], 0.5)]);
+        const p = softmax(g, g.op('Where', [hide, g.scalar(LOWEST), biased]));
+        return g.op('MatMul', [g.op('Where', [hide, g.scalar(0), p]), v]);
+      })(g);
+    },
+    feeds: (random) => ({
+      ...hidden(random),
+      mask: new ort.Tensor(
+        'bool',
+        Uint8Array.from({ length: B * L * L }, (_, i) => Number(i % L <= (i / L) % L)),
+        [B, 1, L, L],
+      ),
+    }),
+  },
+  {
+    name: 'left: probabilities set to zero by another mask',
+    build: (g) => {
+      hideInput(g);
+      block((g, q, kT, v) => {
+        const p = softmax(g, scaled(g, q, kT));
+        return g.op('MatMul', [g.op('Where', ['hide', g.scalar(0), p]), v]);
+      })(g);
+    },
+    feeds: hiding,
+    taken: 0,
+    left: 'set to zero by another mask',
+  },
+];
+
+const POSITIONS: Case[] = [
+  ...[false, true].map(
+    (isShifted): Case => ({
+      name: `Conformer: content and position scores added, then scaled${isShifted ? ', positions shifted' : ''}`,
+      ...(isShifted
+        ? {
+            exported: {
+              models: 'Transformer-XL, XLNet, Conformer: (ac + bd) / sqrt(d)',
+              exporter: TORCHSCRIPT,
+              since: SINCE,
+            },
+          }
+        : {}),
+      build: (g) => {
+        hideInput(g);
+        input(g);
+        const q = g.op('Reshape', [project(g, 'x'), g.ints([0, 0, H, D])]);
+        const biased = () => g.op('Transpose', [g.op('Add', [q, g.weight([H, D], 0.5)])], { perm: [0, 2, 1, 3] });
+        const content = g.op('MatMul', [biased(), heads(g, project(g, 'x'), H, [0, 2, 3, 1])]);
+        const positions = g.weight([1, H, D, isShifted ? 2 * L - 1 : L], 0.5);
+        const product = g.op('MatMul', [biased(), positions]);
+        const sum = g.op('Add', [content, isShifted ? shiftedPositions(g, product) : product]);
+        const scores = g.op('Div', [sum, g.scalar(Math.sqrt(D))]);
+        const p = softmax(g, g.op('Where', ['hide', g.scalar(-1e9), scores]));
+        finish(g, g.op('MatMul', [p, heads(g, project(g, 'x'))]));
+      },
+      feeds: hiding,
+    }),
+  ),
+  {
+    name: 'masks in one Sum',
+    exported: {
+      models: 'graphs whose additions an optimizer joined in a Sum',
+      exporter: 'onnxoptimizer',
+      since: SINCE,
+    },
+    build: block((g, q, kT, v) => {
+      const causal = g.floats(
+        [1, 1, L, L],
+        causalBools(L, L).map((open) => (open === 1 ? 0 : LOWEST)),
+      );
+      return g.op('MatMul', [softmax(g, g.op('Sum', [g.weight([1, H, L, L], 1), scaled(g, q, kT), causal])), v]);
+    }),
+    feeds: hidden,
+  },
+];
+
+/** `exp(x - max(x)) / sum`, with reductions as `reduce` writes them. */
+const steps = (reduce: (g: GraphBuilder, opType: string, x: string) => string, isReciprocal = false) =>
+  block((g, q, kT, v) => {
+    const s = scaled(g, q, kT);
+    const e = g.op('Exp', [g.op('Sub', [s, reduce(g, 'ReduceMax', s)])]);
+    const sum = reduce(g, 'ReduceSum', e);
+    const p = isReciprocal ? g.op('Mul', [e, g.op('Reciprocal', [sum])]) : g.op('Div', [e, sum]);
+    return g.op('MatMul', [p, v]);
+  });
+
+/** Operator set 13 gives ReduceSum its axes as an input, 18 the others too. */
+const reduced = (g: GraphBuilder, opType: string, x: string, axis: number, keepdims: number) =>
+  opType === 'ReduceSum'
+    ? g.op(opType, [x, g.ints([axis])], { keepdims })
+    : g.op(opType, [x], { axes: [axis], keepdims });
+
+const IN_STEPS: Case[] = [
+  {
+    name: 'a softmax in steps',
+    exported: { models: 'JAX and Flax models, softmax in steps', exporter: 'jax2onnx', since: SINCE },
+    build: steps((g, opType, x) => reduced(g, opType, x, -1, 1)),
+    feeds: hidden,
+  },
+  {
+    name: 'a softmax in steps: reductions without their axis, then Unsqueeze',
+    exported: { models: 'TensorFlow Lite models, softmax in steps', exporter: 'tf2onnx', since: SINCE },
+    build: steps((g, opType, x) => g.op('Unsqueeze', [reduced(g, opType, x, 3, 0), g.ints([3])]), true),
+    feeds: hidden,
+  },
+  {
+    name: 'a softmax in steps: broadcast_in_dim as Reshape and Expand',
+    build: steps((g, opType, x) => {
+      const rows = g.op('Reshape', [reduced(g, opType, x, 3, 0), g.ints([B, H, L, 1])]);
+      return g.op('Identity', [g.op('Expand', [rows, g.ints([B, H, L, L])])]);
+    }),
+    feeds: hidden,
+  },
+  {
+    name: 'left: a softmax in steps whose sum is over the queries',
+    build: steps((g, opType, x) => {
+      const rows = g.op('Reshape', [reduced(g, opType, x, 3, 0), g.ints([B, H, 1, L])]);
+      return g.op('Identity', [rows]);
+    }),
+    feeds: hidden,
+    taken: 0,
+    left: 'a factor or fill value',
+  },
+];
+
+export const TEXT_AND_SPEECH: readonly Case[] = [...FILLED, ...POSITIONS, ...IN_STEPS];
