@@ -1,4 +1,5 @@
 import type { AttentionProblem } from '../../attention/problem.ts';
+import { debugPlan } from '../../debug.ts';
 import { BackendUnavailableError, MissingPackageError, UnsupportedOptionError } from '../../errors.ts';
 import type { TensorView } from '../../tensor/tensor.ts';
 import type {
@@ -14,6 +15,8 @@ import { type Cuda, type CudaDevice, openCuda } from './driver/device.ts';
 import { CUDA_KERNELS, defaultKernelFor, lackedBy, MINIMUM_COMPUTE_CAPABILITY, targetFor } from './kernel-table.ts';
 import { CudaKeyValue } from './key-value.ts';
 import type { DeviceFacts } from './launches/context.ts';
+import { debugPlanOf } from './launches/debug.ts';
+import type { LaunchSequence } from './launches/launch.ts';
 import { type LaunchPlanner, planAttend, planKeyValue, planLaunches } from './launches/plan.ts';
 import { CudaPlan } from './plan.ts';
 import { CapturedAttention } from './run/captured.ts';
@@ -62,7 +65,7 @@ export class CudaBackend implements Backend {
   constructor(options: CudaBackendOptions = {}) {
     this.#open = options.open ?? openCuda;
     this.#defaultDevice = options.device ?? 0;
-    this.#planner = options.planner ?? { planLaunches, planKeyValue, planAttend };
+    this.#planner = toldOf(options.planner ?? { planLaunches, planKeyValue, planAttend });
   }
 
   /**
@@ -183,6 +186,19 @@ export class CudaBackend implements Backend {
     const cuda = await opening?.catch(() => undefined);
     cuda?.dispose();
   }
+}
+
+/** A planner whose plans are told of where the environment asks for it. */
+function toldOf(planner: LaunchPlanner): LaunchPlanner {
+  const tell = <T extends LaunchSequence>(choice: KernelChoice, sequence: T): T => {
+    debugPlan(() => debugPlanOf(choice, sequence));
+    return sequence;
+  };
+  return {
+    planLaunches: (problem, choice, ...rest) => tell(choice, planner.planLaunches(problem, choice, ...rest)),
+    planKeyValue: (problem, choice, ...rest) => tell(choice, planner.planKeyValue(problem, choice, ...rest)),
+    planAttend: (problem, choice, ...rest) => tell(choice, planner.planAttend(problem, choice, ...rest)),
+  };
 }
 
 const tooOld = (device: CudaDevice) =>

@@ -1,6 +1,7 @@
 /** The WASM backend. */
 
 import type { AttentionProblem } from '../../attention/problem.ts';
+import { debugPlan } from '../../debug.ts';
 import { BackendUnavailableError, ExecutionError, InvalidArgumentError } from '../../errors.ts';
 import type { TensorView } from '../../tensor/tensor.ts';
 import type {
@@ -116,7 +117,14 @@ class WasmBackendImplementation implements WasmBackend {
   }
 
   async plan(problem: AttentionProblem, kernel: KernelChoice): Promise<Plan> {
-    await this.#current();
+    const { simd, executor } = await this.#current();
+    debugPlan(() => ({
+      backend: 'wasm',
+      kernel: kernel.descriptor.name,
+      settings: { pvAccumDtype: kernel.pvAccumDtype, simd, threads: executor.description },
+      // One module of functions for everything: `generated/` has it, and `assembly/` its source.
+      launches: [],
+    }));
     return {
       kernel,
       run: async (inputs, context) => {

@@ -1,15 +1,14 @@
 /** A problem made ready on a device: kernels chosen, launches bound; encoding and running it. */
 
 import { type AttentionProblem, lseShapeOf, outputShapeOf } from '../../attention/problem.ts';
+import { debugPlan } from '../../debug.ts';
 import { ExecutionError, InvalidArgumentError } from '../../errors.ts';
-import { elementCount, isContiguous } from '../../tensor/tensor.ts';
+import { isContiguous } from '../../tensor/tensor.ts';
 import type { AttentionInputs, AttentionOutputs, KernelChoice, Plan, RunContext } from '../backend.ts';
 import type { GpuContext } from './device.ts';
-import { type Forced, keyValueLayoutOf } from './families/choose.ts';
+import type { Forced } from './families/choose.ts';
 import type { Family } from './families/family.ts';
-import { attentionParts } from './launches/attention.ts';
-import { keyValueBytes, keyValueShapeOf, prepareKeyValueLaunches, statisticsLaunches } from './launches/quantize.ts';
-import { createStages, type KeyValueShape } from './launches/stages.ts';
+import { planLaunches } from './launches/plan.ts';
 import { type Buffers, checkSizes, type EncodeOptions, Program } from './program.ts';
 import { rebased, runProgram } from './run.ts';
 import { emptyGpuTensor, type GpuTensor, isGpuTensor, validateBuffer } from './tensor.ts';
@@ -184,29 +183,30 @@ async function build(
   options: Forced,
 ): Promise<Built> {
   const { capabilities } = context;
-  const keyValue: KeyValueShape = keyValueShapeOf(
-    problem,
-    kernel,
-    capabilities,
-    keyValueLayoutOf(capabilities, problem, options),
-  );
-  const stages = createStages(problem, capabilities, keyValue);
-  const empty = elementCount(outputShapeOf(problem)) === 0;
-  const prepare = empty ? [] : [...statisticsLaunches(stages), ...prepareKeyValueLaunches(stages)];
-  const parts = attentionParts(stages, kernel, options, kernel.qkQuantGran === 'per-thread' ? 'token' : 'tile');
-  const launches = [...prepare, ...parts.launches];
-  const sizes = { ...keyValueBytes(keyValue), ...parts.sizes };
+  const { launches, variant, keySplits, sizes, tables } = planLaunches(capabilities, problem, kernel, options);
   checkSizes(context, sizes);
   const started = performance.now();
-  const program = await Program.create(context, launches, sizes, stages.tables.bytes);
+  const program = await Program.create(context, launches, sizes, tables);
   const details: PlanDetails = {
-    family: parts.variant.family,
-    variant: parts.variant.name,
+    family: variant.family,
+    variant: variant.name,
     adapter: capabilities.adapter,
     launches: launches.map(({ label }) => label),
-    keySplits: parts.keySplits,
+    keySplits,
     scratchBytes: Object.values(sizes).reduce((sum, size) => sum + size, 0),
     compileMilliseconds: performance.now() - started,
   };
+  debugPlan(() => ({
+    backend: 'webgpu',
+    kernel: kernel.descriptor.name,
+    settings: { pvAccumDtype: kernel.pvAccumDtype, family: variant.family, tile: variant.name, keySplits },
+    launches: launches.map(({ label, code, groups }) => ({
+      name: label,
+      grid: groups,
+      language: 'wgsl',
+      source: () => code,
+    })),
+    scratchBytes: details.scratchBytes,
+  }));
   return { context, program, details };
 }
