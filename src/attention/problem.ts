@@ -14,6 +14,13 @@ export interface MaskLayout {
   readonly strides: readonly [batch: number, head: number, query: number, key: number];
 }
 
+/**
+ * An additive mask hides a key from a row, as far as means and scales are concerned, where its entry lies more than this below
+ * the largest entry of that row of the mask: -1e4, -65504 and float32's least number do. In the softmax such an entry is
+ * added like any other. A row whose entries are all equally low hides nothing.
+ */
+export const MASK_HIDES_BELOW = 1000;
+
 /** Sequences of different lengths packed end to end: sequence b has tokens `cuSeqlens[b]` to `cuSeqlens[b + 1]`. */
 export interface PackedSequences {
   readonly cuSeqlensQ: Int32Array;

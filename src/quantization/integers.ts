@@ -42,6 +42,7 @@ export interface QuantizedIntegers {
  *
  * @param x `[length, dim]`
  * @param max 127 for INT8, 7 for INT4
+ * @param counted per token, 0: it takes no part in the maximum, and its values are clamped; default all count
  */
 export function quantizeIntegers(
   x: Float32Array,
@@ -49,10 +50,12 @@ export function quantizeIntegers(
   grouping: Grouping,
   max: number,
   rounding: IntegerRounding = CUDA_ROUNDING,
+  counted?: Uint8Array,
 ): QuantizedIntegers {
   const length = dim === 0 ? 0 : x.length / dim;
   const scales = new Float32Array(grouping.count(length));
   for (let token = 0; token < length; token++) {
+    if (counted?.[token] === 0) continue;
     const group = grouping.indexOf(token);
     let largest = scales[group] as number;
     for (let i = token * dim; i < (token + 1) * dim; i++) {

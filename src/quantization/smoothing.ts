@@ -7,19 +7,26 @@
  * the softmax, so this costs nothing in exactness, and a NaN in a masked-out key stays where it is.
  *
  * @param x `[length, dim]`
+ * @param counted per token, 0: it is left out; default all count
  */
-export function channelMean(x: Float32Array, dim: number, start = 0, end = x.length / dim): Float32Array {
+export function channelMean(
+  x: Float32Array,
+  dim: number,
+  start = 0,
+  end = x.length / dim,
+  counted?: Uint8Array,
+): Float32Array {
   const mean = new Float32Array(dim);
   for (let channel = 0; channel < dim; channel++) {
     let sum = 0;
-    let counted = 0;
+    let terms = 0;
     for (let token = start; token < end; token++) {
       const value = x[token * dim + channel] as number;
-      if (!Number.isFinite(value)) continue;
+      if (!Number.isFinite(value) || counted?.[token] === 0) continue;
       sum += value;
-      counted++;
+      terms++;
     }
-    mean[channel] = counted === 0 ? 0 : sum / counted;
+    mean[channel] = terms === 0 ? 0 : sum / terms;
   }
   return mean;
 }

@@ -21,6 +21,8 @@ export interface ValueFp8Options {
   readonly mean?: Float32Array;
   /** Stored tokens are padded with zeros to a multiple of this; default 64, sm90 tiles take 128. */
   readonly padTo?: number;
+  /** Per token, 0: it takes no part in the scales, and its codes are clamped; default all count. */
+  readonly counted?: Uint8Array;
 }
 
 export interface ValueFp8 {
@@ -38,7 +40,7 @@ export interface ValueFp8 {
  * @param v `[length, dim]`
  */
 export function quantizeValueFp8(v: Float32Array, dim: number, options: ValueFp8Options = {}): ValueFp8 {
-  const { vMax = V_FP8_MAX.default, mean, padTo = 64 } = options;
+  const { vMax = V_FP8_MAX.default, mean, padTo = 64, counted } = options;
   const length = v.length / dim;
   const paddedLength = Math.ceil(length / padTo) * padTo;
   const codes = new Uint8Array(dim * paddedLength);
@@ -47,6 +49,7 @@ export function quantizeValueFp8(v: Float32Array, dim: number, options: ValueFp8
     const offset = mean === undefined ? 0 : (mean[channel] as number);
     let largest = 0;
     for (let token = 0; token < length; token++) {
+      if (counted?.[token] === 0) continue;
       const magnitude = Math.abs(Math.fround((v[token * dim + channel] as number) - offset));
       if (magnitude > largest && magnitude !== Number.POSITIVE_INFINITY) largest = magnitude;
     }

@@ -38,6 +38,13 @@ export function readOperands(
   };
 }
 
+/** `softcap * tanh(score / softcap)` by relative error, for every softcap above 0: a large one leaves the score as it is. */
+export function capped(score: number, softcap: number): number {
+  const ratio = score / softcap;
+  // The next term of the series is below float64's rounding; a ratio that is no normal number is not needed then.
+  return Math.abs(ratio) < 1e-4 ? score * (1 - ratio ** 2 / 3) : softcap * Math.tanh(ratio);
+}
+
 function dot(a: Float32Array, aStart: number, b: Float32Array, bStart: number, length: number): number {
   // Four sums instead of one: additions of float64 would otherwise wait for each other.
   let sum0 = 0;
@@ -78,7 +85,7 @@ export function attentionExact(problem: AttentionProblem, inputs: ReferenceInput
     for (let key = 0; key < keyLength; key++) {
       if (bias[key] === Number.NEGATIVE_INFINITY) continue;
       const raw = dot(q, queryAt, k, keyAt + key * headDim, headDim) * smScale;
-      const score = (softcap > 0 ? softcap * Math.tanh(raw / softcap) : raw) + (bias[key] as number);
+      const score = (softcap > 0 ? capped(raw, softcap) : raw) + (bias[key] as number);
       scores[key] = score;
       // A NaN among visible scores must not be lost by the comparison.
       if (score > maximum || Number.isNaN(score)) maximum = score;

@@ -32,8 +32,8 @@ import { E4M3_MAX, e4m3ToNumber, roundToE4m3 } from '../tensor/formats/float8.ts
 import { roundToFloat16 } from '../tensor/formats/float16.ts';
 import { elementCount } from '../tensor/tensor.ts';
 import { accumulateTile, accumulationOf } from './accumulators.ts';
-import { type ReferenceInputs, type ReferenceOutputs, readOperands } from './exact.ts';
-import { biasReader } from './visibility.ts';
+import { capped, type ReferenceInputs, type ReferenceOutputs, readOperands } from './exact.ts';
+import { biasReader, rowClasses } from './visibility.ts';
 
 /** Everything that decides a quantized kernel's numbers. */
 export interface QuantizedAlgorithm {
@@ -129,6 +129,7 @@ function quantizeScoreOperand(
   dim: number,
   which: 'q' | 'k',
   algorithm: QuantizedAlgorithm,
+  counted?: Uint8Array,
 ): ScoreOperand {
   const { qkFormat, granularity, tiling, rounding } = algorithm;
   const length = x.length / dim;
@@ -140,7 +141,7 @@ function quantizeScoreOperand(
     return { values, scales: Float32Array.of(1), indexOf: () => 0, finite };
   }
   const grouping = which === 'q' ? queryGrouping(granularity, tiling) : keyGrouping(granularity, tiling);
-  const { values, scales } = quantizeIntegers(x, dim, grouping, INT_MAX[qkFormat], rounding);
+  const { values, scales } = quantizeIntegers(x, dim, grouping, INT_MAX[qkFormat], rounding, counted);
   return { values, scales, indexOf: grouping.indexOf, finite };
 }
 
@@ -151,9 +152,31 @@ interface ValueOperand {
   readonly mean: Float32Array | undefined;
 }
 
-function quantizeValue(v: Float32Array, dim: number, { pvFormat, smoothV, vMax }: QuantizedAlgorithm): ValueOperand {
+/** Quantizes in place; returns the scale of each channel. */
+function quantizeValueInt8(smoothed: Float32Array, dim: number, counted?: Uint8Array): Float32Array {
+  const scales = new Float32Array(dim);
+  for (let i = 0; i < smoothed.length; i++) {
+    if (counted?.[Math.floor(i / dim)] === 0) continue;
+    const magnitude = Math.abs(smoothed[i] as number) / INT_MAX.int8;
+    if (magnitude > (scales[i % dim] as number) && Number.isFinite(magnitude)) scales[i % dim] = magnitude;
+  }
+  for (let i = 0; i < smoothed.length; i++) {
+    const value = smoothed[i] as number;
+    const scale = scales[i % dim] as number;
+    if (!Number.isFinite(value)) smoothed[i] = Number.NaN;
+    else smoothed[i] = scale === 0 ? 0 : Math.max(-127, Math.min(127, Math.round(value / scale)));
+  }
+  return scales;
+}
+
+function quantizeValue(
+  v: Float32Array,
+  dim: number,
+  { pvFormat, smoothV, vMax }: QuantizedAlgorithm,
+  counted?: Uint8Array,
+): ValueOperand {
   const length = v.length / dim;
-  const mean = smoothV ? channelMean(v, dim) : undefined;
+  const mean = smoothV ? channelMean(v, dim, 0, length, counted) : undefined;
   const smoothed = mean === undefined ? v.slice() : subtractMean(v, mean);
   switch (pvFormat) {
     case 'fp32':
@@ -161,27 +184,20 @@ function quantizeValue(v: Float32Array, dim: number, { pvFormat, smoothV, vMax }
     case 'fp16':
       return { values: smoothed.map(roundToFloat16), scales: undefined, mean };
     case 'fp8': {
-      const { codes, paddedLength, scales } = quantizeValueFp8(v, dim, mean === undefined ? { vMax } : { vMax, mean });
+      const { codes, paddedLength, scales } = quantizeValueFp8(v, dim, {
+        vMax,
+        ...(mean === undefined ? {} : { mean }),
+        ...(counted === undefined ? {} : { counted }),
+      });
       for (let i = 0; i < smoothed.length; i++) {
         smoothed[i] = e4m3ToNumber(codes[(i % dim) * paddedLength + permutedPosition(Math.floor(i / dim))] as number);
       }
       return { values: smoothed, scales, mean };
     }
-    case 'int8': {
-      const scales = new Float32Array(dim);
-      for (let i = 0; i < smoothed.length; i++) {
-        const magnitude = Math.abs(smoothed[i] as number) / INT_MAX.int8;
-        if (magnitude > (scales[i % dim] as number) && Number.isFinite(magnitude)) scales[i % dim] = magnitude;
-      }
-      for (let i = 0; i < smoothed.length; i++) {
-        const value = smoothed[i] as number;
-        const scale = scales[i % dim] as number;
-        if (!Number.isFinite(value)) smoothed[i] = Number.NaN;
-        else smoothed[i] = scale === 0 ? 0 : Math.max(-127, Math.min(127, Math.round(value / scale)));
-      }
-      return { values: smoothed, scales, mean };
-    }
+    case 'int8':
+      return { values: smoothed, scales: quantizeValueInt8(smoothed, dim, counted), mean };
     case 'fp4':
+      for (let i = 0; i < smoothed.length; i++) if (counted?.[Math.floor(i / dim)] === 0) smoothed[i] = 0;
       // Blocks run along the tokens, the dimension that P.V sums over.
       for (let channel = 0; channel < dim; channel++) quantizeNvfp4InPlace(smoothed, channel, dim, length);
       return { values: smoothed, scales: undefined, mean };
@@ -197,10 +213,13 @@ interface PreparedKey {
   readonly keyMean: Float32Array | undefined;
 }
 
-function prepareKey(k: Float32Array, dim: number, algorithm: QuantizedAlgorithm): PreparedKey {
-  const keyMean = algorithm.smoothK ? channelMean(k, dim).map(ROUND[algorithm.keyMeanDtype]) : undefined;
+/** @param counted per token, 0: no row sees it, and it counts in no mean and no scale; default all count */
+function prepareKey(k: Float32Array, dim: number, algorithm: QuantizedAlgorithm, counted?: Uint8Array): PreparedKey {
+  const keyMean = algorithm.smoothK
+    ? channelMean(k, dim, 0, k.length / dim, counted).map(ROUND[algorithm.keyMeanDtype])
+    : undefined;
   const smoothedKey = keyMean === undefined ? k : subtractMean(k, keyMean).map(ROUND[algorithm.smoothedKeyDtype]);
-  return { key: quantizeScoreOperand(smoothedKey, dim, 'k', algorithm), smoothedKey, keyMean };
+  return { key: quantizeScoreOperand(smoothedKey, dim, 'k', algorithm, counted), smoothedKey, keyMean };
 }
 
 /** One head's keys and values of one sequence, ready to be attended to. */
@@ -331,10 +350,10 @@ function rowAttention(problem: AttentionProblem, algorithm: QuantizedAlgorithm):
       tileP[i] = 0;
       if (visible[i] === 0) continue;
       const raw = productOf(row, token, query, prepared, headDim, tiling.blockQ) + meanTerm;
-      const capped = softcap > 0 ? softcap * Math.tanh((raw * smScale) / softcap) * Math.LOG2E : raw * toBase2;
+      const scaled = softcap > 0 ? capped(raw * smScale, softcap) * Math.LOG2E : raw * toBase2;
       const finite = operand.finite[row] === 1 && key.finite[token] === 1;
       const shift = Math.max(bias[token] as number, LEAST_BIAS) * Math.LOG2E;
-      const score = finite ? Math.fround(capped + shift) : Number.NaN;
+      const score = finite ? Math.fround(scaled + shift) : Number.NaN;
       tileP[i] = score;
       if (score > maximum || Number.isNaN(score)) maximum = score;
     }
@@ -389,7 +408,9 @@ function rowAttention(problem: AttentionProblem, algorithm: QuantizedAlgorithm):
 
 /**
  * Quantized attention over any {@link AttentionProblem}: every granularity, format of P and V, accumulator and smoothing that
- * a {@link QuantizedAlgorithm} can name, with the semantics of `attentionExact`. K and V are quantized per sequence.
+ * a {@link QuantizedAlgorithm} can name, with the semantics of `attentionExact`. K and V are quantized per sequence; means and
+ * scales are taken over the keys that rows may see, and where some rows see far larger ones than others, for each such class
+ * of rows by itself (`rowClasses`).
  *
  * Outputs are float32 values (not yet rounded to the problem's dtype); LSE is that of the true scores: what smoothing took is
  * added back.
@@ -409,35 +430,37 @@ export function attentionQuantized(
   const rowOutput = new Float64Array(valueDim);
   const attend = rowAttention(problem, algorithm);
 
-  const attendHead = (sequence: Sequence, head: number, prepared: PreparedHead): void => {
+  const attendHead = (sequence: Sequence, kvHead: number): void => {
     const batch = sequences === undefined ? sequence.index : 0;
-    const firstToken = (batch * queryHeads + head) * queryTokens + sequence.queryStart;
-    const query = prepareQuery(
-      q.slice(firstToken * headDim, (firstToken + sequence.queryLength) * headDim),
-      headDim,
-      algorithm,
-    );
-    for (let row = 0; row < sequence.queryLength; row++) {
-      readBias(sequence, head, row, bias);
-      lse[firstToken + row] = attend(row, bias, query, prepared, rowOutput);
-      const token = sequence.queryStart + row;
-      const at = sequence.index * layout.batchStride + head * layout.headStride + token * layout.tokenStride;
-      output.set(rowOutput, at);
+    const firstKey = (batch * kvHeads + kvHead) * keyTokens + sequence.keyStart;
+    const endKey = firstKey + sequence.keyLength;
+    const key = k.slice(firstKey * headDim, endKey * headDim);
+    const value = v.slice(firstKey * valueDim, endKey * valueDim);
+    const headsPerKv = queryHeads / kvHeads;
+    const heads = Array.from({ length: headsPerKv }, (_, i) => kvHead * headsPerKv + i);
+    const firstRowOf = (head: number) => (batch * queryHeads + head) * queryTokens + sequence.queryStart;
+    const queries = heads.map((head) => {
+      const at = firstRowOf(head);
+      return prepareQuery(q.slice(at * headDim, (at + sequence.queryLength) * headDim), headDim, algorithm);
+    });
+    for (const { counted, rows } of rowClasses(problem, sequence, heads, readBias, key, value)) {
+      const prepared = {
+        ...prepareKey(key, headDim, algorithm, counted),
+        value: quantizeValue(value, valueDim, algorithm, counted),
+      };
+      for (const { head, row } of rows) {
+        readBias(sequence, head, row, bias);
+        const query = queries[head - kvHead * headsPerKv] as PreparedQuery;
+        lse[firstRowOf(head) + row] = attend(row, bias, query, prepared, rowOutput);
+        const token = sequence.queryStart + row;
+        const at = sequence.index * layout.batchStride + head * layout.headStride + token * layout.tokenStride;
+        output.set(rowOutput, at);
+      }
     }
   };
 
   for (const sequence of sequencesOf(problem)) {
-    const batch = sequences === undefined ? sequence.index : 0;
-    for (let kvHead = 0; kvHead < kvHeads; kvHead++) {
-      const firstToken = (batch * kvHeads + kvHead) * keyTokens + sequence.keyStart;
-      const end = firstToken + sequence.keyLength;
-      const prepared = {
-        ...prepareKey(k.slice(firstToken * headDim, end * headDim), headDim, algorithm),
-        value: quantizeValue(v.slice(firstToken * valueDim, end * valueDim), valueDim, algorithm),
-      };
-      const headsPerKv = queryHeads / kvHeads;
-      for (let i = 0; i < headsPerKv; i++) attendHead(sequence, kvHead * headsPerKv + i, prepared);
-    }
+    for (let kvHead = 0; kvHead < kvHeads; kvHead++) attendHead(sequence, kvHead);
   }
   return { output, lse };
 }

@@ -22,9 +22,10 @@ export interface ConformanceCase {
   readonly name: string;
   /**
    * `kernel`: the kernel's own bound, for ordinary distributions. `algorithm`: where quantization itself loses more,
-   * what the same algorithm in plain TypeScript loses on the same inputs.
+   * what the same algorithm in plain TypeScript loses on the same inputs. `row`: as `algorithm`, but each class of rows by
+   * what it sees (`rowClasses`), so that large rows hide nothing of what small ones lose.
    */
-  readonly bound: 'kernel' | 'algorithm';
+  readonly bound: 'kernel' | 'algorithm' | 'row';
   /** Multiply-adds of both products: a slow target leaves out large cases. */
   readonly work: number;
   /** Magnitude that V reaches; FP16 formats end at 65504. */
@@ -33,10 +34,10 @@ export interface ConformanceCase {
 }
 
 /** What standard normal numbers reach in a case, generously. */
-const NORMAL_MAX = 10;
+export const NORMAL_MAX = 10;
 
 /** Sizes and contents of a dense case; what is left out is ordinary. */
-interface Dense {
+export interface Dense {
   dtype?: DType;
   layout?: 'HND' | 'NHD';
   batch?: number;
@@ -53,8 +54,8 @@ interface Dense {
   edit?(values: Values, size: Size, random: Random): void;
   mask?(size: Size, random: Random): Tensor;
 }
-type Size = Required<Pick<Dense, 'dtype' | 'layout' | 'batch' | 'heads' | 'kvHeads' | 'lq' | 'lk' | 'd' | 'dv'>>;
-interface Values {
+export type Size = Required<Pick<Dense, 'dtype' | 'layout' | 'batch' | 'heads' | 'kvHeads' | 'lq' | 'lk' | 'd' | 'dv'>>;
+export interface Values {
   q: Float32Array;
   k: Float32Array;
   v: Float32Array;
@@ -98,7 +99,7 @@ function arrange(values: Float32Array, size: Size, heads: number, length: number
   return { ...asHnd, shape: nhd, strides: contiguousStrides(nhd) };
 }
 
-function dense(group: string, name: string, spec: Dense): ConformanceCase {
+export function dense(group: string, name: string, spec: Dense): ConformanceCase {
   const size = sizeOf(spec);
   const { batch, heads, kvHeads, lq, lk, d, dv } = size;
   return {
@@ -319,7 +320,7 @@ const scales = [
   dense('scale', 'without smoothing K', { options: { smoothK: false, returnLse: true }, bound: 'algorithm' }),
 ];
 
-function varlen(name: string, q: readonly number[], k: readonly number[], spec: Dense = {}): ConformanceCase {
+export function varlen(name: string, q: readonly number[], k: readonly number[], spec: Dense = {}): ConformanceCase {
   const starts = (lengths: readonly number[]) => {
     const ends = [0];
     for (const length of lengths) ends.push((ends.at(-1) as number) + length);
@@ -422,7 +423,7 @@ const empty = (
   ] as const
 ).map(([name, spec]) => dense('empty', name, { ...spec, d: 16, options: { returnLse: true } }));
 
-const fill = (values: Float32Array, value: (i: number) => number) => {
+export const fill = (values: Float32Array, value: (i: number) => number) => {
   for (let i = 0; i < values.length; i++) values[i] = value(i);
 };
 
