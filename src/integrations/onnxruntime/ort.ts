@@ -84,9 +84,15 @@ export interface OrtSessionHandler {
 /** Where sessions run, as far as attention between them is concerned. */
 export type Engine = 'cpu' | 'webgpu';
 
-export function versionsOf(ort: OrtModule): { readonly web?: string; readonly node?: string } {
+function versionsOf(ort: OrtModule): { readonly web?: string; readonly node?: string } {
   return (ort.env as { versions?: { web?: string; node?: string } } | undefined)?.versions ?? {};
 }
+
+export const isWeb = (ort: OrtModule): boolean => versionsOf(ort).node === undefined;
+
+/** True where onnxruntime-web runs in a worker of its own, to which it gives the buffers of inputs and models away. */
+export const isProxied = (ort: OrtModule): boolean =>
+  (ort.env as { wasm?: { proxy?: boolean } } | undefined)?.wasm?.proxy === true;
 
 /**
  * The engine that `options` select, or why attention has no place there. onnxruntime's default is the CPU in all its
@@ -101,7 +107,5 @@ export function engineOf(ort: OrtModule, options: OrtSessionOptions): Engine | {
   if (options.optimizedModelFilePath) return { reason: 'the optimized model is written from the graph in one piece' };
   if (first === 'cpu' || first === 'wasm' || first === 'xnnpack') return 'cpu';
   if (first !== 'webgpu') return { reason: `execution provider '${first}' shares no tensors with SageAttention` };
-  return versionsOf(ort).node === undefined
-    ? 'webgpu'
-    : { reason: "onnxruntime-node's WebGPU provider shares no buffers with other programs" };
+  return isWeb(ort) ? 'webgpu' : { reason: "onnxruntime-node's WebGPU provider shares no buffers with other programs" };
 }

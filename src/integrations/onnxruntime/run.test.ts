@@ -126,11 +126,16 @@ describe('release', () => {
   it('a session that could not be opened is opened by the next run', async () => {
     const create = ort.InferenceSession.create.bind(ort.InferenceSession);
     const failing = vi.spyOn(ort.InferenceSession, 'create');
-    const sage = await sageOf({ minTokens: 100 }).create(ATTENTION);
+    const pieces = await sageOf({ minTokens: 100, wholeFallback: false }).create(ATTENTION);
     failing.mockRejectedValueOnce(new Error('no memory'));
-    await expect(sage.run(feeds())).rejects.toThrow('no memory');
+    await expect(pieces.run(feeds())).rejects.toThrow('no memory');
     failing.mockImplementation(create as never);
-    expect((await sage.run(feeds())).y?.dims).toEqual([1, H, 4, D]);
+    expect((await pieces.run(feeds())).y?.dims).toEqual([1, H, 4, D]);
+
+    const whole = await sageOf({ minTokens: 100 }).create(ATTENTION);
+    failing.mockRejectedValueOnce(new Error('no memory'));
+    expect((await whole.run(feeds())).y?.dims).toEqual([1, H, 4, D]);
+    expect(whole.sageAttention[0]?.reason).toBe('onnxruntime ran the model in one piece: no memory');
   });
 });
 

@@ -355,7 +355,12 @@ function groupQueryAttention(index: GraphIndex, node: NodeProto): AttentionSite 
     const one = prelude.ints('rotary.one', [1]);
     const first = prelude.slice('rotary.first', flat, zero, one, 0);
     const total = prelude.add('Add', 'rotary.total', [first, one]);
-    const position = prelude.add('Sub', 'rotary.position', [total, length]);
+    // Negative where the first sequence is padded: then onnxruntime computes the attention, and this must run all the same.
+    refuse(index.opset < 12, 'a rotary embedding in an operator set before 12');
+    const position = prelude.add('Max', 'rotary.position', [
+      prelude.add('Sub', 'rotary.behind', [total, length]),
+      zero,
+    ]);
     const rotate = (label: string, name: string, count: number) =>
       prelude.add('RotaryEmbedding', label, [name, position, cos as string, sin as string], {
         domain: MICROSOFT,

@@ -24,7 +24,10 @@ export type Sizes = readonly number[] | string;
 /** What an operator is given as a shape; undefined where it is given none, or none that can be read. */
 export function sizesOf(index: GraphIndex, value: string | undefined): Sizes | undefined {
   if (value === undefined || value === '') return undefined;
-  return index.constants.has(value) ? constantNumbers(index, value) : value;
+  const constant = index.constants.get(value);
+  if (constant === undefined) return value;
+  // onnxruntime takes vectors alone.
+  return constant.dims.length === 1 ? constantNumbers(index, value) : undefined;
 }
 
 export const parametersOf = (sizes: readonly Sizes[]): string[] => sizes.filter((entry) => typeof entry === 'string');

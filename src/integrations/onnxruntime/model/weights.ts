@@ -6,14 +6,11 @@
 import { EXTERNAL, externalTensor, type NodeProto, type TensorProto } from './codec.ts';
 import type { GraphIndex } from './graph.ts';
 
-/** Where a session can find the model's own bytes again. */
-export type WeightSource =
-  /** onnxruntime-web reads them from memory under this name. */
-  | { readonly kind: 'mounted'; readonly bytes: Uint8Array; readonly path: string }
-  /** onnxruntime-node maps the file. */
-  | { readonly kind: 'file'; readonly bytes: Uint8Array; readonly path: string }
-  /** Payloads are written into every session's model. */
-  | { readonly kind: 'inline' };
+/** The model's own bytes under a name by which sessions refer to them. */
+export interface MountedModel {
+  readonly bytes: Uint8Array;
+  readonly path: string;
+}
 
 /** Payloads below this stay inside the model: shape inference and constant folding read them. */
 const EXTERNAL_FROM_BYTES = 1024;
@@ -24,28 +21,35 @@ export interface PieceWeights {
   readonly files: ReadonlySet<string>;
 }
 
-/** The constants that nodes read, subgraphs included. */
-export function weightsOf(index: GraphIndex, nodes: readonly NodeProto[], source: WeightSource): PieceWeights {
+/**
+ * The constants that nodes read, subgraphs included.
+ *
+ * @param mounted undefined: payloads are written into the session's model
+ * @param isInMemory false for a file that onnxruntime opens itself: it reads all external data from files, or all from memory
+ */
+export function weightsOf(
+  index: GraphIndex,
+  nodes: readonly NodeProto[],
+  mounted: MountedModel | undefined,
+  isInMemory: (file: string) => boolean,
+): PieceWeights {
   const names = new Set(nodes.flatMap((node) => index.readsOf(node)));
-  const files = new Set<string>();
-  const initializers: TensorProto[] = [];
-  for (const name of names) {
+  const tensors = [...names].flatMap((name) => {
     const tensor = index.constants.get(name);
-    if (tensor === undefined) continue;
-    const initializer = shared({ ...tensor, name }, source);
-    initializers.push(initializer);
-    const file = fileOf(initializer);
-    if (file !== undefined) files.add(file);
-  }
-  return { initializers, files };
+    return tensor === undefined ? [] : [{ ...tensor, name }];
+  });
+  const given = tensors.map(fileOf).filter((file) => file !== undefined);
+  const source = given.every(isInMemory) ? mounted : undefined;
+  const initializers = tensors.map((tensor) => shared(tensor, source));
+  return { initializers, files: new Set(initializers.map(fileOf).filter((file) => file !== undefined)) };
 }
 
-function shared(tensor: TensorProto, source: WeightSource): TensorProto {
+function shared(tensor: TensorProto, mounted: MountedModel | undefined): TensorProto {
   const { rawData } = tensor;
-  if (source.kind === 'inline' || tensor.dataLocation === EXTERNAL || rawData.byteLength < EXTERNAL_FROM_BYTES)
-    return tensor;
-  if (rawData.buffer !== source.bytes.buffer) return tensor;
-  return externalTensor(tensor, source.path, rawData.byteOffset - source.bytes.byteOffset, rawData.byteLength);
+  const isOutside = tensor.dataLocation === EXTERNAL;
+  if (mounted === undefined || isOutside || rawData.byteLength < EXTERNAL_FROM_BYTES) return tensor;
+  if (rawData.buffer !== mounted.bytes.buffer) return tensor;
+  return externalTensor(tensor, mounted.path, rawData.byteOffset - mounted.bytes.byteOffset, rawData.byteLength);
 }
 
 function fileOf(tensor: TensorProto): string | undefined {

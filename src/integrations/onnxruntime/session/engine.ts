@@ -90,8 +90,9 @@ export function cpuEngine(OrtTensorClass: OrtTensorConstructor): AttentionEngine
   };
 }
 
+export const messageOf = (error: unknown): string => (error instanceof Error ? error.message : String(error));
+
 /** An error of a kernel with the name of the attention in front. */
 export function namedError(node: string, error: unknown): ExecutionError {
-  const message = error instanceof Error ? error.message : String(error);
-  return new ExecutionError('execution-failed', `attention '${node}': ${message}`, error);
+  return new ExecutionError('execution-failed', `attention '${node}': ${messageOf(error)}`, error);
 }

@@ -2,15 +2,15 @@
 import type { OrtSession } from '../ort.ts';
 
 export class OpenedOnce<Key> {
-  readonly #sessions = new Map<Key, Promise<OrtSession>>();
-  readonly #open: (key: Key) => Promise<OrtSession>;
+  readonly #sessions = new Map<Key, Promise<OrtSession | undefined>>();
+  readonly #open: (key: Key) => Promise<OrtSession | undefined>;
 
-  constructor(open: (key: Key) => Promise<OrtSession>) {
+  constructor(open: (key: Key) => Promise<OrtSession | undefined>) {
     this.#open = open;
   }
 
   /** One that could not be opened is tried again the next time. */
-  get(key: Key): Promise<OrtSession> {
+  get(key: Key): Promise<OrtSession | undefined> {
     let session = this.#sessions.get(key);
     if (session === undefined) {
       session = this.#open(key);
@@ -23,6 +23,6 @@ export class OpenedOnce<Key> {
   async release(): Promise<void> {
     const opened = await Promise.allSettled(this.#sessions.values());
     this.#sessions.clear();
-    for (const result of opened) if (result.status === 'fulfilled') await result.value.release();
+    for (const result of opened) if (result.status === 'fulfilled') await result.value?.release();
   }
 }

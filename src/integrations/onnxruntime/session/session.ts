@@ -1,33 +1,40 @@
 /** A session in pieces, behind the interface of one. */
+import { ExecutionError } from '../../../errors.ts';
 import type { Cut, PlacedSite } from '../cut.ts';
 import type { LeftAttention } from '../detect/site.ts';
-import type { ModelMetadata } from '../model/metadata.ts';
+import type { ModelMetadata } from '../model/sketch.ts';
 import type { SageAttentionOptions } from '../options.ts';
-import type {
-  OrtFeeds,
-  OrtFetches,
-  OrtResults,
-  OrtSession,
-  OrtSessionHandler,
-  OrtTensor,
-  OrtValueMetadata,
+import {
+  isProxied,
+  isWeb,
+  type OrtFeeds,
+  type OrtFetches,
+  type OrtModule,
+  type OrtResults,
+  type OrtSession,
+  type OrtSessionHandler,
+  type OrtTensor,
+  type OrtTensorConstructor,
+  type OrtValueMetadata,
 } from '../ort.ts';
 import { CALLS_TO_TIME, lastOf, SiteState, settle, type Trial, together, toNumbers, tryKernel } from './calibration.ts';
 import { type AttentionCall, prepareCall } from './call.ts';
-import { type AttentionEngine, namedError } from './engine.ts';
+import { type AttentionEngine, messageOf, namedError } from './engine.ts';
 import { checkFeeds } from './feeds.ts';
+import type { Lengths } from './lengths.ts';
 import { OpenedOnce } from './opened-sessions.ts';
 import type { AttentionReport } from './report.ts';
 import { Run } from './run.ts';
+import { type InputShape, inputShapeOf, WholeShapes } from './whole-shapes.ts';
 
-export function reportLeft(left: LeftAttention): AttentionReport {
+export function reportLeft(left: LeftAttention & Partial<Lengths>): AttentionReport {
   return {
     node: left.name,
     form: left.form,
     heads: left.heads,
     headDim: left.headDim,
-    queryLength: undefined,
-    keyLength: undefined,
+    queryLength: left.queryLength,
+    keyLength: left.keyLength,
     taken: false,
     reason: left.reason,
     kernel: undefined,
@@ -35,7 +42,14 @@ export function reportLeft(left: LeftAttention): AttentionReport {
   };
 }
 
+/** Why an attention of so many tokens is left; undefined where its lengths are no reason. */
+export function tooShort({ queryLength, keyLength }: Lengths, minTokens: number): string | undefined {
+  const tokens = Math.min(queryLength ?? Number.POSITIVE_INFINITY, keyLength ?? Number.POSITIVE_INFINITY);
+  return tokens < minTokens ? `${tokens} tokens are fewer than minTokens, ${minTokens}` : undefined;
+}
+
 export interface CutSessionParts {
+  readonly ort: OrtModule;
   readonly cut: Cut;
   /** One session for each piece. */
   readonly sessions: readonly OrtSession[];
@@ -47,15 +61,11 @@ export interface CutSessionParts {
     readonly calibrationRuns: number;
   };
   readonly metadata: ModelMetadata;
-  readonly isWeb: boolean;
   /** The nodes that an attention replaces, as a session of their own. */
   createOriginal(placed: PlacedSite): Promise<OrtSession>;
-  /** The model in one piece. */
-  createWhole(): Promise<OrtSession>;
+  /** The model in one piece, or undefined where it cannot be opened any more. Absent: it stays in pieces. */
+  readonly createWhole: (() => Promise<OrtSession | undefined>) | undefined;
 }
-
-/** Shapes of inputs whose best way of running is remembered. */
-const REMEMBERED_SHAPES = 256;
 
 export class CutSession implements OrtSessionHandler {
   readonly inputNames: readonly string[];
@@ -66,15 +76,14 @@ export class CutSession implements OrtSessionHandler {
   readonly #sites: readonly SiteState[];
   readonly #originals: OpenedOnce<PlacedSite>;
   readonly #whole: OpenedOnce<'whole'>;
-  /** Input shapes for which no attention was worth replacing: they run in one piece. */
-  readonly #wholeShapes = new Set<string>();
+  readonly #wholeShapes = new WholeShapes();
   readonly #running = new Set<Promise<OrtResults>>();
   #isReleased = false;
 
   constructor(parts: CutSessionParts) {
     this.#parts = parts;
     this.#originals = new OpenedOnce((placed) => parts.createOriginal(placed));
-    this.#whole = new OpenedOnce(() => parts.createWhole());
+    this.#whole = new OpenedOnce(async () => parts.createWhole?.());
     this.inputMetadata = parts.metadata.inputs;
     this.outputMetadata = parts.metadata.outputs;
     this.inputNames = this.inputMetadata.map(({ name }) => name);
@@ -92,7 +101,7 @@ export class CutSession implements OrtSessionHandler {
 
   async run(feeds: OrtFeeds, fetches: OrtFetches, options: object): Promise<OrtResults> {
     this.#requireSession();
-    checkFeeds(this.inputMetadata, feeds, this.#parts.isWeb);
+    checkFeeds(this.inputMetadata, feeds, isWeb(this.#parts.ort));
     const running = this.#run(feeds, fetches, options);
     this.#running.add(running);
     try {
@@ -108,10 +117,28 @@ export class CutSession implements OrtSessionHandler {
   }
 
   async #run(feeds: OrtFeeds, fetches: OrtFetches, options: object): Promise<OrtResults> {
-    const shapes = this.inputNames.map((name) => `${feeds[name]?.dims}`).join(';');
-    if (this.#wholeShapes.has(shapes)) {
-      return (await this.#whole.get('whole')).run(feeds, fetches, options);
+    const shape = inputShapeOf(this.inputNames.map((name) => feeds[name]?.dims ?? []));
+    const known = this.#wholeShapes.has(shape) ? await this.#openWhole() : undefined;
+    if (known !== undefined) return known.run(feeds, fetches, options);
+    try {
+      return await this.#runCut(feeds, fetches, options, shape);
+    } catch (error) {
+      // What a kernel reports is no fault of the model's. Anything else onnxruntime says itself, or does not find wrong.
+      const whole = error instanceof ExecutionError ? undefined : await this.#openWhole();
+      if (whole === undefined) throw error;
+      const results = await whole.run(feeds, fetches, options);
+      for (const state of this.#sites) state.reason = `onnxruntime ran the model in one piece: ${messageOf(error)}`;
+      this.#wholeShapes.add(shape, undefined);
+      return results;
     }
+  }
+
+  /** Where it cannot be opened (for want of memory, say) the pieces do. */
+  #openWhole(): Promise<OrtSession | undefined> {
+    return this.#whole.get('whole').catch(() => undefined);
+  }
+
+  async #runCut(feeds: OrtFeeds, fetches: OrtFetches, options: object, shape: InputShape): Promise<OrtResults> {
     const run = new Run(this.#parts.cut, feeds, fetches);
     try {
       let replaced = false;
@@ -123,7 +150,7 @@ export class CutSession implements OrtSessionHandler {
         run.endLevel(level);
       }
       await run.throwFailures();
-      if (!replaced && this.#parts.options.wholeFallback !== false) this.#remember(shapes);
+      if (!replaced && this.#parts.createWhole !== undefined) this.#wholeShapes.add(shape, this.#shortQueries());
       return run.results();
     } catch (error) {
       run.releaseAll();
@@ -131,10 +158,11 @@ export class CutSession implements OrtSessionHandler {
     }
   }
 
-  #remember(shapes: string): void {
-    const [oldest] = this.#wholeShapes;
-    if (this.#wholeShapes.size >= REMEMBERED_SHAPES && oldest !== undefined) this.#wholeShapes.delete(oldest);
-    this.#wholeShapes.add(shapes);
+  /** The lengths of all queries, where none is long enough. */
+  #shortQueries(): string | undefined {
+    const { minTokens } = this.#parts.options;
+    const lengths = this.#sites.map(({ queryLength }) => queryLength);
+    return lengths.every((length) => length !== undefined && length < minTokens) ? lengths.join() : undefined;
   }
 
   async #runPieces(run: Run, level: number, options: object): Promise<void> {
@@ -144,7 +172,7 @@ export class CutSession implements OrtSessionHandler {
       const names = piece.outputs.filter((name) => run.needs(name));
       if (names.length === 0) continue;
       const session = this.#parts.sessions[i] as OrtSession;
-      run.store(await session.run(run.take(piece.inputs), run.fetchesOf(names), options));
+      run.store(await session.run(this.#sent(run.take(piece.inputs)), run.fetchesOf(names), options));
     }
   }
 
@@ -183,16 +211,28 @@ export class CutSession implements OrtSessionHandler {
     const [, heads, queryLength, headDim] = call.q.view.shape;
     const keyLength = call.k.view.shape[2];
     Object.assign(state, { heads, headDim, queryLength, keyLength });
-    const { minTokens } = this.#parts.options;
-    const tokens = Math.min(queryLength, keyLength);
-    return tokens < minTokens ? `${tokens} tokens are fewer than minTokens, ${minTokens}` : undefined;
+    return tooShort({ queryLength, keyLength }, this.#parts.options.minTokens);
+  }
+
+  /** Opens what {@link CutSessionParts.createOriginal} gives before it is needed. */
+  async openOriginal(placed: PlacedSite): Promise<void> {
+    await this.#originals.get(placed);
+  }
+
+  /** What a session is given: a worker takes the buffers of its inputs away, which others read too. */
+  #sent(inputs: Record<string, OrtTensor>): Record<string, OrtTensor> {
+    const { ort } = this.#parts;
+    if (!isProxied(ort)) return inputs;
+    const TensorClass = ort.Tensor as OrtTensorConstructor;
+    const copy = ({ type, data, dims }: OrtTensor) => new TensorClass(type, (data as Float32Array).slice(), dims);
+    return Object.fromEntries(Object.entries(inputs).map(([name, tensor]) => [name, copy(tensor)]));
   }
 
   async #runOriginal(run: Run, state: SiteState, options: object): Promise<OrtTensor> {
     const { placed } = state;
-    const session = await this.#originals.get(placed);
+    const session = (await this.#originals.get(placed)) as OrtSession;
     const names = session.outputNames.filter((name) => name === placed.site.output || run.needs(name));
-    const outputs = await session.run(run.take(session.inputNames), run.fetchesOf(names), options);
+    const outputs = await session.run(this.#sent(run.take(session.inputNames)), run.fetchesOf(names), options);
     const { [placed.site.output]: output, ...overrides } = outputs;
     run.store({ ...overrides, [placed.result]: output as OrtTensor });
     return output as OrtTensor;
