@@ -3,6 +3,8 @@
  * that it runs the very code that programs import.
  */
 export { createProblem } from '../attention/problem.ts';
+export { TARGETS } from '../backends/cuda/ptx/targets.ts';
+export { FAMILIES } from '../backends/webgpu/families/family.ts';
 export * from '../index.ts';
 export * from '../models/sentence-encoder/index.ts';
 export { attentionExact } from '../reference/exact.ts';

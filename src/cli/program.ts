@@ -1,9 +1,9 @@
 /** The commands and their options. Each command's code is loaded when it is asked for. */
 import { createRequire } from 'node:module';
-import { Command, CommanderError, Option } from 'commander';
+import { Argument, Command, CommanderError, Option } from 'commander';
 import { BACKEND_NAMES, backendOption, choice, finite, integer, kernelOption, list } from './arguments.ts';
 import { messageOf, UserError } from './errors.ts';
-import { disposeBackends, KERNEL_NAMES, SageAttentionError } from './library.ts';
+import { disposeBackends, FAMILIES, KERNEL_NAMES, SageAttentionError, TARGETS } from './library.ts';
 
 const { version, description } = createRequire(import.meta.url)('../../package.json') as {
   version: string;
@@ -80,6 +80,31 @@ function createProgram(): Command {
     .option('--rows <n>', 'query rows of each head that are checked', integer(1), 256)
     .option('--json <file>', 'write every figure to a file')
     .action(async (file, options) => (await import('./compare.ts')).compareKernels(file, options));
+
+  program
+    .command('kernel')
+    .description('the launches that a problem gets, or the source of one of them; needs no GPU')
+    .addArgument(new Argument('<name>', 'a kernel, as options.kernel takes it').choices(KERNEL_NAMES))
+    .addOption(new Option('-t, --target <name>', 'PTX target').choices(TARGETS).default('sm_90a'))
+    .addOption(new Option('--family <name>', 'kernel family of WebGPU').choices(FAMILIES).default('subgroup'))
+    .option('-d, --head-dim <n>', 'head dim of q and k', integer(1, 256), 128)
+    .option('--value-dim <n>', 'head dim of v; default: as q and k', integer(1, 256))
+    .option('-l, --length <n>', 'tokens of q', integer(1), 4096)
+    .option('--key-length <n>', 'tokens of k and v; default: as q', integer(1))
+    .option('--heads <n>', 'heads of queries', integer(1), 8)
+    .option('--kv-heads <n>', 'heads of keys and values; default: as many', integer(1))
+    .addOption(
+      new Option('--dtype <name>', 'of the inputs').choices(['float16', 'bfloat16', 'float32']).default('float16'),
+    )
+    .option('--causal', 'causal mask', false)
+    .option('--accumulate <name>', "pvAccumDtype; default: the kernel's first")
+    .option('--multiprocessors <n>', 'of the GPU, for the grid', integer(1), 132)
+    .option('--launch <name>', 'which of the launches', 'attention')
+    .option('--ptx', 'its PTX')
+    .option('--wgsl', 'its WGSL')
+    .option('--listing', 'its instructions by section, with the number of live registers')
+    .option('--pressure', 'where most registers are live')
+    .action(async (name, options) => (await import('./kernel.ts')).showKernel(name, options));
 
   program
     .command('playground')

@@ -1,0 +1,70 @@
+import { afterEach, describe, expect, it, vi } from 'vitest';
+import { CUDA_KERNELS, lackedBy } from '../backends/cuda/kernel-table.ts';
+import { TARGETS } from '../backends/cuda/ptx/targets.ts';
+import { runCommandLine } from './program.ts';
+
+afterEach(() => vi.restoreAllMocks());
+
+async function kernel(...args: readonly string[]): Promise<{ code: number; out: string; err: string }> {
+  const written = { out: '', err: '' };
+  const into = (stream: 'out' | 'err') => (chunk: unknown) => {
+    written[stream] += String(chunk);
+    return true;
+  };
+  vi.spyOn(process.stdout, 'write').mockImplementation(into('out'));
+  vi.spyOn(process.stderr, 'write').mockImplementation(into('err'));
+  const code = await runCommandLine(['kernel', ...args]);
+  return { code, ...written };
+}
+
+describe('sageattention kernel', () => {
+  it.each(CUDA_KERNELS.map(({ name }) => name))('lists the launches of %s', async (name) => {
+    const target = TARGETS.find((one) => lackedBy(name, Number(one.replace(/\D/g, ''))) === undefined) as string;
+    const { code, out, err } = await kernel(name, '--target', target, '--causal');
+    expect(err).toBe('');
+    expect(code).toBe(0);
+    expect(out).toMatch(/launch +entry +blocks +threads +shared bytes +registers +instructions/);
+    expect(out).toMatch(/\nattention +\w+ +\d+ +\d+ +\d+ +\d+ +\d+/);
+  });
+
+  it('prints PTX of the attention kernel, or of another launch', async () => {
+    const ptx = await kernel('qk-int8-pv-fp8-cuda-sm90', '--target', 'sm_90a', '--head-dim', '64', '--ptx');
+    expect(ptx.out).toMatch(/^\.version[\s\S]*\.target sm_90a[\s\S]*wgmma\.mma_async/m);
+    const query = await kernel('qk-int8-pv-fp16-cuda', '--target', 'sm_80', '--launch', 'quantize Q', '--ptx');
+    expect(query.out).toMatch(/\.target sm_80[\s\S]*\.entry quantizeQuery/);
+  });
+
+  it('prints a listing and the pressure of registers', async () => {
+    const of = ['qk-int8-pv-fp16-cuda', '--target', 'sm_89', '--head-dim', '64'] as const;
+    const { out } = await kernel(...of, '--listing');
+    expect(out).toMatch(/^-- /m);
+    expect(out).toMatch(/^ *\d+ {2}mma\.sync/m);
+    const pressure = await kernel(...of, '--pressure');
+    expect(pressure.out).toMatch(/^\d+ registers and \d+ predicates at most\nin section '.+': \d+ \w+/);
+  });
+
+  it.each(['base', 'subgroup', 'matrix'])('prints WGSL of family %s', async (family) => {
+    const { code, out, err } = await kernel('qk-int8-pv-fp16', '--wgsl', '--family', family, '--causal');
+    expect([code, err]).toEqual([0, '']);
+    expect(out).toMatch(/@compute @workgroup_size/);
+    expect(out.includes('enable subgroups')).toBe(family !== 'base');
+    expect(out.includes('enable subgroup_matrix')).toBe(family === 'matrix');
+  });
+
+  it.each([
+    [['nonsense'], /Allowed choices are qk-int8-pv-fp16/],
+    [['qk-int8-pv-fp16', '--target', 'sm_70'], /Allowed choices are sm_80/],
+    [['qk-int8-pv-fp8-cuda', '--target', 'sm_86'], /which needs compute capability 8.9 or later/],
+    [['qk-int8-pv-int8'], /kernel of WebAssembly.*wasm2wat/],
+    [['qk-int8-pv-int8', '--wgsl'], /the kernel of WebGPU is qk-int8-pv-fp16/],
+    [['qk-int8-pv-fp16', '--ptx', '--listing'], /choose one of --ptx, --listing/],
+    [['qk-int8-pv-fp16', '--ptx', '--launch', 'softmax'], /no launch 'softmax'; there are .*'attention'/],
+    [['qk-int8-pv-fp16', '--accumulate', 'fp8'], /takes 'fp32', received 'fp8'/],
+    [['qk-int8-pv-fp16', '--heads', '6', '--kv-heads', '4'], /--heads 6 is not a multiple of --kv-heads 4/],
+    [['qk-int8-pv-fp16', '--head-dim', '300'], /from 1 to 256/],
+  ] as const)('%o is refused', async (args, message) => {
+    const { code, err } = await kernel(...args);
+    expect(code).toBe(1);
+    expect(err).toMatch(message);
+  });
+});
