@@ -11,15 +11,15 @@ import {
   quantizeKeyValue,
   quantizeKeyValueThreads,
 } from '../kernels/quantize/key-value.ts';
+import { hopperAttention } from '../kernels/wgmma/attention.ts';
+import { type HopperConfig, LOG2_E4M3_MAX, sharedPlanOf } from '../kernels/wgmma/config.ts';
 import {
   CONSUMER_ROWS,
   HOPPER_BLOCK_K,
   HOPPER_INTEGERS,
   HOPPER_POINTERS,
   HOPPER_STRIDES,
-  hopperAttention,
-} from '../kernels/wgmma/attention.ts';
-import { type HopperConfig, LOG2_E4M3_MAX, sharedPlanOf } from '../kernels/wgmma/config.ts';
+} from '../kernels/wgmma/frame.ts';
 import { type HopperTuning, tuningOf } from '../kernels/wgmma/table.ts';
 import { TARGET_FEATURES } from '../ptx/targets.ts';
 import {

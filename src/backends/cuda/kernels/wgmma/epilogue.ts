@@ -1,0 +1,101 @@
+/** The end of an item of work: normalizes and stores a thread's rows. */
+import type { Parameter, Reg } from '../../ptx/types.ts';
+import { offset, offset64 } from '../parts/addresses.ts';
+import { BYTES } from '../parts/elements.ts';
+import { headAddress, logSumExp, rowFactor, storePair } from '../parts/epilogue.ts';
+import { at } from '../parts/lists.ts';
+import { quadSum } from '../parts/quad.ts';
+import { eachRow } from './rows.ts';
+import type { Item } from './state.ts';
+
+/** A row ready to be stored. */
+interface FinishedRow {
+  /** What its output is multiplied by. */
+  readonly factor: Reg<'f32'>;
+  /** It saw no key. */
+  readonly empty: Reg<'pred'>;
+  /** It exists. */
+  readonly inside: Reg<'pred'>;
+  /** Of its channel 2t. */
+  readonly address: Reg<'global'>;
+}
+
+export function writeResults(item: Item): void {
+  const { frame, thread, work, output } = item;
+  const { b, config, integer, pointer, strides, fp8 } = frame;
+  const { paddedValueDim, valueDim } = config;
+  const queryHeads = b.loadParameter(integer.queryHeads);
+  const keyHeads = b.div(queryHeads, b.loadParameter(integer.headsPerKeyHead));
+  const channelBase = b.mad(b.mad(work.sequence, keyHeads, work.keyHead), paddedValueDim, thread.t2);
+  const channelTerms = (of: Parameter<'u64'>) => {
+    const base = offset(b, b.loadPointer(of), channelBase, 4);
+    return (n: number) => b.ldVector('f32', 2, base, n * 32, { readOnly: true });
+  };
+  const scaleAt = fp8 ? channelTerms(pointer.valueScale) : undefined;
+  const meanAt = config.smoothV ? channelTerms(pointer.valueMean) : undefined;
+  const tokenStride = b.loadParameter(strides.outputToken);
+  const type = config.split ? 'float32' : config.outputType;
+  const width = config.split ? paddedValueDim : valueDim;
+  const finished = eachRow((r) => finishRow(item, r, queryHeads, tokenStride));
+  for (let n = 0; n < paddedValueDim / 8 && n * 8 < width; n++) {
+    const scales = scaleAt?.(n);
+    const means = meanAt?.(n);
+    for (const [r, { factor, empty, inside, address }] of finished.entries()) {
+      const channel = (j: number) => {
+        // A channel's scale may be so small or large that only the result itself can bear it.
+        const result = b.mul(at(output.registers, 4 * n + 2 * r + j), factor);
+        if (scales !== undefined) {
+          b.mul(result, at(scales, j), result);
+          // A sequence without keys has no scales of V either.
+          b.when(empty, () => b.set(result, 0));
+        }
+        if (means === undefined) return result;
+        const smoothed = b.add(result, at(means, j));
+        b.when(empty, () => b.set(smoothed, 0));
+        return smoothed;
+      };
+      storePair(b, [channel(0), channel(1)], address, { type, first: n * 8, width, t2: thread.t2, inside });
+    }
+  }
+}
+
+/** Sums a row up, stores its logsumexp, and finds its place. */
+function finishRow(item: Item, r: number, queryHeads: Reg<'u32'>, tokenStride: Reg<'u64'>): FinishedRow {
+  const { frame, thread, work, rows, state, output } = item;
+  const { b, config, integer, pointer, strides, fp8 } = frame;
+  const { sequence } = work;
+  const { exponentOffset, paddedValueDim } = config;
+  const sum = quadSum(b, config.onesColumn ? at(output.registers, paddedValueDim / 2 + 2 * r) : at(state.sum, r));
+  const bias = rows.bias(r);
+  const { empty, factor } = rowFactor(b, sum, bias, fp8 ? output.unit : undefined);
+  const row = rows.row(r);
+  const token = rows.token(row);
+  const head = rows.head(row);
+  const inside = b.setp('lt', token, work.queryLength);
+  const partialRow =
+    work.split === undefined
+      ? undefined
+      : b.mad(
+          work.split,
+          b.mul(b.loadParameter(integer.paddedQueries), queryHeads),
+          b.add(b.mad(head, b.loadParameter(integer.paddedQueries), work.paddedQueryStart), token),
+        );
+  if (config.lse || config.split) {
+    const terms = { exponentOffset, biased: config.softcap, natural: !config.split };
+    const lse = logSumExp(b, { sum, max: at(state.max, r), empty, bias }, terms);
+    let address = b.loadPointer(pointer.lse);
+    if (partialRow === undefined) {
+      const lseStrides = { batch: strides.lseBatch, head: strides.lseHead };
+      address = headAddress(b, address, { sequence, head }, lseStrides);
+      address = offset(b, address, b.add(work.queryStart, token), 4);
+    } else address = offset(b, address, partialRow, 4);
+    b.when(b.andPred(inside, b.setp('eq', thread.t, 0)), () => b.st(lse, address));
+  }
+  let address = b.loadPointer(pointer.output);
+  if (partialRow === undefined) {
+    address = headAddress(b, address, { sequence, head }, { batch: strides.outputBatch, head: strides.outputHead });
+    address = offset64(b, address, b.add(work.queryStart, token), tokenStride);
+  } else address = offset(b, address, partialRow, paddedValueDim * 4);
+  const type = config.split ? 'float32' : config.outputType;
+  return { factor, empty, inside, address: offset(b, address, thread.t2, BYTES[type]) };
+}

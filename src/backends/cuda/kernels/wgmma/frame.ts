@@ -1,0 +1,176 @@
+/** What every role of a CTA knows: parameters, shared memory, barriers. */
+import { KernelBuilder } from '../../ptx/builder.ts';
+import { rowMajor, type SharedTile } from '../../ptx/layouts.ts';
+import { fenceMbarrierInit, mbarrierInit } from '../../ptx/mbarrier.ts';
+import { fenceProxyAsync } from '../../ptx/tma.ts';
+import type { Parameter, Reg } from '../../ptx/types.ts';
+import { integers, pointers } from '../parts/addresses.ts';
+import { type BandParameters, bandParameters } from '../parts/band.ts';
+import { Ring } from '../parts/ring.ts';
+import { type HopperConfig, type SharedPlan, sharedPlanOf } from './config.ts';
+import { uniform } from './instructions.ts';
+
+/** Keys of a tile. Scales of K are those of each 64. */
+export const HOPPER_BLOCK_K = 128;
+/** Rows of a consumer warpgroup. */
+export const CONSUMER_ROWS = 64;
+
+export const HOPPER_POINTERS = [
+  'sequences',
+  'query',
+  'queryScale',
+  'rowBias',
+  'keyMean',
+  'keyScale',
+  'keyFaults',
+  'valueScale',
+  'valueTileScale',
+  'valueMean',
+  'mask',
+  'output',
+  'lse',
+] as const;
+export const HOPPER_INTEGERS = [
+  'queryHeads',
+  'headsPerKeyHead',
+  'queryTiles',
+  'splits',
+  'paddedQueries',
+  'paddedKeys',
+  'work',
+  'headGroup',
+] as const;
+/** In bytes. `query` strides are of the caller's Q, which a kernel that quantizes it reads. */
+export const HOPPER_STRIDES = [
+  'queryBatch',
+  'queryHead',
+  'queryToken',
+  'maskBatch',
+  'maskHead',
+  'maskQuery',
+  'maskKey',
+  'outputBatch',
+  'outputHead',
+  'outputToken',
+  'lseBatch',
+  'lseHead',
+] as const;
+export const HOPPER_MAPS = ['queryMap', 'keyMap', 'valueMap'] as const;
+
+export interface Frame {
+  readonly b: KernelBuilder;
+  readonly config: HopperConfig;
+  readonly plan: SharedPlan;
+  readonly pointer: Readonly<Record<(typeof HOPPER_POINTERS)[number], Parameter<'u64'>>>;
+  readonly integer: Readonly<Record<(typeof HOPPER_INTEGERS)[number], Parameter<'u32'>>>;
+  readonly strides: Readonly<Record<(typeof HOPPER_STRIDES)[number], Parameter<'u64'>>>;
+  readonly maps: readonly Parameter<'tensorMap'>[];
+  readonly band: BandParameters;
+  readonly smScale: Parameter<'f32'>;
+  /** softcap * log2(e) */
+  readonly softcap: Parameter<'f32'>;
+  /** V and P are FP8. */
+  readonly fp8: boolean;
+  /** The kernel quantizes Q itself. */
+  readonly fused: boolean;
+  /** Scores are finished as floats before the maximum is taken; otherwise they stay 1.5 * 2^23 + q . k until the exponentials. */
+  readonly scoresAreFloat: boolean;
+  /** Rows of Q of the CTA. */
+  readonly rows: number;
+  readonly tiles: Readonly<Record<'query' | 'key' | 'value' | 'bias', SharedTile>>;
+  readonly bytes: {
+    readonly keyStage: number;
+    readonly valueStage: number;
+    readonly queryBlock: number;
+    readonly keyBlock: number;
+  };
+  readonly shared: Reg<'shared'>;
+  readonly barriers: Reg<'shared'>;
+  readonly keys: Ring;
+  readonly values: Ring;
+  /** Offsets of the barriers of Q's one stage. */
+  readonly queryFull: number;
+  readonly queryEmpty: number;
+  readonly thread: Reg<'u32'>;
+  readonly warpgroup: Reg<'u32'>;
+}
+
+/** Declares parameters and shared memory, and makes the barriers. */
+export function makeFrame(config: HopperConfig): Frame {
+  const { consumers, stages } = config;
+  const b = new KernelBuilder({
+    name: 'hopperAttention',
+    target: 'sm_90a',
+    threads: 128 * (1 + consumers),
+    minBlocksPerMultiprocessor: config.minBlocks,
+  });
+  const parameters = {
+    pointer: pointers(b, HOPPER_POINTERS),
+    integer: integers(b, HOPPER_INTEGERS),
+    strides: pointers(b, HOPPER_STRIDES),
+    band: bandParameters(b),
+    smScale: b.parameter('smScale', 'f32'),
+    softcap: b.parameter('softcap', 'f32'),
+    maps: HOPPER_MAPS.map((name) => b.parameter(name, 'tensorMap')),
+  };
+
+  b.section('shared memory');
+  const plan = sharedPlanOf(config);
+  const { rowLayout, rowBlocks } = plan;
+  const rows = consumers * CONSUMER_ROWS;
+  const tiles = {
+    query: b.shared('query', rowBlocks * rows, rowLayout),
+    key: b.shared('key', stages * rowBlocks * HOPPER_BLOCK_K, rowLayout),
+    value: b.shared('value', stages * plan.valueStageRows, plan.valueLayout),
+    bias: b.shared('row bias', 1, rowMajor(rows * 4)),
+  };
+  const barrierTile = b.shared('barriers', 1, rowMajor(8 * (4 * stages + 2)));
+  const bytes = {
+    keyStage: tiles.key.bytes / stages,
+    valueStage: tiles.value.bytes / stages,
+    queryBlock: rows * rowLayout.rowBytes,
+    keyBlock: HOPPER_BLOCK_K * rowLayout.rowBytes,
+  };
+  const shared = b.sharedAddress();
+  const barriers = b.add(shared, barrierTile.base);
+  const keys = new Ring(b, { barriers, stages, full: 0, empty: 16 * stages });
+  const values = new Ring(b, { barriers, stages, full: 8 * stages, empty: 24 * stages });
+  const queryFull = 32 * stages;
+  const queryEmpty = queryFull + 8;
+
+  b.section('barriers');
+  const thread = b.special('%tid.x');
+  const warpgroup = uniform(b, b.shr(thread, 7));
+  b.if(b.setp('eq', thread, 0), () => {
+    for (let stage = 0; stage < stages; stage++) {
+      for (const ring of [keys, values]) ring.initFull(stage);
+      for (const ring of [keys, values]) ring.initEmpty(stage, 4 * consumers);
+    }
+    mbarrierInit(b, barriers, 1, queryFull);
+    mbarrierInit(b, barriers, 4 * consumers, queryEmpty);
+    fenceMbarrierInit(b);
+  });
+  const floatMask = config.mask !== 'none' && config.mask !== 'boolean';
+  return {
+    ...{ b, config, plan, ...parameters },
+    ...{ fp8: config.pvFormat === 'e4m3', fused: config.fusedQuery !== undefined },
+    ...{ scoresAreFloat: config.softcap || floatMask, rows, tiles, bytes },
+    ...{ shared, barriers, keys, values, queryFull, queryEmpty, thread, warpgroup },
+  };
+}
+
+/** Behind the channels of V's tiles: one row of ones, whose product with P is the sum of P's rows, and seven of zeros. */
+export function writeOnes({ b, config, tiles, bytes, shared, thread }: Frame): void {
+  b.section('ones behind V');
+  b.if(b.setp('lt', thread, 64), () => {
+    // 64 chunks of 16 bytes, the first row's eight full of 1.0 in E4M3.
+    const first = b.setp('lt', thread, 8);
+    const ones = b.selp<'b32'>(0x38383838, b.constant('b32', 0), first);
+    const chunk = b.add(shared, b.as(b.shl(thread, 4), 'shared'));
+    for (let stage = 0; stage < config.stages; stage++) {
+      const behindChannels = tiles.value.base + stage * bytes.valueStage + config.paddedValueDim * 128;
+      b.stVector([ones, ones, ones, ones], chunk, behindChannels);
+    }
+    fenceProxyAsync(b);
+  });
+}
