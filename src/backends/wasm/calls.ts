@@ -16,7 +16,7 @@ import {
 } from '../../tensor/tensor.ts';
 import type { AttentionInputs, AttentionOutputs, KernelChoice } from '../backend.ts';
 import { type Precision, tileGeometry } from './geometry.ts';
-import { FLAG_ACCURATE, FLAG_EXACT, FLAG_SMOOTH_K, FLAG_SMOOTH_V } from './job.ts';
+import { FLAG_ACCURATE, FLAG_EXACT, FLAG_SMOOTH_K, FLAG_SMOOTH_V, FLAG_TILE_MEANS } from './job.ts';
 import { ACCURATE_KERNEL } from './kernel-table.ts';
 import {
   attendUnits,
@@ -121,10 +121,10 @@ export function prepareAttend(
   const { out, lse, finish } = outputsOf(runtime, lease, problem);
   const address = lease.allocate(recordBytes(records.length, units.length));
   const addresses = {
-    ...{ out, lse, k: 0, v: 0, tail: 0, mask: mask.address, tiles: held.tiles, means: held.means },
+    ...{ out, lse, k: 0, v: 0, tail: 0, keyTail: 0, mask: mask.address, tiles: held.tiles, means: held.means },
     q: lease.place(staged.bytes, PADDING_BYTES),
   };
-  const settings = jobSettings(problem, geometry, flagsOf(arithmetic), layouts);
+  const settings = jobSettings(problem, geometry, flagsOf(arithmetic) | FLAG_TILE_MEANS, layouts);
   runtime.executor.write(address, writeRecords(address, settings, addresses, records, units));
   return { stages: [{ entry: 'attend', job: address }], units: units.length, extraScratch: 0, finish };
 }
@@ -153,7 +153,7 @@ export function prepareCall(
   const tiles = sequences.reduce((sum, sequence) => sum + sequence.tiles, 0) * kvHeads;
   const { out, lse, finish } = outputsOf(runtime, lease, problem);
   const addresses = {
-    ...{ out, lse, tail: 0, mask: mask.address },
+    ...{ out, lse, tail: 0, keyTail: 0, mask: mask.address },
     q: lease.place(stagedQ.bytes, PADDING_BYTES),
     k: lease.place(stagedK.bytes, PADDING_BYTES),
     v: lease.place(stagedV.bytes, PADDING_BYTES),

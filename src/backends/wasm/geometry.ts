@@ -1,5 +1,5 @@
 /** Sizes of what kernels keep in memory. */
-import { BLOCK_K } from './job.ts';
+import { BLOCK_K, MOST_APART } from './job.ts';
 
 /** Which build of the kernels runs. */
 export type Simd = 'simd128' | 'relaxed';
@@ -17,6 +17,10 @@ export interface TileGeometry {
   readonly valueScales: number;
   readonly flags: number;
   readonly nans: number;
+  readonly valueExponents: number;
+  readonly valuesApart: number;
+  readonly plainKeys: number;
+  readonly shift: number;
   readonly bytes: number;
 }
 
@@ -36,6 +40,11 @@ export function tileGeometry(headDim: number, valueDim: number, simd: Simd, prec
   const valueScales = values + BLOCK_K * valueDimPadded * (precision === 'integer' ? bytesPerInteger : 4);
   const flags = valueScales + valueDimPadded * 4;
   const nans = flags + 16;
+  const valueExponents = nans + (BLOCK_K * valueDimPadded) / 8;
+  const integers = precision === 'integer' ? 1 : 0;
+  const valuesApart = valueExponents + (integers * BLOCK_K * valueDimPadded) / 8;
+  const plainKeys = valuesApart + integers * MOST_APART * valueDimPadded * bytesPerInteger;
+  const shift = plainKeys + BLOCK_K;
   return {
     headDimPadded,
     valueDimPadded,
@@ -46,6 +55,10 @@ export function tileGeometry(headDim: number, valueDim: number, simd: Simd, prec
     valueScales,
     flags,
     nans,
-    bytes: roundUp(nans + (BLOCK_K * valueDimPadded) / 8, 64),
+    valueExponents,
+    valuesApart,
+    plainKeys,
+    shift,
+    bytes: roundUp(shift + (headDimPadded + valueDimPadded) * 4, 64),
   };
 }

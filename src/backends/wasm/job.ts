@@ -74,7 +74,14 @@ export const JOB_TILE_V_SCALES = 160;
 export const JOB_TILE_FLAGS = 164;
 export const JOB_TILE_NANS = 168;
 export const JOB_TILE_BYTES = 172;
-export const JOB_BYTES = 176;
+export const JOB_TILE_V_EXPONENTS = 176;
+export const JOB_TILE_V_APART = 180;
+export const JOB_TILE_K_PLAIN = 184;
+/** Means of the tile's keys and values, `[D + DvPadded]` float32, D padded too; they count where TILE_SHIFTED is set. */
+export const JOB_TILE_SHIFT = 188;
+/** Keys of the last, partly filled tile as they came, `[sequences, kvHeads, BLOCK_K, D]` float32, D padded; 0: not kept. */
+export const JOB_KEY_TAIL = 192;
+export const JOB_BYTES = 196;
 
 export const FLAG_SMOOTH_K = 1;
 export const FLAG_SMOOTH_V = 2;
@@ -82,8 +89,8 @@ export const FLAG_SMOOTH_V = 2;
 export const FLAG_ACCURATE = 4;
 /** Q and K in float32 too, with FLAG_ACCURATE: nothing is quantized. */
 export const FLAG_EXACT = 16;
-/** The smoothing vectors are those in memory; do not compute them. */
-export const FLAG_KEEP_MEANS = 8;
+/** Each tile has means of its own, as tokens may still come; those of the sequence are not computed. */
+export const FLAG_TILE_MEANS = 8;
 
 export const DTYPE_FLOAT32 = 0;
 export const DTYPE_FLOAT16 = 1;
@@ -93,6 +100,20 @@ export const DTYPE_BOOL = 3;
 /** Tile flags: a key that holds a NaN or infinity; a value that does. */
 export const TILE_NAN_KEY = 1;
 export const TILE_NAN_VALUE = 2;
+/** Values have a scale for each key and 8 channels, since rows see some of the keys and sizes differ much. */
+export const TILE_FINE_VALUES = 4;
+/** The same for up to MOST_APART keys, which the other values' scales leave out. */
+export const TILE_VALUES_APART = 8;
+/** Keys that smoothing would have enlarged are quantized without it. */
+export const TILE_PLAIN_KEYS = 16;
+/** The tile has means of its own. */
+export const TILE_SHIFTED = 32;
+
+/** Keys of a tile whose values stand apart. */
+export const MOST_APART = 8;
+/** After the tile's flags: how many keys stand apart, then one byte for each: which. */
+export const TILE_APART_COUNT = 4;
+export const TILE_APART_KEYS = 8;
 
 // Sequence record.
 
@@ -114,7 +135,9 @@ export const SEQUENCE_TILES = 44;
 export const SEQUENCE_START = 48;
 /** Nonzero: keys that no row sees may exist, and stay out of means and scales. */
 export const SEQUENCE_PARTLY_SEEN = 52;
-export const SEQUENCE_BYTES = 56;
+/** Nonzero: rows may see different keys, so that none may spoil the precision of another. */
+export const SEQUENCE_ROWS_DIFFER = 56;
+export const SEQUENCE_BYTES = 60;
 
 // Unit record: a head of q and rows of it, or in preparation a head of k and v.
 

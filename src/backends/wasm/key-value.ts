@@ -6,7 +6,7 @@ import type { TensorView } from '../../tensor/tensor.ts';
 import type { AttentionOutputs, KernelChoice, PreparedKeyValue, RunContext } from '../backend.ts';
 import { type Arithmetic, arithmeticOf, flagsOf, prepareAttend } from './calls.ts';
 import { type TileGeometry, tileGeometry } from './geometry.ts';
-import { BLOCK_K, FLAG_KEEP_MEANS } from './job.ts';
+import { BLOCK_K, FLAG_TILE_MEANS } from './job.ts';
 import { jobSettings, prepareUnits, recordBytes, tilesOf, writeRecords } from './records.ts';
 import type { Runtime } from './runtime.ts';
 import { PADDING_BYTES, stageOperand } from './staging.ts';
@@ -26,7 +26,9 @@ export class WasmKeyValue implements PreparedKeyValue {
   #tiles = 0;
   readonly #means: number;
   readonly #meanBytes: number;
+  /** Values, then keys, of the last tile while it is partly filled. */
   readonly #tail: number;
+  readonly #valueTailBytes: number;
   readonly #tailBytes: number;
   /** Calls that use the memory; it is freed after the last. */
   #users = 0;
@@ -40,7 +42,8 @@ export class WasmKeyValue implements PreparedKeyValue {
     const { headDimPadded, valueDimPadded } = this.#geometry;
     this.#pairs = problem.batch * problem.kvHeads;
     this.#meanBytes = this.#pairs * (headDimPadded + valueDimPadded) * 4;
-    this.#tailBytes = this.#pairs * BLOCK_K * valueDimPadded * 4;
+    this.#valueTailBytes = this.#pairs * BLOCK_K * valueDimPadded * 4;
+    this.#tailBytes = this.#valueTailBytes + this.#pairs * BLOCK_K * headDimPadded * 4;
     const { memory } = runtime.executor;
     this.#means = memory.allocate(this.#meanBytes);
     try {
@@ -49,6 +52,8 @@ export class WasmKeyValue implements PreparedKeyValue {
       memory.free(this.#means, this.#meanBytes);
       throw error;
     }
+    // Tiles have means of their own.
+    runtime.executor.write(this.#means, new Uint8Array(this.#meanBytes));
   }
 
   get length(): number {
@@ -124,7 +129,17 @@ export class WasmKeyValue implements PreparedKeyValue {
           const stagedV = stageOperand(v, problem.v, { ...extent, dim: valueDim });
           const layouts = { q: undefined, k: stagedK.layout, v: stagedV.layout, mask: undefined };
           const sequences = Array.from({ length: batch }, (_, i) => ({
-            ...{ q: 0, out: 0, lse: 0, mask: 0, queryLength: 0, lower: 0, upper: 0, partlySeen: false },
+            ...{
+              q: 0,
+              out: 0,
+              lse: 0,
+              mask: 0,
+              queryLength: 0,
+              lower: 0,
+              upper: 0,
+              partlySeen: false,
+              rowsDiffer: true,
+            },
             k: stagedK.layout.offset + i * stagedK.layout.batchStride,
             v: stagedV.layout.offset + i * stagedV.layout.batchStride,
             keyLength: end,
@@ -133,7 +148,7 @@ export class WasmKeyValue implements PreparedKeyValue {
             start,
           }));
           const units = prepareUnits(sequences, kvHeads);
-          const flags = flagsOf(this.#arithmetic) | (start > 0 ? FLAG_KEEP_MEANS : 0);
+          const flags = flagsOf(this.#arithmetic) | FLAG_TILE_MEANS;
           const address = lease.allocate(recordBytes(sequences.length, units.length));
           const records = writeRecords(
             address,
@@ -145,6 +160,7 @@ export class WasmKeyValue implements PreparedKeyValue {
               tiles: this.#tiles,
               means: this.#means,
               tail: this.#tail,
+              keyTail: this.#tail + this.#valueTailBytes,
             },
             sequences,
             units,

@@ -37,6 +37,7 @@ export interface Addresses {
   readonly tiles: number;
   readonly means: number;
   readonly tail: number;
+  readonly keyTail: number;
 }
 
 /** What a job says besides addresses. */
@@ -75,6 +76,7 @@ export interface SequenceRecord {
   readonly tiles: number;
   readonly start: number;
   readonly partlySeen: boolean;
+  readonly rowsDiffer: boolean;
 }
 
 export interface UnitRecord {
@@ -99,6 +101,9 @@ export function sequenceRecords(
 ): SequenceRecord[] {
   const out = outputLayoutOf(problem);
   const lseBatchStride = problem.sequences === undefined ? problem.queryHeads * problem.queryLength : 0;
+  // Heads that share keys, and rows, may each have a mask of their own.
+  const [, maskHead, maskQuery] = layouts.mask?.strides ?? [0, 0, 0];
+  const maskDiffers = maskQuery !== 0 || (maskHead !== 0 && problem.queryHeads > problem.kvHeads);
   let firstTile = 0;
   return sequences.map((sequence) => {
     const { index, queryStart, queryLength, keyStart, keyLength } = sequence;
@@ -120,6 +125,7 @@ export function sequenceRecords(
       tiles,
       start: 0,
       partlySeen: layouts.mask !== undefined || first > 0 || end < keyLength,
+      rowsDiffer: maskDiffers || upper < keyLength - 1 || queryLength - 1 + lower > 0,
     };
     firstTile += tiles;
     return record;
@@ -226,6 +232,11 @@ export function writeRecords(
   set(job.JOB_TILE_FLAGS, geometry.flags);
   set(job.JOB_TILE_NANS, geometry.nans);
   set(job.JOB_TILE_BYTES, geometry.bytes);
+  set(job.JOB_TILE_V_EXPONENTS, geometry.valueExponents);
+  set(job.JOB_TILE_V_APART, geometry.valuesApart);
+  set(job.JOB_TILE_K_PLAIN, geometry.plainKeys);
+  set(job.JOB_TILE_SHIFT, geometry.shift);
+  set(job.JOB_KEY_TAIL, addresses.keyTail);
 
   for (const [i, sequence] of sequences.entries()) {
     const at = sequencesAt + i * job.SEQUENCE_BYTES;
@@ -243,6 +254,7 @@ export function writeRecords(
     set(at + job.SEQUENCE_TILES, sequence.tiles);
     set(at + job.SEQUENCE_START, sequence.start);
     set(at + job.SEQUENCE_PARTLY_SEEN, sequence.partlySeen ? 1 : 0);
+    set(at + job.SEQUENCE_ROWS_DIFFER, sequence.rowsDiffer ? 1 : 0);
   }
   for (const [i, unit] of units.entries()) {
     const at = unitsAt + i * job.UNIT_BYTES;

@@ -56,6 +56,13 @@ export function larger(a: v128, b: v128): v128 {
   return f32x4.pmax(a, b);
 }
 
+/** Magnitudes, lane by lane. */
+// @ts-ignore: decorator
+@inline
+export function magnitudes(x: v128): v128 {
+  return v128.and(x, i32x4.splat(0x7fffffff));
+}
+
 /** Nearest integers (ties to even) of values below 2^22 in magnitude. */
 // @ts-ignore: decorator
 @inline
@@ -103,14 +110,24 @@ export function exp2(x: f32): f32 {
   return f32x4.extract_lane(exp2FineHere(f32x4.splat(max(x, LEAST_EXPONENT))), 0);
 }
 
-/** `tanh`, to an absolute error of 2e-7. */
+/**
+ * `tanh`, to a relative error of 4e-7 at every size: minimax in `x^2` over [0, 8.7], beyond which float32 knows only 1.
+ * Relative, so that a cap far above the scores leaves them as they are.
+ */
 // @ts-ignore: decorator
 @inline
 export function tanh4(x: v128): v128 {
-  // 2 log2(e) x, bounded where tanh is 1 in float32.
-  const y = f32x4.max(f32x4.min(f32x4.mul(x, f32x4.splat(2.8853900817779268)), f32x4.splat(40)), f32x4.splat(-40));
-  const e = exp2FineHere(y);
-  return f32x4.sub(f32x4.splat(1), f32x4.div(f32x4.splat(2), f32x4.add(e, f32x4.splat(1))));
+  const bounded = f32x4.max(f32x4.min(x, f32x4.splat(8.7)), f32x4.splat(-8.7));
+  const z = f32x4.mul(bounded, bounded);
+  let p = madd(f32x4.splat(1.3897389843355989e-8), z, f32x4.splat(2.0993655055295082e-5));
+  p = madd(p, z, f32x4.splat(0.003518733096729421));
+  p = madd(p, z, f32x4.splat(0.13400457449933376));
+  p = madd(p, z, f32x4.splat(0.9999999851839138));
+  let q = madd(f32x4.splat(7.996427541348108e-7), z, f32x4.splat(0.000332363019435919));
+  q = madd(q, z, f32x4.splat(0.02596485226505322));
+  q = madd(q, z, f32x4.splat(0.4673377768931809));
+  q = madd(q, z, f32x4.splat(1));
+  return f32x4.mul(bounded, f32x4.div(p, q));
 }
 
 /** Natural logarithm of a finite x > 0: 2 atanh((m - 1) / (m + 1)) of the mantissa, and the exponent. */

@@ -12,7 +12,9 @@ import {
   DTYPE_BOOL,
   FLAG_ACCURATE,
   FLAG_EXACT,
+  FLAG_SMOOTH_K,
   FLAG_SMOOTH_V,
+  FLAG_TILE_MEANS,
   JOB_D,
   JOB_DTYPE,
   JOB_DV,
@@ -40,10 +42,14 @@ import {
   JOB_SOFTCAP,
   JOB_TILE_BYTES,
   JOB_TILE_FLAGS,
+  JOB_TILE_K_PLAIN,
   JOB_TILE_K_SUMS,
   JOB_TILE_K_SCALES,
   JOB_TILE_NANS,
+  JOB_TILE_SHIFT,
   JOB_TILE_V,
+  JOB_TILE_V_APART,
+  JOB_TILE_V_EXPONENTS,
   JOB_TILE_V_SCALES,
   JOB_TILES,
   SEQUENCE_BYTES,
@@ -57,7 +63,14 @@ import {
   SEQUENCE_QUERY_LENGTH,
   SEQUENCE_TILES,
   SEQUENCE_UPPER,
+  TILE_APART_COUNT,
+  TILE_APART_KEYS,
+  TILE_FINE_VALUES,
+  TILE_NAN_KEY,
   TILE_NAN_VALUE,
+  TILE_PLAIN_KEYS,
+  TILE_SHIFTED,
+  TILE_VALUES_APART,
   UNIT_HEAD,
   UNIT_ROW,
   UNIT_SEQUENCE,
@@ -65,13 +78,15 @@ import {
 import { exp2, larger, log, madd, maxOf, storeConstants, sumOf, tanh4, toIntegers } from './arithmetic.ts';
 import { elementShift, load4, loadElement, loadRow, storeRow } from './elements.ts';
 import { LEAST_SCALE, rowMaximum } from './prepare.ts';
-import { addValuesFloat, addValuesInteger, scoreRows, scoreRowsFloat } from './products.ts';
+import { addValuesFine, addValuesFloat, addValuesInteger, scoreRows, scoreRowsFloat } from './products.ts';
 import {
-  EXACT_Q_ROW_BYTES,
+  FLOAT_Q_ROW_BYTES,
   P_ROW_BYTES,
   Q_ROW_BYTES,
   SCRATCH_CONSTANTS,
-  SCRATCH_EXACT_Q,
+  SCRATCH_APART,
+  SCRATCH_APART_WEIGHTS,
+  SCRATCH_FLOAT_Q,
   SCRATCH_MAXIMA,
   SCRATCH_OUT,
   SCRATCH_P,
@@ -84,6 +99,9 @@ import {
   SCRATCH_SCORES,
   SCRATCH_SECOND_WEIGHTS,
   SCRATCH_SUMS,
+  SCRATCH_TILE_MAXIMA,
+  SCRATCH_TILE_SCALES,
+  SCRATCH_TILE_SUMS,
   SCRATCH_TILE_WEIGHTS,
 } from './scratch.ts';
 import {
@@ -101,6 +119,8 @@ const LN_2: f32 = 0.6931471805599453;
 const LOWEST: f32 = -3e38;
 /** Row scales beyond it are applied to the scores first: the exponents' factor is up to 4096 times as large. */
 const LARGEST_FACTOR: f32 = 1e30;
+/** Bound of what smoothing takes from a score. */
+const LARGEST_SHIFT: f32 = 1e38;
 /** A finite mask counts as no less: in base 2 it is finite then, and still above LOWEST. */
 const LEAST_MASK: f32 = -2e38;
 
@@ -167,36 +187,40 @@ function exclude(scores: usize, from: i32, to: i32): void {
  * matters or a key is NaN.
  *
  * @param keys a multiple of 16; `from` to `to` of them are in the row's band
+ * @param shift what is added to each score, base 2
+ * @param plain one byte for each key, nonzero for those whose score is `plainShift` less; 0: none
  * @param mask the row's mask of the tile's first key; 0: none
  * @returns whether a NaN was among the scores that the row sees; it counts as -Infinity then
  */
 function finishScores(
-  scores: usize, keys: i32, scale: f32, softcap: f32, bias: f32, mask: usize, maskDtype: i32, maskStride: usize,
-  from: i32, to: i32,
+  scores: usize, keys: i32, scale: f32, softcap: f32, shift: f32, plain: usize, plainShift: f32, mask: usize,
+  maskDtype: i32, maskStride: usize, from: i32, to: i32,
 ): boolean {
   const bytes = <usize>keys << 2;
-  if (softcap == 0) {
-    const factor = f32x4.splat(scale);
+  const factor = f32x4.splat(scale);
+  const added = f32x4.splat(shift);
+  for (let j: usize = 0; j < bytes; j += 16) {
+    v128.store(scores + j, f32x4.add(f32x4.mul(v128.load(scores + j), factor), added));
+  }
+  if (plain != 0) {
     for (let j: usize = 0; j < bytes; j += 16) {
-      v128.store(scores + j, f32x4.mul(v128.load(scores + j), factor));
+      const less = f32x4.mul(load4(plain + (j >> 2), DTYPE_BOOL), f32x4.splat(plainShift));
+      v128.store(scores + j, f32x4.sub(v128.load(scores + j), less));
     }
-  } else {
-    const inward = f32x4.splat((scale * LN_2) / softcap);
-    const shift = f32x4.splat(bias / softcap);
-    const outward = f32x4.splat(softcap * LOG2_E);
+  }
+  if (softcap != 0) {
+    const cap = f32x4.splat(softcap);
     for (let j: usize = 0; j < bytes; j += 16) {
-      const x = v128.load(scores + j);
-      const capped = f32x4.mul(tanh4(f32x4.add(f32x4.mul(x, inward), shift)), outward);
-      // The bounds inside tanh drop NaN.
-      v128.store(scores + j, v128.bitselect(x, capped, f32x4.ne(x, x)));
+      const x = f32x4.div(f32x4.mul(v128.load(scores + j), f32x4.splat(LN_2)), cap);
+      v128.store(scores + j, f32x4.mul(f32x4.mul(tanh4(x), cap), f32x4.splat(LOG2_E)));
     }
   }
   if (mask != 0) {
-    const shift = elementShift(maskDtype);
+    const maskShift = elementShift(maskDtype);
     if (maskStride == 1) {
       for (let j = 0; j < to; j += 4) {
         const at = scores + (<usize>j << 2);
-        const m = load4(mask + (<usize>j << shift), maskDtype);
+        const m = load4(mask + (<usize>j << maskShift), maskDtype);
         const x = v128.load(at);
         v128.store(
           at,
@@ -213,7 +237,7 @@ function finishScores(
     } else {
       for (let j = 0; j < to; j++) {
         const at = scores + (<usize>j << 2);
-        const m = loadElement(mask + ((<usize>j * maskStride) << shift), maskDtype);
+        const m = loadElement(mask + ((<usize>j * maskStride) << maskShift), maskDtype);
         if (maskDtype == DTYPE_BOOL) {
           if (m == 0) store<f32>(at, -Infinity);
         } else {
@@ -245,6 +269,196 @@ function spreadInvalidValues(scores: usize, keys: i32, nans: usize, channels: i3
   }
 }
 
+/** A number that neither overflows nor turns a sum with it into NaN. */
+// @ts-ignore: decorator
+@inline
+function bounded(x: f32): f32 {
+  return max(-LARGEST_SHIFT, min(LARGEST_SHIFT, x));
+}
+
+/** Product of two float32 vectors of a padded length. */
+// @ts-ignore: decorator
+@inline
+function dotFloat(a: usize, b: usize, padded: i32): f32 {
+  let sum = f32x4.splat(0);
+  for (let i: usize = 0; i < <usize>padded << 2; i += 16) {
+    sum = madd(v128.load(a + i), v128.load(b + i), sum);
+  }
+  return sumOf(sum);
+}
+
+/**
+ * Quantizes rows of Q to SCRATCH_Q and begins their softmax.
+ *
+ * @param q the first row; `rows` of them, which are repeated up to a multiple of 4
+ */
+function prepareQueries(job: usize, q: usize, stride: usize, rows: i32, means: usize, scratch: usize): void {
+  const flags = load<i32>(job, JOB_FLAGS);
+  const accurate = (flags & FLAG_ACCURATE) != 0;
+  const exact = (flags & FLAG_EXACT) != 0;
+  const dtype = load<i32>(job, JOB_DTYPE);
+  const d = load<i32>(job, JOB_D);
+  const dPadded = (d + 7) & ~7;
+  const smScale = load<f32>(job, JOB_SM_SCALE);
+  const levels = accurate ? Q_LEVELS_ACCURATE : Q_LEVELS;
+  const row = scratch + SCRATCH_ROW;
+  const rowsPadded = (rows + 3) & ~3;
+  for (let r = 0; r < rowsPadded; r++) {
+    const stat = scratch + (<usize>r << 2);
+    loadRow(q + <usize>min(r, rows - 1) * stride, dtype, d, row, dPadded);
+    const most = rowMaximum(row, dPadded);
+    const valid = most == most;
+    if (!valid) memory.fill(row, 0, <usize>dPadded << 2);
+    let step = most / levels;
+    if (ASC_FEATURE_RELAXED_SIMD) {
+      rowRange(row, dPadded, scratch);
+      // Divided before it is added: the range of a row may be beyond float32.
+      step = load<f32>(scratch + SCRATCH_RANGE) / levels + load<f32>(scratch + SCRATCH_RANGE, 4) / levels;
+    }
+    const scale: f32 = exact ? <f32>1 : valid && most > 0 ? max(step, LEAST_SCALE) : <f32>0;
+    let inverse: f32 = scale > 0 ? <f32>1 / scale : 0;
+    if (smScale < 0) inverse = -inverse;
+    const float = scratch + SCRATCH_FLOAT_Q + <usize>r * FLOAT_Q_ROW_BYTES;
+    if (exact) {
+      for (let i: usize = 0; i < <usize>dPadded << 2; i += 16) {
+        v128.store(float + i, f32x4.mul(v128.load(row + i), f32x4.splat(inverse)));
+      }
+    } else if (flags & FLAG_TILE_MEANS) {
+      memory.copy(float, row, <usize>dPadded << 2);
+    }
+    let zero: i32 = 0;
+    if (ASC_FEATURE_RELAXED_SIMD) {
+      // What becomes the least element, by the same rounding as all others: it goes to 0.
+      const least = load<f32>(scratch + SCRATCH_RANGE + (smScale < 0 ? 4 : 0)) * abs(inverse);
+      zero = i32x4.extract_lane(toIntegers(f32x4.splat(least)), 0);
+      store<i32>(stat + SCRATCH_ROW_ZEROS, zero);
+    }
+    if (!exact) {
+      quantizeQuery(row, dPadded, scratch + SCRATCH_Q + <usize>r * Q_ROW_BYTES, inverse, zero, accurate);
+    }
+    store<f32>(stat + SCRATCH_ROW_SCALES, scale * abs(smScale) * LOG2_E);
+    store<f32>(stat + SCRATCH_ROW_BIASES, dotFloat(row, means, dPadded) * smScale);
+    store<f32>(stat + SCRATCH_MAXIMA, -Infinity);
+    // A NaN here stays through every later sum.
+    store<f32>(stat + SCRATCH_SUMS, valid ? <f32>0 : <f32>NaN);
+  }
+}
+
+/**
+ * Adds a tile's weights to a row's softmax.
+ *
+ * @param keys with scores; a multiple of 16
+ * @param shift what all scores lack, base 2
+ * @param p where the weights go
+ * @param precise in float32, else in integers
+ * @param added where the sum of the weights as they are in `p` goes, and beside it the largest score
+ * @returns what a weight of 1 is worth in the row's output; 0: it sees no key here
+ */
+function addWeights(
+  scores: usize, keys: i32, scale: f32, shift: f32, p: usize, precise: boolean, stat: usize, out: usize,
+  outBytes: usize, added: usize, constants: usize,
+): f32 {
+  const most = maximumOf(scores, keys);
+  if (most == -Infinity) {
+    memory.fill(p, 0, P_ROW_BYTES);
+    store<f32>(added, 0);
+    return 0;
+  }
+  const top = most * scale + shift;
+  const before = load<f32>(stat + SCRATCH_MAXIMA);
+  let weight: f32 = 1;
+  if (top > before) {
+    const correction = exp2(before - top);
+    store<f32>(stat + SCRATCH_SUMS, load<f32>(stat + SCRATCH_SUMS) * correction);
+    const factor = f32x4.splat(correction);
+    for (let c: usize = 0; c < outBytes; c += 16) {
+      v128.store(out + c, f32x4.mul(v128.load(out + c), factor));
+    }
+    store<f32>(stat + SCRATCH_MAXIMA, top);
+  } else {
+    weight = exp2(top - before);
+  }
+  store<f32>(added + (SCRATCH_TILE_MAXIMA - SCRATCH_TILE_SUMS), most);
+  store<f32>(
+    added,
+    precise
+      ? weighFloat(scores, keys, most, scale, p, constants)
+      : weighInteger(scores, keys, most, scale, p, constants),
+  );
+  return weight;
+}
+
+/** Weights in float32 of the keys whose values stand apart, for four rows, to SCRATCH_APART. */
+function weighApart(list: usize, count: i32, scores: usize, keys: i32, scales: usize, scratch: usize): void {
+  for (let t: usize = 0; t < 4; t++) {
+    const row = scores + t * (BLOCK_K * 4);
+    const most = load<f32>(scratch + SCRATCH_TILE_MAXIMA + (t << 2));
+    const worth = load<f32>(scratch + SCRATCH_APART_WEIGHTS + (t << 2));
+    for (let a: usize = 0; a < <usize>count; a++) {
+      const key = <i32>load<u8>(list + a);
+      let weight: f32 = 0;
+      if (worth > 0 && key < keys) {
+        const score = load<f32>(row + (<usize>key << 2));
+        if (score != -Infinity) weight = exp2((score - most) * load<f32>(scales + (t << 2)));
+      }
+      store<f32>(scratch + SCRATCH_APART + t * P_ROW_BYTES + (a << 2), weight);
+    }
+  }
+}
+
+/** Adds the mean of a tile's values to rows of the output, by the sums of their weights. */
+function addShift(mean: usize, sums: usize, rows: i32, out: usize, outBytes: usize): void {
+  for (let t: usize = 0; t < <usize>rows; t++, out += outBytes) {
+    const sum = v128.load32_splat(sums + (t << 2));
+    for (let c: usize = 0; c < outBytes; c += 16) {
+      v128.store(out + c, madd(v128.load(mean + c), sum, v128.load(out + c)));
+    }
+  }
+}
+
+/** Writes the outputs of a unit's rows and their LSE. */
+function storeOutputs(
+  job: usize, sequence: usize, head: i32, firstRow: i32, rows: i32, vMean: usize, scratch: usize,
+): void {
+  const dtype = load<i32>(job, JOB_DTYPE);
+  const shift = elementShift(dtype);
+  const dv = load<i32>(job, JOB_DV);
+  const softcap = load<f32>(job, JOB_SOFTCAP);
+  const outBytes = <usize>load<i32>(job, JOB_DV_PADDED) << 2;
+  const target =
+    load<usize>(job, JOB_OUT) +
+    ((load<u32>(sequence, SEQUENCE_OUT) + <u32>head * load<u32>(job, JOB_OUT_HEAD_STRIDE)) << shift);
+  const targetStride = <usize>(load<u32>(job, JOB_OUT_TOKEN_STRIDE) << shift);
+  const lse = load<usize>(job, JOB_LSE);
+  const lseRow =
+    lse + ((load<u32>(sequence, SEQUENCE_LSE) + <u32>head * load<u32>(job, JOB_LSE_HEAD_STRIDE)) << 2);
+  for (let r = 0; r < rows; r++) {
+    const stat = scratch + (<usize>r << 2);
+    const most = load<f32>(stat + SCRATCH_MAXIMA);
+    const sum = load<f32>(stat + SCRATCH_SUMS);
+    const outRow = scratch + SCRATCH_OUT + <usize>r * outBytes;
+    const empty = most == -Infinity;
+    if (empty) {
+      memory.fill(outRow, 0, outBytes);
+    } else {
+      const factor = f32x4.splat(<f32>1 / sum);
+      for (let c: usize = 0; c < outBytes; c += 16) {
+        v128.store(outRow + c, madd(v128.load(outRow + c), factor, v128.load(vMean + c)));
+      }
+    }
+    storeRow(outRow, dv, target + <usize>(firstRow + r) * targetStride, dtype);
+    if (lse != 0) {
+      const bias: f32 = softcap == 0 ? load<f32>(stat + SCRATCH_ROW_BIASES) : 0;
+      const value: f32 = empty
+        ? -Infinity
+        : sum != sum
+          ? <f32>NaN
+          : <f32>(<f64>most * 0.6931471805599453 + log(<f64>sum) + <f64>bias);
+      store<f32>(lseRow + (<usize>(firstRow + r) << 2), value);
+    }
+  }
+}
+
 /** Attends for the rows of one unit and writes their outputs and LSE. */
 export function attendUnit(job: usize, unit: usize, scratch: usize): void {
   const index = load<i32>(unit, UNIT_SEQUENCE);
@@ -260,11 +474,8 @@ export function attendUnit(job: usize, unit: usize, scratch: usize): void {
   const flags = load<i32>(job, JOB_FLAGS);
   const accurate = (flags & FLAG_ACCURATE) != 0;
   const exact = (flags & FLAG_EXACT) != 0;
-  const dtype = load<i32>(job, JOB_DTYPE);
-  const shift = elementShift(dtype);
-  const d = load<i32>(job, JOB_D);
-  const dPadded = (d + 7) & ~7;
-  const dv = load<i32>(job, JOB_DV);
+  const shift = elementShift(load<i32>(job, JOB_DTYPE));
+  const dPadded = (load<i32>(job, JOB_D) + 7) & ~7;
   const dvPadded = load<i32>(job, JOB_DV_PADDED);
   const smScale = load<f32>(job, JOB_SM_SCALE);
   const softcap = load<f32>(job, JOB_SOFTCAP);
@@ -276,51 +487,11 @@ export function attendUnit(job: usize, unit: usize, scratch: usize): void {
     load<usize>(job, JOB_Q) +
     ((load<u32>(sequence, SEQUENCE_Q) + <u32>head * load<u32>(job, JOB_Q_HEAD_STRIDE)) << shift);
   const qStride = <usize>(load<u32>(job, JOB_Q_TOKEN_STRIDE) << shift);
+  prepareQueries(job, q + <usize>firstRow * qStride, qStride, rows, means, scratch);
   const steps = load<i32>(job, JOB_K_STEPS);
   const digits = ASC_FEATURE_RELAXED_SIMD && accurate ? 2 : 1;
-  const levels = accurate ? Q_LEVELS_ACCURATE : Q_LEVELS;
   const packed = scratch + SCRATCH_Q;
-  const row = scratch + SCRATCH_ROW;
   const rowsPadded = (rows + 3) & ~3;
-  for (let r = 0; r < rowsPadded; r++) {
-    const stat = scratch + (<usize>r << 2);
-    loadRow(q + <usize>(firstRow + min(r, rows - 1)) * qStride, dtype, d, row, dPadded);
-    const most = rowMaximum(row, dPadded);
-    const valid = most == most;
-    if (!valid) memory.fill(row, 0, <usize>dPadded << 2);
-    let step = most / levels;
-    if (ASC_FEATURE_RELAXED_SIMD) {
-      rowRange(row, dPadded, scratch);
-      // Divided before it is added: the range of a row may be beyond float32.
-      step = load<f32>(scratch + SCRATCH_RANGE) / levels + load<f32>(scratch + SCRATCH_RANGE, 4) / levels;
-    }
-    const scale: f32 = exact ? <f32>1 : valid && most > 0 ? max(step, LEAST_SCALE) : <f32>0;
-    let inverse: f32 = scale > 0 ? <f32>1 / scale : 0;
-    if (smScale < 0) inverse = -inverse;
-    if (exact) {
-      const target = scratch + SCRATCH_EXACT_Q + <usize>r * EXACT_Q_ROW_BYTES;
-      for (let i: usize = 0; i < <usize>dPadded << 2; i += 16) {
-        v128.store(target + i, f32x4.mul(v128.load(row + i), f32x4.splat(inverse)));
-      }
-    }
-    let zero: i32 = 0;
-    if (ASC_FEATURE_RELAXED_SIMD) {
-      // What becomes the least element, by the same rounding as all others: it goes to 0.
-      const least = load<f32>(scratch + SCRATCH_RANGE + (smScale < 0 ? 4 : 0)) * abs(inverse);
-      zero = i32x4.extract_lane(toIntegers(f32x4.splat(least)), 0);
-      store<i32>(stat + SCRATCH_ROW_ZEROS, zero);
-    }
-    if (!exact) quantizeQuery(row, dPadded, packed + <usize>r * Q_ROW_BYTES, inverse, zero, accurate);
-    let bias = f32x4.splat(0);
-    for (let i: usize = 0; i < <usize>dPadded << 2; i += 16) {
-      bias = madd(v128.load(row + i), v128.load(means + i), bias);
-    }
-    store<f32>(stat + SCRATCH_ROW_SCALES, scale * abs(smScale) * LOG2_E);
-    store<f32>(stat + SCRATCH_ROW_BIASES, sumOf(bias) * smScale);
-    store<f32>(stat + SCRATCH_MAXIMA, -Infinity);
-    // A NaN here stays through every later sum.
-    store<f32>(stat + SCRATCH_SUMS, valid ? <f32>0 : <f32>NaN);
-  }
   const constants = scratch + SCRATCH_CONSTANTS;
   storeConstants(constants, P_LEVELS);
   if (ASC_FEATURE_RELAXED_SIMD) storeWeightConstants(constants);
@@ -339,9 +510,14 @@ export function attendUnit(job: usize, unit: usize, scratch: usize): void {
   const kSums = load<usize>(job, JOB_TILE_K_SUMS);
   const vOffset = load<usize>(job, JOB_TILE_V);
   const vScales = load<usize>(job, JOB_TILE_V_SCALES);
+  const vExponents = load<usize>(job, JOB_TILE_V_EXPONENTS);
+  const vApart = load<usize>(job, JOB_TILE_V_APART);
+  const tileFlagsAt = load<usize>(job, JOB_TILE_FLAGS);
   const scores = scratch + SCRATCH_SCORES;
   const p = scratch + SCRATCH_P;
+  const weights = scratch + SCRATCH_TILE_WEIGHTS;
   const secondWeights = scratch + SCRATCH_SECOND_WEIGHTS;
+  const tileSums = scratch + SCRATCH_TILE_SUMS;
 
   const maskDtype = load<i32>(job, JOB_MASK_DTYPE);
   const maskShift = elementShift(maskDtype);
@@ -356,7 +532,15 @@ export function attendUnit(job: usize, unit: usize, scratch: usize): void {
   const endKey = min(keyLength, firstRow + rows + upper);
   for (let start = (firstKey / BLOCK_K) * BLOCK_K; start < endKey; start += BLOCK_K) {
     const tile = tiles + <usize>(start / BLOCK_K) * tileBytes;
-    const tileFlags = load<i32>(tile + load<usize>(job, JOB_TILE_FLAGS));
+    const tileFlags = load<i32>(tile + tileFlagsAt);
+    const kShift = (tileFlags & TILE_SHIFTED) && (flags & FLAG_SMOOTH_K) ? tile + load<usize>(job, JOB_TILE_SHIFT) : 0;
+    const vShift =
+      (tileFlags & TILE_SHIFTED) && (flags & FLAG_SMOOTH_V)
+        ? tile + load<usize>(job, JOB_TILE_SHIFT) + (<usize>dPadded << 2)
+        : 0;
+    const plain = tileFlags & TILE_PLAIN_KEYS ? tile + load<usize>(job, JOB_TILE_K_PLAIN) : 0;
+    const ordinary = mask == 0 && softcap == 0 && (tileFlags & (TILE_NAN_KEY | TILE_NAN_VALUE | TILE_PLAIN_KEYS)) == 0;
+    const precise = accurate || (tileFlags & TILE_FINE_VALUES) != 0;
     for (let r = 0; r < rows; r += 4) {
       const i = firstRow + r;
       const last = min(3, rows - 1 - r);
@@ -364,97 +548,98 @@ export function attendUnit(job: usize, unit: usize, scratch: usize): void {
       if (end <= start || start + BLOCK_K <= i + lower) continue;
       const keys = (end - start + 15) & ~15;
       if (exact) {
-        const exactRows = scratch + SCRATCH_EXACT_Q + <usize>r * EXACT_Q_ROW_BYTES;
-        scoreRowsFloat(exactRows, tile, dPadded, keys, tile + kScales, scores);
+        const floatRows = scratch + SCRATCH_FLOAT_Q + <usize>r * FLOAT_Q_ROW_BYTES;
+        scoreRowsFloat(floatRows, tile, dPadded, keys, tile + kScales, scores);
       } else scoreRows(
         packed + <usize>r * Q_ROW_BYTES, tile, steps, digits, keys, tile + kScales, tile + kSums,
         scratch + SCRATCH_ROW_ZEROS + (<usize>r << 2), scores,
       );
-      const whole =
-        mask == 0 && softcap == 0 && tileFlags == 0 &&
-        start >= i + last + lower && start + keys <= min(keyLength, i + upper + 1);
+      const whole = ordinary && start >= i + last + lower && start + keys <= min(keyLength, i + upper + 1);
       let twoDigits = false;
       for (let t = 0; t <= last; t++) {
         const stat = scratch + (<usize>(r + t) << 2);
+        const slot = <usize>t << 2;
         const rowScores = scores + <usize>t * (BLOCK_K * 4);
-        const outRow = out + <usize>(r + t) * outBytes;
         const pRow = p + <usize>t * P_ROW_BYTES;
-        const weightAt = scratch + SCRATCH_TILE_WEIGHTS + (<usize>t << 2);
-        if (ASC_FEATURE_RELAXED_SIMD) store<f32>(secondWeights + (<usize>t << 2), 0);
+        if (ASC_FEATURE_RELAXED_SIMD) store<f32>(secondWeights + slot, 0);
         let scale = load<f32>(stat + SCRATCH_ROW_SCALES);
+        let tileShift: f32 = 0;
+        if (kShift != 0) {
+          const row = scratch + SCRATCH_FLOAT_Q + <usize>(r + t) * FLOAT_Q_ROW_BYTES;
+          tileShift = bounded(dotFloat(row, kShift, dPadded) * smScale * LOG2_E);
+        }
         if (!whole || scale > LARGEST_FACTOR) {
           const from = min(keys, max(0, i + t + lower - start));
           const to = max(from, min(keys, min(keyLength, i + t + upper + 1) - start));
           const maskRow: usize =
             mask == 0 ? <usize>0 : mask + ((<u32>(i + t) * maskQueryStride + <u32>start * maskKeyStride) << maskShift);
+          // What smoothing took from the scores: a cap needs it back, and keys that were not smoothed never lost it.
+          const lost = bounded(tileShift + load<f32>(stat + SCRATCH_ROW_BIASES) * LOG2_E);
           const invalid = finishScores(
-            rowScores, keys, scale, softcap, load<f32>(stat + SCRATCH_ROW_BIASES), maskRow, maskDtype, maskKeyStride,
-            from, to,
+            rowScores, keys, scale, softcap, softcap == 0 ? tileShift : lost, plain, lost, maskRow, maskDtype,
+            maskKeyStride, from, to,
           );
           if (invalid) {
             store<f32>(stat + SCRATCH_SUMS, NaN);
             store<f32>(stat + SCRATCH_MAXIMA, max(load<f32>(stat + SCRATCH_MAXIMA), LOWEST));
           }
           scale = 1;
+          tileShift = 0;
         }
-        const most = maximumOf(rowScores, keys);
-        if (most == -Infinity) {
-          store<f32>(weightAt, 0);
-          memory.fill(pRow, 0, P_ROW_BYTES);
-          continue;
-        }
-        const top = most * scale;
-        const before = load<f32>(stat + SCRATCH_MAXIMA);
-        let sum = load<f32>(stat + SCRATCH_SUMS);
-        let weight: f32 = 1;
-        if (top > before) {
-          const correction = exp2(before - top);
-          sum *= correction;
-          const factor = f32x4.splat(correction);
-          for (let c: usize = 0; c < outBytes; c += 16) {
-            v128.store(outRow + c, f32x4.mul(v128.load(outRow + c), factor));
-          }
-          store<f32>(stat + SCRATCH_MAXIMA, top);
-        } else {
-          weight = exp2(top - before);
-        }
-        if (!accurate) weight /= P_LEVELS;
-        store<f32>(weightAt, weight);
-        let added = accurate
-          ? weighFloat(rowScores, keys, most, scale, pRow, constants)
-          : weighInteger(rowScores, keys, most, scale, pRow, constants);
+        store<f32>(scratch + SCRATCH_TILE_SCALES + slot, scale);
+        const worth = addWeights(
+          rowScores, keys, scale, tileShift, pRow, precise, stat, out + <usize>(r + t) * outBytes, outBytes,
+          tileSums + slot, constants,
+        );
+        store<f32>(scratch + SCRATCH_APART_WEIGHTS + slot, worth);
+        const unit: f32 = precise ? worth : worth / P_LEVELS;
+        store<f32>(weights + slot, unit);
+        let added = load<f32>(tileSums + slot);
         if (ASC_FEATURE_RELAXED_SIMD) {
-          if (!accurate) {
+          if (!precise && worth > 0) {
+            const most = load<f32>(scratch + SCRATCH_TILE_MAXIMA + slot);
             const refined = weighTwoDigits(rowScores, keys, most, scale, added, pRow, constants);
             if (refined > 0) {
               added = refined;
-              store<f32>(secondWeights + (<usize>t << 2), weight / 128);
+              store<f32>(secondWeights + slot, unit / 128);
               twoDigits = true;
             }
           }
         }
-        store<f32>(stat + SCRATCH_SUMS, sum + weight * added);
+        store<f32>(tileSums + slot, unit * added);
+        store<f32>(stat + SCRATCH_SUMS, load<f32>(stat + SCRATCH_SUMS) + unit * added);
       }
       for (let t = last + 1; t < 4; t++) {
-        store<f32>(scratch + SCRATCH_TILE_WEIGHTS + (<usize>t << 2), 0);
+        store<f32>(weights + (<usize>t << 2), 0);
         store<f32>(secondWeights + (<usize>t << 2), 0);
+        store<f32>(scratch + SCRATCH_APART_WEIGHTS + (<usize>t << 2), 0);
       }
       const outRows = out + <usize>r * outBytes;
-      const weights = scratch + SCRATCH_TILE_WEIGHTS;
-      if (accurate) addValuesFloat(p, tile + vOffset, keys, dvPadded, weights, outRows, outBytes);
-      else {
-        addValuesInteger(
-          p, tile + vOffset, keys / (ASC_FEATURE_RELAXED_SIMD ? 4 : 2), dvPadded, tile + vScales, weights,
-          outRows, outBytes,
-        );
+      const values = tile + vOffset;
+      if (accurate) {
+        addValuesFloat(p, values, keys, dvPadded, weights, outRows, outBytes);
+      } else if (precise) {
+        addValuesFine(p, values, tile + vExponents, keys, dvPadded, weights, outRows, outBytes);
+      } else {
+        const valueSteps = keys / (ASC_FEATURE_RELAXED_SIMD ? 4 : 2);
+        addValuesInteger(p, values, valueSteps, dvPadded, tile + vScales, weights, outRows, outBytes);
         if (ASC_FEATURE_RELAXED_SIMD) {
           if (twoDigits) {
             addValuesInteger(
-              p + SECOND_DIGITS, tile + vOffset, keys / 4, dvPadded, tile + vScales, secondWeights, outRows, outBytes,
+              p + SECOND_DIGITS, values, valueSteps, dvPadded, tile + vScales, secondWeights, outRows, outBytes,
             );
           }
         }
+        if (tileFlags & TILE_VALUES_APART) {
+          const count = load<i32>(tile + tileFlagsAt, TILE_APART_COUNT);
+          weighApart(tile + tileFlagsAt + TILE_APART_KEYS, count, scores, keys, scratch + SCRATCH_TILE_SCALES, scratch);
+          addValuesFine(
+            scratch + SCRATCH_APART, tile + vApart, tile + vExponents, count, dvPadded,
+            scratch + SCRATCH_APART_WEIGHTS, outRows, outBytes,
+          );
+        }
       }
+      if (vShift != 0) addShift(vShift, tileSums, last + 1, outRows, outBytes);
       if (tileFlags & TILE_NAN_VALUE) {
         for (let t = 0; t <= last; t++) {
           spreadInvalidValues(
@@ -465,39 +650,5 @@ export function attendUnit(job: usize, unit: usize, scratch: usize): void {
       }
     }
   }
-
-  // Outputs.
-  const target =
-    load<usize>(job, JOB_OUT) +
-    ((load<u32>(sequence, SEQUENCE_OUT) + <u32>head * load<u32>(job, JOB_OUT_HEAD_STRIDE)) << shift);
-  const targetStride = <usize>(load<u32>(job, JOB_OUT_TOKEN_STRIDE) << shift);
-  const lse = load<usize>(job, JOB_LSE);
-  const lseRow =
-    lse + ((load<u32>(sequence, SEQUENCE_LSE) + <u32>head * load<u32>(job, JOB_LSE_HEAD_STRIDE)) << 2);
-  for (let r = 0; r < rows; r++) {
-    const stat = scratch + (<usize>r << 2);
-    const most = load<f32>(stat + SCRATCH_MAXIMA);
-    const sum = load<f32>(stat + SCRATCH_SUMS);
-    const outRow = out + <usize>r * outBytes;
-    const empty = most == -Infinity;
-    if (empty) {
-      memory.fill(outRow, 0, outBytes);
-    } else {
-      const factor = f32x4.splat(<f32>1 / sum);
-      const vMean = means + (<usize>dPadded << 2);
-      for (let c: usize = 0; c < outBytes; c += 16) {
-        v128.store(outRow + c, madd(v128.load(outRow + c), factor, v128.load(vMean + c)));
-      }
-    }
-    storeRow(outRow, dv, target + <usize>(firstRow + r) * targetStride, dtype);
-    if (lse != 0) {
-      const bias: f32 = softcap == 0 ? load<f32>(stat + SCRATCH_ROW_BIASES) : 0;
-      const value: f32 = empty
-        ? -Infinity
-        : sum != sum
-          ? <f32>NaN
-          : <f32>(<f64>most * 0.6931471805599453 + log(<f64>sum) + <f64>bias);
-      store<f32>(lseRow + (<usize>(firstRow + r) << 2), value);
-    }
-  }
+  storeOutputs(job, sequence, head, firstRow, rows, means + (<usize>dPadded << 2), scratch);
 }

@@ -10,9 +10,9 @@ import {
   BLOCK_K,
   FLAG_ACCURATE,
   FLAG_EXACT,
-  FLAG_KEEP_MEANS,
   FLAG_SMOOTH_K,
   FLAG_SMOOTH_V,
+  FLAG_TILE_MEANS,
   JOB_D,
   JOB_DTYPE,
   JOB_DV,
@@ -22,6 +22,7 @@ import {
   JOB_K_HEAD_STRIDE,
   JOB_K_STEPS,
   JOB_K_TOKEN_STRIDE,
+  JOB_KEY_TAIL,
   JOB_KV_HEADS,
   JOB_MASK,
   JOB_MASK_DTYPE,
@@ -34,16 +35,17 @@ import {
   JOB_TAIL,
   JOB_TILE_BYTES,
   JOB_TILE_FLAGS,
+  JOB_TILE_K_PLAIN,
   JOB_TILE_K_SUMS,
   JOB_TILE_K_SCALES,
-  JOB_TILE_NANS,
+  JOB_TILE_SHIFT,
   JOB_TILE_V,
-  JOB_TILE_V_SCALES,
   JOB_TILES,
   JOB_V,
   JOB_V_HEAD_STRIDE,
   JOB_V_TOKEN_STRIDE,
   DTYPE_BOOL,
+  DTYPE_FLOAT32,
   SEQUENCE_BYTES,
   SEQUENCE_FIRST_TILE,
   SEQUENCE_K,
@@ -52,30 +54,28 @@ import {
   SEQUENCE_MASK,
   SEQUENCE_PARTLY_SEEN,
   SEQUENCE_QUERY_LENGTH,
+  SEQUENCE_ROWS_DIFFER,
   SEQUENCE_START,
   SEQUENCE_TILES,
   SEQUENCE_UPPER,
   SEQUENCE_V,
   TILE_NAN_KEY,
-  TILE_NAN_VALUE,
+  TILE_PLAIN_KEYS,
+  TILE_SHIFTED,
   UNIT_HEAD,
   UNIT_SEQUENCE,
 } from '../job.ts';
-import { integerSumOf, larger, maxOf, toIntegers } from './arithmetic.ts';
+import { integerSumOf, larger, magnitudes, maxOf, sumOf, toIntegers } from './arithmetic.ts';
 import { elementShift, loadElement, loadRow } from './elements.ts';
-import { SCRATCH_ROW, SCRATCH_SEEN, SCRATCH_VALUES } from './scratch.ts';
+import { SCRATCH_ROW, SCRATCH_SEEN, SCRATCH_VALUE_SIZES, SCRATCH_VALUES } from './scratch.ts';
+import { markInvalidValues, packValues, quantizeValues } from './values.ts';
 
-/** Magnitude of a quantized key, and of a quantized value: 12 bits where lanes have 16 anyway. */
+/** The largest finite number. */
+const LARGEST: f32 = 3.4028234663852886e38;
+/** Magnitude of a quantized key. */
 const K_LEVELS: f32 = 127;
-const V_LEVELS: f32 = ASC_FEATURE_RELAXED_SIMD ? 127 : 2047;
 /** No scale of Q or K is smaller: its reciprocal stays finite, and scores of values this small are 0 anyway. */
 export const LEAST_SCALE: f32 = 7.52316384526264e-37;
-
-// @ts-ignore: decorator
-@inline
-function magnitudes(x: v128): v128 {
-  return v128.and(x, i32x4.splat(0x7fffffff));
-}
 
 /** Largest magnitude of a row of float32, or NaN where it holds a NaN or an infinity. */
 export function rowMaximum(row: usize, padded: i32): f32 {
@@ -91,7 +91,23 @@ export function rowMaximum(row: usize, padded: i32): f32 {
     (f32x4.extract_lane(invalid, 2) + f32x4.extract_lane(invalid, 3));
 }
 
-/** One byte per key: whether any row of any head that shares this key sees it. */
+/** A key in `seen`: rows may attend to it, and it counts; or its weight is 0 in all of them, though not excluded. */
+const SEEN: u8 = 1;
+const HIDDEN: u8 = 2;
+/** An additive mask hides what lies this far below its row's largest entry. */
+const HIDING: f32 = 1000;
+
+/** Largest entry of a row of an additive mask between two keys; NaN does not count. */
+function largestOf(row: usize, keyStride: u32, dtype: i32, from: i32, to: i32): f32 {
+  let most: f32 = -Infinity;
+  for (let j = from; j < to; j++) {
+    const value = loadElement(row + <usize>(<u32>j * keyStride), dtype);
+    if (value > most) most = value;
+  }
+  return most;
+}
+
+/** One byte for each key: whether any row of any head that shares this key sees it. */
 function markSeen(job: usize, sequence: usize, kvHead: i32, seen: usize): void {
   const keyLength = load<i32>(sequence, SEQUENCE_KEY_LENGTH);
   const queryLength = load<i32>(sequence, SEQUENCE_QUERY_LENGTH);
@@ -104,7 +120,7 @@ function markSeen(job: usize, sequence: usize, kvHead: i32, seen: usize): void {
     if (lower > upper) return;
     const from = max(0, lower);
     const to = min(keyLength, queryLength + upper);
-    if (from < to) memory.fill(seen + from, 1, to - from);
+    if (from < to) memory.fill(seen + from, SEEN, to - from);
     return;
   }
   const dtype = load<i32>(job, JOB_MASK_DTYPE);
@@ -124,12 +140,19 @@ function markSeen(job: usize, sequence: usize, kvHead: i32, seen: usize): void {
     // From the last row: where the mask is causal as well, it sees every key and ends the search.
     for (let i = queryLength - 1; i >= lastRow && missing > 0; i--) {
       const row = plane + ((<u32>i * queryStride) << shift);
+      const from = max(0, i + lower);
       const to = min(keyLength, i + upper + 1);
-      for (let j = max(0, i + lower); j < to; j++) {
-        if (load<u8>(seen + j)) continue;
+      const least: f32 = dtype == DTYPE_BOOL ? 1 : largestOf(row, keyStride, dtype, from, to) - HIDING;
+      for (let j = from; j < to; j++) {
+        const state = load<u8>(seen + j);
+        if (state == SEEN) continue;
         const value = loadElement(row + <usize>(<u32>j * keyStride), dtype);
-        if (dtype == DTYPE_BOOL ? value != 0 : value != -Infinity) {
-          store<u8>(seen + j, 1);
+        // NaN is seen.
+        if (value == -Infinity || (dtype == DTYPE_BOOL && value == 0)) continue;
+        if (value < least) {
+          store<u8>(seen + j, HIDDEN);
+        } else {
+          store<u8>(seen + j, SEEN);
           missing--;
         }
       }
@@ -137,31 +160,67 @@ function markSeen(job: usize, sequence: usize, kvHead: i32, seen: usize): void {
   }
 }
 
+/** Tokens this much larger than the typical one, as a power of two, stay out of a mean. */
+const OUTLYING: f32 = 3;
+/** Values whose sizes span more than this power of two are not smoothed. */
+const LARGEST_SPAN: i32 = 5;
+
+/** Biased exponent of a size; 0 and subnormal numbers have 0. */
+// @ts-ignore: decorator
+@inline
+function sizeExponent(size: f32): i32 {
+  return reinterpret<i32>(size) >> 23;
+}
+
 /**
- * Mean over the tokens that are seen and finite. Any vector would do (softmax does not change), so tokens that could
- * poison it stay out.
+ * Mean over the tokens that count, are finite and no outliers. Any vector would do (softmax does not change), so tokens that
+ * could spoil it stay out: a mean that one large token dominates would cost all others their precision.
+ *
+ * @param ofValues zeros where sizes differ much: unlike keys, values cannot be left unsmoothed one by one
  */
 function meanOf(
   base: usize, tokenStride: usize, dtype: i32, count: i32, padded: i32, from: i32, to: i32, seen: usize, row: usize,
-  mean: usize,
+  mean: usize, ofValues: boolean,
 ): void {
-  memory.fill(mean, 0, <usize>padded << 2);
-  let tokens = 0;
   // Terms are scaled by a power of two no smaller than their number: the sum cannot overflow.
   const down: f32 = <f32>1 / <f32>(1 << (32 - clz(max(1, to - from))));
-  for (let t = from; t < to; t++) {
-    if (seen != 0 && load<u8>(seen + t) == 0) continue;
-    loadRow(base + <usize>(t - from) * tokenStride, dtype, count, row, padded);
-    const most = rowMaximum(row, padded);
-    if (most != most) continue;
-    tokens++;
-    for (let i: usize = 0; i < <usize>padded << 2; i += 16) {
-      v128.store(mean + i, f32x4.add(v128.load(mean + i), f32x4.mul(v128.load(row + i), f32x4.splat(down))));
+  let largest: i32 = 255;
+  for (;;) {
+    memory.fill(mean, 0, <usize>padded << 2);
+    let tokens = 0;
+    let sized = 0;
+    let sum = 0;
+    let most = 0;
+    let least = 255;
+    for (let t = from; t < to; t++) {
+      if (seen != 0 && load<u8>(seen + t) != SEEN) continue;
+      loadRow(base + <usize>(t - from) * tokenStride, dtype, count, row, padded);
+      const size = rowMaximum(row, padded);
+      if (size != size) continue;
+      const exponent = sizeExponent(size);
+      if (exponent > largest) continue;
+      if (exponent > 0) {
+        sized++;
+        sum += exponent;
+        most = max(most, exponent);
+        least = min(least, exponent);
+      }
+      tokens++;
+      for (let i: usize = 0; i < <usize>padded << 2; i += 16) {
+        v128.store(mean + i, f32x4.add(v128.load(mean + i), f32x4.mul(v128.load(row + i), f32x4.splat(down))));
+      }
     }
-  }
-  const up: f32 = tokens > 0 ? <f32>1 / down / <f32>tokens : 0;
-  for (let i: usize = 0; i < <usize>padded << 2; i += 16) {
-    v128.store(mean + i, f32x4.mul(v128.load(mean + i), f32x4.splat(up)));
+    if (ofValues && most - least > LARGEST_SPAN) tokens = 0;
+    const typical: f32 = sized > 0 ? <f32>sum / <f32>sized : 0;
+    if (!ofValues && largest == 255 && <f32>most > typical + OUTLYING) {
+      largest = <i32>(typical + OUTLYING);
+      continue;
+    }
+    const up: f32 = tokens > 0 ? <f32>1 / down / <f32>tokens : 0;
+    for (let i: usize = 0; i < <usize>padded << 2; i += 16) {
+      v128.store(mean + i, f32x4.mul(v128.load(mean + i), f32x4.splat(up)));
+    }
+    return;
   }
 }
 
@@ -173,11 +232,36 @@ function subtractRow(row: usize, vector: usize, padded: i32): void {
   }
 }
 
-/** One key, in float32 at `row`, to its place in the tile: in integers, or as it is where nothing is quantized. */
-function packKey(job: usize, tile: usize, key: i32, row: usize, padded: i32, exact: boolean): void {
+/**
+ * Subtracts the mean from a key.
+ *
+ * @returns the key's largest magnitude, NaN where it holds a NaN or an infinity; negative where smoothing enlarges it much
+ */
+function smoothKey(row: usize, mean: usize, padded: i32): f32 {
+  let before = f32x4.splat(0);
+  let after = f32x4.splat(0);
+  let invalid = f32x4.splat(0);
+  for (let i: usize = 0; i < <usize>padded << 2; i += 16) {
+    const x = v128.load(row + i);
+    const y = f32x4.sub(x, v128.load(mean + i));
+    before = larger(before, magnitudes(x));
+    after = larger(after, magnitudes(y));
+    invalid = f32x4.add(invalid, f32x4.mul(x, f32x4.splat(0)));
+    v128.store(row + i, y);
+  }
+  const size = maxOf(after);
+  if (sumOf(invalid) != 0) return NaN;
+  return size <= min(maxOf(before) * 2, LARGEST) ? size : -1;
+}
+
+/**
+ * One key, in float32 at `row`, to its place in the tile: in integers, or as it is where nothing is quantized.
+ *
+ * @param most its largest magnitude; NaN: it holds a NaN or an infinity
+ */
+function packKey(job: usize, tile: usize, key: i32, row: usize, padded: i32, most: f32, exact: boolean): void {
   const steps = <usize>load<i32>(job, JOB_K_STEPS);
   const scaleAt = tile + load<usize>(job, JOB_TILE_K_SCALES) + (<usize>key << 2);
-  const most = rowMaximum(row, padded);
   if (most != most) {
     // Its score is NaN, for the rows that see it.
     store<f32>(scaleAt, NaN);
@@ -220,81 +304,138 @@ function packKey(job: usize, tile: usize, key: i32, row: usize, padded: i32, exa
   }
 }
 
-/** A value row with NaN or infinity: its channels are marked, and stored as 0. */
-function markInvalidValues(job: usize, tile: usize, token: i32, row: usize): void {
-  const padded = load<i32>(job, JOB_DV_PADDED);
-  const nans = tile + load<usize>(job, JOB_TILE_NANS);
-  const flags = tile + load<usize>(job, JOB_TILE_FLAGS);
-  if ((load<i32>(flags) & TILE_NAN_VALUE) == 0) {
-    memory.fill(nans, 0, (<usize>padded * BLOCK_K) >> 3);
-    store<i32>(flags, load<i32>(flags) | TILE_NAN_VALUE);
+/** Marks a key as one that is not smoothed. */
+function markPlain(job: usize, tile: usize, key: i32): void {
+  const plain = tile + load<usize>(job, JOB_TILE_K_PLAIN);
+  const at = tile + load<usize>(job, JOB_TILE_FLAGS);
+  const flags = load<i32>(at);
+  if ((flags & TILE_PLAIN_KEYS) == 0) {
+    memory.fill(plain, 0, BLOCK_K);
+    store<i32>(at, flags | TILE_PLAIN_KEYS);
   }
-  for (let c = 0; c < padded; c++) {
-    const at = row + (<usize>c << 2);
-    const x = load<f32>(at);
-    if (x - x == 0) continue;
-    store<f32>(at, 0);
-    const bit = token * padded + c;
-    store<u8>(nans + (bit >> 3), load<u8>(nans + (bit >> 3)) | (<u8>1 << <u8>(bit & 7)));
-  }
+  store<u8>(plain + <usize>key, 1);
 }
 
-/** A tile's values, float32 `[BLOCK_K, DvPadded]` at `values`, to integers with a scale per channel. */
-function quantizeValues(job: usize, tile: usize, values: usize): void {
-  const padded = load<i32>(job, JOB_DV_PADDED);
-  const rowBytes = <usize>padded << 2;
-  const scales = tile + load<usize>(job, JOB_TILE_V_SCALES);
-  let target = tile + load<usize>(job, JOB_TILE_V);
-  for (let c: usize = 0; c < rowBytes; c += 16) {
-    let most = f32x4.splat(0);
-    for (let t = 0, at = values + c; t < BLOCK_K; t++, at += rowBytes) {
-      most = larger(most, magnitudes(v128.load(at)));
-    }
-    v128.store(scales + c, f32x4.mul(most, f32x4.splat(1 / V_LEVELS)));
-    // Tiny channels are multiplied by 2^100 first: the reciprocal of their scale would overflow.
-    const tiny = f32x4.lt(most, f32x4.splat(7.888609052210118e-31));
-    const lift = v128.bitselect(f32x4.splat(1.2676506002282294e30), f32x4.splat(1), tiny);
-    const lifted = f32x4.mul(most, lift);
-    const inverse = v128.and(
-      f32x4.div(f32x4.splat(V_LEVELS), lifted),
-      f32x4.gt(lifted, f32x4.splat(0)),
-    );
-    // Two vectors of channels share a step: the second lies 16 bytes on.
-    let to = target + (c & 16);
-    if (c & 16) target += (BLOCK_K / (ASC_FEATURE_RELAXED_SIMD ? 4 : 2)) * 32;
-    for (let t = 0, at = values + c; t < BLOCK_K; ) {
-      const x0 = toIntegers(f32x4.mul(f32x4.mul(v128.load(at), lift), inverse));
-      const x1 = toIntegers(f32x4.mul(f32x4.mul(v128.load(at + rowBytes), lift), inverse));
-      if (ASC_FEATURE_RELAXED_SIMD) {
-        const x2 = toIntegers(f32x4.mul(f32x4.mul(v128.load(at + rowBytes * 2), lift), inverse));
-        const x3 = toIntegers(f32x4.mul(f32x4.mul(v128.load(at + rowBytes * 3), lift), inverse));
-        const byte = i32x4.splat(0xff);
-        const low = v128.or(v128.and(x0, byte), i32x4.shl(v128.and(x1, byte), 8));
-        const high = v128.or(i32x4.shl(v128.and(x2, byte), 16), i32x4.shl(x3, 24));
-        v128.store(to, v128.or(low, high));
-        t += 4;
-        at += rowBytes * 4;
-      } else {
-        v128.store(to, v128.or(v128.and(x0, i32x4.splat(0xffff)), i32x4.shl(x1, 16)));
-        t += 2;
-        at += rowBytes * 2;
+/**
+ * Keys `from` to `to` of a tile.
+ *
+ * @param source of key `from`
+ * @param seen of key `from`; 0: all count
+ * @param mean 0: keys are not smoothed
+ */
+function packKeys(
+  job: usize, tile: usize, from: i32, to: i32, source: usize, stride: usize, dtype: i32, seen: usize, mean: usize,
+  row: usize,
+): void {
+  const d = load<i32>(job, JOB_D);
+  const padded = (d + 7) & ~7;
+  const exact = (load<i32>(job, JOB_FLAGS) & FLAG_EXACT) != 0;
+  for (let key = from; key < to; key++, source += stride) {
+    const state: u8 = seen == 0 ? SEEN : load<u8>(seen + <usize>(key - from));
+    if (state == 0) continue;
+    loadRow(source, dtype, d, row, padded);
+    let most: f32 = 0;
+    if (mean == 0) {
+      most = rowMaximum(row, padded);
+    } else {
+      most = smoothKey(row, mean, padded);
+      if (most < 0) {
+        markPlain(job, tile, key);
+        loadRow(source, dtype, d, row, padded);
+        most = rowMaximum(row, padded);
       }
-      to += 32;
     }
+    // The integers of a key that no row gives weight stay 0.
+    if (state == HIDDEN && most == most) continue;
+    packKey(job, tile, key, row, padded, most, exact);
   }
 }
 
-/** A tile's values kept in float32. */
-function packValues(job: usize, tile: usize, values: usize): void {
-  const rowBytes = <usize>load<i32>(job, JOB_DV_PADDED) << 2;
-  let to = tile + load<usize>(job, JOB_TILE_V);
-  for (let c: usize = 0; c < rowBytes; c += 32) {
-    for (let t = 0, at = values + c; t < BLOCK_K; t++, at += rowBytes) {
-      v128.store(to, v128.load(at));
-      v128.store(to, v128.load(at, 16), 16);
-      to += 32;
+/** Values `from` to `to` of a tile to float32 at `values`, and their sizes; see packKeys. Invalid ones are marked, and 0. */
+function loadValues(
+  job: usize, tile: usize, from: i32, to: i32, source: usize, stride: usize, dtype: i32, seen: usize, mean: usize,
+  values: usize, scratch: usize,
+): void {
+  const dv = load<i32>(job, JOB_DV);
+  const padded = load<i32>(job, JOB_DV_PADDED);
+  const bytes = <usize>padded << 2;
+  const row = scratch + SCRATCH_ROW;
+  for (let key = from; key < to; key++, source += stride) {
+    const value = values + <usize>key * bytes;
+    const sizeAt = scratch + SCRATCH_VALUE_SIZES + (<usize>key << 2);
+    const state: u8 = seen == 0 ? SEEN : load<u8>(seen + <usize>(key - from));
+    let size: f32 = 0;
+    if (state != 0) {
+      // The row goes through scratch: loads may reach beyond its end, and the next one belongs there.
+      loadRow(source, dtype, dv, row, padded);
+      size = rowMaximum(row, padded);
+      const invalid = size != size;
+      if (invalid) markInvalidValues(job, tile, key, row);
+      if (mean != 0) subtractRow(row, mean, padded);
+      if (invalid || mean != 0) size = rowMaximum(row, padded);
     }
+    store<f32>(sizeAt, state == SEEN ? size : 0);
+    if (state == SEEN) memory.copy(value, row, bytes);
+    else memory.fill(value, 0, bytes);
   }
+}
+
+/**
+ * Adds tokens to a tile that has means of its own and may get more: keys and values that came are kept in float32 until the
+ * tile is full. Values are quantized anew each time, keys with a new mean whenever their number has doubled, so that the
+ * first tokens do not decide for the later ones.
+ */
+function appendToTile(
+  job: usize, tile: usize, from: i32, to: i32, k: usize, kStride: usize, v: usize, vStride: usize, dtype: i32,
+  keyTail: usize, valueTail: usize, scratch: usize,
+): void {
+  const flags = load<i32>(job, JOB_FLAGS);
+  const d = load<i32>(job, JOB_D);
+  const dPadded = (d + 7) & ~7;
+  const dvPadded = load<i32>(job, JOB_DV_PADDED);
+  const keyBytes = <usize>dPadded << 2;
+  const valueBytes = <usize>dvPadded << 2;
+  const row = scratch + SCRATCH_ROW;
+  const kMean = tile + load<usize>(job, JOB_TILE_SHIFT);
+  const vMean = kMean + keyBytes;
+  const flagsAt = tile + load<usize>(job, JOB_TILE_FLAGS);
+
+  if (flags & FLAG_SMOOTH_K) {
+    for (let key = from; key < to; key++, k += kStride) {
+      loadRow(k, dtype, d, row, dPadded);
+      memory.copy(keyTail + <usize>key * keyBytes, row, keyBytes);
+    }
+    let first = from;
+    if (clz(from) != clz(to)) {
+      first = 0;
+      meanOf(keyTail, keyBytes, DTYPE_FLOAT32, d, dPadded, 0, to, 0, row, kMean, false);
+      memory.fill(tile, 0, load<usize>(job, JOB_TILE_V));
+      store<i32>(flagsAt, (load<i32>(flagsAt) & ~(TILE_NAN_KEY | TILE_PLAIN_KEYS)) | TILE_SHIFTED);
+    }
+    const rest = keyTail + <usize>first * keyBytes;
+    packKeys(job, tile, first, to, rest, keyBytes, DTYPE_FLOAT32, 0, kMean, row);
+  } else {
+    packKeys(job, tile, from, to, k, kStride, dtype, 0, 0, row);
+  }
+
+  loadValues(job, tile, from, to, v, vStride, dtype, 0, 0, valueTail, scratch);
+  memory.fill(valueTail + <usize>to * valueBytes, 0, <usize>(BLOCK_K - to) * valueBytes);
+  let values = valueTail;
+  if (flags & FLAG_SMOOTH_V) {
+    meanOf(valueTail, valueBytes, DTYPE_FLOAT32, dvPadded, dvPadded, 0, to, 0, row, vMean, true);
+    store<i32>(flagsAt, load<i32>(flagsAt) | TILE_SHIFTED);
+    values = scratch + SCRATCH_VALUES;
+    memory.copy(values, valueTail, <usize>BLOCK_K * valueBytes);
+    for (let key: usize = 0; key < <usize>to; key++) subtractRow(values + key * valueBytes, vMean, dvPadded);
+  }
+  if (flags & FLAG_ACCURATE) {
+    packValues(job, tile, values);
+    return;
+  }
+  for (let key: usize = 0; key < <usize>to; key++) {
+    store<f32>(scratch + SCRATCH_VALUE_SIZES + (key << 2), rowMaximum(values + key * valueBytes, dvPadded));
+  }
+  quantizeValues(job, tile, values, to, true, values == valueTail, scratch);
 }
 
 /** Quantizes the tokens of one head of one sequence from `SEQUENCE_START` on. */
@@ -323,16 +464,18 @@ export function prepareUnit(job: usize, unit: usize, scratch: usize): void {
   const kMean = load<usize>(job, JOB_MEANS) + pair * (<usize>(dPadded + dvPadded) << 2);
   const vMean = kMean + (<usize>dPadded << 2);
   const row = scratch + SCRATCH_ROW;
+  const tileMeans = (flags & FLAG_TILE_MEANS) != 0;
+  const rowsDiffer = load<i32>(sequence, SEQUENCE_ROWS_DIFFER) != 0;
 
   let seen: usize = 0;
   if (load<i32>(sequence, SEQUENCE_PARTLY_SEEN)) {
     seen = scratch + SCRATCH_SEEN;
     markSeen(job, sequence, head, seen);
   }
-  if ((flags & FLAG_KEEP_MEANS) == 0) {
-    if (flags & FLAG_SMOOTH_K) meanOf(k, kStride, dtype, d, dPadded, start, end, seen, row, kMean);
+  if (!tileMeans) {
+    if (flags & FLAG_SMOOTH_K) meanOf(k, kStride, dtype, d, dPadded, start, end, seen, row, kMean, false);
     else memory.fill(kMean, 0, <usize>dPadded << 2);
-    if (flags & FLAG_SMOOTH_V) meanOf(v, vStride, dtype, dv, dvPadded, start, end, seen, row, vMean);
+    if (flags & FLAG_SMOOTH_V) meanOf(v, vStride, dtype, dv, dvPadded, start, end, seen, row, vMean, true);
     else memory.fill(vMean, 0, <usize>dvPadded << 2);
   }
 
@@ -340,8 +483,9 @@ export function prepareUnit(job: usize, unit: usize, scratch: usize): void {
   const firstTile =
     <usize>load<i32>(sequence, SEQUENCE_FIRST_TILE) * <usize>load<i32>(job, JOB_KV_HEADS) +
     <usize>head * <usize>load<i32>(sequence, SEQUENCE_TILES);
-  const tail = load<usize>(job, JOB_TAIL);
-  const values = tail != 0 ? tail + ((pair * BLOCK_K * <usize>dvPadded) << 2) : scratch + SCRATCH_VALUES;
+  const keyTail = load<usize>(job, JOB_KEY_TAIL) + ((pair * BLOCK_K * <usize>dPadded) << 2);
+  const valueTail = load<usize>(job, JOB_TAIL) + ((pair * BLOCK_K * <usize>dvPadded) << 2);
+  const values = scratch + SCRATCH_VALUES;
   const valueBytes = <usize>dvPadded << 2;
   for (let from = start; from < end; ) {
     const number = from / BLOCK_K;
@@ -352,26 +496,21 @@ export function prepareUnit(job: usize, unit: usize, scratch: usize): void {
       memory.fill(tile, 0, load<usize>(job, JOB_TILE_V));
       store<i32>(tile + load<usize>(job, JOB_TILE_FLAGS), 0);
     }
-    for (let t = from; t < to; t++) {
-      const key = t - tileStart;
-      const value = values + <usize>key * valueBytes;
-      if (seen != 0 && load<u8>(seen + t) == 0) {
-        memory.fill(value, 0, valueBytes);
-        continue;
-      }
-      loadRow(k + <usize>(t - start) * kStride, dtype, d, row, dPadded);
-      if (flags & FLAG_SMOOTH_K) subtractRow(row, kMean, dPadded);
-      packKey(job, tile, key, row, dPadded, (flags & FLAG_EXACT) != 0);
-      // The row goes through scratch: loads may reach beyond its end, and the next one belongs there.
-      loadRow(v + <usize>(t - start) * vStride, dtype, dv, row, dvPadded);
-      const most = rowMaximum(row, dvPadded);
-      if (most != most) markInvalidValues(job, tile, key, row);
-      if (flags & FLAG_SMOOTH_V) subtractRow(row, vMean, dvPadded);
-      memory.copy(value, row, valueBytes);
+    const first = from - tileStart;
+    const last = to - tileStart;
+    const kFrom = k + <usize>(from - start) * kStride;
+    const vFrom = v + <usize>(from - start) * vStride;
+    if (tileMeans) {
+      appendToTile(job, tile, first, last, kFrom, kStride, vFrom, vStride, dtype, keyTail, valueTail, scratch);
+    } else {
+      const seenFrom = seen == 0 ? <usize>0 : seen + <usize>from;
+      packKeys(job, tile, first, last, kFrom, kStride, dtype, seenFrom, flags & FLAG_SMOOTH_K ? kMean : 0, row);
+      const mean = flags & FLAG_SMOOTH_V ? vMean : <usize>0;
+      loadValues(job, tile, first, last, vFrom, vStride, dtype, seenFrom, mean, values, scratch);
+      memory.fill(values + <usize>last * valueBytes, 0, <usize>(BLOCK_K - last) * valueBytes);
+      if (flags & FLAG_ACCURATE) packValues(job, tile, values);
+      else quantizeValues(job, tile, values, last, rowsDiffer, false, scratch);
     }
-    memory.fill(values + <usize>(to - tileStart) * valueBytes, 0, <usize>(tileStart + BLOCK_K - to) * valueBytes);
-    if (flags & FLAG_ACCURATE) packValues(job, tile, values);
-    else quantizeValues(job, tile, values);
     from = to;
   }
 }

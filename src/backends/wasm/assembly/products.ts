@@ -4,7 +4,7 @@
  */
 import { BLOCK_K } from '../job.ts';
 import { madd } from './arithmetic.ts';
-import { EXACT_Q_ROW_BYTES, P_ROW_BYTES, Q_ROW_BYTES } from './scratch.ts';
+import { FLOAT_Q_ROW_BYTES, P_ROW_BYTES, Q_ROW_BYTES } from './scratch.ts';
 
 /** `c + a . b`: each lane sums over the 4 bytes of its step. `b` holds -127..127 and `a` 0..127 in the relaxed build. */
 // @ts-ignore: decorator
@@ -139,13 +139,13 @@ export function scoreRowsFloat(q: usize, tile: usize, channels: i32, keys: i32, 
       let a = v128.load32_splat(a0);
       c00 = madd(b0, a, c00);
       c01 = madd(b1, a, c01);
-      a = v128.load32_splat(a0, EXACT_Q_ROW_BYTES);
+      a = v128.load32_splat(a0, FLOAT_Q_ROW_BYTES);
       c10 = madd(b0, a, c10);
       c11 = madd(b1, a, c11);
-      a = v128.load32_splat(a0, 2 * EXACT_Q_ROW_BYTES);
+      a = v128.load32_splat(a0, 2 * FLOAT_Q_ROW_BYTES);
       c20 = madd(b0, a, c20);
       c21 = madd(b1, a, c21);
-      a = v128.load32_splat(a0, 3 * EXACT_Q_ROW_BYTES);
+      a = v128.load32_splat(a0, 3 * FLOAT_Q_ROW_BYTES);
       c30 = madd(b0, a, c30);
       c31 = madd(b1, a, c31);
       a0 += 4;
@@ -283,5 +283,78 @@ export function addValuesFloat(
     v128.store(o, madd(c31, w, v128.load(o, 16)), 16);
     out += 32;
     values += BLOCK_K * 32;
+  }
+}
+
+/** Four of a key's values at `at`, as float32 before their scale. */
+// @ts-ignore: decorator
+@inline
+function fineValues(at: usize): v128 {
+  if (ASC_FEATURE_RELAXED_SIMD) {
+    return f32x4.convert_i32x4_s(i32x4.extend_low_i16x8_s(i16x8.extend_low_i8x16_s(v128.load32_zero(at))));
+  }
+  return f32x4.convert_i32x4_s(v128.load16x4_s(at));
+}
+
+/**
+ * `out += weight * (P . V)` for four rows of P in float32, over `keys` keys whose values have a scale for each 8 channels.
+ *
+ * @param values integers `[keys, channels]`
+ * @param exponents of the scales `[keys, channels / 8]`, one byte each
+ */
+export function addValuesFine(
+  p: usize, values: usize, exponents: usize, keys: i32, channels: i32, weights: usize, out: usize, outBytes: usize,
+): void {
+  const bytes: usize = ASC_FEATURE_RELAXED_SIMD ? 1 : 2;
+  const rowBytes = <usize>channels * bytes;
+  const groups = <usize>channels >> 3;
+  for (let channel = 0; channel < channels; channel += 8, exponents++, out += 32) {
+    let c00 = f32x4.splat(0);
+    let c01 = c00;
+    let c10 = c00;
+    let c11 = c00;
+    let c20 = c00;
+    let c21 = c00;
+    let c30 = c00;
+    let c31 = c00;
+    let a0 = p;
+    let b = values + <usize>channel * bytes;
+    let e = exponents;
+    for (let n = keys; n > 0; n--) {
+      const scale = i32x4.splat(<i32>load<u8>(e) << 23);
+      const b0 = f32x4.mul(fineValues(b), scale);
+      const b1 = f32x4.mul(fineValues(b + 4 * bytes), scale);
+      let a = v128.load32_splat(a0);
+      c00 = madd(b0, a, c00);
+      c01 = madd(b1, a, c01);
+      a = v128.load32_splat(a0, P_ROW_BYTES);
+      c10 = madd(b0, a, c10);
+      c11 = madd(b1, a, c11);
+      a = v128.load32_splat(a0, 2 * P_ROW_BYTES);
+      c20 = madd(b0, a, c20);
+      c21 = madd(b1, a, c21);
+      a = v128.load32_splat(a0, 3 * P_ROW_BYTES);
+      c30 = madd(b0, a, c30);
+      c31 = madd(b1, a, c31);
+      a0 += 4;
+      b += rowBytes;
+      e += groups;
+    }
+    let o = out;
+    let w = v128.load32_splat(weights);
+    v128.store(o, madd(c00, w, v128.load(o)));
+    v128.store(o, madd(c01, w, v128.load(o, 16)), 16);
+    o += outBytes;
+    w = v128.load32_splat(weights, 4);
+    v128.store(o, madd(c10, w, v128.load(o)));
+    v128.store(o, madd(c11, w, v128.load(o, 16)), 16);
+    o += outBytes;
+    w = v128.load32_splat(weights, 8);
+    v128.store(o, madd(c20, w, v128.load(o)));
+    v128.store(o, madd(c21, w, v128.load(o, 16)), 16);
+    o += outBytes;
+    w = v128.load32_splat(weights, 12);
+    v128.store(o, madd(c30, w, v128.load(o)));
+    v128.store(o, madd(c31, w, v128.load(o, 16)), 16);
   }
 }

@@ -28,10 +28,21 @@ export const SCRATCH_P: usize = 21504;
 export const P_ROW_BYTES: usize = 512;
 /** Output of the unit's rows before division by the sum, float32. */
 export const SCRATCH_OUT: usize = 23552;
-/** Rows of Q in float32, where nothing is quantized: attending, which comes after preparation. */
-export const SCRATCH_EXACT_Q: usize = 65536;
-export const EXACT_Q_ROW_BYTES: usize = 1024;
+/** Preparation: the largest value of each key of a tile, float32; counts of exponents, then one byte for each key. */
+export const SCRATCH_VALUE_SIZES: usize = 56320;
+export const SCRATCH_HISTOGRAM: usize = 56832;
+/** Of the four rows in work: weights of the keys whose values stand apart, P_ROW_BYTES for each row, and what they are worth. */
+export const SCRATCH_APART: usize = 57344;
+export const SCRATCH_APART_WEIGHTS: usize = 59392;
+/** Of the four rows in work: what the tile adds to the sum of weights, and the largest score. */
+export const SCRATCH_TILE_SUMS: usize = 59408;
+export const SCRATCH_TILE_MAXIMA: usize = 59424;
+/** Of the four rows in work: what turns their scores to base 2. */
+export const SCRATCH_TILE_SCALES: usize = 59440;
+/** Rows of Q in float32, where they are not quantized or tiles have means: attending, which comes after preparation. */
+export const SCRATCH_FLOAT_Q: usize = 65536;
+export const FLOAT_Q_ROW_BYTES: usize = 1024;
 /** Preparation: a tile of V in float32, where the caller keeps none. */
 export const SCRATCH_VALUES: usize = 65536;
-/** Preparation: one byte per key, nonzero where some row sees it. */
+/** Preparation: one byte for each key, see markSeen. */
 export const SCRATCH_SEEN: usize = 196608;
