@@ -4,6 +4,7 @@ import { type AttentionProblem, lseShapeOf, outputLayoutOf } from '../../../atte
 import { InvalidArgumentError } from '../../../errors.ts';
 import type { DType } from '../../../tensor/dtype.ts';
 import type { OperandLayout } from '../../../tensor/tensor.ts';
+import { FLOAT32_MAX, LOG2_E } from '../kernels/parts/constants.ts';
 import { BYTES } from '../kernels/parts/elements.ts';
 import { printKernel } from '../ptx/printer.ts';
 import type { Kernel } from '../ptx/types.ts';
@@ -109,3 +110,9 @@ export const bandArguments = ({ lower, upper, align }: Band): KernelArgument[] =
   s32(upper),
   u32(align),
 ];
+
+/** The softcap in base 2 and its reciprocal, within float32's range; how the kernels take it. */
+export function softcapArguments({ softcap }: Pick<AttentionProblem, 'softcap'>): KernelArgument[] {
+  const inBase2 = softcap * LOG2_E;
+  return [f32(Math.min(inBase2, FLOAT32_MAX)), f32(Math.min(1 / inBase2, FLOAT32_MAX))];
+}

@@ -1,6 +1,6 @@
 /** What the launches of one call share: the problem, its kernel on its target, and where sequences lie in padded buffers. */
-import { NO_LIMIT } from '../../../attention/band.ts';
-import { type AttentionProblem, sequencesOf } from '../../../attention/problem.ts';
+import { NO_LIMIT, visibleKeys } from '../../../attention/band.ts';
+import { type AttentionProblem, type Sequence, sequencesOf } from '../../../attention/problem.ts';
 import { InvalidArgumentError } from '../../../errors.ts';
 import type { DType } from '../../../tensor/dtype.ts';
 import type { OperandLayout } from '../../../tensor/tensor.ts';
@@ -10,10 +10,12 @@ import type { TileConfig } from '../kernels/mma-sync/tiles.ts';
 import { roundUp } from '../kernels/parts/constants.ts';
 import { BYTES, type LoadWidth } from '../kernels/parts/elements.ts';
 import { SEQUENCE_INTS } from '../kernels/parts/sequences.ts';
+import type { HiddenKeys } from '../kernels/quantize/visible-keys.ts';
 import type { HopperTuning } from '../kernels/wgmma/table.ts';
 import type { Target } from '../ptx/targets.ts';
 import type { BufferName, KernelLaunch, LaunchSequence } from './launch.ts';
 import { type Scheme, schemeOf } from './scheme.ts';
+import { hiddenKeysOf } from './visible-keys.ts';
 
 /** What planning needs to know of a device. */
 export interface DeviceFacts {
@@ -42,6 +44,8 @@ export interface Context {
   readonly problem: AttentionProblem;
   /** Rows of Q are heads: all see the same keys. */
   readonly rowsAreHeads: boolean;
+  /** How quantizers know of keys that a mask hides from every row. */
+  readonly hiddenKeys: HiddenKeys;
   readonly choice: KernelChoice;
   readonly device: DeviceFacts;
   readonly layout: PaddedLayout;
@@ -61,6 +65,12 @@ export interface PaddedLayout {
   readonly table: Int32Array;
 }
 
+interface ContextOptions {
+  readonly room?: KeyRoom | undefined;
+  readonly overrides?: Partial<Tuning> | undefined;
+  readonly whole?: boolean;
+}
+
 /** The parts of quantizing K and V. A cache keeps its means, and the tiles that nothing was appended to. */
 export type KeyValuePart = 'means' | 'key' | 'value';
 
@@ -74,16 +84,26 @@ export interface FamilyLaunches {
   readonly attend: (context: Context) => Pick<LaunchSequence, 'launches' | 'scratch'>;
 }
 
-/** Padded places of a problem's sequences; with `room`, each sequence of a dense problem has its own. */
-function paddedLayoutOf(problem: AttentionProblem, room?: KeyRoom): PaddedLayout {
+/**
+ * Padded places of a problem's sequences; with `room`, each sequence of a dense problem has its own.
+ *
+ * @param visibleOf interval of a sequence's keys that its rows may see
+ */
+function paddedLayoutOf(
+  problem: AttentionProblem,
+  room: KeyRoom | undefined,
+  visibleOf: (sequence: Sequence) => readonly [first: number, end: number],
+): PaddedLayout {
   const from = room?.from ?? 0;
   const sequences = sequencesOf(problem);
   const table = new Int32Array(sequences.length * SEQUENCE_INTS);
   let paddedQueries = 0;
   let paddedKeys = 0;
-  for (const { index, queryStart, queryLength, keyStart, keyLength } of sequences) {
+  for (const sequence of sequences) {
+    const { index, queryStart, queryLength, keyStart, keyLength } = sequence;
     const keys = [keyStart + from, keyLength - from] as const;
-    table.set([queryStart, queryLength, ...keys, paddedQueries, paddedKeys + from], index * SEQUENCE_INTS);
+    const visible = visibleOf(sequence).map((key) => key - from);
+    table.set([queryStart, queryLength, ...keys, paddedQueries, paddedKeys + from, ...visible], index * SEQUENCE_INTS);
     paddedQueries += roundUp(queryLength, BLOCK_Q);
     paddedKeys += room?.capacity ?? roundUp(keyLength, BLOCK_K);
   }
@@ -115,20 +135,30 @@ export function loadWidthOf(operand: OperandLayout, dim: number, dtype: DType, a
   return 1;
 }
 
-/** The context of a call whose kernel belongs to `family`. */
+/**
+ * The context of a call whose kernel belongs to `family`.
+ *
+ * @param whole of a call that ends with its attention: what no row of it sees counts in no mean and no scale. Keys that are kept
+ * count all, from `room` on
+ */
 export function contextOf(
   family: FamilyLaunches,
   asked: AttentionProblem,
   choice: KernelChoice,
   device: DeviceFacts,
-  room?: KeyRoom,
-  overrides: Partial<Tuning> = {},
+  { room, overrides = {}, whole = false }: ContextOptions,
 ): Context {
   const grouped = family.headsAsRows?.(asked, choice);
   const problem = grouped ?? asked;
-  const layout = paddedLayoutOf(problem, room);
+  const layout = paddedLayoutOf(problem, room, (sequence) =>
+    // Heads as rows have the band of one token.
+    whole
+      ? visibleKeys(asked, { ...sequence, queryLength: grouped === undefined ? sequence.queryLength : 1 })
+      : [room?.from ?? 0, sequence.keyLength],
+  );
+  const hiddenKeys = whole ? hiddenKeysOf(problem) : 'none';
   const scheme = schemeOf(problem, choice, device.target);
-  return { problem, rowsAreHeads: grouped !== undefined, choice, device, layout, scheme, overrides };
+  return { problem, rowsAreHeads: grouped !== undefined, hiddenKeys, choice, device, layout, scheme, overrides };
 }
 
 export const constantsOf = ({ layout }: Context): Record<BufferName, Uint8Array> => ({

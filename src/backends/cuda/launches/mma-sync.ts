@@ -29,6 +29,7 @@ import {
   moduleOf,
   outputStridesOf,
   pointer,
+  softcapArguments,
   strideBytes,
   u32,
 } from './arguments.ts';
@@ -37,6 +38,7 @@ import { BLOCK_Q, type Context, type FamilyLaunches, type KeyValuePart, loadWidt
 import { headsAsRows } from './heads-as-rows.ts';
 import type { KernelLaunch, LaunchSequence } from './launch.ts';
 import { quantizeKeyLaunch, quantizeQueryLaunch, queryScratch, statisticsLaunches, valueLaunches } from './quantize.ts';
+import { visibleKeysPointer } from './visible-keys.ts';
 
 function keyValue(context: Context, parts: readonly KeyValuePart[]): KernelLaunch[] {
   return [
@@ -51,7 +53,7 @@ const meanScoreKeysOf = ({ layout }: Context) => layout.keyTiles * BLOCK_K;
 
 /** Scores of the means of Q against K as it came, which smoothing Q takes out of the quantized products. */
 function meanScoresLaunch(context: Context): KernelLaunch {
-  const { problem, choice, device, layout, scheme } = context;
+  const { problem, choice, device, layout, scheme, hiddenKeys } = context;
   const { target, pointerAlignment = 16 } = device;
   const { batch, queryHeads, kvHeads, dtype, headDim, k } = problem;
   const config: MeanScoresConfig = {
@@ -61,6 +63,7 @@ function meanScoresLaunch(context: Context): KernelLaunch {
     paddedDim: scheme.paddedDim,
     loadWidth: loadWidthOf(k, headDim, dtype, pointerAlignment),
     keyMean: choice.smoothK,
+    hiddenKeys,
   };
   const module = moduleOf(meanScores, config);
   return launch(
@@ -77,6 +80,7 @@ function meanScoresLaunch(context: Context): KernelLaunch {
         ...(choice.smoothK ? { keyMean: pointer('keyMean') } : {}),
         queryMean: pointer('queryMean'),
         meanScores: pointer('meanScores'),
+        ...visibleKeysPointer(context),
       }),
       ...inOrder(MEAN_SCORES_INTEGERS, {
         queryHeads: u32(queryHeads),
@@ -84,6 +88,7 @@ function meanScoresLaunch(context: Context): KernelLaunch {
         keyTiles: u32(layout.keyTiles),
         paddedQueries: u32(layout.paddedQueries),
         meanScoreKeys: u32(meanScoreKeysOf(context)),
+        paddedKeys: u32(layout.paddedKeys),
       }),
       ...strideBytes(k, dtype),
       f32(problem.smScale * LOG2_E),
@@ -167,7 +172,7 @@ function attentionLaunch(context: Context, { config, queryTiles, blocks, splits 
     ...inOrder(ATTENTION_STRIDES, { ...strides, ...outputStridesOf(problem) }),
     ...bandArguments(problem.band),
     f32(Math.abs(problem.smScale) * LOG2_E),
-    f32(problem.softcap * LOG2_E),
+    ...softcapArguments(problem),
   ]);
 }
 

@@ -19,6 +19,7 @@ import {
 import type { BufferName, KernelLaunch, LaunchSequence } from './launch.ts';
 import { MMA_SYNC } from './mma-sync.ts';
 import { keyValueBytes, keyValueScratch } from './quantize.ts';
+import { visibleKeysLaunches } from './visible-keys.ts';
 import { WGMMA } from './wgmma.ts';
 
 /** The launches of each kernel family. */
@@ -38,7 +39,7 @@ const ALL_PARTS: readonly KeyValuePart[] = ['means', 'key', 'value'];
 function keyValueLaunches(context: Context, parts: readonly KeyValuePart[] = ALL_PARTS): KernelLaunch[] {
   const { problem, layout } = context;
   if (layout.keyTiles * problem.batch * problem.kvHeads === 0) return [];
-  return familyOf(context.choice).keyValue(context, parts);
+  return [...visibleKeysLaunches(context), ...familyOf(context.choice).keyValue(context, parts)];
 }
 
 /**
@@ -53,7 +54,7 @@ export function planLaunches(
   { overrides }: Pick<PlanOptions, 'overrides'> = {},
 ): LaunchSequence {
   const family = familyOf(choice);
-  const context = contextOf(family, problem, choice, device, undefined, overrides);
+  const context = contextOf(family, problem, choice, device, { overrides, whole: true });
   const attend = family.attend(context);
   return {
     scratch: { ...keyValueBytes(context), ...keyValueScratch(context), ...attend.scratch },
@@ -73,7 +74,7 @@ export function planKeyValue(
   device: DeviceFacts,
   { room, overrides, parts }: PlanOptions & { readonly parts?: readonly KeyValuePart[] } = {},
 ): LaunchSequence & { readonly kept: Readonly<Record<BufferName, number>> } {
-  const context = contextOf(familyOf(choice), problem, choice, device, room, overrides);
+  const context = contextOf(familyOf(choice), problem, choice, device, { room, overrides });
   return {
     kept: keyValueBytes(context),
     scratch: keyValueScratch(context),
@@ -93,7 +94,7 @@ export function planAttend(
   { room, overrides }: PlanOptions = {},
 ): LaunchSequence {
   const family = familyOf(choice);
-  const context = contextOf(family, problem, choice, device, room, overrides);
+  const context = contextOf(family, problem, choice, device, { room, overrides });
   return { ...family.attend(context), constants: constantsOf(context) };
 }
 

@@ -31,6 +31,7 @@ import {
 import { f32, inOrder, launch, moduleOf, pointer, strideBytes, u32 } from './arguments.ts';
 import { BLOCK_Q, type Context, loadWidthOf } from './context.ts';
 import type { BufferName, KernelLaunch } from './launch.ts';
+import { visibleKeysPointer, visibleKeysScratch } from './visible-keys.ts';
 
 /** Quantized K and V: made once, attended to many times. */
 export const KEY_VALUE_BUFFERS = [
@@ -62,16 +63,16 @@ export function keyValueBytes({ problem, choice, layout, scheme }: Context): Rec
 }
 
 /** Scratch that quantizing K and V needs for itself. */
-export function keyValueScratch({ problem, scheme }: Context): Record<BufferName, number> {
-  if (scheme.pvFormat === 'f16' || scheme.valueTileScales) return {};
-  return { valueMaximum: problem.batch * problem.kvHeads * VALUE_CHUNKS * scheme.paddedValueDim * 4 };
+export function keyValueScratch(context: Context): Record<BufferName, number> {
+  const { problem, scheme } = context;
+  const visible = visibleKeysScratch(context);
+  if (scheme.pvFormat === 'f16' || scheme.valueTileScales) return visible;
+  return { ...visible, valueMaximum: problem.batch * problem.kvHeads * VALUE_CHUNKS * scheme.paddedValueDim * 4 };
 }
 
 /** Means of K and V where they are smoothed, and with `valueScales` scales of V's channels: one launch, or none. */
-export function statisticsLaunches(
-  { problem, choice, device, scheme }: Context,
-  valueScales: boolean,
-): readonly KernelLaunch[] {
+export function statisticsLaunches(context: Context, valueScales: boolean): readonly KernelLaunch[] {
+  const { problem, choice, device, layout, scheme, hiddenKeys } = context;
   const { target, pointerAlignment = 16 } = device;
   const { batch, kvHeads, dtype, headDim, valueDim, k, v } = problem;
   const { paddedDim, paddedValueDim } = scheme;
@@ -93,6 +94,7 @@ export function statisticsLaunches(
     dtype,
     key: smoothK ? key : undefined,
     value: smoothV || valueScales ? value : undefined,
+    hiddenKeys,
   };
   const operands = [config.key, config.value].filter((of) => of !== undefined);
   if (operands.length === 0) return [];
@@ -106,8 +108,13 @@ export function statisticsLaunches(
         ...(config.value === undefined ? {} : { v: pointer('v', v.offset * BYTES[dtype]) }),
         ...(smoothV ? { valueMean: pointer('valueMean') } : {}),
         ...(valueScales ? { valueScale: pointer('valueScale') } : {}),
+        ...visibleKeysPointer(context),
       }),
-      ...inOrder(CHANNEL_STATISTICS_INTEGERS, { heads: u32(kvHeads), sequenceHeads: u32(batch * kvHeads) }),
+      ...inOrder(CHANNEL_STATISTICS_INTEGERS, {
+        heads: u32(kvHeads),
+        sequenceHeads: u32(batch * kvHeads),
+        paddedTokens: u32(layout.paddedKeys),
+      }),
       ...strideBytes(k, dtype),
       ...strideBytes(v, dtype),
     ]),
@@ -115,7 +122,8 @@ export function statisticsLaunches(
 }
 
 /** Quantizes K, 64 tokens a block: buffers `key`, `keyScale`, `keyFaults`. */
-export function quantizeKeyLaunch({ problem, choice, device, layout, scheme }: Context): KernelLaunch {
+export function quantizeKeyLaunch(context: Context): KernelLaunch {
+  const { problem, choice, device, layout, scheme, hiddenKeys } = context;
   const { target, pointerAlignment = 16 } = device;
   const { batch, kvHeads, dtype, headDim, k } = problem;
   const config: QuantizeTokensConfig = {
@@ -132,6 +140,7 @@ export function quantizeKeyLaunch({ problem, choice, device, layout, scheme }: C
     groups: scheme.keyGroups,
     keyMean: choice.smoothK,
     smoothQ: false,
+    hiddenKeys,
   };
   const module = moduleOf(quantizeTokens, config);
   return launch(
@@ -149,6 +158,7 @@ export function quantizeKeyLaunch({ problem, choice, device, layout, scheme }: C
         quantized: pointer('key'),
         scale: pointer('keyScale'),
         keyFaults: pointer('keyFaults'),
+        ...visibleKeysPointer(context),
       }),
       ...inOrder(QUANTIZE_TOKENS_INTEGERS, {
         heads: u32(kvHeads),
@@ -163,7 +173,8 @@ export function quantizeKeyLaunch({ problem, choice, device, layout, scheme }: C
 }
 
 /** Converts V to FP16, or finds its maxima and quantizes it to E4M3: buffers `value` and `valueScale`. After K. */
-export function valueLaunches({ problem, choice, device, layout, scheme }: Context): KernelLaunch[] {
+export function valueLaunches(context: Context): KernelLaunch[] {
+  const { problem, choice, device, layout, scheme, hiddenKeys } = context;
   const { target, pointerAlignment = 16 } = device;
   const { batch, kvHeads, dtype, valueDim, v } = problem;
   const valueConfig: ValueConfig = {
@@ -174,6 +185,7 @@ export function valueLaunches({ problem, choice, device, layout, scheme }: Conte
     loadWidth: loadWidthOf(v, valueDim, dtype, pointerAlignment),
     smoothV: choice.smoothV,
     keyScales: scheme.keyGroups,
+    hiddenKeys,
   };
   const valueArguments = (blocks: number) => [
     ...inOrder(VALUE_POINTERS, {
@@ -186,6 +198,7 @@ export function valueLaunches({ problem, choice, device, layout, scheme }: Conte
       value: pointer('value'),
       keyScale: pointer('keyScale'),
       keyFaults: pointer('keyFaults'),
+      ...visibleKeysPointer(context),
     }),
     ...inOrder(VALUE_INTEGERS, { heads: u32(kvHeads), blocks: u32(blocks), paddedTokens: u32(layout.paddedKeys) }),
     ...strideBytes(v, dtype),
@@ -241,6 +254,7 @@ export function quantizeQueryLaunch({ problem, choice, device, layout, scheme }:
     groups,
     keyMean: choice.smoothK && layout.keyTiles > 0,
     smoothQ: choice.smoothQ,
+    hiddenKeys: 'none',
   };
   const queryModule = moduleOf(quantizeTokens, queryConfig);
   return launch(

@@ -1,7 +1,6 @@
 /** Launches of the kernels on `wgmma`. */
 import { isBanded } from '../../../attention/band.ts';
 import { BLOCK_K } from '../kernels/mma-sync/attention.ts';
-import { LOG2_E } from '../kernels/parts/constants.ts';
 import { BYTES } from '../kernels/parts/elements.ts';
 import {
   KEY_VALUE_TILE,
@@ -32,6 +31,7 @@ import {
   moduleOf,
   outputStridesOf,
   pointer,
+  softcapArguments,
   strideBytes,
   u32,
 } from './arguments.ts';
@@ -39,6 +39,7 @@ import { combineLaunches, combineScratch, outputPointersOf } from './combine.ts'
 import { type Context, type FamilyLaunches, type KeyValuePart, loadWidthOf, splitsOf } from './context.ts';
 import type { KernelArgument, KernelLaunch, LaunchSequence, TensorMapDescription } from './launch.ts';
 import { quantizeQueryLaunch, queryScratch, statisticsLaunches } from './quantize.ts';
+import { visibleKeysPointer } from './visible-keys.ts';
 
 /** Heads that lie side by side in one tile: those over one head of K, when the queries are too short to fill a tile alone. */
 function packedHeadsOf(queryLength: number, headsPerKeyHead: number): number {
@@ -172,7 +173,8 @@ function headGroupOf({ problem, scheme }: Context, { tuning, units }: Shape): nu
 }
 
 /** Quantizes K and V in one launch. */
-function keyValueLaunch({ problem, choice, device, layout, scheme }: Context): KernelLaunch {
+function keyValueLaunch(context: Context): KernelLaunch {
+  const { problem, choice, device, layout, scheme, hiddenKeys } = context;
   const { target, pointerAlignment = 16 } = device;
   const { batch, kvHeads, dtype, headDim, valueDim, k, v } = problem;
   const fp8 = scheme.pvFormat !== 'f16';
@@ -189,6 +191,7 @@ function keyValueLaunch({ problem, choice, device, layout, scheme }: Context): K
     keyScales: scheme.keyGroups,
     smoothK: choice.smoothK,
     smoothV: choice.smoothV,
+    hiddenKeys,
   };
   const module = moduleOf(quantizeKeyValue, config);
   const tiles = Math.ceil((layout.keyTiles * BLOCK_K) / KEY_VALUE_TILE);
@@ -211,6 +214,7 @@ function keyValueLaunch({ problem, choice, device, layout, scheme }: Context): K
         keyScale: pointer('keyScale'),
         keyFaults: pointer('keyFaults'),
         value: pointer('value'),
+        ...visibleKeysPointer(context),
       }),
       ...inOrder(QUANTIZE_KEY_VALUE_INTEGERS, {
         heads: u32(kvHeads),
@@ -271,7 +275,7 @@ function attentionLaunch(context: Context, shape: Shape): KernelLaunch {
     ...inOrder(HOPPER_STRIDES, { queryBatch, queryHead, queryToken, ...strides, ...outputStridesOf(problem) }),
     ...bandArguments(problem.band),
     f32(problem.smScale),
-    f32(problem.softcap * LOG2_E),
+    ...softcapArguments(problem),
     ...mapsOf(context, shape),
   ]);
 }

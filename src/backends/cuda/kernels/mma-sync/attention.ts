@@ -20,7 +20,7 @@ import { BYTES } from '../parts/elements.ts';
 import { headAddress, logSumExp, rowFactor, storePair } from '../parts/epilogue.ts';
 import { at, maxOf } from '../parts/lists.ts';
 import { quadMax, quadSum } from '../parts/quad.ts';
-import { capScores, excludeBeyondBand, maskRow, spreadFaults } from '../parts/scores.ts';
+import { capScores, excludeBeyondBand, maskRow, softcapParameters, spreadFaults } from '../parts/scores.ts';
 import { loadSequence } from '../parts/sequences.ts';
 
 /** Keys of a tile. */
@@ -219,7 +219,7 @@ export function attention(config: AttentionConfig): Kernel {
   const strides = pointers(b, ATTENTION_STRIDES);
   const band = bandParameters(b);
   const scoreScale = b.parameter('scoreScale', 'f32'); // |smScale| * log2(e); its sign is Q's
-  const softcap = b.parameter('softcap', 'f32'); // softcap * log2(e)
+  const softcap = softcapParameters(b);
 
   const MT = rowsPerWarp / 16; // 16-row tiles of a warp
   const NT = BLOCK_K / 8; // 8-key tiles

@@ -36,34 +36,71 @@ export function applyMask(
     b.mov(kind === 'float16' ? b.cvt('f32', b.as(bits, 'f16')) : b.as(b.shl(b.cvt('u32', bits), 16), 'f32'), added);
   }
   const excluded = b.setp('eq', added, Number.NEGATIVE_INFINITY);
-  b.add(score, b.max(b.mul(added, LOG2_E), LOWEST_FINITE), score);
+  const inBase2 = b.mul(added, LOG2_E);
+  // Not a maximum, which would swallow what is not a number.
+  b.when(b.setp('lt', inBase2, LOWEST_FINITE), () => b.set(inBase2, LOWEST_FINITE));
+  b.add(score, inBase2, score);
   b.when(excluded, () => b.set(score, Number.NEGATIVE_INFINITY));
 }
 
 /** Visits a thread's scores of a tile: the row among the thread's own, the column from the thread's first. */
 export type EachScore = (body: (score: Reg<'f32'>, row: number, column: number) => void) => void;
 
+/** Up to this share of the cap, tanh is taken from its series. */
+const SERIES_UNTIL = 0.25;
+/** tanh(x) = x + x^3 (c0 + c1 x^2 + ...): the next term is below 2^-24 of it. */
+const SERIES = [-1 / 3, 2 / 15, -17 / 315, 62 / 2835] as const;
+
+/** The softcap of a call: parameters of every attention kernel. */
+export interface SoftcapParameters {
+  /** c * log2(e), at most float32's largest number. */
+  readonly cap: Parameter<'f32'>;
+  /** Its reciprocal, at most that too; so small that its square is 0 where the cap changes no score. */
+  readonly inverse: Parameter<'f32'>;
+}
+
+export const softcapParameters = (b: KernelBuilder): SoftcapParameters => ({
+  cap: b.parameter('softcap', 'f32'),
+  inverse: b.parameter('softcapInverse', 'f32'),
+});
+
 /**
- * c * tanh(s / c) of the true scores: what smoothing K took away comes back first.
+ * c * tanh(s / c) of the true scores, to float32's relative precision whatever the cap: where a score is small beside it,
+ * 1 - 2 / (1 + e^2x) would be off by a rounding of 1, which is a rounding of the cap. What smoothing K took away comes back first.
  *
- * @param softcap c * log2(e)
  * @param rowBiases loads what comes back of each of the thread's rows
  */
 export function capScores(
   b: KernelBuilder,
-  softcap: Parameter<'f32'>,
+  softcap: SoftcapParameters,
   eachScore: EachScore,
   rowBiases: () => readonly Reg<'f32'>[],
 ): void {
-  const cap = b.loadParameter(softcap);
-  const slope = b.mul(b.rcp(cap), 2 * LOG2_E);
+  const [cap, inverse] = [b.loadParameter(softcap.cap), b.loadParameter(softcap.inverse)];
   const biases = rowBiases();
+  const largest = b.constant('f32', 0);
   eachScore((score, r) => {
-    // tanh(x) = 1 - 2 / (1 + e^2x)
-    const exponential = b.ex2(b.mul(b.add(score, at(biases, r)), slope));
-    const quotient = b.rcpApprox(b.add(exponential, 1));
-    b.fma(b.mul(quotient, -2), cap, cap, score);
+    b.add(score, at(biases, r), score);
+    b.max(largest, b.abs(score), largest);
   });
+  const series = (score: Reg<'f32'>, x: Reg<'f32'>) => {
+    const square = b.mul(x, x);
+    const [last, ...before] = [...SERIES].reverse() as [number, ...number[]];
+    const sum = before.reduce((sum, c) => b.fma(sum, square, c), b.constant('f32', last));
+    return b.fma(b.mul(score, square), sum, score);
+  };
+  b.if(
+    b.voteAny(b.setp('gt', largest, b.mul(cap, SERIES_UNTIL))),
+    () =>
+      eachScore((score) => {
+        const x = b.mul(score, inverse);
+        // tanh(x) = 1 - 2 / (1 + e^2x)
+        const quotient = b.rcpApprox(b.add(b.ex2(b.mul(x, 2 * LOG2_E)), 1));
+        const capped = b.fma(b.mul(quotient, -2), cap, cap);
+        b.selp(capped, series(score, x), b.setp('gt', b.abs(x), SERIES_UNTIL), score);
+      }),
+    () => eachScore((score) => b.mov(series(score, b.mul(score, inverse)), score)),
+  );
 }
 
 /** A row of the caller's mask from a thread's first column on. */

@@ -5,17 +5,18 @@
  * A sample is enough. Softmax does not change when any constant vector is subtracted from all keys, nor the output when one is
  * subtracted from V and added back, and the mean of n tokens deviates from that of all by sigma / sqrt(n), far below what
  * quantization resolves. V's scale of a channel need not bound all of its tokens where each tile has a scale of its own
- * besides (`quantizeKeyValue`). Elements that are not finite are left out.
+ * besides (`quantizeKeyValue`). Elements that are not finite are left out, and keys that no row sees.
  */
 import type { DType } from '../../../../tensor/dtype.ts';
 import { KernelBuilder } from '../../ptx/builder.ts';
-import { rowMajor } from '../../ptx/layouts.ts';
+import { rowMajor, type SharedTile } from '../../ptx/layouts.ts';
 import type { Target } from '../../ptx/targets.ts';
 import type { Kernel, Parameter, Reg } from '../../ptx/types.ts';
 import { divide, integers, KEY_VALUE_STRIDES, offset, offset64, pointers } from '../parts/addresses.ts';
 import { INFINITY_BITS, nextPowerOfTwo } from '../parts/constants.ts';
 import { BYTES, type LoadWidth, loadEightPacked, unpackEight } from '../parts/elements.ts';
 import { loadSequence } from '../parts/sequences.ts';
+import { type HiddenKeys, isVisible, loadVisibleRange, visibleBitsAt } from './visible-keys.ts';
 
 /** Tokens of a long sequence that are looked at: so many, and up to twice as many less one. */
 export const SAMPLED_TOKENS = 128;
@@ -73,15 +74,32 @@ export interface ChannelStatisticsConfig {
   /** An operand of which nothing is needed is left out. */
   readonly key: StatisticsOf | undefined;
   readonly value: StatisticsOf | undefined;
+  /** Of the keys that a mask hides from every row nothing is looked at. */
+  readonly hiddenKeys: HiddenKeys;
 }
 
-export const CHANNEL_STATISTICS_POINTERS = ['sequences', 'k', 'v', 'keyMean', 'valueMean', 'valueScale'] as const;
+export const CHANNEL_STATISTICS_POINTERS = [
+  'sequences',
+  'k',
+  'v',
+  'keyMean',
+  'valueMean',
+  'valueScale',
+  'visibleKeys',
+] as const;
 /** `sequenceHeads`: sequences times heads, the CTAs of an operand; those of K come first. */
-export const CHANNEL_STATISTICS_INTEGERS = ['heads', 'sequenceHeads'] as const;
+export const CHANNEL_STATISTICS_INTEGERS = ['heads', 'sequenceHeads', 'paddedTokens'] as const;
 export const CHANNEL_STATISTICS_THREADS = 512;
 const WARPS = CHANNEL_STATISTICS_THREADS / 32;
 
-export function channelStatistics({ target, dtype, key, value }: ChannelStatisticsConfig): Kernel {
+/** Keys of a sequence that are looked at: from `first` on, `count` of `length`. */
+interface Stretch {
+  readonly first: Reg<'u32'>;
+  readonly length: Reg<'u32'>;
+  readonly count: Reg<'u32'>;
+}
+
+export function channelStatistics({ target, dtype, key, value, hiddenKeys }: ChannelStatisticsConfig): Kernel {
   const b = new KernelBuilder({ name: 'channelStatistics', target, threads: CHANNEL_STATISTICS_THREADS });
   const pointer = pointers(b, CHANNEL_STATISTICS_POINTERS);
   const integer = integers(b, CHANNEL_STATISTICS_INTEGERS);
@@ -93,6 +111,7 @@ export function channelStatistics({ target, dtype, key, value }: ChannelStatisti
   const planeBytes = Math.max(...[key, value].map((of) => planesOf(of) * WARPS * rowBytesOf(of)));
   const planes = b.shared('planes', 1, rowMajor(planeBytes));
   const warpMaxima = b.shared('largest of each warp', 1, rowMajor(WARPS * 4));
+  const warpCounts = hiddenKeys === 'none' ? undefined : b.shared('visible keys of each warp', 1, rowMajor(WARPS * 16));
   const shared = b.sharedAddress();
 
   b.section('which sequence and head');
@@ -112,6 +131,69 @@ export function channelStatistics({ target, dtype, key, value }: ChannelStatisti
   else b.if(b.setp('lt', index, b.loadParameter(integer.sequenceHeads)), keyBody, valueBody);
   return b.build();
 
+  /** All keys of an interval. */
+  function whole([from, until]: readonly [Reg<'u32'>, Reg<'u32'>]): Stretch {
+    const length = b.sub(until, from);
+    return { first: from, length, count: length };
+  }
+
+  /** The bit of a token that is `inside`. */
+  function isVisibleAt(bits: Reg<'global'>, token: Reg<'u32'>, inside: Reg<'pred'>): Reg<'pred'> {
+    const word = b.constant('b32', 0);
+    const at = offset(b, bits, b.shr(token, 5), 4);
+    b.when(inside, () => b.ld('b32', at, 0, { readOnly: true, into: word }));
+    return isVisible(b, word, token);
+  }
+
+  /** From the first word with a visible key to the last, and how many there are: the fewer they are, the denser is the sample. */
+  function visibleOf(bits: Reg<'global'>, [from, until]: readonly [Reg<'u32'>, Reg<'u32'>]): Stretch {
+    b.section('visible keys');
+    const joins = [
+      (x: Reg<'u32'>, y: Reg<'u32'>, into?: Reg<'u32'>) => b.add(x, y, into),
+      (x: Reg<'u32'>, y: Reg<'u32'>, into?: Reg<'u32'>) => b.min(x, y, into),
+      (x: Reg<'u32'>, y: Reg<'u32'>, into?: Reg<'u32'>) => b.max(x, y, into),
+    ] as const;
+    const own = [b.constant('u32', 0), b.constant('u32', 0xffffffff), b.constant('u32', 0)];
+    const word = b.mov(thread);
+    const end = b.shr(b.add(until, 31), 5);
+    b.loop(
+      () => b.setp('lt', word, end),
+      () => {
+        const set = b.as(b.ld('b32', offset(b, bits, word, 4), 0, { readOnly: true }), 'u32');
+        const found = [bitsOf(set), b.shl(word, 5), b.shl(b.add(word, 1), 5)] as const;
+        const any = b.setp('ne', set, 0);
+        found.forEach((value, i) => {
+          const so = own[i] as Reg<'u32'>;
+          b.when(any, () => joins[i]?.(so, value, so));
+        });
+        b.add(word, CHANNEL_STATISTICS_THREADS, word);
+      },
+    );
+    own.forEach((value, i) => {
+      for (let lanes = 1; lanes < 32; lanes *= 2) joins[i]?.(value, b.shflBfly(value, lanes), value);
+    });
+    const at = b.add(shared, (warpCounts as SharedTile).base);
+    const [count, least, most] = own as [Reg<'u32'>, Reg<'u32'>, Reg<'u32'>];
+    b.when(b.setp('eq', b.and(thread, 31), 0), () =>
+      b.stVector([count, least, most, most], b.add(at, b.as(b.shl(b.shr(thread, 5), 4), 'shared'))),
+    );
+    b.barSync();
+    const ofWarps = Array.from({ length: WARPS }, (_, i) => b.ldVector('u32', 4, at, 16 * i));
+    const [all, lowest, highest] = joins.map((join, i) =>
+      ofWarps.map((values) => values[i] as Reg<'u32'>).reduce((x, y) => join(x, y)),
+    ) as [Reg<'u32'>, Reg<'u32'>, Reg<'u32'>];
+    const first = b.min(b.max(lowest, from), until);
+    return { first, length: b.sub(b.max(b.min(highest, until), first), first), count: all };
+  }
+
+  /** How many bits of a word are set. */
+  function bitsOf(word: Reg<'u32'>): Reg<'u32'> {
+    const inPairs = b.sub(word, b.and(b.shr(word, 1), 0x55555555));
+    const inFours = b.add(b.and(inPairs, 0x33333333), b.and(b.shr(inPairs, 2), 0x33333333));
+    const inBytes = b.and(b.add(inFours, b.shr(inFours, 4)), 0x0f0f0f0f);
+    return b.shr(b.mul(inBytes, 0x01010101), 24);
+  }
+
   function describe(
     { dim, paddedDim, loadWidth, mean: wantsMean, scale: wantsScale }: StatisticsOf,
     sequenceHead: Reg<'u32'>,
@@ -123,18 +205,32 @@ export function channelStatistics({ target, dtype, key, value }: ChannelStatisti
     const perRow = nextPowerOfTwo(paddedDim / 8);
     const rowsAtOnce = CHANNEL_STATISTICS_THREADS / perRow;
     const [head, sequence] = divide(b, sequenceHead, b.loadParameter(integer.heads));
-    const { keyStart, keyLength } = loadSequence(b, b.loadPointer(pointer.sequences), sequence);
+    const table = b.loadPointer(pointer.sequences);
+    const { keyStart, paddedKeyStart } = loadSequence(b, table, sequence);
+    const range = loadVisibleRange(b, table, sequence);
+    const bits =
+      hiddenKeys === 'none'
+        ? undefined
+        : visibleBitsAt(
+            b,
+            b.loadPointer(pointer.visibleKeys),
+            hiddenKeys,
+            head,
+            b.loadParameter(integer.paddedTokens),
+            paddedKeyStart,
+          );
+    const { first, length, count } = bits === undefined ? whole(range) : visibleOf(bits, range);
 
     b.section('the sampled tokens');
-    const stretch = b.div(keyLength, SAMPLED_TOKENS);
-    b.when(b.setp('lt', keyLength, WHOLE_BELOW), () => b.set(stretch, 1));
+    const stretch = b.div(count, SAMPLED_TOKENS);
+    b.when(b.setp('lt', count, WHOLE_BELOW), () => b.set(stretch, 1));
     const row = b.shr(thread, Math.log2(perRow));
     const column = b.and(thread, perRow - 1);
     const channel = b.shl(column, 3);
     let source = offset64(b, b.loadPointer(input), sequence, b.loadParameter(batchStride));
     source = offset64(b, source, head, b.loadParameter(headStride));
     const stride = b.loadParameter(tokenStride);
-    source = offset(b, offset64(b, source, keyStart, stride), channel, BYTES[dtype]);
+    source = offset(b, offset64(b, source, b.add(keyStart, first), stride), channel, BYTES[dtype]);
     const eight = (value: number) => Array.from({ length: 8 }, () => b.constant('f32', value));
     const [sums, counts] = wantsMean ? [eight(0), eight(0)] : [[], []];
     // Of what a mean will be subtracted from, both ends are needed; else the magnitude.
@@ -147,11 +243,12 @@ export function channelStatistics({ target, dtype, key, value }: ChannelStatisti
     // Loads that are under way at once hide the latency of memory: those of a whole sample, if registers allow.
     const atOnce = Math.max(1, Math.min(dtype === 'float32' ? 4 : 8, SAMPLED_TOKENS / rowsAtOnce));
     b.loop(
-      () => b.setp('lt', stretchStart, keyLength),
+      () => b.setp('lt', stretchStart, length),
       () => {
         const loaded = Array.from({ length: atOnce }, () => {
           const token = b.add(stretchStart, b.mulHi(b.mul(rank, GOLDEN_RATIO), stretch));
-          const inside = b.setp('lt', token, keyLength);
+          const inside = b.setp('lt', token, length);
+          if (bits !== undefined) b.andPred(inside, isVisibleAt(bits, b.add(first, token), inside), inside);
           const guard = (first: number) => b.andPred(inside, b.setp('lt', b.add(channel, first), dim));
           const words = loadEightPacked(b, dtype, loadWidth, offset64(b, source, token, stride), guard);
           b.add(rank, rowsAtOnce, rank);

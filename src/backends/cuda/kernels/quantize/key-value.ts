@@ -13,7 +13,8 @@
  *
  * An element that is not finite sets its token's bit in `keyFaults` and the sign bit of the scales of its 64 keys: attention
  * makes NaN of the rows that see it, and of those only. Of V it becomes 0 with its neighbours, since 0 * NaN would reach
- * the others; it takes no part in a scale. So it is with numbers beyond FP16's range where V is stored in FP16. Behind the last token of a sequence, tiles are filled with copies of it.
+ * the others; it takes no part in a scale. So it is with numbers beyond FP16's range where V is stored in FP16. Before the first
+ * key that causality, window and length leave to any row, and behind the last, tiles are filled with copies of it.
  */
 import { TOKEN_PERMUTATION } from '../../../../quantization/value-fp8.ts';
 import type { DType } from '../../../../tensor/dtype.ts';
@@ -25,6 +26,7 @@ import { divide, integers, KEY_VALUE_STRIDES, offset, offset64, pointers } from 
 import { BEYOND_FP16_BITS, INFINITY_BITS, MAGIC, nextPowerOfTwo, SMALLEST_GROUP_MAXIMUM } from '../parts/constants.ts';
 import { BYTES, type LoadWidth, loadEightFloats, loadEightPacked, packBytes, unpackEight } from '../parts/elements.ts';
 import { loadSequence } from '../parts/sequences.ts';
+import { type HiddenKeys, isVisible, loadVisibleRange, visibleBitsAt } from './visible-keys.ts';
 
 export interface QuantizeKeyValueConfig {
   readonly target: Target;
@@ -43,6 +45,8 @@ export interface QuantizeKeyValueConfig {
   readonly smoothK: boolean;
   /** Subtract `valueMean`. */
   readonly smoothV: boolean;
+  /** Keys that a mask hides from every row count in no scale. */
+  readonly hiddenKeys: HiddenKeys;
 }
 
 /** Keys of a CTA. */
@@ -62,6 +66,7 @@ export const QUANTIZE_KEY_VALUE_POINTERS = [
   'keyFaults',
   'value',
   'valueTileScale',
+  'visibleKeys',
 ] as const;
 export const QUANTIZE_KEY_VALUE_INTEGERS = ['heads', 'tiles', 'paddedTokens'] as const;
 
@@ -129,16 +134,21 @@ export function quantizeKeyValue(config: QuantizeKeyValueConfig): Kernel {
   const warp = b.shr(thread, 5);
   const [tile, sequenceHead] = divide(b, b.special('%ctaid.x'), b.loadParameter(integer.tiles));
   const [head, sequence] = divide(b, sequenceHead, b.loadParameter(integer.heads));
-  const { keyStart, keyLength, paddedKeyStart } = loadSequence(b, b.loadPointer(pointer.sequences), sequence);
+  const table = b.loadPointer(pointer.sequences);
+  const { keyStart, keyLength, paddedKeyStart } = loadSequence(b, table, sequence);
+  const [seenFrom, seenUntil] = loadVisibleRange(b, table, sequence);
   const firstToken = b.mul(tile, KEY_VALUE_TILE);
-  b.when(b.setp('ge', firstToken, keyLength), () => b.exit());
+  b.when(b.setp('ge', firstToken, seenUntil), () => b.exit());
+  b.when(b.setp('le', b.add(firstToken, KEY_VALUE_TILE), seenFrom), () => b.exit());
   const tokensLeft = b.sub(keyLength, firstToken);
-  const lastToken = b.sub(tokensLeft, 1);
+  const firstSeen = b.sub(b.max(seenFrom, firstToken), firstToken);
+  const lastSeen = b.sub(b.sub(seenUntil, firstToken), 1);
   // Beyond the padding of this sequence lies the next.
   const secondHalf = b.setp('gt', tokensLeft, HALF);
   const paddedTokens = b.loadParameter(integer.paddedTokens);
   const firstRow = b.add(b.mad(head, paddedTokens, paddedKeyStart), firstToken);
-  /** Loads eight channels of each token; those beyond the last are its copies. */
+  const isSeen = visibility();
+  /** Loads eight channels of each token; those beyond the interval of seen keys are copies of its ends. */
   const loaderOf = (
     input: typeof pointer.k,
     [batch, ofHead, token]: readonly [Parameter<'u64'>, Parameter<'u64'>, Parameter<'u64'>],
@@ -150,9 +160,15 @@ export function quantizeKeyValue(config: QuantizeKeyValueConfig): Kernel {
     source = offset64(b, source, head, b.loadParameter(ofHead));
     const stride = b.loadParameter(token);
     source = offset(b, offset64(b, source, b.add(keyStart, firstToken), stride), channel, bytes);
-    const inside = (first: number) => (dim === span ? undefined : b.setp('lt', b.add(channel, first), dim));
-    return (inTile: Reg<'u32'>) =>
-      loadEightPacked(b, dtype, width, offset64(b, source, b.min(inTile, lastToken), stride), inside);
+    const inRow = (first: number) => (dim === span ? undefined : b.setp('lt', b.add(channel, first), dim));
+    return (inTile: Reg<'u32'>) => {
+      const seen = isSeen?.(inTile);
+      const inside = (first: number) => {
+        const guard = inRow(first);
+        return seen === undefined || guard === undefined ? (guard ?? seen) : b.andPred(guard, seen);
+      };
+      return loadEightPacked(b, dtype, width, offset64(b, source, clamped(inTile), stride), inside);
+    };
   };
 
   b.section('load K');
@@ -185,9 +201,10 @@ export function quantizeKeyValue(config: QuantizeKeyValueConfig): Kernel {
   const ofHalves = [b.constant('u32', 0), b.constant('u32', 0)];
   keys.forEach((packed, pass) => {
     const largest = largestOf(centered(packed, keyMean));
+    leaveOutHidden(largest, b.add(row, pass * rowsAtOnce));
     leaveOutFaults(largest, pass);
-    // A copy of the last token may be of another group.
-    b.when(b.setp('gt', b.add(row, pass * rowsAtOnce), lastToken), () => b.set(largest, 0));
+    // A copy of a token may be of another group than that.
+    leaveOutUnseen(largest, b.add(row, pass * rowsAtOnce));
     const ofHalf = at(ofHalves, halfOf(pass));
     b.max(ofHalf, largest, ofHalf);
   });
@@ -212,6 +229,7 @@ export function quantizeKeyValue(config: QuantizeKeyValueConfig): Kernel {
   let largestCode = b.constant('u32', 0);
   values.packed.forEach((packed, i) => {
     const largest = largestOf(scaled(centered(packed, valueMean), toCodes));
+    leaveOutHidden(largest, at(values.tokens, i));
     leaveOutFaults(largest, passes + i, fp8 ? INFINITY_BITS : BEYOND_FP16_BITS);
     if (fp8) b.max(largestCode, largest, largestCode);
   });
@@ -231,6 +249,34 @@ export function quantizeKeyValue(config: QuantizeKeyValueConfig): Kernel {
   b.if(b.setp('lt', thread, 2 * keyScales), writeKeyScales);
   values.store();
   return b.build();
+
+  // ---- visible keys
+
+  /** The token itself, or the nearest in the interval of keys that a row may see. */
+  function clamped(inTile: Reg<'u32'>): Reg<'u32'> {
+    return b.max(b.min(inTile, lastSeen), firstSeen);
+  }
+
+  /** Of the tile's tokens, what a mask hides from every row; undefined without a mask. */
+  function visibility(): ((inTile: Reg<'u32'>) => Reg<'pred'>) | undefined {
+    if (config.hiddenKeys === 'none') return undefined;
+    const base = b.loadPointer(pointer.visibleKeys);
+    const bits = visibleBitsAt(b, base, config.hiddenKeys, head, paddedTokens, b.add(paddedKeyStart, firstToken));
+    const at = (token: Reg<'u32'>) => offset(b, bits, b.shr(token, 5), 4);
+    return (inTile) => {
+      const token = clamped(inTile);
+      return isVisible(b, b.ld('b32', at(token), 0, { readOnly: true }), token);
+    };
+  }
+
+  function leaveOutHidden(largest: Reg<'u32'>, inTile: Reg<'u32'>): void {
+    if (isSeen !== undefined) b.when(isSeen(inTile), () => b.set(largest, 0), true);
+  }
+
+  function leaveOutUnseen(largest: Reg<'u32'>, inTile: Reg<'u32'>): void {
+    b.when(b.setp('gt', inTile, lastSeen), () => b.set(largest, 0));
+    b.when(b.setp('lt', inTile, firstSeen), () => b.set(largest, 0));
+  }
 
   // ---- channels
 
@@ -275,7 +321,7 @@ export function quantizeKeyValue(config: QuantizeKeyValueConfig): Kernel {
   function reportFaults(): void {
     [...keyTokens(), ...values.tokens].forEach((token, i) => {
       const found = isFaulty(i);
-      const real = b.andPred(found, b.setp('le', token, lastToken));
+      const real = b.andPred(found, b.setp('le', token, lastSeen));
       tokenBits.forEach((bits, word) => {
         // Shifts by 32 and more give 0, those by less than 0 too.
         const bit = b.shl(b.constant('b32', 1), b.sub(token, 32 * word));
@@ -383,6 +429,11 @@ export function quantizeKeyValue(config: QuantizeKeyValueConfig): Kernel {
           b.when(isFaulty(passes + i), () => {
             for (const pair of pairs) b.set(pair, 0);
           });
+          if (isSeen !== undefined) {
+            b.when(b.notPred(isSeen(at(tokens, i))), () => {
+              for (const pair of pairs) b.set(pair, 0);
+            });
+          }
         }
         const kept = b.andPred(inRow, b.orPred(secondHalf, b.setp('lt', at(tokens, i), HALF)));
         b.when(kept, () => b.stVector(pairs, destination, i * atOnce * rowBytes));

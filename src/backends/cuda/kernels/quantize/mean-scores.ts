@@ -12,6 +12,7 @@ import { divide, integers, offset, offset64, pointers } from '../parts/addresses
 import { nextPowerOfTwo } from '../parts/constants.ts';
 import { BYTES, type LoadWidth, loadEight, loadEightFloats } from '../parts/elements.ts';
 import { loadSequence } from '../parts/sequences.ts';
+import { type HiddenKeys, isVisible, visibleBitsAt } from './visible-keys.ts';
 
 export interface MeanScoresConfig {
   readonly target: Target;
@@ -20,15 +21,25 @@ export interface MeanScoresConfig {
   readonly paddedDim: number;
   readonly loadWidth: LoadWidth;
   readonly keyMean: boolean;
+  /** Keys that a mask hides from every row get the shares of a key of zeros. */
+  readonly hiddenKeys: HiddenKeys;
 }
 
-export const MEAN_SCORES_POINTERS = ['sequences', 'input', 'keyMean', 'queryMean', 'meanScores'] as const;
+export const MEAN_SCORES_POINTERS = [
+  'sequences',
+  'input',
+  'keyMean',
+  'queryMean',
+  'meanScores',
+  'visibleKeys',
+] as const;
 export const MEAN_SCORES_INTEGERS = [
   'queryHeads',
   'headsPerKeyHead',
   'keyTiles',
   'paddedQueries',
   'meanScoreKeys',
+  'paddedKeys',
 ] as const;
 export const MEAN_SCORES_THREADS = 256;
 const KEYS = 64;
@@ -91,10 +102,17 @@ export function meanScores(config: MeanScoresConfig): Kernel {
     });
   }
   const destination = b.add(b.add(shared, keys.base), b.as(b.mad(row, rowBytes, b.shl(channel, 2)), 'shared'));
+  const bits = config.hiddenKeys === 'none' ? undefined : visibleBits(config.hiddenKeys);
   const step = b.as(b.mul(stride, rowsAtOnce), 'global');
   for (let first = 0; first < KEYS; first += rowsAtOnce) {
     const inBlock = b.setp('lt', b.add(row, first), KEYS);
     const inside = b.setp('lt', b.add(row, first), keysLeft);
+    if (bits !== undefined)
+      b.andPred(
+        inside,
+        isVisible(b, b.selp(bits[1], bits[0], b.setp('ge', b.add(row, first), 32)), b.add(row, first)),
+        inside,
+      );
     const values = loadEight(b, dtype, loadWidth, source, channel, headDim, inside);
     const centered = values.map((value, i) => b.sub(value, mean[i] as Reg<'f32'>));
     b.when(inBlock, () => {
@@ -181,4 +199,11 @@ export function meanScores(config: MeanScoresConfig): Kernel {
     },
   );
   return b.build();
+
+  function visibleBits(hidden: HiddenKeys): [Reg<'b32'>, Reg<'b32'>] {
+    const first = b.add(table.paddedKeyStart, firstKey);
+    const base = b.loadPointer(pointer.visibleKeys);
+    const at = visibleBitsAt(b, base, hidden, keyHead, b.loadParameter(integer.paddedKeys), first);
+    return b.ldVector('b32', 2, at, 0, { readOnly: true }) as [Reg<'b32'>, Reg<'b32'>];
+  }
 }

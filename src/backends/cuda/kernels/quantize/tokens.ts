@@ -16,6 +16,7 @@ import { divide, integers, offset, offset64, pointers } from '../parts/addresses
 import { INFINITY_BITS, LOG2_E, MAGIC, nextPowerOfTwo, SMALLEST_GROUP_MAXIMUM } from '../parts/constants.ts';
 import { BYTES, type LoadWidth, loadEight, loadEightFloats, packBytes } from '../parts/elements.ts';
 import { loadSequence } from '../parts/sequences.ts';
+import { type HiddenKeys, isVisible, loadVisibleRange, visibleBitsAt } from './visible-keys.ts';
 
 export interface QuantizeTokensConfig {
   readonly target: Target;
@@ -38,6 +39,8 @@ export interface QuantizeTokensConfig {
   readonly keyMean: boolean;
   /** Q only: subtract the mean of the block's tokens and write it to `queryMean`. */
   readonly smoothQ: boolean;
+  /** K only: keys that a mask hides from every row are zeros. */
+  readonly hiddenKeys: HiddenKeys;
 }
 
 export const QUANTIZE_TOKENS_POINTERS = [
@@ -49,6 +52,7 @@ export const QUANTIZE_TOKENS_POINTERS = [
   'rowBias',
   'keyFaults',
   'queryMean',
+  'visibleKeys',
 ] as const;
 export const QUANTIZE_TOKENS_INTEGERS = ['heads', 'blocks', 'paddedTokens', 'headsPerKeyHead'] as const;
 /** Strides of the input in bytes. */
@@ -92,6 +96,7 @@ export function quantizeTokens(config: QuantizeTokensConfig): Kernel {
   const firstToken = b.mul(block, blockTokens);
   b.when(b.setp('ge', firstToken, length), () => b.exit());
   const tokensLeft = b.sub(length, firstToken);
+  const isSeen = isQuery ? undefined : seenKeys();
 
   b.section('load');
   const row = b.shr(thread, Math.log2(perRow));
@@ -106,7 +111,8 @@ export function quantizeTokens(config: QuantizeTokensConfig): Kernel {
   const values: Reg<'f32'>[][] = [];
   const inside: Reg<'pred'>[] = [];
   for (let pass = 0; pass < passes; pass++) {
-    const rowInside = b.setp('lt', b.add(row, pass * rowsAtOnce), tokensLeft);
+    const inBlock = b.add(row, pass * rowsAtOnce);
+    const rowInside = isSeen === undefined ? b.setp('lt', inBlock, tokensLeft) : isSeen(inBlock);
     inside.push(rowInside);
     values.push(loadEight(b, dtype, config.loadWidth, source, channel, headDim, rowInside));
     if (pass + 1 < passes) source = b.add(source, step);
@@ -234,6 +240,21 @@ export function quantizeTokens(config: QuantizeTokensConfig): Kernel {
     });
   });
   return b.build();
+
+  /** Which keys of the block any row may see; without one the CTA ends. */
+  function seenKeys(): (inBlock: Reg<'u32'>) => Reg<'pred'> {
+    const [from, until] = loadVisibleRange(b, b.loadPointer(pointer.sequences), sequence);
+    b.when(b.setp('ge', firstToken, until), () => b.exit());
+    b.when(b.setp('le', b.add(firstToken, blockTokens), from), () => b.exit());
+    const inRange = (token: Reg<'u32'>) => b.andPred(b.setp('ge', token, from), b.setp('lt', token, until));
+    if (config.hiddenKeys === 'none') return (inBlock) => inRange(b.add(firstToken, inBlock));
+    const first = b.add(paddedStart, firstToken);
+    const base = b.loadPointer(pointer.visibleKeys);
+    const bits = visibleBitsAt(b, base, config.hiddenKeys, head, b.loadParameter(integer.paddedTokens), first);
+    const [low, high] = b.ldVector('b32', 2, bits, 0, { readOnly: true }) as [Reg<'b32'>, Reg<'b32'>];
+    // Bits are set in the interval only.
+    return (inBlock) => isVisible(b, b.selp(high, low, b.setp('ge', inBlock, 32)), inBlock);
+  }
 
   /** Attention takes positive scales only: Q bears the sign of smScale. */
   function signedLargest(): Reg<'f32'> {

@@ -16,6 +16,7 @@ import { divide, integers, offset, offset64, pointers } from '../parts/addresses
 import { BEYOND_FP16_BITS, INFINITY_BITS, nextPowerOfTwo } from '../parts/constants.ts';
 import { BYTES, type LoadWidth, loadEight, loadEightFloats } from '../parts/elements.ts';
 import { loadSequence } from '../parts/sequences.ts';
+import { type HiddenKeys, isVisible, loadVisibleRange, visibleBitsAt } from './visible-keys.ts';
 
 export interface ValueConfig {
   readonly target: Target;
@@ -27,6 +28,8 @@ export interface ValueConfig {
   readonly smoothV: boolean;
   /** Scales in a K tile, whose signs say that the tile has faults. */
   readonly keyScales: 1 | 4;
+  /** Keys that a mask hides from every row are zeros and count in no maximum. */
+  readonly hiddenKeys: HiddenKeys;
 }
 
 /** Tokens that a CTA of `quantizeValue` and `convertValue` takes: one K tile. */
@@ -43,6 +46,7 @@ export const VALUE_POINTERS = [
   'valueScale',
   'keyScale',
   'keyFaults',
+  'visibleKeys',
 ] as const;
 export const VALUE_INTEGERS = ['heads', 'blocks', 'paddedTokens'] as const;
 
@@ -56,10 +60,14 @@ interface Place {
   /** Which of the blocks that the grid has for each head of each sequence. */
   readonly block: Reg<'u32'>;
   readonly keyStart: Reg<'u32'>;
-  readonly keyLength: Reg<'u32'>;
   readonly paddedKeyStart: Reg<'u32'>;
   /** Row of the sequence's head in `[sequence, head, channel]` buffers. */
   readonly sequenceHead: Reg<'u32'>;
+  /** Whether any row may see a token. */
+  readonly isSeen: (token: Reg<'u32'>) => Reg<'pred'>;
+  /** The interval outside of which no row sees any. */
+  readonly seenFrom: Reg<'u32'>;
+  readonly seenUntil: Reg<'u32'>;
   readonly pointer: ReturnType<typeof pointers<(typeof VALUE_POINTERS)[number]>>;
   readonly paddedTokens: Reg<'u32'>;
   /** First element of the head. */
@@ -68,7 +76,7 @@ interface Place {
 }
 
 /** Parameters and place, common to the three kernels. */
-function begin(b: KernelBuilder): Place {
+function begin(b: KernelBuilder, hiddenKeys: HiddenKeys): Place {
   const pointer = pointers(b, VALUE_POINTERS);
   const integer = integers(b, VALUE_INTEGERS);
   const batchStride = b.parameter('batchStride', 'u64');
@@ -79,23 +87,50 @@ function begin(b: KernelBuilder): Place {
   const heads = b.loadParameter(integer.heads);
   const [block, sequenceHeadIndex] = divide(b, b.special('%ctaid.x'), b.loadParameter(integer.blocks));
   const [head, sequence] = divide(b, sequenceHeadIndex, heads);
-  const table = loadSequence(b, b.loadPointer(pointer.sequences), sequence);
+  const sequences = b.loadPointer(pointer.sequences);
+  const table = loadSequence(b, sequences, sequence);
+  const [seenFrom, seenUntil] = loadVisibleRange(b, sequences, sequence);
+  const paddedTokens = b.loadParameter(integer.paddedTokens);
   let source = offset64(b, b.loadPointer(pointer.input), sequence, b.loadParameter(batchStride));
   source = offset64(b, source, head, b.loadParameter(headStride));
+  const isSeen = (token: Reg<'u32'>) => {
+    const inRange = b.andPred(b.setp('ge', token, seenFrom), b.setp('lt', token, seenUntil));
+    if (hiddenKeys === 'none') return inRange;
+    const bits = visibleBitsAt(
+      b,
+      b.loadPointer(pointer.visibleKeys),
+      hiddenKeys,
+      head,
+      paddedTokens,
+      table.paddedKeyStart,
+    );
+    const word = b.constant('b32', 0);
+    const at = offset(b, bits, b.shr(token, 5), 4);
+    b.when(inRange, () => b.ld('b32', at, 0, { readOnly: true, into: word }));
+    return isVisible(b, word, token);
+  };
   return {
     thread,
     head,
     sequence,
     block,
     keyStart: table.keyStart,
-    keyLength: table.keyLength,
     paddedKeyStart: table.paddedKeyStart,
     sequenceHead: sequenceHeadIndex,
+    isSeen,
+    seenFrom,
+    seenUntil,
     pointer,
-    paddedTokens: b.loadParameter(integer.paddedTokens),
+    paddedTokens,
     source,
     tokenStride: b.loadParameter(tokenStrideParameter),
   };
+}
+
+/** Ends the CTA of a block in which no row sees a key. */
+function endWithoutKeys(b: KernelBuilder, { seenFrom, seenUntil }: Place, firstToken: Reg<'u32'>): void {
+  b.when(b.setp('ge', firstToken, seenUntil), () => b.exit());
+  b.when(b.setp('le', b.add(firstToken, VALUE_BLOCK), seenFrom), () => b.exit());
 }
 
 /** Eight channels of a `[sequence, head, channel]` vector. */
@@ -106,18 +141,19 @@ function channelVector(b: KernelBuilder, place: Place, name: 'valueMean', channe
 
 /** Largest finite magnitude of each channel in each of {@link VALUE_CHUNKS} parts of a sequence, `[sequence, head, chunk, channel]`. */
 export function valueMaximum(config: ValueConfig): Kernel {
-  const { target, dtype, valueDim, paddedValueDim, loadWidth, smoothV } = config;
+  const { target, dtype, valueDim, paddedValueDim, loadWidth, smoothV, hiddenKeys } = config;
   const threads = valueThreads(config);
   const perRow = nextPowerOfTwo(paddedValueDim / 8);
   const rowsAtOnce = threads / perRow;
   const b = new KernelBuilder({ name: 'valueMaximum', target, threads });
-  const place = begin(b);
+  const place = begin(b, config.hiddenKeys);
   const tile = b.shared('maxima', rowsAtOnce, rowMajor(perRow * 32));
 
   b.section('maximum of this chunk');
-  const chunk = b.div(b.add(place.keyLength, VALUE_CHUNKS - 1), VALUE_CHUNKS);
-  const firstToken = b.mul(place.block, chunk);
-  const endToken = b.min(b.add(firstToken, chunk), place.keyLength);
+  const seen = b.sub(place.seenUntil, place.seenFrom);
+  const chunk = b.div(b.add(seen, VALUE_CHUNKS - 1), VALUE_CHUNKS);
+  const firstToken = b.mad(place.block, chunk, place.seenFrom);
+  const endToken = b.min(b.add(firstToken, chunk), place.seenUntil);
   const row = b.shr(place.thread, Math.log2(perRow));
   const channel = b.shl(b.and(place.thread, perRow - 1), 3);
   const token = b.add(firstToken, row);
@@ -134,7 +170,8 @@ export function valueMaximum(config: ValueConfig): Kernel {
     () => b.setp('lt', token, endToken),
     () => {
       for (let unrolled = 0; unrolled < 4; unrolled++) {
-        const inside = b.setp('lt', token, endToken);
+        const inChunk = b.setp('lt', token, endToken);
+        const inside = hiddenKeys === 'none' ? inChunk : b.andPred(inChunk, place.isSeen(token));
         const values = loadEight(b, dtype, loadWidth, source, channel, valueDim, inside);
         values.forEach((value, i) => {
           const centered = means === undefined ? value : b.sub(value, means[i] as Reg<'f32'>);
@@ -200,14 +237,13 @@ export function convertValue(config: ValueConfig): Kernel {
   const perRow = nextPowerOfTwo(paddedValueDim / 8);
   const rowsAtOnce = threads / perRow;
   const b = new KernelBuilder({ name: 'convertValue', target, threads });
-  const place = begin(b);
+  const place = begin(b, config.hiddenKeys);
   const firstToken = b.mul(place.block, VALUE_BLOCK);
-  b.when(b.setp('ge', firstToken, place.keyLength), () => b.exit());
+  endWithoutKeys(b, place, firstToken);
 
   b.section('convert');
   const row = b.shr(place.thread, Math.log2(perRow));
   const channel = b.shl(b.and(place.thread, perRow - 1), 3);
-  const tokensLeft = b.sub(place.keyLength, firstToken);
   let source = offset64(b, place.source, b.add(b.add(place.keyStart, firstToken), row), place.tokenStride);
   source = offset(b, source, channel, BYTES[dtype]);
   const stepBytes = b.as(b.mul(place.tokenStride, rowsAtOnce), 'global');
@@ -222,7 +258,7 @@ export function convertValue(config: ValueConfig): Kernel {
     const token = b.add(row, first);
     // More threads than the block has elements: rows beyond it are not stored.
     const inBlock = rowsAtOnce > VALUE_BLOCK ? b.andPred(stored, b.setp('lt', token, VALUE_BLOCK)) : stored;
-    const inside = b.setp('lt', token, tokensLeft);
+    const inside = place.isSeen(b.add(firstToken, token));
     const values = loadEight(b, dtype, loadWidth, source, channel, valueDim, inside);
     const faulty = b.constant('b32', 0);
     values.forEach((value, i) => {
@@ -248,9 +284,9 @@ export function quantizeValue(config: ValueConfig & { readonly vMax: number }): 
   const { target, dtype, valueDim, paddedValueDim, loadWidth, smoothV, vMax, keyScales } = config;
   const threads = (paddedValueDim / 8) * 16;
   const b = new KernelBuilder({ name: 'quantizeValue', target, threads: Math.max(32, threads) });
-  const place = begin(b);
+  const place = begin(b, config.hiddenKeys);
   const firstToken = b.mul(place.block, VALUE_BLOCK);
-  b.when(b.setp('ge', firstToken, place.keyLength), () => b.exit());
+  endWithoutKeys(b, place, firstToken);
 
   b.section('scales of the channels of this thread');
   const word = b.and(place.thread, 15); // four permuted tokens: positions 4 * word ..
@@ -278,7 +314,8 @@ export function quantizeValue(config: ValueConfig & { readonly vMax: number }): 
     b.when(b.setp('eq', value, 0), () => b.set(reciprocal, 0));
     return reciprocal;
   });
-  b.if(b.andPred(b.setp('eq', place.block, 0), b.setp('eq', word, 0)), () => {
+  const isFirst = b.setp('eq', place.block, b.div(place.seenFrom, VALUE_BLOCK));
+  b.if(b.andPred(isFirst, b.setp('eq', word, 0)), () => {
     const scales = maxima.map((maximum) => b.divF32(b.as(maximum, 'f32'), vMax));
     const at = offset(
       b,
@@ -301,10 +338,9 @@ export function quantizeValue(config: ValueConfig & { readonly vMax: number }): 
     channel,
     BYTES[dtype],
   );
-  const tokensLeft = b.sub(place.keyLength, firstToken);
   const tokens = TOKEN_PERMUTATION.slice(0, 4).map((later) => {
     const token = b.add(firstOfWord, later);
-    const inside = b.setp('lt', token, tokensLeft);
+    const inside = place.isSeen(b.add(firstToken, token));
     const source = later === 0 ? base : b.add(base, b.as(b.mul(place.tokenStride, later), 'global'));
     const values = loadEight(b, dtype, loadWidth, source, channel, valueDim, inside);
     const faulty = b.constant('b32', 0);

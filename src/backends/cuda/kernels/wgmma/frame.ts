@@ -7,6 +7,7 @@ import type { Parameter, Reg } from '../../ptx/types.ts';
 import { integers, pointers } from '../parts/addresses.ts';
 import { type BandParameters, bandParameters } from '../parts/band.ts';
 import { Ring } from '../parts/ring.ts';
+import { type SoftcapParameters, softcapParameters } from '../parts/scores.ts';
 import { type HopperConfig, type SharedPlan, sharedPlanOf } from './config.ts';
 import { uniform } from './instructions.ts';
 
@@ -67,8 +68,7 @@ export interface Frame {
   readonly maps: readonly Parameter<'tensorMap'>[];
   readonly band: BandParameters;
   readonly smScale: Parameter<'f32'>;
-  /** softcap * log2(e) */
-  readonly softcap: Parameter<'f32'>;
+  readonly softcap: SoftcapParameters;
   /** V and P are FP8. */
   readonly fp8: boolean;
   /** The kernel quantizes Q itself. */
@@ -110,7 +110,7 @@ export function makeFrame(config: HopperConfig): Frame {
     strides: pointers(b, HOPPER_STRIDES),
     band: bandParameters(b),
     smScale: b.parameter('smScale', 'f32'),
-    softcap: b.parameter('softcap', 'f32'),
+    softcap: softcapParameters(b),
     maps: HOPPER_MAPS.map((name) => b.parameter(name, 'tensorMap')),
   };
 
