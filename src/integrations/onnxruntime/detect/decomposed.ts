@@ -28,7 +28,7 @@ export function detectDecomposed(index: GraphIndex, node: NodeProto): Detection 
   const left = (reason: string): Detection => ({
     left: {
       name: node.name || (node.output[0] as string),
-      form: is(node, 'Softmax') || 'reason' in softmax ? FORM : FORM_IN_STEPS,
+      form: node.opType === 'Softmax' ? FORM : FORM_IN_STEPS,
       heads: undefined,
       headDim: undefined,
       reason,

@@ -29,7 +29,10 @@ export const nameOf = (node: NodeProto): string => node.name || (node.output[0] 
 
 /** The softmax that ends in a node; a reason where it is one that kernels do not have; undefined for any other node. */
 export function softmaxAt(index: GraphIndex, node: NodeProto): SoftmaxForm | { readonly reason: string } | undefined {
-  if (!isOp(node, 'Softmax')) return softmaxInSteps(index, node);
+  if (!isOp(node, 'Softmax')) {
+    const reason = 'a softmax in steps of which one is not as expected';
+    return softmaxInSteps(index, node) ?? (resemblesSteps(index, node) ? { reason } : undefined);
+  }
   const attribute = unknownAttribute(node);
   if (attribute !== undefined) return { reason: `attribute '${attribute}' of Softmax` };
   const axis = intAttribute(node, 'axis') ?? (index.opset >= 13 ? -1 : 1);
@@ -69,6 +72,24 @@ function softmaxInSteps(index: GraphIndex, node: NodeProto): SoftmaxForm | undef
     };
   }
   return undefined;
+}
+
+/** Exponentials divided by their sum, whatever the nodes on the way say exactly. */
+function resemblesSteps(index: GraphIndex, node: NodeProto): boolean {
+  const inputs = isOp(node, 'Div') ? [node.input[1]] : isOp(node, 'Mul') ? node.input : [];
+  const exponentials = node.input.filter((input) => isOp(index.producer(input), 'Exp'));
+  return (
+    exponentials.length === 1 &&
+    inputs.some((input) => {
+      let at = input;
+      for (let step = 0; step < 8 && at !== undefined; step++) {
+        const producer = index.producer(at);
+        at = producer?.input[0];
+        if (isOp(producer, 'ReduceSum')) return at === exponentials[0];
+      }
+      return false;
+    })
+  );
 }
 
 /** Dividend and divisor, in either spelling, and the nodes between. */
