@@ -215,6 +215,93 @@ describe('a rewritten GraphModel', () => {
     await expectSame(g, [g.node('BatchMatMulV2', [g.node('Softmax', [cast]), v])], { attentions: 0 });
   });
 
+  it.each([
+    ['keys first, channels last (Keras)', 'aecd,abcd->acbe', 'acbe,aecd->abcd', [2, 5, 3, 8], [2, 7, 3, 8], true],
+    ['heads in front', 'bhid,bhjd->bhij', 'bhij,bhjd->bhid', [2, 3, 5, 8], [2, 3, 7, 8], false],
+    ['values first', 'bid,bjd->bij', 'bjd,bij->bdi', [2, 5, 8], [2, 7, 8], false],
+  ] as const)('takes products by Einsum: %s', async (_, ofScores, ofValues, ofQ, ofK, isSwapped) => {
+    const g = builder();
+    const [q, k, v] = [g.input(ofQ), g.input(ofK), g.input(ofK)];
+    const scaled = g.node('Mul', [q, g.scalar(0.3)]);
+    const scores = g.node('Einsum', isSwapped ? [k, scaled] : [scaled, k], { equation: ofScores });
+    const mask = g.input(ofQ.length === 4 ? [2, 1, 5, 7] : [2, 5, 7]);
+    const p = g.node('Softmax', [g.node('AddV2', [scores, mask])]);
+    const values = ofValues.startsWith('bjd') ? [v, p] : [p, v];
+    await expectSame(g, [g.node('Einsum', values, { equation: ofValues })]);
+  });
+
+  it('takes values times transposed probabilities', async () => {
+    const g = builder();
+    const [q, k, v] = [g.input([2, 3, 8, 5]), g.input([2, 3, 8, 7]), g.input([2, 3, 4, 7])];
+    const scores = g.node('Mul', [g.node('BatchMatMulV2', [q, k], { adj_x: true }), g.scalar(0.3)]);
+    await expectSame(g, [g.node('BatchMatMulV2', [v, g.node('Softmax', [scores])], { adj_y: true })]);
+  });
+
+  it.each([
+    ['select', -1e9, 1],
+    ['selectNot', Number.NEGATIVE_INFINITY, 1],
+    ['select', -3, 0],
+  ])('takes a mask by %s with %d where that hides', async (kind, fill, calls) => {
+    const g = builder();
+    const [q, k, v] = [g.input([2, 3, 5, 8]), g.input([2, 3, 7, 8]), g.input([2, 3, 7, 4])];
+    const scores = g.node('BatchMatMulV2', [q, k], { adj_y: true });
+    const condition = g.node('Greater', [g.input([2, 1, 5, 7]), g.scalar(kind === 'select' ? -0.7 : 0.7)]);
+    const branches = kind === 'select' ? [scores, g.scalar(fill)] : [g.scalar(fill), scores];
+    const p = g.node('Softmax', [g.node('SelectV2', [condition, ...branches])]);
+    await expectSame(g, [g.node('BatchMatMulV2', [p, v])], { calls });
+  });
+
+  it('takes a mask that is scaled with the scores, and one that is subtracted', async () => {
+    const g = builder();
+    const [q, k, v] = [g.input([2, 3, 5, 8]), g.input([2, 3, 7, 8]), g.input([2, 3, 7, 4])];
+    const biased = g.node('AddV2', [g.node('BatchMatMulV2', [q, k], { adj_y: true }), g.input([2, 3, 5, 7])]);
+    const scaled = g.node('RealDiv', [biased, g.scalar(3)]);
+    const p = g.node('Softmax', [g.node('Sub', [scaled, g.input([2, 1, 1, 7])])]);
+    await expectSame(g, [g.node('BatchMatMulV2', [p, v])]);
+  });
+
+  it.each([
+    ['the last axis', [2, 3, 5, 7], -1, true, 1],
+    ['the last axis by its number', [2, 3, 5, 7], 3, true, 1],
+    ['another axis', [2, 3, 5, 7], 2, true, 0],
+    ['an axis that is dropped', [7, 7], -1, false, 0],
+  ])('computes a softmax in steps over %s', async (_, shape, axis, keep_dims, calls) => {
+    const g = builder();
+    const batch = shape.slice(0, -2);
+    const q = g.input([...batch, shape.at(-2) as number, 8]);
+    const [k, v] = [g.input([...batch, 7, 8]), g.input([...batch, 7, 4])];
+    const scores = g.node('Mul', [g.node('BatchMatMulV2', [q, k], { adj_y: true }), g.scalar(0.3)]);
+    const max = g.node('Max', [scores, g.shape([axis])], { keep_dims });
+    const e = g.node('Exp', [g.node('Sub', [scores, max])]);
+    const p = g.node('RealDiv', [e, g.node('Sum', [e, g.shape([axis])], { keep_dims })]);
+    await expectSame(g, [g.node('BatchMatMulV2', [p, v])], { calls });
+  });
+
+  it('says why probabilities that go elsewhere stay', () => {
+    const g = builder();
+    const scores = g.node('BatchMatMulV2', [g.input([1, 5, 8]), g.input([1, 7, 8])], { adj_y: true });
+    g.node('Tanh', [g.node('Softmax', [scores])]);
+    const { taken, left } = rewriteTopology(g.topology());
+    expect(taken).toEqual([]);
+    expect(left).toEqual([expect.objectContaining({ reason: expect.stringContaining('go into Tanh') })]);
+  });
+
+  it.each(['squarings', 'a chain', 'a circle'])('looks once at each node of %s', (kind) => {
+    const node = (name: string, op: string, input: string[]) => ({ name, op, input });
+    const count = kind === 'squarings' ? 60 : 10_000;
+    const chain = Array.from({ length: count }, (_, i) => {
+      const before = i > 0 ? `n${i - 1}` : kind === 'a circle' ? `n${count - 1}` : 's';
+      return kind === 'squarings' ? node(`n${i}`, 'Mul', [before, before]) : node(`n${i}`, 'Identity', [before]);
+    });
+    const nodes = [
+      node('s', 'Placeholder', []),
+      ...chain,
+      node('p', 'Softmax', [`n${count - 1}`]),
+      node('y', 'BatchMatMulV2', ['p', 's']),
+    ];
+    expect(rewriteTopology({ node: nodes }).left).toHaveLength(1);
+  });
+
   it('keeps nodes that the caller names as outputs', async () => {
     const g = builder();
     const [q, k, v] = [g.input([1, 2, 5, 8]), g.input([1, 2, 7, 8]), g.input([1, 2, 7, 4])];

@@ -1,7 +1,8 @@
-/** Attention in the topology of a tfjs GraphModel: BatchMatMul, Softmax, BatchMatMul become one operator. */
+/** Attention in the topology of a tfjs GraphModel: the product of q and k, a softmax and the product with v become one operator. */
 
 import { KERNEL_NAMES, type KernelName } from '../../attention/kernels.ts';
 import { InvalidArgumentError } from '../../errors.ts';
+import { swapped } from '../onnxruntime/detect/order.ts';
 import { type Match, matchAttention } from './match.ts';
 import { OPERATOR, registerOperators, SHAPE_OPERATOR } from './operator.ts';
 import { type ModelTopology, nodeName, type Readers, reaches, readersOf, type TopologyNode } from './topology.ts';
@@ -20,7 +21,7 @@ export interface RewrittenTopology {
   readonly topology: ModelTopology;
   /** Names of the products with v that the operator took the place of. */
   readonly taken: readonly string[];
-  /** Softmaxes in front of a product that stay as they are, and why. */
+  /** Softmaxes that something reads and that stay as they are, and why. */
   readonly left: readonly { readonly node: string; readonly reason: string }[];
 }
 
@@ -59,30 +60,37 @@ export function rewriteTopology(modelTopology: object, options: GraphModelOption
   const readers = readersOf(modelTopology);
   const unread = modelTopology.node.filter((node) => !readers.has(node.name)).map((node) => node.name);
   const outputs = [...unread, ...(options.outputs ?? []).map(nodeName)];
-  const taken: string[] = [];
   const left: { node: string; reason: string }[] = [];
+  let replaced: Replacement[] = [];
   for (const softmax of modelTopology.node) {
-    if (softmax.op !== 'Softmax') continue;
-    const match = matchAttention(softmax, nodes, readers);
+    const match = matchAttention(softmax, original, readers);
     if (match === undefined) continue;
-    if ('reason' in match) {
-      left.push({ node: softmax.name, reason: match.reason });
-      continue;
-    }
-    const replaced = replacements(match, readers, kernel);
-    const before = replaced.map(({ name }) => nodes.get(name) as TopologyNode);
-    for (const node of replaced) nodes.set(node.name, node);
-    // Something besides attention may read the scores or probabilities: then they are needed anyway.
-    if (reaches(outputs, nodes).has(match.product.name)) {
-      for (const node of before) nodes.set(node.name, node);
-      left.push({ node: softmax.name, reason: 'scores or probabilities that other nodes read' });
-    } else taken.push(match.output.name);
+    if ('reason' in match) left.push({ node: softmax.name, reason: match.reason });
+    else replaced.push({ softmax: softmax.name, match, nodes: replacements(match, readers, kernel) });
   }
+  for (const replacement of replaced) for (const node of replacement.nodes) nodes.set(node.name, node);
+  // Something besides attention may read the scores or probabilities: then they are needed anyway.
+  for (let needed = replaced; needed.length > 0; ) {
+    const live = reaches(outputs, nodes);
+    needed = replaced.filter(({ match }) => live.has(match.product.node.name));
+    for (const { softmax, nodes: put } of needed) {
+      for (const { name } of put) nodes.set(name, original.get(name) as TopologyNode);
+      left.push({ node: softmax, reason: 'scores or probabilities that other nodes read' });
+    }
+    replaced = replaced.filter((replacement) => !needed.includes(replacement));
+  }
+  const taken = replaced.map(({ match }) => match.output.node.name);
   const live = reaches(outputs, nodes);
   const node = modelTopology.node
     .filter(({ name }) => live.has(name))
     .map(({ name }) => nodes.get(name) as TopologyNode);
   return { topology: { ...modelTopology, node }, taken, left };
+}
+
+interface Replacement {
+  readonly softmax: string;
+  readonly match: Match;
+  readonly nodes: readonly TopologyNode[];
 }
 
 const isTopology = (value: object): value is ModelTopology => Array.isArray((value as ModelTopology | undefined)?.node);
@@ -112,22 +120,21 @@ function validate({ kernel, outputs, ...unknown }: GraphModelOptions, nodes: Rea
 
 /** The operator, and what gives the shapes of scores that are no longer there. */
 function replacements(match: Match, readers: Readers, kernel: KernelName | 'auto'): TopologyNode[] {
-  const { output, product, transposeKeys, values, steps, passing } = match;
-  const keysAndSteps = (count: number): TopologyNode['attr'] => ({
-    transposeKeys: { b: transposeKeys },
-    // Strings are base64 in this format.
-    steps: {
-      s: btoa(
-        steps
-          .slice(0, count)
-          .map(({ kind }) => kind)
-          .join(),
-      ),
-    },
+  const { output, product, steps, passing } = match;
+  // Strings are base64 in this format.
+  const text = (parts: readonly string[]) => ({ s: btoa(parts.join()) });
+  const orders = [product.leftOrder, product.rightOrder, swapped(output.rightOrder), output.outOrder];
+  const described = (count: number) => ({
+    orders: text(orders.map((order) => (typeof order === 'string' ? order : order.join('.')))),
+    steps: text(steps.slice(0, count).map(({ kind }) => kind)),
   });
-  const operands = (count: number) => steps.slice(0, count).flatMap(({ operand }) => operand ?? []);
-  const [q, k] = product.input as [string, string];
-  const stages = [{ node: product, steps: 0 }, ...passing, ...steps.map(({ node }, i) => ({ node, steps: i + 1 }))];
+  const operands = (count: number) => steps.slice(0, count).flatMap((step) => step.operands);
+  const { left: q, right: k } = product;
+  const stages = [
+    { node: product.node, steps: 0 },
+    ...passing,
+    ...steps.map(({ node }, i) => ({ node, steps: i + 1 })),
+  ];
   const shapes = stages.flatMap((stage) =>
     (readers.get(stage.node.name) ?? [])
       .filter(({ op }) => op === 'Shape')
@@ -135,14 +142,14 @@ function replacements(match: Match, readers: Readers, kernel: KernelName | 'auto
         name,
         op: SHAPE_OPERATOR,
         input: [q, k, ...operands(stage.steps)],
-        attr: keysAndSteps(stage.steps) ?? {},
+        attr: described(stage.steps),
       })),
   );
   const attention = {
-    name: output.name,
+    name: output.node.name,
     op: OPERATOR,
-    input: [q, k, values, ...operands(steps.length)],
-    attr: { ...keysAndSteps(steps.length), kernel: { s: btoa(kernel) } },
+    input: [q, k, output.right, ...operands(steps.length)],
+    attr: { ...described(steps.length), kernel: { s: btoa(kernel) } },
   };
   return [attention, ...shapes];
 }

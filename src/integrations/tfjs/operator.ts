@@ -3,8 +3,9 @@ import { type GraphNode, registerOp } from '@tensorflow/tfjs-converter';
 import * as tf from '@tensorflow/tfjs-core';
 import type { KernelName } from '../../attention/kernels.ts';
 import { MAX_HEAD_DIM } from '../../attention/problem.ts';
+import { inverse, type Order, permutationOf } from '../onnxruntime/detect/order.ts';
 import { sageattn } from './attention.ts';
-import type { StepKind } from './match.ts';
+import { operandsOfStep, type StepKind } from './match.ts';
 
 /** Name of the operator that stands for attention in a rewritten topology. */
 export const OPERATOR = 'SageAttention';
@@ -18,30 +19,44 @@ export function registerOperators(): void {
 
 interface Step {
   readonly kind: StepKind;
-  readonly operand: tf.Tensor | undefined;
+  readonly operands: readonly tf.Tensor[];
 }
 
-/** `softmax(steps(q k)) v` as the graph spells it. */
+/** `softmax(steps(q k^T)) v`, with q `[.., L, D]` and k `[.., S, D]`. */
 interface Call {
   readonly q: tf.Tensor;
   readonly k: tf.Tensor;
-  readonly transposeKeys: boolean;
   readonly steps: readonly Step[];
 }
 
-function callOf({ attrs }: GraphNode, q: tf.Tensor, k: tf.Tensor, operands: readonly tf.Tensor[]): Call {
-  const { transposeKeys, steps } = attrs as unknown as { transposeKeys: boolean; steps: string };
+/** In the order in which a topology names them. */
+function ordersOf({ attrs }: GraphNode): readonly [q: Order, k: Order, v: Order, output: Order] {
+  const { orders } = attrs as unknown as { orders: string };
+  return orders
+    .split(',')
+    .map(
+      (order): Order => (order === 'natural' || order === 'swapped' ? order : order.split('.').map(Number)),
+    ) as never;
+}
+
+/** The tensor itself, or a new one with its axes in an order. */
+const arranged = (value: tf.Tensor, order: Order): tf.Tensor =>
+  order === 'natural' ? value : tf.transpose(value, [...(permutationOf(order, value.rank) ?? [])]);
+
+/** Makes tensors: to be called in a `tidy`. */
+function callOf(node: GraphNode, q: tf.Tensor, k: tf.Tensor, operands: readonly tf.Tensor[]): Call {
+  const { steps } = node.attrs as unknown as { steps: string };
+  const [ofQ, ofK] = ordersOf(node);
   const rest = [...operands];
   const kinds = (steps === '' ? [] : steps.split(',')) as StepKind[];
   return {
-    q,
-    k,
-    transposeKeys,
-    steps: kinds.map((kind) => ({ kind, operand: kind === 'softmax' ? undefined : rest.shift() })),
+    q: arranged(q, ofQ),
+    k: arranged(k, ofK),
+    steps: kinds.map((kind) => ({ kind, operands: rest.splice(0, operandsOfStep(kind)) })),
   };
 }
 
-const ARITHMETIC = { mul: tf.mul, div: tf.div, add: tf.add };
+const ARITHMETIC = { mul: tf.mul, div: tf.div, add: tf.add, sub: tf.sub };
 
 const sameShape = (a: readonly number[], b: readonly number[]) => tf.util.arraysEqual([...a], [...b]);
 const batchOf = (shape: readonly number[]) => shape.slice(0, -2);
@@ -49,12 +64,12 @@ const broadcast = (a: readonly number[], b: readonly number[]) =>
   tf.broadcast_util.assertAndGetBroadcastShape([...a], [...b]);
 
 /** Shapes of the scores: those of the product, then after each step. */
-function shapesOf({ q, k, transposeKeys, steps }: Call): number[][] {
-  const keys = k.shape.at(transposeKeys ? -1 : -2) as number;
-  let shape = [...broadcast(batchOf(q.shape), batchOf(k.shape)), q.shape.at(-2) as number, keys];
-  const after = ({ kind, operand }: Step): number[] => {
-    if (operand === undefined) return shape;
-    if (kind !== 'reshape') return broadcast(shape, operand.shape);
+function shapesOf({ q, k, steps }: Call): number[][] {
+  let shape = [...broadcast(batchOf(q.shape), batchOf(k.shape)), q.shape.at(-2) as number, k.shape.at(-2) as number];
+  const after = ({ kind, operands }: Step): number[] => {
+    const [operand] = operands;
+    if (operand === undefined || kind.startsWith('softmax')) return shape;
+    if (kind !== 'reshape') return operands.reduce((before, { shape: beside }) => broadcast(before, beside), shape);
     return tf.util.inferFromImplicitShape([...operand.dataSync()], tf.util.sizeFromShape(shape));
   };
   const shapes = [shape];
@@ -67,33 +82,61 @@ function shapesOf({ q, k, transposeKeys, steps }: Call): number[][] {
 
 function shapeOfScores(node: GraphNode): tf.Tensor {
   const [q, k, ...operands] = node.inputs as [tf.Tensor, tf.Tensor, ...tf.Tensor[]];
-  return tf.tensor1d(shapesOf(callOf(node, q, k, operands)).at(-1) as number[], 'int32');
+  return tf.tidy(() => tf.tensor1d(shapesOf(callOf(node, q, k, operands)).at(-1) as number[], 'int32'));
 }
 
 async function attend(node: GraphNode): Promise<tf.Tensor> {
   const { kernel } = node.attrs as unknown as { kernel: KernelName | 'auto' };
   const [q, k, v, ...operands] = node.inputs as [tf.Tensor, tf.Tensor, tf.Tensor, ...tf.Tensor[]];
-  const call = callOf(node, q, k, operands);
-  const shapes = shapesOf(call);
-  const kernelOperands = tf.tidy(() => operandsOf(call, v, shapes));
-  if (kernelOperands === undefined) return tf.tidy(() => attendStepByStep(call, v));
+  const [, , ofV, ofOutput] = ordersOf(node);
+  let shape: number[] = [];
+  const kernelOperands = tf.tidy(() => {
+    const call = callOf(node, q, k, operands);
+    if (call.steps.some((step, i) => !isSoftmaxOfRows(step, call, i))) return undefined;
+    const shapes = shapesOf(call);
+    const values = arranged(v, ofV);
+    shape = [...(shapes.at(-1) as number[]).slice(0, -1), values.shape.at(-1) as number];
+    return operandsOf(call, values, shapes);
+  });
+  const back = (output: tf.Tensor) => arranged(output, inverse(ofOutput));
+  if (kernelOperands === undefined) {
+    return tf.tidy(() => back(attendStepByStep(callOf(node, q, k, operands), arranged(v, ofV))));
+  }
   const [q4, k4, v4, attnMask] = kernelOperands;
   const pending = sageattn(q4, k4, v4, { kernel, smScale: 1, ...(attnMask === undefined ? {} : { attnMask }) });
   tf.dispose(kernelOperands);
   const output = await pending;
-  const reshaped = tf.reshape(output, [...(shapes.at(-1) as number[]).slice(0, -1), v.shape.at(-1) as number]);
+  const result = tf.tidy(() => back(tf.reshape(output, shape)));
   output.dispose();
-  return reshaped;
+  return result;
+}
+
+/** False for a softmax in steps that is none, or one over another axis than the last: its shape may be another too. */
+function isSoftmaxOfRows({ kind, operands }: Step, call: Call, at: number): boolean {
+  if (kind === 'softmax' || !kind.startsWith('softmax')) return true;
+  if (kind !== 'softmax-kk') return false;
+  const rank = shapesOf({ ...call, steps: call.steps.slice(0, at) }).at(-1)?.length as number;
+  return operands.every((axes) => axes.size === 1 && [-1, rank - 1].includes(axes.dataSync()[0] as number));
 }
 
 /** Just what the replaced nodes did. */
-function attendStepByStep({ q, k, transposeKeys, steps }: Call, v: tf.Tensor): tf.Tensor {
-  const apply = (scores: tf.Tensor, { kind, operand }: Step): tf.Tensor => {
-    if (operand === undefined) return tf.softmax(scores);
-    if (kind === 'reshape') return tf.reshape(scores, [...operand.dataSync()]);
-    return ARITHMETIC[kind as keyof typeof ARITHMETIC](scores, operand);
+function attendStepByStep({ q, k, steps }: Call, v: tf.Tensor): tf.Tensor {
+  const apply = (scores: tf.Tensor, { kind, operands }: Step): tf.Tensor => {
+    const [first, second] = operands as [tf.Tensor, tf.Tensor];
+    if (kind === 'softmax') return tf.softmax(scores);
+    if (kind.startsWith('softmax')) return softmaxInSteps(scores, kind.slice(-2), first, second);
+    if (kind === 'select') return tf.where(first, scores, second);
+    if (kind === 'selectNot') return tf.where(first, second, scores);
+    if (kind === 'reshape') return tf.reshape(scores, [...first.dataSync()]);
+    return ARITHMETIC[kind as keyof typeof ARITHMETIC](scores, first);
   };
-  return tf.matMul(steps.reduce(apply, tf.matMul(q, k, false, !transposeKeys)), v);
+  return tf.matMul(steps.reduce(apply, tf.matMul(q, k, false, true)), v);
+}
+
+function softmaxInSteps(scores: tf.Tensor, kept: string, ofMax: tf.Tensor, ofSum: tf.Tensor): tf.Tensor {
+  const max = tf.max(scores, [...ofMax.dataSync()], kept[0] === 'k');
+  const exponentials = tf.exp(tf.sub(scores, max));
+  return tf.div(exponentials, tf.sum(exponentials, [...ofSum.dataSync()], kept[1] === 'k'));
 }
 
 type KernelOperands = [q: tf.Tensor, k: tf.Tensor, v: tf.Tensor, attnMask?: tf.Tensor];
@@ -103,7 +146,7 @@ type KernelOperands = [q: tf.Tensor, k: tf.Tensor, v: tf.Tensor, attnMask?: tf.T
  * computes something else than attention.
  */
 function operandsOf(call: Call, v: tf.Tensor, shapes: readonly (readonly number[])[]): KernelOperands | undefined {
-  const { q, k, transposeKeys } = call;
+  const { q, k } = call;
   const product = batchOf(shapes[0] as readonly number[]);
   const weights = batchOf(shapes.at(-1) as readonly number[]);
   if (q.size * k.size * v.size === 0 || [q, k, v].some(({ dtype }) => dtype !== 'float32')) return undefined;
@@ -119,12 +162,7 @@ function operandsOf(call: Call, v: tf.Tensor, shapes: readonly (readonly number[
     const shape = [...ofBatch, ...inner];
     return tf.reshape(sameShape(value.shape, shape) ? value : tf.broadcastTo(value, shape), [batch, heads, ...inner]);
   };
-  const keys = to4(k, product);
-  const operands: KernelOperands = [
-    to4(scaled, product),
-    transposeKeys ? tf.transpose(keys, [0, 1, 3, 2]) : keys,
-    to4(v, weights),
-  ];
+  const operands: KernelOperands = [to4(scaled, product), to4(k, product), to4(v, weights)];
   if (mask !== undefined) operands.push(mask.sum);
   return operands;
 }
@@ -136,34 +174,62 @@ interface Mask {
   readonly batch: readonly [number, number] | undefined;
 }
 
+interface Folded {
+  readonly scaled: tf.Tensor;
+  readonly mask: Mask | undefined;
+  /** A score is hidden by a number that a factor might lift. */
+  readonly isHiding: boolean;
+}
+
 /** The factors into q and the masks into one; undefined where the steps are not those of attention. */
-function foldSteps(
-  { q, steps }: Call,
-  shapes: readonly (readonly number[])[],
-): { readonly scaled: tf.Tensor; readonly mask: Mask | undefined } | undefined {
+function foldSteps({ q, steps }: Call, shapes: readonly (readonly number[])[]): Folded | undefined {
   const product = shapes[0] as readonly number[];
-  const [queries, keys] = product.slice(-2) as [number, number];
-  const hasAllScores = (shape: readonly number[]) => sameShape(shape.slice(-2), [queries, keys]);
+  const hasAllScores = (shape: readonly number[]) => sameShape(shape.slice(-2), product.slice(-2));
   if (!hasAllScores(shapes.at(-1) as readonly number[])) return undefined;
-  let scaled = q;
-  let mask: Mask | undefined;
-  for (const [i, { kind, operand }] of steps.entries()) {
+  let folded: Folded | undefined = { scaled: q, mask: undefined, isHiding: false };
+  for (const [i, step] of steps.entries()) {
     const shape = shapes[i] as readonly number[];
+    const { kind } = step;
     // Rows may be reshaped among themselves as long as each is whole where softmax takes it.
-    if (kind === 'softmax' && shape.at(-1) !== keys) return undefined;
-    if (operand === undefined || kind === 'reshape' || kind === 'softmax') continue;
-    if (operand.dtype !== 'float32' || !sameShape(shape, shapes[i + 1] as readonly number[])) return undefined;
-    if (kind === 'add') {
-      mask = hasAllScores(shape) ? addMasks(mask, maskOf(operand, batchOf(shape))) : undefined;
-      if (mask === undefined) return undefined;
-    } else {
-      const isNumber = operand.size === 1;
-      // A factor of a query is one of q; that of a key is not, and behind a reshape it would have to be taken apart.
-      if (!isNumber && (operand.shape.at(-1) !== 1 || !sameShape(shape, product))) return undefined;
-      scaled = ARITHMETIC[kind](scaled, isNumber ? tf.reshape(operand, []) : operand);
-    }
+    if (kind.startsWith('softmax') && shape.at(-1) !== product.at(-1)) return undefined;
+    if (kind === 'reshape' || kind.startsWith('softmax')) continue;
+    if (!sameShape(shape, shapes[i + 1] as readonly number[])) return undefined;
+    if (kind === 'mul' || kind === 'div') {
+      folded = foldFactor(folded, kind, step.operands[0] as tf.Tensor, sameShape(shape, product));
+    } else folded = hasAllScores(shape) ? foldMask(folded, step, batchOf(shape)) : undefined;
+    if (folded === undefined) return undefined;
   }
-  return { scaled, mask };
+  return folded;
+}
+
+function foldFactor(folded: Folded, kind: 'mul' | 'div', operand: tf.Tensor, isOfProduct: boolean): Folded | undefined {
+  const { scaled, mask, isHiding } = folded;
+  const isNumber = operand.size === 1;
+  // A factor of a query is one of q; that of a key is not, and behind a reshape it would have to be taken apart.
+  if (operand.dtype !== 'float32' || (!isNumber && (operand.shape.at(-1) !== 1 || !isOfProduct))) return undefined;
+  if (mask !== undefined && (isHiding || !isNumber)) return undefined;
+  const apply = ARITHMETIC[kind];
+  const factor = isNumber ? tf.reshape(operand, []) : operand;
+  return { isHiding, scaled: apply(scaled, factor), mask: mask && { ...mask, sum: apply(mask.sum, factor) } };
+}
+
+function foldMask(folded: Folded, { kind, operands }: Step, batch: readonly number[]): Folded | undefined {
+  const [operand, fill] = operands as [tf.Tensor, ...tf.Tensor[]];
+  const hides = fill !== undefined;
+  const summand = hides ? hidden(operand, kind === 'select', fill) : kind === 'sub' ? tf.neg(operand) : operand;
+  const mask = summand?.dtype === 'float32' ? addMasks(folded.mask, maskOf(summand, batch)) : undefined;
+  return mask && { ...folded, mask, isHiding: folded.isHiding || hides };
+}
+
+/** A score at or below this, beside any that is seen, has a probability of 0. */
+const HIDDEN = -1e4;
+
+/** `fill` where a condition is false (`keepsTrue`) or true, 0 elsewhere; undefined where that does not hide. */
+function hidden(condition: tf.Tensor, keepsTrue: boolean, fill: tf.Tensor): tf.Tensor | undefined {
+  if (condition.dtype !== 'bool' || fill.dtype !== 'float32' || fill.size !== 1) return undefined;
+  if (!((fill.dataSync()[0] as number) <= HIDDEN)) return undefined;
+  const [number, zero] = [tf.reshape(fill, []), tf.scalar(0)];
+  return keepsTrue ? tf.where(condition, zero, number) : tf.where(condition, number, zero);
 }
 
 /** Any number of dimensions before the last two as the two that kernels know: `[L,D]`, `[B,L,D]` and `[B,H,L,D]` alike. */

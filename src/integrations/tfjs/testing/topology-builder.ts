@@ -25,11 +25,15 @@ export class TopologyBuilder {
   }
 
   /** @returns the node's name, as all of these do */
-  node(op: string, input: readonly string[], attributes: Readonly<Record<string, boolean | number>> = {}): string {
+  node(
+    op: string,
+    input: readonly string[],
+    attributes: Readonly<Record<string, boolean | number | string>> = {},
+  ): string {
     const name = `${op}_${this.#nodes.length}`;
     const attr = Object.entries(attributes).map(([key, value]) => [
       key,
-      typeof value === 'boolean' ? { b: value } : { type: value },
+      typeof value === 'boolean' ? { b: value } : typeof value === 'string' ? { s: btoa(value) } : { type: value },
     ]);
     this.#nodes.push({ name, op, input: [...input], attr: Object.fromEntries(attr) });
     return name;
