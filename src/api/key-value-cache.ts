@@ -10,6 +10,7 @@ import {
 import { type AttentionProblem, createProblem } from '../attention/problem.ts';
 import type { AttentionOutputs, PreparedKeyValue, RunContext } from '../backends/backend.ts';
 import { chooseKernel, contextOf, RUN_OPTIONS, validateStorage } from '../backends/choice.ts';
+import { DISPOSE } from '../dispose.ts';
 import { ExecutionError, InvalidArgumentError } from '../errors.ts';
 import type { Tensor, TensorView } from '../tensor/tensor.ts';
 import { contiguousStrides } from '../tensor/tensor.ts';
@@ -169,7 +170,7 @@ export class KeyValueCache<T extends TensorView = Tensor> {
     this.#last.then(() => this.#prepared.dispose());
   }
 
-  [Symbol.dispose](): void {
+  [DISPOSE](): void {
     this.dispose();
   }
 }

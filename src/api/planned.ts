@@ -4,6 +4,7 @@ import { type AttentionOptions, type BackendName, OPTION_NAMES, validateOptions 
 import { createProblem } from '../attention/problem.ts';
 import type { AttentionInputs, AttentionOutputs, KernelChoice, Plan, RunContext } from '../backends/backend.ts';
 import { chooseKernel, contextOf, RUN_OPTIONS, validateStorage } from '../backends/choice.ts';
+import { DISPOSE } from '../dispose.ts';
 import { ExecutionError, InvalidArgumentError } from '../errors.ts';
 import type { Tensor, TensorView } from '../tensor/tensor.ts';
 import { chooseBackend } from './selection.ts';
@@ -73,7 +74,7 @@ export class Attention<T extends TensorView = Tensor> {
     this.#plan.dispose();
   }
 
-  [Symbol.dispose](): void {
+  [DISPOSE](): void {
     this.dispose();
   }
 }

@@ -1,5 +1,6 @@
 /** Tensors in the memory of a GPU. */
-import { InvalidArgumentError } from '../../errors.ts';
+import { DISPOSE } from '../../dispose.ts';
+import { ExecutionError, InvalidArgumentError } from '../../errors.ts';
 import { BYTES_PER_ELEMENT, type MaskDType } from '../../tensor/dtype.ts';
 import {
   contiguousStrides,
@@ -10,11 +11,13 @@ import {
   type TensorOptions,
   type TensorView,
   tensor,
+  validateData,
   validateExtent,
   validateView,
 } from '../../tensor/tensor.ts';
 import type { CudaDevice } from './driver/device.ts';
-import type { DeviceMemory, PinnedBuffer } from './driver/memory.ts';
+import { DeviceMemory, type PinnedBuffer } from './driver/memory.ts';
+import { requireByteLength } from './driver/pool.ts';
 import type { CudaStream } from './driver/stream.ts';
 
 /**
@@ -26,6 +29,8 @@ export interface CudaTensor extends TensorView {
   /** Ordinal of the device. */
   readonly device: number;
   readonly memory: DeviceMemory;
+  /** Frees the memory, in stream order: calls enqueued before still find it. */
+  dispose(): void;
   [Symbol.dispose](): void;
 }
 
@@ -34,7 +39,33 @@ export interface StreamOption {
   readonly stream?: CudaStream;
 }
 
-export const isCudaTensor = (view: TensorView): view is CudaTensor => view.location === 'cuda' && 'memory' in view;
+export const isCudaTensor = (view: TensorView): view is CudaTensor =>
+  view?.location === 'cuda' && (view as Partial<CudaTensor>).memory instanceof DeviceMemory;
+
+/** Checks what a caller says of a tensor, before anything is allocated for it. */
+function validateLayout(
+  dtype: MaskDType,
+  shape: readonly number[],
+  { strides, offset = 0 }: Pick<TensorOptions, 'strides' | 'offset'> = {},
+): Pick<CudaTensor, 'location' | 'dtype' | 'shape' | 'strides' | 'offset'> {
+  if (!Object.hasOwn(BYTES_PER_ELEMENT, dtype)) {
+    const known = Object.keys(BYTES_PER_ELEMENT).map((name) => `'${name}'`);
+    throw new InvalidArgumentError('invalid-dtype', 'dtype', known.join(' or '), String(dtype).slice(0, 40));
+  }
+  // The shape by itself first: strides are made of it.
+  const zeros = Array.isArray(shape) ? shape.map(() => 0) : [];
+  validateView('tensor', { location: 'cuda', dtype, shape, strides: zeros, offset: 0 });
+  const layout = { location: 'cuda', dtype, shape, strides: strides ?? contiguousStrides(shape), offset } as const;
+  validateView('tensor', layout);
+  return { ...layout, shape: [...shape], strides: [...layout.strides] };
+}
+
+/** Checks that an argument is a tensor of a device. */
+function requireCudaTensor(argument: string, view: CudaTensor): void {
+  if (isCudaTensor(view)) return;
+  const location = String((view as TensorView | undefined)?.location).slice(0, 40);
+  throw new InvalidArgumentError('mixed-locations', argument, 'a CudaTensor', `location '${location}'`);
+}
 
 /** A view of memory; the memory must hold all of it. */
 export function cudaTensorOn(
@@ -43,17 +74,9 @@ export function cudaTensorOn(
   shape: readonly number[],
   options: Pick<TensorOptions, 'strides' | 'offset'> = {},
 ): CudaTensor {
-  const view: CudaTensor = {
-    location: 'cuda',
-    device: memory.device.ordinal,
-    dtype,
-    shape: [...shape],
-    strides: [...(options.strides ?? contiguousStrides(shape))],
-    offset: options.offset ?? 0,
-    memory,
-    [Symbol.dispose]: () => memory.dispose(),
-  };
-  validateView('tensor', view);
+  const dispose = () => memory.dispose();
+  const layout = validateLayout(dtype, shape, options);
+  const view: CudaTensor = { ...layout, device: memory.device.ordinal, memory, dispose, [DISPOSE]: dispose };
   validateStorage('tensor', view);
   return view;
 }
@@ -70,6 +93,7 @@ export function emptyCudaTensor(
   dtype: MaskDType,
   { stream = device.stream }: StreamOption = {},
 ): CudaTensor {
+  validateLayout(dtype, shape);
   const memory = device.allocate(elementCount(shape) * BYTES_PER_ELEMENT[dtype], stream);
   return cudaTensorOn(memory, dtype, shape);
 }
@@ -92,18 +116,20 @@ export function cudaTensorFromPointer(
   dtype: MaskDType,
   options: Pick<TensorOptions, 'strides'> & { readonly byteLength?: number } = {},
 ): CudaTensor {
+  const { strides } = validateLayout(dtype, shape, options);
   const elementBytes = BYTES_PER_ELEMENT[dtype];
-  if (pointer <= 0n || pointer % BigInt(elementBytes) !== 0n) {
+  const isAddress = typeof pointer === 'bigint' && pointer > 0n && pointer < 2n ** 64n;
+  if (!isAddress || pointer % BigInt(elementBytes) !== 0n) {
     throw new InvalidArgumentError(
       'invalid-strides',
       'pointer',
       `a device address that is a multiple of ${elementBytes}`,
-      `${pointer}`,
+      `${pointer}`.slice(0, 40),
     );
   }
+  if (options.byteLength !== undefined) requireByteLength('options.byteLength', options.byteLength);
   // The address is kept aligned and the rest goes into the offset, where kernels look for alignment.
   const skip = pointer % POINTER_ALIGNMENT;
-  const strides = options.strides ?? contiguousStrides(shape);
   const reached = extentOf({ shape, strides, offset: 0 }) * elementBytes;
   const memory = device.memoryFromPointer(pointer - skip, Number(skip) + (options.byteLength ?? reached));
   return cudaTensorOn(memory, dtype, shape, { strides, offset: Number(skip) / elementBytes });
@@ -134,6 +160,12 @@ export function copyToDevice(device: CudaDevice, memory: DeviceMemory, bytes: Ui
  * @param copied the upload reads a copy, made now
  */
 export function startUpload(source: Tensor, device: CudaDevice, stream: CudaStream, copied = false): CudaTensor {
+  if (source?.location !== 'cpu') {
+    const location = String((source as TensorView | undefined)?.location).slice(0, 40);
+    throw new InvalidArgumentError('mixed-locations', 'source', 'a CPU tensor', `location '${location}'`);
+  }
+  validateView('source', source);
+  validateData('source', source);
   const { bytes: reached, firstElement } = reachedBytes(source);
   const bytes = copied ? reached.slice() : reached;
   const memory = device.allocate(bytes.byteLength, stream);
@@ -210,7 +242,10 @@ function startDownload(source: CudaTensor, target: Uint8Array, pointer: bigint, 
 }
 
 /** Blocks until everything that `stream` holds has ended, and copies the tensor. The strides stay the source's. */
-export function download(source: CudaTensor, { stream = source.memory.device.stream }: StreamOption = {}): Tensor {
+export function download(source: CudaTensor, options: StreamOption = {}): Tensor {
+  requireCudaTensor('source', source);
+  const { stream = source.memory.device.stream } = options;
+  validateStorage('source', source);
   source.memory.useOn(stream);
   const { pointer, byteLength } = reachedMemory(source);
   const bytes = new Uint8Array(byteLength);
@@ -226,17 +261,23 @@ export function download(source: CudaTensor, { stream = source.memory.device.str
  */
 export async function downloadAsync(
   source: CudaTensor,
-  { stream = source.memory.device.stream, into }: StreamOption & { readonly into?: PinnedBuffer } = {},
+  options: StreamOption & { readonly into?: PinnedBuffer } = {},
 ): Promise<Tensor> {
+  requireCudaTensor('source', source);
+  const { stream = source.memory.device.stream, into } = options;
+  validateStorage('source', source);
   source.memory.useOn(stream);
   const { pointer, byteLength } = reachedMemory(source);
   if (into === undefined) {
     await stream.completed();
+    // It may have been disposed meanwhile, and its handle be another's.
+    const after = stream.orSuccessor;
     const bytes = new Uint8Array(byteLength);
-    startDownload(source, bytes, pointer, stream);
-    stream.synchronize();
+    startDownload(source, bytes, pointer, after);
+    after.synchronize();
     return overBytes(source, bytes);
   }
+  if (into.disposed) throw new ExecutionError('disposed', 'options.into has been disposed');
   if (into.bytes.byteLength < byteLength) {
     throw new InvalidArgumentError(
       'buffer-too-small',

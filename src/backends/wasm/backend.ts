@@ -2,6 +2,7 @@
 
 import type { AttentionProblem } from '../../attention/problem.ts';
 import { debugPlan } from '../../debug.ts';
+import { ASYNC_DISPOSE, DISPOSE } from '../../dispose.ts';
 import { BackendUnavailableError, ExecutionError, InvalidArgumentError } from '../../errors.ts';
 import type { TensorView } from '../../tensor/tensor.ts';
 import type {
@@ -158,11 +159,11 @@ class WasmBackendImplementation implements WasmBackend {
     await (await runtime?.catch(() => undefined))?.executor.dispose();
   }
 
-  [Symbol.dispose](): void {
+  [DISPOSE](): void {
     void this.dispose();
   }
 
-  [Symbol.asyncDispose](): Promise<void> {
+  [ASYNC_DISPOSE](): Promise<void> {
     return this.dispose();
   }
 }

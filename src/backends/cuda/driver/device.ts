@@ -14,7 +14,7 @@ import { DeviceMemory, PinnedBuffer } from './memory.ts';
 import { CudaModule } from './module.ts';
 import { EventPool, MemoryPool, requireByteLength } from './pool.ts';
 import { cudaError } from './status.ts';
-import { CudaEvent, CudaStream } from './stream.ts';
+import { CudaEvent, CudaStream, requireStreamOn } from './stream.ts';
 
 /**
  * One GPU: its primary context, its own stream and pools, and the modules loaded on it.
@@ -96,8 +96,9 @@ export class CudaDevice extends DeviceContext {
    */
   streamFromHandle(handle: bigint): CudaStream {
     this.requireUsable();
-    if (handle <= 2n) {
-      throw new InvalidArgumentError('invalid-option', 'handle', 'a stream that is not a default stream', `${handle}`);
+    if (typeof handle !== 'bigint' || handle <= 2n || handle >= 2n ** 64n) {
+      const received = `${handle}`.slice(0, 40);
+      throw new InvalidArgumentError('invalid-option', 'handle', 'a stream that is not a default stream', received);
     }
     for (const known of this.#streams) if (known.handle === handle) return known;
     const stream = new CudaStream(this, handle);
@@ -121,6 +122,7 @@ export class CudaDevice extends DeviceContext {
    * @throws {CudaError} `out-of-memory`
    */
   allocate(byteLength: number, stream: CudaStream = this.stream): DeviceMemory {
+    requireStreamOn(this, 'stream', stream);
     const pointer = this.memoryPool.allocate(byteLength, stream.handle);
     const free = pointer === 0n ? undefined : (on: CudaStream) => this.memoryPool.free(pointer, on.handle);
     return new DeviceMemory(this, pointer, byteLength, stream, free);
@@ -129,6 +131,11 @@ export class CudaDevice extends DeviceContext {
   /** Memory that the caller owns: it must outlive its use here, and what writes it must be ordered before the call's stream. */
   memoryFromPointer(pointer: bigint, byteLength: number): DeviceMemory {
     this.requireUsable();
+    requireByteLength('byteLength', byteLength);
+    if (typeof pointer !== 'bigint' || pointer < 0n || pointer + BigInt(byteLength) > 2n ** 64n) {
+      const received = `${pointer}`.slice(0, 40);
+      throw new InvalidArgumentError('invalid-option', 'pointer', 'a device address (bigint)', received);
+    }
     return new DeviceMemory(this, pointer, byteLength, undefined, undefined);
   }
 

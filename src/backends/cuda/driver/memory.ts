@@ -3,7 +3,7 @@ import { ExecutionError } from '../../../errors.ts';
 import { CU_MEMHOSTREGISTER_PORTABLE } from './api.ts';
 import type { DeviceContext } from './context.ts';
 import { requireByteLength } from './pool.ts';
-import type { CudaStream, StreamDevice } from './stream.ts';
+import { type CudaStream, requireStreamOn, type StreamDevice } from './stream.ts';
 
 /**
  * Memory of a device. It is freed by {@link dispose} and by nothing else: a garbage collector knows neither how much
@@ -49,6 +49,7 @@ export class DeviceMemory {
    */
   useOn(stream: CudaStream): void {
     if (this.#disposed) throw new ExecutionError('disposed', 'this device memory has been disposed');
+    requireStreamOn(this.device, 'stream', stream);
     if (this.home === undefined || this.home === stream) return;
     stream.waitFor(this.home);
     this.#users.add(stream);
@@ -62,7 +63,7 @@ export class DeviceMemory {
     const free = this.#free;
     if (home === undefined || free === undefined) return;
     device.release(() => {
-      const stream = home.disposed ? device.stream : home;
+      const stream = home.orSuccessor;
       for (const user of this.#users) stream.waitFor(user);
       this.#users.clear();
       free(stream);

@@ -98,6 +98,8 @@ export class MemoryPool {
 /** Events without timing. */
 export class EventPool {
   readonly #context: DeviceContext;
+  /** All that exist, those that are lent too. */
+  readonly #made: bigint[] = [];
   readonly #free: bigint[] = [];
 
   constructor(context: DeviceContext) {
@@ -106,15 +108,20 @@ export class EventPool {
 
   /** An event to be given back. */
   take(): bigint {
-    const made = this.#free.pop();
-    return made ?? this.#context.create('cuEventCreate', 'creating an event', CU_EVENT_DISABLE_TIMING);
+    const free = this.#free.pop();
+    if (free !== undefined) return free;
+    const made = this.#context.create('cuEventCreate', 'creating an event', CU_EVENT_DISABLE_TIMING);
+    this.#made.push(made);
+    return made;
   }
 
   giveBack(event: bigint): void {
     this.#free.push(event);
   }
 
+  /** Destroys them, also under whoever still waits for one: the device ends. */
   destroy(): void {
-    for (const event of this.#free.splice(0)) this.#context.call('cuEventDestroy', 'destroying an event', event);
+    this.#free.length = 0;
+    for (const event of this.#made.splice(0)) this.#context.call('cuEventDestroy', 'destroying an event', event);
   }
 }

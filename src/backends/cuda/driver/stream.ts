@@ -1,6 +1,6 @@
 import type { StreamHandle } from '../../../attention/options.ts';
 import { DISPOSE } from '../../../dispose.ts';
-import { ExecutionError } from '../../../errors.ts';
+import { ExecutionError, InvalidArgumentError } from '../../../errors.ts';
 import {
   CU_EVENT_DISABLE_TIMING,
   CU_STREAM_CAPTURE_STATUS_NONE,
@@ -115,6 +115,11 @@ export class CudaStream implements StreamHandle {
     return this.#disposed;
   }
 
+  /** @internal This stream or, once it has been disposed, the device's own one, which waits for its work. */
+  get orSuccessor(): CudaStream {
+    return this.#disposed ? this.#device.stream : this;
+  }
+
   /** @internal */
   requireUsable(): void {
     if (this.#disposed) throw new ExecutionError('disposed', 'this CUDA stream has been disposed');
@@ -138,8 +143,7 @@ export class CudaStream implements StreamHandle {
   /** Work enqueued here from now on starts after all that `other` holds now. Returns at once. */
   waitFor(other: CudaStream): void {
     this.requireUsable();
-    // What a disposed stream still had to do, the device's own stream waits for.
-    const source = other.#disposed ? other.#device.stream : other;
+    const source = other.orSuccessor;
     if (source === this) return;
     // Callers may have destroyed their own streams since: the last mark stands for such a stream.
     if (source.owned) source.mark();
@@ -221,6 +225,15 @@ export class CudaStream implements StreamHandle {
   [DISPOSE](): void {
     this.dispose();
   }
+}
+
+/** Checks that a stream is one of a device, and not disposed. */
+export function requireStreamOn(device: DeviceContext, argument: string, stream: CudaStream): void {
+  if (stream.device !== device.ordinal) {
+    const expected = `a stream of device ${device.ordinal}`;
+    throw new InvalidArgumentError('mixed-locations', argument, expected, `one of device ${stream.device}`);
+  }
+  stream.requireUsable();
 }
 
 /** A point in a stream's work, with its time. */

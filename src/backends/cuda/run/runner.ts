@@ -138,7 +138,8 @@ export class Runner {
       uploads.finishReading();
       const read: Record<BufferName, Tensor> = {};
       for (const [buffer, output] of Object.entries(outputs)) {
-        read[buffer] = await downloadAsync(output, { stream: home });
+        // The stream may be disposed between two waits.
+        read[buffer] = await downloadAsync(output, { stream: home.orSuccessor });
       }
       signal?.throwIfAborted();
       return read;

@@ -1,5 +1,5 @@
 /** CPU tensors on their way to a device. */
-import { type Tensor, type TensorView, validateExtent } from '../../../tensor/tensor.ts';
+import { type Tensor, type TensorView, validateData } from '../../../tensor/tensor.ts';
 import type { CudaDevice } from '../driver/device.ts';
 import type { CudaStream } from '../driver/stream.ts';
 import { type CudaTensor, startUpload } from '../tensor.ts';
@@ -31,7 +31,7 @@ export class Uploads {
   add(argument: string, source: Tensor): CudaTensor {
     const before = this.#sent.get(source);
     if (before !== undefined) return before;
-    validateExtent(argument, source, source.data.length);
+    validateData(argument, source);
     const copied = source.data.byteLength <= COPIED_BYTES;
     const tensor = startUpload(source, this.#device, this.#stream, copied);
     this.#sent.set(source, tensor);
