@@ -112,6 +112,57 @@ describe.each(KINDS)('%s', (kind) => {
     await expect(run(on, small, { signal: AbortSignal.abort(reason) })).rejects.toBe(reason);
   });
 
+  test('inputs are those of the time of the call', async () => {
+    const on = start(kind);
+    const inputs = inputsOf(40);
+    const problem = createProblem(inputs.q, inputs.k, inputs.v, {});
+    const choice = chooseOptions(INTEGER_KERNEL, problem, {});
+    const plan = await on.plan(problem, choice);
+    const expected: Float64Array[] = [];
+    const calls: Promise<Float32Array>[] = [];
+    for (let i = 0; i < 6; i++) {
+      for (const { data } of Object.values(inputs)) (data as Float32Array).set(random.normals(data.length));
+      expected.push(attentionExact(problem, inputs).output);
+      // The backend starts anew for the fourth call.
+      if (i === 3) await on.dispose();
+      calls.push(plan.run(inputs, {}).then(({ output }) => toFloat32(output as Tensor)));
+      if (i < 3) await calls[i];
+    }
+    for (const [i, output] of (await Promise.all(calls)).entries()) {
+      expect(compare(output, expected[i] as Float64Array).relativeL1, `${seed}, call ${i}`).toBeLessThan(0.05);
+    }
+    const cache = on.prepareKeyValue(problem, choice, inputs.k, inputs.v, {});
+    const spoil = ({ data }: Tensor) => (data as Float32Array).fill(1e4);
+    spoil(inputs.k);
+    spoil(inputs.v);
+    const attended = (await cache).attend(inputs.q, problem, undefined, {});
+    spoil(inputs.q);
+    const cached = toFloat32((await attended).output as Tensor);
+    expect(compare(cached, expected[5] as Float64Array).relativeL1, seed).toBeLessThan(0.05);
+  });
+
+  test('buffers that were transferred or made smaller are refused by name', async () => {
+    const on = start(kind);
+    for (const name of ['q', 'k', 'v'] as const) {
+      const inputs = inputsOf(40);
+      const problem = createProblem(inputs.q, inputs.k, inputs.v, {});
+      const plan = await on.plan(problem, chooseOptions(INTEGER_KERNEL, problem, {}));
+      const Resizable = ArrayBuffer as unknown as new (bytes: number, options: object) => ArrayBuffer;
+      const shrinking = new Resizable(2 * 40 * 32 * 4, { maxByteLength: 2 ** 16 });
+      const resizable = { ...inputs, [name]: { ...inputs[name], data: new Float32Array(shrinking) } };
+      await plan.run(resizable, {});
+      (shrinking as ArrayBuffer & { resize(bytes: number): void }).resize(64);
+      structuredClone(inputs[name].data.buffer, { transfer: [inputs[name].data.buffer as ArrayBuffer] });
+      for (const gone of [inputs, resizable]) {
+        const error = await plan.run(gone, {}).catch((caught) => caught);
+        expect(error).toBeInstanceOf(InvalidArgumentError);
+        expect(error).toMatchObject({ code: 'buffer-too-small', argument: name });
+      }
+      const shared = new Float32Array(new SharedArrayBuffer(2 * 40 * 32 * 4)).fill(1);
+      await plan.run({ ...inputsOf(40), [name]: { ...inputsOf(40)[name], data: shared } }, {});
+    }
+  });
+
   test('what does not fit is refused with the size and the limit, and nothing is left behind', async () => {
     const on = start(kind);
     const huge = tensor(random.normals(64), [1, 1, 2 ** 27, 64], { strides: [0, 0, 0, 1] });

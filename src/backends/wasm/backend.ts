@@ -14,13 +14,14 @@ import type {
   PreparedKeyValue,
   RunContext,
 } from '../backend.ts';
-import { arithmeticOf, prepareCall } from './calls.ts';
+import { arithmeticOf, wholeCall } from './calls.ts';
 import { createExecutor, defaultThreads, type ExecutorKind } from './executor.ts';
 import type { Simd } from './geometry.ts';
 import { ACCURATE_KERNEL, INTEGER_KERNEL } from './kernel-table.ts';
 import { WasmKeyValue } from './key-value.ts';
 import { type LoadedModule, loadModule } from './modules.ts';
 import { Runtime } from './runtime.ts';
+import { ownInputs } from './staging.ts';
 
 export interface WasmBackendOptions {
   /** Worker threads, 1 to 256; default: one for each processor, at most 16. */
@@ -44,6 +45,8 @@ class WasmBackendImplementation implements WasmBackend {
   readonly #kind: ExecutorKind | undefined;
   #module: Promise<LoadedModule> | undefined;
   #runtime: Promise<Runtime> | undefined;
+  /** The last one that was seen running. */
+  #started: Runtime | undefined;
 
   constructor(options: WasmBackendOptions, kind?: ExecutorKind) {
     this.#threads = options.threads ?? defaultThreads();
@@ -78,13 +81,21 @@ class WasmBackendImplementation implements WasmBackend {
       }
       const { ended } = runtime.executor;
       const replaced = this.#runtime !== started;
-      if (ended === undefined && !replaced) return runtime;
+      if (ended === undefined && !replaced) {
+        this.#started = runtime;
+        return runtime;
+      }
       // dispose() lets go of its runtime at once and ends it a little later.
       if (replaced && (ended === undefined || ended.code === 'disposed')) {
         throw ended ?? new ExecutionError('disposed', 'the WASM backend was disposed before the call began');
       }
       if (!replaced) this.#runtime = undefined;
     }
+  }
+
+  /** The runtime if it runs already. */
+  #ready(): Runtime | undefined {
+    return this.#started?.executor.ended === undefined ? this.#started : undefined;
   }
 
   async availability(): Promise<Availability> {
@@ -128,9 +139,12 @@ class WasmBackendImplementation implements WasmBackend {
     }));
     return {
       kernel,
+      // Inputs are read before this returns: at once, or as copies where the threads must be started again.
       run: async (inputs, context) => {
-        const runtime = await this.#current();
-        return runtime.run(context, (lease) => prepareCall(runtime, lease, problem, arithmeticOf(kernel), inputs));
+        const ready = this.#ready();
+        const operands = ready === undefined ? ownInputs(inputs) : inputs;
+        const runtime = ready ?? (await this.#current());
+        return runtime.run(context, wholeCall(runtime, problem, arithmeticOf(kernel), operands));
       },
       dispose: () => {},
     };
@@ -143,9 +157,11 @@ class WasmBackendImplementation implements WasmBackend {
     v: TensorView,
     context: RunContext,
   ): Promise<PreparedKeyValue> {
-    const prepared = new WasmKeyValue(await this.#current(), problem, kernel);
+    const ready = this.#ready();
+    const operands = ready === undefined ? ownInputs({ k, v }) : { k, v };
+    const prepared = new WasmKeyValue(ready ?? (await this.#current()), problem, kernel);
     try {
-      await prepared.append(k, v, problem, context);
+      await prepared.append(operands.k, operands.v, problem, context);
     } catch (error) {
       prepared.dispose();
       throw error;
@@ -156,6 +172,7 @@ class WasmBackendImplementation implements WasmBackend {
   async dispose(): Promise<void> {
     const runtime = this.#runtime;
     this.#runtime = undefined;
+    this.#started = undefined;
     await (await runtime?.catch(() => undefined))?.executor.dispose();
   }
 

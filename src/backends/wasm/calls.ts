@@ -2,8 +2,8 @@
 import {
   type AttentionProblem,
   lseShapeOf,
+  type MaskLayout,
   outputShapeOf,
-  type Sequence,
   sequencesOf,
 } from '../../attention/problem.ts';
 import { BYTES_PER_ELEMENT, type DType } from '../../tensor/dtype.ts';
@@ -11,6 +11,7 @@ import {
   contiguousStrides,
   elementCount,
   NativeFloat16Array,
+  type OperandLayout,
   type Tensor,
   type TensorView,
 } from '../../tensor/tensor.ts';
@@ -27,8 +28,8 @@ import {
   sequenceRecords,
   writeRecords,
 } from './records.ts';
-import type { Lease, PreparedCall, Runtime } from './runtime.ts';
-import { PADDING_BYTES, stageMask, stageOperand } from './staging.ts';
+import type { CallParts, Lease, PreparedCall, Runtime } from './runtime.ts';
+import { keep, PADDING_BYTES, type Staged, stageMask, stageOperand } from './staging.ts';
 
 /** What a call computes with. */
 export interface Arithmetic extends Pick<KernelChoice, 'smoothK' | 'smoothV'> {
@@ -87,98 +88,144 @@ function extentOf(problem: AttentionProblem, tokens: 'queryLength' | 'keyLength'
   return { batch: 1, tokens: starts[batch] as number };
 }
 
-function placeMask(lease: Lease, problem: AttentionProblem, attnMask: TensorView | undefined) {
-  if (problem.mask === undefined || attnMask === undefined) return { address: 0, layout: undefined };
-  const { batch, queryHeads, queryLength, keyLength } = problem;
-  const { bytes, layout } = stageMask(attnMask, problem.mask, [batch, queryHeads, queryLength, keyLength]);
-  return { address: lease.place(bytes, PADDING_BYTES), layout };
+/** A call's inputs as bytes: views of the caller's data where possible, which hold only while the call is being made. */
+interface StagedInputs {
+  readonly q: Staged<OperandLayout>;
+  readonly k?: Staged<OperandLayout>;
+  readonly v?: Staged<OperandLayout>;
+  readonly mask?: Staged<MaskLayout>;
 }
 
-/** A call over keys and values that are quantized already. */
-export function prepareAttend(
+function stageQuery(problem: AttentionProblem, q: TensorView, attnMask: TensorView | undefined): StagedInputs {
+  const { batch, queryHeads, queryLength, keyLength, headDim } = problem;
+  const extent = { ...extentOf(problem, 'queryLength'), heads: queryHeads, dim: headDim };
+  const staged = { q: stageOperand('q', q, problem.q, extent) };
+  if (problem.mask === undefined || attnMask === undefined) return staged;
+  return { ...staged, mask: stageMask(attnMask, problem.mask, [batch, queryHeads, queryLength, keyLength]) };
+}
+
+function stageInputs(problem: AttentionProblem, { q, k, v, attnMask }: AttentionInputs): StagedInputs {
+  const keys = { ...extentOf(problem, 'keyLength'), heads: problem.kvHeads };
+  return {
+    ...stageQuery(problem, q, attnMask),
+    k: stageOperand('k', k, problem.k, { ...keys, dim: problem.headDim }),
+    v: stageOperand('v', v, problem.v, { ...keys, dim: problem.valueDim }),
+  };
+}
+
+const kept = <Layout>(staged: Staged<Layout> | undefined) => (staged === undefined ? undefined : keep(staged));
+
+/** A call that reads its inputs now, by `place` or into copies. */
+function callOf(
+  staged: StagedInputs,
+  place: (lease: Lease, staged: StagedInputs) => PreparedCall<AttentionOutputs>,
+): CallParts<AttentionOutputs> {
+  let inputs = staged;
+  return {
+    prepare: (lease) => place(lease, inputs),
+    keepInputs: () => {
+      const [k, v, mask] = [kept(inputs.k), kept(inputs.v), kept(inputs.mask)];
+      inputs = { q: keep(inputs.q), ...(k && { k }), ...(v && { v }), ...(mask && { mask }) };
+    },
+  };
+}
+
+const placed = (lease: Lease, staged: Staged<unknown> | undefined) =>
+  staged === undefined ? 0 : lease.place(staged.bytes, PADDING_BYTES);
+
+const layoutsOf = ({ q, k, v, mask }: StagedInputs) => ({
+  q: q.layout,
+  k: k?.layout,
+  v: v?.layout,
+  mask: mask?.layout,
+});
+
+/**
+ * A call over keys and values that are quantized already.
+ *
+ * @param held says where they are when the call's turn comes
+ * @throws {InvalidArgumentError} `buffer-too-small`
+ */
+export function attendCall(
   runtime: Runtime,
-  lease: Lease,
   problem: AttentionProblem,
   arithmetic: Arithmetic,
   q: TensorView,
   attnMask: TensorView | undefined,
-  sequences: readonly Sequence[],
-  held: { readonly tiles: number; readonly means: number; readonly tilesPerHead: number },
-): PreparedCall<AttentionOutputs> {
-  const { headDim, valueDim, queryHeads } = problem;
-  const geometry = tileGeometry(headDim, valueDim, runtime.simd, arithmetic.precision);
-  const staged = stageOperand(q, problem.q, {
-    ...extentOf(problem, 'queryLength'),
-    heads: queryHeads,
-    dim: headDim,
+  held: () => { readonly tiles: number; readonly means: number; readonly tilesPerHead: number },
+): CallParts<AttentionOutputs> {
+  return callOf(stageQuery(problem, q, attnMask), (lease, staged) => {
+    const { headDim, valueDim, queryHeads } = problem;
+    const { tiles, means, tilesPerHead } = held();
+    const geometry = tileGeometry(headDim, valueDim, runtime.simd, arithmetic.precision);
+    const layouts = layoutsOf(staged);
+    const records = sequenceRecords(problem, sequencesOf(problem), layouts).map(
+      (record, i): SequenceRecord => ({ ...record, firstTile: i * tilesPerHead, tiles: tilesPerHead }),
+    );
+    const units = attendUnits(records, queryHeads);
+    const { out, lse, finish } = outputsOf(runtime, lease, problem);
+    const address = lease.allocate(recordBytes(records.length, units.length));
+    const addresses = {
+      ...{ out, lse, k: 0, v: 0, tail: 0, keyTail: 0, tiles, means },
+      mask: placed(lease, staged.mask),
+      q: placed(lease, staged.q),
+    };
+    const settings = jobSettings(problem, geometry, flagsOf(arithmetic) | FLAG_TILE_MEANS, layouts);
+    runtime.executor.write(address, writeRecords(address, settings, addresses, records, units));
+    return { stages: [{ entry: 'attend', job: address }], units: units.length, extraScratch: 0, finish };
   });
-  const mask = placeMask(lease, problem, attnMask);
-  const layouts = { q: staged.layout, k: undefined, v: undefined, mask: mask.layout };
-  const records = sequenceRecords(problem, sequences, layouts).map(
-    (record, i): SequenceRecord => ({ ...record, firstTile: i * held.tilesPerHead, tiles: held.tilesPerHead }),
-  );
-  const units = attendUnits(records, queryHeads);
-  const { out, lse, finish } = outputsOf(runtime, lease, problem);
-  const address = lease.allocate(recordBytes(records.length, units.length));
-  const addresses = {
-    ...{ out, lse, k: 0, v: 0, tail: 0, keyTail: 0, mask: mask.address, tiles: held.tiles, means: held.means },
-    q: lease.place(staged.bytes, PADDING_BYTES),
-  };
-  const settings = jobSettings(problem, geometry, flagsOf(arithmetic) | FLAG_TILE_MEANS, layouts);
-  runtime.executor.write(address, writeRecords(address, settings, addresses, records, units));
-  return { stages: [{ entry: 'attend', job: address }], units: units.length, extraScratch: 0, finish };
 }
 
-/** A call over q, k and v: quantize, then attend. */
-export function prepareCall(
+/**
+ * A call over q, k and v: quantize, then attend.
+ *
+ * @throws {InvalidArgumentError} `buffer-too-small`
+ */
+export function wholeCall(
   runtime: Runtime,
-  lease: Lease,
   problem: AttentionProblem,
   arithmetic: Arithmetic,
-  { q, k, v, attnMask }: AttentionInputs,
-): PreparedCall<AttentionOutputs> {
-  const { headDim, valueDim, queryHeads, kvHeads } = problem;
-  const geometry = tileGeometry(headDim, valueDim, runtime.simd, arithmetic.precision);
-  const keys = { ...extentOf(problem, 'keyLength'), heads: kvHeads };
-  const stagedQ = stageOperand(q, problem.q, {
-    ...extentOf(problem, 'queryLength'),
-    heads: queryHeads,
-    dim: headDim,
+  inputs: AttentionInputs,
+): CallParts<AttentionOutputs> {
+  return callOf(stageInputs(problem, inputs), (lease, staged) => {
+    const { headDim, valueDim, queryHeads, kvHeads } = problem;
+    const geometry = tileGeometry(headDim, valueDim, runtime.simd, arithmetic.precision);
+    const layouts = layoutsOf(staged);
+    const sequences = sequenceRecords(problem, sequencesOf(problem), layouts);
+    const tiles = sequences.reduce((sum, sequence) => sum + sequence.tiles, 0) * kvHeads;
+    const { out, lse, finish } = outputsOf(runtime, lease, problem);
+    const addresses = {
+      ...{ out, lse, tail: 0, keyTail: 0 },
+      mask: placed(lease, staged.mask),
+      q: placed(lease, staged.q),
+      k: placed(lease, staged.k),
+      v: placed(lease, staged.v),
+      tiles: lease.allocate(tiles * geometry.bytes),
+      means: lease.allocate(sequences.length * kvHeads * (geometry.headDimPadded + geometry.valueDimPadded) * 4),
+    };
+    const settings = jobSettings(problem, geometry, flagsOf(arithmetic), layouts);
+    const stage = (units: ReturnType<typeof attendUnits>) => {
+      const address = lease.allocate(recordBytes(sequences.length, units.length));
+      runtime.executor.write(address, writeRecords(address, settings, addresses, sequences, units));
+      return address;
+    };
+    const attending = attendUnits(sequences, queryHeads);
+    // Sequences without queries need no keys either.
+    const preparing = prepareUnits(
+      sequences.map((sequence) => (sequence.queryLength === 0 ? { ...sequence, keyLength: 0 } : sequence)),
+      kvHeads,
+    );
+    return {
+      stages: [
+        { entry: 'prepare', job: stage(preparing) },
+        { entry: 'attend', job: stage(attending) },
+      ],
+      units: attending.length,
+      extraScratch: sequences.reduce(
+        (most, { partlySeen, keyLength }) => Math.max(most, partlySeen ? keyLength : 0),
+        0,
+      ),
+      finish,
+    };
   });
-  const stagedK = stageOperand(k, problem.k, { ...keys, dim: headDim });
-  const stagedV = stageOperand(v, problem.v, { ...keys, dim: valueDim });
-  const mask = placeMask(lease, problem, attnMask);
-  const layouts = { q: stagedQ.layout, k: stagedK.layout, v: stagedV.layout, mask: mask.layout };
-  const sequences = sequenceRecords(problem, sequencesOf(problem), layouts);
-  const tiles = sequences.reduce((sum, sequence) => sum + sequence.tiles, 0) * kvHeads;
-  const { out, lse, finish } = outputsOf(runtime, lease, problem);
-  const addresses = {
-    ...{ out, lse, tail: 0, keyTail: 0, mask: mask.address },
-    q: lease.place(stagedQ.bytes, PADDING_BYTES),
-    k: lease.place(stagedK.bytes, PADDING_BYTES),
-    v: lease.place(stagedV.bytes, PADDING_BYTES),
-    tiles: lease.allocate(tiles * geometry.bytes),
-    means: lease.allocate(sequences.length * kvHeads * (geometry.headDimPadded + geometry.valueDimPadded) * 4),
-  };
-  const settings = jobSettings(problem, geometry, flagsOf(arithmetic), layouts);
-  const stage = (units: ReturnType<typeof attendUnits>) => {
-    const address = lease.allocate(recordBytes(sequences.length, units.length));
-    runtime.executor.write(address, writeRecords(address, settings, addresses, sequences, units));
-    return address;
-  };
-  const attending = attendUnits(sequences, queryHeads);
-  // Sequences without queries need no keys either.
-  const preparing = prepareUnits(
-    sequences.map((sequence) => (sequence.queryLength === 0 ? { ...sequence, keyLength: 0 } : sequence)),
-    kvHeads,
-  );
-  return {
-    stages: [
-      { entry: 'prepare', job: stage(preparing) },
-      { entry: 'attend', job: stage(attending) },
-    ],
-    units: attending.length,
-    extraScratch: sequences.reduce((most, { partlySeen, keyLength }) => Math.max(most, partlySeen ? keyLength : 0), 0),
-    finish,
-  };
 }

@@ -41,6 +41,12 @@ export interface Executor {
    */
   readonly ended: ExecutionError | undefined;
   /**
+   * Makes room for the scratch that a call needs.
+   *
+   * @throws {ExecutionError} `out-of-memory`
+   */
+  reserve(extraScratch: number): void;
+  /**
    * Runs a call.
    *
    * @returns settles when no thread works on it any more
@@ -339,6 +345,10 @@ class ThreadExecutor implements Executor {
     new Uint8Array(this.#memory.buffer).copyWithin(to, from, from + length);
   }
 
+  reserve(extraScratch: number): void {
+    this.#scratch.provide(extraScratch);
+  }
+
   async run({ stages, units, barriers, extraScratch }: Call): Promise<void> {
     const participants = Math.max(1, Math.min(this.threads, units));
     const steps = stages.map((stage, i) => ({ ...stage, barrier: i + 1 < stages.length ? barriers + 4 * i : 0 }));
@@ -393,6 +403,10 @@ class IsolatedWorkerExecutor implements Executor {
 
   get ended(): ExecutionError | undefined {
     return this.#group.ended;
+  }
+
+  reserve(extraScratch: number): void {
+    this.#scratch.provide(extraScratch);
   }
 
   async run({ stages, extraScratch }: Call): Promise<void> {
@@ -451,6 +465,10 @@ class InlineExecutor implements Executor {
 
   copy(from: number, to: number, length: number): void {
     new Uint8Array(this.#memory.buffer).copyWithin(to, from, from + length);
+  }
+
+  reserve(extraScratch: number): void {
+    this.#scratch.provide(extraScratch);
   }
 
   async run({ stages, extraScratch }: Call): Promise<void> {

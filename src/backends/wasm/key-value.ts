@@ -1,15 +1,15 @@
 /** Keys and values held as tiles between calls. */
 
-import { type AttentionProblem, sequencesOf } from '../../attention/problem.ts';
+import type { AttentionProblem } from '../../attention/problem.ts';
 import { ExecutionError } from '../../errors.ts';
 import type { TensorView } from '../../tensor/tensor.ts';
 import type { AttentionOutputs, KernelChoice, PreparedKeyValue, RunContext } from '../backend.ts';
-import { type Arithmetic, arithmeticOf, flagsOf, prepareAttend } from './calls.ts';
+import { type Arithmetic, arithmeticOf, attendCall, flagsOf } from './calls.ts';
 import { type TileGeometry, tileGeometry } from './geometry.ts';
 import { BLOCK_K, FLAG_TILE_MEANS } from './job.ts';
 import { jobSettings, prepareUnits, recordBytes, tilesOf, writeRecords } from './records.ts';
-import type { Runtime } from './runtime.ts';
-import { PADDING_BYTES, stageOperand } from './staging.ts';
+import type { CallParts, Runtime } from './runtime.ts';
+import { keep, PADDING_BYTES, stageOperand } from './staging.ts';
 
 /** Tiles of one head that a cache has room for at least. */
 const LEAST_TILES = 2;
@@ -108,6 +108,62 @@ export class WasmKeyValue implements PreparedKeyValue {
     }
   }
 
+  #appendCall(k: TensorView, v: TensorView, problem: AttentionProblem): CallParts<void> {
+    const { batch, kvHeads, headDim, valueDim, keyLength: added } = problem;
+    const extent = { batch, heads: kvHeads, tokens: added };
+    let stagedK = stageOperand('k', k, problem.k, { ...extent, dim: headDim });
+    let stagedV = stageOperand('v', v, problem.v, { ...extent, dim: valueDim });
+    return {
+      keepInputs: () => {
+        stagedK = keep(stagedK);
+        stagedV = keep(stagedV);
+      },
+      prepare: (lease) => {
+        this.#assertIntact();
+        const start = this.#length;
+        const end = start + added;
+        this.#reserve(end);
+        const layouts = { q: undefined, k: stagedK.layout, v: stagedV.layout, mask: undefined };
+        const sequences = Array.from({ length: batch }, (_, i) => ({
+          ...{ q: 0, out: 0, lse: 0, mask: 0, queryLength: 0, lower: 0, upper: 0, partlySeen: false, rowsDiffer: true },
+          k: stagedK.layout.offset + i * stagedK.layout.batchStride,
+          v: stagedV.layout.offset + i * stagedV.layout.batchStride,
+          keyLength: end,
+          firstTile: i * this.#capacity,
+          tiles: this.#capacity,
+          start,
+        }));
+        const units = prepareUnits(sequences, kvHeads);
+        const flags = flagsOf(this.#arithmetic) | FLAG_TILE_MEANS;
+        const address = lease.allocate(recordBytes(sequences.length, units.length));
+        const records = writeRecords(
+          address,
+          jobSettings(problem, this.#geometry, flags, layouts),
+          {
+            ...{ q: 0, out: 0, lse: 0, mask: 0 },
+            k: lease.place(stagedK.bytes, PADDING_BYTES),
+            v: lease.place(stagedV.bytes, PADDING_BYTES),
+            tiles: this.#tiles,
+            means: this.#means,
+            tail: this.#tail,
+            keyTail: this.#tail + this.#valueTailBytes,
+          },
+          sequences,
+          units,
+        );
+        this.#runtime.executor.write(address, records);
+        return {
+          stages: [{ entry: 'prepare', job: address }],
+          units: units.length,
+          extraScratch: 0,
+          finish: async () => {
+            this.#length = end;
+          },
+        };
+      },
+    };
+  }
+
   /** Adds tokens. It is short and not interrupted half way: what is held would be incomplete. */
   append(k: TensorView, v: TensorView, problem: AttentionProblem, context: RunContext): Promise<void> {
     return this.#use(async () => {
@@ -117,64 +173,9 @@ export class WasmKeyValue implements PreparedKeyValue {
         this.#length += added;
         return;
       }
+      const call = this.#appendCall(k, v, problem);
       try {
-        await this.#runtime.run({}, (lease) => {
-          this.#assertIntact();
-          const start = this.#length;
-          const end = start + added;
-          this.#reserve(end);
-          const { batch, kvHeads, headDim, valueDim } = problem;
-          const extent = { batch, heads: kvHeads, tokens: added };
-          const stagedK = stageOperand(k, problem.k, { ...extent, dim: headDim });
-          const stagedV = stageOperand(v, problem.v, { ...extent, dim: valueDim });
-          const layouts = { q: undefined, k: stagedK.layout, v: stagedV.layout, mask: undefined };
-          const sequences = Array.from({ length: batch }, (_, i) => ({
-            ...{
-              q: 0,
-              out: 0,
-              lse: 0,
-              mask: 0,
-              queryLength: 0,
-              lower: 0,
-              upper: 0,
-              partlySeen: false,
-              rowsDiffer: true,
-            },
-            k: stagedK.layout.offset + i * stagedK.layout.batchStride,
-            v: stagedV.layout.offset + i * stagedV.layout.batchStride,
-            keyLength: end,
-            firstTile: i * this.#capacity,
-            tiles: this.#capacity,
-            start,
-          }));
-          const units = prepareUnits(sequences, kvHeads);
-          const flags = flagsOf(this.#arithmetic) | FLAG_TILE_MEANS;
-          const address = lease.allocate(recordBytes(sequences.length, units.length));
-          const records = writeRecords(
-            address,
-            jobSettings(problem, this.#geometry, flags, layouts),
-            {
-              ...{ q: 0, out: 0, lse: 0, mask: 0 },
-              k: lease.place(stagedK.bytes, PADDING_BYTES),
-              v: lease.place(stagedV.bytes, PADDING_BYTES),
-              tiles: this.#tiles,
-              means: this.#means,
-              tail: this.#tail,
-              keyTail: this.#tail + this.#valueTailBytes,
-            },
-            sequences,
-            units,
-          );
-          this.#runtime.executor.write(address, records);
-          return {
-            stages: [{ entry: 'prepare', job: address }],
-            units: units.length,
-            extraScratch: 0,
-            finish: async () => {
-              this.#length = end;
-            },
-          };
-        });
+        await this.#runtime.run({}, call);
       } catch (error) {
         // Memory that could not be had changes nothing; anything else may have come half way.
         if (!(error instanceof ExecutionError && error.code === 'out-of-memory')) this.#broken = error;
@@ -190,16 +191,14 @@ export class WasmKeyValue implements PreparedKeyValue {
     context: RunContext,
   ): Promise<AttentionOutputs> {
     return this.#use(() =>
-      this.#runtime.run(context, (lease) => {
-        // Calls that waited their turn may find what an earlier one left.
-        this.#assertIntact();
-        const sequences = sequencesOf(problem);
-        return prepareAttend(this.#runtime, lease, problem, this.#arithmetic, q, attnMask, sequences, {
-          tiles: this.#tiles,
-          means: this.#means,
-          tilesPerHead: this.#capacity,
-        });
-      }),
+      this.#runtime.run(
+        context,
+        attendCall(this.#runtime, problem, this.#arithmetic, q, attnMask, () => {
+          // Calls that waited their turn may find what an earlier one left.
+          this.#assertIntact();
+          return { tiles: this.#tiles, means: this.#means, tilesPerHead: this.#capacity };
+        }),
+      ),
     );
   }
 

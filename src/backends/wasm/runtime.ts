@@ -1,4 +1,5 @@
 /** Runs calls on an executor: gives each its memory, and takes it back when no thread works on it any more. */
+import { ExecutionError } from '../../errors.ts';
 import type { RunContext } from '../backend.ts';
 import type { Call, Executor, Stage } from './executor.ts';
 import type { Simd } from './geometry.ts';
@@ -41,6 +42,20 @@ export interface PreparedCall<Result> {
   finish(): Promise<Result>;
 }
 
+/** What a call is made of. */
+export interface CallParts<Result> {
+  /** Fills the lease; everything it allocates is freed after the call. It may be asked again after it ran out of memory. */
+  prepare(lease: Lease): PreparedCall<Result>;
+  /** Called where the call must wait: takes copies of what is the caller's. */
+  keepInputs(): void;
+}
+
+interface Begun<Result> {
+  readonly lease: Lease;
+  readonly call: Call;
+  finish(): Promise<Result>;
+}
+
 /** An executor with the queue of its calls. */
 export class Runtime {
   readonly executor: Executor;
@@ -48,7 +63,8 @@ export class Runtime {
   /** Why relaxed SIMD is or is not in use. */
   readonly relaxed: string;
   #active = 0;
-  readonly #waiting: (() => void)[] = [];
+  /** Calls that wait, first come first; each is told when its turn may have come. */
+  readonly #waiting: { wake(): void }[] = [];
 
   constructor(executor: Executor, simd: Simd, relaxed: string) {
     this.executor = executor;
@@ -56,57 +72,90 @@ export class Runtime {
     this.relaxed = relaxed;
   }
 
-  async #enter(): Promise<void> {
-    if (this.#active < CALLS_IN_MEMORY) {
+  /** Fills a call's memory; undefined where it must wait for calls that hold theirs to end. */
+  #begin<Result>({ prepare }: CallParts<Result>): Begun<Result> | undefined {
+    if (this.executor.ended !== undefined) throw this.executor.ended;
+    if (this.#active >= CALLS_IN_MEMORY) return undefined;
+    const lease = new Lease(this.executor);
+    try {
+      const { stages, units, extraScratch, finish } = prepare(lease);
+      const call: Call = { stages, units, extraScratch, barriers: lease.place(new Uint8Array(4 * stages.length)) };
+      this.executor.reserve(extraScratch);
       this.#active++;
-      return;
+      return { lease, call, finish };
+    } catch (error) {
+      lease.release();
+      const full = error instanceof ExecutionError && error.code === 'out-of-memory';
+      if (full && this.#active > 0) return undefined;
+      throw error;
     }
-    await new Promise<void>((resolve) => this.#waiting.push(resolve));
   }
 
-  #leave(): void {
-    const next = this.#waiting.shift();
-    if (next === undefined) this.#active--;
-    else next();
+  #wakeNext(): void {
+    this.#waiting[0]?.wake();
+  }
+
+  async #wait<Result>(parts: CallParts<Result>, signal: AbortSignal | undefined): Promise<Begun<Result>> {
+    let wake = () => {};
+    const waiter = { wake: () => wake() };
+    this.#waiting.push(waiter);
+    const onAbort = () => wake();
+    signal?.addEventListener('abort', onAbort);
+    try {
+      for (;;) {
+        await new Promise<void>((resolve) => {
+          wake = resolve;
+        });
+        signal?.throwIfAborted();
+        const begun = this.#begin(parts);
+        if (begun !== undefined) return begun;
+      }
+    } finally {
+      signal?.removeEventListener('abort', onAbort);
+      this.#waiting.splice(this.#waiting.indexOf(waiter), 1);
+      this.#wakeNext();
+    }
+  }
+
+  async #finish<Result>({ lease, call, finish }: Begun<Result>, signal: AbortSignal | undefined): Promise<Result> {
+    const onAbort = () => this.executor.abort(call);
+    signal?.addEventListener('abort', onAbort);
+    try {
+      if (call.units > 0) await this.executor.run(call);
+      signal?.throwIfAborted();
+      return await finish();
+    } finally {
+      // From here on the memory may be another call's.
+      signal?.removeEventListener('abort', onAbort);
+      lease.release();
+      this.#active--;
+      this.#wakeNext();
+    }
   }
 
   /**
-   * Makes a call ready and runs it.
+   * Makes a call ready and runs it. Inputs are read before this returns, or kept where the call must wait: for others that
+   * came before it, or for memory that they hold.
    *
-   * @param prepare fills the lease; everything it allocates is freed after the call
-   * @returns rejects with the executor's `ended` when it ended before the call's turn came, and with the signal's reason as soon as it aborts; the memory is freed when the threads have stopped
+   * @returns rejects with the executor's `ended` when it ended before the call's turn came, and with the signal's reason as
+   *   soon as it aborts; the memory is freed when the threads have stopped
    */
-  run<Result>(context: RunContext, prepare: (lease: Lease) => PreparedCall<Result>): Promise<Result> {
-    const { signal } = context;
+  run<Result>({ signal }: RunContext, parts: CallParts<Result>): Promise<Result> {
     if (signal?.aborted) return Promise.reject(signal.reason);
-    let stop: (() => void) | undefined;
-    const work = async (): Promise<Result> => {
-      await this.#enter();
-      const lease = new Lease(this.executor);
-      try {
-        signal?.throwIfAborted();
-        const { ended } = this.executor;
-        if (ended !== undefined) throw ended;
-        const { stages, units, extraScratch, finish } = prepare(lease);
-        const call: Call = { stages, units, extraScratch, barriers: lease.place(new Uint8Array(4 * stages.length)) };
-        stop = () => this.executor.abort(call);
-        if (units > 0) await this.executor.run(call);
-        signal?.throwIfAborted();
-        return await finish();
-      } finally {
-        // From here on the memory may be another call's.
-        stop = undefined;
-        lease.release();
-        this.#leave();
-      }
-    };
-    const done = work();
+    let begun: Begun<Result> | undefined;
+    try {
+      if (this.#waiting.length === 0) begun = this.#begin(parts);
+      if (begun === undefined) parts.keepInputs();
+    } catch (error) {
+      return Promise.reject(error);
+    }
+    const done =
+      begun === undefined
+        ? this.#wait(parts, signal).then((later) => this.#finish(later, signal))
+        : this.#finish(begun, signal);
     if (signal === undefined) return done;
     return new Promise((resolve, reject) => {
-      const onAbort = () => {
-        stop?.();
-        reject(signal.reason);
-      };
+      const onAbort = () => reject(signal.reason);
       signal.addEventListener('abort', onAbort, { once: true });
       done.then(resolve, reject).finally(() => signal.removeEventListener('abort', onAbort));
     });

@@ -7,7 +7,7 @@ const extent = { batch: 2, heads: 3, tokens: 4, dim: 5 };
 function check(layout: OperandLayout, elements: number): { copied: boolean } {
   const data = Float32Array.from({ length: elements }, (_, i) => i + 1);
   const view = tensor(data, [elements]);
-  const staged = stageOperand(view, layout, extent);
+  const staged = stageOperand('q', view, layout, extent);
   const values = new Float32Array(staged.bytes.slice().buffer);
   for (let b = 0; b < extent.batch; b++) {
     for (let h = 0; h < extent.heads; h++) {

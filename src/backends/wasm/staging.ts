@@ -1,7 +1,22 @@
 /** Tensors of this process as bytes that can be copied to the kernels' memory in one go. */
 import type { MaskLayout } from '../../attention/problem.ts';
+import { InvalidArgumentError } from '../../errors.ts';
 import { BYTES_PER_ELEMENT } from '../../tensor/dtype.ts';
 import type { OperandLayout, Tensor, TensorData, TensorView } from '../../tensor/tensor.ts';
+
+/** Inputs with copies of the caller's data, for a call that cannot be made ready at once. */
+export function ownInputs<Inputs extends object>(inputs: Inputs): Inputs {
+  const own = (view: Tensor): Tensor => {
+    const { data } = view;
+    // What was transferred has nothing to copy, and is refused when it is staged.
+    if (data.byteLength === 0) return view;
+    const { buffer } = new Uint8Array(data.buffer, data.byteOffset, data.byteLength).slice();
+    const Data = data.constructor as new (buffer: ArrayBufferLike) => TensorData;
+    return { ...view, data: new Data(buffer) };
+  };
+  const entries = Object.entries(inputs).map(([name, view]) => [name, view === undefined ? view : own(view as Tensor)]);
+  return Object.fromEntries(entries);
+}
 
 /** Vector loads may reach this much beyond the last element. */
 export const PADDING_BYTES = 64;
@@ -20,25 +35,48 @@ export interface OperandExtent {
   readonly dim: number;
 }
 
-const bytesOf = (data: TensorData) => new Uint8Array(data.buffer, data.byteOffset, data.byteLength);
+/**
+ * The bytes of a tensor's data now: a buffer may have been transferred or made smaller since the tensor was described.
+ *
+ * @throws {InvalidArgumentError} `buffer-too-small`
+ */
+function bytesOf(argument: string, data: TensorData, needed: number): Uint8Array {
+  if (data.byteLength < needed) {
+    const received = data.byteLength === 0 ? 'none: the buffer was transferred or made smaller' : `${data.byteLength}`;
+    throw new InvalidArgumentError('buffer-too-small', argument, `data of at least ${needed} bytes`, received);
+  }
+  return new Uint8Array(data.buffer, data.byteOffset, data.byteLength);
+}
+
+/** The same in memory of its own, for a call that must wait. */
+export function keep<Layout>({ bytes, layout }: Staged<Layout>): Staged<Layout> {
+  return { bytes: bytes.slice(), layout };
+}
 
 /** A span with at most this many times the elements that count is copied whole: one fast copy beats many small ones. */
 const LARGEST_SPAN_RATIO = 1.5;
 
 /**
  * The elements of q, k or v: a view of the caller's data where they lie close together, else gathered without gaps.
+ *
+ * @throws {InvalidArgumentError} `buffer-too-small`
  */
-export function stageOperand(view: TensorView, layout: OperandLayout, extent: OperandExtent): Staged<OperandLayout> {
+export function stageOperand(
+  argument: 'q' | 'k' | 'v',
+  view: TensorView,
+  layout: OperandLayout,
+  extent: OperandExtent,
+): Staged<OperandLayout> {
   const { data, dtype } = view as Tensor;
   const size = BYTES_PER_ELEMENT[dtype];
   const { batch, heads, tokens, dim } = extent;
-  const source = bytesOf(data);
   const count = batch * heads * tokens * dim;
   if (count === 0) {
     return { bytes: new Uint8Array(0), layout: { offset: 0, batchStride: 0, headStride: 0, tokenStride: 0 } };
   }
   const { offset, batchStride, headStride, tokenStride } = layout;
   const span = (batch - 1) * batchStride + (heads - 1) * headStride + (tokens - 1) * tokenStride + dim;
+  const source = bytesOf(argument, data, (offset + span) * size);
   if (span <= count * LARGEST_SPAN_RATIO) {
     return { bytes: source.subarray(offset * size, (offset + span) * size), layout: { ...layout, offset: 0 } };
   }
@@ -69,6 +107,7 @@ export function stageMask(
   const size = BYTES_PER_ELEMENT[layout.dtype];
   if (lengths.includes(0)) return { bytes: new Uint8Array(0), layout };
   const span = layout.strides.reduce((end, stride, i) => end + stride * ((lengths[i] as number) - 1), 1);
-  const bytes = bytesOf((view as Tensor).data).subarray(layout.offset * size, (layout.offset + span) * size);
+  const end = (layout.offset + span) * size;
+  const bytes = bytesOf('attnMask', (view as Tensor).data, end).subarray(layout.offset * size, end);
   return { bytes, layout: { ...layout, offset: 0 } };
 }

@@ -5,7 +5,7 @@
 import { type AttentionOptions, EXACT_OPTIONS, validateOptions } from '../../attention/options.ts';
 import { createProblem } from '../../attention/problem.ts';
 import type { AttentionInputs, AttentionOutputs, RunContext } from '../../backends/backend.ts';
-import { EXACT, prepareCall } from '../../backends/wasm/calls.ts';
+import { EXACT, wholeCall } from '../../backends/wasm/calls.ts';
 import { createExecutor, defaultThreads } from '../../backends/wasm/executor.ts';
 import type { Simd } from '../../backends/wasm/geometry.ts';
 import { loadModule } from '../../backends/wasm/modules.ts';
@@ -42,7 +42,7 @@ export async function createExactAttention(
   const { attnMask } = options;
   const operands = attnMask === undefined ? inputs : { ...inputs, attnMask };
   return {
-    run: (context = {}) => runtime.run(context, (lease) => prepareCall(runtime, lease, problem, EXACT, operands)),
+    run: (context = {}) => runtime.run(context, wholeCall(runtime, problem, EXACT, operands)),
     dispose: () => runtime.executor.dispose(),
   };
 }
