@@ -33,7 +33,13 @@ interface Place {
   readonly env: NodeJS.ProcessEnv;
 }
 
-function run([command = '', ...args]: readonly string[], { folder, env }: Place): string {
+interface Said {
+  readonly stdout: string;
+  /** Both streams. */
+  readonly all: string;
+}
+
+function run([command = '', ...args]: readonly string[], { folder, env }: Place): Said {
   const { status, stdout, stderr, error } = spawnSync(command, args, {
     cwd: folder,
     env,
@@ -42,7 +48,7 @@ function run([command = '', ...args]: readonly string[], { folder, env }: Place)
   });
   const text = `${stdout}${stderr}`;
   if (status !== 0) throw new Error(`${command} ${args.join(' ')} ended with ${status ?? error}\n${text.slice(-2000)}`);
-  return text;
+  return { stdout, all: text };
 }
 
 function build(
@@ -67,7 +73,7 @@ function build(
   const place = { folder, env };
   run(['npm', 'install', '--no-audit', '--no-fund', tarball, ...packages], place);
   for (const command of commands) {
-    const warnings = warningsIn(run(command, place));
+    const warnings = warningsIn(run(command, place).all);
     if (warnings.length > 0) throw new Error(`${command.join(' ')} warned:\n${warnings.slice(0, 10).join('\n')}`);
   }
   return place;
@@ -150,7 +156,7 @@ async function serverAnswers(browser: Browser, consumer: Consumer, { folder, env
 }
 
 async function result(consumer: Consumer, place: Place, browser: Browser): Promise<string> {
-  if ('command' in consumer.run) return run(consumer.run.command, place).trim();
+  if ('command' in consumer.run) return run(consumer.run.command, place).stdout.trim();
   if ('page' in consumer.run) {
     return servedTitle(browser, path.join(place.folder, consumer.run.page), consumer.run.policy);
   }

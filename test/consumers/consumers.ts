@@ -208,7 +208,12 @@ export const CONSUMERS: readonly Consumer[] = [
   {
     name: 'parcel',
     packages: ['parcel@2'],
-    files: { 'package.json': '{ "private": true }\n', 'src/index.html': html('./main.js'), 'src/main.js': PAGE },
+    files: {
+      // Parcel reads `exports` of packages, and so their subpaths, only where it is told to.
+      'package.json': '{ "private": true, "@parcel/resolver-default": { "packageExports": true } }\n',
+      'src/index.html': html('./main.js'),
+      'src/main.js': PAGE,
+    },
     commands: [['npx', 'parcel', 'build', 'src/index.html', '--dist-dir', 'dist', '--no-cache', '--log-level', 'warn']],
     run: { page: 'dist' },
   },
