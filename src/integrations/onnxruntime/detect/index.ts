@@ -39,6 +39,7 @@ export function detectAttention(index: GraphIndex): Detected {
         heads: undefined,
         headDim: undefined,
         reason: `inside a subgraph of ${node.opType} '${node.name || node.output[0]}'`,
+        isInBranch: node.opType === 'If',
       });
     }
   }

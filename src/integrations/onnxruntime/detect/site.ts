@@ -109,6 +109,8 @@ export interface LeftAttention {
   readonly heads: number | undefined;
   readonly headDim: number | undefined;
   readonly reason: string;
+  /** It is inside an `If`, which may be a graph of its own for each value of an input. */
+  readonly isInBranch?: boolean;
 }
 
 export type Detection = { readonly site: AttentionSite } | { readonly left: LeftAttention };

@@ -107,6 +107,10 @@ function subgraphsOf(node: NodeProto): GraphProto[] {
   return node.attribute.flatMap((entry) => [...(entry.g === undefined ? [] : [entry.g]), ...entry.graphs]);
 }
 
+/** The subgraph that an attribute of a node holds. */
+export const subgraphOf = (node: NodeProto, name: string): GraphProto | undefined =>
+  node.attribute.find((attribute) => attribute.name === name)?.g;
+
 /** Names of the outer graph that a node's subgraphs (If, Loop, Scan) read. */
 function capturedNames(node: NodeProto): string[] {
   return subgraphsOf(node).flatMap((subgraph) => {

@@ -52,7 +52,8 @@ function shared(tensor: TensorProto, mounted: MountedModel | undefined): TensorP
   return externalTensor(tensor, mounted.path, rawData.byteOffset - mounted.bytes.byteOffset, rawData.byteLength);
 }
 
-function fileOf(tensor: TensorProto): string | undefined {
+/** Of external data. */
+export function fileOf(tensor: TensorProto): string | undefined {
   return tensor.dataLocation === EXTERNAL
     ? tensor.externalData.find((entry) => entry.key === 'location')?.value
     : undefined;

@@ -2,9 +2,11 @@
 import { type Cut, cutGraph } from '../cut.ts';
 import { type Detected, detectAttention } from '../detect/index.ts';
 import type { AttentionSite, LeftAttention } from '../detect/site.ts';
+import { branchesOf } from '../model/branches.ts';
 import { canonicalDomain, type ModelProto, readModel, writeModel } from '../model/codec.ts';
 import { type GraphIndex, indexGraph, isAcyclic } from '../model/graph.ts';
 import { type ModelFacts, type ModelMetadata, readFacts } from '../model/sketch.ts';
+import { fileOf } from '../model/weights.ts';
 import {
   DEFAULT_CALIBRATION_RUNS,
   DEFAULT_MIN_TOKENS,
@@ -22,9 +24,11 @@ import {
   type OrtSession,
   type OrtTensorConstructor,
 } from '../ort.ts';
+import { type Branch, BranchedSession } from './branched-session.ts';
 import { type AttentionEngine, cpuEngine, messageOf } from './engine.ts';
 import { deviceOf, gpuEngine } from './gpu-engine.ts';
 import { lengthsOf, watchedBy } from './lengths.ts';
+import { OpenedOnce } from './opened-sessions.ts';
 import { type EncodedPiece, PieceWriter } from './pieces.ts';
 import type { AttentionReport } from './report.ts';
 import { CutSession, reportLeft, tooShort } from './session.ts';
@@ -34,7 +38,7 @@ export type CreateSession = (...args: CreateArguments) => Promise<OrtSession>;
 
 export interface Opened {
   /** Undefined: `plain` is what the caller gets. */
-  readonly cut: CutSession | undefined;
+  readonly cut: CutSession | BranchedSession | undefined;
   readonly plain: OrtSession | undefined;
   report(): AttentionReport[];
 }
@@ -97,41 +101,117 @@ export async function openModel(
       : create(...args);
   };
   const context = { ort, create, options };
-  const chosen = chooseSites(context, source, found.detected);
-  if (chosen.sites.length === 0) return asItIs(await whole(), chosen.left);
+  const variants = variantsOf(found);
+  const chosen = variants.map(({ detected }) => chooseSites(context, source, detected));
+  if (chosen.every(({ sites }) => sites.length === 0)) {
+    return asItIs(await whole(), chooseSites(context, source, found.detected).left);
+  }
   source = await ownSource(ort, source);
   // The parsed model refers to the bytes.
   found = analyze(source.bytes);
-  const { sites, left, engine } = chooseSites(context, source, found.detected);
-  const watched = sites.flatMap(watchedBy);
+  const graphs = variantsOf(found);
+  const watched = graphs.length > 1 ? [] : chooseSites(context, source, found.detected).sites.flatMap(watchedBy);
   let facts = await readFacts(create, found.model, found.index, source.options, watched);
   if (facts === undefined) {
     const opened = await whole();
     facts = factsOf(opened);
     await opened.release();
   }
-  const { shapes } = facts;
-  const minTokens = minTokensOf(ort, engine, options);
-  const short = sites.flatMap((site) => {
-    const lengths = lengthsOf(site, shapes);
-    const reason = tooShort(lengths, minTokens);
-    return reason === undefined ? [] : [{ site, reason, lengths }];
-  });
-  const worth = sites.filter((site) => short.every((entry) => entry.site !== site));
-  const known = [...short.map(({ site, reason, lengths }) => ({ ...leave(site, reason), ...lengths })), ...left];
-  if (worth.length === 0) return asItIs(await whole(), known);
+  const judged: Judged[] = [];
+  for (const variant of graphs) judged.push(await judge(context, source, variant, facts));
+  const report = judged.flatMap(({ left }) => left);
+  if (judged.every(({ worth }) => worth.length === 0)) return asItIs(await whole(), report);
   try {
     if (typeof args[0] === 'string') source = await followLinks(source, args[0], found.index.graph);
-    const cut = cutGraph(found.index.graph, found.index.opset, worth);
-    const parts = { ...context, model: found.model, source, cut, metadata: facts.metadata, left: known, engine };
-    const session = await openCut({ ...parts, minTokens });
+    const common = { ...context, model: found.model, source, metadata: facts.metadata };
+    const session = await openVariants(common, judged);
     return { cut: session, plain: undefined, report: () => session.report() };
   } catch (error) {
     const reason = `the graph could not be cut: ${messageOf(error)}`;
     const opened = await whole();
     warn(`the model runs unmodified: ${reason}`);
-    return asItIs(opened, [...worth.map((site) => leave(site, reason)), ...known]);
+    return asItIs(opened, [...judged.flatMap(({ worth }) => worth.map((site) => leave(site, reason))), ...report]);
   }
+}
+
+/** A graph that the model is: always, or where an input of it has a value. */
+interface Variant {
+  readonly condition: { readonly input: string; readonly value: boolean } | undefined;
+  readonly model: ModelProto;
+  readonly index: GraphIndex;
+  readonly detected: Detected;
+}
+
+/** One for each value of an input that decides between graphs with attention in them. */
+function variantsOf({ model, index, detected }: Analysis): readonly Variant[] {
+  const branches = detected.left.some(({ isInBranch }) => isInBranch === true) ? branchesOf(index) : undefined;
+  if (branches === undefined) return [{ condition: undefined, model, index, detected }];
+  return [true, false].map((value) => {
+    const graph = value ? branches.whereTrue : branches.whereFalse;
+    const ofBranch = indexGraph(graph, index.opset);
+    const condition = { input: branches.condition, value };
+    return { condition, model: { ...model, graph }, index: ofBranch, detected: detectAttention(ofBranch) };
+  });
+}
+
+interface Judged {
+  readonly variant: Variant;
+  /** Attentions to replace. */
+  readonly worth: readonly AttentionSite[];
+  readonly left: readonly LeftAttention[];
+  readonly engine: Engine;
+  readonly minTokens: number;
+}
+
+async function judge(context: Context, source: ModelSource, variant: Variant, facts: ModelFacts): Promise<Judged> {
+  const { create, ort, options } = context;
+  const { sites, left, engine } = chooseSites(context, source, variant.detected);
+  const { shapes } =
+    variant.condition === undefined
+      ? facts
+      : ((await readFacts(create, variant.model, variant.index, source.options, sites.flatMap(watchedBy))) ?? facts);
+  const minTokens = minTokensOf(ort, engine, options);
+  const short = sites.flatMap((site) => {
+    const lengths = lengthsOf(site, shapes);
+    const reason = tooShort(lengths, minTokens);
+    return reason === undefined ? [] : [{ ...leave(site, reason), ...lengths, site }];
+  });
+  const worth = sites.filter((site) => short.every((entry) => entry.site !== site));
+  return { variant, worth, left: [...short.map(({ site: _, ...entry }) => entry), ...left], engine, minTokens };
+}
+
+/** The model cut, or one cut for each value of the input that decides. */
+async function openVariants(
+  common: Pick<CutParts, 'ort' | 'create' | 'options' | 'model' | 'source' | 'metadata'>,
+  judged: readonly Judged[],
+): Promise<CutSession | BranchedSession> {
+  const open = ({ variant, worth, ...rest }: Judged, createWhole?: CutParts['createWhole']) => {
+    const cut = cutGraph(variant.index.graph, variant.index.opset, worth);
+    return openCut({ ...common, ...rest, cut, ...(createWhole === undefined ? {} : { createWhole }) });
+  };
+  const [first] = judged as [Judged, ...Judged[]];
+  const { condition } = first.variant;
+  if (condition === undefined) return open(first);
+  const files = new Set(
+    judged.flatMap(({ variant }) => variant.index.graph.initializer.flatMap((tensor) => fileOf(tensor) ?? [])),
+  );
+  const whole = new OpenedOnce<'whole'>(await wholeModel(common, files));
+  const shared = async () => {
+    const session = await whole.get('whole');
+    // Branches give back what they open; this is of all.
+    return session && ({ run: session.run.bind(session), release: async () => {} } as unknown as OrtSession);
+  };
+  const branches: Branch[] = [];
+  try {
+    for (const one of judged) {
+      const session = one.worth.length === 0 ? undefined : await open(one, shared);
+      branches.push({ value: one.variant.condition?.value === true, session, left: one.left });
+    }
+  } catch (error) {
+    for (const { session } of branches) await session?.dispose();
+    throw error;
+  }
+  return new BranchedSession({ condition: condition.input, branches, whole });
 }
 
 const asItIs = (plain: OrtSession, left: readonly LeftAttention[]): Opened => {
@@ -187,6 +267,8 @@ interface CutParts extends Context {
   readonly left: readonly LeftAttention[];
   readonly engine: Engine;
   readonly minTokens: number;
+  /** Of several cuts of one model: how they open it in one piece. Default: each for itself. */
+  readonly createWhole?: () => Promise<OrtSession | undefined>;
 }
 
 async function openCut(parts: CutParts): Promise<CutSession> {
@@ -222,7 +304,8 @@ async function openCut(parts: CutParts): Promise<CutSession> {
       },
       metadata: parts.metadata ?? writer.metadata(),
       createOriginal: (placed) => open(originals.get(placed) as EncodedPiece),
-      createWhole: options.wholeFallback === false ? undefined : await wholeModel(parts, files),
+      createWhole:
+        options.wholeFallback === false ? undefined : (parts.createWhole ?? (await wholeModel(parts, files))),
     });
     // Files may change before they are needed.
     for (const [placed, { files }] of originals) if (files.length > 0) await session.openOriginal(placed);
@@ -235,7 +318,7 @@ async function openCut(parts: CutParts): Promise<CutSession> {
 
 /** The model in one piece, as it was when it was opened; undefined where files of it have changed since. */
 async function wholeModel(
-  { ort, create, model, source }: CutParts,
+  { ort, create, model, source }: Pick<CutParts, 'ort' | 'create' | 'model' | 'source'>,
   files: ReadonlySet<string>,
 ): Promise<() => Promise<OrtSession | undefined>> {
   const { bytes, folder } = source;
