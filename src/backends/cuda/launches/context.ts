@@ -5,7 +5,7 @@ import { InvalidArgumentError } from '../../../errors.ts';
 import type { DType } from '../../../tensor/dtype.ts';
 import type { OperandLayout } from '../../../tensor/tensor.ts';
 import type { KernelChoice } from '../../backend.ts';
-import { BLOCK_K } from '../kernels/mma-sync/attention.ts';
+import { BLOCK_K } from '../kernels/mma-sync/config.ts';
 import type { TileConfig } from '../kernels/mma-sync/tiles.ts';
 import { roundUp } from '../kernels/parts/constants.ts';
 import { BYTES, type LoadWidth } from '../kernels/parts/elements.ts';

@@ -1,14 +1,14 @@
 /** Launches of the kernels on `mma.sync`. */
 import { isBanded } from '../../../attention/band.ts';
+import { attention } from '../kernels/mma-sync/attention.ts';
 import {
   ATTENTION_INTEGERS,
   ATTENTION_POINTERS,
   ATTENTION_STRIDES,
   type AttentionConfig,
-  attention,
   BLOCK_K,
   blockQueries,
-} from '../kernels/mma-sync/attention.ts';
+} from '../kernels/mma-sync/config.ts';
 import { chooseTile } from '../kernels/mma-sync/tiles.ts';
 import { LOG2_E } from '../kernels/parts/constants.ts';
 import { BYTES } from '../kernels/parts/elements.ts';

@@ -1,6 +1,6 @@
 /** Launches that quantize Q, K and V for the kernel families, and the buffers that they fill. */
 
-import { BLOCK_K } from '../kernels/mma-sync/attention.ts';
+import { BLOCK_K } from '../kernels/mma-sync/config.ts';
 import { BYTES } from '../kernels/parts/elements.ts';
 import {
   CHANNEL_STATISTICS_INTEGERS,

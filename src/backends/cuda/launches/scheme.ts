@@ -4,7 +4,7 @@ import { InvalidArgumentError } from '../../../errors.ts';
 import { V_FP8_MAX } from '../../../quantization/schemes.ts';
 import type { KernelChoice } from '../../backend.ts';
 import { descriptorOf, lackedBy } from '../kernel-table.ts';
-import type { AttentionConfig } from '../kernels/mma-sync/attention.ts';
+import type { AttentionConfig } from '../kernels/mma-sync/config.ts';
 import { roundUp } from '../kernels/parts/constants.ts';
 import { TARGET_FEATURES, type Target } from '../ptx/targets.ts';
 

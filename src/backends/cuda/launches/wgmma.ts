@@ -1,6 +1,7 @@
 /** Launches of the kernels on `wgmma`. */
 import { isBanded } from '../../../attention/band.ts';
-import { BLOCK_K } from '../kernels/mma-sync/attention.ts';
+import { BLOCK_K } from '../kernels/mma-sync/config.ts';
+import { LOG2_E4M3_MAX } from '../kernels/parts/constants.ts';
 import { BYTES } from '../kernels/parts/elements.ts';
 import {
   KEY_VALUE_TILE,
@@ -11,7 +12,7 @@ import {
   quantizeKeyValueThreads,
 } from '../kernels/quantize/key-value.ts';
 import { hopperAttention } from '../kernels/wgmma/attention.ts';
-import { type HopperConfig, LOG2_E4M3_MAX, sharedPlanOf } from '../kernels/wgmma/config.ts';
+import { type HopperConfig, sharedPlanOf } from '../kernels/wgmma/config.ts';
 import {
   CONSUMER_ROWS,
   HOPPER_BLOCK_K,

@@ -1,6 +1,6 @@
 /** Tile sizes and stages of the attention kernel, as a table: the first row that fits a problem is taken. */
 import { TARGET_FEATURES, type Target } from '../../ptx/targets.ts';
-import type { AttentionConfig } from './attention.ts';
+import type { AttentionConfig } from './config.ts';
 
 export type TileConfig = Pick<AttentionConfig, 'warps' | 'rowsPerWarp' | 'minBlocksPerMultiprocessor' | 'valueStages'>;
 

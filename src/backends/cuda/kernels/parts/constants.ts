@@ -22,3 +22,9 @@ export const SMALLEST_GROUP_MAXIMUM = 1e-36;
 
 export const nextPowerOfTwo = (n: number) => 2 ** Math.ceil(Math.log2(Math.max(1, n)));
 export const roundUp = (n: number, multiple: number) => Math.ceil(n / multiple) * multiple;
+
+/** The smallest normal float32. Scales below it are taken for it, so that -Infinity * scale is not NaN, and zeros stay zeros. */
+export const MIN_SCALE = 1.1754943508222875e-38;
+
+/** log2 of E4M3's largest number: added to exponents, it makes a row's maximum the format's. */
+export const LOG2_E4M3_MAX = Math.log2(448);

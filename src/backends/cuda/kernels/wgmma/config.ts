@@ -57,10 +57,6 @@ export interface HopperConfig extends HopperTile {
   readonly split: boolean;
 }
 
-/** log2 of E4M3's largest number. */
-export const LOG2_E4M3_MAX = Math.log2(448);
-/** Scales below it are taken for it: the smallest normal float32. */
-export const MIN_SCALE = 1.1754943508222875e-38;
 /** Bits of a float that scales keep: 21 of the mantissa, so that 1.5 * 2^23 times the scale has no more than 24. */
 export const SCALE_BITS = 0xfffffff8;
 /**

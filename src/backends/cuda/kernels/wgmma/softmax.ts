@@ -1,11 +1,11 @@
 /** From the scores of a tile to P: the online softmax of FlashAttention in base 2. */
 import type { Reg } from '../../ptx/types.ts';
 import { offset, offset64 } from '../parts/addresses.ts';
-import { MAGIC } from '../parts/constants.ts';
+import { MAGIC, MIN_SCALE } from '../parts/constants.ts';
 import { at, maxOf } from '../parts/lists.ts';
 import { quadMax } from '../parts/quad.ts';
 import { capScores, excludeBeyondBand, maskRow, spreadFaults } from '../parts/scores.ts';
-import { EXACT_SCALE, type HopperConfig, MIN_SCALE, SCALE_BITS } from './config.ts';
+import { EXACT_SCALE, type HopperConfig, SCALE_BITS } from './config.ts';
 import { HOPPER_BLOCK_K } from './frame.ts';
 import { exp2Halves } from './instructions.ts';
 import { eachRow, THREAD_ROWS } from './rows.ts';

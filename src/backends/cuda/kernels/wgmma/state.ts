@@ -1,14 +1,12 @@
 /** What a consumer thread holds in registers from tile to tile of an item of work. */
 import type { Reg } from '../../ptx/types.ts';
 import { offset } from '../parts/addresses.ts';
+import { FLOAT32_MAX } from '../parts/constants.ts';
 import { at } from '../parts/lists.ts';
 import type { EachScore } from '../parts/scores.ts';
 import { type Frame, HOPPER_BLOCK_K } from './frame.ts';
 import { type ConsumerThread, eachRow, type Rows } from './rows.ts';
 import type { Work } from './work.ts';
-
-/** The lowest finite float32. */
-const LOWEST = -3.4028234663852886e38;
 
 /** The scores of a tile: register 4n + i holds row (i >> 1), column 8n + (i & 1) from the thread's first ones. */
 export interface Scores {
@@ -38,7 +36,7 @@ export interface SoftmaxState {
 }
 
 export function makeSoftmaxState({ b, config }: Frame): SoftmaxState {
-  const max = eachRow(() => b.constant('f32', LOWEST));
+  const max = eachRow(() => b.constant('f32', -FLOAT32_MAX));
   const sum = eachRow(() => b.constant('f32', 0));
   const factor = eachRow(() => b.constant('f32', 1));
   return { max, sum, factor, sumFactor: config.onesColumn ? eachRow(() => b.constant('f32', 1)) : factor };

@@ -1,0 +1,94 @@
+/** Configurations of the `mma.sync` kernel, and what launches must know of it. */
+import type { DType } from '../../../../tensor/dtype.ts';
+import type { Target } from '../../ptx/targets.ts';
+
+/** Keys of a tile. */
+export const BLOCK_K = 64;
+
+export interface AttentionConfig {
+  readonly target: Target;
+  readonly qkFormat: 's8' | 's4';
+  /** Bytes of a quantized token of Q or K: D padded to 32 (INT8), or to 64 and halved (INT4). */
+  readonly qkRowBytes: number;
+  /**
+   * `f16`: V in FP16, tokens by channels. `e4m3`: V in FP8, channels by permuted tokens, and P in FP8. `e4m3-as-f16`: V in
+   * FP8, converted to FP16 on its way to the tensor core, and P in FP16: where `mma.sync` has no FP8.
+   */
+  readonly pvFormat: 'f16' | 'e4m3' | 'e4m3-as-f16';
+  /**
+   * `f32`: tensor-core sums in FP32 throughout. `f16`: in FP16 throughout. `f32-per-tile` and `f16-per-tile`: sums of one
+   * tile, then added to FP32 registers.
+   */
+  readonly accumulate: 'f32' | 'f16' | 'f32-per-tile' | 'f16-per-tile';
+  /** Dv, and Dv padded to a multiple of 16, or of 32 with V in FP8. */
+  readonly valueDim: number;
+  readonly paddedValueDim: number;
+  readonly warps: number;
+  readonly rowsPerWarp: 16 | 32;
+  readonly minBlocksPerMultiprocessor: number;
+  /** 2: V is fetched a tile ahead like K. 1: behind its own tile's QK^T, where shared memory is short. */
+  readonly valueStages: 1 | 2;
+  /** Rows of Q that share a set of scales, and how many are in the set: [128, 1], [32, 1] or [32, 8]. */
+  readonly queryScales: readonly [rows: number, scales: number];
+  /** Scales of a K tile: 1, or 4 when per thread. */
+  readonly keyScales: 1 | 4;
+  /** The output is rescaled only when a row's maximum has grown by more than this (in powers of two); P then reaches 2^threshold. */
+  readonly rescaleThreshold: number;
+  /** Causal or windowed: row i sees keys i + lower .. i + upper. */
+  readonly banded: boolean;
+  /** Rows are heads over one token: all see what row 0 sees. */
+  readonly sameBand: boolean;
+  readonly mask: 'none' | 'boolean' | DType;
+  readonly softcap: boolean;
+  /** Adds the share of Q's block mean to the scores (`smoothQ`), buffer `meanScores`. */
+  readonly smoothQ: boolean;
+  /** Adds V's channel mean to the output. */
+  readonly smoothV: boolean;
+  readonly outputType: DType;
+  readonly lse: boolean;
+  /** Writes partial results of one of several splits of the keys; `combine.ts` joins them. */
+  readonly split: boolean;
+}
+
+/** Parameters in order, as the kernel declares them. Pointers that a configuration does not use may be null. */
+export const ATTENTION_POINTERS = [
+  'sequences',
+  'query',
+  'queryScale',
+  'rowBias',
+  'key',
+  'keyScale',
+  'keyFaults',
+  'value',
+  'valueScale',
+  'valueMean',
+  'meanScores',
+  'mask',
+  'output',
+  'lse',
+] as const;
+export const ATTENTION_INTEGERS = [
+  'queryHeads',
+  'headsPerKeyHead',
+  'queryTiles',
+  'splits',
+  'paddedQueries',
+  'paddedKeys',
+  'meanScoreKeys',
+] as const;
+/** Strides in bytes: of the mask, the output and (elements of 4 bytes) the LSE. */
+export const ATTENTION_STRIDES = [
+  'maskBatch',
+  'maskHead',
+  'maskQuery',
+  'maskKey',
+  'outputBatch',
+  'outputHead',
+  'outputToken',
+  'lseBatch',
+  'lseHead',
+] as const;
+
+/** Rows of Q of a CTA. */
+export const blockQueries = ({ warps, rowsPerWarp }: Pick<AttentionConfig, 'warps' | 'rowsPerWarp'>) =>
+  warps * rowsPerWarp;

@@ -1,0 +1,145 @@
+/** What every part of the kernel knows: parameters, shared memory, sizes; and the CTA's tile of Q. */
+import { KernelBuilder } from '../../ptx/builder.ts';
+import { rowMajor, type SharedTile, xorSwizzle } from '../../ptx/layouts.ts';
+import type { Parameter, Reg } from '../../ptx/types.ts';
+import { divide, integers, pointers } from '../parts/addresses.ts';
+import { type BandParameters, bandParameters, type KeyRange, keyRange } from '../parts/band.ts';
+import { LOG2_E4M3_MAX, nextPowerOfTwo, roundUp } from '../parts/constants.ts';
+import { type SoftcapParameters, softcapParameters } from '../parts/scores.ts';
+import { loadSequence, type SequenceRegisters } from '../parts/sequences.ts';
+import {
+  ATTENTION_INTEGERS,
+  ATTENTION_POINTERS,
+  ATTENTION_STRIDES,
+  type AttentionConfig,
+  BLOCK_K,
+  blockQueries,
+} from './config.ts';
+
+export interface Frame {
+  readonly b: KernelBuilder;
+  readonly config: AttentionConfig;
+  readonly pointer: Readonly<Record<(typeof ATTENTION_POINTERS)[number], Parameter<'u64'>>>;
+  readonly integer: Readonly<Record<(typeof ATTENTION_INTEGERS)[number], Parameter<'u32'>>>;
+  readonly strides: Readonly<Record<(typeof ATTENTION_STRIDES)[number], Parameter<'u64'>>>;
+  readonly band: BandParameters;
+  /** |smScale| * log2(e); its sign is Q's. */
+  readonly scoreScale: Parameter<'f32'>;
+  readonly softcap: SoftcapParameters;
+  readonly threads: number;
+  /** 16-row tiles of a warp, rows of a thread, 8-key tiles, 8-channel tiles. */
+  readonly rowTiles: number;
+  readonly threadRows: number;
+  readonly keyTiles: number;
+  readonly channelTiles: number;
+  /** V is FP8. */
+  readonly fp8: boolean;
+  readonly valueRowBytes: number;
+  /** Added to every exponent. */
+  readonly exponentOffset: number;
+  /** Scores are finished as floats before the maximum is taken; otherwise they stay 1.5 * 2^23 + q . k until the exponentials. */
+  readonly scoresAreFloat: boolean;
+  readonly tiles: Readonly<Record<'parked' | 'parkedScales' | 'parkedCopies' | 'query' | 'key' | 'value', SharedTile>>;
+}
+
+/** A layout for shared rows of so many bytes, lengthened to what the swizzle can permute. */
+const swizzled = (bytes: number) => xorSwizzle(bytes >= 128 ? roundUp(bytes, 128) : nextPowerOfTwo(bytes));
+
+/** Declares parameters and shared memory. */
+export function makeFrame(config: AttentionConfig): Frame {
+  const { qkRowBytes, pvFormat, paddedValueDim, warps, rowsPerWarp } = config;
+  const threads = warps * 32;
+  const b = new KernelBuilder({
+    name: 'attention',
+    target: config.target,
+    threads,
+    minBlocksPerMultiprocessor: config.minBlocksPerMultiprocessor,
+  });
+  const parameters = {
+    pointer: pointers(b, ATTENTION_POINTERS),
+    integer: integers(b, ATTENTION_INTEGERS),
+    strides: pointers(b, ATTENTION_STRIDES),
+    band: bandParameters(b),
+    scoreScale: b.parameter('scoreScale', 'f32'),
+    softcap: softcapParameters(b),
+  };
+
+  b.section('shared memory');
+  const fp8 = pvFormat !== 'f16';
+  const valueRowBytes = fp8 ? BLOCK_K : paddedValueDim * 2;
+  const valueRows = fp8 ? paddedValueDim : BLOCK_K;
+  const parked = b.shared('parked', 1, rowMajor(64));
+  const parkedScales = b.shared('scales of Q', 1, rowMajor(threads));
+  const parkedCopies = b.shared('where copies go', 1, rowMajor(threads * 4));
+  const query = b.shared('query', blockQueries(config), swizzled(qkRowBytes));
+  const key = b.shared('key', BLOCK_K, swizzled(qkRowBytes));
+  b.shared('key, second stage', BLOCK_K, key.layout);
+  const value = b.shared('value', valueRows, swizzled(valueRowBytes));
+  if (config.valueStages === 2) b.shared('value, second stage', valueRows, value.layout);
+
+  const floatMask = config.mask !== 'none' && config.mask !== 'boolean';
+  return {
+    ...{ b, config, threads, ...parameters },
+    ...{ rowTiles: rowsPerWarp / 16, threadRows: rowsPerWarp / 8, keyTiles: BLOCK_K / 8 },
+    ...{ channelTiles: paddedValueDim / 8, fp8, valueRowBytes },
+    exponentOffset: pvFormat === 'e4m3' ? LOG2_E4M3_MAX : 0,
+    scoresAreFloat: config.softcap || config.smoothQ || floatMask,
+    tiles: { parked, parkedScales, parkedCopies, query, key, value },
+  };
+}
+
+/** Where a thread is in its CTA. */
+export interface ThreadPlace {
+  readonly thread: Reg<'u32'>;
+  readonly lane: Reg<'u32'>;
+  readonly warp: Reg<'u32'>;
+  /** lane / 4: the thread's first row in a fragment. */
+  readonly g: Reg<'u32'>;
+}
+
+/** The CTA's tile of Q, and the keys that its rows see. */
+export interface Work extends SequenceRegisters, KeyRange {
+  readonly split: Reg<'u32'> | undefined;
+  readonly sequence: Reg<'u32'>;
+  /** Heads of Q, and of K and V. */
+  readonly head: Reg<'u32'>;
+  readonly keyHead: Reg<'u32'>;
+  readonly firstRow: Reg<'u32'>;
+  readonly wholeFrom: Reg<'s32'>;
+}
+
+export function placeAndWork(frame: Frame): { place: ThreadPlace; work: Work } {
+  const { b, config, integer } = frame;
+  b.section('which tile');
+  const thread = b.special('%tid.x');
+  const lane = b.and(thread, 31);
+  const warp = b.shr(thread, 5);
+  const place = { thread, lane, warp, g: b.shr(lane, 2) };
+
+  const queryHeads = b.loadParameter(integer.queryHeads);
+  const splits = config.split ? b.loadParameter(integer.splits) : undefined;
+  let block = b.special('%ctaid.x');
+  let split: Reg<'u32'> | undefined;
+  if (splits !== undefined) [split, block] = divide(b, block, splits);
+  const queryTiles = b.loadParameter(integer.queryTiles);
+  const [tileRank, headAndSequence] = divide(b, block, queryTiles);
+  const [head, sequence] = divide(b, headAndSequence, queryHeads);
+  // Under a causal mask the last rows have the most keys: they start first.
+  const tileIndex = config.banded ? b.sub(b.sub(queryTiles, 1), tileRank) : tileRank;
+  const keyHead = b.div(head, b.loadParameter(integer.headsPerKeyHead));
+  const table = loadSequence(b, b.loadPointer(frame.pointer.sequences), sequence);
+  const { queryLength, keyLength } = table;
+  const firstRow = b.mul(tileIndex, blockQueries(config));
+  // Sequences shorter than the longest have no such tile.
+  b.when(b.setp('ge', firstRow, queryLength), () => b.exit());
+
+  b.section('keys of the band');
+  const low = config.sameBand ? b.constant('s32', 0) : b.as(firstRow, 's32');
+  const lastRow = () => b.min(b.add(low, blockQueries(config) - 1), b.sub(b.as(queryLength, 's32'), 1));
+  const high = config.sameBand ? low : lastRow();
+  const share = split === undefined || splits === undefined ? undefined : { split, splits: () => splits };
+  const band = config.banded ? frame.band : undefined;
+  const range = keyRange(b, band, { low, high, queryLength, keyLength }, BLOCK_K, share);
+  const wholeFrom = range.wholeFrom ?? b.constant('s32', 0);
+  return { place, work: { split, sequence, head, keyHead, firstRow, ...table, ...range, wholeFrom } };
+}

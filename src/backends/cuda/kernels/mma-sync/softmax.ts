@@ -1,0 +1,247 @@
+/** From the scores of a tile to P: the online softmax of FlashAttention in base 2. */
+import type { Reg } from '../../ptx/types.ts';
+import { offset, offset64 } from '../parts/addresses.ts';
+import { MAGIC, MIN_SCALE } from '../parts/constants.ts';
+import { headAddress } from '../parts/epilogue.ts';
+import { at, maxOf } from '../parts/lists.ts';
+import { quadMax } from '../parts/quad.ts';
+import { capScores, excludeBeyondBand, maskRow, spreadFaults } from '../parts/scores.ts';
+import { type AttentionConfig, BLOCK_K } from './config.ts';
+import type { Frame } from './frame.ts';
+import type { Parked } from './parked.ts';
+import type { Output, Scores, SoftmaxState } from './state.ts';
+
+/**
+ * Exponents are (1.5 * 2^23 + q.k) * scale plus a term of that size, whose rounding shifts those of a tile by up to the scale.
+ * Above this it would show in P: there exponents are made another way.
+ */
+const COARSE_SCALE = 2 ** -7;
+
+/** A maximum above this, in base 2, leaves too few bits of a sum with LOG2_E4M3_MAX. */
+const COARSE_MAX = 2 ** 12;
+
+/** The tile at hand, and what its softmax reads and writes. */
+export interface ScoreTile {
+  readonly frame: Frame;
+  readonly parked: Parked;
+  readonly tile: Reg<'s32'>;
+  readonly scores: Scores;
+  readonly state: SoftmaxState;
+  readonly output: Output;
+  /** Of the thread's keys; the sign says that some of the tile are not finite. */
+  readonly keyScale: Reg<'f32'>;
+}
+
+/** A score s in base 2 is s * scale + zero. */
+interface ScoreUnits {
+  readonly scale: Reg<'f32'>;
+  readonly zero: Reg<'f32'>;
+}
+
+/** From scores to P, in their registers. */
+export function softmax(self: ScoreTile): void {
+  const { frame, scores, state } = self;
+  const { b, config, scoresAreFloat, exponentOffset } = frame;
+  const units = scoreUnits(self);
+  if (!scoresAreFloat && exponentOffset === 0) scaleCoarseScores(self, units);
+  if (scoresAreFloat) finishScores(self, units);
+  if (config.mask !== 'none') maskScores(self, config.mask);
+  excludeKeys(self);
+  markFaultyKeys(self);
+  raiseMaxima(self, tileMaxima(self, units));
+
+  b.section('what is added for the exponents');
+  const folded = state.max.map((max) => {
+    const shift = b.neg(finite(frame, max));
+    const terms = [...(exponentOffset === 0 ? [] : [exponentOffset]), ...(scoresAreFloat ? [] : [units.zero])];
+    return terms.reduce<Reg<'f32'>>((sum, term) => b.add(sum, term), shift);
+  });
+  if (exponentOffset !== 0) subtractCoarseMaxima(self, units, folded);
+
+  b.section('P = exp2(S - max)');
+  scores.each((score, r) => {
+    const exponent = scoresAreFloat ? b.add(score, at(folded, r)) : b.fma(score, units.scale, at(folded, r));
+    b.ex2(exponent, score);
+    b.add(at(state.sum, r), score, at(state.sum, r));
+  });
+}
+
+function scoreUnits({ frame, parked, keyScale }: ScoreTile): ScoreUnits {
+  const { b } = frame;
+  const whole = b.max(b.mul(parked.queryScale(), b.abs(keyScale)), MIN_SCALE);
+  // Without its last two bits its product with 1.5 * 2^23 is exact.
+  const scale = b.as(b.and(b.as(whole, 'b32'), 0xfffffffc), 'f32');
+  return { scale, zero: b.mul(scale, -MAGIC) };
+}
+
+function scaleCoarseScores({ frame, scores }: ScoreTile, { scale, zero }: ScoreUnits): void {
+  const { b } = frame;
+  b.if(b.voteAny(b.setp('gt', scale, COARSE_SCALE)), () => {
+    b.section('coarse scores are scaled');
+    // (2^23 + q.k) * scale, positive still. The zero point is exact, and so is its distance to each score: the largest
+    // score's exponent is 0.
+    const shift = b.mul(scale, -(2 ** 22));
+    scores.each((score) => b.fma(score, scale, shift, score));
+    b.mul(scale, -(2 ** 23), zero);
+    b.set(scale, 1);
+  });
+}
+
+function finishScores(self: ScoreTile, units: ScoreUnits): void {
+  const { frame, parked, scores } = self;
+  const { b, config, threadRows, softcap } = frame;
+  b.section('scores in base 2: scale, mean of Q, softcap');
+  if (config.smoothQ) addMeanScores(self, units);
+  else scores.each((score) => b.fma(score, units.scale, units.zero, score));
+  if (!config.softcap) return;
+  capScores(b, softcap, scores.each, () => {
+    const { rowBias } = parked.reload();
+    return Array.from({ length: threadRows }, (_, r) => b.ld('f32', rowBias, r * 32, { readOnly: true }));
+  });
+}
+
+/** Scales the scores and adds the share of Q's block mean, `[head, block of Q, key]`, already times smScale * log2(e). */
+function addMeanScores({ frame, parked, tile, scores }: ScoreTile, { scale, zero }: ScoreUnits): void {
+  const { b, pointer, integer, rowTiles, keyTiles } = frame;
+  const { queryRow, t2 } = parked.reload();
+  const rowBytes = b.mulWide(b.loadParameter(integer.meanScoreKeys), 4);
+  const row = offset64(b, b.loadPointer(pointer.meanScores), b.shr(queryRow, 7), rowBytes);
+  const source = offset(b, row, b.add(b.as(b.shl(tile, 6), 'u32'), t2), 4);
+  for (let n = 0; n < keyTiles; n++) {
+    const shares = b.ldVector('f32', 2, source, n * 32).map((share) => b.add(share, zero));
+    for (let m = 0; m < rowTiles; m++) {
+      at(at(scores.floats, m), n).forEach((score, i) => {
+        b.fma(score, scale, at(shares, i & 1), score);
+      });
+    }
+  }
+}
+
+/** Excludes (boolean) or adds (float) mask elements, read from the caller's tensor. */
+function maskScores({ frame, parked, tile, scores }: ScoreTile, kind: Exclude<AttentionConfig['mask'], 'none'>): void {
+  const { b, pointer, strides, threadRows, keyTiles } = frame;
+  b.section('mask');
+  const { sequence, head, queryLength, rowIndex, length, t2 } = parked.reload();
+  const keyStride = b.loadParameter(strides.maskKey);
+  const headStrides = { batch: strides.maskBatch, head: strides.maskHead };
+  let origin = headAddress(b, b.loadPointer(pointer.mask), { sequence, head }, headStrides);
+  const firstColumn = b.add(b.as(b.shl(tile, 6), 'u32'), t2);
+  origin = offset64(b, origin, firstColumn, keyStride);
+  const columnsLeft = b.sub(length, b.as(firstColumn, 's32'));
+  for (let r = 0; r < threadRows; r++) {
+    const row = b.as(b.add(rowIndex, 8 * r), 'u32');
+    const inside = b.setp('lt', row, queryLength);
+    const address = offset64(b, origin, row, b.loadParameter(strides.maskQuery));
+    maskRow(b, kind, { address, keyStride, inside, columnsLeft }, keyTiles, (n, j) =>
+      at(at(at(scores.floats, r >> 1), n), 2 * (r & 1) + j),
+    );
+  }
+}
+
+function excludeKeys({ frame, parked, tile, scores }: ScoreTile): void {
+  const { b, config, threadRows } = frame;
+  b.section('keys outside the band or beyond the last');
+  const tileStart = b.shl(tile, 6);
+  const whole = parked.wholeKeys();
+  let edge = b.setp('gt', b.add(tileStart, BLOCK_K), whole.until);
+  if (config.banded) edge = b.orPred(edge, b.setp('lt', tileStart, whole.from));
+  b.if(edge, () => {
+    const { rowIndex, length, lower, upper, t2 } = parked.reload();
+    const token = (r: number) => (config.sameBand ? b.constant('s32', 0) : b.add(rowIndex, 8 * r));
+    const origin = b.add(tileStart, b.as(t2, 's32'));
+    const band = config.banded ? { lower, upper, token } : undefined;
+    excludeBeyondBand(b, threadRows, { origin, keyLength: length, band }, scores.each);
+  });
+}
+
+function markFaultyKeys({ frame, parked, tile, scores, keyScale }: ScoreTile): void {
+  const { b, pointer } = frame;
+  b.section('keys that are not finite make the rows that see them NaN');
+  const faultsOfTile = () => {
+    const { firstKeyTile, t2 } = parked.reload();
+    return { faults: offset(b, b.loadPointer(pointer.keyFaults), b.add(firstKeyTile, b.as(tile, 'u32')), 8), t2 };
+  };
+  spreadFaults(b, keyScale, faultsOfTile, scores.each);
+}
+
+/** This thread's largest score of a row, as the products left it. */
+function ownLargest({ frame, scores }: ScoreTile, r: number): Reg<'f32'> {
+  const { b, scoresAreFloat } = frame;
+  const own = at(scores.integers, r >> 1).flatMap((fragment) => fragment.slice(2 * (r & 1), 2 * (r & 1) + 2));
+  // Positive floats, and -Infinity below them, order like the integers of their bits; three-input integer maxima exist.
+  const largestInteger = () => maxOf(own, (x, y) => b.max(x, y));
+  if (!scoresAreFloat) return b.as(largestInteger(), 'f32');
+  const floats = own.map((score) => b.as(score, 'f32'));
+  return maxOf(floats, (x, y) => b.max(x, y));
+}
+
+/** The running maximum of each row with this tile. */
+function tileMaxima(self: ScoreTile, { scale, zero }: ScoreUnits): Reg<'f32'>[] {
+  const { frame, state } = self;
+  const { b, scoresAreFloat } = frame;
+  b.section('running maximum');
+  return state.max.map((before, r) => {
+    let largest = ownLargest(self, r);
+    if (!scoresAreFloat) largest = b.fma(largest, scale, zero);
+    return b.max(quadMax(b, largest), before);
+  });
+}
+
+/** Takes new maxima, and rescales sums and output to them, when one has grown by more than the threshold. */
+function raiseMaxima({ frame, state, output }: ScoreTile, maxima: readonly Reg<'f32'>[]): void {
+  const { b, config } = frame;
+  const { rescaleThreshold } = config;
+  let grown: Reg<'pred'> | undefined;
+  for (const [r, max] of state.max.entries()) {
+    const limit = rescaleThreshold === 0 ? max : b.add(max, rescaleThreshold);
+    const more = b.setp('gt', at(maxima, r), limit);
+    grown = grown === undefined ? more : b.orPred(grown, more);
+  }
+  b.if(b.voteAny(grown as Reg<'pred'>), () => {
+    b.section('rescale the output to the new maximum');
+    for (const [r, old] of state.max.entries()) {
+      // A row that has seen no key yet: exp2(-Infinity - anything) is 0, and its sums are 0 anyway.
+      const factor = b.ex2(b.sub(old, finite(frame, at(maxima, r))));
+      b.mov(at(maxima, r), old);
+      b.mul(at(state.sum, r), factor, at(state.sum, r));
+      if (config.accumulate === 'f16') {
+        const factors = b.cvtPack('f16x2', factor, factor);
+        for (const fragment of at(output.halves, r >> 1)) b.mul(at(fragment, r & 1), factors, at(fragment, r & 1));
+      } else {
+        for (const fragment of at(output.floats, r >> 1)) {
+          for (const register of fragment.slice(2 * (r & 1), 2 * (r & 1) + 2)) b.mul(register, factor, register);
+        }
+      }
+    }
+  });
+}
+
+/** Where maxima or scales are large, exponents are taken from differences, before the offset is added. */
+function subtractCoarseMaxima(self: ScoreTile, { scale }: ScoreUnits, folded: readonly Reg<'f32'>[]): void {
+  const { frame, scores, state } = self;
+  const { b, scoresAreFloat, exponentOffset } = frame;
+  const magnitudes = state.max.map((max) => b.abs(max));
+  const largest = () => maxOf(magnitudes, (x, y) => b.max(x, y));
+  const coarse = scoresAreFloat ? b.setp('gt', largest(), COARSE_MAX) : b.setp('gt', scale, COARSE_SCALE);
+  b.if(b.voteAny(coarse), () => {
+    b.section('coarse exponents are taken from differences, before the offset is added');
+    for (const [r, rowMax] of state.max.entries()) {
+      const own = scoresAreFloat ? undefined : finite(frame, ownLargest(self, r));
+      const max = finite(frame, rowMax);
+      // Differences of products are exact, and the largest score has the exponent of its own maximum.
+      const share = own === undefined ? undefined : b.sub(b.fma(own, scale, b.mul(scale, -MAGIC)), max);
+      scores.each((score, row) => {
+        if (row !== r) return;
+        if (own === undefined || share === undefined) b.sub(score, max, score);
+        else b.fma(b.sub(score, own), scale, share, score);
+      });
+      b.set(at(folded, r), exponentOffset);
+    }
+    if (!scoresAreFloat) b.set(scale, 1);
+  });
+}
+
+/** The value, or 0 for -Infinity. */
+function finite({ b }: Frame, value: Reg<'f32'>): Reg<'f32'> {
+  return b.selp(b.constant('f32', 0), value, b.setp('eq', value, Number.NEGATIVE_INFINITY));
+}
