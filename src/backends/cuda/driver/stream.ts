@@ -23,8 +23,11 @@ const nextPoll = (poll: number) =>
 export interface StreamDevice extends DeviceContext {
   /** The library's own stream, which outlives every other. */
   readonly stream: CudaStream;
+  /** @internal */
   readonly memoryPool: MemoryPool;
+  /** @internal */
   readonly eventPool: EventPool;
+  /** @internal */
   forgetStream(stream: CudaStream): void;
 }
 
