@@ -1,13 +1,15 @@
 /**
- * Fills the tables of README.md and of the documentation from the raw results under bench/results/: between `<!-- table NAME -->` and
+ * Fills the tables of README.md and of the documentation from the raw results under bench/results/ (that of exporters from the graphs of
+ * the tests): between `<!-- table NAME -->` and
  * `<!-- /table -->`. `<!-- table NAME short -->` has the rows that the README shows. With `--check` it writes nothing and fails if a
  * table is not what the results say.
  */
 import { readdirSync, readFileSync, writeFileSync } from 'node:fs';
 import type { AccuracyRow } from '../bench/accuracy.ts';
+import { exporterRows } from './exporters-table.ts';
 
 const RESULTS = new URL('../bench/results/', import.meta.url);
-const PAGES = ['README.md', 'docs/choosing-a-kernel.md'];
+const PAGES = ['README.md', 'docs/choosing-a-kernel.md', 'docs/integrations.md'];
 const read = <T>(name: string): T => JSON.parse(readFileSync(new URL(name, RESULTS), 'utf8')) as T;
 
 interface Table {
@@ -339,6 +341,11 @@ function summary(): Table {
   };
 }
 
+const exporters = (): Table => ({
+  header: ['models', 'exporter', 'found', 'taken', 'since'],
+  rows: exporterRows(),
+});
+
 const TABLES: Readonly<Record<string, (short: boolean) => Table>> = {
   summary,
   accuracy,
@@ -346,6 +353,7 @@ const TABLES: Readonly<Record<string, (short: boolean) => Table>> = {
   'cuda-speed': cudaSpeed,
   'webgpu-speed': webgpuSpeed,
   'onnxruntime-speed': onnxruntimeSpeed,
+  exporters,
 };
 
 /** The formatter pads the cells of tables. */
@@ -368,7 +376,7 @@ for (const page of PAGES) {
   );
   if (!process.argv.includes('--check')) writeFileSync(file, after);
   else if (plain(before) !== plain(after)) {
-    console.error(`${page}: a table is not what bench/results/ says; run \`npm run readme:tables\``);
+    console.error(`${page}: a table is not what bench/results/ and the tests say; run \`npm run readme:tables\``);
     process.exitCode = 1;
   }
 }

@@ -6,6 +6,7 @@ import { B, C, D, finish, H, heads, hidden, input, L, project } from './blocks.t
 export const FUSED: readonly Case[] = [
   {
     name: 'com.microsoft MultiHeadAttention: bias and padding mask',
+    exported: { models: '`MultiHeadAttention` of `com.microsoft`', exporter: 'onnxruntime optimizer', since: '0.1.0' },
     build: (g) => {
       g.input('padding', ['batch', 'length'], 'int32');
       const x = input(g);
@@ -73,6 +74,7 @@ export const FUSED: readonly Case[] = [
   },
   {
     name: 'com.microsoft Attention: projection inside, widths of their own, mask',
+    exported: { models: '`Attention` of `com.microsoft`', exporter: 'onnxruntime optimizer', since: '0.1.0' },
     build: (g) => {
       g.input('mask', ['batch', 'length'], 'int32');
       const x = input(g);
@@ -160,6 +162,15 @@ export const FUSED: readonly Case[] = [
   ...[false, true].map(
     (rotary): Case => ({
       name: `com.microsoft GroupQueryAttention: past and present${rotary ? ', packed, rotary' : ''}`,
+      ...(rotary
+        ? {
+            exported: {
+              models: 'Llama, Phi, Qwen with `GroupQueryAttention`',
+              exporter: 'onnxruntime-genai',
+              since: '0.1.0',
+            },
+          }
+        : {}),
       build: (g) => {
         const x = g.input('x', [1, 'length', C]);
         g.input('past_k', [1, 1, 'past', D]);
@@ -194,6 +205,7 @@ export const FUSED: readonly Case[] = [
   ),
   {
     name: 'ONNX Attention: [B,L,H*D], causal, grouped heads',
+    exported: { models: '`Attention` of operator set 23', exporter: 'torch.onnx (dynamo)', since: '0.1.0' },
     build: (g) => {
       const x = input(g);
       const kv = () => g.linear(x, C, D, 2);

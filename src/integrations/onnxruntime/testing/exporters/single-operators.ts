@@ -25,6 +25,11 @@ import {
 export const SINGLE_OPERATORS: readonly Case[] = [
   {
     name: 'PyTorch TorchScript sdpa: square root of a dynamic scale on both sides',
+    exported: {
+      models: '`scaled_dot_product_attention` of PyTorch: most models since torch 2',
+      exporter: 'torch.onnx (TorchScript)',
+      since: '0.1.0',
+    },
     build: block((g, q, kT, v) => {
       const root = dynamicRootScale(g, q);
       const scores = g.op('MatMul', [g.op('Mul', [q, root]), g.op('Mul', [kT, root])]);
@@ -34,6 +39,7 @@ export const SINGLE_OPERATORS: readonly Case[] = [
   },
   {
     name: 'PyTorch dynamo sdpa: constant roots, boolean mask to additive, NaN guard',
+    exported: { models: 'the same, with a boolean mask', exporter: 'torch.onnx (dynamo)', since: '0.1.0' },
     build: (g) => {
       g.input('mask', ['batch', 1, 1, 'length'], 'bool');
       block((g, q, kT, v) => {
@@ -57,6 +63,7 @@ export const SINGLE_OPERATORS: readonly Case[] = [
   },
   {
     name: 'Optimum BERT: Div by a constant, additive mask of the lowest float, Dropout',
+    exported: { models: 'BERT and its relatives, sentence encoders', exporter: 'Optimum', since: '0.1.0' },
     build: (g) => {
       g.input('attention_mask', ['batch', 'length'], 'int64');
       block((g, q, kT, v) => {
@@ -79,6 +86,7 @@ export const SINGLE_OPERATORS: readonly Case[] = [
   },
   {
     name: 'GPT-2: Where over a sliced causal buffer, then an additive mask',
+    exported: { models: 'GPT-2', exporter: 'Optimum', since: '0.1.0' },
     build: (g) => {
       g.input('bias', ['batch', 1, 1, 'length']);
       block((g, q, kT, v) => {
@@ -95,6 +103,7 @@ export const SINGLE_OPERATORS: readonly Case[] = [
   },
   {
     name: 'masked_fill: Where that replaces where a mask is true',
+    exported: { models: 'DistilBERT, MPNet: masked_fill', exporter: 'torch.onnx (TorchScript)', since: '0.1.0' },
     build: (g) => {
       g.input('hide', ['batch', 1, 'length', 'length'], 'bool');
       block((g, q, kT, v) => {
@@ -114,6 +123,7 @@ export const SINGLE_OPERATORS: readonly Case[] = [
   },
   {
     name: 'Paddle2ONNX: packed projection, Slice and Squeeze, scale on q, axis 3, operator set 9',
+    exported: { models: 'PaddleOCR (SVTR)', exporter: 'Paddle2ONNX', since: '0.1.0' },
     build: (g) => {
       const packed = g.op('Reshape', [g.linear(input(g), C, 3 * C, 2), g.ints([0, -1, 3, H, D])]);
       const parts = g.op('Transpose', [packed], { perm: [2, 0, 3, 1, 4] });
@@ -129,6 +139,7 @@ export const SINGLE_OPERATORS: readonly Case[] = [
   },
   {
     name: 'tf2onnx: scale on q behind its transpose, k transposed twice',
+    exported: { models: 'TensorFlow transformers', exporter: 'tf2onnx', since: '0.1.0' },
     build: (g) => {
       const x = input(g);
       const q = g.op('Mul', [heads(g, project(g, x)), g.scalar(scale)]);
@@ -140,6 +151,7 @@ export const SINGLE_OPERATORS: readonly Case[] = [
   },
   {
     name: 'Keras MultiHeadAttention: Einsum with the key first',
+    exported: { models: 'Keras `MultiHeadAttention`', exporter: 'tf2onnx, Keras 3', since: '0.1.0' },
     build: (g) => {
       const x = input(g);
       const [q, k, v] = [0, 1, 2].map(() => g.op('Reshape', [project(g, x), g.ints([0, 0, H, D])])) as [
@@ -168,6 +180,7 @@ export const SINGLE_OPERATORS: readonly Case[] = [
   },
   {
     name: 'diffusers: heads folded into the batch, Einsum of rank 3',
+    exported: { models: 'Stable Diffusion of older diffusers', exporter: 'torch.onnx (TorchScript)', since: '0.1.0' },
     build: (g) => {
       const x = input(g);
       const fold = (value: string) => g.op('Reshape', [heads(g, value), g.ints([-1, L, D])]);
@@ -180,6 +193,7 @@ export const SINGLE_OPERATORS: readonly Case[] = [
   },
   {
     name: 'BART: heads folded into the batch, the mask added to reshaped scores',
+    exported: { models: 'BART, Whisper, M2M100, older Wav2Vec2', exporter: 'Optimum', since: '0.1.0' },
     build: (g) => {
       g.input('mask', ['batch', 1, 'length', 'length']);
       const x = input(g);
@@ -195,6 +209,7 @@ export const SINGLE_OPERATORS: readonly Case[] = [
   },
   {
     name: 'T5: position bias of every head, no scale, a residual mask constant',
+    exported: { models: 'T5, mT5', exporter: 'Optimum', since: '0.1.0' },
     build: block((g, q, kT, v) => {
       const bias = g.op('Add', [
         g.weight([1, H, L, L], 1),
@@ -222,6 +237,7 @@ export const SINGLE_OPERATORS: readonly Case[] = [
   },
   {
     name: 'Llama: key and value heads repeated by Unsqueeze, Expand, Reshape; Cast around the softmax',
+    exported: { models: 'Llama, Qwen, Mistral: grouped heads', exporter: 'Optimum', since: '0.1.0' },
     build: (g) => {
       const x = input(g);
       const kv = () => {
@@ -238,6 +254,7 @@ export const SINGLE_OPERATORS: readonly Case[] = [
   },
   {
     name: 'Gemma 2: softcap by Div, Tanh, Mul',
+    exported: { models: 'Gemma 2: softcap', exporter: 'Optimum', since: '0.1.0' },
     build: block((g, q, kT, v) => {
       const scores = g.op('Mul', [g.op('MatMul', [q, kT]), g.scalar(scale * 4)]);
       const capped = g.op('Mul', [g.op('Tanh', [g.op('Div', [scores, g.scalar(5)])]), g.scalar(5)]);
@@ -269,6 +286,7 @@ export const SINGLE_OPERATORS: readonly Case[] = [
   },
   {
     name: 'an optimized graph: FusedMatMul with transB and alpha',
+    exported: { models: 'graphs that onnxruntime optimized', exporter: 'onnxruntime', since: '0.1.0' },
     build: (g) => {
       const x = input(g);
       const [q, k, v] = [0, 1, 2].map(() => heads(g, project(g, x))) as [string, string, string];
@@ -306,6 +324,7 @@ export const SINGLE_OPERATORS: readonly Case[] = [
   },
   {
     name: 'timm: one projection, Reshape, Transpose, and a Gather for each part',
+    exported: { models: 'ViT, DeiT, EVA of timm', exporter: 'torch.onnx (TorchScript)', since: '0.1.0' },
     build: (g) => {
       const packed = g.op('Reshape', [g.linear(input(g), C, 3 * C, 2), g.ints([0, -1, 3, H, D])]);
       const parts = g.op('Transpose', [packed], { perm: [2, 0, 3, 1, 4] });
@@ -329,6 +348,7 @@ export const SINGLE_OPERATORS: readonly Case[] = [
   },
   {
     name: 'ViT: Split of the transposed projection, Squeeze',
+    exported: { models: 'DINOv2, BEiT: one projection split', exporter: 'torch.onnx (dynamo)', since: '0.1.0' },
     build: (g) => {
       const packed = g.op('Reshape', [g.linear(input(g), C, 3 * C, 2), g.ints([0, 0, 3, H, D])]);
       const parts = g.op('Transpose', [packed], { perm: [2, 0, 3, 1, 4] });
@@ -405,6 +425,7 @@ export const SINGLE_OPERATORS: readonly Case[] = [
   },
   {
     name: 'left: attention weights that are an output',
+    exported: { models: 'attention whose weights are an output', exporter: 'any', since: '0.1.0' },
     build: (g) => {
       block((g, q, kT, v) => {
         g.op('Softmax', [g.op('MatMul', [q, kT])], { axis: -1 }, { outputs: ['p'] });

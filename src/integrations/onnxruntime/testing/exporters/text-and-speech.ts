@@ -87,7 +87,7 @@ const POSITIONS: Case[] = [
       ...(isShifted
         ? {
             exported: {
-              models: 'Transformer-XL, XLNet, Conformer: (ac + bd) / sqrt(d)',
+              models: 'XLNet, Conformer: (ac + bd) / sqrt(d)',
               exporter: TORCHSCRIPT,
               since: SINCE,
             },
@@ -109,6 +109,24 @@ const POSITIONS: Case[] = [
       feeds: hiding,
     }),
   ),
+  {
+    name: 'left: Transformer-XL, whose scores have heads last and a softmax over their second axis',
+    exported: { models: 'Transformer-XL', exporter: TORCHSCRIPT, since: SINCE },
+    build: (g) => {
+      input(g);
+      const [q, k, v] = [0, 1, 2].map(() => {
+        const rows = g.op('Reshape', [project(g, 'x'), g.ints([0, 0, H, D])]);
+        return g.op('Transpose', [rows], { perm: [1, 0, 2, 3] });
+      }) as [string, string, string];
+      const scores = g.op('Mul', [g.op('Einsum', [q, k], { equation: 'ibnd,jbnd->ijbn' }), g.scalar(scale)]);
+      const p = g.op('Softmax', [scores], { axis: 1 });
+      const o = g.op('Einsum', [p, v], { equation: 'ijbn,jbnd->ibnd' });
+      finish(g, g.op('Transpose', [o], { perm: [1, 2, 0, 3] }));
+    },
+    feeds: hidden,
+    taken: 0,
+    left: 'softmax over an axis that is not the last',
+  },
   {
     name: 'masks in one Sum',
     exported: {
