@@ -132,10 +132,11 @@ export class WebgpuBackend implements Backend {
     return WebgpuKeyValue.create(problem, kernel, () => this.context(), this.#options, k, v, run);
   }
 
+  /** Runs under way end first. Then all memory on the device is freed, and a device that was opened here is destroyed. */
   async dispose(): Promise<void> {
     const context = this.#context;
     this.#context = undefined;
-    if (context !== undefined) (await context.catch(() => undefined))?.dispose();
+    if (context !== undefined) await (await context.catch(() => undefined))?.dispose();
   }
 }
 

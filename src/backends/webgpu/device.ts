@@ -11,6 +11,7 @@ import {
 } from './capabilities.ts';
 import { matrixProducts } from './families/matrix.ts';
 import { probeMatrixDialect } from './families/matrix-dialect.ts';
+import { ScratchPool } from './scratch.ts';
 
 export interface DeviceOptions {
   /** A device of the caller's, shared with other code; it is never destroyed here. */
@@ -146,8 +147,26 @@ async function withDialect(device: GPUDevice, capabilities: Capabilities): Promi
 
 const messageOf = (error: unknown) => (error instanceof Error ? error.message : String(error));
 
+/** The compiler's first errors, each with its place and the line. Not every engine says them elsewhere. */
+async function compilerErrors(module: GPUShaderModule, code: string): Promise<string[]> {
+  const { messages } = await module.getCompilationInfo();
+  const lines = code.split('\n');
+  return messages
+    .filter(({ type }) => type === 'error')
+    .slice(0, 3)
+    .map(
+      ({ lineNum, linePos, message }) =>
+        `${lineNum}:${linePos}: ${message} in '${(lines[lineNum - 1] ?? '').trim().slice(0, 120)}'`,
+    );
+}
+
 /** Work that failed may have failed because the device went: how long to wait for word of it. */
 const LOSS_IS_TOLD_MS = 100;
+
+/** What holds memory of a device. */
+interface Resource {
+  dispose(): void;
+}
 
 export class GpuContext {
   readonly device: GPUDevice;
@@ -159,11 +178,16 @@ export class GpuContext {
   #lost: ExecutionError | undefined;
   readonly #loss: Promise<never>;
   readonly #pipelines = new Map<string, Promise<GPUComputePipeline>>();
+  readonly scratch: ScratchPool;
+  readonly #resources = new Set<Resource>();
+  readonly #runs = new Set<Promise<unknown>>();
+  #disposed = false;
 
   constructor(device: GPUDevice, capabilities: Capabilities, owned: boolean) {
     this.device = device;
     this.capabilities = capabilities;
     this.owned = owned;
+    this.scratch = new ScratchPool(device, capabilities.bufferBytes);
     this.#loss = device.lost.then((info) => {
       this.#lost = new ExecutionError('device-lost', `the GPU device was lost (${info.reason}): ${info.message}`);
       throw this.#lost;
@@ -203,7 +227,9 @@ export class GpuContext {
       return await compiled;
     } catch (cause) {
       const invalid = await scope;
-      throw new ExecutionError('execution-failed', `kernel '${label}': ${invalid?.message ?? messageOf(cause)}`, cause);
+      const messages = await compilerErrors(module, code).catch(() => []);
+      const reason = messages.length > 0 ? messages.join('; ') : (invalid?.message ?? messageOf(cause));
+      throw new ExecutionError('execution-failed', `kernel '${label}': ${reason}`, cause);
     } finally {
       scope.catch(() => {});
       this.compileMilliseconds += performance.now() - started;
@@ -255,7 +281,36 @@ export class GpuContext {
     }
   }
 
-  dispose(): void {
+  /** Neither lost nor disposed. */
+  get usable(): boolean {
+    return this.#lost === undefined && !this.#disposed;
+  }
+
+  /** Takes note of what holds memory of the device, to free it with the backend. */
+  owns(resource: Resource): void {
+    this.#resources.add(resource);
+  }
+
+  disowns(resource: Resource): void {
+    this.#resources.delete(resource);
+  }
+
+  /** A run, which disposing waits for. */
+  during<T>(run: Promise<T>): Promise<T> {
+    this.#runs.add(run);
+    const ended = () => {
+      this.#runs.delete(run);
+    };
+    run.then(ended, ended);
+    return run;
+  }
+
+  /** Frees all memory on the device once the runs under way have ended; a caller's device lives on. */
+  async dispose(): Promise<void> {
+    this.#disposed = true;
+    while (this.#runs.size > 0) await Promise.allSettled(this.#runs);
+    for (const resource of [...this.#resources]) resource.dispose();
+    this.scratch.clear();
     this.#pipelines.clear();
     if (this.owned) this.device.destroy();
   }

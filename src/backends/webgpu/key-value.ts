@@ -10,20 +10,24 @@ import { padDim, rowVectors } from './kernels/layout.ts';
 import { KEY_BLOCK } from './kernels/prepare.ts';
 import { roundUp } from './kernels/storage.ts';
 import { attentionParts } from './launches/attention.ts';
+import { copyLaunches, rawLayout, rawRowBytes, widenLaunches } from './launches/cache.ts';
 import { keyValueBytes, keyValueShapeOf, prepareKeyValueLaunches, statisticsLaunches } from './launches/quantize.ts';
 import { createStages, type KeyValueShape } from './launches/stages.ts';
 import { checkSizes, Program } from './program.ts';
-import { rebased, runProgram, uploaded } from './run.ts';
-import { GPU_BUFFER_USAGE, isGpuTensor, validateBuffer } from './tensor.ts';
-
-interface Store {
-  readonly keys: GPUBuffer;
-  readonly values: GPUBuffer;
-  readonly partials: GPUBuffer;
-}
+import { type DeviceInputs, rebased, runProgram, takeInputs } from './run.ts';
+import { allocate, type Buffers } from './scratch.ts';
 
 /** Programs for recent shapes of queries are kept: a decoder asks for the same ones again and again. */
 const PROGRAMS = 4;
+
+/**
+ * Tokens whose mean is good enough to stay. While there are fewer, they are kept as they came beside their quantized rows,
+ * and an append quantizes all anew: a cache may begin with a single token that is unlike all others.
+ */
+const SETTLED_MEAN = 512;
+
+/** Buffers whose rows grow with the cache. */
+const ROWS = ['keys', 'values', 'rawKeys', 'rawValues'] as const;
 
 export class WebgpuKeyValue implements PreparedKeyValue {
   readonly #context: GpuContext;
@@ -33,7 +37,8 @@ export class WebgpuKeyValue implements PreparedKeyValue {
   #capacity = 0;
   #length = 0;
   #shape: KeyValueShape;
-  #store: Store | undefined;
+  /** Quantized rows and statistics; rows as they came while the mean is not settled. */
+  #store: Buffers = {};
   readonly #programs = new Map<string, Program>();
   #disposed = false;
 
@@ -42,6 +47,7 @@ export class WebgpuKeyValue implements PreparedKeyValue {
     this.#kernel = kernel;
     this.#options = options;
     this.#shape = shape;
+    context.owns(this);
   }
 
   static async create(
@@ -55,9 +61,13 @@ export class WebgpuKeyValue implements PreparedKeyValue {
   ): Promise<WebgpuKeyValue> {
     const context = await device();
     const layout = keyValueLayoutOf(context.capabilities, problem, options);
-    const shape = keyValueShapeOf(problem, kernel, context.capabilities, layout);
-    const prepared = new WebgpuKeyValue(context, kernel, options, shape);
-    await prepared.append(k, v, problem, run);
+    const prepared = new WebgpuKeyValue(context, kernel, options, shapeOf(context, problem, kernel, layout));
+    try {
+      await prepared.append(k, v, problem, run);
+    } catch (error) {
+      prepared.dispose();
+      throw error;
+    }
     return prepared;
   }
 
@@ -65,51 +75,108 @@ export class WebgpuKeyValue implements PreparedKeyValue {
     return this.#length;
   }
 
+  /** CPU tensors are read before this returns. */
   async append(k: TensorView, v: TensorView, problem: AttentionProblem, run: RunContext): Promise<void> {
     this.#check(run);
-    const added = problem.keyLength;
-    const first = this.#length;
-    const length = first + added;
-    const capabilities = this.#context.capabilities;
-    // Statistics are those of the first tokens; later ones keep the same mean and scales.
-    const fresh = first === 0;
-    if (fresh) {
-      this.#release();
-      this.#shape = keyValueShapeOf(problem, this.#kernel, capabilities, this.#shape.layout);
-    }
-    await this.#reserve(length, problem);
-    if (added === 0) return;
-    const whole: AttentionProblem = { ...rebased(problem), keyLength: length };
-    const stages = createStages(whole, capabilities, this.#shape, first);
-    const launches = [...(fresh ? statisticsLaunches(stages) : []), ...prepareKeyValueLaunches(stages, first)];
-    const program = await Program.create(this.#context, launches, {}, stages.tables.bytes);
-    for (const [name, view] of [
-      ['k', k],
-      ['v', v],
-    ] as const) {
-      if (isGpuTensor(view)) validateBuffer(name, view);
-    }
-    const temporary: GPUBuffer[] = [];
+    const inputs = takeInputs(this.#context, { k, v });
     try {
-      const { device } = this.#context;
-      const [, outcome] = this.#context.checked(() => {
-        const encoder = device.createCommandEncoder({ label: 'sageattention append' });
-        program.encode(encoder, {
-          k: uploaded(device, k, temporary),
-          v: uploaded(device, v, temporary),
-          ...(this.#store as Store),
-        });
-        device.queue.submit([encoder.finish()]);
-      });
-      const failure = await outcome;
-      if (failure !== undefined) throw failure;
-      this.#length = length;
+      await this.#context.during(this.#append(inputs, problem));
     } finally {
-      for (const buffer of temporary) buffer.destroy();
-      program.dispose();
+      inputs.release();
     }
   }
 
+  async #append(inputs: DeviceInputs, problem: AttentionProblem): Promise<void> {
+    const failure = await inputs.outcome;
+    if (failure !== undefined) throw failure;
+    const first = this.#length;
+    const length = first + problem.keyLength;
+    const { layout } = this.#shape;
+    // A problem over all tokens, of which `problem` describes those from `first` on.
+    const whole: AttentionProblem = { ...rebased(problem), keyLength: length };
+    const unsettled = first < SETTLED_MEAN && this.#keepsRaw(length);
+    const shape = unsettled || first === 0 ? shapeOf(this.#context, whole, this.#kernel, layout) : this.#shape;
+    // The first tokens of a long prompt settle the mean at once: nothing else is kept.
+    const raw = unsettled && (first > 0 || length < SETTLED_MEAN);
+    await this.#reserve(length, shape, raw);
+    if (problem.keyLength === 0) return;
+    const programs =
+      raw && first > 0
+        ? [await this.#copy(whole, first), await this.#quantizeRaw(whole)]
+        : [...(raw ? [await this.#copy(whole, first)] : []), await this.#quantize(whole, first)];
+    try {
+      await this.#submit(programs, inputs);
+      this.#length = length;
+    } finally {
+      for (const program of programs) program.dispose();
+    }
+    if (length >= SETTLED_MEAN) this.#free(['rawKeys', 'rawValues']);
+  }
+
+  /** The rows as they came fit buffers of the device. */
+  #keepsRaw(length: number): boolean {
+    const { kvHeads, sequences } = this.#shape;
+    const rows = kvHeads * sequences * roundUp(length, KEY_BLOCK) * 2;
+    return Object.values(rawRowBytes(this.#shape)).every(
+      (bytes) => rows * bytes <= this.#context.capabilities.bufferBytes,
+    );
+  }
+
+  #copy(whole: AttentionProblem, first: number): Promise<Program> {
+    const stages = createStages(whole, this.#context.capabilities, this.#shape, first);
+    return Program.create(this.#context, copyLaunches(stages, first), {}, stages.tables.bytes);
+  }
+
+  /** Quantizes all tokens out of the rows kept. */
+  #quantizeRaw(whole: AttentionProblem): Promise<Program> {
+    const k = rawLayout(this.#shape, 'rawKeys');
+    const v = rawLayout(this.#shape, 'rawValues');
+    return this.#quantize({ ...whole, k, v }, 0);
+  }
+
+  /** Quantizes tokens from `first` on; those before keep their mean, and their values get wider scales where they need them. */
+  #quantize(problem: AttentionProblem, first: number): Promise<Program> {
+    const { capabilities } = this.#context;
+    const stages = createStages(problem, capabilities, this.#shape, first);
+    const { values, layout } = this.#shape;
+    const launches = [];
+    const scratch: { newPartials?: number } = {};
+    if (first === 0) launches.push(...statisticsLaunches(stages));
+    else if (values.scaled) {
+      const added: KeyValueShape = {
+        ...this.#shape,
+        chunks: shapeOf(this.#context, { ...problem, keyLength: problem.keyLength - first }, this.#kernel, layout)
+          .chunks,
+        smoothK: false,
+        values: { ...values, smoothed: false },
+      };
+      scratch.newPartials = keyValueBytes(added).partials;
+      launches.push(
+        ...statisticsLaunches({ ...stages, keyValue: added }, 'newPartials'),
+        ...widenLaunches(stages, first, added),
+      );
+    }
+    launches.push(...prepareKeyValueLaunches(stages, first));
+    return Program.create(this.#context, launches, scratch, stages.tables.bytes);
+  }
+
+  async #submit(programs: readonly Program[], inputs: DeviceInputs): Promise<void> {
+    const { device, scratch } = this.#context;
+    const [, outcome] = this.#context.checked(() => {
+      const encoder = device.createCommandEncoder({ label: 'sageattention append' });
+      for (const [i, program] of programs.entries()) {
+        const { rawKeys: k, rawValues: v } = this.#store;
+        // A program after the one that copies reads the copies.
+        const source = i > 0 && this.#length > 0 && k !== undefined && v !== undefined ? { k, v } : inputs.buffers;
+        program.encode(encoder, { ...scratch.reserve(program.scratch), ...this.#store, ...source });
+      }
+      device.queue.submit([encoder.finish()]);
+    });
+    const failure = await outcome;
+    if (failure !== undefined) throw failure;
+  }
+
+  /** CPU tensors are read before this returns. */
   async attend(
     q: TensorView,
     problem: AttentionProblem,
@@ -117,36 +184,45 @@ export class WebgpuKeyValue implements PreparedKeyValue {
     run: RunContext,
   ): Promise<AttentionOutputs> {
     this.#check(run);
+    const inputs = takeInputs(this.#context, { q, mask: attnMask });
+    return this.#context.during(this.#attend(inputs, problem, run));
+  }
+
+  async #attend(inputs: DeviceInputs, problem: AttentionProblem, run: RunContext): Promise<AttentionOutputs> {
     const own = rebased(problem);
-    const key = JSON.stringify(own);
-    let program = this.#programs.get(key);
-    if (program === undefined) {
-      const stages = createStages(own, this.#context.capabilities, this.#shape);
-      // Tokens appended to a block have their own scales, so a tile has no single one.
-      const parts = attentionParts(stages, this.#kernel, this.#options, 'token');
-      checkSizes(this.#context, parts.sizes);
-      program = await Program.create(this.#context, parts.launches, parts.sizes, stages.tables.bytes);
-      this.#programs.set(key, program);
-      const [oldest] = this.#programs.keys();
-      if (this.#programs.size > PROGRAMS && oldest !== undefined) {
-        this.#programs.get(oldest)?.dispose();
-        this.#programs.delete(oldest);
+    try {
+      const key = JSON.stringify(own);
+      let program = this.#programs.get(key);
+      if (program === undefined) {
+        const stages = createStages(own, this.#context.capabilities, this.#shape);
+        const parts = attentionParts(stages, this.#kernel, this.#options);
+        program = await Program.create(this.#context, parts.launches, parts.sizes, stages.tables.bytes);
+        this.#programs.set(key, program);
+        const [oldest] = this.#programs.keys();
+        if (this.#programs.size > PROGRAMS && oldest !== undefined) {
+          this.#programs.get(oldest)?.dispose();
+          this.#programs.delete(oldest);
+        }
       }
+      return await runProgram(this.#context, program, own, inputs, run, this.#store);
+    } finally {
+      inputs.release();
     }
-    return runProgram(this.#context, program, own, { q, mask: attnMask }, run, this.#store as Store);
   }
 
   dispose(): void {
     if (this.#disposed) return;
     this.#disposed = true;
-    this.#release();
+    this.#context.disowns(this);
+    this.#clearPrograms();
+    this.#free(Object.keys(this.#store) as (keyof Buffers)[]);
   }
 
-  #release(): void {
-    this.#clearPrograms();
-    for (const buffer of Object.values(this.#store ?? {})) buffer.destroy();
-    this.#store = undefined;
-    this.#capacity = 0;
+  #free(names: readonly (keyof Buffers)[]): void {
+    for (const name of names) {
+      this.#store[name]?.destroy();
+      delete this.#store[name];
+    }
   }
 
   #check(run: RunContext): void {
@@ -161,60 +237,74 @@ export class WebgpuKeyValue implements PreparedKeyValue {
     this.#programs.clear();
   }
 
-  /** Room for `length` tokens of each sequence: doubled when outgrown, and what is held is copied. */
-  async #reserve(length: number, problem: AttentionProblem): Promise<void> {
-    if (this.#store !== undefined && length <= this.#capacity) return;
-    const capacity = roundUp(Math.max(length, this.#store === undefined ? length : this.#capacity * 2, 1), KEY_BLOCK);
-    const { batch } = problem;
+  /**
+   * Room for `length` tokens of each sequence: doubled when outgrown, and what is held is copied.
+   *
+   * @param shape that of the tokens to come, laid end to end
+   * @param raw whether the tokens are kept as they came
+   */
+  async #reserve(length: number, shape: KeyValueShape, raw: boolean): Promise<void> {
+    const held = this.#capacity;
+    const capacity =
+      length <= held && held > 0 ? held : roundUp(Math.max(length, Math.min(2 * held, 2 * length), 1), KEY_BLOCK);
+    const { sequences } = shape;
     const next: KeyValueShape = {
-      ...this.#shape,
-      rowsPerHead: capacity * batch,
-      keyRows: Array.from({ length: batch }, (_, i) => i * capacity),
+      ...shape,
+      rowsPerHead: capacity * sequences,
+      keyRows: Array.from({ length: sequences }, (_, i) => i * capacity),
     };
-    const sizes = keyValueBytes(next);
+    const { keys, values, partials } = keyValueBytes(next);
+    const rows = next.kvHeads * next.rowsPerHead;
+    const rowBytes = {
+      keys: rowVectors(padDim(next.headDim)) * 16,
+      values: padDim(next.valueDim) * 2,
+      ...rawRowBytes(next),
+    };
+    const sizes: Partial<Record<keyof Buffers, number>> = {
+      ...(capacity === held ? {} : { keys, values }),
+      ...(partials > (this.#store.partials?.size ?? 0) ? { partials } : {}),
+    };
+    for (const name of ['rawKeys', 'rawValues'] as const) {
+      if (raw && (capacity !== held || this.#store[name] === undefined)) sizes[name] = rows * rowBytes[name];
+    }
+    if (Object.keys(sizes).length === 0) {
+      this.#shape = next;
+      return;
+    }
     checkSizes(this.#context, sizes);
     const { device } = this.#context;
     const previous = this.#store;
-    const [store, outcome] = this.#context.checked(() => {
-      const buffer = (name: string, size: number) =>
-        device.createBuffer({
-          label: `sageattention cache ${name}`,
-          size,
-          usage: GPU_BUFFER_USAGE.STORAGE | GPU_BUFFER_USAGE.COPY_SRC | GPU_BUFFER_USAGE.COPY_DST,
-        });
-      const made: Store = {
-        keys: buffer('keys', sizes.keys),
-        values: buffer('values', sizes.values),
-        partials: previous?.partials ?? buffer('partials', sizes.partials),
-      };
-      if (previous !== undefined && this.#length > 0) {
-        const encoder = device.createCommandEncoder();
-        for (const [name, rowBytes] of [
-          ['keys', rowVectors(padDim(next.headDim)) * 16],
-          ['values', padDim(next.valueDim) * 2],
-        ] as const) {
-          for (let run = 0; run < next.kvHeads * batch; run++) {
-            const bytes = roundUp(this.#length, KEY_BLOCK) * rowBytes;
-            encoder.copyBufferToBuffer(
-              previous[name],
-              run * this.#capacity * rowBytes,
-              made[name],
-              run * capacity * rowBytes,
-              bytes,
-            );
-          }
+    const [made, outcome] = this.#context.checked(() => {
+      const buffers = allocate(device, sizes);
+      const encoder = device.createCommandEncoder();
+      for (const name of ROWS) {
+        const [from, to] = [previous[name], buffers[name]];
+        if (from === undefined || to === undefined) continue;
+        const bytes = roundUp(this.#length, KEY_BLOCK) * rowBytes[name];
+        for (let run = 0; run < next.kvHeads * sequences && bytes > 0; run++) {
+          encoder.copyBufferToBuffer(from, run * held * rowBytes[name], to, run * capacity * rowBytes[name], bytes);
         }
-        device.queue.submit([encoder.finish()]);
       }
-      return made;
+      device.queue.submit([encoder.finish()]);
+      return buffers;
     });
     const failure = await outcome;
-    if (failure !== undefined) throw failure;
-    previous?.keys.destroy();
-    previous?.values.destroy();
+    if (failure !== undefined) {
+      for (const buffer of Object.values(made)) buffer.destroy();
+      throw failure;
+    }
+    this.#free(Object.keys(made) as (keyof Buffers)[]);
+    Object.assign(this.#store, made);
     this.#clearPrograms();
-    this.#store = store;
     this.#capacity = capacity;
     this.#shape = next;
   }
 }
+
+/** In a cache every key has its own scale: tokens come in any number at a time. */
+const shapeOf = (
+  context: GpuContext,
+  problem: AttentionProblem,
+  kernel: KernelChoice,
+  layout: KeyValueShape['layout'],
+): KeyValueShape => ({ ...keyValueShapeOf(problem, kernel, context.capabilities, layout), sharedScale: false });

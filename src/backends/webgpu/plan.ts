@@ -9,8 +9,9 @@ import type { GpuContext } from './device.ts';
 import type { Forced } from './families/choose.ts';
 import type { Family } from './families/family.ts';
 import { planLaunches } from './launches/plan.ts';
-import { type Buffers, checkSizes, type EncodeOptions, Program } from './program.ts';
-import { rebased, runProgram } from './run.ts';
+import { type EncodeOptions, Program } from './program.ts';
+import { copied, type DeviceInputs, rebased, runProgram, takeInputs } from './run.ts';
+import type { Buffers } from './scratch.ts';
 import { emptyGpuTensor, type GpuTensor, isGpuTensor, validateBuffer } from './tensor.ts';
 
 /** What was chosen and built for a plan; shown by `doctor`, benches and tests. */
@@ -21,6 +22,7 @@ export interface PlanDetails {
   /** Dispatches of one run, in order, by name. */
   readonly launches: readonly string[];
   readonly keySplits: number;
+  /** Scratch of a run, out of memory that all plans of a device share. */
   readonly scratchBytes: number;
   /** Wall time that this plan waited for pipelines, milliseconds; 0 when all were cached. */
   readonly compileMilliseconds: number;
@@ -41,6 +43,7 @@ export class WebgpuPlan implements Plan {
   #built: Built;
   #rebuilding: Promise<Built> | undefined;
   #disposed = false;
+  #runs = 0;
 
   private constructor(
     problem: AttentionProblem,
@@ -72,18 +75,33 @@ export class WebgpuPlan implements Plan {
     return this.#built.details;
   }
 
-  async run(inputs: AttentionInputs, run: RunContext = {}): Promise<AttentionOutputs> {
+  /** CPU tensors are read before this returns, unless the plan must first be built for a new device. */
+  async run({ q, k, v, attnMask }: AttentionInputs, run: RunContext = {}): Promise<AttentionOutputs> {
     if (this.#disposed) throw new ExecutionError('disposed', 'this plan has been disposed');
-    const { context, program } = await this.#current();
-    const { q, k, v, attnMask } = inputs;
-    return runProgram(context, program, this.#problem, { q, k, v, mask: attnMask }, run);
+    run.signal?.throwIfAborted();
+    const inputs = { q, k, v, mask: attnMask };
+    this.#runs++;
+    try {
+      let { context, program } = this.#built;
+      let taken: DeviceInputs;
+      if (context.usable) taken = takeInputs(context, inputs);
+      else {
+        const copies = Object.fromEntries(Object.entries(inputs).map(([name, view]) => [name, copied(view)]));
+        ({ context, program } = await this.#rebuilt());
+        taken = takeInputs(context, copies);
+      }
+      return await context.during(runProgram(context, program, this.#problem, taken, run));
+    } finally {
+      this.#runs--;
+      this.#release();
+    }
   }
 
   /**
    * Records the run into the caller's command encoder; nothing is submitted, read back or waited for. With `outputs`
-   * and buffers used lately, nothing is allocated.
+   * and buffers used lately, nothing is allocated but, the first time, scratch of the plan's own.
    *
-   * The plan's scratch is written: commands of one plan must be submitted in the order in which they shall take effect.
+   * That scratch is written: commands of one plan must be submitted in the order in which they shall take effect.
    *
    * @param inputs GPU tensors with the layout that was planned for
    * @param outputs contiguous tensors with offsets that are multiples of the device's binding alignment (256 bytes);
@@ -138,20 +156,22 @@ export class WebgpuPlan implements Plan {
     if (lse !== undefined) validateOutput('outputs.lse', lse, 'float32', lseShapeOf(problem));
     buffers.output = output.buffer;
     if (lse !== undefined) buffers.lse = lse.buffer;
-    program.encode(encoder, buffers, options);
+    program.encode(encoder, { ...program.ownScratch, ...buffers }, options);
     return lse === undefined ? { output } : { output, lse };
   }
 
+  /** Runs under way end first. */
   dispose(): void {
-    if (this.#disposed) return;
     this.#disposed = true;
-    this.#built.program.dispose();
+    this.#release();
   }
 
-  /** What was built for the present device: built again when the device was lost since. */
-  async #current(): Promise<Built> {
-    const { context } = this.#built;
-    if (context.lost === undefined) return this.#built;
+  #release(): void {
+    if (this.#disposed && this.#runs === 0) this.#built.program.dispose();
+  }
+
+  /** Builds the plan for the backend's next device: the last one was lost, or its backend disposed. */
+  async #rebuilt(): Promise<Built> {
     this.#rebuilding ??= this.#device()
       .then((next) => build(next, this.#problem, this.kernel, this.#options))
       .finally(() => {
@@ -184,7 +204,6 @@ async function build(
 ): Promise<Built> {
   const { capabilities } = context;
   const { launches, variant, keySplits, sizes, tables } = planLaunches(capabilities, problem, kernel, options);
-  checkSizes(context, sizes);
   const started = performance.now();
   const program = await Program.create(context, launches, sizes, tables);
   const details: PlanDetails = {

@@ -1,15 +1,14 @@
-/** A sequence of dispatches on a device: pipelines, the buffers of its own, bind groups. */
+/** A sequence of dispatches on a device: pipelines, tables and parameters, bind groups. */
 import { ExecutionError, SageAttentionError } from '../../errors.ts';
 import type { GpuContext } from './device.ts';
 import type { BufferName, Launch } from './launches/launch.ts';
+import { allocate, type BufferSizes, type Buffers } from './scratch.ts';
 import { GPU_BUFFER_USAGE } from './tensor.ts';
 
 export interface EncodeOptions {
   /** Timestamps of the compute pass that the plan records. */
   readonly timestampWrites?: GPUComputePassTimestampWrites;
 }
-
-export type Buffers = Partial<Record<BufferName, GPUBuffer>>;
 
 interface Dispatch {
   readonly pipeline: GPUComputePipeline;
@@ -22,69 +21,76 @@ const UNIFORM_SLOT = 256;
 /** Bind groups of callers' buffers are kept for this many sets of buffers. */
 const BIND_GROUP_SETS = 8;
 
-/** A sequence of dispatches over named buffers, some of them its own. */
+/** A sequence of dispatches over named buffers: the caller's, and scratch. */
 export class Program {
+  /** Bytes of scratch that a run takes. */
+  readonly scratch: BufferSizes;
   readonly #context: GpuContext;
   readonly #dispatches: readonly Dispatch[];
-  readonly #own: Buffers;
+  readonly #tables: GPUBuffer;
   readonly #uniforms: GPUBuffer;
-  /** Bind groups by the callers' buffers, most recently used last. */
+  /** Scratch for callers' encoders, which are submitted nobody knows when. */
+  #ownScratch: Buffers | undefined;
+  /** Bind groups by the buffers that they bind, most recently used last. */
   readonly #sets: { readonly buffers: Buffers; readonly groups: readonly GPUBindGroup[] }[] = [];
 
-  private constructor(context: GpuContext, dispatches: readonly Dispatch[], own: Buffers, uniforms: GPUBuffer) {
+  private constructor(
+    context: GpuContext,
+    dispatches: readonly Dispatch[],
+    scratch: BufferSizes,
+    tables: GPUBuffer,
+    uniforms: GPUBuffer,
+  ) {
     this.#context = context;
     this.#dispatches = dispatches;
-    this.#own = own;
+    this.scratch = scratch;
+    this.#tables = tables;
     this.#uniforms = uniforms;
+    context.owns(this);
   }
 
   /**
-   * Compiles the launches' kernels and allocates buffers of the given sizes.
+   * Compiles the launches' kernels.
    *
+   * @param scratch bytes of scratch that the launches bind
    * @param tables contents of the buffer `tables`
    * @throws {ExecutionError} `out-of-memory`, `device-lost`, or `execution-failed` with the compiler's message
    */
   static async create(
     context: GpuContext,
     launches: readonly Launch[],
-    sizes: Partial<Record<BufferName, number>>,
+    scratch: BufferSizes,
     tables: Uint32Array<ArrayBuffer>,
   ): Promise<Program> {
+    checkSizes(context, scratch);
     const { device } = context;
     const pipelines = await Promise.all(launches.map(({ label, code }) => context.pipeline(label, code)));
-    const created: GPUBuffer[] = [];
     const [program, outcome] = context.checked(() => {
-      const buffer = (name: string, size: number, usage: number) => {
-        const made = device.createBuffer({ label: `sageattention ${name}`, size, usage });
-        created.push(made);
-        return made;
-      };
-      const storage = GPU_BUFFER_USAGE.STORAGE | GPU_BUFFER_USAGE.COPY_DST | GPU_BUFFER_USAGE.COPY_SRC;
-      const own: Buffers = Object.fromEntries(
-        Object.entries(sizes).map(([name, size]) => [
-          name,
-          buffer(name, Math.max(16, Math.ceil(size / 16) * 16), storage),
-        ]),
-      );
-      own.tables = buffer('tables', Math.max(16, tables.byteLength), storage);
-      device.queue.writeBuffer(own.tables, 0, tables);
-      const uniforms = buffer(
-        'parameters',
-        Math.max(1, launches.length) * UNIFORM_SLOT,
-        GPU_BUFFER_USAGE.UNIFORM | GPU_BUFFER_USAGE.COPY_DST,
-      );
+      const tablesBuffer = allocate(device, { tables: tables.byteLength }).tables as GPUBuffer;
+      device.queue.writeBuffer(tablesBuffer, 0, tables);
+      const uniforms = device.createBuffer({
+        label: 'sageattention parameters',
+        size: Math.max(1, launches.length) * UNIFORM_SLOT,
+        usage: GPU_BUFFER_USAGE.UNIFORM | GPU_BUFFER_USAGE.COPY_DST,
+      });
       const dispatches = launches.map((launch, i) => {
         device.queue.writeBuffer(uniforms, i * UNIFORM_SLOT, launch.params);
         return { pipeline: pipelines[i] as GPUComputePipeline, launch, uniformOffset: i * UNIFORM_SLOT };
       });
-      return new Program(context, dispatches, own, uniforms);
+      return new Program(context, dispatches, scratch, tablesBuffer, uniforms);
     });
     const failure = await outcome;
     if (failure !== undefined) {
-      for (const buffer of created) buffer.destroy();
+      program.dispose();
       throw failure;
     }
     return program;
+  }
+
+  /** Scratch of this program alone, for commands that are submitted by others; allocated when first asked for. */
+  get ownScratch(): Buffers {
+    this.#ownScratch ??= allocate(this.#context.device, this.scratch);
+    return this.#ownScratch;
   }
 
   /** Records all dispatches as one compute pass. Allocates nothing for sets of buffers that it has seen lately. */
@@ -104,7 +110,7 @@ export class Program {
     const names = Object.keys(buffers) as BufferName[];
     const at = this.#sets.findIndex((set) => names.every((name) => set.buffers[name] === buffers[name]));
     const found = at < 0 ? undefined : this.#sets.splice(at, 1)[0];
-    const set = found ?? { buffers: { ...buffers }, groups: this.#bind({ ...this.#own, ...buffers }) };
+    const set = found ?? { buffers: { ...buffers }, groups: this.#bind({ ...buffers, tables: this.#tables }) };
     this.#sets.push(set);
     if (this.#sets.length > BIND_GROUP_SETS) this.#sets.shift();
     return set.groups;
@@ -131,14 +137,17 @@ export class Program {
   }
 
   dispose(): void {
-    for (const buffer of Object.values(this.#own)) buffer.destroy();
+    this.#context.disowns(this);
+    for (const buffer of Object.values(this.#ownScratch ?? {})) buffer.destroy();
+    this.#ownScratch = undefined;
+    this.#tables.destroy();
     this.#uniforms.destroy();
     this.#sets.length = 0;
   }
 }
 
 /** A plan may not need a buffer larger than the device has. */
-export function checkSizes(context: GpuContext, sizes: Partial<Record<BufferName, number>>): void {
+export function checkSizes(context: GpuContext, sizes: BufferSizes): void {
   for (const [name, size] of Object.entries(sizes)) {
     if (size > context.capabilities.bufferBytes) {
       throw new SageAttentionError(

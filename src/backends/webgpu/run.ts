@@ -1,11 +1,20 @@
 /** Running a program: tensors of the CPU go to the device and come back; errors of the device are thrown. */
 import { type AttentionProblem, lseShapeOf, outputShapeOf } from '../../attention/problem.ts';
+import type { ExecutionError } from '../../errors.ts';
 import { BYTES_PER_ELEMENT } from '../../tensor/dtype.ts';
-import { contiguousStrides, elementCount, emptyTensor, type Tensor, type TensorView } from '../../tensor/tensor.ts';
+import {
+  contiguousStrides,
+  elementCount,
+  emptyTensor,
+  type Tensor,
+  type TensorView,
+  validateData,
+} from '../../tensor/tensor.ts';
 import type { AttentionOutputs, RunContext } from '../backend.ts';
 import type { GpuContext } from './device.ts';
 import type { BufferName } from './launches/launch.ts';
-import type { Buffers, Program } from './program.ts';
+import type { Program } from './program.ts';
+import type { Buffers } from './scratch.ts';
 import {
   arrayOf,
   bufferBytes,
@@ -27,69 +36,136 @@ export function rebased(problem: AttentionProblem): AttentionProblem {
   return { ...problem, q: first(q), k: first(k), v: first(v), mask: mask === undefined ? undefined : first(mask) };
 }
 
+/** A copy of a CPU tensor; a GPU tensor as it is. */
+export function copied(view: TensorView | undefined): TensorView | undefined {
+  if (view === undefined || view.location !== 'cpu') return view;
+  const tensor = view as Tensor;
+  validateData('inputs', tensor);
+  const bytes = bytesOf(tensor.data, 0, tensor.data.length).slice();
+  const copy: Tensor = { ...tensor, data: arrayOf(tensor.dtype, bytes.buffer) };
+  return copy;
+}
+
+/** The inputs of a run on the device: GPU tensors' own buffers, and copies of CPU tensors. */
+export interface DeviceInputs {
+  readonly buffers: Buffers;
+  /** Destroys the copies; what was submitted with them survives. */
+  release(): void;
+  /** What went wrong when they were made. */
+  readonly outcome: Promise<ExecutionError | undefined>;
+}
+
 /**
- * What `run` shares between plans and caches: moving CPU tensors, outputs, errors.
+ * Takes the inputs: a CPU tensor is copied before this returns, and may change afterwards.
  *
- * @param held buffers that are neither inputs nor the program's own: a cache's
+ * @throws {InvalidArgumentError} a buffer or an array that does not hold its tensor
+ */
+export function takeInputs(
+  context: GpuContext,
+  inputs: Readonly<Record<string, TensorView | undefined>>,
+): DeviceInputs {
+  const { device } = context;
+  const copies: GPUBuffer[] = [];
+  for (const [name, view] of Object.entries(inputs)) if (view !== undefined) validateInput(name, view);
+  const [buffers, outcome] = context.checked(() => {
+    const made: Buffers = {};
+    for (const [name, view] of Object.entries(inputs)) {
+      if (view !== undefined) made[name as BufferName] = uploaded(device, view, copies);
+    }
+    return made;
+  });
+  const release = () => {
+    for (const buffer of copies) buffer.destroy();
+  };
+  return { buffers, release, outcome };
+}
+
+/**
+ * Runs a program over inputs that were taken: commands are submitted before this returns.
+ *
+ * Where memory runs out, scratch that other plans left is given back and the run is tried once more.
+ *
+ * @param held buffers that are neither inputs nor scratch: a cache's
  */
 export async function runProgram(
   context: GpuContext,
   program: Program,
   problem: AttentionProblem,
-  inputs: Readonly<Record<string, TensorView | undefined>>,
+  inputs: DeviceInputs,
   run: RunContext,
   held: Buffers = {},
 ): Promise<AttentionOutputs> {
-  run.signal?.throwIfAborted();
+  try {
+    const first = submit(context, program, problem, inputs, held);
+    const failure = (await inputs.outcome) ?? (await first.outcome);
+    if (failure === undefined) return await first.outputs(run);
+    first.discard();
+    if (failure.code !== 'out-of-memory') throw failure;
+    context.scratch.clear();
+    if ((await inputs.outcome) !== undefined) throw failure;
+    const second = submit(context, program, problem, inputs, held);
+    const again = await second.outcome;
+    if (again === undefined) return await second.outputs(run);
+    second.discard();
+    throw again;
+  } finally {
+    inputs.release();
+  }
+}
+
+/** One try of a run. */
+function submit(context: GpuContext, program: Program, problem: AttentionProblem, inputs: DeviceInputs, held: Buffers) {
   const { device } = context;
-  const temporary: GPUBuffer[] = [];
   const onCpu = problem.location === 'cpu';
   const shape = outputShapeOf(problem);
   const lseShape = lseShapeOf(problem);
-  for (const [name, view] of Object.entries(inputs)) if (view !== undefined) validateInput(name, view);
-  try {
-    const [work, outcome] = context.checked(() => {
-      const buffers: Buffers = { ...held };
-      for (const [name, view] of Object.entries(inputs)) {
-        if (view !== undefined) buffers[name as BufferName] = uploaded(device, view, temporary);
-      }
-      const output = emptyGpuTensor(device, problem.dtype, shape);
-      const lse = problem.returnLse ? emptyGpuTensor(device, 'float32', lseShape) : undefined;
-      buffers.output = output.buffer;
-      if (lse !== undefined) buffers.lse = lse.buffer;
-      const encoder = device.createCommandEncoder({ label: 'sageattention' });
-      program.encode(encoder, buffers);
-      const downloads = onCpu
-        ? [output, ...(lse === undefined ? [] : [lse])].map((tensor) => staged(device, encoder, tensor))
-        : [];
-      if (onCpu) temporary.push(output.buffer, ...(lse === undefined ? [] : [lse.buffer]), ...downloads);
-      device.queue.submit([encoder.finish()]);
-      return { output, lse, downloads };
-    });
-    const { output, lse, downloads } = work;
-    const failure = await outcome;
-    if (failure !== undefined) {
-      if (!onCpu) for (const tensor of [output, lse]) tensor?.buffer.destroy();
-      throw failure;
-    }
-    if (!onCpu) return lse === undefined ? { output } : { output, lse };
-    const [outputBytes, lseBytes] = await Promise.all(downloads.map((buffer) => read(context, buffer)));
-    run.signal?.throwIfAborted();
-    return {
-      output: cpuTensor(problem.dtype, shape, outputBytes as ArrayBuffer),
-      ...(lseBytes === undefined ? {} : { lse: cpuTensor('float32', lseShape, lseBytes) }),
+  const [{ output, lse, downloads }, outcome] = context.checked(() => {
+    const output = emptyGpuTensor(device, problem.dtype, shape);
+    const lse = problem.returnLse ? emptyGpuTensor(device, 'float32', lseShape) : undefined;
+    const buffers: Buffers = {
+      ...context.scratch.reserve(program.scratch),
+      ...held,
+      ...inputs.buffers,
+      output: output.buffer,
+      ...(lse === undefined ? {} : { lse: lse.buffer }),
     };
-  } finally {
-    for (const buffer of temporary) buffer.destroy();
-  }
+    const encoder = device.createCommandEncoder({ label: 'sageattention' });
+    program.encode(encoder, buffers);
+    const downloads = onCpu
+      ? [output, ...(lse === undefined ? [] : [lse])].map((tensor) => staged(device, encoder, tensor))
+      : [];
+    device.queue.submit([encoder.finish()]);
+    return { output, lse, downloads };
+  });
+  const discard = () => {
+    for (const buffer of [output.buffer, lse?.buffer, ...downloads]) buffer?.destroy();
+  };
+  return {
+    outcome,
+    discard,
+    async outputs(run: RunContext): Promise<AttentionOutputs> {
+      if (!onCpu) return lse === undefined ? { output } : { output, lse };
+      try {
+        const [outputBytes, lseBytes] = await Promise.all(downloads.map((buffer) => read(context, buffer)));
+        run.signal?.throwIfAborted();
+        return {
+          output: cpuTensor(problem.dtype, shape, outputBytes as ArrayBuffer),
+          ...(lseBytes === undefined ? {} : { lse: cpuTensor('float32', lseShape, lseBytes) }),
+        };
+      } finally {
+        discard();
+      }
+    },
+  };
 }
 
 function validateInput(name: string, view: TensorView): void {
   if (isGpuTensor(view)) validateBuffer(name, view);
+  else validateData(name, view as Tensor);
 }
 
 /** The buffer of a GPU tensor, or a new one with a CPU tensor's elements from its first on. */
-export function uploaded(device: GPUDevice, view: TensorView, temporary: GPUBuffer[]): GPUBuffer {
+function uploaded(device: GPUDevice, view: TensorView, temporary: GPUBuffer[]): GPUBuffer {
   if (isGpuTensor(view)) return view.buffer;
   const { data, offset, dtype } = view as Tensor;
   const size = Math.max(0, Math.min(data.length, extent(view)) - offset);

@@ -18,6 +18,11 @@ import {
 export interface GpuTensor extends TensorView {
   readonly location: 'webgpu';
   readonly buffer: GPUBuffer;
+  /**
+   * Destroys the buffer; what was submitted with it still runs. Tensors that this package allocated have it: outputs,
+   * {@link uploadTensor}, {@link emptyGpuTensor}. A buffer that was wrapped is destroyed by whoever made it.
+   */
+  readonly dispose?: () => void;
 }
 
 export interface GpuTensorOptions {
@@ -94,7 +99,7 @@ export function bytesOf(data: TensorData, start: number, end: number): Uint8Arra
 }
 
 /**
- * Copies a CPU tensor to the GPU, strides and all. The caller destroys the buffer.
+ * Copies a CPU tensor to the GPU, strides and all. The caller disposes of it.
  *
  * @param usage added to STORAGE | COPY_DST | COPY_SRC
  */
@@ -107,17 +112,25 @@ export function uploadTensor(device: GPUDevice, tensor: Tensor, usage = 0): GpuT
   });
   if (end > tensor.offset) writeBytes(device, buffer, bytesOf(tensor.data, tensor.offset, end));
   const { dtype, shape, strides } = tensor;
-  return { location: 'webgpu', buffer, dtype, shape, strides, offset: 0 };
+  return { location: 'webgpu', buffer, dtype, shape, strides, offset: 0, dispose: () => buffer.destroy() };
 }
 
-/** A zeroed, contiguous tensor on the GPU. The caller destroys the buffer. */
+/** A zeroed, contiguous tensor on the GPU. The caller disposes of it. */
 export function emptyGpuTensor(device: GPUDevice, dtype: MaskDType, shape: readonly number[]): GpuTensor {
   const buffer = device.createBuffer({
     label: 'sageattention output',
     size: bufferBytes(dtype, elementCount(shape)),
     usage: GPU_BUFFER_USAGE.STORAGE | GPU_BUFFER_USAGE.COPY_SRC | GPU_BUFFER_USAGE.COPY_DST,
   });
-  return { location: 'webgpu', buffer, dtype, shape: [...shape], strides: contiguousStrides(shape), offset: 0 };
+  return {
+    location: 'webgpu',
+    buffer,
+    dtype,
+    shape: [...shape],
+    strides: contiguousStrides(shape),
+    offset: 0,
+    dispose: () => buffer.destroy(),
+  };
 }
 
 /**

@@ -13,14 +13,27 @@
  * storage so that each matrix of theirs is one run of bytes (KEY_TILE in layout.ts): gathering one out of rows takes a memory
  * transaction for each row. Several matrices are loaded before the first of them is used, since each load waits for memory.
  *
- * Of memory: on NVIDIA's driver 580 matrices in an array of arrays came out shifted by 128 bytes, and INT8 matrices from
- * workgroup memory with rows of 48 bytes as zeros. Plain arrays, INT8 from storage: right.
+ * Matrices in workgroup memory: once offset and stride are constants, drivers read them 16 bytes at a time, and WGSL does not
+ * see to it that an array of scalars lies at a multiple of 16 bytes (on an H200 one came back shifted by 8 bytes, behind an array
+ * of two words). Every array in workgroup memory is therefore a multiple of 16 bytes long, as is every offset and stride
+ * (Vulkan: VUID-RuntimeSpirv-OpCooperativeMatrixLoadKHR-08986); a test reads it off all generated code, and the probe of
+ * families/matrix-dialect.ts tries it on the device.
  */
 import type { MatrixConfig } from '../capabilities.ts';
-import { KEY_TILE, params, rowVectors, SEQUENCE, tables, VALUE_GROUP } from './layout.ts';
-import type { MatrixMemory, MatrixOperations } from './matrix-operations.ts';
+import {
+  FLAG_OWN_SCALES,
+  FLAG_UNSMOOTHED,
+  KEY_TILE,
+  POISON,
+  params,
+  rowVectors,
+  SEQUENCE,
+  tables,
+  VALUE_GROUP,
+} from './layout.ts';
+import { type MatrixMemory, type MatrixOperations, workgroupArray } from './matrix-operations.ts';
 import { stageTiles } from './matrix-staging.ts';
-import { valueMean, valueScale } from './prepare.ts';
+import { valueFunctions } from './prepare.ts';
 import {
   ATTENTION_PARAMS,
   expOf,
@@ -167,7 +180,7 @@ function softmaxStatements(
     readonly probabilityStride: number;
   },
 ): string {
-  const { qk, pv, lanes, keys, keyScale, headroom, headDimPadded } = config;
+  const { qk, pv, lanes, keys, sharedScale, headroom, headDimPadded } = config;
   const lanesPerRow = lanes / qk.M;
   const C = range(keys / lanesPerRow);
   const factsWords = factsOffset(headDimPadded);
@@ -182,15 +195,15 @@ function softmaxStatements(
       `(start + i32${column(c)})`,
     ),
   );
-  const scaleAt = (c: number) =>
-    keyScale === 'token'
-      ? `bitcast<f32>(${keyWord(`${column(c)} / ${KEY_TILE}u`, `${factsWords}u + ${column(c)} % ${KEY_TILE}u * 4u`)})`
-      : 'key_scale';
+  const factAt = (c: number, word: number) =>
+    keyWord(`${column(c)} / ${KEY_TILE}u`, `${factsWords + word}u + ${column(c)} % ${KEY_TILE}u * 4u`);
+  const ownScale = (c: number) =>
+    `f32(${scoreAt(`at + ${column(c)}`)}) * (scale_${rt} * bitcast<f32>(${factAt(c, 0)}))`;
+  const scaled = (c: number) => (sharedScale ? `f32(${scoreAt(`at + ${column(c)}`)}) * step_scale` : ownScale(c));
+  const flagsAt = (c: number) => `u32(${factAt(c, 1)})`;
   const masked = statements.map(({ mask: masking }, c) =>
     masking === '' ? '' : `if (f_${c} > ${EXCLUDED_BELOW}) ${masking.startsWith('{') ? masking : `{ ${masking} }`}`,
   );
-  const flagsAt = (c: number) =>
-    `u32(${keyWord(`${column(c)} / ${KEY_TILE}u`, `${factsWords + 1}u + ${column(c)} % ${KEY_TILE}u * 4u`)})`;
   // The subtrahend of an empty row is so far above EXCLUDED that the difference is 0 to exp2; in natural units, where
   // masks may hold such values themselves and differences may overflow, it is a comparison instead.
   const probability = (c: number) =>
@@ -200,13 +213,19 @@ function softmaxStatements(
   return `
     {
       let at = ${rows.own} * ${rows.scoreStride}u;
-      ${C.map((c) => `var f_${c} = f32(${scoreAt(`at + ${column(c)}`)}) * (scale_${rt} * ${scaleAt(c)}); ${statements[c]?.softcap ?? ''}`).join('\n      ')}
+      ${sharedScale ? `let step_scale = scale_${rt} * key_scale;` : ''}
+      ${C.map((c) => `var f_${c} = ${scaled(c)};`).join('\n      ')}
+      ${sharedScale ? `if ((key_flags & ${FLAG_OWN_SCALES}u) != 0u) { ${C.map((c) => `f_${c} = ${ownScale(c)};`).join('\n        ')} }` : ''}
+      if ((key_flags & ${FLAG_UNSMOOTHED}u) != 0u) {
+        ${C.map((c) => `f_${c} -= select(0.0, constant_${rt}, (${flagsAt(c)} & ${FLAG_UNSMOOTHED}u) != 0u);`).join('\n        ')}
+      }
+      ${statements.map(({ softcap }) => softcap).join('\n      ')}
       if (edge) {
         ${C.map((c) => `{ let key = start + i32${column(c)}; if (key < low_${rt} || key > high_${rt}) { f_${c} = ${EXCLUDED}; } }`).join('\n        ')}
       }
       ${masked.join('\n      ')}
-      if (flagged) {
-        ${C.map((c) => `if (f_${c} > ${EXCLUDED_BELOW}) { poison_${rt} |= ${flagsAt(c)}; }`).join('\n        ')}
+      if ((key_flags & ${POISON}u) != 0u) {
+        ${C.map((c) => `if (f_${c} > ${EXCLUDED_BELOW}) { poison_${rt} |= ${flagsAt(c)} & ${POISON}u; }`).join('\n        ')}
       }
       var largest = ${C.slice(1).reduce((acc, c) => `max(${acc}, f_${c})`, 'f_0')};
       ${halvings(lanesPerRow)
@@ -233,7 +252,7 @@ function softmaxStatements(
 
 /** What becomes of a row's sum, and of the output matrices, at the end. */
 function finishStatements(config: MatrixKernelConfig, { outputAt, memory }: ReturnType<typeof placesOf>) {
-  const { operations, pv, lanes, valueDim, valueDimPadded, result, returnLse, scaleValues, smoothV } = config;
+  const { operations, pv, lanes, valueDim, valueDimPadded, result, returnLse, values } = config;
   const floats = recordFloats(valueDimPadded);
   const finishRow = (rt: number, row: string) => {
     const maximum = config.softcap ? `m_${rt}` : `m_${rt} + constant_${rt}`;
@@ -274,7 +293,7 @@ function finishStatements(config: MatrixKernelConfig, { outputAt, memory }: Retu
         .map((e) => `f32(${outputAt(`4u * i + ${e}u`)})`)
         .join(
           ', ',
-        )}) * factor${scaleValues ? ' * value_scales[c / 4u]' : ''}${smoothV ? ' + select(vec4<f32>(), value_means[c / 4u], factor > 0.0)' : ''};
+        )}) * factor${values.scaled ? ' * value_scales[c / 4u]' : ''}${values.smoothed ? ' + select(vec4<f32>(), value_means[c / 4u], factor > 0.0)' : ''};
       ${
         result === 'final'
           ? `let at = ${rowElement('(first_row + r)')} - P.outputBase;
@@ -403,26 +422,60 @@ function workgroupMemory(
   scoreStride: number,
   probabilityStride: number,
 ): string {
-  const { qk, pv, subgroups, rowTiles, keys, valueDimPadded, scaleValues, smoothV } = config;
+  const { qk, pv, subgroups, rowTiles, keys, valueDimPadded, values } = config;
   const staged = stages(config);
   const rows = subgroups * rowTiles * qk.M;
-  const arrayOf = (name: string, type: string, elements: number) =>
-    `var<workgroup> ${name}: array<${type}, ${elements}>;`;
+  const arrayOf = (name: string, type: string, elements: number) => workgroupArray(name, type, elements, bytesOf(type));
   return `${staged.query ? arrayOf('tile_q', qk.componentType, rows * qkStride) : ''}
 ${staged.keys ? arrayOf('tile_k', qk.componentType, keys * qkStride) : ''}
 ${staged.values ? arrayOf('tile_v', pv.componentType, keys * valueDimPadded) : ''}
 ${arrayOf('scores', qk.resultComponentType, rows * scoreStride)}
 ${arrayOf('probabilities', pv.componentType, rows * probabilityStride)}
 ${arrayOf('output_tile', pv.resultComponentType, subgroups * pv.M * pv.N)}
-var<workgroup> row_factor: array<f32, ${rows}>;
-${scaleValues ? `var<workgroup> value_scales: array<vec4<f32>, ${valueDimPadded / 4}>;` : ''}
-${smoothV ? `var<workgroup> value_means: array<vec4<f32>, ${valueDimPadded / 4}>;` : ''}
-var<workgroup> moved: array<atomic<u32>, 2>;`;
+${arrayOf('row_factor', 'f32', rows)}
+${values.scaled ? `var<workgroup> value_scales: array<vec4<f32>, ${valueDimPadded / 4}>;` : ''}
+${values.smoothed ? `var<workgroup> value_means: array<vec4<f32>, ${valueDimPadded / 4}>;` : ''}
+${workgroupArray('moved', 'atomic<u32>', 2, 4)}`;
+}
+
+/** Quantized queries, converted where the product takes no INT8. */
+function stageQueries({ headDimPadded, subgroups, rowTiles, qk }: MatrixKernelConfig, threads: number, stride: number) {
+  const rows = subgroups * rowTiles * qk.M;
+  return `for (var i = t; i < ${(rows * headDimPadded) / 4}u; i += ${threads}u) {
+      let r = i / ${headDimPadded / 4}u; let w = i % ${headDimPadded / 4}u;
+      let word = query_rows[(query_row + r) * ${rowVectors(headDimPadded) * 4}u + w - P.queryRowBase * 4u];
+      for (var e = 0u; e < 4u; e++) { tile_q[r * ${stride}u + 4u * w + e] = ${qk.componentType}(extractBits(word, e * 8u, 8u)); }
+    }`;
+}
+
+/** V's scales and means into workgroup memory. */
+function loadValueScales({ headDimPadded, valueDimPadded, values }: MatrixKernelConfig, threads: number): string {
+  const record = `((head / P.groupSize * P.sequences + sequence) * P.chunks) * ${statisticsVectors(headDimPadded, valueDimPadded)}u - P.partialBase`;
+  const mean = `value_means[i] = value_mean(value_record + ${(headDimPadded + valueDimPadded) / 4}u + i, P.chunks) * mean_factor(value_record, P.chunks);`;
+  return `let value_record = ${record};
+  for (var i = t; i < ${valueDimPadded / 4}u; i += ${threads}u) { value_scales[i] = value_scale(value_record + ${headDimPadded / 4}u + i, P.chunks, 1); ${values.smoothed ? mean : ''} }`;
+}
+
+/** The output matrices stored, each row multiplied with its factor, and loaded again. */
+function rescaleStatements(config: MatrixKernelConfig, { outputAt, memory }: ReturnType<typeof placesOf>): string {
+  const { operations, pv, lanes, rowTiles, valueDimPadded } = config;
+  return range(rowTiles)
+    .flatMap((rt) =>
+      range(valueDimPadded / pv.N).map(
+        (j) => `${operations.storeResult(pv, `o_${rt}_${j}`, memory.output, '0u', `${pv.N}u`)}
+      workgroupBarrier();
+      for (var i = lane; i < ${pv.M * pv.N}u; i += ${lanes}u) { ${outputAt('i')} *= ${pv.resultComponentType}(row_factor[${tileRowOf(config, rt)} + i / ${pv.N}u]); }
+      workgroupBarrier();
+      ${operations.loadResult(pv, `o_${rt}_${j}`, memory.output, '0u', `${pv.N}u`)}
+      workgroupBarrier();`,
+      ),
+    )
+    .join('\n      ');
 }
 
 export function matrixAttentionKernel(config: MatrixKernelConfig): string {
   const { operations, qk, pv, lanes, subgroupId, subgroups, rowTiles, keys } = config;
-  const { headDimPadded, valueDimPadded, keyScale, scaleValues, smoothV, mask } = config;
+  const { headDimPadded, valueDimPadded, sharedScale, values, mask } = config;
   const M = qk.M;
   const threads = subgroups * lanes;
   const rows = subgroups * rowTiles * M;
@@ -443,7 +496,7 @@ export function matrixAttentionKernel(config: MatrixKernelConfig): string {
   const subtiles = keys / KEY_TILE;
 
   const places = placesOf(config, scoreStride, probabilityStride);
-  const { inBlock, keyTile, keyWord, outputAt, memory } = places;
+  const { inBlock, keyTile, keyWord, memory } = places;
 
   const keyTileOf = (start: string) =>
     `(kv_row + u32(${start})) / ${KEY_TILE}u - P.keyRowBase / ${KEY_TILE * (rowWords / 4)}u`;
@@ -453,12 +506,6 @@ export function matrixAttentionKernel(config: MatrixKernelConfig): string {
   const tileRow = (rt: number) => tileRowOf(config, rt);
   const row = (rt: number) => `(${tileRow(rt)} + lane_row)`;
 
-  // Quantized queries are converted where the product takes no INT8.
-  const stageQuery = `for (var i = t; i < ${(rows * headDimPadded) / 4}u; i += ${threads}u) {
-      let r = i / ${headDimPadded / 4}u; let w = i % ${headDimPadded / 4}u;
-      let word = query_rows[(query_row + r) * ${rowWords}u + w - P.queryRowBase * 4u];
-      for (var e = 0u; e < 4u; e++) { tile_q[r * ${qkStride}u + 4u * w + e] = ${qk.componentType}(extractBits(word, e * 8u, 8u)); }
-    }`;
   const tiles = stageTiles({
     threads,
     keys,
@@ -481,17 +528,6 @@ export function matrixAttentionKernel(config: MatrixKernelConfig): string {
 
   const softmax = (rt: number) =>
     softmaxStatements(config, places, rt, { own: ownRow(rt), group: row(rt), scoreStride, probabilityStride });
-
-  const rescale = T.map((rt) =>
-    O.map(
-      (j) => `${operations.storeResult(pv, `o_${rt}_${j}`, memory.output, '0u', `${pv.N}u`)}
-      workgroupBarrier();
-      for (var i = lane; i < ${pv.M * pv.N}u; i += ${lanes}u) { ${outputAt('i')} *= ${pv.resultComponentType}(row_factor[${tileRow(rt)} + i / ${pv.N}u]); }
-      workgroupBarrier();
-      ${operations.loadResult(pv, `o_${rt}_${j}`, memory.output, '0u', `${pv.N}u`)}
-      workgroupBarrier();`,
-    ).join('\n      '),
-  ).join('\n      ');
 
   const { finishRow, storeTile } = finishStatements(config, places);
   const finish = T.map((rt) => O.map((j) => storeTile(rt, j, tileRow(rt))).join('')).join('');
@@ -520,13 +556,8 @@ fn main(@builtin(workgroup_id) group: vec3<u32>, @builtin(local_invocation_index
   let begin = i32(P.keyStart + group.z * P.keySpan);
   let key_begin = max(begin, max(0, lower)) / ${keys} * ${keys};
   let key_end = min(min(length, begin + i32(P.keySpan)), upper + i32(count));
-  ${staged.query ? stageQuery : ''}
-  ${
-    scaleValues
-      ? `let value_record = ((head / P.groupSize * P.sequences + sequence) * P.chunks) * ${statisticsVectors(headDimPadded, valueDimPadded)}u + ${headDimPadded / 4}u - P.partialBase;
-  for (var i = t; i < ${valueDimPadded / 4}u; i += ${threads}u) { value_scales[i] = value_scale(value_record + i, P.chunks, 1); ${smoothV ? `value_means[i] = value_mean(value_record + ${valueDimPadded / 4}u + i, P.chunks);` : ''} }`
-      : ''
-  }
+  ${staged.query ? stageQueries(config, threads, qkStride) : ''}
+  ${values.scaled ? loadValueScales(config, threads) : ''}
 ${T.map(
   (rt) => `  let facts_${rt} = (query_row + ${row(rt)}) * ${rowWords}u + ${rowWords - 4}u - P.queryRowBase * 4u;
   let scale_${rt} = bitcast<f32>(query_rows[facts_${rt}]); let flags_${rt} = u32(query_rows[facts_${rt} + 1u]); let constant_${rt} = bitcast<f32>(query_rows[facts_${rt} + 2u]);
@@ -546,10 +577,10 @@ ${T.map(
   for (var start = key_begin; start < key_end; start += ${keys}) {
     let key_tile = ${keyTileOf('start')};
     ${copied.length > 0 ? `${part('load')} workgroupBarrier(); ${part('store')} workgroupBarrier();` : ''}
-    ${keyScale === 'tile' ? `let key_scale = bitcast<f32>(${keyWord(0, `${factsWords}u`)});` : ''}
-    let flagged = (${range(subtiles)
+    ${sharedScale ? `let key_scale = bitcast<f32>(${keyWord(0, `${factsWords}u`)});` : ''}
+    let key_flags = u32(${range(subtiles)
       .map((subtile) => keyWord(subtile, `${factsWords + 2}u`))
-      .join(' | ')}) != 0;
+      .join(' | ')});
     ${T.map((rt) => S.map((n) => operations.clear(qk, `s_${rt}_${n}`)).join(' ')).join('\n    ')}
     ${multiplyKeys}
     ${nextKeys === '' ? '' : `{ let key_tile = ${keyTileOf(`(start + ${keys})`)}; ${nextKeys} }`}
@@ -560,7 +591,7 @@ ${T.map(
     let edge = start + ${keys} > length || start < lower + ${rows - 1} || start + ${keys - 1} > upper;
     ${T.map(softmax).join('')}
     if (workgroupUniformLoad(&moved[parity]) != 0u) {
-      ${rescale}
+      ${rescaleStatements(config, places)}
       ${T.map((rt) => `if (lane_column == 0u) { row_factor[${row(rt)}] = 1.0; }`).join(' ')}
     }
     ${multiplyValues}
@@ -584,8 +615,7 @@ ${tables(1)}
 @group(0) @binding(3) var<storage, read> key_tiles: array<i32>;
 @group(0) @binding(4) var<storage, read> value_tiles: array<${staged.values ? 'u32' : 'f16'}>;
 ${scoreDeclarations(config)}
-${scaleValues ? valueScale(statisticsVectors(headDimPadded, valueDimPadded), smoothV) : ''}
-${smoothV ? valueMean(statisticsVectors(headDimPadded, valueDimPadded)) : ''}
+${valueFunctions(statisticsVectors(headDimPadded, valueDimPadded), values)}
 ${workgroupMemory(config, qkStride, scoreStride, probabilityStride)}
 ${operations.declarations()}
 ${main}`;

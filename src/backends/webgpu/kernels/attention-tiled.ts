@@ -9,8 +9,8 @@
  * place (the same all along) and one that runs: every index that is no constant is clamped to its array's length, and a
  * flat index would be clamped, and its address computed, at each of the accesses that bound these kernels.
  */
-import { FLAG_NONFINITE_K, FLAG_NONFINITE_V, params, rowVectors, SEQUENCE, tables } from './layout.ts';
-import { valueMean, valueScale } from './prepare.ts';
+import { FLAG_UNSMOOTHED, POISON, params, rowVectors, SEQUENCE, tables } from './layout.ts';
+import { valueFunctions } from './prepare.ts';
 import {
   ATTENTION_PARAMS,
   expOf,
@@ -69,43 +69,61 @@ const DOT_EMULATED = `fn dot_int8(a: u32, b: u32) -> i32 {
   return x.x * y.x + x.y * y.y + x.z * y.z + x.w * y.w;
 }`;
 
-export function tiledAttentionKernel(config: TiledConfig): string {
-  const { rows, keys, rowThreads, colThreads, sharedKeyValue, family, packedDot, subgroupId } = config;
-  const { headDimPadded, valueDim, valueDimPadded, keyScale, result, returnLse, scaleValues, smoothV, mask } = config;
-  const threads = rowThreads * colThreads;
-  const vectors = rowVectors(headDimPadded);
-  const dims = vectors - 1;
-  const tm = rows / rowThreads;
-  const tn = keys / colThreads;
+/** Numbers and names that the kernel's parts share. */
+function partsOf(config: TiledConfig) {
+  const { rows, keys, rowThreads, colThreads, sharedKeyValue, headDimPadded, valueDimPadded } = config;
   const quads = valueDimPadded / 4;
-  const tv = quads / colThreads;
-  const subgroup = family === 'subgroup';
-  const I = range(tm);
-  const N = range(tn);
-  const V = range(tv);
-  const row = (i: number) => `(r + ${i * rowThreads}u)`;
-  const col = (n: number) => `(c + ${n * colThreads}u)`;
+  const [tm, tn, tv] = [rows / rowThreads, keys / colThreads, quads / colThreads];
+  return {
+    threads: rowThreads * colThreads,
+    vectors: rowVectors(headDimPadded),
+    dims: rowVectors(headDimPadded) - 1,
+    quads,
+    tm,
+    tn,
+    tv,
+    /** A thread's rows, its keys of a tile, its quads of channels. */
+    I: range(tm),
+    N: range(tn),
+    V: range(tv),
+    row: (i: number) => `(r + ${i * rowThreads}u)`,
+    col: (n: number) => `(c + ${n * colThreads}u)`,
+    queryAt: (i: number, w: string) => `tile_q[${i}][r][${w}]`,
+    probabilityAt: (i: number, vector: string) => `tile_p[${i}][r][${vector}]`,
+    maxAt: (i: number, column: string) => `tile_max[${i}][r][${column}]`,
+    // With shared memory K is stored as pairs of words, as V is.
+    keyAt: (n: number, w: string) =>
+      sharedKeyValue
+        ? `vec4<u32>(tile_kv[${n}][c][2u * ${w}], tile_kv[${n}][c][2u * ${w} + 1u])`
+        : `tile_k[${n}][c][${w}]`,
+    /** Four channels of key `n * colThreads + k`. */
+    valueAt: (n: string, k: string, v: number) =>
+      sharedKeyValue ? `tile_kv[${n}][${k}][c + ${v * colThreads}u]` : `tile_v[${n}][${k}][${v}][c]`,
+  };
+}
 
-  /** Nested array types, outermost length first. */
-  const nested = (element: string, ...lengths: number[]) =>
-    lengths.reduceRight((inner, length) => `array<${inner}, ${length}>`, element);
-  const queryAt = (i: number, w: string) => `tile_q[${i}][r][${w}]`;
-  const probabilityAt = (i: number, vector: string) => `tile_p[${i}][r][${vector}]`;
-  const maxAt = (i: number, column: string) => `tile_max[${i}][r][${column}]`;
-  // With shared memory K is stored as pairs of words, as V is.
-  const keyAt = (n: number, w: string) =>
-    sharedKeyValue
-      ? `vec4<u32>(tile_kv[${n}][c][2u * ${w}], tile_kv[${n}][c][2u * ${w} + 1u])`
-      : `tile_k[${n}][c][${w}]`;
-  /** Four channels of key `n * colThreads + k`. */
-  const valueAt = (n: string, k: string, v: number) =>
-    sharedKeyValue ? `tile_kv[${n}][${k}][c + ${v * colThreads}u]` : `tile_v[${n}][${k}][${v}][c]`;
-  const memory = sharedKeyValue
+type Parts = ReturnType<typeof partsOf>;
+
+/** Nested array types, outermost length first. */
+const nested = (element: string, ...lengths: number[]) =>
+  lengths.reduceRight((inner, length) => `array<${inner}, ${length}>`, element);
+
+/** Arrays in workgroup memory. */
+function tileMemory(config: TiledConfig, { tm, tn, tv, vectors }: Parts): string {
+  const { keys, rowThreads, colThreads, sharedKeyValue, headDimPadded, valueDimPadded } = config;
+  const keyValue = sharedKeyValue
     ? `var<workgroup> tile_kv: ${nested('vec2<u32>', tn, colThreads, sharedPairs(headDimPadded, valueDimPadded))};`
     : `var<workgroup> tile_k: ${nested('vec4<u32>', tn, colThreads, vectors)};
 var<workgroup> tile_v: ${nested('vec2<u32>', tn, colThreads, tv, colThreads)};`;
-  const unpacked = (w: string) => `vec4<f32>(unpack2x16float(${w}.x), unpack2x16float(${w}.y))`;
+  return `var<workgroup> tile_q: ${nested('vec4<u32>', tm, rowThreads, vectors)};
+${keyValue}
+var<workgroup> tile_p: ${nested('vec4<f32>', tm, rowThreads, keys / 4 + 1)};
+var<workgroup> tile_max: ${nested('f32', tm, rowThreads, colThreads)};`;
+}
 
+/** Copies of Q, K and V into workgroup memory. */
+function tileLoads(config: TiledConfig, { threads, vectors, quads }: Parts) {
+  const { rows, keys, rowThreads, colThreads, sharedKeyValue } = config;
   /** Copies `count` elements, a few loads ahead of their stores. */
   const copy = (count: number, load: (i: string) => string, store: (i: string, x: string) => string) => {
     const whole = Math.floor(count / threads);
@@ -120,30 +138,45 @@ var<workgroup> tile_v: ${nested('vec2<u32>', tn, colThreads, tv, colThreads)};`;
   };
   const place = (i: string, size: number) => `[${i} / ${size * colThreads}u][${i} / ${size}u % ${colThreads}u]`;
   // Rows past a buffer's end are never visible, so reading them as anything is fine; WebGPU bounds every access.
-  const loadKeys = copy(
-    keys * vectors,
-    (i) => `key_rows[(kvRow + first) * ${vectors}u + ${i} - P.keyRowBase]`,
-    (i, x) =>
-      sharedKeyValue
-        ? `tile_kv${place(i, vectors)}[2u * (${i} % ${vectors}u)] = ${x}.xy; tile_kv${place(i, vectors)}[2u * (${i} % ${vectors}u) + 1u] = ${x}.zw;`
-        : `tile_k${place(i, vectors)}[${i} % ${vectors}u] = ${x};`,
-  );
-  const loadValues = copy(
-    keys * quads,
-    (i) => `value_rows[(kvRow + first) * ${quads}u + ${i} - P.valueRowBase]`,
-    (i, x) =>
-      sharedKeyValue
-        ? `tile_kv${place(i, quads)}[${i} % ${quads}u] = ${x};`
-        : `tile_v${place(i, quads)}[${i} % ${quads}u / ${colThreads}u][${i} % ${colThreads}u] = ${x};`,
-  );
-  const loadQueries = copy(
-    rows * vectors,
-    (i) => `query_rows[queryRow * ${vectors}u + ${i} - P.queryRowBase]`,
-    (i, x) =>
-      `tile_q[${i} / ${vectors * rowThreads}u][${i} / ${vectors}u % ${rowThreads}u][${i} % ${vectors}u] = ${x};`,
-  );
+  return {
+    keys: copy(
+      keys * vectors,
+      (i) => `key_rows[(kvRow + first) * ${vectors}u + ${i} - P.keyRowBase]`,
+      (i, x) =>
+        sharedKeyValue
+          ? `tile_kv${place(i, vectors)}[2u * (${i} % ${vectors}u)] = ${x}.xy; tile_kv${place(i, vectors)}[2u * (${i} % ${vectors}u) + 1u] = ${x}.zw;`
+          : `tile_k${place(i, vectors)}[${i} % ${vectors}u] = ${x};`,
+    ),
+    values: copy(
+      keys * quads,
+      (i) => `value_rows[(kvRow + first) * ${quads}u + ${i} - P.valueRowBase]`,
+      (i, x) =>
+        sharedKeyValue
+          ? `tile_kv${place(i, quads)}[${i} % ${quads}u] = ${x};`
+          : `tile_v${place(i, quads)}[${i} % ${quads}u / ${colThreads}u][${i} % ${colThreads}u] = ${x};`,
+    ),
+    queries: copy(
+      rows * vectors,
+      (i) => `query_rows[queryRow * ${vectors}u + ${i} - P.queryRowBase]`,
+      (i, x) =>
+        `tile_q[${i} / ${vectors * rowThreads}u][${i} / ${vectors}u % ${rowThreads}u][${i} % ${vectors}u] = ${x};`,
+    ),
+  };
+}
 
-  const score = (i: number, n: number) => {
+/** Products of Q and K, and what becomes of them before softmax: `f_<i>_<n>`. */
+function tileScores(config: TiledConfig, { I, N, dims, queryAt, keyAt, col }: Parts): string {
+  const { rows, keys } = config;
+  const products = `${I.map((i) => N.map((n) => `var s_${i}_${n} = 0;`).join(' ')).join('\n    ')}
+    for (var w = 0u; w < ${dims}u; w++) {
+      ${I.map((i) => `let q_${i} = ${queryAt(i, 'w')};`).join('\n      ')}
+      ${N.map(
+        (n) => `{ let k = ${keyAt(n, 'w')};
+        ${I.map((i) => `s_${i}_${n} += ${['x', 'y', 'z', 'w'].map((e) => `dot_int8(q_${i}.${e}, k.${e})`).join(' + ')};`).join('\n        ')} }`,
+      ).join('\n      ')}
+    }`;
+  const each = (f: (i: number, n: number) => string) => I.map((i) => N.map((n) => f(i, n)).join(' ')).join('\n      ');
+  const finish = (i: number, n: number) => {
     const f = `f_${i}_${n}`;
     const { softcap, mask: masking } = scoreStatements(
       config,
@@ -153,24 +186,53 @@ var<workgroup> tile_v: ${nested('vec2<u32>', tn, colThreads, tv, colThreads)};`;
     );
     // The mask is read only for visible keys; a band check costs nothing in tiles that lie inside every row's band.
     const visible = `key_${n} >= low_${i} && key_${n} <= high_${i}`;
-    return `
-      var ${f} = f32(s_${i}_${n}) * (scale_${i} * key_scale_${keyScale === 'token' ? n : 0});
-      ${softcap}
+    return `${softcap}
       if (edge && !(${visible})) { ${f} = ${EXCLUDED}; } ${masking === '' ? '' : `else { ${masking} }`}`;
   };
+  return `${products}
+    ${N.map(
+      (n) => `let key_${n} = start + i32(${col(n)});
+    let facts_k_${n} = ${keyAt(n, `${dims}u`)}; let key_scale_${n} = bitcast<f32>(facts_k_${n}.x);`,
+    ).join('\n    ')}
+    let edge = start + ${keys} > length || start < lower + ${rows - 1} || start + ${keys - 1} > upper || start < begin;
+    let key_flags = ${N.map((n) => `facts_k_${n}.y`).join(' | ')};
+    ${each((i, n) => `var f_${i}_${n} = f32(s_${i}_${n}) * (scale_${i} * key_scale_${n});`)}
+    if ((key_flags & ${FLAG_UNSMOOTHED}u) != 0u) {
+      ${each((i, n) => `f_${i}_${n} -= select(0.0, constant_${i}, (facts_k_${n}.y & ${FLAG_UNSMOOTHED}u) != 0u);`)}
+    }
+    ${each(finish)}
+    if ((key_flags & ${POISON}u) != 0u) {
+      ${each((i, n) => `if (f_${i}_${n} > ${EXCLUDED_BELOW}) { poison_${i} |= facts_k_${n}.y & ${POISON}u; }`)}
+    }`;
+}
 
+/** Row maxima over the threads of a row, and sums at the end: by shuffles in family `subgroup`, else through memory. */
+function rowReductions({ family, colThreads }: TiledConfig, { N, maxAt }: Parts) {
+  const subgroup = family === 'subgroup';
+  const steps = range(Math.log2(colThreads));
   const rowMax = (i: number) => {
     const own = N.slice(1).reduce((acc, n) => `max(${acc}, f_${i}_${n})`, `f_${i}_0`);
     if (!subgroup) return `${maxAt(i, 'c')} = ${own};`;
-    const steps = range(Math.log2(colThreads)).map((s) => `x = max(x, subgroupShuffleXor(x, ${1 << s}u));`);
-    return `var max_${i} = ${own}; { var x = max_${i}; ${steps.join(' ')} max_${i} = x; }`;
+    const shuffles = steps.map((s) => `x = max(x, subgroupShuffleXor(x, ${1 << s}u));`);
+    return `var max_${i} = ${own}; { var x = max_${i}; ${shuffles.join(' ')} max_${i} = x; }`;
   };
   const sharedMax = (i: number) =>
     `let max_${i} = ${range(colThreads)
       .slice(1)
       .reduce((acc, n) => `max(${acc}, ${maxAt(i, `${n}`)})`, maxAt(i, '0'))};`;
+  const rowSum = (i: number) =>
+    subgroup
+      ? `var sum_${i} = l_${i}; ${steps.map((s) => `sum_${i} += subgroupShuffleXor(sum_${i}, ${1 << s}u);`).join(' ')}`
+      : `let sum_${i} = ${range(colThreads)
+          .map((n) => maxAt(i, `${n}`))
+          .join(' + ')};`;
+  return { rowMax, sharedMax, rowSum };
+}
 
-  const softmax = (i: number) => `
+/** A row's probabilities into workgroup memory, its sum and its output rescaled. */
+function tileSoftmax(config: TiledConfig, { N, V, tn, probabilityAt }: Parts, i: number): string {
+  const { colThreads } = config;
+  return `
     { let updated = max(m_${i}, max_${i});
       let alpha = select(${expOf(config, `m_${i} - updated`)}, 0.0, m_${i} < ${EXCLUDED_BELOW});
       m_${i} = updated;
@@ -186,9 +248,11 @@ var<workgroup> tile_v: ${nested('vec2<u32>', tn, colThreads, tv, colThreads)};`;
               .join(', ')});`,
         )
         .join(' ')} }`;
+}
 
-  // Component n of P's vector q * colThreads + c is key c + (4q + n) * colThreads: a thread writes whole vectors.
-  const accumulate = range(tn / 4)
+/** Component n of P's vector q * colThreads + c is key c + (4q + n) * colThreads: a thread writes whole vectors. */
+function accumulateValues({ colThreads }: TiledConfig, { I, V, tn, probabilityAt, valueAt }: Parts): string {
+  return range(tn / 4)
     .map(
       (q) => `for (var k = 0u; k < ${colThreads}u; k++) {
       ${I.map((i) => `let p_${i} = ${probabilityAt(i, `${q * colThreads}u + k`)};`).join('\n      ')}
@@ -196,7 +260,7 @@ var<workgroup> tile_v: ${nested('vec2<u32>', tn, colThreads, tv, colThreads)};`;
         .map((n) =>
           V.map(
             (v) => `{ let w = ${valueAt(`${4 * q + n}`, 'k', v)};
-        let x = ${unpacked('w')};
+        let x = vec4<f32>(unpack2x16float(w.x), unpack2x16float(w.y));
         ${I.map((i) => `o_${i}_${v} = fma(vec4<f32>(p_${i}.${'xyzw'[n]}), x, o_${i}_${v});`).join(' ')} }`,
           ).join('\n      '),
         )
@@ -204,49 +268,52 @@ var<workgroup> tile_v: ${nested('vec2<u32>', tn, colThreads, tv, colThreads)};`;
     }`,
     )
     .join('\n    ');
+}
 
-  const rowSum = (i: number) =>
-    subgroup
-      ? `var sum_${i} = l_${i}; ${range(Math.log2(colThreads))
-          .map((s) => `sum_${i} += subgroupShuffleXor(sum_${i}, ${1 << s}u);`)
-          .join(' ')}`
-      : `let sum_${i} = ${range(colThreads)
-          .map((n) => maxAt(i, `${n}`))
-          .join(' + ')};`;
-
-  const finish = (i: number) => {
-    const nanRow = `sum_${i} < 0.0`;
-    const scaled = (v: number) =>
-      `${scaleValues ? ` * scale_v_${v}` : ''}${smoothV ? ` + select(vec4<f32>(), mean_v_${v}, sum_${i} > 0.0)` : ''}`;
-    const at = `(sequence_field(sequence, ${SEQUENCE.output}u) - P.outputBase + head * P.outputHeadStride + (first_row + ${row(i)}) * P.outputTokenStride)`;
-    const store = (v: number) => {
-      const channel = `(4u * (c + ${v * colThreads}u))`;
-      if (result === 'final') {
-        return storeChannels(config, 'at', channel, `o_${i}_${v} * norm${scaled(v)}`, nanRow);
-      }
-      return `{ let x = o_${i}_${v} * norm${scaled(v)}; let to = record + ${channel};
+/** Writes a row: its output and its logsumexp, or its partial result. */
+function finishRow(config: TiledConfig, { V, row }: Parts, i: number): string {
+  const { colThreads, valueDim, valueDimPadded, result, returnLse, values, softcap } = config;
+  const scaled = (v: number) =>
+    `${values.scaled ? ` * scale_v_${v}` : ''}${values.smoothed ? ` + select(vec4<f32>(), mean_v_${v}, sum_${i} > 0.0)` : ''}`;
+  const element = `sequence_field(sequence, ${SEQUENCE.output}u)`;
+  const rowOffset = `head * P.outputHeadStride + (first_row + ${row(i)}) * P.outputTokenStride`;
+  const store = (v: number) => {
+    const channel = `(4u * (c + ${v * colThreads}u))`;
+    if (result === 'final') {
+      return storeChannels(config, 'at', channel, `o_${i}_${v} * norm${scaled(v)}`, `sum_${i} < 0.0`);
+    }
+    return `{ let x = o_${i}_${v} * norm${scaled(v)}; let to = record + ${channel};
       records[to] = x.x; records[to + 1u] = x.y; records[to + 2u] = x.z; records[to + 3u] = x.w; }`;
-    };
-    const lse = lseStatement(config, `(first_row + ${row(i)})`, `m_${i}`, `sum_${i}`, `constant_${i}`);
-    const floats = recordFloats(valueDimPadded);
-    const maximum = config.softcap ? `m_${i}` : `m_${i} + constant_${i}`;
-    return `
+  };
+  const maximum = softcap ? `m_${i}` : `m_${i} + constant_${i}`;
+  const first =
+    result === 'final'
+      ? `let at = (${element} - P.outputBase + ${rowOffset});`
+      : `let record = ((${element} + ${rowOffset}) / ${valueDim}u * P.splits + P.splitIndex + group.z) * ${recordFloats(valueDimPadded)}u - P.recordBase;`;
+  const last =
+    result === 'partial'
+      ? `if (c == 0u) { records[record + ${valueDimPadded}u] = select(${maximum}, ${EXCLUDED}, sum_${i} == 0.0); records[record + ${valueDimPadded + 1}u] = sum_${i}; }`
+      : returnLse
+        ? `if (c == 0u) ${lseStatement(config, `(first_row + ${row(i)})`, `m_${i}`, `sum_${i}`, `constant_${i}`)}`
+        : '';
+  return `
   if (${row(i)} < count) {
     let norm = select(1.0 / max(sum_${i}, 1.0e-37f), 0.0, sum_${i} <= 0.0);
-    ${
-      result === 'final'
-        ? `let at = ${at};`
-        : `let record = ((sequence_field(sequence, ${SEQUENCE.output}u) + head * P.outputHeadStride + (first_row + ${row(i)}) * P.outputTokenStride) / ${valueDim}u * P.splits + P.splitIndex + group.z) * ${floats}u - P.recordBase;`
-    }
+    ${first}
     ${V.map(store).join('\n    ')}
-    ${result === 'final' && returnLse ? `if (c == 0u) ${lse}` : ''}
-    ${
-      result === 'partial'
-        ? `if (c == 0u) { records[record + ${valueDimPadded}u] = select(${maximum}, ${EXCLUDED}, sum_${i} == 0.0); records[record + ${valueDimPadded + 1}u] = sum_${i}; }`
-        : ''
-    }
+    ${last}
   }`;
-  };
+}
+
+export function tiledAttentionKernel(config: TiledConfig): string {
+  const { keys, colThreads, sharedKeyValue, family, packedDot, subgroupId } = config;
+  const { headDimPadded, valueDimPadded, values, mask } = config;
+  const parts = partsOf(config);
+  const { threads, dims, quads, I, V, row, queryAt, maxAt } = parts;
+  const subgroup = family === 'subgroup';
+  const loads = tileLoads(config, parts);
+  const { rowMax, sharedMax, rowSum } = rowReductions(config, parts);
+  const statistics = statisticsVectors(headDimPadded, valueDimPadded);
 
   return `
 ${subgroup ? 'enable subgroups;' : ''}
@@ -259,12 +326,8 @@ ${tables(1)}
 @group(0) @binding(4) var<storage, read> value_rows: array<vec2<u32>>;
 ${scoreDeclarations(config)}
 ${packedDot ? DOT : DOT_EMULATED}
-${scaleValues ? valueScale(statisticsVectors(headDimPadded, valueDimPadded), smoothV) : ''}
-${smoothV ? valueMean(statisticsVectors(headDimPadded, valueDimPadded)) : ''}
-var<workgroup> tile_q: ${nested('vec4<u32>', tm, rowThreads, vectors)};
-${memory}
-var<workgroup> tile_p: ${nested('vec4<f32>', tm, rowThreads, keys / 4 + 1)};
-var<workgroup> tile_max: ${nested('f32', tm, rowThreads, colThreads)};
+${valueFunctions(statistics, values)}
+${tileMemory(config, parts)}
 
 @compute @workgroup_size(${threads})
 fn main(@builtin(workgroup_id) group: vec3<u32>, @builtin(local_invocation_index) lid: u32${
@@ -282,7 +345,7 @@ fn main(@builtin(workgroup_id) group: vec3<u32>, @builtin(local_invocation_index
   let count = tile_field(tile, 2u);
   let queryRow = head * P.queryRowsPerHead + sequence_field(sequence, ${SEQUENCE.queryRow}u) + first_row;
   let kvRow = head / P.groupSize * P.keyRowsPerHead + sequence_field(sequence, ${SEQUENCE.keyRow}u);
-  ${loadQueries}
+  ${loads.queries}
 
   let length = i32(sequence_field(sequence, ${SEQUENCE.keyLength}u));
   let lower = i32(sequence_field(sequence, ${SEQUENCE.lower}u)) + i32(first_row);
@@ -306,47 +369,29 @@ ${I.map(
   for (var start = key_begin; start < key_end; start += ${keys}) {
     let first = u32(start);
     workgroupBarrier();
-    ${loadKeys}
-    ${sharedKeyValue ? '' : loadValues}
+    ${loads.keys}
+    ${sharedKeyValue ? '' : loads.values}
     workgroupBarrier();
-    ${I.map((i) => N.map((n) => `var s_${i}_${n} = 0;`).join(' ')).join('\n    ')}
-    for (var w = 0u; w < ${dims}u; w++) {
-      ${I.map((i) => `let q_${i} = ${queryAt(i, 'w')};`).join('\n      ')}
-      ${N.map(
-        (n) => `{ let k = ${keyAt(n, 'w')};
-        ${I.map((i) => `s_${i}_${n} += ${['x', 'y', 'z', 'w'].map((e) => `dot_int8(q_${i}.${e}, k.${e})`).join(' + ')};`).join('\n        ')} }`,
-      ).join('\n      ')}
-    }
-    ${N.map(
-      (n) => `let key_${n} = start + i32(${col(n)});
-    let facts_k_${n} = ${keyAt(n, `${dims}u`)}; let key_scale_${n} = bitcast<f32>(facts_k_${n}.x);`,
-    ).join('\n    ')}
-    let edge = start + ${keys} > length || start < lower + ${rows - 1} || start + ${keys - 1} > upper || start < begin;
-    ${I.map((i) => N.map((n) => score(i, n)).join('')).join('\n')}
-    if ((${N.map((n) => `facts_k_${n}.y`).join(' | ')}) != 0u) {
-      ${I.map((i) => N.map((n) => `if (f_${i}_${n} > ${EXCLUDED_BELOW}) { poison_${i} |= facts_k_${n}.y; }`).join(' ')).join('\n      ')}
-    }
+    ${tileScores(config, parts)}
     ${I.map(rowMax).join('\n    ')}
     ${subgroup && !sharedKeyValue ? '' : 'workgroupBarrier();'}
-    ${sharedKeyValue ? loadValues : ''}
+    ${sharedKeyValue ? loads.values : ''}
     ${subgroup ? '' : I.map(sharedMax).join('\n    ')}
-    ${I.map(softmax).join('')}
+    ${I.map((i) => tileSoftmax(config, parts, i)).join('')}
     workgroupBarrier();
-    ${accumulate}
+    ${accumulateValues(config, parts)}
   }
 
   ${I.map((i) => `if (poison_${i} != 0u || (l_${i} > 0.0 && facts_${i}.y != 0u)) { l_${i} = -1.0e30f; }`).join('\n  ')}
   ${subgroup ? '' : `workgroupBarrier();\n  ${I.map((i) => `${maxAt(i, 'c')} = l_${i};`).join('\n  ')}\n  workgroupBarrier();`}
   ${I.map(rowSum).join('\n  ')}
   ${
-    scaleValues
-      ? `let record_v = ((head / P.groupSize * P.sequences + sequence) * P.chunks) * ${statisticsVectors(headDimPadded, valueDimPadded)}u + ${headDimPadded / 4}u - P.partialBase;
-  ${V.map((v) => `let scale_v_${v} = value_scale(record_v + c + ${v * colThreads}u, P.chunks, 1);${smoothV ? ` let mean_v_${v} = value_mean(record_v + ${quads + v * colThreads}u + c, P.chunks);` : ''}`).join('\n  ')}`
+    values.scaled
+      ? `let record = ((head / P.groupSize * P.sequences + sequence) * P.chunks) * ${statistics}u - P.partialBase;
+  ${values.smoothed ? 'let factor_v = mean_factor(record, P.chunks);' : ''}
+  ${V.map((v) => `let scale_v_${v} = value_scale(record + ${headDimPadded / 4 + v * colThreads}u + c, P.chunks, 1);${values.smoothed ? ` let mean_v_${v} = value_mean(record + ${headDimPadded / 4 + quads + v * colThreads}u + c, P.chunks) * factor_v;` : ''}`).join('\n  ')}`
       : ''
   }
-${I.map(finish).join('')}
+${I.map((i) => finishRow(config, parts, i)).join('')}
 }`;
 }
-
-/** Flags that make a row NaN when it attends to their token. */
-export const POISON = FLAG_NONFINITE_K | FLAG_NONFINITE_V;

@@ -36,9 +36,12 @@ export const SEQUENCE = {
   qSource: 9,
   kSource: 10,
   vSource: 11,
+  /** Keys that some row may see by the band: from the first up to, not including, the second. */
+  visibleFrom: 12,
+  visibleTo: 13,
 } as const;
 
-export const SEQUENCE_WORDS = 12;
+export const SEQUENCE_WORDS = 14;
 
 /** A tile's record: sequence, first token, number of tokens. */
 export const TILE_WORDS = 3;
@@ -60,6 +63,13 @@ export const rowVectors = (headDimPadded: number): number => headDimPadded / 16 
 /** Bits of a K row's flags. */
 export const FLAG_NONFINITE_K = 1;
 export const FLAG_NONFINITE_V = 2;
+/** K's mean was not subtracted from this key: its scores lack no `q . mean(K)`. */
+export const FLAG_UNSMOOTHED = 4;
+/** Joined flags only: the keys of this tile have scales of their own. */
+export const FLAG_OWN_SCALES = 8;
+
+/** Flags that make a row NaN when it attends to their token. */
+export const POISON = FLAG_NONFINITE_K | FLAG_NONFINITE_V;
 
 /** A uniform struct `P` of 32-bit fields. */
 export function params(binding: number, fields: readonly string[]): string {
@@ -67,7 +77,7 @@ export function params(binding: number, fields: readonly string[]): string {
 @group(0) @binding(${binding}) var<uniform> P: Params;`;
 }
 
-const FLOAT_FIELDS: ReadonlySet<string> = new Set(['scoreScale', 'softcap']);
+const FLOAT_FIELDS: ReadonlySet<string> = new Set(['scoreScale', 'softcap', 'inverseSoftcap']);
 
 /** The bytes of such a struct; unsigned fields are taken modulo 2^32. */
 export function encodeParams(fields: readonly string[], values: Readonly<Record<string, number>>): ArrayBuffer {

@@ -16,6 +16,15 @@ export interface MatrixMemory {
   readonly component: 'i8' | 'i32' | 'f16' | 'f32';
 }
 
+/**
+ * Declares an array in the workgroup memory of a kernel with matrices: at least `elements` of them, and a multiple of 16 bytes
+ * long, so that whatever lies behind it is aligned as matrices must be.
+ */
+export function workgroupArray(name: string, type: string, elements: number, bytes: number): string {
+  const perVector = 16 / bytes;
+  return `var<workgroup> ${name}: array<${type}, ${Math.ceil(elements / perVector) * perVector}>;`;
+}
+
 /** A loaded operand: a WGSL name, and where it came from. */
 export interface Operand {
   readonly name: string;

@@ -16,7 +16,6 @@ export const MERGE_PARAMS = [
   'rowBase',
   'outputWordBase',
   'lseBase',
-  'softcap',
 ] as const;
 
 export const MERGE_THREADS = 64;

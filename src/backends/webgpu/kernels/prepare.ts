@@ -1,18 +1,25 @@
 /**
- * Quantization of Q and K to INT8 (src/quantization/groups.ts) and conversion of V to float16, into the rows that the attention
- * kernels read.
+ * Quantization of Q and K to INT8 and conversion of V to float16, into the rows that the attention kernels read.
+ *
+ * Every row of Q and every key has a scale of its own, whatever the granularity asked for: a row's facts are read with its
+ * values, so that finer scales cost one product a score, and no row loses accuracy to another one that is 1000 times as
+ * large. For subgroup matrices the keys of a block share one scale where it serves all of them ({@link WIDEST_SPREAD}).
+ *
+ * Smoothing subtracts K's mean. A key for which that makes its values larger (the mean is that of other keys: outliers,
+ * another document) is quantized as it is and flagged, and the attention kernels take `q . mean(K)` from its scores.
  *
  * A NaN or an infinity is stored as 0 and its token flagged, so that it takes part in no maximum, mean or product: the
  * attention kernels make a row NaN exactly when it attends to a flagged token.
  *
- * Sources: SageAttention (arXiv 2410.02367) section 4.2 for smoothing K and 4.3 for per-block scales, SageAttention2
- * (arXiv 2411.10958) section 3.1 for per-thread scales.
+ * Sources: SageAttention (arXiv 2410.02367) section 4.2 for smoothing K and 4.3 for per-token scales.
  */
-import { type Granularity, INT_MAX, TILINGS } from '../../../quantization/schemes.ts';
+import { INT_MAX, TILINGS } from '../../../quantization/schemes.ts';
 import type { DType } from '../../../tensor/dtype.ts';
 import {
   FLAG_NONFINITE_K,
   FLAG_NONFINITE_V,
+  FLAG_OWN_SCALES,
+  FLAG_UNSMOOTHED,
   KEY_TILE,
   type KeyValueLayout,
   params,
@@ -21,7 +28,7 @@ import {
   tables,
   VALUE_GROUP,
 } from './layout.ts';
-import { statisticsVectors } from './statistics.ts';
+import { MEAN_FACTOR, statisticsVectors } from './statistics.ts';
 import { type Access, decoder, NONFINITE, operandLoader, range } from './storage.ts';
 
 /** Tokens that one workgroup quantizes: a block of the portable tiling. */
@@ -30,10 +37,15 @@ export const KEY_BLOCK = TILINGS.portable.blockK;
 
 const THREADS = 256;
 
+/** Keys share a scale unless the largest magnitude of one is this many times below that of another. */
+const WIDEST_SPREAD = 4;
+
+/** A key is not smoothed where that would make its largest magnitude more than this many times as large. */
+const WORST_SMOOTHING = 2;
+
 interface PrepareConfig {
   readonly dtype: DType;
   readonly access: Access;
-  readonly granularity: Granularity;
   readonly headDim: number;
   readonly headDimPadded: number;
   readonly valueDim: number;
@@ -42,17 +54,24 @@ interface PrepareConfig {
   readonly smoothK: boolean;
 }
 
-export interface PrepareQueryConfig extends PrepareConfig {
-  /** Store each row's `q . mean(K) * scoreScale`: what smoothing took from its scores. */
-  readonly rowConstant: boolean;
-}
+/** The query kernel also stores `q . mean(K) * scoreScale` of each row: what smoothing took from its scores. */
+export type PrepareQueryConfig = PrepareConfig;
 
 export interface PrepareKeyValueConfig extends PrepareConfig {
-  /** V gets a power-of-two scale per channel, so that float32 and bfloat16 values fit float16. */
-  readonly scaleValues: boolean;
-  /** Subtract V's mean over its sequence; with `scaleValues` only, since differences may be twice as large. */
-  readonly smoothV: boolean;
+  /** The keys of a block share a scale where their magnitudes allow it. */
+  readonly sharedScale: boolean;
+  readonly values: ValueScaling;
   readonly layout: KeyValueLayout;
+}
+
+/** How V's channels become float16. */
+export interface ValueScaling {
+  /** V gets a power-of-two scale per channel, so that float32 and bfloat16 values fit float16. */
+  readonly scaled: boolean;
+  /** Subtract V's mean over its sequence; where scaled only, since differences may be twice as large. */
+  readonly smoothed: boolean;
+  /** A channel's largest magnitude becomes at most 2 to this: far above 1, so that small values keep their bits. */
+  readonly exponent: number;
 }
 
 export const PREPARE_QUERY_PARAMS = [
@@ -91,18 +110,6 @@ export const PREPARE_KEY_VALUE_PARAMS = [
   'partialBase',
 ] as const;
 
-/** A row's group inside its block, as an expression over `row` (index in the block). */
-const QUERY_GROUP: Record<Granularity, string> = {
-  'per-block': '0u',
-  'per-warp': `row / ${TILINGS.sm80.warpQ}u`,
-  'per-thread': `row / ${TILINGS.sm80.warpQ}u * 8u + row % 8u`,
-};
-const KEY_GROUP: Record<Granularity, string> = {
-  'per-block': '0u',
-  'per-warp': `row / ${TILINGS.sm80.warpK}u`,
-  'per-thread': `row / ${TILINGS.sm80.warpK}u * 4u + row % 8u / 2u`,
-};
-
 /** Below this a group counts as all zero: 127 / maximum would not be finite. */
 const TINY = '1.0e-36f';
 
@@ -115,42 +122,28 @@ fn quantize(x: vec4<f32>, inverse: f32) -> u32 {
   return q.x | (q.y << 8u) | (q.z << 16u) | (q.w << 24u);
 }`;
 
-/** Sums the chunks' partial means into workgroup memory. */
+/** K's mean, from the chunks' partial ones into workgroup memory. */
 const loadMean = (vectors: number, statistics: number) => `
-  for (var i = lid; i < ${vectors}u; i += ${THREADS}u) {
-    var sum = vec4<f32>();
-    for (var chunk = 0u; chunk < P.chunks; chunk++) { sum += partials[record + chunk * ${statistics}u + i]; }
-    mean[i] = sum;
-  }`;
+  { let factor = mean_factor(record, P.chunks);
+    for (var i = lid; i < ${vectors}u; i += ${THREADS}u) {
+      var sum = vec4<f32>();
+      for (var chunk = 0u; chunk < P.chunks; chunk++) { sum += partials[record + chunk * ${statistics}u + i]; }
+      mean[i] = sum * factor;
+    } }`;
 
-/** From each row's maximum to its group's: `group_max[row]`. */
-const reduceGroups = (chunks: number) => `
-  workgroupBarrier();
-  if (lid < count) {
-    var largest = 0.0;
-    for (var i = 0u; i < ${chunks}u; i++) { largest = max(largest, partial[lid * ${chunks}u + i]); }
-    row_max[lid] = largest;
-  }
-  workgroupBarrier();
-  if (lid < count) {
-    var largest = 0.0;
-    let mine = group_of(lid);
-    for (var row = 0u; row < count; row++) {
-      if (group_of(row) == mine) { largest = max(largest, row_max[row]); }
-    }
-    group_max[lid] = largest;
-  }
-  workgroupBarrier();`;
+/** The largest of a row's partial maxima. */
+const rowMaximum = (name: string, chunks: number) => `
+    var ${name} = 0.0;
+    for (var i = 0u; i < ${chunks}u; i++) { ${name} = max(${name}, ${name}_partial[lid * ${chunks}u + i]); }`;
 
 const largestOf16 = 'max(max(max4(x[0]), max4(x[1])), max(max4(x[2]), max4(x[3])))';
 const MAX4 = `fn max4(v: vec4<f32>) -> f32 { let a = abs(v); return max(max(a.x, a.y), max(a.z, a.w)); }`;
 
 export function prepareQueryKernel(config: PrepareQueryConfig): string {
-  const { dtype, access, headDim, headDimPadded, valueDimPadded, rowConstant, smoothK, granularity } = config;
+  const { dtype, access, headDim, headDimPadded, valueDimPadded, smoothK } = config;
   const chunks = headDimPadded / 16;
   const vectors = rowVectors(headDimPadded);
   const statistics = statisticsVectors(headDimPadded, valueDimPadded);
-  const needsMean = rowConstant && smoothK;
   return `
 ${params(0, PREPARE_QUERY_PARAMS)}
 ${tables(1)}
@@ -158,15 +151,14 @@ ${NONFINITE}
 ${decoder(dtype)}
 ${operandLoader('q', 2, dtype, access)}
 @group(0) @binding(3) var<storage, read_write> rows: array<vec4<u32>>;
-${needsMean ? '@group(0) @binding(4) var<storage, read> partials: array<vec4<f32>>;' : ''}
-${needsMean ? `var<workgroup> mean: array<vec4<f32>, ${headDimPadded / 4}>;` : ''}
-var<workgroup> partial: array<f32, ${QUERY_BLOCK * chunks}>;
+${smoothK ? '@group(0) @binding(4) var<storage, read> partials: array<vec4<f32>>;' : ''}
+${smoothK ? `var<workgroup> mean: array<vec4<f32>, ${headDimPadded / 4}>;` : ''}
+var<workgroup> largest_partial: array<f32, ${QUERY_BLOCK * chunks}>;
 var<workgroup> row_max: array<f32, ${QUERY_BLOCK}>;
-var<workgroup> group_max: array<f32, ${QUERY_BLOCK}>;
 var<workgroup> flags: array<atomic<u32>, ${QUERY_BLOCK}>;
 ${QUANTIZE}
 ${MAX4}
-fn group_of(row: u32) -> u32 { return ${QUERY_GROUP[granularity]}; }
+${smoothK ? MEAN_FACTOR(statistics) : ''}
 
 @compute @workgroup_size(${THREADS})
 fn main(@builtin(workgroup_id) group: vec3<u32>, @builtin(local_invocation_index) lid: u32) {
@@ -178,7 +170,7 @@ fn main(@builtin(workgroup_id) group: vec3<u32>, @builtin(local_invocation_index
   let source = sequence_field(sequence, ${SEQUENCE.qSource}u) - P.base + head * P.headStride + first * P.tokenStride;
   let row_at = head * P.rowsPerHead + sequence_field(sequence, ${SEQUENCE.queryRow}u) + first;
 ${
-  needsMean
+  smoothK
     ? `  let record = ((head / P.groupSize * P.sequences + sequence) * P.chunks) * ${statistics}u - P.partialBase;
 ${loadMean(headDimPadded / 4, statistics)}`
     : ''
@@ -188,22 +180,26 @@ ${loadMean(headDimPadded / 4, statistics)}`
     let channel = item % ${chunks}u * 16u;
     nonfinite = 0u;
     let x = load_q(source + row * P.tokenStride + channel, min(16u, max(${headDim}u, channel) - channel));
-    partial[item] = ${largestOf16};
+    largest_partial[item] = ${largestOf16};
     if (nonfinite != 0u) { atomicOr(&flags[row], 1u); }
   }
-${reduceGroups(chunks)}
+  workgroupBarrier();
+  if (lid < count) {${rowMaximum('largest', chunks)}
+    row_max[lid] = largest;
+  }
+  workgroupBarrier();
   for (var item = lid; item < count * ${chunks}u; item += ${THREADS}u) {
     let row = item / ${chunks}u;
     let channel = item % ${chunks}u * 16u;
     let x = load_q(source + row * P.tokenStride + channel, min(16u, max(${headDim}u, channel) - channel));
-    let inverse = select(0.0, ${INT_MAX.int8}.0 / max(group_max[row], ${TINY}), group_max[row] > ${TINY});
+    let inverse = select(0.0, ${INT_MAX.int8}.0 / max(row_max[row], ${TINY}), row_max[row] > ${TINY});
     rows[(row_at + row) * ${vectors}u + channel / 16u - P.rowBase] = vec4<u32>(${range(4)
       .map((i) => `quantize(x[${i}], inverse)`)
       .join(', ')});
     ${
-      needsMean
+      smoothK
         ? `let m = channel / 4u;
-    partial[item] = ${range(4)
+    largest_partial[item] = ${range(4)
       .map((i) => `dot(x[${i}], mean[m + ${i}u])`)
       .join(' + ')};`
         : ''
@@ -212,56 +208,36 @@ ${reduceGroups(chunks)}
   workgroupBarrier();
   if (lid < count) {
     var constant = 0.0;
-    ${needsMean ? `for (var i = 0u; i < ${chunks}u; i++) { constant += partial[lid * ${chunks}u + i]; }` : ''}
-    let scale = clamp(group_max[lid] / ${INT_MAX.int8}.0 * P.scoreScale, -${LARGEST_SCALE}, ${LARGEST_SCALE});
+    ${smoothK ? `for (var i = 0u; i < ${chunks}u; i++) { constant += largest_partial[lid * ${chunks}u + i]; }` : ''}
+    let scale = clamp(row_max[lid] / ${INT_MAX.int8}.0 * P.scoreScale, -${LARGEST_SCALE}, ${LARGEST_SCALE});
     rows[(row_at + lid) * ${vectors}u + ${vectors - 1}u - P.rowBase] =
       vec4<u32>(bitcast<u32>(scale), atomicLoad(&flags[lid]), bitcast<u32>(constant * P.scoreScale), 0u);
   }
 }`;
 }
 
-export function prepareKeyValueKernel(config: PrepareKeyValueConfig): string {
-  const {
-    dtype,
-    access,
-    headDim,
-    headDimPadded,
-    valueDim,
-    valueDimPadded,
-    smoothK,
-    smoothV,
-    scaleValues,
-    granularity,
-    layout,
-  } = config;
-  const chunks = headDimPadded / 16;
+/** Loads 16 of V's channels into `x`, scaled. */
+function loadValues({ valueDim, values }: PrepareKeyValueConfig): string {
+  const load = `var x = load_v(vSource + row * P.vTokenStride + channel, min(16u, max(${valueDim}u, channel) - channel));`;
+  if (!values.scaled) return load;
+  const scale = (i: number) =>
+    `x[${i}] = x[${i}] * inverse_scale[channel / 4u + ${i}u]${values.smoothed ? ` - scaled_mean[channel / 4u + ${i}u]` : ''};`;
+  // Values that no row attends to may exceed the scale: they are clipped.
+  return `${load}
+    ${range(4).map(scale).join(' ')}`;
+}
+
+/** V in rows, as the tiled kernels read it. */
+function storeRows(config: PrepareKeyValueConfig): string {
+  const { valueDimPadded } = config;
   const valueChunks = valueDimPadded / 16;
-  const vectors = rowVectors(headDimPadded);
-  const statistics = statisticsVectors(headDimPadded, valueDimPadded);
-  const needsPartials = smoothK || scaleValues;
-  const loadK = `load_k(kSource + row * P.kTokenStride + channel, min(16u, max(${headDim}u, channel) - channel))`;
-  // Channels past D are 0 in x and in the mean, so smoothing leaves them 0.
-  const smooth = smoothK ? range(4).map((i) => `x[${i}] -= mean[channel / 4u + ${i}u];`) : [];
-  const tiled = layout === 'tiles';
   const convert = (i: number) =>
     `pack2x16float(clamp(x[${i >> 1}].${i % 2 === 0 ? 'xy' : 'zw'}, vec2<f32>(-65504.0), vec2<f32>(65504.0)))`;
-  const loadV = `load_v(vSource + row * P.vTokenStride + channel, min(16u, max(${valueDim}u, channel) - channel))`;
-  const scaleV = scaleValues
-    ? `${range(4)
-        .map(
-          (i) =>
-            `x[${i}] = x[${i}] * inverse_scale[channel / 4u + ${i}u]${smoothV ? ` - scaled_mean[channel / 4u + ${i}u]` : ''};`,
-        )
-        .join(' ')}
-    // Values appended to a cache may outgrow the scale that its first values set; they are flagged, not clipped.
-    if (${largestOf16} > 65504.0) { nonfinite = 1u; }`
-    : '';
-  const storeRows = `for (var item = lid; item < count * ${valueChunks}u; item += ${THREADS}u) {
+  return `for (var item = lid; item < count * ${valueChunks}u; item += ${THREADS}u) {
     let row = item / ${valueChunks}u;
     let channel = item % ${valueChunks}u * 16u;
     nonfinite = 0u;
-    var x = ${loadV};
-    ${scaleV}
+    ${loadValues(config)}
     if (nonfinite != 0u) { atomicOr(&flags[row], ${FLAG_NONFINITE_V}u); }
     let at = (row_at + row) * ${valueDimPadded / 8}u + channel / 8u - P.vRowBase;
     values[at] = vec4<u32>(${range(4).map(convert).join(', ')});
@@ -269,10 +245,14 @@ export function prepareKeyValueKernel(config: PrepareKeyValueConfig): string {
       .map((i) => convert(i + 4))
       .join(', ')});
   }`;
-  // A word holds two keys' values of a channel. Of a pair that is cut by the range, the other key's stay as they are.
-  const storeTiles = `let first_pair = row_at / 2u;
+}
+
+/** V in tiles. A word holds two keys' values of a channel; of a pair that is cut by the range, the other key's stay. */
+function storeTiles(config: PrepareKeyValueConfig): string {
+  const { valueDimPadded } = config;
+  return `let first_pair = row_at / 2u;
   let pairs = (row_at + count - 1u) / 2u - first_pair + 1u;
-  for (var item = lid; item < pairs * ${valueChunks}u; item += ${THREADS}u) {
+  for (var item = lid; item < pairs * ${valueDimPadded / 16}u; item += ${THREADS}u) {
     let pair = first_pair + item % pairs;
     let channel = item / pairs * 16u;
     var words: array<u32, 16>;
@@ -281,8 +261,7 @@ export function prepareKeyValueKernel(config: PrepareKeyValueConfig): string {
       let row = 2u * pair + half - row_at;
       if (row >= count) { continue; }
       nonfinite = 0u;
-      var x = ${loadV};
-      ${scaleV}
+      ${loadValues(config)}
       if (nonfinite != 0u) { atomicOr(&flags[row], ${FLAG_NONFINITE_V}u); }
       written |= 0xffffu << (16u * half);
       for (var i = 0u; i < 4u; i++) {
@@ -301,6 +280,49 @@ export function prepareKeyValueKernel(config: PrepareKeyValueConfig): string {
       values[at + i * ${VALUE_GROUP / 2}u] = words[i];
     }
   }`;
+}
+
+/** From each key's maxima, smoothed and not, to what it is quantized with: `row_max`, and its flags. */
+function keyMaxima({ smoothK, sharedScale, headDimPadded }: PrepareKeyValueConfig): string {
+  const chunks = headDimPadded / 16;
+  const smoothed = smoothK
+    ? `${rowMaximum('plain', chunks)}
+    if (largest > ${WORST_SMOOTHING}.0 * plain) { largest = plain; atomicOr(&flags[lid], ${FLAG_UNSMOOTHED}u); }`
+    : '';
+  const shared = `
+  if (lid == 0u) {
+    var least = 0.0;
+    var most = 0.0;
+    for (var row = 0u; row < count; row++) {
+      most = max(most, row_max[row]);
+      if (row_max[row] > 0.0) { least = select(min(least, row_max[row]), row_max[row], least == 0.0); }
+    }
+    own_scales = u32(least * ${WIDEST_SPREAD}.0 < most);
+    shared_max = most;
+  }
+  workgroupBarrier();
+  if (lid < count && own_scales == 0u) { row_max[lid] = shared_max; }
+  workgroupBarrier();`;
+  return `
+  workgroupBarrier();
+  if (lid < count) {${rowMaximum('largest', chunks)}${smoothed}
+    row_max[lid] = largest;
+  }
+  workgroupBarrier();${sharedScale ? shared : ''}`;
+}
+
+export function prepareKeyValueKernel(config: PrepareKeyValueConfig): string {
+  const { dtype, access, headDim, headDimPadded, valueDimPadded, smoothK, sharedScale, values, layout } = config;
+  const chunks = headDimPadded / 16;
+  const vectors = rowVectors(headDimPadded);
+  const statistics = statisticsVectors(headDimPadded, valueDimPadded);
+  const needsPartials = smoothK || values.scaled;
+  const loadK = `load_k(kSource + row * P.kTokenStride + channel, min(16u, max(${headDim}u, channel) - channel))`;
+  // Channels past D are 0 in x and in the mean, so smoothing leaves them 0.
+  const smooth = range(4)
+    .map((i) => `x[${i}] -= mean[channel / 4u + ${i}u];`)
+    .join(' ');
+  const tiled = layout === 'tiles';
   return `
 ${params(0, PREPARE_KEY_VALUE_PARAMS)}
 ${tables(1)}
@@ -312,17 +334,18 @@ ${needsPartials ? '@group(0) @binding(4) var<storage, read> partials: array<vec4
 @group(0) @binding(5) var<storage, read_write> keys: array<vec4<u32>>;
 @group(0) @binding(6) var<storage, read_write> values: array<${tiled ? 'u32' : 'vec4<u32>'}>;
 ${smoothK ? `var<workgroup> mean: array<vec4<f32>, ${headDimPadded / 4}>;` : ''}
-${scaleValues ? `var<workgroup> inverse_scale: array<vec4<f32>, ${valueDimPadded / 4}>;` : ''}
-${smoothV ? `var<workgroup> scaled_mean: array<vec4<f32>, ${valueDimPadded / 4}>;` : ''}
-var<workgroup> partial: array<f32, ${KEY_BLOCK * chunks}>;
+${values.scaled ? `var<workgroup> inverse_scale: array<vec4<f32>, ${valueDimPadded / 4}>;` : ''}
+${values.smoothed ? `var<workgroup> scaled_mean: array<vec4<f32>, ${valueDimPadded / 4}>;` : ''}
+var<workgroup> largest_partial: array<f32, ${KEY_BLOCK * chunks}>;
+${smoothK ? `var<workgroup> plain_partial: array<f32, ${KEY_BLOCK * chunks}>;` : ''}
 var<workgroup> row_max: array<f32, ${KEY_BLOCK}>;
-var<workgroup> group_max: array<f32, ${KEY_BLOCK}>;
 var<workgroup> flags: array<atomic<u32>, ${KEY_BLOCK}>;
+${sharedScale ? 'var<workgroup> shared_max: f32;\nvar<workgroup> own_scales: u32;' : ''}
 ${QUANTIZE}
 ${MAX4}
-${scaleValues ? valueScale(statistics, smoothV) : ''}
-${smoothV ? valueMean(statistics) : ''}
-fn group_of(row: u32) -> u32 { return ${KEY_GROUP[granularity]}; }
+${needsPartials ? MEAN_FACTOR(statistics) : ''}
+${values.scaled ? valueScale(statistics, values) : ''}
+${values.smoothed ? valueMean(statistics) : ''}
 // The vector of a row's 16 channels from 16 * chunk on; of its facts after the last chunk.
 fn key_at(row: u32, chunk: u32) -> u32 { return ${
     tiled
@@ -343,11 +366,11 @@ fn main(@builtin(workgroup_id) group: vec3<u32>, @builtin(local_invocation_index
 ${needsPartials ? `  let record = ((head * P.sequences + sequence) * P.chunks) * ${statistics}u - P.partialBase;` : ''}
 ${smoothK ? loadMean(headDimPadded / 4, statistics) : ''}
 ${
-  scaleValues
+  values.scaled
     ? `  for (var i = lid; i < ${valueDimPadded / 4}u; i += ${THREADS}u) {
     let inverse = value_scale(record + ${headDimPadded / 4}u + i, P.chunks, -1);
     inverse_scale[i] = inverse;
-    ${smoothV ? `scaled_mean[i] = value_mean(record + ${(headDimPadded + valueDimPadded) / 4}u + i, P.chunks) * inverse;` : ''}
+    ${values.smoothed ? `scaled_mean[i] = value_mean(record + ${(headDimPadded + valueDimPadded) / 4}u + i, P.chunks) * mean_factor(record, P.chunks) * inverse;` : ''}
   }`
     : ''
 }
@@ -357,26 +380,26 @@ ${
     let channel = item % ${chunks}u * 16u;
     nonfinite = 0u;
     var x = ${loadK};
-    ${smooth.join(' ')}
-    partial[item] = ${largestOf16};
+    ${smoothK ? `plain_partial[item] = ${largestOf16}; ${smooth}` : ''}
+    largest_partial[item] = ${largestOf16};
     if (nonfinite != 0u) { atomicOr(&flags[row], ${FLAG_NONFINITE_K}u); }
   }
-${reduceGroups(chunks)}
+${keyMaxima(config)}
   for (var item = lid; item < count * ${chunks}u; item += ${THREADS}u) {
     let row = item / ${chunks}u;
     let channel = item % ${chunks}u * 16u;
     var x = ${loadK};
-    ${smooth.join(' ')}
-    let inverse = select(0.0, ${INT_MAX.int8}.0 / max(group_max[row], ${TINY}), group_max[row] > ${TINY});
+    ${smoothK ? `if ((atomicLoad(&flags[row]) & ${FLAG_UNSMOOTHED}u) == 0u) { ${smooth} }` : ''}
+    let inverse = select(0.0, ${INT_MAX.int8}.0 / max(row_max[row], ${TINY}), row_max[row] > ${TINY});
     keys[key_at(row_at + row, channel / 16u)] = vec4<u32>(${range(4)
       .map((i) => `quantize(x[${i}], inverse)`)
       .join(', ')});
   }
-  ${tiled ? storeTiles : storeRows}
+  ${tiled ? storeTiles(config) : storeRows(config)}
   workgroupBarrier();
   if (lid < count) {
-    let scale = min(group_max[lid] / ${INT_MAX.int8}.0, ${LARGEST_SCALE});
-    var joined = 0u;
+    let scale = min(row_max[lid] / ${INT_MAX.int8}.0, ${LARGEST_SCALE});
+    var joined = ${sharedScale ? `own_scales * ${FLAG_OWN_SCALES}u` : '0u'};
     ${
       tiled
         ? `let in_tile = (row_at + lid) % ${KEY_TILE}u;
@@ -392,24 +415,33 @@ ${reduceGroups(chunks)}
 }
 
 /**
- * `value_scale(record, chunks, sign)`: the power of two that brings four channels' largest magnitudes into [0.5, 1) when
- * divided by it (sign 1), or its inverse (sign -1); 1 for a channel of zeros. Powers of two keep V's bits as they are.
- * Smoothed values may be twice as large.
+ * `value_scale(record, chunks, sign)`: the power of two that brings four channels' largest magnitudes into the upper half
+ * of what {@link ValueScaling} allows when divided by it (sign 1), or its inverse (sign -1); 1 for a channel of zeros.
+ * Powers of two keep V's bits as they are. Smoothed values may be twice as large.
  */
-export const valueScale = (statistics: number, smoothV: boolean): string => `
-fn value_scale(record: u32, chunks: u32, sign: i32) -> vec4<f32> {
+export const valueScale = (statistics: number, { smoothed, exponent }: ValueScaling): string => `
+fn largest_values(record: u32, chunks: u32) -> vec4<f32> {
   var largest = vec4<f32>();
   for (var chunk = 0u; chunk < chunks; chunk++) { largest = max(largest, partials[record + chunk * ${statistics}u]); }
+  return largest;
+}
+fn scale_of(largest: vec4<f32>, sign: i32) -> vec4<f32> {
   let biased = vec4<i32>((bitcast<vec4<u32>>(largest) >> vec4<u32>(23u)) & vec4<u32>(0xffu));
-  let exponent = clamp(biased - vec4<i32>(${smoothV ? 125 : 126}), vec4<i32>(-120), vec4<i32>(120));
+  let exponent = clamp(biased - vec4<i32>(${(smoothed ? 125 : 126) + exponent}), vec4<i32>(-126), vec4<i32>(126));
   let scale = bitcast<vec4<f32>>((vec4<i32>(127) + sign * exponent) << vec4<u32>(23u));
   return select(scale, vec4<f32>(1.0), biased == vec4<i32>(0));
-}`;
+}
+fn value_scale(record: u32, chunks: u32, sign: i32) -> vec4<f32> { return scale_of(largest_values(record, chunks), sign); }`;
 
-/** `value_mean(record, chunks)`: the mean of four of V's channels over a sequence. */
-export const valueMean = (statistics: number): string => `
+/** `value_mean(record, chunks)`: of four of V's channels, the sum that `mean_factor` makes a mean. */
+const valueMean = (statistics: number): string => `
 fn value_mean(record: u32, chunks: u32) -> vec4<f32> {
   var mean = vec4<f32>();
   for (var chunk = 0u; chunk < chunks; chunk++) { mean += partials[record + chunk * ${statistics}u]; }
   return mean;
 }`;
+
+/** What of V's statistics an attention kernel reads. */
+export const valueFunctions = (statistics: number, values: ValueScaling): string => `
+${values.scaled ? valueScale(statistics, values) : ''}
+${values.smoothed ? `${valueMean(statistics)}${MEAN_FACTOR(statistics)}` : ''}`;

@@ -1,6 +1,7 @@
 /** What every attention kernel does to a score between `q . k` and softmax, and to a row at its end. */
 import type { DType, MaskDType } from '../../../tensor/dtype.ts';
 import { SEQUENCE } from './layout.ts';
+import type { ValueScaling } from './prepare.ts';
 import { EXCLUDED, maskLoader, NAN_WORD, outputPacker, range } from './storage.ts';
 
 /** What of a problem changes the code of an attention kernel, whatever its family and tiles. */
@@ -12,12 +13,10 @@ export interface ScoreConfig {
   readonly mask: MaskDType | undefined;
   readonly softcap: boolean;
   readonly returnLse: boolean;
-  /** V's channels have power-of-two scales. */
-  readonly scaleValues: boolean;
-  /** V's mean was subtracted, and is added to every row that attends to something; V has scales then. */
-  readonly smoothV: boolean;
-  /** `token`: each K row has its own scale; `tile`: all rows of a 64-token block share one. */
-  readonly keyScale: 'token' | 'tile';
+  /** V's mean is added to every row that attends to something. */
+  readonly values: ValueScaling;
+  /** The keys of a block share a scale unless they are flagged. */
+  readonly sharedScale: boolean;
   /** `final`: outputs; `partial`: normalized sums, maximum and sum of each row, for the merging kernel. */
   readonly result: 'final' | 'partial';
 }
@@ -51,6 +50,7 @@ export const ATTENTION_PARAMS = [
   'splits',
   'recordBase',
   'softcap',
+  'inverseSoftcap',
 ] as const;
 
 /** With a mask or softcap, scores are in natural units; otherwise log2(e) is folded into Q's scale. */
@@ -67,9 +67,23 @@ export const expOf = (config: ScoreConfig, difference: string): string =>
 /** Floats of one row's partial result: channels, then maximum, sum (negative: the row is NaN), and two unused. */
 export const recordFloats = (valueDimPadded: number): number => valueDimPadded + 4;
 
+/**
+ * `soft_capped(s)`: `softcap * tanh(s / softcap)` with a small relative error for every size of either. Where s is small
+ * beside the cap a series is multiplied with s itself: WGSL bounds the absolute error of `tanh` only, and a large cap would
+ * multiply it.
+ */
+const SOFTCAP = `
+fn soft_capped(s: f32) -> f32 {
+  let x = min(abs(s * P.inverseSoftcap), 12.0);
+  let y = x * x;
+  let series = s * (1.0 - y * (0.33333333f - y * (0.13333333f - y * (0.053968254f - y * 0.021869489f))));
+  let capped = P.softcap * (1.0 - 2.0 / (exp2(x * 2.8853901f) + 1.0));
+  return select(select(capped, -capped, s < 0.0), series, x < 0.4);
+}`;
+
 /** Bindings from 5 on, and the helpers that follow from the configuration. */
 export function scoreDeclarations(config: ScoreConfig): string {
-  const { mask, dtype, returnLse, scaleValues, result } = config;
+  const { mask, dtype, returnLse, values, softcap, result } = config;
   return `
 ${mask === undefined ? '' : maskLoader(5, mask)}
 ${
@@ -79,7 +93,8 @@ ${returnLse ? '@group(0) @binding(7) var<storage, read_write> lse: array<u32>;' 
 ${outputPacker(dtype)}`
     : '@group(0) @binding(6) var<storage, read_write> records: array<f32>;'
 }
-${scaleValues ? '@group(0) @binding(8) var<storage, read> partials: array<vec4<f32>>;' : ''}
+${values.scaled ? '@group(0) @binding(8) var<storage, read> partials: array<vec4<f32>>;' : ''}
+${softcap ? SOFTCAP : ''}
 `;
 }
 
@@ -96,9 +111,7 @@ export function scoreStatements(
   row: { readonly constant: string; readonly mask: string; readonly poison: string },
   key: string,
 ): { softcap: string; mask: string } {
-  const softcap = config.softcap
-    ? `${f} = P.softcap * tanh(clamp((${f} + ${row.constant}) / P.softcap, -10.0, 10.0));`
-    : '';
+  const softcap = config.softcap ? `${f} = soft_capped(${f} + ${row.constant});` : '';
   if (config.mask === undefined) return { softcap, mask: '' };
   const at = `${row.mask} + u32(${key}) * P.maskKeyStride`;
   if (config.mask === 'bool') return { softcap, mask: `if (mask_at(${at}) == 0u) { ${f} = ${EXCLUDED}; }` };

@@ -2,6 +2,9 @@
  * First pass over K and V: partial sums of their channels (for the means that smoothing takes) and, where V gets scales,
  * the largest magnitude of V's channels (for a power of two). Each workgroup reduces one chunk of one sequence
  * and head; the preparing kernels add up the few chunks, always in the same order.
+ *
+ * Only keys count that some row may see: those inside the band's interval, and not hidden by the mask. Any constant vector
+ * serves for smoothing, so that means leave out what is extreme.
  */
 import type { DType } from '../../../tensor/dtype.ts';
 import { params, SEQUENCE, tables } from './layout.ts';
@@ -17,6 +20,8 @@ export interface StatisticsConfig {
   readonly keyMean: boolean;
   readonly valueMax: boolean;
   readonly valueMean: boolean;
+  /** A flag for each key says whether the mask lets any row see it (`visibleKeysKernel`). */
+  readonly masked: boolean;
 }
 
 export const STATISTICS_PARAMS = [
@@ -33,47 +38,82 @@ export const STATISTICS_PARAMS = [
   'vTokenStride',
   'vBase',
   'partialBase',
+  'visibleHeadStride',
+  'visibleBase',
 ] as const;
 
 const THREADS = 256;
 
-/** Vectors of four channels in one chunk's record: K's sums, then V's maxima, then V's sums. */
+/** Groups of a chunk's keys, of which those with the most extreme means are left out. */
+const LEAST_GROUPS = 8;
+
+/**
+ * Vectors of four channels in one chunk's record: K's sums, then V's maxima, then V's sums, then the share of the
+ * sequence's keys that were counted. Sums are divided by the sequence's length.
+ */
 export const statisticsVectors = (headDimPadded: number, valueDimPadded: number): number =>
-  (headDimPadded + 2 * valueDimPadded) / 4;
+  (headDimPadded + 2 * valueDimPadded) / 4 + 1;
+
+/** `mean_factor(record, chunks)`: what the chunks' sums together are multiplied with to be a mean. */
+export const MEAN_FACTOR = (statistics: number): string => `
+fn mean_factor(record: u32, chunks: u32) -> f32 {
+  var share = 0.0;
+  for (var chunk = 0u; chunk < chunks; chunk++) { share += partials[record + chunk * ${statistics}u + ${statistics - 1}u].x; }
+  return 1.0 / max(share, 1.0e-12f);
+}`;
 
 export function statisticsKernel(config: StatisticsConfig): string {
-  const { dtype, access, headDim, headDimPadded, valueDim, valueDimPadded, keyMean, valueMax, valueMean } = config;
+  const { dtype, access, headDim, headDimPadded, valueDim, valueDimPadded, keyMean, valueMax, valueMean, masked } =
+    config;
   const vectors = statisticsVectors(headDimPadded, valueDimPadded);
   const lanes = 2 ** Math.ceil(Math.log2(Math.max(headDimPadded, valueDimPadded) / 2));
   const rows = THREADS / lanes;
 
+  // Fewer groups would leave no majority beside one that holds an outlier.
+  const segments = Math.max(1, LEAST_GROUPS / rows);
+
   // A lane has two neighbouring channels: one word of a 16-bit type.
-  const reduce = (operand: 'k' | 'v', of: 'sum' | 'max', recordAt: number) => {
-    const [dim, padded] = operand === 'k' ? [headDim, headDimPadded] : [valueDim, valueDimPadded];
-    const add = of === 'sum' ? 'sum + x * inverse' : 'max(sum, abs(x))';
-    const combine =
-      of === 'sum' ? `red[lid] + red[lid + step * ${lanes}u]` : `max(red[lid], red[lid + step * ${lanes}u])`;
-    return `
-  {
-    var sum = vec2<f32>();
-    if (2u * lane < ${dim}u) {
-      let base = sequence_field(sequence, ${operand === 'k' ? SEQUENCE.kSource : SEQUENCE.vSource}u) - P.${operand}Base + head * P.${operand}HeadStride + lane * 2u;
+  const walk = (operand: 'k' | 'v', from: string, to: string, add: string) => {
+    const dim = operand === 'k' ? headDim : valueDim;
+    const source = operand === 'k' ? SEQUENCE.kSource : SEQUENCE.vSource;
+    return `if (2u * lane < ${dim}u) {
+      let base = sequence_field(sequence, ${source}u) - P.${operand}Base + head * P.${operand}HeadStride + lane * 2u;
       let both = 2u * lane + 1u < ${dim}u;
-      for (var token = first + row; token < last; token += ${rows}u) {
+      for (var token = ${from}; token < ${to}; token++) {
+        ${masked ? 'if (visible[visible_at + token] == 0u) { continue; }' : ''}
         let x = pair_${operand}(base + token * P.${operand}TokenStride, both);
-        sum = ${add};
+        ${add}
       }
-    }
-    red[lid] = sum;
+    }`;
+  };
+  const paddedOf = (operand: 'k' | 'v') => (operand === 'k' ? headDimPadded : valueDimPadded);
+  const largest = (operand: 'k' | 'v', recordAt: number) => `
+  {
+    var largest = vec2<f32>();
+    ${walk(operand, 'own_first', 'own_last', 'largest = max(largest, abs(x));')}
+    red[lid] = largest;
     workgroupBarrier();
     for (var step = ${Math.floor(rows / 2)}u; step > 0u; step >>= 1u) {
-      if (row < step) { red[lid] = ${combine}; }
+      if (row < step) { red[lid] = max(red[lid], red[lid + step * ${lanes}u]); }
       workgroupBarrier();
     }
-    if (row == 0u && 2u * lane < ${padded}u) { partials[(record + ${recordAt}u) * 2u + lane] = red[lid]; }
+    if (row == 0u && 2u * lane < ${paddedOf(operand)}u) { partials[(record + ${recordAt}u) * 2u + lane] = red[lid]; }
     workgroupBarrier();
   }`;
-  };
+  const mean = (operand: 'k' | 'v', recordAt: number) => `
+  {
+    for (var segment = 0u; segment < ${segments}u; segment++) {
+      let part_first = min(own_last, own_first + segment * per_segment);
+      var sum = vec2<f32>();
+      ${walk(operand, 'part_first', 'min(own_last, part_first + per_segment)', 'sum += x * inverse;')}
+      red[segment * ${THREADS}u + lid] = sum / max(group_size[row * ${segments}u + segment], 1.0);
+    }
+    workgroupBarrier();
+    if (row == 0u && 2u * lane < ${paddedOf(operand)}u) {
+      partials[(record + ${recordAt}u) * 2u + lane] = middle_mean(lane) * counted;
+    }
+    workgroupBarrier();
+  }`;
 
   return `
 ${params(0, STATISTICS_PARAMS)}
@@ -83,7 +123,10 @@ ${decoder(dtype)}
 ${keyMean ? pairLoader('k', 2, dtype, access) : ''}
 ${valueMax || valueMean ? pairLoader('v', 3, dtype, access) : ''}
 @group(0) @binding(4) var<storage, read_write> partials: array<vec2<f32>>;
-var<workgroup> red: array<vec2<f32>, ${THREADS}>;
+${masked ? '@group(0) @binding(5) var<storage, read> visible: array<u32>;' : ''}
+var<workgroup> red: array<vec2<f32>, ${THREADS * segments}>;
+var<workgroup> group_size: array<f32, ${rows * segments}>;
+${middleMean(rows, segments, lanes)}
 
 @compute @workgroup_size(${THREADS})
 fn main(@builtin(workgroup_id) group: vec3<u32>, @builtin(local_invocation_index) lid: u32) {
@@ -92,19 +135,71 @@ fn main(@builtin(workgroup_id) group: vec3<u32>, @builtin(local_invocation_index
   let sequence = item / P.chunks;
   let chunk = item % P.chunks;
   let length = sequence_field(sequence, ${SEQUENCE.keyLength}u);
-  let perChunk = (length + P.chunks - 1u) / P.chunks;
-  let first = min(length, chunk * perChunk);
-  let last = min(length, first + perChunk);
+  let visible_from = sequence_field(sequence, ${SEQUENCE.visibleFrom}u);
+  let visible_to = sequence_field(sequence, ${SEQUENCE.visibleTo}u);
+  let per_chunk = (visible_to - visible_from + P.chunks - 1u) / P.chunks;
+  let first = min(visible_to, visible_from + chunk * per_chunk);
+  let last = min(visible_to, first + per_chunk);
+  ${masked ? `let visible_at = head * P.visibleHeadStride + sequence_field(sequence, ${SEQUENCE.keyRow}u) - P.visibleBase;` : ''}
   // Each term is divided, so that the sum of large values stays finite.
   let inverse = 1.0 / f32(max(length, 1u));
   let lane = lid % ${lanes}u;
   let row = lid / ${lanes}u;
   let record = ((head * P.sequences + sequence) * P.chunks + chunk) * ${vectors}u - P.partialBase;
-${keyMean ? reduce('k', 'sum', 0) : ''}
-${valueMax ? reduce('v', 'max', headDimPadded / 4) : ''}
-${valueMean ? reduce('v', 'sum', (headDimPadded + valueDimPadded) / 4) : ''}
+  // A group of keys: those that follow one another are of one kind.
+  let per_row = (last - first + ${rows - 1}u) / ${rows}u;
+  let per_segment = (per_row + ${segments - 1}u) / ${segments}u;
+  let own_first = min(last, first + row * per_row);
+  let own_last = min(last, own_first + per_row);
+  if (lane == 0u) {
+    for (var segment = 0u; segment < ${segments}u; segment++) {
+      let part_first = min(own_last, own_first + segment * per_segment);
+      let part_last = min(own_last, part_first + per_segment);
+      ${
+        masked
+          ? `var size = 0.0;
+      for (var token = part_first; token < part_last; token++) { size += f32(visible[visible_at + token] != 0u); }`
+          : 'let size = f32(part_last - part_first);'
+      }
+      group_size[row * ${segments}u + segment] = size;
+    }
+  }
+  workgroupBarrier();
+  var counted = 0.0;
+  for (var i = 0u; i < ${rows * segments}u; i++) { counted += group_size[i]; }
+  if (lid == 0u) { partials[(record + ${vectors - 1}u) * 2u] = vec2<f32>(counted * inverse, 0.0); }
+${keyMean ? mean('k', 0) : ''}
+${valueMax ? largest('v', headDimPadded / 4) : ''}
+${valueMean ? mean('v', (headDimPadded + valueDimPadded) / 4) : ''}
 }`;
 }
+
+/**
+ * `middle_mean(lane)`: of the groups' means of two channels, the mean without the largest and the smallest quarter. A few
+ * keys of 1000 times the others' size, which earlier rows may not even see, would otherwise move the mean away from all.
+ */
+const middleMean = (rows: number, segments: number, lanes: number): string => `
+fn middle_mean(lane: u32) -> vec2<f32> {
+  var groups = 0u;
+  for (var i = 0u; i < ${rows * segments}u; i++) { groups += u32(group_size[i] > 0.0); }
+  let cut = (groups + 1u) / 4u;
+  var sum = vec2<f32>();
+  var kept = vec2<f32>();
+  for (var i = 0u; i < ${rows * segments}u; i++) {
+    if (group_size[i] == 0.0) { continue; }
+    let mine = red[i % ${segments}u * ${THREADS}u + i / ${segments}u * ${lanes}u + lane];
+    var rank = vec2<u32>();
+    for (var j = 0u; j < ${rows * segments}u; j++) {
+      if (group_size[j] == 0.0) { continue; }
+      let other = red[j % ${segments}u * ${THREADS}u + j / ${segments}u * ${lanes}u + lane];
+      rank += vec2<u32>(other < mine) + select(vec2<u32>(), vec2<u32>(other == mine), j < i);
+    }
+    let keep = vec2<f32>(rank >= vec2<u32>(cut)) * vec2<f32>(rank < vec2<u32>(groups - cut));
+    sum += mine * keep;
+    kept += keep;
+  }
+  return sum / max(kept, vec2<f32>(1.0));
+}`;
 
 /** A storage binding and `pair_<name>(index, both)`: two elements from `index`, the second 0 unless `both`. */
 function pairLoader(name: string, binding: number, dtype: DType, access: Access): string {

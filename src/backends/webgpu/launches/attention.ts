@@ -46,6 +46,8 @@ export function keySplitsOf(stages: Stages, rowsPerTile: number): KeySplits {
   };
 }
 
+const LARGEST_FLOAT32 = 3.4e38;
+
 /** Below this many workgroups the keys are split among more of them (a decoder's single query). */
 const ENOUGH_WORKGROUPS = 128;
 /** A split has at least this many blocks of keys: less is not worth its share of merging. */
@@ -149,7 +151,7 @@ export function attentionLaunches(
         end: Math.ceil(outputEnd / problem.valueDim) * row,
       });
     }
-    if (config.scaleValues) bindings.push(partialSpan(stages, 8, kv));
+    if (config.values.scaled) bindings.push(partialSpan(stages, 8, kv));
     return bindings;
   };
 
@@ -189,6 +191,7 @@ export function attentionLaunches(
         splits: splits.count,
         recordBase: base('records') / 4,
         softcap: problem.softcap,
+        inverseSoftcap: problem.softcap > 0 ? Math.min(1 / problem.softcap, LARGEST_FLOAT32) : 0,
       }),
   ).filter(() => queryLength > 0);
 }
@@ -197,7 +200,7 @@ const lseHeadStrideOf = ({ sequences, batch, queryLength }: AttentionProblem) =>
   sequences === undefined ? queryLength : (sequences.cuSeqlensQ[batch] as number);
 
 /** What a problem's attention kernels are configured with. */
-export function scoreConfigOf(stages: Stages, splits: KeySplits, keyScale: 'token' | 'tile'): ScoreConfig {
+export function scoreConfigOf(stages: Stages, splits: KeySplits): ScoreConfig {
   const { problem } = stages;
   const { dtype, headDim, valueDim, mask, keyLength, softcap, returnLse } = problem;
   // Two rows of 16-bit elements share a word when Dv is odd; the merging kernel writes words from partial results.
@@ -210,9 +213,8 @@ export function scoreConfigOf(stages: Stages, splits: KeySplits, keyScale: 'toke
     mask: keyLength === 0 ? undefined : mask?.dtype,
     softcap: softcap > 0,
     returnLse,
-    scaleValues: stages.keyValue.scaleValues,
-    smoothV: stages.keyValue.smoothV,
-    keyScale,
+    values: stages.keyValue.values,
+    sharedScale: stages.keyValue.sharedScale,
     result: splits.count > 1 || sharesWords ? 'partial' : 'final',
   };
 }
@@ -230,22 +232,16 @@ export interface AttentionParts {
 }
 
 /** Launches for Q, attention and merging, and the scratch that they take. */
-export function attentionParts(
-  stages: Stages,
-  choice: KernelChoice,
-  options: Forced,
-  keyScale: 'token' | 'tile',
-): AttentionParts {
+export function attentionParts(stages: Stages, choice: KernelChoice, options: Forced): AttentionParts {
   const { problem, capabilities } = stages;
   const variant = chooseVariant(capabilities, problem, choice, options);
   const splits = keySplitsOf(stages, variant.kernel.rows);
-  const config = scoreConfigOf(stages, splits, keyScale);
-  const rowConstant = config.returnLse || config.softcap;
+  const config = scoreConfigOf(stages, splits);
   const empty = elementCount(outputShapeOf(problem)) === 0;
   const launches = empty
     ? []
     : [
-        ...prepareQueryLaunches(stages, stages.keyValue.granularity, scoreScaleOf(problem, config), rowConstant),
+        ...prepareQueryLaunches(stages, scoreScaleOf(problem, config)),
         ...attentionLaunches(stages, config, variant.kernel, splits),
         ...(config.result === 'partial' ? mergeLaunches(stages, config, splits) : []),
       ];

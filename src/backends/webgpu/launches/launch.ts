@@ -18,6 +18,11 @@ export type BufferName =
   | 'keys'
   | 'values'
   | 'partials'
+  | 'newPartials'
+  | 'rawKeys'
+  | 'rawValues'
+  | 'visible'
+  | 'maskMaxima'
   | 'records';
 
 /** A range of a buffer in bytes, `end` exclusive. */

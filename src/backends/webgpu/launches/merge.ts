@@ -50,7 +50,6 @@ export function mergeLaunches(stages: Stages, config: ScoreConfig, splits: KeySp
       rowBase: base('records') / recordBytes,
       outputWordBase: base('output') / 4,
       lseBase: base('lse') / 4,
-      softcap: problem.softcap,
     });
   });
 }

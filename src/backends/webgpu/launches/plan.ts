@@ -9,6 +9,7 @@ import { attentionParts } from './attention.ts';
 import type { BufferName, Launch } from './launch.ts';
 import { keyValueBytes, keyValueShapeOf, prepareKeyValueLaunches, statisticsLaunches } from './quantize.ts';
 import { createStages } from './stages.ts';
+import { visibleKeysBytes, visibleKeysLaunches } from './visible-keys.ts';
 
 /** The dispatches of a whole call, in order, and the buffers of its own that it needs. */
 export interface LaunchSequence {
@@ -32,13 +33,15 @@ export function planLaunches(
   const keyValue = keyValueShapeOf(problem, kernel, capabilities, layout);
   const stages = createStages(problem, capabilities, keyValue);
   const empty = elementCount(outputShapeOf(problem)) === 0;
-  const prepare = empty ? [] : [...statisticsLaunches(stages), ...prepareKeyValueLaunches(stages)];
-  const parts = attentionParts(stages, kernel, forced, kernel.qkQuantGran === 'per-thread' ? 'token' : 'tile');
+  const prepare = empty
+    ? []
+    : [...visibleKeysLaunches(stages), ...statisticsLaunches(stages), ...prepareKeyValueLaunches(stages)];
+  const parts = attentionParts(stages, kernel, forced);
   return {
     launches: [...prepare, ...parts.launches],
     variant: parts.variant,
     keySplits: parts.keySplits,
-    sizes: { ...keyValueBytes(keyValue), ...parts.sizes },
+    sizes: { ...keyValueBytes(keyValue), ...visibleKeysBytes(stages), ...parts.sizes },
     tables: stages.tables.bytes,
   };
 }

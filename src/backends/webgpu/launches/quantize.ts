@@ -1,6 +1,5 @@
 /** Statistics of K and V, and quantization of Q, K and V. */
 import { type AttentionProblem, sequencesOf } from '../../../attention/problem.ts';
-import type { Granularity } from '../../../quantization/schemes.ts';
 import { BYTES_PER_ELEMENT, type DType } from '../../../tensor/dtype.ts';
 import type { KernelChoice } from '../../backend.ts';
 import type { Capabilities } from '../capabilities.ts';
@@ -12,6 +11,7 @@ import {
   prepareKeyValueKernel,
   prepareQueryKernel,
   QUERY_BLOCK,
+  type ValueScaling,
 } from '../kernels/prepare.ts';
 import { STATISTICS_PARAMS, statisticsKernel, statisticsVectors } from '../kernels/statistics.ts';
 import { roundUp } from '../kernels/storage.ts';
@@ -32,15 +32,18 @@ import {
   tablesBinding,
   tilesOf,
 } from './stages.ts';
+import { needsVisibleKeys, visibleHeadStride } from './visible-keys.ts';
 
-/**
- * V's channels need scales: float16 values fit as they are, but for differences from a mean. Sums in float16 overflow less
- * where no value exceeds 1.
- */
-const scalesValues = (dtype: DType, { smoothV, pvAccumDtype }: ValueChoice): boolean =>
-  dtype !== 'float16' || smoothV || pvAccumDtype === 'fp16';
-
-type ValueChoice = Pick<KernelChoice, 'smoothV' | 'pvAccumDtype'>;
+/** float16 values of V fit unscaled; other dtypes, V with its mean removed and sums in float16 need a scale per channel. */
+const valueScalingOf = (
+  dtype: DType,
+  { smoothV, pvAccumDtype }: Pick<KernelChoice, 'smoothV' | 'pvAccumDtype'>,
+): ValueScaling => ({
+  scaled: dtype !== 'float16' || smoothV || pvAccumDtype === 'fp16',
+  smoothed: smoothV,
+  // Sums in float16 overflow less where no value exceeds 1. Elsewhere values up to 2^28 below the largest keep all bits.
+  exponent: pvAccumDtype === 'fp16' ? 0 : 15,
+});
 
 export function keyValueBytes(shape: KeyValueShape): { keys: number; values: number; partials: number } {
   // Kernels bind whole tiles.
@@ -56,7 +59,7 @@ export function keyValueBytes(shape: KeyValueShape): { keys: number; values: num
 /** Where the rows of the keys of a problem's sequences are when they are laid end to end, each from a new block. */
 export function keyValueShapeOf(
   problem: AttentionProblem,
-  choice: Pick<KernelChoice, 'smoothK' | 'qkQuantGran'> & ValueChoice,
+  choice: Pick<KernelChoice, 'smoothK' | 'smoothV' | 'qkQuantGran' | 'pvAccumDtype'>,
   capabilities: Capabilities,
   layout: KeyValueLayout,
 ): KeyValueShape {
@@ -84,25 +87,33 @@ export function keyValueShapeOf(
     keyRows,
     chunks,
     smoothK: choice.smoothK,
-    smoothV: choice.smoothV,
-    scaleValues: scalesValues(dtype, choice),
-    granularity: choice.qkQuantGran ?? 'per-block',
+    values: valueScalingOf(dtype, choice),
+    sharedScale: layout === 'tiles' && choice.qkQuantGran !== 'per-thread',
     layout,
   };
 }
 
-/** Partial sums of K and maxima of V; none where neither is needed. */
-export function statisticsLaunches(stages: Stages): Launch[] {
+/**
+ * Partial sums of K and maxima of V; none where neither is needed.
+ *
+ * @param target where they go: of the tokens added to a cache, apart from those of the tokens held
+ */
+export function statisticsLaunches(stages: Stages, target: 'partials' | 'newPartials' = 'partials'): Launch[] {
   const { problem, keyValue, records } = stages;
   const { dtype, headDim, valueDim, kvHeads } = problem;
-  const { smoothK: keyMean, scaleValues: valueMax, smoothV: valueMean } = keyValue;
+  const { smoothK: keyMean, values } = keyValue;
+  const { scaled: valueMax, smoothed: valueMean } = values;
   if (!keyMean && !valueMax) return [];
-  const { chunks } = keyValue;
-  const items: Tile[] = records.flatMap(({ keyLength }, sequence) =>
+  const { chunks, rowsPerHead } = keyValue;
+  const masked = needsVisibleKeys(stages);
+  const headStride = visibleHeadStride(problem, keyValue);
+  const items: Tile[] = records.flatMap(({ visibleFrom, visibleTo }, sequence) =>
     Array.from({ length: chunks }, (_, chunk) => {
-      const each = Math.ceil(keyLength / chunks);
-      const first = Math.min(keyLength, chunk * each);
-      return { sequence, first, count: Math.max(1, Math.min(keyLength, first + each) - first) };
+      const each = Math.ceil((visibleTo - visibleFrom) / chunks);
+      const first = Math.min(visibleTo, visibleFrom + chunk * each);
+      // An empty chunk's span is one token that is there.
+      const count = Math.min(visibleTo, first + each) - first;
+      return { sequence, first: count === 0 ? Math.max(visibleFrom, first - 1) : first, count: Math.max(1, count) };
     }),
   );
   const [headDimPadded, valueDimPadded] = [padDim(headDim), padDim(valueDim)];
@@ -120,6 +131,7 @@ export function statisticsLaunches(stages: Stages): Launch[] {
     keyMean,
     valueMax,
     valueMean,
+    masked,
   });
   const bytes = BYTES_PER_ELEMENT[dtype];
   if (records.every(({ keyLength }) => keyLength === 0)) return [];
@@ -132,7 +144,8 @@ export function statisticsLaunches(stages: Stages): Launch[] {
       tablesBinding(stages),
       ...(keyMean ? [operandSpan(stages, 2, 'k', items, unit)] : []),
       ...(valueMax ? [operandSpan(stages, 3, 'v', items, unit)] : []),
-      partialSpan(stages, 4, unit.heads),
+      partialSpan(stages, 4, unit.heads, target),
+      ...(masked ? [rowSpan(5, 'visible', 4, headStride, unit.heads, [0, rowsPerHead])] : []),
     ],
     (unit, base) =>
       encodeParams(STATISTICS_PARAMS, {
@@ -148,7 +161,9 @@ export function statisticsLaunches(stages: Stages): Launch[] {
         vHeadStride: problem.v.headStride,
         vTokenStride: problem.v.tokenStride,
         vBase: base('v') / bytes,
-        partialBase: base('partials') / 16,
+        partialBase: base(target) / 16,
+        visibleHeadStride: headStride,
+        visibleBase: base('visible') / 4,
       }),
   );
 }
@@ -169,20 +184,19 @@ export function prepareKeyValueLaunches(stages: Stages, first = 0): Launch[] {
     return list;
   });
   const tilesAt = tables.tiles(tiles);
-  const { scaleValues, smoothV } = keyValue;
-  const needsPartials = keyValue.smoothK || scaleValues;
+  const { smoothK, sharedScale, values, layout } = keyValue;
+  const needsPartials = smoothK || values.scaled;
   const code = prepareKeyValueKernel({
     dtype,
     access: accessOf(dtype, [problem.k, problem.v], [headDim, valueDim]),
-    granularity: keyValue.granularity,
     headDim,
     headDimPadded,
     valueDim,
     valueDimPadded,
-    smoothK: keyValue.smoothK,
-    scaleValues,
-    smoothV,
-    layout: keyValue.layout,
+    smoothK,
+    sharedScale,
+    values,
+    layout,
   });
   const keyBytes = rowVectors(headDimPadded) * 16;
   const valueBytes = valueDimPadded * 2;
@@ -230,12 +244,7 @@ export function prepareKeyValueLaunches(stages: Stages, first = 0): Launch[] {
 }
 
 /** Quantization of Q. `scoreScale` is what a product of integers and scales is multiplied with to be a score. */
-export function prepareQueryLaunches(
-  stages: Stages,
-  granularity: Granularity,
-  scoreScale: number,
-  rowConstant: boolean,
-): Launch[] {
+export function prepareQueryLaunches(stages: Stages, scoreScale: number): Launch[] {
   const { problem, keyValue, records, tables } = stages;
   const { dtype, headDim, valueDim, queryHeads, kvHeads } = problem;
   const headDimPadded = padDim(headDim);
@@ -244,17 +253,15 @@ export function prepareQueryLaunches(
     QUERY_BLOCK,
   );
   const tilesAt = tables.tiles(tiles);
-  const needsMean = rowConstant && keyValue.smoothK;
+  const { smoothK } = keyValue;
   const code = prepareQueryKernel({
     dtype,
     access: accessOf(dtype, [problem.q], [headDim]),
-    granularity,
     headDim,
     headDimPadded,
     valueDim,
     valueDimPadded: padDim(valueDim),
-    smoothK: keyValue.smoothK,
-    rowConstant,
+    smoothK,
   });
   const groupSize = queryHeads / Math.max(1, kvHeads);
   return launchesOf(
@@ -276,7 +283,7 @@ export function prepareQueryLaunches(
           return [row, row + count];
         }),
       ),
-      ...(needsMean ? [partialSpan(stages, 4, keyHeads(unit.heads, groupSize))] : []),
+      ...(smoothK ? [partialSpan(stages, 4, keyHeads(unit.heads, groupSize))] : []),
     ],
     (unit, base) =>
       encodeParams(PREPARE_QUERY_PARAMS, {

@@ -1,13 +1,12 @@
 /** What the stages of a computation share: sequences and tiles as tables, spans of buffers, launches over ranges of them. */
 
-import { bandOf } from '../../../attention/band.ts';
+import { bandOf, visibleKeys } from '../../../attention/band.ts';
 import { type AttentionProblem, outputLayoutOf, sequencesOf } from '../../../attention/problem.ts';
-import type { Granularity } from '../../../quantization/schemes.ts';
 import { BYTES_PER_ELEMENT, type DType } from '../../../tensor/dtype.ts';
 import type { OperandLayout } from '../../../tensor/tensor.ts';
 import type { Capabilities } from '../capabilities.ts';
 import { type KeyValueLayout, padDim, SEQUENCE, SEQUENCE_WORDS, wrap32 } from '../kernels/layout.ts';
-import { QUERY_BLOCK } from '../kernels/prepare.ts';
+import { QUERY_BLOCK, type ValueScaling } from '../kernels/prepare.ts';
 import { statisticsVectors } from '../kernels/statistics.ts';
 import { type Access, roundUp } from '../kernels/storage.ts';
 import { aligned, type Binding, type BufferName, type Launch, type Unit, unitsOf } from './launch.ts';
@@ -26,6 +25,8 @@ export interface SequenceRecord {
   readonly qSource: number;
   readonly kSource: number;
   readonly vSource: number;
+  readonly visibleFrom: number;
+  readonly visibleTo: number;
 }
 
 export interface Tile {
@@ -47,9 +48,9 @@ export interface KeyValueShape {
   /** Chunks of the statistics of each sequence. */
   readonly chunks: number;
   readonly smoothK: boolean;
-  readonly smoothV: boolean;
-  readonly scaleValues: boolean;
-  readonly granularity: Granularity;
+  readonly values: ValueScaling;
+  /** The keys of a block share a scale where their magnitudes allow it. */
+  readonly sharedScale: boolean;
   readonly layout: KeyValueLayout;
 }
 
@@ -122,6 +123,8 @@ export function createStages(
     const { index, queryStart, queryLength, keyStart, keyLength } = sequence;
     const at = ({ offset, batchStride, tokenStride }: OperandLayout, token: number) =>
       offset + index * batchStride + token * tokenStride;
+    const [visibleFrom, visibleTo] = visibleKeys(problem, sequence);
+    const from = Math.max(visibleFrom, firstToken);
     const record = {
       queryLength,
       keyLength,
@@ -134,6 +137,8 @@ export function createStages(
       qSource: at(problem.q, queryStart),
       kSource: at(problem.k, keyStart - firstToken),
       vSource: at(problem.v, keyStart - firstToken),
+      visibleFrom: from,
+      visibleTo: Math.max(from, visibleTo),
     };
     queryRow += roundUp(queryLength, QUERY_BLOCK);
     return record;
@@ -212,11 +217,16 @@ export function tablesBinding(stages: Stages): Binding {
 }
 
 /** Span of the statistics of some key heads and all their sequences. */
-export function partialSpan(stages: Stages, slot: number, heads: readonly [number, number]): Binding {
-  const { keyValue } = stages;
+export function partialSpan(
+  stages: Stages,
+  slot: number,
+  heads: readonly [number, number],
+  buffer: BufferName = 'partials',
+  { keyValue }: Pick<Stages, 'keyValue'> = stages,
+): Binding {
   const record = statisticsVectors(padDim(keyValue.headDim), padDim(keyValue.valueDim)) * 16;
   const perHead = keyValue.sequences * keyValue.chunks * record;
-  return { slot, buffer: 'partials', start: heads[0] * perHead, end: heads[1] * perHead };
+  return { slot, buffer, start: heads[0] * perHead, end: heads[1] * perHead };
 }
 
 /** Launches of one stage: its units, each with its bindings aligned and their bases among the parameters. */

@@ -9,6 +9,7 @@ import { mergeKernel } from '../kernels/merge.ts';
 import { prepareKeyValueKernel, prepareQueryKernel } from '../kernels/prepare.ts';
 import type { ScoreConfig } from '../kernels/scores.ts';
 import { statisticsKernel } from '../kernels/statistics.ts';
+import { maskMaximaKernel, visibleKeysKernel } from '../kernels/visible-keys.ts';
 
 export const EXTENSION = 'chromium_experimental_subgroup_matrix';
 export const DIALECT = { majorness: 'template', packedUnit: 'words' } as const;
@@ -42,9 +43,8 @@ const SCORES: readonly ScoreConfig[] = (
   mask,
   softcap,
   returnLse,
-  scaleValues: dtype !== 'float16',
-  smoothV: dtype === 'bfloat16',
-  keyScale,
+  values: { scaled: dtype !== 'float16', smoothed: dtype === 'bfloat16', exponent: 15 },
+  sharedScale: keyScale === 'tile',
   result,
 }));
 
@@ -104,27 +104,55 @@ function matrixKernels(): WebgpuConfiguration[] {
   return found;
 }
 
-function preparingKernels(): WebgpuConfiguration[] {
-  const found: WebgpuConfiguration[] = [];
-  const add = (name: string, source: () => string) => found.push({ name, group: 'preparing kernels', source });
-  for (const dtype of ['float16', 'bfloat16', 'float32'] as const) {
-    for (const access of ['vector', 'scalar'] as const) {
+const PREPARING = 'preparing kernels';
+
+/** Kernels that quantize, for each dtype and access. */
+function quantizingKernels(): WebgpuConfiguration[] {
+  return (['float16', 'bfloat16', 'float32'] as const).flatMap((dtype) =>
+    (['vector', 'scalar'] as const).flatMap((access) => {
       const sizes = { dtype, access, headDim: 48, headDimPadded: 64, valueDim: 80, valueDimPadded: 96 };
       const valueMax = dtype !== 'float16';
       const of = `${dtype} ${access}`;
-      add(`statistics ${of}`, () => statisticsKernel({ ...sizes, keyMean: true, valueMax, valueMean: valueMax }));
-      for (const granularity of ['per-block', 'per-warp', 'per-thread'] as const) {
-        for (const smoothK of [true, false]) {
-          const features = `${of} ${granularity}${smoothK ? ', smooth K' : ''}`;
-          add(`prepare Q ${features}`, () => prepareQueryKernel({ ...sizes, granularity, smoothK, rowConstant: true }));
-          for (const layout of ['rows', 'tiles'] as const) {
-            const smoothV = valueMax && smoothK;
-            add(`prepare K and V ${features} ${layout}`, () =>
-              prepareKeyValueKernel({ ...sizes, granularity, smoothK, scaleValues: valueMax, smoothV, layout }),
-            );
-          }
-        }
-      }
+      const statistics = [false, true].map((masked) => ({
+        name: `statistics ${of}${masked ? ' masked' : ''}`,
+        group: PREPARING,
+        source: () => statisticsKernel({ ...sizes, keyMean: true, valueMax, valueMean: valueMax, masked }),
+      }));
+      const prepare = [true, false].flatMap((smoothK) => {
+        const features = `${of}${smoothK ? ', smooth K' : ''}`;
+        const values = { scaled: valueMax, smoothed: valueMax && smoothK, exponent: smoothK ? 15 : 0 };
+        const layouts = [
+          ['rows', false],
+          ['tiles', false],
+          ['tiles', true],
+        ] as const;
+        return [
+          {
+            name: `prepare Q ${features}`,
+            group: PREPARING,
+            source: () => prepareQueryKernel({ ...sizes, smoothK }),
+          },
+          ...layouts.map(([layout, sharedScale]) => ({
+            name: `prepare K and V ${features} ${layout}${sharedScale ? ', shared scales' : ''}`,
+            group: PREPARING,
+            source: () => prepareKeyValueKernel({ ...sizes, smoothK, sharedScale, values, layout }),
+          })),
+        ];
+      });
+      return [...statistics, ...prepare];
+    }),
+  );
+}
+
+/** Kernels of masks before and of partial results after attention. */
+function otherKernels(): WebgpuConfiguration[] {
+  const found: WebgpuConfiguration[] = [];
+  const add = (name: string, source: () => string) => found.push({ name, group: PREPARING, source });
+  for (const mask of ['bool', 'float16', 'bfloat16', 'float32'] as const) {
+    for (const banded of [false, true]) {
+      const of = `${mask}${banded ? ', banded' : ''}`;
+      add(`visible keys ${of}`, () => visibleKeysKernel({ mask, banded }));
+      if (mask !== 'bool') add(`mask maxima ${of}`, () => maskMaximaKernel({ mask, banded }));
     }
   }
   for (const scores of SCORES) {
@@ -138,5 +166,6 @@ function preparingKernels(): WebgpuConfiguration[] {
 export const webgpuKernels = (): WebgpuConfiguration[] => [
   ...tiledKernels(),
   ...matrixKernels(),
-  ...preparingKernels(),
+  ...quantizingKernels(),
+  ...otherKernels(),
 ];
