@@ -155,6 +155,7 @@ function attentionLaunch(context: Context, { config, queryTiles, blocks, splits 
       keyFaults: pointer('keyFaults'),
       value: pointer('value'),
       ...(scheme.pvFormat === 'f16' ? {} : { valueScale: pointer('valueScale') }),
+      ...(scheme.sharesRange ? { rangeShift: pointer('rangeShift') } : {}),
       ...(choice.smoothV ? { valueMean: pointer('valueMean') } : {}),
       ...(choice.smoothQ ? { meanScores: pointer('meanScores') } : {}),
       mask,

@@ -41,6 +41,7 @@ export const KEY_VALUE_BUFFERS = [
   'keyMean',
   'value',
   'valueScale',
+  'rangeShift',
   'valueTileScale',
   'valueMean',
 ] as const;
@@ -57,6 +58,7 @@ export function keyValueBytes({ problem, choice, layout, scheme }: Context): Rec
     ...(choice.smoothK ? { keyMean: batch * kvHeads * scheme.paddedDim * 4 } : {}),
     value: rows * scheme.paddedValueDim * (fp8 ? 1 : 2),
     ...(fp8 ? { valueScale: batch * kvHeads * scheme.paddedValueDim * 4 } : {}),
+    ...(scheme.sharesRange ? { rangeShift: batch * kvHeads * 4 } : {}),
     ...(scheme.valueTileScales ? { valueTileScale: (rows / BLOCK_K) * 4 } : {}),
     ...(choice.smoothV ? { valueMean: batch * kvHeads * scheme.paddedValueDim * 4 } : {}),
   };
@@ -199,6 +201,7 @@ export function valueLaunches(context: Context): KernelLaunch[] {
       keyScale: pointer('keyScale'),
       keyFaults: pointer('keyFaults'),
       ...visibleKeysPointer(context),
+      ...(scheme.sharesRange ? { rangeShift: pointer('rangeShift') } : {}),
     }),
     ...inOrder(VALUE_INTEGERS, { heads: u32(kvHeads), blocks: u32(blocks), paddedTokens: u32(layout.paddedKeys) }),
     ...strideBytes(v, dtype),
@@ -212,7 +215,8 @@ export function valueLaunches(context: Context): KernelLaunch[] {
     ];
   }
   const maximumModule = moduleOf(valueMaximum, valueConfig);
-  const quantizeConfig = { ...valueConfig, vMax: scheme.vMax };
+  const quantizeConfig = { ...valueConfig, vMax: scheme.vMax, sharesRange: scheme.sharesRange };
+  const quantizeModule = moduleOf(quantizeValue, quantizeConfig);
   return [
     launch(
       'maxima of V',
@@ -225,11 +229,11 @@ export function valueLaunches(context: Context): KernelLaunch[] {
     ),
     launch(
       'quantize V',
-      moduleOf(quantizeValue, quantizeConfig),
+      quantizeModule,
       'quantizeValue',
       valueTiles * kvHeads * batch,
       quantizeValueThreads(valueConfig),
-      0,
+      quantizeModule.kernel().sharedBytes,
       valueArguments(valueTiles),
     ),
   ];

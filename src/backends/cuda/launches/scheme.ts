@@ -18,6 +18,8 @@ export interface Scheme {
   readonly accumulate: AttentionConfig['accumulate'];
   readonly paddedValueDim: number;
   readonly vMax: number;
+  /** P and V share what FP16 sums hold: V takes more of it where its tokens lie far apart. */
+  readonly sharesRange: boolean;
   /** V in FP8 has a scale for each tile of keys, besides those of its channels, which a sample of its tokens sets. */
   readonly valueTileScales: boolean;
   readonly queryGroups: readonly [tokens: 32 | 128, groups: 1 | 8];
@@ -72,6 +74,7 @@ export function schemeOf(problem: AttentionProblem, choice: KernelChoice, target
     accumulate,
     paddedValueDim: roundUp(problem.valueDim, fp8 ? 32 : 16),
     vMax: accumulate === 'f16-per-tile' && fp8 ? V_FP8_MAX.fp16Accumulator : V_FP8_MAX.default,
+    sharesRange: accumulate === 'f16-per-tile' && pvFormat === 'e4m3',
     valueTileScales: wgmma && fp8,
     queryGroups: qkQuantGran === 'per-block' ? [128, 1] : qkQuantGran === 'per-warp' ? [32, 1] : [32, 8],
     keyGroups: qkQuantGran === 'per-thread' ? 4 : 1,

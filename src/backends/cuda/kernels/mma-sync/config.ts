@@ -61,6 +61,7 @@ export const ATTENTION_POINTERS = [
   'keyFaults',
   'value',
   'valueScale',
+  'rangeShift',
   'valueMean',
   'meanScores',
   'mask',

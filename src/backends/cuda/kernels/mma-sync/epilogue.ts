@@ -6,7 +6,7 @@ import { headAddress, logSumExp, type RowSum, rowFactor, storePair } from '../pa
 import { at } from '../parts/lists.ts';
 import { quadSum } from '../parts/quad.ts';
 import type { Frame } from './frame.ts';
-import type { Parked, Reloaded } from './parked.ts';
+import { exponentOffsetOf, type Parked, type Reloaded } from './parked.ts';
 import type { Output, SoftmaxState } from './state.ts';
 
 /** What all rows of a thread store alike. */
@@ -69,7 +69,7 @@ function storeLse({ frame, rows, partialRow }: Results, r: number, row: Reg<'u32
   const { b, config, pointer, strides, exponentOffset } = frame;
   const { sequence, head, queryStart, t2 } = rows;
   const lse = logSumExp(b, rowSum, {
-    exponentOffset: exponentOffset === 0 ? undefined : exponentOffset,
+    exponentOffset: exponentOffset === 0 ? undefined : exponentOffsetOf(frame),
     biased: config.softcap,
     natural: !config.split,
   });

@@ -35,8 +35,10 @@ export interface Frame {
   /** V is FP8. */
   readonly fp8: boolean;
   readonly valueRowBytes: number;
-  /** Added to every exponent. */
+  /** Added to every exponent, less the head's shift where P and V share FP16's range ({@link exponentOffsetOf}). */
   readonly exponentOffset: number;
+  /** Products are summed in FP16: V takes more of its range from P where its tokens lie far apart (`quantizeValue`). */
+  readonly sharesRange: boolean;
   /** Scores are finished as floats before the maximum is taken; otherwise they stay 1.5 * 2^23 + q . k until the exponentials. */
   readonly scoresAreFloat: boolean;
   readonly tiles: Readonly<Record<'parked' | 'parkedScales' | 'parkedCopies' | 'query' | 'key' | 'value', SharedTile>>;
@@ -83,6 +85,7 @@ export function makeFrame(config: AttentionConfig): Frame {
     ...{ rowTiles: rowsPerWarp / 16, threadRows: rowsPerWarp / 8, keyTiles: BLOCK_K / 8 },
     ...{ channelTiles: paddedValueDim / 8, fp8, valueRowBytes },
     exponentOffset: pvFormat === 'e4m3' ? LOG2_E4M3_MAX : 0,
+    sharesRange: pvFormat === 'e4m3' && config.accumulate === 'f16-per-tile',
     scoresAreFloat: config.softcap || config.smoothQ || floatMask,
     tiles: { parked, parkedScales, parkedCopies, query, key, value },
   };

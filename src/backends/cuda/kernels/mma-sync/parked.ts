@@ -44,12 +44,12 @@ export class Parked {
     const { b } = frame;
     const { parked, parkedCopies, parkedScales } = frame.tiles;
     const base = b.sharedAddress();
+    const offsetOfHead = frame.sharesRange ? b.as(loadExponentOffset(frame, work), 's32') : b.constant('s32', 0);
     b.when(b.setp('eq', thread, 0), () => {
       b.stVector([work.sequence, work.head, work.keyHead, work.queryStart], base, parked.base);
       b.stVector([work.queryLength, work.firstRow, queryRow, work.paddedKeyStart], base, parked.base + 16);
       b.stVector([work.lower, work.upper, work.keyLength, work.lastTile], base, parked.base + 32);
-      const zeros = [b.constant('s32', 0), b.constant('s32', 0)] as const;
-      b.stVector([work.wholeFrom, work.wholeUntil, ...zeros], base, parked.base + 48);
+      b.stVector([work.wholeFrom, work.wholeUntil, b.constant('s32', 0), offsetOfHead], base, parked.base + 48);
     });
     // Two offsets of 16 bytes each in one word.
     const [key, value] = [copies.key.destination, copies.value.destination];
@@ -125,6 +125,17 @@ export class Parked {
     const { b } = this.#frame;
     return b.add(b.sharedAddress(), b.as(b.shl(b.shr(this.#destinations(), 16), 4), 'shared'));
   }
+}
+
+function loadExponentOffset({ b, integer, pointer, exponentOffset }: Frame, { sequence, keyHead }: Work): Reg<'f32'> {
+  const keyHeads = b.div(b.loadParameter(integer.queryHeads), b.loadParameter(integer.headsPerKeyHead));
+  const shift = offset(b, b.loadPointer(pointer.rangeShift), b.mad(sequence, keyHeads, keyHead), 4);
+  return b.sub(b.constant('f32', exponentOffset), b.ld('f32', shift, 0, { readOnly: true }));
+}
+
+/** What is added to exponents so that P fills its part of its format. */
+export function exponentOffsetOf({ b, tiles, exponentOffset, sharesRange }: Frame): number | Reg<'f32'> {
+  return sharesRange ? b.ld('f32', b.sharedAddress(tiles.parked.base), 60) : exponentOffset;
 }
 
 const fourOf = <T>(values: readonly T[]) => [at(values, 0), at(values, 1), at(values, 2), at(values, 3)] as const;

@@ -8,7 +8,7 @@ import { quadMax } from '../parts/quad.ts';
 import { capScores, excludeBeyondBand, maskRow, spreadFaults } from '../parts/scores.ts';
 import { type AttentionConfig, BLOCK_K } from './config.ts';
 import type { Frame } from './frame.ts';
-import type { Parked } from './parked.ts';
+import { exponentOffsetOf, type Parked } from './parked.ts';
 import type { Output, Scores, SoftmaxState } from './state.ts';
 
 /**
@@ -51,9 +51,10 @@ export function softmax(self: ScoreTile): void {
   raiseMaxima(self, tileMaxima(self, units));
 
   b.section('what is added for the exponents');
+  const ownOffset = exponentOffset === 0 ? [] : [exponentOffsetOf(frame)];
   const folded = state.max.map((max) => {
     const shift = b.neg(finite(frame, max));
-    const terms = [...(exponentOffset === 0 ? [] : [exponentOffset]), ...(scoresAreFloat ? [] : [units.zero])];
+    const terms = [...ownOffset, ...(scoresAreFloat ? [] : [units.zero])];
     return terms.reduce<Reg<'f32'>>((sum, term) => b.add(sum, term), shift);
   });
   if (exponentOffset !== 0) subtractCoarseMaxima(self, units, folded);
@@ -219,7 +220,7 @@ function raiseMaxima({ frame, state, output }: ScoreTile, maxima: readonly Reg<'
 /** Where maxima or scales are large, exponents are taken from differences, before the offset is added. */
 function subtractCoarseMaxima(self: ScoreTile, { scale }: ScoreUnits, folded: readonly Reg<'f32'>[]): void {
   const { frame, scores, state } = self;
-  const { b, scoresAreFloat, exponentOffset } = frame;
+  const { b, scoresAreFloat } = frame;
   const magnitudes = state.max.map((max) => b.abs(max));
   const largest = () => maxOf(magnitudes, (x, y) => b.max(x, y));
   const coarse = scoresAreFloat ? b.setp('gt', largest(), COARSE_MAX) : b.setp('gt', scale, COARSE_SCALE);
@@ -235,7 +236,9 @@ function subtractCoarseMaxima(self: ScoreTile, { scale }: ScoreUnits, folded: re
         if (own === undefined || share === undefined) b.sub(score, max, score);
         else b.fma(b.sub(score, own), scale, share, score);
       });
-      b.set(at(folded, r), exponentOffset);
+      const ownOffset = exponentOffsetOf(frame);
+      if (typeof ownOffset === 'number') b.set(at(folded, r), ownOffset);
+      else b.mov(ownOffset, at(folded, r));
     }
     if (!scoresAreFloat) b.set(scale, 1);
   });

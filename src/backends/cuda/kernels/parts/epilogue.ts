@@ -46,10 +46,10 @@ export function logSumExp(
     exponentOffset,
     biased,
     natural,
-  }: { readonly exponentOffset: number | undefined; readonly biased: boolean; readonly natural: boolean },
+  }: { readonly exponentOffset: number | Reg<'f32'> | undefined; readonly biased: boolean; readonly natural: boolean },
 ): Reg<'f32'> {
   let lse = b.add(b.lg2(sum), max);
-  if (exponentOffset !== undefined) lse = b.add(lse, -exponentOffset);
+  if (exponentOffset !== undefined) lse = b.sub(lse, exponentOffset);
   lse = biased ? b.fma(bias, 0, lse) : b.add(lse, bias);
   if (natural) lse = b.mul(lse, Math.LN2);
   b.when(empty, () => b.set(lse, Number.NEGATIVE_INFINITY));

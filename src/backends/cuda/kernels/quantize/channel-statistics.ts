@@ -30,6 +30,12 @@ const GOLDEN_RATIO = 0x9e3779b9;
 /** Sums of all sampled numbers, each up to float32's largest, are kept finite by adding this share of each. */
 const SUM_SHARE = 1 / WHOLE_BELOW;
 
+/**
+ * Spreads of the middle half of the warps' means that the mean of all may lie from their median: ten times what it does of normal
+ * numbers.
+ */
+const FAR_FROM_MEDIAN = 2;
+
 /** V's scale maps the largest sampled magnitude to half of E4M3's largest, so that most tiles need no scale of their own. */
 const LARGEST_CODE = 448 / 2;
 /**
@@ -39,6 +45,24 @@ const LARGEST_CODE = 448 / 2;
 const SMALLEST_SHARE = 2 ** -10;
 /** A head whose sample stays below it is scaled as if its channels held 1. */
 const SMALLEST_MAXIMUM = 1e-30;
+
+/** Sorts registers in place, by Batcher's merges of odd and even places. */
+function sort(b: KernelBuilder, values: Reg<'f32'>[]): void {
+  const n = values.length;
+  for (let p = 1; p < n; p *= 2) {
+    for (let k = p; k >= 1; k /= 2) {
+      for (let j = k % p; j + k < n; j += 2 * k) {
+        for (let i = 0; i < Math.min(k, n - j - k); i++) {
+          const [x, y] = [i + j, i + j + k];
+          if (Math.floor(x / (2 * p)) !== Math.floor(y / (2 * p))) continue;
+          const [low, high] = [values[x], values[y]] as [Reg<'f32'>, Reg<'f32'>];
+          values[x] = b.min(low, high);
+          values[y] = b.max(low, high);
+        }
+      }
+    }
+  }
+}
 
 /** The tokens of a sequence that are sampled, in order; what {@link channelStatistics} looks at. */
 export function sampledTokens(length: number): number[] {
@@ -130,6 +154,31 @@ export function channelStatistics({ target, dtype, key, value, hiddenKeys }: Cha
   else if (value === undefined) keyBody();
   else b.if(b.setp('lt', index, b.loadParameter(integer.sequenceHeads)), keyBody, valueBody);
   return b.build();
+
+  /**
+   * The mean of a channel, or the median of the warps' means where tokens so large that they are few pull the mean far from it:
+   * then it would be far from all other tokens, and so would what is left of those that no large one is seen beside. Any
+   * constant serves for smoothing.
+   */
+  function withoutOutliers(mean: Reg<'f32'>, columnAt: Reg<'shared'>, rowBytes: number): Reg<'f32'> {
+    const means = Array.from({ length: WARPS }, (_, warp) => {
+      const [sum, count] = [0, 1].map((plane) =>
+        b.ld('f32', columnAt, planes.base + (plane * WARPS + warp) * rowBytes),
+      ) as [Reg<'f32'>, Reg<'f32'>];
+      const own = b.mul(sum, b.rcpApprox(b.max(count, 1)));
+      b.when(b.setp('eq', count, 0), () => b.mov(mean, own));
+      return own;
+    });
+    sort(b, means);
+    const [low, median, high] = [WARPS / 4, WARPS / 2, (3 * WARPS) / 4].map((i) => means[i]) as [
+      Reg<'f32'>,
+      Reg<'f32'>,
+      Reg<'f32'>,
+    ];
+    const near = b.mul(b.sub(high, low), FAR_FROM_MEDIAN);
+    const far = b.setp('gt', b.abs(b.sub(mean, median)), near);
+    return b.selp(median, mean, far);
+  }
 
   /** All keys of an interval. */
   function whole([from, until]: readonly [Reg<'u32'>, Reg<'u32'>]): Stretch {
@@ -307,7 +356,8 @@ export function channelStatistics({ target, dtype, key, value, hiddenKeys }: Cha
       );
       if (wantsMean) {
         const [total, count] = joined as [Reg<'f32'>, Reg<'f32'>];
-        b.mul(b.divF32(total, b.max(count, 1)), 1 / SUM_SHARE, mean);
+        const ofAll = b.divF32(total, b.max(count, 1));
+        b.mul(withoutOutliers(ofAll, columnAt, rowBytes), 1 / SUM_SHARE, mean);
         b.st(mean, offset(b, meanOut, destination, 4));
       }
       const high = joined[wantsMean ? 2 : 0];

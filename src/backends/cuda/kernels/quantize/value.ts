@@ -9,7 +9,7 @@
 import { TOKEN_PERMUTATION } from '../../../../quantization/value-fp8.ts';
 import type { DType } from '../../../../tensor/dtype.ts';
 import { KernelBuilder } from '../../ptx/builder.ts';
-import { rowMajor } from '../../ptx/layouts.ts';
+import { rowMajor, type SharedTile } from '../../ptx/layouts.ts';
 import type { Target } from '../../ptx/targets.ts';
 import type { Kernel, Reg } from '../../ptx/types.ts';
 import { divide, integers, offset, offset64, pointers } from '../parts/addresses.ts';
@@ -47,6 +47,7 @@ export const VALUE_POINTERS = [
   'keyScale',
   'keyFaults',
   'visibleKeys',
+  'rangeShift',
 ] as const;
 export const VALUE_INTEGERS = ['heads', 'blocks', 'paddedTokens'] as const;
 
@@ -132,6 +133,11 @@ function endWithoutKeys(b: KernelBuilder, { seenFrom, seenUntil }: Place, firstT
   b.when(b.setp('ge', firstToken, seenUntil), () => b.exit());
   b.when(b.setp('le', b.add(firstToken, VALUE_BLOCK), seenFrom), () => b.exit());
 }
+
+/** Powers of two between a channel's largest and smallest tokens that V's codes have room for without a shift. */
+const UNSHIFTED_SPREAD = 5;
+/** Powers of two that V may take of E4M3's range from P. */
+const LARGEST_RANGE_SHIFT = 6;
 
 /** Eight channels of a `[sequence, head, channel]` vector. */
 function channelVector(b: KernelBuilder, place: Place, name: 'valueMean', channel: Reg<'u32'>, paddedDim: number) {
@@ -279,14 +285,22 @@ export function convertValue(config: ValueConfig): Kernel {
 /**
  * V in FP8: one CTA takes 64 tokens. A thread takes eight channels of four tokens that lie side by side in the permuted order,
  * so that it transposes them by packing; sixteen lanes write the 64 tokens of a channel.
+ *
+ * `sharesRange`: products of P and V are summed in FP16, which leaves V codes up to 2.25 if P takes all of its format: less than
+ * a seventh power of two above the smallest that are exact to E4M3's last bit. Where tokens lie further apart (a row may see only the small
+ * ones), V's codes are doubled `rangeShift` times and P's halved as often, which attention does: `[sequence, head]`, float32.
  */
-export function quantizeValue(config: ValueConfig & { readonly vMax: number }): Kernel {
+export function quantizeValue(config: ValueConfig & { readonly vMax: number; readonly sharesRange: boolean }): Kernel {
   const { target, dtype, valueDim, paddedValueDim, loadWidth, smoothV, vMax, keyScales } = config;
   const threads = (paddedValueDim / 8) * 16;
   const b = new KernelBuilder({ name: 'quantizeValue', target, threads: Math.max(32, threads) });
   const place = begin(b, config.hiddenKeys);
   const firstToken = b.mul(place.block, VALUE_BLOCK);
   endWithoutKeys(b, place, firstToken);
+
+  const spreads = config.sharesRange
+    ? b.shared('spreads of the warps', 1, rowMajor(Math.max(16, threads / 8)))
+    : undefined;
 
   b.section('scales of the channels of this thread');
   const word = b.and(place.thread, 15); // four permuted tokens: positions 4 * word ..
@@ -298,25 +312,34 @@ export function quantizeValue(config: ValueConfig & { readonly vMax: number }): 
     4,
   );
   const maxima = Array.from({ length: 8 }, () => b.constant('u32', 0));
-  for (let chunk = 0; chunk < VALUE_CHUNKS; chunk++) {
-    [0, 16].forEach((half) => {
-      b.ldVector('u32', 4, maximumAt, chunk * paddedValueDim * 4 + half, { readOnly: true }).forEach((value, i) => {
-        const register = maxima[half / 4 + i] as Reg<'u32'>;
-        b.max(register, value, register);
-      });
+  /** Of pairs of chunks; less 1, so that those of zeros, and those without tokens, count as the largest. */
+  const minima = config.sharesRange ? Array.from({ length: 8 }, () => b.constant('u32', 0xffffffff)) : [];
+  const chunkAt = (chunk: number) =>
+    [0, 16].flatMap((half) => b.ldVector('u32', 4, maximumAt, chunk * paddedValueDim * 4 + half, { readOnly: true }));
+  for (let chunk = 0; chunk < VALUE_CHUNKS; chunk += 2) {
+    const [first, second] = [chunkAt(chunk), chunkAt(chunk + 1)];
+    maxima.forEach((maximum, i) => {
+      const ofPair = b.max(first[i] as Reg<'u32'>, second[i] as Reg<'u32'>);
+      b.max(maximum, ofPair, maximum);
+      const least = minima[i];
+      if (least !== undefined) b.min(least, b.sub(ofPair, 1), least);
     });
   }
+  const shift = config.sharesRange ? rangeShift() : undefined;
+  // As a power of two.
+  const largestCode =
+    shift === undefined ? b.constant('f32', vMax) : b.mul(b.as(b.shl(b.add(shift, 127), 23), 'f32'), vMax);
   const reciprocals = maxima.map((maximum) => {
     const value = b.as(maximum, 'f32');
     // A channel of zeros, or of numbers too small for a reciprocal, becomes zeros.
     b.when(b.setp('lt', value, 1e-35), () => b.set(value, 0));
-    const reciprocal = b.divF32(b.constant('f32', vMax), value);
+    const reciprocal = b.divF32(largestCode, value);
     b.when(b.setp('eq', value, 0), () => b.set(reciprocal, 0));
     return reciprocal;
   });
   const isFirst = b.setp('eq', place.block, b.div(place.seenFrom, VALUE_BLOCK));
   b.if(b.andPred(isFirst, b.setp('eq', word, 0)), () => {
-    const scales = maxima.map((maximum) => b.divF32(b.as(maximum, 'f32'), vMax));
+    const scales = maxima.map((maximum) => b.divF32(b.as(maximum, 'f32'), largestCode));
     const at = offset(
       b,
       b.loadPointer(place.pointer.valueScale),
@@ -325,6 +348,9 @@ export function quantizeValue(config: ValueConfig & { readonly vMax: number }): 
     );
     b.stVector(scales.slice(0, 4), at);
     b.stVector(scales.slice(4), at, 16);
+    if (shift === undefined) return;
+    const shiftAt = offset(b, b.loadPointer(place.pointer.rangeShift), place.sequenceHead, 4);
+    b.when(b.setp('eq', channel, 0), () => b.st(b.cvt('f32', shift), shiftAt));
   });
 
   b.section('load four tokens');
@@ -369,6 +395,25 @@ export function quantizeValue(config: ValueConfig & { readonly vMax: number }): 
     b.add(destination, rowStride, destination);
   }
   return b.build();
+
+  /** Powers of two that tokens lie apart beyond {@link UNSHIFTED_SPREAD}, in the mean of the head's channels. */
+  function rangeShift(): Reg<'u32'> {
+    // Bits of floats grow by 2^23 with each power of two: here in shares of 128.
+    const apart = maxima.map((maximum, i) => {
+      const least = b.min(minima[i] as Reg<'u32'>, b.sub(b.max(maximum, 1), 1));
+      return b.shr(b.sub(b.max(maximum, 1), b.add(least, 1)), 16);
+    });
+    let sum = apart.reduce((x, y) => b.add(x, y));
+    sum = b.add(sum, b.shflBfly(sum, 16));
+    const shared = b.sharedAddress((spreads as SharedTile).base);
+    const warp = b.shr(place.thread, 5);
+    b.when(b.setp('eq', b.and(place.thread, 31), 0), () => b.st(sum, b.add(shared, b.as(b.shl(warp, 2), 'shared'))));
+    b.barSync();
+    const warps = Math.ceil(threads / 32);
+    const all = Array.from({ length: warps }, (_, i) => b.ld('u32', shared, 4 * i)).reduce((x, y) => b.add(x, y));
+    const mean = b.shr(b.div(all, valueDim), 7);
+    return b.sub(b.min(b.max(mean, UNSHIFTED_SPREAD), UNSHIFTED_SPREAD + LARGEST_RANGE_SHIFT), UNSHIFTED_SPREAD);
+  }
 }
 
 export const quantizeValueThreads = ({ paddedValueDim }: Pick<ValueConfig, 'paddedValueDim'>) =>
