@@ -33,7 +33,7 @@ const ACCUMULATE = {
 } as const;
 
 /** Compute capability (major * 10 + minor) that a target is named after. */
-const capabilityOf = (target: Target) => Number(/\d+/.exec(target)?.[0]);
+export const capabilityOf = (target: Target) => Number(/\d+/.exec(target)?.[0]);
 
 /**
  * The scheme of a kernel choice; see docs/cuda.md for the kernels and docs/how-it-works.md for the groups.

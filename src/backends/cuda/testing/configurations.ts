@@ -6,10 +6,11 @@ import { createProblem } from '../../../attention/problem.ts';
 import type { DType } from '../../../tensor/dtype.ts';
 import { emptyTensor, tensor } from '../../../tensor/tensor.ts';
 import type { KernelChoice } from '../../backend.ts';
-import { CUDA_KERNELS } from '../kernel-table.ts';
+import { CUDA_KERNELS, lackedBy } from '../kernel-table.ts';
 import type { SimulatableModule } from '../launches/arguments.ts';
 import { planLaunches } from '../launches/plan.ts';
-import { TARGET_FEATURES, TARGETS, type Target } from '../ptx/targets.ts';
+import { capabilityOf } from '../launches/scheme.ts';
+import { TARGETS, type Target } from '../ptx/targets.ts';
 import type { Kernel } from '../ptx/types.ts';
 
 export interface Configuration {
@@ -83,10 +84,10 @@ function modulesOf(
 
 /** The kernels that a target can run, with every accumulator. The portable one is another with coarser scales. */
 function choicesOf(target: Target): KernelChoice[] {
-  const { fp8Conversions } = TARGET_FEATURES[target];
   return CUDA_KERNELS.filter(
-    ({ family, pvFormat, qkQuantGran }) =>
-      family === 'mma-sync' && qkQuantGran.includes('per-thread') && (fp8Conversions || pvFormat === 'f16'),
+    ({ name, family, qkQuantGran }) =>
+      // Those on wgmma are in configurations-wgmma.ts.
+      family !== 'wgmma' && qkQuantGran.includes('per-thread') && lackedBy(name, capabilityOf(target)) === undefined,
   ).flatMap((descriptor) =>
     descriptor.pvAccumDtype.map((pvAccumDtype) => ({
       descriptor,

@@ -5,7 +5,7 @@
 import { describe } from 'vitest';
 import { describeConformance } from '../../../../test/conformance/vitest.ts';
 import { CUDA_TARGETS } from '../../../../test/cuda/targets.ts';
-import type { KernelName } from '../../../index.ts';
+import { CUDA_KERNELS } from '../kernel-table.ts';
 import { createSimulatedBackend } from './simulator/backend.ts';
 
 /** Multiply-adds of the largest case that is simulated; more with SIMULATED_WORK. */
@@ -17,11 +17,20 @@ const WORK = {
 /** Share of a target's tests that `npm test` by hand simulates; see test/support/sample.ts. */
 export const SIMULATED_SHARE = 0.1;
 
-/** One capability's kernels; each capability has a file of its own, since files are what runs in parallel. */
-export function describeSimulated(capability: number, kernels: readonly KernelName[]): void {
+/**
+ * The kernels of the table that start at a capability, on a device of it or a later one. Each capability has a file of its own,
+ * since files are what runs in parallel; so has wgmma, whose cases are others. The portable kernel is another with coarser scales.
+ *
+ * @param from the lowest capability of the kernels
+ */
+export function describeSimulated(capability: number, from = capability): void {
+  const kernels = CUDA_KERNELS.filter(
+    ({ family, computeCapability, qkQuantGran }) =>
+      family !== 'wgmma' && computeCapability[0] === from && qkQuantGran.includes('per-thread'),
+  );
   describe(`simulated sm_${capability}`, () => {
-    const targets = kernels.flatMap((kernel) =>
-      CUDA_TARGETS.filter((target) => target.kernel === kernel).map((target, i) => ({
+    const targets = kernels.flatMap(({ name }) =>
+      CUDA_TARGETS.filter(({ kernel }) => kernel === name).map((target, i) => ({
         ...target,
         maxWork: i === 0 ? WORK.first : WORK.others,
         randomCases: i === 0 ? 5 : 2,

@@ -1,3 +1,3 @@
 import { describeSimulated } from '../../testing/conformance.ts';
 
-describeSimulated(80, ['qk-int8-pv-fp16-cuda']);
+describeSimulated(80);

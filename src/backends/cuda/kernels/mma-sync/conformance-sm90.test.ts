@@ -1,3 +1,4 @@
 import { describeSimulated } from '../../testing/conformance.ts';
 
-describeSimulated(90, ['qk-int8-pv-fp8-cuda', 'qk-int4-pv-fp8-cuda']);
+// sm_90a has no FP8 in mma.sync and emulates INT4: the kernels of 8.9 take other ways there.
+describeSimulated(90, 89);
