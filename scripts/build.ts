@@ -5,6 +5,7 @@ import { tmpdir } from 'node:os';
 import path from 'node:path';
 import { fileURLToPath } from 'node:url';
 import { build, type Plugin } from 'esbuild';
+import { WORKER_SOURCE } from '../src/backends/wasm/worker-source.ts';
 import { licencesOf } from './licences.ts';
 
 const ROOT = fileURLToPath(new URL('..', import.meta.url));
@@ -104,6 +105,8 @@ await rm(inRoot('dist'), { recursive: true, force: true });
 run(inRoot('node_modules', 'tsx', 'dist', 'cli.mjs'), [inRoot('scripts', 'build-wasm.ts')]);
 run(inRoot('node_modules', 'typescript', 'bin', 'tsc'), ['-p', inRoot('tsconfig.build.json')]);
 await unwrapOptionalImport();
+// As a file of its own, for pages whose policy allows no `blob:`.
+await writeFile(inRoot('dist', 'backends', 'wasm', 'worker.js'), WORKER_SOURCE.trimStart());
 await bundleCommandLine();
 await bundleProtobuf();
 run(inRoot('node_modules', 'vite', 'bin', 'vite.js'), [

@@ -57,11 +57,12 @@ describe('choice of backend', () => {
 
   it('says which backend is missing when none can run', async () => {
     const no = { available: false, reason: 'no driver', remedy: 'Install it' };
-    await install(fakeBackend('cuda', [CUDA], no), fakeBackend('wasm', [PORTABLE], no));
+    const blocked = { available: false, reason: 'it is forbidden here', remedy: 'Allow it' };
+    await install(fakeBackend('cuda', [CUDA], no), fakeBackend('wasm', [PORTABLE], blocked));
     const error = await call(3, { backend: 'auto' }).catch((e) => e);
     expect(error).toBeInstanceOf(BackendUnavailableError);
-    expect(error).toMatchObject({ code: 'backend-unavailable', backend: 'cuda' });
-    expect(error.message).toBe("backend 'cuda' is not available: no driver. Install it");
+    expect(error).toMatchObject({ code: 'backend-unavailable', backend: 'wasm' });
+    expect(error.message).toBe("backend 'wasm' is not available: it is forbidden here. Allow it");
   });
 
   it('refuses a backend that cannot run here, with the remedy', async () => {

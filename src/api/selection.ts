@@ -19,6 +19,7 @@ const offers = (backend: Backend, kernel: AttentionOptions['kernel']) =>
 /** CPU tensors: the most preferred backend that is accelerated and offers the kernel, else one that merely offers it. */
 async function backendForCpuTensors(kernel: AttentionOptions['kernel']): Promise<Backend> {
   let fallback: Backend | undefined;
+  // The last one's counts: it is the one that should run everywhere, and nobody misses CUDA in a browser.
   let failure: unknown;
   for (const name of BACKEND_PREFERENCE) {
     try {
@@ -27,9 +28,9 @@ async function backendForCpuTensors(kernel: AttentionOptions['kernel']): Promise
       const availability = await backend.availability();
       if (availability.available && availability.accelerated) return backend;
       if (availability.available) fallback = backend;
-      else failure ??= new BackendUnavailableError(name, availability.reason ?? '', availability.remedy ?? '');
+      else failure = new BackendUnavailableError(name, availability.reason ?? '', availability.remedy ?? '');
     } catch (error) {
-      failure ??= error;
+      failure = error;
     }
   }
   if (fallback !== undefined) return fallback;

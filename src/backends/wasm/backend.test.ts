@@ -27,7 +27,7 @@ afterEach(async () => {
 });
 
 function start(kind: ExecutorKind, threads = 2): WasmBackend {
-  backend = createWasmBackendOn({ threads }, kind);
+  backend = createWasmBackendOn({ threads }, { kind });
   return backend;
 }
 
@@ -314,7 +314,7 @@ test.each(['threads', 'worker'] as const)(
 
 test('scratch for some threads is given back when there is none for the others', async () => {
   const { module } = await loadModule('auto');
-  const executor = createExecutor(module, 4, 'threads');
+  const executor = await createExecutor(module, { threads: 4, kind: 'threads' });
   const { memory } = executor;
   try {
     // What is left of the 4 GiB holds two threads' scratch and not four.
@@ -371,4 +371,8 @@ test('options are checked', () => {
   expect(() => createWasmBackendOn({ threads: 0 })).toThrow(InvalidArgumentError);
   expect(() => createWasmBackendOn({ threads: 1.5 })).toThrow(InvalidArgumentError);
   expect(() => createWasmBackendOn({ simd: 'mmx' as 'auto' })).toThrow(InvalidArgumentError);
+  expect(() => createWasmBackendOn({ workerUrl: 1 as unknown as string })).toThrow(InvalidArgumentError);
+  expect(() => createWasmBackendOn({ thread: 1 } as object)).toThrow(
+    "one of threads, simd, workerUrl, received 'thread'",
+  );
 });

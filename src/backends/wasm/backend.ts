@@ -15,19 +15,26 @@ import type {
   RunContext,
 } from '../backend.ts';
 import { arithmeticOf, wholeCall } from './calls.ts';
-import { createExecutor, defaultThreads, type ExecutorKind } from './executor.ts';
+import { createExecutor, type ExecutorKind } from './executor.ts';
 import type { Simd } from './geometry.ts';
 import { ACCURATE_KERNEL, INTEGER_KERNEL } from './kernel-table.ts';
 import { WasmKeyValue } from './key-value.ts';
-import { type LoadedModule, loadModule } from './modules.ts';
+import { type KernelSources, type LoadedModule, loadModule } from './modules.ts';
 import { Runtime } from './runtime.ts';
 import { ownInputs } from './staging.ts';
+import { defaultThreads } from './workers.ts';
 
 export interface WasmBackendOptions {
   /** Worker threads, 1 to 256; default: one for each processor, at most 16. */
   readonly threads?: number;
   /** `'auto'`: relaxed SIMD where the engine computes it exactly, else SIMD128. */
   readonly simd?: 'auto' | Simd;
+  /**
+   * Address of the workers' program in browsers, the file `sageattention/wasm/worker` of this package: for pages whose
+   * Content-Security-Policy allows workers of their own origin but not `blob:`, which is the default. Where no worker can be
+   * started, calls run on the calling thread.
+   */
+  readonly workerUrl?: string | URL;
 }
 
 /** A backend of its own, with its own threads and memory. */
@@ -35,6 +42,15 @@ export interface WasmBackend extends Backend, Disposable, AsyncDisposable {
   readonly name: 'wasm';
 }
 
+/** What is chosen for a backend besides its options. */
+export interface WasmBackendParts {
+  /** Default: the best there is. */
+  readonly kind?: ExecutorKind;
+  /** Default: each is imported when it is needed. */
+  readonly sources?: KernelSources;
+}
+
+const OPTION_NAMES = ['threads', 'simd', 'workerUrl'] as const satisfies readonly (keyof WasmBackendOptions)[];
 const MOST_THREADS = 256;
 
 class WasmBackendImplementation implements WasmBackend {
@@ -42,25 +58,31 @@ class WasmBackendImplementation implements WasmBackend {
   readonly kernels: readonly KernelDescriptor[] = [INTEGER_KERNEL, ACCURATE_KERNEL];
   readonly #threads: number;
   readonly #simd: 'auto' | Simd;
+  readonly #workerUrl: string | URL | undefined;
   readonly #kind: ExecutorKind | undefined;
+  readonly #sources: KernelSources | undefined;
   #module: Promise<LoadedModule> | undefined;
   #runtime: Promise<Runtime> | undefined;
   /** The last one that was seen running. */
   #started: Runtime | undefined;
 
-  constructor(options: WasmBackendOptions, kind?: ExecutorKind) {
+  constructor(options: WasmBackendOptions, { kind, sources }: WasmBackendParts) {
     this.#threads = options.threads ?? defaultThreads();
     this.#simd = options.simd ?? 'auto';
+    this.#workerUrl = options.workerUrl;
     this.#kind = kind;
+    this.#sources = sources;
   }
 
   async #start(): Promise<Runtime> {
     if (typeof WebAssembly !== 'object') {
       throw new BackendUnavailableError('wasm', 'there is no WebAssembly here', 'Use Node 20 or a current browser');
     }
-    this.#module ??= loadModule(this.#simd);
+    this.#module ??= loadModule(this.#simd, this.#sources);
     const { module, simd, relaxed } = await this.#module;
-    return new Runtime(createExecutor(module, this.#threads, this.#kind), simd, relaxed);
+    const kind = this.#kind;
+    const executor = await createExecutor(module, { threads: this.#threads, workerUrl: this.#workerUrl, kind });
+    return new Runtime(executor, simd, relaxed);
   }
 
   /**
@@ -189,17 +211,26 @@ class WasmBackendImplementation implements WasmBackend {
  * A WASM backend. `sageattn` uses one of default options by itself; give this one to `setBackend`, or use it directly, to
  * choose threads or SIMD.
  *
- * @throws {InvalidArgumentError} `invalid-option`
+ * @throws {InvalidArgumentError} `invalid-option` or `unknown-option`
  */
 export function createWasmBackend(options: WasmBackendOptions = {}): WasmBackend {
   return createWasmBackendOn(options);
 }
 
 /**
- * @internal For tests: on a chosen kind of executor.
+ * @internal With chosen parts.
  */
-export function createWasmBackendOn(options: WasmBackendOptions, kind?: ExecutorKind): WasmBackend {
-  const { threads, simd } = options;
+export function createWasmBackendOn(options: WasmBackendOptions, parts: WasmBackendParts = {}): WasmBackend {
+  for (const name of Object.keys(options)) {
+    if ((OPTION_NAMES as readonly string[]).includes(name)) continue;
+    throw new InvalidArgumentError(
+      'unknown-option',
+      `options.${name}`,
+      `one of ${OPTION_NAMES.join(', ')}`,
+      `'${name}'`,
+    );
+  }
+  const { threads, simd, workerUrl } = options;
   if (threads !== undefined && !(Number.isInteger(threads) && threads >= 1 && threads <= MOST_THREADS)) {
     throw new InvalidArgumentError(
       'invalid-option',
@@ -211,5 +242,8 @@ export function createWasmBackendOn(options: WasmBackendOptions, kind?: Executor
   if (simd !== undefined && !['auto', 'simd128', 'relaxed'].includes(simd)) {
     throw new InvalidArgumentError('invalid-option', 'options.simd', "'auto', 'simd128' or 'relaxed'", String(simd));
   }
-  return new WasmBackendImplementation(options, kind);
+  if (workerUrl !== undefined && typeof workerUrl !== 'string' && !(workerUrl instanceof URL)) {
+    throw new InvalidArgumentError('invalid-option', 'options.workerUrl', 'a string or URL', typeof workerUrl);
+  }
+  return new WasmBackendImplementation(options, parts);
 }

@@ -6,7 +6,7 @@ import { ExecutionError } from '../../errors.ts';
 import { JOB_ABORT, SCRATCH_BYTES } from './job.ts';
 import { MemoryPool } from './memory.ts';
 import { instantiate, type KernelExports } from './modules.ts';
-import { WORKER_SOURCE } from './worker-source.ts';
+import { canShare, type WorkerFactory, WorkerGroup, workerFactory } from './workers.ts';
 
 /** A kernel to run over a job's units. Stages of a call run one after another. */
 export interface Stage {
@@ -85,197 +85,6 @@ function readFrom(memory: WebAssembly.Memory, address: number, length: number): 
   return copy;
 }
 
-/** What is used of a worker, alike in Node and in browsers. */
-interface WorkerHandle {
-  post(message: unknown, transfer?: ArrayBuffer[]): void;
-  onMessage(listener: (message: Reply) => void): void;
-  /** Called once when the worker ends without being asked. */
-  onDeath(listener: (reason: unknown) => void): void;
-  /** Whether a running worker keeps the process alive. */
-  hold(held: boolean): void;
-  terminate(): Promise<void>;
-}
-
-interface Reply {
-  readonly id: number;
-  readonly error?: string;
-  readonly bytes?: Uint8Array<ArrayBuffer>;
-}
-
-type NodeWorkers = typeof import('node:worker_threads');
-
-function nodeModule<T>(name: string): T | undefined {
-  const { process } = globalThis as { process?: { getBuiltinModule?: (name: string) => T | undefined } };
-  return process?.getBuiltinModule?.(name);
-}
-
-/** Time that a browser gets to stop a terminated worker before its memory is used again; nothing tells when it has. */
-const TERMINATION_MS = 50;
-
-/** Starts workers, or undefined where there are none. */
-function workerFactory(): (() => WorkerHandle) | undefined {
-  const node = nodeModule<NodeWorkers>('node:worker_threads');
-  if (node !== undefined) {
-    return () => {
-      const worker = new node.Worker(WORKER_SOURCE, { eval: true, execArgv: [], name: 'sageattention' });
-      worker.unref();
-      return {
-        post: (message, transfer) => worker.postMessage(message, transfer ?? []),
-        onMessage: (listener) => worker.on('message', listener),
-        onDeath: (listener) => {
-          worker.on('error', listener);
-          worker.on('exit', (code) => listener(new Error(`the worker exited with code ${code}`)));
-        },
-        hold: (held) => (held ? worker.ref() : worker.unref()),
-        terminate: async () => {
-          await worker.terminate();
-        },
-      };
-    };
-  }
-  if (typeof Worker !== 'function' || typeof Blob !== 'function') return undefined;
-  return () => {
-    const url = URL.createObjectURL(new Blob([WORKER_SOURCE], { type: 'text/javascript' }));
-    const worker = new Worker(url, { name: 'sageattention' });
-    return {
-      post: (message, transfer) => worker.postMessage(message, transfer ?? []),
-      onMessage: (listener) => {
-        worker.onmessage = (event: MessageEvent<Reply>) => {
-          URL.revokeObjectURL(url);
-          listener(event.data);
-        };
-      },
-      onDeath: (listener) => {
-        worker.onerror = (event) => listener(new Error(event.message));
-      },
-      hold: () => {},
-      terminate: () => {
-        worker.terminate();
-        return new Promise((resolve) => setTimeout(resolve, TERMINATION_MS));
-      },
-    };
-  };
-}
-
-/** Whether a memory made here can be given to workers. */
-function canShare(): boolean {
-  const { crossOriginIsolated } = globalThis as { crossOriginIsolated?: boolean };
-  return typeof SharedArrayBuffer === 'function' && crossOriginIsolated !== false;
-}
-
-/** Processors that threads can run on. */
-function availableThreads(): number {
-  const os = nodeModule<typeof import('node:os')>('node:os');
-  return os?.availableParallelism() ?? globalThis.navigator?.hardwareConcurrency ?? 1;
-}
-
-const MOST_DEFAULT_THREADS = 16;
-
-/** Threads that are started where nobody says how many. */
-export const defaultThreads = (): number => Math.min(MOST_DEFAULT_THREADS, availableThreads());
-
-interface Pending {
-  /** Replies still to come. */
-  left: number;
-  error: string | undefined;
-  bytes: Uint8Array<ArrayBuffer> | undefined;
-  readonly resolve: (bytes: Uint8Array<ArrayBuffer> | undefined) => void;
-  readonly reject: (error: unknown) => void;
-}
-
-/**
- * Workers and the replies they owe. One that dies takes the calls in hand with it. The next call starts new ones, unless the
- * memory went with them.
- */
-class WorkerGroup {
-  readonly #factory: () => WorkerHandle;
-  readonly #init: unknown;
-  readonly #count: number;
-  readonly #ownsMemory: boolean;
-  #workers: WorkerHandle[] = [];
-  readonly #pending = new Map<number, Pending>();
-  #nextId = 1;
-  #ended: ExecutionError | undefined;
-
-  /** @param ownsMemory workers that end take the memory along */
-  constructor(factory: () => WorkerHandle, count: number, init: unknown, ownsMemory: boolean) {
-    this.#factory = factory;
-    this.#count = count;
-    this.#init = init;
-    this.#ownsMemory = ownsMemory;
-  }
-
-  get ended(): ExecutionError | undefined {
-    return this.#ended;
-  }
-
-  #start(): void {
-    const workers = Array.from({ length: this.#count }, () => this.#factory());
-    this.#workers = workers;
-    for (const worker of workers) {
-      worker.onMessage((reply) => this.#settle(reply));
-      worker.onDeath((reason) => {
-        if (this.#workers === workers) this.fail('execution-failed', 'a worker died', reason);
-      });
-      worker.post({ id: 0, init: this.#init });
-    }
-  }
-
-  #settle({ id, error, bytes }: Reply): void {
-    if (id === 0) {
-      if (error !== undefined) this.fail('execution-failed', `a worker did not start: ${error}`);
-      return;
-    }
-    const pending = this.#pending.get(id);
-    if (pending === undefined) return;
-    pending.error ??= error;
-    pending.bytes ??= bytes;
-    if (--pending.left > 0) return;
-    this.#forget(id);
-    if (pending.error === undefined) pending.resolve(pending.bytes);
-    else pending.reject(new ExecutionError('execution-failed', `a kernel failed: ${pending.error}`));
-  }
-
-  #forget(id: number): void {
-    this.#pending.delete(id);
-    if (this.#pending.size === 0) for (const worker of this.#workers) worker.hold(false);
-  }
-
-  /** Sends a message that is not answered. */
-  tell(message: Record<string, unknown>, transfer?: ArrayBuffer[]): void {
-    if (this.#ended !== undefined) throw this.#ended;
-    if (this.#workers.length === 0) this.#start();
-    for (const worker of this.#workers) worker.post(message, transfer);
-  }
-
-  /** Sends each of the first workers its message; resolves when all have answered. */
-  ask(messages: readonly Record<string, unknown>[]): Promise<Uint8Array<ArrayBuffer> | undefined> {
-    if (this.#ended !== undefined) return Promise.reject(this.#ended);
-    if (this.#workers.length === 0) this.#start();
-    const id = this.#nextId++;
-    return new Promise((resolve, reject) => {
-      this.#pending.set(id, { left: messages.length, error: undefined, bytes: undefined, resolve, reject });
-      for (const [i, message] of messages.entries()) {
-        const worker = this.#workers[i] as WorkerHandle;
-        worker.hold(true);
-        worker.post({ id, ...message });
-      }
-    });
-  }
-
-  /** Ends all workers and rejects what they held, once none of them can write to memory any more. */
-  async fail(code: 'execution-failed' | 'disposed' | 'out-of-memory', message: string, cause?: unknown): Promise<void> {
-    const error = new ExecutionError(code, message, cause);
-    const workers = this.#workers;
-    const pending = [...this.#pending.values()];
-    this.#workers = [];
-    this.#pending.clear();
-    if (this.#ownsMemory || code === 'disposed') this.#ended ??= error;
-    await Promise.all(workers.map((worker) => worker.terminate()));
-    for (const { reject } of pending) reject(error);
-  }
-}
-
 /** Scratch of each thread; it grows to what the largest call needs. */
 class Scratch {
   readonly #memory: MemoryPool;
@@ -319,7 +128,7 @@ class ThreadExecutor implements Executor {
   readonly #group: WorkerGroup;
   readonly #scratch: Scratch;
 
-  constructor(factory: () => WorkerHandle, module: WebAssembly.Module, threads: number) {
+  constructor(factory: WorkerFactory, module: WebAssembly.Module, threads: number) {
     const { memory, limit } = createMemory();
     this.#memory = memory;
     this.memory = new MemoryPool(INITIAL_PAGES, limit, (pages) => memory.grow(pages));
@@ -347,6 +156,11 @@ class ThreadExecutor implements Executor {
 
   reserve(extraScratch: number): void {
     this.#scratch.provide(extraScratch);
+  }
+
+  /** Rejects where workers cannot be started. */
+  open(): Promise<void> {
+    return this.#group.open();
   }
 
   async run({ stages, units, barriers, extraScratch }: Call): Promise<void> {
@@ -379,7 +193,7 @@ class IsolatedWorkerExecutor implements Executor {
   readonly #group: WorkerGroup;
   readonly #scratch: Scratch;
 
-  constructor(factory: () => WorkerHandle, module: WebAssembly.Module) {
+  constructor(factory: WorkerFactory, module: WebAssembly.Module) {
     const limit = createMemory().limit;
     this.#group = new WorkerGroup(factory, 1, { module, pages: INITIAL_PAGES, limit }, true);
     this.memory = new MemoryPool(INITIAL_PAGES, limit, (pages) => {
@@ -409,6 +223,11 @@ class IsolatedWorkerExecutor implements Executor {
     this.#scratch.provide(extraScratch);
   }
 
+  /** Rejects where the worker cannot be started. */
+  open(): Promise<void> {
+    return this.#group.open();
+  }
+
   async run({ stages, extraScratch }: Call): Promise<void> {
     const scratch = this.#scratch.provide(extraScratch)[0];
     await this.#group.ask([{ stages: stages.map((stage) => ({ ...stage, barrier: 0 })), scratch, participants: 1 }]);
@@ -434,7 +253,7 @@ function breathe(): Promise<void> {
 }
 
 class InlineExecutor implements Executor {
-  readonly description = 'this thread, in turns of 10 ms (no workers here)';
+  readonly description: string;
   readonly threads = 1;
   readonly memory: MemoryPool;
   readonly #memory: WebAssembly.Memory;
@@ -443,7 +262,9 @@ class InlineExecutor implements Executor {
   #kernels: Promise<KernelExports> | undefined;
   #ended: ExecutionError | undefined;
 
-  constructor(module: WebAssembly.Module) {
+  /** @param reason why there are no workers */
+  constructor(module: WebAssembly.Module, reason: string) {
+    this.description = `this thread, in turns of ${TURN_MS} ms (${reason})`;
     const { memory, limit } = createMemory();
     this.#module = module;
     this.#memory = memory;
@@ -508,13 +329,31 @@ class InlineExecutor implements Executor {
 /** Where kernels run; `createExecutor` takes the first that works here. */
 export type ExecutorKind = 'threads' | 'worker' | 'inline';
 
-/**
- * @param threads workers to start
- * @param kind only for tests: what to use instead of the best there is
- */
-export function createExecutor(module: WebAssembly.Module, threads: number, kind?: ExecutorKind): Executor {
-  const factory = kind === 'inline' ? undefined : workerFactory();
-  if (factory === undefined) return new InlineExecutor(module);
-  if (kind === 'worker' || !canShare()) return new IsolatedWorkerExecutor(factory, module);
-  return new ThreadExecutor(factory, module, threads);
+export interface ExecutorOptions {
+  /** Workers to start. */
+  readonly threads: number;
+  /** Where the program of workers is, in browsers; default: a `blob:` URL. */
+  readonly workerUrl?: string | URL | undefined;
+  /** Only for tests: what to use instead of the best there is. */
+  readonly kind?: ExecutorKind | undefined;
+}
+
+/** The best executor that works here; this thread where a page's policy forbids workers. */
+export async function createExecutor(
+  module: WebAssembly.Module,
+  { threads, workerUrl, kind }: ExecutorOptions,
+): Promise<Executor> {
+  const factory = kind === 'inline' ? undefined : workerFactory(workerUrl);
+  if (factory === undefined) return new InlineExecutor(module, 'no workers here');
+  const executor =
+    kind === 'worker' || !canShare()
+      ? new IsolatedWorkerExecutor(factory, module)
+      : new ThreadExecutor(factory, module, threads);
+  try {
+    await executor.open();
+    return executor;
+  } catch (error) {
+    const reason = error instanceof Error ? error.message : String(error);
+    return new InlineExecutor(module, `workers cannot be started: ${reason}`);
+  }
 }

@@ -15,7 +15,7 @@ import { Runtime } from './runtime.ts';
 test.each(['threads', 'worker', 'inline'] as const)('%s: addresses beyond 2 GiB', async (kind) => {
   const random = new Random(runSeed());
   const { module, simd, relaxed } = await loadModule('auto');
-  const executor = createExecutor(module, 2, kind);
+  const executor = await createExecutor(module, { threads: 2, kind });
   try {
     // Reserved, never touched: it takes no real memory.
     executor.memory.allocate(2.5 * 2 ** 30);
@@ -43,7 +43,7 @@ test.each(['threads', 'worker', 'inline'] as const)('%s: addresses beyond 2 GiB'
 test.each(['threads', 'inline'] as const)('%s: calls that do not fit at once wait for each other', async (kind) => {
   const random = new Random(runSeed());
   const { module, simd, relaxed } = await loadModule('auto');
-  const executor = createExecutor(module, 2, kind);
+  const executor = await createExecutor(module, { threads: 2, kind });
   try {
     const runtime = new Runtime(executor, simd, relaxed);
     const operand = () => tensor(random.normals(4 * 1024 * 64), [1, 4, 1024, 64]);

@@ -273,7 +273,7 @@ test('bitwise the same on any number of threads and any kind of executor', async
           [1, 'worker'],
           [1, 'inline'],
         ] as const) {
-          const other = createWasmBackendOn({ simd, threads }, kind);
+          const other = createWasmBackendOn({ simd, threads }, { kind });
           const problem = createProblem(inputs.q, inputs.k, inputs.v, { isCausal: true });
           const plan = await other.plan(problem, chooseOptions(kernel, problem, {}));
           const result = await plan.run(inputs, {});

@@ -10,10 +10,14 @@ export interface KernelExports {
   readonly probeOthers: (input: number, out: number) => void;
 }
 
-const SOURCES = {
+/** Where the kernels come from, in base64. */
+export type KernelSources = Readonly<Record<Simd, () => Promise<{ readonly BASE64: string }>>>;
+
+/** Each build is loaded when it is needed. */
+const LAZY_SOURCES: KernelSources = {
   simd128: () => import('./generated/simd128.ts'),
   relaxed: () => import('./generated/relaxed.ts'),
-} as const;
+};
 
 function decodeBase64(text: string): Uint8Array<ArrayBuffer> {
   const binary = atob(text);
@@ -22,8 +26,8 @@ function decodeBase64(text: string): Uint8Array<ArrayBuffer> {
   return bytes;
 }
 
-async function compile(simd: Simd): Promise<WebAssembly.Module> {
-  const { BASE64 } = await SOURCES[simd]();
+async function compile(simd: Simd, sources: KernelSources): Promise<WebAssembly.Module> {
+  const { BASE64 } = await sources[simd]();
   return WebAssembly.compile(decodeBase64(BASE64));
 }
 
@@ -128,11 +132,11 @@ export interface LoadedModule {
  *
  * @throws {BackendUnavailableError} when the engine does not run the build that was asked for, or no build at all
  */
-export async function loadModule(simd: 'auto' | Simd): Promise<LoadedModule> {
+export async function loadModule(simd: 'auto' | Simd, sources = LAZY_SOURCES): Promise<LoadedModule> {
   let relaxed = 'not asked for';
   if (simd !== 'simd128') {
     try {
-      const module = await compile('relaxed');
+      const module = await compile('relaxed', sources);
       if (await computesExactly(module)) return { module, simd: 'relaxed', relaxed: 'exact' };
       relaxed = 'the engine accepts the instructions and computes them wrongly';
     } catch (error) {
@@ -143,8 +147,17 @@ export async function loadModule(simd: 'auto' | Simd): Promise<LoadedModule> {
     }
   }
   try {
-    return { module: await compile('simd128'), simd: 'simd128', relaxed };
+    return { module: await compile('simd128', sources), simd: 'simd128', relaxed };
   } catch (error) {
+    // Chromium and WebKit name the keyword, Firefox the policy.
+    if (/unsafe-eval|content.security.policy|\bcsp\b/i.test(String(error))) {
+      throw new BackendUnavailableError(
+        'wasm',
+        "the page's Content-Security-Policy forbids WebAssembly",
+        "Add 'wasm-unsafe-eval' to its script-src",
+        error,
+      );
+    }
     throw new BackendUnavailableError(
       'wasm',
       'the engine does not run WebAssembly with SIMD and threads',

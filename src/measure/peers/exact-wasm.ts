@@ -6,10 +6,11 @@ import { type AttentionOptions, EXACT_OPTIONS, validateOptions } from '../../att
 import { createProblem } from '../../attention/problem.ts';
 import type { AttentionInputs, AttentionOutputs, RunContext } from '../../backends/backend.ts';
 import { EXACT, wholeCall } from '../../backends/wasm/calls.ts';
-import { createExecutor, defaultThreads } from '../../backends/wasm/executor.ts';
+import { createExecutor } from '../../backends/wasm/executor.ts';
 import type { Simd } from '../../backends/wasm/geometry.ts';
 import { loadModule } from '../../backends/wasm/modules.ts';
 import { Runtime } from '../../backends/wasm/runtime.ts';
+import { defaultThreads } from '../../backends/wasm/workers.ts';
 import type { Tensor } from '../../tensor/tensor.ts';
 
 export interface ExactAttentionOptions extends Pick<AttentionOptions, (typeof EXACT_OPTIONS)[number]> {
@@ -38,7 +39,7 @@ export async function createExactAttention(
   validateOptions(options, EXACT_OPTIONS);
   const problem = createProblem(inputs.q, inputs.k, inputs.v, options);
   const { module, simd, relaxed } = await loadModule(wanted);
-  const runtime = new Runtime(createExecutor(module, threads), simd, relaxed);
+  const runtime = new Runtime(await createExecutor(module, { threads }), simd, relaxed);
   const { attnMask } = options;
   const operands = attnMask === undefined ? inputs : { ...inputs, attnMask };
   return {
