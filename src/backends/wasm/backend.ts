@@ -221,6 +221,9 @@ export function createWasmBackend(options: WasmBackendOptions = {}): WasmBackend
  * @internal With chosen parts.
  */
 export function createWasmBackendOn(options: WasmBackendOptions, parts: WasmBackendParts = {}): WasmBackend {
+  if (typeof options !== 'object' || options === null) {
+    throw new InvalidArgumentError('invalid-option', 'options', 'an object', String(options));
+  }
   for (const name of Object.keys(options)) {
     if ((OPTION_NAMES as readonly string[]).includes(name)) continue;
     throw new InvalidArgumentError(
