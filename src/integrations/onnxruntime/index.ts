@@ -102,9 +102,18 @@ export function installSageAttention(ort: OrtModule, options: SageAttentionOptio
 /** Reports of sessions that were opened through this package. */
 const reports = new WeakMap<object, () => AttentionReport[]>();
 
-/** What became of the attentions of a session's model; undefined for a session opened without this package. */
+/**
+ * What became of the attentions of a session's model; undefined, with a warning, for a session that was opened without this package:
+ * before it was installed, or by another copy of onnxruntime.
+ */
 export function attentionReportOf(session: object): readonly AttentionReport[] | undefined {
-  return reports.get(session)?.();
+  const report = reports.get(session);
+  if (report === undefined) {
+    console.warn(
+      'sageattention: this session was opened without SageAttention, before it was installed or by another copy of onnxruntime',
+    );
+  }
+  return report?.();
 }
 
 function bindCreate(sessionClass: object): CreateSession {

@@ -17,6 +17,9 @@ type WriteBuffer = (
   size?: number,
 ) => void;
 
+/** `GPU` in programs that have types of WebGPU; the others need none to compile. */
+export type NodeGpu = typeof globalThis extends { GPU: { prototype: infer G } } ? G : object;
+
 /**
  * Makes `navigator.gpu` and WebGPU's classes available to onnxruntime-web in Node, and `require`, which its WebGPU build asks for.
  * Call it before onnxruntime-web is imported. Where `navigator.gpu` exists it changes nothing.
@@ -29,8 +32,8 @@ type WriteBuffer = (
  * @param flags for Dawn
  * @throws {MissingPackageError} when the package `webgpu` is not installed
  */
-export async function enableNodeWebgpu(flags: readonly string[] = DAWN_FLAGS): Promise<GPU> {
-  const scope = globalThis as { navigator?: { gpu?: GPU } };
+export async function enableNodeWebgpu(flags: readonly string[] = DAWN_FLAGS): Promise<NodeGpu> {
+  const scope = globalThis as { navigator?: { gpu?: NodeGpu } };
   if (scope.navigator?.gpu !== undefined) return scope.navigator.gpu;
   const dawn = await (importOptional('webgpu') as Promise<Dawn>).catch((cause: unknown) => {
     throw new MissingPackageError('webgpu', 'WebGPU in Node', cause);

@@ -84,7 +84,7 @@ export interface OrtSessionHandler {
 /** Where sessions run, as far as attention between them is concerned. */
 export type Engine = 'cpu' | 'webgpu';
 
-function versionsOf(ort: OrtModule): { readonly web?: string; readonly node?: string } {
+export function versionsOf(ort: OrtModule): { readonly web?: string; readonly node?: string } {
   return (ort.env as { versions?: { web?: string; node?: string } } | undefined)?.versions ?? {};
 }
 

@@ -4,7 +4,7 @@ import { attentionReportOf, installSageAttention, withSageAttention } from '../o
 import type { AttentionReport } from '../onnxruntime/session/report.ts';
 
 /**
- * `plain`: without SageAttention. `module`: `sageattention/transformers` is imported first. `symbol`: the two lines.
+ * `plain`: without SageAttention. `module`: `sageattention/transformers` is imported, behind transformers.js. `symbol`: the two lines.
  * `class`: `installSageAttention`.
  */
 export type Way = 'plain' | 'module' | 'symbol' | 'class';
@@ -17,12 +17,12 @@ export interface Embedded {
 async function embed(way: Way, sentences: string[], options: object, minTokens?: number): Promise<Embedded> {
   ort.env.wasm.wasmPaths = `${location.origin}/onnxruntime-web/`;
   const sageOptions = minTokens === undefined ? {} : { minTokens };
-  if (way === 'module') await import('../transformers/web.ts');
   if (way === 'symbol') {
     (globalThis as Record<symbol, unknown>)[Symbol.for('onnxruntime')] = withSageAttention(ort, sageOptions);
   }
   if (way === 'class') installSageAttention(ort, sageOptions);
   const { env, pipeline } = await import('@huggingface/transformers');
+  if (way === 'module') await import('../transformers/web.ts');
   env.allowRemoteModels = false;
   env.allowLocalModels = true;
   env.localModelPath = '/models/';

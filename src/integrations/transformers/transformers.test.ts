@@ -1,14 +1,17 @@
-/** transformers.js end to end on local files: with the module that is imported first, and with a patched class. */
+/** transformers.js end to end on local files: with the module, and with a patched class. */
 import { mkdtemp, rm } from 'node:fs/promises';
 import { createRequire } from 'node:module';
 import { tmpdir } from 'node:os';
 import path from 'node:path';
 import { pathToFileURL } from 'node:url';
 import * as ortNode from 'onnxruntime-node';
-import { afterAll, beforeAll, describe, expect, it } from 'vitest';
+import * as ortWeb from 'onnxruntime-web';
+import { afterAll, beforeAll, describe, expect, it, vi } from 'vitest';
 import { writeSentenceEncoder } from '../../../scripts/sentence-encoder-onnx.ts';
 import { disposeBackends } from '../../backends/registry.ts';
+import { InvalidArgumentError } from '../../errors.ts';
 import { attentionReportOf, installSageAttention, withSageAttention } from '../onnxruntime/index.ts';
+import { strangerTo } from './install.ts';
 
 type Transformers = typeof import('@huggingface/transformers');
 
@@ -49,23 +52,57 @@ const difference = (a: ArrayLike<number>, b: ArrayLike<number>) =>
   Array.from(a).reduce((most, value, i) => Math.max(most, Math.abs(value - (b[i] as number))), 0);
 
 describe('feature-extraction', () => {
-  it('gives the same embeddings with the two lines and without', async () => {
-    const plain = await embed(await loadTransformers('plain'), {});
+  it('gives the same embeddings with the module and without, whatever the device is called and whenever it is imported', async () => {
+    const warn = vi.spyOn(console, 'warn').mockImplementation(() => undefined);
+    const transformers = await loadTransformers('module');
+    const plain = await embed(transformers, {});
     expect(attentionReportOf(plain.session)).toBeUndefined();
+    expect(warn.mock.calls.flat()).toEqual([expect.stringContaining('opened without SageAttention')]);
+    warn.mockClear();
 
-    await import('./node.ts');
-    const scope = globalThis as { [key: symbol]: unknown };
-    try {
-      const sage = await embed(await loadTransformers('sage'), { device: 'auto' });
+    const { installSageAttention: install } = await import('./node.ts');
+    const left = await embed(transformers, {});
+    expect(attentionReportOf(left.session)?.[0]?.reason).toContain('faster on a CPU');
+    expect(() => install({ minTokens: -1 })).toThrow(InvalidArgumentError);
+    let uninstall = install({ minTokens: 0 });
+    for (const device of ['cpu', undefined]) {
+      const sage = await embed(transformers, device === undefined ? {} : { device });
       const report = attentionReportOf(sage.session);
-      expect(report?.map(({ form }) => form)).toEqual(['MatMul-Softmax-MatMul', 'MatMul-Softmax-MatMul']);
+      expect(report?.map(({ form, taken }) => [form, taken])).toEqual(
+        new Array(2).fill(['MatMul-Softmax-MatMul', true]),
+      );
+      for (const { kernel, milliseconds } of report ?? []) {
+        expect(kernel).toMatch(/^qk-int8/);
+        expect(milliseconds).toBeGreaterThan(0);
+      }
       expect(sage.output.dims).toEqual(plain.output.dims);
       expect(difference(sage.output.data as Float32Array, plain.output.data as Float32Array)).toBeLessThan(5e-3);
       await sage.dispose();
+    }
+    uninstall = install({ minTokens: 0 });
+    uninstall();
+    expect(warn).not.toHaveBeenCalled();
+    warn.mockRestore();
+    await plain.dispose();
+    await left.dispose();
+  });
+
+  it('says so where transformers.js runs on another onnxruntime', async () => {
+    const { env } = await loadTransformers('another');
+    expect(strangerTo(ortNode, env)).toBeUndefined();
+    expect(strangerTo(ortWeb as never, env)).toContain(
+      `transformers.js runs on another copy of onnxruntime (${ortNode.env.versions.node}) than the one installed beside ` +
+        `sageattention (${ortWeb.env.versions.web})`,
+    );
+    expect(strangerTo(ortNode, { backends: {} })).toContain('another copy of onnxruntime (of unknown version)');
+    const scope = globalThis as { [key: symbol]: unknown };
+    scope[Symbol.for('onnxruntime')] = ortWeb;
+    try {
+      const provided = await loadTransformers('given');
+      expect(strangerTo(ortNode, provided.env)).toContain("Symbol.for('onnxruntime')");
     } finally {
       delete scope[Symbol.for('onnxruntime')];
     }
-    await plain.dispose();
   });
 
   it('replaces attention in an onnxruntime that the program provides', async () => {

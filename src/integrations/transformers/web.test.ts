@@ -33,7 +33,7 @@ beforeAll(async () => {
     { models, 'onnxruntime-web': runtime },
     { 'onnxruntime-web/webgpu': path.join(runtime, 'ort.webgpu.bundle.min.mjs') },
   );
-});
+}, 120_000);
 afterAll(async () => {
   for (const browser of browsers.values()) await (await browser).close();
   served?.close();
@@ -83,16 +83,22 @@ const TOLERANCE = 5e-3;
 
 describe('transformers.js in Chromium', () => {
   itNeeds(missing)('the module, without WebGPU: long texts are taken on WASM by default', async () => {
-    const long = await embed('none', 'module', LONG, { device: 'auto' });
+    const long = await embed('none', 'module', LONG, { device: 'wasm' });
     expect(takenIn(long)).toEqual([true, true]);
     await expectSameEmbeddings(long, LONG, TOLERANCE);
   });
 
   itNeeds(missing)('the module, with WebGPU: short texts stay, and the report says why', async () => {
-    const short = await embed('software', 'module', SHORT, { device: 'auto' });
+    const short = await embed('software', 'module', SHORT, { device: 'webgpu' });
     expect(takenIn(short)).toEqual([false, false]);
     expect(short.report?.[0]?.reason).toContain(`minTokens, ${DEFAULT_MIN_TOKENS.webgpu}`);
     await expectSameEmbeddings(short, SHORT, TOLERANCE);
+  });
+
+  itNeeds(missing)('the module, with no device named', async () => {
+    const long = await embed('none', 'module', LONG, {});
+    expect(takenIn(long)).toEqual([true, true]);
+    await expectSameEmbeddings(long, LONG, TOLERANCE);
   });
 
   for (const provider of ['webgpu', 'wasm']) {

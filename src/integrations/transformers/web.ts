@@ -1,24 +1,28 @@
 /**
- * transformers.js with SageAttention, in browsers: import it before `@huggingface/transformers`. It puts an onnxruntime
- * with replaced attention where transformers.js looks for one when it is loaded.
+ * transformers.js with SageAttention, in browsers. Every model that it opens from then on runs its attention here, whatever its
+ * `device` is called and in whichever order modules are imported.
  *
  * ```ts
- * import 'sageattention/transformers';
  * import { pipeline } from '@huggingface/transformers';
- * const extract = await pipeline('feature-extraction', 'Xenova/all-MiniLM-L6-v2', { device: 'auto' });
- * ```
+ * import { installSageAttention } from 'sageattention/transformers';
  *
- * `device: 'auto'` is needed: transformers.js keeps no list of devices for an onnxruntime that it is given. It means
- * WebGPU where there is one, else WASM.
+ * installSageAttention();
+ * const extract = await pipeline('feature-extraction', 'Xenova/all-MiniLM-L6-v2', { device: 'webgpu' });
+ * ```
  *
  * @packageDocumentation
  */
+import { env } from '@huggingface/transformers';
 import * as ort from 'onnxruntime-web/webgpu';
-import { provideOnnxruntime } from './provide.ts';
+import { installUnder } from './install.ts';
 
 export { attentionReportOf } from '../onnxruntime/index.ts';
 
-provideOnnxruntime(ort, async () => {
-  const { gpu } = (globalThis as { navigator?: { gpu?: GPU } }).navigator ?? {};
-  return (await gpu?.requestAdapter()) ? ['webgpu', 'wasm'] : ['wasm'];
-});
+/**
+ * Installs SageAttention with options; importing this module has installed it with the default ones. Models that are open stay as
+ * they are. A warning says so where transformers.js runs on another copy of onnxruntime.
+ *
+ * @returns a function that puts onnxruntime back as it was
+ * @throws {InvalidArgumentError} a wrong option, or `already-installed` by the program itself
+ */
+export const installSageAttention = installUnder(ort, env);

@@ -28,6 +28,9 @@ export class SiteState {
   keyLength: number | undefined;
   reason: string | undefined;
   kernel: KernelName | 'auto';
+  /** The kernel that ran last. */
+  ran: KernelName | undefined;
+  milliseconds: number | undefined;
   cosineSimilarity: number | undefined;
   remainingTrials = 0;
   trials: readonly Trial[] | undefined;
@@ -52,7 +55,8 @@ export class SiteState {
       keyLength,
       taken,
       reason,
-      kernel: taken ? this.kernel : undefined,
+      kernel: taken ? (this.ran ?? this.kernel) : undefined,
+      milliseconds: taken ? this.milliseconds : undefined,
       cosineSimilarity,
     };
   }

@@ -3,6 +3,7 @@
 import { sageattn } from '../../../api/sageattn.ts';
 import type { KernelName } from '../../../attention/kernels.ts';
 import type { AttentionOptions } from '../../../attention/options.ts';
+import { type AttentionProblem, createProblem } from '../../../attention/problem.ts';
 import { getBackend } from '../../../backends/registry.ts';
 import { ExecutionError } from '../../../errors.ts';
 import { type Tensor, type TensorView, transpose } from '../../../tensor/tensor.ts';
@@ -22,6 +23,10 @@ export interface AttentionEngine {
 export interface Attended {
   /** Where the operands are. */
   readonly output: OrtTensor;
+  /** The one that ran. */
+  readonly kernel: KernelName;
+  /** Undefined where it has not ended by now. */
+  readonly milliseconds: number | undefined;
   /** Undefined, or what went wrong on the GPU behind the call's back: known a little later, and waited for once a run. */
   readonly failure: Promise<Error | undefined>;
 }
@@ -62,6 +67,9 @@ function cpuTensor({ tensor, view }: OperandCall): Tensor {
   };
 }
 
+const defaultKernel = async (problem: AttentionProblem): Promise<KernelName> =>
+  (await (await getBackend('wasm')).defaultKernel(problem)).name;
+
 /** The WASM backend on tensors in the memory of this process. */
 export function cpuEngine(OrtTensorClass: OrtTensorConstructor): AttentionEngine {
   return {
@@ -70,6 +78,7 @@ export function cpuEngine(OrtTensorClass: OrtTensorConstructor): AttentionEngine
       return (await getBackend('wasm')).kernels.map(({ name }) => name);
     },
     async attend(call, kernel) {
+      const start = performance.now();
       const [q, k, v] = [call.q, call.k, call.v].map((operand) => inLayout(call, cpuTensor(operand))) as [
         Tensor,
         Tensor,
@@ -78,13 +87,20 @@ export function cpuEngine(OrtTensorClass: OrtTensorConstructor): AttentionEngine
       const length = call.q.view.shape[2];
       const keys = call.k.view.shape[2];
       const mask = call.mask && simplifyMask(cpuTensor(call.mask), length, keys);
-      const output = await sageattn(q, k, v, {
+      const options = {
         ...optionsOf(call, kernel),
-        backend: 'wasm',
         ...(mask?.causal === undefined ? {} : { isCausal: true, causalAlignment: mask.causal }),
         ...(mask?.attnMask === undefined ? {} : { attnMask: mask.attnMask }),
-      });
-      return { output: new OrtTensorClass(call.type, output.data, call.dims), failure: FINE };
+      };
+      const output = await sageattn(q, k, v, { ...options, backend: 'wasm' });
+      const milliseconds = performance.now() - start;
+      const ran = kernel === 'auto' ? await defaultKernel(createProblem(q, k, v, options)) : kernel;
+      return {
+        output: new OrtTensorClass(call.type, output.data, call.dims),
+        kernel: ran,
+        milliseconds,
+        failure: FINE,
+      };
     },
     release() {},
   };

@@ -108,7 +108,7 @@ export async function gpuEngine(OrtTensorClass: OrtTensorConstructor, device: GP
           download: async () => (await downloadTensor(device, result)).data,
           dispose: () => giveBack(result.buffer),
         });
-        return { output, failure: outcome };
+        return { output, kernel: descriptor.name, milliseconds: undefined, failure: outcome };
       } finally {
         // Work that reads them is submitted: destroying waits for it.
         for (const buffer of uploaded) buffer.destroy();

@@ -15,8 +15,10 @@ export interface AttentionReport {
   readonly taken: boolean;
   /** Why onnxruntime computes it; undefined when taken. */
   readonly reason: string | undefined;
-  /** The kernel asked for, or found by `policy: 'adaptive'`; undefined when left. */
+  /** The kernel that ran last; before the first run the one asked for; undefined when left. */
   readonly kernel: KernelName | 'auto' | undefined;
+  /** What the attention took in the last run; undefined when left, and on a GPU, which runs it later. */
+  readonly milliseconds: number | undefined;
   /** Least cosine similarity seen while `'adaptive'` compared the kept kernel. */
   readonly cosineSimilarity: number | undefined;
 }

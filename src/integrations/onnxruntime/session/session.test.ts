@@ -87,7 +87,8 @@ describe('a diffusion transformer', () => {
       keyLength: TOKENS,
       taken: true,
       reason: undefined,
-      kernel: 'auto',
+      kernel: 'qk-int8-pv-fp16',
+      milliseconds: expect.any(Number),
       cosineSimilarity: undefined,
     });
     // Another length through the same session.

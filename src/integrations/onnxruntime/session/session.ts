@@ -38,6 +38,7 @@ export function reportLeft(left: LeftAttention & Partial<Lengths>): AttentionRep
     taken: false,
     reason: left.reason,
     kernel: undefined,
+    milliseconds: undefined,
     cosineSimilarity: undefined,
   };
 }
@@ -198,7 +199,8 @@ export class CutSession implements OrtSessionHandler {
       return false;
     }
     try {
-      const { output, failure } = await this.#parts.engine.attend(prepared.call, state.kernel);
+      const { output, failure, kernel, milliseconds } = await this.#parts.engine.attend(prepared.call, state.kernel);
+      Object.assign(state, { ran: kernel, milliseconds });
       run.store({ [result]: output });
       run.failures.push({ node: site.name, failure });
       return true;
