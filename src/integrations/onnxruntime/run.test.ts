@@ -10,6 +10,7 @@ import { GraphBuilder } from '../../../test/support/graph-builder.ts';
 import { Random, runSeed } from '../../../test/support/random.ts';
 import type { Backend } from '../../backends/backend.ts';
 import { setBackend } from '../../backends/registry.ts';
+import { compare } from '../../reference/metrics.ts';
 import { withSageAttention } from './index.ts';
 import { readModel } from './model/codec.ts';
 
@@ -228,6 +229,31 @@ describe("policy: 'adaptive'", () => {
     expect(sage.sageAttention[0]?.reason).toBe('3 tokens are fewer than minTokens, 4');
     await sage.run(feeds(5));
     expect(sage.sageAttention[0]?.reason).toBeUndefined();
+  });
+
+  it('returns to the model in one piece where that is faster, although the attention by itself is not', async () => {
+    const sage = await sageOf({ policy: 'adaptive', calibrationRuns: 1 }).create(ATTENTION);
+    const { prototype } = ort.InferenceSession as unknown as { prototype: ort.InferenceSession };
+    const { run } = prototype;
+    // What the pieces cost, and onnxruntime's own attention while kernels are compared.
+    let delay = 300;
+    const runs = vi.spyOn(prototype, 'run').mockImplementation(async function (
+      this: ort.InferenceSession,
+      ...args: unknown[]
+    ) {
+      const isWhole = this.inputNames.join() === 'q,k,v' && this.outputNames.join() === 'y' && delay === 0;
+      await new Promise((resolve) => setTimeout(resolve, isWhole ? 0 : 300));
+      return (run as (...args: unknown[]) => Promise<ort.InferenceSession.OnnxValueMapType>).apply(this, args);
+    });
+    const expected = (await sage.run(feeds())).y;
+    expect(sage.sageAttention[0]).toMatchObject({ taken: true });
+    delay = 0;
+    const { y } = await sage.run(feeds());
+    expect(compare(y?.data as Float32Array, expected?.data as Float32Array).relativeL1).toBeLessThan(1e-5);
+    expect(sage.sageAttention[0]).toMatchObject({ taken: false, reason: 'the model in one piece was faster' });
+    runs.mockClear();
+    for (const length of [4, 5]) expect((await sage.run(feeds(length))).y?.dims).toEqual([1, H, length, D]);
+    expect(runs).toHaveBeenCalledTimes(4);
   });
 
   it('runs at the same time compare each on its own', async () => {

@@ -79,10 +79,15 @@ export class CutSession implements OrtSessionHandler {
   readonly #whole: OpenedOnce<'whole'>;
   readonly #wholeShapes = new WholeShapes();
   readonly #running = new Set<Promise<OrtResults>>();
+  /** Runs left, and milliseconds by now, in pieces and in one. */
+  readonly #comparison: { remaining: number; cut: number; whole: number };
+  /** Every run is in one piece. */
+  #isWhole = false;
   #isReleased = false;
 
   constructor(parts: CutSessionParts) {
     this.#parts = parts;
+    this.#comparison = { remaining: parts.options.calibrationRuns, cut: 0, whole: 0 };
     this.#originals = new OpenedOnce((placed) => parts.createOriginal(placed));
     this.#whole = new OpenedOnce(async () => parts.createWhole?.());
     this.inputMetadata = parts.metadata.inputs;
@@ -119,9 +124,10 @@ export class CutSession implements OrtSessionHandler {
 
   async #run(feeds: OrtFeeds, fetches: OrtFetches, options: object): Promise<OrtResults> {
     const shape = inputShapeOf(this.inputNames.map((name) => feeds[name]?.dims ?? []));
-    const known = this.#wholeShapes.has(shape) ? await this.#openWhole() : undefined;
+    const known = this.#isWhole || this.#wholeShapes.has(shape) ? await this.#openWhole() : undefined;
     if (known !== undefined) return known.run(feeds, fetches, options);
     try {
+      if (this.#isSettled()) return await this.#compareWhole(feeds, fetches, options, shape);
       return await this.#runCut(feeds, fetches, options, shape);
     } catch (error) {
       // What a kernel reports is no fault of the model's. Anything else onnxruntime says itself, or does not find wrong.
@@ -132,6 +138,36 @@ export class CutSession implements OrtSessionHandler {
       this.#wholeShapes.add(shape, undefined);
       return results;
     }
+  }
+
+  /** True when `'adaptive'` has chosen for every attention, and is to choose between the pieces and the whole. */
+  #isSettled(): boolean {
+    const { createWhole, options } = this.#parts;
+    const isDue = options.policy === 'adaptive' && createWhole !== undefined && this.#comparison.remaining > 0;
+    return isDue && this.#sites.every(({ trials, remainingTrials }) => trials !== undefined && remainingTrials === 0);
+  }
+
+  /** Runs the model both ways: attention by itself may be faster, and the model in pieces slower all the same. */
+  async #compareWhole(feeds: OrtFeeds, fetches: OrtFetches, options: object, shape: InputShape): Promise<OrtResults> {
+    const comparison = this.#comparison;
+    comparison.remaining--;
+    const cut = await lastOf(1, async () => ended(await this.#runCut(feeds, fetches, options, shape)));
+    const whole = await this.#openWhole();
+    if (whole === undefined) return cut.result;
+    const wanted = Object.fromEntries(Object.keys(fetches).map((name) => [name, null]));
+    const plain = await lastOf(CALLS_TO_TIME, async () => {
+      const results = await ended(await whole.run(this.#sent(feeds), wanted, options));
+      for (const tensor of Object.values(results)) tensor.dispose();
+    });
+    comparison.cut += cut.milliseconds;
+    comparison.whole += plain.milliseconds;
+    if (comparison.remaining === 0 && comparison.whole <= comparison.cut) this.#becomeWhole();
+    return cut.result;
+  }
+
+  #becomeWhole(): void {
+    this.#isWhole = true;
+    for (const state of this.#sites) state.reason ??= 'the model in one piece was faster';
   }
 
   /** Where it cannot be opened (for want of memory, say) the pieces do. */
@@ -222,7 +258,7 @@ export class CutSession implements OrtSessionHandler {
   }
 
   /** What a session is given: a worker takes the buffers of its inputs away, which others read too. */
-  #sent(inputs: Record<string, OrtTensor>): Record<string, OrtTensor> {
+  #sent(inputs: OrtFeeds): OrtFeeds {
     const { ort } = this.#parts;
     if (!isProxied(ort)) return inputs;
     const TensorClass = ort.Tensor as OrtTensorConstructor;
@@ -275,4 +311,10 @@ export class CutSession implements OrtSessionHandler {
   endProfiling(): void {
     for (const session of this.#parts.sessions) session.endProfiling();
   }
+}
+
+/** The results when what computes them has ended: a GPU's session gives them before. */
+async function ended(results: OrtResults): Promise<OrtResults> {
+  for (const tensor of Object.values(results)) if (tensor.location === 'gpu-buffer') await tensor.getData();
+  return results;
 }
