@@ -32,7 +32,8 @@ function elementwise(index: GraphIndex, value: string): readonly string[] | unde
   const node = index.constants.has(value) ? undefined : index.producer(value);
   if (node === undefined || canonicalDomain(node.domain) !== '') return undefined;
   if (UNARY.has(node.opType)) return node.input.slice(0, 1);
-  return BINARY.has(node.opType) ? node.input : undefined;
+  // Before operator set 7 attributes said how the second one is spread.
+  return BINARY.has(node.opType) && node.attribute.length === 0 ? node.input : undefined;
 }
 
 /** Dimensions of a value that is computed from constants and inputs of fixed dimensions, element by element. */

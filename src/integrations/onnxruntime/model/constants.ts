@@ -40,10 +40,20 @@ function uniform(numbers: readonly number[] | undefined, rest: Omit<Uniform, 'nu
 /** Integers of a graph are divided as in C. */
 const inKind = (number: number, kind: ElementKind) => (kind === 'integer' ? Math.trunc(number) : number);
 
+/** Attributes of operators that have any. */
+const ATTRIBUTES: Readonly<Record<string, readonly string[]>> = {
+  __proto__: null as never,
+  Cast: ['to', 'saturate'],
+  ConstantOfShape: ['value'],
+};
+
 /** An operator of the default domain that {@link uniformOf} can compute. */
 function computable(index: GraphIndex, value: string): NodeProto | undefined {
   const node = index.constants.has(value) ? undefined : index.producer(value);
-  return node !== undefined && canonicalDomain(node.domain) === '' ? node : undefined;
+  if (node === undefined || canonicalDomain(node.domain) !== '') return undefined;
+  // With another attribute it may be another function; those that only reshape give the same numbers whatever theirs say.
+  const known = ATTRIBUTES[node.opType] ?? [];
+  return RESHAPING.has(node.opType) || node.attribute.every(({ name }) => known.includes(name)) ? node : undefined;
 }
 
 /** The value of an expression of constants all of whose elements are equal; undefined when it is none. */
