@@ -20,7 +20,7 @@ import { timeOnHost } from '../../src/measure/cuda-timing.ts';
 import { attentionExact } from '../../src/reference/exact.ts';
 import { compare } from '../../src/reference/metrics.ts';
 import { toFloat32 } from '../../src/tensor/access.ts';
-import { elementCount, slice, type Tensor } from '../../src/tensor/tensor.ts';
+import { elementCount, slice, type Tensor, tensor } from '../../src/tensor/tensor.ts';
 import type { Target } from '../conformance/suite.ts';
 import { Random } from '../support/random.ts';
 import { place, snapshot } from '../support/tensors.ts';
@@ -231,6 +231,57 @@ async function noLeak(target: Target, device: CudaDevice, sizes: CheckSizes, see
   return `${taken} bytes`;
 }
 
+/** Keys behind a mask, a window or the diagonal hold zeros or garbage: the output is the same. */
+async function hiddenKeysChangeNothing(
+  target: Target,
+  device: CudaDevice,
+  { tokens, headDim }: CheckSizes,
+  seed: number,
+) {
+  const hides = (key: number) => key % 3 === 1 || key >= tokens - 9;
+  const shown = Uint8Array.from({ length: tokens }, (_, key) => (hides(key) ? 0 : 1));
+  const boolean = tensor(shown, [tokens], { dtype: 'bool' });
+  const additive = place(
+    Float32Array.from(shown, (s) => (s ? 0.5 : -1e4)),
+    [tokens],
+    'bfloat16',
+  );
+  const cases: readonly (readonly [OutputOnly, Tensor | undefined, (key: number) => boolean])[] = [
+    [{}, boolean, hides],
+    [{ isCausal: true }, additive, hides],
+    [{ windowSize: [2, 3] }, undefined, (key) => key >= 5 + 4],
+  ];
+  for (const [options, mask, isHidden] of cases) {
+    const results: Float32Array[] = [];
+    // Rows of the window are the first five.
+    const rows = mask === undefined ? 5 : tokens;
+    for (const garbage of [0, 3e4]) {
+      const random = new Random(seed);
+      const make = (heads: number, length: number, fill?: number) => {
+        const values = random.normals(heads * length * headDim).map((x, i) => {
+          const hidden = fill !== undefined && isHidden(Math.floor(i / headDim) % length);
+          return hidden ? fill * x : x;
+        });
+        return upload(place(values, [1, heads, length, headDim], 'bfloat16'), device);
+      };
+      const [q, k, v] = [make(4, rows), make(2, tokens, garbage), make(2, tokens, garbage)];
+      const attnMask = mask === undefined ? undefined : upload(mask, device);
+      const output = await sageattn(q, k, v, {
+        ...settingsOf(target),
+        ...options,
+        ...(attnMask === undefined ? {} : { attnMask }),
+      });
+      results.push(toFloat32(download(output)));
+      dispose(q, k, v, attnMask, output);
+    }
+    const [clean, dirty] = results as [Float32Array, Float32Array];
+    // Smoothing Q takes the scores of its means from K itself: rows beyond the last may change a warp's order of sums.
+    const bound = target.kernel === 'qk-int4-pv-fp8-cuda' ? 0.01 : 0;
+    const apart = clean.reduce((most, x, i) => Math.max(most, Math.abs(x - (dirty[i] as number))), 0);
+    check(apart <= bound, () => `hidden keys change the output by ${apart} (${JSON.stringify(options)})`);
+  }
+}
+
 /** Checks of one kernel with one setting of its options, of sizes that a simulator can bear too. */
 export function kernelChecks(
   target: Target,
@@ -250,6 +301,13 @@ export function kernelChecks(
     {
       name: 'views and unaligned pointers give what contiguous copies give',
       run: () => viewsEqualCopies(target, device, { ...sizes, tokens: Math.ceil(sizes.tokens / 2) }, seed),
+    },
+    {
+      name: 'what no row sees changes nothing',
+      run: async () => {
+        await hiddenKeysChangeNothing(target, device, sizes, seed);
+        return undefined;
+      },
     },
     {
       name: 'prepared keys and values grow',
