@@ -11,7 +11,6 @@ import { createHash } from 'node:crypto';
 import { readFileSync } from 'node:fs';
 import { printKernel } from '../src/backends/cuda/ptx/printer.ts';
 import { configurations } from '../src/backends/cuda/testing/configurations.ts';
-import { hopperConfigurations } from '../src/backends/cuda/testing/configurations-wgmma.ts';
 import { webgpuKernels } from '../src/backends/webgpu/testing/configurations.ts';
 
 export interface GeneratedKernel {
@@ -21,7 +20,7 @@ export interface GeneratedKernel {
 
 /** @param thorough all; otherwise every WGSL kernel and a choice of the CUDA kernels */
 export const generatedKernels = (thorough: boolean): GeneratedKernel[] => [
-  ...[...configurations(thorough), ...hopperConfigurations(thorough)].map(({ name, kernel }) => ({
+  ...configurations(thorough).map(({ name, kernel }) => ({
     name: `cuda ${name}`,
     source: () => printKernel(kernel()),
   })),

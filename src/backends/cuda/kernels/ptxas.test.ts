@@ -14,7 +14,7 @@ describe('ptxas', () => {
     }
   });
 
-  const quick = configurations(false).filter(
+  const quick = configurations(false, 'mma-sync').filter(
     ({ name }) => /D128 (full|causal)/.test(name) || !name.startsWith('attention'),
   );
   test.skipIf(version === undefined).each(quick)('$name', ({ kernel, spillLimit }) => {
@@ -28,7 +28,7 @@ describe('ptxas', () => {
 
 describe('configurations', () => {
   test('the table knows what shared memory a kernel takes', () => {
-    for (const { name, kernel } of configurations(false)) {
+    for (const { name, kernel } of configurations(false, 'mma-sync')) {
       if (!name.startsWith('attention')) continue;
       const { sharedBytes, target, threads, minBlocksPerMultiprocessor } = kernel();
       const [valueTile, rowBytes] = name.includes('pv-fp16')

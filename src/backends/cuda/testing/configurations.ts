@@ -1,12 +1,13 @@
 /**
- * The configurations that are assembled in tests: what `planLaunches` asks for over targets, kernels, head dims and
- * features. They come from planning real problems, so that what is checked is what runs.
+ * The configurations that are assembled in tests and reports: what `planLaunches` asks for over targets, kernels, head dims and
+ * features, by kernel family. They come from planning real problems, so that what is checked is what runs.
  */
 import { createProblem } from '../../../attention/problem.ts';
 import type { DType } from '../../../tensor/dtype.ts';
 import { emptyTensor, tensor } from '../../../tensor/tensor.ts';
 import type { KernelChoice } from '../../backend.ts';
-import { CUDA_KERNELS, lackedBy } from '../kernel-table.ts';
+import { CUDA_KERNELS, type CudaKernelDescriptor, type Family, lackedBy } from '../kernel-table.ts';
+import { HOPPER_VARIANTS, type HopperTuning } from '../kernels/wgmma/table.ts';
 import type { SimulatableModule } from '../launches/arguments.ts';
 import { planLaunches } from '../launches/plan.ts';
 import { capabilityOf } from '../launches/scheme.ts';
@@ -14,6 +15,7 @@ import { TARGETS, type Target } from '../ptx/targets.ts';
 import type { Kernel } from '../ptx/types.ts';
 
 export interface Configuration {
+  readonly family: Family;
   /** `attention qk-int8-pv-fp16-cuda fp32 D128 causal sm_90a` */
   readonly name: string;
   readonly kernel: () => Kernel;
@@ -23,15 +25,6 @@ export interface Configuration {
   readonly spillLimit: number;
 }
 
-/** D and Dv. */
-const DIMS = [
-  [64, 64],
-  [128, 128],
-  [192, 128],
-  [256, 256],
-  [80, 80],
-] as const;
-
 interface Features {
   readonly name: string;
   readonly dtype?: DType;
@@ -40,35 +33,55 @@ interface Features {
   readonly softcap?: number;
   readonly lse?: boolean;
   readonly smoothV?: boolean;
-  /** Few queries over many keys. */
-  readonly decoding?: boolean;
+  readonly perWarp?: boolean;
+  /** One query over so many keys; default 256 over 256. */
+  readonly decoding?: number;
   /** Heads of Q over the one of K; default 1. */
   readonly heads?: number;
   readonly windowSize?: readonly [number, number];
 }
 
+/** D and Dv. */
+type Dims = readonly [number, number];
+const DIMS: readonly Dims[] = [
+  [64, 64],
+  [128, 128],
+  [192, 128],
+  [256, 256],
+  [80, 80],
+];
+
 const PLAIN: readonly Features[] = [{ name: 'full' }, { name: 'causal', causal: true }];
+
+/** With the default accumulator at D = 128 only. */
 const RARE: readonly Features[] = [
   { name: 'boolean mask', mask: 'bool' },
   { name: 'additive mask, LSE', mask: 'float16', lse: true },
   { name: 'softcap, causal', softcap: 30, causal: true },
-  { name: 'decoding', decoding: true, dtype: 'float16' },
-  { name: 'decoding, grouped heads in a window', decoding: true, heads: 8, windowSize: [1000, 0] },
+  { name: 'decoding', decoding: 4096, dtype: 'float16' },
+  { name: 'decoding, grouped heads in a window', decoding: 4096, heads: 8, windowSize: [1000, 0] },
   { name: 'smooth V, float32', smoothV: true, dtype: 'float32' },
 ];
+const WGMMA_RARE: readonly Features[] = [
+  { name: 'boolean mask', mask: 'bool' },
+  { name: 'additive mask, LSE', mask: 'float16', lse: true },
+  { name: 'softcap, causal, LSE', softcap: 30, causal: true, lse: true },
+  { name: 'per warp, float16', perWarp: true, dtype: 'float16' },
+  { name: 'smooth V, float32', smoothV: true, dtype: 'float32' },
+];
+const WGMMA_DECODING: Features = { name: 'decoding', decoding: 8192, heads: 4 };
 
 function modulesOf(
   choice: KernelChoice,
   target: Target,
-  [d, dv]: readonly [number, number],
-  features: Features,
+  [d, dv]: Dims,
+  { dtype = 'bfloat16', decoding, heads = 1, windowSize, mask, ...features }: Features,
+  overrides: Partial<HopperTuning> = {},
 ): { name: string; module: SimulatableModule }[] {
-  const dtype = features.dtype ?? 'bfloat16';
-  const [lq, lk] = features.decoding ? [1, 4096] : [256, 256];
-  const storage = emptyTensor([lk * Math.max(d, dv)], dtype).data;
-  const operand = (length: number, dim: number, heads = 1) => tensor(storage, [1, heads, length, dim], { dtype });
-  const { mask, windowSize } = features;
-  const problem = createProblem(operand(lq, d, features.heads), operand(lk, d), operand(lk, dv), {
+  const [lq, lk] = decoding === undefined ? [256, 256] : [1, decoding];
+  const storage = emptyTensor([Math.max(lk, heads * lq) * Math.max(d, dv)], dtype).data;
+  const operand = (length: number, dim: number, count = 1) => tensor(storage, [1, count, length, dim], { dtype });
+  const problem = createProblem(operand(lq, d, heads), operand(lk, d), operand(lk, dv), {
     causalAlignment: 'bottom-right',
     ...(windowSize === undefined ? {} : { windowSize }),
     isCausal: features.causal ?? false,
@@ -78,65 +91,101 @@ function modulesOf(
       ? {}
       : { attnMask: { location: 'cpu', dtype: mask, shape: [lq, lk], strides: [lk, 1], offset: 0 } }),
   });
-  const { launches } = planLaunches(problem, choice, { target, multiprocessors: 132 });
+  const { launches } = planLaunches(problem, choice, { target, multiprocessors: 132 }, { overrides });
   return launches.map(({ name, module }) => ({ name, module: module as SimulatableModule }));
 }
 
-/** The kernels that a target can run, with every accumulator. The portable one is another with coarser scales. */
-function choicesOf(target: Target): KernelChoice[] {
-  return CUDA_KERNELS.filter(
-    ({ name, family, qkQuantGran }) =>
-      // Those on wgmma are in configurations-wgmma.ts.
-      family !== 'wgmma' && qkQuantGran.includes('per-thread') && lackedBy(name, capabilityOf(target)) === undefined,
-  ).flatMap((descriptor) =>
-    descriptor.pvAccumDtype.map((pvAccumDtype) => ({
-      descriptor,
-      qkQuantGran: descriptor.qkQuantGran[0] ?? 'per-thread',
-      pvAccumDtype,
-      smoothK: true,
-      smoothV: false,
-      smoothQ: descriptor.smoothQ === 'always',
-    })),
-  );
-}
+/** A kernel's choices, the default accumulator first. */
+const choicesOf = (descriptor: CudaKernelDescriptor): KernelChoice[] =>
+  descriptor.pvAccumDtype.map((pvAccumDtype) => ({
+    descriptor,
+    qkQuantGran: descriptor.qkQuantGran[0] ?? 'per-thread',
+    pvAccumDtype,
+    smoothK: true,
+    smoothV: false,
+    smoothQ: descriptor.smoothQ === 'always',
+  }));
 
-/**
- * @param thorough every accumulator and head dim on every target; otherwise each kernel's default accumulator at D = 128 and
- * the rare features on one target
- */
-export function configurations(thorough: boolean): Configuration[] {
+/** On every target that can run a kernel. Kernels without scales per thread are others with coarser scales. */
+function configurationsOf(family: Family, thorough: boolean): Configuration[] {
   const found = new Map<string, Configuration>();
-  const add = (choice: KernelChoice, target: Target, dims: readonly [number, number], features: Features) => {
+  const add = (choice: KernelChoice, isDefault: boolean, target: Target, dims: Dims, features: Features) => {
     for (const { name, module } of modulesOf(choice, target, dims, features)) {
       if (found.has(module.id)) continue;
       const attention = name === 'attention';
-      const isDefault = choice.pvAccumDtype === choice.descriptor.pvAccumDtype[0];
       const plain = PLAIN.includes(features);
       const main = attention && plain && isDefault && dims[0] === dims[1];
-      const label = [
-        name,
-        choice.descriptor.name,
-        choice.pvAccumDtype,
-        dims[0] === dims[1] ? `D${dims[0]}` : `D${dims[0]}/${dims[1]}`,
-        features.name,
-        target,
-      ].join(' ');
+      const sizes = dims[0] === dims[1] ? `D${dims[0]}` : `D${dims[0]}/${dims[1]}`;
+      const label = [name, choice.descriptor.name, choice.pvAccumDtype, sizes, features.name, target].join(' ');
       const spillLimit = main || !attention ? 0 : plain ? 16 : 128;
-      found.set(module.id, { name: label, kernel: module.kernel, main, spillLimit });
+      found.set(module.id, { family, name: label, kernel: module.kernel, main, spillLimit });
     }
   };
   for (const target of TARGETS) {
-    for (const choice of choicesOf(target)) {
-      const isDefault = choice.pvAccumDtype === choice.descriptor.pvAccumDtype[0];
-      for (const dims of DIMS) {
-        if (!thorough && !(isDefault && dims[0] === 128)) continue;
-        for (const features of PLAIN) add(choice, target, dims, features);
+    const kernels = CUDA_KERNELS.filter(
+      (row) =>
+        row.family === family &&
+        row.qkQuantGran.includes('per-thread') &&
+        lackedBy(row.name, capabilityOf(target)) === undefined,
+    );
+    for (const [rank, choice] of kernels.flatMap((descriptor) => [...choicesOf(descriptor).entries()])) {
+      const dimsHere = thorough ? DIMS : DIMS.filter(([d]) => rank === 0 && d === 128);
+      for (const dims of dimsHere) for (const features of PLAIN) add(choice, rank === 0, target, dims, features);
+      if (rank > 0 || !(thorough || target === 'sm_89')) continue;
+      for (const features of RARE) {
+        add({ ...choice, smoothV: features.smoothV ?? false }, true, target, [128, 128], features);
       }
-      const rareHere = thorough || target === 'sm_89';
-      if (isDefault && rareHere)
-        for (const features of RARE)
-          add({ ...choice, smoothV: features.smoothV ?? false }, target, [128, 128], features);
     }
   }
   return [...found.values()];
+}
+
+/** With the variants of its tuning, at D = 128. None may spill. */
+function wgmmaConfigurations(thorough: boolean): Configuration[] {
+  const found = new Map<string, Configuration>();
+  const add = (name: string, isDefault: boolean, ...of: Parameters<typeof modulesOf>) => {
+    for (const { name: launch, module } of modulesOf(...of)) {
+      const attention = launch === 'attention';
+      const key = attention ? name : module.id;
+      const label = attention ? name : `${launch}, ${name}`;
+      const main = attention && isDefault && of[2][0] === of[2][1] && PLAIN.includes(of[3]);
+      if (found.has(key)) continue;
+      found.set(key, { family: 'wgmma', name: label, kernel: module.kernel, main, spillLimit: 0 });
+    }
+  };
+  const kernels = CUDA_KERNELS.filter(({ family }) => family === 'wgmma');
+  for (const [rank, choice] of kernels.flatMap((descriptor) => [...choicesOf(descriptor).entries()])) {
+    const label = (dims: Dims, feature: string) =>
+      `${choice.descriptor.name} ${choice.pvAccumDtype} D${dims.join('/')} ${feature}`;
+    for (const dims of thorough ? DIMS : DIMS.filter(([d]) => d === 128)) {
+      const rare = rank === 0 && dims[0] === 128 ? WGMMA_RARE : [];
+      for (const features of [...PLAIN, WGMMA_DECODING, ...rare]) {
+        const own: KernelChoice = {
+          ...choice,
+          qkQuantGran: features.perWarp ? 'per-warp' : 'per-thread',
+          smoothV: features.smoothV ?? false,
+        };
+        add(label(dims, features.name), rank === 0, own, 'sm_90a', dims, features);
+      }
+    }
+    const isFp8 = kernels.some(({ name, pvFormat }) => name === choice.descriptor.name && pvFormat === 'e4m3');
+    if (!thorough || rank > 0 || !isFp8) continue;
+    for (const [variant, tuning] of Object.entries(HOPPER_VARIANTS)) {
+      const [full] = PLAIN as [Features];
+      add(`${label([128, 128], full.name)} [${variant}]`, false, choice, 'sm_90a', [128, 128], full, tuning);
+    }
+  }
+  return [...found.values()];
+}
+
+/**
+ * @param thorough every accumulator and head dim, on every target, and every variant; otherwise D = 128, with the rare features
+ *   on one target; kernels that quantize for others once each
+ * @param only one family; default all
+ */
+export function configurations(thorough: boolean, only?: Family): Configuration[] {
+  const families = new Set(CUDA_KERNELS.map(({ family }) => family));
+  return [...families]
+    .filter((family) => only === undefined || family === only)
+    .flatMap((family) => (family === 'wgmma' ? wgmmaConfigurations(thorough) : configurationsOf(family, thorough)));
 }

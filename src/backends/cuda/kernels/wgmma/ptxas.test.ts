@@ -1,12 +1,12 @@
 import { expect, test } from 'vitest';
 import { TARGET_FEATURES } from '../../ptx/targets.ts';
-import { hopperConfigurations } from '../../testing/configurations-wgmma.ts';
+import { configurations } from '../../testing/configurations.ts';
 import { assemble, ptxasVersion } from '../../testing/ptxas.ts';
 
-/** All with HOPPER_PTXAS=all: `npx tsx scripts/ptxas-hopper.ts` keeps that report. */
-const configurations = hopperConfigurations(process.env.HOPPER_PTXAS === 'all');
+/** All with HOPPER_PTXAS=all: `npx tsx scripts/ptxas-report.ts` keeps that report. */
+const kernels = configurations(process.env.HOPPER_PTXAS === 'all', 'wgmma');
 
-test.skipIf(ptxasVersion() === undefined).each(configurations)(
+test.skipIf(ptxasVersion() === undefined).each(kernels)(
   '$name: no spills, products in the background, registers moved',
   ({ kernel }) => {
     const made = kernel();

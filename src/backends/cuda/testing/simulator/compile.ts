@@ -86,25 +86,45 @@ class Emitter {
 
   /** The statements of a lane-wise instruction, or undefined when it needs the whole warp or a memory. */
   laneWise(instruction: Instruction): string | undefined {
-    const { opcode, outputs, inputs } = instruction;
     const asynchronous = asyncLaneWise(this, instruction);
     if (asynchronous !== undefined) return asynchronous;
-    const parts = opcode.split('.');
-    const type = parts.at(-1) as string;
+    const { opcode, outputs, inputs } = instruction;
+    const [name, mode] = opcode.split('.');
+    const [d] = outputs as [Operand];
+    const [a, b] = inputs as [Operand, Operand];
+    switch (name) {
+      case 'mov':
+        return this.#move(instruction, opcode.split('.').at(-1) as string);
+      case 'cvt':
+        return this.#convert(opcode, d, a, b);
+      case 'ld':
+        return mode === 'param' ? this.#loadParameter(d as Reg, a) : undefined;
+      default:
+        return this.#sums(instruction) ?? this.#functions(instruction) ?? this.#logic(instruction);
+    }
+  }
+
+  /** What the operands of an arithmetic or logic instruction are called in its statements. */
+  #named({ opcode, outputs, inputs }: Instruction) {
+    const [name, mode, ...rest] = opcode.split('.') as [string, string, ...string[]];
+    const type = rest.at(-1) ?? mode;
     const [d] = outputs as [Operand];
     const [a, b, c] = inputs as [Operand, Operand, Operand];
-    const out = (as: 'u' | 'i' | 'f') => this.value(d, as);
-    const directed = { rp: 'roundUp', rm: 'roundDown' }[parts[1] as string];
-    const view = type === 'f32' ? 'f' : type.startsWith('s') ? 'i' : 'u';
+    const view: 'u' | 'i' | 'f' = type === 'f32' ? 'f' : type.startsWith('s') ? 'i' : 'u';
     const [x, y, z] = [a, b, c].map((operand) =>
       operand?.type === 'reg' || operand?.type === 'immediate' ? this.value(operand, view) : '',
     ) as [string, string, string];
-    switch (parts[0]) {
-      case 'mov':
-        return this.#move(instruction, type);
+    return { name, mode, type, d, a, b, c, view, x, y, z, out: (as: 'u' | 'i' | 'f') => this.value(d, as) };
+  }
+
+  /** Sums and products. */
+  #sums(instruction: Instruction): string | undefined {
+    const { name, mode, type, d, a, b, view, x, y, z, out } = this.#named(instruction);
+    const directed = { rp: 'roundUp', rm: 'roundDown' }[mode];
+    switch (name) {
       case 'add':
       case 'sub': {
-        const sign = parts[0] === 'add' ? '+' : '-';
+        const sign = name === 'add' ? '+' : '-';
         if (type === 'u64') {
           const [low, high] = [this.row(d as Reg), this.row(d as Reg) + 32];
           return `{const s=${x}${sign}${y};const c=Math.floor(s/4294967296);u[${high}+l]=${this.high(a)}${sign}${this.high(b)}+c;u[${low}+l]=s;}`;
@@ -118,8 +138,8 @@ class Emitter {
         // A product of float32 values is exact in float64.
         if (type === 'f32') return `${out('f')}=${directed === undefined ? '' : `R.${directed}`}(${x}*${y});`;
         if (type === 'f16x2') return `${out('u')}=R.halves((p,q)=>p*q,${x},${y});`;
-        if (parts[1] === 'wide') return this.setBig(d, `BigInt(${x})*BigInt(${y})`);
-        if (parts[1] === 'hi') return `${out('u')}=Number((BigInt(${x})*BigInt(${y}))>>32n);`;
+        if (mode === 'wide') return this.setBig(d, `BigInt(${x})*BigInt(${y})`);
+        if (mode === 'hi') return `${out('u')}=Number((BigInt(${x})*BigInt(${y}))>>32n);`;
         if (type === 'u64') return this.setBig(d, `${this.big(a)}*${this.big(b)}`);
         return `${out('i')}=Math.imul(${x},${y});`;
       case 'fma':
@@ -129,6 +149,15 @@ class Emitter {
         return undefined;
       case 'mad':
         return `${out('i')}=Math.imul(${x},${y})+${z};`;
+      default:
+        return undefined;
+    }
+  }
+
+  /** Arithmetic that is no sum or product. */
+  #functions(instruction: Instruction): string | undefined {
+    const { name, mode, type, view, x, y, out } = this.#named(instruction);
+    switch (name) {
       case 'div':
         if (type === 'f32') return `${out('f')}=${x}/${y};`;
         return `${out('u')}=Math.floor(${x}/${y});`;
@@ -136,9 +165,9 @@ class Emitter {
         return `${out('u')}=${x}%${y};`;
       case 'min':
       case 'max': {
-        const name = type === 'f32' || type === 'f16x2' ? `R.${parts[0]}Number` : `Math.${parts[0]}`;
-        if (type === 'f16x2') return `${out('u')}=R.halves(${name},${x},${y});`;
-        return `${out(view)}=${name}(${x},${y});`;
+        const of = type === 'f32' || type === 'f16x2' ? `R.${name}Number` : `Math.${name}`;
+        if (type === 'f16x2') return `${out('u')}=R.halves(${of},${x},${y});`;
+        return `${out(view)}=${of}(${x},${y});`;
       }
       case 'abs':
         return `${out(view)}=Math.abs(${x});`;
@@ -149,11 +178,20 @@ class Emitter {
       case 'lg2':
         return `${out('f')}=Math.log2(R.flush(${x}));`;
       case 'rcp':
-        return `${out('f')}=${parts[1] === 'approx' ? `R.flush(1/${x})` : `1/${x}`};`;
+        return `${out('f')}=${mode === 'approx' ? `R.flush(1/${x})` : `1/${x}`};`;
+      default:
+        return undefined;
+    }
+  }
+
+  /** Bits, predicates and comparisons. */
+  #logic(instruction: Instruction): string | undefined {
+    const { name, mode, type, d, a, b, c, view, x, y, z, out } = this.#named(instruction);
+    switch (name) {
       case 'and':
       case 'or':
       case 'xor': {
-        const sign = { and: '&', or: '|', xor: '^' }[parts[0]];
+        const sign = { and: '&', or: '|', xor: '^' }[name];
         const low = `${out('u')}=${x}${sign}${y};`;
         return type === 'b64' ? `${low}u[${this.row(d as Reg) + 32}+l]=${this.high(a)}${sign}${this.high(b)};` : low;
       }
@@ -168,18 +206,14 @@ class Emitter {
       case 'prmt':
         return `${out('u')}=R.prmt(${x},${y},${z});`;
       case 'setp': {
-        const sign = { eq: '===', ne: '!==', lt: '<', le: '<=', gt: '>', ge: '>=' }[parts[1] as 'eq'];
+        const sign = { eq: '===', ne: '!==', lt: '<', le: '<=', gt: '>', ge: '>=' }[mode as 'eq'];
         if (type === 'u64') return `${out('u')}=${this.big(a)}${sign}${this.big(b)}?1:0;`;
         // Comparisons with NaN are false, `ne` too.
-        if (parts[1] === 'ne' && type === 'f32') return `${out('u')}=(${x}<${y}||${x}>${y})?1:0;`;
+        if (mode === 'ne' && type === 'f32') return `${out('u')}=(${x}<${y}||${x}>${y})?1:0;`;
         return `${out('u')}=${x}${sign}${y}?1:0;`;
       }
       case 'selp':
         return `${out('u')}=${this.value(c, 'u')}?${this.#bits(a)}:${this.#bits(b)};`;
-      case 'cvt':
-        return this.#convert(opcode, d, a, b);
-      case 'ld':
-        return parts[1] === 'param' ? this.#loadParameter(d as Reg, a) : undefined;
       default:
         return undefined;
     }

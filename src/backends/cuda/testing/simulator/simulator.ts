@@ -14,7 +14,7 @@
 import type { KernelArgument, KernelLaunch } from '../../launches/launch.ts';
 import type { Kernel } from '../../ptx/types.ts';
 import { AsyncSharedMemory } from './async-memory.ts';
-import { compileKernel, type ParameterValues, type Program, parameterWords } from './compile.ts';
+import { compileKernel, type ParameterValues, type Program, parameterWords, type Terminator } from './compile.ts';
 import { isAsynchronous } from './compile-async.ts';
 import { AsyncUnits, type SimulatedTensorMap } from './mbarrier.ts';
 import { type DeviceAddresses, SharedMemory, SimulationError } from './memory.ts';
@@ -25,34 +25,42 @@ const EXITED = -1;
 /** Steps after which a warp is taken to hang. */
 const STEP_LIMIT = 10_000_000;
 
+/** Finds the lanes that run next, those at the lowest block; returns its number, or -1 when all have ended. */
+function gatherLanes(warp: Warp): number {
+  const { pc, lanes } = warp;
+  let lowest = EXITED;
+  for (const at of pc) if (at !== EXITED && (lowest === EXITED || at < lowest)) lowest = at;
+  let active = 0;
+  for (let lane = 0; lane < 32; lane++) if (pc[lane] === lowest) lanes[active++] = lane;
+  warp.active = active;
+  return lowest;
+}
+
+/** Moves the lanes that ran a block to what follows it. */
+function follow(warp: Warp, block: number, terminator: Terminator): void {
+  const { pc, lanes, active, u } = warp;
+  const leaves = terminator.kind === 'branch' || terminator.kind === 'exit';
+  const guard = leaves ? terminator.guard : undefined;
+  const target = terminator.kind === 'branch' ? terminator.target : EXITED;
+  for (let i = 0; i < active; i++) {
+    const lane = lanes[i] as number;
+    const taken = leaves && (guard === undefined || u[guard.row + lane] === guard.when);
+    pc[lane] = taken ? target : block + 1;
+  }
+}
+
 /** Runs a warp until it reaches a barrier (true) or ends (false). */
 function runToBarrier(warp: Warp, program: Program): boolean {
-  const { pc, lanes } = warp;
   for (let step = 0; step < STEP_LIMIT; step++) {
-    let lowest = Number.MAX_SAFE_INTEGER;
-    for (const at of pc) if (at !== EXITED && at < lowest) lowest = at;
-    if (lowest === Number.MAX_SAFE_INTEGER) return false;
-    let active = 0;
-    for (let lane = 0; lane < 32; lane++) if (pc[lane] === lowest) lanes[active++] = lane;
-    warp.active = active;
-    const block = program.blocks[lowest];
+    const at = gatherLanes(warp);
+    if (at === EXITED) return false;
+    const block = program.blocks[at];
     if (block === undefined) throw new SimulationError('a thread ran past the last instruction');
     block.run(warp);
     const { terminator } = block;
-    for (let i = 0; i < active; i++) {
-      const lane = lanes[i] as number;
-      const taken =
-        terminator.kind === 'branch' || terminator.kind === 'exit'
-          ? terminator.guard === undefined || warp.u[terminator.guard.row + lane] === terminator.guard.when
-          : false;
-      if (taken) pc[lane] = terminator.kind === 'branch' ? terminator.target : EXITED;
-      else pc[lane] = lowest + 1;
-    }
-    if (terminator.kind === 'barrier') {
-      warp.requireAll('bar.sync');
-      return true;
-    }
-    if (terminator.kind === 'turn') return true;
+    follow(warp, at, terminator);
+    if (terminator.kind === 'barrier') warp.requireAll('bar.sync');
+    if (terminator.kind === 'barrier' || terminator.kind === 'turn') return true;
   }
   throw new SimulationError(`warp ${warp.index} did not end`);
 }
