@@ -15,7 +15,6 @@ import type { HopperTuning } from '../kernels/wgmma/table.ts';
 import type { Target } from '../ptx/targets.ts';
 import type { BufferName, KernelLaunch, LaunchSequence } from './launch.ts';
 import { type Scheme, schemeOf } from './scheme.ts';
-import { hiddenKeysOf } from './visible-keys.ts';
 
 /** What planning needs to know of a device. */
 export interface DeviceFacts {
@@ -133,6 +132,12 @@ export function loadWidthOf(operand: OperandLayout, dim: number, dtype: DType, a
     if (alignment % bytes === 0 && whole.every((elements) => elements % width === 0)) return width;
   }
   return 1;
+}
+
+/** What the quantizers of a whole call read of its mask. */
+function hiddenKeysOf({ mask }: AttentionProblem): HiddenKeys {
+  if (mask === undefined) return 'none';
+  return mask.strides[1] === 0 ? 'of all heads' : 'of each head';
 }
 
 /**

@@ -1,7 +1,6 @@
 /** Launches that find out which keys a mask hides from every row, and where the quantizers read it. */
 import type { AttentionProblem } from '../../../attention/problem.ts';
 import {
-  type HiddenKeys,
   MASK_STRIDES,
   maskRowLimits,
   maskVisibleKeys,
@@ -15,12 +14,6 @@ import {
 import { inOrder, launch, maskArgumentsOf, maskFormatOf, moduleOf, pointer, u32 } from './arguments.ts';
 import type { Context } from './context.ts';
 import type { BufferName, KernelArgument, KernelLaunch } from './launch.ts';
-
-/** What the quantizers of a whole call read of its mask. */
-export function hiddenKeysOf({ mask }: AttentionProblem): HiddenKeys {
-  if (mask === undefined) return 'none';
-  return mask.strides[1] === 0 ? 'of all heads' : 'of each head';
-}
 
 export const visibleKeysPointer = ({ hiddenKeys }: Context): { visibleKeys?: KernelArgument } =>
   hiddenKeys === 'none' ? {} : { visibleKeys: pointer('visibleKeys') };
