@@ -49,13 +49,125 @@ export class SageAttentionError extends Error {
   }
 }
 
+/** Longest text of a value in an error. */
+const LONGEST_TEXT = 200;
+/** Elements of an array that an error shows. */
+const SHOWN_ELEMENTS = 8;
+
+const shortened = (text: string) => (text.length > LONGEST_TEXT ? `${text.slice(0, LONGEST_TEXT - 3)}...` : text);
+
+/** Text of a caller's that is safe on a terminal: control characters, those that reorder text among them, are escaped. */
+export const escaped = (text: string): string =>
+  shortened(text).replace(
+    /[\p{Cc}\p{Cf}\p{Zl}\p{Zp}\p{Cs}]/gu,
+    (character) => `\\u{${(character.codePointAt(0) as number).toString(16)}}`,
+  );
+
+/** Name of a typed array's class, whichever realm it is from; undefined for all else. */
+export const typedArrayName = Object.getOwnPropertyDescriptor(
+  Object.getPrototypeOf(Uint8Array.prototype),
+  Symbol.toStringTag,
+)?.get as (this: unknown) => string | undefined;
+
+function textOfObject(value: object): string {
+  const typed = typedArrayName.call(value);
+  if (typed !== undefined) return `${typed} of ${(value as Uint8Array).length} elements`;
+  if (Array.isArray(value)) {
+    const shown = value.slice(0, SHOWN_ELEMENTS).map((element) => textOf(element));
+    return `[${shown.join(',')}${value.length > SHOWN_ELEMENTS ? ',...' : ''}]`;
+  }
+  return Object.prototype.toString.call(value);
+}
+
+/** Any value in a few words, for errors: it never throws, is short, and takes no longer for a large value. */
+export function textOf(value: unknown): string {
+  try {
+    if (typeof value === 'function') return 'a function';
+    return escaped(typeof value === 'object' && value !== null ? textOfObject(value) : String(value));
+  } catch {
+    // A proxy, or a getter that throws.
+    return 'an object that cannot be read';
+  }
+}
+
 /** The caller passed something that no kernel accepts. */
 export class InvalidArgumentError extends SageAttentionError {
   override readonly name = 'InvalidArgumentError';
 
-  constructor(code: ErrorCode, argument: string, expected: string, received: string) {
-    super(code, `${argument}: expected ${expected}, received ${received}`, { argument, expected, received });
+  /** @param received in full; the error has its first 200 characters */
+  constructor(code: ErrorCode, argument: string, expected: string, received: string, cause?: unknown) {
+    const short = shortened(received);
+    super(code, `${argument}: expected ${expected}, received ${short}`, { argument, expected, received: short, cause });
   }
+}
+
+/**
+ * Reads what a caller passed. What only a getter or a proxy of theirs can throw becomes an error of this package, and so does
+ * what no check foresaw.
+ */
+export function reading<R>(argument: string, read: () => R, code: ErrorCode = 'invalid-shape'): R {
+  try {
+    return read();
+  } catch (error) {
+    if (error instanceof SageAttentionError) throw error;
+    const received = error instanceof Error ? escaped(error.message) : textOf(error);
+    throw new InvalidArgumentError(code, argument, 'values that can be read', received, error);
+  }
+}
+
+/** Steps from one word to another: letters that are left out, added or changed. */
+function distanceOf(from: string, to: string): number {
+  let row = Array.from({ length: to.length + 1 }, (_, j) => j);
+  for (let i = 1; i <= from.length; i++) {
+    const next = [i];
+    for (let j = 1; j <= to.length; j++) {
+      const changed = (row[j - 1] as number) + (from[i - 1] === to[j - 1] ? 0 : 1);
+      next.push(Math.min(changed, (row[j] as number) + 1, (next[j - 1] as number) + 1));
+    }
+    row = next;
+  }
+  return row[to.length] as number;
+}
+
+/** The name that was probably meant: the same but for case and `_`, or but for a few letters. */
+function nearest(name: string, names: readonly string[]): string | undefined {
+  if (name.length > 40) return undefined;
+  const plain = (text: string) => text.replaceAll('_', '').toLowerCase();
+  const near = names
+    .map((other) => ({ other, distance: distanceOf(plain(name), plain(other)) }))
+    .sort((a, b) => a.distance - b.distance)[0];
+  return near !== undefined && near.distance <= Math.max(1, Math.floor(name.length / 3)) ? near.other : undefined;
+}
+
+/**
+ * A copy of the options given, inherited ones included, each read once. One that is `undefined` counts as absent.
+ *
+ * @param taken names of the options that there are
+ * @throws {InvalidArgumentError} `invalid-option`: no object; `unknown-option`: a name that is not among `taken`
+ */
+export function takeOptions<T extends object>(options: T, taken: readonly string[], argument = 'options'): T {
+  if (typeof options !== 'object' || options === null || Array.isArray(options)) {
+    throw new InvalidArgumentError('invalid-option', argument, 'an object', textOf(options));
+  }
+  const copyOf = () => {
+    const copy: Record<string, unknown> = {};
+    for (const name in options) {
+      if (!taken.includes(name)) {
+        const near = nearest(name, taken);
+        const expected = `one of ${taken.join(', ')}${near === undefined ? '' : ` (perhaps ${near})`}`;
+        throw new InvalidArgumentError(
+          'unknown-option',
+          `${argument}.${escaped(name)}`,
+          expected,
+          `'${escaped(name)}'`,
+        );
+      }
+      const value = options[name];
+      if (value !== undefined) copy[name] = value;
+    }
+    return copy as T;
+  };
+  return reading(argument, copyOf, 'invalid-option');
 }
 
 /** A valid option that the chosen kernel does not honour. */

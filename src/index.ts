@@ -7,10 +7,12 @@
 import { kernelFunction } from './api/sageattn.ts';
 
 export {
+  type AppendOptions,
   type AttendOptions,
   KeyValueCache,
   type KeyValueOptions,
   prepareKeyValue,
+  type TokenOptions,
 } from './api/key-value-cache.ts';
 export { Attention, createAttention, type TensorSpec } from './api/planned.ts';
 export {

@@ -8,14 +8,13 @@ import {
   validateOptions,
 } from '../attention/options.ts';
 import { type AttentionProblem, createProblem } from '../attention/problem.ts';
-import type { AttentionOutputs, PreparedKeyValue, RunContext } from '../backends/backend.ts';
-import { chooseKernel, contextOf, RUN_OPTIONS, validateStorage } from '../backends/choice.ts';
+import type { AttentionOutputs, KeyValueContext, PreparedKeyValue, RunContext } from '../backends/backend.ts';
+import { chooseKernel, contextOf, RUN_OPTIONS, takeTensor } from '../backends/choice.ts';
 import { DISPOSE } from '../dispose.ts';
-import { ExecutionError, InvalidArgumentError } from '../errors.ts';
-import type { Tensor, TensorView } from '../tensor/tensor.ts';
-import { contiguousStrides } from '../tensor/tensor.ts';
-import type { AttentionResult } from './sageattn.ts';
-import { chooseBackend } from './selection.ts';
+import { ExecutionError, InvalidArgumentError, takeOptions, textOf } from '../errors.ts';
+import { contiguousStrides, copyOfCpu, requireView, specOf, type Tensor, type TensorView } from '../tensor/tensor.ts';
+import { type AttentionResult, takeCall } from './sageattn.ts';
+import { chooseBackend, readyBackend } from './selection.ts';
 
 /** Options that are settled when K and V are prepared. */
 export type KeyValueOptions = Pick<
@@ -30,10 +29,23 @@ export type KeyValueOptions = Pick<
   | 'pvAccumDtype'
   | 'signal'
   | 'stream'
->;
+> &
+  TokenOptions;
+
+/** Which of the tokens given count. */
+export interface TokenOptions {
+  /**
+   * bool `[B,L]`, nonzero: the token counts in the means and scales of quantization. For what pads a batch, which every `attend`
+   * must hide with its own mask: it is quantized like the others, but coarsens nothing. Default: all count.
+   */
+  readonly keyMask?: TensorView;
+}
+
+/** Options of `append`. */
+export type AppendOptions = RunContext & TokenOptions;
 
 /** Options of each call over prepared K and V. */
-export type AttendOptions = Omit<AttentionOptions, Exclude<keyof KeyValueOptions, keyof RunContext>>;
+export type AttendOptions = Omit<AttentionOptions, Exclude<keyof KeyValueOptions, keyof RunContext | 'keyMask'>>;
 
 const PREPARE_OPTIONS = [
   'backend',
@@ -46,13 +58,40 @@ const PREPARE_OPTIONS = [
   'pvAccumDtype',
   'signal',
   'stream',
-] as const satisfies readonly (keyof KeyValueOptions)[];
+] as const satisfies readonly (keyof KeyValueOptions & keyof AttentionOptions)[];
 const ATTEND_OPTIONS = OPTION_NAMES.filter(
   (name) => name === 'signal' || name === 'stream' || !(PREPARE_OPTIONS as readonly string[]).includes(name),
 );
 
 type Axes = readonly [headAxis: 1 | 2, tokenAxis: 1 | 2];
 const axesOf = (layout: TensorLayout): Axes => (layout === 'HND' ? [1, 2] : [2, 1]);
+
+/** Options of a preparation or an append without the mask of tokens, and that mask as it is now. */
+function takeKeyMask<O extends TokenOptions>(
+  options: O,
+  taken: readonly string[],
+  k: TensorView,
+  tokenAxis: number,
+): { options: Omit<O, 'keyMask'>; keyMask: TensorView | undefined } {
+  const { keyMask, ...rest } = takeOptions(options, [...taken, 'keyMask']);
+  if (keyMask === undefined) return { options: rest, keyMask };
+  const argument = 'options.keyMask';
+  requireView(argument, keyMask);
+  const shape = [k.shape[0], k.shape[tokenAxis]];
+  const fits = keyMask.dtype === 'bool' && keyMask.shape.length === 2 && shape.every((n, i) => n === keyMask.shape[i]);
+  if (!fits || keyMask.location !== k.location || (keyMask.device ?? 0) !== (k.device ?? 0)) {
+    throw new InvalidArgumentError(
+      'invalid-mask',
+      argument,
+      `a bool tensor [B,L] = ${textOf(shape)} where the keys are (${k.location})`,
+      `${textOf(keyMask.location)} ${textOf(keyMask.dtype)} ${textOf(keyMask.shape)}`,
+    );
+  }
+  return { options: rest, keyMask: takeTensor(argument, keyMask) };
+}
+
+const withKeyMask = (context: RunContext, keyMask: TensorView | undefined): KeyValueContext =>
+  keyMask === undefined ? context : { ...context, keyMask };
 
 /** A tensor's description with another number of tokens, contiguous; for problems about K and V that are held quantized. */
 function withTokens(view: TensorView, tokenAxis: number, tokens: number): TensorView {
@@ -65,11 +104,13 @@ export class KeyValueCache<T extends TensorView = Tensor> {
   readonly #backend: BackendName;
   readonly #prepared: PreparedKeyValue;
   readonly #layout: TensorLayout;
+  /** Descriptions of what was prepared, not the tensors: those are the caller's. */
   readonly #k: TensorView;
   readonly #v: TensorView;
   #disposed = false;
   /** Calls run one after another: an append must not change what an attend before it reads. */
   #last: Promise<unknown> = Promise.resolve();
+  #underWay = 0;
 
   /** @internal */
   constructor(backend: BackendName, prepared: PreparedKeyValue, layout: TensorLayout, k: TensorView, v: TensorView) {
@@ -93,10 +134,21 @@ export class KeyValueCache<T extends TensorView = Tensor> {
     });
   }
 
-  #enqueue<R>(work: () => Promise<R>): Promise<R> {
+  /**
+   * Runs `work` once the calls before have ended: now, if there are none. Inputs are those of the moment of the call, so where
+   * it must wait, `keep` is called now.
+   */
+  async #inTurn<R>(keep: () => void, work: () => Promise<R>): Promise<R> {
     if (this.#disposed) throw new ExecutionError('disposed', 'this KeyValueCache has been disposed');
-    const result = this.#last.then(work);
-    this.#last = result.catch(() => undefined);
+    const isFirst = this.#underWay === 0;
+    if (!isFirst) keep();
+    this.#underWay++;
+    // `work` of the first is called before this returns.
+    const result = isFirst ? (async () => work())() : this.#last.then(work);
+    this.#last = result.then(
+      () => this.#underWay--,
+      () => this.#underWay--,
+    );
     return result;
   }
 
@@ -109,10 +161,11 @@ export class KeyValueCache<T extends TensorView = Tensor> {
    * @param v `[B,Hkv,L,Dv]`
    * @throws {InvalidArgumentError} tensors that do not continue the ones held
    */
-  async append(k: T, v: T, options: RunContext = {}): Promise<void> {
-    validateOptions(options, RUN_OPTIONS);
-    const [headAxis] = axesOf(this.#layout);
-    const problem = createProblem(k, k, v, { tensorLayout: this.#layout });
+  async append(k: T, v: T, options: AppendOptions = {}): Promise<void> {
+    const [headAxis, tokenAxis] = axesOf(this.#layout);
+    const { inputs, problem } = takeCall({ q: k, k, v }, { tensorLayout: this.#layout }, createProblem);
+    const taken = takeKeyMask(options, RUN_OPTIONS, k, tokenAxis);
+    const context = contextOf(validateOptions(taken.options, RUN_OPTIONS), this.#backend);
     for (const [argument, given, held] of [
       ['k', k, this.#k],
       ['v', v, this.#v],
@@ -123,16 +176,20 @@ export class KeyValueCache<T extends TensorView = Tensor> {
         throw new InvalidArgumentError(
           'invalid-shape',
           argument,
-          `${held.location} ${held.dtype} like [${held.shape}] but for the tokens`,
-          `${given.location} ${given.dtype} [${given.shape}]`,
+          `${held.location} ${held.dtype} like ${textOf(held.shape)} but for the tokens`,
+          `${given.location} ${given.dtype} ${textOf(given.shape)}`,
         );
       }
     }
-    validateStorage({ q: k, k, v });
-    const context = contextOf(options, this.#backend);
-    return this.#enqueue(() => {
+    let { keyMask } = taken;
+    let [ownK, ownV] = [inputs.k, inputs.v];
+    const keep = () => {
+      [ownK, ownV] = [copyOfCpu(ownK), copyOfCpu(ownV)];
+      keyMask &&= copyOfCpu(keyMask);
+    };
+    return this.#inTurn(keep, () => {
       context.signal?.throwIfAborted();
-      return this.#prepared.append(k, v, problem, context);
+      return this.#prepared.append(ownK, ownV, problem, withKeyMask(context, keyMask));
     });
   }
 
@@ -147,17 +204,20 @@ export class KeyValueCache<T extends TensorView = Tensor> {
   attend(q: T, options?: AttendOptions & { readonly returnLse?: false }): Promise<T>;
   attend(q: T, options?: AttendOptions): Promise<T | AttentionResult<T>>;
   async attend(q: T, options: AttendOptions = {}): Promise<T | AttentionResult<T>> {
-    validateOptions(options, ATTEND_OPTIONS);
-    const { attnMask } = options;
-    const context = contextOf(options, this.#backend);
+    const { attnMask, ...unmasked } = validateOptions(options, ATTEND_OPTIONS);
+    const context = contextOf(unmasked, this.#backend);
     // The heads, dtype and rank of q are checked now; the mask's shape against the keys held when the call's turn comes.
-    const { attnMask: _, ...unmasked } = options;
     this.#problem(q, this.length, unmasked);
-    validateStorage({ q, k: q, v: q, ...(attnMask === undefined ? {} : { attnMask }) });
-    const outputs = await this.#enqueue(() => {
+    let own = takeTensor('q', q);
+    let mask = attnMask && takeTensor('options.attnMask', attnMask);
+    const keep = () => {
+      own = copyOfCpu(own);
+      mask &&= copyOfCpu(mask);
+    };
+    const outputs = await this.#inTurn(keep, () => {
       context.signal?.throwIfAborted();
-      const problem = this.#problem(q, this.length, options);
-      return this.#prepared.attend(q, problem, attnMask, context);
+      const problem = this.#problem(own, this.length, mask === undefined ? unmasked : { ...unmasked, attnMask: mask });
+      return this.#prepared.attend(own, problem, mask, context);
     });
     const { output, lse } = outputs as AttentionOutputs<T>;
     return lse === undefined ? output : { output, lse };
@@ -188,13 +248,20 @@ export async function prepareKeyValue<T extends TensorView>(
   v: T,
   options: KeyValueOptions = {},
 ): Promise<KeyValueCache<T>> {
-  validateOptions(options, PREPARE_OPTIONS);
-  const layout = options.tensorLayout ?? 'HND';
-  const problem = createProblem(k, k, v, { tensorLayout: layout });
-  validateStorage({ q: k, k, v });
-  const backend = await chooseBackend(problem, options);
-  const context = contextOf(options, backend.name);
-  const choice = await chooseKernel(backend, problem, options);
-  const prepared = await backend.prepareKeyValue(problem, choice, k, v, context);
-  return new KeyValueCache<T>(backend.name, prepared, layout, k, v);
+  const unchecked = takeOptions(options, [...PREPARE_OPTIONS, 'keyMask']);
+  const { keyMask: _, ...others } = unchecked;
+  const own = validateOptions(others, PREPARE_OPTIONS);
+  own.signal?.throwIfAborted();
+  const layout = own.tensorLayout ?? 'HND';
+  const { inputs, problem } = takeCall({ q: k, k, v }, { tensorLayout: layout }, createProblem);
+  const { keyMask } = takeKeyMask(unchecked, PREPARE_OPTIONS, k, axesOf(layout)[1]);
+  const [heldK, heldV] = [specOf('k', k), specOf('v', v)];
+  // Where a backend must be waited for, copies wait.
+  const [keptK, keptV] = [copyOfCpu(inputs.k), copyOfCpu(inputs.v)];
+  const keptMask = keyMask && copyOfCpu(keyMask);
+  const backend = readyBackend(problem, own) ?? (await chooseBackend(problem, own));
+  const context = contextOf(own, backend.name);
+  const choice = await chooseKernel(backend, problem, own);
+  const prepared = await backend.prepareKeyValue(problem, choice, keptK, keptV, withKeyMask(context, keptMask));
+  return new KeyValueCache<T>(backend.name, prepared, layout, heldK, heldV);
 }

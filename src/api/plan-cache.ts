@@ -1,5 +1,7 @@
+import type { AttentionOptions } from '../attention/options.ts';
 import type { AttentionProblem } from '../attention/problem.ts';
 import type { Backend, KernelChoice, Plan } from '../backends/backend.ts';
+import { chooseKernel } from '../backends/choice.ts';
 
 /** Plans kept per backend. A model has a handful of attention shapes; a decoder without a cache one per length. */
 const CAPACITY = 64;
@@ -24,13 +26,25 @@ function textOf(value: unknown): string {
   return `${text}},`;
 }
 
-function keyOf(problem: AttentionProblem, choice: KernelChoice): string {
+function keyOf(problem: string, choice: KernelChoice): string {
   const { descriptor, qkQuantGran, pvAccumDtype, smoothK, smoothV, smoothQ, ...none } = choice;
   none satisfies Record<string, never>;
-  return `${descriptor.name},${qkQuantGran},${pvAccumDtype},${smoothK},${smoothV},${smoothQ},${textOf(problem)}`;
+  return `${descriptor.name},${qkQuantGran},${pvAccumDtype},${smoothK},${smoothV},${smoothQ},${problem}`;
 }
 
-const caches = new WeakMap<Backend, Map<string, Entry>>();
+/** The options that decide a {@link KernelChoice}. */
+function askedFor(problem: string, options: AttentionOptions): string {
+  const { kernel, qkQuantGran, pvAccumDtype, smoothK, smoothV, smoothQ } = options;
+  return `${kernel},${qkQuantGran},${pvAccumDtype},${smoothK},${smoothV},${smoothQ},${problem}`;
+}
+
+interface Cache {
+  readonly plans: Map<string, Entry>;
+  /** What a problem and options came to, so that a backend is asked for its default kernel once. */
+  readonly choices: Map<string, KernelChoice>;
+}
+
+const caches = new WeakMap<Backend, Cache>();
 
 function release(entry: Entry): void {
   entry.users--;
@@ -42,50 +56,73 @@ function release(entry: Entry): void {
   }
 }
 
-function evict(cache: Map<string, Entry>, key: string): void {
-  const entry = cache.get(key) as Entry;
-  cache.delete(key);
+function evict(plans: Map<string, Entry>, key: string): void {
+  const entry = plans.get(key) as Entry;
+  plans.delete(key);
   entry.evicted = true;
   release(entry);
 }
 
-/** Runs `use` with the plan for a problem, made now or kept from an earlier call. A plan in use is never disposed. */
+function remember<V>(map: Map<string, V>, key: string, value: V): void {
+  // A Map iterates in order of insertion: reinserting makes the first key the one used longest ago.
+  map.delete(key);
+  map.set(key, value);
+}
+
+/**
+ * Runs `use` with the plan for a problem, made now or kept from an earlier call. A plan in use is never disposed. Where the plan
+ * is at hand, `use` is called before this returns; where it is not, `wait` is called before this returns.
+ *
+ * @throws as `chooseKernel`
+ */
 export async function withCachedPlan<R>(
   backend: Backend,
   problem: AttentionProblem,
-  choice: KernelChoice,
+  options: AttentionOptions,
   use: (plan: Plan) => Promise<R>,
+  wait: () => void = () => undefined,
 ): Promise<R> {
   let cache = caches.get(backend);
   if (cache === undefined) {
-    cache = new Map();
+    cache = { plans: new Map(), choices: new Map() };
     caches.set(backend, cache);
   }
-  const key = keyOf(problem, choice);
-  let entry = cache.get(key);
+  const { plans, choices } = cache;
+  const text = textOf(problem);
+  const asked = askedFor(text, options);
+  let choice = choices.get(asked);
+  if (choice === undefined) {
+    wait();
+    choice = await chooseKernel(backend, problem, options);
+  }
+  remember(choices, asked, choice);
+  if (choices.size > CAPACITY) choices.delete(choices.keys().next().value as string);
+  const key = keyOf(text, choice);
+  let entry = plans.get(key);
   // The backend was disposed since; it starts again with the next call, which is this one.
   if (entry !== undefined) {
+    if (entry.made === undefined) wait();
     const made = entry.made ?? (await entry.plan.catch(() => undefined));
-    if (made?.ended === true && cache.get(key) === entry) evict(cache, key);
+    if (made?.ended === true && plans.get(key) === entry) evict(plans, key);
   }
-  entry = cache.get(key);
+  entry = plans.get(key);
   if (entry === undefined) {
+    wait();
     // The cache itself is a user, until the entry is evicted.
     entry = { plan: backend.plan(problem, choice), made: undefined, users: 1, evicted: false };
   }
-  // A Map iterates in order of insertion: reinserting makes the first key the one used longest ago.
-  cache.delete(key);
-  cache.set(key, entry);
+  remember(plans, key, entry);
   entry.users++;
-  if (cache.size > CAPACITY) {
-    evict(cache, cache.keys().next().value as string);
+  if (plans.size > CAPACITY) {
+    evict(plans, plans.keys().next().value as string);
   }
   try {
     entry.made ??= await entry.plan;
     return await use(entry.made);
   } catch (error) {
     // A plan that failed may hold a lost device: the next call makes a new one.
-    if (cache.get(key) === entry) evict(cache, key);
+    if (plans.get(key) === entry) evict(plans, key);
+    choices.delete(asked);
     throw error;
   } finally {
     release(entry);

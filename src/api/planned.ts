@@ -3,17 +3,24 @@
 import { type AttentionOptions, type BackendName, OPTION_NAMES, validateOptions } from '../attention/options.ts';
 import { createProblem } from '../attention/problem.ts';
 import type { AttentionInputs, AttentionOutputs, KernelChoice, Plan, RunContext } from '../backends/backend.ts';
-import { chooseKernel, contextOf, RUN_OPTIONS, validateStorage } from '../backends/choice.ts';
+import { chooseKernel, contextOf, RUN_OPTIONS, takeInputs } from '../backends/choice.ts';
 import { DISPOSE } from '../dispose.ts';
-import { ExecutionError, InvalidArgumentError } from '../errors.ts';
-import type { Tensor, TensorView } from '../tensor/tensor.ts';
-import { chooseBackend } from './selection.ts';
+import { ExecutionError, InvalidArgumentError, reading, textOf } from '../errors.ts';
+import { requireView, specOf, type Tensor, type TensorView } from '../tensor/tensor.ts';
+import { chooseBackend, readyBackend } from './selection.ts';
 
 /** A shape, dtype and layout to plan for; any tensor is one. */
 export type TensorSpec = TensorView;
 
+/** Descriptions without data, as they are now: a plan keeps no tensor alive. */
+function keepSpecs({ q, k, v, attnMask }: AttentionInputs<TensorSpec>): AttentionInputs<TensorSpec> {
+  const own = { q: specOf('q', q), k: specOf('k', k), v: specOf('v', v) };
+  return attnMask === undefined ? own : { ...own, attnMask: specOf('attnMask', attnMask) };
+}
+
 const sameLayout = (a: TensorView, b: TensorView) =>
   a.location === b.location &&
+  (a.device ?? 0) === (b.device ?? 0) &&
   a.dtype === b.dtype &&
   a.offset === b.offset &&
   a.shape.length === b.shape.length &&
@@ -23,7 +30,7 @@ const sameLayout = (a: TensorView, b: TensorView) =>
 const layoutText = (view: TensorView | undefined) =>
   view === undefined
     ? 'none'
-    : `${view.location} ${view.dtype} [${view.shape}] strides [${view.strides}] offset ${view.offset}`;
+    : `${textOf(view.location)} ${textOf(view.dtype)} ${textOf(view.shape)} strides ${textOf(view.strides)} offset ${view.offset}`;
 
 /** Attention planned for one shape; see {@link createAttention}. */
 export class Attention<T extends TensorView = Tensor> {
@@ -43,28 +50,35 @@ export class Attention<T extends TensorView = Tensor> {
   }
 
   /**
-   * @param inputs tensors with the location, dtype, shape, strides and offset that were planned for
+   * @param inputs tensors with the location, dtype, shape, strides and offset that were planned for, as they are at the moment
+   *     of the call
    * @returns the output and, if planned with `returnLse`, the logsumexp
    * @throws {InvalidArgumentError} a tensor unlike the planned one
    * @throws {ExecutionError} `disposed` after {@link dispose}; a device or worker that failed
    */
   async run(inputs: AttentionInputs<T>, context: RunContext = {}): Promise<AttentionOutputs<T>> {
     if (this.#disposed) throw new ExecutionError('disposed', 'this Attention has been disposed');
-    validateOptions(context, RUN_OPTIONS);
+    const own = validateOptions(context, RUN_OPTIONS);
     if (typeof inputs !== 'object' || inputs === null) {
-      throw new InvalidArgumentError('invalid-shape', 'inputs', 'an object with q, k and v', String(inputs));
+      throw new InvalidArgumentError('invalid-shape', 'inputs', 'an object with q, k and v', textOf(inputs));
     }
-    context.signal?.throwIfAborted();
+    own.signal?.throwIfAborted();
+    reading('inputs', () => this.#requirePlanned(inputs));
+    const taken = takeInputs(inputs);
+    return (await this.#plan.run(taken, contextOf(own, this.#backend))) as AttentionOutputs<T>;
+  }
+
+  /** @throws {InvalidArgumentError} a tensor unlike the planned one */
+  #requirePlanned(inputs: AttentionInputs<T>): void {
     for (const name of ['q', 'k', 'v', 'attnMask'] as const) {
       const planned = this.#specs[name];
       const given = inputs[name];
+      if (given !== undefined) requireView(name, given);
       const fits = planned === undefined || given === undefined ? planned === given : sameLayout(planned, given);
       if (!fits) {
         throw new InvalidArgumentError('invalid-shape', name, `${layoutText(planned)}, as planned`, layoutText(given));
       }
     }
-    validateStorage(inputs);
-    return (await this.#plan.run(inputs, contextOf(context, this.#backend))) as AttentionOutputs<T>;
   }
 
   /** Frees what the plan holds. Runs under way end first. */
@@ -90,17 +104,26 @@ export async function createAttention<T extends TensorView = Tensor>(
   specs: AttentionInputs<TensorSpec>,
   options: Omit<AttentionOptions, 'attnMask' | 'signal' | 'stream'> = {},
 ): Promise<Attention<T>> {
-  validateOptions(
+  const own = validateOptions(
     options,
     OPTION_NAMES.filter((name) => name !== 'attnMask' && name !== 'signal' && name !== 'stream'),
   );
   if (typeof specs !== 'object' || specs === null) {
-    throw new InvalidArgumentError('invalid-shape', 'specs', 'an object with q, k and v', String(specs));
+    throw new InvalidArgumentError('invalid-shape', 'specs', 'an object with q, k and v', textOf(specs));
   }
-  const { q, k, v, attnMask } = specs;
-  const all: AttentionOptions = attnMask === undefined ? options : { ...options, attnMask };
-  const problem = createProblem(q, k, v, all);
-  const backend = await chooseBackend(problem, all);
+  const kept = reading('specs', () => keepSpecs(specs));
+  const { q, k, v, attnMask } = kept;
+  const all: AttentionOptions = attnMask === undefined ? own : { ...own, attnMask };
+  // Runs take a CPU tensor's elements from its offset on.
+  const taken = (view: TensorSpec): TensorSpec => (view.location === 'cpu' ? { ...view, offset: 0 } : view);
+  createProblem(q, k, v, all);
+  const problem = createProblem(
+    taken(q),
+    taken(k),
+    taken(v),
+    attnMask === undefined ? all : { ...all, attnMask: taken(attnMask) },
+  );
+  const backend = readyBackend(problem, all) ?? (await chooseBackend(problem, all));
   const plan = await backend.plan(problem, await chooseKernel(backend, problem, all));
-  return new Attention<T>(backend.name, plan, specs);
+  return new Attention<T>(backend.name, plan, kept);
 }

@@ -3,11 +3,13 @@
 import type { KernelName } from '../attention/kernels.ts';
 import { type AttentionOptions, OPTION_NAMES, validateOptions } from '../attention/options.ts';
 import { type AttentionProblem, createProblem, createVarlenProblem } from '../attention/problem.ts';
-import type { AttentionInputs, AttentionOutputs, Backend } from '../backends/backend.ts';
-import { chooseKernel, contextOf, validateStorage } from '../backends/choice.ts';
+import type { AttentionInputs, AttentionOutputs, Backend, Plan } from '../backends/backend.ts';
+import { contextOf, keepInputs, takeInputs } from '../backends/choice.ts';
+import { forgetAvailability } from '../backends/registry.ts';
+import { BackendUnavailableError, ExecutionError } from '../errors.ts';
 import type { Tensor, TensorView } from '../tensor/tensor.ts';
 import { withCachedPlan } from './plan-cache.ts';
-import { chooseBackend } from './selection.ts';
+import { chooseBackend, readyBackend } from './selection.ts';
 
 /** What a call with `returnLse: true` gives. */
 export interface AttentionResult<T extends TensorView = Tensor> {
@@ -19,23 +21,53 @@ export interface AttentionResult<T extends TensorView = Tensor> {
 
 type WithLse = AttentionOptions & { readonly returnLse: true };
 
-function inputsOf<T extends TensorView>(q: T, k: T, v: T, attnMask: TensorView | undefined): AttentionInputs<T> {
-  const inputs = attnMask === undefined ? { q, k, v } : { q, k, v, attnMask };
-  validateStorage(inputs);
-  return inputs;
+type CreateProblem = (q: TensorView, k: TensorView, v: TensorView, options: AttentionOptions) => AttentionProblem;
+
+/** A call's inputs as they are now, and what it means. */
+export function takeCall<T extends TensorView>(
+  { q, k, v }: AttentionInputs<T>,
+  options: AttentionOptions,
+  create: CreateProblem,
+): { inputs: AttentionInputs<T>; problem: AttentionProblem } {
+  const { attnMask } = options;
+  let inputs: AttentionInputs<T>;
+  try {
+    inputs = takeInputs(attnMask === undefined ? { q, k, v } : { q, k, v, attnMask });
+  } catch (error) {
+    // What is wrong with a description goes before what is wrong with the storage.
+    create(q, k, v, options);
+    throw error;
+  }
+  const own = inputs.attnMask === undefined ? options : { ...options, attnMask: inputs.attnMask };
+  return { inputs, problem: create(inputs.q, inputs.k, inputs.v, own) };
 }
 
 async function attend<T extends TensorView>(
-  inputs: AttentionInputs<T>,
-  problem: AttentionProblem,
+  taken: { inputs: AttentionInputs<T>; problem: AttentionProblem },
   options: AttentionOptions,
   given?: Backend,
 ): Promise<T | AttentionResult<T>> {
   options.signal?.throwIfAborted();
-  const backend = given ?? (await chooseBackend(problem, options));
+  const { problem } = taken;
+  // Inputs are those of the moment of the call. A plan that is at hand reads them now; where it must be waited for, copies wait.
+  let inputs: AttentionInputs<T> | undefined;
+  const wait = () => {
+    inputs ??= keepInputs(taken.inputs);
+  };
+  let backend = given ?? readyBackend(problem, options);
+  if (backend === undefined) {
+    wait();
+    backend = await chooseBackend(problem, options);
+  }
   const context = contextOf(options, backend.name);
-  const choice = await chooseKernel(backend, problem, options);
-  const outputs = await withCachedPlan(backend, problem, choice, (plan) => plan.run(inputs, context));
+  const run = (plan: Plan) => plan.run(inputs ?? taken.inputs, context);
+  let outputs: AttentionOutputs;
+  try {
+    outputs = await withCachedPlan(backend, problem, options, run, wait);
+  } catch (error) {
+    if (error instanceof ExecutionError || error instanceof BackendUnavailableError) forgetAvailability(backend);
+    throw error;
+  }
   // A backend answers where its inputs are, so its tensors are of the caller's kind.
   const { output, lse } = outputs as AttentionOutputs<T>;
   return lse === undefined ? output : { output, lse };
@@ -46,7 +78,8 @@ async function attend<T extends TensorView>(
  *
  * Shapes (HND, the default): q `[B,Hq,Lq,D]`, k `[B,Hkv,Lk,D]`, v `[B,Hkv,Lk,Dv]`; NHD swaps heads and tokens. Hq is a
  * multiple of Hkv (grouped-query attention); D and Dv are from 1 to 256. dtypes float16, bfloat16 and float32; all three
- * alike. Inputs are never written.
+ * alike. Inputs are never written, and are those of the moment of the call: what is written into them, transferred or resized
+ * afterwards changes nothing.
  *
  * @returns the output, `[B,Hq,Lq,Dv]` in the same layout and dtype as q; with `returnLse: true` also the logsumexp
  * @throws {InvalidArgumentError} an argument that no kernel takes
@@ -74,9 +107,8 @@ export async function sageattn<T extends TensorView>(
   v: T,
   options: AttentionOptions = {},
 ): Promise<T | AttentionResult<T>> {
-  validateOptions(options);
-  const problem = createProblem(q, k, v, options);
-  return attend(inputsOf(q, k, v, options.attnMask), problem, options);
+  const own = validateOptions(options);
+  return attend(takeCall({ q, k, v }, own, createProblem), own);
 }
 
 /** {@link sageattn} on a backend that no name stands for: one on a device of another library. */
@@ -87,8 +119,7 @@ export async function sageattnOn<T extends TensorView>(
   v: T,
   options: AttentionOptions & { readonly returnLse?: false },
 ): Promise<T> {
-  const problem = createProblem(q, k, v, options);
-  return (await attend(inputsOf(q, k, v, options.attnMask), problem, options, backend)) as T;
+  return (await attend(takeCall({ q, k, v }, options, createProblem), options, backend)) as T;
 }
 
 const VARLEN_OPTIONS = OPTION_NAMES.filter((name) => name !== 'tensorLayout');
@@ -140,9 +171,10 @@ export async function sageattnVarlen<T extends TensorView>(
   cuSeqlensK: ArrayLike<number>,
   options: VarlenOptions = {},
 ): Promise<T | AttentionResult<T>> {
-  validateOptions(options, VARLEN_OPTIONS);
-  const problem = createVarlenProblem(q, k, v, cuSeqlensQ, cuSeqlensK, options);
-  return attend(inputsOf(q, k, v, options.attnMask), problem, options);
+  const own: AttentionOptions = validateOptions(options, VARLEN_OPTIONS);
+  const create: CreateProblem = (ownQ, ownK, ownV, all) =>
+    createVarlenProblem(ownQ, ownK, ownV, cuSeqlensQ, cuSeqlensK, all);
+  return attend(takeCall({ q, k, v }, own, create), own);
 }
 
 type KernelOptions = Omit<AttentionOptions, 'kernel'>;
@@ -164,7 +196,6 @@ const KERNEL_FUNCTION_OPTIONS = OPTION_NAMES.filter((name) => name !== 'kernel')
 /** The function of one kernel. */
 export function kernelFunction(kernel: KernelName): KernelFunction {
   return (async <T extends TensorView>(q: T, k: T, v: T, options: KernelOptions = {}) => {
-    validateOptions(options, KERNEL_FUNCTION_OPTIONS);
-    return sageattn(q, k, v, { ...options, kernel });
+    return sageattn(q, k, v, { ...validateOptions(options, KERNEL_FUNCTION_OPTIONS), kernel });
   }) as KernelFunction;
 }

@@ -3,12 +3,20 @@
 import type { AttentionOptions, BackendName } from '../attention/options.ts';
 import type { AttentionProblem } from '../attention/problem.ts';
 import type { Backend } from '../backends/backend.ts';
-import { BACKEND_PREFERENCE, getBackend } from '../backends/registry.ts';
+import {
+  askAvailability,
+  BACKEND_PREFERENCE,
+  getBackend,
+  knownAvailability,
+  loadedBackend,
+} from '../backends/registry.ts';
 import { BackendUnavailableError, InvalidArgumentError } from '../errors.ts';
 
 async function usable(name: BackendName): Promise<Backend> {
   const backend = await getBackend(name);
-  const { available, reason, remedy } = await backend.availability();
+  const known = knownAvailability(backend);
+  // One that was absent may have come since: it was asked for by name.
+  const { available, reason, remedy } = known?.available === true ? known : await askAvailability(backend);
   if (!available) throw new BackendUnavailableError(name, reason ?? 'unknown reason', remedy ?? '');
   return backend;
 }
@@ -25,7 +33,7 @@ async function backendForCpuTensors(kernel: AttentionOptions['kernel']): Promise
     try {
       const backend = await getBackend(name);
       if (!offers(backend, kernel)) continue;
-      const availability = await backend.availability();
+      const availability = knownAvailability(backend) ?? (await askAvailability(backend));
       if (availability.available && availability.accelerated) return backend;
       if (availability.available) fallback = backend;
       else failure = new BackendUnavailableError(name, availability.reason ?? '', availability.remedy ?? '');
@@ -59,4 +67,25 @@ export async function chooseBackend(problem: AttentionProblem, options: Attentio
     );
   }
   return usable(problem.location);
+}
+
+/** What {@link chooseBackend} gives, if that is known without asking any backend. */
+export function readyBackend(problem: AttentionProblem, options: AttentionOptions): Backend | undefined {
+  const asked = options.backend ?? 'auto';
+  const named = problem.location === 'cpu' ? asked : problem.location;
+  if (named !== 'auto') {
+    const backend = asked === 'auto' || asked === named ? loadedBackend(named) : undefined;
+    return backend && knownAvailability(backend)?.available === true ? backend : undefined;
+  }
+  let fallback: Backend | undefined;
+  for (const name of BACKEND_PREFERENCE) {
+    const backend = loadedBackend(name);
+    if (backend === null) continue;
+    const availability = backend && knownAvailability(backend);
+    if (availability === undefined) return undefined;
+    if (!offers(backend as Backend, options.kernel) || !availability.available) continue;
+    if (availability.accelerated) return backend;
+    fallback = backend;
+  }
+  return fallback;
 }

@@ -1,4 +1,4 @@
-import { InvalidArgumentError } from '../errors.ts';
+import { InvalidArgumentError, reading, takeOptions, textOf } from '../errors.ts';
 import type { Granularity, PvAccumDtype } from '../quantization/schemes.ts';
 import type { TensorView } from '../tensor/tensor.ts';
 import { KERNEL_NAMES, type KernelName } from './kernels.ts';
@@ -101,39 +101,41 @@ const OPTIONS: Readonly<Record<keyof AttentionOptions, readonly [Check, string]>
   qkQuantGran: oneOf('per-block', 'per-warp', 'per-thread'),
   pvAccumDtype: oneOf('fp32', 'fp16', 'fp16+fp32', 'fp32+fp32', 'fp32+fp16'),
   returnLse: [isBoolean, 'a boolean'],
-  signal: [(value) => typeof AbortSignal !== 'undefined' && value instanceof AbortSignal, 'an AbortSignal'],
+  // By what it can do: an iframe, vm or jsdom has a class of its own.
+  signal: [
+    (value) =>
+      typeof value === 'object' &&
+      value !== null &&
+      typeof (value as AbortSignal).aborted === 'boolean' &&
+      typeof (value as AbortSignal).throwIfAborted === 'function',
+    'an AbortSignal',
+  ],
   stream: [
     (value) => typeof value === 'object' && value !== null && 'handle' in value && typeof value.handle === 'bigint',
     "a CudaStream of 'sageattention/cuda'",
   ],
 };
 
-function describe(value: unknown): string {
-  if (typeof value === 'string') return `'${value}'`;
-  if (Array.isArray(value)) return `[${value}]`;
-  return typeof value === 'object' && value !== null ? Object.prototype.toString.call(value) : String(value);
-}
+const describe = (value: unknown) => (typeof value === 'string' ? `'${textOf(value)}'` : textOf(value));
 
 /**
  * Checks names and values of options. An option that is `undefined` counts as absent.
  *
  * @param taken the options that this entry point takes
+ * @returns the options that are present, each read once; what the caller changes later changes nothing
  * @throws {InvalidArgumentError} `unknown-option` or `invalid-option`
  */
-export function validateOptions(options: AttentionOptions, taken: readonly string[] = OPTION_NAMES): void {
-  if (typeof options !== 'object' || options === null || Array.isArray(options)) {
-    throw new InvalidArgumentError('invalid-option', 'options', 'an object', describe(options));
-  }
-  for (const [name, value] of Object.entries(options)) {
-    const entry = Object.hasOwn(OPTIONS, name) ? OPTIONS[name as keyof AttentionOptions] : undefined;
-    if (entry === undefined || !taken.includes(name)) {
-      throw new InvalidArgumentError('unknown-option', `options.${name}`, `one of ${taken.join(', ')}`, `'${name}'`);
-    }
-    const [check, expected] = entry;
-    if (value !== undefined && !check(value)) {
+export function validateOptions<T extends AttentionOptions>(options: T, taken: readonly string[] = OPTION_NAMES): T {
+  const given = takeOptions(options, taken);
+  for (const name in given) {
+    const [check, expected] = OPTIONS[name as keyof AttentionOptions];
+    const value = given[name];
+    if (!reading(`options.${name}`, () => check(value), 'invalid-option')) {
       throw new InvalidArgumentError('invalid-option', `options.${name}`, expected, describe(value));
     }
   }
+  const { windowSize } = given;
+  return windowSize === undefined ? given : { ...given, windowSize: [windowSize[0], windowSize[1]] };
 }
 
 /** Names of all options, for entry points that take fewer. */

@@ -1,9 +1,9 @@
 /** What a call means, with every default filled in. Nothing behind this file checks arguments again. */
 
-import { InvalidArgumentError } from '../errors.ts';
+import { InvalidArgumentError, reading, textOf } from '../errors.ts';
 import type { DType, MaskDType } from '../tensor/dtype.ts';
-import { type OperandLayout, type TensorLocation, type TensorView, validateView } from '../tensor/tensor.ts';
-import { type Band, createBand } from './band.ts';
+import { type OperandLayout, requireView, type TensorLocation, type TensorView } from '../tensor/tensor.ts';
+import { type Band, createBand, NO_LIMIT } from './band.ts';
 import type { AttentionOptions, TensorLayout } from './options.ts';
 
 /** A mask as `[B,Hq,Lq,Lk]`; a dimension that it broadcasts over has stride 0. */
@@ -124,38 +124,31 @@ const LOCATIONS: readonly string[] = ['cpu', 'webgpu', 'cuda'];
 
 function validateLocation(argument: string, { location }: TensorView): void {
   if (!LOCATIONS.includes(location)) {
-    throw new InvalidArgumentError('mixed-locations', `${argument}.location`, LOCATIONS.join(', '), String(location));
+    throw new InvalidArgumentError('mixed-locations', `${argument}.location`, LOCATIONS.join(', '), textOf(location));
   }
-}
-
-function isTensorView(value: unknown): value is TensorView {
-  return typeof value === 'object' && value !== null && 'shape' in value && 'dtype' in value && 'strides' in value;
 }
 
 function validateOperand(argument: string, view: TensorView, dimensions: readonly string[]): void {
-  if (!isTensorView(view)) {
-    throw new InvalidArgumentError('invalid-shape', argument, 'a tensor', String(view));
-  }
+  requireView(argument, view);
   if (!Array.isArray(view.shape) || view.shape.length !== dimensions.length) {
     throw new InvalidArgumentError(
       'invalid-rank',
       argument,
       `${dimensions.length} dimensions [${dimensions.join(',')}]`,
-      `shape [${view.shape}]`,
+      `shape ${textOf(view.shape)}`,
     );
   }
   if (!FLOAT_DTYPES.includes(view.dtype)) {
-    throw new InvalidArgumentError('invalid-dtype', `${argument}.dtype`, FLOAT_DTYPES.join(', '), String(view.dtype));
+    throw new InvalidArgumentError('invalid-dtype', `${argument}.dtype`, FLOAT_DTYPES.join(', '), textOf(view.dtype));
   }
   validateLocation(argument, view);
-  validateView(argument, view);
   const last = view.shape.length - 1;
   if ((view.shape[last] as number) > 1 && view.strides[last] !== 1) {
     throw new InvalidArgumentError(
       'invalid-strides',
       `${argument}.strides`,
       'a contiguous last dimension (stride 1)',
-      `[${view.strides}]`,
+      textOf(view.strides),
     );
   }
 }
@@ -168,7 +161,12 @@ function requireSame(
   code: 'invalid-shape' | 'invalid-dtype' | 'mixed-locations',
 ): void {
   if (expected !== received) {
-    throw new InvalidArgumentError(code, argument, `${what} ${expected}, as the other operands have`, String(received));
+    throw new InvalidArgumentError(
+      code,
+      argument,
+      `${what} ${textOf(expected)}, as the other operands have`,
+      textOf(received),
+    );
   }
 }
 
@@ -185,6 +183,19 @@ function validateHeadDim(argument: string, size: number): void {
   }
 }
 
+/**
+ * What is planned one by one, in loops that take time even where tensors hold nothing or repeat one element: more of it is a
+ * mistake.
+ */
+const MAX_BATCH = 2 ** 20;
+const MAX_HEADS = 2 ** 24;
+
+function requireCountable(argument: string, what: string, size: number, below: number): void {
+  if (size >= below) {
+    throw new InvalidArgumentError('unsupported-size', argument, `a ${what} below 2^${Math.log2(below)}`, textOf(size));
+  }
+}
+
 function operandLayout(view: TensorView, layout: TensorLayout): OperandLayout {
   const [batchStride, second, third] = view.strides as [number, number, number, number];
   return layout === 'HND'
@@ -194,13 +205,13 @@ function operandLayout(view: TensorView, layout: TensorLayout): OperandLayout {
 
 function maskLayout(mask: TensorView, target: readonly [number, number, number, number]): MaskLayout {
   const argument = 'options.attnMask';
-  validateView(argument, mask);
+  requireView(argument, mask);
   if (mask.dtype !== 'bool' && !FLOAT_DTYPES.includes(mask.dtype)) {
     throw new InvalidArgumentError(
       'invalid-dtype',
       `${argument}.dtype`,
       `bool, ${FLOAT_DTYPES.join(', ')}`,
-      String(mask.dtype),
+      textOf(mask.dtype),
     );
   }
   const missing = 4 - mask.shape.length;
@@ -210,7 +221,7 @@ function maskLayout(mask: TensorView, target: readonly [number, number, number, 
       'invalid-mask',
       argument,
       `a shape that broadcasts to [B,Hq,Lq,Lk] = [${target}]`,
-      `[${mask.shape}]`,
+      textOf(mask.shape),
     );
   }
   const strideOf = (dimension: number) => {
@@ -252,6 +263,11 @@ function normalize(
       `${queryHeads} heads`,
     );
   }
+  requireCountable('q', 'batch size', batch, MAX_BATCH);
+  requireCountable('q', 'number of heads over the batch', batch * queryHeads, MAX_HEADS);
+  requireCountable('k', 'number of heads over the batch', batch * kvHeads, MAX_HEADS);
+  requireCountable('q', 'length', queryLength, NO_LIMIT);
+  requireCountable('k', 'length', keyLength, NO_LIMIT);
   const headDim = q.shape.at(-1) as number;
   const valueDim = v.shape.at(-1) as number;
   validateHeadDim('q', headDim);
@@ -300,6 +316,10 @@ export function createProblem(
   v: TensorView,
   options: AttentionOptions,
 ): AttentionProblem {
+  return reading('q, k or v', () => denseProblem(q, k, v, options));
+}
+
+function denseProblem(q: TensorView, k: TensorView, v: TensorView, options: AttentionOptions): AttentionProblem {
   const tensorLayout = options.tensorLayout ?? 'HND';
   const [headAxis, tokenAxis] = tensorLayout === 'HND' ? ([1, 2] as const) : ([2, 1] as const);
   const names = (length: string, heads: string, dim: string) =>
@@ -338,12 +358,12 @@ export function createProblem(
 }
 
 function validateCuSeqlens(argument: string, cuSeqlens: ArrayLike<number>, total: number): Int32Array {
-  if (typeof cuSeqlens !== 'object' || cuSeqlens === null || !('length' in cuSeqlens)) {
-    throw new InvalidArgumentError('invalid-cu-seqlens', argument, 'an array of integers', String(cuSeqlens));
+  if (typeof cuSeqlens !== 'object' || cuSeqlens === null || !Number.isSafeInteger(cuSeqlens.length)) {
+    throw new InvalidArgumentError('invalid-cu-seqlens', argument, 'an array of integers', textOf(cuSeqlens));
   }
+  requireCountable(argument, 'number of entries', cuSeqlens.length, MAX_BATCH);
   const values = Array.from(cuSeqlens);
-  const shown = values.length > 8 ? `${values.slice(0, 8)},...` : `${values}`;
-  const fail = (expected: string) => new InvalidArgumentError('invalid-cu-seqlens', argument, expected, `[${shown}]`);
+  const fail = (expected: string) => new InvalidArgumentError('invalid-cu-seqlens', argument, expected, textOf(values));
   if (!values.every((value) => Number.isSafeInteger(value) && value < 2 ** 31)) throw fail('integers below 2^31');
   if (values.length < 2) throw fail('at least two entries');
   if (values[0] !== 0) throw fail('a first entry of 0');
@@ -363,6 +383,17 @@ const longest = (cuSeqlens: Int32Array) =>
  * @throws {InvalidArgumentError} naming the argument at fault
  */
 export function createVarlenProblem(
+  q: TensorView,
+  k: TensorView,
+  v: TensorView,
+  cuSeqlensQ: ArrayLike<number>,
+  cuSeqlensK: ArrayLike<number>,
+  options: AttentionOptions,
+): AttentionProblem {
+  return reading('q, k or v', () => packedProblem(q, k, v, cuSeqlensQ, cuSeqlensK, options));
+}
+
+function packedProblem(
   q: TensorView,
   k: TensorView,
   v: TensorView,

@@ -64,7 +64,8 @@ export interface RunContext {
 
 /**
  * A problem made ready: kernel chosen, code compiled, scratch sized. Reusable for every input of the same shape, also
- * before an earlier run has ended. `run` checks that the storage behind GPU tensors holds them.
+ * before an earlier run has ended. `run` checks that the storage behind GPU tensors holds them, and reads inputs on the CPU
+ * (copies or uploads them) before it returns its promise: the caller may write into them then.
  */
 export interface Plan {
   readonly kernel: KernelChoice;
@@ -74,11 +75,23 @@ export interface Plan {
   dispose(): void;
 }
 
-/** K and V of one call, quantized once. `problem` of `attend` has the cache's keys. */
+/** What belongs to one preparation or append. */
+export interface KeyValueContext extends RunContext {
+  /**
+   * bool `[B,L]` where K is, nonzero: the token counts. Others are padding that every `attend` hides: they count in no mean and
+   * no scale, and their codes may be 0 or clamped.
+   */
+  readonly keyMask?: TensorView;
+}
+
+/**
+ * K and V of one call, quantized once. `problem` of `attend` has the cache's keys. Like `Plan.run`, `append` and `attend` read
+ * inputs on the CPU before they return.
+ */
 export interface PreparedKeyValue {
   /** Tokens held. */
   readonly length: number;
-  append(k: TensorView, v: TensorView, problem: AttentionProblem, context: RunContext): Promise<void>;
+  append(k: TensorView, v: TensorView, problem: AttentionProblem, context: KeyValueContext): Promise<void>;
   attend(
     q: TensorView,
     problem: AttentionProblem,
@@ -101,7 +114,7 @@ export interface Backend {
     kernel: KernelChoice,
     k: TensorView,
     v: TensorView,
-    context: RunContext,
+    context: KeyValueContext,
   ): Promise<PreparedKeyValue>;
   /** Frees workers, devices and memory. The next call starts them again. */
   dispose(): Promise<void>;

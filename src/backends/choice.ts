@@ -2,8 +2,8 @@
 
 import type { AttentionOptions, BackendName } from '../attention/options.ts';
 import type { AttentionProblem } from '../attention/problem.ts';
-import { InvalidArgumentError, UnsupportedOptionError } from '../errors.ts';
-import { type Tensor, validateData } from '../tensor/tensor.ts';
+import { InvalidArgumentError, reading, UnsupportedOptionError } from '../errors.ts';
+import { copyOfCpu, type Tensor, type TensorView, validateData } from '../tensor/tensor.ts';
 import type { AttentionInputs, Backend, KernelChoice, KernelDescriptor, RunContext } from './backend.ts';
 
 /** The value asked for, or the kernel's default, by the option's name; nothing where the option has no meaning. */
@@ -82,16 +82,27 @@ export async function chooseKernel(
   return chooseOptions(descriptor, problem, options);
 }
 
-/** CPU storage must hold the views; a backend checks its own kind of storage when it runs. */
-export function validateStorage(inputs: AttentionInputs): void {
-  for (const [argument, view] of Object.entries({
-    q: inputs.q,
-    k: inputs.k,
-    v: inputs.v,
-    'options.attnMask': inputs.attnMask,
-  })) {
-    if (view?.location === 'cpu') validateData(argument, view as Tensor);
-  }
+/**
+ * Inputs as they are now: CPU storage must hold the views, and what the caller changes in their descriptions later changes
+ * nothing. A backend checks its own kind of storage when it runs.
+ *
+ * @throws {InvalidArgumentError} naming the tensor that its array does not hold, or whose array was transferred
+ */
+export function takeInputs<T extends TensorView>({ q, k, v, attnMask }: AttentionInputs<T>): AttentionInputs<T> {
+  return reading('q, k or v', () => {
+    const own = { q: takeTensor('q', q), k: takeTensor('k', k), v: takeTensor('v', v) };
+    return attnMask === undefined ? own : { ...own, attnMask: takeTensor('options.attnMask', attnMask) };
+  });
+}
+
+/** One tensor of {@link takeInputs}. */
+export const takeTensor = <T extends TensorView>(argument: string, view: T): T =>
+  view.location === 'cpu' ? (validateData(argument, view as unknown as Tensor) as unknown as T) : view;
+
+/** Inputs that stay as they are while others are waited for: what is on the CPU is copied. */
+export function keepInputs<T extends TensorView>({ q, k, v, attnMask }: AttentionInputs<T>): AttentionInputs<T> {
+  const own = { q: copyOfCpu(q), k: copyOfCpu(k), v: copyOfCpu(v) };
+  return attnMask === undefined ? own : { ...own, attnMask: copyOfCpu(attnMask) };
 }
 
 /** Options that belong to one run and not to a plan. */

@@ -1,6 +1,6 @@
 /** Which backends there are, and the instance of each that `sageattn` uses. */
 import type { BackendName } from '../attention/options.ts';
-import { BackendUnavailableError, InvalidArgumentError } from '../errors.ts';
+import { BackendUnavailableError, InvalidArgumentError, reading, textOf } from '../errors.ts';
 import type { Availability, Backend } from './backend.ts';
 
 /** Each backend is loaded when it is first asked for, so that a bundle carries only what runs. */
@@ -17,6 +17,45 @@ const LOADERS: Partial<Record<BackendName, () => Promise<Backend>>> = {
 export const BACKEND_PREFERENCE: readonly BackendName[] = ['cuda', 'webgpu', 'wasm'];
 
 const instances = new Map<BackendName, Promise<Backend>>();
+/** Those that have loaded, for calls that must not wait. */
+const loaded = new Map<BackendName, Backend>();
+
+function keep(name: BackendName, instance: Promise<Backend>): void {
+  instances.set(name, instance);
+  loaded.delete(name);
+  instance.then(
+    (backend) => {
+      if (instances.get(name) === instance) loaded.set(name, backend);
+    },
+    // A failed load may succeed later, when the missing package has been installed.
+    () => {
+      if (instances.get(name) === instance) instances.delete(name);
+    },
+  );
+}
+
+/** The instance of a backend if it has loaded; null: this build does not contain it. */
+export function loadedBackend(name: BackendName): Backend | null | undefined {
+  return loaded.get(name) ?? (LOADERS[name] === undefined && !instances.has(name) ? null : undefined);
+}
+
+/** What was last found of each backend. Calls on CPU tensors look for backends that are absent only once. */
+const found = new WeakMap<Backend, Availability>();
+
+/** Asks a backend what it finds, and remembers it for {@link knownAvailability}. */
+export async function askAvailability(backend: Backend): Promise<Availability> {
+  const availability = await backend.availability();
+  found.set(backend, availability);
+  return availability;
+}
+
+/** What a backend last found, if nothing failed on it since. */
+export const knownAvailability = (backend: Backend): Availability | undefined => found.get(backend);
+
+/** After a failure: the backend is asked anew by the next call. */
+export const forgetAvailability = (backend: Backend): void => {
+  found.delete(backend);
+};
 
 /**
  * The backend instance that `sageattn` uses; it is created on first use.
@@ -24,16 +63,14 @@ const instances = new Map<BackendName, Promise<Backend>>();
  * @throws {BackendUnavailableError} when this build does not contain the backend
  */
 export async function getBackend(name: BackendName): Promise<Backend> {
-  let instance = instances.get(name);
+  let instance = typeof name === 'string' ? instances.get(name) : undefined;
   if (instance === undefined) {
-    const load = Object.hasOwn(LOADERS, name) ? LOADERS[name] : undefined;
+    const load = typeof name === 'string' && Object.hasOwn(LOADERS, name) ? LOADERS[name] : undefined;
     if (load === undefined) {
-      throw new BackendUnavailableError(name, 'this version does not contain it', 'Use another backend');
+      throw new BackendUnavailableError(textOf(name), 'this version does not contain it', 'Use another backend');
     }
     instance = load();
-    // A failed load may succeed later, when the missing package has been installed.
-    instance.catch(() => instances.delete(name));
-    instances.set(name, instance);
+    keep(name, instance);
   }
   return instance;
 }
@@ -45,29 +82,35 @@ export async function getBackend(name: BackendName): Promise<Backend> {
  * @throws {InvalidArgumentError} `invalid-option`: no backend
  */
 export async function setBackend(backend: Backend): Promise<Backend | undefined> {
-  if (!BACKEND_PREFERENCE.includes(backend?.name) || typeof backend.plan !== 'function') {
-    throw new InvalidArgumentError('invalid-option', 'backend', 'a backend', String(backend?.name ?? backend));
+  const isBackend = () => BACKEND_PREFERENCE.includes(backend?.name) && typeof backend.plan === 'function';
+  if (!reading('backend', isBackend, 'invalid-option')) {
+    throw new InvalidArgumentError('invalid-option', 'backend', 'a backend', textOf(backend));
   }
   const previous = await instances.get(backend.name)?.catch(() => undefined);
-  instances.set(backend.name, Promise.resolve(backend));
+  keep(backend.name, Promise.resolve(backend));
+  loaded.set(backend.name, backend);
   return previous;
 }
 
 /**
- * Every backend that this build contains, in order of preference, with what was found of it. Never rejects.
+ * Every backend that this build contains, in order of preference, with what was found of it.
  *
  * @param only backends to look for; the others are not loaded
+ * @throws {InvalidArgumentError} `invalid-option`: no array; nothing else
  */
 export async function listBackends(
   only: readonly BackendName[] = BACKEND_PREFERENCE,
 ): Promise<{ name: BackendName; availability: Availability }[]> {
+  if (!Array.isArray(only)) {
+    throw new InvalidArgumentError('invalid-option', 'only', 'an array of names of backends', textOf(only));
+  }
   const contained = BACKEND_PREFERENCE.filter((name) => LOADERS[name] !== undefined || instances.has(name));
   return Promise.all(
     contained
       .filter((name) => only.includes(name))
       .map(async (name) => {
         try {
-          return { name, availability: await (await getBackend(name)).availability() };
+          return { name, availability: await askAvailability(await getBackend(name)) };
         } catch (error) {
           const reason = error instanceof Error ? error.message : String(error);
           return { name, availability: { available: false, accelerated: false, reason, details: {} } };
@@ -80,6 +123,8 @@ export async function listBackends(
 export async function disposeBackends(): Promise<void> {
   const running = [...instances.values()];
   instances.clear();
-  const loaded = await Promise.allSettled(running);
-  await Promise.all(loaded.map((result) => (result.status === 'fulfilled' ? result.value.dispose() : undefined)));
+  for (const backend of loaded.values()) found.delete(backend);
+  loaded.clear();
+  const settled = await Promise.allSettled(running);
+  await Promise.all(settled.map((result) => (result.status === 'fulfilled' ? result.value.dispose() : undefined)));
 }

@@ -13,7 +13,7 @@ import {
   lseShapeOf,
   outputShapeOf,
 } from '../attention/problem.ts';
-import { InvalidArgumentError } from '../errors.ts';
+import { InvalidArgumentError, reading } from '../errors.ts';
 import { type Tensor, validateData } from '../tensor/tensor.ts';
 import { attentionExact, type ReferenceInputs, type ReferenceOutputs } from './exact.ts';
 import { attentionQuantized, PORTABLE_ALGORITHM, type QuantizedAlgorithm } from './quantized.ts';
@@ -158,7 +158,7 @@ export function exactAttentionVarlen(
  * @throws {InvalidArgumentError} naming the argument at fault
  */
 export function quantizedAttention(q: Tensor, k: Tensor, v: Tensor, options: QuantizedOptions = {}): ReferenceResult {
-  const { algorithm: _, ...plain } = options;
+  const { algorithm: _, ...plain } = reading('options', () => ({ ...options }), 'invalid-option');
   validateOptions(plain, [...EXACT_OPTIONS, ...QUANTIZATION_OPTIONS]);
   const problem = createProblem(q, k, v, plain);
   return resultOf(problem, attentionQuantized(problem, inputsOf(q, k, v, plain), algorithmOf(options)));
@@ -178,7 +178,7 @@ export function quantizedAttentionVarlen(
   cuSeqlensK: ArrayLike<number>,
   options: Omit<QuantizedOptions, 'tensorLayout'> = {},
 ): ReferenceResult {
-  const { algorithm: _, ...plain } = options;
+  const { algorithm: _, ...plain } = reading('options', () => ({ ...options }), 'invalid-option');
   validateOptions(plain, [...EXACT_OPTIONS.filter((name) => name !== 'tensorLayout'), ...QUANTIZATION_OPTIONS]);
   const problem = createVarlenProblem(q, k, v, cuSeqlensQ, cuSeqlensK, plain);
   return resultOf(problem, attentionQuantized(problem, inputsOf(q, k, v, plain), algorithmOf(options)));

@@ -1,4 +1,4 @@
-import { InvalidArgumentError } from '../errors.ts';
+import { InvalidArgumentError, reading, textOf } from '../errors.ts';
 
 /** How far a result is from the exact one. */
 export interface Accuracy {
@@ -31,6 +31,12 @@ const WORST: Accuracy = {
  * @throws {InvalidArgumentError} `invalid-shape` when the lengths differ
  */
 export function compare(actual: ArrayLike<number>, expected: ArrayLike<number>): Accuracy {
+  for (const [argument, values] of Object.entries({ actual, expected })) {
+    const isArray = () => typeof values === 'object' && values !== null && Number.isSafeInteger(values.length);
+    if (!reading(argument, isArray)) {
+      throw new InvalidArgumentError('invalid-shape', argument, 'an array of numbers', textOf(values));
+    }
+  }
   if (actual.length !== expected.length) {
     throw new InvalidArgumentError('invalid-shape', 'actual', `${expected.length} elements`, `${actual.length}`);
   }

@@ -1,10 +1,18 @@
 /** Reading and writing the elements of CPU tensors, whatever their dtype and strides. */
 
-import { InvalidArgumentError } from '../errors.ts';
+import { InvalidArgumentError, reading, textOf, typedArrayName } from '../errors.ts';
 import type { DType } from './dtype.ts';
 import { decodeBfloat16, encodeBfloat16 } from './formats/bfloat16.ts';
 import { decodeFloat16, encodeFloat16 } from './formats/float16.ts';
-import { contiguousStrides, elementCount, emptyTensor, type OperandLayout, type Tensor } from './tensor.ts';
+import {
+  contiguousStrides,
+  elementCount,
+  emptyTensor,
+  type OperandLayout,
+  requireView,
+  type Tensor,
+  validateData,
+} from './tensor.ts';
 
 /** Copies `count` elements `start, start + stride, ...` of the storage as float32; bool elements become 0 or 1. */
 export function decodeRun(
@@ -44,13 +52,19 @@ function forEachRun(
   if (elementCount(shape) > 0) visit(0, offset, 0);
 }
 
-/** All elements of a strided view as a new row-major `Float32Array`. float16 and bfloat16 convert exactly. */
+/**
+ * All elements of a strided view as a new row-major `Float32Array`. float16 and bfloat16 convert exactly.
+ *
+ * @throws {InvalidArgumentError} no tensor, or one that its array does not hold
+ */
 export function toFloat32(view: Tensor): Float32Array {
-  const { shape, strides, offset } = view;
+  requireView('view', view);
+  const own = reading('view', () => validateData('view', view));
+  const { shape, strides, offset } = own;
   const target = new Float32Array(elementCount(shape));
   const length = shape.at(-1) ?? 1;
   const stride = strides.at(-1) ?? 1;
-  forEachRun(shape, strides, offset, (start, at) => decodeRun(view, start, stride, length, target, at));
+  forEachRun(shape, strides, offset, (start, at) => decodeRun(own, start, stride, length, target, at));
   return target;
 }
 
@@ -62,12 +76,15 @@ export function toFloat32(view: Tensor): Float32Array {
  * @throws {InvalidArgumentError} `invalid-shape`, `invalid-dtype`, `buffer-too-small`
  */
 export function fromFloat32(values: Float32Array, shape: readonly number[], dtype: DType): Tensor {
+  if (!/^Float(32|64)Array$/.test(typedArrayName.call(values) ?? '')) {
+    throw new InvalidArgumentError('invalid-dtype', 'values', 'a Float32Array', textOf(values));
+  }
   const target = emptyTensor(shape, dtype);
   if (values.length !== target.data.length) {
     throw new InvalidArgumentError(
       'buffer-too-small',
       'values',
-      `${target.data.length} values for shape [${shape}]`,
+      `${target.data.length} values for shape ${textOf(shape)}`,
       `${values.length} values`,
     );
   }

@@ -14,6 +14,8 @@ function file(header: unknown, data: readonly number[] = []): Uint8Array {
 const one = (dtype: string, bytes: readonly number[], shape: readonly number[] = [1]) =>
   file({ x: { dtype, shape, data_offsets: [0, bytes.length] } }, bytes);
 
+const u8 = (begin: number, end: number) => ({ dtype: 'U8', shape: [end - begin], data_offsets: [begin, end] });
+
 describe('parseSafetensors', () => {
   it.each([
     ['F64', [0, 0, 0, 0, 0, 0, 0xf8, 0x3f], 1.5],
@@ -67,6 +69,18 @@ describe('parseSafetensors', () => {
     ['a tensor beyond the end', file({ x: { dtype: 'U8', shape: [4], data_offsets: [0, 4] } }, [1])],
     ['offsets that do not fit the shape', one('F32', [0, 0], [1])],
     ['offsets in the wrong order', file({ x: { dtype: 'U8', shape: [0], data_offsets: [1, 0] } }, [1])],
+    ['tensors that overlap', file({ x: u8(0, 2), y: u8(1, 3) }, [1, 2, 3])],
+    ['two tensors of the same bytes', file({ x: u8(0, 2), y: u8(0, 2) }, [1, 2])],
+    ['a hole between tensors', file({ x: u8(0, 1), y: u8(2, 3) }, [1, 2, 3])],
+    ['data before the first tensor', file({ x: u8(1, 2) }, [1, 2])],
+    ['data behind the last tensor', file({ x: u8(0, 1) }, [1, 2])],
+    ['a name that occurs twice', file(`{"x":${JSON.stringify(u8(0, 1))},"x":${JSON.stringify(u8(0, 1))}}`, [1])],
+    [
+      'the same name written differently',
+      file(`{"x":${JSON.stringify(u8(0, 0))},"\\u0078":${JSON.stringify(u8(0, 0))}}`),
+    ],
+    ['a header of deep brackets', file('['.repeat(200_000) + ']'.repeat(200_000))],
+    ['an entry of deep brackets', file(`{"x":${'{"a":'.repeat(5000)}1${'}'.repeat(5000)}}`)],
   ] as const)('refuses %s', (_, bytes) => {
     let thrown: unknown;
     try {
@@ -76,5 +90,24 @@ describe('parseSafetensors', () => {
     }
     expect(thrown).toBeInstanceOf(InvalidArgumentError);
     expect((thrown as InvalidArgumentError).code).toBe('invalid-file');
+  });
+
+  it('takes brackets and names inside strings for what they are', () => {
+    const text = `{"__metadata__":{"a":"[[[{{{\\"x\\":"},"x":${JSON.stringify(u8(0, 1))}}`;
+    expect(parseSafetensors(file(text, [7])).metadata).toEqual({ a: '[[[{{{"x":' });
+  });
+
+  it('escapes names in errors, which may be printed to a terminal', () => {
+    const name = `\u001b]0;title\u0007\u202e${'long'.repeat(1000)}`;
+    const error = (() => {
+      try {
+        parseSafetensors(file({ [name]: 3 }));
+        return undefined;
+      } catch (thrown) {
+        return thrown as InvalidArgumentError;
+      }
+    })();
+    expect(error?.message).toContain('\\u{1b}]0;title\\u{7}\\u{202e}');
+    expect(error?.message.length).toBeLessThan(400);
   });
 });

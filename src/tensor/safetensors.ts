@@ -2,7 +2,7 @@
  * Reading safetensors files: 8 bytes of header length (little-endian), a JSON header, then the tensors' bytes.
  * Format: the safetensors project's README.
  */
-import { InvalidArgumentError } from '../errors.ts';
+import { escaped, InvalidArgumentError, textOf, typedArrayName } from '../errors.ts';
 import { decodeBfloat16 } from './formats/bfloat16.ts';
 import { decodeE4m3, decodeE5m2 } from './formats/float8.ts';
 import { decodeFloat16 } from './formats/float16.ts';
@@ -42,6 +42,9 @@ const MAX_HEADER_BYTES = 100_000_000;
 const invalid = (where: string, expected: string, received: string) =>
   new InvalidArgumentError('invalid-file', where, expected, received);
 
+/** Arrays inside arrays of a header: a tensor's entry has two. */
+const MAX_DEPTH = 32;
+
 const isIndex = (value: unknown): value is number => Number.isSafeInteger(value) && (value as number) >= 0;
 const isRecord = (value: unknown): value is Record<string, unknown> =>
   typeof value === 'object' && value !== null && !Array.isArray(value);
@@ -53,59 +56,133 @@ function parseHeader(file: Uint8Array): { header: Record<string, unknown>; dataS
     throw invalid('safetensors', `a header inside the file's ${file.length} bytes`, `a header of ${length} bytes`);
   }
   const dataStart = 8 + Number(length);
+  let text: string;
   let header: unknown;
   try {
-    header = JSON.parse(new TextDecoder('utf-8', { fatal: true }).decode(file.subarray(8, dataStart)));
+    text = new TextDecoder('utf-8', { fatal: true }).decode(file.subarray(8, dataStart));
   } catch (error) {
-    throw invalid('safetensors header', 'JSON', error instanceof Error ? error.message : String(error));
+    throw invalid('safetensors header', 'UTF-8', textOf(error));
   }
-  if (!isRecord(header)) throw invalid('safetensors header', 'a JSON object', JSON.stringify(header));
+  const names = outlineOf(text);
+  try {
+    header = JSON.parse(text);
+  } catch (error) {
+    throw invalid('safetensors header', 'JSON', escaped(error instanceof Error ? error.message : ''));
+  }
+  if (!isRecord(header)) throw invalid('safetensors header', 'a JSON object', textOf(header));
+  const duplicate = names.find((name, i) => i > 0 && name === names[i - 1]);
+  if (duplicate !== undefined) {
+    throw invalid('safetensors header', 'each name once', `'${escaped(duplicate)}' more than once`);
+  }
   return { header, dataStart };
 }
 
-function parseEntry(name: string, entry: unknown, data: Uint8Array): SafetensorsEntry {
-  const where = `safetensors tensor '${name}'`;
-  if (!isRecord(entry)) throw invalid(where, 'an object', JSON.stringify(entry));
+/**
+ * Names of the header's outermost object, sorted: `JSON.parse` keeps the last of equal ones without a word. The text need not be
+ * JSON yet; brackets that nest deeper than `JSON.parse` can follow are refused here.
+ */
+function outlineOf(text: string): string[] {
+  const names: string[] = [];
+  let depth = 0;
+  for (const [token, string] of text.matchAll(/("(?:[^"\\]|\\.)*")\s*:|"(?:[^"\\]|\\.)*"|[[{\]}]/g)) {
+    if (token === '[' || token === '{') depth++;
+    else if (token === ']' || token === '}') depth--;
+    else if (string !== undefined && depth === 1) names.push(nameOf(string));
+    if (depth > MAX_DEPTH) throw invalid('safetensors header', `at most ${MAX_DEPTH} levels of brackets`, 'more');
+  }
+  return names.sort();
+}
+
+/** A JSON string's value; the text itself where it is none, which is refused later. */
+function nameOf(string: string): string {
+  try {
+    return JSON.parse(string);
+  } catch {
+    return string;
+  }
+}
+
+/** Tensors lie end to end over the whole data, as the format demands: none overlaps another, nothing is between or behind. */
+function requireTiling(spans: { name: string; begin: number; end: number }[], length: number): void {
+  spans.sort((a, b) => a.begin - b.begin || a.end - b.end);
+  let next = 0;
+  for (const { name, begin, end } of spans) {
+    if (begin !== next) {
+      throw invalid(
+        `safetensors tensor '${escaped(name)}'`,
+        `data that begins where the tensor before it ends, at ${next}`,
+        `data_offsets [${begin},${end}]`,
+      );
+    }
+    next = end;
+  }
+  if (next !== length) {
+    throw invalid('safetensors', `data that ends with the last tensor, at ${next} bytes`, `${length} bytes of data`);
+  }
+}
+
+interface Described {
+  readonly dtype: SafetensorsDType;
+  readonly shape: readonly number[];
+  readonly begin: number;
+  readonly end: number;
+}
+
+function describeEntry(name: string, entry: unknown, dataBytes: number): Described {
+  const where = `safetensors tensor '${escaped(name)}'`;
+  if (!isRecord(entry)) throw invalid(where, 'an object', textOf(entry));
   const { dtype, shape, data_offsets: offsets } = entry;
   if (typeof dtype !== 'string' || !Object.hasOwn(ELEMENT_BYTES, dtype)) {
-    throw invalid(where, `a dtype among ${Object.keys(ELEMENT_BYTES).join(', ')}`, JSON.stringify(dtype) ?? 'none');
+    throw invalid(where, `a dtype among ${Object.keys(ELEMENT_BYTES).join(', ')}`, textOf(dtype));
   }
   if (!Array.isArray(shape) || !shape.every(isIndex)) {
-    throw invalid(where, 'a shape of integers >= 0', JSON.stringify(shape) ?? 'none');
+    throw invalid(where, 'a shape of integers >= 0', textOf(shape));
   }
   if (!Array.isArray(offsets) || offsets.length !== 2 || !offsets.every(isIndex)) {
-    throw invalid(where, 'data_offsets [begin, end]', JSON.stringify(offsets) ?? 'none');
+    throw invalid(where, 'data_offsets [begin, end]', textOf(offsets));
   }
   const [begin, end] = offsets as [number, number];
   const bytes = shape.reduce((product, size) => product * size, ELEMENT_BYTES[dtype as SafetensorsDType]);
-  if (end < begin || end > data.length || end - begin !== bytes) {
+  if (end < begin || end > dataBytes || end - begin !== bytes) {
     throw invalid(
       where,
-      `${bytes} bytes inside the file's ${data.length} bytes of data`,
+      `${bytes} bytes inside the file's ${dataBytes} bytes of data`,
       `data_offsets [${begin},${end}]`,
     );
   }
-  // `Buffer.slice` would not copy.
-  return { dtype: dtype as SafetensorsDType, shape, bytes: new Uint8Array(data.subarray(begin, end)) };
+  return { dtype: dtype as SafetensorsDType, shape, begin, end };
 }
 
 /**
  * Parses the bytes of a safetensors file.
  *
- * @throws {InvalidArgumentError} `invalid-file` when the header is malformed, a dtype is unknown or a tensor lies outside the file
+ * @throws {InvalidArgumentError} `invalid-file` when the header is malformed or deep, a name occurs twice, a dtype is unknown, or the
+ *     tensors do not lie end to end over the whole data
  */
 export function parseSafetensors(file: Uint8Array): Safetensors {
+  if (typedArrayName.call(file) !== 'Uint8Array') {
+    throw new InvalidArgumentError('invalid-file', 'file', "a Uint8Array of the file's bytes", textOf(file));
+  }
   const { header, dataStart } = parseHeader(file);
   const data = file.subarray(dataStart);
-  const tensors = new Map<string, SafetensorsEntry>();
+  const described = new Map<string, Described>();
   let metadata: Record<string, string> = {};
   for (const [name, entry] of Object.entries(header)) {
     if (name === '__metadata__') {
       if (!isRecord(entry) || !Object.values(entry).every((value) => typeof value === 'string')) {
-        throw invalid('safetensors __metadata__', 'strings', JSON.stringify(entry));
+        throw invalid('safetensors __metadata__', 'strings', textOf(entry));
       }
       metadata = entry as Record<string, string>;
-    } else tensors.set(name, parseEntry(name, entry, data));
+    } else described.set(name, describeEntry(name, entry, data.length));
+  }
+  requireTiling(
+    [...described].map(([name, { begin, end }]) => ({ name, begin, end })),
+    data.length,
+  );
+  const tensors = new Map<string, SafetensorsEntry>();
+  for (const [name, { dtype, shape, begin, end }] of described) {
+    // `Buffer.slice` would not copy.
+    tensors.set(name, { dtype, shape, bytes: new Uint8Array(data.subarray(begin, end)) });
   }
   return { metadata, tensors };
 }

@@ -1,4 +1,4 @@
-import { InvalidArgumentError } from '../errors.ts';
+import { ExecutionError, InvalidArgumentError, reading, takeOptions, textOf, typedArrayName } from '../errors.ts';
 import { BYTES_PER_ELEMENT, type DType, type MaskDType } from './dtype.ts';
 
 /** Where a tensor's elements live. */
@@ -92,17 +92,23 @@ export const NativeFloat16Array = (
   }
 ).Float16Array;
 
-function isFloat16Array(data: unknown): boolean {
-  return NativeFloat16Array !== undefined && data instanceof NativeFloat16Array;
-}
+/** The dtypes that each class of typed array can hold. */
+const HELD_DTYPES: Readonly<Record<string, readonly MaskDType[]>> = {
+  Float32Array: ['float32'],
+  Uint16Array: ['float16', 'bfloat16'],
+  Uint8Array: ['bool'],
+  Float16Array: ['float16'],
+};
 
-/** The dtypes that a kind of typed array can hold; empty when it can hold none. */
-function dtypesOf(data: unknown): readonly MaskDType[] {
-  if (data instanceof Float32Array) return ['float32'];
-  if (data instanceof Uint16Array) return ['float16', 'bfloat16'];
-  if (data instanceof Uint8Array) return ['bool'];
-  if (isFloat16Array(data)) return ['float16'];
-  return [];
+/** The dtypes that a kind of typed array, of whatever realm, can hold; empty when it can hold none. */
+const dtypesOf = (data: unknown): readonly MaskDType[] => HELD_DTYPES[typedArrayName.call(data) ?? ''] ?? [];
+
+/** Elements of an array, nothing copied, as an array of this realm: one of an iframe or of `vm` is an instance of no class here. */
+function part(data: TensorData, start: number, length: number): TensorData {
+  const name = typedArrayName.call(data);
+  const Own = name === 'Float16Array' ? NativeFloat16Array : { Float32Array, Uint16Array, Uint8Array }[name ?? ''];
+  if (Own === undefined || (start === 0 && length === data.length && data instanceof Own)) return data;
+  return new Own(data.buffer, data.byteOffset + start * data.BYTES_PER_ELEMENT, length);
 }
 
 /**
@@ -113,11 +119,9 @@ function dtypesOf(data: unknown): readonly MaskDType[] {
  * @throws {InvalidArgumentError} `invalid-dtype`, `invalid-shape`, `invalid-strides` or `buffer-too-small`
  */
 export function tensor(data: TensorData, shape: readonly number[], options: TensorOptions = {}): Tensor {
-  if (typeof options !== 'object' || options === null) {
-    throw new InvalidArgumentError('invalid-option', 'options', 'an object', String(options));
-  }
+  const { dtype: asked, strides, offset } = takeOptions(options, ['dtype', 'strides', 'offset']);
   const possible = dtypesOf(data);
-  const dtype = options.dtype ?? (possible.length === 1 ? possible[0] : undefined);
+  const dtype = asked ?? (possible.length === 1 ? possible[0] : undefined);
   if (dtype === undefined) {
     throw new InvalidArgumentError(
       'invalid-dtype',
@@ -125,7 +129,7 @@ export function tensor(data: TensorData, shape: readonly number[], options: Tens
       possible.length === 0
         ? 'data to be a Float32Array, Float16Array, Uint16Array or Uint8Array'
         : "'float16' or 'bfloat16' for the bits of a Uint16Array",
-      possible.length === 0 ? Object.prototype.toString.call(data) : 'none',
+      possible.length === 0 ? textOf(data) : 'none',
     );
   }
   if (!possible.includes(dtype)) {
@@ -135,17 +139,18 @@ export function tensor(data: TensorData, shape: readonly number[], options: Tens
       possible.length === 0
         ? 'data to be a Float32Array, Float16Array, Uint16Array or Uint8Array'
         : possible.join(' or '),
-      dtype,
+      textOf(dtype),
     );
   }
   validateShape('tensor', shape);
   const view: Tensor = {
     location: 'cpu',
     dtype,
-    data,
+    data: part(data, 0, data.length),
     shape: [...shape],
-    strides: [...(options.strides ?? contiguousStrides(shape))],
-    offset: options.offset ?? 0,
+    // What is no array is refused below.
+    strides: Array.isArray(strides) ? [...strides] : (strides ?? contiguousStrides(shape)),
+    offset: offset ?? 0,
   };
   validateView('tensor', view);
   validateExtent('tensor', view, data.length);
@@ -154,7 +159,7 @@ export function tensor(data: TensorData, shape: readonly number[], options: Tens
 
 function validateShape(argument: string, shape: unknown): void {
   if (!Array.isArray(shape) || !shape.every((size) => Number.isSafeInteger(size) && size >= 0)) {
-    throw new InvalidArgumentError('invalid-shape', `${argument}.shape`, 'integers >= 0', `[${shape}]`);
+    throw new InvalidArgumentError('invalid-shape', `${argument}.shape`, 'integers >= 0', textOf(shape));
   }
 }
 
@@ -168,14 +173,14 @@ export function validateView(argument: string, view: TensorView): void {
       'invalid-strides',
       `${argument}.strides`,
       `${shape.length} integers >= 0`,
-      `[${strides}]`,
+      textOf(strides),
     );
   }
   if (!Number.isSafeInteger(offset) || offset < 0) {
-    throw new InvalidArgumentError('invalid-strides', `${argument}.offset`, 'an integer >= 0', String(offset));
+    throw new InvalidArgumentError('invalid-strides', `${argument}.offset`, 'an integer >= 0', textOf(offset));
   }
   if (!Number.isSafeInteger(extentOf(view))) {
-    throw new InvalidArgumentError('invalid-shape', `${argument}.shape`, 'fewer than 2^53 elements', `[${shape}]`);
+    throw new InvalidArgumentError('invalid-shape', `${argument}.shape`, 'fewer than 2^53 elements', textOf(shape));
   }
 }
 
@@ -186,7 +191,7 @@ export function validateExtent(argument: string, view: TensorView, elements: num
     throw new InvalidArgumentError(
       'buffer-too-small',
       argument,
-      `storage of at least ${extent} ${view.dtype} elements for shape [${view.shape}], strides [${view.strides}], offset ${view.offset}`,
+      `storage of at least ${extent} ${view.dtype} elements for shape ${textOf(view.shape)}, strides ${textOf(view.strides)}, offset ${view.offset}`,
       `${elements} elements`,
     );
   }
@@ -197,19 +202,56 @@ export function byteLengthOf(view: Pick<TensorView, 'shape' | 'dtype'>): number 
   return elementCount(view.shape) * BYTES_PER_ELEMENT[view.dtype];
 }
 
-/** Checks that a CPU tensor's array is of a class that can hold its dtype, and long enough. */
-export function validateData(argument: string, view: Tensor): void {
-  const possible = dtypesOf(view.data);
-  if (!possible.includes(view.dtype)) {
+/**
+ * Checks that a CPU tensor's array is of a class that can hold its dtype, long enough, and still there.
+ *
+ * @returns the tensor over just the elements that it reaches: what the caller changes in its description changes nothing then,
+ *     and equal views anywhere in a larger array are alike
+ */
+export function validateData(argument: string, view: Tensor): Tensor {
+  const { data, dtype, shape, strides, offset, device } = view;
+  const possible = dtypesOf(data);
+  if (!possible.includes(dtype)) {
     const held = possible.length === 0 ? 'no dtype' : possible.join(' or ');
     throw new InvalidArgumentError(
       'invalid-dtype',
       `${argument}.data`,
-      `an array of ${view.dtype}`,
-      `${Object.prototype.toString.call(view.data).slice(8, -1)}, which holds ${held}`,
+      `an array of ${textOf(dtype)}`,
+      `${Object.prototype.toString.call(data).slice(8, -1)}, which holds ${held}`,
     );
   }
-  validateExtent(argument, view, view.data.length);
+  validateExtent(argument, view, data.length);
+  const extent = extentOf(view);
+  const own = extent === 0 ? part(data, 0, 0) : part(data, offset, extent - offset);
+  const taken: Tensor = { location: 'cpu', dtype, shape: [...shape], strides: [...strides], offset: 0, data: own };
+  return device === undefined ? taken : { ...taken, device };
+}
+
+/** A tensor's description as it is now, without its data. */
+export function specOf(argument: string, view: TensorView): TensorView {
+  requireView(argument, view);
+  const { location, dtype, shape, strides, offset, device } = view;
+  const spec = { location, dtype, shape: [...shape], strides: [...strides], offset };
+  return device === undefined ? spec : { ...spec, device };
+}
+
+/** A CPU tensor's elements in an array of their own, gaps included; other tensors as they are. */
+export function copyOfCpu<T extends TensorView>(view: T): T {
+  if (view.location !== 'cpu') return view;
+  const { data } = view as unknown as Tensor;
+  // Arrays of every class have it, and its result has a buffer of its own, also where the array's is shared.
+  return { ...view, data: (data as Float32Array).slice() };
+}
+
+function zeros(length: number, dtype: DType): TensorData {
+  try {
+    if (dtype === 'float32') return new Float32Array(length);
+    return dtype === 'float16' && NativeFloat16Array !== undefined
+      ? new NativeFloat16Array(length)
+      : new Uint16Array(length);
+  } catch (error) {
+    throw new ExecutionError('out-of-memory', `no memory for an array of ${length} elements of ${dtype}`, error);
+  }
 }
 
 /**
@@ -218,19 +260,14 @@ export function validateData(argument: string, view: Tensor): void {
  *
  * @param shape sizes, integers >= 0
  * @throws {InvalidArgumentError} `invalid-shape`, `invalid-dtype`
+ * @throws {ExecutionError} `out-of-memory`
  */
 export function emptyTensor(shape: readonly number[], dtype: DType): Tensor {
   validateShape('emptyTensor', shape);
   if (dtype !== 'float32' && dtype !== 'float16' && dtype !== 'bfloat16') {
-    throw new InvalidArgumentError('invalid-dtype', 'dtype', 'float16, bfloat16, float32', String(dtype));
+    throw new InvalidArgumentError('invalid-dtype', 'dtype', 'float16, bfloat16, float32', textOf(dtype));
   }
-  const length = elementCount(shape);
-  const data: TensorData =
-    dtype === 'float32'
-      ? new Float32Array(length)
-      : dtype === 'float16' && NativeFloat16Array !== undefined
-        ? new NativeFloat16Array(length)
-        : new Uint16Array(length);
+  const data = zeros(elementCount(shape), dtype);
   return { location: 'cpu', dtype, data, shape: [...shape], strides: contiguousStrides(shape), offset: 0 };
 }
 
@@ -239,19 +276,29 @@ export function bitsOf(data: Uint16Array | Float16ArrayLike): Uint16Array {
   return data instanceof Uint16Array ? data : new Uint16Array(data.buffer, data.byteOffset, data.length);
 }
 
+/** Checks that something is a view, whatever it was said to be. */
+export function requireView(argument: string, view: TensorView): void {
+  const isObject = typeof view === 'object' && view !== null;
+  if (!isObject || !reading(argument, () => 'shape' in view && 'strides' in view && 'dtype' in view)) {
+    throw new InvalidArgumentError('invalid-shape', argument, 'a tensor (tensor(data, shape) makes one)', textOf(view));
+  }
+  reading(argument, () => validateView(argument, view));
+}
+
 /**
  * A view with its dimensions reordered, nothing copied: `transpose(nhd, [0, 2, 1, 3])` sees `[B,L,H,D]` as `[B,H,L,D]`.
  *
  * @throws {InvalidArgumentError} `invalid-shape` when `order` is no permutation of the dimensions
  */
 export function transpose<T extends TensorView>(view: T, order: readonly number[]): T {
-  const sorted = Array.isArray(order) ? [...order].sort((a, b) => a - b) : [];
+  requireView('view', view);
+  const sorted = Array.isArray(order) && order.every(Number.isInteger) ? [...order].sort((a, b) => a - b) : [];
   if (sorted.length !== view.shape.length || sorted.some((dimension, i) => dimension !== i)) {
     throw new InvalidArgumentError(
       'invalid-shape',
       'order',
       `a permutation of 0..${view.shape.length - 1}`,
-      `[${order}]`,
+      textOf(order),
     );
   }
   return {
@@ -267,7 +314,8 @@ export function transpose<T extends TensorView>(view: T, order: readonly number[
  * @throws {InvalidArgumentError} `invalid-shape` when the range does not lie inside the dimension
  */
 export function slice<T extends TensorView>(view: T, dimension: number, start: number, end: number): T {
-  const size = view.shape[dimension];
+  requireView('view', view);
+  const size = Number.isInteger(dimension) ? view.shape[dimension] : undefined;
   if (
     size === undefined ||
     !Number.isInteger(start) ||
@@ -279,8 +327,8 @@ export function slice<T extends TensorView>(view: T, dimension: number, start: n
     throw new InvalidArgumentError(
       'invalid-shape',
       'slice',
-      `0 <= start <= end <= the size of dimension ${dimension} of [${view.shape}]`,
-      `${start}..${end}`,
+      `0 <= start <= end <= the size of dimension ${textOf(dimension)} of ${textOf(view.shape)}`,
+      `${textOf(start)}..${textOf(end)}`,
     );
   }
   return {

@@ -1,6 +1,6 @@
 import type { AttentionProblem } from '../../attention/problem.ts';
 import { debugPlan } from '../../debug.ts';
-import { BackendUnavailableError, MissingPackageError, UnsupportedOptionError } from '../../errors.ts';
+import { BackendUnavailableError, MissingPackageError, takeOptions, UnsupportedOptionError } from '../../errors.ts';
 import type { TensorView } from '../../tensor/tensor.ts';
 import type {
   AttentionInputs,
@@ -49,7 +49,8 @@ function describe(cuda: Cuda): Record<string, string> {
 }
 
 /** A CUDA backend of chosen options, for `setBackend`. */
-export const createCudaBackend = (options: CudaBackendOptions = {}): CudaBackend => new CudaBackend(options);
+export const createCudaBackend = (options: CudaBackendOptions = {}): CudaBackend =>
+  new CudaBackend(takeOptions(options, ['open', 'device', 'planner']));
 
 /** Attention on NVIDIA GPUs, through nothing but the driver. */
 export class CudaBackend implements Backend {

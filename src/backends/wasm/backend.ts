@@ -3,7 +3,7 @@
 import type { AttentionProblem } from '../../attention/problem.ts';
 import { debugPlan } from '../../debug.ts';
 import { ASYNC_DISPOSE, DISPOSE } from '../../dispose.ts';
-import { BackendUnavailableError, ExecutionError, InvalidArgumentError } from '../../errors.ts';
+import { BackendUnavailableError, ExecutionError, InvalidArgumentError, takeOptions, textOf } from '../../errors.ts';
 import type { TensorView } from '../../tensor/tensor.ts';
 import type {
   Availability,
@@ -221,32 +221,21 @@ export function createWasmBackend(options: WasmBackendOptions = {}): WasmBackend
  * @internal With chosen parts.
  */
 export function createWasmBackendOn(options: WasmBackendOptions, parts: WasmBackendParts = {}): WasmBackend {
-  if (typeof options !== 'object' || options === null) {
-    throw new InvalidArgumentError('invalid-option', 'options', 'an object', String(options));
-  }
-  for (const name of Object.keys(options)) {
-    if ((OPTION_NAMES as readonly string[]).includes(name)) continue;
-    throw new InvalidArgumentError(
-      'unknown-option',
-      `options.${name}`,
-      `one of ${OPTION_NAMES.join(', ')}`,
-      `'${name}'`,
-    );
-  }
-  const { threads, simd, workerUrl } = options;
+  const own = takeOptions(options, OPTION_NAMES);
+  const { threads, simd, workerUrl } = own;
   if (threads !== undefined && !(Number.isInteger(threads) && threads >= 1 && threads <= MOST_THREADS)) {
     throw new InvalidArgumentError(
       'invalid-option',
       'options.threads',
       `an integer from 1 to ${MOST_THREADS}`,
-      String(threads),
+      textOf(threads),
     );
   }
   if (simd !== undefined && !['auto', 'simd128', 'relaxed'].includes(simd)) {
-    throw new InvalidArgumentError('invalid-option', 'options.simd', "'auto', 'simd128' or 'relaxed'", String(simd));
+    throw new InvalidArgumentError('invalid-option', 'options.simd', "'auto', 'simd128' or 'relaxed'", textOf(simd));
   }
   if (workerUrl !== undefined && typeof workerUrl !== 'string' && !(workerUrl instanceof URL)) {
     throw new InvalidArgumentError('invalid-option', 'options.workerUrl', 'a string or URL', typeof workerUrl);
   }
-  return new WasmBackendImplementation(options, parts);
+  return new WasmBackendImplementation(own, parts);
 }

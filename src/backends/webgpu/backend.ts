@@ -2,7 +2,7 @@
 
 import { type AttentionOptions, validateOptions } from '../../attention/options.ts';
 import { type AttentionProblem, createProblem } from '../../attention/problem.ts';
-import { BackendUnavailableError } from '../../errors.ts';
+import { BackendUnavailableError, takeOptions } from '../../errors.ts';
 import type { TensorView } from '../../tensor/tensor.ts';
 import type {
   AttentionInputs,
@@ -140,6 +140,15 @@ export class WebgpuBackend implements Backend {
   }
 }
 
+const OPTIONS = [
+  'device',
+  'adapter',
+  'gpu',
+  'dawnFlags',
+  'capabilities',
+  'family',
+] as const satisfies readonly (keyof WebgpuBackendOptions)[];
+
 /**
  * The backend on the caller's device, or on one that it opens when first used.
  *
@@ -148,7 +157,7 @@ export class WebgpuBackend implements Backend {
  * await setBackend(backend);
  */
 export function createWebgpuBackend(options: WebgpuBackendOptions = {}): WebgpuBackend {
-  return new WebgpuBackend(options);
+  return new WebgpuBackend(takeOptions(options, OPTIONS));
 }
 
 /**

@@ -2,7 +2,6 @@
 
 import { withCachedPlan } from '../../../api/plan-cache.ts';
 import { createProblem, outputShapeOf } from '../../../attention/problem.ts';
-import { chooseOptions } from '../../../backends/choice.ts';
 import type { WebgpuPlan } from '../../../backends/webgpu/index.ts';
 import type { GpuTensor } from '../../../backends/webgpu/tensor.ts';
 import { UnsupportedOptionError } from '../../../errors.ts';
@@ -89,11 +88,10 @@ export async function gpuEngine(OrtTensorClass: OrtTensorConstructor, device: GP
         if (descriptor === undefined) {
           throw new UnsupportedOptionError(kernel, 'options.kernel', 'a backend that has it, not webgpu', kernel);
         }
-        const choice = chooseOptions(descriptor, problem, options);
         const inputs = { q, k, v, ...(mask === undefined ? {} : { attnMask: mask }) };
         const shape = outputShapeOf(problem);
         const context = await backend.context();
-        const [result, outcome] = await withCachedPlan(backend, problem, choice, async (plan) =>
+        const [result, outcome] = await withCachedPlan(backend, problem, options, async (plan) =>
           context.checked(() => {
             const output = outputTensor(problem.dtype, shape, bufferBytes(problem.dtype, elementCount(shape)));
             const encoder = device.createCommandEncoder({ label: 'sageattention' });
