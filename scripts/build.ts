@@ -66,7 +66,7 @@ async function bundleCommandLine(): Promise<void> {
 
 /** The protobuf library goes into the one file that uses it: reading ONNX models needs no further package. */
 async function bundleProtobuf(): Promise<void> {
-  const folder = inRoot('dist', 'integrations', 'onnxruntime', 'model');
+  const folder = inRoot('dist', 'integrations', 'onnxruntime', 'onnx');
   const { metafile } = await build({
     absWorkingDir: ROOT,
     entryPoints: [path.join(folder, 'codec.js')],

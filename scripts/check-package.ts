@@ -30,7 +30,7 @@ const REQUIRED = [
   'dist/cli/THIRD-PARTY-LICENSES.txt',
   'dist/playground/index.html',
   'dist/playground/THIRD-PARTY-LICENSES.txt',
-  'dist/integrations/onnxruntime/model/THIRD-PARTY-LICENSES.txt',
+  'dist/integrations/onnxruntime/onnx/THIRD-PARTY-LICENSES.txt',
 ];
 
 const UNWANTED = [

@@ -1,8 +1,8 @@
 /** What real models look like as exporters write them, and what becomes of their attention: from the graphs that the tests run. */
 import { detectAttention } from '../src/integrations/onnxruntime/detect/index.ts';
 import { branchesOf } from '../src/integrations/onnxruntime/model/branches.ts';
-import { type GraphProto, readModel } from '../src/integrations/onnxruntime/model/codec.ts';
 import { indexGraph } from '../src/integrations/onnxruntime/model/graph.ts';
+import { type GraphProto, readModel } from '../src/integrations/onnxruntime/onnx/codec.ts';
 import { EXPORTERS } from '../src/integrations/onnxruntime/testing/exporters/index.ts';
 import { mergedDecoder } from '../src/integrations/onnxruntime/testing/merged-decoder.ts';
 import { GraphBuilder } from '../test/support/graph-builder.ts';

@@ -12,7 +12,7 @@ import {
   type ValueInfoProto,
   valueInfo,
   writeModel,
-} from '../../src/integrations/onnxruntime/model/codec.ts';
+} from '../../src/integrations/onnxruntime/onnx/codec.ts';
 import { float16FromNumber } from '../../src/tensor/formats/float16.ts';
 import type { Random } from './random.ts';
 

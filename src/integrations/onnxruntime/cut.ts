@@ -1,8 +1,8 @@
 /** Cuts a graph at its attentions into pieces that onnxruntime runs one after the other, attention between them. */
 import { added } from './detect/additions.ts';
 import { type AttentionSite, inputsOf } from './detect/site.ts';
-import { EXTERNAL, type GraphProto, node as makeNode, type NodeProto } from './model/codec.ts';
 import { type GraphIndex, indexGraph } from './model/graph.ts';
+import { EXTERNAL, type GraphProto, node as makeNode, type NodeProto } from './onnx/codec.ts';
 
 /** Nodes that run in one session. */
 export interface Piece {

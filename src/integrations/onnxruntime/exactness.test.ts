@@ -5,7 +5,7 @@
 import * as ortNode from 'onnxruntime-node';
 import type { GraphBuilder } from '../../../test/support/graph-builder.ts';
 import type { Random } from '../../../test/support/random.ts';
-import { tensorProto } from './model/codec.ts';
+import { tensorProto } from './onnx/codec.ts';
 import { type Case, type Feeds, floats } from './testing/case.ts';
 import { testCases } from './testing/cases.ts';
 

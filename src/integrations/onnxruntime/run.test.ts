@@ -12,7 +12,7 @@ import type { Backend } from '../../backends/backend.ts';
 import { setBackend } from '../../backends/registry.ts';
 import { compare } from '../../reference/metrics.ts';
 import { withSageAttention } from './index.ts';
-import { readModel } from './model/codec.ts';
+import { readModel } from './onnx/codec.ts';
 
 const SEED = runSeed();
 const H = 2;

@@ -1,7 +1,7 @@
 /** Nodes that a rewrite adds to a graph, each once however many attentions ask for it. */
 
-import { type AttributeValue, node as makeNode, type NodeProto, tensorProto } from '../model/codec.ts';
 import type { GraphIndex } from '../model/graph.ts';
+import { type AttributeValue, node as makeNode, type NodeProto, tensorProto } from '../onnx/codec.ts';
 
 /** Names for values that a rewrite adds; made from what they are computed from, so that layers share them. */
 export const added = (what: string, ...of: readonly string[]): string => `sageattention/${what}/${of.join('+')}`;

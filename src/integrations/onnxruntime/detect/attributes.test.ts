@@ -8,8 +8,8 @@ import { Random, runSeed } from '../../../../test/support/random.ts';
 import type { Backend } from '../../../backends/backend.ts';
 import { setBackend } from '../../../backends/registry.ts';
 import { withSageAttention } from '../index.ts';
-import { ATTRIBUTE_TYPES, attribute, type GraphProto, type NodeProto, readModel, writeModel } from '../model/codec.ts';
 import { indexGraph } from '../model/graph.ts';
+import { ATTRIBUTE_TYPES, attribute, type GraphProto, type NodeProto, readModel, writeModel } from '../onnx/codec.ts';
 import { EXPORTERS } from '../testing/exporters/index.ts';
 import { detectAttention } from './index.ts';
 

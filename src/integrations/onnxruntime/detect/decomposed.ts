@@ -4,8 +4,8 @@
  * provable stays outside (its value becomes an operand) or makes the whole match fail.
  */
 
-import type { NodeProto } from '../model/codec.ts';
 import { type GraphIndex, intsAttribute } from '../model/graph.ts';
+import type { NodeProto } from '../onnx/codec.ts';
 import { Additions, added, NotExact } from './additions.ts';
 import { type ComposedScores, composeScores } from './masks.ts';
 import { findOperand, transposed, transposeNode } from './operands.ts';

@@ -4,8 +4,8 @@
  * keys), that part becomes ordinary nodes in front of it.
  */
 
-import { canonicalDomain, node as makeNode, type NodeOptions, type NodeProto, tensorProto } from '../model/codec.ts';
 import { floatAttribute, type GraphIndex, intAttribute, intsAttribute } from '../model/graph.ts';
+import { canonicalDomain, node as makeNode, type NodeOptions, type NodeProto, tensorProto } from '../onnx/codec.ts';
 import { added, NotExact } from './additions.ts';
 import { own, unknownAttribute } from './operators.ts';
 import {

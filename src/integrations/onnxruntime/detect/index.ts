@@ -1,7 +1,7 @@
 /** Finds every attention of a graph. */
 
-import { node as makeNode } from '../model/codec.ts';
 import { type GraphIndex, nestedNodes } from '../model/graph.ts';
+import { node as makeNode } from '../onnx/codec.ts';
 import { added } from './additions.ts';
 import { detectDecomposed } from './decomposed.ts';
 import { detectFused } from './fused.ts';

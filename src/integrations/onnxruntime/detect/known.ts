@@ -1,8 +1,8 @@
 /** What a graph says of its values without running. */
 
-import { canonicalDomain } from '../model/codec.ts';
 import type { GraphIndex } from '../model/graph.ts';
 import { graphFunction } from '../model/walk.ts';
+import { canonicalDomain } from '../onnx/codec.ts';
 
 const SHAPE_ARITHMETIC = new Set(
   'Cast Sqrt Div Mul Add Sub Pow Reciprocal Gather Slice Squeeze Unsqueeze Identity Constant Reshape Concat'.split(' '),

@@ -1,7 +1,7 @@
 /** Where q, k and v are read: before transposes, factors and repeated heads, as long as their channels lie side by side. */
 
-import { node as makeNode, type NodeProto } from '../model/codec.ts';
 import { type GraphIndex, intsAttribute } from '../model/graph.ts';
+import { node as makeNode, type NodeProto } from '../onnx/codec.ts';
 import { type Additions, added, MAX_STEPS, NotExact } from './additions.ts';
 import { is } from './operators.ts';
 import {

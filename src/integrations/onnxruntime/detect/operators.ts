@@ -3,8 +3,8 @@
  * anything else (an attribute of a later operator set, say) may be another function: it is read by nothing here.
  */
 
-import { ATTRIBUTE_TYPES, type AttributeProto, canonicalDomain, type NodeProto } from '../model/codec.ts';
 import { isOp } from '../model/graph.ts';
+import { ATTRIBUTE_TYPES, type AttributeProto, canonicalDomain, type NodeProto } from '../onnx/codec.ts';
 
 type Check = (attribute: AttributeProto) => boolean;
 

@@ -1,9 +1,9 @@
 /** From the softmax down to the product with v. */
 
-import type { NodeProto } from '../model/codec.ts';
 import { constantScalar, uniformOf } from '../model/constants.ts';
 import { type GraphIndex, intAttribute, intsAttribute } from '../model/graph.ts';
 import { kindOf } from '../model/types.ts';
+import type { NodeProto } from '../onnx/codec.ts';
 import { MAX_STEPS } from './additions.ts';
 import { is } from './operators.ts';
 import { namedOrder, type Order, throughTranspose } from './order.ts';

@@ -1,8 +1,8 @@
 /** Products of the graph: MatMul, FusedMatMul and Einsum of two operands, as `[.., row, contraction]` times `[.., contraction, column]`. */
 
 import { type ProductOrders, parseEquation } from '../../einsum.ts';
-import type { NodeProto } from '../model/codec.ts';
 import { floatAttribute, intAttribute, stringAttribute } from '../model/graph.ts';
+import type { NodeProto } from '../onnx/codec.ts';
 import { is } from './operators.ts';
 import { swapped } from './order.ts';
 

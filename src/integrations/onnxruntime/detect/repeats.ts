@@ -1,7 +1,7 @@
 /** Key heads repeated for grouped queries, in the nodes that exporters write for it. */
 
-import type { NodeProto } from '../model/codec.ts';
 import { constantNumbers, type GraphIndex, intAttribute, intsAttribute } from '../model/graph.ts';
+import type { NodeProto } from '../onnx/codec.ts';
 import { is } from './operators.ts';
 import { type Numbers, parametersOf, readSizes, sameSizes, sizesOf, targetShape } from './views.ts';
 

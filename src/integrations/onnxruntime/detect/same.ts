@@ -1,7 +1,7 @@
 /** Values that are equal because they are computed alike: exporters write the same mask once for each place that needs it. */
 
-import { type AttributeProto, type NodeProto, type TensorProto, tensorNumbers } from '../model/codec.ts';
 import type { GraphIndex } from '../model/graph.ts';
+import { type AttributeProto, type NodeProto, type TensorProto, tensorNumbers } from '../onnx/codec.ts';
 import { is } from './operators.ts';
 
 /** Nodes that a comparison looks at. */

@@ -1,8 +1,8 @@
 /** From the softmax up to the product of q and k: what the graph does to the scores on the way. */
 
-import type { NodeProto } from '../model/codec.ts';
 import { constantScalar, uniformOf } from '../model/constants.ts';
 import { type GraphIndex, intAttribute } from '../model/graph.ts';
+import type { NodeProto } from '../onnx/codec.ts';
 import { MAX_STEPS } from './additions.ts';
 import { dependsOnShapesOnly, dimsOf } from './known.ts';
 import { is } from './operators.ts';

@@ -1,7 +1,7 @@
 /** What detection finds: one attention in a graph, as the operands of `sageattn` and the nodes that it replaces. */
 
-import type { NodeProto } from '../model/codec.ts';
 import { type GraphIndex, isOp } from '../model/graph.ts';
+import type { NodeProto } from '../onnx/codec.ts';
 import { type Numbers, parametersOf, type Sizes, type Strided, sourceOf } from './views.ts';
 
 /** `[B,H,L,D]` seen in the elements of a tensor. */

@@ -1,7 +1,7 @@
 /** A softmax over the last axis: as one node, or in the steps that JAX's and some TensorFlow converters write. */
 
-import type { NodeProto } from '../model/codec.ts';
 import { constantNumbers, type GraphIndex, intAttribute, intsAttribute, isOp } from '../model/graph.ts';
+import type { NodeProto } from '../onnx/codec.ts';
 import { is, unknownAttribute } from './operators.ts';
 import { type Sizes, sizesOf } from './views.ts';
 

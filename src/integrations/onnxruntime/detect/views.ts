@@ -3,8 +3,8 @@
  * projections moves no number, so the operand is read where the projection wrote it, by strides.
  */
 import { contiguousStrides } from '../../../tensor/tensor.ts';
-import type { NodeProto } from '../model/codec.ts';
 import { constantNumbers, type GraphIndex, intAttribute, intsAttribute } from '../model/graph.ts';
+import type { NodeProto } from '../onnx/codec.ts';
 import { MAX_STEPS } from './additions.ts';
 import { is } from './operators.ts';
 

@@ -2,8 +2,8 @@
  * A graph whose `If` nodes ask an input of the model, as the graphs that it is for each value of that input: exporters put a decoder with
  * and without a cache into one file so.
  */
-import type { GraphProto, NodeProto } from './codec.ts';
-import { node as makeNode } from './codec.ts';
+import type { GraphProto, NodeProto } from '../onnx/codec.ts';
+import { node as makeNode } from '../onnx/codec.ts';
 import { type GraphIndex, isOp, subgraphOf } from './graph.ts';
 
 export interface Branches {

@@ -1,6 +1,6 @@
 /** Numbers that a graph computes from constants alone: scales, and what masked scores become. */
 
-import { canonicalDomain, type NodeProto, tensorNumbers } from './codec.ts';
+import { canonicalDomain, type NodeProto, tensorNumbers } from '../onnx/codec.ts';
 import { constantNumbers, type GraphIndex, intAttribute } from './graph.ts';
 import { type ElementKind, kindOf } from './types.ts';
 import { graphFunction } from './walk.ts';

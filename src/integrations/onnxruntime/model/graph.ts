@@ -7,7 +7,7 @@ import {
   tensorNumbers,
   tensorProto,
   type ValueInfoProto,
-} from './codec.ts';
+} from '../onnx/codec.ts';
 
 export interface GraphIndex {
   readonly graph: GraphProto;

@@ -3,7 +3,6 @@
  * and no memory to speak of, and onnxruntime says of it what it says of the model: whether it is valid, and the shapes of its values.
  */
 
-import type { OrtDimension, OrtSession, OrtSessionOptions, OrtValueMetadata } from '../ort.ts';
 import {
   ELEMENT_TYPES,
   EXTERNAL,
@@ -17,7 +16,8 @@ import {
   type ValueInfoProto,
   valueInfo,
   writeModel,
-} from './codec.ts';
+} from '../onnx/codec.ts';
+import type { OrtDimension, OrtSession, OrtSessionOptions, OrtValueMetadata } from '../ort.ts';
 import { type GraphIndex, isOp } from './graph.ts';
 
 export interface ModelMetadata {

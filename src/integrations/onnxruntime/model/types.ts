@@ -1,6 +1,6 @@
 /** Which values of a graph are integers: shapes and indices, which onnxruntime keeps on the CPU. */
 
-import { canonicalDomain, ELEMENT_TYPES } from './codec.ts';
+import { canonicalDomain, ELEMENT_TYPES } from '../onnx/codec.ts';
 import { type GraphIndex, intAttribute } from './graph.ts';
 import { graphFunction } from './walk.ts';
 

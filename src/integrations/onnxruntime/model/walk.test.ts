@@ -1,6 +1,6 @@
 import fc from 'fast-check';
 import { describe, expect, it } from 'vitest';
-import { graph as makeGraph, type NodeProto, node, tensorProto } from './codec.ts';
+import { graph as makeGraph, type NodeProto, node, tensorProto } from '../onnx/codec.ts';
 import { constantScalar } from './constants.ts';
 import { type GraphIndex, indexGraph, isAcyclic } from './graph.ts';
 import { elementKind } from './types.ts';

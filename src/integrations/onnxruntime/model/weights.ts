@@ -3,7 +3,7 @@
  * external data straight out of the model that was loaded.
  */
 
-import { EXTERNAL, externalTensor, type NodeProto, type TensorProto } from './codec.ts';
+import { EXTERNAL, externalTensor, type NodeProto, type TensorProto } from '../onnx/codec.ts';
 import type { GraphIndex } from './graph.ts';
 
 /** The model's own bytes under a name by which sessions refer to them. */

@@ -13,7 +13,7 @@ import type { Backend } from '../../../backends/backend.ts';
 import { setBackend } from '../../../backends/registry.ts';
 import { compare } from '../../../reference/metrics.ts';
 import { withSageAttention } from '../index.ts';
-import { externalTensor, readModel, writeModel } from '../model/codec.ts';
+import { externalTensor, readModel, writeModel } from '../onnx/codec.ts';
 
 const SEED = runSeed();
 const [B, H, L, D] = [1, 2, 6, 8];

@@ -3,10 +3,10 @@ import { type Cut, cutGraph } from '../cut.ts';
 import { type Detected, detectAttention } from '../detect/index.ts';
 import type { AttentionSite, LeftAttention } from '../detect/site.ts';
 import { branchesOf } from '../model/branches.ts';
-import { canonicalDomain, type ModelProto, readModel, writeModel } from '../model/codec.ts';
 import { type GraphIndex, indexGraph, isAcyclic } from '../model/graph.ts';
 import { type ModelFacts, type ModelMetadata, readFacts } from '../model/sketch.ts';
 import { fileOf } from '../model/weights.ts';
+import { canonicalDomain, type ModelProto, readModel, writeModel } from '../onnx/codec.ts';
 import {
   DEFAULT_CALIBRATION_RUNS,
   DEFAULT_MIN_TOKENS,

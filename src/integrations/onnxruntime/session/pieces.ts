@@ -1,6 +1,10 @@
 /** Sessions for parts of a model, and the types of the values between them. */
 import type { Cut, Piece, PlacedSite } from '../cut.ts';
 import { boundaryOf, numbersReadBy } from '../detect/site.ts';
+import type { GraphIndex } from '../model/graph.ts';
+import type { ModelMetadata } from '../model/sketch.ts';
+import { elementKind } from '../model/types.ts';
+import { type MountedModel, weightsOf } from '../model/weights.ts';
 import {
   canonicalDomain,
   ELEMENT_TYPES,
@@ -13,11 +17,7 @@ import {
   type ValueInfoProto,
   valueInfo,
   writeModel,
-} from '../model/codec.ts';
-import type { GraphIndex } from '../model/graph.ts';
-import type { ModelMetadata } from '../model/sketch.ts';
-import { elementKind } from '../model/types.ts';
-import { type MountedModel, weightsOf } from '../model/weights.ts';
+} from '../onnx/codec.ts';
 import type { Engine, OrtDimension, OrtSessionOptions, OrtValueMetadata } from '../ort.ts';
 import { isSize } from './feeds.ts';
 import { type ModelSource, withFolder } from './source.ts';

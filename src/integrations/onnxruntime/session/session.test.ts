@@ -14,7 +14,7 @@ import { setBackend } from '../../../backends/registry.ts';
 import { ExecutionError, InvalidArgumentError } from '../../../errors.ts';
 import { compare } from '../../../reference/metrics.ts';
 import { withSageAttention } from '../index.ts';
-import { externalTensor, type GraphProto, readModel, writeModel } from '../model/codec.ts';
+import { externalTensor, type GraphProto, readModel, writeModel } from '../onnx/codec.ts';
 
 const SEED = runSeed();
 const SIZE = { heads: 4, headDim: 16, blocks: 3 };

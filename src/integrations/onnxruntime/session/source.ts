@@ -1,5 +1,5 @@
 /** A model as it is when `create` is called: read once, so that what opens later does not depend on files, URLs or memory of the caller. */
-import { EXTERNAL, type GraphProto } from '../model/codec.ts';
+import { EXTERNAL, type GraphProto } from '../onnx/codec.ts';
 import { type CreateArguments, isWeb, type OrtModule, type OrtSessionOptions } from '../ort.ts';
 
 export interface ExternalFile {

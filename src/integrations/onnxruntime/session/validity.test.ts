@@ -9,7 +9,7 @@ import type { Backend } from '../../../backends/backend.ts';
 import { setBackend } from '../../../backends/registry.ts';
 import { compare } from '../../../reference/metrics.ts';
 import { withSageAttention } from '../index.ts';
-import { attribute, type GraphProto, type ModelProto, node, readModel, valueInfo, writeModel } from '../model/codec.ts';
+import { attribute, type GraphProto, type ModelProto, node, readModel, valueInfo, writeModel } from '../onnx/codec.ts';
 
 const SEED = runSeed();
 const RUNS = 150;

@@ -12,8 +12,8 @@ import type { Backend } from '../../../backends/backend.ts';
 import { setBackend } from '../../../backends/registry.ts';
 import { detectAttention } from '../detect/index.ts';
 import { withSageAttention } from '../index.ts';
-import { type GraphProto, readModel } from '../model/codec.ts';
 import { indexGraph } from '../model/graph.ts';
+import { type GraphProto, readModel } from '../onnx/codec.ts';
 import type { Case, Feeds } from './case.ts';
 
 const ENGINES = { 'onnxruntime-node': ortNode, 'onnxruntime-web': ortWeb } as const;

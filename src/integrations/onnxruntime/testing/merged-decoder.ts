@@ -12,7 +12,7 @@ import {
   untypedValue,
   valueInfo,
   writeModel,
-} from '../model/codec.ts';
+} from '../onnx/codec.ts';
 
 const H = 2;
 const D = 8;
