@@ -3,6 +3,7 @@ import { mkdir, writeFile } from 'node:fs/promises';
 import { fileURLToPath } from 'node:url';
 import { gzipSync } from 'node:zlib';
 import asc from 'assemblyscript/asc';
+import { JOB_FIELDS, SEQUENCE_FIELDS, UNIT_FIELDS } from '../src/backends/wasm/fields.ts';
 
 const ROOT = fileURLToPath(new URL('..', import.meta.url));
 const FOLDER = `${ROOT}src/backends/wasm/generated/`;
@@ -16,7 +17,18 @@ const OPTIONS = [
 
 const BUILDS = { simd128: [], relaxed: ['--enable', 'relaxed-simd'] } as const;
 
+/** `export const JOB_Q_HEAD_STRIDE = 76;` for each field of the records, which are 32 bits each. */
+function fieldOffsets(): string {
+  const constantOf = (name: string) => name.replaceAll(/[A-Z]/g, (letter) => `_${letter}`).toUpperCase();
+  const lines = Object.entries({ JOB: JOB_FIELDS, SEQUENCE: SEQUENCE_FIELDS, UNIT: UNIT_FIELDS }).flatMap(
+    ([record, names]) =>
+      [...names, 'bytes'].map((name, i) => `export const ${record}_${constantOf(name)} = ${4 * i};\n`),
+  );
+  return `/** Built by scripts/build-wasm.ts from ../fields.ts. */\n${lines.join('')}`;
+}
+
 await mkdir(FOLDER, { recursive: true });
+await writeFile(`${FOLDER}fields.ts`, fieldOffsets());
 for (const [name, extra] of Object.entries(BUILDS)) {
   let binary: Uint8Array | undefined;
   const { error, stderr } = await asc.main([...OPTIONS, ...extra, '-o', 'out.wasm'], {

@@ -3,7 +3,8 @@
  * shared, or this thread where there are no workers.
  */
 import { ExecutionError } from '../../errors.ts';
-import { JOB_ABORT, SCRATCH_BYTES } from './job.ts';
+import { JOB_ABORT } from './generated/fields.ts';
+import { SCRATCH_BYTES } from './job.ts';
 import { MemoryPool } from './memory.ts';
 import { instantiate, type KernelExports } from './modules.ts';
 import { canShare, type WorkerFactory, WorkerGroup, workerFactory } from './workers.ts';

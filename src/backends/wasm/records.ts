@@ -1,4 +1,4 @@
-/** Fills in the records that kernels read (job.ts). */
+/** Fills in the records that kernels read (fields.ts). */
 
 import { bandOf, visibleKeys } from '../../attention/band.ts';
 import {
@@ -10,6 +10,8 @@ import {
 } from '../../attention/problem.ts';
 import type { DType, MaskDType } from '../../tensor/dtype.ts';
 import type { OperandLayout } from '../../tensor/tensor.ts';
+import { JOB_FIELDS, SEQUENCE_FIELDS, UNIT_FIELDS } from './fields.ts';
+import * as fields from './generated/fields.ts';
 import type { TileGeometry } from './geometry.ts';
 import * as job from './job.ts';
 
@@ -170,7 +172,24 @@ export function jobSettings(
 
 /** Bytes of a job with its sequences and units. */
 export function recordBytes(sequences: number, units: number): number {
-  return job.JOB_BYTES + sequences * job.SEQUENCE_BYTES + units * job.UNIT_BYTES;
+  return fields.JOB_BYTES + sequences * fields.SEQUENCE_BYTES + units * fields.UNIT_BYTES;
+}
+
+/** Writes a record's fields. Offsets and strides wrap modulo 2^32, as address arithmetic in the kernels does. */
+function writeFields<Name extends string>(
+  view: DataView,
+  at: number,
+  names: readonly Name[],
+  values: Readonly<Record<Name, number>>,
+): void {
+  names.forEach((name, i) => {
+    view.setUint32(at + 4 * i, values[name], true);
+  });
+}
+
+/** A float32 as the integer that stands for it in memory. */
+function floatBits(value: number): number {
+  return new Uint32Array(Float32Array.of(value).buffer)[0] as number;
 }
 
 /** A job record, then its sequences, then its units, as they lie in memory from `address` on. */
@@ -183,84 +202,59 @@ export function writeRecords(
 ): Uint8Array {
   const bytes = new Uint8Array(recordBytes(sequences.length, units.length));
   const view = new DataView(bytes.buffer);
-  // Offsets and strides wrap modulo 2^32, as address arithmetic in the kernels does.
-  const set = (at: number, value: number) => view.setUint32(at, value, true);
-  const { geometry, mask, q, k, v, out } = settings;
-  const sequencesAt = job.JOB_BYTES;
-  const unitsAt = sequencesAt + sequences.length * job.SEQUENCE_BYTES;
-
-  set(job.JOB_Q, addresses.q);
-  set(job.JOB_K, addresses.k);
-  set(job.JOB_V, addresses.v);
-  set(job.JOB_OUT, addresses.out);
-  set(job.JOB_LSE, addresses.lse);
-  set(job.JOB_MASK, addresses.mask);
-  set(job.JOB_TILES, addresses.tiles);
-  set(job.JOB_MEANS, addresses.means);
-  set(job.JOB_TAIL, addresses.tail);
-  set(job.JOB_SEQUENCES, address + sequencesAt);
-  set(job.JOB_UNITS, address + unitsAt);
-  set(job.JOB_UNIT_COUNT, units.length);
-  set(job.JOB_QUERY_HEADS, settings.queryHeads);
-  set(job.JOB_KV_HEADS, settings.kvHeads);
-  set(job.JOB_D, settings.headDim);
-  set(job.JOB_DV, settings.valueDim);
-  set(job.JOB_DTYPE, DTYPE_CODES[settings.dtype]);
-  set(job.JOB_Q_HEAD_STRIDE, (q ?? NOWHERE).headStride);
-  set(job.JOB_Q_TOKEN_STRIDE, (q ?? NOWHERE).tokenStride);
-  set(job.JOB_K_HEAD_STRIDE, (k ?? NOWHERE).headStride);
-  set(job.JOB_K_TOKEN_STRIDE, (k ?? NOWHERE).tokenStride);
-  set(job.JOB_V_HEAD_STRIDE, (v ?? NOWHERE).headStride);
-  set(job.JOB_V_TOKEN_STRIDE, (v ?? NOWHERE).tokenStride);
-  set(job.JOB_OUT_HEAD_STRIDE, (out ?? NOWHERE).headStride);
-  set(job.JOB_OUT_TOKEN_STRIDE, (out ?? NOWHERE).tokenStride);
-  set(job.JOB_LSE_HEAD_STRIDE, settings.lseHeadStride);
-  const [, maskHead, maskQuery, maskKey] = mask?.strides ?? [0, 0, 0, 0];
-  set(job.JOB_MASK_HEAD_STRIDE, maskHead);
-  set(job.JOB_MASK_QUERY_STRIDE, maskQuery);
-  set(job.JOB_MASK_KEY_STRIDE, maskKey);
-  set(job.JOB_MASK_DTYPE, DTYPE_CODES[mask?.dtype ?? 'bool']);
-  set(job.JOB_FLAGS, settings.flags);
-  view.setFloat32(job.JOB_SM_SCALE, Math.max(-LARGEST_SM_SCALE, Math.min(LARGEST_SM_SCALE, settings.smScale)), true);
-  view.setFloat32(job.JOB_SOFTCAP, settings.softcap > 0 ? Math.max(LEAST_SOFTCAP, settings.softcap) : 0, true);
-  set(job.JOB_K_STEPS, geometry.keySteps);
-  set(job.JOB_DV_PADDED, geometry.valueDimPadded);
-  set(job.JOB_TILE_K_SCALES, geometry.keyScales);
-  set(job.JOB_TILE_K_SUMS, geometry.keySums);
-  set(job.JOB_TILE_V, geometry.values);
-  set(job.JOB_TILE_V_SCALES, geometry.valueScales);
-  set(job.JOB_TILE_FLAGS, geometry.flags);
-  set(job.JOB_TILE_NANS, geometry.nans);
-  set(job.JOB_TILE_BYTES, geometry.bytes);
-  set(job.JOB_TILE_V_EXPONENTS, geometry.valueExponents);
-  set(job.JOB_TILE_V_APART, geometry.valuesApart);
-  set(job.JOB_TILE_K_PLAIN, geometry.plainKeys);
-  set(job.JOB_TILE_SHIFT, geometry.shift);
-  set(job.JOB_KEY_TAIL, addresses.keyTail);
-
-  for (const [i, sequence] of sequences.entries()) {
-    const at = sequencesAt + i * job.SEQUENCE_BYTES;
-    set(at + job.SEQUENCE_Q, sequence.q);
-    set(at + job.SEQUENCE_K, sequence.k);
-    set(at + job.SEQUENCE_V, sequence.v);
-    set(at + job.SEQUENCE_OUT, sequence.out);
-    set(at + job.SEQUENCE_LSE, sequence.lse);
-    set(at + job.SEQUENCE_MASK, sequence.mask);
-    set(at + job.SEQUENCE_QUERY_LENGTH, sequence.queryLength);
-    set(at + job.SEQUENCE_KEY_LENGTH, sequence.keyLength);
-    set(at + job.SEQUENCE_LOWER, sequence.lower);
-    set(at + job.SEQUENCE_UPPER, sequence.upper);
-    set(at + job.SEQUENCE_FIRST_TILE, sequence.firstTile);
-    set(at + job.SEQUENCE_TILES, sequence.tiles);
-    set(at + job.SEQUENCE_START, sequence.start);
-    set(at + job.SEQUENCE_PARTLY_SEEN, sequence.partlySeen ? 1 : 0);
-    set(at + job.SEQUENCE_ROWS_DIFFER, sequence.rowsDiffer ? 1 : 0);
+  const { geometry, mask, q = NOWHERE, k = NOWHERE, v = NOWHERE, out = NOWHERE } = settings;
+  const sequencesAt = fields.JOB_BYTES;
+  const unitsAt = sequencesAt + sequences.length * fields.SEQUENCE_BYTES;
+  const [, maskHeadStride, maskQueryStride, maskKeyStride] = mask?.strides ?? [0, 0, 0, 0];
+  writeFields(view, 0, JOB_FIELDS, {
+    ...addresses,
+    sequences: address + sequencesAt,
+    units: address + unitsAt,
+    unitCount: units.length,
+    next: 0,
+    abort: 0,
+    queryHeads: settings.queryHeads,
+    kvHeads: settings.kvHeads,
+    d: settings.headDim,
+    dv: settings.valueDim,
+    dtype: DTYPE_CODES[settings.dtype],
+    qHeadStride: q.headStride,
+    qTokenStride: q.tokenStride,
+    kHeadStride: k.headStride,
+    kTokenStride: k.tokenStride,
+    vHeadStride: v.headStride,
+    vTokenStride: v.tokenStride,
+    outHeadStride: out.headStride,
+    outTokenStride: out.tokenStride,
+    lseHeadStride: settings.lseHeadStride,
+    ...{ maskHeadStride, maskQueryStride, maskKeyStride },
+    maskDtype: DTYPE_CODES[mask?.dtype ?? 'bool'],
+    flags: settings.flags,
+    smScale: floatBits(Math.max(-LARGEST_SM_SCALE, Math.min(LARGEST_SM_SCALE, settings.smScale))),
+    softcap: floatBits(settings.softcap > 0 ? Math.max(LEAST_SOFTCAP, settings.softcap) : 0),
+    kSteps: geometry.keySteps,
+    dvPadded: geometry.valueDimPadded,
+    tileKScales: geometry.keyScales,
+    tileKSums: geometry.keySums,
+    tileV: geometry.values,
+    tileVScales: geometry.valueScales,
+    tileFlags: geometry.flags,
+    tileNans: geometry.nans,
+    tileBytes: geometry.bytes,
+    tileVExponents: geometry.valueExponents,
+    tileVApart: geometry.valuesApart,
+    tileKPlain: geometry.plainKeys,
+    tileShift: geometry.shift,
+  });
+  for (const [i, { partlySeen, rowsDiffer, ...sequence }] of sequences.entries()) {
+    writeFields(view, sequencesAt + i * fields.SEQUENCE_BYTES, SEQUENCE_FIELDS, {
+      ...sequence,
+      partlySeen: Number(partlySeen),
+      rowsDiffer: Number(rowsDiffer),
+    });
   }
   for (const [i, unit] of units.entries()) {
-    const at = unitsAt + i * job.UNIT_BYTES;
-    set(at + job.UNIT_SEQUENCE, unit.sequence);
-    set(at + job.UNIT_HEAD, unit.head);
-    set(at + job.UNIT_ROW, unit.row);
+    writeFields(view, unitsAt + i * fields.UNIT_BYTES, UNIT_FIELDS, unit);
   }
   return bytes;
 }

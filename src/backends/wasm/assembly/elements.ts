@@ -1,5 +1,10 @@
 /** Rows of tensors in any dtype, from and to float32. */
-import { DTYPE_BFLOAT16, DTYPE_BOOL, DTYPE_FLOAT16, DTYPE_FLOAT32 } from '../job.ts';
+import {
+  DTYPE_BFLOAT16,
+  DTYPE_BOOL,
+  DTYPE_FLOAT16,
+  DTYPE_FLOAT32,
+} from '../job.ts';
 
 /** log2 of an element's bytes. */
 // @ts-ignore: decorator

@@ -1,5 +1,11 @@
 /** What the module exports. A thread calls one of these until it returns 0: each call does one unit of the job. */
-import { JOB_ABORT, JOB_NEXT, JOB_UNIT_COUNT, JOB_UNITS, UNIT_BYTES } from '../job.ts';
+import {
+  JOB_ABORT,
+  JOB_NEXT,
+  JOB_UNITS,
+  JOB_UNIT_COUNT,
+  UNIT_BYTES,
+} from '../generated/fields.ts';
 import { attendUnit } from './attend.ts';
 import { prepareUnit } from './prepare.ts';
 

@@ -2,7 +2,9 @@
  * The two matrix products, four rows at a time against eight columns: eight accumulators, which is what keeps the dot
  * product instruction busy and still fits the sixteen vector registers of x86-64.
  */
-import { BLOCK_K } from '../job.ts';
+import {
+  BLOCK_K,
+} from '../job.ts';
 import { madd } from './arithmetic.ts';
 import { FLOAT_Q_ROW_BYTES, P_ROW_BYTES, Q_ROW_BYTES } from './scratch.ts';
 

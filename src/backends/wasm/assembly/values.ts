@@ -7,7 +7,6 @@
  * all keys of the tile.
  */
 import {
-  BLOCK_K,
   JOB_DV_PADDED,
   JOB_TILE_FLAGS,
   JOB_TILE_NANS,
@@ -15,6 +14,9 @@ import {
   JOB_TILE_V_APART,
   JOB_TILE_V_EXPONENTS,
   JOB_TILE_V_SCALES,
+} from '../generated/fields.ts';
+import {
+  BLOCK_K,
   MOST_APART,
   TILE_APART_COUNT,
   TILE_APART_KEYS,
