@@ -107,6 +107,8 @@ run(inRoot('node_modules', 'typescript', 'bin', 'tsc'), ['-p', inRoot('tsconfig.
 await unwrapOptionalImport();
 // As a file of its own, for pages whose policy allows no `blob:`.
 await writeFile(inRoot('dist', 'backends', 'wasm', 'worker.js'), WORKER_SOURCE.trimStart());
+// A worker's file exports nothing; without declarations TypeScript would refuse to hear of it.
+await writeFile(inRoot('dist', 'backends', 'wasm', 'worker.d.ts'), 'export {};\n');
 await bundleCommandLine();
 await bundleProtobuf();
 run(inRoot('node_modules', 'vite', 'bin', 'vite.js'), [

@@ -20,8 +20,12 @@ export function youngest(path: string, counts: (name: string) => boolean = () =>
 }
 
 export function ensureWasmKernels(): void {
-  const sources = Math.max(youngest(join(WASM, 'assembly')), youngest(join(ROOT, 'scripts', 'build-wasm.ts')));
-  const built = ['simd128.ts', 'relaxed.ts'].map((name) => youngest(join(WASM, 'generated', name)));
+  const sources = Math.max(
+    ...[join(WASM, 'assembly'), join(WASM, 'fields.ts'), join(ROOT, 'scripts', 'build-wasm.ts')].map((at) =>
+      youngest(at),
+    ),
+  );
+  const built = ['simd128.ts', 'relaxed.ts', 'fields.ts'].map((name) => youngest(join(WASM, 'generated', name)));
   if (built.every((time) => time >= sources)) return;
   const tsx = join(ROOT, 'node_modules', 'tsx', 'dist', 'cli.mjs');
   const { status } = spawnSync(process.execPath, [tsx, join(ROOT, 'scripts', 'build-wasm.ts')], {
