@@ -374,6 +374,6 @@ test('options are checked', () => {
   expect(() => createWasmBackendOn({ workerUrl: 1 as unknown as string })).toThrow(InvalidArgumentError);
   expect(() => createWasmBackendOn(null as unknown as object)).toThrow('options: expected an object');
   expect(() => createWasmBackendOn({ thread: 1 } as object)).toThrow(
-    "one of threads, simd, workerUrl, received 'thread'",
+    "one of threads, simd, workerUrl (perhaps threads), received 'thread'",
   );
 });
