@@ -1,7 +1,7 @@
 /** What a call means, with every default filled in. Nothing behind this file checks arguments again. */
 
 import { InvalidArgumentError, reading, textOf } from '../errors.ts';
-import type { DType, MaskDType } from '../tensor/dtype.ts';
+import { type DType, FLOAT32_MAX, type MaskDType } from '../tensor/dtype.ts';
 import { type OperandLayout, requireView, type TensorLocation, type TensorView } from '../tensor/tensor.ts';
 import { type Band, createBand, NO_LIMIT } from './band.ts';
 import type { AttentionOptions, TensorLayout } from './options.ts';
@@ -13,6 +13,16 @@ export interface MaskLayout {
   readonly offset: number;
   readonly strides: readonly [batch: number, head: number, query: number, key: number];
 }
+
+/** Below it a cap leaves of every score nothing that float32 can add to another; its reciprocal is still a float32. */
+const LEAST_SOFTCAP = 2 ** -100;
+
+/**
+ * Kernels compute in float32. A cap beyond its range changes no score, as the largest in it; one that would be 0 there, which
+ * means none, makes all scores alike, as the least does.
+ */
+const softcapInFloat32 = (softcap: number): number =>
+  softcap === 0 ? 0 : Math.min(Math.max(softcap, LEAST_SOFTCAP), FLOAT32_MAX);
 
 /**
  * An additive mask hides a key from a row, as far as means and scales are concerned, where its entry lies more than this below
@@ -298,7 +308,7 @@ function normalize(
     device: q.device ?? 0,
     mask: mask === undefined ? undefined : maskLayout(mask, [batch, queryHeads, queryLength, keyLength]),
     band: createBand(options),
-    softcap: options.softcap ?? 0,
+    softcap: softcapInFloat32(options.softcap ?? 0),
     smScale: options.smScale ?? 1 / Math.sqrt(headDim),
     returnLse: options.returnLse ?? false,
   };

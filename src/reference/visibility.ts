@@ -54,6 +54,8 @@ export interface RowClass {
   readonly rows: readonly ClassRow[];
   /** Largest magnitude of a value that the rows see. */
   readonly largestValue: number;
+  /** The largest magnitude of a key that one of its rows sees. */
+  readonly largestKey: number;
 }
 
 /** Sizes within this factor, a power of two, of the largest make one class. */
@@ -114,12 +116,12 @@ export function rowClasses(
   );
   // A row that sees zeros, or nothing, asks for nothing.
   const level = (own: number, most: number) => (own === 0 ? 0 : Math.floor(Math.log2(most / own) / CLASS_BITS));
-  const classes = new Map<string, RowClass & { rows: ClassRow[]; largestValue: number }>();
+  const classes = new Map<string, RowClass & { rows: ClassRow[]; largestValue: number; largestKey: number }>();
   for (const { head, row, keys, key, value } of seen) {
     const name = `${level(key, largest.key)},${level(value, largest.value)}`;
     let found = classes.get(name);
     if (found === undefined) {
-      found = { name, counted: new Uint8Array(keyLength), rows: [], largestValue: 0 };
+      found = { name, counted: new Uint8Array(keyLength), rows: [], largestValue: 0, largestKey: 0 };
       classes.set(name, found);
     }
     const { counted } = found;
@@ -128,6 +130,7 @@ export function rowClasses(
     });
     found.rows.push({ head, row, keys });
     found.largestValue = Math.max(found.largestValue, value);
+    found.largestKey = Math.max(found.largestKey, key);
   }
   return [...classes.values()];
 }

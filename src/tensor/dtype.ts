@@ -11,3 +11,6 @@ export const BYTES_PER_ELEMENT: Readonly<Record<MaskDType, number>> = {
   float32: 4,
   bool: 1,
 };
+
+/** The largest finite float32. */
+export const FLOAT32_MAX = (2 - 2 ** -23) * 2 ** 127;

@@ -18,6 +18,7 @@ import { createWasmBackend, type WasmBackendOptions } from '../../src/backends/w
 import { CUDA_TARGETS } from '../cuda/targets.ts';
 import { arbitraryCase, CASES, type ConformanceCase } from './cases.ts';
 import { excessOf, measureCase, type Target } from './suite.ts';
+import { VISIBILITY_CASES } from './visibility-cases.ts';
 import { WASM_TARGETS } from './wasm-targets.ts';
 
 const { values: flags } = parseArgs({
@@ -78,7 +79,7 @@ while (performance.now() < end) {
   const seed = Math.floor(Math.random() * 2 ** 32);
   const [random] = fc.sample(arbitraryCase, { numRuns: 1, seed: seed | 0 });
   for (const target of targets) {
-    for (const testCase of CASES) {
+    for (const testCase of [...CASES, ...VISIBILITY_CASES]) {
       const name = `${testCase.group}: ${testCase.name}`;
       if (!name.includes(flags.cases) || testCase.largestV > (target.largestV ?? Number.POSITIVE_INFINITY)) continue;
       if (testCase.work <= maxWork && performance.now() < end) await measure(target, testCase, seed, name);

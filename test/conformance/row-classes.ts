@@ -7,8 +7,11 @@ import { biasReader, rowClasses } from '../../src/reference/visibility.ts';
 export interface ClassError {
   /** Which sequence and class: the same for other inputs of the same kind. */
   readonly name: string;
-  /** Relative L1 of the output over the rows that are finite in the exact one. */
-  readonly output: number;
+  /**
+   * Relative L1 of the output over the rows that are finite in the exact one. None where rows see keys of hundreds: their softmax
+   * takes single keys, of which a near tie takes another, so the error has no limit that holds for all inputs.
+   */
+  readonly output: number | undefined;
   /** Largest absolute error of a finite logsumexp, and the exact value there. */
   readonly lse: { readonly error: number; readonly exact: number };
 }
@@ -16,11 +19,15 @@ export interface ClassError {
 /** Where rows cancel to almost nothing, their error is taken relative to this part of the largest value that they see. */
 const LEAST_PART = 0.05;
 
+/** Largest magnitude of keys beside which a softmax still is one of many keys; ordinary ones have up to 10. */
+const ONE_KEY_TAKES_ALL = 50;
+
 interface Sums {
   error: number;
   magnitude: number;
   elements: number;
   largestValue: number;
+  largestKey: number;
   lse: { error: number; exact: number };
 }
 
@@ -61,17 +68,19 @@ export function classErrors(
       const group = queryHeads / kvHeads;
       const heads = Array.from({ length: group }, (_, i) => kvHead * group + i);
       const classes = rowClasses(problem, sequence, heads, readBias, part(k, headDim), part(v, valueDim));
-      for (const { name: ofClass, rows, largestValue } of classes) {
+      for (const { name: ofClass, rows, largestValue, largestKey } of classes) {
         const name = `sequence ${sequence.index}, class ${ofClass}`;
         const own = sums.get(name) ?? {
           error: 0,
           magnitude: 0,
           elements: 0,
           largestValue: 0,
+          largestKey: 0,
           lse: { error: 0, exact: 0 },
         };
         sums.set(name, own);
         own.largestValue = Math.max(own.largestValue, largestValue);
+        own.largestKey = Math.max(own.largestKey, largestKey);
         for (const { head, row, keys } of rows) {
           if (keys === 0) continue;
           const token = sequence.queryStart + row;
@@ -84,9 +93,12 @@ export function classErrors(
       }
     }
   }
-  return [...sums].map(([name, { error, magnitude, elements, largestValue, lse }]) => ({
+  return [...sums].map(([name, { error, magnitude, elements, largestValue, largestKey, lse }]) => ({
     name,
-    output: error === 0 ? 0 : error / Math.max(magnitude, LEAST_PART * largestValue * elements),
+    output:
+      largestKey > ONE_KEY_TAKES_ALL
+        ? undefined
+        : error / Math.max(magnitude, LEAST_PART * largestValue * elements, Number.MIN_VALUE),
     lse,
   }));
 }

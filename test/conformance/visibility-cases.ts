@@ -7,7 +7,7 @@ import type { Random } from '../support/random.ts';
 import { place } from '../support/tensors.ts';
 import { type ConformanceCase, type Dense, dense, NORMAL_MAX, varlen } from './cases.ts';
 
-/** Kinds of fault, one a group: a target whose kernel has one yet names it in `exceptions`. */
+/** Kinds of fault, one a group. A target names those that are a limit of its kernels in `exceptions`, with the reason. */
 export type VisibilityGroup =
   | 'hidden keys'
   | 'padding'

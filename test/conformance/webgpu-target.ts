@@ -1,19 +1,6 @@
 import { PORTABLE_ALGORITHM } from '../../src/reference/quantized.ts';
 import type { Target } from './suite.ts';
 
-/** What the kernels do not pass yet. */
-const EXCEPTIONS: NonNullable<Target['exceptions']> = [
-  'hidden keys',
-  'padding',
-  'outside the band',
-  'later tokens',
-  'documents',
-  'heads of a group',
-  'cache',
-  'softcap',
-  'mask not a number',
-];
-
 /** The WebGPU kernel with its default options, as the conformance suite knows it. */
 export const WEBGPU_TARGET: Target = {
   name: 'webgpu',
@@ -22,5 +9,4 @@ export const WEBGPU_TARGET: Target = {
   // What the official INT8 kernel with FP16 PV loses on such inputs, and a half more.
   relativeL1: 0.02,
   algorithm: PORTABLE_ALGORITHM,
-  exceptions: EXCEPTIONS,
 };

@@ -73,6 +73,7 @@ function shapeOf(context: Context): Shape {
       rows: totalRows,
       promoted: choice.pvAccumDtype !== 'fp32',
       cooked: mask !== undefined || problem.softcap !== 0,
+      capped: problem.softcap !== 0,
     }),
     ...context.overrides,
   };

@@ -9,7 +9,7 @@ export const MAGIC = 12582912;
 export const MAGIC_BITS = 0x4b400000;
 export const LOG2_E = Math.LOG2E;
 
-export const FLOAT32_MAX = 3.4028234663852886e38;
+export { FLOAT32_MAX } from '../../../../tensor/dtype.ts';
 
 /** Magnitudes of floats order like the integers of their bits: from here on they are not finite. */
 export const INFINITY_BITS = 0x7f800000;

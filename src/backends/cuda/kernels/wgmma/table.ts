@@ -52,10 +52,12 @@ type Key = Pick<HopperConfig, 'pvFormat' | 'qkRowBytes' | 'paddedValueDim'> & {
   readonly promoted: boolean;
   /** Scores are more than products: a mask is read, or a cap applied. */
   readonly cooked: boolean;
+  /** A cap is applied: its series takes registers besides. */
+  readonly capped: boolean;
 };
 
 /** The configuration of a problem. */
-export function tuningOf({ pvFormat, qkRowBytes, paddedValueDim, rows, promoted, cooked }: Key): HopperTuning {
+export function tuningOf({ pvFormat, qkRowBytes, paddedValueDim, rows, promoted, cooked, capped }: Key): HopperTuning {
   const wide = paddedValueDim > 128;
   const fp8 = pvFormat === 'e4m3';
   const plainSums = { onesColumn: false, polynomialShare: 0 as const };
@@ -98,7 +100,11 @@ export function tuningOf({ pvFormat, qkRowBytes, paddedValueDim, rows, promoted,
     };
   }
   // FP16 is for accuracy, which a scale for each row of Q gives; FP8's own rounding hides it.
-  if (!fp8) return { ...two, queryScalePerRow: true, stages: qkRowBytes > 128 ? 2 : 3 };
+  if (!fp8) {
+    // Two tiles at once and a cap are 8 bytes more than the registers hold.
+    const schedule = capped ? 'serial' : two.schedule;
+    return { ...two, queryScalePerRow: true, stages: qkRowBytes > 128 ? 2 : 3, schedule };
+  }
   // Registers again: serial, sums of PV take those of the scores.
   if (cooked) return { ...two, schedule: 'serial' };
   const padded = (tile: number) => Math.ceil(rows / tile) * tile;
