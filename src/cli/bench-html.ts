@@ -1,5 +1,5 @@
 /** `bench --html`: one page that needs nothing else, readable in light and dark. */
-import type { BenchReport, BenchResult } from './bench.ts';
+import type { BenchReport, BenchResult } from './bench-report.ts';
 import { chart, Plot } from './charts.ts';
 import { cosine, duration, rate, small } from './terminal.ts';
 

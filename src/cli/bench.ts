@@ -6,15 +6,9 @@ import { type Machine, thisMachine } from '../measure/machine.ts';
 import { attentionOperations } from '../measure/operations.ts';
 import { median } from '../measure/statistics.ts';
 import { availableBackends, offeredKernels } from './backends.ts';
+import type { BenchReport, BenchResult } from './bench-report.ts';
 import { isRefusal, UserError } from './errors.ts';
-import {
-  type Accuracy,
-  type BackendName,
-  createAttention,
-  type DType,
-  type KernelName,
-  SageAttentionError,
-} from './library.ts';
+import { type BackendName, createAttention, type DType, type KernelName, SageAttentionError } from './library.ts';
 import { writeReport } from './report-file.ts';
 import { bold, cosine, dim, duration, print, progress, rate, small, table } from './terminal.ts';
 
@@ -33,36 +27,6 @@ export interface BenchOptions {
   readonly seed: number;
   readonly json?: string;
   readonly html?: string;
-}
-
-export interface BenchResult extends InputShape {
-  readonly backend: BackendName;
-  readonly kernel: KernelName;
-  readonly isCausal: boolean;
-  /** Why there are no figures: the kernel does not take this problem. */
-  readonly refused?: string;
-  /** Why there are no figures: the kernel failed while it ran. */
-  readonly failed?: string;
-  readonly medianMs?: number;
-  readonly fastestMs?: number;
-  /** 4 B H L^2 D / median, halved when causal. */
-  readonly gflops?: number;
-  readonly accuracy?: Accuracy;
-  /** Query rows of each head that accuracy is of. */
-  readonly rows?: number;
-}
-
-/** What `bench --json` writes. */
-export interface BenchReport {
-  readonly schema: 'sageattention-bench/1';
-  readonly version: string;
-  readonly date: string;
-  readonly machine: Machine;
-  readonly dtype: DType;
-  readonly repetitions: number;
-  readonly seed: number;
-  readonly backends: Readonly<Record<string, Readonly<Record<string, string>>>>;
-  readonly results: readonly BenchResult[];
 }
 
 interface Case {

@@ -4,7 +4,7 @@ import { tmpdir } from 'node:os';
 import path from 'node:path';
 import { fileURLToPath } from 'node:url';
 import { afterAll, afterEach, beforeAll, describe, expect, it, vi } from 'vitest';
-import type { BenchReport } from './bench.ts';
+import type { BenchReport } from './bench-report.ts';
 import type { DemoReport } from './demo.ts';
 import type { EncoderComparison } from './encoder-comparison.ts';
 import { runCommandLine } from './program.ts';
