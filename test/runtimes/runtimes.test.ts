@@ -37,7 +37,8 @@ function runProgram(
   const child = spawn(ensureRuntime(runtime), [...RUN[runtime], program, ...args], {
     cwd: path.dirname(program),
     stdio: ['ignore', 'pipe', 'pipe'],
-    env: { ...process.env, DENO_NO_UPDATE_CHECK: '1', ...env },
+    // Where a machine has EGL, Deno's GPU library asks it too, and it complains of a process without a session.
+    env: { ...process.env, DENO_NO_UPDATE_CHECK: '1', XDG_RUNTIME_DIR: folder, ...env },
   });
   const chunks: string[] = [];
   const noise: string[] = [];
