@@ -129,7 +129,10 @@ let a = subgroupMatrixLoad<subgroup_matrix_left<f16, 16, 16>, row_major>(&p, ${o
 
   it('are aligned in the probe', () => {
     for (const product of [...H200, ...APPLE]) {
-      expect(misaligned(matrixProbeKernel(product, EXTENSION, DIALECT, 32)), JSON.stringify(product)).toEqual([]);
+      for (const subgroupId of [false, true]) {
+        const code = matrixProbeKernel(product, EXTENSION, DIALECT, 32, subgroupId);
+        expect(misaligned(code), JSON.stringify(product)).toEqual([]);
+      }
     }
   });
 });

@@ -14,6 +14,7 @@ import type {
   RunContext,
 } from '../backend.ts';
 import { chooseOptions } from '../choice.ts';
+import { matrixText } from './capabilities.ts';
 import { type DeviceOptions, type GpuContext, openDevice } from './device.ts';
 import { type Forced, familiesOf } from './families/choose.ts';
 import type { Family } from './families/family.ts';
@@ -72,10 +73,7 @@ export class WebgpuBackend implements Backend {
           family: `${this.#options.family ?? offered[0]}`,
           families: [...offered, ...missing.map((text) => `no ${text}`)].join('; '),
           subgroups: capabilities.subgroups ? (min === max ? `${min}` : `${min} to ${max}`) : 'none',
-          'subgroup matrices':
-            capabilities.matrixConfigs
-              .map((c) => `${c.componentType}->${c.resultComponentType} ${c.M}x${c.N}x${c.K}`)
-              .join(', ') || 'none',
+          'subgroup matrices': capabilities.matrixConfigs.map(matrixText).join(', ') || 'none',
           'shader-f16': capabilities.shaderF16 ? 'yes' : 'no',
           dot4I8Packed: capabilities.packedDot ? 'yes' : 'no',
           'workgroup memory': `${capabilities.workgroupBytes / 1024} KiB`,

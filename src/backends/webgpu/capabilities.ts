@@ -29,6 +29,8 @@ export interface Capabilities {
   readonly subgroupSize: readonly [min: number, max: number];
   /** Subgroup matrix products that shaders may use; empty without the feature. */
   readonly matrixConfigs: readonly MatrixConfig[];
+  /** Products that are listed, but do not come out right in a trial on the device: they are left out of `matrixConfigs`. */
+  readonly wrongMatrices?: readonly MatrixConfig[];
   /** The name under which the device has them. */
   readonly matrixFeature: string | undefined;
   /** How its WGSL writes them; what was found by probing, or the newest. */
@@ -108,6 +110,10 @@ export function capabilitiesOf(
     dispatch: limits.maxComputeWorkgroupsPerDimension,
   };
 }
+
+/** A product in a few characters. */
+export const matrixText = ({ componentType, resultComponentType, M, N, K }: MatrixConfig): string =>
+  `${componentType}->${resultComponentType} ${M}x${N}x${K}`;
 
 /** The subgroup matrix products that an adapter lists. */
 export const matrixConfigsOf = (info: GPUAdapterInfo | undefined): readonly MatrixConfig[] =>

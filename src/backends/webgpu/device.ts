@@ -130,19 +130,21 @@ const settled = async (device: GPUDevice, found: Capabilities, options: DeviceOp
 
 /** Probes how subgroup matrices are written here; products that come out wrong in every way are not used. */
 async function withDialect(device: GPUDevice, capabilities: Capabilities): Promise<Capabilities> {
-  const { matrixFeature, subgroupSize } = capabilities;
+  const { matrixFeature, subgroupSize, subgroupId } = capabilities;
   let { matrixConfigs } = capabilities;
+  const wrongMatrices: MatrixConfig[] = [];
   while (matrixFeature !== undefined && matrixConfigs.length > 0) {
     const used = (['f32', 'f16'] as const).flatMap((accumulate) =>
       Object.values(matrixProducts(matrixConfigs, accumulate) ?? {}),
     );
     if (used.length === 0) break;
     const products = [...new Set<MatrixConfig>(used)];
-    const { dialect, wrong } = await probeMatrixDialect(device, matrixFeature, products, subgroupSize[1]);
-    if (dialect !== undefined) return { ...capabilities, matrixConfigs, matrixDialect: dialect };
+    const { dialect, wrong } = await probeMatrixDialect(device, matrixFeature, products, subgroupSize[1], subgroupId);
+    if (dialect !== undefined) return { ...capabilities, matrixConfigs, wrongMatrices, matrixDialect: dialect };
+    if (wrong !== undefined) wrongMatrices.push(wrong);
     matrixConfigs = matrixConfigs.filter((config) => config !== wrong);
   }
-  return { ...capabilities, matrixConfigs };
+  return { ...capabilities, matrixConfigs, wrongMatrices };
 }
 
 const messageOf = (error: unknown) => (error instanceof Error ? error.message : String(error));

@@ -50,13 +50,26 @@ describe('WGSL', () => {
 
   it('the probe of subgroup matrices compiles in the dialect of this Dawn', async () => {
     for (const product of H200) {
-      expect(await messagesOf(matrixProbeKernel(product, EXTENSION, DIALECT, 32))).toEqual([]);
+      for (const subgroupId of [false, true]) {
+        expect(await messagesOf(matrixProbeKernel(product, EXTENSION, DIALECT, 32, subgroupId))).toEqual([]);
+      }
     }
   });
 
   it('a product that comes out right in no dialect is named', async () => {
     const found = await probeMatrixDialect(device, 'chromium-experimental-subgroup-matrix', H200, 32);
     expect(found).toEqual({ wrong: H200[0] });
+  });
+
+  it('a device whose products come out wrong gets the next family, and its report says so', async () => {
+    const adapter = { info: { subgroupMatrixConfigs: H200 } } as unknown as GPUAdapter;
+    const backend = createWebgpuBackend({ device, adapter, gpu, capabilities: { subgroupSize: [32, 32] } });
+    const { families } = (await backend.availability()).details;
+    expect(families).toMatch(/^subgroup; base; no matrix: .*; wrong in a trial: i8->i32 16x16x32/);
+    const { capabilities } = await backend.context();
+    expect(familiesOf(capabilities).offered).not.toContain('matrix');
+    expect(capabilities.wrongMatrices).toContainEqual(H200[0]);
+    await backend.dispose();
   });
 });
 

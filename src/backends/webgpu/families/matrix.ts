@@ -1,6 +1,6 @@
 /** Family `matrix`: subgroup matrices, the device's own or emulated ones. */
 import { UnsupportedOptionError } from '../../../errors.ts';
-import { type Capabilities, MATRIX_FEATURES, type MatrixConfig } from '../capabilities.ts';
+import { type Capabilities, MATRIX_FEATURES, type MatrixConfig, matrixText } from '../capabilities.ts';
 import { type MatrixShape, matrixAttentionKernel, matrixWorkgroupBytes } from '../kernels/attention-matrix.ts';
 import { KEY_TILE, VALUE_GROUP } from '../kernels/layout.ts';
 import { emulatedMatrices, nativeMatrices } from '../kernels/matrix-operations.ts';
@@ -91,10 +91,13 @@ function matrixSupport(capabilities: Capabilities, emulate: Emulation | undefine
   const [min, max] = capabilities.subgroupSize;
   const lanes = emulate !== undefined ? EMULATED_LANES : max;
   if (!capabilities.subgroups) return { reason: "no feature 'subgroups'" };
+  const wrong = (emulate === undefined && capabilities.wrongMatrices) || [];
+  const tried = wrong.length === 0 ? '' : `; wrong in a trial: ${wrong.map(matrixText).join(', ')}`;
+  if (configs.length === 0 && tried !== '') return { reason: `no subgroup matrix product comes out right${tried}` };
   if (configs.length === 0) return { reason: 'no subgroup matrix configurations (in Dawn: toggle allow_unsafe_apis)' };
   if (emulate === undefined && min !== max) return { reason: `subgroups of ${min} to ${max} lanes` };
   const products = matrixProducts(configs, 'f32');
-  if (products === undefined) return { reason: 'no pair of listed products that the kernel can use' };
+  if (products === undefined) return { reason: `no pair of listed products that the kernel can use${tried}` };
   if (products.pv.componentType === 'f16' && !capabilities.shaderF16) return { reason: "no feature 'shader-f16'" };
   if (lanes % products.qk.M !== 0 || lanes / products.qk.M > Math.max(4, min))
     return { reason: `subgroups of ${lanes} lanes` };
