@@ -49,9 +49,11 @@ export type { DType, MaskDType } from './tensor/dtype.ts';
 export {
   emptyTensor,
   type Float16ArrayLike,
+  type LseOf,
   slice,
   type Tensor,
   type TensorData,
+  type TensorDataOf,
   type TensorLocation,
   type TensorOptions,
   type TensorView,

@@ -7,7 +7,7 @@ import type { AttentionInputs, AttentionOutputs, Backend, Plan } from '../backen
 import { contextOf, keepInputs, takeInputs } from '../backends/choice.ts';
 import { forgetAvailability } from '../backends/registry.ts';
 import { BackendUnavailableError, ExecutionError } from '../errors.ts';
-import type { Tensor, TensorView } from '../tensor/tensor.ts';
+import type { LseOf, Tensor, TensorView } from '../tensor/tensor.ts';
 import { withCachedPlan } from './plan-cache.ts';
 import { chooseBackend, readyBackend } from './selection.ts';
 
@@ -16,7 +16,7 @@ export interface AttentionResult<T extends TensorView = Tensor> {
   /** `[B,Hq,Lq,Dv]` (HND) or `[B,Lq,Hq,Dv]` (NHD), contiguous, q's dtype; varlen `[totalQ,Hq,Dv]`. */
   readonly output: T;
   /** Natural logarithm of the sum of exponentials of each row's scores, `[B,Hq,Lq]` (varlen `[Hq,totalQ]`), float32. */
-  readonly lse: T;
+  readonly lse: LseOf<T>;
 }
 
 type WithLse = AttentionOptions & { readonly returnLse: true };

@@ -3,7 +3,7 @@ import type { KernelName } from '../attention/kernels.ts';
 import type { BackendName, StreamHandle } from '../attention/options.ts';
 import type { AttentionProblem } from '../attention/problem.ts';
 import type { Granularity, PvAccumDtype } from '../quantization/schemes.ts';
-import type { TensorView } from '../tensor/tensor.ts';
+import type { LseOf, TensorView } from '../tensor/tensor.ts';
 
 /** What a kernel honours. The first entry of each list is its default; an empty list means the option has no meaning there. */
 export interface KernelDescriptor {
@@ -52,7 +52,7 @@ export interface AttentionOutputs<T extends TensorView = TensorView> {
   /** `[B,Hq,Lq,Dv]` or `[B,Lq,Hq,Dv]` as the layout says, contiguous; varlen `[totalQ,Hq,Dv]`. q's dtype. */
   readonly output: T;
   /** `[B,Hq,Lq]`; varlen `[Hq,totalQ]`. float32, natural logarithm. Present exactly when the problem asks for it. */
-  readonly lse?: T;
+  readonly lse?: LseOf<T>;
 }
 
 /** What belongs to one run and not to the plan. */

@@ -75,7 +75,7 @@ export function toFloat32(view: Tensor): Float32Array {
  * @param values row-major, as many as the shape has elements
  * @throws {InvalidArgumentError} `invalid-shape`, `invalid-dtype`, `buffer-too-small`
  */
-export function fromFloat32(values: Float32Array, shape: readonly number[], dtype: DType): Tensor {
+export function fromFloat32<D extends DType>(values: Float32Array, shape: readonly number[], dtype: D): Tensor<D> {
   if (!/^Float(32|64)Array$/.test(typedArrayName.call(values) ?? '')) {
     throw new InvalidArgumentError('invalid-dtype', 'values', 'a Float32Array', textOf(values));
   }

@@ -42,15 +42,28 @@ export interface Float16ArrayLike {
  */
 export type TensorData = Float32Array | Uint16Array | Uint8Array | Float16ArrayLike;
 
-/** A tensor in the memory of this process. */
-export interface Tensor extends TensorView {
+/** Storage of a CPU tensor of one dtype. */
+export type TensorDataOf<D extends MaskDType> = D extends 'float32'
+  ? Float32Array
+  : D extends 'bool'
+    ? Uint8Array
+    : D extends 'float16'
+      ? Uint16Array | Float16ArrayLike
+      : Uint16Array;
+
+/** A tensor in the memory of this process. `Tensor<'float32'>` is one whose dtype the compiler knows, so that `data` is a `Float32Array`. */
+export interface Tensor<D extends MaskDType = MaskDType> extends TensorView {
   readonly location: 'cpu';
-  readonly data: TensorData;
+  readonly dtype: D;
+  readonly data: TensorDataOf<D>;
 }
 
-export interface TensorOptions {
+/** Of a logsumexp beside outputs of type T: float32 where they are, whatever their dtype. */
+export type LseOf<T extends TensorView> = T extends Tensor ? Tensor<'float32'> : T;
+
+export interface TensorOptions<D extends MaskDType = MaskDType> {
   /** Default: what `data` is. Required for a `Uint16Array`, which may hold float16 or bfloat16 bits. */
-  readonly dtype?: MaskDType;
+  readonly dtype?: D;
   /** Default: row-major and contiguous. */
   readonly strides?: readonly number[];
   /** First element; default 0. */
@@ -118,6 +131,23 @@ function part(data: TensorData, start: number, length: number): TensorData {
  * @param shape sizes, integers >= 0
  * @throws {InvalidArgumentError} `invalid-dtype`, `invalid-shape`, `invalid-strides` or `buffer-too-small`
  */
+export function tensor(
+  data: Float32Array,
+  shape: readonly number[],
+  options?: TensorOptions<'float32'>,
+): Tensor<'float32'>;
+export function tensor(data: Uint8Array, shape: readonly number[], options?: TensorOptions<'bool'>): Tensor<'bool'>;
+export function tensor(
+  data: Float16ArrayLike & { readonly [Symbol.toStringTag]: 'Float16Array' },
+  shape: readonly number[],
+  options?: TensorOptions<'float16'>,
+): Tensor<'float16'>;
+export function tensor<D extends 'float16' | 'bfloat16'>(
+  data: Uint16Array,
+  shape: readonly number[],
+  options: TensorOptions & { readonly dtype: D },
+): Tensor<D>;
+export function tensor(data: TensorData, shape: readonly number[], options?: TensorOptions): Tensor;
 export function tensor(data: TensorData, shape: readonly number[], options: TensorOptions = {}): Tensor {
   const { dtype: asked, strides, offset } = takeOptions(options, ['dtype', 'strides', 'offset']);
   const possible = dtypesOf(data);
@@ -262,12 +292,12 @@ function zeros(length: number, dtype: DType): TensorData {
  * @throws {InvalidArgumentError} `invalid-shape`, `invalid-dtype`
  * @throws {ExecutionError} `out-of-memory`
  */
-export function emptyTensor(shape: readonly number[], dtype: DType): Tensor {
+export function emptyTensor<D extends DType>(shape: readonly number[], dtype: D): Tensor<D> {
   validateShape('emptyTensor', shape);
   if (dtype !== 'float32' && dtype !== 'float16' && dtype !== 'bfloat16') {
     throw new InvalidArgumentError('invalid-dtype', 'dtype', 'float16, bfloat16, float32', textOf(dtype));
   }
-  const data = zeros(elementCount(shape), dtype);
+  const data = zeros(elementCount(shape), dtype) as TensorDataOf<D>;
   return { location: 'cpu', dtype, data, shape: [...shape], strides: contiguousStrides(shape), offset: 0 };
 }
 

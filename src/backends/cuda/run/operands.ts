@@ -130,7 +130,7 @@ export function outputsOf(problem: AttentionProblem): NamedOutput[] {
 
 /** {@link outputsOf} as a caller gets them. */
 export function attentionOutputs<T extends TensorView>(made: Outputs<T>): AttentionOutputs<T> {
-  const { output, lse } = made as { readonly output: T; readonly lse?: T };
+  const { output, lse } = made as unknown as AttentionOutputs<T>;
   return lse === undefined ? { output } : { output, lse };
 }
 
