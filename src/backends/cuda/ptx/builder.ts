@@ -4,7 +4,7 @@
  * run-time constructs.
  */
 import type { Layout, SharedTile } from './layouts.ts';
-import { MMA, type MmaShape } from './mma.ts';
+import { BLOCK_SCALED_MMA, type BlockScaledShape, MMA, type MmaShape, type ScaleWord } from './mma.ts';
 import { immediate, memory } from './operands.ts';
 import type { Target } from './targets.ts';
 import type {
@@ -39,6 +39,8 @@ const PTX_TYPE: Readonly<Record<Kind, string>> = {
   f16x2: 'f16x2',
   bf16x2: 'bf16x2',
   e4m3x4: 'b32',
+  e2m1x2: 'b8',
+  e2m1x8: 'b32',
   s8x4: 'b32',
   s4x8: 'b32',
   shared: 'u32',
@@ -67,6 +69,7 @@ const CONVERSIONS = {
   'b16->u32': 'cvt.u32.u16',
   'u32->b16': 'cvt.u16.u32',
   'e4m3x2->f16x2': 'cvt.rn.f16x2.e4m3x2',
+  'e2m1x2->f16x2': 'cvt.rn.f16x2.e2m1x2',
 } as const;
 
 type Conversion = keyof typeof CONVERSIONS;
@@ -77,11 +80,12 @@ type ConversionTarget<From extends string> = Conversion extends infer C
     : never
   : never;
 
-/** Two floats packed into one register of a smaller format, round to nearest even; E4M3 saturates to +-448. */
+/** Two floats packed into one register of a smaller format, round to nearest even; E4M3 saturates to +-448, E2M1 to +-6 (NaN to +6). */
 const PACKINGS = {
   f16x2: 'cvt.rn.f16x2.f32',
   bf16x2: 'cvt.rn.bf16x2.f32',
   e4m3x2: 'cvt.rn.satfinite.e4m3x2.f32',
+  e2m1x2: 'cvt.rn.satfinite.e2m1x2.f32',
 } as const;
 
 export interface KernelOptions {
@@ -289,6 +293,21 @@ export class KernelBuilder {
     return halves;
   }
 
+  /** `mov.b32 d, {a, b, c, d}` of four bytes, the first lowest. */
+  packBytes<K extends 'b32' | 'e2m1x8'>(kind: K, bytes: readonly Reg<'e2m1x2'>[]): Reg<K> {
+    if (bytes.length !== 4) throw new RangeError(`packBytes: ${bytes.length} bytes`);
+    const d = this.reg(kind);
+    this.emit('mov.b32', [d], [{ type: 'group', registers: bytes }]);
+    return d;
+  }
+
+  /** `mov.b32 {a, b, c, d}, value`: the bytes of a register, the lowest first. */
+  unpackBytes(value: Reg<'b32' | 'e2m1x8'>): Reg<'e2m1x2'>[] {
+    const registers = this.regs('e2m1x2', 4);
+    this.emit('mov.b32', [{ type: 'group', registers }], [value]);
+    return registers;
+  }
+
   // ---- arithmetic
 
   #operand<K extends Kind>(kind: K, value: Reg<K> | number): Operand {
@@ -393,6 +412,11 @@ export class KernelBuilder {
     return this.#binary(`max.${PTX_TYPE[a.kind]}`, a, b as Reg<K> | number, into);
   }
 
+  /** NaN when either is. */
+  maxNaN<K extends 'f32' | 'f16x2'>(a: Reg<K>, b: Value<NoInfer<K>>, into?: Reg<NoInfer<K>>): Reg<K> {
+    return this.#binary(`max.NaN.${PTX_TYPE[a.kind]}`, a, b as Reg<K> | number, into);
+  }
+
   abs<K extends 'f32' | 's32'>(a: Reg<K>, into?: Reg<NoInfer<K>>): Reg<K> {
     const d = into ?? this.reg(a.kind);
     this.emit(`abs.${PTX_TYPE[a.kind]}`, [d], [a]);
@@ -465,9 +489,9 @@ export class KernelBuilder {
     return this.#shift(a.kind === 's32' ? 'shr.s32' : `shr.u${KIND_BITS[a.kind]}`, a, amount);
   }
 
-  /** Four bytes picked from the eight of a (0..3) and b (4..7) by the nibbles of a constant, low byte first. */
-  prmt(a: Reg<'b32'>, b: Reg<'b32'>, selector: number, into: Reg<'b32'> = this.reg('b32')): Reg<'b32'> {
-    this.emit('prmt.b32', [into], [a, b, immediate(selector, 'b32')]);
+  /** Four bytes picked from the eight of a (0..3) and b (4..7) by the nibbles of a selector, low byte first. */
+  prmt(a: Reg<'b32'>, b: Reg<'b32'>, selector: Value<'b32'>, into: Reg<'b32'> = this.reg('b32')): Reg<'b32'> {
+    this.emit('prmt.b32', [into], [a, b, this.#operand('b32', selector)]);
     return into;
   }
 
@@ -639,7 +663,7 @@ export class KernelBuilder {
    * Loads `count` 8x8 matrices of 16-bit elements. Lanes 8i..8i+7 give the addresses of matrix i's rows; lane l receives
    * elements 2(l%4) and 2(l%4)+1 of row l/4 of each matrix (of its transpose with `.trans`).
    */
-  ldmatrix<K extends 'b32' | 's8x4' | 's4x8' | 'e4m3x4' | 'f16x2'>(
+  ldmatrix<K extends 'b32' | 's8x4' | 's4x8' | 'e2m1x8' | 'e4m3x4' | 'f16x2'>(
     kind: K,
     count: 1 | 2 | 4,
     address: Reg<'shared'>,
@@ -671,6 +695,37 @@ export class KernelBuilder {
     }
     const group = (registers: readonly Reg[]): Operand => ({ type: 'group', registers });
     this.emit(`mma.sync.aligned.${shape}`, [group(d)], [group(a), group(b), group(c)]);
+  }
+
+  /**
+   * d = (a * scales of a) * (b * scales of b) + d on the warp's tensor core: A and B in E2M1, 64 deep, a scale for each 16 (`4X`,
+   * UE4M3) or 32 (`2X`, UE8M0) elements of a row of A and of a column of B. Scales of a row or column are consecutive bytes of a register.
+   *
+   * @param aScale of lanes 4g + 2 * `thread` (row g) and 4g + 2 * `thread` + 1 (row g + 8); those of others are not read
+   * @param bScale of lanes 4g + `thread` (column g); those of others are not read
+   */
+  mmaBlockScaled(
+    shape: BlockScaledShape,
+    d: readonly Reg<'f32'>[],
+    a: readonly Reg<'e2m1x8'>[],
+    b: readonly Reg<'e2m1x8'>[],
+    aScale: ScaleWord,
+    bScale: ScaleWord,
+    c: readonly Reg<'f32'>[] = d,
+  ): void {
+    const byteIds: readonly number[] = BLOCK_SCALED_MMA[shape].byteIds;
+    const bad = (scale: ScaleWord, threads: number) =>
+      !byteIds.includes(scale.byte ?? 0) || !(scale.thread >= 0 && scale.thread < threads);
+    if (a.length !== 4 || b.length !== 2 || d.length !== 4 || c.length !== 4 || bad(aScale, 2) || bad(bScale, 4)) {
+      throw new RangeError(`mma.${shape}: fragments or selectors that it does not have`);
+    }
+    const group = (registers: readonly Reg[]): Operand => ({ type: 'group', registers });
+    const selector = ({ byte = 0, thread }: ScaleWord): Operand => ({ type: 'scaleSelector', byte, thread });
+    this.emit(
+      `mma.sync.aligned.${shape}`,
+      [group(d)],
+      [group(a), group(b), group(c), aScale.register, selector(aScale), bScale.register, selector(bScale)],
+    );
   }
 
   /** The value of the lane whose number differs by `mask`. */

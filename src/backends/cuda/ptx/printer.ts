@@ -2,8 +2,8 @@
 import { requiredVersion } from './targets.ts';
 import { type Instruction, type Kernel, KIND_BITS, type Operand, type Parameter, type Reg } from './types.ts';
 
-const PREFIX = { 1: 'p', 16: 'h', 32: 'r', 64: 'd' } as const;
-const DECLARED = { 1: 'pred', 16: 'b16', 32: 'b32', 64: 'b64' } as const;
+const PREFIX = { 1: 'p', 8: 'b', 16: 'h', 32: 'r', 64: 'd' } as const;
+const DECLARED = { 1: 'pred', 8: 'b8', 16: 'b16', 32: 'b32', 64: 'b64' } as const;
 
 const registerName = (register: Reg) => `%${PREFIX[KIND_BITS[register.kind]]}${register.id}`;
 
@@ -42,6 +42,8 @@ function operandText(operand: Operand): string {
       return operand.addressOf ? operand.name : `[${operand.name}]`;
     case 'sink':
       return '_';
+    case 'scaleSelector':
+      return `{${operand.byte}, ${operand.thread}}`;
     case 'special':
     case 'label':
       return operand.name;

@@ -1,7 +1,7 @@
 /** What each target of the assembler can do. Facts of the PTX ISA (9.0) and of ptxas's code for each target. */
 import type { Kernel } from './types.ts';
 
-export const TARGETS = ['sm_80', 'sm_86', 'sm_89', 'sm_90a', 'sm_120a'] as const;
+export const TARGETS = ['sm_80', 'sm_86', 'sm_89', 'sm_90a', 'sm_120a', 'sm_120f'] as const;
 export type Target = (typeof TARGETS)[number];
 
 export interface TargetFeatures {
@@ -15,6 +15,8 @@ export interface TargetFeatures {
   readonly fp8Mma: boolean;
   /** `mma.sync` on S4 is an instruction. sm_90 and later accept it and emulate it with about a hundred others. */
   readonly int4Mma: boolean;
+  /** Converts to and from E2M1, and multiplies it with a scale for each 16 elements. */
+  readonly blockScaledMma: boolean;
 }
 
 export const TARGET_FEATURES: Readonly<Record<Target, TargetFeatures>> = {
@@ -24,6 +26,7 @@ export const TARGET_FEATURES: Readonly<Record<Target, TargetFeatures>> = {
     fp8Conversions: false,
     fp8Mma: false,
     int4Mma: true,
+    blockScaledMma: false,
   },
   sm_86: {
     sharedBytesPerBlock: 101_376,
@@ -31,6 +34,7 @@ export const TARGET_FEATURES: Readonly<Record<Target, TargetFeatures>> = {
     fp8Conversions: false,
     fp8Mma: false,
     int4Mma: true,
+    blockScaledMma: false,
   },
   sm_89: {
     sharedBytesPerBlock: 101_376,
@@ -38,6 +42,7 @@ export const TARGET_FEATURES: Readonly<Record<Target, TargetFeatures>> = {
     fp8Conversions: true,
     fp8Mma: true,
     int4Mma: true,
+    blockScaledMma: false,
   },
   sm_90a: {
     sharedBytesPerBlock: 232_448,
@@ -45,6 +50,7 @@ export const TARGET_FEATURES: Readonly<Record<Target, TargetFeatures>> = {
     fp8Conversions: true,
     fp8Mma: false,
     int4Mma: false,
+    blockScaledMma: false,
   },
   sm_120a: {
     sharedBytesPerBlock: 101_376,
@@ -52,6 +58,16 @@ export const TARGET_FEATURES: Readonly<Record<Target, TargetFeatures>> = {
     fp8Conversions: true,
     fp8Mma: true,
     int4Mma: false,
+    blockScaledMma: false,
+  },
+  /** The family of 12.x: RTX 50, RTX PRO, DGX Spark. It needs a driver of CUDA 12.9; `sm_120a` one of 12.8, and runs on 12.0 only. */
+  sm_120f: {
+    sharedBytesPerBlock: 101_376,
+    sharedBytesPerMultiprocessor: 102_400,
+    fp8Conversions: true,
+    fp8Mma: true,
+    int4Mma: false,
+    blockScaledMma: true,
   },
 };
 
@@ -62,10 +78,12 @@ const TARGET_VERSION: Readonly<Record<Target, number>> = {
   sm_89: 7.8,
   sm_90a: 8.0,
   sm_120a: 8.7,
+  sm_120f: 8.8,
 };
 
 const INSTRUCTION_VERSIONS: readonly (readonly [pattern: RegExp, version: number])[] = [
   [/^cvt\..*e4m3x2/, 8.1],
+  [/^cvt\..*e2m1x2/, 8.6],
   [/\.shared::cta/, 8.0],
   [/^mma\..*\.f32\.e4m3/, 8.4],
   [/^mma\..*\.f16\.e4m3/, 8.7],

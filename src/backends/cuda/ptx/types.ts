@@ -6,6 +6,7 @@
  */
 export const KIND_BITS = {
   pred: 1,
+  e2m1x2: 8,
   b16: 16,
   f16: 16,
   bf16: 16,
@@ -19,6 +20,7 @@ export const KIND_BITS = {
   e4m3x4: 32,
   s8x4: 32,
   s4x8: 32,
+  e2m1x8: 32,
   /** Byte address in the CTA's shared memory. */
   shared: 32,
   b64: 64,
@@ -63,6 +65,8 @@ export type Operand =
   | { readonly type: 'memory'; readonly base: Reg; readonly offset: number }
   /** `[map, {c0, c1, ...}]`: a box of a tensor map. */
   | { readonly type: 'tensor'; readonly map: Reg<'global'>; readonly coordinates: readonly Reg<'s32'>[] }
+  /** `{byte, thread}`: which byte of which lane's register scales a row or column of a block-scaled product. */
+  | { readonly type: 'scaleSelector'; readonly byte: number; readonly thread: number }
   /** `[name]` of a kernel parameter, or with `addressOf` the parameter's own address. */
   | { readonly type: 'parameter'; readonly name: string; readonly addressOf?: boolean }
   | { readonly type: 'special'; readonly name: SpecialRegister }

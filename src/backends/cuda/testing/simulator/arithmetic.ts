@@ -1,5 +1,6 @@
 /** What instructions compute where JavaScript has no operator for it. Compiled code reaches this file as `R`. */
 import { bfloat16FromNumber } from '../../../../tensor/formats/bfloat16.ts';
+import { E2M1_VALUES, e2m1FromNumber } from '../../../../tensor/formats/float4.ts';
 import { e4m3FromNumber, e4m3ToNumber } from '../../../../tensor/formats/float8.ts';
 import { float16FromNumber, float16Table } from '../../../../tensor/formats/float16.ts';
 
@@ -17,6 +18,14 @@ export function packE4m3(high: number, low: number): number {
 
 export function unpackE4m3(codes: number): number {
   const [low, high] = [E4M3[codes & 255] as number, E4M3[(codes >> 8) & 255] as number];
+  return (float16FromNumber(low) | (float16FromNumber(high) << 16)) >>> 0;
+}
+
+/** `cvt.rn.satfinite.e2m1x2.f32` */
+export const packE2m1 = (high: number, low: number) => e2m1FromNumber(low) | (e2m1FromNumber(high) << 4);
+
+export function unpackE2m1(codes: number): number {
+  const [low, high] = [E2M1_VALUES[codes & 15] as number, E2M1_VALUES[(codes >> 4) & 15] as number];
   return (float16FromNumber(low) | (float16FromNumber(high) << 16)) >>> 0;
 }
 

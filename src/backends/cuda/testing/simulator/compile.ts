@@ -165,6 +165,10 @@ class Emitter {
         return `${out('u')}=${x}%${y};`;
       case 'min':
       case 'max': {
+        if (mode === 'NaN') {
+          if (type === 'f16x2') return `${out('u')}=R.halves(Math.max,${x},${y});`;
+          return `${out('f')}=Math.max(${x},${y});`;
+        }
         const of = type === 'f32' || type === 'f16x2' ? `R.${name}Number` : `Math.${name}`;
         if (type === 'f16x2') return `${out('u')}=R.halves(${of},${x},${y});`;
         return `${out(view)}=${of}(${x},${y});`;
@@ -235,12 +239,20 @@ class Emitter {
     if (a.type === 'group') {
       const [low, high] = a.registers as [Reg, Reg];
       const row = this.row(d as Reg);
+      if (a.registers.length === 4) {
+        const bytes = a.registers.map((register, i) => `((u[${this.row(register)}+l]&255)<<${8 * i})`);
+        return `u[${row}+l]=${bytes.join('|')};`;
+      }
       if (type === 'b64') return `u[${row}+l]=u[${this.row(low)}+l];u[${row + 32}+l]=u[${this.row(high)}+l];`;
       return `u[${row}+l]=(u[${this.row(low)}+l]&65535)|(u[${this.row(high)}+l]<<16);`;
     }
     if (d.type === 'group') {
       const [low, high] = d.registers as [Reg, Reg];
       const row = this.row(a as Reg);
+      if (d.registers.length === 4) {
+        const bytes = d.registers.map((register, i) => `u[${this.row(register)}+l]=(w>>>${8 * i})&255;`);
+        return `{const w=u[${row}+l];${bytes.join('')}}`;
+      }
       if (type === 'b64') return `u[${this.row(low)}+l]=u[${row}+l];u[${this.row(high)}+l]=u[${row + 32}+l];`;
       return `{const w=u[${row}+l];u[${this.row(low)}+l]=w&65535;u[${this.row(high)}+l]=w>>>16;}`;
     }
@@ -302,6 +314,10 @@ class Emitter {
         return `${out('u')}=R.unpackE4m3(${u});`;
       case 'cvt.rn.satfinite.e4m3x2.f32':
         return `${out('u')}=R.packE4m3(${f},${this.value(b, 'f')});`;
+      case 'cvt.rn.f16x2.e2m1x2':
+        return `${out('u')}=R.unpackE2m1(${u});`;
+      case 'cvt.rn.satfinite.e2m1x2.f32':
+        return `${out('u')}=R.packE2m1(${f},${this.value(b, 'f')});`;
       case 'cvt.rn.f16x2.f32':
         return `${out('u')}=(R.halfFrom(${f})<<16)|R.halfFrom(${this.value(b, 'f')});`;
       case 'cvt.rn.bf16x2.f32':
@@ -344,6 +360,16 @@ class Emitter {
       return guarded(`W.waitCopies(l,${first.type === 'immediate' ? first.value : 0});`);
     if (opcode.startsWith('ldmatrix')) {
       return `W.ldmatrix(${list(rows(outputs[0] as Operand))},${memory(first)},${opcode.includes('.trans')},${what});`;
+    }
+    if (opcode.includes('.block_scale.')) {
+      const [a, b, c, aScale, aSelector, bScale, bSelector] = inputs as [Operand, ...Operand[]];
+      const groups = [outputs[0], a, b, c].map((operand) => list(rows(operand as Operand))).join(',');
+      const scale = (register: Operand | undefined, selector: Operand | undefined) => {
+        if (selector?.type !== 'scaleSelector') throw new Error(`${opcode}: no selector`);
+        return `{row:${this.row(register as Reg)},byte:${selector.byte},thread:${selector.thread}}`;
+      };
+      const scales = `${scale(aScale, aSelector)},${scale(bScale, bSelector)}`;
+      return `W.mmaBlockScaled(${JSON.stringify(opcode)},${groups},${scales},${what});`;
     }
     if (opcode.startsWith('mma.sync.aligned.')) {
       const groups = [outputs[0], ...inputs].map((operand) => list(rows(operand as Operand))).join(',');

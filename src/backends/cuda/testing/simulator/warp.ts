@@ -7,7 +7,9 @@
  * align the terms and keep fewer bits (about 22 for FP8 on sm_89 and sm_90), so sums here are at least as accurate.
  */
 
+import { E2M1_VALUES } from '../../../../tensor/formats/float4.ts';
 import { float16FromNumber } from '../../../../tensor/formats/float16.ts';
+import { ue8m0ToNumber } from '../../../../tensor/formats/ue8m0.ts';
 import { E4M3, HALF } from './arithmetic.ts';
 import { type DeviceAddresses, requireWritten, SHARED_BASE, type SharedMemory, SimulationError } from './memory.ts';
 import type { AsyncWarp } from './wgmma.ts';
@@ -15,6 +17,13 @@ import type { AsyncWarp } from './wgmma.ts';
 interface PendingCopy {
   readonly shared: number;
   readonly source: Uint8Array;
+}
+
+/** Where a block-scaled product finds its scales: the register's row, its first byte, and the lane of each four. */
+interface ScaleRow {
+  readonly row: number;
+  readonly byte: number;
+  readonly thread: number;
 }
 
 export interface Cta {
@@ -266,12 +275,54 @@ export class Warp {
     }
   }
 
+  /**
+   * A block-scaled product: `4X` has four UE4M3 scales of 16 elements for each row and column, `2X` two UE8M0 ones of 32. Products
+   * and sums are exact in float64 up to one rounding; scales of lanes that the selectors do not name are not looked at.
+   */
+  mmaBlockScaled(
+    opcode: string,
+    d: readonly number[],
+    a: readonly number[],
+    bb: readonly number[],
+    c: readonly number[],
+    aScale: ScaleRow,
+    bScale: ScaleRow,
+    what: string,
+  ): void {
+    this.requireWhole(what);
+    const k = 64;
+    const fine = opcode.endsWith('.ue4m3');
+    const block = fine ? 16 : 32;
+    const decode = this.#decoder('e2m1');
+    const scaled = (matrix: Float64Array, lane: (outer: number) => number, { row, byte }: ScaleRow) =>
+      matrix.map((value, at) => {
+        const [outer, inner] = [Math.floor(at / k), at % k];
+        const code = this.bytes[(row + lane(outer)) * 4 + byte + Math.floor(inner / block)] as number;
+        // UE4M3 has no sign.
+        return value * (fine ? (E4M3[code & 127] as number) : ue8m0ToNumber(code));
+      });
+    const laneOfRow = (m: number) => 4 * (m % 8) + 2 * aScale.thread + (m >> 3);
+    const laneOfColumn = (n: number) => 4 * n + bScale.thread;
+    const left = scaled(this.#fragment(a, k, true, decode), laneOfRow, aScale);
+    const right = scaled(this.#fragment(bb, k, false, decode), laneOfColumn, bScale);
+    for (let lane = 0; lane < 32; lane++) {
+      for (let i = 0; i < 4; i++) {
+        const [m, n] = [(lane >> 2) + 8 * (i >> 1), 2 * (lane & 3) + (i & 1)];
+        let sum = 0;
+        for (let j = 0; j < k; j++) sum += (left[m * k + j] as number) * (right[n * k + j] as number);
+        this.f[(d[i] as number) + lane] = (this.f[(c[i] as number) + lane] as number) + sum;
+      }
+    }
+  }
+
   #decoder(type: string): (row: number, lane: number, element: number) => number {
     switch (type) {
       case 's8':
         return (row, lane, e) => ((this.bytes[(row + lane) * 4 + e] as number) << 24) >> 24;
       case 's4':
         return (row, lane, e) => ((this.u[row + lane] as number) << (28 - 4 * e)) >> 28;
+      case 'e2m1':
+        return (row, lane, e) => E2M1_VALUES[((this.u[row + lane] as number) >>> (4 * e)) & 15] as number;
       case 'f16':
         return (row, lane, e) => HALF[this.h[(row + lane) * 2 + e] as number] as number;
       case 'e4m3':
