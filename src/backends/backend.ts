@@ -1,6 +1,7 @@
 /** The one interface that every backend implements. A backend knows nothing of another. */
 import type { KernelName } from '../attention/kernels.ts';
 import type { BackendName, StreamHandle } from '../attention/options.ts';
+import type { OutputSpec, Outputs } from '../attention/outputs.ts';
 import type { AttentionProblem } from '../attention/problem.ts';
 import type { Granularity, PvAccumDtype } from '../quantization/schemes.ts';
 import type { LseOf, TensorView } from '../tensor/tensor.ts';
@@ -66,12 +67,16 @@ export interface RunContext {
  * A problem made ready: kernel chosen, code compiled, scratch sized. Reusable for every input of the same shape, also
  * before an earlier run has ended. `run` checks that the storage behind GPU tensors holds them, and reads inputs on the CPU
  * (copies or uploads them) before it returns its promise: the caller may write into them then.
+ *
+ * Attention unless the parameters say otherwise: a gradient is a plan with inputs and outputs of its own.
  */
-export interface Plan {
+export interface Plan<Inputs = AttentionInputs, Made extends Outputs = AttentionOutputs> {
   readonly kernel: KernelChoice;
+  /** What a run makes. */
+  readonly outputs: readonly OutputSpec[];
   /** True once the plan can run no more, because its backend was disposed; absent where a plan starts anew by itself. */
   readonly ended?: boolean;
-  run(inputs: AttentionInputs, context: RunContext): Promise<AttentionOutputs>;
+  run(inputs: Inputs, context: RunContext): Promise<Made>;
   dispose(): void;
 }
 

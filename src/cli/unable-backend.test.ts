@@ -4,6 +4,7 @@ import { tmpdir } from 'node:os';
 import path from 'node:path';
 import { fileURLToPath } from 'node:url';
 import { afterEach, describe, expect, it, vi } from 'vitest';
+import { attentionOutputs } from '../attention/outputs.ts';
 import { type Availability, type Backend, ExecutionError, type KernelDescriptor, setBackend } from './library.ts';
 import { runCommandLine } from './program.ts';
 
@@ -27,8 +28,9 @@ function unable(availability: Availability): Backend {
     kernels: [small, broken],
     availability: async () => availability,
     defaultKernel: async () => broken,
-    plan: async (_, kernel) => ({
+    plan: async (problem, kernel) => ({
       kernel,
+      outputs: attentionOutputs(problem),
       run: async () => {
         throw new ExecutionError('device-lost', 'the device was lost');
       },

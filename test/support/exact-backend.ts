@@ -1,6 +1,7 @@
 /** Exact attention under the name of a backend: what remains of an error is then that of the integration. */
 
 import type { BackendName } from '../../src/attention/options.ts';
+import { attentionOutputs } from '../../src/attention/outputs.ts';
 import { outputShapeOf } from '../../src/attention/problem.ts';
 import type { AttentionOutputs, Backend, KernelDescriptor, PreparedKeyValue } from '../../src/backends/backend.ts';
 import { attentionExact } from '../../src/reference/exact.ts';
@@ -27,6 +28,7 @@ export function exactBackend(name: BackendName = 'wasm'): Backend & { calls: num
     defaultKernel: async () => KERNEL,
     plan: async (problem, kernel) => ({
       kernel,
+      outputs: attentionOutputs(problem),
       run: async (inputs): Promise<AttentionOutputs> => {
         backend.calls++;
         const { q, k, v, attnMask } = inputs as Record<'q' | 'k' | 'v' | 'attnMask', Tensor>;

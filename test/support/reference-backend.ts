@@ -1,4 +1,5 @@
 /** The quantized algorithm in plain TypeScript as a backend: what the conformance suite is itself tested with. */
+import { attentionOutputs } from '../../src/attention/outputs.ts';
 import { type AttentionProblem, lseShapeOf, outputShapeOf } from '../../src/attention/problem.ts';
 import type { AttentionOutputs, Backend, KernelChoice, KernelDescriptor } from '../../src/backends/backend.ts';
 import { attentionQuantized, type QuantizedAlgorithm } from '../../src/reference/quantized.ts';
@@ -51,6 +52,7 @@ export function referenceBackend(descriptor: KernelDescriptor, algorithm: Quanti
     defaultKernel: async () => descriptor,
     plan: async (problem, kernel) => ({
       kernel,
+      outputs: attentionOutputs(problem),
       run: async (inputs) => compute(algorithm, problem, kernel, inputs),
       dispose() {},
     }),

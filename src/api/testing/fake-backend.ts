@@ -1,5 +1,6 @@
 /** Backends that record what they are asked for, in place of the real ones. */
 import type { BackendName } from '../../attention/options.ts';
+import { attentionOutputs } from '../../attention/outputs.ts';
 import { type AttentionProblem, outputShapeOf } from '../../attention/problem.ts';
 import type { Availability, Backend, KernelChoice, KernelDescriptor, Plan } from '../../backends/backend.ts';
 import { setBackend } from '../../backends/registry.ts';
@@ -53,6 +54,7 @@ export function fakeBackend(
       plans.push(call);
       return {
         kernel: choice,
+        outputs: attentionOutputs(problem),
         get ended() {
           return call.ended === true;
         },

@@ -1,3 +1,4 @@
+import { attentionOutputs } from '../../attention/outputs.ts';
 import type { AttentionProblem } from '../../attention/problem.ts';
 import { debugPlan } from '../../debug.ts';
 import { BackendUnavailableError, MissingPackageError, takeOptions, UnsupportedOptionError } from '../../errors.ts';
@@ -20,7 +21,7 @@ import type { LaunchSequence } from './launches/launch.ts';
 import { type LaunchPlanner, planAttend, planKeyValue, planLaunches } from './launches/plan.ts';
 import { CudaPlan } from './plan.ts';
 import { CapturedAttention } from './run/captured.ts';
-import { operandsOf, outputsOf } from './run/operands.ts';
+import { operandsOf } from './run/operands.ts';
 import { Runner } from './run/runner.ts';
 
 export interface CudaBackendOptions {
@@ -153,7 +154,7 @@ export class CudaBackend implements Backend {
   async capture(problem: AttentionProblem, kernel: KernelChoice, inputs: AttentionInputs): Promise<CapturedAttention> {
     const device = await this.device(problem);
     const facts = factsOf(device, kernel);
-    const options = { location: problem.location, outputs: outputsOf(problem) };
+    const options = { location: problem.location, outputs: attentionOutputs(problem) };
     const runner = new Runner(device, options, () => this.#planner.planLaunches(problem, kernel, facts));
     try {
       return new CapturedAttention(runner, operandsOf(problem, inputs));

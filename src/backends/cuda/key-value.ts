@@ -1,4 +1,5 @@
 /** Keys and values that stay on a device, quantized once and appended to. */
+import { attentionOutputs } from '../../attention/outputs.ts';
 import type { AttentionProblem } from '../../attention/problem.ts';
 import { BYTES_PER_ELEMENT } from '../../tensor/dtype.ts';
 import { type OperandLayout, type Tensor, type TensorView, transpose } from '../../tensor/tensor.ts';
@@ -10,15 +11,7 @@ import type { CudaStream } from './driver/stream.ts';
 import type { DeviceFacts, KeyRoom, KeyValuePart } from './launches/context.ts';
 import type { LaunchPlanner } from './launches/plan.ts';
 import { BoundLaunches, packBuffers } from './run/bound-launches.ts';
-import {
-  attentionOutputs,
-  type HeldBuffer,
-  maskOperand,
-  type Operand,
-  outputsOf,
-  requireTensorOn,
-  streamOf,
-} from './run/operands.ts';
+import { type HeldBuffer, maskOperand, type Operand, requireTensorOn, streamOf } from './run/operands.ts';
 import { Runner } from './run/runner.ts';
 import { Uploads } from './run/uploads.ts';
 import type { CudaTensor } from './tensor.ts';
@@ -335,7 +328,7 @@ export class CudaKeyValue implements PreparedKeyValue {
     const operands: Operand[] = [{ buffer: 'q', argument: 'q', view: q, offset: problem.q.offset }];
     if (attnMask !== undefined) operands.push(maskOperand(problem, attnMask));
     const buffers = [...this.#rawBuffers(), ...(this.#quantized?.buffers ?? [])];
-    return attentionOutputs(await this.#runnerOf(held).run(operands, context, buffers));
+    return (await this.#runnerOf(held).run(operands, context, buffers)) as AttentionOutputs;
   }
 
   #runnerOf(problem: AttentionProblem): Runner {
@@ -344,7 +337,7 @@ export class CudaKeyValue implements PreparedKeyValue {
     if (runner === undefined) {
       const { capacity } = this.#k;
       const plan = () => this.#planner.planAttend(problem, this.#choice, this.#facts, { room: { capacity } });
-      runner = new Runner(this.#device, { location: problem.location, outputs: outputsOf(problem) }, plan);
+      runner = new Runner(this.#device, { location: problem.location, outputs: attentionOutputs(problem) }, plan);
       this.#runners.set(key, runner);
       if (this.#runners.size > CACHED_RUNNERS) {
         const [oldest, old] = this.#runners.entries().next().value as [string, Runner];

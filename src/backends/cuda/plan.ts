@@ -1,17 +1,19 @@
 /** A problem made ready for one device: kernels compiled, arguments marshalled, scratch sized. */
 import type { StreamHandle } from '../../attention/options.ts';
+import { attentionOutputs, type OutputSpec } from '../../attention/outputs.ts';
 import type { AttentionProblem } from '../../attention/problem.ts';
 import { ExecutionError } from '../../errors.ts';
 import type { AttentionInputs, AttentionOutputs, KernelChoice, Plan, RunContext } from '../backend.ts';
 import type { CudaDevice } from './driver/device.ts';
 import type { PreparedLaunches } from './driver/prepared-launches.ts';
 import type { LaunchSequence } from './launches/launch.ts';
-import { attentionOutputs, operandsOf, outputsOf } from './run/operands.ts';
+import { operandsOf } from './run/operands.ts';
 import { Runner } from './run/runner.ts';
 import type { CudaTensor } from './tensor.ts';
 
 export class CudaPlan implements Plan {
   readonly kernel: KernelChoice;
+  readonly outputs: readonly OutputSpec[];
   readonly #problem: AttentionProblem;
   readonly #runner: Runner;
   readonly #device: CudaDevice;
@@ -21,7 +23,8 @@ export class CudaPlan implements Plan {
     this.#device = device;
     this.kernel = kernel;
     this.#problem = problem;
-    this.#runner = new Runner(device, { location: problem.location, outputs: outputsOf(problem) }, plan);
+    this.outputs = attentionOutputs(problem);
+    this.#runner = new Runner(device, { location: problem.location, outputs: this.outputs }, plan);
   }
 
   get ended(): boolean {
@@ -44,13 +47,13 @@ export class CudaPlan implements Plan {
    */
   enqueue(inputs: AttentionInputs, stream?: StreamHandle): AttentionOutputs<CudaTensor> {
     this.#requireUsable();
-    return attentionOutputs(this.#runner.enqueue(operandsOf(this.#problem, inputs), stream));
+    return this.#runner.enqueue(operandsOf(this.#problem, inputs), stream) as AttentionOutputs<CudaTensor>;
   }
 
   /** CPU inputs have been read when this returns its promise. */
   async run(inputs: AttentionInputs, context: RunContext): Promise<AttentionOutputs> {
     this.#requireUsable();
-    return attentionOutputs(await this.#runner.run(operandsOf(this.#problem, inputs), context));
+    return (await this.#runner.run(operandsOf(this.#problem, inputs), context)) as AttentionOutputs;
   }
 
   dispose(): void {

@@ -1,5 +1,6 @@
 /** The WASM backend. */
 
+import { attentionOutputs } from '../../attention/outputs.ts';
 import type { AttentionProblem } from '../../attention/problem.ts';
 import { debugPlan } from '../../debug.ts';
 import { ASYNC_DISPOSE, DISPOSE } from '../../dispose.ts';
@@ -161,6 +162,7 @@ class WasmBackendImplementation implements WasmBackend {
     }));
     return {
       kernel,
+      outputs: attentionOutputs(problem),
       // Inputs are read before this returns: at once, or as copies where the threads must be started again.
       run: async (inputs, context) => {
         const ready = this.#ready();

@@ -1,11 +1,6 @@
 /** Calls as jobs in memory. */
-import {
-  type AttentionProblem,
-  lseShapeOf,
-  type MaskLayout,
-  outputShapeOf,
-  sequencesOf,
-} from '../../attention/problem.ts';
+import { attentionOutputs, type OutputName } from '../../attention/outputs.ts';
+import { type AttentionProblem, type MaskLayout, sequencesOf } from '../../attention/problem.ts';
 import { BYTES_PER_ELEMENT, type DType } from '../../tensor/dtype.ts';
 import {
   contiguousStrides,
@@ -53,7 +48,7 @@ const PRECISION_FLAGS: Readonly<Record<Precision, number>> = {
 export const flagsOf = ({ precision, smoothK, smoothV }: Arithmetic): number =>
   (smoothK ? FLAG_SMOOTH_K : 0) | (smoothV ? FLAG_SMOOTH_V : 0) | PRECISION_FLAGS[precision];
 
-function tensorOf(bytes: Uint8Array<ArrayBuffer>, shape: number[], dtype: DType): Tensor {
+function tensorOf(bytes: Uint8Array<ArrayBuffer>, shape: readonly number[], dtype: DType): Tensor {
   const { buffer } = bytes;
   const data =
     dtype === 'float32'
@@ -64,20 +59,21 @@ function tensorOf(bytes: Uint8Array<ArrayBuffer>, shape: number[], dtype: DType)
   return { location: 'cpu', dtype, data, shape, strides: contiguousStrides(shape), offset: 0 };
 }
 
-/** Memory for output and LSE, and how they come back. */
-function outputsOf(runtime: Runtime, lease: Lease, problem: AttentionProblem) {
-  const shape = outputShapeOf(problem);
-  const bytes = elementCount(shape) * BYTES_PER_ELEMENT[problem.dtype];
-  const out = lease.allocate(bytes);
-  const lseShape = lseShapeOf(problem);
-  const lseBytes = elementCount(lseShape) * 4;
-  const lse = problem.returnLse ? lease.allocate(lseBytes) : 0;
+/** Memory for the outputs of attention, and how they come back. */
+function allocateOutputs(runtime: Runtime, lease: Lease, problem: AttentionProblem) {
+  const outputs = attentionOutputs(problem).map((spec) => {
+    const bytes = elementCount(spec.shape) * BYTES_PER_ELEMENT[spec.dtype];
+    return { ...spec, bytes, address: lease.allocate(bytes) };
+  });
   const finish = async (): Promise<AttentionOutputs> => {
-    const output = tensorOf(await runtime.executor.read(out, bytes), outputShapeOf(problem), problem.dtype);
-    if (!problem.returnLse) return { output };
-    return { output, lse: tensorOf(await runtime.executor.read(lse, lseBytes), lseShape, 'float32') };
+    const made: Partial<Record<OutputName, Tensor>> = {};
+    for (const { name, shape, dtype, bytes, address } of outputs) {
+      made[name] = tensorOf(await runtime.executor.read(address, bytes), shape, dtype);
+    }
+    return made as AttentionOutputs;
   };
-  return { out, lse, finish };
+  const addressOf = (wanted: OutputName) => outputs.find(({ name }) => name === wanted)?.address ?? 0;
+  return { addresses: { out: addressOf('output'), lse: addressOf('lse') }, finish };
 }
 
 /** Tokens of q, or of k and v, that a batch entry has: in varlen all sequences lie in one. */
@@ -163,10 +159,10 @@ export function attendCall(
       (record, i): SequenceRecord => ({ ...record, firstTile: i * tilesPerHead, tiles: tilesPerHead }),
     );
     const units = attendUnits(records, queryHeads);
-    const { out, lse, finish } = outputsOf(runtime, lease, problem);
+    const { addresses: made, finish } = allocateOutputs(runtime, lease, problem);
     const address = lease.allocate(recordBytes(records.length, units.length));
     const addresses = {
-      ...{ out, lse, k: 0, v: 0, tail: 0, keyTail: 0, tiles, means },
+      ...{ ...made, k: 0, v: 0, tail: 0, keyTail: 0, tiles, means },
       mask: placed(lease, staged.mask),
       q: placed(lease, staged.q),
     };
@@ -193,9 +189,9 @@ export function wholeCall(
     const layouts = layoutsOf(staged);
     const sequences = sequenceRecords(problem, sequencesOf(problem), layouts);
     const tiles = sequences.reduce((sum, sequence) => sum + sequence.tiles, 0) * kvHeads;
-    const { out, lse, finish } = outputsOf(runtime, lease, problem);
+    const { addresses: made, finish } = allocateOutputs(runtime, lease, problem);
     const addresses = {
-      ...{ out, lse, tail: 0, keyTail: 0 },
+      ...{ ...made, tail: 0, keyTail: 0 },
       mask: placed(lease, staged.mask),
       q: placed(lease, staged.q),
       k: placed(lease, staged.k),

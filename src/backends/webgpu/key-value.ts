@@ -1,5 +1,6 @@
 /** K and V quantized once and kept on the GPU: attended to many times, appended to in place. */
 
+import { attentionOutputs } from '../../attention/outputs.ts';
 import type { AttentionProblem } from '../../attention/problem.ts';
 import { ExecutionError } from '../../errors.ts';
 import type { TensorView } from '../../tensor/tensor.ts';
@@ -204,7 +205,8 @@ export class WebgpuKeyValue implements PreparedKeyValue {
           this.#programs.delete(oldest);
         }
       }
-      return await runProgram(this.#context, program, own, inputs, run, this.#store);
+      const planned = { location: own.location, outputs: attentionOutputs(own) };
+      return (await runProgram(this.#context, program, planned, inputs, run, this.#store)) as AttentionOutputs;
     } finally {
       inputs.release();
     }

@@ -1,6 +1,7 @@
 /** A problem made ready on a device: kernels chosen, launches bound; encoding and running it. */
 
-import { type AttentionProblem, lseShapeOf, outputShapeOf } from '../../attention/problem.ts';
+import { attentionOutputs, type OutputName, type OutputSpec, type Outputs } from '../../attention/outputs.ts';
+import type { AttentionProblem } from '../../attention/problem.ts';
 import { debugPlan } from '../../debug.ts';
 import { ExecutionError, InvalidArgumentError } from '../../errors.ts';
 import { isContiguous } from '../../tensor/tensor.ts';
@@ -37,6 +38,7 @@ interface Built {
 /** A plan of this backend: `Plan` with recording into the caller's encoder. */
 export class WebgpuPlan implements Plan {
   readonly kernel: KernelChoice;
+  readonly outputs: readonly OutputSpec[];
   readonly #problem: AttentionProblem;
   readonly #device: () => Promise<GpuContext>;
   readonly #options: Forced;
@@ -53,6 +55,7 @@ export class WebgpuPlan implements Plan {
     built: Built,
   ) {
     this.#problem = problem;
+    this.outputs = attentionOutputs(problem);
     this.kernel = kernel;
     this.#device = device;
     this.#options = options;
@@ -90,7 +93,8 @@ export class WebgpuPlan implements Plan {
         ({ context, program } = await this.#rebuilt());
         taken = takeInputs(context, copies);
       }
-      return await context.during(runProgram(context, program, this.#problem, taken, run));
+      const planned = { location: this.#problem.location, outputs: this.outputs };
+      return (await context.during(runProgram(context, program, planned, taken, run))) as AttentionOutputs;
     } finally {
       this.#runs--;
       this.#release();
@@ -148,16 +152,16 @@ export class WebgpuPlan implements Plan {
       }
       buffers[name] = view.buffer;
     }
-    const output = outputs?.output ?? emptyGpuTensor(context.device, problem.dtype, outputShapeOf(problem));
-    const lse = problem.returnLse
-      ? (outputs?.lse ?? emptyGpuTensor(context.device, 'float32', lseShapeOf(problem)))
-      : undefined;
-    validateOutput('outputs.output', output, problem.dtype, outputShapeOf(problem));
-    if (lse !== undefined) validateOutput('outputs.lse', lse, 'float32', lseShapeOf(problem));
-    buffers.output = output.buffer;
-    if (lse !== undefined) buffers.lse = lse.buffer;
+    const given: Outputs<GpuTensor> = outputs ?? {};
+    const made: Partial<Record<OutputName, GpuTensor>> = {};
+    for (const { name, shape, dtype } of this.outputs) {
+      const tensor = given[name] ?? emptyGpuTensor(context.device, dtype, shape);
+      validateOutput(`outputs.${name}`, tensor, dtype, shape);
+      made[name] = tensor;
+      buffers[name] = tensor.buffer;
+    }
     program.encode(encoder, { ...program.ownScratch, ...buffers }, options);
-    return lse === undefined ? { output } : { output, lse };
+    return made as AttentionOutputs<GpuTensor>;
   }
 
   /** Runs under way end first. */

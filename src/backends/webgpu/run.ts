@@ -1,5 +1,6 @@
 /** Running a program: tensors of the CPU go to the device and come back; errors of the device are thrown. */
-import { type AttentionProblem, lseShapeOf, outputShapeOf } from '../../attention/problem.ts';
+import type { Outputs, PlannedOutputs } from '../../attention/outputs.ts';
+import type { AttentionProblem } from '../../attention/problem.ts';
 import type { ExecutionError } from '../../errors.ts';
 import { BYTES_PER_ELEMENT } from '../../tensor/dtype.ts';
 import {
@@ -10,7 +11,7 @@ import {
   type TensorView,
   validateData,
 } from '../../tensor/tensor.ts';
-import type { AttentionOutputs, RunContext } from '../backend.ts';
+import type { RunContext } from '../backend.ts';
 import type { GpuContext } from './device.ts';
 import type { BufferName } from './launches/launch.ts';
 import type { Program } from './program.ts';
@@ -90,20 +91,20 @@ export function takeInputs(
 export async function runProgram(
   context: GpuContext,
   program: Program,
-  problem: AttentionProblem,
+  planned: PlannedOutputs,
   inputs: DeviceInputs,
   run: RunContext,
   held: Buffers = {},
-): Promise<AttentionOutputs> {
+): Promise<Outputs> {
   try {
-    const first = submit(context, program, problem, inputs, held);
+    const first = submit(context, program, planned, inputs, held);
     const failure = (await inputs.outcome) ?? (await first.outcome);
     if (failure === undefined) return await first.outputs(run);
     first.discard();
     if (failure.code !== 'out-of-memory') throw failure;
     context.scratch.clear();
     if ((await inputs.outcome) !== undefined) throw failure;
-    const second = submit(context, program, problem, inputs, held);
+    const second = submit(context, program, planned, inputs, held);
     const again = await second.outcome;
     if (again === undefined) return await second.outputs(run);
     second.discard();
@@ -114,44 +115,37 @@ export async function runProgram(
 }
 
 /** One try of a run. */
-function submit(context: GpuContext, program: Program, problem: AttentionProblem, inputs: DeviceInputs, held: Buffers) {
+function submit(context: GpuContext, program: Program, planned: PlannedOutputs, inputs: DeviceInputs, held: Buffers) {
   const { device } = context;
-  const onCpu = problem.location === 'cpu';
-  const shape = outputShapeOf(problem);
-  const lseShape = lseShapeOf(problem);
-  const [{ output, lse, downloads }, outcome] = context.checked(() => {
-    const output = emptyGpuTensor(device, problem.dtype, shape);
-    const lse = problem.returnLse ? emptyGpuTensor(device, 'float32', lseShape) : undefined;
+  const onCpu = planned.location === 'cpu';
+  const [{ made, downloads }, outcome] = context.checked(() => {
+    const made = planned.outputs.map((spec) => ({ ...spec, tensor: emptyGpuTensor(device, spec.dtype, spec.shape) }));
     const buffers: Buffers = {
       ...context.scratch.reserve(program.scratch),
       ...held,
       ...inputs.buffers,
-      output: output.buffer,
-      ...(lse === undefined ? {} : { lse: lse.buffer }),
+      ...Object.fromEntries(made.map(({ name, tensor }) => [name, tensor.buffer])),
     };
     const encoder = device.createCommandEncoder({ label: 'sageattention' });
     program.encode(encoder, buffers);
-    const downloads = onCpu
-      ? [output, ...(lse === undefined ? [] : [lse])].map((tensor) => staged(device, encoder, tensor))
-      : [];
+    const downloads = onCpu ? made.map(({ tensor }) => staged(device, encoder, tensor)) : [];
     device.queue.submit([encoder.finish()]);
-    return { output, lse, downloads };
+    return { made, downloads };
   });
   const discard = () => {
-    for (const buffer of [output.buffer, lse?.buffer, ...downloads]) buffer?.destroy();
+    for (const buffer of [...made.map(({ tensor }) => tensor.buffer), ...downloads]) buffer.destroy();
   };
+  const named = (tensorOf: (output: (typeof made)[number], index: number) => TensorView): Outputs =>
+    Object.fromEntries(made.map((output, i) => [output.name, tensorOf(output, i)]));
   return {
     outcome,
     discard,
-    async outputs(run: RunContext): Promise<AttentionOutputs> {
-      if (!onCpu) return lse === undefined ? { output } : { output, lse };
+    async outputs(run: RunContext): Promise<Outputs> {
+      if (!onCpu) return named(({ tensor }) => tensor);
       try {
-        const [outputBytes, lseBytes] = await Promise.all(downloads.map((buffer) => read(context, buffer)));
+        const bytes = await Promise.all(downloads.map((buffer) => read(context, buffer)));
         run.signal?.throwIfAborted();
-        return {
-          output: cpuTensor(problem.dtype, shape, outputBytes as ArrayBuffer),
-          ...(lseBytes === undefined ? {} : { lse: cpuTensor('float32', lseShape, lseBytes) }),
-        };
+        return named(({ dtype, shape }, i) => cpuTensor(dtype, shape, bytes[i] as ArrayBuffer));
       } finally {
         discard();
       }

@@ -1,10 +1,11 @@
 /** The inputs and outputs of a run: what is checked of them, where they lie, and on which stream they are used. */
 import type { StreamHandle } from '../../../attention/options.ts';
-import { type AttentionProblem, lseShapeOf, outputShapeOf } from '../../../attention/problem.ts';
+import type { Outputs } from '../../../attention/outputs.ts';
+import type { AttentionProblem } from '../../../attention/problem.ts';
 import { ExecutionError, InvalidArgumentError } from '../../../errors.ts';
-import { BYTES_PER_ELEMENT, type DType } from '../../../tensor/dtype.ts';
+import { BYTES_PER_ELEMENT } from '../../../tensor/dtype.ts';
 import type { TensorView } from '../../../tensor/tensor.ts';
-import type { AttentionInputs, AttentionOutputs } from '../../backend.ts';
+import type { AttentionInputs } from '../../backend.ts';
 import type { CudaDevice } from '../driver/device.ts';
 import type { DeviceMemory } from '../driver/memory.ts';
 import { CudaStream } from '../driver/stream.ts';
@@ -110,29 +111,6 @@ export const maskOperand = (problem: AttentionProblem, view: TensorView): Operan
   view,
   offset: problem.mask?.offset ?? 0,
 });
-
-/** A tensor that a run makes. */
-export interface NamedOutput {
-  readonly buffer: BufferName;
-  readonly shape: readonly number[];
-  readonly dtype: DType;
-}
-
-/** What a run made, by the names of its buffers. */
-export type Outputs<T> = Readonly<Record<BufferName, T>>;
-
-/** The outputs of attention. */
-export function outputsOf(problem: AttentionProblem): NamedOutput[] {
-  const output = { buffer: 'output', shape: outputShapeOf(problem), dtype: problem.dtype };
-  if (!problem.returnLse) return [output];
-  return [output, { buffer: 'lse', shape: lseShapeOf(problem), dtype: 'float32' }];
-}
-
-/** {@link outputsOf} as a caller gets them. */
-export function attentionOutputs<T extends TensorView>(made: Outputs<T>): AttentionOutputs<T> {
-  const { output, lse } = made as unknown as AttentionOutputs<T>;
-  return lse === undefined ? { output } : { output, lse };
-}
 
 export function disposeOutputs(outputs: Outputs<CudaTensor>): void {
   for (const { memory } of Object.values(outputs)) memory.dispose();

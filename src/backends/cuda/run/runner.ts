@@ -1,5 +1,6 @@
 /** Runs of one problem's launches: outputs made, inputs sent where they are needed, everything in the order of streams. */
 import type { StreamHandle } from '../../../attention/options.ts';
+import type { OutputName, OutputSpec, Outputs, PlannedOutputs } from '../../../attention/outputs.ts';
 import { elementCount, type Tensor, type TensorLocation, type TensorView } from '../../../tensor/tensor.ts';
 import type { RunContext } from '../../backend.ts';
 import type { CudaDevice } from '../driver/device.ts';
@@ -12,32 +13,23 @@ import {
   addressOf,
   disposeOutputs,
   type HeldBuffer,
-  type NamedOutput,
   type Operand,
-  type Outputs,
   ordered,
   requireTensorOn,
   streamOf,
 } from './operands.ts';
 import { Uploads } from './uploads.ts';
 
-/** What a {@link Runner} needs to know besides its launches. */
-export interface RunnerOptions {
-  /** Where the inputs are; outputs of CPU inputs are read back. */
-  readonly location: TensorLocation;
-  readonly outputs: readonly NamedOutput[];
-}
-
 /** Launches with outputs of their own: what plans, prepared keys and captured graphs have in common. */
 export class Runner {
   readonly device: CudaDevice;
   readonly #location: TensorLocation;
-  readonly #outputs: readonly NamedOutput[];
+  readonly #outputs: readonly OutputSpec[];
   /** Undefined where no output has an element. */
   readonly #bound: BoundLaunches | undefined;
 
   /** @param plan makes the launches; not called when there is nothing to compute */
-  constructor(device: CudaDevice, { location, outputs }: RunnerOptions, plan: () => LaunchSequence) {
+  constructor(device: CudaDevice, { location, outputs }: PlannedOutputs, plan: () => LaunchSequence) {
     this.device = device;
     this.#location = location;
     this.#outputs = outputs;
@@ -51,10 +43,10 @@ export class Runner {
   }
 
   #createOutputs(home: CudaStream): Outputs<CudaTensor> {
-    const made: Record<BufferName, CudaTensor> = {};
+    const made: Partial<Record<OutputName, CudaTensor>> = {};
     try {
-      for (const { buffer, shape, dtype } of this.#outputs) {
-        made[buffer] = emptyCudaTensor(this.device, shape, dtype, { stream: home });
+      for (const { name, shape, dtype } of this.#outputs) {
+        made[name] = emptyCudaTensor(this.device, shape, dtype, { stream: home });
       }
       return made;
     } catch (error) {
@@ -77,7 +69,7 @@ export class Runner {
     return [
       ...operands.map(({ buffer, offset }, i) => [buffer, addressOf(tensors[i] as CudaTensor, offset)] as const),
       ...held.map(({ buffer, memory, byteOffset }) => [buffer, memory.pointer + BigInt(byteOffset)] as const),
-      ...Object.entries(outputs).map(([buffer, { memory }]) => [buffer, memory.pointer] as const),
+      ...Object.entries(outputs).map(([name, { memory }]) => [name, memory.pointer] as const),
     ];
   }
 
@@ -136,10 +128,10 @@ export class Runner {
       }));
       outputs = this.enqueue(there, handle, held);
       uploads.finishReading();
-      const read: Record<BufferName, Tensor> = {};
-      for (const [buffer, output] of Object.entries(outputs)) {
+      const read: Partial<Record<OutputName, Tensor>> = {};
+      for (const { name } of this.#outputs) {
         // The stream may be disposed between two waits.
-        read[buffer] = await downloadAsync(output, { stream: home.orSuccessor });
+        read[name] = await downloadAsync(outputs[name] as CudaTensor, { stream: home.orSuccessor });
       }
       signal?.throwIfAborted();
       return read;

@@ -2,6 +2,7 @@
  * Dispatches and the ranges of buffers that they bind. A stage of the computation covers ranges of heads, tiles and key
  * splits; where a range asks for more than one binding or one dispatch dimension may have, it is halved until it fits.
  */
+import type { OutputName } from '../../../attention/outputs.ts';
 import { SageAttentionError } from '../../../errors.ts';
 import type { Capabilities } from '../capabilities.ts';
 
@@ -11,8 +12,7 @@ export type BufferName =
   | 'k'
   | 'v'
   | 'mask'
-  | 'output'
-  | 'lse'
+  | OutputName
   | 'tables'
   | 'queryRows'
   | 'keys'

@@ -1,7 +1,8 @@
 /** Runs a whole call's launches in the simulator, from CPU tensors to CPU tensors. */
-import { type AttentionProblem, lseShapeOf, outputShapeOf } from '../../../../attention/problem.ts';
+import { attentionOutputs } from '../../../../attention/outputs.ts';
+import type { AttentionProblem } from '../../../../attention/problem.ts';
 import { emptyTensor, type Tensor } from '../../../../tensor/tensor.ts';
-import type { KernelChoice } from '../../../backend.ts';
+import type { AttentionOutputs, KernelChoice } from '../../../backend.ts';
 import type { DeviceFacts } from '../../launches/context.ts';
 import type { LaunchSequence } from '../../launches/launch.ts';
 import { planLaunches } from '../../launches/plan.ts';
@@ -50,16 +51,13 @@ export function simulateAttention(
     addresses.set(name, memory.allocate(name, byteLength, contents));
   for (const name of ['q', 'k', 'v'] as const) place(name, inputs[name].data.byteLength, bytesOf(inputs[name]));
   if (inputs.attnMask !== undefined) place('mask', inputs.attnMask.data.byteLength, bytesOf(inputs.attnMask));
-  const output = emptyTensor(outputShapeOf(problem), problem.dtype);
-  place('output', output.data.byteLength);
-  const lse = problem.returnLse ? emptyTensor(lseShapeOf(problem), 'float32') : undefined;
-  if (lse !== undefined) place('lse', lse.data.byteLength);
+  const outputs = attentionOutputs(problem).map(({ name, shape, dtype }) => [name, emptyTensor(shape, dtype)] as const);
+  for (const [name, { data }] of outputs) place(name, data.byteLength);
   for (const [name, bytes] of Object.entries(plan.scratch)) place(name, bytes);
   for (const [name, contents] of Object.entries(plan.constants)) place(name, contents.byteLength, contents);
   simulateLaunches(plan.launches, addresses, memory);
-  readBack(memory, 'output', output);
+  for (const [name, tensor] of outputs) readBack(memory, name, tensor);
+  const { output, lse } = Object.fromEntries(outputs) as unknown as AttentionOutputs<Tensor>;
   const buffer = (name: string) => memory.read(name);
-  if (lse === undefined) return { output, buffer };
-  readBack(memory, 'lse', lse);
-  return { output, lse, buffer };
+  return lse === undefined ? { output, buffer } : { output, lse, buffer };
 }
