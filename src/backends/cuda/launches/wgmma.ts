@@ -8,9 +8,9 @@ import {
   QUANTIZE_KEY_VALUE_INTEGERS,
   QUANTIZE_KEY_VALUE_POINTERS,
   type QuantizeKeyValueConfig,
-  quantizeKeyValue,
   quantizeKeyValueThreads,
-} from '../kernels/quantize/key-value.ts';
+} from '../kernels/quantize/key-value/config.ts';
+import { quantizeKeyValue } from '../kernels/quantize/key-value/kernel.ts';
 import { hopperAttention } from '../kernels/wgmma/attention.ts';
 import { type HopperConfig, sharedPlanOf } from '../kernels/wgmma/config.ts';
 import {

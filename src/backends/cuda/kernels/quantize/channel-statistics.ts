@@ -15,8 +15,10 @@ import type { Kernel, Parameter, Reg } from '../../ptx/types.ts';
 import { divide, integers, KEY_VALUE_STRIDES, offset, offset64, pointers } from '../parts/addresses.ts';
 import { INFINITY_BITS, nextPowerOfTwo } from '../parts/constants.ts';
 import { BYTES, type LoadWidth, loadEightPacked, unpackEight } from '../parts/elements.ts';
+import { at } from '../parts/lists.ts';
 import { loadSequence } from '../parts/sequences.ts';
 import { type HiddenKeys, isVisible, loadVisibleRange, visibleBitsAt } from './visible-keys.ts';
+import { type Stretch, visibleStretch, wholeStretch } from './visible-stretch.ts';
 
 /** Tokens of a long sequence that are looked at: so many, and up to twice as many less one. */
 export const SAMPLED_TOKENS = 128;
@@ -116,24 +118,45 @@ export const CHANNEL_STATISTICS_INTEGERS = ['heads', 'sequenceHeads', 'paddedTok
 export const CHANNEL_STATISTICS_THREADS = 512;
 const WARPS = CHANNEL_STATISTICS_THREADS / 32;
 
-/** Keys of a sequence that are looked at: from `first` on, `count` of `length`. */
-interface Stretch {
-  readonly first: Reg<'u32'>;
-  readonly length: Reg<'u32'>;
-  readonly count: Reg<'u32'>;
+/** What the whole CTA shares. */
+interface Frame {
+  readonly b: KernelBuilder;
+  readonly config: ChannelStatisticsConfig;
+  readonly pointer: Record<(typeof CHANNEL_STATISTICS_POINTERS)[number], Parameter<'u64'>>;
+  readonly integer: Record<(typeof CHANNEL_STATISTICS_INTEGERS)[number], Parameter<'u32'>>;
+  /** A row for each warp in each plane: one plane for every kind of number that is joined. */
+  readonly planes: SharedTile;
+  readonly warpMaxima: SharedTile;
+  readonly warpCounts: SharedTile | undefined;
+  readonly shared: Reg<'shared'>;
+  readonly thread: Reg<'u32'>;
 }
 
-export function channelStatistics({ target, dtype, key, value, hiddenKeys }: ChannelStatisticsConfig): Kernel {
+/** The operand that a CTA looks at, and where what it finds goes. */
+interface Operand {
+  readonly of: StatisticsOf;
+  readonly sequenceHead: Reg<'u32'>;
+  readonly input: Parameter<'u64'>;
+  readonly strides: readonly [batch: Parameter<'u64'>, head: Parameter<'u64'>, token: Parameter<'u64'>];
+  readonly mean: Reg<'global'>;
+  readonly scale: Reg<'global'> | undefined;
+}
+
+/** Threads of a row, each with eight channels. */
+const threadsPerRow = ({ paddedDim }: StatisticsOf) => nextPowerOfTwo(paddedDim / 8);
+const rowBytesOf = (of: StatisticsOf) => threadsPerRow(of) * 32;
+/** Of what a mean will be subtracted from, both ends are needed; else the magnitude. */
+const needsBothEnds = ({ mean, scale }: StatisticsOf) => mean && scale;
+const planesOf = ({ mean, scale }: StatisticsOf) => (mean ? 2 : 0) + (scale ? (mean ? 2 : 1) : 0);
+
+export function channelStatistics(config: ChannelStatisticsConfig): Kernel {
+  const { target, key, value, hiddenKeys } = config;
   const b = new KernelBuilder({ name: 'channelStatistics', target, threads: CHANNEL_STATISTICS_THREADS });
   const pointer = pointers(b, CHANNEL_STATISTICS_POINTERS);
   const integer = integers(b, CHANNEL_STATISTICS_INTEGERS);
   const { keyBatch, keyHead, keyToken, valueBatch, valueHead, valueToken } = pointers(b, KEY_VALUE_STRIDES);
-  // A row for each warp in each plane: one plane for every kind of number that is joined.
-  const planesOf = (of: StatisticsOf | undefined) =>
-    of === undefined ? 0 : (of.mean ? 2 : 0) + (of.scale ? (of.mean ? 2 : 1) : 0);
-  const rowBytesOf = (of: StatisticsOf | undefined) => (of === undefined ? 0 : nextPowerOfTwo(of.paddedDim / 8) * 32);
-  const planeBytes = Math.max(...[key, value].map((of) => planesOf(of) * WARPS * rowBytesOf(of)));
-  const planes = b.shared('planes', 1, rowMajor(planeBytes));
+  const planeBytes = [key, value].map((of) => (of === undefined ? 0 : planesOf(of) * WARPS * rowBytesOf(of)));
+  const planes = b.shared('planes', 1, rowMajor(Math.max(...planeBytes)));
   const warpMaxima = b.shared('largest of each warp', 1, rowMajor(WARPS * 4));
   const warpCounts = hiddenKeys === 'none' ? undefined : b.shared('visible keys of each warp', 1, rowMajor(WARPS * 16));
   const shared = b.sharedAddress();
@@ -141,251 +164,274 @@ export function channelStatistics({ target, dtype, key, value, hiddenKeys }: Cha
   b.section('which sequence and head');
   const thread = b.special('%tid.x');
   const index = b.special('%ctaid.x');
+  const frame: Frame = { b, config, pointer, integer, planes, warpMaxima, warpCounts, shared, thread };
   const keyBody = () => {
     const mean = b.loadPointer(pointer.keyMean);
-    if (key !== undefined) describe(key, index, pointer.k, [keyBatch, keyHead, keyToken], mean, undefined);
+    const strides = [keyBatch, keyHead, keyToken] as const;
+    if (key !== undefined) {
+      describe(frame, { of: key, sequenceHead: index, input: pointer.k, strides, mean, scale: undefined });
+    }
   };
   const valueBody = () => {
-    const own = key === undefined ? index : b.sub(index, b.loadParameter(integer.sequenceHeads));
+    const sequenceHead = key === undefined ? index : b.sub(index, b.loadParameter(integer.sequenceHeads));
     const [mean, scale] = [b.loadPointer(pointer.valueMean), b.loadPointer(pointer.valueScale)];
-    if (value !== undefined) describe(value, own, pointer.v, [valueBatch, valueHead, valueToken], mean, scale);
+    const strides = [valueBatch, valueHead, valueToken] as const;
+    if (value !== undefined) describe(frame, { of: value, sequenceHead, input: pointer.v, strides, mean, scale });
   };
   if (key === undefined) valueBody();
   else if (value === undefined) keyBody();
   else b.if(b.setp('lt', index, b.loadParameter(integer.sequenceHeads)), keyBody, valueBody);
   return b.build();
+}
 
-  /**
-   * The mean of a channel, or the median of the warps' means where tokens so large that they are few pull the mean far from it:
-   * then it would be far from all other tokens, and so would what is left of those that no large one is seen beside. Any
-   * constant serves for smoothing.
-   */
-  function withoutOutliers(mean: Reg<'f32'>, columnAt: Reg<'shared'>, rowBytes: number): Reg<'f32'> {
-    const means = Array.from({ length: WARPS }, (_, warp) => {
-      const [sum, count] = [0, 1].map((plane) =>
+/** What one CTA does: sample the tokens of a head, join what the threads found, write the channels' mean and scale. */
+function describe(frame: Frame, operand: Operand): void {
+  const keys = locate(frame, operand);
+  const channels = sampleTokens(frame, operand, keys);
+  joinWarps(frame, operand, channels);
+  const ofChannel = writeMeans(frame, operand, channels);
+  if (operand.scale !== undefined && operand.of.scale) writeScales(frame, operand, operand.scale, ofChannel);
+}
+
+/** The keys of the CTA's sequence and head. */
+interface Keys {
+  readonly head: Reg<'u32'>;
+  readonly sequence: Reg<'u32'>;
+  readonly keyStart: Reg<'u32'>;
+  /** Bits of those that a mask leaves to any row; undefined without a mask. */
+  readonly bits: Reg<'global'> | undefined;
+  readonly stretch: Stretch;
+}
+
+function locate({ b, config, pointer, integer, thread, warpCounts, shared }: Frame, { sequenceHead }: Operand): Keys {
+  const [head, sequence] = divide(b, sequenceHead, b.loadParameter(integer.heads));
+  const table = b.loadPointer(pointer.sequences);
+  const { keyStart, paddedKeyStart } = loadSequence(b, table, sequence);
+  const range = loadVisibleRange(b, table, sequence);
+  if (config.hiddenKeys === 'none') {
+    return { head, sequence, keyStart, bits: undefined, stretch: wholeStretch(b, range) };
+  }
+  const base = b.loadPointer(pointer.visibleKeys);
+  const bits = visibleBitsAt(b, base, config.hiddenKeys, head, b.loadParameter(integer.paddedTokens), paddedKeyStart);
+  const countsAt = () => b.add(shared, (warpCounts as SharedTile).base);
+  const stretch = visibleStretch(b, bits, range, thread, WARPS, countsAt);
+  return { head, sequence, keyStart, bits, stretch };
+}
+
+/** What a thread finds in its tokens' eight channels, from `channel` on; lists of what is not asked for are empty. */
+interface Channels {
+  readonly channel: Reg<'u32'>;
+  readonly sums: Reg<'f32'>[];
+  readonly counts: Reg<'f32'>[];
+  readonly highest: Reg<'f32'>[];
+  readonly lowest: Reg<'f32'>[];
+}
+
+function sampleTokens(frame: Frame, { of, input, strides }: Operand, keys: Keys): Channels {
+  const { b, config, thread } = frame;
+  const { dtype } = config;
+  const { dim, loadWidth, mean, scale } = of;
+  const { first, length, count } = keys.stretch;
+  const perRow = threadsPerRow(of);
+  const rowsAtOnce = CHANNEL_STATISTICS_THREADS / perRow;
+  b.section('the sampled tokens');
+  const stretch = b.div(count, SAMPLED_TOKENS);
+  b.when(b.setp('lt', count, WHOLE_BELOW), () => b.set(stretch, 1));
+  const row = b.shr(thread, Math.log2(perRow));
+  const column = b.and(thread, perRow - 1);
+  const channel = b.shl(column, 3);
+  let source = offset64(b, b.loadPointer(input), keys.sequence, b.loadParameter(strides[0]));
+  source = offset64(b, source, keys.head, b.loadParameter(strides[1]));
+  const stride = b.loadParameter(strides[2]);
+  source = offset(b, offset64(b, source, b.add(keys.keyStart, first), stride), channel, BYTES[dtype]);
+  const eight = (value: number) => Array.from({ length: 8 }, () => b.constant('f32', value));
+  const [sums, counts] = mean ? [eight(0), eight(0)] : [[], []];
+  const bothEnds = needsBothEnds(of);
+  const highest = scale ? eight(bothEnds ? Number.NEGATIVE_INFINITY : 0) : [];
+  const lowest = bothEnds ? eight(Number.POSITIVE_INFINITY) : [];
+  const channels = { channel, sums, counts, highest, lowest };
+  const rank = b.mov(row);
+  const stretchStart = b.mul(row, stretch);
+  const step = b.mul(stretch, rowsAtOnce);
+  // Loads that are under way at once hide the latency of memory: those of a whole sample, if registers allow.
+  const atOnce = Math.max(1, Math.min(dtype === 'float32' ? 4 : 8, SAMPLED_TOKENS / rowsAtOnce));
+  b.loop(
+    () => b.setp('lt', stretchStart, length),
+    () => {
+      const loaded = Array.from({ length: atOnce }, () => {
+        const token = b.add(stretchStart, b.mulHi(b.mul(rank, GOLDEN_RATIO), stretch));
+        const inside = b.setp('lt', token, length);
+        if (keys.bits !== undefined) {
+          b.andPred(inside, isVisibleAt(b, keys.bits, b.add(first, token), inside), inside);
+        }
+        const guard = (first: number) => b.andPred(inside, b.setp('lt', b.add(channel, first), dim));
+        const words = loadEightPacked(b, dtype, loadWidth, offset64(b, source, token, stride), guard);
+        b.add(rank, rowsAtOnce, rank);
+        b.add(stretchStart, step, stretchStart);
+        return { inside, words };
+      });
+      for (const { inside, words } of loaded) {
+        countEight(b, unpackEight(b, dtype, words), inside, channels);
+      }
+    },
+  );
+  return channels;
+}
+
+/** Takes eight channels of a token that is `inside` into account. */
+function countEight(
+  b: KernelBuilder,
+  values: readonly Reg<'f32'>[],
+  inside: Reg<'pred'>,
+  { sums, counts, highest, lowest }: Channels,
+): void {
+  const bothEnds = lowest.length > 0;
+  for (const [i, value] of values.entries()) {
+    const magnitude = b.and(b.as(value, 'u32'), 0x7fffffff);
+    const counted = b.andPred(inside, b.setp('lt', magnitude, INFINITY_BITS));
+    const [sum, count, high, low] = [sums[i], counts[i], highest[i], lowest[i]];
+    b.when(counted, () => {
+      if (sum !== undefined) b.fma(value, SUM_SHARE, sum, sum);
+      if (count !== undefined) b.add(count, 1, count);
+      if (high !== undefined) b.max(high, bothEnds ? value : b.as(magnitude, 'f32'), high);
+      if (low !== undefined) b.min(low, value, low);
+    });
+  }
+}
+
+/** The bit of a token that is `inside`. */
+function isVisibleAt(b: KernelBuilder, bits: Reg<'global'>, token: Reg<'u32'>, inside: Reg<'pred'>): Reg<'pred'> {
+  const word = b.constant('b32', 0);
+  const wordAt = offset(b, bits, b.shr(token, 5), 4);
+  b.when(inside, () => b.ld('b32', wordAt, 0, { readOnly: true, into: word }));
+  return isVisible(b, word, token);
+}
+
+type Join = (a: Reg<'f32'>, c: Reg<'f32'>) => Reg<'f32'>;
+
+/** The kinds of numbers that are joined, a plane each, with how two are. */
+function planesToJoin(b: KernelBuilder, { mean, scale }: StatisticsOf, channels: Channels) {
+  const add: Join = (a, c) => b.add(a, c);
+  const planes: (readonly [registers: Reg<'f32'>[], join: Join])[] = [];
+  if (mean) planes.push([channels.sums, add], [channels.counts, add]);
+  if (scale) planes.push([channels.highest, (a, c) => b.max(a, c)]);
+  if (mean && scale) planes.push([channels.lowest, (a, c) => b.min(a, c)]);
+  return planes;
+}
+
+/** Joins the rows of each warp, and writes what it found into its rows of shared memory. */
+function joinWarps({ b, planes, shared, thread }: Frame, { of }: Operand, channels: Channels): void {
+  b.section('join the rows');
+  const perRow = threadsPerRow(of);
+  const rowBytes = rowBytesOf(of);
+  const ownAt = b.add(shared, b.as(b.mad(b.shr(thread, 5), rowBytes, b.shl(channels.channel, 2)), 'shared'));
+  const writes = b.setp('lt', b.and(thread, 31), perRow);
+  planesToJoin(b, of, channels).forEach(([registers, join], plane) => {
+    const ofWarp = registers.map((register) => {
+      let joined = register;
+      for (let mask = perRow; mask < 32; mask *= 2) joined = join(joined, b.shflBfly(joined, mask));
+      return joined;
+    });
+    b.when(writes, () => {
+      for (const half of [0, 4]) {
+        b.stVector(ofWarp.slice(half, half + 4), ownAt, planes.base + plane * WARPS * rowBytes + half * 4);
+      }
+    });
+  });
+  b.barSync();
+}
+
+/** The channel that a thread finishes. */
+interface OwnChannel {
+  /** Whether there is one. */
+  readonly owns: Reg<'pred'>;
+  /** Its place among those of all sequences and heads. */
+  readonly destination: Reg<'u32'>;
+  /** Its largest magnitude, less the mean where one is wanted. */
+  readonly largest: Reg<'f32'>;
+}
+
+/** Writes each channel's mean, and the largest magnitude of each warp's channels to shared memory. */
+function writeMeans(frame: Frame, { of, sequenceHead, mean: meanOut }: Operand, channels: Channels): OwnChannel {
+  const { b, planes, warpMaxima, shared, thread } = frame;
+  const rowBytes = rowBytesOf(of);
+  const largest = b.constant('f32', 0);
+  const mean = b.constant('f32', 0);
+  const owns = b.setp('lt', thread, of.paddedDim);
+  const destination = b.mad(sequenceHead, of.paddedDim, thread);
+  b.if(owns, () => {
+    const columnAt = b.add(shared, b.as(b.shl(thread, 2), 'shared'));
+    const joined = planesToJoin(b, of, channels).map(([, join], plane) =>
+      Array.from({ length: WARPS }, (_, warp) =>
         b.ld('f32', columnAt, planes.base + (plane * WARPS + warp) * rowBytes),
-      ) as [Reg<'f32'>, Reg<'f32'>];
-      const own = b.mul(sum, b.rcpApprox(b.max(count, 1)));
-      b.when(b.setp('eq', count, 0), () => b.mov(mean, own));
-      return own;
-    });
-    sort(b, means);
-    const [low, median, high] = [WARPS / 4, WARPS / 2, (3 * WARPS) / 4].map((i) => means[i]) as [
-      Reg<'f32'>,
-      Reg<'f32'>,
-      Reg<'f32'>,
-    ];
-    const near = b.mul(b.sub(high, low), FAR_FROM_MEDIAN);
-    const far = b.setp('gt', b.abs(b.sub(mean, median)), near);
-    return b.selp(median, mean, far);
-  }
-
-  /** All keys of an interval. */
-  function whole([from, until]: readonly [Reg<'u32'>, Reg<'u32'>]): Stretch {
-    const length = b.sub(until, from);
-    return { first: from, length, count: length };
-  }
-
-  /** The bit of a token that is `inside`. */
-  function isVisibleAt(bits: Reg<'global'>, token: Reg<'u32'>, inside: Reg<'pred'>): Reg<'pred'> {
-    const word = b.constant('b32', 0);
-    const at = offset(b, bits, b.shr(token, 5), 4);
-    b.when(inside, () => b.ld('b32', at, 0, { readOnly: true, into: word }));
-    return isVisible(b, word, token);
-  }
-
-  /** From the first word with a visible key to the last, and how many there are: the fewer they are, the denser is the sample. */
-  function visibleOf(bits: Reg<'global'>, [from, until]: readonly [Reg<'u32'>, Reg<'u32'>]): Stretch {
-    b.section('visible keys');
-    const joins = [
-      (x: Reg<'u32'>, y: Reg<'u32'>, into?: Reg<'u32'>) => b.add(x, y, into),
-      (x: Reg<'u32'>, y: Reg<'u32'>, into?: Reg<'u32'>) => b.min(x, y, into),
-      (x: Reg<'u32'>, y: Reg<'u32'>, into?: Reg<'u32'>) => b.max(x, y, into),
-    ] as const;
-    const own = [b.constant('u32', 0), b.constant('u32', 0xffffffff), b.constant('u32', 0)];
-    const word = b.mov(thread);
-    const end = b.shr(b.add(until, 31), 5);
-    b.loop(
-      () => b.setp('lt', word, end),
-      () => {
-        const set = b.as(b.ld('b32', offset(b, bits, word, 4), 0, { readOnly: true }), 'u32');
-        const found = [bitsOf(set), b.shl(word, 5), b.shl(b.add(word, 1), 5)] as const;
-        const any = b.setp('ne', set, 0);
-        found.forEach((value, i) => {
-          const so = own[i] as Reg<'u32'>;
-          b.when(any, () => joins[i]?.(so, value, so));
-        });
-        b.add(word, CHANNEL_STATISTICS_THREADS, word);
-      },
+      ).reduce(join),
     );
-    own.forEach((value, i) => {
-      for (let lanes = 1; lanes < 32; lanes *= 2) joins[i]?.(value, b.shflBfly(value, lanes), value);
-    });
-    const at = b.add(shared, (warpCounts as SharedTile).base);
-    const [count, least, most] = own as [Reg<'u32'>, Reg<'u32'>, Reg<'u32'>];
-    b.when(b.setp('eq', b.and(thread, 31), 0), () =>
-      b.stVector([count, least, most, most], b.add(at, b.as(b.shl(b.shr(thread, 5), 4), 'shared'))),
-    );
-    b.barSync();
-    const ofWarps = Array.from({ length: WARPS }, (_, i) => b.ldVector('u32', 4, at, 16 * i));
-    const [all, lowest, highest] = joins.map((join, i) =>
-      ofWarps.map((values) => values[i] as Reg<'u32'>).reduce((x, y) => join(x, y)),
-    ) as [Reg<'u32'>, Reg<'u32'>, Reg<'u32'>];
-    const first = b.min(b.max(lowest, from), until);
-    return { first, length: b.sub(b.max(b.min(highest, until), first), first), count: all };
-  }
+    if (of.mean) {
+      const [total, count] = joined as [Reg<'f32'>, Reg<'f32'>];
+      const ofAll = b.divF32(total, b.max(count, 1));
+      b.mul(withoutOutliers(frame, ofAll, columnAt, rowBytes), 1 / SUM_SHARE, mean);
+      b.st(mean, offset(b, meanOut, destination, 4));
+    }
+    if (!of.scale) return;
+    if (needsBothEnds(of)) {
+      const [, count, high, low] = joined as [Reg<'f32'>, Reg<'f32'>, Reg<'f32'>, Reg<'f32'>];
+      b.max(b.sub(high, mean), b.sub(mean, low), largest);
+      // Nothing was finite; and a difference may be infinite where its numbers are not.
+      b.when(b.setp('eq', count, 0), () => b.set(largest, 0));
+      b.min(largest, 3e38, largest);
+    } else b.mov(at(joined, 0), largest);
+    let ofWarp = largest;
+    for (let mask = 1; mask < 32; mask *= 2) ofWarp = b.max(ofWarp, b.shflBfly(ofWarp, mask));
+    const warpAt = b.add(shared, b.as(b.shl(b.shr(thread, 5), 2), 'shared'));
+    b.when(b.setp('eq', b.and(thread, 31), 0), () => b.st(ofWarp, warpAt, warpMaxima.base));
+  });
+  return { owns, destination, largest };
+}
 
-  /** How many bits of a word are set. */
-  function bitsOf(word: Reg<'u32'>): Reg<'u32'> {
-    const inPairs = b.sub(word, b.and(b.shr(word, 1), 0x55555555));
-    const inFours = b.add(b.and(inPairs, 0x33333333), b.and(b.shr(inPairs, 2), 0x33333333));
-    const inBytes = b.and(b.add(inFours, b.shr(inFours, 4)), 0x0f0f0f0f);
-    return b.shr(b.mul(inBytes, 0x01010101), 24);
-  }
+/**
+ * The mean of a channel, or the median of the warps' means where tokens so large that they are few pull the mean far from it:
+ * then it would be far from all other tokens, and so would what is left of those that no large one is seen beside. Any
+ * constant serves for smoothing.
+ */
+function withoutOutliers(
+  { b, planes }: Frame,
+  mean: Reg<'f32'>,
+  columnAt: Reg<'shared'>,
+  rowBytes: number,
+): Reg<'f32'> {
+  const means = Array.from({ length: WARPS }, (_, warp) => {
+    const [sum, count] = [0, 1].map((plane) =>
+      b.ld('f32', columnAt, planes.base + (plane * WARPS + warp) * rowBytes),
+    ) as [Reg<'f32'>, Reg<'f32'>];
+    const own = b.mul(sum, b.rcpApprox(b.max(count, 1)));
+    b.when(b.setp('eq', count, 0), () => b.mov(mean, own));
+    return own;
+  });
+  sort(b, means);
+  const [low, median, high] = [WARPS / 4, WARPS / 2, (3 * WARPS) / 4].map((i) => at(means, i)) as [
+    Reg<'f32'>,
+    Reg<'f32'>,
+    Reg<'f32'>,
+  ];
+  const near = b.mul(b.sub(high, low), FAR_FROM_MEDIAN);
+  const far = b.setp('gt', b.abs(b.sub(mean, median)), near);
+  return b.selp(median, mean, far);
+}
 
-  function describe(
-    { dim, paddedDim, loadWidth, mean: wantsMean, scale: wantsScale }: StatisticsOf,
-    sequenceHead: Reg<'u32'>,
-    input: typeof pointer.k,
-    [batchStride, headStride, tokenStride]: readonly [Parameter<'u64'>, Parameter<'u64'>, Parameter<'u64'>],
-    meanOut: Reg<'global'>,
-    scaleOut: Reg<'global'> | undefined,
-  ): void {
-    const perRow = nextPowerOfTwo(paddedDim / 8);
-    const rowsAtOnce = CHANNEL_STATISTICS_THREADS / perRow;
-    const [head, sequence] = divide(b, sequenceHead, b.loadParameter(integer.heads));
-    const table = b.loadPointer(pointer.sequences);
-    const { keyStart, paddedKeyStart } = loadSequence(b, table, sequence);
-    const range = loadVisibleRange(b, table, sequence);
-    const bits =
-      hiddenKeys === 'none'
-        ? undefined
-        : visibleBitsAt(
-            b,
-            b.loadPointer(pointer.visibleKeys),
-            hiddenKeys,
-            head,
-            b.loadParameter(integer.paddedTokens),
-            paddedKeyStart,
-          );
-    const { first, length, count } = bits === undefined ? whole(range) : visibleOf(bits, range);
-
-    b.section('the sampled tokens');
-    const stretch = b.div(count, SAMPLED_TOKENS);
-    b.when(b.setp('lt', count, WHOLE_BELOW), () => b.set(stretch, 1));
-    const row = b.shr(thread, Math.log2(perRow));
-    const column = b.and(thread, perRow - 1);
-    const channel = b.shl(column, 3);
-    let source = offset64(b, b.loadPointer(input), sequence, b.loadParameter(batchStride));
-    source = offset64(b, source, head, b.loadParameter(headStride));
-    const stride = b.loadParameter(tokenStride);
-    source = offset(b, offset64(b, source, b.add(keyStart, first), stride), channel, BYTES[dtype]);
-    const eight = (value: number) => Array.from({ length: 8 }, () => b.constant('f32', value));
-    const [sums, counts] = wantsMean ? [eight(0), eight(0)] : [[], []];
-    // Of what a mean will be subtracted from, both ends are needed; else the magnitude.
-    const bothEnds = wantsScale && wantsMean;
-    const highest = wantsScale ? eight(bothEnds ? Number.NEGATIVE_INFINITY : 0) : [];
-    const lowest = bothEnds ? eight(Number.POSITIVE_INFINITY) : [];
-    const rank = b.mov(row);
-    const stretchStart = b.mul(row, stretch);
-    const step = b.mul(stretch, rowsAtOnce);
-    // Loads that are under way at once hide the latency of memory: those of a whole sample, if registers allow.
-    const atOnce = Math.max(1, Math.min(dtype === 'float32' ? 4 : 8, SAMPLED_TOKENS / rowsAtOnce));
-    b.loop(
-      () => b.setp('lt', stretchStart, length),
-      () => {
-        const loaded = Array.from({ length: atOnce }, () => {
-          const token = b.add(stretchStart, b.mulHi(b.mul(rank, GOLDEN_RATIO), stretch));
-          const inside = b.setp('lt', token, length);
-          if (bits !== undefined) b.andPred(inside, isVisibleAt(bits, b.add(first, token), inside), inside);
-          const guard = (first: number) => b.andPred(inside, b.setp('lt', b.add(channel, first), dim));
-          const words = loadEightPacked(b, dtype, loadWidth, offset64(b, source, token, stride), guard);
-          b.add(rank, rowsAtOnce, rank);
-          b.add(stretchStart, step, stretchStart);
-          return { inside, words };
-        });
-        for (const { inside, words } of loaded) {
-          for (const [i, value] of unpackEight(b, dtype, words).entries()) {
-            const magnitude = b.and(b.as(value, 'u32'), 0x7fffffff);
-            const counted = b.andPred(inside, b.setp('lt', magnitude, INFINITY_BITS));
-            const [sum, count, high, low] = [sums[i], counts[i], highest[i], lowest[i]];
-            b.when(counted, () => {
-              if (sum !== undefined) b.fma(value, SUM_SHARE, sum, sum);
-              if (count !== undefined) b.add(count, 1, count);
-              if (high !== undefined) b.max(high, bothEnds ? value : b.as(magnitude, 'f32'), high);
-              if (low !== undefined) b.min(low, value, low);
-            });
-          }
-        }
-      },
-    );
-
-    b.section('join the rows');
-    type Join = (a: Reg<'f32'>, c: Reg<'f32'>) => Reg<'f32'>;
-    const add: Join = (a, c) => b.add(a, c);
-    const parts: (readonly [registers: Reg<'f32'>[], join: Join])[] = [];
-    if (wantsMean) parts.push([sums, add], [counts, add]);
-    if (wantsScale) parts.push([highest, (a, c) => b.max(a, c)]);
-    if (bothEnds) parts.push([lowest, (a, c) => b.min(a, c)]);
-    const rowBytes = perRow * 32;
-    const at = b.add(shared, b.as(b.mad(b.shr(thread, 5), rowBytes, b.shl(channel, 2)), 'shared'));
-    const writes = b.setp('lt', b.and(thread, 31), perRow);
-    parts.forEach(([registers, join], plane) => {
-      const ofWarp = registers.map((register) => {
-        let joined = register;
-        for (let mask = perRow; mask < 32; mask *= 2) joined = join(joined, b.shflBfly(joined, mask));
-        return joined;
-      });
-      b.when(writes, () => {
-        for (const half of [0, 4]) {
-          b.stVector(ofWarp.slice(half, half + 4), at, planes.base + plane * WARPS * rowBytes + half * 4);
-        }
-      });
-    });
-    b.barSync();
-    const largest = b.constant('f32', 0);
-    const mean = b.constant('f32', 0);
-    const owns = b.setp('lt', thread, paddedDim);
-    const destination = b.mad(sequenceHead, paddedDim, thread);
-    b.if(owns, () => {
-      const columnAt = b.add(shared, b.as(b.shl(thread, 2), 'shared'));
-      const joined = parts.map(([, join], plane) =>
-        Array.from({ length: WARPS }, (_, warp) =>
-          b.ld('f32', columnAt, planes.base + (plane * WARPS + warp) * rowBytes),
-        ).reduce(join),
-      );
-      if (wantsMean) {
-        const [total, count] = joined as [Reg<'f32'>, Reg<'f32'>];
-        const ofAll = b.divF32(total, b.max(count, 1));
-        b.mul(withoutOutliers(ofAll, columnAt, rowBytes), 1 / SUM_SHARE, mean);
-        b.st(mean, offset(b, meanOut, destination, 4));
-      }
-      const high = joined[wantsMean ? 2 : 0];
-      if (high === undefined) return;
-      if (!bothEnds) b.mov(high, largest);
-      else {
-        const [count, low] = [joined[1], joined[3]] as [Reg<'f32'>, Reg<'f32'>];
-        b.max(b.sub(high, mean), b.sub(mean, low), largest);
-        // Nothing was finite; and a difference may be infinite where its numbers are not.
-        b.when(b.setp('eq', count, 0), () => b.set(largest, 0));
-        b.min(largest, 3e38, largest);
-      }
-      let ofWarp = largest;
-      for (let mask = 1; mask < 32; mask *= 2) ofWarp = b.max(ofWarp, b.shflBfly(ofWarp, mask));
-      const warpAt = b.add(shared, b.as(b.shl(b.shr(thread, 5), 2), 'shared'));
-      b.when(b.setp('eq', b.and(thread, 31), 0), () => b.st(ofWarp, warpAt, warpMaxima.base));
-    });
-    if (scaleOut === undefined || !wantsScale) return;
-
-    b.section('scales of V');
-    b.barSync();
-    b.if(owns, () => {
-      const ofHead = Array.from({ length: paddedDim / 32 }, (_, warp) =>
-        b.ld('f32', shared, warpMaxima.base + warp * 4),
-      ).reduce((x, y) => b.max(x, y));
-      const floor = b.mul(ofHead, SMALLEST_SHARE);
-      b.when(b.setp('lt', ofHead, SMALLEST_MAXIMUM), () => b.set(floor, 1));
-      b.st(b.mul(b.max(largest, floor), 1 / LARGEST_CODE), offset(b, scaleOut, destination, 4));
-    });
-  }
+function writeScales(
+  { b, shared, warpMaxima }: Frame,
+  { of }: Operand,
+  scaleOut: Reg<'global'>,
+  { owns, destination, largest }: OwnChannel,
+): void {
+  b.section('scales of V');
+  b.barSync();
+  b.if(owns, () => {
+    const ofHead = Array.from({ length: of.paddedDim / 32 }, (_, warp) =>
+      b.ld('f32', shared, warpMaxima.base + warp * 4),
+    ).reduce((x, y) => b.max(x, y));
+    const floor = b.mul(ofHead, SMALLEST_SHARE);
+    b.when(b.setp('lt', ofHead, SMALLEST_MAXIMUM), () => b.set(floor, 1));
+    b.st(b.mul(b.max(largest, floor), 1 / LARGEST_CODE), offset(b, scaleOut, destination, 4));
+  });
 }

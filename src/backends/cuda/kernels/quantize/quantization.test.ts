@@ -277,101 +277,129 @@ describe(`K and V in one launch (SAGEATTENTION_SEED=${seed})`, () => {
     return target;
   }
 
+  /** Tokens that the sample misses: much larger, much smaller and zeros, each a tile of its own. */
+  function plantUnsampledTokens(v: Tensor, length: number, dim: number, random: Random): void {
+    const values = toFloat32(v);
+    const sampled = new Set(sampledTokens(length));
+    const missed = Array.from({ length }, (_, i) => i).filter((i) => !sampled.has(i) && i < 128);
+    for (let c = 0; c < dim; c++) {
+      values[(missed[7] as number) * dim + c] = 300 * random.normal();
+      for (let i = 256; i < 384; i++) values[i * dim + c] = (values[i * dim + c] as number) * 2 ** -20;
+      for (let i = 384; i < 512; i++) values[i * dim + c] = 0;
+    }
+    writeValues(values, v);
+  }
+
+  /** The sampled tokens of a head's rows. */
+  function sampleOf(rows: Float32Array, dim: number): Float32Array {
+    const sampled = sampledTokens(rows.length / dim);
+    return Float32Array.from(
+      { length: sampled.length * dim },
+      (_, i) => rows[(sampled[Math.floor(i / dim)] as number) * dim + (i % dim)] as number,
+    );
+  }
+
+  /** A head's rows of an operand, and where they lie among what was found. */
+  interface HeadRows {
+    readonly found: QuantizedKeyValue;
+    readonly head: number;
+    readonly rows: Float32Array;
+    readonly dim: number;
+    /** Tokens with padding. */
+    readonly padded: number;
+  }
+
+  function expectKeys({ found, head, rows, dim, padded }: HeadRows, { smoothK, qkQuantGran }: KernelChoice): void {
+    const paddedDim = Math.ceil(dim / 32) * 32;
+    const length = rows.length / dim;
+    const groups = qkQuantGran === 'per-thread' ? 4 : 1;
+    const mean = channelMean(sampleOf(rows, dim), dim);
+    if (smoothK) {
+      const ownMean = found.floats('keyMean').subarray(head * paddedDim, head * paddedDim + dim);
+      mean.forEach((expected, c) => {
+        expect(ownMean[c]).toBeCloseTo(expected, 3);
+      });
+    }
+    const grouping = keyGrouping(qkQuantGran as Granularity, TILINGS.sm80);
+    const expected = quantizeIntegers(smoothK ? subtractMean(rows, mean) : rows, dim, grouping, 127);
+    const codes = new Int8Array(found.bytes('key').buffer).subarray(head * padded * paddedDim);
+    const own = Int8Array.from(
+      { length: length * dim },
+      (_, i) => codes[Math.floor(i / dim) * paddedDim + (i % dim)] as number,
+    );
+    expectAgreement(own, expected.values, 'key');
+    expectScales(
+      found.floats('keyScale').subarray((head * padded * groups) / 64),
+      expected.scales.subarray(0, Math.ceil(length / 64) * groups),
+    );
+  }
+
+  /** Codes of one tile of V; returns how many are not the nearest. */
+  function expectValueTile(of: HeadRows, scales: Float32Array, first: number): number {
+    const { found, head, rows, dim, padded } = of;
+    const length = rows.length / dim;
+    const end = Math.min(first + 128, length);
+    const codes = found.bytes('value').subarray(head * padded * scales.length);
+    const tileScale = found.floats('valueTileScale')[(head * padded + first) / 64] as number;
+    expect(Number.isInteger(Math.log2(tileScale))).toBe(true);
+    let [largest, different] = [0, 0];
+    for (let i = first * dim; i < end * dim; i++) {
+      const [token, c] = [Math.floor(i / dim), i % dim];
+      const scaled = (rows[i] as number) / (scales[c] as number) / tileScale;
+      const code = codes[c * padded + permutedPosition(token)] as number;
+      largest = Math.max(largest, Math.abs(scaled));
+      // Nothing saturates.
+      expect(Math.abs(e4m3ToNumber(code) - scaled)).toBeLessThanOrEqual(
+        Math.max(Math.abs(scaled) * 2 ** -4, E4M3_NORMAL * 2 ** -4) * 1.001,
+      );
+      if (code !== e4m3FromNumber(scaled)) different++;
+    }
+    expect(largest).toBeLessThanOrEqual(448.01);
+    if (largest === 0) expect(tileScale).toBe(1);
+    else expect(largest).toBeGreaterThanOrEqual(tileScale === 1 ? 3.49 : 223.9);
+    // Behind the last token, copies of it.
+    const [last, until] = [permutedPosition(length - 1), Math.min(first + 128, padded)];
+    for (let i = end * dim; i < until * dim; i++) {
+      const channel = (i % dim) * padded;
+      expect(codes[channel + permutedPosition(Math.floor(i / dim))]).toBe(codes[channel + last]);
+    }
+    return different;
+  }
+
+  function expectValues(of: HeadRows, smoothV: boolean): void {
+    const { found, head, rows, dim } = of;
+    const paddedDim = Math.ceil(dim / 32) * 32;
+    const smoothed = smoothV ? subtractMean(rows, channelMean(sampleOf(rows, dim), dim)) : rows;
+    const maxima = new Float32Array(paddedDim);
+    sampleOf(smoothed, dim).forEach((value, i) => {
+      maxima[i % dim] = Math.max(maxima[i % dim] as number, Math.abs(value));
+    });
+    const scales = sampledScales(maxima);
+    expectScales(found.floats('valueScale').subarray(head * paddedDim), scales);
+    let different = 0;
+    for (let first = 0; first < rows.length / dim; first += 128) {
+      different += expectValueTile({ ...of, rows: smoothed }, scales, first);
+    }
+    expect(different / rows.length).toBeLessThan(0.01);
+  }
+
   test.each(settings)('$dims, $length keys, $dtype, $choice', ({ dims, length, dtype, choice }) => {
     const random = new Random(seed);
     const heads = 2;
     const [dim, valueDim] = dims;
     const k = make(heads, length, dim, dtype, random, 3);
     const v = make(heads, length, valueDim, dtype, random, 0.5);
-    if (length > 600) {
-      // Tokens that the sample misses: much larger, much smaller and zeros, each a tile of its own.
-      const values = toFloat32(v);
-      const sampled = new Set(sampledTokens(length));
-      const missed = Array.from({ length }, (_, i) => i).filter((i) => !sampled.has(i) && i < 128);
-      for (let c = 0; c < valueDim; c++) {
-        values[(missed[7] as number) * valueDim + c] = 300 * random.normal();
-        for (let i = 256; i < 384; i++) values[i * valueDim + c] = (values[i * valueDim + c] as number) * 2 ** -20;
-        for (let i = 384; i < 512; i++) values[i * valueDim + c] = 0;
-      }
-      writeValues(values, v);
-    }
-    const [paddedDim, paddedValueDim] = [dim, valueDim].map((n) => Math.ceil(n / 32) * 32) as [number, number];
+    if (length > 600) plantUnsampledTokens(v, length, valueDim, random);
     const padded = Math.ceil(length / 64) * 64;
     const all = { ...plain, ...choice };
     const found = new QuantizedKeyValue(k, v, all, padded).run(length);
-    const [keys, values] = [toFloat32(k), toFloat32(v)];
-    const sampled = sampledTokens(length);
-    const take = (from: Float32Array, of: number) =>
-      Float32Array.from(
-        { length: sampled.length * of },
-        (_, i) => from[(sampled[Math.floor(i / of)] as number) * of + (i % of)] as number,
-      );
-    const grouping = keyGrouping(all.qkQuantGran as Granularity, TILINGS.sm80);
-    const groups = all.qkQuantGran === 'per-thread' ? 4 : 1;
+    const rowsOf = (x: Tensor, head: number, of: number): HeadRows => {
+      const rows = toFloat32(x).slice(head * length * of, (head + 1) * length * of);
+      return { found, head, rows, dim: of, padded };
+    };
     for (let head = 0; head < heads; head++) {
-      const ownKeys = keys.slice(head * length * dim, (head + 1) * length * dim);
-      const mean = channelMean(take(ownKeys, dim), dim);
-      if (all.smoothK) {
-        const ownMean = found.floats('keyMean').subarray(head * paddedDim, head * paddedDim + dim);
-        mean.forEach((expected, c) => {
-          expect(ownMean[c]).toBeCloseTo(expected, 3);
-        });
-      }
-      const expected = quantizeIntegers(all.smoothK ? subtractMean(ownKeys, mean) : ownKeys, dim, grouping, 127);
-      const codes = new Int8Array(found.bytes('key').buffer).subarray(head * padded * paddedDim);
-      const rows = Int8Array.from(
-        { length: length * dim },
-        (_, i) => codes[Math.floor(i / dim) * paddedDim + (i % dim)] as number,
-      );
-      expectAgreement(rows, expected.values, 'key');
-      expectScales(
-        found.floats('keyScale').subarray((head * padded * groups) / 64),
-        expected.scales.subarray(0, Math.ceil(length / 64) * groups),
-      );
-
-      const ownValues = values.slice(head * length * valueDim, (head + 1) * length * valueDim);
-      const valueMean = channelMean(take(ownValues, valueDim), valueDim);
-      const smoothed = all.smoothV ? subtractMean(ownValues, valueMean) : ownValues;
-      const ofSample = take(smoothed, valueDim);
-      const maxima = new Float32Array(paddedValueDim);
-      ofSample.forEach((value, i) => {
-        maxima[i % valueDim] = Math.max(maxima[i % valueDim] as number, Math.abs(value));
-      });
-      const scales = sampledScales(maxima);
-      expectScales(found.floats('valueScale').subarray(head * paddedValueDim), scales);
-      const valueCodes = found.bytes('value').subarray(head * padded * paddedValueDim);
-      let different = 0;
-      for (let first = 0; first < length; first += 128) {
-        const end = Math.min(first + 128, length);
-        const tileScale = found.floats('valueTileScale')[(head * padded + first) / 64] as number;
-        expect(Number.isInteger(Math.log2(tileScale))).toBe(true);
-        let largest = 0;
-        for (let token = first; token < end; token++) {
-          for (let c = 0; c < valueDim; c++) {
-            const scaled = (smoothed[token * valueDim + c] as number) / (scales[c] as number) / tileScale;
-            const code = valueCodes[c * padded + permutedPosition(token)] as number;
-            const decoded = e4m3ToNumber(code);
-            largest = Math.max(largest, Math.abs(scaled));
-            // Nothing saturates.
-            expect(Math.abs(decoded - scaled)).toBeLessThanOrEqual(
-              Math.max(Math.abs(scaled) * 2 ** -4, E4M3_NORMAL * 2 ** -4) * 1.001,
-            );
-            if (code !== e4m3FromNumber(scaled)) different++;
-          }
-        }
-        expect(largest).toBeLessThanOrEqual(448.01);
-        if (largest === 0) expect(tileScale).toBe(1);
-        else expect(largest).toBeGreaterThanOrEqual(tileScale === 1 ? 3.49 : 223.9);
-        // Behind the last token, copies of it.
-        for (let token = end; token < Math.min(first + 128, padded); token++) {
-          for (let c = 0; c < valueDim; c++) {
-            expect(valueCodes[c * padded + permutedPosition(token)]).toBe(
-              valueCodes[c * padded + permutedPosition(length - 1)],
-            );
-          }
-        }
-      }
-      expect(different / (length * valueDim)).toBeLessThan(0.01);
+      expectKeys(rowsOf(k, head, dim), all);
+      expectValues(rowsOf(v, head, valueDim), all.smoothV);
     }
     for (const name of ['key', 'value', 'keyScale', 'keyFaults']) {
       expect(found.written(name).indexOf(0), `${name}: never written`).toBe(-1);
@@ -401,33 +429,32 @@ describe(`K and V in one launch (SAGEATTENTION_SEED=${seed})`, () => {
     } as const;
     const found = new QuantizedKeyValue(k, v, choice, padded).run(length);
     const width = Math.ceil(valueDim / 16) * 16;
-    const meansOf = (name: string, head: number, width: number) =>
-      new Float32Array(found.bytes(name).buffer).subarray(head * width);
     const halves = new Uint16Array(found.bytes('value').buffer);
     const words = new Uint32Array(found.bytes('keyFaults').buffer);
+    const meanOf = (head: number, own: Float32Array): Float32Array => {
+      if (!smoothV) return new Float32Array(valueDim);
+      const mean = found.floats('valueMean').subarray(head * width);
+      // The large token does not move the mean away from the others.
+      const others = own.map((x) => (Math.abs(x) > 1000 ? 0 : x));
+      channelMean(others, valueDim).forEach((without, c) => {
+        const near = head === beyond?.head && c === 0 ? 0.5 : 1e-4;
+        expect(Math.abs((mean[c] as number) - without), `mean of ${c}`).toBeLessThan(near);
+      });
+      return mean;
+    };
     for (let head = 0; head < 2; head++) {
       const own = values.slice(head * length * valueDim, (head + 1) * length * valueDim);
-      const mean = smoothV ? meansOf('valueMean', head, width) : new Float32Array(valueDim);
-      if (smoothV) {
-        // The large token does not move the mean away from the others.
-        const others = own.map((x) => (Math.abs(x) > 1000 ? 0 : x));
-        const without = channelMean(others, valueDim);
-        for (let c = 0; c < valueDim; c++) {
-          const near = head === beyond?.head && c === 0 ? 0.5 : 1e-4;
-          expect(Math.abs((mean[c] as number) - (without[c] as number)), `mean of ${c}`).toBeLessThan(near);
-        }
-      }
-      for (let token = 0; token < padded; token++) {
-        const from = Math.min(token, length - 1);
+      const mean = meanOf(head, own);
+      for (let i = 0; i < padded * width; i++) {
+        const [token, c] = [Math.floor(i / width), i % width];
         const faulty = head === beyond?.head && token === beyond.token;
         const word = words[(head * padded + token) >> 5] as number;
         expect((word >>> (token & 31)) & 1).toBe(faulty ? 1 : 0);
-        for (let c = 0; c < width; c++) {
-          const stored = float16ToNumber(halves[(head * padded + token) * width + c] as number);
-          const expected = c < valueDim ? (own[from * valueDim + c] as number) - (mean[c] as number) : 0;
-          if (faulty && c < 8) expect(stored).toBe(0);
-          else expect(Math.abs(stored - expected)).toBeLessThanOrEqual(2 ** -10 * Math.abs(expected) + 1e-4);
-        }
+        const stored = float16ToNumber(halves[head * padded * width + i] as number);
+        const from = Math.min(token, length - 1) * valueDim;
+        const expected = c < valueDim ? (own[from + c] as number) - (mean[c] as number) : 0;
+        if (faulty && c < 8) expect(stored).toBe(0);
+        else expect(Math.abs(stored - expected)).toBeLessThanOrEqual(2 ** -10 * Math.abs(expected) + 1e-4);
       }
     }
     expect(found.written('value').indexOf(0)).toBe(-1);
@@ -451,32 +478,27 @@ describe(`K and V in one launch (SAGEATTENTION_SEED=${seed})`, () => {
     writeValues(values, v);
     const found = new QuantizedKeyValue(k, v, plain, 256).run(length);
     const words = new Uint32Array(found.bytes('keyFaults').buffer);
-    const scales = found.floats('keyScale');
-    for (let head = 0; head < 2; head++) {
-      for (let token = 0; token < length; token++) {
-        const bit = ((words[head * 8 + (token >> 5)] as number) >>> (token & 31)) & 1;
-        expect(bit, `head ${head}, token ${token}`).toBe(
-          faults.some((f) => f.head === head && f.token === token) ? 1 : 0,
-        );
-      }
-      for (let half = 0; half < 4; half++) {
-        const any = faults.some((f) => f.head === head && f.token >> 6 === half);
-        for (let group = 0; group < 4; group++) {
-          const scale = scales[(head * 4 + half) * 4 + group] as number;
-          expect(Object.is(Math.sign(scale), any ? -1 : 1)).toBe(true);
-          expect(Number.isFinite(scale)).toBe(true);
-        }
-      }
-      for (let c = 0; c < 64; c++) {
-        for (let token = 0; token < 256; token++) {
-          const at = (head * 64 + c) * 256 + permutedPosition(token);
-          const value = e4m3ToNumber(found.bytes('value')[at] as number);
-          expect(Number.isFinite(value)).toBe(true);
-          // A missing element may move a channel's mean or scale, not the codes by much.
-          if (token >= length || faults.some((f) => f.head === head && f.token === token)) continue;
-          const before = e4m3ToNumber(clean.bytes('value')[at] as number);
-          expect(Math.abs(value - before)).toBeLessThanOrEqual(0.3 * Math.max(Math.abs(before), E4M3_NORMAL));
-        }
+    const isFault = (head: number, token: number) => faults.some((f) => f.head === head && f.token === token);
+    for (let i = 0; i < 2 * length; i++) {
+      const [head, token] = [Math.floor(i / length), i % length];
+      const bit = ((words[head * 8 + (token >> 5)] as number) >>> (token & 31)) & 1;
+      expect(bit, `head ${head}, token ${token}`).toBe(isFault(head, token) ? 1 : 0);
+    }
+    found.floats('keyScale').forEach((scale, i) => {
+      const any = faults.some((f) => f.head === i >> 4 && f.token >> 6 === ((i >> 2) & 3));
+      expect(Object.is(Math.sign(scale), any ? -1 : 1)).toBe(true);
+      expect(Number.isFinite(scale)).toBe(true);
+    });
+    const [codes, cleanCodes] = [found.bytes('value'), clean.bytes('value')];
+    for (let row = 0; row < 2 * 64; row++) {
+      for (let token = 0; token < 256; token++) {
+        const at = row * 256 + permutedPosition(token);
+        const value = e4m3ToNumber(codes[at] as number);
+        expect(Number.isFinite(value)).toBe(true);
+        // A missing element may move a channel's mean or scale, not the codes by much.
+        if (token >= length || isFault(row >> 6, token)) continue;
+        const before = e4m3ToNumber(cleanCodes[at] as number);
+        expect(Math.abs(value - before)).toBeLessThanOrEqual(0.3 * Math.max(Math.abs(before), E4M3_NORMAL));
       }
     }
   });

@@ -9,12 +9,13 @@
  */
 import type { DType } from '../../../../tensor/dtype.ts';
 import { KernelBuilder } from '../../ptx/builder.ts';
-import { rowMajor } from '../../ptx/layouts.ts';
+import { rowMajor, type SharedTile } from '../../ptx/layouts.ts';
 import type { Target } from '../../ptx/targets.ts';
-import type { Kernel, Reg } from '../../ptx/types.ts';
+import type { Kernel, Parameter, Reg } from '../../ptx/types.ts';
 import { divide, integers, offset, offset64, pointers } from '../parts/addresses.ts';
 import { INFINITY_BITS, LOG2_E, MAGIC, nextPowerOfTwo, SMALLEST_GROUP_MAXIMUM } from '../parts/constants.ts';
 import { BYTES, type LoadWidth, loadEight, loadEightFloats, packBytes } from '../parts/elements.ts';
+import { at } from '../parts/lists.ts';
 import { loadSequence } from '../parts/sequences.ts';
 import { type HiddenKeys, isVisible, loadVisibleRange, visibleBitsAt } from './visible-keys.ts';
 
@@ -66,22 +67,71 @@ function threadsOf(paddedDim: number) {
 
 export const quantizeTokensThreads = ({ paddedDim }: QuantizeTokensConfig) => threadsOf(paddedDim).threads;
 
+/** What the CTA works on. */
+interface Block {
+  readonly b: KernelBuilder;
+  readonly config: QuantizeTokensConfig;
+  readonly pointer: Record<(typeof QUANTIZE_TOKENS_POINTERS)[number], Parameter<'u64'>>;
+  readonly integer: Record<(typeof QUANTIZE_TOKENS_INTEGERS)[number], Parameter<'u32'>>;
+  readonly stride: Record<(typeof QUANTIZE_TOKENS_STRIDES)[number], Parameter<'u64'>>;
+  readonly smScale: Parameter<'f32'>;
+  readonly shared: Reg<'shared'>;
+  readonly rowMaxima: SharedTile;
+  readonly reciprocals: SharedTile;
+  /** Of Q's channels, a row for each row that is taken at once; undefined where no mean is subtracted. */
+  readonly sums: SharedTile | undefined;
+  readonly thread: Reg<'u32'>;
+  readonly heads: Reg<'u32'>;
+  readonly head: Reg<'u32'>;
+  readonly sequence: Reg<'u32'>;
+  /** First token of the sequence in the input, and in the padded rows. */
+  readonly start: Reg<'u32'>;
+  readonly paddedStart: Reg<'u32'>;
+  /** First token of the block in its sequence. */
+  readonly firstToken: Reg<'u32'>;
+  readonly tokensLeft: Reg<'u32'>;
+  /** Which of a block's keys any row may see; undefined of Q. */
+  readonly isSeen: ((inBlock: Reg<'u32'>) => Reg<'pred'>) | undefined;
+}
+
+/** Eight channels of every so many rows: what a thread holds of the block. */
+interface Rows {
+  readonly row: Reg<'u32'>;
+  readonly column: Reg<'u32'>;
+  readonly channel: Reg<'u32'>;
+  readonly perRow: number;
+  readonly rowsAtOnce: number;
+  /** Of each pass, and whether its row exists. */
+  readonly values: readonly Reg<'f32'>[][];
+  readonly inside: readonly Reg<'pred'>[];
+}
+
 export function quantizeTokens(config: QuantizeTokensConfig): Kernel {
-  const { target, operand, dtype, headDim, paddedDim, blockTokens, groupTokens, groups, container } = config;
+  const block = makeBlock(config);
+  const rows = loadRows(block);
+  const keyMean = config.keyMean ? loadKeyMean(block, rows) : undefined;
+  if (config.operand === 'query') writeRowBias(block, rows, keyMean);
+  else if (keyMean !== undefined) subtract(block, rows, keyMean);
+  if (block.sums !== undefined) subtractBlockMean(block, rows, block.sums);
+  findRowMaxima(block, rows);
+  writeScales(block);
+  storeCodes(block, rows);
+  return block.b.build();
+}
+
+function makeBlock(config: QuantizeTokensConfig): Block {
+  const { target, operand, paddedDim, blockTokens, groupTokens, groups } = config;
   const isQuery = operand === 'query';
   const { perRow, threads } = threadsOf(paddedDim);
-  const rowsAtOnce = threads / perRow;
-  const passes = blockTokens / rowsAtOnce;
   const b = new KernelBuilder({ name: isQuery ? 'quantizeQuery' : 'quantizeKey', target, threads });
   const pointer = pointers(b, QUANTIZE_TOKENS_POINTERS);
   const integer = integers(b, QUANTIZE_TOKENS_INTEGERS);
-  const { batchStride, headStride, tokenStride } = pointers(b, QUANTIZE_TOKENS_STRIDES);
+  const stride = pointers(b, QUANTIZE_TOKENS_STRIDES);
   const smScale = b.parameter('smScale', 'f32');
-
   const groupCount = (blockTokens / groupTokens) * groups;
   const rowMaxima = b.shared('row maxima', 1, rowMajor(blockTokens * 4));
   const reciprocals = b.shared('reciprocals', 1, rowMajor(Math.max(16, groupCount * 4)));
-  const sums = config.smoothQ ? b.shared('column sums', rowsAtOnce, rowMajor(perRow * 32)) : undefined;
+  const sums = config.smoothQ ? b.shared('column sums', threads / perRow, rowMajor(perRow * 32)) : undefined;
   const shared = b.sharedAddress();
 
   b.section('which block');
@@ -96,85 +146,150 @@ export function quantizeTokens(config: QuantizeTokensConfig): Kernel {
   const firstToken = b.mul(block, blockTokens);
   b.when(b.setp('ge', firstToken, length), () => b.exit());
   const tokensLeft = b.sub(length, firstToken);
-  const isSeen = isQuery ? undefined : seenKeys();
+  const place = { thread, heads, head, sequence, start, paddedStart, firstToken, tokensLeft };
+  const memory = { shared, rowMaxima, reciprocals, sums };
+  const own = { b, config, pointer, integer, stride, smScale, ...memory, ...place };
+  return { ...own, isSeen: isQuery ? undefined : seenKeys(own) };
+}
 
+/** Which keys of the block any row may see; without one the CTA ends. */
+function seenKeys(block: Omit<Block, 'isSeen'>): (inBlock: Reg<'u32'>) => Reg<'pred'> {
+  const { b, config, pointer, integer, head, sequence, paddedStart, firstToken } = block;
+  const [from, until] = loadVisibleRange(b, b.loadPointer(pointer.sequences), sequence);
+  b.when(b.setp('ge', firstToken, until), () => b.exit());
+  b.when(b.setp('le', b.add(firstToken, config.blockTokens), from), () => b.exit());
+  const inRange = (token: Reg<'u32'>) => b.andPred(b.setp('ge', token, from), b.setp('lt', token, until));
+  if (config.hiddenKeys === 'none') return (inBlock) => inRange(b.add(firstToken, inBlock));
+  const first = b.add(paddedStart, firstToken);
+  const base = b.loadPointer(pointer.visibleKeys);
+  const bits = visibleBitsAt(b, base, config.hiddenKeys, head, b.loadParameter(integer.paddedTokens), first);
+  const [low, high] = b.ldVector('b32', 2, bits, 0, { readOnly: true }) as [Reg<'b32'>, Reg<'b32'>];
+  // Bits are set in the interval only.
+  return (inBlock) => isVisible(b, b.selp(high, low, b.setp('ge', inBlock, 32)), inBlock);
+}
+
+function loadRows(block: Block): Rows {
+  const { b, config, pointer, stride, thread, isSeen } = block;
+  const { dtype, headDim, paddedDim, loadWidth, blockTokens } = config;
+  const { perRow, threads } = threadsOf(paddedDim);
+  const rowsAtOnce = threads / perRow;
+  const passes = blockTokens / rowsAtOnce;
   b.section('load');
   const row = b.shr(thread, Math.log2(perRow));
   const column = b.and(thread, perRow - 1);
   const channel = b.shl(column, 3);
-  let source = offset64(b, b.loadPointer(pointer.input), sequence, b.loadParameter(batchStride));
-  source = offset64(b, source, head, b.loadParameter(headStride));
-  const stride = b.loadParameter(tokenStride);
-  source = offset64(b, source, b.add(b.add(start, firstToken), row), stride);
+  let source = offset64(b, b.loadPointer(pointer.input), block.sequence, b.loadParameter(stride.batchStride));
+  source = offset64(b, source, block.head, b.loadParameter(stride.headStride));
+  const tokenStride = b.loadParameter(stride.tokenStride);
+  source = offset64(b, source, b.add(b.add(block.start, block.firstToken), row), tokenStride);
   source = offset(b, source, channel, BYTES[dtype]);
-  const step = b.as(b.mul(stride, rowsAtOnce), 'global');
+  const step = b.as(b.mul(tokenStride, rowsAtOnce), 'global');
   const values: Reg<'f32'>[][] = [];
   const inside: Reg<'pred'>[] = [];
   for (let pass = 0; pass < passes; pass++) {
     const inBlock = b.add(row, pass * rowsAtOnce);
-    const rowInside = isSeen === undefined ? b.setp('lt', inBlock, tokensLeft) : isSeen(inBlock);
+    const rowInside = isSeen === undefined ? b.setp('lt', inBlock, block.tokensLeft) : isSeen(inBlock);
     inside.push(rowInside);
-    values.push(loadEight(b, dtype, config.loadWidth, source, channel, headDim, rowInside));
+    values.push(loadEight(b, dtype, loadWidth, source, channel, headDim, rowInside));
     if (pass + 1 < passes) source = b.add(source, step);
   }
+  return { row, column, channel, perRow, rowsAtOnce, values, inside };
+}
 
-  let mean: Reg<'f32'>[] | undefined;
-  if (config.keyMean) {
-    b.section('mean of K');
-    const keyHeads = b.div(heads, b.loadParameter(integer.headsPerKeyHead));
-    const keyHead = b.div(head, b.loadParameter(integer.headsPerKeyHead));
-    const inRow = b.setp('lt', channel, paddedDim);
-    const at = offset(
-      b,
-      b.loadPointer(pointer.keyMean),
-      b.mad(b.mad(sequence, keyHeads, keyHead), paddedDim, channel),
-      4,
-    );
-    mean = b.regs('f32', 8);
-    for (const register of mean) b.set(register, 0);
-    b.if(inRow, () => {
-      loadEightFloats(b, at).forEach((value, i) => {
-        b.mov(value, (mean as Reg<'f32'>[])[i]);
-      });
+/** Means of a thread's eight channels of K; zeros beyond the row. */
+function loadKeyMean({ b, config, pointer, integer, heads, head, sequence }: Block, { channel }: Rows): Reg<'f32'>[] {
+  const { paddedDim } = config;
+  b.section('mean of K');
+  const keyHeads = b.div(heads, b.loadParameter(integer.headsPerKeyHead));
+  const keyHead = b.div(head, b.loadParameter(integer.headsPerKeyHead));
+  const inRow = b.setp('lt', channel, paddedDim);
+  const means = b.loadPointer(pointer.keyMean);
+  const from = offset(b, means, b.mad(b.mad(sequence, keyHeads, keyHead), paddedDim, channel), 4);
+  const mean = b.regs('f32', 8);
+  for (const register of mean) b.set(register, 0);
+  b.if(inRow, () => {
+    loadEightFloats(b, from).forEach((value, i) => {
+      b.mov(value, mean[i]);
     });
-    if (!isQuery) {
-      values.forEach((eight, pass) => {
-        for (const [i, value] of eight.entries()) {
-          b.when(inside[pass] as Reg<'pred'>, () => b.sub(value, (mean as Reg<'f32'>[])[i] as Reg<'f32'>, value));
-        }
+  });
+  return mean;
+}
+
+/** Subtracts a mean of the channels from the rows that exist. */
+function subtract({ b }: Block, { values, inside }: Rows, mean: readonly Reg<'f32'>[]): void {
+  values.forEach((eight, pass) => {
+    for (const [i, value] of eight.entries()) b.when(at(inside, pass), () => b.sub(value, at(mean, i), value));
+  });
+}
+
+/** What smoothing takes from a row's scores, in the scores' base 2; without a mean it only carries what is not finite. */
+function writeRowBias(block: Block, rows: Rows, mean: readonly Reg<'f32'>[] | undefined): void {
+  const { b, pointer, integer, head, paddedStart, firstToken } = block;
+  const { row, column, perRow, rowsAtOnce, values } = rows;
+  b.section('row bias: smScale * log2(e) * q . mean(K), NaN for a row that is not finite');
+  const scale = b.mul(b.loadParameter(block.smScale), LOG2_E);
+  const biases = b.loadPointer(pointer.rowBias);
+  const paddedRow = b.mad(head, b.loadParameter(integer.paddedTokens), paddedStart);
+  const destination = offset(b, biases, b.add(paddedRow, b.add(firstToken, row)), 4);
+  const first = b.setp('eq', column, 0);
+  values.forEach((eight, pass) => {
+    let dot = b.constant('f32', 0);
+    eight.forEach((value, i) => {
+      // Without a mean only NaN is to be carried: anything times 0.
+      dot = b.fma(value, mean === undefined ? 0 : at(mean, i), dot);
+    });
+    for (let mask = 1; mask < perRow; mask *= 2) dot = b.add(dot, b.shflBfly(dot, mask));
+    const bias = b.mul(dot, scale);
+    // Infinity minus Infinity: an infinite element makes its row NaN too.
+    const carried = b.add(bias, b.mul(bias, 0));
+    b.when(first, () => b.st(carried, destination, pass * rowsAtOnce * 4));
+  });
+}
+
+/** Subtracts the mean over the block's tokens from each channel and stores it, `[head, block, paddedDim]`. */
+function subtractBlockMean(block: Block, rows: Rows, { base }: SharedTile): void {
+  const { b, config, pointer, integer, shared, head, paddedStart, firstToken, tokensLeft } = block;
+  const { paddedDim, blockTokens } = config;
+  const { row, channel, perRow, rowsAtOnce, values } = rows;
+  b.section('mean of the block');
+  const ownAt = b.add(b.add(shared, base), b.as(b.mad(row, perRow * 32, b.shl(channel, 2)), 'shared'));
+  const partial = Array.from({ length: 8 }, (_, i) => {
+    let sum = b.constant('f32', 0);
+    for (const eight of values) {
+      const value = at(eight, i);
+      const zero = b.constant('f32', 0);
+      const isFault = b.setp('ge', b.and(b.as(value, 'u32'), 0x7fffffff), INFINITY_BITS);
+      sum = b.add(sum, b.selp(zero, value, isFault));
+    }
+    return sum;
+  });
+  b.stVector(partial.slice(0, 4), ownAt);
+  b.stVector(partial.slice(4), ownAt, 16);
+  b.barSync();
+  const columnAt = b.add(b.add(shared, base), b.as(b.shl(channel, 2), 'shared'));
+  const total = Array.from({ length: 8 }, () => b.constant('f32', 0));
+  for (let r = 0; r < rowsAtOnce; r++) {
+    for (let half = 0; half < 2; half++) {
+      b.ldVector('f32', 4, columnAt, r * perRow * 32 + half * 16).forEach((value, i) => {
+        const sum = at(total, half * 4 + i);
+        b.add(sum, value, sum);
       });
     }
   }
+  const reciprocal = b.rcp(b.cvt('f32', b.min(tokensLeft, blockTokens)));
+  const mean = total.map((sum) => b.mul(sum, reciprocal));
+  const tokens = b.mad(head, b.loadParameter(integer.paddedTokens), b.add(paddedStart, firstToken));
+  const index = b.mad(b.shr(tokens, Math.log2(blockTokens)), paddedDim, channel);
+  const destination = offset(b, b.loadPointer(pointer.queryMean), index, 4);
+  b.when(b.andPred(b.setp('eq', row, 0), b.setp('lt', channel, paddedDim)), () => {
+    b.stVector(mean.slice(0, 4), destination);
+    b.stVector(mean.slice(4), destination, 16);
+  });
+  subtract(block, rows, mean);
+}
 
-  if (isQuery) {
-    b.section('row bias: smScale * log2(e) * q . mean(K), NaN for a row that is not finite');
-    const scale = b.mul(b.loadParameter(smScale), LOG2_E);
-    const destination = offset(
-      b,
-      b.loadPointer(pointer.rowBias),
-      b.add(b.mad(head, b.loadParameter(integer.paddedTokens), paddedStart), b.add(firstToken, row)),
-      4,
-    );
-    const first = b.setp('eq', column, 0);
-    values.forEach((eight, pass) => {
-      let dot = b.constant('f32', 0);
-      eight.forEach((value, i) => {
-        // Without a mean only NaN is to be carried: anything times 0.
-        dot = mean === undefined ? b.fma(value, 0, dot) : b.fma(value, mean[i] as Reg<'f32'>, dot);
-      });
-      for (let mask = 1; mask < perRow; mask *= 2) dot = b.add(dot, b.shflBfly(dot, mask));
-      const bias = b.mul(dot, scale);
-      // Infinity minus Infinity: an infinite element makes its row NaN too.
-      const carried = b.add(bias, b.mul(bias, 0));
-      b.when(first, () => b.st(carried, destination, pass * rowsAtOnce * 4));
-    });
-  }
-
-  if (sums !== undefined) {
-    b.section('mean of the block');
-    subtractBlockMean(sums.base);
-  }
-
+/** The largest magnitude of each row into shared memory, as bits. */
+function findRowMaxima({ b, shared, rowMaxima }: Block, { row, column, perRow, rowsAtOnce, values }: Rows): void {
   b.section('largest magnitude of each row');
   const rowMaxAt = b.add(b.add(shared, rowMaxima.base), b.as(b.shl(row, 2), 'shared'));
   const firstOfRow = b.setp('eq', column, 0);
@@ -186,34 +301,71 @@ export function quantizeTokens(config: QuantizeTokensConfig): Kernel {
     b.when(firstOfRow, () => b.st(largest, rowMaxAt, pass * rowsAtOnce * 4));
   });
   b.barSync();
+}
 
+/** Scales of the groups, and their reciprocals into shared memory. */
+function writeScales(block: Block): void {
+  const { b, config, pointer, integer, thread, shared, rowMaxima, reciprocals } = block;
+  const { groupTokens, groups, blockTokens } = config;
   b.section('scale of each group');
-  const faulty = isQuery ? undefined : findFaults();
-  b.if(b.setp('lt', thread, groupCount), () => {
+  const faulty = config.operand === 'query' ? undefined : findFaults(block);
+  b.if(b.setp('lt', thread, (blockTokens / groupTokens) * groups), () => {
     // Thread i takes group i % groups of the set i / groups.
     const [group, set] = [b.and(thread, groups - 1), b.shr(thread, Math.log2(groups))];
     const firstOfGroup = groups === 4 ? b.shl(group, 1) : group;
-    const at = b.add(b.add(shared, rowMaxima.base), b.as(b.shl(b.mad(set, groupTokens, firstOfGroup), 2), 'shared'));
+    const from = b.add(b.add(shared, rowMaxima.base), b.as(b.shl(b.mad(set, groupTokens, firstOfGroup), 2), 'shared'));
     let largest = b.constant('u32', 0);
     for (const member of membersOf(groupTokens, groups)) {
-      const value = b.ld('u32', at, member * 4);
+      const value = b.ld('u32', from, member * 4);
       b.when(b.setp('ge', value, INFINITY_BITS), () => b.set(value, 0));
       largest = b.max(largest, value);
     }
     const maximum = b.as(largest, 'f32');
     b.when(b.setp('lt', maximum, SMALLEST_GROUP_MAXIMUM), () => b.set(maximum, 0));
     const scale = b.divF32(maximum, config.largest);
-    const reciprocal = b.divF32(signedLargest(), maximum);
+    const reciprocal = b.divF32(signedLargest(block), maximum);
     b.when(b.setp('eq', maximum, 0), () => b.set(reciprocal, 0));
     b.st(reciprocal, b.add(b.add(shared, reciprocals.base), b.as(b.shl(thread, 2), 'shared')));
-    const tokens = b.mad(head, b.loadParameter(integer.paddedTokens), b.add(paddedStart, firstToken));
+    const tokens = b.mad(block.head, b.loadParameter(integer.paddedTokens), b.add(block.paddedStart, block.firstToken));
     const index = b.add(b.mul(b.shr(tokens, Math.log2(groupTokens)), groups), thread);
     let stored = b.as(scale, 'b32');
     if (faulty !== undefined) stored = b.or(stored, faulty);
     b.st(stored, offset(b, b.loadPointer(pointer.scale), index, 4));
   });
   b.barSync();
+}
 
+/** Writes the tile's bits of keys that are not finite; returns the sign bit for its scales if there are any. */
+function findFaults(block: Block): Reg<'b32'> {
+  const { b, pointer, integer, thread, shared, rowMaxima } = block;
+  const sign = b.constant('b32', 0);
+  const base = b.add(shared, rowMaxima.base);
+  b.if(b.setp('lt', thread, 32), () => {
+    const words = [0, 1].map((half) => {
+      const value = b.ld('u32', b.add(base, b.as(b.shl(thread, 2), 'shared')), half * 128);
+      const own = b.selp<'b32'>(1, b.constant('b32', 0), b.setp('ge', value, INFINITY_BITS));
+      let word = b.shl(own, b.as(thread, 'u32'));
+      for (let mask = 1; mask < 32; mask *= 2) word = b.or(word, b.shflBfly(word, mask));
+      return word;
+    }) as [Reg<'b32'>, Reg<'b32'>];
+    const tokens = b.mad(block.head, b.loadParameter(integer.paddedTokens), b.add(block.paddedStart, block.firstToken));
+    const faultsAt = offset(b, b.loadPointer(pointer.keyFaults), b.shr(tokens, 6), 8);
+    b.when(b.setp('eq', thread, 0), () => b.stVector(words, faultsAt));
+    b.when(b.setp('ne', b.or(words[0], words[1]), 0), () => b.set(sign, 0x80000000));
+  });
+  return sign;
+}
+
+/** Attention takes positive scales only: Q bears the sign of smScale. */
+function signedLargest({ b, config, smScale }: Block): Reg<'f32'> {
+  const largest = b.constant('f32', config.largest);
+  if (config.operand === 'key') return largest;
+  return b.selp(-config.largest, largest, b.setp('lt', b.loadParameter(smScale), 0));
+}
+
+function storeCodes(block: Block, { row, channel, rowsAtOnce, values }: Rows): void {
+  const { b, config, pointer, integer, shared, reciprocals, head, paddedStart, firstToken } = block;
+  const { container, paddedDim, groupTokens, groups } = config;
   b.section('quantize and store');
   const rowBytes = container === 's8' ? paddedDim : paddedDim / 2;
   const tokenRow = b.mad(head, b.loadParameter(integer.paddedTokens), b.add(b.add(paddedStart, firstToken), row));
@@ -232,104 +384,17 @@ export function quantizeTokens(config: QuantizeTokensConfig): Kernel {
     const reciprocal = b.ld('f32', b.add(reciprocalBase, b.as(b.shl(group, 2), 'shared')));
     // Adding 1.5 * 2^23 rounds to the nearest even integer and leaves it in the low bits.
     const integersOf = eight.map((value) => b.as(b.fma(value, reciprocal, magic), 'b32'));
-    const at = pass * rowsAtOnce * rowBytes;
+    const byte = pass * rowsAtOnce * rowBytes;
     b.when(stored, () => {
-      const words = container === 's8' ? packBytes(b, integersOf) : [packNibbles(integersOf)];
-      if (words.length === 2) b.stVector(words, destination, at);
-      else b.st(words[0] as Reg<'b32'>, destination, at);
+      const words = container === 's8' ? packBytes(b, integersOf) : [packNibbles(b, integersOf)];
+      if (words.length === 2) b.stVector(words, destination, byte);
+      else b.st(at(words, 0), destination, byte);
     });
   });
-  return b.build();
+}
 
-  /** Which keys of the block any row may see; without one the CTA ends. */
-  function seenKeys(): (inBlock: Reg<'u32'>) => Reg<'pred'> {
-    const [from, until] = loadVisibleRange(b, b.loadPointer(pointer.sequences), sequence);
-    b.when(b.setp('ge', firstToken, until), () => b.exit());
-    b.when(b.setp('le', b.add(firstToken, blockTokens), from), () => b.exit());
-    const inRange = (token: Reg<'u32'>) => b.andPred(b.setp('ge', token, from), b.setp('lt', token, until));
-    if (config.hiddenKeys === 'none') return (inBlock) => inRange(b.add(firstToken, inBlock));
-    const first = b.add(paddedStart, firstToken);
-    const base = b.loadPointer(pointer.visibleKeys);
-    const bits = visibleBitsAt(b, base, config.hiddenKeys, head, b.loadParameter(integer.paddedTokens), first);
-    const [low, high] = b.ldVector('b32', 2, bits, 0, { readOnly: true }) as [Reg<'b32'>, Reg<'b32'>];
-    // Bits are set in the interval only.
-    return (inBlock) => isVisible(b, b.selp(high, low, b.setp('ge', inBlock, 32)), inBlock);
-  }
-
-  /** Attention takes positive scales only: Q bears the sign of smScale. */
-  function signedLargest(): Reg<'f32'> {
-    const largest = b.constant('f32', config.largest);
-    return isQuery ? b.selp(-config.largest, largest, b.setp('lt', b.loadParameter(smScale), 0)) : largest;
-  }
-
-  /** Subtracts the mean over the block's tokens from each channel and stores it, `[head, block, paddedDim]`. */
-  function subtractBlockMean(base: number): void {
-    const at = b.add(b.add(shared, base), b.as(b.mad(row, perRow * 32, b.shl(channel, 2)), 'shared'));
-    const partial = Array.from({ length: 8 }, (_, i) => {
-      let sum = b.constant('f32', 0);
-      for (const eight of values) {
-        const value = eight[i] as Reg<'f32'>;
-        const finite = b.selp(
-          b.constant('f32', 0),
-          value,
-          b.setp('ge', b.and(b.as(value, 'u32'), 0x7fffffff), INFINITY_BITS),
-        );
-        sum = b.add(sum, finite);
-      }
-      return sum;
-    });
-    b.stVector(partial.slice(0, 4), at);
-    b.stVector(partial.slice(4), at, 16);
-    b.barSync();
-    const columnAt = b.add(b.add(shared, base), b.as(b.shl(channel, 2), 'shared'));
-    const total = Array.from({ length: 8 }, () => b.constant('f32', 0));
-    for (let r = 0; r < rowsAtOnce; r++) {
-      for (let half = 0; half < 2; half++) {
-        b.ldVector('f32', 4, columnAt, r * perRow * 32 + half * 16).forEach((value, i) => {
-          const sum = total[half * 4 + i] as Reg<'f32'>;
-          b.add(sum, value, sum);
-        });
-      }
-    }
-    const reciprocal = b.rcp(b.cvt('f32', b.min(tokensLeft, blockTokens)));
-    const blockMean = total.map((sum) => b.mul(sum, reciprocal));
-    const tokens = b.mad(head, b.loadParameter(integer.paddedTokens), b.add(paddedStart, firstToken));
-    const index = b.mad(b.shr(tokens, Math.log2(blockTokens)), paddedDim, channel);
-    const destination = offset(b, b.loadPointer(pointer.queryMean), index, 4);
-    b.when(b.andPred(b.setp('eq', row, 0), b.setp('lt', channel, paddedDim)), () => {
-      b.stVector(blockMean.slice(0, 4), destination);
-      b.stVector(blockMean.slice(4), destination, 16);
-    });
-    values.forEach((eight, pass) => {
-      for (const [i, value] of eight.entries()) {
-        b.when(inside[pass] as Reg<'pred'>, () => b.sub(value, blockMean[i] as Reg<'f32'>, value));
-      }
-    });
-  }
-
-  /** Writes the tile's bits of keys that are not finite; returns the sign bit for its scales if there are any. */
-  function findFaults(): Reg<'b32'> {
-    const sign = b.constant('b32', 0);
-    const base = b.add(shared, rowMaxima.base);
-    b.if(b.setp('lt', thread, 32), () => {
-      const words = [0, 1].map((half) => {
-        const value = b.ld('u32', b.add(base, b.as(b.shl(thread, 2), 'shared')), half * 128);
-        const own = b.selp<'b32'>(1, b.constant('b32', 0), b.setp('ge', value, INFINITY_BITS));
-        let word = b.shl(own, b.as(thread, 'u32'));
-        for (let mask = 1; mask < 32; mask *= 2) word = b.or(word, b.shflBfly(word, mask));
-        return word;
-      }) as [Reg<'b32'>, Reg<'b32'>];
-      const tokens = b.mad(head, b.loadParameter(integer.paddedTokens), b.add(paddedStart, firstToken));
-      const at = offset(b, b.loadPointer(pointer.keyFaults), b.shr(tokens, 6), 8);
-      b.when(b.setp('eq', thread, 0), () => b.stVector(words, at));
-      b.when(b.setp('ne', b.or(words[0], words[1]), 0), () => b.set(sign, 0x80000000));
-    });
-    return sign;
-  }
-
-  function packNibbles(words: readonly Reg<'b32'>[]): Reg<'b32'> {
-    return words.map((word, i) => b.shl(b.and(word, 15), 4 * i)).reduce((packed, nibble) => b.or(packed, nibble));
-  }
+function packNibbles(b: KernelBuilder, words: readonly Reg<'b32'>[]): Reg<'b32'> {
+  return words.map((word, i) => b.shl(b.and(word, 15), 4 * i)).reduce((packed, nibble) => b.or(packed, nibble));
 }
 
 /** Rows of one group, counted from its first. */

@@ -1,0 +1,125 @@
+/** K of the tile: maxima of its groups, INT8 rows, scales. */
+import type { Reg } from '../../../ptx/types.ts';
+import { offset } from '../../parts/addresses.ts';
+import { MAGIC, SMALLEST_GROUP_MAXIMUM } from '../../parts/constants.ts';
+import { packBytes } from '../../parts/elements.ts';
+import { at } from '../../parts/lists.ts';
+import { centered, channelVector, largestOf, loaderOf } from './channels.ts';
+import { leaveOutFaults } from './faults.ts';
+import type { Channels, Faults, Keys } from './records.ts';
+import { leaveOutHidden, leaveOutUnseen, sharedAt, type Tile } from './tile.ts';
+
+export function loadKeys(tile: Tile): Keys {
+  const { b, config, thread, keyLayout, pointer, stride } = tile;
+  const { perRow, rowsAtOnce, passes } = keyLayout;
+  b.section('load K');
+  const row = b.shr(thread, Math.log2(perRow));
+  const column = b.and(thread, perRow - 1);
+  const channels: Channels = { channel: b.shl(column, 3), span: perRow * 8 };
+  const tokens = () => Array.from({ length: passes }, (_, pass) => b.add(row, pass * rowsAtOnce));
+  const strides = [stride.keyBatch, stride.keyHead, stride.keyToken] as const;
+  const packed = tokens().map(loaderOf(tile, pointer.k, strides, channels, config.headDim, config.keyLoadWidth));
+  return { row, column, channels, packed, tokens };
+}
+
+/** K's mean, and the largest magnitudes of this thread's rows into shared memory. */
+export function findKeyMaxima(tile: Tile, keys: Keys): { mean: Reg<'f32'>[] | undefined; faults: Faults } {
+  const { b, config, shared, rowMaxima, keyLayout } = tile;
+  const { perRow, rowsAtOnce, halfOf } = keyLayout;
+  const { row, column } = keys;
+  b.section('largest magnitudes of rows of K');
+  const mean = config.smoothK ? channelVector(tile, 'keyMean', keys.channels, config.paddedDim) : undefined;
+  const faults = b.constant('b32', 0);
+  const ofHalves = [b.constant('u32', 0), b.constant('u32', 0)];
+  keys.packed.forEach((packed, pass) => {
+    const largest = largestOf(tile, centered(tile, packed, mean));
+    leaveOutHidden(tile, largest, b.add(row, pass * rowsAtOnce));
+    leaveOutFaults(tile, faults, largest, pass);
+    // A copy of a token may be of another group than that.
+    leaveOutUnseen(tile, largest, b.add(row, pass * rowsAtOnce));
+    const ofHalf = at(ofHalves, halfOf(pass));
+    b.max(ofHalf, largest, ofHalf);
+  });
+  const rowMaximumAt = sharedAt(tile, shared, row, 2);
+  ofHalves.forEach((ofHalf, half) => {
+    let largest = ofHalf;
+    for (let mask = 1; mask < perRow; mask *= 2) largest = b.max(largest, b.shflBfly(largest, mask));
+    b.when(b.setp('eq', column, 0), () => b.st(largest, rowMaximumAt, rowMaxima.base + half * rowsAtOnce * 4));
+  });
+  return { mean, faults };
+}
+
+/** Codes of K, once all rows' maxima are known. */
+export function quantizeKeys(tile: Tile, keys: Keys, mean: readonly Reg<'f32'>[] | undefined): void {
+  const { b, config, pointer, firstRow, secondHalf, keyLayout } = tile;
+  const { rowsAtOnce, halfOf } = keyLayout;
+  const { row, channels } = keys;
+  const { paddedDim } = config;
+  b.section('quantize K');
+  const ownGroup = b.shr(b.and(row, 7), 1);
+  const reciprocals = [0, 1].map((half) => {
+    const maximum = groupMaximum(tile, ownGroup, b.constant('u32', half));
+    const reciprocal = b.divF32(b.constant('f32', 127), maximum);
+    b.when(b.setp('eq', maximum, 0), () => b.set(reciprocal, 0));
+    return reciprocal;
+  });
+  const destination = b.add(
+    offset(b, b.loadPointer(pointer.key), b.add(firstRow, row), paddedDim),
+    b.as(b.cvt('u64', channels.channel), 'global'),
+  );
+  const magic = b.constant('f32', MAGIC);
+  const stored = b.setp('lt', channels.channel, paddedDim);
+  const storedBeyond = b.andPred(stored, secondHalf);
+  keys.packed.forEach((packed, pass) => {
+    const reciprocal = at(reciprocals, halfOf(pass));
+    // Adding 1.5 * 2^23 rounds to the nearest even integer and leaves it in the low bits.
+    const rounded = centered(tile, packed, mean).map((float) => b.as(b.fma(float, reciprocal, magic), 'b32'));
+    const codes = packBytes(b, rounded);
+    b.when(halfOf(pass) === 0 ? stored : storedBeyond, () =>
+      b.stVector(codes, destination, pass * rowsAtOnce * paddedDim),
+    );
+  });
+}
+
+/** Largest magnitude of a group of half a tile. */
+function groupMaximum(tile: Tile, group: Reg<'u32'>, half: Reg<'u32'>): Reg<'f32'> {
+  const { b, config, shared, rowMaxima, keyLayout } = tile;
+  const { rowsAtOnce } = keyLayout;
+  const base = b.add(shared, b.as(b.mad(half, rowsAtOnce * 4, rowMaxima.base), 'shared'));
+  const members =
+    config.keyScales === 1
+      ? Array.from({ length: rowsAtOnce / 4 }, (_, i) => b.ldVector('u32', 4, base, 16 * i))
+      : Array.from({ length: rowsAtOnce / 8 }, (_, i) => b.ldVector('u32', 2, sharedAt(tile, base, group, 3), 32 * i));
+  const maximum = b.as(
+    members.flat().reduce((x, y) => b.max(x, y)),
+    'f32',
+  );
+  b.when(b.setp('lt', maximum, SMALLEST_GROUP_MAXIMUM), () => b.set(maximum, 0));
+  return maximum;
+}
+
+/** Thread i writes the scale of group i % keyScales of half i / keyScales, and the first of a half its bits of faults. */
+export function writeKeyScales(tile: Tile): void {
+  const { b, config, thread, pointer, shared, faultWords, warps, firstRow, secondHalf } = tile;
+  const { keyScales } = config;
+  b.if(b.setp('lt', thread, 2 * keyScales), () => {
+    b.section('scales and faults');
+    const group = b.and(thread, keyScales - 1);
+    const half = b.shr(thread, Math.log2(keyScales));
+    const scale = b.divF32(groupMaximum(tile, group, half), 127);
+    const from = sharedAt(tile, shared, half, 3);
+    const found = Array.from({ length: warps }, (_, i) => b.ldVector('b32', 2, from, faultWords.base + 16 * i));
+    const [low, high] = [0, 1].map((word) => found.map((pair) => at(pair, word)).reduce((x, y) => b.or(x, y))) as [
+      Reg<'b32'>,
+      Reg<'b32'>,
+    ];
+    const exists = b.orPred(secondHalf, b.setp('eq', half, 0));
+    const slot = b.add(b.shr(firstRow, 6), half);
+    const bits = b.as(scale, 'b32');
+    b.when(b.setp('ne', b.or(low, high), 0), () => b.or(bits, 0x80000000, bits));
+    const scaleAt = offset(b, b.loadPointer(pointer.keyScale), b.mad(slot, keyScales, group), 4);
+    b.when(exists, () => b.st(bits, scaleAt));
+    const faultsAt = offset(b, b.loadPointer(pointer.keyFaults), slot, 8);
+    b.when(b.andPred(exists, b.setp('eq', group, 0)), () => b.stVector([low, high], faultsAt));
+  });
+}
