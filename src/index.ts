@@ -4,7 +4,7 @@
  *
  * @packageDocumentation
  */
-import { kernelFunction } from './api/sageattn.ts';
+import { firstKernelFunction, kernelFunction } from './api/sageattn.ts';
 
 export {
   type AppendOptions,
@@ -43,7 +43,8 @@ export {
   SageAttentionError,
   UnsupportedOptionError,
 } from './errors.ts';
-export type { Granularity, PvAccumDtype } from './quantization/schemes.ts';
+export type { ScaleSearch } from './quantization/fp4-blocks.ts';
+export type { Granularity, PvAccumDtype, QuerySmoothing } from './quantization/schemes.ts';
 export { fromFloat32, toFloat32 } from './tensor/access.ts';
 export type { DType, MaskDType } from './tensor/dtype.ts';
 export {
@@ -117,3 +118,37 @@ export const sageattnQkInt8PvFp8CudaSm90 = kernelFunction('qk-int8-pv-fp8-cuda-s
  * @see SageAttention2, arXiv 2411.10958, Algorithm 1
  */
 export const sageattnQkInt4PvFp8Cuda = kernelFunction('qk-int4-pv-fp8-cuda');
+/**
+ * FP4 QK and PV (NVFP4, SageAttention3) on devices without FP4 tensor cores: the same real numbers, multiplied in FP16 on GPUs and in
+ * float32 on WASM. Four to five times less accurate than INT8 with FP8; for finding out what FP4 does to a model.
+ *
+ * Shapes, options, results and errors are those of {@link sageattn}; `kernel` is not an option here.
+ *
+ * @see SageAttention3, arXiv 2505.11594, Algorithm 1
+ */
+export const sageattnQkFp4PvFp4 = kernelFunction('qk-fp4-pv-fp4');
+/**
+ * FP4 QK and PV (NVFP4) on the FP4 tensor cores of Blackwell: RTX 50, RTX PRO and DGX Spark (compute capability 12).
+ *
+ * Shapes, options, results and errors are those of {@link sageattn}; `kernel` is not an option here.
+ *
+ * @see SageAttention3, arXiv 2505.11594, Algorithm 1
+ */
+export const sageattnQkFp4PvFp4Cuda = kernelFunction('qk-fp4-pv-fp4-cuda');
+/**
+ * FP4 QK with FP8 PV on Blackwell (compute capability 12): about a third of the error of FP4 in both products.
+ *
+ * Shapes, options, results and errors are those of {@link sageattn}; `kernel` is not an option here.
+ *
+ * @see SageAttention3, arXiv 2505.11594, Algorithm 1, for QK; SageAttention2, arXiv 2411.10958, for PV
+ */
+export const sageattnQkFp4PvFp8Cuda = kernelFunction('qk-fp4-pv-fp8-cuda');
+/**
+ * SageAttention3: `qk-fp4-pv-fp4-cuda` where the device has FP4 tensor cores, elsewhere the same numbers by `qk-fp4-pv-fp4`.
+ *
+ * Takes what Python's `sageattn3_blackwell` takes, `perBlockMean` too, and every option of {@link sageattn} but `kernel`. Keys are not
+ * written. Shapes, results and errors are those of {@link sageattn}.
+ *
+ * @see SageAttention3, arXiv 2505.11594, Algorithm 1
+ */
+export const sageattn3Blackwell = firstKernelFunction('qk-fp4-pv-fp4-cuda', 'qk-fp4-pv-fp4');

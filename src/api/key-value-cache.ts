@@ -25,6 +25,8 @@ export type KeyValueOptions = Pick<
   | 'smoothK'
   | 'smoothV'
   | 'smoothQ'
+  | 'perBlockMean'
+  | 'scaleSearch'
   | 'qkQuantGran'
   | 'pvAccumDtype'
   | 'signal'
@@ -54,6 +56,8 @@ const PREPARE_OPTIONS = [
   'smoothK',
   'smoothV',
   'smoothQ',
+  'perBlockMean',
+  'scaleSearch',
   'qkQuantGran',
   'pvAccumDtype',
   'signal',

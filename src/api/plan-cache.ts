@@ -27,15 +27,15 @@ function textOf(value: unknown): string {
 }
 
 function keyOf(problem: string, choice: KernelChoice): string {
-  const { descriptor, qkQuantGran, pvAccumDtype, smoothK, smoothV, smoothQ, ...none } = choice;
+  const { descriptor, qkQuantGran, pvAccumDtype, scaleSearch, smoothK, smoothV, smoothQ, ...none } = choice;
   none satisfies Record<string, never>;
-  return `${descriptor.name},${qkQuantGran},${pvAccumDtype},${smoothK},${smoothV},${smoothQ},${problem}`;
+  return `${descriptor.name},${qkQuantGran},${pvAccumDtype},${scaleSearch},${smoothK},${smoothV},${smoothQ},${problem}`;
 }
 
 /** The options that decide a {@link KernelChoice}. */
 function askedFor(problem: string, options: AttentionOptions): string {
-  const { kernel, qkQuantGran, pvAccumDtype, smoothK, smoothV, smoothQ } = options;
-  return `${kernel},${qkQuantGran},${pvAccumDtype},${smoothK},${smoothV},${smoothQ},${problem}`;
+  const { kernel, qkQuantGran, pvAccumDtype, scaleSearch, smoothK, smoothV, smoothQ } = options;
+  return `${kernel},${qkQuantGran},${pvAccumDtype},${scaleSearch},${smoothK},${smoothV},${smoothQ},${problem}`;
 }
 
 interface Cache {

@@ -49,7 +49,7 @@ describe('options against the kernel', () => {
       smoothV: false,
       smoothQ: false,
     });
-    expect(cuda.plans[0]?.choice).toMatchObject({ pvAccumDtype: 'fp32+fp16', smoothV: true, smoothQ: true });
+    expect(cuda.plans[0]?.choice).toMatchObject({ pvAccumDtype: 'fp32+fp16', smoothV: true, smoothQ: 'block' });
   });
 
   it('fixes the kernel in its own function', async () => {

@@ -6,7 +6,7 @@ import { type AttentionProblem, createProblem, createVarlenProblem } from '../at
 import type { AttentionInputs, AttentionOutputs, Backend, Plan } from '../backends/backend.ts';
 import { contextOf, keepInputs, takeInputs } from '../backends/choice.ts';
 import { forgetAvailability } from '../backends/registry.ts';
-import { BackendUnavailableError, ExecutionError } from '../errors.ts';
+import { BackendUnavailableError, ExecutionError, SageAttentionError } from '../errors.ts';
 import type { LseOf, Tensor, TensorView } from '../tensor/tensor.ts';
 import { withCachedPlan } from './plan-cache.ts';
 import { chooseBackend, readyBackend } from './selection.ts';
@@ -191,7 +191,31 @@ export interface KernelFunction {
   <T extends TensorView>(q: T, k: T, v: T, options?: KernelOptions): Promise<T | AttentionResult<T>>;
 }
 
+/** The kernel is not on any backend or device that the call could run on. */
+const isMissing = (error: unknown) =>
+  error instanceof BackendUnavailableError ||
+  (error instanceof SageAttentionError &&
+    error.code === 'unsupported-option' &&
+    (error.argument === 'options.kernel' || error.argument === 'device'));
+
 const KERNEL_FUNCTION_OPTIONS = OPTION_NAMES.filter((name) => name !== 'kernel');
+
+/** The function of the first of `kernels` that the call can run on, or of the last. */
+export function firstKernelFunction(...kernels: readonly KernelName[]): KernelFunction {
+  return (async <T extends TensorView>(q: T, k: T, v: T, options: KernelOptions = {}) => {
+    const own = validateOptions(options, KERNEL_FUNCTION_OPTIONS);
+    const { inputs, problem } = takeCall({ q, k, v }, own, createProblem);
+    const kept = { inputs: keepInputs(inputs), problem };
+    for (const kernel of kernels.slice(0, -1)) {
+      try {
+        return await attend(kept, { ...own, kernel });
+      } catch (error) {
+        if (!isMissing(error)) throw error;
+      }
+    }
+    return attend(kept, { ...own, kernel: kernels.at(-1) as KernelName });
+  }) as KernelFunction;
+}
 
 /** The function of one kernel. */
 export function kernelFunction(kernel: KernelName): KernelFunction {

@@ -7,6 +7,9 @@ export const KERNEL_NAMES = [
   'qk-int8-pv-fp8-cuda-sm90',
   'qk-int8-pv-fp16-cuda-sm90',
   'qk-int4-pv-fp8-cuda',
+  'qk-fp4-pv-fp4',
+  'qk-fp4-pv-fp4-cuda',
+  'qk-fp4-pv-fp8-cuda',
 ] as const;
 
 export type KernelName = (typeof KERNEL_NAMES)[number];

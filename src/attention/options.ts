@@ -1,5 +1,6 @@
 import { InvalidArgumentError, reading, takeOptions, textOf } from '../errors.ts';
-import type { Granularity, PvAccumDtype } from '../quantization/schemes.ts';
+import { SCALE_SEARCHES, type ScaleSearch } from '../quantization/fp4-blocks.ts';
+import type { Granularity, PvAccumDtype, QuerySmoothing } from '../quantization/schemes.ts';
 import type { TensorView } from '../tensor/tensor.ts';
 import { KERNEL_NAMES, type KernelName } from './kernels.ts';
 
@@ -46,8 +47,18 @@ export interface AttentionOptions {
   readonly smoothK?: boolean;
   /** Subtract V's channel mean before quantizing, and add it to the output. Default false. */
   readonly smoothV?: boolean;
-  /** Subtract each Q block's mean before quantizing, and add its share to the scores. Default: true where the kernel needs it. */
-  readonly smoothQ?: boolean;
+  /**
+   * Subtract Q's mean before quantizing, and add its share to the scores: the mean of each block of rows (`'block'`, which `true` means)
+   * or of the whole sequence (`'sequence'`). Default: the kernel's first; `'block'` where QK has 4 bits, else false.
+   */
+  readonly smoothQ?: boolean | QuerySmoothing;
+  /** Python's name for what `smoothQ` says with FP4: true is `'block'`, false `'sequence'`. Not together with `smoothQ`. */
+  readonly perBlockMean?: boolean;
+  /**
+   * FP4 only: how the scale of each block of 16 is found. `'mse'` (default) takes the one of eight that errs least, `'four-over-six'` of
+   * two or three, `'none'` the largest magnitude over 6.
+   */
+  readonly scaleSearch?: ScaleSearch;
   /** Default: the kernel's first. */
   readonly qkQuantGran?: Granularity;
   /** Default: the kernel's first. */
@@ -97,7 +108,9 @@ const OPTIONS: Readonly<Record<keyof AttentionOptions, readonly [Check, string]>
   attnMask: [(value) => typeof value === 'object' && value !== null && 'shape' in value, 'a tensor'],
   smoothK: [isBoolean, 'a boolean'],
   smoothV: [isBoolean, 'a boolean'],
-  smoothQ: [isBoolean, 'a boolean'],
+  smoothQ: [(value) => isBoolean(value) || value === 'block' || value === 'sequence', "a boolean, 'block', 'sequence'"],
+  perBlockMean: [isBoolean, 'a boolean'],
+  scaleSearch: oneOf(...SCALE_SEARCHES),
   qkQuantGran: oneOf('per-block', 'per-warp', 'per-thread'),
   pvAccumDtype: oneOf('fp32', 'fp16', 'fp16+fp32', 'fp32+fp32', 'fp32+fp16'),
   returnLse: [isBoolean, 'a boolean'],
@@ -134,8 +147,21 @@ export function validateOptions<T extends AttentionOptions>(options: T, taken: r
       throw new InvalidArgumentError('invalid-option', `options.${name}`, expected, describe(value));
     }
   }
-  const { windowSize } = given;
-  return windowSize === undefined ? given : { ...given, windowSize: [windowSize[0], windowSize[1]] };
+  const { windowSize, perBlockMean, ...others } = given;
+  if (perBlockMean !== undefined && given.smoothQ !== undefined) {
+    throw new InvalidArgumentError(
+      'invalid-option',
+      'options.perBlockMean',
+      'nothing beside options.smoothQ, of which it is another name',
+      describe(perBlockMean),
+    );
+  }
+  if (windowSize === undefined && perBlockMean === undefined) return given;
+  return {
+    ...others,
+    ...(windowSize === undefined ? {} : { windowSize: [windowSize[0], windowSize[1]] }),
+    ...(perBlockMean === undefined ? {} : { smoothQ: perBlockMean ? 'block' : 'sequence' }),
+  } as AttentionOptions as T;
 }
 
 /** Names of all options, for entry points that take fewer. */

@@ -3,7 +3,8 @@ import type { KernelName } from '../attention/kernels.ts';
 import type { BackendName, StreamHandle } from '../attention/options.ts';
 import type { OutputSpec, Outputs } from '../attention/outputs.ts';
 import type { AttentionProblem } from '../attention/problem.ts';
-import type { Granularity, PvAccumDtype } from '../quantization/schemes.ts';
+import type { ScaleSearch } from '../quantization/fp4-blocks.ts';
+import type { Granularity, PvAccumDtype, QuerySmoothing } from '../quantization/schemes.ts';
 import type { LseOf, TensorView } from '../tensor/tensor.ts';
 
 /** What a kernel honours. The first entry of each list is its default; an empty list means the option has no meaning there. */
@@ -13,9 +14,11 @@ export interface KernelDescriptor {
   readonly summary: string;
   readonly qkQuantGran: readonly Granularity[];
   readonly pvAccumDtype: readonly PvAccumDtype[];
+  /** FP4 only; default: no meaning. */
+  readonly scaleSearch?: readonly ScaleSearch[];
   /** Smoothing that may be switched on (K always may be switched either way). */
   readonly smoothV: boolean;
-  readonly smoothQ: boolean | 'always';
+  readonly smoothQ: readonly [first: false | QuerySmoothing, ...others: (false | QuerySmoothing)[]];
   /** Largest D and Dv. */
   readonly maxHeadDim: number;
 }
@@ -26,8 +29,9 @@ export interface KernelChoice {
   readonly qkQuantGran?: Granularity;
   readonly pvAccumDtype?: PvAccumDtype;
   readonly smoothK: boolean;
+  readonly scaleSearch?: ScaleSearch;
   readonly smoothV: boolean;
-  readonly smoothQ: boolean;
+  readonly smoothQ: false | QuerySmoothing;
 }
 
 export interface Availability {

@@ -9,7 +9,7 @@ const descriptor: KernelDescriptor = {
   qkQuantGran: ['per-block', 'per-warp'],
   pvAccumDtype: ['fp32'],
   smoothV: false,
-  smoothQ: false,
+  smoothQ: [false],
   maxHeadDim: 64,
 };
 const problem = { headDim: 64, valueDim: 64 };

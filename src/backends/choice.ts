@@ -7,18 +7,20 @@ import { copyOfCpu, type Tensor, type TensorView, validateData } from '../tensor
 import type { AttentionInputs, Backend, KernelChoice, KernelDescriptor, RunContext } from './backend.ts';
 
 /** The value asked for, or the kernel's default, by the option's name; nothing where the option has no meaning. */
-function pick<N extends 'qkQuantGran' | 'pvAccumDtype'>(
+function pick<N extends 'qkQuantGran' | 'pvAccumDtype' | 'scaleSearch'>(
   descriptor: KernelDescriptor,
   name: N,
   asked: KernelChoice[N],
 ): Pick<KernelChoice, N> {
-  const honoured = descriptor[name] as readonly KernelChoice[N][];
+  const honoured = (descriptor[name] ?? []) as readonly KernelChoice[N][];
   if (asked !== undefined && !honoured.includes(asked)) {
     const taken = honoured.length === 0 ? 'no value' : honoured.map((value) => `'${value}'`).join(' or ');
     throw new UnsupportedOptionError(descriptor.name, `options.${name}`, taken, `'${asked}'`);
   }
   return (honoured.length === 0 ? {} : { [name]: asked ?? honoured[0] }) as Pick<KernelChoice, N>;
 }
+
+const written = (value: unknown) => (typeof value === 'string' ? `'${value}'` : `${value}`);
 
 /**
  * @throws {UnsupportedOptionError} naming the option that the kernel does not honour
@@ -40,19 +42,23 @@ export function chooseOptions(
   if (options.smoothV === true && !smoothV) {
     throw new UnsupportedOptionError(name, 'options.smoothV', 'false', 'true');
   }
-  if (options.smoothQ === true && smoothQ === false) {
-    throw new UnsupportedOptionError(name, 'options.smoothQ', 'false', 'true');
-  }
-  if (options.smoothQ === false && smoothQ === 'always') {
-    throw new UnsupportedOptionError(name, 'options.smoothQ', 'true', 'false');
+  const querySmoothing = options.smoothQ === true ? 'block' : (options.smoothQ ?? smoothQ[0]);
+  if (!smoothQ.includes(querySmoothing)) {
+    throw new UnsupportedOptionError(
+      name,
+      'options.smoothQ',
+      smoothQ.map(written).join(' or '),
+      written(options.smoothQ),
+    );
   }
   return {
     descriptor,
     ...pick(descriptor, 'qkQuantGran', options.qkQuantGran),
     ...pick(descriptor, 'pvAccumDtype', options.pvAccumDtype),
+    ...pick(descriptor, 'scaleSearch', options.scaleSearch),
     smoothK: options.smoothK ?? true,
     smoothV: options.smoothV ?? false,
-    smoothQ: options.smoothQ ?? smoothQ === 'always',
+    smoothQ: querySmoothing,
   };
 }
 

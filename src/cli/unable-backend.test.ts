@@ -16,7 +16,7 @@ const descriptor = (name: KernelDescriptor['name'], maxHeadDim: number): KernelD
   qkQuantGran: ['per-block'],
   pvAccumDtype: ['fp32'],
   smoothV: false,
-  smoothQ: false,
+  smoothQ: [false],
   maxHeadDim,
 });
 

@@ -11,7 +11,6 @@ import {
   TRITON_BLOCK_ROUNDING,
   TRITON_THREAD_ROUNDING,
 } from './integers.ts';
-import { P_TWO_LEVEL_MAX, quantizeNvfp4InPlace, quantizeTwoLevelInPlace } from './nvfp4.ts';
 import { INT_MAX, TILINGS, V_FP8_MAX } from './schemes.ts';
 import { blockMeans, channelMean, subtractMean } from './smoothing.ts';
 import { permutedPosition, quantizeValueFp8, TOKEN_PERMUTATION } from './value-fp8.ts';
@@ -146,47 +145,5 @@ describe('V in FP8', () => {
       0x7f, 0x7e, 0x7f,
     ]);
     expect(scales[0]).toBe(1);
-  });
-});
-
-describe('NVFP4', () => {
-  it('quantizes blocks of 16 by an E4M3 scale, strided, and leaves the rest alone', () => {
-    const x = new Float32Array(3 * 20).fill(7);
-    for (let i = 0; i < 20; i++) x[3 * i + 1] = i < 16 ? i - 8 : 0;
-    quantizeNvfp4InPlace(x, 1, 3, 20);
-    for (let i = 0; i < 20; i++) {
-      expect([x[3 * i], x[3 * i + 2]]).toEqual([7, 7]);
-      const exact = i < 16 ? i - 8 : 0;
-      // scale = E4M3(8 / 6) = 1.375; E2M1's largest gap is 2 (from 4 to 6), and 6 * 1.375 reaches 8.
-      expect(Math.abs((x[3 * i + 1] as number) - exact)).toBeLessThanOrEqual(1.375);
-    }
-    const wild = Float32Array.of(Number.NaN, 6, 1e-30);
-    quantizeNvfp4InPlace(wild, 0, 1, 3);
-    expect([...wild]).toEqual([Number.NaN, 6, 0]);
-    const small = new Float32Array(16).fill(1e-9);
-    quantizeNvfp4InPlace(small, 0, 1, 16);
-    expect([...small]).toEqual(new Array(16).fill(0));
-  });
-
-  it(`in two levels errs by at most a quarter of each block's maximum (seed ${seed})`, () => {
-    fc.assert(
-      fc.property(fc.integer({ min: 0, max: 2 ** 31 - 1 }), fc.integer({ min: 1, max: 70 }), (seedOfRun, count) => {
-        const random = new Random(seedOfRun);
-        const p = Float32Array.from({ length: count }, () => Math.exp(-6 * random.uniform()));
-        const quantized = p.slice();
-        const scale = quantizeTwoLevelInPlace(quantized, count);
-        expect(scale * P_TWO_LEVEL_MAX).toBeCloseTo(Math.max(...p), 5);
-        for (let block = 0; block < count; block += 16) {
-          const largest = Math.max(...p.subarray(block, block + 16));
-          for (let i = block; i < Math.min(block + 16, count); i++) {
-            // Half of E2M1's widest gap (1 of 6) and E4M3's relative error of the scale (1 of 16).
-            const bound = largest * (1 / 6 + 1 / 16);
-            expect(Math.abs((quantized[i] as number) * scale - (p[i] as number))).toBeLessThanOrEqual(bound);
-          }
-        }
-      }),
-      settings,
-    );
-    expect(quantizeTwoLevelInPlace(new Float32Array(16), 16)).toBe(0);
   });
 });

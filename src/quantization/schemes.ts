@@ -20,6 +20,11 @@ export type PvFormat = 'fp32' | 'fp16' | 'fp8' | 'int8' | 'fp4';
 /** The format in which Q and K are multiplied. */
 export type QkFormat = 'int8' | 'int4' | 'fp4';
 
+/**
+ * What `smoothQ` subtracts from Q: the mean of each block of rows (128 in most kernels), or the mean of the whole sequence.
+ */
+export type QuerySmoothing = 'block' | 'sequence';
+
 /** Tokens of a tile (block) and of the warps inside it. */
 export interface Tiling {
   readonly blockQ: number;

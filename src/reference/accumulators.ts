@@ -44,7 +44,7 @@ const REGISTER = {
 export function accumulationOf(format: PvFormat, accumDtype: PvAccumDtype): Accumulation {
   const instructionTokens = INSTRUCTION_TOKENS[format];
   if (format === 'int8') return { register: 'exact', promotedEveryTile: true, instructionTokens };
-  // Each tile's row of P has a scale of its own, so its product must be scaled before it joins the others.
+  // A tile's product starts from zero and is added to the rescaled sum of those before it.
   if (format === 'fp4') return { register: 'fp32', promotedEveryTile: true, instructionTokens };
   const { narrow, promotedEveryTile } = REGISTER[accumDtype];
   const wide: RegisterKind = format === 'fp8' ? 'aligned' : 'fp32';

@@ -18,6 +18,7 @@ import { type Tensor, validateData } from '../tensor/tensor.ts';
 import { attentionExact, type ReferenceInputs, type ReferenceOutputs } from './exact.ts';
 import { attentionQuantized, PORTABLE_ALGORITHM, type QuantizedAlgorithm } from './quantized.ts';
 
+export * from '../quantization/fp4-blocks.ts';
 export * from '../quantization/groups.ts';
 export {
   CUDA_ROUNDING,
@@ -27,16 +28,18 @@ export {
   TRITON_BLOCK_ROUNDING,
   TRITON_THREAD_ROUNDING,
 } from '../quantization/integers.ts';
-export * from '../quantization/nvfp4.ts';
+export * from '../quantization/outer-scale.ts';
 export {
   type Granularity,
   type PvAccumDtype,
   type PvFormat,
   type QkFormat,
+  type QuerySmoothing,
   TILINGS,
   type Tiling,
 } from '../quantization/schemes.ts';
 export * from '../quantization/smoothing.ts';
+export * from '../quantization/two-level.ts';
 export * from '../quantization/value-fp8.ts';
 export * from '../tensor/formats/bfloat16.ts';
 export * from '../tensor/formats/float4.ts';
@@ -45,7 +48,15 @@ export * from '../tensor/formats/float16.ts';
 export * from '../tensor/formats/int4.ts';
 export * from '../tensor/formats/ue8m0.ts';
 export { type Accuracy, compare } from './metrics.ts';
-export { PORTABLE_ALGORITHM, type QuantizedAlgorithm } from './quantized.ts';
+export {
+  FP4_ALGORITHM,
+  FP4_PV_FP4_ALGORITHM,
+  FP4_PV_FP8_ALGORITHM,
+  type Fp4Algorithm,
+  OFFICIAL_FP4_ALGORITHM,
+  PORTABLE_ALGORITHM,
+  type QuantizedAlgorithm,
+} from './quantized.ts';
 
 /** Options of `sageattn` that decide how it is quantized. */
 const QUANTIZATION_OPTIONS = [
@@ -54,6 +65,7 @@ const QUANTIZATION_OPTIONS = [
   'smoothQ',
   'qkQuantGran',
   'pvAccumDtype',
+  'scaleSearch',
 ] as const satisfies readonly (keyof AttentionOptions)[];
 
 /** Options of exact attention; names and meaning are those of `sageattn`. */
@@ -107,6 +119,7 @@ function algorithmOf({ algorithm, ...options }: QuantizedOptions): QuantizedAlgo
     smoothK: options.smoothK ?? base.smoothK,
     smoothQ: options.smoothQ ?? base.smoothQ,
     smoothV: options.smoothV ?? base.smoothV,
+    fp4: options.scaleSearch === undefined ? base.fp4 : { ...base.fp4, scaleSearch: options.scaleSearch },
   };
 }
 

@@ -11,20 +11,23 @@ import {
   type Sequence,
   sequencesOf,
 } from '../attention/problem.ts';
+import { type Fp4Rules, quantizeFp4InPlace } from '../quantization/fp4-blocks.ts';
 import { keyGrouping, queryGrouping } from '../quantization/groups.ts';
 import { CUDA_ROUNDING, type IntegerRounding, quantizeIntegers } from '../quantization/integers.ts';
-import { quantizeNvfp4InPlace, quantizeTwoLevelInPlace } from '../quantization/nvfp4.ts';
+import { largestMagnitude, outerScale } from '../quantization/outer-scale.ts';
 import {
   type Granularity,
   INT_MAX,
   type PvAccumDtype,
   type PvFormat,
   type QkFormat,
+  type QuerySmoothing,
   TILINGS,
   type Tiling,
   V_FP8_MAX,
 } from '../quantization/schemes.ts';
 import { blockMeans, channelMean, subtractBlockMeans, subtractMean } from '../quantization/smoothing.ts';
+import { P_TWO_LEVEL_MAX, quantizeProbabilities } from '../quantization/two-level.ts';
 import { permutedPosition, quantizeValueFp8 } from '../quantization/value-fp8.ts';
 import type { DType } from '../tensor/dtype.ts';
 import { roundToBfloat16 } from '../tensor/formats/bfloat16.ts';
@@ -35,6 +38,35 @@ import { accumulateTile, accumulationOf } from './accumulators.ts';
 import { capped, type ReferenceInputs, type ReferenceOutputs, readOperands } from './exact.ts';
 import { biasReader, rowClasses } from './visibility.ts';
 
+/** What decides the numbers of FP4. */
+export interface Fp4Algorithm extends Fp4Rules {
+  /** A power of two around each operand of each head (of Q: of each block of rows), see `outerScale`. */
+  readonly outerScale: boolean;
+  /** What P's elements are divided by before they are coded: their block's scale as rounded, or as it was before. */
+  readonly divisorOfP: 'rounded' | 'exact';
+  /** What the output is divided by: the sum of P as multiplied with V, or of P before it was rounded. */
+  readonly rowSum: 'quantized' | 'exact';
+}
+
+/** FP4 of this package. */
+export const FP4_ALGORITHM: Fp4Algorithm = {
+  format: 'nvfp4',
+  scaleSearch: 'mse',
+  outerScale: true,
+  divisorOfP: 'rounded',
+  rowSum: 'quantized',
+};
+
+/** FP4 as the official SageAttention3 kernel computes it, with its faults in masking and in the order of tiles repaired. */
+export const OFFICIAL_FP4_ALGORITHM: Fp4Algorithm = {
+  format: 'nvfp4',
+  scaleSearch: 'none',
+  zeroScales: true,
+  outerScale: false,
+  divisorOfP: 'exact',
+  rowSum: 'exact',
+};
+
 /** Everything that decides a quantized kernel's numbers. */
 export interface QuantizedAlgorithm {
   readonly qkFormat: QkFormat;
@@ -44,8 +76,11 @@ export interface QuantizedAlgorithm {
   readonly tiling: Tiling;
   readonly rounding: IntegerRounding;
   readonly smoothK: boolean;
-  readonly smoothQ: boolean;
+  /** `true` is 'block': {@link Tiling.blockQ} rows. */
+  readonly smoothQ: boolean | QuerySmoothing;
   readonly smoothV: boolean;
+  /** What FP4 formats do; without meaning for others. */
+  readonly fp4: Fp4Algorithm;
   /** Format that K's mean is rounded to before it is subtracted. */
   readonly keyMeanDtype: DType;
   /** Format that `K - mean` is rounded to before it is quantized. */
@@ -72,6 +107,7 @@ export const PORTABLE_ALGORITHM: QuantizedAlgorithm = {
   smoothK: true,
   smoothQ: false,
   smoothV: false,
+  fp4: FP4_ALGORITHM,
   keyMeanDtype: 'float32',
   smoothedKeyDtype: 'float32',
   pvFormat: 'fp16',
@@ -81,6 +117,22 @@ export const PORTABLE_ALGORITHM: QuantizedAlgorithm = {
   fp8AccumulatorBits: 13,
 };
 
+/** SageAttention3 with FP4 QK and PV: what `qk-fp4-pv-fp4` and `qk-fp4-pv-fp4-cuda` compute. */
+export const FP4_PV_FP4_ALGORITHM: QuantizedAlgorithm = {
+  ...PORTABLE_ALGORITHM,
+  qkFormat: 'fp4',
+  pvFormat: 'fp4',
+  smoothQ: 'block',
+};
+
+/** FP4 QK with FP8 PV: what `qk-fp4-pv-fp8-cuda` computes. sm_120 sums FP8 products in true FP32. */
+export const FP4_PV_FP8_ALGORITHM: QuantizedAlgorithm = {
+  ...FP4_PV_FP4_ALGORITHM,
+  pvFormat: 'fp8',
+  pvAccumDtype: 'fp32+fp32',
+  fp8AccumulatorBits: 23,
+};
+
 const ROUND: Readonly<Record<DType, (value: number) => number>> = {
   float32: Math.fround,
   float16: roundToFloat16,
@@ -88,31 +140,35 @@ const ROUND: Readonly<Record<DType, (value: number) => number>> = {
 };
 
 /**
- * What the row maximum of P, exp2(s - m) = 1, is scaled to. FP4 scales by itself, in two levels. A further integer format
+ * What the row maximum of P, exp2(s - m) = 1, is scaled to. A further integer format
  * (7 bits, or two digits) would be one more case here, in {@link roundP} and in {@link quantizeValue}.
  */
 function pMaxOf({ pvFormat, pFp8Max }: QuantizedAlgorithm): number {
   if (pvFormat === 'fp8') return pFp8Max;
+  if (pvFormat === 'fp4') return P_TWO_LEVEL_MAX;
   return pvFormat === 'int8' ? INT_MAX.int8 : 1;
 }
 
-/** Rounds one tile's P in place to its format; returns the factor that its product with V must be multiplied by. */
-function roundP(p: Float32Array, tokens: number, format: PvFormat): number {
-  switch (format) {
+/** Rounds one tile's P in place to its format; returns what it adds to the sum that the output is divided by. `exact`: its sum before. */
+function roundP(p: Float32Array, tokens: number, exact: number, { pvFormat, fp4 }: QuantizedAlgorithm): number {
+  switch (pvFormat) {
     case 'fp32':
-      return 1;
+      break;
     case 'fp16':
       for (let i = 0; i < tokens; i++) p[i] = roundToFloat16(p[i] as number);
-      return 1;
+      break;
     case 'fp8':
       for (let i = 0; i < tokens; i++) p[i] = roundToE4m3(p[i] as number);
-      return 1;
+      break;
     case 'int8':
       for (let i = 0; i < tokens; i++) p[i] = Math.round(p[i] as number);
-      return 1;
-    case 'fp4':
-      return quantizeTwoLevelInPlace(p, tokens);
+      break;
+    case 'fp4': {
+      const sum = quantizeProbabilities(p, tokens, fp4, fp4.divisorOfP);
+      return fp4.rowSum === 'quantized' ? sum : exact;
+    }
   }
+  return exact;
 }
 
 /** Q or K of one head and sequence, quantized: `value * scales[indexOf(token)]`. */
@@ -122,6 +178,27 @@ interface ScoreOperand {
   indexOf(token: number): number;
   /** 0 for tokens with an element that is not finite: their scores are NaN. */
   readonly finite: Uint8Array;
+}
+
+/** @param tokens tokens that share an outer scale */
+function quantizeTokensFp4(
+  x: Float32Array,
+  dim: number,
+  tokens: number,
+  fp4: Fp4Algorithm,
+  counted?: Uint8Array,
+): Omit<ScoreOperand, 'finite'> {
+  const length = x.length / dim;
+  const values = x.slice();
+  const scales = new Float32Array(Math.ceil(length / tokens)).fill(1);
+  for (let first = 0; first < length; first += tokens) {
+    const end = Math.min(first + tokens, length);
+    const outer = fp4.outerScale ? outerScale(largestMagnitude(x, dim, counted, first, end)) : 1;
+    scales[first / tokens] = 1 / outer;
+    for (let i = first * dim; i < end * dim; i++) values[i] = (values[i] as number) * outer;
+    for (let token = first; token < end; token++) quantizeFp4InPlace(values, token * dim, 1, dim, fp4);
+  }
+  return { values, scales, indexOf: (token) => Math.floor(token / tokens) };
 }
 
 function quantizeScoreOperand(
@@ -136,9 +213,8 @@ function quantizeScoreOperand(
   const finite = new Uint8Array(length).fill(1);
   for (let i = 0; i < x.length; i++) if (!Number.isFinite(x[i])) finite[Math.floor(i / dim)] = 0;
   if (qkFormat === 'fp4') {
-    const values = x.slice();
-    for (let token = 0; token < length; token++) quantizeNvfp4InPlace(values, token * dim, 1, dim);
-    return { values, scales: Float32Array.of(1), indexOf: () => 0, finite };
+    const tokens = which === 'q' ? tiling.blockQ : Math.max(1, length);
+    return { ...quantizeTokensFp4(x, dim, tokens, algorithm.fp4, counted), finite };
   }
   const grouping = which === 'q' ? queryGrouping(granularity, tiling) : keyGrouping(granularity, tiling);
   const { values, scales } = quantizeIntegers(x, dim, grouping, INT_MAX[qkFormat], rounding, counted);
@@ -172,7 +248,7 @@ function quantizeValueInt8(smoothed: Float32Array, dim: number, counted?: Uint8A
 function quantizeValue(
   v: Float32Array,
   dim: number,
-  { pvFormat, smoothV, vMax }: QuantizedAlgorithm,
+  { pvFormat, smoothV, vMax, fp4 }: QuantizedAlgorithm,
   counted?: Uint8Array,
 ): ValueOperand {
   const length = v.length / dim;
@@ -196,11 +272,15 @@ function quantizeValue(
     }
     case 'int8':
       return { values: smoothed, scales: quantizeValueInt8(smoothed, dim, counted), mean };
-    case 'fp4':
-      for (let i = 0; i < smoothed.length; i++) if (counted?.[Math.floor(i / dim)] === 0) smoothed[i] = 0;
+    case 'fp4': {
+      const outer = fp4.outerScale ? outerScale(largestMagnitude(smoothed, dim, counted)) : 1;
+      for (let i = 0; i < smoothed.length; i++) {
+        smoothed[i] = counted?.[Math.floor(i / dim)] === 0 ? 0 : (smoothed[i] as number) * outer;
+      }
       // Blocks run along the tokens, the dimension that P.V sums over.
-      for (let channel = 0; channel < dim; channel++) quantizeNvfp4InPlace(smoothed, channel, dim, length);
-      return { values: smoothed, scales: undefined, mean };
+      for (let channel = 0; channel < dim; channel++) quantizeFp4InPlace(smoothed, channel, dim, length, fp4);
+      return { values: smoothed, scales: new Float32Array(dim).fill(1 / outer), mean };
+    }
   }
 }
 
@@ -246,30 +326,31 @@ interface PreparedQuery {
   readonly original: Float32Array;
   /** `[blocks, dim]`; undefined without smoothing. */
   readonly means: Float32Array | undefined;
+  /** Rows that share a mean. */
+  readonly meanRows: number;
 }
 
 function prepareQuery(q: Float32Array, dim: number, algorithm: QuantizedAlgorithm): PreparedQuery {
   if (!algorithm.smoothQ)
-    return { operand: quantizeScoreOperand(q, dim, 'q', algorithm), original: q, means: undefined };
-  const { blockQ } = algorithm.tiling;
-  const means = blockMeans(q, dim, blockQ);
-  const smoothed = subtractBlockMeans(q, dim, blockQ, means);
-  return { operand: quantizeScoreOperand(smoothed, dim, 'q', algorithm), original: q, means };
+    return { operand: quantizeScoreOperand(q, dim, 'q', algorithm), original: q, means: undefined, meanRows: 1 };
+  const meanRows = algorithm.smoothQ === 'sequence' ? Math.max(1, q.length / dim) : algorithm.tiling.blockQ;
+  const means = blockMeans(q, dim, meanRows);
+  const smoothed = subtractBlockMeans(q, dim, meanRows, means);
+  return { operand: quantizeScoreOperand(smoothed, dim, 'q', algorithm), original: q, means, meanRows };
 }
 
 /** `q . (k - mean)` as kernels get it: the product of the codes times both scales, and the rank-1 term of smoothQ. */
 function productOf(
   row: number,
   token: number,
-  { operand, means }: PreparedQuery,
+  { operand, means, meanRows }: PreparedQuery,
   { key, smoothedKey }: PreparedKey,
   dim: number,
-  blockQ: number,
 ): number {
   const product = dot(operand.values, row * dim, key.values, token * dim, dim);
   const queryScale = operand.scales[operand.indexOf(row)] as number;
   const scale = Math.fround(queryScale * (key.scales[key.indexOf(token)] as number));
-  const rank1 = means === undefined ? 0 : dot(means, Math.floor(row / blockQ) * dim, smoothedKey, token * dim, dim);
+  const rank1 = means === undefined ? 0 : dot(means, Math.floor(row / meanRows) * dim, smoothedKey, token * dim, dim);
   return product * scale + rank1;
 }
 
@@ -289,9 +370,8 @@ export function quantizedScores(
   const query = prepareQuery(q, dim, algorithm);
   const key = prepareKey(k, dim, algorithm);
   const keys = k.length / dim;
-  const { blockQ } = algorithm.tiling;
   return Float32Array.from({ length: (q.length / dim) * keys }, (_, i) =>
-    productOf(Math.floor(i / keys), i % keys, query, key, dim, blockQ),
+    productOf(Math.floor(i / keys), i % keys, query, key, dim),
   );
 }
 
@@ -349,7 +429,7 @@ function rowAttention(problem: AttentionProblem, algorithm: QuantizedAlgorithm):
       visible[i] = bias[token] === Number.NEGATIVE_INFINITY ? 0 : 1;
       tileP[i] = 0;
       if (visible[i] === 0) continue;
-      const raw = productOf(row, token, query, prepared, headDim, tiling.blockQ) + meanTerm;
+      const raw = productOf(row, token, query, prepared, headDim) + meanTerm;
       const scaled = softcap > 0 ? capped(raw * smScale, softcap) * Math.LOG2E : raw * toBase2;
       const finite = operand.finite[row] === 1 && key.finite[token] === 1;
       const shift = Math.max(bias[token] as number, LEAST_BIAS) * Math.LOG2E;
@@ -360,7 +440,7 @@ function rowAttention(problem: AttentionProblem, algorithm: QuantizedAlgorithm):
     return maximum;
   };
 
-  /** Scores in tileP to P; returns the sum of the P not yet rounded, which is what the output is divided by. */
+  /** Scores in tileP to P; returns the sum of the P not yet rounded. */
   const exponentiateTile = (tokens: number, maximum: number): number => {
     let total = 0;
     for (let i = 0; i < tokens; i++) {
@@ -375,6 +455,7 @@ function rowAttention(problem: AttentionProblem, algorithm: QuantizedAlgorithm):
     const keyLength = head.key.finite.length;
     let maximum = Number.NEGATIVE_INFINITY;
     let sum = 0;
+    let exactSum = 0;
     output.fill(0);
     for (let firstKey = 0; firstKey < keyLength; firstKey += tiling.blockK) {
       const tokens = Math.min(tiling.blockK, keyLength - firstKey);
@@ -384,15 +465,16 @@ function rowAttention(problem: AttentionProblem, algorithm: QuantizedAlgorithm):
       const newMaximum = Math.max(maximum, tileMaximum);
       const rescale = roundRegister(2 ** (maximum - newMaximum));
       maximum = newMaximum;
-      sum = Math.fround(sum * rescale + exponentiateTile(tokens, maximum));
-      const pScale = roundP(tileP, tokens, pvFormat);
+      const exact = exponentiateTile(tokens, maximum);
+      exactSum = Math.fround(exactSum * rescale + exact);
+      sum = Math.fround(sum * rescale + roundP(tileP, tokens, exact, algorithm));
       const target = promotedEveryTile ? tileSum.fill(0) : output;
       for (let d = 0; d < valueDim; d++) output[d] = roundRegister((output[d] as number) * rescale);
       const tile = { p: tileP, visible, v: head.value.values, dim: valueDim, firstToken: firstKey, tokens };
       accumulateTile(target, tile, accumulation, fp8AccumulatorBits);
       if (promotedEveryTile) {
         for (let d = 0; d < valueDim; d++) {
-          output[d] = Math.fround((output[d] as number) + Math.fround((tileSum[d] as number) * pScale));
+          output[d] = Math.fround((output[d] as number) + Math.fround(tileSum[d] as number));
         }
       }
     }
@@ -402,7 +484,7 @@ function rowAttention(problem: AttentionProblem, algorithm: QuantizedAlgorithm):
       softcap > 0 || head.keyMean === undefined
         ? 0
         : dot(query.original, row * headDim, head.keyMean, 0, headDim) * smScale;
-    return (maximum + Math.log2(sum / pMax)) * Math.LN2 + meanScore;
+    return (maximum + Math.log2(exactSum / pMax)) * Math.LN2 + meanScore;
   };
 }
 

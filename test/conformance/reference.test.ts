@@ -12,7 +12,7 @@ const DESCRIPTOR: KernelDescriptor = {
   qkQuantGran: ['per-block'],
   pvAccumDtype: ['fp32'],
   smoothV: false,
-  smoothQ: false,
+  smoothQ: [false],
   maxHeadDim: 256,
 };
 

@@ -62,9 +62,9 @@ const ALGORITHM_SLACK = 1.5;
  */
 const LSE_TOLERANCE = 0.07;
 
-/** INT4 rounds Q and K in steps that are 127/7 times as wide. */
+/** INT4 rounds Q and K in steps that are 127/7 times as wide; E2M1's step at its top is 2 of 6, and a quarter of that near 0. */
 const lseTolerance = ({ algorithm }: Target): number =>
-  algorithm.qkFormat === 'int4' ? (LSE_TOLERANCE * INT_MAX.int8) / INT_MAX.int4 : LSE_TOLERANCE;
+  algorithm.qkFormat !== 'int8' ? (LSE_TOLERANCE * INT_MAX.int8) / INT_MAX.int4 : LSE_TOLERANCE;
 
 /**
  * Where a row sees keys of hundreds, its scores are of thousands and their error a share of them: both operands' roundings, of half a

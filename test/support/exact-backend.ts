@@ -14,7 +14,7 @@ const KERNEL: KernelDescriptor = {
   qkQuantGran: ['per-block'],
   pvAccumDtype: ['fp32'],
   smoothV: true,
-  smoothQ: true,
+  smoothQ: [false, 'block', 'sequence'],
   maxHeadDim: 256,
 };
 

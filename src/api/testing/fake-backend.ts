@@ -12,7 +12,7 @@ export const PORTABLE: KernelDescriptor = {
   qkQuantGran: ['per-block', 'per-warp'],
   pvAccumDtype: ['fp32'],
   smoothV: false,
-  smoothQ: false,
+  smoothQ: [false],
   maxHeadDim: 64,
 };
 export const CUDA: KernelDescriptor = {
@@ -21,7 +21,7 @@ export const CUDA: KernelDescriptor = {
   qkQuantGran: ['per-thread'],
   pvAccumDtype: ['fp32+fp32', 'fp32+fp16'],
   smoothV: true,
-  smoothQ: 'always',
+  smoothQ: ['block'],
   maxHeadDim: 256,
 };
 

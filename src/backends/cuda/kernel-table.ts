@@ -32,7 +32,7 @@ export const CUDA_KERNELS: readonly CudaKernelDescriptor[] = [
     qkQuantGran: ['per-block'],
     pvAccumDtype: ['fp32'],
     smoothV: false,
-    smoothQ: false,
+    smoothQ: [false],
     maxHeadDim: MAX_HEAD_DIM,
   },
   {
@@ -45,7 +45,7 @@ export const CUDA_KERNELS: readonly CudaKernelDescriptor[] = [
     qkQuantGran: ['per-thread', 'per-warp', 'per-block'],
     pvAccumDtype: ['fp32', 'fp16', 'fp16+fp32'],
     smoothV: true,
-    smoothQ: false,
+    smoothQ: [false],
     maxHeadDim: MAX_HEAD_DIM,
   },
   {
@@ -58,7 +58,7 @@ export const CUDA_KERNELS: readonly CudaKernelDescriptor[] = [
     qkQuantGran: ['per-thread', 'per-warp', 'per-block'],
     pvAccumDtype: ['fp32+fp16', 'fp32+fp32', 'fp32'],
     smoothV: true,
-    smoothQ: false,
+    smoothQ: [false],
     maxHeadDim: MAX_HEAD_DIM,
   },
   {
@@ -71,7 +71,7 @@ export const CUDA_KERNELS: readonly CudaKernelDescriptor[] = [
     qkQuantGran: ['per-thread'],
     pvAccumDtype: ['fp32+fp16', 'fp32+fp32', 'fp32'],
     smoothV: true,
-    smoothQ: 'always',
+    smoothQ: ['block'],
     maxHeadDim: MAX_HEAD_DIM,
   },
   {
@@ -84,7 +84,7 @@ export const CUDA_KERNELS: readonly CudaKernelDescriptor[] = [
     qkQuantGran: ['per-thread', 'per-warp', 'per-block'],
     pvAccumDtype: ['fp32+fp32', 'fp32'],
     smoothV: true,
-    smoothQ: false,
+    smoothQ: [false],
     maxHeadDim: MAX_HEAD_DIM,
   },
   {
@@ -97,7 +97,7 @@ export const CUDA_KERNELS: readonly CudaKernelDescriptor[] = [
     qkQuantGran: ['per-thread', 'per-warp', 'per-block'],
     pvAccumDtype: ['fp32'],
     smoothV: true,
-    smoothQ: false,
+    smoothQ: [false],
     maxHeadDim: MAX_HEAD_DIM,
   },
 ];

@@ -8,7 +8,7 @@ const COMMON = {
   qkQuantGran: ['per-block'],
   pvAccumDtype: ['fp32'],
   smoothV: true,
-  smoothQ: false,
+  smoothQ: [false],
   maxHeadDim: MAX_HEAD_DIM,
 } as const;
 

@@ -8,6 +8,6 @@ export const QK_INT8_PV_FP16: KernelDescriptor = {
   qkQuantGran: ['per-block', 'per-warp', 'per-thread'],
   pvAccumDtype: ['fp32', 'fp16'],
   smoothV: true,
-  smoothQ: false,
+  smoothQ: [false],
   maxHeadDim: MAX_HEAD_DIM,
 };

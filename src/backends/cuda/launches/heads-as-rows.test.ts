@@ -63,7 +63,7 @@ describe('heads as rows', () => {
       headsAsRows(problemOf(of), choiceOf(choice)) !== undefined;
     expect(grouped({})).toBe(true);
     expect(grouped({ qkQuantGran: 'per-warp' })).toBe(false);
-    expect(grouped({ smoothQ: true })).toBe(false);
+    expect(grouped({ smoothQ: 'block' })).toBe(false);
     expect(grouped({}, { ...shape, queries: 2 })).toBe(false);
   });
 

@@ -105,7 +105,7 @@ function shapeOf(context: Context) {
   const tile = {
     ...chooseTile(target, scheme.qkRowBytes, scheme.paddedValueDim, valueTileBytes, {
       queryLength,
-      smoothQ: choice.smoothQ,
+      smoothQ: choice.smoothQ !== false,
     }),
     ...context.overrides,
   };
@@ -130,7 +130,7 @@ function shapeOf(context: Context) {
     sameBand: rowsAreHeads,
     mask: maskFormatOf(problem),
     softcap: problem.softcap !== 0,
-    smoothQ: choice.smoothQ,
+    smoothQ: choice.smoothQ !== false,
     smoothV: choice.smoothV,
     outputType: dtype,
     lse: problem.returnLse,

@@ -13,7 +13,7 @@ const choiceOf = (descriptor: CudaKernelDescriptor): KernelChoice => ({
   pvAccumDtype: descriptor.pvAccumDtype[0] ?? 'fp32',
   smoothK: true,
   smoothV: false,
-  smoothQ: descriptor.smoothQ === 'always',
+  smoothQ: descriptor.smoothQ[0],
 });
 
 const operand = (length: number) => emptyTensor([1, 2, length, 64], 'float16');

@@ -257,7 +257,7 @@ export function quantizeQueryLaunch({ problem, choice, device, layout, scheme }:
     groupTokens,
     groups,
     keyMean: choice.smoothK && layout.keyTiles > 0,
-    smoothQ: choice.smoothQ,
+    smoothQ: choice.smoothQ !== false,
     hiddenKeys: 'none',
   };
   const queryModule = moduleOf(quantizeTokens, queryConfig);

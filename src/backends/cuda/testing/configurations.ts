@@ -103,7 +103,7 @@ const choicesOf = (descriptor: CudaKernelDescriptor): KernelChoice[] =>
     pvAccumDtype,
     smoothK: true,
     smoothV: false,
-    smoothQ: descriptor.smoothQ === 'always',
+    smoothQ: descriptor.smoothQ[0],
   }));
 
 /** On every target that can run a kernel. Kernels without scales per thread are others with coarser scales. */

@@ -28,7 +28,7 @@ function attend(name: KernelName, target: (typeof KERNELS)[number][1], operands:
     pvAccumDtype: descriptor.pvAccumDtype[0] as never,
     smoothK: true,
     smoothV: false,
-    smoothQ: false,
+    smoothQ: false as const,
   };
   const inputs = { ...operands, attnMask: options.attnMask as Tensor | undefined };
   return simulateAttention(problem, choice, { target, multiprocessors: 1 }, inputs).output.data as Float32Array;

@@ -47,7 +47,7 @@ function errorOf(
     pvAccumDtype: (pvAccumDtype ?? descriptor.pvAccumDtype[0]) as never,
     smoothK: true,
     smoothV: false,
-    smoothQ: false,
+    smoothQ: false as const,
   };
   const exact = exactAttention(q, k, v, options).output;
   const inputs = { q, k, v, attnMask: options.attnMask };

@@ -50,7 +50,7 @@ function quantized({ kernel, granularity, accum, target, dim, dtype }: Setting, 
   const inputs = operands(dim, dtype);
   const problem = createProblem(inputs.q, inputs.k, inputs.v, { returnLse: true });
   const descriptor = descriptorOf(kernel);
-  const smoothQ = descriptor.smoothQ === 'always';
+  const smoothQ = descriptor.smoothQ[0];
   const choice = { descriptor, qkQuantGran: granularity, pvAccumDtype: accum, smoothK: true, smoothV, smoothQ };
   return { ...inputs, run: simulateAttention(problem, choice, { target, multiprocessors: 1 }, inputs) };
 }

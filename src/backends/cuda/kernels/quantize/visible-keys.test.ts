@@ -24,7 +24,7 @@ const KERNELS: readonly (readonly [KernelName, 'sm_80' | 'sm_89' | 'sm_90a'])[] 
 function defaultChoice(name: KernelName, { smoothV = false } = {}): KernelChoice {
   const descriptor = descriptorOf(name as Parameters<typeof descriptorOf>[0]);
   const [qkQuantGran, pvAccumDtype] = [descriptor.qkQuantGran[0] ?? 'per-thread', descriptor.pvAccumDtype[0] as never];
-  return { descriptor, qkQuantGran, pvAccumDtype, smoothK: true, smoothV, smoothQ: descriptor.smoothQ === 'always' };
+  return { descriptor, qkQuantGran, pvAccumDtype, smoothK: true, smoothV, smoothQ: descriptor.smoothQ[0] };
 }
 
 /** How keys are hidden, beyond what causality and window hide. */
