@@ -13,7 +13,7 @@ import {
   lseShapeOf,
   outputShapeOf,
 } from '../attention/problem.ts';
-import { InvalidArgumentError, reading } from '../errors.ts';
+import { InvalidArgumentError, reading, takeOptions, textOf } from '../errors.ts';
 import { type Tensor, validateData } from '../tensor/tensor.ts';
 import { attentionExact, type ReferenceInputs, type ReferenceOutputs } from './exact.ts';
 import { attentionQuantized, PORTABLE_ALGORITHM, type QuantizedAlgorithm } from './quantized.ts';
@@ -110,9 +110,16 @@ function resultOf(problem: AttentionProblem, { output, lse }: ReferenceOutputs):
   return problem.returnLse ? { ...result, lse } : result;
 }
 
-function algorithmOf({ algorithm, ...options }: QuantizedOptions): QuantizedAlgorithm {
-  const base = { ...PORTABLE_ALGORITHM, ...algorithm };
-  return {
+/** The options of quantized attention, checked: those of `sageattn`, and the algorithm that they amount to. */
+function takeQuantized(given: QuantizedOptions, names: readonly string[]) {
+  const known = [...names, ...QUANTIZATION_OPTIONS];
+  const { algorithm = {}, ...unchecked } = takeOptions(given, [...known, 'algorithm']);
+  const options = validateOptions(unchecked, known);
+  if (typeof algorithm !== 'object' || algorithm === null) {
+    throw new InvalidArgumentError('invalid-option', 'options.algorithm', 'an object', textOf(algorithm));
+  }
+  const base = reading('options.algorithm', () => ({ ...PORTABLE_ALGORITHM, ...algorithm }), 'invalid-option');
+  const settled: QuantizedAlgorithm = {
     ...base,
     granularity: options.qkQuantGran ?? base.granularity,
     pvAccumDtype: options.pvAccumDtype ?? base.pvAccumDtype,
@@ -121,7 +128,11 @@ function algorithmOf({ algorithm, ...options }: QuantizedOptions): QuantizedAlgo
     smoothV: options.smoothV ?? base.smoothV,
     fp4: options.scaleSearch === undefined ? base.fp4 : { ...base.fp4, scaleSearch: options.scaleSearch },
   };
+  return { options, algorithm: settled };
 }
+
+/** Options that calls over packed sequences take: these have one layout. */
+const VARLEN_OPTIONS = EXACT_OPTIONS.filter((name) => name !== 'tensorLayout');
 
 /**
  * Exact attention in float64: softmax(q k^T smScale) v, with every option that changes its meaning.
@@ -132,9 +143,9 @@ function algorithmOf({ algorithm, ...options }: QuantizedOptions): QuantizedAlgo
  * @throws {InvalidArgumentError} naming the argument at fault
  */
 export function exactAttention(q: Tensor, k: Tensor, v: Tensor, options: ExactOptions = {}): ReferenceResult {
-  validateOptions(options, EXACT_OPTIONS);
-  const problem = createProblem(q, k, v, options);
-  return resultOf(problem, attentionExact(problem, inputsOf(q, k, v, options)));
+  const own = validateOptions(options, EXACT_OPTIONS);
+  const problem = createProblem(q, k, v, own);
+  return resultOf(problem, attentionExact(problem, inputsOf(q, k, v, own)));
 }
 
 /**
@@ -154,12 +165,9 @@ export function exactAttentionVarlen(
   cuSeqlensK: ArrayLike<number>,
   options: Omit<ExactOptions, 'tensorLayout'> = {},
 ): ReferenceResult {
-  validateOptions(
-    options,
-    EXACT_OPTIONS.filter((name) => name !== 'tensorLayout'),
-  );
-  const problem = createVarlenProblem(q, k, v, cuSeqlensQ, cuSeqlensK, options);
-  return resultOf(problem, attentionExact(problem, inputsOf(q, k, v, options)));
+  const own = validateOptions(options, VARLEN_OPTIONS);
+  const problem = createVarlenProblem(q, k, v, cuSeqlensQ, cuSeqlensK, own);
+  return resultOf(problem, attentionExact(problem, inputsOf(q, k, v, own)));
 }
 
 /**
@@ -171,10 +179,9 @@ export function exactAttentionVarlen(
  * @throws {InvalidArgumentError} naming the argument at fault
  */
 export function quantizedAttention(q: Tensor, k: Tensor, v: Tensor, options: QuantizedOptions = {}): ReferenceResult {
-  const { algorithm: _, ...plain } = reading('options', () => ({ ...options }), 'invalid-option');
-  validateOptions(plain, [...EXACT_OPTIONS, ...QUANTIZATION_OPTIONS]);
-  const problem = createProblem(q, k, v, plain);
-  return resultOf(problem, attentionQuantized(problem, inputsOf(q, k, v, plain), algorithmOf(options)));
+  const { options: own, algorithm } = takeQuantized(options, EXACT_OPTIONS);
+  const problem = createProblem(q, k, v, own);
+  return resultOf(problem, attentionQuantized(problem, inputsOf(q, k, v, own), algorithm));
 }
 
 /**
@@ -191,8 +198,7 @@ export function quantizedAttentionVarlen(
   cuSeqlensK: ArrayLike<number>,
   options: Omit<QuantizedOptions, 'tensorLayout'> = {},
 ): ReferenceResult {
-  const { algorithm: _, ...plain } = reading('options', () => ({ ...options }), 'invalid-option');
-  validateOptions(plain, [...EXACT_OPTIONS.filter((name) => name !== 'tensorLayout'), ...QUANTIZATION_OPTIONS]);
-  const problem = createVarlenProblem(q, k, v, cuSeqlensQ, cuSeqlensK, plain);
-  return resultOf(problem, attentionQuantized(problem, inputsOf(q, k, v, plain), algorithmOf(options)));
+  const { options: own, algorithm } = takeQuantized(options, VARLEN_OPTIONS);
+  const problem = createVarlenProblem(q, k, v, cuSeqlensQ, cuSeqlensK, own);
+  return resultOf(problem, attentionQuantized(problem, inputsOf(q, k, v, own), algorithm));
 }
