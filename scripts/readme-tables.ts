@@ -123,7 +123,7 @@ interface CudaReport {
     readonly results: readonly (Shape & { readonly backend: string; readonly milliseconds: number })[];
   };
 }
-interface HopperReport extends CudaReport {
+interface WgmmaReport extends CudaReport {
   readonly outcomes: readonly (Measured & {
     readonly task: { readonly kind: string; readonly kernel: string; readonly variant: string; readonly shape: Shape };
     readonly milliseconds?: number;
@@ -152,7 +152,7 @@ const accuracyText = ({ relativeL1, cosineSimilarity }: Measured) =>
  * @param short the kernels that were made for the card that was measured, D = 128
  */
 function cudaSpeed(short: boolean): Table {
-  const hopper = read<HopperReport>('hopper-h200.json');
+  const hopper = read<WgmmaReport>('hopper-h200.json');
   const mma = read<MmaReport>('cuda-h200.json');
   const row = (
     report: CudaReport,

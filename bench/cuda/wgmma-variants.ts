@@ -19,7 +19,7 @@ import {
   download,
 } from '../../src/backends/cuda/index.ts';
 import { descriptorOf } from '../../src/backends/cuda/kernel-table.ts';
-import { HOPPER_VARIANTS, type HopperTuning } from '../../src/backends/cuda/kernels/wgmma/table.ts';
+import { WGMMA_VARIANTS, type WgmmaTuning } from '../../src/backends/cuda/kernels/wgmma/table.ts';
 import { planAttend, planKeyValue, planLaunches } from '../../src/backends/cuda/launches/plan.ts';
 import { packBuffers } from '../../src/backends/cuda/run/bound-launches.ts';
 import { emptyCudaTensor, upload } from '../../src/backends/cuda/tensor.ts';
@@ -82,15 +82,15 @@ type Task =
   | { readonly kind: 'time'; readonly kernel: KernelName; readonly variant: string; readonly shape: Shape }
   | { readonly kind: 'decode'; readonly kernel: KernelName; readonly headDim: number };
 
-const tuningOf = (variant: string): Partial<HopperTuning> => {
-  const tuning = HOPPER_VARIANTS[variant];
+const tuningOf = (variant: string): Partial<WgmmaTuning> => {
+  const tuning = WGMMA_VARIANTS[variant];
   if (tuning === undefined) throw new RangeError(`no variant '${variant}'`);
   return tuning;
 };
 
 /** Most important first. */
 function tasks(): Task[] {
-  const variants = Object.keys(HOPPER_VARIANTS);
+  const variants = Object.keys(WGMMA_VARIANTS);
   const base = 'base';
   const list: Task[] = [];
   for (const kernel of [FP8, FP16]) {

@@ -61,8 +61,8 @@ const FP16_SMOOTHED = FLOAT16_MAX / 2;
 const FP16 = 'qk-int8-pv-fp16-cuda';
 const FP8 = 'qk-int8-pv-fp8-cuda';
 const INT4 = 'qk-int4-pv-fp8-cuda';
-const HOPPER_FP8 = 'qk-int8-pv-fp8-cuda-sm90';
-const HOPPER_FP16 = 'qk-int8-pv-fp16-cuda-sm90';
+const WGMMA_FP8 = 'qk-int8-pv-fp8-cuda-sm90';
+const WGMMA_FP16 = 'qk-int8-pv-fp16-cuda-sm90';
 
 /** The first target of each kernel has the kernel's default options. */
 export const CUDA_TARGETS: readonly Target[] = [
@@ -82,11 +82,11 @@ export const CUDA_TARGETS: readonly Target[] = [
   target(FP8, { qkQuantGran: 'per-block', pvAccumDtype: 'fp32' }, fp8('fp32'), 'fp8', Number.POSITIVE_INFINITY),
   target(FP8, { smoothV: true }, fp8('fp32+fp16'), 'fp8', Number.POSITIVE_INFINITY),
   target(INT4, {}, { ...fp8('fp32+fp16'), qkFormat: 'int4', smoothQ: true }, 'int4', Number.POSITIVE_INFINITY),
-  target(HOPPER_FP8, {}, fp8('fp32+fp32'), 'fp8', Number.POSITIVE_INFINITY),
-  target(HOPPER_FP8, { qkQuantGran: 'per-warp', pvAccumDtype: 'fp32' }, fp8('fp32'), 'fp8', Number.POSITIVE_INFINITY),
-  target(HOPPER_FP8, { qkQuantGran: 'per-block', smoothV: true }, fp8('fp32+fp32'), 'fp8', Number.POSITIVE_INFINITY),
-  target(HOPPER_FP16, {}, SM80, 'fp16', FLOAT16_MAX),
-  target(HOPPER_FP16, { qkQuantGran: 'per-warp', smoothV: true }, SM80, 'fp16', FP16_SMOOTHED),
+  target(WGMMA_FP8, {}, fp8('fp32+fp32'), 'fp8', Number.POSITIVE_INFINITY),
+  target(WGMMA_FP8, { qkQuantGran: 'per-warp', pvAccumDtype: 'fp32' }, fp8('fp32'), 'fp8', Number.POSITIVE_INFINITY),
+  target(WGMMA_FP8, { qkQuantGran: 'per-block', smoothV: true }, fp8('fp32+fp32'), 'fp8', Number.POSITIVE_INFINITY),
+  target(WGMMA_FP16, {}, SM80, 'fp16', FLOAT16_MAX),
+  target(WGMMA_FP16, { qkQuantGran: 'per-warp', smoothV: true }, SM80, 'fp16', FP16_SMOOTHED),
 ];
 
 /** Those that a device of a compute capability can run. */

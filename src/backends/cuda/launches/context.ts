@@ -11,7 +11,7 @@ import { roundUp } from '../kernels/parts/constants.ts';
 import { BYTES, type LoadWidth } from '../kernels/parts/elements.ts';
 import { SEQUENCE_INTS } from '../kernels/parts/sequences.ts';
 import type { HiddenKeys } from '../kernels/quantize/visible-keys.ts';
-import type { HopperTuning } from '../kernels/wgmma/table.ts';
+import type { WgmmaTuning } from '../kernels/wgmma/table.ts';
 import type { Target } from '../ptx/targets.ts';
 import type { BufferName, KernelLaunch, LaunchSequence } from './launch.ts';
 import { type Scheme, schemeOf } from './scheme.ts';
@@ -25,7 +25,7 @@ export interface DeviceFacts {
 }
 
 /** What the tables of the kernel families answer. */
-export type Tuning = TileConfig & HopperTuning;
+export type Tuning = TileConfig & WgmmaTuning;
 
 /** Room for keys that more will be appended to: what a cache has, and which part of it is worked on. */
 export interface KeyRoom {

@@ -11,16 +11,10 @@ import {
   quantizeKeyValueThreads,
 } from '../kernels/quantize/key-value/config.ts';
 import { quantizeKeyValue } from '../kernels/quantize/key-value/kernel.ts';
-import { hopperAttention } from '../kernels/wgmma/attention.ts';
-import { type HopperConfig, sharedPlanOf } from '../kernels/wgmma/config.ts';
-import {
-  CONSUMER_ROWS,
-  HOPPER_BLOCK_K,
-  HOPPER_INTEGERS,
-  HOPPER_POINTERS,
-  HOPPER_STRIDES,
-} from '../kernels/wgmma/frame.ts';
-import { type HopperTuning, tuningOf } from '../kernels/wgmma/table.ts';
+import { wgmmaAttention } from '../kernels/wgmma/attention.ts';
+import { sharedPlanOf, type WgmmaConfig } from '../kernels/wgmma/config.ts';
+import { CONSUMER_ROWS, WGMMA_BLOCK_K, WGMMA_INTEGERS, WGMMA_POINTERS, WGMMA_STRIDES } from '../kernels/wgmma/frame.ts';
+import { tuningOf, type WgmmaTuning } from '../kernels/wgmma/table.ts';
 import { TARGET_FEATURES } from '../ptx/targets.ts';
 import {
   bandArguments,
@@ -49,8 +43,8 @@ function packedHeadsOf(queryLength: number, headsPerKeyHead: number): number {
 }
 
 interface Shape {
-  readonly config: HopperConfig;
-  readonly tuning: HopperTuning;
+  readonly config: WgmmaConfig;
+  readonly tuning: WgmmaTuning;
   readonly rows: number;
   readonly queryTiles: number;
   /** Heads of Q, or groups of packed ones, over all sequences. */
@@ -65,14 +59,14 @@ function shapeOf(context: Context): Shape {
   const packedHeads = packedHeadsOf(queryLength, queryHeads / kvHeads);
   const totalRows = queryLength * packedHeads;
   const pvFormat = scheme.pvFormat === 'f16' ? 'f16' : 'e4m3';
-  const tuning: HopperTuning = {
+  const tuning: WgmmaTuning = {
     ...tuningOf({
       pvFormat,
       qkRowBytes: scheme.qkRowBytes,
       paddedValueDim: scheme.paddedValueDim,
       rows: totalRows,
       promoted: choice.pvAccumDtype !== 'fp32',
-      cooked: mask !== undefined || problem.softcap !== 0,
+      scoresAreFloat: mask !== undefined || problem.softcap !== 0,
       capped: problem.softcap !== 0,
     }),
     ...context.overrides,
@@ -82,11 +76,11 @@ function shapeOf(context: Context): Shape {
   const queryTiles = Math.ceil(totalRows / rows);
   const units = (queryHeads / packedHeads) * batch;
   // A part of fewer than two tiles is not worth its prologue.
-  const splits = splitsOf(device, Math.ceil(keyLength / HOPPER_BLOCK_K), 2, queryTiles * units, tile.minBlocks);
+  const splits = splitsOf(device, Math.ceil(keyLength / WGMMA_BLOCK_K), 2, queryTiles * units, tile.minBlocks);
   const aligned = loadWidthOf(problem.q, headDim, dtype, device.pointerAlignment ?? 16) >= 4;
   const fused = fuseQuery && aligned && choice.qkQuantGran === 'per-thread';
   const keyMean = choice.smoothK && layout.keyTiles > 0;
-  const config: HopperConfig = {
+  const config: WgmmaConfig = {
     ...tile,
     // Rows i and i + 8 are heads of different magnitude when more than eight lie side by side.
     queryScalePerRow: fused && (tile.queryScalePerRow || packedHeads > 8),
@@ -117,14 +111,14 @@ function mapsOf({ problem, layout }: Context, { config, rows }: Shape): KernelAr
   const { rowLayout, valueLayout, valueBlockChannels } = sharedPlanOf(config);
   const rowSwizzle = rowLayout.rowBytes === 128 ? '128B' : '64B';
   // Without keys the maps are never followed, but must be valid.
-  const paddedKeys = layout.paddedKeys === 0 ? HOPPER_BLOCK_K : layout.paddedKeys;
+  const paddedKeys = layout.paddedKeys === 0 ? WGMMA_BLOCK_K : layout.paddedKeys;
   const keys = kvHeads * paddedKeys;
   const key: TensorMapDescription = {
     buffer: 'key',
     elementType: 'u8',
     dimensions: [qkRowBytes, keys],
     byteStrides: [qkRowBytes],
-    box: [rowLayout.rowBytes, HOPPER_BLOCK_K],
+    box: [rowLayout.rowBytes, WGMMA_BLOCK_K],
     swizzle: rowSwizzle,
     l2Promotion: '256B',
   };
@@ -150,7 +144,7 @@ function mapsOf({ problem, layout }: Context, { config, rows }: Shape): KernelAr
           elementType: 'u8',
           dimensions: [paddedKeys, kvHeads * paddedValueDim],
           byteStrides: [paddedKeys],
-          box: [HOPPER_BLOCK_K, paddedValueDim],
+          box: [WGMMA_BLOCK_K, paddedValueDim],
           swizzle: '128B',
           l2Promotion: '256B',
         }
@@ -159,7 +153,7 @@ function mapsOf({ problem, layout }: Context, { config, rows }: Shape): KernelAr
           elementType: 'f16',
           dimensions: [paddedValueDim, keys],
           byteStrides: [paddedValueDim * 2],
-          box: [valueBlockChannels, HOPPER_BLOCK_K],
+          box: [valueBlockChannels, WGMMA_BLOCK_K],
           swizzle: valueLayout.rowBytes === 128 ? '128B' : '64B',
           l2Promotion: '256B',
         };
@@ -240,7 +234,7 @@ function attentionLaunch(context: Context, shape: Shape): KernelLaunch {
   const { problem, choice, device, layout, scheme } = context;
   const { config, tuning, queryTiles, units, splits } = shape;
   const { queryHeads, kvHeads, dtype, q } = problem;
-  const module = moduleOf(hopperAttention, config);
+  const module = moduleOf(wgmmaAttention, config);
   const { sharedBytes, threads } = module.kernel();
   if (sharedBytes > TARGET_FEATURES.sm_90a.sharedBytesPerBlock) {
     throw new RangeError(`${sharedBytes} bytes of shared memory for one CTA`);
@@ -249,8 +243,8 @@ function attentionLaunch(context: Context, shape: Shape): KernelLaunch {
   const [queryBatch, queryHead, queryToken] = strideBytes(q, dtype);
   const work = queryTiles * units * splits;
   const blocks = tuning.persistent ? Math.min(work, device.multiprocessors * config.minBlocks) : work;
-  return launch('attention', module, 'hopperAttention', blocks, threads, sharedBytes, [
-    ...inOrder(HOPPER_POINTERS, {
+  return launch('attention', module, 'wgmmaAttention', blocks, threads, sharedBytes, [
+    ...inOrder(WGMMA_POINTERS, {
       sequences: pointer('sequences'),
       ...(config.fusedQuery === undefined
         ? { queryScale: pointer('queryScale'), rowBias: pointer('rowBias') }
@@ -264,7 +258,7 @@ function attentionLaunch(context: Context, shape: Shape): KernelLaunch {
       mask,
       ...outputPointersOf(context, splits),
     }),
-    ...inOrder(HOPPER_INTEGERS, {
+    ...inOrder(WGMMA_INTEGERS, {
       queryHeads: u32(queryHeads),
       headsPerKeyHead: u32(queryHeads / kvHeads),
       queryTiles: u32(queryTiles),
@@ -274,7 +268,7 @@ function attentionLaunch(context: Context, shape: Shape): KernelLaunch {
       work: u32(work),
       headGroup: u32(headGroupOf(context, shape)),
     }),
-    ...inOrder(HOPPER_STRIDES, { queryBatch, queryHead, queryToken, ...strides, ...outputStridesOf(problem) }),
+    ...inOrder(WGMMA_STRIDES, { queryBatch, queryHead, queryToken, ...strides, ...outputStridesOf(problem) }),
     ...bandArguments(problem.band),
     f32(problem.smScale),
     ...softcapArguments(problem),

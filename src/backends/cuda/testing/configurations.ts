@@ -7,7 +7,7 @@ import type { DType } from '../../../tensor/dtype.ts';
 import { emptyTensor, tensor } from '../../../tensor/tensor.ts';
 import type { KernelChoice } from '../../backend.ts';
 import { CUDA_KERNELS, type CudaKernelDescriptor, type Family, lackedBy } from '../kernel-table.ts';
-import { HOPPER_VARIANTS, type HopperTuning } from '../kernels/wgmma/table.ts';
+import { WGMMA_VARIANTS, type WgmmaTuning } from '../kernels/wgmma/table.ts';
 import type { SimulatableModule } from '../launches/arguments.ts';
 import { planLaunches } from '../launches/plan.ts';
 import { capabilityOf } from '../launches/scheme.ts';
@@ -76,7 +76,7 @@ function modulesOf(
   target: Target,
   [d, dv]: Dims,
   { dtype = 'bfloat16', decoding, heads = 1, windowSize, mask, ...features }: Features,
-  overrides: Partial<HopperTuning> = {},
+  overrides: Partial<WgmmaTuning> = {},
 ): { name: string; module: SimulatableModule }[] {
   const [lq, lk] = decoding === undefined ? [256, 256] : [1, decoding];
   const storage = emptyTensor([Math.max(lk, heads * lq) * Math.max(d, dv)], dtype).data;
@@ -171,7 +171,7 @@ function wgmmaConfigurations(thorough: boolean): Configuration[] {
     }
     const isFp8 = kernels.some(({ name, pvFormat }) => name === choice.descriptor.name && pvFormat === 'e4m3');
     if (!thorough || rank > 0 || !isFp8) continue;
-    for (const [variant, tuning] of Object.entries(HOPPER_VARIANTS)) {
+    for (const [variant, tuning] of Object.entries(WGMMA_VARIANTS)) {
       const [full] = PLAIN as [Features];
       add(`${label([128, 128], full.name)} [${variant}]`, false, choice, 'sm_90a', [128, 128], full, tuning);
     }

@@ -16,7 +16,7 @@
 import { mbarrierArrive, mbarrierWait } from '../../ptx/mbarrier.ts';
 import type { Kernel, Reg } from '../../ptx/types.ts';
 import { setMaxNReg, wgmmaWaitGroup } from '../../ptx/wgmma.ts';
-import type { HopperConfig } from './config.ts';
+import type { WgmmaConfig } from './config.ts';
 import { writeResults } from './epilogue.ts';
 import { type Frame, makeFrame, writeOnes } from './frame.ts';
 import { producer } from './producer.ts';
@@ -40,7 +40,7 @@ import { type Item, makeKeyScales, makeOutput, makeScores, makeSoftmaxState } fr
 import { eachWork } from './work.ts';
 
 /** The kernel of one configuration. */
-export function hopperAttention(config: HopperConfig): Kernel {
+export function wgmmaAttention(config: WgmmaConfig): Kernel {
   const frame = makeFrame(config);
   const { b, warpgroup } = frame;
   if (config.onesColumn) writeOnes(frame);

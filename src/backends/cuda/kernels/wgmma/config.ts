@@ -3,7 +3,7 @@ import type { DType } from '../../../../tensor/dtype.ts';
 import { type Layout, tma128Swizzle } from '../../ptx/layouts.ts';
 
 /** How the pipeline runs; the same for every problem of a head dim. */
-export interface HopperTile {
+export interface WgmmaTile {
   /** Warpgroups that compute, 64 rows of Q each. */
   readonly consumers: 1 | 2 | 3;
   /** Stages of K and of V. */
@@ -30,7 +30,7 @@ export interface HopperTile {
   readonly rescaleThreshold: number;
 }
 
-export interface HopperConfig extends HopperTile {
+export interface WgmmaConfig extends WgmmaTile {
   readonly pvFormat: 'e4m3' | 'f16';
   /** Bytes of a quantized token of Q or K: D padded to 32. */
   readonly qkRowBytes: number;
@@ -91,7 +91,7 @@ export function sharedPlanOf({
   qkRowBytes,
   paddedValueDim,
   onesColumn,
-}: Pick<HopperConfig, 'pvFormat' | 'qkRowBytes' | 'paddedValueDim' | 'onesColumn'>): SharedPlan {
+}: Pick<WgmmaConfig, 'pvFormat' | 'qkRowBytes' | 'paddedValueDim' | 'onesColumn'>): SharedPlan {
   const rowLayout = qkRowBytes <= 64 ? tma64Swizzle() : tma128Swizzle();
   const rowBlocks = Math.ceil(qkRowBytes / rowLayout.rowBytes);
   if (pvFormat === 'e4m3') {

@@ -8,15 +8,15 @@ import { integers, pointers } from '../parts/addresses.ts';
 import { type BandParameters, bandParameters } from '../parts/band.ts';
 import { Ring } from '../parts/ring.ts';
 import { type SoftcapParameters, softcapParameters } from '../parts/scores.ts';
-import { type HopperConfig, type SharedPlan, sharedPlanOf } from './config.ts';
+import { type SharedPlan, sharedPlanOf, type WgmmaConfig } from './config.ts';
 import { uniform } from './instructions.ts';
 
 /** Keys of a tile. Scales of K are those of each 64. */
-export const HOPPER_BLOCK_K = 128;
+export const WGMMA_BLOCK_K = 128;
 /** Rows of a consumer warpgroup. */
 export const CONSUMER_ROWS = 64;
 
-export const HOPPER_POINTERS = [
+export const WGMMA_POINTERS = [
   'sequences',
   'query',
   'queryScale',
@@ -31,7 +31,7 @@ export const HOPPER_POINTERS = [
   'output',
   'lse',
 ] as const;
-export const HOPPER_INTEGERS = [
+export const WGMMA_INTEGERS = [
   'queryHeads',
   'headsPerKeyHead',
   'queryTiles',
@@ -42,7 +42,7 @@ export const HOPPER_INTEGERS = [
   'headGroup',
 ] as const;
 /** In bytes. `query` strides are of the caller's Q, which a kernel that quantizes it reads. */
-export const HOPPER_STRIDES = [
+export const WGMMA_STRIDES = [
   'queryBatch',
   'queryHead',
   'queryToken',
@@ -56,15 +56,15 @@ export const HOPPER_STRIDES = [
   'lseBatch',
   'lseHead',
 ] as const;
-export const HOPPER_MAPS = ['queryMap', 'keyMap', 'valueMap'] as const;
+export const WGMMA_MAPS = ['queryMap', 'keyMap', 'valueMap'] as const;
 
 export interface Frame {
   readonly b: KernelBuilder;
-  readonly config: HopperConfig;
+  readonly config: WgmmaConfig;
   readonly plan: SharedPlan;
-  readonly pointer: Readonly<Record<(typeof HOPPER_POINTERS)[number], Parameter<'u64'>>>;
-  readonly integer: Readonly<Record<(typeof HOPPER_INTEGERS)[number], Parameter<'u32'>>>;
-  readonly strides: Readonly<Record<(typeof HOPPER_STRIDES)[number], Parameter<'u64'>>>;
+  readonly pointer: Readonly<Record<(typeof WGMMA_POINTERS)[number], Parameter<'u64'>>>;
+  readonly integer: Readonly<Record<(typeof WGMMA_INTEGERS)[number], Parameter<'u32'>>>;
+  readonly strides: Readonly<Record<(typeof WGMMA_STRIDES)[number], Parameter<'u64'>>>;
   readonly maps: readonly Parameter<'tensorMap'>[];
   readonly band: BandParameters;
   readonly smScale: Parameter<'f32'>;
@@ -96,22 +96,22 @@ export interface Frame {
 }
 
 /** Declares parameters and shared memory, and makes the barriers. */
-export function makeFrame(config: HopperConfig): Frame {
+export function makeFrame(config: WgmmaConfig): Frame {
   const { consumers, stages } = config;
   const b = new KernelBuilder({
-    name: 'hopperAttention',
+    name: 'wgmmaAttention',
     target: 'sm_90a',
     threads: 128 * (1 + consumers),
     minBlocksPerMultiprocessor: config.minBlocks,
   });
   const parameters = {
-    pointer: pointers(b, HOPPER_POINTERS),
-    integer: integers(b, HOPPER_INTEGERS),
-    strides: pointers(b, HOPPER_STRIDES),
+    pointer: pointers(b, WGMMA_POINTERS),
+    integer: integers(b, WGMMA_INTEGERS),
+    strides: pointers(b, WGMMA_STRIDES),
     band: bandParameters(b),
     smScale: b.parameter('smScale', 'f32'),
     softcap: softcapParameters(b),
-    maps: HOPPER_MAPS.map((name) => b.parameter(name, 'tensorMap')),
+    maps: WGMMA_MAPS.map((name) => b.parameter(name, 'tensorMap')),
   };
 
   b.section('shared memory');
@@ -120,7 +120,7 @@ export function makeFrame(config: HopperConfig): Frame {
   const rows = consumers * CONSUMER_ROWS;
   const tiles = {
     query: b.shared('query', rowBlocks * rows, rowLayout),
-    key: b.shared('key', stages * rowBlocks * HOPPER_BLOCK_K, rowLayout),
+    key: b.shared('key', stages * rowBlocks * WGMMA_BLOCK_K, rowLayout),
     value: b.shared('value', stages * plan.valueStageRows, plan.valueLayout),
     bias: b.shared('row bias', 1, rowMajor(rows * 4)),
   };
@@ -129,7 +129,7 @@ export function makeFrame(config: HopperConfig): Frame {
     keyStage: tiles.key.bytes / stages,
     valueStage: tiles.value.bytes / stages,
     queryBlock: rows * rowLayout.rowBytes,
-    keyBlock: HOPPER_BLOCK_K * rowLayout.rowBytes,
+    keyBlock: WGMMA_BLOCK_K * rowLayout.rowBytes,
   };
   const shared = b.sharedAddress();
   const barriers = b.add(shared, barrierTile.base);

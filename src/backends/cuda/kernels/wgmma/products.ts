@@ -11,7 +11,7 @@ import {
 import { MAGIC_BITS } from '../parts/constants.ts';
 import { at } from '../parts/lists.ts';
 import type { RingPlace } from '../parts/ring.ts';
-import { type Frame, HOPPER_BLOCK_K } from './frame.ts';
+import { type Frame, WGMMA_BLOCK_K } from './frame.ts';
 import type { ConsumerThread } from './rows.ts';
 import type { Item, Scores } from './state.ts';
 
@@ -82,7 +82,7 @@ export function issueScores(
     const [block, inBlock] = [Math.floor(byte / rowBytes), byte % rowBytes];
     const q = advanceDescriptor(b, query, block * bytes.queryBlock + inBlock);
     const k = advanceDescriptor(b, keys, block * bytes.keyBlock + inBlock);
-    wgmma(b, HOPPER_BLOCK_K, 'k32.s32.s8.s8', integers, q, k, true);
+    wgmma(b, WGMMA_BLOCK_K, 'k32.s32.s8.s8', integers, q, k, true);
   }
   wgmmaCommitGroup(b);
 }

@@ -3,8 +3,8 @@ import { TARGET_FEATURES } from '../../ptx/targets.ts';
 import { configurations } from '../../testing/configurations.ts';
 import { assemble, ptxasVersion } from '../../testing/ptxas.ts';
 
-/** All with HOPPER_PTXAS=all: `npx tsx scripts/ptxas-report.ts` keeps that report. */
-const kernels = configurations(process.env.HOPPER_PTXAS === 'all', 'wgmma');
+/** All with WGMMA_PTXAS=all: `npx tsx scripts/ptxas-report.ts` keeps that report. */
+const kernels = configurations(process.env.WGMMA_PTXAS === 'all', 'wgmma');
 
 test.skipIf(ptxasVersion() === undefined).each(kernels)(
   '$name: no spills, products in the background, registers moved',

@@ -6,7 +6,7 @@ import { INFINITY_BITS, LOG2_E, MAGIC, SMALLEST_GROUP_MAXIMUM } from '../parts/c
 import { BYTES, unpackPair } from '../parts/elements.ts';
 import { at, maxOf } from '../parts/lists.ts';
 import { quadMax, quadSum } from '../parts/quad.ts';
-import type { HopperConfig } from './config.ts';
+import type { WgmmaConfig } from './config.ts';
 import { CONSUMER_ROWS, type Frame } from './frame.ts';
 import { type ConsumerThread, eachRow, type Rows } from './rows.ts';
 import type { Work } from './work.ts';
@@ -37,7 +37,7 @@ type RowValues = readonly (readonly Reg<'f32'>[])[];
 export function quantizeQuery(frame: Frame, thread: ConsumerThread, work: Work, rows: Rows): Reg<'f32'>[] {
   const { b, config, smScale, warpgroup } = frame;
   b.section('quantize Q');
-  const query = config.fusedQuery as NonNullable<HopperConfig['fusedQuery']>;
+  const query = config.fusedQuery as NonNullable<WgmmaConfig['fusedQuery']>;
   const signed = b.mul(b.loadParameter(smScale), LOG2_E);
   // Threads of the group may still read the last item's.
   b.namedBarrier('bar.sync', b.add(warpgroup, 8), 128);
@@ -91,7 +91,7 @@ function loadRow(
   r: number,
   channelTerm: Reg<'u32'>,
 ): RowValues {
-  const { dtype, headDim } = config.fusedQuery as NonNullable<HopperConfig['fusedQuery']>;
+  const { dtype, headDim } = config.fusedQuery as NonNullable<WgmmaConfig['fusedQuery']>;
   const bytes = BYTES[dtype];
   const row = rows.row(r);
   const token = rows.token(row);

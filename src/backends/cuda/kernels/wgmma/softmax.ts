@@ -5,8 +5,8 @@ import { MAGIC, MIN_SCALE } from '../parts/constants.ts';
 import { at, maxOf } from '../parts/lists.ts';
 import { quadMax } from '../parts/quad.ts';
 import { capScores, excludeBeyondBand, maskRow, spreadFaults } from '../parts/scores.ts';
-import { EXACT_SCALE, type HopperConfig, SCALE_BITS } from './config.ts';
-import { HOPPER_BLOCK_K } from './frame.ts';
+import { EXACT_SCALE, SCALE_BITS, type WgmmaConfig } from './config.ts';
+import { WGMMA_BLOCK_K } from './frame.ts';
 import { exp2Halves } from './instructions.ts';
 import { eachRow, THREAD_ROWS } from './rows.ts';
 import type { Item } from './state.ts';
@@ -84,7 +84,7 @@ function finishScores({ frame, rows, scores }: Item, { scaleOf, zeroOf }: ScoreU
 /** Excludes (boolean) or adds (float) mask elements, read from the caller's tensor. */
 function maskScores(
   { frame, thread, work, rows, scores, tile }: Item,
-  kind: Exclude<HopperConfig['mask'], 'none'>,
+  kind: Exclude<WgmmaConfig['mask'], 'none'>,
 ): void {
   const { b, pointer, strides } = frame;
   b.section('mask');
@@ -99,7 +99,7 @@ function maskScores(
     let address = offset64(b, batch, rows.head(row), b.loadParameter(strides.maskHead));
     address = offset64(b, address, token, b.loadParameter(strides.maskQuery));
     address = offset64(b, address, firstColumn, keyStride);
-    maskRow(b, kind, { address, keyStride, inside, columnsLeft }, HOPPER_BLOCK_K / 8, (n, j) =>
+    maskRow(b, kind, { address, keyStride, inside, columnsLeft }, WGMMA_BLOCK_K / 8, (n, j) =>
       at(scores.floats, 4 * n + 2 * r + j),
     );
   }
@@ -114,7 +114,7 @@ function handleRareTiles(item: Item, units: ScoreUnits): void {
   const { b } = frame;
   b.section('keys out of reach or not finite, large scores');
   const tileStart = b.shl(tile, 7);
-  let edge = b.setp('gt', b.add(tileStart, HOPPER_BLOCK_K), work.wholeUntil);
+  let edge = b.setp('gt', b.add(tileStart, WGMMA_BLOCK_K), work.wholeUntil);
   if (work.wholeFrom !== undefined) edge = b.orPred(edge, b.setp('lt', tileStart, work.wholeFrom));
   const faulty = b.setp('lt', b.or(b.as(at(scales.keys, 0), 's32'), b.as(at(scales.keys, 1), 's32')), 0);
   const largestScale = () => maxOf([...new Set(units.scale.flat())], (x, y) => b.max(x, y));

@@ -4,7 +4,7 @@ import { offset } from '../parts/addresses.ts';
 import { FLOAT32_MAX } from '../parts/constants.ts';
 import { at } from '../parts/lists.ts';
 import type { EachScore } from '../parts/scores.ts';
-import { type Frame, HOPPER_BLOCK_K } from './frame.ts';
+import { type Frame, WGMMA_BLOCK_K } from './frame.ts';
 import { type ConsumerThread, eachRow, type Rows } from './rows.ts';
 import type { Work } from './work.ts';
 
@@ -17,7 +17,7 @@ export interface Scores {
 }
 
 export function makeScores({ b }: Frame): Scores {
-  const integers = b.regs('s32', HOPPER_BLOCK_K / 2);
+  const integers = b.regs('s32', WGMMA_BLOCK_K / 2);
   const floats = integers.map((register) => b.as(register, 'f32'));
   const each: EachScore = (body) => {
     for (const [index, score] of floats.entries()) body(score, (index >> 1) & 1, 8 * (index >> 2) + (index & 1));

@@ -1,8 +1,8 @@
 /** Which configuration a problem gets on Hopper, and the variants of it that `bench/cuda/wgmma-variants.ts` times against each other. */
-import type { HopperConfig, HopperTile } from './config.ts';
+import type { WgmmaConfig, WgmmaTile } from './config.ts';
 
 /** A tile with what else may be tuned. */
-export interface HopperTuning extends HopperTile {
+export interface WgmmaTuning extends WgmmaTile {
   /** Q is quantized by the attention kernel itself where its layout allows. */
   readonly fuseQuery: boolean;
   /** As many CTAs as fit, each with many items of work; else one CTA an item. */
@@ -15,7 +15,7 @@ export interface HopperTuning extends HopperTile {
  * Two consumers of 240 registers, QK^T ahead of PV. With promotion, row sums are a column of P V and an eighth of the exponentials runs on the FMA
  * units: 4% faster on an H200 than neither.
  */
-const TWO_CONSUMERS: HopperTuning = {
+const TWO_CONSUMERS: WgmmaTuning = {
   consumers: 2,
   stages: 3,
   minBlocks: 1,
@@ -34,7 +34,7 @@ const TWO_CONSUMERS: HopperTuning = {
 };
 
 /** Three consumers hide more of each other's softmax than two that run ahead: 2% faster on an H200. For Dv up to 128 in FP8. */
-const THREE_CONSUMERS: HopperTuning = {
+const THREE_CONSUMERS: WgmmaTuning = {
   ...TWO_CONSUMERS,
   consumers: 3,
   registers: { producer: 32, consumer: 160 },
@@ -45,30 +45,38 @@ const THREE_CONSUMERS: HopperTuning = {
 /** Rows of padding that 192 rows a tile may cost over 128: what they gain elsewhere. */
 const MORE_PADDING = 1.13;
 
-type Key = Pick<HopperConfig, 'pvFormat' | 'qkRowBytes' | 'paddedValueDim'> & {
+type Key = Pick<WgmmaConfig, 'pvFormat' | 'qkRowBytes' | 'paddedValueDim'> & {
   /** Rows of Q of a sequence over one head of K. */
   readonly rows: number;
   /** FP8 sums move to float32 every tile ('fp32+fp32'), or never ('fp32'). */
   readonly promoted: boolean;
   /** Scores are more than products: a mask is read, or a cap applied. */
-  readonly cooked: boolean;
+  readonly scoresAreFloat: boolean;
   /** A cap is applied: its series takes registers besides. */
   readonly capped: boolean;
 };
 
 /** The configuration of a problem. */
-export function tuningOf({ pvFormat, qkRowBytes, paddedValueDim, rows, promoted, cooked, capped }: Key): HopperTuning {
+export function tuningOf({
+  pvFormat,
+  qkRowBytes,
+  paddedValueDim,
+  rows,
+  promoted,
+  scoresAreFloat,
+  capped,
+}: Key): WgmmaTuning {
   const wide = paddedValueDim > 128;
   const fp8 = pvFormat === 'e4m3';
   const plainSums = { onesColumn: false, polynomialShare: 0 as const };
   // Masks need the registers.
   const sums = {
-    ...(fp8 && promoted && !cooked ? {} : plainSums),
+    ...(fp8 && promoted && !scoresAreFloat ? {} : plainSums),
     // Without promotion all columns are summed where they stay.
     ...(fp8 && promoted ? {} : { promoted: false, valueChunk: 256 }),
   };
   // FP16 holds P up to 2^8 as well as up to 1; E4M3, whose maximum is P's already, has no room.
-  const two: HopperTuning = { ...TWO_CONSUMERS, ...sums, rescaleThreshold: fp8 ? 0 : 8 };
+  const two: WgmmaTuning = { ...TWO_CONSUMERS, ...sums, rescaleThreshold: fp8 ? 0 : 8 };
   const narrowChunk = two.promoted ? 128 : 256;
   if (rows <= 64) {
     // One consumer; two CTAs on a multiprocessor where their stages fit.
@@ -106,7 +114,7 @@ export function tuningOf({ pvFormat, qkRowBytes, paddedValueDim, rows, promoted,
     return { ...two, queryScalePerRow: true, stages: qkRowBytes > 128 ? 2 : 3, schedule };
   }
   // Registers again: serial, sums of PV take those of the scores.
-  if (cooked) return { ...two, schedule: 'serial' };
+  if (scoresAreFloat) return { ...two, schedule: 'serial' };
   const padded = (tile: number) => Math.ceil(rows / tile) * tile;
   if (padded(192) <= MORE_PADDING * padded(128))
     return { ...THREE_CONSUMERS, ...sums, stages: qkRowBytes > 128 ? 2 : 3 };
@@ -114,7 +122,7 @@ export function tuningOf({ pvFormat, qkRowBytes, paddedValueDim, rows, promoted,
 }
 
 /** What to time on a card, by name; each says what it changes of {@link tuningOf}'s answer for FP8 at D = Dv = 128. */
-export const HOPPER_VARIANTS: Readonly<Record<string, Partial<HopperTuning>>> = {
+export const WGMMA_VARIANTS: Readonly<Record<string, Partial<WgmmaTuning>>> = {
   base: {},
   'sums on FMA units': { onesColumn: false, polynomialShare: 0 },
   'exp 25% on FMA': { polynomialShare: 0.25 },

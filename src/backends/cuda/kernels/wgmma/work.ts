@@ -3,7 +3,7 @@ import type { Reg } from '../../ptx/types.ts';
 import { divide } from '../parts/addresses.ts';
 import { type KeyRange, keyRange } from '../parts/band.ts';
 import { loadSequence } from '../parts/sequences.ts';
-import { type Frame, HOPPER_BLOCK_K } from './frame.ts';
+import { type Frame, WGMMA_BLOCK_K } from './frame.ts';
 
 export interface Work extends KeyRange {
   readonly split: Reg<'u32'> | undefined;
@@ -43,7 +43,7 @@ export function eachWork(frame: Frame, body: (work: Work) => void): void {
           b,
           config.banded ? frame.band : undefined,
           { low, high, queryLength, keyLength },
-          HOPPER_BLOCK_K,
+          WGMMA_BLOCK_K,
           split === undefined ? undefined : { split, splits: () => b.loadParameter(integer.splits) },
         );
         body({ split, sequence, head, keyHead, firstRow, ...table, ...range });
