@@ -2,8 +2,10 @@
  * Runs a bench's tasks one after another in a worker process, most important first. A task that faults the device or hangs costs
  * itself alone: the next worker goes on with the rest, and what is done is kept.
  */
+
 import { spawn } from 'node:child_process';
 import { createInterface } from 'node:readline';
+import { messageOf } from '../src/errors.ts';
 
 /** A task that says nothing for so long hangs. */
 const SILENCE_SECONDS = 45;
@@ -35,7 +37,7 @@ export function work<Task, Outcome>(
     try {
       say({ finished: i, outcome: perform(tasks[i] as Task) });
     } catch (error) {
-      say({ finished: i, outcome: { error: error instanceof Error ? error.message : String(error) } });
+      say({ finished: i, outcome: { error: messageOf(error) } });
       if (lost()) process.exit(3);
     }
   }

@@ -7,10 +7,12 @@
  *
  * `npm test -- unit Chromium` runs the parts whose names have one of these words.
  */
+
 import { spawnSync } from 'node:child_process';
 import { mkdtempSync, readFileSync, rmSync } from 'node:fs';
 import { availableParallelism, tmpdir } from 'node:os';
 import { join } from 'node:path';
+import { messageOf } from '../src/errors.ts';
 import { ensureRuntime } from './runtimes.ts';
 import { ensureSoftwareGpu, SOFTWARE_GPUS } from './software-gpu.ts';
 import { youngest } from './wasm-kernels.ts';
@@ -137,7 +139,7 @@ function run(part: Part, folder: string): Counts {
     const skipped = tests.filter((test) => test.status !== 'passed' && test.status !== 'failed');
     return { passed: numPassedTests, failed, skipped: skipped.map((test) => test.fullName) };
   } catch (error) {
-    const reason = `${part.name}: ${error instanceof Error ? error.message : error}`;
+    const reason = `${part.name}: ${messageOf(error)}`;
     console.error(reason);
     return !EVERYTHING ? { passed: 0, failed: [], skipped: [reason] } : { passed: 0, failed: [reason], skipped: [] };
   }
@@ -150,7 +152,7 @@ for (const gpu of SOFTWARE_GPUS) {
   try {
     ensureSoftwareGpu(gpu);
   } catch (error) {
-    console.error(`${gpu}: ${error instanceof Error ? error.message : error}`);
+    console.error(`${gpu}: ${messageOf(error)}`);
   }
 }
 

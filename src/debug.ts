@@ -9,6 +9,7 @@
  * have them as properties, in a worker too: `globalThis.SAGEATTENTION_DEBUG = 2`. In a browser the lines go to the console, and
  * sources into the object `globalThis.SAGEATTENTION_SOURCES`, by name.
  */
+import { messageOf } from './errors.ts';
 
 /** One kernel launch or dispatch. */
 export interface DebugLaunch {
@@ -82,7 +83,7 @@ function keepSource(stem: string, language: string, text: string): void {
     say(`source: ${folder}/${file}`);
   } catch (error) {
     // A full disk is no reason for a call to fail.
-    say(`source not written: ${error instanceof Error ? error.message : String(error)}`);
+    say(`source not written: ${messageOf(error)}`);
   }
 }
 

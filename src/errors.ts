@@ -139,6 +139,9 @@ function nearest(name: string, names: readonly string[]): string | undefined {
   return near !== undefined && near.distance <= Math.max(1, Math.floor(name.length / 3)) ? near.other : undefined;
 }
 
+/** What a caught value says: anything may be thrown. */
+export const messageOf = (error: unknown): string => (error instanceof Error ? error.message : String(error));
+
 /**
  * A copy of the options given, inherited ones included, each read once. One that is `undefined` counts as absent.
  *

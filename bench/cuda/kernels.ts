@@ -5,6 +5,7 @@
  *
  * Writes `cuda.json` and `cuda.md` there. TFLOP/s count 4 B H Lq Lk D, half when causal.
  */
+
 import { mkdirSync, writeFileSync } from 'node:fs';
 import { join } from 'node:path';
 import { parseArgs } from 'node:util';
@@ -21,6 +22,7 @@ import {
 import { descriptorOf, lackedBy } from '../../src/backends/cuda/kernel-table.ts';
 import { planAttend, planKeyValue, planLaunches } from '../../src/backends/cuda/launches/plan.ts';
 import { packBuffers } from '../../src/backends/cuda/run/bound-launches.ts';
+import { messageOf } from '../../src/errors.ts';
 import { type AttentionOptions, type KernelName, prepareKeyValue, sageattn, setBackend } from '../../src/index.ts';
 import { timeOnDevice, timeOnHost } from '../../src/measure/cuda-timing.ts';
 import { compare } from '../../src/reference/metrics.ts';
@@ -310,7 +312,7 @@ async function main(): Promise<number> {
           `${what}: ${fixed(milliseconds, 3)} ms, ${fixed(result.tflops, 0)} TFLOP/s, L1 ${fixed(relativeL1, 4)}`,
         );
       } catch (error) {
-        console.error(`${setting.kernel} at ${tokens}: ${error instanceof Error ? error.message : error}`);
+        console.error(`${setting.kernel} at ${tokens}: ${messageOf(error)}`);
         if (device.lost !== undefined) throw error;
       }
     }

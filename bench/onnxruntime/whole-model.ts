@@ -12,12 +12,14 @@
  * Each spelling and type runs in a process of its own with a time limit. Writes `onnxruntime.json` and `onnxruntime.md` after every length. Times are medians of wall clock from `run` until the GPU
  * has finished; inputs and outputs are on the GPU, so that no transfer is in them.
  */
+
 import { spawn } from 'node:child_process';
 import { existsSync, mkdirSync, readFileSync, rmSync, writeFileSync } from 'node:fs';
 import { join } from 'node:path';
 import { parseArgs } from 'node:util';
 import { WANTED_LIMITS } from '../../src/backends/webgpu/capabilities.ts';
 import { createWebgpuBackend, emptyGpuTensor } from '../../src/backends/webgpu/index.ts';
+import { messageOf } from '../../src/errors.ts';
 import { enableNodeWebgpu, withSageAttention } from '../../src/integrations/onnxruntime/index.ts';
 import type { OrtFeeds, OrtSession, OrtTensor } from '../../src/integrations/onnxruntime/ort.ts';
 import type { AttentionReport } from '../../src/integrations/onnxruntime/session/report.ts';
@@ -57,12 +59,12 @@ function fail(message: string): never {
 }
 
 /** The first line of what went wrong: onnxruntime's errors carry its whole source behind them. */
-const messageOf = (error: unknown): string => {
-  const text = error instanceof Error ? error.message : String(error);
+const firstLineOf = (error: unknown): string => {
+  const text = messageOf(error);
   return (text.split('\n')[0] as string).slice(0, 200);
 };
-process.on('uncaughtException', (error) => fail(messageOf(error)));
-process.on('unhandledRejection', (error) => fail(messageOf(error)));
+process.on('uncaughtException', (error) => fail(firstLineOf(error)));
+process.on('unhandledRejection', (error) => fail(firstLineOf(error)));
 
 const folder = positionals[0] ?? fail('give the folder for the results');
 const size = { heads: Number(flags.heads), headDim: Number(flags['head-dim']), blocks: Number(flags.blocks) };
@@ -198,7 +200,7 @@ async function openDevice(): Promise<GPUDevice | undefined> {
   const requiredLimits = Object.fromEntries(WANTED_LIMITS.map((name) => [name, adapter.limits[name]]));
   const opened = await adapter.requestDevice({ requiredFeatures, requiredLimits });
   opened.addEventListener('uncapturederror', (event) => {
-    gpuError ??= messageOf((event as GPUUncapturedErrorEvent).error.message);
+    gpuError ??= firstLineOf((event as GPUUncapturedErrorEvent).error.message);
   });
   // Drivers have been seen to compile for minutes: the shader that they are at is kept.
   const createShaderModule = opened.createShaderModule.bind(opened);
@@ -215,7 +217,7 @@ async function openDevice(): Promise<GPUDevice | undefined> {
     };
   }
   opened.lost.then((info) => {
-    if (info.reason !== 'destroyed') fail(`the device was lost: ${messageOf(info.message)}`);
+    if (info.reason !== 'destroyed') fail(`the device was lost: ${firstLineOf(info.message)}`);
   });
   return opened;
 }
@@ -341,7 +343,7 @@ async function measure(variants: readonly Variant[], feeds: OrtFeeds): Promise<M
         if (!outputs.has(variant.name)) outputs.set(variant.name, await numbersOf(output));
         output.dispose();
       } catch (error) {
-        variant.failure = messageOf(error);
+        variant.failure = firstLineOf(error);
         outputs.delete(variant.name);
         times.set(variant.name, []);
         // What it still reports is its own, not the next one's.
@@ -402,7 +404,7 @@ for (const length of lengths) {
     defaultSpeedup: without !== undefined && byDefault !== undefined ? without / byDefault : undefined,
     cutCost: without !== undefined && cutOnly !== undefined ? cutOnly - without : undefined,
     attentionAlone: await attentionAlone(length).catch((error: unknown) => {
-      console.error(`attention alone: ${messageOf(error)}`);
+      console.error(`attention alone: ${firstLineOf(error)}`);
       return undefined;
     }),
     accuracy: expected && actual && compare(actual, expected),

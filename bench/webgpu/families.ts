@@ -11,6 +11,7 @@
  * CPU (compiling, accuracy) comes before; then contenders take turns, on a GPU that is kept at work, since an idle one
  * lowers its clock several times over.
  */
+
 import { mkdirSync, writeFileSync } from 'node:fs';
 import { join } from 'node:path';
 import { parseArgs } from 'node:util';
@@ -27,6 +28,7 @@ import {
   type GpuTensor,
   type WebgpuPlan,
 } from '../../src/backends/webgpu/index.ts';
+import { messageOf } from '../../src/errors.ts';
 import { enableNodeWebgpu } from '../../src/integrations/onnxruntime/node-webgpu.ts';
 import { attentionOperations } from '../../src/measure/operations.ts';
 import { median } from '../../src/measure/statistics.ts';
@@ -303,7 +305,7 @@ for (const headDim of HEAD_DIMS) {
             const accuracy = accuracyOf(new Random(seed), hostQ, hostK, hostV, actual, isCausal);
             contenders.push({ family, variant, plan, once, accuracy, times: [] });
           } catch (error) {
-            const message = (error instanceof Error ? error.message : String(error)).split('\n')[0] as string;
+            const message = messageOf(error).split('\n')[0] as string;
             timings.push({ family, variant, error: message });
             console.log(`${name} ${family} ${variant}: ${message.slice(0, 200)}`);
           }
@@ -371,7 +373,7 @@ for (const row of flags.peers ? [...rows].sort((a, b) => order(a) - order(b)) : 
     row.onnxruntime = { milliseconds, tflops: flopsOf(row) / milliseconds / 1e9 };
     console.log(`${name} onnxruntime: ${milliseconds.toFixed(3)} ms, ${row.onnxruntime.tflops.toFixed(1)} TFLOP/s`);
   } catch (error) {
-    const message = (error instanceof Error ? error.message : String(error)).split('\n')[0] as string;
+    const message = messageOf(error).split('\n')[0] as string;
     row.onnxruntime = { error: message };
     console.log(`${name} onnxruntime: ${message.slice(0, 200)}`);
   }

@@ -1,6 +1,6 @@
 /** Which backends there are, and the instance of each that `sageattn` uses. */
 import type { BackendName } from '../attention/options.ts';
-import { BackendUnavailableError, InvalidArgumentError, reading, textOf } from '../errors.ts';
+import { BackendUnavailableError, InvalidArgumentError, messageOf, reading, textOf } from '../errors.ts';
 import type { Availability, Backend } from './backend.ts';
 
 /** Each backend is loaded when it is first asked for, so that a bundle carries only what runs. */
@@ -112,7 +112,7 @@ export async function listBackends(
         try {
           return { name, availability: await askAvailability(await getBackend(name)) };
         } catch (error) {
-          const reason = error instanceof Error ? error.message : String(error);
+          const reason = messageOf(error);
           return { name, availability: { available: false, accelerated: false, reason, details: {} } };
         }
       }),

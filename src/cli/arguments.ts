@@ -1,8 +1,8 @@
 /** Reading of numbers and lists from the command line, and of the files that it names. */
 import { readFile } from 'node:fs/promises';
 import { InvalidArgumentError, Option } from 'commander';
-import { messageOf, UserError } from './errors.ts';
-import { KERNEL_NAMES } from './library.ts';
+import { UserError } from './errors.ts';
+import { KERNEL_NAMES, messageOf } from './library.ts';
 
 export const BACKEND_NAMES = ['wasm', 'webgpu', 'cuda'] as const;
 

@@ -3,12 +3,13 @@
 import { accuracyOnRows, type ExactCall, queryLength, sampleRows } from '../measure/accuracy.ts';
 import { readUserFile } from './arguments.ts';
 import { availableBackends, offeredKernels } from './backends.ts';
-import { isRefusal, messageOf, UserError } from './errors.ts';
+import { isRefusal, UserError } from './errors.ts';
 import {
   type Accuracy,
   type BackendName,
   createProblem,
   type KernelName,
+  messageOf,
   parseSafetensors,
   type SafetensorsEntry,
   sageattn,

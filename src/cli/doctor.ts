@@ -4,7 +4,6 @@ import { accuracyOnRows, sampleRows } from '../measure/accuracy.ts';
 import { randomInputs } from '../measure/inputs.ts';
 import { thisMachine } from '../measure/machine.ts';
 import { BACKEND_NAMES } from './arguments.ts';
-import { messageOf } from './errors.ts';
 import {
   type Availability,
   type Backend,
@@ -13,6 +12,7 @@ import {
   getBackend,
   listBackends,
   MODEL_PACKAGE,
+  messageOf,
   NativeFloat16Array,
   sageattn,
   type TensorView,

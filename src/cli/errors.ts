@@ -5,8 +5,6 @@ export class UserError extends Error {
   override readonly name = 'UserError';
 }
 
-export const messageOf = (error: unknown): string => (error instanceof Error ? error.message : String(error));
-
 /** True when a kernel said that it does not take a problem, as opposed to failing at it. */
 export const isRefusal = (error: unknown): boolean =>
   error instanceof SageAttentionError && ['unsupported-option', 'unsupported-size'].includes(error.code);

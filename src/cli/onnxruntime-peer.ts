@@ -6,8 +6,7 @@ import { availableParallelism } from 'node:os';
 import type * as OnnxRuntime from 'onnxruntime-web';
 import { attentionModel } from '../measure/onnx-attention-model.ts';
 import { importOptional } from '../optional-package.ts';
-import { messageOf } from './errors.ts';
-import { type AttentionCall, type Tensor, toFloat32 } from './library.ts';
+import { type AttentionCall, messageOf, type Tensor, toFloat32 } from './library.ts';
 
 export interface Peer {
   readonly threads: number;

@@ -1,8 +1,10 @@
 /** `sageattention playground`: serves the page that shows quantized attention on this device. */
+
 import { existsSync } from 'node:fs';
 import path from 'node:path';
 import { fileURLToPath } from 'node:url';
-import { messageOf, UserError } from './errors.ts';
+import { UserError } from './errors.ts';
+import { messageOf } from './library.ts';
 import { findAssetFolder, PLAYGROUND_ASSETS } from './playground-assets.ts';
 import { servePlayground } from './playground-server.ts';
 import { bold, dim, print } from './terminal.ts';

@@ -2,8 +2,8 @@
 import { createRequire } from 'node:module';
 import { Argument, Command, CommanderError, Option } from 'commander';
 import { BACKEND_NAMES, backendOption, choice, finite, integer, kernelOption, list } from './arguments.ts';
-import { messageOf, UserError } from './errors.ts';
-import { disposeBackends, FAMILIES, KERNEL_NAMES, SageAttentionError, TARGETS } from './library.ts';
+import { UserError } from './errors.ts';
+import { disposeBackends, FAMILIES, KERNEL_NAMES, messageOf, SageAttentionError, TARGETS } from './library.ts';
 
 const { version, description } = createRequire(import.meta.url)('../../package.json') as {
   version: string;

@@ -1,5 +1,6 @@
 import { writeFile } from 'node:fs/promises';
-import { messageOf, UserError } from './errors.ts';
+import { UserError } from './errors.ts';
+import { messageOf } from './library.ts';
 import { print } from './terminal.ts';
 
 /** Writes a file that the user named. */

@@ -9,12 +9,14 @@
  * deviation hides the rare large one. Fails when a limit was exceeded, or is nearer than three of them (but for the random
  * problems, which are many cases in one).
  */
+
 import { parseArgs } from 'node:util';
 import Table from 'cli-table3';
 import fc from 'fast-check';
 import { createSimulatedBackend } from '../../src/backends/cuda/testing/simulator/backend.ts';
 import { setBackend } from '../../src/backends/registry.ts';
 import { createWasmBackend, type WasmBackendOptions } from '../../src/backends/wasm/index.ts';
+import { messageOf } from '../../src/errors.ts';
 import { CUDA_TARGETS } from '../cuda/targets.ts';
 import { arbitraryCase, CASES, type ConformanceCase } from './cases.ts';
 import { excessOf, measureCase, type Target } from './suite.ts';
@@ -61,7 +63,7 @@ async function measure(target: Target, testCase: ConformanceCase, seed: number, 
     }
   } catch (error) {
     failures++;
-    console.log(`FAILED ${target.name}, ${name}, seed ${seed}: ${error instanceof Error ? error.message : error}`);
+    console.log(`FAILED ${target.name}, ${name}, seed ${seed}: ${messageOf(error)}`);
   }
 }
 

@@ -1,7 +1,9 @@
 /** A Chromium for tests that need a browser: one that is installed, or Debian's where this process may install it. */
+
 import { existsSync } from 'node:fs';
 import { type Browser, chromium } from 'playwright-core';
 import { CHROMIUM, ensureSoftwareGpu } from '../../scripts/software-gpu.ts';
+import { messageOf } from '../../src/errors.ts';
 
 const PLACES = [
   process.env.CHROMIUM_PATH ?? '',
@@ -23,7 +25,7 @@ export function missingChromium(): string | undefined {
     executable = CHROMIUM;
     return undefined;
   } catch (error) {
-    return `a Chromium or Chrome, or its path in CHROMIUM_PATH: ${error instanceof Error ? error.message : error}`;
+    return `a Chromium or Chrome, or its path in CHROMIUM_PATH: ${messageOf(error)}`;
   }
 }
 

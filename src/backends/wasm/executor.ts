@@ -2,7 +2,7 @@
  * Who runs the kernels: worker threads over one shared memory, one worker with a memory of its own where memory cannot be
  * shared, or this thread where there are no workers.
  */
-import { ExecutionError } from '../../errors.ts';
+import { ExecutionError, messageOf } from '../../errors.ts';
 import { JOB_ABORT } from './generated/fields.ts';
 import { SCRATCH_BYTES } from './job.ts';
 import { MemoryPool } from './memory.ts';
@@ -354,7 +354,7 @@ export async function createExecutor(
     await executor.open();
     return executor;
   } catch (error) {
-    const reason = error instanceof Error ? error.message : String(error);
+    const reason = messageOf(error);
     return new InlineExecutor(module, `workers cannot be started: ${reason}`);
   }
 }

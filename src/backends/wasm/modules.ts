@@ -1,5 +1,5 @@
 /** The compiled kernels, and which of the two builds this engine runs correctly. */
-import { BackendUnavailableError } from '../../errors.ts';
+import { BackendUnavailableError, messageOf } from '../../errors.ts';
 import type { Simd } from './geometry.ts';
 
 /** What a kernel module exports. `prepare` and `attend` do one unit of a job and return 0 when none is left. */
@@ -140,7 +140,7 @@ export async function loadModule(simd: 'auto' | Simd, sources = LAZY_SOURCES): P
       if (await computesExactly(module)) return { module, simd: 'relaxed', relaxed: 'exact' };
       relaxed = 'the engine accepts the instructions and computes them wrongly';
     } catch (error) {
-      relaxed = `the engine does not accept the instructions (${error instanceof Error ? error.message : error})`;
+      relaxed = `the engine does not accept the instructions (${messageOf(error)})`;
     }
     if (simd === 'relaxed') {
       throw new BackendUnavailableError('wasm', `relaxed SIMD: ${relaxed}`, "Use simd: 'auto' or Node 24");

@@ -2,7 +2,7 @@
 
 import { type AttentionOptions, validateOptions } from '../../attention/options.ts';
 import { type AttentionProblem, createProblem } from '../../attention/problem.ts';
-import { BackendUnavailableError, takeOptions } from '../../errors.ts';
+import { BackendUnavailableError, messageOf, takeOptions } from '../../errors.ts';
 import type { TensorView } from '../../tensor/tensor.ts';
 import type {
   AttentionInputs,
@@ -90,7 +90,7 @@ export class WebgpuBackend implements Backend {
           details: {},
         };
       }
-      const reason = error instanceof Error ? error.message : String(error);
+      const reason = messageOf(error);
       return { available: false, accelerated: false, reason, remedy: 'Give the backend another device', details: {} };
     }
   }

@@ -1,5 +1,5 @@
 /** A WebGPU device with what belongs to it: capabilities, compiled pipelines, and what went wrong. */
-import { BackendUnavailableError, ExecutionError } from '../../errors.ts';
+import { BackendUnavailableError, ExecutionError, messageOf } from '../../errors.ts';
 import { importOptional } from '../../optional-package.ts';
 import {
   type Capabilities,
@@ -146,8 +146,6 @@ async function withDialect(device: GPUDevice, capabilities: Capabilities): Promi
   }
   return { ...capabilities, matrixConfigs, wrongMatrices };
 }
-
-const messageOf = (error: unknown) => (error instanceof Error ? error.message : String(error));
 
 /** The compiler's first errors, each with its place and the line. Not every engine says them elsewhere. */
 async function compilerErrors(module: GPUShaderModule, code: string): Promise<string[]> {

@@ -1,5 +1,5 @@
 /** Finds the driver library and binds it. */
-import { BackendUnavailableError } from '../../../errors.ts';
+import { BackendUnavailableError, messageOf } from '../../../errors.ts';
 import { type CudaApi, DRIVER_FUNCTIONS } from './api.ts';
 import { bindLibrary, importKoffi, type Koffi } from './bind.ts';
 
@@ -50,7 +50,7 @@ export async function loadDriver(): Promise<CudaApi> {
       return bindDriver(koffi, name);
     } catch (error) {
       cause ??= error;
-      failures.push(error instanceof Error ? error.message : String(error));
+      failures.push(messageOf(error));
     }
   }
   throw new BackendUnavailableError(

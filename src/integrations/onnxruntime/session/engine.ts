@@ -5,7 +5,7 @@ import type { KernelName } from '../../../attention/kernels.ts';
 import type { AttentionOptions } from '../../../attention/options.ts';
 import { type AttentionProblem, createProblem } from '../../../attention/problem.ts';
 import { getBackend } from '../../../backends/registry.ts';
-import { ExecutionError } from '../../../errors.ts';
+import { ExecutionError, messageOf } from '../../../errors.ts';
 import { type Tensor, type TensorView, transpose } from '../../../tensor/tensor.ts';
 import type { OrtTensor, OrtTensorConstructor } from '../ort.ts';
 import type { AttentionCall, OperandCall } from './call.ts';
@@ -105,8 +105,6 @@ export function cpuEngine(OrtTensorClass: OrtTensorConstructor): AttentionEngine
     release() {},
   };
 }
-
-export const messageOf = (error: unknown): string => (error instanceof Error ? error.message : String(error));
 
 /** An error of a kernel with the name of the attention in front. */
 export function namedError(node: string, error: unknown): ExecutionError {

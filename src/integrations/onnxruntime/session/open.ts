@@ -1,4 +1,5 @@
 /** From the arguments of `InferenceSession.create` to a session whose attention runs here. */
+import { messageOf } from '../../../errors.ts';
 import { type Cut, cutGraph } from '../cut.ts';
 import { type Detected, detectAttention } from '../detect/index.ts';
 import type { AttentionSite, LeftAttention } from '../detect/site.ts';
@@ -25,7 +26,7 @@ import {
   type OrtTensorConstructor,
 } from '../ort.ts';
 import { type Branch, BranchedSession } from './branched-session.ts';
-import { type AttentionEngine, cpuEngine, messageOf } from './engine.ts';
+import { type AttentionEngine, cpuEngine } from './engine.ts';
 import { deviceOf, gpuEngine } from './gpu-engine.ts';
 import { lengthsOf, watchedBy } from './lengths.ts';
 import { OpenedOnce } from './opened-sessions.ts';

@@ -1,5 +1,5 @@
 /** A session in pieces, behind the interface of one. */
-import { ExecutionError } from '../../../errors.ts';
+import { ExecutionError, messageOf } from '../../../errors.ts';
 import type { Cut, PlacedSite } from '../cut.ts';
 import type { LeftAttention } from '../detect/site.ts';
 import type { ModelMetadata } from '../model/sketch.ts';
@@ -19,7 +19,7 @@ import {
 } from '../ort.ts';
 import { CALLS_TO_TIME, lastOf, SiteState, settle, type Trial, together, toNumbers, tryKernel } from './calibration.ts';
 import { type AttentionCall, prepareCall } from './call.ts';
-import { type AttentionEngine, messageOf, namedError } from './engine.ts';
+import { type AttentionEngine, namedError } from './engine.ts';
 import { checkFeeds } from './feeds.ts';
 import type { Lengths } from './lengths.ts';
 import { OpenedOnce } from './opened-sessions.ts';
