@@ -22,6 +22,20 @@ export {
   sageattnVarlen,
   type VarlenOptions,
 } from './api/sageattn.ts';
+export {
+  type AttentionBackwardInputs,
+  attentionBackward,
+  type Gradients,
+  sageattnTrainable,
+  TrainableAttention,
+} from './api/trainable.ts';
+export {
+  BACKWARD_PRECISIONS,
+  type BackwardPrecision,
+  type ForwardResults,
+  type GradientOptions,
+  type TrainableOptions,
+} from './attention/backward.ts';
 export { KERNEL_NAMES, type KernelName } from './attention/kernels.ts';
 export type { AttentionOptions, BackendName, CausalAlignment, TensorLayout } from './attention/options.ts';
 export type {

@@ -1,15 +1,20 @@
+import type { BackwardProblem } from '../attention/backward.ts';
 import type { AttentionOptions } from '../attention/options.ts';
 import type { AttentionProblem } from '../attention/problem.ts';
-import type { Backend, KernelChoice, Plan } from '../backends/backend.ts';
+import type { Backend, BackwardPlan, KernelChoice, Plan } from '../backends/backend.ts';
 import { chooseKernel } from '../backends/choice.ts';
+import { ExecutionError } from '../errors.ts';
 
 /** Plans kept per backend. A model has a handful of attention shapes; a decoder without a cache one per length. */
 const CAPACITY = 64;
 
-interface Entry {
-  readonly plan: Promise<Plan>;
+/** What the cache needs of a plan. */
+type Kept = Pick<Plan, 'ended' | 'dispose'>;
+
+interface Entry<P extends Kept> {
+  readonly plan: Promise<P>;
   /** The plan, once it is made. */
-  made: Plan | undefined;
+  made: P | undefined;
   users: number;
   evicted: boolean;
 }
@@ -39,14 +44,15 @@ function askedFor(problem: string, options: AttentionOptions): string {
 }
 
 interface Cache {
-  readonly plans: Map<string, Entry>;
+  readonly plans: Map<string, Entry<Plan>>;
+  readonly backward: Map<string, Entry<BackwardPlan>>;
   /** What a problem and options came to, so that a backend is asked for its default kernel once. */
   readonly choices: Map<string, KernelChoice>;
 }
 
 const caches = new WeakMap<Backend, Cache>();
 
-function release(entry: Entry): void {
+function release(entry: Entry<Kept>): void {
   entry.users--;
   if (entry.evicted && entry.users === 0) {
     entry.plan.then(
@@ -56,8 +62,8 @@ function release(entry: Entry): void {
   }
 }
 
-function evict(plans: Map<string, Entry>, key: string): void {
-  const entry = plans.get(key) as Entry;
+function evict<P extends Kept>(plans: Map<string, Entry<P>>, key: string): void {
+  const entry = plans.get(key) as Entry<P>;
   plans.delete(key);
   entry.evicted = true;
   release(entry);
@@ -67,6 +73,53 @@ function remember<V>(map: Map<string, V>, key: string, value: V): void {
   // A Map iterates in order of insertion: reinserting makes the first key the one used longest ago.
   map.delete(key);
   map.set(key, value);
+}
+
+function cacheOf(backend: Backend): Cache {
+  let cache = caches.get(backend);
+  if (cache === undefined) {
+    cache = { plans: new Map(), backward: new Map(), choices: new Map() };
+    caches.set(backend, cache);
+  }
+  return cache;
+}
+
+/** Runs `use` with the plan of a key, which `make` makes where it is not kept. A plan in use is never disposed. */
+async function withKept<P extends Kept, R>(
+  plans: Map<string, Entry<P>>,
+  key: string,
+  make: () => Promise<P>,
+  use: (plan: P) => Promise<R>,
+  wait: () => void,
+): Promise<R> {
+  let entry = plans.get(key);
+  // The backend was disposed since; it starts again with the next call, which is this one.
+  if (entry !== undefined) {
+    if (entry.made === undefined) wait();
+    const made = entry.made ?? (await entry.plan.catch(() => undefined));
+    if (made?.ended === true && plans.get(key) === entry) evict(plans, key);
+  }
+  entry = plans.get(key);
+  if (entry === undefined) {
+    wait();
+    // The cache itself is a user, until the entry is evicted.
+    entry = { plan: make(), made: undefined, users: 1, evicted: false };
+  }
+  remember(plans, key, entry);
+  entry.users++;
+  if (plans.size > CAPACITY) {
+    evict(plans, plans.keys().next().value as string);
+  }
+  try {
+    entry.made ??= await entry.plan;
+    return await use(entry.made);
+  } catch (error) {
+    // A plan that failed may hold a lost device: the next call makes a new one.
+    if (plans.get(key) === entry) evict(plans, key);
+    throw error;
+  } finally {
+    release(entry);
+  }
 }
 
 /**
@@ -82,12 +135,7 @@ export async function withCachedPlan<R>(
   use: (plan: Plan) => Promise<R>,
   wait: () => void = () => undefined,
 ): Promise<R> {
-  let cache = caches.get(backend);
-  if (cache === undefined) {
-    cache = { plans: new Map(), choices: new Map() };
-    caches.set(backend, cache);
-  }
-  const { plans, choices } = cache;
+  const { plans, choices } = cacheOf(backend);
   const text = textOf(problem);
   const asked = askedFor(text, options);
   let choice = choices.get(asked);
@@ -97,34 +145,28 @@ export async function withCachedPlan<R>(
   }
   remember(choices, asked, choice);
   if (choices.size > CAPACITY) choices.delete(choices.keys().next().value as string);
-  const key = keyOf(text, choice);
-  let entry = plans.get(key);
-  // The backend was disposed since; it starts again with the next call, which is this one.
-  if (entry !== undefined) {
-    if (entry.made === undefined) wait();
-    const made = entry.made ?? (await entry.plan.catch(() => undefined));
-    if (made?.ended === true && plans.get(key) === entry) evict(plans, key);
-  }
-  entry = plans.get(key);
-  if (entry === undefined) {
-    wait();
-    // The cache itself is a user, until the entry is evicted.
-    entry = { plan: backend.plan(problem, choice), made: undefined, users: 1, evicted: false };
-  }
-  remember(plans, key, entry);
-  entry.users++;
-  if (plans.size > CAPACITY) {
-    evict(plans, plans.keys().next().value as string);
-  }
+  const settled = choice;
   try {
-    entry.made ??= await entry.plan;
-    return await use(entry.made);
+    return await withKept(plans, keyOf(text, settled), () => backend.plan(problem, settled), use, wait);
   } catch (error) {
-    // A plan that failed may hold a lost device: the next call makes a new one.
-    if (plans.get(key) === entry) evict(plans, key);
     choices.delete(asked);
     throw error;
-  } finally {
-    release(entry);
   }
+}
+
+/** {@link withCachedPlan} for the backward pass of a forward pass with this kernel. */
+export function withCachedBackward<R>(
+  backend: Backend,
+  problem: BackwardProblem,
+  choice: KernelChoice,
+  use: (plan: BackwardPlan) => Promise<R>,
+  wait: () => void,
+): Promise<R> {
+  const make = async () => {
+    const plan = await backend.planBackward?.(problem, choice);
+    if (plan === undefined)
+      throw new ExecutionError('execution-failed', `backend '${backend.name}' cannot plan backward`);
+    return plan;
+  };
+  return withKept(cacheOf(backend).backward, keyOf(textOf(problem), choice), make, use, wait);
 }

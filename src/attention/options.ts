@@ -84,8 +84,10 @@ export const EXACT_OPTIONS = [
 ] as const satisfies readonly (keyof AttentionOptions)[];
 
 type Check = (value: unknown) => boolean;
+/** What an option's value must satisfy, and a phrase for it. */
+export type OptionCheck = readonly [Check, string];
 const isBoolean: Check = (value) => typeof value === 'boolean';
-const oneOf = (...values: readonly string[]): [Check, string] => [
+export const oneOf = (...values: readonly string[]): OptionCheck => [
   (value) => values.includes(value as string),
   values.map((value) => `'${value}'`).join(', '),
 ];
@@ -93,7 +95,7 @@ const isWindowSide = (value: unknown) =>
   value === Number.POSITIVE_INFINITY || (Number.isSafeInteger(value) && (value as number) >= -1);
 
 /** Every option with its check and a phrase for what it takes. */
-const OPTIONS: Readonly<Record<keyof AttentionOptions, readonly [Check, string]>> = {
+const OPTIONS: Readonly<Record<keyof AttentionOptions, OptionCheck>> = {
   backend: oneOf('auto', 'wasm', 'webgpu', 'cuda'),
   kernel: oneOf('auto', ...KERNEL_NAMES),
   tensorLayout: oneOf('HND', 'NHD'),
@@ -132,6 +134,15 @@ const OPTIONS: Readonly<Record<keyof AttentionOptions, readonly [Check, string]>
 const describe = (value: unknown) => (typeof value === 'string' ? `'${textOf(value)}'` : textOf(value));
 
 /**
+ * @throws {InvalidArgumentError} `invalid-option`
+ */
+export function checkOption(name: string, value: unknown, [check, expected]: OptionCheck): void {
+  if (!reading(`options.${name}`, () => check(value), 'invalid-option')) {
+    throw new InvalidArgumentError('invalid-option', `options.${name}`, expected, describe(value));
+  }
+}
+
+/**
  * Checks names and values of options. An option that is `undefined` counts as absent.
  *
  * @param taken the options that this entry point takes
@@ -141,11 +152,7 @@ const describe = (value: unknown) => (typeof value === 'string' ? `'${textOf(val
 export function validateOptions<T extends AttentionOptions>(options: T, taken: readonly string[] = OPTION_NAMES): T {
   const given = takeOptions(options, taken);
   for (const name in given) {
-    const [check, expected] = OPTIONS[name as keyof AttentionOptions];
-    const value = given[name];
-    if (!reading(`options.${name}`, () => check(value), 'invalid-option')) {
-      throw new InvalidArgumentError('invalid-option', `options.${name}`, expected, describe(value));
-    }
+    checkOption(name, given[name], OPTIONS[name as keyof AttentionOptions]);
   }
   const { windowSize, perBlockMean, ...others } = given;
   if (perBlockMean !== undefined && given.smoothQ !== undefined) {

@@ -3,8 +3,8 @@ import type { DType } from '../tensor/dtype.ts';
 import type { TensorLocation, TensorView } from '../tensor/tensor.ts';
 import { type AttentionProblem, lseShapeOf, outputShapeOf } from './problem.ts';
 
-/** `dq`, `dk` and `dv` are gradients of a loss with respect to q, k and v. */
-export type OutputName = 'output' | 'lse' | 'dq' | 'dk' | 'dv';
+/** `dq`, `dk`, `dv` and `dMask` are gradients of a loss with respect to q, k, v and an additive mask. */
+export type OutputName = 'output' | 'lse' | 'dq' | 'dk' | 'dv' | 'dMask';
 
 /** A tensor that a run makes: contiguous, at offset 0. */
 export interface OutputSpec {

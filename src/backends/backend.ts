@@ -1,4 +1,5 @@
 /** The one interface that every backend implements. A backend knows nothing of another. */
+import type { BackwardPrecision, BackwardProblem, ForwardResults } from '../attention/backward.ts';
 import type { KernelName } from '../attention/kernels.ts';
 import type { BackendName, StreamHandle } from '../attention/options.ts';
 import type { OutputSpec, Outputs } from '../attention/outputs.ts';
@@ -84,6 +85,33 @@ export interface Plan<Inputs = AttentionInputs, Made extends Outputs = Attention
   dispose(): void;
 }
 
+/** A backward pass's inputs: those of the forward pass, what it gave, and the gradient of its output. */
+export interface BackwardInputs<T extends TensorView = TensorView> extends AttentionInputs<T>, ForwardResults<T> {}
+
+/** Contiguous; see `gradientShapesOf`. Masked positions contribute exact zeros; rows and keys that see nothing have zeros. */
+export interface BackwardOutputs<T extends TensorView = TensorView> {
+  /** Shape of q. */
+  readonly dq: T;
+  readonly dk: T;
+  readonly dv: T;
+  /** Shape of the mask, float32. Present exactly when the problem asks for it. */
+  readonly dMask?: LseOf<T>;
+}
+
+/** What a backend's backward pass can do. The first entry of each list is its default. */
+export interface BackwardSupport {
+  /**
+   * Kernels whose forward pass it continues. It computes the scores from the same codes as they do, and their P.V is in 16 bits
+   * or more: `rowsum(dO o O)` must equal `rowsum(P o dP)`, or the rows of dS do not add up to 0.
+   */
+  readonly kernels: readonly KernelName[];
+  readonly precisions: readonly BackwardPrecision[];
+  readonly maskGradient: boolean;
+}
+
+/** The plan of a backward pass; its `outputs` are those of `gradientOutputs`. */
+export type BackwardPlan = Plan<BackwardInputs, BackwardOutputs>;
+
 /** What belongs to one preparation or append. */
 export interface KeyValueContext extends RunContext {
   /**
@@ -117,6 +145,12 @@ export interface Backend {
   /** The fastest kernel for this problem, from the backend's table. */
   defaultKernel(problem: AttentionProblem): Promise<KernelDescriptor>;
   plan(problem: AttentionProblem, kernel: KernelChoice): Promise<Plan>;
+  /** Absent, like {@link planBackward}: the backend has no backward pass. undefined: it has none for this problem on this device. */
+  backwardSupport?(problem: AttentionProblem): Promise<BackwardSupport | undefined>;
+  /**
+   * @param kernel of the forward pass, one of {@link BackwardSupport.kernels}, with its options
+   */
+  planBackward?(problem: BackwardProblem, kernel: KernelChoice): Promise<BackwardPlan>;
   /** Quantizes `k` and `v`; `problem` is that of a query of length 0 or more over them. */
   prepareKeyValue(
     problem: AttentionProblem,

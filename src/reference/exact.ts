@@ -45,7 +45,7 @@ export function capped(score: number, softcap: number): number {
   return Math.abs(ratio) < 1e-4 ? score * (1 - ratio ** 2 / 3) : softcap * Math.tanh(ratio);
 }
 
-function dot(a: Float32Array, aStart: number, b: Float32Array, bStart: number, length: number): number {
+export function dot(a: Float32Array, aStart: number, b: Float32Array, bStart: number, length: number): number {
   // Four sums instead of one: additions of float64 would otherwise wait for each other.
   let sum0 = 0;
   let sum1 = 0;

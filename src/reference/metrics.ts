@@ -71,3 +71,11 @@ export function compare(actual: ArrayLike<number>, expected: ArrayLike<number>):
     maxAbsoluteError,
   };
 }
+
+/** sqrt(sum((a - e)^2) / sum(e^2)): what papers about gradients give. Infinity where an element is not finite, 0 for nothing. */
+export function relativeL2(actual: ArrayLike<number>, expected: ArrayLike<number>): number {
+  const { rmse } = compare(actual, expected);
+  let squares = 0;
+  for (let i = 0; i < expected.length; i++) squares += (expected[i] as number) ** 2;
+  return rmse === 0 ? 0 : rmse / Math.sqrt(squares / expected.length);
+}

@@ -172,7 +172,7 @@ function roundP(p: Float32Array, tokens: number, exact: number, { pvFormat, fp4 
 }
 
 /** Q or K of one head and sequence, quantized: `value * scales[indexOf(token)]`. */
-interface ScoreOperand {
+export interface ScoreOperand {
   readonly values: Int8Array | Float32Array;
   readonly scales: Float32Array;
   indexOf(token: number): number;
@@ -285,7 +285,7 @@ function quantizeValue(
 }
 
 /** K of one head and sequence. */
-interface PreparedKey {
+export interface PreparedKey {
   readonly key: ScoreOperand;
   /** K - mean, before quantization: the second factor of smoothQ's term. */
   readonly smoothedKey: Float32Array;
@@ -294,7 +294,12 @@ interface PreparedKey {
 }
 
 /** @param counted per token, 0: no row sees it, and it counts in no mean and no scale; default all count */
-function prepareKey(k: Float32Array, dim: number, algorithm: QuantizedAlgorithm, counted?: Uint8Array): PreparedKey {
+export function prepareKey(
+  k: Float32Array,
+  dim: number,
+  algorithm: QuantizedAlgorithm,
+  counted?: Uint8Array,
+): PreparedKey {
   const keyMean = algorithm.smoothK
     ? channelMean(k, dim, 0, k.length / dim, counted).map(ROUND[algorithm.keyMeanDtype])
     : undefined;
@@ -320,7 +325,7 @@ function dot(
 }
 
 /** Q of one head and sequence. */
-interface PreparedQuery {
+export interface PreparedQuery {
   readonly operand: ScoreOperand;
   /** Before smoothing and quantization. */
   readonly original: Float32Array;
@@ -330,7 +335,7 @@ interface PreparedQuery {
   readonly meanRows: number;
 }
 
-function prepareQuery(q: Float32Array, dim: number, algorithm: QuantizedAlgorithm): PreparedQuery {
+export function prepareQuery(q: Float32Array, dim: number, algorithm: QuantizedAlgorithm): PreparedQuery {
   if (!algorithm.smoothQ)
     return { operand: quantizeScoreOperand(q, dim, 'q', algorithm), original: q, means: undefined, meanRows: 1 };
   const meanRows = algorithm.smoothQ === 'sequence' ? Math.max(1, q.length / dim) : algorithm.tiling.blockQ;
@@ -389,6 +394,59 @@ function normalizeRow(output: Float64Array, sum: number, { scales, mean }: Value
  */
 const LEAST_BIAS = -2e38;
 
+/** Scores in base 2 of one row and `tokens` keys, and which of them the row sees. Returns the largest; NaN if one is NaN. */
+export type TileScores = (
+  row: number,
+  firstKey: number,
+  tokens: number,
+  bias: Float32Array,
+  query: PreparedQuery,
+  key: PreparedKey,
+  scores: Float32Array,
+  visible: Uint8Array,
+) => number;
+
+/** Scores as a kernel gets them from codes and scales. With `smoothK` and no softcap they lack {@link meanScoreOf}. */
+export function tileScores({
+  headDim,
+  smScale,
+  softcap,
+}: Pick<AttentionProblem, 'headDim' | 'smScale' | 'softcap'>): TileScores {
+  const toBase2 = Math.fround(smScale * Math.LOG2E);
+  return (row, firstKey, tokens, bias, query, prepared, scores, visible) => {
+    const { operand, original } = query;
+    const { key, keyMean } = prepared;
+    // softcap is no constant shift: there, what smoothing took from K must be back before it.
+    const meanTerm = softcap > 0 && keyMean !== undefined ? dot(original, row * headDim, keyMean, 0, headDim) : 0;
+    let maximum = Number.NEGATIVE_INFINITY;
+    for (let i = 0; i < tokens; i++) {
+      const token = firstKey + i;
+      visible[i] = bias[token] === Number.NEGATIVE_INFINITY ? 0 : 1;
+      scores[i] = 0;
+      if (visible[i] === 0) continue;
+      const raw = productOf(row, token, query, prepared, headDim) + meanTerm;
+      const scaled = softcap > 0 ? capped(raw * smScale, softcap) * Math.LOG2E : raw * toBase2;
+      const finite = operand.finite[row] === 1 && key.finite[token] === 1;
+      const shift = Math.max(bias[token] as number, LEAST_BIAS) * Math.LOG2E;
+      const score = finite ? Math.fround(scaled + shift) : Number.NaN;
+      scores[i] = score;
+      if (score > maximum || Number.isNaN(score)) maximum = score;
+    }
+    return maximum;
+  };
+}
+
+/** What the scores of {@link tileScores} lack in a row, in natural units. */
+export function meanScoreOf(
+  { headDim, smScale, softcap }: Pick<AttentionProblem, 'headDim' | 'smScale' | 'softcap'>,
+  row: number,
+  query: PreparedQuery,
+  { keyMean }: PreparedKey,
+): number {
+  if (softcap > 0 || keyMean === undefined) return 0;
+  return dot(query.original, row * headDim, keyMean, 0, headDim) * smScale;
+}
+
 /** Attends one row; writes its output and returns its logsumexp (natural). */
 type RowAttention = (
   row: number,
@@ -399,46 +457,16 @@ type RowAttention = (
 ) => number;
 
 function rowAttention(problem: AttentionProblem, algorithm: QuantizedAlgorithm): RowAttention {
-  const { headDim, valueDim, smScale, softcap } = problem;
+  const { valueDim } = problem;
   const { tiling, pvFormat, pvAccumDtype, fp8AccumulatorBits } = algorithm;
+  const scoreTile = tileScores(problem);
   const accumulation = accumulationOf(pvFormat, pvAccumDtype);
   const { promotedEveryTile, register } = accumulation;
   const roundRegister = !promotedEveryTile && register === 'fp16' ? roundToFloat16 : Math.fround;
   const pMax = pMaxOf(algorithm);
-  const toBase2 = Math.fround(smScale * Math.LOG2E);
   const tileP = new Float32Array(tiling.blockK);
   const visible = new Uint8Array(tiling.blockK);
   const tileSum = new Float64Array(valueDim);
-
-  /** Scores in base 2 of one tile, into tileP; returns their maximum, NaN if one is NaN. */
-  const scoreTile = (
-    row: number,
-    firstKey: number,
-    tokens: number,
-    bias: Float32Array,
-    query: PreparedQuery,
-    prepared: PreparedHead,
-  ): number => {
-    const { operand, original } = query;
-    const { key, keyMean } = prepared;
-    // softcap is no constant shift: there, what smoothing took from K must be back before it.
-    const meanTerm = softcap > 0 && keyMean !== undefined ? dot(original, row * headDim, keyMean, 0, headDim) : 0;
-    let maximum = Number.NEGATIVE_INFINITY;
-    for (let i = 0; i < tokens; i++) {
-      const token = firstKey + i;
-      visible[i] = bias[token] === Number.NEGATIVE_INFINITY ? 0 : 1;
-      tileP[i] = 0;
-      if (visible[i] === 0) continue;
-      const raw = productOf(row, token, query, prepared, headDim) + meanTerm;
-      const scaled = softcap > 0 ? capped(raw * smScale, softcap) * Math.LOG2E : raw * toBase2;
-      const finite = operand.finite[row] === 1 && key.finite[token] === 1;
-      const shift = Math.max(bias[token] as number, LEAST_BIAS) * Math.LOG2E;
-      const score = finite ? Math.fround(scaled + shift) : Number.NaN;
-      tileP[i] = score;
-      if (score > maximum || Number.isNaN(score)) maximum = score;
-    }
-    return maximum;
-  };
 
   /** Scores in tileP to P; returns the sum of the P not yet rounded. */
   const exponentiateTile = (tokens: number, maximum: number): number => {
@@ -459,7 +487,7 @@ function rowAttention(problem: AttentionProblem, algorithm: QuantizedAlgorithm):
     output.fill(0);
     for (let firstKey = 0; firstKey < keyLength; firstKey += tiling.blockK) {
       const tokens = Math.min(tiling.blockK, keyLength - firstKey);
-      const tileMaximum = scoreTile(row, firstKey, tokens, bias, query, head);
+      const tileMaximum = scoreTile(row, firstKey, tokens, bias, query, head, tileP, visible);
       if (tileMaximum === Number.NEGATIVE_INFINITY) continue;
       // Math.max gives NaN for either NaN.
       const newMaximum = Math.max(maximum, tileMaximum);
@@ -480,10 +508,7 @@ function rowAttention(problem: AttentionProblem, algorithm: QuantizedAlgorithm):
     }
     if (maximum === Number.NEGATIVE_INFINITY) return maximum;
     normalizeRow(output, sum, head.value);
-    const meanScore =
-      softcap > 0 || head.keyMean === undefined
-        ? 0
-        : dot(query.original, row * headDim, head.keyMean, 0, headDim) * smScale;
+    const meanScore = meanScoreOf(problem, row, query, head);
     return (maximum + Math.log2(exactSum / pMax)) * Math.LN2 + meanScore;
   };
 }
