@@ -1,6 +1,7 @@
 /**
  * `npm run test:consumers [-- NAME...] [--tarball FILE]`: installs the packed package into fresh projects of every kind
- * (test/consumers/consumers.ts), builds and runs them. Any warning fails. A release runs all; they take minutes and the npm registry.
+ * (test/consumers/consumers.ts), builds and runs them. Any warning fails. A release runs all; they take minutes and the
+ * npm registry.
  */
 import { spawn, spawnSync } from 'node:child_process';
 import { mkdirSync, mkdtempSync, rmSync, writeFileSync } from 'node:fs';

@@ -1,6 +1,6 @@
 /**
- * The conformance suite: one list of tests, made for any backend and kernel. It knows no test runner, so that it runs in
- * vitest, in a browser, and in plain Node on a GPU machine; `vitest.ts` beside it is the wrapper for the first two.
+ * The conformance suite: one list of tests, made for any backend and kernel. It knows no test runner, so that it runs
+ * in vitest, in a browser, and in plain Node on a GPU machine; `vitest.ts` beside it is the wrapper for the first two.
  */
 import fc from 'fast-check';
 import type { AttentionOptions } from '../../src/attention/options.ts';
@@ -42,7 +42,10 @@ export interface Target {
   readonly maxWork?: number;
   /** Random problems to try; default 40. */
   readonly randomCases?: number;
-  /** It refuses some problems, typed (head dims beyond a family's): random ones that it refuses are left out. Default false. */
+  /**
+   * It refuses some problems, typed (head dims beyond a family's): random ones that it refuses are left out. Default
+   * false.
+   */
   readonly partial?: boolean;
   /** Kinds of {@link VISIBILITY_CASES} that this kernel does not pass yet; default none. */
   readonly exceptions?: readonly VisibilityGroup[];
@@ -53,22 +56,28 @@ export interface ConformanceTest {
   run(): Promise<void>;
 }
 
-/** A kernel may lose this much more than the algorithm does in plain TypeScript: tilings and orders of summation differ. */
+/**
+ * A kernel may lose this much more than the algorithm does in plain TypeScript: tilings and orders of summation differ.
+ */
 const ALGORITHM_SLACK = 1.5;
 
 /**
- * Absolute error of a logsumexp of ordinary scores. INT8 rounds normal numbers in steps of about 3.5/127, which gives each
- * of q and k an error of 0.008 and their score one of 0.011; a row with a single key has that of one score. Six sigma.
+ * Absolute error of a logsumexp of ordinary scores. INT8 rounds normal numbers in steps of about 3.5/127, which gives
+ * each of q and k an error of 0.008 and their score one of 0.011; a row with a single key has that of one score. Six
+ * sigma.
  */
 const LSE_TOLERANCE = 0.07;
 
-/** INT4 rounds Q and K in steps that are 127/7 times as wide; E2M1's step at its top is 2 of 6, and a quarter of that near 0. */
+/**
+ * INT4 rounds Q and K in steps that are 127/7 times as wide; E2M1's step at its top is 2 of 6, and a quarter of that
+ * near 0.
+ */
 const lseTolerance = ({ algorithm }: Target): number =>
   algorithm.qkFormat !== 'int8' ? (LSE_TOLERANCE * INT_MAX.int8) / INT_MAX.int4 : LSE_TOLERANCE;
 
 /**
- * Where a row sees keys of hundreds, its scores are of thousands and their error a share of them: both operands' roundings, of half a
- * step of their largest element each, over the largest score.
+ * Where a row sees keys of hundreds, its scores are of thousands and their error a share of them: both operands'
+ * roundings, of half a step of their largest element each, over the largest score.
  */
 const LSE_SLOPE = { int8: 1 / INT_MAX.int8, int4: 1 / INT_MAX.int4, fp4: 1 / INT_MAX.int4 } as const;
 
@@ -114,8 +123,8 @@ function poisonedRows(values: Float64Array, width: number): Set<number> {
 }
 
 /**
- * Error of an output relative to the exact one, over the rows that are finite there. Where rows cancel to almost nothing
- * (few channels, opposite values) the error is taken relative to a twentieth of V's mean magnitude instead.
+ * Error of an output relative to the exact one, over the rows that are finite there. Where rows cancel to almost
+ * nothing (few channels, opposite values) the error is taken relative to a twentieth of V's mean magnitude instead.
  */
 function outputError(
   actual: ArrayLike<number>,
@@ -153,8 +162,8 @@ function meanMagnitude(values: Float32Array): number {
 const OUTPUT_ROUNDING = { float32: 1e-6, float16: 2 ** -11, bfloat16: 2 ** -8 } as const;
 
 /**
- * What may be lost at the bottom of a format, absolute: float16's smallest step is rounded to; float32's subnormals, which
- * bfloat16 shares, may be flushed to zero, as WGSL allows.
+ * What may be lost at the bottom of a format, absolute: float16's smallest step is rounded to; float32's subnormals,
+ * which bfloat16 shares, may be flushed to zero, as WGSL allows.
  */
 const UNDERFLOW = { float32: 2 ** -126, float16: 2 ** -25, bfloat16: 2 ** -126 } as const;
 
@@ -189,8 +198,9 @@ function lossOf(target: Target, problem: AttentionProblem, inputs: CaseInputs, e
 }
 
 /**
- * Rows of which the algorithm's loss is taken. A kernel rounds elsewhere than the algorithm does in plain TypeScript, so the
- * error of a few rows says little about that of the same rows in the kernel: where a case has fewer, its inputs are made anew.
+ * Rows of which the algorithm's loss is taken. A kernel rounds elsewhere than the algorithm does in plain TypeScript,
+ * so the error of a few rows says little about that of the same rows in the kernel: where a case has fewer, its inputs
+ * are made anew.
  */
 const LOSS_ROWS = 128;
 const MOST_DRAWS = 16;
@@ -285,8 +295,9 @@ const MEASURED_AGAIN = 4;
 const BEYOND_DOUBT = 2;
 
 /**
- * An error over random inputs has a tail that no limit ends, and thousands of them are measured in a run. One that is beyond its
- * limit, not twice so, is therefore measured again on other inputs, where nothing may be beyond; a defect shows there too.
+ * An error over random inputs has a tail that no limit ends, and thousands of them are measured in a run. One that is
+ * beyond its limit, not twice so, is therefore measured again on other inputs, where nothing may be beyond; a defect
+ * shows there too.
  */
 export async function checkMeasured(
   measure: (seed: number) => Promise<readonly Measured[]>,

@@ -1,13 +1,15 @@
 /**
- * What a row may not see must not change it: garbage behind masks and outside of bands, padding, later tokens, other documents,
- * however large; and the ends of the ranges of what changes scores (softcap, masks that are not a number).
+ * What a row may not see must not change it: garbage behind masks and outside of bands, padding, later tokens, other
+ * documents, however large; and the ends of the ranges of what changes scores (softcap, masks that are not a number).
  */
 import { contiguousStrides, type Tensor, tensor } from '../../src/tensor/tensor.ts';
 import type { Random } from '../support/random.ts';
 import { place } from '../support/tensors.ts';
 import { type ConformanceCase, type Dense, dense, NORMAL_MAX, varlen } from './cases.ts';
 
-/** Kinds of fault, one a group. A target names those that are a limit of its kernels in `exceptions`, with the reason. */
+/**
+ * Kinds of fault, one a group. A target names those that are a limit of its kernels in `exceptions`, with the reason.
+ */
 export type VisibilityGroup =
   | 'hidden keys'
   | 'padding'

@@ -4,7 +4,10 @@ import { MAX_HEAD_DIM } from '../../attention/problem.ts';
 import type { KernelDescriptor } from '../backend.ts';
 import type { Target } from './ptx/targets.ts';
 
-/** Compute capability (major * 10 + minor) below which nothing here runs: `mma.m16n8k32` of INT8 and `cp.async` start there. */
+/**
+ * Compute capability (major * 10 + minor) below which nothing here runs: `mma.m16n8k32` of INT8 and `cp.async` start
+ * there.
+ */
 export const MINIMUM_COMPUTE_CAPABILITY = 80;
 
 /** Kernels that share an instruction for their products, and with it their launches (`launches/`) and their tiles. */
@@ -17,7 +20,9 @@ export interface CudaKernelDescriptor extends KernelDescriptor {
   readonly qkFormat: 's8' | 's4';
   /** What V is stored as. */
   readonly pvFormat: 'f16' | 'e4m3';
-  /** Compute capabilities (major * 10 + minor) that it runs on: E4M3 conversions start at 8.9, and only 9.0 has wgmma. */
+  /**
+   * Compute capabilities (major * 10 + minor) that it runs on: E4M3 conversions start at 8.9, and only 9.0 has wgmma.
+   */
   readonly computeCapability: readonly [from: number, below: number];
 }
 
@@ -139,8 +144,8 @@ export function defaultKernelFor(computeCapability: number): CudaKernelDescripto
 }
 
 /**
- * PTX targets by compute capability, newest first. PTX of a plain target runs on every later device too; that of an `a` target
- * only on its own, so what has none of its own takes the plain one before it.
+ * PTX targets by compute capability, newest first. PTX of a plain target runs on every later device too; that of an `a`
+ * target only on its own, so what has none of its own takes the plain one before it.
  */
 const TARGETS_FROM: readonly (readonly [from: number, target: Target])[] = [
   [121, 'sm_89'],

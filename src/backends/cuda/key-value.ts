@@ -165,9 +165,9 @@ const SETTLED_MEAN = 512;
 const TILE = 128;
 
 /**
- * Keys and values of one call, as they came and quantized. An append quantizes the tiles that it touches, with the means of
- * before: any constant vector serves for smoothing. V in FP8 is quantized anew where its scales are those of whole channels, not
- * where its tiles have their own.
+ * Keys and values of one call, as they came and quantized. An append quantizes the tiles that it touches, with the
+ * means of before: any constant vector serves for smoothing. V in FP8 is quantized anew where its scales are those of
+ * whole channels, not where its tiles have their own.
  */
 export class CudaKeyValue implements PreparedKeyValue {
   readonly #device: CudaDevice;

@@ -32,8 +32,8 @@ export interface WasmBackendOptions {
   readonly simd?: 'auto' | Simd;
   /**
    * Address of the workers' program in browsers, the file `sageattention/wasm/worker` of this package: for pages whose
-   * Content-Security-Policy allows workers of their own origin but not `blob:`, which is the default. Where no worker can be
-   * started, calls run on the calling thread.
+   * Content-Security-Policy allows workers of their own origin but not `blob:`, which is the default. Where no worker
+   * can be started, calls run on the calling thread.
    */
   readonly workerUrl?: string | URL;
 }
@@ -210,8 +210,8 @@ class WasmBackendImplementation implements WasmBackend {
 }
 
 /**
- * A WASM backend. `sageattn` uses one of default options by itself; give this one to `setBackend`, or use it directly, to
- * choose threads or SIMD.
+ * A WASM backend. `sageattn` uses one of default options by itself; give this one to `setBackend`, or use it directly,
+ * to choose threads or SIMD.
  *
  * @throws {InvalidArgumentError} `invalid-option` or `unknown-option`
  */

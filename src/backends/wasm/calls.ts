@@ -84,7 +84,9 @@ function extentOf(problem: AttentionProblem, tokens: 'queryLength' | 'keyLength'
   return { batch: 1, tokens: starts[batch] as number };
 }
 
-/** A call's inputs as bytes: views of the caller's data where possible, which hold only while the call is being made. */
+/**
+ * A call's inputs as bytes: views of the caller's data where possible, which hold only while the call is being made.
+ */
 interface StagedInputs {
   readonly q: Staged<OperandLayout>;
   readonly k?: Staged<OperandLayout>;

@@ -60,7 +60,10 @@ export class WasmKeyValue implements PreparedKeyValue {
     return this.#length;
   }
 
-  /** Makes room for so many tokens; doubles, so that appending token by token copies each tile a bounded number of times. */
+  /**
+   * Makes room for so many tokens; doubles, so that appending token by token copies each tile a bounded number of
+   * times.
+   */
   #reserve(tokens: number): void {
     const needed = tilesOf(tokens);
     if (needed <= this.#capacity) return;

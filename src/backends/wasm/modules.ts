@@ -40,9 +40,9 @@ export async function instantiate(module: WebAssembly.Module, memory: WebAssembl
 const PROBE_VECTORS = 256;
 
 /**
- * Whether the other relaxed instructions give what the kernels rely on: rounded products of Q15, 0 for byte indices of 0x80,
- * truncation that stays below all 16-bit integers where a float32 does, and a multiply-add that is exact where both ways of
- * rounding are.
+ * Whether the other relaxed instructions give what the kernels rely on: rounded products of Q15, 0 for byte indices of
+ * 0x80, truncation that stays below all 16-bit integers where a float32 does, and a multiply-add that is exact where
+ * both ways of rounding are.
  *
  * @param memory the one that `probeOthers` works on
  */
@@ -84,8 +84,9 @@ export function othersAreExact(probeOthers: KernelExports['probeOthers'], { buff
 }
 
 /**
- * Whether the relaxed instructions compute what the kernels rely on: the dot product the exact sums for a in -128..127 and b in 0..127. Node 20 with
- * `--experimental-wasm-relaxed-simd` accepts the instruction and computes it wrongly, so validation alone says nothing.
+ * Whether the relaxed instructions compute what the kernels rely on: the dot product the exact sums for a in -128..127
+ * and b in 0..127. Node 20 with `--experimental-wasm-relaxed-simd` accepts the instruction and computes it wrongly, so
+ * validation alone says nothing.
  */
 export async function computesExactly(module: WebAssembly.Module): Promise<boolean> {
   const memory = new WebAssembly.Memory({ initial: 1, maximum: 1, shared: true });

@@ -130,7 +130,9 @@ export class WebgpuBackend implements Backend {
     return WebgpuKeyValue.create(problem, kernel, () => this.context(), this.#options, k, v, run);
   }
 
-  /** Runs under way end first. Then all memory on the device is freed, and a device that was opened here is destroyed. */
+  /**
+   * Runs under way end first. Then all memory on the device is freed, and a device that was opened here is destroyed.
+   */
   async dispose(): Promise<void> {
     const context = this.#context;
     this.#context = undefined;

@@ -22,8 +22,8 @@ import { allocate, type Buffers } from './scratch.ts';
 const PROGRAMS = 4;
 
 /**
- * Tokens whose mean is good enough to stay. While there are fewer, they are kept as they came beside their quantized rows,
- * and an append quantizes all anew: a cache may begin with a single token that is unlike all others.
+ * Tokens whose mean is good enough to stay. While there are fewer, they are kept as they came beside their quantized
+ * rows, and an append quantizes all anew: a cache may begin with a single token that is unlike all others.
  */
 const SETTLED_MEAN = 512;
 
@@ -135,7 +135,10 @@ export class WebgpuKeyValue implements PreparedKeyValue {
     return this.#quantize({ ...whole, k, v }, 0);
   }
 
-  /** Quantizes tokens from `first` on; those before keep their mean, and their values get wider scales where they need them. */
+  /**
+   * Quantizes tokens from `first` on; those before keep their mean, and their values get wider scales where they need
+   * them.
+   */
   #quantize(problem: AttentionProblem, first: number): Promise<Program> {
     const { capabilities } = this.#context;
     const stages = createStages(problem, capabilities, this.#shape, first);

@@ -1,4 +1,7 @@
-/** What appending to quantized keys and values takes besides quantizing: copies of the first rows, and wider scales of V. */
+/**
+ * What appending to quantized keys and values takes besides quantizing: copies of the first rows, and wider scales of
+ * V.
+ */
 import type { DType } from '../../../tensor/dtype.ts';
 import { type KeyValueLayout, params, SEQUENCE, tables, VALUE_GROUP } from './layout.ts';
 import { KEY_BLOCK, type ValueScaling, valueScale } from './prepare.ts';
@@ -86,7 +89,10 @@ fn new_largest(record: u32, chunks: u32) -> vec4<f32> {
   return largest;
 }`;
 
-/** Multiplies a block of stored values with what their channels' scales become once new tokens count; mostly nothing to do. */
+/**
+ * Multiplies a block of stored values with what their channels' scales become once new tokens count; mostly nothing to
+ * do.
+ */
 export function widenValuesKernel({ headDimPadded, valueDimPadded, values, layout }: WidenConfig): string {
   const statistics = statisticsVectors(headDimPadded, valueDimPadded);
   // A word holds two channels of a key (rows), or two keys of a channel (tiles).

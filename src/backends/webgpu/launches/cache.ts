@@ -90,7 +90,8 @@ const rowsOf = ({ records }: Stages, tiles: readonly Tile[], range: readonly [nu
   });
 
 /**
- * Wider scales for the values of the `first` tokens that each sequence holds, where those of the tokens added are larger.
+ * Wider scales for the values of the `first` tokens that each sequence holds, where those of the tokens added are
+ * larger.
  *
  * @param added the shape under which the added tokens' statistics were taken
  */
