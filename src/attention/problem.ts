@@ -14,6 +14,14 @@ export interface MaskLayout {
   readonly strides: readonly [batch: number, head: number, query: number, key: number];
 }
 
+/** A mask `[B,L]` of tokens, as one of scores that is alike for all heads and rows. */
+export const keyMaskLayout = ({ strides: [batch = 0, token = 0], offset }: TensorView): MaskLayout => ({
+  kind: 'boolean',
+  dtype: 'bool',
+  offset,
+  strides: [batch, 0, 0, token],
+});
+
 /** Below it a cap leaves of every score nothing that float32 can add to another; its reciprocal is still a float32. */
 const LEAST_SOFTCAP = 2 ** -100;
 

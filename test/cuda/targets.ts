@@ -29,9 +29,15 @@ const BOUNDS = { fp16: 0.025, fp8: 0.06, int4: 0.25 } as const;
 /**
  * Groups of K span up to 64 keys of a tile, V in FP8 has one scale for a channel and tile, and a cache keeps K's mean
  * between doublings: keys a hundred times as large beside those that a row sees cost it precision (docs/how-it-works.md
- * says how much).
+ * says how much). A cache refuses `keyMask`.
  */
-const EXCEPTIONS: NonNullable<Target['exceptions']> = ['later tokens', 'documents', 'heads of a group', 'cache'];
+const EXCEPTIONS: NonNullable<Target['exceptions']> = [
+  'later tokens',
+  'documents',
+  'heads of a group',
+  'cache',
+  'cache padding',
+];
 
 function target(
   kernel: Target['kernel'],

@@ -9,8 +9,8 @@ import type {
   Backend,
   KernelChoice,
   KernelDescriptor,
+  KeyValueContext,
   PreparedKeyValue,
-  RunContext,
 } from '../backend.ts';
 import { type Cuda, type CudaDevice, openCuda } from './driver/device.ts';
 import { CUDA_KERNELS, defaultKernelFor, lackedBy, MINIMUM_COMPUTE_CAPABILITY, targetFor } from './kernel-table.ts';
@@ -169,7 +169,7 @@ export class CudaBackend implements Backend {
     kernel: KernelChoice,
     k: TensorView,
     v: TensorView,
-    context: RunContext,
+    context: KeyValueContext,
   ): Promise<PreparedKeyValue> {
     const device = await this.device(problem);
     const prepared = new CudaKeyValue(device, kernel, this.#planner, factsOf(device, kernel), problem);

@@ -11,9 +11,9 @@ import type {
   Backend,
   KernelChoice,
   KernelDescriptor,
+  KeyValueContext,
   Plan,
   PreparedKeyValue,
-  RunContext,
 } from '../backend.ts';
 import { arithmeticOf, wholeCall } from './calls.ts';
 import { createExecutor, type ExecutorKind } from './executor.ts';
@@ -179,13 +179,14 @@ class WasmBackendImplementation implements WasmBackend {
     kernel: KernelChoice,
     k: TensorView,
     v: TensorView,
-    context: RunContext,
+    context: KeyValueContext,
   ): Promise<PreparedKeyValue> {
     const ready = this.#ready();
-    const operands = ready === undefined ? ownInputs({ k, v }) : { k, v };
+    const given = { k, v, keyMask: context.keyMask };
+    const { keyMask, ...operands } = ready === undefined ? ownInputs(given) : given;
     const prepared = new WasmKeyValue(ready ?? (await this.#current()), problem, kernel);
     try {
-      await prepared.append(operands.k, operands.v, problem, context);
+      await prepared.append(operands.k, operands.v, problem, keyMask === undefined ? context : { ...context, keyMask });
     } catch (error) {
       prepared.dispose();
       throw error;

@@ -14,7 +14,7 @@ export const JOB_FIELDS = [
   'out',
   /** 0: no LSE is wanted. */
   'lse',
-  /** 0: no mask. */
+  /** 0: no mask. Of an append to a cache, whose rows are yet to come: bytes that say which of the tokens added count. */
   'mask',
   /** First tile of quantized keys and values. */
   'tiles',
@@ -81,6 +81,8 @@ export const JOB_FIELDS = [
    * kept.
    */
   'keyTail',
+  /** One byte for each token of the last, partly filled tile, `[sequences, kvHeads, BLOCK_K]`: whether it counts, see prepare.ts. */
+  'tailSeen',
 ] as const;
 
 /** A sequence: its place in operands and tiles, lengths and band. */

@@ -42,6 +42,7 @@ export interface Addresses {
   readonly means: number;
   readonly tail: number;
   readonly keyTail: number;
+  readonly tailSeen: number;
 }
 
 /** What a job says besides addresses. */

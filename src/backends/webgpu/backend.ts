@@ -10,8 +10,8 @@ import type {
   Backend,
   KernelChoice,
   KernelDescriptor,
+  KeyValueContext,
   PreparedKeyValue,
-  RunContext,
 } from '../backend.ts';
 import { chooseOptions } from '../choice.ts';
 import { matrixText } from './capabilities.ts';
@@ -125,7 +125,7 @@ export class WebgpuBackend implements Backend {
     kernel: KernelChoice,
     k: TensorView,
     v: TensorView,
-    run: RunContext,
+    run: KeyValueContext,
   ): Promise<PreparedKeyValue> {
     return WebgpuKeyValue.create(problem, kernel, () => this.context(), this.#options, k, v, run);
   }
