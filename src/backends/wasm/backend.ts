@@ -15,6 +15,7 @@ import type {
   Plan,
   PreparedKeyValue,
 } from '../backend.ts';
+import { unavailable } from '../load-code.ts';
 import { arithmeticOf, wholeCall } from './calls.ts';
 import { createExecutor, type ExecutorKind } from './executor.ts';
 import type { Simd } from './geometry.ts';
@@ -79,7 +80,11 @@ class WasmBackendImplementation implements WasmBackend {
     if (typeof WebAssembly !== 'object') {
       throw new BackendUnavailableError('wasm', 'there is no WebAssembly here', 'Use Node 20 or a current browser');
     }
-    this.#module ??= loadModule(this.#simd, this.#sources);
+    this.#module ??= loadModule(this.#simd, this.#sources).catch((error: unknown) => {
+      // Code that a host did not serve may come the next time.
+      this.#module = undefined;
+      throw error;
+    });
     const { module, simd, relaxed } = await this.#module;
     const kind = this.#kind;
     const executor = await createExecutor(module, { threads: this.#threads, workerUrl: this.#workerUrl, kind });
@@ -136,14 +141,7 @@ class WasmBackendImplementation implements WasmBackend {
         },
       };
     } catch (error) {
-      const { received, expected } = error instanceof BackendUnavailableError ? error : {};
-      return {
-        available: false,
-        accelerated: false,
-        reason: received ?? String(error),
-        ...(expected === undefined ? {} : { remedy: expected }),
-        details: {},
-      };
+      return unavailable(error);
     }
   }
 

@@ -1,5 +1,6 @@
 /** The compiled kernels, and which of the two builds this engine runs correctly. */
 import { BackendUnavailableError, messageOf } from '../../errors.ts';
+import { loadCode } from '../load-code.ts';
 import type { Simd } from './geometry.ts';
 
 /** What a kernel module exports. `prepare` and `attend` do one unit of a job and return 0 when none is left. */
@@ -15,8 +16,8 @@ export type KernelSources = Readonly<Record<Simd, () => Promise<{ readonly BASE6
 
 /** Each build is loaded when it is needed. */
 const LAZY_SOURCES: KernelSources = {
-  simd128: () => import('./generated/simd128.ts'),
-  relaxed: () => import('./generated/relaxed.ts'),
+  simd128: () => loadCode('wasm', () => import('./generated/simd128.ts')),
+  relaxed: () => loadCode('wasm', () => import('./generated/relaxed.ts')),
 };
 
 function decodeBase64(text: string): Uint8Array<ArrayBuffer> {
@@ -141,7 +142,10 @@ export async function loadModule(simd: 'auto' | Simd, sources = LAZY_SOURCES): P
       if (await computesExactly(module)) return { module, simd: 'relaxed', relaxed: 'exact' };
       relaxed = 'the engine accepts the instructions and computes them wrongly';
     } catch (error) {
-      relaxed = `the engine does not accept the instructions (${messageOf(error)})`;
+      relaxed =
+        error instanceof BackendUnavailableError
+          ? (error.received ?? error.message)
+          : `the engine does not accept the instructions (${messageOf(error)})`;
     }
     if (simd === 'relaxed') {
       throw new BackendUnavailableError('wasm', `relaxed SIMD: ${relaxed}`, "Use simd: 'auto' or Node 24");
@@ -150,6 +154,7 @@ export async function loadModule(simd: 'auto' | Simd, sources = LAZY_SOURCES): P
   try {
     return { module: await compile('simd128', sources), simd: 'simd128', relaxed };
   } catch (error) {
+    if (error instanceof BackendUnavailableError) throw error;
     // Chromium and WebKit name the keyword, Firefox the policy.
     if (/unsafe-eval|content.security.policy|\bcsp\b/i.test(String(error))) {
       throw new BackendUnavailableError(
