@@ -1,7 +1,6 @@
 /**
  * `npm run test:consumers [-- NAME...] [--tarball FILE]`: installs the packed package into fresh projects of every kind
- * (test/consumers/consumers.ts), builds and runs them. Any warning fails. A release runs all; they take minutes and the
- * npm registry.
+ * (test/consumers/consumers.ts), builds and runs them. Any warning fails. A release runs all; they take minutes and the npm registry.
  */
 import { spawn, spawnSync } from 'node:child_process';
 import { mkdirSync, mkdtempSync, rmSync, writeFileSync } from 'node:fs';
@@ -11,9 +10,9 @@ import { tmpdir } from 'node:os';
 import path from 'node:path';
 import { parseArgs } from 'node:util';
 import type { Browser } from 'playwright-core';
-import { ISOLATION_HEADERS, serveFile } from '../src/cli/playground-server.ts';
-import { CONSUMERS, type Consumer, DONE, STRICT_POLICY } from '../test/consumers/consumers.ts';
-import { launchChromium, launchWithExtension, missingChromium } from '../test/support/chromium.ts';
+import { serveFile } from '../src/cli/playground-server.ts';
+import { CONSUMERS, type Consumer, DONE } from '../test/consumers/consumers.ts';
+import { launchChromium, missingChromium } from '../test/support/chromium.ts';
 import { pack } from './check-package.ts';
 import { ensureRuntime } from './runtimes.ts';
 
@@ -80,17 +79,13 @@ function build(
   return place;
 }
 
-/** What a browser says by itself where its machine has no GPU; the library then takes another backend. */
-const NO_GPU = /WebGPU Context Provider/;
-/** And where a policy kept the library from starting a worker of `blob:`; it then computes without. */
-const NO_BLOB_WORKER = /blob:.* violates the following Content Security Policy/;
-
 /** Opens a page and waits until its title is no longer `waiting`. */
-async function titleOf(browser: Browser, url: string, accepted: readonly RegExp[] = [NO_GPU]): Promise<string> {
+async function titleOf(browser: Browser, url: string): Promise<string> {
   const page = await browser.newPage();
   const said: string[] = [];
   page.on('console', (message) => {
-    const own = accepted.some((pattern) => pattern.test(message.text()));
+    // Chromium's own words where the machine has no GPU; the library then takes another backend.
+    const own = /WebGPU Context Provider/.test(message.text());
     if (!own && ['error', 'warning'].includes(message.type())) said.push(message.text());
   });
   page.on('pageerror', (error) => said.push(String(error)));
@@ -106,17 +101,9 @@ async function titleOf(browser: Browser, url: string, accepted: readonly RegExp[
   }
 }
 
-/** Headers of every answer, by what is tried with them, and what the console may say then. */
-const HOSTS: Readonly<Record<string, { headers: Readonly<Record<string, string>>; blobIsRefused: boolean }>> = {
-  plain: { headers: {}, blobIsRefused: false },
-  isolated: { headers: ISOLATION_HEADERS, blobIsRefused: false },
-  strict: { headers: { ...ISOLATION_HEADERS, 'Content-Security-Policy': STRICT_POLICY }, blobIsRefused: true },
-};
-
-async function servedTitle(browser: Browser, folder: string, withinPolicy: boolean): Promise<string> {
-  let sent: Readonly<Record<string, string>> = {};
+async function servedTitle(browser: Browser, folder: string, policy: string | undefined): Promise<string> {
   const server = createServer((request, response) => {
-    for (const [name, value] of Object.entries(sent)) response.setHeader(name, value);
+    if (policy !== undefined) response.setHeader('Content-Security-Policy', policy);
     const [target = '/'] = (request.url ?? '/').split('?', 1);
     serveFile(request, response, folder, target, () => {
       // Every browser asks for an icon.
@@ -126,13 +113,7 @@ async function servedTitle(browser: Browser, folder: string, withinPolicy: boole
   });
   await new Promise<void>((resolve) => server.listen(0, '127.0.0.1', resolve));
   try {
-    for (const [host, { headers, blobIsRefused }] of Object.entries(HOSTS)) {
-      sent = headers;
-      const accepted = blobIsRefused && !withinPolicy ? [NO_GPU, NO_BLOB_WORKER] : [NO_GPU];
-      const title = await titleOf(browser, `http://127.0.0.1:${(server.address() as AddressInfo).port}/`, accepted);
-      if (title !== DONE) return `${host}: ${title}`;
-    }
-    return DONE;
+    return await titleOf(browser, `http://127.0.0.1:${(server.address() as AddressInfo).port}/`);
   } finally {
     server.close();
     server.closeAllConnections();
@@ -165,10 +146,7 @@ async function serverAnswers(browser: Browser, consumer: Consumer, { folder, env
       await new Promise((resolve) => setTimeout(resolve, 250));
     }
     for (const page of consumer.run.pages) {
-      const text =
-        page === '/'
-          ? await titleOf(browser, url, [NO_GPU, NO_BLOB_WORKER])
-          : await (await fetch(`${url}${page}`)).text();
+      const text = page === '/' ? await titleOf(browser, url) : await (await fetch(`${url}${page}`)).text();
       if (!text.includes(DONE)) return `${page}: ${text.slice(0, 500)}`;
     }
     return DONE;
@@ -177,28 +155,11 @@ async function serverAnswers(browser: Browser, consumer: Consumer, { folder, env
   }
 }
 
-/** What the extension's background left in `result`. */
-async function extensionResult(folder: string): Promise<string> {
-  const context = await launchWithExtension(folder);
-  try {
-    const worker = context.serviceWorkers()[0] ?? (await context.waitForEvent('serviceworker', { timeout: PATIENCE }));
-    for (const until = Date.now() + PATIENCE; Date.now() < until; ) {
-      const text = await worker.evaluate(() => (globalThis as { result?: string }).result);
-      if (text !== undefined) return text;
-      await new Promise((resolve) => setTimeout(resolve, 100));
-    }
-    return 'the background gave no result';
-  } finally {
-    await context.close();
-  }
-}
-
 async function result(consumer: Consumer, place: Place, browser: Browser): Promise<string> {
   if ('command' in consumer.run) return run(consumer.run.command, place).stdout.trim();
   if ('page' in consumer.run) {
-    return servedTitle(browser, path.join(place.folder, consumer.run.page), consumer.run.withinPolicy ?? false);
+    return servedTitle(browser, path.join(place.folder, consumer.run.page), consumer.run.policy);
   }
-  if ('extension' in consumer.run) return extensionResult(path.join(place.folder, consumer.run.extension));
   return serverAnswers(browser, consumer, place);
 }
 

@@ -20,12 +20,11 @@ const WORST: Accuracy = {
 };
 
 /**
- * Compares a result with the exact one, element by element, in float64: the metrics of SageAttention2 (arXiv
- * 2411.10958).
+ * Compares a result with the exact one, element by element, in float64: the metrics of SageAttention2 (arXiv 2411.10958).
  *
- * - A NaN on either side, or an infinity that the other side does not have in the same place, makes every figure the
- *   worst possible (-1 and Infinity), so that no bound can pass it. Infinities that agree (the LSE of a row without
- *   keys) count as no error and stay out of the sums.
+ * - A NaN on either side, or an infinity that the other side does not have in the same place, makes every figure the worst
+ *   possible (-1 and Infinity), so that no bound can pass it. Infinities that agree (the LSE of a row without keys) count
+ *   as no error and stay out of the sums.
  * - Where all of `expected` is 0: relative L1 is 0 if `actual` is 0 too, else Infinity; cosine similarity 1, else 0.
  * - No elements: no error.
  *

@@ -1,3 +1,4 @@
+import type { BackwardProblem } from '../../attention/backward.ts';
 import { attentionOutputs } from '../../attention/outputs.ts';
 import type { AttentionProblem } from '../../attention/problem.ts';
 import { debugPlan } from '../../debug.ts';
@@ -7,14 +8,24 @@ import type {
   AttentionInputs,
   Availability,
   Backend,
+  BackwardSupport,
   KernelChoice,
   KernelDescriptor,
-  KeyValueContext,
   PreparedKeyValue,
+  RunContext,
 } from '../backend.ts';
+import { CudaBackwardPlan } from './backward-plan.ts';
 import { type Cuda, type CudaDevice, openCuda } from './driver/device.ts';
-import { CUDA_KERNELS, defaultKernelFor, lackedBy, MINIMUM_COMPUTE_CAPABILITY, targetFor } from './kernel-table.ts';
+import {
+  BACKWARD_SUPPORT,
+  CUDA_KERNELS,
+  defaultKernelFor,
+  lackedBy,
+  MINIMUM_COMPUTE_CAPABILITY,
+  targetFor,
+} from './kernel-table.ts';
 import { CudaKeyValue } from './key-value.ts';
+import { planBackward } from './launches/backward.ts';
 import type { DeviceFacts } from './launches/context.ts';
 import { debugPlanOf } from './launches/debug.ts';
 import type { LaunchSequence } from './launches/launch.ts';
@@ -67,7 +78,7 @@ export class CudaBackend implements Backend {
   constructor(options: CudaBackendOptions = {}) {
     this.#open = options.open ?? openCuda;
     this.#defaultDevice = options.device ?? 0;
-    this.#planner = toldOf(options.planner ?? { planLaunches, planKeyValue, planAttend });
+    this.#planner = toldOf(options.planner ?? { planLaunches, planKeyValue, planAttend, planBackward });
   }
 
   /**
@@ -150,6 +161,17 @@ export class CudaBackend implements Backend {
     return new CudaPlan(device, problem, kernel, () => this.#planner.planLaunches(problem, kernel, facts));
   }
 
+  async backwardSupport(problem: AttentionProblem): Promise<BackwardSupport | undefined> {
+    const device = await this.device(problem);
+    return defaultKernelFor(device.computeCapability) === undefined ? undefined : BACKWARD_SUPPORT;
+  }
+
+  async planBackward(problem: BackwardProblem, kernel: KernelChoice): Promise<CudaBackwardPlan> {
+    const device = await this.device(problem.attention);
+    const facts = factsOf(device, kernel);
+    return new CudaBackwardPlan(device, problem, kernel, () => this.#planner.planBackward(problem, kernel, facts));
+  }
+
   /** Captures one run over CUDA tensors into a graph. */
   async capture(problem: AttentionProblem, kernel: KernelChoice, inputs: AttentionInputs): Promise<CapturedAttention> {
     const device = await this.device(problem);
@@ -169,7 +191,7 @@ export class CudaBackend implements Backend {
     kernel: KernelChoice,
     k: TensorView,
     v: TensorView,
-    context: KeyValueContext,
+    context: RunContext,
   ): Promise<PreparedKeyValue> {
     const device = await this.device(problem);
     const prepared = new CudaKeyValue(device, kernel, this.#planner, factsOf(device, kernel), problem);
@@ -200,6 +222,7 @@ function toldOf(planner: LaunchPlanner): LaunchPlanner {
     planLaunches: (problem, choice, ...rest) => tell(choice, planner.planLaunches(problem, choice, ...rest)),
     planKeyValue: (problem, choice, ...rest) => tell(choice, planner.planKeyValue(problem, choice, ...rest)),
     planAttend: (problem, choice, ...rest) => tell(choice, planner.planAttend(problem, choice, ...rest)),
+    planBackward: (problem, choice, ...rest) => tell(choice, planner.planBackward(problem, choice, ...rest)),
   };
 }
 

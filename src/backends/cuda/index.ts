@@ -9,6 +9,7 @@ export {
   type CudaBackendOptions,
   createCudaBackend,
 } from './backend.ts';
+export { CudaBackwardPlan } from './backward-plan.ts';
 export { type CaptureOptions, captureAttention } from './capture.ts';
 export type { CudaApi } from './driver/api.ts';
 export { Cuda, CudaDevice, openCuda } from './driver/device.ts';

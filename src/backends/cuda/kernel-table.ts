@@ -1,13 +1,10 @@
 /** The kernels of this backend, what each honours, and which one a device gets. */
 import type { KernelName } from '../../attention/kernels.ts';
 import { MAX_HEAD_DIM } from '../../attention/problem.ts';
-import type { KernelDescriptor } from '../backend.ts';
+import type { BackwardSupport, KernelDescriptor } from '../backend.ts';
 import type { Target } from './ptx/targets.ts';
 
-/**
- * Compute capability (major * 10 + minor) below which nothing here runs: `mma.m16n8k32` of INT8 and `cp.async` start
- * there.
- */
+/** Compute capability (major * 10 + minor) below which nothing here runs: `mma.m16n8k32` of INT8 and `cp.async` start there. */
 export const MINIMUM_COMPUTE_CAPABILITY = 80;
 
 /** Kernels that share an instruction for their products, and with it their launches (`launches/`) and their tiles. */
@@ -20,9 +17,7 @@ export interface CudaKernelDescriptor extends KernelDescriptor {
   readonly qkFormat: 's8' | 's4';
   /** What V is stored as. */
   readonly pvFormat: 'f16' | 'e4m3';
-  /**
-   * Compute capabilities (major * 10 + minor) that it runs on: E4M3 conversions start at 8.9, and only 9.0 has wgmma.
-   */
+  /** Compute capabilities (major * 10 + minor) that it runs on: E4M3 conversions start at 8.9, and only 9.0 has wgmma. */
   readonly computeCapability: readonly [from: number, below: number];
 }
 
@@ -107,6 +102,13 @@ export const CUDA_KERNELS: readonly CudaKernelDescriptor[] = [
   },
 ];
 
+/** The backward pass: on every device, of the kernels whose codes and V it has. */
+export const BACKWARD_SUPPORT: BackwardSupport = {
+  kernels: ['qk-int8-pv-fp16-cuda', 'qk-int8-pv-fp16'],
+  precisions: ['fp16'],
+  maskGradient: false,
+};
+
 /** What a kernel needs of a device, in words, when a device of this compute capability lacks it. */
 export function lackedBy(kernel: KernelName, computeCapability: number): string | undefined {
   const [from, below] = descriptorOf(kernel).computeCapability;
@@ -144,8 +146,8 @@ export function defaultKernelFor(computeCapability: number): CudaKernelDescripto
 }
 
 /**
- * PTX targets by compute capability, newest first. PTX of a plain target runs on every later device too; that of an `a`
- * target only on its own, so what has none of its own takes the plain one before it.
+ * PTX targets by compute capability, newest first. PTX of a plain target runs on every later device too; that of an `a` target
+ * only on its own, so what has none of its own takes the plain one before it.
  */
 const TARGETS_FROM: readonly (readonly [from: number, target: Target])[] = [
   [121, 'sm_89'],

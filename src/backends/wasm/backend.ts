@@ -11,11 +11,10 @@ import type {
   Backend,
   KernelChoice,
   KernelDescriptor,
-  KeyValueContext,
   Plan,
   PreparedKeyValue,
+  RunContext,
 } from '../backend.ts';
-import { unavailable } from '../load-code.ts';
 import { arithmeticOf, wholeCall } from './calls.ts';
 import { createExecutor, type ExecutorKind } from './executor.ts';
 import type { Simd } from './geometry.ts';
@@ -33,8 +32,8 @@ export interface WasmBackendOptions {
   readonly simd?: 'auto' | Simd;
   /**
    * Address of the workers' program in browsers, the file `sageattention/wasm/worker` of this package: for pages whose
-   * Content-Security-Policy allows workers of their own origin but not `blob:`, which is the default. Where no worker
-   * can be started, calls run on the calling thread.
+   * Content-Security-Policy allows workers of their own origin but not `blob:`, which is the default. Where no worker can be
+   * started, calls run on the calling thread.
    */
   readonly workerUrl?: string | URL;
 }
@@ -80,11 +79,7 @@ class WasmBackendImplementation implements WasmBackend {
     if (typeof WebAssembly !== 'object') {
       throw new BackendUnavailableError('wasm', 'there is no WebAssembly here', 'Use Node 20 or a current browser');
     }
-    this.#module ??= loadModule(this.#simd, this.#sources).catch((error: unknown) => {
-      // Code that a host did not serve may come the next time.
-      this.#module = undefined;
-      throw error;
-    });
+    this.#module ??= loadModule(this.#simd, this.#sources);
     const { module, simd, relaxed } = await this.#module;
     const kind = this.#kind;
     const executor = await createExecutor(module, { threads: this.#threads, workerUrl: this.#workerUrl, kind });
@@ -141,7 +136,14 @@ class WasmBackendImplementation implements WasmBackend {
         },
       };
     } catch (error) {
-      return unavailable(error);
+      const { received, expected } = error instanceof BackendUnavailableError ? error : {};
+      return {
+        available: false,
+        accelerated: false,
+        reason: received ?? String(error),
+        ...(expected === undefined ? {} : { remedy: expected }),
+        details: {},
+      };
     }
   }
 
@@ -177,14 +179,13 @@ class WasmBackendImplementation implements WasmBackend {
     kernel: KernelChoice,
     k: TensorView,
     v: TensorView,
-    context: KeyValueContext,
+    context: RunContext,
   ): Promise<PreparedKeyValue> {
     const ready = this.#ready();
-    const given = { k, v, keyMask: context.keyMask };
-    const { keyMask, ...operands } = ready === undefined ? ownInputs(given) : given;
+    const operands = ready === undefined ? ownInputs({ k, v }) : { k, v };
     const prepared = new WasmKeyValue(ready ?? (await this.#current()), problem, kernel);
     try {
-      await prepared.append(operands.k, operands.v, problem, keyMask === undefined ? context : { ...context, keyMask });
+      await prepared.append(operands.k, operands.v, problem, context);
     } catch (error) {
       prepared.dispose();
       throw error;
@@ -209,8 +210,8 @@ class WasmBackendImplementation implements WasmBackend {
 }
 
 /**
- * A WASM backend. `sageattn` uses one of default options by itself; give this one to `setBackend`, or use it directly,
- * to choose threads or SIMD.
+ * A WASM backend. `sageattn` uses one of default options by itself; give this one to `setBackend`, or use it directly, to
+ * choose threads or SIMD.
  *
  * @throws {InvalidArgumentError} `invalid-option` or `unknown-option`
  */

@@ -1,11 +1,13 @@
 /** The inputs and outputs of a run: what is checked of them, where they lie, and on which stream they are used. */
+
+import type { BackwardProblem } from '../../../attention/backward.ts';
 import type { StreamHandle } from '../../../attention/options.ts';
 import type { Outputs } from '../../../attention/outputs.ts';
 import type { AttentionProblem } from '../../../attention/problem.ts';
 import { ExecutionError, InvalidArgumentError } from '../../../errors.ts';
 import { BYTES_PER_ELEMENT } from '../../../tensor/dtype.ts';
 import type { TensorView } from '../../../tensor/tensor.ts';
-import type { AttentionInputs } from '../../backend.ts';
+import type { AttentionInputs, BackwardInputs } from '../../backend.ts';
 import type { CudaDevice } from '../driver/device.ts';
 import type { DeviceMemory } from '../driver/memory.ts';
 import { CudaStream } from '../driver/stream.ts';
@@ -57,8 +59,8 @@ export function requireTensorOn(device: CudaDevice, argument: string, view: Tens
 }
 
 /**
- * Runs `work` on a stream between what its operands wait for and what waits for them. On a caller's own stream the
- * outputs belong to the device's stream, which waits: callers may destroy their own streams.
+ * Runs `work` on a stream between what its operands wait for and what waits for them. On a caller's own stream the outputs
+ * belong to the device's stream, which waits: callers may destroy their own streams.
  *
  * @param work makes its outputs on the stream `home`
  */
@@ -111,6 +113,17 @@ export const maskOperand = (problem: AttentionProblem, view: TensorView): Operan
   view,
   offset: problem.mask?.offset ?? 0,
 });
+
+/** The inputs of a backward call as operands. */
+export function backwardOperandsOf(problem: BackwardProblem, inputs: BackwardInputs): Operand[] {
+  const { output, lse, dOutput } = inputs;
+  return [
+    ...operandsOf(problem.attention, inputs),
+    { buffer: 'output', argument: 'output', view: output, offset: problem.output.offset },
+    { buffer: 'lse', argument: 'lse', view: lse, offset: problem.lseOffset },
+    { buffer: 'dOutput', argument: 'dOutput', view: dOutput, offset: problem.dOutput.offset },
+  ];
+}
 
 export function disposeOutputs(outputs: Outputs<CudaTensor>): void {
   for (const { memory } of Object.values(outputs)) memory.dispose();

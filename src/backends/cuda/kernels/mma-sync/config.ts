@@ -11,13 +11,13 @@ export interface AttentionConfig {
   /** Bytes of a quantized token of Q or K: D padded to 32 (INT8), or to 64 and halved (INT4). */
   readonly qkRowBytes: number;
   /**
-   * `f16`: V in FP16, tokens by channels. `e4m3`: V in FP8, channels by permuted tokens, and P in FP8. `e4m3-as-f16`: V
-   * in FP8, converted to FP16 on its way to the tensor core, and P in FP16: where `mma.sync` has no FP8.
+   * `f16`: V in FP16, tokens by channels. `e4m3`: V in FP8, channels by permuted tokens, and P in FP8. `e4m3-as-f16`: V in
+   * FP8, converted to FP16 on its way to the tensor core, and P in FP16: where `mma.sync` has no FP8.
    */
   readonly pvFormat: 'f16' | 'e4m3' | 'e4m3-as-f16';
   /**
-   * `f32`: tensor-core sums in FP32 throughout. `f16`: in FP16 throughout. `f32-per-tile` and `f16-per-tile`: sums of
-   * one tile, then added to FP32 registers.
+   * `f32`: tensor-core sums in FP32 throughout. `f16`: in FP16 throughout. `f32-per-tile` and `f16-per-tile`: sums of one
+   * tile, then added to FP32 registers.
    */
   readonly accumulate: 'f32' | 'f16' | 'f32-per-tile' | 'f16-per-tile';
   /** Dv, and Dv padded to a multiple of 16, or of 32 with V in FP8. */
@@ -32,10 +32,7 @@ export interface AttentionConfig {
   readonly queryScales: readonly [rows: number, scales: number];
   /** Scales of a K tile: 1, or 4 when per thread. */
   readonly keyScales: 1 | 4;
-  /**
-   * The output is rescaled only when a row's maximum has grown by more than this (in powers of two); P then reaches
-   * 2^threshold.
-   */
+  /** The output is rescaled only when a row's maximum has grown by more than this (in powers of two); P then reaches 2^threshold. */
   readonly rescaleThreshold: number;
   /** Causal or windowed: row i sees keys i + lower .. i + upper. */
   readonly banded: boolean;

@@ -44,8 +44,8 @@ export function makeState({ b, config, rowTiles, threadRows, channelTiles }: Fra
 }
 
 /**
- * Scores of a tile by 16-row tile and 8-key tile. Index i of a fragment: row g + 8 * (i >> 1), column 2t + (i & 1). As
- * floats they are 1.5 * 2^23 + q . k, or in base 2 once they are finished.
+ * Scores of a tile by 16-row tile and 8-key tile. Index i of a fragment: row g + 8 * (i >> 1), column 2t + (i & 1). As floats
+ * they are 1.5 * 2^23 + q . k, or in base 2 once they are finished.
  */
 export interface Scores {
   readonly integers: readonly (readonly (readonly Reg<'s32'>[])[])[];

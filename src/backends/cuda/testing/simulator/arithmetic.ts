@@ -1,5 +1,5 @@
 /** What instructions compute where JavaScript has no operator for it. Compiled code reaches this file as `R`. */
-import { bfloat16FromNumber } from '../../../../tensor/formats/bfloat16.ts';
+import { bfloat16FromNumber, bfloat16ToNumber } from '../../../../tensor/formats/bfloat16.ts';
 import { E2M1_VALUES, e2m1FromNumber } from '../../../../tensor/formats/float4.ts';
 import { e4m3FromNumber, e4m3ToNumber } from '../../../../tensor/formats/float8.ts';
 import { float16FromNumber, float16Table } from '../../../../tensor/formats/float16.ts';
@@ -7,6 +7,9 @@ import { float16FromNumber, float16Table } from '../../../../tensor/formats/floa
 /** Values of FP16 and of E4M3 by their codes. */
 export const HALF = float16Table();
 export const E4M3 = Float64Array.from({ length: 256 }, (_, code) => e4m3ToNumber(code));
+
+/** Values of BF16 by their codes. */
+export const BRAIN = Float64Array.from({ length: 65536 }, (_, code) => bfloat16ToNumber(code));
 
 export const halfFrom = float16FromNumber;
 export const bfloat16From = bfloat16FromNumber;
@@ -41,8 +44,8 @@ export function halves(f: (...values: number[]) => number, ...registers: number[
 const doubleBits = new DataView(new ArrayBuffer(8));
 
 /**
- * a * b + c in float64, for float32 values, such that rounding it to float32 in any direction rounds the exact sum:
- * where the sum does not fit in float64, its last bit is set to say so (rounding to odd).
+ * a * b + c in float64, for float32 values, such that rounding it to float32 in any direction rounds the exact sum: where the
+ * sum does not fit in float64, its last bit is set to say so (rounding to odd).
  */
 export function fusedSum(a: number, b: number, c: number): number {
   const product = a * b; // exact

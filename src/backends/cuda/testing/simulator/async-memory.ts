@@ -1,6 +1,6 @@
 /**
- * Shared memory with asynchronous units beside the threads: it knows which bytes a fence has made visible to them, and
- * which a copy is on its way to.
+ * Shared memory with asynchronous units beside the threads: it knows which bytes a fence has made visible to them, and which a
+ * copy is on its way to.
  */
 import { SharedMemory, SimulationError } from './memory.ts';
 
@@ -54,10 +54,12 @@ export class AsyncSharedMemory extends SharedMemory {
       }
     }
     this.#async.fill(STATE.underWay, offset, offset + length);
+    this.bulkCopy(offset, length, false);
   }
 
   endCopy(offset: number, contents: Uint8Array): void {
     this.bytes.set(contents, offset);
+    this.bulkCopy(offset, contents.length, true);
     this.#async.fill(STATE.visible, offset, offset + contents.length);
   }
 

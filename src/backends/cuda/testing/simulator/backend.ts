@@ -2,6 +2,7 @@
 import { type CudaBackend, createCudaBackend } from '../../backend.ts';
 import { Cuda } from '../../driver/device.ts';
 import type { SimulatableModule } from '../../launches/arguments.ts';
+import { planBackward } from '../../launches/backward.ts';
 import type { LaunchSequence } from '../../launches/launch.ts';
 import { planAttend, planKeyValue, planLaunches } from '../../launches/plan.ts';
 import type { Kernel } from '../../ptx/types.ts';
@@ -83,6 +84,7 @@ export function createSimulatedBackend(computeCapability: number): CudaBackend {
       planLaunches: (...args) => remember(planLaunches(...args)),
       planKeyValue: (...args) => remember(planKeyValue(...args)),
       planAttend: (...args) => remember(planAttend(...args)),
+      planBackward: (...args) => remember(planBackward(...args)),
     },
   });
 }

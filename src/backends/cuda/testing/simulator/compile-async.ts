@@ -60,7 +60,7 @@ export function asyncCollective(
     const match = opcode.match(/m64n(\d+)k\d+\.\w+\.(\w+)\./);
     const [, n, type] = match as RegExpMatchArray;
     const last = inputs.at(-1);
-    const transposed = type === 'f16' && last?.type === 'immediate' && last.value === 1;
+    const transposed = (type === 'f16' || type === 'bf16') && last?.type === 'immediate' && last.value === 1;
     const [b] = rows(second);
     const accumulate = third?.type === 'reg' ? `u[${emitter.row(third)}]===1` : `${value(third)}===1`;
     return `W.asynchronous.issue('${type}',${n},[${rows(outputs[0])}],[${rows(first)}],${b},${accumulate},${transposed},${what});`;

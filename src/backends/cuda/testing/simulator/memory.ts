@@ -1,7 +1,4 @@
-/**
- * Memories of the simulator: they know which bytes exist, which have been written, and who touched them since the last
- * barrier.
- */
+/** Memories of the simulator: they know which bytes exist, which have been written, and who touched them since the last barrier. */
 
 /** Something that a correct kernel never does. */
 export class SimulationError extends Error {
@@ -163,6 +160,11 @@ export class SharedMemory {
       }
       this.#state[i] = state;
     }
+  }
+
+  /** A bulk copy is under way to these bytes, or has landed; its `mbarrier` orders it with the accesses of threads. */
+  bulkCopy(offset: number, length: number, landed: boolean): void {
+    this.#state.fill(landed ? 1 : PENDING, offset, offset + length);
   }
 
   /** A copy announced by `writes(..., 2)` lands. */

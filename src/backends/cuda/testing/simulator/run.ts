@@ -26,7 +26,7 @@ export interface SimulatedOutputs {
 const bytesOf = ({ data }: Tensor) => new Uint8Array(data.buffer, data.byteOffset, data.byteLength);
 
 /** Fills a tensor from a buffer, every byte of which must have been written. */
-function readBack(memory: GlobalMemory, name: string, target: Tensor): void {
+export function readBack(memory: GlobalMemory, name: string, target: Tensor): void {
   const { bytes, written } = memory.read(name);
   const missing = written.indexOf(0);
   if (missing >= 0 && missing < target.data.byteLength) throw new Error(`byte ${missing} of '${name}' was not written`);

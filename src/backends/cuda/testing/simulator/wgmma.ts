@@ -1,10 +1,10 @@
 /**
- * `wgmma` in the simulator, from matrix descriptors and swizzled tiles. Products read their operands and write their
- * sums only when they are waited for; the sums hold nonsense until then.
+ * `wgmma` in the simulator, from matrix descriptors and swizzled tiles. Products read their operands and write their sums only
+ * when they are waited for; the sums hold nonsense until then.
  *
  * FP8 sums keep 13 mantissa bits and cut off what lies below, see `accumulateTile` of the reference.
  */
-import { E4M3, HALF } from './arithmetic.ts';
+import { BRAIN, E4M3, HALF } from './arithmetic.ts';
 import { swizzled } from './async-memory.ts';
 import type { AsyncUnits } from './mbarrier.ts';
 import { SHARED_BASE, SimulationError } from './memory.ts';
@@ -15,7 +15,7 @@ const POISON = 0x7fc0dead;
 
 interface Product {
   readonly n: number;
-  readonly type: 's8' | 'e4m3' | 'f16';
+  readonly type: 's8' | 'e4m3' | 'f16' | 'bf16';
   /** Row of A's descriptor, or of its registers. */
   readonly aDescriptor: readonly [low: number, high: number] | undefined;
   readonly aRows: readonly number[];
@@ -42,6 +42,9 @@ interface Registers {
   readonly h: Uint16Array;
   readonly bytes: Uint8Array;
 }
+
+/** Elements that a step of a product sums over: 32 bytes. */
+const depthOf = (type: Product['type']) => (type === 'f16' || type === 'bf16' ? 16 : 32);
 
 const floatBits = new Float32Array(1);
 const floatWords = new Uint32Array(floatBits.buffer);
@@ -144,7 +147,7 @@ export class AsyncWarp {
     const start = (low & 0x3fff) << 4;
     const stride = (high & 0x3fff) << 4;
     const swizzle = [0, 128, 64, 32][high >>> 30] as number;
-    const k = type === 'f16' ? 16 : 32;
+    const k = depthOf(type);
     const matrix = new Float64Array(rows * k);
     for (let r = 0; r < rows; r++) {
       const row = firstRow + r;
@@ -159,7 +162,7 @@ export class AsyncWarp {
   }
 
   /** The same where rows of shared memory run along n. */
-  #transposed([low, high]: readonly [number, number], n: number, what: string): Float64Array {
+  #transposed([low, high]: readonly [number, number], type: Product['type'], n: number, what: string): Float64Array {
     const { shared } = this.units;
     const start = (low & 0x3fff) << 4;
     const leading = ((low >>> 16) & 0x3fff) << 4;
@@ -172,7 +175,7 @@ export class AsyncWarp {
         const line = start + Math.floor(first / perRow) * leading + (k >> 3) * stride + (k & 7) * swizzle;
         const at = swizzled(line + (first % perRow) * 2, swizzle) - SHARED_BASE;
         shared.productReads(at, what);
-        for (let e = 0; e < 8; e++) matrix[(first + e) * 16 + k] = this.#element(at, e, 'f16');
+        for (let e = 0; e < 8; e++) matrix[(first + e) * 16 + k] = this.#element(at, e, type);
       }
     }
     return matrix;
@@ -182,12 +185,12 @@ export class AsyncWarp {
     const { bytes, view } = this.units.shared;
     if (type === 's8') return view.getInt8(at + e);
     if (type === 'e4m3') return E4M3[bytes[at + e] as number] as number;
-    return HALF[view.getUint16(at + 2 * e, true)] as number;
+    return (type === 'bf16' ? BRAIN : HALF)[view.getUint16(at + 2 * e, true)] as number;
   }
 
   #fragment(rows: readonly number[], type: Product['type']): Float64Array {
     const { bytes, h } = this.#warp;
-    const k = type === 'f16' ? 16 : 32;
+    const k = depthOf(type);
     const per = k / 8;
     const matrix = new Float64Array(16 * k);
     rows.forEach((row, register) => {
@@ -195,8 +198,8 @@ export class AsyncWarp {
         const at = ((lane >> 2) + 8 * (register & 1)) * k + (register >> 1) * (k / 2) + (lane & 3) * per;
         for (let e = 0; e < per; e++) {
           matrix[at + e] =
-            type === 'f16'
-              ? (HALF[h[(row + lane) * 2 + e] as number] as number)
+            k === 16
+              ? ((type === 'bf16' ? BRAIN : HALF)[h[(row + lane) * 2 + e] as number] as number)
               : type === 's8'
                 ? ((bytes[(row + lane) * 4 + e] as number) << 24) >> 24
                 : (E4M3[bytes[(row + lane) * 4 + e] as number] as number);
@@ -207,13 +210,15 @@ export class AsyncWarp {
   }
 
   #execute({ n, type, aDescriptor, aRows, bDescriptor, transposeB, accumulate, sums, what }: Product): void {
-    const k = type === 'f16' ? 16 : 32;
+    const k = depthOf(type);
     const warpInGroup = this.#warp.index & 3;
     const left =
       aDescriptor === undefined
         ? this.#fragment(aRows, type)
         : this.#operand(aDescriptor, type, warpInGroup * 16, 16, what);
-    const right = transposeB ? this.#transposed(bDescriptor, n, what) : this.#operand(bDescriptor, type, 0, n, what);
+    const right = transposeB
+      ? this.#transposed(bDescriptor, type, n, what)
+      : this.#operand(bDescriptor, type, 0, n, what);
     const { values, rows } = sums;
     for (let lane = 0; lane < 32; lane++) {
       for (let r = 0; r < rows.length; r++) {

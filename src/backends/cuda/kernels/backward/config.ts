@@ -1,0 +1,129 @@
+/** Configurations of the backward kernels on `mma.sync`, and their parameters by name. */
+import type { DType } from '../../../../tensor/dtype.ts';
+import { TARGET_FEATURES, type Target } from '../../ptx/targets.ts';
+import { nextPowerOfTwo, roundUp } from '../parts/constants.ts';
+
+/** Tokens that a CTA owns: 16 for each of four warps. */
+export const OWN_TOKENS = 64;
+
+/** Bytes of the 16-bit operands of gradient products, which are BF16: gradients have no range that FP16 would hold. */
+export const OPERAND_BYTES = 2;
+
+/** A gradient that a kernel computes. */
+export type Gradient = 'query' | 'key' | 'value';
+
+/** How many tokens pass by at a time, and how they are fetched. */
+export interface GradientTile {
+  readonly streamTokens: 64 | 32;
+  readonly stages: 1 | 2;
+  readonly minBlocksPerMultiprocessor: number;
+}
+
+export interface GradientConfig extends GradientTile {
+  readonly target: Target;
+  /** `['query']`: a CTA owns a tile of Q and the keys pass by. Else it owns a tile of keys, and the queries of all its heads pass by. */
+  readonly gradients: readonly Gradient[];
+  /** D, and Dv. */
+  readonly headDim: number;
+  readonly valueDim: number;
+  /** Bytes of a quantized token of Q or K. */
+  readonly codeBytes: number;
+  /** D and Dv padded to 16. */
+  readonly paddedDim: number;
+  readonly paddedValueDim: number;
+  /** Scales of 64 keys: 1, or 4 by (key % 8) / 2. */
+  readonly keyScales: 1 | 4;
+  readonly banded: boolean;
+  readonly mask: 'none' | 'boolean' | DType;
+  readonly softcap: boolean;
+  readonly gradientType: DType;
+}
+
+/** Parameters in order. Pointers that a configuration does not use may be null. */
+export const GRADIENT_POINTERS = [
+  'sequences',
+  'query',
+  'rowScale',
+  'rowShift',
+  'rowDelta',
+  'rowBias',
+  'key',
+  'keyScale',
+  'queryOperand',
+  'keyOperand',
+  'valueOperand',
+  'outputGradient',
+  'mask',
+  'queryGradient',
+  'keyGradient',
+  'valueGradient',
+] as const;
+export const GRADIENT_INTEGERS = ['queryHeads', 'headsPerKeyHead', 'tiles', 'paddedQueries', 'paddedKeys'] as const;
+/** In bytes. The strides of dV are those of dK's tensor with other channels. */
+export const GRADIENT_STRIDES = [
+  'maskBatch',
+  'maskHead',
+  'maskQuery',
+  'maskKey',
+  'queryBatch',
+  'queryHead',
+  'queryToken',
+  'keyBatch',
+  'keyHead',
+  'keyToken',
+  'valueBatch',
+  'valueHead',
+  'valueToken',
+] as const;
+
+/** Rows of a tile in shared memory as the swizzle can permute them. */
+export const sharedRowBytes = (bytes: number) => (bytes >= 128 ? roundUp(bytes, 128) : nextPowerOfTwo(bytes));
+
+type Sizes = Pick<GradientConfig, 'gradients' | 'codeBytes' | 'paddedDim' | 'paddedValueDim'>;
+
+/** Shared memory of a tile of `tokens`: codes, channels of V or dO, channels of Q or K. */
+function tokenBytes({ codeBytes, paddedDim, paddedValueDim }: Sizes, values: boolean, channels: boolean): number {
+  return (
+    sharedRowBytes(codeBytes) +
+    (values ? sharedRowBytes(paddedValueDim * OPERAND_BYTES) : 0) +
+    (channels ? sharedRowBytes(paddedDim * OPERAND_BYTES) : 0)
+  );
+}
+
+/** Shared bytes of a configuration, less what alignment adds. */
+export function gradientSharedBytes(sizes: Sizes, { streamTokens, stages }: GradientTile): number {
+  const scoreGradients = sizes.gradients.some((gradient) => gradient !== 'value');
+  const own = OWN_TOKENS * tokenBytes(sizes, scoreGradients, false);
+  // Scale, shift, D and bias of each row.
+  return own + stages * streamTokens * (tokenBytes(sizes, true, scoreGradients) + 16);
+}
+
+const TILES: readonly GradientTile[] = [
+  { streamTokens: 64, stages: 2, minBlocksPerMultiprocessor: 2 },
+  { streamTokens: 64, stages: 1, minBlocksPerMultiprocessor: 2 },
+  { streamTokens: 32, stages: 2, minBlocksPerMultiprocessor: 2 },
+  { streamTokens: 64, stages: 2, minBlocksPerMultiprocessor: 1 },
+  { streamTokens: 64, stages: 1, minBlocksPerMultiprocessor: 1 },
+  { streamTokens: 32, stages: 1, minBlocksPerMultiprocessor: 1 },
+];
+
+/** The first tile that fits the target's shared memory as often as it says. */
+export function chooseGradientTile(target: Target, sizes: Sizes & Pick<GradientConfig, 'softcap'>): GradientTile {
+  const { sharedBytesPerBlock, sharedBytesPerMultiprocessor } = TARGET_FEATURES[target];
+  for (const tile of TILES) {
+    // A softcap keeps one more value of each score.
+    if (sizes.softcap && tile.streamTokens === 64) continue;
+    const bytes = gradientSharedBytes(sizes, tile) + 1024;
+    const resident = tile.minBlocksPerMultiprocessor * (bytes + 1024) <= sharedBytesPerMultiprocessor;
+    if (bytes <= sharedBytesPerBlock && resident) return tile;
+  }
+  throw new RangeError(`no tile for gradients of D ${sizes.paddedDim} and Dv ${sizes.paddedValueDim} on ${target}`);
+}
+
+/**
+ * Which gradients share a kernel. dK and dV of a token need (D + Dv) / 2 registers of a thread: beyond 128 they are computed
+ * apart, each with the scores anew.
+ */
+export function gradientPasses(paddedDim: number, paddedValueDim: number): readonly (readonly Gradient[])[] {
+  return paddedDim + paddedValueDim <= 256 ? [['key', 'value'], ['query']] : [['value'], ['key'], ['query']];
+}

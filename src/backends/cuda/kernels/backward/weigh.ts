@@ -1,0 +1,238 @@
+/** From the codes' products and dP - D to P and dS. */
+import type { DType } from '../../../../tensor/dtype.ts';
+import type { Reg } from '../../ptx/types.ts';
+import { offset, offset64 } from '../parts/addresses.ts';
+import { headAddress } from '../parts/epilogue.ts';
+import { at } from '../parts/lists.ts';
+import { capScores, type EachScore, maskRow } from '../parts/scores.ts';
+import type { Frame, Owner, Passing, ThreadPlace, Work } from './frame.ts';
+
+/** Rows of `stream.rows`. */
+const [SCALE, SHIFT, DELTA, BIAS] = [0, 1, 2, 3] as const;
+
+/** The numbers of a row of Q, or of two neighbouring ones. */
+interface RowNumbers {
+  readonly scale: readonly Reg<'f32'>[];
+  readonly shift: readonly Reg<'f32'>[];
+  readonly bias: readonly Reg<'f32'>[];
+}
+
+/** Index into the scales of K of this thread's keys in a tile of 64 that starts at padded row `row`. */
+function keyScaleAt({ b, config, pointer }: Frame, row: Reg<'u32'>, group: Reg<'u32'>): Reg<'global'> {
+  const tile = b.shr(row, 6);
+  const index = config.keyScales === 4 ? b.add(b.shl(tile, 2), group) : tile;
+  return offset(b, b.loadPointer(pointer.keyScale), index, 4);
+}
+
+const keyRowOf = ({ b, integer }: Frame, { keyHead, paddedKeyStart }: Work, token: Reg<'u32'>) =>
+  b.add(b.mad(keyHead, b.loadParameter(integer.paddedKeys), paddedKeyStart), token);
+
+/** What is known of the thread's own rows, and how the numbers of a score are found. */
+export function ownConstants(frame: Frame, { warpRow, g, t2 }: ThreadPlace, work: Work) {
+  const { b, config, pointer, integer, stream, ownsQueries } = frame;
+  const numbers = (name: 'rowScale' | 'rowShift' | 'rowDelta' | 'rowBias', row: Reg<'u32'>) => {
+    const base = offset(b, b.loadPointer(pointer[name]), row, 4);
+    return [0, 8].map((r) => b.ld('f32', base, r * 4, { readOnly: true }));
+  };
+  if (ownsQueries) {
+    b.section('numbers of own rows');
+    const head = b.mad(work.head, b.loadParameter(integer.paddedQueries), work.paddedQueryStart);
+    const row = b.add(b.add(head, work.firstOwn), b.add(warpRow, g));
+    const scale = numbers('rowScale', row);
+    const shift = numbers('rowShift', row);
+    const minus = numbers('rowDelta', row);
+    const bias = config.softcap ? numbers('rowBias', row) : [];
+    const seed = [at(minus, 0), at(minus, 0), at(minus, 1), at(minus, 1)];
+    return {
+      minusDelta: (_rows: Reg<'shared'> | undefined) => (_column: number) => seed,
+      /** Calls back with the numbers of each 8-token tile: `scale[i]`, ... of its four scores. */
+      ofTiles(
+        { tile }: Passing,
+        _rows: Reg<'shared'> | undefined,
+        body: (n: number, numbers: RowNumbers) => void,
+      ): void {
+        const token = b.as(b.shl(tile, Math.log2(config.streamTokens)), 'u32');
+        const keyScale = b.abs(
+          b.ld('f32', keyScaleAt(frame, keyRowOf(frame, work, token), b.shr(t2, 1)), 0, { readOnly: true }),
+        );
+        const whole = scale.map((own) => b.mul(own, keyScale));
+        const four = (two: readonly Reg<'f32'>[]) => two.flatMap((value) => [value, value]);
+        const same = { scale: four(whole), shift: four(shift), bias: four(bias) };
+        for (let n = 0; n < frame.columnTiles; n++) body(n, same);
+      },
+    };
+  }
+  b.section('scale of own keys');
+  const keyRow = keyRowOf(frame, work, work.firstOwn);
+  const keyScale = b.abs(b.ld('f32', keyScaleAt(frame, keyRow, b.shr(g, 1)), 0, { readOnly: true }));
+  const rowBytes = stream.rows?.layout.rowBytes ?? 0;
+  const pairAt = (rows: Reg<'shared'>, which: number, n: number) =>
+    b.ldVector('f32', 2, b.add(rows, b.as(b.shl(t2, 2), 'shared')), which * rowBytes + n * 32);
+  const twice = (pair: readonly Reg<'f32'>[]) => [...pair, ...pair];
+  return {
+    minusDelta: (rows: Reg<'shared'> | undefined) => (n: number) => twice(pairAt(rows as Reg<'shared'>, DELTA, n)),
+    ofTiles(_: Passing, rows: Reg<'shared'> | undefined, body: (n: number, numbers: RowNumbers) => void): void {
+      const place = rows as Reg<'shared'>;
+      for (let n = 0; n < frame.columnTiles; n++) {
+        const scale = pairAt(place, SCALE, n).map((value) => b.mul(value, keyScale));
+        const bias = config.softcap ? pairAt(place, BIAS, n) : [];
+        body(n, { scale: twice(scale), shift: twice(pairAt(place, SHIFT, n)), bias: twice(bias) });
+      }
+    },
+  };
+}
+
+/** A tile of pairs of own tokens and of those that pass by. */
+export interface OwnedTile {
+  readonly frame: Owner;
+  readonly place: Pick<ThreadPlace, 'warpRow' | 'g' | 't2'>;
+  readonly work: Work;
+  readonly now: Pick<Passing, 'tile'>;
+}
+
+/** The tile at hand: `codes` become P, and `gradientsOfP` (dP - D) become dS. */
+interface WeighedTile {
+  readonly frame: Frame;
+  readonly place: ThreadPlace;
+  readonly work: Work;
+  readonly now: Passing;
+  readonly constants: ReturnType<typeof ownConstants>;
+  readonly rows: Reg<'shared'> | undefined;
+  readonly codes: readonly (readonly Reg<'s32'>[])[];
+  readonly gradientsOfP: readonly (readonly Reg<'f32'>[])[];
+}
+
+export function weigh(self: WeighedTile): void {
+  const { frame, now, constants, rows, codes, gradientsOfP } = self;
+  const { b, config } = frame;
+  const weights = codes.map((fragment) => fragment.map((register) => b.as(register, 'f32')));
+  const plain = !config.softcap && config.mask === 'none';
+  let slopes: Reg<'f32'>[][] = [];
+  b.section(plain ? 'P = exp2(S - LSE)' : 'scores in base 2');
+  constants.ofTiles(now, rows, (n, { scale, shift, bias }) => {
+    at(codes, n).forEach((code, i) => {
+      const score = at(at(weights, n), i);
+      const value = b.cvt('f32', code);
+      const added = config.softcap ? at(bias, i) : at(shift, i);
+      b.fma(value, at(scale, i), added, score);
+      if (plain) b.ex2(score, score);
+    });
+  });
+  if (!plain) slopes = finishScores(self, weights);
+  if (config.banded || frame.ownsQueries) excludePairs(self, weights);
+  if (gradientsOfP.length === 0) return;
+  b.section('dS = P (dP - D)');
+  gradientsOfP.forEach((fragment, n) => {
+    fragment.forEach((value, i) => {
+      b.mul(value, at(at(weights, n), i), value);
+      if (slopes.length > 0) b.mul(value, at(at(slopes, n), i), value);
+    });
+  });
+}
+
+/** Softcap and mask; then P. Returns the derivative of the softcap at each score. */
+function finishScores(self: WeighedTile, weights: readonly (readonly Reg<'f32'>[])[]): Reg<'f32'>[][] {
+  const { frame, now, constants, rows } = self;
+  const { b, config, softcap } = frame;
+  const slopes: Reg<'f32'>[][] = [];
+  const each: EachScore = (body) => {
+    weights.forEach((fragment, n) => {
+      fragment.forEach((score, i) => {
+        body(score, i >> 1, 8 * n + (i & 1));
+      });
+    });
+  };
+  if (config.softcap) {
+    b.section('softcap, and its derivative 1 - (score / cap)^2');
+    const none = b.constant('f32', 0);
+    capScores(b, softcap, each, () => [none, none]);
+    const inverse = b.loadParameter(softcap.inverse);
+    for (const fragment of weights) {
+      slopes.push(
+        fragment.map((score) => {
+          const share = b.mul(score, inverse);
+          return b.fma(b.neg(share), share, 1);
+        }),
+      );
+    }
+    constants.ofTiles(now, rows, (n, { shift }) => {
+      at(weights, n).forEach((score, i) => {
+        b.add(score, at(shift, i), score);
+      });
+    });
+  }
+  if (config.mask !== 'none') maskPairs(self, weights, config.mask);
+  b.section('P = exp2(S - LSE)');
+  each((score) => {
+    const excluded = config.mask === 'none' ? undefined : b.setp('eq', score, Number.NEGATIVE_INFINITY);
+    b.ex2(score, score);
+    // Also of a row whose shift is not a number.
+    if (excluded !== undefined) b.when(excluded, () => b.set(score, 0));
+  });
+  return slopes;
+}
+
+/** Excludes (boolean) or adds (float) mask elements, read from the caller's tensor. Excluded scores are -Infinity. */
+function maskPairs(
+  { frame, place, work, now }: WeighedTile,
+  weights: readonly (readonly Reg<'f32'>[])[],
+  kind: 'boolean' | DType,
+): void {
+  const { b, config, pointer, strides, ownsQueries, columnTiles } = frame;
+  const { warpRow, g, t2 } = place;
+  b.section('mask');
+  const [rowStride, columnStride] = (
+    ownsQueries ? [strides.maskQuery, strides.maskKey] : [strides.maskKey, strides.maskQuery]
+  ).map((stride) => b.loadParameter(stride)) as [Reg<'u64'>, Reg<'u64'>];
+  const [rowLength, columnLength] = ownsQueries
+    ? [work.queryLength, work.keyLength]
+    : [work.keyLength, work.queryLength];
+  const headStrides = { batch: strides.maskBatch, head: strides.maskHead };
+  const { sequence } = work;
+  const ofHead = headAddress(b, b.loadPointer(pointer.mask), { sequence, head: now.head }, headStrides);
+  const firstColumn = b.add(b.as(b.shl(now.tile, Math.log2(config.streamTokens)), 'u32'), t2);
+  const ofColumn = offset64(b, ofHead, firstColumn, columnStride);
+  const columnsLeft = b.sub(b.as(columnLength, 's32'), b.as(firstColumn, 's32'));
+  for (let r = 0; r < 2; r++) {
+    const row = b.add(b.add(work.firstOwn, warpRow), b.add(g, 8 * r));
+    const address = offset64(b, ofColumn, row, rowStride);
+    const inside = b.setp('lt', row, rowLength);
+    const maskOfRow = { address, keyStride: columnStride, inside, columnsLeft };
+    maskRow(b, kind, maskOfRow, columnTiles, (n, j) => at(at(weights, n), 2 * r + j));
+  }
+}
+
+/** P = 0 of pairs that the band excludes, and of keys beyond the last. Only in tiles that have some. */
+export function excludePairs(
+  { frame, place, work, now }: OwnedTile,
+  weights: readonly (readonly Reg<'f32'>[])[],
+): void {
+  const { b, config, ownsQueries } = frame;
+  const { warpRow, g, t2 } = place;
+  const { lower, upper, wholeFrom, wholeUntil, firstOwn, keyLength } = work;
+  b.section('keys beyond what rows see');
+  const start = b.shl(now.tile, Math.log2(config.streamTokens));
+  const before = b.setp('lt', start, wholeFrom);
+  const beyond = b.setp('gt', b.add(start, config.streamTokens), wholeUntil);
+  b.if(b.orPred(before, beyond), () => {
+    const origin = b.add(start, b.as(t2, 's32'));
+    const ownRow = b.as(b.add(b.add(firstOwn, warpRow), g), 's32');
+    for (let r = 0; r < 2; r++) {
+      const token = b.add(ownRow, 8 * r);
+      let last: Reg<'s32'> | undefined;
+      if (ownsQueries) {
+        const limit = b.sub(b.as(keyLength, 's32'), 1);
+        last = config.banded ? b.min(limit, b.add(token, upper)) : limit;
+      } else last = b.sub(token, lower);
+      const first = ownsQueries ? b.add(token, lower) : b.sub(token, upper);
+      const [firstColumn, lastColumn] = [b.sub(first, origin), b.sub(last, origin)];
+      weights.forEach((fragment, n) => {
+        for (let j = 0; j < 2; j++) {
+          const weight = at(fragment, 2 * r + j);
+          b.when(b.setp('lt', lastColumn, 8 * n + j), () => b.set(weight, 0));
+          if (config.banded) b.when(b.setp('gt', firstColumn, 8 * n + j), () => b.set(weight, 0));
+        }
+      });
+    }
+  });
+}

@@ -1,0 +1,75 @@
+/** Configurations of the backward kernels on `wgmma`, and what lies where in shared memory. */
+import { type Layout, tma128Swizzle } from '../../../ptx/layouts.ts';
+import { tma64Swizzle } from '../../wgmma/config.ts';
+import type { GradientConfig } from '../config.ts';
+
+/** Tokens that a consumer warpgroup owns. */
+export const GROUP_TOKENS = 64;
+export const CONSUMERS = 2;
+/** Channels of a box of BF16: what 128 bytes hold. */
+export const BLOCK_CHANNELS = 64;
+
+export interface WgmmaGradientConfig
+  extends Pick<GradientConfig, 'gradients' | 'headDim' | 'valueDim' | 'keyScales' | 'banded' | 'gradientType'> {
+  /** D: 64 or 128. */
+  readonly codeBytes: number;
+  readonly streamTokens: 64 | 128;
+  readonly stages: number;
+  /** See `gradients.ts`. */
+  readonly schedule: 'ahead' | 'serial';
+}
+
+/** In the order of the kernel's parameters. The last brings the numbers of rows of Q that pass by. */
+export const WGMMA_GRADIENT_MAPS = ['ownCodes', 'ownValues', 'codes', 'values', 'channels', 'rows'] as const;
+
+export interface GradientPlan {
+  readonly codesLayout: Layout;
+  readonly codesSwizzle: '128B' | '64B';
+  /** Boxes of V or dO, and of K or Q. */
+  readonly valueBlocks: number;
+  readonly channelBlocks: number;
+  /** Of a stage. */
+  readonly codesBytes: number;
+  readonly valuesBytes: number;
+  readonly channelsBytes: number;
+  readonly rowsBytes: number;
+}
+
+export function gradientPlanOf({
+  codeBytes,
+  headDim,
+  valueDim,
+  streamTokens,
+  gradients,
+}: WgmmaGradientConfig): GradientPlan {
+  const [valueBlocks, channelBlocks] = [valueDim / BLOCK_CHANNELS, headDim / BLOCK_CHANNELS];
+  return {
+    codesLayout: codeBytes === 64 ? tma64Swizzle() : tma128Swizzle(),
+    codesSwizzle: codeBytes === 64 ? '64B' : '128B',
+    valueBlocks,
+    channelBlocks,
+    codesBytes: streamTokens * codeBytes,
+    valuesBytes: streamTokens * valueBlocks * 128,
+    channelsBytes: streamTokens * channelBlocks * 128,
+    rowsBytes: gradients.includes('query') ? 0 : 3 * streamTokens * 4,
+  };
+}
+
+/** Whether the kernels on `wgmma` compute these gradients: others run on `mma.sync`. */
+export function isWgmmaGradient({
+  headDim,
+  valueDim,
+  mask,
+  softcap,
+}: Pick<GradientConfig, 'headDim' | 'valueDim' | 'mask' | 'softcap'>): boolean {
+  return (headDim === 64 || headDim === 128) && headDim === valueDim && mask === 'none' && !softcap;
+}
+
+/** Stages, tokens and schedule by head dim, and whether queries are owned; the reasons are in docs/hopper.md. */
+export function wgmmaGradientTile(
+  headDim: number,
+  ownsQueries: boolean,
+): Pick<WgmmaGradientConfig, 'streamTokens' | 'stages' | 'schedule'> {
+  if (headDim === 64) return { streamTokens: 64, stages: 4, schedule: 'ahead' };
+  return { streamTokens: 64, stages: 3, schedule: ownsQueries ? 'ahead' : 'serial' };
+}

@@ -1,0 +1,332 @@
+/**
+ * The backward pass on `wgmma`, for sm_90a: the two kernels of `../gradients.ts`, each CTA with one producer warpgroup and two consumers that
+ * own 64 tokens each. One thread of the producer sends what passes by through a ring of stages (TMA).
+ *
+ * P and dS are A operands from registers; dO, Q and K are read as they lie, through transposing descriptors. With schedule `ahead` a consumer
+ * sends S and dP of the next tile to the tensor cores before the gradients' products of this one, and takes exponentials while those run. With
+ * `serial`, for which there are always registers, the other consumer's products are what runs then. All products of an iteration are waited for in
+ * it: ptxas serializes those that are under way where a loop closes.
+ *
+ * Names: g = lane / 4 and t = lane % 4. Register 4n + i of a product holds row g + 8 * (i >> 1) of the warp's 16 own tokens, column
+ * 8n + 2t + (i & 1) of what passes by.
+ */
+import { mbarrierArrive, mbarrierWait } from '../../../ptx/mbarrier.ts';
+import type { Kernel, Reg } from '../../../ptx/types.ts';
+import {
+  advanceDescriptor,
+  matrixDescriptor,
+  setMaxNReg,
+  wgmma,
+  wgmmaCommitGroup,
+  wgmmaFence,
+  wgmmaWaitGroup,
+} from '../../../ptx/wgmma.ts';
+import { offset } from '../../parts/addresses.ts';
+import { MAGIC, MAGIC_BITS } from '../../parts/constants.ts';
+import { at } from '../../parts/lists.ts';
+import type { RingPlace } from '../../parts/ring.ts';
+import { uniform } from '../../wgmma/instructions.ts';
+import { storeGradients } from '../epilogue.ts';
+import { advance, placeOf, type Sums, type ThreadPlace, type Work, workOf } from '../frame.ts';
+import { excludePairs } from '../weigh.ts';
+import { GROUP_TOKENS, type WgmmaGradientConfig } from './config.ts';
+import { initBarriers, makeWgmmaFrame, ownToken, REGISTERS, type WgmmaFrame } from './frame.ts';
+import { producer } from './producer.ts';
+
+/** The kernel of one configuration. */
+export function wgmmaGradients(config: WgmmaGradientConfig): Kernel {
+  const frame = makeWgmmaFrame(config);
+  const { b, warpgroup } = frame;
+  const work = workOf(frame);
+  initBarriers(frame);
+  b.if(
+    b.setp('eq', warpgroup, 0),
+    () => b.if(b.setp('lt', work.firstTile, work.lastTile), () => producer(frame, work)),
+    () => consumer(frame, work),
+  );
+  return b.build();
+}
+
+/** Registers of a product of own tokens and those that pass by, in fragments of an 8-token tile. */
+interface Scores {
+  readonly integers: readonly Reg<'s32'>[];
+  /** The same registers: first 1.5 * 2^23 + the codes' product, then P. */
+  readonly weights: readonly Reg<'f32'>[];
+  /** dP - D, then dS. */
+  readonly gradients: readonly Reg<'f32'>[];
+}
+
+interface Consumer {
+  readonly frame: WgmmaFrame;
+  readonly place: ThreadPlace;
+  readonly work: Work;
+  readonly group: Reg<'u32'>;
+  readonly leader: Reg<'pred'>;
+  readonly scores: Scores;
+  /** dV, and dK or dQ. */
+  readonly values: readonly Reg<'f32'>[];
+  readonly channels: readonly Reg<'f32'>[];
+  /** The tile whose scores are computed, and its stage. */
+  readonly next: { readonly head: Reg<'u32'>; readonly tile: Reg<'s32'> };
+  readonly ringPlace: RingPlace;
+  /** The stage of the tile before, where its products are still to be made. */
+  readonly stage: Reg<'u32'>;
+  /** Of the thread's own keys, or of its columns of the tile. */
+  readonly keyScale: Reg<'f32'>;
+  /** Own queries: scale, shift and -D of the thread's two rows. */
+  readonly rows: readonly (readonly Reg<'f32'>[])[];
+}
+
+function consumer(frame: WgmmaFrame, work: Work): void {
+  const { b, config, ring, barriers, ownFull, ownsQueries, warpgroup } = frame;
+  setMaxNReg(b, 'inc', REGISTERS.consumer);
+  b.section('consumer');
+  const zeros = (count: number) => Array.from({ length: count }, () => b.constant('f32', 0));
+  const values = zeros(config.gradients.includes('value') ? config.valueDim / 2 : 0);
+  const channels = zeros(config.headDim / 2);
+  b.if(b.setp('lt', work.firstTile, work.lastTile), () => {
+    const place = placeOf(b, 128);
+    const integers = b.regs('s32', config.streamTokens / 2);
+    const scores = {
+      integers,
+      weights: integers.map((register) => b.as(register, 'f32')),
+      gradients: b.regs('f32', config.streamTokens / 2),
+    };
+    const next = { head: b.mov(work.head), tile: b.mov(work.firstTile) };
+    const self: Consumer = {
+      ...{ frame, place, work, scores, values, channels, next },
+      group: uniform(b, b.sub(warpgroup, 1)),
+      leader: b.setp('eq', place.lane, 0),
+      ringPlace: ring.place(),
+      stage: b.constant('u32', 0),
+      keyScale: b.constant('f32', 0),
+      rows: ownsQueries ? ownRows(frame, place, work) : [],
+    };
+    if (!ownsQueries) b.mov(loadKeyScale(self, ownToken(frame, work, self.group), b.shr(place.g, 1)), self.keyScale);
+    mbarrierWait(b, barriers, b.constant('u32', 0), ownFull);
+    if (config.schedule === 'ahead') passAhead(self);
+    else passSerially(self);
+  });
+  const fragments = (registers: readonly Reg<'f32'>[]) =>
+    Array.from({ length: registers.length / 4 }, (_, n) => registers.slice(4 * n, 4 * n + 4));
+  const sums: Sums = { values: fragments(values), channels: fragments(channels) };
+  // Found out anew: what only the epilogue needs would take registers from the loop.
+  storeGradients(frame, placeOf(b, 128), workOf(frame), sums);
+}
+
+/** One product after the other. */
+function passSerially(self: Consumer): void {
+  const { frame, leader, work, scores, values, next, ringPlace } = self;
+  const { b, ring } = frame;
+  b.loop(
+    () => b.setp('lt', next.head, work.headEnd),
+    () => {
+      issueScores(self);
+      wgmmaWaitGroup(b, 1);
+      exponentials(self);
+      if (values.length > 0) multiplyStage(self, 'values', pack(self, scores.weights), ringPlace.stage);
+      wgmmaWaitGroup(b, values.length > 0 ? 1 : 0);
+      multiplyWeights(self);
+      multiplyStage(self, 'channels', pack(self, scores.gradients), ringPlace.stage);
+      wgmmaWaitGroup(b, 0);
+      ring.release(ringPlace, leader);
+      advance(b, work, next);
+    },
+  );
+}
+
+/** S and dP of the next tile are issued before the gradients' products of this one. */
+function passAhead(self: Consumer): void {
+  const { frame, leader, work, scores, values, next, ringPlace, stage } = self;
+  const { b, ring, barriers } = frame;
+  const registers = () => Array.from({ length: scores.weights.length / 8 }, () => b.regs('bf16x2', 4));
+  const [weights, gradients] = [values.length > 0 ? registers() : [], registers()];
+  const packAll = () => {
+    if (values.length > 0) pack(self, scores.weights, weights);
+    pack(self, scores.gradients, gradients);
+  };
+  const multiply = () => {
+    if (values.length > 0) multiplyStage(self, 'values', weights, stage, false);
+    multiplyStage(self, 'channels', gradients, stage);
+  };
+  const step = () => {
+    b.section('next tile');
+    b.mov(ringPlace.stage, stage);
+    ring.advance(ringPlace);
+    advance(b, work, next);
+  };
+  issueScores(self);
+  wgmmaWaitGroup(b, 0);
+  exponentials(self);
+  multiplyWeights(self);
+  packAll();
+  step();
+  b.loop(
+    () => b.setp('lt', next.head, work.headEnd),
+    () => {
+      issueScores(self);
+      multiply();
+      wgmmaWaitGroup(b, 2);
+      exponentials(self);
+      wgmmaWaitGroup(b, 1);
+      multiplyWeights(self);
+      wgmmaWaitGroup(b, 0);
+      const barrier = b.add(barriers, b.as(b.shl(stage, 3), 'shared'));
+      b.when(leader, () => mbarrierArrive(b, barrier, ring.empty));
+      packAll();
+      step();
+    },
+  );
+  multiply();
+  wgmmaWaitGroup(b, 0);
+}
+
+/** Scale, shift and -D of the thread's rows g and g + 8. */
+function ownRows({ b, integer, pointer }: WgmmaFrame, { warpRow, g }: ThreadPlace, work: Work) {
+  const head = b.mad(work.head, b.loadParameter(integer.paddedQueries), work.paddedQueryStart);
+  const row = b.add(b.add(head, work.firstOwn), b.add(warpRow, g));
+  return (['rowScale', 'rowShift', 'rowDelta'] as const).map((name) => {
+    const base = offset(b, b.loadPointer(pointer[name]), row, 4);
+    return [0, 8].map((r) => b.ld('f32', base, r * 4, { readOnly: true }));
+  });
+}
+
+/** The scale of this thread's keys among the 64 that `token` belongs to. */
+function loadKeyScale({ frame, work }: Consumer, token: Reg<'u32'>, group: Reg<'u32'>): Reg<'f32'> {
+  const { b, config, integer, pointer } = frame;
+  const start = b.mad(work.keyHead, b.loadParameter(integer.paddedKeys), work.paddedKeyStart);
+  const tile = b.shr(b.add(start, token), 6);
+  const index = config.keyScales === 4 ? b.add(b.shl(tile, 2), group) : tile;
+  return b.abs(b.ld('f32', offset(b, b.loadPointer(pointer.keyScale), index, 4), 0, { readOnly: true }));
+}
+
+/** Sends S and dP of the tile at `next` to the tensor cores, each a group. */
+function issueScores(self: Consumer): void {
+  const { frame, place, group, scores, rows, next, ringPlace, keyScale } = self;
+  const { b, config, plan, tiles, shared, ring, ownsQueries } = frame;
+  const { streamTokens } = config;
+  b.section('S and dP of the next tile');
+  if (ownsQueries) {
+    const token = b.as(b.shl(next.tile, Math.log2(streamTokens)), 'u32');
+    b.mov(loadKeyScale(self, token, b.shr(place.t2, 1)), keyScale);
+  }
+  ring.awaitFull(ringPlace);
+  for (const register of scores.integers) b.set(register, MAGIC_BITS);
+  if (ownsQueries) {
+    const minusDelta = at(rows, 2);
+    for (const [i, register] of scores.gradients.entries()) b.mov(at(minusDelta, (i >> 1) & 1), register);
+  } else {
+    const deltas = rowsAt(self, ringPlace.stage, 2);
+    for (let n = 0; n < streamTokens / 8; n++) {
+      const fragment = scores.gradients.slice(4 * n, 4 * n + 4);
+      b.ldVector('f32', 2, deltas, n * 32, { into: fragment.slice(0, 2) });
+      b.mov(at(fragment, 0), at(fragment, 2));
+      b.mov(at(fragment, 1), at(fragment, 3));
+    }
+  }
+  const codesStride = { strideBytes: 8 * config.codeBytes, swizzle: plan.codesSwizzle };
+  const ownCodes = b.add(shared, b.as(b.mad(group, GROUP_TOKENS * config.codeBytes, tiles.ownCodes.base), 'shared'));
+  const a = matrixDescriptor(b, ownCodes, codesStride);
+  const codes = matrixDescriptor(b, stageAddress(frame, 'codes', plan.codesBytes, ringPlace.stage), codesStride);
+  wgmmaFence(b);
+  for (let byte = 0; byte < config.codeBytes; byte += 32) {
+    const [x, y] = [advanceDescriptor(b, a, byte), advanceDescriptor(b, codes, byte)];
+    wgmma(b, streamTokens, 'k32.s32.s8.s8', scores.integers, x, y, true);
+  }
+  wgmmaCommitGroup(b);
+  const blocks = { strideBytes: 1024, swizzle: '128B' } as const;
+  const ownValues = b.add(shared, b.as(b.mad(group, GROUP_TOKENS * 128, tiles.ownValues.base), 'shared'));
+  const own = matrixDescriptor(b, ownValues, blocks);
+  const values = matrixDescriptor(b, stageAddress(frame, 'values', plan.valuesBytes, ringPlace.stage), blocks);
+  for (let k = 0; k < config.valueDim / 16; k++) {
+    const [block, byte] = [k >> 2, (k & 3) * 32];
+    const x = advanceDescriptor(b, own, block * frame.ownTokens * 128 + byte);
+    const y = advanceDescriptor(b, values, block * streamTokens * 128 + byte);
+    wgmma(b, streamTokens, 'k16.f32.bf16.bf16', scores.gradients, x, y, true);
+  }
+  wgmmaCommitGroup(b);
+}
+
+const stageAddress = (
+  { b, tiles, shared }: WgmmaFrame,
+  name: 'codes' | 'values' | 'channels' | 'rows',
+  bytes: number,
+  stage: Reg<'u32'>,
+): Reg<'shared'> => b.add(shared, b.as(b.mad(stage, bytes, tiles[name].base), 'shared'));
+
+/** One of the three numbers of the queries that pass by, from this thread's first column on. */
+function rowsAt({ frame, place }: Consumer, stage: Reg<'u32'>, which: number): Reg<'shared'> {
+  const { b, plan, config } = frame;
+  const at = b.add(stageAddress(frame, 'rows', plan.rowsBytes, stage), b.as(b.shl(place.t2, 2), 'shared'));
+  return which === 0 ? at : b.add(at, which * config.streamTokens * 4);
+}
+
+/** dP - D to dS. */
+function multiplyWeights({ frame: { b }, scores: { weights, gradients } }: Consumer): void {
+  b.section('dS = P (dP - D)');
+  for (const [i, gradient] of gradients.entries()) b.mul(gradient, at(weights, i), gradient);
+}
+
+/** P or dS as A fragments of BF16. */
+function pack(
+  { frame: { b, config } }: Consumer,
+  weights: readonly Reg<'f32'>[],
+  into?: readonly (readonly Reg<'bf16x2'>[])[],
+): Reg<'bf16x2'>[][] {
+  return Array.from({ length: config.streamTokens / 16 }, (_, k) =>
+    [0, 2, 4, 6].map((i) => {
+      const register = into === undefined ? b.reg('bf16x2') : at(at(into, k), i / 2);
+      return b.cvtPack('bf16x2', at(weights, 8 * k + i), at(weights, 8 * k + i + 1), register);
+    }),
+  );
+}
+
+/** dV += P^T dO, or dK += dS^T Q, or dQ += dS K, with the tokens of a stage. */
+function multiplyStage(
+  { frame, values, channels }: Consumer,
+  name: 'values' | 'channels',
+  fragments: readonly (readonly Reg<'bf16x2'>[])[],
+  stage: Reg<'u32'>,
+  commit = true,
+): void {
+  const { b, config, plan } = frame;
+  const { streamTokens } = config;
+  b.section(name === 'values' ? 'dV += P^T dO' : frame.ownsQueries ? 'dQ += dS K' : 'dK += dS^T Q');
+  const [sums, bytes] = name === 'values' ? [values, plan.valuesBytes] : [channels, plan.channelsBytes];
+  const options = { strideBytes: 1024, leadingBytes: streamTokens * 128, swizzle: '128B' } as const;
+  const tokens = matrixDescriptor(b, stageAddress(frame, name, bytes, stage), options);
+  wgmmaFence(b);
+  for (const [k, a] of fragments.entries()) {
+    wgmma(b, sums.length * 2, 'k16.f32.bf16.bf16', sums, a, advanceDescriptor(b, tokens, k * 16 * 128), true, true);
+  }
+  if (commit) wgmmaCommitGroup(b);
+}
+
+/** From 1.5 * 2^23 + codes to P. */
+function exponentials(self: Consumer): void {
+  const { frame, place, work, next, scores, rows, ringPlace, keyScale } = self;
+  const { b, config, ownsQueries } = frame;
+  const { weights } = scores;
+  b.section('P = exp2(S - LSE)');
+  const exponential = (i: number, scale: Reg<'f32'>, shift: Reg<'f32'>) => {
+    const register = at(weights, i);
+    // Exact: both are integers below 2^24.
+    const codes = b.sub(register, MAGIC);
+    b.ex2(b.fma(codes, scale, shift), register);
+  };
+  if (ownsQueries) {
+    const [scale, shift] = rows as [readonly Reg<'f32'>[], readonly Reg<'f32'>[]];
+    const whole = scale.map((own) => b.mul(own, keyScale));
+    for (let i = 0; i < weights.length; i++) exponential(i, at(whole, (i >> 1) & 1), at(shift, (i >> 1) & 1));
+  } else {
+    const [scales, shifts] = [rowsAt(self, ringPlace.stage, 0), rowsAt(self, ringPlace.stage, 1)];
+    for (let n = 0; n < config.streamTokens / 8; n++) {
+      const scale = b.ldVector('f32', 2, scales, n * 32).map((value) => b.mul(value, keyScale));
+      const shift = b.ldVector('f32', 2, shifts, n * 32);
+      for (let i = 0; i < 4; i++) exponential(4 * n + i, at(scale, i & 1), at(shift, i & 1));
+    }
+  }
+  if (!config.banded && !ownsQueries) return;
+  const fragments = Array.from({ length: weights.length / 4 }, (_, n) => weights.slice(4 * n, 4 * n + 4));
+  excludePairs({ frame, place, work, now: next }, fragments);
+}

@@ -1,0 +1,363 @@
+/** Launches of a backward pass: the codes of the forward pass anew, what `prepare.ts` makes, and the gradient kernels. */
+import { type BackwardProblem, gradientShapesOf } from '../../../attention/backward.ts';
+import { isBanded } from '../../../attention/band.ts';
+import type { AttentionProblem } from '../../../attention/problem.ts';
+import type { DType } from '../../../tensor/dtype.ts';
+import type { OperandLayout } from '../../../tensor/tensor.ts';
+import type { KernelChoice } from '../../backend.ts';
+import {
+  chooseGradientTile,
+  GRADIENT_INTEGERS,
+  GRADIENT_POINTERS,
+  GRADIENT_STRIDES,
+  type Gradient,
+  type GradientConfig,
+  gradientPasses,
+  OPERAND_BYTES,
+  OWN_TOKENS,
+} from '../kernels/backward/config.ts';
+import { GRADIENT_THREADS } from '../kernels/backward/frame.ts';
+import { gradients } from '../kernels/backward/gradients.ts';
+import {
+  COPY_TOKENS,
+  COPY_TOKENS_INTEGERS,
+  COPY_TOKENS_POINTERS,
+  type CopyTokensConfig,
+  copyTokens,
+  PREPARE_ROWS_INTEGERS,
+  PREPARE_ROWS_POINTERS,
+  PREPARE_ROWS_STRIDES,
+  PREPARE_THREADS,
+  type PrepareRowsConfig,
+  prepareRows,
+} from '../kernels/backward/prepare.ts';
+import {
+  BLOCK_CHANNELS,
+  CONSUMERS,
+  GROUP_TOKENS,
+  gradientPlanOf,
+  isWgmmaGradient,
+  type WgmmaGradientConfig,
+  wgmmaGradientTile,
+} from '../kernels/backward/wgmma/config.ts';
+import { WGMMA_GRADIENT_THREADS } from '../kernels/backward/wgmma/frame.ts';
+import { wgmmaGradients } from '../kernels/backward/wgmma/gradients.ts';
+import { LOG2_E, roundUp } from '../kernels/parts/constants.ts';
+import { BYTES } from '../kernels/parts/elements.ts';
+import {
+  bandArguments,
+  f32,
+  inOrder,
+  launch,
+  maskArgumentsOf,
+  maskFormatOf,
+  moduleOf,
+  outputStridesOf,
+  pointer,
+  softcapArguments,
+  strideBytes,
+  u32,
+  u64,
+} from './arguments.ts';
+import { BLOCK_Q, type Context, constantsOf, contextOf, type DeviceFacts, loadWidthOf } from './context.ts';
+import type { BufferName, KernelArgument, KernelLaunch, LaunchSequence, TensorMapDescription } from './launch.ts';
+import { MMA_SYNC } from './mma-sync.ts';
+import { quantizeKeyLaunch, quantizeQueryLaunch, queryScratch, statisticsLaunches } from './quantize.ts';
+import { visibleKeysLaunches, visibleKeysScratch } from './visible-keys.ts';
+
+/** A backward call with what its launches share. */
+interface Backward {
+  readonly problem: BackwardProblem;
+  readonly context: Context;
+  /** D and Dv padded to 16. */
+  readonly paddedDim: number;
+  readonly paddedValueDim: number;
+}
+
+/**
+ * A whole backward pass: buffers `q`, `k`, `v`, `output`, `lse`, `dOutput` and, where the problem has one, `mask` in; `dq`, `dk`, `dv`
+ * out.
+ *
+ * @param choice of the forward pass
+ * @throws {InvalidArgumentError} when the problem is too large
+ */
+export function planBackward(problem: BackwardProblem, choice: KernelChoice, device: DeviceFacts): LaunchSequence {
+  const { attention } = problem;
+  // Heads of one token are not put side by side: they have dO and sums of their own.
+  const { keyValue, attend } = MMA_SYNC;
+  const context = contextOf({ keyValue, attend }, attention, choice, device, { whole: true });
+  const [paddedDim, paddedValueDim] = [roundUp(attention.headDim, 16), roundUp(attention.valueDim, 16)];
+  const backward: Backward = { problem, context, paddedDim, paddedValueDim };
+  const { batch, kvHeads, queryHeads } = attention;
+  const hasKeys = context.layout.keyTiles * batch * kvHeads > 0;
+  const hasQueries = context.layout.queryTiles * batch * queryHeads > 0;
+  const both = hasKeys && hasQueries;
+  return {
+    scratch: scratchOf(backward),
+    constants: constantsOf(context),
+    launches: [
+      ...(both ? preparing(backward) : []),
+      ...gradientPasses(paddedDim, paddedValueDim).flatMap((pass) => {
+        const owners = pass.includes('query') ? hasQueries : hasKeys;
+        return owners ? [gradientLaunch(backward, pass)] : [];
+      }),
+    ],
+  };
+}
+
+function scratchOf({ context, paddedDim, paddedValueDim }: Backward): Record<BufferName, number> {
+  const { problem, choice, layout, scheme } = context;
+  const { batch, kvHeads, queryHeads } = problem;
+  const rows = queryHeads * layout.paddedQueries;
+  const keys = kvHeads * layout.paddedKeys;
+  return {
+    ...queryScratch(context),
+    ...visibleKeysScratch(context),
+    key: keys * scheme.qkRowBytes,
+    keyScale: (keys / 64) * scheme.keyGroups * 4,
+    keyFaults: (keys / 64) * 8,
+    ...(choice.smoothK ? { keyMean: batch * kvHeads * scheme.paddedDim * 4 } : {}),
+    queryOperand: rows * paddedDim * OPERAND_BYTES,
+    keyOperand: keys * paddedDim * OPERAND_BYTES,
+    valueOperand: keys * paddedValueDim * OPERAND_BYTES,
+    outputGradient: rows * paddedValueDim * OPERAND_BYTES,
+    rowNumbers: 3 * rows * 4,
+  };
+}
+
+/** The three numbers of each row of Q, one array behind the other. */
+function rowNumbersOf({ problem, layout }: Context) {
+  const [rowScale, rowShift, rowDelta] = [0, 1, 2].map((i) =>
+    pointer('rowNumbers', i * problem.queryHeads * layout.paddedQueries * 4),
+  ) as [KernelArgument, KernelArgument, KernelArgument];
+  return { rowScale, rowShift, rowDelta };
+}
+
+/** Everything that the gradient kernels read. */
+function preparing(backward: Backward): KernelLaunch[] {
+  const { context } = backward;
+  const { choice } = context;
+  return [
+    ...visibleKeysLaunches(context),
+    ...(choice.smoothK ? statisticsLaunches({ ...context, choice: { ...choice, smoothV: false } }, false) : []),
+    quantizeKeyLaunch(context),
+    quantizeQueryLaunch(context),
+    copyLaunch(backward, 'q'),
+    copyLaunch(backward, 'k'),
+    copyLaunch(backward, 'v'),
+    prepareRowsLaunch(backward),
+  ];
+}
+
+const COPIES = {
+  q: { name: 'copy Q', operand: 'query', copy: 'queryOperand' },
+  k: { name: 'copy K', operand: 'key', copy: 'keyOperand' },
+  v: { name: 'copy V', operand: 'key', copy: 'valueOperand' },
+} as const;
+
+function copyLaunch({ context, paddedDim, paddedValueDim }: Backward, which: keyof typeof COPIES): KernelLaunch {
+  const { problem, choice, device, layout, scheme } = context;
+  const { target, pointerAlignment = 16 } = device;
+  const { dtype, batch, headDim, valueDim, queryHeads, kvHeads, softcap } = problem;
+  const { name, operand, copy } = COPIES[which];
+  const layoutOf = problem[which];
+  const dim = which === 'v' ? valueDim : headDim;
+  // The rows of dS add up to 0, so that K's mean changes no sum, but what their rounding leaves; those under a softcap do not.
+  const smoothed = which === 'k' && choice.smoothK && softcap === 0;
+  const config: CopyTokensConfig = {
+    target,
+    dtype,
+    operand,
+    dim,
+    paddedDim: which === 'v' ? paddedValueDim : paddedDim,
+    loadWidth: loadWidthOf(layoutOf, dim, dtype, pointerAlignment),
+    meanDim: smoothed ? scheme.paddedDim : undefined,
+  };
+  const heads = operand === 'query' ? queryHeads : kvHeads;
+  const blocks = operand === 'query' ? layout.queryTiles * (BLOCK_Q / COPY_TOKENS) : layout.keyTiles;
+  return launch(name, moduleOf(copyTokens, config), 'copyTokens', blocks * heads * batch, PREPARE_THREADS, 0, [
+    ...inOrder(COPY_TOKENS_POINTERS, {
+      sequences: pointer('sequences'),
+      input: pointer(which, layoutOf.offset * BYTES[dtype]),
+      ...(smoothed ? { mean: pointer('keyMean') } : {}),
+      copy: pointer(copy),
+    }),
+    ...inOrder(COPY_TOKENS_INTEGERS, {
+      heads: u32(heads),
+      blocks: u32(blocks),
+      paddedTokens: u32(operand === 'query' ? layout.paddedQueries : layout.paddedKeys),
+    }),
+    ...strideBytes(layoutOf, dtype),
+  ]);
+}
+
+const named = (name: string, { batchStride, headStride, tokenStride }: OperandLayout, dtype: DType) => ({
+  [`${name}Batch`]: u64(batchStride * BYTES[dtype]),
+  [`${name}Head`]: u64(headStride * BYTES[dtype]),
+  [`${name}Token`]: u64(tokenStride * BYTES[dtype]),
+});
+
+function prepareRowsLaunch({ problem, context, paddedValueDim }: Backward): KernelLaunch {
+  const { output, dOutput, lseOffset } = problem;
+  const { device, layout, scheme } = context;
+  const { target, pointerAlignment = 16 } = device;
+  const { dtype, valueDim, queryHeads, batch, smScale, softcap } = context.problem;
+  const widths = [output, dOutput].map((operand) => loadWidthOf(operand, valueDim, dtype, pointerAlignment));
+  const config: PrepareRowsConfig = {
+    target,
+    dtype,
+    valueDim,
+    paddedValueDim,
+    loadWidth: Math.min(...widths) as PrepareRowsConfig['loadWidth'],
+    queryScales: scheme.queryGroups,
+    softcap: softcap !== 0,
+  };
+  const blocks = layout.queryTiles * (BLOCK_Q / COPY_TOKENS);
+  const module = moduleOf(prepareRows, config);
+  return launch('prepare rows', module, 'prepareRows', blocks * queryHeads * batch, PREPARE_THREADS, 0, [
+    ...inOrder(PREPARE_ROWS_POINTERS, {
+      sequences: pointer('sequences'),
+      output: pointer('output', output.offset * BYTES[dtype]),
+      outputGradient: pointer('dOutput', dOutput.offset * BYTES[dtype]),
+      lse: pointer('lse', lseOffset * 4),
+      queryScale: pointer('queryScale'),
+      rowBias: pointer('rowBias'),
+      copy: pointer('outputGradient'),
+      ...rowNumbersOf(context),
+    }),
+    ...inOrder(PREPARE_ROWS_INTEGERS, {
+      heads: u32(queryHeads),
+      blocks: u32(blocks),
+      paddedTokens: u32(layout.paddedQueries),
+    }),
+    ...inOrder(PREPARE_ROWS_STRIDES, {
+      ...named('output', output, dtype),
+      ...named('gradient', dOutput, dtype),
+      lseBatch: outputStridesOf(context.problem).lseBatch,
+      lseHead: outputStridesOf(context.problem).lseHead,
+      lseToken: u64(4),
+    }),
+    f32(Math.abs(smScale) * LOG2_E),
+  ]);
+}
+
+/** Where the gradients lie, by the names of the kernels' parameters. */
+function gradientStridesOf(attention: AttentionProblem, dtype: DType) {
+  const { dq, dk, dv } = gradientShapesOf(attention);
+  return {
+    ...named('query', dq.layout, dtype),
+    ...named('key', dk.layout, dtype),
+    ...named('value', dv.layout, dtype),
+  };
+}
+
+function gradientLaunch(backward: Backward, pass: readonly Gradient[]): KernelLaunch {
+  const { problem, context, paddedDim, paddedValueDim } = backward;
+  const { attention, gradientDtype } = problem;
+  const { device, layout, scheme } = context;
+  const { target } = device;
+  const { batch, queryHeads, kvHeads, headDim, valueDim, queryLength, keyLength, softcap, smScale, band } = attention;
+  const sizes = { gradients: pass, codeBytes: scheme.qkRowBytes, paddedDim, paddedValueDim };
+  const features = {
+    headDim,
+    valueDim,
+    keyScales: scheme.keyGroups,
+    banded: isBanded(band),
+    mask: maskFormatOf(attention),
+    softcap: softcap !== 0,
+    gradientType: gradientDtype,
+  };
+  const ownsQueries = pass.includes('query');
+  const isWgmma = target === 'sm_90a' && isWgmmaGradient(features);
+  const ownTokens = isWgmma ? CONSUMERS * GROUP_TOKENS : OWN_TOKENS;
+  const tiles = Math.ceil((ownsQueries ? queryLength : keyLength) / ownTokens);
+  const blocks = tiles * (ownsQueries ? queryHeads : kvHeads) * batch;
+  const name = `gradients of ${pass.join(' and ')}`;
+  const { mask, strides } = maskArgumentsOf(attention);
+  const args = [
+    ...inOrder(GRADIENT_POINTERS, {
+      sequences: pointer('sequences'),
+      query: pointer('query'),
+      ...rowNumbersOf(context),
+      rowBias: pointer('rowBias'),
+      key: pointer('key'),
+      keyScale: pointer('keyScale'),
+      queryOperand: pointer('queryOperand'),
+      keyOperand: pointer('keyOperand'),
+      valueOperand: pointer('valueOperand'),
+      outputGradient: pointer('outputGradient'),
+      mask,
+      ...(ownsQueries ? { queryGradient: pointer('dq') } : {}),
+      ...(pass.includes('key') ? { keyGradient: pointer('dk') } : {}),
+      ...(pass.includes('value') ? { valueGradient: pointer('dv') } : {}),
+    }),
+    ...inOrder(GRADIENT_INTEGERS, {
+      queryHeads: u32(queryHeads),
+      headsPerKeyHead: u32(queryHeads / kvHeads),
+      tiles: u32(tiles),
+      paddedQueries: u32(layout.paddedQueries),
+      paddedKeys: u32(layout.paddedKeys),
+    }),
+    ...inOrder(GRADIENT_STRIDES, { ...strides, ...gradientStridesOf(attention, gradientDtype) }),
+    ...bandArguments(band),
+    f32(smScale),
+    ...softcapArguments(attention),
+  ];
+  if (isWgmma) {
+    const { headDim, valueDim, keyScales, banded, gradientType } = features;
+    const config: WgmmaGradientConfig = {
+      ...{ headDim, valueDim, keyScales, banded, gradientType },
+      gradients: pass,
+      codeBytes: scheme.qkRowBytes,
+      ...wgmmaGradientTile(headDim, ownsQueries),
+    };
+    const module = moduleOf(wgmmaGradients, config);
+    const { sharedBytes } = module.kernel();
+    const maps = mapsOf(backward, config);
+    return launch(name, module, 'wgmmaGradients', blocks, WGMMA_GRADIENT_THREADS, sharedBytes, [...args, ...maps]);
+  }
+  const tile = chooseGradientTile(target, { ...sizes, softcap: softcap !== 0 });
+  const config: GradientConfig = { target, ...sizes, ...tile, ...features };
+  const module = moduleOf(gradients, config);
+  return launch(name, module, 'gradients', blocks, GRADIENT_THREADS, module.kernel().sharedBytes, args);
+}
+
+/** Tensor maps of own tokens and of those that pass by, in the order of the kernel's parameters. */
+function mapsOf({ context }: Backward, config: WgmmaGradientConfig): KernelArgument[] {
+  const { problem, layout } = context;
+  const { queryHeads, kvHeads } = problem;
+  const { codeBytes, headDim, valueDim, streamTokens, gradients: pass } = config;
+  const queries = queryHeads * layout.paddedQueries;
+  const keys = kvHeads * layout.paddedKeys;
+  const plan = gradientPlanOf(config);
+  const codes = (buffer: BufferName, rows: number, tokens: number): TensorMapDescription => ({
+    ...{ buffer, elementType: 'u8', dimensions: [codeBytes, rows], byteStrides: [codeBytes] },
+    ...{ box: [codeBytes, tokens], swizzle: plan.codesSwizzle, l2Promotion: '256B' },
+  });
+  const channels = (buffer: BufferName, rows: number, dim: number, tokens: number): TensorMapDescription => ({
+    ...{ buffer, elementType: 'bf16', dimensions: [dim, rows], byteStrides: [dim * OPERAND_BYTES] },
+    ...{ box: [BLOCK_CHANNELS, tokens], swizzle: '128B', l2Promotion: '256B' },
+  });
+  const rows: TensorMapDescription = {
+    ...{ buffer: 'rowNumbers', elementType: 'u8', dimensions: [queries * 4, 3], byteStrides: [queries * 4] },
+    ...{ box: [streamTokens * 4, 3], swizzle: 'none' },
+  };
+  const maps = pass.includes('query')
+    ? [
+        codes('query', queries, GROUP_TOKENS),
+        channels('outputGradient', queries, valueDim, GROUP_TOKENS),
+        codes('key', keys, streamTokens),
+        channels('valueOperand', keys, valueDim, streamTokens),
+        channels('keyOperand', keys, headDim, streamTokens),
+        rows,
+      ]
+    : [
+        codes('key', keys, GROUP_TOKENS),
+        channels('valueOperand', keys, valueDim, GROUP_TOKENS),
+        codes('query', queries, streamTokens),
+        channels('outputGradient', queries, valueDim, streamTokens),
+        channels('queryOperand', queries, headDim, streamTokens),
+        rows,
+      ];
+  return maps.map((map) => ({ kind: 'tensor-map', map }));
+}
