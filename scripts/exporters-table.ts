@@ -5,6 +5,9 @@ import { indexGraph } from '../src/integrations/onnxruntime/model/graph.ts';
 import { type GraphProto, readModel } from '../src/integrations/onnxruntime/onnx/codec.ts';
 import { EXPORTERS } from '../src/integrations/onnxruntime/testing/exporters/index.ts';
 import { mergedDecoder } from '../src/integrations/onnxruntime/testing/merged-decoder.ts';
+import { rewriteTopology } from '../src/integrations/tfjs/graph-model.ts';
+import { EXPORTED } from '../src/integrations/tfjs/testing/exporters.ts';
+import { TopologyBuilder } from '../src/integrations/tfjs/testing/topology-builder.ts';
 import { GraphBuilder } from '../test/support/graph-builder.ts';
 import { Random } from '../test/support/random.ts';
 
@@ -37,4 +40,14 @@ export function exporterRows(): string[][] {
     .reduce((a, b) => ({ found: a.found + b.found, taken: a.taken + b.taken }));
   const decoders = 'Whisper, BART, T5, GPT-2: decoders with and without a cache in one file (`If`)';
   return [...rows, [decoders, 'Optimum (merged), transformers.js', String(found), String(taken), '0.1.0']];
+}
+
+/** The same of GraphModels of TensorFlow.js: what is taken is what our kernels compute when the tests run the graph. */
+export function topologyRows(): string[][] {
+  return EXPORTED.map(({ models, exporter, calls = 1, build }) => {
+    const builder = new TopologyBuilder(new Random(1));
+    build(builder);
+    const { taken, left } = rewriteTopology(builder.topology());
+    return [models, exporter, String(taken.length + left.length), String(calls), calls === 0 ? '' : '0.1.0'];
+  });
 }

@@ -6,7 +6,7 @@
  */
 import { readdirSync, readFileSync, writeFileSync } from 'node:fs';
 import type { AccuracyRow } from '../bench/accuracy.ts';
-import { exporterRows } from './exporters-table.ts';
+import { exporterRows, topologyRows } from './exporters-table.ts';
 
 const RESULTS = new URL('../bench/results/', import.meta.url);
 const PAGES = ['README.md', 'docs/choosing-a-kernel.md', 'docs/integrations.md'];
@@ -341,10 +341,9 @@ function summary(): Table {
   };
 }
 
-const exporters = (): Table => ({
-  header: ['models', 'exporter', 'found', 'taken', 'since'],
-  rows: exporterRows(),
-});
+const EXPORTERS_HEADER = ['models', 'exporter', 'found', 'taken', 'since'];
+const exporters = (): Table => ({ header: EXPORTERS_HEADER, rows: exporterRows() });
+const topologies = (): Table => ({ header: EXPORTERS_HEADER, rows: topologyRows() });
 
 const TABLES: Readonly<Record<string, (short: boolean) => Table>> = {
   summary,
@@ -354,6 +353,7 @@ const TABLES: Readonly<Record<string, (short: boolean) => Table>> = {
   'webgpu-speed': webgpuSpeed,
   'onnxruntime-speed': onnxruntimeSpeed,
   exporters,
+  'tfjs-exporters': topologies,
 };
 
 /** The formatter pads the cells of tables. */

@@ -1,6 +1,7 @@
 /** `sageattention compare`: accuracy of every kernel on the user's own tensors. */
 
 import { accuracyOnRows, type ExactCall, queryLength, sampleRows } from '../measure/accuracy.ts';
+import { notFinite } from '../measure/not-finite.ts';
 import { readUserFile } from './arguments.ts';
 import { availableBackends, offeredKernels } from './backends.ts';
 import { isRefusal, UserError } from './errors.ts';
@@ -112,10 +113,25 @@ export async function compareKernels(file: string, options: CompareOptions): Pro
       ),
     ),
   );
+  const spoiled = notFinite({ q, k, v });
+  if (spoiled.length > 0) {
+    print(
+      `Rows that see them have no finite output to compare, and one such row makes every figure the worst: ${spoiled.join('; ')}.`,
+    );
+  }
   for (const { kernel, refused } of results) if (refused !== undefined) print(`${kernel}: ${refused}`);
   if (options.json !== undefined) {
     const shapes = { q: q.shape, k: k.shape, v: v.shape };
-    const report = { schema: 'sageattention-compare/1', file, shapes, dtype: q.dtype, ...settings, rows, results };
+    const report = {
+      schema: 'sageattention-compare/1',
+      file,
+      shapes,
+      dtype: q.dtype,
+      ...settings,
+      rows,
+      notFinite: spoiled,
+      results,
+    };
     await writeReport(options.json, JSON.stringify(report, null, 2));
   }
   if (results.every(({ accuracy }) => accuracy === undefined)) throw new UserError('no kernel took these tensors');

@@ -28,7 +28,7 @@ describe('compare', () => {
       [1, infinity],
       [infinity, -infinity],
     ] as const) {
-      expect(compare([1, actual], [1, expected])).toEqual(WORST);
+      expect(compare([1, actual], [1, expected])).toEqual({ ...WORST, spoiledBy: { index: 1, actual, expected } });
     }
     expect(compare([1, -infinity], [1, -infinity])).toMatchObject({ relativeL1: 0, rmse: 0, maxAbsoluteError: 0 });
   });

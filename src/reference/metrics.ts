@@ -10,6 +10,8 @@ export interface Accuracy {
   readonly rmse: number;
   /** max|a - e|. */
   readonly maxAbsoluteError: number;
+  /** Where the figures are the worst possible: the first element that is not finite on both sides alike. */
+  readonly spoiledBy?: { readonly index: number; readonly actual: number; readonly expected: number };
 }
 
 const WORST: Accuracy = {
@@ -23,8 +25,8 @@ const WORST: Accuracy = {
  * Compares a result with the exact one, element by element, in float64: the metrics of SageAttention2 (arXiv 2411.10958).
  *
  * - A NaN on either side, or an infinity that the other side does not have in the same place, makes every figure the worst
- *   possible (-1 and Infinity), so that no bound can pass it. Infinities that agree (the LSE of a row without keys) count
- *   as no error and stay out of the sums.
+ *   possible (-1 and Infinity), so that no bound can pass it, and `spoiledBy` names it. Infinities that agree (the LSE of
+ *   a row without keys) count as no error and stay out of the sums.
  * - Where all of `expected` is 0: relative L1 is 0 if `actual` is 0 too, else Infinity; cosine similarity 1, else 0.
  * - No elements: no error.
  *
@@ -52,7 +54,7 @@ export function compare(actual: ArrayLike<number>, expected: ArrayLike<number>):
     const e = expected[i] as number;
     if (!Number.isFinite(a) || !Number.isFinite(e)) {
       if (a === e) continue;
-      return WORST;
+      return { ...WORST, spoiledBy: { index: i, actual: a, expected: e } };
     }
     const error = Math.abs(a - e);
     dot += a * e;

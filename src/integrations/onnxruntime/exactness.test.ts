@@ -115,6 +115,28 @@ const CASES: Case[] = [
     taken: 0,
     left: 'no single finite number',
   }),
+  around('scores times a mask of zeros and ones, which hides nothing', {
+    scores: (g, s) => g.op('Mul', [s, g.op('Cast', ['keep'], { to: FLOAT })]),
+    masks: { keep: causal },
+    taken: 0,
+    left: 'not a scaled and masked product',
+  }),
+  around('a mask that multiplies, and is subtracted where it does (GPT-2 of 2019)', {
+    scores: (g, s) => {
+      const keep = g.op('Cast', ['keep'], { to: FLOAT });
+      const hidden = g.op('Mul', [g.op('Sub', [g.scalar(1), keep]), g.scalar(1e4)]);
+      return g.op('Sub', [g.op('Mul', [s, keep]), hidden]);
+    },
+    masks: { keep: causal },
+    taken: 0,
+    left: 'not a scaled and masked product',
+  }),
+  around('a mask before the softcap', {
+    scores: (g, s) => g.op('Tanh', [g.op('Where', ['keep', s, g.scalar(-1e4)])]),
+    masks: { keep: causal },
+    taken: 0,
+    left: 'softcap',
+  }),
   around('scores divided by zero', {
     scores: (g, s) => g.op('Div', [s, g.scalar(0)]),
     taken: 0,

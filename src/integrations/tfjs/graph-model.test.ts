@@ -8,6 +8,7 @@ import { Random, runSeed } from '../../../test/support/random.ts';
 import type { Backend } from '../../backends/backend.ts';
 import { disposeBackends, setBackend } from '../../backends/registry.ts';
 import { type GraphModelOptions, OPERATOR, rewriteTopology } from './index.ts';
+import { EXPORTED } from './testing/exporters.ts';
 import { TopologyBuilder } from './testing/topology-builder.ts';
 
 const seed = runSeed();
@@ -89,6 +90,14 @@ async function expectSameResults(
 const builder = () => new TopologyBuilder(random);
 
 describe('a rewritten GraphModel', () => {
+  it.each(EXPORTED.map((entry) => [entry.models, entry] as const))(
+    'computes what the graph did: %s',
+    async (_, entry) => {
+      const g = builder();
+      await expectSame(g, entry.build(g), { calls: entry.calls ?? 1 });
+    },
+  );
+
   it('scales per head, and by a number from either side', async () => {
     const g = builder();
     const [q, k, v] = [g.input([2, 3, 5, 8]), g.input([2, 3, 7, 8]), g.input([2, 3, 7, 4])];
@@ -141,38 +150,6 @@ describe('a rewritten GraphModel', () => {
     await expectSame(g, [g.node('BatchMatMulV2', [g.node('Softmax', [masked]), v])], { calls: 0 });
   });
 
-  it('takes heads that are folded into the batch, and unfolded for the mask (BART)', async () => {
-    const g = builder();
-    const [q, k, v] = [g.input([6, 5, 8]), g.input([6, 7, 8]), g.input([6, 7, 4])];
-    const scores = g.node('BatchMatMulV2', [q, k], { adj_y: true });
-    const unfolded = g.node('Reshape', [scores, g.shape([2, 3, 5, 7])]);
-    const masked = g.node('AddV2', [unfolded, g.input([2, 1, 1, 7])]);
-    const folded = g.node('Reshape', [masked, g.shape([-1, 5, 7])]);
-    await expectSame(g, [g.node('BatchMatMulV2', [g.node('Softmax', [folded]), v])]);
-  });
-
-  it('takes windows with a mask each (Swin)', async () => {
-    const g = builder();
-    const [q, k, v] = [g.input([8, 3, 6, 8]), g.input([8, 3, 6, 8]), g.input([8, 3, 6, 4])];
-    const scores = g.node('BatchMatMulV2', [g.node('Mul', [q, g.scalar(0.35)]), k], { adj_y: true });
-    const biased = g.node('AddV2', [scores, g.constant([1, 3, 6, 6])]);
-    const windows = g.node('Reshape', [biased, g.shape([2, 4, 3, 6, 6])]);
-    const masked = g.node('AddV2', [windows, g.constant([1, 4, 1, 6, 6])]);
-    const back = g.node('Reshape', [masked, g.shape([-1, 3, 6, 6])]);
-    await expectSame(g, [g.node('BatchMatMulV2', [g.node('Softmax', [back]), v])]);
-  });
-
-  it('takes a softmax over rows that are flattened by the shape of the scores (TensorFlow 1)', async () => {
-    const g = builder();
-    const [q, k, v] = [g.input([2, 3, 5, 8]), g.input([2, 3, 7, 8]), g.input([2, 3, 7, 4])];
-    const scores = g.node('Add', [g.node('BatchMatMul', [q, k], { adj_y: true }), g.input([2, 1, 1, 7])]);
-    const shape = g.node('Shape', [scores]);
-    const last = g.node('Slice', [shape, g.shape([3]), g.shape([1])]);
-    const rows = g.node('Reshape', [scores, g.node('ConcatV2', [g.shape([-1]), last, g.integer(0)])]);
-    const probabilities = g.node('Reshape', [g.node('Softmax', [rows]), shape]);
-    await expectSame(g, [g.node('BatchMatMul', [probabilities, v])]);
-  });
-
   it('leaves a softmax over more than the keys of one head to tfjs', async () => {
     const g = builder();
     const [q, k, v] = [g.input([2, 3, 5, 8]), g.input([2, 3, 7, 8]), g.input([2, 3, 7, 4])];
@@ -180,23 +157,6 @@ describe('a rewritten GraphModel', () => {
     const flat = g.node('Reshape', [scores, g.shape([2, 3, 35])]);
     const probabilities = g.node('Reshape', [g.node('Softmax', [flat]), g.shape([2, 3, 5, 7])]);
     await expectSame(g, [g.node('BatchMatMulV2', [probabilities, v])], { calls: 0 });
-  });
-
-  it('leaves positions that are added to the two axes of an image to tfjs (ViTDet)', async () => {
-    const g = builder();
-    const [q, k, v] = [g.input([2, 12, 8]), g.input([2, 12, 8]), g.input([2, 12, 4])];
-    const scores = g.node('BatchMatMulV2', [q, k], { adj_y: true });
-    const image = g.node('Reshape', [scores, g.shape([2, 3, 4, 3, 4])]);
-    const biased = g.node('AddV2', [g.node('AddV2', [image, g.input([2, 3, 4, 3, 1])]), g.input([2, 3, 4, 1, 4])]);
-    const flat = g.node('Reshape', [biased, g.shape([2, 12, 12])]);
-    await expectSame(g, [g.node('BatchMatMulV2', [g.node('Softmax', [flat]), v])], { calls: 0 });
-  });
-
-  it('leaves heads wider than any kernel takes to tfjs (the autoencoder of a diffusion model)', async () => {
-    const g = builder();
-    const [q, k, v] = [g.input([1, 4, 512]), g.input([1, 4, 512]), g.input([1, 4, 512])];
-    const scores = g.node('Mul', [g.node('BatchMatMulV2', [q, k], { adj_y: true }), g.scalar(512 ** -0.5)]);
-    await expectSame(g, [g.node('BatchMatMulV2', [g.node('Softmax', [scores]), v])], { calls: 0 });
   });
 
   it('folds probabilities for values whose heads are folded', async () => {
@@ -228,13 +188,6 @@ describe('a rewritten GraphModel', () => {
     const p = g.node('Softmax', [g.node('AddV2', [scores, mask])]);
     const values = ofValues.startsWith('bjd') ? [v, p] : [p, v];
     await expectSame(g, [g.node('Einsum', values, { equation: ofValues })]);
-  });
-
-  it('takes values times transposed probabilities', async () => {
-    const g = builder();
-    const [q, k, v] = [g.input([2, 3, 8, 5]), g.input([2, 3, 8, 7]), g.input([2, 3, 4, 7])];
-    const scores = g.node('Mul', [g.node('BatchMatMulV2', [q, k], { adj_x: true }), g.scalar(0.3)]);
-    await expectSame(g, [g.node('BatchMatMulV2', [v, g.node('Softmax', [scores])], { adj_y: true })]);
   });
 
   it.each([

@@ -38,7 +38,7 @@ export function detectAttention(index: GraphIndex): Detected {
         form: fused === undefined ? inner.opType : 'site' in fused ? fused.site.form : fused.left.form,
         heads: undefined,
         headDim: undefined,
-        reason: `inside a subgraph of ${node.opType} '${node.name || node.output[0]}'`,
+        reason: `inside a subgraph of ${node.opType} '${node.name || node.output[0]}', which onnxruntime runs as a whole`,
         isInBranch: node.opType === 'If',
       });
     }

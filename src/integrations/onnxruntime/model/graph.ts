@@ -111,25 +111,82 @@ function subgraphsOf(node: NodeProto): GraphProto[] {
 export const subgraphOf = (node: NodeProto, name: string): GraphProto | undefined =>
   node.attribute.find((attribute) => attribute.name === name)?.g;
 
+/** Names that a subgraph gives values, so that they are none of the graph around it. */
+const namesOf = ({ input, initializer, node }: GraphProto): string[] => [
+  ...input.map(({ name }) => name),
+  ...initializer.map(({ name }) => name),
+  ...node.flatMap(({ output }) => output),
+];
+
+/**
+ * Walks a node's subgraphs at any depth, as they are written; without recursion, since graphs may be nested deeper than a call
+ * stack.
+ *
+ * @param enter called with a subgraph before anything in it, `visit` with each node before its subgraphs, `leave` after all
+ */
+function walkSubgraphs(
+  node: NodeProto,
+  {
+    enter = () => undefined,
+    visit,
+    leave = () => undefined,
+  }: {
+    readonly enter?: (subgraph: GraphProto) => void;
+    readonly visit: (inner: NodeProto) => void;
+    readonly leave?: (subgraph: GraphProto) => void;
+  },
+): void {
+  type Place = { readonly subgraph: GraphProto; next: number };
+  const begin = (of: NodeProto): Place[] =>
+    subgraphsOf(of)
+      .map((subgraph) => ({ subgraph, next: -1 }))
+      .reverse();
+  const stack = begin(node);
+  for (let place = stack.at(-1); place !== undefined; place = stack.at(-1)) {
+    const { subgraph } = place;
+    if (place.next < 0) {
+      enter(subgraph);
+      place.next = 0;
+    }
+    const inner = subgraph.node[place.next];
+    place.next++;
+    if (inner === undefined) {
+      leave(subgraph);
+      stack.pop();
+    } else {
+      visit(inner);
+      stack.push(...begin(inner));
+    }
+  }
+}
+
 /** Names of the outer graph that a node's subgraphs (If, Loop, Scan) read. */
 function capturedNames(node: NodeProto): string[] {
-  return subgraphsOf(node).flatMap((subgraph) => {
-    const local = new Set([
-      ...subgraph.input.map((input) => input.name),
-      ...subgraph.initializer.map((tensor) => tensor.name),
-      ...subgraph.node.flatMap((inner) => inner.output),
-    ]);
-    const used = [
-      ...subgraph.node.flatMap((inner) => [...inner.input, ...capturedNames(inner)]),
-      ...subgraph.output.map((output) => output.name),
-    ];
-    return used.filter((name) => name !== '' && !local.has(name));
+  const captured: string[] = [];
+  /** How many of the subgraphs that are open give a value this name. */
+  const local = new Map<string, number>();
+  const count = (subgraph: GraphProto, by: 1 | -1) => {
+    for (const name of namesOf(subgraph)) local.set(name, (local.get(name) ?? 0) + by);
+  };
+  const read = (name: string) => {
+    if (name !== '' && (local.get(name) ?? 0) === 0) captured.push(name);
+  };
+  walkSubgraphs(node, {
+    enter: (subgraph) => count(subgraph, 1),
+    visit: (inner) => inner.input.forEach(read),
+    leave: (subgraph) => {
+      for (const { name } of subgraph.output) read(name);
+      count(subgraph, -1);
+    },
   });
+  return captured;
 }
 
 /** Every node inside a node's subgraphs, at any depth. */
 export function nestedNodes(node: NodeProto): NodeProto[] {
-  return subgraphsOf(node).flatMap((subgraph) => subgraph.node.flatMap((inner) => [inner, ...nestedNodes(inner)]));
+  const found: NodeProto[] = [];
+  walkSubgraphs(node, { visit: (inner) => found.push(inner) });
+  return found;
 }
 
 export function isOp(node: NodeProto, opType: string, domain?: string): boolean;

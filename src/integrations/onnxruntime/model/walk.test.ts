@@ -1,8 +1,8 @@
 import fc from 'fast-check';
 import { describe, expect, it } from 'vitest';
-import { graph as makeGraph, type NodeProto, node, tensorProto } from '../onnx/codec.ts';
+import { type GraphProto, graph as makeGraph, type NodeProto, node, tensorProto, untypedValue } from '../onnx/codec.ts';
 import { constantScalar } from './constants.ts';
-import { type GraphIndex, indexGraph, isAcyclic } from './graph.ts';
+import { type GraphIndex, indexGraph, isAcyclic, nestedNodes } from './graph.ts';
 import { elementKind } from './types.ts';
 import { graphFunction } from './walk.ts';
 
@@ -81,5 +81,61 @@ describe('isAcyclic', () => {
         expect(isAcyclic(indexOf(nodesOf(lists)))).toBe(!lists.some((_, i) => reaches(i, i)));
       }),
     );
+  });
+});
+
+describe('subgraphs', () => {
+  interface Nested {
+    readonly locals: readonly string[];
+    readonly reads: readonly string[];
+    readonly inner: readonly Nested[];
+    readonly output: string;
+  }
+  const name = fc.constantFrom('a', 'b', 'c', 'd', 'e');
+  const nested = fc.letrec<{ graph: Nested }>((tie) => ({
+    graph: fc.record({
+      locals: fc.uniqueArray(name, { maxLength: 2 }),
+      reads: fc.array(name, { maxLength: 2 }),
+      inner: fc.array(tie('graph'), { maxLength: 2, depthIdentifier: 'nested' }),
+      output: name,
+    }),
+  })).graph;
+  const toGraph = ({ locals, reads, inner, output }: Nested): GraphProto =>
+    makeGraph({
+      name: 'inner',
+      nodes: [
+        node('Sum', [...reads], [...locals]),
+        ...inner.map((each) => node('If', ['cond'], [], { attributes: { then_branch: toGraph(each) } })),
+      ],
+      inputs: [],
+      outputs: [untypedValue(output)],
+      initializers: [],
+    });
+  /** What a graph reads of those around it, by the definition. */
+  const captured = ({ locals, reads, inner, output }: Nested): string[] =>
+    [...reads, ...inner.flatMap((each) => ['cond', ...captured(each)]), output].filter(
+      (read) => !locals.includes(read),
+    );
+  const size = ({ inner }: Nested): number => 1 + inner.reduce((sum, each) => sum + 1 + size(each), 0);
+
+  it('are read as they are defined, at any depth', () => {
+    fc.assert(
+      fc.property(nested, (made) => {
+        const outer = node('If', ['cond'], ['y'], { attributes: { then_branch: toGraph(made) } });
+        const index = indexOf([outer]);
+        expect([...index.readsOf(outer)].sort()).toEqual([...new Set(['cond', ...captured(made)])].sort());
+        expect(nestedNodes(outer)).toHaveLength(size(made));
+      }),
+    );
+  });
+
+  it('are followed deeper than a call stack', () => {
+    let inner = node('Identity', ['x'], ['v']);
+    for (let depth = 0; depth < DEEP; depth++) {
+      const branch = makeGraph({ name: 'g', nodes: [inner], inputs: [], outputs: [], initializers: [] });
+      inner = node('If', ['cond'], [], { attributes: { then_branch: branch } });
+    }
+    expect(nestedNodes(inner)).toHaveLength(DEEP);
+    expect(indexOf([inner]).readsOf(inner)).toEqual(['cond', 'x']);
   });
 });
