@@ -9,11 +9,13 @@ import { conformanceTests, type Target } from './suite.ts';
  * Runs the conformance suite for targets of one backend instance.
  *
  * @param share of each target's tests in a sample (`test/support/sample.ts`); 1 where they are quick
+ * @param options `always`: never more than a sample, unless SAGEATTENTION_TESTS=all
  */
 export function describeConformance(
   create: () => Backend | Promise<Backend>,
   targets: readonly Target[],
   share = 1,
+  { always = false }: { readonly always?: boolean } = {},
 ): void {
   const seed = runSeed();
   let backend: Backend | undefined;
@@ -24,7 +26,9 @@ export function describeConformance(
   afterAll(() => backend?.dispose());
   for (const target of targets) {
     describe(`${target.name} (SAGEATTENTION_SEED=${seed})`, () => {
-      for (const test of sampled(conformanceTests(target, seed), seed, share, target.name)) it(test.name, test.run);
+      for (const test of sampled(conformanceTests(target, seed), seed, share, target.name, always)) {
+        it(test.name, test.run);
+      }
     });
   }
 }

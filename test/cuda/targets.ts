@@ -1,9 +1,16 @@
 /** What the conformance suite runs on the CUDA backend: every kernel with every setting of its options that changes its code. */
 import type { AttentionOptions } from '../../src/attention/options.ts';
 import { lackedBy } from '../../src/backends/cuda/kernel-table.ts';
+import { VALUE_LIMIT } from '../../src/backends/cuda/kernels/fp4/value.ts';
 import { type PvAccumDtype, TILINGS, V_FP8_MAX } from '../../src/quantization/schemes.ts';
-import { PORTABLE_ALGORITHM, type QuantizedAlgorithm } from '../../src/reference/quantized.ts';
+import {
+  FP4_PV_FP4_ALGORITHM,
+  FP4_PV_FP8_ALGORITHM,
+  PORTABLE_ALGORITHM,
+  type QuantizedAlgorithm,
+} from '../../src/reference/quantized.ts';
 import { FLOAT16_MAX } from '../../src/tensor/formats/float16.ts';
+import { FP4_RELATIVE_L1 } from '../conformance/fp4-target.ts';
 import type { Target } from '../conformance/suite.ts';
 
 const SM80: QuantizedAlgorithm = { ...PORTABLE_ALGORITHM, tiling: TILINGS.sm80, granularity: 'per-thread' };
@@ -20,7 +27,7 @@ const fp8 = (pvAccumDtype: PvAccumDtype): QuantizedAlgorithm => ({
  * Relative L1 on ordinary inputs. The official kernels reach 0.0129 with FP16 PV and 0.038 with FP8 PV on long sequences; short
  * ones average less and lose up to twice that (`npx tsx test/cuda/emulated-accuracy.ts` prints what the algorithms lose).
  */
-const BOUNDS = { fp16: 0.025, fp8: 0.06, int4: 0.25 } as const;
+const BOUNDS = { fp16: 0.025, fp8: 0.06, int4: 0.25, fp4: FP4_RELATIVE_L1 } as const;
 
 /**
  * Groups of K span up to 64 keys of a tile, V in FP8 has one scale for a channel and tile, and a cache keeps K's mean between
@@ -47,6 +54,8 @@ function target(
       granularity: options.qkQuantGran ?? algorithm.granularity,
       pvAccumDtype: options.pvAccumDtype ?? algorithm.pvAccumDtype,
       smoothV: options.smoothV ?? false,
+      smoothQ: options.smoothQ ?? algorithm.smoothQ,
+      fp4: { ...algorithm.fp4, scaleSearch: options.scaleSearch ?? algorithm.fp4.scaleSearch },
     },
     largestV,
     exceptions: EXCEPTIONS,
@@ -61,6 +70,9 @@ const FP16_SMOOTHED = FLOAT16_MAX / 2;
 const FP16 = 'qk-int8-pv-fp16-cuda';
 const FP8 = 'qk-int8-pv-fp8-cuda';
 const INT4 = 'qk-int4-pv-fp8-cuda';
+const FP4 = 'qk-fp4-pv-fp4';
+const FP4_BLACKWELL = 'qk-fp4-pv-fp4-cuda';
+const FP4_FP8 = 'qk-fp4-pv-fp8-cuda';
 const WGMMA_FP8 = 'qk-int8-pv-fp8-cuda-sm90';
 const WGMMA_FP16 = 'qk-int8-pv-fp16-cuda-sm90';
 
@@ -82,6 +94,11 @@ export const CUDA_TARGETS: readonly Target[] = [
   target(FP8, { qkQuantGran: 'per-block', pvAccumDtype: 'fp32' }, fp8('fp32'), 'fp8', Number.POSITIVE_INFINITY),
   target(FP8, { smoothV: true }, fp8('fp32+fp16'), 'fp8', Number.POSITIVE_INFINITY),
   target(INT4, {}, { ...fp8('fp32+fp16'), qkFormat: 'int4', smoothQ: true }, 'int4', Number.POSITIVE_INFINITY),
+  target(FP4, {}, FP4_PV_FP4_ALGORITHM, 'fp4', VALUE_LIMIT),
+  target(FP4, { smoothQ: false, smoothV: true, scaleSearch: 'none' }, FP4_PV_FP4_ALGORITHM, 'fp4', VALUE_LIMIT / 2),
+  target(FP4_BLACKWELL, {}, FP4_PV_FP4_ALGORITHM, 'fp4', VALUE_LIMIT),
+  target(FP4_BLACKWELL, { smoothQ: false, smoothV: true }, FP4_PV_FP4_ALGORITHM, 'fp4', VALUE_LIMIT / 2),
+  target(FP4_FP8, {}, FP4_PV_FP8_ALGORITHM, 'int4', Number.POSITIVE_INFINITY),
   target(WGMMA_FP8, {}, fp8('fp32+fp32'), 'fp8', Number.POSITIVE_INFINITY),
   target(WGMMA_FP8, { qkQuantGran: 'per-warp', pvAccumDtype: 'fp32' }, fp8('fp32'), 'fp8', Number.POSITIVE_INFINITY),
   target(WGMMA_FP8, { qkQuantGran: 'per-block', smoothV: true }, fp8('fp32+fp32'), 'fp8', Number.POSITIVE_INFINITY),

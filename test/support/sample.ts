@@ -14,6 +14,8 @@ function chance(seed: number, text: string): number {
 
 /**
  * @param share of the tests that a sample has, 0 to 1
+ * @param always a sample also where none is asked for: tests that run whole elsewhere, on hardware;
+ * SAGEATTENTION_TESTS=all runs all
  * @param group told apart from other groups, which have tests of the same names
  * @returns the tests to run, in their order; at least one of a group that has any
  */
@@ -22,8 +24,10 @@ export function sampled<T extends { readonly name: string }>(
   seed: number,
   share: number,
   group = '',
+  always = false,
 ): readonly T[] {
-  if (globalThis.process?.env?.SAGEATTENTION_TESTS !== 'sample') return tests;
+  const asked = globalThis.process?.env?.SAGEATTENTION_TESTS;
+  if (asked !== 'sample' && (!always || asked === 'all')) return tests;
   const ranked = tests.map((test) => ({ test, at: chance(seed, `${group}: ${test.name}`) }));
   const picked = new Set(
     ranked

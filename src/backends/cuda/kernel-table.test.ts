@@ -41,7 +41,8 @@ it.each([
   [100, 'sm_89'],
   [103, 'sm_89'],
   [120, 'sm_120a'],
-  [121, 'sm_89'],
+  [121, 'sm_120f'],
+  [130, 'sm_89'],
 ] as const)('compute capability %i gets PTX for %s', (capability, target) => {
   expect(targetFor(capability)).toBe(target);
 });
@@ -51,6 +52,8 @@ it('a kernel says which devices it needs', () => {
   expect(lackedBy('qk-int8-pv-fp16', 75)).toBe('compute capability 8.0 or later');
   expect(lackedBy('qk-int8-pv-fp8-cuda', 86)).toBe('compute capability 8.9 or later');
   expect(lackedBy('qk-int8-pv-fp8-cuda', 120)).toBeUndefined();
+  expect(lackedBy('qk-fp4-pv-fp4-cuda', 90)).toBe('compute capability 12.0 to below 13.0');
+  expect(lackedBy('qk-fp4-pv-fp4-cuda', 121)).toBeUndefined();
   expect(lackedBy('qk-int8-pv-fp8-cuda-sm90', 90)).toBeUndefined();
   expect(lackedBy('qk-int8-pv-fp8-cuda-sm90', 100)).toBe('compute capability 9.0');
   for (const { from, kernel } of DEFAULT_KERNELS) expect(lackedBy(kernel, from)).toBeUndefined();

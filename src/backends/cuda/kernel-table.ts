@@ -1,6 +1,7 @@
 /** The kernels of this backend, what each honours, and which one a device gets. */
 import type { KernelName } from '../../attention/kernels.ts';
 import { MAX_HEAD_DIM } from '../../attention/problem.ts';
+import { SCALE_SEARCHES } from '../../quantization/fp4-blocks.ts';
 import type { BackwardSupport, KernelDescriptor } from '../backend.ts';
 import type { Target } from './ptx/targets.ts';
 
@@ -14,10 +15,14 @@ export type Family = 'mma-sync' | 'wgmma';
 export interface CudaKernelDescriptor extends KernelDescriptor {
   readonly family: Family;
   /** Codes of Q and K: targets without INT4 tensor cores hold them in INT8. */
-  readonly qkFormat: 's8' | 's4';
+  readonly qkFormat: 's8' | 's4' | 'e2m1';
   /** What V is stored as. */
-  readonly pvFormat: 'f16' | 'e4m3';
-  /** Compute capabilities (major * 10 + minor) that it runs on: E4M3 conversions start at 8.9, and only 9.0 has wgmma. */
+  readonly pvFormat: 'f16' | 'e4m3' | 'e2m1';
+  /** Multiplies FP4 on tensor cores that scale its blocks, where there are such. */
+  readonly blockScaled?: true;
+  /**
+   * Compute capabilities (major * 10 + minor) that it runs on: E4M3 conversions start at 8.9, and only 9.0 has wgmma.
+   */
   readonly computeCapability: readonly [from: number, below: number];
 }
 
@@ -75,6 +80,50 @@ export const CUDA_KERNELS: readonly CudaKernelDescriptor[] = [
     maxHeadDim: MAX_HEAD_DIM,
   },
   {
+    name: 'qk-fp4-pv-fp4',
+    summary: 'NVFP4 QK and PV with Q and K smoothed, multiplied in FP16 on mma.sync; sm_80 and later',
+    family: 'mma-sync',
+    qkFormat: 'e2m1',
+    pvFormat: 'e2m1',
+    computeCapability: [MINIMUM_COMPUTE_CAPABILITY, Number.POSITIVE_INFINITY],
+    qkQuantGran: [],
+    pvAccumDtype: ['fp32'],
+    scaleSearch: SCALE_SEARCHES,
+    smoothV: true,
+    smoothQ: ['block', false],
+    maxHeadDim: MAX_HEAD_DIM,
+  },
+  {
+    name: 'qk-fp4-pv-fp4-cuda',
+    summary: 'NVFP4 QK and PV with Q and K smoothed, on block-scaled mma.sync (SageAttention3); compute capability 12',
+    family: 'mma-sync',
+    qkFormat: 'e2m1',
+    pvFormat: 'e2m1',
+    blockScaled: true,
+    computeCapability: [120, 130],
+    qkQuantGran: [],
+    pvAccumDtype: ['fp32'],
+    scaleSearch: SCALE_SEARCHES,
+    smoothV: true,
+    smoothQ: ['block', false],
+    maxHeadDim: MAX_HEAD_DIM,
+  },
+  {
+    name: 'qk-fp4-pv-fp8-cuda',
+    summary: 'NVFP4 QK with Q and K smoothed, FP8 PV; block-scaled on compute capability 12, QK in FP16 from sm_89 on',
+    family: 'mma-sync',
+    qkFormat: 'e2m1',
+    pvFormat: 'e4m3',
+    blockScaled: true,
+    computeCapability: [89, Number.POSITIVE_INFINITY],
+    qkQuantGran: [],
+    pvAccumDtype: ['fp32+fp32', 'fp32+fp16', 'fp32'],
+    scaleSearch: SCALE_SEARCHES,
+    smoothV: true,
+    smoothQ: ['block', false],
+    maxHeadDim: MAX_HEAD_DIM,
+  },
+  {
     name: 'qk-int8-pv-fp8-cuda-sm90',
     summary: 'INT8 QK, FP8 PV on wgmma (Hopper)',
     family: 'wgmma',
@@ -114,7 +163,8 @@ export function lackedBy(kernel: KernelName, computeCapability: number): string 
   const [from, below] = descriptorOf(kernel).computeCapability;
   if (computeCapability >= from && computeCapability < below) return undefined;
   const least = `compute capability ${(from / 10).toFixed(1)}`;
-  return below === Number.POSITIVE_INFINITY ? `${least} or later` : least;
+  if (below === Number.POSITIVE_INFINITY) return `${least} or later`;
+  return below - from > 1 ? `${least} to below ${(below / 10).toFixed(1)}` : least;
 }
 
 /** What a range of devices runs by default: the first row whose compute capability is not above the device's. */
@@ -150,7 +200,9 @@ export function defaultKernelFor(computeCapability: number): CudaKernelDescripto
  * only on its own, so what has none of its own takes the plain one before it.
  */
 const TARGETS_FROM: readonly (readonly [from: number, target: Target])[] = [
-  [121, 'sm_89'],
+  [130, 'sm_89'],
+  // The family's, which a driver of CUDA 12.9 takes; 12.0 takes it for FP4 only (`targetOfKernel`).
+  [121, 'sm_120f'],
   [120, 'sm_120a'],
   [91, 'sm_89'],
   [90, 'sm_90a'],

@@ -14,7 +14,7 @@ import type { HiddenKeys } from '../kernels/quantize/visible-keys.ts';
 import type { WgmmaTuning } from '../kernels/wgmma/table.ts';
 import type { Target } from '../ptx/targets.ts';
 import type { BufferName, KernelLaunch, LaunchSequence } from './launch.ts';
-import { type Scheme, schemeOf } from './scheme.ts';
+import { keepsQuery, type Scheme, schemeOf, targetOfKernel } from './scheme.ts';
 
 /** What planning needs to know of a device. */
 export interface DeviceFacts {
@@ -149,10 +149,13 @@ function hiddenKeysOf({ mask }: AttentionProblem): HiddenKeys {
 export function contextOf(
   family: FamilyLaunches,
   asked: AttentionProblem,
-  choice: KernelChoice,
-  device: DeviceFacts,
+  chosen: KernelChoice,
+  given: DeviceFacts,
   { room, overrides = {}, whole = false }: ContextOptions,
 ): Context {
+  const device = { ...given, target: targetOfKernel(chosen, given.target) };
+  // Smoothing Q serves to quantize it.
+  const choice = !whole && keepsQuery(asked, chosen, device.target) ? { ...chosen, smoothQ: false as const } : chosen;
   const grouped = family.headsAsRows?.(asked, choice);
   const problem = grouped ?? asked;
   const layout = paddedLayoutOf(problem, room, (sequence) =>
@@ -162,7 +165,7 @@ export function contextOf(
       : [room?.from ?? 0, sequence.keyLength],
   );
   const hiddenKeys = whole ? hiddenKeysOf(problem) : 'none';
-  const scheme = schemeOf(problem, choice, device.target);
+  const scheme = schemeOf(problem, choice, device.target, !whole);
   return { problem, rowsAreHeads: grouped !== undefined, hiddenKeys, choice, device, layout, scheme, overrides };
 }
 

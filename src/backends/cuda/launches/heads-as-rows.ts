@@ -19,13 +19,15 @@ function largestDivisor(value: number, limit: number): number {
 /** The problem with heads of one token as rows of one query, where that changes no result; else undefined. */
 export function headsAsRows(
   problem: AttentionProblem,
-  { qkQuantGran, smoothQ }: KernelChoice,
+  { descriptor, qkQuantGran, smoothQ }: KernelChoice,
 ): AttentionProblem | undefined {
   const { queryLength, keyLength, queryHeads, kvHeads, sequences, q, mask } = problem;
   const rows = kvHeads === 0 ? 1 : largestDivisor(queryHeads / kvHeads, ROWS_WITH_OWN_SCALE);
   if (queryLength !== 1 || sequences !== undefined || rows <= 1) return undefined;
   // Coarser scales, and the mean that smoothing takes from Q, would be those of several heads.
-  if (qkQuantGran !== 'per-thread' || smoothQ) return undefined;
+  // FP4 has scales of single rows.
+  const ofRows = qkQuantGran === 'per-thread' || descriptor.qkQuantGran.length === 0;
+  if (!ofRows || smoothQ) return undefined;
   const { lower, upper } = bandOf(problem, problem);
   return {
     ...problem,

@@ -1,5 +1,6 @@
 /** Launches of the kernels on `mma.sync`. */
 import { isBanded } from '../../../attention/band.ts';
+import { UNPACKED_UNIT } from '../kernels/fp4/e2m1.ts';
 import { attention } from '../kernels/mma-sync/attention.ts';
 import {
   ATTENTION_INTEGERS,
@@ -8,8 +9,11 @@ import {
   type AttentionConfig,
   BLOCK_K,
   blockQueries,
+  FP4_POINTERS,
+  hasFp4Keys,
+  hasFp4Values,
 } from '../kernels/mma-sync/config.ts';
-import { chooseTile } from '../kernels/mma-sync/tiles.ts';
+import { chooseTile, type TileBytes } from '../kernels/mma-sync/tiles.ts';
 import { LOG2_E } from '../kernels/parts/constants.ts';
 import { BYTES } from '../kernels/parts/elements.ts';
 import {
@@ -35,16 +39,19 @@ import {
 } from './arguments.ts';
 import { combineLaunches, combineScratch, outputPointersOf } from './combine.ts';
 import { BLOCK_Q, type Context, type FamilyLaunches, type KeyValuePart, loadWidthOf, splitsOf } from './context.ts';
+import { fp4KeyLaunch, fp4QueryLaunch, fp4QueryScratch, fp4ValueLaunch } from './fp4.ts';
 import { headsAsRows } from './heads-as-rows.ts';
 import type { KernelLaunch, LaunchSequence } from './launch.ts';
 import { quantizeKeyLaunch, quantizeQueryLaunch, queryScratch, statisticsLaunches, valueLaunches } from './quantize.ts';
+import type { Scheme } from './scheme.ts';
 import { visibleKeysPointer } from './visible-keys.ts';
 
 function keyValue(context: Context, parts: readonly KeyValuePart[]): KernelLaunch[] {
+  const { scheme } = context;
   return [
     ...(parts.includes('means') ? statisticsLaunches(context, context.scheme.valueTileScales) : []),
-    ...(parts.includes('key') ? [quantizeKeyLaunch(context)] : []),
-    ...(parts.includes('value') ? valueLaunches(context) : []),
+    ...(parts.includes('key') ? [hasFp4Keys(scheme) ? fp4KeyLaunch(context) : quantizeKeyLaunch(context)] : []),
+    ...(parts.includes('value') ? (hasFp4Values(scheme) ? [fp4ValueLaunch(context)] : valueLaunches(context)) : []),
   ];
 }
 
@@ -96,16 +103,31 @@ function meanScoresLaunch(context: Context): KernelLaunch {
   );
 }
 
+/** Bytes of what a CTA holds of Q, K and V. */
+function tileBytesOf(scheme: Scheme): TileBytes {
+  const { qkRowBytes, queryRowBytes, paddedValueDim, pvFormat } = scheme;
+  const [fp4Keys, fp4Values] = [hasFp4Keys(scheme), hasFp4Values(scheme)];
+  const ofValue = BLOCK_K * paddedValueDim * (fp4Values ? 0.5 : pvFormat === 'f16' ? 2 : 1);
+  return {
+    queryRow: queryRowBytes,
+    keyRow: qkRowBytes,
+    // Four bytes for 64 channels of a row.
+    queryScales: scheme.qkFormat === 'e2m1' ? qkRowBytes / 8 : 0,
+    keyScales: fp4Keys ? qkRowBytes / 8 : 0,
+    valueTile: ofValue + (fp4Values ? paddedValueDim * 4 : 0),
+  };
+}
+
 /** The attention kernel of a problem, its grid without splits and its splits. */
 function shapeOf(context: Context) {
   const { problem, rowsAreHeads, choice, device, layout, scheme } = context;
   const { batch, queryHeads, queryLength, dtype, valueDim } = problem;
   const { target } = device;
-  const valueTileBytes = BLOCK_K * scheme.paddedValueDim * (scheme.pvFormat === 'f16' ? 2 : 1);
   const tile = {
-    ...chooseTile(target, scheme.qkRowBytes, scheme.paddedValueDim, valueTileBytes, {
+    ...chooseTile(target, tileBytesOf(scheme), scheme.paddedValueDim, {
       queryLength,
       smoothQ: choice.smoothQ !== false,
+      unpacksFp4: scheme.qkFormat === 'e2m1-as-f16',
     }),
     ...context.overrides,
   };
@@ -117,6 +139,8 @@ function shapeOf(context: Context) {
     target,
     qkFormat: scheme.qkFormat,
     qkRowBytes: scheme.qkRowBytes,
+    queryRowBytes: scheme.queryRowBytes,
+    quantizedWeights: scheme.quantizedWeights,
     pvFormat: scheme.pvFormat,
     accumulate: scheme.accumulate,
     valueDim,
@@ -125,7 +149,8 @@ function shapeOf(context: Context) {
     queryScales: scheme.queryGroups,
     keyScales: scheme.keyGroups,
     // FP16 holds P up to 2^8 as well as up to 1; FP16 sums and E4M3, whose maximum is P's already, have no room.
-    rescaleThreshold: scheme.pvFormat !== 'e4m3' && scheme.accumulate === 'f32' ? 8 : 0,
+    // FP4 uses all of its range for P up to 1.
+    rescaleThreshold: scheme.pvFormat !== 'e4m3' && scheme.accumulate === 'f32' && !scheme.quantizedWeights ? 8 : 0,
     banded: isBanded(problem.band),
     sameBand: rowsAreHeads,
     mask: maskFormatOf(problem),
@@ -154,7 +179,7 @@ function attentionLaunch(context: Context, { config, queryTiles, blocks, splits 
       keyScale: pointer('keyScale'),
       keyFaults: pointer('keyFaults'),
       value: pointer('value'),
-      ...(scheme.pvFormat === 'f16' ? {} : { valueScale: pointer('valueScale') }),
+      ...(scheme.pvFormat.startsWith('e4m3') ? { valueScale: pointer('valueScale') } : {}),
       ...(scheme.sharesRange ? { rangeShift: pointer('rangeShift') } : {}),
       ...(choice.smoothV ? { valueMean: pointer('valueMean') } : {}),
       ...(choice.smoothQ ? { meanScores: pointer('meanScores') } : {}),
@@ -172,8 +197,18 @@ function attentionLaunch(context: Context, { config, queryTiles, blocks, splits 
     }),
     ...inOrder(ATTENTION_STRIDES, { ...strides, ...outputStridesOf(problem) }),
     ...bandArguments(problem.band),
-    f32(Math.abs(problem.smScale) * LOG2_E),
+    // K that is unpacked to FP16 comes out smaller.
+    f32(Math.abs(problem.smScale) * LOG2_E * (scheme.qkFormat === 'e2m1-as-f16' ? UNPACKED_UNIT : 1)),
     ...softcapArguments(problem),
+    ...(hasFp4Keys(scheme)
+      ? inOrder(FP4_POINTERS, {
+          ...(scheme.qkFormat === 'e2m1' ? { queryBlockScale: pointer('queryBlockScale') } : {}),
+          keyBlockScale: pointer('keyBlockScale'),
+          ...(hasFp4Values(scheme)
+            ? { valueBlockScale: pointer('valueBlockScale'), valueTileScale: pointer('valueTileScale') }
+            : {}),
+        })
+      : []),
   ]);
 }
 
@@ -184,13 +219,14 @@ function attend(context: Context): Pick<LaunchSequence, 'launches' | 'scratch'> 
   const blocks = (problem.queryHeads * layout.paddedQueries) / BLOCK_Q;
   return {
     launches: [
-      quantizeQueryLaunch(context),
+      hasFp4Keys(scheme) ? fp4QueryLaunch(context) : quantizeQueryLaunch(context),
       ...(choice.smoothQ && layout.keyTiles > 0 ? [meanScoresLaunch(context)] : []),
       attentionLaunch(context, shape),
       ...combineLaunches(context, shape.splits),
     ],
     scratch: {
       ...queryScratch(context),
+      ...fp4QueryScratch(context),
       ...(choice.smoothQ
         ? {
             queryMean: blocks * scheme.paddedDim * 4,

@@ -1,6 +1,7 @@
 /** Launches that quantize Q, K and V for the kernel families, and the buffers that they fill. */
 
-import { BLOCK_K } from '../kernels/mma-sync/config.ts';
+import { FP4_BLOCK } from '../kernels/fp4/e2m1.ts';
+import { BLOCK_K, hasFp4Keys, hasFp4Values } from '../kernels/mma-sync/config.ts';
 import { BYTES } from '../kernels/parts/elements.ts';
 import {
   CHANNEL_STATISTICS_INTEGERS,
@@ -44,22 +45,27 @@ export const KEY_VALUE_BUFFERS = [
   'rangeShift',
   'valueTileScale',
   'valueMean',
+  'keyBlockScale',
+  'valueBlockScale',
 ] as const;
 
 /** Bytes of the buffers that hold quantized K and V. */
 export function keyValueBytes({ problem, choice, layout, scheme }: Context): Record<BufferName, number> {
   const { kvHeads, batch } = problem;
   const rows = kvHeads * layout.paddedKeys;
-  const fp8 = scheme.pvFormat !== 'f16';
+  const fp8 = scheme.pvFormat.startsWith('e4m3');
+  const [fp4Keys, fp4Values] = [hasFp4Keys(scheme), hasFp4Values(scheme)];
   return {
     key: rows * scheme.qkRowBytes,
     keyScale: (rows / BLOCK_K) * scheme.keyGroups * 4,
     keyFaults: (rows / BLOCK_K) * 8,
     ...(choice.smoothK ? { keyMean: batch * kvHeads * scheme.paddedDim * 4 } : {}),
-    value: rows * scheme.paddedValueDim * (fp8 ? 1 : 2),
+    value: rows * scheme.paddedValueDim * (fp4Values ? 0.5 : fp8 ? 1 : 2),
+    ...(fp4Keys ? { keyBlockScale: rows * (scheme.paddedDim / FP4_BLOCK) } : {}),
+    ...(fp4Values ? { valueBlockScale: rows * (scheme.paddedValueDim / FP4_BLOCK) } : {}),
     ...(fp8 ? { valueScale: batch * kvHeads * scheme.paddedValueDim * 4 } : {}),
     ...(scheme.sharesRange ? { rangeShift: batch * kvHeads * 4 } : {}),
-    ...(scheme.valueTileScales ? { valueTileScale: (rows / BLOCK_K) * 4 } : {}),
+    ...(scheme.valueTileScales || fp4Values ? { valueTileScale: (rows / BLOCK_K) * 4 } : {}),
     ...(choice.smoothV ? { valueMean: batch * kvHeads * scheme.paddedValueDim * 4 } : {}),
   };
 }
@@ -68,7 +74,7 @@ export function keyValueBytes({ problem, choice, layout, scheme }: Context): Rec
 export function keyValueScratch(context: Context): Record<BufferName, number> {
   const { problem, scheme } = context;
   const visible = visibleKeysScratch(context);
-  if (scheme.pvFormat === 'f16' || scheme.valueTileScales) return visible;
+  if (!scheme.pvFormat.startsWith('e4m3') || scheme.valueTileScales) return visible;
   return { ...visible, valueMaximum: problem.batch * problem.kvHeads * VALUE_CHUNKS * scheme.paddedValueDim * 4 };
 }
 
@@ -123,6 +129,12 @@ export function statisticsLaunches(context: Context, valueScales: boolean): read
   ];
 }
 
+/** What INT8 and INT4 quantizers store. */
+function containerOf({ qkFormat }: Context['scheme']): 's8' | 's4' {
+  if (qkFormat === 's8' || qkFormat === 's4') return qkFormat;
+  throw new RangeError(`${qkFormat} has quantizers of its own`);
+}
+
 /** Quantizes K, 64 tokens a block: buffers `key`, `keyScale`, `keyFaults`. */
 export function quantizeKeyLaunch(context: Context): KernelLaunch {
   const { problem, choice, device, layout, scheme, hiddenKeys } = context;
@@ -135,7 +147,7 @@ export function quantizeKeyLaunch(context: Context): KernelLaunch {
     headDim,
     paddedDim: scheme.paddedDim,
     loadWidth: loadWidthOf(k, headDim, dtype, pointerAlignment),
-    container: scheme.qkFormat,
+    container: containerOf(scheme),
     largest: scheme.largest,
     blockTokens: BLOCK_K,
     groupTokens: BLOCK_K,
@@ -251,7 +263,7 @@ export function quantizeQueryLaunch({ problem, choice, device, layout, scheme }:
     headDim,
     paddedDim: scheme.paddedDim,
     loadWidth: loadWidthOf(q, headDim, dtype, pointerAlignment),
-    container: scheme.qkFormat,
+    container: containerOf(scheme),
     largest: scheme.largest,
     blockTokens: BLOCK_Q,
     groupTokens,
@@ -294,5 +306,5 @@ export function quantizeQueryLaunch({ problem, choice, device, layout, scheme }:
 export function queryScratch({ problem, layout, scheme }: Context): Record<BufferName, number> {
   const rows = problem.queryHeads * layout.paddedQueries;
   const [groupTokens, groups] = scheme.queryGroups;
-  return { query: rows * scheme.qkRowBytes, queryScale: (rows / groupTokens) * groups * 4, rowBias: rows * 4 };
+  return { query: rows * scheme.queryRowBytes, queryScale: (rows / groupTokens) * groups * 4, rowBias: rows * 4 };
 }

@@ -3,17 +3,22 @@ import type { AttentionProblem } from '../../../attention/problem.ts';
 import { InvalidArgumentError } from '../../../errors.ts';
 import { V_FP8_MAX } from '../../../quantization/schemes.ts';
 import type { KernelChoice } from '../../backend.ts';
-import { descriptorOf, lackedBy } from '../kernel-table.ts';
+import { type CudaKernelDescriptor, descriptorOf, lackedBy } from '../kernel-table.ts';
+import type { Fp4TokensConfig } from '../kernels/fp4/tokens.ts';
 import type { AttentionConfig } from '../kernels/mma-sync/config.ts';
 import { roundUp } from '../kernels/parts/constants.ts';
 import { TARGET_FEATURES, type Target } from '../ptx/targets.ts';
 
 /** What a kernel choice means on a target. */
 export interface Scheme {
-  readonly qkFormat: 's8' | 's4';
+  readonly qkFormat: AttentionConfig['qkFormat'];
   readonly largest: 127 | 7;
   readonly paddedDim: number;
   readonly qkRowBytes: number;
+  readonly queryRowBytes: number;
+  /** Q with K in FP4: its codes, what these stand for in FP16, or FP16 of Q itself. */
+  readonly queryFormat: Fp4TokensConfig['format'];
+  readonly quantizedWeights: boolean;
   readonly pvFormat: AttentionConfig['pvFormat'];
   readonly accumulate: AttentionConfig['accumulate'];
   readonly paddedValueDim: number;
@@ -38,9 +43,10 @@ export const capabilityOf = (target: Target) => Number(/\d+/.exec(target)?.[0]);
 /**
  * The scheme of a kernel choice; see docs/cuda.md for the kernels and docs/how-it-works.md for the groups.
  *
+ * @param cached Q meets keys and values that were quantized before
  * @throws {InvalidArgumentError} when the target lacks what the kernel needs
  */
-export function schemeOf(problem: AttentionProblem, choice: KernelChoice, target: Target): Scheme {
+export function schemeOf(problem: AttentionProblem, choice: KernelChoice, target: Target, cached: boolean): Scheme {
   const features = TARGET_FEATURES[target];
   const { qkQuantGran, pvAccumDtype } = choice;
   const kernel = descriptorOf(choice.descriptor.name);
@@ -53,6 +59,7 @@ export function schemeOf(problem: AttentionProblem, choice: KernelChoice, target
       `${kernel.name}, which needs ${lacked}`,
     );
   }
+  if (kernel.qkFormat === 'e2m1') return fp4Scheme(problem, choice, target, cached);
   const wgmma = kernel.family === 'wgmma';
   const fp8 = kernel.pvFormat === 'e4m3';
   const qkFormat = kernel.qkFormat === 's4' && features.int4Mma ? 's4' : 's8';
@@ -70,6 +77,9 @@ export function schemeOf(problem: AttentionProblem, choice: KernelChoice, target
     largest: kernel.qkFormat === 's4' ? 7 : 127,
     paddedDim,
     qkRowBytes: qkFormat === 's4' ? paddedDim / 2 : paddedDim,
+    queryRowBytes: qkFormat === 's4' ? paddedDim / 2 : paddedDim,
+    queryFormat: 'codes',
+    quantizedWeights: false,
     pvFormat,
     accumulate,
     paddedValueDim: roundUp(problem.valueDim, fp8 ? 32 : 16),
@@ -78,5 +88,53 @@ export function schemeOf(problem: AttentionProblem, choice: KernelChoice, target
     valueTileScales: wgmma && fp8,
     queryGroups: qkQuantGran === 'per-block' ? [128, 1] : qkQuantGran === 'per-warp' ? [32, 1] : [32, 8],
     keyGroups: qkQuantGran === 'per-thread' ? 4 : 1,
+  };
+}
+
+/** What a kernel is compiled for: products of FP4 need the family's target, and a newer driver than others. */
+export const targetOfKernel = ({ descriptor }: KernelChoice, target: Target): Target =>
+  target === 'sm_120a' && descriptorOf(descriptor.name).blockScaled === true ? 'sm_120f' : target;
+
+/** Up to so many rows a query of a cache is worth no FP4 products: memory is what bounds them. */
+const DECODING_ROWS = 32;
+
+/**
+ * Whether Q and P stay in FP16 where K and V are FP4: over a cache, on cards without FP4 products and for a few rows.
+ * Only what is kept gains by FP4 there.
+ */
+export function keepsQuery({ queryLength }: AttentionProblem, choice: KernelChoice, target: Target): boolean {
+  const kernel = descriptorOf(choice.descriptor.name);
+  return kernel.pvFormat === 'e2m1' && (!multipliesBlocks(kernel, target) || queryLength <= DECODING_ROWS);
+}
+
+const multipliesBlocks = ({ blockScaled }: CudaKernelDescriptor, target: Target) =>
+  blockScaled === true && TARGET_FEATURES[target].blockScaledMma;
+
+/** FP4 QK; V in FP4 too, or in FP8 as elsewhere. */
+function fp4Scheme(problem: AttentionProblem, choice: KernelChoice, target: Target, cached: boolean): Scheme {
+  const kernel = descriptorOf(choice.descriptor.name);
+  const features = TARGET_FEATURES[target];
+  const keeps = cached && keepsQuery(problem, choice, target);
+  const native = multipliesBlocks(kernel, target) && !keeps;
+  const paddedDim = roundUp(problem.headDim, 64);
+  const fp4Values = kernel.pvFormat === 'e2m1';
+  const pvFormat = fp4Values ? (native ? 'e2m1' : 'e2m1-as-f16') : features.fp8Mma ? 'e4m3' : 'e4m3-as-f16';
+  const accumulate = pvFormat === 'e4m3' ? ACCUMULATE.e4m3[choice.pvAccumDtype as keyof typeof ACCUMULATE.e4m3] : 'f32';
+  return {
+    qkFormat: native ? 'e2m1' : 'e2m1-as-f16',
+    largest: 127,
+    paddedDim,
+    qkRowBytes: paddedDim / 2,
+    queryRowBytes: native ? paddedDim / 2 : paddedDim * 2,
+    queryFormat: native ? 'codes' : keeps ? 'exact-halves' : 'halves',
+    quantizedWeights: fp4Values && !keeps,
+    pvFormat,
+    accumulate,
+    paddedValueDim: roundUp(problem.valueDim, 32),
+    vMax: accumulate === 'f16-per-tile' ? V_FP8_MAX.fp16Accumulator : V_FP8_MAX.default,
+    sharesRange: accumulate === 'f16-per-tile',
+    valueTileScales: false,
+    queryGroups: [128, 1],
+    keyGroups: 1,
   };
 }

@@ -624,6 +624,11 @@ export class KernelBuilder {
     return into;
   }
 
+  /** The low byte of a register. */
+  stByte(value: Reg<'b32' | 'u32'>, base: Reg<AddressKind>, offset = 0): void {
+    this.emit(`st.${base.kind}.b8`, [], [memory(base, offset), value]);
+  }
+
   stVector(values: readonly Reg[], base: Reg<AddressKind>, offset = 0): void {
     const [first] = values;
     if (first === undefined || (values.length !== 2 && values.length !== 4)) {

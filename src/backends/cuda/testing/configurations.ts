@@ -99,7 +99,7 @@ function modulesOf(
 const choicesOf = (descriptor: CudaKernelDescriptor): KernelChoice[] =>
   descriptor.pvAccumDtype.map((pvAccumDtype) => ({
     descriptor,
-    qkQuantGran: descriptor.qkQuantGran[0] ?? 'per-thread',
+    ...(descriptor.qkQuantGran[0] === undefined ? {} : { qkQuantGran: descriptor.qkQuantGran[0] }),
     pvAccumDtype,
     smoothK: true,
     smoothV: false,
@@ -126,7 +126,7 @@ function configurationsOf(family: Family, thorough: boolean): Configuration[] {
     const kernels = CUDA_KERNELS.filter(
       (row) =>
         row.family === family &&
-        row.qkQuantGran.includes('per-thread') &&
+        row.qkQuantGran[0] !== 'per-block' &&
         lackedBy(row.name, capabilityOf(target)) === undefined,
     );
     for (const [rank, choice] of kernels.flatMap((descriptor) => [...choicesOf(descriptor).entries()])) {

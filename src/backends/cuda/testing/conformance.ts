@@ -26,6 +26,7 @@ export const SIMULATED_SHARE = 0.1;
 export function describeSimulated(capability: number, from = capability): void {
   const kernels = CUDA_KERNELS.filter(
     ({ family, computeCapability, qkQuantGran }) =>
+      // Those of FP4 are others to the simulator, and slower: `kernels/fp4/conformance.test.ts`.
       family !== 'wgmma' && computeCapability[0] === from && qkQuantGran.includes('per-thread'),
   );
   describe(`simulated sm_${capability}`, () => {

@@ -1,5 +1,5 @@
 /**
- * The `mma.sync` attention kernel: INT8 or INT4 QK^T, FP16 or FP8 PV, for sm_80 and later.
+ * The `mma.sync` attention kernel: INT8, INT4 or FP4 QK^T, FP16, FP8 or FP4 PV, for sm_80 and later.
  *
  * One CTA computes `rowsPerWarp * warps` rows of Q of one head against the keys of its band, 64 at a time, with the online
  * softmax of FlashAttention in base 2. Quantized operands are padded (rows to whole tiles with zeros, channels to whole
@@ -14,6 +14,7 @@ import { laneOffset } from '../parts/copies.ts';
 import type { AttentionConfig } from './config.ts';
 import { staged, TileCopies } from './copies.ts';
 import { writeResults } from './epilogue.ts';
+import { Fp4Products } from './fp4-products.ts';
 import { type Frame, makeFrame, placeAndWork, type ThreadPlace } from './frame.ts';
 import { Parked } from './parked.ts';
 import { multiplyKeys, multiplyValues } from './products.ts';
@@ -78,18 +79,20 @@ function loadQueryScale({ b, config, pointer, scoreScale }: Frame, { g }: Thread
 }
 
 /** Places of this lane in the matrices that ldmatrix reads of Q and K. */
-function laneAddresses({ b, tiles }: Frame, { lane }: ThreadPlace, warpRow: Reg<'u32'>, shared: Reg<'shared'>) {
+function laneAddresses({ b, config, tiles }: Frame, { lane }: ThreadPlace, warpRow: Reg<'u32'>, shared: Reg<'shared'>) {
   const [low16, high16] = [b.and(lane, 15), b.shr(lane, 4)];
   const [low8, octet] = [b.and(lane, 7), b.shr(lane, 3)];
   const query = b.add(
     b.add(shared, tiles.query.base),
     laneOffset(b, tiles.query.layout, b.add(warpRow, low16), high16),
   );
-  const key = b.add(
-    b.add(shared, tiles.key.base),
-    laneOffset(b, tiles.key.layout, b.add(b.shl(high16, 3), low8), b.and(octet, 1)),
-  );
-  return { query, key };
+  const keyBase = b.add(shared, tiles.key.base);
+  // One ldmatrix brings 16 keys of 32 bytes, or 32 keys of 16 bytes.
+  const place =
+    config.qkFormat === 'e2m1-as-f16'
+      ? laneOffset(b, tiles.key.layout, lane, b.constant('u32', 0))
+      : laneOffset(b, tiles.key.layout, b.add(b.shl(high16, 3), low8), b.and(octet, 1));
+  return { query, key: b.add(keyBase, place) };
 }
 
 /** The place of this lane in the matrices that ldmatrix reads of V. */
@@ -101,6 +104,8 @@ function valueLaneAddress({ b, config, tiles }: Frame, thread: Reg<'u32'>): Reg<
     f16: () => laneOffset(b, layout, low16, high16),
     e4m3: () => laneOffset(b, layout, low8, octet),
     'e4m3-as-f16': () => laneOffset(b, layout, lane, b.constant('u32', 0)),
+    e2m1: () => laneOffset(b, layout, b.add(b.shl(high16, 3), low8), b.and(octet, 1)),
+    'e2m1-as-f16': () => laneOffset(b, layout, lane, b.constant('u32', 0)),
   };
   return b.add(b.sharedAddress(base), place[config.pvFormat]());
 }
@@ -126,16 +131,20 @@ interface Loop {
 /** One tile of keys. */
 function attendTile(loop: Loop): void {
   const { frame, parked, tile, scores, output, seeds, lanes } = loop;
-  const { b, config, tiles } = frame;
+  const { b, config, tiles, fp4Keys, fp4Values } = frame;
   b.section('K (and V) of this tile have landed; fetch the next');
   b.cpAsyncWaitGroup(0);
   b.barSync();
   // Loaded here because its latency is about that of QK^T.
   const keyScale = loadKeyScale(loop);
+  const unit = fp4Values ? loadValueUnit(loop) : undefined;
   fetchTiles(loop);
+  const fp4 = fp4Keys || fp4Values ? new Fp4Products(frame, parked, tile) : undefined;
 
   b.section('S = Q K^T');
-  multiplyKeys(frame, scores, seeds, lanes.query, staged(frame, lanes.key, tiles.key, tile));
+  const keys = staged(frame, lanes.key, tiles.key, tile);
+  if (fp4Keys) fp4?.multiplyKeys(scores, seeds, lanes.query, keys);
+  else multiplyKeys(frame, scores, seeds, lanes.query, keys);
   softmax({ frame, parked, tile, scores, state: loop.softmax, output, keyScale });
 
   if (config.valueStages === 1) {
@@ -146,7 +155,8 @@ function attendTile(loop: Loop): void {
   b.section('O += P V');
   const lane = lanes.value ?? valueLaneAddress(frame, parked.threadNow());
   const base = config.valueStages === 1 ? lane : staged(frame, lane, tiles.value, tile);
-  multiplyValues(frame, scores, output, seeds, base);
+  if (unit !== undefined) fp4?.multiplyValues(scores, output, loop.softmax, unit, base);
+  else multiplyValues(frame, scores, output, seeds, base);
 
   b.section('next tile');
   b.add(tile, 1, tile);
@@ -157,6 +167,14 @@ function loadKeyScale({ frame, parked, tile }: Loop): Reg<'f32'> {
   const tileIndex = b.add(parked.reload().firstKeyTile, b.as(tile, 'u32'));
   const index = config.keyScales === 4 ? b.add(b.shl(tileIndex, 2), b.and(parked.threadNow(), 3)) : tileIndex;
   return b.ld('f32', offset(b, b.loadPointer(pointer.keyScale), index, 4), 0, { readOnly: true });
+}
+
+/** What this tile of V was divided by. */
+function loadValueUnit({ frame, parked, tile }: Loop): Reg<'f32'> {
+  const { b, fp4 } = frame;
+  if (fp4 === undefined) throw new Error('V is not NVFP4');
+  const index = b.add(parked.reload().firstKeyTile, b.as(tile, 'u32'));
+  return b.ld('f32', offset(b, b.loadPointer(fp4.valueTileScale), index, 4), 0, { readOnly: true });
 }
 
 /** Sends for the next tile of K and V, or for this one's V where it has one buffer. */

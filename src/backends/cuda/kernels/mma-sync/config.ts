@@ -7,14 +7,23 @@ export const BLOCK_K = 64;
 
 export interface AttentionConfig {
   readonly target: Target;
-  readonly qkFormat: 's8' | 's4';
-  /** Bytes of a quantized token of Q or K: D padded to 32 (INT8), or to 64 and halved (INT4). */
-  readonly qkRowBytes: number;
   /**
-   * `f16`: V in FP16, tokens by channels. `e4m3`: V in FP8, channels by permuted tokens, and P in FP8. `e4m3-as-f16`: V in
-   * FP8, converted to FP16 on its way to the tensor core, and P in FP16: where `mma.sync` has no FP8.
+   * `e2m1`: NVFP4 on tensor cores that scale blocks. `e2m1-as-f16`: K unpacked to FP16 on its way to the tensor core,
+   * and Q in FP16, in the order of `unpackCodes`.
    */
-  readonly pvFormat: 'f16' | 'e4m3' | 'e4m3-as-f16';
+  readonly qkFormat: 's8' | 's4' | 'e2m1' | 'e2m1-as-f16';
+  /** Bytes of a quantized token of K: D padded to 32 (INT8), or to 64 and halved (INT4, FP4). */
+  readonly qkRowBytes: number;
+  /** The same of Q, or those of FP16. */
+  readonly queryRowBytes: number;
+  /**
+   * `f16`: V in FP16, tokens by channels. `e4m3`: V in FP8, channels by permuted tokens, and P in FP8. `e4m3-as-f16`: V
+   * in FP8, converted to FP16 on its way to the tensor core, and P in FP16: where `mma.sync` has no FP8. `e2m1`: V in
+   * NVFP4, tiles of channels by tokens, and P too. `e2m1-as-f16`: V in NVFP4, unpacked to FP16.
+   */
+  readonly pvFormat: 'f16' | 'e4m3' | 'e4m3-as-f16' | 'e2m1' | 'e2m1-as-f16';
+  /** With V in NVFP4: P in NVFP4 too, in two levels, and rows divided by the sum of what it became. Else P in FP16. */
+  readonly quantizedWeights: boolean;
   /**
    * `f32`: tensor-core sums in FP32 throughout. `f16`: in FP16 throughout. `f32-per-tile` and `f16-per-tile`: sums of one
    * tile, then added to FP32 registers.
@@ -89,6 +98,14 @@ export const ATTENTION_STRIDES = [
   'lseBatch',
   'lseHead',
 ] as const;
+
+/** Pointers of NVFP4's scales, which only kernels with such operands take. */
+export const FP4_POINTERS = ['queryBlockScale', 'keyBlockScale', 'valueBlockScale', 'valueTileScale'] as const;
+
+/** Q and K are NVFP4. */
+export const hasFp4Keys = ({ qkFormat }: Pick<AttentionConfig, 'qkFormat'>) => qkFormat.startsWith('e2m1');
+/** V is NVFP4; the rows of K are in an order that makes the accumulators of Q K^T the operand of P V then. */
+export const hasFp4Values = ({ pvFormat }: Pick<AttentionConfig, 'pvFormat'>) => pvFormat.startsWith('e2m1');
 
 /** Rows of Q of a CTA. */
 export const blockQueries = ({ warps, rowsPerWarp }: Pick<AttentionConfig, 'warps' | 'rowsPerWarp'>) =>

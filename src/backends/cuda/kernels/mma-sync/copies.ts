@@ -1,8 +1,9 @@
 /** Copies of tiles of Q, K and V from global to shared memory. */
 import type { SharedTile } from '../../ptx/layouts.ts';
-import type { Reg } from '../../ptx/types.ts';
+import type { Parameter, Reg } from '../../ptx/types.ts';
 import { offset } from '../parts/addresses.ts';
 import { type TileCopy, tileCopy } from '../parts/copies.ts';
+import { blockQueries } from './config.ts';
 import type { Frame } from './frame.ts';
 
 /** Where a head's keys and values are: as the prologue has it, or reloaded. */
@@ -23,9 +24,37 @@ export class TileCopies {
   constructor(frame: Frame) {
     const { b, config, tiles, threads, valueRowBytes } = frame;
     this.#frame = frame;
-    this.query = tileCopy(b, tiles.query, threads, config.qkRowBytes);
+    this.query = tileCopy(b, tiles.query, threads, config.queryRowBytes);
     this.key = tileCopy(b, tiles.key, threads, config.qkRowBytes);
     this.value = tileCopy(b, tiles.value, threads, valueRowBytes);
+  }
+
+  /** Copies the scales of a tile, which lie one behind the other; nothing where there are none. */
+  #copyScales(
+    tile: SharedTile | undefined,
+    scales: Parameter<'u64'> | undefined,
+    index: Reg<'u32'>,
+    into: Reg<'shared'>,
+    thread: Reg<'u32'>,
+  ): void {
+    if (tile === undefined || scales === undefined) return;
+    const { b, threads } = this.#frame;
+    const within = b.shl(thread, 4);
+    const source = b.add(offset(b, b.loadPointer(scales), index, tile.bytes), b.as(b.cvt('u64', within), 'global'));
+    const destination = b.add(into, b.as(within, 'shared'));
+    const step = threads * 16;
+    for (let first = 0; first < tile.bytes; first += step) {
+      const copy = () => b.cpAsync16(destination, source, tile.base + first, first);
+      if (tile.bytes - first >= step) copy();
+      else b.when(b.setp('lt', within, tile.bytes - first), copy);
+    }
+  }
+
+  /** The start of shared memory, moved to the buffer of a tile's scales. */
+  #scaleStage(scales: SharedTile | undefined, tile: Reg<'s32'>): Reg<'shared'> {
+    const { b } = this.#frame;
+    const start = b.sharedAddress();
+    return scales === undefined ? start : staged(this.#frame, start, scales, tile);
   }
 
   /** This thread's first chunk of a tile whose rows, tokens, lie one behind the other. */
@@ -49,20 +78,58 @@ export class TileCopies {
   /** @param row the tile's first in the padded Q */
   copyQuery(row: Reg<'u32'>, shared: Reg<'shared'>): void {
     const { b, config, pointer } = this.#frame;
-    const source = this.#tokensAt(b.loadPointer(pointer.query), row, this.query, config.qkRowBytes);
-    this.query.emit(source, b.add(shared, this.query.destination), config.qkRowBytes);
+    const source = this.#tokensAt(b.loadPointer(pointer.query), row, this.query, config.queryRowBytes);
+    this.query.emit(source, b.add(shared, this.query.destination), config.queryRowBytes);
+    const { fp4, tiles } = this.#frame;
+    if (tiles.queryScales === undefined) return;
+    // Blocks of scales are those of Q's quantizer, of which this tile may be a part.
+    this.#copyQueryScales(row, tiles.queryScales, fp4?.queryBlockScale);
+  }
+
+  /** Words of `blockQueries` rows from `row` on for each 64 channels, out of blocks of 128 rows. */
+  #copyQueryScales(row: Reg<'u32'>, tile: SharedTile, scales: Parameter<'u64'> | undefined): void {
+    if (scales === undefined) return;
+    const { b, config, threads } = this.#frame;
+    const rows = blockQueries(config);
+    const steps = tile.bytes / 4 / rows;
+    const block = offset(b, b.loadPointer(scales), b.shr(row, 7), steps * 128 * 4);
+    const base = offset(b, block, b.and(row, 127), 4);
+    const within = b.shl(b.special('%tid.x'), 4);
+    const destination = b.add(b.sharedAddress(), b.as(within, 'shared'));
+    const source = b.add(base, b.as(b.cvt('u64', within), 'global'));
+    for (let step = 0; step < steps; step++) {
+      for (let first = 0; first < rows * 4; first += threads * 16) {
+        b.when(b.setp('lt', within, rows * 4 - first), () =>
+          b.cpAsync16(destination, source, tile.base + step * rows * 4 + first, step * 128 * 4 + first),
+        );
+      }
+    }
   }
 
   copyKey(place: KeyPlace, tile: Reg<'s32'>, into: Reg<'shared'>): void {
-    const { b, config, pointer } = this.#frame;
+    const { b, config, pointer, fp4, tiles } = this.#frame;
+    if (tiles.keyScales !== undefined) {
+      const index = b.add(place.firstKeyTile, b.as(tile, 'u32'));
+      const into = this.#scaleStage(tiles.keyScales, tile);
+      this.#copyScales(tiles.keyScales, fp4?.keyBlockScale, index, into, place.thread ?? b.special('%tid.x'));
+    }
     const base = b.loadPointer(pointer.key);
     const source = this.#tokensAt(base, this.#rowOfTile(place, tile), this.key, config.qkRowBytes, place.thread);
     this.key.emit(source, into, config.qkRowBytes);
   }
 
   copyValue(place: KeyPlace, tile: Reg<'s32'>, into: Reg<'shared'>): void {
-    const { b, config, pointer, integer, fp8, valueRowBytes } = this.#frame;
+    const { b, config, pointer, integer, fp8, fp4, fp4Values, tiles, valueRowBytes } = this.#frame;
     const base = b.loadPointer(pointer.value);
+    if (fp4Values) {
+      const index = b.add(place.firstKeyTile, b.as(tile, 'u32'));
+      const scales = config.valueStages === 1 ? b.sharedAddress() : this.#scaleStage(tiles.valueScales, tile);
+      this.#copyScales(tiles.valueScales, fp4?.valueBlockScale, index, scales, place.thread ?? b.special('%tid.x'));
+      // Rows are channels of one tile of keys.
+      const first = b.mul(index, config.paddedValueDim);
+      this.value.emit(this.#tokensAt(base, first, this.value, valueRowBytes, place.thread), into, valueRowBytes);
+      return;
+    }
     if (!fp8) {
       const source = this.#tokensAt(base, this.#rowOfTile(place, tile), this.value, valueRowBytes, place.thread);
       this.value.emit(source, into, valueRowBytes);

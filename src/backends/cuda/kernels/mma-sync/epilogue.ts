@@ -1,5 +1,6 @@
 /** Normalizes and stores the rows of a thread. */
 import type { Reg } from '../../ptx/types.ts';
+import { UNPACKED_UNIT } from '../fp4/e2m1.ts';
 import { offset, offset64 } from '../parts/addresses.ts';
 import { BYTES } from '../parts/elements.ts';
 import { headAddress, logSumExp, type RowSum, rowFactor, storePair } from '../parts/epilogue.ts';
@@ -54,15 +55,26 @@ export function writeResults(
   const results: Results = { frame, rows, output, partialRow, base, tokenStride, scales, means };
   for (const [r, max] of state.max.entries()) {
     const row = b.as(b.add(rowIndex, 8 * r), 'u32');
-    const sum = quadSum(b, at(state.sum, r));
+    const { sum, exact } = rowSums(frame, state, r);
     // A row of Q that is not finite has a NaN bias.
     const bias = b.ld('f32', rowBias, r * 32, { readOnly: true });
-    const { empty, factor } = rowFactor(b, sum, bias);
+    const { empty, factor } = rowFactor(b, sum, bias, unitOf(frame, output));
     b.if(b.setp('lt', row, queryLength), () => {
-      if (config.lse || config.split) storeLse(results, r, row, { sum, max, empty, bias });
+      if (config.lse || config.split) storeLse(results, r, row, { sum: exact, max, empty, bias });
       storeRow(results, r, row, factor, empty);
     });
   }
+}
+
+/** What a row is divided by, and the sum of P that its logsumexp is of. */
+function rowSums({ b, config }: Frame, { sum: sums, exactSum }: SoftmaxState, r: number) {
+  const sum = config.quantizedWeights ? at(sums, r) : quadSum(b, at(sums, r));
+  return { sum, exact: exactSum.length > 0 ? quadSum(b, at(exactSum, r)) : sum };
+}
+
+/** What V was divided by; undefined: nothing. */
+function unitOf({ b, config }: Frame, { unit }: Output): Reg<'f32'> | undefined {
+  return unit !== undefined && config.pvFormat === 'e2m1-as-f16' ? b.mul(unit, UNPACKED_UNIT) : unit;
 }
 
 function storeLse({ frame, rows, partialRow }: Results, r: number, row: Reg<'u32'>, rowSum: RowSum): void {

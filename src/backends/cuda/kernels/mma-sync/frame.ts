@@ -2,6 +2,7 @@
 import { KernelBuilder } from '../../ptx/builder.ts';
 import { rowMajor, type SharedTile, xorSwizzle } from '../../ptx/layouts.ts';
 import type { Parameter, Reg } from '../../ptx/types.ts';
+import { FP4_MAX } from '../fp4/e2m1.ts';
 import { divide, integers, pointers } from '../parts/addresses.ts';
 import { type BandParameters, bandParameters, type KeyRange, keyRange } from '../parts/band.ts';
 import { LOG2_E4M3_MAX, nextPowerOfTwo, roundUp } from '../parts/constants.ts';
@@ -14,6 +15,9 @@ import {
   type AttentionConfig,
   BLOCK_K,
   blockQueries,
+  FP4_POINTERS,
+  hasFp4Keys,
+  hasFp4Values,
 } from './config.ts';
 
 export interface Frame {
@@ -34,6 +38,10 @@ export interface Frame {
   readonly channelTiles: number;
   /** V is FP8. */
   readonly fp8: boolean;
+  /** Of the scales of NVFP4 operands; undefined without. */
+  readonly fp4: Readonly<Record<(typeof FP4_POINTERS)[number], Parameter<'u64'>>> | undefined;
+  readonly fp4Keys: boolean;
+  readonly fp4Values: boolean;
   readonly valueRowBytes: number;
   /** Added to every exponent, less the head's shift where P and V share FP16's range ({@link exponentOffsetOf}). */
   readonly exponentOffset: number;
@@ -41,7 +49,14 @@ export interface Frame {
   readonly sharesRange: boolean;
   /** Scores are finished as floats before the maximum is taken; otherwise they stay 1.5 * 2^23 + q . k until the exponentials. */
   readonly scoresAreFloat: boolean;
-  readonly tiles: Readonly<Record<'parked' | 'parkedScales' | 'parkedCopies' | 'query' | 'key' | 'value', SharedTile>>;
+  readonly tiles: Readonly<Record<'parked' | 'parkedScales' | 'parkedCopies' | 'query' | 'key' | 'value', SharedTile>> &
+    Readonly<Partial<Record<'queryScales' | 'keyScales' | 'valueScales', SharedTile>>>;
+  /**
+   * Where a thread's scores lie: column 0 is `firstColumn` of twice the thread's number in its four, others so far
+   * behind it.
+   */
+  readonly firstColumn: (t2: Reg<'u32'>) => Reg<'u32'>;
+  readonly columnOf: (fragment: number, value: number) => number;
 }
 
 /** A layout for shared rows of so many bytes, lengthened to what the swizzle can permute. */
@@ -49,7 +64,7 @@ const swizzled = (bytes: number) => xorSwizzle(bytes >= 128 ? roundUp(bytes, 128
 
 /** Declares parameters and shared memory. */
 export function makeFrame(config: AttentionConfig): Frame {
-  const { qkRowBytes, pvFormat, paddedValueDim, warps, rowsPerWarp } = config;
+  const { qkRowBytes, queryRowBytes, pvFormat, paddedValueDim, warps, rowsPerWarp } = config;
   const threads = warps * 32;
   const b = new KernelBuilder({
     name: 'attention',
@@ -65,30 +80,51 @@ export function makeFrame(config: AttentionConfig): Frame {
     scoreScale: b.parameter('scoreScale', 'f32'),
     softcap: softcapParameters(b),
   };
+  const [fp4Keys, fp4Values] = [hasFp4Keys(config), hasFp4Values(config)];
+  const fp4 = fp4Keys || fp4Values ? pointers(b, FP4_POINTERS) : undefined;
 
   b.section('shared memory');
-  const fp8 = pvFormat !== 'f16';
-  const valueRowBytes = fp8 ? BLOCK_K : paddedValueDim * 2;
-  const valueRows = fp8 ? paddedValueDim : BLOCK_K;
+  const fp8 = pvFormat === 'e4m3' || pvFormat === 'e4m3-as-f16';
+  const valueRowBytes = fp4Values ? BLOCK_K / 2 : fp8 ? BLOCK_K : paddedValueDim * 2;
+  const valueRows = fp8 || fp4Values ? paddedValueDim : BLOCK_K;
   const parked = b.shared('parked', 1, rowMajor(64));
   const parkedScales = b.shared('scales of Q', 1, rowMajor(threads));
   const parkedCopies = b.shared('where copies go', 1, rowMajor(threads * 4));
-  const query = b.shared('query', blockQueries(config), swizzled(qkRowBytes));
+  const query = b.shared('query', blockQueries(config), swizzled(queryRowBytes));
   const key = b.shared('key', BLOCK_K, swizzled(qkRowBytes));
   b.shared('key, second stage', BLOCK_K, key.layout);
   const value = b.shared('value', valueRows, swizzled(valueRowBytes));
   if (config.valueStages === 2) b.shared('value, second stage', valueRows, value.layout);
+  const scales = {
+    // Words of four scales for 64 channels of a row, in rows that are copied at once.
+    ...(config.qkFormat === 'e2m1'
+      ? { queryScales: scaleTile(b, 'scales of Q', qkRowBytes / 32, blockQueries(config), 1) }
+      : {}),
+    ...(fp4Keys ? { keyScales: scaleTile(b, 'scales of K', qkRowBytes / 32, BLOCK_K, 2) } : {}),
+    ...(fp4Values ? { valueScales: scaleTile(b, 'scales of V', 1, paddedValueDim, config.valueStages) } : {}),
+  };
 
   const floatMask = config.mask !== 'none' && config.mask !== 'boolean';
   return {
     ...{ b, config, threads, ...parameters },
     ...{ rowTiles: rowsPerWarp / 16, threadRows: rowsPerWarp / 8, keyTiles: BLOCK_K / 8 },
     ...{ channelTiles: paddedValueDim / 8, fp8, valueRowBytes },
-    exponentOffset: pvFormat === 'e4m3' ? LOG2_E4M3_MAX : 0,
+    ...{ fp4, fp4Keys, fp4Values },
+    exponentOffset: config.quantizedWeights ? Math.log2(FP4_MAX) : pvFormat === 'e4m3' ? LOG2_E4M3_MAX : 0,
     sharesRange: pvFormat === 'e4m3' && config.accumulate === 'f16-per-tile',
-    scoresAreFloat: config.softcap || config.smoothQ || floatMask,
-    tiles: { parked, parkedScales, parkedCopies, query, key, value },
+    scoresAreFloat: config.softcap || config.smoothQ || floatMask || fp4Keys,
+    tiles: { parked, parkedScales, parkedCopies, query, key, value, ...scales },
+    firstColumn: (t2) => (fp4Values ? b.shl(t2, 2) : t2),
+    columnOf: (fragment, value) =>
+      fp4Values ? 32 * (fragment >> 2) + 2 * (fragment & 3) + value : 8 * fragment + value,
   };
+}
+
+/** Shared memory for a word of scales for each row and step of 64 elements, and for the next tile's behind it. */
+function scaleTile(b: KernelBuilder, name: string, steps: number, rows: number, stages: 1 | 2): SharedTile {
+  const tile = b.shared(name, (steps * rows * 4) / 128, rowMajor(128));
+  if (stages === 2) b.shared(`${name}, second stage`, tile.rows, tile.layout);
+  return tile;
 }
 
 /** Where a thread is in its CTA. */

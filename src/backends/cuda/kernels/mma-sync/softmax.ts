@@ -1,5 +1,6 @@
 /** From the scores of a tile to P: the online softmax of FlashAttention in base 2. */
 import type { Reg } from '../../ptx/types.ts';
+import { roundToScale } from '../fp4/e2m1.ts';
 import { offset, offset64 } from '../parts/addresses.ts';
 import { MAGIC, MIN_SCALE } from '../parts/constants.ts';
 import { headAddress } from '../parts/epilogue.ts';
@@ -35,7 +36,8 @@ export interface ScoreTile {
 /** A score s in base 2 is s * scale + zero. */
 interface ScoreUnits {
   readonly scale: Reg<'f32'>;
-  readonly zero: Reg<'f32'>;
+  /** Undefined: 0. */
+  readonly zero: Reg<'f32'> | undefined;
 }
 
 /** From scores to P, in their registers. */
@@ -54,11 +56,15 @@ export function softmax(self: ScoreTile): void {
   const ownOffset = exponentOffset === 0 ? [] : [exponentOffsetOf(frame)];
   const folded = state.max.map((max) => {
     const shift = b.neg(finite(frame, max));
-    const terms = [...ownOffset, ...(scoresAreFloat ? [] : [units.zero])];
+    const terms = [...ownOffset, ...(scoresAreFloat || units.zero === undefined ? [] : [units.zero])];
     return terms.reduce<Reg<'f32'>>((sum, term) => b.add(sum, term), shift);
   });
   if (exponentOffset !== 0) subtractCoarseMaxima(self, units, folded);
 
+  if (config.quantizedWeights) {
+    exponentiateToFp4(self, folded);
+    return;
+  }
   b.section('P = exp2(S - max)');
   scores.each((score, r) => {
     const exponent = scoresAreFloat ? b.add(score, at(folded, r)) : b.fma(score, units.scale, at(folded, r));
@@ -67,9 +73,36 @@ export function softmax(self: ScoreTile): void {
   });
 }
 
+/**
+ * P in units of the scales of its blocks of 16 keys, which these lanes and their neighbours hold. A score that is not
+ * a number makes its block's scale NaN, and so the row: E2M1 has no NaN.
+ */
+function exponentiateToFp4({ frame, scores, state }: ScoreTile, folded: readonly Reg<'f32'>[]): void {
+  const { b, config } = frame;
+  b.section('scales of P');
+  const inverses = scores.blocks.map((blocks, r) =>
+    blocks.map((largest) => {
+      const share = b.mul(b.ex2(b.add(largest, at(folded, r))), 1 / 6);
+      b.mov(roundToScale(b, share), largest);
+      return b.rcpApprox(largest);
+    }),
+  );
+  b.section('P = exp2(S - max), over its scales');
+  scores.each((score, r, column) => {
+    const p = b.ex2(b.add(score, at(folded, r)));
+    if (config.lse) b.add(at(state.exactSum, r), p, at(state.exactSum, r));
+    b.mul(p, at(at(inverses, r), column >> 5), score);
+  });
+}
+
+function scaled({ b }: Frame, value: Reg<'f32'>, { scale, zero }: ScoreUnits, into = value): Reg<'f32'> {
+  return zero === undefined ? b.mul(value, scale, into) : b.fma(value, scale, zero, into);
+}
+
 function scoreUnits({ frame, parked, keyScale }: ScoreTile): ScoreUnits {
   const { b } = frame;
   const whole = b.max(b.mul(parked.queryScale(), b.abs(keyScale)), MIN_SCALE);
+  if (frame.fp4Keys) return { scale: whole, zero: undefined };
   // Without its last two bits its product with 1.5 * 2^23 is exact.
   const scale = b.as(b.and(b.as(whole, 'b32'), 0xfffffffc), 'f32');
   return { scale, zero: b.mul(scale, -MAGIC) };
@@ -77,6 +110,7 @@ function scoreUnits({ frame, parked, keyScale }: ScoreTile): ScoreUnits {
 
 function scaleCoarseScores({ frame, scores }: ScoreTile, { scale, zero }: ScoreUnits): void {
   const { b } = frame;
+  if (zero === undefined) return;
   b.if(b.voteAny(b.setp('gt', scale, COARSE_SCALE)), () => {
     b.section('coarse scores are scaled');
     // (2^23 + q.k) * scale, positive still. The zero point is exact, and so is its distance to each score: the largest
@@ -93,7 +127,7 @@ function finishScores(self: ScoreTile, units: ScoreUnits): void {
   const { b, config, threadRows, softcap } = frame;
   b.section('scores in base 2: scale, mean of Q, softcap');
   if (config.smoothQ) addMeanScores(self, units);
-  else scores.each((score) => b.fma(score, units.scale, units.zero, score));
+  else scores.each((score) => scaled(frame, score, units));
   if (!config.softcap) return;
   capScores(b, softcap, scores.each, () => {
     const { rowBias } = parked.reload();
@@ -103,13 +137,14 @@ function finishScores(self: ScoreTile, units: ScoreUnits): void {
 
 /** Scales the scores and adds the share of Q's block mean, `[head, block of Q, key]`, already times smScale * log2(e). */
 function addMeanScores({ frame, parked, tile, scores }: ScoreTile, { scale, zero }: ScoreUnits): void {
-  const { b, pointer, integer, rowTiles, keyTiles } = frame;
+  const { b, pointer, integer, rowTiles, keyTiles, firstColumn, columnOf } = frame;
   const { queryRow, t2 } = parked.reload();
   const rowBytes = b.mulWide(b.loadParameter(integer.meanScoreKeys), 4);
   const row = offset64(b, b.loadPointer(pointer.meanScores), b.shr(queryRow, 7), rowBytes);
-  const source = offset(b, row, b.add(b.as(b.shl(tile, 6), 'u32'), t2), 4);
+  const source = offset(b, row, b.add(b.as(b.shl(tile, 6), 'u32'), firstColumn(t2)), 4);
   for (let n = 0; n < keyTiles; n++) {
-    const shares = b.ldVector('f32', 2, source, n * 32).map((share) => b.add(share, zero));
+    const loaded = b.ldVector('f32', 2, source, columnOf(n, 0) * 4);
+    const shares = zero === undefined ? loaded : loaded.map((share) => b.add(share, zero));
     for (let m = 0; m < rowTiles; m++) {
       at(at(scores.floats, m), n).forEach((score, i) => {
         b.fma(score, scale, at(shares, i & 1), score);
@@ -120,22 +155,21 @@ function addMeanScores({ frame, parked, tile, scores }: ScoreTile, { scale, zero
 
 /** Excludes (boolean) or adds (float) mask elements, read from the caller's tensor. */
 function maskScores({ frame, parked, tile, scores }: ScoreTile, kind: Exclude<AttentionConfig['mask'], 'none'>): void {
-  const { b, pointer, strides, threadRows, keyTiles } = frame;
+  const { b, pointer, strides, threadRows, keyTiles, firstColumn: firstColumnOf, columnOf } = frame;
   b.section('mask');
   const { sequence, head, queryLength, rowIndex, length, t2 } = parked.reload();
   const keyStride = b.loadParameter(strides.maskKey);
   const headStrides = { batch: strides.maskBatch, head: strides.maskHead };
   let origin = headAddress(b, b.loadPointer(pointer.mask), { sequence, head }, headStrides);
-  const firstColumn = b.add(b.as(b.shl(tile, 6), 'u32'), t2);
+  const firstColumn = b.add(b.as(b.shl(tile, 6), 'u32'), firstColumnOf(t2));
   origin = offset64(b, origin, firstColumn, keyStride);
   const columnsLeft = b.sub(length, b.as(firstColumn, 's32'));
   for (let r = 0; r < threadRows; r++) {
     const row = b.as(b.add(rowIndex, 8 * r), 'u32');
     const inside = b.setp('lt', row, queryLength);
     const address = offset64(b, origin, row, b.loadParameter(strides.maskQuery));
-    maskRow(b, kind, { address, keyStride, inside, columnsLeft }, keyTiles, (n, j) =>
-      at(at(at(scores.floats, r >> 1), n), 2 * (r & 1) + j),
-    );
+    const score = (n: number, j: number) => at(at(at(scores.floats, r >> 1), n), 2 * (r & 1) + j);
+    maskRow(b, kind, { address, keyStride, inside, columnsLeft }, keyTiles, score, columnOf);
   }
 }
 
@@ -149,7 +183,7 @@ function excludeKeys({ frame, parked, tile, scores }: ScoreTile): void {
   b.if(edge, () => {
     const { rowIndex, length, lower, upper, t2 } = parked.reload();
     const token = (r: number) => (config.sameBand ? b.constant('s32', 0) : b.add(rowIndex, 8 * r));
-    const origin = b.add(tileStart, b.as(t2, 's32'));
+    const origin = b.add(tileStart, b.as(frame.firstColumn(t2), 's32'));
     const band = config.banded ? { lower, upper, token } : undefined;
     excludeBeyondBand(b, threadRows, { origin, keyLength: length, band }, scores.each);
   });
@@ -160,7 +194,8 @@ function markFaultyKeys({ frame, parked, tile, scores, keyScale }: ScoreTile): v
   b.section('keys that are not finite make the rows that see them NaN');
   const faultsOfTile = () => {
     const { firstKeyTile, t2 } = parked.reload();
-    return { faults: offset(b, b.loadPointer(pointer.keyFaults), b.add(firstKeyTile, b.as(tile, 'u32')), 8), t2 };
+    const faults = offset(b, b.loadPointer(pointer.keyFaults), b.add(firstKeyTile, b.as(tile, 'u32')), 8);
+    return { faults, firstColumn: frame.firstColumn(t2) };
   };
   spreadFaults(b, keyScale, faultsOfTile, scores.each);
 }
@@ -176,14 +211,32 @@ function ownLargest({ frame, scores }: ScoreTile, r: number): Reg<'f32'> {
   return maxOf(floats, (x, y) => b.max(x, y));
 }
 
+/**
+ * A row's largest score of the tile, from those of its blocks of 16 keys, which are kept. NaN makes its block's NaN,
+ * and counts for no row.
+ */
+function rowLargest({ frame, scores }: ScoreTile, r: number): Reg<'f32'> {
+  const { b } = frame;
+  const blocks = at(scores.blocks, r);
+  const fragments = at(scores.floats, r >> 1);
+  blocks.forEach((block, group) => {
+    const own = fragments.slice(4 * group, 4 * group + 4).flatMap((four) => four.slice(2 * (r & 1), 2 * (r & 1) + 2));
+    const largest = maxOf(own, (x, y) => b.maxNaN(x, y));
+    b.maxNaN(largest, b.shflBfly(largest, 1), block);
+  });
+  const ofLanes = maxOf(blocks, (x, y) => b.max(x, y));
+  return b.max(ofLanes, b.shflBfly(ofLanes, 2));
+}
+
 /** The running maximum of each row with this tile. */
 function tileMaxima(self: ScoreTile, { scale, zero }: ScoreUnits): Reg<'f32'>[] {
   const { frame, state } = self;
   const { b, scoresAreFloat } = frame;
   b.section('running maximum');
   return state.max.map((before, r) => {
+    if (frame.config.quantizedWeights) return b.max(rowLargest(self, r), before);
     let largest = ownLargest(self, r);
-    if (!scoresAreFloat) largest = b.fma(largest, scale, zero);
+    if (!scoresAreFloat && zero !== undefined) largest = b.fma(largest, scale, zero);
     return b.max(quadMax(b, largest), before);
   });
 }
@@ -205,6 +258,7 @@ function raiseMaxima({ frame, state, output }: ScoreTile, maxima: readonly Reg<'
       const factor = b.ex2(b.sub(old, finite(frame, at(maxima, r))));
       b.mov(at(maxima, r), old);
       b.mul(at(state.sum, r), factor, at(state.sum, r));
+      for (const exact of state.exactSum.slice(r, r + 1)) b.mul(exact, factor, exact);
       if (config.accumulate === 'f16') {
         const factors = b.cvtPack('f16x2', factor, factor);
         for (const fragment of at(output.halves, r >> 1)) b.mul(at(fragment, r & 1), factors, at(fragment, r & 1));
@@ -220,7 +274,7 @@ function raiseMaxima({ frame, state, output }: ScoreTile, maxima: readonly Reg<'
 /** Where maxima or scales are large, exponents are taken from differences, before the offset is added. */
 function subtractCoarseMaxima(self: ScoreTile, { scale }: ScoreUnits, folded: readonly Reg<'f32'>[]): void {
   const { frame, scores, state } = self;
-  const { b, scoresAreFloat } = frame;
+  const { b, config, scoresAreFloat } = frame;
   const magnitudes = state.max.map((max) => b.abs(max));
   const largest = () => maxOf(magnitudes, (x, y) => b.max(x, y));
   const coarse = scoresAreFloat ? b.setp('gt', largest(), COARSE_MAX) : b.setp('gt', scale, COARSE_SCALE);
@@ -236,6 +290,7 @@ function subtractCoarseMaxima(self: ScoreTile, { scale }: ScoreUnits, folded: re
         if (own === undefined || share === undefined) b.sub(score, max, score);
         else b.fma(b.sub(score, own), scale, share, score);
       });
+      if (config.quantizedWeights) for (const block of at(scores.blocks, r)) b.sub(block, max, block);
       const ownOffset = exponentOffsetOf(frame);
       if (typeof ownOffset === 'number') b.set(at(folded, r), ownOffset);
       else b.mov(ownOffset, at(folded, r));

@@ -1,5 +1,6 @@
 /** Tile sizes and stages of the attention kernel, as a table: the first row that fits a problem is taken. */
 import { TARGET_FEATURES, type Target } from '../../ptx/targets.ts';
+import { roundUp } from '../parts/constants.ts';
 import type { AttentionConfig } from './config.ts';
 
 export type TileConfig = Pick<AttentionConfig, 'warps' | 'rowsPerWarp' | 'minBlocksPerMultiprocessor' | 'valueStages'>;
@@ -14,6 +15,8 @@ interface TileRule {
   readonly queryLength?: number;
   /** It applies only where Q is smoothed. */
   readonly smoothQ?: true;
+  /** It applies only where FP4 is unpacked to FP16. */
+  readonly unpacksFp4?: true;
   readonly tile: TileConfig;
 }
 
@@ -42,9 +45,16 @@ const TILE_RULES: readonly TileRule[] = [
     tile: { warps: 8, rowsPerWarp: 16, minBlocksPerMultiprocessor: 1, valueStages: 2 },
   },
   {
+    // Nor does FP4.
+    valueDim: 128,
+    qkRowBytes: 256,
+    unpacksFp4: true,
+    tile: { warps: 8, rowsPerWarp: 16, minBlocksPerMultiprocessor: 1, valueStages: 2 },
+  },
+  {
     valueDim: 128,
     qkRowBytes: 128,
-    targets: ['sm_86', 'sm_89', 'sm_90a', 'sm_120a'],
+    targets: ['sm_86', 'sm_89', 'sm_90a', 'sm_120a', 'sm_120f'],
     tile: { warps: 4, rowsPerWarp: 32, minBlocksPerMultiprocessor: 2, valueStages: 2 },
   },
   {
@@ -74,30 +84,48 @@ const TILE_RULES: readonly TileRule[] = [
   },
 ];
 
+/** Bytes of what a CTA holds: rows of Q and K and the scales of each, a tile of V with its scales. */
+export interface TileBytes {
+  readonly queryRow: number;
+  readonly keyRow: number;
+  readonly queryScales: number;
+  readonly keyScales: number;
+  readonly valueTile: number;
+}
+
+/** A row of so many bytes as the swizzle wants it. */
+const paddedRow = (bytes: number) => (bytes > 128 ? roundUp(bytes, 128) : bytes > 64 ? 128 : bytes);
+
 /** Shared bytes of a configuration, as `attention` allocates them. */
-export function attentionSharedBytes(tile: TileConfig, qkRowBytes: number, valueTileBytes: number): number {
-  const row = qkRowBytes > 128 ? 256 : qkRowBytes > 64 ? 128 : qkRowBytes;
+export function attentionSharedBytes(tile: TileConfig, bytes: TileBytes): number {
   const parked = 256 + tile.warps * 32 * 5;
-  return parked + tile.warps * tile.rowsPerWarp * row + 2 * 64 * row + tile.valueStages * valueTileBytes;
+  const query = tile.warps * tile.rowsPerWarp * (paddedRow(bytes.queryRow) + bytes.queryScales);
+  return parked + query + 2 * 64 * (paddedRow(bytes.keyRow) + bytes.keyScales) + tile.valueStages * bytes.valueTile;
+}
+
+interface TileConditions {
+  readonly queryLength: number;
+  readonly smoothQ: boolean;
+  readonly unpacksFp4?: boolean;
 }
 
 /** The first tile configuration that fits the target's shared memory as often as it says. */
 export function chooseTile(
   target: Target,
-  qkRowBytes: number,
+  bytes: TileBytes,
   valueDim: number,
-  valueTileBytes: number,
-  { queryLength, smoothQ }: { readonly queryLength: number; readonly smoothQ: boolean },
+  { queryLength, smoothQ, unpacksFp4 = false }: TileConditions,
 ): TileConfig {
   const { sharedBytesPerBlock, sharedBytesPerMultiprocessor } = TARGET_FEATURES[target];
   for (const rule of TILE_RULES) {
-    if (valueDim > rule.valueDim || qkRowBytes > rule.qkRowBytes) continue;
+    if (valueDim > rule.valueDim || bytes.keyRow > rule.qkRowBytes) continue;
     if (rule.targets?.includes(target) === false || (rule.smoothQ === true && !smoothQ)) continue;
+    if (rule.unpacksFp4 === true && !unpacksFp4) continue;
     if (rule.queryLength !== undefined && queryLength > rule.queryLength) continue;
-    const bytes = attentionSharedBytes(rule.tile, qkRowBytes, valueTileBytes);
-    const fits = bytes <= sharedBytesPerBlock;
-    const resident = rule.tile.minBlocksPerMultiprocessor * (bytes + 1024) <= sharedBytesPerMultiprocessor;
+    const shared = attentionSharedBytes(rule.tile, bytes);
+    const fits = shared <= sharedBytesPerBlock;
+    const resident = rule.tile.minBlocksPerMultiprocessor * (shared + 1024) <= sharedBytesPerMultiprocessor;
     if (fits && resident) return rule.tile;
   }
-  throw new RangeError(`no tile for ${qkRowBytes} bytes of Q and K and Dv ${valueDim} on ${target}`);
+  throw new RangeError(`no tile for ${bytes.keyRow} bytes of Q and K and Dv ${valueDim} on ${target}`);
 }

@@ -114,19 +114,23 @@ export interface MaskRow {
   readonly columnsLeft: Reg<'s32'>;
 }
 
-/** {@link applyMask} to a thread's scores of a row: columns 8n and 8n + 1 of `fragments` fragments. */
+/**
+ * {@link applyMask} to a thread's scores of a row: two of each of `fragments` fragments, at columns that ascend;
+ * default 8n and 8n + 1.
+ */
 export function maskRow(
   b: KernelBuilder,
   kind: 'boolean' | DType,
   { address, keyStride, inside, columnsLeft }: MaskRow,
   fragments: number,
   score: (n: number, j: number) => Reg<'f32'>,
+  columnOf = (n: number, j: number) => 8 * n + j,
 ): void {
   let place = address;
   let column = 0;
   for (let n = 0; n < fragments; n++) {
     for (let j = 0; j < 2; j++) {
-      const next = 8 * n + j;
+      const next = columnOf(n, j);
       if (next > column) {
         place = b.add(place, b.as(b.mul(keyStride, next - column), 'global'));
         column = next;
@@ -177,18 +181,18 @@ export function excludeBeyondBand(
  * Keys that are not finite make the rows that see them NaN. The sign of a K scale, which is never negative otherwise, says that
  * its 64 keys have some; a bit each says which.
  *
- * @param place where the 64 bits are, and twice the thread's number among the four that hold a row
+ * @param place where the 64 bits are, and the thread's first column
  * @param eachScore visits the scores of those 64 keys
  */
 export function spreadFaults(
   b: KernelBuilder,
   keyScale: Reg<'f32'>,
-  place: () => { readonly faults: Reg<'global'>; readonly t2: Reg<'u32'> },
+  place: () => { readonly faults: Reg<'global'>; readonly firstColumn: Reg<'u32'> },
   eachScore: EachScore,
 ): void {
   b.if(b.setp('lt', b.as(keyScale, 's32'), 0), () => {
-    const { faults, t2 } = place();
-    const words = b.ldVector('b32', 2, faults).map((word) => b.shr(word, t2));
+    const { faults, firstColumn } = place();
+    const words = b.ldVector('b32', 2, faults).map((word) => b.shr(word, firstColumn));
     eachScore((score, _, column) => {
       const bit = b.and(at(words, (column >> 5) & 1), 2 ** (column & 31));
       const seen = b.setp('gt', score, Number.NEGATIVE_INFINITY);

@@ -162,7 +162,7 @@ function markFaultyKeys({ frame, thread, tile, scores, scales }: Item): void {
     const place = () => {
       const group = b.min(b.add(b.shl(tile, 1), half), scales.lastGroup);
       const base = b.loadPointer(pointer.keyFaults);
-      return { faults: offset(b, base, b.add(scales.firstGroup, b.as(group, 'u32')), 8), t2: thread.t2 };
+      return { faults: offset(b, base, b.add(scales.firstGroup, b.as(group, 'u32')), 8), firstColumn: thread.t2 };
     };
     spreadFaults(b, scale, place, (body) =>
       scores.each((score, row, column) => {

@@ -306,11 +306,13 @@ export class Warp {
     const left = scaled(this.#fragment(a, k, true, decode), laneOfRow, aScale);
     const right = scaled(this.#fragment(bb, k, false, decode), laneOfColumn, bScale);
     for (let lane = 0; lane < 32; lane++) {
+      // C is read before D is written: they may share registers in another order.
+      const before = c.map((row) => this.f[row + lane] as number);
       for (let i = 0; i < 4; i++) {
         const [m, n] = [(lane >> 2) + 8 * (i >> 1), 2 * (lane & 3) + (i & 1)];
         let sum = 0;
         for (let j = 0; j < k; j++) sum += (left[m * k + j] as number) * (right[n * k + j] as number);
-        this.f[(d[i] as number) + lane] = (this.f[(c[i] as number) + lane] as number) + sum;
+        this.f[(d[i] as number) + lane] = (before[i] as number) + sum;
       }
     }
   }
