@@ -1,4 +1,5 @@
 /** Turns basic blocks of a kernel into JavaScript functions over a warp's registers. */
+import v8 from 'node:v8';
 import { printInstruction } from '../../ptx/printer.ts';
 import { type Instruction, type Kernel, KIND_BITS, type Operand, type Parameter, type Reg } from '../../ptx/types.ts';
 import * as runtime from './arithmetic.ts';
@@ -31,6 +32,13 @@ export interface Program {
 export type ParameterValues = Readonly<Record<string, number | bigint>>;
 
 const INSTRUCTIONS_PER_FUNCTION = 64;
+
+/*
+ * The functions generated here are long and run a few dozen times each: optimizing them takes longer than all their runs, and
+ * interpreting them is slow. V8's baseline compiler from the first call on, and no optimizer for what has more bytecode than any
+ * function written by hand, make a simulated test three times as fast (processor time of conformance-sm80.test.ts).
+ */
+for (const flag of ['--always-sparkplug', '--max-optimized-bytecode-size=1500']) v8.setFlagsFromString(flag);
 
 class Emitter {
   readonly rows: readonly number[];
