@@ -62,6 +62,18 @@ export function fusedSum(a: number, b: number, c: number): number {
   return doubleBits.getFloat64(0);
 }
 
+/** High word of the 64-bit product of two words: both signed where one is negative, else unsigned. */
+export function mulHigh(a: number, b: number): number {
+  const aHigh = (a >> 16) & 0xffff;
+  const aLow = a & 0xffff;
+  const bHigh = (b >> 16) & 0xffff;
+  const bLow = b & 0xffff;
+  const middle = aHigh * bLow + Math.floor((aLow * bLow) / 65536);
+  const carried = aLow * bHigh + (middle % 65536);
+  const unsigned = aHigh * bHigh + Math.floor(middle / 65536) + Math.floor(carried / 65536);
+  return unsigned - (a < 0 ? b : 0) - (b < 0 ? a : 0);
+}
+
 /** The least float32 that is not below a float64. */
 export function roundUp(value: number): number {
   const rounded = Math.fround(value);

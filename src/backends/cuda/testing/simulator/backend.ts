@@ -15,6 +15,7 @@ import { simulateKernel } from './simulator.ts';
 class FakeMemory implements DeviceAddresses {
   readonly #launch: FakeLaunch;
   readonly #found: Allocation[] = [];
+  #last: Allocation | undefined;
 
   constructor(launch: FakeLaunch) {
     this.#launch = launch;
@@ -22,15 +23,20 @@ class FakeMemory implements DeviceAddresses {
 
   at(address: number, length: number, what: string): Allocation {
     if (address % length !== 0) throw new SimulationError(`${what}: address ${address} is not a multiple of ${length}`);
-    const inside = (allocation: Allocation) =>
-      address >= allocation.address && address + length <= allocation.address + allocation.bytes.length;
-    let found = this.#found.find(inside);
+    const last = this.#last;
+    if (last !== undefined && address >= last.address && address + length <= last.address + last.bytes.length) {
+      return last;
+    }
+    let found = this.#found.find(
+      (allocation) => address >= allocation.address && address + length <= allocation.address + allocation.bytes.length,
+    );
     if (found === undefined) {
       const bytes = this.#launch.memory(BigInt(address), length);
       const view = new DataView(bytes.buffer, bytes.byteOffset, bytes.byteLength);
       found = { name: 'device memory', address, bytes, view };
       this.#found.unshift(found);
     }
+    this.#last = found;
     return found;
   }
 }

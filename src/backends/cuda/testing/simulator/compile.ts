@@ -83,13 +83,10 @@ class Emitter {
     throw new Error(`operand ${operand.type}`);
   }
 
-  big(operand: Operand): string {
-    return `(BigInt(${this.value(operand, 'u')})|(BigInt(${this.high(operand)})<<32n))`;
-  }
-
-  setBig(target: Operand, expression: string): string {
+  /** Sets a 64-bit register to two words, each an expression of the constants that `names` declares before. */
+  set64(target: Operand, names: string, low: string, high: string): string {
     const row = this.row(target as Reg);
-    return `{const w=${expression};u[${row}+l]=Number(w&0xffffffffn);u[${row + 32}+l]=Number((w>>32n)&0xffffffffn);}`;
+    return `{const ${names};u[${row}+l]=${low};u[${row + 32}+l]=${high};}`;
   }
 
   /** The statements of a lane-wise instruction, or undefined when it needs the whole warp or a memory. */
@@ -146,9 +143,12 @@ class Emitter {
         // A product of float32 values is exact in float64.
         if (type === 'f32') return `${out('f')}=${directed === undefined ? '' : `R.${directed}`}(${x}*${y});`;
         if (type === 'f16x2') return `${out('u')}=R.halves((p,q)=>p*q,${x},${y});`;
-        if (mode === 'wide') return this.setBig(d, `BigInt(${x})*BigInt(${y})`);
-        if (mode === 'hi') return `${out('u')}=Number((BigInt(${x})*BigInt(${y}))>>32n);`;
-        if (type === 'u64') return this.setBig(d, `${this.big(a)}*${this.big(b)}`);
+        if (mode === 'wide') return this.set64(d, `p=${x},q=${y}`, 'Math.imul(p,q)', 'R.mulHigh(p,q)');
+        if (mode === 'hi') return `${out('u')}=R.mulHigh(${x},${y});`;
+        if (type === 'u64') {
+          const words = `p=${x},q=${y},ph=${this.high(a)},qh=${this.high(b)}`;
+          return this.set64(d, words, 'Math.imul(p,q)', 'R.mulHigh(p,q)+Math.imul(ph,q)+Math.imul(p,qh)');
+        }
         return `${out('i')}=Math.imul(${x},${y});`;
       case 'fma':
         if (type === 'f32')
@@ -210,16 +210,36 @@ class Emitter {
       case 'not':
         return type === 'pred' ? `${out('u')}=1-${x};` : `${out('u')}=~${x};`;
       case 'shl':
-        if (type === 'b64') return this.setBig(d, `${this.big(a)}<<BigInt(${this.value(b, 'u')})`);
+        if (type === 'b64') {
+          const high = 'n>63?0:n>31?p<<(n-32):n===0?h:(h<<n)|(p>>>(32-n))';
+          return this.set64(
+            d,
+            `p=${this.value(a, 'u')},h=${this.high(a)},n=${this.value(b, 'u')}`,
+            'n>31?0:p<<n',
+            high,
+          );
+        }
         return `{const n=${this.value(b, 'u')};${out('u')}=n>31?0:${x}<<n;}`;
       case 'shr':
-        if (type === 'u64') return this.setBig(d, `${this.big(a)}>>BigInt(${this.value(b, 'u')})`);
+        if (type === 'u64') {
+          const low = 'n>63?0:n>31?h>>>(n-32):n===0?p:(p>>>n)|(h<<(32-n))';
+          return this.set64(
+            d,
+            `p=${this.value(a, 'u')},h=${this.high(a)},n=${this.value(b, 'u')}`,
+            low,
+            'n>31?0:h>>>n',
+          );
+        }
         return `{const n=${this.value(b, 'u')};${out(view)}=n>31?${view === 'i' ? `${x}>>31` : '0'}:${x}${view === 'i' ? '>>' : '>>>'}n;}`;
       case 'prmt':
         return `${out('u')}=R.prmt(${x},${y},${z});`;
       case 'setp': {
         const sign = { eq: '===', ne: '!==', lt: '<', le: '<=', gt: '>', ge: '>=' }[mode as 'eq'];
-        if (type === 'u64') return `${out('u')}=${this.big(a)}${sign}${this.big(b)}?1:0;`;
+        // High words decide unless they are equal.
+        if (type === 'u64') {
+          const [p, q] = [this.high(a), this.high(b)];
+          return `${out('u')}=(${p}===${q}?${x}${sign}${y}:${p}${sign}${q})?1:0;`;
+        }
         // Comparisons with NaN are false, `ne` too.
         if (mode === 'ne' && type === 'f32') return `${out('u')}=(${x}<${y}||${x}>${y})?1:0;`;
         return `${out('u')}=${x}${sign}${y}?1:0;`;
