@@ -1,5 +1,6 @@
 /** The WASM backend. */
 
+import { type BackwardProblem, gradientOutputs } from '../../attention/backward.ts';
 import { attentionOutputs } from '../../attention/outputs.ts';
 import type { AttentionProblem } from '../../attention/problem.ts';
 import { debugPlan } from '../../debug.ts';
@@ -9,16 +10,19 @@ import type { TensorView } from '../../tensor/tensor.ts';
 import type {
   Availability,
   Backend,
+  BackwardPlan,
+  BackwardSupport,
   KernelChoice,
   KernelDescriptor,
   Plan,
   PreparedKeyValue,
   RunContext,
 } from '../backend.ts';
+import { backwardCall } from './backward.ts';
 import { arithmeticOf, wholeCall } from './calls.ts';
 import { createExecutor, type ExecutorKind } from './executor.ts';
 import type { Simd } from './geometry.ts';
-import { ACCURATE_KERNEL, INTEGER_KERNEL } from './kernel-table.ts';
+import { ACCURATE_KERNEL, BACKWARD, INTEGER_KERNEL, MAX_BACKWARD_HEAD_DIM } from './kernel-table.ts';
 import { WasmKeyValue } from './key-value.ts';
 import { type KernelSources, type LoadedModule, loadModule } from './modules.ts';
 import { Runtime } from './runtime.ts';
@@ -169,6 +173,26 @@ class WasmBackendImplementation implements WasmBackend {
         const operands = ready === undefined ? ownInputs(inputs) : inputs;
         const runtime = ready ?? (await this.#current());
         return runtime.run(context, wholeCall(runtime, problem, arithmeticOf(kernel), operands));
+      },
+      dispose: () => {},
+    };
+  }
+
+  async backwardSupport({ headDim, valueDim }: AttentionProblem): Promise<BackwardSupport | undefined> {
+    return Math.max(headDim, valueDim) > MAX_BACKWARD_HEAD_DIM ? undefined : BACKWARD;
+  }
+
+  async planBackward(problem: BackwardProblem, kernel: KernelChoice): Promise<BackwardPlan> {
+    await this.#current();
+    const arithmetic = { ...arithmeticOf(kernel), smoothV: false };
+    return {
+      kernel,
+      outputs: gradientOutputs(problem),
+      run: async (inputs, context) => {
+        const ready = this.#ready();
+        const operands = ready === undefined ? ownInputs(inputs) : inputs;
+        const runtime = ready ?? (await this.#current());
+        return runtime.run(context, backwardCall(runtime, problem, arithmetic, operands));
       },
       dispose: () => {},
     };

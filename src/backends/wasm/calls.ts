@@ -1,5 +1,5 @@
 /** Calls as jobs in memory. */
-import { attentionOutputs, type OutputName } from '../../attention/outputs.ts';
+import { attentionOutputs, type OutputName, type OutputSpec, type Outputs } from '../../attention/outputs.ts';
 import { type AttentionProblem, type MaskLayout, sequencesOf } from '../../attention/problem.ts';
 import { BYTES_PER_ELEMENT, type DType } from '../../tensor/dtype.ts';
 import {
@@ -48,7 +48,7 @@ const PRECISION_FLAGS: Readonly<Record<Precision, number>> = {
 export const flagsOf = ({ precision, smoothK, smoothV }: Arithmetic): number =>
   (smoothK ? FLAG_SMOOTH_K : 0) | (smoothV ? FLAG_SMOOTH_V : 0) | PRECISION_FLAGS[precision];
 
-function tensorOf(bytes: Uint8Array<ArrayBuffer>, shape: readonly number[], dtype: DType): Tensor {
+export function tensorOf(bytes: Uint8Array<ArrayBuffer>, shape: readonly number[], dtype: DType): Tensor {
   const { buffer } = bytes;
   const data =
     dtype === 'float32'
@@ -59,25 +59,31 @@ function tensorOf(bytes: Uint8Array<ArrayBuffer>, shape: readonly number[], dtyp
   return { location: 'cpu', dtype, data, shape, strides: contiguousStrides(shape), offset: 0 };
 }
 
-/** Memory for the outputs of attention, and how they come back. */
-function allocateOutputs(runtime: Runtime, lease: Lease, problem: AttentionProblem) {
-  const outputs = attentionOutputs(problem).map((spec) => {
+/** Memory for what a run makes, and how it comes back. */
+export function allocateMade<Made extends Outputs>(runtime: Runtime, lease: Lease, specs: readonly OutputSpec[]) {
+  const outputs = specs.map((spec) => {
     const bytes = elementCount(spec.shape) * BYTES_PER_ELEMENT[spec.dtype];
     return { ...spec, bytes, address: lease.allocate(bytes) };
   });
-  const finish = async (): Promise<AttentionOutputs> => {
+  const finish = async (): Promise<Made> => {
     const made: Partial<Record<OutputName, Tensor>> = {};
     for (const { name, shape, dtype, bytes, address } of outputs) {
       made[name] = tensorOf(await runtime.executor.read(address, bytes), shape, dtype);
     }
-    return made as AttentionOutputs;
+    return made as Outputs as Made;
   };
+  /** 0: it is not wanted. */
   const addressOf = (wanted: OutputName) => outputs.find(({ name }) => name === wanted)?.address ?? 0;
+  return { addressOf, finish };
+}
+
+function allocateOutputs(runtime: Runtime, lease: Lease, problem: AttentionProblem) {
+  const { addressOf, finish } = allocateMade<AttentionOutputs>(runtime, lease, attentionOutputs(problem));
   return { addresses: { out: addressOf('output'), lse: addressOf('lse') }, finish };
 }
 
 /** Tokens of q, or of k and v, that a batch entry has: in varlen all sequences lie in one. */
-function extentOf(problem: AttentionProblem, tokens: 'queryLength' | 'keyLength') {
+export function extentOf(problem: AttentionProblem, tokens: 'queryLength' | 'keyLength') {
   const { sequences, batch } = problem;
   if (sequences === undefined) return { batch, tokens: problem[tokens] };
   const starts = tokens === 'queryLength' ? sequences.cuSeqlensQ : sequences.cuSeqlensK;
@@ -85,7 +91,7 @@ function extentOf(problem: AttentionProblem, tokens: 'queryLength' | 'keyLength'
 }
 
 /** A call's inputs as bytes: views of the caller's data where possible, which hold only while the call is being made. */
-interface StagedInputs {
+export interface StagedInputs {
   readonly q: Staged<OperandLayout>;
   readonly k?: Staged<OperandLayout>;
   readonly v?: Staged<OperandLayout>;
@@ -100,7 +106,7 @@ function stageQuery(problem: AttentionProblem, q: TensorView, attnMask: TensorVi
   return { ...staged, mask: stageMask(attnMask, problem.mask, [batch, queryHeads, queryLength, keyLength]) };
 }
 
-function stageInputs(problem: AttentionProblem, { q, k, v, attnMask }: AttentionInputs): StagedInputs {
+export function stageInputs(problem: AttentionProblem, { q, k, v, attnMask }: AttentionInputs): StagedInputs {
   const keys = { ...extentOf(problem, 'keyLength'), heads: problem.kvHeads };
   return {
     ...stageQuery(problem, q, attnMask),
@@ -109,7 +115,7 @@ function stageInputs(problem: AttentionProblem, { q, k, v, attnMask }: Attention
   };
 }
 
-const kept = <Layout>(staged: Staged<Layout> | undefined) => (staged === undefined ? undefined : keep(staged));
+export const kept = <Layout>(staged: Staged<Layout> | undefined) => (staged === undefined ? undefined : keep(staged));
 
 /** A call that reads its inputs now, by `place` or into copies. */
 function callOf(
@@ -126,10 +132,10 @@ function callOf(
   };
 }
 
-const placed = (lease: Lease, staged: Staged<unknown> | undefined) =>
+export const placed = (lease: Lease, staged: Staged<unknown> | undefined) =>
   staged === undefined ? 0 : lease.place(staged.bytes, PADDING_BYTES);
 
-const layoutsOf = ({ q, k, v, mask }: StagedInputs) => ({
+export const layoutsOf = ({ q, k, v, mask }: StagedInputs) => ({
   q: q.layout,
   k: k?.layout,
   v: v?.layout,

@@ -74,6 +74,30 @@ export const JOB_FIELDS = [
   'tileShift',
   /** Keys of the last, partly filled tile as they came, `[sequences, kvHeads, BLOCK_K, D]` float32, D padded; 0: not kept. */
   'keyTail',
+  // A backward pass; 0 in others, as all that follow.
+  /** Gradient of the output; `out` and `lse` are what the forward pass gave. */
+  'dOut',
+  'dOutHeadStride',
+  'dOutTokenStride',
+  /** Values and keys in float32, see assembly/backward.ts. */
+  'gradientTiles',
+  /** Sums of dV and dK, float32: for each sequence, query head and chunk of its rows `[tiles * BLOCK_K, DvPadded]`, then D padded. */
+  'gradientSums',
+  'dQuery',
+  'dQueryHeadStride',
+  'dQueryTokenStride',
+  'dKey',
+  'dKeyHeadStride',
+  'dKeyTokenStride',
+  'dValue',
+  'dValueHeadStride',
+  'dValueTokenStride',
+  /** A `DTYPE_` code, of the three. */
+  'gradientDtype',
+  /** Gradient of the scores, float32 `[sequences, queryHeads, dMaskRows, dMaskKeys]`; 0: not wanted. */
+  'dMask',
+  'dMaskRows',
+  'dMaskKeys',
 ] as const;
 
 /** A sequence: its place in operands and tiles, lengths and band. */
@@ -98,6 +122,15 @@ export const SEQUENCE_FIELDS = [
   'partlySeen',
   /** Nonzero: rows may see different keys, so that none may spoil the precision of another. */
   'rowsDiffer',
+  // A backward pass: places in gradients, and how rows are split into units.
+  'dOut',
+  'dQuery',
+  'dKey',
+  'dValue',
+  /** First float32 of its sums. */
+  'firstSum',
+  'chunks',
+  'chunkRows',
 ] as const;
 
 /** A head of q and rows of it, or in preparation a head of k and v. */

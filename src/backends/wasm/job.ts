@@ -16,6 +16,9 @@ export const FLAG_EXACT = 16;
 /** Each tile has means of its own, as tokens may still come; those of the sequence are not computed. */
 export const FLAG_TILE_MEANS = 8;
 
+/** A backward pass: rows of Q are kept in float32 besides their integers. */
+export const FLAG_GRADIENTS = 64;
+
 export const DTYPE_FLOAT32 = 0;
 export const DTYPE_FLOAT16 = 1;
 export const DTYPE_BFLOAT16 = 2;

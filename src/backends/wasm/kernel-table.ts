@@ -1,7 +1,7 @@
 /** The kernels of this backend as data. */
 
 import { MAX_HEAD_DIM } from '../../attention/problem.ts';
-import type { KernelDescriptor } from '../backend.ts';
+import type { BackwardSupport, KernelDescriptor } from '../backend.ts';
 
 const COMMON = {
   // Groups of one token: as the portable kernel's blocks, but finer.
@@ -24,4 +24,14 @@ export const ACCURATE_KERNEL: KernelDescriptor = {
   name: 'qk-int8-pv-fp16',
   summary: 'K in INT8, Q in 14-bit integers, PV in float32 (accurate)',
   ...COMMON,
+};
+
+/** Scratch has room for rows of so many channels of Q, dO, dQ and O at a time. */
+export const MAX_BACKWARD_HEAD_DIM = 256;
+
+/** Scores from the accurate kernel's integers, the rest in float32: more than the 16 bits that `fp16` promises. */
+export const BACKWARD: BackwardSupport = {
+  kernels: [ACCURATE_KERNEL.name],
+  precisions: ['fp16'],
+  maskGradient: true,
 };

@@ -6,6 +6,9 @@ import type { Simd } from './geometry.ts';
 export interface KernelExports {
   readonly prepare: (job: number, scratch: number) => number;
   readonly attend: (job: number, scratch: number) => number;
+  readonly prepareBackward: (job: number, scratch: number) => number;
+  readonly backward: (job: number, scratch: number) => number;
+  readonly storeGradients: (job: number, scratch: number) => number;
   readonly probe: (a: number, b: number, out: number) => void;
   readonly probeOthers: (input: number, out: number) => void;
 }

@@ -81,6 +81,45 @@ export interface SequenceRecord {
   readonly rowsDiffer: boolean;
 }
 
+/** Places of a sequence in gradients, and how its rows are split. */
+export interface SequenceGradients {
+  readonly dOut: number;
+  readonly dQuery: number;
+  readonly dKey: number;
+  readonly dValue: number;
+  readonly firstSum: number;
+  readonly chunks: number;
+  readonly chunkRows: number;
+}
+
+/** What a backward job says besides. */
+export interface JobGradients {
+  readonly addresses: Readonly<
+    Record<'dOut' | 'gradientTiles' | 'gradientSums' | 'dQuery' | 'dKey' | 'dValue' | 'dMask', number>
+  >;
+  readonly dtype: DType;
+  readonly dOut: OperandLayout;
+  readonly dQuery: OperandLayout;
+  readonly dKey: OperandLayout;
+  readonly dValue: OperandLayout;
+  readonly dMaskRows: number;
+  readonly dMaskKeys: number;
+  /** One for each sequence. */
+  readonly sequences: readonly SequenceGradients[];
+}
+
+const NO_GRADIENTS: JobGradients = {
+  addresses: { dOut: 0, gradientTiles: 0, gradientSums: 0, dQuery: 0, dKey: 0, dValue: 0, dMask: 0 },
+  dtype: 'float32',
+  ...{ dOut: NOWHERE, dQuery: NOWHERE, dKey: NOWHERE, dValue: NOWHERE },
+  dMaskRows: 0,
+  dMaskKeys: 0,
+  sequences: [],
+};
+const NO_SEQUENCE_GRADIENTS: SequenceGradients = {
+  ...{ dOut: 0, dQuery: 0, dKey: 0, dValue: 0, firstSum: 0, chunks: 0, chunkRows: 0 },
+};
+
 export interface UnitRecord {
   readonly sequence: number;
   readonly head: number;
@@ -91,7 +130,7 @@ export interface UnitRecord {
 export const tilesOf = (keys: number) => Math.ceil(keys / job.BLOCK_K);
 
 /** Element of a sequence's first token. */
-function startOf(layout: OperandLayout | undefined, index: number, token: number): number {
+export function startOf(layout: OperandLayout | undefined, index: number, token: number): number {
   return layout === undefined ? 0 : layout.offset + index * layout.batchStride + token * layout.tokenStride;
 }
 
@@ -187,6 +226,13 @@ function writeFields<Name extends string>(
   });
 }
 
+/** The strides of an operand by the names of their fields. */
+const stridesOf = <Name extends string>(name: Name, { headStride, tokenStride }: OperandLayout) =>
+  ({ [`${name}HeadStride`]: headStride, [`${name}TokenStride`]: tokenStride }) as Record<
+    `${Name}HeadStride` | `${Name}TokenStride`,
+    number
+  >;
+
 /** A float32 as the integer that stands for it in memory. */
 function floatBits(value: number): number {
   return new Uint32Array(Float32Array.of(value).buffer)[0] as number;
@@ -199,6 +245,7 @@ export function writeRecords(
   addresses: Addresses,
   sequences: readonly SequenceRecord[],
   units: readonly UnitRecord[],
+  gradients: JobGradients = NO_GRADIENTS,
 ): Uint8Array {
   const bytes = new Uint8Array(recordBytes(sequences.length, units.length));
   const view = new DataView(bytes.buffer);
@@ -245,10 +292,19 @@ export function writeRecords(
     tileVApart: geometry.valuesApart,
     tileKPlain: geometry.plainKeys,
     tileShift: geometry.shift,
+    ...gradients.addresses,
+    ...stridesOf('dOut', gradients.dOut),
+    ...stridesOf('dQuery', gradients.dQuery),
+    ...stridesOf('dKey', gradients.dKey),
+    ...stridesOf('dValue', gradients.dValue),
+    gradientDtype: DTYPE_CODES[gradients.dtype],
+    dMaskRows: gradients.dMaskRows,
+    dMaskKeys: gradients.dMaskKeys,
   });
   for (const [i, { partlySeen, rowsDiffer, ...sequence }] of sequences.entries()) {
     writeFields(view, sequencesAt + i * fields.SEQUENCE_BYTES, SEQUENCE_FIELDS, {
       ...sequence,
+      ...(gradients.sequences[i] ?? NO_SEQUENCE_GRADIENTS),
       partlySeen: Number(partlySeen),
       rowsDiffer: Number(rowsDiffer),
     });

@@ -57,12 +57,12 @@ export function keep<Layout>({ bytes, layout }: Staged<Layout>): Staged<Layout> 
 const LARGEST_SPAN_RATIO = 1.5;
 
 /**
- * The elements of q, k or v: a view of the caller's data where they lie close together, else gathered without gaps.
+ * The elements of an operand: a view of the caller's data where they lie close together, else gathered without gaps.
  *
  * @throws {InvalidArgumentError} `buffer-too-small`
  */
 export function stageOperand(
-  argument: 'q' | 'k' | 'v',
+  argument: string,
   view: TensorView,
   layout: OperandLayout,
   extent: OperandExtent,

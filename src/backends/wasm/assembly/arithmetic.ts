@@ -97,7 +97,7 @@ export function exp2Fine(
 
 // @ts-ignore: decorator
 @inline
-function exp2FineHere(x: v128): v128 {
+export function exp2FineHere(x: v128): v128 {
   return exp2Fine(
     x, f32x4.splat(ROUNDING), f32x4.splat(0.00132764718440602), f32x4.splat(0.009675541663598257),
     f32x4.splat(0.05550713276869234), f32x4.splat(0.24022119717778734), f32x4.splat(0.693146967060839),

@@ -65,6 +65,7 @@ import {
   DTYPE_BOOL,
   FLAG_ACCURATE,
   FLAG_EXACT,
+  FLAG_GRADIENTS,
   FLAG_SMOOTH_K,
   FLAG_SMOOTH_V,
   FLAG_TILE_MEANS,
@@ -180,8 +181,41 @@ function quantizeQuery(
 /** Scores between `from` and `to` to -Infinity. */
 // @ts-ignore: decorator
 @inline
-function exclude(scores: usize, from: i32, to: i32): void {
+export function exclude(scores: usize, from: i32, to: i32): void {
   for (let j = from; j < to; j++) store<f32>(scores + (<usize>j << 2), -Infinity);
+}
+
+/** Adds a row's mask to the first `to` of its scores in base 2; -Infinity excludes also where the score is NaN. */
+export function addMask(scores: usize, to: i32, mask: usize, maskDtype: i32, maskStride: usize): void {
+  const maskShift = elementShift(maskDtype);
+  if (maskStride == 1) {
+    for (let j = 0; j < to; j += 4) {
+      const at = scores + (<usize>j << 2);
+      const m = load4(mask + (<usize>j << maskShift), maskDtype);
+      const x = v128.load(at);
+      v128.store(
+        at,
+        maskDtype == DTYPE_BOOL
+          ? v128.bitselect(x, f32x4.splat(-Infinity), f32x4.ne(m, f32x4.splat(0)))
+          : // -Infinity excludes also where the score is NaN.
+            v128.bitselect(
+              m,
+              madd(larger(m, f32x4.splat(LEAST_MASK)), f32x4.splat(LOG2_E), x),
+              f32x4.eq(m, f32x4.splat(-Infinity)),
+            ),
+      );
+    }
+  } else {
+    for (let j = 0; j < to; j++) {
+      const at = scores + (<usize>j << 2);
+      const m = loadElement(mask + ((<usize>j * maskStride) << maskShift), maskDtype);
+      if (maskDtype == DTYPE_BOOL) {
+        if (m == 0) store<f32>(at, -Infinity);
+      } else {
+        store<f32>(at, m == -Infinity ? m : max(m, LEAST_MASK) * LOG2_E + load<f32>(at));
+      }
+    }
+  }
 }
 
 /**
@@ -217,37 +251,7 @@ function finishScores(
       v128.store(scores + j, f32x4.mul(f32x4.mul(tanh4(x), cap), f32x4.splat(LOG2_E)));
     }
   }
-  if (mask != 0) {
-    const maskShift = elementShift(maskDtype);
-    if (maskStride == 1) {
-      for (let j = 0; j < to; j += 4) {
-        const at = scores + (<usize>j << 2);
-        const m = load4(mask + (<usize>j << maskShift), maskDtype);
-        const x = v128.load(at);
-        v128.store(
-          at,
-          maskDtype == DTYPE_BOOL
-            ? v128.bitselect(x, f32x4.splat(-Infinity), f32x4.ne(m, f32x4.splat(0)))
-            : // -Infinity excludes also where the score is NaN.
-              v128.bitselect(
-                m,
-                madd(larger(m, f32x4.splat(LEAST_MASK)), f32x4.splat(LOG2_E), x),
-                f32x4.eq(m, f32x4.splat(-Infinity)),
-              ),
-        );
-      }
-    } else {
-      for (let j = 0; j < to; j++) {
-        const at = scores + (<usize>j << 2);
-        const m = loadElement(mask + ((<usize>j * maskStride) << maskShift), maskDtype);
-        if (maskDtype == DTYPE_BOOL) {
-          if (m == 0) store<f32>(at, -Infinity);
-        } else {
-          store<f32>(at, m == -Infinity ? m : max(m, LEAST_MASK) * LOG2_E + load<f32>(at));
-        }
-      }
-    }
-  }
+  if (mask != 0) addMask(scores, to, mask, maskDtype, maskStride);
   exclude(scores, 0, from);
   exclude(scores, to, keys);
   let invalid = i32x4.splat(0);
@@ -274,14 +278,14 @@ function spreadInvalidValues(scores: usize, keys: i32, nans: usize, channels: i3
 /** A number that neither overflows nor turns a sum with it into NaN. */
 // @ts-ignore: decorator
 @inline
-function bounded(x: f32): f32 {
+export function bounded(x: f32): f32 {
   return max(-LARGEST_SHIFT, min(LARGEST_SHIFT, x));
 }
 
 /** Product of two float32 vectors of a padded length. */
 // @ts-ignore: decorator
 @inline
-function dotFloat(a: usize, b: usize, padded: i32): f32 {
+export function dotFloat(a: usize, b: usize, padded: i32): f32 {
   let sum = f32x4.splat(0);
   for (let i: usize = 0; i < <usize>padded << 2; i += 16) {
     sum = madd(v128.load(a + i), v128.load(b + i), sum);
@@ -294,7 +298,7 @@ function dotFloat(a: usize, b: usize, padded: i32): f32 {
  *
  * @param q the first row; `rows` of them, which are repeated up to a multiple of 4
  */
-function prepareQueries(job: usize, q: usize, stride: usize, rows: i32, means: usize, scratch: usize): void {
+export function prepareQueries(job: usize, q: usize, stride: usize, rows: i32, means: usize, scratch: usize): void {
   const flags = load<i32>(job, JOB_FLAGS);
   const accurate = (flags & FLAG_ACCURATE) != 0;
   const exact = (flags & FLAG_EXACT) != 0;
@@ -325,7 +329,7 @@ function prepareQueries(job: usize, q: usize, stride: usize, rows: i32, means: u
       for (let i: usize = 0; i < <usize>dPadded << 2; i += 16) {
         v128.store(float + i, f32x4.mul(v128.load(row + i), f32x4.splat(inverse)));
       }
-    } else if (flags & FLAG_TILE_MEANS) {
+    } else if (flags & (FLAG_TILE_MEANS | FLAG_GRADIENTS)) {
       memory.copy(float, row, <usize>dPadded << 2);
     }
     let zero: i32 = 0;

@@ -7,6 +7,7 @@ import {
   UNIT_BYTES,
 } from '../generated/fields.ts';
 import { attendUnit } from './attend.ts';
+import { backwardUnit, prepareBackwardUnit, storeGradientsUnit } from './backward.ts';
 import { prepareUnit } from './prepare.ts';
 
 /** Takes the job's next unit; 0 when there is none or the job was stopped. */
@@ -27,6 +28,27 @@ export function attend(job: usize, scratch: usize): i32 {
   const unit = takeUnit(job);
   if (unit == 0) return 0;
   attendUnit(job, unit, scratch);
+  return 1;
+}
+
+export function prepareBackward(job: usize, scratch: usize): i32 {
+  const unit = takeUnit(job);
+  if (unit == 0) return 0;
+  prepareBackwardUnit(job, unit, scratch);
+  return 1;
+}
+
+export function backward(job: usize, scratch: usize): i32 {
+  const unit = takeUnit(job);
+  if (unit == 0) return 0;
+  backwardUnit(job, unit, scratch);
+  return 1;
+}
+
+export function storeGradients(job: usize, scratch: usize): i32 {
+  const unit = takeUnit(job);
+  if (unit == 0) return 0;
+  storeGradientsUnit(job, unit, scratch);
   return 1;
 }
 

@@ -360,3 +360,58 @@ export function addValuesFine(
     v128.store(o, madd(c31, w, v128.load(o, 16)), 16);
   }
 }
+
+/**
+ * `out += P^T . X` in float32: for `keys` keys (a multiple of 4), over `rows` rows of P, P_ROW_BYTES apart, and of X,
+ * FLOAT_Q_ROW_BYTES apart; rows of `out` have `channels` (a multiple of 8) without gaps.
+ */
+export function addTransposed(p: usize, x: usize, rows: i32, keys: i32, channels: i32, out: usize): void {
+  const outBytes = <usize>channels << 2;
+  for (let key = 0; key < keys; key += 4, p += 16) {
+    let b = x;
+    for (let channel = 0; channel < channels; channel += 8, b += 32) {
+      let c00 = f32x4.splat(0);
+      let c01 = c00;
+      let c10 = c00;
+      let c11 = c00;
+      let c20 = c00;
+      let c21 = c00;
+      let c30 = c00;
+      let c31 = c00;
+      let a0 = p;
+      let b0 = b;
+      let n = rows;
+      do {
+        const x0 = v128.load(b0);
+        const x1 = v128.load(b0, 16);
+        let a = v128.load32_splat(a0);
+        c00 = madd(x0, a, c00);
+        c01 = madd(x1, a, c01);
+        a = v128.load32_splat(a0, 4);
+        c10 = madd(x0, a, c10);
+        c11 = madd(x1, a, c11);
+        a = v128.load32_splat(a0, 8);
+        c20 = madd(x0, a, c20);
+        c21 = madd(x1, a, c21);
+        a = v128.load32_splat(a0, 12);
+        c30 = madd(x0, a, c30);
+        c31 = madd(x1, a, c31);
+        a0 += P_ROW_BYTES;
+        b0 += FLOAT_Q_ROW_BYTES;
+      } while (--n);
+      let o = out + (<usize>channel << 2);
+      v128.store(o, f32x4.add(c00, v128.load(o)));
+      v128.store(o, f32x4.add(c01, v128.load(o, 16)), 16);
+      o += outBytes;
+      v128.store(o, f32x4.add(c10, v128.load(o)));
+      v128.store(o, f32x4.add(c11, v128.load(o, 16)), 16);
+      o += outBytes;
+      v128.store(o, f32x4.add(c20, v128.load(o)));
+      v128.store(o, f32x4.add(c21, v128.load(o, 16)), 16);
+      o += outBytes;
+      v128.store(o, f32x4.add(c30, v128.load(o)));
+      v128.store(o, f32x4.add(c31, v128.load(o, 16)), 16);
+    }
+    out += outBytes << 2;
+  }
+}

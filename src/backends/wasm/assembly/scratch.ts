@@ -44,5 +44,21 @@ export const SCRATCH_FLOAT_Q: usize = 65536;
 export const FLOAT_Q_ROW_BYTES: usize = 1024;
 /** Preparation: a tile of V in float32, where the caller keeps none. */
 export const SCRATCH_VALUES: usize = 65536;
+/** Backward: rows of dO in float32, FLOAT_Q_ROW_BYTES apart; weights and gradients of scores, P_ROW_BYTES apart. */
+export const SCRATCH_D_OUT: usize = 98304;
+export const SCRATCH_GRADIENT_P: usize = 131072;
+export const SCRATCH_D_S: usize = 147456;
+/** Of the four rows in work: dO . V, `[4, BLOCK_K]`. */
+export const SCRATCH_D_P: usize = 163840;
+/** Per row: `rowsum(dO o O)`, LSE in base 2, and a byte: dO holds NaN or infinity. */
+export const SCRATCH_DELTAS: usize = 165888;
+export const SCRATCH_LSES: usize = 166016;
+export const SCRATCH_INVALID_ROWS: usize = 166144;
+/** Per row: what weights relative to SCRATCH_LSES are multiplied by. */
+export const SCRATCH_FACTORS: usize = 166272;
+/** Four float32 of 1. */
+export const SCRATCH_ONES: usize = 166208;
+/** A row as SCRATCH_ROW, or a tile's keys of one. */
+export const SCRATCH_GRADIENT_ROW: usize = 166464;
 /** Preparation: one byte for each key, see markSeen. */
 export const SCRATCH_SEEN: usize = 196608;

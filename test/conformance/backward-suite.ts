@@ -1,0 +1,325 @@
+/**
+ * The conformance suite of backward passes: gradients of the forward suite's cases, on any backend, compared with exact ones in
+ * float64. It knows no test runner, as `suite.ts`.
+ */
+import fc from 'fast-check';
+import type { BackwardPrecision } from '../../src/attention/backward.ts';
+import {
+  type AttentionProblem,
+  createProblem,
+  createVarlenProblem,
+  outputShapeOf,
+} from '../../src/attention/problem.ts';
+import { attentionBackward, type KernelName, sageattnTrainable, type Tensor } from '../../src/index.ts';
+import {
+  BACKWARD_ALGORITHM,
+  backwardExact,
+  backwardQuantized,
+  type ReferenceGradients,
+} from '../../src/reference/backward.ts';
+import { attentionExact } from '../../src/reference/exact.ts';
+import { attentionQuantized, type QuantizedAlgorithm } from '../../src/reference/quantized.ts';
+import { fromFloat32, toFloat32 } from '../../src/tensor/access.ts';
+import type { DType } from '../../src/tensor/dtype.ts';
+import { contiguousStrides, elementCount, tensor } from '../../src/tensor/tensor.ts';
+import { Random } from '../support/random.ts';
+import { place, snapshot } from '../support/tensors.ts';
+import { arbitraryCase, CASES, type CaseInputs, type ConformanceCase } from './cases.ts';
+import { type ConformanceTest, checkMeasured, type Measured } from './suite.ts';
+
+/** A backward pass with one setting of its options, and what it must reach. */
+export interface BackwardTarget {
+  readonly name: string;
+  readonly backend: 'wasm' | 'webgpu' | 'cuda';
+  readonly kernel: KernelName;
+  readonly precision: BackwardPrecision;
+  /** Largest relative L2 of each gradient on ordinary inputs. */
+  readonly relativeL2: number;
+  /** Of the forward pass, for inputs on which quantization itself loses more. */
+  readonly algorithm: QuantizedAlgorithm;
+  /** Cases with a larger V, or with more multiply-adds, are left out. */
+  readonly largestV?: number;
+  readonly maxWork?: number;
+  /** Random problems to try; default 20. */
+  readonly randomCases?: number;
+  /** It refuses some problems, typed: they are left out. Default false. */
+  readonly partial?: boolean;
+  /** It computes the gradient of an additive mask. Default true. */
+  readonly maskGradient?: boolean;
+}
+
+/** Gradients are sums of products of V with others: beyond it they overflow float32 on the way. */
+const LARGEST_V = 1e30;
+
+const NAMES = ['dq', 'dk', 'dv'] as const;
+type Name = (typeof NAMES)[number];
+
+/** A kernel may lose this much more than the algorithm does in plain TypeScript: tilings and orders of summation differ. */
+const ALGORITHM_SLACK = 2;
+/** Rounding of gradients, and of the output that they are computed from, to the dtype of the inputs. */
+const ROUNDING = { float32: 0, float16: 2 ** -10, bfloat16: 2 ** -7 } as const;
+
+function check(condition: boolean, message: () => string): asserts condition {
+  if (!condition) throw new Error(message());
+}
+
+const problemOf = ({ q, k, v, options, cuSeqlens }: CaseInputs): AttentionProblem =>
+  cuSeqlens === undefined
+    ? createProblem(q, k, v, options)
+    : createVarlenProblem(q, k, v, cuSeqlens.q, cuSeqlens.k, options);
+
+/** A normal gradient of the output, in storage that is NaN elsewhere. */
+function gradientOfOutput(problem: AttentionProblem, random: Random): Tensor {
+  const shape = outputShapeOf(problem);
+  const strides = contiguousStrides(shape.map((size, i) => (i === shape.length - 1 ? size + 3 : size)));
+  return place(random.normals(elementCount(shape)), shape, problem.dtype, strides, 5);
+}
+
+/** What gradients are made of, by size: error is taken relative to it where they cancel to almost nothing. */
+function ordinarySizes(problem: AttentionProblem, { q, k, v }: CaseInputs): Record<Name, number> {
+  const rms = (x: Tensor) => {
+    const values = toFloat32(x).filter(Number.isFinite);
+    return Math.sqrt(values.reduce((sum, value) => sum + value ** 2, 0) / Math.max(1, values.length));
+  };
+  const { queryLength, keyLength, valueDim, smScale, queryHeads, kvHeads } = problem;
+  const dS = rms(v) * Math.sqrt(valueDim) * Math.abs(smScale);
+  const perKey = Math.sqrt(((queryLength / Math.max(1, keyLength)) * queryHeads) / Math.max(1, kvHeads));
+  return { dq: dS * rms(k), dk: dS * rms(q) * perKey, dv: perKey };
+}
+
+interface Run {
+  readonly problem: AttentionProblem;
+  readonly inputs: CaseInputs;
+  readonly dOutput: Tensor;
+  readonly exact: ReferenceGradients;
+}
+
+function prepare(testCase: ConformanceCase, seed: number): Run {
+  const random = new Random(seed);
+  const inputs = testCase.make(random);
+  const problem = problemOf(inputs);
+  const dOutput = gradientOfOutput(problem, random);
+  const exact = backwardExact(problem, { ...inputs, attnMask: inputs.options.attnMask as Tensor | undefined, dOutput });
+  return { problem, inputs, dOutput, exact };
+}
+
+/** Largest magnitude of each dtype; gradients beyond it are not compared. */
+const LARGEST: Readonly<Record<DType, number>> = { float32: 3e38, float16: 65504, bfloat16: 3e38 };
+/** What may be lost at the bottom of a format, absolute. */
+const UNDERFLOW: Readonly<Record<DType, number>> = { float32: 2 ** -126, float16: 2 ** -25, bfloat16: 2 ** -126 };
+
+/** Relative L2, over elements that are finite in the exact gradient, with a floor for what cancels. */
+function errorOf(actual: ArrayLike<number>, exact: Float64Array, size: number, dtype: DType): number {
+  let [error, square, count] = [0, 0, 0];
+  for (let i = 0; i < exact.length; i++) {
+    const expected = exact[i] as number;
+    if (!Number.isFinite(expected) || Math.abs(expected) > LARGEST[dtype]) continue;
+    error += Math.max(0, Math.abs((actual[i] as number) - expected) - UNDERFLOW[dtype]) ** 2;
+    square += expected ** 2;
+    count++;
+  }
+  return error === 0 ? 0 : Math.sqrt(error / Math.max(square, count * (0.1 * size) ** 2, 1e-70));
+}
+
+/** What the algorithm loses on these inputs. */
+function lossOf(target: BackwardTarget, { problem, inputs, dOutput, exact }: Run): Record<Name, number> {
+  const own = { ...inputs, attnMask: inputs.options.attnMask as Tensor | undefined };
+  const smoothK = inputs.options.smoothK ?? target.algorithm.smoothK;
+  const algorithm = { ...target.algorithm, smoothK };
+  const { output, lse } = attentionQuantized(problem, own, algorithm);
+  const forward = {
+    output: fromFloat32(Float32Array.from(output), outputShapeOf(problem), problem.dtype),
+    lse: tensor(Float32Array.from(lse), [lse.length]),
+  };
+  const gradients = backwardQuantized(problem, { ...own, ...forward, dOutput }, algorithm, {
+    ...BACKWARD_ALGORITHM,
+    precision: target.precision,
+  });
+  const sizes = ordinarySizes(problem, inputs);
+  return Object.fromEntries(
+    NAMES.map((name) => [name, errorOf(gradients[name], exact[name], sizes[name], problem.dtype)]),
+  ) as Record<Name, number>;
+}
+
+/** NaN exactly where the exact gradient has it, and zeros where it has none but zeros for a token. */
+function checkPlaces(name: Name, actual: Float32Array, exact: Float64Array, dim: number, largest: number): void {
+  for (let row = 0; row < exact.length; row += dim) {
+    const isZero = exact.subarray(row, row + dim).every((value) => value === 0);
+    for (let i = row; i < row + dim; i++) {
+      const [a, e] = [actual[i] as number, exact[i] as number];
+      if (Math.abs(e) > largest && !Number.isNaN(e)) continue;
+      const fits = Number.isFinite(e) === Number.isFinite(a);
+      check(fits, () => `${name}[${i}] is ${a}, exact ${e}`);
+      // A single visible key has gradients of exactly 0 too, which roundings may miss: only dv tells what is not seen.
+      if (isZero && name === 'dv') check(a === 0, () => `${name}[${i}] is ${a}, and no row sees it`);
+    }
+  }
+}
+
+const trainableOptions = (target: BackwardTarget, { options, cuSeqlens }: CaseInputs) => {
+  const { returnLse: _, tensorLayout, ...rest } = options;
+  return {
+    ...rest,
+    backend: target.backend,
+    kernel: target.kernel,
+    backwardPrecision: target.precision,
+    ...(cuSeqlens === undefined
+      ? { tensorLayout: tensorLayout ?? 'HND' }
+      : { cuSeqlensQ: cuSeqlens.q, cuSeqlensK: cuSeqlens.k }),
+  } as const;
+};
+
+async function measure(target: BackwardTarget, testCase: ConformanceCase, seed: number): Promise<Measured[]> {
+  const run = prepare(testCase, seed);
+  const { problem, inputs, dOutput, exact } = run;
+  const before = [inputs.q, inputs.k, inputs.v, dOutput].map(snapshot);
+  const trainable = await sageattnTrainable(inputs.q, inputs.k, inputs.v, trainableOptions(target, inputs));
+  const gradients = await trainable.backward(dOutput);
+  trainable.dispose();
+  [inputs.q, inputs.k, inputs.v, dOutput].forEach((view, i) => {
+    const same = snapshot(view).every((byte, at) => byte === before[i]?.[at]);
+    check(same, () => `input ${['q', 'k', 'v', 'dOutput'][i]} was written`);
+  });
+  const sizes = ordinarySizes(problem, inputs);
+  const largest = LARGEST[problem.dtype];
+  const loss = testCase.bound === 'kernel' ? undefined : lossOf(target, run);
+  const { lse } = attentionExact(problem, { ...inputs, attnMask: inputs.options.attnMask as Tensor | undefined });
+  check(trainable.lse.data.length === lse.length, () => `lse of shape [${trainable.lse.shape}]`);
+  return NAMES.map((name) => {
+    const gradient = gradients[name];
+    check(gradient.dtype === problem.dtype, () => `${name} is ${gradient.dtype}, expected ${problem.dtype}`);
+    const actual = toFloat32(gradient);
+    check(actual.length === exact[name].length, () => `${name} of shape [${gradient.shape}]`);
+    checkPlaces(name, actual, exact[name], gradient.shape.at(-1) as number, largest);
+    const limit = target.relativeL2 + 2 * ROUNDING[problem.dtype];
+    return {
+      what: `${name}: relative L2`,
+      error: errorOf(actual, exact[name], sizes[name], problem.dtype),
+      limit: Math.max(limit, ALGORITHM_SLACK * (loss?.[name] ?? 0)),
+    };
+  });
+}
+
+export const runBackwardCase = (target: BackwardTarget, testCase: ConformanceCase, seed: number): Promise<void> =>
+  checkMeasured((again) => measure(target, testCase, again), seed);
+
+/** An ordinary case by its name, for tests of more than gradients' values. */
+const caseOf = (part: string): ConformanceCase => {
+  const found = CASES.find(({ group, name }) => `${group}: ${name}`.includes(part));
+  check(found !== undefined, () => `no case '${part}'`);
+  return found;
+};
+
+/** A broadcast mask's gradient is the sum over what it broadcasts over. */
+async function checkMaskGradient(target: BackwardTarget, seed: number): Promise<void> {
+  const random = new Random(seed);
+  const [b, h, lq, lk, d] = [2, 2, 33, 70, 16] as const;
+  const normal = (...shape: number[]) => tensor(random.normals(elementCount(shape)), shape);
+  const [q, k, v, dOutput] = [normal(b, h, lq, d), normal(b, h, lk, d), normal(b, h, lk, d), normal(b, h, lq, d)];
+  for (const shape of [
+    [lq, lk],
+    [b, 1, 1, lk],
+    [h, 1, lk],
+    [b, h, lq, lk],
+  ]) {
+    const attnMask = normal(...shape);
+    const options = { isCausal: true, causalAlignment: 'bottom-right', attnMask } as const;
+    const trainable = await sageattnTrainable(q, k, v, {
+      ...options,
+      ...{ backend: target.backend, kernel: target.kernel, backwardPrecision: target.precision, maskGradient: true },
+    });
+    const { dMask } = await trainable.backward(dOutput);
+    const exact = backwardExact(createProblem(q, k, v, options), { q, k, v, attnMask, dOutput }, true);
+    const sums = new Float64Array(elementCount(shape));
+    const full = [1, 1, 1, 1].map((_, i) => shape[i - (4 - shape.length)] ?? 1);
+    const strides = contiguousStrides(full).map((stride, i) => (full[i] === 1 ? 0 : stride));
+    (exact.dMask as Float64Array).forEach((value, at) => {
+      const index = [Math.floor(at / (h * lq * lk)), Math.floor(at / (lq * lk)) % h, Math.floor(at / lk) % lq, at % lk];
+      const to = index.reduce((sum, position, i) => sum + position * (strides[i] as number), 0);
+      sums[to] = (sums[to] as number) + value;
+    });
+    check(dMask !== undefined && `${dMask.shape}` === `${shape}`, () => `dMask of shape [${dMask?.shape}]`);
+    const error = errorOf(toFloat32(dMask), sums, 0, 'float32');
+    check(error < 2 * target.relativeL2, () => `dMask [${shape}]: relative L2 ${error}`);
+  }
+}
+
+/** The same bits again, alone from what was saved, and float32 on request. */
+async function checkCalls(target: BackwardTarget, seed: number): Promise<void> {
+  const { inputs, dOutput } = prepare(caseOf('dtype and layout: float16 HND'), seed);
+  const options = trainableOptions(target, inputs);
+  const trainable = await sageattnTrainable(inputs.q, inputs.k, inputs.v, options);
+  const { output, lse } = trainable;
+  const first = await trainable.backward(dOutput);
+  const { q, k, v } = inputs;
+  const alone = await attentionBackward({ q, k, v, output, lse, dOutput }, options);
+  const [again, other] = await Promise.all([trainable.backward(dOutput), trainable.backward(dOutput)]);
+  const wide = await attentionBackward({ q, k, v, output, lse, dOutput }, { ...options, gradientDtype: 'float32' });
+  for (const name of NAMES) {
+    const expected = toFloat32(first[name]);
+    for (const gradients of [alone, again, other]) {
+      check(
+        toFloat32(gradients[name]).every((value, i) => value === expected[i]),
+        () => `${name} differs in another call`,
+      );
+    }
+    check(wide[name].dtype === 'float32', () => `${name} is ${wide[name].dtype}, asked for float32`);
+    const error = errorOf(toFloat32(wide[name] as Tensor), Float64Array.from(expected), 0, 'float32');
+    check(error < 2 ** -10, () => `${name} in float32 is another: ${error}`);
+  }
+  trainable.dispose();
+  const refused = await trainable.backward(dOutput).then(
+    () => 'nothing',
+    (error: { code?: string }) => error.code,
+  );
+  check(refused === 'disposed', () => `backward after dispose: ${refused}`);
+  const signal = AbortSignal.abort(new Error('stopped'));
+  const stopped = await attentionBackward({ q, k, v, output, lse, dOutput }, { ...options, signal }).catch(String);
+  check(`${stopped}`.includes('stopped'), () => `an aborted call: ${stopped}`);
+}
+
+/** A NaN in dO stays with the row's keys. */
+async function checkPoison(target: BackwardTarget, seed: number): Promise<void> {
+  const random = new Random(seed);
+  const normal = (...shape: number[]) => tensor(random.normals(elementCount(shape)), shape);
+  const [q, k, v, dOutput] = [normal(1, 1, 40, 16), normal(1, 1, 40, 16), normal(1, 1, 40, 8), normal(1, 1, 40, 8)];
+  (dOutput.data as Float32Array)[20 * 8 + 3] = Number.NaN;
+  const options = { windowSize: [2, 0] } as const;
+  const trainable = await sageattnTrainable(q, k, v, {
+    ...options,
+    ...{ backend: target.backend, kernel: target.kernel, backwardPrecision: target.precision },
+  });
+  const gradients = await trainable.backward(dOutput);
+  const exact = backwardExact(createProblem(q, k, v, options), { q, k, v, dOutput });
+  for (const name of NAMES) checkPlaces(name, toFloat32(gradients[name]), exact[name], name === 'dv' ? 8 : 16, 3e38);
+}
+
+/** All tests of one target. */
+export function backwardTests(target: BackwardTarget, seed: number): ConformanceTest[] {
+  const fits = ({ work, largestV }: ConformanceCase) =>
+    work <= (target.maxWork ?? Number.POSITIVE_INFINITY) && largestV <= (target.largestV ?? LARGEST_V);
+  const isRefused = (error: { code?: string }) => {
+    if (target.partial !== true || error.code !== 'unsupported-option') throw error;
+  };
+  return [
+    ...CASES.filter(fits).map((testCase) => ({
+      name: `${testCase.group}: ${testCase.name}`,
+      run: () => runBackwardCase(target, testCase, seed).catch(isRefused),
+    })),
+    { name: 'calls: again, alone, in float32, disposed, stopped', run: () => checkCalls(target, seed) },
+    { name: 'a NaN in dO stays with the keys of its row', run: () => checkPoison(target, seed) },
+    ...(target.maskGradient === false
+      ? []
+      : [{ name: 'gradient of an additive mask', run: () => checkMaskGradient(target, seed) }]),
+    {
+      name: 'random problems',
+      run: () =>
+        fc.assert(
+          fc.asyncProperty(arbitraryCase, fc.integer({ min: 0, max: 2 ** 31 - 1 }), async (testCase, dataSeed) => {
+            if (fits(testCase)) await runBackwardCase(target, testCase, dataSeed).catch(isRefused);
+          }),
+          { seed: seed | 0, numRuns: target.randomCases ?? 20 },
+        ),
+    },
+  ];
+}

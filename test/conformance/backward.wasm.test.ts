@@ -1,0 +1,34 @@
+import { afterAll, beforeAll, describe, it } from 'vitest';
+import { setBackend } from '../../src/backends/registry.ts';
+import { createWasmBackend, type WasmBackend, type WasmBackendOptions } from '../../src/backends/wasm/index.ts';
+import { PORTABLE_ALGORITHM } from '../../src/reference/quantized.ts';
+import { runSeed } from '../support/random.ts';
+import { sampled } from '../support/sample.ts';
+import { type BackwardTarget, backwardTests } from './backward-suite.ts';
+
+const TARGET: BackwardTarget = {
+  name: 'float32 gradients',
+  backend: 'wasm',
+  kernel: 'qk-int8-pv-fp16',
+  precision: 'fp16',
+  relativeL2: 0.02,
+  algorithm: PORTABLE_ALGORITHM,
+};
+
+const seed = runSeed();
+const VARIANTS: readonly (readonly [WasmBackendOptions, number])[] = [
+  [{ threads: 2, simd: 'simd128' }, 0.5],
+  [{ threads: 1 }, 0.25],
+];
+
+for (const [options, share] of VARIANTS) {
+  describe(`WASM gradients, ${options.simd ?? 'auto'}, ${options.threads} threads (SAGEATTENTION_SEED=${seed})`, () => {
+    let backend: WasmBackend | undefined;
+    beforeAll(async () => {
+      backend = createWasmBackend(options);
+      await setBackend(backend);
+    });
+    afterAll(() => backend?.dispose());
+    for (const { name, run } of sampled(backwardTests(TARGET, seed), seed, share, `${options.threads}`)) it(name, run);
+  });
+}
