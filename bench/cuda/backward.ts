@@ -1,7 +1,7 @@
 /**
  * Times the backward pass against PyTorch's on the same card in the same run, with its accuracy beside it.
  *
- *     npx tsx scripts/gpu-programs.ts && node .gpu/programs/bench-cuda-backward.mjs OUTPUT_FOLDER [--only TEXT] [--no-torch] [--accuracy-only]
+ *     npx tsx scripts/gpu-programs.ts && node .gpu/programs/bench-cuda-backward.mjs OUTPUT_FOLDER [--only TEXT] [--no-torch] [--accuracy-only] [--variants]
  *
  * Writes `backward.json` there. TFLOP/s count 10 B H Lq Lk D, half when causal: five products. Times are those of all launches of
  * `attentionBackward`: quantization and copies too. Accuracy is the relative L2 of dQ, dK and dV against float64: on the golden inputs, and of
@@ -26,7 +26,7 @@ import {
   upload,
 } from '../../src/backends/cuda/index.ts';
 import { descriptorOf } from '../../src/backends/cuda/kernel-table.ts';
-import { planBackward } from '../../src/backends/cuda/launches/backward.ts';
+import { type GradientTuning, planBackward } from '../../src/backends/cuda/launches/backward.ts';
 import { planLaunches } from '../../src/backends/cuda/launches/plan.ts';
 import { timeOnDevice } from '../../src/measure/cuda-timing.ts';
 import { backwardExact } from '../../src/reference/backward.ts';
@@ -45,6 +45,7 @@ const { values: flags, positionals } = parseArgs({
     only: { type: 'string', default: '' },
     'no-torch': { type: 'boolean', default: false },
     'accuracy-only': { type: 'boolean', default: false },
+    variants: { type: 'boolean', default: false },
   },
 });
 
@@ -60,6 +61,16 @@ const SHAPES: readonly Shape[] = [
   shapeOf(64, 16384, 1, false),
   shapeOf(64, 16384, 1, true),
   shapeOf(64, 4096, 4, false),
+];
+
+/** Other ways to divide the work, each over both shapes of D = 128 and D = 64 at 16,384 tokens. */
+const VARIANTS: readonly { readonly name: string; readonly tuning: GradientTuning }[] = [
+  { name: 'mma.sync', tuning: { queries: { family: 'mma-sync' }, keys: { family: 'mma-sync' } } },
+  { name: 'serial', tuning: { queries: { schedule: 'serial' }, keys: { schedule: 'serial' } } },
+  { name: 'ahead', tuning: { queries: { schedule: 'ahead' }, keys: { schedule: 'ahead' } } },
+  { name: 'two stages', tuning: { queries: { stages: 2 }, keys: { stages: 2 } } },
+  { name: 'three consumers', tuning: { queries: { consumers: 3, stages: 2, schedule: 'serial' } } },
+  { name: 'three consumers, ahead', tuning: { queries: { consumers: 3, stages: 2, schedule: 'ahead' } } },
 ];
 
 const operations = ({ batch, heads, tokens, headDim, isCausal }: Shape) =>
@@ -143,6 +154,14 @@ interface Result extends Shape {
   readonly forwardMilliseconds: number;
   readonly launches: readonly KernelTime[];
   readonly errors: Errors | undefined;
+  readonly variants: readonly Variant[];
+}
+
+/** Another way to divide the work: its gradient kernels by themselves. */
+interface Variant {
+  readonly name: string;
+  readonly launches: readonly KernelTime[];
+  readonly errors: Errors | undefined;
 }
 
 function python(program: string, args: readonly string[], input = ''): string | undefined {
@@ -189,7 +208,13 @@ function headErrors(tensors: Readonly<Record<string, CudaTensor>>, { tokens, hea
   }
 }
 
-function measure(device: CudaDevice, kernel: BackwardSupport['kernels'][number], shape: Shape, random: Random): Result {
+function measure(
+  device: CudaDevice,
+  kernel: BackwardSupport['kernels'][number],
+  shape: Shape,
+  random: Random,
+  variants: typeof VARIANTS,
+): Result {
   const { batch, heads, tokens, headDim } = shape;
   const size = [batch, heads, tokens, headDim];
   const count = batch * heads * tokens * headDim;
@@ -217,7 +242,17 @@ function measure(device: CudaDevice, kernel: BackwardSupport['kernels'][number],
     const milliseconds = timeOnDevice(device, () => bench.run());
     const forwardMilliseconds = timeOnDevice(device, () => forwardBench.run());
     const rate = tflops(shape, milliseconds);
-    return { ...shape, kernel, milliseconds, tflops: rate, forwardMilliseconds, launches: bench.kernels, errors };
+    const variantTimes = variants.map(({ name, tuning }) => {
+      const other = new Workbench(device, planBackward(backward, choice, factsOf(device), tuning), addresses);
+      other.run();
+      device.stream.synchronize();
+      const variantErrors = flags['no-torch'] ? undefined : headErrors(tensors, shape);
+      const launches = other.kernels.filter(({ name: launch }) => launch.startsWith('gradients'));
+      other.dispose();
+      return { name, launches, errors: variantErrors };
+    });
+    const times = { milliseconds, tflops: rate, forwardMilliseconds, launches: bench.kernels };
+    return { ...shape, kernel, ...times, errors, variants: variantTimes };
   } finally {
     bench.dispose();
     forwardBench.dispose();
@@ -280,14 +315,19 @@ async function main(): Promise<void> {
   const results: Result[] = [];
   for (const shape of flags['accuracy-only'] ? [] : shapes) {
     for (const kernel of KERNELS) {
-      const result = measure(device, kernel, shape, new Random(seed));
+      const variants = flags.variants && shape.tokens === 16384 && !shape.isCausal ? VARIANTS : [];
+      const result = measure(device, kernel, shape, new Random(seed), variants);
       results.push(result);
       const errors = result.errors === undefined ? '' : `, dQ / dK / dV ${three(result.errors)}`;
       console.log(
         `${nameOf(shape)}, ${kernel}: ${result.milliseconds.toFixed(3)} ms, ${result.tflops.toFixed(0)} TFLOP/s${errors}; forward ${result.forwardMilliseconds.toFixed(3)} ms`,
       );
-      for (const { name, milliseconds, registers, localBytes } of result.launches) {
+      const print = ({ name, milliseconds, registers, localBytes }: KernelTime) =>
         console.log(`    ${name}: ${milliseconds.toFixed(3)} ms, ${registers} registers, ${localBytes} local bytes`);
+      result.launches.forEach(print);
+      for (const { name, launches, errors: variantErrors } of result.variants) {
+        console.log(`  [${name}] ${variantErrors === undefined ? '' : three(variantErrors)}`);
+        launches.forEach(print);
       }
     }
   }

@@ -21,6 +21,7 @@ import { toFloat32 } from '../../src/tensor/access.ts';
 import { conformanceTests, type Target } from '../conformance/suite.ts';
 import { GOLDEN_NAMES, readGolden } from '../golden/golden.ts';
 import { runSeed } from '../support/random.ts';
+import { backwardChecks } from './backward-checks.ts';
 import { type Check, deviceChecks, hostCost, kernelChecks, largeChecks, memoryChecks } from './checks.ts';
 import { driverChecks } from './driver-checks.ts';
 import { targetsFor } from './targets.ts';
@@ -149,6 +150,7 @@ function groupsOf(backend: CudaBackend, cuda: Cuda, targets: readonly Target[], 
   return [
     { name: 'driver', checks: () => driverChecks(backend, cuda, device, seed), alone: true },
     { name: 'golden', checks: () => goldenChecks(device.computeCapability), alone: false },
+    { name: 'backward', checks: () => backwardChecks(seed), alone: false },
     ...targets.map((target) => ({
       name: target.name,
       checks: () => [

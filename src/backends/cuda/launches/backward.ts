@@ -5,6 +5,7 @@ import type { AttentionProblem } from '../../../attention/problem.ts';
 import type { DType } from '../../../tensor/dtype.ts';
 import type { OperandLayout } from '../../../tensor/tensor.ts';
 import type { KernelChoice } from '../../backend.ts';
+import type { Family } from '../kernel-table.ts';
 import {
   chooseGradientTile,
   GRADIENT_INTEGERS,
@@ -33,14 +34,13 @@ import {
 } from '../kernels/backward/prepare.ts';
 import {
   BLOCK_CHANNELS,
-  CONSUMERS,
   GROUP_TOKENS,
   gradientPlanOf,
   isWgmmaGradient,
   type WgmmaGradientConfig,
   wgmmaGradientTile,
 } from '../kernels/backward/wgmma/config.ts';
-import { WGMMA_GRADIENT_THREADS } from '../kernels/backward/wgmma/frame.ts';
+import { wgmmaGradientThreads } from '../kernels/backward/wgmma/frame.ts';
 import { wgmmaGradients } from '../kernels/backward/wgmma/gradients.ts';
 import { LOG2_E, roundUp } from '../kernels/parts/constants.ts';
 import { BYTES } from '../kernels/parts/elements.ts';
@@ -65,8 +65,17 @@ import { MMA_SYNC } from './mma-sync.ts';
 import { quantizeKeyLaunch, quantizeQueryLaunch, queryScratch, statisticsLaunches } from './quantize.ts';
 import { visibleKeysLaunches, visibleKeysScratch } from './visible-keys.ts';
 
+type TileTuning = Partial<ReturnType<typeof wgmmaGradientTile>> & { readonly family?: Family };
+
+/** Replaces parts of what the tables of tiles say of kernels that own queries, or keys: for measurements. */
+export interface GradientTuning {
+  readonly queries?: TileTuning;
+  readonly keys?: TileTuning;
+}
+
 /** A backward call with what its launches share. */
 interface Backward {
+  readonly tuning: GradientTuning;
   readonly problem: BackwardProblem;
   readonly context: Context;
   /** D and Dv padded to 16. */
@@ -81,13 +90,18 @@ interface Backward {
  * @param choice of the forward pass
  * @throws {InvalidArgumentError} when the problem is too large
  */
-export function planBackward(problem: BackwardProblem, choice: KernelChoice, device: DeviceFacts): LaunchSequence {
+export function planBackward(
+  problem: BackwardProblem,
+  choice: KernelChoice,
+  device: DeviceFacts,
+  tuning: GradientTuning = {},
+): LaunchSequence {
   const { attention } = problem;
   // Heads of one token are not put side by side: they have dO and sums of their own.
   const { keyValue, attend } = MMA_SYNC;
   const context = contextOf({ keyValue, attend }, attention, choice, device, { whole: true });
   const [paddedDim, paddedValueDim] = [roundUp(attention.headDim, 16), roundUp(attention.valueDim, 16)];
-  const backward: Backward = { problem, context, paddedDim, paddedValueDim };
+  const backward: Backward = { tuning, problem, context, paddedDim, paddedValueDim };
   const { batch, kvHeads, queryHeads } = attention;
   const hasKeys = context.layout.keyTiles * batch * kvHeads > 0;
   const hasQueries = context.layout.queryTiles * batch * queryHeads > 0;
@@ -252,7 +266,7 @@ function gradientStridesOf(attention: AttentionProblem, dtype: DType) {
 }
 
 function gradientLaunch(backward: Backward, pass: readonly Gradient[]): KernelLaunch {
-  const { problem, context, paddedDim, paddedValueDim } = backward;
+  const { tuning, problem, context, paddedDim, paddedValueDim } = backward;
   const { attention, gradientDtype } = problem;
   const { device, layout, scheme } = context;
   const { target } = device;
@@ -268,8 +282,10 @@ function gradientLaunch(backward: Backward, pass: readonly Gradient[]): KernelLa
     gradientType: gradientDtype,
   };
   const ownsQueries = pass.includes('query');
-  const isWgmma = target === 'sm_90a' && isWgmmaGradient(features);
-  const ownTokens = isWgmma ? CONSUMERS * GROUP_TOKENS : OWN_TOKENS;
+  const { family, ...tile } = tuning[ownsQueries ? 'queries' : 'keys'] ?? {};
+  const isWgmma = target === 'sm_90a' && isWgmmaGradient(features) && family !== 'mma-sync';
+  const wgmmaTile = { ...wgmmaGradientTile(headDim, ownsQueries), ...tile };
+  const ownTokens = isWgmma ? wgmmaTile.consumers * GROUP_TOKENS : OWN_TOKENS;
   const tiles = Math.ceil((ownsQueries ? queryLength : keyLength) / ownTokens);
   const blocks = tiles * (ownsQueries ? queryHeads : kvHeads) * batch;
   const name = `gradients of ${pass.join(' and ')}`;
@@ -309,15 +325,18 @@ function gradientLaunch(backward: Backward, pass: readonly Gradient[]): KernelLa
       ...{ headDim, valueDim, keyScales, banded, gradientType },
       gradients: pass,
       codeBytes: scheme.qkRowBytes,
-      ...wgmmaGradientTile(headDim, ownsQueries),
+      ...wgmmaTile,
     };
     const module = moduleOf(wgmmaGradients, config);
     const { sharedBytes } = module.kernel();
     const maps = mapsOf(backward, config);
-    return launch(name, module, 'wgmmaGradients', blocks, WGMMA_GRADIENT_THREADS, sharedBytes, [...args, ...maps]);
+    return launch(name, module, 'wgmmaGradients', blocks, wgmmaGradientThreads(config), sharedBytes, [
+      ...args,
+      ...maps,
+    ]);
   }
-  const tile = chooseGradientTile(target, { ...sizes, softcap: softcap !== 0 });
-  const config: GradientConfig = { target, ...sizes, ...tile, ...features };
+  const own = chooseGradientTile(target, { ...sizes, softcap: softcap !== 0 });
+  const config: GradientConfig = { target, ...sizes, ...own, ...features };
   const module = moduleOf(gradients, config);
   return launch(name, module, 'gradients', blocks, GRADIENT_THREADS, module.kernel().sharedBytes, args);
 }

@@ -5,7 +5,6 @@ import type { GradientConfig } from '../config.ts';
 
 /** Tokens that a consumer warpgroup owns. */
 export const GROUP_TOKENS = 64;
-export const CONSUMERS = 2;
 /** Channels of a box of BF16: what 128 bytes hold. */
 export const BLOCK_CHANNELS = 64;
 
@@ -13,8 +12,10 @@ export interface WgmmaGradientConfig
   extends Pick<GradientConfig, 'gradients' | 'headDim' | 'valueDim' | 'keyScales' | 'banded' | 'gradientType'> {
   /** D: 64 or 128. */
   readonly codeBytes: number;
-  readonly streamTokens: 64 | 128;
+  readonly streamTokens: 64;
   readonly stages: number;
+  /** Warpgroups that own tokens: two of 240 registers a thread, or three of 160. */
+  readonly consumers: 2 | 3;
   /** See `gradients.ts`. */
   readonly schedule: 'ahead' | 'serial';
 }
@@ -69,7 +70,7 @@ export function isWgmmaGradient({
 export function wgmmaGradientTile(
   headDim: number,
   ownsQueries: boolean,
-): Pick<WgmmaGradientConfig, 'streamTokens' | 'stages' | 'schedule'> {
-  if (headDim === 64) return { streamTokens: 64, stages: 4, schedule: 'ahead' };
-  return { streamTokens: 64, stages: 3, schedule: ownsQueries ? 'ahead' : 'serial' };
+): Pick<WgmmaGradientConfig, 'streamTokens' | 'stages' | 'consumers' | 'schedule'> {
+  if (headDim === 64) return { streamTokens: 64, stages: 4, consumers: 2, schedule: 'ahead' };
+  return { streamTokens: 64, stages: 3, consumers: 2, schedule: ownsQueries ? 'ahead' : 'serial' };
 }

@@ -8,7 +8,6 @@ import { loadVisibleRange } from '../../quantize/visible-keys.ts';
 import { uniform } from '../../wgmma/instructions.ts';
 import { declareParameters, type Owner, type Work } from '../frame.ts';
 import {
-  CONSUMERS,
   GROUP_TOKENS,
   type GradientPlan,
   gradientPlanOf,
@@ -16,9 +15,9 @@ import {
   type WgmmaGradientConfig,
 } from './config.ts';
 
-export const WGMMA_GRADIENT_THREADS = 128 * (1 + CONSUMERS);
-/** Registers of a thread: the producer's are the consumers' to take. */
-export const REGISTERS = { producer: 24, consumer: 240 } as const;
+export const wgmmaGradientThreads = ({ consumers }: Pick<WgmmaGradientConfig, 'consumers'>) => 128 * (1 + consumers);
+/** Registers of a thread by number of consumers: the producer's are theirs to take. */
+export const REGISTERS = { 2: { producer: 24, consumer: 240 }, 3: { producer: 32, consumer: 160 } } as const;
 
 export interface WgmmaFrame extends Owner {
   readonly config: WgmmaGradientConfig;
@@ -35,14 +34,14 @@ export interface WgmmaFrame extends Owner {
 
 export function makeWgmmaFrame(config: WgmmaGradientConfig): WgmmaFrame {
   const { stages, streamTokens, gradients } = config;
-  const b = new KernelBuilder({ name: 'wgmmaGradients', target: 'sm_90a', threads: WGMMA_GRADIENT_THREADS });
+  const b = new KernelBuilder({ name: 'wgmmaGradients', target: 'sm_90a', threads: wgmmaGradientThreads(config) });
   const parameters = declareParameters(b);
   const maps = Object.fromEntries(WGMMA_GRADIENT_MAPS.map((name) => [name, b.parameter(`${name}Map`, 'tensorMap')]));
 
   b.section('shared memory');
   const plan = gradientPlanOf(config);
   const { codesLayout, valueBlocks, channelBlocks } = plan;
-  const ownTokens = CONSUMERS * GROUP_TOKENS;
+  const ownTokens = config.consumers * GROUP_TOKENS;
   const blocks = tma128Swizzle();
   const tiles = {
     ownCodes: b.shared('own codes', ownTokens, codesLayout),
@@ -69,7 +68,7 @@ export function initBarriers({ b, config, ring, barriers, ownFull }: WgmmaFrame)
   b.section('barriers');
   b.if(b.setp('eq', b.special('%tid.x'), 0), () => {
     for (let stage = 0; stage < config.stages; stage++) ring.initFull(stage);
-    for (let stage = 0; stage < config.stages; stage++) ring.initEmpty(stage, 4 * CONSUMERS);
+    for (let stage = 0; stage < config.stages; stage++) ring.initEmpty(stage, 4 * config.consumers);
     mbarrierInit(b, barriers, 1, ownFull);
     fenceMbarrierInit(b);
   });
@@ -77,15 +76,20 @@ export function initBarriers({ b, config, ring, barriers, ownFull }: WgmmaFrame)
 }
 
 /**
- * First token of a consumer's own ones. Of keys, the 64 nearest that any row sees: others are not quantized. Those that it stands for are
- * excluded from every row.
+ * First token of a consumer's own ones: the nearest 64 that there are and, of keys, that any row sees (others are not quantized). What is
+ * computed for those that it stands in for is not stored, or excluded from every row.
  */
-export function ownToken(frame: WgmmaFrame, { sequence, firstOwn }: Work, group: Reg<'u32'> | number): Reg<'u32'> {
+export function ownToken(
+  frame: WgmmaFrame,
+  { sequence, firstOwn, queryLength }: Work,
+  group: Reg<'u32'> | number,
+): Reg<'u32'> {
   const { b, pointer, ownsQueries } = frame;
   const token =
     typeof group === 'number' ? b.add(firstOwn, group * GROUP_TOKENS) : b.mad(group, GROUP_TOKENS, firstOwn);
-  if (ownsQueries) return token;
+  // Rows are padded to 128, which three times 64 may exceed.
+  const tileOf = (token: Reg<'u32'>) => b.and(token, 0x100000000 - GROUP_TOKENS);
+  if (ownsQueries) return b.min(token, tileOf(b.sub(queryLength, 1)));
   const [from, until] = loadVisibleRange(b, b.loadPointer(pointer.sequences), sequence);
-  const tileOf = (key: Reg<'u32'>) => b.and(key, 0x100000000 - GROUP_TOKENS);
   return b.max(b.min(token, tileOf(b.sub(until, 1))), tileOf(from));
 }

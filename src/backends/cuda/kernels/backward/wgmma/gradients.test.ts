@@ -3,6 +3,7 @@ import { describe, expect, test } from 'vitest';
 import { runSeed } from '../../../../../../test/support/random.ts';
 import { sampled } from '../../../../../../test/support/sample.ts';
 import { toFloat32 } from '../../../../../tensor/access.ts';
+import type { GradientTuning } from '../../../launches/backward.ts';
 import { type Options, relativeL2, type Sizes, train } from '../../../testing/gradients.ts';
 
 const seed = runSeed();
@@ -36,6 +37,20 @@ describe(`gradients on wgmma (SAGEATTENTION_SEED=${seed})`, () => {
     ),
   )('$name', ({ sizes, options }) => {
     const { got, exact } = train(seed, sizes, options, { target: 'sm_90a', multiprocessors: 132 });
+    for (const name of ['dq', 'dk', 'dv'] as const) {
+      expect(relativeL2(toFloat32(got[name]), exact[name]), name).toBeLessThan(BOUND);
+    }
+  });
+
+  // Every way to divide the work gives what the table's does.
+  const TUNINGS: readonly { readonly name: string; readonly tuning: GradientTuning }[] = [
+    { name: 'three consumers', tuning: { queries: { consumers: 3 }, keys: { consumers: 3, schedule: 'serial' } } },
+    { name: 'ahead', tuning: { queries: { schedule: 'ahead' }, keys: { schedule: 'ahead' } } },
+  ];
+  test.each(sampled(TUNINGS, seed, 0.5))('$name', ({ tuning }) => {
+    const facts = { target: 'sm_90a', multiprocessors: 132 } as const;
+    const sizes: Sizes = { batch: 2, lengths: [130, 150], dims: [64, 64] };
+    const { got, exact } = train(seed, sizes, { isCausal: true }, facts, undefined, tuning);
     for (const name of ['dq', 'dk', 'dv'] as const) {
       expect(relativeL2(toFloat32(got[name]), exact[name]), name).toBeLessThan(BOUND);
     }

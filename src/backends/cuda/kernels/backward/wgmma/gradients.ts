@@ -1,6 +1,6 @@
 /**
- * The backward pass on `wgmma`, for sm_90a: the two kernels of `../gradients.ts`, each CTA with one producer warpgroup and two consumers that
- * own 64 tokens each. One thread of the producer sends what passes by through a ring of stages (TMA).
+ * The backward pass on `wgmma`, for sm_90a: the two kernels of `../gradients.ts`, each CTA with one producer warpgroup and two or three consumers
+ * that own 64 tokens each. One thread of the producer sends what passes by through a ring of stages (TMA).
  *
  * P and dS are A operands from registers; dO, Q and K are read as they lie, through transposing descriptors. With schedule `ahead` a consumer
  * sends S and dP of the next tile to the tensor cores before the gradients' products of this one, and takes exponentials while those run. With
@@ -79,7 +79,7 @@ interface Consumer {
 
 function consumer(frame: WgmmaFrame, work: Work): void {
   const { b, config, ring, barriers, ownFull, ownsQueries, warpgroup } = frame;
-  setMaxNReg(b, 'inc', REGISTERS.consumer);
+  setMaxNReg(b, 'inc', REGISTERS[config.consumers].consumer);
   b.section('consumer');
   const zeros = (count: number) => Array.from({ length: count }, () => b.constant('f32', 0));
   const values = zeros(config.gradients.includes('value') ? config.valueDim / 2 : 0);
@@ -93,16 +93,17 @@ function consumer(frame: WgmmaFrame, work: Work): void {
       gradients: b.regs('f32', config.streamTokens / 2),
     };
     const next = { head: b.mov(work.head), tile: b.mov(work.firstTile) };
+    const group = uniform(b, b.sub(warpgroup, 1));
     const self: Consumer = {
       ...{ frame, place, work, scores, values, channels, next },
-      group: uniform(b, b.sub(warpgroup, 1)),
+      group,
       leader: b.setp('eq', place.lane, 0),
       ringPlace: ring.place(),
       stage: b.constant('u32', 0),
       keyScale: b.constant('f32', 0),
-      rows: ownsQueries ? ownRows(frame, place, work) : [],
+      rows: ownsQueries ? ownRows(frame, place, work, group) : [],
     };
-    if (!ownsQueries) b.mov(loadKeyScale(self, ownToken(frame, work, self.group), b.shr(place.g, 1)), self.keyScale);
+    if (!ownsQueries) b.mov(loadKeyScale(self, ownToken(frame, work, group), b.shr(place.g, 1)), self.keyScale);
     mbarrierWait(b, barriers, b.constant('u32', 0), ownFull);
     if (config.schedule === 'ahead') passAhead(self);
     else passSerially(self);
@@ -182,9 +183,10 @@ function passAhead(self: Consumer): void {
 }
 
 /** Scale, shift and -D of the thread's rows g and g + 8. */
-function ownRows({ b, integer, pointer }: WgmmaFrame, { warpRow, g }: ThreadPlace, work: Work) {
+function ownRows(frame: WgmmaFrame, { warpRow, g }: ThreadPlace, work: Work, group: Reg<'u32'>) {
+  const { b, integer, pointer } = frame;
   const head = b.mad(work.head, b.loadParameter(integer.paddedQueries), work.paddedQueryStart);
-  const row = b.add(b.add(head, work.firstOwn), b.add(warpRow, g));
+  const row = b.add(b.add(head, ownToken(frame, work, group)), b.add(b.and(warpRow, GROUP_TOKENS - 1), g));
   return (['rowScale', 'rowShift', 'rowDelta'] as const).map((name) => {
     const base = offset(b, b.loadPointer(pointer[name]), row, 4);
     return [0, 8].map((r) => b.ld('f32', base, r * 4, { readOnly: true }));

@@ -4,12 +4,12 @@ import { prefetchTensorMap, tensorLoad } from '../../../ptx/tma.ts';
 import type { Reg } from '../../../ptx/types.ts';
 import { setMaxNReg } from '../../../ptx/wgmma.ts';
 import { advance, type Work } from '../frame.ts';
-import { BLOCK_CHANNELS, CONSUMERS, GROUP_TOKENS, WGMMA_GRADIENT_MAPS } from './config.ts';
+import { BLOCK_CHANNELS, GROUP_TOKENS, WGMMA_GRADIENT_MAPS } from './config.ts';
 import { ownToken, REGISTERS, type WgmmaFrame } from './frame.ts';
 
 export function producer(frame: WgmmaFrame, work: Work): void {
   const { b, config, plan, maps, tiles, shared, barriers, ring, ownFull, ownsQueries } = frame;
-  setMaxNReg(b, 'dec', REGISTERS.producer);
+  setMaxNReg(b, 'dec', REGISTERS[config.consumers].producer);
   b.if(b.setp('eq', b.special('%tid.x'), 0), () => {
     b.section('producer: own tokens');
     const used = WGMMA_GRADIENT_MAPS.filter((name) => name !== 'rows' || !ownsQueries);
@@ -21,7 +21,7 @@ export function producer(frame: WgmmaFrame, work: Work): void {
     const zero = b.constant('s32', 0);
     const column = (block: number) => (block === 0 ? zero : b.constant('s32', block * BLOCK_CHANNELS));
     mbarrierArriveExpectTx(b, barriers, tiles.ownCodes.bytes + tiles.ownValues.bytes, ownFull);
-    for (let group = 0; group < CONSUMERS; group++) {
+    for (let group = 0; group < config.consumers; group++) {
       const ownRow = b.as(rowOf(frame, work, ownsQueries, work.head, ownToken(frame, work, group)), 's32');
       tensorLoad(b, b.add(shared, tiles.ownCodes.base), map.ownCodes, [zero, ownRow], barriers, {
         intoOffset: group * GROUP_TOKENS * config.codeBytes,

@@ -1,0 +1,69 @@
+/** The backward pass on a GPU: gradients of every option against float64, and the same bits every time. */
+
+import type { TrainableOptions } from '../../src/attention/backward.ts';
+import {
+  forwardProblem,
+  type GradientCase,
+  gradientCases,
+  operandsOf,
+  relativeL2,
+} from '../../src/backends/cuda/testing/gradients.ts';
+import { sageattnTrainable } from '../../src/index.ts';
+import { backwardExact } from '../../src/reference/backward.ts';
+import { toFloat32 } from '../../src/tensor/access.ts';
+import type { Tensor } from '../../src/tensor/tensor.ts';
+import type { Check } from './checks.ts';
+
+/** Relative L2 of a gradient: that of INT8 scores, and room for chance. */
+const BOUND = 0.05;
+
+/** Sizes that a simulator has no time for, and every kernel of a GPU. */
+const LARGE: readonly GradientCase[] = [64, 128].flatMap((dim) =>
+  [false, true].map((isCausal) => ({
+    name: `D = ${dim}, grouped heads${isCausal ? ', causal' : ''}`,
+    sizes: { heads: [4, 2], lengths: [777, 1333], dims: [dim, dim], dtype: 'bfloat16' } as const,
+    options: { isCausal, causalAlignment: 'bottom-right' } as const,
+  })),
+);
+
+async function gradientsOf(seed: number, { sizes, options }: GradientCase) {
+  const { q, k, v, dOutput } = operandsOf(seed, sizes, options);
+  const call = { kernel: 'qk-int8-pv-fp16-cuda', ...options, backend: 'cuda' } as const;
+  // What dtype the gradients have does not matter here.
+  const attention = await sageattnTrainable(q, k, v, call as TrainableOptions & { readonly gradientDtype?: never });
+  const gradients = await attention.backward(dOutput);
+  attention.dispose();
+  return { gradients, operands: { q, k, v, dOutput } };
+}
+
+export function backwardChecks(seed: number): Check[] {
+  const accuracy = [...gradientCases(seed), ...LARGE].map((of) => ({
+    name: of.name,
+    async run() {
+      const { gradients, operands } = await gradientsOf(seed, of);
+      const { q, k, v, dOutput } = operands;
+      const attnMask = of.options.attnMask as Tensor | undefined;
+      const exact = backwardExact(forwardProblem(operands, of.options), { q, k, v, attnMask, dOutput });
+      const errors = (['dq', 'dk', 'dv'] as const).map((name) => relativeL2(toFloat32(gradients[name]), exact[name]));
+      const text = errors.map((error) => error.toFixed(4)).join(' / ');
+      if (!errors.every((error) => error < BOUND)) throw new Error(`relative L2 of dQ / dK / dV ${text}`);
+      return `relative L2 of dQ / dK / dV ${text}`;
+    },
+  }));
+  const sameBits = LARGE.map((of) => ({
+    name: `${of.name}: the same bits in five runs`,
+    async run() {
+      const bitsOf = async () => {
+        const { gradients } = await gradientsOf(seed, of);
+        return (['dq', 'dk', 'dv'] as const).map((name) => String(gradients[name].data));
+      };
+      const first = await bitsOf();
+      for (let i = 0; i < 4; i++) {
+        const again = await bitsOf();
+        if (again.some((bits, j) => bits !== first[j])) throw new Error('other bits');
+      }
+      return undefined;
+    },
+  }));
+  return [...accuracy, ...sameBits];
+}
