@@ -48,11 +48,13 @@ export default defineConfig({
             'test/playground/**',
             'test/docs/**',
             'test/runtimes/**',
+            'test/engines/**',
           ],
         },
       },
       { extends: true, test: { name: 'site', include: ['test/playground/*.test.ts', 'test/docs/*.test.ts'] } },
       { extends: true, test: { name: 'runtimes', include: ['test/runtimes/*.test.ts'] } },
+      { extends: true, test: { name: 'engines', include: ['test/engines/*.test.ts'] } },
       ...SOFTWARE_GPUS.map(softwareGpuProject),
       {
         extends: true,

@@ -83,9 +83,10 @@ function run(command: string, arguments_: readonly string[], cwd = ROOT): void {
   }
 }
 
-const isRoot = () => process.getuid?.() === 0;
+export const isRoot = () => process.getuid?.() === 0;
 
-function aptInstall(packages: readonly string[]): void {
+/** Installs Debian packages. */
+export function aptInstall(packages: readonly string[]): void {
   run('apt-get', ['update', '-qq']);
   run('apt-get', ['install', '-y', '-qq', '--no-install-recommends', ...packages]);
 }

@@ -42,6 +42,15 @@ const PARTS: readonly Part[] = [
   { name: 'Deno and Bun', arguments: ['--project', 'runtimes'] },
   // A browser beside other tests would be short of processors.
   { name: 'Playground and documentation', arguments: ['--project', 'site', '--no-file-parallelism'] },
+  {
+    name: 'Firefox and WebKit',
+    arguments: ['--project', 'engines'],
+    env: () => {
+      // Firefox has WebGPU on it.
+      ensureSoftwareGpu('lavapipe');
+      return {};
+    },
+  },
   ...SOFTWARE_GPUS.map((gpu) => ({
     name: `WebGPU on ${gpu}`,
     arguments: ['--project', `webgpu-${gpu}`],

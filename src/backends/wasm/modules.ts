@@ -41,6 +41,7 @@ export async function instantiate(module: WebAssembly.Module, memory: WebAssembl
 }
 
 const PROBE_VECTORS = 256;
+const probeMemory = () => new WebAssembly.Memory({ initial: 1, maximum: 1, shared: true });
 
 /**
  * Whether the other relaxed instructions give what the kernels rely on: rounded products of Q15, 0 for byte indices of 0x80,
@@ -91,7 +92,7 @@ export function othersAreExact(probeOthers: KernelExports['probeOthers'], { buff
  * `--experimental-wasm-relaxed-simd` accepts the instruction and computes it wrongly, so validation alone says nothing.
  */
 export async function computesExactly(module: WebAssembly.Module): Promise<boolean> {
-  const memory = new WebAssembly.Memory({ initial: 1, maximum: 1, shared: true });
+  const memory = probeMemory();
   const { probe, probeOthers } = await instantiate(module, memory);
   if (!othersAreExact(probeOthers, memory)) return false;
   const a = new Int8Array(memory.buffer, 64, 16);
@@ -150,7 +151,10 @@ export async function loadModule(simd: 'auto' | Simd, sources = LAZY_SOURCES): P
     }
   }
   try {
-    return { module: await compile('simd128', sources), simd: 'simd128', relaxed };
+    const module = await compile('simd128', sources);
+    // WebKit's policies let modules compile and forbid instances of them.
+    await instantiate(module, probeMemory());
+    return { module, simd: 'simd128', relaxed };
   } catch (error) {
     // Chromium and WebKit name the keyword, Firefox the policy.
     if (/unsafe-eval|content.security.policy|\bcsp\b/i.test(String(error))) {
