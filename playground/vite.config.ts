@@ -49,6 +49,26 @@ function collectBundled(): Plugin {
   };
 }
 
+/**
+ * WebKit evaluates a worker's entry again when a chunk that it loads imports it, and Vite lets entries hold what they share with
+ * their chunks: every message would be answered twice. What is shared goes into chunks instead, and it is checked that it did.
+ */
+function entriesStayApart(): Plugin {
+  return {
+    name: 'entries-stay-apart',
+    // Vite's own configuration cannot say so of workers.
+    options: (options) => ({ ...options, preserveEntrySignatures: 'strict' }),
+    generateBundle(_, bundle) {
+      const chunks = Object.values(bundle).filter((output) => output.type === 'chunk');
+      const entries = new Set(chunks.filter(({ isEntry }) => isEntry).map(({ fileName }) => fileName));
+      for (const { fileName, imports, dynamicImports } of chunks) {
+        const entry = [...imports, ...dynamicImports].find((name) => entries.has(name));
+        if (entry !== undefined) this.error(`${fileName} imports ${entry}, the entry of a worker`);
+      }
+    },
+  };
+}
+
 /** Workers are bundled before the page is written. */
 function licences(): Plugin {
   let outDir = '';
@@ -71,7 +91,7 @@ export default defineConfig(({ mode }) => ({
   base: './',
   // The tests take them from the packages, as `sageattention playground` does where they are not beside the page.
   plugins: mode === 'test' ? [] : [assets(), collectBundled(), licences()],
-  worker: { format: 'es', plugins: () => [collectBundled()] },
+  worker: { format: 'es', plugins: () => [collectBundled(), entriesStayApart()] },
   server: { headers: ISOLATION_HEADERS },
   build: {
     outDir: '../dist/playground',

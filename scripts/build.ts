@@ -88,8 +88,9 @@ async function bundleProtobuf(): Promise<void> {
 }
 
 /**
- * TypeScript wraps an import whose name is a variable into a call of a helper, and bundlers then find neither their comment nor a
- * name: webpack warns, Next.js does not build. The names there are of packages, never relative paths, which the helper is for.
+ * TypeScript wraps an import whose name is a variable into a call of a helper, and bundlers then find neither their
+ * comment nor a name: webpack warns, Next.js does not build. The names there are of packages, never relative paths,
+ * which the helper is for.
  */
 async function unwrapOptionalImport(): Promise<void> {
   const file = inRoot('dist', 'optional-package.js');

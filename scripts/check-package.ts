@@ -1,6 +1,6 @@
 /**
- * What npm would publish, checked by content: `tsx scripts/check-package.ts [TARBALL]`. Without an argument it packs the built
- * package as it lies. Whatever package.json promises must be in it, tests and tools must not, and publint and
+ * What npm would publish, checked by content: `tsx scripts/check-package.ts [TARBALL]`. Without an argument it packs
+ * the built package as it lies. Whatever package.json promises must be in it, tests and tools must not, and publint and
  * arethetypeswrong must find nothing.
  */
 import { spawnSync } from 'node:child_process';

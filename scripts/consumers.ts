@@ -1,6 +1,7 @@
 /**
  * `npm run test:consumers [-- NAME...] [--tarball FILE]`: installs the packed package into fresh projects of every kind
- * (test/consumers/consumers.ts), builds and runs them. Any warning fails. A release runs all; they take minutes and the npm registry.
+ * (test/consumers/consumers.ts), builds and runs them. Any warning fails. A release runs all; they take minutes and the
+ * npm registry.
  */
 import { spawn, spawnSync } from 'node:child_process';
 import { mkdirSync, mkdtempSync, rmSync, writeFileSync } from 'node:fs';
@@ -10,9 +11,9 @@ import { tmpdir } from 'node:os';
 import path from 'node:path';
 import { parseArgs } from 'node:util';
 import type { Browser } from 'playwright-core';
-import { serveFile } from '../src/cli/playground-server.ts';
-import { CONSUMERS, type Consumer, DONE } from '../test/consumers/consumers.ts';
-import { launchChromium, missingChromium } from '../test/support/chromium.ts';
+import { ISOLATION_HEADERS, serveFile } from '../src/cli/playground-server.ts';
+import { CONSUMERS, type Consumer, DONE, STRICT_POLICY } from '../test/consumers/consumers.ts';
+import { launchChromium, launchWithExtension, missingChromium } from '../test/support/chromium.ts';
 import { pack } from './check-package.ts';
 import { ensureRuntime } from './runtimes.ts';
 
@@ -79,13 +80,17 @@ function build(
   return place;
 }
 
+/** What a browser says by itself where its machine has no GPU; the library then takes another backend. */
+const NO_GPU = /WebGPU Context Provider/;
+/** And where a policy kept the library from starting a worker of `blob:`; it then computes without. */
+const NO_BLOB_WORKER = /blob:.* violates the following Content Security Policy/;
+
 /** Opens a page and waits until its title is no longer `waiting`. */
-async function titleOf(browser: Browser, url: string): Promise<string> {
+async function titleOf(browser: Browser, url: string, accepted: readonly RegExp[] = [NO_GPU]): Promise<string> {
   const page = await browser.newPage();
   const said: string[] = [];
   page.on('console', (message) => {
-    // Chromium's own words where the machine has no GPU; the library then takes another backend.
-    const own = /WebGPU Context Provider/.test(message.text());
+    const own = accepted.some((pattern) => pattern.test(message.text()));
     if (!own && ['error', 'warning'].includes(message.type())) said.push(message.text());
   });
   page.on('pageerror', (error) => said.push(String(error)));
@@ -101,9 +106,17 @@ async function titleOf(browser: Browser, url: string): Promise<string> {
   }
 }
 
-async function servedTitle(browser: Browser, folder: string, policy: string | undefined): Promise<string> {
+/** Headers of every answer, by what is tried with them, and what the console may say then. */
+const HOSTS: Readonly<Record<string, { headers: Readonly<Record<string, string>>; blobIsRefused: boolean }>> = {
+  plain: { headers: {}, blobIsRefused: false },
+  isolated: { headers: ISOLATION_HEADERS, blobIsRefused: false },
+  strict: { headers: { ...ISOLATION_HEADERS, 'Content-Security-Policy': STRICT_POLICY }, blobIsRefused: true },
+};
+
+async function servedTitle(browser: Browser, folder: string, withinPolicy: boolean): Promise<string> {
+  let sent: Readonly<Record<string, string>> = {};
   const server = createServer((request, response) => {
-    if (policy !== undefined) response.setHeader('Content-Security-Policy', policy);
+    for (const [name, value] of Object.entries(sent)) response.setHeader(name, value);
     const [target = '/'] = (request.url ?? '/').split('?', 1);
     serveFile(request, response, folder, target, () => {
       // Every browser asks for an icon.
@@ -113,7 +126,13 @@ async function servedTitle(browser: Browser, folder: string, policy: string | un
   });
   await new Promise<void>((resolve) => server.listen(0, '127.0.0.1', resolve));
   try {
-    return await titleOf(browser, `http://127.0.0.1:${(server.address() as AddressInfo).port}/`);
+    for (const [host, { headers, blobIsRefused }] of Object.entries(HOSTS)) {
+      sent = headers;
+      const accepted = blobIsRefused && !withinPolicy ? [NO_GPU, NO_BLOB_WORKER] : [NO_GPU];
+      const title = await titleOf(browser, `http://127.0.0.1:${(server.address() as AddressInfo).port}/`, accepted);
+      if (title !== DONE) return `${host}: ${title}`;
+    }
+    return DONE;
   } finally {
     server.close();
     server.closeAllConnections();
@@ -146,7 +165,10 @@ async function serverAnswers(browser: Browser, consumer: Consumer, { folder, env
       await new Promise((resolve) => setTimeout(resolve, 250));
     }
     for (const page of consumer.run.pages) {
-      const text = page === '/' ? await titleOf(browser, url) : await (await fetch(`${url}${page}`)).text();
+      const text =
+        page === '/'
+          ? await titleOf(browser, url, [NO_GPU, NO_BLOB_WORKER])
+          : await (await fetch(`${url}${page}`)).text();
       if (!text.includes(DONE)) return `${page}: ${text.slice(0, 500)}`;
     }
     return DONE;
@@ -155,11 +177,28 @@ async function serverAnswers(browser: Browser, consumer: Consumer, { folder, env
   }
 }
 
+/** What the extension's background left in `result`. */
+async function extensionResult(folder: string): Promise<string> {
+  const context = await launchWithExtension(folder);
+  try {
+    const worker = context.serviceWorkers()[0] ?? (await context.waitForEvent('serviceworker', { timeout: PATIENCE }));
+    for (const until = Date.now() + PATIENCE; Date.now() < until; ) {
+      const text = await worker.evaluate(() => (globalThis as { result?: string }).result);
+      if (text !== undefined) return text;
+      await new Promise((resolve) => setTimeout(resolve, 100));
+    }
+    return 'the background gave no result';
+  } finally {
+    await context.close();
+  }
+}
+
 async function result(consumer: Consumer, place: Place, browser: Browser): Promise<string> {
   if ('command' in consumer.run) return run(consumer.run.command, place).stdout.trim();
   if ('page' in consumer.run) {
-    return servedTitle(browser, path.join(place.folder, consumer.run.page), consumer.run.policy);
+    return servedTitle(browser, path.join(place.folder, consumer.run.page), consumer.run.withinPolicy ?? false);
   }
+  if ('extension' in consumer.run) return extensionResult(path.join(place.folder, consumer.run.extension));
   return serverAnswers(browser, consumer, place);
 }
 

@@ -1,4 +1,7 @@
-/** What real models look like as exporters write them, and what becomes of their attention: from the graphs that the tests run. */
+/**
+ * What real models look like as exporters write them, and what becomes of their attention: from the graphs that the
+ * tests run.
+ */
 import { detectAttention } from '../src/integrations/onnxruntime/detect/index.ts';
 import { branchesOf } from '../src/integrations/onnxruntime/model/branches.ts';
 import { indexGraph } from '../src/integrations/onnxruntime/model/graph.ts';

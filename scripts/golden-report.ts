@@ -1,5 +1,6 @@
 /**
- * Prints, as Markdown, the accuracy of the official kernels on the golden inputs and of the reference's emulation of each.
+ * Prints, as Markdown, the accuracy of the official kernels on the golden inputs and of the reference's emulation of
+ * each.
  *
  *     npx tsx scripts/golden-report.ts
  */

@@ -1,6 +1,6 @@
 /**
- * SHA-256 of every generated kernel: PTX of every configuration that is assembled, WGSL of every one that is compiled. Code
- * that only moves changes none of them.
+ * SHA-256 of every generated kernel: PTX of every configuration that is assembled, WGSL of every one that is compiled.
+ * Code that only moves changes none of them.
  *
  *     npx tsx scripts/kernel-digest.ts > before.txt
  *     npx tsx scripts/kernel-digest.ts --check before.txt

@@ -1,7 +1,7 @@
 /**
  * Assembles every CUDA kernel configuration with ptxas and writes registers, spills and shared memory to
- * bench/results/ptxas.json. Ends with status 1 when ptxas refuses one or remarks on a product, or a kernel spills more than it may
- * (a main kernel and every one on wgmma: nothing).
+ * bench/results/ptxas.json. Ends with status 1 when ptxas refuses one or remarks on a product, or a kernel spills more
+ * than it may (a main kernel and every one on wgmma: nothing).
  */
 import { writeFileSync } from 'node:fs';
 import { opcodeCounts, registerPressure } from '../src/backends/cuda/ptx/inspect.ts';

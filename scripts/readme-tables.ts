@@ -1,8 +1,7 @@
 /**
- * Fills the tables of README.md and of the documentation from the raw results under bench/results/ (that of exporters from the graphs of
- * the tests): between `<!-- table NAME -->` and
- * `<!-- /table -->`. `<!-- table NAME short -->` has the rows that the README shows. With `--check` it writes nothing and fails if a
- * table is not what the results say.
+ * Fills the tables of README.md and of the documentation from the raw results under bench/results/ (that of exporters
+ * from the graphs of the tests): between `<!-- table NAME -->` and `<!-- /table -->`. `<!-- table NAME short -->` has
+ * the rows that the README shows. With `--check` it writes nothing and fails if a table is not what the results say.
  */
 import { readdirSync, readFileSync, writeFileSync } from 'node:fs';
 import type { AccuracyRow } from '../bench/accuracy.ts';
@@ -296,7 +295,10 @@ function onnxruntimeSpeed(short: boolean): Table {
   };
 }
 
-/** Rows of the tables that say the most, one of each kind of device: what stands in their first cells, and what they are called. */
+/**
+ * Rows of the tables that say the most, one of each kind of device: what stands in their first cells, and what they are
+ * called.
+ */
 const SUMMARY: readonly {
   readonly where: string;
   readonly make: (short: boolean) => Table;

@@ -1,10 +1,10 @@
 /**
- * One command makes a release: `npm run release` builds from a clean tree, checks the tarball by its content and in every kind of
- * project (scripts/consumers.ts), and leaves it in `release/`; `npm run release -- --publish` then publishes that very tarball,
- * with provenance where the registry offers it.
+ * One command makes a release: `npm run release` builds from a clean tree, checks the tarball by its content and in
+ * every kind of project (scripts/consumers.ts), and leaves it in `release/`; `npm run release -- --publish` then
+ * publishes that very tarball, with provenance where the registry offers it.
  *
- * Where the sources are is known to the machine that releases, not to the sources: `repository`, `homepage` and `bugs` come from the
- * remote `origin`, or in a GitHub workflow from its environment.
+ * Where the sources are is known to the machine that releases, not to the sources: `repository`, `homepage` and `bugs`
+ * come from the remote `origin`, or in a GitHub workflow from its environment.
  */
 import { spawnSync } from 'node:child_process';
 import { mkdirSync, readFileSync, rmSync, writeFileSync } from 'node:fs';

@@ -1,7 +1,7 @@
 /**
- * Runtimes besides the Node in use: a Node 24, for what an older one lacks (relaxed SIMD that computes rightly), Deno and Bun.
- * Each is the package of its binary for this platform, fetched once into `.tools/`. As a command it prints the path of each
- * one named: `tsx scripts/runtimes.ts node24 deno bun`.
+ * Runtimes besides the Node in use: a Node 24, for what an older one lacks (relaxed SIMD that computes rightly), Deno
+ * and Bun. Each is the package of its binary for this platform, fetched once into `.tools/`. As a command it prints the
+ * path of each one named: `tsx scripts/runtimes.ts node24 deno bun`.
  */
 import { spawnSync } from 'node:child_process';
 import { existsSync, mkdirSync, writeFileSync } from 'node:fs';

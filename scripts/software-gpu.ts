@@ -1,6 +1,6 @@
 /**
- * Software GPUs for the tests: Vulkan drivers that run on the CPU, so that WebGPU code is executed on machines without a
- * GPU. `tsx scripts/software-gpu.ts [swiftshader] [lavapipe]` installs what is missing and prints where it is.
+ * Software GPUs for the tests: Vulkan drivers that run on the CPU, so that WebGPU code is executed on machines without
+ * a GPU. `tsx scripts/software-gpu.ts [swiftshader] [lavapipe]` installs what is missing and prints where it is.
  *
  * - SwiftShader comes with Debian's Chromium: no float16 arithmetic, subgroups of 4.
  * - lavapipe is Mesa's: float16 arithmetic, subgroups of 8. Dawn needs Mesa 23.1 or newer, which older Debians have in

@@ -1,9 +1,9 @@
 /**
- * `npm test`: builds what the tests need, runs every part, and closes with what passed, failed and could not run. Nothing
- * is skipped in silence: a part that cannot run is named, and in CI it is a failure.
+ * `npm test`: builds what the tests need, runs every part, and closes with what passed, failed and could not run.
+ * Nothing is skipped in silence: a part that cannot run is named, and in CI it is a failure.
  *
- * By hand it ends within minutes: of the tests on simulated and software GPUs it runs those that a printed seed picks. With
- * `CI` set it runs all, and holds the coverage of src/ to its bound.
+ * By hand it ends within minutes: of the tests on simulated and software GPUs it runs those that a printed seed picks.
+ * With `CI` set it runs all, and holds the coverage of src/ to its bound.
  *
  * `npm test -- unit Chromium` runs the parts whose names have one of these words.
  */

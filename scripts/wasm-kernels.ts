@@ -1,6 +1,7 @@
 /**
- * The WASM kernels are built from AssemblyScript and not kept in git. What imports them, the tests and the type checker, first
- * asks here: they are built when missing or older than their sources. As a command: `tsx scripts/wasm-kernels.ts`.
+ * The WASM kernels are built from AssemblyScript and not kept in git. What imports them, the tests and the type
+ * checker, first asks here: they are built when missing or older than their sources. As a command: `tsx
+ * scripts/wasm-kernels.ts`.
  */
 import { spawnSync } from 'node:child_process';
 import { existsSync, readdirSync, statSync } from 'node:fs';

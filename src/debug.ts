@@ -3,11 +3,12 @@
  *
  * 1. backend, kernel and tile;
  * 2. also every launch with its grid, and the bytes of memory;
- * 3. also the sources of the kernels, written to the folder `SAGEATTENTION_DEBUG_FOLDER` (default `sageattention-debug`).
+ * 3. also the sources of the kernels, written to the folder `SAGEATTENTION_DEBUG_FOLDER` (default
+ *    `sageattention-debug`).
  *
- * In Node and Deno these are environment variables and the lines go to stderr. Everywhere, and with precedence, `globalThis` may
- * have them as properties, in a worker too: `globalThis.SAGEATTENTION_DEBUG = 2`. In a browser the lines go to the console, and
- * sources into the object `globalThis.SAGEATTENTION_SOURCES`, by name.
+ * In Node and Deno these are environment variables and the lines go to stderr. Everywhere, and with precedence,
+ * `globalThis` may have them as properties, in a worker too: `globalThis.SAGEATTENTION_DEBUG = 2`. In a browser the
+ * lines go to the console, and sources into the object `globalThis.SAGEATTENTION_SOURCES`, by name.
  */
 import { messageOf } from './errors.ts';
 

@@ -56,7 +56,9 @@ const SHOWN_ELEMENTS = 8;
 
 const shortened = (text: string) => (text.length > LONGEST_TEXT ? `${text.slice(0, LONGEST_TEXT - 3)}...` : text);
 
-/** Text of a caller's that is safe on a terminal: control characters, those that reorder text among them, are escaped. */
+/**
+ * Text of a caller's that is safe on a terminal: control characters, those that reorder text among them, are escaped.
+ */
 export const escaped = (text: string): string =>
   shortened(text).replace(
     /[\p{Cc}\p{Cf}\p{Zl}\p{Zp}\p{Cs}]/gu,
@@ -102,8 +104,8 @@ export class InvalidArgumentError extends SageAttentionError {
 }
 
 /**
- * Reads what a caller passed. What only a getter or a proxy of theirs can throw becomes an error of this package, and so does
- * what no check foresaw.
+ * Reads what a caller passed. What only a getter or a proxy of theirs can throw becomes an error of this package, and
+ * so does what no check foresaw.
  */
 export function reading<R>(argument: string, read: () => R, code: ErrorCode = 'invalid-shape'): R {
   try {

@@ -133,8 +133,9 @@ export const sageattnQkInt8PvFp8CudaSm90 = kernelFunction('qk-int8-pv-fp8-cuda-s
  */
 export const sageattnQkInt4PvFp8Cuda = kernelFunction('qk-int4-pv-fp8-cuda');
 /**
- * FP4 QK and PV (NVFP4, SageAttention3) on devices without FP4 tensor cores: the same real numbers, multiplied in FP16 on GPUs and in
- * float32 on WASM. Four to five times less accurate than INT8 with FP8; for finding out what FP4 does to a model.
+ * FP4 QK and PV (NVFP4, SageAttention3) on devices without FP4 tensor cores: the same real numbers, multiplied in FP16
+ * on GPUs and in float32 on WASM. Four to five times less accurate than INT8 with FP8; for finding out what FP4 does to
+ * a model.
  *
  * Shapes, options, results and errors are those of {@link sageattn}; `kernel` is not an option here.
  *
@@ -158,10 +159,11 @@ export const sageattnQkFp4PvFp4Cuda = kernelFunction('qk-fp4-pv-fp4-cuda');
  */
 export const sageattnQkFp4PvFp8Cuda = kernelFunction('qk-fp4-pv-fp8-cuda');
 /**
- * SageAttention3: `qk-fp4-pv-fp4-cuda` where the device has FP4 tensor cores, elsewhere the same numbers by `qk-fp4-pv-fp4`.
+ * SageAttention3: `qk-fp4-pv-fp4-cuda` where the device has FP4 tensor cores, elsewhere the same numbers by
+ * `qk-fp4-pv-fp4`.
  *
- * Takes what Python's `sageattn3_blackwell` takes, `perBlockMean` too, and every option of {@link sageattn} but `kernel`. Keys are not
- * written. Shapes, results and errors are those of {@link sageattn}.
+ * Takes what Python's `sageattn3_blackwell` takes, `perBlockMean` too, and every option of {@link sageattn} but
+ * `kernel`. Keys are not written. Shapes, results and errors are those of {@link sageattn}.
  *
  * @see SageAttention3, arXiv 2505.11594, Algorithm 1
  */

@@ -1,11 +1,11 @@
 /**
- * The Hopper kernels on a card: the figures of the requirement, and every variant of the configuration table against each other,
- * each with its accuracy. Peer is torch's cuDNN attention in the same run.
+ * The Hopper kernels on a card: the figures of the requirement, and every variant of the configuration table against
+ * each other, each with its accuracy. Peer is torch's cuDNN attention in the same run.
  *
  *     npx tsx scripts/gpu-programs.ts && node .gpu/programs/bench-wgmma.mjs OUTPUT_FOLDER [--only TEXT] [--minutes 8.5]
  *
- * Tasks run one after another in a worker process, most important first; a worker that faults or hangs loses its task and the
- * next one goes on with the rest. Writes `wgmma.json` after every task, and `wgmma.md` at the end.
+ * Tasks run one after another in a worker process, most important first; a worker that faults or hangs loses its task
+ * and the next one goes on with the rest. Writes `wgmma.json` after every task, and `wgmma.md` at the end.
  */
 import { mkdirSync, writeFileSync } from 'node:fs';
 import { join } from 'node:path';

@@ -1,16 +1,18 @@
 /**
- * A stack of diffusion transformer blocks (16 heads of 72, hidden 1152, float16) through onnxruntime-web's WebGPU provider in
- * Node: the whole model, with SageAttention, without, and cut in pieces with onnxruntime's own attention between them, which
- * is the cost of cutting by itself; and with SageAttention as it comes, which leaves short attention alone. All on one device, interleaved in the same run. Attention is written in two ways:
- * `fused`, one operator, for which onnxruntime has a kernel that never stores the scores, and `decomposed`, in single
- * operators, as exporters write it.
+ * A stack of diffusion transformer blocks (16 heads of 72, hidden 1152, float16) through onnxruntime-web's WebGPU
+ * provider in Node: the whole model, with SageAttention, without, and cut in pieces with onnxruntime's own attention
+ * between them, which is the cost of cutting by itself; and with SageAttention as it comes, which leaves short
+ * attention alone. All on one device, interleaved in the same run. Attention is written in two ways: `fused`, one
+ * operator, for which onnxruntime has a kernel that never stores the scores, and `decomposed`, in single operators, as
+ * exporters write it.
  *
  *     npx tsx bench/onnxruntime/whole-model.ts OUTPUT_FOLDER [--lengths 256,1024,8192,32768] [--blocks 4] [--runs 7]
  *         [--seconds 6] [--limit 120] [--patience 90] [--spellings decomposed,fused] [--float float16,float32]
  *         [--provider webgpu|wasm]
  *
- * Each spelling and type runs in a process of its own with a time limit. Writes `onnxruntime.json` and `onnxruntime.md` after every length. Times are medians of wall clock from `run` until the GPU
- * has finished; inputs and outputs are on the GPU, so that no transfer is in them.
+ * Each spelling and type runs in a process of its own with a time limit. Writes `onnxruntime.json` and `onnxruntime.md`
+ * after every length. Times are medians of wall clock from `run` until the GPU has finished; inputs and outputs are on
+ * the GPU, so that no transfer is in them.
  */
 
 import { spawn } from 'node:child_process';
@@ -282,7 +284,8 @@ interface Variant {
   failure: string | undefined;
 }
 
-// Finite, so that the model is cut, and above every length, so that each attention is onnxruntime's, between the pieces.
+// Finite, so that the model is cut, and above every length, so that each attention is onnxruntime's, between the
+// pieces.
 const CUT_ONLY = Number.MAX_SAFE_INTEGER;
 
 async function openVariants(model: Uint8Array): Promise<Variant[]> {

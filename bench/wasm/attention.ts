@@ -3,9 +3,10 @@
  *
  *     node --import tsx bench/wasm/attention.ts --threads 1 [--tokens 1024,4096] [--seconds 6] [--out FILE]
  *
- * Prints a table and writes JSON: per contender the best and the median time, GFLOP/s of 4 H L^2 D at the best time, the
- * ratio of best times to each peer, and the error against float64 over the first query rows. On a machine that others use
- * too, the processor time of the whole process (all threads, median) says more than the clock; it is there as well.
+ * Prints a table and writes JSON: per contender the best and the median time, GFLOP/s of 4 H L^2 D at the best time,
+ * the ratio of best times to each peer, and the error against float64 over the first query rows. On a machine that
+ * others use too, the processor time of the whole process (all threads, median) says more than the clock; it is there
+ * as well.
  */
 import { execFileSync } from 'node:child_process';
 import { writeFileSync } from 'node:fs';
@@ -126,7 +127,8 @@ async function measure(tokens: number, headDim: number): Promise<Row[]> {
   const end = performance.now() + Number(flags.seconds) * 1000;
   for (let round = 0; round === 0 || performance.now() < end; round++) {
     for (let turn = 0; turn < running.length; turn++) {
-      // Another order every round: what one leaves behind (garbage, cold caches) does not always meet the same next one.
+      // Another order every round: what one leaves behind (garbage, cold caches) does not always meet the same next
+      // one.
       const { contender, times, cpu } = running[(round * 5 + turn) % running.length] as (typeof running)[number];
       // A peer's thread pool spins for a while after its call, on the processors that the next contender needs.
       await setTimeout(PAUSE_MILLISECONDS);

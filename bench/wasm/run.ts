@@ -1,6 +1,6 @@
 /**
- * All measurements of the WASM backend: `npx tsx bench/wasm/run.ts [seconds]`. Each number of threads and each Node is a
- * process of its own; the results lie in bench/results/wasm-*.json.
+ * All measurements of the WASM backend: `npx tsx bench/wasm/run.ts [seconds]`. Each number of threads and each Node is
+ * a process of its own; the results lie in bench/results/wasm-*.json.
  */
 import { spawnSync } from 'node:child_process';
 import { mkdirSync } from 'node:fs';

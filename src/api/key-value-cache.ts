@@ -37,8 +37,8 @@ export type KeyValueOptions = Pick<
 /** Which of the tokens given count. */
 export interface TokenOptions {
   /**
-   * bool `[B,L]`, nonzero: the token counts in the means and scales of quantization. For what pads a batch, which every `attend`
-   * must hide with its own mask: it is quantized like the others, but coarsens nothing. Default: all count.
+   * bool `[B,L]`, nonzero: the token counts in the means and scales of quantization. For what pads a batch, which every
+   * `attend` must hide with its own mask: it is quantized like the others, but coarsens nothing. Default: all count.
    */
   readonly keyMask?: TensorView;
 }
@@ -97,7 +97,9 @@ function takeKeyMask<O extends TokenOptions>(
 const withKeyMask = (context: RunContext, keyMask: TensorView | undefined): KeyValueContext =>
   keyMask === undefined ? context : { ...context, keyMask };
 
-/** A tensor's description with another number of tokens, contiguous; for problems about K and V that are held quantized. */
+/**
+ * A tensor's description with another number of tokens, contiguous; for problems about K and V that are held quantized.
+ */
 function withTokens(view: TensorView, tokenAxis: number, tokens: number): TensorView {
   const shape = view.shape.map((size, i) => (i === tokenAxis ? tokens : size));
   return { ...view, shape, strides: contiguousStrides(shape), offset: 0 };
@@ -139,8 +141,8 @@ export class KeyValueCache<T extends TensorView = Tensor> {
   }
 
   /**
-   * Runs `work` once the calls before have ended: now, if there are none. Inputs are those of the moment of the call, so where
-   * it must wait, `keep` is called now.
+   * Runs `work` once the calls before have ended: now, if there are none. Inputs are those of the moment of the call,
+   * so where it must wait, `keep` is called now.
    */
   async #inTurn<R>(keep: () => void, work: () => Promise<R>): Promise<R> {
     if (this.#disposed) throw new ExecutionError('disposed', 'this KeyValueCache has been disposed');
@@ -210,7 +212,8 @@ export class KeyValueCache<T extends TensorView = Tensor> {
   async attend(q: T, options: AttendOptions = {}): Promise<T | AttentionResult<T>> {
     const { attnMask, ...unmasked } = validateOptions(options, ATTEND_OPTIONS);
     const context = contextOf(unmasked, this.#backend);
-    // The heads, dtype and rank of q are checked now; the mask's shape against the keys held when the call's turn comes.
+    // The heads, dtype and rank of q are checked now; the mask's shape against the keys held when the call's turn
+    // comes.
     this.#problem(q, this.length, unmasked);
     let own = takeTensor('q', q);
     let mask = attnMask && takeTensor('options.attnMask', attnMask);
@@ -241,7 +244,8 @@ export class KeyValueCache<T extends TensorView = Tensor> {
 
 /**
  * Quantizes K and V once, to be attended to many times and appended to. Any constant smoothing vector leaves softmax
- * unchanged exactly (SageAttention, arXiv 2410.02367, section on smoothing K), so tokens added later keep the first one.
+ * unchanged exactly (SageAttention, arXiv 2410.02367, section on smoothing K), so tokens added later keep the first
+ * one.
  *
  * @param k `[B,Hkv,Lk,D]` (HND) or `[B,Lk,Hkv,D]` (NHD); Lk may be 0
  * @param v `[B,Hkv,Lk,Dv]` (HND) or `[B,Lk,Hkv,Dv]` (NHD)

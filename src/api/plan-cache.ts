@@ -123,8 +123,8 @@ async function withKept<P extends Kept, R>(
 }
 
 /**
- * Runs `use` with the plan for a problem, made now or kept from an earlier call. A plan in use is never disposed. Where the plan
- * is at hand, `use` is called before this returns; where it is not, `wait` is called before this returns.
+ * Runs `use` with the plan for a problem, made now or kept from an earlier call. A plan in use is never disposed. Where
+ * the plan is at hand, `use` is called before this returns; where it is not, `wait` is called before this returns.
  *
  * @throws as `chooseKernel`
  */

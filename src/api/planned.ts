@@ -50,8 +50,8 @@ export class Attention<T extends TensorView = Tensor> {
   }
 
   /**
-   * @param inputs tensors with the location, dtype, shape, strides and offset that were planned for, as they are at the moment
-   *     of the call
+   * @param inputs tensors with the location, dtype, shape, strides and offset that were planned for, as they are at the
+   *     moment of the call
    * @returns the output and, if planned with `returnLse`, the logsumexp
    * @throws {InvalidArgumentError} a tensor unlike the planned one
    * @throws {ExecutionError} `disposed` after {@link dispose}; a device or worker that failed

@@ -49,7 +49,8 @@ async function attend<T extends TensorView>(
 ): Promise<T | AttentionResult<T>> {
   options.signal?.throwIfAborted();
   const { problem } = taken;
-  // Inputs are those of the moment of the call. A plan that is at hand reads them now; where it must be waited for, copies wait.
+  // Inputs are those of the moment of the call. A plan that is at hand reads them now; where it must be waited for,
+  // copies wait.
   let inputs: AttentionInputs<T> | undefined;
   const wait = () => {
     inputs ??= keepInputs(taken.inputs);
@@ -77,9 +78,9 @@ async function attend<T extends TensorView>(
  * Attention with quantized kernels, in place of scaled-dot-product attention: `softmax(q k^T * smScale) v`.
  *
  * Shapes (HND, the default): q `[B,Hq,Lq,D]`, k `[B,Hkv,Lk,D]`, v `[B,Hkv,Lk,Dv]`; NHD swaps heads and tokens. Hq is a
- * multiple of Hkv (grouped-query attention); D and Dv are from 1 to 256. dtypes float16, bfloat16 and float32; all three
- * alike. Inputs are never written, and are those of the moment of the call: what is written into them, transferred or resized
- * afterwards changes nothing.
+ * multiple of Hkv (grouped-query attention); D and Dv are from 1 to 256. dtypes float16, bfloat16 and float32; all
+ * three alike. Inputs are never written, and are those of the moment of the call: what is written into them,
+ * transferred or resized afterwards changes nothing.
  *
  * @returns the output, `[B,Hq,Lq,Dv]` in the same layout and dtype as q; with `returnLse: true` also the logsumexp
  * @throws {InvalidArgumentError} an argument that no kernel takes

@@ -24,7 +24,9 @@ async function usable(name: BackendName): Promise<Backend> {
 const offers = (backend: Backend, kernel: AttentionOptions['kernel']) =>
   kernel === undefined || kernel === 'auto' || backend.kernels.some(({ name }) => name === kernel);
 
-/** CPU tensors: the most preferred backend that is accelerated and offers the kernel, else one that merely offers it. */
+/**
+ * CPU tensors: the most preferred backend that is accelerated and offers the kernel, else one that merely offers it.
+ */
 async function backendForCpuTensors(kernel: AttentionOptions['kernel']): Promise<Backend> {
   let fallback: Backend | undefined;
   // The last one's counts: it is the one that should run everywhere, and nobody misses CUDA in a browser.

@@ -2,12 +2,15 @@
 
 import type { AttentionOptions } from './options.ts';
 
-/** A band at least this far from the diagonal is no limit: sequences are shorter. It fits in 32 bits, also when a length is added. */
+/**
+ * A band at least this far from the diagonal is no limit: sequences are shorter. It fits in 32 bits, also when a length
+ * is added.
+ */
 export const NO_LIMIT = 2 ** 30;
 
 /**
- * Row i of a sequence may see key j if `lower <= j - i - align * (Lk - Lq) <= upper`. Whole numbers from -{@link NO_LIMIT},
- * which stands for no limit to the left, to {@link NO_LIMIT}, which stands for none to the right.
+ * Row i of a sequence may see key j if `lower <= j - i - align * (Lk - Lq) <= upper`. Whole numbers from -{@link
+ * NO_LIMIT}, which stands for no limit to the left, to {@link NO_LIMIT}, which stands for none to the right.
  *
  * Where the diagonal lies elsewhere (a block of a ring, a chunk of a prefill) both limits have its offset added.
  */

@@ -48,15 +48,18 @@ export interface AttentionOptions {
   /** Subtract V's channel mean before quantizing, and add it to the output. Default false. */
   readonly smoothV?: boolean;
   /**
-   * Subtract Q's mean before quantizing, and add its share to the scores: the mean of each block of rows (`'block'`, which `true` means)
-   * or of the whole sequence (`'sequence'`). Default: the kernel's first; `'block'` where QK has 4 bits, else false.
+   * Subtract Q's mean before quantizing, and add its share to the scores: the mean of each block of rows (`'block'`,
+   * which `true` means) or of the whole sequence (`'sequence'`). Default: the kernel's first; `'block'` where QK has 4
+   * bits, else false.
    */
   readonly smoothQ?: boolean | QuerySmoothing;
-  /** Python's name for what `smoothQ` says with FP4: true is `'block'`, false `'sequence'`. Not together with `smoothQ`. */
+  /**
+   * Python's name for what `smoothQ` says with FP4: true is `'block'`, false `'sequence'`. Not together with `smoothQ`.
+   */
   readonly perBlockMean?: boolean;
   /**
-   * FP4 only: how the scale of each block of 16 is found. `'mse'` (default) takes the one of eight that errs least, `'four-over-six'` of
-   * two or three, `'none'` the largest magnitude over 6.
+   * FP4 only: how the scale of each block of 16 is found. `'mse'` (default) takes the one of eight that errs least,
+   * `'four-over-six'` of two or three, `'none'` the largest magnitude over 6.
    */
   readonly scaleSearch?: ScaleSearch;
   /** Default: the kernel's first. */

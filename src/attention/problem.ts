@@ -14,20 +14,28 @@ export interface MaskLayout {
   readonly strides: readonly [batch: number, head: number, query: number, key: number];
 }
 
+/** A mask `[B,L]` of tokens, as one of scores that is alike for all heads and rows. */
+export const keyMaskLayout = ({ strides: [batch = 0, token = 0], offset }: TensorView): MaskLayout => ({
+  kind: 'boolean',
+  dtype: 'bool',
+  offset,
+  strides: [batch, 0, 0, token],
+});
+
 /** Below it a cap leaves of every score nothing that float32 can add to another; its reciprocal is still a float32. */
 const LEAST_SOFTCAP = 2 ** -100;
 
 /**
- * Kernels compute in float32. A cap beyond its range changes no score, as the largest in it; one that would be 0 there, which
- * means none, makes all scores alike, as the least does.
+ * Kernels compute in float32. A cap beyond its range changes no score, as the largest in it; one that would be 0 there,
+ * which means none, makes all scores alike, as the least does.
  */
 const softcapInFloat32 = (softcap: number): number =>
   softcap === 0 ? 0 : Math.min(Math.max(softcap, LEAST_SOFTCAP), FLOAT32_MAX);
 
 /**
- * An additive mask hides a key from a row, as far as means and scales are concerned, where its entry lies more than this below
- * the largest entry of that row of the mask: -1e4, -65504 and float32's least number do. In the softmax such an entry is
- * added like any other. A row whose entries are all equally low hides nothing.
+ * An additive mask hides a key from a row, as far as means and scales are concerned, where its entry lies more than
+ * this below the largest entry of that row of the mask: -1e4, -65504 and float32's least number do. In the softmax such
+ * an entry is added like any other. A row whose entries are all equally low hides nothing.
  */
 export const MASK_HIDES_BELOW = 1000;
 
@@ -194,8 +202,8 @@ function validateHeadDim(argument: string, size: number): void {
 }
 
 /**
- * What is planned one by one, in loops that take time even where tensors hold nothing or repeat one element: more of it is a
- * mistake.
+ * What is planned one by one, in loops that take time even where tensors hold nothing or repeat one element: more of it
+ * is a mistake.
  */
 const MAX_BATCH = 2 ** 20;
 const MAX_HEADS = 2 ** 24;

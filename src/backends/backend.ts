@@ -8,7 +8,10 @@ import type { ScaleSearch } from '../quantization/fp4-blocks.ts';
 import type { Granularity, PvAccumDtype, QuerySmoothing } from '../quantization/schemes.ts';
 import type { LseOf, TensorView } from '../tensor/tensor.ts';
 
-/** What a kernel honours. The first entry of each list is its default; an empty list means the option has no meaning there. */
+/**
+ * What a kernel honours. The first entry of each list is its default; an empty list means the option has no meaning
+ * there.
+ */
 export interface KernelDescriptor {
   readonly name: KernelName;
   /** One line for `doctor` and tables. */
@@ -70,8 +73,8 @@ export interface RunContext {
 
 /**
  * A problem made ready: kernel chosen, code compiled, scratch sized. Reusable for every input of the same shape, also
- * before an earlier run has ended. `run` checks that the storage behind GPU tensors holds them, and reads inputs on the CPU
- * (copies or uploads them) before it returns its promise: the caller may write into them then.
+ * before an earlier run has ended. `run` checks that the storage behind GPU tensors holds them, and reads inputs on the
+ * CPU (copies or uploads them) before it returns its promise: the caller may write into them then.
  *
  * Attention unless the parameters say otherwise: a gradient is a plan with inputs and outputs of its own.
  */
@@ -79,7 +82,9 @@ export interface Plan<Inputs = AttentionInputs, Made extends Outputs = Attention
   readonly kernel: KernelChoice;
   /** What a run makes. */
   readonly outputs: readonly OutputSpec[];
-  /** True once the plan can run no more, because its backend was disposed; absent where a plan starts anew by itself. */
+  /**
+   * True once the plan can run no more, because its backend was disposed; absent where a plan starts anew by itself.
+   */
   readonly ended?: boolean;
   run(inputs: Inputs, context: RunContext): Promise<Made>;
   dispose(): void;
@@ -115,15 +120,15 @@ export type BackwardPlan = Plan<BackwardInputs, BackwardOutputs>;
 /** What belongs to one preparation or append. */
 export interface KeyValueContext extends RunContext {
   /**
-   * bool `[B,L]` where K is, nonzero: the token counts. Others are padding that every `attend` hides: they count in no mean and
-   * no scale, and their codes may be 0 or clamped.
+   * bool `[B,L]` where K is, nonzero: the token counts. Others are padding that every `attend` hides: they count in no
+   * mean and no scale, and their codes may be 0 or clamped.
    */
   readonly keyMask?: TensorView;
 }
 
 /**
- * K and V of one call, quantized once. `problem` of `attend` has the cache's keys. Like `Plan.run`, `append` and `attend` read
- * inputs on the CPU before they return.
+ * K and V of one call, quantized once. `problem` of `attend` has the cache's keys. Like `Plan.run`, `append` and
+ * `attend` read inputs on the CPU before they return.
  */
 export interface PreparedKeyValue {
   /** Tokens held. */

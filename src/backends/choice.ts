@@ -1,4 +1,6 @@
-/** Settles what a call asked for against what a backend has: its kernel, the kernel's options, what belongs to the run. */
+/**
+ * Settles what a call asked for against what a backend has: its kernel, the kernel's options, what belongs to the run.
+ */
 
 import type { AttentionOptions, BackendName } from '../attention/options.ts';
 import type { AttentionProblem } from '../attention/problem.ts';
@@ -89,8 +91,8 @@ export async function chooseKernel(
 }
 
 /**
- * Inputs as they are now: CPU storage must hold the views, and what the caller changes in their descriptions later changes
- * nothing. A backend checks its own kind of storage when it runs.
+ * Inputs as they are now: CPU storage must hold the views, and what the caller changes in their descriptions later
+ * changes nothing. A backend checks its own kind of storage when it runs.
  *
  * @throws {InvalidArgumentError} naming the tensor that its array does not hold, or whose array was transferred
  */

@@ -1,7 +1,8 @@
 /** Which backends there are, and the instance of each that `sageattn` uses. */
 import type { BackendName } from '../attention/options.ts';
-import { BackendUnavailableError, InvalidArgumentError, messageOf, reading, textOf } from '../errors.ts';
+import { BackendUnavailableError, InvalidArgumentError, reading, textOf } from '../errors.ts';
 import type { Availability, Backend } from './backend.ts';
+import { loadCode, unavailable } from './load-code.ts';
 
 /** Each backend is loaded when it is first asked for, so that a bundle carries only what runs. */
 const LOADERS: Partial<Record<BackendName, () => Promise<Backend>>> = {
@@ -69,7 +70,7 @@ export async function getBackend(name: BackendName): Promise<Backend> {
     if (load === undefined) {
       throw new BackendUnavailableError(textOf(name), 'this version does not contain it', 'Use another backend');
     }
-    instance = load();
+    instance = loadCode(name, load);
     keep(name, instance);
   }
   return instance;
@@ -112,8 +113,7 @@ export async function listBackends(
         try {
           return { name, availability: await askAvailability(await getBackend(name)) };
         } catch (error) {
-          const reason = messageOf(error);
-          return { name, availability: { available: false, accelerated: false, reason, details: {} } };
+          return { name, availability: unavailable(error) };
         }
       }),
   );

@@ -1,4 +1,7 @@
-/** `sageattention kernel NAME`: the kernels that a problem gets, as launches, source, listing or register pressure. No GPU is asked. */
+/**
+ * `sageattention kernel NAME`: the kernels that a problem gets, as launches, source, listing or register pressure. No
+ * GPU is asked.
+ */
 
 import { chooseOptions } from '../backends/choice.ts';
 import { CUDA_KERNELS } from '../backends/cuda/kernel-table.ts';

@@ -1,6 +1,6 @@
 /**
- * onnxruntime-web's float32 attention on WebAssembly, as a measure of speed beside SageAttention's. Used where the package
- * is installed.
+ * onnxruntime-web's float32 attention on WebAssembly, as a measure of speed beside SageAttention's. Used where the
+ * package is installed.
  */
 import { availableParallelism } from 'node:os';
 import type * as OnnxRuntime from 'onnxruntime-web';

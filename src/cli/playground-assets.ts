@@ -1,4 +1,6 @@
-/** What the playground needs beside its own files and is too large to ship: it comes from packages that are installed. */
+/**
+ * What the playground needs beside its own files and is too large to ship: it comes from packages that are installed.
+ */
 import { createRequire } from 'node:module';
 import path from 'node:path';
 import { pathToFileURL } from 'node:url';
@@ -29,7 +31,10 @@ export const PLAYGROUND_ASSETS: readonly PlaygroundAsset[] = [
   },
 ];
 
-/** The `dist` folder of an asset's package: beside this package, or in the user's project. None when it is not installed. */
+/**
+ * The `dist` folder of an asset's package: beside this package, or in the user's project. None when it is not
+ * installed.
+ */
 export function findAssetFolder({ package: name }: PlaygroundAsset): string | undefined {
   const places = [import.meta.url, pathToFileURL(path.join(process.cwd(), 'package.json'))];
   for (const place of places) {

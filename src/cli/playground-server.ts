@@ -16,8 +16,8 @@ export interface PlaygroundServer {
 }
 
 /**
- * Answers with a file of a folder, with ranges and validators; a broken download closes its file. What is no file of the folder,
- * or hidden, is `missing`.
+ * Answers with a file of a folder, with ranges and validators; a broken download closes its file. What is no file of
+ * the folder, or hidden, is `missing`.
  *
  * @param target path below the folder as the request gives it, percent-encoded
  */

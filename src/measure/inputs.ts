@@ -13,8 +13,8 @@ export interface InputShape {
 }
 
 /**
- * q, k, v of shape `[B,H,L,D]`: standard normal, and K with an offset for each channel (normal, five times as large), the
- * outlier channels of real models that smoothing K is for. Equal seeds give equal tensors.
+ * q, k, v of shape `[B,H,L,D]`: standard normal, and K with an offset for each channel (normal, five times as large),
+ * the outlier channels of real models that smoothing K is for. Equal seeds give equal tensors.
  */
 export function randomInputs(shape: InputShape, dtype: DType, seed: number): { q: Tensor; k: Tensor; v: Tensor } {
   const { batch, heads, kvHeads, length, headDim } = shape;

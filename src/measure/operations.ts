@@ -11,8 +11,8 @@ export interface AttentionSize {
 }
 
 /**
- * Operations of attention as the papers count them: 4 B H L L D for the two products, a multiplication and an addition each;
- * half of it when causal. Every rate in this project's tables is this over time.
+ * Operations of attention as the papers count them: 4 B H L L D for the two products, a multiplication and an addition
+ * each; half of it when causal. Every rate in this project's tables is this over time.
  */
 export function attentionOperations({ batch = 1, heads, tokens, headDim, isCausal = false }: AttentionSize): number {
   return (4 * batch * heads * tokens * tokens * headDim) / (isCausal ? 2 : 1);

@@ -1,6 +1,6 @@
 /**
- * FP4 with a scale for each block of consecutive elements: NVFP4 (1x16, E4M3 scales) of SageAttention3 (arXiv 2505.11594), and
- * MXFP4 (1x32, UE8M0 scales) of the OCP MX specification beside it.
+ * FP4 with a scale for each block of consecutive elements: NVFP4 (1x16, E4M3 scales) of SageAttention3 (arXiv
+ * 2505.11594), and MXFP4 (1x32, UE8M0 scales) of the OCP MX specification beside it.
  *
  * All of it is float32 arithmetic in a stated order, so that a kernel can give the same codes bit for bit.
  */
@@ -11,8 +11,8 @@ import { ue8m0FromNumber, ue8m0ToNumber } from '../tensor/formats/ue8m0.ts';
 export type Fp4Format = 'nvfp4' | 'mxfp4';
 
 /**
- * How a block's scale is found. `'none'`: from its largest magnitude. `'four-over-six'`: that or the one which puts it at 4, whichever
- * errs less (arXiv 2512.02010). `'mse'`: the one of eight near it that errs least in squares.
+ * How a block's scale is found. `'none'`: from its largest magnitude. `'four-over-six'`: that or the one which puts it
+ * at 4, whichever errs less (arXiv 2512.02010). `'mse'`: the one of eight near it that errs least in squares.
  */
 export type ScaleSearch = 'none' | 'four-over-six' | 'mse';
 
@@ -26,7 +26,10 @@ export const MXFP4_BLOCK = 32;
 export interface Fp4Rules {
   readonly format: Fp4Format;
   readonly scaleSearch: ScaleSearch;
-  /** True: a scale that E4M3 rounds to 0 stays 0, and its block becomes zeros, as the official quantizers have it. Default: it is 2^-9. */
+  /**
+   * True: a scale that E4M3 rounds to 0 stays 0, and its block becomes zeros, as the official quantizers have it.
+   * Default: it is 2^-9.
+   */
   readonly zeroScales?: boolean;
 }
 
@@ -46,7 +49,10 @@ const NVFP4_FACTORS = {
   mse: [1, 0.875, 0.94, 1.0625, 1.125, 1.25, 1.375, 1.5],
 } as const satisfies Record<ScaleSearch, readonly number[]>;
 
-/** Exponent of E2M1's largest number: MX puts the binade of the block's largest magnitude there, and clamps what is above 6. */
+/**
+ * Exponent of E2M1's largest number: MX puts the binade of the block's largest magnitude there, and clamps what is
+ * above 6.
+ */
 const MX_LARGEST_BINADE = 4;
 
 const RULES: Readonly<Record<Fp4Format, FormatRules>> = {
@@ -83,7 +89,10 @@ export const fp4Scale = (format: Fp4Format, code: number): number => RULES[forma
 
 const f32 = Math.fround;
 
-/** Codes `block` by `scale`; returns the squared error: four partial sums, of the elements equal modulo 4, added in pairs. */
+/**
+ * Codes `block` by `scale`; returns the squared error: four partial sums, of the elements equal modulo 4, added in
+ * pairs.
+ */
 function codeBlock(block: Float32Array, count: number, scale: number, codes: Uint8Array): number {
   const inverse = scale === 0 ? 0 : f32(1 / scale);
   const sums = [0, 0, 0, 0];
@@ -100,10 +109,11 @@ function codeBlock(block: Float32Array, count: number, scale: number, codes: Uin
 const trial = /* @__PURE__ */ new Uint8Array(MXFP4_BLOCK);
 
 /**
- * Quantizes one block: `scale = round(largest * factor / 6)`, at least 2^-9, `code = E2M1(x * (1 / scale))`, with the factor that
- * errs least.
+ * Quantizes one block: `scale = round(largest * factor / 6)`, at least 2^-9, `code = E2M1(x * (1 / scale))`, with the
+ * factor that errs least.
  *
- * @param block `count` elements, at most the format's block; those that are not finite take no part in the scale and get code 0
+ * @param block `count` elements, at most the format's block; those that are not finite take no part in the scale and
+ *     get code 0
  * @param codes receives `count` E2M1 codes
  * @returns the scale's code, E4M3 or UE8M0
  */
@@ -140,8 +150,8 @@ const gathered = /* @__PURE__ */ new Float32Array(MXFP4_BLOCK);
 const gatheredCodes = /* @__PURE__ */ new Uint8Array(MXFP4_BLOCK);
 
 /**
- * Quantizes `count` elements `start, start + stride, ...` in blocks and writes their dequantized values, `scale * code`, in place.
- * Elements that are not finite stay what they are.
+ * Quantizes `count` elements `start, start + stride, ...` in blocks and writes their dequantized values, `scale *
+ * code`, in place. Elements that are not finite stay what they are.
  */
 export function quantizeFp4InPlace(
   x: Float32Array,

@@ -11,7 +11,10 @@ import { quantizeValueFp8 } from './value-fp8.ts';
 /** Relative: what counts as agreement with the official kernels. */
 const SCALE_TOLERANCE = 1e-5;
 
-/** The official kernels' schemes. Triton's K - mean was rounded to bfloat16 by torch; its per-block Q has the softmax scale in it. */
+/**
+ * The official kernels' schemes. Triton's K - mean was rounded to bfloat16 by torch; its per-block Q has the softmax
+ * scale in it.
+ */
 const SCHEMES = [
   {
     name: 'per_block_triton',
@@ -131,7 +134,8 @@ describe.each(GOLDEN_NAMES)('the official quantization of %s', (name) => {
   });
 
   it('v_fp8_smooth: mean, scales and bytes', () => {
-    // The official kernel counts the zeros that pad V: its mean is over a multiple of 16 tokens, and its padding is quantized too.
+    // The official kernel counts the zeros that pad V: its mean is over a multiple of 16 tokens, and its padding is
+    // quantized too.
     const padded = (head: Float32Array, multiple: number) => {
       const whole = new Float32Array(Math.ceil(v.length / multiple) * multiple * v.dim);
       whole.set(head);

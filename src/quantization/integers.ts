@@ -1,4 +1,7 @@
-/** INT8 and INT4 quantization of Q and K: SageAttention (arXiv 2410.02367), per-thread groups from SageAttention2 (arXiv 2411.10958). */
+/**
+ * INT8 and INT4 quantization of Q and K: SageAttention (arXiv 2410.02367), per-thread groups from SageAttention2 (arXiv
+ * 2411.10958).
+ */
 import type { Grouping } from './groups.ts';
 
 /** How scales and code points are rounded. */

@@ -1,6 +1,6 @@
 /**
- * A power of two for a whole operand, around its blocks' scales. E4M3 scales reach from 2^-9 to 448 only: without it, values below
- * about 0.01 or above 2688 are lost. A power of two changes no code otherwise.
+ * A power of two for a whole operand, around its blocks' scales. E4M3 scales reach from 2^-9 to 448 only: without it,
+ * values below about 0.01 or above 2688 are lost. A power of two changes no code otherwise.
  */
 import { E2M1_MAX } from '../tensor/formats/float4.ts';
 import { E4M3_MAX } from '../tensor/formats/float8.ts';
@@ -13,7 +13,8 @@ export const NVFP4_MAX = E4M3_MAX * E2M1_MAX;
 const LARGEST_OUTER_SCALE = 2 ** 126;
 
 /**
- * The power of two that puts `largest` into (1344, 2688]: what the operand is multiplied by before its blocks are quantized.
+ * The power of two that puts `largest` into (1344, 2688]: what the operand is multiplied by before its blocks are
+ * quantized.
  *
  * @param largest largest finite magnitude, float32; 0 gives 1
  */

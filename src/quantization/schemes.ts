@@ -1,8 +1,9 @@
 /**
  * The quantization schemes as data. Every backend and the reference read them from here.
  *
- * Sources: SageAttention (arXiv 2410.02367) for per-block and smooth K, SageAttention2 (arXiv 2411.10958) for per-thread,
- * smooth Q and FP8 V, SageAttention2++ (arXiv 2505.21136) for `vmax`, SageAttention3 (arXiv 2505.11594) for NVFP4.
+ * Sources: SageAttention (arXiv 2410.02367) for per-block and smooth K, SageAttention2 (arXiv 2411.10958) for
+ * per-thread, smooth Q and FP8 V, SageAttention2++ (arXiv 2505.21136) for `vmax`, SageAttention3 (arXiv 2505.11594) for
+ * NVFP4.
  */
 
 /** How many tokens share one scale of Q or K; `groups.ts` has the groups. */
@@ -21,7 +22,8 @@ export type PvFormat = 'fp32' | 'fp16' | 'fp8' | 'int8' | 'fp4';
 export type QkFormat = 'int8' | 'int4' | 'fp4';
 
 /**
- * What `smoothQ` subtracts from Q: the mean of each block of rows (128 in most kernels), or the mean of the whole sequence.
+ * What `smoothQ` subtracts from Q: the mean of each block of rows (128 in most kernels), or the mean of the whole
+ * sequence.
  */
 export type QuerySmoothing = 'block' | 'sequence';
 
@@ -43,5 +45,7 @@ export const TILINGS = {
 /** Largest quantized magnitude of an integer format. */
 export const INT_MAX = { int8: 127, int4: 7 } as const;
 
-/** `vmax` of FP8 V: E4M3's largest value, and what keeps an FP16 accumulator below its limit (448 * 2.25 * 64 < 65504). */
+/**
+ * `vmax` of FP8 V: E4M3's largest value, and what keeps an FP16 accumulator below its limit (448 * 2.25 * 64 < 65504).
+ */
 export const V_FP8_MAX = { default: 448, fp16Accumulator: 2.25 } as const;

@@ -1,10 +1,13 @@
-/** Taking away what all tokens share before quantizing: "smooth K" of SageAttention (arXiv 2410.02367), "smooth Q" of SageAttention2 (arXiv 2411.10958). */
+/**
+ * Taking away what all tokens share before quantizing: "smooth K" of SageAttention (arXiv 2410.02367), "smooth Q" of
+ * SageAttention2 (arXiv 2411.10958).
+ */
 
 /**
  * Mean of each channel over tokens `start` to `end`, float32.
  *
- * Elements that are not finite are left out. Any constant may be subtracted from the keys of a sequence without changing
- * the softmax, so this costs nothing in exactness, and a NaN in a masked-out key stays where it is.
+ * Elements that are not finite are left out. Any constant may be subtracted from the keys of a sequence without
+ * changing the softmax, so this costs nothing in exactness, and a NaN in a masked-out key stays where it is.
  *
  * @param x `[length, dim]`
  * @param counted per token, 0: it is left out; default all count
@@ -57,7 +60,9 @@ export function blockMeans(x: Float32Array, dim: number, blockSize: number): Flo
   return means;
 }
 
-/** `x` less the mean of its block, float32: what `smoothQ` quantizes. `means` are {@link blockMeans} of the same blocks. */
+/**
+ * `x` less the mean of its block, float32: what `smoothQ` quantizes. `means` are {@link blockMeans} of the same blocks.
+ */
 export function subtractBlockMeans(x: Float32Array, dim: number, blockSize: number, means: Float32Array): Float32Array {
   return x.map((value, i) => value - (means[Math.floor(i / dim / blockSize) * dim + (i % dim)] as number));
 }

@@ -4,8 +4,8 @@ import { type Fp4Rules, fp4Block, fp4Scale, quantizeFp4Block } from './fp4-block
 import { NVFP4_MAX } from './outer-scale.ts';
 
 /**
- * What a row's largest probability is scaled to before its blocks: their scales then use E4M3's whole range, which P in 0..1
- * would leave unused (its scales would lie in 0..1/6).
+ * What a row's largest probability is scaled to before its blocks: their scales then use E4M3's whole range, which P in
+ * 0..1 would leave unused (its scales would lie in 0..1/6).
  */
 export const P_TWO_LEVEL_MAX = NVFP4_MAX;
 
@@ -13,10 +13,12 @@ const block = /* @__PURE__ */ new Float32Array(32);
 const codes = /* @__PURE__ */ new Uint8Array(32);
 
 /**
- * Rounds one row of one tile of P, scaled so that the row's largest is {@link P_TWO_LEVEL_MAX}, in place to what the product with V
- * sees: code times scale. There is no search: P is quantized inside the kernel. Elements that are not finite stay what they are.
+ * Rounds one row of one tile of P, scaled so that the row's largest is {@link P_TWO_LEVEL_MAX}, in place to what the
+ * product with V sees: code times scale. There is no search: P is quantized inside the kernel. Elements that are not
+ * finite stay what they are.
  *
- * @param divisor what is coded is `p / scale`, with the scale as rounded or, as in the official kernel, as it was before
+ * @param divisor what is coded is `p / scale`, with the scale as rounded or, as in the official kernel, as it was
+ *     before
  * @returns the sum of the rounded row: divided by it, the output is a convex combination of V's codes
  */
 export function quantizeProbabilities(

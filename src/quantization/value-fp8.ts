@@ -3,8 +3,8 @@ import { e4m3FromNumber } from '../tensor/formats/float8.ts';
 import { V_FP8_MAX } from './schemes.ts';
 
 /**
- * Order of tokens inside every 16 of the stored V: position i holds token `TOKEN_PERMUTATION[i]`. P's FP8 fragments, made
- * in registers from score fragments, then meet the right tokens of V without an exchange between threads.
+ * Order of tokens inside every 16 of the stored V: position i holds token `TOKEN_PERMUTATION[i]`. P's FP8 fragments,
+ * made in registers from score fragments, then meet the right tokens of V without an exchange between threads.
  */
 export const TOKEN_PERMUTATION = [0, 1, 8, 9, 2, 3, 10, 11, 4, 5, 12, 13, 6, 7, 14, 15] as const;
 
@@ -34,8 +34,8 @@ export interface ValueFp8 {
 }
 
 /**
- * Quantizes V: transposed to `[dim, length]`, tokens permuted inside every 16, padded. A channel of zeros has scale 0 and
- * codes 0. Elements that are not finite take no part in the scale and become E4M3's NaN.
+ * Quantizes V: transposed to `[dim, length]`, tokens permuted inside every 16, padded. A channel of zeros has scale 0
+ * and codes 0. Elements that are not finite take no part in the scale and become E4M3's NaN.
  *
  * @param v `[length, dim]`
  */

@@ -8,19 +8,22 @@ import { floorToPowerOfTwo } from '../tensor/formats/rounding.ts';
  *
  * - `exact`: 32-bit integers, and sums that are exact before they are rounded to fp32 once a tile.
  * - `fp32`: each instruction's exact sum is rounded to fp32.
- * - `fp16`: each instruction's exact sum is rounded to fp16, to nearest even (Fasi et al., "Numerical behavior of NVIDIA
- *   tensor cores", PeerJ CS 2021: binary16 mode rounds to nearest).
- * - `aligned`: the FP32 accumulator of FP8 instructions where it keeps about 22 bits ("FP22" in SageAttention2, arXiv 2411.10958;
- *   "about 14 bits" in DeepSeek-V3's report, arXiv 2412.19437). Products and accumulator are aligned to
- *   the largest of them, cut off (not rounded) some bits below it, summed, and the sum is cut to as many mantissa bits:
- *   the shape of the units in Khattak and Mikaitis, "Accurate Models of NVIDIA Tensor Cores", arXiv 2512.07004. The golden files agree:
- *   on all four the emulation comes closest to the H200's `wgmma` outputs with 13 bits, and to its `mma` outputs with 23.
+ * - `fp16`: each instruction's exact sum is rounded to fp16, to nearest even (Fasi et al., "Numerical behavior of
+ *   NVIDIA tensor cores", PeerJ CS 2021: binary16 mode rounds to nearest).
+ * - `aligned`: the FP32 accumulator of FP8 instructions where it keeps about 22 bits ("FP22" in SageAttention2, arXiv
+ *   2411.10958; "about 14 bits" in DeepSeek-V3's report, arXiv 2412.19437). Products and accumulator are aligned to the
+ *   largest of them, cut off (not rounded) some bits below it, summed, and the sum is cut to as many mantissa bits: the
+ *   shape of the units in Khattak and Mikaitis, "Accurate Models of NVIDIA Tensor Cores", arXiv 2512.07004. The golden
+ *   files agree: on all four the emulation comes closest to the H200's `wgmma` outputs with 13 bits, and to its `mma`
+ *   outputs with 23.
  */
 export type RegisterKind = 'exact' | 'fp32' | 'fp16' | 'aligned';
 
 export interface Accumulation {
   readonly register: RegisterKind;
-  /** Sums of a tile start at 0 and are added to a true fp32 register after it; else the register holds the whole row. */
+  /**
+   * Sums of a tile start at 0 and are added to a true fp32 register after it; else the register holds the whole row.
+   */
   readonly promotedEveryTile: boolean;
   /** Tokens that one instruction sums. */
   readonly instructionTokens: number;

@@ -20,7 +20,9 @@ export interface ReferenceOutputs {
   readonly lse: Float64Array;
 }
 
-/** The three operands as contiguous `[B,H,L,D]` float32; in varlen B is 1 and L the packed length that cuSeqlens cover. */
+/**
+ * The three operands as contiguous `[B,H,L,D]` float32; in varlen B is 1 and L the packed length that cuSeqlens cover.
+ */
 export function readOperands(
   problem: AttentionProblem,
   inputs: ReferenceInputs,
@@ -38,7 +40,10 @@ export function readOperands(
   };
 }
 
-/** `softcap * tanh(score / softcap)` by relative error, for every softcap above 0: a large one leaves the score as it is. */
+/**
+ * `softcap * tanh(score / softcap)` by relative error, for every softcap above 0: a large one leaves the score as it
+ * is.
+ */
 export function capped(score: number, softcap: number): number {
   const ratio = score / softcap;
   // The next term of the series is below float64's rounding; a ratio that is no normal number is not needed then.
@@ -63,9 +68,9 @@ export function dot(a: Float32Array, aStart: number, b: Float32Array, bStart: nu
 }
 
 /**
- * softmax(softcap(Q K^T smScale) + bias) V in float64, for every semantics of an {@link AttentionProblem}: bands, boolean and
- * additive masks, grouped heads, varlen, any strides, lengths of 0. Excluded positions are not read, so that a NaN there does
- * not reach the output. A row that sees no key gives 0 and an LSE of -Infinity.
+ * softmax(softcap(Q K^T smScale) + bias) V in float64, for every semantics of an {@link AttentionProblem}: bands,
+ * boolean and additive masks, grouped heads, varlen, any strides, lengths of 0. Excluded positions are not read, so
+ * that a NaN there does not reach the output. A row that sees no key gives 0 and an LSE of -Infinity.
  *
  * Time is O(Hq Lq Lk D); memory beyond the operands is O(Lk).
  */

@@ -9,8 +9,8 @@ import { compare } from './metrics.ts';
 import { attentionQuantized } from './quantized.ts';
 
 /**
- * An emulated kernel may be this much worse than the official one. Code points one unit apart (ex2.approx, a reciprocal in
- * place of a division) move the error itself by chance either way; on a few hundred rows that is well under 1%.
+ * An emulated kernel may be this much worse than the official one. Code points one unit apart (ex2.approx, a reciprocal
+ * in place of a division) move the error itself by chance either way; on a few hundred rows that is well under 1%.
  */
 const SLACK = 1.01;
 

@@ -1,6 +1,6 @@
 /**
- * `sageattention/reference`: what attention gives exactly, what a quantized kernel gives step by step, and how far apart two
- * results are. Plain TypeScript, slow, for tests and for measuring accuracy on tensors of one's own.
+ * `sageattention/reference`: what attention gives exactly, what a quantized kernel gives step by step, and how far
+ * apart two results are. Plain TypeScript, slow, for tests and for measuring accuracy on tensors of one's own.
  *
  * @module
  */
@@ -73,7 +73,9 @@ export type ExactOptions = Pick<AttentionOptions, (typeof EXACT_OPTIONS)[number]
 
 /** Options of quantized attention: those of `sageattn`, and an algorithm. */
 export interface QuantizedOptions extends ExactOptions, Pick<AttentionOptions, (typeof QUANTIZATION_OPTIONS)[number]> {
-  /** What the emulated kernel does; what is left out is {@link PORTABLE_ALGORITHM}'s. The options above go before it. */
+  /**
+   * What the emulated kernel does; what is left out is {@link PORTABLE_ALGORITHM}'s. The options above go before it.
+   */
   readonly algorithm?: Partial<QuantizedAlgorithm>;
 }
 
@@ -172,7 +174,8 @@ export function exactAttentionVarlen(
 
 /**
  * Quantized attention in plain TypeScript, step by step as a kernel computes it: SageAttention (arXiv 2410.02367),
- * SageAttention2 (2411.10958), SageAttention2++ (2505.21136) or SageAttention3 (2505.11594), as `options.algorithm` says.
+ * SageAttention2 (2411.10958), SageAttention2++ (2505.21136) or SageAttention3 (2505.11594), as `options.algorithm`
+ * says.
  *
  * Arguments are those of {@link exactAttention}.
  *
@@ -185,8 +188,8 @@ export function quantizedAttention(q: Tensor, k: Tensor, v: Tensor, options: Qua
 }
 
 /**
- * Quantized attention over sequences packed end to end; each sequence is smoothed and quantized by itself. Arguments are
- * those of {@link exactAttentionVarlen}.
+ * Quantized attention over sequences packed end to end; each sequence is smoothed and quantized by itself. Arguments
+ * are those of {@link exactAttentionVarlen}.
  *
  * @throws {InvalidArgumentError} naming the argument at fault
  */

@@ -107,7 +107,8 @@ describe(`quantized attention (seed ${seed})`, () => {
       fc.property(denseCall, fc.boolean(), fc.boolean(), ({ q, k, v, options }, smoothQ, smoothV) => {
         const quantized = quantizedAttention(q, k, v, { ...options, returnLse: true, smoothQ, smoothV });
         const exact = exactAttention(q, k, v, { ...options, returnLse: true });
-        // Half a step is max / 254; a mean taken away at most doubles the maximum. softcap and masks only shrink differences.
+        // Half a step is max / 254; a mean taken away at most doubles the maximum. softcap and masks only shrink
+        // differences.
         const [queryMax, keyMax, dim] = [2 * largest(q), 2 * largest(k), q.shape[3] as number];
         const [queryStep, keyStep] = [queryMax / 254, keyMax / 254];
         const scoreError = dim * (queryMax * keyStep + keyMax * queryStep) * Math.abs(options.smScale ?? dim ** -0.5);
@@ -124,7 +125,8 @@ describe(`quantized attention (seed ${seed})`, () => {
       }),
       { seed: seed | 0, numRuns: 150 },
     );
-    // The usual level is 1%: a semantics misread (a mask, a band, a head) on a tenth of the problems would cost ten times that.
+    // The usual level is 1%: a semantics misread (a mask, a band, a head) on a tenth of the problems would cost ten
+    // times that.
     expect(total.error / total.magnitude).toBeLessThan(0.03);
   });
 

@@ -1,7 +1,8 @@
 /**
  * The quantized algorithm step by step in plain TypeScript: SageAttention (arXiv 2410.02367), SageAttention2
  * (arXiv 2411.10958), SageAttention2++ (arXiv 2505.21136) and SageAttention3 (arXiv 2505.11594).
- * What a backend's kernel computes is described by a {@link QuantizedAlgorithm}; this file computes the same without any of its speed.
+ * What a backend's kernel computes is described by a {@link QuantizedAlgorithm}; this file computes the same without
+ * any of its speed.
  */
 import {
   type AttentionProblem,
@@ -57,7 +58,9 @@ export const FP4_ALGORITHM: Fp4Algorithm = {
   rowSum: 'quantized',
 };
 
-/** FP4 as the official SageAttention3 kernel computes it, with its faults in masking and in the order of tiles repaired. */
+/**
+ * FP4 as the official SageAttention3 kernel computes it, with its faults in masking and in the order of tiles repaired.
+ */
 export const OFFICIAL_FP4_ALGORITHM: Fp4Algorithm = {
   format: 'nvfp4',
   scaleSearch: 'none',
@@ -89,11 +92,13 @@ export interface QuantizedAlgorithm {
   readonly pvAccumDtype: PvAccumDtype;
   /** Largest quantized magnitude of V in FP8. */
   readonly vMax: number;
-  /** What the row maximum of P becomes in FP8; the official kernels add 8.807 to the exponent where log2(448) is 8.8074. */
+  /**
+   * What the row maximum of P becomes in FP8; the official kernels add 8.807 to the exponent where log2(448) is 8.8074.
+   */
   readonly pFp8Max: number;
   /**
-   * Mantissa bits of the FP32 accumulator of FP8 instructions: 13 for sm_89's `mma` and sm_90's `wgmma`, 23 where it is a
-   * true FP32 (sm_120, and `mma` on sm_90, which does not run on the FP8 unit there).
+   * Mantissa bits of the FP32 accumulator of FP8 instructions: 13 for sm_89's `mma` and sm_90's `wgmma`, 23 where it is
+   * a true FP32 (sm_120, and `mma` on sm_90, which does not run on the FP8 unit there).
    */
   readonly fp8AccumulatorBits: number;
 }
@@ -149,7 +154,10 @@ function pMaxOf({ pvFormat, pFp8Max }: QuantizedAlgorithm): number {
   return pvFormat === 'int8' ? INT_MAX.int8 : 1;
 }
 
-/** Rounds one tile's P in place to its format; returns what it adds to the sum that the output is divided by. `exact`: its sum before. */
+/**
+ * Rounds one tile's P in place to its format; returns what it adds to the sum that the output is divided by. `exact`:
+ * its sum before.
+ */
 function roundP(p: Float32Array, tokens: number, exact: number, { pvFormat, fp4 }: QuantizedAlgorithm): number {
   switch (pvFormat) {
     case 'fp32':
@@ -221,7 +229,9 @@ function quantizeScoreOperand(
   return { values, scales, indexOf: grouping.indexOf, finite };
 }
 
-/** V of one head and sequence as multiplied, `[length, dim]`, and what turns a sum of it back: `sum * scales + mean`. */
+/**
+ * V of one head and sequence as multiplied, `[length, dim]`, and what turns a sum of it back: `sum * scales + mean`.
+ */
 interface ValueOperand {
   readonly values: Float32Array;
   readonly scales: Float32Array | undefined;
@@ -360,8 +370,8 @@ function productOf(
 }
 
 /**
- * The scores of one head that a kernel computes from codes and scales, `[Lq,Lk]`, before `smScale`. With `smoothK` each row
- * lacks `q . mean(K)`, which softmax does not see.
+ * The scores of one head that a kernel computes from codes and scales, `[Lq,Lk]`, before `smScale`. With `smoothK` each
+ * row lacks `q . mean(K)`, which softmax does not see.
  *
  * @param q `[Lq,D]`
  * @param k `[Lk,D]`
@@ -389,8 +399,8 @@ function normalizeRow(output: Float64Array, sum: number, { scales, mean }: Value
 }
 
 /**
- * A finite bias counts as no less: in base 2 it is finite in float32 then. Masks of float32's least number exclude a key only
- * where there are others.
+ * A finite bias counts as no less: in base 2 it is finite in float32 then. Masks of float32's least number exclude a
+ * key only where there are others.
  */
 const LEAST_BIAS = -2e38;
 
@@ -514,13 +524,13 @@ function rowAttention(problem: AttentionProblem, algorithm: QuantizedAlgorithm):
 }
 
 /**
- * Quantized attention over any {@link AttentionProblem}: every granularity, format of P and V, accumulator and smoothing that
- * a {@link QuantizedAlgorithm} can name, with the semantics of `attentionExact`. K and V are quantized per sequence; means and
- * scales are taken over the keys that rows may see, and where some rows see far larger ones than others, for each such class
- * of rows by itself (`rowClasses`).
+ * Quantized attention over any {@link AttentionProblem}: every granularity, format of P and V, accumulator and
+ * smoothing that a {@link QuantizedAlgorithm} can name, with the semantics of `attentionExact`. K and V are quantized
+ * per sequence; means and scales are taken over the keys that rows may see, and where some rows see far larger ones
+ * than others, for each such class of rows by itself (`rowClasses`).
  *
- * Outputs are float32 values (not yet rounded to the problem's dtype); LSE is that of the true scores: what smoothing took is
- * added back.
+ * Outputs are float32 values (not yet rounded to the problem's dtype); LSE is that of the true scores: what smoothing
+ * took is added back.
  */
 export function attentionQuantized(
   problem: AttentionProblem,

@@ -5,8 +5,9 @@ import { decodeRun } from '../tensor/access.ts';
 import type { Tensor } from '../tensor/tensor.ts';
 
 /**
- * Fills `bias[0..keyLength)` for row `row` of query head `head`: -Infinity for keys that band or mask exclude, the additive
- * mask's value or 0 for the others. Returns the bias below which a key counts as hidden ({@link MASK_HIDES_BELOW}).
+ * Fills `bias[0..keyLength)` for row `row` of query head `head`: -Infinity for keys that band or mask exclude, the
+ * additive mask's value or 0 for the others. Returns the bias below which a key counts as hidden ({@link
+ * MASK_HIDES_BELOW}).
  */
 export type BiasReader = (sequence: Sequence, head: number, row: number, bias: Float32Array) => number;
 
@@ -73,8 +74,8 @@ function magnitudesOf(x: Float32Array, dim: number): Float64Array {
 }
 
 /**
- * The rows over one head of K, in classes by the largest key and value that each sees. What a row may not see must not coarsen
- * its quantization: statistics are those of a class. Where all tokens are of about one size there is one class.
+ * The rows over one head of K, in classes by the largest key and value that each sees. What a row may not see must not
+ * coarsen its quantization: statistics are those of a class. Where all tokens are of about one size there is one class.
  *
  * @param k `[Lk,D]` of this sequence and head
  * @param v `[Lk,Dv]`

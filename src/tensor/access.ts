@@ -69,8 +69,8 @@ export function toFloat32(view: Tensor): Float32Array {
 }
 
 /**
- * A new contiguous tensor of float32 values in a dtype, each rounded once to nearest even: how float16 and bfloat16 tensors
- * are made where the platform has no `Float16Array`.
+ * A new contiguous tensor of float32 values in a dtype, each rounded once to nearest even: how float16 and bfloat16
+ * tensors are made where the platform has no `Float16Array`.
  *
  * @param values row-major, as many as the shape has elements
  * @throws {InvalidArgumentError} `invalid-shape`, `invalid-dtype`, `buffer-too-small`

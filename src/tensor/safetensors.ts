@@ -78,8 +78,8 @@ function parseHeader(file: Uint8Array): { header: Record<string, unknown>; dataS
 }
 
 /**
- * Names of the header's outermost object, sorted: `JSON.parse` keeps the last of equal ones without a word. The text need not be
- * JSON yet; brackets that nest deeper than `JSON.parse` can follow are refused here.
+ * Names of the header's outermost object, sorted: `JSON.parse` keeps the last of equal ones without a word. The text
+ * need not be JSON yet; brackets that nest deeper than `JSON.parse` can follow are refused here.
  */
 function outlineOf(text: string): string[] {
   const names: string[] = [];
@@ -102,7 +102,10 @@ function nameOf(string: string): string {
   }
 }
 
-/** Tensors lie end to end over the whole data, as the format demands: none overlaps another, nothing is between or behind. */
+/**
+ * Tensors lie end to end over the whole data, as the format demands: none overlaps another, nothing is between or
+ * behind.
+ */
 function requireTiling(spans: { name: string; begin: number; end: number }[], length: number): void {
   spans.sort((a, b) => a.begin - b.begin || a.end - b.end);
   let next = 0;
@@ -156,8 +159,8 @@ function describeEntry(name: string, entry: unknown, dataBytes: number): Describ
 /**
  * Parses the bytes of a safetensors file.
  *
- * @throws {InvalidArgumentError} `invalid-file` when the header is malformed or deep, a name occurs twice, a dtype is unknown, or the
- *     tensors do not lie end to end over the whole data
+ * @throws {InvalidArgumentError} `invalid-file` when the header is malformed or deep, a name occurs twice, a dtype is
+ *     unknown, or the tensors do not lie end to end over the whole data
  */
 export function parseSafetensors(file: Uint8Array): Safetensors {
   if (typedArrayName.call(file) !== 'Uint8Array') {
@@ -187,7 +190,9 @@ export function parseSafetensors(file: Uint8Array): Safetensors {
   return { metadata, tensors };
 }
 
-/** The elements of a tensor as float32 (F64 and integers rounded to nearest, BOOL as 0 or 1, FP8 and halves exactly). */
+/**
+ * The elements of a tensor as float32 (F64 and integers rounded to nearest, BOOL as 0 or 1, FP8 and halves exactly).
+ */
 export function safetensorsToFloat32({ dtype, bytes }: SafetensorsEntry): Float32Array {
   const { buffer } = bytes;
   const target = new Float32Array(bytes.length / ELEMENT_BYTES[dtype]);

@@ -18,7 +18,9 @@ export interface TensorView {
   readonly device?: number;
 }
 
-/** Where an operand's elements are: `offset + batch * batchStride + head * headStride + token * tokenStride + channel`. */
+/**
+ * Where an operand's elements are: `offset + batch * batchStride + head * headStride + token * tokenStride + channel`.
+ */
 export interface OperandLayout {
   readonly offset: number;
   readonly batchStride: number;
@@ -26,7 +28,9 @@ export interface OperandLayout {
   readonly tokenStride: number;
 }
 
-/** `Float16Array` where the platform has it (Node 24, current browsers); structurally a typed array of 2-byte elements. */
+/**
+ * `Float16Array` where the platform has it (Node 24, current browsers); structurally a typed array of 2-byte elements.
+ */
 export interface Float16ArrayLike {
   readonly BYTES_PER_ELEMENT: number;
   readonly buffer: ArrayBufferLike;
@@ -51,7 +55,10 @@ export type TensorDataOf<D extends MaskDType> = D extends 'float32'
       ? Uint16Array | Float16ArrayLike
       : Uint16Array;
 
-/** A tensor in the memory of this process. `Tensor<'float32'>` is one whose dtype the compiler knows, so that `data` is a `Float32Array`. */
+/**
+ * A tensor in the memory of this process. `Tensor<'float32'>` is one whose dtype the compiler knows, so that `data` is
+ * a `Float32Array`.
+ */
 export interface Tensor<D extends MaskDType = MaskDType> extends TensorView {
   readonly location: 'cpu';
   readonly dtype: D;
@@ -116,7 +123,10 @@ const HELD_DTYPES: Readonly<Record<string, readonly MaskDType[]>> = {
 /** The dtypes that a kind of typed array, of whatever realm, can hold; empty when it can hold none. */
 const dtypesOf = (data: unknown): readonly MaskDType[] => HELD_DTYPES[typedArrayName.call(data) ?? ''] ?? [];
 
-/** Elements of an array, nothing copied, as an array of this realm: one of an iframe or of `vm` is an instance of no class here. */
+/**
+ * Elements of an array, nothing copied, as an array of this realm: one of an iframe or of `vm` is an instance of no
+ * class here.
+ */
 function part(data: TensorData, start: number, length: number): TensorData {
   const name = typedArrayName.call(data);
   const Own = name === 'Float16Array' ? NativeFloat16Array : { Float32Array, Uint16Array, Uint8Array }[name ?? ''];
@@ -235,8 +245,8 @@ export function byteLengthOf(view: Pick<TensorView, 'shape' | 'dtype'>): number 
 /**
  * Checks that a CPU tensor's array is of a class that can hold its dtype, long enough, and still there.
  *
- * @returns the tensor over just the elements that it reaches: what the caller changes in its description changes nothing then,
- *     and equal views anywhere in a larger array are alike
+ * @returns the tensor over just the elements that it reaches: what the caller changes in its description changes
+ *     nothing then, and equal views anywhere in a larger array are alike
  */
 export function validateData(argument: string, view: Tensor): Tensor {
   const { data, dtype, shape, strides, offset, device } = view;

@@ -1,6 +1,6 @@
 /**
- * The conformance table: what every backend and kernel must compute. Each case makes inputs from a seed; `suite.ts` runs
- * it and compares with exact attention in float64.
+ * The conformance table: what every backend and kernel must compute. Each case makes inputs from a seed; `suite.ts`
+ * runs it and compares with exact attention in float64.
  */
 import fc from 'fast-check';
 import type { AttentionOptions } from '../../src/attention/options.ts';
@@ -22,8 +22,8 @@ export interface ConformanceCase {
   readonly name: string;
   /**
    * `kernel`: the kernel's own bound, for ordinary distributions. `algorithm`: where quantization itself loses more,
-   * what the same algorithm in plain TypeScript loses on the same inputs. `row`: as `algorithm`, but each class of rows by
-   * what it sees (`rowClasses`), so that large rows hide nothing of what small ones lose.
+   * what the same algorithm in plain TypeScript loses on the same inputs. `row`: as `algorithm`, but each class of rows
+   * by what it sees (`rowClasses`), so that large rows hide nothing of what small ones lose.
    */
   readonly bound: 'kernel' | 'algorithm' | 'row';
   /** Multiply-adds of both products: a slow target leaves out large cases. */
@@ -283,7 +283,8 @@ const masks = [
       mask: ({ lk }) => place(new Float32Array(lk).fill(value), [1, 1, 1, lk], 'float32'),
     }),
   ),
-  // torch.finfo(dtype).min, which transformers' masks are made of: finite, so a row that has nothing else gets V's mean.
+  // torch.finfo(dtype).min, which transformers' masks are made of: finite, so a row that has nothing else gets V's
+  // mean.
   ...(
     [
       ['float32', -3.4028234663852886e38],
@@ -484,8 +485,9 @@ const extremes = [
     bound: 'algorithm',
     options: { smScale: 1, returnLse: true },
     edit: ({ q, k }, { lq, lk, d, heads }, random) => {
-      // Each row's own key scores about 64 * 29 * 27 = 50112, over the limit once scaled by log2(e); no other comes near.
-      // Magnitudes differ, so that the roundings of a channel's elements do: equal ones would add up over all rows.
+      // Each row's own key scores about 64 * 29 * 27 = 50112, over the limit once scaled by log2(e); no other comes
+      // near. Magnitudes differ, so that the roundings of a channel's elements do: equal ones would add up over all
+      // rows.
       fill(k, (i) => Math.sign(k[i] as number) * random.uniform(26, 28));
       fill(q, (i) => {
         const [head, row] = [Math.floor(i / (lq * d)) % heads, Math.floor(i / d) % lq];
@@ -513,8 +515,9 @@ const extremes = [
     },
     options: { returnLse: true },
   }),
-  // Scores reach from 128 to 8e6 at the larger magnitudes: a factor taken before the difference leaves no fraction there.
-  // The softcap is near each magnitude's scores: far below them a row's error is that of its slope, and says nothing.
+  // Scores reach from 128 to 8e6 at the larger magnitudes: a factor taken before the difference leaves no fraction
+  // there. The softcap is near each magnitude's scores: far below them a row's error is that of its slope, and says
+  // nothing.
   ...[4, 100, 300, 1000].flatMap((magnitude) => {
     const few = { lq: 20, lk: 70, d: 32 };
     return (
@@ -545,8 +548,8 @@ const extremes = [
 ];
 
 /**
- * The first key scores so much above the rest, which lie close together: what nearly every head of a decoder does. Each of
- * the others weighs less than 1/256 of it, all of them about as much as it does.
+ * The first key scores so much above the rest, which lie close together: what nearly every head of a decoder does. Each
+ * of the others weighs less than 1/256 of it, all of them about as much as it does.
  */
 const sinks = (
   [
@@ -573,7 +576,9 @@ const poison = (values: Float32Array, length: number, dim: number, token: number
   for (let i = 0; i < values.length; i++) if (Math.floor(i / dim) % length === token) values[i] = value;
 };
 
-/** NaN and infinities where no row, or only some rows, may look. Rows that see one are not finite; the others are right. */
+/**
+ * NaN and infinities where no row, or only some rows, may look. Rows that see one are not finite; the others are right.
+ */
 const nans = [
   ...DTYPES.map((dtype) =>
     dense('not a number', `in keys and values that the mask hides from all rows, ${dtype}`, {
@@ -662,8 +667,8 @@ const decoding = (
       batch: 2,
       options: { returnLse: true },
       edit: ({ q, k }, { d }) => {
-        // A channel in which all keys agree: it gives every fifth head a scale 64 times its neighbours', and moves no score.
-        // Scores that are large themselves would leave each row to a key or two, and its error to chance.
+        // A channel in which all keys agree: it gives every fifth head a scale 64 times its neighbours', and moves no
+        // score. Scores that are large themselves would leave each row to a key or two, and its error to chance.
         for (let i = 0; i < k.length; i += d) k[i] = 1;
         for (let i = 0; i < q.length; i += d) q[i] = Math.floor(i / (lq * d)) % 5 === 4 ? 256 : 4;
         q.fill(Number.NaN, lq * d, 2 * lq * d);

@@ -1,13 +1,13 @@
 /**
- * How far the cases of the conformance table stay from their limits over many seeds: a case that comes near them fails some
- * day by chance. Run it for a new case, a new kernel or a new limit.
+ * How far the cases of the conformance table stay from their limits over many seeds: a case that comes near them fails
+ * some day by chance. Run it for a new case, a new kernel or a new limit.
  *
  *     npx tsx test/conformance/margins.ts [--backend wasm|cuda] [--simd auto|simd128|relaxed] [--seconds 120] [--cases TEXT]
  *
- * Prints the cases nearest their limits: the largest of error / limit that was seen, and how many of its standard deviations
- * lie between its mean and 1, those of its logarithm where they are fewer: a few errors are of many sizes, and their own
- * deviation hides the rare large one. Fails when a limit was exceeded, or is nearer than three of them (but for the random
- * problems, which are many cases in one).
+ * Prints the cases nearest their limits: the largest of error / limit that was seen, and how many of its standard
+ * deviations lie between its mean and 1, those of its logarithm where they are fewer: a few errors are of many sizes,
+ * and their own deviation hides the rare large one. Fails when a limit was exceeded, or is nearer than three of them
+ * (but for the random problems, which are many cases in one).
  */
 
 import { parseArgs } from 'node:util';

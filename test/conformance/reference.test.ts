@@ -1,4 +1,6 @@
-/** The suite run on the oracle's own quantized algorithm: a case that it cannot pass would be no fair test of a kernel. */
+/**
+ * The suite run on the oracle's own quantized algorithm: a case that it cannot pass would be no fair test of a kernel.
+ */
 import type { KernelDescriptor } from '../../src/backends/backend.ts';
 import { PORTABLE_ALGORITHM, type QuantizedAlgorithm } from '../../src/reference/quantized.ts';
 import { FLOAT16_MAX } from '../../src/tensor/formats/float16.ts';

@@ -8,15 +8,18 @@ export interface ClassError {
   /** Which sequence and class: the same for other inputs of the same kind. */
   readonly name: string;
   /**
-   * Relative L1 of the output over the rows that are finite in the exact one. None where rows see keys of hundreds: their softmax
-   * takes single keys, of which a near tie takes another, so the error has no limit that holds for all inputs.
+   * Relative L1 of the output over the rows that are finite in the exact one. None where rows see keys of hundreds:
+   * their softmax takes single keys, of which a near tie takes another, so the error has no limit that holds for all
+   * inputs.
    */
   readonly output: number | undefined;
   /** Largest absolute error of a finite logsumexp, and the exact value there. */
   readonly lse: { readonly error: number; readonly exact: number };
 }
 
-/** Where rows cancel to almost nothing, their error is taken relative to this part of the largest value that they see. */
+/**
+ * Where rows cancel to almost nothing, their error is taken relative to this part of the largest value that they see.
+ */
 const LEAST_PART = 0.05;
 
 /** Largest magnitude of keys beside which a softmax still is one of many keys; ordinary ones have up to 10. */

@@ -1,6 +1,6 @@
 /**
- * The conformance suite: one list of tests, made for any backend and kernel. It knows no test runner, so that it runs in
- * vitest, in a browser, and in plain Node on a GPU machine; `vitest.ts` beside it is the wrapper for the first two.
+ * The conformance suite: one list of tests, made for any backend and kernel. It knows no test runner, so that it runs
+ * in vitest, in a browser, and in plain Node on a GPU machine; `vitest.ts` beside it is the wrapper for the first two.
  */
 import fc from 'fast-check';
 import type { AttentionOptions } from '../../src/attention/options.ts';
@@ -14,6 +14,7 @@ import {
   sageattnVarlen,
   slice,
   type Tensor,
+  tensor,
 } from '../../src/index.ts';
 import { INT_MAX } from '../../src/quantization/schemes.ts';
 import { attentionExact, type ReferenceOutputs } from '../../src/reference/exact.ts';
@@ -23,7 +24,7 @@ import { Random } from '../support/random.ts';
 import { snapshot } from '../support/tensors.ts';
 import { arbitraryCase, CASES, type CaseInputs, type ConformanceCase } from './cases.ts';
 import { classErrors } from './row-classes.ts';
-import { CACHE_EDITS, VISIBILITY_CASES, type VisibilityGroup } from './visibility-cases.ts';
+import { CACHE_EDITS, CACHE_PADDING, VISIBILITY_CASES, type VisibilityGroup } from './visibility-cases.ts';
 
 /** A kernel with one setting of its options, and what it must reach. */
 export interface Target {
@@ -42,7 +43,10 @@ export interface Target {
   readonly maxWork?: number;
   /** Random problems to try; default 40. */
   readonly randomCases?: number;
-  /** It refuses some problems, typed (head dims beyond a family's): random ones that it refuses are left out. Default false. */
+  /**
+   * It refuses some problems, typed (head dims beyond a family's): random ones that it refuses are left out. Default
+   * false.
+   */
   readonly partial?: boolean;
   /** Kinds of {@link VISIBILITY_CASES} that this kernel does not pass yet; default none. */
   readonly exceptions?: readonly VisibilityGroup[];
@@ -53,22 +57,28 @@ export interface ConformanceTest {
   run(): Promise<void>;
 }
 
-/** A kernel may lose this much more than the algorithm does in plain TypeScript: tilings and orders of summation differ. */
+/**
+ * A kernel may lose this much more than the algorithm does in plain TypeScript: tilings and orders of summation differ.
+ */
 const ALGORITHM_SLACK = 1.5;
 
 /**
- * Absolute error of a logsumexp of ordinary scores. INT8 rounds normal numbers in steps of about 3.5/127, which gives each
- * of q and k an error of 0.008 and their score one of 0.011; a row with a single key has that of one score. Six sigma.
+ * Absolute error of a logsumexp of ordinary scores. INT8 rounds normal numbers in steps of about 3.5/127, which gives
+ * each of q and k an error of 0.008 and their score one of 0.011; a row with a single key has that of one score. Six
+ * sigma.
  */
 const LSE_TOLERANCE = 0.07;
 
-/** INT4 rounds Q and K in steps that are 127/7 times as wide; E2M1's step at its top is 2 of 6, and a quarter of that near 0. */
+/**
+ * INT4 rounds Q and K in steps that are 127/7 times as wide; E2M1's step at its top is 2 of 6, and a quarter of that
+ * near 0.
+ */
 const lseTolerance = ({ algorithm }: Target): number =>
   algorithm.qkFormat !== 'int8' ? (LSE_TOLERANCE * INT_MAX.int8) / INT_MAX.int4 : LSE_TOLERANCE;
 
 /**
- * Where a row sees keys of hundreds, its scores are of thousands and their error a share of them: both operands' roundings, of half a
- * step of their largest element each, over the largest score.
+ * Where a row sees keys of hundreds, its scores are of thousands and their error a share of them: both operands'
+ * roundings, of half a step of their largest element each, over the largest score.
  */
 const LSE_SLOPE = { int8: 1 / INT_MAX.int8, int4: 1 / INT_MAX.int4, fp4: 1 / INT_MAX.int4 } as const;
 
@@ -114,8 +124,8 @@ function poisonedRows(values: Float64Array, width: number): Set<number> {
 }
 
 /**
- * Error of an output relative to the exact one, over the rows that are finite there. Where rows cancel to almost nothing
- * (few channels, opposite values) the error is taken relative to a twentieth of V's mean magnitude instead.
+ * Error of an output relative to the exact one, over the rows that are finite there. Where rows cancel to almost
+ * nothing (few channels, opposite values) the error is taken relative to a twentieth of V's mean magnitude instead.
  */
 function outputError(
   actual: ArrayLike<number>,
@@ -153,8 +163,8 @@ function meanMagnitude(values: Float32Array): number {
 const OUTPUT_ROUNDING = { float32: 1e-6, float16: 2 ** -11, bfloat16: 2 ** -8 } as const;
 
 /**
- * What may be lost at the bottom of a format, absolute: float16's smallest step is rounded to; float32's subnormals, which
- * bfloat16 shares, may be flushed to zero, as WGSL allows.
+ * What may be lost at the bottom of a format, absolute: float16's smallest step is rounded to; float32's subnormals,
+ * which bfloat16 shares, may be flushed to zero, as WGSL allows.
  */
 const UNDERFLOW = { float32: 2 ** -126, float16: 2 ** -25, bfloat16: 2 ** -126 } as const;
 
@@ -189,8 +199,9 @@ function lossOf(target: Target, problem: AttentionProblem, inputs: CaseInputs, e
 }
 
 /**
- * Rows of which the algorithm's loss is taken. A kernel rounds elsewhere than the algorithm does in plain TypeScript, so the
- * error of a few rows says little about that of the same rows in the kernel: where a case has fewer, its inputs are made anew.
+ * Rows of which the algorithm's loss is taken. A kernel rounds elsewhere than the algorithm does in plain TypeScript,
+ * so the error of a few rows says little about that of the same rows in the kernel: where a case has fewer, its inputs
+ * are made anew.
  */
 const LOSS_ROWS = 128;
 const MOST_DRAWS = 16;
@@ -285,8 +296,9 @@ const MEASURED_AGAIN = 4;
 const BEYOND_DOUBT = 2;
 
 /**
- * An error over random inputs has a tail that no limit ends, and thousands of them are measured in a run. One that is beyond its
- * limit, not twice so, is therefore measured again on other inputs, where nothing may be beyond; a defect shows there too.
+ * An error over random inputs has a tail that no limit ends, and thousands of them are measured in a run. One that is
+ * beyond its limit, not twice so, is therefore measured again on other inputs, where nothing may be beyond; a defect
+ * shows there too.
  */
 export async function checkMeasured(
   measure: (seed: number) => Promise<readonly Measured[]>,
@@ -426,6 +438,18 @@ function behaviours(target: Target, seed: number): ConformanceTest[] {
         await checkMeasured((again) => measureKeyValueCache(target, steps, again, edit), seed);
       },
     })),
+    ...(target.exceptions?.includes('cache padding') ? [] : CACHE_PADDING).map(
+      ({ name, steps, magnitude, isToken }) => ({
+        name: `cache: ${name}`,
+        async run() {
+          const padding = { magnitude, isToken };
+          await checkMeasured((again) => measureKeyValueCache(target, steps, again, undefined, padding), seed);
+        },
+      }),
+    ),
+    ...(target.exceptions?.includes('cache padding')
+      ? []
+      : [{ name: 'cache: what its padding holds changes no bit', run: () => checkPaddingIsNothing(target, seed) }]),
     {
       name: `random problems (fast-check, seed ${seed})`,
       async run() {
@@ -449,6 +473,7 @@ async function measureKeyValueCache(
   steps: readonly number[],
   seed: number,
   edit?: (key: Tensor, value: Tensor) => void,
+  padding?: Pick<(typeof CACHE_PADDING)[number], 'magnitude' | 'isToken'>,
 ): Promise<Measured[]> {
   const measured: Measured[] = [];
   const total = steps.reduce((sum, step) => sum + step, 0);
@@ -470,6 +495,24 @@ async function measureKeyValueCache(
   };
   const [k, v] = [whole(3), whole(0)];
   edit?.(k, v);
+  /** bool `[B,L]` of tokens `start` to `end`. */
+  const maskOf = (start: number, end: number): Tensor | undefined => {
+    if (padding === undefined) return undefined;
+    const length = end - start;
+    const attends = (i: number) => padding.isToken(Math.floor(i / length), start + (i % length));
+    return tensor(
+      Uint8Array.from({ length: batch * length }, (_, i) => Number(attends(i))),
+      [batch, length],
+    );
+  };
+  if (padding !== undefined) {
+    for (const x of [k, v]) {
+      for (let i = 0; i < x.data.length; i++) {
+        const token = Math.floor(i / (kvHeads * d));
+        if (!padding.isToken(Math.floor(token / total), token % total)) x.data[i] = padding.magnitude;
+      }
+    }
+  }
   const q: Tensor = { ...dense.q, dtype: 'float32', data: toFloat32(dense.q), strides: dense.q.strides };
   const part = (view: Tensor, start: number, end: number) => slice(view, 1, start, end);
   const { qkQuantGran, pvAccumDtype, smoothV, smoothQ } = target.options ?? {};
@@ -482,19 +525,26 @@ async function measureKeyValueCache(
     backend: target.backend,
     kernel: target.kernel,
     tensorLayout: 'NHD',
+    ...(padding && { keyMask: maskOf(0, first) as Tensor }),
   });
   try {
     let held = first;
     for (const step of [0, ...steps.slice(1)]) {
-      if (step > 0) await cache.append(part(k, held, held + step), part(v, held, held + step));
+      // One token added needs no mask if it counts.
+      const mask = step > 1 ? maskOf(held, held + step) : undefined;
+      if (step > 0) {
+        await cache.append(part(k, held, held + step), part(v, held, held + step), mask && { keyMask: mask });
+      }
       held += step;
       check(cache.length === held, () => `length ${cache.length}, expected ${held}`);
-      const options = { isCausal: true, causalAlignment: 'bottom-right' } as const;
+      const hidden = maskOf(0, held);
+      const attnMask = hidden && { ...hidden, shape: [batch, 1, 1, held], strides: [held, held, held, 1] };
+      const options = { isCausal: true, causalAlignment: 'bottom-right', ...(attnMask && { attnMask }) } as const;
       const { output, lse } = await cache.attend(q, { ...options, returnLse: true });
-      const inputs = { q, k: part(k, 0, held), v: part(v, 0, held) };
+      const inputs = { q, k: part(k, 0, held), v: part(v, 0, held), ...(attnMask && { attnMask }) };
       const problem = createProblem(inputs.q, inputs.k, inputs.v, { ...options, tensorLayout: 'NHD', returnLse: true });
       const exact = attentionExact(problem, inputs);
-      if (edit !== undefined) {
+      if (edit !== undefined || padding !== undefined) {
         const actual = { output: toFloat32(output), lse: toFloat32(lse) };
         const same = { ...inputs, options: { ...options, tensorLayout: 'NHD' as const, returnLse: true } };
         const measuredNow = measureClasses(target, () => same, same, actual, exact, seed);
@@ -512,6 +562,61 @@ async function measureKeyValueCache(
     cache.dispose();
   }
   return measured;
+}
+
+/** Outputs of a cache that is told of its padding and grows past every bound of what it keeps, whatever the padding holds. */
+async function checkPaddingIsNothing(target: Target, seed: number): Promise<void> {
+  const [batch, heads, d, steps] = [2, 1, 32, [3, 60, 440, 30, 1, 26]] as const;
+  const random = new Random(seed);
+  const total = steps.reduce((sum, step) => sum + step, 0);
+  const counts = Array.from({ length: batch * total }, () => random.uniform() < 0.7);
+  const [k, v] = [random.normals(batch * total * heads * d), random.normals(batch * total * heads * d)];
+  const q = tensor(random.normals(batch * 4 * d), [batch, 4, 1, d]);
+  const outputs: Tensor[][] = [];
+  for (const magnitude of [0, 1, 1e6]) {
+    const filled = [k, v].map((x) =>
+      tensor(
+        x.map((value, i) => (counts[Math.floor(i / (heads * d))] ? value : magnitude * Math.sin(i))),
+        [batch, total, heads, d],
+      ),
+    ) as [Tensor, Tensor];
+    const part = (start: number, end: number) =>
+      filled.map((x) => slice(x, 1, start, end)) as unknown as readonly [Tensor, Tensor];
+    const maskOf = (start: number, end: number) =>
+      tensor(
+        Uint8Array.from({ length: batch * (end - start) }, (_, i) => {
+          const length = end - start;
+          return Number(counts[Math.floor(i / length) * total + start + (i % length)]);
+        }),
+        [batch, end - start],
+      );
+    const { backend, kernel } = target;
+    const cache = await prepareKeyValue(...part(0, steps[0]), {
+      ...{ backend, kernel, tensorLayout: 'NHD' },
+      keyMask: maskOf(0, steps[0]),
+    });
+    const own: Tensor[] = [];
+    try {
+      let held: number = steps[0];
+      for (const step of steps.slice(1)) {
+        await cache.append(...part(held, held + step), { keyMask: maskOf(held, held + step) });
+        held += step;
+        const mask = maskOf(0, held);
+        own.push(
+          await cache.attend(q, { attnMask: { ...mask, shape: [batch, 1, 1, held], strides: [held, 0, 0, 1] } }),
+        );
+      }
+    } finally {
+      cache.dispose();
+    }
+    outputs.push(own);
+  }
+  const [first, ...others] = outputs as [Tensor[], ...Tensor[][]];
+  for (const own of others) {
+    own.forEach((output, i) => {
+      check(sameBits(output, first[i] as Tensor), () => `padding of another size changes what step ${i + 1} gives`);
+    });
+  }
 }
 
 /** Every test of the suite for one target. */

@@ -1,13 +1,15 @@
 /**
- * What a row may not see must not change it: garbage behind masks and outside of bands, padding, later tokens, other documents,
- * however large; and the ends of the ranges of what changes scores (softcap, masks that are not a number).
+ * What a row may not see must not change it: garbage behind masks and outside of bands, padding, later tokens, other
+ * documents, however large; and the ends of the ranges of what changes scores (softcap, masks that are not a number).
  */
 import { contiguousStrides, type Tensor, tensor } from '../../src/tensor/tensor.ts';
 import type { Random } from '../support/random.ts';
 import { place } from '../support/tensors.ts';
 import { type ConformanceCase, type Dense, dense, NORMAL_MAX, varlen } from './cases.ts';
 
-/** Kinds of fault, one a group. A target names those that are a limit of its kernels in `exceptions`, with the reason. */
+/**
+ * Kinds of fault, one a group. A target names those that are a limit of its kernels in `exceptions`, with the reason.
+ */
 export type VisibilityGroup =
   | 'hidden keys'
   | 'padding'
@@ -16,6 +18,7 @@ export type VisibilityGroup =
   | 'documents'
   | 'heads of a group'
   | 'cache'
+  | 'cache padding'
   | 'softcap'
   | 'mask not a number';
 
@@ -307,6 +310,27 @@ const firstTokens = (view: Tensor, tokens: number, change: (value: number, chann
   const [, , heads, dim] = view.shape as [number, number, number, number];
   for (let i = 0; i < tokens * heads * dim; i++) view.data[i] = change(view.data[i] as number, i % dim);
 };
+
+/** Batches whose padding a cache is told of, and every query hides. `isToken`: whether a token is none of it. */
+export const CACHE_PADDING: readonly {
+  readonly name: string;
+  readonly steps: readonly number[];
+  readonly magnitude: number;
+  readonly isToken: (batch: number, token: number) => boolean;
+}[] = [30, 1000, Number.NaN].flatMap((magnitude) => [
+  {
+    name: `a prompt padded on the left with ${magnitude}`,
+    steps: [40, 1, 99],
+    magnitude,
+    isToken: (batch, token) => token >= 9 * (batch + 1),
+  },
+  {
+    name: `a prompt and an append padded on the right with ${magnitude}, one token between them`,
+    steps: [40, 1, 129],
+    magnitude,
+    isToken: (batch, token) => (token < 40 ? token < 33 - 2 * batch : token < 150 + batch),
+  },
+]);
 
 /** Caches that begin with tokens unlike all that are appended. */
 export const CACHE_EDITS: readonly {

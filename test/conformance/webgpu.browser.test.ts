@@ -1,4 +1,6 @@
-/** The suite in a browser, so that what browsers load is what is tested: one whole family on Chromium's software GPU. */
+/**
+ * The suite in a browser, so that what browsers load is what is tested: one whole family on Chromium's software GPU.
+ */
 import { afterAll, beforeAll, describe, expect, it } from 'vitest';
 import { setBackend } from '../../src/backends/registry.ts';
 import { createWebgpuBackend, type WebgpuBackend } from '../../src/backends/webgpu/index.ts';

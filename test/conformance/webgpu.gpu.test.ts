@@ -1,6 +1,6 @@
 /**
- * The suite on a software GPU: the whole of it for one family, and for the others what their own code decides. The vitest
- * project names the driver; a driver that is missing is a named failure in CI.
+ * The suite on a software GPU: the whole of it for one family, and for the others what their own code decides. The
+ * vitest project names the driver; a driver that is missing is a named failure in CI.
  */
 import { afterAll, beforeAll, describe, expect } from 'vitest';
 import { setBackend } from '../../src/backends/registry.ts';

@@ -14,10 +14,13 @@ export interface Consumer {
   readonly run:
     | { readonly command: readonly string[] }
     | {
+        /** It is opened as it is, isolated from other origins (so that threads share memory), and under {@link STRICT_POLICY}. */
         readonly page: string;
-        /** Content-Security-Policy of every answer. */
-        readonly policy?: string;
+        /** Nothing of it needs what the policy forbids, so nothing may be reported. Default: a `blob:` worker is tried. */
+        readonly withinPolicy?: boolean;
       }
+    /** A folder of an extension whose background sets `globalThis.result`. */
+    | { readonly extension: string }
     /** A server, started by this command with its port as the last argument, each of whose pages says `DONE`. */
     | { readonly server: readonly string[]; readonly pages: readonly string[] };
   /** Runtimes of scripts/runtimes.ts that commands name. */
@@ -50,6 +53,37 @@ attend().then((text) => {
   document.title = String(error?.stack ?? error);
 });
 `;
+/** For workers that may not use `import()`. */
+const EMBEDDED = `import { setBackend } from 'sageattention';
+import { createWasmBackend } from 'sageattention/wasm/embedded';
+${MODULE.replace('export async function attend() {', 'export async function attend() {\n  await setBackend(createWasmBackend());')}`;
+/** A worker that answers each message. */
+const ANSWER = `
+addEventListener('message', ({ data, source }) => {
+  attend().catch(String).then((text) => source.postMessage({ id: data, text }));
+});
+`;
+/** The worker with everything in it computes; the other one says what is the matter, which CUDA is not. */
+const SERVICE_WORKER_PAGE = `
+const answerOf = async (file) => {
+  const registration = await navigator.serviceWorker.register(file, { type: 'module', scope: \`./\${file}/\` });
+  const answer = new Promise((resolve) => {
+    navigator.serviceWorker.addEventListener('message', ({ data }) => {
+      if (data.id === file) resolve(data.text);
+    });
+  });
+  navigator.serviceWorker.startMessages();
+  (registration.installing ?? registration.waiting ?? registration.active).postMessage(file);
+  const text = await answer;
+  await registration.unregister();
+  return text;
+};
+(async () => {
+  const lazy = await answerOf('lazy.js');
+  if (!/'wasm'.*service worker.*embedded/.test(lazy) || /cuda/i.test(lazy)) throw new Error(\`of lazy.js: \${lazy}\`);
+  return answerOf('embedded.js');
+})().then((text) => { document.title = text; }, (error) => { document.title = String(error?.stack ?? error); });
+`;
 const html = (script: string, type = 'module') =>
   `<!doctype html><html lang="en"><head><meta charset="utf-8"><title>waiting</title></head><body><script type="${type}" src="${script}"></script></body></html>\n`;
 
@@ -57,9 +91,12 @@ const html = (script: string, type = 'module') =>
 export const STRICT_POLICY =
   "default-src 'none'; script-src 'self' 'wasm-unsafe-eval'; worker-src 'self'; connect-src 'self'; img-src 'self'; style-src 'self'";
 
+/** The compiler with a JavaScript API, and the native one. */
+const TYPESCRIPTS = ['typescript@5.9', 'typescript-native@npm:typescript@7'];
+
 const typescript = (moduleResolution: 'bundler' | 'node16' | 'nodenext'): Consumer => ({
   name: `typescript-${moduleResolution}`,
-  packages: ['typescript@5.9', '@types/node@20'],
+  packages: [...TYPESCRIPTS, '@types/node@20'],
   files: {
     'package.json': '{ "type": "module", "private": true }\n',
     'tsconfig.json': `${JSON.stringify({
@@ -71,6 +108,7 @@ const typescript = (moduleResolution: 'bundler' | 'node16' | 'nodenext'): Consum
         module: moduleResolution === 'bundler' ? 'esnext' : moduleResolution,
         moduleResolution,
         types: ['node'],
+        rootDir: '.',
         outDir: 'out',
       },
       files: ['main.ts'],
@@ -78,16 +116,18 @@ const typescript = (moduleResolution: 'bundler' | 'node16' | 'nodenext'): Consum
     'main.ts': `import { sageattn, tensor, type Tensor } from 'sageattention';
 import 'sageattention/reference';
 import type { SageAttentionOptions } from 'sageattention/onnxruntime';
+import type { attentionReportOf } from 'sageattention/transformers';
 import 'sageattention/wasm';
-const operand = (): Tensor => tensor(new Float32Array(2 * 16 * 32).map(Math.random), [1, 2, 16, 32]);
+const operand = (): Tensor<'float32'> => tensor(new Float32Array(2 * 16 * 32).map(Math.random), [1, 2, 16, 32]);
 const options: SageAttentionOptions = {};
-const output: Tensor = await sageattn(operand(), operand(), operand(), { isCausal: true });
-const values = Array.from(output.data as Float32Array);
-if (Object.keys(options).length > 0) throw new Error('options');
+const reports: ReturnType<typeof attentionReportOf> = [];
+const output = await sageattn(operand(), operand(), operand(), { isCausal: true });
+const values: Float32Array = output.data;
+if (Object.keys(options).length > 0 || reports.length > 0) throw new Error('options');
 console.log(\`sageattention: \${output.shape.join('x')} \${output.dtype} \${values.every(Number.isFinite) ? 'finite' : ''}\`);
 `,
   },
-  commands: [['npx', 'tsc']],
+  commands: ['typescript-native', 'typescript'].map((compiler) => ['node', `node_modules/${compiler}/bin/tsc`]),
   run: { command: ['node', 'out/main.js'] },
 });
 
@@ -98,7 +138,17 @@ const next = (bundler: 'turbopack' | 'webpack'): Consumer => ({
     'package.json': '{ "private": true }\n',
     // Reports of use go to a host that a test must not ask.
     '.env': 'NEXT_TELEMETRY_DISABLED=1\n',
-    'next.config.mjs': 'export default { poweredByHeader: false };\n',
+    // Next.js writes scripts into the page itself; all else is as strict as elsewhere.
+    'next.config.mjs': `export default {
+  poweredByHeader: false,
+  headers: async () => [
+    {
+      source: '/:path*',
+      headers: [{ key: 'Content-Security-Policy', value: ${JSON.stringify(STRICT_POLICY.replace("script-src 'self'", "script-src 'self' 'unsafe-inline'"))} }],
+    },
+  ],
+};
+`,
     'app/layout.jsx':
       'export const metadata = { title: "waiting" };\nexport default function Layout({ children }) {\n  return <html lang="en"><body>{children}</body></html>;\n}\n',
     'app/page.jsx': `'use client';
@@ -161,15 +211,28 @@ export const CONSUMERS: readonly Consumer[] = [
     run: { page: 'dist' },
   },
   {
-    name: 'vite-strict-policy',
+    name: 'vite-worker-file',
     packages: ['vite@8'],
     files: {
       'package.json': '{ "type": "module", "private": true }\n',
       'index.html': html('/main.js'),
-      'main.js': PAGE,
+      'main.js': `import { listBackends, setBackend } from 'sageattention';
+import { createWasmBackend } from 'sageattention/wasm';
+import workerUrl from 'sageattention/wasm/worker?url&no-inline';
+${PAGE.replace(
+  'attend().then(',
+  `setBackend(createWasmBackend({ workerUrl }))
+  .then(attend)
+  .then(async (text) => {
+    const [wasm] = await listBackends(['wasm']);
+    const { threads } = wasm.availability.details;
+    return /worker/.test(threads) && !/forbid/.test(threads) ? text : threads;
+  })
+  .then(`,
+)}`,
     },
     commands: [['npx', 'vite', 'build', '--logLevel', 'warn']],
-    run: { page: 'dist', policy: STRICT_POLICY },
+    run: { page: 'dist', withinPolicy: true },
   },
   {
     name: 'webpack',
@@ -216,6 +279,44 @@ export const CONSUMERS: readonly Consumer[] = [
     },
     commands: [['npx', 'parcel', 'build', 'src/index.html', '--dist-dir', 'dist', '--no-cache', '--log-level', 'warn']],
     run: { page: 'dist' },
+  },
+  {
+    name: 'service-worker',
+    packages: ['esbuild@0.28'],
+    files: {
+      'page.js': SERVICE_WORKER_PAGE,
+      'embedded.js': `${EMBEDDED}${ANSWER}`,
+      'lazy.js': `${MODULE}${ANSWER}`,
+      'dist/index.html': html('page.js'),
+    },
+    commands: [
+      [
+        ...['npx', 'esbuild', 'page.js', 'embedded.js', 'lazy.js', '--bundle', '--format=esm', '--splitting'],
+        ...['--outdir=dist', '--log-level=warning'],
+      ],
+    ],
+    run: { page: 'dist', withinPolicy: true },
+  },
+  {
+    name: 'extension',
+    packages: ['esbuild@0.28'],
+    files: {
+      'background.js': `${EMBEDDED}\nattend().catch(String).then((text) => { globalThis.result = text; });\n`,
+      'dist/manifest.json': `${JSON.stringify({
+        manifest_version: 3,
+        name: 'sageattention',
+        version: '1.0',
+        background: { service_worker: 'background.js', type: 'module' },
+        content_security_policy: { extension_pages: "script-src 'self' 'wasm-unsafe-eval'; object-src 'self'" },
+      })}\n`,
+    },
+    commands: [
+      [
+        ...['npx', 'esbuild', 'background.js', '--bundle', '--format=esm', '--splitting'],
+        ...['--outdir=dist', '--log-level=warning'],
+      ],
+    ],
+    run: { extension: 'dist' },
   },
   next('turbopack'),
   next('webpack'),

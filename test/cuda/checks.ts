@@ -1,7 +1,7 @@
 /**
- * What the CUDA backend promises besides the conformance suite: the same bits every time, graphs equal to direct calls, views
- * and raw pointers equal to copies, offsets beyond 2^31. `main.ts` runs them on a GPU, and unit tests the small ones over
- * the simulator. The backend in question must be the one that `sageattn` uses.
+ * What the CUDA backend promises besides the conformance suite: the same bits every time, graphs equal to direct calls,
+ * views and raw pointers equal to copies, offsets beyond 2^31. `main.ts` runs them on a GPU, and unit tests the small
+ * ones over the simulator. The backend in question must be the one that `sageattn` uses.
  */
 
 import { createProblem } from '../../src/attention/problem.ts';
@@ -147,7 +147,8 @@ async function viewsEqualCopies(
   });
   const [q, k, v] = shifted.map(({ view }) => view) as [CudaTensor, CudaTensor, CudaTensor];
   const unaligned = await sageattn(q, k, v, options);
-  // Other loads may be another route, which groups the rows of Q that share a scale in its own way: as accurate, not the same.
+  // Other loads may be another route, which groups the rows of Q that share a scale in its own way: as accurate, not
+  // the same.
   const hosts = views.map(contiguous) as [Tensor, Tensor, Tensor];
   const inputs = { q: hosts[0], k: hosts[1], v: hosts[2] };
   const exact = attentionExact(createProblem(...hosts, options), inputs).output;

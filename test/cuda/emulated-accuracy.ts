@@ -1,4 +1,7 @@
-/** Prints what each CUDA target's algorithm loses on the conformance suite's ordinary cases: where their bounds come from. */
+/**
+ * Prints what each CUDA target's algorithm loses on the conformance suite's ordinary cases: where their bounds come
+ * from.
+ */
 import { createProblem, createVarlenProblem } from '../../src/attention/problem.ts';
 import { attentionExact } from '../../src/reference/exact.ts';
 import { attentionQuantized } from '../../src/reference/quantized.ts';

@@ -1,7 +1,7 @@
 /**
- * The tests that need an NVIDIA GPU: the conformance suite on every kernel, agreement with the official kernels' outputs,
- * same bits, graphs, large offsets, compute-sanitizer. `npm run test:cuda` builds and runs this; the built program needs Node and
- * koffi only.
+ * The tests that need an NVIDIA GPU: the conformance suite on every kernel, agreement with the official kernels'
+ * outputs, same bits, graphs, large offsets, compute-sanitizer. `npm run test:cuda` builds and runs this; the built
+ * program needs Node and koffi only.
  *
  *     node test-cuda.mjs [--only TEXT] [--jobs PROCESSES]
  *

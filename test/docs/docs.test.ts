@@ -1,4 +1,6 @@
-/** The documentation: its samples compile and run, its tables are what the results say, its pages link to what exists. */
+/**
+ * The documentation: its samples compile and run, its tables are what the results say, its pages link to what exists.
+ */
 import { spawnSync } from 'node:child_process';
 import { existsSync, mkdtempSync, readdirSync, readFileSync, rmSync, symlinkSync, writeFileSync } from 'node:fs';
 import { tmpdir } from 'node:os';
@@ -21,8 +23,8 @@ interface Sample {
 }
 
 /**
- * Every TypeScript block of a page. One behind `<!-- sample: compile only ... -->` is not run; further lines of that comment
- * stand before it, for what the text around it declares.
+ * Every TypeScript block of a page. One behind `<!-- sample: compile only ... -->` is not run; further lines of that
+ * comment stand before it, for what the text around it declares.
  */
 function samplesOf(file: string): Sample[] {
   const text = readFileSync(path.join(ROOT, file), 'utf8');

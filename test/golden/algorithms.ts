@@ -39,7 +39,8 @@ export function goldenAlgorithm(output: string, headDim: number): QuantizedAlgor
         ...int8(granularity, kernel.endsWith('sm90') ? TILINGS.sm90 : TILINGS.sm80, accum),
         pvFormat: 'fp8',
         pFp8Max: 2 ** 8.807,
-        // On the H200 that made these files only wgmma runs on the FP8 unit; there 'fp32' and 'fp32+fp32' of mma give the same sums.
+        // On the H200 that made these files only wgmma runs on the FP8 unit; there 'fp32' and 'fp32+fp32' of mma give
+        // the same sums.
         fp8AccumulatorBits: kernel.endsWith('sm90') ? 13 : 23,
         vMax: accum === 'fp32+fp16' ? V_FP8_MAX.fp16Accumulator : V_FP8_MAX.default,
       };

@@ -1,6 +1,6 @@
 /**
- * The official kernels' results (SageAttention 2.2.0 on an H200): inputs, quantized tensors, scales, outputs, and an exact
- * result. Names: `q k v k_mean`, `<scheme>.{q_int8,q_scale,k_int8,k_scale}`, `v_fp8_<vmax>.{v_fp8,v_scale}`,
+ * The official kernels' results (SageAttention 2.2.0 on an H200): inputs, quantized tensors, scales, outputs, and an
+ * exact result. Names: `q k v k_mean`, `<scheme>.{q_int8,q_scale,k_int8,k_scale}`, `v_fp8_<vmax>.{v_fp8,v_scale}`,
  * `out.<kernel>[.<gran>][.<accum>]`, `exact.{o,lse}`.
  */
 import { readFileSync } from 'node:fs';

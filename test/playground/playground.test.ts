@@ -1,6 +1,6 @@
 /**
- * The playground, driven in a real browser: every section, in light and dark, with WebGPU on a software driver and without
- * WebGPU. Pictures are checked for what they show, not for their pixels.
+ * The playground, driven in a real browser: every section, in light and dark, with WebGPU on a software driver and
+ * without WebGPU. Pictures are checked for what they show, not for their pixels.
  */
 import { mkdtempSync, readdirSync, readFileSync, rmSync } from 'node:fs';
 import { createServer, type Server } from 'node:http';

@@ -1,6 +1,7 @@
 /**
- * The conformance suite as a program for any runtime (Deno, Bun), which `runtimes.test.ts` bundles and runs there: the first
- * argument names the backend, further ones are texts that names of tests must contain. Prints a JSON line for each test.
+ * The conformance suite as a program for any runtime (Deno, Bun), which `runtimes.test.ts` bundles and runs there: the
+ * first argument names the backend, further ones are texts that names of tests must contain. Prints a JSON line for
+ * each test.
  */
 import { setBackend } from '../../src/backends/registry.ts';
 import { createWasmBackend } from '../../src/backends/wasm/index.ts';

@@ -1,6 +1,6 @@
 /**
- * The package in Deno and Bun: the whole conformance suite on WebAssembly with worker threads, and a slice on WebGPU in Deno,
- * whose WGSL compiler is naga (Firefox's), where Dawn's is Tint (Chrome's).
+ * The package in Deno and Bun: the whole conformance suite on WebAssembly with worker threads, and a slice on WebGPU in
+ * Deno, whose WGSL compiler is naga (Firefox's), where Dawn's is Tint (Chrome's).
  */
 import { spawn } from 'node:child_process';
 import { mkdtemp, rm } from 'node:fs/promises';

@@ -1,7 +1,7 @@
 /** A Chromium for tests that need a browser: one that is installed, or Debian's where this process may install it. */
 
 import { existsSync } from 'node:fs';
-import { type Browser, chromium } from 'playwright-core';
+import { type Browser, type BrowserContext, chromium } from 'playwright-core';
 import { CHROMIUM, ensureSoftwareGpu } from '../../scripts/software-gpu.ts';
 import { messageOf } from '../../src/errors.ts';
 
@@ -29,22 +29,32 @@ export function missingChromium(): string | undefined {
   }
 }
 
+const ARGUMENTS = [
+  '--headless=new',
+  '--no-sandbox',
+  '--no-first-run',
+  '--disable-background-networking',
+  '--disable-component-update',
+  '--disable-default-apps',
+  '--disable-sync',
+];
+const NO_WEBGPU = '--disable-features=WebGPU,WebGPUService';
+
 /** `software`: WebGPU on SwiftShader; `none`: no WebGPU at all. */
 export function launchChromium(webgpu: 'software' | 'none'): Promise<Browser> {
   if (executable === undefined) throw new Error('no Chromium');
+  const software = ['--enable-unsafe-webgpu', '--use-webgpu-adapter=swiftshader'];
   return chromium.launch({
     executablePath: executable,
-    args: [
-      '--headless=new',
-      '--no-sandbox',
-      '--no-first-run',
-      '--disable-background-networking',
-      '--disable-component-update',
-      '--disable-default-apps',
-      '--disable-sync',
-      ...(webgpu === 'software'
-        ? ['--enable-unsafe-webgpu', '--use-webgpu-adapter=swiftshader']
-        : ['--disable-features=WebGPU,WebGPUService']),
-    ],
+    args: [...ARGUMENTS, ...(webgpu === 'software' ? software : [NO_WEBGPU])],
+  });
+}
+
+/** A Chromium of its own with an unpacked extension. */
+export function launchWithExtension(folder: string): Promise<BrowserContext> {
+  if (executable === undefined) throw new Error('no Chromium');
+  return chromium.launchPersistentContext('', {
+    executablePath: executable,
+    args: [...ARGUMENTS, NO_WEBGPU, `--disable-extensions-except=${folder}`, `--load-extension=${folder}`],
   });
 }

@@ -29,7 +29,10 @@ function attention(g: GraphBuilder, q: string, kT: string, v: string, headDim: n
   return g.op('MatMul', [g.op('Softmax', [masked], { axis: -1 }), v]);
 }
 
-/** `[B,L,width]` attended to itself: projections packed into one, and attention in single operators, as timm is exported. */
+/**
+ * `[B,L,width]` attended to itself: projections packed into one, and attention in single operators, as timm is
+ * exported.
+ */
 function packedAttention(g: GraphBuilder, x: string, { heads, headDim }: TransformerSize): string {
   const width = heads * headDim;
   const packed = g.op('Reshape', [g.linear(x, width, 3 * width), g.ints([0, 0, 3, heads, headDim])]);
@@ -80,7 +83,8 @@ export function buildDiT(g: GraphBuilder, size: TransformerSize, spelling: Atten
 
 /**
  * A decoder with grouped key heads and a cache: inputs `x` `[batch,length,width]`, `mask` `[batch,1,length,total]`
- * (additive), `past_key.i` and `past_value.i` `[batch,kvHeads,past,headDim]`; outputs `y`, `present_key.i`, `present_value.i`.
+ * (additive), `past_key.i` and `past_value.i` `[batch,kvHeads,past,headDim]`; outputs `y`, `present_key.i`,
+ * `present_value.i`.
  */
 export function buildDecoder(g: GraphBuilder, size: TransformerSize, kvHeads: number): void {
   const { heads, headDim, blocks } = size;

@@ -1,6 +1,7 @@
 /**
- * A part of many like tests, for a run by hand: where each takes seconds (simulated kernels, software GPUs), `npm test` without
- * `CI` runs those that the run's seed picks, and over time all. `SAGEATTENTION_TESTS=sample` asks for it; all run otherwise.
+ * A part of many like tests, for a run by hand: where each takes seconds (simulated kernels, software GPUs), `npm test`
+ * without `CI` runs those that the run's seed picks, and over time all. `SAGEATTENTION_TESTS=sample` asks for it; all
+ * run otherwise.
  */
 
 /** A number in [0, 1) from a seed and a text (FNV-1a, then a finalizer that spreads its bits). */

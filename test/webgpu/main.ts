@@ -1,6 +1,6 @@
 /**
- * The conformance suite on the GPU of this machine, in plain Node: every family that the device offers, whole, and every
- * variant of its tables on a few tests.
+ * The conformance suite on the GPU of this machine, in plain Node: every family that the device offers, whole, and
+ * every variant of its tables on a few tests.
  *
  *     npx tsx scripts/gpu-programs.ts && node .gpu/programs/test-webgpu.mjs [FAMILY...]
  */
@@ -84,7 +84,8 @@ for (const family of FAMILIES.filter(
 if (offered.includes('matrix') && (asked.length === 0 || asked.includes('matrix'))) {
   const halves = { ...WEBGPU_TARGET, options: { pvAccumDtype: 'fp16' as const }, relativeL1: 0.03 };
   await run({ family: 'matrix' }, 'matrix, float16 sums', VARIANT_TESTS, halves);
-  // Where a thread's place is its index, all offsets and strides are constants and drivers read matrices 16 bytes at a time.
+  // Where a thread's place is its index, all offsets and strides are constants and drivers read matrices 16 bytes at a
+  // time.
   const constant = { family: 'matrix', capabilities: { subgroupId: false } } as const;
   await run(constant, 'matrix, constant offsets', VARIANT_TESTS);
 }

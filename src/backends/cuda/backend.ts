@@ -11,8 +11,8 @@ import type {
   BackwardSupport,
   KernelChoice,
   KernelDescriptor,
+  KeyValueContext,
   PreparedKeyValue,
-  RunContext,
 } from '../backend.ts';
 import { CudaBackwardPlan } from './backward-plan.ts';
 import { type Cuda, type CudaDevice, openCuda } from './driver/device.ts';
@@ -191,7 +191,7 @@ export class CudaBackend implements Backend {
     kernel: KernelChoice,
     k: TensorView,
     v: TensorView,
-    context: RunContext,
+    context: KeyValueContext,
   ): Promise<PreparedKeyValue> {
     const device = await this.device(problem);
     const prepared = new CudaKeyValue(device, kernel, this.#planner, factsOf(device, kernel), problem);

@@ -17,8 +17,8 @@ export type CaptureOptions = Omit<AttentionOptions, 'attnMask' | 'backend' | 'si
 const TAKEN = OPTION_NAMES.filter((name) => !['attnMask', 'backend', 'signal', 'stream'].includes(name));
 
 /**
- * Captures attention over these tensors into a CUDA graph. Each `launch` of the result replays quantization and attention
- * over what the tensors hold by then, with one call of the driver and the same bits as `sageattn`.
+ * Captures attention over these tensors into a CUDA graph. Each `launch` of the result replays quantization and
+ * attention over what the tensors hold by then, with one call of the driver and the same bits as `sageattn`.
  *
  * @throws as `sageattn`
  */

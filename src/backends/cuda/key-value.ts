@@ -1,9 +1,10 @@
 /** Keys and values that stay on a device, quantized once and appended to. */
 import { attentionOutputs } from '../../attention/outputs.ts';
 import type { AttentionProblem } from '../../attention/problem.ts';
+import { UnsupportedOptionError } from '../../errors.ts';
 import { BYTES_PER_ELEMENT } from '../../tensor/dtype.ts';
 import { type OperandLayout, type Tensor, type TensorView, transpose } from '../../tensor/tensor.ts';
-import type { AttentionOutputs, KernelChoice, PreparedKeyValue, RunContext } from '../backend.ts';
+import type { AttentionOutputs, KernelChoice, KeyValueContext, PreparedKeyValue, RunContext } from '../backend.ts';
 import { CU_MEMORYTYPE_DEVICE, STRUCTS } from './driver/api.ts';
 import type { CudaDevice } from './driver/device.ts';
 import type { DeviceMemory } from './driver/memory.ts';
@@ -165,9 +166,9 @@ const SETTLED_MEAN = 512;
 const TILE = 128;
 
 /**
- * Keys and values of one call, as they came and quantized. An append quantizes the tiles that it touches, with the means of
- * before: any constant vector serves for smoothing. V in FP8 is quantized anew where its scales are those of whole channels, not
- * where its tiles have their own.
+ * Keys and values of one call, as they came and quantized. An append quantizes the tiles that it touches, with the
+ * means of before: any constant vector serves for smoothing. V in FP8 is quantized anew where its scales are those of
+ * whole channels, not where its tiles have their own.
  */
 export class CudaKeyValue implements PreparedKeyValue {
   readonly #device: CudaDevice;
@@ -203,8 +204,11 @@ export class CudaKeyValue implements PreparedKeyValue {
     return this.#length;
   }
 
-  async append(k: TensorView, v: TensorView, problem: AttentionProblem, context: RunContext): Promise<void> {
+  async append(k: TensorView, v: TensorView, problem: AttentionProblem, context: KeyValueContext): Promise<void> {
     context.signal?.throwIfAborted();
+    if (context.keyMask !== undefined) {
+      throw new UnsupportedOptionError(this.#choice.descriptor.name, 'options.keyMask', 'none here', 'a mask');
+    }
     const device = this.#device;
     const given = streamOf(device, context.stream);
     // What is kept lives on the device's own stream; a caller's stream may be gone before it.

@@ -581,6 +581,18 @@ describe('prepared keys and values', () => {
     expect(fake.liveAllocations).toBe(5);
   });
 
+  it('refuse a mask of their tokens, which they do not honour', async () => {
+    const { backend, device } = setup;
+    const view = upload(place(new Float32Array(64), [1, 1, 8, 8], 'float32'), device);
+    const problem = createProblem(view, view, view, {});
+    const refused = { code: 'unsupported-option', argument: 'options.keyMask' };
+    const context = { keyMask: upload(tensor(new Uint8Array(8).fill(1), [1, 8]), device) };
+    await expect(backend.prepareKeyValue(problem, CHOICE, view, view, context)).rejects.toMatchObject(refused);
+    const prepared = await backend.prepareKeyValue(problem, CHOICE, view, view, {});
+    await expect(prepared.append(view, view, problem, context)).rejects.toMatchObject(refused);
+    prepared.dispose();
+  });
+
   it('of several heads and gapped rows are copied row by row', async () => {
     const { fake, backend, device } = setup;
     const numbers = Float32Array.from({ length: 2 * 3 * 5 * 4 }, (_, i) => i);

@@ -21,8 +21,8 @@ import { requireByteLength } from './driver/pool.ts';
 import type { CudaStream } from './driver/stream.ts';
 
 /**
- * A strided view of device memory. Views made of it (`transpose`, `slice`) share the memory: disposing any of them frees it
- * for all.
+ * A strided view of device memory. Views made of it (`transpose`, `slice`) share the memory: disposing any of them
+ * frees it for all.
  */
 export interface CudaTensor extends TensorView {
   readonly location: 'cuda';
@@ -196,8 +196,8 @@ export function upload(source: Tensor, device: CudaDevice, { stream = device.str
 }
 
 /**
- * {@link upload} without waiting. The source must not change until `done` resolves to it; calls on the same stream may use the
- * tensor at once. From a tensor over a `PinnedBuffer` the copy runs beside the program.
+ * {@link upload} without waiting. The source must not change until `done` resolves to it; calls on the same stream may
+ * use the tensor at once. From a tensor over a `PinnedBuffer` the copy runs beside the program.
  */
 export function uploadAsync(
   source: Tensor,
@@ -255,9 +255,9 @@ export function download(source: CudaTensor, options: StreamOption = {}): Tensor
 }
 
 /**
- * {@link download} without blocking. Option `into` is page-locked memory of at least the tensor's size: the copy then runs
- * beside the program, and the result lies in it. Without it the thread stands still for the copy itself, though not for the
- * work before it.
+ * {@link download} without blocking. Option `into` is page-locked memory of at least the tensor's size: the copy then
+ * runs beside the program, and the result lies in it. Without it the thread stands still for the copy itself, though
+ * not for the work before it.
  */
 export async function downloadAsync(
   source: CudaTensor,

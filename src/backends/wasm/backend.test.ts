@@ -48,7 +48,9 @@ async function run(on: WasmBackend, inputs: Inputs, context: RunContext = {}, op
 const errorOf = (inputs: Inputs, output: Float32Array) =>
   compare(output, attentionExact(createProblem(inputs.q, inputs.k, inputs.v, {}), inputs).output).relativeL1;
 
-/** A call of minutes: every query is one token, every key another, read again and again. No test lives to see its end. */
+/**
+ * A call of minutes: every query is one token, every key another, read again and again. No test lives to see its end.
+ */
 function endlessInputs(): Inputs {
   const q = tensor(random.normals(8), [1, 1, 2 ** 19, 8], { strides: [0, 0, 0, 1] });
   const kv = tensor(random.normals(8), [1, 1, 2 ** 18, 8], { strides: [0, 0, 0, 1] });

@@ -14,10 +14,11 @@ import type {
   BackwardSupport,
   KernelChoice,
   KernelDescriptor,
+  KeyValueContext,
   Plan,
   PreparedKeyValue,
-  RunContext,
 } from '../backend.ts';
+import { unavailable } from '../load-code.ts';
 import { backwardCall } from './backward.ts';
 import { arithmeticOf, wholeCall } from './calls.ts';
 import { createExecutor, type ExecutorKind } from './executor.ts';
@@ -36,8 +37,8 @@ export interface WasmBackendOptions {
   readonly simd?: 'auto' | Simd;
   /**
    * Address of the workers' program in browsers, the file `sageattention/wasm/worker` of this package: for pages whose
-   * Content-Security-Policy allows workers of their own origin but not `blob:`, which is the default. Where no worker can be
-   * started, calls run on the calling thread.
+   * Content-Security-Policy allows workers of their own origin but not `blob:`, which is the default. Where no worker
+   * can be started, calls run on the calling thread.
    */
   readonly workerUrl?: string | URL;
 }
@@ -83,7 +84,11 @@ class WasmBackendImplementation implements WasmBackend {
     if (typeof WebAssembly !== 'object') {
       throw new BackendUnavailableError('wasm', 'there is no WebAssembly here', 'Use Node 20 or a current browser');
     }
-    this.#module ??= loadModule(this.#simd, this.#sources);
+    this.#module ??= loadModule(this.#simd, this.#sources).catch((error: unknown) => {
+      // Code that a host did not serve may come the next time.
+      this.#module = undefined;
+      throw error;
+    });
     const { module, simd, relaxed } = await this.#module;
     const kind = this.#kind;
     const executor = await createExecutor(module, { threads: this.#threads, workerUrl: this.#workerUrl, kind });
@@ -140,14 +145,7 @@ class WasmBackendImplementation implements WasmBackend {
         },
       };
     } catch (error) {
-      const { received, expected } = error instanceof BackendUnavailableError ? error : {};
-      return {
-        available: false,
-        accelerated: false,
-        reason: received ?? String(error),
-        ...(expected === undefined ? {} : { remedy: expected }),
-        details: {},
-      };
+      return unavailable(error);
     }
   }
 
@@ -203,13 +201,14 @@ class WasmBackendImplementation implements WasmBackend {
     kernel: KernelChoice,
     k: TensorView,
     v: TensorView,
-    context: RunContext,
+    context: KeyValueContext,
   ): Promise<PreparedKeyValue> {
     const ready = this.#ready();
-    const operands = ready === undefined ? ownInputs({ k, v }) : { k, v };
+    const given = { k, v, keyMask: context.keyMask };
+    const { keyMask, ...operands } = ready === undefined ? ownInputs(given) : given;
     const prepared = new WasmKeyValue(ready ?? (await this.#current()), problem, kernel);
     try {
-      await prepared.append(operands.k, operands.v, problem, context);
+      await prepared.append(operands.k, operands.v, problem, keyMask === undefined ? context : { ...context, keyMask });
     } catch (error) {
       prepared.dispose();
       throw error;
@@ -234,8 +233,8 @@ class WasmBackendImplementation implements WasmBackend {
 }
 
 /**
- * A WASM backend. `sageattn` uses one of default options by itself; give this one to `setBackend`, or use it directly, to
- * choose threads or SIMD.
+ * A WASM backend. `sageattn` uses one of default options by itself; give this one to `setBackend`, or use it directly,
+ * to choose threads or SIMD.
  *
  * @throws {InvalidArgumentError} `invalid-option` or `unknown-option`
  */

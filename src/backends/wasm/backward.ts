@@ -211,7 +211,7 @@ export function backwardCall(
       const { addressOf, finish } = allocateMade<BackwardOutputs>(runtime, lease, specs);
       const scores = placeScoreGradient(runtime, lease, problem);
       const addresses = {
-        ...{ tail: 0, keyTail: 0 },
+        ...{ tail: 0, keyTail: 0, tailSeen: 0 },
         q: placed(lease, staged.inputs.q),
         k: placed(lease, staged.inputs.k),
         v: placed(lease, staged.inputs.v),

@@ -90,7 +90,9 @@ export function extentOf(problem: AttentionProblem, tokens: 'queryLength' | 'key
   return { batch: 1, tokens: starts[batch] as number };
 }
 
-/** A call's inputs as bytes: views of the caller's data where possible, which hold only while the call is being made. */
+/**
+ * A call's inputs as bytes: views of the caller's data where possible, which hold only while the call is being made.
+ */
 export interface StagedInputs {
   readonly q: Staged<OperandLayout>;
   readonly k?: Staged<OperandLayout>;
@@ -168,7 +170,7 @@ export function attendCall(
     const { addresses: made, finish } = allocateOutputs(runtime, lease, problem);
     const address = lease.allocate(recordBytes(records.length, units.length));
     const addresses = {
-      ...{ ...made, k: 0, v: 0, tail: 0, keyTail: 0, tiles, means },
+      ...{ ...made, k: 0, v: 0, tail: 0, keyTail: 0, tailSeen: 0, tiles, means },
       mask: placed(lease, staged.mask),
       q: placed(lease, staged.q),
     };
@@ -197,7 +199,7 @@ export function wholeCall(
     const tiles = sequences.reduce((sum, sequence) => sum + sequence.tiles, 0) * kvHeads;
     const { addresses: made, finish } = allocateOutputs(runtime, lease, problem);
     const addresses = {
-      ...{ ...made, tail: 0, keyTail: 0 },
+      ...{ ...made, tail: 0, keyTail: 0, tailSeen: 0 },
       mask: placed(lease, staged.mask),
       q: placed(lease, staged.q),
       k: placed(lease, staged.k),

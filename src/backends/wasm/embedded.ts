@@ -1,7 +1,7 @@
 /// <reference lib="esnext.disposable" preserve="true" />
 /**
- * `sageattention/wasm/embedded`: a WASM backend whose kernels are imported with it, for service workers (and extensions, whose
- * background is one), where `import()` is not allowed.
+ * `sageattention/wasm/embedded`: a WASM backend whose kernels are imported with it, for service workers (and
+ * extensions, whose background is one), where `import()` is not allowed.
  */
 import { createWasmBackendOn, type WasmBackend, type WasmBackendOptions } from './backend.ts';
 import * as relaxed from './generated/relaxed.ts';

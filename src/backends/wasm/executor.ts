@@ -1,6 +1,6 @@
 /**
- * Who runs the kernels: worker threads over one shared memory, one worker with a memory of its own where memory cannot be
- * shared, or this thread where there are no workers.
+ * Who runs the kernels: worker threads over one shared memory, one worker with a memory of its own where memory cannot
+ * be shared, or this thread where there are no workers.
  */
 import { ExecutionError, messageOf } from '../../errors.ts';
 import { JOB_ABORT } from './generated/fields.ts';
@@ -37,8 +37,8 @@ export interface Executor {
   /** Copies inside the memory, before calls that follow. */
   copy(from: number, to: number, length: number): void;
   /**
-   * Why it takes no more calls: it was disposed, or its memory went with the worker that died. What was written is gone then,
-   * and whatever needs it throws this. Undefined while it works.
+   * Why it takes no more calls: it was disposed, or its memory went with the worker that died. What was written is gone
+   * then, and whatever needs it throws this. Undefined while it works.
    */
   readonly ended: ExecutionError | undefined;
   /**

@@ -1,6 +1,6 @@
 /**
- * The records that kernels read from memory to know their work: 32-bit fields in this order. scripts/build-wasm.ts makes
- * the byte offsets of it that the kernels read by (`generated/fields.ts`); records.ts writes by the same table.
+ * The records that kernels read from memory to know their work: 32-bit fields in this order. scripts/build-wasm.ts
+ * makes the byte offsets of it that the kernels read by (`generated/fields.ts`); records.ts writes by the same table.
  *
  * A call is one job record, one sequence record for each sequence and one unit record for each piece of work that a
  * thread takes at a time. Offsets and strides into tensors count elements.
@@ -14,7 +14,7 @@ export const JOB_FIELDS = [
   'out',
   /** 0: no LSE is wanted. */
   'lse',
-  /** 0: no mask. */
+  /** 0: no mask. Of an append to a cache, whose rows are yet to come: bytes that say which of the tokens added count. */
   'mask',
   /** First tile of quantized keys and values. */
   'tiles',
@@ -55,7 +55,9 @@ export const JOB_FIELDS = [
   'smScale',
   /** float32; 0: none. */
   'softcap',
-  /** 4-byte steps of a packed row of K: 4 channels each, 2 in a build that keeps operands in 16-bit lanes, 1 of float32. */
+  /**
+   * 4-byte steps of a packed row of K: 4 channels each, 2 in a build that keeps operands in 16-bit lanes, 1 of float32.
+   */
   'kSteps',
   /** Dv rounded up to a multiple of 8. */
   'dvPadded',
@@ -70,10 +72,17 @@ export const JOB_FIELDS = [
   'tileVExponents',
   'tileVApart',
   'tileKPlain',
-  /** Means of the tile's keys and values, `[D + DvPadded]` float32, D padded too; they count where TILE_SHIFTED is set. */
+  /**
+   * Means of the tile's keys and values, `[D + DvPadded]` float32, D padded too; they count where TILE_SHIFTED is set.
+   */
   'tileShift',
-  /** Keys of the last, partly filled tile as they came, `[sequences, kvHeads, BLOCK_K, D]` float32, D padded; 0: not kept. */
+  /**
+   * Keys of the last, partly filled tile as they came, `[sequences, kvHeads, BLOCK_K, D]` float32, D padded; 0: not
+   * kept.
+   */
   'keyTail',
+  /** One byte for each token of the last, partly filled tile, `[sequences, kvHeads, BLOCK_K]`: whether it counts, see prepare.ts. */
+  'tailSeen',
   // A backward pass; 0 in others, as all that follow.
   /** Gradient of the output; `out` and `lse` are what the forward pass gave. */
   'dOut',

@@ -1,4 +1,7 @@
-/** What both sides of a call agree on, compiled into the AssemblyScript kernels and the TypeScript around them; see fields.ts too. */
+/**
+ * What both sides of a call agree on, compiled into the AssemblyScript kernels and the TypeScript around them; see
+ * fields.ts too.
+ */
 
 // Tiling.
 

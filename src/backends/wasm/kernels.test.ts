@@ -58,12 +58,15 @@ function normalInputs(heads: number, lq: number, lk: number, d: number, dv: numb
   };
 }
 
-/** The scale of the error that each kernel may have on normal inputs: official FP8 kernels 0.038, FP16 kernels 0.0129. */
+/**
+ * The scale of the error that each kernel may have on normal inputs: official FP8 kernels 0.038, FP16 kernels 0.0129.
+ */
 const BOUNDS = { [INTEGER_KERNEL.name]: 0.03, [ACCURATE_KERNEL.name]: 0.0129 } as Record<string, number>;
 
 /**
- * As in the conformance suite: the logsumexp of a row with one key has the rounding of its one score, about 0.011 for ordinary
- * numbers, up to 0.018 where Q has one bit less. Of a thousand rows the worst is near 0.04 in one run of twenty.
+ * As in the conformance suite: the logsumexp of a row with one key has the rounding of its one score, about 0.011 for
+ * ordinary numbers, up to 0.018 where Q has one bit less. Of a thousand rows the worst is near 0.04 in one run of
+ * twenty.
  */
 const LSE_BOUND = 0.07;
 

@@ -1,15 +1,15 @@
 /** Keys and values held as tiles between calls. */
 
-import type { AttentionProblem } from '../../attention/problem.ts';
+import { type AttentionProblem, keyMaskLayout } from '../../attention/problem.ts';
 import { ExecutionError } from '../../errors.ts';
 import type { TensorView } from '../../tensor/tensor.ts';
-import type { AttentionOutputs, KernelChoice, PreparedKeyValue, RunContext } from '../backend.ts';
+import type { AttentionOutputs, KernelChoice, KeyValueContext, PreparedKeyValue, RunContext } from '../backend.ts';
 import { type Arithmetic, arithmeticOf, attendCall, flagsOf } from './calls.ts';
 import { type TileGeometry, tileGeometry } from './geometry.ts';
 import { BLOCK_K, FLAG_TILE_MEANS } from './job.ts';
 import { jobSettings, prepareUnits, recordBytes, tilesOf, writeRecords } from './records.ts';
 import type { CallParts, Runtime } from './runtime.ts';
-import { keep, PADDING_BYTES, stageOperand } from './staging.ts';
+import { keep, PADDING_BYTES, stageMask, stageOperand } from './staging.ts';
 
 /** Tiles of one head that a cache has room for at least. */
 const LEAST_TILES = 2;
@@ -26,9 +26,10 @@ export class WasmKeyValue implements PreparedKeyValue {
   #tiles = 0;
   readonly #means: number;
   readonly #meanBytes: number;
-  /** Values, then keys, of the last tile while it is partly filled. */
+  /** Values, then keys, of the last tile while it is partly filled, then which of them count. */
   readonly #tail: number;
   readonly #valueTailBytes: number;
+  readonly #keyTailBytes: number;
   readonly #tailBytes: number;
   /** Calls that use the memory; it is freed after the last. */
   #users = 0;
@@ -43,7 +44,8 @@ export class WasmKeyValue implements PreparedKeyValue {
     this.#pairs = problem.batch * problem.kvHeads;
     this.#meanBytes = this.#pairs * (headDimPadded + valueDimPadded) * 4;
     this.#valueTailBytes = this.#pairs * BLOCK_K * valueDimPadded * 4;
-    this.#tailBytes = this.#valueTailBytes + this.#pairs * BLOCK_K * headDimPadded * 4;
+    this.#keyTailBytes = this.#pairs * BLOCK_K * headDimPadded * 4;
+    this.#tailBytes = this.#valueTailBytes + this.#keyTailBytes + this.#pairs * BLOCK_K;
     const { memory } = runtime.executor;
     this.#means = memory.allocate(this.#meanBytes);
     try {
@@ -60,7 +62,10 @@ export class WasmKeyValue implements PreparedKeyValue {
     return this.#length;
   }
 
-  /** Makes room for so many tokens; doubles, so that appending token by token copies each tile a bounded number of times. */
+  /**
+   * Makes room for so many tokens; doubles, so that appending token by token copies each tile a bounded number of
+   * times.
+   */
   #reserve(tokens: number): void {
     const needed = tilesOf(tokens);
     if (needed <= this.#capacity) return;
@@ -108,24 +113,32 @@ export class WasmKeyValue implements PreparedKeyValue {
     }
   }
 
-  #appendCall(k: TensorView, v: TensorView, problem: AttentionProblem): CallParts<void> {
+  #appendCall(
+    k: TensorView,
+    v: TensorView,
+    problem: AttentionProblem,
+    keyMask: TensorView | undefined,
+  ): CallParts<void> {
     const { batch, kvHeads, headDim, valueDim, keyLength: added } = problem;
     const extent = { batch, heads: kvHeads, tokens: added };
     let stagedK = stageOperand('k', k, problem.k, { ...extent, dim: headDim });
     let stagedV = stageOperand('v', v, problem.v, { ...extent, dim: valueDim });
+    let stagedMask = keyMask && stageMask(keyMask, keyMaskLayout(keyMask), [batch, 1, 1, added]);
     return {
       keepInputs: () => {
         stagedK = keep(stagedK);
         stagedV = keep(stagedV);
+        stagedMask &&= keep(stagedMask);
       },
       prepare: (lease) => {
         this.#assertIntact();
         const start = this.#length;
         const end = start + added;
         this.#reserve(end);
-        const layouts = { q: undefined, k: stagedK.layout, v: stagedV.layout, mask: undefined };
+        const layouts = { q: undefined, k: stagedK.layout, v: stagedV.layout, mask: stagedMask?.layout };
         const sequences = Array.from({ length: batch }, (_, i) => ({
-          ...{ q: 0, out: 0, lse: 0, mask: 0, queryLength: 0, lower: 0, upper: 0, partlySeen: false, rowsDiffer: true },
+          ...{ q: 0, out: 0, lse: 0, queryLength: 0, lower: 0, upper: 0, partlySeen: false, rowsDiffer: true },
+          mask: i * (stagedMask?.layout.strides[0] ?? 0),
           k: stagedK.layout.offset + i * stagedK.layout.batchStride,
           v: stagedV.layout.offset + i * stagedV.layout.batchStride,
           keyLength: end,
@@ -140,13 +153,15 @@ export class WasmKeyValue implements PreparedKeyValue {
           address,
           jobSettings(problem, this.#geometry, flags, layouts),
           {
-            ...{ q: 0, out: 0, lse: 0, mask: 0 },
+            ...{ q: 0, out: 0, lse: 0 },
+            mask: stagedMask === undefined ? 0 : lease.place(stagedMask.bytes, PADDING_BYTES),
             k: lease.place(stagedK.bytes, PADDING_BYTES),
             v: lease.place(stagedV.bytes, PADDING_BYTES),
             tiles: this.#tiles,
             means: this.#means,
             tail: this.#tail,
             keyTail: this.#tail + this.#valueTailBytes,
+            tailSeen: this.#tail + this.#valueTailBytes + this.#keyTailBytes,
           },
           sequences,
           units,
@@ -165,7 +180,7 @@ export class WasmKeyValue implements PreparedKeyValue {
   }
 
   /** Adds tokens. It is short and not interrupted half way: what is held would be incomplete. */
-  append(k: TensorView, v: TensorView, problem: AttentionProblem, context: RunContext): Promise<void> {
+  append(k: TensorView, v: TensorView, problem: AttentionProblem, context: KeyValueContext): Promise<void> {
     return this.#use(async () => {
       context.signal?.throwIfAborted();
       const added = problem.keyLength;
@@ -173,7 +188,7 @@ export class WasmKeyValue implements PreparedKeyValue {
         this.#length += added;
         return;
       }
-      const call = this.#appendCall(k, v, problem);
+      const call = this.#appendCall(k, v, problem, context.keyMask);
       try {
         await this.#runtime.run({}, call);
       } catch (error) {

@@ -12,8 +12,8 @@ interface Block {
 }
 
 /**
- * First-fit allocation. The memory grows when nothing free is large enough; it never shrinks (WebAssembly has no way to),
- * but what is freed is used again.
+ * First-fit allocation. The memory grows when nothing free is large enough; it never shrinks (WebAssembly has no way
+ * to), but what is freed is used again.
  */
 export class MemoryPool {
   /** Free ranges by address; neighbours are merged. */

@@ -1,5 +1,6 @@
 /** The compiled kernels, and which of the two builds this engine runs correctly. */
 import { BackendUnavailableError, messageOf } from '../../errors.ts';
+import { loadCode } from '../load-code.ts';
 import type { Simd } from './geometry.ts';
 
 /** What a kernel module exports. `prepare` and `attend` do one unit of a job and return 0 when none is left. */
@@ -18,8 +19,8 @@ export type KernelSources = Readonly<Record<Simd, () => Promise<{ readonly BASE6
 
 /** Each build is loaded when it is needed. */
 const LAZY_SOURCES: KernelSources = {
-  simd128: () => import('./generated/simd128.ts'),
-  relaxed: () => import('./generated/relaxed.ts'),
+  simd128: () => loadCode('wasm', () => import('./generated/simd128.ts')),
+  relaxed: () => loadCode('wasm', () => import('./generated/relaxed.ts')),
 };
 
 function decodeBase64(text: string): Uint8Array<ArrayBuffer> {
@@ -44,9 +45,9 @@ const PROBE_VECTORS = 256;
 const probeMemory = () => new WebAssembly.Memory({ initial: 1, maximum: 1, shared: true });
 
 /**
- * Whether the other relaxed instructions give what the kernels rely on: rounded products of Q15, 0 for byte indices of 0x80,
- * truncation that stays below all 16-bit integers where a float32 does, and a multiply-add that is exact where both ways of
- * rounding are.
+ * Whether the other relaxed instructions give what the kernels rely on: rounded products of Q15, 0 for byte indices of
+ * 0x80, truncation that stays below all 16-bit integers where a float32 does, and a multiply-add that is exact where
+ * both ways of rounding are.
  *
  * @param memory the one that `probeOthers` works on
  */
@@ -88,8 +89,9 @@ export function othersAreExact(probeOthers: KernelExports['probeOthers'], { buff
 }
 
 /**
- * Whether the relaxed instructions compute what the kernels rely on: the dot product the exact sums for a in -128..127 and b in 0..127. Node 20 with
- * `--experimental-wasm-relaxed-simd` accepts the instruction and computes it wrongly, so validation alone says nothing.
+ * Whether the relaxed instructions compute what the kernels rely on: the dot product the exact sums for a in -128..127
+ * and b in 0..127. Node 20 with `--experimental-wasm-relaxed-simd` accepts the instruction and computes it wrongly, so
+ * validation alone says nothing.
  */
 export async function computesExactly(module: WebAssembly.Module): Promise<boolean> {
   const memory = probeMemory();
@@ -144,7 +146,10 @@ export async function loadModule(simd: 'auto' | Simd, sources = LAZY_SOURCES): P
       if (await computesExactly(module)) return { module, simd: 'relaxed', relaxed: 'exact' };
       relaxed = 'the engine accepts the instructions and computes them wrongly';
     } catch (error) {
-      relaxed = `the engine does not accept the instructions (${messageOf(error)})`;
+      relaxed =
+        error instanceof BackendUnavailableError
+          ? (error.received ?? error.message)
+          : `the engine does not accept the instructions (${messageOf(error)})`;
     }
     if (simd === 'relaxed') {
       throw new BackendUnavailableError('wasm', `relaxed SIMD: ${relaxed}`, "Use simd: 'auto' or Node 24");
@@ -156,6 +161,7 @@ export async function loadModule(simd: 'auto' | Simd, sources = LAZY_SOURCES): P
     await instantiate(module, probeMemory());
     return { module, simd: 'simd128', relaxed };
   } catch (error) {
+    if (error instanceof BackendUnavailableError) throw error;
     // Chromium and WebKit name the keyword, Firefox the policy.
     if (/unsafe-eval|content.security.policy|\bcsp\b/i.test(String(error))) {
       throw new BackendUnavailableError(

@@ -24,7 +24,9 @@ const DTYPE_CODES: Readonly<Record<MaskDType, number>> = {
 
 const NOWHERE: OperandLayout = { offset: 0, batchStride: 0, headStride: 0, tokenStride: 0 };
 
-/** 0 means none to the kernels. Scores within 1e-10 of each other weigh the same in float32, so less changes nothing. */
+/**
+ * 0 means none to the kernels. Scores within 1e-10 of each other weigh the same in float32, so less changes nothing.
+ */
 const LEAST_SOFTCAP = 1e-10;
 const LARGEST_SM_SCALE = 3.4e38;
 
@@ -40,6 +42,7 @@ export interface Addresses {
   readonly means: number;
   readonly tail: number;
   readonly keyTail: number;
+  readonly tailSeen: number;
 }
 
 /** What a job says besides addresses. */

@@ -44,7 +44,9 @@ export interface PreparedCall<Result> {
 
 /** What a call is made of. */
 export interface CallParts<Result> {
-  /** Fills the lease; everything it allocates is freed after the call. It may be asked again after it ran out of memory. */
+  /**
+   * Fills the lease; everything it allocates is freed after the call. It may be asked again after it ran out of memory.
+   */
   prepare(lease: Lease): PreparedCall<Result>;
   /** Called where the call must wait: takes copies of what is the caller's. */
   keepInputs(): void;
@@ -134,11 +136,11 @@ export class Runtime {
   }
 
   /**
-   * Makes a call ready and runs it. Inputs are read before this returns, or kept where the call must wait: for others that
-   * came before it, or for memory that they hold.
+   * Makes a call ready and runs it. Inputs are read before this returns, or kept where the call must wait: for others
+   * that came before it, or for memory that they hold.
    *
-   * @returns rejects with the executor's `ended` when it ended before the call's turn came, and with the signal's reason as
-   *   soon as it aborts; the memory is freed when the threads have stopped
+   * @returns rejects with the executor's `ended` when it ended before the call's turn came, and with the signal's
+   *     reason as soon as it aborts; the memory is freed when the threads have stopped
    */
   run<Result>({ signal }: RunContext, parts: CallParts<Result>): Promise<Result> {
     if (signal?.aborted) return Promise.reject(signal.reason);

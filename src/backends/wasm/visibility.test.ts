@@ -1,4 +1,7 @@
-/** No key that a row does not see may cost that row its precision, however large it is; and none that no row sees counts. */
+/**
+ * No key that a row does not see may cost that row its precision, however large it is; and none that no row sees
+ * counts.
+ */
 import { afterAll, describe, expect, test } from 'vitest';
 import { Random, runSeed } from '../../../test/support/random.ts';
 import type { AttentionOptions } from '../../attention/options.ts';

@@ -1,10 +1,10 @@
 /**
- * The program of a worker thread, as text: it needs no file of its own, so it works under bundlers, in Node, Deno and Bun
- * alike. Plain JavaScript.
+ * The program of a worker thread, as text: it needs no file of its own, so it works under bundlers, in Node, Deno and
+ * Bun alike. Plain JavaScript.
  *
- * Messages in: `{ init: { module, memory | pages, limit } }`, then `{ id, stages, scratch, participants }` for a call, and
- * where the memory is the worker's own `{ write, address }`, `{ id, read, address }`, `{ grow }`, `{ copy, from, to }`, `{ abort }`. Out:
- * `{ id, error?, bytes? }`.
+ * Messages in: `{ init: { module, memory | pages, limit } }`, then `{ id, stages, scratch, participants }` for a call,
+ * and where the memory is the worker's own `{ write, address }`, `{ id, read, address }`, `{ grow }`, `{ copy, from, to
+ * }`, `{ abort }`. Out: `{ id, error?, bytes? }`.
  */
 export const WORKER_SOURCE = `
 'use strict';
@@ -12,7 +12,8 @@ const node = globalThis.process?.getBuiltinModule?.('node:worker_threads');
 const port = node?.parentPort ?? globalThis;
 let memory, kernels, shared;
 
-// Every call of a kernel does one unit. Over a memory of its own the worker must listen between units: an abort is a message.
+// Every call of a kernel does one unit. Over a memory of its own the worker must listen between units: an abort is a
+// message.
 const BREATH_MS = 10;
 const pause = () => new Promise((resolve) => setTimeout(resolve));
 

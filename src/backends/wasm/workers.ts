@@ -125,8 +125,8 @@ interface Pending {
 }
 
 /**
- * Workers and their outstanding replies. When a worker dies, the calls that it was running fail. The next call starts new
- * workers, unless the memory went with them.
+ * Workers and their outstanding replies. When a worker dies, the calls that it was running fail. The next call starts
+ * new workers, unless the memory went with them.
  */
 export class WorkerGroup {
   readonly #factory: WorkerFactory;

@@ -1,6 +1,7 @@
 /**
- * No matrix can be loaded or stored misaligned: drivers access matrices 16 bytes at a time, and a misaligned one is a fast wrong
- * answer. Read off all generated code: the lengths of arrays in workgroup memory, and every matrix access's offset and stride.
+ * No matrix can be loaded or stored misaligned: drivers access matrices 16 bytes at a time, and a misaligned one is a
+ * fast wrong answer. Read off all generated code: the lengths of arrays in workgroup memory, and every matrix access's
+ * offset and stride.
  */
 import { describe, expect, it } from 'vitest';
 import { matrixProbeKernel } from './families/matrix-dialect.ts';
@@ -17,7 +18,10 @@ const ELEMENT_BYTES: Readonly<Record<string, number>> = {
 
 const gcd = (a: number, b: number): number => (b === 0 ? a : gcd(b, a % b));
 
-/** The largest number known to divide an expression of `+ - * /`, names and numbers; 0 for zero, which all numbers divide. */
+/**
+ * The largest number known to divide an expression of `+ - * /`, names and numbers; 0 for zero, which all numbers
+ * divide.
+ */
 function divisorOf(text: string): number {
   const tokens = text.match(/[A-Za-z_][\w.]*|\d+u?|[()+\-*/]/g) ?? [];
   let at = 0;

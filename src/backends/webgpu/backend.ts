@@ -10,8 +10,8 @@ import type {
   Backend,
   KernelChoice,
   KernelDescriptor,
+  KeyValueContext,
   PreparedKeyValue,
-  RunContext,
 } from '../backend.ts';
 import { chooseOptions } from '../choice.ts';
 import { matrixText } from './capabilities.ts';
@@ -125,12 +125,14 @@ export class WebgpuBackend implements Backend {
     kernel: KernelChoice,
     k: TensorView,
     v: TensorView,
-    run: RunContext,
+    run: KeyValueContext,
   ): Promise<PreparedKeyValue> {
     return WebgpuKeyValue.create(problem, kernel, () => this.context(), this.#options, k, v, run);
   }
 
-  /** Runs under way end first. Then all memory on the device is freed, and a device that was opened here is destroyed. */
+  /**
+   * Runs under way end first. Then all memory on the device is freed, and a device that was opened here is destroyed.
+   */
   async dispose(): Promise<void> {
     const context = this.#context;
     this.#context = undefined;

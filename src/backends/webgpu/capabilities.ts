@@ -10,8 +10,9 @@ export interface MatrixConfig {
 }
 
 /**
- * What implementations of the extension differ in. `majorness`: whether a load's majorness is a template parameter or an
- * argument. `packedUnit`: whether offsets and strides of 8-bit matrices count the array's 32-bit words or components.
+ * What implementations of the extension differ in. `majorness`: whether a load's majorness is a template parameter or
+ * an argument. `packedUnit`: whether offsets and strides of 8-bit matrices count the array's 32-bit words or
+ * components.
  */
 export interface MatrixDialect {
   readonly majorness: 'template' | 'argument';
@@ -29,7 +30,9 @@ export interface Capabilities {
   readonly subgroupSize: readonly [min: number, max: number];
   /** Subgroup matrix products that shaders may use; empty without the feature. */
   readonly matrixConfigs: readonly MatrixConfig[];
-  /** Products that are listed, but do not come out right in a trial on the device: they are left out of `matrixConfigs`. */
+  /**
+   * Products that are listed, but do not come out right in a trial on the device: they are left out of `matrixConfigs`.
+   */
   readonly wrongMatrices?: readonly MatrixConfig[];
   /** The name under which the device has them. */
   readonly matrixFeature: string | undefined;

@@ -27,8 +27,9 @@ export interface DeviceOptions {
 }
 
 /**
- * Subgroup matrices are behind the first of these toggles in Dawn; without it the family `matrix` is not offered in Node.
- * The second one gives float16 on NVIDIA's Vulkan driver, without which there is neither `shader-f16` nor a float16 matrix.
+ * Subgroup matrices are behind the first of these toggles in Dawn; without it the family `matrix` is not offered in
+ * Node. The second one gives float16 on NVIDIA's Vulkan driver, without which there is neither `shader-f16` nor a
+ * float16 matrix.
  */
 export const DAWN_FLAGS: readonly string[] = ['enable-dawn-features=allow_unsafe_apis,vulkan_enable_f16_on_nvidia'];
 
@@ -105,7 +106,8 @@ export async function openDevice(options: DeviceOptions): Promise<GpuContext> {
 
 /**
  * Subgroup matrices of the adapter that a device came from: Dawn's Node binding lists them in an adapter's information,
- * not in that of its devices. An adapter that is not the caller's is believed if it is called what the device is called.
+ * not in that of its devices. An adapter that is not the caller's is believed if it is called what the device is
+ * called.
  */
 async function listedByAdapter(
   given: GPUAdapter | undefined,
@@ -274,7 +276,8 @@ export class GpuContext {
     try {
       return await Promise.race([promise, this.#loss]);
     } catch (error) {
-      // Work fails in its own words when the device goes, in Chromium before the loss is told; what matters is the loss.
+      // Work fails in its own words when the device goes, in Chromium before the loss is told; what matters is the
+      // loss.
       const told = new Promise((resolve) => setTimeout(resolve, LOSS_IS_TOLD_MS));
       await Promise.race([told, this.#loss.catch(() => {})]);
       throw this.#lost ?? error;

@@ -1,19 +1,20 @@
 /** K and V quantized once and kept on the GPU: attended to many times, appended to in place. */
 
 import { attentionOutputs } from '../../attention/outputs.ts';
-import type { AttentionProblem } from '../../attention/problem.ts';
+import { type AttentionProblem, keyMaskLayout, type MaskLayout } from '../../attention/problem.ts';
 import { ExecutionError } from '../../errors.ts';
 import type { TensorView } from '../../tensor/tensor.ts';
-import type { AttentionOutputs, KernelChoice, PreparedKeyValue, RunContext } from '../backend.ts';
+import type { AttentionOutputs, KernelChoice, KeyValueContext, PreparedKeyValue, RunContext } from '../backend.ts';
 import type { GpuContext } from './device.ts';
 import { type Forced, keyValueLayoutOf } from './families/choose.ts';
 import { padDim, rowVectors } from './kernels/layout.ts';
 import { KEY_BLOCK } from './kernels/prepare.ts';
 import { roundUp } from './kernels/storage.ts';
 import { attentionParts } from './launches/attention.ts';
-import { copyLaunches, rawLayout, rawRowBytes, widenLaunches } from './launches/cache.ts';
+import { copyLaunches, flagLaunches, rawLayout, rawRowBytes, widenLaunches } from './launches/cache.ts';
 import { keyValueBytes, keyValueShapeOf, prepareKeyValueLaunches, statisticsLaunches } from './launches/quantize.ts';
 import { createStages, type KeyValueShape } from './launches/stages.ts';
+import { needsVisibleKeys } from './launches/visible-keys.ts';
 import { checkSizes, Program } from './program.ts';
 import { type DeviceInputs, rebased, runProgram, takeInputs } from './run.ts';
 import { allocate, type Buffers } from './scratch.ts';
@@ -22,13 +23,19 @@ import { allocate, type Buffers } from './scratch.ts';
 const PROGRAMS = 4;
 
 /**
- * Tokens whose mean is good enough to stay. While there are fewer, they are kept as they came beside their quantized rows,
- * and an append quantizes all anew: a cache may begin with a single token that is unlike all others.
+ * Tokens whose mean is good enough to stay. While there are fewer, they are kept as they came beside their quantized
+ * rows, and an append quantizes all anew: a cache may begin with a single token that is unlike all others.
  */
 const SETTLED_MEAN = 512;
 
 /** Buffers whose rows grow with the cache. */
-const ROWS = ['keys', 'values', 'rawKeys', 'rawValues'] as const;
+const ROWS = ['keys', 'values', 'rawKeys', 'rawValues', 'visible'] as const;
+
+/** What is needed only while the mean is not settled. */
+const UNSETTLED = ['rawKeys', 'rawValues', 'visible'] as const;
+
+/** A mask that hides nothing: where some keys held do not count, and none of those added. */
+const NO_MASK: MaskLayout = { kind: 'boolean', dtype: 'bool', offset: 0, strides: [0, 0, 0, 0] };
 
 export class WebgpuKeyValue implements PreparedKeyValue {
   readonly #context: GpuContext;
@@ -38,7 +45,10 @@ export class WebgpuKeyValue implements PreparedKeyValue {
   #capacity = 0;
   #length = 0;
   #shape: KeyValueShape;
-  /** Quantized rows and statistics; rows as they came while the mean is not settled. */
+  /**
+   * Quantized rows and statistics. While the mean is not settled, rows as they came too, and where some do not count, `visible`:
+   * a flag for each key of a sequence.
+   */
   #store: Buffers = {};
   readonly #programs = new Map<string, Program>();
   #disposed = false;
@@ -58,7 +68,7 @@ export class WebgpuKeyValue implements PreparedKeyValue {
     options: Forced,
     k: TensorView,
     v: TensorView,
-    run: RunContext,
+    run: KeyValueContext,
   ): Promise<WebgpuKeyValue> {
     const context = await device();
     const layout = keyValueLayoutOf(context.capabilities, problem, options);
@@ -77,41 +87,54 @@ export class WebgpuKeyValue implements PreparedKeyValue {
   }
 
   /** CPU tensors are read before this returns. */
-  async append(k: TensorView, v: TensorView, problem: AttentionProblem, run: RunContext): Promise<void> {
+  async append(k: TensorView, v: TensorView, problem: AttentionProblem, run: KeyValueContext): Promise<void> {
     this.#check(run);
-    const inputs = takeInputs(this.#context, { k, v });
+    const { keyMask } = run;
+    const inputs = takeInputs(this.#context, { k, v, mask: keyMask });
     try {
-      await this.#context.during(this.#append(inputs, problem));
+      await this.#context.during(this.#append(inputs, problem, keyMask));
     } finally {
       inputs.release();
     }
   }
 
-  async #append(inputs: DeviceInputs, problem: AttentionProblem): Promise<void> {
+  async #append(inputs: DeviceInputs, problem: AttentionProblem, keyMask: TensorView | undefined): Promise<void> {
     const failure = await inputs.outcome;
     if (failure !== undefined) throw failure;
     const first = this.#length;
     const length = first + problem.keyLength;
     const { layout } = this.#shape;
     // A problem over all tokens, of which `problem` describes those from `first` on.
-    const whole: AttentionProblem = { ...rebased(problem), keyLength: length };
+    const all: AttentionProblem = { ...rebased(problem), keyLength: length };
     const unsettled = first < SETTLED_MEAN && this.#keepsRaw(length);
+    const held = this.#store.visible !== undefined;
+    const flagged =
+      (keyMask !== undefined || held) &&
+      needsVisibleKeys({ problem: { ...all, mask: NO_MASK }, keyValue: this.#shape });
+    const whole = flagged ? { ...all, mask: maskOf(keyMask) } : all;
     const shape = unsettled || first === 0 ? shapeOf(this.#context, whole, this.#kernel, layout) : this.#shape;
     // The first tokens of a long prompt settle the mean at once: nothing else is kept.
     const raw = unsettled && (first > 0 || length < SETTLED_MEAN);
-    await this.#reserve(length, shape, raw);
+    await this.#reserve(length, shape, { raw, flagged });
     if (problem.keyLength === 0) return;
-    const programs =
-      raw && first > 0
-        ? [await this.#copy(whole, first), await this.#quantizeRaw(whole)]
-        : [...(raw ? [await this.#copy(whole, first)] : []), await this.#quantize(whole, first)];
+    const steps: Step[] = [];
     try {
-      await this.#submit(programs, inputs);
+      if (flagged) steps.push({ program: await this.#flag(whole, held ? first : 0, first, keyMask !== undefined) });
+      if (raw) steps.push({ program: await this.#copy(whole, first) });
+      if (raw && first > 0) steps.push({ program: await this.#quantizeRaw(whole), readsRaw: true });
+      else steps.push({ program: await this.#quantize(whole, first) });
+      await this.#submit(steps, inputs);
       this.#length = length;
     } finally {
-      for (const program of programs) program.dispose();
+      for (const { program } of steps) program.dispose();
     }
-    if (length >= SETTLED_MEAN) this.#free(['rawKeys', 'rawValues']);
+    if (length >= SETTLED_MEAN || !unsettled) this.#free(UNSETTLED);
+  }
+
+  /** Flags keys `from` to the end of each sequence; those added begin with key `first`. */
+  #flag(whole: AttentionProblem, from: number, first: number, masked: boolean): Promise<Program> {
+    const stages = createStages(whole, this.#context.capabilities, this.#shape, first);
+    return Program.create(this.#context, flagLaunches(stages, from, first, masked), {}, stages.tables.bytes);
   }
 
   /** The rows as they came fit buffers of the device. */
@@ -135,7 +158,10 @@ export class WebgpuKeyValue implements PreparedKeyValue {
     return this.#quantize({ ...whole, k, v }, 0);
   }
 
-  /** Quantizes tokens from `first` on; those before keep their mean, and their values get wider scales where they need them. */
+  /**
+   * Quantizes tokens from `first` on; those before keep their mean, and their values get wider scales where they need
+   * them.
+   */
   #quantize(problem: AttentionProblem, first: number): Promise<Program> {
     const { capabilities } = this.#context;
     const stages = createStages(problem, capabilities, this.#shape, first);
@@ -161,14 +187,13 @@ export class WebgpuKeyValue implements PreparedKeyValue {
     return Program.create(this.#context, launches, scratch, stages.tables.bytes);
   }
 
-  async #submit(programs: readonly Program[], inputs: DeviceInputs): Promise<void> {
+  async #submit(steps: readonly Step[], inputs: DeviceInputs): Promise<void> {
     const { device, scratch } = this.#context;
     const [, outcome] = this.#context.checked(() => {
       const encoder = device.createCommandEncoder({ label: 'sageattention append' });
-      for (const [i, program] of programs.entries()) {
+      for (const { program, readsRaw } of steps) {
         const { rawKeys: k, rawValues: v } = this.#store;
-        // A program after the one that copies reads the copies.
-        const source = i > 0 && this.#length > 0 && k !== undefined && v !== undefined ? { k, v } : inputs.buffers;
+        const source = readsRaw && k !== undefined && v !== undefined ? { k, v } : inputs.buffers;
         program.encode(encoder, { ...scratch.reserve(program.scratch), ...this.#store, ...source });
       }
       device.queue.submit([encoder.finish()]);
@@ -243,9 +268,9 @@ export class WebgpuKeyValue implements PreparedKeyValue {
    * Room for `length` tokens of each sequence: doubled when outgrown, and what is held is copied.
    *
    * @param shape that of the tokens to come, laid end to end
-   * @param raw whether the tokens are kept as they came
+   * @param kept what is needed of the tokens as they came, and of their flags
    */
-  async #reserve(length: number, shape: KeyValueShape, raw: boolean): Promise<void> {
+  async #reserve(length: number, shape: KeyValueShape, kept: { raw: boolean; flagged: boolean }): Promise<void> {
     const held = this.#capacity;
     const capacity =
       length <= held && held > 0 ? held : roundUp(Math.max(length, Math.min(2 * held, 2 * length), 1), KEY_BLOCK);
@@ -256,18 +281,22 @@ export class WebgpuKeyValue implements PreparedKeyValue {
       keyRows: Array.from({ length: sequences }, (_, i) => i * capacity),
     };
     const { keys, values, partials } = keyValueBytes(next);
-    const rows = next.kvHeads * next.rowsPerHead;
     const rowBytes = {
       keys: rowVectors(padDim(next.headDim)) * 16,
       values: padDim(next.valueDim) * 2,
       ...rawRowBytes(next),
+      visible: 4,
     };
+    const headsOf = (name: (typeof ROWS)[number]) => (name === 'visible' ? 1 : next.kvHeads);
     const sizes: Partial<Record<keyof Buffers, number>> = {
       ...(capacity === held ? {} : { keys, values }),
       ...(partials > (this.#store.partials?.size ?? 0) ? { partials } : {}),
     };
-    for (const name of ['rawKeys', 'rawValues'] as const) {
-      if (raw && (capacity !== held || this.#store[name] === undefined)) sizes[name] = rows * rowBytes[name];
+    for (const name of UNSETTLED) {
+      const needed = name === 'visible' ? kept.flagged : kept.raw;
+      if (needed && (capacity !== held || this.#store[name] === undefined)) {
+        sizes[name] = headsOf(name) * next.rowsPerHead * rowBytes[name];
+      }
     }
     if (Object.keys(sizes).length === 0) {
       this.#shape = next;
@@ -283,7 +312,7 @@ export class WebgpuKeyValue implements PreparedKeyValue {
         const [from, to] = [previous[name], buffers[name]];
         if (from === undefined || to === undefined) continue;
         const bytes = roundUp(this.#length, KEY_BLOCK) * rowBytes[name];
-        for (let run = 0; run < next.kvHeads * sequences && bytes > 0; run++) {
+        for (let run = 0; run < headsOf(name) * sequences && bytes > 0; run++) {
           encoder.copyBufferToBuffer(from, run * held * rowBytes[name], to, run * capacity * rowBytes[name], bytes);
         }
       }
@@ -302,6 +331,19 @@ export class WebgpuKeyValue implements PreparedKeyValue {
     this.#shape = next;
   }
 }
+
+/** A program of an append: it reads the tokens added, or all of them as they came. */
+interface Step {
+  readonly program: Program;
+  readonly readsRaw?: boolean;
+}
+
+/** The mask of tokens as it lies in its buffer: what was on the CPU from its first element on. */
+const maskOf = (keyMask: TensorView | undefined): MaskLayout => {
+  if (keyMask === undefined) return NO_MASK;
+  const layout = keyMaskLayout(keyMask);
+  return keyMask.location === 'cpu' ? { ...layout, offset: 0 } : layout;
+};
 
 /** In a cache every key has its own scale: tokens come in any number at a time. */
 const shapeOf = (

@@ -1,4 +1,6 @@
-/** Memory on the device and when inputs are read, on Dawn's null device: it validates everything and computes nothing. */
+/**
+ * Memory on the device and when inputs are read, on Dawn's null device: it validates everything and computes nothing.
+ */
 import { beforeEach, describe, expect, it } from 'vitest';
 import { create } from 'webgpu';
 import { createProblem } from '../../attention/problem.ts';

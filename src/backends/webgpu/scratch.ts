@@ -1,6 +1,7 @@
 /**
- * The scratch memory of a device: one buffer of each name for all plans. A run writes its scratch before it reads it, in one
- * submission, and submissions of a queue take effect in turn, so that plans of any number of shapes need the memory of one.
+ * The scratch memory of a device: one buffer of each name for all plans. A run writes its scratch before it reads it,
+ * in one submission, and submissions of a queue take effect in turn, so that plans of any number of shapes need the
+ * memory of one.
  */
 import type { BufferName } from './launches/launch.ts';
 import { GPU_BUFFER_USAGE } from './tensor.ts';

@@ -1,7 +1,7 @@
 /**
  * What a row cannot see does not count, and neither does the size of other keys: on every family, with inputs of random
- * lengths, heads, sizes of outliers and kinds of hiding. Errors are judged against float64, and against those of the same
- * rows without the keys that they do not see.
+ * lengths, heads, sizes of outliers and kinds of hiding. Errors are judged against float64, and against those of the
+ * same rows without the keys that they do not see.
  */
 import fc from 'fast-check';
 import { afterAll, beforeAll, describe, expect } from 'vitest';

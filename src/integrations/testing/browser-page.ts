@@ -1,4 +1,6 @@
-/** Runs in a browser, driven by browser.test.ts: each function compares one engine with exact attention or with itself. */
+/**
+ * Runs in a browser, driven by browser.test.ts: each function compares one engine with exact attention or with itself.
+ */
 import { getWebGPUDevice, init, numpy } from '@jax-js/jax';
 import { loadGraphModel } from '@tensorflow/tfjs-converter';
 import * as tf from '@tensorflow/tfjs-core';

@@ -4,8 +4,8 @@ import { attentionReportOf, installSageAttention, withSageAttention } from '../o
 import type { AttentionReport } from '../onnxruntime/session/report.ts';
 
 /**
- * `plain`: without SageAttention. `module`: `sageattention/transformers` is imported, behind transformers.js. `symbol`: the two lines.
- * `class`: `installSageAttention`.
+ * `plain`: without SageAttention. `module`: `sageattention/transformers` is imported, behind transformers.js. `symbol`:
+ * the two lines. `class`: `installSageAttention`.
  */
 export type Way = 'plain' | 'module' | 'symbol' | 'class';
 

@@ -23,8 +23,8 @@ function requireTensor(argument: string, value: unknown, dtypes: readonly tf.Dat
 }
 
 /**
- * Attention on tensors of TensorFlow.js: float32, `[B,H,L,D]` or as `tensorLayout` says. On tfjs-backend-webgpu it runs on
- * tfjs' own device and nothing leaves the GPU; with every other backend it runs on the WASM backend of this package.
+ * Attention on tensors of TensorFlow.js: float32, `[B,H,L,D]` or as `tensorLayout` says. On tfjs-backend-webgpu it runs
+ * on tfjs' own device and nothing leaves the GPU; with every other backend it runs on the WASM backend of this package.
  *
  * The inputs are read before the call returns its promise: they may be disposed right after it, as `tf.tidy` does. The
  * caller disposes the result. No gradient is defined: `tf.grad` takes no asynchronous functions.

@@ -1,4 +1,7 @@
-/** Attention in the topology of a tfjs GraphModel: the product of q and k, a softmax and the product with v become one operator. */
+/**
+ * Attention in the topology of a tfjs GraphModel: the product of q and k, a softmax and the product with v become one
+ * operator.
+ */
 
 import { KERNEL_NAMES, type KernelName } from '../../attention/kernels.ts';
 import { InvalidArgumentError } from '../../errors.ts';

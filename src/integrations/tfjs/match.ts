@@ -4,8 +4,9 @@ import { swapped } from '../onnxruntime/detect/order.ts';
 import { type Nodes, nodeName, type Readers, type TopologyNode } from './topology.ts';
 
 /**
- * What happens to the scores on their way to the product with v. `select` hides where its condition is false, `selectNot` where it is true.
- * `softmax-kk` is a softmax in steps: whether its maximum and its sum keep their axis (k) or drop it (d).
+ * What happens to the scores on their way to the product with v. `select` hides where its condition is false,
+ * `selectNot` where it is true. `softmax-kk` is a softmax in steps: whether its maximum and its sum keep their axis (k)
+ * or drop it (d).
  */
 export type StepKind =
   | 'mul'

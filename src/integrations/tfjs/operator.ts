@@ -232,7 +232,9 @@ function hidden(condition: tf.Tensor, keepsTrue: boolean, fill: tf.Tensor): tf.T
   return keepsTrue ? tf.where(condition, zero, number) : tf.where(condition, number, zero);
 }
 
-/** Any number of dimensions before the last two as the two that kernels know: `[L,D]`, `[B,L,D]` and `[B,H,L,D]` alike. */
+/**
+ * Any number of dimensions before the last two as the two that kernels know: `[L,D]`, `[B,L,D]` and `[B,H,L,D]` alike.
+ */
 const foldBatch = (batch: readonly number[]): [number, number] => [
   tf.util.sizeFromShape(batch.slice(0, -1)),
   batch.at(-1) ?? 1,

@@ -1,6 +1,6 @@
 /**
- * transformers.js with SageAttention, in Node. Every model that it opens from then on runs its attention here, whatever its
- * `device` is called and in whichever order modules are imported.
+ * transformers.js with SageAttention, in Node. Every model that it opens from then on runs its attention here, whatever
+ * its `device` is called and in whichever order modules are imported.
  *
  * ```ts
  * import { pipeline } from '@huggingface/transformers';
@@ -21,8 +21,8 @@ import { installUnder } from './install.ts';
 export { attentionReportOf } from '../onnxruntime/index.ts';
 
 /**
- * Installs SageAttention with options; importing this module has installed it with the default ones. Models that are open stay as
- * they are. A warning says so where transformers.js runs on another copy of onnxruntime.
+ * Installs SageAttention with options; importing this module has installed it with the default ones. Models that are
+ * open stay as they are. A warning says so where transformers.js runs on another copy of onnxruntime.
  *
  * @returns a function that puts onnxruntime back as it was
  * @throws {InvalidArgumentError} a wrong option, or `already-installed` by the program itself

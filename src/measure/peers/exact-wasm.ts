@@ -1,6 +1,6 @@
 /**
- * Exact attention in float32 SIMD on worker threads: what benches compare the quantized kernels with. It is those kernels'
- * code with nothing quantized. No part of the package's interface.
+ * Exact attention in float32 SIMD on worker threads: what benches compare the quantized kernels with. It is those
+ * kernels' code with nothing quantized. No part of the package's interface.
  */
 import { type AttentionOptions, EXACT_OPTIONS, validateOptions } from '../../attention/options.ts';
 import { createProblem } from '../../attention/problem.ts';

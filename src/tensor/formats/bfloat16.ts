@@ -54,7 +54,8 @@ export function encodeBfloat16(source: Float32Array | Float64Array, target: Uint
   const words = new Uint32Array(source.buffer, source.byteOffset, source.length);
   for (let i = 0; i < words.length; i++) {
     const bits = words[i] as number;
-    // Half of the dropped part, and one more where the kept part is odd: ties go to even, carries run into the exponent.
+    // Half of the dropped part, and one more where the kept part is odd: ties go to even, carries run into the
+    // exponent.
     const rounded = (bits + 0x7fff + ((bits >>> 16) & 1)) >>> 16;
     target[at + i] = (bits & 0x7fffffff) > 0x7f800000 ? ((bits >>> 16) & 0x8000) | NAN_BITS : rounded;
   }

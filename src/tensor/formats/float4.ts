@@ -29,8 +29,8 @@ export function roundToE2m1(value: number): number {
 }
 
 /**
- * Encodes and packs two elements a byte: element 2i in the low nibble, 2i + 1 in the high one, which is the order in which
- * tensor-core fragments hold them. An odd last element leaves the high nibble 0.
+ * Encodes and packs two elements a byte: element 2i in the low nibble, 2i + 1 in the high one, which is the order in
+ * which tensor-core fragments hold them. An odd last element leaves the high nibble 0.
  */
 export function packE2m1(source: Float32Array | Float64Array, bytes: Uint8Array): void {
   for (let i = 0; i < source.length; i += 2) {

@@ -31,7 +31,10 @@ interface Format {
   readonly codes: number;
   encode(value: number): number;
   decode(code: number): number;
-  /** What overflows does: saturate at the largest number, or go to infinity from halfway to the number that would follow. */
+  /**
+   * What overflows does: saturate at the largest number, or go to infinity from halfway to the number that would
+   * follow.
+   */
   readonly saturates: boolean;
   readonly nan: { readonly code: number };
 }

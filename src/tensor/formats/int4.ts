@@ -1,6 +1,6 @@
 /**
- * Signed 4-bit integers, two a byte in two's complement: element 2i in the low nibble, 2i + 1 in the high one (the order
- * of `mma`'s .s4 fragments). The range is -8 to 7; quantization uses -7 to 7.
+ * Signed 4-bit integers, two a byte in two's complement: element 2i in the low nibble, 2i + 1 in the high one (the
+ * order of `mma`'s .s4 fragments). The range is -8 to 7; quantization uses -7 to 7.
  */
 
 /** Packs integers, saturating to -8..7. An odd last element leaves the high nibble 0. */

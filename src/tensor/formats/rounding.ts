@@ -1,7 +1,7 @@
 /**
- * The magnitude code of a small binary floating-point format, rounded to nearest even straight from float64 (so a float64
- * is never rounded twice). Codes of such a format, read as integers, are in the order of their values: what rounds up past
- * a power of two carries into the exponent field by itself.
+ * The magnitude code of a small binary floating-point format, rounded to nearest even straight from float64 (so a
+ * float64 is never rounded twice). Codes of such a format, read as integers, are in the order of their values: what
+ * rounds up past a power of two carries into the exponent field by itself.
  */
 
 const float64 = new Float64Array(1);
@@ -56,8 +56,8 @@ export interface SmallFloat {
 }
 
 /**
- * An encoder of float32 arrays: all integer arithmetic, an order of magnitude faster than {@link magnitudeCode} and equal
- * to it. What depends on the exponent alone is in two tables.
+ * An encoder of float32 arrays: all integer arithmetic, an order of magnitude faster than {@link magnitudeCode} and
+ * equal to it. What depends on the exponent alone is in two tables.
  */
 export function float32Encoder(
   format: SmallFloat,

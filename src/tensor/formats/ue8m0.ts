@@ -1,6 +1,6 @@
 /**
- * UE8M0, the scale format of OCP MX: eight exponent bits, no sign, no mantissa. Code c is 2^(c - 127); 0xff is NaN. Zero
- * cannot be written.
+ * UE8M0, the scale format of OCP MX: eight exponent bits, no sign, no mantissa. Code c is 2^(c - 127); 0xff is NaN.
+ * Zero cannot be written.
  *
  * The hardware converts by rounding toward zero or toward positive infinity only (`cvt.rz` and `cvt.rp`); rounding to
  * nearest is here for completeness, with a tie (1.5 times a power of two) going to the even code. The sign is ignored.

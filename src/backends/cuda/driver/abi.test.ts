@@ -128,7 +128,9 @@ const C_TYPES: Readonly<Record<Exclude<ParameterKind, 'bytes128'>, string>> = {
   memory: 'void *',
 };
 
-/** A library with every symbol of the table: each function notes its arguments as 64-bit words and returns their number. */
+/**
+ * A library with every symbol of the table: each function notes its arguments as 64-bit words and returns their number.
+ */
 function echoLibrary(): string {
   const functions = Object.values(DRIVER_FUNCTIONS).map(({ symbol, parameters }) => {
     const declared = parameters.map((kind, i) => `${C_TYPES[kind]} a${i}`).join(', ');

@@ -1,6 +1,6 @@
 /**
- * The part of the CUDA driver API that this backend calls, as data: `koffi` binds the table, the fake driver of the tests
- * implements the same functions, and a test compares the table with `cuda.h`.
+ * The part of the CUDA driver API that this backend calls, as data: `koffi` binds the table, the fake driver of the
+ * tests implements the same functions, and a test compares the table with `cuda.h`.
  */
 
 import type { BoundLibrary, Functions, FunctionTable } from './bind.ts';

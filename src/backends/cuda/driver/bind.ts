@@ -1,14 +1,15 @@
 /**
- * Functions of a C library as data: a table of symbols and parameters, which koffi binds and fakes of tests implement. Each
- * library has a table of its own; see api.ts for the driver's.
+ * Functions of a C library as data: a table of symbols and parameters, which koffi binds and fakes of tests implement.
+ * Each library has a table of its own; see api.ts for the driver's.
  */
 import { MissingPackageError } from '../../../errors.ts';
 import { importOptional } from '../../../optional-package.ts';
 
 /**
- * `u8`, `u32`, `s32`: an integer of that width (enums are `u32` or `s32`). `u64`: `size_t`, device addresses and opaque handles.
- * `memory`: a pointer to host memory, as a view (read or written during the call only), as the address of memory that
- * stays (see {@link LibraryFacts.addressOf}), or null. `bytes128`: a struct of 128 bytes by value (`ncclUniqueId`).
+ * `u8`, `u32`, `s32`: an integer of that width (enums are `u32` or `s32`). `u64`: `size_t`, device addresses and opaque
+ * handles. `memory`: a pointer to host memory, as a view (read or written during the call only), as the address of
+ * memory that stays (see {@link LibraryFacts.addressOf}), or null. `bytes128`: a struct of 128 bytes by value
+ * (`ncclUniqueId`).
  */
 export interface ParameterTypes {
   readonly u8: number;

@@ -1,4 +1,7 @@
-/** A device's primary context: every call of the driver goes through it, with the context current and the status checked. */
+/**
+ * A device's primary context: every call of the driver goes through it, with the context current and the status
+ * checked.
+ */
 import { ExecutionError } from '../../../errors.ts';
 import type { CudaApi, DriverFunctionName, DriverFunctions } from './api.ts';
 import { CUDA_SUCCESS } from './api.ts';
@@ -19,8 +22,8 @@ type CreatingFunction =
 type AfterFirst<T extends readonly unknown[]> = T extends readonly [unknown, ...infer Rest] ? Rest : never;
 
 /**
- * The context is made current for each call and taken away after it, so that a program's own CUDA use of the thread is not
- * disturbed.
+ * The context is made current for each call and taken away after it, so that a program's own CUDA use of the thread is
+ * not disturbed.
  */
 export abstract class DeviceContext {
   readonly api: CudaApi;
@@ -73,8 +76,8 @@ export abstract class DeviceContext {
   }
 
   /**
-   * @internal Runs `use`, which must not be asynchronous, with the device's context current, and leaves the thread's context as
-   * it was. Inside another `inContext` of the same device it costs nothing.
+   * @internal Runs `use`, which must not be asynchronous, with the device's context current, and leaves the thread's
+   *     context as it was. Inside another `inContext` of the same device it costs nothing.
    */
   inContext<T>(use: () => T): T {
     this.requireUsable();
@@ -129,8 +132,8 @@ export abstract class DeviceContext {
   }
 
   /**
-   * @internal Runs calls that give something back. After a fault of the device there is nothing left to give back, and an
-   * error here would hide the one that tells of it.
+   * @internal Runs calls that give something back. After a fault of the device there is nothing left to give back, and
+   *     an error here would hide the one that tells of it.
    */
   release(use: () => void): void {
     if (this.#disposed) return;
@@ -153,7 +156,9 @@ export abstract class DeviceContext {
   }
 }
 
-/** The device whose context this library has made current; each thread has its own module, and its own current context. */
+/**
+ * The device whose context this library has made current; each thread has its own module, and its own current context.
+ */
 let current: DeviceContext | undefined;
 
 /** Where popped contexts go; nobody reads it. */

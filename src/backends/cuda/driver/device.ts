@@ -128,7 +128,10 @@ export class CudaDevice extends DeviceContext {
     return new DeviceMemory(this, pointer, byteLength, stream, free);
   }
 
-  /** Memory that the caller owns: it must outlive its use here, and what writes it must be ordered before the call's stream. */
+  /**
+   * Memory that the caller owns: it must outlive its use here, and what writes it must be ordered before the call's
+   * stream.
+   */
   memoryFromPointer(pointer: bigint, byteLength: number): DeviceMemory {
     this.requireUsable();
     requireByteLength('byteLength', byteLength);
@@ -152,7 +155,10 @@ export class CudaDevice extends DeviceContext {
     return { free: Number(free[0]), total: Number(total[0]) };
   }
 
-  /** Gives memory that was freed back to the driver, all but `keepBytes`, and what streams keep. Waits for the device's own stream. */
+  /**
+   * Gives memory that was freed back to the driver, all but `keepBytes`, and what streams keep. Waits for the device's
+   * own stream.
+   */
   trimMemory(keepBytes = 0): void {
     requireByteLength('keepBytes', keepBytes);
     for (const stream of this.#streams) stream.freeScratch();
@@ -172,7 +178,9 @@ export class CudaDevice extends DeviceContext {
     return module;
   }
 
-  /** Frees everything of this device: modules, streams, the pool with all memory still allocated from it, the context. */
+  /**
+   * Frees everything of this device: modules, streams, the pool with all memory still allocated from it, the context.
+   */
   dispose(): void {
     if (this.disposed) return;
     this.release(() => {

@@ -9,8 +9,8 @@ import { type CudaStream, requireStreamOn, type StreamDevice } from './stream.ts
  * Memory of a device. It is freed by {@link dispose} and by nothing else: a garbage collector knows neither how much
  * device memory a small object holds nor which stream still reads it.
  *
- * It belongs to a stream, its home: allocated, written and freed in that stream's order. A call on another stream waits for
- * the home first, and freeing waits for every stream that has used it.
+ * It belongs to a stream, its home: allocated, written and freed in that stream's order. A call on another stream waits
+ * for the home first, and freeing waits for every stream that has used it.
  */
 export class DeviceMemory {
   readonly device: StreamDevice;
@@ -86,8 +86,8 @@ function allocateHost(byteLength: number): ArrayBuffer {
 }
 
 /**
- * Host memory that is page-locked, so that copies to and from it run beside the program. The pages are those of an ordinary
- * `ArrayBuffer`: a view that outlives `dispose` is still memory of this process, only no longer locked.
+ * Host memory that is page-locked, so that copies to and from it run beside the program. The pages are those of an
+ * ordinary `ArrayBuffer`: a view that outlives `dispose` is still memory of this process, only no longer locked.
  */
 export class PinnedBuffer {
   /** The locked bytes. */

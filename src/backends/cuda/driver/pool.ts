@@ -81,7 +81,10 @@ export class MemoryPool {
     return this.#pool !== undefined && this.#pool !== 0n;
   }
 
-  /** Gives what was freed back to the driver, all but `keepBytes`. What was freed in a stream's order is free once that has ended. */
+  /**
+   * Gives what was freed back to the driver, all but `keepBytes`. What was freed in a stream's order is free once that
+   * has ended.
+   */
   trim(keepBytes: number): void {
     if (this.#pool === undefined || this.#pool === 0n) return;
     this.#context.call('cuMemPoolTrimTo', 'trimming the memory pool', this.#pool, keepBytes);

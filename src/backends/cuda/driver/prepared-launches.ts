@@ -52,8 +52,8 @@ interface Prepared {
 const alignUp = (value: number, alignment: number) => Math.ceil(value / alignment) * alignment;
 
 /**
- * Launches with everything marshalled that stays the same from run to run: arguments lie in one block of memory that the
- * driver reads, and a run only writes the addresses of its buffers there.
+ * Launches with everything marshalled that stays the same from run to run: arguments lie in one block of memory that
+ * the driver reads, and a run only writes the addresses of its buffers there.
  */
 export class PreparedLaunches {
   readonly #device: CudaDevice;

@@ -26,7 +26,8 @@ export class CudaError extends ExecutionError {
 
 /**
  * Statuses after which the context is unusable: the fault happened on the device, earlier and asynchronously, and every
- * later call in this process returns the same (`cuda.h` on each: "the context cannot be used, so it must be destroyed").
+ * later call in this process returns the same (`cuda.h` on each: "the context cannot be used, so it must be
+ * destroyed").
  */
 const CONTEXT_LOST: ReadonlySet<number> = new Set([
   214, // CUDA_ERROR_ECC_UNCORRECTABLE

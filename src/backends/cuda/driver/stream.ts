@@ -10,7 +10,9 @@ import {
 import type { DeviceContext } from './context.ts';
 import type { EventPool, MemoryPool } from './pool.ts';
 
-/** Scratch up to this size stays with a stream between runs: beside the time of larger runs an allocation's is nothing. */
+/**
+ * Scratch up to this size stays with a stream between runs: beside the time of larger runs an allocation's is nothing.
+ */
 const KEPT_SCRATCH = 2 ** 24;
 
 /** Polls that yield to the event loop without waiting, before they are a millisecond apart. */
@@ -32,8 +34,8 @@ export interface StreamDevice extends DeviceContext {
 }
 
 /**
- * A stream of one device. Work of one stream runs in order; the order between streams is made by {@link waitFor}. Streams
- * of this library do not synchronize with the default stream.
+ * A stream of one device. Work of one stream runs in order; the order between streams is made by {@link waitFor}.
+ * Streams of this library do not synchronize with the default stream.
  */
 export class CudaStream implements StreamHandle {
   readonly handle: bigint;

@@ -1,7 +1,10 @@
 import type { TensorMapDescription } from '../launches/launch.ts';
 import type { DeviceContext } from './context.ts';
 
-/** Values of CUtensorMapDataType, CUtensorMapInterleave, CUtensorMapSwizzle, CUtensorMapL2promotion, CUtensorMapFloatOOBfill. */
+/**
+ * Values of CUtensorMapDataType, CUtensorMapInterleave, CUtensorMapSwizzle, CUtensorMapL2promotion,
+ * CUtensorMapFloatOOBfill.
+ */
 export const TENSOR_MAP_VALUES = {
   elementType: { u8: 0, s32: 3, f16: 6, f32: 7, bf16: 9 },
   interleave: { none: 0, '16B': 1, '32B': 2 },

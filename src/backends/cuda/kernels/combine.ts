@@ -1,6 +1,6 @@
 /**
- * Joins the partial results of the splits of the keys: each split's output is normalized by its own sum, so they are averaged
- * with weights 2^(lse - max lse). One warp takes one row.
+ * Joins the partial results of the splits of the keys: each split's output is normalized by its own sum, so they are
+ * averaged with weights 2^(lse - max lse). One warp takes one row.
  */
 import type { DType } from '../../../tensor/dtype.ts';
 import { KernelBuilder } from '../ptx/builder.ts';
@@ -18,7 +18,9 @@ export interface CombineConfig {
   readonly lse: boolean;
 }
 
-/** `partialOutput`: `[split, head, row, paddedValueDim]` float32; `partialLse`: `[split, head, row]` float32, base 2. */
+/**
+ * `partialOutput`: `[split, head, row, paddedValueDim]` float32; `partialLse`: `[split, head, row]` float32, base 2.
+ */
 export const COMBINE_POINTERS = ['sequences', 'partialOutput', 'partialLse', 'output', 'lse'] as const;
 export const COMBINE_INTEGERS = ['queryHeads', 'rowBlocks', 'splits', 'paddedQueries'] as const;
 export const COMBINE_STRIDES = ['outputBatch', 'outputHead', 'outputToken', 'lseBatch', 'lseHead'] as const;

@@ -1,4 +1,7 @@
-/** Every kernel is accepted by ptxas for its targets, and what must be fast does not spill. `scripts/ptxas-report.ts` does all of it. */
+/**
+ * Every kernel is accepted by ptxas for its targets, and what must be fast does not spill. `scripts/ptxas-report.ts`
+ * does all of it.
+ */
 import { describe, expect, test } from 'vitest';
 import { configurations } from '../testing/configurations.ts';
 import { assemble, ptxasVersion } from '../testing/ptxas.ts';

@@ -1,4 +1,7 @@
-/** What the launches of one call share: the problem, its kernel on its target, and where sequences lie in padded buffers. */
+/**
+ * What the launches of one call share: the problem, its kernel on its target, and where sequences lie in padded
+ * buffers.
+ */
 import { NO_LIMIT, visibleKeys } from '../../../attention/band.ts';
 import { type AttentionProblem, type Sequence, sequencesOf } from '../../../attention/problem.ts';
 import { InvalidArgumentError } from '../../../errors.ts';
@@ -20,7 +23,9 @@ import { keepsQuery, type Scheme, schemeOf, targetOfKernel } from './scheme.ts';
 export interface DeviceFacts {
   readonly target: Target;
   readonly multiprocessors: number;
-  /** Alignment in bytes that the addresses of q, k and v are known to have; default 16, which allocations always have. */
+  /**
+   * Alignment in bytes that the addresses of q, k and v are known to have; default 16, which allocations always have.
+   */
   readonly pointerAlignment?: number;
 }
 
@@ -143,8 +148,8 @@ function hiddenKeysOf({ mask }: AttentionProblem): HiddenKeys {
 /**
  * The context of a call whose kernel belongs to `family`.
  *
- * @param whole of a call that ends with its attention: what no row of it sees counts in no mean and no scale. Keys that are kept
- * count all, from `room` on
+ * @param whole of a call that ends with its attention: what no row of it sees counts in no mean and no scale. Keys that
+ *     are kept count all, from `room` on
  */
 export function contextOf(
   family: FamilyLaunches,

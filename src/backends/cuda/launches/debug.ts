@@ -2,7 +2,10 @@ import type { DebugPlan } from '../../../debug.ts';
 import type { KernelChoice } from '../../backend.ts';
 import type { LaunchSequence } from './launch.ts';
 
-/** What is told of a sequence of launches; the attention kernel's configuration, which has the tile, stands in its module's id. */
+/**
+ * What is told of a sequence of launches; the attention kernel's configuration, which has the tile, stands in its
+ * module's id.
+ */
 export function debugPlanOf({ descriptor, ...choice }: KernelChoice, sequence: LaunchSequence): DebugPlan {
   const attention = sequence.launches.find(({ name }) => name === 'attention')?.module.id;
   const config = attention?.slice(attention.indexOf(':') + 1);

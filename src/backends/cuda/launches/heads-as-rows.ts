@@ -1,13 +1,15 @@
 /**
- * Decoding with grouped heads: a query of one token is a single row of a tile, and every head over one head of K would read K and
- * V anew. As rows of one query, whose token stride is the stride of heads, they share a tile, and K and V are read once. The
- * kernels see nothing of it.
+ * Decoding with grouped heads: a query of one token is a single row of a tile, and every head over one head of K would
+ * read K and V anew. As rows of one query, whose token stride is the stride of heads, they share a tile, and K and V
+ * are read once. The kernels see nothing of it.
  */
 import { bandOf, NO_LIMIT } from '../../../attention/band.ts';
 import type { AttentionProblem } from '../../../attention/problem.ts';
 import type { KernelChoice } from '../../backend.ts';
 
-/** Rows with this distance share a scale of Q in per-thread quantization: fewer have one each, as when they are alone. */
+/**
+ * Rows with this distance share a scale of Q in per-thread quantization: fewer have one each, as when they are alone.
+ */
 const ROWS_WITH_OWN_SCALE = 8;
 
 function largestDivisor(value: number, limit: number): number {

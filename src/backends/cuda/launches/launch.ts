@@ -1,12 +1,15 @@
 /**
- * What kernels hand to the driver: launches as data. `kernels/` makes them from a problem without touching a device, `plan.ts`
- * binds their buffers to device memory, and the simulator runs them without one.
+ * What kernels hand to the driver: launches as data. `kernels/` makes them from a problem without touching a device,
+ * `plan.ts` binds their buffers to device memory, and the simulator runs them without one.
  */
 
 /** Operands of a run by name: `q`, `k`, `v`, `mask`, `output`, `lse`, and what {@link LaunchSequence} declares. */
 export type BufferName = string;
 
-/** A tiled tensor map for TMA (`cuTensorMapEncodeTiled`). Dimensions are innermost first; strides leave out the innermost. */
+/**
+ * A tiled tensor map for TMA (`cuTensorMapEncodeTiled`). Dimensions are innermost first; strides leave out the
+ * innermost.
+ */
 export interface TensorMapDescription {
   readonly buffer: BufferName;
   /** Where the tensor starts in the buffer; the address must be a multiple of 16. */
@@ -26,7 +29,10 @@ export interface TensorMapDescription {
   readonly outOfBounds?: 'zero' | 'nan';
 }
 
-/** One kernel parameter; its kind settles size and alignment (`pointer`, `u64`, `s64`: 8 bytes; `tensor-map`: 128, aligned to 64). */
+/**
+ * One kernel parameter; its kind settles size and alignment (`pointer`, `u64`, `s64`: 8 bytes; `tensor-map`: 128,
+ * aligned to 64).
+ */
 export type KernelArgument =
   | { readonly kind: 'pointer'; readonly buffer: BufferName; readonly byteOffset?: number }
   /** A pointer that the kernel takes but this problem does not use. */

@@ -1,7 +1,7 @@
 /**
- * From a problem and a kernel choice to launches, as pure data: what a plan binds to device memory, and what the simulator
- * runs without a device. Quantized operands are padded (every sequence to whole tiles, channels to whole tensor-core steps)
- * and ordered `[head, token, channel]` with the sequences of a batch end to end.
+ * From a problem and a kernel choice to launches, as pure data: what a plan binds to device memory, and what the
+ * simulator runs without a device. Quantized operands are padded (every sequence to whole tiles, channels to whole
+ * tensor-core steps) and ordered `[head, token, channel]` with the sequences of a batch end to end.
  */
 import type { AttentionProblem } from '../../../attention/problem.ts';
 import type { KernelChoice } from '../../backend.ts';
@@ -65,7 +65,8 @@ export function planLaunches(
 }
 
 /**
- * The part of a call that depends on K and V only: buffers `k`, `v` in, `KEY_VALUE_BUFFERS` out, whose sizes are `kept`.
+ * The part of a call that depends on K and V only: buffers `k`, `v` in, `KEY_VALUE_BUFFERS` out, whose sizes are
+ * `kept`.
  *
  * @param options `parts`: what is done; the rest must have been done before, over the same room
  */
@@ -85,8 +86,8 @@ export function planKeyValue(
 }
 
 /**
- * The rest of it: attends to the buffers that {@link planKeyValue} filled, over the same room. (`smoothQ` reads `k` once
- * more.)
+ * The rest of it: attends to the buffers that {@link planKeyValue} filled, over the same room. (`smoothQ` reads `k`
+ * once more.)
  */
 export function planAttend(
   problem: AttentionProblem,

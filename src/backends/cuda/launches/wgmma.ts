@@ -36,7 +36,10 @@ import type { KernelArgument, KernelLaunch, LaunchSequence, TensorMapDescription
 import { quantizeQueryLaunch, queryScratch, statisticsLaunches } from './quantize.ts';
 import { visibleKeysPointer } from './visible-keys.ts';
 
-/** Heads that lie side by side in one tile: those over one head of K, when the queries are too short to fill a tile alone. */
+/**
+ * Heads that lie side by side in one tile: those over one head of K, when the queries are too short to fill a tile
+ * alone.
+ */
 function packedHeadsOf(queryLength: number, headsPerKeyHead: number): number {
   const powerOfTwo = (headsPerKeyHead & (headsPerKeyHead - 1)) === 0;
   return powerOfTwo && headsPerKeyHead <= CONSUMER_ROWS && queryLength < CONSUMER_ROWS ? headsPerKeyHead : 1;

@@ -1,7 +1,7 @@
 /**
  * Writes a kernel instruction by instruction. Methods carry PTX's names and return the register they wrote; `into`
- * writes an existing one instead (accumulators, loop counters). TypeScript loops unroll; `loop`, `if` and `when` are the
- * run-time constructs.
+ * writes an existing one instead (accumulators, loop counters). TypeScript loops unroll; `loop`, `if` and `when` are
+ * the run-time constructs.
  */
 import type { Layout, SharedTile } from './layouts.ts';
 import { BLOCK_SCALED_MMA, type BlockScaledShape, MMA, type MmaShape, type ScaleWord } from './mma.ts';
@@ -80,7 +80,10 @@ type ConversionTarget<From extends string> = Conversion extends infer C
     : never
   : never;
 
-/** Two floats packed into one register of a smaller format, round to nearest even; E4M3 saturates to +-448, E2M1 to +-6 (NaN to +6). */
+/**
+ * Two floats packed into one register of a smaller format, round to nearest even; E4M3 saturates to +-448, E2M1 to +-6
+ * (NaN to +6).
+ */
 const PACKINGS = {
   f16x2: 'cvt.rn.f16x2.f32',
   bf16x2: 'cvt.rn.bf16x2.f32',
@@ -315,8 +318,8 @@ export class KernelBuilder {
   }
 
   /**
-   * What stands between the name and the type of an arithmetic instruction. Floats always name their rounding: ptxas fuses
-   * a `mul` and an `add` that name none, and then rounds once where the kernel's author counted on twice.
+   * What stands between the name and the type of an arithmetic instruction. Floats always name their rounding: ptxas
+   * fuses a `mul` and an `add` that name none, and then rounds once where the kernel's author counted on twice.
    */
   #rounded(kind: Kind, rounding: Rounding): string {
     if (rounding !== 'rn' && kind !== 'f32')
@@ -665,8 +668,8 @@ export class KernelBuilder {
   }
 
   /**
-   * Loads `count` 8x8 matrices of 16-bit elements. Lanes 8i..8i+7 give the addresses of matrix i's rows; lane l receives
-   * elements 2(l%4) and 2(l%4)+1 of row l/4 of each matrix (of its transpose with `.trans`).
+   * Loads `count` 8x8 matrices of 16-bit elements. Lanes 8i..8i+7 give the addresses of matrix i's rows; lane l
+   * receives elements 2(l%4) and 2(l%4)+1 of row l/4 of each matrix (of its transpose with `.trans`).
    */
   ldmatrix<K extends 'b32' | 's8x4' | 's4x8' | 'e2m1x8' | 'e4m3x4' | 'f16x2' | 'bf16x2'>(
     kind: K,
@@ -703,10 +706,12 @@ export class KernelBuilder {
   }
 
   /**
-   * d = (a * scales of a) * (b * scales of b) + d on the warp's tensor core: A and B in E2M1, 64 deep, a scale for each 16 (`4X`,
-   * UE4M3) or 32 (`2X`, UE8M0) elements of a row of A and of a column of B. Scales of a row or column are consecutive bytes of a register.
+   * d = (a * scales of a) * (b * scales of b) + d on the warp's tensor core: A and B in E2M1, 64 deep, a scale for each
+   * 16 (`4X`, UE4M3) or 32 (`2X`, UE8M0) elements of a row of A and of a column of B. Scales of a row or column are
+   * consecutive bytes of a register.
    *
-   * @param aScale of lanes 4g + 2 * `thread` (row g) and 4g + 2 * `thread` + 1 (row g + 8); those of others are not read
+   * @param aScale of lanes 4g + 2 * `thread` (row g) and 4g + 2 * `thread` + 1 (row g + 8); those of others are not
+   *     read
    * @param bScale of lanes 4g + `thread` (column g); those of others are not read
    */
   mmaBlockScaled(
@@ -757,7 +762,8 @@ export class KernelBuilder {
   }
 
   /**
-   * A barrier of `threads` threads, some of the CTA's warps: `bar.sync` waits for all of them, `bar.arrive` does not wait.
+   * A barrier of `threads` threads, some of the CTA's warps: `bar.sync` waits for all of them, `bar.arrive` does not
+   * wait.
    *
    * @param barrier 1 to 15; in a register, the same in all lanes
    */

@@ -1,6 +1,7 @@
 /**
- * Where the elements of a shared-memory tile lie. A layout is a function from (row, byte in the row) to a byte offset in
- * the tile; kernels use it with constants while they are being emitted, and {@link swizzle} with registers at run time.
+ * Where the elements of a shared-memory tile lie. A layout is a function from (row, byte in the row) to a byte offset
+ * in the tile; kernels use it with constants while they are being emitted, and {@link swizzle} with registers at run
+ * time.
  *
  * Shared memory has 32 banks of 4 bytes. `ldmatrix` reads eight rows of 16 bytes at a time: free of conflicts when the
  * eight chunks fall on eight different 16-byte columns of the 128 bytes that the banks span.

@@ -1,4 +1,6 @@
-/** Barriers in shared memory, of 8 bytes each: they count arrivals, and bytes that copies bring. For sm_90 and later. */
+/**
+ * Barriers in shared memory, of 8 bytes each: they count arrivals, and bytes that copies bring. For sm_90 and later.
+ */
 import type { KernelBuilder } from './builder.ts';
 import { immediate, memory, SINK } from './operands.ts';
 import type { Reg } from './types.ts';

@@ -1,7 +1,10 @@
 /** Products of one warp's tensor core, as data; {@link KernelBuilder.mma} emits them. */
 import type { Kind, Reg } from './types.ts';
 
-/** Tensor-core products by PTX's name for them: kinds of the fragments of A, B and of the accumulator, and their registers. */
+/**
+ * Tensor-core products by PTX's name for them: kinds of the fragments of A, B and of the accumulator, and their
+ * registers.
+ */
 export const MMA = {
   'm16n8k32.row.col.s32.s8.s8.s32': { a: 's8x4', b: 's8x4', d: 's32', registers: [4, 2, 4] },
   'm16n8k64.row.col.s32.s4.s4.s32': { a: 's4x8', b: 's4x8', d: 's32', registers: [4, 2, 4] },
@@ -14,7 +17,10 @@ export const MMA = {
 
 export type MmaShape = keyof typeof MMA;
 
-/** Block-scaled products of E2M1 (PTX ISA 9.0, `mma` with `block_scale`), and the bytes of a register at which a row's scales may start. */
+/**
+ * Block-scaled products of E2M1 (PTX ISA 9.0, `mma` with `block_scale`), and the bytes of a register at which a row's
+ * scales may start.
+ */
 export const BLOCK_SCALED_MMA = {
   /** NVFP4: four UE4M3 scales of 16 elements. */
   'm16n8k64.row.col.kind::mxf4nvf4.block_scale.scale_vec::4X.f32.e2m1.e2m1.f32.ue4m3': { byteIds: [0] },
@@ -26,7 +32,10 @@ export type BlockScaledShape = keyof typeof BLOCK_SCALED_MMA;
 export const NVFP4_MMA = 'm16n8k64.row.col.kind::mxf4nvf4.block_scale.scale_vec::4X.f32.e2m1.e2m1.f32.ue4m3';
 export const MXFP4_MMA = 'm16n8k64.row.col.kind::mxf4nvf4.block_scale.scale_vec::2X.f32.e2m1.e2m1.f32.ue8m0';
 
-/** A register of scales, the first byte that counts (default 0), and the lane of each four, or pair of lanes, that holds it. */
+/**
+ * A register of scales, the first byte that counts (default 0), and the lane of each four, or pair of lanes, that holds
+ * it.
+ */
 export interface ScaleWord {
   readonly register: Reg<'b32'>;
   readonly byte?: number;

@@ -11,7 +11,10 @@ export interface TargetFeatures {
   readonly sharedBytesPerMultiprocessor: number;
   /** Converts to and from E4M3. */
   readonly fp8Conversions: boolean;
-  /** `mma.sync` on E4M3 is an instruction. sm_90 accepts it and unpacks to FP16 on the way, which costs more than doing so once. */
+  /**
+   * `mma.sync` on E4M3 is an instruction. sm_90 accepts it and unpacks to FP16 on the way, which costs more than doing
+   * so once.
+   */
   readonly fp8Mma: boolean;
   /** `mma.sync` on S4 is an instruction. sm_90 and later accept it and emulate it with about a hundred others. */
   readonly int4Mma: boolean;
@@ -60,7 +63,10 @@ export const TARGET_FEATURES: Readonly<Record<Target, TargetFeatures>> = {
     int4Mma: false,
     blockScaledMma: false,
   },
-  /** The family of 12.x: RTX 50, RTX PRO, DGX Spark. It needs a driver of CUDA 12.9; `sm_120a` one of 12.8, and runs on 12.0 only. */
+  /**
+   * The family of 12.x: RTX 50, RTX PRO, DGX Spark. It needs a driver of CUDA 12.9; `sm_120a` one of 12.8, and runs on
+   * 12.0 only.
+   */
   sm_120f: {
     sharedBytesPerBlock: 101_376,
     sharedBytesPerMultiprocessor: 102_400,

@@ -1,8 +1,9 @@
 /** The values and instructions of a kernel, as data. */
 
 /**
- * Kinds of register values and their width in bits. PTX checks only widths; the kinds keep a predicate from being added to
- * a float and a shared address from being loaded as a global one. Packed kinds name the elements from the low bits up.
+ * Kinds of register values and their width in bits. PTX checks only widths; the kinds keep a predicate from being added
+ * to a float and a shared address from being loaded as a global one. Packed kinds name the elements from the low bits
+ * up.
  */
 export const KIND_BITS = {
   pred: 1,

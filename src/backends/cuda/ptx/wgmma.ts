@@ -1,9 +1,14 @@
-/** Warpgroup products of sm_90a, matrix descriptors and register budgets. Functions that emit into a builder; names are PTX's. */
+/**
+ * Warpgroup products of sm_90a, matrix descriptors and register budgets. Functions that emit into a builder; names are
+ * PTX's.
+ */
 import type { KernelBuilder } from './builder.ts';
 import { immediate } from './operands.ts';
 import type { Kind, Operand, Reg } from './types.ts';
 
-/** Products by PTX's name without `m64n{N}`: kinds of A's registers and of the accumulator, and what follows `scale-d`. */
+/**
+ * Products by PTX's name without `m64n{N}`: kinds of A's registers and of the accumulator, and what follows `scale-d`.
+ */
 export const WGMMA = {
   'k32.s32.s8.s8': { a: 's8x4', d: 's32', scales: false, transposes: false },
   'k32.f32.e4m3.e4m3': { a: 'e4m3x4', d: 'f32', scales: true, transposes: false },
@@ -18,9 +23,9 @@ export type WgmmaShape = keyof typeof WGMMA;
 const SWIZZLE_BITS = { none: 0, '128B': 1, '64B': 2, '32B': 3 } as const;
 
 /**
- * Descriptor of a matrix in shared memory (PTX ISA, "Matrix Descriptor Format"). For K-major tiles of 128-byte rows with
- * the 128-byte swizzle: `strideBytes` 1024 (eight rows), `leadingBytes` not used. A step of `n` bytes along K inside the
- * swizzle's 128 bytes adds `n / 16`, see {@link advanceDescriptor}.
+ * Descriptor of a matrix in shared memory (PTX ISA, "Matrix Descriptor Format"). For K-major tiles of 128-byte rows
+ * with the 128-byte swizzle: `strideBytes` 1024 (eight rows), `leadingBytes` not used. A step of `n` bytes along K
+ * inside the swizzle's 128 bytes adds `n / 16`, see {@link advanceDescriptor}.
  */
 export function matrixDescriptor(
   b: KernelBuilder,
@@ -39,8 +44,8 @@ export function advanceDescriptor(b: KernelBuilder, descriptor: Reg<'u64'>, byte
 }
 
 /**
- * D (64 x n over the warpgroup) = A B, plus D where `accumulate` is true. `a`: registers (of `mma`'s A fragment for each
- * warp's 16 rows), or a descriptor. `d` must not be touched until {@link wgmmaWaitGroup} says so.
+ * D (64 x n over the warpgroup) = A B, plus D where `accumulate` is true. `a`: registers (of `mma`'s A fragment for
+ * each warp's 16 rows), or a descriptor. `d` must not be touched until {@link wgmmaWaitGroup} says so.
  *
  * @param transposeB only of 16-bit types: B's rows are its channels (MN-major)
  */

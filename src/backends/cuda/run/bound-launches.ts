@@ -92,8 +92,8 @@ export class BoundLaunches {
   }
 
   /**
-   * {@link enqueue} with scratch of the stream. A run over the same addresses as earlier ones becomes a graph, which the host
-   * launches with one call of the driver.
+   * {@link enqueue} with scratch of the stream. A run over the same addresses as earlier ones becomes a graph, which
+   * the host launches with one call of the driver.
    */
   run(stream: CudaStream, operands: readonly (readonly [BufferName, bigint])[]): void {
     this.useOn(stream);

@@ -59,8 +59,8 @@ export function requireTensorOn(device: CudaDevice, argument: string, view: Tens
 }
 
 /**
- * Runs `work` on a stream between what its operands wait for and what waits for them. On a caller's own stream the outputs
- * belong to the device's stream, which waits: callers may destroy their own streams.
+ * Runs `work` on a stream between what its operands wait for and what waits for them. On a caller's own stream the
+ * outputs belong to the device's stream, which waits: callers may destroy their own streams.
  *
  * @param work makes its outputs on the stream `home`
  */

@@ -1,4 +1,6 @@
-/** Runs of one problem's launches: outputs made, inputs sent where they are needed, everything in the order of streams. */
+/**
+ * Runs of one problem's launches: outputs made, inputs sent where they are needed, everything in the order of streams.
+ */
 import type { StreamHandle } from '../../../attention/options.ts';
 import type { OutputName, OutputSpec, Outputs, PlannedOutputs } from '../../../attention/outputs.ts';
 import { elementCount, type Tensor, type TensorLocation, type TensorView } from '../../../tensor/tensor.ts';
@@ -105,8 +107,8 @@ export class Runner {
   }
 
   /**
-   * One run over tensors wherever they are; CPU tensors are uploaded, and the outputs read back. CPU tensors have been read when
-   * this returns its promise.
+   * One run over tensors wherever they are; CPU tensors are uploaded, and the outputs read back. CPU tensors have been
+   * read when this returns its promise.
    */
   async run(
     operands: readonly Operand[],

@@ -5,8 +5,8 @@ import type { CudaStream } from '../driver/stream.ts';
 import { type CudaTensor, startUpload } from '../tensor.ts';
 
 /**
- * Tensors up to this size are copied before they are sent, so that the caller waits for nothing that the stream holds. The copy
- * of a larger one would take as long as sending it.
+ * Tensors up to this size are copied before they are sent, so that the caller waits for nothing that the stream holds.
+ * The copy of a larger one would take as long as sending it.
  */
 const COPIED_BYTES = 2 ** 22;
 

@@ -1,6 +1,6 @@
 /**
- * The configurations that are assembled in tests and reports: what `planLaunches` asks for over targets, kernels, head dims and
- * features, by kernel family. They come from planning real problems, so that what is checked is what runs.
+ * The configurations that are assembled in tests and reports: what `planLaunches` asks for over targets, kernels, head
+ * dims and features, by kernel family. They come from planning real problems, so that what is checked is what runs.
  */
 import { createProblem } from '../../../attention/problem.ts';
 import type { DType } from '../../../tensor/dtype.ts';
@@ -180,8 +180,8 @@ function wgmmaConfigurations(thorough: boolean): Configuration[] {
 }
 
 /**
- * @param thorough every accumulator and head dim, on every target, and every variant; otherwise D = 128, with the rare features
- *   on one target; kernels that quantize for others once each
+ * @param thorough every accumulator and head dim, on every target, and every variant; otherwise D = 128, with the rare
+ *     features on one target; kernels that quantize for others once each
  * @param only one family; default all
  */
 export function configurations(thorough: boolean, only?: Family): Configuration[] {

@@ -1,6 +1,6 @@
 /**
- * The conformance suite on the CUDA kernels: the backend as it is, over a driver whose kernels the simulator runs. The first
- * target of each kernel gets the whole table up to a size; the others, which share its code, small cases.
+ * The conformance suite on the CUDA kernels: the backend as it is, over a driver whose kernels the simulator runs. The
+ * first target of each kernel gets the whole table up to a size; the others, which share its code, small cases.
  */
 import { describe } from 'vitest';
 import { describeConformance } from '../../../../test/conformance/vitest.ts';
@@ -18,8 +18,9 @@ const WORK = {
 export const SIMULATED_SHARE = 0.1;
 
 /**
- * The kernels of the table that start at a capability, on a device of it or a later one. Each capability has a file of its own,
- * since files are what runs in parallel; so has wgmma, whose cases are others. The portable kernel is another with coarser scales.
+ * The kernels of the table that start at a capability, on a device of it or a later one. Each capability has a file of
+ * its own, since files are what runs in parallel; so has wgmma, whose cases are others. The portable kernel is another
+ * with coarser scales.
  *
  * @param from the lowest capability of the kernels
  */

@@ -1,8 +1,8 @@
 /**
- * A CUDA driver without a GPU: the functions of {@link CudaApi} over host memory, for tests of everything above them. It
- * reads the same bytes that the driver would read (structs, parameter arrays, log options), checks what the driver checks, and is
- * as asynchronous as it may be: work of a stream runs only when something waits for it, so that a missing wait between two
- * streams shows as wrong data, and memory freed too early as a fault. Kernels run in a hook.
+ * A CUDA driver without a GPU: the functions of {@link CudaApi} over host memory, for tests of everything above them.
+ * It reads the same bytes that the driver would read (structs, parameter arrays, log options), checks what the driver
+ * checks, and is as asynchronous as it may be: work of a stream runs only when something waits for it, so that a
+ * missing wait between two streams shows as wrong data, and memory freed too early as a fault. Kernels run in a hook.
  */
 import type { CudaApi, DriverFunctions } from '../driver/api.ts';
 import { FakeContexts } from './fake-cuda/contexts.ts';
@@ -110,7 +110,9 @@ export class FakeCuda {
     return this.#memory.at(pointer, bytes);
   }
 
-  /** A function that notes its call, fails where a test asked for it, and returns the fault of a context that has one. */
+  /**
+   * A function that notes its call, fails where a test asked for it, and returns the fault of a context that has one.
+   */
   #guarded(name: string, body: (...values: never[]) => number, needsContext: boolean) {
     return (...values: never[]): number => {
       this.calls.push(name);

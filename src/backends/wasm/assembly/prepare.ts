@@ -27,6 +27,7 @@ import {
   JOB_QUERY_HEADS,
   JOB_SEQUENCES,
   JOB_TAIL,
+  JOB_TAIL_SEEN,
   JOB_TILES,
   JOB_TILE_BYTES,
   JOB_TILE_FLAGS,
@@ -382,14 +383,23 @@ function loadValues(
   }
 }
 
+/** Marks tokens `from` to `to` of a tile by the mask of those added to a cache; `at` is the mask's byte of token `from`, or 0. */
+function markAdded(tailSeen: usize, from: i32, to: i32, at: usize, stride: usize): void {
+  for (let token = from; token < to; token++) {
+    store<u8>(tailSeen + <usize>token, at == 0 || load<u8>(at + <usize>(token - from) * stride) != 0 ? SEEN : HIDDEN);
+  }
+}
+
 /**
  * Adds tokens to a tile that has means of its own and may get more: keys and values that came are kept in float32 until the
  * tile is full. Values are quantized anew each time, keys with a new mean whenever their number has doubled, so that the
  * first tokens do not decide for the later ones.
+ *
+ * @param seen of the tile's first token: {@link SEEN}, or {@link HIDDEN} for those that count in nothing
  */
 function appendToTile(
   job: usize, tile: usize, from: i32, to: i32, k: usize, kStride: usize, v: usize, vStride: usize, dtype: i32,
-  keyTail: usize, valueTail: usize, scratch: usize,
+  keyTail: usize, valueTail: usize, seen: usize, scratch: usize,
 ): void {
   const flags = load<i32>(job, JOB_FLAGS);
   const d = load<i32>(job, JOB_D);
@@ -410,21 +420,21 @@ function appendToTile(
     let first = from;
     if (clz(from) != clz(to)) {
       first = 0;
-      meanOf(keyTail, keyBytes, DTYPE_FLOAT32, d, dPadded, 0, to, 0, row, kMean, false);
+      meanOf(keyTail, keyBytes, DTYPE_FLOAT32, d, dPadded, 0, to, seen, row, kMean, false);
       memory.fill(tile, 0, load<usize>(job, JOB_TILE_V));
       store<i32>(flagsAt, (load<i32>(flagsAt) & ~(TILE_NAN_KEY | TILE_PLAIN_KEYS)) | TILE_SHIFTED);
     }
     const rest = keyTail + <usize>first * keyBytes;
-    packKeys(job, tile, first, to, rest, keyBytes, DTYPE_FLOAT32, 0, kMean, row);
+    packKeys(job, tile, first, to, rest, keyBytes, DTYPE_FLOAT32, seen + <usize>first, kMean, row);
   } else {
-    packKeys(job, tile, from, to, k, kStride, dtype, 0, 0, row);
+    packKeys(job, tile, from, to, k, kStride, dtype, seen + <usize>from, 0, row);
   }
 
-  loadValues(job, tile, from, to, v, vStride, dtype, 0, 0, valueTail, scratch);
+  loadValues(job, tile, from, to, v, vStride, dtype, seen + <usize>from, 0, valueTail, scratch);
   memory.fill(valueTail + <usize>to * valueBytes, 0, <usize>(BLOCK_K - to) * valueBytes);
   let values = valueTail;
   if (flags & FLAG_SMOOTH_V) {
-    meanOf(valueTail, valueBytes, DTYPE_FLOAT32, dvPadded, dvPadded, 0, to, 0, row, vMean, true);
+    meanOf(valueTail, valueBytes, DTYPE_FLOAT32, dvPadded, dvPadded, 0, to, seen, row, vMean, true);
     store<i32>(flagsAt, load<i32>(flagsAt) | TILE_SHIFTED);
     values = scratch + SCRATCH_VALUES;
     memory.copy(values, valueTail, <usize>BLOCK_K * valueBytes);
@@ -487,6 +497,9 @@ export function prepareUnit(job: usize, unit: usize, scratch: usize): void {
     <usize>head * <usize>load<i32>(sequence, SEQUENCE_TILES);
   const keyTail = load<usize>(job, JOB_KEY_TAIL) + ((pair * BLOCK_K * <usize>dPadded) << 2);
   const valueTail = load<usize>(job, JOB_TAIL) + ((pair * BLOCK_K * <usize>dvPadded) << 2);
+  const tailSeen = load<usize>(job, JOB_TAIL_SEEN) + pair * BLOCK_K;
+  const mask = tileMeans ? load<usize>(job, JOB_MASK) : 0;
+  const maskStride = <usize>load<u32>(job, JOB_MASK_KEY_STRIDE);
   const values = scratch + SCRATCH_VALUES;
   const valueBytes = <usize>dvPadded << 2;
   for (let from = start; from < end; ) {
@@ -503,7 +516,11 @@ export function prepareUnit(job: usize, unit: usize, scratch: usize): void {
     const kFrom = k + <usize>(from - start) * kStride;
     const vFrom = v + <usize>(from - start) * vStride;
     if (tileMeans) {
-      appendToTile(job, tile, first, last, kFrom, kStride, vFrom, vStride, dtype, keyTail, valueTail, scratch);
+      const added = mask + <usize>load<u32>(sequence, SEQUENCE_MASK) + <usize>(from - start) * maskStride;
+      markAdded(tailSeen, first, last, mask == 0 ? 0 : added, maskStride);
+      appendToTile(
+        job, tile, first, last, kFrom, kStride, vFrom, vStride, dtype, keyTail, valueTail, tailSeen, scratch,
+      );
     } else {
       const seenFrom = seen == 0 ? <usize>0 : seen + <usize>from;
       packKeys(job, tile, first, last, kFrom, kStride, dtype, seenFrom, flags & FLAG_SMOOTH_K ? kMean : 0, row);

@@ -17,8 +17,8 @@ export interface Forced {
   /** A variant of the family's table by name. Default: the best that fits. */
   readonly variant?: string;
   /**
-   * Runs the matrix kernel with its matrix operations replaced by plain WGSL, on any device with subgroups: slow, and for
-   * tests of everything else in it. The products are those of an H200 (`int8`) or of Apple's GPUs (`float32`).
+   * Runs the matrix kernel with its matrix operations replaced by plain WGSL, on any device with subgroups: slow, and
+   * for tests of everything else in it. The products are those of an H200 (`int8`) or of Apple's GPUs (`float32`).
    */
   readonly emulateMatrices?: Emulation;
 }

@@ -14,7 +14,9 @@ const DIALECTS: readonly MatrixDialect[] = [
   { majorness: 'argument', packedUnit: 'words' },
 ];
 
-/** Rows of the left matrix are this many components longer than the product's K, and data starts this far into a buffer. */
+/**
+ * Rows of the left matrix are this many components longer than the product's K, and data starts this far into a buffer.
+ */
 const GAP = 16;
 
 /** Components before the right matrix. */
@@ -24,10 +26,10 @@ const rightStart = ({ N, K }: MatrixConfig) => 2 * GAP + N * K;
 const SUBGROUPS = 2;
 
 /**
- * A kernel that multiplies one left by one right matrix a subgroup with the memory of the attention kernel: rows with gaps in
- * storage for Q, dense columns for K and V, padded rows in workgroup memory for P and for results, which are stored, loaded and
- * stored again. Strides are constants and short arrays lie between, so that a driver that aligns them differently shows it, as
- * does one whose subgroups are not the threads that the kernel takes them for.
+ * A kernel that multiplies one left by one right matrix a subgroup with the memory of the attention kernel: rows with
+ * gaps in storage for Q, dense columns for K and V, padded rows in workgroup memory for P and for results, which are
+ * stored, loaded and stored again. Strides are constants and short arrays lie between, so that a driver that aligns
+ * them differently shows it, as does one whose subgroups are not the threads that the kernel takes them for.
  */
 export function matrixProbeKernel(
   product: MatrixConfig,

@@ -25,9 +25,8 @@ const matrixVariant = (
 });
 
 /**
- * Tiles of family `matrix`, best first; the first that fits is taken. Names: subgroups x row tiles x keys, loads ahead of
- * need (a), exact maximum (e). The first entries are ordered by speed on an H200
- * (bench/webgpu).
+ * Tiles of family `matrix`, best first; the first that fits is taken. Names: subgroups x row tiles x keys, loads ahead
+ * of need (a), exact maximum (e). The first entries are ordered by speed on an H200 (bench/webgpu).
  */
 export const MATRIX_VARIANTS: readonly MatrixVariant[] = [
   matrixVariant(1, 1, 32),

@@ -25,9 +25,9 @@ const tiledVariant = (
 
 /**
  * Tiles of families `subgroup` and `base`, best first: the first that fits the device and the head dims is taken. Small
- * tiles serve devices with the core limit of 16 KiB workgroup memory, wide heads, and short queries. Names: rows x keys,
- * fewer than 8 threads to a row (n), K and V in the same memory (s). The
- * first entries are ordered by speed on an H200 (bench/webgpu).
+ * tiles serve devices with the core limit of 16 KiB workgroup memory, wide heads, and short queries. Names: rows x
+ * keys, fewer than 8 threads to a row (n), K and V in the same memory (s). The first entries are ordered by speed on an
+ * H200 (bench/webgpu).
  */
 export const TILED_VARIANTS: readonly TiledVariant[] = [
   tiledVariant(64, 16, 32, 4),

@@ -2,22 +2,23 @@
  * Attention with subgroup matrices: INT8 QK where the device has such a product, FP16 (or FP32) PV.
  *
  * A workgroup owns `subgroups * rowTiles * M` queries; each subgroup owns whole rows and keeps their output in result
- * matrices. Elements of a matrix cannot be reached, so scores go through workgroup memory, where the lanes of a subgroup
- * (lanes / M of them to a row) scale, mask and exponentiate them, and P comes back as left matrices.
+ * matrices. Elements of a matrix cannot be reached, so scores go through workgroup memory, where the lanes of a
+ * subgroup (lanes / M of them to a row) scale, mask and exponentiate them, and P comes back as left matrices.
  *
- * A result matrix cannot be scaled by row either. The running maximum therefore stays where it is until a row outgrows it
- * by `2^headroom`; only then are the output matrices stored, rescaled and loaded again. P then reaches 2^headroom, which
- * float16 holds.
+ * A result matrix cannot be scaled by row either. The running maximum therefore stays where it is until a row outgrows
+ * it by `2^headroom`; only then are the output matrices stored, rescaled and loaded again. P then reaches 2^headroom,
+ * which float16 holds.
  *
  * Result matrices are separate variables: an array of them indexed in a loop is not kept in registers. K and V lie in
- * storage so that each matrix of theirs is one run of bytes (KEY_TILE in layout.ts): gathering one out of rows takes a memory
- * transaction for each row. Several matrices are loaded before the first of them is used, since each load waits for memory.
+ * storage so that each matrix of theirs is one run of bytes (KEY_TILE in layout.ts): gathering one out of rows takes a
+ * memory transaction for each row. Several matrices are loaded before the first of them is used, since each load waits
+ * for memory.
  *
- * Matrices in workgroup memory: once offset and stride are constants, drivers read them 16 bytes at a time, and WGSL does not
- * see to it that an array of scalars lies at a multiple of 16 bytes (on an H200 one came back shifted by 8 bytes, behind an array
- * of two words). Every array in workgroup memory is therefore a multiple of 16 bytes long, as is every offset and stride
- * (Vulkan: VUID-RuntimeSpirv-OpCooperativeMatrixLoadKHR-08986); a test reads it off all generated code, and the probe of
- * families/matrix-dialect.ts tries it on the device.
+ * Matrices in workgroup memory: once offset and stride are constants, drivers read them 16 bytes at a time, and WGSL
+ * does not see to it that an array of scalars lies at a multiple of 16 bytes (on an H200 one came back shifted by 8
+ * bytes, behind an array of two words). Every array in workgroup memory is therefore a multiple of 16 bytes long, as is
+ * every offset and stride (Vulkan: VUID-RuntimeSpirv-OpCooperativeMatrixLoadKHR-08986); a test reads it off all
+ * generated code, and the probe of families/matrix-dialect.ts tries it on the device.
  */
 import type { MatrixConfig } from '../capabilities.ts';
 import {
@@ -77,7 +78,9 @@ const bytesOf = (component: string) => (component === 'i8' ? 1 : component === '
 /** Matrices of K or V that are loaded before the first of them is used. */
 const BATCH = 8;
 
-/** Rows in workgroup memory are this many bytes longer than their contents: neighbouring rows then start in other banks. */
+/**
+ * Rows in workgroup memory are this many bytes longer than their contents: neighbouring rows then start in other banks.
+ */
 const ROW_PADDING = 16;
 
 /** Quantized rows are converted in workgroup memory where the product takes no INT8, and V where it takes no FP16. */

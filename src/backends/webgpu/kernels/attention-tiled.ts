@@ -2,12 +2,13 @@
  * Attention without subgroup matrices: families `base` (core WebGPU only) and `subgroup` (row maxima by shuffles).
  *
  * A workgroup owns `rows` queries and walks over the keys in tiles of `keys`. Its threads form a grid of `rowThreads` x
- * `colThreads`: each holds a register tile of scores (INT8 dot products) and one of the output (float32). P goes through
- * workgroup memory once a tile, so that a thread finds the probabilities of its rows for all keys of the tile.
+ * `colThreads`: each holds a register tile of scores (INT8 dot products) and one of the output (float32). P goes
+ * through workgroup memory once a tile, so that a thread finds the probabilities of its rows for all keys of the tile.
  *
- * Arrays in workgroup memory are arrays of arrays, with an index for what is unrolled (a constant), one for the thread's
- * place (the same all along) and one that runs: every index that is no constant is clamped to its array's length, and a
- * flat index would be clamped, and its address computed, at each of the accesses that bound these kernels.
+ * Arrays in workgroup memory are arrays of arrays, with an index for what is unrolled (a constant), one for the
+ * thread's place (the same all along) and one that runs: every index that is no constant is clamped to its array's
+ * length, and a flat index would be clamped, and its address computed, at each of the accesses that bound these
+ * kernels.
  */
 import { FLAG_UNSMOOTHED, POISON, params, rowVectors, SEQUENCE, tables } from './layout.ts';
 import { valueFunctions } from './prepare.ts';
@@ -55,7 +56,10 @@ export function tiledWorkgroupBytes(shape: TileShape, headDimPadded: number, val
   );
 }
 
-/** Pairs of words in a row of the memory that K and V share: an odd number of 16 bytes, so that rows start in other banks. */
+/**
+ * Pairs of words in a row of the memory that K and V share: an odd number of 16 bytes, so that rows start in other
+ * banks.
+ */
 const sharedPairs = (headDimPadded: number, valueDimPadded: number): number =>
   Math.max(rowVectors(headDimPadded) * 2, valueDimPadded / 4 + 2);
 

@@ -1,8 +1,12 @@
-/** What appending to quantized keys and values takes besides quantizing: copies of the first rows, and wider scales of V. */
+/**
+ * What appending to quantized keys and values takes besides quantizing: copies of the first rows, and wider scales of
+ * V.
+ */
 import type { DType } from '../../../tensor/dtype.ts';
 import { type KeyValueLayout, params, SEQUENCE, tables, VALUE_GROUP } from './layout.ts';
 import { KEY_BLOCK, type ValueScaling, valueScale } from './prepare.ts';
 import { statisticsVectors } from './statistics.ts';
+import { maskLoader } from './storage.ts';
 
 const THREADS = 256;
 
@@ -58,6 +62,45 @@ fn main(@builtin(workgroup_id) group: vec3<u32>, @builtin(local_invocation_index
 }`;
 }
 
+export const FLAG_KEYS_PARAMS = [
+  'tileStart',
+  'sequencesAt',
+  'tilesAt',
+  'firstAdded',
+  'maskKeyStride',
+  'maskBase',
+  'visibleBase',
+] as const;
+
+/**
+ * Flags of a cache's keys, as the statistics read them: 1 for those that count. Keys before `firstAdded` do, and where there is
+ * no mask of those added, these do too.
+ */
+export function flagKeysKernel(masked: boolean): string {
+  return `
+${params(0, FLAG_KEYS_PARAMS)}
+${tables(1)}
+${masked ? maskLoader(2, 'bool') : ''}
+@group(0) @binding(3) var<storage, read_write> visible: array<u32>;
+
+@compute @workgroup_size(${KEY_BLOCK})
+fn main(@builtin(workgroup_id) group: vec3<u32>, @builtin(local_invocation_index) lid: u32) {
+  let tile = P.tileStart + group.x;
+  let sequence = tile_field(tile, 0u);
+  let token = tile_field(tile, 1u) + lid;
+  if (lid >= tile_field(tile, 2u)) { return; }
+  var flag = 1u;
+  ${
+    masked
+      ? `if (token >= P.firstAdded) {
+    flag = u32(mask_at(sequence_field(sequence, ${SEQUENCE.mask}u) - P.maskBase + (token - P.firstAdded) * P.maskKeyStride) != 0u);
+  }`
+      : ''
+  }
+  visible[sequence_field(sequence, ${SEQUENCE.keyRow}u) + token - P.visibleBase] = flag;
+}`;
+}
+
 export const WIDEN_VALUES_PARAMS = [
   'tileStart',
   'headStart',
@@ -86,7 +129,10 @@ fn new_largest(record: u32, chunks: u32) -> vec4<f32> {
   return largest;
 }`;
 
-/** Multiplies a block of stored values with what their channels' scales become once new tokens count; mostly nothing to do. */
+/**
+ * Multiplies a block of stored values with what their channels' scales become once new tokens count; mostly nothing to
+ * do.
+ */
 export function widenValuesKernel({ headDimPadded, valueDimPadded, values, layout }: WidenConfig): string {
   const statistics = statisticsVectors(headDimPadded, valueDimPadded);
   // A word holds two channels of a key (rows), or two keys of a channel (tiles).

@@ -1,8 +1,9 @@
 /**
  * What the kernels share about memory: the table of sequences and tiles, and the rows of the scratch buffers.
  *
- * A row of quantized Q or K is `D / 16` vectors of 16 INT8 values and one vector of its own facts, so that a kernel gets
- * a token's scale from the same place as its values, whatever the granularity. The facts of a key: its scale, its flags.
+ * A row of quantized Q or K is `D / 16` vectors of 16 INT8 values and one vector of its own facts, so that a kernel
+ * gets a token's scale from the same place as its values, whatever the granularity. The facts of a key: its scale, its
+ * flags.
  *
  * K and V are in rows for the tiled kernels, and in tiles for subgroup matrices.
  */
@@ -13,9 +14,9 @@ import { roundUp } from './storage.ts';
 export type KeyValueLayout = 'rows' | 'tiles';
 
 /**
- * Keys of a tile of K and of V, where they are in tiles. K: for each 32 channels, 32 bytes of each key; then the facts of
- * each key, of which the first key's third word joins the flags of all. V: for each {@link VALUE_GROUP} keys, their values
- * of each channel. Both take as much memory as rows do.
+ * Keys of a tile of K and of V, where they are in tiles. K: for each 32 channels, 32 bytes of each key; then the facts
+ * of each key, of which the first key's third word joins the flags of all. V: for each {@link VALUE_GROUP} keys, their
+ * values of each channel. Both take as much memory as rows do.
  */
 export const KEY_TILE = 32;
 

@@ -1,6 +1,6 @@
 /**
- * How tiles of K and V get into workgroup memory where the device's products do not take them as they are stored: converted,
- * all of a thread's loads before its stores.
+ * How tiles of K and V get into workgroup memory where the device's products do not take them as they are stored:
+ * converted, all of a thread's loads before its stores.
  */
 import type { MatrixConfig } from '../capabilities.ts';
 import { KEY_TILE } from './layout.ts';

@@ -1,6 +1,6 @@
 /**
- * Joins the partial results of a row: its keys were split among workgroups or launches, or its output shares 32-bit words
- * with other rows (16-bit types with an odd Dv), which one thread per word writes here.
+ * Joins the partial results of a row: its keys were split among workgroups or launches, or its output shares 32-bit
+ * words with other rows (16-bit types with an odd Dv), which one thread per word writes here.
  */
 import { params } from './layout.ts';
 import { expOf, naturalUnits, recordFloats, type ScoreConfig } from './scores.ts';

@@ -1,9 +1,10 @@
 /**
  * Quantization of Q and K to INT8 and conversion of V to float16, into the rows that the attention kernels read.
  *
- * Every row of Q and every key has a scale of its own, whatever the granularity asked for: a row's facts are read with its
- * values, so that finer scales cost one product a score, and no row loses accuracy to another one that is 1000 times as
- * large. For subgroup matrices the keys of a block share one scale where it serves all of them ({@link WIDEST_SPREAD}).
+ * Every row of Q and every key has a scale of its own, whatever the granularity asked for: a row's facts are read with
+ * its values, so that finer scales cost one product a score, and no row loses accuracy to another one that is 1000
+ * times as large. For subgroup matrices the keys of a block share one scale where it serves all of them ({@link
+ * WIDEST_SPREAD}).
  *
  * Smoothing subtracts K's mean. A key for which that makes its values larger (the mean is that of other keys: outliers,
  * another document) is quantized as it is and flagged, and the attention kernels take `q . mean(K)` from its scores.
@@ -415,9 +416,9 @@ ${keyMaxima(config)}
 }
 
 /**
- * `value_scale(record, chunks, sign)`: the power of two that brings four channels' largest magnitudes into the upper half
- * of what {@link ValueScaling} allows when divided by it (sign 1), or its inverse (sign -1); 1 for a channel of zeros.
- * Powers of two keep V's bits as they are. Smoothed values may be twice as large.
+ * `value_scale(record, chunks, sign)`: the power of two that brings four channels' largest magnitudes into the upper
+ * half of what {@link ValueScaling} allows when divided by it (sign 1), or its inverse (sign -1); 1 for a channel of
+ * zeros. Powers of two keep V's bits as they are. Smoothed values may be twice as large.
  */
 export const valueScale = (statistics: number, { smoothed, exponent }: ValueScaling): string => `
 fn largest_values(record: u32, chunks: u32) -> vec4<f32> {

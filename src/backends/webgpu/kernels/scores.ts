@@ -68,9 +68,9 @@ export const expOf = (config: ScoreConfig, difference: string): string =>
 export const recordFloats = (valueDimPadded: number): number => valueDimPadded + 4;
 
 /**
- * `soft_capped(s)`: `softcap * tanh(s / softcap)` with a small relative error for every size of either. Where s is small
- * beside the cap a series is multiplied with s itself: WGSL bounds the absolute error of `tanh` only, and a large cap would
- * multiply it.
+ * `soft_capped(s)`: `softcap * tanh(s / softcap)` with a small relative error for every size of either. Where s is
+ * small beside the cap a series is multiplied with s itself: WGSL bounds the absolute error of `tanh` only, and a large
+ * cap would multiply it.
  */
 const SOFTCAP = `
 fn soft_capped(s: f32) -> f32 {

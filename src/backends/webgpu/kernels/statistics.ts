@@ -1,10 +1,10 @@
 /**
- * First pass over K and V: partial sums of their channels (for the means that smoothing takes) and, where V gets scales,
- * the largest magnitude of V's channels (for a power of two). Each workgroup reduces one chunk of one sequence
+ * First pass over K and V: partial sums of their channels (for the means that smoothing takes) and, where V gets
+ * scales, the largest magnitude of V's channels (for a power of two). Each workgroup reduces one chunk of one sequence
  * and head; the preparing kernels add up the few chunks, always in the same order.
  *
- * Only keys count that some row may see: those inside the band's interval, and not hidden by the mask. Any constant vector
- * serves for smoothing, so that means leave out what is extreme.
+ * Only keys count that some row may see: those inside the band's interval, and not hidden by the mask. Any constant
+ * vector serves for smoothing, so that means leave out what is extreme.
  */
 import type { DType } from '../../../tensor/dtype.ts';
 import { params, SEQUENCE, tables } from './layout.ts';
@@ -175,8 +175,9 @@ ${valueMean ? mean('v', (headDimPadded + valueDimPadded) / 4) : ''}
 }
 
 /**
- * `middle_mean(lane)`: of the groups' means of two channels, the mean without the largest and the smallest quarter. A few
- * keys of 1000 times the others' size, which earlier rows may not even see, would otherwise move the mean away from all.
+ * `middle_mean(lane)`: of the groups' means of two channels, the mean without the largest and the smallest quarter. A
+ * few keys of 1000 times the others' size, which earlier rows may not even see, would otherwise move the mean away from
+ * all.
  */
 const middleMean = (rows: number, segments: number, lanes: number): string => `
 fn middle_mean(lane: u32) -> vec2<f32> {

@@ -1,7 +1,7 @@
 /**
- * Which keys a mask lets any row see, so that K's mean and V's scales are taken over those keys only. A boolean mask hides a
- * key where it is false. An additive one hides it at -Infinity and far below the largest entry of the row: -1e4, -65504
- * and -FLT_MAX are all in use for "not this one".
+ * Which keys a mask lets any row see, so that K's mean and V's scales are taken over those keys only. A boolean mask
+ * hides a key where it is false. An additive one hides it at -Infinity and far below the largest entry of the row:
+ * -1e4, -65504 and -FLT_MAX are all in use for "not this one".
  */
 import type { MaskDType } from '../../../tensor/dtype.ts';
 import { params, SEQUENCE, tables } from './layout.ts';
@@ -97,8 +97,8 @@ fn main(@builtin(workgroup_id) group: vec3<u32>, @builtin(local_invocation_index
 }
 
 /**
- * A flag for each key: whether some row of some query head of its group may see it. A launch looks at some of the group's
- * heads and rows, and joins what earlier launches found.
+ * A flag for each key: whether some row of some query head of its group may see it. A launch looks at some of the
+ * group's heads and rows, and joins what earlier launches found.
  */
 export function visibleKeysKernel({ mask, banded }: VisibleKeysConfig): string {
   const outside = `i32(key) < i32(sequence_field(sequence, ${SEQUENCE.lower}u)) + i32(row) || i32(key) > i32(sequence_field(sequence, ${SEQUENCE.upper}u)) + i32(row)`;

@@ -6,6 +6,8 @@ import {
   COPY_ROWS_PARAMS,
   copiedRowWords,
   copyRowsKernel,
+  FLAG_KEYS_PARAMS,
+  flagKeysKernel,
   joinMaximaKernel,
   WIDEN_VALUES_PARAMS,
   widenValuesKernel,
@@ -83,6 +85,49 @@ export function copyLaunches(stages: Stages, first: number): Launch[] {
   });
 }
 
+/**
+ * Flags of the keys from `from` to the end of each sequence: those that count in statistics.
+ *
+ * @param first the first key added, where the mask begins
+ */
+export function flagLaunches(stages: Stages, from: number, first: number, masked: boolean): Launch[] {
+  const { problem, keyValue, records, tables } = stages;
+  const keyStride = problem.mask?.strides[3] ?? 0;
+  const tiles: Tile[] = tilesOf(
+    records.map(({ keyLength }) => keyLength - from),
+    KEY_BLOCK,
+  ).map((tile) => ({ ...tile, first: tile.first + from }));
+  const tilesAt = tables.tiles(tiles);
+  return launchesOf(
+    stages,
+    'flag keys',
+    flagKeysKernel(masked),
+    allOf(tiles, 1),
+    (unit) => {
+      const [low, high] = extent(tiles, unit.tiles, (tile) => {
+        const { mask } = records[tile.sequence] as SequenceRecord;
+        const [start, end] = [tile.first - first, tile.first + tile.count - first].map((token) => Math.max(0, token));
+        return [mask + (start as number) * keyStride, mask + Math.max(0, (end as number) - 1) * keyStride + 1];
+      });
+      return [
+        tablesBinding(stages),
+        ...(masked ? [{ slot: 2, buffer: 'mask' as const, start: low, end: high }] : []),
+        rowSpan(3, 'visible', 4, keyValue.rowsPerHead, unit.heads, rowsOf(stages, tiles, unit.tiles)),
+      ];
+    },
+    (unit, base) =>
+      encodeParams(FLAG_KEYS_PARAMS, {
+        tileStart: unit.tiles[0],
+        sequencesAt: stages.sequencesAt,
+        tilesAt,
+        firstAdded: first,
+        maskKeyStride: keyStride,
+        maskBase: base('mask'),
+        visibleBase: base('visible') / 4,
+      }),
+  );
+}
+
 const rowsOf = ({ records }: Stages, tiles: readonly Tile[], range: readonly [number, number]) =>
   extent(tiles, range, ({ sequence, first, count }) => {
     const at = (records[sequence] as SequenceRecord).keyRow + first;
@@ -90,7 +135,8 @@ const rowsOf = ({ records }: Stages, tiles: readonly Tile[], range: readonly [nu
   });
 
 /**
- * Wider scales for the values of the `first` tokens that each sequence holds, where those of the tokens added are larger.
+ * Wider scales for the values of the `first` tokens that each sequence holds, where those of the tokens added are
+ * larger.
  *
  * @param added the shape under which the added tokens' statistics were taken
  */

@@ -34,14 +34,17 @@ import {
 } from './stages.ts';
 import { needsVisibleKeys, visibleHeadStride } from './visible-keys.ts';
 
-/** float16 values of V fit unscaled; other dtypes, V with its mean removed and sums in float16 need a scale per channel. */
+/**
+ * float16 values of V fit unscaled; other dtypes, V with its mean removed and sums in float16 need a scale per channel.
+ */
 const valueScalingOf = (
   dtype: DType,
   { smoothV, pvAccumDtype }: Pick<KernelChoice, 'smoothV' | 'pvAccumDtype'>,
 ): ValueScaling => ({
   scaled: dtype !== 'float16' || smoothV || pvAccumDtype === 'fp16',
   smoothed: smoothV,
-  // Sums in float16 overflow less where no value exceeds 1. Elsewhere values up to 2^28 below the largest keep all bits.
+  // Sums in float16 overflow less where no value exceeds 1. Elsewhere values up to 2^28 below the largest keep all
+  // bits.
   exponent: pvAccumDtype === 'fp16' ? 0 : 15,
 });
 

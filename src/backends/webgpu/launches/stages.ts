@@ -1,4 +1,7 @@
-/** What the stages of a computation share: sequences and tiles as tables, spans of buffers, launches over ranges of them. */
+/**
+ * What the stages of a computation share: sequences and tiles as tables, spans of buffers, launches over ranges of
+ * them.
+ */
 
 import { bandOf, visibleKeys } from '../../../attention/band.ts';
 import { type AttentionProblem, outputLayoutOf, sequencesOf } from '../../../attention/problem.ts';

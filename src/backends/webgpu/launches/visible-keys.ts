@@ -128,7 +128,10 @@ function maximaLaunches(stages: Stages, mask: MaskLayout, tiles: Tiles, tilesAt:
   );
 }
 
-/** Launches over parts of the heads and rows, as many as the mask's bindings ask for; each joins what those before it found. */
+/**
+ * Launches over parts of the heads and rows, as many as the mask's bindings ask for; each joins what those before it
+ * found.
+ */
 function flagLaunches(stages: Stages, mask: MaskLayout, tiles: Tiles, tilesAt: number): Launch[] {
   const { problem, capabilities, keyValue, records, rowsPerQueryHead } = stages;
   const [, headStride, queryStride, keyStride] = mask.strides;

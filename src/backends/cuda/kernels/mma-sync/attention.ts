@@ -1,12 +1,12 @@
 /**
  * The `mma.sync` attention kernel: INT8, INT4 or FP4 QK^T, FP16, FP8 or FP4 PV, for sm_80 and later.
  *
- * One CTA computes `rowsPerWarp * warps` rows of Q of one head against the keys of its band, 64 at a time, with the online
- * softmax of FlashAttention in base 2. Quantized operands are padded (rows to whole tiles with zeros, channels to whole
- * tensor-core steps), so only scores are masked, never loads. K is fetched a tile ahead with cp.async.
+ * One CTA computes `rowsPerWarp * warps` rows of Q of one head against the keys of its band, 64 at a time, with the
+ * online softmax of FlashAttention in base 2. Quantized operands are padded (rows to whole tiles with zeros, channels
+ * to whole tensor-core steps), so only scores are masked, never loads. K is fetched a tile ahead with cp.async.
  *
- * Names: g = lane / 4 and t = lane % 4 locate a thread in the fragments of mma.m16n8: it owns rows g and g + 8 and columns
- * 2t and 2t + 1 of every 16x8 tile of scores. With per-thread scales all its scores of a tile share one scale.
+ * Names: g = lane / 4 and t = lane % 4 locate a thread in the fragments of mma.m16n8: it owns rows g and g + 8 and
+ * columns 2t and 2t + 1 of every 16x8 tile of scores. With per-thread scales all its scores of a tile share one scale.
  */
 import type { Kernel, Reg } from '../../ptx/types.ts';
 import { offset } from '../parts/addresses.ts';

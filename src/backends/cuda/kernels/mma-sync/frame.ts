@@ -47,7 +47,10 @@ export interface Frame {
   readonly exponentOffset: number;
   /** Products are summed in FP16: V takes more of its range from P where its tokens lie far apart (`quantizeValue`). */
   readonly sharesRange: boolean;
-  /** Scores are finished as floats before the maximum is taken; otherwise they stay 1.5 * 2^23 + q . k until the exponentials. */
+  /**
+   * Scores are finished as floats before the maximum is taken; otherwise they stay 1.5 * 2^23 + q . k until the
+   * exponentials.
+   */
   readonly scoresAreFloat: boolean;
   readonly tiles: Readonly<Record<'parked' | 'parkedScales' | 'parkedCopies' | 'query' | 'key' | 'value', SharedTile>> &
     Readonly<Partial<Record<'queryScales' | 'keyScales' | 'valueScales', SharedTile>>>;

@@ -62,8 +62,8 @@ export class Parked {
   }
 
   /**
-   * The thread's number plus a 0 from memory. ptxas takes what follows from %tid.x for constant, computes it before the loop,
-   * and then has no registers to hold it.
+   * The thread's number plus a 0 from memory. ptxas takes what follows from %tid.x for constant, computes it before the
+   * loop, and then has no registers to hold it.
    */
   threadNow(): Reg<'u32'> {
     const { b, tiles } = this.#frame;

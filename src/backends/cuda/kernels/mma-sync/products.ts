@@ -122,8 +122,8 @@ function halfLoader({ frame, base }: Product) {
 }
 
 /**
- * V in FP8, [channel, permuted token], converted to FP16. One ldmatrix brings 16 tokens of 32 channels: a word holds tokens 2t,
- * 2t + 1, 2t + 8 and 2t + 9 of a channel, just what a B fragment takes.
+ * V in FP8, [channel, permuted token], converted to FP16. One ldmatrix brings 16 tokens of 32 channels: a word holds
+ * tokens 2t, 2t + 1, 2t + 8 and 2t + 9 of a channel, just what a B fragment takes.
  */
 function multiplyUnpackedFp8(product: Product): void {
   const { b, tiles, rowTiles, channelTiles } = product.frame;
@@ -178,7 +178,10 @@ function halfFragment({ frame, weights }: Product, m: number, k: number): Reg<'f
   return [pair(left, 0), pair(left, 2), pair(right, 0), pair(right, 2)];
 }
 
-/** P of one 16-row tile and 32 keys as the A fragment of mma.m16n8k32; the order of V's tokens makes it the thread's own. */
+/**
+ * P of one 16-row tile and 32 keys as the A fragment of mma.m16n8k32; the order of V's tokens makes it the thread's
+ * own.
+ */
 function fp8Fragment({ frame, weights }: Product, m: number, k: number): Reg<'e4m3x4'>[] {
   const { b } = frame;
   const pair = (n: number, i: number) => {

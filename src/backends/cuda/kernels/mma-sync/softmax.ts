@@ -13,8 +13,8 @@ import { exponentOffsetOf, type Parked } from './parked.ts';
 import type { Output, Scores, SoftmaxState } from './state.ts';
 
 /**
- * Exponents are (1.5 * 2^23 + q.k) * scale plus a term of that size, whose rounding shifts those of a tile by up to the scale.
- * Above this it would show in P: there exponents are made another way.
+ * Exponents are (1.5 * 2^23 + q.k) * scale plus a term of that size, whose rounding shifts those of a tile by up to the
+ * scale. Above this it would show in P: there exponents are made another way.
  */
 const COARSE_SCALE = 2 ** -7;
 
@@ -135,7 +135,9 @@ function finishScores(self: ScoreTile, units: ScoreUnits): void {
   });
 }
 
-/** Scales the scores and adds the share of Q's block mean, `[head, block of Q, key]`, already times smScale * log2(e). */
+/**
+ * Scales the scores and adds the share of Q's block mean, `[head, block of Q, key]`, already times smScale * log2(e).
+ */
 function addMeanScores({ frame, parked, tile, scores }: ScoreTile, { scale, zero }: ScoreUnits): void {
   const { b, pointer, integer, rowTiles, keyTiles, firstColumn, columnOf } = frame;
   const { queryRow, t2 } = parked.reload();

@@ -21,10 +21,10 @@ interface TileRule {
 }
 
 /**
- * 32 rows a warp halve the shared-memory reads of K and V per row; 16 where the output would not fit in registers (a thread
- * holds rowsPerWarp * Dv / 32 sums). Two CTAs of four warps share a multiprocessor, so that one's products run under the
- * other's softmax. Where V's second stage would cost a resident CTA, or the register that ptxas then spills on sm_80, V is
- * fetched behind its own tile's QK^T.
+ * 32 rows a warp halve the shared-memory reads of K and V per row; 16 where the output would not fit in registers (a
+ * thread holds rowsPerWarp * Dv / 32 sums). Two CTAs of four warps share a multiprocessor, so that one's products run
+ * under the other's softmax. Where V's second stage would cost a resident CTA, or the register that ptxas then spills
+ * on sm_80, V is fetched behind its own tile's QK^T.
  */
 const TILE_RULES: readonly TileRule[] = [
   // Decoding: few rows, and many small CTAs, whose copies together keep memory busy.

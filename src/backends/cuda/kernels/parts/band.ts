@@ -30,7 +30,10 @@ export interface KeyRange {
   /** Tiles of keys that some row sees, the last exclusive. */
   readonly firstTile: Reg<'s32'>;
   readonly lastTile: Reg<'s32'>;
-  /** All rows see all keys of a tile that begins at or after `wholeFrom` (undefined: 0) and ends at or before `wholeUntil`. */
+  /**
+   * All rows see all keys of a tile that begins at or after `wholeFrom` (undefined: 0) and ends at or before
+   * `wholeUntil`.
+   */
   readonly wholeFrom: Reg<'s32'> | undefined;
   readonly wholeUntil: Reg<'s32'>;
 }

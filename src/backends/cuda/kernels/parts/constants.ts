@@ -1,8 +1,8 @@
 /** Numbers that several kernels share, and the arithmetic of sizes. */
 
 /**
- * 1.5 * 2^23. An integer |n| < 2^22 added to the bits of this float gives the bits of 1.5 * 2^23 + n: scores accumulated on
- * top of it are floats without a conversion.
+ * 1.5 * 2^23. An integer |n| < 2^22 added to the bits of this float gives the bits of 1.5 * 2^23 + n: scores
+ * accumulated on top of it are floats without a conversion.
  */
 export const MAGIC = 12582912;
 
@@ -23,7 +23,10 @@ export const SMALLEST_GROUP_MAXIMUM = 1e-36;
 export const nextPowerOfTwo = (n: number) => 2 ** Math.ceil(Math.log2(Math.max(1, n)));
 export const roundUp = (n: number, multiple: number) => Math.ceil(n / multiple) * multiple;
 
-/** The smallest normal float32. Scales below it are taken for it, so that -Infinity * scale is not NaN, and zeros stay zeros. */
+/**
+ * The smallest normal float32. Scales below it are taken for it, so that -Infinity * scale is not NaN, and zeros stay
+ * zeros.
+ */
 export const MIN_SCALE = 1.1754943508222875e-38;
 
 /** log2 of E4M3's largest number: added to exponents, it makes a row's maximum the format's. */

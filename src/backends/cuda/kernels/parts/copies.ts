@@ -1,4 +1,7 @@
-/** Tiles in shared memory under cp.async and ldmatrix: where their chunks lie, and copies that all threads make together. */
+/**
+ * Tiles in shared memory under cp.async and ldmatrix: where their chunks lie, and copies that all threads make
+ * together.
+ */
 import type { KernelBuilder } from '../../ptx/builder.ts';
 import type { Layout, SharedTile } from '../../ptx/layouts.ts';
 import type { Reg } from '../../ptx/types.ts';
@@ -9,7 +12,9 @@ export function laneOffset(b: KernelBuilder, layout: Layout, row: Reg<'u32'>, ch
   return b.as(b.mad(row, layout.rowBytes, b.shl(permuted, 4)), 'shared');
 }
 
-/** Moves a swizzled address by a constant number of chunks: an XOR, and what is beyond the permuted chunks as an offset. */
+/**
+ * Moves a swizzled address by a constant number of chunks: an XOR, and what is beyond the permuted chunks as an offset.
+ */
 export function chunkAddresses(b: KernelBuilder, layout: Layout, base: Reg<'shared'>) {
   const moved = new Map<number, Reg<'shared'>>([[0, base]]);
   return (chunk: number): [address: Reg<'shared'>, offset: number] => {
@@ -24,8 +29,8 @@ export function chunkAddresses(b: KernelBuilder, layout: Layout, base: Reg<'shar
 }
 
 /**
- * Copies a tile from global to shared memory, all threads together. Returns the copy as a function of the thread's source
- * and destination, to be emitted once per tile.
+ * Copies a tile from global to shared memory, all threads together. Returns the copy as a function of the thread's
+ * source and destination, to be emitted once per tile.
  */
 export function tileCopy(b: KernelBuilder, tile: SharedTile, threads: number, rowBytes: number) {
   const { layout, rows } = tile;

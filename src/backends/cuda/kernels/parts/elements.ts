@@ -20,11 +20,11 @@ export function unpackPair(
 }
 
 /**
- * Loads eight consecutive channels of a token: four pairs of 16-bit floats, or eight f32. {@link unpackEight} makes floats of
- * them, which take twice the registers.
+ * Loads eight consecutive channels of a token: four pairs of 16-bit floats, or eight f32. {@link unpackEight} makes
+ * floats of them, which take twice the registers.
  *
- * @param inside of the load at channel `first` (counted from this thread's first): what is not inside is not read and is 0;
- * undefined where all of it is
+ * @param inside of the load at channel `first` (counted from this thread's first): what is not inside is not read and
+ *     is 0; undefined where all of it is
  */
 export function loadEightPacked(
   b: KernelBuilder,

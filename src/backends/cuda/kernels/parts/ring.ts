@@ -1,6 +1,6 @@
 /**
- * A ring of stages in shared memory between a producer, whose bulk copies fill them, and consumers. `full` barriers count a
- * stage's bytes in, `empty` barriers the warps that are done with it.
+ * A ring of stages in shared memory between a producer, whose bulk copies fill them, and consumers. `full` barriers
+ * count a stage's bytes in, `empty` barriers the warps that are done with it.
  */
 import type { KernelBuilder } from '../../ptx/builder.ts';
 import { mbarrierArrive, mbarrierInit, mbarrierTest, mbarrierWait } from '../../ptx/mbarrier.ts';

@@ -9,7 +9,8 @@ import { at } from './lists.ts';
 const LOWEST_FINITE = -3e38;
 
 /**
- * Excludes a score (boolean, 0: excluded) or adds to it (float, in base e; -Infinity: excluded) what the mask has at `address`.
+ * Excludes a score (boolean, 0: excluded) or adds to it (float, in base e; -Infinity: excluded) what the mask has at
+ * `address`.
  *
  * @param score in base 2
  * @param inside whether there is such an element; outside a boolean mask excludes and a float one adds 0
@@ -65,8 +66,9 @@ export const softcapParameters = (b: KernelBuilder): SoftcapParameters => ({
 });
 
 /**
- * c * tanh(s / c) of the true scores, to float32's relative precision whatever the cap: where a score is small beside it,
- * 1 - 2 / (1 + e^2x) would be off by a rounding of 1, which is a rounding of the cap. What smoothing K took away comes back first.
+ * c * tanh(s / c) of the true scores, to float32's relative precision whatever the cap: where a score is small beside
+ * it, 1 - 2 / (1 + e^2x) would be off by a rounding of 1, which is a rounding of the cap. What smoothing K took away
+ * comes back first.
  *
  * @param rowBiases loads what comes back of each of the thread's rows
  */
@@ -178,8 +180,8 @@ export function excludeBeyondBand(
 }
 
 /**
- * Keys that are not finite make the rows that see them NaN. The sign of a K scale, which is never negative otherwise, says that
- * its 64 keys have some; a bit each says which.
+ * Keys that are not finite make the rows that see them NaN. The sign of a K scale, which is never negative otherwise,
+ * says that its 64 keys have some; a bit each says which.
  *
  * @param place where the 64 bits are, and the thread's first column
  * @param eachScore visits the scores of those 64 keys

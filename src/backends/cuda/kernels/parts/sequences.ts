@@ -5,8 +5,9 @@ import { offset } from './addresses.ts';
 
 /**
  * One row of the table of sequences (constant buffer `sequences`), eight int32: where a sequence lies in the caller's
- * tensors (`queryStart`, `keyStart`: tokens) and in the padded quantized ones (`paddedQueryStart`, `paddedKeyStart`: rows);
- * and the interval of its keys, from the first on, outside of which no row sees any (`loadVisibleRange` of the quantizers).
+ * tensors (`queryStart`, `keyStart`: tokens) and in the padded quantized ones (`paddedQueryStart`, `paddedKeyStart`:
+ * rows); and the interval of its keys, from the first on, outside of which no row sees any (`loadVisibleRange` of the
+ * quantizers).
  */
 export const SEQUENCE_INTS = 8;
 

@@ -1,17 +1,18 @@
 /**
- * The `wgmma` attention kernel: INT8 QK^T and FP8 or FP16 PV on `wgmma`, for sm_90a. docs/hopper.md draws the pipeline and counts
- * its clocks.
+ * The `wgmma` attention kernel: INT8 QK^T and FP8 or FP16 PV on `wgmma`, for sm_90a. docs/hopper.md draws the pipeline
+ * and counts its clocks.
  *
- * A CTA has one producer warpgroup and `consumers` more. One thread of the producer sends K and V, 128 keys at a time, through
- * rings of stages in shared memory (TMA); each consumer owns 64 rows of Q and runs the online softmax of FlashAttention in
- * base 2 on them. `full` barriers count a stage's bytes in, `empty` barriers the warps that are done with it. With schedule
- * `ahead` a consumer issues QK^T of the next tile before PV of this one, so that tensor cores work while it takes
- * exponentials. A CTA goes through work items (a tile of Q rows of one head, or a split of its keys) `gridDim` apart, so the
- * producer fetches the next item's operands during the last one's epilogue.
+ * A CTA has one producer warpgroup and `consumers` more. One thread of the producer sends K and V, 128 keys at a time,
+ * through rings of stages in shared memory (TMA); each consumer owns 64 rows of Q and runs the online softmax of
+ * FlashAttention in base 2 on them. `full` barriers count a stage's bytes in, `empty` barriers the warps that are done
+ * with it. With schedule `ahead` a consumer issues QK^T of the next tile before PV of this one, so that tensor cores
+ * work while it takes exponentials. A CTA goes through work items (a tile of Q rows of one head, or a split of its
+ * keys) `gridDim` apart, so the producer fetches the next item's operands during the last one's epilogue.
  *
  * Names: g = lane / 4 and t = lane % 4. Of every 8 columns of the scores a thread owns columns 2t and 2t + 1 of rows g
- * and g + 8 of its warp's 16; register 4n + i holds row g + 8 * (i >> 1), column 8n + 2t + (i & 1). P in E4M3 is the A fragment of
- * the next product just as the thread has it, because V's tokens are stored in permuted order (see `TOKEN_PERMUTATION`).
+ * and g + 8 of its warp's 16; register 4n + i holds row g + 8 * (i >> 1), column 8n + 2t + (i & 1). P in E4M3 is the A
+ * fragment of the next product just as the thread has it, because V's tokens are stored in permuted order (see
+ * `TOKEN_PERMUTATION`).
  */
 import { mbarrierArrive, mbarrierWait } from '../../ptx/mbarrier.ts';
 import type { Kernel, Reg } from '../../ptx/types.ts';
@@ -90,7 +91,9 @@ function consumer(frame: Frame): void {
   });
 }
 
-/** Consumers take turns at issuing products: the one whose turn it is waits at its own barrier. The first needs none. */
+/**
+ * Consumers take turns at issuing products: the one whose turn it is waits at its own barrier. The first needs none.
+ */
 class Turns {
   readonly #frame: Frame;
   readonly #own: Reg<'u32'>;
@@ -160,8 +163,8 @@ function attendAhead({ frame, thread, descriptors, stages, turns }: Consumer, it
       turns.give();
       wgmmaWaitGroup(b, 1);
       keys.release(stages.key, thread.leader);
-      // A warp issues one ex2 every 8 clocks. The remaining work of the tile is emitted in the same basic block so that ptxas can
-      // fill the gaps.
+      // A warp issues one ex2 every 8 clocks. The remaining work of the tile is emitted in the same basic block so that
+      // ptxas can fill the gaps.
       softmax(item, () => {
         wgmmaWaitGroup(b, 0);
         values.release(stages.value, thread.leader);

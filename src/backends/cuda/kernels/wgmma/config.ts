@@ -1,4 +1,7 @@
-/** Configurations of the Hopper kernel: what they mean, the shared memory they take, and the table that a problem chooses from. */
+/**
+ * Configurations of the Hopper kernel: what they mean, the shared memory they take, and the table that a problem
+ * chooses from.
+ */
 import type { DType } from '../../../../tensor/dtype.ts';
 import { type Layout, tma128Swizzle } from '../../ptx/layouts.ts';
 
@@ -16,15 +19,26 @@ export interface WgmmaTile {
   readonly schedule: 'ahead' | 'serial';
   /** Two consumers issue their products in turns, so that one takes exponentials while the other multiplies. */
   readonly pingPong: boolean;
-  /** FP8 sums move to float32 registers with every tile ('fp32+fp32'), or never ('fp32'). FP16 products are summed in float32. */
+  /**
+   * FP8 sums move to float32 registers with every tile ('fp32+fp32'), or never ('fp32'). FP16 products are summed in
+   * float32.
+   */
   readonly promoted: boolean;
-  /** Columns of PV that have registers for sums of their own; fewer than Dv only when serial and promoted every tile. */
+  /**
+   * Columns of PV that have registers for sums of their own; fewer than Dv only when serial and promoted every tile.
+   */
   readonly valueChunk: number;
-  /** A scale for each row of a Q that the kernel quantizes; else rows i and i + 8 of every 16 share one, which saves registers. */
+  /**
+   * A scale for each row of a Q that the kernel quantizes; else rows i and i + 8 of every 16 share one, which saves
+   * registers.
+   */
   readonly queryScalePerRow: boolean;
   /** Share of the exponentials on the FMA units. Needs `onesColumn`. */
   readonly polynomialShare: 0 | 0.125 | 0.25 | 0.5;
-  /** Row sums as one more column of P V, over the same rounded P: 8 more columns. Only with promotion: FP8 sums lose what is small beside them. */
+  /**
+   * Row sums as one more column of P V, over the same rounded P: 8 more columns. Only with promotion: FP8 sums lose
+   * what is small beside them.
+   */
   readonly onesColumn: boolean;
   /** Powers of two by which a row's maximum may grow before the output is rescaled. */
   readonly rescaleThreshold: number;
@@ -43,7 +57,9 @@ export interface WgmmaConfig extends WgmmaTile {
   readonly queryScales: readonly [tokens: number, scales: 1 | 8];
   /** Scales of 64 keys: 1, or 4 when per thread. */
   readonly keyScales: 1 | 4;
-  /** Heads of Q over one head of K that lie side by side as rows of a tile: a power of two up to 64. For short queries. */
+  /**
+   * Heads of Q over one head of K that lie side by side as rows of a tile: a power of two up to 64. For short queries.
+   */
   readonly packedHeads: number;
   /** P = 2^(s - max + this): the row maximum becomes the format's, less what `rescaleThreshold` lets it grow. */
   readonly exponentOffset: number;
@@ -60,8 +76,9 @@ export interface WgmmaConfig extends WgmmaTile {
 /** Bits of a float that scales keep: 21 of the mantissa, so that 1.5 * 2^23 times the scale has no more than 24. */
 export const SCALE_BITS = 0xfffffff8;
 /**
- * Largest scale (of a product of codes, in powers of two) up to which the zero point, 1.5 * 2^23 times the scale, may be added to a maximum in
- * float32: it then errs by less than 2^-7, where the rounding of the codes themselves is good for more than 2.
+ * Largest scale (of a product of codes, in powers of two) up to which the zero point, 1.5 * 2^23 times the scale, may
+ * be added to a maximum in float32: it then errs by less than 2^-7, where the rounding of the codes themselves is good
+ * for more than 2.
  */
 export const EXACT_SCALE = 2 ** -6;
 

@@ -73,7 +73,10 @@ export interface Frame {
   readonly fp8: boolean;
   /** The kernel quantizes Q itself. */
   readonly fused: boolean;
-  /** Scores are finished as floats before the maximum is taken; otherwise they stay 1.5 * 2^23 + q . k until the exponentials. */
+  /**
+   * Scores are finished as floats before the maximum is taken; otherwise they stay 1.5 * 2^23 + q . k until the
+   * exponentials.
+   */
   readonly scoresAreFloat: boolean;
   /** Rows of Q of the CTA. */
   readonly rows: number;
@@ -159,7 +162,9 @@ export function makeFrame(config: WgmmaConfig): Frame {
   };
 }
 
-/** Behind the channels of V's tiles: one row of ones, whose product with P is the sum of P's rows, and seven of zeros. */
+/**
+ * Behind the channels of V's tiles: one row of ones, whose product with P is the sum of P's rows, and seven of zeros.
+ */
 export function writeOnes({ b, config, tiles, bytes, shared, thread }: Frame): void {
   b.section('ones behind V');
   b.if(b.setp('lt', thread, 64), () => {

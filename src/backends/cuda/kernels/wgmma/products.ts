@@ -141,7 +141,10 @@ export function promote({ frame, output }: Item): void {
   }
 }
 
-/** Where the output is not multiplied with every promotion: multiplies it now, if the maximum of a row of this warp grew. */
+/**
+ * Where the output is not multiplied with every promotion: multiplies it now, if the maximum of a row of this warp
+ * grew.
+ */
 export function rescale({ frame, state, output }: Item): void {
   const { b, config } = frame;
   if (config.promoted) return;

@@ -31,8 +31,8 @@ export function loadQueryScales({ b, config, pointer, smScale }: Frame, rows: Ro
 type RowValues = readonly (readonly Reg<'f32'>[])[];
 
 /**
- * Quantizes this consumer's rows of the caller's Q into shared memory, and their products with the mean of K beside them.
- * Returns what {@link loadQueryScales} does; rows g and g + 8 of a warp share a scale, or have one each.
+ * Quantizes this consumer's rows of the caller's Q into shared memory, and their products with the mean of K beside
+ * them. Returns what {@link loadQueryScales} does; rows g and g + 8 of a warp share a scale, or have one each.
  */
 export function quantizeQuery(frame: Frame, thread: ConsumerThread, work: Work, rows: Rows): Reg<'f32'>[] {
   const { b, config, smScale, warpgroup } = frame;

@@ -23,8 +23,8 @@ interface ScoreUnits {
 }
 
 /**
- * From scores to P and the factors of the output. `finishValues` ends PV of the last tile, which reads P and sums to what the
- * factors are for.
+ * From scores to P and the factors of the output. `finishValues` ends PV of the last tile, which reads P and sums to
+ * what the factors are for.
  */
 export function softmax(item: Item, finishValues = (): void => {}): void {
   const { frame, tile, scales, output } = item;
@@ -48,8 +48,8 @@ export function softmax(item: Item, finishValues = (): void => {}): void {
 
 function scoreUnits({ frame, queryScale, scales }: Item): ScoreUnits {
   const { b } = frame;
-  // A group of zeros has scale 0; the smallest normal keeps -Infinity * scale from being NaN. With fewer bits, 1.5 * 2^23 times
-  // the scale is exact.
+  // A group of zeros has scale 0; the smallest normal keeps -Infinity * scale from being NaN. With fewer bits, 1.5 *
+  // 2^23 times the scale is exact.
   const scale = scales.keys.map((key) => {
     const magnitude = b.abs(key);
     const make = (query: Reg<'f32'>) =>
@@ -106,8 +106,8 @@ function maskScores(
 }
 
 /**
- * What few tiles need, behind one branch: keys outside the band or beyond the last, keys that are not finite, and scales so large
- * that 1.5 * 2^23 times the scale swallows differences between scores.
+ * What few tiles need, behind one branch: keys outside the band or beyond the last, keys that are not finite, and
+ * scales so large that 1.5 * 2^23 times the scale swallows differences between scores.
  */
 function handleRareTiles(item: Item, units: ScoreUnits): void {
   const { frame, work, tile, scales } = item;
@@ -175,8 +175,8 @@ function markFaultyKeys({ frame, thread, tile, scores, scales }: Item): void {
 /** The largest score of each row in this tile. */
 function tileMaxima({ frame, scores }: Item, { scaleOf, zeroOf }: ScoreUnits): Reg<'f32'>[] {
   const { b, scoresAreFloat } = frame;
-  // Positive floats, and -Infinity below them, order like the integers of their bits; three-input integer maxima exist. Chains of
-  // maxima take turns, and so do the rows' shuffles: each waits for its last.
+  // Positive floats, and -Infinity below them, order like the integers of their bits; three-input integer maxima exist.
+  // Chains of maxima take turns, and so do the rows' shuffles: each waits for its last.
   const chains = [0, 1, 2, 3].map((chain) =>
     scores.integers.filter((_, i) => ((i >> 5) << 1) + ((i >> 1) & 1) === chain),
   );

@@ -1,4 +1,7 @@
-/** Which configuration a problem gets on Hopper, and the variants of it that `bench/cuda/wgmma-variants.ts` times against each other. */
+/**
+ * Which configuration a problem gets on Hopper, and the variants of it that `bench/cuda/wgmma-variants.ts` times
+ * against each other.
+ */
 import type { WgmmaConfig, WgmmaTile } from './config.ts';
 
 /** A tile with what else may be tuned. */
@@ -12,8 +15,8 @@ export interface WgmmaTuning extends WgmmaTile {
 }
 
 /**
- * Two consumers of 240 registers, QK^T ahead of PV. With promotion, row sums are a column of P V and an eighth of the exponentials runs on the FMA
- * units: 4% faster on an H200 than neither.
+ * Two consumers of 240 registers, QK^T ahead of PV. With promotion, row sums are a column of P V and an eighth of the
+ * exponentials runs on the FMA units: 4% faster on an H200 than neither.
  */
 const TWO_CONSUMERS: WgmmaTuning = {
   consumers: 2,
@@ -33,7 +36,10 @@ const TWO_CONSUMERS: WgmmaTuning = {
   groupMegabytes: 16,
 };
 
-/** Three consumers hide more of each other's softmax than two that run ahead: 2% faster on an H200. For Dv up to 128 in FP8. */
+/**
+ * Three consumers hide more of each other's softmax than two that run ahead: 2% faster on an H200. For Dv up to 128 in
+ * FP8.
+ */
 const THREE_CONSUMERS: WgmmaTuning = {
   ...TWO_CONSUMERS,
   consumers: 3,

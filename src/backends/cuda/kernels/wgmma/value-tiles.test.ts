@@ -1,4 +1,7 @@
-/** Tiles of V with scales of their own, through the attention kernel and through a growing cache. Kernels run in the simulator. */
+/**
+ * Tiles of V with scales of their own, through the attention kernel and through a growing cache. Kernels run in the
+ * simulator.
+ */
 import { describe, expect, test } from 'vitest';
 import { Random, runSeed } from '../../../../../test/support/random.ts';
 import { prepareKeyValue } from '../../../../api/key-value-cache.ts';

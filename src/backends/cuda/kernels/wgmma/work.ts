@@ -1,4 +1,6 @@
-/** Items of work: a tile of Q rows of one head, or a split of its keys. Each role of a CTA goes through them by itself. */
+/**
+ * Items of work: a tile of Q rows of one head, or a split of its keys. Each role of a CTA goes through them by itself.
+ */
 import type { Reg } from '../../ptx/types.ts';
 import { divide } from '../parts/addresses.ts';
 import { type KeyRange, keyRange } from '../parts/band.ts';

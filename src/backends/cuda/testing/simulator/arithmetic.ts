@@ -44,8 +44,8 @@ export function halves(f: (...values: number[]) => number, ...registers: number[
 const doubleBits = new DataView(new ArrayBuffer(8));
 
 /**
- * a * b + c in float64, for float32 values, such that rounding it to float32 in any direction rounds the exact sum: where the
- * sum does not fit in float64, its last bit is set to say so (rounding to odd).
+ * a * b + c in float64, for float32 values, such that rounding it to float32 in any direction rounds the exact sum:
+ * where the sum does not fit in float64, its last bit is set to say so (rounding to odd).
  */
 export function fusedSum(a: number, b: number, c: number): number {
   const product = a * b; // exact

@@ -1,6 +1,6 @@
 /**
- * Shared memory with asynchronous units beside the threads: it knows which bytes a fence has made visible to them, and which a
- * copy is on its way to.
+ * Shared memory with asynchronous units beside the threads: it knows which bytes a fence has made visible to them, and
+ * which a copy is on its way to.
  */
 import { SharedMemory, SimulationError } from './memory.ts';
 

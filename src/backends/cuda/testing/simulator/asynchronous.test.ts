@@ -1,4 +1,6 @@
-/** The simulator against kernels that do right and kernels that do wrong: what it does not notice, it cannot vouch for. */
+/**
+ * The simulator against kernels that do right and kernels that do wrong: what it does not notice, it cannot vouch for.
+ */
 import { describe, expect, test } from 'vitest';
 import { KernelBuilder } from '../../ptx/builder.ts';
 import { rowMajor, tma128Swizzle } from '../../ptx/layouts.ts';
@@ -30,8 +32,8 @@ type Fault =
 const [M, N, K] = [64, 16, 64];
 
 /**
- * out = a * b^T for INT8 a (64 x 64, written by threads) and b (16 x 64, fetched by TMA from a tensor of 12 rows), once more
- * into the same stage.
+ * out = a * b^T for INT8 a (64 x 64, written by threads) and b (16 x 64, fetched by TMA from a tensor of 12 rows), once
+ * more into the same stage.
  */
 function product(fault: Fault): Kernel {
   const b = new KernelBuilder({ name: 'product', target: 'sm_90a', threads: 128 });

@@ -135,7 +135,8 @@ class Emitter {
           return `{const s=${x}${sign}${y};const c=Math.floor(s/4294967296);u[${high}+l]=${this.high(a)}${sign}${this.high(b)}+c;u[${low}+l]=s;}`;
         }
         if (type === 'f16x2') return `${out('u')}=R.halves((p,q)=>p${sign}q,${x},${y});`;
-        // A float64 sum, rounded again by the store, is the float32 sum; directed roundings need to know what it left out.
+        // A float64 sum, rounded again by the store, is the float32 sum; directed roundings need to know what it left
+        // out.
         if (directed !== undefined) return `${out('f')}=R.${directed}(R.fusedSum(1,${x},${sign}${y}));`;
         return `${out(view)}=${x}${sign}${y};`;
       }

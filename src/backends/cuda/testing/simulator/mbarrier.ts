@@ -1,6 +1,6 @@
 /**
- * What the warps of a CTA share besides memory: `mbarrier` phases, bulk copies through tensor maps that complete them, and named
- * barriers. Copies land at random times.
+ * What the warps of a CTA share besides memory: `mbarrier` phases, bulk copies through tensor maps that complete them,
+ * and named barriers. Copies land at random times.
  */
 import { type AsyncSharedMemory, swizzled } from './async-memory.ts';
 import { type DeviceAddresses, requireWritten, SHARED_BASE, SimulationError } from './memory.ts';

@@ -1,4 +1,7 @@
-/** Memories of the simulator: they know which bytes exist, which have been written, and who touched them since the last barrier. */
+/**
+ * Memories of the simulator: they know which bytes exist, which have been written, and who touched them since the last
+ * barrier.
+ */
 
 /** Something that a correct kernel never does. */
 export class SimulationError extends Error {

@@ -1,15 +1,16 @@
 /**
- * Runs launches on the CPU, CTA by CTA, warp by warp in lockstep: what the kernels compute, without a GPU. It executes the
- * instruction list, not its text (ptxas checks that), and stops at what a correct kernel never does: reading what was
- * never written, leaving a buffer, misaligned accesses, races in shared memory, barriers that some threads miss.
+ * Runs launches on the CPU, CTA by CTA, warp by warp in lockstep: what the kernels compute, without a GPU. It executes
+ * the instruction list, not its text (ptxas checks that), and stops at what a correct kernel never does: reading what
+ * was never written, leaving a buffer, misaligned accesses, races in shared memory, barriers that some threads miss.
  *
- * Divergence: lanes carry a block number each, and the lanes at the lowest one run next, which reconverges structured code.
+ * Divergence: lanes carry a block number each, and the lanes at the lowest one run next, which reconverges structured
+ * code.
  *
- * Kernels with `mbarrier` run adversarially where the hardware is free: products read their operands and write their sums only
- * when they are waited for, copies land at random times, warps take turns at random. Found are deadlocks, ordinary writes that
- * reach `wgmma` or a copy without `fence.proxy.async`, tiles read before they have landed, too many arrivals, and a stage
- * handed back too early (its new contents meet the old products). The four warps of a warpgroup compute their 16 rows
- * apart; the hardware's requirement that they issue together is not checked.
+ * Kernels with `mbarrier` run adversarially where the hardware is free: products read their operands and write their
+ * sums only when they are waited for, copies land at random times, warps take turns at random. Found are deadlocks,
+ * ordinary writes that reach `wgmma` or a copy without `fence.proxy.async`, tiles read before they have landed, too
+ * many arrivals, and a stage handed back too early (its new contents meet the old products). The four warps of a
+ * warpgroup compute their 16 rows apart; the hardware's requirement that they issue together is not checked.
  */
 import type { KernelArgument, KernelLaunch } from '../../launches/launch.ts';
 import type { Kernel } from '../../ptx/types.ts';
@@ -75,7 +76,10 @@ function runCta(cta: Cta, warps: Warp[], program: Program): void {
   }
 }
 
-/** Runs the warps of a CTA by turns, at random, until all have ended: warps that wait for each other in other ways than `bar.sync`. */
+/**
+ * Runs the warps of a CTA by turns, at random, until all have ended: warps that wait for each other in other ways than
+ * `bar.sync`.
+ */
 function runByTurns(cta: Cta, warps: readonly (Warp & { readonly asynchronous: AsyncWarp })[], program: Program): void {
   const { units } = (warps[0] as (typeof warps)[number]).asynchronous;
   const running = new Set(warps);

@@ -1,7 +1,7 @@
 /**
- * A warp of the simulator: its registers, and the instructions that need more than one lane or a memory. A register is 32
- * consecutive words, one for each lane; 64-bit registers are two such rows, low words first. Predicates are words 0 and 1,
- * 16-bit values words below 65536.
+ * A warp of the simulator: its registers, and the instructions that need more than one lane or a memory. A register is
+ * 32 consecutive words, one for each lane; 64-bit registers are two such rows, low words first. Predicates are words 0
+ * and 1, 16-bit values words below 65536.
  *
  * Tensor-core products are summed exactly (in float64) and rounded once to the accumulator's type. Real tensor cores
  * align the terms and keep fewer bits (about 22 for FP8 on sm_89 and sm_90), so sums here are at least as accurate.
@@ -276,8 +276,9 @@ export class Warp {
   }
 
   /**
-   * A block-scaled product: `4X` has four UE4M3 scales of 16 elements for each row and column, `2X` two UE8M0 ones of 32. Products
-   * and sums are exact in float64 up to one rounding; scales of lanes that the selectors do not name are not looked at.
+   * A block-scaled product: `4X` has four UE4M3 scales of 16 elements for each row and column, `2X` two UE8M0 ones of
+   * 32. Products and sums are exact in float64 up to one rounding; scales of lanes that the selectors do not name are
+   * not looked at.
    */
   mmaBlockScaled(
     opcode: string,

@@ -1,6 +1,6 @@
 /**
- * `wgmma` in the simulator, from matrix descriptors and swizzled tiles. Products read their operands and write their sums only
- * when they are waited for; the sums hold nonsense until then.
+ * `wgmma` in the simulator, from matrix descriptors and swizzled tiles. Products read their operands and write their
+ * sums only when they are waited for; the sums hold nonsense until then.
  *
  * FP8 sums keep 13 mantissa bits and cut off what lies below, see `accumulateTile` of the reference.
  */
