@@ -64,20 +64,18 @@ export function exactWorkgroupBytes(shape: ExactShape, headDim: number, valueDim
 export const exactOutputRegisters = ({ rows, rowThreads, colThreads }: ExactShape, valueDim: number): number =>
   ((rows / rowThreads) * 4 * valueVectors(valueDim, colThreads)) / colThreads;
 
-export function exactAttentionKernel(config: ExactConfig): string {
+/** Row `i` and key `n` of a thread within the tile. */
+const rowOf = ({ rowThreads }: ExactShape, i: number) => `(r + ${i * rowThreads}u)`;
+const columnOf = ({ colThreads }: ExactShape, n: number) => `(c + ${n * colThreads}u)`;
+
+/** Declarations and expressions by which a thread gets at q, k and v: from storage, or staged in workgroup memory. */
+function operandAccess(config: ExactConfig) {
   const { rows, keys, rowThreads, colThreads, tile, staging, component, headDim, valueDim, vectors } = config;
-  const { subgroups, subgroupId } = config;
   const threads = rowThreads * colThreads;
   const quads = Math.ceil(headDim / 4);
   const stride = rowVectors(quads);
   const valueQuads = valueVectors(valueDim, colThreads);
-  const probabilityStride = rowVectors(keys / 4);
   const staged = staging !== 'none';
-  const [tm, tn, tv] = [rows / rowThreads, keys / colThreads, valueQuads / colThreads];
-  const [I, N, V] = [range(tm), range(tn), range(tv)];
-  const row = (i: number) => `(r + ${i * rowThreads}u)`;
-  const column = (n: number) => `(c + ${n * colThreads}u)`;
-  const float = tile === 'f32' ? (x: string) => x : (x: string) => `vec4<f32>(${x})`;
 
   /** `load_<name>(start, quad) -> vec4`: four channels of the token at element `start`; 0 beyond the last. */
   const loader = (name: string, binding: number, dim: number) => {
@@ -125,16 +123,35 @@ ${staging === 'shared' ? tileArray('tile_kv', Math.max(keys * stride, keys * val
 
   const query = (i: number) =>
     staged
-      ? `tile_q[${row(i)} * ${stride}u + w]`
-      : `load_query(${token('query', `min(first_row + ${row(i)}, P.queryLength - 1u)`)}, w)`;
+      ? `tile_q[${rowOf(config, i)} * ${stride}u + w]`
+      : `load_query(${token('query', `min(first_row + ${rowOf(config, i)}, P.queryLength - 1u)`)}, w)`;
   const key = (n: number) =>
     staged
-      ? `${keyTile}[${column(n)} * ${stride}u + w]`
-      : `load_key(${token('key', lastKey(`(start + ${column(n)})`))}, w)`;
+      ? `${keyTile}[${columnOf(config, n)} * ${stride}u + w]`
+      : `load_key(${token('key', lastKey(`(start + ${columnOf(config, n)})`))}, w)`;
   const value = (v: number) =>
     staged
       ? `${valueTile}[key * ${valueQuads}u + c + ${v * colThreads}u]`
       : valueAt('(start + key)', `c + ${v * colThreads}u`);
+
+  const loaders = [loader('query', 1, headDim), loader('key', 2, headDim), loader('value', 3, valueDim)].join('\n');
+  return { loaders, memory, stageQueries, stageKeys, stageValues, query, key, value };
+}
+
+export function exactAttentionKernel(config: ExactConfig): string {
+  const { rows, keys, rowThreads, colThreads, tile, staging, component, headDim, valueDim, vectors } = config;
+  const { subgroups, subgroupId } = config;
+  const threads = rowThreads * colThreads;
+  const quads = Math.ceil(headDim / 4);
+  const valueQuads = valueVectors(valueDim, colThreads);
+  const probabilityStride = rowVectors(keys / 4);
+  const staged = staging !== 'none';
+  const [tm, tn, tv] = [rows / rowThreads, keys / colThreads, valueQuads / colThreads];
+  const [I, N, V] = [range(tm), range(tn), range(tv)];
+  const { loaders, memory, stageQueries, stageKeys, stageValues, query, key, value } = operandAccess(config);
+  const row = (i: number) => rowOf(config, i);
+  const column = (n: number) => columnOf(config, n);
+  const float = tile === 'f32' ? (x: string) => x : (x: string) => `vec4<f32>(${x})`;
 
   const multiply = (i: number, n: number) =>
     `s_${i}_${n} = fma(q_${i}.x, k.x, s_${i}_${n}); s_${i}_${n} = fma(q_${i}.y, k.y, s_${i}_${n}); s_${i}_${n} = fma(q_${i}.z, k.z, s_${i}_${n}); s_${i}_${n} = fma(q_${i}.w, k.w, s_${i}_${n});`;
@@ -193,9 +210,7 @@ ${component === 'f16' ? 'enable f16;' : ''}
 ${subgroups ? 'enable subgroups;' : ''}
 ${subgroups && subgroupId ? 'requires subgroup_id;' : ''}
 ${params(0, EXACT_PARAMS)}
-${loader('query', 1, headDim)}
-${loader('key', 2, headDim)}
-${loader('value', 3, valueDim)}
+${loaders}
 @group(0) @binding(4) var<storage, read_write> outputs: array<${vectors ? `vec4<${component}>` : component}>;
 ${memory}
 var<workgroup> tile_p: array<vec4<f32>, ${rows * probabilityStride}>;
