@@ -20,6 +20,14 @@ const choiceOf = (descriptor: CudaKernelDescriptor): KernelChoice => ({
 const operand = (length: number) => emptyTensor([1, 2, length, 64], 'float16');
 const problem = createProblem(operand(200), operand(300), operand(300), { isCausal: true });
 
+/** The largest head dims, and odd ones. */
+const DIMS = [
+  [256, 256],
+  [256, 61],
+  [64, 256],
+  [1, 1],
+] as const;
+
 const COMBINATIONS = TARGETS.flatMap((target) => CUDA_KERNELS.map((kernel) => ({ target, kernel, name: kernel.name })));
 
 describe.each(COMBINATIONS)('$name on $target', ({ target, kernel }) => {
@@ -51,6 +59,23 @@ describe.each(COMBINATIONS)('$name on $target', ({ target, kernel }) => {
       for (const buffer of buffers) expect(known, `${name} names ${buffer}`).toContain(buffer);
       expect(args.length).toBe((module as SimulatableModule).kernel().parameters.length);
       expect(sharedBytes).toBeLessThanOrEqual(TARGET_FEATURES[target].sharedBytesPerBlock);
+    }
+  });
+
+  it('has a configuration that fits for every head dim, accumulator and smoothing, prefilling and decoding', () => {
+    const of = (length: number, dim: number) => emptyTensor([1, 1, length, dim], 'float16');
+    for (const [d, dv] of DIMS) {
+      for (const queries of [1, 200]) {
+        const shaped = createProblem(of(queries, d), of(300, d), of(300, dv), {});
+        for (const pvAccumDtype of kernel.pvAccumDtype) {
+          for (const smoothQ of kernel.smoothQ) {
+            for (const { sharedBytes } of planLaunches(shaped, { ...choiceOf(kernel), pvAccumDtype, smoothQ }, device)
+              .launches) {
+              expect(sharedBytes).toBeLessThanOrEqual(TARGET_FEATURES[target].sharedBytesPerBlock);
+            }
+          }
+        }
+      }
     }
   });
 

@@ -82,6 +82,12 @@ const TILE_RULES: readonly TileRule[] = [
     qkRowBytes: 256,
     tile: { warps: 8, rowsPerWarp: 16, minBlocksPerMultiprocessor: 1, valueStages: 1 },
   },
+  {
+    // FP4 at D = Dv = 256, where a block has 99 KiB.
+    valueDim: 256,
+    qkRowBytes: 256,
+    tile: { warps: 4, rowsPerWarp: 16, minBlocksPerMultiprocessor: 1, valueStages: 1 },
+  },
 ];
 
 /** Bytes of what a CTA holds: rows of Q and K and the scales of each, a tile of V with its scales. */
