@@ -47,6 +47,7 @@ const samples = [...pages.map((name) => `docs/${name}`), 'README.md'].flatMap(sa
 const ENTRIES = {
   sageattention: 'src/index.ts',
   'sageattention/wasm': 'src/backends/wasm/index.ts',
+  'sageattention/wasm/embedded': 'src/backends/wasm/embedded.ts',
   'sageattention/webgpu': 'src/backends/webgpu/index.ts',
   'sageattention/cuda': 'src/backends/cuda/index.ts',
   'sageattention/reference': 'src/reference/index.ts',
