@@ -10,6 +10,7 @@ export {
   type AppendOptions,
   type AttendOptions,
   KeyValueCache,
+  type KeyValueFormat,
   type KeyValueOptions,
   prepareKeyValue,
   type TokenOptions,

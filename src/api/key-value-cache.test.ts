@@ -45,3 +45,19 @@ describe('prepareKeyValue', () => {
     expect(cache.length).toBe(3);
   });
 });
+
+describe('the format of a cache', () => {
+  it.each([
+    [{ format: 'nvfp4', kernel: 'qk-int8-pv-fp16' }, "'int8' with kernel 'qk-int8-pv-fp16'"],
+    [{ format: 'int8', kernel: 'qk-fp4-pv-fp4' }, "'nvfp4' with kernel 'qk-fp4-pv-fp4'"],
+    [{ format: 'fp8' as never }, "'int8', 'nvfp4'"],
+  ] as const)('%j is refused', async (options, expected) => {
+    const prepared = prepareKeyValue(t(1, 2, 3, 8), t(1, 2, 3, 8), { backend: 'wasm', ...options });
+    await expect(prepared).rejects.toMatchObject({ argument: 'options.format', expected });
+  });
+
+  it('names a kernel, which a backend may lack', async () => {
+    const prepared = prepareKeyValue(t(1, 2, 3, 8), t(1, 2, 3, 8), { backend: 'wasm', format: 'nvfp4' });
+    await expect(prepared).rejects.toMatchObject({ code: 'unsupported-option', argument: 'options.kernel' });
+  });
+});

@@ -1,5 +1,6 @@
 /** K and V quantized once and attended to many times: what a decoder's cache needs. */
 
+import type { KernelName } from '../attention/kernels.ts';
 import {
   type AttentionOptions,
   type BackendName,
@@ -32,7 +33,34 @@ export type KeyValueOptions = Pick<
   | 'signal'
   | 'stream'
 > &
-  TokenOptions;
+  TokenOptions & {
+    /**
+     * What keys and values are held in. `'int8'` (default): as the chosen kernel holds them. `'nvfp4'`: 4.5 bits an
+     * element, in blocks of 16 with E4M3 scales (SageAttention3, arXiv 2505.11594), by kernel `qk-fp4-pv-fp4`. On WASM,
+     * queries and weights are not rounded to FP4 over a cache, so `smoothQ` has no effect there.
+     */
+    readonly format?: KeyValueFormat;
+  };
+
+export type KeyValueFormat = 'int8' | 'nvfp4';
+
+/** Kernels whose caches hold NVFP4; the first is what a format alone means. */
+const NVFP4_KERNELS: readonly (KernelName | 'auto')[] = ['qk-fp4-pv-fp4', 'qk-fp4-pv-fp4-cuda'];
+
+/** The kernel that a format and a kernel asked for mean together. */
+function kernelOf(format: unknown, kernel: KernelName | 'auto' | undefined): KernelName | 'auto' | undefined {
+  if (format === undefined) return kernel;
+  if (format !== 'int8' && format !== 'nvfp4') {
+    throw new InvalidArgumentError('invalid-option', 'options.format', "'int8', 'nvfp4'", textOf(format));
+  }
+  const named = kernel !== undefined && kernel !== 'auto';
+  const fp4 = NVFP4_KERNELS.includes(kernel ?? 'auto');
+  if (named && fp4 !== (format === 'nvfp4')) {
+    const expected = `'${fp4 ? 'nvfp4' : 'int8'}' with kernel '${kernel}'`;
+    throw new InvalidArgumentError('invalid-option', 'options.format', expected, `'${format}'`);
+  }
+  return format === 'nvfp4' && !named ? (NVFP4_KERNELS[0] as KernelName) : kernel;
+}
 
 /** Which of the tokens given count. */
 export interface TokenOptions {
@@ -47,7 +75,10 @@ export interface TokenOptions {
 export type AppendOptions = RunContext & TokenOptions;
 
 /** Options of each call over prepared K and V. */
-export type AttendOptions = Omit<AttentionOptions, Exclude<keyof KeyValueOptions, keyof RunContext | 'keyMask'>>;
+export type AttendOptions = Omit<
+  AttentionOptions,
+  Exclude<keyof KeyValueOptions, keyof RunContext | 'keyMask' | 'format'>
+>;
 
 const PREPARE_OPTIONS = [
   'backend',
@@ -256,9 +287,11 @@ export async function prepareKeyValue<T extends TensorView>(
   v: T,
   options: KeyValueOptions = {},
 ): Promise<KeyValueCache<T>> {
-  const unchecked = takeOptions(options, [...PREPARE_OPTIONS, 'keyMask']);
+  const { format, ...unchecked } = takeOptions(options, [...PREPARE_OPTIONS, 'keyMask', 'format']);
   const { keyMask: _, ...others } = unchecked;
-  const own = validateOptions(others, PREPARE_OPTIONS);
+  const valid = validateOptions(others, PREPARE_OPTIONS);
+  const kernel = kernelOf(format, valid.kernel);
+  const own = kernel === undefined ? valid : { ...valid, kernel };
   own.signal?.throwIfAborted();
   const layout = own.tensorLayout ?? 'HND';
   const { inputs, problem } = takeCall({ q: k, k, v }, { tensorLayout: layout }, createProblem);

@@ -91,7 +91,7 @@ describe('kernels that refuse or fail', () => {
     const { results } = JSON.parse(await readFile(json, 'utf8'));
     await rm(folder, { recursive: true });
     expect(code).toBe(1);
-    expect(err).toContain('error: 1 of 4 measurements failed');
+    expect(err).toContain('error: 1 of 5 measurements failed');
     expect(out).toMatch(/refused/);
     expect(out).toContain('the device was lost');
     const of = (backend: string) => results.filter((result: { backend: string }) => result.backend === backend);
@@ -99,7 +99,9 @@ describe('kernels that refuse or fail', () => {
       { kernel: 'qk-int8-pv-int8', refused: expect.stringContaining('head dims up to 32') },
       { kernel: 'qk-int8-pv-fp16', failed: 'the device was lost' },
     ]);
-    for (const result of of('wasm')) expect(result.accuracy.cosineSimilarity).toBeGreaterThan(0.99);
+    for (const { kernel, accuracy } of of('wasm')) {
+      expect(accuracy.cosineSimilarity).toBeGreaterThan(kernel === 'qk-fp4-pv-fp4' ? 0.96 : 0.99);
+    }
   });
 
   it('end bench when no kernel takes the shape', async () => {

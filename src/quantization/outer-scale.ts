@@ -9,18 +9,24 @@ import { floorToPowerOfTwo } from '../tensor/formats/rounding.ts';
 /** Largest magnitude of NVFP4 alone. */
 export const NVFP4_MAX = E4M3_MAX * E2M1_MAX;
 
+/**
+ * What operands are scaled to at most: a search may make the largest block's scale half as large again, and 448 must
+ * hold it.
+ */
+export const OUTER_MAX = NVFP4_MAX / 2;
+
 /** Neither it nor its reciprocal is a subnormal, which GPUs may flush to zero. */
 const LARGEST_OUTER_SCALE = 2 ** 126;
 
 /**
- * The power of two that puts `largest` into (1344, 2688]: what the operand is multiplied by before its blocks are
+ * The power of two that puts `largest` into (672, 1344]: what the operand is multiplied by before its blocks are
  * quantized.
  *
  * @param largest largest finite magnitude, float32; 0 gives 1
  */
 export function outerScale(largest: number): number {
   if (largest === 0) return 1;
-  return Math.min(floorToPowerOfTwo(NVFP4_MAX / largest), LARGEST_OUTER_SCALE);
+  return Math.min(floorToPowerOfTwo(OUTER_MAX / largest), LARGEST_OUTER_SCALE);
 }
 
 /**

@@ -1,5 +1,6 @@
 /** What the conformance suite runs on the WASM backend. */
-import { PORTABLE_ALGORITHM, type QuantizedAlgorithm } from '../../src/reference/quantized.ts';
+import { FP4_PV_FP4_ALGORITHM, PORTABLE_ALGORITHM, type QuantizedAlgorithm } from '../../src/reference/quantized.ts';
+import { FP4_RELATIVE_L1 } from './fp4-target.ts';
 import type { Target } from './suite.ts';
 
 /** The integer kernel must be no less accurate than the official FP8 kernels. */
@@ -16,5 +17,13 @@ export const WASM_TARGETS: readonly Target[] = [
     relativeL1: 0.05,
     algorithm: FP8_ALGORITHM,
     randomCases: 10,
+  },
+  {
+    name: 'FP4',
+    backend: 'wasm',
+    kernel: 'qk-fp4-pv-fp4',
+    relativeL1: FP4_RELATIVE_L1,
+    algorithm: FP4_PV_FP4_ALGORITHM,
+    randomCases: 15,
   },
 ];

@@ -23,7 +23,7 @@ import { backwardCall } from './backward.ts';
 import { arithmeticOf, wholeCall } from './calls.ts';
 import { createExecutor, type ExecutorKind } from './executor.ts';
 import type { Simd } from './geometry.ts';
-import { ACCURATE_KERNEL, BACKWARD, INTEGER_KERNEL, MAX_BACKWARD_HEAD_DIM } from './kernel-table.ts';
+import { ACCURATE_KERNEL, BACKWARD, FP4_KERNEL, INTEGER_KERNEL, MAX_BACKWARD_HEAD_DIM } from './kernel-table.ts';
 import { WasmKeyValue } from './key-value.ts';
 import { type KernelSources, type LoadedModule, loadModule } from './modules.ts';
 import { Runtime } from './runtime.ts';
@@ -61,7 +61,7 @@ const MOST_THREADS = 256;
 
 class WasmBackendImplementation implements WasmBackend {
   readonly name = 'wasm';
-  readonly kernels: readonly KernelDescriptor[] = [INTEGER_KERNEL, ACCURATE_KERNEL];
+  readonly kernels: readonly KernelDescriptor[] = [INTEGER_KERNEL, ACCURATE_KERNEL, FP4_KERNEL];
   readonly #threads: number;
   readonly #simd: 'auto' | Simd;
   readonly #workerUrl: string | URL | undefined;

@@ -178,7 +178,7 @@ export function backwardCall(
 ): CallParts<BackwardOutputs> {
   const { attention } = problem;
   const { headDim, valueDim, queryHeads, kvHeads } = attention;
-  const geometry = tileGeometry(headDim, valueDim, runtime.simd, arithmetic.precision);
+  const geometry = tileGeometry(headDim, valueDim, runtime.simd, arithmetic);
   const { headDimPadded, valueDimPadded } = geometry;
   const shapes = gradientShapesOf(attention);
   let staged = stage(problem, inputs);

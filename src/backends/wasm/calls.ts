@@ -1,6 +1,7 @@
 /** Calls as jobs in memory. */
 import { attentionOutputs, type OutputName, type OutputSpec, type Outputs } from '../../attention/outputs.ts';
 import { type AttentionProblem, type MaskLayout, sequencesOf } from '../../attention/problem.ts';
+import type { ScaleSearch } from '../../quantization/fp4-blocks.ts';
 import { BYTES_PER_ELEMENT, type DType } from '../../tensor/dtype.ts';
 import {
   contiguousStrides,
@@ -10,10 +11,10 @@ import {
   type Tensor,
   type TensorView,
 } from '../../tensor/tensor.ts';
-import type { AttentionInputs, AttentionOutputs, KernelChoice } from '../backend.ts';
+import type { AttentionInputs, AttentionOutputs, KernelChoice, KernelDescriptor } from '../backend.ts';
 import { type Precision, tileGeometry } from './geometry.ts';
-import { FLAG_ACCURATE, FLAG_EXACT, FLAG_SMOOTH_K, FLAG_SMOOTH_V, FLAG_TILE_MEANS } from './job.ts';
-import { ACCURATE_KERNEL } from './kernel-table.ts';
+import * as job from './job.ts';
+import { ACCURATE_KERNEL, FP4_KERNEL } from './kernel-table.ts';
 import {
   attendUnits,
   jobSettings,
@@ -27,26 +28,53 @@ import type { CallParts, Lease, PreparedCall, Runtime } from './runtime.ts';
 import { keep, PADDING_BYTES, type Staged, stageMask, stageOperand } from './staging.ts';
 
 /** What a call computes with. */
-export interface Arithmetic extends Pick<KernelChoice, 'smoothK' | 'smoothV'> {
+export interface Arithmetic extends Pick<KernelChoice, 'smoothK' | 'smoothV' | 'smoothQ' | 'scaleSearch'> {
   readonly precision: Precision;
 }
 
-export const EXACT: Arithmetic = { precision: 'exact', smoothK: false, smoothV: false };
+export const EXACT: Arithmetic = { precision: 'exact', smoothK: false, smoothV: false, smoothQ: false };
 
-export const arithmeticOf = ({ descriptor, smoothK, smoothV }: KernelChoice): Arithmetic => ({
-  precision: descriptor.name === ACCURATE_KERNEL.name ? 'accurate' : 'integer',
-  smoothK,
-  smoothV,
+const precisionOf = ({ name }: KernelDescriptor): Precision => {
+  if (name === FP4_KERNEL.name) return 'fp4';
+  return name === ACCURATE_KERNEL.name ? 'accurate' : 'integer';
+};
+
+export const arithmeticOf = ({ descriptor, smoothK, smoothV, smoothQ, scaleSearch }: KernelChoice): Arithmetic => ({
+  precision: precisionOf(descriptor),
+  ...{ smoothK, smoothV, smoothQ },
+  ...(scaleSearch === undefined ? {} : { scaleSearch }),
 });
 
 const PRECISION_FLAGS: Readonly<Record<Precision, number>> = {
   integer: 0,
-  accurate: FLAG_ACCURATE,
-  exact: FLAG_ACCURATE | FLAG_EXACT,
+  accurate: job.FLAG_ACCURATE,
+  exact: job.FLAG_ACCURATE | job.FLAG_EXACT,
+  fp4: job.FLAG_ACCURATE | job.FLAG_EXACT | job.FLAG_FP4,
 };
 
-export const flagsOf = ({ precision, smoothK, smoothV }: Arithmetic): number =>
-  (smoothK ? FLAG_SMOOTH_K : 0) | (smoothV ? FLAG_SMOOTH_V : 0) | PRECISION_FLAGS[precision];
+const SEARCH_FLAGS: Readonly<Record<ScaleSearch, number>> = {
+  none: 0,
+  'four-over-six': job.FLAG_SEARCH_FOUR_OVER_SIX,
+  mse: job.FLAG_SEARCH_MSE,
+};
+
+/** Of keys and values that are held; see {@link wholeFlagsOf}. */
+export const flagsOf = ({ precision, smoothK, smoothV, scaleSearch = 'none' }: Arithmetic): number =>
+  (smoothK ? job.FLAG_SMOOTH_K : 0) |
+  (smoothV ? job.FLAG_SMOOTH_V : 0) |
+  PRECISION_FLAGS[precision] |
+  SEARCH_FLAGS[scaleSearch];
+
+/** Of a call that has keys as they came: with FP4, Q and P are rounded too, as Blackwell's tensor cores need it. */
+const wholeFlagsOf = (arithmetic: Arithmetic): number => {
+  if (arithmetic.precision !== 'fp4') return flagsOf(arithmetic);
+  const { smoothQ } = arithmetic;
+  const smoothing = smoothQ === false ? 0 : smoothQ === 'block' ? job.FLAG_SMOOTH_Q : job.FLAG_SMOOTH_Q_SEQUENCE;
+  return flagsOf(arithmetic) | job.FLAG_FP4_PRODUCTS | smoothing;
+};
+
+/** Bytes that a thread needs for a decoded tile. */
+const decodedBytes = ({ precision }: Arithmetic): number => (precision === 'fp4' ? job.DECODED_TILE_BYTES : 0);
 
 export function tensorOf(bytes: Uint8Array<ArrayBuffer>, shape: readonly number[], dtype: DType): Tensor {
   const { buffer } = bytes;
@@ -161,7 +189,7 @@ export function attendCall(
   return callOf(stageQuery(problem, q, attnMask), (lease, staged) => {
     const { headDim, valueDim, queryHeads } = problem;
     const { tiles, means, tilesPerHead } = held();
-    const geometry = tileGeometry(headDim, valueDim, runtime.simd, arithmetic.precision);
+    const geometry = tileGeometry(headDim, valueDim, runtime.simd, arithmetic);
     const layouts = layoutsOf(staged);
     const records = sequenceRecords(problem, sequencesOf(problem), layouts).map(
       (record, i): SequenceRecord => ({ ...record, firstTile: i * tilesPerHead, tiles: tilesPerHead }),
@@ -174,9 +202,14 @@ export function attendCall(
       mask: placed(lease, staged.mask),
       q: placed(lease, staged.q),
     };
-    const settings = jobSettings(problem, geometry, flagsOf(arithmetic) | FLAG_TILE_MEANS, layouts);
+    const settings = jobSettings(problem, geometry, flagsOf(arithmetic) | job.FLAG_TILE_MEANS, layouts);
     runtime.executor.write(address, writeRecords(address, settings, addresses, records, units));
-    return { stages: [{ entry: 'attend', job: address }], units: units.length, extraScratch: 0, finish };
+    return {
+      stages: [{ entry: 'attend', job: address }],
+      units: units.length,
+      extraScratch: decodedBytes(arithmetic),
+      finish,
+    };
   });
 }
 
@@ -193,7 +226,7 @@ export function wholeCall(
 ): CallParts<AttentionOutputs> {
   return callOf(stageInputs(problem, inputs), (lease, staged) => {
     const { headDim, valueDim, queryHeads, kvHeads } = problem;
-    const geometry = tileGeometry(headDim, valueDim, runtime.simd, arithmetic.precision);
+    const geometry = tileGeometry(headDim, valueDim, runtime.simd, arithmetic);
     const layouts = layoutsOf(staged);
     const sequences = sequenceRecords(problem, sequencesOf(problem), layouts);
     const tiles = sequences.reduce((sum, sequence) => sum + sequence.tiles, 0) * kvHeads;
@@ -207,7 +240,7 @@ export function wholeCall(
       tiles: lease.allocate(tiles * geometry.bytes),
       means: lease.allocate(sequences.length * kvHeads * (geometry.headDimPadded + geometry.valueDimPadded) * 4),
     };
-    const settings = jobSettings(problem, geometry, flagsOf(arithmetic), layouts);
+    const settings = jobSettings(problem, geometry, wholeFlagsOf(arithmetic), layouts);
     const stage = (units: ReturnType<typeof attendUnits>) => {
       const address = lease.allocate(recordBytes(sequences.length, units.length));
       runtime.executor.write(address, writeRecords(address, settings, addresses, sequences, units));
@@ -227,7 +260,7 @@ export function wholeCall(
       units: attending.length,
       extraScratch: sequences.reduce(
         (most, { partlySeen, keyLength }) => Math.max(most, partlySeen ? keyLength : 0),
-        0,
+        decodedBytes(arithmetic),
       ),
       finish,
     };

@@ -26,10 +26,49 @@ export interface TileGeometry {
 
 const roundUp = (value: number, unit: number) => Math.ceil(value / unit) * unit;
 
-/** What stays in float32: nothing, P and V, or also Q and K. */
-export type Precision = 'integer' | 'accurate' | 'exact';
+/** What stays in float32: nothing, P and V, or also Q and K. `fp4`: codes of 4 bits, which are decoded to float32. */
+export type Precision = 'integer' | 'accurate' | 'exact' | 'fp4';
 
-export function tileGeometry(headDim: number, valueDim: number, simd: Simd, precision: Precision): TileGeometry {
+/** A tile of FP4: 4 bits of code and half a bit of scale for each element, a byte for each key and each channel. */
+function fp4Geometry(headDim: number, valueDim: number, smoothV: boolean): TileGeometry {
+  const headDimPadded = roundUp(headDim, 8);
+  const valueDimPadded = roundUp(valueDim, 8);
+  const [keyBlocks, valueBlocks] = [Math.ceil(headDim / 16), Math.ceil(valueDim / 16)];
+  const keyScales = BLOCK_K * keyBlocks * 8;
+  const keySums = keyScales + BLOCK_K * keyBlocks;
+  const values = roundUp(keySums + BLOCK_K, 8);
+  const valueScales = values + BLOCK_K * valueBlocks * 8;
+  const valueExponents = valueScales + BLOCK_K * valueBlocks;
+  const flags = roundUp(valueExponents + Math.max(BLOCK_K, valueDimPadded), 16);
+  const plainKeys = flags + 16;
+  const shift = plainKeys + BLOCK_K;
+  return {
+    ...{
+      headDimPadded,
+      valueDimPadded,
+      keyScales,
+      keySums,
+      values,
+      valueScales,
+      flags,
+      valueExponents,
+      plainKeys,
+      shift,
+    },
+    keySteps: 0,
+    nans: flags,
+    valuesApart: flags,
+    bytes: roundUp(shift + (headDimPadded + (smoothV ? valueDimPadded : 0)) * 4, 64),
+  };
+}
+
+export function tileGeometry(
+  headDim: number,
+  valueDim: number,
+  simd: Simd,
+  { precision, smoothV }: { readonly precision: Precision; readonly smoothV: boolean },
+): TileGeometry {
+  if (precision === 'fp4') return fp4Geometry(headDim, valueDim, smoothV);
   const headDimPadded = roundUp(headDim, 8);
   const valueDimPadded = roundUp(valueDim, 8);
   const bytesPerInteger = simd === 'relaxed' ? 1 : 2;

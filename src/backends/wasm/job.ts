@@ -7,6 +7,8 @@
 
 /** Keys of a tile: one scale of P per row, one scale of V per channel. */
 export const BLOCK_K = 128;
+/** Query rows that share a mean where Q is smoothed by blocks. */
+export const SMOOTHED_ROWS = 128;
 /** Query rows of a unit. */
 export const BLOCK_Q = 32;
 
@@ -16,6 +18,16 @@ export const FLAG_SMOOTH_V = 2;
 export const FLAG_ACCURATE = 4;
 /** Q and K in float32 too, with FLAG_ACCURATE: nothing is quantized. */
 export const FLAG_EXACT = 16;
+/** Tiles hold FP4, with FLAG_ACCURATE and FLAG_EXACT: they are decoded to float32. */
+export const FLAG_FP4 = 32;
+/** Q and P are rounded to FP4 too, as the whole algorithm has it; not over caches. */
+export const FLAG_FP4_PRODUCTS = 2048;
+/** Subtract Q's mean over SMOOTHED_ROWS rows, or over the sequence, before it is rounded to FP4. */
+export const FLAG_SMOOTH_Q = 128;
+export const FLAG_SMOOTH_Q_SEQUENCE = 256;
+/** How FP4's scales are searched for; neither: not at all. */
+export const FLAG_SEARCH_FOUR_OVER_SIX = 512;
+export const FLAG_SEARCH_MSE = 1024;
 /** Each tile has means of its own, as tokens may still come; those of the sequence are not computed. */
 export const FLAG_TILE_MEANS = 8;
 
@@ -49,3 +61,5 @@ export const TILE_APART_KEYS = 8;
 
 /** Bytes of scratch a thread needs besides one byte for each key of the longest sequence. */
 export const SCRATCH_BYTES = 196608;
+/** And besides it where tiles are FP4: one of them, decoded. */
+export const DECODED_TILE_BYTES = 262144;

@@ -39,7 +39,7 @@ export class WasmKeyValue implements PreparedKeyValue {
   constructor(runtime: Runtime, problem: AttentionProblem, choice: KernelChoice) {
     this.#runtime = runtime;
     this.#arithmetic = arithmeticOf(choice);
-    this.#geometry = tileGeometry(problem.headDim, problem.valueDim, runtime.simd, this.#arithmetic.precision);
+    this.#geometry = tileGeometry(problem.headDim, problem.valueDim, runtime.simd, this.#arithmetic);
     const { headDimPadded, valueDimPadded } = this.#geometry;
     this.#pairs = problem.batch * problem.kvHeads;
     this.#meanBytes = this.#pairs * (headDimPadded + valueDimPadded) * 4;

@@ -12,6 +12,9 @@ import {
   JOB_DV,
   JOB_DV_PADDED,
   JOB_FLAGS,
+  JOB_K,
+  JOB_K_HEAD_STRIDE,
+  JOB_K_TOKEN_STRIDE,
   JOB_KV_HEADS,
   JOB_K_STEPS,
   JOB_LSE,
@@ -46,6 +49,7 @@ import {
   JOB_TILE_V_SCALES,
   SEQUENCE_BYTES,
   SEQUENCE_FIRST_TILE,
+  SEQUENCE_K,
   SEQUENCE_KEY_LENGTH,
   SEQUENCE_LOWER,
   SEQUENCE_LSE,
@@ -65,10 +69,15 @@ import {
   DTYPE_BOOL,
   FLAG_ACCURATE,
   FLAG_EXACT,
+  FLAG_FP4,
+  FLAG_FP4_PRODUCTS,
   FLAG_GRADIENTS,
   FLAG_SMOOTH_K,
+  FLAG_SMOOTH_Q,
+  FLAG_SMOOTH_Q_SEQUENCE,
   FLAG_SMOOTH_V,
   FLAG_TILE_MEANS,
+  SMOOTHED_ROWS,
   TILE_APART_COUNT,
   TILE_APART_KEYS,
   TILE_FINE_VALUES,
@@ -80,6 +89,7 @@ import {
 } from '../job.ts';
 import { exp2, larger, log, madd, maxOf, storeConstants, sumOf, tanh4, toIntegers } from './arithmetic.ts';
 import { elementShift, load4, loadElement, loadRow, storeRow } from './elements.ts';
+import { decodeKeys, decodeValues, FP4_MAX, roundQuery, roundWeights, spreadInvalidFp4, WEIGHT_UNIT } from './fp4.ts';
 import { LEAST_SCALE, rowMaximum } from './prepare.ts';
 import { addValuesFine, addValuesFloat, addValuesInteger, scoreRows, scoreRowsFloat } from './products.ts';
 import {
@@ -89,11 +99,17 @@ import {
   SCRATCH_CONSTANTS,
   SCRATCH_APART,
   SCRATCH_APART_WEIGHTS,
+  SCRATCH_DECODED_KEYS,
+  SCRATCH_DECODED_VALUES,
+  SCRATCH_EXACT_SUMS,
   SCRATCH_FLOAT_Q,
   SCRATCH_MAXIMA,
+  SCRATCH_MEAN_SCORES,
+  SCRATCH_KEY_ONES,
   SCRATCH_OUT,
   SCRATCH_P,
   SCRATCH_Q,
+  SCRATCH_QUERY_MEAN,
   SCRATCH_ROW,
   SCRATCH_RANGE,
   SCRATCH_ROW_BIASES,
@@ -293,6 +309,70 @@ export function dotFloat(a: usize, b: usize, padded: i32): f32 {
   return sumOf(sum);
 }
 
+/** Mean of `rows` rows of Q, those left out that hold a NaN or an infinity, to SCRATCH_QUERY_MEAN. */
+function meanOfQueries(q: usize, stride: usize, rows: i32, dtype: i32, d: i32, padded: i32, scratch: usize): void {
+  const row = scratch + SCRATCH_ROW;
+  const mean = scratch + SCRATCH_QUERY_MEAN;
+  const bytes = <usize>padded << 2;
+  // Terms are scaled down by a power of two no smaller than their number: the sum cannot overflow.
+  const down: f32 = <f32>1 / <f32>(1 << (32 - clz(rows)));
+  let finite = 0;
+  memory.fill(mean, 0, bytes);
+  for (let r = 0; r < rows; r++, q += stride) {
+    loadRow(q, dtype, d, row, padded);
+    const most = rowMaximum(row, padded);
+    if (most != most) continue;
+    finite++;
+    for (let i: usize = 0; i < bytes; i += 16) {
+      v128.store(mean + i, f32x4.add(v128.load(mean + i), f32x4.mul(v128.load(row + i), f32x4.splat(down))));
+    }
+  }
+  const up = f32x4.splat(finite > 0 ? <f32>1 / down / <f32>finite : 0);
+  for (let i: usize = 0; i < bytes; i += 16) v128.store(mean + i, f32x4.mul(v128.load(mean + i), up));
+}
+
+/**
+ * What Q's mean gives with the keys of a tile as they came, less their own mean: the share of the scores that smoothing Q took.
+ *
+ * @param k the tile's first key
+ * @param exponents one byte for each key, 0: it is 0, or hidden, and has no share
+ * @param plain one byte for each key, nonzero for those that are not smoothed; 0: none
+ * @param sign of the scores, which are negated where smScale is negative
+ */
+function scoreMean(
+  job: usize, k: usize, stride: usize, keys: i32, kMean: usize, exponents: usize, plain: usize, sign: f32,
+  scratch: usize,
+): void {
+  const d = load<i32>(job, JOB_D);
+  const padded = (d + 7) & ~7;
+  const dtype = load<i32>(job, JOB_DTYPE);
+  const row = scratch + SCRATCH_ROW;
+  const mean = scratch + SCRATCH_QUERY_MEAN;
+  const target = scratch + SCRATCH_MEAN_SCORES;
+  memory.fill(target, 0, BLOCK_K * 4);
+  for (let key: usize = 0; key < <usize>keys; key++, k += stride) {
+    if (load<u8>(exponents + key) == 0) continue;
+    loadRow(k, dtype, d, row, padded);
+    const smoothed = plain == 0 || load<u8>(plain + key) == 0;
+    let sum = f32x4.splat(0);
+    for (let i: usize = 0; i < <usize>padded << 2; i += 16) {
+      const x = smoothed ? f32x4.sub(v128.load(row + i), v128.load(kMean + i)) : v128.load(row + i);
+      sum = madd(x, v128.load(mean + i), sum);
+    }
+    store<f32>(target + (key << 2), sumOf(sum) * sign);
+  }
+}
+
+/** Adds the shares of Q's mean to the scores of four rows. */
+function addMeanScores(shares: usize, keys: i32, scores: usize): void {
+  for (let j: usize = 0; j < <usize>keys << 2; j += 16) {
+    const share = v128.load(shares + j);
+    for (let t: usize = 0; t < <usize>BLOCK_K << 4; t += <usize>BLOCK_K << 2) {
+      v128.store(scores + t + j, f32x4.add(v128.load(scores + t + j), share));
+    }
+  }
+}
+
 /**
  * Quantizes rows of Q to SCRATCH_Q and begins their softmax.
  *
@@ -325,7 +405,16 @@ export function prepareQueries(job: usize, q: usize, stride: usize, rows: i32, m
     let inverse: f32 = scale > 0 ? <f32>1 / scale : 0;
     if (smScale < 0) inverse = -inverse;
     const float = scratch + SCRATCH_FLOAT_Q + <usize>r * FLOAT_Q_ROW_BYTES;
+    const bias = dotFloat(row, means, dPadded) * smScale;
     if (exact) {
+      if (flags & FLAG_FP4_PRODUCTS && valid) {
+        if (flags & (FLAG_SMOOTH_Q | FLAG_SMOOTH_Q_SEQUENCE)) {
+          for (let i: usize = 0; i < <usize>dPadded << 2; i += 16) {
+            v128.store(row + i, f32x4.sub(v128.load(row + i), v128.load(scratch + SCRATCH_QUERY_MEAN + i)));
+          }
+        }
+        roundQuery(row, dPadded, rowMaximum(row, dPadded), flags);
+      }
       for (let i: usize = 0; i < <usize>dPadded << 2; i += 16) {
         v128.store(float + i, f32x4.mul(v128.load(row + i), f32x4.splat(inverse)));
       }
@@ -343,10 +432,11 @@ export function prepareQueries(job: usize, q: usize, stride: usize, rows: i32, m
       quantizeQuery(row, dPadded, scratch + SCRATCH_Q + <usize>r * Q_ROW_BYTES, inverse, zero, accurate);
     }
     store<f32>(stat + SCRATCH_ROW_SCALES, scale * abs(smScale) * LOG2_E);
-    store<f32>(stat + SCRATCH_ROW_BIASES, dotFloat(row, means, dPadded) * smScale);
+    store<f32>(stat + SCRATCH_ROW_BIASES, bias);
     store<f32>(stat + SCRATCH_MAXIMA, -Infinity);
     // A NaN here stays through every later sum.
     store<f32>(stat + SCRATCH_SUMS, valid ? <f32>0 : <f32>NaN);
+    store<f32>(stat + SCRATCH_EXACT_SUMS, 0);
   }
 }
 
@@ -376,6 +466,7 @@ function addWeights(
   if (top > before) {
     const correction = exp2(before - top);
     store<f32>(stat + SCRATCH_SUMS, load<f32>(stat + SCRATCH_SUMS) * correction);
+    store<f32>(stat + SCRATCH_EXACT_SUMS, load<f32>(stat + SCRATCH_EXACT_SUMS) * correction);
     const factor = f32x4.splat(correction);
     for (let c: usize = 0; c < outBytes; c += 16) {
       v128.store(out + c, f32x4.mul(v128.load(out + c), factor));
@@ -430,6 +521,7 @@ function storeOutputs(
   const shift = elementShift(dtype);
   const dv = load<i32>(job, JOB_DV);
   const softcap = load<f32>(job, JOB_SOFTCAP);
+  const rounded = (load<i32>(job, JOB_FLAGS) & FLAG_FP4_PRODUCTS) != 0;
   const outBytes = <usize>load<i32>(job, JOB_DV_PADDED) << 2;
   const target =
     load<usize>(job, JOB_OUT) +
@@ -454,12 +546,14 @@ function storeOutputs(
     }
     storeRow(outRow, dv, target + <usize>(firstRow + r) * targetStride, dtype);
     if (lse != 0) {
+      // Weights rounded to FP4 sum to about 1% less.
+      const exact = rounded ? load<f32>(stat + SCRATCH_EXACT_SUMS) : sum;
       const bias: f32 = softcap == 0 ? load<f32>(stat + SCRATCH_ROW_BIASES) : 0;
       const value: f32 = empty
         ? -Infinity
         : sum != sum
           ? <f32>NaN
-          : <f32>(<f64>most * 0.6931471805599453 + log(<f64>sum) + <f64>bias);
+          : <f32>(<f64>most * 0.6931471805599453 + log(<f64>exact) + <f64>bias);
       store<f32>(lseRow + (<usize>(firstRow + r) << 2), value);
     }
   }
@@ -493,6 +587,21 @@ export function attendUnit(job: usize, unit: usize, scratch: usize): void {
     load<usize>(job, JOB_Q) +
     ((load<u32>(sequence, SEQUENCE_Q) + <u32>head * load<u32>(job, JOB_Q_HEAD_STRIDE)) << shift);
   const qStride = <usize>(load<u32>(job, JOB_Q_TOKEN_STRIDE) << shift);
+  const fp4 = (flags & FLAG_FP4) != 0;
+  const products = (flags & FLAG_FP4_PRODUCTS) != 0;
+  const smoothQ = (flags & (FLAG_SMOOTH_Q | FLAG_SMOOTH_Q_SEQUENCE)) != 0;
+  const ones = scratch + SCRATCH_KEY_ONES;
+  if (fp4) {
+    for (let i: usize = 0; i < <usize>BLOCK_K << 2; i += 16) v128.store(ones + i, f32x4.splat(1));
+  }
+  if (smoothQ) {
+    const queryLength = load<i32>(sequence, SEQUENCE_QUERY_LENGTH);
+    const first = flags & FLAG_SMOOTH_Q_SEQUENCE ? 0 : firstRow - (firstRow % SMOOTHED_ROWS);
+    const count = flags & FLAG_SMOOTH_Q_SEQUENCE ? queryLength : min(SMOOTHED_ROWS, queryLength - first);
+    meanOfQueries(
+      q + <usize>first * qStride, qStride, count, load<i32>(job, JOB_DTYPE), load<i32>(job, JOB_D), dPadded, scratch,
+    );
+  }
   prepareQueries(job, q + <usize>firstRow * qStride, qStride, rows, means, scratch);
   const steps = load<i32>(job, JOB_K_STEPS);
   const digits = ASC_FEATURE_RELAXED_SIMD && accurate ? 2 : 1;
@@ -525,6 +634,14 @@ export function attendUnit(job: usize, unit: usize, scratch: usize): void {
   const secondWeights = scratch + SCRATCH_SECOND_WEIGHTS;
   const tileSums = scratch + SCRATCH_TILE_SUMS;
 
+  const k =
+    load<usize>(job, JOB_K) +
+    ((load<u32>(sequence, SEQUENCE_K) + <u32>kvHead * load<u32>(job, JOB_K_HEAD_STRIDE)) << shift);
+  const kStride = <usize>(load<u32>(job, JOB_K_TOKEN_STRIDE) << shift);
+  const decodedKeys = scratch + SCRATCH_DECODED_KEYS;
+  const decodedValues = scratch + SCRATCH_DECODED_VALUES;
+  const meanScores = scratch + SCRATCH_MEAN_SCORES;
+
   const maskDtype = load<i32>(job, JOB_MASK_DTYPE);
   const maskShift = elementShift(maskDtype);
   const maskKeyStride = load<u32>(job, JOB_MASK_KEY_STRIDE);
@@ -547,6 +664,17 @@ export function attendUnit(job: usize, unit: usize, scratch: usize): void {
     const plain = tileFlags & TILE_PLAIN_KEYS ? tile + load<usize>(job, JOB_TILE_K_PLAIN) : 0;
     const ordinary = mask == 0 && softcap == 0 && (tileFlags & (TILE_NAN_KEY | TILE_NAN_VALUE | TILE_PLAIN_KEYS)) == 0;
     const precise = accurate || (tileFlags & TILE_FINE_VALUES) != 0;
+    if (fp4) {
+      const held = min(BLOCK_K, endKey - start);
+      const decoded = (held + 15) & ~15;
+      decodeKeys(job, tile, decoded, decodedKeys);
+      decodeValues(job, tile, decoded, decodedValues);
+      if (smoothQ) {
+        scoreMean(
+          job, k + <usize>start * kStride, kStride, held, means, tile + kSums, plain, smScale < 0 ? -1 : 1, scratch,
+        );
+      }
+    }
     for (let r = 0; r < rows; r += 4) {
       const i = firstRow + r;
       const last = min(3, rows - 1 - r);
@@ -555,7 +683,8 @@ export function attendUnit(job: usize, unit: usize, scratch: usize): void {
       const keys = (end - start + 15) & ~15;
       if (exact) {
         const floatRows = scratch + SCRATCH_FLOAT_Q + <usize>r * FLOAT_Q_ROW_BYTES;
-        scoreRowsFloat(floatRows, tile, dPadded, keys, tile + kScales, scores);
+        scoreRowsFloat(floatRows, fp4 ? decodedKeys : tile, dPadded, keys, fp4 ? ones : tile + kScales, scores);
+        if (smoothQ) addMeanScores(meanScores, keys, scores);
       } else scoreRows(
         packed + <usize>r * Q_ROW_BYTES, tile, steps, digits, keys, tile + kScales, tile + kSums,
         scratch + SCRATCH_ROW_ZEROS + (<usize>r << 2), scores,
@@ -572,7 +701,8 @@ export function attendUnit(job: usize, unit: usize, scratch: usize): void {
         let tileShift: f32 = 0;
         if (kShift != 0) {
           const row = scratch + SCRATCH_FLOAT_Q + <usize>(r + t) * FLOAT_Q_ROW_BYTES;
-          tileShift = bounded(dotFloat(row, kShift, dPadded) * smScale * LOG2_E);
+          // Rows that stay in float32 have the sign of smScale already.
+          tileShift = bounded(dotFloat(row, kShift, dPadded) * (exact ? abs(smScale) : smScale) * LOG2_E);
         }
         if (!whole || scale > LARGEST_FACTOR) {
           const from = min(keys, max(0, i + t + lower - start));
@@ -598,9 +728,15 @@ export function attendUnit(job: usize, unit: usize, scratch: usize): void {
           tileSums + slot, constants,
         );
         store<f32>(scratch + SCRATCH_APART_WEIGHTS + slot, worth);
-        const unit: f32 = precise ? worth : worth / P_LEVELS;
-        store<f32>(weights + slot, unit);
+        let unit: f32 = precise ? worth : worth / P_LEVELS;
         let added = load<f32>(tileSums + slot);
+        if (products) {
+          const sum = stat + SCRATCH_EXACT_SUMS;
+          store<f32>(sum, load<f32>(sum) + worth * added);
+          added = worth > 0 ? roundWeights(pRow, keys, worth) : <f32>0;
+          unit = <f32>1 / (FP4_MAX * WEIGHT_UNIT);
+        }
+        store<f32>(weights + slot, unit);
         if (ASC_FEATURE_RELAXED_SIMD) {
           if (!precise && worth > 0) {
             const most = load<f32>(scratch + SCRATCH_TILE_MAXIMA + slot);
@@ -621,7 +757,7 @@ export function attendUnit(job: usize, unit: usize, scratch: usize): void {
         store<f32>(scratch + SCRATCH_APART_WEIGHTS + (<usize>t << 2), 0);
       }
       const outRows = out + <usize>r * outBytes;
-      const values = tile + vOffset;
+      const values = fp4 ? decodedValues : tile + vOffset;
       if (accurate) {
         addValuesFloat(p, values, keys, dvPadded, weights, outRows, outBytes);
       } else if (precise) {
@@ -648,7 +784,8 @@ export function attendUnit(job: usize, unit: usize, scratch: usize): void {
       if (vShift != 0) addShift(vShift, tileSums, last + 1, outRows, outBytes);
       if (tileFlags & TILE_NAN_VALUE) {
         for (let t = 0; t <= last; t++) {
-          spreadInvalidValues(
+          if (fp4) spreadInvalidFp4(job, tile, scores + <usize>t * (BLOCK_K * 4), keys, outRows + <usize>t * outBytes);
+          else spreadInvalidValues(
             scores + <usize>t * (BLOCK_K * 4), keys, tile + load<usize>(job, JOB_TILE_NANS), dvPadded,
             outRows + <usize>t * outBytes,
           );

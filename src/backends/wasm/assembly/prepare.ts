@@ -59,6 +59,7 @@ import {
   BLOCK_K,
   FLAG_ACCURATE,
   FLAG_EXACT,
+  FLAG_FP4,
   FLAG_SMOOTH_K,
   FLAG_SMOOTH_V,
   FLAG_TILE_MEANS,
@@ -70,6 +71,7 @@ import {
 } from '../job.ts';
 import { integerSumOf, larger, magnitudes, maxOf, sumOf, toIntegers } from './arithmetic.ts';
 import { elementShift, loadElement, loadRow } from './elements.ts';
+import { markInvalidFp4, packKeyFp4, packValuesFp4 } from './fp4.ts';
 import { SCRATCH_ROW, SCRATCH_SEEN, SCRATCH_VALUE_SIZES, SCRATCH_VALUES } from './scratch.ts';
 import { markInvalidValues, packValues, quantizeValues } from './values.ts';
 
@@ -258,11 +260,15 @@ function smoothKey(row: usize, mean: usize, padded: i32): f32 {
 }
 
 /**
- * One key, in float32 at `row`, to its place in the tile: in integers, or as it is where nothing is quantized.
+ * One key, in float32 at `row`, to its place in the tile: in integers, in FP4, or as it is where nothing is quantized.
  *
  * @param most its largest magnitude; NaN: it holds a NaN or an infinity
  */
 function packKey(job: usize, tile: usize, key: i32, row: usize, padded: i32, most: f32, exact: boolean): void {
+  if (load<i32>(job, JOB_FLAGS) & FLAG_FP4) {
+    packKeyFp4(job, tile, key, row, padded, most);
+    return;
+  }
   const steps = <usize>load<i32>(job, JOB_K_STEPS);
   const scaleAt = tile + load<usize>(job, JOB_TILE_K_SCALES) + (<usize>key << 2);
   if (most != most) {
@@ -363,6 +369,7 @@ function loadValues(
   const padded = load<i32>(job, JOB_DV_PADDED);
   const bytes = <usize>padded << 2;
   const row = scratch + SCRATCH_ROW;
+  const fp4 = (load<i32>(job, JOB_FLAGS) & FLAG_FP4) != 0;
   for (let key = from; key < to; key++, source += stride) {
     const value = values + <usize>key * bytes;
     const sizeAt = scratch + SCRATCH_VALUE_SIZES + (<usize>key << 2);
@@ -373,11 +380,15 @@ function loadValues(
       loadRow(source, dtype, dv, row, padded);
       size = rowMaximum(row, padded);
       const invalid = size != size;
-      if (invalid) markInvalidValues(job, tile, key, row);
+      if (invalid) {
+        // FP4 has a code for what is not finite.
+        if (fp4) markInvalidFp4(job, tile);
+        else markInvalidValues(job, tile, key, row);
+      }
       if (mean != 0) subtractRow(row, mean, padded);
       if (invalid || mean != 0) size = rowMaximum(row, padded);
     }
-    store<f32>(sizeAt, state == SEEN ? size : 0);
+    store<f32>(sizeAt, state == SEEN && size == size ? size : 0);
     if (state == SEEN) memory.copy(value, row, bytes);
     else memory.fill(value, 0, bytes);
   }
@@ -440,12 +451,18 @@ function appendToTile(
     memory.copy(values, valueTail, <usize>BLOCK_K * valueBytes);
     for (let key: usize = 0; key < <usize>to; key++) subtractRow(values + key * valueBytes, vMean, dvPadded);
   }
-  if (flags & FLAG_ACCURATE) {
+  const fp4 = (flags & FLAG_FP4) != 0;
+  if (!fp4 && flags & FLAG_ACCURATE) {
     packValues(job, tile, values);
     return;
   }
   for (let key: usize = 0; key < <usize>to; key++) {
-    store<f32>(scratch + SCRATCH_VALUE_SIZES + (key << 2), rowMaximum(values + key * valueBytes, dvPadded));
+    const size = rowMaximum(values + key * valueBytes, dvPadded);
+    store<f32>(scratch + SCRATCH_VALUE_SIZES + (key << 2), size == size ? size : 0);
+  }
+  if (fp4) {
+    packValuesFp4(job, tile, values, to, true, scratch);
+    return;
   }
   quantizeValues(job, tile, values, to, true, values == valueTail, scratch);
 }
@@ -527,7 +544,8 @@ export function prepareUnit(job: usize, unit: usize, scratch: usize): void {
       const mean = flags & FLAG_SMOOTH_V ? vMean : <usize>0;
       loadValues(job, tile, first, last, vFrom, vStride, dtype, seenFrom, mean, values, scratch);
       memory.fill(values + <usize>last * valueBytes, 0, <usize>(BLOCK_K - last) * valueBytes);
-      if (flags & FLAG_ACCURATE) packValues(job, tile, values);
+      if (flags & FLAG_FP4) packValuesFp4(job, tile, values, last, rowsDiffer, scratch);
+      else if (flags & FLAG_ACCURATE) packValues(job, tile, values);
       else quantizeValues(job, tile, values, last, rowsDiffer, false, scratch);
     }
     from = to;

@@ -39,6 +39,17 @@ export const SCRATCH_TILE_SUMS: usize = 59408;
 export const SCRATCH_TILE_MAXIMA: usize = 59424;
 /** Of the four rows in work: what turns their scores to base 2. */
 export const SCRATCH_TILE_SCALES: usize = 59440;
+/** Per row: sum of weights before they were rounded, for the LSE. */
+export const SCRATCH_EXACT_SUMS: usize = 59456;
+/** Of the unit: Q's mean, float32, padded to 256; its product with each key of a tile; and BLOCK_K times 1. */
+export const SCRATCH_QUERY_MEAN: usize = 59648;
+export const SCRATCH_MEAN_SCORES: usize = 60672;
+export const SCRATCH_KEY_ONES: usize = 61184;
+/** A block or a row that becomes FP4. */
+export const SCRATCH_BLOCK: usize = 61696;
+/** A tile's keys and values in float32, where it is FP4. */
+export const SCRATCH_DECODED_KEYS: usize = 196608;
+export const SCRATCH_DECODED_VALUES: usize = 327680;
 /** Rows of Q in float32, where they are not quantized or tiles have means: attending, which comes after preparation. */
 export const SCRATCH_FLOAT_Q: usize = 65536;
 export const FLOAT_Q_ROW_BYTES: usize = 1024;
