@@ -172,7 +172,7 @@ export class KeyValueCache<T extends TensorView = Tensor> {
   }
 
   /**
-   * Runs `work` once the calls before have ended: now, if there are none. Inputs are those of the moment of the call,
+   * Runs `work` once the calls before have ended: now, if there are none. Inputs count as they are at the call,
    * so where it must wait, `keep` is called now.
    */
   async #inTurn<R>(keep: () => void, work: () => Promise<R>): Promise<R> {

@@ -34,7 +34,7 @@ export function takeCall<T extends TensorView>(
   try {
     inputs = takeInputs(attnMask === undefined ? { q, k, v } : { q, k, v, attnMask });
   } catch (error) {
-    // What is wrong with a description goes before what is wrong with the storage.
+    // A fault in a description is reported before a fault in the storage.
     create(q, k, v, options);
     throw error;
   }
@@ -49,7 +49,7 @@ async function attend<T extends TensorView>(
 ): Promise<T | AttentionResult<T>> {
   options.signal?.throwIfAborted();
   const { problem } = taken;
-  // Inputs are those of the moment of the call. A plan that is at hand reads them now; where it must be waited for,
+  // Inputs count as they are at the moment of the call. A plan that is at hand reads them now; where it must be waited for,
   // copies wait.
   let inputs: AttentionInputs<T> | undefined;
   const wait = () => {

@@ -180,7 +180,7 @@ export class TrainableAttention<T extends TensorView = Tensor, G extends TensorV
     const own = validateOptions(context, RUN_OPTIONS);
     own.signal?.throwIfAborted();
     const { output, lse } = this;
-    // What is wrong with a description goes before what is wrong with the storage.
+    // A fault in a description is reported before a fault in the storage.
     createBackwardProblem(saved.problem, { output, lse, dOutput }, undefined, {}, this.#chosen.precision);
     const results = takeResults({ output, lse, dOutput: copyOfCpu(takeTensor('dOutput', dOutput)) });
     return runBackward(saved.problem, this.#chosen, this.#gradient, { ...saved.inputs, ...results }, own);

@@ -30,7 +30,7 @@ export interface GradientOptions {
   readonly backwardPrecision?: BackwardPrecision;
   /** The same inputs give the same bits. Default true; false lets a backend add in any order where that is faster. */
   readonly deterministic?: boolean;
-  /** dtype of dq, dk and dv: that of q (the default), or `float32`. */
+  /** dtype of dq, dk and dv: q's (the default), or `float32`. */
   readonly gradientDtype?: 'float32';
   /** Also compute the gradient of an additive `attnMask`, summed over the dimensions that it broadcasts over. Default false. */
   readonly maskGradient?: boolean;

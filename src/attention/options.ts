@@ -74,7 +74,7 @@ export interface AttentionOptions {
   readonly stream?: StreamHandle;
 }
 
-/** Options that decide what is computed, not how: those of exact attention. */
+/** Options that decide what is computed, not how: the ones that exact attention takes. */
 export const EXACT_OPTIONS = [
   'tensorLayout',
   'isCausal',

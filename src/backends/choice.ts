@@ -107,7 +107,7 @@ export function takeInputs<T extends TensorView>({ q, k, v, attnMask }: Attentio
 export const takeTensor = <T extends TensorView>(argument: string, view: T): T =>
   view.location === 'cpu' ? (validateData(argument, view as unknown as Tensor) as unknown as T) : view;
 
-/** Inputs that stay as they are while others are waited for: what is on the CPU is copied. */
+/** Inputs that cannot change while the call waits: CPU tensors are copied. */
 export function keepInputs<T extends TensorView>({ q, k, v, attnMask }: AttentionInputs<T>): AttentionInputs<T> {
   const own = { q: copyOfCpu(q), k: copyOfCpu(k), v: copyOfCpu(v) };
   return attnMask === undefined ? own : { ...own, attnMask: copyOfCpu(attnMask) };

@@ -21,7 +21,7 @@ export const DEFAULT_SENTENCES: readonly string[] = [
 
 const MOST_SENTENCES = 8;
 
-/** Up to eight sentences of a text, spread evenly over those of a readable length. */
+/** Up to eight sentences of a text, of readable length and spread evenly. */
 export function pickSentences(text: string): string[] {
   // A single line break is only where a line was full; the segmenter would end a sentence there.
   const unwrapped = text.replaceAll('\r\n', '\n').replace(/(?<!\n)\n(?!\n)/gu, ' ');

@@ -108,7 +108,7 @@ async function timePeer(peer: Peer, call: AttentionCall): Promise<NonNullable<La
   }
 }
 
-/** Rows of real tokens; those of padding are arbitrary. */
+/** Rows of real tokens; rows of padding are arbitrary. */
 function tokenRows(values: Float32Array, lengths: readonly number[], longest: number): Float32Array {
   const width = values.length / (lengths.length * longest);
   const rows = new Float32Array(lengths.reduce((sum, length) => sum + length, 0) * width);

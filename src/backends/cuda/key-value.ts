@@ -162,7 +162,7 @@ interface Quantized {
 
 /** Tokens whose mean is good enough to stay; with fewer, an append quantizes all anew. */
 const SETTLED_MEAN = 512;
-/** A multiple of every kernel's tile of keys: what is quantized at a time. */
+/** Keys that are quantized at a time: a multiple of every kernel's tile of keys. */
 const TILE = 128;
 
 /**

@@ -179,7 +179,7 @@ export class WasmKeyValue implements PreparedKeyValue {
     };
   }
 
-  /** Adds tokens. It is short and not interrupted half way: what is held would be incomplete. */
+  /** Adds tokens. It is short and cannot be aborted half way, which would leave the cache incomplete. */
   append(k: TensorView, v: TensorView, problem: AttentionProblem, context: KeyValueContext): Promise<void> {
     return this.#use(async () => {
       context.signal?.throwIfAborted();

@@ -13,7 +13,7 @@ interface Block {
 
 /**
  * First-fit allocation. The memory grows when nothing free is large enough; it never shrinks (WebAssembly has no way
- * to), but what is freed is used again.
+ * to), but freed memory is used again.
  */
 export class MemoryPool {
   /** Free ranges by address; neighbours are merged. */

@@ -48,7 +48,7 @@ export interface CallParts<Result> {
    * Fills the lease; everything it allocates is freed after the call. It may be asked again after it ran out of memory.
    */
   prepare(lease: Lease): PreparedCall<Result>;
-  /** Called where the call must wait: takes copies of what is the caller's. */
+  /** Called when the call has to wait: copies the caller's data, which may change meanwhile. */
   keepInputs(): void;
 }
 

@@ -18,7 +18,7 @@ export interface DeviceOptions {
   readonly device?: GPUDevice;
   /** An adapter to open the device from. Default: the high-performance adapter. */
   readonly adapter?: GPUAdapter;
-  /** The `GPU` object that the device came from. Default: `navigator.gpu`, in Node that of the package `webgpu`. */
+  /** The `GPU` object that the device came from. Default: `navigator.gpu`, in Node the one of the package `webgpu`. */
   readonly gpu?: GPU;
   /** Flags for Dawn where Node's `webgpu` package is used. Default {@link DAWN_FLAGS}. */
   readonly dawnFlags?: readonly string[];

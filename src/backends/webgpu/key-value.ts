@@ -265,9 +265,9 @@ export class WebgpuKeyValue implements PreparedKeyValue {
   }
 
   /**
-   * Room for `length` tokens of each sequence: doubled when outgrown, and what is held is copied.
+   * Room for `length` tokens of each sequence: doubled when outgrown, copying the tokens held.
    *
-   * @param shape that of the tokens to come, laid end to end
+   * @param shape shape of the new tokens, laid end to end
    * @param kept what is needed of the tokens as they came, and of their flags
    */
   async #reserve(length: number, shape: KeyValueShape, kept: { raw: boolean; flagged: boolean }): Promise<void> {

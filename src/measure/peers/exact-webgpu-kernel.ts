@@ -156,7 +156,7 @@ export function exactAttentionKernel(config: ExactConfig): string {
   const multiply = (i: number, n: number) =>
     `s_${i}_${n} = fma(q_${i}.x, k.x, s_${i}_${n}); s_${i}_${n} = fma(q_${i}.y, k.y, s_${i}_${n}); s_${i}_${n} = fma(q_${i}.z, k.z, s_${i}_${n}); s_${i}_${n} = fma(q_${i}.w, k.w, s_${i}_${n});`;
 
-  /** A row's value from those of its threads: `name_i` of all of them, by shuffles or through workgroup memory. */
+  /** Combines `name_i` over the threads of a row, by shuffles or through workgroup memory. */
   const shuffle = (variable: string, combine: (a: string, b: string) => string) =>
     range(Math.log2(colThreads))
       .map((s) => `${variable} = ${combine(variable, `subgroupShuffleXor(${variable}, ${1 << s}u)`)};`)

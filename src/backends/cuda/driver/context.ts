@@ -107,7 +107,7 @@ export abstract class DeviceContext {
   /**
    * @internal Calls the driver with the context current and checks the status.
    *
-   * @param what what is being done, for the error
+   * @param what the operation under way, for the error message
    */
   call<Name extends DriverFunctionName>(name: Name, what: string, ...values: Arguments<Name>): void {
     const invoke = this.api[name] as (...values: unknown[]) => number;

@@ -32,7 +32,7 @@ export class MemoryPool {
     if (!supported) this.#pool = 0n;
   }
 
-  /** A pool of our own: the device's default one may be tuned by the program around us. It keeps what is freed. */
+  /** A pool of our own: the device's default one may be tuned by the program around us. It keeps freed memory. */
   #create(): bigint {
     const context = this.#context;
     const layout = STRUCTS.CUmemPoolProps;

@@ -48,7 +48,7 @@ export class CudaStream implements StreamHandle {
   #disposed = false;
   /** Kernels enqueued and not known to have ended, each with the number of its latest launch. */
   readonly #pending = new Map<string, number>();
-  /** Launches and holds so far: what is numbered below this when work ends has ended with it. */
+  /** Launches and holds so far. When work ends, everything numbered below this has ended too. */
   #enqueued = 0;
   /** Memory that runs on this stream share: one has ended before the next begins. */
   #scratch = { pointer: 0n, byteLength: 0 };
@@ -156,7 +156,7 @@ export class CudaStream implements StreamHandle {
     this.#device.call('cuStreamWaitEvent', 'waiting for another stream', this.handle, source.#mark, 0);
   }
 
-  /** @internal A point after what is enqueued now: calling the result, once, blocks until the stream has reached it. */
+  /** @internal Marks the work enqueued so far: calling the result, once, blocks until the stream has done it. */
   checkpoint(): () => void {
     const device = this.#device;
     const event = device.eventPool.take();

@@ -26,7 +26,7 @@ export function headsAsRows(
   const { queryLength, keyLength, queryHeads, kvHeads, sequences, q, mask } = problem;
   const rows = kvHeads === 0 ? 1 : largestDivisor(queryHeads / kvHeads, ROWS_WITH_OWN_SCALE);
   if (queryLength !== 1 || sequences !== undefined || rows <= 1) return undefined;
-  // Coarser scales, and the mean that smoothing takes from Q, would be those of several heads.
+  // Coarser scales, and the mean that smoothing subtracts from Q, would mix several heads.
   // FP4 has scales of single rows.
   const ofRows = qkQuantGran === 'per-thread' || descriptor.qkQuantGran.length === 0;
   if (!ofRows || smoothQ) return undefined;

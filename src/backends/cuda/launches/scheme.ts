@@ -25,7 +25,7 @@ export interface Scheme {
   readonly vMax: number;
   /** P and V share what FP16 sums hold: V takes more of it where its tokens lie far apart. */
   readonly sharesRange: boolean;
-  /** V in FP8 has a scale for each tile of keys, besides those of its channels, which a sample of its tokens sets. */
+  /** V in FP8 has a scale for each tile of keys besides its channel scales, which a sample of its tokens sets. */
   readonly valueTileScales: boolean;
   readonly queryGroups: readonly [tokens: 32 | 128, groups: 1 | 8];
   readonly keyGroups: 1 | 4;

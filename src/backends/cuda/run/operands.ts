@@ -1,4 +1,4 @@
-/** The inputs and outputs of a run: what is checked of them, where they lie, and on which stream they are used. */
+/** The inputs and outputs of a run: the checks on them, their addresses, and the stream that they are used on. */
 
 import type { BackwardProblem } from '../../../attention/backward.ts';
 import type { StreamHandle } from '../../../attention/options.ts';

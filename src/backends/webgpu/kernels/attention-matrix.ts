@@ -39,11 +39,11 @@ import {
   ATTENTION_PARAMS,
   expOf,
   lseStatement,
-  naturalUnits,
   recordFloats,
   type ScoreConfig,
   scoreDeclarations,
   scoreStatements,
+  scoresAreFloat,
   storeChannels,
 } from './scores.ts';
 import { statisticsVectors } from './statistics.ts';
@@ -187,9 +187,9 @@ function softmaxStatements(
   const lanesPerRow = lanes / qk.M;
   const C = range(keys / lanesPerRow);
   const factsWords = factsOffset(headDimPadded);
-  // Rows 8 and on swap neighbouring columns with those of the lanes before: otherwise two rows would share each bank.
+  // From row 8 on, neighbouring columns are swapped: otherwise two rows would share each bank.
   const column = (c: number) => `(${c * lanesPerRow}u + ${c % 2 === 0 ? 'lane_even' : 'lane_odd'})`;
-  const natural = naturalUnits(config);
+  const natural = scoresAreFloat(config);
   const statements = C.map((c) =>
     scoreStatements(
       config,

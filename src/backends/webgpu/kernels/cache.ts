@@ -174,7 +174,7 @@ fn main(@builtin(workgroup_id) group: vec3<u32>, @builtin(local_invocation_index
 }`;
 }
 
-/** The maxima of V that new tokens bring join those of the tokens held. */
+/** Merges the maxima of V over the new tokens into the maxima over the tokens held. */
 export function joinMaximaKernel({ headDimPadded, valueDimPadded }: WidenConfig): string {
   const statistics = statisticsVectors(headDimPadded, valueDimPadded);
   return `

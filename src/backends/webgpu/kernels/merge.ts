@@ -3,7 +3,7 @@
  * words with other rows (16-bit types with an odd Dv), which one thread per word writes here.
  */
 import { params } from './layout.ts';
-import { expOf, naturalUnits, recordFloats, type ScoreConfig } from './scores.ts';
+import { expOf, recordFloats, type ScoreConfig, scoresAreFloat } from './scores.ts';
 import { NAN_WORD, outputPacker } from './storage.ts';
 
 export const MERGE_PARAMS = [
@@ -26,7 +26,7 @@ export const MERGE_THREADS = 64;
 export function mergeKernel(config: ScoreConfig, headsInner: boolean): string {
   const { dtype, valueDim, valueDimPadded, returnLse } = config;
   const floats = recordFloats(valueDimPadded);
-  const unit = naturalUnits(config) ? ['log', '1.0'] : ['log2', '0.6931471805599453f'];
+  const unit = scoresAreFloat(config) ? ['log', '1.0'] : ['log2', '0.6931471805599453f'];
   const store =
     dtype === 'float32'
       ? `let x = merged(word);

@@ -38,7 +38,7 @@ export const KEY_BLOCK = TILINGS.portable.blockK;
 
 const THREADS = 256;
 
-/** Keys share a scale unless the largest magnitude of one is this many times below that of another. */
+/** Keys share a scale unless the largest magnitude of one key is this many times smaller than another's. */
 const WIDEST_SPREAD = 4;
 
 /** A key is not smoothed where that would make its largest magnitude more than this many times as large. */

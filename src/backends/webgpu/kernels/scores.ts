@@ -54,7 +54,7 @@ export const ATTENTION_PARAMS = [
 ] as const;
 
 /** With a mask or softcap, scores are in natural units; otherwise log2(e) is folded into Q's scale. */
-export const naturalUnits = (config: Pick<ScoreConfig, 'mask' | 'softcap'>): boolean =>
+export const scoresAreFloat = (config: Pick<ScoreConfig, 'mask' | 'softcap'>): boolean =>
   config.softcap || (config.mask !== undefined && config.mask !== 'bool');
 
 const LOG2E = '1.4426950408889634f';
@@ -62,7 +62,7 @@ const LN2 = '0.6931471805599453f';
 
 /** `exp2` of a difference of scores. */
 export const expOf = (config: ScoreConfig, difference: string): string =>
-  naturalUnits(config) ? `exp2((${difference}) * ${LOG2E})` : `exp2(${difference})`;
+  scoresAreFloat(config) ? `exp2((${difference}) * ${LOG2E})` : `exp2(${difference})`;
 
 /** Floats of one row's partial result: channels, then maximum, sum (negative: the row is NaN), and two unused. */
 export const recordFloats = (valueDimPadded: number): number => valueDimPadded + 4;
@@ -131,7 +131,7 @@ export function scoreStatements(
 export function lseStatement(config: ScoreConfig, row: string, m: string, l: string, constant: string): string {
   // With softcap the constant is inside the scores already.
   const shift = config.softcap ? m : `${m} + ${constant}`;
-  const value = naturalUnits(config) ? `${shift} + log(${l})` : `(${shift} + log2(${l})) * ${LN2}`;
+  const value = scoresAreFloat(config) ? `${shift} + log(${l})` : `(${shift} + log2(${l})) * ${LN2}`;
   return `{ let at = sequence_field(sequence, ${SEQUENCE.lse}u) - P.lseBase + head * P.lseHeadStride + ${row};
     if (${l} < 0.0) { lse[at] = 0x7fc00000u; }
     else if (${l} == 0.0) { lse[at] = 0xff800000u; }

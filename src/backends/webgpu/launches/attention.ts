@@ -7,7 +7,7 @@ import { chooseVariant, type Forced } from '../families/choose.ts';
 import type { AttentionKernel, AttentionVariant } from '../families/family.ts';
 import { encodeParams, padDim, rowVectors } from '../kernels/layout.ts';
 import { KEY_BLOCK } from '../kernels/prepare.ts';
-import { ATTENTION_PARAMS, naturalUnits, recordFloats, type ScoreConfig } from '../kernels/scores.ts';
+import { ATTENTION_PARAMS, recordFloats, type ScoreConfig, scoresAreFloat } from '../kernels/scores.ts';
 import { roundUp } from '../kernels/storage.ts';
 import type { Binding, BufferName, Launch, Unit } from './launch.ts';
 import { mergeLaunches, recordsBytes } from './merge.ts';
@@ -221,7 +221,7 @@ export function scoreConfigOf(stages: Stages, splits: KeySplits): ScoreConfig {
 
 /** What Q's scales are multiplied with: the caller's scale, and log2(e) where scores are in base 2. */
 export const scoreScaleOf = (problem: AttentionProblem, config: ScoreConfig): number =>
-  problem.smScale * (naturalUnits(config) ? 1 : Math.LOG2E);
+  problem.smScale * (scoresAreFloat(config) ? 1 : Math.LOG2E);
 
 /** The stages of attention over keys that are in scratch or in a cache. */
 export interface AttentionParts {

@@ -69,7 +69,7 @@ export function attention(config: AttentionConfig): Kernel {
   return b.build();
 }
 
-/** The scale of the thread's rows of Q times that of all scores. */
+/** The scale of the thread's rows of Q times the scale of all scores. */
 function loadQueryScale({ b, config, pointer, scoreScale }: Frame, { g }: ThreadPlace, row: Reg<'u32'>): Reg<'f32'> {
   const [scaleRows, scaleCount] = config.queryScales;
   const group = b.shr(row, Math.log2(scaleRows));
@@ -120,7 +120,7 @@ interface Loop {
   readonly softmax: SoftmaxState;
   readonly output: Output;
   readonly seeds: Seeds;
-  /** This lane's places in ldmatrix; that of V undefined where it is computed anew. */
+  /** The addresses that this lane gives to ldmatrix; the one of V is undefined where it is computed anew. */
   readonly lanes: {
     readonly query: Reg<'shared'>;
     readonly key: Reg<'shared'>;
@@ -135,7 +135,7 @@ function attendTile(loop: Loop): void {
   b.section('K (and V) of this tile have landed; fetch the next');
   b.cpAsyncWaitGroup(0);
   b.barSync();
-  // Loaded here because its latency is about that of QK^T.
+  // Loaded here because its latency is about as long as QK^T.
   const keyScale = loadKeyScale(loop);
   const unit = fp4Values ? loadValueUnit(loop) : undefined;
   fetchTiles(loop);

@@ -14,7 +14,7 @@ export interface AttentionConfig {
   readonly qkFormat: 's8' | 's4' | 'e2m1' | 'e2m1-as-f16';
   /** Bytes of a quantized token of K: D padded to 32 (INT8), or to 64 and halved (INT4, FP4). */
   readonly qkRowBytes: number;
-  /** The same of Q, or those of FP16. */
+  /** The same for Q, or for FP16. */
   readonly queryRowBytes: number;
   /**
    * `f16`: V in FP16, tokens by channels. `e4m3`: V in FP8, channels by permuted tokens, and P in FP8. `e4m3-as-f16`: V

@@ -16,7 +16,7 @@ export interface RingBarriers {
   /** Where the barriers of this and of other rings lie. */
   readonly barriers: Reg<'shared'>;
   readonly stages: number;
-  /** Bytes from `barriers` to those of stage 0; those of the next stages follow, 8 bytes each. */
+  /** Bytes from `barriers` to the barriers of stage 0; the next stages' follow, 8 bytes each. */
   readonly full: number;
   readonly empty: number;
 }

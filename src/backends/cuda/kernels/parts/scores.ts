@@ -38,7 +38,7 @@ export function applyMask(
   }
   const excluded = b.setp('eq', added, Number.NEGATIVE_INFINITY);
   const inBase2 = b.mul(added, LOG2_E);
-  // Not a maximum, which would swallow what is not a number.
+  // Not a maximum instruction, which would swallow NaN.
   b.when(b.setp('lt', inBase2, LOWEST_FINITE), () => b.set(inBase2, LOWEST_FINITE));
   b.add(score, inBase2, score);
   b.when(excluded, () => b.set(score, Number.NEGATIVE_INFINITY));

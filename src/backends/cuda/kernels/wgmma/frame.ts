@@ -11,7 +11,7 @@ import { type SoftcapParameters, softcapParameters } from '../parts/scores.ts';
 import { type SharedPlan, sharedPlanOf, type WgmmaConfig } from './config.ts';
 import { uniform } from './instructions.ts';
 
-/** Keys of a tile. Scales of K are those of each 64. */
+/** Keys of a tile. K has one scale for each 64 keys. */
 export const WGMMA_BLOCK_K = 128;
 /** Rows of a consumer warpgroup. */
 export const CONSUMER_ROWS = 64;

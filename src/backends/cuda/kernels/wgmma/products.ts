@@ -51,7 +51,7 @@ export interface Stages {
   readonly valueReady: Reg<'pred'>;
 }
 
-/** To ask a barrier takes 40 clocks: those of the next products are asked long before. */
+/** Testing a barrier takes 40 clocks, so the barriers of the next products are tested long before. */
 export function testNextStages({ keys, values }: Frame, { key, value, keyReady, valueReady }: Stages): void {
   keys.testFull(key, keyReady);
   values.testFull(value, valueReady);

@@ -231,7 +231,7 @@ function exponentials(
 ): void {
   const { b, config, fp8, scoresAreFloat } = frame;
   const { exponentOffset, onesColumn, polynomialShare } = config;
-  // The maximum first: where it is large, what is near it loses nothing.
+  // The maximum is subtracted first: where it is large, scores near it lose nothing.
   const folded = [0, 1].map((half) =>
     state.max.map((max, r) => (scoresAreFloat ? max : b.add(b.sub(zeroOf(r, 64 * half), max), exponentOffset))),
   );

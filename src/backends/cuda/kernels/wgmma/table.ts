@@ -75,7 +75,7 @@ export function tuningOf({
   const wide = paddedValueDim > 128;
   const fp8 = pvFormat === 'e4m3';
   const plainSums = { onesColumn: false, polynomialShare: 0 as const };
-  // Masks need the registers.
+  // Masked kernels have no registers left for these.
   const sums = {
     ...(fp8 && promoted && !scoresAreFloat ? {} : plainSums),
     // Without promotion all columns are summed where they stay.
@@ -119,7 +119,7 @@ export function tuningOf({
     const schedule = capped ? 'serial' : two.schedule;
     return { ...two, queryScalePerRow: true, stages: qkRowBytes > 128 ? 2 : 3, schedule };
   }
-  // Registers again: serial, sums of PV take those of the scores.
+  // Serial schedule: the sums of PV reuse the registers of the scores.
   if (scoresAreFloat) return { ...two, schedule: 'serial' };
   const padded = (tile: number) => Math.ceil(rows / tile) * tile;
   if (padded(192) <= MORE_PADDING * padded(128))
