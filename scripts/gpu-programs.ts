@@ -17,6 +17,7 @@ await build({
     'test-cuda': 'test/cuda/main.ts',
     'bench-cuda': 'bench/cuda/kernels.ts',
     'bench-cuda-backward': 'bench/cuda/backward.ts',
+    'bench-cuda-caches': 'bench/cuda/caches.ts',
     'bench-wgmma': 'bench/cuda/wgmma-variants.ts',
     'test-webgpu': 'test/webgpu/main.ts',
     'bench-webgpu': 'bench/webgpu/families.ts',

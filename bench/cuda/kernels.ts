@@ -1,7 +1,7 @@
 /**
  * Times every CUDA kernel against PyTorch's attention on the same card in the same run, with its accuracy beside it.
  *
- *     npx tsx scripts/gpu-programs.ts && node .gpu/programs/bench-cuda.mjs OUTPUT_FOLDER [--lengths 1024,16384] [--head-dims 64,128] [--full-only]
+ *     npx tsx scripts/gpu-programs.ts && node .gpu/programs/bench-cuda.mjs OUTPUT_FOLDER [--lengths 1024,16384] [--head-dims 64,128] [--full-only] [--kernels TEXT]
  *
  * Writes `cuda.json` and `cuda.md` there. TFLOP/s count 4 B H Lq Lk D, half when causal.
  */
@@ -42,6 +42,7 @@ const { values: flags, positionals } = parseArgs({
     lengths: { type: 'string', default: '1024,2048,4096,8192,16384,32768' },
     'head-dims': { type: 'string', default: '128,64' },
     'full-only': { type: 'boolean', default: false },
+    kernels: { type: 'string', default: '' },
   },
 });
 const numbers = (text: string) => text.split(',').map(Number);
@@ -67,6 +68,8 @@ const SETTINGS: readonly Setting[] = [
   { kernel: FP8, options: { pvAccumDtype: 'fp32+fp32' } },
   { kernel: 'qk-int4-pv-fp8-cuda', options: {} },
   { kernel: 'qk-int8-pv-fp16', options: {} },
+  { kernel: 'qk-fp4-pv-fp4', options: {} },
+  { kernel: 'qk-fp4-pv-fp8-cuda', options: {} },
   { kernel: 'qk-int8-pv-fp8-cuda-sm90', options: { pvAccumDtype: 'fp32+fp32' } },
   { kernel: 'qk-int8-pv-fp8-cuda-sm90', options: { pvAccumDtype: 'fp32' } },
   { kernel: 'qk-int8-pv-fp16-cuda-sm90', options: {} },
@@ -294,7 +297,9 @@ async function main(): Promise<number> {
   const flat = { q: onDevice(host.q), k: onDevice(host.k), v: onDevice(host.v) };
 
   const bandwidth = copyBandwidth(device);
-  const settings = SETTINGS.filter(({ kernel }) => lackedBy(kernel, device.computeCapability) === undefined);
+  const settings = SETTINGS.filter(
+    ({ kernel }) => kernel.includes(flags.kernels) && lackedBy(kernel, device.computeCapability) === undefined,
+  );
   const results: Result[] = [];
   for (const shape of shapes) {
     const { batch, heads, tokens, headDim } = shape;

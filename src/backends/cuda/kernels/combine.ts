@@ -26,6 +26,8 @@ export const COMBINE_INTEGERS = ['queryHeads', 'rowBlocks', 'splits', 'paddedQue
 export const COMBINE_STRIDES = ['outputBatch', 'outputHead', 'outputToken', 'lseBatch', 'lseHead'] as const;
 /** Rows of a CTA, one warp each. */
 export const COMBINE_ROWS = 4;
+/** Splits whose loads are under way at once. */
+const SPLITS_AT_ONCE = 4;
 
 export function combine({ target, valueDim, paddedValueDim, outputType, lse }: CombineConfig): Kernel {
   const b = new KernelBuilder({ name: 'combine', target, threads: COMBINE_ROWS * 32 });
@@ -51,16 +53,17 @@ export function combine({ target, valueDim, paddedValueDim, outputType, lse }: C
   const lseBase = offset(b, b.loadPointer(pointer.partialLse), partialRow, 4);
   const lseStep = b.as(b.mulWide(rowsOfSplit, 4), 'global');
   const maximum = b.constant('f32', Number.NEGATIVE_INFINITY);
-  const split = b.constant('u32', 0);
-  const lseAt = b.mov(lseBase);
+  // Each lane looks at every 32nd: one load after the other would take its latency as often.
+  const split = b.mov(lane);
   b.loop(
     () => b.setp('lt', split, splits),
     () => {
-      b.max(maximum, b.ld('f32', lseAt), maximum);
-      b.add(lseAt, lseStep, lseAt);
-      b.add(split, 1, split);
+      const own = b.add(lseBase, b.as(b.mul(b.cvt('u64', split), b.as(lseStep, 'u64')), 'global'));
+      b.max(maximum, b.ld('f32', own), maximum);
+      b.add(split, 32, split);
     },
   );
+  for (let mask = 1; mask < 32; mask *= 2) b.max(maximum, b.shflBfly(maximum, mask), maximum);
   const reference = b.selp(0, maximum, b.setp('eq', maximum, Number.NEGATIVE_INFINITY));
 
   b.section('weighted mean');
@@ -73,22 +76,35 @@ export function combine({ target, valueDim, paddedValueDim, outputType, lse }: C
   );
   const sourceStep = b.as(b.mulWide(rowsOfSplit, paddedValueDim * 4), 'global');
   b.set(split, 0);
-  b.mov(lseBase, lseAt);
+  const lseAt = b.mov(lseBase);
   b.loop(
     () => b.setp('lt', split, splits),
     () => {
-      const weight = b.ex2(b.sub(b.ld('f32', lseAt), reference));
-      b.add(total, weight, total);
-      channels.forEach((channel, i) => {
-        const value = b.constant('f32', 0);
-        const load = () => b.ld('f32', source, channel * 4, { into: value });
-        if (channel + 32 <= paddedValueDim) load();
-        else b.when(b.setp('lt', lane, paddedValueDim - channel), () => load());
-        b.fma(value, weight, sums[i] as Reg<'f32'>, sums[i]);
+      const loaded = Array.from({ length: SPLITS_AT_ONCE }, (_, ahead) => {
+        const inside = b.setp('lt', b.add(split, ahead), splits);
+        const partLse = b.constant('f32', Number.NEGATIVE_INFINITY);
+        b.when(inside, () => b.ld('f32', lseAt, 0, { into: partLse }));
+        const values = channels.map((channel) => {
+          const value = b.constant('f32', 0);
+          const has =
+            channel + 32 <= paddedValueDim ? inside : b.andPred(inside, b.setp('lt', lane, paddedValueDim - channel));
+          b.when(has, () => b.ld('f32', source, channel * 4, { into: value }));
+          return value;
+        });
+        b.add(source, sourceStep, source);
+        b.add(lseAt, lseStep, lseAt);
+        return { inside, partLse, values };
       });
-      b.add(source, sourceStep, source);
-      b.add(lseAt, lseStep, lseAt);
-      b.add(split, 1, split);
+      for (const { inside, partLse, values } of loaded) {
+        const weight = b.ex2(b.sub(partLse, reference));
+        b.when(inside, () => {
+          b.add(total, weight, total);
+          values.forEach((value, i) => {
+            b.fma(value, weight, sums[i] as Reg<'f32'>, sums[i]);
+          });
+        });
+      }
+      b.add(split, SPLITS_AT_ONCE, split);
     },
   );
 

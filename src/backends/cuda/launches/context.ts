@@ -185,6 +185,7 @@ export const constantsOf = ({ layout }: Context): Record<BufferName, Uint8Array>
  * @param leastTiles a part of fewer is not worth its prologue
  * @param blocks thread blocks without a split
  * @param residentBlocks thread blocks that share a multiprocessor
+ * @param mostSplits parts that are worth joining
  */
 export function splitsOf(
   { multiprocessors }: DeviceFacts,
@@ -192,7 +193,8 @@ export function splitsOf(
   leastTiles: number,
   blocks: number,
   residentBlocks: number,
+  mostSplits = 64,
 ): number {
   const most = Math.max(1, Math.floor(keyTiles / leastTiles));
-  return Math.max(1, Math.min(64, most, Math.floor((multiprocessors * residentBlocks) / Math.max(1, blocks))));
+  return Math.max(1, Math.min(mostSplits, most, Math.floor((multiprocessors * residentBlocks) / Math.max(1, blocks))));
 }

@@ -134,7 +134,8 @@ function shapeOf(context: Context) {
   const queryTiles = Math.ceil(queryLength / blockQueries(tile));
   const blocks = queryTiles * queryHeads * batch;
   // A part of fewer than four tiles is not worth its prologue.
-  const splits = splitsOf(device, layout.keyTiles, 4, blocks, tile.minBlocksPerMultiprocessor);
+  const mostSplits = tile.warps === 1 ? 256 : 64;
+  const splits = splitsOf(device, layout.keyTiles, 4, blocks, tile.minBlocksPerMultiprocessor, mostSplits);
   const config: AttentionConfig = {
     target,
     qkFormat: scheme.qkFormat,

@@ -31,7 +31,10 @@ export const SCRATCH_OUT: usize = 23552;
 /** Preparation: the largest value of each key of a tile, float32; counts of exponents, then one byte for each key. */
 export const SCRATCH_VALUE_SIZES: usize = 56320;
 export const SCRATCH_HISTOGRAM: usize = 56832;
-/** Of the four rows in work: weights of the keys whose values stand apart, P_ROW_BYTES for each row, and what they are worth. */
+/**
+ * Of the four rows in work: weights of the keys whose values stand apart, P_ROW_BYTES for each row, and what they are
+ * worth.
+ */
 export const SCRATCH_APART: usize = 57344;
 export const SCRATCH_APART_WEIGHTS: usize = 59392;
 /** Of the four rows in work: what the tile adds to the sum of weights, and the largest score. */

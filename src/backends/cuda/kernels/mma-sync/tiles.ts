@@ -27,6 +27,14 @@ interface TileRule {
  * on sm_80, V is fetched behind its own tile's QK^T.
  */
 const TILE_RULES: readonly TileRule[] = [
+  // Decoding over FP4: each warp unpacks what it reads, so a second one would do it again for rows that are not there.
+  ...([8, 6, 4, 2] as const).map((minBlocksPerMultiprocessor) => ({
+    valueDim: 128,
+    qkRowBytes: 64,
+    queryLength: 16,
+    unpacksFp4: true as const,
+    tile: { warps: 1, rowsPerWarp: 16, minBlocksPerMultiprocessor, valueStages: 2 } as const,
+  })),
   // Decoding: few rows, and many small CTAs, whose copies together keep memory busy.
   ...([4, 2, 1] as const).flatMap((minBlocksPerMultiprocessor) =>
     ([2, 1] as const).map((valueStages) => ({

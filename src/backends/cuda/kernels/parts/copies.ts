@@ -67,10 +67,13 @@ export function tileCopy(b: KernelBuilder, tile: SharedTile, threads: number, ro
       let from = source;
       for (let firstRow = 0; firstRow < rows; firstRow += rowsAtOnce) {
         if (firstRow > 0 && typeof rowStride !== 'number') from = b.add(from, rowStride);
+        // Few threads take fewer rows at once than the swizzle repeats after: those of later passes lie at other chunks.
+        const moved = ((firstRow >> layout.rowShift) & layout.rowMask) * 16;
+        const own = moved === 0 ? into : b.xor(into, moved);
         for (let firstColumn = 0; firstColumn * 16 < rowBytes; firstColumn += columns) {
           const sourceOffset = firstColumn * 16 + (typeof rowStride === 'number' ? firstRow * rowStride : 0);
           guarded(firstRow, firstColumn, () =>
-            b.cpAsync16(into, from, firstRow * layout.rowBytes + firstColumn * 16, sourceOffset),
+            b.cpAsync16(own, from, firstRow * layout.rowBytes + firstColumn * 16, sourceOffset),
           );
         }
       }
