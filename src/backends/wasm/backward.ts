@@ -208,7 +208,7 @@ export function backwardCall(
       const { places, sums } = placesOf(attention, records, own, headDimPadded + valueDimPadded);
       const tiles = records.reduce((sum, record) => sum + record.tiles, 0) * kvHeads;
       const specs = gradientOutputs(problem).filter(({ name }) => name !== 'dMask');
-      const { addressOf, finish } = allocateMade<BackwardOutputs>(runtime, lease, specs);
+      const { addressOf, finish, collect } = allocateMade<BackwardOutputs>(runtime, lease, specs);
       const scores = placeScoreGradient(runtime, lease, problem);
       const addresses = {
         ...{ tail: 0, keyTail: 0, tailSeen: 0 },
@@ -259,6 +259,8 @@ export function backwardCall(
           (most, { partlySeen, keyLength }) => Math.max(most, partlySeen ? keyLength : 0),
           0,
         ),
+        // The mask's gradient, which is summed here, has no need of it.
+        collect,
         finish: async () => ({ ...(await finish()), ...(await scores.read()) }),
       };
     },

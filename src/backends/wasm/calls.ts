@@ -24,7 +24,7 @@ import {
   sequenceRecords,
   writeRecords,
 } from './records.ts';
-import type { CallParts, Lease, PreparedCall, Runtime } from './runtime.ts';
+import type { CallParts, Lease, PreparedCall, ReadBytes, Runtime } from './runtime.ts';
 import { keep, PADDING_BYTES, type Staged, stageMask, stageOperand } from './staging.ts';
 
 /** What a call computes with. */
@@ -93,21 +93,25 @@ export function allocateMade<Made extends Outputs>(runtime: Runtime, lease: Leas
     const bytes = elementCount(spec.shape) * BYTES_PER_ELEMENT[spec.dtype];
     return { ...spec, bytes, address: lease.allocate(bytes) };
   });
-  const finish = async (): Promise<Made> => {
+  const collect = (read: ReadBytes): Made => {
     const made: Partial<Record<OutputName, Tensor>> = {};
-    for (const { name, shape, dtype, bytes, address } of outputs) {
-      made[name] = tensorOf(await runtime.executor.read(address, bytes), shape, dtype);
-    }
+    for (const { name, shape, dtype, bytes, address } of outputs)
+      made[name] = tensorOf(read(address, bytes), shape, dtype);
     return made as Outputs as Made;
+  };
+  const finish = async (): Promise<Made> => {
+    const found = new Map<number, Uint8Array<ArrayBuffer>>();
+    for (const { bytes, address } of outputs) found.set(address, await runtime.executor.read(address, bytes));
+    return collect((address) => found.get(address) as Uint8Array<ArrayBuffer>);
   };
   /** 0: it is not wanted. */
   const addressOf = (wanted: OutputName) => outputs.find(({ name }) => name === wanted)?.address ?? 0;
-  return { addressOf, finish };
+  return { addressOf, finish, collect };
 }
 
 function allocateOutputs(runtime: Runtime, lease: Lease, problem: AttentionProblem) {
-  const { addressOf, finish } = allocateMade<AttentionOutputs>(runtime, lease, attentionOutputs(problem));
-  return { addresses: { out: addressOf('output'), lse: addressOf('lse') }, finish };
+  const { addressOf, ...made } = allocateMade<AttentionOutputs>(runtime, lease, attentionOutputs(problem));
+  return { addresses: { out: addressOf('output'), lse: addressOf('lse') }, ...made };
 }
 
 /** Tokens of q, or of k and v, that a batch entry has: in varlen all sequences lie in one. */
@@ -230,7 +234,7 @@ export function wholeCall(
     const layouts = layoutsOf(staged);
     const sequences = sequenceRecords(problem, sequencesOf(problem), layouts);
     const tiles = sequences.reduce((sum, sequence) => sum + sequence.tiles, 0) * kvHeads;
-    const { addresses: made, finish } = allocateOutputs(runtime, lease, problem);
+    const { addresses: made, finish, collect } = allocateOutputs(runtime, lease, problem);
     const addresses = {
       ...{ ...made, tail: 0, keyTail: 0, tailSeen: 0 },
       mask: placed(lease, staged.mask),
@@ -263,6 +267,7 @@ export function wholeCall(
         decodedBytes(arithmetic),
       ),
       finish,
+      collect,
     };
   });
 }

@@ -253,7 +253,7 @@ function breathe(): Promise<void> {
   return new Promise((resolve) => (setImmediate === undefined ? setTimeout(resolve) : setImmediate(resolve)));
 }
 
-class InlineExecutor implements Executor {
+export class InlineExecutor implements Executor {
   readonly description: string;
   readonly threads = 1;
   readonly memory: MemoryPool;
@@ -291,6 +291,22 @@ class InlineExecutor implements Executor {
 
   reserve(extraScratch: number): void {
     this.#scratch.provide(extraScratch);
+  }
+
+  /** A call from end to end, before this returns. @param kernels of {@link start} */
+  runNow({ stages, extraScratch }: Pick<Call, 'stages' | 'extraScratch'>, kernels: KernelExports): void {
+    const scratch = this.#scratch.provide(extraScratch)[0] as number;
+    for (const { entry, job } of stages) while (this.#step(kernels[entry], job, scratch));
+  }
+
+  /** The kernels over its memory. */
+  start(): Promise<KernelExports> {
+    this.#kernels ??= instantiate(this.#module, this.#memory);
+    return this.#kernels;
+  }
+
+  readNow(address: number, length: number): Uint8Array<ArrayBuffer> {
+    return readFrom(this.#memory, address, length);
   }
 
   async run({ stages, extraScratch }: Call): Promise<void> {

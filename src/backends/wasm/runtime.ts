@@ -34,12 +34,17 @@ export class Lease {
   }
 }
 
+/** Reads the kernels' memory. */
+export type ReadBytes = (address: number, length: number) => Uint8Array<ArrayBuffer>;
+
 /** What a call needs, once its memory is there. */
 export interface PreparedCall<Result> {
   readonly stages: readonly Stage[];
   readonly units: number;
   readonly extraScratch: number;
   finish(): Promise<Result>;
+  /** As `finish`, where memory can be read at once; absent where nobody calls so. */
+  collect?(read: ReadBytes): Result;
 }
 
 /** What a call is made of. */

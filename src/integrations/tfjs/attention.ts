@@ -12,7 +12,7 @@ export type TfAttentionOptions = BridgeOptions & {
   readonly attnMask?: tf.Tensor;
 };
 
-function requireTensor(argument: string, value: unknown, dtypes: readonly tf.DataType[]): void {
+export function requireTensor(argument: string, value: unknown, dtypes: readonly tf.DataType[]): void {
   if (!(value instanceof tf.Tensor)) {
     throw new InvalidArgumentError('invalid-shape', argument, 'a tf.Tensor', String(value));
   }
@@ -27,7 +27,8 @@ function requireTensor(argument: string, value: unknown, dtypes: readonly tf.Dat
  * on tfjs' own device and nothing leaves the GPU; with every other backend it runs on the WASM backend of this package.
  *
  * The inputs are read before the call returns its promise: they may be disposed right after it, as `tf.tidy` does. The
- * caller disposes the result. No gradient is defined: `tf.grad` takes no asynchronous functions.
+ * caller disposes the result. No gradient is defined, since `tf.grad` takes no asynchronous functions: see
+ * `createTrainableAttention`.
  *
  * @throws as `sageattn`
  */

@@ -12,3 +12,4 @@ export {
 } from './graph-model.ts';
 export { OPERATOR } from './operator.ts';
 export type { ModelTopology } from './topology.ts';
+export { createTrainableAttention, type TfTrainableAttention, type TfTrainableOptions } from './trainable.ts';
