@@ -10,7 +10,7 @@ import { type KernelExports, loadModule } from './modules.ts';
 import { type CallParts, Lease, Runtime } from './runtime.ts';
 
 /** Scores of 14 by 8 bits and the rest in float32: what gradients are computed from. */
-const ARITHMETIC: Arithmetic = { precision: 'accurate', smoothK: true, smoothV: false };
+const ARITHMETIC: Arithmetic = { precision: 'accurate', smoothK: true, smoothV: false, smoothQ: false };
 
 /** Attention and its gradients without waiting. It has memory of its own, which stays until it is let go of. */
 export class SynchronousWasm {
