@@ -68,6 +68,7 @@ const VARIANTS: readonly { readonly name: string; readonly tuning: GradientTunin
   { name: 'mma.sync', tuning: { queries: { family: 'mma-sync' }, keys: { family: 'mma-sync' } } },
   { name: 'serial', tuning: { queries: { schedule: 'serial' }, keys: { schedule: 'serial' } } },
   { name: 'ahead', tuning: { queries: { schedule: 'ahead' }, keys: { schedule: 'ahead' } } },
+  { name: 'scores ahead', tuning: { queries: { schedule: 'scores-ahead' }, keys: { schedule: 'scores-ahead' } } },
   { name: 'two stages', tuning: { queries: { stages: 2 }, keys: { stages: 2 } } },
   { name: 'three consumers', tuning: { queries: { consumers: 3, stages: 2, schedule: 'serial' } } },
   { name: 'three consumers, ahead', tuning: { queries: { consumers: 3, stages: 2, schedule: 'ahead' } } },

@@ -16,7 +16,7 @@ import { FLOAT16_MAX } from '../../src/tensor/formats/float16.ts';
 import { FP4_RELATIVE_L1 } from '../conformance/fp4-target.ts';
 import type { Target } from '../conformance/suite.ts';
 
-const SM80: QuantizedAlgorithm = { ...PORTABLE_ALGORITHM, tiling: TILINGS.sm80, granularity: 'per-thread' };
+export const SM80: QuantizedAlgorithm = { ...PORTABLE_ALGORITHM, tiling: TILINGS.sm80, granularity: 'per-thread' };
 
 /** FP8 PV with sums of at least FP32's precision between tiles. */
 const fp8 = (pvAccumDtype: PvAccumDtype): QuantizedAlgorithm => ({

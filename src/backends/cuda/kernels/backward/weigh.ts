@@ -1,7 +1,9 @@
 /** From the codes' products and dP - D to P and dS. */
 import type { DType } from '../../../../tensor/dtype.ts';
+import type { KernelBuilder } from '../../ptx/builder.ts';
 import type { Reg } from '../../ptx/types.ts';
 import { offset, offset64 } from '../parts/addresses.ts';
+import { MIN_SCALE } from '../parts/constants.ts';
 import { headAddress } from '../parts/epilogue.ts';
 import { at } from '../parts/lists.ts';
 import { capScores, type EachScore, maskRow } from '../parts/scores.ts';
@@ -26,6 +28,14 @@ function keyScaleAt({ b, config, pointer }: Frame, row: Reg<'u32'>, group: Reg<'
 
 const keyRowOf = ({ b, integer }: Frame, { keyHead, paddedKeyStart }: Work, token: Reg<'u32'>) =>
   b.add(b.mad(keyHead, b.loadParameter(integer.paddedKeys), paddedKeyStart), token);
+
+/**
+ * The scale of a product of codes, bit for bit the forward kernel's (`scoreUnits`): where scores are large, the logsumexp is of scores
+ * with that scale and no other.
+ */
+export function forwardScale(b: KernelBuilder, rowScale: Reg<'f32'>, keyScale: Reg<'f32'>): Reg<'f32'> {
+  return b.as(b.and(b.as(b.max(b.mul(rowScale, keyScale), MIN_SCALE), 'b32'), 0xfffffffc), 'f32');
+}
 
 /** What is known of the thread's own rows, and how the numbers of a score are found. */
 export function ownConstants(frame: Frame, { warpRow, g, t2 }: ThreadPlace, work: Work) {
@@ -55,7 +65,7 @@ export function ownConstants(frame: Frame, { warpRow, g, t2 }: ThreadPlace, work
         const keyScale = b.abs(
           b.ld('f32', keyScaleAt(frame, keyRowOf(frame, work, token), b.shr(t2, 1)), 0, { readOnly: true }),
         );
-        const whole = scale.map((own) => b.mul(own, keyScale));
+        const whole = scale.map((own) => forwardScale(b, own, keyScale));
         const four = (two: readonly Reg<'f32'>[]) => two.flatMap((value) => [value, value]);
         const same = { scale: four(whole), shift: four(shift), bias: four(bias) };
         for (let n = 0; n < frame.columnTiles; n++) body(n, same);
@@ -74,7 +84,7 @@ export function ownConstants(frame: Frame, { warpRow, g, t2 }: ThreadPlace, work
     ofTiles(_: Passing, rows: Reg<'shared'> | undefined, body: (n: number, numbers: RowNumbers) => void): void {
       const place = rows as Reg<'shared'>;
       for (let n = 0; n < frame.columnTiles; n++) {
-        const scale = pairAt(place, SCALE, n).map((value) => b.mul(value, keyScale));
+        const scale = pairAt(place, SCALE, n).map((value) => forwardScale(b, value, keyScale));
         const bias = config.softcap ? pairAt(place, BIAS, n) : [];
         body(n, { scale: twice(scale), shift: twice(pairAt(place, SHIFT, n)), bias: twice(bias) });
       }

@@ -17,7 +17,7 @@ export interface WgmmaGradientConfig
   /** Warpgroups that own tokens: two of 240 registers a thread, or three of 160. */
   readonly consumers: 2 | 3;
   /** See `gradients.ts`. */
-  readonly schedule: 'ahead' | 'serial';
+  readonly schedule: 'ahead' | 'scores-ahead' | 'serial';
 }
 
 /** In the order of the kernel's parameters. The last brings the numbers of rows of Q that pass by. */

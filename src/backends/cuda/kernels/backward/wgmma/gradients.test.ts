@@ -45,6 +45,7 @@ describe(`gradients on wgmma (SAGEATTENTION_SEED=${seed})`, () => {
   // Every way to divide the work gives what the table's does.
   const TUNINGS: readonly { readonly name: string; readonly tuning: GradientTuning }[] = [
     { name: 'three consumers', tuning: { queries: { consumers: 3 }, keys: { consumers: 3, schedule: 'serial' } } },
+    { name: 'scores ahead', tuning: { queries: { schedule: 'scores-ahead' }, keys: { schedule: 'scores-ahead' } } },
     { name: 'ahead', tuning: { queries: { schedule: 'ahead' }, keys: { schedule: 'ahead' } } },
   ];
   test.each(sampled(TUNINGS, seed, 0.5))('$name', ({ tuning }) => {

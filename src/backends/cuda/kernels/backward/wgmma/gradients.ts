@@ -3,7 +3,8 @@
  * that own 64 tokens each. One thread of the producer sends what passes by through a ring of stages (TMA).
  *
  * P and dS are A operands from registers; dO, Q and K are read as they lie, through transposing descriptors. With schedule `ahead` a consumer
- * sends S and dP of the next tile to the tensor cores before the gradients' products of this one, and takes exponentials while those run. With
+ * sends S and dP of the next tile to the tensor cores before the gradients' products of this one, and takes exponentials while those run; with
+ * `scores-ahead` it sends S of the next tile with the last product of this one. With
  * `serial`, for which there are always registers, the other consumer's products are what runs then. All products of an iteration are waited for in
  * it: ptxas serializes those that are under way where a loop closes.
  *
@@ -28,7 +29,7 @@ import type { RingPlace } from '../../parts/ring.ts';
 import { uniform } from '../../wgmma/instructions.ts';
 import { storeGradients } from '../epilogue.ts';
 import { advance, placeOf, type Sums, type ThreadPlace, type Work, workOf } from '../frame.ts';
-import { excludePairs } from '../weigh.ts';
+import { excludePairs, forwardScale } from '../weigh.ts';
 import { GROUP_TOKENS, type WgmmaGradientConfig } from './config.ts';
 import { initBarriers, makeWgmmaFrame, ownToken, REGISTERS, type WgmmaFrame } from './frame.ts';
 import { producer } from './producer.ts';
@@ -105,8 +106,8 @@ function consumer(frame: WgmmaFrame, work: Work): void {
     };
     if (!ownsQueries) b.mov(loadKeyScale(self, ownToken(frame, work, group), b.shr(place.g, 1)), self.keyScale);
     mbarrierWait(b, barriers, b.constant('u32', 0), ownFull);
-    if (config.schedule === 'ahead') passAhead(self);
-    else passSerially(self);
+    const pass = { ahead: passAhead, 'scores-ahead': passScoresAhead, serial: passSerially };
+    pass[config.schedule](self);
   });
   const fragments = (registers: readonly Reg<'f32'>[]) =>
     Array.from({ length: registers.length / 4 }, (_, n) => registers.slice(4 * n, 4 * n + 4));
@@ -134,6 +135,41 @@ function passSerially(self: Consumer): void {
       advance(b, work, next);
     },
   );
+}
+
+/** S of the next tile is issued with the last product of this one, whose scores have left their registers by then. */
+function passScoresAhead(self: Consumer): void {
+  const { frame, leader, work, scores, values, next, ringPlace, stage } = self;
+  const { b, ring, barriers } = frame;
+  const tile = b.mov(next.tile);
+  const step = () => {
+    b.section('next tile');
+    b.mov(ringPlace.stage, stage);
+    b.mov(next.tile, tile);
+    ring.advance(ringPlace);
+    advance(b, work, next);
+  };
+  const body = (isLast: boolean) => {
+    issueValues(self, stage);
+    exponentials(self, tile, stage);
+    if (values.length > 0) multiplyStage(self, 'values', pack(self, scores.weights), stage);
+    wgmmaWaitGroup(b, values.length > 0 ? 1 : 0);
+    multiplyWeights(self);
+    multiplyStage(self, 'channels', pack(self, scores.gradients), stage);
+    if (!isLast) issueCodes(self);
+    wgmmaWaitGroup(b, 0);
+    const barrier = b.add(barriers, b.as(b.shl(stage, 3), 'shared'));
+    b.when(leader, () => mbarrierArrive(b, barrier, ring.empty));
+    if (!isLast) step();
+  };
+  issueCodes(self);
+  wgmmaWaitGroup(b, 0);
+  step();
+  b.loop(
+    () => b.setp('lt', next.head, work.headEnd),
+    () => body(false),
+  );
+  body(true);
 }
 
 /** S and dP of the next tile are issued before the gradients' products of this one. */
@@ -204,28 +240,22 @@ function loadKeyScale({ frame, work }: Consumer, token: Reg<'u32'>, group: Reg<'
 
 /** Sends S and dP of the tile at `next` to the tensor cores, each a group. */
 function issueScores(self: Consumer): void {
-  const { frame, place, group, scores, rows, next, ringPlace, keyScale } = self;
+  issueCodes(self);
+  issueValues(self, self.ringPlace.stage);
+}
+
+/** Sends S of the tile at `next` to the tensor cores. */
+function issueCodes(self: Consumer): void {
+  const { frame, place, group, scores, next, ringPlace, keyScale } = self;
   const { b, config, plan, tiles, shared, ring, ownsQueries } = frame;
   const { streamTokens } = config;
-  b.section('S and dP of the next tile');
+  b.section('S of the next tile');
   if (ownsQueries) {
     const token = b.as(b.shl(next.tile, Math.log2(streamTokens)), 'u32');
     b.mov(loadKeyScale(self, token, b.shr(place.t2, 1)), keyScale);
   }
   ring.awaitFull(ringPlace);
   for (const register of scores.integers) b.set(register, MAGIC_BITS);
-  if (ownsQueries) {
-    const minusDelta = at(rows, 2);
-    for (const [i, register] of scores.gradients.entries()) b.mov(at(minusDelta, (i >> 1) & 1), register);
-  } else {
-    const deltas = rowsAt(self, ringPlace.stage, 2);
-    for (let n = 0; n < streamTokens / 8; n++) {
-      const fragment = scores.gradients.slice(4 * n, 4 * n + 4);
-      b.ldVector('f32', 2, deltas, n * 32, { into: fragment.slice(0, 2) });
-      b.mov(at(fragment, 0), at(fragment, 2));
-      b.mov(at(fragment, 1), at(fragment, 3));
-    }
-  }
   const codesStride = { strideBytes: 8 * config.codeBytes, swizzle: plan.codesSwizzle };
   const ownCodes = b.add(shared, b.as(b.mad(group, GROUP_TOKENS * config.codeBytes, tiles.ownCodes.base), 'shared'));
   const a = matrixDescriptor(b, ownCodes, codesStride);
@@ -236,10 +266,31 @@ function issueScores(self: Consumer): void {
     wgmma(b, streamTokens, 'k32.s32.s8.s8', scores.integers, x, y, true);
   }
   wgmmaCommitGroup(b);
+}
+
+/** Sends dP - D of a stage to the tensor cores. */
+function issueValues(self: Consumer, stage: Reg<'u32'>): void {
+  const { frame, group, scores, rows } = self;
+  const { b, config, plan, tiles, shared, ownsQueries } = frame;
+  const { streamTokens } = config;
+  b.section('dP');
+  if (ownsQueries) {
+    const minusDelta = at(rows, 2);
+    for (const [i, register] of scores.gradients.entries()) b.mov(at(minusDelta, (i >> 1) & 1), register);
+  } else {
+    const deltas = rowsAt(self, stage, 2);
+    for (let n = 0; n < streamTokens / 8; n++) {
+      const fragment = scores.gradients.slice(4 * n, 4 * n + 4);
+      b.ldVector('f32', 2, deltas, n * 32, { into: fragment.slice(0, 2) });
+      b.mov(at(fragment, 0), at(fragment, 2));
+      b.mov(at(fragment, 1), at(fragment, 3));
+    }
+  }
   const blocks = { strideBytes: 1024, swizzle: '128B' } as const;
   const ownValues = b.add(shared, b.as(b.mad(group, GROUP_TOKENS * 128, tiles.ownValues.base), 'shared'));
   const own = matrixDescriptor(b, ownValues, blocks);
-  const values = matrixDescriptor(b, stageAddress(frame, 'values', plan.valuesBytes, ringPlace.stage), blocks);
+  const values = matrixDescriptor(b, stageAddress(frame, 'values', plan.valuesBytes, stage), blocks);
+  wgmmaFence(b);
   for (let k = 0; k < config.valueDim / 16; k++) {
     const [block, byte] = [k >> 2, (k & 3) * 32];
     const x = advanceDescriptor(b, own, block * frame.ownTokens * 128 + byte);
@@ -305,8 +356,8 @@ function multiplyStage(
 }
 
 /** From 1.5 * 2^23 + codes to P. */
-function exponentials(self: Consumer): void {
-  const { frame, place, work, next, scores, rows, ringPlace, keyScale } = self;
+function exponentials(self: Consumer, tile = self.next.tile, stage = self.ringPlace.stage): void {
+  const { frame, place, work, scores, rows, keyScale } = self;
   const { b, config, ownsQueries } = frame;
   const { weights } = scores;
   b.section('P = exp2(S - LSE)');
@@ -318,17 +369,17 @@ function exponentials(self: Consumer): void {
   };
   if (ownsQueries) {
     const [scale, shift] = rows as [readonly Reg<'f32'>[], readonly Reg<'f32'>[]];
-    const whole = scale.map((own) => b.mul(own, keyScale));
+    const whole = scale.map((own) => forwardScale(b, own, keyScale));
     for (let i = 0; i < weights.length; i++) exponential(i, at(whole, (i >> 1) & 1), at(shift, (i >> 1) & 1));
   } else {
-    const [scales, shifts] = [rowsAt(self, ringPlace.stage, 0), rowsAt(self, ringPlace.stage, 1)];
+    const [scales, shifts] = [rowsAt(self, stage, 0), rowsAt(self, stage, 1)];
     for (let n = 0; n < config.streamTokens / 8; n++) {
-      const scale = b.ldVector('f32', 2, scales, n * 32).map((value) => b.mul(value, keyScale));
+      const scale = b.ldVector('f32', 2, scales, n * 32).map((value) => forwardScale(b, value, keyScale));
       const shift = b.ldVector('f32', 2, shifts, n * 32);
       for (let i = 0; i < 4; i++) exponential(4 * n + i, at(scale, i & 1), at(shift, i & 1));
     }
   }
   if (!config.banded && !ownsQueries) return;
   const fragments = Array.from({ length: weights.length / 4 }, (_, n) => weights.slice(4 * n, 4 * n + 4));
-  excludePairs({ frame, place, work, now: next }, fragments);
+  excludePairs({ frame, place, work, now: { tile } }, fragments);
 }
