@@ -1,4 +1,5 @@
 import { afterEach, beforeEach, describe, expect, it } from 'vitest';
+import { type Tensor, tensor } from '../tensor/tensor.ts';
 import { prepareKeyValue } from './key-value-cache.ts';
 import { type FakeBackend, installFakes, restoreBackends, t } from './testing/fake-backend.ts';
 
@@ -30,6 +31,30 @@ describe('prepareKeyValue', () => {
     cache[Symbol.dispose]();
     await expect(cache.attend(t(1, 4, 1, 8))).rejects.toMatchObject({ code: 'disposed' });
     await expect(cache.append(...kv(1))).rejects.toMatchObject({ code: 'disposed' });
+  });
+
+  it('copies its inputs only where something must be waited for', async () => {
+    const given: unknown[] = [];
+    const { backend } = wasm;
+    const prepare = backend.prepareKeyValue.bind(backend);
+    backend.prepareKeyValue = (problem, kernel, k, v, context) => {
+      given.push((k as Tensor).data.buffer, (v as Tensor).data.buffer, (context.keyMask as Tensor).data.buffer);
+      return prepare(problem, kernel, k, v, context);
+    };
+    const [k, v] = kv(3);
+    const keyMask = tensor(Uint8Array.of(1, 1, 0), [1, 3]);
+    const own = [k.data.buffer, v.data.buffer, keyMask.data.buffer];
+    const kernel = 'qk-int8-pv-fp16';
+    // Whether the backend is there is not known yet.
+    await prepareKeyValue(k, v, { backend: 'wasm', kernel, keyMask });
+    await prepareKeyValue(k, v, { backend: 'wasm', kernel, keyMask });
+    // The fake tells its default kernel later.
+    await prepareKeyValue(k, v, { backend: 'wasm', keyMask });
+    expect(given.map((buffer) => own.includes(buffer as ArrayBuffer))).toEqual([
+      ...[false, false, false],
+      ...[true, true, true],
+      ...[false, false, false],
+    ]);
   });
 
   it('refuses what does not continue the tensors held', async () => {

@@ -297,12 +297,23 @@ export async function prepareKeyValue<T extends TensorView>(
   const { inputs, problem } = takeCall({ q: k, k, v }, { tensorLayout: layout }, createProblem);
   const { keyMask } = takeKeyMask(unchecked, PREPARE_OPTIONS, k, axesOf(layout)[1]);
   const [heldK, heldV] = [specOf('k', k), specOf('v', v)];
-  // Where a backend must be waited for, copies wait.
-  const [keptK, keptV] = [copyOfCpu(inputs.k), copyOfCpu(inputs.v)];
-  const keptMask = keyMask && copyOfCpu(keyMask);
-  const backend = readyBackend(problem, own) ?? (await chooseBackend(problem, own));
+  let [ownK, ownV, mask, isKept] = [inputs.k, inputs.v, keyMask, false];
+  // Where something must be waited for, copies wait.
+  const keep = () => {
+    if (isKept) return;
+    [ownK, ownV, mask, isKept] = [copyOfCpu(ownK), copyOfCpu(ownV), mask && copyOfCpu(mask), true];
+  };
+  let backend = readyBackend(problem, own);
+  if (backend === undefined) {
+    keep();
+    backend = await chooseBackend(problem, own);
+  }
   const context = contextOf(own, backend.name);
-  const choice = await chooseKernel(backend, problem, own);
-  const prepared = await backend.prepareKeyValue(problem, choice, keptK, keptV, withKeyMask(context, keptMask));
+  let choice = chooseKernel(backend, problem, own);
+  if (choice instanceof Promise) {
+    keep();
+    choice = await choice;
+  }
+  const prepared = await backend.prepareKeyValue(problem, choice, ownK, ownV, withKeyMask(context, mask));
   return new KeyValueCache<T>(backend.name, prepared, layout, heldK, heldV);
 }

@@ -148,7 +148,7 @@ export interface Backend {
   readonly kernels: readonly KernelDescriptor[];
   availability(): Promise<Availability>;
   /** The fastest kernel for this problem, from the backend's table. */
-  defaultKernel(problem: AttentionProblem): Promise<KernelDescriptor>;
+  defaultKernel(problem: AttentionProblem): KernelDescriptor | Promise<KernelDescriptor>;
   plan(problem: AttentionProblem, kernel: KernelChoice): Promise<Plan>;
   /** Absent, like {@link planBackward}: the backend has no backward pass. undefined: it has none for this problem on this device. */
   backwardSupport?(problem: AttentionProblem): Promise<BackwardSupport | undefined>;
@@ -156,7 +156,10 @@ export interface Backend {
    * @param kernel of the forward pass, one of {@link BackwardSupport.kernels}, with its options
    */
   planBackward?(problem: BackwardProblem, kernel: KernelChoice): Promise<BackwardPlan>;
-  /** Quantizes `k` and `v`; `problem` is that of a query of length 0 or more over them. */
+  /**
+   * Quantizes `k` and `v`; `problem` is that of a query of length 0 or more over them. Inputs on the CPU are read before this
+   * returns its promise.
+   */
   prepareKeyValue(
     problem: AttentionProblem,
     kernel: KernelChoice,

@@ -65,20 +65,19 @@ export function chooseOptions(
 }
 
 /**
- * The kernel that a call runs: the one asked for, or the backend's own choice.
+ * The kernel that a call runs: the one asked for, or the backend's own choice; a promise only where the backend must be waited for.
  *
  * @throws {InvalidArgumentError} `unsupported-option`: the backend has no such kernel
  * @throws {UnsupportedOptionError} the kernel does not honour an option
  */
-export async function chooseKernel(
+export function chooseKernel(
   backend: Backend,
   problem: AttentionProblem,
   options: AttentionOptions,
-): Promise<KernelChoice> {
+): KernelChoice | Promise<KernelChoice> {
   const asked = options.kernel ?? 'auto';
-  const descriptor =
-    asked === 'auto' ? await backend.defaultKernel(problem) : backend.kernels.find(({ name }) => name === asked);
-  if (descriptor === undefined) {
+  const settle = (descriptor: KernelDescriptor | undefined): KernelChoice => {
+    if (descriptor !== undefined) return chooseOptions(descriptor, problem, options);
     const names = backend.kernels.map(({ name }) => `'${name}'`).join(', ');
     throw new InvalidArgumentError(
       'unsupported-option',
@@ -86,8 +85,10 @@ export async function chooseKernel(
       `one of backend '${backend.name}': ${names}`,
       `'${asked}'`,
     );
-  }
-  return chooseOptions(descriptor, problem, options);
+  };
+  if (asked !== 'auto') return settle(backend.kernels.find(({ name }) => name === asked));
+  const found = backend.defaultKernel(problem);
+  return found instanceof Promise ? found.then(settle) : settle(found);
 }
 
 /**

@@ -447,6 +447,10 @@ function behaviours(target: Target, seed: number): ConformanceTest[] {
         },
       }),
     ),
+    {
+      name: 'inputs are those of the moment of the call, whatever becomes of them: every call',
+      run: () => checkInputsAreTaken(target, seed),
+    },
     ...(target.exceptions?.includes('cache padding')
       ? []
       : [{ name: 'cache: what its padding holds changes no bit', run: () => checkPaddingIsNothing(target, seed) }]),
@@ -616,6 +620,139 @@ async function checkPaddingIsNothing(target: Target, seed: number): Promise<void
     own.forEach((output, i) => {
       check(sameBits(output, first[i] as Tensor), () => `padding of another size changes what step ${i + 1} gives`);
     });
+  }
+}
+
+type Way = (data: Tensor['data']) => void;
+
+/** What a caller may do to an input right after a call. */
+const TAKEN_AWAY: Readonly<Record<string, Way>> = {
+  'written over': (data) => {
+    (data as Float32Array).fill(data instanceof Uint8Array ? 0 : Number.NaN);
+  },
+  transferred: ({ buffer }) => {
+    structuredClone(buffer, { transfer: [buffer as ArrayBuffer] });
+  },
+  'made smaller': ({ buffer }) => {
+    (buffer as ArrayBuffer & { resize(size: number): void }).resize(0);
+  },
+};
+
+interface TakenInputs {
+  readonly q: Tensor;
+  readonly k: Tensor;
+  readonly v: Tensor;
+  readonly attnMask: Tensor;
+  readonly keyMask: Tensor;
+}
+
+/** The calls that read a caller's tensors. `own` are those that are taken away once the call is made, with `made`. */
+function callsOn({ backend, kernel, options, exceptions }: Target, intact: TakenInputs) {
+  const named = { ...options, backend, kernel };
+  const { smoothV, smoothQ, qkQuantGran, pvAccumDtype } = options ?? {};
+  const settings = Object.fromEntries(
+    Object.entries({ smoothV, smoothQ, qkQuantGran, pvAccumDtype }).filter(([, value]) => value !== undefined),
+  );
+  const held = { ...settings, backend, kernel };
+  const masked = exceptions?.includes('cache padding') !== true;
+  type Call = (own: TakenInputs, made: () => void) => Promise<Tensor>;
+  const after = async <R>(promise: Promise<R>, made: () => void): Promise<R> => {
+    made();
+    return promise;
+  };
+  const calls: Readonly<Record<string, Call>> = {
+    sageattn: ({ q, k, v, attnMask }, made) => after(sageattn(q, k, v, { ...named, attnMask, returnLse: false }), made),
+    sageattnVarlen: ({ q, k, v }, made) => {
+      const packed = ({ shape: [, heads = 0, tokens = 0, dim = 0], data, dtype }: Tensor): Tensor =>
+        ({
+          location: 'cpu',
+          dtype,
+          data,
+          shape: [tokens, heads, dim],
+          strides: [dim, tokens * dim, 1],
+          offset: 0,
+        }) as Tensor;
+      const { tensorLayout: _, ...rest } = named;
+      return after(
+        sageattnVarlen(packed(q), packed(k), packed(v), [0, 9, 20], [0, 15, 20], { ...rest, returnLse: false }),
+        made,
+      );
+    },
+    'run of a plan': async (own, made) => {
+      const { q, k, v, attnMask } = intact;
+      const attention = await createAttention({ q, k, v, attnMask }, named);
+      try {
+        const inputs = { q: own.q, k: own.k, v: own.v, attnMask: own.attnMask };
+        return (await after(attention.run(inputs), made)).output;
+      } finally {
+        attention.dispose();
+      }
+    },
+    prepareKeyValue: async ({ k, v, keyMask }, made) => {
+      const cache = await after(prepareKeyValue(k, v, { ...held, ...(masked && { keyMask }) }), made);
+      const output = await cache.attend(intact.q, { attnMask: intact.attnMask });
+      cache.dispose();
+      return output;
+    },
+    append: async ({ k, v, keyMask }, made) => {
+      const cache = await prepareKeyValue(intact.k, intact.v, held);
+      await after(cache.append(k, v, masked ? { keyMask } : {}), made);
+      const output = await cache.attend(intact.q);
+      cache.dispose();
+      return output;
+    },
+    attend: async ({ q, attnMask }, made) => {
+      const cache = await prepareKeyValue(intact.k, intact.v, held);
+      // The second waits its turn behind the first.
+      const first = cache.attend(intact.q);
+      const output = await after(cache.attend(q, { attnMask }), made);
+      await first;
+      cache.dispose();
+      return output;
+    },
+  };
+  return calls;
+}
+
+/** Inputs are those of the moment of the call, of every call, whatever becomes of them. */
+async function checkInputsAreTaken(target: Target, seed: number): Promise<void> {
+  const random = new Random(seed);
+  const shape = [1, 2, 20, 32];
+  const values = Array.from({ length: 3 }, () => random.normals(2 * 20 * 32));
+  const flags = Uint8Array.from({ length: 20 }, (_, i) => Number(i % 7 !== 3));
+  /** The same inputs in memory of their own, which can be resized. */
+  const fresh = (): TakenInputs => {
+    const buffer = (bytes: number) =>
+      new (ArrayBuffer as new (length: number, options: object) => ArrayBuffer)(bytes, { maxByteLength: bytes });
+    const [q, k, v] = values.map((x) => {
+      const data = new Float32Array(buffer(x.byteLength));
+      data.set(x);
+      return tensor(data, shape);
+    }) as [Tensor, Tensor, Tensor];
+    const [attnMask, keyMask] = [
+      [1, 1, 1, 20],
+      [1, 20],
+    ].map((of) => {
+      const data = new Uint8Array(buffer(flags.byteLength));
+      data.set(flags);
+      return tensor(data, of);
+    }) as [Tensor, Tensor];
+    return { q, k, v, attnMask, keyMask };
+  };
+  const all = Object.entries(callsOn(target, fresh()));
+  // A simulator has no time for all.
+  const calls = target.maxWork === undefined ? all : all.filter((_, i) => i % 3 === (seed >>> 0) % 3);
+  const ways = Object.entries(TAKEN_AWAY);
+  for (const [at, [name, call]] of calls.entries()) {
+    const expected = await call(fresh(), () => undefined);
+    const some = target.maxWork === undefined ? ways : ways.filter((_, i) => i === ((seed >>> 0) + at) % ways.length);
+    for (const [way, take] of some) {
+      const own = fresh();
+      const output = await call(own, () => {
+        for (const { data } of Object.values(own) as Tensor[]) take(data);
+      });
+      check(sameBits(output, expected), () => `${name} with inputs ${way} right after the call gives something else`);
+    }
   }
 }
 

@@ -3,7 +3,7 @@ import { attentionOutputs } from '../../attention/outputs.ts';
 import type { AttentionProblem } from '../../attention/problem.ts';
 import { debugPlan } from '../../debug.ts';
 import { BackendUnavailableError, MissingPackageError, takeOptions, UnsupportedOptionError } from '../../errors.ts';
-import type { TensorView } from '../../tensor/tensor.ts';
+import { copyOfCpu, type TensorView } from '../../tensor/tensor.ts';
 import type {
   AttentionInputs,
   Availability,
@@ -60,6 +60,12 @@ function describe(cuda: Cuda): Record<string, string> {
   return details;
 }
 
+const deviceOf = (
+  cuda: Cuda,
+  { location, device }: Pick<AttentionProblem, 'location' | 'device'>,
+  defaultDevice: number,
+): CudaDevice => cuda.device(location === 'cuda' ? device : defaultDevice);
+
 /** A CUDA backend of chosen options, for `setBackend`. */
 export const createCudaBackend = (options: CudaBackendOptions = {}): CudaBackend =>
   new CudaBackend(takeOptions(options, ['open', 'device', 'planner']));
@@ -72,6 +78,8 @@ export class CudaBackend implements Backend {
   readonly #defaultDevice: number;
   readonly #planner: LaunchPlanner;
   #cuda: Promise<Cuda> | undefined;
+  /** The driver, once it is open. */
+  #opened: Cuda | undefined;
   /** What {@link availability} says of a driver; it is asked in every call, and only a lost device changes it. */
   readonly #described = new WeakMap<Cuda, Record<string, string>>();
 
@@ -90,18 +98,22 @@ export class CudaBackend implements Backend {
     if (this.#cuda === undefined) {
       const opening = this.#open();
       this.#cuda = opening;
-      // What is missing may be installed later.
-      opening.catch(() => {
-        if (this.#cuda === opening) this.#cuda = undefined;
-      });
+      opening.then(
+        (cuda) => {
+          if (this.#cuda === opening) this.#opened = cuda;
+        },
+        // What is missing may be installed later.
+        () => {
+          if (this.#cuda === opening) this.#cuda = undefined;
+        },
+      );
     }
     return this.#cuda;
   }
 
   /** The device of a problem: its tensors', or the default one for CPU tensors. */
   async device(problem: Pick<AttentionProblem, 'location' | 'device'>): Promise<CudaDevice> {
-    const cuda = await this.cuda();
-    return cuda.device(problem.location === 'cuda' ? problem.device : this.#defaultDevice);
+    return deviceOf(await this.cuda(), problem, this.#defaultDevice);
   }
 
   async availability(): Promise<Availability> {
@@ -193,10 +205,15 @@ export class CudaBackend implements Backend {
     v: TensorView,
     context: KeyValueContext,
   ): Promise<PreparedKeyValue> {
-    const device = await this.device(problem);
+    const open = this.#opened === undefined ? undefined : deviceOf(this.#opened, problem, this.#defaultDevice);
+    // Where the driver must be waited for, copies wait.
+    const [ownK, ownV] = open === undefined ? [copyOfCpu(k), copyOfCpu(v)] : [k, v];
+    const { keyMask } = context;
+    const own = keyMask === undefined || open !== undefined ? context : { ...context, keyMask: copyOfCpu(keyMask) };
+    const device = open ?? (await this.device(problem));
     const prepared = new CudaKeyValue(device, kernel, this.#planner, factsOf(device, kernel), problem);
     try {
-      await prepared.append(k, v, problem, context);
+      await prepared.append(ownK, ownV, problem, own);
       return prepared;
     } catch (error) {
       prepared.dispose();
@@ -207,6 +224,7 @@ export class CudaBackend implements Backend {
   async dispose(): Promise<void> {
     const opening = this.#cuda;
     this.#cuda = undefined;
+    this.#opened = undefined;
     const cuda = await opening?.catch(() => undefined);
     cuda?.dispose();
   }

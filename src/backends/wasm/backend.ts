@@ -149,7 +149,7 @@ class WasmBackendImplementation implements WasmBackend {
     }
   }
 
-  async defaultKernel(): Promise<KernelDescriptor> {
+  defaultKernel(): KernelDescriptor {
     return INTEGER_KERNEL;
   }
 

@@ -21,6 +21,7 @@ import type { Family } from './families/family.ts';
 import { QK_INT8_PV_FP16 } from './kernel-table.ts';
 import { WebgpuKeyValue } from './key-value.ts';
 import { WebgpuPlan } from './plan.ts';
+import { copied } from './run.ts';
 
 export interface WebgpuBackendOptions extends DeviceOptions {
   /** The kernel family to use. Default: the fastest that the device can run. */
@@ -32,6 +33,8 @@ export class WebgpuBackend implements Backend {
   readonly kernels: readonly KernelDescriptor[] = [QK_INT8_PV_FP16];
   readonly #options: WebgpuBackendOptions & Forced;
   #context: Promise<GpuContext> | undefined;
+  /** The last one that was opened. */
+  #ready: GpuContext | undefined;
 
   constructor(options: WebgpuBackendOptions = {}) {
     this.#options = options;
@@ -53,10 +56,16 @@ export class WebgpuBackend implements Backend {
   }
 
   #opened(): Promise<GpuContext> {
-    this.#context ??= openDevice(this.#options).catch((error: unknown) => {
-      this.#context = undefined;
-      throw error;
-    });
+    this.#context ??= openDevice(this.#options).then(
+      (context) => {
+        this.#ready = context;
+        return context;
+      },
+      (error: unknown) => {
+        this.#context = undefined;
+        throw error;
+      },
+    );
     return this.#context;
   }
 
@@ -95,7 +104,7 @@ export class WebgpuBackend implements Backend {
     }
   }
 
-  async defaultKernel(): Promise<KernelDescriptor> {
+  defaultKernel(): KernelDescriptor {
     return QK_INT8_PV_FP16;
   }
 
@@ -120,14 +129,20 @@ export class WebgpuBackend implements Backend {
     return this.plan(problem, chooseOptions(QK_INT8_PV_FP16, problem, all));
   }
 
-  prepareKeyValue(
+  async prepareKeyValue(
     problem: AttentionProblem,
     kernel: KernelChoice,
     k: TensorView,
     v: TensorView,
     run: KeyValueContext,
   ): Promise<PreparedKeyValue> {
-    return WebgpuKeyValue.create(problem, kernel, () => this.context(), this.#options, k, v, run);
+    const ready = this.#ready;
+    if (this.#context !== undefined && ready?.usable) {
+      return WebgpuKeyValue.create(problem, kernel, ready, this.#options, k, v, run);
+    }
+    const [ownK, ownV, keyMask] = [copied(k), copied(v), run.keyMask && copied(run.keyMask)];
+    const own = keyMask === undefined ? run : { ...run, keyMask };
+    return WebgpuKeyValue.create(problem, kernel, await this.context(), this.#options, ownK, ownV, own);
   }
 
   /**

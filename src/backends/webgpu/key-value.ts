@@ -61,16 +61,16 @@ export class WebgpuKeyValue implements PreparedKeyValue {
     context.owns(this);
   }
 
+  /** CPU tensors are read before this returns. */
   static async create(
     problem: AttentionProblem,
     kernel: KernelChoice,
-    device: () => Promise<GpuContext>,
+    context: GpuContext,
     options: Forced,
     k: TensorView,
     v: TensorView,
     run: KeyValueContext,
   ): Promise<WebgpuKeyValue> {
-    const context = await device();
     const layout = keyValueLayoutOf(context.capabilities, problem, options);
     const prepared = new WebgpuKeyValue(context, kernel, options, shapeOf(context, problem, kernel, layout));
     try {

@@ -89,7 +89,7 @@ export class WebgpuPlan implements Plan {
       let taken: DeviceInputs;
       if (context.usable) taken = takeInputs(context, inputs);
       else {
-        const copies = Object.fromEntries(Object.entries(inputs).map(([name, view]) => [name, copied(view)]));
+        const copies = Object.fromEntries(Object.entries(inputs).map(([name, view]) => [name, view && copied(view)]));
         ({ context, program } = await this.#rebuilt());
         taken = takeInputs(context, copies);
       }

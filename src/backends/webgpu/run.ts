@@ -38,8 +38,8 @@ export function rebased(problem: AttentionProblem): AttentionProblem {
 }
 
 /** A copy of a CPU tensor; a GPU tensor as it is. */
-export function copied(view: TensorView | undefined): TensorView | undefined {
-  if (view === undefined || view.location !== 'cpu') return view;
+export function copied(view: TensorView): TensorView {
+  if (view.location !== 'cpu') return view;
   const tensor = view as Tensor;
   validateData('inputs', tensor);
   const bytes = bytesOf(tensor.data, 0, tensor.data.length).slice();
