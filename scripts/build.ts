@@ -104,7 +104,7 @@ async function unwrapOptionalImport(): Promise<void> {
 
 await rm(inRoot('dist'), { recursive: true, force: true });
 run(inRoot('node_modules', 'tsx', 'dist', 'cli.mjs'), [inRoot('scripts', 'build-wasm.ts')]);
-run(inRoot('node_modules', 'typescript', 'bin', 'tsc'), ['-p', inRoot('tsconfig.build.json')]);
+run(inRoot('node_modules', 'typescript-native', 'bin', 'tsc'), ['-p', inRoot('tsconfig.build.json')]);
 await unwrapOptionalImport();
 // As a file of its own, for pages whose policy allows no `blob:`.
 await writeFile(inRoot('dist', 'backends', 'wasm', 'worker.js'), WORKER_SOURCE.trimStart());
