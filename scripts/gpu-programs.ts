@@ -23,6 +23,8 @@ await build({
     'bench-webgpu': 'bench/webgpu/families.ts',
     'bench-webgpu-exact': 'bench/webgpu/exact.ts',
     'bench-onnxruntime': 'bench/onnxruntime/whole-model.ts',
+    'test-wasm': 'test/wasm/main.ts',
+    'bench-wasm': 'bench/wasm/short.ts',
   },
   outdir: path.join('.gpu', 'programs'),
   outExtension: { '.js': '.mjs' },

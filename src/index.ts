@@ -94,6 +94,14 @@ export const sageattnQkInt8PvFp16 = kernelFunction('qk-int8-pv-fp16');
  */
 export const sageattnQkInt8PvInt8 = kernelFunction('qk-int8-pv-int8');
 /**
+ * Float32 and nothing quantized: WASM's choice for few keys, and the ground that the others stand beside.
+ *
+ * Shapes, options, results and errors are those of {@link sageattn}; `kernel` is not an option here.
+ *
+ * @see FlashAttention-2, arXiv 2307.08691, Algorithm 1
+ */
+export const sageattnExact = kernelFunction('exact');
+/**
  * INT8 QK, FP16 PV with three kinds of accumulator; CUDA, sm_80 and later.
  *
  * Shapes, options, results and errors are those of {@link sageattn}; `kernel` is not an option here.

@@ -48,7 +48,7 @@ function operandsOf(tokens: number, headDim: number): Operands {
   const shape = [1, tokens, HEADS, headDim];
   const k = random.normals(count).map((value, i) => value + (offsets[i % offsets.length] as number));
   return {
-    ...{ heads: HEADS, tokens, headDim },
+    ...{ batch: 1, heads: HEADS, tokens, headDim },
     q: tensor(random.normals(count), shape),
     k: tensor(k, shape),
     v: tensor(random.normals(count), shape),

@@ -91,19 +91,6 @@ async function sageOnGpu(kernel: KernelName, inputs: BenchInputs): Promise<Ready
   };
 }
 
-async function exactOnCpu({ q, k, v, isCausal }: BenchInputs): Promise<Ready> {
-  const { createExactAttention } = await import('../../src/measure/peers/exact-wasm.ts');
-  const attention = await createExactAttention({ q, k, v }, { isCausal, tensorLayout: 'NHD' });
-  return {
-    run: async (signal) => {
-      await attention.run({ signal });
-    },
-    finish: async () => {},
-    output: async (signal) => (await attention.run({ signal })).output as Tensor,
-    dispose: () => void attention.dispose(),
-  };
-}
-
 async function exactOnGpu({ q, k, v, isCausal }: BenchInputs): Promise<Ready> {
   const [context, { downloadTensor, uploadTensor }, { createExactAttention }] = await Promise.all([
     gpuContext(),
@@ -237,6 +224,7 @@ export async function contestants(
     const short = dtype === 'float16' ? 'f16' : 'f32';
     const title = where === 'webgpu' ? 'WebGPU' : 'WASM';
     for (const { name, summary } of (await getBackend(where)).kernels) {
+      if (name === 'exact') continue;
       found.push({
         id: `${where}:${name}`,
         label: `${title} ${name}`,
@@ -254,7 +242,7 @@ export async function contestants(
       where,
       dtype,
       note: where === 'webgpu' ? 'FlashAttention in WGSL, sums in float32, no matrix units' : 'FlashAttention in SIMD',
-      prepare: where === 'webgpu' ? exactOnGpu : exactOnCpu,
+      prepare: where === 'webgpu' ? exactOnGpu : (inputs) => sageOnCpu('exact', inputs),
     });
     if (ortBase === undefined) continue;
     found.push({

@@ -309,7 +309,7 @@ export async function prepareKeyValue<T extends TensorView>(
     backend = await chooseBackend(problem, own);
   }
   const context = contextOf(own, backend.name);
-  let choice = chooseKernel(backend, problem, own);
+  let choice = chooseKernel(backend, problem, own, true);
   if (choice instanceof Promise) {
     keep();
     choice = await choice;

@@ -10,6 +10,7 @@ export const KERNEL_NAMES = [
   'qk-fp4-pv-fp4',
   'qk-fp4-pv-fp4-cuda',
   'qk-fp4-pv-fp8-cuda',
+  'exact',
 ] as const;
 
 export type KernelName = (typeof KERNEL_NAMES)[number];

@@ -147,8 +147,15 @@ export interface Backend {
   readonly name: BackendName;
   readonly kernels: readonly KernelDescriptor[];
   availability(): Promise<Availability>;
-  /** The fastest kernel for this problem, from the backend's table. */
-  defaultKernel(problem: AttentionProblem): KernelDescriptor | Promise<KernelDescriptor>;
+  /**
+   * The fastest kernel for this problem, from the backend's table.
+   *
+   * @param needs `quantized`: one that quantizes, since keys and values are to be held, or options say how to quantize
+   */
+  defaultKernel(
+    problem: AttentionProblem,
+    needs?: { readonly quantized?: boolean },
+  ): KernelDescriptor | Promise<KernelDescriptor>;
   plan(problem: AttentionProblem, kernel: KernelChoice): Promise<Plan>;
   /** Absent, like {@link planBackward}: the backend has no backward pass. undefined: it has none for this problem on this device. */
   backwardSupport?(problem: AttentionProblem): Promise<BackwardSupport | undefined>;

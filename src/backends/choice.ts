@@ -64,9 +64,13 @@ export function chooseOptions(
   };
 }
 
+/** Options that say how to quantize. */
+const QUANTIZATION_OPTIONS = ['qkQuantGran', 'pvAccumDtype', 'scaleSearch', 'smoothK', 'smoothV', 'smoothQ'] as const;
+
 /**
  * The kernel that a call runs: the one asked for, or the backend's own choice; a promise only where the backend must be waited for.
  *
+ * @param held keys and values are to be held for later calls
  * @throws {InvalidArgumentError} `unsupported-option`: the backend has no such kernel
  * @throws {UnsupportedOptionError} the kernel does not honour an option
  */
@@ -74,6 +78,7 @@ export function chooseKernel(
   backend: Backend,
   problem: AttentionProblem,
   options: AttentionOptions,
+  held = false,
 ): KernelChoice | Promise<KernelChoice> {
   const asked = options.kernel ?? 'auto';
   const settle = (descriptor: KernelDescriptor | undefined): KernelChoice => {
@@ -87,7 +92,8 @@ export function chooseKernel(
     );
   };
   if (asked !== 'auto') return settle(backend.kernels.find(({ name }) => name === asked));
-  const found = backend.defaultKernel(problem);
+  const quantized = held || QUANTIZATION_OPTIONS.some((name) => options[name] !== undefined);
+  const found = backend.defaultKernel(problem, { quantized });
   return found instanceof Promise ? found.then(settle) : settle(found);
 }
 

@@ -12,7 +12,7 @@ import { slice, type Tensor, tensor } from '../../tensor/tensor.ts';
 import type { RunContext } from '../backend.ts';
 import { chooseOptions } from '../choice.ts';
 import { createWasmBackendOn, type WasmBackend } from './backend.ts';
-import { createExecutor, type ExecutorKind } from './executor.ts';
+import { createWorkers, type Executor, type ExecutorKind } from './executor.ts';
 import { ACCURATE_KERNEL, INTEGER_KERNEL } from './kernel-table.ts';
 import { loadModule } from './modules.ts';
 
@@ -27,7 +27,7 @@ afterEach(async () => {
 });
 
 function start(kind: ExecutorKind, threads = 2): WasmBackend {
-  backend = createWasmBackendOn({ threads }, { kind });
+  backend = createWasmBackendOn({ threads }, { kind, shortWork: 0 });
   return backend;
 }
 
@@ -316,13 +316,13 @@ test.each(['threads', 'worker'] as const)(
 
 test('scratch for some threads is given back when there is none for the others', async () => {
   const { module } = await loadModule('auto');
-  const executor = await createExecutor(module, { threads: 4, kind: 'threads' });
+  const executor = (await createWorkers(module, { threads: 4, shortWork: 0, kind: 'threads' })) as Executor;
   const { memory } = executor;
   try {
     // What is left of the 4 GiB holds two threads' scratch and not four.
     memory.allocate(4 * 2 ** 30 - 300 * 2 ** 20);
     const used = memory.usedBytes;
-    const call = { stages: [], units: 4, barriers: 0, extraScratch: 128 * 2 ** 20 };
+    const call = { stages: [], units: 4, barriers: 0, extraScratch: 128 * 2 ** 20, work: 1 };
     for (let i = 0; i < 3; i++) {
       await expect(executor.run(call)).rejects.toMatchObject({ code: 'out-of-memory' });
       expect(memory.usedBytes).toBe(used);

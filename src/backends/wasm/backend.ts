@@ -5,7 +5,7 @@ import { attentionOutputs } from '../../attention/outputs.ts';
 import type { AttentionProblem } from '../../attention/problem.ts';
 import { debugPlan } from '../../debug.ts';
 import { ASYNC_DISPOSE, DISPOSE } from '../../dispose.ts';
-import { BackendUnavailableError, ExecutionError, InvalidArgumentError, takeOptions, textOf } from '../../errors.ts';
+import { BackendUnavailableError, InvalidArgumentError, takeOptions, textOf } from '../../errors.ts';
 import type { TensorView } from '../../tensor/tensor.ts';
 import type {
   Availability,
@@ -20,15 +20,16 @@ import type {
 } from '../backend.ts';
 import { unavailable } from '../load-code.ts';
 import { backwardCall } from './backward.ts';
-import { arithmeticOf, wholeCall } from './calls.ts';
-import { createExecutor, type ExecutorKind } from './executor.ts';
+import { arithmeticOf, WholeCalls, workOf } from './calls.ts';
+import { CallerExecutor, createWorkers, type ExecutorKind, SHORT_WORK } from './executor.ts';
 import type { Simd } from './geometry.ts';
-import { ACCURATE_KERNEL, BACKWARD, FP4_KERNEL, INTEGER_KERNEL, MAX_BACKWARD_HEAD_DIM } from './kernel-table.ts';
+import { BACKWARD, fastestKernel, INTEGER_KERNEL, KERNELS, MAX_BACKWARD_HEAD_DIM } from './kernel-table.ts';
 import { WasmKeyValue } from './key-value.ts';
-import { type KernelSources, type LoadedModule, loadModule } from './modules.ts';
+import { compileUnshared, type KernelSources, type LoadedModule, loadModule } from './modules.ts';
 import { Runtime } from './runtime.ts';
+import { RuntimeSlot } from './runtime-slot.ts';
 import { ownInputs } from './staging.ts';
-import { defaultThreads } from './workers.ts';
+import { canShare, defaultThreads } from './workers.ts';
 
 export interface WasmBackendOptions {
   /** Worker threads, 1 to 256; default: one for each processor, at most 16. */
@@ -54,6 +55,8 @@ export interface WasmBackendParts {
   readonly kind?: ExecutorKind;
   /** Default: each is imported when it is needed. */
   readonly sources?: KernelSources;
+  /** Multiply-adds up to which a call runs on the calling thread; default: {@link SHORT_WORK}. */
+  readonly shortWork?: number;
 }
 
 const OPTION_NAMES = ['threads', 'simd', 'workerUrl'] as const satisfies readonly (keyof WasmBackendOptions)[];
@@ -61,78 +64,61 @@ const MOST_THREADS = 256;
 
 class WasmBackendImplementation implements WasmBackend {
   readonly name = 'wasm';
-  readonly kernels: readonly KernelDescriptor[] = [INTEGER_KERNEL, ACCURATE_KERNEL, FP4_KERNEL];
+  readonly kernels = KERNELS;
+  readonly #options: WasmBackendOptions;
   readonly #threads: number;
-  readonly #simd: 'auto' | Simd;
-  readonly #workerUrl: string | URL | undefined;
-  readonly #kind: ExecutorKind | undefined;
-  readonly #sources: KernelSources | undefined;
+  readonly #parts: WasmBackendParts;
+  readonly #shortWork: number;
   #module: Promise<LoadedModule> | undefined;
-  #runtime: Promise<Runtime> | undefined;
-  /** The last one that was seen running. */
-  #started: Runtime | undefined;
+  /** Of the module, once it is there. */
+  #simd: Simd | undefined;
+  /** This thread, for short calls. */
+  readonly #caller = new RuntimeSlot(() => this.#startCaller(`calls of up to ${this.#shortWork} multiply-adds`));
+  /** Workers, for the others; this thread where there are none. */
+  readonly #workers = new RuntimeSlot(() => this.#startWorkers());
 
-  constructor(options: WasmBackendOptions, { kind, sources }: WasmBackendParts) {
+  constructor(options: WasmBackendOptions, parts: WasmBackendParts) {
+    this.#options = options;
+    this.#parts = parts;
     this.#threads = options.threads ?? defaultThreads();
-    this.#simd = options.simd ?? 'auto';
-    this.#workerUrl = options.workerUrl;
-    this.#kind = kind;
-    this.#sources = sources;
+    const several = this.#threads > 1 && canShare() && parts.kind !== 'worker';
+    this.#shortWork = parts.shortWork ?? (several ? SHORT_WORK.several : SHORT_WORK.one);
   }
 
-  async #start(): Promise<Runtime> {
+  async #load(): Promise<LoadedModule> {
     if (typeof WebAssembly !== 'object') {
       throw new BackendUnavailableError('wasm', 'there is no WebAssembly here', 'Use Node 20 or a current browser');
     }
-    this.#module ??= loadModule(this.#simd, this.#sources).catch((error: unknown) => {
+    this.#module ??= loadModule(this.#options.simd ?? 'auto', this.#parts.sources).catch((error: unknown) => {
       // Code that a host did not serve may come the next time.
       this.#module = undefined;
       throw error;
     });
-    const { module, simd, relaxed } = await this.#module;
-    const kind = this.#kind;
-    const executor = await createExecutor(module, { threads: this.#threads, workerUrl: this.#workerUrl, kind });
-    return new Runtime(executor, simd, relaxed);
+    const loaded = await this.#module;
+    this.#simd = loaded.simd;
+    return loaded;
   }
 
-  /**
-   * The runtime; a new one after a failure that took the memory along.
-   *
-   * @throws {ExecutionError} `disposed` when the backend is disposed while the runtime starts
-   */
-  async #current(): Promise<Runtime> {
-    for (;;) {
-      this.#runtime ??= this.#start();
-      const started = this.#runtime;
-      let runtime: Runtime;
-      try {
-        runtime = await started;
-      } catch (error) {
-        if (this.#runtime === started) this.#runtime = undefined;
-        throw error;
-      }
-      const { ended } = runtime.executor;
-      const replaced = this.#runtime !== started;
-      if (ended === undefined && !replaced) {
-        this.#started = runtime;
-        return runtime;
-      }
-      // dispose() lets go of its runtime at once and ends it a little later.
-      if (replaced && (ended === undefined || ended.code === 'disposed')) {
-        throw ended ?? new ExecutionError('disposed', 'the WASM backend was disposed before the call began');
-      }
-      if (!replaced) this.#runtime = undefined;
-    }
+  async #startCaller(reason: string): Promise<Runtime> {
+    const { simd, relaxed } = await this.#load();
+    const module = await compileUnshared(simd, this.#parts.sources);
+    return new Runtime(await CallerExecutor.create(module, reason), simd, relaxed);
   }
 
-  /** The runtime if it runs already. */
-  #ready(): Runtime | undefined {
-    return this.#started?.executor.ended === undefined ? this.#started : undefined;
+  async #startWorkers(): Promise<Runtime> {
+    const { module, simd, relaxed } = await this.#load();
+    const workers = await createWorkers(module, {
+      threads: this.#threads,
+      workerUrl: this.#options.workerUrl,
+      shortWork: this.#shortWork,
+      kind: this.#parts.kind,
+    });
+    return typeof workers === 'string' ? this.#startCaller(workers) : new Runtime(workers, simd, relaxed);
   }
 
   async availability(): Promise<Availability> {
     try {
-      const { simd, relaxed, executor } = await this.#current();
+      const { simd, relaxed, executor } = await this.#workers.current();
       const { usedBytes, capacityBytes } = executor.memory;
       return {
         available: true,
@@ -141,6 +127,7 @@ class WasmBackendImplementation implements WasmBackend {
           simd,
           'relaxed SIMD': relaxed,
           threads: executor.description,
+          'short calls': `this thread, up to ${this.#shortWork} multiply-adds`,
           memory: `${usedBytes / 1024} KiB in use of ${capacityBytes / 1024} KiB`,
         },
       };
@@ -149,12 +136,16 @@ class WasmBackendImplementation implements WasmBackend {
     }
   }
 
-  defaultKernel(): KernelDescriptor {
-    return INTEGER_KERNEL;
+  defaultKernel(problem: AttentionProblem, { quantized = false } = {}): KernelDescriptor | Promise<KernelDescriptor> {
+    if (quantized) return INTEGER_KERNEL;
+    if (this.#simd !== undefined) return fastestKernel(problem, this.#simd);
+    return this.#load().then(({ simd }) => fastestKernel(problem, simd));
   }
 
   async plan(problem: AttentionProblem, kernel: KernelChoice): Promise<Plan> {
-    const { simd, executor } = await this.#current();
+    const slot = workOf(problem) <= this.#shortWork ? this.#caller : this.#workers;
+    const { simd, executor } = await slot.current();
+    const calls = new WholeCalls(problem, arithmeticOf(kernel), simd);
     debugPlan(() => ({
       backend: 'wasm',
       kernel: kernel.descriptor.name,
@@ -167,10 +158,10 @@ class WasmBackendImplementation implements WasmBackend {
       outputs: attentionOutputs(problem),
       // Inputs are read before this returns: at once, or as copies where the threads must be started again.
       run: async (inputs, context) => {
-        const ready = this.#ready();
+        const ready = slot.ready();
         const operands = ready === undefined ? ownInputs(inputs) : inputs;
-        const runtime = ready ?? (await this.#current());
-        return runtime.run(context, wholeCall(runtime, problem, arithmeticOf(kernel), operands));
+        const runtime = ready ?? (await slot.current());
+        return runtime.run(context, calls.parts(runtime, operands));
       },
       dispose: () => {},
     };
@@ -181,15 +172,15 @@ class WasmBackendImplementation implements WasmBackend {
   }
 
   async planBackward(problem: BackwardProblem, kernel: KernelChoice): Promise<BackwardPlan> {
-    await this.#current();
+    await this.#workers.current();
     const arithmetic = { ...arithmeticOf(kernel), smoothV: false };
     return {
       kernel,
       outputs: gradientOutputs(problem),
       run: async (inputs, context) => {
-        const ready = this.#ready();
+        const ready = this.#workers.ready();
         const operands = ready === undefined ? ownInputs(inputs) : inputs;
-        const runtime = ready ?? (await this.#current());
+        const runtime = ready ?? (await this.#workers.current());
         return runtime.run(context, backwardCall(runtime, problem, arithmetic, operands));
       },
       dispose: () => {},
@@ -203,10 +194,10 @@ class WasmBackendImplementation implements WasmBackend {
     v: TensorView,
     context: KeyValueContext,
   ): Promise<PreparedKeyValue> {
-    const ready = this.#ready();
+    const ready = this.#workers.ready();
     const given = { k, v, keyMask: context.keyMask };
     const { keyMask, ...operands } = ready === undefined ? ownInputs(given) : given;
-    const prepared = new WasmKeyValue(ready ?? (await this.#current()), problem, kernel);
+    const prepared = new WasmKeyValue(ready ?? (await this.#workers.current()), problem, kernel);
     try {
       await prepared.append(operands.k, operands.v, problem, keyMask === undefined ? context : { ...context, keyMask });
     } catch (error) {
@@ -217,10 +208,7 @@ class WasmBackendImplementation implements WasmBackend {
   }
 
   async dispose(): Promise<void> {
-    const runtime = this.#runtime;
-    this.#runtime = undefined;
-    this.#started = undefined;
-    await (await runtime?.catch(() => undefined))?.executor.dispose();
+    await Promise.all([this.#caller.dispose(), this.#workers.dispose()]);
   }
 
   [DISPOSE](): void {

@@ -13,6 +13,7 @@ import {
   placed,
   type StagedInputs,
   stageInputs,
+  workOf,
 } from './calls.ts';
 import { tileGeometry } from './geometry.ts';
 import { BLOCK_K, BLOCK_Q, FLAG_GRADIENTS } from './job.ts';
@@ -30,6 +31,9 @@ import {
 } from './records.ts';
 import type { CallParts, Lease, Runtime } from './runtime.ts';
 import { keep, type Staged, stageOperand } from './staging.ts';
+
+/** Five products to the forward pass's two. */
+const BACKWARD_PRODUCTS = 2.5;
 
 /**
  * Units that a call is split into where heads alone are fewer. More threads than that find no work; each unit has sums of dK and
@@ -261,6 +265,7 @@ export function backwardCall(
         ),
         // The mask's gradient, which is summed here, has no need of it.
         collect,
+        work: BACKWARD_PRODUCTS * workOf(attention),
         finish: async () => ({ ...(await finish()), ...(await scores.read()) }),
       };
     },

@@ -12,16 +12,21 @@ import {
   type TensorView,
 } from '../../tensor/tensor.ts';
 import type { AttentionInputs, AttentionOutputs, KernelChoice, KernelDescriptor } from '../backend.ts';
-import { type Precision, tileGeometry } from './geometry.ts';
+import type { Stage } from './executor.ts';
+import { exactScratch, type Precision, type Simd, type TileGeometry, tileGeometry } from './geometry.ts';
 import * as job from './job.ts';
-import { ACCURATE_KERNEL, FP4_KERNEL } from './kernel-table.ts';
+import { ACCURATE_KERNEL, EXACT_KERNEL, exactWayOf, FP4_KERNEL } from './kernel-table.ts';
 import {
+  type Addresses,
   attendUnits,
+  exactUnits,
+  type JobSettings,
   jobSettings,
   prepareUnits,
   recordBytes,
   type SequenceRecord,
   sequenceRecords,
+  type UnitRecord,
   writeRecords,
 } from './records.ts';
 import type { CallParts, Lease, PreparedCall, ReadBytes, Runtime } from './runtime.ts';
@@ -32,18 +37,17 @@ export interface Arithmetic extends Pick<KernelChoice, 'smoothK' | 'smoothV' | '
   readonly precision: Precision;
 }
 
-export const EXACT: Arithmetic = { precision: 'exact', smoothK: false, smoothV: false, smoothQ: false };
-
 const precisionOf = ({ name }: KernelDescriptor): Precision => {
+  if (name === EXACT_KERNEL.name) return 'exact';
   if (name === FP4_KERNEL.name) return 'fp4';
   return name === ACCURATE_KERNEL.name ? 'accurate' : 'integer';
 };
 
-export const arithmeticOf = ({ descriptor, smoothK, smoothV, smoothQ, scaleSearch }: KernelChoice): Arithmetic => ({
-  precision: precisionOf(descriptor),
-  ...{ smoothK, smoothV, smoothQ },
-  ...(scaleSearch === undefined ? {} : { scaleSearch }),
-});
+export function arithmeticOf({ descriptor, smoothK, smoothV, smoothQ, scaleSearch }: KernelChoice): Arithmetic {
+  const precision = precisionOf(descriptor);
+  if (precision === 'exact') return { precision, smoothK: false, smoothV: false, smoothQ: false };
+  return { precision, smoothK, smoothV, smoothQ, ...(scaleSearch === undefined ? {} : { scaleSearch }) };
+}
 
 const PRECISION_FLAGS: Readonly<Record<Precision, number>> = {
   integer: 0,
@@ -75,6 +79,19 @@ const wholeFlagsOf = (arithmetic: Arithmetic): number => {
 
 /** Bytes that a thread needs for a decoded tile. */
 const decodedBytes = ({ precision }: Arithmetic): number => (precision === 'fp4' ? job.DECODED_TILE_BYTES : 0);
+
+/** Multiply-adds that laying out or quantizing an element of k or v takes about as long as. */
+const ELEMENT_WORK = 32;
+
+/** About how many multiply-adds a call takes as long as: both products, and k and v made ready for them. */
+export function workOf(problem: AttentionProblem, prepared = false): number {
+  const { headDim, valueDim, queryHeads, kvHeads } = problem;
+  return sequencesOf(problem).reduce(
+    (sum, { queryLength, keyLength }) =>
+      sum + keyLength * (headDim + valueDim) * (queryHeads * queryLength + (prepared ? 0 : ELEMENT_WORK * kvHeads)),
+    0,
+  );
+}
 
 export function tensorOf(bytes: Uint8Array<ArrayBuffer>, shape: readonly number[], dtype: DType): Tensor {
   const { buffer } = bytes;
@@ -212,44 +229,115 @@ export function attendCall(
       stages: [{ entry: 'attend', job: address }],
       units: units.length,
       extraScratch: decodedBytes(arithmetic),
+      work: workOf(problem, true),
       finish,
     };
   });
 }
 
+/** What of a stage does not depend on where things lie. */
+interface PlannedStage {
+  readonly entry: Stage['entry'];
+  readonly units: readonly UnitRecord[];
+}
+
+/** Everything that calls of one plan have in common, once the first has been staged. */
+interface PlannedCall {
+  readonly geometry: TileGeometry;
+  readonly settings: JobSettings;
+  readonly sequences: readonly SequenceRecord[];
+  readonly stages: readonly PlannedStage[];
+  readonly units: number;
+  readonly extraScratch: number;
+  readonly tileBytes: number;
+  readonly meanBytes: number;
+}
+
 /**
- * A call over q, k and v: quantize, then attend.
- *
- * @throws {InvalidArgumentError} `buffer-too-small`
+ * Calls over q, k and v for one problem: in float32 at once where nothing is quantized and keys or rows are few, else make
+ * tiles, then attend.
  */
-export function wholeCall(
-  runtime: Runtime,
-  problem: AttentionProblem,
-  arithmetic: Arithmetic,
-  inputs: AttentionInputs,
-): CallParts<AttentionOutputs> {
-  return callOf(stageInputs(problem, inputs), (lease, staged) => {
-    const { headDim, valueDim, queryHeads, kvHeads } = problem;
-    const geometry = tileGeometry(headDim, valueDim, runtime.simd, arithmetic);
-    const layouts = layoutsOf(staged);
-    const sequences = sequenceRecords(problem, sequencesOf(problem), layouts);
-    const tiles = sequences.reduce((sum, sequence) => sum + sequence.tiles, 0) * kvHeads;
-    const { addresses: made, finish, collect } = allocateOutputs(runtime, lease, problem);
+export class WholeCalls {
+  readonly #problem: AttentionProblem;
+  readonly #arithmetic: Arithmetic;
+  readonly #simd: Simd;
+  readonly #work: number;
+  #planned: PlannedCall | undefined;
+  /** Records of the last call, for the next one whose data lies in the same places. */
+  #records: { readonly key: string; readonly bytes: readonly Uint8Array[] } | undefined;
+
+  constructor(problem: AttentionProblem, arithmetic: Arithmetic, simd: Simd) {
+    this.#problem = problem;
+    this.#arithmetic = arithmetic;
+    this.#simd = simd;
+    this.#work = workOf(problem);
+  }
+
+  /**
+   * A call that reads its inputs now.
+   *
+   * @throws {InvalidArgumentError} `buffer-too-small`
+   */
+  parts(runtime: Runtime, inputs: AttentionInputs): CallParts<AttentionOutputs> {
+    return callOf(stageInputs(this.#problem, inputs), (lease, staged) => this.#place(runtime, lease, staged));
+  }
+
+  #place(runtime: Runtime, lease: Lease, staged: StagedInputs): PreparedCall<AttentionOutputs> {
+    // Staged layouts follow from the problem alone.
+    this.#planned ??= this.#plan(staged);
+    const { stages, sequences, units, extraScratch, tileBytes, meanBytes } = this.#planned;
+    const { addresses: made, finish, collect } = allocateOutputs(runtime, lease, this.#problem);
     const addresses = {
       ...{ ...made, tail: 0, keyTail: 0, tailSeen: 0 },
       mask: placed(lease, staged.mask),
       q: placed(lease, staged.q),
       k: placed(lease, staged.k),
       v: placed(lease, staged.v),
-      tiles: lease.allocate(tiles * geometry.bytes),
-      means: lease.allocate(sequences.length * kvHeads * (geometry.headDimPadded + geometry.valueDimPadded) * 4),
+      tiles: tileBytes === 0 ? 0 : lease.allocate(tileBytes),
+      means: meanBytes === 0 ? 0 : lease.allocate(meanBytes),
     };
-    const settings = jobSettings(problem, geometry, wholeFlagsOf(arithmetic), layouts);
-    const stage = (units: ReturnType<typeof attendUnits>) => {
-      const address = lease.allocate(recordBytes(sequences.length, units.length));
-      runtime.executor.write(address, writeRecords(address, settings, addresses, sequences, units));
-      return address;
+    const jobs = stages.map((stage) => lease.allocate(recordBytes(sequences.length, stage.units.length)));
+    const records = this.#write(this.#planned, addresses, jobs);
+    for (const [i, bytes] of records.entries()) runtime.executor.write(jobs[i] as number, bytes);
+    return {
+      stages: stages.map(({ entry }, i) => ({ entry, job: jobs[i] as number })),
+      ...{ units, extraScratch, finish, collect },
+      work: this.#work,
     };
+  }
+
+  #write({ settings, sequences, stages }: PlannedCall, addresses: Addresses, jobs: number[]): readonly Uint8Array[] {
+    const key = `${Object.values(addresses)},${jobs}`;
+    if (this.#records?.key !== key) {
+      const bytes = stages.map(({ units }, i) =>
+        writeRecords(jobs[i] as number, settings, addresses, sequences, units),
+      );
+      this.#records = { key, bytes };
+    }
+    return this.#records.bytes;
+  }
+
+  #plan(staged: StagedInputs): PlannedCall {
+    const problem = this.#problem;
+    const { headDim, valueDim, queryHeads, kvHeads } = problem;
+    const geometry = tileGeometry(headDim, valueDim, this.#simd, this.#arithmetic);
+    const layouts = layoutsOf(staged);
+    const sequences = sequenceRecords(problem, sequencesOf(problem), layouts);
+    const common = { geometry, sequences };
+    const flags = wholeFlagsOf(this.#arithmetic);
+    const way = this.#arithmetic.precision === 'exact' ? exactWayOf(problem) : 'tiles';
+    if (way !== 'tiles') {
+      const units = exactUnits(sequences, kvHeads);
+      return {
+        ...common,
+        settings: jobSettings(problem, geometry, way === 'in-place' ? flags | job.FLAG_IN_PLACE : flags, layouts),
+        stages: [{ entry: 'exact', units }],
+        units: units.length,
+        extraScratch: exactScratch(problem, way),
+        ...{ tileBytes: 0, meanBytes: 0 },
+      };
+    }
+    const tiles = sequences.reduce((sum, sequence) => sum + sequence.tiles, 0) * kvHeads;
     const attending = attendUnits(sequences, queryHeads);
     // Sequences without queries need no keys either.
     const preparing = prepareUnits(
@@ -257,17 +345,19 @@ export function wholeCall(
       kvHeads,
     );
     return {
+      ...common,
+      settings: jobSettings(problem, geometry, flags, layouts),
       stages: [
-        { entry: 'prepare', job: stage(preparing) },
-        { entry: 'attend', job: stage(attending) },
+        { entry: 'prepare', units: preparing },
+        { entry: 'attend', units: attending },
       ],
       units: attending.length,
       extraScratch: sequences.reduce(
         (most, { partlySeen, keyLength }) => Math.max(most, partlySeen ? keyLength : 0),
-        decodedBytes(arithmetic),
+        decodedBytes(this.#arithmetic),
       ),
-      finish,
-      collect,
+      tileBytes: tiles * geometry.bytes,
+      meanBytes: sequences.length * kvHeads * (geometry.headDimPadded + geometry.valueDimPadded) * 4,
     };
-  });
+  }
 }

@@ -1,6 +1,6 @@
 /**
- * Who runs the kernels: worker threads over one shared memory, one worker with a memory of its own where memory cannot
- * be shared, or this thread where there are no workers.
+ * Who runs the kernels: worker threads over one shared memory, one worker with a memory of its own where memory cannot be
+ * shared, or the calling thread, which takes short calls everywhere and all calls where there are no workers.
  */
 import { ExecutionError, messageOf } from '../../errors.ts';
 import { JOB_ABORT } from './generated/fields.ts';
@@ -11,7 +11,7 @@ import { canShare, type WorkerFactory, WorkerGroup, workerFactory } from './work
 
 /** A kernel to run over a job's units. Stages of a call run one after another. */
 export interface Stage {
-  readonly entry: 'prepare' | 'attend' | 'prepareBackward' | 'backward' | 'storeGradients';
+  readonly entry: 'prepare' | 'attend' | 'exact' | 'prepareBackward' | 'backward' | 'storeGradients';
   /** Address of the job record. */
   readonly job: number;
 }
@@ -24,6 +24,8 @@ export interface Call {
   readonly barriers: number;
   /** Bytes that a thread needs beyond SCRATCH_BYTES: one for each key of the longest sequence that has unseen keys. */
   readonly extraScratch: number;
+  /** About how many multiply-adds it has. */
+  readonly work: number;
 }
 
 export interface Executor {
@@ -63,16 +65,16 @@ export interface Executor {
 const LIMITS_PAGES = [65536, 32768, 16384, 8192, 4096];
 const INITIAL_PAGES = 16;
 
-function createMemory(): { memory: WebAssembly.Memory; limit: number } {
+function createMemory(shared: boolean): { memory: WebAssembly.Memory; limit: number } {
   let cause: unknown;
   for (const limit of LIMITS_PAGES) {
     try {
-      return { memory: new WebAssembly.Memory({ initial: INITIAL_PAGES, maximum: limit, shared: true }), limit };
+      return { memory: new WebAssembly.Memory({ initial: INITIAL_PAGES, maximum: limit, shared }), limit };
     } catch (error) {
       cause = error;
     }
   }
-  throw new ExecutionError('out-of-memory', 'the engine does not give a shared WebAssembly memory', cause);
+  throw new ExecutionError('out-of-memory', `the engine gives no ${shared ? 'shared ' : ''}WebAssembly memory`, cause);
 }
 
 function writeTo(memory: WebAssembly.Memory, address: number, bytes: Uint8Array): void {
@@ -85,6 +87,12 @@ function readFrom(memory: WebAssembly.Memory, address: number, length: number): 
   copy.set(new Uint8Array(memory.buffer, address, length));
   return copy;
 }
+
+/**
+ * Multiply-adds of a call that the calling thread does sooner than workers: with several of them, and with one, whose work
+ * costs a round trip and saves nothing but the calling thread's time, a few milliseconds of it.
+ */
+export const SHORT_WORK = { one: 2 ** 27, several: 2 ** 24 } as const;
 
 /** Scratch of each thread; it grows to what the largest call needs. */
 class Scratch {
@@ -121,6 +129,46 @@ class Scratch {
 
 const DISPOSED = 'the WASM backend was disposed before the call ended';
 
+/** Milliseconds of work on the calling thread before others get their turn. */
+const TURN_MS = 10;
+
+/** Lets timers, input and messages be handled. */
+function breathe(): Promise<void> {
+  const { setImmediate } = globalThis as { setImmediate?: (callback: () => void) => void };
+  return new Promise((resolve) => (setImmediate === undefined ? setTimeout(resolve) : setImmediate(resolve)));
+}
+
+function step(kernel: KernelExports['attend'], job: number, scratch: number): boolean {
+  try {
+    return kernel(job, scratch) !== 0;
+  } catch (error) {
+    throw new ExecutionError('execution-failed', `a kernel failed: ${error}`, error);
+  }
+}
+
+/**
+ * Runs a call on the calling thread, in turns.
+ *
+ * @param ended why the executor takes no more calls, if it does not
+ */
+async function runHere(
+  kernels: KernelExports,
+  { stages }: Call,
+  scratch: number,
+  ended: () => ExecutionError | undefined,
+): Promise<void> {
+  let since = performance.now();
+  for (const { entry, job } of stages) {
+    while (step(kernels[entry], job, scratch)) {
+      if (performance.now() - since < TURN_MS) continue;
+      await breathe();
+      const error = ended();
+      if (error !== undefined) throw error;
+      since = performance.now();
+    }
+  }
+}
+
 class ThreadExecutor implements Executor {
   readonly description: string;
   readonly threads: number;
@@ -128,10 +176,17 @@ class ThreadExecutor implements Executor {
   readonly #memory: WebAssembly.Memory;
   readonly #group: WorkerGroup;
   readonly #scratch: Scratch;
+  readonly #module: WebAssembly.Module;
+  /** The same kernels on this thread, for calls that take less than waking a worker. */
+  #kernels: KernelExports | undefined;
 
-  constructor(factory: WorkerFactory, module: WebAssembly.Module, threads: number) {
-    const { memory, limit } = createMemory();
+  readonly #shortWork: number;
+
+  constructor(factory: WorkerFactory, module: WebAssembly.Module, threads: number, shortWork: number) {
+    this.#shortWork = shortWork;
+    const { memory, limit } = createMemory(true);
     this.#memory = memory;
+    this.#module = module;
     this.memory = new MemoryPool(INITIAL_PAGES, limit, (pages) => memory.grow(pages));
     this.threads = threads;
     this.description = `${threads} worker thread${threads === 1 ? '' : 's'} over one shared memory`;
@@ -160,11 +215,17 @@ class ThreadExecutor implements Executor {
   }
 
   /** Rejects where workers cannot be started. */
-  open(): Promise<void> {
-    return this.#group.open();
+  async open(): Promise<void> {
+    this.#kernels = await instantiate(this.#module, this.#memory);
+    await this.#group.open();
   }
 
-  async run({ stages, units, barriers, extraScratch }: Call): Promise<void> {
+  async run(call: Call): Promise<void> {
+    const { stages, units, barriers, extraScratch, work } = call;
+    if (work <= this.#shortWork && this.#kernels !== undefined) {
+      const scratch = this.#scratch.provide(extraScratch)[0] as number;
+      return runHere(this.#kernels, call, scratch, () => this.ended);
+    }
     const participants = Math.max(1, Math.min(this.threads, units));
     const steps = stages.map((stage, i) => ({ ...stage, barrier: i + 1 < stages.length ? barriers + 4 * i : 0 }));
     const scratch = this.#scratch.provide(extraScratch);
@@ -195,7 +256,7 @@ class IsolatedWorkerExecutor implements Executor {
   readonly #scratch: Scratch;
 
   constructor(factory: WorkerFactory, module: WebAssembly.Module) {
-    const limit = createMemory().limit;
+    const limit = createMemory(true).limit;
     this.#group = new WorkerGroup(factory, 1, { module, pages: INITIAL_PAGES, limit }, true);
     this.memory = new MemoryPool(INITIAL_PAGES, limit, (pages) => {
       this.#group.ask([{ grow: pages }]).catch((error) => this.#group.fail('out-of-memory', String(error)));
@@ -244,33 +305,31 @@ class IsolatedWorkerExecutor implements Executor {
   }
 }
 
-/** Milliseconds of work on this thread before others get their turn. */
-const TURN_MS = 10;
-
-/** Lets timers, input and messages be handled. */
-function breathe(): Promise<void> {
-  const { setImmediate } = globalThis as { setImmediate?: (callback: () => void) => void };
-  return new Promise((resolve) => (setImmediate === undefined ? setTimeout(resolve) : setImmediate(resolve)));
-}
-
-export class InlineExecutor implements Executor {
+/** The calling thread, over a memory that is not shared: copies to it are faster, and every engine gives one. */
+export class CallerExecutor implements Executor {
   readonly description: string;
   readonly threads = 1;
   readonly memory: MemoryPool;
   readonly #memory: WebAssembly.Memory;
-  readonly #module: WebAssembly.Module;
+  readonly #kernels: KernelExports;
   readonly #scratch: Scratch;
-  #kernels: Promise<KernelExports> | undefined;
   #ended: ExecutionError | undefined;
 
-  /** @param reason why there are no workers */
-  constructor(module: WebAssembly.Module, reason: string) {
+  private constructor(memory: WebAssembly.Memory, limit: number, kernels: KernelExports, reason: string) {
     this.description = `this thread, in turns of ${TURN_MS} ms (${reason})`;
-    const { memory, limit } = createMemory();
-    this.#module = module;
     this.#memory = memory;
+    this.#kernels = kernels;
     this.memory = new MemoryPool(INITIAL_PAGES, limit, (pages) => memory.grow(pages));
     this.#scratch = new Scratch(this.memory, 1);
+  }
+
+  /**
+   * @param module kernels over a memory that is not shared
+   * @param reason why it runs calls, for `doctor`
+   */
+  static async create(module: WebAssembly.Module, reason: string): Promise<CallerExecutor> {
+    const { memory, limit } = createMemory(false);
+    return new CallerExecutor(memory, limit, await instantiate(module, memory), reason);
   }
 
   get ended(): ExecutionError | undefined {
@@ -293,44 +352,19 @@ export class InlineExecutor implements Executor {
     this.#scratch.provide(extraScratch);
   }
 
-  /** A call from end to end, before this returns. @param kernels of {@link start} */
-  runNow({ stages, extraScratch }: Pick<Call, 'stages' | 'extraScratch'>, kernels: KernelExports): void {
-    const scratch = this.#scratch.provide(extraScratch)[0] as number;
-    for (const { entry, job } of stages) while (this.#step(kernels[entry], job, scratch));
-  }
-
-  /** The kernels over its memory. */
-  start(): Promise<KernelExports> {
-    this.#kernels ??= instantiate(this.#module, this.#memory);
-    return this.#kernels;
-  }
-
   readNow(address: number, length: number): Uint8Array<ArrayBuffer> {
     return readFrom(this.#memory, address, length);
   }
 
-  async run({ stages, extraScratch }: Call): Promise<void> {
-    this.#kernels ??= instantiate(this.#module, this.#memory);
-    const kernels = await this.#kernels;
-    if (this.#ended !== undefined) throw this.#ended;
+  /** A call from end to end, before this returns. */
+  runNow({ stages, extraScratch }: Pick<Call, 'stages' | 'extraScratch'>): void {
     const scratch = this.#scratch.provide(extraScratch)[0] as number;
-    let since = performance.now();
-    for (const { entry, job } of stages) {
-      while (this.#step(kernels[entry], job, scratch)) {
-        if (performance.now() - since < TURN_MS) continue;
-        await breathe();
-        if (this.#ended !== undefined) throw this.#ended;
-        since = performance.now();
-      }
-    }
+    for (const { entry, job } of stages) while (step(this.#kernels[entry], job, scratch));
   }
 
-  #step(kernel: KernelExports['attend'], job: number, scratch: number): boolean {
-    try {
-      return kernel(job, scratch) !== 0;
-    } catch (error) {
-      throw new ExecutionError('execution-failed', `a kernel failed: ${error}`, error);
-    }
+  run(call: Call): Promise<void> {
+    const scratch = this.#scratch.provide(call.extraScratch)[0] as number;
+    return runHere(this.#kernels, call, scratch, () => this.#ended);
   }
 
   abort({ stages }: Call): void {
@@ -343,34 +377,39 @@ export class InlineExecutor implements Executor {
   }
 }
 
-/** Where kernels run; `createExecutor` takes the first that works here. */
+/** Where long calls run; `createWorkers` takes the first that works here. */
 export type ExecutorKind = 'threads' | 'worker' | 'inline';
 
-export interface ExecutorOptions {
+export interface WorkersOptions {
   /** Workers to start. */
   readonly threads: number;
   /** Where the program of workers is, in browsers; default: a `blob:` URL. */
   readonly workerUrl?: string | URL | undefined;
+  /** Multiply-adds up to which a call runs on the calling thread where that sees the workers' memory. */
+  readonly shortWork: number;
   /** Only for tests: what to use instead of the best there is. */
   readonly kind?: ExecutorKind | undefined;
 }
 
-/** The best executor that works here; this thread where a page's policy forbids workers. */
-export async function createExecutor(
+/**
+ * The best executor with workers; in words why there is none where there are none, or a page's policy forbids them.
+ *
+ * @param module kernels over a shared memory
+ */
+export async function createWorkers(
   module: WebAssembly.Module,
-  { threads, workerUrl, kind }: ExecutorOptions,
-): Promise<Executor> {
+  { threads, workerUrl, shortWork, kind }: WorkersOptions,
+): Promise<Executor | string> {
   const factory = kind === 'inline' ? undefined : workerFactory(workerUrl);
-  if (factory === undefined) return new InlineExecutor(module, 'no workers here');
-  const executor =
-    kind === 'worker' || !canShare()
-      ? new IsolatedWorkerExecutor(factory, module)
-      : new ThreadExecutor(factory, module, threads);
+  if (factory === undefined) return 'no workers here';
   try {
+    const executor =
+      kind === 'worker' || !canShare()
+        ? new IsolatedWorkerExecutor(factory, module)
+        : new ThreadExecutor(factory, module, threads, shortWork);
     await executor.open();
     return executor;
   } catch (error) {
-    const reason = messageOf(error);
-    return new InlineExecutor(module, `workers cannot be started: ${reason}`);
+    return `workers cannot be started: ${messageOf(error)}`;
   }
 }

@@ -1,5 +1,6 @@
 /** Sizes of what kernels keep in memory. */
-import { BLOCK_K, MOST_APART } from './job.ts';
+import type { AttentionProblem } from '../../attention/problem.ts';
+import { BLOCK_K, EXACT_DATA, MOST_APART, SCRATCH_BYTES } from './job.ts';
 
 /** Which build of the kernels runs. */
 export type Simd = 'simd128' | 'relaxed';
@@ -100,4 +101,15 @@ export function tileGeometry(
     shift,
     bytes: roundUp(shift + (headDimPadded + valueDimPadded) * 4, 64),
   };
+}
+
+/** Bytes of scratch beyond SCRATCH_BYTES that the kernel needs which quantizes nothing. */
+export function exactScratch(
+  { keyLength, headDim, valueDim }: Pick<AttentionProblem, 'keyLength' | 'headDim' | 'valueDim'>,
+  way: 'in-place' | 'at-once',
+): number {
+  const keys = roundUp(keyLength, 16);
+  // Scores and shares of one row; or keys, values and scores of 8 rows.
+  const floats = way === 'in-place' ? 2 * keys : keys * (roundUp(headDim, 4) + roundUp(valueDim, 16) + 8);
+  return Math.max(0, EXACT_DATA + 4 * floats - SCRATCH_BYTES);
 }

@@ -6,33 +6,41 @@ import { compare } from '../../reference/metrics.ts';
 import { toFloat32 } from '../../tensor/access.ts';
 import { type Tensor, tensor } from '../../tensor/tensor.ts';
 import { chooseOptions } from '../choice.ts';
-import { arithmeticOf, EXACT, wholeCall } from './calls.ts';
-import { createExecutor } from './executor.ts';
-import { ACCURATE_KERNEL, INTEGER_KERNEL } from './kernel-table.ts';
-import { loadModule } from './modules.ts';
+import { arithmeticOf, WholeCalls } from './calls.ts';
+import { CallerExecutor, createWorkers, type Executor, type ExecutorKind } from './executor.ts';
+import { ACCURATE_KERNEL, EXACT_KERNEL, INTEGER_KERNEL } from './kernel-table.ts';
+import { compileUnshared, loadModule } from './modules.ts';
 import { Runtime } from './runtime.ts';
+
+async function start(kind: ExecutorKind): Promise<Runtime> {
+  const { module, simd, relaxed } = await loadModule('auto');
+  const executor =
+    kind === 'inline'
+      ? await CallerExecutor.create(await compileUnshared(simd), 'a test')
+      : ((await createWorkers(module, { threads: 2, shortWork: 0, kind })) as Executor);
+  return new Runtime(executor, simd, relaxed);
+}
 
 test.each(['threads', 'worker', 'inline'] as const)('%s: addresses beyond 2 GiB', async (kind) => {
   const random = new Random(runSeed());
-  const { module, simd, relaxed } = await loadModule('auto');
-  const executor = await createExecutor(module, { threads: 2, kind });
+  const runtime = await start(kind);
+  const { executor } = runtime;
   try {
     // Reserved, never touched: it takes no real memory.
     executor.memory.allocate(2.5 * 2 ** 30);
-    const runtime = new Runtime(executor, simd, relaxed);
     const operand = () => tensor(random.normals(2 * 300 * 40), [1, 2, 300, 40]);
     const inputs = { q: operand(), k: operand(), v: operand(), attnMask: tensor(random.normals(300), [1, 300]) };
     const { q, k, v, attnMask } = inputs;
     const problem = createProblem(q, k, v, { attnMask, returnLse: true });
-    const integer = arithmeticOf(chooseOptions(INTEGER_KERNEL, problem, {}));
-    const accurate = arithmeticOf(chooseOptions(ACCURATE_KERNEL, problem, {}));
-    for (const arithmetic of [integer, accurate, EXACT]) {
-      const { output } = await runtime.run({}, wholeCall(runtime, problem, arithmetic, inputs));
+    const callsOf = (kernel: typeof INTEGER_KERNEL) =>
+      new WholeCalls(problem, arithmeticOf(chooseOptions(kernel, problem, {})), runtime.simd);
+    for (const kernel of [INTEGER_KERNEL, ACCURATE_KERNEL, EXACT_KERNEL]) {
+      const { output } = await runtime.run({}, callsOf(kernel).parts(runtime, inputs));
       const { relativeL1 } = compare(toFloat32(output as Tensor), attentionExact(problem, inputs).output);
       expect(relativeL1, `seed ${random.seed}`).toBeLessThan(0.03);
     }
     const controller = new AbortController();
-    const aborted = runtime.run({ signal: controller.signal }, wholeCall(runtime, problem, integer, inputs));
+    const aborted = runtime.run({ signal: controller.signal }, callsOf(INTEGER_KERNEL).parts(runtime, inputs));
     controller.abort(new Error('enough'));
     await expect(aborted).rejects.toThrow('enough');
   } finally {
@@ -42,16 +50,15 @@ test.each(['threads', 'worker', 'inline'] as const)('%s: addresses beyond 2 GiB'
 
 test.each(['threads', 'inline'] as const)('%s: calls that do not fit at once wait for each other', async (kind) => {
   const random = new Random(runSeed());
-  const { module, simd, relaxed } = await loadModule('auto');
-  const executor = await createExecutor(module, { threads: 2, kind });
+  const runtime = await start(kind);
+  const { executor } = runtime;
   try {
-    const runtime = new Runtime(executor, simd, relaxed);
     const operand = () => tensor(random.normals(4 * 1024 * 64), [1, 4, 1024, 64]);
     const all = Array.from({ length: 4 }, () => ({ q: operand(), k: operand(), v: operand() }));
     const first = all[0] as (typeof all)[0];
     const problem = createProblem(first.q, first.k, first.v, {});
-    const arithmetic = arithmeticOf(chooseOptions(INTEGER_KERNEL, problem, {}));
-    const call = (inputs: typeof first) => runtime.run({}, wholeCall(runtime, problem, arithmetic, inputs));
+    const calls = new WholeCalls(problem, arithmeticOf(chooseOptions(INTEGER_KERNEL, problem, {})), runtime.simd);
+    const call = (inputs: typeof first) => runtime.run({}, calls.parts(runtime, inputs));
     const expected: Float32Array[] = [];
     for (const inputs of all) expected.push(toFloat32((await call(inputs)).output as Tensor));
     // What is left is enough for one call, not for two.

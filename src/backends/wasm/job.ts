@@ -28,6 +28,8 @@ export const FLAG_SMOOTH_Q_SEQUENCE = 256;
 /** How FP4's scales are searched for; neither: not at all. */
 export const FLAG_SEARCH_FOUR_OVER_SIX = 512;
 export const FLAG_SEARCH_MSE = 1024;
+/** Keys and values are float32 and are used where they lie, for few rows a head. */
+export const FLAG_IN_PLACE = 4096;
 /** Each tile has means of its own, as tokens may still come; those of the sequence are not computed. */
 export const FLAG_TILE_MEANS = 8;
 
@@ -57,9 +59,14 @@ export const MOST_APART = 8;
 export const TILE_APART_COUNT = 4;
 export const TILE_APART_KEYS = 8;
 
+/** Query rows of a unit of the kernel that quantizes nothing: K and V are laid out anew for each unit. */
+export const EXACT_ROWS = 256;
+
 // A thread's own scratch.
 
 /** Bytes of scratch a thread needs besides one byte for each key of the longest sequence. */
 export const SCRATCH_BYTES = 196608;
 /** And besides it where tiles are FP4: one of them, decoded. */
 export const DECODED_TILE_BYTES = 262144;
+/** Where the kernel that quantizes nothing keeps keys, values and scores. */
+export const EXACT_DATA = 45312;

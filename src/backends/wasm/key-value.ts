@@ -4,7 +4,7 @@ import { type AttentionProblem, keyMaskLayout } from '../../attention/problem.ts
 import { ExecutionError } from '../../errors.ts';
 import type { TensorView } from '../../tensor/tensor.ts';
 import type { AttentionOutputs, KernelChoice, KeyValueContext, PreparedKeyValue, RunContext } from '../backend.ts';
-import { type Arithmetic, arithmeticOf, attendCall, flagsOf } from './calls.ts';
+import { type Arithmetic, arithmeticOf, attendCall, flagsOf, workOf } from './calls.ts';
 import { type TileGeometry, tileGeometry } from './geometry.ts';
 import { BLOCK_K, FLAG_TILE_MEANS } from './job.ts';
 import { jobSettings, prepareUnits, recordBytes, tilesOf, writeRecords } from './records.ts';
@@ -171,6 +171,8 @@ export class WasmKeyValue implements PreparedKeyValue {
           stages: [{ entry: 'prepare', job: address }],
           units: units.length,
           extraScratch: 0,
+          // Quantizing is all there is, so its share of a call's work is counted over the tokens that are new.
+          work: workOf({ ...problem, queryLength: 0, keyLength: added }),
           finish: async () => {
             this.#length = end;
           },

@@ -3,13 +3,14 @@ import { BackendUnavailableError, messageOf } from '../../errors.ts';
 import { loadCode } from '../load-code.ts';
 import type { Simd } from './geometry.ts';
 
-/** What a kernel module exports. `prepare` and `attend` do one unit of a job and return 0 when none is left. */
+/** What a kernel module exports. `prepare`, `attend` and `exact` do one unit of a job and return 0 when none is left. */
 export interface KernelExports {
   readonly prepare: (job: number, scratch: number) => number;
   readonly attend: (job: number, scratch: number) => number;
   readonly prepareBackward: (job: number, scratch: number) => number;
   readonly backward: (job: number, scratch: number) => number;
   readonly storeGradients: (job: number, scratch: number) => number;
+  readonly exact: (job: number, scratch: number) => number;
   readonly probe: (a: number, b: number, out: number) => void;
   readonly probeOthers: (input: number, out: number) => void;
 }
@@ -33,6 +34,24 @@ function decodeBase64(text: string): Uint8Array<ArrayBuffer> {
 async function compile(simd: Simd, sources: KernelSources): Promise<WebAssembly.Module> {
   const { BASE64 } = await sources[simd]();
   return WebAssembly.compile(decodeBase64(BASE64));
+}
+
+/** How a module says that it imports a shared memory: "env", "memory", kind 2 (memory), limits with a maximum, shared. */
+const SHARED_MEMORY_IMPORT = [3, 0x65, 0x6e, 0x76, 6, 0x6d, 0x65, 0x6d, 0x6f, 0x72, 0x79, 2, 3];
+/** The last of these bytes where the memory has a maximum and is not shared. */
+const UNSHARED = 1;
+
+/**
+ * The same kernels over a memory that is not shared; their atomic instructions work on either.
+ *
+ * @param simd a build that {@link loadModule} found to run here
+ */
+export async function compileUnshared(simd: Simd, sources = LAZY_SOURCES): Promise<WebAssembly.Module> {
+  const bytes = decodeBase64((await sources[simd]()).BASE64);
+  const at = bytes.findIndex((_, i) => SHARED_MEMORY_IMPORT.every((byte, j) => bytes[i + j] === byte));
+  if (at < 0) throw new Error('the kernels import no shared memory');
+  bytes[at + SHARED_MEMORY_IMPORT.length - 1] = UNSHARED;
+  return WebAssembly.compile(bytes);
 }
 
 /** Instantiates a module over a memory. */

@@ -196,6 +196,17 @@ export function attendUnits(sequences: readonly SequenceRecord[], queryHeads: nu
   return units;
 }
 
+/** EXACT_ROWS of each head of k and v. */
+export function exactUnits(sequences: readonly SequenceRecord[], kvHeads: number): UnitRecord[] {
+  const units: UnitRecord[] = [];
+  for (const [sequence, { queryLength }] of sequences.entries()) {
+    for (let head = 0; head < kvHeads; head++) {
+      for (let row = 0; row < queryLength; row += job.EXACT_ROWS) units.push({ sequence, head, row });
+    }
+  }
+  return units;
+}
+
 /** Settings of a problem; `flags` and layouts of staged operands come from the caller. */
 export function jobSettings(
   problem: AttentionProblem,

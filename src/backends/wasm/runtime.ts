@@ -42,6 +42,7 @@ export interface PreparedCall<Result> {
   readonly stages: readonly Stage[];
   readonly units: number;
   readonly extraScratch: number;
+  readonly work: number;
   finish(): Promise<Result>;
   /** As `finish`, where memory can be read at once; absent where nobody calls so. */
   collect?(read: ReadBytes): Result;
@@ -85,9 +86,9 @@ export class Runtime {
     if (this.#active >= CALLS_IN_MEMORY) return undefined;
     const lease = new Lease(this.executor);
     try {
-      const { stages, units, extraScratch, finish } = prepare(lease);
-      const call: Call = { stages, units, extraScratch, barriers: lease.place(new Uint8Array(4 * stages.length)) };
-      this.executor.reserve(extraScratch);
+      const { finish, ...prepared } = prepare(lease);
+      const call: Call = { ...prepared, barriers: lease.place(new Uint8Array(4 * prepared.stages.length)) };
+      this.executor.reserve(call.extraScratch);
       this.#active++;
       return { lease, call, finish };
     } catch (error) {

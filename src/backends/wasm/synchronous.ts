@@ -4,9 +4,9 @@ import type { AttentionProblem } from '../../attention/problem.ts';
 import { ExecutionError } from '../../errors.ts';
 import type { AttentionInputs, AttentionOutputs, BackwardInputs, BackwardOutputs } from '../backend.ts';
 import { backwardCall } from './backward.ts';
-import { type Arithmetic, wholeCall } from './calls.ts';
-import { InlineExecutor } from './executor.ts';
-import { type KernelExports, loadModule } from './modules.ts';
+import { type Arithmetic, WholeCalls } from './calls.ts';
+import { CallerExecutor } from './executor.ts';
+import { compileUnshared, loadModule } from './modules.ts';
 import { type CallParts, Lease, Runtime } from './runtime.ts';
 
 /** Scores of 14 by 8 bits and the rest in float32: what gradients are computed from. */
@@ -14,21 +14,19 @@ const ARITHMETIC: Arithmetic = { precision: 'accurate', smoothK: true, smoothV: 
 
 /** Attention and its gradients without waiting. It has memory of its own, which stays until it is let go of. */
 export class SynchronousWasm {
-  readonly #executor: InlineExecutor;
+  readonly #executor: CallerExecutor;
   readonly #runtime: Runtime;
-  readonly #kernels: KernelExports;
 
-  private constructor(executor: InlineExecutor, runtime: Runtime, kernels: KernelExports) {
+  private constructor(executor: CallerExecutor, runtime: Runtime) {
     this.#executor = executor;
     this.#runtime = runtime;
-    this.#kernels = kernels;
   }
 
   /** Compiles the kernels. */
   static async create(): Promise<SynchronousWasm> {
-    const { module, simd, relaxed } = await loadModule('auto');
-    const executor = new InlineExecutor(module, 'synchronous calls');
-    return new SynchronousWasm(executor, new Runtime(executor, simd, relaxed), await executor.start());
+    const { simd, relaxed } = await loadModule('auto');
+    const executor = await CallerExecutor.create(await compileUnshared(simd), 'synchronous calls');
+    return new SynchronousWasm(executor, new Runtime(executor, simd, relaxed));
   }
 
   #run<Result>({ prepare }: CallParts<Result>): Result {
@@ -36,7 +34,7 @@ export class SynchronousWasm {
     try {
       const { stages, units, extraScratch, collect } = prepare(lease);
       if (collect === undefined) throw new ExecutionError('execution-failed', 'this call cannot end before it returns');
-      if (units > 0) this.#executor.runNow({ stages, extraScratch }, this.#kernels);
+      if (units > 0) this.#executor.runNow({ stages, extraScratch });
       return collect((address, length) => this.#executor.readNow(address, length));
     } finally {
       lease.release();
@@ -45,7 +43,8 @@ export class SynchronousWasm {
 
   /** @throws {ExecutionError} `out-of-memory` */
   attend(problem: AttentionProblem, inputs: AttentionInputs): AttentionOutputs {
-    return this.#run(wholeCall(this.#runtime, problem, ARITHMETIC, inputs));
+    const calls = new WholeCalls(problem, ARITHMETIC, this.#runtime.simd);
+    return this.#run(calls.parts(this.#runtime, inputs));
   }
 
   /** Gradients of q, k and v; a mask's is not computed. */

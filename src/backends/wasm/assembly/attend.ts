@@ -90,7 +90,7 @@ import {
 import { exp2, larger, log, madd, maxOf, storeConstants, sumOf, tanh4, toIntegers } from './arithmetic.ts';
 import { elementShift, load4, loadElement, loadRow, storeRow } from './elements.ts';
 import { decodeKeys, decodeValues, FP4_MAX, roundQuery, roundWeights, spreadInvalidFp4, WEIGHT_UNIT } from './fp4.ts';
-import { LEAST_SCALE, rowMaximum } from './prepare.ts';
+import { LEAST_SCALE, loadMeasured, rowMaximum } from './prepare.ts';
 import { addValuesFine, addValuesFloat, addValuesInteger, scoreRows, scoreRowsFloat } from './products.ts';
 import {
   FLOAT_Q_ROW_BYTES,
@@ -132,12 +132,12 @@ import {
   weighTwoDigits,
 } from './weights.ts';
 
-const LOG2_E: f32 = 1.4426950408889634;
+export const LOG2_E: f32 = 1.4426950408889634;
 const LN_2: f32 = 0.6931471805599453;
 /** Finite, and below every score: the maximum of a row that has seen nothing but NaN. */
-const LOWEST: f32 = -3e38;
+export const LOWEST: f32 = -3e38;
 /** Row scales beyond it are applied to the scores first: the exponents' factor is up to 4096 times as large. */
-const LARGEST_FACTOR: f32 = 1e30;
+export const LARGEST_FACTOR: f32 = 1e30;
 /** Bound of what smoothing takes from a score. */
 const LARGEST_SHIFT: f32 = 1e38;
 /** A finite mask counts as no less: in base 2 it is finite then, and still above LOWEST. */
@@ -244,7 +244,7 @@ export function addMask(scores: usize, to: i32, mask: usize, maskDtype: i32, mas
  * @param mask the row's mask of the tile's first key; 0: none
  * @returns whether a NaN was among the scores that the row sees; it counts as -Infinity then
  */
-function finishScores(
+export function finishScores(
   scores: usize, keys: i32, scale: f32, softcap: f32, shift: f32, plain: usize, plainShift: f32, mask: usize,
   maskDtype: i32, maskStride: usize, from: i32, to: i32,
 ): boolean {
@@ -391,8 +391,7 @@ export function prepareQueries(job: usize, q: usize, stride: usize, rows: i32, m
   const rowsPadded = (rows + 3) & ~3;
   for (let r = 0; r < rowsPadded; r++) {
     const stat = scratch + (<usize>r << 2);
-    loadRow(q + <usize>min(r, rows - 1) * stride, dtype, d, row, dPadded);
-    const most = rowMaximum(row, dPadded);
+    const most = loadMeasured(q + <usize>min(r, rows - 1) * stride, dtype, d, row, dPadded);
     const valid = most == most;
     if (!valid) memory.fill(row, 0, <usize>dPadded << 2);
     let step = most / levels;

@@ -8,6 +8,7 @@ import {
 } from '../generated/fields.ts';
 import { attendUnit } from './attend.ts';
 import { backwardUnit, prepareBackwardUnit, storeGradientsUnit } from './backward.ts';
+import { exactUnit } from './exact.ts';
 import { prepareUnit } from './prepare.ts';
 
 /** Takes the job's next unit; 0 when there is none or the job was stopped. */
@@ -49,6 +50,13 @@ export function storeGradients(job: usize, scratch: usize): i32 {
   const unit = takeUnit(job);
   if (unit == 0) return 0;
   storeGradientsUnit(job, unit, scratch);
+  return 1;
+}
+
+export function exact(job: usize, scratch: usize): i32 {
+  const unit = takeUnit(job);
+  if (unit == 0) return 0;
+  exactUnit(job, unit, scratch);
   return 1;
 }
 

@@ -73,7 +73,7 @@ import { integerSumOf, larger, magnitudes, maxOf, sumOf, toIntegers } from './ar
 import { elementShift, loadElement, loadRow } from './elements.ts';
 import { markInvalidFp4, packKeyFp4, packValuesFp4 } from './fp4.ts';
 import { SCRATCH_ROW, SCRATCH_SEEN, SCRATCH_VALUE_SIZES, SCRATCH_VALUES } from './scratch.ts';
-import { markInvalidValues, packValues, quantizeValues } from './values.ts';
+import { markInvalidValues, packValues, quantizeValues, wholeSteps } from './values.ts';
 
 /** The largest finite number. */
 const LARGEST: f32 = 3.4028234663852886e38;
@@ -92,8 +92,30 @@ export function rowMaximum(row: usize, padded: i32): f32 {
     // 0 for finite numbers, NaN for others.
     invalid = f32x4.add(invalid, f32x4.mul(x, f32x4.splat(0)));
   }
-  return maxOf(most) + f32x4.extract_lane(invalid, 0) + f32x4.extract_lane(invalid, 1) +
-    (f32x4.extract_lane(invalid, 2) + f32x4.extract_lane(invalid, 3));
+  return sumOf(invalid) == 0 ? maxOf(most) : NaN;
+}
+
+/** {@link loadRow}, and {@link rowMaximum} of what it loads. */
+export function loadMeasured(address: usize, dtype: i32, count: i32, row: usize, padded: i32): f32 {
+  if (dtype != DTYPE_FLOAT32 || count != padded) {
+    loadRow(address, dtype, count, row, padded);
+    return rowMaximum(row, padded);
+  }
+  let most0 = f32x4.splat(0);
+  let most1 = most0;
+  let invalid = most0;
+  // A padded row is a multiple of 8 elements.
+  for (let i: usize = 0; i < <usize>padded << 2; i += 32) {
+    const x0 = v128.load(address + i);
+    const x1 = v128.load(address + i, 16);
+    v128.store(row + i, x0);
+    v128.store(row + i, x1, 16);
+    most0 = larger(most0, magnitudes(x0));
+    most1 = larger(most1, magnitudes(x1));
+    invalid = f32x4.add(invalid, f32x4.mul(f32x4.add(x0, x1), f32x4.splat(0)));
+  }
+  // Two numbers may overflow where they are added: the careful way tells.
+  return sumOf(invalid) == 0 ? maxOf(larger(most0, most1)) : rowMaximum(row, padded);
 }
 
 /** A key in `seen`: rows may attend to it, and it counts; or its weight is 0 in all of them, though not excluded. */
@@ -199,8 +221,7 @@ function meanOf(
     let least = 255;
     for (let t = from; t < to; t++) {
       if (seen != 0 && load<u8>(seen + t) != SEEN) continue;
-      loadRow(base + <usize>(t - from) * tokenStride, dtype, count, row, padded);
-      const size = rowMaximum(row, padded);
+      const size = loadMeasured(base + <usize>(t - from) * tokenStride, dtype, count, row, padded);
       if (size != size) continue;
       const exponent = sizeExponent(size);
       if (exponent > largest) continue;
@@ -238,16 +259,16 @@ function subtractRow(row: usize, vector: usize, padded: i32): void {
 }
 
 /**
- * Subtracts the mean from a key.
+ * A key without the mean, from `source` to `row`.
  *
  * @returns the key's largest magnitude, NaN where it holds a NaN or an infinity; negative where smoothing enlarges it much
  */
-function smoothKey(row: usize, mean: usize, padded: i32): f32 {
+function smoothKey(source: usize, row: usize, mean: usize, padded: i32): f32 {
   let before = f32x4.splat(0);
   let after = f32x4.splat(0);
   let invalid = f32x4.splat(0);
   for (let i: usize = 0; i < <usize>padded << 2; i += 16) {
-    const x = v128.load(row + i);
+    const x = v128.load(source + i);
     const y = f32x4.sub(x, v128.load(mean + i));
     before = larger(before, magnitudes(x));
     after = larger(after, magnitudes(y));
@@ -339,19 +360,19 @@ function packKeys(
   const d = load<i32>(job, JOB_D);
   const padded = (d + 7) & ~7;
   const exact = (load<i32>(job, JOB_FLAGS) & FLAG_EXACT) != 0;
+  const inPlace = dtype == DTYPE_FLOAT32 && d == padded;
   for (let key = from; key < to; key++, source += stride) {
     const state: u8 = seen == 0 ? SEEN : load<u8>(seen + <usize>(key - from));
     if (state == 0) continue;
-    loadRow(source, dtype, d, row, padded);
     let most: f32 = 0;
     if (mean == 0) {
-      most = rowMaximum(row, padded);
+      most = loadMeasured(source, dtype, d, row, padded);
     } else {
-      most = smoothKey(row, mean, padded);
+      if (!inPlace) loadRow(source, dtype, d, row, padded);
+      most = smoothKey(inPlace ? source : row, row, mean, padded);
       if (most < 0) {
         markPlain(job, tile, key);
-        loadRow(source, dtype, d, row, padded);
-        most = rowMaximum(row, padded);
+        most = loadMeasured(source, dtype, d, row, padded);
       }
     }
     // The integers of a key that no row gives weight stay 0.
@@ -377,8 +398,7 @@ function loadValues(
     let size: f32 = 0;
     if (state != 0) {
       // The row goes through scratch: loads may reach beyond its end, and the next one belongs there.
-      loadRow(source, dtype, dv, row, padded);
-      size = rowMaximum(row, padded);
+      size = loadMeasured(source, dtype, dv, row, padded);
       const invalid = size != size;
       if (invalid) {
         // FP4 has a code for what is not finite.
@@ -442,18 +462,18 @@ function appendToTile(
   }
 
   loadValues(job, tile, from, to, v, vStride, dtype, seen + <usize>from, 0, valueTail, scratch);
-  memory.fill(valueTail + <usize>to * valueBytes, 0, <usize>(BLOCK_K - to) * valueBytes);
+  memory.fill(valueTail + <usize>to * valueBytes, 0, <usize>(wholeSteps(to) - to) * valueBytes);
   let values = valueTail;
   if (flags & FLAG_SMOOTH_V) {
     meanOf(valueTail, valueBytes, DTYPE_FLOAT32, dvPadded, dvPadded, 0, to, seen, row, vMean, true);
     store<i32>(flagsAt, load<i32>(flagsAt) | TILE_SHIFTED);
     values = scratch + SCRATCH_VALUES;
-    memory.copy(values, valueTail, <usize>BLOCK_K * valueBytes);
+    memory.copy(values, valueTail, <usize>wholeSteps(to) * valueBytes);
     for (let key: usize = 0; key < <usize>to; key++) subtractRow(values + key * valueBytes, vMean, dvPadded);
   }
   const fp4 = (flags & FLAG_FP4) != 0;
   if (!fp4 && flags & FLAG_ACCURATE) {
-    packValues(job, tile, values);
+    packValues(job, tile, values, to);
     return;
   }
   for (let key: usize = 0; key < <usize>to; key++) {
@@ -543,9 +563,9 @@ export function prepareUnit(job: usize, unit: usize, scratch: usize): void {
       packKeys(job, tile, first, last, kFrom, kStride, dtype, seenFrom, flags & FLAG_SMOOTH_K ? kMean : 0, row);
       const mean = flags & FLAG_SMOOTH_V ? vMean : <usize>0;
       loadValues(job, tile, first, last, vFrom, vStride, dtype, seenFrom, mean, values, scratch);
-      memory.fill(values + <usize>last * valueBytes, 0, <usize>(BLOCK_K - last) * valueBytes);
+      memory.fill(values + <usize>last * valueBytes, 0, <usize>(wholeSteps(last) - last) * valueBytes);
       if (flags & FLAG_FP4) packValuesFp4(job, tile, values, last, rowsDiffer, scratch);
-      else if (flags & FLAG_ACCURATE) packValues(job, tile, values);
+      else if (flags & FLAG_ACCURATE) packValues(job, tile, values, last);
       else quantizeValues(job, tile, values, last, rowsDiffer, false, scratch);
     }
     from = to;

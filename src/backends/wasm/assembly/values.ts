@@ -57,15 +57,26 @@ export function markInvalidValues(job: usize, tile: usize, token: i32, row: usiz
   }
 }
 
-/** A tile's values, float32 `[BLOCK_K, DvPadded]` at `values`, to integers with a scale for each channel. */
-function quantizeByChannel(job: usize, tile: usize, values: usize): void {
+/** Keys of a partly filled tile that the products may take: they go in steps of so many. */
+// @ts-ignore: decorator
+@inline
+export function wholeSteps(keys: i32): i32 {
+  return (keys + 15) & ~15;
+}
+
+/**
+ * A tile's values, float32 `[keys, DvPadded]` at `values`, to integers with a scale for each channel.
+ *
+ * @param keys whole steps of them; what the tile holds beyond is not touched, and not read
+ */
+function quantizeByChannel(job: usize, tile: usize, values: usize, keys: i32): void {
   const padded = load<i32>(job, JOB_DV_PADDED);
   const rowBytes = <usize>padded << 2;
   const scales = tile + load<usize>(job, JOB_TILE_V_SCALES);
   let target = tile + load<usize>(job, JOB_TILE_V);
   for (let c: usize = 0; c < rowBytes; c += 16) {
     let most = f32x4.splat(0);
-    for (let t = 0, at = values + c; t < BLOCK_K; t++, at += rowBytes) {
+    for (let t = 0, at = values + c; t < keys; t++, at += rowBytes) {
       most = larger(most, magnitudes(v128.load(at)));
     }
     v128.store(scales + c, f32x4.mul(most, f32x4.splat(1 / V_LEVELS)));
@@ -80,7 +91,7 @@ function quantizeByChannel(job: usize, tile: usize, values: usize): void {
     // Two vectors of channels share a step: the second lies 16 bytes on.
     let to = target + (c & 16);
     if (c & 16) target += (BLOCK_K / (ASC_FEATURE_RELAXED_SIMD ? 4 : 2)) * 32;
-    for (let t = 0, at = values + c; t < BLOCK_K; ) {
+    for (let t = 0, at = values + c; t < keys; ) {
       const x0 = toIntegers(f32x4.mul(f32x4.mul(v128.load(at), lift), inverse));
       const x1 = toIntegers(f32x4.mul(f32x4.mul(v128.load(at + rowBytes), lift), inverse));
       if (ASC_FEATURE_RELAXED_SIMD) {
@@ -199,9 +210,9 @@ function packFine(row: usize, padded: i32, exponents: usize, target: usize): voi
 }
 
 /**
- * A tile's values, float32 `[BLOCK_K, DvPadded]` at `values`, to integers.
+ * A tile's values, float32 `[keys, DvPadded]` at `values`, to integers.
  *
- * @param keys that the tile holds; the rest are 0
+ * @param keys that the tile holds; the rest of the last step are 0
  * @param rowsDiffer whether rows may see different keys of the tile; their sizes are at SCRATCH_VALUE_SIZES then
  * @param kept whether `values` must stay as they are
  */
@@ -212,7 +223,8 @@ export function quantizeValues(
   const flagsAt = tile + load<usize>(job, JOB_TILE_FLAGS);
   const flags = load<i32>(flagsAt) & ~(TILE_FINE_VALUES | TILE_VALUES_APART);
   store<i32>(flagsAt, flags);
-  quantizeByChannel(job, tile, values);
+  const count = wholeSteps(keys);
+  quantizeByChannel(job, tile, values, count);
   if (!rowsDiffer) return;
   const scales = tile + load<usize>(job, JOB_TILE_V_SCALES);
   if (!keysDiffer(scratch + SCRATCH_VALUE_SIZES, keys) && !channelsDiffer(scales, padded)) return;
@@ -228,8 +240,8 @@ export function quantizeValues(
   if (apart > MOST_APART) {
     store<i32>(flagsAt, flags | TILE_FINE_VALUES);
     const target = tile + load<usize>(job, JOB_TILE_V);
-    memory.fill(exponents + <usize>(keys * groups), 0, <usize>((BLOCK_K - keys) * groups));
-    for (let t: usize = 0; t < <usize>BLOCK_K; t++) {
+    memory.fill(exponents + <usize>(keys * groups), 0, <usize>((count - keys) * groups));
+    for (let t: usize = 0; t < <usize>count; t++) {
       packFine(values + t * rowBytes, padded, exponents + t * <usize>groups, target + t * codeBytes);
     }
     return;
@@ -240,7 +252,7 @@ export function quantizeValues(
   let others = values;
   if (kept) {
     others = scratch + SCRATCH_VALUES;
-    memory.copy(others, values, <usize>BLOCK_K * rowBytes);
+    memory.copy(others, values, <usize>count * rowBytes);
   }
   for (let a: usize = 0; a < <usize>apart; a++) {
     const t = <usize>load<u8>(list + a);
@@ -249,18 +261,18 @@ export function quantizeValues(
     memory.copy(exponents + a * <usize>groups, exponents + t * <usize>groups, groups);
     memory.fill(others + t * rowBytes, 0, rowBytes);
   }
-  quantizeByChannel(job, tile, others);
+  quantizeByChannel(job, tile, others, count);
 }
 
 /** A tile's values kept in float32. */
-export function packValues(job: usize, tile: usize, values: usize): void {
+export function packValues(job: usize, tile: usize, values: usize, keys: i32): void {
   const rowBytes = <usize>load<i32>(job, JOB_DV_PADDED) << 2;
-  let to = tile + load<usize>(job, JOB_TILE_V);
-  for (let c: usize = 0; c < rowBytes; c += 32) {
-    for (let t = 0, at = values + c; t < BLOCK_K; t++, at += rowBytes) {
+  const count = wholeSteps(keys);
+  let group = tile + load<usize>(job, JOB_TILE_V);
+  for (let c: usize = 0; c < rowBytes; c += 32, group += BLOCK_K * 32) {
+    for (let t = 0, at = values + c, to = group; t < count; t++, at += rowBytes, to += 32) {
       v128.store(to, v128.load(at));
       v128.store(to, v128.load(at, 16), 16);
-      to += 32;
     }
   }
 }
