@@ -160,7 +160,7 @@ export const sageattnQkFp4PvFp4 = kernelFunction('qk-fp4-pv-fp4');
  */
 export const sageattnQkFp4PvFp4Cuda = kernelFunction('qk-fp4-pv-fp4-cuda');
 /**
- * FP4 QK with FP8 PV on Blackwell (compute capability 12): about a third of the error of FP4 in both products.
+ * FP4 QK with FP8 PV; CUDA, sm_89 and later: about 0.7 of the error of FP4 in both products.
  *
  * Shapes, options, results and errors are those of {@link sageattn}; `kernel` is not an option here.
  *
