@@ -421,6 +421,13 @@ function markAdded(tailSeen: usize, from: i32, to: i32, at: usize, stride: usize
   }
 }
 
+/** Keys of a tile that packing reads: FP4 takes one power of two from all of it. */
+// @ts-ignore: decorator
+@inline
+function stepsOf(flags: i32, keys: i32): i32 {
+  return flags & FLAG_FP4 ? BLOCK_K : wholeSteps(keys);
+}
+
 /**
  * Adds tokens to a tile that has means of its own and may get more: keys and values that came are kept in float32 until the
  * tile is full. Values are quantized anew each time, keys with a new mean whenever their number has doubled, so that the
@@ -462,13 +469,13 @@ function appendToTile(
   }
 
   loadValues(job, tile, from, to, v, vStride, dtype, seen + <usize>from, 0, valueTail, scratch);
-  memory.fill(valueTail + <usize>to * valueBytes, 0, <usize>(wholeSteps(to) - to) * valueBytes);
+  memory.fill(valueTail + <usize>to * valueBytes, 0, <usize>(stepsOf(flags, to) - to) * valueBytes);
   let values = valueTail;
   if (flags & FLAG_SMOOTH_V) {
     meanOf(valueTail, valueBytes, DTYPE_FLOAT32, dvPadded, dvPadded, 0, to, seen, row, vMean, true);
     store<i32>(flagsAt, load<i32>(flagsAt) | TILE_SHIFTED);
     values = scratch + SCRATCH_VALUES;
-    memory.copy(values, valueTail, <usize>wholeSteps(to) * valueBytes);
+    memory.copy(values, valueTail, <usize>stepsOf(flags, to) * valueBytes);
     for (let key: usize = 0; key < <usize>to; key++) subtractRow(values + key * valueBytes, vMean, dvPadded);
   }
   const fp4 = (flags & FLAG_FP4) != 0;
@@ -563,7 +570,7 @@ export function prepareUnit(job: usize, unit: usize, scratch: usize): void {
       packKeys(job, tile, first, last, kFrom, kStride, dtype, seenFrom, flags & FLAG_SMOOTH_K ? kMean : 0, row);
       const mean = flags & FLAG_SMOOTH_V ? vMean : <usize>0;
       loadValues(job, tile, first, last, vFrom, vStride, dtype, seenFrom, mean, values, scratch);
-      memory.fill(values + <usize>last * valueBytes, 0, <usize>(wholeSteps(last) - last) * valueBytes);
+      memory.fill(values + <usize>last * valueBytes, 0, <usize>(stepsOf(flags, last) - last) * valueBytes);
       if (flags & FLAG_FP4) packValuesFp4(job, tile, values, last, rowsDiffer, scratch);
       else if (flags & FLAG_ACCURATE) packValues(job, tile, values, last);
       else quantizeValues(job, tile, values, last, rowsDiffer, false, scratch);
