@@ -160,7 +160,7 @@ export interface Backend {
   /** Absent, like {@link planBackward}: the backend has no backward pass. undefined: it has none for this problem on this device. */
   backwardSupport?(problem: AttentionProblem): Promise<BackwardSupport | undefined>;
   /**
-   * @param kernel of the forward pass, one of {@link BackwardSupport.kernels}, with its options
+   * @param kernel of the forward pass, one of `BackwardSupport.kernels`, with its options
    */
   planBackward?(problem: BackwardProblem, kernel: KernelChoice): Promise<BackwardPlan>;
   /**
