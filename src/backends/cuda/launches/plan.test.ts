@@ -6,7 +6,7 @@ import { CUDA_KERNELS, type CudaKernelDescriptor, lackedBy } from '../kernel-tab
 import { TARGET_FEATURES, TARGETS } from '../ptx/targets.ts';
 import type { SimulatableModule } from './arguments.ts';
 import { planAttend, planKeyValue, planLaunches } from './plan.ts';
-import { keepsQuery } from './scheme.ts';
+import { keepsQuery, targetOfKernel } from './scheme.ts';
 
 const choiceOf = (descriptor: CudaKernelDescriptor): KernelChoice => ({
   descriptor,
@@ -84,7 +84,7 @@ describe.each(COMBINATIONS)('$name on $target', ({ target, kernel }) => {
     const whole = planLaunches(problem, choice, device);
     const first = planKeyValue(problem, choice, device);
     const second = planAttend(problem, choice, device);
-    if (keepsQuery(problem, choice, target)) {
+    if (keepsQuery(problem, choice, targetOfKernel(choice, target))) {
       // Over a cache Q and P are not FP4: K and V are the same.
       expect(whole.launches.slice(0, first.launches.length)).toEqual(first.launches);
       expect(whole.scratch).toMatchObject(first.kept);
