@@ -131,6 +131,9 @@ describe('as a process', () => {
   });
 });
 
+/** FP4 keeps less than the others. */
+const leastCosine = ({ kernel }: { readonly kernel: string }) => (kernel.includes('fp4') ? 0.95 : 0.99);
+
 it('says its version and what it can do', async () => {
   const { version } = JSON.parse(await readFile(new URL('../../package.json', import.meta.url), 'utf8'));
   expect(await run('--version')).toMatchObject({ code: 0, out: `${version}\n` });
@@ -145,8 +148,8 @@ it('doctor tells of every backend and tests every kernel that can run', async ()
   for (const name of ['wasm: available', 'webgpu:', 'cuda:', 'demo model']) expect(out).toContain(name);
   const cosines = [...out.matchAll(/cosine (\d\.\d+)/g)].map(([, value]) => Number(value));
   expect(cosines.length).toBeGreaterThanOrEqual(2);
-  // 0.99 is far below what the weakest kernel reaches and far above anything that is not attention.
-  expect(Math.min(...cosines)).toBeGreaterThan(0.99);
+  // Far below what the weakest kernel (FP4) reaches and far above anything that is not attention.
+  expect(Math.min(...cosines)).toBeGreaterThan(0.95);
 });
 
 describe('bench', () => {
@@ -175,7 +178,7 @@ describe('bench', () => {
       expect(fastestMs).toBeGreaterThan(0);
       expect(medianMs).toBeGreaterThanOrEqual(fastestMs);
       expect(gflops).toBeCloseTo((4 * 4 * length ** 2 * headDim) / (isCausal ? 2 : 1) / medianMs / 1e6, 9);
-      expect(accuracy.cosineSimilarity).toBeGreaterThan(0.99);
+      expect(accuracy.cosineSimilarity).toBeGreaterThan(leastCosine(result));
       expect(accuracy.relativeL1).toBeGreaterThan(0);
     }
     const [first] = report.results as [Required<BenchReport['results'][number]>];
@@ -214,7 +217,9 @@ describe('compare', () => {
     const report = JSON.parse(await readFile(json, 'utf8'));
     expect(report).toMatchObject({ schema: 'sageattention-compare/1', rows: 64, isCausal: true, dtype: 'bfloat16' });
     expect(report.results.length).toBeGreaterThanOrEqual(2);
-    for (const { accuracy } of report.results) expect(accuracy.cosineSimilarity).toBeGreaterThan(0.99);
+    for (const result of report.results) {
+      expect(result.accuracy.cosineSimilarity).toBeGreaterThan(leastCosine(result));
+    }
   });
 
   it('takes other names, another layout, no batch and other lengths of keys', async () => {
@@ -258,8 +263,8 @@ it('demo compares exact attention and SageAttention on a text, in pieces and as 
     expect(comparison.worstEmbeddingCosine).toBeGreaterThan(0.99);
     for (const { attention, hidden, exactMs, sageMs } of comparison.layers) {
       expect(attention.cosineSimilarity).toBeGreaterThan(0.99);
-      // Quantized attention that agrees to the last bit would be exact attention under another name.
-      expect(attention.relativeL1).toBeGreaterThan(1e-5);
+      // Short texts are not quantized: float32 differs by roundings. The same bits would be the same attention twice.
+      expect(attention.relativeL1).toBeGreaterThan(0);
       expect(hidden.cosineSimilarity).toBeGreaterThan(0.99);
       expect(exactMs).toBeGreaterThan(0);
       expect(sageMs).toBeGreaterThan(0);

@@ -91,7 +91,7 @@ describe('kernels that refuse or fail', () => {
     const { results } = JSON.parse(await readFile(json, 'utf8'));
     await rm(folder, { recursive: true });
     expect(code).toBe(1);
-    expect(err).toContain('error: 1 of 5 measurements failed');
+    expect(err).toContain('error: 1 of 6 measurements failed');
     expect(out).toMatch(/refused/);
     expect(out).toContain('the device was lost');
     const of = (backend: string) => results.filter((result: { backend: string }) => result.backend === backend);

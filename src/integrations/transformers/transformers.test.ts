@@ -51,6 +51,9 @@ async function embed(transformers: Transformers, options: object) {
 const difference = (a: ArrayLike<number>, b: ArrayLike<number>) =>
   Array.from(a).reduce((most, value, i) => Math.max(most, Math.abs(value - (b[i] as number))), 0);
 
+/** By name: so few tokens would not be quantized, and nothing would show that SageAttention ran. */
+const QUANTIZED = 'qk-int8-pv-int8';
+
 describe('feature-extraction', () => {
   it('gives the same embeddings with the module and without, whatever the device is called and whenever it is imported', async () => {
     const warn = vi.spyOn(console, 'warn').mockImplementation(() => undefined);
@@ -64,7 +67,7 @@ describe('feature-extraction', () => {
     const left = await embed(transformers, {});
     expect(attentionReportOf(left.session)?.[0]?.reason).toContain('faster on a CPU');
     expect(() => install({ minTokens: -1 })).toThrow(InvalidArgumentError);
-    let uninstall = install({ minTokens: 0 });
+    let uninstall = install({ minTokens: 0, kernel: QUANTIZED });
     for (const device of ['cpu', undefined]) {
       const sage = await embed(transformers, device === undefined ? {} : { device });
       const report = attentionReportOf(sage.session);
@@ -79,7 +82,7 @@ describe('feature-extraction', () => {
       expect(difference(sage.output.data as Float32Array, plain.output.data as Float32Array)).toBeLessThan(5e-3);
       await sage.dispose();
     }
-    uninstall = install({ minTokens: 0 });
+    uninstall = install({ minTokens: 0, kernel: QUANTIZED });
     uninstall();
     expect(warn).not.toHaveBeenCalled();
     warn.mockRestore();
@@ -108,7 +111,7 @@ describe('feature-extraction', () => {
   it('replaces attention in an onnxruntime that the program provides', async () => {
     const scope = globalThis as { [key: symbol]: unknown };
     const plain = await embed(await loadTransformers('plain'), {});
-    scope[Symbol.for('onnxruntime')] = withSageAttention(ortNode, { minTokens: 0 });
+    scope[Symbol.for('onnxruntime')] = withSageAttention(ortNode, { minTokens: 0, kernel: QUANTIZED });
     try {
       const transformers = await loadTransformers('provided');
       await expect(embed(transformers, { device: 'cpu' })).rejects.toThrow(/Unsupported device/);
@@ -126,7 +129,7 @@ describe('feature-extraction', () => {
 
   it('runs on a patched class under any device, and as before once the patch is undone', async () => {
     const transformers = await loadTransformers('patched');
-    const uninstall = installSageAttention(ortNode, { minTokens: 0 });
+    const uninstall = installSageAttention(ortNode, { minTokens: 0, kernel: QUANTIZED });
     expect(() => installSageAttention(ortNode)).toThrow(expect.objectContaining({ code: 'already-installed' }));
     const sage = await embed(transformers, { device: 'cpu' });
     expect(attentionReportOf(sage.session)?.map(({ taken }) => taken)).toEqual([true, true]);
