@@ -36,6 +36,7 @@ import { slice } from '../../src/tensor/tensor.ts';
 import { GOLDEN_NAMES, readGolden } from '../../test/golden/golden.ts';
 import { Random, runSeed } from '../../test/support/random.ts';
 import { normalBits, type Shape } from './inputs.ts';
+import { TORCH_TIMED } from './torch.ts';
 import { factsOf, type KernelTime, nvidiaSmi, Workbench } from './workbench.ts';
 
 const HEADS = 32;
@@ -83,6 +84,7 @@ const nameOf = ({ headDim, tokens, batch, isCausal }: Shape) =>
 const PROGRAM = `
 import json, sys, statistics, torch
 from torch.nn.attention import sdpa_kernel, SDPBackend
+${TORCH_TIMED}
 results = []
 for s in json.load(sys.stdin):
     size = (s["batch"], s["heads"], s["tokens"], s["headDim"])
@@ -94,12 +96,6 @@ for s in json.load(sys.stdin):
                 forward = lambda: torch.nn.functional.scaled_dot_product_attention(q, k, v, is_causal=s["isCausal"])
                 out = forward()
                 backward = lambda: torch.autograd.grad(out, (q, k, v), g, retain_graph=True)
-                def timed(call, n):
-                    a, b = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
-                    a.record()
-                    for _ in range(n): call()
-                    b.record(); b.synchronize()
-                    return a.elapsed_time(b) / n
                 def median(call):
                     for _ in range(2): call()
                     n = max(1, min(100, int(40 / timed(call, 1))))

@@ -28,7 +28,8 @@ import { compare } from '../../src/reference/metrics.ts';
 import { toFloat32 } from '../../src/tensor/access.ts';
 import { Random, runSeed } from '../../test/support/random.ts';
 import { exactRow, normalBits } from './inputs.ts';
-import { factsOf, nvidiaSmi, Workbench } from './workbench.ts';
+import { TORCH_TIMED } from './torch.ts';
+import { cacheAddresses, factsOf, nvidiaSmi, Workbench } from './workbench.ts';
 
 const [HEADS, KEY_HEADS, DIM] = [32, 8, 128] as const;
 const KERNELS: readonly KernelName[] = [
@@ -43,6 +44,7 @@ const COMPARED = [0, 13, 31];
 const TORCH = `
 import json, statistics, sys, torch
 from torch.nn.attention import sdpa_kernel, SDPBackend
+${TORCH_TIMED}
 keys = int(sys.argv[1])
 q = torch.randn(1, ${HEADS}, 1, ${DIM}, device="cuda", dtype=torch.bfloat16)
 k, v = (torch.randn(1, ${KEY_HEADS}, keys, ${DIM}, device="cuda", dtype=torch.bfloat16) for _ in range(2))
@@ -53,14 +55,8 @@ for name in ("FLASH_ATTENTION", "CUDNN_ATTENTION"):
                       ("enable_gqa", lambda: torch.nn.functional.scaled_dot_product_attention(q, k, v, enable_gqa=True))):
         try:
             with sdpa_kernel(getattr(SDPBackend, name)):
-                def timed(n):
-                    a, b = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
-                    a.record()
-                    for _ in range(n): call()
-                    b.record(); b.synchronize()
-                    return a.elapsed_time(b) / n
-                timed(20)
-                found[f"{name}, {how}"] = 1000 * statistics.median(timed(200) for _ in range(5))
+                timed(call, 20)
+                found[f"{name}, {how}"] = 1000 * statistics.median(timed(call, 200) for _ in range(5))
         except Exception as error:
             print(name, how, error, file=sys.stderr)
 json.dump(found, sys.stdout)
@@ -103,13 +99,7 @@ function measure(device: CudaDevice, kernel: KernelName, bits: Bits, keys: numbe
   const kept = device.allocate(byteLength);
   const output = emptyCudaTensor(device, [1, HEADS, 1, DIM], 'bfloat16');
   memory.push(kept, output.memory);
-  const addresses: Record<string, bigint> = {
-    q: q.memory.pointer,
-    k: k.memory.pointer,
-    v: v.memory.pointer,
-    output: output.memory.pointer,
-  };
-  for (const [name, offset] of offsets) addresses[name] = kept.pointer + BigInt(offset);
+  const addresses = cacheAddresses({ q, k, v, output }, offsets, kept.pointer);
   const preparing = new Workbench(device, quantize, addresses);
   preparing.run();
   const attending = new Workbench(device, planAttend(problem, choice, factsOf(device)), addresses);

@@ -8,9 +8,20 @@ export interface TorchTime extends Shape {
   readonly milliseconds: number;
 }
 
+/** Python: milliseconds of a call, by events around n of them. */
+export const TORCH_TIMED = `
+def timed(call, n):
+    a, b = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
+    a.record()
+    for _ in range(n): call()
+    b.record(); b.synchronize()
+    return a.elapsed_time(b) / n
+`;
+
 const PROGRAM = `
 import json, sys, statistics, torch
 from torch.nn.attention import sdpa_kernel, SDPBackend
+${TORCH_TIMED}
 shapes = json.load(sys.stdin)
 results = []
 for s in shapes:
@@ -20,17 +31,11 @@ for s in shapes:
         try:
             with sdpa_kernel(getattr(SDPBackend, name)):
                 call = lambda: torch.nn.functional.scaled_dot_product_attention(q, k, v, is_causal=s["isCausal"])
-                def timed(n):
-                    a, b = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
-                    a.record()
-                    for _ in range(n): call()
-                    b.record(); b.synchronize()
-                    return a.elapsed_time(b) / n
                 for _ in range(3): call()
-                once = timed(1)
+                once = timed(call, 1)
                 n = max(1, min(200, int(40 / once)))
-                timed(n)
-                results.append({**s, "backend": name, "milliseconds": statistics.median(timed(n) for _ in range(5))})
+                timed(call, n)
+                results.append({**s, "backend": name, "milliseconds": statistics.median(timed(call, n) for _ in range(5))})
         except Exception as error:
             print(name, s, error, file=sys.stderr)
 json.dump({"torch": torch.__version__, "results": results}, sys.stdout)

@@ -35,7 +35,7 @@ import { Random, runSeed } from '../../test/support/random.ts';
 import { runInWorkers, work } from '../harness.ts';
 import { exactRow, type HostInputs, normalBits, type SampledRow, type Shape, sampleRows } from './inputs.ts';
 import { torchTimes } from './torch.ts';
-import { copyBandwidth, factsOf, isAttention, nvidiaSmi, tflops, Workbench } from './workbench.ts';
+import { cacheAddresses, copyBandwidth, factsOf, isAttention, nvidiaSmi, tflops, Workbench } from './workbench.ts';
 
 const HEADS = 32;
 const SAMPLED_ROWS = 16;
@@ -319,13 +319,7 @@ function decode(bench: Bench, task: Task & { kind: 'decode' }): Partial<Outcome>
   // Several copies, so that the L2 cache holds none of the next.
   const copies = Array.from({ length: 3 }, () => {
     const kept = device.allocate(byteLength);
-    const addresses: Record<string, bigint> = {
-      q: q.memory.pointer,
-      k: k.memory.pointer,
-      v: v.memory.pointer,
-      output: output.memory.pointer,
-    };
-    for (const [name, offset] of offsets) addresses[name] = kept.pointer + BigInt(offset);
+    const addresses = cacheAddresses({ q, k, v, output }, offsets, kept.pointer);
     const preparing = new Workbench(device, quantize, addresses);
     preparing.run();
     device.stream.synchronize();

@@ -1,7 +1,7 @@
 /** One problem's launches on a device, to be run and timed whole or in part, and what a copy takes there. */
 import { spawnSync } from 'node:child_process';
 import { PreparedLaunches } from '../../src/backends/cuda/driver/prepared-launches.ts';
-import type { CudaDevice } from '../../src/backends/cuda/index.ts';
+import type { CudaDevice, CudaTensor } from '../../src/backends/cuda/index.ts';
 import { targetFor } from '../../src/backends/cuda/kernel-table.ts';
 import type { BufferName, LaunchSequence } from '../../src/backends/cuda/launches/launch.ts';
 import { packBuffers } from '../../src/backends/cuda/run/bound-launches.ts';
@@ -44,6 +44,18 @@ export function copyBandwidth(device: CudaDevice): number {
     device.call('cuMemcpyDtoDAsync', 'copying', to.pointer, from.pointer, bytes, device.stream.handle),
   );
   return (2 * bytes) / (milliseconds / 1000);
+}
+
+/** Addresses of an attention's tensors, and of what a cache keeps in one piece of memory. */
+export function cacheAddresses(
+  tensors: Readonly<Record<'q' | 'k' | 'v' | 'output', CudaTensor>>,
+  offsets: ReadonlyMap<BufferName, number>,
+  kept: bigint,
+): Record<BufferName, bigint> {
+  return Object.fromEntries([
+    ...Object.entries(tensors).map(([name, { memory }]) => [name, memory.pointer]),
+    ...[...offsets].map(([name, offset]) => [name, kept + BigInt(offset)]),
+  ]);
 }
 
 /** Launches of one problem with all their buffers, to be run whole or in part. */

@@ -17,6 +17,7 @@ import type {
   KeyValueContext,
   Plan,
   PreparedKeyValue,
+  RunContext,
 } from '../backend.ts';
 import { unavailable } from '../load-code.ts';
 import { backwardCall } from './backward.ts';
@@ -26,7 +27,7 @@ import type { Simd } from './geometry.ts';
 import { BACKWARD, fastestKernel, INTEGER_KERNEL, KERNELS, MAX_BACKWARD_HEAD_DIM } from './kernel-table.ts';
 import { WasmKeyValue } from './key-value.ts';
 import { compileUnshared, type KernelSources, type LoadedModule, loadModule } from './modules.ts';
-import { Runtime } from './runtime.ts';
+import { type CallParts, Runtime } from './runtime.ts';
 import { RuntimeSlot } from './runtime-slot.ts';
 import { ownInputs } from './staging.ts';
 import { canShare, defaultThreads } from './workers.ts';
@@ -61,6 +62,19 @@ export interface WasmBackendParts {
 
 const OPTION_NAMES = ['threads', 'simd', 'workerUrl'] as const satisfies readonly (keyof WasmBackendOptions)[];
 const MOST_THREADS = 256;
+
+/** Runs a call. Inputs are read before this returns: at once, or as copies where the runtime must be started again. */
+async function run<Inputs extends object, Result>(
+  slot: RuntimeSlot,
+  inputs: Inputs,
+  context: RunContext,
+  parts: (runtime: Runtime, inputs: Inputs) => CallParts<Result>,
+): Promise<Result> {
+  const ready = slot.ready();
+  const operands = ready === undefined ? ownInputs(inputs) : inputs;
+  const runtime = ready ?? (await slot.current());
+  return runtime.run(context, parts(runtime, operands));
+}
 
 class WasmBackendImplementation implements WasmBackend {
   readonly name = 'wasm';
@@ -156,13 +170,7 @@ class WasmBackendImplementation implements WasmBackend {
     return {
       kernel,
       outputs: attentionOutputs(problem),
-      // Inputs are read before this returns: at once, or as copies where the threads must be started again.
-      run: async (inputs, context) => {
-        const ready = slot.ready();
-        const operands = ready === undefined ? ownInputs(inputs) : inputs;
-        const runtime = ready ?? (await slot.current());
-        return runtime.run(context, calls.parts(runtime, operands));
-      },
+      run: (inputs, context) => run(slot, inputs, context, (runtime, own) => calls.parts(runtime, own)),
       dispose: () => {},
     };
   }
@@ -177,12 +185,8 @@ class WasmBackendImplementation implements WasmBackend {
     return {
       kernel,
       outputs: gradientOutputs(problem),
-      run: async (inputs, context) => {
-        const ready = this.#workers.ready();
-        const operands = ready === undefined ? ownInputs(inputs) : inputs;
-        const runtime = ready ?? (await this.#workers.current());
-        return runtime.run(context, backwardCall(runtime, problem, arithmetic, operands));
-      },
+      run: (inputs, context) =>
+        run(this.#workers, inputs, context, (runtime, own) => backwardCall(runtime, problem, arithmetic, own)),
       dispose: () => {},
     };
   }
