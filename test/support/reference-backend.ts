@@ -58,7 +58,8 @@ export function referenceBackend(descriptor: KernelDescriptor, algorithm: Quanti
     }),
     async prepareKeyValue(prepared, kernel, k, v) {
       const order = prepared.tensorLayout === 'HND' ? [0, 1, 2, 3] : [0, 2, 1, 3];
-      let held = { k: k as Tensor, v: v as Tensor };
+      // The caller may write over its tensors as soon as the call is made.
+      let held = structuredClone({ k: k as Tensor, v: v as Tensor });
       return {
         get length() {
           return held.k.shape[prepared.tensorLayout === 'HND' ? 2 : 1] as number;
