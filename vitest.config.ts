@@ -1,5 +1,6 @@
 import { playwright } from '@vitest/browser-playwright';
 import { configDefaults, defineConfig } from 'vitest/config';
+import { BaseSequencer, type TestSpecification } from 'vitest/node';
 import {
   CHROMIUM,
   CHROMIUM_FLAGS,
@@ -30,9 +31,22 @@ function softwareGpuProject(gpu: SoftwareGpu) {
   };
 }
 
+/**
+ * Starts the longest files first, so that none runs on alone at the end. Vitest itself starts the files with most bytes
+ * first where it has no times of an earlier run, and conformance files are short.
+ */
+class LongestFirst extends BaseSequencer {
+  override async sort(files: TestSpecification[]): Promise<TestSpecification[]> {
+    const isLong = ({ moduleId }: TestSpecification) => /\bconformance\b/.test(moduleId);
+    const sorted = await super.sort(files);
+    return [...sorted.filter(isLong), ...sorted.filter((file) => !isLong(file))];
+  }
+}
+
 export default defineConfig({
   test: {
     pool: 'forks',
+    sequence: { sequencer: LongestFirst },
     globalSetup: './test/support/global-setup.ts',
     testTimeout: 120_000,
     projects: [

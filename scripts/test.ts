@@ -2,8 +2,9 @@
  * `npm test`: builds what the tests need, runs every part, and closes with what passed, failed and could not run.
  * Nothing is skipped in silence: a part that cannot run is named, and in CI it is a failure.
  *
- * By hand it ends within minutes: of the tests on simulated and software GPUs it runs those that a printed seed picks.
- * With `CI` set it runs all, and holds the coverage of src/ to its bound.
+ * Of the tests on simulated and software GPUs it runs those that a printed seed picks: few by hand, to end within
+ * minutes, and more with `CI` set, where it also holds the coverage of src/ to its bound.
+ * SAGEATTENTION_TESTS=all runs every test.
  *
  * `npm test -- unit Chromium` runs the parts whose names have one of these words.
  */
@@ -72,9 +73,14 @@ const PARTS: readonly Part[] = [
   },
 ];
 
-const EVERYTHING = process.env.CI !== undefined;
+const IN_CI = process.env.CI !== undefined;
 const SEED = process.env.SAGEATTENTION_SEED ?? String(Math.floor(Math.random() * 2 ** 32));
-const CHOICE = EVERYTHING ? {} : { SAGEATTENTION_TESTS: 'sample', SAGEATTENTION_SEED: SEED };
+/** What test/support/sample.ts reads. */
+const CHOICE: NodeJS.ProcessEnv = {
+  ...(IN_CI ? {} : { SAGEATTENTION_TESTS: 'sample' }),
+  ...process.env,
+  SAGEATTENTION_SEED: SEED,
+};
 
 /** Examples, command line, playground and runtimes are tested as the package has them. */
 function ensureBuilt(): void {
@@ -130,9 +136,9 @@ function run(part: Part, folder: string): Counts {
       node,
       [
         ...[vitest, 'run', ...part.arguments, '--reporter=default', '--reporter=json', `--outputFile.json=${report}`],
-        ...(EVERYTHING && part.covers === true ? coverage : []),
+        ...(IN_CI && part.covers === true ? coverage : []),
       ],
-      { stdio: ['ignore', 'inherit', 'inherit'], env: { ...process.env, ...CHOICE, ...part.env?.() } },
+      { stdio: ['ignore', 'inherit', 'inherit'], env: { ...CHOICE, ...part.env?.() } },
     );
     const { numPassedTests, testResults } = JSON.parse(readFileSync(report, 'utf8')) as VitestReport;
     const tests = testResults.flatMap(({ assertionResults }) => assertionResults);
@@ -150,7 +156,7 @@ function run(part: Part, folder: string): Counts {
   } catch (error) {
     const reason = `${part.name}: ${messageOf(error)}`;
     console.error(reason);
-    return !EVERYTHING ? { passed: 0, failed: [], skipped: [reason] } : { passed: 0, failed: [reason], skipped: [] };
+    return !IN_CI ? { passed: 0, failed: [], skipped: [reason] } : { passed: 0, failed: [reason], skipped: [] };
   }
 }
 
@@ -206,10 +212,11 @@ try {
     total((counts) => counts.skipped.length),
   ];
   // A run of some parts covers only what they do, and failed tests are reported already.
-  const covered = !EVERYTHING || only.length > 0 || failed > 0 || mergeCoverage(folder);
-  if (!EVERYTHING) {
+  const covered = !IN_CI || only.length > 0 || failed > 0 || mergeCoverage(folder);
+  if (CHOICE.SAGEATTENTION_TESTS !== 'all') {
+    const rest = IN_CI ? '' : ' CI=true runs more of them.';
     console.log(
-      `\nSimulated and software GPUs ran the sample of SAGEATTENTION_SEED=${SEED}; CI=true npm test runs everything.`,
+      `\nSimulated and software GPUs ran the sample of SAGEATTENTION_SEED=${SEED};${rest} SAGEATTENTION_TESTS=all runs all.`,
     );
   }
   console.log(`\n${passed} passed, ${failed + (covered ? 0 : 1)} failed, ${skipped} skipped`);

@@ -3,7 +3,7 @@ import { setBackend } from '../../src/backends/registry.ts';
 import { createWasmBackend, type WasmBackend, type WasmBackendOptions } from '../../src/backends/wasm/index.ts';
 import { PORTABLE_ALGORITHM } from '../../src/reference/quantized.ts';
 import { runSeed } from '../support/random.ts';
-import { sampled } from '../support/sample.ts';
+import { type Shares, sampled } from '../support/sample.ts';
 import { type BackwardTarget, backwardTests } from './backward-suite.ts';
 
 const TARGET: BackwardTarget = {
@@ -16,12 +16,12 @@ const TARGET: BackwardTarget = {
 };
 
 const seed = runSeed();
-const VARIANTS: readonly (readonly [WasmBackendOptions, number])[] = [
-  [{ threads: 2, simd: 'simd128' }, 0.5],
-  [{ threads: 1 }, 0.25],
+const VARIANTS: readonly (readonly [WasmBackendOptions, Shares])[] = [
+  [{ threads: 2, simd: 'simd128' }, { byHand: 0.5 }],
+  [{ threads: 1 }, { byHand: 0.25 }],
 ];
 
-for (const [options, share] of VARIANTS) {
+for (const [options, shares] of VARIANTS) {
   describe(`WASM gradients, ${options.simd ?? 'auto'}, ${options.threads} threads (SAGEATTENTION_SEED=${seed})`, () => {
     let backend: WasmBackend | undefined;
     beforeAll(async () => {
@@ -29,6 +29,6 @@ for (const [options, share] of VARIANTS) {
       await setBackend(backend);
     });
     afterAll(() => backend?.dispose());
-    for (const { name, run } of sampled(backwardTests(TARGET, seed), seed, share, `${options.threads}`)) it(name, run);
+    for (const { name, run } of sampled(backwardTests(TARGET, seed), seed, shares, `${options.threads}`)) it(name, run);
   });
 }

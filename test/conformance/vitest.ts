@@ -2,20 +2,18 @@ import { afterAll, beforeAll, describe, it } from 'vitest';
 import type { Backend } from '../../src/backends/backend.ts';
 import { setBackend } from '../../src/backends/registry.ts';
 import { runSeed } from '../support/random.ts';
-import { sampled } from '../support/sample.ts';
+import { type Shares, sampled } from '../support/sample.ts';
 import { conformanceTests, type Target } from './suite.ts';
 
 /**
  * Runs the conformance suite for targets of one backend instance.
  *
- * @param share of each target's tests in a sample (`test/support/sample.ts`); 1 where they are quick
- * @param options `always`: never more than a sample, unless SAGEATTENTION_TESTS=all
+ * @param shares of each target's tests in a sample (`test/support/sample.ts`); all where they are quick
  */
 export function describeConformance(
   create: () => Backend | Promise<Backend>,
   targets: readonly Target[],
-  share = 1,
-  { always = false }: { readonly always?: boolean } = {},
+  shares: Shares = { byHand: 1 },
 ): void {
   const seed = runSeed();
   let backend: Backend | undefined;
@@ -26,7 +24,7 @@ export function describeConformance(
   afterAll(() => backend?.dispose());
   for (const target of targets) {
     describe(`${target.name} (SAGEATTENTION_SEED=${seed})`, () => {
-      for (const test of sampled(conformanceTests(target, seed), seed, share, target.name, always)) {
+      for (const test of sampled(conformanceTests(target, seed), seed, shares, target.name)) {
         it(test.name, test.run);
       }
     });

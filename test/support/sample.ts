@@ -1,8 +1,16 @@
 /**
- * A part of many like tests, for a run by hand: where each takes seconds (simulated kernels, software GPUs), `npm test`
- * without `CI` runs those that the run's seed picks, and over time all. `SAGEATTENTION_TESTS=sample` asks for it; all
- * run otherwise.
+ * A part of many like tests, where each takes seconds (simulated kernels, software GPUs). The run's seed picks it, so
+ * that over several runs every test has its turn. `SAGEATTENTION_TESTS=sample` is what `npm test` sets without `CI`,
+ * and `SAGEATTENTION_TESTS=all` runs every test.
  */
+
+/** Shares of a list of tests, each 0 to 1. */
+export interface Shares {
+  /** `npm test` without `CI`. */
+  readonly byHand: number;
+  /** Every other run, CI's too. Less than 1 is for tests that all run on hardware (`test/cuda`). Default 1. */
+  readonly otherwise?: number;
+}
 
 /** A number in [0, 1) from a seed and a text (FNV-1a, then a finalizer that spreads its bits). */
 function chance(seed: number, text: string): number {
@@ -13,28 +21,38 @@ function chance(seed: number, text: string): number {
   return ((hash ^ (hash >>> 16)) >>> 0) / 2 ** 32;
 }
 
+/** The kind of a test named `mask: additive float16` is `mask`. */
+const kindOf = (name: string): string => name.split(':', 1)[0] as string;
+
+function shareNow({ byHand, otherwise = 1 }: Shares): number {
+  const asked = globalThis.process?.env?.SAGEATTENTION_TESTS;
+  return asked === 'all' ? 1 : asked === 'sample' ? byHand : otherwise;
+}
+
 /**
- * @param share of the tests that a sample has, 0 to 1
- * @param always a sample also where none is asked for: tests that run whole elsewhere, on hardware;
- * SAGEATTENTION_TESTS=all runs all
- * @param group told apart from other groups, which have tests of the same names
- * @returns the tests to run, in their order; at least one of a group that has any
+ * Every test is as likely as any other. The sample is spread over the kinds of tests: a kind of at least 1 / share tests
+ * is in every sample.
+ *
+ * @param list name of the list, so that lists with tests of the same names get different samples
+ * @returns the tests to run, in their order; at least one unless there is none
  */
 export function sampled<T extends { readonly name: string }>(
   tests: readonly T[],
   seed: number,
-  share: number,
-  group = '',
-  always = false,
+  shares: Shares,
+  list = '',
 ): readonly T[] {
-  const asked = globalThis.process?.env?.SAGEATTENTION_TESTS;
-  if (asked !== 'sample' && (!always || asked === 'all')) return tests;
-  const ranked = tests.map((test) => ({ test, at: chance(seed, `${group}: ${test.name}`) }));
+  const share = shareNow(shares);
+  if (share >= 1 || tests.length === 0) return tests;
+  const kinds = [...new Set(tests.map(({ name }) => kindOf(name)))];
+  const order = tests
+    .map((test) => ({ test, kind: kinds.indexOf(kindOf(test.name)), at: chance(seed, `${list}: ${test.name}`) }))
+    .sort((a, b) => a.kind - b.kind || a.at - b.at);
+  // Evenly spaced places of that order, from a random one on.
+  const count = Math.max(1, Math.round(share * tests.length));
+  const start = chance(seed, list);
   const picked = new Set(
-    ranked
-      .sort((a, b) => a.at - b.at)
-      .slice(0, Math.max(1, Math.round(share * tests.length)))
-      .map(({ test }) => test),
+    Array.from({ length: count }, (_, i) => order[Math.floor(((i + start) * tests.length) / count)]?.test),
   );
   return tests.filter((test) => picked.has(test));
 }

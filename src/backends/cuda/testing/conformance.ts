@@ -14,8 +14,8 @@ const WORK = {
   others: Number(process.env.SIMULATED_WORK ?? 2e5),
 } as const;
 
-/** Share of a target's tests that `npm test` by hand simulates; see test/support/sample.ts. */
-export const SIMULATED_SHARE = 0.1;
+/** Shares of a target's tests that are simulated (`test/support/sample.ts`); on a card `test/cuda` runs all. */
+export const SIMULATED_SHARES = { byHand: 0.1, otherwise: 0.3 };
 
 /**
  * The kernels of the table that start at a capability, on a device of it or a later one. Each capability has a file of
@@ -38,6 +38,6 @@ export function describeSimulated(capability: number, from = capability): void {
         randomCases: i === 0 ? 5 : 2,
       })),
     );
-    describeConformance(() => createSimulatedBackend(capability), targets, SIMULATED_SHARE);
+    describeConformance(() => createSimulatedBackend(capability), targets, SIMULATED_SHARES);
   });
 }

@@ -2,7 +2,7 @@
 import { describeConformance } from '../../../../../test/conformance/vitest.ts';
 import { CUDA_TARGETS } from '../../../../../test/cuda/targets.ts';
 import { descriptorOf } from '../../kernel-table.ts';
-import { SIMULATED_SHARE } from '../../testing/conformance.ts';
+import { SIMULATED_SHARES } from '../../testing/conformance.ts';
 import { createSimulatedBackend } from '../../testing/simulator/backend.ts';
 
 /** Multiply-adds of a case that a second simulates; more with SIMULATED_WORK. */
@@ -15,5 +15,5 @@ describeConformance(
     maxWork: MAX_WORK,
     randomCases: 3,
   })),
-  SIMULATED_SHARE,
+  SIMULATED_SHARES,
 );

@@ -33,7 +33,7 @@ describe(`gradients on wgmma (SAGEATTENTION_SEED=${seed})`, () => {
     sampled(
       CASES.map(([name, sizes, options]) => ({ name, sizes, options })),
       seed,
-      0.3,
+      { byHand: 0.3 },
     ),
   )('$name', ({ sizes, options }) => {
     const { got, exact } = train(seed, sizes, options, { target: 'sm_90a', multiprocessors: 132 });
@@ -48,7 +48,7 @@ describe(`gradients on wgmma (SAGEATTENTION_SEED=${seed})`, () => {
     { name: 'scores ahead', tuning: { queries: { schedule: 'scores-ahead' }, keys: { schedule: 'scores-ahead' } } },
     { name: 'ahead', tuning: { queries: { schedule: 'ahead' }, keys: { schedule: 'ahead' } } },
   ];
-  test.each(sampled(TUNINGS, seed, 0.5))('$name', ({ tuning }) => {
+  test.each(sampled(TUNINGS, seed, { byHand: 0.5 }))('$name', ({ tuning }) => {
     const facts = { target: 'sm_90a', multiprocessors: 132 } as const;
     const sizes: Sizes = { batch: 2, lengths: [130, 150], dims: [64, 64] };
     const { got, exact } = train(seed, sizes, { isCausal: true }, facts, undefined, tuning);
