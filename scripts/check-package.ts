@@ -8,8 +8,11 @@ import { mkdtempSync, readFileSync, rmSync } from 'node:fs';
 import { tmpdir } from 'node:os';
 import { join, posix, resolve } from 'node:path';
 import { pathToFileURL } from 'node:url';
+import { relativeTargets } from './readme-for-npm.ts';
 
 interface Manifest {
+  /** Only a release has it. */
+  readonly repository?: object;
   readonly exports: Record<string, unknown>;
   readonly bin: Record<string, string>;
 }
@@ -73,6 +76,11 @@ export function problemsOf(tarball: string): string[] {
     .filter((name) => name !== 'package.json' && !files.includes(name))
     .map((name) => `missing: ${name}`);
   for (const name of files) if (UNWANTED.some((pattern) => pattern.test(name))) problems.push(`not for users: ${name}`);
+  if (manifest.repository !== undefined) {
+    const readme = run('tar', ['-xzOf', tarball, 'package/README.md'], '.');
+    for (const target of relativeTargets(readme))
+      problems.push(`a link of the README that npm cannot follow: ${target}`);
+  }
   // A page that imports a file it does not bring is blank.
   const page = run('tar', ['-xzOf', tarball, 'package/dist/playground/index.html'], '.');
   for (const [, name] of page.matchAll(/(?:src|href)="\.\/([^"#?]+)"/g)) {

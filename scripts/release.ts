@@ -4,11 +4,12 @@
  * publishes that very tarball, with provenance where the registry offers it.
  *
  * Where the sources are is known to the machine that releases, not to the sources: `repository`, `homepage` and `bugs`
- * come from the remote `origin`, or in a GitHub workflow from its environment.
+ * come from the remote `origin`, or in a GitHub workflow from its environment; so do the links of the README.
  */
 import { spawnSync } from 'node:child_process';
 import { mkdirSync, readFileSync, rmSync, writeFileSync } from 'node:fs';
 import { pack } from './check-package.ts';
+import { readmeForNpm } from './readme-for-npm.ts';
 
 function run(command: string, args: readonly string[]): void {
   const { status } = spawnSync(command, args, { stdio: ['ignore', 'inherit', 'inherit'] });
@@ -37,6 +38,7 @@ if (output('git', ['status', '--porcelain']) !== '') {
   process.exit(2);
 }
 const manifest = readFileSync('package.json', 'utf8');
+const readme = readFileSync('README.md', 'utf8');
 try {
   run('npm', ['run', 'build']);
   const fields = {
@@ -45,6 +47,7 @@ try {
     bugs: { url: `${page}/issues` },
   };
   writeFileSync('package.json', `${JSON.stringify({ ...JSON.parse(manifest), ...fields }, null, 2)}\n`);
+  writeFileSync('README.md', readmeForNpm(readme, page, JSON.parse(manifest).version));
   rmSync('release', { recursive: true, force: true });
   mkdirSync('release');
   const tarball = pack('release');
@@ -57,4 +60,5 @@ try {
   }
 } finally {
   writeFileSync('package.json', manifest);
+  writeFileSync('README.md', readme);
 }
