@@ -18,6 +18,7 @@ export function validateBridgeOptions(options: BridgeOptions & { readonly attnMa
 /** One backend for each device, so that calls and sessions share pipelines. */
 const backends = new WeakMap<GPUDevice, Promise<WebgpuBackend>>();
 
+/** @internal */
 export function backendOn(device: GPUDevice): Promise<WebgpuBackend> {
   let backend = backends.get(device);
   if (backend === undefined) {
@@ -27,7 +28,11 @@ export function backendOn(device: GPUDevice): Promise<WebgpuBackend> {
   return backend;
 }
 
-/** Attention on an engine's device. The caller destroys the output's buffer. */
+/**
+ * Attention on an engine's device. The caller destroys the output's buffer.
+ *
+ * @internal
+ */
 export async function attendOnDevice(
   device: GPUDevice,
   q: GpuTensor,

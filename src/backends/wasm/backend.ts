@@ -50,7 +50,11 @@ export interface WasmBackend extends Backend, Disposable, AsyncDisposable {
   readonly name: 'wasm';
 }
 
-/** What is chosen for a backend besides its options. */
+/**
+ * What is chosen for a backend besides its options.
+ *
+ * @internal
+ */
 export interface WasmBackendParts {
   /** Default: the best there is. */
   readonly kind?: ExecutorKind;
