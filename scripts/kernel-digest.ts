@@ -10,7 +10,7 @@
 import { createHash } from 'node:crypto';
 import { readFileSync } from 'node:fs';
 import { printKernel } from '../src/backends/cuda/ptx/printer.ts';
-import { configurations } from '../src/backends/cuda/testing/configurations.ts';
+import { configurations, gradientConfigurations } from '../src/backends/cuda/testing/configurations.ts';
 import { webgpuKernels } from '../src/backends/webgpu/testing/configurations.ts';
 
 export interface GeneratedKernel {
@@ -20,7 +20,7 @@ export interface GeneratedKernel {
 
 /** @param thorough all; otherwise every WGSL kernel and a choice of the CUDA kernels */
 export const generatedKernels = (thorough: boolean): GeneratedKernel[] => [
-  ...configurations(thorough).map(({ name, kernel }) => ({
+  ...[...configurations(thorough), ...gradientConfigurations(thorough)].map(({ name, kernel }) => ({
     name: `cuda ${name}`,
     source: () => printKernel(kernel()),
   })),

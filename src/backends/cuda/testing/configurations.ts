@@ -2,13 +2,15 @@
  * The configurations that are assembled in tests and reports: what `planLaunches` asks for over targets, kernels, head
  * dims and features, by kernel family. They come from planning real problems, so that what is checked is what runs.
  */
-import { createProblem } from '../../../attention/problem.ts';
+import { createBackwardProblem } from '../../../attention/backward.ts';
+import { type AttentionProblem, createProblem } from '../../../attention/problem.ts';
 import type { DType } from '../../../tensor/dtype.ts';
 import { emptyTensor, tensor } from '../../../tensor/tensor.ts';
 import type { KernelChoice } from '../../backend.ts';
-import { CUDA_KERNELS, type CudaKernelDescriptor, type Family, lackedBy } from '../kernel-table.ts';
+import { CUDA_KERNELS, type CudaKernelDescriptor, descriptorOf, type Family, lackedBy } from '../kernel-table.ts';
 import { WGMMA_VARIANTS, type WgmmaTuning } from '../kernels/wgmma/table.ts';
 import type { SimulatableModule } from '../launches/arguments.ts';
+import { planBackward } from '../launches/backward.ts';
 import { planLaunches } from '../launches/plan.ts';
 import { capabilityOf } from '../launches/scheme.ts';
 import { TARGETS, type Target } from '../ptx/targets.ts';
@@ -23,6 +25,8 @@ export interface Configuration {
   readonly main: boolean;
   /** Bytes that ptxas may spill of another attention kernel: a register or two of 255, outside the products. */
   readonly spillLimit: number;
+  /** Remarks of ptxas that the kernel may draw; default none on wgmma, all on mma.sync. */
+  readonly mayDraw?: RegExp;
 }
 
 interface Features {
@@ -73,17 +77,12 @@ const WGMMA_RARE: readonly Features[] = [
 ];
 const WGMMA_DECODING: Features = { name: 'decoding', decoding: 8192, heads: 4 };
 
-function modulesOf(
-  choice: KernelChoice,
-  target: Target,
-  [d, dv]: Dims,
-  { dtype = 'bfloat16', decoding, heads = 1, windowSize, mask, ...features }: Features,
-  overrides: Partial<WgmmaTuning> = {},
-): { name: string; module: SimulatableModule }[] {
+function problemOf([d, dv]: Dims, features: Features): AttentionProblem {
+  const { dtype = 'bfloat16', decoding, heads = 1, windowSize, mask } = features;
   const [lq, lk] = decoding === undefined ? [256, 256] : [1, decoding];
   const storage = emptyTensor([Math.max(lk, heads * lq) * Math.max(d, dv)], dtype).data;
   const operand = (length: number, dim: number, count = 1) => tensor(storage, [1, count, length, dim], { dtype });
-  const problem = createProblem(operand(lq, d, heads), operand(lk, d), operand(lk, dv), {
+  return createProblem(operand(lq, d, heads), operand(lk, d), operand(lk, dv), {
     causalAlignment: 'bottom-right',
     ...(windowSize === undefined ? {} : { windowSize }),
     isCausal: features.causal ?? false,
@@ -93,8 +92,40 @@ function modulesOf(
       ? {}
       : { attnMask: { location: 'cpu', dtype: mask, shape: [lq, lk], strides: [lk, 1], offset: 0 } }),
   });
-  const { launches } = planLaunches(problem, choice, { target, multiprocessors: 132 }, { overrides });
-  return launches.map(({ name, module }) => ({ name, module: module as SimulatableModule }));
+}
+
+interface NamedModule {
+  readonly name: string;
+  readonly module: SimulatableModule;
+}
+
+const named = (launches: readonly { readonly name: string; readonly module: object }[]): NamedModule[] =>
+  launches.map(({ name, module }) => ({ name, module: module as SimulatableModule }));
+
+function modulesOf(
+  choice: KernelChoice,
+  target: Target,
+  dims: Dims,
+  features: Features,
+  overrides: Partial<WgmmaTuning> = {},
+): NamedModule[] {
+  const problem = problemOf(dims, features);
+  return named(planLaunches(problem, choice, { target, multiprocessors: 132 }, { overrides }).launches);
+}
+
+/** Of the backward pass, what the forward pass has not. */
+function backwardModulesOf(target: Target, dims: Dims, features: Features): NamedModule[] {
+  const { dtype = 'bfloat16' } = features;
+  const attention = problemOf(dims, { ...features, lse: true });
+  const results = {
+    output: emptyTensor([1, 1, 256, dims[1]], dtype),
+    lse: emptyTensor([1, 1, 256], 'float32'),
+    dOutput: emptyTensor([1, 1, 256, dims[1]], dtype),
+  };
+  const problem = createBackwardProblem(attention, results, undefined, {}, 'fp16');
+  const [choice] = choicesOf(descriptorOf('qk-int8-pv-fp16-cuda')) as [KernelChoice];
+  const { launches } = planBackward(problem, choice, { target, multiprocessors: 132 });
+  return named(launches).filter(({ name }) => /^(gradients|copy|prepare)/.test(name));
 }
 
 /** A kernel's choices, the default accumulator first. */
@@ -117,8 +148,8 @@ function configurationsOf(family: Family, thorough: boolean): Configuration[] {
       const attention = name === 'attention';
       const plain = PLAIN.includes(features);
       const main = attention && plain && isDefault && dims[0] === dims[1];
-      const sizes = dims[0] === dims[1] ? `D${dims[0]}` : `D${dims[0]}/${dims[1]}`;
-      const label = [name, choice.descriptor.name, choice.pvAccumDtype, sizes, features.name, target].join(' ');
+      const { descriptor, pvAccumDtype } = choice;
+      const label = [name, descriptor.name, pvAccumDtype, sizesOf(dims), features.name, target].join(' ');
       const spillLimit = main || !attention ? 0 : plain ? 16 : 128;
       found.set(module.id, { family, name: label, kernel: module.kernel, main, spillLimit });
     }
@@ -181,7 +212,54 @@ function wgmmaConfigurations(thorough: boolean): Configuration[] {
   return [...found.values()];
 }
 
+/** With the gradients of D = 128 in each feature. */
+const GRADIENT_FEATURES: readonly Features[] = [
+  { name: 'additive mask', mask: 'float16' },
+  { name: 'softcap, causal', softcap: 30, causal: true },
+  { name: 'float32', dtype: 'float32' },
+];
+
+/** ptxas ends a product earlier than `wgmmaGradients` says, before its accumulators are read: a debt of speed. */
+const EARLY_WAIT = /C7517.*warpgroup\.wait is injected/;
+
+/** `D128`, or `D192/128` where V's differs. */
+const sizesOf = ([d, dv]: Dims): string => (d === dv ? `D${d}` : `D${d}/${dv}`);
+
+const gradientFeaturesOf = ([d]: Dims, target: Target, thorough: boolean): readonly Features[] =>
+  d === 128 && (thorough || target === 'sm_80') ? [...PLAIN, ...GRADIENT_FEATURES] : PLAIN;
+
 /**
+ * The kernels of the backward pass.
+ *
+ * @param thorough every head dim on every target; otherwise D = 64 and 128 on the targets whose code differs
+ */
+export function gradientConfigurations(thorough: boolean): Configuration[] {
+  const cases = TARGETS.filter((target) => thorough || !/^sm_(86|120a|120f)$/.test(target)).flatMap((target) =>
+    (thorough ? DIMS : DIMS.slice(0, 2)).flatMap((dims) =>
+      gradientFeaturesOf(dims, target, thorough).map((features) => ({ target, dims, features })),
+    ),
+  );
+  const found = new Map<string, Configuration>();
+  for (const { target, dims, features } of cases) {
+    const isMain = PLAIN.includes(features) && dims[0] <= 128 && dims[0] === dims[1];
+    for (const { name, module } of backwardModulesOf(target, dims, features)) {
+      if (found.has(module.id)) continue;
+      found.set(module.id, {
+        family: target === 'sm_90a' ? 'wgmma' : 'mma-sync',
+        name: `${name}, ${sizesOf(dims)} ${features.name} ${target}`,
+        kernel: module.kernel,
+        main: isMain,
+        spillLimit: isMain ? 0 : 128,
+        mayDraw: EARLY_WAIT,
+      });
+    }
+  }
+  return [...found.values()];
+}
+
+/**
+ * The kernels of the forward pass.
+ *
  * @param thorough every accumulator and head dim, on every target, and every variant; otherwise D = 128, with the rare
  *     features on one target; kernels that quantize for others once each
  * @param only one family; default all
