@@ -437,8 +437,13 @@ const FORMS: Readonly<Record<string, (index: GraphIndex, node: NodeProto) => Att
   Attention: onnxAttention,
 };
 
-/** Attention nodes that have no equivalent here, and why. */
+/** Nodes of attention, or of its softmax, that have no equivalent here, and why. */
 const LEFT: Readonly<Record<string, string>> = {
+  'com.microsoft.BiasSoftmax': 'a softmax with its mask inside the node',
+  'com.microsoft.DecoderAttention': 'projections and a cache inside the node',
+  'com.microsoft.QLinearSoftmax': 'a quantized softmax',
+  'com.microsoft.QOrderedAttention': 'quantized weights inside the node',
+  'com.microsoft.QOrderedLongformerAttention': 'global and local attention mixed',
   'com.microsoft.QAttention': 'quantized weights inside the node',
   'com.microsoft.PackedAttention': 'packed batches inside the node',
   'com.microsoft.PackedMultiHeadAttention': 'packed batches inside the node',

@@ -1,6 +1,6 @@
 import { describe, expect, it } from 'vitest';
 import { indexGraph } from '../model/graph.ts';
-import { graph, node, tensorProto, untypedValue } from '../onnx/codec.ts';
+import { functionProto, graph, node, tensorProto, untypedValue } from '../onnx/codec.ts';
 import { detectAttention } from './index.ts';
 
 const body = graph({
@@ -44,4 +44,27 @@ describe('attention in a subgraph', () => {
       ['weights', "inside a subgraph of If 'outer', which onnxruntime runs as a whole"],
     ]);
   });
+});
+
+it('attention in a function of the model is left, as one node, in single operators and with a softmax in steps', () => {
+  const axes = { axes: [-1] };
+  const inSteps = [
+    node('ReduceMax', ['s'], ['m'], { attributes: axes }),
+    node('Sub', ['s', 'm'], ['d']),
+    node('Exp', ['d'], ['e']),
+    node('ReduceSum', ['e'], ['sum'], { attributes: axes }),
+    node('Div', ['e', 'sum'], ['p'], { name: 'steps' }),
+  ];
+  const fused = node('MultiHeadAttention', ['q', 'k', 'v'], ['y'], { name: 'one', domain: 'com.microsoft' });
+  const nodes = [...body.node, ...inSteps, fused];
+  const empty = graph({ name: 'g', nodes: [], inputs: [], outputs: [], initializers: [] });
+  const functions = [functionProto({ name: 'Attend', domain: 'pkg', nodes, inputs: [], outputs: [] })];
+  const { sites, left } = detectAttention(indexGraph(empty, 12), functions);
+  expect(sites).toEqual([]);
+  expect(left.map(({ name, form }) => [name, form])).toEqual([
+    ['weights', 'Softmax'],
+    ['steps', 'Div'],
+    ['one', 'com.microsoft.MultiHeadAttention'],
+  ]);
+  for (const { reason } of left) expect(reason).toContain("inside the model's function 'Attend'");
 });

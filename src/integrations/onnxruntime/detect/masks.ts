@@ -5,6 +5,7 @@
 
 import { uniformOf } from '../model/constants.ts';
 import type { GraphIndex } from '../model/graph.ts';
+import { ELEMENT_TYPES } from '../onnx/codec.ts';
 import { type Additions, NotExact } from './additions.ts';
 import type { ScaleStep, ScoreStep, Scores } from './scores.ts';
 import { lengthOfShape, productShape, reshapedShape } from './stages.ts';
@@ -36,7 +37,7 @@ export function composeScores(index: GraphIndex, scores: Scores, add: Additions)
   const stages = stagesOf(steps);
   const reshapes = steps.flatMap((step) => (step.kind === 'reshape' ? [step] : []));
   const masked = steps.flatMap((step, i) =>
-    step.kind === 'add' || step.kind === 'where' ? [stages[i] as number] : [],
+    step.kind === 'add' || step.kind === 'where' || step.kind === 'multiplied' ? [stages[i] as number] : [],
   );
   const [first] = masked;
   // Where rows or keys are split up, as for relative positions along both sides of an image, the mask has that shape too.
@@ -108,10 +109,12 @@ function maskBehind(mask: Mask | undefined, step: ScoreStep, add: Additions): Ma
       return withSummand(mask, step.isNegated ? add.op('Neg', [step.mask]) : step.mask, add);
     case 'where': {
       const attended = step.hides ? add.op('Not', [step.condition]) : step.condition;
-      if (mask === undefined) return { kind: 'boolean', attended, fill: step.fill };
-      return mask.kind === 'boolean'
-        ? { ...mask, attended: add.op('And', [mask.attended, attended]) }
-        : { kind: 'additive', value: add.op('Where', [attended, mask.value, step.fill]) };
+      return hiddenBehind(mask, attended, step.fill, add);
+    }
+    case 'multiplied': {
+      const attended = add.op('Cast', [step.mask], { to: ELEMENT_TYPES.bool });
+      const fill = step.isNegated ? add.op('Neg', [step.fill]) : step.fill;
+      return hiddenBehind(mask, attended, fill, add);
     }
     case 'cast':
       return mask && mapped(mask, (value) => add.op('Cast', [value], { to: step.to }));
@@ -124,6 +127,14 @@ function maskBehind(mask: Mask | undefined, step: ScoreStep, add: Additions): Ma
     case 'reshape':
       return mask;
   }
+}
+
+/** Scores become `fill` where they are not attended. */
+function hiddenBehind(mask: Mask | undefined, attended: string, fill: string, add: Additions): Mask {
+  if (mask === undefined) return { kind: 'boolean', attended, fill };
+  return mask.kind === 'boolean'
+    ? { ...mask, attended: add.op('And', [mask.attended, attended]) }
+    : { kind: 'additive', value: add.op('Where', [attended, mask.value, fill]) };
 }
 
 function withSummand(mask: Mask | undefined, summand: string, add: Additions): Mask {
@@ -146,6 +157,7 @@ function reshapedMask(mask: Mask, add: Additions, shape: string, target: string)
 /** Dimensions of the constant that a step puts beside the scores, which a run shows if need be. */
 function dimsBeside(index: GraphIndex, step: ScoreStep, add: Additions): Sizes | undefined {
   if (step.kind === 'scale') return step.of.kind === 'number' ? step.of.dims : undefined;
-  const value = step.kind === 'where' ? step.fill : step.kind === 'floor' ? step.floor : undefined;
+  const value =
+    step.kind === 'where' || step.kind === 'multiplied' ? step.fill : step.kind === 'floor' ? step.floor : undefined;
   return value === undefined ? undefined : (uniformOf(index, value)?.dims ?? add.op('Shape', [value]));
 }

@@ -105,6 +105,12 @@ const DOMAINS: Readonly<Record<string, Readonly<Record<string, Attributes>>>> = 
 export const own = <T>(table: Readonly<Record<string, T>>, name: string): T | undefined =>
   Object.hasOwn(table, name) ? table[name] : undefined;
 
+/** True for an operator that would be read by its name although a model has a function of that name. */
+export function isRead(domain: string, opType: string): boolean {
+  const canonical = canonicalDomain(domain);
+  return canonical === '' || own(own(DOMAINS, canonical) ?? {}, opType) !== undefined;
+}
+
 /** The attribute for which a node is another function than its operator's name says; undefined for a node that is understood. */
 export function unknownAttribute(node: NodeProto): string | undefined {
   const known = own(own(DOMAINS, canonicalDomain(node.domain)) ?? {}, node.opType) ?? NONE;

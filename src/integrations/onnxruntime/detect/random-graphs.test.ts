@@ -107,6 +107,17 @@ function randomGraph(g: GraphBuilder, random: Random): { feeds: Feeds; steps: st
       );
       return g.op('Where', [g.bools(dims, hide), g.scalar(-1e9), scores]);
     },
+    multiplied: () => {
+      // Zeros and ones, sometimes among them a number that is neither; the first key stays visible.
+      if (isHidden) return scores;
+      isHidden = true;
+      const last = shape.at(-1) as number;
+      const keep = Array.from({ length: last }, (_, at) => Number(at === 0 || last !== keys || random.uniform() < 0.7));
+      if (random.uniform() < 0.2) keep[0] = 1.5;
+      const mask = g.floats([last], keep);
+      const fill = g.op('Mul', [g.op('Sub', [g.scalar(1), mask]), g.scalar(1e9)]);
+      return g.op('Sub', [either('Mul', mask), fill]);
+    },
     cast: () => g.op('Cast', [g.op('Cast', [scores], { to: DOUBLE })], { to: FLOAT }),
     folded: () => reshape([size, queries, keys]),
     unfolded: () => reshape([...batch, queries, keys]),

@@ -5,6 +5,7 @@ import { type GraphIndex, intAttribute } from '../model/graph.ts';
 import type { NodeProto } from '../onnx/codec.ts';
 import { MAX_STEPS } from './additions.ts';
 import { dependsOnShapesOnly, dimsOf } from './known.ts';
+import { multipliedMasks } from './multiplied.ts';
 import { is } from './operators.ts';
 import { isFloatCast } from './probabilities.ts';
 import { asProduct, mirrored, type Product } from './product.ts';
@@ -35,6 +36,8 @@ export type ScoreStep =
   | { readonly kind: 'add'; readonly mask: string; readonly isNegated: boolean }
   /** Scores become `fill` where the condition is true (`hides`) or false. */
   | { readonly kind: 'where'; readonly condition: string; readonly hides: boolean; readonly fill: string }
+  /** Scores become `fill`, or its negative, where a number is 0 and stay where it is 1; there `fill` is 0. */
+  | { readonly kind: 'multiplied'; readonly mask: string; readonly fill: string; readonly isNegated: boolean }
   /** Lifts -Infinity to a finite floor, which gives a probability of 0 as well. */
   | { readonly kind: 'floor'; readonly floor: string }
   | { readonly kind: 'tanh' };
@@ -89,6 +92,8 @@ function follow(index: GraphIndex, value: string, way: Way): Scores | undefined 
   }
   const through = (input: string, step?: ScoreStep, changes: Partial<Way> = {}): Scores | undefined =>
     follow(index, input, { ...way, ...changes, depth: way.depth + 1, step, node, behind: way });
+  const hidden = followMultiplied(index, node, way);
+  if (hidden !== undefined) return hidden;
   const [a, b] = node.input as [string, string];
   if (is(node, 'Identity')) return through(a);
   if (isFloatCast(node)) return through(a, { kind: 'cast', to: intAttribute(node, 'to') as number });
@@ -129,6 +134,16 @@ function followSum(index: GraphIndex, node: NodeProto, way: Way): Scores | undef
   return undefined;
 }
 
+function followMultiplied(index: GraphIndex, node: NodeProto, way: Way): Scores | undefined {
+  for (const { scores, mask, summand, number, product } of multipliedMasks(index, node)) {
+    if (!hides(number, way) || index.soleConsumer(product.output[0] as string) === undefined) continue;
+    const step = { kind: 'multiplied', mask, fill: summand, isNegated: is(node, 'Sub') } as const;
+    const sum: Way = { ...way, step, node, behind: way };
+    return follow(index, scores, { ...sum, depth: way.depth + 2, step: undefined, node: product, behind: sum });
+  }
+  return undefined;
+}
+
 function followWhere(index: GraphIndex, node: NodeProto, way: Way, through: Through): Scores | undefined {
   const [condition, yes, no] = node.input as [string, string, string];
   if (isMasked(index, no, way)) return through(yes, { kind: 'where', condition, hides: false, fill: no });
@@ -136,10 +151,14 @@ function followWhere(index: GraphIndex, node: NodeProto, way: Way, through: Thro
 }
 
 /** True for a number that gives a probability of 0 whatever the factors behind make of it. */
-function isMasked(index: GraphIndex, value: string, { factor, hasUnknownFactor }: Way): boolean {
+function isMasked(index: GraphIndex, value: string, way: Way): boolean {
   const fill = constantScalar(index, value);
+  return fill !== undefined && hides(fill, way);
+}
+
+function hides(fill: number, { factor, hasUnknownFactor }: Way): boolean {
   const bound = hasUnknownFactor ? MASKED_BEFORE_FACTOR : MASKED_SCORE;
-  return fill !== undefined && fill <= bound && fill * factor <= bound;
+  return fill <= bound && fill * factor <= bound;
 }
 
 function collect(product: Product, last: Way): Scores {

@@ -189,6 +189,13 @@ export function nestedNodes(node: NodeProto): NodeProto[] {
   return found;
 }
 
+/**
+ * Nodes that run elsewhere than in a graph itself, as if they were one: to see what is in them. Where subgraphs use a name for several values,
+ * one of them stands for all.
+ */
+export const indexNodes = (node: readonly NodeProto[], { graph, opset }: GraphIndex): GraphIndex =>
+  indexGraph({ ...graph, node: [...node], initializer: [], input: [], output: [], valueInfo: [] }, opset);
+
 export function isOp(node: NodeProto, opType: string, domain?: string): boolean;
 export function isOp(node: NodeProto | undefined, opType: string, domain?: string): node is NodeProto;
 export function isOp(node: NodeProto | undefined, opType: string, domain = ''): boolean {

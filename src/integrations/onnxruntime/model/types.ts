@@ -1,6 +1,6 @@
 /** Which values of a graph are integers: shapes and indices, which onnxruntime keeps on the CPU. */
 
-import { canonicalDomain, ELEMENT_TYPES } from '../onnx/codec.ts';
+import { canonicalDomain, ELEMENT_TYPES, tensorNumbers } from '../onnx/codec.ts';
 import { type GraphIndex, intAttribute } from './graph.ts';
 import { graphFunction } from './walk.ts';
 
@@ -65,5 +65,32 @@ export const elementKind = graphFunction<ElementKind>({
     }
     const from = typedBy(index, value);
     return from === undefined ? 'float' : of(from);
+  },
+});
+
+/** Operators that hand on elements of their first input, some of them or more than once. */
+const MOVING = new Set('Expand Flatten Gather Identity Reshape Slice Squeeze Tile Transpose Unsqueeze'.split(' '));
+/** A constant of more elements is not looked through. */
+const MAX_ELEMENTS = 2 ** 24;
+
+/** True for a number that is 0 or 1 wherever it is computed from: a boolean made a number, and parts of it. */
+export const isZeroOrOne = graphFunction<boolean>({
+  cyclic: false,
+  dependencies(index, value) {
+    const node = index.constants.has(value) ? undefined : index.producer(value);
+    if (node === undefined || canonicalDomain(node.domain) !== '') return [];
+    return MOVING.has(node.opType) || node.opType === 'Cast' ? node.input.slice(0, 1) : [];
+  },
+  result(index, value, of) {
+    const constant = index.constants.get(value);
+    if (constant !== undefined) {
+      const elements = constant.dims.reduce((product, size) => product * Number(size), 1);
+      return elements <= MAX_ELEMENTS && tensorNumbers(constant)?.every((x) => x === 0 || x === 1) === true;
+    }
+    if (elementKind(index, value) === 'bool') return true;
+    const node = index.producer(value);
+    if (node === undefined || canonicalDomain(node.domain) !== '') return false;
+    const [input] = node.input;
+    return (MOVING.has(node.opType) || node.opType === 'Cast') && input !== undefined && of(input);
   },
 });

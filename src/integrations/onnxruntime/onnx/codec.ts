@@ -8,6 +8,8 @@ import { float16ToNumber } from '../../../tensor/formats/float16.ts';
 import {
   type AttributeProto,
   AttributeProtoSchema,
+  type FunctionProto,
+  FunctionProtoSchema,
   type GraphProto,
   GraphProtoSchema,
   type ModelProto,
@@ -22,7 +24,7 @@ import {
   ValueInfoProtoSchema,
 } from './onnx_pb.ts';
 
-export type { AttributeProto, GraphProto, ModelProto, NodeProto, TensorProto, ValueInfoProto };
+export type { AttributeProto, FunctionProto, GraphProto, ModelProto, NodeProto, TensorProto, ValueInfoProto };
 
 /** Numbers of `TensorProto.DataType` by onnxruntime's names for them. */
 export const ELEMENT_TYPES = {
@@ -81,6 +83,23 @@ export function modelLike(model: ModelProto, graph: GraphProto, extraDomains: re
   }
   return copy;
 }
+
+/** A function of a model that any node of its domain and name calls, over operator set 17. */
+export const functionProto = (of: {
+  readonly name: string;
+  readonly domain: string;
+  readonly nodes: readonly NodeProto[];
+  readonly inputs: readonly string[];
+  readonly outputs: readonly string[];
+}): FunctionProto =>
+  create(FunctionProtoSchema, {
+    name: of.name,
+    domain: of.domain,
+    node: [...of.nodes],
+    input: [...of.inputs],
+    output: [...of.outputs],
+    opsetImport: [{ domain: '', version: 17n }],
+  });
 
 /** `ai.onnx` is another name of the default domain. */
 export function canonicalDomain(domain: string): string {

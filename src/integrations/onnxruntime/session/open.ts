@@ -2,6 +2,7 @@
 import { messageOf } from '../../../errors.ts';
 import { type Cut, cutGraph } from '../cut.ts';
 import { type Detected, detectAttention } from '../detect/index.ts';
+import { isRead } from '../detect/operators.ts';
 import type { AttentionSite, LeftAttention } from '../detect/site.ts';
 import { branchesOf } from '../model/branches.ts';
 import { type GraphIndex, indexGraph, isAcyclic } from '../model/graph.ts';
@@ -56,10 +57,14 @@ function analyze(bytes: Uint8Array): Analysis {
   const model = readModel(bytes);
   if (model.graph === undefined || model.graph.node.length === 0) throw new Error('it has no graph');
   if (model.graph.sparseInitializer.length > 0) throw new Error('it has sparse initializers');
+  // Which of two meanings of a name wins is the runtime's to say.
+  const redefined = model.functions.find(({ domain, name }) => isRead(domain, name));
+  if (redefined !== undefined)
+    throw new Error(`it has a function of its own by the name of an operator, '${redefined.name}'`);
   const opset = Number(model.opsetImport.find((entry) => canonicalDomain(entry.domain) === '')?.version ?? 1);
   const index = indexGraph(model.graph, opset);
   if (!isAcyclic(index)) throw new Error('its graph has a cycle');
-  return { model, index, detected: detectAttention(index) };
+  return { model, index, detected: detectAttention(index, model.functions) };
 }
 
 /** Everything that opening depends on. */
@@ -151,7 +156,12 @@ function variantsOf({ model, index, detected }: Analysis): readonly Variant[] {
     const graph = value ? branches.whereTrue : branches.whereFalse;
     const ofBranch = indexGraph(graph, index.opset);
     const condition = { input: branches.condition, value };
-    return { condition, model: { ...model, graph }, index: ofBranch, detected: detectAttention(ofBranch) };
+    return {
+      condition,
+      model: { ...model, graph },
+      index: ofBranch,
+      detected: detectAttention(ofBranch, model.functions),
+    };
   });
 }
 

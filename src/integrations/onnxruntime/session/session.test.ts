@@ -14,7 +14,15 @@ import { setBackend } from '../../../backends/registry.ts';
 import { ExecutionError, InvalidArgumentError } from '../../../errors.ts';
 import { compare } from '../../../reference/metrics.ts';
 import { withSageAttention } from '../index.ts';
-import { externalTensor, type GraphProto, readModel, writeModel } from '../onnx/codec.ts';
+import {
+  externalTensor,
+  functionProto,
+  type GraphProto,
+  modelLike,
+  node,
+  readModel,
+  writeModel,
+} from '../onnx/codec.ts';
 
 const SEED = runSeed();
 const SIZE = { heads: 4, headDim: 16, blocks: 3 };
@@ -314,6 +322,41 @@ describe('what cannot be replaced', () => {
       new Array(2).fill([false, expect.stringMatching(/inside a subgraph of If/)]),
     );
     expectClose((await sage.run(ditFeeds())).y, (await (await ort.InferenceSession.create(bytes)).run(ditFeeds())).y);
+  });
+
+  it.each([
+    ['a function of its own', 'pkg', 'Attend', /inside the model's function 'Attend'/],
+    ['a function by the name of an operator', 'com.microsoft', 'MultiHeadAttention', undefined],
+  ])('a model with attention in %s runs as without', async (_, domain, name, reason) => {
+    const warnings = vi.spyOn(console, 'warn').mockImplementation(() => {});
+    const random = new Random(SEED);
+    const g = new GraphBuilder(random);
+    const feeds = Object.fromEntries(['q', 'k', 'v'].map((part) => [part, tensorOf(random, [1, 6, 8])]));
+    for (const part of Object.keys(feeds)) g.input(part, [1, 6, 8]);
+    const attributes = domain === 'com.microsoft' ? { num_heads: 1 } : {};
+    g.op(name, Object.keys(feeds), attributes, { domain, outputs: ['y'] });
+    g.output('y');
+    const model = readModel(g.build());
+    // No scale: another function than the operator.
+    const nodes = [
+      node('Transpose', ['k'], ['t'], { attributes: { perm: [0, 2, 1] } }),
+      node('MatMul', ['q', 't'], ['s']),
+      node('Softmax', ['s'], ['p'], { name: 'weights', attributes: { axis: -1 } }),
+      node('MatMul', ['p', 'v'], ['o']),
+    ];
+    model.functions.push(functionProto({ name, domain, nodes, inputs: Object.keys(feeds), outputs: ['o'] }));
+    const bytes = writeModel(modelLike(model, model.graph as GraphProto, [domain]));
+    const plain = await ort.InferenceSession.create(bytes);
+    const session = await sageOf().InferenceSession.create(bytes);
+    const [expected, actual] = [await plain.run(feeds), await session.run(feeds)];
+    expect(actual.y?.data).toEqual(expected.y?.data);
+    expect(session.sageAttention.map((entry) => entry.reason)).toEqual(
+      reason === undefined ? [] : [expect.stringMatching(reason)],
+    );
+    expect(warnings).toHaveBeenCalledTimes(reason === undefined ? 1 : 0);
+    warnings.mockRestore();
+    await plain.release();
+    await session.release();
   });
 
   it('an error inside attention names the node', async () => {

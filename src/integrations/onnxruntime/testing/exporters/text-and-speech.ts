@@ -80,6 +80,85 @@ const FILLED: Case[] = [
   },
 ];
 
+/** 1 for the keys up to each query. */
+const computedTriangle = (g: GraphBuilder) => {
+  const range = () => g.op('Range', [g.int(0), g.int(L), g.int(1)]);
+  const rows = g.op('Unsqueeze', [range(), g.ints([1])]);
+  const open = g.op('Cast', [g.op('GreaterOrEqual', [rows, range()])], { to: 1 });
+  return g.op('Reshape', [open, g.ints([1, 1, L, L])]);
+};
+const slicedTriangle = (g: GraphBuilder) => {
+  const rows = g.op('Slice', [g.floats([1, 1, 16, 16], causalBools(16, 16)), g.ints([0]), g.ints([L]), g.ints([2])]);
+  return g.op('Slice', [rows, g.ints([0]), g.ints([L]), g.ints([3])]);
+};
+/** `s * b + fill * (1 - b)`, in a spelling of it. */
+const multiplied = (g: GraphBuilder, s: string, b: string, fill: number, spelling: 'Sub' | 'Add' | 'first') => {
+  const product = g.op('Mul', spelling === 'first' ? [b, s] : [s, b]);
+  if (spelling === 'Sub') return g.op('Sub', [product, g.op('Mul', [g.scalar(-fill), g.op('Sub', [g.scalar(1), b])])]);
+  if (spelling === 'Add') return g.op('Add', [product, g.op('Mul', [g.op('Sub', [g.scalar(1), b]), g.scalar(fill)])]);
+  return g.op('Add', [g.op('Mul', [g.op('Sub', [b, g.scalar(1)]), g.scalar(-fill)]), product]);
+};
+const withMultiplied = (mask: (g: GraphBuilder) => string, fill: number, spelling: 'Sub' | 'Add' | 'first') =>
+  block((g, q, kT, v) => g.op('MatMul', [softmax(g, multiplied(g, scaled(g, q, kT), mask(g), fill, spelling)), v]));
+
+const MULTIPLIED: Case[] = [
+  {
+    name: 'TF GPT-2: scores times a triangle, and -10000 elsewhere',
+    exported: { models: 'GPT-2 of TensorFlow: a multiplied mask', exporter: 'tf2onnx', since: SINCE },
+    build: withMultiplied(computedTriangle, -1e4, 'Sub'),
+    feeds: hidden,
+  },
+  {
+    name: 'GPT: a triangle that is a constant, and a padding mask behind',
+    exported: { models: 'GPT: a multiplied mask', exporter: TORCHSCRIPT, since: SINCE },
+    build: block((g, q, kT, v) => {
+      g.input('padding', ['batch', 1, 1, 'length']);
+      const s = multiplied(g, scaled(g, q, kT), slicedTriangle(g), -1e4, 'Add');
+      return g.op('MatMul', [softmax(g, g.op('Add', [s, 'padding'])), v]);
+    }),
+    feeds: (random) => ({
+      ...hidden(random),
+      padding: new ort.Tensor(
+        'float32',
+        Float32Array.from({ length: B * L }, (_, i) => (i % L > 6 ? -1e4 : 0)),
+        [B, 1, 1, L],
+      ),
+    }),
+  },
+  {
+    name: 'a multiplied mask in front of the scores, behind a bias',
+    build: block((g, q, kT, v) => {
+      const s = g.op('Add', [scaled(g, q, kT), g.weight([1, H, L, L], 0.5)]);
+      return g.op('MatMul', [softmax(g, multiplied(g, s, computedTriangle(g), -1e9, 'first')), v]);
+    }),
+    feeds: hidden,
+  },
+  {
+    name: 'left: a multiplied mask that hides with -100',
+    build: withMultiplied(computedTriangle, -100, 'Sub'),
+    feeds: hidden,
+    taken: 0,
+    left: 'not a scaled and masked product',
+  },
+  {
+    name: 'left: a multiplied mask of which nothing says that it is 0 or 1',
+    build: (g) => {
+      g.input('weights', ['batch', 1, 1, 'length']);
+      withMultiplied(() => 'weights', -1e4, 'Add')(g);
+    },
+    feeds: (random) => ({
+      ...hidden(random),
+      weights: new ort.Tensor(
+        'float32',
+        Float32Array.from({ length: B * L }, () => random.uniform()),
+        [B, 1, 1, L],
+      ),
+    }),
+    taken: 0,
+    left: 'not a scaled and masked product',
+  },
+];
+
 const POSITIONS: Case[] = [
   ...[false, true].map(
     (isShifted): Case => ({
@@ -194,4 +273,4 @@ const IN_STEPS: Case[] = [
   },
 ];
 
-export const TEXT_AND_SPEECH: readonly Case[] = [...FILLED, ...POSITIONS, ...IN_STEPS];
+export const TEXT_AND_SPEECH: readonly Case[] = [...FILLED, ...MULTIPLIED, ...POSITIONS, ...IN_STEPS];
