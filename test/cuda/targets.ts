@@ -33,18 +33,8 @@ const fp8 = (pvAccumDtype: PvAccumDtype): QuantizedAlgorithm => ({
  */
 const BOUNDS = { fp16: 0.025, fp8: 0.06, int4: 0.25, fp4: FP4_RELATIVE_L1 } as const;
 
-/**
- * Groups of K span up to 64 keys of a tile, V in FP8 has one scale for a channel and tile, and a cache keeps K's mean
- * between doublings: keys a hundred times as large beside those that a row sees cost it precision (docs/how-it-works.md
- * says how much). A cache refuses `keyMask`.
- */
-const EXCEPTIONS: NonNullable<Target['exceptions']> = [
-  'later tokens',
-  'documents',
-  'heads of a group',
-  'cache',
-  'cache padding',
-];
+/** A cache keeps K's mean and V's scales between doublings (docs/how-it-works.md), and refuses `keyMask`. */
+const EXCEPTIONS: NonNullable<Target['exceptions']> = ['cache', 'cache padding'];
 
 function target(
   kernel: Target['kernel'],

@@ -154,7 +154,8 @@ function preparing(backward: Backward): KernelLaunch[] {
   return [
     ...visibleKeysLaunches(context),
     ...(choice.smoothK ? statisticsLaunches({ ...context, choice: { ...choice, smoothV: false } }, false) : []),
-    quantizeKeyLaunch(context),
+    // Its products know no exponents.
+    quantizeKeyLaunch(context, false),
     quantizeQueryLaunch(context),
     copyLaunch(backward, 'q'),
     copyLaunch(backward, 'k'),

@@ -179,6 +179,7 @@ function attentionLaunch(context: Context, { config, queryTiles, blocks, splits 
       key: pointer('key'),
       keyScale: pointer('keyScale'),
       keyFaults: pointer('keyFaults'),
+      ...(hasFp4Keys(scheme) ? {} : { keyExponents: pointer('keyExponents') }),
       value: pointer('value'),
       ...(scheme.pvFormat.startsWith('e4m3') ? { valueScale: pointer('valueScale') } : {}),
       ...(scheme.sharesRange ? { rangeShift: pointer('rangeShift') } : {}),

@@ -39,6 +39,7 @@ export const KEY_VALUE_BUFFERS = [
   'key',
   'keyScale',
   'keyFaults',
+  'keyExponents',
   'keyMean',
   'value',
   'valueScale',
@@ -59,6 +60,7 @@ export function keyValueBytes({ problem, choice, layout, scheme }: Context): Rec
     key: rows * scheme.qkRowBytes,
     keyScale: (rows / BLOCK_K) * scheme.keyGroups * 4,
     keyFaults: (rows / BLOCK_K) * 8,
+    ...(fp4Keys ? {} : { keyExponents: rows }),
     ...(choice.smoothK ? { keyMean: batch * kvHeads * scheme.paddedDim * 4 } : {}),
     value: rows * scheme.paddedValueDim * (fp4Values ? 0.5 : fp8 ? 1 : 2),
     ...(fp4Keys ? { keyBlockScale: rows * (scheme.paddedDim / FP4_BLOCK) } : {}),
@@ -135,8 +137,12 @@ function containerOf({ qkFormat }: Context['scheme']): 's8' | 's4' {
   throw new RangeError(`${qkFormat} has quantizers of its own`);
 }
 
-/** Quantizes K, 64 tokens a block: buffers `key`, `keyScale`, `keyFaults`. */
-export function quantizeKeyLaunch(context: Context): KernelLaunch {
+/**
+ * Quantizes K, 64 tokens a block: buffers `key`, `keyScale`, `keyFaults` and `keyExponents`.
+ *
+ * @param exponents whether keys may have exponents of their own: what reads the codes must know them
+ */
+export function quantizeKeyLaunch(context: Context, exponents = true): KernelLaunch {
   const { problem, choice, device, layout, scheme, hiddenKeys } = context;
   const { target, pointerAlignment = 16 } = device;
   const { batch, kvHeads, dtype, headDim, k } = problem;
@@ -154,6 +160,7 @@ export function quantizeKeyLaunch(context: Context): KernelLaunch {
     groups: scheme.keyGroups,
     keyMean: choice.smoothK,
     smoothQ: false,
+    exponents,
     hiddenKeys,
   };
   const module = moduleOf(quantizeTokens, config);
@@ -172,6 +179,7 @@ export function quantizeKeyLaunch(context: Context): KernelLaunch {
         quantized: pointer('key'),
         scale: pointer('keyScale'),
         keyFaults: pointer('keyFaults'),
+        ...(exponents ? { keyExponents: pointer('keyExponents') } : {}),
         ...visibleKeysPointer(context),
       }),
       ...inOrder(QUANTIZE_TOKENS_INTEGERS, {
@@ -270,6 +278,7 @@ export function quantizeQueryLaunch({ problem, choice, device, layout, scheme }:
     groups,
     keyMean: choice.smoothK && layout.keyTiles > 0,
     smoothQ: choice.smoothQ !== false,
+    exponents: false,
     hiddenKeys: 'none',
   };
   const queryModule = moduleOf(quantizeTokens, queryConfig);

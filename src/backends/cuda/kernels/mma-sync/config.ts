@@ -68,6 +68,7 @@ export const ATTENTION_POINTERS = [
   'key',
   'keyScale',
   'keyFaults',
+  'keyExponents',
   'value',
   'valueScale',
   'rangeShift',

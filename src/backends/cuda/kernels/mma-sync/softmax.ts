@@ -6,7 +6,7 @@ import { MAGIC, MIN_SCALE } from '../parts/constants.ts';
 import { headAddress } from '../parts/epilogue.ts';
 import { at, maxOf } from '../parts/lists.ts';
 import { quadMax } from '../parts/quad.ts';
-import { capScores, excludeBeyondBand, maskRow, spreadFaults } from '../parts/scores.ts';
+import { capScores, excludeBeyondBand, keyFactors, maskRow, spreadFaults } from '../parts/scores.ts';
 import { type AttentionConfig, BLOCK_K } from './config.ts';
 import type { Frame } from './frame.ts';
 import { exponentOffsetOf, type Parked } from './parked.ts';
@@ -29,7 +29,7 @@ export interface ScoreTile {
   readonly scores: Scores;
   readonly state: SoftmaxState;
   readonly output: Output;
-  /** Of the thread's keys; the sign says that some of the tile are not finite. */
+  /** Of the thread's keys; the sign says that some of the tile have exponents, or are not finite. */
   readonly keyScale: Reg<'f32'>;
 }
 
@@ -38,18 +38,22 @@ interface ScoreUnits {
   readonly scale: Reg<'f32'>;
   /** Undefined: 0. */
   readonly zero: Reg<'f32'> | undefined;
+  /** The scale with the sign of K's. */
+  readonly signed: Reg<'f32'>;
 }
 
 /** From scores to P, in their registers. */
 export function softmax(self: ScoreTile): void {
   const { frame, scores, state } = self;
   const { b, config, scoresAreFloat, exponentOffset } = frame;
-  const units = scoreUnits(self);
+  let units = scoreUnits(self);
   if (!scoresAreFloat && exponentOffset === 0) scaleCoarseScores(self, units);
   if (scoresAreFloat) finishScores(self, units);
   if (config.mask !== 'none') maskScores(self, config.mask);
   excludeKeys(self);
-  markFaultyKeys(self);
+  handleSpecialKeys(self, units);
+  // Computed from the scale again, which costs less than a register that holds it from there.
+  if (!scoresAreFloat && exponentOffset !== 0) units = { ...units, zero: b.mul(units.scale, -MAGIC) };
   raiseMaxima(self, tileMaxima(self, units));
 
   b.section('what is added for the exponents');
@@ -101,17 +105,19 @@ function scaled({ b }: Frame, value: Reg<'f32'>, { scale, zero }: ScoreUnits, in
 
 function scoreUnits({ frame, parked, keyScale }: ScoreTile): ScoreUnits {
   const { b } = frame;
-  const whole = b.max(b.mul(parked.queryScale(), b.abs(keyScale)), MIN_SCALE);
-  if (frame.fp4Keys) return { scale: whole, zero: undefined };
+  const signed = b.mul(parked.queryScale(), keyScale);
+  const whole = b.max(b.abs(signed), MIN_SCALE);
+  if (frame.fp4Keys) return { scale: whole, zero: undefined, signed };
   // Without its last two bits its product with 1.5 * 2^23 is exact.
   const scale = b.as(b.and(b.as(whole, 'b32'), 0xfffffffc), 'f32');
-  return { scale, zero: b.mul(scale, -MAGIC) };
+  return { scale, zero: b.mul(scale, -MAGIC), signed };
 }
 
-function scaleCoarseScores({ frame, scores }: ScoreTile, { scale, zero }: ScoreUnits): void {
+/** But for special tiles, which {@link handleSpecialKeys} scales. */
+function scaleCoarseScores({ frame, scores }: ScoreTile, { scale, zero, signed }: ScoreUnits): void {
   const { b } = frame;
   if (zero === undefined) return;
-  b.if(b.voteAny(b.setp('gt', scale, COARSE_SCALE)), () => {
+  b.if(b.voteAny(b.setp('gt', signed, COARSE_SCALE)), () => {
     b.section('coarse scores are scaled');
     // (2^23 + q.k) * scale, positive still. The zero point is exact, and so is its distance to each score: the largest
     // score's exponent is 0.
@@ -126,6 +132,14 @@ function finishScores(self: ScoreTile, units: ScoreUnits): void {
   const { frame, parked, scores } = self;
   const { b, config, threadRows, softcap } = frame;
   b.section('scores in base 2: scale, mean of Q, softcap');
+  const { scale, zero } = units;
+  if (zero !== undefined) {
+    b.if(isSpecial(self), () => {
+      scaleByKey(self, scale);
+      b.set(scale, 1);
+      b.set(zero, 0);
+    });
+  }
   if (config.smoothQ) addMeanScores(self, units);
   else scores.each((score) => scaled(frame, score, units));
   if (!config.softcap) return;
@@ -191,15 +205,67 @@ function excludeKeys({ frame, parked, tile, scores }: ScoreTile): void {
   });
 }
 
-function markFaultyKeys({ frame, parked, tile, scores, keyScale }: ScoreTile): void {
+/** The tile has keys with exponents, or keys that are not finite. */
+function isSpecial({ frame, keyScale }: ScoreTile): Reg<'pred'> {
+  return frame.b.setp('lt', frame.b.as(keyScale, 's32'), 0);
+}
+
+/** Scores as products left them become those in base 2, each key's with its exponent. */
+function scaleByKey({ frame, parked, tile, scores }: ScoreTile, scale: Reg<'f32'>): void {
   const { b, pointer } = frame;
-  b.section('keys that are not finite make the rows that see them NaN');
-  const faultsOfTile = () => {
-    const { firstKeyTile, t2 } = parked.reload();
-    const faults = offset(b, b.loadPointer(pointer.keyFaults), b.add(firstKeyTile, b.as(tile, 'u32')), 8);
-    return { faults, firstColumn: frame.firstColumn(t2) };
-  };
-  spreadFaults(b, keyScale, faultsOfTile, scores.each);
+  const { firstKeyTile, t2 } = parked.reload();
+  const first = b.add(b.shl(b.add(firstKeyTile, b.as(tile, 'u32')), 6), frame.firstColumn(t2));
+  const factorOf = keyFactors(b, offset(b, b.loadPointer(pointer.keyExponents), first, 1));
+  scores.each((score, _, column) => {
+    b.mul(b.mul(b.sub(score, MAGIC), scale), factorOf(column), score);
+  });
+}
+
+function handleSpecialKeys(self: ScoreTile, units: ScoreUnits): void {
+  const { b, scoresAreFloat } = self.frame;
+  const { scale, zero } = units;
+  b.section('keys with exponents of their own, or not finite');
+  b.if(isSpecial(self), () => {
+    if (!scoresAreFloat && zero !== undefined) {
+      scaleByKey(self, scale);
+      moveScoresToMagic(self, scale, zero);
+    }
+    markFaultyKeys(self);
+  });
+}
+
+/** Steps of scores that were scaled by key, where no row needs larger ones. */
+const FINE_SCALE = 2 ** -12;
+
+/**
+ * Scores in base 2 become 1.5 * 2^23 + n again, n in steps of a power of two, as products leave them: so wide that each row's largest is
+ * positive, for maxima are found as those of integers.
+ */
+function moveScoresToMagic({ frame, scores }: ScoreTile, scale: Reg<'f32'>, zero: Reg<'f32'>): void {
+  const { b, threadRows } = frame;
+  const lowest = b.constant('f32', 0);
+  // Row by row: no more than one maximum is held at a time.
+  for (let row = 0; row < threadRows; row++) {
+    const largest = b.constant('f32', Number.NEGATIVE_INFINITY);
+    scores.each((score, r) => {
+      if (r === row) b.max(largest, score, largest);
+    });
+    b.min(lowest, finite(frame, largest), lowest);
+  }
+  const step = b.as(b.mul(lowest, -(2 ** -23)), 'u32');
+  const power = b.as(b.and(b.add(step, 0x7fffff), 0x7f800000), 'f32');
+  b.max(power, FINE_SCALE, scale);
+  // The reciprocal of a power of two.
+  const inverse = b.as(b.sub(b.constant('u32', 0x7f000000), b.as(scale, 'u32')), 'f32');
+  scores.each((score) => b.add(b.mul(score, inverse), MAGIC, score));
+  b.mul(scale, -MAGIC, zero);
+}
+
+function markFaultyKeys({ frame, parked, tile, scores }: ScoreTile): void {
+  const { b, pointer } = frame;
+  const { firstKeyTile, t2 } = parked.reload();
+  const faults = offset(b, b.loadPointer(pointer.keyFaults), b.add(firstKeyTile, b.as(tile, 'u32')), 8);
+  spreadFaults(b, { faults, firstColumn: frame.firstColumn(t2) }, scores.each);
 }
 
 /** This thread's largest score of a row, as the products left it. */

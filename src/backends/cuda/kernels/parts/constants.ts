@@ -17,6 +17,13 @@ export const INFINITY_BITS = 0x7f800000;
 /** From here on they round to infinity in FP16. */
 export const BEYOND_FP16_BITS = 0x477ff000;
 
+/**
+ * A key's exponent, a byte: its codes are 2^(bias - byte) times as large as its group's scale says. Moved to a float's exponent, the byte is
+ * what its scores must be multiplied by.
+ */
+export const KEY_EXPONENT_BIAS = 127;
+export const MOST_KEY_EXPONENT = 100;
+
 /** Below this a group of Q or K counts as zeros: 127 / max would not be finite, and no score could tell. */
 export const SMALLEST_GROUP_MAXIMUM = 1e-36;
 

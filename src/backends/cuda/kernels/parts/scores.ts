@@ -180,25 +180,41 @@ export function excludeBeyondBand(
 }
 
 /**
- * Keys that are not finite make the rows that see them NaN. The sign of a K scale, which is never negative otherwise,
- * says that its 64 keys have some; a bit each says which.
+ * What the scores of a thread's keys must be multiplied by: the sign of a K scale, which is never negative otherwise, says that some of
+ * its 64 keys have codes larger than it says (`keyExponents`), or are not finite.
+ *
+ * @param exponents those of 64 keys from the thread's first column on, a byte each
+ * @returns by column among the 64, of neighbours in turn: each pair of columns is loaded once
+ */
+export function keyFactors(b: KernelBuilder, exponents: Reg<'global'>): (column: number) => Reg<'f32'> {
+  let loaded: { readonly pair: number; readonly bytes: Reg<'u32'> } | undefined;
+  return (column) => {
+    const pair = column & 62;
+    if (loaded?.pair !== pair) {
+      loaded = { pair, bytes: b.cvt('u32', b.ld('b16', exponents, pair, { readOnly: true })) };
+    }
+    // Made anew each time: registers are short.
+    const exponent = (column & 1) === 0 ? b.and(loaded.bytes, 0xff) : b.shr(loaded.bytes, 8);
+    return b.as(b.shl(exponent, 23), 'f32');
+  };
+}
+
+/**
+ * Keys that are not finite make the rows that see them NaN. The sign of a K scale says that its 64 keys may have some; a bit each
+ * says which.
  *
  * @param place where the 64 bits are, and the thread's first column
  * @param eachScore visits the scores of those 64 keys
  */
 export function spreadFaults(
   b: KernelBuilder,
-  keyScale: Reg<'f32'>,
-  place: () => { readonly faults: Reg<'global'>; readonly firstColumn: Reg<'u32'> },
+  { faults, firstColumn }: { readonly faults: Reg<'global'>; readonly firstColumn: Reg<'u32'> },
   eachScore: EachScore,
 ): void {
-  b.if(b.setp('lt', b.as(keyScale, 's32'), 0), () => {
-    const { faults, firstColumn } = place();
-    const words = b.ldVector('b32', 2, faults).map((word) => b.shr(word, firstColumn));
-    eachScore((score, _, column) => {
-      const bit = b.and(at(words, (column >> 5) & 1), 2 ** (column & 31));
-      const seen = b.setp('gt', score, Number.NEGATIVE_INFINITY);
-      b.when(b.andPred(seen, b.setp('ne', bit, 0)), () => b.set(score, Number.NaN));
-    });
+  const words = b.ldVector('b32', 2, faults).map((word) => b.shr(word, firstColumn));
+  eachScore((score, _, column) => {
+    const bit = b.and(at(words, (column >> 5) & 1), 2 ** (column & 31));
+    const seen = b.setp('gt', score, Number.NEGATIVE_INFINITY);
+    b.when(b.andPred(seen, b.setp('ne', bit, 0)), () => b.set(score, Number.NaN));
   });
 }

@@ -13,7 +13,7 @@ import { rowMajor, type SharedTile } from '../../ptx/layouts.ts';
 import type { Target } from '../../ptx/targets.ts';
 import type { Kernel, Parameter, Reg } from '../../ptx/types.ts';
 import { divide, integers, KEY_VALUE_STRIDES, offset, offset64, pointers } from '../parts/addresses.ts';
-import { INFINITY_BITS, nextPowerOfTwo } from '../parts/constants.ts';
+import { INFINITY_BITS, MIN_SCALE, nextPowerOfTwo } from '../parts/constants.ts';
 import { BYTES, type LoadWidth, loadEightPacked, unpackEight } from '../parts/elements.ts';
 import { at } from '../parts/lists.ts';
 import { loadSequence } from '../parts/sequences.ts';
@@ -29,14 +29,14 @@ export const WHOLE_BELOW = 512;
  * stretch to stretch: tokens of an image lie in rows, and a constant step could look at one column only.
  */
 const GOLDEN_RATIO = 0x9e3779b9;
-/** Sums of all sampled numbers, each up to float32's largest, are kept finite by adding this share of each. */
-const SUM_SHARE = 1 / WHOLE_BELOW;
-
 /**
- * Spreads of the middle half of the warps' means that the mean of all may lie from their median: ten times what it does of normal
- * numbers.
+ * A token counts in the means by the inverse square of its largest magnitude, so that the constant is no larger than small tokens
+ * are, however large others are; one below this share of its warp's geometric mean counts no more than one of that size, so that
+ * tokens next to zero do not take all.
  */
-const FAR_FROM_MEDIAN = 2;
+const LOG2_LEAST_SHARE = -1;
+/** Magnitudes are taken to lie within these powers of two: their inverse squares, and sums of them, are finite. */
+const MOST_LOG2 = 55;
 
 /** V's scale maps the largest sampled magnitude to half of E4M3's largest, so that most tiles need no scale of their own. */
 const LARGEST_CODE = 448 / 2;
@@ -47,24 +47,6 @@ const LARGEST_CODE = 448 / 2;
 const SMALLEST_SHARE = 2 ** -10;
 /** A head whose sample stays below it is scaled as if its channels held 1. */
 const SMALLEST_MAXIMUM = 1e-30;
-
-/** Sorts registers in place, by Batcher's merges of odd and even places. */
-function sort(b: KernelBuilder, values: Reg<'f32'>[]): void {
-  const n = values.length;
-  for (let p = 1; p < n; p *= 2) {
-    for (let k = p; k >= 1; k /= 2) {
-      for (let j = k % p; j + k < n; j += 2 * k) {
-        for (let i = 0; i < Math.min(k, n - j - k); i++) {
-          const [x, y] = [i + j, i + j + k];
-          if (Math.floor(x / (2 * p)) !== Math.floor(y / (2 * p))) continue;
-          const [low, high] = [values[x], values[y]] as [Reg<'f32'>, Reg<'f32'>];
-          values[x] = b.min(low, high);
-          values[y] = b.max(low, high);
-        }
-      }
-    }
-  }
-}
 
 /** The tokens of a sequence that are sampled, in order; what {@link channelStatistics} looks at. */
 export function sampledTokens(length: number): number[] {
@@ -256,7 +238,8 @@ function sampleTokens(frame: Frame, { of, input, strides }: Operand, keys: Keys)
   // Loads that are under way at once hide the latency of memory: those of a whole sample, if registers allow.
   const atOnce = Math.max(1, Math.min(dtype === 'float32' ? 4 : 8, SAMPLED_TOKENS / rowsAtOnce));
   b.loop(
-    () => b.setp('lt', stretchStart, length),
+    // A warp's lanes go on together: they find weights together.
+    () => b.voteAny(b.setp('lt', stretchStart, length)),
     () => {
       const loaded = Array.from({ length: atOnce }, () => {
         const token = b.add(stretchStart, b.mulHi(b.mul(rank, GOLDEN_RATIO), stretch));
@@ -270,12 +253,48 @@ function sampleTokens(frame: Frame, { of, input, strides }: Operand, keys: Keys)
         b.add(stretchStart, step, stretchStart);
         return { inside, words };
       });
-      for (const { inside, words } of loaded) {
-        countEight(b, unpackEight(b, dtype, words), inside, channels);
-      }
+      const weights = mean ? weightsOf(b, perRow, loaded, dtype) : undefined;
+      loaded.forEach(({ inside, words }, i) => {
+        countEight(b, unpackEight(b, dtype, words), inside, weights?.[i], channels);
+      });
     },
   );
   return channels;
+}
+
+/** What tokens count in the means; 0 where a token is not there, or all of it is zeros or not finite. */
+function weightsOf(
+  b: KernelBuilder,
+  perRow: number,
+  tokens: readonly { readonly inside: Reg<'pred'>; readonly words: readonly Reg<'b32'>[] }[],
+  dtype: DType,
+): Reg<'f32'>[] {
+  const logarithms = tokens.map(({ words }) => {
+    const largest = b.constant('u32', 0);
+    for (const value of unpackEight(b, dtype, words)) {
+      const magnitude = b.and(b.as(value, 'u32'), 0x7fffffff);
+      b.when(b.setp('lt', magnitude, INFINITY_BITS), () => b.max(largest, magnitude, largest));
+    }
+    for (let mask = 1; mask < perRow; mask *= 2) b.max(largest, b.shflBfly(largest, mask), largest);
+    return b.lg2(b.as(largest, 'f32'));
+  });
+  const [sum, count] = [b.constant('f32', 0), b.constant('f32', 0)];
+  const counted = tokens.map(({ inside }, i) => {
+    const counts = b.andPred(inside, b.setp('gt', at(logarithms, i), Number.NEGATIVE_INFINITY));
+    b.when(counts, () => {
+      b.add(sum, at(logarithms, i), sum);
+      b.add(count, 1, count);
+    });
+    return counts;
+  });
+  for (let mask = perRow; mask < 32; mask *= 2) {
+    for (const register of [sum, count]) b.add(register, b.shflBfly(register, mask), register);
+  }
+  const least = b.fma(sum, b.rcpApprox(b.max(count, 1)), b.constant('f32', LOG2_LEAST_SHARE));
+  return logarithms.map((logarithm, i) => {
+    const bounded = b.min(b.max(b.max(logarithm, least), -MOST_LOG2), MOST_LOG2);
+    return b.selp(b.ex2(b.mul(bounded, -2)), b.constant('f32', 0), at(counted, i));
+  });
 }
 
 /** Takes eight channels of a token that is `inside` into account. */
@@ -283,6 +302,7 @@ function countEight(
   b: KernelBuilder,
   values: readonly Reg<'f32'>[],
   inside: Reg<'pred'>,
+  weight: Reg<'f32'> | undefined,
   { sums, counts, highest, lowest }: Channels,
 ): void {
   const bothEnds = lowest.length > 0;
@@ -291,8 +311,8 @@ function countEight(
     const counted = b.andPred(inside, b.setp('lt', magnitude, INFINITY_BITS));
     const [sum, count, high, low] = [sums[i], counts[i], highest[i], lowest[i]];
     b.when(counted, () => {
-      if (sum !== undefined) b.fma(value, SUM_SHARE, sum, sum);
-      if (count !== undefined) b.add(count, 1, count);
+      if (sum !== undefined && weight !== undefined) b.fma(value, weight, sum, sum);
+      if (count !== undefined && weight !== undefined) b.add(count, weight, count);
       if (high !== undefined) b.max(high, bothEnds ? value : b.as(magnitude, 'f32'), high);
       if (low !== undefined) b.min(low, value, low);
     });
@@ -368,8 +388,7 @@ function writeMeans(frame: Frame, { of, sequenceHead, mean: meanOut }: Operand, 
     );
     if (of.mean) {
       const [total, count] = joined as [Reg<'f32'>, Reg<'f32'>];
-      const ofAll = b.divF32(total, b.max(count, 1));
-      b.mul(withoutOutliers(frame, ofAll, columnAt, rowBytes), 1 / SUM_SHARE, mean);
+      b.mov(b.divF32(total, b.max(count, MIN_SCALE)), mean);
       b.st(mean, offset(b, meanOut, destination, 4));
     }
     if (!of.scale) return;
@@ -386,36 +405,6 @@ function writeMeans(frame: Frame, { of, sequenceHead, mean: meanOut }: Operand, 
     b.when(b.setp('eq', b.and(thread, 31), 0), () => b.st(ofWarp, warpAt, warpMaxima.base));
   });
   return { owns, destination, largest };
-}
-
-/**
- * The mean of a channel, or the median of the warps' means where tokens so large that they are few pull the mean far from it:
- * then it would be far from all other tokens, and so would what is left of those that no large one is seen beside. Any
- * constant serves for smoothing.
- */
-function withoutOutliers(
-  { b, planes }: Frame,
-  mean: Reg<'f32'>,
-  columnAt: Reg<'shared'>,
-  rowBytes: number,
-): Reg<'f32'> {
-  const means = Array.from({ length: WARPS }, (_, warp) => {
-    const [sum, count] = [0, 1].map((plane) =>
-      b.ld('f32', columnAt, planes.base + (plane * WARPS + warp) * rowBytes),
-    ) as [Reg<'f32'>, Reg<'f32'>];
-    const own = b.mul(sum, b.rcpApprox(b.max(count, 1)));
-    b.when(b.setp('eq', count, 0), () => b.mov(mean, own));
-    return own;
-  });
-  sort(b, means);
-  const [low, median, high] = [WARPS / 4, WARPS / 2, (3 * WARPS) / 4].map((i) => at(means, i)) as [
-    Reg<'f32'>,
-    Reg<'f32'>,
-    Reg<'f32'>,
-  ];
-  const near = b.mul(b.sub(high, low), FAR_FROM_MEDIAN);
-  const far = b.setp('gt', b.abs(b.sub(mean, median)), near);
-  return b.selp(median, mean, far);
 }
 
 function writeScales(

@@ -2,7 +2,7 @@
 import { describe, expect, test } from 'vitest';
 import { Random, runSeed } from '../../../../../test/support/random.ts';
 import { createProblem } from '../../../../attention/problem.ts';
-import { keyGrouping, queryGrouping } from '../../../../quantization/groups.ts';
+import { type Grouping, keyGrouping, queryGrouping } from '../../../../quantization/groups.ts';
 import { quantizeIntegers } from '../../../../quantization/integers.ts';
 import { type Granularity, INT_MAX, type PvAccumDtype, TILINGS } from '../../../../quantization/schemes.ts';
 import { channelMean, subtractMean } from '../../../../quantization/smoothing.ts';
@@ -20,6 +20,7 @@ import type { Target } from '../../ptx/targets.ts';
 import { GlobalMemory } from '../../testing/simulator/memory.ts';
 import { simulateAttention } from '../../testing/simulator/run.ts';
 import { simulateLaunches } from '../../testing/simulator/simulator.ts';
+import { KEY_EXPONENT_BIAS } from '../parts/constants.ts';
 import { SAMPLED_TOKENS, sampledScales, sampledTokens, WHOLE_BELOW } from './channel-statistics.ts';
 
 const LENGTH = 150;
@@ -71,10 +72,50 @@ function expectAgreement(codes: ArrayLike<number>, expected: ArrayLike<number>, 
 
 function expectScales(scales: Float32Array, expected: Float32Array): void {
   for (let i = 0; i < expected.length; i++) {
-    expect(Math.abs((scales[i] as number) - (expected[i] as number)), `scale ${i}`).toBeLessThanOrEqual(
+    // The sign says that keys have exponents.
+    expect(Math.abs(Math.abs(scales[i] as number) - (expected[i] as number)), `scale ${i}`).toBeLessThanOrEqual(
       1e-5 * (expected[i] as number),
     );
   }
+}
+
+/**
+ * Small tokens count more in a mean than large ones. Of tokens alike it is near the mean of all, within a part of the channel's standard
+ * deviation; returned without padding.
+ */
+function expectMean(found: Float32Array, rows: Float32Array, dim: number): Float32Array {
+  const plain = channelMean(rows, dim);
+  const squares = channelMean(
+    rows.map((x) => x * x),
+    dim,
+  );
+  plain.forEach((mean, c) => {
+    const deviation = Math.sqrt(Math.max(0, (squares[c] as number) - mean * mean));
+    expect(Math.abs((found[c] as number) - mean), `mean of channel ${c}`).toBeLessThanOrEqual(0.5 * deviation + 1e-3);
+  });
+  return found.slice(0, dim);
+}
+
+/**
+ * Rows of K as they are quantized: a row that is far smaller than its group's largest is multiplied by a power of two first, and then keeps
+ * its bits.
+ *
+ * @param exponents a byte for each row
+ */
+function withExponents(rows: Float32Array, dim: number, exponents: Uint8Array, grouping: Grouping): Float32Array {
+  const scaled = rows.map((x, i) => x * 2 ** (KEY_EXPONENT_BIAS - (exponents[Math.floor(i / dim)] as number)));
+  const maxima: number[] = [];
+  const largest = (token: number) =>
+    scaled.subarray(token * dim, (token + 1) * dim).reduce((most, x) => Math.max(most, Math.abs(x)), 0);
+  for (let token = 0; token * dim < rows.length; token++) {
+    const group = grouping.indexOf(token);
+    maxima[group] = Math.max(maxima[group] ?? 0, largest(token));
+  }
+  for (let token = 0; token * dim < rows.length; token++) {
+    const ofGroup = maxima[grouping.indexOf(token)] as number;
+    expect(4.001 * largest(token), `largest of token ${token}`).toBeGreaterThanOrEqual(ofGroup);
+  }
+  return scaled;
 }
 
 describe(`INT8 Q and K (SAGEATTENTION_SEED=${seed})`, () => {
@@ -106,7 +147,9 @@ describe(`INT8 Q and K (SAGEATTENTION_SEED=${seed})`, () => {
     };
     compare('query', toFloat32(q));
     const keys = toFloat32(k);
-    compare('key', subtractMean(keys, channelMean(keys, dim)));
+    const smoothed = subtractMean(keys, expectMean(floats(run.buffer('keyMean')), keys, dim));
+    const exponents = run.buffer('keyExponents').bytes;
+    compare('key', withExponents(smoothed, dim, exponents, keyGrouping(granularity, TILINGS.sm80)));
   });
 });
 
@@ -129,7 +172,9 @@ test('INT4 is packed two to a byte, low nibble first', () => {
   }
   const keys = toFloat32(packed.k);
   const grouping = keyGrouping('per-thread', TILINGS.sm80);
-  const expected = quantizeIntegers(subtractMean(keys, channelMean(keys, 64)), 64, grouping, INT_MAX.int4);
+  const mean = expectMean(floats(unpacked.run.buffer('keyMean')), keys, 64);
+  const smoothed = withExponents(subtractMean(keys, mean), 64, unpacked.run.buffer('keyExponents').bytes, grouping);
+  const expected = quantizeIntegers(smoothed, 64, grouping, INT_MAX.int4);
   expectAgreement(bytes, expected.values, 'key');
 });
 
@@ -148,7 +193,7 @@ describe('FP8 V', () => {
     } as const;
     const { v, run } = quantized(setting, smoothV);
     const values = toFloat32(v);
-    const mean = smoothV ? { mean: channelMean(values, dim) } : {};
+    const mean = smoothV ? { mean: expectMean(floats(run.buffer('valueMean')), values, dim) } : {};
     const expected = quantizeValueFp8(values, dim, { vMax, ...mean });
     expectScales(floats(run.buffer('valueScale')), expected.scales);
     const codes = run.buffer('value').bytes;
@@ -313,15 +358,11 @@ describe(`K and V in one launch (SAGEATTENTION_SEED=${seed})`, () => {
     const paddedDim = Math.ceil(dim / 32) * 32;
     const length = rows.length / dim;
     const groups = qkQuantGran === 'per-thread' ? 4 : 1;
-    const mean = channelMean(sampleOf(rows, dim), dim);
-    if (smoothK) {
-      const ownMean = found.floats('keyMean').subarray(head * paddedDim, head * paddedDim + dim);
-      mean.forEach((expected, c) => {
-        expect(ownMean[c]).toBeCloseTo(expected, 3);
-      });
-    }
     const grouping = keyGrouping(qkQuantGran as Granularity, TILINGS.sm80);
-    const expected = quantizeIntegers(smoothK ? subtractMean(rows, mean) : rows, dim, grouping, 127);
+    const ownMean = () => expectMean(found.floats('keyMean').subarray(head * paddedDim), sampleOf(rows, dim), dim);
+    const smoothed = smoothK ? subtractMean(rows, ownMean()) : rows;
+    const exponents = found.bytes('keyExponents').subarray(head * padded);
+    const expected = quantizeIntegers(withExponents(smoothed, dim, exponents, grouping), dim, grouping, 127);
     const codes = new Int8Array(found.bytes('key').buffer).subarray(head * padded * paddedDim);
     const own = Int8Array.from(
       { length: length * dim },
@@ -369,7 +410,8 @@ describe(`K and V in one launch (SAGEATTENTION_SEED=${seed})`, () => {
   function expectValues(of: HeadRows, smoothV: boolean): void {
     const { found, head, rows, dim } = of;
     const paddedDim = Math.ceil(dim / 32) * 32;
-    const smoothed = smoothV ? subtractMean(rows, channelMean(sampleOf(rows, dim), dim)) : rows;
+    const ownMean = () => expectMean(found.floats('valueMean').subarray(head * paddedDim), sampleOf(rows, dim), dim);
+    const smoothed = smoothV ? subtractMean(rows, ownMean()) : rows;
     const maxima = new Float32Array(paddedDim);
     sampleOf(smoothed, dim).forEach((value, i) => {
       maxima[i % dim] = Math.max(maxima[i % dim] as number, Math.abs(value));
@@ -401,7 +443,7 @@ describe(`K and V in one launch (SAGEATTENTION_SEED=${seed})`, () => {
       expectKeys(rowsOf(k, head, dim), all);
       expectValues(rowsOf(v, head, valueDim), all.smoothV);
     }
-    for (const name of ['key', 'value', 'keyScale', 'keyFaults']) {
+    for (const name of ['key', 'value', 'keyScale', 'keyFaults', 'keyExponents']) {
       expect(found.written(name).indexOf(0), `${name}: never written`).toBe(-1);
     }
   });
@@ -436,11 +478,7 @@ describe(`K and V in one launch (SAGEATTENTION_SEED=${seed})`, () => {
       const mean = found.floats('valueMean').subarray(head * width);
       // The large token does not move the mean away from the others.
       const others = own.map((x) => (Math.abs(x) > 1000 ? 0 : x));
-      channelMean(others, valueDim).forEach((without, c) => {
-        const near = head === beyond?.head && c === 0 ? 0.5 : 1e-4;
-        expect(Math.abs((mean[c] as number) - without), `mean of ${c}`).toBeLessThan(near);
-      });
-      return mean;
+      return expectMean(mean, others, valueDim);
     };
     for (let head = 0; head < 2; head++) {
       const own = values.slice(head * length * valueDim, (head + 1) * length * valueDim);
@@ -484,8 +522,12 @@ describe(`K and V in one launch (SAGEATTENTION_SEED=${seed})`, () => {
       const bit = ((words[head * 8 + (token >> 5)] as number) >>> (token & 31)) & 1;
       expect(bit, `head ${head}, token ${token}`).toBe(isFault(head, token) ? 1 : 0);
     }
+    const exponents = found.bytes('keyExponents');
     found.floats('keyScale').forEach((scale, i) => {
-      const any = faults.some((f) => f.head === i >> 4 && f.token >> 6 === ((i >> 2) & 3));
+      const half = exponents.subarray((i >> 2) * 64, ((i >> 2) + 1) * 64);
+      const any =
+        faults.some((f) => f.head === i >> 4 && f.token >> 6 === ((i >> 2) & 3)) ||
+        half.some((exponent) => exponent !== KEY_EXPONENT_BIAS);
       expect(Object.is(Math.sign(scale), any ? -1 : 1)).toBe(true);
       expect(Number.isFinite(scale)).toBe(true);
     });

@@ -3,6 +3,9 @@
  * and writes padded INT8 or INT4 rows and float32 scales. One CTA takes one block of tokens of one head and reads it once;
  * src/quantization/groups.ts has the groups.
  *
+ * A key far smaller than the largest of its group would lose its bits to that: its codes are taken larger by a power of two, which
+ * `keyExponents` has ({@link KEY_EXPONENT_BIAS}), and the sign bit in the scales of its tile says so.
+ *
  * A token with an element that is not finite takes no part in its group's scale. Of K, its bit is set in `keyFaults` and
  * the sign bit in the scales of its tile; of Q, its row bias becomes NaN: attention makes NaN of the rows that see it, and
  * of those only.
@@ -13,7 +16,15 @@ import { rowMajor, type SharedTile } from '../../ptx/layouts.ts';
 import type { Target } from '../../ptx/targets.ts';
 import type { Kernel, Parameter, Reg } from '../../ptx/types.ts';
 import { divide, integers, offset, offset64, pointers } from '../parts/addresses.ts';
-import { INFINITY_BITS, LOG2_E, MAGIC, nextPowerOfTwo, SMALLEST_GROUP_MAXIMUM } from '../parts/constants.ts';
+import {
+  INFINITY_BITS,
+  KEY_EXPONENT_BIAS,
+  LOG2_E,
+  MAGIC,
+  MOST_KEY_EXPONENT,
+  nextPowerOfTwo,
+  SMALLEST_GROUP_MAXIMUM,
+} from '../parts/constants.ts';
 import { BYTES, type LoadWidth, loadEight, loadEightFloats, packBytes } from '../parts/elements.ts';
 import { at } from '../parts/lists.ts';
 import { loadSequence } from '../parts/sequences.ts';
@@ -40,6 +51,8 @@ export interface QuantizeTokensConfig {
   readonly keyMean: boolean;
   /** Q only: subtract the mean of the block's tokens and write it to `queryMean`. */
   readonly smoothQ: boolean;
+  /** K only: keys far smaller than others of their group have exponents of their own. */
+  readonly exponents: boolean;
   /** K only: keys that a mask hides from every row are zeros. */
   readonly hiddenKeys: HiddenKeys;
 }
@@ -52,12 +65,16 @@ export const QUANTIZE_TOKENS_POINTERS = [
   'scale',
   'rowBias',
   'keyFaults',
+  'keyExponents',
   'queryMean',
   'visibleKeys',
 ] as const;
 export const QUANTIZE_TOKENS_INTEGERS = ['heads', 'blocks', 'paddedTokens', 'headsPerKeyHead'] as const;
 /** Strides of the input in bytes. */
 export const QUANTIZE_TOKENS_STRIDES = ['batchStride', 'headStride', 'tokenStride'] as const;
+
+/** Bits of floats that are apart by a factor of four: a key so much smaller than its group's largest is scaled apart. */
+const FAR_APART = 2 * 2 ** 23;
 
 /** Threads of a row, each with eight channels, and threads of the CTA. */
 function threadsOf(paddedDim: number) {
@@ -114,7 +131,8 @@ export function quantizeTokens(config: QuantizeTokensConfig): Kernel {
   else if (keyMean !== undefined) subtract(block, rows, keyMean);
   if (block.sums !== undefined) subtractBlockMean(block, rows, block.sums);
   findRowMaxima(block, rows);
-  writeScales(block);
+  if (config.operand === 'query') writeQueryScales(block);
+  else writeKeyScales(block);
   storeCodes(block, rows);
   return block.b.build();
 }
@@ -304,16 +322,14 @@ function findRowMaxima({ b, shared, rowMaxima }: Block, { row, column, perRow, r
 }
 
 /** Scales of the groups, and their reciprocals into shared memory. */
-function writeScales(block: Block): void {
+function writeQueryScales(block: Block): void {
   const { b, config, pointer, integer, thread, shared, rowMaxima, reciprocals } = block;
   const { groupTokens, groups, blockTokens } = config;
   b.section('scale of each group');
-  const faulty = config.operand === 'query' ? undefined : findFaults(block);
   b.if(b.setp('lt', thread, (blockTokens / groupTokens) * groups), () => {
     // Thread i takes group i % groups of the set i / groups.
     const [group, set] = [b.and(thread, groups - 1), b.shr(thread, Math.log2(groups))];
-    const firstOfGroup = groups === 4 ? b.shl(group, 1) : group;
-    const from = b.add(b.add(shared, rowMaxima.base), b.as(b.shl(b.mad(set, groupTokens, firstOfGroup), 2), 'shared'));
+    const from = b.add(b.add(shared, rowMaxima.base), b.as(b.shl(b.mad(set, groupTokens, group), 2), 'shared'));
     let largest = b.constant('u32', 0);
     for (const member of membersOf(groupTokens, groups)) {
       const value = b.ld('u32', from, member * 4);
@@ -328,44 +344,109 @@ function writeScales(block: Block): void {
     b.st(reciprocal, b.add(b.add(shared, reciprocals.base), b.as(b.shl(thread, 2), 'shared')));
     const tokens = b.mad(block.head, b.loadParameter(integer.paddedTokens), b.add(block.paddedStart, block.firstToken));
     const index = b.add(b.mul(b.shr(tokens, Math.log2(groupTokens)), groups), thread);
-    let stored = b.as(scale, 'b32');
-    if (faulty !== undefined) stored = b.or(stored, faulty);
-    b.st(stored, offset(b, b.loadPointer(pointer.scale), index, 4));
+    b.st(scale, offset(b, b.loadPointer(pointer.scale), index, 4));
   });
   b.barSync();
 }
 
-/** Writes the tile's bits of keys that are not finite; returns the sign bit for its scales if there are any. */
-function findFaults(block: Block): Reg<'b32'> {
-  const { b, pointer, integer, thread, shared, rowMaxima } = block;
-  const sign = b.constant('b32', 0);
-  const base = b.add(shared, rowMaxima.base);
+/** A pair of keys in a lane of the first warp: those of a lane are of one group, with the lanes 4 apart or with all. */
+interface KeyPair {
+  /** Bits of their largest magnitudes; 0 where a key counts in no scale. */
+  readonly magnitudes: readonly [Reg<'u32'>, Reg<'u32'>];
+  /** Bits of the block's 64 keys that are not finite. */
+  readonly faults: readonly [Reg<'b32'>, Reg<'b32'>];
+}
+
+/** Scales of K with their sign, exponents and bits of faults; and what each key is multiplied by, in place of its maximum. */
+function writeKeyScales(block: Block): void {
+  const { b, config, pointer, integer, thread, shared, rowMaxima } = block;
+  const { groups } = config;
+  b.section('scales, exponents and faults');
   b.if(b.setp('lt', thread, 32), () => {
-    const words = [0, 1].map((half) => {
-      const value = b.ld('u32', b.add(base, b.as(b.shl(thread, 2), 'shared')), half * 128);
-      const own = b.selp<'b32'>(1, b.constant('b32', 0), b.setp('ge', value, INFINITY_BITS));
-      let word = b.shl(own, b.as(thread, 'u32'));
-      for (let mask = 1; mask < 32; mask *= 2) word = b.or(word, b.shflBfly(word, mask));
-      return word;
-    }) as [Reg<'b32'>, Reg<'b32'>];
+    const pairAt = b.add(b.add(shared, rowMaxima.base), b.as(b.shl(thread, 3), 'shared'));
+    const { magnitudes, faults } = takeKeyPair(block, pairAt);
+    // Less 1, so that keys of zeros are never the smallest.
+    const lessOne = magnitudes.map((bits) => b.sub(bits, 1)) as [Reg<'u32'>, Reg<'u32'>];
+    const largest = b.max(...magnitudes);
+    const smallest = b.min(...lessOne);
+    for (let lanes = groups; lanes < 32; lanes *= 2) {
+      b.max(largest, b.shflBfly(largest, lanes), largest);
+      b.min(smallest, b.shflBfly(smallest, lanes), smallest);
+    }
+    const farApart = b.setp('gt', largest, b.add(b.min(smallest, INFINITY_BITS), FAR_APART));
+    const faulty = b.setp('ne', b.or(...faults), 0);
+    const special = b.voteAny(config.exponents ? b.orPred(farApart, faulty) : faulty);
+
+    const maximum = b.as(largest, 'f32');
+    const reciprocal = b.divF32(b.constant('f32', config.largest), maximum);
+    b.when(b.setp('eq', largest, 0), () => b.set(reciprocal, 0));
+    const exponents = magnitudes.map((bits) => {
+      if (!config.exponents) return undefined;
+      const apart = b.min(b.shr(b.sub(largest, bits), 23), MOST_KEY_EXPONENT);
+      b.when(b.setp('eq', bits, 0), () => b.set(apart, 0));
+      return b.selp(apart, b.constant('u32', 0), special);
+    });
+    const factors = exponents.map((exponent) =>
+      exponent === undefined
+        ? reciprocal
+        : b.mul(reciprocal, b.as(b.shl(b.add(exponent, KEY_EXPONENT_BIAS), 23), 'f32')),
+    );
+    b.stVector(factors, pairAt);
+
     const tokens = b.mad(block.head, b.loadParameter(integer.paddedTokens), b.add(block.paddedStart, block.firstToken));
-    const faultsAt = offset(b, b.loadPointer(pointer.keyFaults), b.shr(tokens, 6), 8);
-    b.when(b.setp('eq', thread, 0), () => b.stVector(words, faultsAt));
-    b.when(b.setp('ne', b.or(words[0], words[1]), 0), () => b.set(sign, 0x80000000));
+    const [first, second] = exponents;
+    if (first !== undefined && second !== undefined) {
+      const stored = [first, second].map((exponent) => b.sub(b.constant('u32', KEY_EXPONENT_BIAS), exponent));
+      const bytes = b.cvt('b16', b.or(at(stored, 0), b.shl(at(stored, 1), 8)));
+      b.st(bytes, offset(b, offset(b, b.loadPointer(pointer.keyExponents), tokens, 1), thread, 2));
+    }
+    const tile = b.shr(tokens, 6);
+    const scale = b.as(b.divF32(maximum, config.largest), 'b32');
+    b.when(special, () => b.or(scale, 0x80000000, scale));
+    const scaleAt = offset(b, b.loadPointer(pointer.scale), b.mad(tile, groups, thread), 4);
+    b.when(b.setp('lt', thread, groups), () => b.st(scale, scaleAt));
+    const faultsAt = offset(b, b.loadPointer(pointer.keyFaults), tile, 8);
+    b.when(b.setp('eq', thread, 0), () => b.stVector(faults, faultsAt));
   });
-  return sign;
+  b.barSync();
+}
+
+function takeKeyPair({ b, thread }: Block, pairAt: Reg<'shared'>): KeyPair {
+  const magnitudes = b.ldVector('u32', 2, pairAt) as [Reg<'u32'>, Reg<'u32'>];
+  const bits = magnitudes.map((magnitude) => {
+    const own = b.selp<'b32'>(1, b.constant('b32', 0), b.setp('ge', magnitude, INFINITY_BITS));
+    b.when(b.setp('ge', magnitude, INFINITY_BITS), () => b.set(magnitude, 0));
+    b.when(b.setp('lt', b.as(magnitude, 'f32'), SMALLEST_GROUP_MAXIMUM), () => b.set(magnitude, 0));
+    return own;
+  }) as [Reg<'b32'>, Reg<'b32'>];
+  // Sixteen lanes hold a word.
+  const word = b.shl(b.or(bits[0], b.shl(bits[1], 1)), b.and(b.shl(thread, 1), 31));
+  for (let lanes = 1; lanes < 16; lanes *= 2) b.or(word, b.shflBfly(word, lanes), word);
+  const other = b.shflBfly(word, 16);
+  const isLow = b.setp('lt', thread, 16);
+  return { magnitudes, faults: [b.selp(word, other, isLow), b.selp(other, word, isLow)] };
 }
 
 /** Attention takes positive scales only: Q bears the sign of smScale. */
 function signedLargest({ b, config, smScale }: Block): Reg<'f32'> {
   const largest = b.constant('f32', config.largest);
-  if (config.operand === 'key') return largest;
   return b.selp(-config.largest, largest, b.setp('lt', b.loadParameter(smScale), 0));
 }
 
+/** What a row of the block is multiplied by. */
+function reciprocalOf({ b, config, shared, rowMaxima, reciprocals }: Block, inBlock: Reg<'u32'>): Reg<'f32'> {
+  const { operand, groupTokens, groups } = config;
+  if (operand === 'key') {
+    return b.ld('f32', b.add(b.add(shared, rowMaxima.base), b.as(b.shl(inBlock, 2), 'shared')));
+  }
+  const set = b.mul(b.shr(inBlock, Math.log2(groupTokens)), groups);
+  const group = groups === 1 ? set : b.add(set, b.and(inBlock, 7));
+  return b.ld('f32', b.add(b.add(shared, reciprocals.base), b.as(b.shl(group, 2), 'shared')));
+}
+
 function storeCodes(block: Block, { row, channel, rowsAtOnce, values }: Rows): void {
-  const { b, config, pointer, integer, shared, reciprocals, head, paddedStart, firstToken } = block;
-  const { container, paddedDim, groupTokens, groups } = config;
+  const { b, config, pointer, integer, head, paddedStart, firstToken } = block;
+  const { container, paddedDim } = config;
   b.section('quantize and store');
   const rowBytes = container === 's8' ? paddedDim : paddedDim / 2;
   const tokenRow = b.mad(head, b.loadParameter(integer.paddedTokens), b.add(b.add(paddedStart, firstToken), row));
@@ -375,13 +456,9 @@ function storeCodes(block: Block, { row, channel, rowsAtOnce, values }: Rows): v
   );
   const stored = b.setp('lt', channel, paddedDim);
   const magic = b.constant('f32', MAGIC);
-  const reciprocalBase = b.add(shared, reciprocals.base);
   values.forEach((eight, pass) => {
     const inBlock = b.add(row, pass * rowsAtOnce);
-    const set = b.mul(b.shr(inBlock, Math.log2(groupTokens)), groups);
-    const within = groups === 1 ? undefined : groups === 8 ? b.and(inBlock, 7) : b.shr(b.and(inBlock, 7), 1);
-    const group = within === undefined ? set : b.add(set, within);
-    const reciprocal = b.ld('f32', b.add(reciprocalBase, b.as(b.shl(group, 2), 'shared')));
+    const reciprocal = reciprocalOf(block, inBlock);
     // Adding 1.5 * 2^23 rounds to the nearest even integer and leaves it in the low bits.
     const integersOf = eight.map((value) => b.as(b.fma(value, reciprocal, magic), 'b32'));
     const byte = pass * rowsAtOnce * rowBytes;
@@ -397,10 +474,9 @@ function packNibbles(b: KernelBuilder, words: readonly Reg<'b32'>[]): Reg<'b32'>
   return words.map((word, i) => b.shl(b.and(word, 15), 4 * i)).reduce((packed, nibble) => b.or(packed, nibble));
 }
 
-/** Rows of one group, counted from its first. */
+/** Rows of one group of Q, counted from its first. */
 function membersOf(groupTokens: number, groups: 1 | 4 | 8): number[] {
   const rows = Array.from({ length: groupTokens }, (_, i) => i);
   if (groups === 8) return rows.filter((i) => i % 8 === 0);
-  if (groups === 4) return rows.filter((i) => i % 8 < 2);
   return rows;
 }

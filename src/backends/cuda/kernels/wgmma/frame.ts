@@ -24,6 +24,7 @@ export const WGMMA_POINTERS = [
   'keyMean',
   'keyScale',
   'keyFaults',
+  'keyExponents',
   'valueScale',
   'valueTileScale',
   'valueMean',

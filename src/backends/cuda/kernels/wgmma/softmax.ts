@@ -4,7 +4,7 @@ import { offset, offset64 } from '../parts/addresses.ts';
 import { MAGIC, MIN_SCALE } from '../parts/constants.ts';
 import { at, maxOf } from '../parts/lists.ts';
 import { quadMax } from '../parts/quad.ts';
-import { capScores, excludeBeyondBand, maskRow, spreadFaults } from '../parts/scores.ts';
+import { capScores, excludeBeyondBand, keyFactors, maskRow, spreadFaults } from '../parts/scores.ts';
 import { EXACT_SCALE, SCALE_BITS, type WgmmaConfig } from './config.ts';
 import { WGMMA_BLOCK_K } from './frame.ts';
 import { exp2Halves } from './instructions.ts';
@@ -72,12 +72,14 @@ function scoreUnits({ frame, queryScale, scales }: Item): ScoreUnits {
 }
 
 /** Scores in base 2, with softcap. */
-function finishScores({ frame, rows, scores }: Item, { scaleOf, zeroOf }: ScoreUnits): void {
+function finishScores(item: Item, { scaleOf, zeroOf }: ScoreUnits): void {
+  const { frame, rows, scores } = item;
   const { b, config, softcap } = frame;
   b.section('scores in base 2: scale, softcap');
   scores.each((score, r, column) => {
     b.fma(score, scaleOf(r, column), zeroOf(r, column), score);
   });
+  multiplyByKey(item);
   if (config.softcap) capScores(b, softcap, scores.each, () => eachRow((r) => rows.bias(r)));
 }
 
@@ -106,25 +108,53 @@ function maskScores(
 }
 
 /**
- * What few tiles need, behind one branch: keys outside the band or beyond the last, keys that are not finite, and
- * scales so large that 1.5 * 2^23 times the scale swallows differences between scores.
+ * What few tiles need, behind one branch: keys outside the band or beyond the last, keys with exponents of their own or not finite,
+ * and scales so large that 1.5 * 2^23 times the scale swallows differences between scores.
  */
 function handleRareTiles(item: Item, units: ScoreUnits): void {
-  const { frame, work, tile, scales } = item;
+  const { frame, work, tile } = item;
   const { b } = frame;
-  b.section('keys out of reach or not finite, large scores');
+  b.section('keys out of reach or special, large scores');
   const tileStart = b.shl(tile, 7);
   let edge = b.setp('gt', b.add(tileStart, WGMMA_BLOCK_K), work.wholeUntil);
   if (work.wholeFrom !== undefined) edge = b.orPred(edge, b.setp('lt', tileStart, work.wholeFrom));
-  const faulty = b.setp('lt', b.or(b.as(at(scales.keys, 0), 's32'), b.as(at(scales.keys, 1), 's32')), 0);
+  const special = isSpecial(item);
   const largestScale = () => maxOf([...new Set(units.scale.flat())], (x, y) => b.max(x, y));
   const large = frame.scoresAreFloat ? undefined : b.setp('gt', largestScale(), EXACT_SCALE);
-  const rare = b.orPred(edge, large === undefined ? faulty : b.orPred(faulty, large));
+  const rare = b.orPred(edge, large === undefined ? special : b.orPred(special, large));
   b.if(b.voteAny(rare), () => {
     b.if(edge, () => excludeKeys(item, tileStart));
-    if (large !== undefined) b.if(b.voteAny(large), () => subtractMaximum(item, units));
+    if (large !== undefined) b.if(b.voteAny(b.orPred(special, large)), () => subtractMaximum(item, units));
     markFaultyKeys(item);
   });
+}
+
+/** The tile has keys with exponents, or keys that are not finite. */
+function isSpecial({ frame, scales }: Item): Reg<'pred'> {
+  const { b } = frame;
+  return b.setp('lt', b.or(b.as(at(scales.keys, 0), 's32'), b.as(at(scales.keys, 1), 's32')), 0);
+}
+
+/** Scores in base 2 of keys with exponents of their own. */
+function multiplyByKey(item: Item): void {
+  const { frame, thread, scores, scales } = item;
+  const { b, pointer } = frame;
+  b.if(b.voteAny(isSpecial(item)), () => {
+    for (const half of scales.keys.keys()) {
+      const first = b.add(b.shl(groupOf(item, half), 6), thread.t2);
+      const factorOf = keyFactors(b, offset(b, b.loadPointer(pointer.keyExponents), first, 1));
+      scores.each((score, _, column) => {
+        if (column >> 6 === half) b.mul(score, factorOf(column), score);
+      });
+    }
+  });
+}
+
+/** Which 64 keys of all heads' half a tile is; the last again where the tile ends before. */
+function groupOf({ frame, tile, scales }: Item, half: number): Reg<'u32'> {
+  const { b } = frame;
+  const group = b.min(b.add(b.shl(tile, 1), half), scales.lastGroup);
+  return b.add(scales.firstGroup, b.as(group, 'u32'));
 }
 
 /** Keys outside the band or beyond the last. */
@@ -138,12 +168,16 @@ function excludeKeys({ frame, thread, work, rows, scores }: Item, tileStart: Reg
 }
 
 /** Scores become floats of scale 1 above 128 less than the row's maximum; what lies lower counts nothing. */
-function subtractMaximum({ frame, scores, state }: Item, units: ScoreUnits): void {
+function subtractMaximum(item: Item, units: ScoreUnits): void {
+  const { frame, scores, state } = item;
   const { b } = frame;
   b.section('large scores');
-  const largest = eachRow(() => b.constant('f32', Number.NEGATIVE_INFINITY));
   scores.each((score, r, column) => {
     b.mul(b.sub(score, MAGIC), units.scaleOf(r, column), score);
+  });
+  multiplyByKey(item);
+  const largest = eachRow(() => b.constant('f32', Number.NEGATIVE_INFINITY));
+  scores.each((score, r) => {
     b.max(at(largest, r), score, at(largest, r));
   });
   const zero = largest.map((own, r) => b.add(b.max(quadMax(b, own), at(state.max, r)), -128));
@@ -156,19 +190,18 @@ function subtractMaximum({ frame, scores, state }: Item, units: ScoreUnits): voi
   for (const registers of units.zero) for (const [r, register] of registers.entries()) b.mov(at(zero, r), register);
 }
 
-function markFaultyKeys({ frame, thread, tile, scores, scales }: Item): void {
+function markFaultyKeys(item: Item): void {
+  const { frame, thread, scores, scales } = item;
   const { b, pointer } = frame;
   for (const [half, scale] of scales.keys.entries()) {
-    const place = () => {
-      const group = b.min(b.add(b.shl(tile, 1), half), scales.lastGroup);
-      const base = b.loadPointer(pointer.keyFaults);
-      return { faults: offset(b, base, b.add(scales.firstGroup, b.as(group, 'u32')), 8), firstColumn: thread.t2 };
-    };
-    spreadFaults(b, scale, place, (body) =>
-      scores.each((score, row, column) => {
-        if (column >> 6 === half) body(score, row, column);
-      }),
-    );
+    b.if(b.setp('lt', b.as(scale, 's32'), 0), () => {
+      const faults = offset(b, b.loadPointer(pointer.keyFaults), groupOf(item, half), 8);
+      spreadFaults(b, { faults, firstColumn: thread.t2 }, (body) =>
+        scores.each((score, row, column) => {
+          if (column >> 6 === half) body(score, row, column);
+        }),
+      );
+    });
   }
 }
 

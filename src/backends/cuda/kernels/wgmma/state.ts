@@ -73,7 +73,7 @@ export function makeOutput({ b, config, fp8 }: Frame, state: SoftmaxState): Outp
 
 /** Scales of the tile that the softmax takes next. */
 export interface KeyScales {
-  /** Of each 64 keys; the sign says that some of them are not finite. */
+  /** Of each 64 keys; the sign says that some of them have exponents, or are not finite. */
   readonly keys: readonly Reg<'f32'>[];
   /** Of V's codes. */
   readonly values: Reg<'f32'>;

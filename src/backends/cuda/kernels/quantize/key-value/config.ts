@@ -40,6 +40,7 @@ export const QUANTIZE_KEY_VALUE_POINTERS = [
   'key',
   'keyScale',
   'keyFaults',
+  'keyExponents',
   'value',
   'valueTileScale',
   'visibleKeys',

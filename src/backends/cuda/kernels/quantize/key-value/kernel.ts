@@ -11,8 +11,10 @@
  * accuracy, is 1 for nearly all tiles, and lets attention move its sums from one tile's scale to the next's without a rounding.
  * A finished tile never changes, whatever is appended.
  *
- * An element that is not finite sets its token's bit in `keyFaults` and the sign bit of the scales of its 64 keys: attention
- * makes NaN of the rows that see it, and of those only. Of V it becomes 0 with its neighbours, since 0 * NaN would reach
+ * A key far smaller than the largest of its group would lose its bits to that: its codes are taken larger by a power of two, which
+ * `keyExponents` has (`KEY_EXPONENT_BIAS`), and the sign bit of the scales of its 64 keys says so.
+ *
+ * An element that is not finite sets its token's bit in `keyFaults` and that sign bit: attention makes NaN of the rows that see it, and of those only. Of V it becomes 0 with its neighbours, since 0 * NaN would reach
  * the others; it takes no part in a scale. So it is with numbers beyond FP16's range where V is stored in FP16. Before the first
  * key that causality, window and length leave to any row, and behind the last, tiles are filled with copies of it.
  */
@@ -43,7 +45,7 @@ export function quantizeKeyValue(config: QuantizeKeyValueConfig): Kernel {
   b.barSync();
 
   if (early !== undefined) quantizeKeys(tile, keys, mean);
-  writeKeyScales(tile);
   values.store(values, faults);
+  writeKeyScales(tile);
   return b.build();
 }

@@ -16,6 +16,8 @@ export interface Keys {
   readonly column: Reg<'u32'>;
   readonly channels: Channels;
   readonly packed: readonly Reg<'b32'>[][];
+  /** Bits of this thread's largest magnitude in each pass, 0 where the row counts in no scale; filled by `findKeyMaxima`. */
+  readonly magnitudes: Reg<'u32'>[];
   /** The row of each pass in the tile, computed anew. */
   readonly tokens: () => Reg<'u32'>[];
 }
@@ -25,6 +27,7 @@ export interface ValueOrder {
   readonly channels: Channels;
   /** Tokens of a thread, counted from the tile's first. */
   readonly tokens: readonly Reg<'u32'>[];
+  /** Has a barrier: what the CTA wrote into shared memory before is seen behind it. */
   readonly store: (values: Values, faults: Faults) => void;
 }
 

@@ -58,6 +58,8 @@ export interface Tile extends Place {
   readonly rowMaxima: SharedTile;
   readonly valueMaxima: SharedTile;
   readonly faultWords: SharedTile;
+  /** A word for each key. */
+  readonly exponents: SharedTile;
   /** Of the tile's tokens, what a mask hides from every row; undefined without a mask. */
   readonly isSeen: ((inTile: Reg<'u32'>) => Reg<'pred'>) | undefined;
 }
@@ -78,9 +80,10 @@ export function makeTile(config: QuantizeKeyValueConfig): Tile {
   const rowMaxima = b.shared('row maxima of K', 2, rowMajor(rowsAtOnce * 4));
   const valueMaxima = b.shared('maxima of V', 1, rowMajor(warps * 4));
   const faultWords = b.shared('faults', warps, rowMajor(16));
+  const exponents = b.shared('exponents of K', 1, rowMajor(KEY_VALUE_TILE * 4));
   const shared = b.sharedAddress();
   const place = makePlace(b, pointer, integer);
-  const memory = { shared, rowMaxima, valueMaxima, faultWords };
+  const memory = { shared, rowMaxima, valueMaxima, faultWords, exponents };
   const fp8 = config.valueFormat === 'e4m3';
   const isSeen = visibility(b, config, pointer, place);
   return { b, config, fp8, threads, warps, keyLayout, pointer, stride, ...memory, ...place, isSeen };

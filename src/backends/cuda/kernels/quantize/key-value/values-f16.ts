@@ -38,6 +38,7 @@ export function orderAsItLies(tile: Tile): ValueOrder {
       const kept = b.andPred(inRow, b.orPred(secondHalf, b.setp('lt', at(tokens, i), HALF_TILE)));
       b.when(kept, () => b.stVector(pairs, destination, i * atOnce * rowBytes));
     });
+    b.barSync();
   };
   return { channels: { channel, span: ofRow * 8 }, tokens, store };
 }
