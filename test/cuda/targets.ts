@@ -36,6 +36,14 @@ const BOUNDS = { fp16: 0.025, fp8: 0.06, int4: 0.25, fp4: FP4_RELATIVE_L1 } as c
 /** A cache keeps K's mean and V's scales between doublings (docs/how-it-works.md), and refuses `keyMask`. */
 const EXCEPTIONS: NonNullable<Target['exceptions']> = ['cache', 'cache padding'];
 
+/** FP4 gives 16 tokens of V one scale, and a row one scale for 16 weights: a large value coarsens its neighbours (docs/cuda.md). */
+const FP4_EXCEPTIONS: NonNullable<Target['exceptions']> = [
+  ...EXCEPTIONS,
+  'later tokens',
+  'documents',
+  'heads of a group',
+];
+
 function target(
   kernel: Target['kernel'],
   options: AttentionOptions,
@@ -59,7 +67,7 @@ function target(
       fp4: { ...algorithm.fp4, scaleSearch: options.scaleSearch ?? algorithm.fp4.scaleSearch },
     },
     largestV,
-    exceptions: EXCEPTIONS,
+    exceptions: algorithm.pvFormat === 'fp4' ? FP4_EXCEPTIONS : EXCEPTIONS,
   };
 }
 
