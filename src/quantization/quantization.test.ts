@@ -12,7 +12,7 @@ import {
   TRITON_THREAD_ROUNDING,
 } from './integers.ts';
 import { INT_MAX, TILINGS, V_FP8_MAX } from './schemes.ts';
-import { blockMeans, channelMean, subtractMean } from './smoothing.ts';
+import { blockMeans, channelMean, smoothingMean, subtractMean } from './smoothing.ts';
 import { permutedPosition, quantizeValueFp8, TOKEN_PERMUTATION } from './value-fp8.ts';
 
 const seed = runSeed();
@@ -111,6 +111,19 @@ describe('smoothing', () => {
     expect([...channelMean(x, 2, 2, 2)]).toEqual([0, 0]);
     expect([...blockMeans(x, 2, 3)]).toEqual([2, 30, 8, 0]);
     expect([...subtractMean(x, Float32Array.of(4, 30), 1, 3)]).toEqual([-1, -10, Number.NaN, 30]);
+  });
+
+  it('weighs tokens by their sizes only where those differ much', () => {
+    const ordinary = Float32Array.of(1, 8, 2, 4, 0, 0, -1, 3);
+    expect([...smoothingMean(ordinary, 2)]).toEqual([...channelMean(ordinary, 2)]);
+    const large = Float32Array.of(...ordinary, 4000, -5000, Number.NaN, 6000);
+    const mean = smoothingMean(large, 2);
+    expect(Math.max(...mean.map(Math.abs))).toBeLessThan(8);
+    // Left out, it does not matter.
+    expect([...smoothingMean(large, 2, Uint8Array.of(1, 1, 1, 1, 0, 0))]).toEqual([...channelMean(ordinary, 2)]);
+    // A token next to zero does not take all.
+    expect(smoothingMean(Float32Array.of(0.01, 5, 5, 6, 6), 1)[0]).toBeGreaterThan(0.2);
+    expect([...smoothingMean(new Float32Array(4), 2)]).toEqual([0, 0]);
   });
 });
 

@@ -34,6 +34,50 @@ export function channelMean(
   return mean;
 }
 
+/** Tokens are of one size where the largest of their magnitudes is no more than so many times the smallest but zero. */
+export const ONE_SIZE = 8;
+/** A token this much smaller than the geometric mean of all counts as one of that size: tokens next to zero do not take all. */
+export const LEAST_SIZE = 1 / 2;
+
+/**
+ * What smoothing subtracts from K or V: the mean of each channel where tokens are of one size ({@link ONE_SIZE}; a token's size is its
+ * largest magnitude). Where they are not, the mean would be as large as the large tokens, and small ones that some rows see alone would
+ * lose their bits to it: a token then counts by the inverse square of its size. Any constant serves.
+ *
+ * The CUDA kernels do this; they take sizes from their sample, and the geometric mean from the tokens that a warp reads together. The
+ * reference needs it not: its rows that see large tokens have a mean of their own (`rowClasses`).
+ *
+ * @param x `[length, dim]`
+ * @param counted per token, 0: it is left out; default all count
+ */
+export function smoothingMean(x: Float32Array, dim: number, counted?: Uint8Array): Float32Array {
+  const logarithms: number[] = [];
+  for (let token = 0; token * dim < x.length; token++) {
+    let size = 0;
+    for (const value of x.subarray(token * dim, (token + 1) * dim)) {
+      if (Number.isFinite(value)) size = Math.max(size, Math.abs(value));
+    }
+    logarithms.push(counted?.[token] === 0 ? Number.NEGATIVE_INFINITY : Math.log2(size));
+  }
+  const sized = logarithms.filter((logarithm) => logarithm > Number.NEGATIVE_INFINITY);
+  const [smallest, largest] = sized.reduce(
+    ([a, b], own) => [Math.min(a, own), Math.max(b, own)],
+    [Infinity, -Infinity],
+  );
+  if (sized.length === 0 || largest - smallest <= Math.log2(ONE_SIZE))
+    return channelMean(x, dim, 0, x.length / dim, counted);
+  const least = sized.reduce((sum, own) => sum + own / sized.length, 0) + Math.log2(LEAST_SIZE);
+  const weights = logarithms.map((own) => (own === Number.NEGATIVE_INFINITY ? 0 : 4 ** (least - Math.max(own, least))));
+  const [sums, totals] = [new Float64Array(dim), new Float64Array(dim)];
+  for (const [i, value] of x.entries()) {
+    if (!Number.isFinite(value)) continue;
+    const weight = weights[Math.floor(i / dim)] as number;
+    sums[i % dim] = (sums[i % dim] as number) + value * weight;
+    totals[i % dim] = (totals[i % dim] as number) + weight;
+  }
+  return Float32Array.from(sums, (sum, channel) => (totals[channel] === 0 ? 0 : sum / (totals[channel] as number)));
+}
+
 /** `x - mean` in float32, for tokens `start` to `end`, as a new array of just those tokens. */
 export function subtractMean(
   x: Float32Array,

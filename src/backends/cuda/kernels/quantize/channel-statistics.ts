@@ -5,8 +5,10 @@
  * A sample is enough. Softmax does not change when any constant vector is subtracted from all keys, nor the output when one is
  * subtracted from V and added back, and the mean of n tokens deviates from that of all by sigma / sqrt(n), far below what
  * quantization resolves. V's scale of a channel need not bound all of its tokens where each tile has a scale of its own
- * besides (`quantizeKeyValue`). Elements that are not finite are left out, and keys that no row sees.
+ * besides (`quantizeKeyValue`). Elements that are not finite are left out, and keys that no row sees. `smoothingMean` of
+ * src/quantization/smoothing.ts says what the mean is where tokens are of very different sizes.
  */
+import { LEAST_SIZE, ONE_SIZE } from '../../../../quantization/smoothing.ts';
 import type { DType } from '../../../../tensor/dtype.ts';
 import { KernelBuilder } from '../../ptx/builder.ts';
 import { rowMajor, type SharedTile } from '../../ptx/layouts.ts';
@@ -29,12 +31,8 @@ export const WHOLE_BELOW = 512;
  * stretch to stretch: tokens of an image lie in rows, and a constant step could look at one column only.
  */
 const GOLDEN_RATIO = 0x9e3779b9;
-/**
- * A token counts in the means by the inverse square of its largest magnitude, so that the constant is no larger than small tokens
- * are, however large others are; one below this share of its warp's geometric mean counts no more than one of that size, so that
- * tokens next to zero do not take all.
- */
-const LOG2_LEAST_SHARE = -1;
+/** Sums of all sampled numbers, each up to float32's largest, are kept finite by adding this share of each. */
+const SUM_SHARE = 1 / WHOLE_BELOW;
 /** Magnitudes are taken to lie within these powers of two: their inverse squares, and sums of them, are finite. */
 const MOST_LOG2 = 55;
 
@@ -109,6 +107,8 @@ interface Frame {
   /** A row for each warp in each plane: one plane for every kind of number that is joined. */
   readonly planes: SharedTile;
   readonly warpMaxima: SharedTile;
+  /** Logarithms of the sizes of each warp's smallest and largest token; undefined where no mean is wanted. */
+  readonly warpSizes: SharedTile | undefined;
   readonly warpCounts: SharedTile | undefined;
   readonly shared: Reg<'shared'>;
   readonly thread: Reg<'u32'>;
@@ -140,13 +140,15 @@ export function channelStatistics(config: ChannelStatisticsConfig): Kernel {
   const planeBytes = [key, value].map((of) => (of === undefined ? 0 : planesOf(of) * WARPS * rowBytesOf(of)));
   const planes = b.shared('planes', 1, rowMajor(Math.max(...planeBytes)));
   const warpMaxima = b.shared('largest of each warp', 1, rowMajor(WARPS * 4));
+  const means = key?.mean === true || value?.mean === true;
+  const warpSizes = means ? b.shared('sizes of each warp', 1, rowMajor(WARPS * 8)) : undefined;
   const warpCounts = hiddenKeys === 'none' ? undefined : b.shared('visible keys of each warp', 1, rowMajor(WARPS * 16));
   const shared = b.sharedAddress();
 
   b.section('which sequence and head');
   const thread = b.special('%tid.x');
   const index = b.special('%ctaid.x');
-  const frame: Frame = { b, config, pointer, integer, planes, warpMaxima, warpCounts, shared, thread };
+  const frame: Frame = { b, config, pointer, integer, planes, warpMaxima, warpSizes, warpCounts, shared, thread };
   const keyBody = () => {
     const mean = b.loadPointer(pointer.keyMean);
     const strides = [keyBatch, keyHead, keyToken] as const;
@@ -169,7 +171,9 @@ export function channelStatistics(config: ChannelStatisticsConfig): Kernel {
 /** What one CTA does: sample the tokens of a head, join what the threads found, write the channels' mean and scale. */
 function describe(frame: Frame, operand: Operand): void {
   const keys = locate(frame, operand);
-  const channels = sampleTokens(frame, operand, keys);
+  const sample = sampleTokens(frame, operand, keys);
+  const channels = sample.channels;
+  if (sample.weighted !== undefined) chooseMeans(frame, channels, sample.weighted);
   joinWarps(frame, operand, channels);
   const ofChannel = writeMeans(frame, operand, channels);
   if (operand.scale !== undefined && operand.of.scale) writeScales(frame, operand, operand.scale, ofChannel);
@@ -209,7 +213,21 @@ interface Channels {
   readonly lowest: Reg<'f32'>[];
 }
 
-function sampleTokens(frame: Frame, { of, input, strides }: Operand, keys: Keys): Channels {
+/** Sums for means in which a token counts by its size, and the logarithms of the smallest and largest size. */
+interface Weighted {
+  readonly sums: Reg<'f32'>[];
+  readonly counts: Reg<'f32'>[];
+  readonly smallest: Reg<'f32'>;
+  readonly largest: Reg<'f32'>;
+}
+
+/** What a thread found; `weighted` where a mean is wanted. */
+interface Sample {
+  readonly channels: Channels;
+  readonly weighted: Weighted | undefined;
+}
+
+function sampleTokens(frame: Frame, { of, input, strides }: Operand, keys: Keys): Sample {
   const { b, config, thread } = frame;
   const { dtype } = config;
   const { dim, loadWidth, mean, scale } = of;
@@ -232,6 +250,14 @@ function sampleTokens(frame: Frame, { of, input, strides }: Operand, keys: Keys)
   const highest = scale ? eight(bothEnds ? Number.NEGATIVE_INFINITY : 0) : [];
   const lowest = bothEnds ? eight(Number.POSITIVE_INFINITY) : [];
   const channels = { channel, sums, counts, highest, lowest };
+  const weighted = mean
+    ? {
+        sums: eight(0),
+        counts: eight(0),
+        smallest: b.constant('f32', Number.POSITIVE_INFINITY),
+        largest: b.constant('f32', Number.NEGATIVE_INFINITY),
+      }
+    : undefined;
   const rank = b.mov(row);
   const stretchStart = b.mul(row, stretch);
   const step = b.mul(stretch, rowsAtOnce);
@@ -253,30 +279,31 @@ function sampleTokens(frame: Frame, { of, input, strides }: Operand, keys: Keys)
         b.add(stretchStart, step, stretchStart);
         return { inside, words };
       });
-      const weights = mean ? weightsOf(b, perRow, loaded, dtype) : undefined;
+      const weights = weighted === undefined ? [] : weightsOf(b, perRow, loaded, dtype, weighted);
       loaded.forEach(({ inside, words }, i) => {
-        countEight(b, unpackEight(b, dtype, words), inside, weights?.[i], channels);
+        countEight(b, unpackEight(b, dtype, words), inside, channels, weighted, weights[i]);
       });
     },
   );
-  return channels;
+  return { channels, weighted };
 }
 
-/** What tokens count in the means; 0 where a token is not there, or all of it is zeros or not finite. */
+/** What tokens count in the weighted means; 0 where a token is not there, or all of it is zeros or not finite. */
 function weightsOf(
   b: KernelBuilder,
   perRow: number,
   tokens: readonly { readonly inside: Reg<'pred'>; readonly words: readonly Reg<'b32'>[] }[],
   dtype: DType,
+  { smallest, largest }: Weighted,
 ): Reg<'f32'>[] {
   const logarithms = tokens.map(({ words }) => {
-    const largest = b.constant('u32', 0);
+    const size = b.constant('u32', 0);
     for (const value of unpackEight(b, dtype, words)) {
       const magnitude = b.and(b.as(value, 'u32'), 0x7fffffff);
-      b.when(b.setp('lt', magnitude, INFINITY_BITS), () => b.max(largest, magnitude, largest));
+      b.when(b.setp('lt', magnitude, INFINITY_BITS), () => b.max(size, magnitude, size));
     }
-    for (let mask = 1; mask < perRow; mask *= 2) b.max(largest, b.shflBfly(largest, mask), largest);
-    return b.lg2(b.as(largest, 'f32'));
+    for (let mask = 1; mask < perRow; mask *= 2) b.max(size, b.shflBfly(size, mask), size);
+    return b.lg2(b.as(size, 'f32'));
   });
   const [sum, count] = [b.constant('f32', 0), b.constant('f32', 0)];
   const counted = tokens.map(({ inside }, i) => {
@@ -284,13 +311,15 @@ function weightsOf(
     b.when(counts, () => {
       b.add(sum, at(logarithms, i), sum);
       b.add(count, 1, count);
+      b.min(smallest, at(logarithms, i), smallest);
+      b.max(largest, at(logarithms, i), largest);
     });
     return counts;
   });
   for (let mask = perRow; mask < 32; mask *= 2) {
     for (const register of [sum, count]) b.add(register, b.shflBfly(register, mask), register);
   }
-  const least = b.fma(sum, b.rcpApprox(b.max(count, 1)), b.constant('f32', LOG2_LEAST_SHARE));
+  const least = b.fma(sum, b.rcpApprox(b.max(count, 1)), b.constant('f32', Math.log2(LEAST_SIZE)));
   return logarithms.map((logarithm, i) => {
     const bounded = b.min(b.max(b.max(logarithm, least), -MOST_LOG2), MOST_LOG2);
     return b.selp(b.ex2(b.mul(bounded, -2)), b.constant('f32', 0), at(counted, i));
@@ -302,8 +331,9 @@ function countEight(
   b: KernelBuilder,
   values: readonly Reg<'f32'>[],
   inside: Reg<'pred'>,
-  weight: Reg<'f32'> | undefined,
   { sums, counts, highest, lowest }: Channels,
+  weighted: Weighted | undefined,
+  weight: Reg<'f32'> | undefined,
 ): void {
   const bothEnds = lowest.length > 0;
   for (const [i, value] of values.entries()) {
@@ -311,8 +341,12 @@ function countEight(
     const counted = b.andPred(inside, b.setp('lt', magnitude, INFINITY_BITS));
     const [sum, count, high, low] = [sums[i], counts[i], highest[i], lowest[i]];
     b.when(counted, () => {
-      if (sum !== undefined && weight !== undefined) b.fma(value, weight, sum, sum);
-      if (count !== undefined && weight !== undefined) b.add(count, weight, count);
+      if (sum !== undefined) b.fma(value, SUM_SHARE, sum, sum);
+      if (count !== undefined) b.add(count, SUM_SHARE, count);
+      if (weighted !== undefined && weight !== undefined) {
+        b.fma(value, weight, at(weighted.sums, i), at(weighted.sums, i));
+        b.add(at(weighted.counts, i), weight, at(weighted.counts, i));
+      }
       if (high !== undefined) b.max(high, bothEnds ? value : b.as(magnitude, 'f32'), high);
       if (low !== undefined) b.min(low, value, low);
     });
@@ -325,6 +359,34 @@ function isVisibleAt(b: KernelBuilder, bits: Reg<'global'>, token: Reg<'u32'>, i
   const wordAt = offset(b, bits, b.shr(token, 5), 4);
   b.when(inside, () => b.ld('b32', wordAt, 0, { readOnly: true, into: word }));
   return isVisible(b, word, token);
+}
+
+/** Takes the weighted sums where the tokens of the head are of very different sizes. */
+function chooseMeans(frame: Frame, { sums, counts }: Channels, weighted: Weighted): void {
+  const { b, shared, thread, warpSizes } = frame;
+  if (warpSizes === undefined) return;
+  b.section('whether tokens are of one size');
+  const { smallest, largest } = weighted;
+  for (let mask = 1; mask < 32; mask *= 2) {
+    b.min(smallest, b.shflBfly(smallest, mask), smallest);
+    b.max(largest, b.shflBfly(largest, mask), largest);
+  }
+  const ownAt = b.add(shared, b.as(b.shl(b.shr(thread, 5), 3), 'shared'));
+  b.when(b.setp('eq', b.and(thread, 31), 0), () => b.stVector([smallest, largest], ownAt, warpSizes.base));
+  b.barSync();
+  for (let warp = 0; warp < WARPS; warp += 2) {
+    const sizes = b.ldVector('f32', 4, shared, warpSizes.base + warp * 8);
+    sizes.forEach((size, i) => {
+      if (i % 2 === 0) b.min(smallest, size, smallest);
+      else b.max(largest, size, largest);
+    });
+  }
+  b.when(b.setp('gt', b.sub(largest, smallest), Math.log2(ONE_SIZE)), () => {
+    sums.forEach((sum, i) => {
+      b.mov(at(weighted.sums, i), sum);
+      b.mov(at(weighted.counts, i), at(counts, i));
+    });
+  });
 }
 
 type Join = (a: Reg<'f32'>, c: Reg<'f32'>) => Reg<'f32'>;
