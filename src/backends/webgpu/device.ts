@@ -1,6 +1,6 @@
 /** A WebGPU device with what belongs to it: capabilities, compiled pipelines, and what went wrong. */
 import { BackendUnavailableError, ExecutionError, messageOf } from '../../errors.ts';
-import { importOptional } from '../../optional-package.ts';
+import { importOptional, loadFailure, REINSTALL } from '../../optional-package.ts';
 import {
   type Capabilities,
   capabilitiesOf,
@@ -47,7 +47,10 @@ async function loadDawn(): Promise<DawnModule> {
     return await dawn;
   } catch (cause) {
     dawn = undefined;
-    throw new BackendUnavailableError('webgpu', `the package 'webgpu' could not be loaded`, INSTALL, cause);
+    const failure = loadFailure('webgpu', cause);
+    throw failure === undefined
+      ? new BackendUnavailableError('webgpu', "the package 'webgpu' is not installed", INSTALL, cause)
+      : new BackendUnavailableError('webgpu', failure, REINSTALL, cause);
   }
 }
 

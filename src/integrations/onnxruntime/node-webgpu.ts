@@ -1,8 +1,8 @@
 /** WebGPU under onnxruntime-web in Node: Dawn, from the package `webgpu`, where a browser has `navigator.gpu`. */
 
 import { DAWN_FLAGS } from '../../backends/webgpu/device.ts';
-import { MissingPackageError } from '../../errors.ts';
-import { importOptional } from '../../optional-package.ts';
+import { BackendUnavailableError, MissingPackageError } from '../../errors.ts';
+import { importOptional, loadFailure, REINSTALL } from '../../optional-package.ts';
 
 interface Dawn {
   create(flags: readonly string[]): GPU;
@@ -30,13 +30,16 @@ export type NodeGpu = typeof globalThis extends { GPU: { prototype: infer G } } 
  * ```
  *
  * @param flags for Dawn
- * @throws {MissingPackageError} when the package `webgpu` is not installed
+ * @throws {MissingPackageError | BackendUnavailableError} when the package `webgpu` is not installed, or does not load
  */
 export async function enableNodeWebgpu(flags: readonly string[] = DAWN_FLAGS): Promise<NodeGpu> {
   const scope = globalThis as { navigator?: { gpu?: NodeGpu } };
   if (scope.navigator?.gpu !== undefined) return scope.navigator.gpu;
   const dawn = await (importOptional('webgpu') as Promise<Dawn>).catch((cause: unknown) => {
-    throw new MissingPackageError('webgpu', 'WebGPU in Node', cause);
+    const failure = loadFailure('webgpu', cause);
+    throw failure === undefined
+      ? new MissingPackageError('webgpu', 'WebGPU in Node', cause)
+      : new BackendUnavailableError('webgpu', failure, REINSTALL, cause);
   });
   Object.assign(globalThis, dawn.globals);
   const gpu = dawn.create(flags);

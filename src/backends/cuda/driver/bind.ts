@@ -2,8 +2,8 @@
  * Functions of a C library as data: a table of symbols and parameters, which koffi binds and fakes of tests implement.
  * Each library has a table of its own; see api.ts for the driver's.
  */
-import { MissingPackageError } from '../../../errors.ts';
-import { importOptional } from '../../../optional-package.ts';
+import { BackendUnavailableError, MissingPackageError } from '../../../errors.ts';
+import { importOptional, loadFailure, REINSTALL } from '../../../optional-package.ts';
 
 /**
  * `u8`, `u32`, `s32`: an integer of that width (enums are `u32` or `s32`). `u64`: `size_t`, device addresses and opaque
@@ -127,12 +127,15 @@ export function bindLibrary<const Table extends FunctionTable>(
   return { ...(bound as unknown as Functions<Table>), ...facts };
 }
 
-/** @throws {MissingPackageError} */
+/** @throws {MissingPackageError | BackendUnavailableError} it is not installed, or does not load */
 export async function importKoffi(): Promise<Koffi> {
   try {
     const module = (await importOptional('koffi')) as Koffi & { readonly default?: Koffi };
     return module.default ?? module;
   } catch (error) {
-    throw new MissingPackageError('koffi', "backend 'cuda'", error);
+    const failure = loadFailure('koffi', error);
+    throw failure === undefined
+      ? new MissingPackageError('koffi', "backend 'cuda'", error)
+      : new BackendUnavailableError('cuda', failure, REINSTALL, error);
   }
 }
