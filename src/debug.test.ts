@@ -77,6 +77,15 @@ describe('SAGEATTENTION_DEBUG', () => {
     expect(lines.at(-1)).toMatch(/source not written/);
   });
 
+  it('is not read where Deno would have to ask for it', () => {
+    vi.stubEnv('SAGEATTENTION_DEBUG', '2');
+    let state = 'prompt';
+    vi.stubGlobal('Deno', { permissions: { querySync: () => ({ state }) } });
+    expect(debugLevel()).toBe(0);
+    state = 'granted';
+    expect(debugLevel()).toBe(2);
+  });
+
   it('in a browser is a property of globalThis, and sources are kept there', () => {
     const info = vi.spyOn(console, 'info').mockImplementation(() => {});
     vi.stubGlobal('process', undefined);

@@ -39,6 +39,11 @@ interface Host {
     readonly env?: Readonly<Record<string, string | undefined>>;
     getBuiltinModule?(name: 'node:fs'): typeof import('node:fs');
   };
+  readonly Deno?: {
+    readonly permissions: {
+      querySync(of: { readonly name: 'env'; readonly variable: string }): { readonly state: string };
+    };
+  };
   readonly SAGEATTENTION_DEBUG?: unknown;
   readonly SAGEATTENTION_DEBUG_FOLDER?: unknown;
   SAGEATTENTION_SOURCES?: Record<string, string>;
@@ -46,8 +51,14 @@ interface Host {
 
 const host = globalThis as Host;
 
+/** Deno asks or throws where the program may not read a variable; a program that runs attention need not be allowed to. */
+function environment(name: string): string | undefined {
+  const { state } = host.Deno?.permissions.querySync({ name: 'env', variable: name }) ?? { state: 'granted' };
+  return state === 'granted' ? host.process?.env?.[name] : undefined;
+}
+
 function setting(name: 'SAGEATTENTION_DEBUG' | 'SAGEATTENTION_DEBUG_FOLDER'): string | undefined {
-  const value = host[name] ?? host.process?.env?.[name];
+  const value = host[name] ?? environment(name);
   return value === undefined ? undefined : String(value);
 }
 
