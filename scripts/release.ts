@@ -8,12 +8,14 @@
  */
 import { spawnSync } from 'node:child_process';
 import { mkdirSync, readFileSync, rmSync, writeFileSync } from 'node:fs';
+import { messageOf } from '../src/errors.ts';
 import { pack } from './check-package.ts';
 import { readmeForNpm } from './readme-for-npm.ts';
 
+/** It throws, so that what a release changes for a while is put back whatever fails. */
 function run(command: string, args: readonly string[]): void {
-  const { status } = spawnSync(command, args, { stdio: ['ignore', 'inherit', 'inherit'] });
-  if (status !== 0) process.exit(status ?? 1);
+  const { status, signal } = spawnSync(command, args, { stdio: ['ignore', 'inherit', 'inherit'] });
+  if (status !== 0) throw new Error(`${command} ${args.join(' ')} ended with ${status ?? signal}`);
 }
 
 const output = (command: string, args: readonly string[]): string =>
@@ -58,6 +60,9 @@ try {
     const provenance = process.env.GITHUB_ACTIONS === 'true' ? ['--provenance'] : [];
     run('npm', ['publish', tarball, '--access', 'public', ...provenance]);
   }
+} catch (error) {
+  console.error(`no release: ${messageOf(error)}`);
+  process.exitCode = 1;
 } finally {
   writeFileSync('package.json', manifest);
   writeFileSync('README.md', readme);
