@@ -3,11 +3,12 @@
  * bench/results/ptxas.json. Ends with status 1 when ptxas refuses one or remarks on a product, or a kernel spills more
  * than it may (a main kernel and every one on wgmma: nothing).
  *
- * A row keeps the SHA-256 of its kernel's PTX, so that only kernels that changed are assembled again; `--all` assembles
- * each, `--quick` takes a choice of the configurations, which is not written.
+ * A row keeps the SHA-256 of its kernel's PTX, so that only kernels that changed are assembled again, and what an
+ * interrupted run assembled is kept in .tools/. `--all` assembles each; `--quick` takes a choice of the configurations
+ * and writes no report.
  */
 import { createHash } from 'node:crypto';
-import { readFileSync, writeFileSync } from 'node:fs';
+import { appendFileSync, existsSync, mkdirSync, readFileSync, writeFileSync } from 'node:fs';
 import { availableParallelism } from 'node:os';
 import { opcodeCounts, registerPressure } from '../src/backends/cuda/ptx/inspect.ts';
 import { printKernel } from '../src/backends/cuda/ptx/printer.ts';
@@ -20,6 +21,8 @@ import {
 import { assembleAsync, type PtxasReport, ptxasVersion } from '../src/backends/cuda/testing/ptxas.ts';
 
 const FILE = 'bench/results/ptxas.json';
+/** Rows as they are assembled, a line each, with the version of ptxas. */
+const KEPT = '.tools/ptxas.jsonl';
 
 interface Row extends PtxasReport {
   /** First half of the SHA-256 of the PTX. */
@@ -41,17 +44,25 @@ let failures = 0;
 let assembled = 0;
 let next = 0;
 
-/** Rows of the last report by digest, if the same ptxas made it. */
+/** Rows by digest, of the last report and of later runs, that this ptxas made. */
 function knownRows(): ReadonlyMap<string, Row> {
   const last = JSON.parse(readFileSync(FILE, 'utf8')) as Report;
-  return new Map(last.ptxas === version ? last.kernels.map((row) => [row.digest, row]) : []);
+  const rows = last.ptxas === version ? [...last.kernels] : [];
+  const kept = existsSync(KEPT) ? readFileSync(KEPT, 'utf8').trimEnd().split('\n') : [];
+  for (const line of kept) {
+    const { ptxas, ...row } = JSON.parse(line) as Row & { readonly ptxas: string };
+    if (ptxas === version) rows.push(row);
+  }
+  return new Map(rows.map((row) => [row.digest, row]));
 }
 
 async function reportOf(kernel: Kernel, digest: string): Promise<PtxasReport> {
   const row = known.get(digest);
   if (row === undefined) {
+    const report = await assembleAsync(kernel);
     assembled++;
-    return await assembleAsync(kernel);
+    appendFileSync(KEPT, `${JSON.stringify({ ptxas: version, digest, ...report })}\n`);
+    return report;
   }
   const { registers, stackBytes, spillStoreBytes, spillLoadBytes, remarks } = row;
   return { registers, stackBytes, spillStoreBytes, spillLoadBytes, remarks };
@@ -94,6 +105,7 @@ async function worker(): Promise<void> {
   }
 }
 
+mkdirSync('.tools', { recursive: true });
 await Promise.all(Array.from({ length: availableParallelism() }, worker));
 if (!quick) writeFileSync(FILE, `${JSON.stringify({ ptxas: version, kernels: rows }, undefined, 1)}\n`);
 console.log(`${rows.length} kernels, ${assembled} assembled; ${failures} spill more than they may or are remarked on`);
