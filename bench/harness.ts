@@ -1,6 +1,6 @@
 /**
  * Runs a bench's tasks one after another in a worker process, most important first. A task that faults the device or
- * hangs costs itself alone: the next worker goes on with the rest, and what is done is kept.
+ * hangs costs only its own result: the next worker goes on with the rest, and finished results are kept.
  */
 
 import { spawn } from 'node:child_process';

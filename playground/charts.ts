@@ -17,7 +17,7 @@ export interface Figure {
   /** `alt` says in words what the chart shows. */
   draw(alt: string, options: (width: number) => Plot.PlotOptions): void;
   note(text: string): void;
-  /** Takes away what is no longer true; the box stays. */
+  /** Removes outdated contents; the box stays. */
   clear(): void;
 }
 

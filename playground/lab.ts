@@ -85,7 +85,7 @@ export interface Histogram {
   readonly smoothed: Uint32Array;
 }
 
-/** The codes that each channel uses: what is left of the format to tell tokens apart. */
+/** The codes that each channel uses: how much of the format is left to tell tokens apart. */
 export interface CodeUse {
   /** Codes go from -max to max. */
   readonly max: number;
@@ -98,7 +98,7 @@ export interface CodeUse {
   readonly meanSpan: number;
 }
 
-/** Q or K before and after smoothing: the mean of all tokens taken away from K, that of each block from Q. */
+/** Q or K before and after smoothing: the mean of all tokens is subtracted from K, the mean of each block from Q. */
 export interface Operand {
   /** `[length, dim]` each. */
   readonly raw: Float32Array;

@@ -1,4 +1,4 @@
-/** The playground: four sections, each started when what it needs is there. */
+/** The playground: four sections, each started when its prerequisites are there. */
 import * as Comlink from 'comlink';
 import { connect, warn } from './alert.ts';
 import { byId, messageOf, say } from './dom.ts';

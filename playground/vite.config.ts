@@ -50,8 +50,8 @@ function collectBundled(): Plugin {
 }
 
 /**
- * WebKit evaluates a worker's entry again when a chunk that it loads imports it, and Vite lets entries hold what they share with
- * their chunks: every message would be answered twice. What is shared goes into chunks instead, and it is checked that it did.
+ * WebKit evaluates a worker's entry again when a chunk that it loads imports it, and Vite puts code that an entry shares with
+ * its chunks into the entry: every message would be answered twice. Shared code goes into chunks instead, and a check makes sure of it.
  */
 function entriesStayApart(): Plugin {
   return {

@@ -64,7 +64,7 @@ export function pack(folder: string): string {
   return join(folder, packed?.filename ?? '');
 }
 
-/** What is wrong with a tarball, a line each; nothing when it may be published. */
+/** Faults of a tarball, one a line; empty when it may be published. */
 export function problemsOf(tarball: string): string[] {
   const files = run('tar', ['-tzf', tarball], '.')
     .split('\n')

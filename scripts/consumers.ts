@@ -106,7 +106,7 @@ async function titleOf(browser: Browser, url: string, accepted: readonly RegExp[
   }
 }
 
-/** Headers of every answer, by what is tried with them, and what the console may say then. */
+/** Headers of every answer, by the case that they stand for, and what the console may say in that case. */
 const HOSTS: Readonly<Record<string, { headers: Readonly<Record<string, string>>; blobIsRefused: boolean }>> = {
   plain: { headers: {}, blobIsRefused: false },
   isolated: { headers: ISOLATION_HEADERS, blobIsRefused: false },

@@ -45,7 +45,7 @@ export function exporterRows(): string[][] {
   return [...rows, [decoders, 'Optimum (merged), transformers.js', String(found), String(taken), '0.1.0']];
 }
 
-/** The same of GraphModels of TensorFlow.js: what is taken is what our kernels compute when the tests run the graph. */
+/** The same for GraphModels of TensorFlow.js: an attention is taken if our kernels compute it when the tests run the graph. */
 export function topologyRows(): string[][] {
   return EXPORTED.map(({ models, exporter, calls = 1, build }) => {
     const builder = new TopologyBuilder(new Random(1));

@@ -1,7 +1,7 @@
 /**
- * Fills the tables of README.md and of the documentation from the raw results under bench/results/ (that of exporters
- * from the graphs of the tests): between `<!-- table NAME -->` and `<!-- /table -->`. `<!-- table NAME short -->` has
- * the rows that the README shows. With `--check` it writes nothing and fails if a table is not what the results say.
+ * Fills the tables of README.md and of the documentation from the raw results under bench/results/ (the table of
+ * exporters from the graphs of the tests): between `<!-- table NAME -->` and `<!-- /table -->`. With
+ * `<!-- table NAME short -->` it has the rows that the README shows. With `--check` it writes nothing and fails if a table is not what the results say.
  */
 import { readdirSync, readFileSync, writeFileSync } from 'node:fs';
 import type { AccuracyRow } from '../bench/accuracy.ts';
@@ -68,7 +68,7 @@ const ACCURACY = 'relative L1 / cosine';
 const WASM_BUILDS: Readonly<Record<string, string>> = { 'Node 20': 'simd128', 'Node 24': 'relaxed' };
 
 /**
- * Every kernel against both peers, each with what it computes wrong.
+ * Every kernel against both peers, each with its error.
  *
  * @param short two threads and D = 64 only, the build that each Node takes
  */
@@ -260,7 +260,7 @@ interface OnnxruntimeReport {
   }[];
 }
 
-/** Lengths that the README shows: where it gains nothing, where it begins to, and where it is what it is for. */
+/** Lengths that the README shows: where the kernel gains nothing, where it begins to, and where it gains most. */
 const SHORT_LENGTHS = [1024, 2048, 8192, 32768];
 
 /** A stack of DiT blocks, the whole model. */
@@ -296,8 +296,7 @@ function onnxruntimeSpeed(short: boolean): Table {
 }
 
 /**
- * Rows of the tables that say the most, one of each kind of device: what stands in their first cells, and what they are
- * called.
+ * The most telling row of each kind of device: the text in its first cells, and its name.
  */
 const SUMMARY: readonly {
   readonly where: string;

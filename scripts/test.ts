@@ -98,7 +98,7 @@ function ensureBuilt(): void {
 
 interface Counts {
   readonly passed: number;
-  /** A line for each failed test: its name and what it said first. */
+  /** A line for each failed test: its name and the first line of its message. */
   readonly failed: readonly string[];
   readonly skipped: readonly string[];
 }
@@ -123,7 +123,7 @@ function run(part: Part, folder: string): Counts {
   console.log(`\n=== ${part.name} ===`);
   const name = part.name.replaceAll(/\W+/g, '-');
   const report = join(folder, `${name}.json`);
-  // A part covers some of src/; the bound is that of all parts together, see `mergeCoverage`.
+  // A part covers some of src/; the bound holds for all parts together, see `mergeCoverage`.
   const coverage = [
     ...['--coverage', '--coverage.thresholds.lines=0', '--coverage.reporter=json-summary'],
     ...[`--coverage.reportsDirectory=${join(folder, `${name}-coverage`)}`, '--coverage.reportOnFailure'],

@@ -1,5 +1,5 @@
 /**
- * `SAGEATTENTION_DEBUG=1..3`: what is chosen and run, told when a plan is made (calls of equal shape share one).
+ * `SAGEATTENTION_DEBUG=1..3`: prints what was chosen and what will run when a plan is made (calls of equal shape share one).
  *
  * 1. backend, kernel and tile;
  * 2. also every launch with its grid, and the bytes of memory;

@@ -27,7 +27,7 @@ export interface ErrorDetails {
   readonly argument?: string;
   /** What would have been accepted. */
   readonly expected?: string;
-  /** What came instead. */
+  /** What was received instead. */
   readonly received?: string;
   readonly cause?: unknown;
 }

@@ -80,7 +80,7 @@ export {
 /**
  * INT8 QK per block, FP16 PV (float32 on WASM): the portable kernel, on every backend.
  *
- * Shapes, options, results and errors are those of {@link sageattn}; `kernel` is not an option here.
+ * Takes the arguments of {@link sageattn} except `kernel`, gives the same results and throws the same errors.
  *
  * @see SageAttention, arXiv 2410.02367, Algorithm 1
  */
@@ -88,7 +88,7 @@ export const sageattnQkInt8PvFp16 = kernelFunction('qk-int8-pv-fp16');
 /**
  * INT8 QK and PV in integers: the fastest on WASM.
  *
- * Shapes, options, results and errors are those of {@link sageattn}; `kernel` is not an option here.
+ * Takes the arguments of {@link sageattn} except `kernel`, gives the same results and throws the same errors.
  *
  * @see SageAttention, arXiv 2410.02367, Algorithm 1, for QK; that P and V are integers too is this project's
  */
@@ -96,7 +96,7 @@ export const sageattnQkInt8PvInt8 = kernelFunction('qk-int8-pv-int8');
 /**
  * Float32 and nothing quantized: WASM's choice for few keys, and the ground that the others stand beside.
  *
- * Shapes, options, results and errors are those of {@link sageattn}; `kernel` is not an option here.
+ * Takes the arguments of {@link sageattn} except `kernel`, gives the same results and throws the same errors.
  *
  * @see FlashAttention-2, arXiv 2307.08691, Algorithm 1
  */
@@ -104,7 +104,7 @@ export const sageattnExact = kernelFunction('exact');
 /**
  * INT8 QK, FP16 PV with three kinds of accumulator; CUDA, sm_80 and later.
  *
- * Shapes, options, results and errors are those of {@link sageattn}; `kernel` is not an option here.
+ * Takes the arguments of {@link sageattn} except `kernel`, gives the same results and throws the same errors.
  *
  * @see SageAttention2, arXiv 2411.10958, Algorithm 1
  */
@@ -112,7 +112,7 @@ export const sageattnQkInt8PvFp16Cuda = kernelFunction('qk-int8-pv-fp16-cuda');
 /**
  * INT8 QK, FP16 PV on Hopper's `wgmma`.
  *
- * Shapes, options, results and errors are those of {@link sageattn}; `kernel` is not an option here.
+ * Takes the arguments of {@link sageattn} except `kernel`, gives the same results and throws the same errors.
  *
  * @see SageAttention2, arXiv 2411.10958, Algorithm 1
  */
@@ -120,7 +120,7 @@ export const sageattnQkInt8PvFp16CudaSm90 = kernelFunction('qk-int8-pv-fp16-cuda
 /**
  * INT8 QK, FP8 PV; CUDA, sm_89 and later. `pvAccumDtype: 'fp32+fp16'` is SageAttention2++.
  *
- * Shapes, options, results and errors are those of {@link sageattn}; `kernel` is not an option here.
+ * Takes the arguments of {@link sageattn} except `kernel`, gives the same results and throws the same errors.
  *
  * @see SageAttention2, arXiv 2411.10958, Algorithm 1; SageAttention2++, arXiv 2505.21136
  */
@@ -128,7 +128,7 @@ export const sageattnQkInt8PvFp8Cuda = kernelFunction('qk-int8-pv-fp8-cuda');
 /**
  * INT8 QK, FP8 PV on Hopper's `wgmma`.
  *
- * Shapes, options, results and errors are those of {@link sageattn}; `kernel` is not an option here.
+ * Takes the arguments of {@link sageattn} except `kernel`, gives the same results and throws the same errors.
  *
  * @see SageAttention2, arXiv 2411.10958, Algorithm 1
  */
@@ -136,7 +136,7 @@ export const sageattnQkInt8PvFp8CudaSm90 = kernelFunction('qk-int8-pv-fp8-cuda-s
 /**
  * INT4 QK with Q and K smoothed, FP8 PV; CUDA, sm_89 and later.
  *
- * Shapes, options, results and errors are those of {@link sageattn}; `kernel` is not an option here.
+ * Takes the arguments of {@link sageattn} except `kernel`, gives the same results and throws the same errors.
  *
  * @see SageAttention2, arXiv 2411.10958, Algorithm 1
  */
@@ -146,7 +146,7 @@ export const sageattnQkInt4PvFp8Cuda = kernelFunction('qk-int4-pv-fp8-cuda');
  * on GPUs and in float32 on WASM. Four to five times less accurate than INT8 with FP8; for finding out what FP4 does to
  * a model.
  *
- * Shapes, options, results and errors are those of {@link sageattn}; `kernel` is not an option here.
+ * Takes the arguments of {@link sageattn} except `kernel`, gives the same results and throws the same errors.
  *
  * @see SageAttention3, arXiv 2505.11594, Algorithm 1
  */
@@ -154,7 +154,7 @@ export const sageattnQkFp4PvFp4 = kernelFunction('qk-fp4-pv-fp4');
 /**
  * FP4 QK and PV (NVFP4) on the FP4 tensor cores of Blackwell: RTX 50, RTX PRO and DGX Spark (compute capability 12).
  *
- * Shapes, options, results and errors are those of {@link sageattn}; `kernel` is not an option here.
+ * Takes the arguments of {@link sageattn} except `kernel`, gives the same results and throws the same errors.
  *
  * @see SageAttention3, arXiv 2505.11594, Algorithm 1
  */
@@ -162,7 +162,7 @@ export const sageattnQkFp4PvFp4Cuda = kernelFunction('qk-fp4-pv-fp4-cuda');
 /**
  * FP4 QK with FP8 PV; CUDA, sm_89 and later: about 0.7 of the error of FP4 in both products.
  *
- * Shapes, options, results and errors are those of {@link sageattn}; `kernel` is not an option here.
+ * Takes the arguments of {@link sageattn} except `kernel`, gives the same results and throws the same errors.
  *
  * @see SageAttention3, arXiv 2505.11594, Algorithm 1, for QK; SageAttention2, arXiv 2411.10958, for PV
  */
@@ -172,7 +172,7 @@ export const sageattnQkFp4PvFp8Cuda = kernelFunction('qk-fp4-pv-fp8-cuda');
  * `qk-fp4-pv-fp4`.
  *
  * Takes what Python's `sageattn3_blackwell` takes, `perBlockMean` too, and every option of {@link sageattn} but
- * `kernel`. Keys are not written. Shapes, results and errors are those of {@link sageattn}.
+ * `kernel`. Keys are not written. Shapes, results and errors are as in {@link sageattn}.
  *
  * @see SageAttention3, arXiv 2505.11594, Algorithm 1
  */

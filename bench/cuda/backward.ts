@@ -3,7 +3,7 @@
  *
  *     npx tsx scripts/gpu-programs.ts && node .gpu/programs/bench-cuda-backward.mjs OUTPUT_FOLDER [--only TEXT] [--no-torch] [--accuracy-only] [--variants]
  *
- * Writes `backward.json` there. TFLOP/s count 10 B H Lq Lk D, half when causal: five products. Times are those of all launches of
+ * Writes `backward.json` there. TFLOP/s count 10 B H Lq Lk D, half when causal: five products. Times include all launches of
  * `attentionBackward`: quantization and copies too. Accuracy is the relative L2 of dQ, dK and dV against float64: on the golden inputs, and of
  * the first head of each shape, for which PyTorch computes them.
  */

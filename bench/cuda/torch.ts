@@ -41,7 +41,7 @@ for s in shapes:
 json.dump({"torch": torch.__version__, "results": results}, sys.stdout)
 `;
 
-/** Undefined where there is no python3 with torch; what it said is printed. */
+/** Undefined if there is no python3 with torch; its message is printed. */
 export function torchTimes(shapes: readonly Shape[]): { torch: string; results: TorchTime[] } | undefined {
   const { status, stdout, stderr } = spawnSync('python3', ['-c', PROGRAM], {
     input: JSON.stringify(shapes),

@@ -130,7 +130,7 @@ interface Outcome {
   /** Of the attention kernel (and the joining of splits) alone, and of everything. */
   readonly aloneMilliseconds?: number;
   readonly milliseconds?: number;
-  /** Of what comes before attention, by itself. */
+  /** Time of the launches before attention, by themselves. */
   readonly quantizeMilliseconds?: number;
   readonly registers?: number;
   readonly localBytes?: number;

@@ -166,7 +166,7 @@ const [float] = floatTypes as ['float16' | 'float32'];
 mkdirSync(folder, { recursive: true });
 const mark = (what: string) => writeFileSync(currentFile(folder), what);
 
-/** What is being done, for the log: a step that takes long says so, unless it keeps this thread from running. */
+/** The current step, for the log: a long step is reported, unless it blocks this thread. */
 let current = { what: 'start', since: performance.now() };
 function step(what: string): void {
   const now = performance.now();
@@ -195,7 +195,7 @@ ort.env.logLevel = 'fatal';
 /** What WebGPU reported outside any call since it was last looked at: results behind it are worth nothing. */
 let gpuError: string | undefined;
 
-/** Every feature and limit of the adapter: onnxruntime and SageAttention each use what they know. */
+/** Every feature and limit of the adapter: onnxruntime and SageAttention each use the ones that they know. */
 async function openDevice(): Promise<GPUDevice | undefined> {
   if (adapter == null) return undefined;
   const requiredFeatures = [...adapter.features] as GPUFeatureName[];
@@ -349,7 +349,7 @@ async function measure(variants: readonly Variant[], feeds: OrtFeeds): Promise<M
         variant.failure = firstLineOf(error);
         outputs.delete(variant.name);
         times.set(variant.name, []);
-        // What it still reports is its own, not the next one's.
+        // Later reports of this run must not count for the next one.
         await device?.queue.onSubmittedWorkDone();
         await new Promise((resolve) => setTimeout(resolve, 10));
         gpuError = undefined;

@@ -37,7 +37,7 @@ const threads = Number(flags.threads);
 const MOST_WORK = 2 ** 33;
 /** A peer's thread pool spins for a while after its call, on the processors that the next contender needs. */
 const PAUSE_MILLISECONDS = 2;
-/** Calls of one contender in a row: what it does between two of its own calls counts, as in an application. */
+/** Calls of one contender in a row: work between two of its own calls counts, as in an application. */
 const BURST = 5;
 const EXACT_ROWS = 32;
 

@@ -5,7 +5,7 @@
  *     npx tsx scripts/gpu-programs.ts && node .gpu/programs/bench-webgpu.mjs OUTPUT_FOLDER [--quick]
  *         [--lengths 1024,8192] [--head-dims 64,128] [--families matrix,subgroup,base] [--variants 1x2x32,...] [--no-peers]
  *
- * Writes `webgpu.json` and `webgpu.md` there, after every size, so that a run that is cut short leaves what it has.
+ * Writes `webgpu.json` and `webgpu.md` there, after every size, so that a run that is cut short leaves its results.
  * TFLOP/s count 4 H L^2 D, half when causal. Times are medians of timestamp queries around the whole plan; where the
  * device has none, of the clock around submission and completion, and the table says so. Everything that waits for the
  * CPU (compiling, accuracy) comes before; then contenders take turns, on a GPU that is kept at work, since an idle one

@@ -1,4 +1,4 @@
-/** Section 1: what this device has, what the library makes of it, and whether it computes what it should. */
+/** Section 1: this device's features, what the library chooses on it, and whether it computes correctly. */
 import * as Comlink from 'comlink';
 import { byId, exclusively, h, messageOf, say, saySteadily } from '../dom.ts';
 import { duration } from '../format.ts';
@@ -47,7 +47,7 @@ function card(backend: BackendReport, report: DeviceReport): HTMLElement {
         'dl',
         {},
         Object.entries(details)
-          // What is in use changes with every call; the card is made once.
+          // The backend in use changes with every call; the card is made once.
           .filter(([fact]) => fact !== 'memory')
           .flatMap(([fact, value]) => [h('dt', {}, fact), h('dd', {}, value)]),
         kernels.flatMap(({ name: kernel, summary }, i) => [

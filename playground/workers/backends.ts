@@ -22,7 +22,7 @@ export function useBrowserBackends(): Promise<WebgpuBackend> {
   return webgpu;
 }
 
-/** The device that the WebGPU backend runs on, with what it can do. */
+/** The device that the WebGPU backend runs on, with its features. */
 export async function gpuContext() {
   return (await useBrowserBackends()).context();
 }

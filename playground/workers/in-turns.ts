@@ -10,7 +10,7 @@ import type { BenchInputs, Contestant, Ready } from './contestants.ts';
 const ROUNDS = 5;
 const SLOW_ROUNDS = 3;
 const SLOW_CALL_MS = 2_000;
-/** Calls of a sample are submitted together to a GPU, so that waiting for it is not what is measured. */
+/** Calls of a sample are submitted together to a GPU, so that waiting for it is not measured. */
 const SAMPLE_MS = 100;
 const MOST_TOGETHER = 16;
 /** Before each sample: onnxruntime's threads spin for a while after a call, on the processors that the next needs. */
@@ -26,7 +26,7 @@ export interface Timing extends Pick<Accuracy, 'relativeL1' | 'cosineSimilarity'
   readonly calls: number;
 }
 
-/** What came of a contestant, or why nothing did. */
+/** The result of a contestant, or why there is none. */
 export type Outcome = Timing | { readonly failure: string };
 
 export const isTiming = (outcome: Outcome | undefined): outcome is Timing =>
@@ -79,7 +79,7 @@ export interface TurnsOptions {
   /** Query rows on which outputs are compared with float64. */
   readonly rows: number;
   readonly signal: AbortSignal;
-  /** Hears before each step how many of `STEPS` times the contestants are done, and what comes. */
+  /** Told before each step how many of `STEPS` rounds are done, and what comes next. */
   readonly onStep: (done: number, doing: string) => void;
 }
 

@@ -1,4 +1,4 @@
-/** The worker of section 2: keeps the head that is looked at, and computes what is drawn of it. */
+/** The worker of section 2: keeps the head that is shown, and computes its charts. */
 import * as Comlink from 'comlink';
 import { getBackend, sageattn, setBackend, type Tensor, tensor } from '../../src/index.ts';
 import { compare, exactAttention } from '../../src/reference/index.ts';

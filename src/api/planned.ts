@@ -95,7 +95,7 @@ export class Attention<T extends TensorView = Tensor> {
 
 /**
  * Plans attention for one shape, for callers who hold the plan themselves: kernel chosen, code compiled, scratch
- * allocated. `specs` are tensors, or shape, strides, offset, dtype and location without data; their shapes are those of
+ * allocated. `specs` are tensors, or shape, strides, offset, dtype and location without data; their shapes are as in
  * {@link sageattn}.
  *
  * @throws as {@link sageattn}

@@ -23,7 +23,7 @@ type WithLse = AttentionOptions & { readonly returnLse: true };
 
 type CreateProblem = (q: TensorView, k: TensorView, v: TensorView, options: AttentionOptions) => AttentionProblem;
 
-/** A call's inputs as they are now, and what it means. */
+/** A call's inputs as they are now, and the problem that they pose. */
 export function takeCall<T extends TensorView>(
   { q, k, v }: AttentionInputs<T>,
   options: AttentionOptions,
@@ -79,8 +79,8 @@ async function attend<T extends TensorView>(
  *
  * Shapes (HND, the default): q `[B,Hq,Lq,D]`, k `[B,Hkv,Lk,D]`, v `[B,Hkv,Lk,Dv]`; NHD swaps heads and tokens. Hq is a
  * multiple of Hkv (grouped-query attention); D and Dv are from 1 to 256. dtypes float16, bfloat16 and float32; all
- * three alike. Inputs are never written, and are those of the moment of the call: what is written into them,
- * transferred or resized afterwards changes nothing.
+ * the same for all three. Inputs are never written, and are read as they are at the moment of the call: writing to
+ * them, transferring or resizing them afterwards changes nothing.
  *
  * @returns the output, `[B,Hq,Lq,Dv]` in the same layout and dtype as q; with `returnLse: true` also the logsumexp
  * @throws {InvalidArgumentError} an argument that no kernel takes

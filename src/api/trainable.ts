@@ -260,7 +260,7 @@ export interface AttentionBackwardInputs<T extends TensorView = Tensor> extends 
 }
 
 /**
- * The backward pass by itself, for frameworks that save tensors themselves. `output` and `lse` are those of the same q, k, v and
+ * The backward pass by itself, for frameworks that save tensors themselves. `output` and `lse` must come from the same q, k, v and
  * options on the same backend, from {@link sageattnTrainable} or from a kernel of its kind (`sageattn` with
  * `kernel: 'qk-int8-pv-fp16'` and `returnLse`): gradients of another kernel's output are less accurate.
  *

@@ -1,4 +1,4 @@
-/** What a backward call means: the forward call, what it gave, and how its gradients are computed. */
+/** What a backward call means: the forward call, its results, and how its gradients are computed. */
 
 import { InvalidArgumentError, reading, takeOptions, textOf } from '../errors.ts';
 import type { DType } from '../tensor/dtype.ts';
@@ -36,7 +36,7 @@ export interface GradientOptions {
   readonly maskGradient?: boolean;
 }
 
-/** Options of a call with gradients: those of `sageattn`, of packed sequences, and of the backward pass. */
+/** Options of a call with gradients: the options of `sageattn`, of packed sequences and of the backward pass. */
 export interface TrainableOptions extends Omit<AttentionOptions, 'returnLse'>, GradientOptions {
   /** Starts of packed sequences, as `sageattnVarlen` takes them; with `cuSeqlensK`. q is `[totalQ,Hq,D]` then. */
   readonly cuSeqlensQ?: ArrayLike<number>;
@@ -54,7 +54,7 @@ export interface BackwardProblem {
   readonly lseOffset: number;
   readonly precision: BackwardPrecision;
   readonly deterministic: boolean;
-  /** dtype of dq, dk, dv. That of dMask is always float32. */
+  /** dtype of dq, dk and dv; dMask is always float32. */
   readonly gradientDtype: DType;
   /** Shape of the additive mask, if its gradient is wanted. */
   readonly maskGradient: readonly number[] | undefined;
@@ -72,7 +72,7 @@ const TRAINABLE_NAMES = [...FORWARD_NAMES, ...Object.keys(GRADIENT_OPTIONS), 'cu
 
 /** Options of a call with gradients, in parts. */
 export interface TakenOptions {
-  /** Those of the forward call, `returnLse` among them. */
+  /** Options of the forward call, including `returnLse`. */
   readonly forward: AttentionOptions;
   readonly gradient: GradientOptions;
   readonly packed: { readonly cuSeqlensQ: ArrayLike<number>; readonly cuSeqlensK: ArrayLike<number> } | undefined;

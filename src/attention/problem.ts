@@ -202,8 +202,8 @@ function validateHeadDim(argument: string, size: number): void {
 }
 
 /**
- * What is planned one by one, in loops that take time even where tensors hold nothing or repeat one element: more of it
- * is a mistake.
+ * Most sequences of a call. Each is planned in a loop, which takes time even if the tensors are empty or repeat one
+ * element, so a larger number is a mistake.
  */
 const MAX_BATCH = 2 ** 20;
 const MAX_HEADS = 2 ** 24;

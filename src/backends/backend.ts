@@ -90,7 +90,7 @@ export interface Plan<Inputs = AttentionInputs, Made extends Outputs = Attention
   dispose(): void;
 }
 
-/** A backward pass's inputs: those of the forward pass, what it gave, and the gradient of its output. */
+/** Inputs of a backward pass: the forward pass's inputs and results, and the gradient of its output. */
 export interface BackwardInputs<T extends TensorView = TensorView> extends AttentionInputs<T>, ForwardResults<T> {}
 
 /** Contiguous; see `gradientShapesOf`. Masked positions contribute exact zeros; rows and keys that see nothing have zeros. */
@@ -114,7 +114,7 @@ export interface BackwardSupport {
   readonly maskGradient: boolean;
 }
 
-/** The plan of a backward pass; its `outputs` are those of `gradientOutputs`. */
+/** The plan of a backward pass; its `outputs` come from `gradientOutputs`. */
 export type BackwardPlan = Plan<BackwardInputs, BackwardOutputs>;
 
 /** What belongs to one preparation or append. */

@@ -41,7 +41,7 @@ export async function loadCode<T>(backend: BackendName, load: () => Promise<T>):
   }
 }
 
-/** What is said of a backend that an error keeps from running. */
+/** The report of a backend that cannot run because of an error. */
 export function unavailable(error: unknown): Availability {
   const absent = { available: false, accelerated: false, details: {} };
   if (!(error instanceof BackendUnavailableError)) {

@@ -43,7 +43,7 @@ export function loadedBackend(name: BackendName): Backend | null | undefined {
 /** What was last found of each backend. Calls on CPU tensors look for backends that are absent only once. */
 const found = new WeakMap<Backend, Availability>();
 
-/** Asks a backend what it finds, and remembers it for {@link knownAvailability}. */
+/** Asks a backend for its availability, and remembers it for {@link knownAvailability}. */
 export async function askAvailability(backend: Backend): Promise<Availability> {
   const availability = await backend.availability();
   found.set(backend, availability);

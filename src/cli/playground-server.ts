@@ -16,8 +16,8 @@ export interface PlaygroundServer {
 }
 
 /**
- * Answers with a file of a folder, with ranges and validators; a broken download closes its file. What is no file of
- * the folder, or hidden, is `missing`.
+ * Answers with a file of a folder, with ranges and validators; a broken download closes its file. A path that is
+ * no file of the folder, or hidden, is `missing`.
  *
  * @param target path below the folder as the request gives it, percent-encoded
  */
@@ -40,7 +40,7 @@ export function serveFile(
 }
 
 /**
- * Serves the built page; what it lacks of {@link PLAYGROUND_ASSETS} comes from the installed packages.
+ * Serves the built page; those {@link PLAYGROUND_ASSETS} that it lacks come from the installed packages.
  *
  * @param folder the built page
  * @param port 0: any free one

@@ -1,4 +1,4 @@
-/** What the commands make of a backend that cannot do what is asked of it. */
+/** How the commands treat a backend that cannot do what they ask. */
 import { mkdtemp, readFile, rm } from 'node:fs/promises';
 import { tmpdir } from 'node:os';
 import path from 'node:path';

@@ -50,7 +50,7 @@ const NVFP4_FACTORS = {
 } as const satisfies Record<ScaleSearch, readonly number[]>;
 
 /**
- * Exponent of E2M1's largest number: MX puts the binade of the block's largest magnitude there, and clamps what is
+ * Exponent of E2M1's largest number: MX puts the binade of the block's largest magnitude there, and clamps values
  * above 6.
  */
 const MX_LARGEST_BINADE = 4;
@@ -151,7 +151,7 @@ const gatheredCodes = /* @__PURE__ */ new Uint8Array(MXFP4_BLOCK);
 
 /**
  * Quantizes `count` elements `start, start + stride, ...` in blocks and writes their dequantized values, `scale *
- * code`, in place. Elements that are not finite stay what they are.
+ * code`, in place. Elements that are not finite stay unchanged.
  */
 export function quantizeFp4InPlace(
   x: Float32Array,

@@ -79,7 +79,7 @@ describe(`FP4 blocks (seed ${seed})`, () => {
       fc.property(arbitraryBlock(format), (block) => {
         const largest = largestMagnitude(block, 1);
         const { scale, values } = dequantized(block, format, 'none');
-        // E4M3 errs by 1 of 16, or by half of its least step, 2^-9; MX clamps what is above 6 of 8.
+        // E4M3 errs by 1 of 16, or by half of its least step, 2^-9; MX clamps values above 6 of 8.
         const clamped = Math.max(0, largest - 6 * scale);
         expect(clamped).toBeLessThanOrEqual(format === 'nvfp4' ? Math.max(largest / 16, 6 * 2 ** -10) : largest / 4);
         for (let i = 0; i < block.length; i++) {

@@ -1,7 +1,7 @@
 /**
- * Which tokens share a scale: the table of docs/how-it-works.md as index functions. The indices are those of the
- * reference implementation's scale tensors, padding included: a last block that is not full still has the scales of a
- * whole block.
+ * Which tokens share a scale: the table of docs/how-it-works.md as index functions. The indices point
+ * into the reference implementation's scale tensors, padding included: a last block that is not full still has as many
+ * scales as a whole block.
  */
 import type { Granularity, Tiling } from './schemes.ts';
 

@@ -15,10 +15,10 @@ const codes = /* @__PURE__ */ new Uint8Array(32);
 /**
  * Rounds one row of one tile of P, scaled so that the row's largest is {@link P_TWO_LEVEL_MAX}, in place to what the
  * product with V sees: code times scale. There is no search: P is quantized inside the kernel. Elements that are not
- * finite stay what they are.
+ * finite stay unchanged.
  *
- * @param divisor what is coded is `p / scale`, with the scale as rounded or, as in the official kernel, as it was
- *     before
+ * @param divisor whether `p` is divided by the rounded scale or, as in the official kernel, by the scale before
+ *     rounding
  * @returns the sum of the rounded row: divided by it, the output is a convex combination of V's codes
  */
 export function quantizeProbabilities(

@@ -115,7 +115,7 @@ describe(`exact gradients (seed ${seed})`, () => {
     const own = withGradient({ q, k, v, options: { isCausal: true, windowSize: [1, 0] } }, random);
     (own.inputs.k.data as Float32Array).fill(Number.NaN, 3 * 3, 4 * 3);
     const { dq, dk, dv } = backwardExact(own.problem, own.inputs);
-    // Row 3 alone sees key 3, and keys 2 and 3 are what it sees; no row sees key 4.
+    // Row 3 sees keys 2 and 3, and no other row sees key 3; no row sees key 4.
     expect([...dq].map(Number.isNaN)).toEqual([...Array(9).fill(false), ...Array(3).fill(true)]);
     expect([...dk].map(Number.isNaN)).toEqual([
       ...Array(6).fill(false),

@@ -94,7 +94,7 @@ function addScaled(target: Float64Array, at: number, x: ArrayLike<number>, from:
   for (let d = 0; d < dim; d++) target[at + d] = (target[at + d] as number) + weight * (x[from + d] as number);
 }
 
-/** Gradients of one head are added to these; the problem's heads share those of keys and values. */
+/** Gradients of one query head are added to these; heads that share keys and values add to the same dK and dV. */
 interface Sums {
   readonly dq: Float64Array;
   readonly dk: Float64Array;

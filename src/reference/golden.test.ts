@@ -16,7 +16,7 @@ const SLACK = 1.01;
 
 /**
  * Emulated and official outputs share their quantization error: they differ by far less than either does from the exact
- * result. What is left are code points of Q, K and V one unit apart, a few in ten thousand, and bfloat16's last bit.
+ * result. What differs is a few codes of Q, K and V in ten thousand, by one unit, and bfloat16's last bit.
  */
 const SHARED = 0.06;
 

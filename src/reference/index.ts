@@ -68,13 +68,13 @@ const QUANTIZATION_OPTIONS = [
   'scaleSearch',
 ] as const satisfies readonly (keyof AttentionOptions)[];
 
-/** Options of exact attention; names and meaning are those of `sageattn`. */
+/** Options of exact attention; names and meaning as in `sageattn`. */
 export type ExactOptions = Pick<AttentionOptions, (typeof EXACT_OPTIONS)[number]>;
 
-/** Options of quantized attention: those of `sageattn`, and an algorithm. */
+/** Options of quantized attention: the options of `sageattn`, and an algorithm. */
 export interface QuantizedOptions extends ExactOptions, Pick<AttentionOptions, (typeof QUANTIZATION_OPTIONS)[number]> {
   /**
-   * What the emulated kernel does; what is left out is {@link PORTABLE_ALGORITHM}'s. The options above go before it.
+   * Steps of the emulated kernel; missing ones are taken from {@link PORTABLE_ALGORITHM}. The options above override it.
    */
   readonly algorithm?: Partial<QuantizedAlgorithm>;
 }
@@ -112,7 +112,7 @@ function resultOf(problem: AttentionProblem, { output, lse }: ReferenceOutputs):
   return problem.returnLse ? { ...result, lse } : result;
 }
 
-/** The options of quantized attention, checked: those of `sageattn`, and the algorithm that they amount to. */
+/** The checked options of quantized attention: the options of `sageattn`, and the algorithm that results. */
 function takeQuantized(given: QuantizedOptions, names: readonly string[]) {
   const known = [...names, ...QUANTIZATION_OPTIONS];
   const { algorithm = {}, ...unchecked } = takeOptions(given, [...known, 'algorithm']);
@@ -177,7 +177,7 @@ export function exactAttentionVarlen(
  * SageAttention2 (2411.10958), SageAttention2++ (2505.21136) or SageAttention3 (2505.11594), as `options.algorithm`
  * says.
  *
- * Arguments are those of {@link exactAttention}.
+ * Arguments are as in {@link exactAttention}.
  *
  * @throws {InvalidArgumentError} naming the argument at fault
  */
@@ -189,7 +189,7 @@ export function quantizedAttention(q: Tensor, k: Tensor, v: Tensor, options: Qua
 
 /**
  * Quantized attention over sequences packed end to end; each sequence is smoothed and quantized by itself. Arguments
- * are those of {@link exactAttentionVarlen}.
+ * are as in {@link exactAttentionVarlen}.
  *
  * @throws {InvalidArgumentError} naming the argument at fault
  */

@@ -155,8 +155,8 @@ function pMaxOf({ pvFormat, pFp8Max }: QuantizedAlgorithm): number {
 }
 
 /**
- * Rounds one tile's P in place to its format; returns what it adds to the sum that the output is divided by. `exact`:
- * its sum before.
+ * Rounds one tile's P in place to its format; returns its contribution to the sum that divides the output. `exact` is
+ * the sum before rounding.
  */
 function roundP(p: Float32Array, tokens: number, exact: number, { pvFormat, fp4 }: QuantizedAlgorithm): number {
   switch (pvFormat) {
@@ -529,8 +529,8 @@ function rowAttention(problem: AttentionProblem, algorithm: QuantizedAlgorithm):
  * per sequence; means and scales are taken over the keys that rows may see, and where some rows see far larger ones
  * than others, for each such class of rows by itself (`rowClasses`).
  *
- * Outputs are float32 values (not yet rounded to the problem's dtype); LSE is that of the true scores: what smoothing
- * took is added back.
+ * Outputs are float32 values (not yet rounded to the problem's dtype); LSE is computed from the true scores: what smoothing
+ * subtracted is added back.
  */
 export function attentionQuantized(
   problem: AttentionProblem,

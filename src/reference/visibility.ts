@@ -74,8 +74,8 @@ function magnitudesOf(x: Float32Array, dim: number): Float64Array {
 }
 
 /**
- * The rows over one head of K, in classes by the largest key and value that each sees. What a row may not see must not
- * coarsen its quantization: statistics are those of a class. Where all tokens are of about one size there is one class.
+ * The rows over one head of K, in classes by the largest key and value that each sees. Keys that a row may not see must not
+ * coarsen its quantization, so statistics are taken per class. If all tokens are of about one size there is one class.
  *
  * @param k `[Lk,D]` of this sequence and head
  * @param v `[Lk,Dv]`

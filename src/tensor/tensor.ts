@@ -188,7 +188,7 @@ export function tensor(data: TensorData, shape: readonly number[], options: Tens
     dtype,
     data: part(data, 0, data.length),
     shape: [...shape],
-    // What is no array is refused below.
+    // A value that is no array is refused below.
     strides: Array.isArray(strides) ? [...strides] : (strides ?? contiguousStrides(shape)),
     offset: offset ?? 0,
   };

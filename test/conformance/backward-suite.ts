@@ -27,7 +27,7 @@ import { place, snapshot } from '../support/tensors.ts';
 import { arbitraryCase, CASES, type CaseInputs, type ConformanceCase } from './cases.ts';
 import { type ConformanceTest, checkMeasured, type Measured } from './suite.ts';
 
-/** A backward pass with one setting of its options, and what it must reach. */
+/** A backward pass with one setting of its options, and the accuracy that it must reach. */
 export interface BackwardTarget {
   readonly name: string;
   readonly backend: 'wasm' | 'webgpu' | 'cuda';
@@ -150,7 +150,7 @@ function checkPlaces(name: Name, actual: Float32Array, exact: Float64Array, dim:
       if (Math.abs(e) > largest && !Number.isNaN(e)) continue;
       const fits = Number.isFinite(e) === Number.isFinite(a);
       check(fits, () => `${name}[${i}] is ${a}, exact ${e}`);
-      // A single visible key has gradients of exactly 0 too, which roundings may miss: only dv tells what is not seen.
+      // With a single visible key dq and dk are exactly 0 too, up to roundings, so only dv tells which keys are not seen.
       if (isZero && name === 'dv') check(a === 0, () => `${name}[${i}] is ${a}, and no row sees it`);
     }
   }
@@ -210,7 +210,7 @@ const caseOf = (part: string): ConformanceCase => {
   return found;
 };
 
-/** A broadcast mask's gradient is the sum over what it broadcasts over. */
+/** The gradient of a broadcast mask is the sum over the broadcast dimensions. */
 async function checkMaskGradient(target: BackwardTarget, seed: number): Promise<void> {
   const random = new Random(seed);
   const [b, h, lq, lk, d] = [2, 2, 33, 70, 16] as const;

@@ -22,8 +22,8 @@ export interface ConformanceCase {
   readonly name: string;
   /**
    * `kernel`: the kernel's own bound, for ordinary distributions. `algorithm`: where quantization itself loses more,
-   * what the same algorithm in plain TypeScript loses on the same inputs. `row`: as `algorithm`, but each class of rows
-   * by what it sees (`rowClasses`), so that large rows hide nothing of what small ones lose.
+   * what the same algorithm in plain TypeScript loses on the same inputs. `row`: as `algorithm`, but for each class of
+   * rows that see keys of one size (`rowClasses`), so that large rows hide no error of small ones.
    */
   readonly bound: 'kernel' | 'algorithm' | 'row';
   /** Multiply-adds of both products: a slow target leaves out large cases. */
@@ -36,7 +36,7 @@ export interface ConformanceCase {
 /** What standard normal numbers reach in a case, generously. */
 export const NORMAL_MAX = 10;
 
-/** Sizes and contents of a dense case; what is left out is ordinary. */
+/** Sizes and contents of a dense case; defaults are ordinary. */
 export interface Dense {
   dtype?: DType;
   layout?: 'HND' | 'NHD';
@@ -449,8 +449,8 @@ const extremes = [
     edit: ({ k }, { d }) => {
       for (let i = 3; i < k.length; i += d) k[i] = (k[i] as number) + 500;
     },
-    // Smoothing takes the offset away; without it the channel would take all 8 bits. What is left of the 500 is its
-    // rounding in the inputs' own dtype.
+    // Smoothing takes the offset away; without it the channel would take all 8 bits. Only the rounding
+    // of the 500 in the inputs' own dtype remains.
     bound: 'algorithm',
   }),
   dense('extreme', 'one huge outlier channel in Q and K', {
@@ -517,8 +517,8 @@ const extremes = [
     options: { returnLse: true },
   }),
   // Scores reach from 128 to 8e6 at the larger magnitudes: a factor taken before the difference leaves no fraction
-  // there. The softcap is near each magnitude's scores: far below them a row's error is that of its slope, and says
-  // nothing.
+  // there. The softcap is near each magnitude's scores: far below them a row's error comes from its slope alone, and
+  // says nothing.
   ...[4, 100, 300, 1000].flatMap((magnitude) => {
     const few = { lq: 20, lk: 70, d: 32 };
     return (

@@ -5,8 +5,8 @@
  *     npx tsx test/conformance/margins.ts [--backend wasm|cuda] [--simd auto|simd128|relaxed] [--seconds 120] [--cases TEXT]
  *
  * Prints the cases nearest their limits: the largest of error / limit that was seen, and how many of its standard
- * deviations lie between its mean and 1, those of its logarithm where they are fewer: a few errors are of many sizes,
- * and their own deviation hides the rare large one. Fails when a limit was exceeded, or is nearer than three of them
+ * deviations lie between its mean and 1, or deviations of its logarithm where that gives fewer: some errors vary widely,
+ * and their own deviation would hide a rare large one. Fails when a limit was exceeded, or is nearer than three of them
  * (but for the random problems, which are many cases in one).
  */
 

@@ -1,4 +1,4 @@
-/** The suite run on the oracle's own FP4: what it cannot pass would be no fair test of an FP4 kernel. */
+/** The suite run on the oracle's own FP4: a case that it cannot pass would be no fair test of an FP4 kernel. */
 import { FP4_PV_FP4_ALGORITHM } from '../../src/reference/quantized.ts';
 import { referenceBackend } from '../support/reference-backend.ts';
 import { FP4_RELATIVE_L1 } from './fp4-target.ts';

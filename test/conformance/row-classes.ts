@@ -1,4 +1,4 @@
-/** Errors of the rows of an output by what they see, so that rows of large values hide nothing of what others lose. */
+/** Errors of an output's rows, grouped by the keys that they see, so that rows of large values hide no error of others. */
 import { type AttentionProblem, outputLayoutOf, sequencesOf } from '../../src/attention/problem.ts';
 import { type ReferenceInputs, type ReferenceOutputs, readOperands } from '../../src/reference/exact.ts';
 import { biasReader, rowClasses } from '../../src/reference/visibility.ts';

@@ -26,7 +26,7 @@ import { arbitraryCase, CASES, type CaseInputs, type ConformanceCase } from './c
 import { classErrors } from './row-classes.ts';
 import { CACHE_EDITS, CACHE_PADDING, VISIBILITY_CASES, type VisibilityGroup } from './visibility-cases.ts';
 
-/** A kernel with one setting of its options, and what it must reach. */
+/** A kernel with one setting of its options, and the accuracy that it must reach. */
 export interface Target {
   readonly name: string;
   readonly backend: 'wasm' | 'webgpu' | 'cuda';
@@ -64,8 +64,8 @@ const ALGORITHM_SLACK = 1.5;
 
 /**
  * Absolute error of a logsumexp of ordinary scores. INT8 rounds normal numbers in steps of about 3.5/127, which gives
- * each of q and k an error of 0.008 and their score one of 0.011; a row with a single key has that of one score. Six
- * sigma.
+ * each of q and k an error of 0.008 and their score an error of 0.011. The logsumexp of a row with a single key has the
+ * error of that score. Six sigma.
  */
 const LSE_TOLERANCE = 0.07;
 
@@ -199,9 +199,9 @@ function lossOf(target: Target, problem: AttentionProblem, inputs: CaseInputs, e
 }
 
 /**
- * Rows of which the algorithm's loss is taken. A kernel rounds elsewhere than the algorithm does in plain TypeScript,
- * so the error of a few rows says little about that of the same rows in the kernel: where a case has fewer, its inputs
- * are made anew.
+ * Least number of rows for the algorithm's loss. A kernel rounds in other places than the algorithm in plain TypeScript,
+ * so the error of a few rows says little about the kernel's error in the same rows. A case with fewer rows is repeated
+ * with new inputs.
  */
 const LOSS_ROWS = 128;
 const MOST_DRAWS = 16;
@@ -266,7 +266,7 @@ function measureClasses(
   });
 }
 
-/** An error and what it may be. */
+/** An error and its limit. */
 export interface Measured {
   /** In words that the error follows. */
   readonly what: string;
@@ -568,7 +568,7 @@ async function measureKeyValueCache(
   return measured;
 }
 
-/** Outputs of a cache that is told of its padding and grows past every bound of what it keeps, whatever the padding holds. */
+/** Outputs of a cache that knows of its padding and grows past each of its buffers, whatever the padding holds. */
 async function checkPaddingIsNothing(target: Target, seed: number): Promise<void> {
   const [batch, heads, d, steps] = [2, 1, 32, [3, 60, 440, 30, 1, 26]] as const;
   const random = new Random(seed);
@@ -714,7 +714,7 @@ function callsOn({ backend, kernel, options, exceptions }: Target, intact: Taken
   return calls;
 }
 
-/** Inputs are those of the moment of the call, of every call, whatever becomes of them. */
+/** Every call reads its inputs as they are at the moment of the call, whatever is done to them later. */
 async function checkInputsAreTaken(target: Target, seed: number): Promise<void> {
   const random = new Random(seed);
   const shape = [1, 2, 20, 32];

@@ -86,7 +86,7 @@ const hiddenKeys = [30, 1000, Number.NaN].flatMap((magnitude) => {
       edit: garbage(magnitude),
       ...spec,
     });
-  // 0 times a NaN is a NaN: only what is excluded altogether may hide one.
+  // 0 times a NaN is a NaN, so only a key that is excluded altogether may hold one.
   const finite: readonly [number, 'float32' | 'float16' | 'bfloat16'][] = [
     [-1e4, 'float32'],
     [-65504, 'float16'],
@@ -165,7 +165,7 @@ const outsideTheBand = [30, 1000, Number.NaN].flatMap((magnitude) => {
   ];
 });
 
-/** A token that only later rows see, in K or in V; every row is held to what it sees itself. */
+/** A token that only later rows see, in K or in V; each row is judged by the keys that it sees itself. */
 const laterTokens = [100, 1000].flatMap((factor) =>
   (['K', 'V'] as const).flatMap((operand) => {
     const later = (name: string, spec: Dense, at: number) =>

@@ -1,5 +1,5 @@
 /**
- * The suite in a browser, so that what browsers load is what is tested: one whole family on Chromium's software GPU.
+ * The suite in a browser, so that the files that browsers load are tested: one whole family on Chromium's software GPU.
  */
 import { afterAll, beforeAll, describe, expect, it } from 'vitest';
 import { setBackend } from '../../src/backends/registry.ts';

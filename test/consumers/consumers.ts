@@ -63,7 +63,7 @@ addEventListener('message', ({ data, source }) => {
   attend().catch(String).then((text) => source.postMessage({ id: data, text }));
 });
 `;
-/** The worker with everything in it computes; the other one says what is the matter, which CUDA is not. */
+/** The worker with everything in it computes; the other one reports what failed, and that is not CUDA. */
 const SERVICE_WORKER_PAGE = `
 const answerOf = async (file) => {
   const registration = await navigator.serviceWorker.register(file, { type: 'module', scope: \`./\${file}/\` });

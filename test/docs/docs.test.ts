@@ -97,7 +97,7 @@ describe('samples of the documentation', () => {
       encoding: 'utf8',
     });
     expect(stderr).toBe('');
-    // What is wrong in the sources is the type check's to report.
+    // Errors in the sources are reported by the type check.
     const found = stdout.split('\n').filter((line) => /^[^\s./]|^error/.test(line));
     expect(found).toEqual([]);
     expect(status === 0 || stdout.startsWith('../'), stdout.slice(0, 1000)).toBe(true);

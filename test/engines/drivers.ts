@@ -14,7 +14,7 @@ export interface Tab {
   close(): Promise<void>;
 }
 
-/** What is used of the drivers' packages; selenium-webdriver has no types of its own. */
+/** The parts of the drivers' packages that are used here; selenium-webdriver has no types of its own. */
 interface Puppeteer {
   launch(options: object): Promise<{
     newPage(): Promise<{ goto(url: string): Promise<unknown>; evaluate(expression: string): Promise<unknown> }>;

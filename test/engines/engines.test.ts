@@ -40,7 +40,7 @@ const LISTENER = `<script>
   for (const level of ['error', 'warn']) console[level] = (...all) => complaints.push(all.join(' '));
 </script>`;
 
-/** The README's first example, and what came of it. */
+/** The README's first example, and its result. */
 const README_EXAMPLE = `${/```ts\n([\s\S]*?)```/.exec(readFileSync(path.join(ROOT, 'README.md'), 'utf8'))?.[1]}
 export const text = \`\${output.shape.join('x')} \${output.dtype} \${output.data.every(Number.isFinite)}\`;
 `;

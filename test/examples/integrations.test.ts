@@ -24,7 +24,7 @@ beforeAll(async () => {
 afterAll(() => rm(folder, { recursive: true }));
 
 /**
- * A copy of an example whose dependencies are those of this repository, and whose `sageattention` is the built package.
+ * A copy of an example with this repository's dependencies, in which `sageattention` is the built package.
  */
 async function project(name: string): Promise<string> {
   const copy = path.join(folder, name);

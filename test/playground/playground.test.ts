@@ -1,6 +1,6 @@
 /**
  * The playground, driven in a real browser: every section, in light and dark, with WebGPU on a software driver and
- * without WebGPU. Pictures are checked for what they show, not for their pixels.
+ * without WebGPU. Pictures are checked for their content, not for their pixels.
  */
 import { mkdtempSync, readdirSync, readFileSync, rmSync } from 'node:fs';
 import { createServer, type Server } from 'node:http';
@@ -316,7 +316,7 @@ describe('playground', () => {
       await waitForText(page, '#why-message', /^[5-9] tokens, layer 1/);
       await page.locator('#why-controls').getByLabel('Layer', { exact: true }).selectOption('1');
       await waitForNote(page, 'Q as it is', /128 channels/);
-      // What is drawn is of the text that stands there, or nothing is.
+      // The chart belongs to the text that is shown, or nothing is drawn.
       await page.fill('#why-text', ' ');
       await waitForText(page, '#why-message', /Type a few words/);
       expect(await page.locator('#why-figures svg').count()).toBe(0);

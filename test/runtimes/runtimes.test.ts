@@ -66,7 +66,7 @@ await build({
   logLevel: 'error',
 });
 
-/** Vitest names tests before it runs them: what they report is worked out here. */
+/** Vitest names tests before it runs them, so the runtimes report here. */
 function describeOutcome(name: string, outcome: Outcome, test: ReturnType<typeof itNeeds> = it): void {
   describe(name, () => {
     for (const line of outcome.lines) {

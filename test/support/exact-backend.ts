@@ -1,4 +1,4 @@
-/** Exact attention under the name of a backend: what remains of an error is then that of the integration. */
+/** Exact attention under the name of a backend, so that any remaining error is the integration's. */
 
 import type { BackendName } from '../../src/attention/options.ts';
 import { attentionOutputs } from '../../src/attention/outputs.ts';

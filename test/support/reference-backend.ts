@@ -25,7 +25,7 @@ function compute(
   return { output: target, lse: lseTarget };
 }
 
-/** Tokens of `b` after those of `a`, as `[B,H,L,D]` float32; `order` takes either to that. */
+/** Tokens of `a`, then tokens of `b`, as `[B,H,L,D]` float32; `order` brings either into that order. */
 function concatenate(a: Tensor, b: Tensor, order: readonly number[]): Tensor {
   const [left, right] = [transpose(a, order), transpose(b, order)];
   const [batch, heads, tokens, dim] = left.shape as [number, number, number, number];

@@ -102,7 +102,7 @@ export class CudaBackend implements Backend {
         (cuda) => {
           if (this.#cuda === opening) this.#opened = cuda;
         },
-        // What is missing may be installed later.
+        // A missing package may be installed later.
         () => {
           if (this.#cuda === opening) this.#cuda = undefined;
         },

@@ -8,7 +8,7 @@ import { CudaBackend } from './backend.ts';
 import type { CapturedAttention } from './run/captured.ts';
 import type { CudaTensor } from './tensor.ts';
 
-/** Options of {@link captureAttention}: those of `sageattn` that do not belong to one run. */
+/** Options of {@link captureAttention}: the options of `sageattn` that do not belong to one run. */
 export type CaptureOptions = Omit<AttentionOptions, 'attnMask' | 'backend' | 'signal' | 'stream'> & {
   /** Packed sequences, as `sageattnVarlen` takes them. */
   readonly cuSeqlens?: { readonly q: ArrayLike<number>; readonly k: ArrayLike<number> };

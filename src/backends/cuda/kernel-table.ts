@@ -196,8 +196,8 @@ export function defaultKernelFor(computeCapability: number): CudaKernelDescripto
 }
 
 /**
- * PTX targets by compute capability, newest first. PTX of a plain target runs on every later device too; that of an `a` target
- * only on its own, so what has none of its own takes the plain one before it.
+ * PTX targets by compute capability, newest first. PTX of a plain target runs on every later device too, PTX of an `a`
+ * target only on that target, so a device without its own `a` target takes the plain one before it.
  */
 const TARGETS_FROM: readonly (readonly [from: number, target: Target])[] = [
   [130, 'sm_89'],

@@ -167,8 +167,8 @@ const TILE = 128;
 
 /**
  * Keys and values of one call, as they came and quantized. An append quantizes the tiles that it touches, with the
- * means of before: any constant vector serves for smoothing. V in FP8 is quantized anew where its scales are those of
- * whole channels, not where its tiles have their own.
+ * earlier means: any constant vector serves for smoothing. V in FP8 is quantized anew if its scales are for whole
+ * channels, but not if each tile has its own.
  */
 export class CudaKeyValue implements PreparedKeyValue {
   readonly #device: CudaDevice;
@@ -211,7 +211,7 @@ export class CudaKeyValue implements PreparedKeyValue {
     }
     const device = this.#device;
     const given = streamOf(device, context.stream);
-    // What is kept lives on the device's own stream; a caller's stream may be gone before it.
+    // The kept buffers live on the device's own stream; a caller's stream may be destroyed before them.
     const stream = device.stream;
     if (!given.owned) given.mark();
     stream.waitFor(given);

@@ -1,4 +1,4 @@
-/** Plans, tensors and the backend over the fake driver, with a kernel that shows what it was given. */
+/** Plans, tensors and the backend over the fake driver, with a kernel that records its arguments. */
 import fc from 'fast-check';
 import { beforeEach, describe, expect, it } from 'vitest';
 import { runSeed } from '../../../test/support/random.ts';
@@ -453,7 +453,7 @@ describe('CPU tensors', () => {
     expect(values(output)).toEqual(shifted(1100, 3));
     expect([lse.shape, values(lse)[0]]).toEqual([[1, 1, 3], 42]);
     device.trimMemory();
-    // What is left is the cached plan's constants.
+    // Only the cached plan's constants remain.
     expect(fake.liveAllocations).toBe(1);
     const strided = place(Float32Array.from(shifted(0, 3)), [1, 1, 3, 4], 'float32', [50, 50, 7, 1], 21);
     expect(values(await sageattn(strided, strided, strided, { backend: 'cuda' }))).toEqual(shifted(100, 3));
@@ -652,7 +652,7 @@ describe('whatever is disposed, in whatever order', () => {
         );
         expect(values(output as Tensor)).toEqual(shifted(100, 2));
       } catch (error) {
-        // Disposing the device ends even what is under way.
+        // Disposing the device also ends work that is under way.
         expect(refused || gone.has('device'), String(error)).toBe(true);
         expect(error).toMatchObject({ code: 'disposed' });
       }
@@ -700,7 +700,7 @@ describe('whatever is disposed, in whatever order', () => {
 });
 
 describe('failures of the driver', () => {
-  /** Everything that a program does, and what must be left afterwards: nothing but what it still holds. */
+  /** Every action of a program, after which only what the program still holds may be left. */
   async function program(backend: CudaBackend, cuda: Cuda): Promise<void> {
     const device = cuda.device();
     const q = rows(2);

@@ -30,7 +30,7 @@ beforeEach(() => {
 
 const four = () => tensor(Float32Array.of(1, 2, 3, 4), [2, 2]);
 
-/** Anything but what is asked for. */
+/** Anything except a valid argument. */
 const wrongNumber = fc.oneof(
   fc.constantFrom(Number.NaN, Number.POSITIVE_INFINITY, Number.NEGATIVE_INFINITY, -1, 0.5, 2 ** 53, 1e300, -(2 ** 60)),
   fc.constantFrom(undefined, null, '8', 8n, {}, [], true),

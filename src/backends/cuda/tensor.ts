@@ -147,7 +147,7 @@ function reachedBytes(source: Tensor): { readonly bytes: Uint8Array; readonly fi
   return { bytes: new Uint8Array(buffer, start, (extent - firstElement) * elementBytes), firstElement };
 }
 
-/** Enqueues a copy; see {@link uploadAsync} for what it asks of `bytes`. */
+/** Enqueues a copy; {@link uploadAsync} says what `bytes` must be. */
 export function copyToDevice(device: CudaDevice, memory: DeviceMemory, bytes: Uint8Array, stream: CudaStream): void {
   if (bytes.byteLength === 0) return;
   const what = `copying ${bytes.byteLength} bytes to ${device}`;

@@ -319,7 +319,7 @@ test('scratch for some threads is given back when there is none for the others',
   const executor = (await createWorkers(module, { threads: 4, shortWork: 0, kind: 'threads' })) as Executor;
   const { memory } = executor;
   try {
-    // What is left of the 4 GiB holds two threads' scratch and not four.
+    // The rest of the 4 GiB has room for the scratch of two threads, not of four.
     memory.allocate(4 * 2 ** 30 - 300 * 2 ** 20);
     const used = memory.usedBytes;
     const call = { stages: [], units: 4, barriers: 0, extraScratch: 128 * 2 ** 20, work: 1 };

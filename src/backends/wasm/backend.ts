@@ -51,7 +51,7 @@ export interface WasmBackend extends Backend, Disposable, AsyncDisposable {
 }
 
 /**
- * What is chosen for a backend besides its options.
+ * Choices for a backend that are not among its public options.
  *
  * @internal
  */

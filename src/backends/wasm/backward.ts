@@ -170,7 +170,7 @@ function placeScoreGradient(runtime: Runtime, lease: Lease, { attention, maskGra
 }
 
 /**
- * A backward pass: quantize keys, gradients of rows, sums of those of keys and values.
+ * A backward pass: quantize keys, compute gradients of rows, add up the gradients of keys and values.
  *
  * @throws {InvalidArgumentError} `buffer-too-small`
  */

@@ -27,7 +27,7 @@ describe.each(relaxedRuns ? (['simd128', 'relaxed'] as const) : (['simd128'] as 
       return { output: toFloat32(output as Tensor), lse: lse && toFloat32(lse as Tensor) };
     }
 
-    // What is left between them is the running maximum of 128 keys here and of 64 there, which moves roundings of P.
+    // They still differ in the running maximum, of 128 keys here and of 64 there, which moves roundings of P.
     it.each(['mse', 'four-over-six', 'none'] as const)(
       'gives the numbers of the algorithm, search %s',
       async (scaleSearch) => {

@@ -61,7 +61,7 @@ test.each(['threads', 'inline'] as const)('%s: calls that do not fit at once wai
     const call = (inputs: typeof first) => runtime.run({}, calls.parts(runtime, inputs));
     const expected: Float32Array[] = [];
     for (const inputs of all) expected.push(toFloat32((await call(inputs)).output as Tensor));
-    // What is left is enough for one call, not for two.
+    // The remaining memory is enough for one call, not for two.
     executor.memory.allocate(4 * 2 ** 30 - executor.memory.usedBytes - 8 * 2 ** 20);
     const outputs = all.map((inputs) => {
       const output = call(inputs);

@@ -30,7 +30,7 @@ export const FLAG_SEARCH_FOUR_OVER_SIX = 512;
 export const FLAG_SEARCH_MSE = 1024;
 /** Keys and values are float32 and are used where they lie, for few rows a head. */
 export const FLAG_IN_PLACE = 4096;
-/** Each tile has means of its own, as tokens may still come; those of the sequence are not computed. */
+/** Each tile has its own means, since more tokens may be appended; means of the whole sequence are not computed. */
 export const FLAG_TILE_MEANS = 8;
 
 /** A backward pass: rows of Q are kept in float32 besides their integers. */

@@ -3,7 +3,7 @@ import { BackendUnavailableError } from '../../errors.ts';
 import { computesExactly, instantiate, loadModule, othersAreExact } from './modules.ts';
 
 test('the probe tells a wrong dot product from a right one', async () => {
-  // Its stand-in multiplies 16-bit integers, so that its sums are not those of 8-bit integers.
+  // Its stand-in multiplies 16-bit integers, so that its sums differ from sums of 8-bit products.
   const { module, simd } = await loadModule('simd128');
   expect(simd).toBe('simd128');
   expect(await computesExactly(module)).toBe(false);

@@ -2,7 +2,7 @@
 import { ExecutionError } from '../../errors.ts';
 import { WORKER_SOURCE } from './worker-source.ts';
 
-/** What is used of a worker, alike in Node and in browsers. */
+/** The parts of a worker's interface that are used here, the same in Node and in browsers. */
 export interface WorkerHandle {
   post(message: unknown, transfer?: ArrayBuffer[]): void;
   onMessage(listener: (message: Reply) => void): void;

@@ -81,7 +81,7 @@ function argumentsAt(code: string, open: number): string[] {
   throw new Error('a call does not end');
 }
 
-/** What is or may be misaligned in a kernel. */
+/** Accesses of a kernel that are or may be misaligned. */
 function misaligned(code: string): string[] {
   const faults: string[] = [];
   const elements = new Map<string, number>();

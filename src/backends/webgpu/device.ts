@@ -54,7 +54,7 @@ async function loadDawn(): Promise<DawnModule> {
   }
 }
 
-/** Dawn instances must outlive what they made; one is kept for each set of flags. */
+/** A Dawn instance must outlive its adapters and devices; one is kept for each set of flags. */
 const instances = new Map<string, GPU>();
 
 /** `navigator.gpu`, or Dawn in Node. */
@@ -109,8 +109,7 @@ export async function openDevice(options: DeviceOptions): Promise<GpuContext> {
 
 /**
  * Subgroup matrices of the adapter that a device came from: Dawn's Node binding lists them in an adapter's information,
- * not in that of its devices. An adapter that is not the caller's is believed if it is called what the device is
- * called.
+ * but not in its devices'. An adapter that is not the caller's is believed if it has the device's name.
  */
 async function listedByAdapter(
   given: GPUAdapter | undefined,

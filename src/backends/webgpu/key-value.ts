@@ -31,7 +31,7 @@ const SETTLED_MEAN = 512;
 /** Buffers whose rows grow with the cache. */
 const ROWS = ['keys', 'values', 'rawKeys', 'rawValues', 'visible'] as const;
 
-/** What is needed only while the mean is not settled. */
+/** Data that is needed only until the mean is settled. */
 const UNSETTLED = ['rawKeys', 'rawValues', 'visible'] as const;
 
 /** A mask that hides nothing: where some keys held do not count, and none of those added. */
@@ -268,7 +268,7 @@ export class WebgpuKeyValue implements PreparedKeyValue {
    * Room for `length` tokens of each sequence: doubled when outgrown, copying the tokens held.
    *
    * @param shape shape of the new tokens, laid end to end
-   * @param kept what is needed of the tokens as they came, and of their flags
+   * @param kept the tokens as they came and their flags, as far as they are still needed
    */
   async #reserve(length: number, shape: KeyValueShape, kept: { raw: boolean; flagged: boolean }): Promise<void> {
     const held = this.#capacity;

@@ -87,7 +87,7 @@ describe('memory on the device', () => {
     const plan = await planOf(100);
     const large = bytes();
     const { popErrorScope } = device;
-    // The copies of the inputs have three scopes; then that of memory is the first of the run's own.
+    // Copies of the inputs open three scopes; the run's own first scope is the one for memory.
     let scopes = 0;
     device.popErrorScope = async function (this: GPUDevice) {
       const error = await popErrorScope.call(device);

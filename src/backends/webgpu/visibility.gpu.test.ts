@@ -1,7 +1,7 @@
 /**
- * What a row cannot see does not count, and neither does the size of other keys: on every family, with inputs of random
- * lengths, heads, sizes of outliers and kinds of hiding. Errors are judged against float64, and against those of the
- * same rows without the keys that they do not see.
+ * Keys that a row cannot see do not affect it, and neither does the size of other keys: on every family, with inputs of
+ * random lengths, heads, outlier sizes and kinds of hiding. Errors are judged against float64, and against the errors of
+ * the same rows without the keys that they do not see.
  */
 import fc from 'fast-check';
 import { afterAll, beforeAll, describe, expect } from 'vitest';
@@ -37,7 +37,7 @@ interface Case {
   readonly dim: number;
   readonly kvHeads: number;
   readonly group: number;
-  /** The size of what is hidden, or of one later key. */
+  /** The size of the hidden keys, or of one later key. */
   readonly times: number;
   readonly offset: number;
   readonly salt: number;

@@ -102,7 +102,7 @@ async function attendOnGpu(operands: Operands<JaxArray>, options: BridgeOptions)
     offset: 0,
   }));
   const output = await attendOnDevice(device, q, k, v, { ...options, ...mask });
-  // jax-js takes no foreign buffers: the output is copied, on the GPU, into that of a fresh array.
+  // jax-js takes no foreign buffers: the output is copied on the GPU, into the buffer of a fresh array.
   const result = numpy.zeros([...output.shape], { dtype, device: 'webgpu' });
   const encoder = device.createCommandEncoder();
   const bytes = Math.ceil(byteLengthOf(output) / 4) * 4;

@@ -202,7 +202,7 @@ function assemble(index: GraphIndex, units: readonly Unit[]): Cut {
   return { index, levels, pieces, sites: placed, lastUse };
 }
 
-/** Outputs of the graph that are constants: a piece of their own gives them, since other pieces hold what they read as weights. */
+/** Outputs of the graph that are constants: a separate piece gives them, since the other pieces hold constants as weights. */
 function constantOutputs(index: GraphIndex): NodeProto[] {
   return [...index.outputs].flatMap((name) => {
     const value = index.constants.get(name);

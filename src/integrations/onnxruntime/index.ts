@@ -70,7 +70,7 @@ export function withSageAttention<T extends OrtModule>(
   return replaced as WithSageAttention<T>;
 }
 
-/** What is installed on an `InferenceSession` class: the `create` before and the one now. */
+/** What was installed on an `InferenceSession` class: its original `create`, and the one that replaced it. */
 const installed = new WeakMap<object, { readonly before: unknown; readonly now: unknown }>();
 
 /**

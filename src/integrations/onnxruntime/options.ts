@@ -36,7 +36,7 @@ export interface SageAttentionOptions {
 /**
  * Least tokens for which replacing attention was measured to be no slower than leaving it; see docs/integrations.md. The
  * CPU provider of onnxruntime-node was faster than the WASM backend at every length, so there the caller must ask for it.
- * WebGPU's is that of an H200: 0.97 times as fast at 1024 tokens, 1.15 at 1536.
+ * WebGPU's was measured on an H200: 0.97 times as fast at 1024 tokens, 1.15 at 1536.
  */
 export const DEFAULT_MIN_TOKENS = {
   'onnxruntime-web': 768,

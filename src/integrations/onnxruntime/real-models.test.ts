@@ -110,7 +110,7 @@ describe.each(Object.entries(ENGINES))('sentence encoder through %s', (engine, o
       };
       const plain = await ort.InferenceSession.create(bytes);
       const expected = await similarities(plain);
-      // Sentences of the same meaning are closer than others: the conversion is that of a trained model.
+      // Sentences of the same meaning are closer than others, so the converted model is still the trained one.
       expect(expected[1]).toBeGreaterThan((expected[2] as number) + 0.2);
       const sageOrt = withSageAttention(ort, { minTokens: 0 });
       for (const source of [bytes, file]) {

@@ -22,7 +22,7 @@ const TYPES: Readonly<Record<string, string>> = {
 
 /**
  * @param name of a module beside this one
- * @param folders what is served under `/<key>/`
+ * @param folders the folder that is served under each `/<key>/`
  * @param alias other modules for some imports
  */
 export async function servePage(

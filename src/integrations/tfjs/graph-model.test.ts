@@ -308,7 +308,7 @@ function randomGraph(g: TopologyBuilder): string {
   const k = g.input([...batch, ...(transposed ? [keys, dim] : [dim, keys])]);
   let scores = g.node('BatchMatMulV2', [g.input([...batch, queries, dim]), k], { adj_y: transposed });
   let shape = [...batch, queries, keys];
-  /** A shape that broadcasts to that of the scores. */
+  /** A shape that broadcasts to the scores' shape. */
   const smaller = () =>
     shape.map((length) => (random.uniform() < 0.4 ? 1 : length)).slice(random.integer(0, shape.length));
   const either = (op: string, other: string) => g.node(op, random.uniform() < 0.5 ? [scores, other] : [other, scores]);

@@ -63,7 +63,7 @@ const batchOf = (shape: readonly number[]) => shape.slice(0, -2);
 const broadcast = (a: readonly number[], b: readonly number[]) =>
   tf.broadcast_util.assertAndGetBroadcastShape([...a], [...b]);
 
-/** Shapes of the scores: those of the product, then after each step. */
+/** Shapes of the scores: first as the product gives them, then after each step. */
 function shapesOf({ q, k, steps }: Call): number[][] {
   let shape = [...broadcast(batchOf(q.shape), batchOf(k.shape)), q.shape.at(-2) as number, k.shape.at(-2) as number];
   const after = ({ kind, operands }: Step): number[] => {
@@ -181,7 +181,7 @@ interface Folded {
   readonly isHiding: boolean;
 }
 
-/** The factors into q and the masks into one; undefined where the steps are not those of attention. */
+/** The factors into q and the masks into one; undefined if the steps are not attention's. */
 function foldSteps({ q, steps }: Call, shapes: readonly (readonly number[])[]): Folded | undefined {
   const product = shapes[0] as readonly number[];
   const hasAllScores = (shape: readonly number[]) => sameShape(shape.slice(-2), product.slice(-2));
@@ -205,7 +205,7 @@ function foldSteps({ q, steps }: Call, shapes: readonly (readonly number[])[]): 
 function foldFactor(folded: Folded, kind: 'mul' | 'div', operand: tf.Tensor, isOfProduct: boolean): Folded | undefined {
   const { scaled, mask, isHiding } = folded;
   const isNumber = operand.size === 1;
-  // A factor of a query is one of q; that of a key is not, and behind a reshape it would have to be taken apart.
+  // A factor per query is a factor of q. A factor per key is not, and after a reshape it would have to be taken apart.
   if (operand.dtype !== 'float32' || (!isNumber && (operand.shape.at(-1) !== 1 || !isOfProduct))) return undefined;
   if (mask !== undefined && (isHiding || !isNumber)) return undefined;
   const apply = ARITHMETIC[kind];

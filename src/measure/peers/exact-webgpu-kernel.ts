@@ -116,7 +116,7 @@ ${staging === 'shared' ? tileArray('tile_kv', Math.max(keys * stride, keys * val
     `load_query(${token('query', 'min(first_row + y, P.queryLength - 1u)')}, x)`,
   );
   const stageKeys = stage(keyTile, quads, stride, keys, `load_key(${token('key', lastKey('start + y'))}, x)`);
-  // Weights of keys beyond the last are 0, and so must be what they are multiplied with: anything may lie there.
+  // Weights of keys beyond the last are 0, and their values must be set to 0 too: anything may lie there.
   const valueAt = (key: string, quad: string) =>
     `select(vec4<${tile}>(), load_value(${token('value', lastKey(key))}, ${quad}), ${key} < P.keyLength)`;
   const stageValues = stage(valueTile, valueQuads, valueQuads, keys, valueAt('(start + y)', 'x'));

@@ -389,7 +389,7 @@ describe('faults of the device', () => {
     expect((error as CudaError).message).toMatch(/one of the kernels under way caused it: 'attend', 'quantizeKey'/);
     expect((error as CudaError).message).not.toContain('earlier');
     expect(device.lost).toBe(error);
-    // The context is gone: nothing works any more, and giving back what it held is no further error.
+    // The context is gone: nothing works any more, and releasing what it held is no further error.
     expect(caught(() => device.allocate(1)).code).toBe('device-lost');
     memory.dispose();
     device.dispose();
@@ -442,7 +442,7 @@ describe('streams', () => {
     const memory = device.allocate(4);
     fill(device, memory.pointer, 9, 4, foreign);
     foreign.mark();
-    // The caller destroys it; what it had to do still comes before what waits for it.
+    // The caller destroys it; its pending work still runs before the work that waits for it.
     fake.api.cuCtxPushCurrent(0xc000n);
     expect(fake.api.cuStreamDestroy(handle)).toBe(0);
     device.stream.waitFor(foreign);

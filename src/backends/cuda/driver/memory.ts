@@ -86,7 +86,7 @@ function allocateHost(byteLength: number): ArrayBuffer {
 }
 
 /**
- * Host memory that is page-locked, so that copies to and from it run beside the program. The pages are those of an
+ * Host memory that is page-locked, so that copies to and from it run beside the program. The pages belong to an
  * ordinary `ArrayBuffer`: a view that outlives `dispose` is still memory of this process, only no longer locked.
  */
 export class PinnedBuffer {

@@ -32,7 +32,7 @@ describe('ptxas', () => {
 describe('configurations', () => {
   test('the table knows what shared memory a kernel takes', () => {
     for (const { name, kernel } of configurations(false, 'mma-sync')) {
-      // Those of FP4 hold scales besides: `fp4/ptxas.test.ts`.
+      // FP4 kernels also hold scales: `fp4/ptxas.test.ts`.
       if (!name.startsWith('attention') || name.includes('fp4')) continue;
       const { sharedBytes, target, threads, minBlocksPerMultiprocessor } = kernel();
       const [valueTile, rowBytes] = name.includes('pv-fp16')

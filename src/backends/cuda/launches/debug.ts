@@ -3,8 +3,8 @@ import type { KernelChoice } from '../../backend.ts';
 import type { LaunchSequence } from './launch.ts';
 
 /**
- * What is told of a sequence of launches; the attention kernel's configuration, which has the tile, stands in its
- * module's id.
+ * The printed description of a sequence of launches; the id of the attention kernel's module holds its configuration,
+ * and with it the tile.
  */
 export function debugPlanOf({ descriptor, ...choice }: KernelChoice, sequence: LaunchSequence): DebugPlan {
   const attention = sequence.launches.find(({ name }) => name === 'attention')?.module.id;

@@ -68,7 +68,7 @@ export function planLaunches(
  * The part of a call that depends on K and V only: buffers `k`, `v` in, `KEY_VALUE_BUFFERS` out, whose sizes are
  * `kept`.
  *
- * @param options `parts`: what is done; the rest must have been done before, over the same room
+ * @param options `parts`: the parts to compute; the others must have been computed before, in the same buffers
  */
 export function planKeyValue(
   problem: AttentionProblem,

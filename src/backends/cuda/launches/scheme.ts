@@ -100,7 +100,7 @@ const DECODING_ROWS = 32;
 
 /**
  * Whether Q and P stay in FP16 where K and V are FP4: over a cache, on cards without FP4 products and for a few rows.
- * Only what is kept gains by FP4 there.
+ * Only the cache gains by FP4 there.
  */
 export function keepsQuery({ queryLength }: AttentionProblem, choice: KernelChoice, target: Target): boolean {
   const kernel = descriptorOf(choice.descriptor.name);

@@ -710,9 +710,9 @@ export class KernelBuilder {
    * 16 (`4X`, UE4M3) or 32 (`2X`, UE8M0) elements of a row of A and of a column of B. Scales of a row or column are
    * consecutive bytes of a register.
    *
-   * @param aScale of lanes 4g + 2 * `thread` (row g) and 4g + 2 * `thread` + 1 (row g + 8); those of others are not
+   * @param aScale of lanes 4g + 2 * `thread` (row g) and 4g + 2 * `thread` + 1 (row g + 8); other lanes' are not
    *     read
-   * @param bScale of lanes 4g + `thread` (column g); those of others are not read
+   * @param bScale of lanes 4g + `thread` (column g); other lanes' are not read
    */
   mmaBlockScaled(
     shape: BlockScaledShape,

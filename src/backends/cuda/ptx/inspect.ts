@@ -86,7 +86,7 @@ export interface RegisterPressure {
   readonly registers: number;
   /** Most predicates live at once. */
   readonly predicates: number;
-  /** What is live at that point, by kind. */
+  /** Live registers at that point, by kind. */
   readonly byKind: Readonly<Record<string, number>>;
   /** The section in which that is. */
   readonly section: string;
@@ -118,7 +118,7 @@ export function registerPressure(kernel: Kernel): RegisterPressure {
   return { registers, predicates, byKind, section };
 }
 
-/** Instructions of a kernel by opcode, most frequent first; counts what is written, not what runs. */
+/** Instructions of a kernel by opcode, most frequent first; counts instructions as written, not as executed. */
 export function opcodeCounts(kernel: Kernel): Map<string, number> {
   const counts = new Map<string, number>();
   for (const { opcode } of kernel.instructions) counts.set(opcode, (counts.get(opcode) ?? 0) + 1);

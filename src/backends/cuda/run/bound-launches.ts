@@ -25,7 +25,7 @@ export function packBuffers(sizes: Readonly<Record<BufferName, number>>): {
   return { offsets, byteLength };
 }
 
-/** Sets of addresses that a plan remembers: a program that frees what it allocates gets the same ones again. */
+/** Sets of addresses that a plan remembers: a program that frees and allocates in a loop gets the same ones again. */
 const REMEMBERED_RUNS = 4;
 /** Runs over the same addresses before they are captured: making a graph takes as long as dozens of launches. */
 const RUNS_BEFORE_CAPTURE = 3;
@@ -44,7 +44,7 @@ export class BoundLaunches {
   readonly scratchBytes: number;
   readonly #scratch: ReadonlyMap<BufferName, number>;
   readonly #constants: DeviceMemory;
-  /** Addresses of the run being enqueued; those of the constants stay. */
+  /** Addresses of the run being enqueued; the constants' addresses stay. */
   readonly #addresses = new Map<BufferName, bigint>();
   /** Latest runs, the one used longest ago first. */
   readonly #remembered: RememberedRun[] = [];

@@ -1,6 +1,6 @@
 /**
  * The configurations that are assembled in tests and reports: what `planLaunches` asks for over targets, kernels, head
- * dims and features, by kernel family. They come from planning real problems, so that what is checked is what runs.
+ * dims and features, by kernel family. They come from planning real problems, so that exactly the kernels that run are checked.
  */
 import { createBackwardProblem } from '../../../attention/backward.ts';
 import { type AttentionProblem, createProblem } from '../../../attention/problem.ts';
@@ -164,7 +164,7 @@ function configurationsOf(family: Family, thorough: boolean): Configuration[] {
       found.set(module.id, { family, name: label, kernel: module.kernel, main, spillLimit });
     }
   };
-  // The PTX of the family of 12.x is that of sm_120a where a kernel has nothing of its own for it.
+  // For 12.x a kernel's PTX is the same as for sm_120a unless it has code of its own.
   for (const target of TARGETS.filter((target) => thorough || target !== 'sm_120f')) {
     const kernels = CUDA_KERNELS.filter(
       (row) =>

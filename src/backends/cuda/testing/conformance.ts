@@ -27,7 +27,7 @@ export const SIMULATED_SHARES = { byHand: 0.1, otherwise: 0.3 };
 export function describeSimulated(capability: number, from = capability): void {
   const kernels = CUDA_KERNELS.filter(
     ({ family, computeCapability, qkQuantGran }) =>
-      // Those of FP4 are others to the simulator, and slower: `kernels/fp4/conformance.test.ts`.
+      // The FP4 kernels are simulated otherwise, and slower: `kernels/fp4/conformance.test.ts`.
       family !== 'wgmma' && computeCapability[0] === from && qkQuantGran.includes('per-thread'),
   );
   describe(`simulated sm_${capability}`, () => {

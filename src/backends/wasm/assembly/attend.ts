@@ -239,7 +239,7 @@ export function addMask(scores: usize, to: i32, mask: usize, maskDtype: i32, mas
  * matters or a key is NaN.
  *
  * @param keys a multiple of 16; `from` to `to` of them are in the row's band
- * @param shift what is added to each score, base 2
+ * @param shift added to each score, base 2
  * @param plain one byte for each key, nonzero for those whose score is `plainShift` less; 0: none
  * @param mask the row's mask of the tile's first key; 0: none
  * @returns whether a NaN was among the scores that the row sees; it counts as -Infinity then

@@ -204,7 +204,7 @@ function finishRow(
 ): void {
   const bytes = <usize>keys << 2;
   const factor = f32x4.splat(scale);
-  // Under a cap scores must be whole; else only those of keys that were not smoothed are, and must not be.
+  // Under a cap every score must include what smoothing took; otherwise only unsmoothed keys include it, and must not.
   const added = f32x4.splat(softcap != 0 ? shift : 0);
   for (let j: usize = 0; j < bytes; j += 16) {
     let x = f32x4.add(f32x4.mul(v128.load(scores + j), factor), added);
@@ -261,7 +261,7 @@ function weighRow(
     const y = f32x4.sub(score, top);
     const unseen = unseenOf(score, y);
     const weight = f32x4.mul(weightsOf(y, unseen), factor);
-    // What is not seen is 0, also where its value is NaN.
+    // A key that is not seen counts as 0, even if its value is NaN.
     let gradient = v128.andnot(f32x4.mul(weight, f32x4.sub(v128.load(dP + j), deltas)), unseen);
     v128.store(p + j, weight);
     if (dMask != 0) v128.store(dMask + j, gradient);

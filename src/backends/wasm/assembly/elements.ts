@@ -82,7 +82,7 @@ export function storeRow(source: usize, count: i32, address: usize, dtype: i32):
     memory.copy(address, source, <usize>count << 2);
     return;
   }
-  // Converted in place, four at a time: the results lie before what is still to be read.
+  // Converted in place, four at a time: the results lie before the elements still to be read.
   for (let i = 0; i < count; i += 4) {
     const x = v128.load(source + (<usize>i << 2));
     const bits = dtype == DTYPE_FLOAT16 ? toFloat16(x) : toBfloat16(x);

@@ -118,7 +118,7 @@ function sums4(a: v128, b: v128, c: v128, d: v128): v128 {
 }
 
 /**
- * Scores of one row against keys in float32 where they lie, four at a time; what is not finite becomes NaN.
+ * Scores of one row against keys in float32 where they lie, four at a time; a score that is not finite becomes NaN.
  *
  * @param dim a multiple of 4
  * @returns whether all are finite

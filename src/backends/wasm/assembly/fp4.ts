@@ -51,7 +51,7 @@ function toE2m1(x: v128): v128 {
   return f32x4.sub(f32x4.add(y, rounding), rounding);
 }
 
-/** Codes of E2M1 numbers; that of -0 is 0. */
+/** Codes of E2M1 numbers; the code of -0 is 0. */
 // @ts-ignore: decorator
 @inline
 function codesOf(x: v128): v128 {

@@ -95,7 +95,7 @@ export function rowMaximum(row: usize, padded: i32): f32 {
   return sumOf(invalid) == 0 ? maxOf(most) : NaN;
 }
 
-/** {@link loadRow}, and {@link rowMaximum} of what it loads. */
+/** {@link loadRow}, and {@link rowMaximum} of the row loaded. */
 export function loadMeasured(address: usize, dtype: i32, count: i32, row: usize, padded: i32): f32 {
   if (dtype != DTYPE_FLOAT32 || count != padded) {
     loadRow(address, dtype, count, row, padded);
@@ -401,7 +401,7 @@ function loadValues(
       size = loadMeasured(source, dtype, dv, row, padded);
       const invalid = size != size;
       if (invalid) {
-        // FP4 has a code for what is not finite.
+        // FP4 has a code for elements that are not finite.
         if (fp4) markInvalidFp4(job, tile);
         else markInvalidValues(job, tile, key, row);
       }

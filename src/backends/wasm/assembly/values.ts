@@ -180,7 +180,7 @@ function findApart(exponents: usize, keys: i32, groups: i32, histogram: usize, d
     for (let t = 0; t < keys; t++) {
       const exponent = <i32>load<u8>(exponents + <usize>(t * groups + g));
       if (exponent == 0) continue;
-      // 1 to 255: what is above 0 has a distance, and the largest of them is the key's.
+      // 1 to 255, since 0 says that there is no distance; the largest one of a key's groups is the key's.
       const distance = max(1, min(255, 128 + exponent - median));
       if (distance > <i32>load<u8>(distances + <usize>t)) store<u8>(distances + <usize>t, <u8>distance);
     }

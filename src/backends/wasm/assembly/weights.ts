@@ -270,7 +270,7 @@ export function weighFloat(scores: usize, keys: i32, most: f32, scale: f32, p: u
   let sum = f32x4.splat(0);
   for (let j: usize = 0; j < <usize>keys << 2; j += 16) {
     const y = f32x4.mul(f32x4.sub(v128.load(scores + j), top), factor);
-    // Exactly 0 for what is excluded: its value may be anything.
+    // Exactly 0 for an excluded key: its value may be anything.
     const x = v128.and(exp2Fine(larger(y, least), rounding, c5, c4, c3, c2, c1, c0), f32x4.ge(y, least));
     sum = f32x4.add(sum, x);
     v128.store(p + j, x);

@@ -18,7 +18,7 @@ export interface Forced {
   readonly variant?: string;
   /**
    * Runs the matrix kernel with its matrix operations replaced by plain WGSL, on any device with subgroups: slow, and
-   * for tests of everything else in it. The products are those of an H200 (`int8`) or of Apple's GPUs (`float32`).
+   * for tests of everything else in it. The products are as on an H200 (`int8`) or on Apple's GPUs (`float32`).
    */
   readonly emulateMatrices?: Emulation;
 }

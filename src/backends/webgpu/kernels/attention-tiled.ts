@@ -5,9 +5,9 @@
  * `colThreads`: each holds a register tile of scores (INT8 dot products) and one of the output (float32). P goes
  * through workgroup memory once a tile, so that a thread finds the probabilities of its rows for all keys of the tile.
  *
- * Arrays in workgroup memory are arrays of arrays, with an index for what is unrolled (a constant), one for the
- * thread's place (the same all along) and one that runs: every index that is no constant is clamped to its array's
- * length, and a flat index would be clamped, and its address computed, at each of the accesses that bound these
+ * Arrays in workgroup memory are arrays of arrays: one index is unrolled (a constant), one is the thread's place (the
+ * same throughout) and one is the loop's. WebGPU clamps every index that is not constant to its array's length; a flat
+ * index would be clamped, and its address computed anew, at each of the accesses that limit the speed of these
  * kernels.
  */
 import { FLAG_UNSMOOTHED, POISON, params, rowVectors, SEQUENCE, tables } from './layout.ts';

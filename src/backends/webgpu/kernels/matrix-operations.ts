@@ -2,8 +2,8 @@
  * Subgroup matrices as the attention kernel writes them, in two forms: the WGSL extension, and plain WGSL that computes
  * the same (`emulated`), so that everything around the matrix operations can be run on devices without them.
  *
- * An emulated left or right matrix is a reference to memory, read when it is multiplied: what it was loaded from must
- * not change in between. An emulated result is an array, of which each lane holds M * N / lanes elements.
+ * An emulated left or right matrix is a reference to memory, read when it is multiplied: that memory must not
+ * change in between. An emulated result is an array, of which each lane holds M * N / lanes elements.
  */
 import type { MatrixConfig, MatrixDialect } from '../capabilities.ts';
 

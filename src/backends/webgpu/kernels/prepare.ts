@@ -6,7 +6,7 @@
  * times as large. For subgroup matrices the keys of a block share one scale where it serves all of them ({@link
  * WIDEST_SPREAD}).
  *
- * Smoothing subtracts K's mean. A key for which that makes its values larger (the mean is that of other keys: outliers,
+ * Smoothing subtracts K's mean. A key whose values that would make larger (the mean comes from other keys: outliers,
  * another document) is quantized as it is and flagged, and the attention kernels take `q . mean(K)` from its scores.
  *
  * A NaN or an infinity is stored as 0 and its token flagged, so that it takes part in no maximum, mean or product: the
@@ -283,7 +283,7 @@ function storeTiles(config: PrepareKeyValueConfig): string {
   }`;
 }
 
-/** From each key's maxima, smoothed and not, to what it is quantized with: `row_max`, and its flags. */
+/** Decides from each key's maxima, with and without smoothing, how it is quantized: sets `row_max` and its flags. */
 function keyMaxima({ smoothK, sharedScale, headDimPadded }: PrepareKeyValueConfig): string {
   const chunks = headDimPadded / 16;
   const smoothed = smoothK

@@ -3,8 +3,8 @@
  * scales, the largest magnitude of V's channels (for a power of two). Each workgroup reduces one chunk of one sequence
  * and head; the preparing kernels add up the few chunks, always in the same order.
  *
- * Only keys count that some row may see: those inside the band's interval, and not hidden by the mask. Any constant
- * vector serves for smoothing, so that means leave out what is extreme.
+ * Only keys that some row may see count: keys inside the band's interval that the mask does not hide. Any constant
+ * vector serves for smoothing, so the means leave out extreme values.
  */
 import type { DType } from '../../../tensor/dtype.ts';
 import { params, SEQUENCE, tables } from './layout.ts';

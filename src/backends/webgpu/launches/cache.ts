@@ -135,7 +135,7 @@ const rowsOf = ({ records }: Stages, tiles: readonly Tile[], range: readonly [nu
   });
 
 /**
- * Wider scales for the values of the `first` tokens that each sequence holds, where those of the tokens added are
+ * Widens the scales of the first `first` values of each sequence where the values of the appended tokens are
  * larger.
  *
  * @param added the shape under which the added tokens' statistics were taken

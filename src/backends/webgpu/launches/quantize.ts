@@ -99,7 +99,7 @@ export function keyValueShapeOf(
 /**
  * Partial sums of K and maxima of V; none where neither is needed.
  *
- * @param target where they go: of the tokens added to a cache, apart from those of the tokens held
+ * @param target where they go: statistics of tokens appended to a cache are kept apart from those of its other tokens
  */
 export function statisticsLaunches(stages: Stages, target: 'partials' | 'newPartials' = 'partials'): Launch[] {
   const { problem, keyValue, records } = stages;

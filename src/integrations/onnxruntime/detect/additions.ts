@@ -3,7 +3,7 @@
 import type { GraphIndex } from '../model/graph.ts';
 import { type AttributeValue, node as makeNode, type NodeProto, tensorProto } from '../onnx/codec.ts';
 
-/** Names for values that a rewrite adds; made from what they are computed from, so that layers share them. */
+/** Names for values that a rewrite adds. A name says how its value is computed, so that layers share equal values. */
 export const added = (what: string, ...of: readonly string[]): string => `sageattention/${what}/${of.join('+')}`;
 
 /** Steps that a walk over the graph takes at most: real exporters write a few dozen, and a graph may have a cycle. */

@@ -1,7 +1,7 @@
 /**
  * Attention written as MatMul, scale, mask, Softmax, MatMul, in the spelling of any exporter. Matching starts at a softmax and follows the
- * values up to q, k and the mask and down to v and the output. Every step is an identity that holds for all inputs; what is not
- * provable stays outside (its value becomes an operand) or makes the whole match fail.
+ * values up to q, k and the mask and down to v and the output. Every step is an identity that holds for all inputs; a step
+ * that cannot be proved stays outside (its value becomes an operand) or makes the whole match fail.
  */
 
 import { type GraphIndex, intsAttribute } from '../model/graph.ts';

@@ -91,7 +91,7 @@ function requireOnlyOutput(index: GraphIndex, value: string | undefined): void {
   refuse(given(value) && index.consumers(value).length > 0, 'present keys or values that other nodes read');
 }
 
-/** Keys or values `[B,H,L,D]` behind those of the past; the result is the node's present output where it has one. */
+/** Keys or values `[B,H,L,D]` appended to the past ones; the result is the node's present output where it has one. */
 function withPast(
   prelude: Prelude,
   label: string,

@@ -27,7 +27,7 @@ export const dependsOnShapesOnly = graphFunction<boolean>({
 const UNARY = new Set('Abs Cast Clip Erf Exp Identity Log Neg Reciprocal Sigmoid Softplus Sqrt Tanh'.split(' '));
 const BINARY = new Set('Add Div Max Min Mul Pow Sub'.split(' '));
 
-/** Inputs whose dimensions are those of an operator that works element by element. */
+/** Inputs whose dimensions decide those of `value`, which an operator computes element by element; undefined if none does. */
 function elementwise(index: GraphIndex, value: string): readonly string[] | undefined {
   const node = index.constants.has(value) ? undefined : index.producer(value);
   if (node === undefined || canonicalDomain(node.domain) !== '') return undefined;

@@ -101,7 +101,7 @@ const DOMAINS: Readonly<Record<string, Readonly<Record<string, Attributes>>>> = 
   'com.microsoft': MICROSOFT,
 };
 
-/** An entry of a table; names of operators and attributes are a model's, which may be those of an object's own members. */
+/** An entry of a table; names of operators and attributes come from the model, and may equal names of an object's own members. */
 export const own = <T>(table: Readonly<Record<string, T>>, name: string): T | undefined =>
   Object.hasOwn(table, name) ? table[name] : undefined;
 

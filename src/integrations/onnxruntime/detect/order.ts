@@ -3,7 +3,7 @@
 /** Axes of `[.., row, column]` in a value: as they lie or with the last two exchanged, at any rank; or a permutation. */
 export type Order = readonly number[] | 'natural' | 'swapped';
 
-/** The last two axes exchanged, of the value (and so of what it is read as). */
+/** The last two axes exchanged, of the value and thus of the tensor that it is read as. */
 export function swapped(order: Order): Order {
   if (order === 'natural') return 'swapped';
   if (order === 'swapped') return 'natural';

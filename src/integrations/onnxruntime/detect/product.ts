@@ -41,7 +41,7 @@ function einsumProduct(node: NodeProto, left: string, right: string): Product | 
   return parsed && { node, left, right, ...parsed, alpha: 1 };
 }
 
-/** The same product with its operands exchanged: what it gives is transposed. */
+/** The same product with its operands exchanged: its result is transposed. */
 export const mirrored = (product: Product): Product => ({
   ...product,
   left: product.right,

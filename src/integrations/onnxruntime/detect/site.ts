@@ -88,7 +88,7 @@ export interface AttentionSite {
   readonly lastKeys: Sizes | undefined;
   /** The attention output and how `[B,H,Lq,Dv]` lies in it. */
   readonly output: string;
-  /** `rank` is that of the tensor that holds q. */
+  /** `rank` of the tensor that holds q. */
   outputLayout(rank: number): 'HND' | 'NHD';
   /** @param batch of the view of q */
   outputDims(view: View['shape'], rank: number, batch: readonly number[]): number[];

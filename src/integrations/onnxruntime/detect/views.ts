@@ -101,7 +101,7 @@ export function reshaped({ shape, strides, offset }: Strided, target: readonly n
   return { shape: target, strides: result, offset };
 }
 
-/** Of a Reshape. Zeros copy a size, -1 is what is left over. */
+/** Target shape of a Reshape. A zero copies a size; -1 takes all elements that remain. */
 export function targetShape(asked: readonly number[], shape: readonly number[]): number[] | undefined {
   const target = asked.map((size, axis) => (size === 0 ? (shape[axis] ?? -2) : size));
   const open = target.indexOf(-1);

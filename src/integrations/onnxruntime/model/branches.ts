@@ -14,7 +14,7 @@ export interface Branches {
   readonly whereTrue: GraphProto;
 }
 
-/** Undefined where no `If` asks an input, several inputs are asked, or names of branches are those of other values. */
+/** Undefined if no `If` depends on an input, if several inputs decide, or if a branch reuses the name of another value. */
 export function branchesOf({ graph, nodes, inputs }: GraphIndex): Branches | undefined {
   const conditionals = nodes.filter((node) => isOp(node, 'If') && inputs.has(node.input[0] ?? ''));
   const [condition, ...others] = new Set(conditionals.map((node) => node.input[0] as string));

@@ -91,7 +91,7 @@ export function isAcyclic({ nodes, producer, readsOf, consumers }: GraphIndex): 
   return ready.length === nodes.length;
 }
 
-/** What a `Constant` node gives, in any of its spellings but those of strings and sparse tensors. */
+/** The value of a `Constant` node, in any of its spellings except strings and sparse tensors. */
 function constantOf(node: NodeProto): TensorProto | undefined {
   for (const { name, t, f, i, floats, ints } of node.attribute) {
     if (name === 'value') return t;

@@ -1,6 +1,7 @@
 /**
- * A model without its weights, which stand among the inputs instead. Opening it takes a few percent of the time of opening the model
- * and no memory to speak of, and onnxruntime says of it what it says of the model: whether it is valid, and the shapes of its values.
+ * A model without its weights, which stand among the inputs instead. Opening it takes a few percent of the time of
+ * opening the model and almost no memory, and onnxruntime judges it as it judges the model: whether it is valid, and the
+ * shapes of its values.
  */
 
 import {
@@ -150,7 +151,7 @@ export async function readFacts(
   const { freeDimensionOverrides, graphOptimizationLevel, executionProviders, extra } = options;
   const given = { freeDimensionOverrides, graphOptimizationLevel, executionProviders, extra };
   const set = Object.fromEntries(Object.entries(given).filter(([, value]) => value !== undefined));
-  // Errors are those of the model, which onnxruntime is asked to open next.
+  // Errors are reported when onnxruntime opens the model itself, which comes next.
   const session = await create(bytes, { ...set, logSeverityLevel: 4 }).catch(() => undefined);
   if (session === undefined) return undefined;
   const { inputMetadata, outputMetadata } = session;

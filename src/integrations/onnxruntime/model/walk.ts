@@ -24,7 +24,7 @@ export function graphFunction<T>({ dependencies, result, cyclic }: GraphFunction
     }
     const found = results;
     const of = (name: string) => (found.has(name) ? (found.get(name) as T) : cyclic);
-    // Values between `value` and the top of the stack are waiting for what is above them.
+    // Values between `value` and the top of the stack are waiting for the values above them.
     const waiting = new Set<string>();
     const stack = [value];
     for (let name = stack.at(-1); name !== undefined; name = stack.at(-1)) {

@@ -1,4 +1,4 @@
-// The part of the ONNX model format that cutting a graph reads or writes. Field names and numbers are those of the
+// The part of the ONNX model format that cutting a graph reads or writes. Field names and numbers come from the
 // public ONNX IR specification; everything left out is kept as unknown fields and written back as it came. That
 // includes the typed payloads of TensorProto, so that reading a model never turns weights into arrays of numbers:
 // TensorPayload reads them from the same bytes where a small constant is wanted.

@@ -11,9 +11,9 @@ import type { AttentionReport } from './report.ts';
 
 export interface Trial {
   readonly kernel: KernelName | 'onnxruntime';
-  /** The least of all calibration runs. */
+  /** The lowest of all calibration runs. */
   readonly cosineSimilarity: number;
-  /** Of all calibration runs together, so that in a model whose lengths differ the long ones count for what they take. */
+  /** Sum over all calibration runs, so that long runs weigh more where lengths differ. */
   readonly milliseconds: number;
 }
 
@@ -62,7 +62,7 @@ export class SiteState {
   }
 }
 
-/** Does the same several times; gives the last result, and what it took. */
+/** Repeats a call; gives its last result, and how long it took. */
 export async function lastOf<T>(calls: number, work: () => Promise<T>): Promise<{ result: T; milliseconds: number }> {
   for (let call = 1; call < calls; call++) await work();
   const start = performance.now();

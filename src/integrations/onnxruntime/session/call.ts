@@ -25,7 +25,7 @@ export interface AttentionCall {
   /** Keys that a row sees up to its diagonal. */
   readonly windowLength: number | undefined;
   readonly layout: 'HND' | 'NHD';
-  /** Of the output tensor, whose elements are those of `layout`. */
+  /** Shape of the output tensor, which has the elements of `layout`. */
   readonly dims: readonly number[];
   readonly type: 'float16' | 'float32';
 }
@@ -213,7 +213,7 @@ function maskView(mask: Mask, tensor: OrtTensor, query: View, keys: number, rank
   };
 }
 
-/** Of a mask over more axes than four: all in front of the heads become one, as those of the queries did. */
+/** Of a mask over more axes than four: all axes in front of the heads become one, as the axes of the queries did. */
 function foldedMask(dims: readonly number[], { batch = [] }: View): number[] | undefined {
   const rank = batch.length + 2;
   if (dims.length > rank) return undefined;

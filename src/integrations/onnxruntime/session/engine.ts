@@ -16,7 +16,7 @@ export interface AttentionEngine {
   /** Kernels of the backend, for calibration. */
   kernels(): Promise<readonly KernelName[]>;
   attend(call: AttentionCall, kernel: KernelName | 'auto'): Promise<Attended>;
-  /** Gives back what is kept between runs. */
+  /** Releases everything that is kept between runs. */
   release(): void;
 }
 

@@ -48,7 +48,7 @@ export async function gpuEngine(OrtTensorClass: OrtTensorConstructor, device: GP
     else if (spare.push(buffer) > SPARE_OUTPUTS) spare.shift()?.destroy();
   };
 
-  /** What is on the CPU for a reason of onnxruntime's (an input of the graph, mostly) goes up; `uploaded` is freed later. */
+  /** Uploads tensors that onnxruntime left on the CPU, which are mostly inputs of the graph; `uploaded` is freed later. */
   const toGpu = ({ tensor, view }: OperandCall, uploaded: GPUBuffer[]): GpuTensor => {
     const dtype = dtypeOf(tensor);
     const { shape, strides, offset } = view;

@@ -209,7 +209,7 @@ async function openVariants(
   const whole = new OpenedOnce<'whole'>(await wholeModel(common, files));
   const shared = async () => {
     const session = await whole.get('whole');
-    // Branches give back what they open; this is of all.
+    // A branch releases the sessions that it opened itself; this one belongs to all branches.
     return session && ({ run: session.run.bind(session), release: async () => {} } as unknown as OrtSession);
   };
   const branches: Branch[] = [];

@@ -3,7 +3,7 @@ import type { KernelName } from '../../../attention/kernels.ts';
 /** What became of one attention of a model. */
 export interface AttentionReport {
   readonly node: string;
-  /** What it was recognized by: an operator's name, or `MatMul-Softmax-MatMul`. */
+  /** The pattern that was recognized: an operator's name, or `MatMul-Softmax-MatMul`. */
   readonly form: string;
   /** Query heads; undefined until a run shows them where the graph does not say. */
   readonly heads: number | undefined;

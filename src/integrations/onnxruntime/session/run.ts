@@ -36,7 +36,7 @@ export class Run {
     );
   }
 
-  /** Tensors that the caller wants results written to stay what they are. */
+  /** Tensors that the caller wants results written to stay as they are. */
   fetchesOf(names: readonly string[]): OrtFetches {
     return Object.fromEntries(names.map((name) => [name, this.#fetches[name] ?? null]));
   }

@@ -10,7 +10,7 @@ export interface ScoresDims {
 }
 
 /**
- * Follows the dimensions of the scores from those of the product of q and k, or says why they cannot be followed: where a Reshape
+ * Follows the dimensions of the scores from the product of q and k on, or says why they cannot be followed: where a Reshape
  * mixes rows or keys, or an operand makes the scores larger, a row of the Softmax is not the scores of one query.
  */
 export function readScores(

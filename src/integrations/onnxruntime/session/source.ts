@@ -110,7 +110,7 @@ export async function followLinks(source: ModelSource, path: string, graph: Grap
   return { ...source, folder };
 }
 
-/** What tells whether files are what they were: a file that is written again has another time. */
+/** Tells whether files have changed since: a file that was written again has a new time. */
 export async function stateOf(folder: string, files: Iterable<string>): Promise<string> {
   const states = [...files].map(async (file) => {
     const { dev, ino, size, mtimeNs } = (await fileSystem()?.stat(`${folder}/${file}`, { bigint: true })) ?? {};

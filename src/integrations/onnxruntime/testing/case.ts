@@ -1,4 +1,4 @@
-/** A small graph with attention in it, what it is fed, and what is to become of it. */
+/** A small graph with attention in it, its inputs, and how it must be rewritten. */
 import * as ort from 'onnxruntime-node';
 import type { GraphBuilder } from '../../../../test/support/graph-builder.ts';
 import type { Random } from '../../../../test/support/random.ts';

@@ -59,7 +59,7 @@ export const GRADIENT_POINTERS = [
   'valueGradient',
 ] as const;
 export const GRADIENT_INTEGERS = ['queryHeads', 'headsPerKeyHead', 'tiles', 'paddedQueries', 'paddedKeys'] as const;
-/** In bytes. The strides of dV are those of dK's tensor with other channels. */
+/** In bytes. dV's strides are for a tensor like dK's with Dv channels. */
 export const GRADIENT_STRIDES = [
   'maskBatch',
   'maskHead',

@@ -219,7 +219,7 @@ export interface Passing {
   readonly stage: Reg<'u32'>;
 }
 
-/** Goes on to the next tile: those of a head, then of the next head. */
+/** Goes on to the next tile: through the tiles of a head, then to the next head. */
 export function advance(b: KernelBuilder, { firstTile, lastTile }: Work, { head, tile }: Omit<Passing, 'stage'>): void {
   b.add(tile, 1, tile);
   const headEnds = b.setp('ge', tile, lastTile);

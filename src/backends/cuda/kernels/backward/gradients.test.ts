@@ -8,7 +8,7 @@ import { booleanMask, gradientCases, relativeL2, train } from '../../testing/gra
 
 const seed = runSeed();
 
-/** Relative L2 of a gradient: that of INT8 scores, and room for chance. */
+/** Relative L2 of a gradient: the error that INT8 scores cause, and room for chance. */
 const BOUND = 0.05;
 
 function expectClose({ got, exact }: Pick<ReturnType<typeof train>, 'got' | 'exact'>, bound = BOUND): void {

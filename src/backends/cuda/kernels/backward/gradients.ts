@@ -93,7 +93,7 @@ function laneAddresses({ b, own, stream }: Frame) {
     ownCodes: rowOf(own.codes),
     ownValues: own.values === undefined ? undefined : rowOf(own.values),
     codes: columnOf(stream.codes),
-    /** V or dO with tokens as columns, and with tokens as what is summed over. */
+    /** V or dO with tokens as columns, and with tokens as the dimension that is summed over. */
     valueColumns: own.values === undefined ? undefined : columnOf(stream.values),
     valueTokens: tokenOf(stream.values),
     channelTokens: stream.channels === undefined ? undefined : tokenOf(stream.channels),

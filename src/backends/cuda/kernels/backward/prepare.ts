@@ -49,7 +49,7 @@ function rowsOf(paddedDim: number) {
 const isNumber = (b: KernelBuilder, value: Reg<'f32'>) =>
   b.setp('lt', b.and(b.as(value, 'u32'), 0x7fffffff), INFINITY_BITS);
 
-/** Four registers of BF16 pairs; what is not finite is 0. */
+/** Four registers of BF16 pairs; elements that are not finite are 0. */
 function packFinite(b: KernelBuilder, eight: readonly Reg<'f32'>[]): Reg<'bf16x2'>[] {
   const clean = eight.map((value) => b.selp(value, b.constant('f32', 0), isNumber(b, value)));
   return [0, 2, 4, 6].map((i) => b.cvtPack('bf16x2', at(clean, i), at(clean, i + 1)));

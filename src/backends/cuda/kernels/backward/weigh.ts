@@ -37,7 +37,7 @@ export function forwardScale(b: KernelBuilder, rowScale: Reg<'f32'>, keyScale: R
   return b.as(b.and(b.as(b.max(b.mul(rowScale, keyScale), MIN_SCALE), 'b32'), 0xfffffffc), 'f32');
 }
 
-/** What is known of the thread's own rows, and how the numbers of a score are found. */
+/** Values of the thread's own rows, and how to find the values that belong to a score. */
 export function ownConstants(frame: Frame, { warpRow, g, t2 }: ThreadPlace, work: Work) {
   const { b, config, pointer, integer, stream, ownsQueries } = frame;
   const numbers = (name: 'rowScale' | 'rowShift' | 'rowDelta' | 'rowBias', row: Reg<'u32'>) => {

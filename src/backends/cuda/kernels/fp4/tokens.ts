@@ -92,7 +92,7 @@ interface Place {
   readonly sequence: Reg<'u32'>;
   readonly table: SequenceRegisters;
   readonly firstToken: Reg<'u32'>;
-  /** The block's first token among those of all heads, padded. */
+  /** The block's first token, counted over the padded tokens of all heads. */
   readonly paddedToken: Reg<'u32'>;
   readonly row: Reg<'u32'>;
   readonly column: Reg<'u32'>;

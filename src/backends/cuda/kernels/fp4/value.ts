@@ -74,7 +74,7 @@ interface Place {
   readonly sequenceHead: Reg<'u32'>;
   readonly table: SequenceRegisters;
   readonly firstToken: Reg<'u32'>;
-  /** The tile's number among those of all heads. */
+  /** The tile's number, counted over all heads. */
   readonly tile: Reg<'u32'>;
   readonly perRow: number;
   readonly rowsAtOnce: number;

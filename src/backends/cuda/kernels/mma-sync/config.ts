@@ -22,7 +22,7 @@ export interface AttentionConfig {
    * NVFP4, tiles of channels by tokens, and P too. `e2m1-as-f16`: V in NVFP4, unpacked to FP16.
    */
   readonly pvFormat: 'f16' | 'e4m3' | 'e4m3-as-f16' | 'e2m1' | 'e2m1-as-f16';
-  /** With V in NVFP4: P in NVFP4 too, in two levels, and rows divided by the sum of what it became. Else P in FP16. */
+  /** With V in NVFP4: P in NVFP4 too, in two levels, and rows divided by the sum of the rounded P. Else P in FP16. */
   readonly quantizedWeights: boolean;
   /**
    * `f32`: tensor-core sums in FP32 throughout. `f16`: in FP16 throughout. `f32-per-tile` and `f16-per-tile`: sums of one

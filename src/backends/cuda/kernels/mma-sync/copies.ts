@@ -82,7 +82,7 @@ export class TileCopies {
     this.query.emit(source, b.add(shared, this.query.destination), config.queryRowBytes);
     const { fp4, tiles } = this.#frame;
     if (tiles.queryScales === undefined) return;
-    // Blocks of scales are those of Q's quantizer, of which this tile may be a part.
+    // Scales lie in blocks of Q's quantizer, and this tile may be a part of such a block.
     this.#copyQueryScales(row, tiles.queryScales, fp4?.queryBlockScale);
   }
 

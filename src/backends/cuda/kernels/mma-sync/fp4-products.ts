@@ -223,8 +223,8 @@ export class Fp4Products {
   }
 
   /**
-   * Scales of P: four of a row in the lanes that the product asks. A lane has those of its own blocks, its second
-   * neighbour the others.
+   * Scales of P: four per row, in the lanes from which the product reads them. A lane has the scales of its own blocks,
+   * its second neighbour the others.
    */
   #weightScales({ blocks }: Scores, m: number, selector: Reg<'b32'>): Reg<'b32'> {
     const { b } = this.#frame;

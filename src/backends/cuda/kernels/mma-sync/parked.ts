@@ -8,7 +8,7 @@ import { at } from '../parts/lists.ts';
 import type { KeyPlace, TileCopies } from './copies.ts';
 import type { Frame, ThreadPlace, Work } from './frame.ts';
 
-/** What is reloaded. */
+/** Values that are reloaded. */
 export interface Reloaded extends Required<KeyPlace> {
   readonly sequence: Reg<'u32'>;
   readonly head: Reg<'u32'>;
@@ -133,7 +133,7 @@ function loadExponentOffset({ b, integer, pointer, exponentOffset }: Frame, { se
   return b.sub(b.constant('f32', exponentOffset), b.ld('f32', shift, 0, { readOnly: true }));
 }
 
-/** What is added to exponents so that P fills its part of its format. */
+/** Added to exponents so that P fills its part of its format. */
 export function exponentOffsetOf({ b, tiles, exponentOffset, sharesRange }: Frame): number | Reg<'f32'> {
   return sharesRange ? b.ld('f32', b.sharedAddress(tiles.parked.base), 60) : exponentOffset;
 }

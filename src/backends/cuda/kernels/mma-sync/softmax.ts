@@ -13,8 +13,8 @@ import { exponentOffsetOf, type Parked } from './parked.ts';
 import type { Output, Scores, SoftmaxState } from './state.ts';
 
 /**
- * Exponents are (1.5 * 2^23 + q.k) * scale plus a term of that size, whose rounding shifts those of a tile by up to the
- * scale. Above this it would show in P: there exponents are made another way.
+ * Exponents are (1.5 * 2^23 + q.k) * scale plus a term of that size, whose rounding shifts the exponents of a tile by up
+ * to the scale. For a scale above this the shift would show in P, so exponents are computed differently.
  */
 const COARSE_SCALE = 2 ** -7;
 
@@ -280,8 +280,8 @@ function ownLargest({ frame, scores }: ScoreTile, r: number): Reg<'f32'> {
 }
 
 /**
- * A row's largest score of the tile, from those of its blocks of 16 keys, which are kept. NaN makes its block's NaN,
- * and counts for no row.
+ * A row's largest score of the tile, from the largest of each block of 16 keys, which are kept. A NaN makes its
+ * block's maximum NaN, and is ignored in the row's.
  */
 function rowLargest({ frame, scores }: ScoreTile, r: number): Reg<'f32'> {
   const { b } = frame;

@@ -10,7 +10,7 @@ import type { Frame } from './frame.ts';
 export interface SoftmaxState {
   /** -Infinity before a row's first key. */
   readonly max: readonly Reg<'f32'>[];
-  /** This thread's part of P's sums; with P in NVFP4 whole sums of what it became. */
+  /** This thread's part of P's sums; with P in NVFP4 whole sums of the rounded P. */
   readonly sum: readonly Reg<'f32'>[];
   /** With P in NVFP4 where the logsumexp is asked for: this thread's part of P's sums before it is rounded. */
   readonly exactSum: readonly Reg<'f32'>[];

@@ -27,7 +27,7 @@ interface TileRule {
  * on sm_80, V is fetched behind its own tile's QK^T.
  */
 const TILE_RULES: readonly TileRule[] = [
-  // Decoding over FP4: each warp unpacks what it reads, so a second one would do it again for rows that are not there.
+  // Decoding over FP4: each warp unpacks the keys that it reads, so a second warp would repeat that for absent rows.
   ...([8, 6, 4, 2] as const).map((minBlocksPerMultiprocessor) => ({
     valueDim: 128,
     qkRowBytes: 64,

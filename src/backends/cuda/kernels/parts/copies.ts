@@ -13,7 +13,7 @@ export function laneOffset(b: KernelBuilder, layout: Layout, row: Reg<'u32'>, ch
 }
 
 /**
- * Moves a swizzled address by a constant number of chunks: an XOR, and what is beyond the permuted chunks as an offset.
+ * Moves a swizzled address by a constant number of chunks: an XOR within the permuted chunks, and an offset beyond them.
  */
 export function chunkAddresses(b: KernelBuilder, layout: Layout, base: Reg<'shared'>) {
   const moved = new Map<number, Reg<'shared'>>([[0, base]]);
@@ -67,7 +67,7 @@ export function tileCopy(b: KernelBuilder, tile: SharedTile, threads: number, ro
       let from = source;
       for (let firstRow = 0; firstRow < rows; firstRow += rowsAtOnce) {
         if (firstRow > 0 && typeof rowStride !== 'number') from = b.add(from, rowStride);
-        // Few threads take fewer rows at once than the swizzle repeats after: those of later passes lie at other chunks.
+        // Few threads copy fewer rows at once than the swizzle's period: in later passes rows lie at other chunks.
         const moved = ((firstRow >> layout.rowShift) & layout.rowMask) * 16;
         const own = moved === 0 ? into : b.xor(into, moved);
         for (let firstColumn = 0; firstColumn * 16 < rowBytes; firstColumn += columns) {

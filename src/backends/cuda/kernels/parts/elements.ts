@@ -23,8 +23,8 @@ export function unpackPair(
  * Loads eight consecutive channels of a token: four pairs of 16-bit floats, or eight f32. {@link unpackEight} makes
  * floats of them, which take twice the registers.
  *
- * @param inside of the load at channel `first` (counted from this thread's first): what is not inside is not read and
- *     is 0; undefined where all of it is
+ * @param inside whether the load at channel `first` (counted from this thread's first) is inside; elements outside are
+ *     not read and are 0; undefined where all are inside
  */
 export function loadEightPacked(
   b: KernelBuilder,
@@ -62,7 +62,7 @@ export function loadEightPacked(
   return words;
 }
 
-/** The eight floats of {@link loadEightPacked}'s registers. Those of float32 are the same registers. */
+/** The eight floats of {@link loadEightPacked}'s registers. Float32 needs no conversion: the registers are the same. */
 export function unpackEight(b: KernelBuilder, dtype: DType, words: readonly Reg<'b32'>[]): Reg<'f32'>[] {
   if (dtype === 'float32') return words.map((word) => b.as(word, 'f32'));
   return words.flatMap((word) => unpackPair(b, dtype, word));

@@ -1,4 +1,4 @@
-/** A row of a product's fragment lies in four neighbouring lanes: what they find together. */
+/** Reductions over the four neighbouring lanes that hold a row of a product's fragment. */
 import type { KernelBuilder } from '../../ptx/builder.ts';
 import type { Reg, Value } from '../../ptx/types.ts';
 

@@ -68,9 +68,9 @@ export const softcapParameters = (b: KernelBuilder): SoftcapParameters => ({
 /**
  * c * tanh(s / c) of the true scores, to float32's relative precision whatever the cap: where a score is small beside
  * it, 1 - 2 / (1 + e^2x) would be off by a rounding of 1, which is a rounding of the cap. What smoothing K took away
- * comes back first.
+ * is added back first.
  *
- * @param rowBiases loads what comes back of each of the thread's rows
+ * @param rowBiases loads what smoothing took from each of the thread's rows
  */
 export function capScores(
   b: KernelBuilder,

@@ -3,8 +3,8 @@
  * each channel, and a scale for V in FP8, `[sequence, head, paddedDim]` float32.
  *
  * A sample is enough. Softmax does not change when any constant vector is subtracted from all keys, nor the output when one is
- * subtracted from V and added back, and the mean of n tokens deviates from that of all by sigma / sqrt(n), far below what
- * quantization resolves. V's scale of a channel need not bound all of its tokens where each tile has a scale of its own
+ * subtracted from V and added back, and the mean of n tokens deviates from the mean of all by sigma / sqrt(n), far below
+ * what quantization resolves. V's scale of a channel need not bound all of its tokens where each tile has a scale of its own
  * besides (`quantizeKeyValue`). Elements that are not finite are left out, and keys that no row sees. `smoothingMean` of
  * src/quantization/smoothing.ts says what the mean is where tokens are of very different sizes.
  */
@@ -64,7 +64,7 @@ export function sampledScales(maxima: Float32Array): Float32Array {
   return maxima.map((maximum) => Math.max(maximum, floor) * Math.fround(1 / LARGEST_CODE));
 }
 
-/** What is found out about an operand. */
+/** The statistics that are taken of an operand. */
 export interface StatisticsOf {
   readonly dim: number;
   readonly paddedDim: number;
@@ -93,7 +93,7 @@ export const CHANNEL_STATISTICS_POINTERS = [
   'valueScale',
   'visibleKeys',
 ] as const;
-/** `sequenceHeads`: sequences times heads, the CTAs of an operand; those of K come first. */
+/** `sequenceHeads`: sequences times heads, the CTAs of an operand; K's CTAs come first. */
 export const CHANNEL_STATISTICS_INTEGERS = ['heads', 'sequenceHeads', 'paddedTokens'] as const;
 export const CHANNEL_STATISTICS_THREADS = 512;
 const WARPS = CHANNEL_STATISTICS_THREADS / 32;
@@ -114,7 +114,7 @@ interface Frame {
   readonly thread: Reg<'u32'>;
 }
 
-/** The operand that a CTA looks at, and where what it finds goes. */
+/** The operand that a CTA reads, and where its results go. */
 interface Operand {
   readonly of: StatisticsOf;
   readonly sequenceHead: Reg<'u32'>;
@@ -204,7 +204,7 @@ function locate({ b, config, pointer, integer, thread, warpCounts, shared }: Fra
   return { head, sequence, keyStart, bits, stretch };
 }
 
-/** What a thread finds in its tokens' eight channels, from `channel` on; lists of what is not asked for are empty. */
+/** A thread's statistics of its tokens' eight channels, from `channel` on; a list that is not asked for is empty. */
 interface Channels {
   readonly channel: Reg<'u32'>;
   readonly sums: Reg<'f32'>[];
@@ -261,7 +261,7 @@ function sampleTokens(frame: Frame, { of, input, strides }: Operand, keys: Keys)
   const rank = b.mov(row);
   const stretchStart = b.mul(row, stretch);
   const step = b.mul(stretch, rowsAtOnce);
-  // Loads that are under way at once hide the latency of memory: those of a whole sample, if registers allow.
+  // Loads that are under way at once hide the latency of memory: all loads of a sample, if registers allow.
   const atOnce = Math.max(1, Math.min(dtype === 'float32' ? 4 : 8, SAMPLED_TOKENS / rowsAtOnce));
   b.loop(
     // A warp's lanes go on together: they find weights together.
@@ -401,7 +401,7 @@ function planesToJoin(b: KernelBuilder, { mean, scale }: StatisticsOf, channels:
   return planes;
 }
 
-/** Joins the rows of each warp, and writes what it found into its rows of shared memory. */
+/** Reduces over the rows of each warp, and writes the result to the warp's rows of shared memory. */
 function joinWarps({ b, planes, shared, thread }: Frame, { of }: Operand, channels: Channels): void {
   b.section('join the rows');
   const perRow = threadsPerRow(of);
@@ -427,7 +427,7 @@ function joinWarps({ b, planes, shared, thread }: Frame, { of }: Operand, channe
 interface OwnChannel {
   /** Whether there is one. */
   readonly owns: Reg<'pred'>;
-  /** Its place among those of all sequences and heads. */
+  /** Its place in the order of all sequences and heads. */
   readonly destination: Reg<'u32'>;
   /** Its largest magnitude, less the mean where one is wanted. */
   readonly largest: Reg<'f32'>;

@@ -38,7 +38,7 @@ export interface QuantizeTokensConfig {
   readonly headDim: number;
   readonly paddedDim: number;
   readonly loadWidth: LoadWidth;
-  /** What is stored: a byte or half a byte for each value. */
+  /** The stored format: a byte or half a byte for each value. */
   readonly container: 's8' | 's4';
   /** Largest quantized magnitude: 127, or 7. */
   readonly largest: 127 | 7;
@@ -240,7 +240,7 @@ function subtract({ b }: Block, { values, inside }: Rows, mean: readonly Reg<'f3
   });
 }
 
-/** What smoothing takes from a row's scores, in the scores' base 2; without a mean it only carries what is not finite. */
+/** What smoothing takes from a row's scores, in the scores' base 2; without a mean it only marks rows that are not finite. */
 function writeRowBias(block: Block, rows: Rows, mean: readonly Reg<'f32'>[] | undefined): void {
   const { b, pointer, integer, head, paddedStart, firstToken } = block;
   const { row, column, perRow, rowsAtOnce, values } = rows;

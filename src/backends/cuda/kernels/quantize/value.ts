@@ -312,7 +312,7 @@ export function quantizeValue(config: ValueConfig & { readonly vMax: number; rea
     4,
   );
   const maxima = Array.from({ length: 8 }, () => b.constant('u32', 0));
-  /** Of pairs of chunks; less 1, so that those of zeros, and those without tokens, count as the largest. */
+  /** Per pair of chunks, less 1, so that pairs of zeros and pairs without tokens count as the largest. */
   const minima = config.sharesRange ? Array.from({ length: 8 }, () => b.constant('u32', 0xffffffff)) : [];
   const chunkAt = (chunk: number) =>
     [0, 16].flatMap((half) => b.ldVector('u32', 4, maximumAt, chunk * paddedValueDim * 4 + half, { readOnly: true }));

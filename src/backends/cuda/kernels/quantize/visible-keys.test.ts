@@ -155,7 +155,7 @@ function run(kernel: KernelName, target: 'sm_80' | 'sm_89' | 'sm_90a', call: Cal
   return [...(output.data as Float32Array), ...((lse as Tensor).data as Float32Array)];
 }
 
-/** How far apart results are; of what is not finite in one, infinitely so unless it is the same in the other. */
+/** How far apart results are: infinitely, if an element is not finite in one and not the same in the other. */
 const apart = (got: readonly number[], expected: readonly number[]) =>
   got.reduce((most, x, i) => {
     const y = expected[i] as number;

@@ -1,7 +1,7 @@
 /**
  * Which keys any row may see: only those count in means, scales and groups. Causality, window and length leave one interval of
  * a sequence's keys, which the table of sequences has. A mask is reduced to a bit for each key of each head of K (or one bit
- * for all heads, where the mask is that of all), over all rows and heads that read the key.
+ * for all heads, if they share the mask), over all rows and heads that read the key.
  *
  * A boolean mask hides where it is false, an additive one where it is -Infinity or more than {@link HIDDEN_BELOW} below the
  * largest entry of its row.
@@ -145,8 +145,8 @@ export interface VisibleKeysConfig extends MaskConfig {
 
 export const VISIBLE_KEYS_POINTERS = ['sequences', 'mask', 'rowLimits', 'visibleKeys'] as const;
 /**
- * `heads`: of the grid, those of K or 1. `groupHeads`: heads of the mask that read a head's keys. `words`: of 32 keys in the
- * longest sequence, even.
+ * `heads`: heads of the grid, K's or 1. `groupHeads`: heads of the mask that read one head's keys. `words`: words of 32 keys
+ * in the longest sequence, even.
  */
 export const VISIBLE_KEYS_INTEGERS = ['heads', 'words', 'groupHeads', 'maskHeads', 'maskRows', 'paddedTokens'] as const;
 

@@ -21,7 +21,7 @@ export function wholeStretch(b: KernelBuilder, [from, until]: readonly [Reg<'u32
  * From the first word of `bits` with a visible key to the last, and how many there are.
  *
  * @param warps of the CTA, all of which take part
- * @param countsAt where each warp leaves what it found: 16 bytes of shared memory a warp
+ * @param countsAt where each warp leaves its counts: 16 bytes of shared memory a warp
  */
 export function visibleStretch(
   b: KernelBuilder,

@@ -37,7 +37,7 @@ export interface WgmmaTile {
   readonly polynomialShare: 0 | 0.125 | 0.25 | 0.5;
   /**
    * Row sums as one more column of P V, over the same rounded P: 8 more columns. Only with promotion: FP8 sums lose
-   * what is small beside them.
+   * addends that are small beside them.
    */
   readonly onesColumn: boolean;
   /** Powers of two by which a row's maximum may grow before the output is rescaled. */

@@ -43,7 +43,7 @@ export function descriptorsOf({ b, plan, tiles, shared, fp8 }: Frame, { groupQue
   };
 }
 
-/** Where a consumer is in the rings, and what it knows of the stages it takes next. */
+/** A consumer's position in the rings, and which of its next stages it knows to be ready. */
 export interface Stages {
   readonly key: RingPlace;
   readonly value: RingPlace;

@@ -48,7 +48,7 @@ const THREE_CONSUMERS: WgmmaTuning = {
   pingPong: false,
   valueChunk: 64,
 };
-/** Rows of padding that 192 rows a tile may cost over 128: what they gain elsewhere. */
+/** Rows of padding that tiles of 192 rows may add over tiles of 128: as much as they gain elsewhere. */
 const MORE_PADDING = 1.13;
 
 type Key = Pick<WgmmaConfig, 'pvFormat' | 'qkRowBytes' | 'paddedValueDim'> & {
@@ -127,7 +127,7 @@ export function tuningOf({
   return two;
 }
 
-/** What to time on a card, by name; each says what it changes of {@link tuningOf}'s answer for FP8 at D = Dv = 128. */
+/** Variants to time on a card, by name; each is a change of {@link tuningOf}'s answer for FP8 at D = Dv = 128. */
 export const WGMMA_VARIANTS: Readonly<Record<string, Partial<WgmmaTuning>>> = {
   base: {},
   'sums on FMA units': { onesColumn: false, polynomialShare: 0 },

@@ -114,7 +114,7 @@ describe(`tiles of V (SAGEATTENTION_SEED=${seed})`, () => {
     const total = 695;
     const q = normals(random, [1, 4, 4, dim], 0.5);
     const [k, v] = [normals(random, [1, 1, total, dim]), normals(random, [1, 1, total, dim])];
-    // What is appended is far beyond what the first keys held.
+    // The appended values are far larger than the first ones.
     const values = v.data as Float32Array;
     for (let i = 600 * dim; i < values.length; i++) values[i] = (values[i] as number) * 500;
     const part = (of: Tensor, start: number, end: number) => slice(of, 2, start, end);

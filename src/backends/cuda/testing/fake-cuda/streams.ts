@@ -86,7 +86,7 @@ export class FakeStreams {
     for (const stream of this.#streams.values()) this.drain(stream);
   }
 
-  /** Runs a stream up to a point, and before each wait what it waits for. */
+  /** Runs a stream up to a point; before each wait, first the work that it waits for. */
   runUpTo({ stream, count }: Point): void {
     const context = this.#contexts.of(stream.device);
     while (stream.done < count && context.fault === 0) {

@@ -1,5 +1,5 @@
 /**
- * The simulator against kernels that do right and kernels that do wrong: what it does not notice, it cannot vouch for.
+ * The simulator on correct kernels and on faulty ones: a fault that it does not notice would pass every test.
  */
 import { describe, expect, test } from 'vitest';
 import { KernelBuilder } from '../../ptx/builder.ts';

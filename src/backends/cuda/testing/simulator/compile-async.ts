@@ -38,7 +38,7 @@ export function asyncLaneWise(emitter: Emitting, { opcode, outputs, inputs }: In
   return undefined;
 }
 
-/** As `collective` of the compiler; undefined for what is not asynchronous. */
+/** As `collective` of the compiler; undefined for instructions that are not asynchronous. */
 export function asyncCollective(
   emitter: Emitting,
   { opcode, outputs, inputs }: Instruction,

@@ -135,8 +135,8 @@ class Emitter {
           return `{const s=${x}${sign}${y};const c=Math.floor(s/4294967296);u[${high}+l]=${this.high(a)}${sign}${this.high(b)}+c;u[${low}+l]=s;}`;
         }
         if (type === 'f16x2') return `${out('u')}=R.halves((p,q)=>p${sign}q,${x},${y});`;
-        // A float64 sum, rounded again by the store, is the float32 sum; directed roundings need to know what it left
-        // out.
+        // A float64 sum, rounded again by the store, is the float32 sum; directed roundings also need the part that was
+        // rounded off.
         if (directed !== undefined) return `${out('f')}=R.${directed}(R.fusedSum(1,${x},${sign}${y}));`;
         return `${out(view)}=${x}${sign}${y};`;
       }
@@ -356,7 +356,7 @@ class Emitter {
     }
   }
 
-  /** An instruction of the whole warp or of a memory: statements for all lanes, `guarded` wraps those of one lane. */
+  /** An instruction of the whole warp or of a memory: statements for all lanes; `guarded` wraps the statements of one lane. */
   collective(instruction: Instruction, guarded: (statement: string) => string): string {
     const { opcode, outputs, inputs } = instruction;
     const parts = opcode.split('.');

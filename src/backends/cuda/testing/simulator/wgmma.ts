@@ -49,7 +49,7 @@ const depthOf = (type: Product['type']) => (type === 'f16' || type === 'bf16' ? 
 const floatBits = new Float32Array(1);
 const floatWords = new Uint32Array(floatBits.buffer);
 
-/** Products that a warp has under way, and what it waits for. */
+/** Products that a warp has under way, and the groups that it waits for. */
 export class AsyncWarp {
   readonly #warp: Registers;
   readonly units: AsyncUnits;

@@ -76,8 +76,8 @@ export function initBarriers({ b, config, ring, barriers, ownFull }: WgmmaFrame)
 }
 
 /**
- * First token of a consumer's own ones: the nearest 64 that there are and, of keys, that any row sees (others are not quantized). What is
- * computed for those that it stands in for is not stored, or excluded from every row.
+ * First token of a consumer's own ones: the nearest 64 that there are and, of keys, that any row sees (others are not quantized). Results
+ * for the tokens that it replaces are not stored, or are excluded from every row.
  */
 export function ownToken(
   frame: WgmmaFrame,

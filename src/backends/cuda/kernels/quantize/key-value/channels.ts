@@ -1,4 +1,4 @@
-/** The eight channels of a token that a thread takes at once: loads, and what is made of them. */
+/** The eight channels of a token that a thread takes at once: how they are loaded and converted. */
 import type { Parameter, Reg } from '../../../ptx/types.ts';
 import { offset, offset64 } from '../../parts/addresses.ts';
 import { BYTES, type LoadWidth, loadEightFloats, loadEightPacked, unpackEight } from '../../parts/elements.ts';

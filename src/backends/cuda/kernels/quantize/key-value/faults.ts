@@ -22,7 +22,10 @@ export function isFaulty({ b }: Tile, faults: Faults, bit: number): Reg<'pred'> 
   return b.setp('ne', b.and(faults, 2 ** bit), 0);
 }
 
-/** Bits of the tile's tokens that each warp found not to be finite, into shared memory; what it holds of V for them becomes 0. */
+/**
+ * Writes to shared memory which of the tile's tokens each warp found not to be finite, a bit for each; the V that the
+ * thread holds for them becomes 0.
+ */
 export function reportFaults(tile: Tile, faults: Faults, keys: Keys, values: Values): void {
   const { b, shared, warp, lane, lastSeen, faultWords, keyLayout } = tile;
   const first = b.setp('eq', lane, 0);

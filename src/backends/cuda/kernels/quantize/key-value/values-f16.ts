@@ -1,4 +1,4 @@
-/** V in FP16, which stays as it lies: rows as those of K. */
+/** V in FP16, which keeps its layout: rows of tokens, as K's. */
 import { offset } from '../../parts/addresses.ts';
 import { nextPowerOfTwo } from '../../parts/constants.ts';
 import { at } from '../../parts/lists.ts';
