@@ -114,7 +114,7 @@ export const PREPARE_KEY_VALUE_PARAMS = [
 /** Below this a group counts as all zero: 127 / maximum would not be finite. */
 const TINY = '1.0e-36f';
 
-/** Magnitudes of scales are kept below this, so that products of two scales and a dot product stay finite. */
+/** Magnitudes of scales of Q and K are kept below this, so that products of two scales and a dot product stay finite. */
 const LARGEST_SCALE = '1.0e15f';
 
 const QUANTIZE = `
@@ -210,7 +210,9 @@ ${loadMean(headDimPadded / 4, statistics)}`
   if (lid < count) {
     var constant = 0.0;
     ${smoothK ? `for (var i = 0u; i < ${chunks}u; i++) { constant += largest_partial[lid * ${chunks}u + i]; }` : ''}
-    let scale = clamp(row_max[lid] / ${INT_MAX.int8}.0 * P.scoreScale, -${LARGEST_SCALE}, ${LARGEST_SCALE});
+    // A large scale of the scores is the caller's: what overflows with it is a score that float32 has no number for.
+    let largest = min(${LARGEST_SCALE} * max(1.0, abs(P.scoreScale)), 3.4e38f);
+    let scale = clamp(row_max[lid] / ${INT_MAX.int8}.0 * P.scoreScale, -largest, largest);
     rows[(row_at + lid) * ${vectors}u + ${vectors - 1}u - P.rowBase] =
       vec4<u32>(bitcast<u32>(scale), atomicLoad(&flags[lid]), bitcast<u32>(constant * P.scoreScale), 0u);
   }

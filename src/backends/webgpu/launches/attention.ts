@@ -220,8 +220,10 @@ export function scoreConfigOf(stages: Stages, splits: KeySplits): ScoreConfig {
 }
 
 /** What Q's scales are multiplied with: the caller's scale, and log2(e) where scores are in base 2. */
-export const scoreScaleOf = (problem: AttentionProblem, config: ScoreConfig): number =>
-  problem.smScale * (scoresAreFloat(config) ? 1 : Math.LOG2E);
+export function scoreScaleOf(problem: AttentionProblem, config: ScoreConfig): number {
+  const scale = problem.smScale * (scoresAreFloat(config) ? 1 : Math.LOG2E);
+  return Math.max(-LARGEST_FLOAT32, Math.min(LARGEST_FLOAT32, scale));
+}
 
 /** The stages of attention over keys that are in scratch or in a cache. */
 export interface AttentionParts {
