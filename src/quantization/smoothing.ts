@@ -35,7 +35,7 @@ export function channelMean(
 }
 
 /** Tokens are of one size where the largest of their magnitudes is no more than so many times the smallest but zero. */
-export const ONE_SIZE = 8;
+export const ONE_SIZE = 16;
 /** A token this much smaller than the geometric mean of all counts as one of that size: tokens next to zero do not take all. */
 export const LEAST_SIZE = 1 / 2;
 

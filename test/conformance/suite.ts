@@ -432,12 +432,14 @@ function behaviours(target: Target, seed: number): ConformanceTest[] {
         await checkMeasured((again) => measureKeyValueCache(target, steps, again), seed);
       },
     })),
-    ...(target.exceptions?.includes('cache') ? [] : CACHE_EDITS).map(({ name, steps, edit }) => ({
-      name: `cache: ${name}`,
-      async run() {
-        await checkMeasured((again) => measureKeyValueCache(target, steps, again, edit), seed);
-      },
-    })),
+    ...CACHE_EDITS.filter(({ group = 'cache' }) => !target.exceptions?.includes(group)).map(
+      ({ name, steps, edit }) => ({
+        name: `cache: ${name}`,
+        async run() {
+          await checkMeasured((again) => measureKeyValueCache(target, steps, again, edit), seed);
+        },
+      }),
+    ),
     ...(target.exceptions?.includes('cache padding') ? [] : CACHE_PADDING).map(
       ({ name, steps, magnitude, isToken }) => ({
         name: `cache: ${name}`,

@@ -18,6 +18,7 @@ export type VisibilityGroup =
   | 'documents'
   | 'heads of a group'
   | 'cache'
+  | 'cache of tiny values'
   | 'cache padding'
   | 'softcap'
   | 'mask not a number';
@@ -335,6 +336,8 @@ export const CACHE_PADDING: readonly {
 /** Caches that begin with tokens unlike all that are appended. */
 export const CACHE_EDITS: readonly {
   readonly name: string;
+  /** Default `cache`. */
+  readonly group?: VisibilityGroup;
   readonly steps: readonly number[];
   readonly edit: (key: Tensor, value: Tensor) => void;
 }[] = [
@@ -345,6 +348,7 @@ export const CACHE_EDITS: readonly {
   })),
   ...[1e-6, 1e3].map((factor) => ({
     name: `the first values are ${factor} times as large as those appended`,
+    group: factor < 1 ? ('cache of tiny values' as const) : ('cache' as const),
     steps: [4, 36, 100],
     edit: (_: Tensor, value: Tensor) => firstTokens(value, 4, (x) => x * factor),
   })),

@@ -33,16 +33,21 @@ const fp8 = (pvAccumDtype: PvAccumDtype): QuantizedAlgorithm => ({
  */
 const BOUNDS = { fp16: 0.025, fp8: 0.06, int4: 0.25, fp4: FP4_RELATIVE_L1 } as const;
 
-/** A cache keeps K's mean and V's scales between doublings (docs/how-it-works.md), and refuses `keyMask`. */
-const EXCEPTIONS: NonNullable<Target['exceptions']> = ['cache', 'cache padding'];
+/** E4M3 holds no tokens of a tile of V that are a millionth of others (docs/how-it-works.md); nor does FP4. */
+const FP8_EXCEPTIONS: NonNullable<Target['exceptions']> = ['cache of tiny values'];
 
 /** FP4 gives 16 tokens of V one scale, and a row one scale for 16 weights: a large value coarsens its neighbours (docs/cuda.md). */
 const FP4_EXCEPTIONS: NonNullable<Target['exceptions']> = [
-  ...EXCEPTIONS,
+  'cache of tiny values',
   'later tokens',
   'documents',
   'heads of a group',
 ];
+
+const EXCEPTIONS: Readonly<Partial<Record<QuantizedAlgorithm['pvFormat'], Target['exceptions']>>> = {
+  fp8: FP8_EXCEPTIONS,
+  fp4: FP4_EXCEPTIONS,
+};
 
 function target(
   kernel: Target['kernel'],
@@ -67,7 +72,7 @@ function target(
       fp4: { ...algorithm.fp4, scaleSearch: options.scaleSearch ?? algorithm.fp4.scaleSearch },
     },
     largestV,
-    exceptions: algorithm.pvFormat === 'fp4' ? FP4_EXCEPTIONS : EXCEPTIONS,
+    exceptions: EXCEPTIONS[algorithm.pvFormat] ?? [],
   };
 }
 

@@ -1,7 +1,6 @@
 /** Keys and values that stay on a device, quantized once and appended to. */
 import { attentionOutputs } from '../../attention/outputs.ts';
 import type { AttentionProblem } from '../../attention/problem.ts';
-import { UnsupportedOptionError } from '../../errors.ts';
 import { BYTES_PER_ELEMENT } from '../../tensor/dtype.ts';
 import { type OperandLayout, type Tensor, type TensorView, transpose } from '../../tensor/tensor.ts';
 import type { AttentionOutputs, KernelChoice, KeyValueContext, PreparedKeyValue, RunContext } from '../backend.ts';
@@ -140,6 +139,17 @@ class GrowingRows {
     }
   }
 
+  /** Sets every byte of `tokens` tokens behind the first `held`. */
+  fill(value: number, held: number, tokens: number, stream: CudaStream): void {
+    const { memory } = this;
+    if (memory === undefined || tokens === 0) return;
+    const bytes = tokens * this.#rowBytes;
+    for (let head = 0; head < this.#heads; head++) {
+      const at = this.#at(memory, this.capacity, head, held);
+      this.#device.call('cuMemsetD8Async', `marking ${tokens} tokens`, at, value, bytes, stream.handle);
+    }
+  }
+
   layout(heads: number): OperandLayout {
     const headStride = this.capacity * this.dim;
     return { offset: 0, batchStride: heads * headStride, headStride, tokenStride: this.dim };
@@ -179,6 +189,8 @@ export class CudaKeyValue implements PreparedKeyValue {
   readonly #first: AttentionProblem;
   readonly #k: GrowingRows;
   readonly #v: GrowingRows;
+  /** A byte for each token, 0: it does not count. Without room as long as all count. */
+  readonly #counted: GrowingRows;
   readonly #runners = new Map<string, Runner>();
   #quantized: Quantized | undefined;
   #length = 0;
@@ -198,6 +210,7 @@ export class CudaKeyValue implements PreparedKeyValue {
     const { batch, kvHeads, headDim, valueDim, dtype } = problem;
     this.#k = new GrowingRows(device, batch * kvHeads, headDim, BYTES_PER_ELEMENT[dtype]);
     this.#v = new GrowingRows(device, batch * kvHeads, valueDim, BYTES_PER_ELEMENT[dtype]);
+    this.#counted = new GrowingRows(device, batch, 1, BYTES_PER_ELEMENT.bool);
   }
 
   get length(): number {
@@ -206,9 +219,6 @@ export class CudaKeyValue implements PreparedKeyValue {
 
   async append(k: TensorView, v: TensorView, problem: AttentionProblem, context: KeyValueContext): Promise<void> {
     context.signal?.throwIfAborted();
-    if (context.keyMask !== undefined) {
-      throw new UnsupportedOptionError(this.#choice.descriptor.name, 'options.keyMask', 'none here', 'a mask');
-    }
     const device = this.#device;
     const given = streamOf(device, context.stream);
     // The kept buffers live on the device's own stream; a caller's stream may be destroyed before them.
@@ -230,6 +240,8 @@ export class CudaKeyValue implements PreparedKeyValue {
         rows.reserve(total, this.#length, stream);
         rows.write(tensorLayout === 'HND' ? source : transpose(source, [0, 2, 1, 3]), this.#length, stream);
       }
+      const { keyMask } = context;
+      this.#mark(keyMask && onDevice('options.keyMask', keyMask), keyLength, stream);
       this.#quantize(total, stream);
       uploads.finishReading();
       this.#length = total;
@@ -241,6 +253,30 @@ export class CudaKeyValue implements PreparedKeyValue {
       if (!uploads.isEmpty) await stream.completed();
     } finally {
       uploads.dispose();
+    }
+  }
+
+  /**
+   * Notes which of the tokens behind those held count.
+   *
+   * @param keyMask bool `[B,L]`; undefined: all
+   */
+  #mark(keyMask: CudaTensor | undefined, tokens: number, stream: CudaStream): void {
+    const counted = this.#counted;
+    const isFirst = counted.memory === undefined;
+    if (keyMask === undefined && isFirst) return;
+    counted.reserve(this.#length + tokens, this.#length, stream);
+    if (isFirst) counted.fill(1, 0, this.#length, stream);
+    if (keyMask === undefined) counted.fill(1, this.#length, tokens, stream);
+    else {
+      keyMask.memory.useOn(stream);
+      const { shape, strides } = keyMask;
+      const [[batch, length], [batchStride, stride]] = [shape, strides] as [[number, number], [number, number]];
+      counted.write(
+        { ...keyMask, shape: [batch, 1, length, 1], strides: [batchStride, 0, stride, 1] },
+        this.#length,
+        stream,
+      );
     }
   }
 
@@ -302,18 +338,21 @@ export class CudaKeyValue implements PreparedKeyValue {
     room: KeyRoom,
     parts?: readonly KeyValuePart[],
   ): void {
-    const sequence = this.#planner.planKeyValue(
-      problem,
-      this.#choice,
-      this.#facts,
-      parts === undefined ? { room } : { room, parts },
-    );
+    const { memory, capacity } = this.#counted;
+    const sequence = this.#planner.planKeyValue(problem, this.#choice, this.#facts, {
+      room,
+      ...(parts && { parts }),
+      ...(memory && {
+        tokenMask: { kind: 'boolean', dtype: 'bool', offset: room.from ?? 0, strides: [capacity, 0, 0, 1] } as const,
+      }),
+    });
     if (sequence.launches.length === 0) return;
     const bound = new BoundLaunches(this.#device, sequence);
+    const mask = memory === undefined ? [] : [{ buffer: 'mask', memory, byteOffset: 0 }];
     try {
       bound.run(
         stream,
-        [...this.#rawBuffers(), ...buffers].map(
+        [...this.#rawBuffers(), ...mask, ...buffers].map(
           ({ buffer, memory, byteOffset }) => [buffer, memory.pointer + BigInt(byteOffset)] as const,
         ),
       );
@@ -359,5 +398,6 @@ export class CudaKeyValue implements PreparedKeyValue {
     this.#quantized = undefined;
     this.#k.dispose();
     this.#v.dispose();
+    this.#counted.dispose();
   }
 }

@@ -581,16 +581,31 @@ describe('prepared keys and values', () => {
     expect(fake.liveAllocations).toBe(5);
   });
 
-  it('refuse a mask of their tokens, which they do not honour', async () => {
-    const { backend, device } = setup;
-    const view = upload(place(new Float32Array(64), [1, 1, 8, 8], 'float32'), device);
+  it('know which of their tokens count', async () => {
+    const { fake, backend, device } = setup;
+    const [batch, capacity] = [3, 256];
+    const view = upload(place(new Float32Array(batch * 32), [batch, 1, 8, 4], 'float32'), device);
     const problem = createProblem(view, view, view, {});
-    const refused = { code: 'unsupported-option', argument: 'options.keyMask' };
-    const context = { keyMask: upload(tensor(new Uint8Array(8).fill(1), [1, 8]), device) };
-    await expect(backend.prepareKeyValue(problem, CHOICE, view, view, context)).rejects.toMatchObject(refused);
+    // Every other byte of longer rows.
+    const bytes = Uint8Array.from({ length: batch * 20 }, (_, i) => (i % 6 === 0 ? 3 : 0));
+    const whole = upload(tensor(bytes, [batch, 20]), device);
+    const keyMask = { ...whole, shape: [batch, 8], strides: [20, 2] };
+    const marked = (row: number) => Array.from({ length: 8 }, (_, i) => bytes[row * 20 + 2 * i] as number);
     const prepared = await backend.prepareKeyValue(problem, CHOICE, view, view, {});
-    await expect(prepared.append(view, view, problem, context)).rejects.toMatchObject(refused);
+    const held = () => fake.allocationsOf(batch * capacity)[0];
+    expect(held()).toBeUndefined();
+    await prepared.append(view, view, problem, { keyMask });
+    await prepared.append(view, view, problem, {});
+    device.stream.synchronize();
+    const ones = new Array(8).fill(1);
+    for (let row = 0; row < batch; row++) {
+      const own = held()?.slice(row * capacity, row * capacity + 24);
+      expect([...(own ?? [])]).toEqual([...ones, ...marked(row), ...ones]);
+    }
     prepared.dispose();
+    device.trimMemory();
+    // The view and the mask.
+    expect(fake.liveAllocations).toBe(2);
   });
 
   it('of several heads and gapped rows are copied row by row', async () => {

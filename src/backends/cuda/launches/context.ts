@@ -3,7 +3,7 @@
  * buffers.
  */
 import { NO_LIMIT, visibleKeys } from '../../../attention/band.ts';
-import { type AttentionProblem, type Sequence, sequencesOf } from '../../../attention/problem.ts';
+import { type AttentionProblem, type MaskLayout, type Sequence, sequencesOf } from '../../../attention/problem.ts';
 import { InvalidArgumentError } from '../../../errors.ts';
 import type { DType } from '../../../tensor/dtype.ts';
 import type { OperandLayout } from '../../../tensor/tensor.ts';
@@ -73,6 +73,7 @@ interface ContextOptions {
   readonly room?: KeyRoom | undefined;
   readonly overrides?: Partial<Tuning> | undefined;
   readonly whole?: boolean;
+  readonly tokenMask?: MaskLayout | undefined;
 }
 
 /** The parts of quantizing K and V. A cache keeps its means, and the tiles that nothing was appended to. */
@@ -149,27 +150,30 @@ function hiddenKeysOf({ mask }: AttentionProblem): HiddenKeys {
  * The context of a call whose kernel belongs to `family`.
  *
  * @param whole of a call that ends with its attention: what no row of it sees counts in no mean and no scale. Keys that
- *     are kept count all, from `room` on
+ *     are kept count all, from `room` on, but for those that `tokenMask` leaves out
+ * @param tokenMask of keys that are kept: buffer `mask`, alike for all heads and rows
  */
 export function contextOf(
   family: FamilyLaunches,
   asked: AttentionProblem,
   chosen: KernelChoice,
   given: DeviceFacts,
-  { room, overrides = {}, whole = false }: ContextOptions,
+  { room, overrides = {}, whole = false, tokenMask }: ContextOptions,
 ): Context {
   const device = { ...given, target: targetOfKernel(chosen, given.target) };
   // Smoothing Q serves to quantize it.
   const choice = !whole && keepsQuery(asked, chosen, device.target) ? { ...chosen, smoothQ: false as const } : chosen;
   const grouped = family.headsAsRows?.(asked, choice);
-  const problem = grouped ?? asked;
+  const called = grouped ?? asked;
+  // One row sees the tokens that count.
+  const problem = tokenMask === undefined ? called : { ...called, queryLength: 1, mask: tokenMask };
   const layout = paddedLayoutOf(problem, room, (sequence) =>
     // Heads as rows have the band of one token.
     whole
       ? visibleKeys(asked, { ...sequence, queryLength: grouped === undefined ? sequence.queryLength : 1 })
       : [room?.from ?? 0, sequence.keyLength],
   );
-  const hiddenKeys = whole ? hiddenKeysOf(problem) : 'none';
+  const hiddenKeys = whole || tokenMask !== undefined ? hiddenKeysOf(problem) : 'none';
   const scheme = schemeOf(problem, choice, device.target, !whole);
   return { problem, rowsAreHeads: grouped !== undefined, hiddenKeys, choice, device, layout, scheme, overrides };
 }

@@ -3,7 +3,7 @@
  * simulator runs without a device. Quantized operands are padded (every sequence to whole tiles, channels to whole
  * tensor-core steps) and ordered `[head, token, channel]` with the sequences of a batch end to end.
  */
-import type { AttentionProblem } from '../../../attention/problem.ts';
+import type { AttentionProblem, MaskLayout } from '../../../attention/problem.ts';
 import type { KernelChoice } from '../../backend.ts';
 import { descriptorOf, type Family } from '../kernel-table.ts';
 import type { planBackward } from './backward.ts';
@@ -33,6 +33,13 @@ export interface PlanOptions {
   readonly room?: KeyRoom;
   /** Replaces parts of what the tables of tiles say: for measurements. */
   readonly overrides?: Partial<Tuning>;
+}
+
+export interface KeyValuePlanOptions extends PlanOptions {
+  /** The parts to compute, default all; the others must have been computed before, in the same buffers. */
+  readonly parts?: readonly KeyValuePart[];
+  /** Says which tokens count in means and scales (buffer `mask`); default all. Its offset is that of the first token quantized. */
+  readonly tokenMask?: MaskLayout;
 }
 
 const ALL_PARTS: readonly KeyValuePart[] = ['means', 'key', 'value'];
@@ -67,16 +74,14 @@ export function planLaunches(
 /**
  * The part of a call that depends on K and V only: buffers `k`, `v` in, `KEY_VALUE_BUFFERS` out, whose sizes are
  * `kept`.
- *
- * @param options `parts`: the parts to compute; the others must have been computed before, in the same buffers
  */
 export function planKeyValue(
   problem: AttentionProblem,
   choice: KernelChoice,
   device: DeviceFacts,
-  { room, overrides, parts }: PlanOptions & { readonly parts?: readonly KeyValuePart[] } = {},
+  { room, overrides, parts, tokenMask }: KeyValuePlanOptions = {},
 ): LaunchSequence & { readonly kept: Readonly<Record<BufferName, number>> } {
-  const context = contextOf(familyOf(choice), problem, choice, device, { room, overrides });
+  const context = contextOf(familyOf(choice), problem, choice, device, { room, overrides, tokenMask });
   return {
     kept: keyValueBytes(context),
     scratch: keyValueScratch(context),
