@@ -1,4 +1,4 @@
-import type { BackwardProblem } from '../../attention/backward.ts';
+import { type BackwardProblem, gradientOutputs } from '../../attention/backward.ts';
 import { attentionOutputs } from '../../attention/outputs.ts';
 import type { AttentionProblem } from '../../attention/problem.ts';
 import { debugPlan } from '../../debug.ts';
@@ -14,7 +14,6 @@ import type {
   KeyValueContext,
   PreparedKeyValue,
 } from '../backend.ts';
-import { CudaBackwardPlan } from './backward-plan.ts';
 import { type Cuda, type CudaDevice, openCuda } from './driver/device.ts';
 import {
   BACKWARD_SUPPORT,
@@ -30,9 +29,9 @@ import type { DeviceFacts } from './launches/context.ts';
 import { debugPlanOf } from './launches/debug.ts';
 import type { LaunchSequence } from './launches/launch.ts';
 import { type LaunchPlanner, planAttend, planKeyValue, planLaunches } from './launches/plan.ts';
-import { CudaPlan } from './plan.ts';
+import { type CudaBackwardPlan, CudaPlan } from './plan.ts';
 import { CapturedAttention } from './run/captured.ts';
-import { operandsOf } from './run/operands.ts';
+import { backwardOperandsOf, operandsOf } from './run/operands.ts';
 import { Runner } from './run/runner.ts';
 
 export interface CudaBackendOptions {
@@ -170,7 +169,13 @@ export class CudaBackend implements Backend {
   async plan(problem: AttentionProblem, kernel: KernelChoice): Promise<CudaPlan> {
     const device = await this.device(problem);
     const facts = factsOf(device, kernel);
-    return new CudaPlan(device, problem, kernel, () => this.#planner.planLaunches(problem, kernel, facts));
+    return new CudaPlan(
+      device,
+      kernel,
+      { location: problem.location, outputs: attentionOutputs(problem) },
+      (inputs) => operandsOf(problem, inputs),
+      () => this.#planner.planLaunches(problem, kernel, facts),
+    );
   }
 
   async backwardSupport(problem: AttentionProblem): Promise<BackwardSupport | undefined> {
@@ -181,7 +186,13 @@ export class CudaBackend implements Backend {
   async planBackward(problem: BackwardProblem, kernel: KernelChoice): Promise<CudaBackwardPlan> {
     const device = await this.device(problem.attention);
     const facts = factsOf(device, kernel);
-    return new CudaBackwardPlan(device, problem, kernel, () => this.#planner.planBackward(problem, kernel, facts));
+    return new CudaPlan(
+      device,
+      kernel,
+      { location: problem.attention.location, outputs: gradientOutputs(problem) },
+      (inputs) => backwardOperandsOf(problem, inputs),
+      () => this.#planner.planBackward(problem, kernel, facts),
+    );
   }
 
   /** Captures one run over CUDA tensors into a graph. */

@@ -9,7 +9,6 @@ export {
   type CudaBackendOptions,
   createCudaBackend,
 } from './backend.ts';
-export { CudaBackwardPlan } from './backward-plan.ts';
 export { type CaptureOptions, captureAttention } from './capture.ts';
 export type { CudaApi } from './driver/api.ts';
 export { Cuda, CudaDevice, openCuda } from './driver/device.ts';
@@ -20,7 +19,7 @@ export { CudaEvent, CudaStream } from './driver/stream.ts';
 export { CUDA_KERNELS, DEFAULT_KERNELS, defaultKernelFor, MINIMUM_COMPUTE_CAPABILITY } from './kernel-table.ts';
 export type * from './launches/launch.ts';
 export type { LaunchPlanner } from './launches/plan.ts';
-export { CudaPlan } from './plan.ts';
+export { type CudaBackwardPlan, CudaPlan } from './plan.ts';
 export { CapturedAttention } from './run/captured.ts';
 export {
   type CudaTensor,

@@ -1,30 +1,52 @@
-/** A problem made ready for one device: kernels compiled, arguments marshalled, scratch sized. */
+/** A call made ready for one device: kernels compiled, arguments marshalled, scratch sized. */
 import type { StreamHandle } from '../../attention/options.ts';
-import { attentionOutputs, type OutputSpec } from '../../attention/outputs.ts';
-import type { AttentionProblem } from '../../attention/problem.ts';
+import type { OutputSpec, Outputs, PlannedOutputs } from '../../attention/outputs.ts';
 import { ExecutionError } from '../../errors.ts';
-import type { AttentionInputs, AttentionOutputs, KernelChoice, Plan, RunContext } from '../backend.ts';
+import type {
+  AttentionInputs,
+  AttentionOutputs,
+  BackwardInputs,
+  BackwardOutputs,
+  KernelChoice,
+  Plan,
+  RunContext,
+} from '../backend.ts';
 import type { CudaDevice } from './driver/device.ts';
 import type { PreparedLaunches } from './driver/prepared-launches.ts';
 import type { LaunchSequence } from './launches/launch.ts';
-import { operandsOf } from './run/operands.ts';
+import type { Operand } from './run/operands.ts';
 import { Runner } from './run/runner.ts';
 import type { CudaTensor } from './tensor.ts';
 
-export class CudaPlan implements Plan {
+export class CudaPlan<
+  Inputs = AttentionInputs,
+  Made extends Outputs = AttentionOutputs,
+  OnDevice extends Outputs<CudaTensor> = AttentionOutputs<CudaTensor>,
+> implements Plan<Inputs, Made>
+{
   readonly kernel: KernelChoice;
   readonly outputs: readonly OutputSpec[];
-  readonly #problem: AttentionProblem;
+  readonly #operandsOf: (inputs: Inputs) => readonly Operand[];
   readonly #runner: Runner;
   readonly #device: CudaDevice;
   #disposed = false;
 
-  constructor(device: CudaDevice, problem: AttentionProblem, kernel: KernelChoice, plan: () => LaunchSequence) {
+  /**
+   * @param operandsOf the inputs of a call as operands
+   * @param plan makes the launches; not called when there is nothing to compute
+   */
+  constructor(
+    device: CudaDevice,
+    kernel: KernelChoice,
+    planned: PlannedOutputs,
+    operandsOf: (inputs: Inputs) => readonly Operand[],
+    plan: () => LaunchSequence,
+  ) {
     this.#device = device;
     this.kernel = kernel;
-    this.#problem = problem;
-    this.outputs = attentionOutputs(problem);
-    this.#runner = new Runner(device, { location: problem.location, outputs: this.outputs }, plan);
+    this.outputs = planned.outputs;
+    this.#operandsOf = operandsOf;
+    this.#runner = new Runner(device, planned, plan);
   }
 
   get ended(): boolean {
@@ -45,15 +67,15 @@ export class CudaPlan implements Plan {
    *
    * @throws {CudaError} a call of the driver failed; nothing was produced
    */
-  enqueue(inputs: AttentionInputs, stream?: StreamHandle): AttentionOutputs<CudaTensor> {
+  enqueue(inputs: Inputs, stream?: StreamHandle): OnDevice {
     this.#requireUsable();
-    return this.#runner.enqueue(operandsOf(this.#problem, inputs), stream) as AttentionOutputs<CudaTensor>;
+    return this.#runner.enqueue(this.#operandsOf(inputs), stream) as OnDevice;
   }
 
   /** CPU inputs have been read when this returns its promise. */
-  async run(inputs: AttentionInputs, context: RunContext): Promise<AttentionOutputs> {
+  async run(inputs: Inputs, context: RunContext): Promise<Made> {
     this.#requireUsable();
-    return (await this.#runner.run(operandsOf(this.#problem, inputs), context)) as AttentionOutputs;
+    return (await this.#runner.run(this.#operandsOf(inputs), context)) as Made;
   }
 
   dispose(): void {
@@ -62,3 +84,6 @@ export class CudaPlan implements Plan {
     this.#runner.dispose();
   }
 }
+
+/** A backward pass made ready for one device. */
+export type CudaBackwardPlan = CudaPlan<BackwardInputs, BackwardOutputs, BackwardOutputs<CudaTensor>>;
