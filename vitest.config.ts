@@ -33,11 +33,12 @@ function softwareGpuProject(gpu: SoftwareGpu) {
 
 /**
  * Starts the longest files first, so that none runs on alone at the end. Vitest itself starts the files with most bytes
- * first where it has no times of an earlier run, and conformance files are short.
+ * first where it has no times of an earlier run, but the slowest ones are short: suites, and models in a browser.
  */
 class LongestFirst extends BaseSequencer {
   override async sort(files: TestSpecification[]): Promise<TestSpecification[]> {
-    const isLong = ({ moduleId }: TestSpecification) => /\bconformance\b/.test(moduleId);
+    const isLong = ({ moduleId }: TestSpecification) =>
+      /\b(conformance|transformers\/web|integrations\/browser)\b/.test(moduleId);
     const sorted = await super.sort(files);
     return [...sorted.filter(isLong), ...sorted.filter((file) => !isLong(file))];
   }

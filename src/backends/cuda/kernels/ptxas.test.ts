@@ -3,8 +3,10 @@
  * does all of it.
  */
 import { describe, expect, test } from 'vitest';
+import { runSeed } from '../../../../test/support/random.ts';
+import { sampled } from '../../../../test/support/sample.ts';
 import { configurations } from '../testing/configurations.ts';
-import { assemble, ptxasVersion } from '../testing/ptxas.ts';
+import { ASSEMBLED_SHARES, assemble, ptxasVersion } from '../testing/ptxas.ts';
 import { attentionSharedBytes, chooseTile } from './mma-sync/tiles.ts';
 
 const version = ptxasVersion();
@@ -20,13 +22,16 @@ describe('ptxas', () => {
   const quick = configurations(false, 'mma-sync').filter(
     ({ name }) => /D128 (full|causal)/.test(name) || !name.startsWith('attention'),
   );
-  test.skipIf(version === undefined).each(quick)('$name', ({ kernel, spillLimit }) => {
-    const made = kernel();
-    const { registers, spillStoreBytes } = assemble(made);
-    expect(spillStoreBytes).toBeLessThanOrEqual(spillLimit);
-    // Registers and shared memory leave room for the CTAs that the configuration wants on a multiprocessor.
-    expect(registers * made.threads * made.minBlocksPerMultiprocessor).toBeLessThanOrEqual(65536);
-  });
+  test.skipIf(version === undefined).each(sampled(quick, runSeed(), ASSEMBLED_SHARES))(
+    '$name',
+    ({ kernel, spillLimit }) => {
+      const made = kernel();
+      const { registers, spillStoreBytes } = assemble(made);
+      expect(spillStoreBytes).toBeLessThanOrEqual(spillLimit);
+      // Registers and shared memory leave room for the CTAs that the configuration wants on a multiprocessor.
+      expect(registers * made.threads * made.minBlocksPerMultiprocessor).toBeLessThanOrEqual(65536);
+    },
+  );
 });
 
 describe('configurations', () => {

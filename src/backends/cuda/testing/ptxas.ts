@@ -6,6 +6,9 @@ import { join } from 'node:path';
 import { printKernel } from '../ptx/printer.ts';
 import type { Kernel } from '../ptx/types.ts';
 
+/** Shares of the kernels that tests assemble (`test/support/sample.ts`). */
+export const ASSEMBLED_SHARES = { byHand: 0.2 };
+
 /** What `ptxas -v` says of a kernel. */
 export interface PtxasReport {
   readonly registers: number;

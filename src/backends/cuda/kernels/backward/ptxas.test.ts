@@ -1,10 +1,14 @@
 /** ptxas accepts the gradient kernels for every target, and those whose speed counts do not spill. */
 import { describe, expect, test } from 'vitest';
+import { runSeed } from '../../../../../test/support/random.ts';
+import { sampled } from '../../../../../test/support/sample.ts';
 import { gradientConfigurations } from '../../testing/configurations.ts';
-import { assemble, ptxasVersion } from '../../testing/ptxas.ts';
+import { ASSEMBLED_SHARES, assemble, ptxasVersion } from '../../testing/ptxas.ts';
+
+const kernels = sampled(gradientConfigurations(false), runSeed(), ASSEMBLED_SHARES);
 
 describe.skipIf(ptxasVersion() === undefined)('ptxas takes the backward pass', () => {
-  test.each(gradientConfigurations(false))('$name', ({ family, kernel, mayDraw = /^$/, spillLimit }) => {
+  test.each(kernels)('$name', ({ family, kernel, mayDraw = /^$/, spillLimit }) => {
     const made = kernel();
     const { registers, spillStoreBytes, remarks } = assemble(made);
     expect(spillStoreBytes).toBeLessThanOrEqual(spillLimit);

@@ -1,10 +1,13 @@
 import { expect, test } from 'vitest';
+import { runSeed } from '../../../../../test/support/random.ts';
+import { sampled } from '../../../../../test/support/sample.ts';
 import { TARGET_FEATURES } from '../../ptx/targets.ts';
 import { configurations } from '../../testing/configurations.ts';
-import { assemble, ptxasVersion } from '../../testing/ptxas.ts';
+import { ASSEMBLED_SHARES, assemble, ptxasVersion } from '../../testing/ptxas.ts';
 
 /** All with WGMMA_PTXAS=all: `npx tsx scripts/ptxas-report.ts` keeps that report. */
-const kernels = configurations(process.env.WGMMA_PTXAS === 'all', 'wgmma');
+const all = process.env.WGMMA_PTXAS === 'all';
+const kernels = sampled(configurations(all, 'wgmma'), runSeed(), all ? { byHand: 1 } : ASSEMBLED_SHARES);
 
 test.skipIf(ptxasVersion() === undefined).each(kernels)(
   '$name: no spills, products in the background, registers moved',
