@@ -99,12 +99,12 @@ export const targetOfKernel = ({ descriptor }: KernelChoice, target: Target): Ta
 const DECODING_ROWS = 32;
 
 /**
- * Whether Q and P stay in FP16 where K and V are FP4: over a cache, on cards without FP4 products and for a few rows.
- * Only the cache gains by FP4 there.
+ * Whether Q, and P beside V in FP4, stay in FP16: over a cache, on cards without FP4 products and for a few rows. Only the
+ * cache gains by FP4 there; and smoothing, which would read all of K once more, serves only to quantize Q.
  */
 export function keepsQuery({ queryLength }: AttentionProblem, choice: KernelChoice, target: Target): boolean {
   const kernel = descriptorOf(choice.descriptor.name);
-  return kernel.pvFormat === 'e2m1' && (!multipliesBlocks(kernel, target) || queryLength <= DECODING_ROWS);
+  return kernel.qkFormat === 'e2m1' && (!multipliesBlocks(kernel, target) || queryLength <= DECODING_ROWS);
 }
 
 const multipliesBlocks = ({ blockScaled }: CudaKernelDescriptor, target: Target) =>

@@ -3,6 +3,7 @@
  * target: rounding is done by additions, for only 12.x converts E2M1.
  */
 import { nvfp4Candidates, type ScaleSearch } from '../../../../quantization/fp4-blocks.ts';
+import { OUTER_MAX } from '../../../../quantization/outer-scale.ts';
 import type { KernelBuilder } from '../../ptx/builder.ts';
 import type { Reg } from '../../ptx/types.ts';
 import { at } from '../parts/lists.ts';
@@ -69,7 +70,7 @@ export interface QuantizedBlock {
 }
 
 /**
- * Quantizes a block of finite values up to {@link FP4_MAX}: of the candidates the scale with the least squared error.
+ * Quantizes a block of finite values up to {@link OUTER_MAX}: of the candidates the scale with the least squared error.
  *
  * @param values of the block that this lane holds
  * @param lanes lanes that hold the block together: this one, or this one and its neighbour
@@ -116,9 +117,9 @@ function errorOf(b: KernelBuilder, values: readonly Reg<'f32'>[], scale: Reg<'f3
 export const inversePower = (b: KernelBuilder, power: Reg<'f32'>): Reg<'f32'> =>
   b.as(b.sub(b.constant('u32', 0x7f000000), b.as(power, 'u32')), 'f32');
 
-/** The least power of two that brings a magnitude to at most {@link FP4_MAX}, no less than 2^-126; 1 for 0. */
+/** The least power of two that brings a magnitude to at most {@link OUTER_MAX}, no less than 2^-126; 1 for 0. */
 export function unitOf(b: KernelBuilder, largest: Reg<'f32'>): Reg<'f32'> {
-  const share = b.as(b.mul(largest, 1 / FP4_MAX), 'u32');
+  const share = b.as(b.mul(largest, 1 / OUTER_MAX), 'u32');
   const power = b.and(b.add(share, 0x7fffff), EXPONENT_BITS);
   b.when(b.setp('eq', largest, 0), () => b.set(power, 0x3f800000));
   return b.as(power, 'f32');

@@ -31,7 +31,10 @@ function operands(keys: number, dim: number, magnitude = 1): { q: Tensor; k: Ten
   return { q: make(20, 1), k: make(keys, 1), v: make(keys, magnitude) };
 }
 
-const choiceOf = (kernel: 'qk-fp4-pv-fp4' | 'qk-fp4-pv-fp4-cuda', smoothQ: 'block' | false = 'block') =>
+const choiceOf = (
+  kernel: 'qk-fp4-pv-fp4' | 'qk-fp4-pv-fp4-cuda' | 'qk-fp4-pv-fp8-cuda',
+  smoothQ: 'block' | false = 'block',
+) =>
   ({
     descriptor: descriptorOf(kernel),
     pvAccumDtype: 'fp32',
@@ -76,31 +79,37 @@ describe(`FP4 (SAGEATTENTION_SEED=${seed})`, () => {
     expect(relativeL1(toFloat32(output), attentionExact(problem, inputs).output)).toBeLessThan(0.3);
   });
 
-  test('over a cache Q and P stay in FP16: decoding loses less', () => {
-    const random = new Random(seed);
-    const [heads, keys, dim] = [7, 600, 64];
-    const make = (count: number, length: number) =>
-      tensor(random.normals(count * length * dim), [1, count, length, dim]);
-    const inputs = { q: make(heads, 1), k: make(1, keys), v: make(1, keys) };
-    const problem = createProblem(inputs.q, inputs.k, inputs.v, { returnLse: true });
-    const choice = choiceOf('qk-fp4-pv-fp4');
-    const device = { target: 'sm_80', multiprocessors: 16 } as const;
-    const first = planKeyValue(problem, choice, device);
-    const second = planAttend(problem, choice, device);
-    expect(second.launches.map(({ name }) => name)).toEqual(['quantize Q', 'attention', 'combine splits']);
-    const { output, lse } = simulateAttention(problem, choice, device, inputs, {
-      scratch: { ...first.kept, ...first.scratch, ...second.scratch },
-      constants: first.constants,
-      launches: [...first.launches, ...second.launches],
-    });
-    const exact = attentionExact(problem, inputs);
-    const actual = toFloat32(output);
-    for (let head = 0; head < heads; head++) {
-      const [from, end] = [head * dim, (head + 1) * dim];
-      expect(relativeL1(actual.subarray(from, end), exact.output.subarray(from, end)), `head ${head}`).toBeLessThan(
-        0.25,
-      );
-    }
-    expect(relativeL1(toFloat32(lse as Tensor), exact.lse)).toBeLessThan(0.01);
-  });
+  test.each([
+    ['qk-fp4-pv-fp4', 'sm_80', 'fp32'],
+    ['qk-fp4-pv-fp8-cuda', 'sm_89', 'fp32+fp32'],
+  ] as const)(
+    'over a cache of %s Q stays in FP16: decoding loses less, and reads K once',
+    (kernel, target, pvAccumDtype) => {
+      const random = new Random(seed);
+      const [heads, keys, dim] = [7, 600, 64];
+      const make = (count: number, length: number) =>
+        tensor(random.normals(count * length * dim), [1, count, length, dim]);
+      const inputs = { q: make(heads, 1), k: make(1, keys), v: make(1, keys) };
+      const problem = createProblem(inputs.q, inputs.k, inputs.v, { returnLse: true });
+      const choice = { ...choiceOf(kernel), pvAccumDtype };
+      const device = { target, multiprocessors: 16 } as const;
+      const first = planKeyValue(problem, choice, device);
+      const second = planAttend(problem, choice, device);
+      expect(second.launches.map(({ name }) => name)).toEqual(['quantize Q', 'attention', 'combine splits']);
+      const { output, lse } = simulateAttention(problem, choice, device, inputs, {
+        scratch: { ...first.kept, ...first.scratch, ...second.scratch },
+        constants: first.constants,
+        launches: [...first.launches, ...second.launches],
+      });
+      const exact = attentionExact(problem, inputs);
+      const actual = toFloat32(output);
+      for (let head = 0; head < heads; head++) {
+        const [from, end] = [head * dim, (head + 1) * dim];
+        expect(relativeL1(actual.subarray(from, end), exact.output.subarray(from, end)), `head ${head}`).toBeLessThan(
+          0.25,
+        );
+      }
+      expect(relativeL1(toFloat32(lse as Tensor), exact.lse)).toBeLessThan(0.01);
+    },
+  );
 });

@@ -6,6 +6,7 @@ import { describe, expect, test } from 'vitest';
 import { Random, runSeed } from '../../../../../test/support/random.ts';
 import { createProblem } from '../../../../attention/problem.ts';
 import { quantizeFp4Block, type ScaleSearch } from '../../../../quantization/fp4-blocks.ts';
+import { OUTER_MAX } from '../../../../quantization/outer-scale.ts';
 import { channelMean, subtractMean } from '../../../../quantization/smoothing.ts';
 import { toFloat32, writeValues } from '../../../../tensor/access.ts';
 import type { DType } from '../../../../tensor/dtype.ts';
@@ -16,7 +17,7 @@ import { emptyTensor, type Tensor } from '../../../../tensor/tensor.ts';
 import { descriptorOf } from '../../kernel-table.ts';
 import type { Target } from '../../ptx/targets.ts';
 import { simulateAttention } from '../../testing/simulator/run.ts';
-import { FP4_BLOCK, FP4_MAX } from './e2m1.ts';
+import { FP4_BLOCK } from './e2m1.ts';
 
 const seed = runSeed();
 const LENGTH = 90;
@@ -92,7 +93,7 @@ describe.each(SETTINGS)(`$kernel, D $dim, $dtype, $scaleSearch (SAGEATTENTION_SE
   const padded = Math.ceil(dim / 64) * 64;
   const unitInRange = (unit: number, largest: number) => {
     expect(Math.abs(Math.log2(unit) % 1)).toBe(0);
-    expect(largest / unit).toBeLessThanOrEqual(FP4_MAX);
+    expect(largest / unit).toBeLessThanOrEqual(OUTER_MAX);
   };
   const largestOf = (values: Float32Array, first: number, end: number, width: number) =>
     values.subarray(first * width, Math.min(end * width, values.length)).reduce((a, x) => Math.max(a, Math.abs(x)), 0);
