@@ -36,8 +36,9 @@ export type KeyValueOptions = Pick<
   TokenOptions & {
     /**
      * What keys and values are held in. `'int8'` (default): as the chosen kernel holds them. `'nvfp4'`: 4.5 bits an
-     * element, in blocks of 16 with E4M3 scales (SageAttention3, arXiv 2505.11594), by kernel `qk-fp4-pv-fp4`. On WASM,
-     * queries and weights are not rounded to FP4 over a cache, so `smoothQ` has no effect there.
+     * element, in blocks of 16 with E4M3 scales (SageAttention3, arXiv 2505.11594), by kernel `qk-fp4-pv-fp4`.
+     * Over a cache, queries and weights are not rounded to FP4, so `smoothQ` has no effect; where a card multiplies FP4, they are
+     * beyond 32 rows.
      */
     readonly format?: KeyValueFormat;
   };

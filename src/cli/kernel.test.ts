@@ -43,6 +43,19 @@ describe('sageattention kernel', () => {
     expect(pressure.out).toMatch(/^\d+ registers and \d+ predicates at most\nin section '.+': \d+ \w+/);
   });
 
+  it('prints FP4 for compute capability 12 in every form', async () => {
+    const of = ['qk-fp4-pv-fp4-cuda', '--target', 'sm_120f', '--head-dim', '128'] as const;
+    expect((await kernel(...of, '--ptx')).out).toMatch(/\.target sm_120f[\s\S]*kind::mxf4nvf4/);
+    expect((await kernel(...of, '--listing')).out).toMatch(/^ *\d+ {2}mma\.sync.*mxf4nvf4/m);
+    expect((await kernel(...of, '--pressure')).out).toMatch(/^\d+ registers and \d+ predicates at most/);
+  });
+
+  it.each(['base', 'subgroup'])('prints WGSL of FP4, family %s', async (family) => {
+    const { code, out, err } = await kernel('qk-fp4-pv-fp4', '--wgsl', '--family', family);
+    expect([code, err]).toEqual([0, '']);
+    expect(out).toMatch(/fn rounded_weights/);
+  });
+
   it.each(['base', 'subgroup', 'matrix'])('prints WGSL of family %s', async (family) => {
     const { code, out, err } = await kernel('qk-int8-pv-fp16', '--wgsl', '--family', family, '--causal');
     expect([code, err]).toEqual([0, '']);
@@ -56,7 +69,7 @@ describe('sageattention kernel', () => {
     [['qk-int8-pv-fp16', '--target', 'sm_70'], /Allowed choices are sm_80/],
     [['qk-int8-pv-fp8-cuda', '--target', 'sm_86'], /which needs compute capability 8.9 or later/],
     [['qk-int8-pv-int8'], /kernel of WebAssembly.*wasm2wat/],
-    [['qk-int8-pv-int8', '--wgsl'], /the kernel of WebGPU is qk-int8-pv-fp16/],
+    [['qk-int8-pv-int8', '--wgsl'], /the kernels of WebGPU are qk-int8-pv-fp16 and qk-fp4-pv-fp4, not/],
     [['qk-int8-pv-fp16', '--ptx', '--listing'], /choose one of --ptx, --listing/],
     [['qk-int8-pv-fp16', '--ptx', '--launch', 'softmax'], /no launch 'softmax'; there are .*'attention'/],
     [['qk-int8-pv-fp16', '--accumulate', 'fp8'], /takes 'fp32', received 'fp8'/],

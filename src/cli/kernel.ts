@@ -12,7 +12,7 @@ import { listing, registerPressure } from '../backends/cuda/ptx/inspect.ts';
 import type { Target } from '../backends/cuda/ptx/targets.ts';
 import type { Capabilities } from '../backends/webgpu/capabilities.ts';
 import type { Family } from '../backends/webgpu/families/family.ts';
-import { QK_INT8_PV_FP16 } from '../backends/webgpu/kernel-table.ts';
+import { KERNELS as WEBGPU_KERNELS } from '../backends/webgpu/kernel-table.ts';
 import type { Launch } from '../backends/webgpu/launches/launch.ts';
 import { planLaunches as planDispatches } from '../backends/webgpu/launches/plan.ts';
 import type { TensorView } from '../tensor/tensor.ts';
@@ -144,11 +144,14 @@ function cudaText(name: KernelName, options: KernelOptions): string {
 }
 
 function wgslText(name: KernelName, options: KernelOptions): string {
-  if (name !== QK_INT8_PV_FP16.name)
-    throw new UserError(`the kernel of WebGPU is ${QK_INT8_PV_FP16.name}, not ${name}`);
+  const descriptor = WEBGPU_KERNELS.find((kernel) => kernel.name === name);
+  if (descriptor === undefined) {
+    const names = WEBGPU_KERNELS.map((kernel) => kernel.name).join(' and ');
+    throw new UserError(`the kernels of WebGPU are ${names}, not ${name}`);
+  }
   const problem = problemOf(options);
   const { accumulate: pvAccumDtype, family } = options;
-  const choice = chooseOptions(QK_INT8_PV_FP16, problem, pvAccumDtype === undefined ? {} : { pvAccumDtype });
+  const choice = chooseOptions(descriptor, problem, pvAccumDtype === undefined ? {} : { pvAccumDtype });
   const { launches } = planDispatches(capabilitiesFor(family), problem, choice, { family });
   return named<Launch>(launches, ({ label }) => label, options.launch).code;
 }

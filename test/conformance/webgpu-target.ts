@@ -1,4 +1,5 @@
-import { PORTABLE_ALGORITHM } from '../../src/reference/quantized.ts';
+import { FP4_PV_FP4_ALGORITHM, PORTABLE_ALGORITHM } from '../../src/reference/quantized.ts';
+import { FP4_RELATIVE_L1 } from './fp4-target.ts';
 import type { Target } from './suite.ts';
 
 /** The WebGPU kernel with its default options, as the conformance suite knows it. */
@@ -9,4 +10,13 @@ export const WEBGPU_TARGET: Target = {
   // What the official INT8 kernel with FP16 PV loses on such inputs, and a half more.
   relativeL1: 0.02,
   algorithm: PORTABLE_ALGORITHM,
+};
+
+/** The portable FP4 kernel. */
+export const WEBGPU_FP4_TARGET: Target = {
+  name: 'webgpu FP4',
+  backend: 'webgpu',
+  kernel: 'qk-fp4-pv-fp4',
+  relativeL1: FP4_RELATIVE_L1,
+  algorithm: FP4_PV_FP4_ALGORITHM,
 };

@@ -2,7 +2,9 @@
  * The conformance suite on the GPU of this machine, in plain Node: every family that the device offers, whole, and
  * every variant of its tables on a few tests.
  *
- *     npx tsx scripts/gpu-programs.ts && node .gpu/programs/test-webgpu.mjs [FAMILY...]
+ *     npx tsx scripts/gpu-programs.ts && node .gpu/programs/test-webgpu.mjs [FAMILY | fp4 ...]
+ *
+ * `fp4` alone: the FP4 kernel on the families that have it.
  */
 import { setBackend } from '../../src/backends/registry.ts';
 import { createWebgpuBackendOn } from '../../src/backends/webgpu/backend.ts';
@@ -14,7 +16,7 @@ import {
   type WebgpuBackendOptions,
 } from '../../src/backends/webgpu/index.ts';
 import { conformanceTests } from '../conformance/suite.ts';
-import { WEBGPU_TARGET } from '../conformance/webgpu-target.ts';
+import { WEBGPU_FP4_TARGET, WEBGPU_TARGET } from '../conformance/webgpu-target.ts';
 import { runSeed } from '../support/random.ts';
 
 /** Tests that each variant runs: tiles, edges, masks, poison. */
@@ -28,7 +30,8 @@ const VARIANT_TESTS = [
   'not a number: in a value',
 ];
 
-const asked = process.argv.slice(2) as Family[];
+const asked = process.argv.slice(2).filter((name) => name !== 'fp4') as Family[];
+const onlyFp4 = process.argv.includes('fp4') && asked.length === 0;
 const seed = runSeed();
 let failures = 0;
 
@@ -73,20 +76,31 @@ const { offered, missing } = familiesOf(capabilities);
 for (const text of missing) console.log(`not offered: ${text}`);
 await probe.dispose();
 
-for (const family of FAMILIES.filter(
-  (name) => offered.includes(name) && (asked.length === 0 || asked.includes(name)),
-)) {
+const families = onlyFp4
+  ? []
+  : FAMILIES.filter((name) => offered.includes(name) && (asked.length === 0 || asked.includes(name)));
+for (const family of families) {
   await run({ family }, family);
   for (const { name } of variantsOf(family)) await run({ family, variant: name }, `${family} ${name}`, VARIANT_TESTS);
   const smoothed = { ...WEBGPU_TARGET, options: { smoothV: true } };
   await run({ family }, `${family}, smoothV`, VARIANT_TESTS, smoothed);
 }
-if (offered.includes('matrix') && (asked.length === 0 || asked.includes('matrix'))) {
+if (!onlyFp4 && offered.includes('matrix') && (asked.length === 0 || asked.includes('matrix'))) {
   const halves = { ...WEBGPU_TARGET, options: { pvAccumDtype: 'fp16' as const }, relativeL1: 0.03 };
   await run({ family: 'matrix' }, 'matrix, float16 sums', VARIANT_TESTS, halves);
   // Where a thread's place is its index, all offsets and strides are constants and drivers read matrices 16 bytes at a
   // time.
   const constant = { family: 'matrix', capabilities: { subgroupId: false } } as const;
   await run(constant, 'matrix, constant offsets', VARIANT_TESTS);
+}
+if (asked.length === 0 || process.argv.includes('fp4')) {
+  for (const family of ['subgroup', 'base'] as const) {
+    if (offered.includes(family)) await run({ family }, `FP4 ${family}`, undefined, WEBGPU_FP4_TARGET);
+  }
+  for (const family of ['subgroup', 'base'] as const) {
+    for (const { name } of offered.includes(family) ? variantsOf(family) : []) {
+      await run({ family, variant: name }, `FP4 ${family} ${name}`, VARIANT_TESTS, WEBGPU_FP4_TARGET);
+    }
+  }
 }
 process.exit(failures === 0 ? 0 : 1);

@@ -18,7 +18,7 @@ import { matrixText } from './capabilities.ts';
 import { type DeviceOptions, type GpuContext, openDevice } from './device.ts';
 import { type Forced, familiesOf } from './families/choose.ts';
 import type { Family } from './families/family.ts';
-import { QK_INT8_PV_FP16 } from './kernel-table.ts';
+import { KERNELS, QK_INT8_PV_FP16 } from './kernel-table.ts';
 import { WebgpuKeyValue } from './key-value.ts';
 import { WebgpuPlan } from './plan.ts';
 import { copied } from './run.ts';
@@ -30,7 +30,7 @@ export interface WebgpuBackendOptions extends DeviceOptions {
 
 export class WebgpuBackend implements Backend {
   readonly name = 'webgpu' as const;
-  readonly kernels: readonly KernelDescriptor[] = [QK_INT8_PV_FP16];
+  readonly kernels: readonly KernelDescriptor[] = KERNELS;
   readonly #options: WebgpuBackendOptions & Forced;
   #context: Promise<GpuContext> | undefined;
   /** The last one that was opened. */

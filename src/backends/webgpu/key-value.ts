@@ -7,13 +7,12 @@ import type { TensorView } from '../../tensor/tensor.ts';
 import type { AttentionOutputs, KernelChoice, KeyValueContext, PreparedKeyValue, RunContext } from '../backend.ts';
 import type { GpuContext } from './device.ts';
 import { type Forced, keyValueLayoutOf } from './families/choose.ts';
-import { padDim, rowVectors } from './kernels/layout.ts';
 import { KEY_BLOCK } from './kernels/prepare.ts';
 import { roundUp } from './kernels/storage.ts';
 import { attentionParts } from './launches/attention.ts';
 import { copyLaunches, flagLaunches, rawLayout, rawRowBytes, widenLaunches } from './launches/cache.ts';
 import { keyValueBytes, keyValueShapeOf, prepareKeyValueLaunches, statisticsLaunches } from './launches/quantize.ts';
-import { createStages, type KeyValueShape } from './launches/stages.ts';
+import { createStages, type KeyValueShape, keyValueRowBytes } from './launches/stages.ts';
 import { needsVisibleKeys } from './launches/visible-keys.ts';
 import { checkSizes, Program } from './program.ts';
 import { type DeviceInputs, rebased, runProgram, takeInputs } from './run.ts';
@@ -71,7 +70,7 @@ export class WebgpuKeyValue implements PreparedKeyValue {
     v: TensorView,
     run: KeyValueContext,
   ): Promise<WebgpuKeyValue> {
-    const layout = keyValueLayoutOf(context.capabilities, problem, options);
+    const layout = keyValueLayoutOf(context.capabilities, problem, kernel, options);
     const prepared = new WebgpuKeyValue(context, kernel, options, shapeOf(context, problem, kernel, layout));
     try {
       await prepared.append(k, v, problem, run);
@@ -282,8 +281,7 @@ export class WebgpuKeyValue implements PreparedKeyValue {
     };
     const { keys, values, partials } = keyValueBytes(next);
     const rowBytes = {
-      keys: rowVectors(padDim(next.headDim)) * 16,
-      values: padDim(next.valueDim) * 2,
+      ...keyValueRowBytes(next),
       ...rawRowBytes(next),
       visible: 4,
     };
@@ -345,10 +343,9 @@ const maskOf = (keyMask: TensorView | undefined): MaskLayout => {
   return keyMask.location === 'cpu' ? { ...layout, offset: 0 } : layout;
 };
 
-/** In a cache every key has its own scale: tokens come in any number at a time. */
 const shapeOf = (
   context: GpuContext,
   problem: AttentionProblem,
   kernel: KernelChoice,
   layout: KeyValueShape['layout'],
-): KeyValueShape => ({ ...keyValueShapeOf(problem, kernel, context.capabilities, layout), sharedScale: false });
+): KeyValueShape => keyValueShapeOf(problem, kernel, context.capabilities, layout, true);

@@ -3,6 +3,7 @@ import type { AttentionProblem } from '../../../attention/problem.ts';
 import { UnsupportedOptionError } from '../../../errors.ts';
 import type { KernelChoice } from '../../backend.ts';
 import type { Capabilities } from '../capabilities.ts';
+import { isFp4 } from '../kernel-table.ts';
 import { type KeyValueLayout, padDim } from '../kernels/layout.ts';
 import type { AttentionVariant, Family, HeadDims, KernelFamily } from './family.ts';
 import { type Emulation, matrixFamily } from './matrix.ts';
@@ -43,6 +44,7 @@ export function familiesOf(capabilities: Capabilities): { readonly offered: Fami
 function familyOf(
   capabilities: Capabilities,
   { headDim, valueDim }: HeadDims,
+  kernel: Pick<KernelChoice, 'descriptor'>,
   { family: name, emulateMatrices }: Forced,
 ): KernelFamily {
   const families = emulateMatrices === undefined ? KERNEL_FAMILIES : [matrixFamily(emulateMatrices)];
@@ -51,13 +53,14 @@ function familyOf(
     if (name !== undefined && family.name !== name && emulateMatrices === undefined) continue;
     const reason =
       family.support(capabilities) ??
+      (isFp4(kernel) && !family.fp4 ? 'no FP4' : undefined) ??
       (Math.max(headDim, valueDim) > family.maxHeadDim ? `head dims above ${family.maxHeadDim}` : undefined);
     if (reason === undefined) return family;
     reasons.push(`${family.name}: ${reason}`);
   }
   const others = familiesOf(capabilities).offered.filter((other) => other !== 'matrix');
   throw new UnsupportedOptionError(
-    'qk-int8-pv-fp16',
+    kernel.descriptor.name,
     'options.family',
     `'${others.join("' or '")}' on this device and for D ${headDim}, Dv ${valueDim}`,
     reasons.join('; ') || `'${name}'`,
@@ -65,8 +68,12 @@ function familyOf(
 }
 
 /** How the kernels of the family that a problem gets on a device read K and V. */
-export const keyValueLayoutOf = (capabilities: Capabilities, dims: HeadDims, forced: Forced): KeyValueLayout =>
-  familyOf(capabilities, dims, forced).layout;
+export const keyValueLayoutOf = (
+  capabilities: Capabilities,
+  dims: HeadDims,
+  kernel: Pick<KernelChoice, 'descriptor'>,
+  forced: Forced,
+): KeyValueLayout => familyOf(capabilities, dims, kernel, forced).layout;
 
 /**
  * The attention kernel for a problem on a device.
@@ -76,14 +83,16 @@ export const keyValueLayoutOf = (capabilities: Capabilities, dims: HeadDims, for
 export function chooseVariant(
   capabilities: Capabilities,
   problem: AttentionProblem,
-  { pvAccumDtype }: Pick<KernelChoice, 'pvAccumDtype'>,
+  choice: Pick<KernelChoice, 'descriptor' | 'pvAccumDtype'>,
   forced: Forced,
 ): AttentionVariant {
-  return familyOf(capabilities, problem, forced).kernel(capabilities, {
+  return familyOf(capabilities, problem, choice, forced).kernel(capabilities, {
+    kernel: choice.descriptor.name,
+    fp4: isFp4(choice),
     headDimPadded: padDim(problem.headDim),
     valueDimPadded: padDim(problem.valueDim),
     queryLength: problem.queryLength,
-    pvAccumDtype,
+    pvAccumDtype: choice.pvAccumDtype,
     variant: forced.variant,
   });
 }

@@ -1,4 +1,5 @@
 /** What every kernel family is: how it reads K and V, whether a device can run it, and its kernel for a problem. */
+import type { KernelName } from '../../../attention/kernels.ts';
 import type { AttentionProblem } from '../../../attention/problem.ts';
 import { UnsupportedOptionError } from '../../../errors.ts';
 import type { PvAccumDtype } from '../../../quantization/schemes.ts';
@@ -33,6 +34,9 @@ export interface VariantRequest {
   readonly valueDimPadded: number;
   /** Of the longest query. */
   readonly queryLength: number;
+  readonly kernel: KernelName;
+  /** Q, K and V are in FP4. */
+  readonly fp4: boolean;
   readonly pvAccumDtype: PvAccumDtype | undefined;
   /** A variant by name, for tests and tuning. Default: the best that fits. */
   readonly variant: string | undefined;
@@ -44,6 +48,8 @@ export interface KernelFamily {
   readonly layout: KeyValueLayout;
   /** Best first. */
   readonly variants: readonly { readonly name: string }[];
+  /** Has kernels that multiply FP4. */
+  readonly fp4: boolean;
   /** Largest D and Dv. */
   readonly maxHeadDim: number;
   /** Why the device cannot run it; `undefined` where it can. */

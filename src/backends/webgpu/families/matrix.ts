@@ -164,6 +164,7 @@ const MATRIX_HEAD_DIM = 128;
 export const matrixFamily = (emulate?: Emulation): KernelFamily => ({
   name: 'matrix',
   layout: 'tiles',
+  fp4: false,
   variants: MATRIX_VARIANTS,
   maxHeadDim: emulate === undefined ? MATRIX_HEAD_DIM : Number.POSITIVE_INFINITY,
   support: (capabilities) => matrixSupport(capabilities, emulate).reason,

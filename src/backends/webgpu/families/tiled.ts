@@ -1,4 +1,5 @@
 /** Families `subgroup` and `base`: tiles for devices without subgroup matrices. */
+import type { KernelName } from '../../../attention/kernels.ts';
 import { UnsupportedOptionError } from '../../../errors.ts';
 import type { Capabilities } from '../capabilities.ts';
 import { type TileShape, tiledAttentionKernel, tiledWorkgroupBytes } from '../kernels/attention-tiled.ts';
@@ -49,6 +50,7 @@ const OUTPUT_REGISTERS = 80;
 /**
  * @param queryLength the longest query
  * @param forced a variant's name, for tests and tuning
+ * @param kernel FP4 takes memory for the scales of its blocks, too
  */
 export function chooseTiles(
   capabilities: Capabilities,
@@ -57,9 +59,10 @@ export function chooseTiles(
   valueDimPadded: number,
   queryLength: number,
   forced: string | undefined,
+  kernel: { readonly kernel: KernelName; readonly fp4: boolean } = { kernel: 'qk-int8-pv-fp16', fp4: false },
 ): TiledVariant {
   const fits = (variant: TiledVariant) =>
-    tiledWorkgroupBytes(variant, headDimPadded, valueDimPadded) <= capabilities.workgroupBytes &&
+    tiledWorkgroupBytes(variant, headDimPadded, valueDimPadded, kernel.fp4) <= capabilities.workgroupBytes &&
     variant.rowThreads * variant.colThreads <= capabilities.workgroupThreads &&
     (family === 'base' || variant.colThreads <= capabilities.subgroupSize[0]) &&
     valueDimPadded % (4 * variant.colThreads) === 0;
@@ -70,7 +73,7 @@ export function chooseTiles(
     const variant = candidates.find(({ name }) => name === forced);
     if (variant === undefined) {
       throw new UnsupportedOptionError(
-        'qk-int8-pv-fp16',
+        kernel.kernel,
         'options.variant',
         `one of ${candidates.map(({ name }) => `'${name}'`).join(', ')} for this device and these head dims`,
         `'${forced}'`,
@@ -86,9 +89,9 @@ export function chooseTiles(
   const chosen = (capabilities.isSoftware ? simplest : undefined) ?? short[0] ?? ordered.at(-1);
   if (chosen === undefined) {
     throw new UnsupportedOptionError(
-      'qk-int8-pv-fp16',
+      kernel.kernel,
       'device',
-      `at least ${tiledWorkgroupBytes(TILED_VARIANTS.at(-1) as TiledVariant, headDimPadded, valueDimPadded)} bytes of workgroup memory`,
+      `at least ${tiledWorkgroupBytes(TILED_VARIANTS.at(-1) as TiledVariant, headDimPadded, valueDimPadded, kernel.fp4)} bytes of workgroup memory`,
       `${capabilities.workgroupBytes} bytes`,
     );
   }
@@ -101,12 +104,16 @@ const tiledFamily = (
 ): KernelFamily => ({
   name,
   layout: 'rows',
+  fp4: true,
   variants: TILED_VARIANTS,
   maxHeadDim: Number.POSITIVE_INFINITY,
   support,
-  kernel(capabilities, { headDimPadded, valueDimPadded, queryLength, pvAccumDtype, variant }) {
+  kernel(capabilities, { kernel, fp4, headDimPadded, valueDimPadded, queryLength, pvAccumDtype, variant }) {
     if (pvAccumDtype === 'fp16') throw unsupportedAccumulation(`family '${name}'`);
-    const tiles = chooseTiles(capabilities, name, headDimPadded, valueDimPadded, queryLength, variant);
+    const tiles = chooseTiles(capabilities, name, headDimPadded, valueDimPadded, queryLength, variant, {
+      kernel,
+      fp4,
+    });
     return {
       family: name,
       name: tiles.name,

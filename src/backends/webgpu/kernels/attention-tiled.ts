@@ -10,10 +10,13 @@
  * index would be clamped, and its address computed anew, at each of the accesses that limit the speed of these
  * kernels.
  */
+import { NVFP4_BLOCK } from '../../../quantization/fp4-blocks.ts';
+import { fp4QueryVectors, fp4Reader } from './fp4.ts';
 import { FLAG_UNSMOOTHED, POISON, params, rowVectors, SEQUENCE, tables } from './layout.ts';
-import { valueFunctions } from './prepare.ts';
+import { readsStatistics, valueFunctions } from './prepare.ts';
+import { meanGroup } from './prepare-fp4.ts';
 import {
-  ATTENTION_PARAMS,
+  attentionParams,
   expOf,
   lseStatement,
   recordFloats,
@@ -44,7 +47,12 @@ export interface TiledConfig extends ScoreConfig, TileShape {
 }
 
 /** Bytes of workgroup memory that the kernel takes. */
-export function tiledWorkgroupBytes(shape: TileShape, headDimPadded: number, valueDimPadded: number): number {
+export function tiledWorkgroupBytes(
+  shape: TileShape,
+  headDimPadded: number,
+  valueDimPadded: number,
+  fp4 = false,
+): number {
   const row = rowVectors(headDimPadded) * 16;
   const keys = shape.keys * row;
   const values = shape.keys * valueDimPadded * 2;
@@ -52,7 +60,8 @@ export function tiledWorkgroupBytes(shape: TileShape, headDimPadded: number, val
     shape.rows * row +
     (shape.sharedKeyValue ? shape.keys * sharedPairs(headDimPadded, valueDimPadded) * 8 : keys + values) +
     shape.rows * (shape.keys + 4) * 4 +
-    shape.rows * shape.colThreads * 4
+    shape.rows * shape.colThreads * (fp4 ? shape.keys / NVFP4_BLOCK : 1) * 4 +
+    (fp4 ? ((shape.rows + shape.keys) * headDimPadded) / NVFP4_BLOCK : 0) * 4
   );
 }
 
@@ -75,7 +84,7 @@ const DOT_EMULATED = `fn dot_int8(a: u32, b: u32) -> i32 {
 
 /** Numbers and names that the kernel's parts share. */
 function partsOf(config: TiledConfig) {
-  const { rows, keys, rowThreads, colThreads, sharedKeyValue, headDimPadded, valueDimPadded } = config;
+  const { rows, keys, rowThreads, colThreads, sharedKeyValue, headDimPadded, valueDimPadded, fp4 } = config;
   const quads = valueDimPadded / 4;
   const [tm, tn, tv] = [rows / rowThreads, keys / colThreads, quads / colThreads];
   return {
@@ -86,6 +95,12 @@ function partsOf(config: TiledConfig) {
     tm,
     tn,
     tv,
+    /** Where weights are rounded in blocks: the keys of a tile that a thread has of each block. */
+    blocks: fp4?.weights
+      ? range(keys / NVFP4_BLOCK).map((b) =>
+          range(NVFP4_BLOCK / colThreads).map((n) => b * (NVFP4_BLOCK / colThreads) + n),
+        )
+      : [],
     /** A thread's rows, its keys of a tile, its quads of channels. */
     I: range(tm),
     N: range(tn),
@@ -113,8 +128,8 @@ const nested = (element: string, ...lengths: number[]) =>
   lengths.reduceRight((inner, length) => `array<${inner}, ${length}>`, element);
 
 /** Arrays in workgroup memory. */
-function tileMemory(config: TiledConfig, { tm, tn, tv, vectors }: Parts): string {
-  const { keys, rowThreads, colThreads, sharedKeyValue, headDimPadded, valueDimPadded } = config;
+function tileMemory(config: TiledConfig, { tm, tn, tv, vectors, dims, blocks }: Parts): string {
+  const { keys, rowThreads, colThreads, sharedKeyValue, headDimPadded, valueDimPadded, fp4 } = config;
   const keyValue = sharedKeyValue
     ? `var<workgroup> tile_kv: ${nested('vec2<u32>', tn, colThreads, sharedPairs(headDimPadded, valueDimPadded))};`
     : `var<workgroup> tile_k: ${nested('vec4<u32>', tn, colThreads, vectors)};
@@ -122,12 +137,18 @@ var<workgroup> tile_v: ${nested('vec2<u32>', tn, colThreads, tv, colThreads)};`;
   return `var<workgroup> tile_q: ${nested('vec4<u32>', tm, rowThreads, vectors)};
 ${keyValue}
 var<workgroup> tile_p: ${nested('vec4<f32>', tm, rowThreads, keys / 4 + 1)};
-var<workgroup> tile_max: ${nested('f32', tm, rowThreads, colThreads)};`;
+var<workgroup> tile_max: ${nested('f32', tm, rowThreads, colThreads * Math.max(1, blocks.length))};${
+    fp4
+      ? `
+var<workgroup> tile_q_scale: ${nested('f32', tm, rowThreads, dims)};
+var<workgroup> tile_k_scale: ${nested('f32', tn, colThreads, dims)};`
+      : ''
+  }`;
 }
 
 /** Copies of Q, K and V into workgroup memory. */
-function tileLoads(config: TiledConfig, { threads, vectors, quads }: Parts) {
-  const { rows, keys, rowThreads, colThreads, sharedKeyValue } = config;
+function tileLoads(config: TiledConfig, { threads, vectors, dims, quads }: Parts) {
+  const { rows, keys, rowThreads, colThreads, sharedKeyValue, headDimPadded, fp4 } = config;
   /** Copies `count` elements, a few loads ahead of their stores. */
   const copy = (count: number, load: (i: string) => string, store: (i: string, x: string) => string) => {
     const whole = Math.floor(count / threads);
@@ -141,42 +162,88 @@ function tileLoads(config: TiledConfig, { threads, vectors, quads }: Parts) {
     return [...batches, ...(rest === 0 ? [] : [tail])].join('\n    ');
   };
   const place = (i: string, size: number) => `[${i} / ${size * colThreads}u][${i} / ${size}u % ${colThreads}u]`;
+  /** A vector of a key's row: `vector` of the `size` that items have of it. */
+  const storeKey = (i: string, x: string, size: number, vector: string) =>
+    sharedKeyValue
+      ? `tile_kv${place(i, size)}[2u * (${vector})] = ${x}.xy; tile_kv${place(i, size)}[2u * (${vector}) + 1u] = ${x}.zw;`
+      : `tile_k${place(i, size)}[${vector}] = ${x};`;
+  const keyRow = (i: string, size: number) => `kvRow + first + ${i} / ${size}u`;
+  const query = (i: string, size: number) =>
+    `tile_q_scale[${i} / ${size * rowThreads}u][${i} / ${size}u % ${rowThreads}u]`;
+  const queryVectors = fp4QueryVectors(headDimPadded);
+  const scaleVectors = queryVectors - vectors;
   // Rows past a buffer's end are never visible, so reading them as anything is fine; WebGPU bounds every access.
   return {
-    keys: copy(
-      keys * vectors,
-      (i) => `key_rows[(kvRow + first) * ${vectors}u + ${i} - P.keyRowBase]`,
-      (i, x) =>
-        sharedKeyValue
-          ? `tile_kv${place(i, vectors)}[2u * (${i} % ${vectors}u)] = ${x}.xy; tile_kv${place(i, vectors)}[2u * (${i} % ${vectors}u) + 1u] = ${x}.zw;`
-          : `tile_k${place(i, vectors)}[${i} % ${vectors}u] = ${x};`,
-    ),
+    keys: fp4
+      ? [
+          copy(
+            keys * dims,
+            (i) => `key_codes(${keyRow(i, dims)}, ${i} % ${dims}u)`,
+            (i, x) => storeKey(i, x, dims, `${i} % ${dims}u`),
+          ),
+          copy(
+            keys * dims,
+            (i) => `key_scale(${keyRow(i, dims)}, ${i} % ${dims}u)`,
+            (i, x) => `tile_k_scale${place(i, dims)}[${i} % ${dims}u] = ${x};`,
+          ),
+          copy(
+            keys,
+            (i) => `key_facts(${keyRow(i, 1)})`,
+            (i, x) => storeKey(i, x, 1, `${dims}u`),
+          ),
+        ].join('\n    ')
+      : copy(
+          keys * vectors,
+          (i) => `key_rows[(kvRow + first) * ${vectors}u + ${i} - P.keyRowBase]`,
+          (i, x) => storeKey(i, x, vectors, `${i} % ${vectors}u`),
+        ),
     values: copy(
       keys * quads,
-      (i) => `value_rows[(kvRow + first) * ${quads}u + ${i} - P.valueRowBase]`,
+      (i) =>
+        fp4
+          ? `value_quad(${keyRow(i, quads)}, ${i} % ${quads}u)`
+          : `value_rows[(kvRow + first) * ${quads}u + ${i} - P.valueRowBase]`,
       (i, x) =>
         sharedKeyValue
           ? `tile_kv${place(i, quads)}[${i} % ${quads}u] = ${x};`
           : `tile_v${place(i, quads)}[${i} % ${quads}u / ${colThreads}u][${i} % ${colThreads}u] = ${x};`,
     ),
-    queries: copy(
-      rows * vectors,
-      (i) => `query_rows[queryRow * ${vectors}u + ${i} - P.queryRowBase]`,
-      (i, x) =>
-        `tile_q[${i} / ${vectors * rowThreads}u][${i} / ${vectors}u % ${rowThreads}u][${i} % ${vectors}u] = ${x};`,
-    ),
+    queries: [
+      copy(
+        rows * vectors,
+        (i) =>
+          fp4
+            ? `query_rows[(queryRow + ${i} / ${vectors}u) * ${queryVectors}u + ${i} % ${vectors}u - P.queryRowBase]`
+            : `query_rows[queryRow * ${vectors}u + ${i} - P.queryRowBase]`,
+        (i, x) =>
+          `tile_q[${i} / ${vectors * rowThreads}u][${i} / ${vectors}u % ${rowThreads}u][${i} % ${vectors}u] = ${x};`,
+      ),
+      ...(fp4
+        ? [
+            copy(
+              rows * scaleVectors,
+              (i) =>
+                `query_rows[(queryRow + ${i} / ${scaleVectors}u) * ${queryVectors}u + ${vectors}u + ${i} % ${scaleVectors}u - P.queryRowBase]`,
+              (i, x) =>
+                `for (var e = 0u; e < min(4u, ${dims}u - 4u * (${i} % ${scaleVectors}u)); e++) { ${query(i, scaleVectors)}[4u * (${i} % ${scaleVectors}u) + e] = bitcast<f32>(${x}[e]); }`,
+            ),
+          ]
+        : []),
+    ].join('\n    '),
   };
 }
 
 /** Products of Q and K, and what becomes of them before softmax: `f_<i>_<n>`. */
 function tileScores(config: TiledConfig, { I, N, dims, queryAt, keyAt, col }: Parts): string {
-  const { rows, keys } = config;
-  const products = `${I.map((i) => N.map((n) => `var s_${i}_${n} = 0;`).join(' ')).join('\n    ')}
+  const { rows, keys, fp4 } = config;
+  // Of FP4, a vector is a block: its products are summed exactly, in units of a quarter.
+  const product = (sum: string, i: number) => (fp4 ? `f32(${sum}) * (qs_${i} * ks)` : sum);
+  const products = `${I.map((i) => N.map((n) => `var s_${i}_${n} = ${fp4 ? '0.0' : '0'};`).join(' ')).join('\n    ')}
     for (var w = 0u; w < ${dims}u; w++) {
-      ${I.map((i) => `let q_${i} = ${queryAt(i, 'w')};`).join('\n      ')}
+      ${I.map((i) => `let q_${i} = ${queryAt(i, 'w')};${fp4 ? ` let qs_${i} = tile_q_scale[${i}][r][w];` : ''}`).join('\n      ')}
       ${N.map(
-        (n) => `{ let k = ${keyAt(n, 'w')};
-        ${I.map((i) => `s_${i}_${n} += ${['x', 'y', 'z', 'w'].map((e) => `dot_int8(q_${i}.${e}, k.${e})`).join(' + ')};`).join('\n        ')} }`,
+        (n) => `{ let k = ${keyAt(n, 'w')};${fp4 ? ` let ks = tile_k_scale[${n}][c][w];` : ''}
+        ${I.map((i) => `s_${i}_${n} += ${product(['x', 'y', 'z', 'w'].map((e) => `dot_int8(q_${i}.${e}, k.${e})`).join(' + '), i)};`).join('\n        ')} }`,
       ).join('\n      ')}
     }`;
   const each = (f: (i: number, n: number) => string) => I.map((i) => N.map((n) => f(i, n)).join(' ')).join('\n      ');
@@ -196,11 +263,13 @@ function tileScores(config: TiledConfig, { I, N, dims, queryAt, keyAt, col }: Pa
   return `${products}
     ${N.map(
       (n) => `let key_${n} = start + i32(${col(n)});
-    let facts_k_${n} = ${keyAt(n, `${dims}u`)}; let key_scale_${n} = bitcast<f32>(facts_k_${n}.x);`,
+    let facts_k_${n} = ${keyAt(n, `${dims}u`)}; let key_scale_${n} = bitcast<f32>(facts_k_${n}.x);${
+      fp4?.smoothQ ? ` let mean_score_${n} = mean_scores[mean_at + u32(key_${n})];` : ''
+    }`,
     ).join('\n    ')}
     let edge = start + ${keys} > length || start < lower + ${rows - 1} || start + ${keys - 1} > upper || start < begin;
     let key_flags = ${N.map((n) => `facts_k_${n}.y`).join(' | ')};
-    ${each((i, n) => `var f_${i}_${n} = f32(s_${i}_${n}) * (scale_${i} * key_scale_${n});`)}
+    ${each((i, n) => `var f_${i}_${n} = ${fp4 ? '' : 'f32'}(s_${i}_${n}) * (scale_${i} * key_scale_${n})${fp4?.smoothQ ? ` + mean_score_${n}` : ''};`)}
     if ((key_flags & ${FLAG_UNSMOOTHED}u) != 0u) {
       ${each((i, n) => `f_${i}_${n} -= select(0.0, constant_${i}, (facts_k_${n}.y & ${FLAG_UNSMOOTHED}u) != 0u);`)}
     }
@@ -211,31 +280,76 @@ function tileScores(config: TiledConfig, { I, N, dims, queryAt, keyAt, col }: Pa
 }
 
 /** Row maxima over the threads of a row, and sums at the end: by shuffles in family `subgroup`, else through memory. */
-function rowReductions({ family, colThreads }: TiledConfig, { N, maxAt }: Parts) {
+function rowReductions({ family, colThreads }: TiledConfig, { N, maxAt, blocks }: Parts) {
   const subgroup = family === 'subgroup';
   const steps = range(Math.log2(colThreads));
+  const largestOf = (values: readonly string[]) =>
+    values.slice(1).reduce((acc, value) => `max(${acc}, ${value})`, values[0] as string);
+  /** The largest of a row: of each block of keys `max_<i>_<b>`, and of those `max_<i>`. */
+  const blockNames = (i: number) => blocks.map((_, b) => `max_${i}_${b}`);
+  const blockMax = (i: number) =>
+    blocks
+      .map((own, b) => {
+        const largest = largestOf(own.map((n) => `f_${i}_${n}`));
+        if (!subgroup) return `${maxAt(i, `${b * colThreads}u + c`)} = ${largest};`;
+        const shuffles = steps.map((s) => `x = max(x, subgroupShuffleXor(x, ${1 << s}u));`);
+        return `var max_${i}_${b} = ${largest}; { var x = max_${i}_${b}; ${shuffles.join(' ')} max_${i}_${b} = x; }`;
+      })
+      .join(' ') + (subgroup ? ` let max_${i} = ${largestOf(blockNames(i))};` : '');
+  const sharedBlockMax = (i: number) =>
+    `${blocks
+      .map(
+        (_, b) => `let max_${i}_${b} = ${largestOf(range(colThreads).map((n) => maxAt(i, `${b * colThreads + n}`)))};`,
+      )
+      .join(' ')} let max_${i} = ${largestOf(blockNames(i))};`;
   const rowMax = (i: number) => {
+    if (blocks.length > 0) return blockMax(i);
     const own = N.slice(1).reduce((acc, n) => `max(${acc}, f_${i}_${n})`, `f_${i}_0`);
     if (!subgroup) return `${maxAt(i, 'c')} = ${own};`;
     const shuffles = steps.map((s) => `x = max(x, subgroupShuffleXor(x, ${1 << s}u));`);
     return `var max_${i} = ${own}; { var x = max_${i}; ${shuffles.join(' ')} max_${i} = x; }`;
   };
   const sharedMax = (i: number) =>
-    `let max_${i} = ${range(colThreads)
-      .slice(1)
-      .reduce((acc, n) => `max(${acc}, ${maxAt(i, `${n}`)})`, maxAt(i, '0'))};`;
-  const rowSum = (i: number) =>
+    blocks.length > 0
+      ? sharedBlockMax(i)
+      : `let max_${i} = ${largestOf(range(colThreads).map((n) => maxAt(i, `${n}`)))};`;
+  /** Sums of `<of>_<i>` over a row's threads, as `<name>_<i>`; without subgroups once they are in memory. */
+  const rowSum = (i: number, name = 'sum', of = 'l') =>
     subgroup
-      ? `var sum_${i} = l_${i}; ${steps.map((s) => `sum_${i} += subgroupShuffleXor(sum_${i}, ${1 << s}u);`).join(' ')}`
-      : `let sum_${i} = ${range(colThreads)
+      ? `var ${name}_${i} = ${of}_${i}; ${steps.map((s) => `${name}_${i} += subgroupShuffleXor(${name}_${i}, ${1 << s}u);`).join(' ')}`
+      : `let ${name}_${i} = ${range(colThreads)
           .map((n) => maxAt(i, `${n}`))
           .join(' + ')};`;
   return { rowMax, sharedMax, rowSum };
 }
 
+/** The sum of the weights before they were rounded: what a logsumexp is of. */
+const countsExactly = ({ fp4, returnLse }: TiledConfig): boolean => fp4?.weights === true && returnLse;
+
 /** A row's probabilities into workgroup memory, its sum and its output rescaled. */
-function tileSoftmax(config: TiledConfig, { N, V, tn, probabilityAt }: Parts, i: number): string {
-  const { colThreads } = config;
+function tileSoftmax(config: TiledConfig, { N, V, tn, blocks, probabilityAt }: Parts, i: number): string {
+  const { colThreads, fp4 } = config;
+  const quads = range(tn / 4).map((q) => range(4).map((n) => 4 * q + n));
+  const vector = (names: readonly string[]) => `vec4<f32>(${names.join(', ')})`;
+  const exact = countsExactly(config);
+  /** Weights as FP4 numbers: each block relative to its largest, whose scale is rounded first. */
+  const rounded = () => {
+    const blockOf = (n: number) => blocks.findIndex((keys) => keys.includes(n));
+    const scales = blocks.map(
+      (_, b) =>
+        `let scale_w_${b} = weight_scale(select(${expOf(config, `max_${i}_${b} - updated`)}, 0.0, max_${i}_${b} < ${EXCLUDED_BELOW}));`,
+    );
+    const each = quads.map((four, q) => {
+      const own = vector(four.map((n) => `f_${i}_${n}`));
+      return `let rounded_${q} = rounded_weights(${own}, ${vector(four.map((n) => `scale_w_${blockOf(n)}`))});
+      ${four.map((n, at) => `f_${i}_${n} = rounded_${q}.${'xyzw'[at]};`).join(' ')}`;
+    });
+    return `${scales.join(' ')}
+      ${exact ? `e_${i} = e_${i} * alpha + ${N.map((n) => `f_${i}_${n}`).join(' + ')};` : ''}
+      ${each.join('\n      ')}`;
+  };
+  // The power of two of a key's values goes into its weight.
+  const weight = (n: number) => (fp4 ? `f_${i}_${n} * bitcast<f32>(facts_k_${n}.z)` : `f_${i}_${n}`);
   return `
     { let updated = max(m_${i}, max_${i});
       let alpha = select(${expOf(config, `m_${i} - updated`)}, 0.0, m_${i} < ${EXCLUDED_BELOW});
@@ -243,14 +357,9 @@ function tileSoftmax(config: TiledConfig, { N, V, tn, probabilityAt }: Parts, i:
       l_${i} *= alpha;
       ${V.map((v) => `o_${i}_${v} *= alpha;`).join(' ')}
       ${N.map((n) => `f_${i}_${n} = select(${expOf(config, `f_${i}_${n} - updated`)}, 0.0, f_${i}_${n} < ${EXCLUDED_BELOW});`).join('\n      ')}
-      l_${i} += ${N.map((n) => `f_${i}_${n}`).join(' + ')};
-      ${range(tn / 4)
-        .map(
-          (q) =>
-            `${probabilityAt(i, `${q * colThreads}u + c`)} = vec4<f32>(${range(4)
-              .map((n) => `f_${i}_${q * 4 + n}`)
-              .join(', ')});`,
-        )
+      ${blocks.length > 0 ? `${rounded()}\n      ` : ''}l_${i} += ${N.map((n) => `f_${i}_${n}`).join(' + ')};
+      ${quads
+        .map((four, q) => `${probabilityAt(i, `${q * colThreads}u + c`)} = ${vector(four.map(weight))};`)
         .join(' ')} }`;
 }
 
@@ -296,7 +405,7 @@ function finishRow(config: TiledConfig, { V, row }: Parts, i: number): string {
       : `let record = ((${element} + ${rowOffset}) / ${valueDim}u * P.splits + P.splitIndex + group.z) * ${recordFloats(valueDimPadded)}u - P.recordBase;`;
   const last =
     result === 'partial'
-      ? `if (c == 0u) { records[record + ${valueDimPadded}u] = select(${maximum}, ${EXCLUDED}, sum_${i} == 0.0); records[record + ${valueDimPadded + 1}u] = sum_${i}; }`
+      ? `if (c == 0u) { records[record + ${valueDimPadded}u] = select(${maximum}, ${EXCLUDED}, sum_${i} == 0.0); records[record + ${valueDimPadded + 1}u] = sum_${i};${countsExactly(config) ? ` records[record + ${valueDimPadded + 2}u] = exact_${i};` : ''} }`
       : returnLse
         ? `if (c == 0u) ${lseStatement(config, `(first_row + ${row(i)})`, `m_${i}`, `sum_${i}`, `constant_${i}`)}`
         : '';
@@ -311,7 +420,7 @@ function finishRow(config: TiledConfig, { V, row }: Parts, i: number): string {
 
 export function tiledAttentionKernel(config: TiledConfig): string {
   const { keys, colThreads, sharedKeyValue, family, packedDot, subgroupId } = config;
-  const { headDimPadded, valueDimPadded, values, mask } = config;
+  const { headDimPadded, valueDimPadded, values, mask, fp4 } = config;
   const parts = partsOf(config);
   const { threads, dims, quads, I, V, row, queryAt, maxAt } = parts;
   const subgroup = family === 'subgroup';
@@ -323,14 +432,14 @@ export function tiledAttentionKernel(config: TiledConfig): string {
 ${subgroup ? 'enable subgroups;' : ''}
 ${packedDot ? 'requires packed_4x8_integer_dot_product;' : ''}
 ${subgroup && subgroupId ? 'requires subgroup_id;' : ''}
-${params(0, ATTENTION_PARAMS)}
+${params(0, attentionParams(config))}
 ${tables(1)}
 @group(0) @binding(2) var<storage, read> query_rows: array<vec4<u32>>;
-@group(0) @binding(3) var<storage, read> key_rows: array<vec4<u32>>;
-@group(0) @binding(4) var<storage, read> value_rows: array<vec2<u32>>;
+@group(0) @binding(3) var<storage, read> key_rows: array<${fp4 ? 'u32' : 'vec4<u32>'}>;
+@group(0) @binding(4) var<storage, read> value_rows: array<${fp4 ? 'u32' : 'vec2<u32>'}>;
 ${scoreDeclarations(config)}
 ${packedDot ? DOT : DOT_EMULATED}
-${valueFunctions(statistics, values)}
+${valueFunctions(statistics, values)}${fp4 ? fp4Reader(headDimPadded, valueDimPadded) : ''}
 ${tileMemory(config, parts)}
 
 @compute @workgroup_size(${threads})
@@ -347,7 +456,13 @@ fn main(@builtin(workgroup_id) group: vec3<u32>, @builtin(local_invocation_index
   let sequence = tile_field(tile, 0u);
   let first_row = tile_field(tile, 1u);
   let count = tile_field(tile, 2u);
-  let queryRow = head * P.queryRowsPerHead + sequence_field(sequence, ${SEQUENCE.queryRow}u) + first_row;
+  let queryRow = head * P.queryRowsPerHead + sequence_field(sequence, ${SEQUENCE.queryRow}u) + first_row;${
+    fp4?.smoothQ
+      ? `
+  let mean_group = ${meanGroup(fp4.smoothQ, `sequence_field(sequence, ${SEQUENCE.queryRow}u) + first_row`)};
+  let mean_at = (head * P.meanGroups + mean_group) * P.scoreStride - P.scoreBase;`
+      : ''
+  }
   let kvRow = head / P.groupSize * P.keyRowsPerHead + sequence_field(sequence, ${SEQUENCE.keyRow}u);
   ${loads.queries}
 
@@ -359,7 +474,9 @@ fn main(@builtin(workgroup_id) group: vec3<u32>, @builtin(local_invocation_index
   let key_end = min(min(length, begin + i32(P.keySpan)), upper + i32(count));
 
 ${I.map(
-  (i) => `  var m_${i} = ${EXCLUDED}; var l_${i} = 0.0; var poison_${i} = 0u;
+  (
+    i,
+  ) => `  var m_${i} = ${EXCLUDED}; var l_${i} = 0.0; var poison_${i} = 0u;${countsExactly(config) ? ` var e_${i} = 0.0;` : ''}
   let low_${i} = lower + i32(${row(i)}); let high_${i} = min(length - 1, upper + i32(${row(i)}));
 ${mask === undefined ? '' : `  let mask_${i} = sequence_field(sequence, ${SEQUENCE.mask}u) - P.maskBase + head * P.maskHeadStride + (first_row + ${row(i)}) * P.maskQueryStride;`}
 ${V.map((v) => `  var o_${i}_${v} = vec4<f32>();`).join('')}`,
@@ -388,12 +505,18 @@ ${I.map(
 
   ${I.map((i) => `if (poison_${i} != 0u || (l_${i} > 0.0 && facts_${i}.y != 0u)) { l_${i} = -1.0e30f; }`).join('\n  ')}
   ${subgroup ? '' : `workgroupBarrier();\n  ${I.map((i) => `${maxAt(i, 'c')} = l_${i};`).join('\n  ')}\n  workgroupBarrier();`}
-  ${I.map(rowSum).join('\n  ')}
+  ${I.map((i) => rowSum(i)).join('\n  ')}${
+    countsExactly(config)
+      ? `
+  ${subgroup ? '' : `workgroupBarrier();\n  ${I.map((i) => `${maxAt(i, 'c')} = e_${i};`).join('\n  ')}\n  workgroupBarrier();`}
+  ${I.map((i) => rowSum(i, 'exact', 'e')).join('\n  ')}`
+      : ''
+  }
   ${
-    values.scaled
+    readsStatistics(values)
       ? `let record = ((head / P.groupSize * P.sequences + sequence) * P.chunks) * ${statistics}u - P.partialBase;
   ${values.smoothed ? 'let factor_v = mean_factor(record, P.chunks);' : ''}
-  ${V.map((v) => `let scale_v_${v} = value_scale(record + ${headDimPadded / 4 + v * colThreads}u + c, P.chunks, 1);${values.smoothed ? ` let mean_v_${v} = value_mean(record + ${headDimPadded / 4 + quads + v * colThreads}u + c, P.chunks) * factor_v;` : ''}`).join('\n  ')}`
+  ${V.map((v) => `${values.scaled ? `let scale_v_${v} = value_scale(record + ${headDimPadded / 4 + v * colThreads}u + c, P.chunks, 1);` : ''}${values.smoothed ? ` let mean_v_${v} = value_mean(record + ${headDimPadded / 4 + quads + v * colThreads}u + c, P.chunks) * factor_v;` : ''}`).join('\n  ')}`
       : ''
   }
 ${I.map((i) => finishRow(config, parts, i)).join('')}

@@ -24,7 +24,9 @@ export const MERGE_THREADS = 64;
  * @param headsInner rows are in token-major order (NHD and varlen): row = (batch * tokens + token) * heads + head
  */
 export function mergeKernel(config: ScoreConfig, headsInner: boolean): string {
-  const { dtype, valueDim, valueDimPadded, returnLse } = config;
+  const { dtype, valueDim, valueDimPadded, returnLse, fp4 } = config;
+  // The output is divided by the sum of rounded weights, and the logsumexp is that of the weights before.
+  const exact = fp4?.weights === true && returnLse;
   const floats = recordFloats(valueDimPadded);
   const unit = scoresAreFloat(config) ? ['log', '1.0'] : ['log2', '0.6931471805599453f'];
   const store =
@@ -55,7 +57,7 @@ fn merged(element: u32) -> vec2<f32> {
   let first = (row - P.rowBase) * P.splits * ${floats}u;
   var m = -3.4028234e38f;
   for (var s = 0u; s < P.splits; s++) { m = max(m, records[first + s * ${floats}u + ${valueDimPadded}u]); }
-  var sum = 0.0;
+  var sum = 0.0;${exact ? '\n  var exact = 0.0;' : ''}
   var value = 0.0;
   var poison = false;
   for (var s = 0u; s < P.splits; s++) {
@@ -64,7 +66,12 @@ fn merged(element: u32) -> vec2<f32> {
     if (l < 0.0) { poison = true; }
     if (l > 0.0) {
       let weight = l * ${expOf(config, `records[at + ${valueDimPadded}u] - m`)};
-      sum += weight;
+      sum += weight;${
+        exact
+          ? `
+      exact += records[at + ${valueDimPadded + 2}u] * ${expOf(config, `records[at + ${valueDimPadded}u] - m`)};`
+          : ''
+      }
       value += weight * records[at + channel];
     }
   }
@@ -75,7 +82,7 @@ ${
     let at = lse_index(row) - P.lseBase;
     if (poison) { lse[at] = 0x7fc00000u; }
     else if (sum == 0.0) { lse[at] = 0xff800000u; }
-    else { lse[at] = bitcast<u32>((m + ${unit[0]}(sum)) * ${unit[1]}); }
+    else { lse[at] = bitcast<u32>((m + ${unit[0]}(${exact ? 'exact' : 'sum'})) * ${unit[1]}); }
   }`
     : ''
 }

@@ -36,15 +36,16 @@ import { type Access, decoder, NONFINITE, operandLoader, range } from './storage
 export const QUERY_BLOCK = TILINGS.portable.blockQ;
 export const KEY_BLOCK = TILINGS.portable.blockK;
 
-const THREADS = 256;
+/** Threads of a workgroup. */
+export const THREADS = 256;
 
 /** Keys share a scale unless the largest magnitude of one key is this many times smaller than another's. */
 const WIDEST_SPREAD = 4;
 
 /** A key is not smoothed where that would make its largest magnitude more than this many times as large. */
-const WORST_SMOOTHING = 2;
+export const WORST_SMOOTHING = 2;
 
-interface PrepareConfig {
+export interface PrepareConfig {
   readonly dtype: DType;
   readonly access: Access;
   readonly headDim: number;
@@ -69,11 +70,14 @@ export interface PrepareKeyValueConfig extends PrepareConfig {
 export interface ValueScaling {
   /** V gets a power-of-two scale per channel, so that float32 and bfloat16 values fit float16. */
   readonly scaled: boolean;
-  /** Subtract V's mean over its sequence; where scaled only, since differences may be twice as large. */
+  /** Subtract V's mean over its sequence; in float16 where scaled only, since differences may be twice as large. */
   readonly smoothed: boolean;
   /** A channel's largest magnitude becomes at most 2 to this: far above 1, so that small values keep their bits. */
   readonly exponent: number;
 }
+
+/** Whether V's statistics are needed to read its values. */
+export const readsStatistics = ({ scaled, smoothed }: ValueScaling): boolean => scaled || smoothed;
 
 export const PREPARE_QUERY_PARAMS = [
   'tileStart',
@@ -124,7 +128,7 @@ fn quantize(x: vec4<f32>, inverse: f32) -> u32 {
 }`;
 
 /** K's mean, from the chunks' partial ones into workgroup memory. */
-const loadMean = (vectors: number, statistics: number) => `
+export const loadMean = (vectors: number, statistics: number) => `
   { let factor = mean_factor(record, P.chunks);
     for (var i = lid; i < ${vectors}u; i += ${THREADS}u) {
       var sum = vec4<f32>();
@@ -133,12 +137,12 @@ const loadMean = (vectors: number, statistics: number) => `
     } }`;
 
 /** The largest of a row's partial maxima. */
-const rowMaximum = (name: string, chunks: number) => `
+export const rowMaximum = (name: string, chunks: number) => `
     var ${name} = 0.0;
     for (var i = 0u; i < ${chunks}u; i++) { ${name} = max(${name}, ${name}_partial[lid * ${chunks}u + i]); }`;
 
-const largestOf16 = 'max(max(max4(x[0]), max4(x[1])), max(max4(x[2]), max4(x[3])))';
-const MAX4 = `fn max4(v: vec4<f32>) -> f32 { let a = abs(v); return max(max(a.x, a.y), max(a.z, a.w)); }`;
+export const largestOf16 = 'max(max(max4(x[0]), max4(x[1])), max(max4(x[2]), max4(x[3])))';
+export const MAX4 = `fn max4(v: vec4<f32>) -> f32 { let a = abs(v); return max(max(a.x, a.y), max(a.z, a.w)); }`;
 
 export function prepareQueryKernel(config: PrepareQueryConfig): string {
   const { dtype, access, headDim, headDimPadded, valueDimPadded, smoothK } = config;
@@ -437,7 +441,7 @@ fn scale_of(largest: vec4<f32>, sign: i32) -> vec4<f32> {
 fn value_scale(record: u32, chunks: u32, sign: i32) -> vec4<f32> { return scale_of(largest_values(record, chunks), sign); }`;
 
 /** `value_mean(record, chunks)`: of four of V's channels, the sum that `mean_factor` makes a mean. */
-const valueMean = (statistics: number): string => `
+export const valueMean = (statistics: number): string => `
 fn value_mean(record: u32, chunks: u32) -> vec4<f32> {
   var mean = vec4<f32>();
   for (var chunk = 0u; chunk < chunks; chunk++) { mean += partials[record + chunk * ${statistics}u]; }

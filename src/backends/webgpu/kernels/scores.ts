@@ -1,7 +1,8 @@
 /** What every attention kernel does to a score between `q . k` and softmax, and to a row at its end. */
+import type { QuerySmoothing } from '../../../quantization/schemes.ts';
 import type { DType, MaskDType } from '../../../tensor/dtype.ts';
 import { SEQUENCE } from './layout.ts';
-import type { ValueScaling } from './prepare.ts';
+import { readsStatistics, type ValueScaling } from './prepare.ts';
 import { EXCLUDED, maskLoader, NAN_WORD, outputPacker, range } from './storage.ts';
 
 /** What of a problem changes the code of an attention kernel, whatever its family and tiles. */
@@ -17,8 +18,18 @@ export interface ScoreConfig {
   readonly values: ValueScaling;
   /** The keys of a block share a scale unless they are flagged. */
   readonly sharedScale: boolean;
+  /** Q and K, and V, in FP4; undefined: in INT8 and float16. */
+  readonly fp4: Fp4Products | undefined;
   /** `final`: outputs; `partial`: normalized sums, maximum and sum of each row, for the merging kernel. */
   readonly result: 'final' | 'partial';
+}
+
+/** What attention over FP4 keys and values does besides multiplying them. */
+export interface Fp4Products {
+  /** Weights are rounded to FP4 as well: blocks of 16 keys, in two levels. */
+  readonly weights: boolean;
+  /** Buffer `meanScores` holds what smoothing Q took from the scores. */
+  readonly smoothQ: QuerySmoothing | false;
 }
 
 export const ATTENTION_PARAMS = [
@@ -53,6 +64,12 @@ export const ATTENTION_PARAMS = [
   'inverseSoftcap',
 ] as const;
 
+/** Of kernels that read buffer `meanScores`. */
+export const MEAN_SCORE_PARAMS = ['meanGroups', 'scoreStride', 'scoreBase'] as const;
+
+export const attentionParams = ({ fp4 }: Pick<ScoreConfig, 'fp4'>): readonly string[] =>
+  fp4?.smoothQ ? [...ATTENTION_PARAMS, ...MEAN_SCORE_PARAMS] : ATTENTION_PARAMS;
+
 /** With a mask or softcap, scores are in natural units; otherwise log2(e) is folded into Q's scale. */
 export const scoresAreFloat = (config: Pick<ScoreConfig, 'mask' | 'softcap'>): boolean =>
   config.softcap || (config.mask !== undefined && config.mask !== 'bool');
@@ -64,7 +81,10 @@ const LN2 = '0.6931471805599453f';
 export const expOf = (config: ScoreConfig, difference: string): string =>
   scoresAreFloat(config) ? `exp2((${difference}) * ${LOG2E})` : `exp2(${difference})`;
 
-/** Floats of one row's partial result: channels, then maximum, sum (negative: the row is NaN), and two unused. */
+/**
+ * Floats of one row's partial result: channels, then maximum, sum (negative: the row is NaN), the sum of the weights before they
+ * were rounded to FP4, and one unused.
+ */
 export const recordFloats = (valueDimPadded: number): number => valueDimPadded + 4;
 
 /**
@@ -83,7 +103,7 @@ fn soft_capped(s: f32) -> f32 {
 
 /** Bindings from 5 on, and the helpers that follow from the configuration. */
 export function scoreDeclarations(config: ScoreConfig): string {
-  const { mask, dtype, returnLse, values, softcap, result } = config;
+  const { mask, dtype, returnLse, values, softcap, result, fp4 } = config;
   return `
 ${mask === undefined ? '' : maskLoader(5, mask)}
 ${
@@ -93,7 +113,7 @@ ${returnLse ? '@group(0) @binding(7) var<storage, read_write> lse: array<u32>;' 
 ${outputPacker(dtype)}`
     : '@group(0) @binding(6) var<storage, read_write> records: array<f32>;'
 }
-${values.scaled ? '@group(0) @binding(8) var<storage, read> partials: array<vec4<f32>>;' : ''}
+${readsStatistics(values) ? '@group(0) @binding(8) var<storage, read> partials: array<vec4<f32>>;' : ''}${fp4?.smoothQ ? '\n@group(0) @binding(7) var<storage, read> mean_scores: array<f32>;' : ''}
 ${softcap ? SOFTCAP : ''}
 `;
 }

@@ -5,10 +5,27 @@ import { elementCount } from '../../../tensor/tensor.ts';
 import type { KernelChoice } from '../../backend.ts';
 import { chooseVariant, type Forced } from '../families/choose.ts';
 import type { AttentionKernel, AttentionVariant } from '../families/family.ts';
-import { encodeParams, padDim, rowVectors } from '../kernels/layout.ts';
-import { KEY_BLOCK } from '../kernels/prepare.ts';
-import { ATTENTION_PARAMS, recordFloats, type ScoreConfig, scoresAreFloat } from '../kernels/scores.ts';
+import { encodeParams, padDim } from '../kernels/layout.ts';
+import { KEY_BLOCK, readsStatistics } from '../kernels/prepare.ts';
+import {
+  attentionParams,
+  type Fp4Products,
+  recordFloats,
+  type ScoreConfig,
+  scoresAreFloat,
+} from '../kernels/scores.ts';
 import { roundUp } from '../kernels/storage.ts';
+import {
+  type Fp4Queries,
+  type MeanScores,
+  meanScoreBase,
+  meanScoresLaunches,
+  meanScoresOf,
+  meanScoresSpan,
+  prepareFp4QueryLaunches,
+  queryMeansBytes,
+  queryMeansLaunches,
+} from './fp4.ts';
 import type { Binding, BufferName, Launch, Unit } from './launch.ts';
 import { mergeLaunches, recordsBytes } from './merge.ts';
 import { prepareQueryLaunches } from './quantize.ts';
@@ -17,8 +34,10 @@ import {
   extent,
   type KeySplits,
   keyHeads,
+  keyValueRowBytes,
   launchesOf,
   partialSpan,
+  queryRowBytes,
   rowSpan,
   type SequenceRecord,
   type Stages,
@@ -29,7 +48,8 @@ import {
 /** As few splits as bindings allow, and as many as give a short query's launch enough workgroups. */
 export function keySplitsOf(stages: Stages, rowsPerTile: number): KeySplits {
   const { problem, keyValue, capabilities, records } = stages;
-  const rowBytes = Math.max(rowVectors(padDim(keyValue.headDim)) * 16, padDim(keyValue.valueDim) * 2);
+  const { keys, values } = keyValueRowBytes(keyValue);
+  const rowBytes = Math.max(keys, values);
   const blocks = Math.ceil(problem.keyLength / KEY_BLOCK);
   const blocksPerBinding = Math.max(
     1,
@@ -53,11 +73,18 @@ const ENOUGH_WORKGROUPS = 128;
 /** A split has at least this many blocks of keys: less is not worth its share of merging. */
 const BLOCKS_PER_SPLIT = 4;
 
+/** Heads of a launch; the buffer of mean scores begins with the first of them. */
+interface HeadRange {
+  readonly scores?: MeanScores;
+  readonly heads: readonly [number, number];
+}
+
 export function attentionLaunches(
   stages: Stages,
   config: ScoreConfig,
   kernel: AttentionKernel,
   splits: KeySplits,
+  { scores, heads }: HeadRange = { heads: [0, stages.problem.queryHeads] },
 ): Launch[] {
   const { problem, keyValue, records, tables } = stages;
   const { queryHeads, kvHeads, queryLength, mask } = problem;
@@ -68,8 +95,10 @@ export function attentionLaunches(
   );
   const tilesAt = tables.tiles(tiles);
   const groupSize = queryHeads / Math.max(1, kvHeads);
-  const queryBytes = rowVectors(config.headDimPadded) * 16;
-  const valueBytes = config.valueDimPadded * 2;
+  const queryBytes = queryRowBytes(keyValue);
+  const rowBytes = keyValueRowBytes(keyValue);
+  // A word of codes, or the vectors that rows of INT8 and float16 consist of.
+  const [keyUnit, valueUnit] = keyValue.format === 'fp4' ? [4, 4] : [16, 8];
   const outputBytes = BYTES_PER_ELEMENT[problem.dtype];
   const lseHeadStride = lseHeadStrideOf(problem);
   const recordBytes = recordFloats(config.valueDimPadded) * 4;
@@ -104,8 +133,8 @@ export function attentionLaunches(
           return [row, row + kernel.rows];
         }),
       ),
-      rowSpan(3, 'keys', queryBytes, keyValue.rowsPerHead, kv, keyRange),
-      rowSpan(4, 'values', valueBytes, keyValue.rowsPerHead, kv, keyRange),
+      rowSpan(3, 'keys', rowBytes.keys, keyValue.rowsPerHead, kv, keyRange),
+      rowSpan(4, 'values', rowBytes.values, keyValue.rowsPerHead, kv, keyRange),
     ];
     if (config.mask !== undefined && mask !== undefined) {
       const [, headStride, queryStride, keyStride] = mask.strides;
@@ -151,7 +180,8 @@ export function attentionLaunches(
         end: Math.ceil(outputEnd / problem.valueDim) * row,
       });
     }
-    if (config.values.scaled) bindings.push(partialSpan(stages, 8, kv));
+    if (scores !== undefined) bindings.push(meanScoresSpan(stages, scores, heads[0], 7, tiles, unit));
+    if (readsStatistics(config.values)) bindings.push(partialSpan(stages, 8, kv));
     return bindings;
   };
 
@@ -159,10 +189,10 @@ export function attentionLaunches(
     stages,
     kernel.label,
     kernel.source(config),
-    allOf(tiles, queryHeads, splits.count),
+    { ...allOf(tiles, queryHeads, splits.count), heads },
     spansOf,
     (unit, base) =>
-      encodeParams(ATTENTION_PARAMS, {
+      encodeParams(attentionParams(config), {
         tileStart: unit.tiles[0],
         headStart: unit.heads[0],
         groupSize,
@@ -173,8 +203,8 @@ export function attentionLaunches(
         queryRowsPerHead: stages.rowsPerQueryHead,
         keyRowsPerHead: keyValue.rowsPerHead,
         queryRowBase: base('queryRows') / 16,
-        keyRowBase: base('keys') / 16,
-        valueRowBase: base('values') / 8,
+        keyRowBase: base('keys') / keyUnit,
+        valueRowBase: base('values') / valueUnit,
         partialBase: base('partials') / 16,
         outputHeadStride: output.headStride,
         outputTokenStride: output.tokenStride,
@@ -192,6 +222,13 @@ export function attentionLaunches(
         recordBase: base('records') / 4,
         softcap: problem.softcap,
         inverseSoftcap: problem.softcap > 0 ? Math.min(1 / problem.softcap, LARGEST_FLOAT32) : 0,
+        ...(scores === undefined
+          ? {}
+          : {
+              meanGroups: scores.groups,
+              scoreStride: scores.stride,
+              scoreBase: meanScoreBase(scores, heads[0], base),
+            }),
       }),
   ).filter(() => queryLength > 0);
 }
@@ -200,7 +237,7 @@ const lseHeadStrideOf = ({ sequences, batch, queryLength }: AttentionProblem) =>
   sequences === undefined ? queryLength : (sequences.cuSeqlensQ[batch] as number);
 
 /** What a problem's attention kernels are configured with. */
-export function scoreConfigOf(stages: Stages, splits: KeySplits): ScoreConfig {
+export function scoreConfigOf(stages: Stages, splits: KeySplits, fp4: Fp4Products | undefined): ScoreConfig {
   const { problem } = stages;
   const { dtype, headDim, valueDim, mask, keyLength, softcap, returnLse } = problem;
   // Two rows of 16-bit elements share a word when Dv is odd; the merging kernel writes words from partial results.
@@ -215,7 +252,9 @@ export function scoreConfigOf(stages: Stages, splits: KeySplits): ScoreConfig {
     returnLse,
     values: stages.keyValue.values,
     sharedScale: stages.keyValue.sharedScale,
-    result: splits.count > 1 || sharesWords ? 'partial' : 'final',
+    fp4,
+    // The merging kernel writes the logsumexp where rounded weights do not give it, and where its binding is taken.
+    result: splits.count > 1 || sharesWords || (returnLse && fp4?.weights === true) ? 'partial' : 'final',
   };
 }
 
@@ -238,18 +277,46 @@ export function attentionParts(stages: Stages, choice: KernelChoice, options: Fo
   const { problem, capabilities } = stages;
   const variant = chooseVariant(capabilities, problem, choice, options);
   const splits = keySplitsOf(stages, variant.kernel.rows);
-  const config = scoreConfigOf(stages, splits);
+  const queries = fp4QueriesOf(stages, choice);
+  const config = scoreConfigOf(stages, splits, queries && { weights: !stages.keyValue.held, smoothQ: queries.smoothQ });
   const empty = elementCount(outputShapeOf(problem)) === 0;
+  const scoreScale = scoreScaleOf(problem, config);
+  const scores = queries?.smoothQ ? meanScoresOf(stages, queries.smoothQ) : undefined;
+  const prepare = () => {
+    if (queries === undefined) return prepareQueryLaunches(stages, scoreScale);
+    const means = queries.smoothQ ? queryMeansLaunches(stages, queries.smoothQ) : [];
+    return [...means, ...prepareFp4QueryLaunches(stages, scoreScale, queries)];
+  };
+  const attend = () => {
+    if (scores === undefined) return attentionLaunches(stages, config, variant.kernel, splits);
+    const launches: Launch[] = [];
+    for (let first = 0; first < problem.queryHeads; first += scores.heads) {
+      const heads = [first, Math.min(problem.queryHeads, first + scores.heads)] as const;
+      launches.push(
+        ...meanScoresLaunches(stages, scores, heads, scoreScale),
+        ...attentionLaunches(stages, config, variant.kernel, splits, { scores, heads }),
+      );
+    }
+    return launches;
+  };
   const launches = empty
     ? []
-    : [
-        ...prepareQueryLaunches(stages, scoreScaleOf(problem, config)),
-        ...attentionLaunches(stages, config, variant.kernel, splits),
-        ...(config.result === 'partial' ? mergeLaunches(stages, config, splits) : []),
-      ];
+    : [...prepare(), ...attend(), ...(config.result === 'partial' ? mergeLaunches(stages, config, splits) : [])];
   const sizes: Partial<Record<BufferName, number>> = {
-    queryRows: problem.queryHeads * stages.rowsPerQueryHead * rowVectors(padDim(problem.headDim)) * 16,
+    queryRows: problem.queryHeads * stages.rowsPerQueryHead * queryRowBytes(stages.keyValue),
+    ...(scores === undefined ? {} : { queryMeans: queryMeansBytes(stages, scores.smoothQ), meanScores: scores.bytes }),
     ...(config.result === 'partial' ? { records: recordsBytes(problem, splits) } : {}),
   };
   return { launches, sizes, variant, keySplits: splits.count };
+}
+
+/**
+ * How Q is treated over FP4 keys; undefined over others. Smoothing serves to quantize Q to FP4, so there is none over a cache.
+ */
+function fp4QueriesOf(
+  { keyValue, problem }: Stages,
+  { smoothQ, scaleSearch = 'mse' }: KernelChoice,
+): Fp4Queries | undefined {
+  if (keyValue.format !== 'fp4') return undefined;
+  return { scaleSearch, smoothQ: keyValue.held || problem.keyLength === 0 ? false : smoothQ };
 }

@@ -15,6 +15,8 @@ export type BufferName =
   | OutputName
   | 'tables'
   | 'queryRows'
+  | 'queryMeans'
+  | 'meanScores'
   | 'keys'
   | 'values'
   | 'partials'

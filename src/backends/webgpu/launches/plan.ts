@@ -29,7 +29,7 @@ export function planLaunches(
   kernel: KernelChoice,
   forced: Forced = {},
 ): LaunchSequence {
-  const layout = keyValueLayoutOf(capabilities, problem, forced);
+  const layout = keyValueLayoutOf(capabilities, problem, kernel, forced);
   const keyValue = keyValueShapeOf(problem, kernel, capabilities, layout);
   const stages = createStages(problem, capabilities, keyValue);
   const empty = elementCount(outputShapeOf(problem)) === 0;

@@ -3,6 +3,7 @@ import { type AttentionProblem, sequencesOf } from '../../../attention/problem.t
 import { BYTES_PER_ELEMENT, type DType } from '../../../tensor/dtype.ts';
 import type { KernelChoice } from '../../backend.ts';
 import type { Capabilities } from '../capabilities.ts';
+import { isFp4 } from '../kernel-table.ts';
 import { encodeParams, type KeyValueLayout, padDim, rowVectors } from '../kernels/layout.ts';
 import {
   KEY_BLOCK,
@@ -11,17 +12,22 @@ import {
   prepareKeyValueKernel,
   prepareQueryKernel,
   QUERY_BLOCK,
+  readsStatistics,
   type ValueScaling,
 } from '../kernels/prepare.ts';
 import { STATISTICS_PARAMS, statisticsKernel, statisticsVectors } from '../kernels/statistics.ts';
 import { roundUp } from '../kernels/storage.ts';
+import { prepareFp4KeyValueLaunches } from './fp4.ts';
 import type { Launch } from './launch.ts';
 import {
   accessOf,
   allOf,
+  appendedTiles,
+  blockRows,
   extent,
   type KeyValueShape,
   keyHeads,
+  keyValueRowBytes,
   launchesOf,
   operandSpan,
   partialSpan,
@@ -39,9 +45,11 @@ import { needsVisibleKeys, visibleHeadStride } from './visible-keys.ts';
  */
 const valueScalingOf = (
   dtype: DType,
+  fp4: boolean,
   { smoothV, pvAccumDtype }: Pick<KernelChoice, 'smoothV' | 'pvAccumDtype'>,
 ): ValueScaling => ({
-  scaled: dtype !== 'float16' || smoothV || pvAccumDtype === 'fp16',
+  // Blocks of FP4 have scales enough.
+  scaled: !fp4 && (dtype !== 'float16' || smoothV || pvAccumDtype === 'fp16'),
   smoothed: smoothV,
   // Sums in float16 overflow less where no value exceeds 1. Elsewhere values up to 2^28 below the largest keep all
   // bits.
@@ -51,21 +59,28 @@ const valueScalingOf = (
 export function keyValueBytes(shape: KeyValueShape): { keys: number; values: number; partials: number } {
   // Kernels bind whole tiles.
   const rows = Math.max(KEY_BLOCK, shape.kvHeads * shape.rowsPerHead);
+  const rowBytes = keyValueRowBytes(shape);
   const records = Math.max(1, shape.kvHeads * shape.sequences * shape.chunks);
   return {
-    keys: rows * rowVectors(padDim(shape.headDim)) * 16,
-    values: rows * padDim(shape.valueDim) * 2,
+    keys: rows * rowBytes.keys,
+    values: rows * rowBytes.values,
     partials: records * statisticsVectors(padDim(shape.headDim), padDim(shape.valueDim)) * 16,
   };
 }
 
-/** Where the rows of the keys of a problem's sequences are when they are laid end to end, each from a new block. */
+/**
+ * Where the rows of the keys of a problem's sequences are when they are laid end to end, each from a new block.
+ *
+ * @param held for later queries
+ */
 export function keyValueShapeOf(
   problem: AttentionProblem,
-  choice: Pick<KernelChoice, 'smoothK' | 'smoothV' | 'qkQuantGran' | 'pvAccumDtype'>,
+  choice: KernelChoice,
   capabilities: Capabilities,
   layout: KeyValueLayout,
+  held = false,
 ): KeyValueShape {
+  const fp4 = isFp4(choice);
   const keyRows: number[] = [];
   let rows = 0;
   for (const { keyLength } of sequencesOf(problem)) {
@@ -90,9 +105,13 @@ export function keyValueShapeOf(
     keyRows,
     chunks,
     smoothK: choice.smoothK,
-    values: valueScalingOf(dtype, choice),
-    sharedScale: layout === 'tiles' && choice.qkQuantGran !== 'per-thread',
+    values: valueScalingOf(dtype, fp4, choice),
+    // In a cache every key has its own scale: tokens come in any number at a time.
+    sharedScale: !held && layout === 'tiles' && choice.qkQuantGran !== 'per-thread',
     layout,
+    format: fp4 ? 'fp4' : 'int8',
+    ...(choice.scaleSearch === undefined ? {} : { scaleSearch: choice.scaleSearch }),
+    held,
   };
 }
 
@@ -105,7 +124,8 @@ export function statisticsLaunches(stages: Stages, target: 'partials' | 'newPart
   const { problem, keyValue, records } = stages;
   const { dtype, headDim, valueDim, kvHeads } = problem;
   const { smoothK: keyMean, values } = keyValue;
-  const { scaled: valueMax, smoothed: valueMean } = values;
+  const { smoothed: valueMean } = values;
+  const valueMax = readsStatistics(values);
   if (!keyMean && !valueMax) return [];
   const { chunks, rowsPerHead } = keyValue;
   const masked = needsVisibleKeys(stages);
@@ -174,18 +194,10 @@ export function statisticsLaunches(stages: Stages, target: 'partials' | 'newPart
 /** Quantization of K and conversion of V, of tokens `first` to the end of each sequence. */
 export function prepareKeyValueLaunches(stages: Stages, first = 0): Launch[] {
   const { problem, keyValue, records, tables } = stages;
+  if (keyValue.format === 'fp4') return prepareFp4KeyValueLaunches(stages, first);
   const { dtype, headDim, valueDim, kvHeads } = problem;
   const [headDimPadded, valueDimPadded] = [padDim(headDim), padDim(valueDim)];
-  // A tile never crosses a block: appended tokens fill the last block up first, as a group of their own.
-  const tiles = records.flatMap(({ keyLength }, sequence) => {
-    const list: Tile[] = [];
-    for (let token = first; token < keyLength; ) {
-      const end = Math.min(keyLength, (Math.floor(token / KEY_BLOCK) + 1) * KEY_BLOCK);
-      list.push({ sequence, first: token, count: end - token });
-      token = end;
-    }
-    return list;
-  });
+  const tiles = appendedTiles(records, first);
   const tilesAt = tables.tiles(tiles);
   const { smoothK, sharedScale, values, layout } = keyValue;
   const needsPartials = smoothK || values.scaled;
@@ -201,8 +213,7 @@ export function prepareKeyValueLaunches(stages: Stages, first = 0): Launch[] {
     values,
     layout,
   });
-  const keyBytes = rowVectors(headDimPadded) * 16;
-  const valueBytes = valueDimPadded * 2;
+  const rowBytes = keyValueRowBytes(keyValue);
   const bytes = BYTES_PER_ELEMENT[dtype];
   return launchesOf(
     stages,
@@ -210,18 +221,14 @@ export function prepareKeyValueLaunches(stages: Stages, first = 0): Launch[] {
     code,
     allOf(tiles, kvHeads),
     (unit) => {
-      const rows = extent(tiles, unit.tiles, (tile) => {
-        const { keyRow } = records[tile.sequence] as SequenceRecord;
-        const block = keyRow + Math.floor(tile.first / KEY_BLOCK) * KEY_BLOCK;
-        return [block, block + KEY_BLOCK];
-      });
+      const rows = blockRows(stages, tiles, unit);
       return [
         tablesBinding(stages),
         operandSpan(stages, 2, 'k', tiles, unit),
         operandSpan(stages, 3, 'v', tiles, unit),
         ...(needsPartials ? [partialSpan(stages, 4, unit.heads)] : []),
-        rowSpan(5, 'keys', keyBytes, keyValue.rowsPerHead, unit.heads, rows),
-        rowSpan(6, 'values', valueBytes, keyValue.rowsPerHead, unit.heads, rows),
+        rowSpan(5, 'keys', rowBytes.keys, keyValue.rowsPerHead, unit.heads, rows),
+        rowSpan(6, 'values', rowBytes.values, keyValue.rowsPerHead, unit.heads, rows),
       ];
     },
     (unit, base) =>

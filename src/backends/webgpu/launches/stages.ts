@@ -5,11 +5,13 @@
 
 import { bandOf, visibleKeys } from '../../../attention/band.ts';
 import { type AttentionProblem, outputLayoutOf, sequencesOf } from '../../../attention/problem.ts';
+import type { ScaleSearch } from '../../../quantization/fp4-blocks.ts';
 import { BYTES_PER_ELEMENT, type DType } from '../../../tensor/dtype.ts';
 import type { OperandLayout } from '../../../tensor/tensor.ts';
 import type { Capabilities } from '../capabilities.ts';
-import { type KeyValueLayout, padDim, SEQUENCE, SEQUENCE_WORDS, wrap32 } from '../kernels/layout.ts';
-import { QUERY_BLOCK, type ValueScaling } from '../kernels/prepare.ts';
+import { fp4KeyWords, fp4QueryVectors, fp4ValueWords } from '../kernels/fp4.ts';
+import { type KeyValueLayout, padDim, rowVectors, SEQUENCE, SEQUENCE_WORDS, wrap32 } from '../kernels/layout.ts';
+import { KEY_BLOCK, QUERY_BLOCK, type ValueScaling } from '../kernels/prepare.ts';
 import { statisticsVectors } from '../kernels/statistics.ts';
 import { type Access, roundUp } from '../kernels/storage.ts';
 import { aligned, type Binding, type BufferName, type Launch, type Unit, unitsOf } from './launch.ts';
@@ -55,7 +57,22 @@ export interface KeyValueShape {
   /** The keys of a block share a scale where their magnitudes allow it. */
   readonly sharedScale: boolean;
   readonly layout: KeyValueLayout;
+  readonly format: 'int8' | 'fp4';
+  /** How scales of FP4 blocks are found. */
+  readonly scaleSearch?: ScaleSearch;
+  /** For later queries: tokens may be added one at a time, and of FP4 only keys and values are in it. */
+  readonly held: boolean;
 }
+
+/** Bytes of a token's row of quantized K and of V. */
+export const keyValueRowBytes = ({ format, headDim, valueDim }: KeyValueShape) =>
+  format === 'fp4'
+    ? { keys: fp4KeyWords(padDim(headDim)) * 4, values: fp4ValueWords(padDim(valueDim)) * 4 }
+    : { keys: rowVectors(padDim(headDim)) * 16, values: padDim(valueDim) * 2 };
+
+/** Bytes of a row of quantized Q. */
+export const queryRowBytes = ({ format, headDim }: KeyValueShape): number =>
+  (format === 'fp4' ? fp4QueryVectors(padDim(headDim)) : rowVectors(padDim(headDim))) * 16;
 
 export const tilesOf = (lengths: readonly number[], size: number): Tile[] =>
   lengths.flatMap((length, sequence) =>
@@ -65,6 +82,20 @@ export const tilesOf = (lengths: readonly number[], size: number): Tile[] =>
       count: Math.min(size, length - i * size),
     })),
   );
+
+/**
+ * Tiles of the tokens from `first` on. None crosses a block: appended tokens fill the last block up first, as a group of their own.
+ */
+export const appendedTiles = (records: readonly SequenceRecord[], first: number): Tile[] =>
+  records.flatMap(({ keyLength }, sequence) => {
+    const list: Tile[] = [];
+    for (let token = first; token < keyLength; ) {
+      const end = Math.min(keyLength, (Math.floor(token / KEY_BLOCK) + 1) * KEY_BLOCK);
+      list.push({ sequence, first: token, count: end - token });
+      token = end;
+    }
+    return list;
+  });
 
 /** Tables under construction: sequences and tiles in one buffer of 32-bit words. */
 export class Tables {
@@ -172,6 +203,14 @@ export function extent(
   }
   return [low, high] as const;
 }
+
+/** Rows within a head of the blocks of keys that a unit's tiles lie in. */
+export const blockRows = ({ records }: Stages, tiles: readonly Tile[], unit: Unit) =>
+  extent(tiles, unit.tiles, ({ sequence, first, count }) => {
+    const { keyRow } = records[sequence] as SequenceRecord;
+    const start = Math.floor(first / KEY_BLOCK) * KEY_BLOCK;
+    return [keyRow + start, keyRow + roundUp(first + count, KEY_BLOCK)];
+  });
 
 /** Span of an operand's elements that the tiles of some heads reach. */
 export function operandSpan(

@@ -7,6 +7,12 @@ import { tiledAttentionKernel } from '../kernels/attention-tiled.ts';
 import { nativeMatrices } from '../kernels/matrix-operations.ts';
 import { mergeKernel } from '../kernels/merge.ts';
 import { prepareKeyValueKernel, prepareQueryKernel } from '../kernels/prepare.ts';
+import {
+  meanScoresKernel,
+  prepareFp4KeyValueKernel,
+  prepareFp4QueryKernel,
+  queryMeansKernel,
+} from '../kernels/prepare-fp4.ts';
 import type { ScoreConfig } from '../kernels/scores.ts';
 import { statisticsKernel } from '../kernels/statistics.ts';
 import { maskMaximaKernel, visibleKeysKernel } from '../kernels/visible-keys.ts';
@@ -45,8 +51,21 @@ const SCORES: readonly ScoreConfig[] = (
   returnLse,
   values: { scaled: dtype !== 'float16', smoothed: dtype === 'bfloat16', exponent: 15 },
   sharedScale: keyScale === 'tile',
+  fp4: undefined,
   result,
 }));
+
+/** The same with FP4, of which logsumexps come from partial results. */
+const FP4_SCORES: readonly ScoreConfig[] = SCORES.map((scores, i) => {
+  const weights = i % 3 !== 2;
+  return {
+    ...scores,
+    values: { scaled: false, smoothed: i % 2 === 0, exponent: 15 },
+    sharedScale: false,
+    fp4: { weights, smoothQ: weights && ([false, 'block', 'sequence'] as const)[i % 3] },
+    result: scores.returnLse && weights ? 'partial' : scores.result,
+  } as ScoreConfig;
+});
 
 /** A configuration of a generator. */
 export interface WebgpuConfiguration {
@@ -58,20 +77,23 @@ export interface WebgpuConfiguration {
 }
 
 /** The score configuration's distinguishing fields. */
-const scoresName = ({ dtype, headDimPadded, valueDim, mask, result }: ScoreConfig) =>
-  `${dtype} D${headDimPadded}/${valueDim} ${mask ?? 'no'} mask, ${result}`;
+const scoresName = ({ dtype, headDimPadded, valueDim, mask, result, fp4 }: ScoreConfig) =>
+  `${fp4 === undefined ? '' : 'FP4 '}${dtype} D${headDimPadded}/${valueDim} ${mask ?? 'no'} mask, ${result}`;
 
 function tiledKernels(): WebgpuConfiguration[] {
   return TILED_VARIANTS.flatMap((variant) =>
-    SCORES.filter(({ valueDimPadded }) => valueDimPadded % (4 * variant.colThreads) === 0).flatMap((scores) =>
-      (['base', 'subgroup'] as const).flatMap((family) =>
-        [true, false].map((modern) => ({
-          name: `${family} ${variant.name} ${scoresName(scores)}${modern ? '' : ', core WGSL'}`,
-          group: `tiles ${variant.name} of both families`,
-          source: () => tiledAttentionKernel({ ...scores, ...variant, family, packedDot: modern, subgroupId: modern }),
-        })),
+    [...SCORES, ...FP4_SCORES]
+      .filter(({ valueDimPadded }) => valueDimPadded % (4 * variant.colThreads) === 0)
+      .flatMap((scores) =>
+        (['base', 'subgroup'] as const).flatMap((family) =>
+          [true, false].map((modern) => ({
+            name: `${family} ${variant.name} ${scoresName(scores)}${modern ? '' : ', core WGSL'}`,
+            group: `tiles ${variant.name} of both families`,
+            source: () =>
+              tiledAttentionKernel({ ...scores, ...variant, family, packedDot: modern, subgroupId: modern }),
+          })),
+        ),
       ),
-    ),
   );
 }
 
@@ -144,6 +166,40 @@ function quantizingKernels(): WebgpuConfiguration[] {
   );
 }
 
+/** Kernels that quantize to FP4. */
+function fp4Kernels(): WebgpuConfiguration[] {
+  const searches = ['mse', 'four-over-six', 'none'] as const;
+  const found: WebgpuConfiguration[] = [];
+  (['float16', 'bfloat16', 'float32'] as const).forEach((dtype, at) => {
+    for (const access of ['vector', 'scalar'] as const) {
+      const sizes = { dtype, access, headDim: 48, headDimPadded: 64, valueDim: 80, valueDimPadded: 96 };
+      const scaleSearch = searches[at] ?? 'mse';
+      const add = (name: string, source: () => string) =>
+        found.push({ name: `FP4 ${name} ${dtype} ${access}`, group: PREPARING, source });
+      for (const smooth of [true, false]) {
+        const config = { ...sizes, scaleSearch, smoothK: smooth };
+        const of = smooth ? ', smoothed' : '';
+        for (const valueBlocks of ['keys', 'channels'] as const) {
+          add(`prepare K and V${of}, blocks of ${valueBlocks}`, () =>
+            prepareFp4KeyValueKernel({ ...config, smoothV: smooth, valueBlocks }),
+          );
+        }
+        for (const [format, smoothQ] of [
+          ['fp4', 'block'],
+          ['fp4', 'sequence'],
+          ['fp4', false],
+          ['int8', false],
+        ] as const) {
+          add(`prepare Q ${format} ${smoothQ}${of}`, () => prepareFp4QueryKernel({ ...config, format, smoothQ }));
+        }
+        add(`mean scores${of}`, () => meanScoresKernel({ ...config, smoothQ: smooth ? 'block' : 'sequence' }));
+      }
+      add('query means', () => queryMeansKernel({ ...sizes, smoothQ: at === 0 ? 'block' : 'sequence' }));
+    }
+  });
+  return found;
+}
+
 /** Kernels of masks before and of partial results after attention. */
 function otherKernels(): WebgpuConfiguration[] {
   const found: WebgpuConfiguration[] = [];
@@ -155,7 +211,7 @@ function otherKernels(): WebgpuConfiguration[] {
       if (mask !== 'bool') add(`mask maxima ${of}`, () => maskMaximaKernel({ mask, banded }));
     }
   }
-  for (const scores of SCORES) {
+  for (const scores of [...SCORES, ...FP4_SCORES]) {
     for (const headsInner of [true, false]) {
       add(`merge ${scoresName(scores)}${headsInner ? ', heads inner' : ''}`, () => mergeKernel(scores, headsInner));
     }
@@ -167,5 +223,6 @@ export const webgpuKernels = (): WebgpuConfiguration[] => [
   ...tiledKernels(),
   ...matrixKernels(),
   ...quantizingKernels(),
+  ...fp4Kernels(),
   ...otherKernels(),
 ];
