@@ -3,11 +3,11 @@ import { mkdtemp, readFile, rm, writeFile } from 'node:fs/promises';
 import { tmpdir } from 'node:os';
 import path from 'node:path';
 import { fileURLToPath } from 'node:url';
-import { afterAll, afterEach, beforeAll, describe, expect, it, vi } from 'vitest';
+import { afterAll, beforeAll, describe, expect, it, vi } from 'vitest';
 import type { BenchReport } from './bench-report.ts';
 import type { DemoReport } from './demo.ts';
 import type { EncoderComparison } from './encoder-comparison.ts';
-import { runCommandLine } from './program.ts';
+import { run } from './testing/run.ts';
 
 const golden = (name: string) => fileURLToPath(new URL(`../../test/golden/${name}.safetensors`, import.meta.url));
 
@@ -16,21 +16,6 @@ beforeAll(async () => {
   folder = await mkdtemp(path.join(tmpdir(), 'sageattention-cli-'));
 });
 afterAll(() => rm(folder, { recursive: true, force: true }));
-afterEach(() => vi.restoreAllMocks());
-
-/** Runs a command in this process. */
-async function run(...args: readonly string[]): Promise<{ code: number; out: string; err: string }> {
-  const written = { out: '', err: '' };
-  const into = (stream: 'out' | 'err') => (chunk: unknown) => {
-    written[stream] += String(chunk);
-    return true;
-  };
-  vi.spyOn(process.stdout, 'write').mockImplementation(into('out'));
-  vi.spyOn(process.stderr, 'write').mockImplementation(into('err'));
-  const code = await runCommandLine(args);
-  vi.restoreAllMocks();
-  return { code, ...written };
-}
 
 async function write(name: string, content: string | Uint8Array): Promise<string> {
   const file = path.join(folder, name);

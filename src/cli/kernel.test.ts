@@ -1,21 +1,9 @@
-import { afterEach, describe, expect, it, vi } from 'vitest';
+import { describe, expect, it } from 'vitest';
 import { CUDA_KERNELS, lackedBy } from '../backends/cuda/kernel-table.ts';
 import { TARGETS } from '../backends/cuda/ptx/targets.ts';
-import { runCommandLine } from './program.ts';
+import { run } from './testing/run.ts';
 
-afterEach(() => vi.restoreAllMocks());
-
-async function kernel(...args: readonly string[]): Promise<{ code: number; out: string; err: string }> {
-  const written = { out: '', err: '' };
-  const into = (stream: 'out' | 'err') => (chunk: unknown) => {
-    written[stream] += String(chunk);
-    return true;
-  };
-  vi.spyOn(process.stdout, 'write').mockImplementation(into('out'));
-  vi.spyOn(process.stderr, 'write').mockImplementation(into('err'));
-  const code = await runCommandLine(['kernel', ...args]);
-  return { code, ...written };
-}
+const kernel = (...args: readonly string[]) => run('kernel', ...args);
 
 describe('sageattention kernel', () => {
   it.each(CUDA_KERNELS.map(({ name }) => name))('lists the launches of %s', async (name) => {

@@ -3,10 +3,10 @@ import { mkdtemp, readFile, rm } from 'node:fs/promises';
 import { tmpdir } from 'node:os';
 import path from 'node:path';
 import { fileURLToPath } from 'node:url';
-import { afterEach, describe, expect, it, vi } from 'vitest';
+import { describe, expect, it } from 'vitest';
 import { attentionOutputs } from '../attention/outputs.ts';
 import { type Availability, type Backend, ExecutionError, type KernelDescriptor, setBackend } from './library.ts';
-import { runCommandLine } from './program.ts';
+import { run } from './testing/run.ts';
 
 const golden = fileURLToPath(new URL('../../test/golden/outlier-d64-causal.safetensors', import.meta.url));
 
@@ -45,37 +45,23 @@ function unable(availability: Availability): Backend {
 
 const AVAILABLE = { available: true, accelerated: true, details: { adapter: 'one for tests' } };
 
-async function run(availability: Availability, ...args: readonly string[]) {
+async function runWith(availability: Availability, ...args: readonly string[]) {
   await setBackend(unable(availability));
-  let out = '';
-  let err = '';
-  vi.spyOn(process.stdout, 'write').mockImplementation((chunk) => {
-    out += String(chunk);
-    return true;
-  });
-  vi.spyOn(process.stderr, 'write').mockImplementation((chunk) => {
-    err += String(chunk);
-    return true;
-  });
-  const code = await runCommandLine(args);
-  vi.restoreAllMocks();
-  return { code, out, err };
+  return await run(...args);
 }
-
-afterEach(() => vi.restoreAllMocks());
 
 describe('a backend that is not available', () => {
   const absent = { available: false, accelerated: false, reason: 'no adapter', remedy: 'Buy one', details: {} };
   it('is named with its reason and its remedy', async () => {
     for (const command of [['bench'], ['demo'], ['compare', golden]]) {
-      const { code, err } = await run(absent, ...command, '--backend', 'webgpu');
+      const { code, err } = await runWith(absent, ...command, '--backend', 'webgpu');
       expect(code).toBe(1);
       expect(err).toBe('error: backend webgpu is not available: no adapter. Buy one\n');
     }
   });
 
   it('does not stop doctor', async () => {
-    const { code, out } = await run(absent, 'doctor');
+    const { code, out } = await runWith(absent, 'doctor');
     expect(code).toBe(0);
     expect(out).toMatch(/webgpu: not available\n\s+why not\s+no adapter\n\s+what to do\s+Buy one/);
   });
@@ -87,7 +73,7 @@ describe('kernels that refuse or fail', () => {
   it('leave the other measurements of bench standing, and make its exit code 1', async () => {
     const folder = await mkdtemp(path.join(tmpdir(), 'sageattention-cli-'));
     const json = path.join(folder, 'bench.json');
-    const { code, out, err } = await run(AVAILABLE, 'bench', '--backend', 'webgpu,wasm', ...shape, '--json', json);
+    const { code, out, err } = await runWith(AVAILABLE, 'bench', '--backend', 'webgpu,wasm', ...shape, '--json', json);
     const { results } = JSON.parse(await readFile(json, 'utf8'));
     await rm(folder, { recursive: true });
     expect(code).toBe(1);
@@ -105,21 +91,21 @@ describe('kernels that refuse or fail', () => {
   });
 
   it('end bench when no kernel takes the shape', async () => {
-    const { code, err } = await run(AVAILABLE, 'bench', '-b', 'webgpu', '-k', 'qk-int8-pv-int8', ...shape);
+    const { code, err } = await runWith(AVAILABLE, 'bench', '-b', 'webgpu', '-k', 'qk-int8-pv-int8', ...shape);
     expect(code).toBe(1);
     expect(err).toContain('error: no kernel took any of these shapes');
   });
 
   it('are told apart by compare', async () => {
-    const refusing = await run(AVAILABLE, 'compare', golden, '-b', 'webgpu', '-k', 'qk-int8-pv-int8');
+    const refusing = await runWith(AVAILABLE, 'compare', golden, '-b', 'webgpu', '-k', 'qk-int8-pv-int8');
     expect(refusing).toMatchObject({ code: 1, err: expect.stringContaining('no kernel took these tensors') });
     expect(refusing.out).toContain('head dims up to 32');
-    const failing = await run(AVAILABLE, 'compare', golden, '-b', 'webgpu', '-k', 'qk-int8-pv-fp16');
+    const failing = await runWith(AVAILABLE, 'compare', golden, '-b', 'webgpu', '-k', 'qk-int8-pv-fp16');
     expect(failing).toMatchObject({ code: 1, err: expect.stringContaining('error: the device was lost') });
   });
 
   it('are shown by doctor', async () => {
-    const { code, out } = await run(AVAILABLE, 'doctor');
+    const { code, out } = await runWith(AVAILABLE, 'doctor');
     expect(code).toBe(0);
     expect(out).toContain('webgpu: available, accelerated');
     expect(out.match(/cannot run here/g)).toHaveLength(2);
