@@ -83,7 +83,9 @@ async function attendOnCpu(operands: Operands<JaxArray>, options: BridgeOptions)
   const { device } = operands.q;
   const { q, k, v, ...mask } = await convert<Tensor>(operands, async (value) => {
     const { shape } = value;
-    return tensor((await value.ref.data()) as Float32Array, shape);
+    // An array on the CPU may be memory of its maker's: it is read before the call returns.
+    const data = ['cpu', 'wasm'].includes(device) ? value.ref.dataSync().slice() : await value.ref.data();
+    return tensor(data as Float32Array, shape);
   });
   const output = await attend(q, k, v, { ...options, ...mask, backend: 'wasm' });
   return numpy.array(output.data as Float32Array<ArrayBuffer>, { shape: [...output.shape], device });

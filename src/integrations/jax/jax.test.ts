@@ -69,6 +69,14 @@ describe.each(['cpu', 'wasm'] as const)('on the device %s', (device) => {
     expect(other.refCount).toBe(0);
   });
 
+  it('reads its arguments before the call returns', async () => {
+    const source = Float32Array.from({ length: 8 }, () => 1);
+    const v = numpy.array(source, { shape: [1, 1, 2, 4], device });
+    const pending = sageattn(ones(1, 1, 2, 4), ones(1, 1, 2, 4), v);
+    source.fill(7);
+    for (const value of await (await pending).data()) expect(value).toBeCloseTo(1, 3);
+  });
+
   it('refuses to be traced, by name', async () => {
     let pending: Promise<unknown> | undefined;
     const traced = jit((q: numpy.Array) => {

@@ -56,7 +56,8 @@ async function attendOnCpu(
   const { attnMask, ...rest } = options;
   const read = async (value: tf.Tensor): Promise<Tensor> => {
     const { shape, dtype } = value;
-    const data = await value.data();
+    // Where a tensor is memory of its maker's, it is read before the call returns.
+    const data = ['cpu', 'wasm'].includes(tf.getBackend()) ? value.dataSync() : await value.data();
     return tensor(dtype === 'bool' ? new Uint8Array(data) : new Float32Array(data), shape);
   };
   const [q4, k4, v4, mask] = await Promise.all([read(q), read(k), read(v), attnMask && read(attnMask)]);

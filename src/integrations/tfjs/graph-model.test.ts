@@ -239,6 +239,19 @@ describe('a rewritten GraphModel', () => {
     expect(left).toEqual([expect.objectContaining({ reason: expect.stringContaining('go into Tanh') })]);
   });
 
+  it('says that attention in a function stays', () => {
+    const node = (name: string, op: string, ...input: string[]) => ({ name, op, input });
+    const nodeDef = [
+      node('s', 'BatchMatMulV2', 'q', 'k'),
+      node('p', 'Softmax', 's:output:0'),
+      node('y', 'BatchMatMulV2', 'p:softmax:0', 'v'),
+    ];
+    const library = { function: [{ signature: { name: 'while_body' }, nodeDef }, { signature: { name: 'empty' } }] };
+    const { taken, left } = rewriteTopology({ node: [node('x', 'Placeholder')], library });
+    expect(taken).toEqual([]);
+    expect(left).toEqual([{ node: 'p', reason: expect.stringContaining("inside the function 'while_body'") }]);
+  });
+
   it.each(['squarings', 'a chain', 'a circle'])('looks once at each node of %s', (kind) => {
     const node = (name: string, op: string, input: string[]) => ({ name, op, input });
     const count = kind === 'squarings' ? 60 : 10_000;

@@ -8,7 +8,15 @@ import { InvalidArgumentError } from '../../errors.ts';
 import { swapped } from '../onnxruntime/detect/order.ts';
 import { type Match, matchAttention } from './match.ts';
 import { OPERATOR, registerOperators, SHAPE_OPERATOR } from './operator.ts';
-import { type ModelTopology, nodeName, type Readers, reaches, readersOf, type TopologyNode } from './topology.ts';
+import {
+  functionsOf,
+  type ModelTopology,
+  nodeName,
+  type Readers,
+  reaches,
+  readersOf,
+  type TopologyNode,
+} from './topology.ts';
 
 export interface GraphModelOptions {
   /** Default `'auto'`: the backend's table decides. */
@@ -60,7 +68,7 @@ export function rewriteTopology(modelTopology: object, options: GraphModelOption
   const { kernel = 'auto' } = options;
   registerOperators();
   const nodes = new Map(original);
-  const readers = readersOf(modelTopology);
+  const readers = readersOf(modelTopology.node);
   const unread = modelTopology.node.filter((node) => !readers.has(node.name)).map((node) => node.name);
   const outputs = [...unread, ...(options.outputs ?? []).map(nodeName)];
   const left: { node: string; reason: string }[] = [];
@@ -82,12 +90,23 @@ export function rewriteTopology(modelTopology: object, options: GraphModelOption
     }
     replaced = replaced.filter((replacement) => !needed.includes(replacement));
   }
+  left.push(...functionsOf(modelTopology).flatMap(leftInside));
   const taken = replaced.map(({ match }) => match.output.node.name);
   const live = reaches(outputs, nodes);
   const node = modelTopology.node
     .filter(({ name }) => live.has(name))
     .map(({ name }) => nodes.get(name) as TopologyNode);
   return { topology: { ...modelTopology, node }, taken, left };
+}
+
+/** Attention that runs in control flow or a call. */
+function leftInside({ name, node }: ReturnType<typeof functionsOf>[number]): RewrittenTopology['left'] {
+  const nodes = new Map(node.map((each) => [each.name, each]));
+  const readers = readersOf(node);
+  const reason = `inside the function '${name}', which control flow or a call runs`;
+  return node
+    .filter((each) => matchAttention(each, nodes, readers) !== undefined)
+    .map((each) => ({ node: each.name, reason }));
 }
 
 interface Replacement {

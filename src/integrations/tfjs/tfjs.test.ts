@@ -83,6 +83,16 @@ describe.each(['cpu', 'wasm'])('sageattn on tfjs backend %s', (name) => {
     tf.dispose([q, k, v, attnMask, output]);
   });
 
+  it('reads its inputs before the call returns', async () => {
+    const source = Float32Array.from({ length: 8 }, () => 1);
+    const [q, v] = [tf.ones([1, 1, 2, 4]), tf.tensor(source, [1, 1, 2, 4])];
+    const pending = sageattn(q, q, v);
+    source.fill(7);
+    const output = await pending;
+    for (const value of await output.data()) expect(value).toBeCloseTo(1, 3);
+    tf.dispose([q, v, output]);
+  });
+
   const one = () => tf.ones([1, 1, 2, 4]);
   it.each<[string, string, (q: tf.Tensor) => Promise<unknown>]>([
     ['integers', 'k', (q) => sageattn(q, tf.cast(q, 'int32'), q)],
