@@ -89,6 +89,15 @@ describe('feeds', () => {
     }
   });
 
+  it('are read before run returns', async () => {
+    const sage = await sageOf().create(ATTENTION);
+    const inputs = feeds();
+    const expected = (await sage.run(inputs)).y?.data;
+    const pending = sage.run(inputs);
+    for (const { data } of Object.values(inputs)) (data as Float32Array).fill(Number.NaN);
+    expect((await pending).y?.data).toEqual(expected);
+  });
+
   it('a float16 scale computed from sizes is read', async () => {
     const bytes = attention('float16');
     const half = (dims: readonly number[]) =>

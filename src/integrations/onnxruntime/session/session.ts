@@ -20,7 +20,7 @@ import {
 import { CALLS_TO_TIME, lastOf, SiteState, settle, type Trial, together, toNumbers, tryKernel } from './calibration.ts';
 import { type AttentionCall, prepareCall } from './call.ts';
 import { type AttentionEngine, namedError } from './engine.ts';
-import { checkFeeds } from './feeds.ts';
+import { checkFeeds, ownFeeds } from './feeds.ts';
 import type { Lengths } from './lengths.ts';
 import { OpenedOnce } from './opened-sessions.ts';
 import type { AttentionReport } from './report.ts';
@@ -122,9 +122,13 @@ export class CutSession implements OrtSessionHandler {
     if (this.#isReleased) throw new Error('Session already disposed.');
   }
 
-  async #run(feeds: OrtFeeds, fetches: OrtFetches, options: object): Promise<OrtResults> {
-    const shape = inputShapeOf(this.inputNames.map((name) => feeds[name]?.dims ?? []));
-    const known = this.#isWhole || this.#wholeShapes.has(shape) ? await this.#openWhole() : undefined;
+  async #run(given: OrtFeeds, fetches: OrtFetches, options: object): Promise<OrtResults> {
+    const shape = inputShapeOf(this.inputNames.map((name) => given[name]?.dims ?? []));
+    const isWhole = this.#isWhole || this.#wholeShapes.has(shape);
+    const ready = isWhole ? this.#whole.ready('whole') : undefined;
+    if (ready !== undefined) return ready.run(given, fetches, options);
+    const feeds = ownFeeds(this.#parts.ort.Tensor as OrtTensorConstructor, given);
+    const known = isWhole ? await this.#openWhole() : undefined;
     if (known !== undefined) return known.run(feeds, fetches, options);
     try {
       if (this.#isSettled()) return await this.#compareWhole(feeds, fetches, options, shape);
