@@ -81,6 +81,22 @@ export function buildDiT(g: GraphBuilder, size: TransformerSize, spelling: Atten
   g.output('y', ['batch', 'tokens', width]);
 }
 
+/** A stack of vision transformer blocks (Dosovitskiy et al. 2020, arXiv 2010.11929): input `x` `[batch,tokens,width]`, output `y` like it. */
+export function buildViT(g: GraphBuilder, size: TransformerSize & { readonly mlpRatio: number }): void {
+  const { heads, headDim, blocks, mlpRatio } = size;
+  const width = heads * headDim;
+  let x = g.input('x', ['batch', 'tokens', width]);
+  for (let block = 0; block < blocks; block++) {
+    const attended = g.linear(packedAttention(g, norm(g, x, width), size), width, width);
+    const middle = g.op('Add', [x, attended]);
+    const hidden = g.linear(norm(g, middle, width), width, mlpRatio * width);
+    const gelu = g.op('Mul', [hidden, g.op('Sigmoid', [g.op('Mul', [hidden, g.scalar(1.702)])])]);
+    x = g.op('Add', [middle, g.linear(gelu, mlpRatio * width, width)]);
+  }
+  g.op('Identity', [x], {}, { outputs: ['y'] });
+  g.output('y', ['batch', 'tokens', width]);
+}
+
 /**
  * A decoder with grouped key heads and a cache: inputs `x` `[batch,length,width]`, `mask` `[batch,1,length,total]`
  * (additive), `past_key.i` and `past_value.i` `[batch,kvHeads,past,headDim]`; outputs `y`, `present_key.i`,
