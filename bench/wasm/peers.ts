@@ -4,7 +4,7 @@ import { Random } from '../../src/measure/random.ts';
 import type { Tensor } from '../../src/tensor/tensor.ts';
 import { GraphBuilder } from '../../test/support/graph-builder.ts';
 
-/** One attention over fixed operands, `[B,L,H,D]`; the result is the output in the same layout. */
+/** One attention over fixed operands, `[B,Lq,H,D]` and `[B,Lk,H,D]`; the result is the output in the same layout. */
 export interface Contender {
   readonly name: string;
   run(): Promise<Float32Array>;
@@ -17,15 +17,19 @@ export interface Operands {
   readonly v: Tensor;
   readonly batch: number;
   readonly heads: number;
+  /** Of k and v. */
   readonly tokens: number;
+  /** Of q; default: as many. */
+  readonly queries?: number;
   readonly headDim: number;
 }
 
 /** A model of one node. */
-function attentionModel({ batch, heads, tokens, headDim }: Operands): Uint8Array {
+function attentionModel({ batch, heads, tokens, queries = tokens, headDim }: Operands): Uint8Array {
   const builder = new GraphBuilder(new Random(1));
-  const dims = [batch, tokens, heads * headDim];
-  const inputs = ['query', 'key', 'value'].map((name) => builder.input(name, dims));
+  const dims = [batch, queries, heads * headDim];
+  const keyDims = [batch, tokens, heads * headDim];
+  const inputs = [builder.input('query', dims), builder.input('key', keyDims), builder.input('value', keyDims)];
   const output = builder.contrib('MultiHeadAttention', inputs, { num_heads: heads });
   builder.output(output, dims);
   return builder.build();
@@ -34,10 +38,10 @@ function attentionModel({ batch, heads, tokens, headDim }: Operands): Uint8Array
 type Ort = typeof import('onnxruntime-web');
 
 async function contender(name: string, ort: Ort, operands: Operands, session: object): Promise<Contender> {
-  const { q, k, v, batch, heads, tokens, headDim } = operands;
+  const { q, k, v, batch, heads, headDim } = operands;
   const created = await ort.InferenceSession.create(attentionModel(operands), session);
   const feed = (tensor: Tensor) =>
-    new ort.Tensor('float32', tensor.data as Float32Array, [batch, tokens, heads * headDim]);
+    new ort.Tensor('float32', tensor.data as Float32Array, [batch, tensor.shape[1] as number, heads * headDim]);
   const feeds = { query: feed(q), key: feed(k), value: feed(v) };
   const output = created.outputNames[0] as string;
   return {

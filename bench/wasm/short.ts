@@ -2,9 +2,10 @@
  * Calls of 1 to 4096 tokens in WASM against ONNX Runtime, as applications make them (`sageattn`, default options), all in one
  * process and interleaved.
  *
- *     node --import tsx bench/wasm/short.ts --threads 1 [--tokens 1,8,64] [--shapes 1x8x64] [--seconds 2] [--out FILE]
+ *     node --import tsx bench/wasm/short.ts --threads 1 [--tokens 1,8,64] [--shapes 1x8x64] [--queries 1] [--seconds 2] [--out FILE]
  *
- * Shapes are batch x heads x D. Prints a line for each shape and length and writes JSON: median and best time of each contender,
+ * With `--queries`, q has so many tokens and k and v have `--tokens`: with 1 it is decoding, and a contender of its own attends
+ * to keys and values that were prepared before. Shapes are batch x heads x D. Prints a line for each shape and length and writes JSON: median and best time of each contender,
  * processor time of the whole process (median), the ratio of each peer to ours, the kernel that ran and its error.
  */
 import { execFileSync } from 'node:child_process';
@@ -14,7 +15,7 @@ import { setTimeout } from 'node:timers/promises';
 import { parseArgs } from 'node:util';
 import { createProblem } from '../../src/attention/problem.ts';
 import { createWasmBackend } from '../../src/backends/wasm/index.ts';
-import { sageattn, setBackend } from '../../src/index.ts';
+import { prepareKeyValue, sageattn, setBackend } from '../../src/index.ts';
 import { thisMachine } from '../../src/measure/machine.ts';
 import { Random } from '../../src/measure/random.ts';
 import { median } from '../../src/measure/statistics.ts';
@@ -28,6 +29,7 @@ const { values: flags } = parseArgs({
     threads: { type: 'string', default: '1' },
     tokens: { type: 'string', default: '1,8,16,32,64,96,128,197,256,384,512,577,1024,2048' },
     shapes: { type: 'string', default: '1x8x64,8x4x64,1x12x64,24x4x128,1x16x72' },
+    queries: { type: 'string' },
     seconds: { type: 'string', default: '2' },
     out: { type: 'string' },
   },
@@ -40,6 +42,8 @@ const PAUSE_MILLISECONDS = 2;
 /** Calls of one contender in a row: work between two of its own calls counts, as in an application. */
 const BURST = 5;
 const EXACT_ROWS = 32;
+/** Of all contenders before any is timed: code is compiled in tiers. */
+const WARM_MILLISECONDS = 400;
 
 /** Instructions of the processor that the kernels' speed depends on. */
 function cpuFlags(): string[] {
@@ -51,11 +55,11 @@ function cpuFlags(): string[] {
   }
 }
 
-function operandsOf(batch: number, heads: number, headDim: number, tokens: number): Operands {
+function operandsOf(batch: number, heads: number, headDim: number, tokens: number, queries: number): Operands {
   const random = new Random(tokens + headDim);
-  const shape = [batch, tokens, heads, headDim];
-  const draw = () => tensor(random.normals(batch * tokens * heads * headDim), shape);
-  return { ...{ batch, heads, tokens, headDim }, q: draw(), k: draw(), v: draw() };
+  const draw = (length: number) =>
+    tensor(random.normals(batch * length * heads * headDim), [batch, length, heads, headDim]);
+  return { ...{ batch, heads, tokens, queries, headDim }, q: draw(queries), k: draw(tokens), v: draw(tokens) };
 }
 
 /** `sageattn` as an application calls it. */
@@ -64,6 +68,16 @@ function ours({ q, k, v }: Operands): Contender {
     name: 'ours',
     run: async () => (await sageattn(q, k, v, { backend: 'wasm', tensorLayout: 'NHD' })).data as Float32Array,
     release: async () => {},
+  };
+}
+
+/** Attention to keys and values that were quantized before. */
+async function prepared({ q, k, v }: Operands): Promise<Contender> {
+  const held = await prepareKeyValue(k, v, { backend: 'wasm', tensorLayout: 'NHD' });
+  return {
+    name: 'prepared',
+    run: async () => (await held.attend(q)).data as Float32Array,
+    release: async () => held.dispose(),
   };
 }
 
@@ -77,6 +91,7 @@ async function measure(operands: Operands, seconds: number) {
   const { q, k, v } = operands;
   const problem = createProblem(q, k, v, { tensorLayout: 'NHD' });
   const contenders = [ours(operands)];
+  if (operands.queries !== operands.tokens) contenders.push(await prepared(operands));
   for (const peer of [ortWeb, ortNode]) {
     // One that is not installed is left out.
     await peer(operands, threads).then(
@@ -84,7 +99,7 @@ async function measure(operands: Operands, seconds: number) {
       () => {},
     );
   }
-  const few = slice(q, 1, 0, Math.min(EXACT_ROWS, operands.tokens));
+  const few = slice(q, 1, 0, Math.min(EXACT_ROWS, operands.queries ?? operands.tokens));
   const exact = attentionExact(createProblem(few, k, v, { tensorLayout: 'NHD' }), { q: few, k, v }).output;
   const perBatch = exact.length / operands.batch;
   const running: { contender: Contender; times: number[]; cpu: number[]; relativeL1: number }[] = [];
@@ -97,7 +112,8 @@ async function measure(operands: Operands, seconds: number) {
       // onnxruntime-web fails at 4096 tokens.
     }
   }
-  for (let i = 0; i < 10; i++) for (const { contender } of running) await contender.run();
+  const warm = performance.now() + WARM_MILLISECONDS;
+  for (let i = 0; i < 3 || performance.now() < warm; i++) for (const { contender } of running) await contender.run();
   const end = performance.now() + seconds * 1000;
   for (let round = 0; round < 3 || performance.now() < end; round++) {
     for (let turn = 0; turn < running.length; turn++) {
@@ -128,10 +144,11 @@ const rows: object[] = [];
 for (const shape of flags.shapes.split(',')) {
   const [batch, heads, headDim] = shape.split('x').map(Number) as [number, number, number];
   for (const tokens of flags.tokens.split(',').map(Number)) {
-    if (2 * batch * heads * tokens * tokens * headDim > MOST_WORK) continue;
-    const operands = operandsOf(batch, heads, headDim, tokens);
+    const queries = flags.queries === undefined ? tokens : Number(flags.queries);
+    if (2 * batch * heads * queries * tokens * headDim > MOST_WORK) continue;
+    const operands = operandsOf(batch, heads, headDim, tokens, queries);
     const { kernel, contenders } = await measure(operands, Number(flags.seconds));
-    rows.push({ batch, heads, headDim, tokens, kernel, contenders });
+    rows.push({ batch, heads, headDim, queries, tokens, kernel, contenders });
     const own = contenders.ours as Measured & { relativeL1: number };
     const ratios = Object.entries(contenders)
       .filter(([name]) => name !== 'ours')

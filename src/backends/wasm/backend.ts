@@ -62,6 +62,8 @@ export interface WasmBackendParts {
   readonly sources?: KernelSources;
   /** Multiply-adds up to which a call runs on the calling thread; default: {@link SHORT_WORK}. */
   readonly shortWork?: number;
+  /** Only for tests, with kind `'inline'`: how dot products are taken, whatever the machine. */
+  readonly twoSteps?: boolean;
 }
 
 const OPTION_NAMES = ['threads', 'simd', 'workerUrl'] as const satisfies readonly (keyof WasmBackendOptions)[];
@@ -120,7 +122,7 @@ class WasmBackendImplementation implements WasmBackend {
   async #startCaller(reason: string): Promise<Runtime> {
     const { simd, relaxed } = await this.#load();
     const module = await compileUnshared(simd, this.#parts.sources);
-    return new Runtime(await CallerExecutor.create(module, reason), simd, relaxed);
+    return new Runtime(await CallerExecutor.create(module, reason, this.#parts.twoSteps), simd, relaxed);
   }
 
   async #startWorkers(): Promise<Runtime> {
@@ -137,6 +139,7 @@ class WasmBackendImplementation implements WasmBackend {
   async availability(): Promise<Availability> {
     try {
       const { simd, relaxed, executor } = await this.#workers.current();
+      const { dotProduct } = await this.#load();
       const { usedBytes, capacityBytes } = executor.memory;
       return {
         available: true,
@@ -144,6 +147,7 @@ class WasmBackendImplementation implements WasmBackend {
         details: {
           simd,
           'relaxed SIMD': relaxed,
+          'dot product': dotProduct,
           threads: executor.description,
           'short calls': `this thread, up to ${this.#shortWork} multiply-adds`,
           memory: `${usedBytes / 1024} KiB in use of ${capacityBytes / 1024} KiB`,

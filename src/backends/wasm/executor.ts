@@ -326,10 +326,13 @@ export class CallerExecutor implements Executor {
   /**
    * @param module kernels over a memory that is not shared
    * @param reason why it runs calls, for `doctor`
+   * @param twoSteps only for tests: how dot products are taken, whatever the machine
    */
-  static async create(module: WebAssembly.Module, reason: string): Promise<CallerExecutor> {
+  static async create(module: WebAssembly.Module, reason: string, twoSteps?: boolean): Promise<CallerExecutor> {
     const { memory, limit } = createMemory(false);
-    return new CallerExecutor(memory, limit, await instantiate(module, memory), reason);
+    const kernels = await instantiate(module, memory);
+    if (twoSteps !== undefined) kernels.setTwoSteps(Number(twoSteps));
+    return new CallerExecutor(memory, limit, kernels, reason);
   }
 
   get ended(): ExecutionError | undefined {

@@ -1,12 +1,24 @@
 import { expect, test } from 'vitest';
 import { BackendUnavailableError } from '../../errors.ts';
-import { computesExactly, instantiate, loadModule, othersAreExact } from './modules.ts';
+import { computesExactly, instantiate, kernelsComputeExactly, loadModule, othersAreExact } from './modules.ts';
 
 test('the probe tells a wrong dot product from a right one', async () => {
   // Its stand-in multiplies 16-bit integers, so that its sums differ from sums of 8-bit products.
   const { module, simd } = await loadModule('simd128');
   expect(simd).toBe('simd128');
   expect(await computesExactly(module)).toBe(false);
+});
+
+test('the dot product gives the same sums in one step and in two', async () => {
+  const { module, simd, dotProduct } = await loadModule('auto');
+  const memory = new WebAssembly.Memory({ initial: 1, maximum: 1, shared: true });
+  const kernels = await instantiate(module, memory);
+  expect(dotProduct).toMatch(simd === 'simd128' ? /16-bit/ : kernels.twoSteps() ? /two steps/ : /one instruction/);
+  for (const twoSteps of simd === 'relaxed' ? [0, 1] : []) {
+    kernels.setTwoSteps(twoSteps);
+    expect(kernels.twoSteps()).toBe(twoSteps);
+    expect(kernelsComputeExactly(kernels, memory), `in ${twoSteps + 1} steps`).toBe(true);
+  }
 });
 
 test('each of the other relaxed instructions is compared by value', async () => {

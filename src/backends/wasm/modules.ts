@@ -11,6 +11,10 @@ export interface KernelExports {
   readonly backward: (job: number, scratch: number) => number;
   readonly storeGradients: (job: number, scratch: number) => number;
   readonly exact: (job: number, scratch: number) => number;
+  /** Whether the dot product takes two steps here, see `assembly/dot.ts`. */
+  readonly twoSteps: () => number;
+  /** For tests. */
+  readonly setTwoSteps: (wanted: number) => void;
   readonly probe: (a: number, b: number, out: number) => void;
   readonly probeOthers: (input: number, out: number) => void;
 }
@@ -114,7 +118,11 @@ export function othersAreExact(probeOthers: KernelExports['probeOthers'], { buff
  */
 export async function computesExactly(module: WebAssembly.Module): Promise<boolean> {
   const memory = probeMemory();
-  const { probe, probeOthers } = await instantiate(module, memory);
+  return kernelsComputeExactly(await instantiate(module, memory), memory);
+}
+
+/** @param memory the one that the kernels work on */
+export function kernelsComputeExactly({ probe, probeOthers }: KernelExports, memory: WebAssembly.Memory): boolean {
   if (!othersAreExact(probeOthers, memory)) return false;
   const a = new Int8Array(memory.buffer, 64, 16);
   const b = new Int8Array(memory.buffer, 128, 16);
@@ -145,12 +153,18 @@ export async function computesExactly(module: WebAssembly.Module): Promise<boole
   return true;
 }
 
-/** The kernels to run, and why the relaxed build was not taken where it was not. */
+/** The kernels to run. */
 export interface LoadedModule {
   readonly module: WebAssembly.Module;
   readonly simd: Simd;
+  /** Why the relaxed build was taken or not. */
   readonly relaxed: string;
+  /** How the integers' dot product is computed. */
+  readonly dotProduct: string;
 }
+
+const IN_TWO_STEPS = 'relaxed, in two steps (sums of pairs saturate in 16 bits: no VNNI)';
+const IN_ONE_STEP = 'relaxed, one instruction';
 
 /**
  * Compiles the kernels.
@@ -162,7 +176,12 @@ export async function loadModule(simd: 'auto' | Simd, sources = LAZY_SOURCES): P
   if (simd !== 'simd128') {
     try {
       const module = await compile('relaxed', sources);
-      if (await computesExactly(module)) return { module, simd: 'relaxed', relaxed: 'exact' };
+      const memory = probeMemory();
+      const kernels = await instantiate(module, memory);
+      if (kernelsComputeExactly(kernels, memory)) {
+        const dotProduct = kernels.twoSteps() === 0 ? IN_ONE_STEP : IN_TWO_STEPS;
+        return { module, simd: 'relaxed', relaxed: 'exact', dotProduct };
+      }
       relaxed = 'the engine accepts the instructions and computes them wrongly';
     } catch (error) {
       relaxed =
@@ -178,7 +197,7 @@ export async function loadModule(simd: 'auto' | Simd, sources = LAZY_SOURCES): P
     const module = await compile('simd128', sources);
     // WebKit's policies let modules compile and forbid instances of them.
     await instantiate(module, probeMemory());
-    return { module, simd: 'simd128', relaxed };
+    return { module, simd: 'simd128', relaxed, dotProduct: '16-bit integers' };
   } catch (error) {
     if (error instanceof BackendUnavailableError) throw error;
     // Chromium and WebKit name the keyword, Firefox the policy.

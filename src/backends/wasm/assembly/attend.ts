@@ -92,6 +92,7 @@ import { elementShift, load4, loadElement, loadRow, storeRow } from './elements.
 import { decodeKeys, decodeValues, FP4_MAX, roundQuery, roundWeights, spreadInvalidFp4, WEIGHT_UNIT } from './fp4.ts';
 import { LEAST_SCALE, loadMeasured, rowMaximum } from './prepare.ts';
 import { addValuesFine, addValuesFloat, addValuesInteger, scoreRows, scoreRowsFloat } from './products.ts';
+import { addValuesRow, addValuesRowFloat, scoreRow, scoreRowFloat } from './row-products.ts';
 import {
   FLOAT_Q_ROW_BYTES,
   P_ROW_BYTES,
@@ -376,9 +377,13 @@ function addMeanScores(shares: usize, keys: i32, scores: usize): void {
 /**
  * Quantizes rows of Q to SCRATCH_Q and begins their softmax.
  *
- * @param q the first row; `rows` of them, which are repeated up to a multiple of 4
+ * @param q the first row
+ * @param rows how many there are
+ * @param prepared how many are wanted: the last is repeated
  */
-export function prepareQueries(job: usize, q: usize, stride: usize, rows: i32, means: usize, scratch: usize): void {
+export function prepareQueries(
+  job: usize, q: usize, stride: usize, rows: i32, prepared: i32, means: usize, scratch: usize,
+): void {
   const flags = load<i32>(job, JOB_FLAGS);
   const accurate = (flags & FLAG_ACCURATE) != 0;
   const exact = (flags & FLAG_EXACT) != 0;
@@ -388,8 +393,7 @@ export function prepareQueries(job: usize, q: usize, stride: usize, rows: i32, m
   const smScale = load<f32>(job, JOB_SM_SCALE);
   const levels = accurate ? Q_LEVELS_ACCURATE : Q_LEVELS;
   const row = scratch + SCRATCH_ROW;
-  const rowsPadded = (rows + 3) & ~3;
-  for (let r = 0; r < rowsPadded; r++) {
+  for (let r = 0; r < prepared; r++) {
     const stat = scratch + (<usize>r << 2);
     const most = loadMeasured(q + <usize>min(r, rows - 1) * stride, dtype, d, row, dPadded);
     const valid = most == most;
@@ -601,11 +605,12 @@ export function attendUnit(job: usize, unit: usize, scratch: usize): void {
       q + <usize>first * qStride, qStride, count, load<i32>(job, JOB_DTYPE), load<i32>(job, JOB_D), dPadded, scratch,
     );
   }
-  prepareQueries(job, q + <usize>firstRow * qStride, qStride, rows, means, scratch);
+  const single = rows == 1;
+  const rowsPadded = single ? 1 : (rows + 3) & ~3;
+  prepareQueries(job, q + <usize>firstRow * qStride, qStride, rows, rowsPadded, means, scratch);
   const steps = load<i32>(job, JOB_K_STEPS);
   const digits = ASC_FEATURE_RELAXED_SIMD && accurate ? 2 : 1;
   const packed = scratch + SCRATCH_Q;
-  const rowsPadded = (rows + 3) & ~3;
   const constants = scratch + SCRATCH_CONSTANTS;
   storeConstants(constants, P_LEVELS);
   if (ASC_FEATURE_RELAXED_SIMD) storeWeightConstants(constants);
@@ -682,12 +687,19 @@ export function attendUnit(job: usize, unit: usize, scratch: usize): void {
       const keys = (end - start + 15) & ~15;
       if (exact) {
         const floatRows = scratch + SCRATCH_FLOAT_Q + <usize>r * FLOAT_Q_ROW_BYTES;
-        scoreRowsFloat(floatRows, fp4 ? decodedKeys : tile, dPadded, keys, fp4 ? ones : tile + kScales, scores);
+        const floatKeys = fp4 ? decodedKeys : tile;
+        const floatScales = fp4 ? ones : tile + kScales;
+        if (single) scoreRowFloat(floatRows, floatKeys, dPadded, keys, floatScales, scores);
+        else scoreRowsFloat(floatRows, floatKeys, dPadded, keys, floatScales, scores);
         if (smoothQ) addMeanScores(meanScores, keys, scores);
-      } else scoreRows(
-        packed + <usize>r * Q_ROW_BYTES, tile, steps, digits, keys, tile + kScales, tile + kSums,
-        scratch + SCRATCH_ROW_ZEROS + (<usize>r << 2), scores,
-      );
+      } else if (single) {
+        scoreRow(packed, tile, steps, digits, keys, tile + kScales, tile + kSums, scratch + SCRATCH_ROW_ZEROS, scores);
+      } else {
+        scoreRows(
+          packed + <usize>r * Q_ROW_BYTES, tile, steps, digits, keys, tile + kScales, tile + kSums,
+          scratch + SCRATCH_ROW_ZEROS + (<usize>r << 2), scores,
+        );
+      }
       const whole = ordinary && start >= i + last + lower && start + keys <= min(keyLength, i + upper + 1);
       let twoDigits = false;
       for (let t = 0; t <= last; t++) {
@@ -758,17 +770,20 @@ export function attendUnit(job: usize, unit: usize, scratch: usize): void {
       const outRows = out + <usize>r * outBytes;
       const values = fp4 ? decodedValues : tile + vOffset;
       if (accurate) {
-        addValuesFloat(p, values, keys, dvPadded, weights, outRows, outBytes);
+        if (single) addValuesRowFloat(p, values, keys, dvPadded, weights, outRows);
+        else addValuesFloat(p, values, keys, dvPadded, weights, outRows, outBytes);
       } else if (precise) {
         addValuesFine(p, values, tile + vExponents, keys, dvPadded, weights, outRows, outBytes);
       } else {
         const valueSteps = keys / (ASC_FEATURE_RELAXED_SIMD ? 4 : 2);
-        addValuesInteger(p, values, valueSteps, dvPadded, tile + vScales, weights, outRows, outBytes);
+        if (single) addValuesRow(p, values, valueSteps, dvPadded, tile + vScales, weights, outRows);
+        else addValuesInteger(p, values, valueSteps, dvPadded, tile + vScales, weights, outRows, outBytes);
         if (ASC_FEATURE_RELAXED_SIMD) {
           if (twoDigits) {
-            addValuesInteger(
-              p + SECOND_DIGITS, values, valueSteps, dvPadded, tile + vScales, secondWeights, outRows, outBytes,
-            );
+            const second = p + SECOND_DIGITS;
+            const scales = tile + vScales;
+            if (single) addValuesRow(second, values, valueSteps, dvPadded, scales, secondWeights, outRows);
+            else addValuesInteger(second, values, valueSteps, dvPadded, scales, secondWeights, outRows, outBytes);
           }
         }
         if (tileFlags & TILE_VALUES_APART) {

@@ -416,7 +416,7 @@ function backwardRows(
     load<usize>(job, JOB_Q) +
     ((load<u32>(sequence, SEQUENCE_Q) + <u32>head * load<u32>(job, JOB_Q_HEAD_STRIDE)) << shift);
   const qStride = <usize>(load<u32>(job, JOB_Q_TOKEN_STRIDE) << shift);
-  prepareQueries(job, q + <usize>firstRow * qStride, qStride, rows, means, scratch);
+  prepareQueries(job, q + <usize>firstRow * qStride, qStride, rows, (rows + 3) & ~3, means, scratch);
   const dOutStride = <usize>(load<u32>(job, JOB_D_OUT_TOKEN_STRIDE) << shift);
   const dOut =
     load<usize>(job, JOB_D_OUT) +

@@ -8,8 +8,11 @@ import {
 } from '../generated/fields.ts';
 import { attendUnit } from './attend.ts';
 import { backwardUnit, prepareBackwardUnit, storeGradientsUnit } from './backward.ts';
+import { dot, OneStep, onesOf, setTwoSteps, TwoSteps, twoSteps } from './dot.ts';
 import { exactUnit } from './exact.ts';
 import { prepareUnit } from './prepare.ts';
+
+export { setTwoSteps, twoSteps };
 
 /** Takes the job's next unit; 0 when there is none or the job was stopped. */
 function takeUnit(job: usize): usize {
@@ -61,18 +64,14 @@ export function exact(job: usize, scratch: usize): i32 {
 }
 
 /**
- * The instruction that the products rest on, for 16 bytes each at `a` and `b`, to four integers at `out`: engines were seen
+ * The dot product that the products rest on, as they take it, for 16 bytes each at `a` and `b`, to four integers at `out`: engines were seen
  * to accept it and compute it wrongly.
  */
 export function probe(a: usize, b: usize, out: usize): void {
-  if (ASC_FEATURE_RELAXED_SIMD) {
-    v128.store(
-      out,
-      i32x4.relaxed_dot_i8x16_i7x16_add_s(v128.load(a), v128.load(b), v128.load(out)),
-    );
-  } else {
-    v128.store(out, i32x4.add(v128.load(out), i32x4.dot_i16x8_s(v128.load(a), v128.load(b))));
-  }
+  const x = v128.load(a);
+  const y = v128.load(b);
+  const sum = v128.load(out);
+  v128.store(out, twoSteps() ? dot<TwoSteps>(x, y, sum, onesOf(1)) : dot<OneStep>(x, y, sum, onesOf(1)));
 }
 
 /**

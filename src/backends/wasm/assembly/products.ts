@@ -5,16 +5,9 @@
 import {
   BLOCK_K,
 } from '../job.ts';
+import { dot, OneStep, onesOf, TwoSteps, twoSteps } from './dot.ts';
 import { madd } from './arithmetic.ts';
 import { FLOAT_Q_ROW_BYTES, P_ROW_BYTES, Q_ROW_BYTES } from './scratch.ts';
-
-/** `c + a . b`: each lane sums over the 4 bytes of its step. `b` holds -127..127 and `a` 0..127 in the relaxed build. */
-// @ts-ignore: decorator
-@inline
-function dot(b: v128, a: v128, c: v128): v128 {
-  if (ASC_FEATURE_RELAXED_SIMD) return i32x4.relaxed_dot_i8x16_i7x16_add_s(b, a, c);
-  return i32x4.add(c, i32x4.dot_i16x8_s(b, a));
-}
 
 /**
  * Scores of four rows of Q against `keys` keys (a multiple of 8) of a tile: `q . k * kScale` to `scores`
@@ -27,6 +20,15 @@ export function scoreRows(
   q: usize, tile: usize, steps: i32, digits: i32, keys: i32, scales: usize, sums: usize,
   zeros: usize, scores: usize,
 ): void {
+  if (twoSteps()) scoreRowsBy<TwoSteps>(q, tile, steps, digits, keys, scales, sums, zeros, scores);
+  else scoreRowsBy<OneStep>(q, tile, steps, digits, keys, scales, sums, zeros, scores);
+}
+
+function scoreRowsBy<Steps>(
+  q: usize, tile: usize, steps: i32, digits: i32, keys: i32, scales: usize, sums: usize,
+  zeros: usize, scores: usize,
+): void {
+  const ones = onesOf(steps);
   let b = tile;
   for (let key = 0; key < keys; key += 8) {
     let c00 = i32x4.splat(0);
@@ -43,17 +45,17 @@ export function scoreRows(
       const b0 = v128.load(b);
       const b1 = v128.load(b, 16);
       let a = v128.load32_splat(a0);
-      c00 = dot(b0, a, c00);
-      c01 = dot(b1, a, c01);
+      c00 = dot<Steps>(b0, a, c00, ones);
+      c01 = dot<Steps>(b1, a, c01, ones);
       a = v128.load32_splat(a0, Q_ROW_BYTES);
-      c10 = dot(b0, a, c10);
-      c11 = dot(b1, a, c11);
+      c10 = dot<Steps>(b0, a, c10, ones);
+      c11 = dot<Steps>(b1, a, c11, ones);
       a = v128.load32_splat(a0, 2 * Q_ROW_BYTES);
-      c20 = dot(b0, a, c20);
-      c21 = dot(b1, a, c21);
+      c20 = dot<Steps>(b0, a, c20, ones);
+      c21 = dot<Steps>(b1, a, c21, ones);
       a = v128.load32_splat(a0, 3 * Q_ROW_BYTES);
-      c30 = dot(b0, a, c30);
-      c31 = dot(b1, a, c31);
+      c30 = dot<Steps>(b0, a, c30, ones);
+      c31 = dot<Steps>(b1, a, c31, ones);
       a0 += 4;
       b += 32;
     } while (--n);
@@ -73,17 +75,17 @@ export function scoreRows(
           const b0 = v128.load(b);
           const b1 = v128.load(b, 16);
           let a = v128.load32_splat(a0);
-          c00 = dot(b0, a, c00);
-          c01 = dot(b1, a, c01);
+          c00 = dot<Steps>(b0, a, c00, ones);
+          c01 = dot<Steps>(b1, a, c01, ones);
           a = v128.load32_splat(a0, Q_ROW_BYTES);
-          c10 = dot(b0, a, c10);
-          c11 = dot(b1, a, c11);
+          c10 = dot<Steps>(b0, a, c10, ones);
+          c11 = dot<Steps>(b1, a, c11, ones);
           a = v128.load32_splat(a0, 2 * Q_ROW_BYTES);
-          c20 = dot(b0, a, c20);
-          c21 = dot(b1, a, c21);
+          c20 = dot<Steps>(b0, a, c20, ones);
+          c21 = dot<Steps>(b1, a, c21, ones);
           a = v128.load32_splat(a0, 3 * Q_ROW_BYTES);
-          c30 = dot(b0, a, c30);
-          c31 = dot(b1, a, c31);
+          c30 = dot<Steps>(b0, a, c30, ones);
+          c31 = dot<Steps>(b1, a, c31, ones);
           a0 += 4;
           b += 32;
         } while (--n);
@@ -179,6 +181,15 @@ export function addValuesInteger(
   p: usize, values: usize, steps: i32, channels: i32, scales: usize, weights: usize, out: usize,
   outBytes: usize,
 ): void {
+  if (twoSteps()) addValuesBy<TwoSteps>(p, values, steps, channels, scales, weights, out, outBytes);
+  else addValuesBy<OneStep>(p, values, steps, channels, scales, weights, out, outBytes);
+}
+
+function addValuesBy<Steps>(
+  p: usize, values: usize, steps: i32, channels: i32, scales: usize, weights: usize, out: usize,
+  outBytes: usize,
+): void {
+  const ones = onesOf(steps);
   for (let channel = 0; channel < channels; channel += 8) {
     let c00 = i32x4.splat(0);
     let c01 = c00;
@@ -195,17 +206,17 @@ export function addValuesInteger(
       const b0 = v128.load(b);
       const b1 = v128.load(b, 16);
       let a = v128.load32_splat(a0);
-      c00 = dot(b0, a, c00);
-      c01 = dot(b1, a, c01);
+      c00 = dot<Steps>(b0, a, c00, ones);
+      c01 = dot<Steps>(b1, a, c01, ones);
       a = v128.load32_splat(a0, P_ROW_BYTES);
-      c10 = dot(b0, a, c10);
-      c11 = dot(b1, a, c11);
+      c10 = dot<Steps>(b0, a, c10, ones);
+      c11 = dot<Steps>(b1, a, c11, ones);
       a = v128.load32_splat(a0, 2 * P_ROW_BYTES);
-      c20 = dot(b0, a, c20);
-      c21 = dot(b1, a, c21);
+      c20 = dot<Steps>(b0, a, c20, ones);
+      c21 = dot<Steps>(b1, a, c21, ones);
       a = v128.load32_splat(a0, 3 * P_ROW_BYTES);
-      c30 = dot(b0, a, c30);
-      c31 = dot(b1, a, c31);
+      c30 = dot<Steps>(b0, a, c30, ones);
+      c31 = dot<Steps>(b1, a, c31, ones);
       a0 += 4;
       b += 32;
     } while (--n);
