@@ -8,9 +8,11 @@ import {
   type TensorLayout,
   validateOptions,
 } from '../attention/options.ts';
+import { attentionOutputs } from '../attention/outputs.ts';
 import { type AttentionProblem, createProblem } from '../attention/problem.ts';
 import type { AttentionOutputs, KeyValueContext, PreparedKeyValue, RunContext } from '../backends/backend.ts';
 import { chooseKernel, contextOf, RUN_OPTIONS, takeTensor } from '../backends/choice.ts';
+import { outputsInto, takeOut } from '../backends/out.ts';
 import { DISPOSE } from '../dispose.ts';
 import { ExecutionError, InvalidArgumentError, takeOptions, textOf } from '../errors.ts';
 import { contiguousStrides, copyOfCpu, requireView, specOf, type Tensor, type TensorView } from '../tensor/tensor.ts';
@@ -243,10 +245,12 @@ export class KeyValueCache<T extends TensorView = Tensor> {
   attend(q: T, options?: AttendOptions): Promise<T | AttentionResult<T>>;
   async attend(q: T, options: AttendOptions = {}): Promise<T | AttentionResult<T>> {
     const { attnMask, ...unmasked } = validateOptions(options, ATTEND_OPTIONS);
-    const context = contextOf(unmasked, this.#backend);
     // The heads, dtype and rank of q are checked now; the mask's shape against the keys held when the call's turn
     // comes.
-    this.#problem(q, this.length, unmasked);
+    const { out: given } = unmasked;
+    const planned = this.#problem(q, this.length, unmasked);
+    const out = given && takeOut(given, { location: planned.location, outputs: attentionOutputs(planned) });
+    const context: RunContext = { ...contextOf(unmasked, this.#backend), ...(out && { out }) };
     let own = takeTensor('q', q);
     let mask = attnMask && takeTensor('options.attnMask', attnMask);
     const keep = () => {
@@ -258,7 +262,7 @@ export class KeyValueCache<T extends TensorView = Tensor> {
       const problem = this.#problem(own, this.length, mask === undefined ? unmasked : { ...unmasked, attnMask: mask });
       return this.#prepared.attend(own, problem, mask, context);
     });
-    const { output, lse } = outputs as AttentionOutputs<T>;
+    const { output, lse } = outputsInto(outputs as AttentionOutputs<T>, given, context);
     return lse === undefined ? output : { output, lse };
   }
 

@@ -3,7 +3,8 @@
 import { type AttentionOptions, type BackendName, OPTION_NAMES, validateOptions } from '../attention/options.ts';
 import { createProblem } from '../attention/problem.ts';
 import type { AttentionInputs, AttentionOutputs, KernelChoice, Plan, RunContext } from '../backends/backend.ts';
-import { chooseKernel, contextOf, RUN_OPTIONS, takeInputs } from '../backends/choice.ts';
+import { ATTENTION_RUN_OPTIONS, chooseKernel, contextOf, takeInputs } from '../backends/choice.ts';
+import { outputsInto, takeOut } from '../backends/out.ts';
 import { DISPOSE } from '../dispose.ts';
 import { ExecutionError, InvalidArgumentError, reading, textOf } from '../errors.ts';
 import { requireView, specOf, type Tensor, type TensorView } from '../tensor/tensor.ts';
@@ -58,14 +59,17 @@ export class Attention<T extends TensorView = Tensor> {
    */
   async run(inputs: AttentionInputs<T>, context: RunContext = {}): Promise<AttentionOutputs<T>> {
     if (this.#disposed) throw new ExecutionError('disposed', 'this Attention has been disposed');
-    const own = validateOptions(context, RUN_OPTIONS);
+    const own = validateOptions(context, ATTENTION_RUN_OPTIONS);
     if (typeof inputs !== 'object' || inputs === null) {
       throw new InvalidArgumentError('invalid-shape', 'inputs', 'an object with q, k and v', textOf(inputs));
     }
     own.signal?.throwIfAborted();
     reading('inputs', () => this.#requirePlanned(inputs));
     const taken = takeInputs(inputs);
-    return (await this.#plan.run(taken, contextOf(own, this.#backend))) as AttentionOutputs<T>;
+    const { location } = taken.q;
+    const out = own.out && takeOut(own.out, { location, outputs: this.#plan.outputs });
+    const run: RunContext = { ...contextOf(own, this.#backend), ...(out && { out }) };
+    return outputsInto((await this.#plan.run(taken, run)) as AttentionOutputs<T>, own.out, run);
   }
 
   /** @throws {InvalidArgumentError} a tensor unlike the planned one */
@@ -102,11 +106,11 @@ export class Attention<T extends TensorView = Tensor> {
  */
 export async function createAttention<T extends TensorView = Tensor>(
   specs: AttentionInputs<TensorSpec>,
-  options: Omit<AttentionOptions, 'attnMask' | 'signal' | 'stream'> = {},
+  options: Omit<AttentionOptions, 'attnMask' | 'signal' | 'stream' | 'out'> = {},
 ): Promise<Attention<T>> {
   const own = validateOptions(
     options,
-    OPTION_NAMES.filter((name) => name !== 'attnMask' && name !== 'signal' && name !== 'stream'),
+    OPTION_NAMES.filter((name) => !['attnMask', 'signal', 'stream', 'out'].includes(name)),
   );
   if (typeof specs !== 'object' || specs === null) {
     throw new InvalidArgumentError('invalid-shape', 'specs', 'an object with q, k and v', textOf(specs));

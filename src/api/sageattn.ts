@@ -2,9 +2,11 @@
 
 import type { KernelName } from '../attention/kernels.ts';
 import { type AttentionOptions, OPTION_NAMES, validateOptions } from '../attention/options.ts';
+import { attentionOutputs } from '../attention/outputs.ts';
 import { type AttentionProblem, createProblem, createVarlenProblem } from '../attention/problem.ts';
-import type { AttentionInputs, AttentionOutputs, Backend, Plan } from '../backends/backend.ts';
+import type { AttentionInputs, AttentionOutputs, Backend, Plan, RunContext } from '../backends/backend.ts';
 import { contextOf, keepInputs, takeInputs } from '../backends/choice.ts';
+import { outputsInto, takeOut } from '../backends/out.ts';
 import { forgetAvailability } from '../backends/registry.ts';
 import { BackendUnavailableError, ExecutionError, SageAttentionError } from '../errors.ts';
 import type { LseOf, Tensor, TensorView } from '../tensor/tensor.ts';
@@ -49,6 +51,7 @@ async function attend<T extends TensorView>(
 ): Promise<T | AttentionResult<T>> {
   options.signal?.throwIfAborted();
   const { problem } = taken;
+  const out = options.out && takeOut(options.out, { location: problem.location, outputs: attentionOutputs(problem) });
   // Inputs count as they are at the moment of the call. A plan that is at hand reads them now; where it must be waited for,
   // copies wait.
   let inputs: AttentionInputs<T> | undefined;
@@ -60,7 +63,7 @@ async function attend<T extends TensorView>(
     wait();
     backend = await chooseBackend(problem, options);
   }
-  const context = contextOf(options, backend.name);
+  const context: RunContext = { ...contextOf(options, backend.name), ...(out && { out }) };
   const run = (plan: Plan) => plan.run(inputs ?? taken.inputs, context);
   let outputs: AttentionOutputs;
   try {
@@ -70,7 +73,7 @@ async function attend<T extends TensorView>(
     throw error;
   }
   // A backend answers where its inputs are, so its tensors are of the caller's kind.
-  const { output, lse } = outputs as AttentionOutputs<T>;
+  const { output, lse } = outputsInto(outputs as AttentionOutputs<T>, options.out, context);
   return lse === undefined ? output : { output, lse };
 }
 
@@ -78,9 +81,9 @@ async function attend<T extends TensorView>(
  * Attention with quantized kernels, in place of scaled-dot-product attention: `softmax(q k^T * smScale) v`.
  *
  * Shapes (HND, the default): q `[B,Hq,Lq,D]`, k `[B,Hkv,Lk,D]`, v `[B,Hkv,Lk,Dv]`; NHD swaps heads and tokens. Hq is a
- * multiple of Hkv (grouped-query attention); D and Dv are from 1 to 256. dtypes float16, bfloat16 and float32; all
- * the same for all three. Inputs are never written, and are read as they are at the moment of the call: writing to
- * them, transferring or resizing them afterwards changes nothing.
+ * multiple of Hkv (grouped-query attention); D and Dv are from 1 to 256, on WASM to 512. dtypes float16, bfloat16 and
+ * float32; the same for all three. Inputs are never written but where `out` is one, and are read as they are at the
+ * moment of the call: writing to them, transferring or resizing them afterwards changes nothing.
  *
  * @returns the output, `[B,Hq,Lq,Dv]` in the same layout and dtype as q; with `returnLse: true` also the logsumexp
  * @throws {InvalidArgumentError} an argument that no kernel takes

@@ -21,20 +21,27 @@ async function usable(name: BackendName): Promise<Backend> {
   return backend;
 }
 
-const offers = (backend: Backend, kernel: AttentionOptions['kernel']) =>
-  kernel === undefined || kernel === 'auto' || backend.kernels.some(({ name }) => name === kernel);
+/** Whether it has the kernel that is asked for, if any is, for heads of this size. */
+const offers = (
+  backend: Backend,
+  { headDim, valueDim }: AttentionProblem,
+  kernel: AttentionOptions['kernel'] = 'auto',
+): boolean =>
+  backend.kernels.some(
+    ({ name, maxHeadDim }) => (kernel === 'auto' || name === kernel) && Math.max(headDim, valueDim) <= maxHeadDim,
+  );
 
 /**
  * CPU tensors: the most preferred backend that is accelerated and offers the kernel, else one that merely offers it.
  */
-async function backendForCpuTensors(kernel: AttentionOptions['kernel']): Promise<Backend> {
+async function backendForCpuTensors(problem: AttentionProblem, kernel: AttentionOptions['kernel']): Promise<Backend> {
   let fallback: Backend | undefined;
   // The last one's counts: it is the one that should run everywhere, and nobody misses CUDA in a browser.
   let failure: unknown;
   for (const name of BACKEND_PREFERENCE) {
     try {
       const backend = await getBackend(name);
-      if (!offers(backend, kernel)) continue;
+      if (!offers(backend, problem, kernel)) continue;
       const availability = knownAvailability(backend) ?? (await askAvailability(backend));
       if (availability.available && availability.accelerated) return backend;
       if (availability.available) fallback = backend;
@@ -45,7 +52,12 @@ async function backendForCpuTensors(kernel: AttentionOptions['kernel']): Promise
   }
   if (fallback !== undefined) return fallback;
   throw (
-    failure ?? new BackendUnavailableError('auto', `no backend here has kernel '${kernel}'`, 'Choose another kernel')
+    failure ??
+    new BackendUnavailableError(
+      'auto',
+      `no backend here has kernel '${kernel}' for head dims of ${problem.headDim} and ${problem.valueDim}`,
+      'Choose another kernel',
+    )
   );
 }
 
@@ -58,7 +70,7 @@ async function backendForCpuTensors(kernel: AttentionOptions['kernel']): Promise
 export async function chooseBackend(problem: AttentionProblem, options: AttentionOptions): Promise<Backend> {
   const asked = options.backend ?? 'auto';
   if (problem.location === 'cpu') {
-    return asked === 'auto' ? backendForCpuTensors(options.kernel) : usable(asked);
+    return asked === 'auto' ? backendForCpuTensors(problem, options.kernel) : usable(asked);
   }
   if (asked !== 'auto' && asked !== problem.location) {
     throw new InvalidArgumentError(
@@ -85,7 +97,7 @@ export function readyBackend(problem: AttentionProblem, options: AttentionOption
     if (backend === null) continue;
     const availability = backend && knownAvailability(backend);
     if (availability === undefined) return undefined;
-    if (!offers(backend as Backend, options.kernel) || !availability.available) continue;
+    if (!offers(backend as Backend, problem, options.kernel) || !availability.available) continue;
     if (availability.accelerated) return backend;
     fallback = backend;
   }

@@ -67,7 +67,7 @@ const GRADIENT_OPTIONS = {
   maskGradient: [(value: unknown) => typeof value === 'boolean', 'a boolean'],
 } as const satisfies Record<keyof GradientOptions, readonly [(value: unknown) => boolean, string]>;
 
-const FORWARD_NAMES = OPTION_NAMES.filter((name) => name !== 'returnLse');
+const FORWARD_NAMES = OPTION_NAMES.filter((name) => name !== 'returnLse' && name !== 'out');
 const TRAINABLE_NAMES = [...FORWARD_NAMES, ...Object.keys(GRADIENT_OPTIONS), 'cuSeqlensQ', 'cuSeqlensK'];
 
 /** Options of a call with gradients, in parts. */

@@ -68,6 +68,11 @@ export interface AttentionOptions {
   readonly pvAccumDtype?: PvAccumDtype;
   /** Also return the logsumexp of each row; default false. */
   readonly returnLse?: boolean;
+  /**
+   * Tensor on the CPU that the output is written into and that is returned: the output's shape and dtype, contiguous. It may be
+   * one of the inputs. After a call that failed it holds anything. Not for tensors on a GPU.
+   */
+  readonly out?: TensorView;
   /** Stops the call; the promise rejects with the signal's reason. */
   readonly signal?: AbortSignal;
   /** CUDA only: the stream to enqueue on; default: the library's own. CUDA outputs are ready in its order. */
@@ -119,6 +124,7 @@ const OPTIONS: Readonly<Record<keyof AttentionOptions, OptionCheck>> = {
   qkQuantGran: oneOf('per-block', 'per-warp', 'per-thread'),
   pvAccumDtype: oneOf('fp32', 'fp16', 'fp16+fp32', 'fp32+fp32', 'fp32+fp16'),
   returnLse: [isBoolean, 'a boolean'],
+  out: [(value) => typeof value === 'object' && value !== null && 'shape' in value, 'a tensor'],
   // By what it can do: an iframe, vm or jsdom has a class of its own.
   signal: [
     (value) =>

@@ -45,8 +45,8 @@ export interface PackedSequences {
   readonly cuSeqlensK: Int32Array;
 }
 
-/** Largest D and Dv of any kernel. */
-export const MAX_HEAD_DIM = 256;
+/** Largest D and Dv of any kernel; those on GPUs take less. */
+export const MAX_HEAD_DIM = 512;
 
 /** A validated, normalized call. */
 export interface AttentionProblem {

@@ -6,7 +6,7 @@ import type { OutputSpec, Outputs } from '../attention/outputs.ts';
 import type { AttentionProblem } from '../attention/problem.ts';
 import type { ScaleSearch } from '../quantization/fp4-blocks.ts';
 import type { Granularity, PvAccumDtype, QuerySmoothing } from '../quantization/schemes.ts';
-import type { LseOf, TensorView } from '../tensor/tensor.ts';
+import type { LseOf, Tensor, TensorView } from '../tensor/tensor.ts';
 
 /**
  * What a kernel honours. The first entry of each list is its default; an empty list means the option has no meaning
@@ -69,6 +69,8 @@ export interface RunContext {
   readonly signal?: AbortSignal;
   /** Where a CUDA backend enqueues the run; default: its own stream of the device. Other backends take none. */
   readonly stream?: StreamHandle;
+  /** The caller's tensor for the output of attention, contiguous: a backend that writes into it answers with it. */
+  readonly out?: Tensor;
 }
 
 /**

@@ -122,13 +122,15 @@ export function keepInputs<T extends TensorView>({ q, k, v, attnMask }: Attentio
 
 /** Options that belong to one run and not to a plan. */
 export const RUN_OPTIONS = ['signal', 'stream'] as const;
+/** And of one that gives an output. */
+export const ATTENTION_RUN_OPTIONS = [...RUN_OPTIONS, 'out'] as const;
 
 /**
  * What of the options belongs to the run.
  *
  * @throws {InvalidArgumentError} a stream on a backend that has none
  */
-export function contextOf({ signal, stream }: RunContext, backend: BackendName): RunContext {
+export function contextOf({ signal, stream }: Pick<RunContext, 'signal' | 'stream'>, backend: BackendName): RunContext {
   if (stream !== undefined && backend !== 'cuda') {
     throw new InvalidArgumentError('invalid-option', 'options.stream', `no stream on backend '${backend}'`, 'a stream');
   }

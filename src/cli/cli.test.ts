@@ -50,7 +50,7 @@ describe('bad input ends with one message and exit code 1', () => {
     [['bench', '--length', '0'], /Expected an integer of at least 1/],
     [['bench', '--length', '64,x'], /Expected an integer of at least 1/],
     [['bench', '--length', ''], /Expected an integer/],
-    [['bench', '--head-dim', '512'], /Expected an integer from 1 to 256/],
+    [['bench', '--head-dim', '513'], /Expected an integer from 1 to 512/],
     [['bench', '--repetitions', '1.5'], /Expected an integer/],
     [['bench', '--kernel', 'fastest'], /Allowed choices are qk-int8-pv-fp16/],
     [['bench', '--backend', 'tpu'], /Allowed choices are wasm, webgpu, cuda/],
@@ -231,6 +231,9 @@ it('demo compares exact attention and SageAttention on a text, in pieces and as 
   const { code, out } = await run('demo', '--text', file, '--backend', 'wasm', '--max-tokens', '150', '--json', json);
   expect(code).toBe(0);
   expect(out).toContain('Beyond what the model was trained for');
+  expect(out).toMatch(
+    /Verdict\nAccuracy: the same answers\. .*\nSpeed: attention over 150 tokens takes .*exact float32/,
+  );
   const report = JSON.parse(await readFile(json, 'utf8')) as DemoReport;
   expect(report).toMatchObject({ schema: 'sageattention-demo/1', backend: 'wasm', text: file });
   const { sentences, pieces, oneSequence } = report;
@@ -241,6 +244,7 @@ it('demo compares exact attention and SageAttention on a text, in pieces and as 
   for (const [i, row] of sentences.exactSimilarity.entries()) expect(row[i]).toBeCloseTo(1, 6);
   expect(sentences.largestDifference).toBeLessThan(0.05);
   for (const comparison of [sentences, pieces, oneSequence] as EncoderComparison[]) {
+    expect(comparison.reference).toBe('float64');
     expect(comparison.layers.map(({ heads, headDim }) => [heads, headDim])).toEqual([
       [4, 64],
       [4, 128],

@@ -86,13 +86,13 @@ function peerCell({ onnxruntimeWeb: peer, sageMs }: LayerComparison): string {
 function printComparison(comparison: EncoderComparison): void {
   const { layers, worstEmbeddingCosine, exactEncoderMs, sageEncoderMs, denseMs } = comparison;
   const withPeer = layers.some(({ onnxruntimeWeb }) => onnxruntimeWeb !== undefined);
-  const headings = ['', '>heads', ...ACCURACY_HEADINGS, '>exact f64', '>SageAttention', '>', '>onnxruntime-web f32'];
+  const headings = ['', '>heads', ...ACCURACY_HEADINGS, '>exact f32', '>SageAttention', '>', '>onnxruntime-web f32'];
   const rows = layers.flatMap((layer) => [
     [
       `layer ${layer.layer + 1} attention`,
       `${layer.heads} x ${layer.headDim}`,
       ...accuracyCells(layer.attention),
-      duration(layer.exactMs),
+      `${duration(layer.exactMs)} (${(layer.exactMs / layer.sageMs).toFixed(1)}x)`,
       duration(layer.sageMs),
       rate(layer.sageGflops),
       peerCell(layer),
@@ -110,9 +110,36 @@ function printComparison(comparison: EncoderComparison): void {
   const least = comparison.sequences > 1 ? 'at least ' : '';
   print(`Embeddings: cosine similarity ${least}${cosine(worstEmbeddingCosine)}. Kernel: ${kernels}.`);
   print(
-    `Whole encoder: ${duration(exactEncoderMs)} with the exact reference, ${duration(sageEncoderMs)} with SageAttention, ` +
-      `of which ${duration(denseMs)} are its dense layers in plain TypeScript.`,
+    `Whole encoder: ${duration(exactEncoderMs)} with exact attention in ${comparison.reference}, ` +
+      `${duration(sageEncoderMs)} with SageAttention, of which ${duration(denseMs)} are its dense layers.`,
   );
+}
+
+/** Embeddings that agree so well find the same neighbours. */
+const SAME_COSINE = 0.999;
+
+/** What all of it comes to, in words. */
+function verdict(comparisons: readonly EncoderComparison[]): string[] {
+  const worst = Math.min(...comparisons.map(({ worstEmbeddingCosine }) => worstEmbeddingCosine));
+  const { layers, longest } = comparisons.at(-1) as EncoderComparison;
+  const sum = (times: readonly number[]) => times.reduce((total, time) => total + time, 0);
+  const sageMs = sum(layers.map((layer) => layer.sageMs));
+  const against = (name: string, milliseconds: number) => {
+    const ratio = milliseconds / sageMs;
+    const said = ratio >= 1 ? `${ratio.toFixed(1)} times as long` : `only ${ratio.toFixed(2)} of that`;
+    return `${name} ${duration(milliseconds)}, ${said}`;
+  };
+  const peers = layers.map(({ onnxruntimeWeb }) => onnxruntimeWeb);
+  const peerMs = peers.flatMap((peer) => (peer !== undefined && 'medianMs' in peer ? [peer.medianMs] : []));
+  return [
+    `Accuracy: ${worst >= SAME_COSINE ? 'the same answers' : 'different answers'}. ` +
+      `Every embedding has a cosine similarity of at least ${cosine(worst)} with the exact one.`,
+    `Speed: attention over ${count(longest)} tokens takes ${[
+      duration(sageMs),
+      against('exact float32 of this package', sum(layers.map(({ exactMs }) => exactMs))),
+      ...(peerMs.length === layers.length ? [against('onnxruntime-web', sum(peerMs))] : []),
+    ].join('; ')}.`,
+  ];
 }
 
 /** Digits and, on a terminal, shades of grey: white is 1. */
@@ -159,7 +186,8 @@ export async function demo({ text: file, backend, kernel, maxTokens, json }: Dem
     dim(
       [
         'attention: the same q, k and v through both. output: of the whole layer, all up to it computed with SageAttention.',
-        'exact f64: the reference. Its times say how long the comparison takes, not how fast a float32 kernel is.',
+        'accuracy: against exact attention in float64, for the one long sequence in float32.',
+        "exact f32: this package's kernel that quantizes nothing, on WebAssembly. In brackets: times SageAttention's time.",
         ...(peer === undefined
           ? []
           : [`onnxruntime-web: its MultiHeadAttention on WebAssembly, ${peer.threads} threads.`]),
@@ -208,6 +236,10 @@ export async function demo({ text: file, backend, kernel, maxTokens, json }: Dem
   );
   const inOne = await compareEncoders(encoder, [used], selection, 'one sequence', Number.POSITIVE_INFINITY, peer);
   printComparison(inOne.comparison);
+
+  print();
+  print(bold('Verdict'));
+  for (const line of verdict([sentences, inPieces, inOne].map(({ comparison }) => comparison))) print(line);
 
   if (json !== undefined) {
     const report: DemoReport = {

@@ -52,7 +52,7 @@ function createProgram(): Command {
     )
     .addOption(
       new Option('-d, --head-dim <list>', 'head dims, comma-separated')
-        .argParser(list(integer(1, 256)))
+        .argParser(list(integer(1, 512)))
         .default([64, 128], '64,128'),
     )
     .addOption(new Option('--causal <which>', 'causal mask').choices(['no', 'yes', 'both']).default('no'))

@@ -8,7 +8,9 @@ import type { GpuTensor } from '../backends/webgpu/tensor.ts';
 /** Options of `sageattn` that say something about an engine's tensors: where they live says which backend runs. */
 export type BridgeOptions = Omit<AttentionOptions, 'attnMask' | 'returnLse' | 'stream' | 'backend'>;
 
-const TAKEN = OPTION_NAMES.filter((name) => name !== 'returnLse' && name !== 'stream' && name !== 'backend');
+const TAKEN = OPTION_NAMES.filter(
+  (name) => name !== 'returnLse' && name !== 'stream' && name !== 'out' && name !== 'backend',
+);
 
 /** @throws {InvalidArgumentError} an unknown option or a wrong value */
 export function validateBridgeOptions(options: BridgeOptions & { readonly attnMask?: object }): void {

@@ -14,7 +14,7 @@ export type CaptureOptions = Omit<AttentionOptions, 'attnMask' | 'backend' | 'si
   readonly cuSeqlens?: { readonly q: ArrayLike<number>; readonly k: ArrayLike<number> };
 };
 
-const TAKEN = OPTION_NAMES.filter((name) => !['attnMask', 'backend', 'signal', 'stream'].includes(name));
+const TAKEN = OPTION_NAMES.filter((name) => !['attnMask', 'backend', 'signal', 'stream', 'out'].includes(name));
 
 /**
  * Captures attention over these tensors into a CUDA graph. Each `launch` of the result replays quantization and

@@ -1,9 +1,11 @@
 /** The kernels of this backend, what each honours, and which one a device gets. */
 import type { KernelName } from '../../attention/kernels.ts';
-import { MAX_HEAD_DIM } from '../../attention/problem.ts';
 import { SCALE_SEARCHES } from '../../quantization/fp4-blocks.ts';
 import type { BackwardSupport, KernelDescriptor } from '../backend.ts';
 import type { Target } from './ptx/targets.ts';
+
+/** Largest D and Dv of these kernels. */
+export const MAX_HEAD_DIM = 256;
 
 /** Compute capability (major * 10 + minor) below which nothing here runs: `mma.m16n8k32` of INT8 and `cp.async` start there. */
 export const MINIMUM_COMPUTE_CAPABILITY = 80;

@@ -178,7 +178,7 @@ class WasmBackendImplementation implements WasmBackend {
     return {
       kernel,
       outputs: attentionOutputs(problem),
-      run: (inputs, context) => run(slot, inputs, context, (runtime, own) => calls.parts(runtime, own)),
+      run: (inputs, context) => run(slot, inputs, context, (runtime, own) => calls.parts(runtime, own, context.out)),
       dispose: () => {},
     };
   }

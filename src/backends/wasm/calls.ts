@@ -12,6 +12,7 @@ import {
   type TensorView,
 } from '../../tensor/tensor.ts';
 import type { AttentionInputs, AttentionOutputs, KernelChoice, KernelDescriptor } from '../backend.ts';
+import { outBytes } from '../out.ts';
 import type { Stage } from './executor.ts';
 import { exactScratch, type Precision, type Simd, type TileGeometry, tileGeometry } from './geometry.ts';
 import * as job from './job.ts';
@@ -104,8 +105,17 @@ export function tensorOf(bytes: Uint8Array<ArrayBuffer>, shape: readonly number[
   return { location: 'cpu', dtype, data, shape, strides: contiguousStrides(shape), offset: 0 };
 }
 
-/** Memory for what a run makes, and how it comes back. */
-export function allocateMade<Made extends Outputs>(runtime: Runtime, lease: Lease, specs: readonly OutputSpec[]) {
+/**
+ * Memory for what a run makes, and how it comes back.
+ *
+ * @param out the caller's tensor for the first of them
+ */
+export function allocateMade<Made extends Outputs>(
+  runtime: Runtime,
+  lease: Lease,
+  specs: readonly OutputSpec[],
+  out?: Tensor,
+) {
   const outputs = specs.map((spec) => {
     const bytes = elementCount(spec.shape) * BYTES_PER_ELEMENT[spec.dtype];
     return { ...spec, bytes, address: lease.allocate(bytes) };
@@ -117,17 +127,24 @@ export function allocateMade<Made extends Outputs>(runtime: Runtime, lease: Leas
     return made as Outputs as Made;
   };
   const finish = async (): Promise<Made> => {
-    const found = new Map<number, Uint8Array<ArrayBuffer>>();
-    for (const { bytes, address } of outputs) found.set(address, await runtime.executor.read(address, bytes));
-    return collect((address) => found.get(address) as Uint8Array<ArrayBuffer>);
+    const made: Partial<Record<OutputName, Tensor>> = {};
+    for (const [i, { name, shape, dtype, bytes, address }] of outputs.entries()) {
+      if (i === 0 && out !== undefined) {
+        await runtime.executor.readInto(address, outBytes(out));
+        made[name] = out;
+      } else {
+        made[name] = tensorOf(await runtime.executor.read(address, bytes), shape, dtype);
+      }
+    }
+    return made as Outputs as Made;
   };
   /** 0: it is not wanted. */
   const addressOf = (wanted: OutputName) => outputs.find(({ name }) => name === wanted)?.address ?? 0;
   return { addressOf, finish, collect };
 }
 
-function allocateOutputs(runtime: Runtime, lease: Lease, problem: AttentionProblem) {
-  const { addressOf, ...made } = allocateMade<AttentionOutputs>(runtime, lease, attentionOutputs(problem));
+function allocateOutputs(runtime: Runtime, lease: Lease, problem: AttentionProblem, out: Tensor | undefined) {
+  const { addressOf, ...made } = allocateMade<AttentionOutputs>(runtime, lease, attentionOutputs(problem), out);
   return { addresses: { out: addressOf('output'), lse: addressOf('lse') }, ...made };
 }
 
@@ -197,6 +214,7 @@ export const layoutsOf = ({ q, k, v, mask }: StagedInputs) => ({
  * A call over keys and values that are quantized already.
  *
  * @param held says where they are when the call's turn comes
+ * @param out the caller's tensor for the output
  * @throws {InvalidArgumentError} `buffer-too-small`
  */
 export function attendCall(
@@ -206,6 +224,7 @@ export function attendCall(
   q: TensorView,
   attnMask: TensorView | undefined,
   held: () => { readonly tiles: number; readonly means: number; readonly tilesPerHead: number },
+  out: Tensor | undefined,
 ): CallParts<AttentionOutputs> {
   return callOf(stageQuery(problem, q, attnMask), (lease, staged) => {
     const { headDim, valueDim, queryHeads } = problem;
@@ -216,7 +235,7 @@ export function attendCall(
       (record, i): SequenceRecord => ({ ...record, firstTile: i * tilesPerHead, tiles: tilesPerHead }),
     );
     const units = attendUnits(records, queryHeads);
-    const { addresses: made, finish } = allocateOutputs(runtime, lease, problem);
+    const { addresses: made, finish } = allocateOutputs(runtime, lease, problem, out);
     const address = lease.allocate(recordBytes(records.length, units.length));
     const addresses = {
       ...{ ...made, k: 0, v: 0, tail: 0, keyTail: 0, tailSeen: 0, tiles, means },
@@ -278,15 +297,20 @@ export class WholeCalls {
    *
    * @throws {InvalidArgumentError} `buffer-too-small`
    */
-  parts(runtime: Runtime, inputs: AttentionInputs): CallParts<AttentionOutputs> {
-    return callOf(stageInputs(this.#problem, inputs), (lease, staged) => this.#place(runtime, lease, staged));
+  parts(runtime: Runtime, inputs: AttentionInputs, out?: Tensor): CallParts<AttentionOutputs> {
+    return callOf(stageInputs(this.#problem, inputs), (lease, staged) => this.#place(runtime, lease, staged, out));
   }
 
-  #place(runtime: Runtime, lease: Lease, staged: StagedInputs): PreparedCall<AttentionOutputs> {
+  #place(
+    runtime: Runtime,
+    lease: Lease,
+    staged: StagedInputs,
+    out: Tensor | undefined,
+  ): PreparedCall<AttentionOutputs> {
     // Staged layouts follow from the problem alone.
     this.#planned ??= this.#plan(staged);
     const { stages, sequences, units, extraScratch, tileBytes, meanBytes } = this.#planned;
-    const { addresses: made, finish, collect } = allocateOutputs(runtime, lease, this.#problem);
+    const { addresses: made, finish, collect } = allocateOutputs(runtime, lease, this.#problem, out);
     const addresses = {
       ...{ ...made, tail: 0, keyTail: 0, tailSeen: 0 },
       mask: placed(lease, staged.mask),

@@ -36,6 +36,8 @@ export interface Executor {
   /** Copies bytes into the kernels' memory. Calls that follow see them. */
   write(address: number, bytes: Uint8Array): void;
   read(address: number, length: number): Promise<Uint8Array<ArrayBuffer>>;
+  /** The same to where the caller wants it. */
+  readInto(address: number, target: Uint8Array): Promise<void>;
   /** Copies inside the memory, before calls that follow. */
   copy(from: number, to: number, length: number): void;
   /**
@@ -65,11 +67,16 @@ export interface Executor {
 const LIMITS_PAGES = [65536, 32768, 16384, 8192, 4096];
 const INITIAL_PAGES = 16;
 
-function createMemory(shared: boolean): { memory: WebAssembly.Memory; limit: number } {
+/**
+ * @returns with what it begins and how far it can grow, in pages
+ * @throws {ExecutionError} `out-of-memory`
+ */
+export function createMemory(shared: boolean): { memory: WebAssembly.Memory; limit: number; pages: number } {
   let cause: unknown;
   for (const limit of LIMITS_PAGES) {
     try {
-      return { memory: new WebAssembly.Memory({ initial: INITIAL_PAGES, maximum: limit, shared }), limit };
+      const memory = new WebAssembly.Memory({ initial: INITIAL_PAGES, maximum: limit, shared });
+      return { memory, limit, pages: INITIAL_PAGES };
     } catch (error) {
       cause = error;
     }
@@ -86,6 +93,10 @@ function readFrom(memory: WebAssembly.Memory, address: number, length: number): 
   const copy = new Uint8Array(length);
   copy.set(new Uint8Array(memory.buffer, address, length));
   return copy;
+}
+
+function readTo(memory: WebAssembly.Memory, address: number, target: Uint8Array): void {
+  target.set(new Uint8Array(memory.buffer, address, target.length));
 }
 
 /**
@@ -206,6 +217,10 @@ class ThreadExecutor implements Executor {
     return readFrom(this.#memory, address, length);
   }
 
+  async readInto(address: number, target: Uint8Array): Promise<void> {
+    readTo(this.#memory, address, target);
+  }
+
   copy(from: number, to: number, length: number): void {
     new Uint8Array(this.#memory.buffer).copyWithin(to, from, from + length);
   }
@@ -271,6 +286,10 @@ class IsolatedWorkerExecutor implements Executor {
 
   async read(address: number, length: number): Promise<Uint8Array<ArrayBuffer>> {
     return (await this.#group.ask([{ read: length, address }])) ?? new Uint8Array(0);
+  }
+
+  async readInto(address: number, target: Uint8Array): Promise<void> {
+    target.set(await this.read(address, target.length));
   }
 
   copy(from: number, to: number, length: number): void {
@@ -345,6 +364,10 @@ export class CallerExecutor implements Executor {
 
   async read(address: number, length: number): Promise<Uint8Array<ArrayBuffer>> {
     return readFrom(this.#memory, address, length);
+  }
+
+  async readInto(address: number, target: Uint8Array): Promise<void> {
+    readTo(this.#memory, address, target);
   }
 
   copy(from: number, to: number, length: number): void {

@@ -65,8 +65,8 @@ export const EXACT_ROWS = 256;
 // A thread's own scratch.
 
 /** Bytes of scratch a thread needs besides one byte for each key of the longest sequence. */
-export const SCRATCH_BYTES = 196608;
+export const SCRATCH_BYTES = 385024;
 /** And besides it where tiles are FP4: one of them, decoded. */
-export const DECODED_TILE_BYTES = 262144;
+export const DECODED_TILE_BYTES = 524288;
 /** Where the kernel that quantizes nothing keeps keys, values and scores. */
-export const EXACT_DATA = 45312;
+export const EXACT_DATA = 91904;

@@ -210,11 +210,19 @@ export class WasmKeyValue implements PreparedKeyValue {
     return this.#use(() =>
       this.#runtime.run(
         context,
-        attendCall(this.#runtime, problem, this.#arithmetic, q, attnMask, () => {
-          // Calls that waited their turn may find what an earlier one left.
-          this.#assertIntact();
-          return { tiles: this.#tiles, means: this.#means, tilesPerHead: this.#capacity };
-        }),
+        attendCall(
+          this.#runtime,
+          problem,
+          this.#arithmetic,
+          q,
+          attnMask,
+          () => {
+            // Calls that waited their turn may find what an earlier one left.
+            this.#assertIntact();
+            return { tiles: this.#tiles, means: this.#means, tilesPerHead: this.#capacity };
+          },
+          context.out,
+        ),
       ),
     );
   }

@@ -15,6 +15,8 @@ export interface KernelExports {
   readonly twoSteps: () => number;
   /** For tests. */
   readonly setTwoSteps: (wanted: number) => void;
+  /** Rows of `a` times packed columns, see {@link MatrixProduct}. */
+  readonly multiply: (a: number, rows: number, b: number, inputs: number, columns: number, out: number) => void;
   readonly probe: (a: number, b: number, out: number) => void;
   readonly probeOthers: (input: number, out: number) => void;
 }

@@ -1,7 +1,9 @@
 /** The kernels of this backend that a caller may name. */
-import { MAX_HEAD_DIM } from '../../attention/problem.ts';
 import { SCALE_SEARCHES } from '../../quantization/fp4-blocks.ts';
 import type { KernelChoice, KernelDescriptor } from '../backend.ts';
+
+/** Largest D and Dv of these kernels. */
+export const MAX_HEAD_DIM = 256;
 
 export const QK_INT8_PV_FP16: KernelDescriptor = {
   name: 'qk-int8-pv-fp16',

@@ -2,7 +2,7 @@
 import { type GraphNode, registerOp } from '@tensorflow/tfjs-converter';
 import * as tf from '@tensorflow/tfjs-core';
 import type { KernelName } from '../../attention/kernels.ts';
-import { MAX_HEAD_DIM } from '../../attention/problem.ts';
+import { MAX_BACKWARD_HEAD_DIM } from '../../backends/wasm/kernel-table.ts';
 import { inverse, type Order, permutationOf } from '../onnxruntime/detect/order.ts';
 import { sageattn } from './attention.ts';
 import { operandsOfStep, type StepKind } from './match.ts';
@@ -150,7 +150,7 @@ function operandsOf(call: Call, v: tf.Tensor, shapes: readonly (readonly number[
   const product = batchOf(shapes[0] as readonly number[]);
   const weights = batchOf(shapes.at(-1) as readonly number[]);
   if (q.size * k.size * v.size === 0 || [q, k, v].some(({ dtype }) => dtype !== 'float32')) return undefined;
-  if (Math.max(q.shape.at(-1) as number, v.shape.at(-1) as number) > MAX_HEAD_DIM) return undefined;
+  if (Math.max(q.shape.at(-1) as number, v.shape.at(-1) as number) > MAX_BACKWARD_HEAD_DIM) return undefined;
   // Values of more batch entries than weights: one attention would have to be taken many times.
   if (!sameShape(broadcast(weights, batchOf(v.shape)), weights)) return undefined;
   const folded = foldSteps(call, shapes);

@@ -11,9 +11,9 @@ it.each([
   [63, 5, 7],
   [65, 12, 13],
   [129, 64, 96],
-])('%i rows, %i inputs, %i outputs', (rows, inputs, outputs) => {
+])('%i rows, %i inputs, %i outputs', async (rows, inputs, outputs) => {
   const [x, kernel, bias] = [random(rows * inputs), random(inputs * outputs), random(outputs)];
-  const actual = createDense(kernel, bias, inputs, outputs).apply(x, rows);
+  const actual = await createDense(kernel, bias, inputs, outputs).apply(x, rows);
   expect(actual).toHaveLength(rows * outputs);
   for (let row = 0; row < rows; row++) {
     for (let column = 0; column < outputs; column++) {
@@ -21,7 +21,7 @@ it.each([
       for (let i = 0; i < inputs; i++) {
         sum += (x[row * inputs + i] as number) * (kernel[i * outputs + column] as number);
       }
-      // Sums of at most 64 products below 1, rounded once to float32.
+      // Sums of at most 64 products below 1, rounded to float32 at each.
       expect(Math.abs((actual[row * outputs + column] as number) - sum)).toBeLessThan(64 * 2 ** -24);
     }
   }

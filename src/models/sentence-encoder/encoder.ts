@@ -45,6 +45,8 @@ export interface SentenceEncoder {
     attention: AttentionFunction,
     options?: EncodeOptions,
   ): Promise<Float32Array[]>;
+  /** Multiply-adds of the attention of all layers over so many sequences of one length. */
+  attentionWork(batch: number, length: number): number;
 }
 
 /** The sequences that the model was trained with are no longer than this. */
@@ -101,7 +103,7 @@ function createLayer(weights: LayerWeights, index: number) {
 
   return async (x: Float32Array, batch: Batch, attention: AttentionFunction): Promise<Float32Array> => {
     const rows = batch.size * batch.length;
-    const packed = qkv.apply(layerNorm(x, weights.attentionNorm), rows);
+    const packed = await qkv.apply(layerNorm(x, weights.attentionNorm), rows);
     const part = (which: number) =>
       tensor(packed, [batch.size, batch.length, heads, headDim], {
         offset: which * heads * headDim,
@@ -116,11 +118,11 @@ function createLayer(weights: LayerWeights, index: number) {
       smScale: 1 / Math.sqrt(headDim),
     });
     const hidden = add(
-      attentionOutput.apply(attended.data as Float32Array, rows),
-      residual === undefined ? x : residual.apply(x, rows),
+      await attentionOutput.apply(attended.data as Float32Array, rows),
+      residual === undefined ? x : await residual.apply(x, rows),
     );
-    const inner = relu(feedForward1.apply(layerNorm(hidden, weights.feedForwardNorm), rows));
-    return add(feedForward2.apply(inner, rows), hidden);
+    const inner = relu(await feedForward1.apply(layerNorm(hidden, weights.feedForwardNorm), rows));
+    return add(await feedForward2.apply(inner, rows), hidden);
   };
 }
 
@@ -201,9 +203,12 @@ export function createSentenceEncoder(weights: SentenceEncoderWeights): Sentence
         onLayer?.(index, hidden);
       }
     }
-    const embedded = output.apply(pool(hidden, batch), batch.size).map(Math.tanh);
+    const embedded = (await output.apply(pool(hidden, batch), batch.size)).map(Math.tanh);
     return sequences.map((_, b) => normalize(embedded.subarray(b * output.outputs, (b + 1) * output.outputs)));
   }
 
-  return { size: output.outputs, encode };
+  const attentionWork = (batch: number, length: number) =>
+    weights.layers.reduce((sum, { heads, headDim }) => sum + 2 * batch * heads * headDim * length * length, 0);
+
+  return { size: output.outputs, encode, attentionWork };
 }

@@ -89,6 +89,25 @@ export function product(a: usize, aBytes: usize, b: usize, n: i32, out: usize, o
   }
 }
 
+/**
+ * `out = a . b` for whole matrices without gaps.
+ *
+ * @param rows of `a`, a multiple of PRODUCT_ROWS
+ * @param b `[columns / PRODUCT_WIDTH, n, PRODUCT_WIDTH]`
+ * @param columns a multiple of PRODUCT_WIDTH
+ */
+export function multiply(a: usize, rows: i32, b: usize, n: i32, columns: i32, out: usize): void {
+  const aBytes = <usize>n << 2;
+  const outBytes = <usize>columns << 2;
+  for (let column = 0; column < columns; column += PRODUCT_WIDTH) {
+    for (let row = 0; row < rows; row += PRODUCT_ROWS) {
+      const to = out + <usize>row * outBytes + (<usize>column << 2);
+      product(a + <usize>row * aBytes, aBytes, b, n, to, outBytes);
+    }
+    b += (<usize>n * PRODUCT_WIDTH) << 2;
+  }
+}
+
 /** Four rows of `bytes` bytes to four columns of a group of PRODUCT_WIDTH, transposed 4 x 4 at a time. */
 export function packColumns(r0: usize, r1: usize, r2: usize, r3: usize, bytes: usize, target: usize): void {
   for (let i: usize = 0; i < bytes; i += 16) {

@@ -59,13 +59,13 @@ import { maximumOf, weighFloat } from './weights.ts';
 const ROWS: i32 = 8;
 
 // Scratch. A row takes the most that any takes, so that addresses of rows are constants apart.
-const ROW_BYTES: usize = 1024;
-const QUERIES: usize = 20480;
-const OUTPUTS: usize = 28672;
+const ROW_BYTES: usize = 2112;
+const QUERIES: usize = 40960;
+const OUTPUTS: usize = 57856;
 /** For each row NaN in the channels in which it sees a value that is not finite, 0 in others. */
-const POISON: usize = 36864;
+const POISON: usize = 74752;
 /** For each row what its sum of weights begins with: NaN where the query is not finite. */
-const SUMS: usize = 45056;
+const SUMS: usize = 91648;
 
 /** Whether all elements of a row are finite. */
 // @ts-ignore: decorator

@@ -10,9 +10,10 @@ import { attendUnit } from './attend.ts';
 import { backwardUnit, prepareBackwardUnit, storeGradientsUnit } from './backward.ts';
 import { dot, OneStep, onesOf, setTwoSteps, TwoSteps, twoSteps } from './dot.ts';
 import { exactUnit } from './exact.ts';
+import { multiply } from './exact-products.ts';
 import { prepareUnit } from './prepare.ts';
 
-export { setTwoSteps, twoSteps };
+export { multiply, setTwoSteps, twoSteps };
 
 /** Takes the job's next unit; 0 when there is none or the job was stopped. */
 function takeUnit(job: usize): usize {

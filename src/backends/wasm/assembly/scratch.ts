@@ -1,78 +1,81 @@
 /** Where a thread's scratch holds what; byte offsets. */
 
-/** One row of float32, padded to 256 and the 3 elements that loads may reach beyond. */
+/** One row of float32, padded to 512 and the 3 elements that loads may reach beyond. */
 export const SCRATCH_ROW: usize = 0;
-/** Quantized rows of Q; a row takes the most that any takes, so that addresses of rows are constants apart. */
-export const SCRATCH_Q: usize = 2048;
-export const Q_ROW_BYTES: usize = 512;
+/**
+ * Quantized rows of Q; a row takes the most that any takes, so that addresses of rows are constants apart, and a cache line more:
+ * rows a power of two apart would share few sets of the cache.
+ */
+export const SCRATCH_Q: usize = 4096;
+export const Q_ROW_BYTES: usize = 1088;
 /** Per row: what turns an integer score of a key with scale 1 into one in base 2. */
-export const SCRATCH_ROW_SCALES: usize = 18432;
+export const SCRATCH_ROW_SCALES: usize = 38912;
 /** Per row: share of the smoothing vector in the score, natural units. */
-export const SCRATCH_ROW_BIASES: usize = 18560;
+export const SCRATCH_ROW_BIASES: usize = 39040;
 /** Per row: running maximum, base 2, and sum of weights. */
-export const SCRATCH_MAXIMA: usize = 18688;
-export const SCRATCH_SUMS: usize = 18816;
+export const SCRATCH_MAXIMA: usize = 39168;
+export const SCRATCH_SUMS: usize = 39296;
 /** Of the four rows in work: the tile's weight. */
-export const SCRATCH_TILE_WEIGHTS: usize = 18976;
+export const SCRATCH_TILE_WEIGHTS: usize = 39456;
 /** Of the four rows in work: what a unit of P's second digits is worth; 0 for rows that have none. */
-export const SCRATCH_SECOND_WEIGHTS: usize = 18992;
+export const SCRATCH_SECOND_WEIGHTS: usize = 39472;
 /** Of the row in work: how far it reaches below and above 0. */
-export const SCRATCH_RANGE: usize = 18944;
+export const SCRATCH_RANGE: usize = 39424;
 /** Constants of the inner loops, see arithmetic.ts. */
-export const SCRATCH_CONSTANTS: usize = 19008;
+export const SCRATCH_CONSTANTS: usize = 39488;
 /** Per row: the integer that stands for 0. */
-export const SCRATCH_ROW_ZEROS: usize = 19264;
+export const SCRATCH_ROW_ZEROS: usize = 39744;
 /** Of the four rows in work: scores of a tile, float32, and weights in the format of the product with V. */
-export const SCRATCH_SCORES: usize = 19456;
-export const SCRATCH_P: usize = 21504;
+export const SCRATCH_SCORES: usize = 39936;
+export const SCRATCH_P: usize = 41984;
 export const P_ROW_BYTES: usize = 512;
 /** Output of the unit's rows before division by the sum, float32. */
-export const SCRATCH_OUT: usize = 23552;
+export const SCRATCH_OUT: usize = 44032;
 /** Preparation: the largest value of each key of a tile, float32; counts of exponents, then one byte for each key. */
-export const SCRATCH_VALUE_SIZES: usize = 56320;
-export const SCRATCH_HISTOGRAM: usize = 56832;
+export const SCRATCH_VALUE_SIZES: usize = 109568;
+export const SCRATCH_HISTOGRAM: usize = 110080;
 /**
  * Of the four rows in work: weights of the keys whose values stand apart, P_ROW_BYTES for each row, and what they are
  * worth.
  */
-export const SCRATCH_APART: usize = 57344;
-export const SCRATCH_APART_WEIGHTS: usize = 59392;
+export const SCRATCH_APART: usize = 110592;
+export const SCRATCH_APART_WEIGHTS: usize = 112640;
 /** Of the four rows in work: what the tile adds to the sum of weights, and the largest score. */
-export const SCRATCH_TILE_SUMS: usize = 59408;
-export const SCRATCH_TILE_MAXIMA: usize = 59424;
+export const SCRATCH_TILE_SUMS: usize = 112656;
+export const SCRATCH_TILE_MAXIMA: usize = 112672;
 /** Of the four rows in work: what turns their scores to base 2. */
-export const SCRATCH_TILE_SCALES: usize = 59440;
+export const SCRATCH_TILE_SCALES: usize = 112688;
 /** Per row: sum of weights before they were rounded, for the LSE. */
-export const SCRATCH_EXACT_SUMS: usize = 59456;
-/** Of the unit: Q's mean, float32, padded to 256; its product with each key of a tile; and BLOCK_K times 1. */
-export const SCRATCH_QUERY_MEAN: usize = 59648;
-export const SCRATCH_MEAN_SCORES: usize = 60672;
-export const SCRATCH_KEY_ONES: usize = 61184;
+export const SCRATCH_EXACT_SUMS: usize = 112704;
+/** Of the unit: Q's mean, float32, padded to 512; its product with each key of a tile; and BLOCK_K times 1. */
+export const SCRATCH_QUERY_MEAN: usize = 112896;
+export const SCRATCH_MEAN_SCORES: usize = 115008;
+export const SCRATCH_KEY_ONES: usize = 115520;
 /** A block or a row that becomes FP4. */
-export const SCRATCH_BLOCK: usize = 61696;
+export const SCRATCH_BLOCK: usize = 116032;
 /** A tile's keys and values in float32, where it is FP4. */
-export const SCRATCH_DECODED_KEYS: usize = 196608;
-export const SCRATCH_DECODED_VALUES: usize = 327680;
+export const SCRATCH_DECODED_KEYS: usize = 385024;
+export const SCRATCH_DECODED_VALUES: usize = 647168;
 /** Rows of Q in float32, where they are not quantized or tiles have means: attending, which comes after preparation. */
-export const SCRATCH_FLOAT_Q: usize = 65536;
-export const FLOAT_Q_ROW_BYTES: usize = 1024;
+export const SCRATCH_FLOAT_Q: usize = 122880;
+export const FLOAT_Q_ROW_BYTES: usize = 2112;
 /** Preparation: a tile of V in float32, where the caller keeps none. */
-export const SCRATCH_VALUES: usize = 65536;
+export const SCRATCH_VALUES: usize = 122880;
 /** Backward: rows of dO in float32, FLOAT_Q_ROW_BYTES apart; weights and gradients of scores, P_ROW_BYTES apart. */
-export const SCRATCH_D_OUT: usize = 98304;
-export const SCRATCH_GRADIENT_P: usize = 131072;
-export const SCRATCH_D_S: usize = 147456;
+export const SCRATCH_D_OUT: usize = 190464;
+export const SCRATCH_GRADIENT_P: usize = 258048;
+export const SCRATCH_D_S: usize = 274432;
 /** Of the four rows in work: dO . V, `[4, BLOCK_K]`. */
-export const SCRATCH_D_P: usize = 163840;
+export const SCRATCH_D_P: usize = 290816;
 /** Per row: `rowsum(dO o O)`, LSE in base 2, and a byte: dO holds NaN or infinity. */
-export const SCRATCH_DELTAS: usize = 165888;
-export const SCRATCH_LSES: usize = 166016;
-export const SCRATCH_INVALID_ROWS: usize = 166144;
+export const SCRATCH_DELTAS: usize = 292864;
+export const SCRATCH_LSES: usize = 292992;
+export const SCRATCH_INVALID_ROWS: usize = 293120;
 /** Per row: what weights relative to SCRATCH_LSES are multiplied by. */
-export const SCRATCH_FACTORS: usize = 166272;
+export const SCRATCH_FACTORS: usize = 293248;
 /** Four float32 of 1. */
-export const SCRATCH_ONES: usize = 166208;
+export const SCRATCH_ONES: usize = 293184;
 /** A row as SCRATCH_ROW, or a tile's keys of one. */
-export const SCRATCH_GRADIENT_ROW: usize = 166464;
+export const SCRATCH_GRADIENT_ROW: usize = 293440;
 /** Preparation: one byte for each key, see markSeen. */
-export const SCRATCH_SEEN: usize = 196608;
+export const SCRATCH_SEEN: usize = 385024;

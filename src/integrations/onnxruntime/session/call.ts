@@ -1,5 +1,4 @@
 /** From a site and the tensors of one run to the arguments of `sageattn`, or the reason why onnxruntime must do it. */
-import { MAX_HEAD_DIM } from '../../../attention/problem.ts';
 import { float16ToNumber } from '../../../tensor/formats/float16.ts';
 import { contiguousStrides } from '../../../tensor/tensor.ts';
 import type { AttentionSite, Mask, View } from '../detect/site.ts';
@@ -32,8 +31,15 @@ export interface AttentionCall {
 
 export type Preparation = { readonly call: AttentionCall } | { readonly reason: string };
 
-/** `values` has the site's inputs. */
-export function prepareCall(site: AttentionSite, values: ReadonlyMap<string, OrtTensor>): Preparation {
+/**
+ * @param values has the site's inputs
+ * @param maxHeadDim of the backend that is to run it
+ */
+export function prepareCall(
+  site: AttentionSite,
+  values: ReadonlyMap<string, OrtTensor>,
+  maxHeadDim: number,
+): Preparation {
   const tensor = (name: string) => values.get(name) as OrtTensor;
   const numbers = (name: string) => numbersOf(tensor(name));
   const [q, k, v] = [site.q, site.k, site.v].map((operand) => ({
@@ -50,7 +56,7 @@ export function prepareCall(site: AttentionSite, values: ReadonlyMap<string, Ort
   }
   const { rank } = q.view;
   let operands: Operands = { q: q.view, k: k.view, v: v.view };
-  if (!agree(operands) || (site.scores !== undefined && !multiply(operands)))
+  if (!agree(operands, maxHeadDim) || (site.scores !== undefined && !multiply(operands)))
     return { reason: `operands of shapes ${shapes}` };
   const scores = site.scores && readScores(site.scores, productOf(operands), numbers);
   if (scores !== undefined && 'reason' in scores) return scores;
@@ -103,7 +109,7 @@ interface Operands {
   readonly v: View;
 }
 
-function agree({ q, k, v }: Operands): boolean {
+function agree({ q, k, v }: Operands, maxHeadDim: number): boolean {
   const [batch, heads, , dim] = q.shape;
   const [keyBatch, keyHeads, keys, keyDim] = k.shape;
   const [valueBatch, valueHeads, values, valueDim] = v.shape;
@@ -115,7 +121,7 @@ function agree({ q, k, v }: Operands): boolean {
     heads % keyHeads === 0 &&
     keys === values &&
     keyDim === dim &&
-    [dim, valueDim].every((size) => size >= 1 && size <= MAX_HEAD_DIM) &&
+    [dim, valueDim].every((size) => size >= 1 && size <= maxHeadDim) &&
     // Nothing to compute: onnxruntime gives its own empty tensors.
     [q, k, v].every((view) => view.shape.every((size) => size > 0))
   );

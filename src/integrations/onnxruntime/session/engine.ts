@@ -3,7 +3,7 @@
 import { sageattn } from '../../../api/sageattn.ts';
 import type { KernelName } from '../../../attention/kernels.ts';
 import type { AttentionOptions } from '../../../attention/options.ts';
-import { type AttentionProblem, createProblem } from '../../../attention/problem.ts';
+import { type AttentionProblem, createProblem, MAX_HEAD_DIM } from '../../../attention/problem.ts';
 import { getBackend } from '../../../backends/registry.ts';
 import { ExecutionError, messageOf } from '../../../errors.ts';
 import { type Tensor, type TensorView, transpose } from '../../../tensor/tensor.ts';
@@ -13,6 +13,8 @@ import { simplifyMask } from './mask.ts';
 
 export interface AttentionEngine {
   readonly backend: 'wasm' | 'webgpu';
+  /** Largest head dim that its kernels take. */
+  readonly maxHeadDim: number;
   /** Kernels of the backend, for calibration. */
   kernels(): Promise<readonly KernelName[]>;
   attend(call: AttentionCall, kernel: KernelName | 'auto'): Promise<Attended>;
@@ -74,6 +76,7 @@ const defaultKernel = async (problem: AttentionProblem): Promise<KernelName> =>
 export function cpuEngine(OrtTensorClass: OrtTensorConstructor): AttentionEngine {
   return {
     backend: 'wasm',
+    maxHeadDim: MAX_HEAD_DIM,
     async kernels() {
       return (await getBackend('wasm')).kernels.map(({ name }) => name);
     },

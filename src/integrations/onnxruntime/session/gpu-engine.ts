@@ -69,6 +69,7 @@ export async function gpuEngine(OrtTensorClass: OrtTensorConstructor, device: GP
 
   return {
     backend: 'webgpu',
+    maxHeadDim: Math.max(...backend.kernels.map(({ maxHeadDim }) => maxHeadDim)),
     async kernels() {
       return backend.kernels.map(({ name }) => name);
     },

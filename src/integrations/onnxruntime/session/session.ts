@@ -221,7 +221,7 @@ export class CutSession implements OrtSessionHandler {
   async #runSite(run: Run, state: SiteState, options: object): Promise<boolean> {
     const { site, result } = state.placed;
     if (!run.needs(result)) return false;
-    const prepared = prepareCall(site, run.values);
+    const prepared = prepareCall(site, run.values, this.#parts.engine.maxHeadDim);
     const reason = 'reason' in prepared ? prepared.reason : this.#tooShort(state, prepared.call);
     if ('reason' in prepared || reason !== undefined) {
       state.reason = reason;
