@@ -2,9 +2,9 @@
 
 import type { BackendName } from '../../src/attention/options.ts';
 import { attentionOutputs } from '../../src/attention/outputs.ts';
-import { outputShapeOf } from '../../src/attention/problem.ts';
+import { type AttentionProblem, lseShapeOf, outputShapeOf } from '../../src/attention/problem.ts';
 import type { AttentionOutputs, Backend, KernelDescriptor, PreparedKeyValue } from '../../src/backends/backend.ts';
-import { attentionExact } from '../../src/reference/exact.ts';
+import { attentionExact, type ReferenceInputs } from '../../src/reference/exact.ts';
 import { writeValues } from '../../src/tensor/access.ts';
 import { emptyTensor, type Tensor } from '../../src/tensor/tensor.ts';
 
@@ -18,10 +18,21 @@ const KERNEL: KernelDescriptor = {
   maxHeadDim: 256,
 };
 
-/** `calls` grows by one with each attention. */
-export function exactBackend(name: BackendName = 'wasm'): Backend & { calls: number } {
-  const backend: Backend & { calls: number } = {
+function attend(problem: AttentionProblem, inputs: ReferenceInputs): AttentionOutputs {
+  const exact = attentionExact(problem, inputs);
+  const output = emptyTensor(outputShapeOf(problem), problem.dtype);
+  writeValues(exact.output, output);
+  if (!problem.returnLse) return { output };
+  const lse = emptyTensor(lseShapeOf(problem), 'float32');
+  writeValues(exact.lse, lse);
+  return { output, lse };
+}
+
+/** `calls` grows by one with each attention, `disposed` with each disposed cache. */
+export function exactBackend(name: BackendName = 'wasm'): Backend & { calls: number; disposed: number } {
+  const backend: Backend & { calls: number; disposed: number } = {
     calls: 0,
+    disposed: 0,
     name,
     kernels: [KERNEL],
     availability: async () => ({ available: true, accelerated: true, details: {} }),
@@ -31,15 +42,26 @@ export function exactBackend(name: BackendName = 'wasm'): Backend & { calls: num
       outputs: attentionOutputs(problem),
       run: async (inputs): Promise<AttentionOutputs> => {
         backend.calls++;
-        const { q, k, v, attnMask } = inputs as Record<'q' | 'k' | 'v' | 'attnMask', Tensor>;
-        const output = emptyTensor(outputShapeOf(problem), problem.dtype);
-        writeValues(attentionExact(problem, { q, k, v, attnMask }).output, output);
-        return { output };
+        return attend(problem, inputs as ReferenceInputs);
       },
       dispose: () => undefined,
     }),
-    prepareKeyValue: async (): Promise<PreparedKeyValue> => {
-      throw new Error('integrations hold no caches');
+    prepareKeyValue: async (prepared, _kernel, k, v): Promise<PreparedKeyValue> => {
+      const held = structuredClone({ k: k as Tensor, v: v as Tensor });
+      return {
+        length: prepared.keyLength,
+        append: async () => {
+          throw new Error('nobody appends to these');
+        },
+        attend: async (q, problem, attnMask) => {
+          backend.calls++;
+          const located = { ...problem, k: prepared.k, v: prepared.v };
+          return attend(located, { q: q as Tensor, ...held, attnMask: attnMask as Tensor | undefined });
+        },
+        dispose: () => {
+          backend.disposed++;
+        },
+      };
     },
     dispose: async () => undefined,
   };

@@ -1,0 +1,175 @@
+/** A group of ranks in this process and the tensors that are divided among them. */
+import type { BackendName } from '../attention/options.ts';
+import { checkOption, oneOf } from '../attention/options.ts';
+import type { Backend } from '../backends/backend.ts';
+import { getBackend } from '../backends/registry.ts';
+import { DISPOSE } from '../dispose.ts';
+import { ExecutionError, InvalidArgumentError, takeOptions, textOf } from '../errors.ts';
+import type { DType } from '../tensor/dtype.ts';
+import { emptyTensor, requireView, slice, type Tensor, type TensorView } from '../tensor/tensor.ts';
+import { HostPlace } from './host-place.ts';
+import type { Place } from './place.ts';
+import { lengthOf, spansOf, TOKEN_ORDERS, type TokenOrder } from './shards.ts';
+
+/** Most ranks of one process. */
+const MAX_RANKS = 1024;
+
+export interface DeviceGroupOptions {
+  /** Ranks in this process's memory, worked on by one backend; they take turns on it. */
+  readonly ranks: number;
+  /** Default `'wasm'`. A backend of one's own may be given instead of a name. */
+  readonly backend?: BackendName | Backend;
+}
+
+export interface ShardOptions {
+  /** Which dimension counts tokens: `'HND'` (default) the third of `[B,H,L,D]`, `'NHD'` the second of `[B,L,H,D]`. */
+  readonly tensorLayout?: 'HND' | 'NHD';
+  /** Default `'contiguous'`; with a causal mask `'zigzag'` gives every rank the same work. */
+  readonly order?: TokenOrder;
+}
+
+/** A tensor of which every rank of a group holds some tokens. */
+export interface ShardedTensor {
+  readonly group: DeviceGroup;
+  /** Of each rank, where it works. */
+  readonly parts: readonly TensorView[];
+  /** Of the whole. */
+  readonly shape: readonly number[];
+  readonly dtype: DType;
+  /** The dimension of tokens. */
+  readonly tokenAxis: number;
+  readonly order: TokenOrder;
+  dispose(): void;
+  [Symbol.dispose](): void;
+}
+
+export function shardedTensor(
+  group: DeviceGroup,
+  parts: readonly TensorView[],
+  whole: Pick<ShardedTensor, 'shape' | 'dtype' | 'tokenAxis' | 'order'>,
+): ShardedTensor {
+  let disposed = false;
+  const dispose = () => {
+    if (disposed) return;
+    disposed = true;
+    for (const [rank, part] of parts.entries()) (group.places[rank] as Place).free(part);
+  };
+  const { shape, dtype, tokenAxis, order } = whole;
+  return { group, parts, shape, dtype, tokenAxis, order, dispose, [DISPOSE]: dispose };
+}
+
+/** Ranks that attend together; see {@link createDeviceGroup}. */
+export class DeviceGroup {
+  /** @internal */
+  readonly places: readonly Place[];
+  #disposed = false;
+
+  /** @internal */
+  constructor(places: readonly Place[]) {
+    this.places = places;
+  }
+
+  /** Number of ranks. */
+  get size(): number {
+    return this.places.length;
+  }
+
+  /** @internal */
+  requireUsable(): void {
+    if (this.#disposed) throw new ExecutionError('disposed', 'this DeviceGroup has been disposed');
+  }
+
+  /**
+   * Divides a tensor's tokens among the ranks. The caller's tensor may be written to once the promise has resolved.
+   *
+   * @param view `[B,H,L,D]` or `[B,L,H,D]` in this process's memory
+   * @throws {InvalidArgumentError} no such tensor
+   */
+  async shard(view: Tensor, options: ShardOptions = {}): Promise<ShardedTensor> {
+    this.requireUsable();
+    const { tensorLayout = 'HND', order = 'contiguous' } = takeOptions(options, ['tensorLayout', 'order']);
+    checkOption('tensorLayout', tensorLayout, oneOf('HND', 'NHD'));
+    checkOption('order', order, oneOf(...TOKEN_ORDERS));
+    requireView('tensor', view);
+    if (view.location !== 'cpu' || view.shape.length !== 4 || view.dtype === 'bool') {
+      const received = `${textOf(view.location)} ${textOf(view.dtype)} ${textOf(view.shape)}`;
+      throw new InvalidArgumentError('invalid-shape', 'tensor', 'a CPU tensor of 4 dimensions', received);
+    }
+    const tokenAxis = tensorLayout === 'HND' ? 2 : 1;
+    const length = view.shape[tokenAxis] as number;
+    const parts = this.places.map((place, rank) => {
+      const spans = spansOf(length, this.size, rank, order);
+      const shape = view.shape.map((size, i) =>
+        i === tokenAxis ? spans.reduce((sum, span) => sum + lengthOf(span), 0) : size,
+      );
+      const host = emptyTensor(shape, view.dtype as DType);
+      copySpans(new HostPlace(place.backend), view, host, tokenAxis, spans);
+      return place.upload(host);
+    });
+    return shardedTensor(this, parts, { shape: [...view.shape], dtype: view.dtype as DType, tokenAxis, order });
+  }
+
+  /** The whole of a sharded tensor, in this process's memory, contiguous. */
+  async gather({ group, parts, shape, dtype, tokenAxis, order }: ShardedTensor): Promise<Tensor> {
+    this.requireUsable();
+    if (group !== this)
+      throw new InvalidArgumentError('mixed-locations', 'tensor', 'a tensor of this group', 'another');
+    const whole = emptyTensor(shape, dtype);
+    for (const [rank, part] of parts.entries()) {
+      const place = this.places[rank] as Place;
+      const spans = spansOf(shape[tokenAxis] as number, this.size, rank, order);
+      copySpans(new HostPlace(place.backend), await place.download(part), whole, tokenAxis, spans, 'gather');
+    }
+    return whole;
+  }
+
+  /** Frees what the group holds; sharded tensors are the caller's to dispose. */
+  dispose(): void {
+    this.#disposed = true;
+  }
+
+  [DISPOSE](): void {
+    this.dispose();
+  }
+}
+
+/** Copies the tokens of `spans` from a whole tensor to a part that holds them one after another, or back. */
+function copySpans(
+  host: HostPlace,
+  from: TensorView,
+  to: TensorView,
+  axis: number,
+  spans: readonly { readonly start: number; readonly end: number }[],
+  way: 'shard' | 'gather' = 'shard',
+): void {
+  let at = 0;
+  for (const { start, end } of spans) {
+    const packed = [at, at + end - start] as const;
+    const [source, target] = way === 'shard' ? ([[start, end], packed] as const) : ([packed, [start, end]] as const);
+    host.copy(slice(from, axis, ...source), slice(to, axis, ...target));
+    at = packed[1];
+  }
+}
+
+/**
+ * Ranks that attend together.
+ *
+ * @throws {InvalidArgumentError} no number of ranks
+ * @throws {BackendUnavailableError} this build does not contain the backend
+ */
+export async function createDeviceGroup(options: DeviceGroupOptions): Promise<DeviceGroup> {
+  const { ranks, backend = 'wasm' } = takeOptions(options, ['ranks', 'backend']);
+  if (!Number.isInteger(ranks) || ranks < 1 || ranks > MAX_RANKS) {
+    throw new InvalidArgumentError(
+      'invalid-option',
+      'options.ranks',
+      `a whole number from 1 to ${MAX_RANKS}`,
+      textOf(ranks),
+    );
+  }
+  const own = typeof backend === 'string' ? await getBackend(backend) : backend;
+  if (own.name !== 'wasm') {
+    throw new InvalidArgumentError('invalid-option', 'options.backend', "'wasm' for ranks in memory", `'${own.name}'`);
+  }
+  return new DeviceGroup(Array.from({ length: ranks }, () => new HostPlace(own)));
+}
