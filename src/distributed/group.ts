@@ -2,6 +2,7 @@
 import type { BackendName } from '../attention/options.ts';
 import { checkOption, oneOf } from '../attention/options.ts';
 import type { Backend } from '../backends/backend.ts';
+import type { CudaBackend } from '../backends/cuda/backend.ts';
 import { getBackend } from '../backends/registry.ts';
 import { DISPOSE } from '../dispose.ts';
 import { ExecutionError, InvalidArgumentError, takeOptions, textOf } from '../errors.ts';
@@ -15,9 +16,14 @@ import { lengthOf, spansOf, TOKEN_ORDERS, type TokenOrder } from './shards.ts';
 const MAX_RANKS = 1024;
 
 export interface DeviceGroupOptions {
-  /** Ranks in this process's memory, worked on by one backend; they take turns on it. */
-  readonly ranks: number;
-  /** Default `'wasm'`. A backend of one's own may be given instead of a name. */
+  /**
+   * CUDA devices by ordinal, one a rank, all of one kind; one that is named several times is several ranks. Keys and values are copied
+   * from device to device by the driver.
+   */
+  readonly devices?: readonly number[];
+  /** Instead of `devices`: ranks in this process's memory, which take turns on one backend. */
+  readonly ranks?: number;
+  /** Default `'cuda'` with `devices`, `'wasm'` with `ranks`. A backend of one's own may be given instead of a name. */
   readonly backend?: BackendName | Backend;
 }
 
@@ -125,7 +131,9 @@ export class DeviceGroup {
 
   /** Frees what the group holds; sharded tensors are the caller's to dispose. */
   dispose(): void {
+    if (this.#disposed) return;
     this.#disposed = true;
+    for (const place of this.places) place.dispose();
   }
 
   [DISPOSE](): void {
@@ -152,24 +160,53 @@ function copySpans(
 }
 
 /**
- * Ranks that attend together.
+ * Ranks that attend together, in this process.
  *
- * @throws {InvalidArgumentError} no number of ranks
- * @throws {BackendUnavailableError} this build does not contain the backend
+ * @throws {InvalidArgumentError} no number of ranks, no such device, devices that differ
+ * @throws {BackendUnavailableError} this build does not contain the backend, or this machine has no driver
  */
 export async function createDeviceGroup(options: DeviceGroupOptions): Promise<DeviceGroup> {
-  const { ranks, backend = 'wasm' } = takeOptions(options, ['ranks', 'backend']);
+  const { devices, ranks, backend } = takeOptions(options, ['devices', 'ranks', 'backend']);
+  if ((devices === undefined) === (ranks === undefined)) {
+    throw new InvalidArgumentError('invalid-option', 'options.ranks', 'either devices or ranks', 'both or neither');
+  }
+  return new DeviceGroup(
+    devices === undefined ? await hostPlaces(ranks as number, backend) : await cudaPlaces(devices, backend),
+  );
+}
+
+const backendOf = async (given: BackendName | Backend, name: BackendName): Promise<Backend> => {
+  const backend = typeof given === 'string' ? await getBackend(given) : given;
+  if (backend.name === name) return backend;
+  throw new InvalidArgumentError('invalid-option', 'options.backend', `'${name}' for these ranks`, `'${backend.name}'`);
+};
+
+async function hostPlaces(ranks: number, backend: BackendName | Backend = 'wasm'): Promise<Place[]> {
   if (!Number.isInteger(ranks) || ranks < 1 || ranks > MAX_RANKS) {
+    const expected = `a whole number from 1 to ${MAX_RANKS}`;
+    throw new InvalidArgumentError('invalid-option', 'options.ranks', expected, textOf(ranks));
+  }
+  const own = await backendOf(backend, 'wasm');
+  return Array.from({ length: ranks }, () => new HostPlace(own));
+}
+
+async function cudaPlaces(devices: readonly number[], backend: BackendName | Backend = 'cuda'): Promise<Place[]> {
+  if (!Array.isArray(devices) || devices.length < 1 || devices.length > MAX_RANKS) {
+    const expected = `1 to ${MAX_RANKS} ordinals of devices`;
+    throw new InvalidArgumentError('invalid-option', 'options.devices', expected, textOf(devices));
+  }
+  const own = (await backendOf(backend, 'cuda')) as CudaBackend;
+  const { CudaPlace } = await import('./cuda-place.ts');
+  const cuda = await own.cuda();
+  const places = devices.map((ordinal) => new CudaPlace(own, cuda.device(ordinal)));
+  const kinds = [...new Set(places.map(({ device }) => device.computeCapability))];
+  if (kinds.length > 1) {
     throw new InvalidArgumentError(
       'invalid-option',
-      'options.ranks',
-      `a whole number from 1 to ${MAX_RANKS}`,
-      textOf(ranks),
+      'options.devices',
+      'devices of one compute capability, which quantize alike',
+      places.map(({ device }) => `${device} is sm_${device.computeCapability}`).join(', '),
     );
   }
-  const own = typeof backend === 'string' ? await getBackend(backend) : backend;
-  if (own.name !== 'wasm') {
-    throw new InvalidArgumentError('invalid-option', 'options.backend', "'wasm' for ranks in memory", `'${own.name}'`);
-  }
-  return new DeviceGroup(Array.from({ length: ranks }, () => new HostPlace(own)));
+  return places;
 }

@@ -4,7 +4,7 @@ import { toFloat32, writeValues } from '../tensor/access.ts';
 import type { DType } from '../tensor/dtype.ts';
 import { copyOfCpu, elementCount, emptyTensor, type Tensor, type TensorView } from '../tensor/tensor.ts';
 import { mergeRow } from './merge.ts';
-import type { Parcel, Partial, Place } from './place.ts';
+import type { Parcel, Partial, Place, Sent } from './place.ts';
 
 export class HostPlace implements Place {
   readonly backend: Backend;
@@ -52,15 +52,18 @@ export class HostPlace implements Place {
     if (lse !== undefined) writeValues(sums, lse as Tensor);
   }
 
-  bring(view: TensorView): TensorView {
-    return view;
+  bring(sent: Sent<TensorView>): Sent<TensorView> {
+    return sent;
   }
 
-  bringParcel(parcel: Parcel): Parcel {
-    return parcel;
+  bringParcel(sent: Sent<Parcel>): Sent<Parcel> {
+    return sent;
   }
 
-  free(): void {
-    // The garbage collector does it.
-  }
+  // All has happened when a call returns, and the garbage collector frees.
+  mark(): void {}
+  waitFor(): void {}
+  free(): void {}
+  settle(): void {}
+  dispose(): void {}
 }

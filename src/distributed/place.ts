@@ -37,10 +37,24 @@ export interface Place {
    * has anything to attend to. Rows of no part are 0, their LSE -Infinity.
    */
   merge(parts: readonly Partial[], output: TensorView, lse: TensorView | undefined): void;
-  /** A tensor of another place, here: itself where memory is shared. */
-  bring(view: TensorView, from: Place): TensorView;
+  /** What was enqueued here so far. */
+  mark(): unknown;
+  /** What is enqueued here from now on comes after it. */
+  waitFor(ready: unknown): void;
+  /** A tensor of another place, here: itself where memory is shared. What is enqueued here need not wait for it yet. */
+  bring(sent: Sent<TensorView>, from: Place): Sent<TensorView>;
   /** Likewise for quantized keys and values. */
-  bringParcel(parcel: Parcel, from: Place): Parcel;
+  bringParcel(sent: Sent<Parcel>, from: Place): Sent<Parcel>;
   /** Frees a tensor that was made here; one that was not stays. */
   free(view: TensorView): void;
+  /** What is freed here from now on is freed after what the others have brought from here. */
+  settle(others: readonly Place[]): void;
+  dispose(): void;
+}
+
+/** What goes from rank to rank. */
+export interface Sent<T> {
+  readonly value: T;
+  /** When it is there: a mark of the place where it is. */
+  readonly ready: unknown;
 }

@@ -3,9 +3,9 @@ import type { AttentionOptions } from '../attention/options.ts';
 import { createProblem } from '../attention/problem.ts';
 import type { KernelChoice, RunContext } from '../backends/backend.ts';
 import type { DType } from '../tensor/dtype.ts';
-import { contiguousStrides, slice, type TensorView } from '../tensor/tensor.ts';
+import { contiguousStrides, slice, specOf, type TensorView } from '../tensor/tensor.ts';
 import type { Block } from './blocks.ts';
-import type { Parcel, Partial, Place } from './place.ts';
+import type { Parcel, Partial, Place, Sent } from './place.ts';
 import type { Post } from './post.ts';
 import type { Meeting, RankSchedule } from './schedule.ts';
 import { lengthOf, type Span, totalOf } from './shards.ts';
@@ -41,13 +41,14 @@ const TOKENS = 2;
 const headsOf = (view: TensorView, { start, end }: Span) => slice(view, HEADS, start, end);
 const tokensOf = (view: TensorView, start: number, length: number) => slice(view, TOKENS, start, start + length);
 
-/** A contiguous description of a view's shape. */
-const specOf = (view: TensorView, shape: readonly number[]): TensorView => ({
-  ...view,
-  shape,
-  strides: contiguousStrides(shape),
+/** A description of what was quantized, contiguous, without its memory. */
+const describe = (view: TensorView): TensorView => ({
+  ...specOf('k', view),
+  strides: contiguousStrides(view.shape),
   offset: 0,
 });
+
+const nameOf = ({ owner, part }: Pick<Meeting, 'owner' | 'part'>) => `kv ${owner} ${part}`;
 
 /** One rank in one call. */
 class Rank {
@@ -66,34 +67,35 @@ class Rank {
     return view;
   }
 
-  #send(to: number, name: string, value: unknown): void {
+  #send(to: number, name: string, value: TensorView | Parcel, ready = this.#call.place.mark()): void {
     const { post, schedule } = this.#call;
-    post.send(schedule.rank, to, name, value);
+    post.send(schedule.rank, to, name, { value, ready });
   }
 
   async #bring(from: number, name: string): Promise<TensorView> {
     const { post, schedule, place, places } = this.#call;
-    const sent = await post.receive<TensorView>(from, schedule.rank, name);
-    const view = place.bring(sent, places[from] as Place);
-    if (view !== sent) this.#own.push(view);
-    return view;
+    const sent = await post.receive<Sent<TensorView>>(from, schedule.rank, name);
+    const { value, ready } = place.bring(sent, places[from] as Place);
+    if (value !== sent.value) this.#own.push(value);
+    place.waitFor(ready);
+    return value;
   }
 
-  async #bringParcel(from: number, name: string): Promise<Parcel> {
+  /** Begins to bring it; whoever uses it waits until it is ready. */
+  async #bringParcel(from: number, name: string): Promise<Sent<Parcel>> {
     const { post, schedule, place, places } = this.#call;
-    const sent = await post.receive<Parcel>(from, schedule.rank, name);
-    const parcel = place.bringParcel(sent, places[from] as Place);
-    if (parcel !== sent) this.#prepared.push(parcel);
-    return parcel;
+    const sent = await post.receive<Sent<Parcel>>(from, schedule.rank, name);
+    const brought = place.bringParcel(sent, places[from] as Place);
+    if (brought.value !== sent.value) this.#prepared.push(brought.value);
+    return brought;
   }
 
   /** Quantizes keys and values of some heads once, for whoever attends to them. */
   async #quantize(k: TensorView, v: TensorView): Promise<Parcel> {
     const { place, kernel, options, context } = this.#call;
-    const spec = { k: specOf(k, k.shape), v: specOf(v, v.shape) };
     const problem = createProblem(k, k, v, { ...options, tensorLayout: 'HND' });
     const prepared = await place.backend.prepareKeyValue(problem, kernel, k, v, context);
-    const parcel = { prepared, ...spec };
+    const parcel = { prepared, k: describe(k), v: describe(v) };
     this.#prepared.push(parcel);
     return parcel;
   }
@@ -168,6 +170,12 @@ class Rank {
     return parts;
   }
 
+  #quantizeJoint(): Promise<Parcel> {
+    const { inputs, schedule } = this.#call;
+    const { k, v } = inputs.joint as { k: TensorView; v: TensorView };
+    return this.#quantize(headsOf(k, schedule.heads.kv), headsOf(v, schedule.heads.kv));
+  }
+
   /** Every rank of the row gets its heads of this rank's keys, each span by itself; the rank's own stay. */
   async #shareKeys(): Promise<void> {
     const { schedule, inputs } = this.#call;
@@ -184,7 +192,7 @@ class Rank {
           TensorView,
           TensorView,
         ];
-        this.#send(other.rank, `kv ${rank} ${part}`, await this.#quantize(k, v));
+        this.#send(other.rank, nameOf({ owner: rank, part }), await this.#quantize(k, v));
         at += lengthOf(span);
       }
     }
@@ -196,21 +204,29 @@ class Rank {
     await this.#shareKeys();
     const q = await this.#exchangeQueries();
     const parts: Partial[] = [];
-    for (const [round, meetings] of rounds.entries()) {
-      for (const meeting of meetings) {
-        const { owner, part } = meeting;
-        if (owner === 'joint') {
-          const { k, v } = inputs.joint as { k: TensorView; v: TensorView };
-          parts.push(
-            ...(await this.#attend(q, await this.#quantize(headsOf(k, heads.kv), headsOf(v, heads.kv)), meeting)),
-          );
-          continue;
-        }
-        const name = `kv ${owner} ${part}`;
-        const parcel = await this.#bringParcel(round === 0 ? owner : previous, name);
+    /** Begins to bring what a round meets. */
+    const bringRound = (round: number) =>
+      (rounds[round] ?? []).map((meeting) => {
+        const { owner } = meeting;
+        if (owner === 'joint') return { meeting, coming: undefined };
+        const coming = this.#bringParcel(round === 0 ? owner : previous, nameOf(meeting));
+        // Whoever fails first is reported; what comes then is nobody's.
+        coming.catch(() => undefined);
+        return { meeting, coming };
+      });
+    let here = bringRound(0);
+    for (let round = 0; round < rounds.length; round++) {
+      const parcels: { meeting: Meeting; sent: Sent<Parcel> | undefined }[] = [];
+      for (const { meeting, coming } of here) {
+        const sent = await coming;
+        parcels.push({ meeting, sent });
         // On its way while this rank attends to it.
-        if (round + 1 < rounds.length) this.#send(next, name, parcel);
-        parts.push(...(await this.#attend(q, parcel, meeting)));
+        if (sent !== undefined && round + 1 < rounds.length) this.#send(next, nameOf(meeting), sent.value, sent.ready);
+      }
+      here = bringRound(round + 1);
+      for (const { meeting, sent } of parcels) {
+        if (sent !== undefined) place.waitFor(sent.ready);
+        parts.push(...(await this.#attend(q, sent?.value ?? (await this.#quantizeJoint()), meeting)));
       }
     }
     if (schedule.row.length === 1) {
@@ -249,6 +265,8 @@ export async function runRanks(post: Post, calls: readonly RankCall[]): Promise<
       }
     }),
   );
+  const places = [...new Set(calls.map(({ place }) => place))];
+  for (const place of places) place.settle(places);
   for (const rank of ranks) rank.dispose();
   if (failed !== undefined) throw failed.error;
 }

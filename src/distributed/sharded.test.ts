@@ -188,6 +188,7 @@ describe(`sageattnSharded (SAGEATTENTION_SEED=${seed})`, () => {
       argument: 'v',
     });
     await expect(createDeviceGroup({ ranks: 0 })).rejects.toMatchObject({ argument: 'options.ranks' });
+    await expect(createDeviceGroup({})).rejects.toMatchObject({ argument: 'options.ranks' });
     group.dispose();
     await expect(sageattnSharded(four, four, four)).rejects.toMatchObject({ code: 'disposed' });
   });

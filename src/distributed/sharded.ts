@@ -126,10 +126,16 @@ export async function sageattnSharded(
   const { smScale, softcap } = own;
   const post = new Post();
   const made: (() => void)[] = [];
+  const lent: (() => void)[] = [];
   const calls = group.places.map((place, rank): RankCall => {
     const keep = (view: TensorView) => {
       made.push(() => place.free(view));
       return view;
+    };
+    const lend = (view: TensorView) => {
+      const there = place.upload(view);
+      if (there !== view) lent.push(() => place.free(there));
+      return there;
     };
     const part = q.parts[rank] as TensorView;
     const output = keep(place.empty(withDim(part.shape, shape.valueDim), q.dtype));
@@ -146,8 +152,8 @@ export async function sageattnSharded(
         q: toHnd(part, q.tokenAxis),
         k: toHnd(k.parts[rank] as TensorView, k.tokenAxis),
         v: toHnd(v.parts[rank] as TensorView, v.tokenAxis),
-        ...(joint && { joint: { k: place.upload(joint.k), v: place.upload(joint.v) } }),
-        ...(attnMask && { attnMask: place.upload(attnMask) }),
+        ...(joint && { joint: { k: lend(joint.k), v: lend(joint.v) } }),
+        ...(attnMask && { attnMask: lend(attnMask) }),
       },
       output: toHnd(output, q.tokenAxis),
       lse: problem.returnLse ? keep(place.empty([batch, heads, rows, 1], 'float32')) : undefined,
@@ -158,6 +164,8 @@ export async function sageattnSharded(
   } catch (error) {
     for (const free of made) free();
     throw error;
+  } finally {
+    for (const free of lent) free();
   }
   const { dtype, tokenAxis, order } = q;
   const outputs = calls.map(({ output }) => fromHnd(output, tokenAxis));

@@ -28,11 +28,14 @@ import { planBackward } from './launches/backward.ts';
 import type { DeviceFacts } from './launches/context.ts';
 import { debugPlanOf } from './launches/debug.ts';
 import type { LaunchSequence } from './launches/launch.ts';
+import { planMerge } from './launches/merge.ts';
 import { type LaunchPlanner, planAttend, planKeyValue, planLaunches } from './launches/plan.ts';
+import { type MergedPart, mergeParts } from './merge.ts';
 import { type CudaBackwardPlan, CudaPlan } from './plan.ts';
 import { CapturedAttention } from './run/captured.ts';
 import { backwardOperandsOf, operandsOf } from './run/operands.ts';
 import { Runner } from './run/runner.ts';
+import type { CudaTensor } from './tensor.ts';
 
 export interface CudaBackendOptions {
   /** Default: the driver of this machine, see `openCuda`. */
@@ -85,7 +88,7 @@ export class CudaBackend implements Backend {
   constructor(options: CudaBackendOptions = {}) {
     this.#open = options.open ?? openCuda;
     this.#defaultDevice = options.device ?? 0;
-    this.#planner = toldOf(options.planner ?? { planLaunches, planKeyValue, planAttend, planBackward });
+    this.#planner = toldOf(options.planner ?? { planLaunches, planKeyValue, planAttend, planBackward, planMerge });
   }
 
   /**
@@ -209,6 +212,11 @@ export class CudaBackend implements Backend {
     }
   }
 
+  /** Joins outputs over parts of the keys, all on one device; enqueued on its own stream. See {@link mergeParts}. */
+  merge(device: CudaDevice, parts: readonly MergedPart[], output: CudaTensor, lse: CudaTensor | undefined): void {
+    mergeParts(device, this.#planner.planMerge, parts, output, lse);
+  }
+
   async prepareKeyValue(
     problem: AttentionProblem,
     kernel: KernelChoice,
@@ -252,6 +260,7 @@ function toldOf(planner: LaunchPlanner): LaunchPlanner {
     planKeyValue: (problem, choice, ...rest) => tell(choice, planner.planKeyValue(problem, choice, ...rest)),
     planAttend: (problem, choice, ...rest) => tell(choice, planner.planAttend(problem, choice, ...rest)),
     planBackward: (problem, choice, ...rest) => tell(choice, planner.planBackward(problem, choice, ...rest)),
+    planMerge: planner.planMerge,
   };
 }
 

@@ -4,7 +4,7 @@ import type { AttentionProblem } from '../../attention/problem.ts';
 import { BYTES_PER_ELEMENT } from '../../tensor/dtype.ts';
 import { type OperandLayout, type Tensor, type TensorView, transpose } from '../../tensor/tensor.ts';
 import type { AttentionOutputs, KernelChoice, KeyValueContext, PreparedKeyValue, RunContext } from '../backend.ts';
-import { CU_MEMORYTYPE_DEVICE, STRUCTS } from './driver/api.ts';
+import { copyPeer, copyRows } from './driver/copy.ts';
 import type { CudaDevice } from './driver/device.ts';
 import type { DeviceMemory } from './driver/memory.ts';
 import type { CudaStream } from './driver/stream.ts';
@@ -18,49 +18,8 @@ import type { CudaTensor } from './tensor.ts';
 
 /** Tokens that room is made for at first, and the unit in which it grows. */
 const CAPACITY_STEP = 256;
-/** `cuMemcpy2D` takes pitches below this. */
-const MAX_PITCH = 2 ** 31;
 /** Plans for the lengths last attended to. A decoder asks for each length once in each layer, all layers in turn. */
 const CACHED_RUNNERS = 4;
-
-interface Rows {
-  readonly pointer: bigint;
-  /** Bytes between rows. */
-  readonly pitch: number;
-}
-
-/** Enqueues a copy of `height` rows of `width` bytes. */
-function copyRows(device: CudaDevice, from: Rows, to: Rows, width: number, height: number, stream: CudaStream): void {
-  if (width === 0 || height === 0) return;
-  const what = `copying ${height} rows of ${width} bytes on ${device}`;
-  const together = (from.pitch === width && to.pitch === width) || height === 1;
-  if (together) {
-    device.call('cuMemcpyDtoDAsync', what, to.pointer, from.pointer, width * height, stream.handle);
-    return;
-  }
-  if (from.pitch < width || Math.max(from.pitch, to.pitch) >= MAX_PITCH) {
-    // Rows that overlap, as of a broadcast tensor, or lie too far apart for one call.
-    for (let row = 0; row < height; row++) {
-      const [source, target] = [from, to].map(({ pointer, pitch }) => pointer + BigInt(row * pitch)) as [
-        bigint,
-        bigint,
-      ];
-      device.call('cuMemcpyDtoDAsync', what, target, source, width, stream.handle);
-    }
-    return;
-  }
-  const layout = STRUCTS.CUDA_MEMCPY2D;
-  const parameters = new DataView(new ArrayBuffer(layout.size));
-  parameters.setUint32(layout.srcMemoryType, CU_MEMORYTYPE_DEVICE, true);
-  parameters.setBigUint64(layout.srcDevice, from.pointer, true);
-  parameters.setBigUint64(layout.srcPitch, BigInt(from.pitch), true);
-  parameters.setUint32(layout.dstMemoryType, CU_MEMORYTYPE_DEVICE, true);
-  parameters.setBigUint64(layout.dstDevice, to.pointer, true);
-  parameters.setBigUint64(layout.dstPitch, BigInt(to.pitch), true);
-  parameters.setBigUint64(layout.WidthInBytes, BigInt(width), true);
-  parameters.setBigUint64(layout.Height, BigInt(height), true);
-  device.call('cuMemcpy2DAsync', what, parameters, stream.handle);
-}
 
 /** K or V as they came, `[B,H,capacity,dim]`. */
 class GrowingRows {
@@ -148,6 +107,11 @@ class GrowingRows {
       const at = this.#at(memory, this.capacity, head, held);
       this.#device.call('cuMemsetD8Async', `marking ${tokens} tokens`, at, value, bytes, stream.handle);
     }
+  }
+
+  /** Gives another the same rows, in memory that `bring` copies. */
+  copyTo(other: GrowingRows, bring: (memory: DeviceMemory) => DeviceMemory): void {
+    if (this.memory !== undefined) other.memory = bring(this.memory);
   }
 
   layout(heads: number): OperandLayout {
@@ -359,6 +323,50 @@ export class CudaKeyValue implements PreparedKeyValue {
     } finally {
       bound.dispose();
     }
+  }
+
+  /**
+   * The same keys and values on another device of this kind, copied by a stream of that device; what wrote them must come earlier in it.
+   * The copy is to be attended to: it takes no appends.
+   */
+  copyTo(device: CudaDevice, stream: CudaStream): CudaKeyValue {
+    const copy = new CudaKeyValue(device, this.#choice, this.#planner, this.#facts, this.#first);
+    const bring = (memory: DeviceMemory): DeviceMemory => {
+      const there = device.allocate(memory.byteLength, device.stream);
+      there.useOn(stream);
+      copyPeer(memory, there, memory.byteLength, stream);
+      return there;
+    };
+    try {
+      const raw = this.#rawNames();
+      if (raw.includes('k')) this.#k.copyTo(copy.#k, bring);
+      if (raw.includes('v')) this.#v.copyTo(copy.#v, bring);
+      copy.#k.capacity = this.#k.capacity;
+      copy.#v.capacity = this.#v.capacity;
+      const kept = this.#quantized;
+      if (kept !== undefined) {
+        const memory = bring(kept.memory);
+        copy.#quantized = { ...kept, memory, buffers: kept.buffers.map((held) => ({ ...held, memory })) };
+      }
+      copy.#length = this.#length;
+      return copy;
+    } catch (error) {
+      copy.dispose();
+      throw error;
+    }
+  }
+
+  /** Which of K and V as they came an attention over them reads. */
+  #rawNames(): string[] {
+    const problem = this.#overHeld({ ...this.#first, queryLength: 1 }, this.#length);
+    const { launches } = this.#planner.planAttend(problem, this.#choice, this.#facts, {
+      room: { capacity: this.#k.capacity },
+    });
+    return launches.flatMap(({ arguments: taken }) =>
+      taken.flatMap((argument) =>
+        argument.kind === 'pointer' ? [argument.buffer] : argument.kind === 'tensor-map' ? [argument.map.buffer] : [],
+      ),
+    );
   }
 
   async attend(

@@ -150,10 +150,10 @@ function planAttend({ q, keyLength, valueDim }: AttentionProblem): LaunchSequenc
   return { scratch: {}, constants: {}, launches: [scatter] };
 }
 
-const noBackward = (): never => {
-  throw new Error('no backward pass here');
+const none = (): never => {
+  throw new Error('not planned here');
 };
-const planner = { planLaunches, planKeyValue, planAttend, planBackward: noBackward };
+const planner = { planLaunches, planKeyValue, planAttend, planBackward: none, planMerge: none };
 
 const CHOICE: KernelChoice = {
   descriptor: descriptorOf('qk-int8-pv-fp16-cuda'),

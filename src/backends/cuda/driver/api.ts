@@ -19,12 +19,14 @@ export const DRIVER_FUNCTIONS = {
   cuDeviceGet: { symbol: 'cuDeviceGet', parameters: ['memory', 's32'] },
   cuDeviceGetName: { symbol: 'cuDeviceGetName', parameters: ['memory', 's32', 's32'] },
   cuDeviceGetAttribute: { symbol: 'cuDeviceGetAttribute', parameters: ['memory', 's32', 's32'] },
+  cuDeviceCanAccessPeer: { symbol: 'cuDeviceCanAccessPeer', parameters: ['memory', 's32', 's32'] },
   cuDeviceTotalMem: { symbol: 'cuDeviceTotalMem_v2', parameters: ['memory', 's32'] },
 
   cuDevicePrimaryCtxRetain: { symbol: 'cuDevicePrimaryCtxRetain', parameters: ['memory', 's32'] },
   cuDevicePrimaryCtxRelease: { symbol: 'cuDevicePrimaryCtxRelease_v2', parameters: ['s32'] },
   cuCtxPushCurrent: { symbol: 'cuCtxPushCurrent_v2', parameters: ['u64'] },
   cuCtxPopCurrent: { symbol: 'cuCtxPopCurrent_v2', parameters: ['memory'] },
+  cuCtxEnablePeerAccess: { symbol: 'cuCtxEnablePeerAccess', parameters: ['u64', 'u32'] },
   cuCtxGetCurrent: { symbol: 'cuCtxGetCurrent', parameters: ['memory'] },
 
   cuStreamCreate: { symbol: 'cuStreamCreate', parameters: ['memory', 'u32'] },
@@ -48,6 +50,7 @@ export const DRIVER_FUNCTIONS = {
   cuMemPoolCreate: { symbol: 'cuMemPoolCreate', parameters: ['memory', 'memory'], optional: true },
   cuMemPoolDestroy: { symbol: 'cuMemPoolDestroy', parameters: ['u64'], optional: true },
   cuMemPoolSetAttribute: { symbol: 'cuMemPoolSetAttribute', parameters: ['u64', 's32', 'memory'], optional: true },
+  cuMemPoolSetAccess: { symbol: 'cuMemPoolSetAccess', parameters: ['u64', 'memory', 'u64'], optional: true },
   cuMemPoolTrimTo: { symbol: 'cuMemPoolTrimTo', parameters: ['u64', 'u64'], optional: true },
   cuMemAllocFromPoolAsync: {
     symbol: 'cuMemAllocFromPoolAsync',
@@ -60,6 +63,7 @@ export const DRIVER_FUNCTIONS = {
   cuMemcpyHtoDAsync: { symbol: 'cuMemcpyHtoDAsync_v2', parameters: ['u64', 'memory', 'u64', 'u64'] },
   cuMemcpyDtoHAsync: { symbol: 'cuMemcpyDtoHAsync_v2', parameters: ['memory', 'u64', 'u64', 'u64'] },
   cuMemcpyDtoDAsync: { symbol: 'cuMemcpyDtoDAsync_v2', parameters: ['u64', 'u64', 'u64', 'u64'] },
+  cuMemcpyPeerAsync: { symbol: 'cuMemcpyPeerAsync', parameters: ['u64', 'u64', 'u64', 'u64', 'u64', 'u64'] },
   cuMemcpy2DAsync: { symbol: 'cuMemcpy2DAsync_v2', parameters: ['memory', 'u64'] },
   cuMemsetD8Async: { symbol: 'cuMemsetD8Async', parameters: ['u64', 'u8', 'u64', 'u64'] },
 
@@ -98,6 +102,7 @@ export type CudaApi = BoundLibrary<typeof DRIVER_FUNCTIONS>;
 export const CUDA_SUCCESS = 0;
 export const CUDA_ERROR_OUT_OF_MEMORY = 2;
 export const CUDA_ERROR_NOT_READY = 600;
+export const CUDA_ERROR_PEER_ACCESS_ALREADY_ENABLED = 704;
 
 export const CU_DEVICE_ATTRIBUTE_MULTIPROCESSOR_COUNT = 16;
 export const CU_DEVICE_ATTRIBUTE_COMPUTE_CAPABILITY_MAJOR = 75;
@@ -113,6 +118,7 @@ export const CU_EVENT_DISABLE_TIMING = 2;
 
 export const CU_MEM_ALLOCATION_TYPE_PINNED = 1;
 export const CU_MEM_LOCATION_TYPE_DEVICE = 1;
+export const CU_MEM_ACCESS_FLAGS_PROT_READWRITE = 3;
 export const CU_MEMORYTYPE_DEVICE = 2;
 export const CU_MEMPOOL_ATTR_RELEASE_THRESHOLD = 4;
 export const CU_MEMHOSTREGISTER_PORTABLE = 1;
@@ -148,6 +154,7 @@ export const STRUCTS = {
   /** `value` holds the cluster's x, y and z as `unsigned int`. */
   CUlaunchAttribute: { size: 72, id: 0, value: 8 },
   CUmemPoolProps: { size: 88, allocType: 0, handleTypes: 4, 'location.type': 8, 'location.id': 12 },
+  CUmemAccessDesc: { size: 12, 'location.type': 0, 'location.id': 4, flags: 8 },
   CUDA_MEMCPY2D: {
     size: 128,
     srcMemoryType: 16,

@@ -75,6 +75,13 @@ export abstract class DeviceContext {
     return context[0] as bigint;
   }
 
+  /** @internal The driver's `CUcontext`, opened if it was not. */
+  get contextHandle(): bigint {
+    this.requireUsable();
+    this.#context ??= this.#openContext();
+    return this.#context;
+  }
+
   /**
    * @internal Runs `use`, which must not be asynchronous, with the device's context current, and leaves the thread's
    *     context as it was. Inside another `inContext` of the same device it costs nothing.
@@ -83,8 +90,7 @@ export abstract class DeviceContext {
     this.requireUsable();
     if (current === this) return use();
     const { api } = this;
-    this.#context ??= this.#openContext();
-    const pushed = api.cuCtxPushCurrent(this.#context);
+    const pushed = api.cuCtxPushCurrent(this.contextHandle);
     if (pushed !== CUDA_SUCCESS) throw this.error(pushed, 'cuCtxPushCurrent', `using ${this}`);
     const before = current;
     current = this;

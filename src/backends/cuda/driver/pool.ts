@@ -2,6 +2,7 @@
 import { InvalidArgumentError } from '../../../errors.ts';
 import {
   CU_EVENT_DISABLE_TIMING,
+  CU_MEM_ACCESS_FLAGS_PROT_READWRITE,
   CU_MEM_ALLOCATION_TYPE_PINNED,
   CU_MEM_LOCATION_TYPE_DEVICE,
   CU_MEMPOOL_ATTR_RELEASE_THRESHOLD,
@@ -74,6 +75,19 @@ export class MemoryPool {
     const context = this.#context;
     if (this.#pool === undefined || this.#pool === 0n) context.call('cuMemFree', 'freeing device memory', pointer);
     else context.call('cuMemFreeAsync', 'freeing device memory', pointer, stream);
+  }
+
+  /** Lets another device read and write what is allocated here: a pool's memory does not follow the context's access. */
+  shareWith(other: DeviceContext): void {
+    const context = this.#context;
+    this.#pool ??= this.#create();
+    if (this.#pool === 0n || !context.api.has('cuMemPoolSetAccess')) return;
+    const layout = STRUCTS.CUmemAccessDesc;
+    const description = new DataView(new ArrayBuffer(layout.size));
+    description.setInt32(layout['location.type'], CU_MEM_LOCATION_TYPE_DEVICE, true);
+    description.setInt32(layout['location.id'], other.deviceHandle, true);
+    description.setInt32(layout.flags, CU_MEM_ACCESS_FLAGS_PROT_READWRITE, true);
+    context.call('cuMemPoolSetAccess', `sharing memory of ${context} with ${other}`, this.#pool, description, 1);
   }
 
   /** Whether freed memory may still be here. */

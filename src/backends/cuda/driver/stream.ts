@@ -259,6 +259,12 @@ export class CudaEvent {
     return this;
   }
 
+  /** Work enqueued on `stream`, of any device, from now on starts after the work before the event. */
+  holdBack(stream: CudaStream): void {
+    stream.requireUsable();
+    this.#device.call('cuStreamWaitEvent', 'waiting for an event', stream.handle, this.#handle, 0);
+  }
+
   /** Blocks until the work before the event has ended. */
   synchronize(): void {
     this.#device.call('cuEventSynchronize', 'waiting for an event', this.#handle);

@@ -18,6 +18,7 @@ import {
   type Tuning,
 } from './context.ts';
 import type { BufferName, KernelLaunch, LaunchSequence } from './launch.ts';
+import type { planMerge } from './merge.ts';
 import { MMA_SYNC } from './mma-sync.ts';
 import { keyValueBytes, keyValueScratch } from './quantize.ts';
 import { visibleKeysLaunches } from './visible-keys.ts';
@@ -111,4 +112,5 @@ export interface LaunchPlanner {
   readonly planKeyValue: typeof planKeyValue;
   readonly planAttend: typeof planAttend;
   readonly planBackward: typeof planBackward;
+  readonly planMerge: typeof planMerge;
 }

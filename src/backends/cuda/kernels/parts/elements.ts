@@ -19,6 +19,25 @@ export function unpackPair(
   return [b.cvt('f32', low), b.cvt('f32', high)];
 }
 
+/** One element as f32; 0 where it is not inside, and not read. */
+export function loadElement(
+  b: KernelBuilder,
+  dtype: DType,
+  address: Reg<'global'>,
+  byteOffset: number,
+  inside: Reg<'pred'>,
+): Reg<'f32'> {
+  const value = b.constant('f32', 0);
+  if (dtype === 'float32') b.when(inside, () => b.ld('f32', address, byteOffset, { into: value }));
+  else {
+    const bits = b.reg('b16');
+    b.set(bits, 0);
+    b.when(inside, () => b.ld('b16', address, byteOffset, { into: bits }));
+    b.mov(dtype === 'float16' ? b.cvt('f32', b.as(bits, 'f16')) : b.as(b.shl(b.cvt('u32', bits), 16), 'f32'), value);
+  }
+  return value;
+}
+
 /**
  * Loads eight consecutive channels of a token: four pairs of 16-bit floats, or eight f32. {@link unpackEight} makes
  * floats of them, which take twice the registers.

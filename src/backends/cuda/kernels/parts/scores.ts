@@ -3,6 +3,7 @@ import type { DType } from '../../../../tensor/dtype.ts';
 import type { KernelBuilder } from '../../ptx/builder.ts';
 import type { Parameter, Reg } from '../../ptx/types.ts';
 import { LOG2_E } from './constants.ts';
+import { loadElement } from './elements.ts';
 import { at } from './lists.ts';
 
 /** Base 2: the lowest that a finite mask adds. A row of such values is not an empty one. */
@@ -28,14 +29,7 @@ export function applyMask(
     b.when(b.setp('eq', attend, 0), () => b.set(score, Number.NEGATIVE_INFINITY));
     return;
   }
-  const added = b.constant('f32', 0);
-  if (kind === 'float32') b.when(inside, () => b.ld('f32', address, 0, { into: added }));
-  else {
-    const bits = b.reg('b16');
-    b.set(bits, 0);
-    b.when(inside, () => b.ld('b16', address, 0, { into: bits }));
-    b.mov(kind === 'float16' ? b.cvt('f32', b.as(bits, 'f16')) : b.as(b.shl(b.cvt('u32', bits), 16), 'f32'), added);
-  }
+  const added = loadElement(b, kind, address, 0, inside);
   const excluded = b.setp('eq', added, Number.NEGATIVE_INFINITY);
   const inBase2 = b.mul(added, LOG2_E);
   // Not a maximum instruction, which would swallow NaN.

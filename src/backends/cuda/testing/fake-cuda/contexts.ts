@@ -21,6 +21,8 @@ type DeviceFunction =
   | 'cuDeviceGetName'
   | 'cuDeviceGetAttribute'
   | 'cuDeviceTotalMem'
+  | 'cuDeviceCanAccessPeer'
+  | 'cuCtxEnablePeerAccess'
   | 'cuDevicePrimaryCtxRetain'
   | 'cuDevicePrimaryCtxRelease'
   | 'cuCtxPushCurrent'
@@ -39,6 +41,7 @@ export class FakeContexts {
   readonly #options: FakeDeviceOptions;
   readonly #host: FakeHost;
   readonly #contexts: FakeContext[];
+  readonly #peers = new Set<string>();
   #nextHandle = 0x1000n;
 
   constructor(options: FakeDeviceOptions, host: FakeHost) {
@@ -54,6 +57,10 @@ export class FakeContexts {
 
   get retained(): number {
     return this.#contexts.reduce((sum, { retained }) => sum + retained, 0);
+  }
+
+  has(handle: bigint): boolean {
+    return this.#contexts.some((context) => context.handle === handle && context.retained > 0);
   }
 
   of(device: number): FakeContext {
@@ -117,6 +124,18 @@ export class FakeContexts {
     },
     cuDeviceTotalMem: (bytes) => {
       this.#host.write64(bytes, BigInt(this.#options.memoryBytes));
+      return 0;
+    },
+    cuDeviceCanAccessPeer: (can, device, peer) => {
+      this.#host.write32(can, device === peer ? 0 : 1);
+      return 0;
+    },
+    cuCtxEnablePeerAccess: (peer) => {
+      const device = this.#contexts.findIndex(({ handle }) => handle === BigInt(peer));
+      if (device < 0 || this.current === undefined || device === this.currentDevice) return 101;
+      const pair = `${this.currentDevice} ${device}`;
+      if (this.#peers.has(pair)) return 704;
+      this.#peers.add(pair);
       return 0;
     },
     cuDevicePrimaryCtxRetain: (context, device) => {

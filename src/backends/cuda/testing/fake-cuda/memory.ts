@@ -109,6 +109,12 @@ export class FakeMemory {
     },
     cuMemPoolDestroy: (pool) => (this.#pools.delete(BigInt(pool)) ? 0 : 400),
     cuMemPoolSetAttribute: (pool) => (this.#pools.has(BigInt(pool)) ? 0 : 400),
+    cuMemPoolSetAccess: (pool, descriptions, count) => {
+      const layout = STRUCTS.CUmemAccessDesc;
+      const view = this.#host.view(descriptions, layout.size);
+      const right = view.getInt32(layout['location.type'], true) === 1 && view.getInt32(layout.flags, true) === 3;
+      return right && Number(count) === 1 && this.#pools.has(BigInt(pool)) ? 0 : 1;
+    },
     cuMemPoolTrimTo: (pool) => (this.#pools.has(BigInt(pool)) ? 0 : 400),
     cuMemAllocFromPoolAsync: (pointer, bytes, pool, handle) => {
       const stream = this.#streams.find(handle);
@@ -142,6 +148,14 @@ export class FakeMemory {
     },
     cuMemcpyDtoDAsync: (target, source, bytes, stream) => {
       const size = Number(bytes);
+      return this.#streams.enqueue(stream, () =>
+        this.at(BigInt(target), size).set(this.at(BigInt(source), size).subarray(0, size)),
+      );
+    },
+    cuMemcpyPeerAsync: (target, targetContext, source, sourceContext, bytes, stream) => {
+      const size = Number(bytes);
+      const known = [targetContext, sourceContext].every((handle) => this.#contexts.has(BigInt(handle)));
+      if (!known) return 201;
       return this.#streams.enqueue(stream, () =>
         this.at(BigInt(target), size).set(this.at(BigInt(source), size).subarray(0, size)),
       );

@@ -4,6 +4,7 @@ import { Cuda } from '../../driver/device.ts';
 import type { SimulatableModule } from '../../launches/arguments.ts';
 import { planBackward } from '../../launches/backward.ts';
 import type { LaunchSequence } from '../../launches/launch.ts';
+import { planMerge } from '../../launches/merge.ts';
 import { planAttend, planKeyValue, planLaunches } from '../../launches/plan.ts';
 import type { Kernel } from '../../ptx/types.ts';
 import { FakeCuda, type FakeLaunch } from '../fake-cuda.ts';
@@ -61,8 +62,8 @@ function tensorMapOf(launch: FakeLaunch, bytes: Uint8Array): SimulatedTensorMap 
   };
 }
 
-/** A backend for one simulated device of a compute capability (major * 10 + minor). */
-export function createSimulatedBackend(computeCapability: number): CudaBackend {
+/** A backend for simulated devices of a compute capability (major * 10 + minor). */
+export function createSimulatedBackend(computeCapability: number, devices = 1): CudaBackend {
   // The driver gets text; the simulator runs the instructions that it was printed from.
   const kernels = new Map<string, Kernel>();
   const remember = <T extends LaunchSequence>(sequence: T): T => {
@@ -85,12 +86,13 @@ export function createSimulatedBackend(computeCapability: number): CudaBackend {
     simulateKernel(kernel, launch.grid[0], parameters, new FakeMemory(launch), maps);
   };
   return createCudaBackend({
-    open: async () => new Cuda(new FakeCuda({ devices: [computeCapability], execute }).api),
+    open: async () => new Cuda(new FakeCuda({ devices: new Array(devices).fill(computeCapability), execute }).api),
     planner: {
       planLaunches: (...args) => remember(planLaunches(...args)),
       planKeyValue: (...args) => remember(planKeyValue(...args)),
       planAttend: (...args) => remember(planAttend(...args)),
       planBackward: (...args) => remember(planBackward(...args)),
+      planMerge: (...args) => remember(planMerge(...args)),
     },
   });
 }

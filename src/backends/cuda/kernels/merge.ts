@@ -1,0 +1,116 @@
+/**
+ * Joins the outputs of attention over parts of the keys, each normalized by its own sum, some of them of some rows only: the mean with
+ * weights exp(lse - max lse). One warp takes one row.
+ */
+import type { DType } from '../../../tensor/dtype.ts';
+import { KernelBuilder } from '../ptx/builder.ts';
+import type { Target } from '../ptx/targets.ts';
+import type { Kernel, Reg } from '../ptx/types.ts';
+import { divide, integers, offset, offset64, pointers } from './parts/addresses.ts';
+import { LOG2_E } from './parts/constants.ts';
+import { BYTES, loadElement } from './parts/elements.ts';
+
+export interface MergeConfig {
+  readonly target: Target;
+  readonly valueDim: number;
+  /** Of the parts and of the output. */
+  readonly dtype: DType;
+  readonly parts: number;
+  readonly lse: boolean;
+}
+
+/** Parts of one launch: what their addresses take of a kernel's 4 KB of parameters. */
+export const MERGE_PARTS = 64;
+/** Rows of a CTA, one warp each. */
+export const MERGE_ROWS = 4;
+
+/** Of each part: `[head, row, valueDim]` and `[head, row]` float32, contiguous, of `partRows` rows from `partStart` on. */
+export const mergePart = (i: number) => ({
+  output: `partOutput${i}`,
+  lse: `partLse${i}`,
+  start: `partStart${i}`,
+  rows: `partRows${i}`,
+});
+export const MERGE_POINTERS = ['output', 'lse'] as const;
+export const MERGE_INTEGERS = ['heads', 'rowBlocks', 'rows'] as const;
+export const MERGE_STRIDES = ['outputBatch', 'outputHead', 'outputToken'] as const;
+
+export function merge({ target, valueDim, dtype, parts, lse }: MergeConfig): Kernel {
+  const b = new KernelBuilder({ name: 'merge', target, threads: MERGE_ROWS * 32 });
+  const declared = Array.from({ length: parts }, (_, i) => {
+    const names = mergePart(i);
+    return {
+      output: b.parameter(names.output, 'u64'),
+      lse: b.parameter(names.lse, 'u64'),
+      start: b.parameter(names.start, 'u32'),
+      rows: b.parameter(names.rows, 'u32'),
+    };
+  });
+  const pointer = pointers(b, MERGE_POINTERS);
+  const integer = integers(b, MERGE_INTEGERS);
+  const strides = pointers(b, MERGE_STRIDES);
+
+  b.section('which row');
+  const thread = b.special('%tid.x');
+  const lane = b.and(thread, 31);
+  const heads = b.loadParameter(integer.heads);
+  const [rowBlock, headOfBatch] = divide(b, b.special('%ctaid.x'), b.loadParameter(integer.rowBlocks));
+  const [head, batch] = divide(b, headOfBatch, heads);
+  const row = b.mad(rowBlock, MERGE_ROWS, b.shr(thread, 5));
+  const rows = b.loadParameter(integer.rows);
+  b.when(b.setp('ge', row, rows), () => b.exit());
+
+  b.section('logsumexp of each part');
+  const found = declared.map((part) => {
+    // A row before the part's first wraps round to a large number.
+    const inPart = b.sub(row, b.loadParameter(part.start));
+    const partRows = b.loadParameter(part.rows);
+    const partRow = b.mad(headOfBatch, partRows, inPart);
+    const isIn = b.setp('lt', inPart, partRows);
+    const value = b.constant('f32', Number.NEGATIVE_INFINITY);
+    const at = offset(b, b.loadPointer(part.lse), partRow, 4);
+    b.when(isIn, () => b.ld('f32', at, 0, { into: value }));
+    return { part, isIn, partRow, value };
+  });
+  const maximum = b.constant('f32', Number.NEGATIVE_INFINITY);
+  for (const { value } of found) b.max(maximum, value, maximum);
+  const reference = b.selp(0, maximum, b.setp('eq', maximum, Number.NEGATIVE_INFINITY));
+
+  b.section('weighted mean');
+  const channels = Array.from({ length: Math.ceil(valueDim / 32) }, (_, i) => i * 32);
+  const sums = channels.map(() => b.constant('f32', 0));
+  const total = b.constant('f32', 0);
+  for (const { part, isIn, partRow, value } of found) {
+    const weight = b.ex2(b.mul(b.sub(value, reference), LOG2_E));
+    b.add(total, weight, total);
+    const rowAt = offset(b, b.loadPointer(part.output), partRow, valueDim * BYTES[dtype]);
+    const at = offset(b, rowAt, lane, BYTES[dtype]);
+    // A part that saw nothing has no weight, and its output is 0.
+    channels.forEach((channel, c) => {
+      const has = channel + 32 <= valueDim ? isIn : b.andPred(isIn, b.setp('lt', lane, valueDim - channel));
+      const loaded = loadElement(b, dtype, at, channel * BYTES[dtype], has);
+      b.fma(loaded, weight, sums[c] as Reg<'f32'>, sums[c]);
+    });
+  }
+
+  b.section('store');
+  const empty = b.setp('eq', total, 0);
+  const inverse = b.rcp(total);
+  b.when(empty, () => b.set(inverse, 0));
+  let destination = offset64(b, b.loadPointer(pointer.output), batch, b.loadParameter(strides.outputBatch));
+  destination = offset64(b, destination, head, b.loadParameter(strides.outputHead));
+  destination = offset64(b, destination, row, b.loadParameter(strides.outputToken));
+  destination = offset(b, destination, lane, BYTES[dtype]);
+  channels.forEach((channel, i) => {
+    const value = b.mul(sums[i] as Reg<'f32'>, inverse);
+    const stored = dtype === 'float32' ? value : b.cvt(dtype === 'float16' ? 'f16' : 'bf16', value);
+    b.when(b.setp('lt', lane, valueDim - channel), () => b.st(stored, destination, channel * BYTES[dtype]));
+  });
+  if (lse) {
+    const value = b.fma(b.lg2(total), Math.LN2, reference);
+    b.when(empty, () => b.set(value, Number.NEGATIVE_INFINITY));
+    const at = offset(b, b.loadPointer(pointer.lse), b.mad(headOfBatch, rows, row), 4);
+    b.when(b.setp('eq', lane, 0), () => b.st(value, at));
+  }
+  return b.build();
+}

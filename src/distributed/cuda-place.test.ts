@@ -1,0 +1,69 @@
+/** Ranks on simulated devices: kernels, copies between devices and the order of their streams. */
+import { describe, expect, it } from 'vitest';
+import { Random, runSeed } from '../../test/support/random.ts';
+import { createProblem } from '../attention/problem.ts';
+import { createSimulatedBackend } from '../backends/cuda/testing/simulator/backend.ts';
+import { attentionExact } from '../reference/exact.ts';
+import { toFloat32 } from '../tensor/access.ts';
+import { type Tensor, tensor, transpose } from '../tensor/tensor.ts';
+import { createDeviceGroup } from './group.ts';
+import { type ShardedOptions, sageattnSharded } from './sharded.ts';
+
+const seed = runSeed();
+
+describe(`ranks on CUDA devices (SAGEATTENTION_SEED=${seed})`, () => {
+  const random = new Random(seed);
+  const make = (heads: number, tokens: number, dim: number): Tensor =>
+    tensor(random.normals(heads * tokens * dim), [1, heads, tokens, dim]);
+  const [q, k, v] = [make(4, 50, 16), make(2, 50, 16), make(2, 50, 24)];
+
+  const outputOf = async (devices: readonly number[], options: ShardedOptions, nhd = false) => {
+    const backend = createSimulatedBackend(80, 2);
+    const group = await createDeviceGroup({ devices, backend });
+    const given = (x: Tensor) => (nhd ? transpose(x, [0, 2, 1, 3]) : x);
+    const sharding = { order: 'zigzag', tensorLayout: nhd ? 'NHD' : 'HND' } as const;
+    const [sq, sk, sv] = await Promise.all([q, k, v].map((x) => group.shard(given(x), sharding)));
+    const { output, lse } = await sageattnSharded(sq as never, sk as never, sv as never, {
+      isCausal: true,
+      ...options,
+      returnLse: true,
+    });
+    const [values, sums] = [toFloat32(given(await group.gather(output))), toFloat32(await group.gather(lse))];
+    for (const each of [output, lse]) each.dispose();
+    group.dispose();
+    await backend.dispose();
+    return { values, sums };
+  };
+
+  const problem = createProblem(q, k, v, { isCausal: true });
+  const exact = attentionExact(problem, { q, k, v });
+  const errorOf = (values: ArrayLike<number>) => {
+    let [error, size] = [0, 0];
+    for (let i = 0; i < exact.output.length; i++) {
+      error += Math.abs((values[i] as number) - (exact.output[i] as number));
+      size += Math.abs(exact.output[i] as number);
+    }
+    return error / size;
+  };
+
+  for (const [name, devices, options, nhd] of [
+    ['two ranks on one device', [0, 0], {}, false],
+    ['a ring of two devices', [0, 1], {}, false],
+    ['heads divided between two devices, NHD', [0, 1], { ulysses: 2 }, true],
+    ['a ring of rows of two devices', [0, 1, 1, 0], { ulysses: 2 }, false],
+  ] as const) {
+    it(`attend as one does: ${name}`, async () => {
+      const { values, sums } = await outputOf(devices, options, nhd);
+      expect(errorOf(values)).toBeLessThan(0.03);
+      exact.lse.forEach((expected, i) => {
+        expect(Math.abs((sums[i] as number) - expected)).toBeLessThan(0.05);
+      });
+    });
+  }
+
+  it('gives the same bits on one device and on two', async () => {
+    const [one, two] = [await outputOf([0, 0], {}), await outputOf([0, 1], {})];
+    expect(two.values).toEqual(one.values);
+    expect(two.sums).toEqual(one.sums);
+  });
+});
