@@ -18,6 +18,7 @@ await build({
     'bench-cuda': 'bench/cuda/kernels.ts',
     'bench-cuda-backward': 'bench/cuda/backward.ts',
     'bench-cuda-caches': 'bench/cuda/caches.ts',
+    'bench-cuda-distributed': 'bench/cuda/distributed.ts',
     'bench-wgmma': 'bench/cuda/wgmma-variants.ts',
     'test-webgpu': 'test/webgpu/main.ts',
     'bench-webgpu': 'bench/webgpu/families.ts',

@@ -219,6 +219,23 @@ export function sentBytes(shape: ShardedShape, schedule: RankSchedule, { query, 
   return { ulysses, ring };
 }
 
+/** `1 + 2 + ... + n` */
+const triangle = (n: number) => (n > 0 ? (n * (n + 1)) / 2 : 0);
+
+/** Scores of rows 0 to `rows - 1` and keys 0 to `keys - 1` in a band. */
+function visibleScores(rows: number, keys: number, { lower, upper }: Pick<Band, 'lower' | 'upper'>): number {
+  if (lower > upper) return 0;
+  // Keys up to i + limit, of row i, over all rows: those below 0 and beyond the last are cut.
+  const upTo = (limit: number) => {
+    const first = Math.max(0, -limit);
+    const full = Math.max(first, Math.min(rows, keys - 1 - limit));
+    const partial = triangle(full - 1 + limit + 1) - triangle(first + limit);
+    return (full > first ? partial : 0) + Math.max(0, rows - full) * keys;
+  };
+  const below = (limit: number) => (limit <= -rows ? 0 : upTo(limit));
+  return below(upper) - below(lower - 1);
+}
+
 /** Scores that a rank computes, over all heads: 4 D operations each where D = Dv. */
 export function scoresOf({ batch }: ShardedShape, { rounds, heads }: RankSchedule, round?: number): number {
   const chosen = round === undefined ? rounds : [rounds[round] ?? []];
@@ -227,9 +244,7 @@ export function scoresOf({ batch }: ShardedShape, { rounds, heads }: RankSchedul
     const columns = lengthOf(keys);
     for (const { queries, band } of blocks) {
       const rows = lengthOf(queries);
-      for (let i = 0; i < rows; i++) {
-        scores += Math.max(0, Math.min(columns - 1, i + band.upper) - Math.max(0, i + band.lower) + 1);
-      }
+      scores += visibleScores(rows, columns, band);
     }
   }
   return scores * batch * lengthOf(heads.query);

@@ -226,6 +226,21 @@ describe('scheduleOf', () => {
     }
   });
 
+  it('counts the scores that rows see', () => {
+    const limit = fc.integer({ min: -15, max: 15 });
+    fc.assert(
+      fc.property(fc.nat(9), fc.nat(9), limit, limit, (queryLength, keyLength, lower, upper) => {
+        const whole = { ...base, queryLength, keyLength, queryHeads: 1, kvHeads: 1, limits: { lower, upper } };
+        let expected = 0;
+        for (let i = 0; i < queryLength; i++) {
+          for (let j = 0; j < keyLength; j++) if (j - i >= lower && j - i <= upper) expected++;
+        }
+        const one = { ...whole, queryOrder: 'contiguous', keyOrder: 'contiguous' } as const;
+        expect(scoresOf(one, scheduleOf(one, { ring: 1, ulysses: 1 }, 0))).toBe(expected);
+      }),
+    );
+  });
+
   it('a causal zigzag gives every rank the same work, a contiguous ring twice the mean to the last', () => {
     const work = (dealt: 'zigzag' | 'contiguous') =>
       Array.from({ length: 4 }, (_, rank) =>

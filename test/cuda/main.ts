@@ -23,6 +23,7 @@ import { GOLDEN_NAMES, readGolden } from '../golden/golden.ts';
 import { runSeed } from '../support/random.ts';
 import { backwardChecks } from './backward-checks.ts';
 import { type Check, deviceChecks, hostCost, kernelChecks, largeChecks, memoryChecks } from './checks.ts';
+import { distributedChecks } from './distributed-checks.ts';
 import { driverChecks } from './driver-checks.ts';
 import { targetsFor } from './targets.ts';
 
@@ -151,6 +152,7 @@ function groupsOf(backend: CudaBackend, cuda: Cuda, targets: readonly Target[], 
     { name: 'driver', checks: () => driverChecks(backend, cuda, device, seed), alone: true },
     { name: 'golden', checks: () => goldenChecks(device.computeCapability), alone: false },
     { name: 'backward', checks: () => backwardChecks(seed), alone: false },
+    { name: 'distributed', checks: () => distributedChecks(backend, cuda, seed), alone: false },
     ...targets.map((target) => ({
       name: target.name,
       checks: () => [

@@ -1,0 +1,65 @@
+/** Sequence parallelism on real devices: virtual ranks on one, and on two where there are two. */
+
+import { createProblem } from '../../src/attention/problem.ts';
+import type { Cuda, CudaBackend } from '../../src/backends/cuda/index.ts';
+import { createDeviceGroup, type ShardedOptions, sageattnSharded } from '../../src/distributed/index.ts';
+import { sageattn } from '../../src/index.ts';
+import { attentionExact } from '../../src/reference/exact.ts';
+import { compare } from '../../src/reference/metrics.ts';
+import { fromFloat32, toFloat32 } from '../../src/tensor/access.ts';
+import { Random } from '../support/random.ts';
+import type { Check } from './checks.ts';
+
+/** Partial outputs are rounded once more than one device's. */
+const MERGE_SLACK = 1.1;
+const TOKENS = 700;
+
+/** Checks of every way to divide the work over the devices given. */
+export function distributedChecks(backend: CudaBackend, cuda: Cuda, seed: number): Check[] {
+  const random = new Random(seed);
+  const make = (heads: number, dim: number) =>
+    fromFloat32(random.normals(heads * TOKENS * dim), [1, heads, TOKENS, dim], 'bfloat16');
+  const [q, k, v] = [make(8, 128), make(4, 128), make(4, 128)];
+  const sharded = async (devices: readonly number[], options: ShardedOptions) => {
+    const group = await createDeviceGroup({ devices, backend });
+    const parts = await Promise.all([q, k, v].map((x) => group.shard(x, { order: 'zigzag' })));
+    const [sq, sk, sv] = parts as [never, never, never];
+    const output = await sageattnSharded(sq, sk, sv, { ...options, returnLse: false });
+    const gathered = toFloat32(await group.gather(output));
+    for (const each of [...parts, output]) each.dispose();
+    group.dispose();
+    return gathered;
+  };
+  const others = cuda.deviceCount > 1 ? [1] : [];
+  const ways = [
+    { name: 'a ring of three ranks on one device', devices: [0, 0, 0], options: {} },
+    { name: 'heads divided among four ranks on one device', devices: [0, 0, 0, 0], options: { ulysses: 4 } },
+    { name: 'two rows of two ranks on one device', devices: [0, 0, 0, 0], options: { ulysses: 2 } },
+    ...others.flatMap((other) => [
+      { name: 'a ring of two devices', devices: [0, other], options: {} },
+      { name: 'heads divided between two devices', devices: [0, other], options: { ulysses: 2 } },
+      { name: 'rows of two devices', devices: [0, other, other, 0], options: { ulysses: 2 } },
+    ]),
+  ];
+  return ways.flatMap(({ name, devices, options }) =>
+    [false, true].map((isCausal) => ({
+      name: `${name}${isCausal ? ', causal' : ''}`,
+      async run() {
+        const exact = attentionExact(createProblem(q, k, v, { isCausal }), { q, k, v }).output;
+        const one = toFloat32(await sageattn(q, k, v, { isCausal, backend: 'cuda', returnLse: false }));
+        const actual = await sharded(devices, { ...options, isCausal });
+        const [alone, together] = [one, actual].map((values) => compare(values, exact).relativeL1) as [number, number];
+        if (!(together <= MERGE_SLACK * alone)) throw new Error(`relative L1 ${together}, one device ${alone}`);
+        if (new Set(devices).size > 1) {
+          const virtual = await sharded(
+            devices.map(() => 0),
+            { ...options, isCausal },
+          );
+          const at = virtual.findIndex((value, i) => !Object.is(value, actual[i]));
+          if (at >= 0) throw new Error(`value ${at} is not that of ranks on one device`);
+        }
+        return `relative L1 ${together.toFixed(4)}, one device ${alone.toFixed(4)}`;
+      },
+    })),
+  );
+}
