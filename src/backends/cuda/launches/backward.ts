@@ -130,6 +130,7 @@ function scratchOf({ context, paddedDim, paddedValueDim }: Backward): Record<Buf
     key: keys * scheme.qkRowBytes,
     keyScale: (keys / 64) * scheme.keyGroups * 4,
     keyFaults: (keys / 64) * 8,
+    keyExponents: keys,
     ...(choice.smoothK ? { keyMean: batch * kvHeads * scheme.paddedDim * 4 } : {}),
     queryOperand: rows * paddedDim * OPERAND_BYTES,
     keyOperand: keys * paddedDim * OPERAND_BYTES,
@@ -154,8 +155,7 @@ function preparing(backward: Backward): KernelLaunch[] {
   return [
     ...visibleKeysLaunches(context),
     ...(choice.smoothK ? statisticsLaunches({ ...context, choice: { ...choice, smoothV: false } }, false) : []),
-    // Its products know no exponents.
-    quantizeKeyLaunch(context, false),
+    quantizeKeyLaunch(context),
     quantizeQueryLaunch(context),
     copyLaunch(backward, 'q'),
     copyLaunch(backward, 'k'),
@@ -299,6 +299,7 @@ function gradientLaunch(backward: Backward, pass: readonly Gradient[]): KernelLa
       rowBias: pointer('rowBias'),
       key: pointer('key'),
       keyScale: pointer('keyScale'),
+      keyExponents: pointer('keyExponents'),
       queryOperand: pointer('queryOperand'),
       keyOperand: pointer('keyOperand'),
       valueOperand: pointer('valueOperand'),

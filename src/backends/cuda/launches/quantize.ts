@@ -137,12 +137,8 @@ function containerOf({ qkFormat }: Context['scheme']): 's8' | 's4' {
   throw new RangeError(`${qkFormat} has quantizers of its own`);
 }
 
-/**
- * Quantizes K, 64 tokens a block: buffers `key`, `keyScale`, `keyFaults` and `keyExponents`.
- *
- * @param exponents whether keys may have exponents of their own: what reads the codes must know them
- */
-export function quantizeKeyLaunch(context: Context, exponents = true): KernelLaunch {
+/** Quantizes K, 64 tokens a block: buffers `key`, `keyScale`, `keyFaults` and `keyExponents`. */
+export function quantizeKeyLaunch(context: Context): KernelLaunch {
   const { problem, choice, device, layout, scheme, hiddenKeys } = context;
   const { target, pointerAlignment = 16 } = device;
   const { batch, kvHeads, dtype, headDim, k } = problem;
@@ -160,7 +156,6 @@ export function quantizeKeyLaunch(context: Context, exponents = true): KernelLau
     groups: scheme.keyGroups,
     keyMean: choice.smoothK,
     smoothQ: false,
-    exponents,
     hiddenKeys,
   };
   const module = moduleOf(quantizeTokens, config);
@@ -179,7 +174,7 @@ export function quantizeKeyLaunch(context: Context, exponents = true): KernelLau
         quantized: pointer('key'),
         scale: pointer('keyScale'),
         keyFaults: pointer('keyFaults'),
-        ...(exponents ? { keyExponents: pointer('keyExponents') } : {}),
+        keyExponents: pointer('keyExponents'),
         ...visibleKeysPointer(context),
       }),
       ...inOrder(QUANTIZE_TOKENS_INTEGERS, {
@@ -278,7 +273,6 @@ export function quantizeQueryLaunch({ problem, choice, device, layout, scheme }:
     groups,
     keyMean: choice.smoothK && layout.keyTiles > 0,
     smoothQ: choice.smoothQ !== false,
-    exponents: false,
     hiddenKeys: 'none',
   };
   const queryModule = moduleOf(quantizeTokens, queryConfig);

@@ -49,6 +49,7 @@ export const GRADIENT_POINTERS = [
   'rowBias',
   'key',
   'keyScale',
+  'keyExponents',
   'queryOperand',
   'keyOperand',
   'valueOperand',

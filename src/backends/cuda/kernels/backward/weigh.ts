@@ -6,7 +6,7 @@ import { offset, offset64 } from '../parts/addresses.ts';
 import { MIN_SCALE } from '../parts/constants.ts';
 import { headAddress } from '../parts/epilogue.ts';
 import { at } from '../parts/lists.ts';
-import { capScores, type EachScore, maskRow } from '../parts/scores.ts';
+import { capScores, type EachScore, keyFactors, maskRow } from '../parts/scores.ts';
 import type { Frame, Owner, Passing, ThreadPlace, Work } from './frame.ts';
 
 /** Rows of `stream.rows`. */
@@ -26,15 +26,15 @@ function keyScaleAt({ b, config, pointer }: Frame, row: Reg<'u32'>, group: Reg<'
   return offset(b, b.loadPointer(pointer.keyScale), index, 4);
 }
 
-const keyRowOf = ({ b, integer }: Frame, { keyHead, paddedKeyStart }: Work, token: Reg<'u32'>) =>
+const keyRowOf = ({ b, integer }: Pick<Frame, 'b' | 'integer'>, { keyHead, paddedKeyStart }: Work, token: Reg<'u32'>) =>
   b.add(b.mad(keyHead, b.loadParameter(integer.paddedKeys), paddedKeyStart), token);
 
 /**
  * The scale of a product of codes, bit for bit the forward kernel's (`scoreUnits`): where scores are large, the logsumexp is of scores
- * with that scale and no other.
+ * with that scale and no other. The sign of `keyScale` says that some of its keys have exponents ({@link keyFactorsOf}).
  */
 export function forwardScale(b: KernelBuilder, rowScale: Reg<'f32'>, keyScale: Reg<'f32'>): Reg<'f32'> {
-  return b.as(b.and(b.as(b.max(b.mul(rowScale, keyScale), MIN_SCALE), 'b32'), 0xfffffffc), 'f32');
+  return b.as(b.and(b.as(b.max(b.mul(rowScale, b.abs(keyScale)), MIN_SCALE), 'b32'), 0xfffffffc), 'f32');
 }
 
 /** Values of the thread's own rows, and how to find the values that belong to a score. */
@@ -52,19 +52,21 @@ export function ownConstants(frame: Frame, { warpRow, g, t2 }: ThreadPlace, work
     const shift = numbers('rowShift', row);
     const minus = numbers('rowDelta', row);
     const bias = config.softcap ? numbers('rowBias', row) : [];
+    const keyScaleOfTile = (tile: Passing['tile']) => {
+      const token = b.as(b.shl(tile, Math.log2(config.streamTokens)), 'u32');
+      return b.ld('f32', keyScaleAt(frame, keyRowOf(frame, work, token), b.shr(t2, 1)), 0, { readOnly: true });
+    };
     const seed = [at(minus, 0), at(minus, 0), at(minus, 1), at(minus, 1)];
     return {
       minusDelta: (_rows: Reg<'shared'> | undefined) => (_column: number) => seed,
+      keyScaleOf: ({ tile }: Passing) => keyScaleOfTile(tile),
       /** Calls back with the numbers of each 8-token tile: `scale[i]`, ... of its four scores. */
       ofTiles(
         { tile }: Passing,
         _rows: Reg<'shared'> | undefined,
         body: (n: number, numbers: RowNumbers) => void,
       ): void {
-        const token = b.as(b.shl(tile, Math.log2(config.streamTokens)), 'u32');
-        const keyScale = b.abs(
-          b.ld('f32', keyScaleAt(frame, keyRowOf(frame, work, token), b.shr(t2, 1)), 0, { readOnly: true }),
-        );
+        const keyScale = keyScaleOfTile(tile);
         const whole = scale.map((own) => forwardScale(b, own, keyScale));
         const four = (two: readonly Reg<'f32'>[]) => two.flatMap((value) => [value, value]);
         const same = { scale: four(whole), shift: four(shift), bias: four(bias) };
@@ -74,12 +76,13 @@ export function ownConstants(frame: Frame, { warpRow, g, t2 }: ThreadPlace, work
   }
   b.section('scale of own keys');
   const keyRow = keyRowOf(frame, work, work.firstOwn);
-  const keyScale = b.abs(b.ld('f32', keyScaleAt(frame, keyRow, b.shr(g, 1)), 0, { readOnly: true }));
+  const keyScale = b.ld('f32', keyScaleAt(frame, keyRow, b.shr(g, 1)), 0, { readOnly: true });
   const rowBytes = stream.rows?.layout.rowBytes ?? 0;
   const pairAt = (rows: Reg<'shared'>, which: number, n: number) =>
     b.ldVector('f32', 2, b.add(rows, b.as(b.shl(t2, 2), 'shared')), which * rowBytes + n * 32);
   const twice = (pair: readonly Reg<'f32'>[]) => [...pair, ...pair];
   return {
+    keyScaleOf: (_: Passing) => keyScale,
     minusDelta: (rows: Reg<'shared'> | undefined) => (n: number) => twice(pairAt(rows as Reg<'shared'>, DELTA, n)),
     ofTiles(_: Passing, rows: Reg<'shared'> | undefined, body: (n: number, numbers: RowNumbers) => void): void {
       const place = rows as Reg<'shared'>;
@@ -91,6 +94,37 @@ export function ownConstants(frame: Frame, { warpRow, g, t2 }: ThreadPlace, work
     },
   };
 }
+
+/** What the parts of a gradient kernel know that find a key's exponent. */
+type KeyOwner = Pick<Frame, 'b' | 'integer' | 'pointer' | 'ownsQueries'>;
+
+/**
+ * What scores must be multiplied by whose keys have exponents of their own: by row (0, 1) and column of the thread's scores. Loaded when
+ * asked, and only of tiles whose K scales say so ({@link hasExponents}).
+ *
+ * @param firstOwn the first token of the warp's own rows
+ * @param firstPassing the first token of those that pass by
+ */
+export function keyFactorsOf(
+  frame: KeyOwner,
+  { g, t2 }: Pick<ThreadPlace, 'g' | 't2'>,
+  work: Work,
+  { firstOwn, firstPassing }: { readonly firstOwn: Reg<'u32'>; readonly firstPassing: Reg<'u32'> },
+): (row: number, column: number) => Reg<'f32'> {
+  const { b, pointer, ownsQueries } = frame;
+  const first = ownsQueries ? b.add(firstPassing, t2) : b.add(firstOwn, g);
+  const exponents = offset(b, b.loadPointer(pointer.keyExponents), keyRowOf(frame, work, first), 1);
+  if (ownsQueries) {
+    const ofColumn = keyFactors(b, exponents);
+    return (_, column) => ofColumn(column);
+  }
+  const ofRows = [0, 8].map((row) => b.as(b.shl(b.ldByte(exponents, row), 23), 'f32'));
+  return (row) => at(ofRows, row);
+}
+
+/** Of a tile of keys, by its scale. */
+export const hasExponents = (b: KernelBuilder, keyScale: Reg<'f32'>): Reg<'pred'> =>
+  b.setp('lt', b.as(keyScale, 's32'), 0);
 
 /** A tile of pairs of own tokens and of those that pass by. */
 export interface OwnedTile {
@@ -113,18 +147,32 @@ interface WeighedTile {
 }
 
 export function weigh(self: WeighedTile): void {
-  const { frame, now, constants, rows, codes, gradientsOfP } = self;
+  const { frame, place, work, now, constants, rows, codes, gradientsOfP } = self;
   const { b, config } = frame;
   const weights = codes.map((fragment) => fragment.map((register) => b.as(register, 'f32')));
   const plain = !config.softcap && config.mask === 'none';
   let slopes: Reg<'f32'>[][] = [];
+  codes.forEach((fragment, n) => {
+    fragment.forEach((code, i) => {
+      b.mov(b.cvt('f32', code), at(at(weights, n), i));
+    });
+  });
+  b.section('keys with exponents of their own');
+  b.if(hasExponents(b, constants.keyScaleOf(now)), () => {
+    const firstPassing = b.as(b.shl(now.tile, Math.log2(config.streamTokens)), 'u32');
+    const tokens = { firstOwn: b.add(work.firstOwn, place.warpRow), firstPassing };
+    const factorOf = keyFactorsOf(frame, place, work, tokens);
+    weights.forEach((fragment, n) => {
+      fragment.forEach((score, i) => {
+        b.mul(score, factorOf(i >> 1, 8 * n + (i & 1)), score);
+      });
+    });
+  });
   b.section(plain ? 'P = exp2(S - LSE)' : 'scores in base 2');
   constants.ofTiles(now, rows, (n, { scale, shift, bias }) => {
-    at(codes, n).forEach((code, i) => {
-      const score = at(at(weights, n), i);
-      const value = b.cvt('f32', code);
+    at(weights, n).forEach((score, i) => {
       const added = config.softcap ? at(bias, i) : at(shift, i);
-      b.fma(value, at(scale, i), added, score);
+      b.fma(score, at(scale, i), added, score);
       if (plain) b.ex2(score, score);
     });
   });

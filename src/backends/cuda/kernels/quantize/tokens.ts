@@ -51,8 +51,6 @@ export interface QuantizeTokensConfig {
   readonly keyMean: boolean;
   /** Q only: subtract the mean of the block's tokens and write it to `queryMean`. */
   readonly smoothQ: boolean;
-  /** K only: keys far smaller than others of their group have exponents of their own. */
-  readonly exponents: boolean;
   /** K only: keys that a mask hides from every row are zeros. */
   readonly hiddenKeys: HiddenKeys;
 }
@@ -375,31 +373,25 @@ function writeKeyScales(block: Block): void {
     }
     const farApart = b.setp('gt', largest, b.add(b.min(smallest, INFINITY_BITS), FAR_APART));
     const faulty = b.setp('ne', b.or(...faults), 0);
-    const special = b.voteAny(config.exponents ? b.orPred(farApart, faulty) : faulty);
+    const special = b.voteAny(b.orPred(farApart, faulty));
 
     const maximum = b.as(largest, 'f32');
     const reciprocal = b.divF32(b.constant('f32', config.largest), maximum);
     b.when(b.setp('eq', largest, 0), () => b.set(reciprocal, 0));
     const exponents = magnitudes.map((bits) => {
-      if (!config.exponents) return undefined;
       const apart = b.min(b.shr(b.sub(largest, bits), 23), MOST_KEY_EXPONENT);
       b.when(b.setp('eq', bits, 0), () => b.set(apart, 0));
       return b.selp(apart, b.constant('u32', 0), special);
     });
     const factors = exponents.map((exponent) =>
-      exponent === undefined
-        ? reciprocal
-        : b.mul(reciprocal, b.as(b.shl(b.add(exponent, KEY_EXPONENT_BIAS), 23), 'f32')),
+      b.mul(reciprocal, b.as(b.shl(b.add(exponent, KEY_EXPONENT_BIAS), 23), 'f32')),
     );
     b.stVector(factors, pairAt);
 
     const tokens = b.mad(block.head, b.loadParameter(integer.paddedTokens), b.add(block.paddedStart, block.firstToken));
-    const [first, second] = exponents;
-    if (first !== undefined && second !== undefined) {
-      const stored = [first, second].map((exponent) => b.sub(b.constant('u32', KEY_EXPONENT_BIAS), exponent));
-      const bytes = b.cvt('b16', b.or(at(stored, 0), b.shl(at(stored, 1), 8)));
-      b.st(bytes, offset(b, offset(b, b.loadPointer(pointer.keyExponents), tokens, 1), thread, 2));
-    }
+    const stored = exponents.map((exponent) => b.sub(b.constant('u32', KEY_EXPONENT_BIAS), exponent));
+    const bytes = b.cvt('b16', b.or(at(stored, 0), b.shl(at(stored, 1), 8)));
+    b.st(bytes, offset(b, offset(b, b.loadPointer(pointer.keyExponents), tokens, 1), thread, 2));
     const tile = b.shr(tokens, 6);
     const scale = b.as(b.divF32(maximum, config.largest), 'b32');
     b.when(special, () => b.or(scale, 0x80000000, scale));

@@ -29,7 +29,7 @@ import type { RingPlace } from '../../parts/ring.ts';
 import { uniform } from '../../wgmma/instructions.ts';
 import { storeGradients } from '../epilogue.ts';
 import { advance, placeOf, type Sums, type ThreadPlace, type Work, workOf } from '../frame.ts';
-import { excludePairs, forwardScale } from '../weigh.ts';
+import { excludePairs, forwardScale, hasExponents, keyFactorsOf } from '../weigh.ts';
 import { GROUP_TOKENS, type WgmmaGradientConfig } from './config.ts';
 import { initBarriers, makeWgmmaFrame, ownToken, REGISTERS, type WgmmaFrame } from './frame.ts';
 import { producer } from './producer.ts';
@@ -229,13 +229,13 @@ function ownRows(frame: WgmmaFrame, { warpRow, g }: ThreadPlace, work: Work, gro
   });
 }
 
-/** The scale of this thread's keys among the 64 that `token` belongs to. */
+/** The scale of this thread's keys, its sign that of exponents, among the 64 that `token` belongs to. */
 function loadKeyScale({ frame, work }: Consumer, token: Reg<'u32'>, group: Reg<'u32'>): Reg<'f32'> {
   const { b, config, integer, pointer } = frame;
   const start = b.mad(work.keyHead, b.loadParameter(integer.paddedKeys), work.paddedKeyStart);
   const tile = b.shr(b.add(start, token), 6);
   const index = config.keyScales === 4 ? b.add(b.shl(tile, 2), group) : tile;
-  return b.abs(b.ld('f32', offset(b, b.loadPointer(pointer.keyScale), index, 4), 0, { readOnly: true }));
+  return b.ld('f32', offset(b, b.loadPointer(pointer.keyScale), index, 4), 0, { readOnly: true });
 }
 
 /** Sends S and dP of the tile at `next` to the tensor cores, each a group. */
@@ -357,15 +357,39 @@ function multiplyStage(
 
 /** From 1.5 * 2^23 + codes to P. */
 function exponentials(self: Consumer, tile = self.next.tile, stage = self.ringPlace.stage): void {
-  const { frame, place, work, scores, rows, keyScale } = self;
+  const { frame, place, work, group, scores, keyScale } = self;
   const { b, config, ownsQueries } = frame;
   const { weights } = scores;
   b.section('P = exp2(S - LSE)');
+  b.if(
+    hasExponents(b, keyScale),
+    () => {
+      const warpRow = b.and(place.warpRow, GROUP_TOKENS - 1);
+      const firstOwn = b.add(ownToken(frame, work, group), warpRow);
+      const firstPassing = b.as(b.shl(tile, Math.log2(config.streamTokens)), 'u32');
+      const factorOf = keyFactorsOf(frame, place, work, { firstOwn, firstPassing });
+      for (const [i, register] of weights.entries()) {
+        const codes = b.mul(b.sub(register, MAGIC), factorOf((i >> 1) & 1, 8 * (i >> 2) + (i & 1)));
+        b.mov(codes, register);
+      }
+      exponentialsOf(self, stage, (register) => register);
+    },
+    // Exact: both are integers below 2^24.
+    () => exponentialsOf(self, stage, (register) => b.sub(register, MAGIC)),
+  );
+  if (!config.banded && !ownsQueries) return;
+  const fragments = Array.from({ length: weights.length / 4 }, (_, n) => weights.slice(4 * n, 4 * n + 4));
+  excludePairs({ frame, place, work, now: { tile } }, fragments);
+}
+
+/** @param codesOf the products of codes, of what a register has */
+function exponentialsOf(self: Consumer, stage: Reg<'u32'>, codesOf: (register: Reg<'f32'>) => Reg<'f32'>): void {
+  const { frame, scores, rows, keyScale } = self;
+  const { b, config, ownsQueries } = frame;
+  const { weights } = scores;
   const exponential = (i: number, scale: Reg<'f32'>, shift: Reg<'f32'>) => {
     const register = at(weights, i);
-    // Exact: both are integers below 2^24.
-    const codes = b.sub(register, MAGIC);
-    b.ex2(b.fma(codes, scale, shift), register);
+    b.ex2(b.fma(codesOf(register), scale, shift), register);
   };
   if (ownsQueries) {
     const [scale, shift] = rows as [readonly Reg<'f32'>[], readonly Reg<'f32'>[]];
@@ -379,7 +403,4 @@ function exponentials(self: Consumer, tile = self.next.tile, stage = self.ringPl
       for (let i = 0; i < 4; i++) exponential(4 * n + i, at(scale, i & 1), at(shift, i & 1));
     }
   }
-  if (!config.banded && !ownsQueries) return;
-  const fragments = Array.from({ length: weights.length / 4 }, (_, n) => weights.slice(4 * n, 4 * n + 4));
-  excludePairs({ frame, place, work, now: { tile } }, fragments);
 }
