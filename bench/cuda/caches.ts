@@ -37,6 +37,7 @@ const KERNELS: readonly KernelName[] = [
   'qk-int8-pv-fp8-cuda',
   'qk-int8-pv-fp8-cuda-sm90',
   'qk-fp4-pv-fp4',
+  'qk-fp4-pv-fp8-cuda',
 ];
 /** Heads of Q whose output is compared. */
 const COMPARED = [0, 13, 31];

@@ -137,6 +137,18 @@ it('doctor tells of every backend and tests every kernel that can run', async ()
   expect(Math.min(...cosines)).toBeGreaterThan(0.95);
 });
 
+it('doctor --self-test gives a table, and a code that says the same', async () => {
+  const { code, out } = await run('doctor', '--self-test');
+  expect(code).toBe(0);
+  const [sent = ''] = out.match(/^SA1\.\S+$/m) ?? [];
+  const decoded = await run('doctor', '--decode', sent);
+  expect(decoded.code).toBe(0);
+  const right = /^wasm +qk-fp4-pv-fp4 +0\.1\d+ +0\.1\d+ +right +[\d.]+ GFLOP\/s/m;
+  for (const text of [out, decoded.out]) expect(text).toMatch(right);
+  expect(out.trimEnd().endsWith(decoded.out.trimEnd())).toBe(true);
+  expect((await run('doctor', '--decode', sent.slice(0, -1))).code).not.toBe(0);
+});
+
 describe('bench', () => {
   it('writes time and accuracy of every case, as JSON and as a page of its own', async () => {
     const [json, html] = [path.join(folder, 'bench.json'), path.join(folder, 'bench.html')];

@@ -35,7 +35,15 @@ function createProgram(): Command {
   program
     .command('doctor')
     .description('every backend: what was found, what is missing and how to get it, and whether its kernels compute')
-    .action(async () => (await import('./doctor.ts')).doctor());
+    .option('--self-test', 'every kernel in twenty seconds: its error, its speed, and a code to send in')
+    .addOption(new Option('--decode <code>', 'what such a code says').conflicts('selfTest'))
+    .action(async ({ selfTest, decode }: { selfTest?: true; decode?: string }) => {
+      if (decode !== undefined) {
+        const { decodeFindings } = await import('./self-test-code.ts');
+        (await import('./self-test.ts')).printFindings(decodeFindings(decode));
+      } else if (selfTest) await (await import('./self-test.ts')).selfTest(version);
+      else await (await import('./doctor.ts')).doctor();
+    });
 
   program
     .command('bench')
