@@ -10,12 +10,13 @@
  */
 import { execFileSync } from 'node:child_process';
 import { writeFileSync } from 'node:fs';
-import { cpus, loadavg } from 'node:os';
+import { loadavg } from 'node:os';
 import { setTimeout } from 'node:timers/promises';
 import { parseArgs } from 'node:util';
 import { createProblem } from '../../src/attention/problem.ts';
 import { chooseOptions } from '../../src/backends/choice.ts';
 import { createWasmBackend } from '../../src/backends/wasm/index.ts';
+import { thisMachine } from '../../src/measure/machine.ts';
 import { Random } from '../../src/measure/random.ts';
 import { median } from '../../src/measure/statistics.ts';
 import { attentionExact } from '../../src/reference/exact.ts';
@@ -181,8 +182,7 @@ for (const tokens of flags.tokens.split(',').map(Number)) {
 }
 if (flags.out !== undefined) {
   const report = {
-    cpu: cpus()[0]?.model,
-    cores: cpus().length,
+    ...thisMachine(),
     // Well above the number of cores: others were at work, and only processor times mean anything.
     loadAverage: loadavg()[0],
     node: process.version,

@@ -9,7 +9,7 @@
  * processor time of the whole process (median), the ratio of each peer to ours, the kernel that ran and its error.
  */
 import { execFileSync } from 'node:child_process';
-import { readFileSync, writeFileSync } from 'node:fs';
+import { writeFileSync } from 'node:fs';
 import { loadavg } from 'node:os';
 import { setTimeout } from 'node:timers/promises';
 import { parseArgs } from 'node:util';
@@ -44,16 +44,6 @@ const BURST = 5;
 const EXACT_ROWS = 32;
 /** Of all contenders before any is timed: code is compiled in tiers. */
 const WARM_MILLISECONDS = 400;
-
-/** Instructions of the processor that the kernels' speed depends on. */
-function cpuFlags(): string[] {
-  try {
-    const line = /^flags\s*:(.*)$/m.exec(readFileSync('/proc/cpuinfo', 'utf8'))?.[1] ?? '';
-    return ['avx2', 'avx512f', 'avx_vnni', 'avx512_vnni'].filter((flag) => line.split(' ').includes(flag));
-  } catch {
-    return [];
-  }
-}
 
 function operandsOf(batch: number, heads: number, headDim: number, tokens: number, queries: number): Operands {
   const random = new Random(tokens + headDim);
@@ -165,7 +155,6 @@ for (const shape of flags.shapes.split(',')) {
 if (flags.out !== undefined) {
   const report = {
     ...thisMachine(),
-    cpuFlags: cpuFlags(),
     // Well above the number of cores: others were at work, and only processor times mean anything.
     loadAverage: loadavg()[0],
     commit: process.env.SAGEATTENTION_COMMIT ?? execFileSync('git', ['rev-parse', 'HEAD'], { encoding: 'utf8' }).trim(),

@@ -20,6 +20,13 @@ export interface BenchResult extends InputShape {
   readonly rows?: number;
 }
 
+export interface BenchPeer extends InputShape {
+  readonly name: 'onnxruntime-web';
+  /** Or why it failed. */
+  readonly medianMs?: number;
+  readonly failed?: string;
+}
+
 /** What `bench --json` writes. */
 export interface BenchReport {
   readonly schema: 'sageattention-bench/1';
@@ -31,4 +38,6 @@ export interface BenchReport {
   readonly seed: number;
   readonly backends: Readonly<Record<string, Readonly<Record<string, string>>>>;
   readonly results: readonly BenchResult[];
+  /** The same attention in float32 by onnxruntime-web on WebAssembly, where it is installed and has it. */
+  readonly peers: readonly BenchPeer[];
 }

@@ -113,6 +113,7 @@ describe('as a process', () => {
     expect(bench.stderr).not.toMatch(/error/i);
     expect(bench.status).toBe(0);
     expect(bench.stdout).toMatch(/GFLOP\/s/);
+    expect(bench.stdout).toMatch(/Verdict\n32 tokens, head dim 16: .* times as fast as exact float32/);
   });
 });
 

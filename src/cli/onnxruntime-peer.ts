@@ -11,7 +11,7 @@ import { type AttentionCall, messageOf, type Tensor, toFloat32 } from './library
 export interface Peer {
   readonly threads: number;
   /** A function that runs one attention, and answers when it is done. Rejects with the engine's reason. */
-  prepare(call: AttentionCall): Promise<() => Promise<void>>;
+  prepare(call: Pick<AttentionCall, 'q' | 'k' | 'v' | 'attnMask'>): Promise<() => Promise<void>>;
 }
 
 /** None where onnxruntime-web is not installed. */
@@ -27,7 +27,7 @@ export async function openPeer(): Promise<Peer | undefined> {
   // What goes wrong is reported by the exception; the engine's own log would repeat it.
   ort.env.logLevel = 'fatal';
 
-  async function prepare({ q, k, v, attnMask }: AttentionCall): Promise<() => Promise<void>> {
+  async function prepare({ q, k, v, attnMask }: Parameters<Peer['prepare']>[0]): Promise<() => Promise<void>> {
     const [batch, length, heads, headDim] = q.shape as [number, number, number, number];
     const input = (view: Tensor) => new ort.Tensor('float32', toFloat32(view), [batch, length, heads * headDim]);
     const feeds: Record<string, OnnxRuntime.Tensor> = { q: input(q), k: input(k), v: input(v) };
