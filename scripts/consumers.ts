@@ -1,20 +1,23 @@
 /**
  * `npm run test:consumers [-- NAME...] [--tarball FILE]`: installs the packed package into fresh projects of every kind
- * (test/consumers/consumers.ts), builds and runs them. Any warning fails. A release runs all; they take minutes and the
- * npm registry.
+ * (test/consumers/consumers.ts), with a home folder and an npm cache that are empty at first, builds and runs them, pages in
+ * Chromium, Firefox and WebKit. Any warning fails. A release runs all; they take minutes and the npm registry.
  */
 import { spawn, spawnSync } from 'node:child_process';
+import { createHash } from 'node:crypto';
 import { mkdirSync, mkdtempSync, rmSync, writeFileSync } from 'node:fs';
 import { createServer } from 'node:http';
 import type { AddressInfo } from 'node:net';
-import { tmpdir } from 'node:os';
+import { homedir, tmpdir } from 'node:os';
 import path from 'node:path';
 import { parseArgs } from 'node:util';
 import type { Browser } from 'playwright-core';
 import { ISOLATION_HEADERS, serveFile } from '../src/cli/playground-server.ts';
 import { CONSUMERS, type Consumer, DONE, STRICT_POLICY } from '../test/consumers/consumers.ts';
+import { openEngine, type Tab } from '../test/engines/drivers.ts';
 import { launchChromium, launchWithExtension, missingChromium } from '../test/support/chromium.ts';
 import { pack } from './check-package.ts';
+import { ENGINES, type Engine } from './engines.ts';
 import { ensureRuntime } from './runtimes.ts';
 
 const { values: flags, positionals: names } = parseArgs({
@@ -52,6 +55,14 @@ function run([command = '', ...args]: readonly string[], { folder, env }: Place)
   return { stdout, all: text };
 }
 
+/** As on a machine that has seen nothing yet; which registry there is, the user's npm settings go on to say. */
+const cleanMachine = (): NodeJS.ProcessEnv => ({
+  HOME: path.join(root, 'home'),
+  USERPROFILE: path.join(root, 'home'),
+  npm_config_cache: path.join(root, 'npm-cache'),
+  npm_config_userconfig: process.env.npm_config_userconfig ?? path.join(homedir(), '.npmrc'),
+});
+
 function build(
   { files, packages = [], commands = [], runtimes = [] }: Consumer,
   folder: string,
@@ -67,6 +78,7 @@ function build(
   const own = Object.entries(process.env).filter(([name]) => !/^npm_(package|lifecycle|config_local)/.test(name));
   const env: NodeJS.ProcessEnv = {
     ...Object.fromEntries(own),
+    ...cleanMachine(),
     PATH: [...bins, ...inherited].join(path.delimiter),
     CI: 'true',
     NO_COLOR: '1',
@@ -106,6 +118,36 @@ async function titleOf(browser: Browser, url: string, accepted: readonly RegExp[
   }
 }
 
+/** The title of a page in an engine whose driver tells nothing of its console. */
+async function titleIn(tab: Tab, url: string): Promise<string> {
+  await tab.open(url);
+  for (const until = Date.now() + PATIENCE; Date.now() < until; await new Promise((go) => setTimeout(go, 50))) {
+    const title = await tab.evaluate<string>('document.title');
+    if (title !== 'waiting' && title !== '') return title;
+  }
+  return 'waiting';
+}
+
+interface Browsers {
+  readonly chromium: Browser;
+  readonly tabs: ReadonlyMap<Engine, Tab>;
+}
+
+/** The title that every browser gives a page, or the first one that is wrong. */
+async function titleEverywhere(
+  { chromium, tabs }: Browsers,
+  url: string,
+  accepted: readonly RegExp[],
+): Promise<string> {
+  const title = await titleOf(chromium, url, accepted);
+  if (title !== DONE) return title;
+  for (const [engine, tab] of tabs) {
+    const other = await titleIn(tab, url);
+    if (other !== DONE) return `${engine}: ${other}`;
+  }
+  return DONE;
+}
+
 /** Headers of every answer, by the case that they stand for, and what the console may say in that case. */
 const HOSTS: Readonly<Record<string, { headers: Readonly<Record<string, string>>; blobIsRefused: boolean }>> = {
   plain: { headers: {}, blobIsRefused: false },
@@ -113,7 +155,12 @@ const HOSTS: Readonly<Record<string, { headers: Readonly<Record<string, string>>
   strict: { headers: { ...ISOLATION_HEADERS, 'Content-Security-Policy': STRICT_POLICY }, blobIsRefused: true },
 };
 
-async function servedTitle(browser: Browser, folder: string, withinPolicy: boolean): Promise<string> {
+async function servedTitle(
+  browsers: Browsers,
+  folder: string,
+  { withinPolicy = false, inlineScript }: Extract<Consumer['run'], { readonly page: string }>,
+): Promise<string> {
+  const hash = inlineScript === undefined ? '' : createHash('sha256').update(inlineScript).digest('base64');
   let sent: Readonly<Record<string, string>> = {};
   const server = createServer((request, response) => {
     for (const [name, value] of Object.entries(sent)) response.setHeader(name, value);
@@ -127,9 +174,15 @@ async function servedTitle(browser: Browser, folder: string, withinPolicy: boole
   await new Promise<void>((resolve) => server.listen(0, '127.0.0.1', resolve));
   try {
     for (const [host, { headers, blobIsRefused }] of Object.entries(HOSTS)) {
-      sent = headers;
+      sent = Object.fromEntries(
+        Object.entries(headers).map(([name, value]) => [
+          name,
+          hash === '' ? value : value.replace("script-src 'self'", `script-src 'self' 'sha256-${hash}'`),
+        ]),
+      );
       const accepted = blobIsRefused && !withinPolicy ? [NO_GPU, NO_BLOB_WORKER] : [NO_GPU];
-      const title = await titleOf(browser, `http://127.0.0.1:${(server.address() as AddressInfo).port}/`, accepted);
+      const url = `http://127.0.0.1:${(server.address() as AddressInfo).port}/`;
+      const title = await titleEverywhere(browsers, url, accepted);
       if (title !== DONE) return `${host}: ${title}`;
     }
     return DONE;
@@ -147,7 +200,7 @@ async function freePort(): Promise<number> {
   return port;
 }
 
-async function serverAnswers(browser: Browser, consumer: Consumer, { folder, env }: Place): Promise<string> {
+async function serverAnswers(browsers: Browsers, consumer: Consumer, { folder, env }: Place): Promise<string> {
   if (!('server' in consumer.run)) return '';
   const port = await freePort();
   const [command = '', ...args] = consumer.run.server;
@@ -167,7 +220,7 @@ async function serverAnswers(browser: Browser, consumer: Consumer, { folder, env
     for (const page of consumer.run.pages) {
       const text =
         page === '/'
-          ? await titleOf(browser, url, [NO_GPU, NO_BLOB_WORKER])
+          ? await titleEverywhere(browsers, url, [NO_GPU, NO_BLOB_WORKER])
           : await (await fetch(`${url}${page}`)).text();
       if (!text.includes(DONE)) return `${page}: ${text.slice(0, 500)}`;
     }
@@ -193,13 +246,13 @@ async function extensionResult(folder: string): Promise<string> {
   }
 }
 
-async function result(consumer: Consumer, place: Place, browser: Browser): Promise<string> {
+async function result(consumer: Consumer, place: Place, browsers: Browsers): Promise<string> {
   if ('command' in consumer.run) return run(consumer.run.command, place).stdout.trim();
   if ('page' in consumer.run) {
-    return servedTitle(browser, path.join(place.folder, consumer.run.page), consumer.run.withinPolicy ?? false);
+    return servedTitle(browsers, path.join(place.folder, consumer.run.page), consumer.run);
   }
   if ('extension' in consumer.run) return extensionResult(path.join(place.folder, consumer.run.extension));
-  return serverAnswers(browser, consumer, place);
+  return serverAnswers(browsers, consumer, place);
 }
 
 const missing = missingChromium();
@@ -209,15 +262,18 @@ if (unknown.length > 0)
   throw new Error(`no consumer '${unknown[0]}'; there are ${CONSUMERS.map(({ name }) => name).join(', ')}`);
 
 const root = mkdtempSync(path.join(tmpdir(), 'sageattention-consumers-'));
-const browser = await launchChromium('none');
+mkdirSync(path.join(root, 'home'));
+const chromium = await launchChromium('none');
+const tabs = new Map<Engine, Tab>();
 let [passed, failed] = [0, 0];
 try {
+  for (const engine of ENGINES) tabs.set(engine, await openEngine(engine));
   const tarball = flags.tarball === undefined ? pack(root) : path.resolve(flags.tarball);
   for (const consumer of CONSUMERS.filter(({ name }) => names.length === 0 || names.includes(name))) {
     const folder = path.join(root, consumer.name);
     mkdirSync(folder);
     const start = Date.now();
-    const outcome = await (async () => result(consumer, build(consumer, folder, tarball), browser))().catch(
+    const outcome = await (async () => result(consumer, build(consumer, folder, tarball), { chromium, tabs }))().catch(
       (error: unknown) => (error instanceof Error ? error.message : String(error)),
     );
     const seconds = Math.round((Date.now() - start) / 1000);
@@ -229,7 +285,8 @@ try {
     if (!flags.keep) rmSync(folder, { recursive: true, force: true });
   }
 } finally {
-  await browser.close();
+  for (const tab of tabs.values()) await tab.close();
+  await chromium.close();
   if (!flags.keep) rmSync(root, { recursive: true, force: true });
 }
 console.log(`${passed} passed, ${failed} failed`);

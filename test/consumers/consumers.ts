@@ -14,10 +14,15 @@ export interface Consumer {
   readonly run:
     | { readonly command: readonly string[] }
     | {
-        /** It is opened as it is, isolated from other origins (so that threads share memory), and under {@link STRICT_POLICY}. */
+        /**
+         * It is opened in Chromium, Firefox and WebKit: as it is, isolated from other origins (so that threads share memory), and
+         * under {@link STRICT_POLICY}.
+         */
         readonly page: string;
         /** Nothing of it needs what the policy forbids, so nothing may be reported. Default: a `blob:` worker is tried. */
         readonly withinPolicy?: boolean;
+        /** A script inside the page; the policy allows it by its hash. */
+        readonly inlineScript?: string;
       }
     /** A folder of an extension whose background sets `globalThis.result`. */
     | { readonly extension: string }
@@ -87,6 +92,33 @@ const answerOf = async (file) => {
 const html = (script: string, type = 'module') =>
   `<!doctype html><html lang="en"><head><meta charset="utf-8"><title>waiting</title></head><body><script type="${type}" src="${script}"></script></body></html>\n`;
 
+/** Without a bundler: the page says where the modules are. */
+const IMPORT_MAP = JSON.stringify({
+  imports: {
+    sageattention: './node_modules/sageattention/dist/index.js',
+    'sageattention/onnxruntime': './node_modules/sageattention/dist/integrations/onnxruntime/index.js',
+  },
+});
+/** A worker of the user's own, which must answer once. */
+const WORKER_PAGE = `
+const worker = new Worker(new URL('./worker.js', import.meta.url), { type: 'module' });
+const answers = [];
+worker.onerror = ({ message }) => { document.title = message; };
+worker.onmessage = ({ data }) => {
+  answers.push(data);
+  setTimeout(() => { document.title = answers.length === 1 ? data : \`\${answers.length} answers to one message\`; }, 500);
+};
+worker.postMessage('go');
+`;
+/** The setting of docs/deploying.md that keeps a worker's entry from being imported. */
+const WORKER_SETTING = `export default {
+  worker: {
+    format: 'es',
+    plugins: () => [{ name: 'entries-stay-apart', options: (options) => ({ ...options, preserveEntrySignatures: 'strict' }) }],
+  },
+};
+`;
+
 /** No inline code, no eval, no blob: what a careful site sends. WebAssembly alone is allowed. */
 export const STRICT_POLICY =
   "default-src 'none'; script-src 'self' 'wasm-unsafe-eval'; worker-src 'self'; connect-src 'self'; img-src 'self'; style-src 'self'";
@@ -104,10 +136,11 @@ const typescript = (moduleResolution: 'bundler' | 'node16' | 'nodenext'): Consum
         strict: true,
         skipLibCheck: false,
         target: 'es2022',
-        lib: ['es2022', 'esnext.disposable', 'dom'],
+        // With the types of Node alone, and with those of a browser.
+        lib: moduleResolution === 'bundler' ? ['es2022', 'dom'] : ['es2022'],
         module: moduleResolution === 'bundler' ? 'esnext' : moduleResolution,
         moduleResolution,
-        types: ['node'],
+        types: moduleResolution === 'bundler' ? [] : ['node'],
         rootDir: '.',
         outDir: 'out',
       },
@@ -118,6 +151,8 @@ import 'sageattention/reference';
 import type { SageAttentionOptions } from 'sageattention/onnxruntime';
 import type { attentionReportOf } from 'sageattention/transformers';
 import 'sageattention/wasm';
+import 'sageattention/wasm/embedded';
+import 'sageattention/cuda';
 const operand = (): Tensor<'float32'> => tensor(new Float32Array(2 * 16 * 32).map(Math.random), [1, 2, 16, 32]);
 const options: SageAttentionOptions = {};
 const reports: ReturnType<typeof attentionReportOf> = [];
@@ -188,7 +223,7 @@ export const CONSUMERS: readonly Consumer[] = [
     name: 'deno',
     runtimes: ['deno'],
     files: { 'package.json': '{ "type": "module", "private": true }\n', 'main.js': PRINT },
-    run: { command: ['deno', 'run', '--allow-read', '--allow-env', '--allow-sys', '--allow-ffi', 'main.js'] },
+    run: { command: ['deno', 'run', '--no-prompt', 'main.js'] },
   },
   {
     name: 'bun',
@@ -235,6 +270,29 @@ ${PAGE.replace(
     run: { page: 'dist', withinPolicy: true },
   },
   {
+    name: 'vite-own-worker',
+    packages: ['vite@8'],
+    files: {
+      'package.json': '{ "type": "module", "private": true }\n',
+      'index.html': html('/main.js'),
+      'main.js': WORKER_PAGE,
+      'worker.js': `${MODULE}
+addEventListener('message', () => { attend().catch(String).then((text) => postMessage(text)); });
+`,
+      'vite.config.js': WORKER_SETTING,
+    },
+    commands: [['npx', 'vite', 'build', '--logLevel', 'warn']],
+    run: { page: 'dist' },
+  },
+  {
+    name: 'import-map',
+    files: {
+      'main.js': PAGE,
+      'index.html': html('./main.js').replace('<title>', `<script type="importmap">${IMPORT_MAP}</script><title>`),
+    },
+    run: { page: '.', inlineScript: IMPORT_MAP },
+  },
+  {
     name: 'webpack',
     packages: ['webpack@5', 'webpack-cli@6'],
     files: {
@@ -272,8 +330,13 @@ ${PAGE.replace(
     name: 'parcel',
     packages: ['parcel@2'],
     files: {
-      // Parcel reads `exports` of packages, and so their subpaths, only where it is told to.
-      'package.json': '{ "private": true, "@parcel/resolver-default": { "packageExports": true } }\n',
+      // Parcel reads `exports` of packages, and so their subpaths, only where it is told to; and where every browser has import maps
+      // it writes one into the page, which the policy forbids.
+      'package.json': `${JSON.stringify({
+        private: true,
+        '@parcel/resolver-default': { packageExports: true },
+        browserslist: 'defaults, safari 16.3',
+      })}\n`,
       'src/index.html': html('./main.js'),
       'src/main.js': PAGE,
     },

@@ -1,14 +1,15 @@
 /** What the tests call in an engine, bundled by engines.test.ts. */
 import { createWasmBackend } from '../../src/backends/wasm/index.ts';
 import { openDevice } from '../../src/backends/webgpu/device.ts';
-import { disposeBackends, prepareKeyValue, setBackend, tensor } from '../../src/index.ts';
+import { disposeBackends, prepareKeyValue, sageattn, setBackend, tensor } from '../../src/index.ts';
 import { Random } from '../../src/measure/random.ts';
+import { compare, exactAttention } from '../../src/reference/index.ts';
 import { conformanceTests } from '../conformance/suite.ts';
 import { WASM_TARGETS } from '../conformance/wasm-targets.ts';
 
 const page = {
-  /** Runs tests of the conformance suite, in an order that the seed picks, until the time is over. */
-  async suite(seed: number, milliseconds: number): Promise<{ passed: number; failures: string[] }> {
+  /** Runs tests of the conformance suite, in an order that the seed picks: so many at least, then until the time is over. */
+  async suite(seed: number, least: number, milliseconds: number): Promise<{ passed: number; failures: string[] }> {
     await setBackend(createWasmBackend());
     const tests = WASM_TARGETS.flatMap((target) =>
       conformanceTests(target, seed).map(({ name, run }) => ({ name: `${target.name}: ${name}`, run })),
@@ -18,8 +19,8 @@ const page = {
     const failures: string[] = [];
     let passed = 0;
     const until = performance.now() + milliseconds;
-    for (const { test } of order) {
-      if (performance.now() > until) break;
+    for (const [i, { test }] of order.entries()) {
+      if (i >= least && performance.now() > until) break;
       try {
         await test.run();
         passed++;
@@ -44,6 +45,20 @@ const page = {
       () => 'not disposed',
       (error: { code?: string }) => error.code ?? String(error),
     );
+  },
+
+  /** The relative L1 of attention on WebGPU, as this engine compiles its shaders. */
+  async webgpuError(seed: number): Promise<number> {
+    const random = new Random(seed);
+    const [shape, count] = [[1, 2, 129, 64], 2 * 129 * 64];
+    const operand = () =>
+      tensor(
+        Float32Array.from({ length: count }, () => random.normal()),
+        shape,
+      );
+    const [q, k, v] = [operand(), operand(), operand()];
+    const { data } = await sageattn(q, k, v, { backend: 'webgpu', isCausal: true });
+    return compare(data, exactAttention(q, k, v, { isCausal: true }).output).relativeL1;
   },
 
   /** What a shader that is wrong is said to be. */
