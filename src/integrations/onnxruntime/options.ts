@@ -39,7 +39,7 @@ export interface SageAttentionOptions {
  * WebGPU's was measured on an H200: 0.97 times as fast at 1024 tokens, 1.15 at 1536.
  */
 export const DEFAULT_MIN_TOKENS = {
-  'onnxruntime-web': 768,
+  'onnxruntime-web': 1024,
   'onnxruntime-node': Number.POSITIVE_INFINITY,
   webgpu: 1536,
 } as const;

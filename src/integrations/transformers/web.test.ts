@@ -14,7 +14,7 @@ import type { Embedded, Page, Way } from '../testing/transformers-page.ts';
 
 const SHORT = ['A cat sat on the mat.', 'A kitten was resting on a rug, as it did on every other day.'];
 // Above the least tokens from which attention is replaced on a CPU by default.
-const LONG = [Array.from({ length: 115 }, (_, i) => `Sentence ${i} of a long text.`).join(' ')];
+const LONG = [Array.from({ length: 150 }, (_, i) => `Sentence ${i} of a long text.`).join(' ')];
 
 const missing = missingChromium();
 let models: string;

@@ -92,9 +92,15 @@ export const FUSED: readonly Case[] = [
       ),
     }),
   },
-  ...[false, true].map(
-    (isMasked): Case => ({
-      name: `com.microsoft Attention: past and present in one tensor${isMasked ? ', mask over both' : ', causal'}`,
+  ...[
+    [17, false],
+    [17, true],
+    [11, false],
+    [11, true],
+  ].map(
+    ([opset, isMasked]): Case => ({
+      name: `com.microsoft Attention: past and present in one tensor${isMasked ? ', mask over both' : ', causal'}, operator set ${opset}`,
+      opset: Number(opset),
       build: (g) => {
         const x = input(g);
         g.input('past', [2, 'batch', H, 'past', D]);
