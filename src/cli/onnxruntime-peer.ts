@@ -48,6 +48,6 @@ export async function openPeer(): Promise<Peer | undefined> {
   return { threads, prepare };
 }
 
-/** Of an engine's failure the part that a table has room for. */
+/** The part of an engine's error message that fits into a table. */
 export const failureOf = (error: unknown): string =>
   /SafeInt|overflow/i.test(messageOf(error)) ? 'fails: integer overflow' : 'fails';

@@ -2,11 +2,11 @@
 import { namedOrder, type Order } from './onnxruntime/detect/order.ts';
 
 export interface ProductOrders {
-  /** Of `[.., row, contraction]` in the left operand. */
+  /** Order of the axes `[.., row, contraction]` in the left operand. */
   readonly leftOrder: Order;
-  /** Of `[.., column, contraction]` in the right operand. */
+  /** Order of the axes `[.., column, contraction]` in the right operand. */
   readonly rightOrder: Order;
-  /** Of `[.., row, column]` in the output. */
+  /** Order of the axes `[.., row, column]` in the output. */
   readonly outOrder: Order;
 }
 

@@ -149,7 +149,7 @@ export class CudaKeyValue implements PreparedKeyValue {
   readonly #choice: KernelChoice;
   readonly #planner: LaunchPlanner;
   readonly #facts: DeviceFacts;
-  /** Of the first preparation: what does not change with the tokens. */
+  /** The first preparation's problem, for everything that does not change with the tokens. */
   readonly #first: AttentionProblem;
   readonly #k: GrowingRows;
   readonly #v: GrowingRows;

@@ -90,7 +90,7 @@ class WasmBackendImplementation implements WasmBackend {
   readonly #parts: WasmBackendParts;
   readonly #shortWork: number;
   #module: Promise<LoadedModule> | undefined;
-  /** Of the module, once it is there. */
+  /** Instruction set of the module, once it is loaded. */
   #simd: Simd | undefined;
   /** This thread, for short calls. */
   readonly #caller = new RuntimeSlot(() => this.#startCaller(`calls of up to ${this.#shortWork} multiply-adds`));

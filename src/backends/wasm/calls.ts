@@ -63,14 +63,14 @@ const SEARCH_FLAGS: Readonly<Record<ScaleSearch, number>> = {
   mse: job.FLAG_SEARCH_MSE,
 };
 
-/** Of keys and values that are held; see {@link wholeFlagsOf}. */
+/** Flags of keys and values that are held; see {@link wholeFlagsOf}. */
 export const flagsOf = ({ precision, smoothK, smoothV, scaleSearch = 'none' }: Arithmetic): number =>
   (smoothK ? job.FLAG_SMOOTH_K : 0) |
   (smoothV ? job.FLAG_SMOOTH_V : 0) |
   PRECISION_FLAGS[precision] |
   SEARCH_FLAGS[scaleSearch];
 
-/** Of a call that has keys as they came: with FP4, Q and P are rounded too, as Blackwell's tensor cores need it. */
+/** Flags of a call whose keys are not prepared: with FP4, Q and P are rounded too, as Blackwell's tensor cores need it. */
 const wholeFlagsOf = (arithmetic: Arithmetic): number => {
   if (arithmetic.precision !== 'fp4') return flagsOf(arithmetic);
   const { smoothQ } = arithmetic;

@@ -16,7 +16,7 @@ import { EXACT_KERNEL, type ExactWay, exactWayOf, fastestKernel, INTEGER_KERNEL 
 const random = new Random(runSeed());
 const seed = `seed ${random.seed}`;
 const relaxedRuns = Number(process.versions.node.split('.')[0]) >= 24;
-/** Of the relative L1 error: roundings of float32 sums and of a polynomial for 2^x. */
+/** Largest relative L1 error: roundings of float32 sums and of a polynomial for 2^x. */
 const BOUND = 3e-6;
 
 let backend: WasmBackend | undefined;

@@ -44,7 +44,7 @@ export interface PreparedCall<Result> {
   readonly extraScratch: number;
   readonly work: number;
   finish(): Promise<Result>;
-  /** As `finish`, where memory can be read at once; absent where nobody calls so. */
+  /** As `finish`, but synchronous, for memory that can be read at once; absent where no synchronous call exists. */
   collect?(read: ReadBytes): Result;
 }
 

@@ -23,7 +23,7 @@ export const PADDING_BYTES = 64;
 
 export interface Staged<Layout> {
   readonly bytes: Uint8Array;
-  /** Of the elements inside `bytes`. */
+  /** Layout of the elements inside `bytes`. */
   readonly layout: Layout;
 }
 

@@ -80,7 +80,7 @@ describe.each(BUILDS)('%s', (simd) => {
       return error(toFloat32(output as Tensor), exact, inputs.q.shape[2] as number, counts);
     }
 
-    /** As `attend`, by a cache that gets the tokens in pieces. */
+    /** As `attend`, over a cache that gets the tokens in pieces. */
     async function attendCached(
       inputs: Inputs,
       options: AttentionOptions,
@@ -218,7 +218,7 @@ describe.each(BUILDS)('%s', (simd) => {
       for (const times of [1e-3, 1, 30]) {
         const inputs = inputsOf(60);
         scale(inputs.q, times, () => true);
-        // Of scores this large few keys are left, and what each rounds to counts for more.
+        // With scores this large few keys count, and the rounding of each counts for more.
         const limit = times > 1 ? 2 * bound : bound;
         expect(await attend(inputs, { softcap }), `${seed}, scores times ${times}`).toBeLessThan(limit);
       }

@@ -26,7 +26,7 @@ export interface PlacedSite {
 }
 
 export interface Cut {
-  /** Of the graph with the nodes that sites need added. */
+  /** Index of the graph, including the nodes that were added for the sites. */
   readonly index: GraphIndex;
   readonly levels: number;
   /** Ordered by level. */

@@ -28,7 +28,7 @@ export interface SageAttentionSession {
 }
 
 type SessionOf<T extends OrtModule> = Awaited<ReturnType<T['InferenceSession']['create']>> & SageAttentionSession;
-/** Of the last overload of `create`, which all share them. */
+/** Options of the last overload of `create`; all overloads take the same. */
 type SessionOptionsOf<T extends OrtModule> = Parameters<T['InferenceSession']['create']>[1];
 
 /** A namespace of onnxruntime whose sessions say what became of their attention. */

@@ -22,7 +22,7 @@ export interface LayerWeights {
   /** Channels of a head. */
   readonly headDim: number;
   readonly attentionNorm: NormWeights;
-  /** To q, k and v side by side. */
+  /** Projects to q, k and v side by side. */
   readonly qkv: DenseWeights;
   readonly attentionOutput: DenseWeights;
   /** Widens the residual where the layer's output is wider than its input. */

@@ -28,7 +28,7 @@ type AfterFirst<T extends readonly unknown[]> = T extends readonly [unknown, ...
 export abstract class DeviceContext {
   readonly api: CudaApi;
   readonly ordinal: number;
-  /** As the driver numbers devices. */
+  /** The driver's number of the device. */
   readonly #device: number;
   /** Undefined until it is first needed: describing a device takes none of its memory. */
   #context: bigint | undefined;

@@ -66,7 +66,7 @@ export function visibleKeysLaunches(context: Context): KernelLaunch[] {
   const config: VisibleKeysConfig = { target, mask, hidden: hiddenKeys, warps: extent.rows === 1 ? 1 : 16 };
   const module = moduleOf(maskVisibleKeys, config);
   const heads = extent.heads === 1 ? 1 : kvHeads;
-  // Of 32 keys, two for each tile.
+  // A word holds 32 keys, so a tile has two.
   const words = 2 * layout.keyTiles;
   const threads = 32 * config.warps;
   launches.push(

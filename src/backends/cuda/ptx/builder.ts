@@ -410,7 +410,7 @@ export class KernelBuilder {
     return this.#binary(`min.${PTX_TYPE[a.kind]}`, a, b as Reg<K> | number, into);
   }
 
-  /** Of a NaN and a number, the number. */
+  /** The larger one; if one is NaN, the other. */
   max<K extends 's32' | 'u32' | 'f32' | 'f16x2'>(a: Reg<K>, b: Value<NoInfer<K>>, into?: Reg<NoInfer<K>>): Reg<K> {
     return this.#binary(`max.${PTX_TYPE[a.kind]}`, a, b as Reg<K> | number, into);
   }

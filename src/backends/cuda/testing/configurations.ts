@@ -59,7 +59,7 @@ const DIMS: readonly Dims[] = [
 
 const PLAIN: readonly Features[] = [{ name: 'full' }, { name: 'causal', causal: true }];
 
-/** With the default accumulator at D = 128 only. */
+/** Features that are generated with the default accumulator at D = 128 only. */
 const RARE: readonly Features[] = [
   { name: 'boolean mask', mask: 'bool' },
   { name: 'additive mask, LSE', mask: 'float16', lse: true },
@@ -113,7 +113,7 @@ function modulesOf(
   return named(planLaunches(problem, choice, { target, multiprocessors: 132 }, { overrides }).launches);
 }
 
-/** Of the backward pass, what the forward pass has not. */
+/** Kernels of the backward pass that the forward pass does not have. */
 function backwardModulesOf(target: Target, dims: Dims, features: Features): NamedModule[] {
   const { dtype = 'bfloat16' } = features;
   const attention = problemOf(dims, { ...features, lse: true });
@@ -184,7 +184,7 @@ function configurationsOf(family: Family, thorough: boolean): Configuration[] {
   return [...found.values()];
 }
 
-/** With the variants of its tuning, at D = 128. None but those of {@link DEBTS} may spill. */
+/** The Hopper kernels, with the variants of their tuning at D = 128. Only the kernels of {@link DEBTS} may spill. */
 function wgmmaConfigurations(thorough: boolean): Configuration[] {
   const found = new Map<string, Configuration>();
   const add = (name: string, isDefault: boolean, ...of: Parameters<typeof modulesOf>) => {
@@ -223,7 +223,7 @@ function wgmmaConfigurations(thorough: boolean): Configuration[] {
   return [...found.values()];
 }
 
-/** With the gradients of D = 128 in each feature. */
+/** Features that gradients are generated with at D = 128 only. */
 const GRADIENT_FEATURES: readonly Features[] = [
   { name: 'additive mask', mask: 'float16' },
   { name: 'softcap, causal', softcap: 30, causal: true },

@@ -15,17 +15,17 @@ export const SCRATCH_ROW_BIASES: usize = 39040;
 /** Per row: running maximum, base 2, and sum of weights. */
 export const SCRATCH_MAXIMA: usize = 39168;
 export const SCRATCH_SUMS: usize = 39296;
-/** Of the four rows in work: the tile's weight. */
+/** For each of the four rows in work, the tile's weight. */
 export const SCRATCH_TILE_WEIGHTS: usize = 39456;
-/** Of the four rows in work: what a unit of P's second digits is worth; 0 for rows that have none. */
+/** For each of the four rows in work, the value of a unit of P's second digits; 0 for rows that have none. */
 export const SCRATCH_SECOND_WEIGHTS: usize = 39472;
-/** Of the row in work: how far it reaches below and above 0. */
+/** How far the row in work reaches below and above 0. */
 export const SCRATCH_RANGE: usize = 39424;
 /** Constants of the inner loops, see arithmetic.ts. */
 export const SCRATCH_CONSTANTS: usize = 39488;
 /** Per row: the integer that stands for 0. */
 export const SCRATCH_ROW_ZEROS: usize = 39744;
-/** Of the four rows in work: scores of a tile, float32, and weights in the format of the product with V. */
+/** For the four rows in work, scores of a tile, float32, and weights in the format of the product with V. */
 export const SCRATCH_SCORES: usize = 39936;
 export const SCRATCH_P: usize = 41984;
 export const P_ROW_BYTES: usize = 512;
@@ -35,19 +35,19 @@ export const SCRATCH_OUT: usize = 44032;
 export const SCRATCH_VALUE_SIZES: usize = 109568;
 export const SCRATCH_HISTOGRAM: usize = 110080;
 /**
- * Of the four rows in work: weights of the keys whose values stand apart, P_ROW_BYTES for each row, and what they are
- * worth.
+ * For the four rows in work, weights of the keys whose values stand apart, P_ROW_BYTES for each row, and the value of
+ * a unit of them.
  */
 export const SCRATCH_APART: usize = 110592;
 export const SCRATCH_APART_WEIGHTS: usize = 112640;
-/** Of the four rows in work: what the tile adds to the sum of weights, and the largest score. */
+/** For each of the four rows in work, the tile's sum of weights, and the largest score. */
 export const SCRATCH_TILE_SUMS: usize = 112656;
 export const SCRATCH_TILE_MAXIMA: usize = 112672;
-/** Of the four rows in work: what turns their scores to base 2. */
+/** For each of the four rows in work, the factor that turns its scores to base 2. */
 export const SCRATCH_TILE_SCALES: usize = 112688;
 /** Per row: sum of weights before they were rounded, for the LSE. */
 export const SCRATCH_EXACT_SUMS: usize = 112704;
-/** Of the unit: Q's mean, float32, padded to 512; its product with each key of a tile; and BLOCK_K times 1. */
+/** For the unit, Q's mean, float32, padded to 512; its product with each key of a tile; and BLOCK_K times 1. */
 export const SCRATCH_QUERY_MEAN: usize = 112896;
 export const SCRATCH_MEAN_SCORES: usize = 115008;
 export const SCRATCH_KEY_ONES: usize = 115520;
@@ -65,7 +65,7 @@ export const SCRATCH_VALUES: usize = 122880;
 export const SCRATCH_D_OUT: usize = 190464;
 export const SCRATCH_GRADIENT_P: usize = 258048;
 export const SCRATCH_D_S: usize = 274432;
-/** Of the four rows in work: dO . V, `[4, BLOCK_K]`. */
+/** For the four rows in work, dO . V, `[4, BLOCK_K]`. */
 export const SCRATCH_D_P: usize = 290816;
 /** Per row: `rowsum(dO o O)`, LSE in base 2, and a byte: dO holds NaN or infinity. */
 export const SCRATCH_DELTAS: usize = 292864;

@@ -166,7 +166,7 @@ function weigh7(scores: usize, keys: i32, most: f32, scale: f32, p: usize, const
   return <f32>integerSumOf(sum);
 }
 
-/** As weigh8, of 14 bits: from exponents with 11 bits of fraction, which saturate at -16. */
+/** As weigh8, but weights of 14 bits, from exponents with 11 bits of fraction, which saturate at -16. */
 // @ts-ignore: decorator
 @inline
 function weigh8Of14(

@@ -32,7 +32,7 @@ export type HeadDims = Pick<AttentionProblem, 'headDim' | 'valueDim'>;
 export interface VariantRequest {
   readonly headDimPadded: number;
   readonly valueDimPadded: number;
-  /** Of the longest query. */
+  /** Length of the longest query. */
   readonly queryLength: number;
   readonly kernel: KernelName;
   /** Q, K and V are in FP4. */

@@ -236,7 +236,7 @@ function tileLoads(config: TiledConfig, { threads, vectors, dims, quads }: Parts
 /** Products of Q and K, and what becomes of them before softmax: `f_<i>_<n>`. */
 function tileScores(config: TiledConfig, { I, N, dims, queryAt, keyAt, col }: Parts): string {
   const { rows, keys, fp4 } = config;
-  // Of FP4, a vector is a block: its products are summed exactly, in units of a quarter.
+  // In FP4 a vector is a block: its products are summed exactly, in units of a quarter.
   const product = (sum: string, i: number) => (fp4 ? `f32(${sum}) * (qs_${i} * ks)` : sum);
   const products = `${I.map((i) => N.map((n) => `var s_${i}_${n} = ${fp4 ? '0.0' : '0'};`).join(' ')).join('\n    ')}
     for (var w = 0u; w < ${dims}u; w++) {

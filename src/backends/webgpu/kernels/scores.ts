@@ -64,7 +64,7 @@ export const ATTENTION_PARAMS = [
   'inverseSoftcap',
 ] as const;
 
-/** Of kernels that read buffer `meanScores`. */
+/** Parameters of kernels that read buffer `meanScores`. */
 export const MEAN_SCORE_PARAMS = ['meanGroups', 'scoreStride', 'scoreBase'] as const;
 
 export const attentionParams = ({ fp4 }: Pick<ScoreConfig, 'fp4'>): readonly string[] =>

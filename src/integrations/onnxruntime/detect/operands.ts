@@ -20,11 +20,11 @@ import { reshaped, type Strided, sourceOf } from './views.ts';
 
 interface Peeled {
   readonly value: string;
-  /** Of `[.., token, channel]`. */
+  /** Order of the axes `[.., token, channel]`. */
   readonly order: Order;
   readonly scale: number;
   readonly nodes: readonly NodeProto[];
-  /** Of `value`, whose heads the graph repeats. */
+  /** How the graph repeats the heads of `value`. */
   readonly repeat?: { readonly of: Repeat; readonly axes: readonly number[] };
 }
 

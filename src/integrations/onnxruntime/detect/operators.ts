@@ -38,7 +38,7 @@ const DEFAULT_DOMAIN: Readonly<Record<string, Attributes>> = {
     is_causal: flag,
     kv_num_heads: count,
     q_num_heads: count,
-    // Of an output that is refused where anything reads it.
+    // Concerns an output that is refused if anything reads it.
     qk_matmul_output_mode: anything,
     scale: notNegative,
     softcap: notNegative,
@@ -71,7 +71,7 @@ const MICROSOFT: Readonly<Record<string, Attributes>> = {
     num_heads: count,
     past_present_share_buffer: zero,
     qkv_hidden_sizes: (attribute) => anyInts(attribute) && attribute.ints.every((size) => size > 0n),
-    // Of a rotary embedding, which is refused.
+    // Concerns a rotary embedding, which is refused.
     rotary_embedding_dim: anything,
     scale: notNegative,
     unidirectional: flag,
@@ -79,13 +79,13 @@ const MICROSOFT: Readonly<Record<string, Attributes>> = {
   FusedMatMul: { alpha: finite, transA: flag, transB: flag, transBatchA: zero, transBatchB: zero },
   GroupQueryAttention: {
     do_rotary: flag,
-    // Of a quantized cache, whose scales are refused.
+    // Concerns a quantized cache, whose scales are refused.
     k_quant_type: (attribute) => new TextDecoder().decode(attribute.s) === 'NONE',
     kv_cache_bit_width: anything,
     kv_num_heads: count,
     local_window_size: (attribute) => anyInt(attribute) && (attribute.i === -1n || attribute.i > 0n),
     num_heads: count,
-    // Of an output that is refused.
+    // Concerns an output that is refused.
     qk_output: anything,
     rotary_interleaved: flag,
     scale: notNegative,

@@ -14,7 +14,7 @@ import { type Sizes, sizesOf } from './views.ts';
 export interface Zeroed {
   readonly condition: string;
   readonly hides: boolean;
-  /** Of the zero. */
+  /** Shape of the zero. */
   readonly dims: readonly number[];
   /** Reshapes between the softmax and it. */
   readonly reshapes: number;
@@ -25,7 +25,7 @@ export interface Probabilities {
   readonly nodes: readonly NodeProto[];
   readonly reshapes: readonly Sizes[];
   readonly zeroed: readonly Zeroed[];
-  /** With the probabilities on its left. */
+  /** The product that has the probabilities on its left. */
   readonly product: Product;
 }
 

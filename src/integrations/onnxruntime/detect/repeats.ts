@@ -6,7 +6,7 @@ import { is } from './operators.ts';
 import { type Numbers, parametersOf, readSizes, sameSizes, sizesOf, targetShape } from './views.ts';
 
 export interface Repeat {
-  /** Of rank 4, with each head once. */
+  /** A value of rank 4, with each head once. */
   readonly value: string;
   readonly nodes: readonly NodeProto[];
   /** Integer values that `count` reads. */

@@ -43,7 +43,7 @@ export type ScoreStep =
   | { readonly kind: 'tanh' };
 
 export interface Scores {
-  /** With q on its left and the scores as they lie. */
+  /** The product with q on its left, and its result in the order of the scores. */
   readonly product: Product;
   /** In the order in which they are computed. */
   readonly steps: readonly ScoreStep[];
@@ -78,7 +78,7 @@ export function followScores(index: GraphIndex, softmax: SoftmaxForm): Scores | 
     : follow(index, softmax.input, start);
 }
 
-/** Of values that one node reads, so that no node is visited twice. */
+/** Follows only values that a single node reads, so that no node is visited twice. */
 function follow(index: GraphIndex, value: string, way: Way): Scores | undefined {
   const node = index.producer(value);
   if (node === undefined || way.depth > MAX_STEPS) return undefined;

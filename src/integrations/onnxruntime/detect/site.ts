@@ -9,7 +9,7 @@ export interface View {
   readonly shape: readonly [batch: number, heads: number, length: number, dim: number];
   readonly strides: readonly [number, number, number, number];
   readonly offset: number;
-  /** Of the tensor that the graph has there: 3 where heads are part of the batch or of the channels. */
+  /** Rank of the tensor that the graph has there: 3 where heads are part of the batch or of the channels. */
   readonly rank: number;
   /** Dimensions in front of the last two, where the graph has it in single operators: B and H are folded out of them. */
   readonly batch?: readonly number[];
@@ -25,7 +25,7 @@ export interface Operand {
   view(tensor: Strided, numbers: Numbers): View | undefined;
   /** Axis of the channels in `value`, counted from its last one. */
   readonly channels: number;
-  /** Of `value`, where it is known. */
+  /** Rank of `value`, where it is known. */
   readonly valueRank: number | undefined;
 }
 

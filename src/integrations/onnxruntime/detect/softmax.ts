@@ -13,7 +13,7 @@ export interface SoftmaxOperand {
 }
 
 export interface SoftmaxForm {
-  /** Of the node that gives the probabilities, or of its output where it has no name. */
+  /** Name of the node that gives the probabilities, or of its output if the node has none. */
   readonly name: string;
   readonly input: string;
   readonly output: string;
@@ -137,7 +137,7 @@ interface Spread {
   readonly value: string;
   readonly nodes: readonly NodeProto[];
   readonly operands: readonly SoftmaxOperand[];
-  /** Of an Unsqueeze. */
+  /** Axis of an Unsqueeze. */
   readonly axis: number | undefined;
   /** The reduced axis has been put back. */
   readonly hasRowAxis: boolean;

@@ -244,7 +244,7 @@ function gatherStep(index: GraphIndex, node: NodeProto, place: Place, up: Up): P
 function squeezeStep(index: GraphIndex, node: NodeProto, place: Place, up: Up): Place | undefined {
   const given = node.input[1];
   const axes = given ? constantNumbers(index, given) : intsAttribute(node, 'axes');
-  // Of a leading axis, which the parts of a packed projection have.
+  // Only a leading axis, which the parts of a packed projection have.
   if (axes?.length !== 1 || axes[0] !== 0) return undefined;
   return up(
     ({ shape, strides, offset }) =>

@@ -9,7 +9,7 @@ import { type GraphIndex, isOp, subgraphOf } from './graph.ts';
 export interface Branches {
   /** A boolean input of one element. */
   readonly condition: string;
-  /** With the nodes of one branch in the place of each `If`. */
+  /** The graph with each `If` replaced by the nodes of one branch. */
   readonly whereFalse: GraphProto;
   readonly whereTrue: GraphProto;
 }

@@ -13,7 +13,7 @@ const FLOATS: readonly number[] = [
   ELEMENT_TYPES.bfloat16,
 ];
 
-/** Of a number of `TensorProto.DataType`. */
+/** The kind that a number of `TensorProto.DataType` stands for. */
 export const kindOf = (elementType: number): ElementKind => {
   if (elementType === ELEMENT_TYPES.bool) return 'bool';
   return FLOATS.includes(elementType) ? 'float' : 'integer';

@@ -9,7 +9,7 @@ export interface GraphFunction<T> {
   /** Values whose results `result` asks for. */
   dependencies(index: GraphIndex, value: string): readonly string[];
   result(index: GraphIndex, value: string, of: (dependency: string) => T): T;
-  /** Of a value that depends on itself. */
+  /** The result for a value that depends on itself. */
   readonly cyclic: T;
 }
 

@@ -52,7 +52,7 @@ function shared(tensor: TensorProto, mounted: MountedModel | undefined): TensorP
   return externalTensor(tensor, mounted.path, rawData.byteOffset - mounted.bytes.byteOffset, rawData.byteLength);
 }
 
-/** Of external data. */
+/** The file that holds a tensor's external data. */
 export function fileOf(tensor: TensorProto): string | undefined {
   return tensor.dataLocation === EXTERNAL
     ? tensor.externalData.find((entry) => entry.key === 'location')?.value

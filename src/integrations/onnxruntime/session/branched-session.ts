@@ -7,7 +7,7 @@ import type { AttentionReport } from './report.ts';
 import { type CutSession, reportLeft } from './session.ts';
 
 export interface Branch {
-  /** Of the input that decides. */
+  /** Value of the input that decides between the branches. */
   readonly value: boolean;
   /** Undefined where no attention is replaced. */
   readonly session: CutSession | undefined;

@@ -219,7 +219,7 @@ function maskView(mask: Mask, tensor: OrtTensor, query: View, keys: number, rank
   };
 }
 
-/** Of a mask over more axes than four: all axes in front of the heads become one, as the axes of the queries did. */
+/** Dimensions of a mask over more axes than four: all axes in front of the heads become one, as the axes of the queries did. */
 function foldedMask(dims: readonly number[], { batch = [] }: View): number[] | undefined {
   const rank = batch.length + 2;
   if (dims.length > rank) return undefined;

@@ -55,7 +55,7 @@ export function inLayout<T extends TensorView>(call: AttentionCall, view: T): T 
 
 const DTYPES = { float16: 'float16', float32: 'float32', bool: 'bool' } as const;
 
-/** Of an operand or a mask, whose types were checked. */
+/** dtype of an operand or a mask, whose type was checked before. */
 export const dtypeOf = ({ type }: OrtTensor) => DTYPES[type as keyof typeof DTYPES];
 
 function cpuTensor({ tensor, view }: OperandCall): Tensor {

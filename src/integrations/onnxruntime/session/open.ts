@@ -278,7 +278,7 @@ interface CutParts extends Context {
   readonly left: readonly LeftAttention[];
   readonly engine: Engine;
   readonly minTokens: number;
-  /** Of several cuts of one model: how they open it in one piece. Default: each for itself. */
+  /** How several cuts of one model open it in one piece. Default: each opens its own. */
   readonly createWhole?: () => Promise<OrtSession | undefined>;
 }
 

@@ -122,7 +122,7 @@ export class PieceWriter {
     return typeof size === 'string' ? this.#symbols.has(size) : isSize(size);
   }
 
-  /** As far as the pieces know it. */
+  /** The model's metadata, as far as the pieces know it. */
   metadata(): ModelMetadata {
     const of = (name: string) => this.#types.get(name) ?? { name, isTensor: false };
     return { inputs: this.#names.inputs.map(of), outputs: this.#names.outputs.map(of) };

@@ -17,10 +17,10 @@ interface Results {
   readonly output: Output;
   /** The thread's first row among the partial ones; undefined where the output is final. */
   readonly partialRow: Reg<'u32'> | undefined;
-  /** Of the head, or of all partial rows. */
+  /** Start of the head's rows, or of all partial rows. */
   readonly base: Reg<'global'>;
   readonly tokenStride: Reg<'u64'>;
-  /** By 8-channel tile, of the thread's two channels; empty where there are none. */
+  /** For each tile of 8 channels, the scales of the thread's two channels; empty if V has no scales. */
   readonly scales: readonly (readonly Reg<'f32'>[])[];
   readonly means: readonly (readonly Reg<'f32'>[])[];
 }

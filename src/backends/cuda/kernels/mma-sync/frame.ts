@@ -38,7 +38,7 @@ export interface Frame {
   readonly channelTiles: number;
   /** V is FP8. */
   readonly fp8: boolean;
-  /** Of the scales of NVFP4 operands; undefined without. */
+  /** Pointers to the scales of NVFP4 operands; undefined if there are none. */
   readonly fp4: Readonly<Record<(typeof FP4_POINTERS)[number], Parameter<'u64'>>> | undefined;
   readonly fp4Keys: boolean;
   readonly fp4Values: boolean;

@@ -29,7 +29,7 @@ export interface ScoreTile {
   readonly scores: Scores;
   readonly state: SoftmaxState;
   readonly output: Output;
-  /** Of the thread's keys; the sign says that some of the tile have exponents, or are not finite. */
+  /** Scale of the thread's keys; its sign says that some keys of the tile have exponents, or are not finite. */
   readonly keyScale: Reg<'f32'>;
 }
 

@@ -59,7 +59,7 @@ export interface Scores {
   readonly integers: readonly (readonly (readonly Reg<'s32'>[])[])[];
   readonly floats: readonly (readonly (readonly Reg<'f32'>[])[])[];
   readonly each: EachScore;
-  /** With P in NVFP4: of each row of the thread and 32 keys the largest score of the thread's 16, then their scale. */
+  /** With P in NVFP4: for each row of the thread and 32 keys, the largest score of the thread's 16, then their scale. */
   readonly blocks: readonly (readonly Reg<'f32'>[])[];
 }
 

@@ -80,7 +80,7 @@ export interface ChannelStatisticsConfig {
   /** An operand of which nothing is needed is left out. */
   readonly key: StatisticsOf | undefined;
   readonly value: StatisticsOf | undefined;
-  /** Of the keys that a mask hides from every row nothing is looked at. */
+  /** How a mask hides keys: keys that no row sees are left out. */
   readonly hiddenKeys: HiddenKeys;
 }
 
@@ -127,7 +127,7 @@ interface Operand {
 /** Threads of a row, each with eight channels. */
 const threadsPerRow = ({ paddedDim }: StatisticsOf) => nextPowerOfTwo(paddedDim / 8);
 const rowBytesOf = (of: StatisticsOf) => threadsPerRow(of) * 32;
-/** Of what a mean will be subtracted from, both ends are needed; else the magnitude. */
+/** Where a mean will be subtracted, the smallest and the largest value are needed; otherwise the magnitude. */
 const needsBothEnds = ({ mean, scale }: StatisticsOf) => mean && scale;
 const planesOf = ({ mean, scale }: StatisticsOf) => (mean ? 2 : 0) + (scale ? (mean ? 2 : 1) : 0);
 

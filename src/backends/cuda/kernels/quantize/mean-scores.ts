@@ -70,7 +70,7 @@ interface Frame {
 }
 
 const threadsPerRow = (paddedDim: number) => nextPowerOfTwo(paddedDim / 8);
-/** Of a key in shared memory: four floats more than a row keep neighbouring keys off each other's banks. */
+/** Bytes of a key in shared memory: four floats more than a row keep neighbouring keys off each other's banks. */
 const rowBytesOf = (paddedDim: number) => threadsPerRow(paddedDim) * 32 + 16;
 
 export function meanScores(config: MeanScoresConfig): Kernel {
@@ -240,7 +240,7 @@ function loadMeans(
   );
 }
 
-/** Of one key with the means of {@link BLOCKS_EACH} blocks from `slot` on. */
+/** Dot products of one key with the means of {@link BLOCKS_EACH} blocks from `slot` on. */
 function dotProducts(
   { b, config, shared, keys, means }: Frame,
   key: Reg<'u32'>,

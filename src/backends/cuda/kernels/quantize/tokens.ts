@@ -93,7 +93,7 @@ interface Block {
   readonly shared: Reg<'shared'>;
   readonly rowMaxima: SharedTile;
   readonly reciprocals: SharedTile;
-  /** Of Q's channels, a row for each row that is taken at once; undefined where no mean is subtracted. */
+  /** Sums of Q's channels, a row for each row that is taken at once; undefined if no mean is subtracted. */
   readonly sums: SharedTile | undefined;
   readonly thread: Reg<'u32'>;
   readonly heads: Reg<'u32'>;
@@ -116,7 +116,7 @@ interface Rows {
   readonly channel: Reg<'u32'>;
   readonly perRow: number;
   readonly rowsAtOnce: number;
-  /** Of each pass, and whether its row exists. */
+  /** The values of each pass, and whether its row exists. */
   readonly values: readonly Reg<'f32'>[][];
   readonly inside: readonly Reg<'pred'>[];
 }

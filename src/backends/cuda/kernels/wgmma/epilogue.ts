@@ -16,7 +16,7 @@ interface FinishedRow {
   readonly empty: Reg<'pred'>;
   /** It exists. */
   readonly inside: Reg<'pred'>;
-  /** Of its channel 2t. */
+  /** Address of the row's channel 2t. */
   readonly address: Reg<'global'>;
 }
 

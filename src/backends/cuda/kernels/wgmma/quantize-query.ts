@@ -18,7 +18,7 @@ export function loadQueryScales({ b, config, pointer, smScale }: Frame, rows: Ro
   const scaleOf = (r: number) => {
     const row = rows.padded(r);
     const set = b.shr(row, Math.log2(scaleRows));
-    // Of the last token, which stands in for rows beyond the end, the group is its own too.
+    // Rows beyond the end repeat the last token, with its group.
     const index = scaleCount === 8 ? b.add(b.shl(set, 3), b.and(row, 7)) : set;
     const scale = b.ld('f32', offset(b, b.loadPointer(pointer.queryScale), index, 4), 0, { readOnly: true });
     return b.mul(scale, toBase2);

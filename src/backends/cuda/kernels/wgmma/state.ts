@@ -73,9 +73,9 @@ export function makeOutput({ b, config, fp8 }: Frame, state: SoftmaxState): Outp
 
 /** Scales of the tile that the softmax takes next. */
 export interface KeyScales {
-  /** Of each 64 keys; the sign says that some of them have exponents, or are not finite. */
+  /** Scale of each 64 keys; its sign says that some of them have exponents, or are not finite. */
   readonly keys: readonly Reg<'f32'>[];
-  /** Of V's codes. */
+  /** Scale of V's codes. */
   readonly values: Reg<'f32'>;
   /** The item's first 64 keys among all of the head's, and its last among its own. */
   readonly firstGroup: Reg<'u32'>;

@@ -8,7 +8,7 @@ import type { WgmmaConfig, WgmmaTile } from './config.ts';
 export interface WgmmaTuning extends WgmmaTile {
   /** Q is quantized by the attention kernel itself where its layout allows. */
   readonly fuseQuery: boolean;
-  /** As many CTAs as fit, each with many items of work; else one CTA an item. */
+  /** True: as many CTAs as fit on the card, each with many items of work. False: one CTA for each item. */
   readonly persistent: boolean;
   /** Megabytes of K and V whose heads are worked on together, longest tiles first; 0: head after head. */
   readonly groupMegabytes: number;

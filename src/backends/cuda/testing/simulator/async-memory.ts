@@ -10,7 +10,7 @@ export function swizzled(address: number, swizzleBytes: number): number {
   return swizzleBytes === 0 ? address : address ^ (((address >> 7) & mask) << 4);
 }
 
-/** Of a byte: written by a thread, readable by the asynchronous units, being copied to. */
+/** States of a byte: written by a thread, readable by the asynchronous units, being copied to. */
 const STATE = { ordinary: 1, visible: 2, underWay: 3 } as const;
 
 /** Shared memory that also knows which bytes the asynchronous units may read. */

@@ -18,7 +18,7 @@ export const endsTurn = (instruction: Instruction) =>
 export const isAsynchronous = (instructions: readonly Instruction[]) =>
   instructions.some(({ opcode }) => opcode.startsWith('mbarrier.init'));
 
-/** As `laneWise` of the compiler. */
+/** Like the compiler's `laneWise`, for asynchronous instructions. */
 export function asyncLaneWise(emitter: Emitting, { opcode, outputs, inputs }: Instruction): string | undefined {
   const [d] = outputs;
   const [a, b] = inputs;
@@ -38,7 +38,7 @@ export function asyncLaneWise(emitter: Emitting, { opcode, outputs, inputs }: In
   return undefined;
 }
 
-/** As `collective` of the compiler; undefined for instructions that are not asynchronous. */
+/** Like the compiler's `collective`; undefined for instructions that are not asynchronous. */
 export function asyncCollective(
   emitter: Emitting,
   { opcode, outputs, inputs }: Instruction,

@@ -50,7 +50,7 @@ export class Warp {
   /** Lanes that execute the block at hand. */
   readonly lanes = new Uint8Array(32);
   active = 0;
-  /** Of a kernel that {@link isAsynchronous}. */
+  /** Set for a kernel that {@link isAsynchronous}. */
   asynchronous: AsyncWarp | undefined;
   /** Copies of each lane, by group; the last is not committed yet. */
   readonly #copies: PendingCopy[][][];

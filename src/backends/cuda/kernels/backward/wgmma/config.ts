@@ -29,7 +29,7 @@ export interface GradientPlan {
   /** Boxes of V or dO, and of K or Q. */
   readonly valueBlocks: number;
   readonly channelBlocks: number;
-  /** Of a stage. */
+  /** Bytes of a stage's codes. */
   readonly codesBytes: number;
   readonly valuesBytes: number;
   readonly channelsBytes: number;

@@ -72,7 +72,7 @@ interface Consumer {
   readonly ringPlace: RingPlace;
   /** The stage of the tile before, where its products are still to be made. */
   readonly stage: Reg<'u32'>;
-  /** Of the thread's own keys, or of its columns of the tile. */
+  /** Scale of the thread's own keys, or of its columns of the tile. */
   readonly keyScale: Reg<'f32'>;
   /** Own queries: scale, shift and -D of the thread's two rows. */
   readonly rows: readonly (readonly Reg<'f32'>[])[];

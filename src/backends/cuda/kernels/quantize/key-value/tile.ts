@@ -60,7 +60,7 @@ export interface Tile extends Place {
   readonly faultWords: SharedTile;
   /** A word for each key. */
   readonly exponents: SharedTile;
-  /** Of the tile's tokens, what a mask hides from every row; undefined without a mask. */
+  /** Which of the tile's tokens a mask shows to some row; undefined without a mask. */
   readonly isSeen: ((inTile: Reg<'u32'>) => Reg<'pred'>) | undefined;
 }
 
