@@ -4,7 +4,7 @@
  */
 import { NO_LIMIT, visibleKeys } from '../../../attention/band.ts';
 import { type AttentionProblem, type MaskLayout, type Sequence, sequencesOf } from '../../../attention/problem.ts';
-import { InvalidArgumentError } from '../../../errors.ts';
+import { InvalidArgumentError, UnsupportedOptionError } from '../../../errors.ts';
 import type { DType } from '../../../tensor/dtype.ts';
 import type { OperandLayout } from '../../../tensor/tensor.ts';
 import type { KernelChoice } from '../../backend.ts';
@@ -39,6 +39,9 @@ export interface KeyRoom {
   /** First token that is worked on, a multiple of {@link BLOCK_K}; default 0. */
   readonly from?: number;
 }
+
+/** Largest |smScale|: 1.5 * 2^23 times the scales of Q and K, each up to FP16's largest number / 127, stays a float32. */
+const MOST_SM_SCALE = 2 ** 80;
 
 /** Rows of Q to which sequences are padded. */
 export const BLOCK_Q = 128;
@@ -160,6 +163,10 @@ export function contextOf(
   given: DeviceFacts,
   { room, overrides = {}, whole = false, tokenMask }: ContextOptions,
 ): Context {
+  if (Math.abs(asked.smScale) > MOST_SM_SCALE) {
+    const expected = `at most ${MOST_SM_SCALE.toExponential(1)} in magnitude`;
+    throw new UnsupportedOptionError(chosen.descriptor.name, 'options.smScale', expected, `${asked.smScale}`);
+  }
   const device = { ...given, target: targetOfKernel(chosen, given.target) };
   // Smoothing Q serves to quantize it.
   const choice = !whole && keepsQuery(asked, chosen, device.target) ? { ...chosen, smoothQ: false as const } : chosen;

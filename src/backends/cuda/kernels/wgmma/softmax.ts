@@ -167,7 +167,13 @@ function excludeKeys({ frame, thread, work, rows, scores }: Item, tileStart: Reg
   excludeBeyondBand(b, THREAD_ROWS, { origin, keyLength: b.as(keyLength, 's32'), band }, scores.each);
 }
 
-/** Scores become floats of scale 1 above 128 less than the row's maximum; what lies lower counts nothing. */
+/** A share of the row's maximum that is more than a rounding of it. */
+const ABOVE_ROUNDING = 2 ** -20;
+
+/**
+ * Scores become floats of scale 1 above 128 less than the row's maximum, and less than its neighbours among floats where those are further
+ * apart; what lies lower counts nothing.
+ */
 function subtractMaximum(item: Item, units: ScoreUnits): void {
   const { frame, scores, state } = item;
   const { b } = frame;
@@ -180,7 +186,10 @@ function subtractMaximum(item: Item, units: ScoreUnits): void {
   scores.each((score, r) => {
     b.max(at(largest, r), score, at(largest, r));
   });
-  const zero = largest.map((own, r) => b.add(b.max(quadMax(b, own), at(state.max, r)), -128));
+  const zero = largest.map((own, r) => {
+    const top = b.max(quadMax(b, own), at(state.max, r));
+    return b.add(b.fma(b.abs(top), -ABOVE_ROUNDING, top), -128);
+  });
   scores.each((score, r) => {
     const excluded = b.setp('eq', score, Number.NEGATIVE_INFINITY);
     b.max(b.sub(score, at(zero, r)), 0, score);
