@@ -17,17 +17,17 @@ import type {
   KeyValueContext,
   Plan,
   PreparedKeyValue,
-  RunContext,
 } from '../backend.ts';
 import { unavailable } from '../load-code.ts';
 import { backwardCall } from './backward.ts';
+import { headsAtOnce, runByHeads } from './by-heads.ts';
 import { arithmeticOf, WholeCalls, workOf } from './calls.ts';
 import { CallerExecutor, createWorkers, type ExecutorKind, SHORT_WORK } from './executor.ts';
 import type { Simd } from './geometry.ts';
 import { BACKWARD, fastestKernel, INTEGER_KERNEL, KERNELS, MAX_BACKWARD_HEAD_DIM } from './kernel-table.ts';
 import { WasmKeyValue } from './key-value.ts';
 import { compileUnshared, type KernelSources, type LoadedModule, loadModule } from './modules.ts';
-import { type CallParts, Runtime } from './runtime.ts';
+import { Runtime } from './runtime.ts';
 import { RuntimeSlot } from './runtime-slot.ts';
 import { ownInputs } from './staging.ts';
 import { canShare, defaultThreads } from './workers.ts';
@@ -73,13 +73,12 @@ const MOST_THREADS = 256;
 async function run<Inputs extends object, Result>(
   slot: RuntimeSlot,
   inputs: Inputs,
-  context: RunContext,
-  parts: (runtime: Runtime, inputs: Inputs) => CallParts<Result>,
+  begin: (runtime: Runtime, inputs: Inputs) => Promise<Result>,
 ): Promise<Result> {
   const ready = slot.ready();
   const operands = ready === undefined ? ownInputs(inputs) : inputs;
   const runtime = ready ?? (await slot.current());
-  return runtime.run(context, parts(runtime, operands));
+  return begin(runtime, operands);
 }
 
 class WasmBackendImplementation implements WasmBackend {
@@ -167,7 +166,8 @@ class WasmBackendImplementation implements WasmBackend {
   async plan(problem: AttentionProblem, kernel: KernelChoice): Promise<Plan> {
     const slot = workOf(problem) <= this.#shortWork ? this.#caller : this.#workers;
     const { simd, executor } = await slot.current();
-    const calls = new WholeCalls(problem, arithmeticOf(kernel), simd);
+    const arithmetic = arithmeticOf(kernel);
+    const calls = new WholeCalls(problem, arithmetic, simd);
     debugPlan(() => ({
       backend: 'wasm',
       kernel: kernel.descriptor.name,
@@ -178,7 +178,13 @@ class WasmBackendImplementation implements WasmBackend {
     return {
       kernel,
       outputs: attentionOutputs(problem),
-      run: (inputs, context) => run(slot, inputs, context, (runtime, own) => calls.parts(runtime, own, context.out)),
+      run: (inputs, context) =>
+        run(slot, inputs, async (runtime, own) => {
+          const heads = headsAtOnce(problem, arithmetic, runtime.simd, runtime.executor.memory);
+          return heads < problem.kvHeads
+            ? runByHeads(runtime, problem, arithmetic, own, context, heads)
+            : runtime.run(context, calls.parts(runtime, own, context.out));
+        }),
       dispose: () => {},
     };
   }
@@ -194,7 +200,9 @@ class WasmBackendImplementation implements WasmBackend {
       kernel,
       outputs: gradientOutputs(problem),
       run: (inputs, context) =>
-        run(this.#workers, inputs, context, (runtime, own) => backwardCall(runtime, problem, arithmetic, own)),
+        run(this.#workers, inputs, (runtime, own) =>
+          runtime.run(context, backwardCall(runtime, problem, arithmetic, own)),
+        ),
       dispose: () => {},
     };
   }

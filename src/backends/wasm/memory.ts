@@ -33,6 +33,11 @@ export class MemoryPool {
     if (this.#capacity > FIRST_ADDRESS) this.#free.push({ start: FIRST_ADDRESS, end: this.#capacity });
   }
 
+  /** Bytes that it can ever have. */
+  get limitBytes(): number {
+    return this.#limitBytes;
+  }
+
   /** Bytes handed out now. */
   get usedBytes(): number {
     return this.#used;

@@ -95,7 +95,8 @@ export function stageOperand(
   }
   const gathered =
     runHeads === heads ? { headStride: dim, tokenStride: heads * dim } : { headStride: tokens * dim, tokenStride: dim };
-  return { bytes, layout: { offset: 0, batchStride: heads * tokens * dim, ...gathered } };
+  // Packed sequences of different lengths are one batch entry: no stride leads to another.
+  return { bytes, layout: { offset: 0, batchStride: batch === 1 ? 0 : heads * tokens * dim, ...gathered } };
 }
 
 /** The mask's elements, from the first that counts to the last: masks are dense or broadcast. */
