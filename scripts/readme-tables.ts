@@ -5,10 +5,11 @@
  */
 import { readdirSync, readFileSync, writeFileSync } from 'node:fs';
 import type { AccuracyRow } from '../bench/accuracy.ts';
+import type { Fp4Row } from '../bench/fp4.ts';
 import { exporterRows, topologyRows } from './exporters-table.ts';
 
 const RESULTS = new URL('../bench/results/', import.meta.url);
-const PAGES = ['README.md', 'docs/choosing-a-kernel.md', 'docs/integrations.md'];
+const PAGES = ['README.md', 'docs/choosing-a-kernel.md', 'docs/fp4.md', 'docs/integrations.md'];
 const read = <T>(name: string): T => JSON.parse(readFileSync(new URL(name, RESULTS), 'utf8')) as T;
 
 interface Table {
@@ -44,6 +45,21 @@ function accuracy(): Table {
         if (row === undefined) throw new Error(`accuracy.json has no ${source} ${kernel} for ${name}`);
         return `${row.accuracy.relativeL1.toFixed(4)} / ${row.accuracy.cosineSimilarity.toFixed(5)}`;
       }),
+    ]),
+  };
+}
+
+/** FP4: the official arithmetic and ours. */
+function fp4(): Table {
+  const { rows } = read<{ rows: Fp4Row[] }>('fp4.json');
+  return {
+    header: ['input', 'official', 'ours', 'ours, FP8 PV', 'our kernel on WASM'],
+    rows: rows.map(({ input, errors: { official, ours, oursFp8, wasm } }) => [
+      input,
+      official.toFixed(3),
+      `**${ours.toFixed(3)}**`,
+      oursFp8.toFixed(3),
+      wasm.toFixed(3),
     ]),
   };
 }
@@ -349,6 +365,7 @@ const topologies = (): Table => ({ header: EXPORTERS_HEADER, rows: topologyRows(
 const TABLES: Readonly<Record<string, (short: boolean) => Table>> = {
   summary,
   accuracy,
+  fp4,
   'wasm-speed': wasmSpeed,
   'cuda-speed': cudaSpeed,
   'webgpu-speed': webgpuSpeed,
