@@ -1,11 +1,12 @@
 /**
- * Draws the figures of how-it-works.md with the library's own code: `tsx docs/figures.ts` writes docs/figures/*.svg. The
+ * Draws the figures of how-it-works.md and distributed.md with the library's own code: `tsx docs/figures.ts` writes docs/figures/*.svg. The
  * activations are those of the sentence encoder on the first chapter of Alice in Wonderland.
  */
 import { mkdir, readFile, writeFile } from 'node:fs/promises';
 import { drawHead, type Head, outputErrors, picture } from '../playground/lab.ts';
 import { chart, Plot } from '../src/cli/charts.ts';
 import { openSentenceModel } from '../src/cli/model.ts';
+import { spansOf } from '../src/distributed/shards.ts';
 import { exactOutput } from '../src/measure/accuracy.ts';
 import type { AttentionCall } from '../src/models/sentence-encoder/index.ts';
 import { toFloat32 } from '../src/tensor/access.ts';
@@ -172,13 +173,66 @@ function formatsFigure(): string {
   });
 }
 
+/** Who computes which scores of a causal attention over four ranks, in both orders of tokens. */
+function ordersFigure(): string {
+  const [ranks, parts] = [4, 16];
+  const colors = [ACCENT, SECOND, THIRD, '#9a6bb8'];
+  const panels = ['contiguous', 'zigzag'] as const;
+  const cells = panels.flatMap((panel) =>
+    Array.from({ length: ranks }, (_, rank) => rank).flatMap((rank) =>
+      spansOf(parts, ranks, rank, panel).flatMap(({ start, end }) =>
+        Array.from({ length: end - start }, (_, i) => start + i).flatMap((query) =>
+          Array.from({ length: query + 1 }, (_, key) => ({ panel, rank, query, key, color: colors[rank] })),
+        ),
+      ),
+    ),
+  );
+  const shares = panels.flatMap((panel) =>
+    Array.from({ length: ranks }, (_, rank) => {
+      const share = cells.filter((cell) => cell.panel === panel && cell.rank === rank).length;
+      const all = cells.filter((cell) => cell.panel === panel).length;
+      return { panel, rank, text: `rank ${rank}: ${Math.round((100 * share) / all)}%`, color: colors[rank] };
+    }),
+  );
+  return svg('Scores of a causal attention by the rank that computes them, tokens in contiguous and in zigzag order', {
+    height: 380,
+    marginTop: 26,
+    fx: { domain: [...panels], label: null, padding: 0.08 },
+    x: { type: 'linear', domain: [0, parts], label: 'keys', labelAnchor: 'center', labelArrow: 'none', ticks: [] },
+    y: { type: 'linear', domain: [parts, 0], label: 'queries', labelAnchor: 'center', labelArrow: 'none', ticks: [] },
+    marks: [
+      Plot.rect(cells, {
+        fx: 'panel',
+        x1: 'key',
+        x2: (cell: { key: number }) => cell.key + 1,
+        y1: 'query',
+        y2: (cell: { query: number }) => cell.query + 1,
+        fill: 'color',
+        inset: 0.5,
+      }),
+      Plot.text(shares, {
+        fx: 'panel',
+        x: parts * 0.78,
+        y: (share: { rank: number }) => 1.2 + share.rank * 1.2,
+        text: 'text',
+        fill: 'color',
+      }),
+    ],
+  });
+}
+
 /** Every figure by its file's name. */
 export async function drawFigures(): Promise<Readonly<Record<string, string>>> {
   const samples: Sample[] = [
     { name: 'sentence encoder', head: await realHead() },
     { name: 'large offsets', head: drawHead({ name: 'channels', strength: 6, length: 128, dim: 64, seed: 7 }) },
   ];
-  return { codes: codesFigure(samples), errors: errorsFigure(samples), formats: formatsFigure() };
+  return {
+    codes: codesFigure(samples),
+    errors: errorsFigure(samples),
+    formats: formatsFigure(),
+    orders: ordersFigure(),
+  };
 }
 
 if (process.argv[1]?.endsWith('figures.ts')) {

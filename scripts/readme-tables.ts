@@ -6,10 +6,11 @@
 import { readdirSync, readFileSync, writeFileSync } from 'node:fs';
 import type { AccuracyRow } from '../bench/accuracy.ts';
 import type { Fp4Row } from '../bench/fp4.ts';
+import { predictSharded, type Rates, type Topology } from '../src/distributed/index.ts';
 import { exporterRows, topologyRows } from './exporters-table.ts';
 
 const RESULTS = new URL('../bench/results/', import.meta.url);
-const PAGES = ['README.md', 'docs/choosing-a-kernel.md', 'docs/fp4.md', 'docs/integrations.md'];
+const PAGES = ['README.md', 'docs/choosing-a-kernel.md', 'docs/distributed.md', 'docs/fp4.md', 'docs/integrations.md'];
 const read = <T>(name: string): T => JSON.parse(readFileSync(new URL(name, RESULTS), 'utf8')) as T;
 
 interface Table {
@@ -362,6 +363,95 @@ const EXPORTERS_HEADER = ['models', 'exporter', 'found', 'taken', 'since'];
 const exporters = (): Table => ({ header: EXPORTERS_HEADER, rows: exporterRows() });
 const topologies = (): Table => ({ header: EXPORTERS_HEADER, rows: topologyRows() });
 
+interface DistributedReport {
+  readonly rows: readonly {
+    readonly tokens: number;
+    readonly isCausal: boolean;
+    readonly ulysses: number;
+    readonly ring: number;
+    readonly milliseconds: number;
+    readonly oneDevice: { readonly milliseconds: number; readonly relativeL1: number };
+    readonly relativeL1: number;
+    readonly sentBytes: number;
+    readonly predictedMilliseconds?: number;
+  }[];
+}
+
+const grouped = (value: number) => value.toLocaleString('en-US');
+
+function distributedSpeed(): Table {
+  const { rows } = read<DistributedReport>('distributed-h200-x2.json');
+  return {
+    header: [
+      'tokens',
+      'ulysses × ring',
+      'one device',
+      'two devices',
+      'gain',
+      'predicted',
+      'a rank sends',
+      'relative L1, one and two',
+    ],
+    rows: rows.map((row) => [
+      `${grouped(row.tokens)}${row.isCausal ? ' causal' : ''}`,
+      `${row.ulysses} × ${row.ring}`,
+      `${row.oneDevice.milliseconds.toFixed(1)} ms`,
+      `${row.milliseconds.toFixed(1)} ms`,
+      `${(row.oneDevice.milliseconds / row.milliseconds).toFixed(2)}×`,
+      row.predictedMilliseconds === undefined ? '' : `${row.predictedMilliseconds.toFixed(1)} ms`,
+      `${(row.sentBytes / 1e6).toFixed(0)} MB`,
+      `${row.oneDevice.relativeL1.toFixed(4)}, ${row.relativeL1.toFixed(4)}`,
+    ]),
+  };
+}
+
+/** One way, bytes a second: NVLink as measured between two H200s, PCIe 5 and a 400 Gb/s network at nine tenths of their rate. */
+const LINKS = [
+  ['NVLink', 394e9, 5e-6],
+  ['PCIe 5', 55e9, 10e-6],
+  ['400 Gb/s', 45e9, 20e-6],
+] as const;
+/** Of one H200: the kernel's rate and a copy's bandwidth, as measured. */
+const [H200_ATTENTION, H200_MEMORY] = [930e12, 4.2e12];
+
+/** Predictions, not measurements: the virtual clock over the schedules that the ranks carry out. */
+function distributedPredictions(): Table {
+  const ranks = [2, 4, 8, 16, 64];
+  const efficiency = (topology: Topology, tokens: number, kvHeads: number, rates: Rates, keyValueBytes = 1) => {
+    const options = { tokens, heads: 64, kvHeads, headDim: 128, keyValueBytes };
+    const one = predictSharded(options, { ulysses: 1, ring: 1 }, rates).total;
+    return one / predictSharded(options, topology, rates).total / (topology.ulysses * topology.ring);
+  };
+  const percent = (value: number) => `${Math.round(100 * value)}%`;
+  return {
+    header: ['link, tokens, heads of K', 'way', ...ranks.map((count) => `${count} GPUs`)],
+    rows: LINKS.flatMap(([link, bytes, latency]) =>
+      (
+        [
+          [32768, 8],
+          [131072, 64],
+        ] as const
+      ).flatMap(([tokens, kvHeads]) => {
+        const rates = { attention: H200_ATTENTION, memory: H200_MEMORY, link: bytes, latency };
+        const ways = [
+          ['ring', (count: number) => percent(efficiency({ ulysses: 1, ring: count }, tokens, kvHeads, rates))],
+          [
+            'ring, K and V in 16 bits',
+            (count: number) => percent(efficiency({ ulysses: 1, ring: count }, tokens, kvHeads, rates, 2)),
+          ],
+          ['Ulysses', (count: number) => percent(efficiency({ ulysses: count, ring: 1 }, tokens, kvHeads, rates))],
+          [
+            'Ulysses 8 × ring',
+            (count: number) =>
+              count <= 8 ? '' : percent(efficiency({ ulysses: 8, ring: count / 8 }, tokens, kvHeads, rates)),
+          ],
+        ] as const;
+        return ways.map(([way, cell]) => [`${link}, ${grouped(tokens)}, ${kvHeads} of 64`, way, ...ranks.map(cell)]);
+      }),
+    ),
+  };
+}
+
 const TABLES: Readonly<Record<string, (short: boolean) => Table>> = {
   summary,
   accuracy,
@@ -372,6 +462,8 @@ const TABLES: Readonly<Record<string, (short: boolean) => Table>> = {
   'onnxruntime-speed': onnxruntimeSpeed,
   exporters,
   'tfjs-exporters': topologies,
+  'distributed-speed': distributedSpeed,
+  'distributed-predictions': distributedPredictions,
 };
 
 /** The formatter pads the cells of tables. */

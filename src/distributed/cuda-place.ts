@@ -26,6 +26,10 @@ export class CudaPlace implements Place {
     return this.#copies;
   }
 
+  holds(view: TensorView): boolean {
+    return isCudaTensor(view) && view.memory.device === this.device;
+  }
+
   empty(shape: readonly number[], dtype: DType): TensorView {
     return emptyCudaTensor(this.device, shape, dtype);
   }

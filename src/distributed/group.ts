@@ -10,7 +10,7 @@ import type { DType } from '../tensor/dtype.ts';
 import { emptyTensor, requireView, slice, type Tensor, type TensorView } from '../tensor/tensor.ts';
 import { HostPlace } from './host-place.ts';
 import type { Place } from './place.ts';
-import { lengthOf, spansOf, TOKEN_ORDERS, type TokenOrder } from './shards.ts';
+import { spansOf, TOKEN_ORDERS, type TokenOrder, totalOf } from './shards.ts';
 
 /** Most ranks of one process. */
 const MAX_RANKS = 1024;
@@ -64,6 +64,13 @@ export function shardedTensor(
   return { group, parts, shape, dtype, tokenAxis, order, dispose, [DISPOSE]: dispose };
 }
 
+function takeShardOptions(options: ShardOptions): { readonly tokenAxis: 1 | 2; readonly order: TokenOrder } {
+  const { tensorLayout = 'HND', order = 'contiguous' } = takeOptions(options, ['tensorLayout', 'order']);
+  checkOption('tensorLayout', tensorLayout, oneOf('HND', 'NHD'));
+  checkOption('order', order, oneOf(...TOKEN_ORDERS));
+  return { tokenAxis: tensorLayout === 'HND' ? 2 : 1, order };
+}
+
 /** Ranks that attend together; see {@link createDeviceGroup}. */
 export class DeviceGroup {
   /** @internal */
@@ -93,26 +100,52 @@ export class DeviceGroup {
    */
   async shard(view: Tensor, options: ShardOptions = {}): Promise<ShardedTensor> {
     this.requireUsable();
-    const { tensorLayout = 'HND', order = 'contiguous' } = takeOptions(options, ['tensorLayout', 'order']);
-    checkOption('tensorLayout', tensorLayout, oneOf('HND', 'NHD'));
-    checkOption('order', order, oneOf(...TOKEN_ORDERS));
+    const { tokenAxis, order } = takeShardOptions(options);
     requireView('tensor', view);
     if (view.location !== 'cpu' || view.shape.length !== 4 || view.dtype === 'bool') {
       const received = `${textOf(view.location)} ${textOf(view.dtype)} ${textOf(view.shape)}`;
       throw new InvalidArgumentError('invalid-shape', 'tensor', 'a CPU tensor of 4 dimensions', received);
     }
-    const tokenAxis = tensorLayout === 'HND' ? 2 : 1;
     const length = view.shape[tokenAxis] as number;
     const parts = this.places.map((place, rank) => {
       const spans = spansOf(length, this.size, rank, order);
-      const shape = view.shape.map((size, i) =>
-        i === tokenAxis ? spans.reduce((sum, span) => sum + lengthOf(span), 0) : size,
-      );
+      const shape = view.shape.map((size, i) => (i === tokenAxis ? totalOf(spans) : size));
       const host = emptyTensor(shape, view.dtype as DType);
       copySpans(new HostPlace(place.backend), view, host, tokenAxis, spans);
       return place.upload(host);
     });
     return shardedTensor(this, parts, { shape: [...view.shape], dtype: view.dtype as DType, tokenAxis, order });
+  }
+
+  /**
+   * Tensors that already lie where the ranks work, as one sharded tensor; disposing it disposes them.
+   *
+   * @param parts of every rank, with the tokens that `order` gives it
+   * @param length tokens of the whole
+   * @throws {InvalidArgumentError} parts of other shapes, or elsewhere
+   */
+  wrap(parts: readonly TensorView[], length: number, options: ShardOptions = {}): ShardedTensor {
+    this.requireUsable();
+    const { tokenAxis, order } = takeShardOptions(options);
+    const [first] = parts;
+    for (const [rank, part] of parts.entries()) {
+      const argument = `parts[${rank}]`;
+      requireView(argument, part);
+      const place = this.places[rank];
+      const tokens = totalOf(spansOf(length, this.size, rank, order));
+      const shape = (first as TensorView).shape.map((size, i) => (i === tokenAxis ? tokens : size));
+      const alike = part.dtype === first?.dtype && part.dtype !== 'bool' && textOf(part.shape) === textOf(shape);
+      if (!alike || place === undefined || !place.holds(part)) {
+        const expected = `${textOf(first?.dtype)} ${textOf(shape)} where rank ${rank} of ${this.size} works`;
+        const received = `${textOf(part.dtype)} ${textOf(part.shape)}, ${part.location} ${part.device ?? 0}`;
+        throw new InvalidArgumentError('invalid-shape', argument, expected, received);
+      }
+    }
+    if (first === undefined || parts.length !== this.size) {
+      throw new InvalidArgumentError('invalid-shape', 'parts', `${this.size} tensors, one a rank`, `${parts.length}`);
+    }
+    const shape = first.shape.map((size, i) => (i === tokenAxis ? length : size));
+    return shardedTensor(this, parts, { shape, dtype: first.dtype as DType, tokenAxis, order });
   }
 
   /** The whole of a sharded tensor, in this process's memory, contiguous. */

@@ -13,6 +13,10 @@ export class HostPlace implements Place {
     this.backend = backend;
   }
 
+  holds({ location }: TensorView): boolean {
+    return location === 'cpu';
+  }
+
   empty(shape: readonly number[], dtype: DType): TensorView {
     return emptyTensor(shape, dtype);
   }

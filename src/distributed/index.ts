@@ -6,5 +6,7 @@ export {
   type ShardedTensor,
   type ShardOptions,
 } from './group.ts';
+export { type Prediction, type PredictOptions, predictSharded, type Rates } from './predict.ts';
+export type { Topology } from './schedule.ts';
 export { type JointTokens, type ShardedOptions, type ShardedResult, sageattnSharded } from './sharded.ts';
 export type { TokenOrder } from './shards.ts';

@@ -24,6 +24,8 @@ export interface Partial {
 /** All tensors are `[B,H,L,D]` views of any strides. */
 export interface Place {
   readonly backend: Backend;
+  /** Whether a tensor lies here. */
+  holds(view: TensorView): boolean;
   /** A new contiguous tensor. */
   empty(shape: readonly number[], dtype: DType): TensorView;
   /** A tensor of this process's memory, here; nobody writes to it any more. */

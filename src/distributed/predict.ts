@@ -2,6 +2,7 @@
  * What a sharded call takes, on a virtual clock: the schedule that the ranks carry out, with measured rates of the device and of the
  * links instead of devices. A prediction, to choose a topology by; not a measurement.
  */
+import { NO_LIMIT } from '../attention/band.ts';
 import {
   type RankSchedule,
   type ShardedShape,
@@ -9,6 +10,7 @@ import {
   scoresOf,
   sentBytes,
   type Topology,
+  validateTopology,
   type WireFormat,
 } from './schedule.ts';
 import { lengthOf } from './shards.ts';
@@ -57,6 +59,45 @@ function ownTimes(shape: ShardedShape, schedule: RankSchedule, wire: WireFormat,
     return (2 * scoresOf(shape, schedule, round) * (headDim + valueDim)) / rates.attention;
   });
   return { quantize, merge, rounds };
+}
+
+/** What is attended to, for {@link predictSharded}. */
+export interface PredictOptions {
+  /** Tokens of the whole sequence. */
+  readonly tokens: number;
+  /** Heads of Q. */
+  readonly heads: number;
+  /** Heads of K and V; default as many. */
+  readonly kvHeads?: number;
+  readonly headDim: number;
+  /** Default false. With it tokens are in `'zigzag'` order. */
+  readonly isCausal?: boolean;
+  /** Bytes an element of K and V as they travel; default 1, as they do; 2 is what 16-bit K and V would take. */
+  readonly keyValueBytes?: number;
+}
+
+/**
+ * What a topology would take on devices of these rates: a virtual clock runs the ranks' schedules. A prediction to choose by, not a
+ * measurement; see the guide for both side by side.
+ */
+export function predictSharded(options: PredictOptions, topology: Topology, rates: Rates): Prediction {
+  const { tokens, heads, kvHeads = heads, headDim, isCausal = false, keyValueBytes = 1 } = options;
+  const order = isCausal ? 'zigzag' : 'contiguous';
+  const shape: ShardedShape = {
+    batch: 1,
+    queryHeads: heads,
+    kvHeads,
+    queryLength: tokens,
+    keyLength: tokens,
+    headDim,
+    valueDim: headDim,
+    queryOrder: order,
+    keyOrder: order,
+    limits: { lower: -NO_LIMIT, upper: isCausal ? 0 : NO_LIMIT },
+    masked: false,
+  };
+  validateTopology(topology, topology.ulysses * topology.ring, heads, kvHeads);
+  return predict(shape, topology, rates, { query: 2, keyValue: keyValueBytes });
 }
 
 /** Runs the ranks' schedules on a virtual clock. */

@@ -77,6 +77,28 @@ describe(`sageattnSharded (SAGEATTENTION_SEED=${seed})`, () => {
     expect(backend.disposed).toBeGreaterThan(0);
   });
 
+  it('takes tensors that lie on the ranks already, and refuses what does not', async () => {
+    const group = await createDeviceGroup({ ranks: 2, backend: exactBackend() });
+    const random = new Random(seed);
+    const make = (tokens: number) => tensor(random.normals(2 * tokens * 8), [1, 2, tokens, 8]);
+    const [left, right] = [make(6), make(7)];
+    const wrapped = group.wrap([left, right], 13);
+    expect(wrapped.shape).toEqual([1, 2, 13, 8]);
+    const whole = await group.gather(wrapped);
+    expect(toFloat32(slice(whole, 2, 6, 13))).toEqual(toFloat32(right));
+    const { output } = expectedOf(whole, whole, whole, {});
+    const divided = await group.gather(await sageattnSharded(wrapped, wrapped, wrapped));
+    expect(difference(toFloat32(divided), output)).toBeLessThan(1e-5);
+    for (const [parts, argument] of [
+      [[right, left], 'parts[0]'],
+      [[left], 'parts'],
+      [[left, { ...right, location: 'cuda' }], 'parts[1]'],
+      [[left, right, left], 'parts[2]'],
+    ] as const) {
+      expect(() => group.wrap(parts as never, 13)).toThrow(expect.objectContaining({ argument }));
+    }
+  });
+
   it('joint tokens are keys before or behind the sequence', async () => {
     const backend = exactBackend();
     const random = new Random(seed);

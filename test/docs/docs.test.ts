@@ -53,6 +53,7 @@ const ENTRIES = {
   'sageattention/onnxruntime': 'src/integrations/onnxruntime/index.ts',
   'sageattention/transformers': 'src/integrations/transformers/web.ts',
   'sageattention/tfjs': 'src/integrations/tfjs/index.ts',
+  'sageattention/distributed': 'src/distributed/index.ts',
   'sageattention/jax': 'src/integrations/jax/index.ts',
 };
 

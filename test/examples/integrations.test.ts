@@ -82,3 +82,9 @@ itNeeds(missing)('video-dit: speed and output before and after', async () => {
   expect(Number(/cosine similarity ([\d.]+)/.exec(output)?.[1])).toBeGreaterThan(0.999);
   expect(output.match(/MatMul-Softmax-MatMul.*\btrue\b/g)).toHaveLength(2);
 });
+
+itNeeds(missing)('distributed: ranks give what one gives', async () => {
+  const output = run(await project('distributed'), 'main.mjs', '--frames', '1', '--heads', '2', '--ulysses', '2');
+  expect(output).toContain('1560 video and 226 text tokens, 2 heads of 128, 4 ranks, backend wasm');
+  expect(Number(/relative L1 between them: ([\d.]+)/.exec(output)?.[1])).toBeLessThan(0.02);
+});
