@@ -212,7 +212,12 @@ export class CudaBackend implements Backend {
     }
   }
 
-  /** Joins outputs over parts of the keys, all on one device; enqueued on its own stream. See {@link mergeParts}. */
+  /**
+   * Joins outputs over parts of the keys, all on one device; enqueued on its own stream. Rows of no part are 0, their LSE -Infinity.
+   *
+   * @param output `[B,H,rows,Dv]`, the last dimension contiguous
+   * @param lse `[B,H,rows,1]` float32, contiguous
+   */
   merge(device: CudaDevice, parts: readonly MergedPart[], output: CudaTensor, lse: CudaTensor | undefined): void {
     mergeParts(device, this.#planner.planMerge, parts, output, lse);
   }

@@ -9,7 +9,7 @@ import { toFloat32 } from '../../tensor/access.ts';
 import { slice, type Tensor, tensor } from '../../tensor/tensor.ts';
 import { chooseOptions } from '../choice.ts';
 import { createWebgpuBackendOn, type WebgpuBackend } from './backend.ts';
-import { QK_FP4_PV_FP4 } from './kernel-table.ts';
+import { QK_FP4_PV_FP4, QK_INT8_PV_FP16 } from './kernel-table.ts';
 import { keyValueBytes, keyValueShapeOf } from './launches/quantize.ts';
 
 const seed = runSeed();
@@ -29,9 +29,15 @@ describe(`WebGPU FP4, family ${family} (seed ${seed})`, () => {
   });
   afterAll(() => backend.dispose());
 
-  async function attend(q: Tensor, k: Tensor, v: Tensor, options: Parameters<typeof chooseOptions>[2]) {
+  async function attend(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    options: Parameters<typeof chooseOptions>[2],
+    descriptor = QK_FP4_PV_FP4,
+  ) {
     const problem = createProblem(q, k, v, options);
-    const plan = await backend.plan(problem, chooseOptions(QK_FP4_PV_FP4, problem, options));
+    const plan = await backend.plan(problem, chooseOptions(descriptor, problem, options));
     const { output } = await plan.run({ q, k, v }, {});
     plan.dispose();
     return toFloat32(output as Tensor);
@@ -80,6 +86,15 @@ describe(`WebGPU FP4, family ${family} (seed ${seed})`, () => {
     const [q, k] = [0, 1].map(() => normals(random, [1, 1, 200, 64])) as [Tensor, Tensor];
     const v = tensor(new Float32Array(200 * 64).fill(3), [1, 1, 200, 64]);
     for (const value of await attend(q, k, v, {})) expect(value).toBeCloseTo(3, 4);
+  });
+
+  itIsQuick('leaves nothing in the scratch memory that a call in INT8 would read', async () => {
+    const random = new Random(seed);
+    const [q, k, v] = [0, 1, 2].map(() => normals(random, [1, 2, 75, 64])) as [Tensor, Tensor, Tensor];
+    const [largeK, largeV] = [0, 1].map(() => normals(random, [1, 2, 900, 64])) as [Tensor, Tensor];
+    await attend(q, largeK, largeV, {});
+    const output = await attend(q, k, v, {}, QK_INT8_PV_FP16);
+    expect(compare(output, exactAttention(q, k, v).output).relativeL1).toBeLessThan(0.03);
   });
 
   itIsQuick('a cache holds 4.5 bits an element and little more, appended token by token', async () => {

@@ -234,19 +234,26 @@ function loadValues({ valueDim, values }: PrepareKeyValueConfig): string {
     ${range(4).map(scale).join(' ')}`;
 }
 
+/**
+ * Rows from a tile's first to the end of its block. Attention multiplies all rows of a block, those behind the last token with weight 0:
+ * they must be numbers, whatever the memory held before.
+ */
+const BLOCK_ROWS = `(count + (${KEY_BLOCK}u - (row_at + count) % ${KEY_BLOCK}u) % ${KEY_BLOCK}u)`;
+
 /** V in rows, as the tiled kernels read it. */
 function storeRows(config: PrepareKeyValueConfig): string {
   const { valueDimPadded } = config;
   const valueChunks = valueDimPadded / 16;
   const convert = (i: number) =>
     `pack2x16float(clamp(x[${i >> 1}].${i % 2 === 0 ? 'xy' : 'zw'}, vec2<f32>(-65504.0), vec2<f32>(65504.0)))`;
-  return `for (var item = lid; item < count * ${valueChunks}u; item += ${THREADS}u) {
+  return `for (var item = lid; item < ${BLOCK_ROWS} * ${valueChunks}u; item += ${THREADS}u) {
     let row = item / ${valueChunks}u;
     let channel = item % ${valueChunks}u * 16u;
+    let at = (row_at + row) * ${valueDimPadded / 8}u + channel / 8u - P.vRowBase;
+    if (row >= count) { values[at] = vec4<u32>(); values[at + 1u] = vec4<u32>(); continue; }
     nonfinite = 0u;
     ${loadValues(config)}
     if (nonfinite != 0u) { atomicOr(&flags[row], ${FLAG_NONFINITE_V}u); }
-    let at = (row_at + row) * ${valueDimPadded / 8}u + channel / 8u - P.vRowBase;
     values[at] = vec4<u32>(${range(4).map(convert).join(', ')});
     values[at + 1u] = vec4<u32>(${range(4)
       .map((i) => convert(i + 4))
@@ -254,11 +261,11 @@ function storeRows(config: PrepareKeyValueConfig): string {
   }`;
 }
 
-/** V in tiles. A word holds two keys' values of a channel; of a pair that is cut by the range, the other key's stay. */
+/** V in tiles. A word holds two keys' values of a channel; of a pair that is cut by the range, the earlier key's stay. */
 function storeTiles(config: PrepareKeyValueConfig): string {
   const { valueDimPadded } = config;
   return `let first_pair = row_at / 2u;
-  let pairs = (row_at + count - 1u) / 2u - first_pair + 1u;
+  let pairs = (row_at + ${BLOCK_ROWS} - 1u) / 2u - first_pair + 1u;
   for (var item = lid; item < pairs * ${valueDimPadded / 16}u; item += ${THREADS}u) {
     let pair = first_pair + item % pairs;
     let channel = item / pairs * 16u;
@@ -266,11 +273,13 @@ function storeTiles(config: PrepareKeyValueConfig): string {
     var written = 0u;
     for (var half = 0u; half < 2u; half++) {
       let row = 2u * pair + half - row_at;
+      // Wrapped round: a token before this tile's first.
+      if (row > 0x7fffffffu) { continue; }
+      written |= 0xffffu << (16u * half);
       if (row >= count) { continue; }
       nonfinite = 0u;
       ${loadValues(config)}
       if (nonfinite != 0u) { atomicOr(&flags[row], ${FLAG_NONFINITE_V}u); }
-      written |= 0xffffu << (16u * half);
       for (var i = 0u; i < 4u; i++) {
         let y = clamp(x[i], vec4<f32>(-65504.0), vec4<f32>(65504.0));
         let low = pack2x16float(y.xy);
