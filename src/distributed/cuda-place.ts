@@ -1,6 +1,6 @@
 /** A rank on a GPU; several ranks may share one. */
 import type { CudaBackend } from '../backends/cuda/backend.ts';
-import { copyPeer, copyRows, type Rows } from '../backends/cuda/driver/copy.ts';
+import { copyHeads, copyPeer, type Heads } from '../backends/cuda/driver/copy.ts';
 import type { CudaDevice } from '../backends/cuda/driver/device.ts';
 import type { CudaEvent, CudaStream } from '../backends/cuda/driver/stream.ts';
 import type { CudaKeyValue } from '../backends/cuda/key-value.ts';
@@ -129,14 +129,9 @@ function copyTensor(device: CudaDevice, from: CudaTensor, to: CudaTensor, stream
   const bytes = BYTES_PER_ELEMENT[from.dtype];
   const [batch, heads, tokens, dim] = from.shape as [number, number, number, number];
   for (const { memory } of [from, to]) memory.useOn(stream);
-  for (let b = 0; b < batch; b++) {
-    for (let h = 0; h < heads; h++) {
-      const [source, target] = [from, to].map(({ memory, offset, strides }) => {
-        const [batchStride, headStride, tokenStride] = strides as [number, number, number];
-        const first = offset + b * batchStride + h * headStride;
-        return { pointer: memory.pointer + BigInt(first * bytes), pitch: tokenStride * bytes };
-      }) as [Rows, Rows];
-      copyRows(device, source, target, dim * bytes, tokens, stream);
-    }
-  }
+  const [source, target] = [from, to].map(({ memory, offset, strides }) => {
+    const [batchPitch, headPitch, tokenPitch] = strides.map((stride) => stride * bytes) as [number, number, number];
+    return { pointer: memory.pointer + BigInt(offset * bytes), batchPitch, headPitch, tokenPitch };
+  }) as [Heads, Heads];
+  copyHeads(device, source, target, [batch, heads, tokens], dim * bytes, stream);
 }

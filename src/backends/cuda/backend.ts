@@ -30,6 +30,7 @@ import { debugPlanOf } from './launches/debug.ts';
 import type { LaunchSequence } from './launches/launch.ts';
 import { planMerge } from './launches/merge.ts';
 import { type LaunchPlanner, planAttend, planKeyValue, planLaunches } from './launches/plan.ts';
+import { remembered } from './launches/remembered.ts';
 import { type MergedPart, mergeParts } from './merge.ts';
 import { type CudaBackwardPlan, CudaPlan } from './plan.ts';
 import { CapturedAttention } from './run/captured.ts';
@@ -88,7 +89,9 @@ export class CudaBackend implements Backend {
   constructor(options: CudaBackendOptions = {}) {
     this.#open = options.open ?? openCuda;
     this.#defaultDevice = options.device ?? 0;
-    this.#planner = toldOf(options.planner ?? { planLaunches, planKeyValue, planAttend, planBackward, planMerge });
+    this.#planner = toldOf(
+      remembered(options.planner ?? { planLaunches, planKeyValue, planAttend, planBackward, planMerge }),
+    );
   }
 
   /**

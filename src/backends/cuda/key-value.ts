@@ -4,7 +4,7 @@ import type { AttentionProblem } from '../../attention/problem.ts';
 import { BYTES_PER_ELEMENT } from '../../tensor/dtype.ts';
 import { type OperandLayout, type Tensor, type TensorView, transpose } from '../../tensor/tensor.ts';
 import type { AttentionOutputs, KernelChoice, KeyValueContext, PreparedKeyValue, RunContext } from '../backend.ts';
-import { copyPeer, copyRows } from './driver/copy.ts';
+import { copyHeads, copyPeer, copyRows } from './driver/copy.ts';
 import type { CudaDevice } from './driver/device.ts';
 import type { DeviceMemory } from './driver/memory.ts';
 import type { CudaStream } from './driver/stream.ts';
@@ -80,22 +80,24 @@ class GrowingRows {
     const [batchStride, headStride, tokenStride] = view.strides as [number, number, number];
     if (memory === undefined || tokens === 0) return;
     const elementBytes = BYTES_PER_ELEMENT[view.dtype];
-    const copy = (b: number, h: number, stride: number, pitch: number, height: number) => {
-      const first = view.offset + b * batchStride + h * headStride;
-      copyRows(
-        this.#device,
-        { pointer: view.memory.pointer + BigInt(first * elementBytes), pitch: stride * elementBytes },
-        { pointer: this.#at(memory, this.capacity, b * heads + h, held), pitch },
-        this.#rowBytes,
-        height,
-        stream,
-      );
-    };
-    for (let b = 0; b < batch; b++) {
-      // A decoder appends one token: its heads are the rows then.
-      if (tokens === 1) copy(b, 0, headStride, this.capacity * this.#rowBytes, heads);
-      else for (let h = 0; h < heads; h++) copy(b, h, tokenStride, this.#rowBytes, tokens);
-    }
+    copyHeads(
+      this.#device,
+      {
+        pointer: view.memory.pointer + BigInt(view.offset * elementBytes),
+        batchPitch: batchStride * elementBytes,
+        headPitch: headStride * elementBytes,
+        tokenPitch: tokenStride * elementBytes,
+      },
+      {
+        pointer: this.#at(memory, this.capacity, 0, held),
+        batchPitch: heads * this.capacity * this.#rowBytes,
+        headPitch: this.capacity * this.#rowBytes,
+        tokenPitch: this.#rowBytes,
+      },
+      [batch, heads, tokens],
+      this.#rowBytes,
+      stream,
+    );
   }
 
   /** Sets every byte of `tokens` tokens behind the first `held`. */

@@ -128,8 +128,6 @@ const CASES: Case[] = [
       return g.op('Sub', [g.op('Mul', [s, keep]), hidden]);
     },
     masks: { keep: causal },
-    taken: 0,
-    left: 'not a scaled and masked product',
   }),
   around('a mask before the softcap', {
     scores: (g, s) => g.op('Tanh', [g.op('Where', ['keep', s, g.scalar(-1e4)])]),

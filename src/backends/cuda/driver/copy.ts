@@ -52,6 +52,45 @@ export function copyRows(
   device.call('cuMemcpy2DAsync', what, parameters, stream.handle);
 }
 
+/** Where the tokens of heads lie: bytes from one batch entry, head and token to the next. */
+export interface Heads {
+  readonly pointer: bigint;
+  readonly batchPitch: number;
+  readonly headPitch: number;
+  readonly tokenPitch: number;
+}
+
+/** Enqueues a copy of `[B,H,L]` rows of `rowBytes` bytes: a call of the driver for each batch entry where a head's tokens are neighbours, else for each head. */
+export function copyHeads(
+  device: DeviceContext,
+  from: Heads,
+  to: Heads,
+  [batch, heads, tokens]: readonly [batch: number, heads: number, tokens: number],
+  rowBytes: number,
+  stream: CudaStream,
+): void {
+  const at = ({ pointer, batchPitch, headPitch }: Heads, b: number, h: number) =>
+    pointer + BigInt(b * batchPitch + h * headPitch);
+  const together = tokens === 1 || [from, to].every(({ tokenPitch }) => tokenPitch === rowBytes);
+  for (let b = 0; b < batch; b++) {
+    if (together) {
+      const [source, target] = [from, to].map((side) => ({ pointer: at(side, b, 0), pitch: side.headPitch })) as [
+        Rows,
+        Rows,
+      ];
+      copyRows(device, source, target, tokens * rowBytes, heads, stream);
+      continue;
+    }
+    for (let h = 0; h < heads; h++) {
+      const [source, target] = [from, to].map((side) => ({ pointer: at(side, b, h), pitch: side.tokenPitch })) as [
+        Rows,
+        Rows,
+      ];
+      copyRows(device, source, target, rowBytes, tokens, stream);
+    }
+  }
+}
+
 /** Pairs of devices that have been asked; whether the first reaches the memory of the second. */
 const reached = new WeakMap<DeviceContext, Map<DeviceContext, boolean>>();
 

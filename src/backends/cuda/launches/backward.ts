@@ -98,8 +98,8 @@ export function planBackward(
 ): LaunchSequence {
   const { attention } = problem;
   // Heads of one token are not put side by side: they have dO and sums of their own.
-  const { keyValue, attend } = MMA_SYNC;
-  const context = contextOf({ keyValue, attend }, attention, choice, device, { whole: true });
+  const { headsAsRows: _, ...family } = MMA_SYNC;
+  const context = contextOf(family, attention, choice, device, { whole: true });
   const [paddedDim, paddedValueDim] = [roundUp(attention.headDim, 16), roundUp(attention.valueDim, 16)];
   const backward: Backward = { tuning, problem, context, paddedDim, paddedValueDim };
   const { batch, kvHeads, queryHeads } = attention;

@@ -40,9 +40,6 @@ export interface KeyRoom {
   readonly from?: number;
 }
 
-/** Largest |smScale|: 1.5 * 2^23 times the scales of Q and K, each up to FP16's largest number / 127, stays a float32. */
-const MOST_SM_SCALE = 2 ** 80;
-
 /** Rows of Q to which sequences are padded. */
 export const BLOCK_Q = 128;
 
@@ -84,6 +81,8 @@ export type KeyValuePart = 'means' | 'key' | 'value';
 
 /** The launches of a kernel family: its row in `FAMILIES` (plan.ts). */
 export interface FamilyLaunches {
+  /** Largest |smScale|; beyond it scores are no longer told apart. */
+  readonly mostSmScale: number;
   /** The problem as the kernels take it, with heads as rows of one query; undefined where they take it as it is. */
   readonly headsAsRows?: (problem: AttentionProblem, choice: KernelChoice) => AttentionProblem | undefined;
   /** Quantizes K and V. Asked only when there are keys. */
@@ -163,8 +162,8 @@ export function contextOf(
   given: DeviceFacts,
   { room, overrides = {}, whole = false, tokenMask }: ContextOptions,
 ): Context {
-  if (Math.abs(asked.smScale) > MOST_SM_SCALE) {
-    const expected = `at most ${MOST_SM_SCALE.toExponential(1)} in magnitude`;
+  if (Math.abs(asked.smScale) > family.mostSmScale) {
+    const expected = `at most 2^${Math.log2(family.mostSmScale)} in magnitude`;
     throw new UnsupportedOptionError(chosen.descriptor.name, 'options.smScale', expected, `${asked.smScale}`);
   }
   const device = { ...given, target: targetOfKernel(chosen, given.target) };

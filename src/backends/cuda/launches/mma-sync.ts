@@ -240,4 +240,7 @@ function attend(context: Context): Pick<LaunchSequence, 'launches' | 'scratch'> 
   };
 }
 
-export const MMA_SYNC: FamilyLaunches = { headsAsRows, keyValue, attend };
+/** 1.5 * 2^23 times smScale and the scales of Q and K, each up to FP16's largest number / 127, stays a float32. */
+const MOST_SM_SCALE = 2 ** 80;
+
+export const MMA_SYNC: FamilyLaunches = { mostSmScale: MOST_SM_SCALE, headsAsRows, keyValue, attend };

@@ -296,4 +296,7 @@ function attend(context: Context): Pick<LaunchSequence, 'launches' | 'scratch'> 
   };
 }
 
-export const WGMMA: FamilyLaunches = { keyValue, attend };
+/** Scores of ordinary inputs stay below 2^36. From there on, between two floats lie more than the 128 that P's exponents are kept within. */
+const MOST_SM_SCALE = 2 ** 30;
+
+export const WGMMA: FamilyLaunches = { mostSmScale: MOST_SM_SCALE, keyValue, attend };

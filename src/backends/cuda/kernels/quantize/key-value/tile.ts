@@ -104,8 +104,15 @@ function makePlace(
   const { keyStart, keyLength, paddedKeyStart } = loadSequence(b, table, sequence);
   const [seenFrom, seenUntil] = loadVisibleRange(b, table, sequence);
   const firstToken = b.mul(tile, KEY_VALUE_TILE);
+  // Sequences are padded to half a tile, so that the last tile of the sequence or head before reaches into this one's first: V there must
+  // be numbers, for 0 * NaN is not 0. It is filled like any other, where no row sees a key with copies of the first.
+  b.when(b.setp('ge', seenFrom, seenUntil), () => {
+    b.set(seenFrom, 0);
+    b.set(seenUntil, 1);
+  });
   b.when(b.setp('ge', firstToken, seenUntil), () => b.exit());
-  b.when(b.setp('le', b.add(firstToken, KEY_VALUE_TILE), seenFrom), () => b.exit());
+  const isBefore = b.setp('le', b.add(firstToken, KEY_VALUE_TILE), seenFrom);
+  b.when(b.andPred(isBefore, b.setp('gt', tile, 0)), () => b.exit());
   const tokensLeft = b.sub(keyLength, firstToken);
   const firstSeen = b.sub(b.max(seenFrom, firstToken), firstToken);
   const lastSeen = b.sub(b.sub(seenUntil, firstToken), 1);
