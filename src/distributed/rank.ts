@@ -266,7 +266,12 @@ export async function runRanks(post: Post, calls: readonly RankCall[]): Promise<
     }),
   );
   const places = [...new Set(calls.map(({ place }) => place))];
-  for (const place of places) place.settle(places);
+  try {
+    for (const place of places) place.settle(places);
+  } catch (error) {
+    // A device that was lost; what it made is given up all the same.
+    failed ??= { error };
+  }
   for (const rank of ranks) rank.dispose();
   if (failed !== undefined) throw failed.error;
 }

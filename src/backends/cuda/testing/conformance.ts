@@ -6,7 +6,7 @@ import { describe } from 'vitest';
 import { describeConformance } from '../../../../test/conformance/vitest.ts';
 import { CUDA_TARGETS } from '../../../../test/cuda/targets.ts';
 import { CUDA_KERNELS } from '../kernel-table.ts';
-import { createSimulatedBackend } from './simulator/backend.ts';
+import { createSimulatedBackend, forgetMemory } from './simulator/backend.ts';
 
 /** Multiply-adds of the largest case that is simulated; more with SIMULATED_WORK. */
 const WORK = {
@@ -38,6 +38,6 @@ export function describeSimulated(capability: number, from = capability): void {
         randomCases: i === 0 ? 5 : 2,
       })),
     );
-    describeConformance(() => createSimulatedBackend(capability), targets, SIMULATED_SHARES);
+    describeConformance(() => createSimulatedBackend(capability), targets, SIMULATED_SHARES, forgetMemory);
   });
 }

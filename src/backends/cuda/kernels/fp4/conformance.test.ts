@@ -5,7 +5,7 @@ import { describe } from 'vitest';
 import { describeConformance } from '../../../../../test/conformance/vitest.ts';
 import { CUDA_TARGETS } from '../../../../../test/cuda/targets.ts';
 import { descriptorOf, lackedBy } from '../../kernel-table.ts';
-import { createSimulatedBackend } from '../../testing/simulator/backend.ts';
+import { createSimulatedBackend, forgetMemory } from '../../testing/simulator/backend.ts';
 
 /** Multiply-adds of a case that a second or two simulate; more with SIMULATED_WORK. */
 const MAX_WORK = Number(process.env.SIMULATED_WORK ?? 2e5);
@@ -26,6 +26,6 @@ for (const [name, kernels] of Object.entries(KERNELS)) {
     const targets = TARGETS.filter(
       ({ kernel }) => (kernels as readonly string[]).includes(kernel) && lackedBy(kernel, capability) === undefined,
     ).map((target) => ({ ...target, maxWork: MAX_WORK, randomCases: 3 }));
-    describeConformance(() => createSimulatedBackend(capability), targets, SHARES);
+    describeConformance(() => createSimulatedBackend(capability), targets, SHARES, forgetMemory);
   });
 }

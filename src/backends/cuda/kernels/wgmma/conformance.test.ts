@@ -3,7 +3,7 @@ import { describeConformance } from '../../../../../test/conformance/vitest.ts';
 import { CUDA_TARGETS } from '../../../../../test/cuda/targets.ts';
 import { descriptorOf } from '../../kernel-table.ts';
 import { SIMULATED_SHARES } from '../../testing/conformance.ts';
-import { createSimulatedBackend } from '../../testing/simulator/backend.ts';
+import { createSimulatedBackend, forgetMemory } from '../../testing/simulator/backend.ts';
 
 /** Multiply-adds of a case that a second simulates; more with SIMULATED_WORK. */
 const MAX_WORK = Number(process.env.SIMULATED_WORK ?? 1e6);
@@ -16,4 +16,5 @@ describeConformance(
     randomCases: 3,
   })),
   SIMULATED_SHARES,
+  forgetMemory,
 );

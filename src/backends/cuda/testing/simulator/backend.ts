@@ -96,3 +96,8 @@ export function createSimulatedBackend(computeCapability: number, devices = 1): 
     },
   });
 }
+
+/** Gives back what runs keep: the next ones get memory that holds NaN. */
+export async function forgetMemory(backend: CudaBackend): Promise<void> {
+  (await backend.cuda()).device().trimMemory();
+}

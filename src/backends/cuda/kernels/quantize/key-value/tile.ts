@@ -104,6 +104,7 @@ function makePlace(
   const { keyStart, keyLength, paddedKeyStart } = loadSequence(b, table, sequence);
   const [seenFrom, seenUntil] = loadVisibleRange(b, table, sequence);
   const firstToken = b.mul(tile, KEY_VALUE_TILE);
+  b.when(b.setp('ge', firstToken, keyLength), () => b.exit());
   // Sequences are padded to half a tile, so that the last tile of the sequence or head before reaches into this one's first: V there must
   // be numbers, for 0 * NaN is not 0. It is filled like any other, where no row sees a key with copies of the first.
   b.when(b.setp('ge', seenFrom, seenUntil), () => {
