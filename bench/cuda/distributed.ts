@@ -9,7 +9,6 @@
 import { mkdirSync, writeFileSync } from 'node:fs';
 import { join } from 'node:path';
 import { parseArgs } from 'node:util';
-import { NO_LIMIT } from '../../src/attention/band.ts';
 import { copyPeer, reachPeer } from '../../src/backends/cuda/driver/copy.ts';
 import {
   CudaBackend,
@@ -20,8 +19,8 @@ import {
 } from '../../src/backends/cuda/index.ts';
 import { copyToDevice } from '../../src/backends/cuda/tensor.ts';
 import { createDeviceGroup, type ShardedTensor, sageattnSharded } from '../../src/distributed/index.ts';
-import { predict, type Rates } from '../../src/distributed/predict.ts';
-import { type ShardedShape, scheduleOf, sentBytes } from '../../src/distributed/schedule.ts';
+import { predict, type Rates, shapeOf } from '../../src/distributed/predict.ts';
+import { scheduleOf, sentBytes } from '../../src/distributed/schedule.ts';
 import { sageattn, setBackend } from '../../src/index.ts';
 import { timeOnDevice } from '../../src/measure/cuda-timing.ts';
 import { median } from '../../src/measure/statistics.ts';
@@ -159,19 +158,7 @@ for (const tokens of flags.tokens.split(',').map(Number)) {
       const milliseconds = await wallTime(call);
       for (const part of parts) part.dispose();
       group.dispose();
-      const sharded: ShardedShape = {
-        batch: 1,
-        queryHeads: HEADS,
-        kvHeads: HEADS,
-        queryLength: tokens,
-        keyLength: tokens,
-        headDim: DIM,
-        valueDim: DIM,
-        queryOrder: order,
-        keyOrder: order,
-        limits: { lower: -NO_LIMIT, upper: isCausal ? 0 : NO_LIMIT },
-        masked: false,
-      };
+      const sharded = shapeOf({ tokens, heads: HEADS, headDim: DIM, isCausal });
       const sent = sentBytes(sharded, scheduleOf(sharded, topology, 0), WIRE);
       const rates: Rates | undefined =
         used.length === ranks && peers !== undefined

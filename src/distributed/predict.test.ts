@@ -1,21 +1,7 @@
 import { describe, expect, it } from 'vitest';
-import { NO_LIMIT } from '../attention/band.ts';
-import { predict, type Rates } from './predict.ts';
-import type { ShardedShape } from './schedule.ts';
+import { predict, type Rates, shapeOf } from './predict.ts';
 
-const shape = (length: number, causal: boolean): ShardedShape => ({
-  batch: 1,
-  queryHeads: 32,
-  kvHeads: 32,
-  queryLength: length,
-  keyLength: length,
-  headDim: 128,
-  valueDim: 128,
-  queryOrder: causal ? 'zigzag' : 'contiguous',
-  keyOrder: causal ? 'zigzag' : 'contiguous',
-  limits: { lower: -NO_LIMIT, upper: causal ? 0 : NO_LIMIT },
-  masked: false,
-});
+const shape = (tokens: number, isCausal: boolean) => shapeOf({ tokens, heads: 32, headDim: 128, isCausal });
 const rates: Rates = { attention: 900e12, memory: 4e12, link: 450e9, latency: 5e-6 };
 const wire = { query: 2, keyValue: 1 };
 

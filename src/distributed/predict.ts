@@ -13,7 +13,7 @@ import {
   validateTopology,
   type WireFormat,
 } from './schedule.ts';
-import { lengthOf } from './shards.ts';
+import { lengthOf, totalOf } from './shards.ts';
 
 /** Rates of one rank's device and of its link to any other. */
 export interface Rates {
@@ -47,13 +47,11 @@ const bytesOf = (shape: ShardedShape, tokens: number, heads: number, dim: number
 function ownTimes(shape: ShardedShape, schedule: RankSchedule, wire: WireFormat, rates: Rates) {
   const { headDim, valueDim } = shape;
   const { heads, keys, rowQueries } = schedule;
-  const tokens = (spans: readonly { start: number; end: number }[]) =>
-    spans.reduce((sum, span) => sum + lengthOf(span), 0);
-  const ownKeys = bytesOf(shape, tokens(keys), shape.kvHeads, headDim + valueDim, 1);
+  const ownKeys = bytesOf(shape, totalOf(keys), shape.kvHeads, headDim + valueDim, 1);
   // K is read twice (statistics, codes), V once; codes are written.
   const quantize = (ownKeys * (1.5 * wire.query + wire.keyValue)) / rates.memory;
   const parts = schedule.rounds.flat().reduce((sum, { blocks }) => sum + blocks.length, 0);
-  const rows = bytesOf(shape, tokens(rowQueries), lengthOf(heads.query), valueDim, wire.query);
+  const rows = bytesOf(shape, totalOf(rowQueries), lengthOf(heads.query), valueDim, wire.query);
   const merge = ((parts + 1) * rows) / rates.memory;
   const rounds = schedule.rounds.map((_, round) => {
     return (2 * scoresOf(shape, schedule, round) * (headDim + valueDim)) / rates.attention;
@@ -81,9 +79,16 @@ export interface PredictOptions {
  * measurement; see the guide for both side by side.
  */
 export function predictSharded(options: PredictOptions, topology: Topology, rates: Rates): Prediction {
-  const { tokens, heads, kvHeads = heads, headDim, isCausal = false, keyValueBytes = 1 } = options;
+  const { heads, kvHeads = heads, keyValueBytes = 1 } = options;
+  validateTopology(topology, topology.ulysses * topology.ring, heads, kvHeads);
+  return predict(shapeOf(options), topology, rates, { query: 2, keyValue: keyValueBytes });
+}
+
+/** One sequence's attention to itself, in the order that divides its work evenly. */
+export function shapeOf(options: Omit<PredictOptions, 'keyValueBytes'>): ShardedShape {
+  const { tokens, heads, kvHeads = heads, headDim, isCausal = false } = options;
   const order = isCausal ? 'zigzag' : 'contiguous';
-  const shape: ShardedShape = {
+  return {
     batch: 1,
     queryHeads: heads,
     kvHeads,
@@ -96,8 +101,6 @@ export function predictSharded(options: PredictOptions, topology: Topology, rate
     limits: { lower: -NO_LIMIT, upper: isCausal ? 0 : NO_LIMIT },
     masked: false,
   };
-  validateTopology(topology, topology.ulysses * topology.ring, heads, kvHeads);
-  return predict(shape, topology, rates, { query: 2, keyValue: keyValueBytes });
 }
 
 /** Runs the ranks' schedules on a virtual clock. */
