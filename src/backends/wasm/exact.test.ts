@@ -108,12 +108,13 @@ const cases: readonly Case[] = [
     {},
   ],
   [
+    // Many sequences, since the relative error of a few outputs means little where they happen to be near zero.
     'one row of odd head dims',
     'at-once',
     [
-      [1, 2, 1, 3],
-      [1, 2, 50, 3],
-      [1, 2, 50, 1],
+      [40, 2, 1, 3],
+      [40, 2, 50, 3],
+      [40, 2, 50, 1],
     ],
     {},
   ],
