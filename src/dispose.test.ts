@@ -17,6 +17,7 @@ it('in an engine without Symbol.dispose no class has a method called "undefined"
   const { Cuda } = await import('./backends/cuda/driver/device.ts');
   const { CudaGraph } = await import('./backends/cuda/driver/graph.ts');
   const { upload } = await import('./backends/cuda/tensor.ts');
+  const { gpuTensor } = await import('./backends/webgpu/tensor.ts');
   const { FakeCuda } = await import('./backends/cuda/testing/fake-cuda.ts');
   const { tensor } = await import('./tensor/tensor.ts');
   const device = new Cuda(new FakeCuda().api).device();
@@ -27,6 +28,7 @@ it('in an engine without Symbol.dispose no class has a method called "undefined"
     new CudaGraph(device, () => {}),
     upload(tensor(new Float32Array(1), [1]), device),
     device.createStream(),
+    gpuTensor({ size: 4 } as GPUBuffer, 'float32', [1]),
   ];
   for (const object of made) {
     expect('undefined' in object, object.constructor.name).toBe(false);

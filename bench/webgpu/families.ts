@@ -26,6 +26,7 @@ import {
   emptyGpuTensor,
   type Family,
   type GpuTensor,
+  gpuTensor,
   type WebgpuPlan,
 } from '../../src/backends/webgpu/index.ts';
 import { messageOf } from '../../src/errors.ts';
@@ -273,13 +274,7 @@ for (const headDim of HEAD_DIMS) {
     const shape = [1, HEADS, tokens, headDim];
     const host = [0, KEY_OFFSET, 0].map((offset) => normalBits(random, tokens, headDim, offset));
     const buffers = host.map(upload);
-    const [q, k, v] = buffers.map(
-      (buffer): GpuTensor => ({
-        ...tensor(host[0] as Uint16Array, shape, { dtype: 'float16' }),
-        location: 'webgpu',
-        buffer,
-      }),
-    ) as [GpuTensor, GpuTensor, GpuTensor];
+    const [q, k, v] = buffers.map((buffer) => gpuTensor(buffer, 'float16', shape)) as [GpuTensor, GpuTensor, GpuTensor];
     const [hostQ, hostK, hostV] = host.map((bits) => tensor(bits, shape, { dtype: 'float16' })) as [
       Tensor,
       Tensor,

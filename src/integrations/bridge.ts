@@ -31,7 +31,7 @@ export function backendOn(device: GPUDevice): Promise<WebgpuBackend> {
 }
 
 /**
- * Attention on an engine's device. The caller destroys the output's buffer.
+ * Attention on an engine's device. The caller disposes of the output.
  *
  * @internal
  */

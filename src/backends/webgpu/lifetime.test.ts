@@ -4,9 +4,18 @@
 import { beforeEach, describe, expect, it } from 'vitest';
 import { create } from 'webgpu';
 import { createProblem } from '../../attention/problem.ts';
-import { type Tensor, tensor } from '../../tensor/tensor.ts';
+import { DISPOSE } from '../../dispose.ts';
+import { slice, type Tensor, tensor, transpose } from '../../tensor/tensor.ts';
 import { chooseOptions } from '../choice.ts';
-import { createWebgpuBackend, type WebgpuBackend } from './index.ts';
+import {
+  createWebgpuBackend,
+  downloadTensor,
+  emptyGpuTensor,
+  type GpuTensor,
+  gpuTensor,
+  uploadTensor,
+  type WebgpuBackend,
+} from './index.ts';
 
 const gpu = create(['backend=null', 'enable-dawn-features=allow_unsafe_apis']);
 const zeros = (tokens: number): Tensor => tensor(new Float32Array(2 * tokens * 32), [1, 2, tokens, 32]);
@@ -126,6 +135,90 @@ describe('inputs', () => {
     for (const { data } of [q, k, v]) structuredClone(data.buffer, { transfer: [data.buffer as ArrayBuffer] });
     expect((await pending).output.shape).toEqual([1, 2, 3, 32]);
     await expect(plan.run({ q, k, v })).rejects.toMatchObject({ name: 'InvalidArgumentError' });
+    await backend.dispose();
+  });
+});
+
+describe('dispose of a tensor', () => {
+  let backend: WebgpuBackend;
+  let device: GPUDevice;
+  const destroyed = new Set<GPUBuffer>();
+
+  beforeEach(async () => {
+    backend = createWebgpuBackend({ gpu });
+    ({ device } = await backend.context());
+    const make = device.createBuffer.bind(device);
+    device.createBuffer = (descriptor) => {
+      const buffer = make(descriptor);
+      const destroy = buffer.destroy.bind(buffer);
+      buffer.destroy = () => {
+        destroyed.add(buffer);
+        return destroy();
+      };
+      return buffer;
+    };
+  });
+
+  it('destroys what this package allocated, by any view and as `using` calls it', async () => {
+    const x = () => uploadTensor(device, zeros(4));
+    const inputs = { q: x(), k: x(), v: x() };
+    const plan = await backend.createPlan(inputs, { returnLse: true });
+    const { output, lse } = (await plan.run(inputs)) as { output: GpuTensor; lse: GpuTensor };
+    const made: readonly [string, GpuTensor, (made: GpuTensor) => void][] = [
+      ['an upload', inputs.q, (made) => made.dispose()],
+      ['an upload, by a transposed view', inputs.k, (made) => transpose(made, [0, 2, 1, 3]).dispose()],
+      ['an upload, by a slice', inputs.v, (made) => slice(made, 2, 1, 3).dispose()],
+      ['an output', output, (made) => made[DISPOSE]()],
+      ['a logsumexp', lse, (made) => made.dispose()],
+      ['an empty tensor', emptyGpuTensor(device, 'float16', [3, 0]), ({ dispose }) => dispose()],
+    ];
+    for (const [name, one, dispose] of made) {
+      expect(destroyed.has(one.buffer), name).toBe(false);
+      dispose(one);
+      expect(destroyed.has(one.buffer), name).toBe(true);
+      expect(() => dispose(one), name).not.toThrow();
+    }
+    await backend.dispose();
+  });
+
+  it('leaves a buffer that was wrapped to whoever made it', () => {
+    const buffer = device.createBuffer({ size: 1024, usage: 0x80 });
+    const wrapped = gpuTensor(buffer, 'float32', [1, 2, 4, 32]);
+    wrapped.dispose();
+    wrapped[DISPOSE]();
+    expect(destroyed.has(buffer)).toBe(false);
+    expect(gpuTensor(buffer, 'float32', [256]).buffer).toBe(buffer);
+  });
+
+  it('ends every use of it, of views too, with an error that names it', async () => {
+    const x = () => uploadTensor(device, zeros(4));
+    const mask = uploadTensor(device, tensor(new Float32Array(16), [4, 4]));
+    const inputs = { q: x(), k: x(), v: x(), attnMask: mask };
+    const plan = await backend.createPlan(inputs);
+    const gone = (name: string) => ({ code: 'disposed', message: expect.stringContaining(`${name}: this tensor`) });
+    for (const name of ['q', 'k', 'v'] as const) {
+      const bad = x();
+      const view = slice(bad, 2, 0, 4);
+      bad.dispose();
+      await expect(plan.run({ ...inputs, [name]: view }), name).rejects.toMatchObject(gone(name));
+      const encoder = device.createCommandEncoder();
+      expect(() => plan.encode(encoder, { ...inputs, [name]: bad }), name).toThrow(
+        expect.objectContaining({ code: 'disposed' }),
+      );
+    }
+    const output = emptyGpuTensor(device, 'float32', [1, 2, 4, 32]);
+    output.dispose();
+    expect(() => plan.encode(device.createCommandEncoder(), inputs, { output })).toThrow(
+      expect.objectContaining(gone('outputs.output')),
+    );
+    await expect(downloadTensor(device, output)).rejects.toMatchObject(gone('tensor'));
+    mask.dispose();
+    await expect(plan.run(inputs)).rejects.toMatchObject(gone('mask'));
+    const [q, k] = [x(), x()];
+    const problem = createProblem(q, k, k, {});
+    const choice = chooseOptions(await backend.defaultKernel(), problem, {});
+    k.dispose();
+    await expect(backend.prepareKeyValue(problem, choice, k, k, {})).rejects.toMatchObject(gone('k'));
     await backend.dispose();
   });
 });

@@ -1,4 +1,6 @@
+/// <reference lib="esnext.disposable" preserve="true" />
 /** Tensors in GPU buffers. */
+import { DISPOSE } from '../../dispose.ts';
 import { ExecutionError, InvalidArgumentError } from '../../errors.ts';
 import { BYTES_PER_ELEMENT, type MaskDType } from '../../tensor/dtype.ts';
 import {
@@ -19,10 +21,33 @@ export interface GpuTensor extends TensorView {
   readonly location: 'webgpu';
   readonly buffer: GPUBuffer;
   /**
-   * Destroys the buffer; what was submitted with it still runs. Tensors that this package allocated have it: outputs,
-   * {@link uploadTensor}, {@link emptyGpuTensor}. A buffer that was wrapped is destroyed by whoever made it.
+   * Destroys the buffer where this package allocated it: of outputs, {@link uploadTensor} and {@link emptyGpuTensor}.
+   * What was submitted with it still runs. A buffer that was wrapped is left to whoever made it. Afterwards no call
+   * takes this tensor or a view of it (`transpose`, `slice`): `disposed`.
    */
-  readonly dispose?: () => void;
+  dispose(): void;
+  [Symbol.dispose](): void;
+}
+
+/** The methods `dispose` that were called. Views share that of their tensor, so it stands for all of them. */
+const disposed = new WeakSet<GpuTensor['dispose']>();
+
+/**
+ * A tensor over a buffer, unchecked.
+ *
+ * @param free what `dispose` does, once; default: nothing, the buffer is another's
+ */
+export function gpuView(
+  buffer: GPUBuffer,
+  { dtype, shape, strides, offset }: Omit<TensorView, 'location'>,
+  free?: () => void,
+): GpuTensor {
+  const dispose = () => {
+    if (disposed.has(dispose)) return;
+    disposed.add(dispose);
+    free?.();
+  };
+  return { location: 'webgpu', buffer, dtype, shape, strides, offset, dispose, [DISPOSE]: dispose };
 }
 
 export interface GpuTensorOptions {
@@ -44,21 +69,23 @@ export function gpuTensor(
   shape: readonly number[],
   options: GpuTensorOptions = {},
 ): GpuTensor {
-  const tensor: GpuTensor = {
-    location: 'webgpu',
-    buffer,
-    dtype,
-    shape: [...shape],
-    strides: [...(options.strides ?? contiguousStrides(shape))],
-    offset: options.offset ?? 0,
-  };
+  const strides = [...(options.strides ?? contiguousStrides(shape))];
+  const tensor = gpuView(buffer, { dtype, shape: [...shape], strides, offset: options.offset ?? 0 });
   validateView('tensor', tensor);
   validateBuffer('tensor', tensor);
   return tensor;
 }
 
-/** Checks that the buffer holds the view, in whole 32-bit words: WebGPU binds nothing smaller. */
+/**
+ * Checks that the buffer holds the view, in whole 32-bit words: WebGPU binds nothing smaller.
+ *
+ * @throws {InvalidArgumentError} `buffer-too-small`
+ * @throws {ExecutionError} `disposed`
+ */
 export function validateBuffer(argument: string, tensor: GpuTensor): void {
+  if (disposed.has(tensor.dispose)) {
+    throw new ExecutionError('disposed', `${argument}: this tensor has been disposed`);
+  }
   const bytes = BYTES_PER_ELEMENT[tensor.dtype];
   validateExtent(argument, tensor, Math.floor(tensor.buffer.size / bytes));
   const end = Math.ceil((extentOf(tensor) * bytes) / 4) * 4;
@@ -111,8 +138,7 @@ export function uploadTensor(device: GPUDevice, tensor: Tensor, usage = 0): GpuT
     usage: GPU_BUFFER_USAGE.STORAGE | GPU_BUFFER_USAGE.COPY_DST | GPU_BUFFER_USAGE.COPY_SRC | usage,
   });
   if (end > tensor.offset) writeBytes(device, buffer, bytesOf(tensor.data, tensor.offset, end));
-  const { dtype, shape, strides } = tensor;
-  return { location: 'webgpu', buffer, dtype, shape, strides, offset: 0, dispose: () => buffer.destroy() };
+  return gpuView(buffer, { ...tensor, offset: 0 }, () => buffer.destroy());
 }
 
 /** A zeroed, contiguous tensor on the GPU. The caller disposes of it. */
@@ -122,24 +148,18 @@ export function emptyGpuTensor(device: GPUDevice, dtype: MaskDType, shape: reado
     size: bufferBytes(dtype, elementCount(shape)),
     usage: GPU_BUFFER_USAGE.STORAGE | GPU_BUFFER_USAGE.COPY_SRC | GPU_BUFFER_USAGE.COPY_DST,
   });
-  return {
-    location: 'webgpu',
-    buffer,
-    dtype,
-    shape: [...shape],
-    strides: contiguousStrides(shape),
-    offset: 0,
-    dispose: () => buffer.destroy(),
-  };
+  const layout = { dtype, shape: [...shape], strides: contiguousStrides(shape), offset: 0 };
+  return gpuView(buffer, layout, () => buffer.destroy());
 }
 
 /**
  * Copies a contiguous GPU tensor to the CPU and waits for it. The buffer needs the usage `COPY_SRC`.
  *
  * @throws {InvalidArgumentError} `invalid-strides` when the view has gaps
- * @throws {ExecutionError} `device-lost`, `out-of-memory` or `execution-failed`
+ * @throws {ExecutionError} `device-lost`, `out-of-memory`, `execution-failed` or `disposed`
  */
 export async function downloadTensor(device: GPUDevice, tensor: GpuTensor): Promise<Tensor> {
+  validateBuffer('tensor', tensor);
   const { dtype, shape, strides, offset } = tensor;
   const expected = contiguousStrides(shape);
   if (!shape.every((size, i) => size <= 1 || strides[i] === expected[i])) {

@@ -5,7 +5,7 @@
  */
 import { getWebGPUDevice, numpy } from '@jax-js/jax';
 import { sageattn as attend } from '../../api/sageattn.ts';
-import type { GpuTensor } from '../../backends/webgpu/tensor.ts';
+import { type GpuTensor, gpuView } from '../../backends/webgpu/tensor.ts';
 import { InvalidArgumentError } from '../../errors.ts';
 import { byteLengthOf, contiguousStrides, type Tensor, tensor } from '../../tensor/tensor.ts';
 import { attendOnDevice, type BridgeOptions, validateBridgeOptions } from '../bridge.ts';
@@ -95,14 +95,14 @@ async function attendOnGpu(operands: Operands<JaxArray>, options: BridgeOptions)
   const device = getWebGPUDevice();
   const { dtype } = operands.q;
   // `gpuBuffer` gives up the array, and with the last reference its buffer: the caller holds one until the end.
-  const { q, k, v, ...mask } = await convert<GpuTensor>(operands, async (value) => ({
-    location: 'webgpu',
-    buffer: await value.ref.gpuBuffer(),
-    dtype: dtype === numpy.float16 ? 'float16' : 'float32',
-    shape: value.shape,
-    strides: contiguousStrides(value.shape),
-    offset: 0,
-  }));
+  const { q, k, v, ...mask } = await convert<GpuTensor>(operands, async (value) =>
+    gpuView(await value.ref.gpuBuffer(), {
+      dtype: dtype === numpy.float16 ? 'float16' : 'float32',
+      shape: value.shape,
+      strides: contiguousStrides(value.shape),
+      offset: 0,
+    }),
+  );
   const output = await attendOnDevice(device, q, k, v, { ...options, ...mask });
   // jax-js takes no foreign buffers: the output is copied on the GPU, into the buffer of a fresh array.
   const result = numpy.zeros([...output.shape], { dtype, device: 'webgpu' });
@@ -110,6 +110,6 @@ async function attendOnGpu(operands: Operands<JaxArray>, options: BridgeOptions)
   const bytes = Math.ceil(byteLengthOf(output) / 4) * 4;
   encoder.copyBufferToBuffer(output.buffer, 0, await result.ref.gpuBuffer(), 0, bytes);
   device.queue.submit([encoder.finish()]);
-  output.buffer.destroy();
+  output.dispose();
   return result;
 }

@@ -1,7 +1,7 @@
 /** `sageattn` on tensors of TensorFlow.js, whatever their backend. */
 import * as tf from '@tensorflow/tfjs-core';
 import { sageattn as attend } from '../../api/sageattn.ts';
-import { type GpuTensor, uploadTensor } from '../../backends/webgpu/tensor.ts';
+import { type GpuTensor, gpuView, uploadTensor } from '../../backends/webgpu/tensor.ts';
 import { InvalidArgumentError } from '../../errors.ts';
 import { contiguousStrides, type Tensor, tensor } from '../../tensor/tensor.ts';
 import { attendOnDevice, type BridgeOptions, validateBridgeOptions } from '../bridge.ts';
@@ -99,16 +99,17 @@ async function attendOnGpu(
     const buffer = bufferOf(floats);
     if (floats !== value) floats.dispose();
     const { shape } = value;
-    return { location: 'webgpu', buffer, dtype: 'float32', shape, strides: contiguousStrides(shape), offset: 0 };
+    return gpuView(buffer, { dtype: 'float32', shape, strides: contiguousStrides(shape), offset: 0 });
   };
   try {
     const [q4, k4, v4] = [share(q), share(k), share(v)] as [GpuTensor, GpuTensor, GpuTensor];
     const mask = attnMask && share(attnMask);
     const all = { ...rest, ...(mask === undefined ? {} : { attnMask: mask }) };
-    const { buffer, shape } = await attendOnDevice(device, q4, k4, v4, all);
+    const attended = await attendOnDevice(device, q4, k4, v4, all);
+    const { buffer, shape } = attended;
     // Copied, on the GPU: tfjs never frees a buffer that it takes over as it is.
     const output = tf.tensor({ buffer }, shape as [number, number, number, number], 'float32') as tf.Tensor4D;
-    buffer.destroy();
+    attended.dispose();
     return output;
   } finally {
     for (const free of release) free();

@@ -31,7 +31,7 @@ export async function gpuEngine(OrtTensorClass: OrtTensorConstructor, device: GP
   const { fromGpuBuffer } = OrtTensorClass;
   if (fromGpuBuffer === undefined) throw new Error('this onnxruntime makes no tensors of GPU buffers');
   const backend = await backendOn(device);
-  const { bufferBytes, downloadTensor, emptyGpuTensor, uploadTensor } = await import(
+  const { bufferBytes, downloadTensor, emptyGpuTensor, gpuView, uploadTensor } = await import(
     '../../../backends/webgpu/tensor.ts'
   );
   const spare: GPUBuffer[] = [];
@@ -41,7 +41,7 @@ export async function gpuEngine(OrtTensorClass: OrtTensorConstructor, device: GP
     const at = spare.findIndex((buffer) => buffer.size === bytes);
     const [buffer] = at < 0 ? [] : spare.splice(at, 1);
     if (buffer === undefined) return emptyGpuTensor(device, dtype, shape);
-    return { location: 'webgpu', buffer, dtype, shape, strides: contiguousStrides(shape), offset: 0 };
+    return gpuView(buffer, { dtype, shape, strides: contiguousStrides(shape), offset: 0 });
   };
   const giveBack = (buffer: GPUBuffer) => {
     if (isReleased) buffer.destroy();
@@ -51,10 +51,7 @@ export async function gpuEngine(OrtTensorClass: OrtTensorConstructor, device: GP
   /** Uploads tensors that onnxruntime left on the CPU, which are mostly inputs of the graph; `uploaded` is freed later. */
   const toGpu = ({ tensor, view }: OperandCall, uploaded: GPUBuffer[]): GpuTensor => {
     const dtype = dtypeOf(tensor);
-    const { shape, strides, offset } = view;
-    if (tensor.location === 'gpu-buffer') {
-      return { location: 'webgpu', buffer: tensor.gpuBuffer as GPUBuffer, dtype, shape, strides, offset };
-    }
+    if (tensor.location === 'gpu-buffer') return gpuView(tensor.gpuBuffer as GPUBuffer, { ...view, dtype });
     const { buffer } = uploadTensor(device, {
       location: 'cpu',
       dtype,
@@ -64,7 +61,7 @@ export async function gpuEngine(OrtTensorClass: OrtTensorConstructor, device: GP
       offset: 0,
     });
     uploaded.push(buffer);
-    return { location: 'webgpu', buffer, dtype, shape, strides, offset };
+    return gpuView(buffer, { ...view, dtype });
   };
 
   return {
