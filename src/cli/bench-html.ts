@@ -100,11 +100,12 @@ function resultTable(results: readonly BenchResult[]): string {
   const cells = (result: BenchResult): (string | number)[] => {
     const { backend, kernel, length, headDim, isCausal } = result;
     const shape = [backend, kernel, length, headDim, isCausal ? 'yes' : 'no'];
-    if (!isMeasured(result)) return [...shape, result.refused ?? result.failed ?? '', '', '', '', '', ''];
+    if (!isMeasured(result)) return [...shape, result.refused ?? result.failed ?? '', '', '', '', '', '', ''];
     const { accuracy } = result;
     return [
       ...shape,
       duration(result.medianMs),
+      result.withCopiesMs === undefined ? '' : duration(result.withCopiesMs),
       rate(result.gflops),
       cosine(accuracy.cosineSimilarity),
       small(accuracy.relativeL1),
@@ -112,7 +113,8 @@ function resultTable(results: readonly BenchResult[]): string {
       result.rows,
     ];
   };
-  const headings = 'backend,kernel,tokens,head dim,causal,time,speed,cosine,relative L1,largest error,rows checked';
+  const headings =
+    'backend,kernel,tokens,head dim,causal,time,with copies from and to the CPU,speed,cosine,relative L1,largest error,rows checked';
   const row = (tag: string, values: readonly (string | number)[]) =>
     `<tr>${values.map((value) => `<${tag}>${escapeHtml(String(value))}</${tag}>`).join('')}</tr>`;
   return `<table><thead>${row('th', headings.split(','))}</thead><tbody>${results
@@ -160,7 +162,7 @@ export function benchHtml(report: BenchReport): string {
 <p>${escapeHtml(`Batch ${batch}, ${heads} heads (${kvHeads} of keys and values), ${dtype}. Median of ${repetitions} runs; seed ${seed}.`)}</p>
 ${found.join('\n')}
 <h2>Speed</h2>
-<p>4 × batch × heads × tokens² × head dim operations, half of that when causal, by the median time of a call from tensors in CPU memory to the output there. Higher is better.</p>
+<p>4 × batch × heads × tokens² × head dim operations, half of that when causal, by the median time of a call over tensors where the backend computes. Higher is better.</p>
 ${legend(measured)}
 <div class="charts">${charts(measured, (part) => speedChart(part, color))}</div>
 <h2>Accuracy</h2>

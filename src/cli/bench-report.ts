@@ -11,7 +11,10 @@ export interface BenchResult extends InputShape {
   readonly refused?: string;
   /** Why there are no figures: the kernel failed while it ran. */
   readonly failed?: string;
+  /** Of a call over tensors where the backend computes, output there too. */
   readonly medianMs?: number;
+  /** Of a call from tensors in CPU memory to the output there; absent where that is where the backend computes. */
+  readonly withCopiesMs?: number;
   readonly fastestMs?: number;
   /** 4 B H L^2 D / median, halved when causal. */
   readonly gflops?: number;
@@ -21,7 +24,9 @@ export interface BenchResult extends InputShape {
 }
 
 export interface BenchPeer extends InputShape {
-  readonly name: 'onnxruntime-web';
+  /** onnxruntime-web's float32 attention on WebAssembly, or exact attention of this package on the GPU. */
+  readonly name: string;
+  readonly isCausal?: boolean;
   /** Or why it failed. */
   readonly medianMs?: number;
   readonly failed?: string;
@@ -29,7 +34,7 @@ export interface BenchPeer extends InputShape {
 
 /** What `bench --json` writes. */
 export interface BenchReport {
-  readonly schema: 'sageattention-bench/1';
+  readonly schema: 'sageattention-bench/2';
   readonly version: string;
   readonly date: string;
   readonly machine: Machine;
@@ -38,6 +43,6 @@ export interface BenchReport {
   readonly seed: number;
   readonly backends: Readonly<Record<string, Readonly<Record<string, string>>>>;
   readonly results: readonly BenchResult[];
-  /** The same attention in float32 by onnxruntime-web on WebAssembly, where it is installed and has it. */
+  /** The same attention exactly: by onnxruntime-web where it is installed and has it, and on WebGPU where that is measured. */
   readonly peers: readonly BenchPeer[];
 }

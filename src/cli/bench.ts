@@ -1,26 +1,30 @@
 /** `sageattention bench`: time and accuracy of kernels on random inputs. */
 import { performance } from 'node:perf_hooks';
+import type { GpuTensor, WebgpuBackend } from '../backends/webgpu/index.ts';
 import { accuracyOnRows, sampleRows } from '../measure/accuracy.ts';
 import { type InputShape, randomInputs } from '../measure/inputs.ts';
 import { type Machine, thisMachine } from '../measure/machine.ts';
 import { attentionOperations } from '../measure/operations.ts';
 import { median } from '../measure/statistics.ts';
 import { availableBackends, offeredKernels } from './backends.ts';
+import { printBench } from './bench-print.ts';
 import type { BenchPeer, BenchReport, BenchResult } from './bench-report.ts';
 import { isRefusal, UserError } from './errors.ts';
 import {
-  type Accuracy,
   type BackendName,
   createAttention,
   type DType,
+  getBackend,
   type KernelName,
+  messageOf,
   SageAttentionError,
   type Tensor,
   transpose,
 } from './library.ts';
 import { failureOf, openPeer, type Peer } from './onnxruntime-peer.ts';
+import { type Place, placeOf, release } from './place.ts';
 import { writeReport } from './report-file.ts';
-import { bold, cosine, dim, duration, print, progress, rate, small, table } from './terminal.ts';
+import { progress } from './terminal.ts';
 
 export interface BenchOptions {
   readonly backend?: readonly BackendName[];
@@ -60,34 +64,98 @@ async function casesOf(options: BenchOptions): Promise<Case[]> {
   );
 }
 
+/** How long the calls of one timing take at least: a clock that is read once is then no part of it. */
+const LEAST_TIMED_MS = 20;
+const MOST_CALLS = 32;
+
+/** Inputs of one shape, on the CPU and where each backend computes. */
+interface Inputs {
+  readonly shape: InputShape;
+  readonly cpu: ReturnType<typeof randomInputs>;
+  readonly at: Map<BackendName, Record<'q' | 'k' | 'v', Tensor>>;
+}
+
+function inputsAt(inputs: Inputs, backend: BackendName, place: Place): Record<'q' | 'k' | 'v', Tensor> {
+  const { q, k, v } = inputs.cpu;
+  let there = inputs.at.get(backend);
+  if (there === undefined) {
+    there = place.isRemote
+      ? ({ q: place.put(q), k: place.put(k), v: place.put(v) } as typeof there & object)
+      : inputs.cpu;
+    inputs.at.set(backend, there);
+  }
+  return there;
+}
+
+function releaseInputs(inputs: Inputs | undefined): void {
+  for (const there of inputs?.at.values() ?? []) for (const view of Object.values(there)) release(view);
+}
+
+/** Milliseconds of one call over tensors on the device: several in a row where one is short. */
+async function timesOnDevice(run: () => Promise<void>, place: Place, repetitions: number): Promise<number[]> {
+  const timed = async (calls: number) => {
+    await place.settle();
+    const start = performance.now();
+    for (let i = 0; i < calls; i++) await run();
+    await place.settle();
+    return (performance.now() - start) / calls;
+  };
+  await timed(1);
+  const once = await timed(1);
+  const calls = Math.min(MOST_CALLS, Math.max(1, Math.ceil(LEAST_TIMED_MS / once)));
+  const times: number[] = [];
+  for (let i = 0; i < repetitions; i++) times.push(await timed(calls));
+  return times;
+}
+
 async function measure(
   { backend, kernel, shape, isCausal }: Case,
-  { q, k, v }: ReturnType<typeof randomInputs>,
+  inputs: Inputs,
   { repetitions, rows }: BenchOptions,
-): Promise<Pick<BenchResult, 'medianMs' | 'fastestMs' | 'gflops' | 'accuracy' | 'rows'>> {
+): Promise<Pick<BenchResult, 'medianMs' | 'withCopiesMs' | 'fastestMs' | 'gflops' | 'accuracy' | 'rows'>> {
+  const { q, k, v } = inputs.cpu;
   const attention = await createAttention({ q, k, v }, { backend, kernel, isCausal });
+  let copied: number[];
+  let output: Tensor;
   try {
     // The first call compiles and starts workers; its output is as good as any other.
-    const { output } = await attention.run({ q, k, v });
-    const times = await timesOf(() => attention.run({ q, k, v }), repetitions);
-    const medianMs = median(times);
-    const { length } = shape;
-    const operations = attentionOperations({ ...shape, tokens: length, isCausal });
-    const ranges = sampleRows(length, rows);
-    return {
-      medianMs,
-      fastestMs: Math.min(...times),
-      gflops: operations / medianMs / 1e6,
-      accuracy: await accuracyOnRows({ q, k, v, tensorLayout: 'HND', isCausal }, output, ranges),
-      rows: ranges.reduce((sum, { start, end }) => sum + end - start, 0),
-    };
+    ({ output } = await attention.run({ q, k, v }));
+    copied = await timesOf(() => attention.run({ q, k, v }), repetitions);
+  } finally {
+    attention.dispose();
+  }
+  const place = await placeOf(await getBackend(backend));
+  const times = place.isRemote ? await timesThere({ backend, kernel, isCausal }, inputs, place, repetitions) : copied;
+  const medianMs = median(times);
+  const { length } = shape;
+  const ranges = sampleRows(length, rows);
+  return {
+    medianMs,
+    ...(place.isRemote && { withCopiesMs: median(copied) }),
+    fastestMs: Math.min(...times),
+    gflops: attentionOperations({ ...shape, tokens: length, isCausal }) / medianMs / 1e6,
+    accuracy: await accuracyOnRows({ q, k, v, tensorLayout: 'HND', isCausal }, output, ranges),
+    rows: ranges.reduce((sum, { start, end }) => sum + end - start, 0),
+  };
+}
+
+async function timesThere(
+  options: Pick<Case, 'backend' | 'kernel' | 'isCausal'>,
+  inputs: Inputs,
+  place: Place,
+  repetitions: number,
+): Promise<number[]> {
+  const there = inputsAt(inputs, options.backend, place);
+  const attention = await createAttention(there, options);
+  try {
+    return await timesOnDevice(async () => release((await attention.run(there)).output), place, repetitions);
   } finally {
     attention.dispose();
   }
 }
 
 /** What a kernel does not take, or fails at, is a line of the table: the other measurements go on. */
-async function measureOrExplain(which: Case, inputs: ReturnType<typeof randomInputs>, options: BenchOptions) {
+async function measureOrExplain(which: Case, inputs: Inputs, options: BenchOptions) {
   try {
     return await measure(which, inputs, options);
   } catch (error) {
@@ -96,7 +164,7 @@ async function measureOrExplain(which: Case, inputs: ReturnType<typeof randomInp
   }
 }
 
-/** onnxruntime's attention has no grouped heads, and here no causal mask. */
+/** Its attention has no grouped heads, and here no causal mask. */
 async function measurePeer(
   peer: Peer,
   shape: InputShape,
@@ -123,46 +191,32 @@ async function timesOf(run: () => Promise<unknown>, repetitions: number): Promis
   return times;
 }
 
-/** For each shape the fastest kernel that quantizes, beside exact float32 of this package and the other engine. */
-function verdicts(results: readonly BenchResult[], peers: readonly BenchPeer[]): string[] {
-  const shapes = [...new Set(results.map(shapeText))];
-  return shapes.flatMap((shape) => {
-    const measured = results.filter((result) => shapeText(result) === shape && result.medianMs !== undefined);
-    const byTime = measured.sort((a, b) => (a.medianMs as number) - (b.medianMs as number));
-    const best = byTime.find(({ kernel }) => kernel !== 'exact');
-    if (best === undefined) return [];
-    const exact = byTime.find(({ kernel }) => kernel === 'exact');
-    const peer = best.isCausal ? undefined : peers.find((other) => shapeText({ ...other, isCausal: false }) === shape);
-    const against = (name: string, time: number | undefined) =>
-      time === undefined ? [] : [`${(time / (best.medianMs as number)).toFixed(1)} times as fast as ${name}`];
-    const ratios = [
-      ...against('exact float32 of this package', exact?.medianMs),
-      ...against('onnxruntime-web', peer?.medianMs),
-    ];
-    return [
-      `${shape}: ${best.kernel} on ${best.backend} is fastest, ${duration(best.medianMs as number)}` +
-        `${ratios.length === 0 ? '' : `, ${ratios.join(' and ')}`}; relative L1 ${small((best.accuracy as Accuracy).relativeL1)}.`,
-    ];
-  });
-}
-
-const shapeText = ({ length, headDim, isCausal }: Pick<BenchResult, 'length' | 'headDim' | 'isCausal'>) =>
-  `${length} tokens, head dim ${headDim}${isCausal ? ', causal' : ''}`;
-
-function row(result: BenchResult): string[] {
-  const { backend, kernel, length, headDim, isCausal, medianMs, gflops, accuracy, failed } = result;
-  const shape = [backend, kernel, String(length), String(headDim), isCausal ? 'yes' : 'no'];
-  if (medianMs === undefined || gflops === undefined || accuracy === undefined) {
-    return [...shape, failed === undefined ? 'refused' : 'failed', '', '', '', ''];
+/** Exact attention on a WebGPU device, of this package's benches, over tensors that lie there: in the dtype of the inputs. */
+async function measureExactWebgpu(
+  shape: InputShape,
+  isCausal: boolean,
+  inputs: Inputs,
+  dtype: DType,
+  repetitions: number,
+): Promise<BenchPeer> {
+  const name = `exact ${dtype} on WebGPU`;
+  try {
+    const backend = (await getBackend('webgpu')) as WebgpuBackend;
+    const place = await placeOf(backend);
+    const { createExactAttention } = await import('../measure/peers/exact-webgpu.ts');
+    const { q, k, v } = inputsAt(inputs, 'webgpu', place) as unknown as Record<'q' | 'k' | 'v', GpuTensor>;
+    const attention = await createExactAttention(await backend.context(), { q, k, v }, { isCausal });
+    try {
+      const output = attention.run();
+      const times = await timesOnDevice(async () => void attention.run(output), place, repetitions);
+      output.buffer.destroy();
+      return { name, ...shape, isCausal, medianMs: median(times) };
+    } finally {
+      attention.dispose();
+    }
+  } catch (error) {
+    return { name, ...shape, isCausal, failed: messageOf(error) };
   }
-  return [
-    ...shape,
-    duration(medianMs),
-    rate(gflops),
-    cosine(accuracy.cosineSimilarity),
-    small(accuracy.relativeL1),
-    String(result.rows),
-  ];
 }
 
 export async function bench(options: BenchOptions, version: string): Promise<void> {
@@ -175,52 +229,33 @@ export async function bench(options: BenchOptions, version: string): Promise<voi
   // Another CPU engine says something about speed only beside a CPU backend.
   const onWasm = cases.some(({ backend, isCausal }) => backend === 'wasm' && !isCausal);
   const peer = onWasm && dtype === 'float32' && heads === kvHeads ? await openPeer() : undefined;
-  let inputs: { shape: InputShape; tensors: ReturnType<typeof randomInputs> } | undefined;
+  let inputs: Inputs | undefined;
+  const measuredPeers = new Set<string>();
   try {
     for (const which of cases) {
-      if (inputs?.shape.length !== which.shape.length || inputs.shape.headDim !== which.shape.headDim) {
-        inputs = { shape: which.shape, tensors: randomInputs(which.shape, dtype, seed) };
-        if (peer !== undefined) peers.push(await measurePeer(peer, which.shape, inputs.tensors, repetitions));
-      }
       const { backend, kernel, isCausal, shape } = which;
-      const figures = await measureOrExplain(which, inputs.tensors, options);
+      if (inputs?.shape.length !== shape.length || inputs.shape.headDim !== shape.headDim) {
+        releaseInputs(inputs);
+        inputs = { shape, cpu: randomInputs(shape, dtype, seed), at: new Map() };
+        if (peer !== undefined) peers.push(await measurePeer(peer, shape, inputs.cpu, repetitions));
+      }
+      const problem = `${shape.length} ${shape.headDim} ${isCausal}`;
+      if (backend === 'webgpu' && !measuredPeers.has(problem)) {
+        measuredPeers.add(problem);
+        peers.push(await measureExactWebgpu(shape, isCausal, inputs, dtype, repetitions));
+      }
+      const figures = await measureOrExplain(which, inputs, options);
       results.push({ backend, kernel, isCausal, ...shape, ...figures });
       bar.advance();
     }
   } finally {
+    releaseInputs(inputs);
     bar.stop();
   }
 
   const machine = thisMachine();
-  print(bold(`Batch ${batch}, ${heads} heads${kvHeads === heads ? '' : ` (${kvHeads} of keys and values)`}, ${dtype}`));
-  print(dim(`${machine.runtime}, ${machine.cpu}, ${machine.cores} cores; median of ${repetitions} runs, seed ${seed}`));
-  print(
-    table(
-      [
-        'backend',
-        'kernel',
-        '>length',
-        '>head dim',
-        'causal',
-        '>time',
-        '>speed',
-        '>cosine',
-        '>relative L1',
-        '>rows checked',
-      ],
-      results.map(row),
-    ),
-  );
-  for (const { kernel, length, headDim, refused, failed } of results) {
-    const reason = refused ?? failed;
-    if (reason !== undefined) print(`${kernel}, ${length} tokens, head dim ${headDim}: ${reason}`);
-  }
-  for (const { length, headDim, failed } of peers) {
-    if (failed !== undefined) print(`onnxruntime-web, ${length} tokens, head dim ${headDim}: ${failed}`);
-  }
-  const lines = verdicts(results, peers);
-  if (lines.length > 0) print(bold('Verdict'));
-  for (const line of lines) print(line);
+  const title = `Batch ${batch}, ${heads} heads${kvHeads === heads ? '' : ` (${kvHeads} of keys and values)`}, ${dtype}`;
+  printBench(title, machine, options, results, peers);
   await writeReports(results, peers, options, machine, version);
   const failures = results.filter(({ failed }) => failed !== undefined).length;
   if (failures > 0) throw new UserError(`${failures} of ${results.length} measurements failed`);
@@ -241,7 +276,7 @@ async function writeReports(
     found.map(async ({ backend }) => [backend.name, (await backend.availability()).details] as const),
   );
   const report: BenchReport = {
-    schema: 'sageattention-bench/1',
+    schema: 'sageattention-bench/2',
     version,
     date: new Date().toISOString(),
     machine,

@@ -6,6 +6,7 @@ import { fileURLToPath } from 'node:url';
 import { afterAll, beforeAll, describe, expect, it, vi } from 'vitest';
 import type { BenchReport } from './bench-report.ts';
 import type { DemoReport } from './demo.ts';
+import type { DoctorReport } from './doctor.ts';
 import type { EncoderComparison } from './encoder-comparison.ts';
 import { run } from './testing/run.ts';
 
@@ -112,10 +113,22 @@ describe('as a process', () => {
     const bench = spawn('bench', '--backend', 'wasm', '-l', '32', '-d', '16', '--heads', '1', '-r', '1');
     expect(bench.stderr).not.toMatch(/error/i);
     expect(bench.status).toBe(0);
-    expect(bench.stdout).toMatch(/GFLOP\/s/);
+    expect(bench.stdout).toMatch(/FLOP\/s[\s\S]*\d [GT] /);
     expect(bench.stdout).toMatch(/Verdict\n32 tokens, head dim 16: .* times as fast as exact float32/);
   });
 });
+
+/** Tables fit a terminal of 80 columns. A line that is longer is a sentence, of which the terminal makes two. */
+function expectNarrow(out: string): void {
+  const lines = out.split('\n');
+  const ruled = lines.flatMap((line, i) => (/^ *-{3,}/.test(line) ? [i] : []));
+  for (const i of ruled) {
+    const end = lines.findIndex((line, j) => j > i && line === '');
+    for (const line of lines.slice(i - 1, end < 0 ? undefined : end)) {
+      if (!/[.:] \S+ \S+ /.test(line)) expect(line.length, line).toBeLessThanOrEqual(80);
+    }
+  }
+}
 
 /** FP4 keeps less than the others. */
 const leastCosine = ({ kernel }: { readonly kernel: string }) => (kernel.includes('fp4') ? 0.95 : 0.99);
@@ -136,6 +149,24 @@ it('doctor tells of every backend and tests every kernel that can run', async ()
   expect(cosines.length).toBeGreaterThanOrEqual(2);
   // Far below what the weakest kernel (FP4) reaches and far above anything that is not attention.
   expect(Math.min(...cosines)).toBeGreaterThan(0.95);
+  for (const line of out.split('\n')) expect(line.length, line).toBeLessThanOrEqual(80);
+});
+
+it('doctor --json says the same, to stdout or to a file', async () => {
+  const { code, out } = await run('doctor', '--json');
+  expect(code).toBe(0);
+  const report = JSON.parse(out) as DoctorReport;
+  expect(report).toMatchObject({ schema: 'sageattention-doctor/1', chosen: expect.any(String) });
+  expect(report.backends.map(({ name }) => name)).toEqual(['wasm', 'webgpu', 'cuda']);
+  const [wasm] = report.backends as [DoctorReport['backends'][number]];
+  expect(wasm.availability?.available).toBe(true);
+  for (const { name, accuracy } of wasm.kernels) {
+    expect(accuracy?.cosineSimilarity).toBeGreaterThan(leastCosine({ kernel: name }));
+  }
+  expect(Object.values(wasm.defaults)).toContain('qk-int8-pv-int8');
+  const file = path.join(folder, 'doctor.json');
+  expect(await run('doctor', '--json', file)).toMatchObject({ code: 0, out: `Wrote ${file}\n` });
+  expect(JSON.parse(await readFile(file, 'utf8'))).toMatchObject({ schema: report.schema, chosen: report.chosen });
 });
 
 it('doctor --self-test gives a table, and a code that says the same', async () => {
@@ -144,8 +175,9 @@ it('doctor --self-test gives a table, and a code that says the same', async () =
   const [sent = ''] = out.match(/^SA1\.\S+$/m) ?? [];
   const decoded = await run('doctor', '--decode', sent);
   expect(decoded.code).toBe(0);
-  const right = /^wasm +qk-fp4-pv-fp4 +0\.1\d+ +0\.1\d+ +right +[\d.]+ GFLOP\/s/m;
+  const right = /^wasm {2}.*\n(?:.*\n)+qk-fp4-pv-fp4 +0\.1\d+ +0\.1\d+ +right +[\d.]+ [GT] /m;
   for (const text of [out, decoded.out]) expect(text).toMatch(right);
+  expectNarrow(decoded.out);
   expect(out.trimEnd().endsWith(decoded.out.trimEnd())).toBe(true);
   expect((await run('doctor', '--decode', sent.slice(0, -1))).code).not.toBe(0);
 });
@@ -160,7 +192,7 @@ describe('bench', () => {
     expect(code).toBe(0);
     const report = JSON.parse(await readFile(json, 'utf8')) as BenchReport;
     expect(report).toMatchObject({
-      schema: 'sageattention-bench/1',
+      schema: 'sageattention-bench/2',
       version: expect.any(String),
       dtype: 'float32',
       repetitions: 2,
@@ -181,6 +213,7 @@ describe('bench', () => {
     }
     const [first] = report.results as [Required<BenchReport['results'][number]>];
     expect(out).toContain(first.accuracy.cosineSimilarity.toFixed(6));
+    expectNarrow(out);
 
     const page = await readFile(html, 'utf8');
     expect(page).toMatch(/^<!doctype html>/);
@@ -212,6 +245,7 @@ describe('compare', () => {
     );
     expect(code).toBe(0);
     expect(out).toContain('on 64 of 257 query rows');
+    expectNarrow(out);
     const report = JSON.parse(await readFile(json, 'utf8'));
     expect(report).toMatchObject({ schema: 'sageattention-compare/1', rows: 64, isCausal: true, dtype: 'bfloat16' });
     expect(report.results.length).toBeGreaterThanOrEqual(2);
@@ -247,6 +281,7 @@ it('demo compares exact attention and SageAttention on a text, in pieces and as 
   expect(out).toMatch(
     /Verdict\nAccuracy: the same answers\. .*\nSpeed: attention over 150 tokens takes .*exact float32/,
   );
+  expectNarrow(out);
   const report = JSON.parse(await readFile(json, 'utf8')) as DemoReport;
   expect(report).toMatchObject({ schema: 'sageattention-demo/1', backend: 'wasm', text: file });
   const { sentences, pieces, oneSequence } = report;

@@ -101,7 +101,7 @@ export async function compareKernels(file: string, options: CompareOptions): Pro
     bold(`q [${q.shape}], k [${k.shape}], v [${v.shape}], ${q.dtype}, ${tensorLayout}${isCausal ? ', causal' : ''}`),
   );
   print(
-    `Against exact attention in float64, on ${count(rows)} of ${count(queryLength(call))} query rows of each head:`,
+    `Against exact attention in float64, on ${count(rows)} of ${count(queryLength(call))} query rows of each head\n(cosine similarity, relative L1, largest difference, root mean square):`,
   );
   print(
     table(

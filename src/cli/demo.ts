@@ -23,8 +23,9 @@ import {
   count,
   dim,
   duration,
+  paragraph,
   print,
-  rate,
+  rateCell,
   table,
 } from './terminal.ts';
 
@@ -85,33 +86,38 @@ function peerCell({ onnxruntimeWeb: peer, sageMs }: LayerComparison): string {
 
 function printComparison(comparison: EncoderComparison): void {
   const { layers, worstEmbeddingCosine, exactEncoderMs, sageEncoderMs, denseMs } = comparison;
-  const withPeer = layers.some(({ onnxruntimeWeb }) => onnxruntimeWeb !== undefined);
-  const headings = ['', '>heads', ...ACCURACY_HEADINGS, '>exact f32', '>SageAttention', '>', '>onnxruntime-web f32'];
-  const rows = layers.flatMap((layer) => [
-    [
-      `layer ${layer.layer + 1} attention`,
-      `${layer.heads} x ${layer.headDim}`,
-      ...accuracyCells(layer.attention),
-      `${duration(layer.exactMs)} (${(layer.exactMs / layer.sageMs).toFixed(1)}x)`,
-      duration(layer.sageMs),
-      rate(layer.sageGflops),
-      peerCell(layer),
-    ],
-    [`layer ${layer.layer + 1} output`, '', ...accuracyCells(layer.hidden), '', '', '', ''],
-  ]);
-  const columns = withPeer ? headings.length : headings.length - 1;
   print(
     table(
-      headings.slice(0, columns),
-      rows.map((row) => row.slice(0, columns)),
+      ['', '>heads', ...ACCURACY_HEADINGS],
+      layers.flatMap((layer) => [
+        [`layer ${layer.layer + 1} attention`, `${layer.heads} x ${layer.headDim}`, ...accuracyCells(layer.attention)],
+        [`layer ${layer.layer + 1} output`, '', ...accuracyCells(layer.hidden)],
+      ]),
+    ),
+  );
+  const withPeer = layers.some(({ onnxruntimeWeb }) => onnxruntimeWeb !== undefined);
+  print();
+  print(
+    table(
+      ['', '>SageAttention', '>FLOP/s', '>exact f32', ...(withPeer ? ['>onnxruntime-web'] : [])],
+      layers.map((layer) => [
+        `layer ${layer.layer + 1}`,
+        duration(layer.sageMs),
+        rateCell(layer.sageGflops),
+        `${duration(layer.exactMs)} (${(layer.exactMs / layer.sageMs).toFixed(1)}x)`,
+        ...(withPeer ? [peerCell(layer)] : []),
+      ]),
     ),
   );
   const kernels = [...new Set(layers.map(({ kernel }) => kernel))].join(', ');
   const least = comparison.sequences > 1 ? 'at least ' : '';
+  print();
   print(`Embeddings: cosine similarity ${least}${cosine(worstEmbeddingCosine)}. Kernel: ${kernels}.`);
   print(
-    `Whole encoder: ${duration(exactEncoderMs)} with exact attention in ${comparison.reference}, ` +
-      `${duration(sageEncoderMs)} with SageAttention, of which ${duration(denseMs)} are its dense layers.`,
+    paragraph(
+      `Whole encoder: ${duration(exactEncoderMs)} with exact attention in ${comparison.reference}, ` +
+        `${duration(sageEncoderMs)} with SageAttention, of which ${duration(denseMs)} are its dense layers.`,
+    ),
   );
 }
 
@@ -142,12 +148,16 @@ function verdict(comparisons: readonly EncoderComparison[]): string[] {
   ];
 }
 
+/** Two columns of eight fit into a line. */
+const SIMILARITY_WIDTH = 4;
+
 /** Digits and, on a terminal, shades of grey: white is 1. */
 function similarityCell(value: number): string {
   const text = value
     .toFixed(2)
     .replace(/^(-?)0\./, '$1.')
-    .padStart(5);
+    .replace('1.00', '1.0')
+    .padStart(SIMILARITY_WIDTH);
   if (process.stdout.isTTY !== true || process.env.NO_COLOR) return text;
   const level = Math.round(Math.min(1, Math.max(0, value)) * 23);
   return `\u001b[48;5;${232 + level}m\u001b[38;5;${level > 11 ? 16 : 231}m${text}\u001b[0m`;
@@ -155,10 +165,10 @@ function similarityCell(value: number): string {
 
 function printMatrices({ texts, exactSimilarity, sageSimilarity, largestDifference }: DemoReport['sentences']): void {
   texts.forEach((text, i) => {
-    print(`  ${i + 1}  ${text.length > 100 ? `${text.slice(0, 99)}…` : text}`);
+    print(`  ${i + 1}  ${text.length > 75 ? `${text.slice(0, 74)}…` : text}`);
   });
   print();
-  const heading = texts.map((_, i) => String(i + 1).padStart(5)).join('');
+  const heading = texts.map((_, i) => String(i + 1).padStart(SIMILARITY_WIDTH)).join('');
   print(`     ${'exact'.padEnd(heading.length)}     SageAttention`);
   print(`     ${heading}     ${heading}`);
   for (const [i, row] of exactSimilarity.entries()) {
@@ -169,8 +179,9 @@ function printMatrices({ texts, exactSimilarity, sageSimilarity, largestDifferen
 }
 
 export async function demo({ text: file, backend, kernel, maxTokens, json }: DemoOptions): Promise<void> {
-  const { title, text } = await readText(file);
+  // What a clean machine lacks is said before anything else.
   const { tokenizer, encoder } = await openSentenceModel();
+  const { title, text } = await readText(file);
   const tokens = tokenizer.encode(text);
   if (tokens.length === 0) throw new UserError(`${title} has no words`);
   const selection: KernelSelection = { backend: (await chooseBackend(backend, kernel)).name, kernel };
@@ -186,12 +197,14 @@ export async function demo({ text: file, backend, kernel, maxTokens, json }: Dem
     dim(
       [
         'attention: the same q, k and v through both. output: of the whole layer, all up to it computed with SageAttention.',
-        'accuracy: against exact attention in float64, for the one long sequence in float32.',
+        'accuracy: cosine similarity, relative L1 and largest difference against exact attention in float64, for the one long sequence in float32.',
         "exact f32: this package's kernel that quantizes nothing, on WebAssembly. In brackets: times SageAttention's time.",
         ...(peer === undefined
           ? []
-          : [`onnxruntime-web: its MultiHeadAttention on WebAssembly, ${peer.threads} threads.`]),
-      ].join('\n'),
+          : [`onnxruntime-web: its float32 MultiHeadAttention on WebAssembly, ${peer.threads} threads.`]),
+      ]
+        .map(paragraph)
+        .join('\n'),
     ),
   );
 
@@ -231,7 +244,9 @@ export async function demo({ text: file, backend, kernel, maxTokens, json }: Dem
   print(bold(`3. ${which} as one sequence`));
   print(
     dim(
-      `Beyond what the model was trained for (${TRAINED_LENGTH} tokens): the embedding means little. What it shows is how accurate and how fast attention is on real activations at this length.`,
+      paragraph(
+        `Beyond what the model was trained for (${TRAINED_LENGTH} tokens): the embedding means little. What it shows is how accurate and how fast attention is on real activations at this length.`,
+      ),
     ),
   );
   const inOne = await compareEncoders(encoder, [used], selection, 'one sequence', Number.POSITIVE_INFINITY, peer);

@@ -11,7 +11,8 @@ describe('sageattention kernel', () => {
     const { code, out, err } = await kernel(name, '--target', target, '--causal');
     expect(err).toBe('');
     expect(code).toBe(0);
-    expect(out).toMatch(/launch +entry +blocks +threads +shared bytes +registers +instructions/);
+    expect(out).toMatch(/launch +entry +grid +block +shared +regs +instr/);
+    for (const line of out.split('\n')) expect(line.length).toBeLessThanOrEqual(80);
     expect(out).toMatch(/\nattention +\w+ +\d+ +\d+ +\d+ +\d+ +\d+/);
   });
 

@@ -130,7 +130,7 @@ function cudaText(name: KernelName, options: KernelOptions): string {
     return `${registers} registers and ${predicates} predicates at most\nin section '${section}': ${kinds.join(', ')}`;
   }
   return table(
-    ['launch', 'entry', '>blocks', '>threads', '>shared bytes', '>registers', '>instructions'],
+    ['launch', 'entry', '>grid', '>block', '>shared', '>regs', '>instr'],
     launches.map((launch) => [
       launch.name,
       launch.entry,

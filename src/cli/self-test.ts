@@ -20,11 +20,11 @@ import {
   SageAttentionError,
   sageattn,
   type Tensor,
-  type TensorView,
   toFloat32,
 } from './library.ts';
+import { type Place, placeOf, release } from './place.ts';
 import { type BackendFindings, encodeFindings, type Findings, type KernelFindings } from './self-test-code.ts';
-import { bold, dim, duration, print, progress, rate, small, table } from './terminal.ts';
+import { bold, dim, duration, print, printFacts, progress, rateCell, small, table } from './terminal.ts';
 
 /** Problems whose error is taken: both common head dims, a mask, shared heads, lengths that fill no tile. */
 export const SELF_TEST_PROBLEMS: readonly { readonly shape: InputShape; readonly isCausal: boolean }[] = [
@@ -51,46 +51,11 @@ const LARGEST_ERRORS: readonly (readonly [part: string, largest: number])[] = [
   ['', 0.04],
 ];
 
+/** What codes say of a kernel that the device cannot run. */
+const ABSENT = 'not on this device';
+
 const largestError = (kernel: KernelName): number =>
   (LARGEST_ERRORS.find(([part]) => kernel.includes(part)) as readonly [string, number])[1];
-
-/** Where a backend's tensors lie best. */
-interface Place {
-  readonly device: string;
-  put(tensor: Tensor): TensorView;
-  /** Waits until all calls have ended. */
-  settle(): Promise<void>;
-}
-
-const release = (view: TensorView) => (view as { dispose?: () => void }).dispose?.();
-
-async function placeOf(backend: Backend): Promise<Place> {
-  const { details } = await backend.availability();
-  if (backend.name === 'cuda') {
-    const { upload } = await import('../backends/cuda/index.ts');
-    const device = await (backend as import('../backends/cuda/index.ts').CudaBackend).device({
-      location: 'cpu',
-      device: 0,
-    });
-    return {
-      device: device.toString(),
-      put: (tensor) => upload(tensor, device),
-      settle: async () => device.stream.synchronize(),
-    };
-  }
-  if (backend.name === 'webgpu') {
-    const { uploadTensor } = await import('../backends/webgpu/index.ts');
-    const { device } = await (backend as import('../backends/webgpu/index.ts').WebgpuBackend).context();
-    return {
-      device: `${details.adapter}; ${details.family}`,
-      put: (tensor) => uploadTensor(device, tensor),
-      settle: () => device.queue.onSubmittedWorkDone().then(() => undefined),
-    };
-  }
-  const { threads, simd } = details;
-  const device = [threads, simd].filter(Boolean).join(', ');
-  return { device, put: (tensor) => tensor, settle: async () => undefined };
-}
 
 /** Problems with their exact outputs. */
 const problemsOf = () =>
@@ -161,7 +126,7 @@ async function testKernel(
   } catch (error) {
     if (!(error instanceof SageAttentionError)) throw error;
     if (!isRefusal(error)) print(`${kernel} on ${backend.name}: ${messageOf(error)}`);
-    return { kernel, failure: isRefusal(error) ? 'not on this device' : error.code };
+    return { kernel, failure: isRefusal(error) ? ABSENT : error.code };
   }
 }
 
@@ -196,8 +161,8 @@ async function runSelfTest(version: string): Promise<Findings> {
 }
 
 /** Whether a kernel computed what it should, in a word. */
-function verdictOf({ kernel, errors, failure }: KernelFindings): string {
-  if (errors === undefined) return failure ?? '';
+function verdictOf({ kernel, errors, failure }: KernelFindings): 'right' | 'WRONG' | 'absent' | 'failed' | '' {
+  if (errors === undefined) return failure === undefined ? '' : failure === ABSENT ? 'absent' : 'failed';
   return errors.every((error) => error <= largestError(kernel)) ? 'right' : 'WRONG';
 }
 
@@ -205,27 +170,39 @@ function verdictOf({ kernel, errors, failure }: KernelFindings): string {
 export function printFindings({ version, machine, seconds, backends }: Findings): void {
   print(bold(`sageattention ${version}: every kernel in ${duration(1000 * seconds)}`));
   print(dim(machine));
-  for (const { backend, device } of backends) print(dim(`${backend}: ${device}`));
-  const errorsOn = SELF_TEST_PROBLEMS.map(
-    ({ shape: { length, headDim }, isCausal }) => `>error, ${length} x ${headDim}${isCausal ? ' causal' : ''}`,
+  const problems = SELF_TEST_PROBLEMS.map(
+    ({ shape: { length, headDim }, isCausal }) =>
+      `${length} tokens, head dim ${headDim}${isCausal ? ', causal' : ''}: relative L1 against float64`,
   );
-  const rows = backends.flatMap(({ backend, kernels }) => kernels.map((findings) => ({ backend, ...findings })));
-  print(
-    table(
-      ['backend', 'kernel', ...errorsOn, '', '>speed', '>tokens', 'outputs'],
-      rows.map((row) => [
-        row.backend,
-        row.kernel,
-        ...SELF_TEST_PROBLEMS.map((_, i) => (row.errors?.[i] === undefined ? '' : small(row.errors[i]))),
-        verdictOf(row),
-        row.gflops === undefined ? '' : rate(row.gflops),
-        row.length === undefined ? '' : `${row.length}`,
-        row.digest ?? '',
-      ]),
-    ),
-  );
-  const wrong = rows.filter((row) => !['right', 'not on this device'].includes(verdictOf(row)));
-  if (wrong.length > 0) throw new UserError(`not right: ${wrong.map(({ kernel }) => kernel).join(', ')}`);
+  printFacts({
+    ...Object.fromEntries(problems.map((text, i) => [`error ${i + 1}`, text])),
+    'FLOP/s': 'whole calls over so many tokens, 8 heads of 128, tensors on the device',
+    outputs: 'first bits of their hash: equal where devices give the same bits',
+  });
+  const wrong: string[] = [];
+  for (const { backend, device, kernels } of backends) {
+    print();
+    print(`${bold(backend)}  ${dim(device)}`);
+    print(
+      table(
+        ['kernel', ...problems.map((_, i) => `>error ${i + 1}`), '', '>FLOP/s', '>tokens', 'outputs'],
+        kernels.map((found) => [
+          found.kernel,
+          ...problems.map((_, i) => (found.errors?.[i] === undefined ? '' : small(found.errors[i]))),
+          verdictOf(found),
+          found.gflops === undefined ? '' : rateCell(found.gflops),
+          found.length === undefined ? '' : `${found.length}`,
+          found.digest ?? '',
+        ]),
+      ),
+    );
+    for (const found of kernels) {
+      const { kernel, failure } = found;
+      if (failure !== undefined && failure !== ABSENT) print(`${kernel}: ${failure}`);
+      if (!['right', 'absent'].includes(verdictOf(found))) wrong.push(kernel);
+    }
+  }
+  if (wrong.length > 0) throw new UserError(`not right: ${wrong.join(', ')}`);
 }
 
 export async function selfTest(version: string): Promise<void> {

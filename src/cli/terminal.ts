@@ -1,6 +1,7 @@
 /** Tables, progress bars and number formats of the command line. Results go to stdout, progress to stderr. */
 import { Presets, SingleBar } from 'cli-progress';
 import Table from 'cli-table3';
+import { Help } from 'commander';
 import type { Accuracy } from './library.ts';
 
 /** Styles only where someone looks at them; https://no-color.org. */
@@ -52,6 +53,21 @@ export function table(headings: readonly string[], rows: readonly (readonly stri
     .join('\n');
 }
 
+/** What tables and lists fit into. */
+const COLUMNS = 80;
+
+/** Rows of a name and what was found; long lines go on below where they began. */
+export function printFacts(entries: Readonly<Record<string, string>>): void {
+  const width = Math.max(0, ...Object.keys(entries).map(({ length }) => length));
+  for (const [name, value] of Object.entries(entries)) {
+    const lines = new Help().boxWrap(value, COLUMNS - width - 4).split('\n');
+    for (const [i, line] of lines.entries()) print(`  ${(i === 0 ? name : '').padEnd(width)}  ${line}`);
+  }
+}
+
+/** Lines of at most 80 characters. */
+export const paragraph = (text: string): string => new Help().boxWrap(text, COLUMNS);
+
 export interface Progress {
   advance(steps?: number): void;
   stop(): void;
@@ -87,6 +103,10 @@ export function duration(milliseconds: number): string {
   return `${(milliseconds * 1000).toPrecision(3)} us`;
 }
 
+/** Operations a second, under a heading that says so. */
+export const rateCell = (gflops: number): string =>
+  gflops >= 1000 ? `${(gflops / 1000).toPrecision(3)} T` : `${gflops.toPrecision(3)} G`;
+
 /** Operations a second. */
 export function rate(gflops: number): string {
   return gflops >= 1000 ? `${(gflops / 1000).toPrecision(3)} TFLOP/s` : `${gflops.toPrecision(3)} GFLOP/s`;
@@ -96,7 +116,8 @@ export const cosine = (value: number): string => value.toFixed(6);
 export const small = (value: number): string =>
   value === 0 ? '0' : value < 1e-3 ? value.toExponential(2) : value.toPrecision(3);
 
-export const ACCURACY_HEADINGS = ['>cosine', '>relative L1', '>largest error'] as const;
+/** Cosine similarity, relative L1, largest absolute difference. */
+export const ACCURACY_HEADINGS = ['>cosine', '>rel. L1', '>largest'] as const;
 export const accuracyCells = ({ cosineSimilarity, relativeL1, maxAbsoluteError }: Accuracy): string[] => [
   cosine(cosineSimilarity),
   small(relativeL1),
