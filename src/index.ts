@@ -15,7 +15,7 @@ export {
   prepareKeyValue,
   type TokenOptions,
 } from './api/key-value-cache.ts';
-export { Attention, createAttention, type TensorSpec } from './api/planned.ts';
+export { Attention, createAttention, type PlannedOptions, type TensorSpec } from './api/planned.ts';
 export {
   type AttentionResult,
   type KernelFunction,
@@ -38,7 +38,7 @@ export {
   type TrainableOptions,
 } from './attention/backward.ts';
 export { KERNEL_NAMES, type KernelName } from './attention/kernels.ts';
-export type { AttentionOptions, BackendName, CausalAlignment, TensorLayout } from './attention/options.ts';
+export type { AttentionOptions, BackendName, BlockMask, CausalAlignment, TensorLayout } from './attention/options.ts';
 export type {
   AttentionInputs,
   AttentionOutputs,
@@ -46,6 +46,7 @@ export type {
   Backend,
   KernelChoice,
   KernelDescriptor,
+  SideInputs,
 } from './backends/backend.ts';
 export { disposeBackends, getBackend, listBackends, setBackend } from './backends/registry.ts';
 export {

@@ -10,11 +10,27 @@ import {
 } from '../attention/options.ts';
 import { attentionOutputs } from '../attention/outputs.ts';
 import { type AttentionProblem, createProblem } from '../attention/problem.ts';
-import type { AttentionOutputs, KeyValueContext, PreparedKeyValue, RunContext } from '../backends/backend.ts';
-import { chooseKernel, contextOf, RUN_OPTIONS, takeTensor } from '../backends/choice.ts';
+import type {
+  AttentionOutputs,
+  KernelDescriptor,
+  KeyValueContext,
+  PreparedKeyValue,
+  RunContext,
+} from '../backends/backend.ts';
+import {
+  chooseKernel,
+  contextOf,
+  keepSide,
+  mapSide,
+  obstacleTo,
+  RUN_OPTIONS,
+  sideOf,
+  takeTensor,
+  withSideOptions,
+} from '../backends/choice.ts';
 import { outputsInto, takeOut } from '../backends/out.ts';
 import { DISPOSE } from '../dispose.ts';
-import { ExecutionError, InvalidArgumentError, takeOptions, textOf } from '../errors.ts';
+import { ExecutionError, InvalidArgumentError, takeOptions, textOf, UnsupportedOptionError } from '../errors.ts';
 import { contiguousStrides, copyOfCpu, requireView, specOf, type Tensor, type TensorView } from '../tensor/tensor.ts';
 import { type AttentionResult, takeCall } from './sageattn.ts';
 import { chooseBackend, readyBackend } from './selection.ts';
@@ -142,6 +158,7 @@ function withTokens(view: TensorView, tokenAxis: number, tokens: number): Tensor
 /** Prepared keys and values; see {@link prepareKeyValue}. */
 export class KeyValueCache<T extends TensorView = Tensor> {
   readonly #backend: BackendName;
+  readonly #kernel: KernelDescriptor;
   readonly #prepared: PreparedKeyValue;
   readonly #layout: TensorLayout;
   /** Descriptions of what was prepared, not the tensors: those are the caller's. */
@@ -153,8 +170,16 @@ export class KeyValueCache<T extends TensorView = Tensor> {
   #underWay = 0;
 
   /** @internal */
-  constructor(backend: BackendName, prepared: PreparedKeyValue, layout: TensorLayout, k: TensorView, v: TensorView) {
+  constructor(
+    backend: BackendName,
+    kernel: KernelDescriptor,
+    prepared: PreparedKeyValue,
+    layout: TensorLayout,
+    k: TensorView,
+    v: TensorView,
+  ) {
     this.#backend = backend;
+    this.#kernel = kernel;
     this.#prepared = prepared;
     this.#layout = layout;
     this.#k = k;
@@ -244,23 +269,26 @@ export class KeyValueCache<T extends TensorView = Tensor> {
   attend(q: T, options?: AttendOptions & { readonly returnLse?: false }): Promise<T>;
   attend(q: T, options?: AttendOptions): Promise<T | AttentionResult<T>>;
   async attend(q: T, options: AttendOptions = {}): Promise<T | AttentionResult<T>> {
-    const { attnMask, ...unmasked } = validateOptions(options, ATTEND_OPTIONS);
-    // The heads, dtype and rank of q are checked now; the mask's shape against the keys held when the call's turn
+    const checked: AttentionOptions = validateOptions(options, ATTEND_OPTIONS);
+    const { attnMask: _, blockMask: __, ...unmasked } = checked;
+    // The heads, dtype and rank of q are checked now; the masks' shapes against the keys held when the call's turn
     // comes.
     const { out: given } = unmasked;
     const planned = this.#problem(q, this.length, unmasked);
     const out = given && takeOut(given, { location: planned.location, outputs: attentionOutputs(planned) });
     const context: RunContext = { ...contextOf(unmasked, this.#backend), ...(out && { out }) };
     let own = takeTensor('q', q);
-    let mask = attnMask && takeTensor('options.attnMask', attnMask);
+    let side = mapSide(sideOf(checked), takeTensor);
     const keep = () => {
       own = copyOfCpu(own);
-      mask &&= copyOfCpu(mask);
+      side = keepSide(side);
     };
     const outputs = await this.#inTurn(keep, () => {
       context.signal?.throwIfAborted();
-      const problem = this.#problem(own, this.length, mask === undefined ? unmasked : { ...unmasked, attnMask: mask });
-      return this.#prepared.attend(own, problem, mask, context);
+      const problem = this.#problem(own, this.length, withSideOptions(checked, side));
+      const obstacle = obstacleTo(this.#kernel, problem);
+      if (obstacle !== undefined) throw new UnsupportedOptionError(this.#kernel.name, ...obstacle);
+      return this.#prepared.attend(own, problem, side, context);
     });
     const { output, lse } = outputsInto(outputs as AttentionOutputs<T>, given, context);
     return lse === undefined ? output : { output, lse };
@@ -320,5 +348,5 @@ export async function prepareKeyValue<T extends TensorView>(
     choice = await choice;
   }
   const prepared = await backend.prepareKeyValue(problem, choice, ownK, ownV, withKeyMask(context, mask));
-  return new KeyValueCache<T>(backend.name, prepared, layout, heldK, heldV);
+  return new KeyValueCache<T>(backend.name, choice.descriptor, prepared, layout, heldK, heldV);
 }

@@ -1,12 +1,25 @@
 /** Attention planned once and run many times, for callers who hold the plan themselves. */
 
-import { type AttentionOptions, type BackendName, OPTION_NAMES, validateOptions } from '../attention/options.ts';
+import {
+  type AttentionOptions,
+  type BackendName,
+  type BlockMask,
+  OPTION_NAMES,
+  validateOptions,
+} from '../attention/options.ts';
 import { createProblem } from '../attention/problem.ts';
-import type { AttentionInputs, AttentionOutputs, KernelChoice, Plan, RunContext } from '../backends/backend.ts';
-import { ATTENTION_RUN_OPTIONS, chooseKernel, contextOf, takeInputs } from '../backends/choice.ts';
+import type {
+  AttentionInputs,
+  AttentionOutputs,
+  KernelChoice,
+  Plan,
+  RunContext,
+  SideInputs,
+} from '../backends/backend.ts';
+import { ATTENTION_RUN_OPTIONS, chooseKernel, contextOf, mapSide, SIDE_NAMES, takeInputs } from '../backends/choice.ts';
 import { outputsInto, takeOut } from '../backends/out.ts';
 import { DISPOSE } from '../dispose.ts';
-import { ExecutionError, InvalidArgumentError, reading, textOf } from '../errors.ts';
+import { ExecutionError, InvalidArgumentError, reading, takeOptions, textOf } from '../errors.ts';
 import { requireView, specOf, type Tensor, type TensorView } from '../tensor/tensor.ts';
 import { chooseBackend, readyBackend } from './selection.ts';
 
@@ -14,9 +27,8 @@ import { chooseBackend, readyBackend } from './selection.ts';
 export type TensorSpec = TensorView;
 
 /** Descriptions without data, as they are now: a plan keeps no tensor alive. */
-function keepSpecs({ q, k, v, attnMask }: AttentionInputs<TensorSpec>): AttentionInputs<TensorSpec> {
-  const own = { q: specOf('q', q), k: specOf('k', k), v: specOf('v', v) };
-  return attnMask === undefined ? own : { ...own, attnMask: specOf('attnMask', attnMask) };
+function keepSpecs({ q, k, v, ...side }: AttentionInputs<TensorSpec>): AttentionInputs<TensorSpec> {
+  return { q: specOf('q', q), k: specOf('k', k), v: specOf('v', v), ...mapSide(side, specOf) };
 }
 
 const sameLayout = (a: TensorView, b: TensorView) =>
@@ -74,7 +86,7 @@ export class Attention<T extends TensorView = Tensor> {
 
   /** @throws {InvalidArgumentError} a tensor unlike the planned one */
   #requirePlanned(inputs: AttentionInputs<T>): void {
-    for (const name of ['q', 'k', 'v', 'attnMask'] as const) {
+    for (const name of ['q', 'k', 'v', ...SIDE_NAMES] as const) {
       const planned = this.#specs[name];
       const given = inputs[name];
       if (given !== undefined) requireView(name, given);
@@ -97,6 +109,14 @@ export class Attention<T extends TensorView = Tensor> {
   }
 }
 
+/** Options of {@link createAttention}. What is a tensor is among the `specs`. */
+export type PlannedOptions = Omit<AttentionOptions, (typeof NOT_PLANNED)[number]> & {
+  /** Rows and keys of a block of `specs.blockMap`, multiples of 16; see {@link BlockMask}. */
+  readonly blocks?: Pick<BlockMask, 'rows' | 'keys'>;
+};
+const NOT_PLANNED = ['attnMask', 'sinks', 'blockMask', 'signal', 'stream', 'out'] as const;
+const PLANNED_OPTIONS = OPTION_NAMES.filter((name) => !(NOT_PLANNED as readonly string[]).includes(name));
+
 /**
  * Plans attention for one shape, for callers who hold the plan themselves: kernel chosen, code compiled, scratch
  * allocated. `specs` are tensors, or shape, strides, offset, dtype and location without data; their shapes are as in
@@ -106,27 +126,33 @@ export class Attention<T extends TensorView = Tensor> {
  */
 export async function createAttention<T extends TensorView = Tensor>(
   specs: AttentionInputs<TensorSpec>,
-  options: Omit<AttentionOptions, 'attnMask' | 'signal' | 'stream' | 'out'> = {},
+  options: PlannedOptions = {},
 ): Promise<Attention<T>> {
-  const own = validateOptions(
-    options,
-    OPTION_NAMES.filter((name) => !['attnMask', 'signal', 'stream', 'out'].includes(name)),
-  );
+  const { blocks, ...others } = takeOptions(options, [...PLANNED_OPTIONS, 'blocks']);
+  const own: AttentionOptions = validateOptions(others, PLANNED_OPTIONS);
   if (typeof specs !== 'object' || specs === null) {
     throw new InvalidArgumentError('invalid-shape', 'specs', 'an object with q, k and v', textOf(specs));
   }
   const kept = reading('specs', () => keepSpecs(specs));
-  const { q, k, v, attnMask } = kept;
-  const all: AttentionOptions = attnMask === undefined ? own : { ...own, attnMask };
+  const { q, k, v, ...side } = kept;
+  if ((blocks === undefined) !== (side.blockMap === undefined)) {
+    const expected = 'options.blocks together with specs.blockMap';
+    throw new InvalidArgumentError('invalid-option', 'options.blocks', expected, 'only one of them');
+  }
+  const optionsOver = (views: SideInputs): AttentionOptions => {
+    const { attnMask, sinks, blockMap: map } = views;
+    const given = {
+      ...(attnMask && { attnMask }),
+      ...(sinks && { sinks }),
+      ...(map && { blockMask: { rows: blocks?.rows as number, keys: blocks?.keys as number, map } }),
+    };
+    return { ...own, ...validateOptions(given, ['attnMask', 'sinks', 'blockMask']) };
+  };
+  const all = reading('options.blocks', () => optionsOver(side), 'invalid-option');
   // Runs take a CPU tensor's elements from its offset on.
   const taken = (view: TensorSpec): TensorSpec => (view.location === 'cpu' ? { ...view, offset: 0 } : view);
   createProblem(q, k, v, all);
-  const problem = createProblem(
-    taken(q),
-    taken(k),
-    taken(v),
-    attnMask === undefined ? all : { ...all, attnMask: taken(attnMask) },
-  );
+  const problem = createProblem(taken(q), taken(k), taken(v), optionsOver(mapSide(side, (_, view) => taken(view))));
   const backend = readyBackend(problem, all) ?? (await chooseBackend(problem, all));
   const plan = await backend.plan(problem, await chooseKernel(backend, problem, all));
   return new Attention<T>(backend.name, plan, kept);

@@ -5,7 +5,7 @@ import { type AttentionOptions, OPTION_NAMES, validateOptions } from '../attenti
 import { attentionOutputs } from '../attention/outputs.ts';
 import { type AttentionProblem, createProblem, createVarlenProblem } from '../attention/problem.ts';
 import type { AttentionInputs, AttentionOutputs, Backend, Plan, RunContext } from '../backends/backend.ts';
-import { contextOf, keepInputs, takeInputs } from '../backends/choice.ts';
+import { contextOf, keepInputs, sideOf, takeInputs, withSideOptions } from '../backends/choice.ts';
 import { outputsInto, takeOut } from '../backends/out.ts';
 import { forgetAvailability } from '../backends/registry.ts';
 import { BackendUnavailableError, ExecutionError, SageAttentionError } from '../errors.ts';
@@ -31,17 +31,15 @@ export function takeCall<T extends TensorView>(
   options: AttentionOptions,
   create: CreateProblem,
 ): { inputs: AttentionInputs<T>; problem: AttentionProblem } {
-  const { attnMask } = options;
   let inputs: AttentionInputs<T>;
   try {
-    inputs = takeInputs(attnMask === undefined ? { q, k, v } : { q, k, v, attnMask });
+    inputs = takeInputs({ q, k, v, ...sideOf(options) });
   } catch (error) {
     // A fault in a description is reported before a fault in the storage.
     create(q, k, v, options);
     throw error;
   }
-  const own = inputs.attnMask === undefined ? options : { ...options, attnMask: inputs.attnMask };
-  return { inputs, problem: create(inputs.q, inputs.k, inputs.v, own) };
+  return { inputs, problem: create(inputs.q, inputs.k, inputs.v, withSideOptions(options, inputs)) };
 }
 
 async function attend<T extends TensorView>(

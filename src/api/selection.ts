@@ -3,6 +3,7 @@
 import type { AttentionOptions, BackendName } from '../attention/options.ts';
 import type { AttentionProblem } from '../attention/problem.ts';
 import type { Backend } from '../backends/backend.ts';
+import { obstacleTo } from '../backends/choice.ts';
 import {
   askAvailability,
   BACKEND_PREFERENCE,
@@ -21,15 +22,15 @@ async function usable(name: BackendName): Promise<Backend> {
   return backend;
 }
 
-/** Whether it has the kernel that is asked for, if any is, for heads of this size. */
-const offers = (
-  backend: Backend,
-  { headDim, valueDim }: AttentionProblem,
-  kernel: AttentionOptions['kernel'] = 'auto',
-): boolean =>
+/** Whether it has the kernel that is asked for, if any is, for a problem like this one. */
+const offers = (backend: Backend, problem: AttentionProblem, kernel: AttentionOptions['kernel'] = 'auto'): boolean =>
   backend.kernels.some(
-    ({ name, maxHeadDim }) => (kernel === 'auto' || name === kernel) && Math.max(headDim, valueDim) <= maxHeadDim,
+    (descriptor) => (kernel === 'auto' || descriptor.name === kernel) && obstacleTo(descriptor, problem) === undefined,
   );
+
+/** What of a problem a kernel may lack, in words. */
+const featuresOf = ({ headDim, valueDim, sinks, blocks }: AttentionProblem): string =>
+  `head dims of ${headDim} and ${valueDim}${sinks ? ', with sinks' : ''}${blocks ? ', with a block mask' : ''}`;
 
 /**
  * CPU tensors: the most preferred backend that is accelerated and offers the kernel, else one that merely offers it.
@@ -55,7 +56,7 @@ async function backendForCpuTensors(problem: AttentionProblem, kernel: Attention
     failure ??
     new BackendUnavailableError(
       'auto',
-      `no backend here has kernel '${kernel}' for head dims of ${problem.headDim} and ${problem.valueDim}`,
+      `no backend here has kernel '${kernel}' for ${featuresOf(problem)}`,
       'Choose another kernel',
     )
   );

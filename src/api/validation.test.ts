@@ -8,6 +8,7 @@ import { createAttention } from './planned.ts';
 import { kernelFunction, sageattn, sageattnVarlen } from './sageattn.ts';
 
 const t = (...shape: number[]) => emptyTensor(shape, 'float32');
+const bools = (...shape: number[]) => tensor(new Uint8Array(shape.reduce((product, size) => product * size, 1)), shape);
 const with_ = (view: Tensor, changes: Partial<Tensor>): Tensor => ({ ...view, ...changes });
 const [q, k, v] = [t(1, 4, 5, 16), t(1, 2, 7, 16), t(1, 2, 7, 8)];
 
@@ -178,6 +179,69 @@ const WRONG: readonly Wrong[] = [
     'mixed-locations',
     'options.attnMask',
     'cuda',
+  ),
+  option('sinks that are no tensor', { sinks: [1, 2, 3, 4] }, 'invalid-option', 'options.sinks', '[1,2,3,4]'),
+  option('sinks of the heads of KV', { sinks: t(2) }, 'invalid-shape', 'options.sinks', '[2]'),
+  option('sinks of each row', { sinks: t(4, 5) }, 'invalid-shape', 'options.sinks', '[4,5]'),
+  option(
+    'sinks of a bool dtype',
+    { sinks: tensor(new Uint8Array(4), [4]) },
+    'invalid-dtype',
+    'options.sinks.dtype',
+    'bool',
+  ),
+  option(
+    'sinks elsewhere',
+    { sinks: with_(t(4), { location: 'cuda' } as object) },
+    'mixed-locations',
+    'options.sinks',
+    'cuda',
+  ),
+  option(
+    'sinks whose buffer is short',
+    { sinks: { ...t(2), shape: [4] } },
+    'buffer-too-small',
+    'options.sinks',
+    '2 elements',
+  ),
+  option(
+    'a block mask that is a tensor',
+    { blockMask: bools(1, 1) },
+    'invalid-option',
+    'options.blockMask',
+    '[object Object]',
+  ),
+  ...[0, 24, -16, 16.5, '16'].map((rows) =>
+    option(
+      `blocks of ${typeof rows} ${rows} rows`,
+      { blockMask: { rows, keys: 16, map: bools(1, 1) } },
+      'invalid-option',
+      'options.blockMask',
+      '[object Object]',
+    ),
+  ),
+  ...[[1], [1, 2], [3, 1, 1], [2, 1, 1, 1], [1, 2, 1, 1], [1, 1, 4, 1, 1]].map((shape) =>
+    option(
+      `a map of shape [${shape}]`,
+      { blockMask: { rows: 16, keys: 16, map: bools(...shape) } },
+      'invalid-mask',
+      'options.blockMask.map',
+      `[${shape}]`,
+    ),
+  ),
+  option(
+    'a map of floats',
+    { blockMask: { rows: 16, keys: 16, map: t(1, 1) } },
+    'invalid-dtype',
+    'options.blockMask.map.dtype',
+    'float32',
+  ),
+  option(
+    'a map elsewhere',
+    { blockMask: { rows: 16, keys: 16, map: { ...bools(1, 1), location: 'webgpu' } } },
+    'mixed-locations',
+    'options.blockMask.map',
+    'webgpu',
   ),
   varlen('cuSeqlensQ that starts at 1', [1, 10], [0, 12], 'cuSeqlensQ', '[1,10]'),
   varlen('cuSeqlensK that falls', [0, 5, 10], [0, 8, 4], 'cuSeqlensK', '[0,8,4]'),

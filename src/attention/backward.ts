@@ -37,7 +37,7 @@ export interface GradientOptions {
 }
 
 /** Options of a call with gradients: the options of `sageattn`, of packed sequences and of the backward pass. */
-export interface TrainableOptions extends Omit<AttentionOptions, 'returnLse'>, GradientOptions {
+export interface TrainableOptions extends Omit<AttentionOptions, (typeof NO_FORWARD_NAMES)[number]>, GradientOptions {
   /** Starts of packed sequences, as `sageattnVarlen` takes them; with `cuSeqlensK`. q is `[totalQ,Hq,D]` then. */
   readonly cuSeqlensQ?: ArrayLike<number>;
   readonly cuSeqlensK?: ArrayLike<number>;
@@ -67,7 +67,8 @@ const GRADIENT_OPTIONS = {
   maskGradient: [(value: unknown) => typeof value === 'boolean', 'a boolean'],
 } as const satisfies Record<keyof GradientOptions, readonly [(value: unknown) => boolean, string]>;
 
-const FORWARD_NAMES = OPTION_NAMES.filter((name) => name !== 'returnLse' && name !== 'out');
+const NO_FORWARD_NAMES = ['returnLse', 'out', 'sinks', 'blockMask'] as const;
+const FORWARD_NAMES = OPTION_NAMES.filter((name) => !(NO_FORWARD_NAMES as readonly string[]).includes(name));
 const TRAINABLE_NAMES = [...FORWARD_NAMES, ...Object.keys(GRADIENT_OPTIONS), 'cuSeqlensQ', 'cuSeqlensK'];
 
 /** Options of a call with gradients, in parts. */

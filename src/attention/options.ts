@@ -23,6 +23,19 @@ export type TensorLayout = 'HND' | 'NHD';
  */
 export type CausalAlignment = 'top-left' | 'bottom-right';
 
+/** Which blocks of scores are computed; the others are never attended, as if a mask hid them. */
+export interface BlockMask {
+  /** Rows of a block of queries, a multiple of 16. Block i has rows `i * rows` to `(i + 1) * rows` of a sequence. */
+  readonly rows: number;
+  /** Keys of a block of keys, a multiple of 16. */
+  readonly keys: number;
+  /**
+   * bool `[B,Hq,ceil(Lq/rows),ceil(Lk/keys)]`, nonzero = compute; B and Hq may be 1 or missing, and count for all then.
+   * Varlen: of the longest sequences, of which each uses the top left part.
+   */
+  readonly map: TensorView;
+}
+
 /** Options of `sageattn` and of every kernel's own function. Python's names in camelCase. */
 export interface AttentionOptions {
   /** Default `'auto'`: where the tensors live; for CPU tensors the fastest backend that is available. */
@@ -43,6 +56,13 @@ export interface AttentionOptions {
   readonly windowSize?: readonly [left: number, right: number];
   /** bool (nonzero = attend) or additive float, broadcastable to `[B,Hq,Lq,Lk]` (varlen: the largest lengths). */
   readonly attnMask?: TensorView;
+  /**
+   * `[Hq]`, float16, bfloat16 or float32: an extra logit of each head that is part of the softmax's sum and of nothing else, as in
+   * gpt-oss; the logsumexp includes it. Not scaled by `smScale`. -Infinity: none. A row that sees no key gives 0 and its sink.
+   */
+  readonly sinks?: TensorView;
+  /** Blocks of scores to compute, beside what mask, causality and window leave. Default: all. */
+  readonly blockMask?: BlockMask;
   /** Subtract K's mean over its tokens before quantizing; exact (softmax is unchanged). Default true. */
   readonly smoothK?: boolean;
   /** Subtract V's channel mean before quantizing, and add it to the output. Default false. */
@@ -88,8 +108,13 @@ export const EXACT_OPTIONS = [
   'softcap',
   'windowSize',
   'attnMask',
+  'sinks',
+  'blockMask',
   'returnLse',
 ] as const satisfies readonly (keyof AttentionOptions)[];
+
+/** What `rows` and `keys` of a block mask are multiples of: the smallest tile of any kernel. */
+export const BLOCK_MULTIPLE = 16;
 
 type Check = (value: unknown) => boolean;
 /** What an option's value must satisfy, and a phrase for it. */
@@ -101,6 +126,15 @@ export const oneOf = (...values: readonly string[]): OptionCheck => [
 ];
 const isWindowSide = (value: unknown) =>
   value === Number.POSITIVE_INFINITY || (Number.isSafeInteger(value) && (value as number) >= -1);
+
+const isTensor: Check = (value) => typeof value === 'object' && value !== null && 'shape' in value;
+const isBlockSize = (value: unknown) =>
+  Number.isSafeInteger(value) && (value as number) > 0 && (value as number) % BLOCK_MULTIPLE === 0;
+const isBlockMask: Check = (value) => {
+  if (typeof value !== 'object' || value === null) return false;
+  const { rows, keys, map } = value as BlockMask;
+  return isBlockSize(rows) && isBlockSize(keys) && isTensor(map);
+};
 
 /** Every option with its check and a phrase for what it takes. */
 const OPTIONS: Readonly<Record<keyof AttentionOptions, OptionCheck>> = {
@@ -115,7 +149,9 @@ const OPTIONS: Readonly<Record<keyof AttentionOptions, OptionCheck>> = {
     (value) => Array.isArray(value) && value.length === 2 && value.every(isWindowSide),
     '[left, right] of integers >= -1 or Infinity',
   ],
-  attnMask: [(value) => typeof value === 'object' && value !== null && 'shape' in value, 'a tensor'],
+  attnMask: [isTensor, 'a tensor'],
+  sinks: [isTensor, 'a tensor'],
+  blockMask: [isBlockMask, `{ rows, keys, map } of two positive multiples of ${BLOCK_MULTIPLE} and a tensor`],
   smoothK: [isBoolean, 'a boolean'],
   smoothV: [isBoolean, 'a boolean'],
   smoothQ: [(value) => isBoolean(value) || value === 'block' || value === 'sequence', "a boolean, 'block', 'sequence'"],
@@ -124,7 +160,7 @@ const OPTIONS: Readonly<Record<keyof AttentionOptions, OptionCheck>> = {
   qkQuantGran: oneOf('per-block', 'per-warp', 'per-thread'),
   pvAccumDtype: oneOf('fp32', 'fp16', 'fp16+fp32', 'fp32+fp32', 'fp32+fp16'),
   returnLse: [isBoolean, 'a boolean'],
-  out: [(value) => typeof value === 'object' && value !== null && 'shape' in value, 'a tensor'],
+  out: [isTensor, 'a tensor'],
   // By what it can do: an iframe, vm or jsdom has a class of its own.
   signal: [
     (value) =>
@@ -163,7 +199,7 @@ export function validateOptions<T extends AttentionOptions>(options: T, taken: r
   for (const name in given) {
     checkOption(name, given[name], OPTIONS[name as keyof AttentionOptions]);
   }
-  const { windowSize, perBlockMean, ...others } = given;
+  const { windowSize, perBlockMean, blockMask, ...others } = given;
   if (perBlockMean !== undefined && given.smoothQ !== undefined) {
     throw new InvalidArgumentError(
       'invalid-option',
@@ -172,10 +208,13 @@ export function validateOptions<T extends AttentionOptions>(options: T, taken: r
       describe(perBlockMean),
     );
   }
-  if (windowSize === undefined && perBlockMean === undefined) return given;
+  if (windowSize === undefined && perBlockMean === undefined && blockMask === undefined) return given;
   return {
     ...others,
     ...(windowSize === undefined ? {} : { windowSize: [windowSize[0], windowSize[1]] }),
+    ...(blockMask === undefined
+      ? {}
+      : { blockMask: { rows: blockMask.rows, keys: blockMask.keys, map: blockMask.map } }),
     ...(perBlockMean === undefined ? {} : { smoothQ: perBlockMean ? 'block' : 'sequence' }),
   } as AttentionOptions as T;
 }

@@ -4,7 +4,7 @@ import { InvalidArgumentError, reading, textOf } from '../errors.ts';
 import { type DType, FLOAT32_MAX, type MaskDType } from '../tensor/dtype.ts';
 import { type OperandLayout, requireView, type TensorLocation, type TensorView } from '../tensor/tensor.ts';
 import { type Band, createBand, NO_LIMIT } from './band.ts';
-import type { AttentionOptions, TensorLayout } from './options.ts';
+import type { AttentionOptions, BlockMask, TensorLayout } from './options.ts';
 
 /** A mask as `[B,Hq,Lq,Lk]`; a dimension that it broadcasts over has stride 0. */
 export interface MaskLayout {
@@ -21,6 +21,21 @@ export const keyMaskLayout = ({ strides: [batch = 0, token = 0], offset }: Tenso
   offset,
   strides: [batch, 0, 0, token],
 });
+
+/** Sinks as `[Hq]`; a dimension that is repeated has stride 0. */
+export interface SinksLayout {
+  readonly dtype: DType;
+  readonly offset: number;
+  readonly stride: number;
+}
+
+/** A map of blocks as bool `[B,Hq,ceil(Lq/rows),ceil(Lk/keys)]`; a dimension that it broadcasts over has stride 0. */
+export interface BlockLayout {
+  readonly rows: number;
+  readonly keys: number;
+  readonly offset: number;
+  readonly strides: readonly [batch: number, head: number, rowBlock: number, keyBlock: number];
+}
 
 /** Below it a cap leaves of every score nothing that float32 can add to another; its reciprocal is still a float32. */
 const LEAST_SOFTCAP = 2 ** -100;
@@ -74,6 +89,13 @@ export interface AttentionProblem {
   readonly tensorLayout: TensorLayout;
   readonly sequences: PackedSequences | undefined;
   readonly mask: MaskLayout | undefined;
+  /** A logit of each head in the sum of its softmax; the tensor is `AttentionInputs.sinks`. */
+  readonly sinks: SinksLayout | undefined;
+  /**
+   * Blocks of scores that are computed; the map is `AttentionInputs.blockMap`. It hides keys from the softmax, not from means and
+   * scales.
+   */
+  readonly blocks: BlockLayout | undefined;
   /** Which keys a row may see by causality, alignment and window. */
   readonly band: Band;
   /** 0: none. */
@@ -191,8 +213,7 @@ function requireSame(
 /** k and v must be of q's dtype, and where q is. */
 function requireAlike(argument: string, q: TensorView, view: TensorView): void {
   if (q.dtype !== view.dtype) requireSame(`${argument}.dtype`, 'dtype', q.dtype, view.dtype, 'invalid-dtype');
-  requireSame(argument, 'location', q.location, view.location, 'mixed-locations');
-  requireSame(argument, 'device', q.device ?? 0, view.device ?? 0, 'mixed-locations');
+  requireLocated(argument, q, view);
 }
 
 function validateHeadDim(argument: string, size: number): void {
@@ -254,6 +275,50 @@ function maskLayout(mask: TensorView, target: readonly [number, number, number, 
   };
 }
 
+const requireLocated = (argument: string, q: TensorView, view: TensorView): void => {
+  requireSame(argument, 'location', q.location, view.location, 'mixed-locations');
+  requireSame(argument, 'device', q.device ?? 0, view.device ?? 0, 'mixed-locations');
+};
+
+function sinksLayout(q: TensorView, sinks: TensorView, queryHeads: number): SinksLayout {
+  const argument = 'options.sinks';
+  requireView(argument, sinks);
+  requireLocated(argument, q, sinks);
+  if (!FLOAT_DTYPES.includes(sinks.dtype)) {
+    throw new InvalidArgumentError('invalid-dtype', `${argument}.dtype`, FLOAT_DTYPES.join(', '), textOf(sinks.dtype));
+  }
+  if (sinks.shape.length !== 1 || sinks.shape[0] !== queryHeads) {
+    throw new InvalidArgumentError('invalid-shape', argument, `shape [Hq] = [${queryHeads}]`, textOf(sinks.shape));
+  }
+  return { dtype: sinks.dtype as DType, offset: sinks.offset, stride: sinks.strides[0] as number };
+}
+
+function blockLayout(q: TensorView, { rows, keys, map }: BlockMask, dimensions: Dimensions): BlockLayout {
+  const argument = 'options.blockMask.map';
+  requireView(argument, map);
+  requireLocated(argument, q, map);
+  if (map.dtype !== 'bool') {
+    throw new InvalidArgumentError('invalid-dtype', `${argument}.dtype`, 'bool', textOf(map.dtype));
+  }
+  const { batch, queryHeads, queryLength, keyLength } = dimensions;
+  const target = [batch, queryHeads, Math.ceil(queryLength / rows), Math.ceil(keyLength / keys)];
+  const missing = 4 - map.shape.length;
+  const fits = (size: number, i: number) => size === target[i + missing] || (size === 1 && i + missing < 2);
+  if (missing < 0 || missing > 2 || !map.shape.every(fits)) {
+    throw new InvalidArgumentError(
+      'invalid-mask',
+      argument,
+      `shape [B,Hq,ceil(Lq/rows),ceil(Lk/keys)] = [${target}], or one that broadcasts over B and Hq`,
+      textOf(map.shape),
+    );
+  }
+  const strideOf = (dimension: number) => {
+    const i = dimension - missing;
+    return i < 0 || map.shape[i] === 1 ? 0 : (map.strides[i] as number);
+  };
+  return { rows, keys, offset: map.offset, strides: [strideOf(0), strideOf(1), strideOf(2), strideOf(3)] };
+}
+
 interface Dimensions {
   readonly batch: number;
   readonly queryHeads: number;
@@ -293,10 +358,8 @@ function normalize(
   requireSame('k', 'head dim', headDim, k.shape.at(-1), 'invalid-shape');
 
   const mask = options.attnMask;
-  if (mask !== undefined) {
-    requireSame('options.attnMask', 'location', q.location, mask.location, 'mixed-locations');
-    requireSame('options.attnMask', 'device', q.device ?? 0, mask.device ?? 0, 'mixed-locations');
-  }
+  if (mask !== undefined) requireLocated('options.attnMask', q, mask);
+  const { sinks, blockMask } = options;
   // Named one by one: this runs in every call, and V8 spreads objects slowly.
   return {
     batch,
@@ -315,6 +378,8 @@ function normalize(
     location: q.location,
     device: q.device ?? 0,
     mask: mask === undefined ? undefined : maskLayout(mask, [batch, queryHeads, queryLength, keyLength]),
+    sinks: sinks === undefined ? undefined : sinksLayout(q, sinks, queryHeads),
+    blocks: blockMask === undefined ? undefined : blockLayout(q, blockMask, dimensions),
     band: createBand(options),
     softcap: softcapInFloat32(options.softcap ?? 0),
     smScale: options.smScale ?? 1 / Math.sqrt(headDim),

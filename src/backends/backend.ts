@@ -25,6 +25,10 @@ export interface KernelDescriptor {
   readonly smoothQ: readonly [first: false | QuerySmoothing, ...others: (false | QuerySmoothing)[]];
   /** Largest D and Dv. */
   readonly maxHeadDim: number;
+  /** It adds sinks to its sums; default false: a call that has them is refused. */
+  readonly sinks?: boolean;
+  /** It computes only the blocks of a block mask; default false: a call that has one is refused. */
+  readonly blockMask?: boolean;
 }
 
 /** A kernel with its options settled: the kernel honours all of it, and what has no meaning for it is left out. */
@@ -50,11 +54,19 @@ export interface Availability {
   readonly details: Readonly<Record<string, string>>;
 }
 
-export interface AttentionInputs<T extends TensorView = TensorView> {
+/** What a call may have beside q, k and v. */
+export interface SideInputs {
+  readonly attnMask?: TensorView;
+  /** `[Hq]`, see `AttentionProblem.sinks`. */
+  readonly sinks?: TensorView;
+  /** bool `[B,Hq,ceil(Lq/rows),ceil(Lk/keys)]`, see `AttentionProblem.blocks`. */
+  readonly blockMap?: TensorView;
+}
+
+export interface AttentionInputs<T extends TensorView = TensorView> extends SideInputs {
   readonly q: T;
   readonly k: T;
   readonly v: T;
-  readonly attnMask?: TensorView;
 }
 
 export interface AttentionOutputs<T extends TensorView = TensorView> {
@@ -136,12 +148,7 @@ export interface PreparedKeyValue {
   /** Tokens held. */
   readonly length: number;
   append(k: TensorView, v: TensorView, problem: AttentionProblem, context: KeyValueContext): Promise<void>;
-  attend(
-    q: TensorView,
-    problem: AttentionProblem,
-    attnMask: TensorView | undefined,
-    context: RunContext,
-  ): Promise<AttentionOutputs>;
+  attend(q: TensorView, problem: AttentionProblem, side: SideInputs, context: RunContext): Promise<AttentionOutputs>;
   dispose(): void;
 }
 

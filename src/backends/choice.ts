@@ -6,7 +6,7 @@ import type { AttentionOptions, BackendName } from '../attention/options.ts';
 import type { AttentionProblem } from '../attention/problem.ts';
 import { InvalidArgumentError, reading, UnsupportedOptionError } from '../errors.ts';
 import { copyOfCpu, type Tensor, type TensorView, validateData } from '../tensor/tensor.ts';
-import type { AttentionInputs, Backend, KernelChoice, KernelDescriptor, RunContext } from './backend.ts';
+import type { AttentionInputs, Backend, KernelChoice, KernelDescriptor, RunContext, SideInputs } from './backend.ts';
 
 /** The value asked for, or the kernel's default, by the option's name; nothing where the option has no meaning. */
 function pick<N extends 'qkQuantGran' | 'pvAccumDtype' | 'scaleSearch'>(
@@ -24,23 +24,37 @@ function pick<N extends 'qkQuantGran' | 'pvAccumDtype' | 'scaleSearch'>(
 
 const written = (value: unknown) => (typeof value === 'string' ? `'${value}'` : `${value}`);
 
+/** What of a problem not every kernel computes. */
+export type ProblemFeatures = Pick<AttentionProblem, 'headDim' | 'valueDim'> &
+  Partial<Pick<AttentionProblem, 'sinks' | 'blocks'>>;
+
+/** The argument that keeps a kernel from a problem, with what it takes and what it was given; undefined: nothing does. */
+export function obstacleTo(
+  { maxHeadDim, sinks = false, blockMask = false }: KernelDescriptor,
+  problem: ProblemFeatures,
+): readonly [argument: string, taken: string, received: string] | undefined {
+  for (const [argument, size] of [
+    ['q', problem.headDim],
+    ['v', problem.valueDim],
+  ] as const) {
+    if (size > maxHeadDim) return [argument, `head dims up to ${maxHeadDim}`, String(size)];
+  }
+  if (problem.sinks !== undefined && !sinks) return ['options.sinks', 'no sinks', 'a tensor'];
+  if (problem.blocks !== undefined && !blockMask) return ['options.blockMask', 'no block mask', 'a block mask'];
+  return undefined;
+}
+
 /**
  * @throws {UnsupportedOptionError} naming the option that the kernel does not honour
  */
 export function chooseOptions(
   descriptor: KernelDescriptor,
-  problem: Pick<AttentionProblem, 'headDim' | 'valueDim'>,
+  problem: ProblemFeatures,
   options: AttentionOptions,
 ): KernelChoice {
-  const { name, smoothV, smoothQ, maxHeadDim } = descriptor;
-  for (const [argument, size] of [
-    ['q', problem.headDim],
-    ['v', problem.valueDim],
-  ] as const) {
-    if (size > maxHeadDim) {
-      throw new UnsupportedOptionError(name, argument, `head dims up to ${maxHeadDim}`, String(size));
-    }
-  }
+  const { name, smoothV, smoothQ } = descriptor;
+  const obstacle = obstacleTo(descriptor, problem);
+  if (obstacle !== undefined) throw new UnsupportedOptionError(name, ...obstacle);
   if (options.smoothV === true && !smoothV) {
     throw new UnsupportedOptionError(name, 'options.smoothV', 'false', 'true');
   }
@@ -103,11 +117,59 @@ export function chooseKernel(
  *
  * @throws {InvalidArgumentError} naming the tensor that its array does not hold, or whose array was transferred
  */
-export function takeInputs<T extends TensorView>({ q, k, v, attnMask }: AttentionInputs<T>): AttentionInputs<T> {
+export function takeInputs<T extends TensorView>(inputs: AttentionInputs<T>): AttentionInputs<T> {
   return reading('q, k or v', () => {
+    const { q, k, v, ...side } = inputs;
     const own = { q: takeTensor('q', q), k: takeTensor('k', k), v: takeTensor('v', v) };
-    return attnMask === undefined ? own : { ...own, attnMask: takeTensor('options.attnMask', attnMask) };
+    return withSide(own, mapSide(side, takeTensor));
   });
+}
+
+/** Where an error says that an input is. */
+const SIDE_ARGUMENTS: Readonly<Record<keyof SideInputs, string>> = {
+  attnMask: 'options.attnMask',
+  sinks: 'options.sinks',
+  blockMap: 'options.blockMask.map',
+};
+export const SIDE_NAMES = Object.keys(SIDE_ARGUMENTS) as readonly (keyof SideInputs)[];
+
+/** Each input that is there, made anew by `make`. */
+export function mapSide(side: SideInputs, make: (argument: string, view: TensorView) => TensorView): SideInputs {
+  const made: { -readonly [name in keyof SideInputs]: SideInputs[name] } = {};
+  for (const name of SIDE_NAMES) {
+    const view = side[name];
+    if (view !== undefined) made[name] = make(SIDE_ARGUMENTS[name], view);
+  }
+  return made;
+}
+
+/** V8 spreads objects slowly, and most calls have nothing beside q, k and v. */
+const withSide = <T extends TensorView>(own: Pick<AttentionInputs<T>, 'q' | 'k' | 'v'>, side: SideInputs) => {
+  for (const _ in side) return { ...own, ...side };
+  return own;
+};
+
+/** What options hold beside q, k and v. */
+export function sideOf({ attnMask, sinks, blockMask }: AttentionOptions): SideInputs {
+  if (attnMask === undefined && sinks === undefined && blockMask === undefined) return NOTHING;
+  return {
+    ...(attnMask && { attnMask }),
+    ...(sinks && { sinks }),
+    ...(blockMask && { blockMap: blockMask.map }),
+  };
+}
+const NOTHING: SideInputs = {};
+
+/** Options with these in place of their own. */
+export function withSideOptions<O extends AttentionOptions>(options: O, { attnMask, sinks, blockMap }: SideInputs): O {
+  if (attnMask === undefined && sinks === undefined && blockMap === undefined) return options;
+  const { blockMask } = options;
+  return {
+    ...options,
+    ...(attnMask && { attnMask }),
+    ...(sinks && { sinks }),
+    ...(blockMask && blockMap && { blockMask: { ...blockMask, map: blockMap } }),
+  };
 }
 
 /** One tensor of {@link takeInputs}. */
@@ -115,10 +177,12 @@ export const takeTensor = <T extends TensorView>(argument: string, view: T): T =
   view.location === 'cpu' ? (validateData(argument, view as unknown as Tensor) as unknown as T) : view;
 
 /** Inputs that cannot change while the call waits: CPU tensors are copied. */
-export function keepInputs<T extends TensorView>({ q, k, v, attnMask }: AttentionInputs<T>): AttentionInputs<T> {
-  const own = { q: copyOfCpu(q), k: copyOfCpu(k), v: copyOfCpu(v) };
-  return attnMask === undefined ? own : { ...own, attnMask: copyOfCpu(attnMask) };
+export function keepInputs<T extends TensorView>({ q, k, v, ...side }: AttentionInputs<T>): AttentionInputs<T> {
+  return withSide({ q: copyOfCpu(q), k: copyOfCpu(k), v: copyOfCpu(v) }, keepSide(side));
 }
+
+/** Likewise what is beside q, k and v. */
+export const keepSide = (side: SideInputs): SideInputs => mapSide(side, (_, view) => copyOfCpu(view));
 
 /** Options that belong to one run and not to a plan. */
 export const RUN_OPTIONS = ['signal', 'stream'] as const;

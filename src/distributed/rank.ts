@@ -162,7 +162,12 @@ class Rank {
         returnLse: true,
         ...(attnMask && { attnMask }),
       });
-      const made = await prepared.attend(rows, { ...problem, band }, attnMask, context);
+      const made = await prepared.attend(
+        rows,
+        { ...problem, band },
+        attnMask === undefined ? {} : { attnMask },
+        context,
+      );
       const { output, lse } = made as { output: TensorView; lse: TensorView };
       this.#own.push(output, lse);
       parts.push({ queries, output, lse });

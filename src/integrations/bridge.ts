@@ -6,10 +6,13 @@ import type { WebgpuBackend } from '../backends/webgpu/index.ts';
 import type { GpuTensor } from '../backends/webgpu/tensor.ts';
 
 /** Options of `sageattn` that say something about an engine's tensors: where they live says which backend runs. */
-export type BridgeOptions = Omit<AttentionOptions, 'attnMask' | 'returnLse' | 'stream' | 'backend'>;
+export type BridgeOptions = Omit<
+  AttentionOptions,
+  'attnMask' | 'sinks' | 'blockMask' | 'returnLse' | 'stream' | 'backend'
+>;
 
 const TAKEN = OPTION_NAMES.filter(
-  (name) => name !== 'returnLse' && name !== 'stream' && name !== 'out' && name !== 'backend',
+  (name) => !['sinks', 'blockMask', 'returnLse', 'stream', 'out', 'backend'].includes(name),
 );
 
 /** @throws {InvalidArgumentError} an unknown option or a wrong value */

@@ -27,6 +27,39 @@ describe(`exact attention (seed ${seed})`, () => {
     );
   });
 
+  it('agrees with it about sinks and blocks', () => {
+    fc.assert(
+      fc.property(denseCall, fc.constantFrom(16, 32), fc.constantFrom(16, 48), (call, rows, keys) => {
+        const random = new Random(call.seed);
+        const { q, k, v } = call;
+        const [batch, heads, lq] = q.shape as [number, number, number];
+        const shape = [
+          random.uniform() < 0.5 ? 1 : batch,
+          heads,
+          Math.ceil(lq / rows),
+          Math.ceil((k.shape[2] as number) / keys),
+        ];
+        const length = shape.reduce((product, size) => product * size, 1);
+        const map = tensor(
+          Uint8Array.from({ length }, () => (random.uniform() < 0.6 ? 1 : 0)),
+          shape,
+        );
+        const sinks = tensor(
+          Float32Array.from({ length: heads }, () =>
+            random.uniform() < 0.2 ? Number.NEGATIVE_INFINITY : random.normal(),
+          ),
+          [heads],
+        );
+        const options = { ...call.options, sinks, blockMask: { rows, keys, map } };
+        const { output, lse } = exactAttention(q, k, v, { ...options, returnLse: true });
+        const expected = naiveAttention(q, k, v, options);
+        expect(compare(output, expected.output).maxAbsoluteError).toBeLessThan(1e-12);
+        expect(compare(lse ?? [], expected.lse).maxAbsoluteError).toBeLessThan(1e-12);
+      }),
+      settings,
+    );
+  });
+
   it('is unchanged when a constant is taken from all keys of a sequence', () => {
     fc.assert(
       fc.property(denseCall, fc.double({ min: -4, max: 4, noNaN: true }), ({ q, k, v, options }, constant) => {

@@ -1,6 +1,6 @@
 /** Exact attention in float64: the oracle that every kernel is compared with. */
 import { type AttentionProblem, lseShapeOf, outputLayoutOf, outputShapeOf, sequencesOf } from '../attention/problem.ts';
-import { operandToFloat32 } from '../tensor/access.ts';
+import { decodeRun, operandToFloat32 } from '../tensor/access.ts';
 import { elementCount, type Tensor } from '../tensor/tensor.ts';
 import { biasReader } from './visibility.ts';
 
@@ -10,6 +10,8 @@ export interface ReferenceInputs {
   readonly k: Tensor;
   readonly v: Tensor;
   readonly attnMask?: Tensor | undefined;
+  readonly sinks?: Tensor | undefined;
+  readonly blockMap?: Tensor | undefined;
 }
 
 /** Results in float64, contiguous, in the layouts that `outputShapeOf` and `lseShapeOf` give. */
@@ -38,6 +40,35 @@ export function readOperands(
     queryTokens,
     keyTokens,
   };
+}
+
+/** The sink of each query head: -Infinity, which adds nothing, where there is none. */
+export function sinkValues({ queryHeads, sinks: layout }: AttentionProblem, sinks: Tensor | undefined): Float32Array {
+  const values = new Float32Array(queryHeads).fill(Number.NEGATIVE_INFINITY);
+  if (layout !== undefined && sinks !== undefined) {
+    decodeRun(sinks, layout.offset, layout.stride, queryHeads, values, 0);
+  }
+  return values;
+}
+
+/**
+ * Adds a sink to the sum of a row's softmax, in place: what attends to it is lost to the output.
+ *
+ * @param lse of the row without it
+ * @returns the logsumexp with it
+ */
+export function addSink(output: Float64Array, lse: number, sink: number): number {
+  if (sink === Number.NEGATIVE_INFINITY) return lse;
+  const largest = Math.max(lse, sink);
+  if (!Number.isFinite(largest)) {
+    output.fill(Number.isNaN(largest) ? Number.NaN : 0);
+    return largest;
+  }
+  const total = largest + Math.log(Math.exp(lse - largest) + Math.exp(sink - largest));
+  const share = Math.exp(lse - total);
+  // A row that saw nothing has zeros already.
+  for (let d = 0; d < output.length; d++) output[d] = (output[d] as number) * share;
+  return total;
 }
 
 /**
@@ -69,7 +100,7 @@ export function dot(a: Float32Array, aStart: number, b: Float32Array, bStart: nu
 
 /**
  * softmax(softcap(Q K^T smScale) + bias) V in float64, for every semantics of an {@link AttentionProblem}: bands,
- * boolean and additive masks, grouped heads, varlen, any strides, lengths of 0. Excluded positions are not read, so
+ * boolean and additive masks, maps of blocks, sinks, grouped heads, varlen, any strides, lengths of 0. Excluded positions are not read, so
  * that a NaN there does not reach the output. A row that sees no key gives 0 and an LSE of -Infinity.
  *
  * Time is O(Hq Lq Lk D); memory beyond the operands is O(Lk).
@@ -80,7 +111,8 @@ export function attentionExact(problem: AttentionProblem, inputs: ReferenceInput
   const output = new Float64Array(elementCount(outputShapeOf(problem)));
   const lse = new Float64Array(elementCount(lseShapeOf(problem)));
   const layout = outputLayoutOf(problem);
-  const readBias = biasReader(problem, inputs.attnMask);
+  const readBias = biasReader(problem, inputs.attnMask, inputs.blockMap);
+  const sinks = sinkValues(problem, inputs.sinks);
   const bias = new Float32Array(problem.keyLength);
   const scores = new Float64Array(problem.keyLength);
   const accumulator = new Float64Array(valueDim);
@@ -120,7 +152,8 @@ export function attentionExact(problem: AttentionProblem, inputs: ReferenceInput
         const token = sequence.queryStart + row;
         const queryToken = (batch * queryHeads + head) * queryTokens + token;
         readBias(sequence, head, row, bias);
-        lse[queryToken] = attendRow(queryToken * headDim, keyToken * headDim, keyToken * valueDim, sequence.keyLength);
+        const own = attendRow(queryToken * headDim, keyToken * headDim, keyToken * valueDim, sequence.keyLength);
+        lse[queryToken] = addSink(accumulator, own, sinks[head] as number);
         output.set(
           accumulator,
           sequence.index * layout.batchStride + head * layout.headStride + token * layout.tokenStride,

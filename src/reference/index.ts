@@ -103,8 +103,12 @@ function inputsOf(q: Tensor, k: Tensor, v: Tensor, options: ExactOptions): Refer
   requireCpu('k', k);
   requireCpu('v', v);
   const attnMask = options.attnMask as Tensor | undefined;
+  const sinks = options.sinks as Tensor | undefined;
+  const blockMap = options.blockMask?.map as Tensor | undefined;
   if (attnMask !== undefined) requireCpu('options.attnMask', attnMask);
-  return { q, k, v, attnMask };
+  if (sinks !== undefined) requireCpu('options.sinks', sinks);
+  if (blockMap !== undefined) requireCpu('options.blockMask.map', blockMap);
+  return { q, k, v, attnMask, sinks, blockMap };
 }
 
 function resultOf(problem: AttentionProblem, { output, lse }: ReferenceOutputs): ReferenceResult {

@@ -36,7 +36,7 @@ import { E4M3_MAX, e4m3ToNumber, roundToE4m3 } from '../tensor/formats/float8.ts
 import { roundToFloat16 } from '../tensor/formats/float16.ts';
 import { elementCount } from '../tensor/tensor.ts';
 import { accumulateTile, accumulationOf } from './accumulators.ts';
-import { capped, type ReferenceInputs, type ReferenceOutputs, readOperands } from './exact.ts';
+import { addSink, capped, type ReferenceInputs, type ReferenceOutputs, readOperands, sinkValues } from './exact.ts';
 import { biasReader, rowClasses } from './visibility.ts';
 
 /** What decides the numbers of FP4. */
@@ -542,7 +542,9 @@ export function attentionQuantized(
   const output = new Float64Array(elementCount(outputShapeOf(problem)));
   const lse = new Float64Array(elementCount(lseShapeOf(problem)));
   const layout = outputLayoutOf(problem);
-  const readBias = biasReader(problem, inputs.attnMask);
+  const readBias = biasReader(problem, inputs.attnMask, inputs.blockMap);
+  const readCounted = biasReader(problem, inputs.attnMask);
+  const sinks = sinkValues(problem, inputs.sinks);
   const bias = new Float32Array(problem.keyLength);
   const rowOutput = new Float64Array(valueDim);
   const attend = rowAttention(problem, algorithm);
@@ -560,7 +562,7 @@ export function attentionQuantized(
       const at = firstRowOf(head);
       return prepareQuery(q.slice(at * headDim, (at + sequence.queryLength) * headDim), headDim, algorithm);
     });
-    for (const { counted, rows } of rowClasses(problem, sequence, heads, readBias, key, value)) {
+    for (const { counted, rows } of rowClasses(problem, sequence, heads, readCounted, key, value)) {
       const prepared = {
         ...prepareKey(key, headDim, algorithm, counted),
         value: quantizeValue(value, valueDim, algorithm, counted),
@@ -568,7 +570,8 @@ export function attentionQuantized(
       for (const { head, row } of rows) {
         readBias(sequence, head, row, bias);
         const query = queries[head - kvHead * headsPerKv] as PreparedQuery;
-        lse[firstRowOf(head) + row] = attend(row, bias, query, prepared, rowOutput);
+        const own = attend(row, bias, query, prepared, rowOutput);
+        lse[firstRowOf(head) + row] = addSink(rowOutput, own, sinks[head] as number);
         const token = sequence.queryStart + row;
         const at = sequence.index * layout.batchStride + head * layout.headStride + token * layout.tokenStride;
         output.set(rowOutput, at);

@@ -4,6 +4,24 @@ import { type AttentionProblem, MASK_HIDES_BELOW, type Sequence } from '../atten
 import { decodeRun } from '../tensor/access.ts';
 import type { Tensor } from '../tensor/tensor.ts';
 
+/** Excludes keys of blocks that the map lacks. */
+function hideAbsentBlocks(
+  { blocks }: AttentionProblem,
+  blockMap: Tensor,
+  { index, keyLength }: Sequence,
+  head: number,
+  row: number,
+  bias: Float32Array,
+): void {
+  if (blocks === undefined) return;
+  const { rows, keys, offset, strides } = blocks;
+  const start = offset + index * strides[0] + head * strides[1] + Math.floor(row / rows) * strides[2];
+  for (let first = 0, block = 0; first < keyLength; first += keys, block++) {
+    if (blockMap.data[start + block * strides[3]] !== 0) continue;
+    bias.fill(Number.NEGATIVE_INFINITY, first, Math.min(first + keys, keyLength));
+  }
+}
+
 /**
  * Fills `bias[0..keyLength)` for row `row` of query head `head`: -Infinity for keys that band or mask exclude, the
  * additive mask's value or 0 for the others. Returns the bias below which a key counts as hidden ({@link
@@ -13,8 +31,13 @@ export type BiasReader = (sequence: Sequence, head: number, row: number, bias: F
 
 /**
  * @param attnMask the mask tensor that `problem.mask` describes
+ * @param blockMap the map that `problem.blocks` describes; without it, what counts in means and scales
  */
-export function biasReader(problem: AttentionProblem, attnMask: Tensor | undefined): BiasReader {
+export function biasReader(
+  problem: AttentionProblem,
+  attnMask: Tensor | undefined,
+  blockMap?: Tensor | undefined,
+): BiasReader {
   const { mask } = problem;
   return (sequence, head, row, bias) => {
     const { keyLength, index } = sequence;
@@ -35,6 +58,7 @@ export function biasReader(problem: AttentionProblem, attnMask: Tensor | undefin
     const end = Math.min(Math.max(row + upper + 1, first), keyLength);
     bias.fill(Number.NEGATIVE_INFINITY, 0, first);
     bias.fill(Number.NEGATIVE_INFINITY, end, keyLength);
+    if (blockMap !== undefined) hideAbsentBlocks(problem, blockMap, sequence, head, row, bias);
     return largest - MASK_HIDES_BELOW;
   };
 }

@@ -53,6 +53,8 @@ export interface Dense {
   /** Changes values in place; arrays are `[B,H,L,D]` row-major. */
   edit?(values: Values, size: Size, random: Random): void;
   mask?(size: Size, random: Random): Tensor;
+  /** Options that are tensors of the case's size. */
+  made?(size: Size, random: Random): AttentionOptions;
 }
 export type Size = Required<Pick<Dense, 'dtype' | 'layout' | 'batch' | 'heads' | 'kvHeads' | 'lq' | 'lk' | 'd' | 'dv'>>;
 export interface Values {
@@ -115,6 +117,7 @@ export function dense(group: string, name: string, spec: Dense): ConformanceCase
         ...spec.options,
         tensorLayout: size.layout,
         ...(spec.mask === undefined ? {} : { attnMask: spec.mask(size, random) }),
+        ...spec.made?.(size, random),
       };
       return {
         q: arrange(values.q, size, heads, lq, d),

@@ -16,6 +16,8 @@ const DESCRIPTOR: KernelDescriptor = {
   smoothV: false,
   smoothQ: [false],
   maxHeadDim: 256,
+  sinks: true,
+  blockMask: true,
 };
 
 describeConformance(

@@ -5,6 +5,7 @@
 import fc from 'fast-check';
 import type { AttentionOptions } from '../../src/attention/options.ts';
 import { type AttentionProblem, createProblem, createVarlenProblem } from '../../src/attention/problem.ts';
+import { getBackend } from '../../src/backends/registry.ts';
 import {
   type AttentionResult,
   createAttention,
@@ -24,6 +25,7 @@ import { Random } from '../support/random.ts';
 import { snapshot } from '../support/tensors.ts';
 import { arbitraryCase, CASES, type CaseInputs, type ConformanceCase } from './cases.ts';
 import { classErrors } from './row-classes.ts';
+import { SPARSE_CASES, sparseBehaviours } from './sparse.ts';
 import { CACHE_EDITS, CACHE_PADDING, VISIBILITY_CASES, type VisibilityGroup } from './visibility-cases.ts';
 
 /** A kernel with one setting of its options, and the accuracy that it must reach. */
@@ -114,6 +116,8 @@ const referenceInputs = ({ q, k, v, options }: CaseInputs) => ({
   k,
   v,
   attnMask: options.attnMask as Tensor | undefined,
+  sinks: options.sinks as Tensor | undefined,
+  blockMap: options.blockMask?.map as Tensor | undefined,
 });
 
 /** Rows (of the last dimension) in which the exact result has a NaN or an infinity. */
@@ -315,6 +319,23 @@ export async function checkMeasured(
   }
 }
 
+/** The option of a call that the target's kernel does not take, by what its backend says. */
+async function refusedOption({ backend, kernel }: Target, { sinks, blockMask }: AttentionOptions) {
+  const descriptor = (await getBackend(backend)).kernels.find(({ name }) => name === kernel);
+  if (sinks !== undefined && descriptor?.sinks !== true) return 'options.sinks';
+  return blockMask !== undefined && descriptor?.blockMask !== true ? 'options.blockMask' : undefined;
+}
+
+/** A kernel that does not take an option must say so: an option is never ignored. */
+async function checkRefused(target: Target, inputs: CaseInputs, argument: string): Promise<void> {
+  const error = await attend(target, inputs).then(
+    () => undefined,
+    (reason: { code?: string; argument?: string }) => reason,
+  );
+  const refused = error?.code === 'unsupported-option' && error.argument === argument;
+  check(refused, () => `${argument}, which the kernel does not take, gave ${error ?? 'an output'}`);
+}
+
 /** Runs one case and compares with exact attention. */
 export const runCase = (target: Target, testCase: ConformanceCase, seed: number): Promise<void> =>
   checkMeasured((again) => measureCase(target, testCase, again), seed);
@@ -323,6 +344,11 @@ export const runCase = (target: Target, testCase: ConformanceCase, seed: number)
 export async function measureCase(target: Target, testCase: ConformanceCase, seed: number): Promise<Measured[]> {
   const inputs = testCase.make(new Random(seed));
   const problem = problemOf(inputs);
+  const refused = await refusedOption(target, inputs.options);
+  if (refused !== undefined) {
+    await checkRefused(target, inputs, refused);
+    return [];
+  }
   const before = [inputs.q, inputs.k, inputs.v].map(snapshot);
   const { output, lse } = await attend(target, inputs);
 
@@ -456,6 +482,17 @@ function behaviours(target: Target, seed: number): ConformanceTest[] {
     ...(target.exceptions?.includes('cache padding')
       ? []
       : [{ name: 'cache: what its padding holds changes no bit', run: () => checkPaddingIsNothing(target, seed) }]),
+    ...sparseBehaviours(
+      (inputs) => attend(target, inputs),
+      optionsOf(target, {}),
+      () => new Random(seed),
+    ).map(({ name, run }) => ({
+      name,
+      async run() {
+        const all = { sinks: fullCase().q, blockMask: { rows: 16, keys: 16, map: fullCase().q } };
+        if ((await refusedOption(target, all)) === undefined) await run();
+      },
+    })),
     {
       name: `random problems (fast-check, seed ${seed})`,
       async run() {
@@ -761,9 +798,11 @@ async function checkInputsAreTaken(target: Target, seed: number): Promise<void> 
 /** Every test of the suite for one target. */
 export function conformanceTests(target: Target, seed: number): ConformanceTest[] {
   const { maxWork = Number.POSITIVE_INFINITY, largestV = Number.POSITIVE_INFINITY, exceptions = [] } = target;
-  const cases = [...CASES, ...VISIBILITY_CASES.filter(({ group }) => !exceptions.includes(group))].filter(
-    (testCase) => testCase.work <= maxWork && testCase.largestV <= largestV,
-  );
+  const cases = [
+    ...CASES,
+    ...SPARSE_CASES,
+    ...VISIBILITY_CASES.filter(({ group }) => !exceptions.includes(group)),
+  ].filter((testCase) => testCase.work <= maxWork && testCase.largestV <= largestV);
   return [
     ...cases.map((testCase, i) => ({
       name: `${testCase.group}: ${testCase.name}`,

@@ -16,6 +16,8 @@ const KERNEL: KernelDescriptor = {
   smoothV: true,
   smoothQ: [false, 'block', 'sequence'],
   maxHeadDim: 256,
+  sinks: true,
+  blockMask: true,
 };
 
 function attend(problem: AttentionProblem, inputs: ReferenceInputs): AttentionOutputs {
@@ -53,10 +55,10 @@ export function exactBackend(name: BackendName = 'wasm'): Backend & { calls: num
         append: async () => {
           throw new Error('nobody appends to these');
         },
-        attend: async (q, problem, attnMask) => {
+        attend: async (q, problem, side) => {
           backend.calls++;
           const located = { ...problem, k: prepared.k, v: prepared.v };
-          return attend(located, { q: q as Tensor, ...held, attnMask: attnMask as Tensor | undefined });
+          return attend(located, { q, ...held, ...side } as ReferenceInputs);
         },
         dispose: () => {
           backend.disposed++;

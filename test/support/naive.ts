@@ -19,11 +19,17 @@ function reader(view: Tensor): Read {
 function bias(options: AttentionOptions, shift: number): Read {
   const mask = options.attnMask as Tensor | undefined;
   const read = mask === undefined ? () => 0 : reader(mask);
+  const { blockMask } = options;
+  const readBlock = blockMask === undefined ? () => 1 : reader(blockMask.map as Tensor);
+  const { rows, keys } = blockMask ?? { rows: 1, keys: 1 };
+  const isAbsent = (b: number, h: number, i: number, j: number) =>
+    readBlock(b, h, Math.floor(i / rows), Math.floor(j / keys)) === 0;
   const side = (size: number | undefined) => (size === undefined || size === -1 ? Number.POSITIVE_INFINITY : size);
   const [left, right] = [side(options.windowSize?.[0]), side(options.windowSize?.[1])];
   return (b, h, i, j) => {
     const distance = (j as number) - ((i as number) + shift);
     if ((options.isCausal && distance > 0) || -distance > left || distance > right) return Number.NEGATIVE_INFINITY;
+    if (isAbsent(b as number, h as number, i as number, j as number)) return Number.NEGATIVE_INFINITY;
     const value = read(b as number, h as number, i as number, j as number);
     if (mask?.dtype !== 'bool') return value;
     return value === 0 ? Number.NEGATIVE_INFINITY : 0;
@@ -52,6 +58,7 @@ export function naiveAttention(
     );
     return softcap === 0 ? raw * smScale : softcap * Math.tanh((raw * smScale) / softcap);
   };
+  const sinkOf = options.sinks === undefined ? () => Number.NEGATIVE_INFINITY : reader(options.sinks as Tensor);
   const output: number[] = [];
   const lse: number[] = [];
   for (const b of range(batch)) {
@@ -59,7 +66,7 @@ export function naiveAttention(
       for (const i of range(queryLength)) {
         const seen = range(keyLength).filter((j) => readBias(b, h, i, j) > Number.NEGATIVE_INFINITY);
         const weights = seen.map((j) => Math.exp(score(b, h, i, j) + readBias(b, h, i, j)));
-        const total = sum(weights);
+        const total = sum(weights) + Math.exp(sinkOf(h));
         lse.push(Math.log(total));
         for (const d of range(valueDim)) {
           const kv = Math.floor(h / (queryHeads / kvHeads));

@@ -1,16 +1,22 @@
 /** The quantized algorithm in plain TypeScript as a backend: what the conformance suite is itself tested with. */
 import { attentionOutputs } from '../../src/attention/outputs.ts';
 import { type AttentionProblem, lseShapeOf, outputShapeOf } from '../../src/attention/problem.ts';
-import type { AttentionOutputs, Backend, KernelChoice, KernelDescriptor } from '../../src/backends/backend.ts';
+import type {
+  AttentionInputs,
+  AttentionOutputs,
+  Backend,
+  KernelChoice,
+  KernelDescriptor,
+} from '../../src/backends/backend.ts';
 import { attentionQuantized, type QuantizedAlgorithm } from '../../src/reference/quantized.ts';
 import { toFloat32, writeValues } from '../../src/tensor/access.ts';
-import { contiguousStrides, emptyTensor, type Tensor, type TensorView, transpose } from '../../src/tensor/tensor.ts';
+import { contiguousStrides, emptyTensor, type Tensor, transpose } from '../../src/tensor/tensor.ts';
 
 function compute(
   algorithm: QuantizedAlgorithm,
   problem: AttentionProblem,
   choice: KernelChoice,
-  inputs: { q: TensorView; k: TensorView; v: TensorView; attnMask?: TensorView | undefined },
+  inputs: AttentionInputs,
 ): AttentionOutputs {
   const { smoothK } = choice;
   const { output, lse } = attentionQuantized(problem, inputs as Parameters<typeof attentionQuantized>[1], {
@@ -67,14 +73,14 @@ export function referenceBackend(descriptor: KernelDescriptor, algorithm: Quanti
         async append(moreK, moreV) {
           held = { k: concatenate(held.k, moreK as Tensor, order), v: concatenate(held.v, moreV as Tensor, order) };
         },
-        async attend(q, problem, attnMask) {
+        async attend(q, problem, side) {
           const operand = ({ strides, offset }: Tensor) => {
             const [batchStride, headStride, tokenStride] = transpose({ ...k, strides, offset, shape: strides }, order)
               .strides as [number, number, number];
             return { offset, batchStride, headStride, tokenStride };
           };
           const located = { ...problem, k: operand(held.k), v: operand(held.v) };
-          return compute(algorithm, located, kernel, { q, ...held, attnMask });
+          return compute(algorithm, located, kernel, { q, ...held, ...side });
         },
         dispose() {},
       };

@@ -9,12 +9,17 @@ import type { CapturedAttention } from './run/captured.ts';
 import type { CudaTensor } from './tensor.ts';
 
 /** Options of {@link captureAttention}: the options of `sageattn` that do not belong to one run. */
-export type CaptureOptions = Omit<AttentionOptions, 'attnMask' | 'backend' | 'signal' | 'stream'> & {
+export type CaptureOptions = Omit<
+  AttentionOptions,
+  'attnMask' | 'sinks' | 'blockMask' | 'backend' | 'signal' | 'stream'
+> & {
   /** Packed sequences, as `sageattnVarlen` takes them. */
   readonly cuSeqlens?: { readonly q: ArrayLike<number>; readonly k: ArrayLike<number> };
 };
 
-const TAKEN = OPTION_NAMES.filter((name) => !['attnMask', 'backend', 'signal', 'stream', 'out'].includes(name));
+const TAKEN = OPTION_NAMES.filter(
+  (name) => !['attnMask', 'sinks', 'blockMask', 'backend', 'signal', 'stream', 'out'].includes(name),
+);
 
 /**
  * Captures attention over these tensors into a CUDA graph. Each `launch` of the result replays quantization and

@@ -3,7 +3,14 @@ import { attentionOutputs } from '../../attention/outputs.ts';
 import type { AttentionProblem } from '../../attention/problem.ts';
 import { BYTES_PER_ELEMENT } from '../../tensor/dtype.ts';
 import { type OperandLayout, type Tensor, type TensorView, transpose } from '../../tensor/tensor.ts';
-import type { AttentionOutputs, KernelChoice, KeyValueContext, PreparedKeyValue, RunContext } from '../backend.ts';
+import type {
+  AttentionOutputs,
+  KernelChoice,
+  KeyValueContext,
+  PreparedKeyValue,
+  RunContext,
+  SideInputs,
+} from '../backend.ts';
 import { copyHeads, copyPeer, copyRows } from './driver/copy.ts';
 import type { CudaDevice } from './driver/device.ts';
 import type { DeviceMemory } from './driver/memory.ts';
@@ -374,7 +381,7 @@ export class CudaKeyValue implements PreparedKeyValue {
   async attend(
     q: TensorView,
     problem: AttentionProblem,
-    attnMask: TensorView | undefined,
+    { attnMask }: SideInputs,
     context: RunContext,
   ): Promise<AttentionOutputs> {
     const held = this.#overHeld(problem, this.#length);

@@ -137,7 +137,7 @@ describe.each(KINDS)('%s', (kind) => {
     const spoil = ({ data }: Tensor) => (data as Float32Array).fill(1e4);
     spoil(inputs.k);
     spoil(inputs.v);
-    const attended = (await cache).attend(inputs.q, problem, undefined, {});
+    const attended = (await cache).attend(inputs.q, problem, {}, {});
     spoil(inputs.q);
     const cached = toFloat32((await attended).output as Tensor);
     expect(compare(cached, expected[5] as Float64Array).relativeL1, seed).toBeLessThan(0.05);
@@ -204,13 +204,13 @@ describe.each(KINDS)('%s', (kind) => {
         expect(prepared.length).toBe(to);
         const options = { isCausal: true, causalAlignment: 'bottom-right', returnLse: true } as const;
         const problem = createProblem(q, ...part(0, to), options);
-        const { output, lse } = await prepared.attend(q, problem, undefined, {});
+        const { output, lse } = await prepared.attend(q, problem, {}, {});
         const exact = attentionExact(problem, { q, k: part(0, to)[0], v: part(0, to)[1] });
         expect(compare(toFloat32(output as Tensor), exact.output).relativeL1, seed).toBeLessThan(bound);
         expect(compare(toFloat32(lse as Tensor), exact.lse).maxAbsoluteError, seed).toBeLessThan(0.05);
       }
       prepared.dispose();
-      await expect(prepared.attend(q, problemOf(0, 300), undefined, {})).rejects.toThrow('disposed');
+      await expect(prepared.attend(q, problemOf(0, 300), {}, {})).rejects.toThrow('disposed');
     }
   });
 
@@ -235,11 +235,11 @@ describe.each(KINDS)('%s', (kind) => {
       const endless = endlessInputs();
       const calls: Promise<unknown>[] = [1, 2, 3, 4].map(() => run(on, endless));
       await turns();
-      calls.push(run(on, small), prepared.attend(small.q, problem, undefined, {}));
+      calls.push(run(on, small), prepared.attend(small.q, problem, {}, {}));
       await turns();
       await on.dispose();
       expect((await Promise.allSettled(calls)).map(codeOf)).toEqual(calls.map(() => 'disposed'));
-      await expect(prepared.attend(small.q, problem, undefined, {})).rejects.toMatchObject({ code: 'disposed' });
+      await expect(prepared.attend(small.q, problem, {}, {})).rejects.toMatchObject({ code: 'disposed' });
       await expect(prepared.append(small.k, small.v, problem, {})).rejects.toMatchObject({ code: 'disposed' });
       await turns();
       expect(workers).toHaveLength(perRuntime);
@@ -287,7 +287,7 @@ test.each(['threads', 'worker'] as const)(
         small.v,
         {},
       );
-      const attend = async () => toFloat32((await prepared.attend(small.q, problem, undefined, {})).output as Tensor);
+      const attend = async () => toFloat32((await prepared.attend(small.q, problem, {}, {})).output as Tensor);
       const attended = await attend();
       const endless = endlessInputs();
       const running = Promise.allSettled([run(on, endless), run(on, endless)]);

@@ -3,7 +3,7 @@ import { afterEach, describe, expect, test } from 'vitest';
 import { Random, runSeed } from '../../../test/support/random.ts';
 import type { AttentionOptions } from '../../attention/options.ts';
 import { createProblem } from '../../attention/problem.ts';
-import { attentionExact } from '../../reference/exact.ts';
+import { attentionExact, type ReferenceInputs } from '../../reference/exact.ts';
 import { compare } from '../../reference/metrics.ts';
 import { fromFloat32, toFloat32 } from '../../tensor/access.ts';
 import { elementCount, type Tensor, tensor } from '../../tensor/tensor.ts';
@@ -180,7 +180,7 @@ async function attend(inputs: AttentionInputs<Tensor>, options: AttentionOptions
   const outputs = await plan.run(operands, {});
   return {
     problem,
-    exact: attentionExact(problem, operands as AttentionInputs<Tensor> & { attnMask?: Tensor }),
+    exact: attentionExact(problem, operands as ReferenceInputs),
     output: toFloat32(outputs.output as Tensor),
     lse: toFloat32(outputs.lse as Tensor),
     dtype: outputs.output.dtype,

@@ -95,7 +95,7 @@ describe.each(relaxedRuns ? (['simd128', 'relaxed'] as const) : (['simd128'] as 
         await cache.append(ownK, ownV, problemOf(ownK, ownV), {});
       }
       const q = of(3);
-      const { output } = await cache.attend(q, createProblem(q, k, v, {}), undefined, {});
+      const { output } = await cache.attend(q, createProblem(q, k, v, {}), {}, {});
       // K and V alone in FP4: 0.11 was measured, where all of it in FP4 loses 0.165.
       expect(compare(toFloat32(output as Tensor), exactAttention(q, k, v).output).relativeL1).toBeLessThan(0.15);
       cache.dispose();

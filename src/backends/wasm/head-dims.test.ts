@@ -60,7 +60,7 @@ describe.each(relaxedRuns ? (['simd128', 'relaxed'] as const) : (['simd128'] as 
         // A cache makes other means and scales, to the same accuracy.
         if (options.windowSize !== undefined) return;
         const held = await backend.prepareKeyValue(problem, choice, k, v, {});
-        const attended = await held.attend(q, problem, undefined, {});
+        const attended = await held.attend(q, problem, {}, {});
         held.dispose();
         expect(compare(toFloat32(attended.output as Tensor), exact.output).relativeL1).toBeLessThan(bound);
       });

@@ -107,8 +107,8 @@ describe.each(BUILDS)('%s', (simd) => {
       const problemOf = (queries: Tensor) => createProblem(queries, k, v, { returnLse: true });
       const choice = chooseOptions(kernel, problemOf(q), kernel.name === 'qk-fp4-pv-fp4' ? { smoothQ: false } : {});
       const held = await backend.prepareKeyValue(problemOf(q), choice, k, v, {});
-      const many = await held.attend(q, problemOf(q), undefined, {});
-      const one = await held.attend(few, problemOf(few), undefined, {});
+      const many = await held.attend(q, problemOf(q), {}, {});
+      const one = await held.attend(few, problemOf(few), {}, {});
       held.dispose();
       const row = (outputs: typeof one, name: 'output' | 'lse') => {
         const found = outputs[name] as Tensor;

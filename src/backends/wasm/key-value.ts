@@ -3,7 +3,14 @@
 import { type AttentionProblem, keyMaskLayout } from '../../attention/problem.ts';
 import { ExecutionError } from '../../errors.ts';
 import type { TensorView } from '../../tensor/tensor.ts';
-import type { AttentionOutputs, KernelChoice, KeyValueContext, PreparedKeyValue, RunContext } from '../backend.ts';
+import type {
+  AttentionOutputs,
+  KernelChoice,
+  KeyValueContext,
+  PreparedKeyValue,
+  RunContext,
+  SideInputs,
+} from '../backend.ts';
 import { type Arithmetic, arithmeticOf, attendCall, flagsOf, workOf } from './calls.ts';
 import { type TileGeometry, tileGeometry } from './geometry.ts';
 import { BLOCK_K, FLAG_TILE_MEANS } from './job.ts';
@@ -204,7 +211,7 @@ export class WasmKeyValue implements PreparedKeyValue {
   attend(
     q: TensorView,
     problem: AttentionProblem,
-    attnMask: TensorView | undefined,
+    { attnMask }: SideInputs,
     context: RunContext,
   ): Promise<AttentionOutputs> {
     return this.#use(() =>

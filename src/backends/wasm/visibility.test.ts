@@ -101,7 +101,7 @@ describe.each(BUILDS)('%s', (simd) => {
         await cache.append(k, v, problem, {});
         from += count;
       }
-      const { output } = await cache.attend(inputs.q, problem, undefined, {});
+      const { output } = await cache.attend(inputs.q, problem, {}, {});
       cache.dispose();
       return error(
         toFloat32(output as Tensor),

@@ -111,7 +111,7 @@ describe(`WebGPU FP4, family ${family} (seed ${seed})`, () => {
     }
     const q = normals(random, [1, 2, 3, 128]);
     const whole = createProblem(q, k, v, {});
-    const { output } = await cache.attend(q, whole, undefined, {});
+    const { output } = await cache.attend(q, whole, {}, {});
     const { capabilities } = await backend.context();
     const { keys, values } = keyValueBytes(keyValueShapeOf(whole, choice, capabilities, 'rows', true));
     // Rows come in blocks of 64 tokens.

@@ -4,7 +4,14 @@ import { attentionOutputs } from '../../attention/outputs.ts';
 import { type AttentionProblem, keyMaskLayout, type MaskLayout } from '../../attention/problem.ts';
 import { ExecutionError } from '../../errors.ts';
 import type { TensorView } from '../../tensor/tensor.ts';
-import type { AttentionOutputs, KernelChoice, KeyValueContext, PreparedKeyValue, RunContext } from '../backend.ts';
+import type {
+  AttentionOutputs,
+  KernelChoice,
+  KeyValueContext,
+  PreparedKeyValue,
+  RunContext,
+  SideInputs,
+} from '../backend.ts';
 import type { GpuContext } from './device.ts';
 import { type Forced, keyValueLayoutOf } from './families/choose.ts';
 import { KEY_BLOCK } from './kernels/prepare.ts';
@@ -205,7 +212,7 @@ export class WebgpuKeyValue implements PreparedKeyValue {
   async attend(
     q: TensorView,
     problem: AttentionProblem,
-    attnMask: TensorView | undefined,
+    { attnMask }: SideInputs,
     run: RunContext,
   ): Promise<AttentionOutputs> {
     this.#check(run);

@@ -178,7 +178,7 @@ describe(`WebGPU backend (SAGEATTENTION_SEED=${seed})`, () => {
     const cache = await own.prepareKeyValue(problem, choice, k, v, {});
     (await own.context()).device.destroy();
     await (await own.context()).device.queue.onSubmittedWorkDone();
-    await expect(cache.attend(q, createProblem(q, k, v, {}), undefined, {})).rejects.toMatchObject({
+    await expect(cache.attend(q, createProblem(q, k, v, {}), {}, {})).rejects.toMatchObject({
       code: 'device-lost',
     });
     cache.dispose();
