@@ -83,9 +83,10 @@ function describeOutcome(name: string, outcome: Outcome, test: ReturnType<typeof
 
 const lavapipe = locateSoftwareGpu('lavapipe');
 try {
-  for (const runtime of ['deno', 'bun'] as const) {
-    describeOutcome(`${runtime}, WebAssembly`, await runProgram(runtime, program, ['wasm']));
-  }
+  const runtimes = ['deno', 'bun'] as const;
+  // At the same time: both wait for their threads now and then.
+  const outcomes = await Promise.all(runtimes.map((runtime) => runProgram(runtime, program, ['wasm'])));
+  for (const [i, outcome] of outcomes.entries()) describeOutcome(`${runtimes[i]}, WebAssembly`, outcome);
   describeOutcome(
     'deno, WebGPU on lavapipe',
     lavapipe === undefined
