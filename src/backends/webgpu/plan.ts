@@ -29,6 +29,15 @@ export interface PlanDetails {
   readonly compileMilliseconds: number;
 }
 
+/** What {@link WebgpuPlan.record} binds. */
+export interface RecordedBuffers {
+  readonly q: GPUBuffer;
+  readonly k: GPUBuffer;
+  readonly v: GPUBuffer;
+  readonly mask?: GPUBuffer;
+  readonly output: GPUBuffer;
+}
+
 interface Built {
   readonly context: GpuContext;
   readonly program: Program;
@@ -162,6 +171,20 @@ export class WebgpuPlan implements Plan {
     }
     program.encode(encoder, { ...program.ownScratch, ...buffers }, options);
     return made as AttentionOutputs<GpuTensor>;
+  }
+
+  /**
+   * Records the run into a compute pass of the caller's, over whole buffers that lie as the planned tensors do. Nothing is checked but
+   * that a buffer is there: `encode` is for those who have tensors. The pass keeps the last dispatch's pipeline and bind group.
+   *
+   * @internal
+   * @throws {ExecutionError} `device-lost`; `disposed`; a buffer that is missing
+   */
+  record(pass: GPUComputePassEncoder, buffers: RecordedBuffers): void {
+    if (this.#disposed) throw new ExecutionError('disposed', 'this plan has been disposed');
+    const { context, program } = this.#built;
+    if (context.lost !== undefined) throw context.lost;
+    program.record(pass, { ...program.ownScratch, ...buffers });
   }
 
   /** Runs under way end first. */

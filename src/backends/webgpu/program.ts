@@ -1,7 +1,7 @@
 /** A sequence of dispatches on a device: pipelines, tables and parameters, bind groups. */
 import { ExecutionError, SageAttentionError } from '../../errors.ts';
 import type { GpuContext } from './device.ts';
-import type { BufferName, Launch } from './launches/launch.ts';
+import type { Launch } from './launches/launch.ts';
 import { allocate, type BufferSizes, type Buffers } from './scratch.ts';
 import { GPU_BUFFER_USAGE } from './tensor.ts';
 
@@ -18,8 +18,14 @@ interface Dispatch {
 
 const UNIFORM_SLOT = 256;
 
-/** Bind groups of callers' buffers are kept for this many sets of buffers. */
-const BIND_GROUP_SETS = 8;
+/** Bind groups that are kept of each dispatch: callers whose buffers take turns bind a few dozen sets. */
+const KEPT_GROUPS = 32;
+
+interface KeptGroup {
+  /** What the dispatch binds, in the order of its bindings. */
+  readonly buffers: readonly (GPUBuffer | undefined)[];
+  readonly group: GPUBindGroup;
+}
 
 /** A sequence of dispatches over named buffers: the caller's, and scratch. */
 export class Program {
@@ -31,8 +37,8 @@ export class Program {
   readonly #uniforms: GPUBuffer;
   /** Scratch for callers' encoders, which are submitted nobody knows when. */
   #ownScratch: Buffers | undefined;
-  /** Bind groups by the buffers that they bind, most recently used last. */
-  readonly #sets: { readonly buffers: Buffers; readonly groups: readonly GPUBindGroup[] }[] = [];
+  /** Bind groups of each dispatch by the one or two callers' buffers that it binds, most recently used last. */
+  readonly #kept: KeptGroup[][];
 
   private constructor(
     context: GpuContext,
@@ -46,6 +52,7 @@ export class Program {
     this.scratch = scratch;
     this.#tables = tables;
     this.#uniforms = uniforms;
+    this.#kept = dispatches.map(() => []);
     context.owns(this);
   }
 
@@ -93,47 +100,58 @@ export class Program {
     return this.#ownScratch;
   }
 
-  /** Records all dispatches as one compute pass. Allocates nothing for sets of buffers that it has seen lately. */
+  /** Records all dispatches as one compute pass. Allocates nothing for buffers that it has seen lately. */
   encode(encoder: GPUCommandEncoder, buffers: Buffers, options: EncodeOptions = {}): void {
     const groups = this.#groups(buffers);
     const { timestampWrites } = options;
     const pass = encoder.beginComputePass(timestampWrites === undefined ? {} : { timestampWrites });
+    this.#dispatch(pass, groups);
+    pass.end();
+  }
+
+  /** Records all dispatches into a compute pass that is open; the pass keeps the last one's pipeline and bind group. */
+  record(pass: GPUComputePassEncoder, buffers: Buffers): void {
+    this.#dispatch(pass, this.#groups(buffers));
+  }
+
+  #dispatch(pass: GPUComputePassEncoder, groups: readonly GPUBindGroup[]): void {
     this.#dispatches.forEach(({ pipeline, launch }, i) => {
       pass.setPipeline(pipeline);
       pass.setBindGroup(0, groups[i] as GPUBindGroup);
       pass.dispatchWorkgroups(...launch.groups);
     });
-    pass.end();
   }
 
   #groups(buffers: Buffers): readonly GPUBindGroup[] {
-    const names = Object.keys(buffers) as BufferName[];
-    const at = this.#sets.findIndex((set) => names.every((name) => set.buffers[name] === buffers[name]));
-    const found = at < 0 ? undefined : this.#sets.splice(at, 1)[0];
-    const set = found ?? { buffers: { ...buffers }, groups: this.#bind({ ...buffers, tables: this.#tables }) };
-    this.#sets.push(set);
-    if (this.#sets.length > BIND_GROUP_SETS) this.#sets.shift();
-    return set.groups;
+    const all = { ...buffers, tables: this.#tables };
+    return this.#dispatches.map((dispatch, i) => {
+      const kept = this.#kept[i] as KeptGroup[];
+      const own = dispatch.launch.bindings.map(({ buffer }) => all[buffer]);
+      const at = kept.findIndex((entry) => entry.buffers.every((buffer, slot) => buffer === own[slot]));
+      const found = at < 0 ? undefined : kept.splice(at, 1)[0];
+      const entry = found ?? { buffers: own, group: this.#bind(dispatch, all) };
+      kept.push(entry);
+      if (kept.length > KEPT_GROUPS) kept.shift();
+      return entry.group;
+    });
   }
 
-  #bind(buffers: Buffers): GPUBindGroup[] {
-    return this.#dispatches.map(({ pipeline, launch, uniformOffset }) =>
-      this.#context.device.createBindGroup({
-        layout: pipeline.getBindGroupLayout(0),
-        entries: [
-          { binding: 0, resource: { buffer: this.#uniforms, offset: uniformOffset, size: launch.params.byteLength } },
-          ...launch.bindings.map(({ slot, buffer: name, start, end }) => {
-            const buffer = buffers[name];
-            if (buffer === undefined) throw new ExecutionError('execution-failed', `no buffer '${name}' for this run`);
-            // Spans of empty or tiny tensors reach past a buffer's end; the binding then ends with the buffer.
-            return {
-              binding: slot,
-              resource: { buffer, offset: start, size: Math.min(end, Math.floor(buffer.size / 4) * 4) - start },
-            };
-          }),
-        ],
-      }),
-    );
+  #bind({ pipeline, launch, uniformOffset }: Dispatch, buffers: Buffers): GPUBindGroup {
+    return this.#context.device.createBindGroup({
+      layout: pipeline.getBindGroupLayout(0),
+      entries: [
+        { binding: 0, resource: { buffer: this.#uniforms, offset: uniformOffset, size: launch.params.byteLength } },
+        ...launch.bindings.map(({ slot, buffer: name, start, end }) => {
+          const buffer = buffers[name];
+          if (buffer === undefined) throw new ExecutionError('execution-failed', `no buffer '${name}' for this run`);
+          // Spans of empty or tiny tensors reach past a buffer's end; the binding then ends with the buffer.
+          return {
+            binding: slot,
+            resource: { buffer, offset: start, size: Math.min(end, Math.floor(buffer.size / 4) * 4) - start },
+          };
+        }),
+      ],
+    });
   }
 
   dispose(): void {
@@ -142,7 +160,7 @@ export class Program {
     this.#ownScratch = undefined;
     this.#tables.destroy();
     this.#uniforms.destroy();
-    this.#sets.length = 0;
+    for (const kept of this.#kept) kept.length = 0;
   }
 }
 

@@ -13,6 +13,7 @@
 import { InvalidArgumentError } from '../../errors.ts';
 import { type SageAttentionOptions, validateSageAttentionOptions } from './options.ts';
 import type { CreateArguments, OrtModule, OrtSession, OrtSessionHandler } from './ort.ts';
+import { holdingEventLoop } from './session/event-loop.ts';
 import { type CreateSession, openModel } from './session/open.ts';
 import type { AttentionReport } from './session/report.ts';
 
@@ -129,7 +130,7 @@ async function open(
   options: SageAttentionOptions,
 ): Promise<OrtSession> {
   const warn = (message: string) => console.warn(`sageattention: ${message}`);
-  const { cut, plain, report } = await openModel(ort, create, args, options, warn);
+  const { cut, plain, report } = await holdingEventLoop(() => openModel(ort, create, args, options, warn));
   // onnxruntime-common's own class around another handler: arguments of `run` are checked as always.
   const SessionClass = sessionClass as new (handler: OrtSessionHandler) => OrtSession;
   const session = cut === undefined ? (plain as OrtSession) : new SessionClass(cut);
