@@ -10,7 +10,10 @@ import { predictSharded, type Rates, type Topology } from '../src/distributed/in
 import { exporterRows, topologyRows } from './exporters-table.ts';
 
 const RESULTS = new URL('../bench/results/', import.meta.url);
-const PAGES = ['README.md', 'docs/choosing-a-kernel.md', 'docs/distributed.md', 'docs/fp4.md', 'docs/integrations.md'];
+const PAGES = [
+  'README.md',
+  ...['index', 'choosing-a-kernel', 'distributed', 'fp4', 'integrations'].map((name) => `docs/${name}.md`),
+];
 const read = <T>(name: string): T => JSON.parse(readFileSync(new URL(name, RESULTS), 'utf8')) as T;
 
 interface Table {

@@ -2,7 +2,7 @@
 /**
  * Quantized attention for TypeScript: SageAttention on WebAssembly, WebGPU and CUDA.
  *
- * @packageDocumentation
+ * @module sageattention
  */
 import { firstKernelFunction, kernelFunction } from './api/sageattn.ts';
 

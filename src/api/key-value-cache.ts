@@ -263,7 +263,7 @@ export class KeyValueCache<T extends TensorView = Tensor> {
    *
    * @param q `[B,Hq,Lq,D]` in the layout of the preparation
    * @returns as `sageattn`
-   * @throws as `sageattn`
+   * @throws {SageAttentionError} as `sageattn`
    */
   attend(q: T, options: AttendOptions & { readonly returnLse: true }): Promise<AttentionResult<T>>;
   attend(q: T, options?: AttendOptions & { readonly returnLse?: false }): Promise<T>;
@@ -313,7 +313,7 @@ export class KeyValueCache<T extends TensorView = Tensor> {
  *
  * @param k `[B,Hkv,Lk,D]` (HND) or `[B,Lk,Hkv,D]` (NHD); Lk may be 0
  * @param v `[B,Hkv,Lk,Dv]` (HND) or `[B,Lk,Hkv,Dv]` (NHD)
- * @throws as `sageattn`
+ * @throws {SageAttentionError} as `sageattn`
  */
 export async function prepareKeyValue<T extends TensorView>(
   k: T,

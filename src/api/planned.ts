@@ -122,7 +122,7 @@ const PLANNED_OPTIONS = OPTION_NAMES.filter((name) => !(NOT_PLANNED as readonly 
  * allocated. `specs` are tensors, or shape, strides, offset, dtype and location without data; their shapes are as in
  * {@link sageattn}.
  *
- * @throws as {@link sageattn}
+ * @throws {SageAttentionError} as {@link sageattn}
  */
 export async function createAttention<T extends TensorView = Tensor>(
   specs: AttentionInputs<TensorSpec>,

@@ -139,7 +139,7 @@ export type VarlenOptions = Omit<AttentionOptions, 'tensorLayout'>;
  * @param v `[totalK,Hkv,Dv]`
  * @param cuSeqlensQ B + 1 integers that start at 0 and never fall, the last at most totalQ; cuSeqlensK likewise
  * @returns `[cuSeqlensQ[B],Hq,Dv]`; with `returnLse: true` also the logsumexp `[Hq,cuSeqlensQ[B]]`
- * @throws as {@link sageattn}
+ * @throws {SageAttentionError} as {@link sageattn}
  */
 export function sageattnVarlen<T extends TensorView>(
   q: T,

@@ -205,7 +205,7 @@ export class TrainableAttention<T extends TensorView = Tensor, G extends TensorV
  *
  * @param q `[B,Hq,Lq,D]` (HND) or `[B,Lq,Hq,D]` (NHD), or `[totalQ,Hq,D]` with `cuSeqlensQ` and `cuSeqlensK`
  * @throws {InvalidArgumentError} an argument that no kernel takes, or a backend without a backward pass
- * @throws as `sageattn`
+ * @throws {SageAttentionError} as `sageattn`
  * @see SageAttention3, arXiv 2505.11594, section 4; SageBwd, arXiv 2603.02170
  */
 export function sageattnTrainable<T extends TensorView>(
@@ -266,7 +266,7 @@ export interface AttentionBackwardInputs<T extends TensorView = Tensor> extends 
  *
  * @param inputs `output` `[B,Hq,Lq,Dv]`, `lse` `[B,Hq,Lq]` float32 contiguous, `dOutput` as `output`; the others as in `sageattn`
  * @returns dq, dk, dv of the shapes of q, k, v, contiguous; with `maskGradient` also dMask, float32
- * @throws as {@link sageattnTrainable}
+ * @throws {SageAttentionError} as {@link sageattnTrainable}
  */
 export function attentionBackward<T extends TensorView>(
   inputs: AttentionBackwardInputs<T>,

@@ -1,4 +1,8 @@
-/** Sequence parallelism: attention over sequences that are divided among several ranks. */
+/**
+ * Sequence parallelism: attention over sequences that are divided among several ranks.
+ *
+ * @module sageattention/distributed
+ */
 export {
   createDeviceGroup,
   DeviceGroup,

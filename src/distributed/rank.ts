@@ -255,7 +255,7 @@ class Rank {
 /**
  * Runs all ranks of one process.
  *
- * @throws the error of the rank that failed first; every rank has ended then, and nothing is held
+ * @throws {SageAttentionError} the error of the rank that failed first; every rank has ended then, and nothing is held
  */
 export async function runRanks(post: Post, calls: readonly RankCall[]): Promise<void> {
   const ranks = calls.map((call) => new Rank(call));

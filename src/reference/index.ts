@@ -2,7 +2,7 @@
  * `sageattention/reference`: what attention gives exactly, what a quantized kernel gives step by step, and how far
  * apart two results are. Plain TypeScript, slow, for tests and for measuring accuracy on tensors of one's own.
  *
- * @module
+ * @module sageattention/reference
  */
 
 import { type AttentionOptions, EXACT_OPTIONS, validateOptions } from '../attention/options.ts';

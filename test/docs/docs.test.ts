@@ -5,10 +5,14 @@ import { spawnSync } from 'node:child_process';
 import { existsSync, mkdtempSync, readdirSync, readFileSync, rmSync, symlinkSync, writeFileSync } from 'node:fs';
 import { tmpdir } from 'node:os';
 import path from 'node:path';
+import { pathToFileURL } from 'node:url';
 import { parseHTML } from 'linkedom';
 import { afterAll, describe, expect, it } from 'vitest';
 import { drawFigures } from '../../docs/figures.ts';
 import * as api from '../../src/index.ts';
+import { CONSUMERS } from '../consumers/consumers.ts';
+import { launchChromium, missingChromium } from '../support/chromium.ts';
+import { itNeeds } from '../support/requirement.ts';
 
 const ROOT = path.resolve(import.meta.dirname, '../..');
 const DOCS = path.join(ROOT, 'docs');
@@ -164,17 +168,109 @@ const anchorsOf = (file: string) =>
       .replaceAll(/\s/g, '-'),
   );
 
+/** What somebody types, and the guide that must be among the results (the page shows ten). */
+const SEARCHES: Readonly<Record<string, string>> = {
+  COOP: 'Deploying',
+  COEP: 'Deploying',
+  CSP: 'Deploying',
+  video: 'Image and video diffusion',
+  'KV cache': 'Decoding with a KV cache',
+  webpack: 'Deploying',
+  'invalid-shape': 'Errors',
+  'out-of-memory': 'Errors',
+  Firefox: 'What it runs on',
+  safetensors: 'The command line',
+};
+
+describe('tables of what there is', () => {
+  it('docs/errors.md explains every code once', () => {
+    const [, union = ''] =
+      /export type ErrorCode =([^;]+);/.exec(readFileSync(path.join(ROOT, 'src/errors.ts'), 'utf8')) ?? [];
+    const codes = [...union.matchAll(/'([\w-]+)'/g)].map(([, code]) => code);
+    expect(codes.length).toBeGreaterThan(15);
+    const explained = [...readFileSync(path.join(DOCS, 'errors.md'), 'utf8').matchAll(/^\| `([\w-]+)` \|/gm)];
+    expect(explained.map(([, code]) => code).sort()).toEqual(codes.sort());
+  });
+
+  it('docs/support.md names every kind of project that is tried, in the version that is tried', () => {
+    const [, text = ''] = readFileSync(path.join(DOCS, 'support.md'), 'utf8').split('## Bundlers and projects');
+    for (const { name, packages = [] } of CONSUMERS) {
+      const word = name.replace(/^(node|typescript|vite|next)-.*/, '$1').replaceAll('-', ' ');
+      const row = text.split('\n').find((line) => line.startsWith('|') && line.toLowerCase().includes(word));
+      expect(row, name).toBeDefined();
+      const [, version] = /^[^@]+@([\d.]+)$/.exec(packages[0] ?? '') ?? [];
+      if (version !== undefined) expect(row, name).toMatch(new RegExp(`[| ]${version}\\b`));
+    }
+  });
+});
+
 describe('the documentation site', () => {
   const site = path.join(scratch, 'site');
 
   it('builds without warnings', () => {
     const { status, stdout, stderr } = spawnSync(
       process.execPath,
-      [path.join(ROOT, 'node_modules/typedoc/bin/typedoc'), '--options', 'docs/typedoc.json', '--out', site],
+      [path.join(ROOT, 'node_modules/tsx/dist/cli.mjs'), 'scripts/docs-site.ts', '--out', site],
       { cwd: ROOT, encoding: 'utf8' },
     );
     expect(`${stdout}${stderr}`).not.toMatch(/\[warning\]|\[error\]/);
     expect(status).toBe(0);
+  });
+
+  it('has the modules under the names that one imports', () => {
+    const { exports } = JSON.parse(readFileSync(path.join(ROOT, 'package.json'), 'utf8')) as { exports: object };
+    const entries = Object.keys(exports).map((name) => path.posix.join('sageattention', name));
+    // A worker's file and package.json export nothing.
+    const documented = entries.filter((name) => !/worker$|json$/.test(name));
+    const { document } = parseHTML(readFileSync(path.join(site, 'modules.html'), 'utf8'));
+    const shown = [...document.querySelectorAll('.tsd-member-summary-name')]
+      .filter((row) => row.querySelector('[aria-label="Module"]') !== null)
+      .map((row) => row.textContent.replaceAll(/[\s\u200b]/g, ''));
+    expect(shown.sort()).toEqual(documented.sort());
+  });
+
+  it('says with each `Throws` which class', () => {
+    const files = (readdirSync(site, { recursive: true }) as string[]).filter((name) => name.endsWith('.html'));
+    const unnamed: string[] = [];
+    let named = 0;
+    for (const file of files) {
+      const { document } = parseHTML(readFileSync(path.join(site, file), 'utf8'));
+      for (const tag of document.querySelectorAll('.tsd-tag-throws')) {
+        if (/^Throws\s*(\w*Error\b( or )?)+/.test(tag.textContent.trim())) named++;
+        else unnamed.push(`${file}: ${tag.textContent.trim().slice(0, 80)}`);
+      }
+    }
+    expect(unnamed).toEqual([]);
+    expect(named).toBeGreaterThan(50);
+  });
+
+  it('lists every guide on its first page and in llms.txt, whose links lead to files', () => {
+    const [first, llms] = [path.join(DOCS, 'index.md'), path.join(site, 'llms.txt')].map((file) =>
+      readFileSync(file, 'utf8'),
+    ) as [string, string];
+    for (const page of pages.filter((name) => name !== 'index.md')) {
+      expect(first).toContain(`](${page})`);
+      expect(llms).toContain(`](markdown/${page})`);
+    }
+    for (const [, target = ''] of llms.matchAll(/\]\(([^)#]+)/g)) {
+      expect(existsSync(path.join(site, target)), target).toBe(true);
+    }
+  });
+
+  itNeeds(missingChromium())('finds guides by what people look for', async () => {
+    const browser = await launchChromium('none');
+    try {
+      const page = await browser.newPage();
+      for (const [words, guide] of Object.entries(SEARCHES)) {
+        await page.goto(pathToFileURL(path.join(site, 'index.html')).href);
+        await page.keyboard.press('/');
+        await page.locator('dialog input').fill(words);
+        await page.locator('[role=option]').first().waitFor();
+        expect(await page.locator('[role=option]').allInnerTexts(), words).toContain(guide);
+      }
+    } finally {
+      await browser.close();
+    }
   });
 
   it('has no dead links', () => {

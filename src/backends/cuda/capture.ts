@@ -25,7 +25,7 @@ const TAKEN = OPTION_NAMES.filter(
  * Captures attention over these tensors into a CUDA graph. Each `launch` of the result replays quantization and
  * attention over what the tensors hold by then, with one call of the driver and the same bits as `sageattn`.
  *
- * @throws as `sageattn`
+ * @throws {SageAttentionError} as `sageattn`
  */
 export async function captureAttention(
   inputs: AttentionInputs<CudaTensor>,

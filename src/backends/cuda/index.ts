@@ -2,7 +2,7 @@
 /**
  * `sageattention/cuda`: tensors in the memory of NVIDIA GPUs, streams, graphs, and a CUDA backend of chosen options.
  *
- * @packageDocumentation
+ * @module sageattention/cuda
  */
 export {
   CudaBackend,

@@ -2,6 +2,8 @@
 /**
  * `sageattention/wasm/embedded`: a WASM backend whose kernels are imported with it, for service workers (and
  * extensions, whose background is one), where `import()` is not allowed.
+ *
+ * @module sageattention/wasm/embedded
  */
 import { createWasmBackendOn, type WasmBackend, type WasmBackendOptions } from './backend.ts';
 import * as relaxed from './generated/relaxed.ts';

@@ -1,5 +1,9 @@
 /// <reference lib="esnext.disposable" preserve="true" />
-/** `sageattention/webgpu`: attention in browsers and, through the package `webgpu`, in Node. */
+/**
+ * `sageattention/webgpu`: attention in browsers and, through the package `webgpu`, in Node.
+ *
+ * @module sageattention/webgpu
+ */
 export { createWebgpuBackend, WebgpuBackend, type WebgpuBackendOptions } from './backend.ts';
 export type { Capabilities, MatrixConfig } from './capabilities.ts';
 export { DAWN_FLAGS, type DeviceOptions, findGpu } from './device.ts';

@@ -1,7 +1,7 @@
 /**
  * SageAttention on arrays of jax-js. jax-js has no hook for operations, so attention is a function that a model calls.
  *
- * @packageDocumentation
+ * @module sageattention/jax
  */
 import { getWebGPUDevice, numpy } from '@jax-js/jax';
 import { sageattn as attend } from '../../api/sageattn.ts';
@@ -33,7 +33,7 @@ interface Operands<T> {
  * Like every function of jax-js it consumes its arguments, the mask among them, and also when it fails: pass `q.ref` to
  * keep `q`. It reads values, so it cannot be traced: call it outside of `jit`, `grad` and `vmap`.
  *
- * @throws as `sageattn`
+ * @throws {SageAttentionError} as `sageattn`
  */
 export async function sageattn(
   q: JaxArray,

@@ -8,7 +8,7 @@
  * const session = await withSageAttention(ort).InferenceSession.create('model.onnx');
  * ```
  *
- * @packageDocumentation
+ * @module sageattention/onnxruntime
  */
 import { InvalidArgumentError } from '../../errors.ts';
 import { type SageAttentionOptions, validateSageAttentionOptions } from './options.ts';

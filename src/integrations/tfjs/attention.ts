@@ -30,7 +30,7 @@ export function requireTensor(argument: string, value: unknown, dtypes: readonly
  * caller disposes the result. No gradient is defined, since `tf.grad` takes no asynchronous functions: see
  * `createTrainableAttention`.
  *
- * @throws as `sageattn`
+ * @throws {SageAttentionError} as `sageattn`
  */
 export async function sageattn(
   q: tf.Tensor,

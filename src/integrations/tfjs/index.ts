@@ -1,7 +1,7 @@
 /**
  * SageAttention for TensorFlow.js: `sageattn` on `tf.Tensor`, and GraphModels whose attention it runs.
  *
- * @packageDocumentation
+ * @module sageattention/tfjs
  */
 export { sageattn, type TfAttentionOptions } from './attention.ts';
 export {

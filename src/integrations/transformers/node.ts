@@ -12,7 +12,7 @@
  *
  * On a CPU onnxruntime-node's own attention is the faster one: without `minTokens` it stays.
  *
- * @packageDocumentation
+ * @module sageattention/transformers
  */
 import { env } from '@huggingface/transformers';
 import * as ort from 'onnxruntime-node';

@@ -10,7 +10,7 @@
  * const extract = await pipeline('feature-extraction', 'Xenova/all-MiniLM-L6-v2', { device: 'webgpu' });
  * ```
  *
- * @packageDocumentation
+ * @module sageattention/transformers
  */
 import { env } from '@huggingface/transformers';
 import * as ort from 'onnxruntime-web/webgpu';
