@@ -220,6 +220,7 @@ export function backwardCall(
         k: placed(lease, staged.inputs.k),
         v: placed(lease, staged.inputs.v),
         mask: placed(lease, staged.inputs.mask),
+        ...{ sinks: 0, blockMap: 0 },
         out: placed(lease, staged.output),
         lse: placed(lease, staged.lse),
         tiles: lease.allocate(tiles * geometry.bytes),

@@ -5,7 +5,7 @@ import type { AttentionOptions } from '../../attention/options.ts';
 import { createProblem, createVarlenProblem } from '../../attention/problem.ts';
 import { toFloat32 } from '../../tensor/access.ts';
 import { type Tensor, tensor, transpose } from '../../tensor/tensor.ts';
-import { chooseOptions } from '../choice.ts';
+import { chooseOptions, sideOf } from '../choice.ts';
 import { headsAtOnce, runByHeads } from './by-heads.ts';
 import { type Arithmetic, arithmeticOf, WholeCalls } from './calls.ts';
 import { CallerExecutor } from './executor.ts';
@@ -17,6 +17,11 @@ import { Runtime } from './runtime.ts';
 const random = new Random(runSeed());
 const seed = `seed ${random.seed}`;
 const draw = (...shape: number[]) => tensor(random.normals(shape.reduce((a, b) => a * b, 1)), shape);
+const flags = (...shape: number[]) =>
+  tensor(
+    Uint8Array.from({ length: shape.reduce((a, b) => a * b, 1) }, () => Number(random.uniform() < 0.5)),
+    shape,
+  );
 const arithmetic: Arithmetic = arithmeticOf(
   chooseOptions(INTEGER_KERNEL, createProblem(draw(1, 1, 1, 8), draw(1, 1, 1, 8), draw(1, 1, 1, 8), {}), {}),
 );
@@ -37,6 +42,12 @@ const cases: [string, readonly [Tensor, Tensor, Tensor], AttentionOptions, (read
   ['a mask of each head', [q, k, v], { attnMask: draw(2, 6, 20, 70) }],
   ['a mask of all heads', [q, k, v], { attnMask: draw(2, 1, 1, 70), returnLse: true }],
   [
+    'sinks and a block mask of each head',
+    [q, k, v],
+    { sinks: draw(6), blockMask: { rows: 16, keys: 32, map: flags(2, 6, 2, 3) }, returnLse: true },
+  ],
+  ['a block mask of all heads', [q, k, v], { blockMask: { rows: 16, keys: 32, map: flags(2, 1, 2, 3) } }],
+  [
     'varlen',
     packed,
     { returnLse: true },
@@ -52,8 +63,7 @@ it.each(cases)(`%s (${seed})`, async (_, [ownQ, ownK, ownV], options, starts) =>
     starts === undefined
       ? createProblem(ownQ, ownK, ownV, options)
       : createVarlenProblem(ownQ, ownK, ownV, starts[0] as number[], starts[1] as number[], options);
-  const { attnMask } = options;
-  const inputs = { q: ownQ, k: ownK, v: ownV, ...(attnMask && { attnMask }) };
+  const inputs = { q: ownQ, k: ownK, v: ownV, ...sideOf(options) };
   const whole = await runtime.run({}, new WholeCalls(problem, arithmetic, runtime.simd).parts(runtime, inputs));
   for (const heads of [1, 2, 3]) {
     const parts = await runByHeads(runtime, problem, arithmetic, inputs, {}, heads);

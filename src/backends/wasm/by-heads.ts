@@ -20,7 +20,7 @@ const USABLE = 0.9;
 
 /** About how many bytes a call takes of the kernels' memory. */
 function bytesOf(problem: AttentionProblem, arithmetic: Arithmetic, simd: Simd): number {
-  const { queryHeads, kvHeads, headDim, valueDim, dtype, mask, batch, queryLength, keyLength } = problem;
+  const { queryHeads, kvHeads, headDim, valueDim, dtype, mask, blocks, batch, queryLength, keyLength } = problem;
   const queries = extentOf(problem, 'queryLength');
   const keys = extentOf(problem, 'keyLength');
   const elements =
@@ -28,19 +28,22 @@ function bytesOf(problem: AttentionProblem, arithmetic: Arithmetic, simd: Simd):
     keys.batch * keys.tokens * kvHeads * (headDim + valueDim);
   const geometry = tileGeometry(headDim, valueDim, simd, arithmetic);
   const tiles = sequencesOf(problem).reduce((sum, sequence) => sum + tilesOf(sequence.keyLength), 0);
-  const lengths = [batch, queryHeads, queryLength, keyLength];
-  const maskElements =
-    mask === undefined ? 0 : mask.strides.reduce((all, stride, i) => all + stride * ((lengths[i] as number) - 1), 1);
+  const spanOf = (strides: readonly number[], rows: number, ofKeys: number) =>
+    strides.reduce((all, stride, i) => all + stride * (([batch, queryHeads, rows, ofKeys][i] as number) - 1), 1);
+  const maskElements = mask === undefined ? 0 : spanOf(mask.strides, queryLength, keyLength);
+  const map =
+    blocks && spanOf(blocks.strides, Math.ceil(queryLength / blocks.rows), Math.ceil(keyLength / blocks.keys));
   return (
     elements * BYTES_PER_ELEMENT[dtype] +
     tiles * kvHeads * geometry.bytes +
-    maskElements * (mask === undefined ? 0 : BYTES_PER_ELEMENT[mask.dtype])
+    maskElements * (mask === undefined ? 0 : BYTES_PER_ELEMENT[mask.dtype]) +
+    (map ?? 0)
   );
 }
 
 /** The same problem for some of the heads of k and v. */
 function ofHeads(problem: AttentionProblem, first: number, end: number): AttentionProblem {
-  const { q, k, v, mask } = problem;
+  const { q, k, v, mask, sinks, blocks } = problem;
   const group = problem.queryHeads / problem.kvHeads;
   return {
     ...problem,
@@ -50,6 +53,8 @@ function ofHeads(problem: AttentionProblem, first: number, end: number): Attenti
     k: { ...k, offset: k.offset + first * k.headStride },
     v: { ...v, offset: v.offset + first * v.headStride },
     mask: mask && { ...mask, offset: mask.offset + first * group * mask.strides[1] },
+    sinks: sinks && { ...sinks, offset: sinks.offset + first * group * sinks.stride },
+    blocks: blocks && { ...blocks, offset: blocks.offset + first * group * blocks.strides[1] },
   };
 }
 

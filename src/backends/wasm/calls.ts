@@ -1,6 +1,6 @@
 /** Calls as jobs in memory. */
 import { attentionOutputs, type OutputName, type OutputSpec, type Outputs } from '../../attention/outputs.ts';
-import { type AttentionProblem, type MaskLayout, sequencesOf } from '../../attention/problem.ts';
+import { type AttentionProblem, type BlockLayout, type MaskLayout, sequencesOf } from '../../attention/problem.ts';
 import type { ScaleSearch } from '../../quantization/fp4-blocks.ts';
 import { BYTES_PER_ELEMENT, type DType } from '../../tensor/dtype.ts';
 import {
@@ -11,7 +11,7 @@ import {
   type Tensor,
   type TensorView,
 } from '../../tensor/tensor.ts';
-import type { AttentionInputs, AttentionOutputs, KernelChoice, KernelDescriptor } from '../backend.ts';
+import type { AttentionInputs, AttentionOutputs, KernelChoice, KernelDescriptor, SideInputs } from '../backend.ts';
 import { outBytes } from '../out.ts';
 import type { Stage } from './executor.ts';
 import { exactScratch, type Precision, type Simd, type TileGeometry, tileGeometry } from './geometry.ts';
@@ -31,7 +31,7 @@ import {
   writeRecords,
 } from './records.ts';
 import type { CallParts, Lease, PreparedCall, ReadBytes, Runtime } from './runtime.ts';
-import { keep, PADDING_BYTES, type Staged, stageMask, stageOperand } from './staging.ts';
+import { keep, PADDING_BYTES, type Staged, stageBlocks, stageMask, stageOperand, stageSinks } from './staging.ts';
 
 /** What a call computes with. */
 export interface Arithmetic extends Pick<KernelChoice, 'smoothK' | 'smoothV' | 'smoothQ' | 'scaleSearch'> {
@@ -164,20 +164,27 @@ export interface StagedInputs {
   readonly k?: Staged<OperandLayout>;
   readonly v?: Staged<OperandLayout>;
   readonly mask?: Staged<MaskLayout>;
+  readonly blocks?: Staged<BlockLayout>;
+  readonly sinks?: Staged<undefined>;
 }
 
-function stageQuery(problem: AttentionProblem, q: TensorView, attnMask: TensorView | undefined): StagedInputs {
+function stageQuery(problem: AttentionProblem, q: TensorView, { attnMask, sinks, blockMap }: SideInputs): StagedInputs {
   const { batch, queryHeads, queryLength, keyLength, headDim } = problem;
   const extent = { ...extentOf(problem, 'queryLength'), heads: queryHeads, dim: headDim };
   const staged = { q: stageOperand('q', q, problem.q, extent) };
-  if (problem.mask === undefined || attnMask === undefined) return staged;
-  return { ...staged, mask: stageMask(attnMask, problem.mask, [batch, queryHeads, queryLength, keyLength]) };
+  const lengths = [batch, queryHeads, queryLength, keyLength] as const;
+  return {
+    ...staged,
+    ...(problem.mask && attnMask && { mask: stageMask(attnMask, problem.mask, lengths) }),
+    ...(problem.blocks && blockMap && { blocks: stageBlocks(blockMap, problem.blocks, lengths) }),
+    ...(problem.sinks && sinks && { sinks: stageSinks(sinks, problem.sinks, queryHeads) }),
+  };
 }
 
-export function stageInputs(problem: AttentionProblem, { q, k, v, attnMask }: AttentionInputs): StagedInputs {
+export function stageInputs(problem: AttentionProblem, { q, k, v, ...side }: AttentionInputs): StagedInputs {
   const keys = { ...extentOf(problem, 'keyLength'), heads: problem.kvHeads };
   return {
-    ...stageQuery(problem, q, attnMask),
+    ...stageQuery(problem, q, side),
     k: stageOperand('k', k, problem.k, { ...keys, dim: problem.headDim }),
     v: stageOperand('v', v, problem.v, { ...keys, dim: problem.valueDim }),
   };
@@ -194,8 +201,15 @@ function callOf(
   return {
     prepare: (lease) => place(lease, inputs),
     keepInputs: () => {
-      const [k, v, mask] = [kept(inputs.k), kept(inputs.v), kept(inputs.mask)];
-      inputs = { q: keep(inputs.q), ...(k && { k }), ...(v && { v }), ...(mask && { mask }) };
+      const [k, v, mask, blocks] = [kept(inputs.k), kept(inputs.v), kept(inputs.mask), kept(inputs.blocks)];
+      inputs = {
+        ...inputs,
+        q: keep(inputs.q),
+        ...(k && { k }),
+        ...(v && { v }),
+        ...(mask && { mask }),
+        ...(blocks && { blocks }),
+      };
     },
   };
 }
@@ -203,11 +217,19 @@ function callOf(
 export const placed = (lease: Lease, staged: Staged<unknown> | undefined) =>
   staged === undefined ? 0 : lease.place(staged.bytes, PADDING_BYTES);
 
-export const layoutsOf = ({ q, k, v, mask }: StagedInputs) => ({
+export const layoutsOf = ({ q, k, v, mask, blocks }: StagedInputs) => ({
   q: q.layout,
   k: k?.layout,
   v: v?.layout,
   mask: mask?.layout,
+  blocks: blocks?.layout,
+});
+
+/** Where what is beside q, k and v lies. */
+const placedSide = (lease: Lease, { mask, blocks, sinks }: StagedInputs) => ({
+  mask: placed(lease, mask),
+  blockMap: placed(lease, blocks),
+  sinks: placed(lease, sinks),
 });
 
 /**
@@ -222,11 +244,11 @@ export function attendCall(
   problem: AttentionProblem,
   arithmetic: Arithmetic,
   q: TensorView,
-  attnMask: TensorView | undefined,
+  side: SideInputs,
   held: () => { readonly tiles: number; readonly means: number; readonly tilesPerHead: number },
   out: Tensor | undefined,
 ): CallParts<AttentionOutputs> {
-  return callOf(stageQuery(problem, q, attnMask), (lease, staged) => {
+  return callOf(stageQuery(problem, q, side), (lease, staged) => {
     const { headDim, valueDim, queryHeads } = problem;
     const { tiles, means, tilesPerHead } = held();
     const geometry = tileGeometry(headDim, valueDim, runtime.simd, arithmetic);
@@ -239,7 +261,7 @@ export function attendCall(
     const address = lease.allocate(recordBytes(records.length, units.length));
     const addresses = {
       ...{ ...made, k: 0, v: 0, tail: 0, keyTail: 0, tailSeen: 0, tiles, means },
-      mask: placed(lease, staged.mask),
+      ...placedSide(lease, staged),
       q: placed(lease, staged.q),
     };
     const settings = jobSettings(problem, geometry, flagsOf(arithmetic) | job.FLAG_TILE_MEANS, layouts);
@@ -313,7 +335,7 @@ export class WholeCalls {
     const { addresses: made, finish, collect } = allocateOutputs(runtime, lease, this.#problem, out);
     const addresses = {
       ...{ ...made, tail: 0, keyTail: 0, tailSeen: 0 },
-      mask: placed(lease, staged.mask),
+      ...placedSide(lease, staged),
       q: placed(lease, staged.q),
       k: placed(lease, staged.k),
       v: placed(lease, staged.v),

@@ -83,6 +83,16 @@ export const JOB_FIELDS = [
   'keyTail',
   /** One byte for each token of the last, partly filled tile, `[sequences, kvHeads, BLOCK_K]`: whether it counts, see prepare.ts. */
   'tailSeen',
+  /** float32 of each query head; 0: none. */
+  'sinks',
+  /** One byte for each block of scores, nonzero: it is computed; 0: all are. */
+  'blockMap',
+  /** Rows and keys of a block, multiples of 16. */
+  'blockRows',
+  'blockKeys',
+  'blockHeadStride',
+  'blockRowStride',
+  'blockKeyStride',
   // A backward pass; 0 in others, as all that follow.
   /** Gradient of the output; `out` and `lse` are what the forward pass gave. */
   'dOut',
@@ -117,6 +127,7 @@ export const SEQUENCE_FIELDS = [
   'out',
   'lse',
   'mask',
+  'blocks',
   'queryLength',
   'keyLength',
   /** Row i sees keys `i + lower` to `i + upper`, both included. */

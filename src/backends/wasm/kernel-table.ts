@@ -12,6 +12,8 @@ const COMMON = {
   smoothV: true,
   smoothQ: [false],
   maxHeadDim: MAX_HEAD_DIM,
+  sinks: true,
+  blockMask: true,
 } as const;
 
 /** The default: at least as accurate as the FP8 kernels of the reference implementation. */
@@ -38,6 +40,8 @@ export const FP4_KERNEL: KernelDescriptor = {
   smoothV: true,
   smoothQ: ['block', 'sequence', false],
   maxHeadDim: MAX_HEAD_DIM,
+  sinks: true,
+  blockMask: true,
 };
 
 /** Scratch has room for rows of so many channels of Q, dO, dQ and O at a time. */

@@ -142,9 +142,25 @@ export class WasmKeyValue implements PreparedKeyValue {
         const start = this.#length;
         const end = start + added;
         this.#reserve(end);
-        const layouts = { q: undefined, k: stagedK.layout, v: stagedV.layout, mask: stagedMask?.layout };
+        const layouts = {
+          q: undefined,
+          k: stagedK.layout,
+          v: stagedV.layout,
+          mask: stagedMask?.layout,
+          blocks: undefined,
+        };
         const sequences = Array.from({ length: batch }, (_, i) => ({
-          ...{ q: 0, out: 0, lse: 0, queryLength: 0, lower: 0, upper: 0, partlySeen: false, rowsDiffer: true },
+          ...{
+            q: 0,
+            out: 0,
+            lse: 0,
+            blocks: 0,
+            queryLength: 0,
+            lower: 0,
+            upper: 0,
+            partlySeen: false,
+            rowsDiffer: true,
+          },
           mask: i * (stagedMask?.layout.strides[0] ?? 0),
           k: stagedK.layout.offset + i * stagedK.layout.batchStride,
           v: stagedV.layout.offset + i * stagedV.layout.batchStride,
@@ -160,7 +176,7 @@ export class WasmKeyValue implements PreparedKeyValue {
           address,
           jobSettings(problem, this.#geometry, flags, layouts),
           {
-            ...{ q: 0, out: 0, lse: 0 },
+            ...{ q: 0, out: 0, lse: 0, sinks: 0, blockMap: 0 },
             mask: stagedMask === undefined ? 0 : lease.place(stagedMask.bytes, PADDING_BYTES),
             k: lease.place(stagedK.bytes, PADDING_BYTES),
             v: lease.place(stagedV.bytes, PADDING_BYTES),
@@ -208,12 +224,7 @@ export class WasmKeyValue implements PreparedKeyValue {
     });
   }
 
-  attend(
-    q: TensorView,
-    problem: AttentionProblem,
-    { attnMask }: SideInputs,
-    context: RunContext,
-  ): Promise<AttentionOutputs> {
+  attend(q: TensorView, problem: AttentionProblem, side: SideInputs, context: RunContext): Promise<AttentionOutputs> {
     return this.#use(() =>
       this.#runtime.run(
         context,
@@ -222,7 +233,7 @@ export class WasmKeyValue implements PreparedKeyValue {
           problem,
           this.#arithmetic,
           q,
-          attnMask,
+          side,
           () => {
             // Calls that waited their turn may find what an earlier one left.
             this.#assertIntact();

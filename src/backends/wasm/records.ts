@@ -3,6 +3,7 @@
 import { bandOf, visibleKeys } from '../../attention/band.ts';
 import {
   type AttentionProblem,
+  type BlockLayout,
   lseShapeOf,
   type MaskLayout,
   outputLayoutOf,
@@ -38,6 +39,8 @@ export interface Addresses {
   readonly out: number;
   readonly lse: number;
   readonly mask: number;
+  readonly sinks: number;
+  readonly blockMap: number;
   readonly tiles: number;
   readonly means: number;
   readonly tail: number;
@@ -63,7 +66,11 @@ export interface JobSettings {
   readonly out: OperandLayout | undefined;
   readonly lseHeadStride: number;
   readonly mask: MaskLayout | undefined;
+  readonly blocks: BlockLayout | undefined;
 }
+
+/** Layouts of what a call was given, as they are staged. */
+export type OperandLayouts = Pick<JobSettings, 'q' | 'k' | 'v' | 'mask' | 'blocks'>;
 
 /** A sequence's place in operands and tiles, lengths and band. */
 export interface SequenceRecord {
@@ -73,6 +80,7 @@ export interface SequenceRecord {
   readonly out: number;
   readonly lse: number;
   readonly mask: number;
+  readonly blocks: number;
   readonly queryLength: number;
   readonly keyLength: number;
   readonly lower: number;
@@ -141,7 +149,7 @@ export function startOf(layout: OperandLayout | undefined, index: number, token:
 export function sequenceRecords(
   problem: AttentionProblem,
   sequences: readonly Sequence[],
-  layouts: Pick<JobSettings, 'q' | 'k' | 'v' | 'mask'>,
+  layouts: OperandLayouts,
 ): SequenceRecord[] {
   const out = outputLayoutOf(problem);
   const lseBatchStride = problem.sequences === undefined ? problem.queryHeads * problem.queryLength : 0;
@@ -161,6 +169,7 @@ export function sequenceRecords(
       out: startOf(out, index, queryStart),
       lse: index * lseBatchStride + queryStart,
       mask: layouts.mask === undefined ? 0 : layouts.mask.offset + index * layouts.mask.strides[0],
+      blocks: layouts.blocks === undefined ? 0 : layouts.blocks.offset + index * layouts.blocks.strides[0],
       queryLength,
       keyLength,
       lower,
@@ -212,7 +221,7 @@ export function jobSettings(
   problem: AttentionProblem,
   geometry: TileGeometry,
   flags: number,
-  layouts: Pick<JobSettings, 'q' | 'k' | 'v' | 'mask'>,
+  layouts: OperandLayouts,
 ): JobSettings {
   const { dtype, queryHeads, kvHeads, headDim, valueDim, smScale, softcap } = problem;
   const lseHeadStride = lseShapeOf(problem).at(-1) as number;
@@ -263,10 +272,11 @@ export function writeRecords(
 ): Uint8Array {
   const bytes = new Uint8Array(recordBytes(sequences.length, units.length));
   const view = new DataView(bytes.buffer);
-  const { geometry, mask, q = NOWHERE, k = NOWHERE, v = NOWHERE, out = NOWHERE } = settings;
+  const { geometry, mask, blocks, q = NOWHERE, k = NOWHERE, v = NOWHERE, out = NOWHERE } = settings;
   const sequencesAt = fields.JOB_BYTES;
   const unitsAt = sequencesAt + sequences.length * fields.SEQUENCE_BYTES;
   const [, maskHeadStride, maskQueryStride, maskKeyStride] = mask?.strides ?? [0, 0, 0, 0];
+  const [, blockHeadStride, blockRowStride, blockKeyStride] = blocks?.strides ?? [0, 0, 0, 0];
   writeFields(view, 0, JOB_FIELDS, {
     ...addresses,
     sequences: address + sequencesAt,
@@ -290,6 +300,8 @@ export function writeRecords(
     lseHeadStride: settings.lseHeadStride,
     ...{ maskHeadStride, maskQueryStride, maskKeyStride },
     maskDtype: DTYPE_CODES[mask?.dtype ?? 'bool'],
+    ...{ blockRows: blocks?.rows ?? 0, blockKeys: blocks?.keys ?? 0 },
+    ...{ blockHeadStride, blockRowStride, blockKeyStride },
     flags: settings.flags,
     smScale: floatBits(Math.max(-LARGEST_SM_SCALE, Math.min(LARGEST_SM_SCALE, settings.smScale))),
     softcap: floatBits(settings.softcap > 0 ? Math.max(LEAST_SOFTCAP, settings.softcap) : 0),

@@ -1,6 +1,7 @@
 /** Tensors of this process as bytes that can be copied to the kernels' memory in one go. */
-import type { MaskLayout } from '../../attention/problem.ts';
+import type { BlockLayout, MaskLayout, SinksLayout } from '../../attention/problem.ts';
 import { InvalidArgumentError } from '../../errors.ts';
+import { decodeRun } from '../../tensor/access.ts';
 import { BYTES_PER_ELEMENT } from '../../tensor/dtype.ts';
 import type { OperandLayout, Tensor, TensorData, TensorView } from '../../tensor/tensor.ts';
 
@@ -111,4 +112,26 @@ export function stageMask(
   const end = (layout.offset + span) * size;
   const bytes = bytesOf('attnMask', (view as Tensor).data, end).subarray(layout.offset * size, end);
   return { bytes, layout: { ...layout, offset: 0 } };
+}
+
+/** Likewise the bytes of a map of blocks. */
+export function stageBlocks(
+  view: TensorView,
+  layout: BlockLayout,
+  [batch, heads, queries, keys]: readonly [batch: number, heads: number, queries: number, keys: number],
+): Staged<BlockLayout> {
+  const lengths = [batch, heads, Math.ceil(queries / layout.rows), Math.ceil(keys / layout.keys)];
+  if (lengths.includes(0)) return { bytes: new Uint8Array(0), layout };
+  const end = layout.offset + layout.strides.reduce((sum, stride, i) => sum + stride * ((lengths[i] as number) - 1), 1);
+  const bytes = bytesOf('blockMask.map', (view as Tensor).data, end).subarray(layout.offset, end);
+  return { bytes, layout: { ...layout, offset: 0 } };
+}
+
+/** Sinks in float32, in memory of their own. */
+export function stageSinks(view: TensorView, { offset, stride }: SinksLayout, heads: number): Staged<undefined> {
+  const source = view as Tensor;
+  if (heads > 0) bytesOf('sinks', source.data, (offset + (heads - 1) * stride + 1) * BYTES_PER_ELEMENT[view.dtype]);
+  const values = new Float32Array(heads);
+  decodeRun(source, offset, stride, heads, values, 0);
+  return { bytes: new Uint8Array(values.buffer), layout: undefined };
 }

@@ -124,6 +124,7 @@ import {
   SCRATCH_TILE_SUMS,
   SCRATCH_TILE_WEIGHTS,
 } from './scratch.ts';
+import { addSink, excludeAbsent, hasAny, mapOfHead, mapOfRow, nextKey, shareBesideSink, sinkOf } from './sparse.ts';
 import {
   maximumOf,
   SECOND_DIGITS,
@@ -243,11 +244,12 @@ export function addMask(scores: usize, to: i32, mask: usize, maskDtype: i32, mas
  * @param shift added to each score, base 2
  * @param plain one byte for each key, nonzero for those whose score is `plainShift` less; 0: none
  * @param mask the row's mask of the tile's first key; 0: none
+ * @param line of a map whose blocks begin with the first score; 0: none
  * @returns whether a NaN was among the scores that the row sees; it counts as -Infinity then
  */
 export function finishScores(
   scores: usize, keys: i32, scale: f32, softcap: f32, shift: f32, plain: usize, plainShift: f32, mask: usize,
-  maskDtype: i32, maskStride: usize, from: i32, to: i32,
+  maskDtype: i32, maskStride: usize, from: i32, to: i32, job: usize = 0, line: usize = 0,
 ): boolean {
   const bytes = <usize>keys << 2;
   const factor = f32x4.splat(scale);
@@ -269,6 +271,7 @@ export function finishScores(
     }
   }
   if (mask != 0) addMask(scores, to, mask, maskDtype, maskStride);
+  if (line != 0) excludeAbsent(job, line, scores, to);
   exclude(scores, 0, from);
   exclude(scores, to, keys);
   let invalid = i32x4.splat(0);
@@ -488,16 +491,18 @@ function addWeights(
   return weight;
 }
 
-/** Weights in float32 of the keys whose values stand apart, for four rows, to SCRATCH_APART. */
-function weighApart(list: usize, count: i32, scores: usize, keys: i32, scales: usize, scratch: usize): void {
+/** Weights in float32 of the keys whose values stand apart, for four rows, to SCRATCH_APART; scores begin with key `base`. */
+function weighApart(
+  list: usize, count: i32, base: i32, scores: usize, keys: i32, scales: usize, scratch: usize,
+): void {
   for (let t: usize = 0; t < 4; t++) {
     const row = scores + t * (BLOCK_K * 4);
     const most = load<f32>(scratch + SCRATCH_TILE_MAXIMA + (t << 2));
     const worth = load<f32>(scratch + SCRATCH_APART_WEIGHTS + (t << 2));
     for (let a: usize = 0; a < <usize>count; a++) {
-      const key = <i32>load<u8>(list + a);
+      const key = <i32>load<u8>(list + a) - base;
       let weight: f32 = 0;
-      if (worth > 0 && key < keys) {
+      if (worth > 0 && key >= 0 && key < keys) {
         const score = load<f32>(row + (<usize>key << 2));
         if (score != -Infinity) weight = exp2((score - most) * load<f32>(scales + (t << 2)));
       }
@@ -533,12 +538,20 @@ function storeOutputs(
   const lse = load<usize>(job, JOB_LSE);
   const lseRow =
     lse + ((load<u32>(sequence, SEQUENCE_LSE) + <u32>head * load<u32>(job, JOB_LSE_HEAD_STRIDE)) << 2);
+  const sink = sinkOf(job, head);
   for (let r = 0; r < rows; r++) {
     const stat = scratch + (<usize>r << 2);
     const most = load<f32>(stat + SCRATCH_MAXIMA);
     const sum = load<f32>(stat + SCRATCH_SUMS);
     const outRow = scratch + SCRATCH_OUT + <usize>r * outBytes;
     const empty = most == -Infinity;
+    let value: f64 = -Infinity;
+    if (!empty && (lse != 0 || sink != -Infinity)) {
+      // Weights rounded to FP4 sum to about 1% less.
+      const exact = rounded ? load<f32>(stat + SCRATCH_EXACT_SUMS) : sum;
+      const bias: f32 = softcap == 0 ? load<f32>(stat + SCRATCH_ROW_BIASES) : 0;
+      value = sum != sum ? <f64>NaN : <f64>most * 0.6931471805599453 + log(<f64>exact) + <f64>bias;
+    }
     if (empty) {
       memory.fill(outRow, 0, outBytes);
     } else {
@@ -546,19 +559,15 @@ function storeOutputs(
       for (let c: usize = 0; c < outBytes; c += 16) {
         v128.store(outRow + c, madd(v128.load(outRow + c), factor, v128.load(vMean + c)));
       }
+      if (sink != -Infinity) {
+        const share = f32x4.splat(shareBesideSink(value, sink));
+        for (let c: usize = 0; c < outBytes; c += 16) {
+          v128.store(outRow + c, f32x4.mul(v128.load(outRow + c), share));
+        }
+      }
     }
     storeRow(outRow, dv, target + <usize>(firstRow + r) * targetStride, dtype);
-    if (lse != 0) {
-      // Weights rounded to FP4 sum to about 1% less.
-      const exact = rounded ? load<f32>(stat + SCRATCH_EXACT_SUMS) : sum;
-      const bias: f32 = softcap == 0 ? load<f32>(stat + SCRATCH_ROW_BIASES) : 0;
-      const value: f32 = empty
-        ? -Infinity
-        : sum != sum
-          ? <f32>NaN
-          : <f32>(<f64>most * 0.6931471805599453 + log(<f64>exact) + <f64>bias);
-      store<f32>(lseRow + (<usize>(firstRow + r) << 2), value);
-    }
+    if (lse != 0) store<f32>(lseRow + (<usize>(firstRow + r) << 2), <f32>addSink(value, sink));
   }
 }
 
@@ -655,9 +664,11 @@ export function attendUnit(job: usize, unit: usize, scratch: usize): void {
     mask += (load<u32>(sequence, SEQUENCE_MASK) + <u32>head * load<u32>(job, JOB_MASK_HEAD_STRIDE)) << maskShift;
   }
 
+  const map = mapOfHead(job, sequence, head);
   const firstKey = max(0, firstRow + lower);
   const endKey = min(keyLength, firstRow + rows + upper);
   for (let start = (firstKey / BLOCK_K) * BLOCK_K; start < endKey; start += BLOCK_K) {
+    if (map != 0 && !hasAny(job, map, firstRow, firstRow + rows, start, min(start + BLOCK_K, endKey))) continue;
     const tile = tiles + <usize>(start / BLOCK_K) * tileBytes;
     const tileFlags = load<i32>(tile + tileFlagsAt);
     const kShift = (tileFlags & TILE_SHIFTED) && (flags & FLAG_SMOOTH_K) ? tile + load<usize>(job, JOB_TILE_SHIFT) : 0;
@@ -682,127 +693,152 @@ export function attendUnit(job: usize, unit: usize, scratch: usize): void {
     for (let r = 0; r < rows; r += 4) {
       const i = firstRow + r;
       const last = min(3, rows - 1 - r);
-      const end = min(min(start + BLOCK_K, keyLength), i + last + upper + 1);
-      if (end <= start || start + BLOCK_K <= i + lower) continue;
-      const keys = (end - start + 15) & ~15;
-      if (exact) {
-        const floatRows = scratch + SCRATCH_FLOAT_Q + <usize>r * FLOAT_Q_ROW_BYTES;
-        const floatKeys = fp4 ? decodedKeys : tile;
-        const floatScales = fp4 ? ones : tile + kScales;
-        if (single) scoreRowFloat(floatRows, floatKeys, dPadded, keys, floatScales, scores);
-        else scoreRowsFloat(floatRows, floatKeys, dPadded, keys, floatScales, scores);
-        if (smoothQ) addMeanScores(meanScores, keys, scores);
-      } else if (single) {
-        scoreRow(packed, tile, steps, digits, keys, tile + kScales, tile + kSums, scratch + SCRATCH_ROW_ZEROS, scores);
-      } else {
-        scoreRows(
-          packed + <usize>r * Q_ROW_BYTES, tile, steps, digits, keys, tile + kScales, tile + kSums,
-          scratch + SCRATCH_ROW_ZEROS + (<usize>r << 2), scores,
-        );
-      }
-      const whole = ordinary && start >= i + last + lower && start + keys <= min(keyLength, i + upper + 1);
-      let twoDigits = false;
-      for (let t = 0; t <= last; t++) {
-        const stat = scratch + (<usize>(r + t) << 2);
-        const slot = <usize>t << 2;
-        const rowScores = scores + <usize>t * (BLOCK_K * 4);
-        const pRow = p + <usize>t * P_ROW_BYTES;
-        if (ASC_FEATURE_RELAXED_SIMD) store<f32>(secondWeights + slot, 0);
-        let scale = load<f32>(stat + SCRATCH_ROW_SCALES);
-        let tileShift: f32 = 0;
-        if (kShift != 0) {
-          const row = scratch + SCRATCH_FLOAT_Q + <usize>(r + t) * FLOAT_Q_ROW_BYTES;
-          // Rows that stay in float32 have the sign of smScale already.
-          tileShift = bounded(dotFloat(row, kShift, dPadded) * (exact ? abs(smScale) : smScale) * LOG2_E);
+      const rowsEnd = min(min(start + BLOCK_K, keyLength), i + last + upper + 1);
+      if (rowsEnd <= start || start + BLOCK_K <= i + lower) continue;
+      // Four rows share a line of the map: its blocks have multiples of 16 rows.
+      const line = mapOfRow(job, map, i);
+      // Each run of keys that are computed; all of the tile's at once where nothing is left out.
+      for (let first = start, end = rowsEnd; first < rowsEnd; first = end, end = rowsEnd) {
+        if (line != 0) {
+          first = nextKey(job, line, true, first, rowsEnd);
+          if (first >= rowsEnd) break;
+          end = nextKey(job, line, false, first, rowsEnd);
         }
-        if (!whole || scale > LARGEST_FACTOR) {
-          const from = min(keys, max(0, i + t + lower - start));
-          const to = max(from, min(keys, min(keyLength, i + t + upper + 1) - start));
-          const maskRow: usize =
-            mask == 0 ? <usize>0 : mask + ((<u32>(i + t) * maskQueryStride + <u32>start * maskKeyStride) << maskShift);
-          // What smoothing took from the scores: a cap needs it back, and keys that were not smoothed never lost it.
-          const lost = bounded(tileShift + load<f32>(stat + SCRATCH_ROW_BIASES) * LOG2_E);
-          const invalid = finishScores(
-            rowScores, keys, scale, softcap, softcap == 0 ? tileShift : lost, plain, lost, maskRow, maskDtype,
-            maskKeyStride, from, to,
+        // A multiple of 16, as blocks and tiles are.
+        const base = <usize>(first - start);
+        const keys = (end - first + 15) & ~15;
+        if (exact) {
+          const floatRows = scratch + SCRATCH_FLOAT_Q + <usize>r * FLOAT_Q_ROW_BYTES;
+          const floatKeys = (fp4 ? decodedKeys : tile) + base * <usize>dPadded * 4;
+          const floatScales = (fp4 ? ones : tile + kScales) + (base << 2);
+          if (single) scoreRowFloat(floatRows, floatKeys, dPadded, keys, floatScales, scores);
+          else scoreRowsFloat(floatRows, floatKeys, dPadded, keys, floatScales, scores);
+          if (smoothQ) addMeanScores(meanScores + (base << 2), keys, scores);
+        } else if (single) {
+          scoreRow(
+            packed, tile + base * <usize>steps * 4, steps, digits, keys, tile + kScales + (base << 2), tile + kSums + (base << 2),
+            scratch + SCRATCH_ROW_ZEROS, scores,
           );
-          if (invalid) {
-            store<f32>(stat + SCRATCH_SUMS, NaN);
-            store<f32>(stat + SCRATCH_MAXIMA, max(load<f32>(stat + SCRATCH_MAXIMA), LOWEST));
+        } else {
+          scoreRows(
+            packed + <usize>r * Q_ROW_BYTES, tile + base * <usize>steps * 4, steps, digits, keys,
+            tile + kScales + (base << 2), tile + kSums + (base << 2), scratch + SCRATCH_ROW_ZEROS + (<usize>r << 2), scores,
+          );
+        }
+        const whole = ordinary && first >= i + last + lower && first + keys <= min(keyLength, i + upper + 1);
+        let twoDigits = false;
+        for (let t = 0; t <= last; t++) {
+          const stat = scratch + (<usize>(r + t) << 2);
+          const slot = <usize>t << 2;
+          const rowScores = scores + <usize>t * (BLOCK_K * 4);
+          const pRow = p + <usize>t * P_ROW_BYTES;
+          if (ASC_FEATURE_RELAXED_SIMD) store<f32>(secondWeights + slot, 0);
+          let scale = load<f32>(stat + SCRATCH_ROW_SCALES);
+          let tileShift: f32 = 0;
+          if (kShift != 0) {
+            const row = scratch + SCRATCH_FLOAT_Q + <usize>(r + t) * FLOAT_Q_ROW_BYTES;
+            // Rows that stay in float32 have the sign of smScale already.
+            tileShift = bounded(dotFloat(row, kShift, dPadded) * (exact ? abs(smScale) : smScale) * LOG2_E);
           }
-          scale = 1;
-          tileShift = 0;
-        }
-        store<f32>(scratch + SCRATCH_TILE_SCALES + slot, scale);
-        const worth = addWeights(
-          rowScores, keys, scale, tileShift, pRow, precise, stat, out + <usize>(r + t) * outBytes, outBytes,
-          tileSums + slot, constants,
-        );
-        store<f32>(scratch + SCRATCH_APART_WEIGHTS + slot, worth);
-        let unit: f32 = precise ? worth : worth / P_LEVELS;
-        let added = load<f32>(tileSums + slot);
-        if (products) {
-          const sum = stat + SCRATCH_EXACT_SUMS;
-          store<f32>(sum, load<f32>(sum) + worth * added);
-          added = worth > 0 ? roundWeights(pRow, keys, worth) : <f32>0;
-          unit = <f32>1 / (FP4_MAX * WEIGHT_UNIT);
-        }
-        store<f32>(weights + slot, unit);
-        if (ASC_FEATURE_RELAXED_SIMD) {
-          if (!precise && worth > 0) {
-            const most = load<f32>(scratch + SCRATCH_TILE_MAXIMA + slot);
-            const refined = weighTwoDigits(rowScores, keys, most, scale, added, pRow, constants);
-            if (refined > 0) {
-              added = refined;
-              store<f32>(secondWeights + slot, unit / 128);
-              twoDigits = true;
+          if (!whole || scale > LARGEST_FACTOR) {
+            const from = min(keys, max(0, i + t + lower - first));
+            const to = max(from, min(keys, min(min(keyLength, end), i + t + upper + 1) - first));
+            const maskRow: usize =
+              mask == 0 ? <usize>0 : mask + ((<u32>(i + t) * maskQueryStride + <u32>first * maskKeyStride) << maskShift);
+            // What smoothing took from the scores: a cap needs it back, and keys that were not smoothed never lost it.
+            const lost = bounded(tileShift + load<f32>(stat + SCRATCH_ROW_BIASES) * LOG2_E);
+            const invalid = finishScores(
+              rowScores, keys, scale, softcap, softcap == 0 ? tileShift : lost, plain == 0 ? 0 : plain + base, lost, maskRow, maskDtype,
+              maskKeyStride, from, to,
+            );
+            if (invalid) {
+              store<f32>(stat + SCRATCH_SUMS, NaN);
+              store<f32>(stat + SCRATCH_MAXIMA, max(load<f32>(stat + SCRATCH_MAXIMA), LOWEST));
+            }
+            scale = 1;
+            tileShift = 0;
+          }
+          store<f32>(scratch + SCRATCH_TILE_SCALES + slot, scale);
+          const worth = addWeights(
+            rowScores, keys, scale, tileShift, pRow, precise, stat, out + <usize>(r + t) * outBytes, outBytes,
+            tileSums + slot, constants,
+          );
+          store<f32>(scratch + SCRATCH_APART_WEIGHTS + slot, worth);
+          let unit: f32 = precise ? worth : worth / P_LEVELS;
+          let added = load<f32>(tileSums + slot);
+          if (products) {
+            const sum = stat + SCRATCH_EXACT_SUMS;
+            store<f32>(sum, load<f32>(sum) + worth * added);
+            added = worth > 0 ? roundWeights(pRow, keys, worth) : <f32>0;
+            unit = <f32>1 / (FP4_MAX * WEIGHT_UNIT);
+          }
+          store<f32>(weights + slot, unit);
+          if (ASC_FEATURE_RELAXED_SIMD) {
+            if (!precise && worth > 0) {
+              const most = load<f32>(scratch + SCRATCH_TILE_MAXIMA + slot);
+              const refined = weighTwoDigits(rowScores, keys, most, scale, added, pRow, constants);
+              if (refined > 0) {
+                added = refined;
+                store<f32>(secondWeights + slot, unit / 128);
+                twoDigits = true;
+              }
             }
           }
+          store<f32>(tileSums + slot, unit * added);
+          store<f32>(stat + SCRATCH_SUMS, load<f32>(stat + SCRATCH_SUMS) + unit * added);
         }
-        store<f32>(tileSums + slot, unit * added);
-        store<f32>(stat + SCRATCH_SUMS, load<f32>(stat + SCRATCH_SUMS) + unit * added);
-      }
-      for (let t = last + 1; t < 4; t++) {
-        store<f32>(weights + (<usize>t << 2), 0);
-        store<f32>(secondWeights + (<usize>t << 2), 0);
-        store<f32>(scratch + SCRATCH_APART_WEIGHTS + (<usize>t << 2), 0);
-      }
-      const outRows = out + <usize>r * outBytes;
-      const values = fp4 ? decodedValues : tile + vOffset;
-      if (accurate) {
-        if (single) addValuesRowFloat(p, values, keys, dvPadded, weights, outRows);
-        else addValuesFloat(p, values, keys, dvPadded, weights, outRows, outBytes);
-      } else if (precise) {
-        addValuesFine(p, values, tile + vExponents, keys, dvPadded, weights, outRows, outBytes);
-      } else {
-        const valueSteps = keys / (ASC_FEATURE_RELAXED_SIMD ? 4 : 2);
-        if (single) addValuesRow(p, values, valueSteps, dvPadded, tile + vScales, weights, outRows);
-        else addValuesInteger(p, values, valueSteps, dvPadded, tile + vScales, weights, outRows, outBytes);
-        if (ASC_FEATURE_RELAXED_SIMD) {
-          if (twoDigits) {
-            const second = p + SECOND_DIGITS;
-            const scales = tile + vScales;
-            if (single) addValuesRow(second, values, valueSteps, dvPadded, scales, secondWeights, outRows);
-            else addValuesInteger(second, values, valueSteps, dvPadded, scales, secondWeights, outRows, outBytes);
+        for (let t = last + 1; t < 4; t++) {
+          store<f32>(weights + (<usize>t << 2), 0);
+          store<f32>(secondWeights + (<usize>t << 2), 0);
+          store<f32>(scratch + SCRATCH_APART_WEIGHTS + (<usize>t << 2), 0);
+        }
+        const outRows = out + <usize>r * outBytes;
+        const values = fp4 ? decodedValues : tile + vOffset;
+        const floatValues = values + (base << 5);
+        if (accurate) {
+          if (single) addValuesRowFloat(p, floatValues, keys, dvPadded, weights, outRows);
+          else addValuesFloat(p, floatValues, keys, dvPadded, weights, outRows, outBytes);
+        } else if (precise) {
+          addValuesFine(
+            p, values + base * <usize>dvPadded * (ASC_FEATURE_RELAXED_SIMD ? 1 : 2),
+            tile + vExponents + base * (<usize>dvPadded >> 3), keys, dvPadded, weights, outRows, outBytes,
+          );
+        } else {
+          const valueSteps = keys / (ASC_FEATURE_RELAXED_SIMD ? 4 : 2);
+          const packedValues = values + base * (ASC_FEATURE_RELAXED_SIMD ? 8 : 16);
+          if (single) addValuesRow(p, packedValues, valueSteps, dvPadded, tile + vScales, weights, outRows);
+          else addValuesInteger(p, packedValues, valueSteps, dvPadded, tile + vScales, weights, outRows, outBytes);
+          if (ASC_FEATURE_RELAXED_SIMD) {
+            if (twoDigits) {
+              const second = p + SECOND_DIGITS;
+              const scales = tile + vScales;
+              if (single) addValuesRow(second, packedValues, valueSteps, dvPadded, scales, secondWeights, outRows);
+              else addValuesInteger(second, packedValues, valueSteps, dvPadded, scales, secondWeights, outRows, outBytes);
+            }
+          }
+          if (tileFlags & TILE_VALUES_APART) {
+            const count = load<i32>(tile + tileFlagsAt, TILE_APART_COUNT);
+            weighApart(
+              tile + tileFlagsAt + TILE_APART_KEYS, count, <i32>base, scores, keys, scratch + SCRATCH_TILE_SCALES, scratch,
+            );
+            addValuesFine(
+              scratch + SCRATCH_APART, tile + vApart, tile + vExponents, count, dvPadded,
+              scratch + SCRATCH_APART_WEIGHTS, outRows, outBytes,
+            );
           }
         }
-        if (tileFlags & TILE_VALUES_APART) {
-          const count = load<i32>(tile + tileFlagsAt, TILE_APART_COUNT);
-          weighApart(tile + tileFlagsAt + TILE_APART_KEYS, count, scores, keys, scratch + SCRATCH_TILE_SCALES, scratch);
-          addValuesFine(
-            scratch + SCRATCH_APART, tile + vApart, tile + vExponents, count, dvPadded,
-            scratch + SCRATCH_APART_WEIGHTS, outRows, outBytes,
-          );
-        }
-      }
-      if (vShift != 0) addShift(vShift, tileSums, last + 1, outRows, outBytes);
-      if (tileFlags & TILE_NAN_VALUE) {
-        for (let t = 0; t <= last; t++) {
-          if (fp4) spreadInvalidFp4(job, tile, scores + <usize>t * (BLOCK_K * 4), keys, outRows + <usize>t * outBytes);
-          else spreadInvalidValues(
-            scores + <usize>t * (BLOCK_K * 4), keys, tile + load<usize>(job, JOB_TILE_NANS), dvPadded,
-            outRows + <usize>t * outBytes,
-          );
+        if (vShift != 0) addShift(vShift, tileSums, last + 1, outRows, outBytes);
+        if (tileFlags & TILE_NAN_VALUE) {
+          for (let t = 0; t <= last; t++) {
+            if (fp4) spreadInvalidFp4(
+              job, tile, base, scores + <usize>t * (BLOCK_K * 4), keys, outRows + <usize>t * outBytes,
+            );
+            else spreadInvalidValues(
+              scores + <usize>t * (BLOCK_K * 4), keys,
+              tile + load<usize>(job, JOB_TILE_NANS) + ((base * <usize>dvPadded) >> 3), dvPadded,
+              outRows + <usize>t * outBytes,
+            );
+          }
         }
       }
     }

@@ -53,6 +53,7 @@ import { finishScores, LARGEST_FACTOR, LOG2_E, LOWEST } from './attend.ts';
 import { elementShift, loadElement, loadRow, storeRow } from './elements.ts';
 import { addRows, packColumns, product, PRODUCT_ROWS, PRODUCT_WIDTH, scoreInPlace } from './exact-products.ts';
 import { SCRATCH_CONSTANTS, SCRATCH_ROW } from './scratch.ts';
+import { addSink, excludeAbsent, mapOfHead, mapOfRow, nextKey, shareBesideSink, sinkOf } from './sparse.ts';
 import { maximumOf, weighFloat } from './weights.ts';
 
 /** Rows in work at a time. */
@@ -166,35 +167,38 @@ function takeQuery(q: usize, dtype: i32, d: i32, padded: i32, negative: boolean,
 }
 
 /**
- * One row's scores to shares of V, which add up to 1; zeros where the row sees nothing.
+ * One row's scores to shares of V, which add up to 1; less than 1 beside a sink, zeros where the row sees nothing.
  *
  * @param keys a multiple of 16
  * @param scale what turns a score to base 2; 1 where {@link finishScores} did
  * @param sum what the sum of weights begins with
  * @param least the row's largest score is taken for no less: it may have seen nothing but NaN
+ * @param sink of the head; -Infinity: none
  * @param lse where the row's LSE goes; 0: nowhere
  */
 function softmax(
-  scores: usize, keys: i32, scale: f32, sum: f32, least: f32, shares: usize, constants: usize, lse: usize,
+  scores: usize, keys: i32, scale: f32, sum: f32, least: f32, shares: usize, constants: usize, sink: f32, lse: usize,
 ): void {
   let most = maximumOf(scores, keys);
   if (most == -Infinity && least == -Infinity) {
     memory.fill(shares, 0, <usize>keys << 2);
-    if (lse != 0) store<f32>(lse, -Infinity);
+    if (lse != 0) store<f32>(lse, sink);
     return;
   }
   most = max(most, least);
   sum += weighFloat(scores, keys, most, scale, shares, constants);
-  const factor = f32x4.splat(<f32>1 / sum);
+  let own: f64 = 0;
+  if (lse != 0 || sink != -Infinity) {
+    own = sum != sum ? <f64>NaN : <f64>(most * scale) * 0.6931471805599453 + log(<f64>sum);
+  }
+  const factor = f32x4.splat(sink == -Infinity ? <f32>1 / sum : shareBesideSink(own, sink) / sum);
   for (let j: usize = 0; j < <usize>keys << 2; j += 16) {
     v128.store(shares + j, f32x4.mul(v128.load(shares + j), factor));
   }
-  if (lse != 0) {
-    store<f32>(lse, sum != sum ? <f32>NaN : <f32>(<f64>(most * scale) * 0.6931471805599453 + log(<f64>sum)));
-  }
+  if (lse != 0) store<f32>(lse, <f32>addSink(own, sink));
 }
 
-/** Rows that no key is there for: zeros, and an LSE of -Infinity. */
+/** Rows that no key is there for: zeros, and an LSE of -Infinity or their sink. */
 function storeEmpty(job: usize, sequence: usize, kvHead: i32, group: i32, firstRow: i32, endRow: i32): void {
   const shift = elementShift(load<i32>(job, JOB_DTYPE));
   const bytes = <usize>load<i32>(job, JOB_DV) << shift;
@@ -205,7 +209,7 @@ function storeEmpty(job: usize, sequence: usize, kvHead: i32, group: i32, firstR
     for (let i = firstRow; i < endRow; i++) {
       const at = (out + <u32>i * load<u32>(job, JOB_OUT_TOKEN_STRIDE)) << shift;
       memory.fill(load<usize>(job, JOB_OUT) + at, 0, bytes);
-      if (lse != 0) store<f32>(lse + ((lseRow + <u32>i) << 2), -Infinity);
+      if (lse != 0) store<f32>(lse + ((lseRow + <u32>i) << 2), sinkOf(job, head));
     }
   }
 }
@@ -284,6 +288,8 @@ export function exactUnit(job: usize, unit: usize, scratch: usize): void {
     if (mask != 0) {
       mask += (load<u32>(sequence, SEQUENCE_MASK) + <u32>head * load<u32>(job, JOB_MASK_HEAD_STRIDE)) << maskShift;
     }
+    const sink = sinkOf(job, head);
+    const map = mapOfHead(job, sequence, head);
     const most = inPlace ? 1 : ROWS;
     for (let first = unitRow; first < endRow; first += most) {
       const rows = min(most, endRow - first);
@@ -294,7 +300,7 @@ export function exactUnit(job: usize, unit: usize, scratch: usize): void {
         store<f32>(scratch + SUMS + (<usize>r << 2), begin);
       }
 
-      if (inPlace) finiteKeys = scoreInPlace(scratch + QUERIES, k, kStride, keyLength, d, scores);
+      if (inPlace) finiteKeys = scorePresent(job, mapOfRow(job, map, first), scratch + QUERIES, k, kStride, keyLength, d, scores);
       else {
         for (let key = 0; key < keys; key += PRODUCT_WIDTH) {
           const b = packedK + ((<usize>key * <usize>dPadded) << 2);
@@ -307,6 +313,7 @@ export function exactUnit(job: usize, unit: usize, scratch: usize): void {
 
       for (let r = 0; r < rows; r++) {
         const i = first + r;
+        const line = mapOfRow(job, map, i);
         const at = scores + <usize>r * scoreBytes;
         const from = min(keyLength, max(0, i + lower));
         const to = max(from, min(keyLength, i + upper + 1));
@@ -315,9 +322,10 @@ export function exactUnit(job: usize, unit: usize, scratch: usize): void {
         let least: f32 = -Infinity;
         if (mask == 0 && softcap == 0 && finiteKeys && from == 0 && to == keyLength && scale <= LARGEST_FACTOR) {
           for (let j = keyLength; j < keys; j++) store<f32>(at + (<usize>j << 2), -Infinity);
+          if (line != 0) excludeAbsent(job, line, at, keyLength);
         } else {
           const maskRow: usize = mask == 0 ? <usize>0 : mask + ((<u32>i * maskQueryStride) << maskShift);
-          if (finishScores(at, keys, scale, softcap, 0, 0, 0, maskRow, maskDtype, maskKeyStride, from, to)) {
+          if (finishScores(at, keys, scale, softcap, 0, 0, 0, maskRow, maskDtype, maskKeyStride, from, to, job, line)) {
             sum = NaN;
             least = LOWEST;
           }
@@ -327,11 +335,11 @@ export function exactUnit(job: usize, unit: usize, scratch: usize): void {
           poisonRow(at, keyLength, v, vStride, dtype, dv, scratch + POISON + <usize>r * ROW_BYTES);
         }
         const lseAt: usize = lse == 0 ? <usize>0 : lseHead + (<usize>i << 2);
-        softmax(at, keys, rowScale, sum, least, shares + (at - scores), constants, lseAt);
+        softmax(at, keys, rowScale, sum, least, shares + (at - scores), constants, sink, lseAt);
       }
 
       const outputs = scratch + OUTPUTS;
-      if (inPlace) addRows(shares, v, vStride, keyLength, dv, outputs);
+      if (inPlace) addPresent(job, mapOfRow(job, map, first), shares, v, vStride, keyLength, dv, outputs, scratch + POISON);
       else {
         for (let c = 0; c < dvPadded; c += PRODUCT_WIDTH) {
           const b = packedV + ((<usize>c * <usize>keyLength) << 2);
@@ -355,6 +363,45 @@ export function exactUnit(job: usize, unit: usize, scratch: usize): void {
       }
     }
   }
+}
+
+/** {@link scoreInPlace} of the keys that a line of the map has. Returns whether all of these scores are finite. */
+function scorePresent(
+  job: usize, line: usize, q: usize, k: usize, stride: usize, keyLength: i32, d: i32, scores: usize,
+): boolean {
+  if (line == 0) return scoreInPlace(q, k, stride, keyLength, d, scores);
+  let finite = true;
+  let key = 0;
+  while ((key = nextKey(job, line, true, key, keyLength)) < keyLength) {
+    const end = nextKey(job, line, false, key, keyLength);
+    if (!scoreInPlace(q, k + <usize>key * stride, stride, end - key, d, scores + (<usize>key << 2))) finite = false;
+    key = end;
+  }
+  return finite;
+}
+
+/** {@link addRows} over the keys that a line of the map has; `row` is room for one more output. */
+function addPresent(
+  job: usize, line: usize, shares: usize, v: usize, stride: usize, keyLength: i32, dv: i32, out: usize, row: usize,
+): void {
+  if (line == 0) {
+    addRows(shares, v, stride, keyLength, dv, out);
+    return;
+  }
+  let key = 0;
+  let to = out;
+  while ((key = nextKey(job, line, true, key, keyLength)) < keyLength) {
+    const end = nextKey(job, line, false, key, keyLength);
+    addRows(shares + (<usize>key << 2), v + <usize>key * stride, stride, end - key, dv, to);
+    if (to == row) {
+      for (let c: usize = 0; c < <usize>dv << 2; c += 16) {
+        v128.store(out + c, f32x4.add(v128.load(out + c), v128.load(row + c)));
+      }
+    }
+    to = row;
+    key = end;
+  }
+  if (to == out) memory.fill(out, 0, <usize>dv << 2);
 }
 
 /** {@link addRows} over the keys that are not excluded: a value that the row does not see may be anything. */

@@ -379,17 +379,18 @@ export function decodeValues(job: usize, tile: usize, keys: i32, target: usize):
   }
 }
 
-/** Output channels become NaN where the row sees a key whose value there is not finite. */
-export function spreadInvalidFp4(job: usize, tile: usize, scores: usize, keys: i32, out: usize): void {
+/** Output channels become NaN where the row sees a key whose value there is not finite; scores begin with key `base`. */
+export function spreadInvalidFp4(job: usize, tile: usize, base: usize, scores: usize, keys: i32, out: usize): void {
   const padded = <usize>load<i32>(job, JOB_DV_PADDED);
   const codes = tile + load<usize>(job, JOB_TILE_V);
   const fine = (load<i32>(tile + load<usize>(job, JOB_TILE_FLAGS)) & TILE_FINE_VALUES) != 0;
   const rowBytes = ((padded + 15) >> 4) * 8;
   for (let j: usize = 0; j < <usize>keys; j++) {
     if (load<f32>(scores + (j << 2)) == -Infinity) continue;
+    const key = base + j;
     for (let c: usize = 0; c < padded; c++) {
-      const byte = load<u8>(fine ? codes + j * rowBytes + (c >> 1) : codes + c * (BLOCK_K / 2) + (j >> 1));
-      if (((byte >> <u8>(((fine ? c : j) & 1) << 2)) & 15) == NAN_CODE) store<f32>(out + (c << 2), NaN);
+      const byte = load<u8>(fine ? codes + key * rowBytes + (c >> 1) : codes + c * (BLOCK_K / 2) + (key >> 1));
+      if (((byte >> <u8>(((fine ? c : key) & 1) << 2)) & 15) == NAN_CODE) store<f32>(out + (c << 2), NaN);
     }
   }
 }
