@@ -44,6 +44,8 @@ const KERNEL_TESTS = [
   'no keys',
   'V near the float32',
   'one key at a time',
+  'sinks, softcap',
+  'sinks, decoding 3',
 ];
 
 const SWIFTSHADER = process.env.SAGEATTENTION_SOFTWARE_GPU === 'swiftshader';
@@ -66,7 +68,14 @@ const RUNS: readonly Run[] = [
   {
     options: { family: OTHER },
     target: target('smoothed V', { options: { smoothV: true } }),
-    only: ['mask: bool [Lq', 'varlen: 5', 'V near the float32', 'not a number: in a value', 'one key at a time'],
+    only: [
+      'mask: bool [Lq',
+      'varlen: 5',
+      'V near the float32',
+      'not a number: in a value',
+      'one key at a time',
+      'sinks, rows that see nothing',
+    ],
   },
   {
     options: { family: 'base', variant: '32x32s' },
@@ -77,7 +86,7 @@ const RUNS: readonly Run[] = [
   {
     options: { family: OTHER },
     target: { ...WEBGPU_FP4_TARGET, name: 'FP4' },
-    only: SWIFTSHADER ? ['causal, window and softcap', 'varlen: 5'] : ['mask: bool [Lq'],
+    only: SWIFTSHADER ? ['causal, window and softcap', 'varlen: 5', 'sinks, few'] : ['mask: bool [Lq', 'sinks, few'],
   },
   // The matrix kernel with its matrix operations emulated. lavapipe takes minutes to compile that.
   ...(SWIFTSHADER
@@ -92,6 +101,7 @@ const RUNS: readonly Run[] = [
             'varlen: 5',
             'not a number: in a value',
             'one key at a time',
+            'sinks, softcap',
           ],
         },
         {

@@ -32,8 +32,8 @@ export async function captureAttention(
   { cuSeqlens, ...rest }: CaptureOptions = {},
 ): Promise<CapturedAttention> {
   validateOptions(rest, TAKEN);
-  const { q, k, v, attnMask } = inputs;
-  const options: AttentionOptions = attnMask === undefined ? rest : { ...rest, attnMask };
+  const { q, k, v, attnMask, sinks } = inputs;
+  const options: AttentionOptions = { ...rest, ...(attnMask && { attnMask }), ...(sinks && { sinks }) };
   const problem =
     cuSeqlens === undefined
       ? createProblem(q, k, v, options)

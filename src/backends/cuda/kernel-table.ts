@@ -41,6 +41,7 @@ export const CUDA_KERNELS: readonly CudaKernelDescriptor[] = [
     smoothV: false,
     smoothQ: [false],
     maxHeadDim: MAX_HEAD_DIM,
+    sinks: true,
   },
   {
     name: 'qk-int8-pv-fp16-cuda',
@@ -54,6 +55,7 @@ export const CUDA_KERNELS: readonly CudaKernelDescriptor[] = [
     smoothV: true,
     smoothQ: [false],
     maxHeadDim: MAX_HEAD_DIM,
+    sinks: true,
   },
   {
     name: 'qk-int8-pv-fp8-cuda',
@@ -67,6 +69,7 @@ export const CUDA_KERNELS: readonly CudaKernelDescriptor[] = [
     smoothV: true,
     smoothQ: [false],
     maxHeadDim: MAX_HEAD_DIM,
+    sinks: true,
   },
   {
     name: 'qk-int4-pv-fp8-cuda',
@@ -80,6 +83,7 @@ export const CUDA_KERNELS: readonly CudaKernelDescriptor[] = [
     smoothV: true,
     smoothQ: ['block'],
     maxHeadDim: MAX_HEAD_DIM,
+    sinks: true,
   },
   {
     name: 'qk-fp4-pv-fp4',
@@ -94,6 +98,7 @@ export const CUDA_KERNELS: readonly CudaKernelDescriptor[] = [
     smoothV: true,
     smoothQ: ['block', false],
     maxHeadDim: MAX_HEAD_DIM,
+    sinks: true,
   },
   {
     name: 'qk-fp4-pv-fp4-cuda',
@@ -109,6 +114,7 @@ export const CUDA_KERNELS: readonly CudaKernelDescriptor[] = [
     smoothV: true,
     smoothQ: ['block', false],
     maxHeadDim: MAX_HEAD_DIM,
+    sinks: true,
   },
   {
     name: 'qk-fp4-pv-fp8-cuda',
@@ -124,6 +130,7 @@ export const CUDA_KERNELS: readonly CudaKernelDescriptor[] = [
     smoothV: true,
     smoothQ: ['block', false],
     maxHeadDim: MAX_HEAD_DIM,
+    sinks: true,
   },
   {
     name: 'qk-int8-pv-fp8-cuda-sm90',
@@ -137,6 +144,7 @@ export const CUDA_KERNELS: readonly CudaKernelDescriptor[] = [
     smoothV: true,
     smoothQ: [false],
     maxHeadDim: MAX_HEAD_DIM,
+    sinks: true,
   },
   {
     name: 'qk-int8-pv-fp16-cuda-sm90',
@@ -150,6 +158,7 @@ export const CUDA_KERNELS: readonly CudaKernelDescriptor[] = [
     smoothV: true,
     smoothQ: [false],
     maxHeadDim: MAX_HEAD_DIM,
+    sinks: true,
   },
 ];
 

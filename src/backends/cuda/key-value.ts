@@ -18,7 +18,7 @@ import type { CudaStream } from './driver/stream.ts';
 import type { DeviceFacts, KeyRoom, KeyValuePart } from './launches/context.ts';
 import type { LaunchPlanner } from './launches/plan.ts';
 import { BoundLaunches, packBuffers } from './run/bound-launches.ts';
-import { type HeldBuffer, maskOperand, type Operand, requireTensorOn, streamOf } from './run/operands.ts';
+import { type HeldBuffer, type Operand, requireTensorOn, sideOperands, streamOf } from './run/operands.ts';
 import { Runner } from './run/runner.ts';
 import { Uploads } from './run/uploads.ts';
 import type { CudaTensor } from './tensor.ts';
@@ -381,12 +381,14 @@ export class CudaKeyValue implements PreparedKeyValue {
   async attend(
     q: TensorView,
     problem: AttentionProblem,
-    { attnMask }: SideInputs,
+    side: SideInputs,
     context: RunContext,
   ): Promise<AttentionOutputs> {
     const held = this.#overHeld(problem, this.#length);
-    const operands: Operand[] = [{ buffer: 'q', argument: 'q', view: q, offset: problem.q.offset }];
-    if (attnMask !== undefined) operands.push(maskOperand(problem, attnMask));
+    const operands: Operand[] = [
+      { buffer: 'q', argument: 'q', view: q, offset: problem.q.offset },
+      ...sideOperands(problem, side),
+    ];
     const buffers = [...this.#rawBuffers(), ...(this.#quantized?.buffers ?? [])];
     return (await this.#runnerOf(held).run(operands, context, buffers)) as AttentionOutputs;
   }

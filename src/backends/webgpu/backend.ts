@@ -120,10 +120,10 @@ export class WebgpuBackend implements Backend {
    */
   async createPlan(
     specs: AttentionInputs,
-    options: Omit<AttentionOptions, 'attnMask' | 'backend' | 'kernel' | 'signal' | 'stream'> = {},
+    options: Omit<AttentionOptions, 'attnMask' | 'sinks' | 'backend' | 'kernel' | 'signal' | 'stream'> = {},
   ): Promise<WebgpuPlan> {
-    const { q, k, v, attnMask } = specs;
-    const all: AttentionOptions = attnMask === undefined ? options : { ...options, attnMask };
+    const { q, k, v, attnMask, sinks } = specs;
+    const all: AttentionOptions = { ...options, ...(attnMask && { attnMask }), ...(sinks && { sinks }) };
     validateOptions(all);
     const problem = createProblem(q, k, v, all);
     return this.plan(problem, chooseOptions(QK_INT8_PV_FP16, problem, all));

@@ -13,6 +13,7 @@ export const QK_INT8_PV_FP16: KernelDescriptor = {
   smoothV: true,
   smoothQ: [false],
   maxHeadDim: MAX_HEAD_DIM,
+  sinks: true,
 };
 
 /** What FP4 tensor cores give: for trying SageAttention3 without them, and for caches of 4 bits. Not chosen unless it is named. */
@@ -25,6 +26,7 @@ export const QK_FP4_PV_FP4: KernelDescriptor = {
   smoothV: true,
   smoothQ: ['block', 'sequence', false],
   maxHeadDim: MAX_HEAD_DIM,
+  sinks: true,
 };
 
 export const KERNELS: readonly KernelDescriptor[] = [QK_INT8_PV_FP16, QK_FP4_PV_FP4];

@@ -212,11 +212,11 @@ export class WebgpuKeyValue implements PreparedKeyValue {
   async attend(
     q: TensorView,
     problem: AttentionProblem,
-    { attnMask }: SideInputs,
+    { attnMask, sinks }: SideInputs,
     run: RunContext,
   ): Promise<AttentionOutputs> {
     this.#check(run);
-    const inputs = takeInputs(this.#context, { q, mask: attnMask });
+    const inputs = takeInputs(this.#context, { q, mask: attnMask, sinks });
     return this.#context.during(this.#attend(inputs, problem, run));
   }
 

@@ -88,10 +88,10 @@ export class WebgpuPlan implements Plan {
   }
 
   /** CPU tensors are read before this returns, unless the plan must first be built for a new device. */
-  async run({ q, k, v, attnMask }: AttentionInputs, run: RunContext = {}): Promise<AttentionOutputs> {
+  async run({ q, k, v, attnMask, sinks }: AttentionInputs, run: RunContext = {}): Promise<AttentionOutputs> {
     if (this.#disposed) throw new ExecutionError('disposed', 'this plan has been disposed');
     run.signal?.throwIfAborted();
-    const inputs = { q, k, v, mask: attnMask };
+    const inputs = { q, k, v, mask: attnMask, sinks };
     this.#runs++;
     try {
       let { context, program } = this.#built;
@@ -140,13 +140,14 @@ export class WebgpuPlan implements Plan {
         `a plan for ${problem.location} tensors`,
       );
     }
-    const { q, k, v, attnMask } = inputs;
+    const { q, k, v, attnMask, sinks } = inputs;
     const buffers: Buffers = {};
     for (const [name, view] of [
       ['q', q],
       ['k', k],
       ['v', v],
       ['mask', attnMask],
+      ['sinks', sinks],
     ] as const) {
       if (view === undefined) continue;
       if (!isGpuTensor(view)) throw new InvalidArgumentError('mixed-locations', name, 'a GPU tensor', view.location);

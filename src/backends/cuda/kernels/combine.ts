@@ -9,6 +9,7 @@ import type { Kernel, Reg } from '../ptx/types.ts';
 import { divide, integers, offset, offset64, pointers } from './parts/addresses.ts';
 import { BYTES } from './parts/elements.ts';
 import { loadSequence } from './parts/sequences.ts';
+import { joinSink, loadSink, sinkParameters } from './parts/sinks.ts';
 
 export interface CombineConfig {
   readonly target: Target;
@@ -16,6 +17,10 @@ export interface CombineConfig {
   readonly paddedValueDim: number;
   readonly outputType: DType;
   readonly lse: boolean;
+  /** Dtype of the sinks. */
+  readonly sinks: 'none' | DType;
+  /** With sinks: rows are heads over one token, each of which has its own. */
+  readonly rowsAreHeads: boolean;
 }
 
 /**
@@ -29,11 +34,13 @@ export const COMBINE_ROWS = 4;
 /** Splits whose loads are under way at once. */
 const SPLITS_AT_ONCE = 4;
 
-export function combine({ target, valueDim, paddedValueDim, outputType, lse }: CombineConfig): Kernel {
+export function combine(config: CombineConfig): Kernel {
+  const { target, valueDim, paddedValueDim, outputType, lse } = config;
   const b = new KernelBuilder({ name: 'combine', target, threads: COMBINE_ROWS * 32 });
   const pointer = pointers(b, COMBINE_POINTERS);
   const integer = integers(b, COMBINE_INTEGERS);
   const strides = pointers(b, COMBINE_STRIDES);
+  const sinks = sinkParameters(b, config.sinks);
 
   b.section('which row');
   const thread = b.special('%tid.x');
@@ -111,6 +118,14 @@ export function combine({ target, valueDim, paddedValueDim, outputType, lse }: C
   b.section('store');
   const empty = b.setp('eq', total, 0);
   const inverse = b.rcp(total);
+  let joint: Reg<'f32'> | undefined;
+  if (sinks !== undefined) {
+    const inside = b.setp('lt', row, table.queryLength);
+    const ofRow = config.rowsAreHeads ? b.add(b.mul(head, table.queryLength), row) : head;
+    const joined = joinSink(b, b.add(b.lg2(total), reference), loadSink(b, sinks, ofRow, inside));
+    b.mul(inverse, joined.keep, inverse);
+    joint = joined.lse;
+  }
   b.when(empty, () => b.set(inverse, 0));
   const token = b.add(table.queryStart, row);
   let destination = offset64(b, b.loadPointer(pointer.output), sequence, b.loadParameter(strides.outputBatch));
@@ -123,8 +138,8 @@ export function combine({ target, valueDim, paddedValueDim, outputType, lse }: C
     b.when(b.setp('lt', lane, valueDim - channel), () => b.st(stored, destination, channel * BYTES[outputType]));
   });
   if (lse) {
-    const value = b.mul(b.add(b.lg2(total), reference), Math.LN2);
-    b.when(empty, () => b.set(value, Number.NEGATIVE_INFINITY));
+    const value = b.mul(joint ?? b.add(b.lg2(total), reference), Math.LN2);
+    if (joint === undefined) b.when(empty, () => b.set(value, Number.NEGATIVE_INFINITY));
     let at = offset64(b, b.loadPointer(pointer.lse), sequence, b.loadParameter(strides.lseBatch));
     at = offset(b, offset64(b, at, head, b.loadParameter(strides.lseHead)), token, 4);
     b.when(b.setp('eq', lane, 0), () => b.st(value, at));

@@ -6,6 +6,7 @@ import type { DType } from '../../../tensor/dtype.ts';
 import type { OperandLayout } from '../../../tensor/tensor.ts';
 import { FLOAT32_MAX, LOG2_E } from '../kernels/parts/constants.ts';
 import { BYTES } from '../kernels/parts/elements.ts';
+import { SINK_PARAMETERS } from '../kernels/parts/sinks.ts';
 import { printKernel } from '../ptx/printer.ts';
 import type { Kernel } from '../ptx/types.ts';
 import type { BufferName, KernelArgument, KernelLaunch, KernelModule } from './launch.ts';
@@ -103,6 +104,19 @@ export function maskArgumentsOf({ mask }: AttentionProblem) {
 /** How an attention kernel reads the mask. */
 export const maskFormatOf = ({ mask }: AttentionProblem): 'none' | 'boolean' | DType =>
   mask === undefined ? 'none' : mask.dtype === 'bool' ? 'boolean' : mask.dtype;
+
+/** Dtype of the sinks that a kernel adds. */
+export const sinkFormatOf = ({ sinks }: AttentionProblem): 'none' | DType => sinks?.dtype ?? 'none';
+
+/** The sinks as kernels take them that add them; no argument for others. */
+export function sinkArgumentsOf({ sinks }: AttentionProblem): KernelArgument[] {
+  if (sinks === undefined) return [];
+  const bytes = BYTES[sinks.dtype];
+  return inOrder(SINK_PARAMETERS, {
+    sinks: pointer('sinks', sinks.offset * bytes),
+    sinkStride: u64(sinks.stride * bytes),
+  });
+}
 
 /** The band as the attention kernels take it: keys left and right of the diagonal, and where that starts. */
 export const bandArguments = ({ lower, upper, align }: Band): KernelArgument[] => [

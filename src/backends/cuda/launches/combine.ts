@@ -7,7 +7,16 @@ import {
   type CombineConfig,
   combine,
 } from '../kernels/combine.ts';
-import { inOrder, launch, moduleOf, outputStridesOf, pointer, u32 } from './arguments.ts';
+import {
+  inOrder,
+  launch,
+  moduleOf,
+  outputStridesOf,
+  pointer,
+  sinkArgumentsOf,
+  sinkFormatOf,
+  u32,
+} from './arguments.ts';
 import type { Context } from './context.ts';
 import type { BufferName, KernelLaunch } from './launch.ts';
 
@@ -25,7 +34,8 @@ export function combineScratch({ problem, layout, scheme }: Context, splits: num
 }
 
 /** Joins the splits' `partialOutput` and `partialLse`; no launch without splits. */
-export function combineLaunches({ problem, device, layout, scheme }: Context, splits: number): KernelLaunch[] {
+export function combineLaunches(context: Context, splits: number): KernelLaunch[] {
+  const { problem, rowsAreHeads, device, layout, scheme } = context;
   if (splits <= 1) return [];
   const { batch, queryHeads, dtype, valueDim } = problem;
   const { target } = device;
@@ -35,6 +45,8 @@ export function combineLaunches({ problem, device, layout, scheme }: Context, sp
     paddedValueDim: scheme.paddedValueDim,
     outputType: dtype,
     lse: problem.returnLse,
+    sinks: sinkFormatOf(problem),
+    rowsAreHeads: rowsAreHeads && problem.sinks !== undefined,
   };
   const rowBlocks = Math.ceil(problem.queryLength / COMBINE_ROWS);
   return [
@@ -60,6 +72,7 @@ export function combineLaunches({ problem, device, layout, scheme }: Context, sp
           paddedQueries: u32(layout.paddedQueries),
         }),
         ...inOrder(COMBINE_STRIDES, outputStridesOf(problem)),
+        ...sinkArgumentsOf(problem),
       ],
     ),
   ];

@@ -33,6 +33,8 @@ import {
   moduleOf,
   outputStridesOf,
   pointer,
+  sinkArgumentsOf,
+  sinkFormatOf,
   softcapArguments,
   strideBytes,
   u32,
@@ -156,6 +158,7 @@ function shapeOf(context: Context) {
     sameBand: rowsAreHeads,
     mask: maskFormatOf(problem),
     softcap: problem.softcap !== 0,
+    sinks: splits > 1 ? 'none' : sinkFormatOf(problem),
     smoothQ: choice.smoothQ !== false,
     smoothV: choice.smoothV,
     outputType: dtype,
@@ -211,6 +214,7 @@ function attentionLaunch(context: Context, { config, queryTiles, blocks, splits 
             : {}),
         })
       : []),
+    ...(splits > 1 ? [] : sinkArgumentsOf(problem)),
   ]);
 }
 

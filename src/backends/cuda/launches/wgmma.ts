@@ -26,6 +26,8 @@ import {
   moduleOf,
   outputStridesOf,
   pointer,
+  sinkArgumentsOf,
+  sinkFormatOf,
   softcapArguments,
   strideBytes,
   u32,
@@ -99,6 +101,7 @@ function shapeOf(context: Context): Shape {
     banded: isBanded(problem.band),
     mask: maskFormatOf(problem),
     softcap: problem.softcap !== 0,
+    sinks: splits > 1 ? 'none' : sinkFormatOf(problem),
     smoothV: choice.smoothV,
     outputType: dtype,
     lse: problem.returnLse,
@@ -278,6 +281,7 @@ function attentionLaunch(context: Context, shape: Shape): KernelLaunch {
     f32(problem.smScale),
     ...softcapArguments(problem),
     ...mapsOf(context, shape),
+    ...(splits > 1 ? [] : sinkArgumentsOf(problem)),
   ]);
 }
 

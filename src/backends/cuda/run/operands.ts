@@ -7,7 +7,7 @@ import type { AttentionProblem } from '../../../attention/problem.ts';
 import { ExecutionError, InvalidArgumentError } from '../../../errors.ts';
 import { BYTES_PER_ELEMENT } from '../../../tensor/dtype.ts';
 import type { TensorView } from '../../../tensor/tensor.ts';
-import type { AttentionInputs, BackwardInputs } from '../../backend.ts';
+import type { AttentionInputs, BackwardInputs, SideInputs } from '../../backend.ts';
 import type { CudaDevice } from '../driver/device.ts';
 import type { DeviceMemory } from '../driver/memory.ts';
 import { CudaStream } from '../driver/stream.ts';
@@ -98,21 +98,26 @@ export interface HeldBuffer {
 }
 
 /** The inputs of a call as operands. */
-export function operandsOf(problem: AttentionProblem, { q, k, v, attnMask }: AttentionInputs): Operand[] {
-  const operands: Operand[] = [
+export function operandsOf(problem: AttentionProblem, inputs: AttentionInputs): Operand[] {
+  const { q, k, v } = inputs;
+  return [
     { buffer: 'q', argument: 'q', view: q, offset: problem.q.offset },
     { buffer: 'k', argument: 'k', view: k, offset: problem.k.offset },
     { buffer: 'v', argument: 'v', view: v, offset: problem.v.offset },
+    ...sideOperands(problem, inputs),
   ];
-  return attnMask === undefined ? operands : [...operands, maskOperand(problem, attnMask)];
 }
 
-export const maskOperand = (problem: AttentionProblem, view: TensorView): Operand => ({
-  buffer: 'mask',
-  argument: 'options.attnMask',
-  view,
-  offset: problem.mask?.offset ?? 0,
-});
+/** What a call has beside q, k and v. */
+export function sideOperands(problem: AttentionProblem, { attnMask, sinks }: SideInputs): Operand[] {
+  const operands: Operand[] = [];
+  const add = (buffer: BufferName, argument: string, view: TensorView | undefined, offset = 0) => {
+    if (view !== undefined) operands.push({ buffer, argument, view, offset });
+  };
+  add('mask', 'options.attnMask', attnMask, problem.mask?.offset);
+  add('sinks', 'options.sinks', sinks, problem.sinks?.offset);
+  return operands;
+}
 
 /** The inputs of a backward call as operands. */
 export function backwardOperandsOf(problem: BackwardProblem, inputs: BackwardInputs): Operand[] {

@@ -43,6 +43,7 @@ interface Features {
   /** Heads of Q over the one of K; default 1. */
   readonly heads?: number;
   readonly windowSize?: readonly [number, number];
+  readonly sinks?: DType;
 }
 
 /** D and Dv. */
@@ -67,6 +68,8 @@ const RARE: readonly Features[] = [
   { name: 'decoding', decoding: 4096, dtype: 'float16' },
   { name: 'decoding, grouped heads in a window', decoding: 4096, heads: 8, windowSize: [1000, 0] },
   { name: 'smooth V, float32', smoothV: true, dtype: 'float32' },
+  { name: 'sinks, smooth V, LSE', sinks: 'bfloat16', smoothV: true, lse: true },
+  { name: 'decoding, grouped heads, sinks', decoding: 4096, heads: 8, sinks: 'float32' },
 ];
 const WGMMA_RARE: readonly Features[] = [
   { name: 'boolean mask', mask: 'bool' },
@@ -74,17 +77,19 @@ const WGMMA_RARE: readonly Features[] = [
   { name: 'softcap, causal, LSE', softcap: 30, causal: true, lse: true },
   { name: 'per warp, float16', perWarp: true, dtype: 'float16' },
   { name: 'smooth V, float32', smoothV: true, dtype: 'float32' },
+  { name: 'sinks, LSE', sinks: 'bfloat16', lse: true },
 ];
 const WGMMA_DECODING: Features = { name: 'decoding', decoding: 8192, heads: 4 };
 
 function problemOf([d, dv]: Dims, features: Features): AttentionProblem {
-  const { dtype = 'bfloat16', decoding, heads = 1, windowSize, mask } = features;
+  const { dtype = 'bfloat16', decoding, heads = 1, windowSize, mask, sinks } = features;
   const [lq, lk] = decoding === undefined ? [256, 256] : [1, decoding];
   const storage = emptyTensor([Math.max(lk, heads * lq) * Math.max(d, dv)], dtype).data;
   const operand = (length: number, dim: number, count = 1) => tensor(storage, [1, count, length, dim], { dtype });
   return createProblem(operand(lq, d, heads), operand(lk, d), operand(lk, dv), {
     causalAlignment: 'bottom-right',
     ...(windowSize === undefined ? {} : { windowSize }),
+    ...(sinks === undefined ? {} : { sinks: emptyTensor([heads], sinks) }),
     isCausal: features.causal ?? false,
     softcap: features.softcap ?? 0,
     returnLse: features.lse ?? false,

@@ -39,6 +39,7 @@ import {
   ATTENTION_PARAMS,
   expOf,
   lseStatement,
+  naturalLse,
   recordFloats,
   type ScoreConfig,
   scoreDeclarations,
@@ -255,7 +256,8 @@ function softmaxStatements(
 
 /** What becomes of a row's sum, and of the output matrices, at the end. */
 function finishStatements(config: MatrixKernelConfig, { outputAt, memory }: ReturnType<typeof placesOf>) {
-  const { operations, pv, lanes, valueDim, valueDimPadded, result, returnLse, values } = config;
+  const { operations, pv, lanes, valueDim, valueDimPadded, result, returnLse, values, sinks } = config;
+  const joins = sinks && result === 'final';
   const floats = recordFloats(valueDimPadded);
   const finishRow = (rt: number, row: string) => {
     const maximum = config.softcap ? `m_${rt}` : `m_${rt} + constant_${rt}`;
@@ -266,14 +268,14 @@ function finishStatements(config: MatrixKernelConfig, { outputAt, memory }: Retu
     .join(' ')}
   if (lane_column == 0u) {
     // The sign carries NaN: a sum is positive, and 0 for a row that attends to nothing.
-    row_factor[${row}] = select(select(1.0 / max(l_${rt}, 1.0e-37f), 0.0, l_${rt} == 0.0), -1.0, l_${rt} < 0.0);
+    ${joins ? `let keep = join_sink(sink_${rt}, ${naturalLse(config, `m_${rt}`, `l_${rt}`, `constant_${rt}`)}).x;\n    ` : ''}row_factor[${row}] = select(select(1.0 / max(l_${rt}, 1.0e-37f)${joins ? ' * keep' : ''}, 0.0, l_${rt} == 0.0), -1.0, l_${rt} < 0.0);
     if (${row} < count) {
-      ${result === 'final' && returnLse ? lseStatement(config, `(first_row + ${row})`, `m_${rt}`, `l_${rt}`, `constant_${rt}`) : ''}
+      ${result === 'final' && returnLse ? lseStatement(config, `(first_row + ${row})`, `m_${rt}`, `l_${rt}`, `constant_${rt}`, `sink_${rt}`) : ''}
       ${
         result === 'partial'
           ? `let record = ${recordAt(`(first_row + ${row})`)};
       records[record + ${valueDimPadded}u] = select(${maximum}, ${EXCLUDED}, l_${rt} == 0.0);
-      records[record + ${valueDimPadded + 1}u] = l_${rt};`
+      records[record + ${valueDimPadded + 1}u] = l_${rt};${sinks ? ` records[record + ${valueDimPadded + 3}u] = sink_${rt};` : ''}`
           : ''
       }
     }
@@ -478,7 +480,7 @@ function rescaleStatements(config: MatrixKernelConfig, { outputAt, memory }: Ret
 
 export function matrixAttentionKernel(config: MatrixKernelConfig): string {
   const { operations, qk, pv, lanes, subgroupId, subgroups, rowTiles, keys } = config;
-  const { headDimPadded, valueDimPadded, sharedScale, values, mask } = config;
+  const { headDimPadded, valueDimPadded, sharedScale, values, mask, sinks } = config;
   const M = qk.M;
   const threads = subgroups * lanes;
   const rows = subgroups * rowTiles * M;
@@ -563,7 +565,7 @@ fn main(@builtin(workgroup_id) group: vec3<u32>, @builtin(local_invocation_index
   ${values.scaled ? loadValueScales(config, threads) : ''}
 ${T.map(
   (rt) => `  let facts_${rt} = (query_row + ${row(rt)}) * ${rowWords}u + ${rowWords - 4}u - P.queryRowBase * 4u;
-  let scale_${rt} = bitcast<f32>(query_rows[facts_${rt}]); let flags_${rt} = u32(query_rows[facts_${rt} + 1u]); let constant_${rt} = bitcast<f32>(query_rows[facts_${rt} + 2u]);
+  let scale_${rt} = bitcast<f32>(query_rows[facts_${rt}]); let flags_${rt} = u32(query_rows[facts_${rt} + 1u]); let constant_${rt} = bitcast<f32>(query_rows[facts_${rt} + 2u]);${sinks ? ` let sink_${rt} = bitcast<f32>(query_rows[facts_${rt} + 3u]);` : ''}
   var m_${rt} = ${EXCLUDED}; var l_${rt} = 0.0; var poison_${rt} = 0u;
   let low_${rt} = lower + i32(${row(rt)}); let high_${rt} = min(length - 1, upper + i32(${row(rt)}));
   ${mask === undefined ? '' : `let mask_${rt} = sequence_field(sequence, ${SEQUENCE.mask}u) - P.maskBase + head * P.maskHeadStride + (first_row + ${row(rt)}) * P.maskQueryStride;`}

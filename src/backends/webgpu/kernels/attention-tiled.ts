@@ -19,6 +19,7 @@ import {
   attentionParams,
   expOf,
   lseStatement,
+  naturalLse,
   recordFloats,
   type ScoreConfig,
   scoreDeclarations,
@@ -385,7 +386,9 @@ function accumulateValues({ colThreads }: TiledConfig, { I, V, tn, probabilityAt
 
 /** Writes a row: its output and its logsumexp, or its partial result. */
 function finishRow(config: TiledConfig, { V, row }: Parts, i: number): string {
-  const { colThreads, valueDim, valueDimPadded, result, returnLse, values, softcap } = config;
+  const { colThreads, valueDim, valueDimPadded, result, returnLse, values, softcap, sinks } = config;
+  const joins = sinks && result === 'final';
+  const sink = `bitcast<f32>(facts_${i}.w)`;
   const scaled = (v: number) =>
     `${values.scaled ? ` * scale_v_${v}` : ''}${values.smoothed ? ` + select(vec4<f32>(), mean_v_${v}, sum_${i} > 0.0)` : ''}`;
   const element = `sequence_field(sequence, ${SEQUENCE.output}u)`;
@@ -405,13 +408,13 @@ function finishRow(config: TiledConfig, { V, row }: Parts, i: number): string {
       : `let record = ((${element} + ${rowOffset}) / ${valueDim}u * P.splits + P.splitIndex + group.z) * ${recordFloats(valueDimPadded)}u - P.recordBase;`;
   const last =
     result === 'partial'
-      ? `if (c == 0u) { records[record + ${valueDimPadded}u] = select(${maximum}, ${EXCLUDED}, sum_${i} == 0.0); records[record + ${valueDimPadded + 1}u] = sum_${i};${countsExactly(config) ? ` records[record + ${valueDimPadded + 2}u] = exact_${i};` : ''} }`
+      ? `if (c == 0u) { records[record + ${valueDimPadded}u] = select(${maximum}, ${EXCLUDED}, sum_${i} == 0.0); records[record + ${valueDimPadded + 1}u] = sum_${i};${sinks ? ` records[record + ${valueDimPadded + 3}u] = ${sink};` : ''}${countsExactly(config) ? ` records[record + ${valueDimPadded + 2}u] = exact_${i};` : ''} }`
       : returnLse
-        ? `if (c == 0u) ${lseStatement(config, `(first_row + ${row(i)})`, `m_${i}`, `sum_${i}`, `constant_${i}`)}`
+        ? `if (c == 0u) ${lseStatement(config, `(first_row + ${row(i)})`, `m_${i}`, `sum_${i}`, `constant_${i}`, sink)}`
         : '';
   return `
   if (${row(i)} < count) {
-    let norm = select(1.0 / max(sum_${i}, 1.0e-37f), 0.0, sum_${i} <= 0.0);
+    ${joins ? `let keep = join_sink(${sink}, ${naturalLse(config, `m_${i}`, `sum_${i}`, `constant_${i}`)}).x;\n    ` : ''}let norm = select(1.0 / max(sum_${i}, 1.0e-37f)${joins ? ' * keep' : ''}, 0.0, sum_${i} <= 0.0);
     ${first}
     ${V.map(store).join('\n    ')}
     ${last}

@@ -4,6 +4,7 @@
  */
 import { params } from './layout.ts';
 import { expOf, recordFloats, type ScoreConfig, scoresAreFloat } from './scores.ts';
+import { JOIN_SINK } from './sinks.ts';
 import { NAN_WORD, outputPacker } from './storage.ts';
 
 export const MERGE_PARAMS = [
@@ -24,11 +25,12 @@ export const MERGE_THREADS = 64;
  * @param headsInner rows are in token-major order (NHD and varlen): row = (batch * tokens + token) * heads + head
  */
 export function mergeKernel(config: ScoreConfig, headsInner: boolean): string {
-  const { dtype, valueDim, valueDimPadded, returnLse, fp4 } = config;
+  const { dtype, valueDim, valueDimPadded, returnLse, fp4, sinks } = config;
   // The output is divided by the sum of rounded weights, and the logsumexp is that of the weights before.
   const exact = fp4?.weights === true && returnLse;
   const floats = recordFloats(valueDimPadded);
   const unit = scoresAreFloat(config) ? ['log', '1.0'] : ['log2', '0.6931471805599453f'];
+  const lseOf = (total: string) => `(m + ${unit[0]}(${total})) * ${unit[1]}`;
   const store =
     dtype === 'float32'
       ? `let x = merged(word);
@@ -44,7 +46,7 @@ ${params(0, MERGE_PARAMS)}
 @group(0) @binding(1) var<storage, read> records: array<f32>;
 @group(0) @binding(6) var<storage, read_write> output: array<u32>;
 ${returnLse ? '@group(0) @binding(7) var<storage, read_write> lse: array<u32>;' : ''}
-${outputPacker(dtype)}
+${outputPacker(dtype)}${sinks ? JOIN_SINK : ''}
 
 fn lse_index(row: u32) -> u32 {
   ${headsInner ? 'let outer = row / P.heads; return (outer / P.tokens * P.heads + row % P.heads) * P.tokens + outer % P.tokens;' : 'return row;'}
@@ -75,18 +77,22 @@ fn merged(element: u32) -> vec2<f32> {
       value += weight * records[at + channel];
     }
   }
-  if (poison) { sum = -1.0; }
+  if (poison) { sum = -1.0; }${sinks ? `\n  let sink = records[first + ${valueDimPadded + 3}u];` : ''}
 ${
   returnLse
     ? `  if (channel == 0u) {
     let at = lse_index(row) - P.lseBase;
     if (poison) { lse[at] = 0x7fc00000u; }
-    else if (sum == 0.0) { lse[at] = 0xff800000u; }
-    else { lse[at] = bitcast<u32>((m + ${unit[0]}(${exact ? 'exact' : 'sum'})) * ${unit[1]}); }
+    ${
+      sinks
+        ? `else { lse[at] = joined_lse(sink, sum, ${lseOf(exact ? 'exact' : 'sum')}); }`
+        : `else if (sum == 0.0) { lse[at] = 0xff800000u; }
+    else { lse[at] = bitcast<u32>(${lseOf(exact ? 'exact' : 'sum')}); }`
+    }
   }`
     : ''
 }
-  return vec2<f32>(select(value / max(sum, 1.0e-37f), 0.0, sum <= 0.0), sum);
+  return vec2<f32>(select(value / max(sum, 1.0e-37f)${sinks ? ` * join_sink(sink, ${lseOf('sum')}).x` : ''}, 0.0, sum <= 0.0), sum);
 }
 
 @compute @workgroup_size(${MERGE_THREADS})

@@ -17,12 +17,14 @@ import {
   PREPARE_KEY_VALUE_PARAMS,
   PREPARE_QUERY_PARAMS,
   type PrepareConfig,
+  type PrepareQueryConfig,
   QUERY_BLOCK,
   rowMaximum,
   THREADS,
   valueMean,
   WORST_SMOOTHING,
 } from './prepare.ts';
+import { sinkParams, sinkReader } from './sinks.ts';
 import { MEAN_FACTOR, statisticsVectors } from './statistics.ts';
 import { decoder, NONFINITE, operandLoader, range } from './storage.ts';
 
@@ -262,7 +264,7 @@ ${storeValues(config)}
 }`;
 }
 
-export interface PrepareFp4QueryConfig extends PrepareConfig {
+export interface PrepareFp4QueryConfig extends PrepareQueryConfig {
   readonly scaleSearch: ScaleSearch;
   /** What is subtracted from rows, out of buffer `queryMeans`. */
   readonly smoothQ: QuerySmoothing | false;
@@ -277,7 +279,8 @@ export const meanGroup = (smoothQ: QuerySmoothing, row: string): string =>
   smoothQ === 'sequence' ? 'sequence' : `(${row}) / ${QUERY_BLOCK}u`;
 
 export function prepareFp4QueryKernel(config: PrepareFp4QueryConfig): string {
-  const { dtype, access, headDim, headDimPadded, valueDimPadded, smoothK, smoothQ, scaleSearch, format } = config;
+  const { dtype, access, headDim, headDimPadded, valueDimPadded, smoothK, smoothQ, scaleSearch, format, sinks } =
+    config;
   const chunks = headDimPadded / 16;
   const words = fp4QueryVectors(headDimPadded) * 4;
   const statistics = statisticsVectors(headDimPadded, valueDimPadded);
@@ -296,7 +299,7 @@ export function prepareFp4QueryKernel(config: PrepareFp4QueryConfig): string {
       .map((i) => `integers_of(x[${i}] * inverse)`)
       .join(', ')});`;
   return `
-${params(0, PREPARE_FP4_QUERY_PARAMS)}
+${params(0, [...PREPARE_FP4_QUERY_PARAMS, ...sinkParams(sinks)])}
 ${tables(1)}
 ${NONFINITE}
 ${decoder(dtype)}
@@ -311,7 +314,7 @@ var<workgroup> row_outer: array<f32, ${QUERY_BLOCK}>;
 var<workgroup> flags: array<atomic<u32>, ${QUERY_BLOCK}>;
 ${MAX4}
 ${smoothK ? MEAN_FACTOR(statistics) : ''}
-${fp4Quantizer(scaleSearch)}
+${fp4Quantizer(scaleSearch)}${sinkReader(sinks)}
 fn integers_of(x: vec4<f32>) -> u32 {
   let q = vec4<u32>(vec4<i32>(round(x))) & vec4<u32>(0xffu);
   return q.x | (q.y << 8u) | (q.z << 16u) | (q.w << 24u);
@@ -384,9 +387,9 @@ ${
     // A unit of the integers is half of E2M1's.
     let largest = min(1.0e14f * max(1.0, abs(P.scoreScale)), 3.4e38f);
     rows[at] = bitcast<u32>(clamp(0.5 * scale * P.scoreScale, -largest, largest));
-    rows[at + 1u] = atomicLoad(&flags[lid]);
+    rows[at + 1u] = atomicLoad(&flags[lid])${sinks === undefined ? '' : ' | u32(sink_is_nan(head))'};
     rows[at + 2u] = bitcast<u32>(constant * P.scoreScale);
-    rows[at + 3u] = 0u;
+    rows[at + 3u] = ${sinks === undefined ? '0u' : 'sink_of(head)'};
   }
 }`;
 }

@@ -29,6 +29,7 @@ import {
   tables,
   VALUE_GROUP,
 } from './layout.ts';
+import { sinkParams, sinkReader } from './sinks.ts';
 import { MEAN_FACTOR, statisticsVectors } from './statistics.ts';
 import { type Access, decoder, NONFINITE, operandLoader, range } from './storage.ts';
 
@@ -57,7 +58,10 @@ export interface PrepareConfig {
 }
 
 /** The query kernel also stores `q . mean(K) * scoreScale` of each row: what smoothing took from its scores. */
-export type PrepareQueryConfig = PrepareConfig;
+export interface PrepareQueryConfig extends PrepareConfig {
+  /** Dtype of the sinks; undefined: none. */
+  readonly sinks: DType | undefined;
+}
 
 export interface PrepareKeyValueConfig extends PrepareConfig {
   /** The keys of a block share a scale where their magnitudes allow it. */
@@ -145,12 +149,12 @@ export const largestOf16 = 'max(max(max4(x[0]), max4(x[1])), max(max4(x[2]), max
 export const MAX4 = `fn max4(v: vec4<f32>) -> f32 { let a = abs(v); return max(max(a.x, a.y), max(a.z, a.w)); }`;
 
 export function prepareQueryKernel(config: PrepareQueryConfig): string {
-  const { dtype, access, headDim, headDimPadded, valueDimPadded, smoothK } = config;
+  const { dtype, access, headDim, headDimPadded, valueDimPadded, smoothK, sinks } = config;
   const chunks = headDimPadded / 16;
   const vectors = rowVectors(headDimPadded);
   const statistics = statisticsVectors(headDimPadded, valueDimPadded);
   return `
-${params(0, PREPARE_QUERY_PARAMS)}
+${params(0, [...PREPARE_QUERY_PARAMS, ...sinkParams(sinks)])}
 ${tables(1)}
 ${NONFINITE}
 ${decoder(dtype)}
@@ -163,7 +167,7 @@ var<workgroup> row_max: array<f32, ${QUERY_BLOCK}>;
 var<workgroup> flags: array<atomic<u32>, ${QUERY_BLOCK}>;
 ${QUANTIZE}
 ${MAX4}
-${smoothK ? MEAN_FACTOR(statistics) : ''}
+${smoothK ? MEAN_FACTOR(statistics) : ''}${sinkReader(sinks)}
 
 @compute @workgroup_size(${THREADS})
 fn main(@builtin(workgroup_id) group: vec3<u32>, @builtin(local_invocation_index) lid: u32) {
@@ -218,7 +222,7 @@ ${loadMean(headDimPadded / 4, statistics)}`
     let largest = min(${LARGEST_SCALE} * max(1.0, abs(P.scoreScale)), 3.4e38f);
     let scale = clamp(row_max[lid] / ${INT_MAX.int8}.0 * P.scoreScale, -largest, largest);
     rows[(row_at + lid) * ${vectors}u + ${vectors - 1}u - P.rowBase] =
-      vec4<u32>(bitcast<u32>(scale), atomicLoad(&flags[lid]), bitcast<u32>(constant * P.scoreScale), 0u);
+      vec4<u32>(bitcast<u32>(scale), atomicLoad(&flags[lid])${sinks === undefined ? '' : ' | u32(sink_is_nan(head))'}, bitcast<u32>(constant * P.scoreScale), ${sinks === undefined ? '0u' : 'sink_of(head)'});
   }
 }`;
 }

@@ -3,6 +3,7 @@ import type { QuerySmoothing } from '../../../quantization/schemes.ts';
 import type { DType, MaskDType } from '../../../tensor/dtype.ts';
 import { SEQUENCE } from './layout.ts';
 import { readsStatistics, type ValueScaling } from './prepare.ts';
+import { JOIN_SINK } from './sinks.ts';
 import { EXCLUDED, maskLoader, NAN_WORD, outputPacker, range } from './storage.ts';
 
 /** What of a problem changes the code of an attention kernel, whatever its family and tiles. */
@@ -14,6 +15,8 @@ export interface ScoreConfig {
   readonly mask: MaskDType | undefined;
   readonly softcap: boolean;
   readonly returnLse: boolean;
+  /** The last kernel of a row adds its head's sink. With V smoothed results are partial: the sink's share has no mean of V. */
+  readonly sinks: boolean;
   /** V's mean is added to every row that attends to something. */
   readonly values: ValueScaling;
   /** The keys of a block share a scale unless they are flagged. */
@@ -83,7 +86,7 @@ export const expOf = (config: ScoreConfig, difference: string): string =>
 
 /**
  * Floats of one row's partial result: channels, then maximum, sum (negative: the row is NaN), the sum of the weights before they
- * were rounded to FP4, and one unused.
+ * were rounded to FP4, and the sink.
  */
 export const recordFloats = (valueDimPadded: number): number => valueDimPadded + 4;
 
@@ -103,7 +106,7 @@ fn soft_capped(s: f32) -> f32 {
 
 /** Bindings from 5 on, and the helpers that follow from the configuration. */
 export function scoreDeclarations(config: ScoreConfig): string {
-  const { mask, dtype, returnLse, values, softcap, result, fp4 } = config;
+  const { mask, dtype, returnLse, values, softcap, sinks, result, fp4 } = config;
   return `
 ${mask === undefined ? '' : maskLoader(5, mask)}
 ${
@@ -114,7 +117,7 @@ ${outputPacker(dtype)}`
     : '@group(0) @binding(6) var<storage, read_write> records: array<f32>;'
 }
 ${readsStatistics(values) ? '@group(0) @binding(8) var<storage, read> partials: array<vec4<f32>>;' : ''}${fp4?.smoothQ ? '\n@group(0) @binding(7) var<storage, read> mean_scores: array<f32>;' : ''}
-${softcap ? SOFTCAP : ''}
+${softcap ? SOFTCAP : ''}${sinks && result === 'final' ? JOIN_SINK : ''}
 `;
 }
 
@@ -146,16 +149,33 @@ export function scoreStatements(
 
 /**
  * `store_row`'s parts: the statement that writes the logsumexp of a row with maximum `m` and sum `l`, given the row's
- * index in its sequence. A negative sum marks a NaN row, a sum of 0 a row that attends to nothing.
+ * index in its sequence, and its head's `sink` where the configuration has sinks. A negative sum marks a NaN row, a sum of 0 a row that attends to nothing.
  */
-export function lseStatement(config: ScoreConfig, row: string, m: string, l: string, constant: string): string {
-  // With softcap the constant is inside the scores already.
-  const shift = config.softcap ? m : `${m} + ${constant}`;
-  const value = scoresAreFloat(config) ? `${shift} + log(${l})` : `(${shift} + log2(${l})) * ${LN2}`;
+export function lseStatement(
+  config: ScoreConfig,
+  row: string,
+  m: string,
+  l: string,
+  constant: string,
+  sink: string,
+): string {
+  const value = naturalLse(config, m, l, constant);
+  if (config.sinks) {
+    return `{ let at = sequence_field(sequence, ${SEQUENCE.lse}u) - P.lseBase + head * P.lseHeadStride + ${row};
+    if (${l} < 0.0) { lse[at] = 0x7fc00000u; }
+    else { lse[at] = joined_lse(${sink}, ${l}, ${value}); } }`;
+  }
   return `{ let at = sequence_field(sequence, ${SEQUENCE.lse}u) - P.lseBase + head * P.lseHeadStride + ${row};
     if (${l} < 0.0) { lse[at] = 0x7fc00000u; }
     else if (${l} == 0.0) { lse[at] = 0xff800000u; }
     else { lse[at] = bitcast<u32>(${value}); } }`;
+}
+
+/** A row's logsumexp over its keys. */
+export function naturalLse(config: ScoreConfig, m: string, l: string, constant: string): string {
+  // With softcap the constant is inside the scores already.
+  const shift = config.softcap ? m : `${m} + ${constant}`;
+  return scoresAreFloat(config) ? `${shift} + log(${l})` : `(${shift} + log2(${l})) * ${LN2}`;
 }
 
 /**

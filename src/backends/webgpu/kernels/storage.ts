@@ -130,26 +130,29 @@ export const NAN_WORD: Record<DType, string> = {
  * The mask's binding and `mask_at(index) -> u32`: for a boolean mask nonzero = attend; for an additive one the bits of
  * its value as float32.
  */
-export function maskLoader(binding: number, dtype: MaskDType): string {
-  const header = `@group(0) @binding(${binding}) var<storage, read> mask: array<u32>;`;
+export const maskLoader = (binding: number, dtype: MaskDType): string => bitsLoader('mask', 'mask_at', binding, dtype);
+
+/** A binding `name`, and `at(index) -> u32`: a bool's byte, or the bits of a float as float32. */
+export function bitsLoader(name: string, at: string, binding: number, dtype: MaskDType): string {
+  const header = `@group(0) @binding(${binding}) var<storage, read> ${name}: array<u32>;`;
   if (dtype === 'bool') {
     return `
 ${header}
-fn mask_at(i: u32) -> u32 { return (mask[i >> 2u] >> ((i & 3u) * 8u)) & 0xffu; }`;
+fn ${at}(i: u32) -> u32 { return (${name}[i >> 2u] >> ((i & 3u) * 8u)) & 0xffu; }`;
   }
   const bits = {
-    float32: 'mask[i]',
+    float32: `${name}[i]`,
     float16: 'bitcast<u32>(unpack2x16float(half).x)',
     bfloat16: 'half << 16u',
   }[dtype];
-  const half = dtype === 'float32' ? '' : 'let half = (mask[i >> 1u] >> ((i & 1u) * 16u)) & 0xffffu;';
+  const half = dtype === 'float32' ? '' : `let half = (${name}[i >> 1u] >> ((i & 1u) * 16u)) & 0xffffu;`;
   const special =
     dtype === 'float16'
       ? `if ((half & 0x7c00u) == 0x7c00u) { return select(0x7fc00000u, 0xff800000u, half == 0xfc00u); }`
       : '';
   return `
 ${header}
-fn mask_at(i: u32) -> u32 {
+fn ${at}(i: u32) -> u32 {
   ${half}
   ${special}
   return ${bits};

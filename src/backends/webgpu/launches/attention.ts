@@ -242,6 +242,10 @@ export function scoreConfigOf(stages: Stages, splits: KeySplits, fp4: Fp4Product
   const { dtype, headDim, valueDim, mask, keyLength, softcap, returnLse } = problem;
   // Two rows of 16-bit elements share a word when Dv is odd; the merging kernel writes words from partial results.
   const sharesWords = dtype !== 'float32' && valueDim % 2 === 1;
+  const sinks = problem.sinks !== undefined;
+  const { values } = stages.keyValue;
+  // The merging kernel also writes the logsumexp where rounded weights do not give it, and where its binding is taken.
+  const merged = splits.count > 1 || sharesWords || (returnLse && fp4?.weights === true) || (sinks && values.smoothed);
   return {
     dtype,
     headDimPadded: padDim(headDim),
@@ -250,11 +254,11 @@ export function scoreConfigOf(stages: Stages, splits: KeySplits, fp4: Fp4Product
     mask: keyLength === 0 ? undefined : mask?.dtype,
     softcap: softcap > 0,
     returnLse,
-    values: stages.keyValue.values,
+    sinks,
+    values,
     sharedScale: stages.keyValue.sharedScale,
     fp4,
-    // The merging kernel writes the logsumexp where rounded weights do not give it, and where its binding is taken.
-    result: splits.count > 1 || sharesWords || (returnLse && fp4?.weights === true) ? 'partial' : 'final',
+    result: merged ? 'partial' : 'final',
   };
 }
 

@@ -15,7 +15,9 @@ import {
   QUERY_MEANS_PARAMS,
   queryMeansKernel,
 } from '../kernels/prepare-fp4.ts';
+import { sinkParams } from '../kernels/sinks.ts';
 import type { Binding, BufferName, Launch, Unit } from './launch.ts';
+import { sinkSpans, sinkValues } from './sinks.ts';
 import {
   accessOf,
   allOf,
@@ -176,6 +178,7 @@ export function prepareFp4QueryLaunches(
     smoothQ,
     scaleSearch,
     format: held ? 'int8' : 'fp4',
+    sinks: problem.sinks?.dtype,
   });
   const groupSize = queryHeads / Math.max(1, kvHeads);
   return launchesOf(
@@ -199,9 +202,10 @@ export function prepareFp4QueryLaunches(
       ),
       ...(smoothK ? [partialSpan(stages, 4, keyHeads(unit.heads, groupSize))] : []),
       ...(smoothQ ? [meansSpan(stages, smoothQ, 5, tiles, unit)] : []),
+      ...sinkSpans(problem, unit),
     ],
     (unit, base) =>
-      encodeParams(PREPARE_FP4_QUERY_PARAMS, {
+      encodeParams([...PREPARE_FP4_QUERY_PARAMS, ...sinkParams(problem.sinks?.dtype)], {
         tileStart: unit.tiles[0],
         headStart: unit.heads[0],
         groupSize,
@@ -218,6 +222,7 @@ export function prepareFp4QueryLaunches(
         scoreScale,
         meanGroups: smoothQ ? meanGroupsOf(stages, smoothQ) : 0,
         meanBase: base('queryMeans') / 16,
+        ...sinkValues(problem, base),
       }),
   );
 }

@@ -12,6 +12,7 @@ export type BufferName =
   | 'k'
   | 'v'
   | 'mask'
+  | 'sinks'
   | OutputName
   | 'tables'
   | 'queryRows'

@@ -15,10 +15,12 @@ import {
   readsStatistics,
   type ValueScaling,
 } from '../kernels/prepare.ts';
+import { sinkParams } from '../kernels/sinks.ts';
 import { STATISTICS_PARAMS, statisticsKernel, statisticsVectors } from '../kernels/statistics.ts';
 import { roundUp } from '../kernels/storage.ts';
 import { prepareFp4KeyValueLaunches } from './fp4.ts';
 import type { Launch } from './launch.ts';
+import { sinkSpans, sinkValues } from './sinks.ts';
 import {
   accessOf,
   allOf,
@@ -272,6 +274,7 @@ export function prepareQueryLaunches(stages: Stages, scoreScale: number): Launch
     valueDim,
     valueDimPadded: padDim(valueDim),
     smoothK,
+    sinks: problem.sinks?.dtype,
   });
   const groupSize = queryHeads / Math.max(1, kvHeads);
   return launchesOf(
@@ -294,9 +297,10 @@ export function prepareQueryLaunches(stages: Stages, scoreScale: number): Launch
         }),
       ),
       ...(smoothK ? [partialSpan(stages, 4, keyHeads(unit.heads, groupSize))] : []),
+      ...sinkSpans(problem, unit),
     ],
     (unit, base) =>
-      encodeParams(PREPARE_QUERY_PARAMS, {
+      encodeParams([...PREPARE_QUERY_PARAMS, ...sinkParams(problem.sinks?.dtype)], {
         tileStart: unit.tiles[0],
         headStart: unit.heads[0],
         groupSize,
@@ -311,6 +315,7 @@ export function prepareQueryLaunches(stages: Stages, scoreScale: number): Launch
         rowBase: base('queryRows') / 16,
         partialBase: base('partials') / 16,
         scoreScale,
+        ...sinkValues(problem, base),
       }),
   );
 }

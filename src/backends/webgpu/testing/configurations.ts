@@ -40,8 +40,10 @@ const SCORES: readonly ScoreConfig[] = (
     ['bfloat16', 256, 254, 'bfloat16', false, true, 'tile', 'final'],
     ['float16', 32, 33, 'float16', true, true, 'token', 'partial'],
     ['bfloat16', 32, 1, 'float32', false, false, 'tile', 'partial'],
+    ['float32', 64, 64, undefined, false, true, 'tile', 'final', 'sinks'],
+    ['float16', 32, 32, undefined, true, false, 'tile', 'partial', 'sinks'],
   ] as const
-).map(([dtype, headDimPadded, valueDim, mask, softcap, returnLse, keyScale, result]) => ({
+).map(([dtype, headDimPadded, valueDim, mask, softcap, returnLse, keyScale, result, sinks]) => ({
   dtype,
   headDimPadded,
   valueDim,
@@ -49,6 +51,7 @@ const SCORES: readonly ScoreConfig[] = (
   mask,
   softcap,
   returnLse,
+  sinks: sinks !== undefined,
   values: { scaled: dtype !== 'float16', smoothed: dtype === 'bfloat16', exponent: 15 },
   sharedScale: keyScale === 'tile',
   fp4: undefined,
@@ -77,13 +80,15 @@ export interface WebgpuConfiguration {
 }
 
 /** The score configuration's distinguishing fields. */
-const scoresName = ({ dtype, headDimPadded, valueDim, mask, result, fp4 }: ScoreConfig) =>
-  `${fp4 === undefined ? '' : 'FP4 '}${dtype} D${headDimPadded}/${valueDim} ${mask ?? 'no'} mask, ${result}`;
+const scoresName = ({ dtype, headDimPadded, valueDim, mask, result, sinks, fp4 }: ScoreConfig) =>
+  `${fp4 === undefined ? '' : 'FP4 '}${dtype} D${headDimPadded}/${valueDim} ${mask ?? 'no'} mask, ${result}${sinks ? ', sinks' : ''}`;
 
 function tiledKernels(): WebgpuConfiguration[] {
   return TILED_VARIANTS.flatMap((variant) =>
     [...SCORES, ...FP4_SCORES]
       .filter(({ valueDimPadded }) => valueDimPadded % (4 * variant.colThreads) === 0)
+      // Tiles have no part in them.
+      .filter(({ sinks }) => !sinks || variant === TILED_VARIANTS[0])
       .flatMap((scores) =>
         (['base', 'subgroup'] as const).flatMap((family) =>
           [true, false].map((modern) => ({
@@ -110,7 +115,7 @@ function matrixKernels(): WebgpuConfiguration[] {
       for (const accumulate of ['f32', 'f16'] as const) {
         const products = matrixProducts(configs, accumulate);
         if (products === undefined) continue;
-        for (const scores of SCORES) {
+        for (const scores of SCORES.filter(({ sinks }) => !sinks || variant === MATRIX_VARIANTS[0])) {
           const operations = nativeMatrices(EXTENSION, DIALECT);
           const config = { ...scores, ...variant, ...products, lanes: 32, subgroupId: true, operations };
           if (matrixWorkgroupBytes(config, scores.headDimPadded, scores.valueDimPadded) > WORKGROUP_BYTES) continue;
@@ -127,6 +132,8 @@ function matrixKernels(): WebgpuConfiguration[] {
 }
 
 const PREPARING = 'preparing kernels';
+/** Sinks may be of another dtype than Q. */
+const SINK_DTYPES = { float16: 'float32', bfloat16: 'float16', float32: 'bfloat16' } as const;
 
 /** Kernels that quantize, for each dtype and access. */
 function quantizingKernels(): WebgpuConfiguration[] {
@@ -152,7 +159,12 @@ function quantizingKernels(): WebgpuConfiguration[] {
           {
             name: `prepare Q ${features}`,
             group: PREPARING,
-            source: () => prepareQueryKernel({ ...sizes, smoothK }),
+            source: () => prepareQueryKernel({ ...sizes, smoothK, sinks: undefined }),
+          },
+          {
+            name: `prepare Q ${features}, sinks`,
+            group: PREPARING,
+            source: () => prepareQueryKernel({ ...sizes, smoothK, sinks: SINK_DTYPES[dtype] }),
           },
           ...layouts.map(([layout, sharedScale]) => ({
             name: `prepare K and V ${features} ${layout}${sharedScale ? ', shared scales' : ''}`,
@@ -190,7 +202,10 @@ function fp4Kernels(): WebgpuConfiguration[] {
           ['fp4', false],
           ['int8', false],
         ] as const) {
-          add(`prepare Q ${format} ${smoothQ}${of}`, () => prepareFp4QueryKernel({ ...config, format, smoothQ }));
+          for (const sinks of [undefined, 'float16'] as const) {
+            const label = `prepare Q ${format} ${smoothQ}${of}${sinks === undefined ? '' : ', sinks'}`;
+            add(label, () => prepareFp4QueryKernel({ ...config, format, smoothQ, sinks }));
+          }
         }
         add(`mean scores${of}`, () => meanScoresKernel({ ...config, smoothQ: smooth ? 'block' : 'sequence' }));
       }

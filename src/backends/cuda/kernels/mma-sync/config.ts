@@ -49,6 +49,8 @@ export interface AttentionConfig {
   readonly sameBand: boolean;
   readonly mask: 'none' | 'boolean' | DType;
   readonly softcap: boolean;
+  /** Dtype of the sinks. Kernels of splits have none: `combine.ts` adds them. */
+  readonly sinks: 'none' | DType;
   /** Adds the share of Q's block mean to the scores (`smoothQ`), buffer `meanScores`. */
   readonly smoothQ: boolean;
   /** Adds V's channel mean to the output. */

@@ -6,6 +6,7 @@ import { BYTES } from '../parts/elements.ts';
 import { headAddress, logSumExp, type RowSum, rowFactor, storePair } from '../parts/epilogue.ts';
 import { at } from '../parts/lists.ts';
 import { quadSum } from '../parts/quad.ts';
+import { joinSink, loadSink } from '../parts/sinks.ts';
 import type { Frame } from './frame.ts';
 import { exponentOffsetOf, type Parked, type Reloaded } from './parked.ts';
 import type { Output, SoftmaxState } from './state.ts';
@@ -60,8 +61,10 @@ export function writeResults(
     const bias = b.ld('f32', rowBias, r * 32, { readOnly: true });
     const { empty, factor } = rowFactor(b, sum, bias, unitOf(frame, output));
     b.if(b.setp('lt', row, queryLength), () => {
-      if (config.lse || config.split) storeLse(results, r, row, { sum: exact, max, empty, bias });
-      storeRow(results, r, row, factor, empty);
+      const joined = joinRowSink(results, row, { sum, max, empty, bias }, exact);
+      if (config.lse || config.split)
+        storeLse(results, r, row, joined?.lse ?? lseOf(frame, { sum: exact, max, empty, bias }));
+      storeRow(results, r, row, factor, empty, joined?.keep);
     });
   }
 }
@@ -77,14 +80,35 @@ function unitOf({ b, config }: Frame, { unit }: Output): Reg<'f32'> | undefined 
   return unit !== undefined && config.pvFormat === 'e2m1-as-f16' ? b.mul(unit, UNPACKED_UNIT) : unit;
 }
 
-function storeLse({ frame, rows, partialRow }: Results, r: number, row: Reg<'u32'>, rowSum: RowSum): void {
-  const { b, config, pointer, strides, exponentOffset } = frame;
-  const { sequence, head, queryStart, t2 } = rows;
-  const lse = logSumExp(b, rowSum, {
+/** @param natural default: of what the caller gets */
+function lseOf(frame: Frame, rowSum: RowSum, natural = !frame.config.split): Reg<'f32'> {
+  const { b, config, exponentOffset } = frame;
+  return logSumExp(b, rowSum, {
     exponentOffset: exponentOffset === 0 ? undefined : exponentOffsetOf(frame),
     biased: config.softcap,
-    natural: !config.split,
+    natural,
   });
+}
+
+/**
+ * What the head's sink leaves of the row, and the natural logsumexp with it; undefined without sinks.
+ *
+ * @param exact the sum that the logsumexp is of
+ */
+function joinRowSink({ frame, rows }: Results, row: Reg<'u32'>, rowSum: RowSum, exact: Reg<'f32'>) {
+  const { b, config, sinks } = frame;
+  if (sinks === undefined) return undefined;
+  const { head, queryLength } = rows;
+  const ofRow = config.sameBand ? b.add(b.mul(head, queryLength), row) : head;
+  const sink = loadSink(b, sinks, ofRow, b.setp('lt', row, queryLength));
+  const { keep, lse } = joinSink(b, lseOf(frame, rowSum, false), sink);
+  const joint = exact === rowSum.sum ? lse : joinSink(b, lseOf(frame, { ...rowSum, sum: exact }, false), sink).lse;
+  return { keep, lse: b.mul(joint, Math.LN2) };
+}
+
+function storeLse({ frame, rows, partialRow }: Results, r: number, row: Reg<'u32'>, lse: Reg<'f32'>): void {
+  const { b, pointer, strides } = frame;
+  const { sequence, head, queryStart, t2 } = rows;
   const first = b.setp('eq', t2, 0);
   let address = b.loadPointer(pointer.lse);
   if (partialRow === undefined) {
@@ -98,10 +122,12 @@ function storeRow(
   { frame, rows, output, partialRow, base, tokenStride, scales, means }: Results,
   r: number,
   row: Reg<'u32'>,
-  rowFactor: Reg<'f32'>,
+  factorOfSum: Reg<'f32'>,
   empty: Reg<'pred'>,
+  keep: Reg<'f32'> | undefined,
 ): void {
   const { b, config, fp8, channelTiles } = frame;
+  const rowFactor = keep === undefined ? factorOfSum : b.mul(factorOfSum, keep);
   const { queryStart, t2 } = rows;
   const type = config.split ? 'float32' : config.outputType;
   const rowAddress =
@@ -114,7 +140,8 @@ function storeRow(
     const pair = sumsOf(frame, output, r, n).map((value, j) => {
       const factor = fp8 ? b.mul(rowFactor, at(at(scales, n), j)) : rowFactor;
       const result = b.mul(value, factor);
-      const whole = config.smoothV ? b.add(result, at(at(means, n), j)) : result;
+      const mean = config.smoothV ? at(at(means, n), j) : undefined;
+      const whole = mean === undefined ? result : keep === undefined ? b.add(result, mean) : b.fma(mean, keep, result);
       // Without keys nothing has written V's scales or means.
       if (fp8 || config.smoothV) b.when(empty, () => b.set(whole, 0));
       return whole;

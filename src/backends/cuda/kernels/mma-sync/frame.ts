@@ -8,6 +8,7 @@ import { type BandParameters, bandParameters, type KeyRange, keyRange } from '..
 import { LOG2_E4M3_MAX, nextPowerOfTwo, roundUp } from '../parts/constants.ts';
 import { type SoftcapParameters, softcapParameters } from '../parts/scores.ts';
 import { loadSequence, type SequenceRegisters } from '../parts/sequences.ts';
+import { type Sinks, sinkParameters } from '../parts/sinks.ts';
 import {
   ATTENTION_INTEGERS,
   ATTENTION_POINTERS,
@@ -30,6 +31,7 @@ export interface Frame {
   /** |smScale| * log2(e); its sign is Q's. */
   readonly scoreScale: Parameter<'f32'>;
   readonly softcap: SoftcapParameters;
+  readonly sinks: Sinks | undefined;
   readonly threads: number;
   /** 16-row tiles of a warp, rows of a thread, 8-key tiles, 8-channel tiles. */
   readonly rowTiles: number;
@@ -85,6 +87,7 @@ export function makeFrame(config: AttentionConfig): Frame {
   };
   const [fp4Keys, fp4Values] = [hasFp4Keys(config), hasFp4Values(config)];
   const fp4 = fp4Keys || fp4Values ? pointers(b, FP4_POINTERS) : undefined;
+  const sinks = sinkParameters(b, config.sinks);
 
   b.section('shared memory');
   const fp8 = pvFormat === 'e4m3' || pvFormat === 'e4m3-as-f16';
@@ -112,7 +115,7 @@ export function makeFrame(config: AttentionConfig): Frame {
     ...{ b, config, threads, ...parameters },
     ...{ rowTiles: rowsPerWarp / 16, threadRows: rowsPerWarp / 8, keyTiles: BLOCK_K / 8 },
     ...{ channelTiles: paddedValueDim / 8, fp8, valueRowBytes },
-    ...{ fp4, fp4Keys, fp4Values },
+    ...{ fp4, fp4Keys, fp4Values, sinks },
     exponentOffset: config.quantizedWeights ? Math.log2(FP4_MAX) : pvFormat === 'e4m3' ? LOG2_E4M3_MAX : 0,
     sharesRange: pvFormat === 'e4m3' && config.accumulate === 'f16-per-tile',
     scoresAreFloat: config.softcap || config.smoothQ || floatMask || fp4Keys,

@@ -67,6 +67,8 @@ export interface WgmmaConfig extends WgmmaTile {
   readonly banded: boolean;
   readonly mask: 'none' | 'boolean' | DType;
   readonly softcap: boolean;
+  /** Dtype of the sinks. Kernels of splits have none: `combine.ts` adds them. */
+  readonly sinks: 'none' | DType;
   readonly smoothV: boolean;
   readonly outputType: DType;
   readonly lse: boolean;

@@ -5,6 +5,7 @@ import { BYTES } from '../parts/elements.ts';
 import { headAddress, logSumExp, rowFactor, storePair } from '../parts/epilogue.ts';
 import { at } from '../parts/lists.ts';
 import { quadSum } from '../parts/quad.ts';
+import { joinSink, loadSink } from '../parts/sinks.ts';
 import { eachRow } from './rows.ts';
 import type { Item } from './state.ts';
 
@@ -12,6 +13,8 @@ import type { Item } from './state.ts';
 interface FinishedRow {
   /** What its output is multiplied by. */
   readonly factor: Reg<'f32'>;
+  /** What the head's sink leaves of it; undefined without sinks. */
+  readonly keep: Reg<'f32'> | undefined;
   /** It saw no key. */
   readonly empty: Reg<'pred'>;
   /** It exists. */
@@ -40,7 +43,7 @@ export function writeResults(item: Item): void {
   for (let n = 0; n < paddedValueDim / 8 && n * 8 < width; n++) {
     const scales = scaleAt?.(n);
     const means = meanAt?.(n);
-    for (const [r, { factor, empty, inside, address }] of finished.entries()) {
+    for (const [r, { factor, keep, empty, inside, address }] of finished.entries()) {
       const channel = (j: number) => {
         // A channel's scale may be so small or large that only the result itself can bear it.
         const result = b.mul(at(output.registers, 4 * n + 2 * r + j), factor);
@@ -50,7 +53,8 @@ export function writeResults(item: Item): void {
           b.when(empty, () => b.set(result, 0));
         }
         if (means === undefined) return result;
-        const smoothed = b.add(result, at(means, j));
+        const mean = at(means, j);
+        const smoothed = keep === undefined ? b.add(result, mean) : b.fma(mean, keep, result);
         b.when(empty, () => b.set(smoothed, 0));
         return smoothed;
       };
@@ -62,7 +66,7 @@ export function writeResults(item: Item): void {
 /** Sums a row up, stores its logsumexp, and finds its place. */
 function finishRow(item: Item, r: number, queryHeads: Reg<'u32'>, tokenStride: Reg<'u64'>): FinishedRow {
   const { frame, thread, work, rows, state, output } = item;
-  const { b, config, integer, pointer, strides, fp8 } = frame;
+  const { b, config, integer, pointer, strides, fp8, sinks } = frame;
   const { sequence } = work;
   const { exponentOffset, paddedValueDim } = config;
   const sum = quadSum(b, config.onesColumn ? at(output.registers, paddedValueDim / 2 + 2 * r) : at(state.sum, r));
@@ -80,9 +84,11 @@ function finishRow(item: Item, r: number, queryHeads: Reg<'u32'>, tokenStride: R
           b.mul(b.loadParameter(integer.paddedQueries), queryHeads),
           b.add(b.mad(head, b.loadParameter(integer.paddedQueries), work.paddedQueryStart), token),
         );
+  const terms = { exponentOffset, biased: config.softcap };
+  const lseOf = (natural: boolean) => logSumExp(b, { sum, max: at(state.max, r), empty, bias }, { ...terms, natural });
+  const joined = sinks === undefined ? undefined : joinSink(b, lseOf(false), loadSink(b, sinks, head, inside));
   if (config.lse || config.split) {
-    const terms = { exponentOffset, biased: config.softcap, natural: !config.split };
-    const lse = logSumExp(b, { sum, max: at(state.max, r), empty, bias }, terms);
+    const lse = joined === undefined ? lseOf(!config.split) : b.mul(joined.lse, Math.LN2);
     let address = b.loadPointer(pointer.lse);
     if (partialRow === undefined) {
       const lseStrides = { batch: strides.lseBatch, head: strides.lseHead };
@@ -97,5 +103,12 @@ function finishRow(item: Item, r: number, queryHeads: Reg<'u32'>, tokenStride: R
     address = offset64(b, address, b.add(work.queryStart, token), tokenStride);
   } else address = offset(b, address, partialRow, paddedValueDim * 4);
   const type = config.split ? 'float32' : config.outputType;
-  return { factor, empty, inside, address: offset(b, address, thread.t2, BYTES[type]) };
+  const keep = joined?.keep;
+  return {
+    factor: keep === undefined ? factor : b.mul(factor, keep),
+    keep,
+    empty,
+    inside,
+    address: offset(b, address, thread.t2, BYTES[type]),
+  };
 }

@@ -8,6 +8,7 @@ import { integers, pointers } from '../parts/addresses.ts';
 import { type BandParameters, bandParameters } from '../parts/band.ts';
 import { Ring } from '../parts/ring.ts';
 import { type SoftcapParameters, softcapParameters } from '../parts/scores.ts';
+import { type Sinks, sinkParameters } from '../parts/sinks.ts';
 import { type SharedPlan, sharedPlanOf, type WgmmaConfig } from './config.ts';
 import { uniform } from './instructions.ts';
 
@@ -70,6 +71,7 @@ export interface Frame {
   readonly band: BandParameters;
   readonly smScale: Parameter<'f32'>;
   readonly softcap: SoftcapParameters;
+  readonly sinks: Sinks | undefined;
   /** V and P are FP8. */
   readonly fp8: boolean;
   /** The kernel quantizes Q itself. */
@@ -116,6 +118,7 @@ export function makeFrame(config: WgmmaConfig): Frame {
     smScale: b.parameter('smScale', 'f32'),
     softcap: softcapParameters(b),
     maps: WGMMA_MAPS.map((name) => b.parameter(name, 'tensorMap')),
+    sinks: sinkParameters(b, config.sinks),
   };
 
   b.section('shared memory');
