@@ -97,8 +97,12 @@ const NO_GPU = /WebGPU Context Provider/;
 /** And where a policy kept the library from starting a worker of `blob:`; it then computes without. */
 const NO_BLOB_WORKER = /blob:.* violates the following Content Security Policy/;
 
-/** Opens a page and waits until its title is no longer `waiting`. */
-async function titleOf(browser: Browser, url: string, accepted: readonly RegExp[] = [NO_GPU]): Promise<string> {
+/** What a page answers, in its own words: `waiting` or nothing until it has computed. */
+const ANSWER = "document.querySelector('output')?.textContent ?? document.title";
+const isAnswer = (text: string) => text !== 'waiting' && text !== '';
+
+/** Opens a page and waits for its answer. */
+async function answerOf(browser: Browser, url: string, accepted: readonly RegExp[] = [NO_GPU]): Promise<string> {
   const page = await browser.newPage();
   const said: string[] = [];
   page.on('console', (message) => {
@@ -108,22 +112,23 @@ async function titleOf(browser: Browser, url: string, accepted: readonly RegExp[
   page.on('pageerror', (error) => said.push(String(error)));
   try {
     await page.goto(url);
-    await page
-      .waitForFunction(() => document.title !== 'waiting' && document.title !== '', undefined, { timeout: PATIENCE })
-      .catch(() => undefined);
-    const title = await page.title();
-    return said.length === 0 ? title : `${title}; console: ${said.join(' | ')}`;
+    let answer = 'waiting';
+    for (const until = Date.now() + PATIENCE; Date.now() < until && !isAnswer(answer); ) {
+      answer = await page.evaluate<string>(ANSWER);
+      if (!isAnswer(answer)) await new Promise((go) => setTimeout(go, 50));
+    }
+    return said.length === 0 ? answer : `${answer}; console: ${said.join(' | ')}`;
   } finally {
     await page.close();
   }
 }
 
-/** The title of a page in an engine whose driver tells nothing of its console. */
-async function titleIn(tab: Tab, url: string): Promise<string> {
+/** The answer of a page in an engine whose driver tells nothing of its console. */
+async function answerIn(tab: Tab, url: string): Promise<string> {
   await tab.open(url);
   for (const until = Date.now() + PATIENCE; Date.now() < until; await new Promise((go) => setTimeout(go, 50))) {
-    const title = await tab.evaluate<string>('document.title');
-    if (title !== 'waiting' && title !== '') return title;
+    const answer = await tab.evaluate<string>(ANSWER);
+    if (isAnswer(answer)) return answer;
   }
   return 'waiting';
 }
@@ -133,19 +138,20 @@ interface Browsers {
   readonly tabs: ReadonlyMap<Engine, Tab>;
 }
 
-/** The title that every browser gives a page, or the first one that is wrong. */
-async function titleEverywhere(
+/** The answer that every browser gives, or the first one that is wrong. */
+async function answerEverywhere(
   { chromium, tabs }: Browsers,
   url: string,
+  right: string,
   accepted: readonly RegExp[],
 ): Promise<string> {
-  const title = await titleOf(chromium, url, accepted);
-  if (title !== DONE) return title;
+  const answer = await answerOf(chromium, url, accepted);
+  if (answer !== right) return answer;
   for (const [engine, tab] of tabs) {
-    const other = await titleIn(tab, url);
-    if (other !== DONE) return `${engine}: ${other}`;
+    const other = await answerIn(tab, url);
+    if (other !== right) return `${engine}: ${other}`;
   }
-  return DONE;
+  return right;
 }
 
 /** Headers of every answer, by the case that they stand for, and what the console may say in that case. */
@@ -155,9 +161,10 @@ const HOSTS: Readonly<Record<string, { headers: Readonly<Record<string, string>>
   strict: { headers: { ...ISOLATION_HEADERS, 'Content-Security-Policy': STRICT_POLICY }, blobIsRefused: true },
 };
 
-async function servedTitle(
+async function servedAnswer(
   browsers: Browsers,
   folder: string,
+  right: string,
   { withinPolicy = false, inlineScript }: Extract<Consumer['run'], { readonly page: string }>,
 ): Promise<string> {
   const hash = inlineScript === undefined ? '' : createHash('sha256').update(inlineScript).digest('base64');
@@ -182,10 +189,10 @@ async function servedTitle(
       );
       const accepted = blobIsRefused && !withinPolicy ? [NO_GPU, NO_BLOB_WORKER] : [NO_GPU];
       const url = `http://127.0.0.1:${(server.address() as AddressInfo).port}/`;
-      const title = await titleEverywhere(browsers, url, accepted);
-      if (title !== DONE) return `${host}: ${title}`;
+      const answer = await answerEverywhere(browsers, url, right, accepted);
+      if (answer !== right) return `${host}: ${answer}`;
     }
-    return DONE;
+    return right;
   } finally {
     server.close();
     server.closeAllConnections();
@@ -202,6 +209,7 @@ async function freePort(): Promise<number> {
 
 async function serverAnswers(browsers: Browsers, consumer: Consumer, { folder, env }: Place): Promise<string> {
   if (!('server' in consumer.run)) return '';
+  const { says: right = DONE } = consumer;
   const port = await freePort();
   const [command = '', ...args] = consumer.run.server;
   const child = spawn(command, [...args, String(port)], { cwd: folder, env, stdio: 'ignore', detached: true });
@@ -220,11 +228,12 @@ async function serverAnswers(browsers: Browsers, consumer: Consumer, { folder, e
     for (const page of consumer.run.pages) {
       const text =
         page === '/'
-          ? await titleEverywhere(browsers, url, [NO_GPU, NO_BLOB_WORKER])
+          ? await answerEverywhere(browsers, url, right, [NO_GPU, NO_BLOB_WORKER])
           : await (await fetch(`${url}${page}`)).text();
-      if (!text.includes(DONE)) return `${page}: ${text.slice(0, 500)}`;
+      // What a page says goes with what its console said; a route's text has more around it.
+      if (page === '/' ? text !== right : !text.includes(right)) return `${page}: ${text.slice(0, 500)}`;
     }
-    return DONE;
+    return right;
   } finally {
     if (child.pid !== undefined) process.kill(-child.pid, 'SIGKILL');
   }
@@ -249,7 +258,7 @@ async function extensionResult(folder: string): Promise<string> {
 async function result(consumer: Consumer, place: Place, browsers: Browsers): Promise<string> {
   if ('command' in consumer.run) return run(consumer.run.command, place).stdout.trim();
   if ('page' in consumer.run) {
-    return servedTitle(browsers, path.join(place.folder, consumer.run.page), consumer.run);
+    return servedAnswer(browsers, path.join(place.folder, consumer.run.page), consumer.says ?? DONE, consumer.run);
   }
   if ('extension' in consumer.run) return extensionResult(path.join(place.folder, consumer.run.extension));
   return serverAnswers(browsers, consumer, place);
@@ -277,11 +286,10 @@ try {
       (error: unknown) => (error instanceof Error ? error.message : String(error)),
     );
     const seconds = Math.round((Date.now() - start) / 1000);
-    if (outcome === DONE) passed++;
+    const isRight = outcome === (consumer.says ?? DONE);
+    if (isRight) passed++;
     else failed++;
-    console.log(
-      `${outcome === DONE ? 'passed' : 'FAILED'}  ${consumer.name} (${seconds} s)${outcome === DONE ? '' : `\n${outcome}`}`,
-    );
+    console.log(`${isRight ? 'passed' : 'FAILED'}  ${consumer.name} (${seconds} s)${isRight ? '' : `\n${outcome}`}`);
     if (!flags.keep) rmSync(folder, { recursive: true, force: true });
   }
 } finally {

@@ -3,14 +3,18 @@
  * `npm run test:consumers` goes through with the packed tarball.
  */
 
+import { readFileSync } from 'node:fs';
+
 export interface Consumer {
   readonly name: string;
+  /** The answer that is right, in the page's first `output` or its title. Default: `DONE`. */
+  readonly says?: string;
   /** Beside the tarball. */
   readonly packages?: readonly string[];
   readonly files: Readonly<Record<string, string>>;
   /** In turn; a warning in what they print fails. */
   readonly commands?: readonly (readonly string[])[];
-  /** A program that prints `DONE`, or a folder whose page sets its title to it. */
+  /** A program that prints the right answer, or a folder whose page shows it. */
   readonly run:
     | { readonly command: readonly string[] }
     | {
@@ -26,7 +30,7 @@ export interface Consumer {
       }
     /** A folder of an extension whose background sets `globalThis.result`. */
     | { readonly extension: string }
-    /** A server, started by this command with its port as the last argument, each of whose pages says `DONE`. */
+    /** A server, started by this command with its port as the last argument, each of whose pages has the right answer. */
     | { readonly server: readonly string[]; readonly pages: readonly string[] };
   /** Runtimes of scripts/runtimes.ts that commands name. */
   readonly runtimes?: readonly ('deno' | 'bun')[];
@@ -34,6 +38,16 @@ export interface Consumer {
 
 /** What a result says when it is right. */
 export const DONE = 'sageattention: 1x2x16x32 float32 finite';
+
+/** What the guides' projects show. */
+const GUIDE_DONE = '[1,8,256,64]';
+
+/** The files that a guide shows: blocks whose first line is a comment with their path. */
+function filesOf(guide: string): Record<string, string> {
+  const text = readFileSync(new URL(`../../docs/${guide}.md`, import.meta.url), 'utf8');
+  const blocks = text.matchAll(/^```\w+\n(?:\/\/|<!--) ([\w./-]+\.\w+)(?: -->)?\n([\s\S]*?)^```$/gm);
+  return Object.fromEntries([...blocks].map(([, path = '', code = '']) => [path, code]));
+}
 
 /** A call as the README has it, on the default backend; its answer is `DONE`. */
 const CALL = `
@@ -169,11 +183,13 @@ console.log(\`sageattention: \${output.shape.join('x')} \${output.dtype} \${valu
 const next = (bundler: 'turbopack' | 'webpack'): Consumer => ({
   name: `next-${bundler}`,
   packages: ['next@16', 'react@19', 'react-dom@19'],
+  says: GUIDE_DONE,
   files: {
+    ...filesOf('nextjs'),
     'package.json': '{ "private": true }\n',
     // Reports of use go to a host that a test must not ask.
     '.env': 'NEXT_TELEMETRY_DISABLED=1\n',
-    // Next.js writes scripts into the page itself; all else is as strict as elsewhere.
+    // Stricter than the guide's: no `blob:`. Next.js writes scripts into the page itself.
     'next.config.mjs': `export default {
   poweredByHeader: false,
   headers: async () => [
@@ -184,28 +200,9 @@ const next = (bundler: 'turbopack' | 'webpack'): Consumer => ({
   ],
 };
 `,
-    'app/layout.jsx':
-      'export const metadata = { title: "waiting" };\nexport default function Layout({ children }) {\n  return <html lang="en"><body>{children}</body></html>;\n}\n',
-    'app/page.jsx': `'use client';
-import { useEffect } from 'react';
-import { attend } from '../attend.js';
-export default function Page() {
-  useEffect(() => {
-    attend().then((text) => { document.title = text; }, (error) => { document.title = String(error?.stack ?? error); });
-  }, []);
-  return <p>client</p>;
-}
-`,
-    'app/server/page.jsx': `import { attend } from '../../attend.js';
-export const dynamic = 'force-dynamic';
-export default async function Page() {
-  return <p>{await attend()}</p>;
-}
-`,
-    'attend.js': MODULE,
   },
   commands: [['npx', 'next', 'build', `--${bundler}`]],
-  run: { server: ['npx', 'next', 'start', '-p'], pages: ['/', '/server'] },
+  run: { server: ['npx', 'next', 'start', '-p'], pages: ['/', '/api/attention'] },
 });
 
 export const CONSUMERS: readonly Consumer[] = [
@@ -281,6 +278,22 @@ addEventListener('message', () => { attend().catch(String).then((text) => postMe
 `,
       'vite.config.js': WORKER_SETTING,
     },
+    commands: [['npx', 'vite', 'build', '--logLevel', 'warn']],
+    run: { page: 'dist' },
+  },
+  {
+    name: 'web-worker',
+    packages: ['vite@8'],
+    says: GUIDE_DONE,
+    files: { ...filesOf('web-worker'), 'package.json': '{ "type": "module", "private": true }\n' },
+    commands: [['npx', 'vite', 'build', '--logLevel', 'warn']],
+    run: { page: 'dist' },
+  },
+  {
+    name: 'react',
+    packages: ['vite@8', '@vitejs/plugin-react', 'react@19', 'react-dom@19'],
+    says: GUIDE_DONE,
+    files: { ...filesOf('react'), 'package.json': '{ "type": "module", "private": true }\n' },
     commands: [['npx', 'vite', 'build', '--logLevel', 'warn']],
     run: { page: 'dist' },
   },
