@@ -33,6 +33,9 @@ export class Random {
   }
 
   normals(length: number, scale = 1): Float32Array {
-    return Float32Array.from({ length }, () => this.normal() * scale);
+    const values = new Float32Array(length);
+    // A loop takes a third of the time of `Float32Array.from`.
+    for (let i = 0; i < length; i++) values[i] = this.normal() * scale;
+    return values;
   }
 }
