@@ -19,7 +19,10 @@ export { Attention, createAttention, type PlannedOptions, type TensorSpec } from
 export {
   type AttentionResult,
   type KernelFunction,
+  type SparseAttentionResult,
+  type SparseOptions,
   sageattn,
+  sageattnSparse,
   sageattnVarlen,
   type VarlenOptions,
 } from './api/sageattn.ts';
@@ -37,13 +40,16 @@ export {
   type GradientOptions,
   type TrainableOptions,
 } from './attention/backward.ts';
+export type { SparsityResult } from './attention/block-choice.ts';
 export { KERNEL_NAMES, type KernelName } from './attention/kernels.ts';
 export type { AttentionOptions, BackendName, BlockMask, CausalAlignment, TensorLayout } from './attention/options.ts';
+export type { Sparsity } from './attention/sparsity.ts';
 export type {
   AttentionInputs,
   AttentionOutputs,
   Availability,
   Backend,
+  BlockMap,
   KernelChoice,
   KernelDescriptor,
   SideInputs,

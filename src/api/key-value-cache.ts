@@ -93,10 +93,10 @@ export interface TokenOptions {
 /** Options of `append`. */
 export type AppendOptions = RunContext & TokenOptions;
 
-/** Options of each call over prepared K and V. */
+/** Options of each call over prepared K and V. Blocks of these are not chosen: their keys are held quantized. */
 export type AttendOptions = Omit<
   AttentionOptions,
-  Exclude<keyof KeyValueOptions, keyof RunContext | 'keyMask' | 'format'>
+  Exclude<keyof KeyValueOptions, keyof RunContext | 'keyMask' | 'format'> | 'sparsity'
 >;
 
 const PREPARE_OPTIONS = [
@@ -113,8 +113,9 @@ const PREPARE_OPTIONS = [
   'signal',
   'stream',
 ] as const satisfies readonly (keyof KeyValueOptions & keyof AttentionOptions)[];
+const NOT_ATTENDED: readonly string[] = [...PREPARE_OPTIONS, 'sparsity'];
 const ATTEND_OPTIONS = OPTION_NAMES.filter(
-  (name) => name === 'signal' || name === 'stream' || !(PREPARE_OPTIONS as readonly string[]).includes(name),
+  (name) => name === 'signal' || name === 'stream' || !NOT_ATTENDED.includes(name),
 );
 
 type Axes = readonly [headAxis: 1 | 2, tokenAxis: 1 | 2];

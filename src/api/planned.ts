@@ -114,7 +114,7 @@ export type PlannedOptions = Omit<AttentionOptions, (typeof NOT_PLANNED)[number]
   /** Rows and keys of a block of `specs.blockMap`, multiples of 16; see {@link BlockMask}. */
   readonly blocks?: Pick<BlockMask, 'rows' | 'keys'>;
 };
-const NOT_PLANNED = ['attnMask', 'sinks', 'blockMask', 'signal', 'stream', 'out'] as const;
+const NOT_PLANNED = ['attnMask', 'sinks', 'blockMask', 'sparsity', 'signal', 'stream', 'out'] as const;
 const PLANNED_OPTIONS = OPTION_NAMES.filter((name) => !(NOT_PLANNED as readonly string[]).includes(name));
 
 /**

@@ -1,14 +1,22 @@
 /** The calls of the public API: validate, choose backend and kernel, plan, run. */
 
+import { contiguousBlocks, type SparsityResult } from '../attention/block-choice.ts';
 import type { KernelName } from '../attention/kernels.ts';
 import { type AttentionOptions, OPTION_NAMES, validateOptions } from '../attention/options.ts';
 import { attentionOutputs } from '../attention/outputs.ts';
 import { type AttentionProblem, createProblem, createVarlenProblem } from '../attention/problem.ts';
+import { type SettledSparsity, SPARSITY_PHRASE, type Sparsity, settleSparsity } from '../attention/sparsity.ts';
 import type { AttentionInputs, AttentionOutputs, Backend, Plan, RunContext } from '../backends/backend.ts';
 import { contextOf, keepInputs, sideOf, takeInputs, withSideOptions } from '../backends/choice.ts';
 import { outputsInto, takeOut } from '../backends/out.ts';
 import { forgetAvailability } from '../backends/registry.ts';
-import { BackendUnavailableError, ExecutionError, SageAttentionError } from '../errors.ts';
+import {
+  BackendUnavailableError,
+  ExecutionError,
+  InvalidArgumentError,
+  SageAttentionError,
+  takeOptions,
+} from '../errors.ts';
 import type { LseOf, Tensor, TensorView } from '../tensor/tensor.ts';
 import { withCachedPlan } from './plan-cache.ts';
 import { chooseBackend, readyBackend } from './selection.ts';
@@ -19,6 +27,14 @@ export interface AttentionResult<T extends TensorView = Tensor> {
   readonly output: T;
   /** Natural logarithm of the sum of exponentials of each row's scores, `[B,Hq,Lq]` (varlen `[Hq,totalQ]`), float32. */
   readonly lse: LseOf<T>;
+}
+
+/** What {@link sageattnSparse} gives. */
+export interface SparseAttentionResult<T extends TensorView = Tensor> {
+  readonly output: T;
+  /** As in {@link AttentionResult}, of the blocks that were computed; present with `returnLse: true`. */
+  readonly lse?: LseOf<T>;
+  readonly sparsity: SparsityResult<T>;
 }
 
 type WithLse = AttentionOptions & { readonly returnLse: true };
@@ -43,12 +59,27 @@ export function takeCall<T extends TensorView>(
 }
 
 async function attend<T extends TensorView>(
-  taken: { inputs: AttentionInputs<T>; problem: AttentionProblem },
+  taken: Taken<T>,
   options: AttentionOptions,
   given?: Backend,
 ): Promise<T | AttentionResult<T>> {
+  const { output, lse } = await attendOn(taken, options, given);
+  return lse === undefined ? output : { output, lse };
+}
+
+interface Taken<T extends TensorView> {
+  readonly inputs: AttentionInputs<T>;
+  readonly problem: AttentionProblem;
+}
+
+async function attendOn<T extends TensorView>(
+  taken: Taken<T>,
+  options: AttentionOptions,
+  given?: Backend,
+): Promise<Omit<SparseAttentionResult<T>, 'sparsity'> & Partial<Pick<SparseAttentionResult<T>, 'sparsity'>>> {
   options.signal?.throwIfAborted();
-  const { problem } = taken;
+  const sparsity = options.sparsity && settleSparsity(options.sparsity);
+  const problem = sparsity ? { ...taken.problem, blocks: contiguousBlocks(taken.problem, sparsity) } : taken.problem;
   const out = options.out && takeOut(options.out, { location: problem.location, outputs: attentionOutputs(problem) });
   // Inputs count as they are at the moment of the call. A plan that is at hand reads them now; where it must be waited for,
   // copies wait.
@@ -64,7 +95,14 @@ async function attend<T extends TensorView>(
   const context: RunContext = { ...contextOf(options, backend.name), ...(out && { out }) };
   const run = (plan: Plan) => plan.run(inputs ?? taken.inputs, context);
   let outputs: AttentionOutputs;
+  let chosen: SparsityResult<T> | undefined;
   try {
+    if (sparsity) {
+      wait();
+      const kept = inputs as AttentionInputs<T>;
+      chosen = await chooseFor(backend, problem, sparsity, kept, context);
+      inputs = { ...kept, blockMap: chosen.blockMask.map };
+    }
     outputs = await withCachedPlan(backend, problem, options, run, wait);
   } catch (error) {
     if (error instanceof ExecutionError || error instanceof BackendUnavailableError) forgetAvailability(backend);
@@ -72,7 +110,23 @@ async function attend<T extends TensorView>(
   }
   // A backend answers where its inputs are, so its tensors are of the caller's kind.
   const { output, lse } = outputsInto(outputs as AttentionOutputs<T>, options.out, context);
-  return lse === undefined ? output : { output, lse };
+  return { output, ...(lse && { lse }), ...(chosen && { sparsity: chosen }) };
+}
+
+/** The blocks that a call computes. */
+async function chooseFor<T extends TensorView>(
+  backend: Backend,
+  problem: AttentionProblem,
+  sparsity: SettledSparsity,
+  { q, k }: AttentionInputs<T>,
+  { out: _, ...context }: RunContext,
+): Promise<SparsityResult<T>> {
+  if (backend.buildBlockMap === undefined) {
+    const expected = `nothing on backend '${backend.name}', which chooses no blocks: options.blockMask says which`;
+    throw new InvalidArgumentError('unsupported-option', 'options.sparsity', expected, 'a sparsity');
+  }
+  const { map, ...fractions } = await backend.buildBlockMap(problem, sparsity, { q, k }, context);
+  return { blockMask: { rows: sparsity.rows, keys: sparsity.keys, map: map as T }, ...fractions };
 }
 
 /**
@@ -177,6 +231,43 @@ export async function sageattnVarlen<T extends TensorView>(
   const create: CreateProblem = (ownQ, ownK, ownV, all) =>
     createVarlenProblem(ownQ, ownK, ownV, cuSeqlensQ, cuSeqlensK, all);
   return attend(takeCall({ q, k, v }, own, create), own);
+}
+
+/** Options of {@link sageattnSparse}. */
+export type SparseOptions = AttentionOptions & {
+  readonly sparsity: Sparsity;
+  /** Packed sequences, as {@link sageattnVarlen} takes them; both or none, and without `tensorLayout`. */
+  readonly cuSeqlensQ?: ArrayLike<number>;
+  readonly cuSeqlensK?: ArrayLike<number>;
+};
+
+/**
+ * {@link sageattn} with `sparsity`, or {@link sageattnVarlen}; tells besides which blocks were computed. Their map may serve other
+ * calls, as the `blockMask` of a next step or layer.
+ *
+ * @throws as {@link sageattn}
+ * @see SpargeAttn, arXiv 2502.18137
+ */
+export async function sageattnSparse<T extends TensorView>(
+  q: T,
+  k: T,
+  v: T,
+  options: SparseOptions,
+): Promise<SparseAttentionResult<T>> {
+  const { cuSeqlensQ, cuSeqlensK, ...others } = takeOptions(options, [...OPTION_NAMES, 'cuSeqlensQ', 'cuSeqlensK']);
+  if ((cuSeqlensQ === undefined) !== (cuSeqlensK === undefined)) {
+    const missing = cuSeqlensQ === undefined ? 'cuSeqlensQ' : 'cuSeqlensK';
+    throw new InvalidArgumentError('invalid-option', `options.${missing}`, 'both cuSeqlens or none', 'none');
+  }
+  const packed = cuSeqlensQ !== undefined && cuSeqlensK !== undefined;
+  const own: AttentionOptions = validateOptions(others, packed ? VARLEN_OPTIONS : OPTION_NAMES);
+  if (own.sparsity === undefined) {
+    throw new InvalidArgumentError('invalid-option', 'options.sparsity', SPARSITY_PHRASE, 'undefined');
+  }
+  const create: CreateProblem = packed
+    ? (ownQ, ownK, ownV, all) => createVarlenProblem(ownQ, ownK, ownV, cuSeqlensQ, cuSeqlensK, all)
+    : createProblem;
+  return (await attendOn(takeCall({ q, k, v }, own, create), own)) as SparseAttentionResult<T>;
 }
 
 type KernelOptions = Omit<AttentionOptions, 'kernel'>;

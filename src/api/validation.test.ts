@@ -5,7 +5,7 @@ import { InvalidArgumentError, type SageAttentionError } from '../errors.ts';
 import { emptyTensor, type Tensor, type TensorView, tensor } from '../tensor/tensor.ts';
 import { prepareKeyValue } from './key-value-cache.ts';
 import { createAttention } from './planned.ts';
-import { kernelFunction, sageattn, sageattnVarlen } from './sageattn.ts';
+import { kernelFunction, type SparseOptions, sageattn, sageattnSparse, sageattnVarlen } from './sageattn.ts';
 
 const t = (...shape: number[]) => emptyTensor(shape, 'float32');
 const bools = (...shape: number[]) => tensor(new Uint8Array(shape.reduce((product, size) => product * size, 1)), shape);
@@ -243,6 +243,46 @@ const WRONG: readonly Wrong[] = [
     'options.blockMask.map',
     'webgpu',
   ),
+  ...[
+    {},
+    { topK: 0.5, topP: 0.5 },
+    { topK: 1.5 },
+    { topP: -0.1 },
+    { threshold: 2 },
+    { topK: 0.5, mass: 0.9 },
+    { topK: 0.5, rows: 24 },
+    { topK: 0.5, sinkBlocks: -1 },
+    { topk: 0.5 },
+  ].map((sparsity) =>
+    option(
+      `a sparsity of ${JSON.stringify(sparsity)}`,
+      { sparsity },
+      'invalid-option',
+      'options.sparsity',
+      '[object Object]',
+    ),
+  ),
+  option(
+    'a sparsity beside a block mask',
+    { sparsity: { topK: 0.5 }, blockMask: { rows: 16, keys: 16, map: bools(1, 1) } },
+    'invalid-option',
+    'options.sparsity',
+    '[object Object]',
+  ),
+  {
+    name: 'sageattnSparse without a sparsity',
+    call: () => sageattnSparse(q, k, v, {} as SparseOptions),
+    code: 'invalid-option',
+    argument: 'options.sparsity',
+    received: 'undefined',
+  },
+  {
+    name: 'sageattnSparse with one cuSeqlens',
+    call: () => sageattnSparse(q, k, v, { sparsity: { topK: 0.5 }, cuSeqlensQ: [0, 5] }),
+    code: 'invalid-option',
+    argument: 'options.cuSeqlensK',
+    received: 'none',
+  },
   varlen('cuSeqlensQ that starts at 1', [1, 10], [0, 12], 'cuSeqlensQ', '[1,10]'),
   varlen('cuSeqlensK that falls', [0, 5, 10], [0, 8, 4], 'cuSeqlensK', '[0,8,4]'),
   varlen('cuSeqlensQ past the data', [0, 11], [0, 12], 'cuSeqlensQ', '[0,11]'),

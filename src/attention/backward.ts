@@ -67,7 +67,7 @@ const GRADIENT_OPTIONS = {
   maskGradient: [(value: unknown) => typeof value === 'boolean', 'a boolean'],
 } as const satisfies Record<keyof GradientOptions, readonly [(value: unknown) => boolean, string]>;
 
-const NO_FORWARD_NAMES = ['returnLse', 'out', 'sinks', 'blockMask'] as const;
+const NO_FORWARD_NAMES = ['returnLse', 'out', 'sinks', 'blockMask', 'sparsity'] as const;
 const FORWARD_NAMES = OPTION_NAMES.filter((name) => !(NO_FORWARD_NAMES as readonly string[]).includes(name));
 const TRAINABLE_NAMES = [...FORWARD_NAMES, ...Object.keys(GRADIENT_OPTIONS), 'cuSeqlensQ', 'cuSeqlensK'];
 

@@ -3,6 +3,7 @@ import { SCALE_SEARCHES, type ScaleSearch } from '../quantization/fp4-blocks.ts'
 import type { Granularity, PvAccumDtype, QuerySmoothing } from '../quantization/schemes.ts';
 import type { TensorView } from '../tensor/tensor.ts';
 import { KERNEL_NAMES, type KernelName } from './kernels.ts';
+import { isSparsity, SPARSITY_PHRASE, type Sparsity } from './sparsity.ts';
 
 export type BackendName = 'wasm' | 'webgpu' | 'cuda';
 
@@ -63,6 +64,11 @@ export interface AttentionOptions {
   readonly sinks?: TensorView;
   /** Blocks of scores to compute, beside what mask, causality and window leave. Default: all. */
   readonly blockMask?: BlockMask;
+  /**
+   * Blocks of scores are chosen by the means of their rows and keys, and only these computed. Not together with `blockMask`. What
+   * `attnMask` hides is chosen like the rest.
+   */
+  readonly sparsity?: Sparsity;
   /** Subtract K's mean over its tokens before quantizing; exact (softmax is unchanged). Default true. */
   readonly smoothK?: boolean;
   /** Subtract V's channel mean before quantizing, and add it to the output. Default false. */
@@ -152,6 +158,7 @@ const OPTIONS: Readonly<Record<keyof AttentionOptions, OptionCheck>> = {
   attnMask: [isTensor, 'a tensor'],
   sinks: [isTensor, 'a tensor'],
   blockMask: [isBlockMask, `{ rows, keys, map } of two positive multiples of ${BLOCK_MULTIPLE} and a tensor`],
+  sparsity: [(value) => isSparsity(value, isBlockSize), SPARSITY_PHRASE],
   smoothK: [isBoolean, 'a boolean'],
   smoothV: [isBoolean, 'a boolean'],
   smoothQ: [(value) => isBoolean(value) || value === 'block' || value === 'sequence', "a boolean, 'block', 'sequence'"],
@@ -199,7 +206,7 @@ export function validateOptions<T extends AttentionOptions>(options: T, taken: r
   for (const name in given) {
     checkOption(name, given[name], OPTIONS[name as keyof AttentionOptions]);
   }
-  const { windowSize, perBlockMean, blockMask, ...others } = given;
+  const { windowSize, perBlockMean, blockMask, sparsity, ...others } = given;
   if (perBlockMean !== undefined && given.smoothQ !== undefined) {
     throw new InvalidArgumentError(
       'invalid-option',
@@ -208,10 +215,17 @@ export function validateOptions<T extends AttentionOptions>(options: T, taken: r
       describe(perBlockMean),
     );
   }
-  if (windowSize === undefined && perBlockMean === undefined && blockMask === undefined) return given;
+  if (given.sparsity !== undefined && blockMask !== undefined) {
+    const expected = 'nothing beside options.blockMask, which says itself what is computed';
+    throw new InvalidArgumentError('invalid-option', 'options.sparsity', expected, describe(given.sparsity));
+  }
+  if (windowSize === undefined && perBlockMean === undefined && blockMask === undefined && sparsity === undefined) {
+    return given;
+  }
   return {
     ...others,
     ...(windowSize === undefined ? {} : { windowSize: [windowSize[0], windowSize[1]] }),
+    ...(sparsity === undefined ? {} : { sparsity: { ...sparsity } }),
     ...(blockMask === undefined
       ? {}
       : { blockMask: { rows: blockMask.rows, keys: blockMask.keys, map: blockMask.map } }),

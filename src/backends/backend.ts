@@ -4,6 +4,7 @@ import type { KernelName } from '../attention/kernels.ts';
 import type { BackendName, StreamHandle } from '../attention/options.ts';
 import type { OutputSpec, Outputs } from '../attention/outputs.ts';
 import type { AttentionProblem } from '../attention/problem.ts';
+import type { SettledSparsity } from '../attention/sparsity.ts';
 import type { ScaleSearch } from '../quantization/fp4-blocks.ts';
 import type { Granularity, PvAccumDtype, QuerySmoothing } from '../quantization/schemes.ts';
 import type { LseOf, Tensor, TensorView } from '../tensor/tensor.ts';
@@ -52,6 +53,14 @@ export interface Availability {
   readonly remedy?: string;
   /** What was found: adapter, features, driver, threads. For `doctor`. */
   readonly details: Readonly<Record<string, string>>;
+}
+
+/** Blocks that were chosen; see `SparsityResult`. */
+export interface BlockMap {
+  /** bool `[B,Hq,ceil(Lq/rows),ceil(Lk/keys)]`, contiguous, where the inputs are. */
+  readonly map: TensorView;
+  readonly keptFraction: number;
+  readonly lostMass: number;
 }
 
 /** What a call may have beside q, k and v. */
@@ -166,6 +175,16 @@ export interface Backend {
     needs?: { readonly quantized?: boolean },
   ): KernelDescriptor | Promise<KernelDescriptor>;
   plan(problem: AttentionProblem, kernel: KernelChoice): Promise<Plan>;
+  /**
+   * Chooses the blocks that a call computes; `problem.blocks` says how the map lies: contiguous from its first element on. Absent: the
+   * backend cannot. Inputs on the CPU are read before this returns its promise.
+   */
+  buildBlockMap?(
+    problem: AttentionProblem,
+    sparsity: SettledSparsity,
+    inputs: Pick<AttentionInputs, 'q' | 'k'>,
+    context: RunContext,
+  ): Promise<BlockMap>;
   /** Absent, like {@link planBackward}: the backend has no backward pass. undefined: it has none for this problem on this device. */
   backwardSupport?(problem: AttentionProblem): Promise<BackwardSupport | undefined>;
   /**

@@ -8,11 +8,11 @@ import type { GpuTensor } from '../backends/webgpu/tensor.ts';
 /** Options of `sageattn` that say something about an engine's tensors: where they live says which backend runs. */
 export type BridgeOptions = Omit<
   AttentionOptions,
-  'attnMask' | 'sinks' | 'blockMask' | 'returnLse' | 'stream' | 'backend'
+  'attnMask' | 'sinks' | 'blockMask' | 'sparsity' | 'returnLse' | 'stream' | 'backend'
 >;
 
 const TAKEN = OPTION_NAMES.filter(
-  (name) => !['sinks', 'blockMask', 'returnLse', 'stream', 'out', 'backend'].includes(name),
+  (name) => !['sinks', 'blockMask', 'sparsity', 'returnLse', 'stream', 'out', 'backend'].includes(name),
 );
 
 /** @throws {InvalidArgumentError} an unknown option or a wrong value */

@@ -1,6 +1,9 @@
 /** Sinks and block masks: their cases of the conformance table, and what holds between their calls. */
-import type { AttentionOptions, BlockMask } from '../../src/attention/options.ts';
-import { createAttention, prepareKeyValue, type Tensor, tensor } from '../../src/index.ts';
+import type { AttentionOptions, BackendName, BlockMask } from '../../src/attention/options.ts';
+import { createProblem } from '../../src/attention/problem.ts';
+import { type Sparsity, settleSparsity } from '../../src/attention/sparsity.ts';
+import { createAttention, getBackend, prepareKeyValue, sageattnSparse, type Tensor, tensor } from '../../src/index.ts';
+import { buildBlockMap } from '../../src/reference/block-map.ts';
 import { toFloat32 } from '../../src/tensor/access.ts';
 import type { Random } from '../support/random.ts';
 import { place, snapshot } from '../support/tensors.ts';
@@ -232,6 +235,16 @@ const FULL: readonly Dense[] = [
   { lq: 20, lk: 30, options: { returnLse: true } },
 ];
 
+const CHOSEN: readonly Dense[] = [
+  { lq: 150, lk: 300, heads: 4, kvHeads: 2, d: 40 },
+  { lq: 150, layout: 'NHD', dtype: 'float16', options: { isCausal: true } },
+];
+const CHOICES: readonly Sparsity[] = [
+  { topK: 0.4, rows: 32, keys: 32 },
+  { topP: 0.8, rows: 64, keys: 16, sinkBlocks: 1 },
+  { threshold: 0.05, mass: 0.7, rows: 32, keys: 64 },
+];
+
 /**
  * @param attend one call on the target
  * @param options what names the target in calls of other kinds
@@ -289,6 +302,36 @@ export function sparseBehaviours(
           }
         } finally {
           attention.dispose();
+        }
+      },
+    },
+    {
+      name: 'blocks that the backend chooses are those of the reference, and computed as its map says',
+      async run() {
+        const backend = await getBackend(options.backend as BackendName);
+        for (const [i, spec] of CHOSEN.entries()) {
+          const { q, k, v, options: own } = dense('chosen', `${i}`, spec).make(random());
+          for (const sparsity of CHOICES) {
+            const all = { ...options, ...own, sparsity, returnLse: true } as const;
+            if (backend.buildBlockMap === undefined) {
+              const error = await sageattnSparse(q, k, v, all).catch((reason: { code?: string }) => reason);
+              if ('code' in error && error.code === 'unsupported-option') continue;
+              throw new Error('a backend that chooses no blocks gave an output');
+            }
+            const { output, lse, sparsity: chosen } = await sageattnSparse(q, k, v, all);
+            const expected = buildBlockMap(createProblem(q, k, v, own), settleSparsity(sparsity), { q, k });
+            const { map } = chosen.blockMask;
+            const others = expected.map.data.filter((flag, at) => (flag !== 0) !== (map.data[at] !== 0)).length;
+            // Means are rounded: blocks of about equal weight may change places.
+            const apart = Math.abs(chosen.lostMass - expected.lostMass);
+            if (others > expected.map.data.length / 50 || apart > 0.01) {
+              throw new Error(
+                `shape ${i}, ${JSON.stringify(sparsity)}: ${others} other blocks, lost mass ${apart} apart`,
+              );
+            }
+            const masked = await attend({ q, k, v, options: { ...own, blockMask: chosen.blockMask, returnLse: true } });
+            requireSame(`shape ${i}`, lse === undefined ? { output } : { output, lse }, masked);
+          }
         }
       },
     },

@@ -11,14 +11,14 @@ import type { CudaTensor } from './tensor.ts';
 /** Options of {@link captureAttention}: the options of `sageattn` that do not belong to one run. */
 export type CaptureOptions = Omit<
   AttentionOptions,
-  'attnMask' | 'sinks' | 'blockMask' | 'backend' | 'signal' | 'stream'
+  'attnMask' | 'sinks' | 'blockMask' | 'sparsity' | 'backend' | 'signal' | 'stream'
 > & {
   /** Packed sequences, as `sageattnVarlen` takes them. */
   readonly cuSeqlens?: { readonly q: ArrayLike<number>; readonly k: ArrayLike<number> };
 };
 
 const TAKEN = OPTION_NAMES.filter(
-  (name) => !['attnMask', 'sinks', 'blockMask', 'backend', 'signal', 'stream', 'out'].includes(name),
+  (name) => !['attnMask', 'sinks', 'blockMask', 'sparsity', 'backend', 'signal', 'stream', 'out'].includes(name),
 );
 
 /**

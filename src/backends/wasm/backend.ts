@@ -3,15 +3,19 @@
 import { type BackwardProblem, gradientOutputs } from '../../attention/backward.ts';
 import { attentionOutputs } from '../../attention/outputs.ts';
 import type { AttentionProblem } from '../../attention/problem.ts';
+import type { SettledSparsity } from '../../attention/sparsity.ts';
 import { debugPlan } from '../../debug.ts';
 import { ASYNC_DISPOSE, DISPOSE } from '../../dispose.ts';
 import { BackendUnavailableError, InvalidArgumentError, takeOptions, textOf } from '../../errors.ts';
-import type { TensorView } from '../../tensor/tensor.ts';
+import { buildBlockMap } from '../../reference/block-map.ts';
+import type { Tensor, TensorView } from '../../tensor/tensor.ts';
 import type {
+  AttentionInputs,
   Availability,
   Backend,
   BackwardPlan,
   BackwardSupport,
+  BlockMap,
   KernelChoice,
   KernelDescriptor,
   KeyValueContext,
@@ -161,6 +165,14 @@ class WasmBackendImplementation implements WasmBackend {
     if (quantized) return INTEGER_KERNEL;
     if (this.#simd !== undefined) return fastestKernel(problem, this.#simd);
     return this.#load().then(({ simd }) => fastestKernel(problem, simd));
+  }
+
+  async buildBlockMap(
+    problem: AttentionProblem,
+    sparsity: SettledSparsity,
+    inputs: Pick<AttentionInputs, 'q' | 'k'>,
+  ): Promise<BlockMap> {
+    return buildBlockMap(problem, sparsity, inputs as { q: Tensor; k: Tensor });
   }
 
   async plan(problem: AttentionProblem, kernel: KernelChoice): Promise<Plan> {

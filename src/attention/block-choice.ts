@@ -1,0 +1,151 @@
+/** Which blocks of scores to compute, by what the means of their rows and keys say (SpargeAttn, arXiv 2502.18137, section 3). */
+
+import type { TensorView } from '../tensor/tensor.ts';
+import { bandOf } from './band.ts';
+import type { BlockMask } from './options.ts';
+import type { AttentionProblem, BlockLayout, Sequence } from './problem.ts';
+import type { SettledSparsity } from './sparsity.ts';
+
+/** What of a call was computed. */
+export interface SparsityResult<T extends TensorView = TensorView> {
+  /** The blocks that were computed, for other calls; its map is bool `[B,Hq,ceil(Lq/rows),ceil(Lk/keys)]`. */
+  readonly blockMask: BlockMask & { readonly map: T };
+  /** Blocks computed, of those that hold a key which a row may see by causality and window; 1 where there are none. */
+  readonly keptFraction: number;
+  /** An estimate of the share of the softmax that was left out, by the means of the blocks, averaged over rows. */
+  readonly lostMass: number;
+}
+
+/** Shape of a problem's map of blocks. */
+export function blockShapeOf(
+  { batch, queryHeads, queryLength, keyLength }: AttentionProblem,
+  { rows, keys }: Pick<BlockLayout, 'rows' | 'keys'>,
+): readonly [batch: number, heads: number, rowBlocks: number, keyBlocks: number] {
+  return [batch, queryHeads, Math.ceil(queryLength / rows), Math.ceil(keyLength / keys)];
+}
+
+/** A problem's map of blocks, contiguous. */
+export function contiguousBlocks(
+  problem: AttentionProblem,
+  { rows, keys }: Pick<BlockLayout, 'rows' | 'keys'>,
+): BlockLayout {
+  const [, heads, nq, nk] = blockShapeOf(problem, { rows, keys });
+  return { rows, keys, offset: 0, strides: [heads * nq * nk, nq * nk, nk, 1] };
+}
+
+/** Means of the blocks of one head in one sequence, and how much alike their rows are. */
+export interface Pooled {
+  /** `[blocks, D]` */
+  readonly means: Float32Array;
+  /** The mean cosine of all pairs of rows, of K after its mean was taken off; undefined: not asked for. */
+  readonly similarities: Float32Array | undefined;
+}
+
+/** Sums over blocks of rows, for {@link SparsityResult}. */
+export interface SparsityTotals {
+  visible: number;
+  kept: number;
+  rows: number;
+  lost: number;
+}
+
+export const noTotals = (): SparsityTotals => ({ visible: 0, kept: 0, rows: 0, lost: 0 });
+
+export const fractionsOf = ({ visible, kept, rows, lost }: SparsityTotals) => ({
+  keptFraction: visible === 0 ? 1 : kept / visible,
+  lostMass: rows === 0 ? 0 : lost / rows,
+});
+
+/**
+ * Chooses the blocks of one head in one sequence.
+ *
+ * @param map where the head's lines go, from `at` on, `lineLength` apart; zeros before
+ * @param totals is added to
+ */
+export function chooseBlocks(
+  problem: Pick<AttentionProblem, 'headDim' | 'smScale' | 'softcap' | 'band'>,
+  sequence: Pick<Sequence, 'queryLength' | 'keyLength'>,
+  sparsity: SettledSparsity,
+  q: Pooled,
+  k: Pooled,
+  map: Uint8Array,
+  at: number,
+  lineLength: number,
+  totals: SparsityTotals,
+): void {
+  const { headDim, smScale } = problem;
+  const { queryLength, keyLength } = sequence;
+  const { rows, keys, similarity } = sparsity;
+  const { lower, upper } = bandOf(problem, sequence);
+  const keyBlocks = Math.ceil(keyLength / keys);
+  const masses = new Float64Array(keyBlocks);
+  for (let block = 0; block * rows < queryLength; block++) {
+    const firstRow = block * rows;
+    const lastRow = Math.min(firstRow + rows, queryLength) - 1;
+    const firstKey = Math.max(0, firstRow + lower);
+    const lastKey = Math.min(keyLength - 1, lastRow + upper);
+    totals.rows += lastRow + 1 - firstRow;
+    if (firstKey > lastKey) continue;
+    const [from, to] = [Math.floor(firstKey / keys), Math.floor(lastKey / keys) + 1];
+    const scoreOf = (keyBlock: number) => {
+      let sum = 0;
+      for (let d = 0; d < headDim; d++) {
+        sum += (q.means[block * headDim + d] as number) * (k.means[keyBlock * headDim + d] as number);
+      }
+      return sum * smScale + Math.log(Math.min(keys, keyLength - keyBlock * keys));
+    };
+    const isDoubtful = !((q.similarities?.[block] ?? 1) >= similarity);
+    // The block in which the last key lies that a row sees, of each of the rows.
+    const edge =
+      lastRow + upper < 0 || firstRow + upper >= keyLength ? to : Math.floor(Math.max(0, firstRow + upper) / keys);
+    const isForced = (j: number) =>
+      isDoubtful || j >= edge || j < sparsity.sinkBlocks || !((k.similarities?.[j] ?? 1) >= similarity);
+    const line = map.subarray(at + block * lineLength, at + block * lineLength + keyBlocks);
+    const kept = chooseLine(line, from, to, scoreOf, isForced, sparsity, masses);
+    totals.visible += to - from;
+    totals.kept += kept.count;
+    totals.lost += (1 - kept.mass) * (lastRow + 1 - firstRow);
+  }
+}
+
+/** Chooses among blocks `from` to `to` of a line; returns how many it keeps, and their share of the softmax. */
+function chooseLine(
+  line: Uint8Array,
+  from: number,
+  to: number,
+  scoreOf: (block: number) => number,
+  isForced: (block: number) => boolean,
+  { topK, mass: wanted }: SettledSparsity,
+  masses: Float64Array,
+): { readonly count: number; readonly mass: number } {
+  let largest = Number.NEGATIVE_INFINITY;
+  for (let j = from; j < to; j++) {
+    masses[j] = scoreOf(j);
+    if ((masses[j] as number) > largest) largest = masses[j] as number;
+  }
+  let sum = 0;
+  for (let j = from; j < to; j++) {
+    // A score that is not a number says nothing: it weighs nothing here, and its block is computed.
+    if (!Number.isFinite(masses[j] as number)) line[j] = 1;
+    const mass = Math.exp((masses[j] as number) - largest);
+    masses[j] = Number.isFinite(mass) ? mass : 0;
+    sum += masses[j] as number;
+  }
+  let [count, mass] = [0, 0];
+  const keep = (j: number) => {
+    line[j] = 1;
+    count++;
+    mass += sum === 0 ? 0 : (masses[j] as number) / sum;
+  };
+  for (let j = from; j < to; j++) if (line[j] === 1 || isForced(j)) keep(j);
+  const others = [];
+  for (let j = from; j < to; j++) if (line[j] === 0) others.push(j);
+  others.sort((a, b) => (masses[b] as number) - (masses[a] as number) || a - b);
+  const most = Math.max(1, Math.ceil((topK ?? 1) * (to - from)));
+  const isEnough = () => count > 0 && (topK === undefined ? mass >= wanted : count >= most);
+  for (const j of others) {
+    if (isEnough()) break;
+    keep(j);
+  }
+  return { count, mass: sum === 0 ? 1 : Math.min(1, mass) };
+}
