@@ -23,6 +23,7 @@ await build({
     'test-webgpu': 'test/webgpu/main.ts',
     'bench-webgpu': 'bench/webgpu/families.ts',
     'bench-webgpu-exact': 'bench/webgpu/exact.ts',
+    'bench-webgpu-backward': 'bench/webgpu/backward.ts',
     'bench-onnxruntime': 'bench/onnxruntime/whole-model.ts',
     'test-wasm': 'test/wasm/main.ts',
     'bench-wasm': 'bench/wasm/short.ts',

@@ -2,12 +2,13 @@
  * The conformance suite on the GPU of this machine, in plain Node: every family that the device offers, whole, and
  * every variant of its tables on a few tests.
  *
- *     npx tsx scripts/gpu-programs.ts && node .gpu/programs/test-webgpu.mjs [FAMILY | fp4 ...]
+ *     npx tsx scripts/gpu-programs.ts && node .gpu/programs/test-webgpu.mjs [FAMILY | fp4 | gradients ...]
  *
- * `fp4` alone: the FP4 kernel on the families that have it.
+ * `fp4` alone: the FP4 kernel on the families that have it. `gradients` alone: the backward pass, whole, and its tiles on a few tests.
  */
 import { setBackend } from '../../src/backends/registry.ts';
 import { createWebgpuBackendOn } from '../../src/backends/webgpu/backend.ts';
+import { GRADIENT_VARIANTS } from '../../src/backends/webgpu/families/backward.ts';
 import { type Forced, familiesOf, variantsOf } from '../../src/backends/webgpu/families/choose.ts';
 import {
   createWebgpuBackend,
@@ -15,7 +16,9 @@ import {
   type Family,
   type WebgpuBackendOptions,
 } from '../../src/backends/webgpu/index.ts';
-import { conformanceTests } from '../conformance/suite.ts';
+import { backwardTests } from '../conformance/backward-suite.ts';
+import { WEBGPU_BACKWARD_TARGET } from '../conformance/backward-webgpu-target.ts';
+import { type ConformanceTest, conformanceTests } from '../conformance/suite.ts';
 import { WEBGPU_FP4_TARGET, WEBGPU_TARGET } from '../conformance/webgpu-target.ts';
 import { runSeed } from '../support/random.ts';
 
@@ -30,8 +33,12 @@ const VARIANT_TESTS = [
   'not a number: in a value',
 ];
 
-const asked = process.argv.slice(2).filter((name) => name !== 'fp4') as Family[];
-const onlyFp4 = process.argv.includes('fp4') && asked.length === 0;
+/** Not families. */
+const PARTS = ['fp4', 'gradients'];
+const asked = process.argv.slice(2).filter((name) => !PARTS.includes(name)) as Family[];
+const isAsked = (part: string) => process.argv.includes(part) || process.argv.length === 2;
+/** Only parts that are no families. */
+const onlyParts = process.argv.length > 2 && asked.length === 0;
 const seed = runSeed();
 let failures = 0;
 
@@ -40,6 +47,7 @@ async function run(
   name: string,
   only?: readonly string[],
   target = WEBGPU_TARGET,
+  testsOf: (partial: boolean) => ConformanceTest[] = (partial) => conformanceTests({ ...target, partial }, seed),
 ): Promise<void> {
   const backend = createWebgpuBackendOn(options);
   await setBackend(backend);
@@ -47,7 +55,7 @@ async function run(
   let passed = 0;
   let unsupported = 0;
   const partial = options.variant !== undefined || options.family === 'matrix';
-  for (const test of conformanceTests({ ...target, partial }, seed)) {
+  for (const test of testsOf(partial)) {
     if (only !== undefined && !only.some((text) => test.name.includes(text))) continue;
     try {
       await test.run();
@@ -76,7 +84,7 @@ const { offered, missing } = familiesOf(capabilities);
 for (const text of missing) console.log(`not offered: ${text}`);
 await probe.dispose();
 
-const families = onlyFp4
+const families = onlyParts
   ? []
   : FAMILIES.filter((name) => offered.includes(name) && (asked.length === 0 || asked.includes(name)));
 for (const family of families) {
@@ -85,7 +93,7 @@ for (const family of families) {
   const smoothed = { ...WEBGPU_TARGET, options: { smoothV: true } };
   await run({ family }, `${family}, smoothV`, VARIANT_TESTS, smoothed);
 }
-if (!onlyFp4 && offered.includes('matrix') && (asked.length === 0 || asked.includes('matrix'))) {
+if (!onlyParts && offered.includes('matrix') && (asked.length === 0 || asked.includes('matrix'))) {
   const halves = { ...WEBGPU_TARGET, options: { pvAccumDtype: 'fp16' as const }, relativeL1: 0.03 };
   await run({ family: 'matrix' }, 'matrix, float16 sums', VARIANT_TESTS, halves);
   // Where a thread's place is its index, all offsets and strides are constants and drivers read matrices 16 bytes at a
@@ -93,7 +101,7 @@ if (!onlyFp4 && offered.includes('matrix') && (asked.length === 0 || asked.inclu
   const constant = { family: 'matrix', capabilities: { subgroupId: false } } as const;
   await run(constant, 'matrix, constant offsets', VARIANT_TESTS);
 }
-if (asked.length === 0 || process.argv.includes('fp4')) {
+if (isAsked('fp4')) {
   for (const family of ['subgroup', 'base'] as const) {
     if (offered.includes(family)) await run({ family }, `FP4 ${family}`, undefined, WEBGPU_FP4_TARGET);
   }
@@ -101,6 +109,15 @@ if (asked.length === 0 || process.argv.includes('fp4')) {
     for (const { name } of offered.includes(family) ? variantsOf(family) : []) {
       await run({ family, variant: name }, `FP4 ${family} ${name}`, VARIANT_TESTS, WEBGPU_FP4_TARGET);
     }
+  }
+}
+if (isAsked('gradients')) {
+  const gradients = () => backwardTests(WEBGPU_BACKWARD_TARGET, seed);
+  for (const family of FAMILIES.filter((name) => offered.includes(name))) {
+    await run({ family }, `gradients after ${family}`, undefined, undefined, gradients);
+  }
+  for (const { name } of GRADIENT_VARIANTS) {
+    await run({ gradientVariant: name }, `gradients, tiles of ${name}`, VARIANT_TESTS, undefined, gradients);
   }
 }
 process.exit(failures === 0 ? 0 : 1);

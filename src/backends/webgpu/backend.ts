@@ -1,5 +1,6 @@
 /** The WebGPU backend: a device, opened when first needed and again after a loss, and plans on it. */
 
+import type { BackwardProblem } from '../../attention/backward.ts';
 import { type AttentionOptions, validateOptions } from '../../attention/options.ts';
 import { type AttentionProblem, createProblem } from '../../attention/problem.ts';
 import { BackendUnavailableError, messageOf, takeOptions } from '../../errors.ts';
@@ -8,12 +9,14 @@ import type {
   AttentionInputs,
   Availability,
   Backend,
+  BackwardSupport,
   KernelChoice,
   KernelDescriptor,
   KeyValueContext,
   PreparedKeyValue,
 } from '../backend.ts';
 import { chooseOptions } from '../choice.ts';
+import { WebgpuBackwardPlan } from './backward-plan.ts';
 import { matrixText } from './capabilities.ts';
 import { type DeviceOptions, type GpuContext, openDevice } from './device.ts';
 import { type Forced, familiesOf } from './families/choose.ts';
@@ -110,6 +113,14 @@ export class WebgpuBackend implements Backend {
 
   plan(problem: AttentionProblem, kernel: KernelChoice): Promise<WebgpuPlan> {
     return WebgpuPlan.create(problem, kernel, () => this.context(), this.#options);
+  }
+
+  async backwardSupport(): Promise<BackwardSupport> {
+    return { kernels: [QK_INT8_PV_FP16.name], precisions: ['fp16'], maskGradient: false };
+  }
+
+  planBackward(problem: BackwardProblem, kernel: KernelChoice): Promise<WebgpuBackwardPlan> {
+    return WebgpuBackwardPlan.create(problem, kernel, () => this.context(), this.#options);
   }
 
   /**

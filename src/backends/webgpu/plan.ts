@@ -3,15 +3,16 @@
 import { attentionOutputs, type OutputName, type OutputSpec, type Outputs } from '../../attention/outputs.ts';
 import type { AttentionProblem } from '../../attention/problem.ts';
 import { debugPlan } from '../../debug.ts';
-import { ExecutionError, InvalidArgumentError } from '../../errors.ts';
+import { InvalidArgumentError } from '../../errors.ts';
 import { isContiguous } from '../../tensor/tensor.ts';
 import type { AttentionInputs, AttentionOutputs, KernelChoice, Plan, RunContext } from '../backend.ts';
 import type { GpuContext } from './device.ts';
 import type { Forced } from './families/choose.ts';
 import type { Family } from './families/family.ts';
 import { planLaunches } from './launches/plan.ts';
+import { type Built, PlannedProgram } from './planned-program.ts';
 import { type EncodeOptions, Program } from './program.ts';
-import { copied, type DeviceInputs, rebased, runProgram, takeInputs } from './run.ts';
+import { rebased } from './run.ts';
 import type { Buffers } from './scratch.ts';
 import { emptyGpuTensor, type GpuTensor, isGpuTensor, validateBuffer } from './tensor.ts';
 
@@ -38,9 +39,7 @@ export interface RecordedBuffers {
   readonly output: GPUBuffer;
 }
 
-interface Built {
-  readonly context: GpuContext;
-  readonly program: Program;
+interface BuiltPlan extends Built {
   readonly details: PlanDetails;
 }
 
@@ -49,26 +48,13 @@ export class WebgpuPlan implements Plan {
   readonly kernel: KernelChoice;
   readonly outputs: readonly OutputSpec[];
   readonly #problem: AttentionProblem;
-  readonly #device: () => Promise<GpuContext>;
-  readonly #options: Forced;
-  #built: Built;
-  #rebuilding: Promise<Built> | undefined;
-  #disposed = false;
-  #runs = 0;
+  readonly #program: PlannedProgram<BuiltPlan>;
 
-  private constructor(
-    problem: AttentionProblem,
-    kernel: KernelChoice,
-    device: () => Promise<GpuContext>,
-    options: Forced,
-    built: Built,
-  ) {
+  private constructor(problem: AttentionProblem, kernel: KernelChoice, program: PlannedProgram<BuiltPlan>) {
     this.#problem = problem;
     this.outputs = attentionOutputs(problem);
     this.kernel = kernel;
-    this.#device = device;
-    this.#options = options;
-    this.#built = built;
+    this.#program = program;
   }
 
   /** @param device gives the backend's present device; a plan of a lost device is built again on the next one */
@@ -79,35 +65,20 @@ export class WebgpuPlan implements Plan {
     options: Forced,
   ): Promise<WebgpuPlan> {
     const own = rebased(problem);
-    return new WebgpuPlan(own, kernel, device, options, await build(await device(), own, kernel, options));
+    const program = await PlannedProgram.create(async () => build(await device(), own, kernel, options));
+    return new WebgpuPlan(own, kernel, program);
   }
 
   /** Family, tiles, launches and compile time of this plan. */
   get details(): PlanDetails {
-    return this.#built.details;
+    return this.#program.built.details;
   }
 
   /** CPU tensors are read before this returns, unless the plan must first be built for a new device. */
   async run({ q, k, v, attnMask, sinks }: AttentionInputs, run: RunContext = {}): Promise<AttentionOutputs> {
-    if (this.#disposed) throw new ExecutionError('disposed', 'this plan has been disposed');
-    run.signal?.throwIfAborted();
-    const inputs = { q, k, v, mask: attnMask, sinks };
-    this.#runs++;
-    try {
-      let { context, program } = this.#built;
-      let taken: DeviceInputs;
-      if (context.usable) taken = takeInputs(context, inputs);
-      else {
-        const copies = Object.fromEntries(Object.entries(inputs).map(([name, view]) => [name, view && copied(view)]));
-        ({ context, program } = await this.#rebuilt());
-        taken = takeInputs(context, copies);
-      }
-      const planned = { location: this.#problem.location, outputs: this.outputs };
-      return (await context.during(runProgram(context, program, planned, taken, run))) as AttentionOutputs;
-    } finally {
-      this.#runs--;
-      this.#release();
-    }
+    const planned = { location: this.#problem.location, outputs: this.outputs };
+    const made = await this.#program.run({ q, k, v, mask: attnMask, sinks }, planned, run);
+    return made as unknown as AttentionOutputs;
   }
 
   /**
@@ -128,8 +99,8 @@ export class WebgpuPlan implements Plan {
     outputs?: AttentionOutputs<GpuTensor>,
     options: EncodeOptions = {},
   ): AttentionOutputs<GpuTensor> {
-    if (this.#disposed) throw new ExecutionError('disposed', 'this plan has been disposed');
-    const { context, program } = this.#built;
+    this.#program.requireUse();
+    const { context, program } = this.#program.built;
     if (context.lost !== undefined) throw context.lost;
     const problem = this.#problem;
     if (problem.location !== 'webgpu') {
@@ -182,31 +153,15 @@ export class WebgpuPlan implements Plan {
    * @throws {ExecutionError} `device-lost`; `disposed`; a buffer that is missing
    */
   record(pass: GPUComputePassEncoder, buffers: RecordedBuffers): void {
-    if (this.#disposed) throw new ExecutionError('disposed', 'this plan has been disposed');
-    const { context, program } = this.#built;
+    this.#program.requireUse();
+    const { context, program } = this.#program.built;
     if (context.lost !== undefined) throw context.lost;
     program.record(pass, { ...program.ownScratch, ...buffers });
   }
 
   /** Runs under way end first. */
   dispose(): void {
-    this.#disposed = true;
-    this.#release();
-  }
-
-  #release(): void {
-    if (this.#disposed && this.#runs === 0) this.#built.program.dispose();
-  }
-
-  /** Builds the plan for the backend's next device: the last one was lost, or its backend disposed. */
-  async #rebuilt(): Promise<Built> {
-    this.#rebuilding ??= this.#device()
-      .then((next) => build(next, this.#problem, this.kernel, this.#options))
-      .finally(() => {
-        this.#rebuilding = undefined;
-      });
-    this.#built = await this.#rebuilding;
-    return this.#built;
+    this.#program.dispose();
   }
 }
 
@@ -229,7 +184,7 @@ async function build(
   problem: AttentionProblem,
   kernel: KernelChoice,
   options: Forced,
-): Promise<Built> {
+): Promise<BuiltPlan> {
   const { capabilities } = context;
   const { launches, variant, keySplits, sizes, tables } = planLaunches(capabilities, problem, kernel, options);
   const started = performance.now();

@@ -17,6 +17,8 @@ export interface Forced {
   readonly family?: Family;
   /** A variant of the family's table by name. Default: the best that fits. */
   readonly variant?: string;
+  /** The same of the gradient kernels' table. */
+  readonly gradientVariant?: string;
   /**
    * Runs the matrix kernel with its matrix operations replaced by plain WGSL, on any device with subgroups: slow, and
    * for tests of everything else in it. The products are as on an H200 (`int8`) or on Apple's GPUs (`float32`).

@@ -83,6 +83,9 @@ const DOT_EMULATED = `fn dot_int8(a: u32, b: u32) -> i32 {
   return x.x * y.x + x.y * y.y + x.z * y.z + x.w * y.w;
 }`;
 
+/** `dot_int8(a, b)`: four products of INT8 in 32-bit words. */
+export const dotInt8 = (packedDot: boolean): string => (packedDot ? DOT : DOT_EMULATED);
+
 /** Numbers and names that the kernel's parts share. */
 function partsOf(config: TiledConfig) {
   const { rows, keys, rowThreads, colThreads, sharedKeyValue, headDimPadded, valueDimPadded, fp4 } = config;
@@ -441,7 +444,7 @@ ${tables(1)}
 @group(0) @binding(3) var<storage, read> key_rows: array<${fp4 ? 'u32' : 'vec4<u32>'}>;
 @group(0) @binding(4) var<storage, read> value_rows: array<${fp4 ? 'u32' : 'vec2<u32>'}>;
 ${scoreDeclarations(config)}
-${packedDot ? DOT : DOT_EMULATED}
+${dotInt8(packedDot)}
 ${valueFunctions(statistics, values)}${fp4 ? fp4Reader(headDimPadded, valueDimPadded) : ''}
 ${tileMemory(config, parts)}
 

@@ -73,15 +73,18 @@ export const MEAN_SCORE_PARAMS = ['meanGroups', 'scoreStride', 'scoreBase'] as c
 export const attentionParams = ({ fp4 }: Pick<ScoreConfig, 'fp4'>): readonly string[] =>
   fp4?.smoothQ ? [...ATTENTION_PARAMS, ...MEAN_SCORE_PARAMS] : ATTENTION_PARAMS;
 
+/** What decides how a score comes from a product. */
+export type ScoreMeaning = Pick<ScoreConfig, 'mask' | 'softcap'>;
+
 /** With a mask or softcap, scores are in natural units; otherwise log2(e) is folded into Q's scale. */
-export const scoresAreFloat = (config: Pick<ScoreConfig, 'mask' | 'softcap'>): boolean =>
+export const scoresAreFloat = (config: ScoreMeaning): boolean =>
   config.softcap || (config.mask !== undefined && config.mask !== 'bool');
 
-const LOG2E = '1.4426950408889634f';
+export const LOG2E = '1.4426950408889634f';
 const LN2 = '0.6931471805599453f';
 
 /** `exp2` of a difference of scores. */
-export const expOf = (config: ScoreConfig, difference: string): string =>
+export const expOf = (config: ScoreMeaning, difference: string): string =>
   scoresAreFloat(config) ? `exp2((${difference}) * ${LOG2E})` : `exp2(${difference})`;
 
 /**
@@ -95,7 +98,7 @@ export const recordFloats = (valueDimPadded: number): number => valueDimPadded +
  * small beside the cap a series is multiplied with s itself: WGSL bounds the absolute error of `tanh` only, and a large
  * cap would multiply it.
  */
-const SOFTCAP = `
+export const SOFTCAP = `
 fn soft_capped(s: f32) -> f32 {
   let x = min(abs(s * P.inverseSoftcap), 12.0);
   let y = x * x;
@@ -129,7 +132,7 @@ ${softcap ? SOFTCAP : ''}${sinks && result === 'final' ? JOIN_SINK : ''}
  * @param key expression of the key's index, which must be visible
  */
 export function scoreStatements(
-  config: ScoreConfig,
+  config: ScoreMeaning,
   f: string,
   row: { readonly constant: string; readonly mask: string; readonly poison: string },
   key: string,

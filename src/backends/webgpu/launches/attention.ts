@@ -12,6 +12,7 @@ import {
   type Fp4Products,
   recordFloats,
   type ScoreConfig,
+  type ScoreMeaning,
   scoresAreFloat,
 } from '../kernels/scores.ts';
 import { roundUp } from '../kernels/storage.ts';
@@ -221,7 +222,7 @@ export function attentionLaunches(
         splits: splits.count,
         recordBase: base('records') / 4,
         softcap: problem.softcap,
-        inverseSoftcap: problem.softcap > 0 ? Math.min(1 / problem.softcap, LARGEST_FLOAT32) : 0,
+        inverseSoftcap: inverseSoftcapOf(problem.softcap),
         ...(scores === undefined
           ? {}
           : {
@@ -233,7 +234,9 @@ export function attentionLaunches(
   ).filter(() => queryLength > 0);
 }
 
-const lseHeadStrideOf = ({ sequences, batch, queryLength }: AttentionProblem) =>
+export const inverseSoftcapOf = (softcap: number): number => (softcap > 0 ? Math.min(1 / softcap, LARGEST_FLOAT32) : 0);
+
+export const lseHeadStrideOf = ({ sequences, batch, queryLength }: AttentionProblem) =>
   sequences === undefined ? queryLength : (sequences.cuSeqlensQ[batch] as number);
 
 /** What a problem's attention kernels are configured with. */
@@ -263,7 +266,7 @@ export function scoreConfigOf(stages: Stages, splits: KeySplits, fp4: Fp4Product
 }
 
 /** What Q's scales are multiplied with: the caller's scale, and log2(e) where scores are in base 2. */
-export function scoreScaleOf(problem: AttentionProblem, config: ScoreConfig): number {
+export function scoreScaleOf(problem: AttentionProblem, config: ScoreMeaning): number {
   const scale = problem.smScale * (scoresAreFloat(config) ? 1 : Math.LOG2E);
   return Math.max(-LARGEST_FLOAT32, Math.min(LARGEST_FLOAT32, scale));
 }

@@ -26,7 +26,13 @@ export type BufferName =
   | 'rawValues'
   | 'visible'
   | 'maskMaxima'
-  | 'records';
+  | 'records'
+  | 'dOutput'
+  | 'gradientRows'
+  | 'gradientKeys'
+  | 'dqWide'
+  | 'dkWide'
+  | 'dvWide';
 
 /** A range of a buffer in bytes, `end` exclusive. */
 export interface Span {

@@ -118,6 +118,13 @@ export class Tables {
     return at;
   }
 
+  /** Words of another table; offsets are taken modulo 2^32. */
+  words(words: readonly number[]): number {
+    const at = this.#words.length;
+    for (const word of words) this.#words.push(wrap32(word));
+    return at;
+  }
+
   get bytes(): Uint32Array<ArrayBuffer> {
     return Uint32Array.from(this.#words.length === 0 ? [0] : this.#words);
   }

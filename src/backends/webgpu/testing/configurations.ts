@@ -1,9 +1,14 @@
 /** Every WGSL kernel that the tables can ask for: compiled in tests, and digested by `scripts/kernel-digest.ts`. */
 import type { MatrixConfig } from '../capabilities.ts';
+import { GRADIENT_VARIANTS } from '../families/backward.ts';
 import { MATRIX_VARIANTS, matrixProducts } from '../families/matrix.ts';
 import { TILED_VARIANTS } from '../families/tiled.ts';
 import { matrixAttentionKernel, matrixWorkgroupBytes } from '../kernels/attention-matrix.ts';
 import { tiledAttentionKernel } from '../kernels/attention-tiled.ts';
+import { gradientKernel } from '../kernels/backward/gradients.ts';
+import { narrowKernel } from '../kernels/backward/narrow.ts';
+import { gradientKeysKernel, gradientRowsKernel } from '../kernels/backward/prepare.ts';
+import { softmaxAgainKernel } from '../kernels/backward/softmax.ts';
 import { nativeMatrices } from '../kernels/matrix-operations.ts';
 import { mergeKernel } from '../kernels/merge.ts';
 import { prepareKeyValueKernel, prepareQueryKernel } from '../kernels/prepare.ts';
@@ -234,10 +239,45 @@ function otherKernels(): WebgpuConfiguration[] {
   return found;
 }
 
+/** Kernels of the backward pass. */
+function gradientKernels(): WebgpuConfiguration[] {
+  const group = 'gradient kernels';
+  const found: WebgpuConfiguration[] = [];
+  const add = (name: string, source: () => string) => found.push({ name, group, source });
+  for (const scores of SCORES) {
+    const { dtype, headDimPadded, valueDim, valueDimPadded, mask, softcap } = scores;
+    const headDim = headDimPadded - 2;
+    const of = `${dtype} D${headDim}/${valueDim} ${mask ?? 'no'} mask${softcap ? ', softcap' : ''}`;
+    const sizes = { dtype, headDim, headDimPadded, valueDim, valueDimPadded };
+    for (const packedDot of [true, false]) {
+      const core = packedDot ? '' : ', core WGSL';
+      for (const tile of GRADIENT_VARIANTS) {
+        for (const owner of ['query', 'key'] as const) {
+          const dtypes = [dtype, valueDim % 2 === 0 ? dtype : 'float32'] as const;
+          add(`gradients of own ${owner} ${tile.name} ${of}${core}`, () =>
+            gradientKernel({ ...sizes, mask, softcap, ...tile, owner, dtypes, packedDot }),
+          );
+        }
+      }
+      add(`softmax again ${of}${core}`, () => softmaxAgainKernel({ ...sizes, mask, softcap, packedDot }));
+    }
+    for (const access of ['vector', 'scalar'] as const) {
+      const natural = mask !== undefined && mask !== 'bool';
+      add(`gradient rows ${of} ${access}`, () =>
+        gradientRowsKernel({ ...sizes, queryAccess: access, outputAccess: access, softcap, natural }),
+      );
+      add(`gradient keys ${of} ${access}`, () => gradientKeysKernel({ ...sizes, access, smoothed: !softcap }));
+    }
+  }
+  for (const dtype of ['float16', 'bfloat16'] as const) add(`narrow ${dtype}`, () => narrowKernel(dtype));
+  return found;
+}
+
 export const webgpuKernels = (): WebgpuConfiguration[] => [
   ...tiledKernels(),
   ...matrixKernels(),
   ...quantizingKernels(),
   ...fp4Kernels(),
   ...otherKernels(),
+  ...gradientKernels(),
 ];

@@ -1,0 +1,56 @@
+/** What the gradient kernels share about memory: rows of queries and of keys in float32, and what is known of a row. */
+
+/** Tokens whose rows are made together; every tile of a gradient kernel lies in one such block, and rows behind the last token are 0. */
+export const GRADIENT_BLOCK = 32;
+
+export interface GradientDims {
+  readonly headDimPadded: number;
+  readonly valueDimPadded: number;
+}
+
+/**
+ * A query's row in vectors of four words: Q, dO (a NaN or an infinity as 0), its facts, and a bit for each channel of dO that is no
+ * number.
+ *
+ * Facts: `top` and `factor`, for `P = factor * exp(S - top)`, a factor of 0 where the row sees nothing; `rowsum(dO o O)`; flags.
+ */
+export const gradientRow = ({ headDimPadded, valueDimPadded }: GradientDims) => {
+  const facts = (headDimPadded + valueDimPadded) / 4;
+  const channelWords = valueDimPadded / 32;
+  return {
+    dOutput: headDimPadded / 4,
+    facts,
+    channels: facts + 1,
+    channelWords,
+    vectors: facts + 1 + Math.ceil(channelWords / 4),
+  };
+};
+
+/** A key's row in vectors of four floats: K, less its mean where that was taken for the scores too; V. */
+export const gradientKey = ({ headDimPadded, valueDimPadded }: GradientDims) => ({
+  value: headDimPadded / 4,
+  vectors: (headDimPadded + valueDimPadded) / 4,
+});
+
+/** Flags of a query's row. */
+export const ROW_FLAGS = {
+  /** Its weights are NaN: by Q, by a key that it sees, or by the mask. */
+  weights: 1,
+  /** The gradients of its scores are NaN, and its weights are not: by a value that it sees, or by dO. */
+  scores: 2,
+  /** Some channels of its dO are no numbers. */
+  channels: 4,
+  /** Its logsumexp does not give its weights accurately; cleared once its softmax has been made anew. */
+  again: 8,
+} as const;
+
+/** Flags that make the gradient of the row's query, and of keys that it sees, NaN. */
+export const BAD_SCORES = ROW_FLAGS.weights | ROW_FLAGS.scores;
+
+/** Words of a sequence's record: first elements of its part of each tensor, modulo 2^32. */
+export const PLACE = { output: 0, dOutput: 1, lse: 2, dq: 3, dk: 4, dv: 5 } as const;
+export const PLACE_WORDS = 6;
+
+/** `place_of(sequence, field)`; expects `P.placesAt` and the tables. */
+export const PLACES = `
+fn place_of(sequence: u32, field: u32) -> u32 { return tables[P.placesAt + sequence * ${PLACE_WORDS}u + field]; }`;

@@ -1,0 +1,555 @@
+/** Gradients of attention: the launches of a backward call. */
+import { type BackwardProblem, gradientShapesOf } from '../../../attention/backward.ts';
+import { type AttentionProblem, sequencesOf } from '../../../attention/problem.ts';
+import { BYTES_PER_ELEMENT, type DType } from '../../../tensor/dtype.ts';
+import { elementCount, type OperandLayout } from '../../../tensor/tensor.ts';
+import type { KernelChoice } from '../../backend.ts';
+import type { Capabilities } from '../capabilities.ts';
+import { chooseGradientTile, type GradientVariant } from '../families/backward.ts';
+import { type Forced, keyValueLayoutOf } from '../families/choose.ts';
+import { GRADIENT_PARAMS, gradientKernel } from '../kernels/backward/gradients.ts';
+import { GRADIENT_BLOCK, gradientKey, gradientRow, PLACE, PLACE_WORDS } from '../kernels/backward/layout.ts';
+import { NARROW_PARAMS, NARROW_WORDS, narrowKernel } from '../kernels/backward/narrow.ts';
+import {
+  GRADIENT_KEYS_PARAMS,
+  GRADIENT_ROWS_PARAMS,
+  gradientKeysKernel,
+  gradientRowsKernel,
+} from '../kernels/backward/prepare.ts';
+import { SOFTMAX_AGAIN_PARAMS, softmaxAgainKernel } from '../kernels/backward/softmax.ts';
+import { encodeParams, padDim } from '../kernels/layout.ts';
+import { KEY_BLOCK } from '../kernels/prepare.ts';
+import { type ScoreMeaning, scoresAreFloat } from '../kernels/scores.ts';
+import { roundUp } from '../kernels/storage.ts';
+import { inverseSoftcapOf, lseHeadStrideOf, scoreScaleOf } from './attention.ts';
+import type { Binding, BufferName, Launch, Unit } from './launch.ts';
+import {
+  keyValueBytes,
+  keyValueShapeOf,
+  prepareKeyValueLaunches,
+  prepareQueryLaunches,
+  statisticsLaunches,
+} from './quantize.ts';
+import {
+  accessOf,
+  allOf,
+  createStages,
+  extent,
+  keyHeads,
+  keyValueRowBytes,
+  launchesOf,
+  operandSpan,
+  partialSpan,
+  queryRowBytes,
+  rowSpan,
+  type SequenceRecord,
+  type Stages,
+  type Tile,
+  tablesBinding,
+  tilesOf,
+} from './stages.ts';
+import { visibleKeysBytes, visibleKeysLaunches } from './visible-keys.ts';
+
+/** The dispatches of a backward call, in order, and the buffers of its own that it needs. */
+export interface BackwardLaunches {
+  readonly launches: readonly Launch[];
+  readonly tiles: Readonly<Record<'query' | 'key', GradientVariant>>;
+  /** Bytes of each buffer. */
+  readonly sizes: Partial<Record<BufferName, number>>;
+  /** Contents of the buffer `tables`. */
+  readonly tables: Uint32Array<ArrayBuffer>;
+}
+
+type Placed = keyof typeof PLACE;
+type GradientName = 'dq' | 'dk' | 'dv';
+
+/** What the launches of a backward call share. */
+interface Backward {
+  readonly problem: BackwardProblem;
+  readonly attention: AttentionProblem;
+  readonly stages: Stages;
+  readonly meaning: ScoreMeaning;
+  readonly dims: { readonly headDimPadded: number; readonly valueDimPadded: number };
+  /** First element of each sequence's part of each tensor. */
+  readonly places: readonly Readonly<Record<Placed, number>>[];
+  readonly placesAt: number;
+  readonly layouts: Readonly<Record<Exclude<Placed, 'lse'>, OperandLayout>>;
+  /** Heads of Q that share a head of K. */
+  readonly groupSize: number;
+  readonly queryTiles: (size: number) => Tile[];
+  readonly keyTiles: (size: number) => Tile[];
+}
+
+/** Bytes of a row of the buffers in float32. */
+const gradientRowBytes = ({ dims }: Pick<Backward, 'dims'>) => gradientRow(dims).vectors * 16;
+const gradientKeyBytes = ({ dims }: Pick<Backward, 'dims'>) => gradientKey(dims).vectors * 16;
+
+function createBackward(problem: BackwardProblem, stages: Stages): Backward {
+  const { attention } = problem;
+  const gradients = gradientShapesOf(attention);
+  const layouts = {
+    output: problem.output,
+    dOutput: problem.dOutput,
+    dq: gradients.dq.layout,
+    dk: gradients.dk.layout,
+    dv: gradients.dv.layout,
+  };
+  const places = sequencesOf(attention).map(({ index, queryStart, keyStart }, i) => {
+    const at = ({ offset, batchStride, tokenStride }: OperandLayout, token: number) =>
+      offset + index * batchStride + token * tokenStride;
+    return {
+      output: at(layouts.output, queryStart),
+      dOutput: at(layouts.dOutput, queryStart),
+      lse: problem.lseOffset + (stages.records[i] as SequenceRecord).lse,
+      dq: at(layouts.dq, queryStart),
+      dk: at(layouts.dk, keyStart),
+      dv: at(layouts.dv, keyStart),
+    };
+  });
+  const words = places.flatMap((place) => {
+    const record = new Array<number>(PLACE_WORDS).fill(0);
+    for (const [name, index] of Object.entries(PLACE)) record[index] = place[name as Placed];
+    return record;
+  });
+  const { records } = stages;
+  return {
+    problem,
+    attention,
+    stages,
+    meaning: {
+      mask: attention.keyLength === 0 ? undefined : attention.mask?.dtype,
+      softcap: attention.softcap > 0,
+    },
+    dims: { headDimPadded: padDim(attention.headDim), valueDimPadded: padDim(attention.valueDim) },
+    places,
+    placesAt: stages.tables.words(words),
+    layouts,
+    groupSize: attention.queryHeads / Math.max(1, attention.kvHeads),
+    queryTiles: (size) =>
+      tilesOf(
+        records.map(({ queryLength }) => queryLength),
+        size,
+      ),
+    keyTiles: (size) =>
+      tilesOf(
+        records.map(({ keyLength }) => keyLength),
+        size,
+      ),
+  };
+}
+
+/** Span of a tensor's elements that the tiles of some heads reach. */
+function placedSpan(
+  { places, layouts }: Backward,
+  slot: number,
+  name: Exclude<Placed, 'lse'>,
+  buffer: BufferName,
+  dim: number,
+  bytes: number,
+  tiles: readonly Tile[],
+  unit: Unit,
+): Binding {
+  const { headStride, tokenStride } = layouts[name];
+  const [low, high] = extent(tiles, unit.tiles, ({ sequence, first, count }) => {
+    const start = (places[sequence] as Record<Placed, number>)[name] + first * tokenStride;
+    return [start, start + (count - 1) * tokenStride + dim];
+  });
+  const [h0, h1] = unit.heads;
+  return { slot, buffer, start: (low + h0 * headStride) * bytes, end: (high + (h1 - 1) * headStride) * bytes };
+}
+
+/** Rows of some heads of queries, from each tile's first to the end of its block; or of all of its sequence's. */
+const queryRowSpan = (
+  { stages }: Backward,
+  slot: number,
+  buffer: BufferName,
+  rowBytes: number,
+  heads: readonly [number, number],
+  tiles: readonly Tile[],
+  unit: Unit,
+  whole: boolean,
+) =>
+  rowSpan(
+    slot,
+    buffer,
+    rowBytes,
+    stages.rowsPerQueryHead,
+    heads,
+    extent(tiles, unit.tiles, ({ sequence, first, count }) => {
+      const { queryRow, queryLength } = stages.records[sequence] as SequenceRecord;
+      return whole
+        ? [queryRow, queryRow + roundUp(Math.max(1, queryLength), GRADIENT_BLOCK)]
+        : [queryRow + first, queryRow + roundUp(first + count, GRADIENT_BLOCK)];
+    }),
+  );
+
+/** The same of keys. */
+const keyRowSpan = (
+  { stages }: Backward,
+  slot: number,
+  buffer: BufferName,
+  rowBytes: number,
+  heads: readonly [number, number],
+  tiles: readonly Tile[],
+  unit: Unit,
+  whole: boolean,
+) =>
+  rowSpan(
+    slot,
+    buffer,
+    rowBytes,
+    stages.keyValue.rowsPerHead,
+    heads,
+    extent(tiles, unit.tiles, ({ sequence, first, count }) => {
+      const { keyRow, keyLength } = stages.records[sequence] as SequenceRecord;
+      return whole
+        ? [keyRow, keyRow + roundUp(Math.max(1, keyLength), KEY_BLOCK)]
+        : [keyRow + first, keyRow + roundUp(first + count, GRADIENT_BLOCK)];
+    }),
+  );
+
+/** Span of the mask that some heads' queries have; all of their keys. */
+function maskSpan(
+  { stages, attention }: Backward,
+  heads: readonly [number, number],
+  tiles: readonly Tile[],
+  unit: Unit,
+  whole: boolean,
+) {
+  const { mask } = attention;
+  if (mask === undefined) return [];
+  const [, headStride, queryStride, keyStride] = mask.strides;
+  const [low, high] = extent(tiles, unit.tiles, ({ sequence, first, count }) => {
+    const { mask: start, keyLength, queryLength } = stages.records[sequence] as SequenceRecord;
+    const [from, to] = whole ? [0, queryLength] : [first, first + count];
+    const row = start + from * queryStride;
+    return [row, row + Math.max(0, to - from - 1) * queryStride + Math.max(0, keyLength - 1) * keyStride + 1];
+  });
+  const bytes = BYTES_PER_ELEMENT[mask.dtype];
+  const start = (low + heads[0] * headStride) * bytes;
+  return [{ slot: 5, buffer: 'mask' as const, start, end: (high + (heads[1] - 1) * headStride) * bytes }];
+}
+
+const maskParams = ({ attention: { mask, softcap } }: Backward, base: (buffer: BufferName) => number) => ({
+  maskHeadStride: mask?.strides[1] ?? 0,
+  maskQueryStride: mask?.strides[2] ?? 0,
+  maskKeyStride: mask?.strides[3] ?? 0,
+  maskBase: mask === undefined ? 0 : base('mask') / BYTES_PER_ELEMENT[mask.dtype],
+  softcap,
+  inverseSoftcap: inverseSoftcapOf(softcap),
+});
+
+/** Rows of Q and dO in float32, and how each row's weights come from its logsumexp. */
+function gradientRowsLaunches(self: Backward): Launch[] {
+  const { stages, attention, layouts, dims, meaning, places, problem } = self;
+  const { dtype, headDim, valueDim, queryHeads } = attention;
+  const tiles = self.queryTiles(GRADIENT_BLOCK);
+  const tilesAt = stages.tables.tiles(tiles);
+  const bytes = BYTES_PER_ELEMENT[dtype];
+  const lseHeadStride = lseHeadStrideOf(attention);
+  const code = gradientRowsKernel({
+    ...dims,
+    dtype,
+    queryAccess: accessOf(dtype, [attention.q], [headDim]),
+    outputAccess: accessOf(dtype, [problem.output], [valueDim]),
+    headDim,
+    valueDim,
+    softcap: meaning.softcap,
+    natural: scoresAreFloat(meaning),
+  });
+  return launchesOf(
+    stages,
+    'gradient rows',
+    code,
+    allOf(tiles, queryHeads),
+    (unit) => {
+      const [low, high] = extent(tiles, unit.tiles, ({ sequence, first, count }) => {
+        const start = (places[sequence] as Record<Placed, number>).lse + first;
+        return [start, start + count];
+      });
+      const [h0, h1] = unit.heads;
+      return [
+        tablesBinding(stages),
+        operandSpan(stages, 2, 'q', tiles, unit),
+        placedSpan(self, 3, 'dOutput', 'dOutput', valueDim, bytes, tiles, unit),
+        placedSpan(self, 4, 'output', 'output', valueDim, bytes, tiles, unit),
+        { slot: 5, buffer: 'lse', start: (low + h0 * lseHeadStride) * 4, end: (high + (h1 - 1) * lseHeadStride) * 4 },
+        queryRowSpan(self, 6, 'queryRows', queryRowBytes(stages.keyValue), unit.heads, tiles, unit, false),
+        queryRowSpan(self, 7, 'gradientRows', gradientRowBytes(self), unit.heads, tiles, unit, false),
+      ];
+    },
+    (unit, base) =>
+      encodeParams(GRADIENT_ROWS_PARAMS, {
+        tileStart: unit.tiles[0],
+        headStart: unit.heads[0],
+        sequencesAt: stages.sequencesAt,
+        tilesAt,
+        placesAt: self.placesAt,
+        qHeadStride: attention.q.headStride,
+        qTokenStride: attention.q.tokenStride,
+        qBase: base('q') / bytes,
+        outputHeadStride: layouts.output.headStride,
+        outputTokenStride: layouts.output.tokenStride,
+        outputBase: base('output') / bytes,
+        dOutputHeadStride: layouts.dOutput.headStride,
+        dOutputTokenStride: layouts.dOutput.tokenStride,
+        dOutputBase: base('dOutput') / bytes,
+        lseHeadStride,
+        lseBase: base('lse') / 4,
+        rowsPerHead: stages.rowsPerQueryHead,
+        queryRowBase: base('queryRows') / 16,
+        gradientRowBase: base('gradientRows') / 16,
+      }),
+  );
+}
+
+/** Rows of K and V in float32. */
+function gradientKeysLaunches(self: Backward): Launch[] {
+  const { stages, attention, dims, meaning } = self;
+  const { keyValue } = stages;
+  const { dtype, headDim, valueDim, kvHeads, k, v } = attention;
+  const tiles = self.keyTiles(GRADIENT_BLOCK);
+  const tilesAt = stages.tables.tiles(tiles);
+  const bytes = BYTES_PER_ELEMENT[dtype];
+  // A cap bends the scores: rows of dS do not add up to 0 then, and the mean counts.
+  const smoothed = keyValue.smoothK && !meaning.softcap;
+  const access = accessOf(dtype, [k, v], [headDim, valueDim]);
+  return launchesOf(
+    stages,
+    'gradient keys',
+    gradientKeysKernel({ ...dims, dtype, access, headDim, valueDim, smoothed }),
+    allOf(tiles, kvHeads),
+    (unit) => [
+      tablesBinding(stages),
+      operandSpan(stages, 2, 'k', tiles, unit),
+      operandSpan(stages, 3, 'v', tiles, unit),
+      ...(smoothed ? [partialSpan(stages, 4, unit.heads)] : []),
+      keyRowSpan(self, 5, 'gradientKeys', gradientKeyBytes(self), unit.heads, tiles, unit, false),
+    ],
+    (unit, base) =>
+      encodeParams(GRADIENT_KEYS_PARAMS, {
+        tileStart: unit.tiles[0],
+        headStart: unit.heads[0],
+        sequences: keyValue.sequences,
+        chunks: keyValue.chunks,
+        sequencesAt: stages.sequencesAt,
+        tilesAt,
+        kHeadStride: k.headStride,
+        kTokenStride: k.tokenStride,
+        kBase: base('k') / bytes,
+        vHeadStride: v.headStride,
+        vTokenStride: v.tokenStride,
+        vBase: base('v') / bytes,
+        rowsPerHead: keyValue.rowsPerHead,
+        partialBase: base('partials') / 16,
+        gradientKeyBase: base('gradientKeys') / 16,
+      }),
+  );
+}
+
+/** Softmax of the rows whose logsumexp does not serve. */
+function softmaxAgainLaunches(self: Backward): Launch[] {
+  const { stages, attention, dims, meaning, groupSize } = self;
+  const tiles = self.queryTiles(GRADIENT_BLOCK);
+  const tilesAt = stages.tables.tiles(tiles);
+  const codes = { query: queryRowBytes(stages.keyValue), key: keyValueRowBytes(stages.keyValue).keys };
+  return launchesOf(
+    stages,
+    'softmax again',
+    softmaxAgainKernel({ ...meaning, ...dims, packedDot: stages.capabilities.packedDot }),
+    allOf(tiles, attention.queryHeads),
+    (unit) => [
+      tablesBinding(stages),
+      queryRowSpan(self, 2, 'queryRows', codes.query, unit.heads, tiles, unit, false),
+      keyRowSpan(self, 3, 'keys', codes.key, keyHeads(unit.heads, groupSize), tiles, unit, true),
+      queryRowSpan(self, 4, 'gradientRows', gradientRowBytes(self), unit.heads, tiles, unit, false),
+      ...(meaning.mask === undefined ? [] : maskSpan(self, unit.heads, tiles, unit, false)),
+    ],
+    (unit, base) =>
+      encodeParams(SOFTMAX_AGAIN_PARAMS, {
+        tileStart: unit.tiles[0],
+        headStart: unit.heads[0],
+        groupSize,
+        sequencesAt: stages.sequencesAt,
+        tilesAt,
+        queryRowsPerHead: stages.rowsPerQueryHead,
+        keyRowsPerHead: stages.keyValue.rowsPerHead,
+        queryRowBase: base('queryRows') / 16,
+        keyRowBase: base('keys') / 16,
+        gradientRowBase: base('gradientRows') / 16,
+        ...maskParams(self, base),
+      }),
+  );
+}
+
+/** Where a gradient is written: its own buffer, or float32 that is narrowed afterwards. */
+interface Target {
+  readonly buffer: BufferName;
+  readonly dtype: DType;
+}
+
+function targetOf({ problem, attention }: Backward, name: GradientName): Target {
+  const dim = name === 'dv' ? attention.valueDim : attention.headDim;
+  const dtype = problem.gradientDtype;
+  // Two rows of 16-bit elements share a word when a row has an odd number.
+  if (dtype === 'float32' || dim % 2 === 0) return { buffer: name, dtype };
+  return { buffer: `${name}Wide`, dtype: 'float32' };
+}
+
+/** dQ, or dK and dV. */
+function gradientLaunches(self: Backward, owner: 'query' | 'key', tile: GradientVariant): Launch[] {
+  const { stages, attention, dims, meaning, groupSize, layouts } = self;
+  const { headDim, valueDim, queryHeads, kvHeads, smScale } = attention;
+  const ownsQueries = owner === 'query';
+  const tiles = ownsQueries ? self.queryTiles(tile.own) : self.keyTiles(tile.own);
+  const tilesAt = stages.tables.tiles(tiles);
+  const [name, first, value] = ownsQueries
+    ? (['dq', targetOf(self, 'dq'), undefined] as const)
+    : (['dk', targetOf(self, 'dk'), targetOf(self, 'dv')] as const);
+  const codes = { query: queryRowBytes(stages.keyValue), key: keyValueRowBytes(stages.keyValue).keys };
+  const heads = ({ heads: own }: Unit) => {
+    const query = ownsQueries ? own : ([own[0] * groupSize, own[1] * groupSize] as const);
+    return { query, key: ownsQueries ? keyHeads(own, groupSize) : own };
+  };
+  const code = gradientKernel({
+    ...meaning,
+    ...dims,
+    ...tile,
+    owner,
+    dtypes: [first.dtype, value?.dtype ?? first.dtype],
+    headDim,
+    valueDim,
+    packedDot: stages.capabilities.packedDot,
+  });
+  const bytesOf = ({ dtype }: Target) => BYTES_PER_ELEMENT[dtype];
+  return launchesOf(
+    stages,
+    `${ownsQueries ? 'dQ' : 'dK, dV'} ${tile.name}`,
+    code,
+    allOf(tiles, ownsQueries ? queryHeads : kvHeads),
+    (unit) => {
+      const { query, key } = heads(unit);
+      return [
+        tablesBinding(stages),
+        queryRowSpan(self, 2, 'queryRows', codes.query, query, tiles, unit, !ownsQueries),
+        keyRowSpan(self, 3, 'keys', codes.key, key, tiles, unit, ownsQueries),
+        queryRowSpan(self, 4, 'gradientRows', gradientRowBytes(self), query, tiles, unit, !ownsQueries),
+        ...(meaning.mask === undefined ? [] : maskSpan(self, query, tiles, unit, !ownsQueries)),
+        keyRowSpan(self, 6, 'gradientKeys', gradientKeyBytes(self), key, tiles, unit, ownsQueries),
+        placedSpan(self, 7, name, first.buffer, headDim, bytesOf(first), tiles, unit),
+        ...(value === undefined
+          ? []
+          : [placedSpan(self, 8, 'dv', value.buffer, valueDim, bytesOf(value), tiles, unit)]),
+      ];
+    },
+    (unit, base) =>
+      encodeParams(GRADIENT_PARAMS, {
+        tileStart: unit.tiles[0],
+        headStart: unit.heads[0],
+        groupSize,
+        sequencesAt: stages.sequencesAt,
+        tilesAt,
+        placesAt: self.placesAt,
+        queryRowsPerHead: stages.rowsPerQueryHead,
+        keyRowsPerHead: stages.keyValue.rowsPerHead,
+        queryRowBase: base('queryRows') / 16,
+        keyRowBase: base('keys') / 16,
+        gradientRowBase: base('gradientRows') / 16,
+        gradientKeyBase: base('gradientKeys') / 16,
+        ...maskParams(self, base),
+        firstHeadStride: layouts[name].headStride,
+        firstTokenStride: layouts[name].tokenStride,
+        firstBase: base(first.buffer) / bytesOf(first),
+        valueHeadStride: layouts.dv.headStride,
+        valueTokenStride: layouts.dv.tokenStride,
+        valueBase: value === undefined ? 0 : base(value.buffer) / bytesOf(value),
+        smScale,
+      }),
+  );
+}
+
+/** From float32 to the gradient's own type, where that was not written at once. */
+function narrowLaunches(self: Backward, counts: Readonly<Record<GradientName, number>>): Launch[] {
+  return (['dq', 'dk', 'dv'] as const).flatMap((name) => {
+    const { buffer } = targetOf(self, name);
+    const count = counts[name];
+    if (buffer === name) return [];
+    const blocks = Array.from({ length: Math.ceil(count / 2 / NARROW_WORDS) });
+    return launchesOf(
+      self.stages,
+      `narrow ${name}`,
+      narrowKernel(self.problem.gradientDtype),
+      allOf(blocks, 1),
+      ({ tiles: [start, end] }) => [
+        { slot: 1, buffer, start: start * NARROW_WORDS * 8, end: Math.min(count, end * NARROW_WORDS * 2) * 4 },
+        { slot: 2, buffer: name, start: start * NARROW_WORDS * 4, end: Math.min(count, end * NARROW_WORDS * 2) * 2 },
+      ],
+      ({ tiles: [blockStart] }, base) =>
+        encodeParams(NARROW_PARAMS, { blockStart, count, fromBase: base(buffer) / 4, toBase: base(name) / 4 }),
+    );
+  });
+}
+
+/**
+ * Quantizes Q and K as the forward pass does, makes rows in float32, and computes dQ, then dK and dV.
+ *
+ * @throws {UnsupportedOptionError} a forced family that the device cannot run
+ */
+export function planBackwardLaunches(
+  capabilities: Capabilities,
+  problem: BackwardProblem,
+  kernel: KernelChoice,
+  forced: Forced = {},
+): BackwardLaunches {
+  const { attention } = problem;
+  // The codes of the family that attends, laid out in rows.
+  const forward = keyValueShapeOf(
+    attention,
+    kernel,
+    capabilities,
+    keyValueLayoutOf(capabilities, attention, kernel, forced),
+  );
+  const keyValue = { ...forward, layout: 'rows' as const };
+  const stages = createStages(attention, capabilities, keyValue);
+  const self = createBackward(problem, stages);
+  const tiles = {
+    query: chooseGradientTile(capabilities, 'query', self.dims, forced),
+    key: chooseGradientTile(capabilities, 'key', self.dims, forced),
+  };
+  const shapes = gradientShapesOf(attention);
+  const counts = {
+    dq: elementCount(shapes.dq.shape),
+    dk: elementCount(shapes.dk.shape),
+    dv: elementCount(shapes.dv.shape),
+  };
+  // Where there is no query or no key, gradients are zeros, which new buffers hold.
+  const queries = stages.records.some(({ queryLength }) => queryLength > 0);
+  const keys = stages.records.some(({ keyLength }) => keyLength > 0);
+  const empty = !queries || !keys || attention.queryHeads === 0;
+  const launches = empty
+    ? []
+    : [
+        ...visibleKeysLaunches(stages),
+        ...statisticsLaunches(stages),
+        ...prepareKeyValueLaunches(stages),
+        ...prepareQueryLaunches(stages, scoreScaleOf(attention, self.meaning)),
+        ...gradientKeysLaunches(self),
+        ...gradientRowsLaunches(self),
+        ...softmaxAgainLaunches(self),
+        ...gradientLaunches(self, 'query', tiles.query),
+        ...gradientLaunches(self, 'key', tiles.key),
+        ...narrowLaunches(self, counts),
+      ];
+  const wide = (['dq', 'dk', 'dv'] as const)
+    .map((name) => [targetOf(self, name).buffer, counts[name] * 4] as const)
+    .filter(([buffer]) => buffer.endsWith('Wide'));
+  const sizes: Partial<Record<BufferName, number>> = {
+    ...keyValueBytes(keyValue),
+    ...visibleKeysBytes(stages),
+    queryRows: attention.queryHeads * stages.rowsPerQueryHead * queryRowBytes(keyValue),
+    gradientRows: attention.queryHeads * stages.rowsPerQueryHead * gradientRowBytes(self),
+    gradientKeys: attention.kvHeads * keyValue.rowsPerHead * gradientKeyBytes(self),
+    ...Object.fromEntries(wide),
+  };
+  return { launches, tiles, sizes, tables: stages.tables.bytes };
+}
