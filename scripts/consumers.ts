@@ -97,12 +97,13 @@ const NO_GPU = /WebGPU Context Provider/;
 /** And where a policy kept the library from starting a worker of `blob:`; it then computes without. */
 const NO_BLOB_WORKER = /blob:.* violates the following Content Security Policy/;
 
-/** What a page answers, in its own words: `waiting` or nothing until it has computed. */
-const ANSWER = "document.querySelector('output')?.textContent ?? document.title";
+/** Where a page answers, in its own words: `waiting` or nothing until it has computed. */
+const answerPlace = (right: string) =>
+  right === DONE ? 'document.title' : "document.querySelector('output')?.textContent ?? ''";
 const isAnswer = (text: string) => text !== 'waiting' && text !== '';
 
 /** Opens a page and waits for its answer. */
-async function answerOf(browser: Browser, url: string, accepted: readonly RegExp[] = [NO_GPU]): Promise<string> {
+async function answerOf(browser: Browser, url: string, right: string, accepted: readonly RegExp[]): Promise<string> {
   const page = await browser.newPage();
   const said: string[] = [];
   page.on('console', (message) => {
@@ -114,7 +115,7 @@ async function answerOf(browser: Browser, url: string, accepted: readonly RegExp
     await page.goto(url);
     let answer = 'waiting';
     for (const until = Date.now() + PATIENCE; Date.now() < until && !isAnswer(answer); ) {
-      answer = await page.evaluate<string>(ANSWER);
+      answer = await page.evaluate<string>(answerPlace(right));
       if (!isAnswer(answer)) await new Promise((go) => setTimeout(go, 50));
     }
     return said.length === 0 ? answer : `${answer}; console: ${said.join(' | ')}`;
@@ -124,10 +125,10 @@ async function answerOf(browser: Browser, url: string, accepted: readonly RegExp
 }
 
 /** The answer of a page in an engine whose driver tells nothing of its console. */
-async function answerIn(tab: Tab, url: string): Promise<string> {
+async function answerIn(tab: Tab, url: string, right: string): Promise<string> {
   await tab.open(url);
   for (const until = Date.now() + PATIENCE; Date.now() < until; await new Promise((go) => setTimeout(go, 50))) {
-    const answer = await tab.evaluate<string>(ANSWER);
+    const answer = await tab.evaluate<string>(answerPlace(right));
     if (isAnswer(answer)) return answer;
   }
   return 'waiting';
@@ -145,10 +146,10 @@ async function answerEverywhere(
   right: string,
   accepted: readonly RegExp[],
 ): Promise<string> {
-  const answer = await answerOf(chromium, url, accepted);
+  const answer = await answerOf(chromium, url, right, accepted);
   if (answer !== right) return answer;
   for (const [engine, tab] of tabs) {
-    const other = await answerIn(tab, url);
+    const other = await answerIn(tab, url, right);
     if (other !== right) return `${engine}: ${other}`;
   }
   return right;
