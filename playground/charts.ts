@@ -142,15 +142,14 @@ export function fillLegend(list: HTMLElement, names: readonly string[]): void {
 /** Colours of a ramp that pictures use: a colour for every pixel would take longer to make than all that it shows. */
 const STEPS = 1024;
 
-/** Values as pixels, as a URL. */
-function pictureOf(
+/** Paints values as pixels; the canvas has as many. */
+export function paint(
+  canvas: HTMLCanvasElement,
   values: ArrayLike<number>,
-  rows: number,
-  columns: number,
   [low, high]: readonly [number, number],
   ramp: Ramp,
-): string {
-  const canvas = h('canvas', { width: columns, height: rows });
+): void {
+  const { width: columns, height: rows } = canvas;
   const context = canvas.getContext('2d');
   if (context === null) throw new Error('this browser draws no pictures');
   const colors = Array.from({ length: STEPS }, (_, i) => ramp(i / (STEPS - 1)));
@@ -162,8 +161,23 @@ function pictureOf(
     pixels.data[4 * i + 3] = 255;
   }
   context.putImageData(pixels, 0, 0);
+}
+
+/** Values as pixels, as a URL. */
+function pictureOf(
+  values: ArrayLike<number>,
+  rows: number,
+  columns: number,
+  domain: readonly [number, number],
+  ramp: Ramp,
+): string {
+  const canvas = h('canvas', { width: columns, height: rows });
+  paint(canvas, values, domain, ramp);
   return canvas.toDataURL();
 }
+
+/** Runs `redraw` whenever the colours of the page change. */
+export const onColorScheme = (redraw: () => void): void => void redraws.add(redraw);
 
 /** Rows by columns of values as one picture; row 0 on top. */
 export function heatMap(

@@ -1,4 +1,5 @@
 /** The little that this page needs of a view library. */
+import { fromAddress, toAddress } from './url-state.ts';
 
 type Child = Node | string | number | null | undefined | false;
 type Attributes = Readonly<Record<string, string | number | boolean | EventListener | undefined>>;
@@ -123,22 +124,39 @@ export interface Control<T> {
 
 let fields = 0;
 
-/** A drop-down list. */
+/** Whether a value is one of a field's. */
+const isOneOf =
+  (options: readonly Option<string>[]) =>
+  (value: string): boolean =>
+    options.some((option) => option.value === value);
+
+/**
+ * A drop-down list.
+ *
+ * @param key its name in the page's address; none: it is not kept there
+ */
 export function selectField<T extends string>(
   name: string,
   options: readonly Option<T>[],
   initial: T,
   onChange: () => void,
+  key?: string,
 ): Control<T> & { setOptions(options: readonly Option<T>[]): void } {
   const id = `field-${fields++}`;
-  const select = h('select', { id, onchange: onChange });
+  const select = h('select', {
+    id,
+    onchange: () => {
+      toAddress(key, select.value, initial);
+      onChange();
+    },
+  });
   const setOptions = (next: readonly Option<T>[]) => {
     const before = select.value;
     select.replaceChildren(...next.map(({ value, label }) => h('option', { value }, label)));
     select.value = next.some(({ value }) => value === before) ? before : (next[0]?.value ?? '');
   };
   setOptions(options);
-  select.value = initial;
+  select.value = fromAddress(key, initial, isOneOf(options));
   return {
     element: h('div', { class: 'field' }, h('label', { for: id }, name), select),
     get value() {
@@ -151,20 +169,30 @@ export function selectField<T extends string>(
 /** A slider that shows its value. */
 export function rangeField(
   name: string,
-  { min, max, step, initial }: { min: number; max: number; step: number; initial: number },
+  { min, max, step, initial, unit = '' }: { min: number; max: number; step: number; initial: number; unit?: string },
   onInput: () => void,
-): Control<number> & { enable(on: boolean): void } {
+  key?: string,
+): Control<number> & { enable(on: boolean): void; set(value: number): void } {
   const id = `field-${fields++}`;
-  const shown = h('output', { for: id }, String(initial));
+  const isAllowed = (text: string) => {
+    const value = Number(text);
+    return text.trim() !== '' && value >= min && value <= max && Number.isInteger((value - min) / step);
+  };
+  const start = fromAddress(key, String(initial), isAllowed);
+  const show = () => {
+    shown.textContent = `${input.value}${unit}`;
+  };
+  const shown = h('output', { for: id }, `${start}${unit}`);
   const input = h('input', {
     id,
     type: 'range',
     min,
     max,
     step,
-    value: initial,
+    value: start,
     oninput: () => {
-      shown.textContent = input.value;
+      show();
+      toAddress(key, input.value, String(initial));
       onInput();
     },
   });
@@ -176,6 +204,11 @@ export function rangeField(
     enable(on) {
       input.disabled = !on;
     },
+    /** As the page itself moves it: no listener hears of it, and the address keeps what a user chose. */
+    set(value) {
+      input.value = String(value);
+      show();
+    },
   };
 }
 
@@ -185,10 +218,16 @@ export function radioField<T extends string>(
   options: readonly Option<T>[],
   initial: T,
   onChange: () => void,
+  key?: string,
 ): Control<T> {
   const group = `field-${fields++}`;
+  const start = fromAddress(key, initial, isOneOf(options));
+  const onchange = (event: Event) => {
+    toAddress(key, (event.target as HTMLInputElement).value, initial);
+    onChange();
+  };
   const inputs = options.map(({ value }) =>
-    h('input', { type: 'radio', name: group, value, checked: value === initial, onchange: onChange }),
+    h('input', { type: 'radio', name: group, value, checked: value === start, onchange }),
   );
   return {
     element: h(
@@ -230,6 +269,37 @@ export function checkField<T extends string>(
     ),
     get value() {
       return inputs.filter(({ checked }) => checked).map(({ value }) => value as T);
+    },
+  };
+}
+
+/** A button that copies a text, and says that it has. */
+export function copyButton(label: string, text: () => string): HTMLButtonElement {
+  const button = h('button', { type: 'button' }, label);
+  button.addEventListener('click', async () => {
+    try {
+      await navigator.clipboard.writeText(text());
+      button.textContent = 'Copied';
+    } catch {
+      button.textContent = 'Your browser does not let a page copy';
+    }
+    setTimeout(() => {
+      button.textContent = label;
+    }, 2000);
+  });
+  return button;
+}
+
+/** Code that does what is shown above it, folded. */
+export function codeBox(title: string): { readonly element: HTMLElement; set(code: string): void } {
+  const code = h('code');
+  // What does not fit is scrolled to, which a keyboard can do only to what takes the focus.
+  const block = h('pre', { tabindex: 0, role: 'region', 'aria-label': title }, code);
+  const copy = copyButton('Copy the code', () => code.textContent ?? '');
+  return {
+    element: h('details', { class: 'code' }, h('summary', {}, title), block, copy),
+    set(text) {
+      code.textContent = text;
     },
   };
 }

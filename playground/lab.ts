@@ -221,6 +221,32 @@ export function picture({ q, k, length, dim }: Head, quantization: Quantization)
   };
 }
 
+/** Steps of smoothing that {@link smoothingSweep} takes, from none to all. */
+export const SWEEP_STEPS = 20;
+
+/**
+ * Relative L1 error of the output when a part of the mean of K is taken away before K is quantized: nothing of it, a twentieth, and so on.
+ * Softmax does not change by any part of it.
+ */
+export function* smoothingSweep({ q, k, v, length, dim }: Head, bits: Quantization['bits']): Generator<number> {
+  const view = (data: Float32Array): Tensor => tensor(data, [1, 1, length, dim]);
+  const [tq, tk, tv] = [view(q), view(k), view(v)];
+  const exact = exactAttention(tq, tk, tv).output;
+  const mean = channelMean(k, dim);
+  for (let step = 0; step <= SWEEP_STEPS; step++) {
+    const partly = smoothedPartly(k, mean, step / SWEEP_STEPS);
+    const { output } = quantizedAttention(tq, view(partly), tv, {
+      algorithm: { ...PORTABLE_ALGORITHM, qkFormat: bits, granularity: 'per-block', tiling: TILING['per-block'] },
+      smoothK: false,
+    });
+    yield compare(output, exact).relativeL1;
+  }
+}
+
+/** K without a part, from 0 to 1, of its mean. */
+export const smoothedPartly = (k: Float32Array, mean: ArrayLike<number>, part: number): Float32Array =>
+  k.map((value, i) => value - part * (mean[i % mean.length] as number));
+
 interface LabKernel {
   readonly name: string;
   readonly algorithm: Partial<QuantizedAlgorithm>;

@@ -1,9 +1,10 @@
-/** The playground: four sections, each started when its prerequisites are there. */
+/** The playground: a first screen and four sections, each started when its prerequisites are there. */
 import * as Comlink from 'comlink';
 import { connect, warn } from './alert.ts';
 import { byId, messageOf, say } from './dom.ts';
 import { createModelClient } from './model-client.ts';
 import { startDevice } from './sections/device.ts';
+import { startPicture, startQuickRun } from './sections/hero.ts';
 import { startModel } from './sections/model.ts';
 import { findOrt, startSpeed } from './sections/speed.ts';
 import { startWhy } from './sections/why.ts';
@@ -28,11 +29,13 @@ function followScrolling(): void {
 
 async function start(): Promise<void> {
   followScrolling();
+  startPicture();
   const model = createModelClient();
   startWhy(model);
   const device = connect<DeviceApi>(new Worker(new URL('./workers/device.ts', import.meta.url), { type: 'module' }));
   void device.watchDevice(Comlink.proxy(warn));
   const [report, ortBase] = await Promise.all([startDevice(device), findOrt()]);
+  startQuickRun(device, report, ortBase);
   startModel(model, report, ortBase);
   await startSpeed(device, report, ortBase);
   // Only with ?debug: lets a test take the GPU away while something runs.

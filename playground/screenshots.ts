@@ -1,6 +1,7 @@
 /**
  * Takes the pictures of the page that the README and the documentation show: `npm run playground:build`, then
- * `tsx playground/screenshots.ts`. They go to docs/images/.
+ * `tsx playground/screenshots.ts`. They go to docs/images/; the one that links to the page show goes to playground/public/.
+ * With `first`, only those of the first screen.
  */
 import { mkdir, writeFile } from 'node:fs/promises';
 import { fileURLToPath } from 'node:url';
@@ -26,16 +27,47 @@ async function capture(page: Page, name: string, from: string, to: string): Prom
   await writeFile(new URL(`${name}.webp`, IMAGES), await canvas.encode('webp', QUALITY));
 }
 
+/** A view of the page as it is on a screen, as WebP or, for programs that know no other, as PNG. */
+async function captureView(page: Page, file: URL): Promise<void> {
+  const png = await page.screenshot();
+  if (file.pathname.endsWith('.png')) {
+    await writeFile(file, png);
+    return;
+  }
+  const image = await loadImage(png);
+  const canvas = createCanvas(image.width, image.height);
+  canvas.getContext('2d').drawImage(image, 0, 0);
+  await writeFile(file, await canvas.encode('webp', QUALITY));
+}
+
+const FIRST_SCREENS = [
+  { file: new URL('playground-first-light.webp', IMAGES), width: 1280, height: 760, colorScheme: 'light' },
+  { file: new URL('playground-first-dark.webp', IMAGES), width: 1280, height: 760, colorScheme: 'dark' },
+  { file: new URL('playground-phone-light.webp', IMAGES), width: 390, height: 1380, colorScheme: 'light' },
+  { file: new URL('public/share.png', import.meta.url), width: 1200, height: 630, colorScheme: 'light' },
+] as const;
+
+/** With a part of the mean taken away: stripes are still to be seen, and the error is on its way. */
+async function firstScreens(): Promise<void> {
+  for (const { file, width, height, colorScheme } of FIRST_SCREENS) {
+    const page = await browser.newPage({ colorScheme, viewport: { width, height } });
+    page.setDefaultTimeout(180_000);
+    await page.goto(`${server.url}?smoothing=30`);
+    await page.waitForSelector('#quick-run:not([hidden])');
+    await page.waitForFunction(() => /%/.test(document.querySelector('.readout strong')?.textContent ?? ''));
+    await captureView(page, file);
+    await page.close();
+  }
+}
+
 async function drive(page: Page): Promise<void> {
   await page.waitForSelector('.card');
   await page.waitForSelector('#speed-controls select');
-  await page.getByRole('button', { name: 'Load the model' }).click();
   await page.locator('#speed-controls').getByLabel('Tokens, up to').selectOption('2048');
   await page.click('#bench-start');
   await page.waitForFunction(() =>
     /measurements?\. Times/.test(document.querySelector('#bench-note')?.textContent ?? ''),
   );
-  await page.waitForFunction(() => document.querySelectorAll('#model-body figure svg').length === 2);
 }
 
 if (missingChromium() !== undefined) throw new Error(`Chromium is needed: ${missingChromium()}`);
@@ -43,7 +75,8 @@ await mkdir(IMAGES, { recursive: true });
 const server = await servePlayground(fileURLToPath(new URL('../dist/playground', import.meta.url)), 0, '127.0.0.1');
 const browser = await launchChromium('software');
 try {
-  for (const colorScheme of ['light', 'dark'] as const) {
+  await firstScreens();
+  for (const colorScheme of process.argv.includes('first') ? [] : (['light', 'dark'] as const)) {
     const page = await browser.newPage({ colorScheme, viewport: { width: 1180, height: 900 } });
     page.setDefaultTimeout(180_000);
     await page.goto(server.url);
@@ -52,7 +85,6 @@ try {
     await page.addStyleTag({ content: '.top { position: static; }' });
     await capture(page, `playground-${colorScheme}`, '#why', '#why');
     await capture(page, `playground-speed-${colorScheme}`, '#speed', '#bench-table');
-    await capture(page, `playground-model-${colorScheme}`, '#model', '#model-body .facts');
     await page.close();
   }
 } finally {

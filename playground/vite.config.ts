@@ -35,6 +35,29 @@ function assets(): Plugin {
   };
 }
 
+/**
+ * What needs to know where the page will lie. Programs that draw a link's picture want its whole address, which `PLAYGROUND_URL` gives;
+ * `PLAYGROUND_DOCS` is that of the documentation.
+ */
+function addresses(): Plugin {
+  const { PLAYGROUND_URL: page, PLAYGROUND_DOCS: docs } = process.env;
+  return {
+    name: 'playground-addresses',
+    transformIndexHtml(html) {
+      const whole =
+        page === undefined
+          ? html
+          : html
+              .replace('content="./share.png"', `content="${new URL('share.png', page).href}"`)
+              .replace(
+                '<meta property="og:type"',
+                `<meta property="og:url" content="${page}">\n    <meta property="og:type"`,
+              );
+      return docs === undefined ? whole : whole.replace(/(id="docs-link" href=")[^"]*/, `$1${docs}`);
+    },
+  };
+}
+
 /** Files of the page's chunks and of its workers', which are bundled apart. */
 const bundled = new Set<string>();
 
@@ -90,7 +113,7 @@ export default defineConfig(({ mode }) => ({
   // Relative, so that the folder may lie anywhere on a host.
   base: './',
   // The tests take them from the packages, as `sageattention playground` does where they are not beside the page.
-  plugins: mode === 'test' ? [] : [assets(), collectBundled(), licences()],
+  plugins: mode === 'test' ? [addresses()] : [addresses(), assets(), collectBundled(), licences()],
   worker: { format: 'es', plugins: () => [collectBundled(), entriesStayApart()] },
   server: { headers: ISOLATION_HEADERS },
   build: {

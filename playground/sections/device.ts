@@ -44,18 +44,51 @@ function card(backend: BackendReport, report: DeviceReport): HTMLElement {
     h('p', {}, explain(backend, report)),
     available &&
       h(
-        'dl',
+        'details',
         {},
-        Object.entries(details)
-          // The backend in use changes with every call; the card is made once.
-          .filter(([fact]) => fact !== 'memory')
-          .flatMap(([fact, value]) => [h('dt', {}, fact), h('dd', {}, value)]),
-        kernels.flatMap(({ name: kernel, summary }, i) => [
-          h('dt', {}, i === 0 ? 'kernels' : ''),
-          h('dd', {}, h('code', {}, kernel), ` ${summary}`),
-        ]),
+        h('summary', {}, 'Features and kernels'),
+        h(
+          'dl',
+          {},
+          Object.entries(details)
+            // The backend in use changes with every call; the card is made once.
+            .filter(([fact]) => fact !== 'memory')
+            .flatMap(([fact, value]) => [h('dt', {}, fact), h('dd', {}, value)]),
+          kernels.flatMap(({ name: kernel, summary }, i) => [
+            h('dt', {}, i === 0 ? 'kernels' : ''),
+            h('dd', {}, h('code', {}, kernel), ` ${summary}`),
+          ]),
+        ),
       ),
   );
+}
+
+interface KernelChecks {
+  readonly element: HTMLDetailsElement;
+  readonly list: HTMLUListElement;
+  count(isFailure: boolean): void;
+  /** Closes the list where nothing failed. */
+  fold(): void;
+}
+
+function checksOf(title: string): KernelChecks {
+  const list = h('ul');
+  const tally = h('small', {}, '');
+  const element = h('details', { open: true }, h('summary', {}, h('h3', {}, title), tally), list);
+  let [done, failed] = [0, 0];
+  return {
+    element,
+    list,
+    count(isFailure) {
+      done++;
+      if (isFailure) failed++;
+      tally.textContent = failed === 0 ? `${done} passed` : `${failed} of ${done} failed`;
+      tally.classList.toggle('bad', failed > 0);
+    },
+    fold() {
+      element.open = failed > 0;
+    },
+  };
 }
 
 const firstLine = (text: string) => (text.split('\n')[0] ?? '').slice(0, 300);
@@ -85,22 +118,23 @@ export async function startDevice(device: Comlink.Remote<DeviceApi>): Promise<De
   exclusively(start, async () => {
     lists.replaceChildren();
     saySteadily(note, true);
-    const byKernel = new Map<string, HTMLUListElement>();
+    const byKernel = new Map<string, KernelChecks>();
     let done = 0;
     let failed = 0;
     const onResult = ({ backend, kernel, name, milliseconds, failure }: CheckResult, total: number) => {
       const title = `${TITLES[backend as BackendReport['name']]}, ${kernel}`;
-      let list = byKernel.get(title);
-      if (list === undefined) {
-        list = h('ul');
-        byKernel.set(title, list);
-        lists.append(h('div', {}, h('h3', {}, title), list));
+      let checks = byKernel.get(title);
+      if (checks === undefined) {
+        checks = checksOf(title);
+        byKernel.set(title, checks);
+        lists.append(checks.element);
       }
       done++;
       if (failure !== undefined) failed++;
+      checks.count(failure !== undefined);
       const mark = h('span', { 'aria-hidden': 'true' }, failure === undefined ? '✓' : '✗');
       const said = h('span', {}, failure === undefined ? name : `${name}: wrong`);
-      list.append(
+      checks.list.append(
         h(
           'li',
           { class: failure === undefined ? 'pass' : 'fail' },
@@ -113,6 +147,8 @@ export async function startDevice(device: Comlink.Remote<DeviceApi>): Promise<De
     };
     try {
       await device.check(Comlink.proxy(onResult));
+      // What is green is folded: the note says that all is well.
+      for (const checks of byKernel.values()) checks.fold();
       say(note, failed === 0 ? `All ${done} checks passed.` : `${failed} of ${done} checks failed.`, failed > 0);
     } catch (error) {
       say(note, messageOf(error), true);

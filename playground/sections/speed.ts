@@ -1,15 +1,16 @@
 /** Section 3: how fast each kernel is here, beside exact attention of our own and of onnxruntime-web. */
 import * as Comlink from 'comlink';
 import { figure, fillLegend, Plot, seriesColor } from '../charts.ts';
-import { byId, checkField, exclusively, h, messageOf, say, saySteadily, selectField } from '../dom.ts';
+import { byId, checkField, codeBox, exclusively, h, messageOf, say, saySteadily, selectField } from '../dom.ts';
 import { count, counted, duration, percent, rate } from '../format.ts';
 import type { BenchConfig, DeviceApi, DeviceReport, Measurement } from '../workers/device.ts';
 
-type Measured = Measurement & Required<Pick<Measurement, 'medianMs' | 'flops' | 'relativeL1'>>;
-const isMeasured = (result: Measurement): result is Measured => result.flops !== undefined;
+export type Measured = Measurement & Required<Pick<Measurement, 'medianMs' | 'flops' | 'relativeL1'>>;
+export const isMeasured = (result: Measurement): result is Measured => result.flops !== undefined;
 
 /** No attention at all: a driver or an engine failed without saying so. Its speed is no measure of anything. */
-const isWrong = ({ relativeL1 }: Measured) => !(relativeL1 < 0.1);
+export const isWrong = ({ contestant, relativeL1 }: Measured) =>
+  !(relativeL1 < (contestant.includes('fp4') ? 0.3 : 0.1));
 
 const LENGTHS = [256, 512, 1024, 2048, 4096, 8192, 16384] as const;
 
@@ -38,7 +39,8 @@ export async function startSpeed(
   const note = byId('bench-note');
   const accelerated = report.chosen === 'webgpu';
 
-  const nothing = () => {};
+  const code = codeBox('The calls that are measured');
+  const nothing = () => showCode();
   const who = checkField(
     'Measure',
     offered.map(({ id, label }) => ({ value: id, label })),
@@ -52,18 +54,21 @@ export async function startSpeed(
     LENGTHS.map((length) => ({ value: String(length), label: count(length) })),
     accelerated ? '8192' : '2048',
     nothing,
+    'upto',
   );
   const heads = selectField(
     'Heads',
     ['1', '4', '8', '16'].map((value) => ({ value, label: value })),
     '8',
     nothing,
+    'heads',
   );
   const headDim = selectField(
     'Head dim',
     ['64', '128'].map((value) => ({ value, label: value })),
     '64',
     nothing,
+    'headdim',
   );
   const mask = selectField(
     'Mask',
@@ -73,6 +78,7 @@ export async function startSpeed(
     ],
     'none',
     nothing,
+    'mask',
   );
   const form = byId<HTMLFormElement>('speed-controls');
   form.addEventListener('submit', (event) => event.preventDefault());
@@ -206,6 +212,37 @@ export async function startSpeed(
       ),
     );
   };
+
+  /** The library's calls as the controls choose them. */
+  const showCode = () => {
+    const kernels = who.value
+      .map((id) => id.split(':') as [string, string])
+      .filter(([, kernel]) => kernel.startsWith('qk-'));
+    const options = (where: string, kernel: string) =>
+      `{ backend: '${where}', kernel: '${kernel}', tensorLayout: 'NHD'${mask.value === 'causal' ? ', isCausal: true' : ''} }`;
+    code.set(
+      [
+        "import { createAttention, tensor } from 'sageattention';",
+        '',
+        `const shape = [1, ${longest.value}, ${heads.value}, ${headDim.value}]; // [batch, tokens, heads, head dim]`,
+        'const random = () => tensor(Float32Array.from({ length: shape.reduce((a, b) => a * b) }, Math.random), shape);',
+        'const [q, k, v] = [random(), random(), random()];',
+        ...kernels.flatMap(([where, kernel]) => [
+          '',
+          '{',
+          `  const attention = await createAttention({ q, k, v }, ${options(where, kernel)});`,
+          '  await attention.run({ q, k, v });',
+          '  const start = performance.now();',
+          '  await attention.run({ q, k, v });',
+          `  console.log('${where} ${kernel}', performance.now() - start, 'ms');`,
+          '  attention.dispose();',
+          '}',
+        ]),
+      ].join('\n'),
+    );
+  };
+  form.after(code.element);
+  showCode();
 
   drawChart();
 

@@ -1,8 +1,9 @@
 /** Section 2: Q and K of a head, what smoothing does to them, and what that is worth. */
 import type { Granularity } from '../../src/quantization/schemes.ts';
 import { connect } from '../alert.ts';
+import { attentionMap } from '../attention-map.ts';
 import { diverging, type Figure, figure, fillLegend, heatMap, Plot, sequential, seriesColor } from '../charts.ts';
-import { byId, checkField, h, latest, messageOf, radioField, rangeField, say, selectField } from '../dom.ts';
+import { byId, checkField, codeBox, h, latest, messageOf, radioField, rangeField, say, selectField } from '../dom.ts';
 import { count, counted, percent, short } from '../format.ts';
 import type { DistributionName, Operand, OutputError, Picture } from '../lab.ts';
 import type { ModelClient } from '../model-client.ts';
@@ -200,6 +201,25 @@ function drawErrors(target: Figure, errors: readonly OutputError[]): void {
   );
 }
 
+/** The package's reference with the choices of the page. */
+function codeOf({ length, dim, quantization: { smoothK, smoothQ, granularity, bits } }: Picture): string {
+  return `import { tensor } from 'sageattention';
+import { compare, exactAttention, quantizedAttention } from 'sageattention/reference';
+
+const shape = [1, 1, ${length}, ${dim}]; // [batch, heads, tokens, head dim]
+const normal = () => Math.sqrt(-2 * Math.log(1 - Math.random())) * Math.cos(2 * Math.PI * Math.random());
+const offsets = Float32Array.from({ length: ${dim} }, () => 6 * normal());
+const random = (offset) => tensor(Float32Array.from({ length: ${length * dim} }, (_, i) => normal() + offset(i % ${dim})), shape);
+const [q, k, v] = [random(() => 0), random((channel) => offsets[channel]), random(() => 0)];
+
+const { output } = quantizedAttention(q, k, v, {
+  smoothK: ${smoothK},
+  algorithm: { qkFormat: '${bits}', granularity: '${granularity}', smoothQ: ${smoothQ} },
+});
+console.log(compare(output, exactAttention(q, k, v).output).relativeL1);
+`;
+}
+
 export function startWhy(model: ModelClient): void {
   const startLab = () => connect<LabApi>(new Worker(new URL('../workers/lab.ts', import.meta.url), { type: 'module' }));
   // One for what must follow every move of a control, one for the errors, each of which takes a while.
@@ -241,6 +261,10 @@ export function startWhy(model: ModelClient): void {
     errors.element,
   );
 
+  const wipe = attentionMap();
+  byId('why-figures').insertBefore(wipe.element, errors.element);
+  const code = codeBox('The code of what is shown');
+
   const drawPicture = (data: Picture) => {
     const { length, dim, quantization } = data;
     const range = (values: Float32Array) => extremes(values).map(short).join(' to ');
@@ -271,6 +295,8 @@ export function startWhy(model: ModelClient): void {
     maps.quantized.draw(`Values from ${range(data.quantizedScores)}`, () =>
       square(data.quantizedScores, scores, diverging),
     );
+    wipe.draw(data);
+    code.set(codeOf(data));
     const difference = data.quantizedScores.map((value, i) => Math.abs(value - (data.exactScores[i] as number)));
     const most = Math.max(extremes(difference)[1], 1e-9);
     maps.difference.note(
@@ -356,14 +382,18 @@ export function startWhy(model: ModelClient): void {
     ],
     'random',
     () => {
-      for (const { element } of [distribution, strength, tokens, dim]) element.hidden = source.value === 'model';
-      for (const element of [textField, layer.element, headIndex.element]) element.hidden = source.value !== 'model';
+      showFields();
       changed();
     },
+    'from',
   );
-  const distribution = selectField('Distribution of K', DISTRIBUTIONS, 'channels', changed);
-  const strength = rangeField('Offset of K, in σ', { min: 0, max: 20, step: 0.5, initial: 6 }, changed);
-  const tokens = rangeField('Tokens', { min: 16, max: 160, step: 16, initial: 96 }, changed);
+  const showFields = () => {
+    for (const { element } of [distribution, strength, tokens, dim]) element.hidden = source.value === 'model';
+    for (const element of [textField, layer.element, headIndex.element]) element.hidden = source.value !== 'model';
+  };
+  const distribution = selectField('Distribution of K', DISTRIBUTIONS, 'channels', changed, 'distribution');
+  const strength = rangeField('Offset of K, in σ', { min: 0, max: 20, step: 0.5, initial: 6 }, changed, 'offset');
+  const tokens = rangeField('Tokens', { min: 16, max: 160, step: 16, initial: 96 }, changed, 'tokens');
   const dim = selectField(
     'Head dim',
     [
@@ -372,6 +402,7 @@ export function startWhy(model: ModelClient): void {
     ],
     '64',
     changed,
+    'dim',
   );
   const text = h(
     'textarea',
@@ -392,12 +423,14 @@ export function startWhy(model: ModelClient): void {
     ],
     '0',
     changed,
+    'layer',
   );
   const headIndex = selectField(
     'Head',
     ['0', '1', '2', '3'].map((value) => ({ value, label: String(Number(value) + 1) })),
     '0',
     changed,
+    'head',
   );
   const smoothing = checkField(
     'Smooth',
@@ -417,6 +450,7 @@ export function startWhy(model: ModelClient): void {
     ],
     'per-block',
     () => redraw(undefined),
+    'scale',
   );
   const format = radioField(
     'Codes',
@@ -426,6 +460,7 @@ export function startWhy(model: ModelClient): void {
     ],
     'int8',
     () => redraw(undefined),
+    'codes',
   );
 
   const operand = radioField(
@@ -436,6 +471,7 @@ export function startWhy(model: ModelClient): void {
     ],
     'k',
     () => redraw(undefined),
+    'of',
   );
 
   const form = byId<HTMLFormElement>('why-controls');
@@ -455,6 +491,7 @@ export function startWhy(model: ModelClient): void {
     format.element,
     operand.element,
   );
-  for (const element of [textField, layer.element, headIndex.element]) element.hidden = true;
+  showFields();
+  form.after(code.element);
   changed();
 }

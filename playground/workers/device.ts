@@ -1,6 +1,15 @@
 /** The worker of sections 1 and 3: what this device can run, whether it computes, and how fast. */
 import * as Comlink from 'comlink';
-import { type Availability, getBackend, type KernelDescriptor, type Tensor, transpose } from '../../src/index.ts';
+import { createProblem } from '../../src/attention/problem.ts';
+import {
+  type Availability,
+  getBackend,
+  type KernelDescriptor,
+  type KernelName,
+  type Tensor,
+  type TensorView,
+  transpose,
+} from '../../src/index.ts';
 import { randomInputs } from '../../src/measure/inputs.ts';
 import { attentionOperations } from '../../src/measure/operations.ts';
 import { toFloat32 } from '../../src/tensor/access.ts';
@@ -24,6 +33,8 @@ export interface BackendReport {
   readonly name: BrowserBackend;
   readonly availability: Availability;
   readonly kernels: readonly Pick<KernelDescriptor, 'name' | 'summary'>[];
+  /** The one that it takes for thousands of tokens; none where it is not available. */
+  readonly defaultKernel: KernelName | undefined;
 }
 
 export interface DeviceReport {
@@ -73,6 +84,16 @@ export interface BenchProgress {
 const LONGEST_CALL_MS = { webgpu: 2_000, wasm: 15_000 } as const satisfies Record<BrowserBackend, number>;
 const ACCURACY_ROWS = 64;
 
+/** 4096 tokens, 8 heads of 64. */
+const USUAL_TENSOR: TensorView = {
+  location: 'cpu',
+  dtype: 'float32',
+  shape: [1, 8, 4096, 64],
+  strides: [8 * 4096 * 64, 4096 * 64, 64, 1],
+  offset: 0,
+};
+const USUAL_PROBLEM = createProblem(USUAL_TENSOR, USUAL_TENSOR, USUAL_TENSOR, {});
+
 let stop = new AbortController();
 
 async function available(): Promise<BrowserBackend[]> {
@@ -100,7 +121,9 @@ const api = {
       BROWSER_BACKENDS.map(async (name) => {
         const backend = await getBackend(name);
         const kernels = backend.kernels.map(({ name: kernel, summary }) => ({ name: kernel, summary }));
-        return { name, availability: await backend.availability(), kernels };
+        const availability = await backend.availability();
+        const defaultKernel = availability.available ? (await backend.defaultKernel(USUAL_PROBLEM)).name : undefined;
+        return { name, availability, kernels, defaultKernel };
       }),
     );
     const accelerated = backends.find(({ availability }) => availability.available && availability.accelerated);

@@ -11,6 +11,7 @@ import {
   type Picture,
   picture,
   type Quantization,
+  smoothingSweep,
 } from '../lab.ts';
 
 let head: Head | undefined;
@@ -59,6 +60,11 @@ const api = {
   picture(quantization: Quantization): Picture {
     if (head === undefined) throw new Error('nothing to draw yet');
     return picture(head, quantization);
+  },
+
+  /** `smoothingSweep`, of a head that is not kept. */
+  async sweep(of: Head, bits: Quantization['bits']): Promise<number[]> {
+    return [...smoothingSweep(of, bits)];
   },
 
   /** The errors, or undefined when the head was changed meanwhile. */

@@ -199,6 +199,81 @@ async function expectAccessible(page: Page): Promise<void> {
 }
 
 describe('playground', () => {
+  it('opens with K losing its stripes and the error falling, and keeps what is chosen in its address', async () => {
+    await withPage({ reducedMotion: 'reduce' }, async (page) => {
+      const error = async () => numberIn((await page.locator('.readout strong').textContent()) ?? '');
+      await expect.poll(error, { timeout: PATIENCE }).toBeGreaterThan(0);
+      // Who wants no motion sees its end.
+      expect(await page.getByLabel('Smoothing of K').inputValue()).toBe('100');
+      const smoothed = await error();
+      expect(smoothed).toBeLessThan(2);
+      const stripes = () =>
+        page.locator('canvas.keys').evaluate((canvas) => {
+          const { width, height } = canvas as HTMLCanvasElement;
+          // A copy: reading the canvas itself again and again would make the browser complain of it.
+          const copy = new OffscreenCanvas(width, height).getContext('2d');
+          if (copy === null) throw new Error('no canvas');
+          copy.drawImage(canvas as HTMLCanvasElement, 0, 0);
+          const { data } = copy.getImageData(0, 0, width, height);
+          const at = (x: number, y: number) =>
+            (data[4 * (y * width + x)] as number) - (data[4 * (y * width + x) + 2] as number);
+          const means = Array.from({ length: width }, (_, x) => {
+            let sum = 0;
+            for (let y = 0; y < height; y++) sum += at(x, y);
+            return sum / height;
+          });
+          return Math.sqrt(means.reduce((sum, mean) => sum + mean * mean, 0) / width);
+        });
+      const none = await stripes();
+      await setSlider(page, 'Smoothing of K', 0);
+      await expect.poll(error).toBeGreaterThan(2 * smoothed);
+      expect(await stripes()).toBeGreaterThan(5 * none);
+      await page.locator('#hero-picture').getByLabel('INT4').check();
+      await expect.poll(error, { timeout: PATIENCE }).toBeGreaterThan(20);
+      await page.getByLabel('a small encoder').check();
+      // Its stripes are mild, and the page says so.
+      await expect.poll(() => page.locator('#hero-picture .note').textContent()).toMatch(/Real: .*mild/);
+      await expect.poll(error, { timeout: PATIENCE }).toBeLessThan(30);
+      await page.locator('#why-controls').getByLabel('Distribution of K').selectOption('few');
+      const address = () => new URL(page.url()).searchParams.toString();
+      await expect.poll(address, { timeout: PATIENCE }).toBe('bits=int4&keys=encoder&distribution=few');
+      await setSlider(page, 'Smoothing of K', 35);
+      await expect.poll(address, { timeout: PATIENCE }).toContain('smoothing=35');
+
+      await page.goto(page.url());
+      await page.waitForSelector('#speed-controls select');
+      expect(await page.getByLabel('Smoothing of K').inputValue()).toBe('35');
+      expect(await page.getByLabel('a small encoder').isChecked()).toBe(true);
+      expect(await page.locator('#why-controls').getByLabel('Distribution of K').inputValue()).toBe('few');
+      // What is no choice of the page's is not taken.
+      await page.goto(`${server.url}?smoothing=33&bits=int2&upto=7&offset=x`);
+      await page.waitForSelector('#speed-controls select');
+      expect(await page.locator('#hero-picture').getByLabel('INT8').isChecked()).toBe(true);
+      expect(await page.getByLabel('Offset of K, in σ').inputValue()).toBe('6');
+    });
+  });
+
+  it('runs on the device in front of it, with a card to copy and to save', async () => {
+    await withPage({ in: withoutWebgpu, permissions: ['clipboard-read', 'clipboard-write'] }, async (page) => {
+      await page.getByRole('button', { name: 'Run it on my device' }).click();
+      await waitForText(page, '#quick-note', /^Done/);
+      const card = await textOf(page, '.result-card');
+      expect(card).toMatch(/^[\d.]+× as fast as the fastest exact attention here, .* f32/);
+      expect(card).toMatch(/Kernelqk-int8-pv-int8 on WebAssembly.*FLOP\/s.*% relative L1/);
+      await page.getByRole('button', { name: 'Copy the result' }).click();
+      const copied = await page.evaluate(() => navigator.clipboard.readText());
+      expect(copied).toMatch(/^SageAttention: [\d.]+× as fast[\s\S]*Device: [\s\S]*Error: [\d.]+ %[\s\S]*http/);
+      const [download] = await Promise.all([
+        page.waitForEvent('download'),
+        page.getByRole('button', { name: 'Save as a picture' }).click(),
+      ]);
+      expect([...readFileSync(await download.path()).subarray(16, 24)]).toEqual([0, 0, 4, 176, 0, 0, 2, 118]);
+      await page.getByText('The call that was measured').click();
+      expect(await page.locator('#result pre').textContent()).toContain("kernel: 'qk-int8-pv-int8'");
+      await expectAccessible(page);
+    });
+  });
+
   it('says what the device has and checks every kernel on it', async () => {
     await withPage({}, async (page) => {
       const webgpu = (await page.locator('[data-backend=webgpu]').textContent()) ?? '';
@@ -214,7 +289,11 @@ describe('playground', () => {
       expect(await checkKernels(page)).toBeGreaterThanOrEqual(3 * 15);
       const titles = await page.locator('#checks h3').allTextContents();
       expect(titles.some((title) => title.startsWith('WebGPU'))).toBe(true);
-      expect(titles.filter((title) => title.startsWith('WebAssembly')).length).toBeGreaterThanOrEqual(2);
+      expect(titles.filter((title) => title.startsWith('WebAssembly')).length).toBeGreaterThanOrEqual(3);
+      // What is green is folded, and opens again.
+      expect(await page.locator('#checks details[open]').count()).toBe(0);
+      await page.locator('#checks summary').first().click();
+      expect(await page.locator('#checks .pass').first().isVisible()).toBe(true);
       await expectAccessible(page);
     });
   });
@@ -226,6 +305,7 @@ describe('playground', () => {
       const failed = await page.locator('#checks .fail').count();
       expect(note.startsWith(`${failed} of `)).toBe(true);
       expect(failed).toBeGreaterThan(10);
+      expect(await page.locator('#checks .fail').first().isVisible()).toBe(true);
       expect(await page.locator('#checks .fail').first().textContent()).toMatch(/^✗.*: wrong.*relative L1 .* limit/);
       const color = (selector: string) =>
         page
@@ -254,6 +334,21 @@ describe('playground', () => {
       expect(flat.colors).toBeGreaterThan(10);
       expect(flat.rowSpread).toBeLessThan(1.5 * flat.columnSpread);
       expect((await rasterOf(page, 'Scores, exact')).colors).toBeGreaterThan(50);
+
+      // The attention map, exact and from codes on top of each other.
+      const map = figureOf(page, 'Attention map, exact and quantized');
+      const largest = numberIn(
+        (await map.locator('.note').textContent())?.match(/difference of a weight: ([\d.e-]+)/)?.[1],
+      );
+      expect(largest).toBeGreaterThan(0);
+      expect(largest).toBeLessThan(0.05);
+      await setSlider(page, 'From exact to quantized', 0);
+      expect(
+        await map
+          .locator('canvas')
+          .last()
+          .evaluate((canvas) => (canvas as HTMLElement).style.clipPath),
+      ).toMatch(/ 0%\)$/);
 
       const errors = figureOf(page, 'Error of the output, by kernel and granularity').locator('svg');
       await errors.waitFor();
@@ -564,7 +659,7 @@ describe('playground', () => {
       await page.keyboard.press('Tab');
       expect(await page.evaluate(() => document.activeElement?.textContent)).toBe('Skip to the content');
       const reached: string[] = [];
-      for (let i = 0; i < 40; i++) {
+      for (let i = 0; i < 60; i++) {
         await page.keyboard.press('Tab');
         reached.push(
           await page.evaluate(() => document.activeElement?.id || document.activeElement?.textContent || ''),
