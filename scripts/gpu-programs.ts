@@ -22,6 +22,7 @@ await build({
     'bench-wgmma': 'bench/cuda/wgmma-variants.ts',
     'test-webgpu': 'test/webgpu/main.ts',
     'bench-webgpu': 'bench/webgpu/families.ts',
+    'bench-webgpu-decoding': 'bench/webgpu/decoding.ts',
     'bench-webgpu-exact': 'bench/webgpu/exact.ts',
     'bench-webgpu-backward': 'bench/webgpu/backward.ts',
     'bench-onnxruntime': 'bench/onnxruntime/whole-model.ts',

@@ -3,7 +3,9 @@
  * device in the same run, with the accuracy of each. float16, 16 heads, quantization included.
  *
  *     npx tsx scripts/gpu-programs.ts && node .gpu/programs/bench-webgpu.mjs OUTPUT_FOLDER [--quick]
- *         [--lengths 1024,8192] [--head-dims 64,128] [--families matrix,subgroup,base] [--variants 1x2x32,...] [--no-peers]
+ *         [--lengths 1024,8192] [--head-dims 64,128] [--families matrix,subgroup,base] [--variants 4s64r16k-qk4-pv1,...] [--no-peers]
+ *
+ * All sizes of docs/choosing-a-kernel.md and the other head dims: `--lengths 8192,1024,512,64 --head-dims 128,64,256,80`.
  *
  * Writes `webgpu.json` and `webgpu.md` there, after every size, so that a run that is cut short leaves its results.
  * TFLOP/s count 4 H L^2 D, half when causal. Times are medians of timestamp queries around the whole plan; where the
@@ -19,7 +21,7 @@ import { createProblem } from '../../src/attention/problem.ts';
 import { chooseOptions } from '../../src/backends/choice.ts';
 import { createWebgpuBackendOn } from '../../src/backends/webgpu/backend.ts';
 import { DAWN_FLAGS } from '../../src/backends/webgpu/device.ts';
-import { variantsOf } from '../../src/backends/webgpu/families/choose.ts';
+import { chooseVariant, variantsOf } from '../../src/backends/webgpu/families/choose.ts';
 import {
   createWebgpuBackend,
   downloadTensor,
@@ -221,6 +223,18 @@ const timedVariants = (family: Family): string[] => {
   return flags.variants === undefined ? all : all.filter((name) => list(flags.variants as string).includes(name));
 };
 
+/** The variant that a caller gets, where all are timed that were not asked for by name. */
+function chosenByTable(family: Family, [q, k, v]: readonly GpuTensor[], isCausal: boolean): string[] {
+  if (flags.variants !== undefined) return [];
+  try {
+    const problem = createProblem(q as GpuTensor, k as GpuTensor, v as GpuTensor, { isCausal });
+    return [chooseVariant(capabilities, problem, chooseOptions(first.defaultKernel(), problem, {}), { family }).name];
+  } catch {
+    // A family that does not take the head dim: its variants say so one by one.
+    return [];
+  }
+}
+
 const rows: Row[] = [];
 const best = new Map<string, string[]>();
 
@@ -290,7 +304,8 @@ for (const headDim of HEAD_DIMS) {
       // Family by family, so that a run that is cut short leaves those before.
       for (const family of FAMILIES) {
         const contenders: Contender[] = [];
-        for (const variant of best.get(`${family} ${headDim}`) ?? timedVariants(family)) {
+        const timed = best.get(`${family} ${headDim}`) ?? timedVariants(family);
+        for (const variant of new Set([...chosenByTable(family, [q, k, v], isCausal), ...timed])) {
           try {
             const backend = createWebgpuBackendOn({ device, gpu, family, variant });
             const problem = createProblem(q, k, v, { isCausal });

@@ -58,7 +58,7 @@ function capabilitiesFor(family: Family): Capabilities {
           ]
         : [],
     matrixFeature: family === 'matrix' ? 'subgroup-matrix' : undefined,
-    matrixDialect: { majorness: 'template', packedUnit: 'words' },
+    matrixDialect: { majorness: 'template', unit: 'elements' },
     packedDot: subgroups,
     subgroupId: subgroups,
     timestamps: false,

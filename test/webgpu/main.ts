@@ -96,10 +96,6 @@ for (const family of families) {
 if (!onlyParts && offered.includes('matrix') && (asked.length === 0 || asked.includes('matrix'))) {
   const halves = { ...WEBGPU_TARGET, options: { pvAccumDtype: 'fp16' as const }, relativeL1: 0.03 };
   await run({ family: 'matrix' }, 'matrix, float16 sums', VARIANT_TESTS, halves);
-  // Where a thread's place is its index, all offsets and strides are constants and drivers read matrices 16 bytes at a
-  // time.
-  const constant = { family: 'matrix', capabilities: { subgroupId: false } } as const;
-  await run(constant, 'matrix, constant offsets', VARIANT_TESTS);
 }
 if (isAsked('fp4')) {
   for (const family of ['subgroup', 'base'] as const) {

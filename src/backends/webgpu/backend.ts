@@ -23,6 +23,7 @@ import { type Forced, familiesOf } from './families/choose.ts';
 import type { Family } from './families/family.ts';
 import { KERNELS, QK_INT8_PV_FP16 } from './kernel-table.ts';
 import { WebgpuKeyValue } from './key-value.ts';
+import { needsTrial, tryShapes } from './matrix-trial.ts';
 import { WebgpuPlan } from './plan.ts';
 import { copied } from './run.ts';
 
@@ -148,12 +149,14 @@ export class WebgpuBackend implements Backend {
     run: KeyValueContext,
   ): Promise<PreparedKeyValue> {
     const ready = this.#ready;
-    if (this.#context !== undefined && ready?.usable) {
+    if (this.#context !== undefined && ready?.usable && !needsTrial(ready, problem, kernel, this.#options)) {
       return WebgpuKeyValue.create(problem, kernel, ready, this.#options, k, v, run);
     }
     const [ownK, ownV, keyMask] = [copied(k), copied(v), run.keyMask && copied(run.keyMask)];
     const own = keyMask === undefined ? run : { ...run, keyMask };
-    return WebgpuKeyValue.create(problem, kernel, await this.context(), this.#options, ownK, ownV, own);
+    const context = await this.context();
+    await tryShapes(context, problem, kernel, this.#options);
+    return WebgpuKeyValue.create(problem, kernel, context, this.#options, ownK, ownV, own);
   }
 
   /**

@@ -11,12 +11,12 @@ export interface MatrixConfig {
 
 /**
  * What implementations of the extension differ in. `majorness`: whether a load's majorness is a template parameter or
- * an argument. `packedUnit`: whether offsets and strides of 8-bit matrices count the array's 32-bit words or
+ * an argument. `unit`: whether offsets and strides count the array's elements, which are 16 bytes here, or the matrix's
  * components.
  */
 export interface MatrixDialect {
   readonly majorness: 'template' | 'argument';
-  readonly packedUnit: 'words' | 'components';
+  readonly unit: 'elements' | 'components';
 }
 
 export interface Capabilities {
@@ -34,6 +34,8 @@ export interface Capabilities {
    * Products that are listed, but do not come out right in a trial on the device: they are left out of `matrixConfigs`.
    */
   readonly wrongMatrices?: readonly MatrixConfig[];
+  /** Shapes of the matrix kernel, as `shapeKey` names them, that were wrong in a trial: they are not used. */
+  readonly wrongShapes?: readonly string[];
   /** The name under which the device has them. */
   readonly matrixFeature: string | undefined;
   /** How its WGSL writes them; what was found by probing, or the newest. */
@@ -100,7 +102,7 @@ export function capabilitiesOf(
     subgroupSize: [info?.subgroupMinSize ?? 0, info?.subgroupMaxSize ?? 0],
     matrixConfigs: matrixFeature === undefined ? [] : matrixConfigsOf(info),
     matrixFeature,
-    matrixDialect: { majorness: 'template', packedUnit: 'words' },
+    matrixDialect: { majorness: 'template', unit: 'elements' },
     packedDot: language?.has('packed_4x8_integer_dot_product') ?? false,
     subgroupId: language?.has('subgroup_id') ?? false,
     timestamps: has('timestamp-query'),

@@ -134,7 +134,7 @@ const settled = async (device: GPUDevice, found: Capabilities, options: DeviceOp
 
 /** Probes how subgroup matrices are written here; products that come out wrong in every way are not used. */
 async function withDialect(device: GPUDevice, capabilities: Capabilities): Promise<Capabilities> {
-  const { matrixFeature, subgroupSize, subgroupId } = capabilities;
+  const { matrixFeature, subgroupSize } = capabilities;
   let { matrixConfigs } = capabilities;
   const wrongMatrices: MatrixConfig[] = [];
   while (matrixFeature !== undefined && matrixConfigs.length > 0) {
@@ -143,7 +143,7 @@ async function withDialect(device: GPUDevice, capabilities: Capabilities): Promi
     );
     if (used.length === 0) break;
     const products = [...new Set<MatrixConfig>(used)];
-    const { dialect, wrong } = await probeMatrixDialect(device, matrixFeature, products, subgroupSize[1], subgroupId);
+    const { dialect, wrong } = await probeMatrixDialect(device, matrixFeature, products, subgroupSize[1]);
     if (dialect !== undefined) return { ...capabilities, matrixConfigs, wrongMatrices, matrixDialect: dialect };
     if (wrong !== undefined) wrongMatrices.push(wrong);
     matrixConfigs = matrixConfigs.filter((config) => config !== wrong);
@@ -174,7 +174,9 @@ interface Resource {
 
 export class GpuContext {
   readonly device: GPUDevice;
-  readonly capabilities: Capabilities;
+  /** Shapes of the matrix kernel that came out right in a trial. */
+  readonly rightShapes = new Set<string>();
+  #capabilities: Capabilities;
   /** True when the device was opened here and is destroyed here. */
   readonly owned: boolean;
   /** Wall time spent compiling pipelines so far, milliseconds (concurrent compilations overlap and add up). */
@@ -189,7 +191,7 @@ export class GpuContext {
 
   constructor(device: GPUDevice, capabilities: Capabilities, owned: boolean) {
     this.device = device;
-    this.capabilities = capabilities;
+    this.#capabilities = capabilities;
     this.owned = owned;
     this.scratch = new ScratchPool(device, capabilities.bufferBytes);
     this.#loss = device.lost.then((info) => {
@@ -197,6 +199,16 @@ export class GpuContext {
       throw this.#lost;
     });
     this.#loss.catch(() => {});
+  }
+
+  get capabilities(): Capabilities {
+    return this.#capabilities;
+  }
+
+  /** A shape of the matrix kernel that came out wrong. */
+  excludeShape(key: string): void {
+    const { wrongShapes = [] } = this.#capabilities;
+    this.#capabilities = { ...this.#capabilities, wrongShapes: [...wrongShapes, key] };
   }
 
   /** The error of the loss, once the device is lost. */

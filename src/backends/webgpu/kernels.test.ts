@@ -4,17 +4,20 @@
  */
 import { afterAll, beforeAll, describe, expect, it } from 'vitest';
 import { create } from 'webgpu';
-import { createProblem, createVarlenProblem } from '../../attention/problem.ts';
+import { type AttentionProblem, createProblem, createVarlenProblem } from '../../attention/problem.ts';
 import { type Tensor, type TensorView, tensor } from '../../tensor/tensor.ts';
 import { chooseOptions } from '../choice.ts';
 import type { Capabilities } from './capabilities.ts';
-import { familiesOf } from './families/choose.ts';
+import { chooseVariant, familiesOf } from './families/choose.ts';
 import { matrixProducts } from './families/matrix.ts';
 import { matrixProbeKernel, probeMatrixDialect } from './families/matrix-dialect.ts';
 import { chooseTiles } from './families/tiled.ts';
 import { createWebgpuBackend, downloadTensor, emptyGpuTensor, uploadTensor, type WebgpuBackend } from './index.ts';
+import { QK_INT8_PV_FP16 } from './kernel-table.ts';
 import { tiledWorkgroupBytes } from './kernels/attention-tiled.ts';
+import { nativeMatrices } from './kernels/matrix-operations.ts';
 import { aligned, unitsOf } from './launches/launch.ts';
+import { comesOutRight, tryShapes } from './matrix-trial.ts';
 import { APPLE, DIALECT, EXTENSION, H200, webgpuKernels } from './testing/configurations.ts';
 
 const gpu = create(['backend=null', 'enable-dawn-features=allow_unsafe_apis']);
@@ -49,10 +52,8 @@ describe('WGSL', () => {
   }
 
   it('the probe of subgroup matrices compiles in the dialect of this Dawn', async () => {
-    for (const product of H200) {
-      for (const subgroupId of [false, true]) {
-        expect(await messagesOf(matrixProbeKernel(product, EXTENSION, DIALECT, 32, subgroupId))).toEqual([]);
-      }
+    for (const product of [...H200, ...APPLE]) {
+      expect(await messagesOf(matrixProbeKernel(product, nativeMatrices(EXTENSION, DIALECT), 32))).toEqual([]);
     }
   });
 
@@ -116,6 +117,87 @@ describe('selection', () => {
     expect(matrixProducts(APPLE, 'f32')).toMatchObject({ qk: { componentType: 'f32' }, pv: { componentType: 'f32' } });
     // f16 sums of products of INT8 values would overflow.
     expect(matrixProducts(APPLE.slice(1), 'f32')).toBeUndefined();
+  });
+
+  it('every head dim gets the matrix shape of its table, as far as device limits allow', () => {
+    const kernel = { descriptor: QK_INT8_PV_FP16, pvAccumDtype: 'fp32' } as const;
+    const chosen = (dims: readonly [number, number], queryLength: number, limits: Partial<Capabilities> = {}) => {
+      const device = { ...CAPABILITIES, matrixConfigs: H200, matrixFeature: 'subgroup-matrix', ...limits };
+      const problem = { headDim: dims[0], valueDim: dims[1], queryLength } as AttentionProblem;
+      const { family, name } = chooseVariant(device, problem, kernel, {});
+      return `${family} ${name}`;
+    };
+    const large = { workgroupBytes: 49152, workgroupThreads: 1024 };
+    expect(chosen([64, 64], 8192, large)).toBe('matrix 8s128r16k-qk8-pv4');
+    expect(chosen([80, 80], 8192, large)).toBe('matrix 8s128r16k-qk8-pv4');
+    expect(chosen([64, 64], 1024, large)).toBe('matrix 4s64r32k-qk2-pv1');
+    expect(chosen([128, 128], 8192, large)).toBe('matrix 8s128r32k-qk4-pv2-qk-pv');
+    expect(chosen([256, 256], 8192, large)).toBe('matrix 8s64r32k-qk4-pv1');
+    expect(chosen([192, 192], 8192, large)).toBe('matrix 8s64r32k-qk4-pv2');
+    expect(chosen([64, 64], 1, large)).toBe('matrix 2s32r32k-qk1-pv1');
+    const least = { workgroupBytes: 16384, workgroupThreads: 256 };
+    expect(chosen([128, 128], 8192, least)).toBe('matrix 4s64r16k-qk4-pv1');
+    expect(chosen([256, 256], 8192, least)).toBe('matrix 1s16r16k-qk1-pv1');
+    const apple = { workgroupBytes: 32768, workgroupThreads: 1024, matrixConfigs: APPLE };
+    expect(chosen([128, 128], 8192, apple)).toBe('matrix 4s64r16k-qk4-pv1');
+    // K and V of 16 keys in float32 alone take 32 KiB.
+    expect(chosen([256, 256], 8192, apple)).toMatch(/^subgroup /);
+    for (const [D, Dv] of [
+      [32, 256],
+      [256, 32],
+      [96, 160],
+      [224, 224],
+    ] as const) {
+      for (const queryLength of [1, 100, 5000]) expect(chosen([D, Dv], queryLength, large)).toMatch(/^matrix /);
+    }
+  });
+
+  it('a shape that is wrong in a trial gives way to the next one, and at last to the next family', async () => {
+    const capabilities = { matrixConfigs: H200, matrixFeature: 'subgroup-matrix', subgroupSize: [32, 32] } as const;
+    const backend = createWebgpuBackend({ gpu, capabilities });
+    const context = await backend.context();
+    const [q, k, v] = [0, 1, 2].map(() => tensor(new Float32Array(64), [1, 1, 1, 64])) as [Tensor, Tensor, Tensor];
+    const problem = createProblem(q, k, v, {});
+    const choice = chooseOptions(backend.defaultKernel(), problem, {});
+    const chosen = () => chooseVariant(context.capabilities, problem, choice, {}).name;
+    const tried: string[] = [];
+    const trial =
+      (right: (variant: string) => boolean) =>
+      async (...[, , , forced]: Parameters<typeof comesOutRight>) => {
+        tried.push(forced.variant as string);
+        return right(forced.variant as string);
+      };
+    const best = chosen();
+    await tryShapes(
+      context,
+      problem,
+      choice,
+      {},
+      trial((variant) => variant !== best),
+    );
+    const second = chosen();
+    expect(tried).toEqual([best, second]);
+    expect(best).not.toBe(second);
+    await tryShapes(
+      context,
+      problem,
+      choice,
+      {},
+      trial(() => false),
+    );
+    expect(tried, 'a shape is tried once').toHaveLength(2);
+    context.rightShapes.clear();
+    await tryShapes(
+      context,
+      problem,
+      choice,
+      {},
+      trial(() => false),
+    );
+    expect(chooseVariant(context.capabilities, problem, choice, {}).family).toBe('subgroup');
+    // The null device computes nothing: the trial itself sees it.
+    expect(await comesOutRight(context, problem, choice, { family: 'subgroup' })).toBe(false);
+    await backend.dispose();
   });
 
   it('says why a family is missing', () => {

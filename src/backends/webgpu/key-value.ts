@@ -21,6 +21,7 @@ import { copyLaunches, flagLaunches, rawLayout, rawRowBytes, widenLaunches } fro
 import { keyValueBytes, keyValueShapeOf, prepareKeyValueLaunches, statisticsLaunches } from './launches/quantize.ts';
 import { createStages, type KeyValueShape, keyValueRowBytes } from './launches/stages.ts';
 import { needsVisibleKeys } from './launches/visible-keys.ts';
+import { tryShapes } from './matrix-trial.ts';
 import { checkSizes, Program } from './program.ts';
 import { type DeviceInputs, rebased, runProgram, takeInputs } from './run.ts';
 import { allocate, type Buffers } from './scratch.ts';
@@ -226,6 +227,8 @@ export class WebgpuKeyValue implements PreparedKeyValue {
       const key = JSON.stringify(own);
       let program = this.#programs.get(key);
       if (program === undefined) {
+        // The layout is settled: only shapes of the family that the cache was made for.
+        await tryShapes(this.#context, own, this.#kernel, this.#options);
         const stages = createStages(own, this.#context.capabilities, this.#shape);
         const parts = attentionParts(stages, this.#kernel, this.#options);
         program = await Program.create(this.#context, parts.launches, parts.sizes, stages.tables.bytes);

@@ -10,6 +10,7 @@ import type { GpuContext } from './device.ts';
 import type { Forced } from './families/choose.ts';
 import type { Family } from './families/family.ts';
 import { planLaunches } from './launches/plan.ts';
+import { tryShapes } from './matrix-trial.ts';
 import { type Built, PlannedProgram } from './planned-program.ts';
 import { type EncodeOptions, Program } from './program.ts';
 import { rebased } from './run.ts';
@@ -185,6 +186,7 @@ async function build(
   kernel: KernelChoice,
   options: Forced,
 ): Promise<BuiltPlan> {
+  await tryShapes(context, problem, kernel, options);
   const { capabilities } = context;
   const { launches, variant, keySplits, sizes, tables } = planLaunches(capabilities, problem, kernel, options);
   const started = performance.now();

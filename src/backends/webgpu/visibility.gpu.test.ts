@@ -29,7 +29,7 @@ const FAMILIES: readonly Forced[] = [
   { family: 'base' },
   { family: 'subgroup' },
   // lavapipe takes minutes to compile emulated matrices.
-  ...(SWIFTSHADER ? [{ emulateMatrices: 'int8', variant: '2x1x32' } as const] : []),
+  ...(SWIFTSHADER ? [{ emulateMatrices: 'int8', variant: '1s16r16k-qk1-pv1' } as const] : []),
 ];
 
 interface Case {

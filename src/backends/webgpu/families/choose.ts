@@ -45,7 +45,7 @@ export function familiesOf(capabilities: Capabilities): { readonly offered: Fami
 /** @throws {UnsupportedOptionError} a forced family that the device or its matrices cannot run */
 function familyOf(
   capabilities: Capabilities,
-  { headDim, valueDim }: HeadDims,
+  dims: HeadDims,
   kernel: Pick<KernelChoice, 'descriptor'>,
   { family: name, emulateMatrices }: Forced,
 ): KernelFamily {
@@ -56,7 +56,7 @@ function familyOf(
     const reason =
       family.support(capabilities) ??
       (isFp4(kernel) && !family.fp4 ? 'no FP4' : undefined) ??
-      (Math.max(headDim, valueDim) > family.maxHeadDim ? `head dims above ${family.maxHeadDim}` : undefined);
+      family.unfit(capabilities, dims);
     if (reason === undefined) return family;
     reasons.push(`${family.name}: ${reason}`);
   }
@@ -64,7 +64,7 @@ function familyOf(
   throw new UnsupportedOptionError(
     kernel.descriptor.name,
     'options.family',
-    `'${others.join("' or '")}' on this device and for D ${headDim}, Dv ${valueDim}`,
+    `'${others.join("' or '")}' on this device and for D ${dims.headDim}, Dv ${dims.valueDim}`,
     reasons.join('; ') || `'${name}'`,
   );
 }

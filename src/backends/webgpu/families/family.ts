@@ -50,10 +50,10 @@ export interface KernelFamily {
   readonly variants: readonly { readonly name: string }[];
   /** Has kernels that multiply FP4. */
   readonly fp4: boolean;
-  /** Largest D and Dv. */
-  readonly maxHeadDim: number;
   /** Why the device cannot run it; `undefined` where it can. */
   support(capabilities: Capabilities): string | undefined;
+  /** Why a device that can run it cannot for these head dims. */
+  unfit(capabilities: Capabilities, dims: HeadDims): string | undefined;
   /** @throws {UnsupportedOptionError} no variant fits, or not the one that was asked for */
   kernel(capabilities: Capabilities, request: VariantRequest): AttentionVariant;
 }

@@ -106,7 +106,7 @@ const tiledFamily = (
   layout: 'rows',
   fp4: true,
   variants: TILED_VARIANTS,
-  maxHeadDim: Number.POSITIVE_INFINITY,
+  unfit: () => undefined,
   support,
   kernel(capabilities, { kernel, fp4, headDimPadded, valueDimPadded, queryLength, pvAccumDtype, variant }) {
     if (pvAccumDtype === 'fp16') throw unsupportedAccumulation(`family '${name}'`);

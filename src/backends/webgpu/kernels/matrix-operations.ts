@@ -2,67 +2,57 @@
  * Subgroup matrices as the attention kernel writes them, in two forms: the WGSL extension, and plain WGSL that computes
  * the same (`emulated`), so that everything around the matrix operations can be run on devices without them.
  *
- * An emulated left or right matrix is a reference to memory, read when it is multiplied: that memory must not
- * change in between. An emulated result is an array, of which each lane holds M * N / lanes elements.
+ * Matrices come from workgroup memory alone, and from arrays of four 32-bit words alone. Drivers read matrices 16 bytes
+ * at a time once offset and stride are constants, and nothing aligns an array of scalars to that: on an H200 one came
+ * back shifted by 8 bytes, behind an array of two words (Vulkan asks for it: VUID-RuntimeSpirv-
+ * OpCooperativeMatrixLoadKHR-08986). Offsets and strides here count units of 16 bytes.
+ *
+ * An emulated left or right matrix is a reference to memory, read when it is multiplied: that memory must not change in
+ * between. One that is held is a copy of the row that a lane needs. An emulated result is an array, of which each lane
+ * has `M * N / lanes` elements of one row.
  */
 import type { MatrixConfig, MatrixDialect } from '../capabilities.ts';
+import { range } from './storage.ts';
 
-/** An array in workgroup or storage memory that matrices are loaded from and stored to. */
+/** Bytes of a unit of workgroup memory. */
+export const UNIT_BYTES = 16;
+
+/** An array in workgroup memory. */
 export interface MatrixMemory {
   readonly name: string;
-  /** Added to every offset; an expression in components. Default: 0. */
-  readonly base?: string;
-  /** Component type of the matrices; `i8` lies packed in an `array<i32>`. */
-  readonly component: 'i8' | 'i32' | 'f16' | 'f32';
+  readonly element: 'vec4<f32>' | 'vec4<u32>';
 }
 
-/**
- * Declares an array in the workgroup memory of a kernel with matrices: at least `elements` of them, and a multiple of
- * 16 bytes long, so that whatever lies behind it is aligned as matrices must be.
- */
-export function workgroupArray(name: string, type: string, elements: number, bytes: number): string {
-  const perVector = 16 / bytes;
-  return `var<workgroup> ${name}: array<${type}, ${Math.ceil(elements / perVector) * perVector}>;`;
-}
+/** Bytes of one component of a matrix. */
+export const componentBytes = (component: string): number => (component === 'i8' ? 1 : component === 'f16' ? 2 : 4);
 
-/** A loaded operand: a WGSL name, and where it came from. */
-export interface Operand {
-  readonly name: string;
-  readonly memory: MatrixMemory;
-  readonly columnMajor: boolean;
-}
+/** Units of `components` components that follow one another. */
+export const unitsOf = (component: string, components: number): number =>
+  (components * componentBytes(component)) / UNIT_BYTES;
 
 export interface MatrixOperations {
   readonly enable: string;
-  /** Functions that the statements call. */
-  declarations(): string;
-  /** `var name = 0`, a result of the product. */
+  /** Workgroup memory and functions that the statements use. */
+  declarations(threads: number): string;
+  /** Bytes of that workgroup memory. */
+  workgroupBytes(threads: number): number;
+  /** `var name`, a result of the product; 0. */
   declareResult(product: MatrixConfig, name: string): string;
-  clear(product: MatrixConfig, name: string): string;
-  /** Offsets and strides count components. */
-  loadLeft(
-    product: MatrixConfig,
-    name: string,
-    memory: MatrixMemory,
-    offset: string,
-    stride: string,
-  ): [string, Operand];
-  loadRight(
-    product: MatrixConfig,
-    name: string,
-    memory: MatrixMemory,
-    offset: string,
-    stride: string,
-    columnMajor: boolean,
-  ): [string, Operand];
-  multiplyAccumulate(product: MatrixConfig, left: Operand, right: Operand, result: string): string;
-  storeResult(product: MatrixConfig, result: string, memory: MatrixMemory, offset: string, stride: string): string;
-  loadResult(product: MatrixConfig, result: string, memory: MatrixMemory, offset: string, stride: string): string;
+  /** @param value a literal of the result's type */
+  fill(product: MatrixConfig, name: string, value: string): string;
+  /** A left matrix in rows. */
+  loadLeft(product: MatrixConfig, name: string, memory: MatrixMemory, offset: string, stride: number): string;
+  /** A left matrix whose memory is overwritten before it is multiplied. */
+  holdLeft(product: MatrixConfig, name: string, memory: MatrixMemory, offset: string, stride: number): string;
+  /** A right matrix in columns. */
+  loadRight(product: MatrixConfig, name: string, memory: MatrixMemory, offset: string, stride: number): string;
+  multiplyAccumulate(product: MatrixConfig, left: string, right: string, result: string): string;
+  storeResult(product: MatrixConfig, result: string, memory: MatrixMemory, offset: string, stride: number): string;
+  loadResult(product: MatrixConfig, result: string, memory: MatrixMemory, offset: string, stride: number): string;
+  /** `x` becomes the larger, or the sum, of the values that this lane and lane `lane ^ mask` have; in uniform flow. */
+  shuffleMax(x: string, mask: number): string;
+  shuffleAdd(x: string, mask: number): string;
 }
-
-const offsetIn = ({ base }: MatrixMemory, offset: string) => (base === undefined ? offset : `${base} + ${offset}`);
-
-const majorness = (columnMajor: boolean) => (columnMajor ? 'col_major' : 'row_major');
 
 /** @param extension the WGSL extension's name, as the device's feature calls it */
 export function nativeMatrices(extension: string, dialect: MatrixDialect): MatrixOperations {
@@ -70,95 +60,150 @@ export function nativeMatrices(extension: string, dialect: MatrixDialect): Matri
   const right = ({ componentType, N, K }: MatrixConfig) => `subgroup_matrix_right<${componentType}, ${N}, ${K}>`;
   const result = ({ resultComponentType, N, M }: MatrixConfig) =>
     `subgroup_matrix_result<${resultComponentType}, ${N}, ${M}>`;
-  const units = ({ component }: MatrixMemory, n: string) =>
-    component === 'i8' && dialect.packedUnit === 'words' ? `(${n}) / 4u` : n;
-  const template = dialect.majorness === 'template';
-  const load = (type: string, memory: MatrixMemory, offset: string, stride: string, columnMajor: boolean) => {
-    const [at, step] = [units(memory, offsetIn(memory, offset)), units(memory, stride)];
-    return template
-      ? `subgroupMatrixLoad<${type}, ${majorness(columnMajor)}>(&${memory.name}, ${at}, ${step})`
-      : `subgroupMatrixLoad<${type}>(&${memory.name}, ${at}, ${columnMajor}, ${step})`;
+  const factorOf = (component: string) => (dialect.unit === 'elements' ? 1 : UNIT_BYTES / componentBytes(component));
+  const place = (component: string, offset: string, stride: number): readonly [string, string] => {
+    const factor = factorOf(component);
+    return factor === 1 ? [offset, `${stride}u`] : [`(${offset}) * ${factor}u`, `${stride * factor}u`];
   };
+  const template = dialect.majorness === 'template';
+  const load = (
+    type: string,
+    component: string,
+    memory: MatrixMemory,
+    at: readonly [offset: string, stride: number],
+    columnMajor: boolean,
+  ) => {
+    const [offset, stride] = place(component, ...at);
+    return template
+      ? `subgroupMatrixLoad<${type}, ${columnMajor ? 'col_major' : 'row_major'}>(&${memory.name}, ${offset}, ${stride})`
+      : `subgroupMatrixLoad<${type}>(&${memory.name}, ${offset}, ${columnMajor}, ${stride})`;
+  };
+  const loadLeft: MatrixOperations['loadLeft'] = (product, name, memory, offset, stride) =>
+    `let ${name} = ${load(left(product), product.componentType, memory, [offset, stride], false)};`;
   return {
-    enable: `enable ${extension};`,
+    enable: `enable ${extension};
+diagnostic(off, ${extension.includes('chromium') ? 'chromium.' : ''}subgroup_matrix_uniformity);`,
     declarations: () => '',
+    workgroupBytes: () => 0,
     declareResult: (product, name) => `var ${name}: ${result(product)};`,
-    clear: (product, name) => `${name} = ${result(product)}();`,
-    loadLeft: (product, name, memory, offset, stride) => [
-      `let ${name} = ${load(left(product), memory, offset, stride, false)};`,
-      { name, memory, columnMajor: false },
-    ],
-    loadRight: (product, name, memory, offset, stride, columnMajor) => [
-      `let ${name} = ${load(right(product), memory, offset, stride, columnMajor)};`,
-      { name, memory, columnMajor },
-    ],
-    multiplyAccumulate: (_, a, b, c) => `${c} = subgroupMatrixMultiplyAccumulate(${a.name}, ${b.name}, ${c});`,
-    storeResult: (_, name, to, offset, stride) =>
-      template
-        ? `subgroupMatrixStore<row_major>(&${to.name}, ${offsetIn(to, offset)}, ${name}, ${stride});`
-        : `subgroupMatrixStore(&${to.name}, ${offsetIn(to, offset)}, ${name}, false, ${stride});`,
+    fill: (product, name, value) => `${name} = ${result(product)}(${value});`,
+    loadLeft,
+    holdLeft: loadLeft,
+    loadRight: (product, name, memory, offset, stride) =>
+      `let ${name} = ${load(right(product), product.componentType, memory, [offset, stride], true)};`,
+    multiplyAccumulate: (_, a, b, c) => `${c} = subgroupMatrixMultiplyAccumulate(${a}, ${b}, ${c});`,
+    storeResult: (product, name, memory, ...at) => {
+      const [offset, stride] = place(product.resultComponentType, ...at);
+      return template
+        ? `subgroupMatrixStore<row_major>(&${memory.name}, ${offset}, ${name}, ${stride});`
+        : `subgroupMatrixStore(&${memory.name}, ${offset}, ${name}, false, ${stride});`;
+    },
     loadResult: (product, name, memory, offset, stride) =>
-      `${name} = ${load(result(product), memory, offset, stride, false)};`,
+      `${name} = ${load(result(product), product.resultComponentType, memory, [offset, stride], false)};`,
+    shuffleMax: (x, mask) => `${x} = max(${x}, subgroupShuffleXor(${x}, ${mask}u));`,
+    shuffleAdd: (x, mask) => `${x} += subgroupShuffleXor(${x}, ${mask}u);`,
   };
 }
 
-/** @param lanes lanes of an emulated subgroup; the kernel has a variable `lane` */
+/** A component out of a unit's word, as i32 or f32. */
+const DECODED: Readonly<Record<string, string>> = {
+  i8: 'extractBits(bitcast<i32>(word), c % 4u * 8u, 8u)',
+  f16: 'unpack2x16float(word)[c % 2u]',
+  f32: 'bitcast<f32>(word)',
+};
+
+/** @param lanes lanes of an emulated subgroup; the kernel has variables `lane` and `t` */
 export function emulatedMatrices(lanes: number): MatrixOperations {
   const functions = new Map<string, string>();
+  /** Where each loaded matrix is, or that it is held. */
+  const origins = new Map<string, MatrixMemory | 'held'>();
+  const typeOf = (component: string) => (component === 'i8' || component === 'i32' ? 'i32' : 'f32');
   const elements = ({ M, N }: MatrixConfig) => {
-    if ((M * N) % lanes !== 0) throw new Error(`a ${M}x${N} result cannot be divided among ${lanes} lanes`);
-    return (M * N) / lanes;
+    const count = (M * N) / lanes;
+    if (N % count !== 0) throw new Error(`a ${M}x${N} result cannot be divided among ${lanes} lanes`);
+    return count;
   };
-  const resultType = (product: MatrixConfig) => `array<${product.resultComponentType}, ${elements(product)}>`;
-  const reader = ({ name, component }: MatrixMemory): string => {
-    const body =
-      component === 'i8'
-        ? `let word = ${name}[i >> 2u]; return extractBits(word, (i & 3u) * 8u, 8u);`
-        : component === 'f16'
-          ? `return f32(${name}[i]);`
-          : `return ${name}[i];`;
-    const type = component === 'i8' || component === 'i32' ? 'i32' : 'f32';
-    functions.set(`read_${name}`, `fn read_${name}(i: u32) -> ${type} { ${body} }`);
-    return `read_${name}`;
+  const resultType = (product: MatrixConfig) => `array<${typeOf(product.resultComponentType)}, ${elements(product)}>`;
+  const reader = (component: string, { name }: MatrixMemory): string => {
+    const perUnit = UNIT_BYTES / componentBytes(component);
+    const call = `read_${component}_${name}`;
+    functions.set(
+      call,
+      `fn ${call}(unit: u32, c: u32) -> ${typeOf(component)} { let word = bitcast<u32>(${name}[unit + c / ${perUnit}u][c % ${perUnit}u / ${perUnit / 4}u]); return ${DECODED[component]}; }`,
+    );
+    return call;
   };
-  const reference = (name: string, memory: MatrixMemory, offset: string, stride: string) =>
-    `let ${name} = vec2<u32>(${offsetIn(memory, offset)}, ${stride});`;
+  const reference: MatrixOperations['loadLeft'] = (_, name, memory, offset, stride) => {
+    origins.set(name, memory);
+    return `let ${name} = vec2<u32>(${offset}, ${stride}u);`;
+  };
+  const inWords = (memory: MatrixMemory, value: string) =>
+    memory.element === 'vec4<u32>' ? `bitcast<u32>(${value})` : `bitcast<f32>(${value})`;
+  /** A loop over the words of a lane's elements, of which `e` is the first in a word. */
+  const eachWord = (product: MatrixConfig, offset: string, stride: number, statement: (place: string) => string) => {
+    const perWord = 4 / componentBytes(product.resultComponentType);
+    const [count, row] = [elements(product), product.N];
+    return `for (var e = 0u; e < ${count}u; e += ${perWord}u) { let at = lane * ${count}u + e; ${statement(`[${offset} + at / ${row}u * ${stride}u + at % ${row}u / ${4 * perWord}u][at % ${4 * perWord}u / ${perWord}u]`)} }`;
+  };
+  const exchange = (x: string, mask: number, combined: string) =>
+    `exchange[t] = ${x}; workgroupBarrier(); { let other = exchange[t ^ ${mask}u]; ${x} = ${combined}; } workgroupBarrier();`;
   return {
     enable: '',
-    declarations: () => [...functions.values()].join('\n'),
+    declarations: (threads) => [`var<workgroup> exchange: array<f32, ${threads}>;`, ...functions.values()].join('\n'),
+    workgroupBytes: (threads) => 4 * threads,
     declareResult: (product, name) => `var ${name}: ${resultType(product)};`,
-    clear: (product, name) => `${name} = ${resultType(product)}();`,
-    loadLeft: (_, name, memory, offset, stride) => [
-      reference(name, memory, offset, stride),
-      { name, memory, columnMajor: false },
-    ],
-    loadRight: (_, name, memory, offset, stride, columnMajor) => [
-      reference(name, memory, offset, stride),
-      { name, memory, columnMajor },
-    ],
+    fill: (product, name, value) => `for (var e = 0u; e < ${elements(product)}u; e++) { ${name}[e] = ${value}; }`,
+    loadLeft: reference,
+    holdLeft(product, name, memory, offset, stride) {
+      origins.set(name, 'held');
+      const { componentType, N, K } = product;
+      return `var ${name}: array<${typeOf(componentType)}, ${K}>;
+    for (var c = 0u; c < ${K}u; c++) { ${name}[c] = ${reader(componentType, memory)}(${offset} + lane * ${elements(product)}u / ${N}u * ${stride}u, c); }`;
+    },
+    loadRight: reference,
     multiplyAccumulate(product, a, b, c) {
-      const name = `multiply_${a.memory.name}_${b.memory.name}`;
-      const { resultComponentType, N, K } = product;
-      const sum = resultComponentType === 'i32' ? 'i32' : 'f32';
-      const at = b.columnMajor ? 'right.x + n * right.y + k' : 'right.x + k * right.y + n';
+      const [left, right] = [origins.get(a), origins.get(b)];
+      if (left === undefined || right === undefined || right === 'held') throw new Error(`${a} or ${b} is not loaded`);
+      const { componentType, N, K } = product;
+      const held = left === 'held';
+      const name = `multiply_${held ? 'held' : left.name}_${right.name}`;
+      const operand = held ? '(*left)[k]' : `${reader(componentType, left)}(left.x + at / ${N}u * left.y, k)`;
       functions.set(
         name,
-        `fn ${name}(left: vec2<u32>, right: vec2<u32>, result: ptr<function, ${resultType(product)}>, lane: u32) {
+        `fn ${name}(left: ${held ? `ptr<function, array<${typeOf(componentType)}, ${K}>>` : 'vec2<u32>'}, right: vec2<u32>, result: ptr<function, ${resultType(product)}>, lane: u32) {
   for (var e = 0u; e < ${elements(product)}u; e++) {
     let at = lane * ${elements(product)}u + e;
-    let m = at / ${N}u;
-    let n = at % ${N}u;
-    var sum = ${sum}((*result)[e]);
-    for (var k = 0u; k < ${K}u; k++) { sum += ${sum}(${reader(a.memory)}(left.x + m * left.y + k)) * ${sum}(${reader(b.memory)}(${at})); }
-    (*result)[e] = ${resultComponentType}(sum);
+    var sum = (*result)[e];
+    for (var k = 0u; k < ${K}u; k++) { sum += ${operand} * ${reader(componentType, right)}(right.x + at % ${N}u * right.y, k); }
+    (*result)[e] = sum;
   }
 }`,
       );
-      return `${name}(${a.name}, ${b.name}, &${c}, lane);`;
+      return `${name}(${held ? '&' : ''}${a}, ${b}, &${c}, lane);`;
     },
     storeResult: (product, name, memory, offset, stride) =>
-      `for (var e = 0u; e < ${elements(product)}u; e++) { let at = lane * ${elements(product)}u + e; ${memory.name}[${offsetIn(memory, offset)} + at / ${product.N}u * ${stride} + at % ${product.N}u] = ${name}[e]; }`,
+      eachWord(product, offset, stride, (place) => {
+        const packed =
+          product.resultComponentType === 'f16'
+            ? `pack2x16float(vec2<f32>(${name}[e], ${name}[e + 1u]))`
+            : `${name}[e]`;
+        return `${memory.name}${place} = ${inWords(memory, packed)};`;
+      }),
     loadResult: (product, name, memory, offset, stride) =>
-      `for (var e = 0u; e < ${elements(product)}u; e++) { let at = lane * ${elements(product)}u + e; ${name}[e] = ${memory.name}[${offsetIn(memory, offset)} + at / ${product.N}u * ${stride} + at % ${product.N}u]; }`,
+      eachWord(product, offset, stride, (place) =>
+        product.resultComponentType === 'f16'
+          ? `let pair = unpack2x16float(bitcast<u32>(${memory.name}${place})); ${name}[e] = pair.x; ${name}[e + 1u] = pair.y;`
+          : `${name}[e] = bitcast<${typeOf(product.resultComponentType)}>(${memory.name}${place});`,
+      ),
+    shuffleMax: (x, mask) => exchange(x, mask, `max(${x}, other)`),
+    shuffleAdd: (x, mask) => exchange(x, mask, `${x} + other`),
   };
 }
+
+/** Declares an array of units in workgroup memory. */
+export const workgroupUnits = ({ name, element }: MatrixMemory, units: number): string =>
+  `var<workgroup> ${name}: array<${element}, ${units}>;`;
+
+/** Names of the matrices of a grid, row by row. */
+export const grid = (name: string, rows: number, columns: number): readonly (readonly string[])[] =>
+  range(rows).map((row) => range(columns).map((column) => `${name}_${row}_${column}`));

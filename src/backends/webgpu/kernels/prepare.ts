@@ -201,7 +201,7 @@ ${loadMean(headDimPadded / 4, statistics)}`
     let row = item / ${chunks}u;
     let channel = item % ${chunks}u * 16u;
     let x = load_q(source + row * P.tokenStride + channel, min(16u, max(${headDim}u, channel) - channel));
-    let inverse = select(0.0, ${INT_MAX.int8}.0 / max(row_max[row], ${TINY}), row_max[row] > ${TINY});
+    let inverse = select(0.0, sign(P.scoreScale) * ${INT_MAX.int8}.0 / max(row_max[row], ${TINY}), row_max[row] > ${TINY});
     rows[(row_at + row) * ${vectors}u + channel / 16u - P.rowBase] = vec4<u32>(${range(4)
       .map((i) => `quantize(x[${i}], inverse)`)
       .join(', ')});
@@ -220,7 +220,8 @@ ${loadMean(headDimPadded / 4, statistics)}`
     ${smoothK ? `for (var i = 0u; i < ${chunks}u; i++) { constant += largest_partial[lid * ${chunks}u + i]; }` : ''}
     // A large scale of the scores is the caller's: what overflows with it is a score that float32 has no number for.
     let largest = min(${LARGEST_SCALE} * max(1.0, abs(P.scoreScale)), 3.4e38f);
-    let scale = clamp(row_max[lid] / ${INT_MAX.int8}.0 * P.scoreScale, -largest, largest);
+    // The scale is not negative, so that the largest sum is the largest score: Q's values carry its sign.
+    let scale = min(row_max[lid] / ${INT_MAX.int8}.0 * abs(P.scoreScale), largest);
     rows[(row_at + lid) * ${vectors}u + ${vectors - 1}u - P.rowBase] =
       vec4<u32>(bitcast<u32>(scale), atomicLoad(&flags[lid])${sinks === undefined ? '' : ' | u32(sink_is_nan(head))'}, bitcast<u32>(constant * P.scoreScale), ${sinks === undefined ? '0u' : 'sink_of(head)'});
   }

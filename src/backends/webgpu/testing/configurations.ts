@@ -1,15 +1,17 @@
 /** Every WGSL kernel that the tables can ask for: compiled in tests, and digested by `scripts/kernel-digest.ts`. */
 import type { MatrixConfig } from '../capabilities.ts';
 import { GRADIENT_VARIANTS } from '../families/backward.ts';
-import { MATRIX_VARIANTS, matrixProducts } from '../families/matrix.ts';
+import { matrixProducts } from '../families/matrix.ts';
+import { MATRIX_VARIANTS } from '../families/matrix-shapes.ts';
 import { TILED_VARIANTS } from '../families/tiled.ts';
-import { matrixAttentionKernel, matrixWorkgroupBytes } from '../kernels/attention-matrix.ts';
+import { matrixAttentionKernel } from '../kernels/attention-matrix.ts';
 import { tiledAttentionKernel } from '../kernels/attention-tiled.ts';
 import { gradientKernel } from '../kernels/backward/gradients.ts';
 import { narrowKernel } from '../kernels/backward/narrow.ts';
 import { gradientKeysKernel, gradientRowsKernel } from '../kernels/backward/prepare.ts';
 import { softmaxAgainKernel } from '../kernels/backward/softmax.ts';
 import { nativeMatrices } from '../kernels/matrix-operations.ts';
+import { matrixTiling } from '../kernels/matrix-tiling.ts';
 import { mergeKernel } from '../kernels/merge.ts';
 import { prepareKeyValueKernel, prepareQueryKernel } from '../kernels/prepare.ts';
 import {
@@ -23,7 +25,7 @@ import { statisticsKernel } from '../kernels/statistics.ts';
 import { maskMaximaKernel, visibleKeysKernel } from '../kernels/visible-keys.ts';
 
 export const EXTENSION = 'chromium_experimental_subgroup_matrix';
-export const DIALECT = { majorness: 'template', packedUnit: 'words' } as const;
+export const DIALECT = { majorness: 'template', unit: 'elements' } as const;
 
 export const H200: readonly MatrixConfig[] = [
   { componentType: 'i8', resultComponentType: 'i32', M: 16, N: 16, K: 32 },
@@ -121,13 +123,16 @@ function matrixKernels(): WebgpuConfiguration[] {
         const products = matrixProducts(configs, accumulate);
         if (products === undefined) continue;
         for (const scores of SCORES.filter(({ sinks }) => !sinks || variant === MATRIX_VARIANTS[0])) {
-          const operations = nativeMatrices(EXTENSION, DIALECT);
-          const config = { ...scores, ...variant, ...products, lanes: 32, subgroupId: true, operations };
-          if (matrixWorkgroupBytes(config, scores.headDimPadded, scores.valueDimPadded) > WORKGROUP_BYTES) continue;
+          const { headDimPadded, valueDimPadded } = scores;
+          const tiling = matrixTiling(variant, products, 32, headDimPadded, valueDimPadded);
+          if (tiling === undefined || tiling.bytes > WORKGROUP_BYTES) continue;
           found.push({
             name: `matrix of ${device} ${variant.name} ${accumulate} ${scoresName(scores)}`,
             group: `matrices of ${device}, ${variant.name},`,
-            source: () => matrixAttentionKernel(config),
+            source: () => {
+              const operations = nativeMatrices(EXTENSION, DIALECT);
+              return matrixAttentionKernel({ ...scores, ...variant, ...products, lanes: 32, operations });
+            },
           });
         }
       }
