@@ -1,5 +1,5 @@
 /**
- * Draws the figures of how-it-works.md and distributed.md with the library's own code: `tsx docs/figures.ts` writes docs/figures/*.svg. The
+ * Draws the figures of how-it-works.md, distributed.md and integrations.md with the library's own code: `tsx docs/figures.ts` writes docs/figures/*.svg. The
  * activations are those of the sentence encoder on the first chapter of Alice in Wonderland.
  */
 import { mkdir, readFile, writeFile } from 'node:fs/promises';
@@ -221,6 +221,49 @@ function ordersFigure(): string {
   });
 }
 
+/** What a model of two attentions is to onnxruntime-web: in one piece, in pieces, and with markers. */
+function markersFigure(): string {
+  const rows = ['left', 'cut', 'marker'] as const;
+  const blocks = rows.flatMap((row) => {
+    const gap = row === 'cut' ? 0.5 : 0;
+    return Array.from({ length: 5 }, (_, i) => {
+      const isAttention = i % 2 === 1;
+      const start = i * (2 + gap);
+      const own = isAttention && row !== 'left';
+      const text = isAttention ? 'attention' : 'MatMul, Add, ...';
+      return { row, start, end: start + 2, color: own ? ACCENT : THIRD, text };
+    });
+  });
+  const sessions = rows.flatMap((row) => {
+    const spans = row === 'cut' ? [0, 5, 10].map((start) => ({ start, end: start + 2 })) : [{ start: 0, end: 10 }];
+    return spans.map((span) => ({ ...span, row, text: 'session.run' }));
+  });
+  const brackets = sessions.map((session) => ({ ...session, middle: (session.start + session.end) / 2 }));
+  return svg(
+    'A model with two attentions: left to onnxruntime, cut into three sessions, and one session with markers',
+    {
+      height: 270,
+      marginLeft: 58,
+      marginBottom: 8,
+      fy: { domain: [...rows], label: null, padding: 0.25 },
+      x: { domain: [0, 12], axis: null },
+      y: { domain: [0, 2], axis: null },
+      marks: [
+        Plot.rect(blocks, { fy: 'row', x1: 'start', x2: 'end', y1: 0, y2: 1.1, fill: 'color', inset: 1 }),
+        Plot.text(blocks, {
+          fy: 'row',
+          x: (block: { start: number; end: number }) => (block.start + block.end) / 2,
+          y: 0.55,
+          text: 'text',
+          fill: 'white',
+        }),
+        Plot.ruleY(brackets, { fy: 'row', x1: 'start', x2: 'end', y: 1.4, stroke: 'currentColor' }),
+        Plot.text(brackets, { fy: 'row', x: 'middle', y: 1.75, text: 'text' }),
+      ],
+    },
+  );
+}
+
 /** Every figure by its file's name. */
 export async function drawFigures(): Promise<Readonly<Record<string, string>>> {
   const samples: Sample[] = [
@@ -231,6 +274,7 @@ export async function drawFigures(): Promise<Readonly<Record<string, string>>> {
     codes: codesFigure(samples),
     errors: errorsFigure(samples),
     formats: formatsFigure(),
+    markers: markersFigure(),
     orders: ordersFigure(),
   };
 }

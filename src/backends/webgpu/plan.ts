@@ -160,6 +160,19 @@ export class WebgpuPlan implements Plan {
     program.record(pass, { ...program.ownScratch, ...buffers });
   }
 
+  /**
+   * Allocates the scratch that {@link record} needs.
+   *
+   * @internal
+   * @throws {ExecutionError} `out-of-memory`, `device-lost`
+   */
+  async reserve(): Promise<void> {
+    const { context, program } = this.#built;
+    const [, outcome] = context.checked(() => program.ownScratch);
+    const failure = await outcome;
+    if (failure !== undefined) throw failure;
+  }
+
   /** Runs under way end first. */
   dispose(): void {
     this.#program.dispose();

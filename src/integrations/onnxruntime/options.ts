@@ -15,6 +15,11 @@ export interface SageAttentionOptions {
    */
   readonly minTokens?: number;
   /**
+   * On WebGPU the model stays in one session, and attention is recorded into onnxruntime's own commands in the place of a marker, where
+   * that was seen to work on the device; false cuts it into pieces as everywhere else. Default true.
+   */
+  readonly markers?: boolean;
+  /**
    * `'fixed'` (default) uses `kernel`. `'adaptive'` compares, in the first runs, every kernel of the backend with
    * onnxruntime's own result on the real activations, and keeps for each attention the fastest one whose cosine
    * similarity never fell below `threshold`; where onnxruntime is faster, or no kernel is close enough, the attention
@@ -36,12 +41,14 @@ export interface SageAttentionOptions {
 /**
  * Least tokens for which replacing attention was measured to be no slower than leaving it; see docs/integrations.md. The
  * CPU provider of onnxruntime-node was faster than the WASM backend at every length, so there the caller must ask for it.
- * WebGPU's was measured on an H200: 0.97 times as fast at 1024 tokens, 1.15 at 1536.
+ * WebGPU's was measured on an H200: 0.97 times as fast at 1024 tokens, 1.15 at 1536. A marker costs no more than what it replaces: 64
+ * tokens are the shortest that was measured (0.97 to 1.2 times as fast from there to 2048, one model and one GPU).
  */
 export const DEFAULT_MIN_TOKENS = {
   'onnxruntime-web': 1024,
   'onnxruntime-node': Number.POSITIVE_INFINITY,
   webgpu: 1536,
+  'webgpu-marker': 64,
 } as const;
 
 export const DEFAULT_THRESHOLD = 0.998;
@@ -56,6 +63,7 @@ const CHECKS: Readonly<Record<keyof SageAttentionOptions, readonly [(value: unkn
   exclude: [isNames, 'an array of strings and regular expressions'],
   kernel: [(value) => ['auto', ...KERNEL_NAMES].includes(value as string), `'auto' or one of ${KERNEL_NAMES}`],
   minTokens: [(value) => value === Number.POSITIVE_INFINITY || isCount(value), 'an integer >= 0 or Infinity'],
+  markers: [(value) => typeof value === 'boolean', 'a boolean'],
   policy: [(value) => value === 'fixed' || value === 'adaptive', "'fixed' or 'adaptive'"],
   threshold: [(value) => typeof value === 'number' && value >= -1 && value <= 1, 'a number from -1 to 1'],
   wholeFallback: [(value) => typeof value === 'boolean', 'a boolean'],

@@ -31,6 +31,8 @@ export interface ModelFacts {
   readonly metadata: ModelMetadata | undefined;
   /** Shapes of the watched values as far as onnxruntime infers them. */
   readonly shapes: ReadonlyMap<string, readonly OrtDimension[]>;
+  /** Their element types, and those of inputs. */
+  readonly types: ReadonlyMap<string, string>;
 }
 
 /** Payloads below this may be shapes, which the shapes of other values depend on. */
@@ -155,9 +157,8 @@ export async function readFacts(
   const session = await create(bytes, { ...set, logSeverityLevel: 4 }).catch(() => undefined);
   if (session === undefined) return undefined;
   const { inputMetadata, outputMetadata } = session;
-  const shapeOf = new Map(
-    [...(inputMetadata ?? []), ...(outputMetadata ?? [])].map(({ name, shape }) => [name, shape]),
-  );
+  const all = [...(inputMetadata ?? []), ...(outputMetadata ?? [])];
+  const shapeOf = new Map(all.map(({ name, shape }) => [name, shape]));
   await session.release();
   return {
     metadata: inputMetadata &&
@@ -168,5 +169,6 @@ export async function readFacts(
     shapes: new Map(
       watched.flatMap((name) => (shapeOf.get(name) === undefined ? [] : [[name, shapeOf.get(name) ?? []]])),
     ),
+    types: new Map(all.flatMap(({ name, type }) => (type === undefined ? [] : [[name, type]]))),
   };
 }

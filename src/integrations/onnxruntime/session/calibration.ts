@@ -36,8 +36,12 @@ export class SiteState {
   trials: readonly Trial[] | undefined;
   readonly placed: PlacedSite;
 
-  constructor(placed: PlacedSite, kernel: KernelName | 'auto') {
+  /** Why it has no marker. */
+  readonly cutReason: string | undefined;
+
+  constructor(placed: PlacedSite, kernel: KernelName | 'auto', cutReason?: string) {
     this.placed = placed;
+    this.cutReason = cutReason;
     this.heads = placed.site.heads;
     this.headDim = placed.site.headDim;
     this.kernel = kernel;
@@ -54,6 +58,8 @@ export class SiteState {
       queryLength,
       keyLength,
       taken,
+      path: taken ? 'cut' : undefined,
+      cutReason: taken ? this.cutReason : undefined,
       reason,
       kernel: taken ? (this.ran ?? this.kernel) : undefined,
       milliseconds: taken ? this.milliseconds : undefined,

@@ -1,6 +1,6 @@
 /** From the arguments of `InferenceSession.create` to a session whose attention runs here. */
 import { messageOf } from '../../../errors.ts';
-import { type Cut, cutGraph } from '../cut.ts';
+import { type Cut, cutGraph, type Piece } from '../cut.ts';
 import { type Detected, detectAttention } from '../detect/index.ts';
 import { isRead } from '../detect/operators.ts';
 import type { AttentionSite, LeftAttention } from '../detect/site.ts';
@@ -30,6 +30,7 @@ import { type Branch, BranchedSession } from './branched-session.ts';
 import { type AttentionEngine, cpuEngine } from './engine.ts';
 import { deviceOf, gpuEngine } from './gpu-engine.ts';
 import { lengthsOf, watchedBy } from './lengths.ts';
+import type { MarkedSession } from './marked-session.ts';
 import { OpenedOnce } from './opened-sessions.ts';
 import { type EncodedPiece, PieceWriter } from './pieces.ts';
 import type { AttentionReport } from './report.ts';
@@ -40,7 +41,7 @@ export type CreateSession = (...args: CreateArguments) => Promise<OrtSession>;
 
 export interface Opened {
   /** Undefined: `plain` is what the caller gets. */
-  readonly cut: CutSession | BranchedSession | undefined;
+  readonly cut: MarkedSession | CutSession | BranchedSession | undefined;
   readonly plain: OrtSession | undefined;
   report(): AttentionReport[];
 }
@@ -126,11 +127,15 @@ export async function openModel(
   const judged: Judged[] = [];
   for (const variant of graphs) judged.push(await judge(context, source, variant, facts));
   const report = judged.flatMap(({ left }) => left);
+  const without = noMarkers(context, judged);
+  const common = { ...context, model: found.model, source, metadata: facts.metadata };
+  const marked =
+    without === undefined ? await openWithMarkers(common, judged[0] as Judged, facts) : { reasons: without };
+  if (!('reasons' in marked)) return { cut: marked, plain: undefined, report: () => marked.report() };
   if (judged.every(({ worth }) => worth.length === 0)) return asItIs(await whole(), report);
   try {
     if (typeof args[0] === 'string') source = await followLinks(source, args[0], found.index.graph);
-    const common = { ...context, model: found.model, source, metadata: facts.metadata };
-    const session = await openVariants(common, judged);
+    const session = await openVariants({ ...common, source, cutReasons: marked.reasons }, judged);
     return { cut: session, plain: undefined, report: () => session.report() };
   } catch (error) {
     const reason = `the graph could not be cut: ${messageOf(error)}`;
@@ -174,14 +179,20 @@ interface Judged {
   readonly minTokens: number;
 }
 
-async function judge(context: Context, source: ModelSource, variant: Variant, facts: ModelFacts): Promise<Judged> {
+async function judge(
+  context: Context,
+  source: ModelSource,
+  variant: Variant,
+  facts: ModelFacts,
+  hasMarkers = false,
+): Promise<Judged> {
   const { create, ort, options } = context;
   const { sites, left, engine } = chooseSites(context, source, variant.detected);
   const { shapes } =
     variant.condition === undefined
       ? facts
       : ((await readFacts(create, variant.model, variant.index, source.options, sites.flatMap(watchedBy))) ?? facts);
-  const minTokens = minTokensOf(ort, engine, options);
+  const minTokens = minTokensOf(ort, engine, options, hasMarkers);
   const short = sites.flatMap((site) => {
     const lengths = lengthsOf(site, shapes);
     const reason = tooShort(lengths, minTokens);
@@ -193,10 +204,11 @@ async function judge(context: Context, source: ModelSource, variant: Variant, fa
 
 /** The model cut, or one cut for each value of the input that decides. */
 async function openVariants(
-  common: Pick<CutParts, 'ort' | 'create' | 'options' | 'model' | 'source' | 'metadata'>,
+  common: Common,
   judged: readonly Judged[],
+  ofAll?: CutParts['createWhole'],
 ): Promise<CutSession | BranchedSession> {
-  const open = ({ variant, worth, ...rest }: Judged, createWhole?: CutParts['createWhole']) => {
+  const open = ({ variant, worth, ...rest }: Judged, createWhole = ofAll) => {
     const cut = cutGraph(variant.index.graph, variant.index.opset, worth);
     return openCut({ ...common, ...rest, cut, ...(createWhole === undefined ? {} : { createWhole }) });
   };
@@ -207,11 +219,7 @@ async function openVariants(
     judged.flatMap(({ variant }) => variant.index.graph.initializer.flatMap((tensor) => fileOf(tensor) ?? [])),
   );
   const whole = new OpenedOnce<'whole'>(await wholeModel(common, files));
-  const shared = async () => {
-    const session = await whole.get('whole');
-    // A branch releases the sessions that it opened itself; this one belongs to all branches.
-    return session && ({ run: session.run.bind(session), release: async () => {} } as unknown as OrtSession);
-  };
+  const shared = sharing(whole);
   const branches: Branch[] = [];
   try {
     for (const one of judged) {
@@ -225,6 +233,71 @@ async function openVariants(
   return new BranchedSession({ condition: condition.input, branches, whole });
 }
 
+/** Opens the one that several sessions have together: each releases what it opened itself, and not this one. */
+const sharing = (whole: OpenedOnce<'whole'>) => async () => {
+  const session = await whole.get('whole');
+  return session && ({ run: session.run.bind(session), release: async () => {} } as unknown as OrtSession);
+};
+
+/** Why no attention of a model can be a marker; undefined where that is to be tried. */
+function noMarkers(
+  { ort, options }: Context,
+  judged: readonly Judged[],
+): ReadonlyMap<AttentionSite, string> | undefined {
+  const reason = () => {
+    if (judged.some(({ engine }) => engine !== 'webgpu')) return 'a marker needs onnxruntime-web on WebGPU';
+    if (options.markers === false) return 'excluded by the options';
+    if (options.policy === 'adaptive') return "'adaptive' compares kernels between pieces";
+    if (isProxied(ort)) return 'onnxruntime runs in a worker, with a device that is out of reach';
+    return judged.length > 1 ? 'an input decides between graphs' : undefined;
+  };
+  const text = reason();
+  return text === undefined ? undefined : new Map(judged.flatMap(({ worth }) => worth.map((site) => [site, text])));
+}
+
+/** The model in one session with markers, or why it has none. */
+async function openWithMarkers(
+  common: Common,
+  forCut: Judged,
+  facts: ModelFacts,
+): ReturnType<typeof import('./open-marked.ts')['openMarked']> {
+  const { ort, create, options, model, source } = common;
+  const judged = await judge(common, source, forCut.variant, facts, true);
+  const { worth, variant, minTokens } = judged;
+  if (worth.length === 0) return { reasons: new Map() };
+  const whole = new OpenedOnce<'whole'>(await wholeModel(common, new Set()));
+  const inPieces = { ...judged, minTokens: forCut.minTokens };
+  // What runs on a GPU alone is loaded where there is one.
+  const { openMarked } = await import('./open-marked.ts');
+  return openMarked({
+    ort,
+    create,
+    model,
+    index: variant.index,
+    options: source.options,
+    sites: worth,
+    kernel: options.kernel ?? 'auto',
+    minTokens,
+    whole: options.wholeFallback === false ? undefined : whole,
+    isWorthCutting: (site) => forCut.worth.includes(site),
+    openInner: (cut, reasons, wrap) => {
+      const short = [...reasons.keys()].filter((site) => !forCut.worth.includes(site));
+      const left = forCut.left.filter(({ name }) => short.some((site) => site.name === name));
+      return openCut({
+        ...common,
+        ...inPieces,
+        options: { ...options, wholeFallback: false },
+        left: [...left, ...judged.left],
+        cut,
+        cutReasons: reasons,
+        wrap,
+        hasOwnFeeds: true,
+      });
+    },
+    createCut: async () => (await openVariants(common, [inPieces], sharing(whole))) as CutSession,
+  });
+}
+
 const asItIs = (plain: OrtSession, left: readonly LeftAttention[]): Opened => {
   const report = left.map(reportLeft);
   return { cut: undefined, plain, report: () => report };
@@ -232,7 +305,7 @@ const asItIs = (plain: OrtSession, left: readonly LeftAttention[]): Opened => {
 
 function factsOf({ inputMetadata, outputMetadata }: OrtSession): ModelFacts {
   const metadata = inputMetadata && outputMetadata && { inputs: inputMetadata, outputs: outputMetadata };
-  return { metadata, shapes: new Map() };
+  return { metadata, shapes: new Map(), types: new Map() };
 }
 
 /** The attentions that may be replaced, whatever their lengths. */
@@ -253,8 +326,10 @@ const runtimeOf = (ort: OrtModule, engine: Engine): keyof typeof DEFAULT_MIN_TOK
 };
 
 /** `'adaptive'` measures for itself what pays off. */
-const minTokensOf = (ort: OrtModule, engine: Engine, options: SageAttentionOptions): number =>
-  options.minTokens ?? (options.policy === 'adaptive' ? 0 : DEFAULT_MIN_TOKENS[runtimeOf(ort, engine)]);
+const minTokensOf = (ort: OrtModule, engine: Engine, options: SageAttentionOptions, hasMarkers = false): number => {
+  const runtime = hasMarkers ? 'webgpu-marker' : runtimeOf(ort, engine);
+  return options.minTokens ?? (options.policy === 'adaptive' ? 0 : DEFAULT_MIN_TOKENS[runtime]);
+};
 
 /** Why an attention stays where it is whatever its size. */
 function leftOn(ort: OrtModule, engine: Engine, options: SageAttentionOptions, name: string): string | undefined {
@@ -278,9 +353,16 @@ interface CutParts extends Context {
   readonly left: readonly LeftAttention[];
   readonly engine: Engine;
   readonly minTokens: number;
+  /** Why attentions have no marker. */
+  readonly cutReasons?: ReadonlyMap<AttentionSite, string>;
+  /** What runs in the place of a piece's session. */
+  readonly wrap?: (session: OrtSession, piece: Piece) => OrtSession;
+  readonly hasOwnFeeds?: boolean;
   /** How several cuts of one model open it in one piece. Default: each opens its own. */
   readonly createWhole?: () => Promise<OrtSession | undefined>;
 }
+
+type Common = Pick<CutParts, 'ort' | 'create' | 'options' | 'model' | 'source' | 'metadata' | 'cutReasons'>;
 
 async function openCut(parts: CutParts): Promise<CutSession> {
   const { ort, create, cut, source, options } = parts;
@@ -297,7 +379,7 @@ async function openCut(parts: CutParts): Promise<CutSession> {
         const encoded = writer.write(piece);
         for (const file of encoded.files) files.add(file);
         const session = await open(encoded);
-        sessions.push(session);
+        sessions.push(parts.wrap?.(session, piece) ?? session);
         writer.learn(session.outputMetadata ?? []);
       }
       for (const placed of cut.sites) if (placed.level === level) writer.declareResult(placed);

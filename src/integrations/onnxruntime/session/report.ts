@@ -13,6 +13,13 @@ export interface AttentionReport {
   readonly keyLength: number | undefined;
   /** True when the last run used SageAttention, or the next one will as far as is known. */
   readonly taken: boolean;
+  /**
+   * How it is taken: by a marker in the model's one session, whose dispatch is replaced, or between two pieces of the model. Undefined
+   * when left.
+   */
+  readonly path: 'marker' | 'cut' | undefined;
+  /** Why it is cut and not a marker; undefined otherwise. */
+  readonly cutReason: string | undefined;
   /** Why onnxruntime computes it; undefined when taken. */
   readonly reason: string | undefined;
   /** The kernel that ran last; before the first run the one asked for; undefined when left. */

@@ -1,7 +1,7 @@
 /** A session in pieces, behind the interface of one. */
 import { ExecutionError, messageOf } from '../../../errors.ts';
 import type { Cut, PlacedSite } from '../cut.ts';
-import type { LeftAttention } from '../detect/site.ts';
+import type { AttentionSite, LeftAttention } from '../detect/site.ts';
 import type { ModelMetadata } from '../model/sketch.ts';
 import type { SageAttentionOptions } from '../options.ts';
 import {
@@ -36,6 +36,8 @@ export function reportLeft(left: LeftAttention & Partial<Lengths>): AttentionRep
     queryLength: left.queryLength,
     keyLength: left.keyLength,
     taken: false,
+    path: undefined,
+    cutReason: undefined,
     reason: left.reason,
     kernel: undefined,
     milliseconds: undefined,
@@ -62,6 +64,10 @@ export interface CutSessionParts {
     readonly calibrationRuns: number;
   };
   readonly metadata: ModelMetadata;
+  /** Why attentions have no marker. */
+  readonly cutReasons?: ReadonlyMap<AttentionSite, string> | undefined;
+  /** Inputs are copies already. */
+  readonly hasOwnFeeds?: boolean | undefined;
   /** The nodes that an attention replaces, as a session of their own. */
   createOriginal(placed: PlacedSite): Promise<OrtSession>;
   /** The model in one piece, or undefined where it cannot be opened any more. Absent: it stays in pieces. */
@@ -95,7 +101,7 @@ export class CutSession implements OrtSessionHandler {
     this.inputNames = this.inputMetadata.map(({ name }) => name);
     this.outputNames = this.outputMetadata.map(({ name }) => name);
     this.#sites = parts.cut.sites.map((placed) => {
-      const state = new SiteState(placed, parts.options.kernel ?? 'auto');
+      const state = new SiteState(placed, parts.options.kernel ?? 'auto', parts.cutReasons?.get(placed.site));
       if (parts.options.policy === 'adaptive') state.remainingTrials = parts.options.calibrationRuns;
       return state;
     });
@@ -127,7 +133,8 @@ export class CutSession implements OrtSessionHandler {
     const isWhole = this.#isWhole || this.#wholeShapes.has(shape);
     const ready = isWhole ? this.#whole.ready('whole') : undefined;
     if (ready !== undefined) return ready.run(given, fetches, options);
-    const feeds = ownFeeds(this.#parts.ort.Tensor as OrtTensorConstructor, given);
+    const { ort, hasOwnFeeds } = this.#parts;
+    const feeds = hasOwnFeeds ? given : ownFeeds(ort.Tensor as OrtTensorConstructor, given);
     const known = isWhole ? await this.#openWhole() : undefined;
     if (known !== undefined) return known.run(feeds, fetches, options);
     try {

@@ -1,0 +1,103 @@
+import { expect, it } from 'vitest';
+import { DeviceHooks } from './hooks.ts';
+
+/** The part of a device that records, and what was recorded. */
+function fakeDevice() {
+  const recorded: string[] = [];
+  class Pass {
+    setPipeline({ label }: { label: string }) {
+      recorded.push(`pipeline ${label}`);
+    }
+    setBindGroup(index: number, { label }: { label: string }) {
+      recorded.push(`group ${index} ${label}`);
+    }
+    dispatchWorkgroups(...counts: number[]) {
+      recorded.push(`dispatch ${counts}`);
+    }
+  }
+  class Device {
+    createShaderModule = ({ code }: { code: string }) => ({ code });
+    createBindGroup = ({ label }: { label: string }) => ({ label });
+    createComputePipeline = ({ label }: { label: string }) => ({ label });
+    createComputePipelineAsync = async ({ label }: { label: string }) => ({ label });
+    createCommandEncoder = () => ({ beginComputePass: () => new Pass() });
+  }
+  return { device: new Device() as unknown as GPUDevice, recorded, Pass };
+}
+
+async function withMarker() {
+  const { device, recorded, Pass } = fakeDevice();
+  const hooks = DeviceHooks.on(device);
+  expect(DeviceHooks.on(device)).toBe(hooks);
+  const pipelineOf = (code: string) =>
+    device.createComputePipelineAsync({
+      label: code,
+      layout: 'auto',
+      compute: { module: device.createShaderModule({ code }) },
+    });
+  const [marker, other] = [await pipelineOf('marker'), await pipelineOf('other')];
+  const entries = [{ binding: 0, resource: { buffer: 'q' as unknown as GPUBuffer } }];
+  const group = device.createBindGroup({ label: 'g', layout: {} as GPUBindGroupLayout, entries });
+  const record = () => {
+    recorded.length = 0;
+    const pass = device.createCommandEncoder().beginComputePass();
+    for (const pipeline of [other, marker, other]) {
+      pass.setPipeline(pipeline);
+      pass.setBindGroup(0, group);
+      pass.dispatchWorkgroups(1, 2, 3);
+    }
+    return recorded.join('; ');
+  };
+  return { hooks, record, entries, prototype: Pass.prototype };
+}
+
+const OTHER = 'pipeline other; group 0 g; dispatch 1,2,3';
+const MARKER = 'pipeline marker; group 0 g; dispatch 1,2,3';
+
+it('records a marker as it is outside of a run with markers, and the work in its place inside', async () => {
+  const { hooks, record, entries, prototype } = await withMarker();
+  const before = Object.getOwnPropertyDescriptors(prototype);
+  expect(record()).toBe([OTHER, MARKER, OTHER].join('; '));
+  const work = (pass: GPUComputePassEncoder, given: unknown) => {
+    expect(given).toBe(entries);
+    pass.dispatchWorkgroups(7);
+  };
+  await hooks.replacing(new Map([['marker', work]]), async () => {
+    const restored = 'pipeline marker; group 0 g';
+    expect(record()).toBe([OTHER, restored, 'dispatch 7', restored, OTHER].join('; '));
+    expect([hooks.replaced, hooks.failure]).toEqual([1, undefined]);
+  });
+  expect([hooks.replaced, record()]).toEqual([0, [OTHER, MARKER, OTHER].join('; ')]);
+  expect(Object.getOwnPropertyDescriptors(prototype)).toEqual(before);
+});
+
+it('throws nothing into the caller, keeps the first failure and does no more', async () => {
+  const { hooks, record } = await withMarker();
+  let calls = 0;
+  const work = () => {
+    calls++;
+    throw new Error(`failure ${calls}`);
+  };
+  await hooks.replacing(new Map([['marker', work]]), async () => {
+    record();
+    expect(record()).not.toContain(MARKER);
+    expect([hooks.failure, hooks.replaced, calls]).toEqual(['failure 1', 2, 1]);
+  });
+  expect(hooks.failure).toBeUndefined();
+});
+
+it('tells the dispatches of a watched run, and lets work of one device wait for its turn', async () => {
+  const { hooks, record } = await withMarker();
+  const order: string[] = [];
+  const first = hooks.exclusive(async () => {
+    const seen = await hooks.watch(async () => void record());
+    expect(seen.map(({ code }) => code)).toEqual(['other', 'marker', 'other']);
+    order.push('first');
+    throw new Error('no');
+  });
+  const second = hooks.exclusive(async () => order.push('second'));
+  await expect(first).rejects.toThrow('no');
+  await second;
+  expect(order).toEqual(['first', 'second']);
+  expect([hooks.tagOf('a'), hooks.tagOf('b'), hooks.tagOf('a')]).toEqual([0, 1, 0]);
+});

@@ -1,0 +1,194 @@
+/**
+ * Where onnxruntime-web records a dispatch of a marker, our launches are recorded instead, into the same compute pass.
+ *
+ * onnxruntime-web calls WebGPU through JavaScript objects. Five methods of one `GPUDevice` object, and those of encoders and passes
+ * that come from it, get properties of their own that call the originals; no prototype is touched, and passes outside of a run with
+ * markers are left as they are.
+ */
+import { messageOf } from '../../../errors.ts';
+
+export type Entries = readonly GPUBindGroupEntry[];
+
+/** Records what stands in the place of a marker's dispatch, whose bind group has these entries. */
+export type Work = (pass: GPUComputePassEncoder, entries: Entries) => void;
+
+export interface SeenDispatch {
+  /** WGSL; undefined for a pipeline that is older than the hooks. */
+  readonly code: string | undefined;
+  readonly entries: Entries;
+}
+
+/** A run whose markers are replaced. */
+interface Armed {
+  /** By the WGSL of the marker. */
+  readonly works: ReadonlyMap<string, Work>;
+  replaced: number;
+  failure: string | undefined;
+}
+
+const hooked = new WeakMap<GPUDevice, DeviceHooks>();
+
+/** The last work that waits for its turn. */
+let turn: Promise<unknown> = Promise.resolve();
+
+type Method = (...args: never[]) => unknown;
+
+/** Gives one object a method of its own, made of the one that it has. */
+function replaceMethod<T extends object, N extends keyof T>(
+  target: T,
+  name: N,
+  replaced: (original: T[N]) => T[N],
+): void {
+  const original = (target[name] as Method).bind(target) as T[N];
+  Object.defineProperty(target, name, { value: replaced(original), configurable: true, writable: true });
+}
+
+export class DeviceHooks {
+  readonly #codes = new WeakMap<GPUShaderModule, string>();
+  /** WGSL of each pipeline. */
+  readonly #pipelines = new WeakMap<GPUComputePipeline, string>();
+  readonly #groups = new WeakMap<GPUBindGroup, Entries>();
+  readonly #tags = new Map<string, number>();
+  /** WGSL of markers by their equation and type. */
+  readonly learned = new Map<string, string>();
+  #seen: SeenDispatch[] | undefined;
+  #armed: Armed | undefined;
+
+  /** Those of a device, once however many sessions ask. */
+  static on(device: GPUDevice): DeviceHooks {
+    let hooks = hooked.get(device);
+    if (hooks === undefined) {
+      hooks = new DeviceHooks(device);
+      hooked.set(device, hooks);
+    }
+    return hooks;
+  }
+
+  private constructor(device: GPUDevice) {
+    replaceMethod(device, 'createShaderModule', (create) => (descriptor) => {
+      const module = create(descriptor);
+      this.#codes.set(module, descriptor.code);
+      return module;
+    });
+    const noted = (pipeline: GPUComputePipeline, descriptor: GPUComputePipelineDescriptor) => {
+      const code = this.#codes.get(descriptor.compute.module);
+      if (code !== undefined) this.#pipelines.set(pipeline, code);
+      return pipeline;
+    };
+    replaceMethod(device, 'createComputePipeline', (create) => (descriptor) => noted(create(descriptor), descriptor));
+    replaceMethod(
+      device,
+      'createComputePipelineAsync',
+      (create) => async (descriptor) => noted(await create(descriptor), descriptor),
+    );
+    replaceMethod(device, 'createBindGroup', (create) => (descriptor) => {
+      const group = create(descriptor);
+      this.#groups.set(group, descriptor.entries as Entries);
+      return group;
+    });
+    replaceMethod(device, 'createCommandEncoder', (create) => (descriptor) => {
+      const encoder = create(descriptor);
+      replaceMethod(encoder, 'beginComputePass', (begin) => (passDescriptor) => this.#watch(begin(passDescriptor)));
+      return encoder;
+    });
+  }
+
+  /** The number of a kind of markers, the same whenever it is asked for. */
+  tagOf(kind: string): number {
+    const tag = this.#tags.get(kind) ?? this.#tags.size;
+    this.#tags.set(kind, tag);
+    return tag;
+  }
+
+  /**
+   * One after the other: what is replaced belongs to the device. Devices take turns too, since onnxruntime's WebAssembly, of which a program
+   * has one, fails in two asynchronous runs at once.
+   */
+  exclusive<T>(work: () => Promise<T>): Promise<T> {
+    const run = turn.then(work);
+    turn = run.catch(() => undefined);
+    return run;
+  }
+
+  /** Runs the work and tells the dispatches that were recorded meanwhile. Inside {@link exclusive}. */
+  async watch(work: () => Promise<void>): Promise<readonly SeenDispatch[]> {
+    const seen: SeenDispatch[] = [];
+    this.#seen = seen;
+    try {
+      await work();
+    } finally {
+      this.#seen = undefined;
+    }
+    return seen;
+  }
+
+  /** Runs the work with the markers replaced. Inside {@link exclusive}. */
+  async replacing<T>(works: ReadonlyMap<string, Work>, work: () => Promise<T>): Promise<T> {
+    this.#armed = { works, replaced: 0, failure: undefined };
+    try {
+      return await work();
+    } finally {
+      this.#armed = undefined;
+    }
+  }
+
+  /** Markers replaced so far in this run. */
+  get replaced(): number {
+    return this.#armed?.replaced ?? 0;
+  }
+
+  /** Why a marker of this run could not be replaced. */
+  get failure(): string | undefined {
+    return this.#armed?.failure;
+  }
+
+  #watch(pass: GPUComputePassEncoder): GPUComputePassEncoder {
+    if (this.#armed === undefined && this.#seen === undefined) return pass;
+    const setPipeline = pass.setPipeline.bind(pass);
+    const setBindGroup = pass.setBindGroup.bind(pass) as (...args: unknown[]) => undefined;
+    const dispatchWorkgroups = pass.dispatchWorkgroups.bind(pass);
+    const original = { setPipeline, setBindGroup, dispatchWorkgroups } as unknown as GPUComputePassEncoder;
+    let pipeline: GPUComputePipeline | undefined;
+    let group: GPUBindGroup | undefined;
+    replaceMethod(pass, 'setPipeline', () => (next) => {
+      pipeline = next;
+      return setPipeline(next);
+    });
+    replaceMethod(
+      pass,
+      'setBindGroup',
+      () =>
+        ((...args: readonly [number, GPUBindGroup | null, ...unknown[]]) => {
+          if (args[0] === 0) group = args[1] ?? undefined;
+          return setBindGroup(...args);
+        }) as GPUComputePassEncoder['setBindGroup'],
+    );
+    replaceMethod(pass, 'dispatchWorkgroups', () => (...counts) => {
+      if (pipeline === undefined || group === undefined || !this.#replace(original, pipeline, group)) {
+        return dispatchWorkgroups(...counts);
+      }
+      // The pass goes on as onnxruntime left it.
+      setPipeline(pipeline);
+      setBindGroup(0, group);
+    });
+    return pass;
+  }
+
+  /** True where nothing more is to be recorded. Throws nothing: the caller is onnxruntime's WebAssembly. */
+  #replace(pass: GPUComputePassEncoder, pipeline: GPUComputePipeline, group: GPUBindGroup): boolean {
+    const code = this.#pipelines.get(pipeline);
+    const entries = this.#groups.get(group) ?? [];
+    if (this.#seen !== undefined) this.#seen.push({ code, entries });
+    const armed = this.#armed;
+    const work = code === undefined ? undefined : armed?.works.get(code);
+    if (armed === undefined || work === undefined) return false;
+    armed.replaced++;
+    try {
+      // Behind a failure the run's results are discarded, and an Einsum over all letters would take hours.
+      if (armed.failure === undefined) work(pass, entries);
+    } catch (error) {
+      armed.failure = messageOf(error);
+    }
+    return true;
+  }
+}

@@ -1,0 +1,239 @@
+/**
+ * Markers under onnxruntime-web's WebGPU provider in Node: what they give is what the model in pieces gives, bit for bit, and a marker
+ * that does not work costs nothing but the way back.
+ */
+import { afterAll, beforeAll, describe, expect } from 'vitest';
+import { GraphBuilder } from '../../../../test/support/graph-builder.ts';
+import { buildDecoder, buildDiT } from '../../../../test/support/models.ts';
+import { Random, runSeed } from '../../../../test/support/random.ts';
+import { itNeeds } from '../../../../test/support/requirement.ts';
+import { float16FromNumber } from '../../../tensor/formats/float16.ts';
+import { enableNodeWebgpu, type SageAttentionOptions, withSageAttention } from '../index.ts';
+import type { OrtTensor } from '../ort.ts';
+
+// The event loop has a handle while WebAssembly loads: see docs/integrations.md.
+const handle = setInterval(() => {}, 1e9);
+const gpu = await enableNodeWebgpu().catch(() => undefined);
+const adapter = await gpu?.requestAdapter();
+const missing =
+  adapter == null ? 'no Vulkan driver is installed (npx tsx scripts/software-gpu.ts lavapipe)' : undefined;
+const ort = missing === undefined ? await import('onnxruntime-web/webgpu') : undefined;
+if (ort !== undefined) ort.env.wasm.numThreads = 1;
+const runtime = ort as NonNullable<typeof ort>;
+
+const SEED = runSeed();
+type Float = 'float32' | 'float16';
+type Feeds = Record<string, InstanceType<(typeof runtime)['Tensor']>>;
+
+function floats(random: Random, dims: readonly number[], type: Float = 'float32') {
+  const values = random.normals(dims.reduce((product, size) => product * size, 1));
+  const data = type === 'float32' ? values : Uint16Array.from(values, float16FromNumber);
+  return new runtime.Tensor(type, data, dims);
+}
+
+async function newDevice(): Promise<GPUDevice> {
+  const own = await gpu?.requestAdapter();
+  const wanted = ['shader-f16', 'subgroups'] as GPUFeatureName[];
+  const device = await own?.requestDevice({ requiredFeatures: wanted.filter((feature) => own.features.has(feature)) });
+  if (device === undefined) throw new Error('no device');
+  return device;
+}
+
+describe('a model with markers', () => {
+  let device: GPUDevice;
+  beforeAll(async () => {
+    if (missing === undefined) device = await newDevice();
+  });
+  afterAll(() => {
+    clearInterval(handle);
+    device?.destroy();
+  });
+
+  const open = (bytes: Uint8Array, options: SageAttentionOptions = {}, on: GPUDevice | undefined = device) =>
+    withSageAttention(runtime, { minTokens: 0, ...options }).InferenceSession.create(bytes, {
+      executionProviders: [on === undefined ? 'webgpu' : { name: 'webgpu', device: on }],
+      logSeverityLevel: 3,
+    });
+  const bytesOf = ({ data }: OrtTensor) => {
+    const { buffer, byteOffset, byteLength } = data as Float32Array;
+    return Buffer.from(buffer, byteOffset, byteLength);
+  };
+  type Session = Awaited<ReturnType<typeof open>>;
+  const outputsOf = async (session: Session, feeds: Feeds) =>
+    (await session.run(feeds)) as unknown as Record<string, OrtTensor>;
+  const expectSame = (actual: Record<string, OrtTensor>, expected: Record<string, OrtTensor>) => {
+    for (const [name, tensor] of Object.entries(expected)) {
+      expect(actual[name]?.dims, name).toEqual(tensor.dims);
+      expect(bytesOf(actual[name] as OrtTensor).equals(bytesOf(tensor)), name).toBe(true);
+    }
+  };
+  const pathsOf = (session: Session) => session.sageAttention.map(({ path }) => path);
+
+  const SIZE = { heads: 2, headDim: 40, blocks: 2 };
+  const WIDTH = SIZE.heads * SIZE.headDim;
+  const dit = (spelling: 'fused' | 'decomposed', float: Float) => {
+    const g = new GraphBuilder(new Random(SEED), float);
+    buildDiT(g, SIZE, spelling);
+    return g.build();
+  };
+
+  for (const [spelling, float] of [
+    ['fused', 'float32'],
+    ['decomposed', 'float32'],
+    ['decomposed', 'float16'],
+  ] as const) {
+    itNeeds(missing)(`gives what the pieces give: ${spelling}, ${float}, batches and lengths`, async () => {
+      console.info(`seed ${SEED}, ${adapter?.info.description}`);
+      if (float === 'float16' && !device.features.has('shader-f16')) return;
+      const bytes = dit(spelling, float);
+      const marked = await open(bytes);
+      const cut = await open(bytes, { markers: false });
+      expect(pathsOf(marked), JSON.stringify(marked.sageAttention)).toEqual(['marker', 'marker']);
+      expect(pathsOf(cut)).toEqual(['cut', 'cut']);
+      const random = new Random(SEED + 1);
+      for (const [batch, tokens] of [
+        [1, 37],
+        [2, 70],
+        [1, 37],
+        [1, 1],
+      ] as const) {
+        const feeds: Feeds = {
+          x: floats(random, [batch, tokens, WIDTH], float),
+          c: floats(random, [batch, WIDTH], float),
+        };
+        expectSame(await outputsOf(marked, feeds), await outputsOf(cut, feeds));
+        expect(marked.sageAttention.map(({ path, queryLength }) => [path, queryLength])).toEqual([
+          ['marker', tokens],
+          ['marker', tokens],
+        ]);
+      }
+      await marked.release();
+      await cut.release();
+    });
+  }
+
+  itNeeds(missing)('takes grouped heads, a mask and a growing cache', async () => {
+    const kvHeads = 1;
+    const g = new GraphBuilder(new Random(SEED));
+    buildDecoder(g, SIZE, kvHeads);
+    const bytes = g.build();
+    const [marked, cut] = [await open(bytes), await open(bytes, { markers: false })];
+    expect(pathsOf(marked), JSON.stringify(marked.sageAttention)).toEqual(['marker', 'marker']);
+    const random = new Random(SEED + 2);
+    let past: Feeds = Object.fromEntries(
+      marked.inputNames
+        .filter((name) => name.startsWith('past'))
+        .map((name) => [name, floats(random, [1, kvHeads, 5, SIZE.headDim])]),
+    );
+    let total = 5;
+    for (const length of [9, 1, 1]) {
+      total += length;
+      const mask = Float32Array.from({ length: length * total }, (_, i) =>
+        i % total <= total - length + Math.floor(i / total) ? 0 : -3.4028234663852886e38,
+      );
+      const feeds = {
+        x: floats(random, [1, length, WIDTH]),
+        mask: new runtime.Tensor('float32', mask, [1, 1, length, total]),
+        ...past,
+      };
+      const [actual, expected] = [await outputsOf(marked, feeds), await outputsOf(cut, feeds)];
+      expectSame(actual, expected);
+      expect(pathsOf(marked)).toEqual(['marker', 'marker']);
+      past = Object.fromEntries(
+        Object.entries(expected).flatMap(([name, value]) =>
+          name === 'y' ? [] : [[name.replace('present', 'past'), value as unknown as Feeds[string]]],
+        ),
+      );
+    }
+    await marked.release();
+    await cut.release();
+  });
+
+  const ditFeeds = (random: Random, tokens: number): Feeds => ({
+    x: floats(random, [1, tokens, WIDTH]),
+    c: floats(random, [1, WIDTH]),
+  });
+
+  itNeeds(missing)('keeps sessions and devices apart, in runs at once, and leaves prototypes alone', async () => {
+    const prototypes = ['GPUDevice', 'GPUCommandEncoder', 'GPUComputePassEncoder'].map((name) => {
+      const { prototype } = (globalThis as unknown as Record<string, { prototype: object }>)[name] as {
+        prototype: object;
+      };
+      return [prototype, Object.getOwnPropertyDescriptors(prototype)] as const;
+    });
+    const [fused, decomposed] = [dit('fused', 'float32'), dit('decomposed', 'float32')];
+    const cut = await open(fused, { markers: false });
+    const other = await newDevice();
+    const sessions = [await open(fused), await open(fused, {}, other), await open(decomposed)];
+    const random = new Random(SEED + 3);
+    const feeds = [ditFeeds(random, 19), ditFeeds(random, 33), ditFeeds(random, 19)];
+    const results = await Promise.all(sessions.map((session, i) => outputsOf(session, feeds[i] as Feeds)));
+    for (const i of [0, 1]) {
+      expectSame(results[i] as Record<string, OrtTensor>, await outputsOf(cut, feeds[i] as Feeds));
+    }
+    const apart = await open(decomposed, { markers: false });
+    expectSame(results[2] as Record<string, OrtTensor>, await outputsOf(apart, feeds[2] as Feeds));
+    for (const session of sessions) expect(pathsOf(session)).toEqual(['marker', 'marker']);
+    for (const session of [...sessions, cut, apart]) await session.release();
+    other.destroy();
+    for (const [prototype, before] of prototypes) expect(Object.getOwnPropertyDescriptors(prototype)).toEqual(before);
+  });
+
+  itNeeds(missing)('goes back to pieces where a marker fails, and says so', async () => {
+    const own = await newDevice();
+    const bytes = dit('fused', 'float32');
+    const marked = await open(bytes, {}, own);
+    const cut = await open(bytes, { markers: false }, own);
+    expect(pathsOf(marked)).toEqual(['marker', 'marker']);
+    const random = new Random(SEED + 4);
+    // Two tokens: as an Einsum a marker is a sum over all of its axes.
+    const feeds = ditFeeds(random, 2);
+    const expected = await outputsOf(cut, feeds);
+    const encoders = own.createCommandEncoder;
+    // Passes that nobody watches: not one marker is replaced.
+    own.createCommandEncoder = (descriptor) => Object.getPrototypeOf(own).createCommandEncoder.call(own, descriptor);
+    expectSame(await outputsOf(marked, feeds), expected);
+    expect(marked.sageAttention.map(({ path, cutReason }) => [path, cutReason])).toEqual(
+      new Array(SIZE.blocks).fill(['cut', 'its marker failed: 0 dispatches of 2 markers were replaced']),
+    );
+    own.createCommandEncoder = encoders;
+    expectSame(await outputsOf(marked, feeds), expected);
+    const again = await open(bytes, {}, own);
+    expectSame(await outputsOf(again, feeds), expected);
+    expect(pathsOf(again)).toEqual(['marker', 'marker']);
+    for (const session of [marked, cut, again]) await session.release();
+    own.destroy();
+  });
+
+  itNeeds(missing)("works on onnxruntime's own device, and with outputs left there", async () => {
+    const bytes = dit('fused', 'float32');
+    const cut = await open(bytes, { markers: false });
+    const feeds = ditFeeds(new Random(SEED + 6), 17);
+    const { y } = await outputsOf(cut, feeds);
+    const session = await withSageAttention(runtime, { minTokens: 0 }).InferenceSession.create(bytes, {
+      executionProviders: ['webgpu'],
+      preferredOutputLocation: 'gpu-buffer',
+      logSeverityLevel: 3,
+    });
+    const results = (await session.run(feeds)) as unknown as Record<string, OrtTensor>;
+    expect(results.y?.location).toBe('gpu-buffer');
+    const data = (await results.y?.getData(true)) as Float32Array;
+    expect(Buffer.from(data.buffer, data.byteOffset, data.byteLength).equals(bytesOf(y as OrtTensor))).toBe(true);
+    expect(session.sageAttention.map(({ path }) => path)).toEqual(['marker', 'marker']);
+    await session.release();
+    await cut.release();
+  });
+
+  itNeeds(missing)('leaves what is too short, where all of it is', async () => {
+    const own = device;
+    const short = await open(dit('fused', 'float32'), { minTokens: 100 }, own);
+    const random = new Random(SEED + 5);
+    await outputsOf(short, ditFeeds(random, 21));
+    expect(short.sageAttention.map(({ taken, reason }) => [taken, reason])).toEqual(
+      new Array(SIZE.blocks).fill([false, '21 tokens are fewer than minTokens, 100']),
+    );
+    await outputsOf(short, ditFeeds(random, 121));
+    expect(pathsOf(short)).toEqual(['marker', 'marker']);
+    await short.release();
+  });
+});

@@ -1,0 +1,50 @@
+/** Numbers that are computed from dimensions are those that onnxruntime computes. */
+import * as ort from 'onnxruntime-node';
+import { expect, it } from 'vitest';
+import { GraphBuilder } from '../../../../test/support/graph-builder.ts';
+import { Random, runSeed } from '../../../../test/support/random.ts';
+import { indexGraph } from '../model/graph.ts';
+import { type GraphProto, readModel } from '../onnx/codec.ts';
+import { KnownSizes } from './sizes.ts';
+
+const FLOAT = 1;
+const INT64 = 7;
+
+it('computes lengths, targets of a Reshape and scales as onnxruntime does', async () => {
+  const seed = runSeed();
+  console.info(`seed ${seed}`);
+  const random = new Random(seed);
+  const g = new GraphBuilder(random);
+  const x = g.input('x', ['b', 'l', 24]);
+  const past = g.input('past', ['b', 'p', 24]);
+  const all = g.op('Concat', [past, x], { axis: 1 });
+  const shape = g.op('Shape', [g.op('Transpose', [all], { perm: [1, 0, 2] })]);
+  const length = g.op('Gather', [shape, g.int(0)], { axis: 0 });
+  const wide = g.op('Slice', [shape, g.ints([1]), g.ints([3])]);
+  const heads = g.op('Div', [g.op('Gather', [shape, g.ints([2])], { axis: 0 }), g.ints([7])]);
+  const target = g.op('Concat', [g.op('Unsqueeze', [length, g.ints([0])]), heads, wide], { axis: 0 });
+  const scale = g.op('Div', [g.scalar(1), g.op('Sqrt', [g.op('Cast', [wide], { to: FLOAT })])]);
+  const sums = g.op('Sub', [g.op('Mul', [g.op('Add', [target, g.ints([3])]), g.ints([2])]), heads]);
+  const back = g.op('Cast', [g.op('Mul', [scale, g.scalar(100)])], { to: INT64 });
+  const outputs = [length, target, scale, sums, back, g.op('Size', [all])];
+  for (const name of outputs) g.output(name, undefined, name === scale ? 'float32' : 'int64');
+  const bytes = g.build();
+  const session = await ort.InferenceSession.create(bytes);
+  const index = indexGraph(readModel(bytes).graph as GraphProto, 17);
+  const facts = { inputs: new Map([['x', ['b', 'l', 24]]]), shapeOf: () => undefined };
+  for (let run = 0; run < 5; run++) {
+    const [b, l, p] = [random.integer(1, 5), random.integer(1, 9), random.integer(0, 9)];
+    const dims = { x: [b, l, 24], past: [b, p, 24] };
+    const given = Object.entries(dims).map(([name, list]) => [name, { dims: list, numbers: undefined }] as const);
+    const sizes = new KnownSizes(index, facts, new Map(given));
+    const floats = (list: readonly number[]) =>
+      new ort.Tensor('float32', new Float32Array(list.reduce((a, n) => a * n, 1)), list);
+    const results = await session.run({ x: floats(dims.x), past: floats(dims.past) });
+    for (const name of outputs) {
+      expect(sizes.numbers(name), name).toEqual(Array.from(results[name]?.data as BigInt64Array, Number));
+    }
+    expect(sizes.dims(all)).toEqual([b, l + p, 24]);
+    expect(sizes.dims('nothing')).toBeUndefined();
+  }
+  await session.release();
+});

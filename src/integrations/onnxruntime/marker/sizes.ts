@@ -1,0 +1,200 @@
+/**
+ * What the inputs of a run say of values inside the graph before it runs: their dimensions, in the symbols that onnxruntime infers, and
+ * the numbers of small values that are computed from dimensions (targets of a Reshape, lengths, scales).
+ */
+
+import { constantNumbers, type GraphIndex, intAttribute, intsAttribute } from '../model/graph.ts';
+import { elementKind } from '../model/types.ts';
+import { canonicalDomain, ELEMENT_TYPES, type NodeProto } from '../onnx/codec.ts';
+import type { OrtDimension } from '../ort.ts';
+import { isSize } from '../session/feeds.ts';
+
+/** An input of a run. */
+export interface GivenInput {
+  readonly dims: readonly number[];
+  /** Elements, where they are a few integers in the memory of this process. */
+  readonly numbers: readonly number[] | undefined;
+}
+
+export interface ShapeFacts {
+  /** Names of the dimensions of inputs. */
+  readonly inputs: ReadonlyMap<string, readonly OrtDimension[]>;
+  /** Dimensions of a value in those names, where onnxruntime infers them. */
+  shapeOf(value: string): readonly OrtDimension[] | undefined;
+}
+
+/** A size for a name that no input has: to see what follows from what, before onnxruntime infers more. */
+export type FreeSize = (symbol: string) => number;
+
+/** A walk over the graph that is longer is none that an exporter wrote. */
+const MAX_DEPTH = 64;
+
+export class KnownSizes {
+  readonly #index: GraphIndex;
+  readonly #facts: ShapeFacts;
+  readonly #inputs: ReadonlyMap<string, GivenInput>;
+  readonly #symbols = new Map<string, number>();
+  readonly #dims = new Map<string, readonly number[] | undefined>();
+  readonly #numbers = new Map<string, readonly number[] | undefined>();
+  readonly #freeSize: FreeSize | undefined;
+  #depth = 0;
+
+  constructor(index: GraphIndex, facts: ShapeFacts, inputs: ReadonlyMap<string, GivenInput>, freeSize?: FreeSize) {
+    this.#freeSize = freeSize;
+    this.#index = index;
+    this.#facts = facts;
+    this.#inputs = inputs;
+    for (const [name, { dims }] of inputs) this.#bind(facts.inputs.get(name), dims);
+  }
+
+  #bind(shape: readonly OrtDimension[] | undefined, dims: readonly number[]): void {
+    for (const [axis, size] of (shape ?? []).entries()) {
+      const known = dims[axis];
+      if (typeof size === 'string' && size !== '' && known !== undefined) this.#symbols.set(size, known);
+    }
+  }
+
+  /** Undefined where they are known only when the graph runs. */
+  dims(value: string): readonly number[] | undefined {
+    return this.#once(this.#dims, value, () => this.#readDims(value));
+  }
+
+  /** The elements in order, without their dimensions; undefined as for {@link dims}. */
+  numbers(value: string): readonly number[] | undefined {
+    return this.#once(this.#numbers, value, () => this.#readNumbers(value));
+  }
+
+  #once<T>(known: Map<string, T | undefined>, value: string, read: () => T | undefined): T | undefined {
+    if (known.has(value)) return known.get(value);
+    if (this.#depth >= MAX_DEPTH) return undefined;
+    this.#depth++;
+    // A value that depends on itself is not known.
+    known.set(value, undefined);
+    const found = read();
+    known.set(value, found);
+    this.#depth--;
+    return found;
+  }
+
+  #readDims(value: string): readonly number[] | undefined {
+    const given = this.#inputs.get(value)?.dims ?? this.#index.constants.get(value)?.dims.map(Number);
+    if (given !== undefined) return given;
+    const shape = this.#facts.shapeOf(value);
+    const known = shape?.map((size) => (isSize(size) ? size : this.#symbols.get(`${size}`)));
+    if (shape !== undefined && shape.length > 0 && known?.every((size) => size !== undefined)) return known as number[];
+    const found = this.#derivedDims(this.#index.producer(value));
+    if (found !== undefined) this.#bind(shape, found);
+    if (found !== undefined || this.#freeSize === undefined || !shape?.length) return found;
+    const free = this.#freeSize;
+    return shape.map(
+      (size, axis) => known?.[axis] ?? free(typeof size === 'string' && size !== '' ? size : `${value} ${axis}`),
+    );
+  }
+
+  #derivedDims(node: NodeProto | undefined): readonly number[] | undefined {
+    if (node === undefined || canonicalDomain(node.domain) !== '') return undefined;
+    const first = node.input[0] ?? '';
+    if (node.opType === 'Identity' || node.opType === 'Cast') return this.dims(first);
+    if (node.opType === 'Transpose') {
+      const dims = this.dims(first);
+      const perm = intsAttribute(node, 'perm') ?? dims?.map((_, axis) => dims.length - 1 - axis);
+      return dims && perm?.map((axis) => dims[axis] as number);
+    }
+    if (node.opType !== 'Concat') return undefined;
+    // A cache: what it held, and what is new.
+    const parts = node.input.map((input) => this.dims(input));
+    const [part] = parts;
+    if (part === undefined || parts.some((dims) => dims?.length !== part.length)) return undefined;
+    const axis = intAttribute(node, 'axis') ?? 0;
+    const at = axis < 0 ? axis + part.length : axis;
+    const total = parts.reduce((sum, dims) => sum + ((dims as number[])[at] as number), 0);
+    return part.map((size, i) => (i === at ? total : size));
+  }
+
+  #readNumbers(value: string): readonly number[] | undefined {
+    const constant = constantNumbers(this.#index, value);
+    if (constant !== undefined) return constant;
+    const given = this.#inputs.get(value);
+    if (given !== undefined) return given.numbers;
+    const node = this.#index.producer(value);
+    if (node === undefined || canonicalDomain(node.domain) !== '') return undefined;
+    const inputs = node.input.map((name) => () => this.numbers(name));
+    const [first = () => undefined, second = () => undefined] = inputs;
+    switch (node.opType) {
+      case 'Shape':
+        return this.dims(node.input[0] ?? '')?.slice(
+          intAttribute(node, 'start') ?? 0,
+          intAttribute(node, 'end') ?? Number.POSITIVE_INFINITY,
+        );
+      case 'Size':
+        return product(this.dims(node.input[0] ?? ''));
+      case 'Identity':
+      case 'Squeeze':
+      case 'Unsqueeze':
+      case 'Reshape':
+        return first();
+      case 'Cast':
+        return cast(node, first());
+      case 'Gather':
+        return gather(first(), second());
+      case 'Concat':
+        return joined(inputs.map((read) => read()));
+      case 'Slice':
+        return slice(inputs.map((read) => read()));
+      default:
+        return arithmetic(node.opType, elementKind(this.#index, value) === 'integer', first(), second());
+    }
+  }
+}
+
+const product = (dims: readonly number[] | undefined) => dims && [dims.reduce((all, size) => all * size, 1)];
+
+/** Integers, and float32 as it rounds; everything else is onnxruntime's to round. */
+function cast(node: NodeProto, numbers: readonly number[] | undefined): readonly number[] | undefined {
+  const to = intAttribute(node, 'to');
+  if (to === ELEMENT_TYPES.float32) return numbers?.map(Math.fround);
+  return to === ELEMENT_TYPES.int64 || to === ELEMENT_TYPES.int32 ? numbers?.map(Math.trunc) : undefined;
+}
+
+function gather(from: readonly number[] | undefined, at: readonly number[] | undefined): number[] | undefined {
+  if (from === undefined || at === undefined) return undefined;
+  const found = at.map((index) => from.at(index));
+  return found.every((number) => number !== undefined) ? (found as number[]) : undefined;
+}
+
+const joined = (parts: readonly (readonly number[] | undefined)[]) =>
+  parts.every((part) => part !== undefined) ? parts.flatMap((part) => part as number[]) : undefined;
+
+/** Of a vector, forwards. */
+function slice([from, starts, ends, axes = [0], steps = [1]]: readonly (readonly number[] | undefined)[]) {
+  const isPlain = starts?.length === 1 && ends?.length === 1 && axes[0] === 0 && steps[0] === 1;
+  return isPlain ? from?.slice(starts[0], ends[0]) : undefined;
+}
+
+const OPERATIONS: Readonly<Record<string, (a: number, b: number) => number>> = {
+  Add: (a, b) => a + b,
+  Sub: (a, b) => a - b,
+  Mul: (a, b) => a * b,
+  Div: (a, b) => a / b,
+  Sqrt: (a) => Math.sqrt(a),
+};
+
+/** float32 or integers, element by element. */
+function arithmetic(
+  opType: string,
+  isInteger: boolean,
+  a: readonly number[] | undefined,
+  b: readonly number[] | undefined,
+): number[] | undefined {
+  const operation = OPERATIONS[opType];
+  const isUnary = opType === 'Sqrt';
+  if (operation === undefined || a === undefined || (b === undefined && !isUnary)) return undefined;
+  const other = isUnary ? a : (b as readonly number[]);
+  const length = Math.max(a.length, other.length);
+  if ([a, other].some((list) => list.length !== length && list.length !== 1)) return undefined;
+  const at = (list: readonly number[], i: number) => list[list.length === 1 ? 0 : i] as number;
+  return Array.from({ length }, (_, i) => {
+    const exact = operation(at(a, i), at(other, i));
+    return isInteger ? Math.trunc(exact) : Math.fround(exact);
+  });
+}
