@@ -9,7 +9,7 @@ it('gives each axis a letter, each size of the result one of them, and each tag 
       const operand = pick % sizes.length;
       const axis = pick % (sizes[operand] as number);
       const equation = equationOf(sizes, [{ operand, axis }, 7], tag);
-      const [left, right] = equation?.text.split('->') as [string, string];
+      const [left, right] = (equation?.text ?? '').split('->') as [string, string];
       const terms = left.split(',');
       expect(terms.map((term) => term.length)).toEqual([...sizes, 3]);
       const letters = terms.join('');

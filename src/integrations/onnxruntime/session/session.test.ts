@@ -94,6 +94,8 @@ describe('a diffusion transformer', () => {
       queryLength: TOKENS,
       keyLength: TOKENS,
       taken: true,
+      path: 'cut',
+      cutReason: 'a marker needs onnxruntime-web on WebGPU',
       reason: undefined,
       kernel: 'qk-int8-pv-fp16',
       milliseconds: expect.any(Number),
