@@ -167,7 +167,7 @@ export class WebgpuPlan implements Plan {
    * @throws {ExecutionError} `out-of-memory`, `device-lost`
    */
   async reserve(): Promise<void> {
-    const { context, program } = this.#built;
+    const { context, program } = this.#program.built;
     const [, outcome] = context.checked(() => program.ownScratch);
     const failure = await outcome;
     if (failure !== undefined) throw failure;
