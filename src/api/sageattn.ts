@@ -245,7 +245,7 @@ export type SparseOptions = AttentionOptions & {
  * {@link sageattn} with `sparsity`, or {@link sageattnVarlen}; tells besides which blocks were computed. Their map may serve other
  * calls, as the `blockMask` of a next step or layer.
  *
- * @throws as {@link sageattn}
+ * @throws {SageAttentionError} as {@link sageattn}
  * @see SpargeAttn, arXiv 2502.18137
  */
 export async function sageattnSparse<T extends TensorView>(
