@@ -7,8 +7,7 @@ import type { SettledSparsity } from '../../attention/sparsity.ts';
 import { debugPlan } from '../../debug.ts';
 import { ASYNC_DISPOSE, DISPOSE } from '../../dispose.ts';
 import { BackendUnavailableError, InvalidArgumentError, takeOptions, textOf } from '../../errors.ts';
-import { buildBlockMap } from '../../reference/block-map.ts';
-import type { Tensor, TensorView } from '../../tensor/tensor.ts';
+import type { TensorView } from '../../tensor/tensor.ts';
 import type {
   AttentionInputs,
   Availability,
@@ -21,9 +20,11 @@ import type {
   KeyValueContext,
   Plan,
   PreparedKeyValue,
+  RunContext,
 } from '../backend.ts';
 import { unavailable } from '../load-code.ts';
 import { backwardCall } from './backward.ts';
+import { chooseBlockMap } from './block-map.ts';
 import { headsAtOnce, runByHeads } from './by-heads.ts';
 import { arithmeticOf, WholeCalls, workOf } from './calls.ts';
 import { CallerExecutor, createWorkers, type ExecutorKind, SHORT_WORK } from './executor.ts';
@@ -171,8 +172,10 @@ class WasmBackendImplementation implements WasmBackend {
     problem: AttentionProblem,
     sparsity: SettledSparsity,
     inputs: Pick<AttentionInputs, 'q' | 'k'>,
+    context: RunContext,
   ): Promise<BlockMap> {
-    return buildBlockMap(problem, sparsity, inputs as { q: Tensor; k: Tensor });
+    const slot = workOf(problem) <= this.#shortWork ? this.#caller : this.#workers;
+    return run(slot, inputs, (runtime, own) => chooseBlockMap(runtime, problem, sparsity, own, context));
   }
 
   async plan(problem: AttentionProblem, kernel: KernelChoice): Promise<Plan> {

@@ -11,7 +11,7 @@ import { canShare, type WorkerFactory, WorkerGroup, workerFactory } from './work
 
 /** A kernel to run over a job's units. Stages of a call run one after another. */
 export interface Stage {
-  readonly entry: 'prepare' | 'attend' | 'exact' | 'prepareBackward' | 'backward' | 'storeGradients';
+  readonly entry: 'prepare' | 'attend' | 'exact' | 'prepareBackward' | 'backward' | 'storeGradients' | 'pool';
   /** Address of the job record. */
   readonly job: number;
 }

@@ -36,6 +36,12 @@ export const FLAG_TILE_MEANS = 8;
 /** A backward pass: rows of Q are kept in float32 besides their integers. */
 export const FLAG_GRADIENTS = 64;
 
+/** Pooling: also how much alike the rows of each block are; FLAG_SMOOTH_K: after their mean was taken off. */
+export const FLAG_SIMILARITIES = 8192;
+
+/** Pooling: float32 after the mean of each block; the first is how much alike its rows are. */
+export const POOLED_EXTRA = 4;
+
 export const DTYPE_FLOAT32 = 0;
 export const DTYPE_FLOAT16 = 1;
 export const DTYPE_BFLOAT16 = 2;

@@ -11,6 +11,7 @@ export interface KernelExports {
   readonly backward: (job: number, scratch: number) => number;
   readonly storeGradients: (job: number, scratch: number) => number;
   readonly exact: (job: number, scratch: number) => number;
+  readonly pool: (job: number, scratch: number) => number;
   /** Whether the dot product takes two steps here, see `assembly/dot.ts`. */
   readonly twoSteps: () => number;
   /** For tests. */

@@ -11,6 +11,7 @@ import { backwardUnit, prepareBackwardUnit, storeGradientsUnit } from './backwar
 import { dot, OneStep, onesOf, setTwoSteps, TwoSteps, twoSteps } from './dot.ts';
 import { exactUnit } from './exact.ts';
 import { multiply } from './exact-products.ts';
+import { poolUnit } from './pool.ts';
 import { prepareUnit } from './prepare.ts';
 
 export { multiply, setTwoSteps, twoSteps };
@@ -61,6 +62,13 @@ export function exact(job: usize, scratch: usize): i32 {
   const unit = takeUnit(job);
   if (unit == 0) return 0;
   exactUnit(job, unit, scratch);
+  return 1;
+}
+
+export function pool(job: usize, scratch: usize): i32 {
+  const unit = takeUnit(job);
+  if (unit == 0) return 0;
+  poolUnit(job, unit, scratch);
   return 1;
 }
 
