@@ -1,7 +1,7 @@
 /**
  * A stack of diffusion transformer blocks (16 heads of 72, hidden 1152, float16) through onnxruntime-web's WebGPU
- * provider in Node: the whole model, with SageAttention, without, and cut in pieces with onnxruntime's own attention
- * between them, which is the cost of cutting by itself; and with SageAttention as it comes, which leaves short
+ * provider in Node: the whole model, with SageAttention (markers), with SageAttention between pieces (`cut`), without, and cut in
+ * pieces with onnxruntime's own attention between them, which is the cost of cutting by itself; and with SageAttention as it comes, which leaves short
  * attention alone. All on one device, interleaved in the same run. Attention is written in two ways: `fused`, one
  * operator, for which onnxruntime has a kernel that never stores the scores, and `decomposed`, in single operators, as
  * exporters write it.
@@ -22,7 +22,11 @@ import { parseArgs } from 'node:util';
 import { WANTED_LIMITS } from '../../src/backends/webgpu/capabilities.ts';
 import { createWebgpuBackend, emptyGpuTensor } from '../../src/backends/webgpu/index.ts';
 import { messageOf } from '../../src/errors.ts';
-import { enableNodeWebgpu, withSageAttention } from '../../src/integrations/onnxruntime/index.ts';
+import {
+  enableNodeWebgpu,
+  type SageAttentionOptions,
+  withSageAttention,
+} from '../../src/integrations/onnxruntime/index.ts';
 import type { OrtFeeds, OrtSession, OrtTensor } from '../../src/integrations/onnxruntime/ort.ts';
 import type { AttentionReport } from '../../src/integrations/onnxruntime/session/report.ts';
 import { thisMachine } from '../../src/measure/machine.ts';
@@ -82,6 +86,10 @@ interface Row {
   /** Milliseconds. */
   readonly without: number | undefined;
   readonly with: number | undefined;
+  /** How the attentions of `with` were taken: `marker`, or why they were cut. */
+  readonly paths: readonly string[];
+  /** Without markers. */
+  readonly cut: number | undefined;
   readonly cutOnly: number | undefined;
   /** With no options: attention below the default of `minTokens` stays with onnxruntime. */
   readonly byDefault: number | undefined;
@@ -110,12 +118,12 @@ function writeReport(target: string, report: Report): void {
   const cell = (value: number | null | undefined, digits = 2) => value?.toFixed(digits) ?? '';
   const lines = (report.results ?? []).map((row) => {
     const { without, speedup, cutOnly, byDefault, defaultSpeedup, attentionAlone } = row;
-    const times = [without, row.with, speedup, byDefault, defaultSpeedup, cutOnly, attentionAlone];
+    const times = [without, row.with, speedup, row.cut, byDefault, defaultSpeedup, cutOnly, attentionAlone];
     const numbers = times.map((value) => cell(value));
     return `| ${row.spelling} | ${row.float} | ${row.length} | ${numbers.join(' | ')} | ${cell(row.accuracy?.cosineSimilarity, 6)} |`;
   });
   const header =
-    '| attention | type | tokens | without (ms) | with (ms) | speedup | by default (ms) | speedup | cut only (ms) | one attention alone (ms) | cosine similarity |\n|---|---|---|---|---|---|---|---|---|---|---|';
+    '| attention | type | tokens | without (ms) | with (ms) | speedup | cut (ms) | by default (ms) | speedup | cut only (ms) | one attention alone (ms) | cosine similarity |\n|---|---|---|---|---|---|---|---|---|---|---|---|';
   writeFileSync(join(target, 'onnxruntime.md'), `${header}\n${lines.join('\n')}\n`);
 }
 
@@ -277,7 +285,7 @@ class RepeatedRandom extends Random {
 }
 
 interface Variant {
-  readonly name: 'without' | 'with' | 'cutOnly' | 'byDefault';
+  readonly name: 'without' | 'with' | 'cut' | 'cutOnly' | 'byDefault';
   readonly session: OrtSession & { readonly sageAttention?: readonly AttentionReport[] };
   readonly createMilliseconds: number;
   /** Why it is not run any more: what failed at one length fails at longer ones. */
@@ -295,13 +303,13 @@ async function openVariants(model: Uint8Array): Promise<Variant[]> {
     const session = (await create()) as Variant['session'];
     return { name, session, createMilliseconds: performance.now() - start, failure: undefined };
   };
-  const sage = (minTokens: number, wholeFallback: boolean) =>
-    withSageAttention(ort, { minTokens, wholeFallback }).InferenceSession.create(model, options);
+  const sage = (own: SageAttentionOptions) => withSageAttention(ort, own).InferenceSession.create(model, options);
   return [
     await open('without', () => ort.InferenceSession.create(model, options)),
-    await open('with', () => sage(0, true)),
-    await open('cutOnly', () => sage(CUT_ONLY, false)),
-    await open('byDefault', () => withSageAttention(ort).InferenceSession.create(model, options)),
+    await open('with', () => sage({ minTokens: 0 })),
+    await open('cut', () => sage({ minTokens: 0, markers: false })),
+    await open('cutOnly', () => sage({ minTokens: CUT_ONLY, markers: false, wholeFallback: false })),
+    await open('byDefault', () => sage({})),
   ];
 }
 
@@ -393,7 +401,7 @@ for (const length of lengths) {
   const feeds = { x: floats(random, [1, length, width]), c: floats(random, [1, width]) };
   const { times, outputs } = await measure(variants, feeds);
   for (const value of Object.values(feeds)) value.dispose();
-  const [without, sage, cutOnly, byDefault] = variants.map(({ name }) => median(times.get(name) ?? []));
+  const [without, sage, cut, cutOnly, byDefault] = variants.map(({ name }) => median(times.get(name) ?? []));
   const [expected, actual] = [outputs.get('without') ?? outputs.get('cutOnly'), outputs.get('with')];
   const row: Row = {
     spelling,
@@ -401,6 +409,8 @@ for (const length of lengths) {
     length,
     without,
     with: sage,
+    paths: [...new Set(variants[1]?.session.sageAttention?.map(({ path, cutReason }) => cutReason ?? path ?? 'left'))],
+    cut,
     cutOnly,
     byDefault,
     speedup: without !== undefined && sage !== undefined ? without / sage : undefined,
@@ -427,7 +437,8 @@ for (const length of lengths) {
   const left = variants[1]?.session.sageAttention?.find(({ taken }) => !taken);
   console.log(
     [
-      `${spelling}, ${float}, ${length} tokens: without ${without?.toFixed(2)} ms, with ${sage?.toFixed(2)} ms (${row.speedup?.toFixed(2)}x)`,
+      `${spelling}, ${float}, ${length} tokens: without ${without?.toFixed(2)} ms, with ${sage?.toFixed(2)} ms (${row.speedup?.toFixed(2)}x, ${row.paths})`,
+      `cut ${cut?.toFixed(2)} ms`,
       `by default ${byDefault?.toFixed(2)} ms (${row.defaultSpeedup?.toFixed(2)}x)`,
       `cut only ${cutOnly?.toFixed(2)} ms, attention alone ${size.blocks} x ${row.attentionAlone?.toFixed(2)} ms`,
       `cosine similarity ${row.accuracy?.cosineSimilarity.toFixed(6)}`,

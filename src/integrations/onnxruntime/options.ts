@@ -1,5 +1,6 @@
 import { KERNEL_NAMES, type KernelName } from '../../attention/kernels.ts';
 import { InvalidArgumentError } from '../../errors.ts';
+import { VALIDATION_MODES, type ValidationMode } from './session/validation-mode.ts';
 
 /** Options of `withSageAttention` and `installSageAttention`. */
 export interface SageAttentionOptions {
@@ -19,6 +20,12 @@ export interface SageAttentionOptions {
    * that was seen to work on the device; false cuts it into pieces as everywhere else. Default true.
    */
   readonly markers?: boolean;
+  /**
+   * How much onnxruntime-web checks of its WebGPU calls, where the session options do not say. `'wgpuOnly'` waits for no error scope at the end of a run;
+   * errors of the device are then told by its `uncapturederror` alone. The mode is the device's: that of the first session
+   * on it. Default: onnxruntime's own.
+   */
+  readonly validationMode?: ValidationMode;
   /**
    * `'fixed'` (default) uses `kernel`. `'adaptive'` compares, in the first runs, every kernel of the backend with
    * onnxruntime's own result on the real activations, and keeps for each attention the fastest one whose cosine
@@ -64,6 +71,7 @@ const CHECKS: Readonly<Record<keyof SageAttentionOptions, readonly [(value: unkn
   kernel: [(value) => ['auto', ...KERNEL_NAMES].includes(value as string), `'auto' or one of ${KERNEL_NAMES}`],
   minTokens: [(value) => value === Number.POSITIVE_INFINITY || isCount(value), 'an integer >= 0 or Infinity'],
   markers: [(value) => typeof value === 'boolean', 'a boolean'],
+  validationMode: [(value) => VALIDATION_MODES.includes(value as ValidationMode), `one of ${VALIDATION_MODES}`],
   policy: [(value) => value === 'fixed' || value === 'adaptive', "'fixed' or 'adaptive'"],
   threshold: [(value) => typeof value === 'number' && value >= -1 && value <= 1, 'a number from -1 to 1'],
   wholeFallback: [(value) => typeof value === 'boolean', 'a boolean'],

@@ -36,6 +36,7 @@ import { type EncodedPiece, PieceWriter } from './pieces.ts';
 import type { AttentionReport } from './report.ts';
 import { CutSession, reportLeft, tooShort } from './session.ts';
 import { followLinks, loadModel, type ModelSource, ownSource, stateOf, withFolder } from './source.ts';
+import { withValidationMode } from './validation-mode.ts';
 
 export type CreateSession = (...args: CreateArguments) => Promise<OrtSession>;
 
@@ -93,6 +94,7 @@ export async function openModel(
   let found: Analysis;
   try {
     source = await loadModel(ort, args);
+    source = { ...source, options: withValidationMode(source.options, options.validationMode) };
     found = analyze(source.bytes);
   } catch (error) {
     // Whatever is wrong with the arguments or the file, onnxruntime says it in its own words.
@@ -103,6 +105,7 @@ export async function openModel(
   // What a URL gave is not asked for again, and a worker takes away the buffer that it is given.
   const whole = () => {
     if (isProxied(ort)) return create(source.bytes.slice(), source.options);
+    if (isWeb(ort) && options.validationMode !== undefined) return create(source.bytes, source.options);
     return isWeb(ort) && !source.isBorrowed && typeof args[0] === 'string'
       ? create(source.bytes, source.options)
       : create(...args);
