@@ -464,6 +464,9 @@ function gradientLaunches(self: Backward, owner: 'query' | 'key', tile: Gradient
         valueTokenStride: layouts.dv.tokenStride,
         valueBase: value === undefined ? 0 : base(value.buffer) / bytesOf(value),
         smScale,
+        codeVectors: codes.query / 16 - 1,
+        valueVectors: dims.valueDimPadded / 4,
+        passingThreads: tile.passingThreads,
       }),
   );
 }

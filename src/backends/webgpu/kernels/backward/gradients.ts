@@ -60,6 +60,10 @@ export const GRADIENT_PARAMS = [
   'smScale',
   'softcap',
   'inverseSoftcap',
+  // Constants that the compiler is not told: lavapipe's unrolls such loops, and then takes minutes over the loads in them.
+  'codeVectors',
+  'valueVectors',
+  'passingThreads',
 ] as const;
 
 /** Bytes of workgroup memory that the kernel takes. */
@@ -137,9 +141,8 @@ const keyNumbers = ({ codes }: Parts, x: number, token: string, at: string): str
     let key_scale_${x} = bitcast<f32>(key_facts_${x}.x); let plain_${x} = (key_facts_${x}.y & ${FLAG_UNSMOOTHED}u) != 0u;`;
 
 /** Products of codes `s_<i>_<n>` and of dO and V `d_<i>_<n>` of own tokens and those that pass by. */
-function products(config: GradientConfig, parts: Parts): string {
-  const { row, key, codes, ownsQueries, I, N, ownAt, passingAt, ownFloat, passingFloat, ownToken, passingToken } =
-    parts;
+function products(parts: Parts): string {
+  const { row, key, ownsQueries, I, N, ownAt, passingAt, ownFloat, passingFloat, ownToken, passingToken } = parts;
   const [ownCodes, passingCodes] = ownsQueries ? ['query_rows', 'key_rows'] : ['key_rows', 'query_rows'];
   const [ownValues, passingValues] = ownsQueries ? [row.dOutput, key.value] : [key.value, row.dOutput];
   const pairs = (f: (i: number, n: number) => string) => I.flatMap((i) => N.map((n) => f(i, n))).join(' ');
@@ -148,7 +151,7 @@ function products(config: GradientConfig, parts: Parts): string {
     {
       ${I.map((i) => `let own_${i} = ${ownAt.codes(`own_at + ${ownToken(i)}`)};`).join(' ')}
       ${N.map((n) => `let passing_${n} = ${passingAt.codes(`passing_at + ${passingToken(n)}`)};`).join(' ')}
-      for (var w = 0u; w < ${codes - 1}u; w++) {
+      for (var w = 0u; w < P.codeVectors; w++) {
         ${I.map((i) => `let a_${i} = ${ownCodes}[own_${i} + w];`).join(' ')}
         ${N.map(
           (n) => `{ let b = ${passingCodes}[passing_${n} + w];
@@ -159,7 +162,7 @@ function products(config: GradientConfig, parts: Parts): string {
     {
       ${I.map((i) => `let own_${i} = ${ownAt.floats(`own_at + ${ownToken(i)}`)} + ${ownValues}u;`).join(' ')}
       ${N.map((n) => `let passing_${n} = ${passingAt.floats(`passing_at + ${passingToken(n)}`)} + ${passingValues}u;`).join(' ')}
-      for (var w = 0u; w < ${config.valueDimPadded / 4}u; w++) {
+      for (var w = 0u; w < P.valueVectors; w++) {
         ${I.map((i) => `let a_${i} = ${ownFloat(`own_${i} + w`)};`).join(' ')}
         ${N.map(
           (n) => `{ let b = ${passingFloat(`passing_${n} + w`)};
@@ -207,7 +210,7 @@ function accumulate(config: GradientConfig, parts: Parts): string {
       .join('\n        ');
   return quads
     .map(
-      (q) => `for (var k = 0u; k < ${passingThreads}u; k++) {
+      (q) => `for (var k = 0u; k < P.passingThreads; k++) {
       ${I.map((i) => `let x_${i} = tile_s[${i}][r][${q * passingThreads}u + k];${ownsQueries ? '' : ` let y_${i} = tile_p[${i}][r][${q * passingThreads}u + k];`}`).join('\n      ')}
       ${range(4)
         .map(
@@ -330,7 +333,7 @@ function walk(config: GradientConfig, parts: Parts): string {
       .join(', ')})`;
   return `for (var start = begin; start < end; start += ${passing}) {
     let passing_at = passing_first + u32(start);
-    ${products(config, parts)}
+    ${products(parts)}
     ${numbers.join('')}
     var poison = 0u;
     ${I.flatMap((i) => N.map((n) => weigh(config, parts, i, n))).join('')}
