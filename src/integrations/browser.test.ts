@@ -24,7 +24,7 @@ beforeAll(async () => {
   page = await browser.newPage();
   page.on('pageerror', (error) => console.error(error));
   await page.goto(served.url);
-});
+}, 120_000);
 afterAll(async () => {
   await browser?.close();
   served?.close();
@@ -64,10 +64,11 @@ describe('in Chromium', () => {
   }
 
   itNeeds(missing)('jax-js on WebGPU', async () => {
-    const { accuracy, device, leakedBytes, refused, kept } = await call('jax', seed);
+    const { accuracy, device, leakedBytes, refused, kept, gradients } = await call('jax', seed);
     expect(accuracy.cosineSimilarity).toBeGreaterThan(0.999);
     expect(device).toBe('webgpu');
     expect(leakedBytes).toBe(0);
     expect([refused, kept]).toEqual(['options.isCasual', 0]);
+    for (const error of gradients) expect(error).toBeLessThan(0.02);
   });
 });

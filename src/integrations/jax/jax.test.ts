@@ -3,10 +3,11 @@ import { afterAll, beforeAll, describe, expect, it } from 'vitest';
 import { Random, runSeed } from '../../../test/support/random.ts';
 import { createProblem } from '../../attention/problem.ts';
 import { disposeBackends } from '../../backends/registry.ts';
+import { backwardExact } from '../../reference/backward.ts';
 import { attentionExact } from '../../reference/exact.ts';
-import { compare } from '../../reference/metrics.ts';
+import { compare, relativeL2 } from '../../reference/metrics.ts';
 import { tensor } from '../../tensor/tensor.ts';
-import { sageattn } from './index.ts';
+import { sageattn, sageattnTrainable } from './index.ts';
 
 const seed = runSeed();
 beforeAll(async () => {
@@ -30,6 +31,36 @@ it('attends over jax-js arrays in the memory of this process, and consumes them'
   expect(compare((await output.data()) as Float32Array, exact).cosineSimilarity).toBeGreaterThan(0.999);
   expect(kept.refCount).toBe(1);
   kept.dispose();
+});
+
+it('gives gradients of arrays, and consumes what it is given', async () => {
+  const random = new Random(seed);
+  const [shape, keys] = [
+    [1, 4, 33, 16],
+    [1, 2, 70, 16],
+  ] as const;
+  const normal = (of: readonly number[]) => tensor(random.normals(of.reduce((a, b) => a * b)), of);
+  const [q, k, v, dOutput] = [normal(shape), normal(keys), normal(keys), normal(shape)];
+  const toJax = (value: typeof q) =>
+    numpy.array(value.data as Float32Array<ArrayBuffer>, { shape: [...value.shape], device: 'cpu' });
+  const [mine, incoming] = [toJax(q), toJax(dOutput)];
+  const attention = await sageattnTrainable(mine.ref, toJax(k), toJax(v), { windowSize: [20, 30] });
+  expect(attention.output.shape).toEqual(shape);
+  const gradients = await attention.backward(incoming.ref);
+  const exact = backwardExact(createProblem(q, k, v, { windowSize: [20, 30] }), { q, k, v, dOutput });
+  for (const name of ['dq', 'dk', 'dv'] as const) {
+    expect(gradients[name].shape).toEqual(name === 'dq' ? shape : keys);
+    expect(relativeL2((await gradients[name].data()) as Float32Array, exact[name])).toBeLessThan(0.02);
+  }
+  await expect(attention.backward(numpy.ones([1, 4, 33, 15], { device: 'cpu' }))).rejects.toMatchObject({
+    argument: 'dOutput',
+  });
+  expect([mine.refCount, incoming.refCount]).toEqual([1, 1]);
+  attention.dispose();
+  await expect(attention.backward(incoming)).rejects.toMatchObject({ code: 'disposed' });
+  expect(incoming.refCount).toBe(0);
+  mine.dispose();
+  attention.output.dispose();
 });
 
 describe.each(['cpu', 'wasm'] as const)('on the device %s', (device) => {

@@ -11,8 +11,9 @@ import { GraphBuilder } from '../../../test/support/graph-builder.ts';
 import { buildDiT } from '../../../test/support/models.ts';
 import { Random } from '../../../test/support/random.ts';
 import { createProblem } from '../../attention/problem.ts';
+import { backwardExact } from '../../reference/backward.ts';
 import { attentionExact } from '../../reference/exact.ts';
-import { type Accuracy, compare } from '../../reference/metrics.ts';
+import { type Accuracy, compare, relativeL2 } from '../../reference/metrics.ts';
 import { elementCount, type Tensor, tensor } from '../../tensor/tensor.ts';
 import * as jaxAttention from '../jax/index.ts';
 import { withSageAttention } from '../onnxruntime/index.ts';
@@ -161,7 +162,7 @@ async function tfjsModel(
   return { accuracy: compare(sage.values, plain.values), taken: taken.length, leaked: sage.leaked };
 }
 
-async function jax(seed: number): Promise<OnGpu & { device: string; kept: number }> {
+async function jax(seed: number): Promise<OnGpu & { device: string; kept: number; gradients: number[] }> {
   await init('webgpu');
   const { q, k, v, exact } = operands(seed);
   const make = (value: Tensor) =>
@@ -172,9 +173,17 @@ async function jax(seed: number): Promise<OnGpu & { device: string; kept: number
   const bytes = await leakedBytes(getWebGPUDevice(), async () => {
     (await jaxAttention.sageattn(make(q), make(k), make(v), { isCausal: true })).dispose();
   });
+  const exactGradients = backwardExact(createProblem(q, k, v, { isCausal: true }), { q, k, v, dOutput: q });
+  const attention = await jaxAttention.sageattnTrainable(make(q), make(k), make(v), { isCausal: true });
+  const made = await attention.backward(make(q));
+  attention.dispose();
+  const gradients: number[] = [];
+  for (const name of ['dq', 'dk', 'dv'] as const) {
+    gradients.push(relativeL2((await made[name].data()) as Float32Array, exactGradients[name]));
+  }
   const kept = make(q);
   const refused = await argumentAtFault(jaxAttention.sageattn(kept, make(k), make(v), { isCasual: true } as never));
-  return { accuracy, device, leakedBytes: bytes, refused, kept: kept.refCount };
+  return { accuracy, device, leakedBytes: bytes, refused, kept: kept.refCount, gradients };
 }
 
 /** What the test calls. */
