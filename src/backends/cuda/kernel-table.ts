@@ -42,6 +42,7 @@ export const CUDA_KERNELS: readonly CudaKernelDescriptor[] = [
     smoothQ: [false],
     maxHeadDim: MAX_HEAD_DIM,
     sinks: true,
+    blockMask: true,
   },
   {
     name: 'qk-int8-pv-fp16-cuda',
@@ -56,6 +57,7 @@ export const CUDA_KERNELS: readonly CudaKernelDescriptor[] = [
     smoothQ: [false],
     maxHeadDim: MAX_HEAD_DIM,
     sinks: true,
+    blockMask: true,
   },
   {
     name: 'qk-int8-pv-fp8-cuda',
@@ -70,6 +72,7 @@ export const CUDA_KERNELS: readonly CudaKernelDescriptor[] = [
     smoothQ: [false],
     maxHeadDim: MAX_HEAD_DIM,
     sinks: true,
+    blockMask: true,
   },
   {
     name: 'qk-int4-pv-fp8-cuda',
@@ -84,6 +87,7 @@ export const CUDA_KERNELS: readonly CudaKernelDescriptor[] = [
     smoothQ: ['block'],
     maxHeadDim: MAX_HEAD_DIM,
     sinks: true,
+    blockMask: true,
   },
   {
     name: 'qk-fp4-pv-fp4',
@@ -99,6 +103,7 @@ export const CUDA_KERNELS: readonly CudaKernelDescriptor[] = [
     smoothQ: ['block', false],
     maxHeadDim: MAX_HEAD_DIM,
     sinks: true,
+    blockMask: true,
   },
   {
     name: 'qk-fp4-pv-fp4-cuda',
@@ -115,6 +120,7 @@ export const CUDA_KERNELS: readonly CudaKernelDescriptor[] = [
     smoothQ: ['block', false],
     maxHeadDim: MAX_HEAD_DIM,
     sinks: true,
+    blockMask: true,
   },
   {
     name: 'qk-fp4-pv-fp8-cuda',
@@ -131,6 +137,7 @@ export const CUDA_KERNELS: readonly CudaKernelDescriptor[] = [
     smoothQ: ['block', false],
     maxHeadDim: MAX_HEAD_DIM,
     sinks: true,
+    blockMask: true,
   },
   {
     name: 'qk-int8-pv-fp8-cuda-sm90',
@@ -145,6 +152,7 @@ export const CUDA_KERNELS: readonly CudaKernelDescriptor[] = [
     smoothQ: [false],
     maxHeadDim: MAX_HEAD_DIM,
     sinks: true,
+    blockMask: true,
   },
   {
     name: 'qk-int8-pv-fp16-cuda-sm90',
@@ -159,6 +167,7 @@ export const CUDA_KERNELS: readonly CudaKernelDescriptor[] = [
     smoothQ: [false],
     maxHeadDim: MAX_HEAD_DIM,
     sinks: true,
+    blockMask: true,
   },
 ];
 

@@ -14,6 +14,7 @@ export const QK_INT8_PV_FP16: KernelDescriptor = {
   smoothQ: [false],
   maxHeadDim: MAX_HEAD_DIM,
   sinks: true,
+  blockMask: true,
 };
 
 /** What FP4 tensor cores give: for trying SageAttention3 without them, and for caches of 4 bits. Not chosen unless it is named. */
@@ -27,6 +28,7 @@ export const QK_FP4_PV_FP4: KernelDescriptor = {
   smoothQ: ['block', 'sequence', false],
   maxHeadDim: MAX_HEAD_DIM,
   sinks: true,
+  blockMask: true,
 };
 
 export const KERNELS: readonly KernelDescriptor[] = [QK_INT8_PV_FP16, QK_FP4_PV_FP4];

@@ -213,11 +213,11 @@ export class WebgpuKeyValue implements PreparedKeyValue {
   async attend(
     q: TensorView,
     problem: AttentionProblem,
-    { attnMask, sinks }: SideInputs,
+    { attnMask, sinks, blockMap }: SideInputs,
     run: RunContext,
   ): Promise<AttentionOutputs> {
     this.#check(run);
-    const inputs = takeInputs(this.#context, { q, mask: attnMask, sinks });
+    const inputs = takeInputs(this.#context, { q, mask: attnMask, sinks, blockMap });
     return this.#context.during(this.#attend(inputs, problem, run));
   }
 

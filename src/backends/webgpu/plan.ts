@@ -76,9 +76,9 @@ export class WebgpuPlan implements Plan {
   }
 
   /** CPU tensors are read before this returns, unless the plan must first be built for a new device. */
-  async run({ q, k, v, attnMask, sinks }: AttentionInputs, run: RunContext = {}): Promise<AttentionOutputs> {
+  async run({ q, k, v, attnMask, sinks, blockMap }: AttentionInputs, run: RunContext = {}): Promise<AttentionOutputs> {
     const planned = { location: this.#problem.location, outputs: this.outputs };
-    const made = await this.#program.run({ q, k, v, mask: attnMask, sinks }, planned, run);
+    const made = await this.#program.run({ q, k, v, mask: attnMask, sinks, blockMap }, planned, run);
     return made as unknown as AttentionOutputs;
   }
 
@@ -112,23 +112,24 @@ export class WebgpuPlan implements Plan {
         `a plan for ${problem.location} tensors`,
       );
     }
-    const { q, k, v, attnMask, sinks } = inputs;
+    const { q, k, v, attnMask, sinks, blockMap } = inputs;
     const buffers: Buffers = {};
-    for (const [name, view] of [
-      ['q', q],
-      ['k', k],
-      ['v', v],
-      ['mask', attnMask],
-      ['sinks', sinks],
+    for (const [name, view, planned] of [
+      ['q', q, problem.q],
+      ['k', k, problem.k],
+      ['v', v, problem.v],
+      ['mask', attnMask, problem.mask],
+      ['sinks', sinks, problem.sinks],
+      ['blockMap', blockMap, problem.blocks],
     ] as const) {
       if (view === undefined) continue;
       if (!isGpuTensor(view)) throw new InvalidArgumentError('mixed-locations', name, 'a GPU tensor', view.location);
       validateBuffer(name, view);
-      if (problem[name]?.offset !== view.offset) {
+      if (planned?.offset !== view.offset) {
         throw new InvalidArgumentError(
           'invalid-strides',
           `${name}.offset`,
-          `${problem[name]?.offset}, as planned`,
+          `${planned?.offset}, as planned`,
           `${view.offset}`,
         );
       }

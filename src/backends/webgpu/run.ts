@@ -32,9 +32,17 @@ import {
 /** CPU views are uploaded from their first element on. */
 export function rebased(problem: AttentionProblem): AttentionProblem {
   if (problem.location !== 'cpu') return problem;
-  const { q, k, v, mask, sinks } = problem;
+  const { q, k, v, mask, sinks, blocks } = problem;
   const first = <T extends { readonly offset: number }>(layout: T): T => ({ ...layout, offset: 0 });
-  return { ...problem, q: first(q), k: first(k), v: first(v), mask: mask && first(mask), sinks: sinks && first(sinks) };
+  return {
+    ...problem,
+    q: first(q),
+    k: first(k),
+    v: first(v),
+    mask: mask && first(mask),
+    sinks: sinks && first(sinks),
+    blocks: blocks && first(blocks),
+  };
 }
 
 /** A copy of a CPU tensor; a GPU tensor as it is. */

@@ -23,9 +23,10 @@ export function headsAsRows(
   problem: AttentionProblem,
   { descriptor, qkQuantGran, smoothQ }: KernelChoice,
 ): AttentionProblem | undefined {
-  const { queryLength, keyLength, queryHeads, kvHeads, sequences, q, mask } = problem;
+  const { queryLength, keyLength, queryHeads, kvHeads, sequences, q, mask, blocks } = problem;
   const rows = kvHeads === 0 ? 1 : largestDivisor(queryHeads / kvHeads, ROWS_WITH_OWN_SCALE);
-  if (queryLength !== 1 || sequences !== undefined || rows <= 1) return undefined;
+  // A list of tiles is that of one head.
+  if (queryLength !== 1 || sequences !== undefined || rows <= 1 || blocks !== undefined) return undefined;
   // Coarser scales, and the mean that smoothing subtracts from Q, would mix several heads.
   // FP4 has scales of single rows.
   const ofRows = qkQuantGran === 'per-thread' || descriptor.qkQuantGran.length === 0;

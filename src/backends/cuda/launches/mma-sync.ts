@@ -46,6 +46,7 @@ import { headsAsRows } from './heads-as-rows.ts';
 import type { KernelLaunch, LaunchSequence } from './launch.ts';
 import { quantizeKeyLaunch, quantizeQueryLaunch, queryScratch, statisticsLaunches, valueLaunches } from './quantize.ts';
 import type { Scheme } from './scheme.ts';
+import { blockArgumentsOf, type ListedTiles, tileListLaunches, tileListScratch } from './tile-lists.ts';
 import { visibleKeysPointer } from './visible-keys.ts';
 
 function keyValue(context: Context, parts: readonly KeyValuePart[]): KernelLaunch[] {
@@ -157,6 +158,7 @@ function shapeOf(context: Context) {
     banded: isBanded(problem.band),
     sameBand: rowsAreHeads,
     mask: maskFormatOf(problem),
+    blocks: problem.blocks !== undefined,
     softcap: problem.softcap !== 0,
     sinks: splits > 1 ? 'none' : sinkFormatOf(problem),
     smoothQ: choice.smoothQ !== false,
@@ -165,10 +167,11 @@ function shapeOf(context: Context) {
     lse: problem.returnLse,
     split: splits > 1,
   };
-  return { config, queryTiles, blocks, splits };
+  const tiles: ListedTiles = { tileRows: blockQueries(tile), packedHeads: 1, tileKeys: BLOCK_K, queryTiles };
+  return { config, queryTiles, blocks, splits, tiles };
 }
 
-function attentionLaunch(context: Context, { config, queryTiles, blocks, splits }: ReturnType<typeof shapeOf>) {
+function attentionLaunch(context: Context, { config, queryTiles, blocks, splits, tiles }: ReturnType<typeof shapeOf>) {
   const { problem, choice, layout, scheme } = context;
   const { queryHeads, kvHeads } = problem;
   const module = moduleOf(attention, config);
@@ -215,6 +218,7 @@ function attentionLaunch(context: Context, { config, queryTiles, blocks, splits 
         })
       : []),
     ...(splits > 1 ? [] : sinkArgumentsOf(problem)),
+    ...blockArgumentsOf(context, tiles),
   ]);
 }
 
@@ -227,12 +231,14 @@ function attend(context: Context): Pick<LaunchSequence, 'launches' | 'scratch'> 
     launches: [
       hasFp4Keys(scheme) ? fp4QueryLaunch(context) : quantizeQueryLaunch(context),
       ...(choice.smoothQ && layout.keyTiles > 0 ? [meanScoresLaunch(context)] : []),
+      ...tileListLaunches(context, shape.tiles),
       attentionLaunch(context, shape),
       ...combineLaunches(context, shape.splits),
     ],
     scratch: {
       ...queryScratch(context),
       ...fp4QueryScratch(context),
+      ...tileListScratch(context, shape.tiles),
       ...(choice.smoothQ
         ? {
             queryMean: blocks * scheme.paddedDim * 4,

@@ -36,6 +36,7 @@ import { combineLaunches, combineScratch, outputPointersOf } from './combine.ts'
 import { type Context, type FamilyLaunches, type KeyValuePart, loadWidthOf, splitsOf } from './context.ts';
 import type { KernelArgument, KernelLaunch, LaunchSequence, TensorMapDescription } from './launch.ts';
 import { quantizeQueryLaunch, queryScratch, statisticsLaunches } from './quantize.ts';
+import { blockArgumentsOf, type ListedTiles, tileListLaunches, tileListScratch } from './tile-lists.ts';
 import { visibleKeysPointer } from './visible-keys.ts';
 
 /**
@@ -100,6 +101,7 @@ function shapeOf(context: Context): Shape {
     exponentOffset: pvFormat === 'e4m3' ? LOG2_E4M3_MAX - tile.rescaleThreshold : 0,
     banded: isBanded(problem.band),
     mask: maskFormatOf(problem),
+    blocks: problem.blocks !== undefined,
     softcap: problem.softcap !== 0,
     sinks: splits > 1 ? 'none' : sinkFormatOf(problem),
     smoothV: choice.smoothV,
@@ -237,6 +239,13 @@ function keyValue(context: Context, parts: readonly KeyValuePart[]): KernelLaunc
   ];
 }
 
+const listedTilesOf = ({ config, rows, queryTiles }: Shape): ListedTiles => ({
+  tileRows: rows,
+  packedHeads: config.packedHeads,
+  tileKeys: WGMMA_BLOCK_K,
+  queryTiles,
+});
+
 function attentionLaunch(context: Context, shape: Shape): KernelLaunch {
   const { problem, choice, device, layout, scheme } = context;
   const { config, tuning, queryTiles, units, splits } = shape;
@@ -282,6 +291,7 @@ function attentionLaunch(context: Context, shape: Shape): KernelLaunch {
     ...softcapArguments(problem),
     ...mapsOf(context, shape),
     ...(splits > 1 ? [] : sinkArgumentsOf(problem)),
+    ...blockArgumentsOf(context, listedTilesOf(shape)),
   ]);
 }
 
@@ -293,10 +303,15 @@ function attend(context: Context): Pick<LaunchSequence, 'launches' | 'scratch'> 
   return {
     launches: [
       ...(fused ? [] : [quantizeQueryLaunch(context)]),
+      ...tileListLaunches(context, listedTilesOf(shape)),
       attentionLaunch(context, shape),
       ...combineLaunches(context, splits),
     ],
-    scratch: { ...(fused ? {} : queryScratch(context)), ...combineScratch(context, splits) },
+    scratch: {
+      ...(fused ? {} : queryScratch(context)),
+      ...tileListScratch(context, listedTilesOf(shape)),
+      ...combineScratch(context, splits),
+    },
   };
 }
 

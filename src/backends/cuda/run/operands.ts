@@ -109,12 +109,13 @@ export function operandsOf(problem: AttentionProblem, inputs: AttentionInputs): 
 }
 
 /** What a call has beside q, k and v. */
-export function sideOperands(problem: AttentionProblem, { attnMask, sinks }: SideInputs): Operand[] {
+export function sideOperands(problem: AttentionProblem, { attnMask, sinks, blockMap }: SideInputs): Operand[] {
   const operands: Operand[] = [];
   const add = (buffer: BufferName, argument: string, view: TensorView | undefined, offset = 0) => {
     if (view !== undefined) operands.push({ buffer, argument, view, offset });
   };
   add('mask', 'options.attnMask', attnMask, problem.mask?.offset);
+  add('blockMap', 'options.blockMask.map', blockMap, problem.blocks?.offset);
   add('sinks', 'options.sinks', sinks, problem.sinks?.offset);
   return operands;
 }

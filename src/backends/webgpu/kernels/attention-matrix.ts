@@ -16,20 +16,14 @@
  * consecutive threads is asked by value before the family is chosen (families/matrix-dialect.ts).
  */
 
+import { hasHidden, MAP_AT } from './blocks.ts';
 import { KEY_TILE, params, rowVectors, SEQUENCE, tables, VALUE_GROUP } from './layout.ts';
 import { factsUnit, heldQueries, keyCopies, keyTileUnits, valueCopies } from './matrix-copies.ts';
 import { grid, type MatrixMemory, unitsOf, workgroupUnits } from './matrix-operations.ts';
 import { rowVariables, type SoftmaxConfig, SUM_ORIGIN, softmaxFunctions, softmaxStatements } from './matrix-softmax.ts';
 import { type MatrixTiling, matrixTiling } from './matrix-tiling.ts';
 import { valueFunctions } from './prepare.ts';
-import {
-  ATTENTION_PARAMS,
-  lseStatement,
-  naturalLse,
-  recordFloats,
-  scoreDeclarations,
-  storeChannels,
-} from './scores.ts';
+import { attentionParams, lseStatement, naturalLse, recordFloats, scoreDeclarations, storeChannels } from './scores.ts';
 import { statisticsVectors } from './statistics.ts';
 import { EXCLUDED, range } from './storage.ts';
 
@@ -293,12 +287,12 @@ fn main(@builtin(workgroup_id) group: vec3<u32>, @builtin(local_invocation_index
   let query_row = head * P.queryRowsPerHead + sequence_field(sequence, ${SEQUENCE.queryRow}u) + first_row;
   let kv_row = head / P.groupSize * P.keyRowsPerHead + sequence_field(sequence, ${SEQUENCE.keyRow}u);
   let key_tile = kv_row / ${KEY_TILE}u - P.keyRowBase / ${keyTileUnits(headDimPadded)}u;
-${KEY_RANGE(keys)}
+${KEY_RANGE(keys)}${config.blocks ? `\n  ${MAP_AT}` : ''}
   ${R.map(
     (r) => `let row_${r} = subgroup * ${rowsEach}u + lane % ${rowsAtOnce}u + ${r * lanes}u;
   ${tiling.swapped ? `let swap_${r} = row_${r} / 4u % 2u;` : ''}
   let facts_${r} = query_rows[(query_row + row_${r}) * ${rowVectors(headDimPadded)}u + ${headDimPadded / 16}u - P.queryRowBase];
-  ${rowVariables(r, maskRow(r))}
+  ${rowVariables(r, maskRow(r), config.blocks)}
   row_factor[row_${r}] = 1.0;`,
   ).join('\n  ')}
   ${outputs.flatMap((own) => own.map((name) => operations.declareResult(pv, name))).join(' ')}
@@ -323,7 +317,7 @@ ${KEY_RANGE(keys)}
       workgroupBarrier();
       if (t == 0u) { atomicStore(&moved[1u - parity], 0u); }
       let edge = start + ${keys} > length || start < lower + ${rows - 1} || start + ${keys - 1} > upper;
-      let general = edge || key_flags != 0u;
+      let general = edge || key_flags != 0u${config.blocks ? ` || ${hasHidden('start', keys)}` : ''};
       ${softmax}
       ${keyCopy.store}
       ${valueCopy.store}
@@ -353,7 +347,7 @@ ${R.map((r) => finishRow(config, tiling, r)).join('')}
 enable subgroups;
 ${[qk, pv].some((product) => [product.componentType, product.resultComponentType].includes('f16')) && operations.enable !== '' ? 'enable f16;' : ''}
 ${operations.enable}
-${params(0, ATTENTION_PARAMS)}
+${params(0, attentionParams(config))}
 ${tables(1)}
 @group(0) @binding(2) var<storage, read> query_rows: array<vec4<u32>>;
 @group(0) @binding(3) var<storage, read> key_tiles: array<vec4<u32>>;

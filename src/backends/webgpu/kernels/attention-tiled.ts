@@ -11,6 +11,7 @@
  * kernels.
  */
 import { NVFP4_BLOCK } from '../../../quantization/fp4-blocks.ts';
+import { excludeHidden, leaveOutHidden, MAP_AT } from './blocks.ts';
 import { fp4QueryVectors, fp4Reader } from './fp4.ts';
 import { FLAG_UNSMOOTHED, POISON, params, rowVectors, SEQUENCE, tables } from './layout.ts';
 import { readsStatistics, valueFunctions } from './prepare.ts';
@@ -238,7 +239,7 @@ function tileLoads(config: TiledConfig, { threads, vectors, dims, quads }: Parts
 }
 
 /** Products of Q and K, and what becomes of them before softmax: `f_<i>_<n>`. */
-function tileScores(config: TiledConfig, { I, N, dims, queryAt, keyAt, col }: Parts): string {
+function tileScores(config: TiledConfig, { I, N, dims, queryAt, keyAt, row, col }: Parts): string {
   const { rows, keys, fp4 } = config;
   // In FP4 a vector is a block: its products are summed exactly, in units of a quarter.
   const product = (sum: string, i: number) => (fp4 ? `f32(${sum}) * (qs_${i} * ks)` : sum);
@@ -262,7 +263,7 @@ function tileScores(config: TiledConfig, { I, N, dims, queryAt, keyAt, col }: Pa
     // The mask is read only for visible keys; a band check costs nothing in tiles that lie inside every row's band.
     const visible = `key_${n} >= low_${i} && key_${n} <= high_${i}`;
     return `${softcap}
-      if (edge && !(${visible})) { ${f} = ${EXCLUDED}; } ${masking === '' ? '' : `else { ${masking} }`}`;
+      if (edge && !(${visible})) { ${f} = ${EXCLUDED}; } ${masking === '' ? '' : `else { ${masking} }`}${config.blocks ? ` ${excludeHidden(f, row(i), `key_${n}`)}` : ''}`;
   };
   return `${products}
     ${N.map(
@@ -426,7 +427,7 @@ function finishRow(config: TiledConfig, { V, row }: Parts, i: number): string {
 
 export function tiledAttentionKernel(config: TiledConfig): string {
   const { keys, colThreads, sharedKeyValue, family, packedDot, subgroupId } = config;
-  const { headDimPadded, valueDimPadded, values, mask, fp4 } = config;
+  const { headDimPadded, valueDimPadded, values, mask, fp4, blocks } = config;
   const parts = partsOf(config);
   const { threads, dims, quads, I, V, row, queryAt, maxAt } = parts;
   const subgroup = family === 'subgroup';
@@ -493,8 +494,8 @@ ${I.map(
   let scale_${i} = bitcast<f32>(facts_${i}.x); let constant_${i} = bitcast<f32>(facts_${i}.z);`,
 ).join('\n')}
 
-  for (var start = key_begin; start < key_end; start += ${keys}) {
-    let first = u32(start);
+${blocks ? `  ${MAP_AT}\n` : ''}  for (var start = key_begin; start < key_end; start += ${keys}) {
+    let first = u32(start);${blocks ? leaveOutHidden(keys) : ''}
     workgroupBarrier();
     ${loads.keys}
     ${sharedKeyValue ? '' : loads.values}

@@ -60,7 +60,7 @@ export function softmaxFunctions(config: SoftmaxConfig): string {
       .join(', ')})`.replace(/^/, type === 'f32' ? 'bitcast<vec4<f32>>(' : '') + (type === 'f32' ? ')' : '');
   const ownScales = `scales = row.scale * ${facts(0, 'f32')};`;
   return `
-struct Row { scale: f32, constant: f32, low: i32, high: i32, mask: u32 }
+struct Row { scale: f32, constant: f32, low: i32, high: i32, mask: u32${config.blocks ? ', map: u32' : ''} }
 fn finished_scores(sums: vec4<f32>, key: i32, facts: u32, key_scale: f32, key_flags: u32, edge: bool, row: Row, poison: ptr<function, u32>) -> vec4<f32> {
   var scales = vec4<f32>(row.scale * key_scale);
   var flags = vec4<u32>();
@@ -73,17 +73,22 @@ fn finished_scores(sums: vec4<f32>, key: i32, facts: u32, key_scale: f32, key_fl
     let keys = vec4<i32>(key) + vec4<i32>(0, 1, 2, 3);
     f = select(f, vec4<f32>(${EXCLUDED}), (keys < vec4<i32>(row.low)) | (keys > vec4<i32>(row.high)));
   }
-  ${masked.join('\n  ')}
+  ${masked.join('\n  ')}${
+    config.blocks
+      ? `
+  if (block_at(row.map + u32(key) / P.blockKeys * P.mapKeyStride) == 0u) { f = vec4<f32>(${EXCLUDED}); }`
+      : ''
+  }
   let faults = select(vec4<u32>(), flags & vec4<u32>(${POISON}u), f > vec4<f32>(${EXCLUDED_BELOW}));
   *poison |= faults.x | faults.y | faults.z | faults.w;
   return f;
 }`;
 }
 
-/** The variables of a lane's row. */
-export function rowVariables(r: number, mask: string): string {
+/** The variables of a lane's row; with a block mask the kernel has `map_at` and `first_row`. */
+export function rowVariables(r: number, mask: string, blocks: boolean): string {
   return `var m_${r} = ${EXCLUDED}; var l_${r} = 0.0; var poison_${r} = 0u;
-  let own_${r} = Row(bitcast<f32>(facts_${r}.x), bitcast<f32>(facts_${r}.z), lower + i32(row_${r}), min(length - 1, upper + i32(row_${r})), ${mask});`;
+  let own_${r} = Row(bitcast<f32>(facts_${r}.x), bitcast<f32>(facts_${r}.z), lower + i32(row_${r}), min(length - 1, upper + i32(row_${r})), ${mask}${blocks ? `, map_at + (first_row + row_${r}) / P.blockRows * P.mapRowStride` : ''});`;
 }
 
 const largest = (values: readonly string[]) => values.reduce((a, b) => `max(${a}, ${b})`);

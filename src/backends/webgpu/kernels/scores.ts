@@ -1,6 +1,7 @@
 /** What every attention kernel does to a score between `q . k` and softmax, and to a row at its end. */
 import type { QuerySmoothing } from '../../../quantization/schemes.ts';
 import type { DType, MaskDType } from '../../../tensor/dtype.ts';
+import { BLOCK_DECLARATIONS, BLOCK_PARAMS } from './blocks.ts';
 import { SEQUENCE } from './layout.ts';
 import { readsStatistics, type ValueScaling } from './prepare.ts';
 import { JOIN_SINK } from './sinks.ts';
@@ -13,6 +14,8 @@ export interface ScoreConfig {
   readonly valueDim: number;
   readonly valueDimPadded: number;
   readonly mask: MaskDType | undefined;
+  /** Of the keys that the band leaves, a block mask (buffer `blockMap`) says which are attended to. */
+  readonly blocks: boolean;
   readonly softcap: boolean;
   readonly returnLse: boolean;
   /** The last kernel of a row adds its head's sink. With V smoothed results are partial: the sink's share has no mean of V. */
@@ -70,8 +73,11 @@ export const ATTENTION_PARAMS = [
 /** Parameters of kernels that read buffer `meanScores`. */
 export const MEAN_SCORE_PARAMS = ['meanGroups', 'scoreStride', 'scoreBase'] as const;
 
-export const attentionParams = ({ fp4 }: Pick<ScoreConfig, 'fp4'>): readonly string[] =>
-  fp4?.smoothQ ? [...ATTENTION_PARAMS, ...MEAN_SCORE_PARAMS] : ATTENTION_PARAMS;
+export const attentionParams = ({ fp4, blocks }: Pick<ScoreConfig, 'fp4' | 'blocks'>): readonly string[] => [
+  ...ATTENTION_PARAMS,
+  ...(fp4?.smoothQ ? MEAN_SCORE_PARAMS : []),
+  ...(blocks ? BLOCK_PARAMS : []),
+];
 
 /** What decides how a score comes from a product. */
 export type ScoreMeaning = Pick<ScoreConfig, 'mask' | 'softcap'>;
@@ -109,7 +115,7 @@ fn soft_capped(s: f32) -> f32 {
 
 /** Bindings from 5 on, and the helpers that follow from the configuration. */
 export function scoreDeclarations(config: ScoreConfig): string {
-  const { mask, dtype, returnLse, values, softcap, sinks, result, fp4 } = config;
+  const { mask, dtype, returnLse, values, softcap, sinks, blocks, result, fp4 } = config;
   return `
 ${mask === undefined ? '' : maskLoader(5, mask)}
 ${
@@ -120,7 +126,7 @@ ${outputPacker(dtype)}`
     : '@group(0) @binding(6) var<storage, read_write> records: array<f32>;'
 }
 ${readsStatistics(values) ? '@group(0) @binding(8) var<storage, read> partials: array<vec4<f32>>;' : ''}${fp4?.smoothQ ? '\n@group(0) @binding(7) var<storage, read> mean_scores: array<f32>;' : ''}
-${softcap ? SOFTCAP : ''}${sinks && result === 'final' ? JOIN_SINK : ''}
+${softcap ? SOFTCAP : ''}${blocks ? BLOCK_DECLARATIONS : ''}${sinks && result === 'final' ? JOIN_SINK : ''}
 `;
 }
 

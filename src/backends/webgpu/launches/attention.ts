@@ -1,5 +1,6 @@
 /** Attention over quantized keys: its splits, its kernel's configuration, its launches. */
 import { type AttentionProblem, outputLayoutOf, outputShapeOf } from '../../../attention/problem.ts';
+import { UnsupportedOptionError } from '../../../errors.ts';
 import { BYTES_PER_ELEMENT } from '../../../tensor/dtype.ts';
 import { elementCount } from '../../../tensor/tensor.ts';
 import type { KernelChoice } from '../../backend.ts';
@@ -16,6 +17,7 @@ import {
   scoresAreFloat,
 } from '../kernels/scores.ts';
 import { roundUp } from '../kernels/storage.ts';
+import { blockSpans, blockValues } from './blocks.ts';
 import {
   type Fp4Queries,
   type MeanScores,
@@ -183,6 +185,7 @@ export function attentionLaunches(
     }
     if (scores !== undefined) bindings.push(meanScoresSpan(stages, scores, heads[0], 7, tiles, unit));
     if (readsStatistics(config.values)) bindings.push(partialSpan(stages, 8, kv));
+    if (config.blocks) bindings.push(...blockSpans(problem, tiles, unit));
     return bindings;
   };
 
@@ -223,6 +226,7 @@ export function attentionLaunches(
         recordBase: base('records') / 4,
         softcap: problem.softcap,
         inverseSoftcap: inverseSoftcapOf(problem.softcap),
+        ...(config.blocks ? blockValues(problem, base) : {}),
         ...(scores === undefined
           ? {}
           : {
@@ -247,14 +251,27 @@ export function scoreConfigOf(stages: Stages, splits: KeySplits, fp4: Fp4Product
   const sharesWords = dtype !== 'float32' && valueDim % 2 === 1;
   const sinks = problem.sinks !== undefined;
   const { values } = stages.keyValue;
+  const blocks = problem.blocks !== undefined && keyLength > 0;
+  // The mask, the map, V's statistics and one more buffer would be nine: more than core WebGPU binds.
+  const manyBindings = blocks && mask !== undefined && readsStatistics(values);
+  if (manyBindings && fp4?.smoothQ) {
+    const received = 'a block mask with a mask and smoothV';
+    throw new UnsupportedOptionError('qk-fp4-pv-fp4', 'options.smoothQ', 'false', `${fp4.smoothQ} for ${received}`);
+  }
   // The merging kernel also writes the logsumexp where rounded weights do not give it, and where its binding is taken.
-  const merged = splits.count > 1 || sharesWords || (returnLse && fp4?.weights === true) || (sinks && values.smoothed);
+  const merged =
+    splits.count > 1 ||
+    sharesWords ||
+    (returnLse && fp4?.weights === true) ||
+    (sinks && values.smoothed) ||
+    (manyBindings && returnLse);
   return {
     dtype,
     headDimPadded: padDim(headDim),
     valueDim,
     valueDimPadded: padDim(valueDim),
     mask: keyLength === 0 ? undefined : mask?.dtype,
+    blocks,
     softcap: softcap > 0,
     returnLse,
     sinks,

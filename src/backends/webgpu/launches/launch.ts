@@ -13,6 +13,7 @@ export type BufferName =
   | 'v'
   | 'mask'
   | 'sinks'
+  | 'blockMap'
   | OutputName
   | 'tables'
   | 'queryRows'

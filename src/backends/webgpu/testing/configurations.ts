@@ -49,8 +49,9 @@ const SCORES: readonly ScoreConfig[] = (
     ['bfloat16', 32, 1, 'float32', false, false, 'tile', 'partial'],
     ['float32', 64, 64, undefined, false, true, 'tile', 'final', 'sinks'],
     ['float16', 32, 32, undefined, true, false, 'tile', 'partial', 'sinks'],
+    ['bfloat16', 64, 64, 'bool', false, false, 'tile', 'final', 'blocks'],
   ] as const
-).map(([dtype, headDimPadded, valueDim, mask, softcap, returnLse, keyScale, result, sinks]) => ({
+).map(([dtype, headDimPadded, valueDim, mask, softcap, returnLse, keyScale, result, feature]) => ({
   dtype,
   headDimPadded,
   valueDim,
@@ -58,7 +59,8 @@ const SCORES: readonly ScoreConfig[] = (
   mask,
   softcap,
   returnLse,
-  sinks: sinks !== undefined,
+  sinks: feature === 'sinks',
+  blocks: feature === 'blocks',
   values: { scaled: dtype !== 'float16', smoothed: dtype === 'bfloat16', exponent: 15 },
   sharedScale: keyScale === 'tile',
   fp4: undefined,
@@ -87,14 +89,14 @@ export interface WebgpuConfiguration {
 }
 
 /** The score configuration's distinguishing fields. */
-const scoresName = ({ dtype, headDimPadded, valueDim, mask, result, sinks, fp4 }: ScoreConfig) =>
-  `${fp4 === undefined ? '' : 'FP4 '}${dtype} D${headDimPadded}/${valueDim} ${mask ?? 'no'} mask, ${result}${sinks ? ', sinks' : ''}`;
+const scoresName = ({ dtype, headDimPadded, valueDim, mask, result, sinks, blocks, fp4 }: ScoreConfig) =>
+  `${fp4 === undefined ? '' : 'FP4 '}${dtype} D${headDimPadded}/${valueDim} ${mask ?? 'no'} mask, ${result}${sinks ? ', sinks' : ''}${blocks ? ', blocks' : ''}`;
 
 function tiledKernels(): WebgpuConfiguration[] {
   return TILED_VARIANTS.flatMap((variant) =>
     [...SCORES, ...FP4_SCORES]
       .filter(({ valueDimPadded }) => valueDimPadded % (4 * variant.colThreads) === 0)
-      // Tiles have no part in them.
+      // Tiles have no part in sinks.
       .filter(({ sinks }) => !sinks || variant === TILED_VARIANTS[0])
       .flatMap((scores) =>
         (['base', 'subgroup'] as const).flatMap((family) =>

@@ -20,13 +20,14 @@ import { Parked } from './parked.ts';
 import { multiplyKeys, multiplyValues } from './products.ts';
 import { softmax } from './softmax.ts';
 import { makeScores, makeState, type Output, type Scores, type Seeds, type SoftmaxState } from './state.ts';
+import { Walk } from './walk.ts';
 
 /** The kernel of one configuration. */
 export function attention(config: AttentionConfig): Kernel {
   const frame = makeFrame(config);
   const { b } = frame;
   const { place, work } = placeAndWork(frame);
-  const tile = b.mov(work.firstTile);
+  const walk = new Walk(frame, work);
 
   b.section('addresses');
   const shared = b.sharedAddress();
@@ -38,14 +39,20 @@ export function attention(config: AttentionConfig): Kernel {
 
   b.section('prologue: Q, first K and V on their way');
   const warpRow = b.mul(place.warp, config.rowsPerWarp);
-  b.if(b.setp('lt', tile, work.lastTile), () => {
+  b.if(b.setp('lt', walk.position, work.lastTile), () => {
     const { keyHead, paddedKeyStart } = work;
+    const { tile, position } = walk.first(work);
     copies.copyQuery(queryRow, shared);
     const keys = { keyHead, paddedKeyStart, firstKeyTile: b.shr(keyRow, 6) };
-    copies.copyKey(keys, tile, staged(frame, b.add(shared, copies.key.destination), frame.tiles.key, tile));
+    copies.copyKey(
+      keys,
+      tile,
+      position,
+      staged(frame, b.add(shared, copies.key.destination), frame.tiles.key, position),
+    );
     if (config.valueStages === 2) {
       const destination = b.add(shared, copies.value.destination);
-      copies.copyValue(keys, tile, staged(frame, destination, frame.tiles.value, tile));
+      copies.copyValue(keys, tile, position, staged(frame, destination, frame.tiles.value, position));
     }
     b.cpAsyncCommitGroup();
   });
@@ -58,9 +65,9 @@ export function attention(config: AttentionConfig): Kernel {
   // With P in FP8 a register is free to hold this address across QK^T.
   const valueLane = config.pvFormat === 'e4m3' ? valueLaneAddress(frame, place.thread) : undefined;
 
-  const loop: Loop = { frame, copies, parked, tile, scores, ...state, lanes: { ...lanes, value: valueLane } };
+  const loop: Loop = { frame, copies, parked, walk, scores, ...state, lanes: { ...lanes, value: valueLane } };
   b.loop(
-    () => b.setp('lt', tile, parked.lastTile()),
+    () => b.setp('lt', walk.position, parked.lastTile()),
     () => attendTile(loop),
   );
 
@@ -115,7 +122,7 @@ interface Loop {
   readonly frame: Frame;
   readonly copies: TileCopies;
   readonly parked: Parked;
-  readonly tile: Reg<'s32'>;
+  readonly walk: Walk;
   readonly scores: Scores;
   readonly softmax: SoftmaxState;
   readonly output: Output;
@@ -130,22 +137,23 @@ interface Loop {
 
 /** One tile of keys. */
 function attendTile(loop: Loop): void {
-  const { frame, parked, tile, scores, output, seeds, lanes } = loop;
+  const { frame, parked, walk, scores, output, seeds, lanes } = loop;
   const { b, config, tiles, fp4Keys, fp4Values } = frame;
   b.section('K (and V) of this tile have landed; fetch the next');
   b.cpAsyncWaitGroup(0);
   b.barSync();
+  const { tile, position } = walk.now();
   // Loaded here because its latency is about as long as QK^T.
-  const keyScale = loadKeyScale(loop);
-  const unit = fp4Values ? loadValueUnit(loop) : undefined;
-  fetchTiles(loop);
-  const fp4 = fp4Keys || fp4Values ? new Fp4Products(frame, parked, tile) : undefined;
+  const keyScale = loadKeyScale(loop, tile);
+  const unit = fp4Values ? loadValueUnit(loop, tile) : undefined;
+  fetchTiles(loop, tile);
+  const fp4 = fp4Keys || fp4Values ? new Fp4Products(frame, parked, position) : undefined;
 
   b.section('S = Q K^T');
-  const keys = staged(frame, lanes.key, tiles.key, tile);
+  const keys = staged(frame, lanes.key, tiles.key, position);
   if (fp4Keys) fp4?.multiplyKeys(scores, seeds, lanes.query, keys);
   else multiplyKeys(frame, scores, seeds, lanes.query, keys);
-  softmax({ frame, parked, tile, scores, state: loop.softmax, output, keyScale });
+  softmax({ frame, parked, tile, cut: walk.isCut(), scores, state: loop.softmax, output, keyScale });
 
   if (config.valueStages === 1) {
     b.section('V of this tile has landed');
@@ -154,15 +162,15 @@ function attendTile(loop: Loop): void {
   }
   b.section('O += P V');
   const lane = lanes.value ?? valueLaneAddress(frame, parked.threadNow());
-  const base = config.valueStages === 1 ? lane : staged(frame, lane, tiles.value, tile);
+  const base = config.valueStages === 1 ? lane : staged(frame, lane, tiles.value, position);
   if (unit !== undefined) fp4?.multiplyValues(scores, output, loop.softmax, unit, base);
   else multiplyValues(frame, scores, output, seeds, base);
 
   b.section('next tile');
-  b.add(tile, 1, tile);
+  walk.advance(parked);
 }
 
-function loadKeyScale({ frame, parked, tile }: Loop): Reg<'f32'> {
+function loadKeyScale({ frame, parked }: Loop, tile: Reg<'s32'>): Reg<'f32'> {
   const { b, config, pointer } = frame;
   const tileIndex = b.add(parked.reload().firstKeyTile, b.as(tile, 'u32'));
   const index = config.keyScales === 4 ? b.add(b.shl(tileIndex, 2), b.and(parked.threadNow(), 3)) : tileIndex;
@@ -170,7 +178,7 @@ function loadKeyScale({ frame, parked, tile }: Loop): Reg<'f32'> {
 }
 
 /** What this tile of V was divided by. */
-function loadValueUnit({ frame, parked, tile }: Loop): Reg<'f32'> {
+function loadValueUnit({ frame, parked }: Loop, tile: Reg<'s32'>): Reg<'f32'> {
   const { b, fp4 } = frame;
   if (fp4 === undefined) throw new Error('V is not NVFP4');
   const index = b.add(parked.reload().firstKeyTile, b.as(tile, 'u32'));
@@ -178,17 +186,18 @@ function loadValueUnit({ frame, parked, tile }: Loop): Reg<'f32'> {
 }
 
 /** Sends for the next tile of K and V, or for this one's V where it has one buffer. */
-function fetchTiles({ frame, copies, parked, tile }: Loop): void {
+function fetchTiles({ frame, copies, parked, walk }: Loop, tile: Reg<'s32'>): void {
   const { b, config, tiles } = frame;
   if (config.valueStages === 1) {
-    copies.copyValue(parked.reload(), tile, parked.valueDestination());
+    copies.copyValue(parked.reload(), tile, walk.position, parked.valueDestination());
     b.cpAsyncCommitGroup();
   }
-  b.if(b.setp('lt', b.add(tile, 1), parked.lastTile()), () => {
-    const next = b.add(tile, 1);
-    copies.copyKey(parked.reload(), next, staged(frame, parked.keyDestination(), tiles.key, next));
+  b.if(b.setp('lt', b.add(walk.position, 1), parked.lastTile()), () => {
+    const { tile: next, position } = walk.next(parked);
+    copies.copyKey(parked.reload(), next, position, staged(frame, parked.keyDestination(), tiles.key, position));
     if (config.valueStages === 2) {
-      copies.copyValue(parked.reload(), next, staged(frame, parked.valueDestination(), tiles.value, next));
+      const place = parked.reload();
+      copies.copyValue(place, next, position, staged(frame, parked.valueDestination(), tiles.value, position));
     }
   });
   b.cpAsyncCommitGroup();

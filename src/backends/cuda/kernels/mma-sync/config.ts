@@ -48,6 +48,8 @@ export interface AttentionConfig {
   /** Rows are heads over one token: all see what row 0 sees. */
   readonly sameBand: boolean;
   readonly mask: 'none' | 'boolean' | DType;
+  /** Tiles of keys come from lists; see `parts/blocks.ts`. */
+  readonly blocks: boolean;
   readonly softcap: boolean;
   /** Dtype of the sinks. Kernels of splits have none: `combine.ts` adds them. */
   readonly sinks: 'none' | DType;

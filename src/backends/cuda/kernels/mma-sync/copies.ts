@@ -51,10 +51,10 @@ export class TileCopies {
   }
 
   /** The start of shared memory, moved to the buffer of a tile's scales. */
-  #scaleStage(scales: SharedTile | undefined, tile: Reg<'s32'>): Reg<'shared'> {
+  #scaleStage(scales: SharedTile | undefined, position: Reg<'s32'>): Reg<'shared'> {
     const { b } = this.#frame;
     const start = b.sharedAddress();
-    return scales === undefined ? start : staged(this.#frame, start, scales, tile);
+    return scales === undefined ? start : staged(this.#frame, start, scales, position);
   }
 
   /** This thread's first chunk of a tile whose rows, tokens, lie one behind the other. */
@@ -106,11 +106,12 @@ export class TileCopies {
     }
   }
 
-  copyKey(place: KeyPlace, tile: Reg<'s32'>, into: Reg<'shared'>): void {
+  /** @param position the tile's place among those that are taken, which says what buffer its scales go to */
+  copyKey(place: KeyPlace, tile: Reg<'s32'>, position: Reg<'s32'>, into: Reg<'shared'>): void {
     const { b, config, pointer, fp4, tiles } = this.#frame;
     if (tiles.keyScales !== undefined) {
       const index = b.add(place.firstKeyTile, b.as(tile, 'u32'));
-      const into = this.#scaleStage(tiles.keyScales, tile);
+      const into = this.#scaleStage(tiles.keyScales, position);
       this.#copyScales(tiles.keyScales, fp4?.keyBlockScale, index, into, place.thread ?? b.special('%tid.x'));
     }
     const base = b.loadPointer(pointer.key);
@@ -118,12 +119,13 @@ export class TileCopies {
     this.key.emit(source, into, config.qkRowBytes);
   }
 
-  copyValue(place: KeyPlace, tile: Reg<'s32'>, into: Reg<'shared'>): void {
+  /** @param position as for {@link copyKey} */
+  copyValue(place: KeyPlace, tile: Reg<'s32'>, position: Reg<'s32'>, into: Reg<'shared'>): void {
     const { b, config, pointer, integer, fp8, fp4, fp4Values, tiles, valueRowBytes } = this.#frame;
     const base = b.loadPointer(pointer.value);
     if (fp4Values) {
       const index = b.add(place.firstKeyTile, b.as(tile, 'u32'));
-      const scales = config.valueStages === 1 ? b.sharedAddress() : this.#scaleStage(tiles.valueScales, tile);
+      const scales = config.valueStages === 1 ? b.sharedAddress() : this.#scaleStage(tiles.valueScales, position);
       this.#copyScales(tiles.valueScales, fp4?.valueBlockScale, index, scales, place.thread ?? b.special('%tid.x'));
       // Rows are channels of one tile of keys.
       const first = b.mul(index, config.paddedValueDim);
@@ -145,6 +147,6 @@ export class TileCopies {
   }
 }
 
-/** A place in the one of two buffers that a tile goes to: even tiles to the first, odd ones to the second. */
-export const staged = ({ b }: Frame, at: Reg<'shared'>, buffer: SharedTile, tile: Reg<'s32'>): Reg<'shared'> =>
-  b.as(b.mad(b.as(b.and(tile, 1), 'u32'), buffer.bytes, b.as(at, 'u32')), 'shared');
+/** A place in the one of two buffers that a tile goes to: at even positions to the first, at odd ones to the second. */
+export const staged = ({ b }: Frame, at: Reg<'shared'>, buffer: SharedTile, position: Reg<'s32'>): Reg<'shared'> =>
+  b.as(b.mad(b.as(b.and(position, 1), 'u32'), buffer.bytes, b.as(at, 'u32')), 'shared');

@@ -33,12 +33,13 @@ type Halves = readonly (readonly Reg<'f16x2'>[])[];
 export class Fp4Products {
   readonly #frame: Frame;
   readonly #parked: Parked;
-  readonly #tile: Reg<'s32'>;
+  readonly #position: Reg<'s32'>;
 
-  constructor(frame: Frame, parked: Parked, tile: Reg<'s32'>) {
+  /** @param position of the tile among those that are taken */
+  constructor(frame: Frame, parked: Parked, position: Reg<'s32'>) {
     this.#frame = frame;
     this.#parked = parked;
-    this.#tile = tile;
+    this.#position = position;
   }
 
   /** S = Q K^T. `query` and `key` are this lane's places in ldmatrix. */
@@ -73,7 +74,7 @@ export class Fp4Products {
     if (tile === undefined) throw new Error('no such scales');
     const { b } = this.#frame;
     const base = b.sharedAddress(tile.base);
-    return stages === 2 ? staged(this.#frame, base, tile, this.#tile) : base;
+    return stages === 2 ? staged(this.#frame, base, tile, this.#position) : base;
   }
 
   #multiplyKeyCodes({ floats }: Scores, { zeros }: Seeds, query: Reg<'shared'>, key: Reg<'shared'>): void {

@@ -5,6 +5,7 @@ import type { Parameter, Reg } from '../../ptx/types.ts';
 import { FP4_MAX } from '../fp4/e2m1.ts';
 import { divide, integers, pointers } from '../parts/addresses.ts';
 import { type BandParameters, bandParameters, type KeyRange, keyRange } from '../parts/band.ts';
+import { type BlockParameters, blockParameters, listAddress, listRange } from '../parts/blocks.ts';
 import { LOG2_E4M3_MAX, nextPowerOfTwo, roundUp } from '../parts/constants.ts';
 import { type SoftcapParameters, softcapParameters } from '../parts/scores.ts';
 import { loadSequence, type SequenceRegisters } from '../parts/sequences.ts';
@@ -32,6 +33,7 @@ export interface Frame {
   readonly scoreScale: Parameter<'f32'>;
   readonly softcap: SoftcapParameters;
   readonly sinks: Sinks | undefined;
+  readonly blocks: BlockParameters | undefined;
   readonly threads: number;
   /** 16-row tiles of a warp, rows of a thread, 8-key tiles, 8-channel tiles. */
   readonly rowTiles: number;
@@ -88,12 +90,13 @@ export function makeFrame(config: AttentionConfig): Frame {
   const [fp4Keys, fp4Values] = [hasFp4Keys(config), hasFp4Values(config)];
   const fp4 = fp4Keys || fp4Values ? pointers(b, FP4_POINTERS) : undefined;
   const sinks = sinkParameters(b, config.sinks);
+  const blocks = config.blocks ? blockParameters(b) : undefined;
 
   b.section('shared memory');
   const fp8 = pvFormat === 'e4m3' || pvFormat === 'e4m3-as-f16';
   const valueRowBytes = fp4Values ? BLOCK_K / 2 : fp8 ? BLOCK_K : paddedValueDim * 2;
   const valueRows = fp8 || fp4Values ? paddedValueDim : BLOCK_K;
-  const parked = b.shared('parked', 1, rowMajor(64));
+  const parked = b.shared('parked', 1, rowMajor(config.blocks ? 80 : 64));
   const parkedScales = b.shared('scales of Q', 1, rowMajor(threads));
   const parkedCopies = b.shared('where copies go', 1, rowMajor(threads * 4));
   const query = b.shared('query', blockQueries(config), swizzled(queryRowBytes));
@@ -115,7 +118,7 @@ export function makeFrame(config: AttentionConfig): Frame {
     ...{ b, config, threads, ...parameters },
     ...{ rowTiles: rowsPerWarp / 16, threadRows: rowsPerWarp / 8, keyTiles: BLOCK_K / 8 },
     ...{ channelTiles: paddedValueDim / 8, fp8, valueRowBytes },
-    ...{ fp4, fp4Keys, fp4Values, sinks },
+    ...{ fp4, fp4Keys, fp4Values, sinks, blocks },
     exponentOffset: config.quantizedWeights ? Math.log2(FP4_MAX) : pvFormat === 'e4m3' ? LOG2_E4M3_MAX : 0,
     sharesRange: pvFormat === 'e4m3' && config.accumulate === 'f16-per-tile',
     scoresAreFloat: config.softcap || config.smoothQ || floatMask || fp4Keys,
@@ -150,6 +153,8 @@ export interface Work extends SequenceRegisters, KeyRange {
   readonly head: Reg<'u32'>;
   readonly keyHead: Reg<'u32'>;
   readonly firstRow: Reg<'u32'>;
+  /** Where the tiles of keys are listed; `firstTile` and `lastTile` are positions in it then. Undefined: all are taken. */
+  readonly list: Reg<'global'> | undefined;
   readonly wholeFrom: Reg<'s32'>;
 }
 
@@ -182,9 +187,14 @@ export function placeAndWork(frame: Frame): { place: ThreadPlace; work: Work } {
   const low = config.sameBand ? b.constant('s32', 0) : b.as(firstRow, 's32');
   const lastRow = () => b.min(b.add(low, blockQueries(config) - 1), b.sub(b.as(queryLength, 's32'), 1));
   const high = config.sameBand ? low : lastRow();
-  const share = split === undefined || splits === undefined ? undefined : { split, splits: () => splits };
+  const share = split === undefined || splits === undefined ? undefined : { split, splits };
+  const rangeOf =
+    share === undefined || frame.blocks !== undefined ? undefined : { split: share.split, splits: () => share.splits };
   const band = config.banded ? frame.band : undefined;
-  const range = keyRange(b, band, { low, high, queryLength, keyLength }, BLOCK_K, share);
+  const range = keyRange(b, band, { low, high, queryLength, keyLength }, BLOCK_K, rangeOf);
   const wholeFrom = range.wholeFrom ?? b.constant('s32', 0);
-  return { place, work: { split, sequence, head, keyHead, firstRow, ...table, ...range, wholeFrom } };
+  const work = { split, sequence, head, keyHead, firstRow, ...table, ...range, wholeFrom, list: undefined };
+  if (frame.blocks === undefined) return { place, work };
+  const list = listAddress(b, frame.blocks, { sequence, head, queryTiles, tileIndex });
+  return { place, work: { ...work, list, ...listRange(b, list, share) } };
 }

@@ -50,6 +50,7 @@ export class Parked {
       b.stVector([work.queryLength, work.firstRow, queryRow, work.paddedKeyStart], base, parked.base + 16);
       b.stVector([work.lower, work.upper, work.keyLength, work.lastTile], base, parked.base + 32);
       b.stVector([work.wholeFrom, work.wholeUntil, b.constant('s32', 0), offsetOfHead], base, parked.base + 48);
+      if (work.list !== undefined) b.st(work.list, base, parked.base + 64);
     });
     // Two offsets of 16 bytes each in one word.
     const [key, value] = [copies.key.destination, copies.value.destination];
@@ -87,6 +88,12 @@ export class Parked {
       ...{ sequence, head, queryStart, queryLength, length, lower, upper },
       ...{ keyHead, paddedKeyStart, firstKeyTile, thread: this.threadNow() },
     };
+  }
+
+  /** Where the tiles of keys are listed. */
+  list(): Reg<'global'> {
+    const { b, tiles } = this.#frame;
+    return b.ld('global', b.sharedAddress(tiles.parked.base), 64);
   }
 
   lastTile(): Reg<'s32'> {

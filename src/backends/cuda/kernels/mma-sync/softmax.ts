@@ -2,6 +2,7 @@
 import type { Reg } from '../../ptx/types.ts';
 import { roundToScale } from '../fp4/e2m1.ts';
 import { offset, offset64 } from '../parts/addresses.ts';
+import { excludeHiddenBlocks } from '../parts/blocks.ts';
 import { MAGIC, MIN_SCALE } from '../parts/constants.ts';
 import { headAddress } from '../parts/epilogue.ts';
 import { at, maxOf } from '../parts/lists.ts';
@@ -26,6 +27,8 @@ export interface ScoreTile {
   readonly frame: Frame;
   readonly parked: Parked;
   readonly tile: Reg<'s32'>;
+  /** A part of the tile is hidden by a block mask; undefined without one. */
+  readonly cut: Reg<'pred'> | undefined;
   readonly scores: Scores;
   readonly state: SoftmaxState;
   readonly output: Output;
@@ -51,6 +54,7 @@ export function softmax(self: ScoreTile): void {
   if (scoresAreFloat) finishScores(self, units);
   if (config.mask !== 'none') maskScores(self, config.mask);
   excludeKeys(self);
+  excludeBlocks(self);
   handleSpecialKeys(self, units);
   // Computed from the scale again, which costs less than a register that holds it from there.
   if (!scoresAreFloat && exponentOffset !== 0) units = { ...units, zero: b.mul(units.scale, -MAGIC) };
@@ -202,6 +206,25 @@ function excludeKeys({ frame, parked, tile, scores }: ScoreTile): void {
     const origin = b.add(tileStart, b.as(frame.firstColumn(t2), 's32'));
     const band = config.banded ? { lower, upper, token } : undefined;
     excludeBeyondBand(b, threadRows, { origin, keyLength: length, band }, scores.each);
+  });
+}
+
+function excludeBlocks({ frame, parked, tile, cut, scores }: ScoreTile): void {
+  const { b, blocks, rowTiles, fp4Values } = frame;
+  if (blocks === undefined || cut === undefined) return;
+  b.section('hidden blocks');
+  b.if(cut, () => {
+    const { sequence, head, queryLength, rowIndex, length, t2 } = parked.reload();
+    const origin = b.add(b.as(b.shl(tile, 6), 'u32'), frame.firstColumn(t2));
+    // Keys of a thread within 16 of each other: with V in NVFP4 they are 32 apart.
+    const columns = fp4Values ? 32 : 16;
+    excludeHiddenBlocks(b, blocks, {
+      ...{ sequence, queryLength, keyLength: b.as(length, 'u32') },
+      rows: Array.from({ length: rowTiles }, (_, m) => ({ head, token: b.as(b.add(rowIndex, 16 * m), 'u32') })),
+      rowGroup: (r) => r >> 1,
+      ...{ firstKey: origin, columns, groups: BLOCK_K / columns },
+      eachScore: scores.each,
+    });
   });
 }
 

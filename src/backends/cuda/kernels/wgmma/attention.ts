@@ -38,6 +38,7 @@ import { loadQueryScales, quantizeQuery } from './quantize-query.ts';
 import { type ConsumerThread, consumerThread, Rows } from './rows.ts';
 import { softmax } from './softmax.ts';
 import { type Item, makeKeyScales, makeOutput, makeScores, makeSoftmaxState } from './state.ts';
+import { Walk } from './walk.ts';
 import { eachWork } from './work.ts';
 
 /** The kernel of one configuration. */
@@ -85,9 +86,9 @@ function consumer(frame: Frame): void {
     b.section('sums and outputs');
     const state = makeSoftmaxState(frame);
     const output = makeOutput(frame, state);
-    const tile = b.mov(work.firstTile);
+    const walk = new Walk(frame, work);
     const scales = makeKeyScales(frame, thread, work);
-    attend(self, { frame, thread, work, rows, queryScale, scores, state, output, tile, scales });
+    attend(self, { frame, thread, work, rows, queryScale, scores, state, output, walk, scales });
   });
 }
 
@@ -127,8 +128,8 @@ function attend(self: Consumer, item: Item): void {
     mbarrierWait(b, barriers, queryParity, queryFull);
     b.xor(queryParity, 1, queryParity);
   }
-  b.if(b.setp('lt', item.tile, item.work.lastTile), () => {
-    item.scales.fetch(item.tile);
+  b.if(item.walk.exists(), () => {
+    item.walk.start(item.scales);
     if (config.schedule === 'ahead') attendAhead(self, item);
     else attendSerially(self, item);
   });
@@ -141,7 +142,7 @@ function attend(self: Consumer, item: Item): void {
 /** QK^T of the next tile is issued before PV of this one, so that tensor cores work while exponentials are taken. */
 function attendAhead({ frame, thread, descriptors, stages, turns }: Consumer, item: Item): void {
   const { b, keys, values } = frame;
-  const { scores, tile, work } = item;
+  const { scores, walk } = item;
   const { keyReady, valueReady } = stages;
   b.section('first S = Q K^T');
   seedScores(frame, scores);
@@ -151,9 +152,9 @@ function attendAhead({ frame, thread, descriptors, stages, turns }: Consumer, it
   softmax(item, () => testNextStages(frame, stages));
   seedScores(frame, scores);
   rescale(item);
-  b.add(tile, 1, tile);
+  walk.advance();
   b.loop(
-    () => b.setp('lt', tile, work.lastTile),
+    () => walk.exists(),
     () => {
       turns.take();
       b.section('S = Q K^T of the next tile');
@@ -173,7 +174,7 @@ function attendAhead({ frame, thread, descriptors, stages, turns }: Consumer, it
       });
       seedScores(frame, scores);
       rescale(item);
-      b.add(tile, 1, tile);
+      walk.advance();
     },
   );
   b.section('last O += P V');
@@ -186,9 +187,9 @@ function attendAhead({ frame, thread, descriptors, stages, turns }: Consumer, it
 /** One product after the other: sums of PV may take the registers of the scores. */
 function attendSerially({ frame, thread, descriptors, stages, turns }: Consumer, item: Item): void {
   const { b, keys, values } = frame;
-  const { scores, tile, work } = item;
+  const { scores, walk } = item;
   b.loop(
-    () => b.setp('lt', tile, work.lastTile),
+    () => walk.exists(),
     () => {
       turns.take();
       b.section('S = Q K^T');
@@ -202,7 +203,7 @@ function attendSerially({ frame, thread, descriptors, stages, turns }: Consumer,
       b.section('O += P V');
       multiplyInChunks(item, descriptors, stages);
       values.release(stages.value, thread.leader);
-      b.add(tile, 1, tile);
+      walk.advance();
     },
   );
 }

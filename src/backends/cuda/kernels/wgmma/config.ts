@@ -66,6 +66,8 @@ export interface WgmmaConfig extends WgmmaTile {
   /** Causal or windowed. */
   readonly banded: boolean;
   readonly mask: 'none' | 'boolean' | DType;
+  /** Tiles of keys come from lists; see `parts/blocks.ts`. */
+  readonly blocks: boolean;
   readonly softcap: boolean;
   /** Dtype of the sinks. Kernels of splits have none: `combine.ts` adds them. */
   readonly sinks: 'none' | DType;

@@ -6,6 +6,7 @@ import { fenceProxyAsync } from '../../ptx/tma.ts';
 import type { Parameter, Reg } from '../../ptx/types.ts';
 import { integers, pointers } from '../parts/addresses.ts';
 import { type BandParameters, bandParameters } from '../parts/band.ts';
+import { type BlockParameters, blockParameters } from '../parts/blocks.ts';
 import { Ring } from '../parts/ring.ts';
 import { type SoftcapParameters, softcapParameters } from '../parts/scores.ts';
 import { type Sinks, sinkParameters } from '../parts/sinks.ts';
@@ -72,6 +73,7 @@ export interface Frame {
   readonly smScale: Parameter<'f32'>;
   readonly softcap: SoftcapParameters;
   readonly sinks: Sinks | undefined;
+  readonly blocks: BlockParameters | undefined;
   /** V and P are FP8. */
   readonly fp8: boolean;
   /** The kernel quantizes Q itself. */
@@ -119,6 +121,7 @@ export function makeFrame(config: WgmmaConfig): Frame {
     softcap: softcapParameters(b),
     maps: WGMMA_MAPS.map((name) => b.parameter(name, 'tensorMap')),
     sinks: sinkParameters(b, config.sinks),
+    blocks: config.blocks ? blockParameters(b) : undefined,
   };
 
   b.section('shared memory');

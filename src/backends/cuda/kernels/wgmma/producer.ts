@@ -3,6 +3,7 @@ import { mbarrierArriveExpectTx, mbarrierWait } from '../../ptx/mbarrier.ts';
 import { prefetchTensorMap, tensorLoad } from '../../ptx/tma.ts';
 import type { Reg } from '../../ptx/types.ts';
 import { setMaxNReg } from '../../ptx/wgmma.ts';
+import { loadEntry, tileOfEntry } from '../parts/blocks.ts';
 import type { RingPlace } from '../parts/ring.ts';
 import type { Frame } from './frame.ts';
 import { eachWork, tokenOf, type Work } from './work.ts';
@@ -54,7 +55,7 @@ function sendQuery(frame: Frame, { head, firstRow, paddedQueryStart }: Work, que
 /** Sends an item's tiles of K and V, each as its stage becomes free. */
 function sendTiles(
   { b, config, plan, integer, fp8, tiles, bytes, shared, keys, values }: Frame,
-  { firstTile, lastTile, keyHead, paddedKeyStart }: Work,
+  { list, firstTile, lastTile, keyHead, paddedKeyStart }: Work,
   place: RingPlace,
   keyMap: Reg<'global'>,
   valueMap: Reg<'global'>,
@@ -63,10 +64,11 @@ function sendTiles(
   const keyRow = b.as(b.mad(keyHead, paddedKeys, paddedKeyStart), 's32');
   const token = b.as(paddedKeyStart, 's32');
   const valueRow = b.as(fp8 ? b.mul(keyHead, config.paddedValueDim) : b.as(keyRow, 'u32'), 's32');
-  const tile = b.mov(firstTile);
+  const position = b.mov(firstTile);
   b.loop(
-    () => b.setp('lt', tile, lastTile),
+    () => b.setp('lt', position, lastTile),
     () => {
+      const tile = list === undefined ? position : tileOfEntry(b, loadEntry(b, list, position));
       const emptyParity = b.xor(place.parity, 1);
       const firstKey = b.shl(tile, 7);
       b.section('producer: K');
@@ -95,7 +97,7 @@ function sendTiles(
         });
       }
       keys.advance(place);
-      b.add(tile, 1, tile);
+      b.add(position, 1, position);
     },
   );
 }

@@ -1,6 +1,7 @@
 /** From the scores of a tile to P: the online softmax of FlashAttention in base 2. */
 import type { Reg } from '../../ptx/types.ts';
 import { offset, offset64 } from '../parts/addresses.ts';
+import { excludeHiddenBlocks } from '../parts/blocks.ts';
 import { MAGIC, MIN_SCALE } from '../parts/constants.ts';
 import { at, maxOf } from '../parts/lists.ts';
 import { quadMax } from '../parts/quad.ts';
@@ -27,7 +28,7 @@ interface ScoreUnits {
  * what the factors are for.
  */
 export function softmax(item: Item, finishValues = (): void => {}): void {
-  const { frame, tile, scales, output } = item;
+  const { frame, walk, scales, output } = item;
   const { b, config, fp8 } = frame;
   b.section('scale and maximum');
   const units = scoreUnits(item);
@@ -37,7 +38,7 @@ export function softmax(item: Item, finishValues = (): void => {}): void {
   // Scales of V's tiles are powers of two: the ratio of the last to this one is a difference of exponents.
   const exponentsApart = fp8 ? b.sub(b.as(output.unit, 's32'), b.as(scales.values, 's32')) : undefined;
   if (fp8) b.mov(scales.values, output.unit);
-  scales.fetch(b.add(tile, 1));
+  walk.fetchNext(scales);
   const nextFactor = raiseMaxima(item, tileMaxima(item, units));
 
   finishValues();
@@ -85,13 +86,13 @@ function finishScores(item: Item, { scaleOf, zeroOf }: ScoreUnits): void {
 
 /** Excludes (boolean) or adds (float) mask elements, read from the caller's tensor. */
 function maskScores(
-  { frame, thread, work, rows, scores, tile }: Item,
+  { frame, thread, work, rows, scores, walk }: Item,
   kind: Exclude<WgmmaConfig['mask'], 'none'>,
 ): void {
   const { b, pointer, strides } = frame;
   b.section('mask');
   const keyStride = b.loadParameter(strides.maskKey);
-  const firstColumn = b.add(b.as(b.shl(tile, 7), 'u32'), thread.t2);
+  const firstColumn = b.add(b.as(b.shl(walk.tile(), 7), 'u32'), thread.t2);
   const batch = offset64(b, b.loadPointer(pointer.mask), work.sequence, b.loadParameter(strides.maskBatch));
   const columnsLeft = b.sub(b.as(work.keyLength, 's32'), b.as(firstColumn, 's32'));
   for (let r = 0; r < THREAD_ROWS; r++) {
@@ -112,18 +113,21 @@ function maskScores(
  * and scales so large that 1.5 * 2^23 times the scale swallows differences between scores.
  */
 function handleRareTiles(item: Item, units: ScoreUnits): void {
-  const { frame, work, tile } = item;
+  const { frame, work, walk } = item;
   const { b } = frame;
   b.section('keys out of reach or special, large scores');
-  const tileStart = b.shl(tile, 7);
+  const tileStart = b.shl(walk.tile(), 7);
   let edge = b.setp('gt', b.add(tileStart, WGMMA_BLOCK_K), work.wholeUntil);
   if (work.wholeFrom !== undefined) edge = b.orPred(edge, b.setp('lt', tileStart, work.wholeFrom));
   const special = isSpecial(item);
   const largestScale = () => maxOf([...new Set(units.scale.flat())], (x, y) => b.max(x, y));
   const large = frame.scoresAreFloat ? undefined : b.setp('gt', largestScale(), EXACT_SCALE);
-  const rare = b.orPred(edge, large === undefined ? special : b.orPred(special, large));
+  const cut = walk.isCut();
+  let rare = b.orPred(edge, large === undefined ? special : b.orPred(special, large));
+  if (cut !== undefined) rare = b.orPred(rare, cut);
   b.if(b.voteAny(rare), () => {
     b.if(edge, () => excludeKeys(item, tileStart));
+    if (cut !== undefined) b.if(cut, () => excludeBlocks(item, tileStart));
     if (large !== undefined) b.if(b.voteAny(b.orPred(special, large)), () => subtractMaximum(item, units));
     markFaultyKeys(item);
   });
@@ -151,9 +155,9 @@ function multiplyByKey(item: Item): void {
 }
 
 /** Which 64 keys of all heads' half a tile is; the last again where the tile ends before. */
-function groupOf({ frame, tile, scales }: Item, half: number): Reg<'u32'> {
+function groupOf({ frame, walk, scales }: Item, half: number): Reg<'u32'> {
   const { b } = frame;
-  const group = b.min(b.add(b.shl(tile, 1), half), scales.lastGroup);
+  const group = b.min(b.add(b.shl(walk.tile(), 1), half), scales.lastGroup);
   return b.add(scales.firstGroup, b.as(group, 'u32'));
 }
 
@@ -165,6 +169,23 @@ function excludeKeys({ frame, thread, work, rows, scores }: Item, tileStart: Reg
   const origin = b.add(tileStart, b.as(thread.t2, 's32'));
   const band = config.banded ? { lower, upper, token } : undefined;
   excludeBeyondBand(b, THREAD_ROWS, { origin, keyLength: b.as(keyLength, 's32'), band }, scores.each);
+}
+
+/** Keys of blocks that the block mask hides. */
+function excludeBlocks({ frame, thread, work, rows, scores }: Item, tileStart: Reg<'s32'>): void {
+  const { b, config, blocks } = frame;
+  if (blocks === undefined) return;
+  excludeHiddenBlocks(b, blocks, {
+    ...{ sequence: work.sequence, queryLength: work.queryLength, keyLength: work.keyLength },
+    // Rows of packed heads are of several; else both of a thread are among the same 16.
+    rows: Array.from({ length: config.packedHeads === 1 ? 1 : THREAD_ROWS }, (_, r) => {
+      const row = rows.row(r);
+      return { head: rows.head(row), token: rows.token(row) };
+    }),
+    rowGroup: (r) => (config.packedHeads === 1 ? 0 : r),
+    ...{ firstKey: b.add(b.as(tileStart, 'u32'), thread.t2), columns: 16, groups: WGMMA_BLOCK_K / 16 },
+    eachScore: scores.each,
+  });
 }
 
 /** A share of the row's maximum that is more than a rounding of it. */

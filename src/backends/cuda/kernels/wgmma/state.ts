@@ -6,6 +6,7 @@ import { at } from '../parts/lists.ts';
 import type { EachScore } from '../parts/scores.ts';
 import { type Frame, WGMMA_BLOCK_K } from './frame.ts';
 import { type ConsumerThread, eachRow, type Rows } from './rows.ts';
+import type { TileScales, Walk } from './walk.ts';
 import type { Work } from './work.ts';
 
 /** The scores of a tile: register 4n + i holds row (i >> 1), column 8n + (i & 1) from the thread's first ones. */
@@ -72,7 +73,7 @@ export function makeOutput({ b, config, fp8 }: Frame, state: SoftmaxState): Outp
 }
 
 /** Scales of the tile that the softmax takes next. */
-export interface KeyScales {
+export interface KeyScales extends TileScales {
   /** Scale of each 64 keys; its sign says that some of them have exponents, or are not finite. */
   readonly keys: readonly Reg<'f32'>[];
   /** Scale of V's codes. */
@@ -80,8 +81,6 @@ export interface KeyScales {
   /** The item's first 64 keys among all of the head's, and its last among its own. */
   readonly firstGroup: Reg<'u32'>;
   readonly lastGroup: Reg<'s32'>;
-  /** Loads the scales of a tile; each tile's in its turn. */
-  fetch(tile: Reg<'s32'>): void;
 }
 
 export function makeKeyScales(frame: Frame, { t }: ConsumerThread, work: Work): KeyScales {
@@ -90,13 +89,23 @@ export function makeKeyScales(frame: Frame, { t }: ConsumerThread, work: Work): 
   const lastGroup = b.shr(b.sub(b.as(work.keyLength, 's32'), 1), 6);
   const keys = [b.constant('f32', 0), b.constant('f32', 0)];
   const values = b.constant('f32', 1);
-  const first = b.add(firstGroup, b.as(b.shl(work.firstTile, 1), 'u32'));
+  const listed = work.list !== undefined;
+  const first = listed ? firstGroup : b.add(firstGroup, b.as(b.shl(work.firstTile, 1), 'u32'));
   const keyScales = b.loadPointer(pointer.keyScale);
   const keyAt = offset(b, keyScales, config.keyScales === 4 ? b.mad(first, 4, t) : first, 4);
   const valueAt = fp8 ? offset(b, b.loadPointer(pointer.valueTileScale), first, 4) : undefined;
   const load = (address: Reg<'global'>, into: Reg<'f32'>, byte = 0) =>
     b.ld('f32', address, byte, { readOnly: true, into });
-  const fetch = (tile: Reg<'s32'>) => {
+  const fetchListed = (tile: Reg<'s32'>, exists: Reg<'pred'>) => {
+    const own = offset(b, keyAt, b.as(tile, 'u32'), 8 * config.keyScales);
+    b.when(exists, () => {
+      load(own, at(keys, 0));
+      if (valueAt !== undefined) load(offset(b, valueAt, b.as(tile, 'u32'), 8), values);
+    });
+    const second = b.andPred(exists, b.setp('lt', b.shl(tile, 1), lastGroup));
+    b.when(second, () => load(own, at(keys, 1), 4 * config.keyScales));
+  };
+  const fetchNext = (tile: Reg<'s32'>) => {
     b.when(b.setp('lt', tile, work.lastTile), () => {
       load(keyAt, at(keys, 0));
       if (valueAt !== undefined) load(valueAt, values);
@@ -106,6 +115,8 @@ export function makeKeyScales(frame: Frame, { t }: ConsumerThread, work: Work): 
     b.add(keyAt, 8 * config.keyScales, keyAt);
     if (valueAt !== undefined) b.add(valueAt, 8, valueAt);
   };
+  const fetch = (tile: Reg<'s32'>, exists: Reg<'pred'> | undefined) =>
+    exists === undefined ? fetchNext(tile) : fetchListed(tile, exists);
   return { keys, values, firstGroup, lastGroup, fetch };
 }
 
@@ -120,7 +131,6 @@ export interface Item {
   readonly scores: Scores;
   readonly state: SoftmaxState;
   readonly output: Output;
-  /** The tile of keys at hand. */
-  readonly tile: Reg<'s32'>;
+  readonly walk: Walk;
   readonly scales: KeyScales;
 }

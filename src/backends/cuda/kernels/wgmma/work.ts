@@ -4,10 +4,13 @@
 import type { Reg } from '../../ptx/types.ts';
 import { divide } from '../parts/addresses.ts';
 import { type KeyRange, keyRange } from '../parts/band.ts';
+import { listAddress, listRange } from '../parts/blocks.ts';
 import { loadSequence } from '../parts/sequences.ts';
 import { type Frame, WGMMA_BLOCK_K } from './frame.ts';
 
 export interface Work extends KeyRange {
+  /** Where the tiles of keys are listed; `firstTile` and `lastTile` are positions in it then. Undefined: all are taken. */
+  readonly list: Reg<'global'> | undefined;
   readonly split: Reg<'u32'> | undefined;
   readonly sequence: Reg<'u32'>;
   /** First head of Q of the tile, and head of K and V. */
@@ -24,7 +27,7 @@ export interface Work extends KeyRange {
 
 /** Emits `body` in a loop over this CTA's items of work; items without rows are left out. */
 export function eachWork(frame: Frame, body: (work: Work) => void): void {
-  const { b, config, integer } = frame;
+  const { b, config, integer, blocks } = frame;
   const index = b.special('%ctaid.x');
   const total = b.loadParameter(integer.work);
   b.loop(
@@ -46,9 +49,20 @@ export function eachWork(frame: Frame, body: (work: Work) => void): void {
           config.banded ? frame.band : undefined,
           { low, high, queryLength, keyLength },
           WGMMA_BLOCK_K,
-          split === undefined ? undefined : { split, splits: () => b.loadParameter(integer.splits) },
+          split === undefined || blocks !== undefined
+            ? undefined
+            : { split, splits: () => b.loadParameter(integer.splits) },
         );
-        body({ split, sequence, head, keyHead, firstRow, ...table, ...range });
+        const work = { list: undefined, split, sequence, head, keyHead, firstRow, ...table, ...range };
+        if (blocks === undefined) {
+          body(work);
+          return;
+        }
+        const queryTiles = b.loadParameter(integer.queryTiles);
+        const unit = config.packedHeads === 1 ? head : b.shr(head, Math.log2(config.packedHeads));
+        const list = listAddress(b, blocks, { sequence, head: unit, queryTiles, tileIndex });
+        const share = split === undefined ? undefined : { split, splits: b.loadParameter(integer.splits) };
+        body({ ...work, list, ...listRange(b, list, share) });
       });
       b.add(index, b.special('%nctaid.x'), index);
     },

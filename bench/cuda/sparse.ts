@@ -1,0 +1,246 @@
+/**
+ * Block masks against the dense kernel of the same run: attention alone, with the lists of tiles, and with quantization.
+ *
+ *     npx tsx scripts/gpu-programs.ts && node .gpu/programs/bench-cuda-sparse.mjs OUTPUT_FOLDER [--tokens 16384] [--heads 16]
+ *
+ * D = 128, bfloat16, one map for each head: blocks kept at random, and bands around the diagonal. Blocks are 128 by 64 and 128 by 128;
+ * the Hopper kernel's tiles have 128 keys, so of random blocks of 64 it can leave fewer tiles out. A full map must give the bits of the
+ * dense kernel, and rows of the others are compared with exact attention over the keys that they keep. Writes `sparse.json` there.
+ */
+import { mkdirSync, writeFileSync } from 'node:fs';
+import { join } from 'node:path';
+import { parseArgs } from 'node:util';
+import { createProblem } from '../../src/attention/problem.ts';
+import { chooseOptions } from '../../src/backends/choice.ts';
+import {
+  CudaBackend,
+  type CudaDevice,
+  cudaTensorOn,
+  download,
+  emptyCudaTensor,
+} from '../../src/backends/cuda/index.ts';
+import { descriptorOf, lackedBy } from '../../src/backends/cuda/kernel-table.ts';
+import { planLaunches } from '../../src/backends/cuda/launches/plan.ts';
+import type { KernelName } from '../../src/index.ts';
+import { timeOnDevice } from '../../src/measure/cuda-timing.ts';
+import { compare } from '../../src/reference/metrics.ts';
+import { toFloat32 } from '../../src/tensor/access.ts';
+import { contiguousStrides } from '../../src/tensor/tensor.ts';
+import { Random, runSeed } from '../../test/support/random.ts';
+import { exactRow, type HostInputs, normalBits } from './inputs.ts';
+import { factsOf, isAttention, nvidiaSmi, Workbench } from './workbench.ts';
+
+const DIM = 128;
+const KERNELS: readonly KernelName[] = [
+  'qk-int8-pv-fp16-cuda',
+  'qk-int8-pv-fp8-cuda',
+  'qk-int8-pv-fp8-cuda-sm90',
+  'qk-int8-pv-fp16-cuda-sm90',
+];
+const BLOCKS = [
+  [128, 64],
+  [128, 128],
+] as const;
+const FRACTIONS = [1, 0.5, 0.25] as const;
+const KINDS = ['random', 'band'] as const;
+/** Rows that are compared with exact attention. */
+const ROWS = 8;
+
+interface BlockMap {
+  readonly kind: (typeof KINDS)[number];
+  readonly fraction: number;
+  readonly rows: number;
+  readonly keys: number;
+  /** `[heads, nq, nk]` */
+  readonly flags: Uint8Array;
+  readonly nq: number;
+  readonly nk: number;
+}
+
+function blockMap(
+  random: Random,
+  { kind, fraction, rows, keys }: Pick<BlockMap, 'kind' | 'fraction' | 'rows' | 'keys'>,
+  heads: number,
+  tokens: number,
+): BlockMap {
+  const [nq, nk] = [Math.ceil(tokens / rows), Math.ceil(tokens / keys)];
+  const flags = new Uint8Array(heads * nq * nk);
+  const kept = Math.max(1, Math.round(fraction * nk));
+  const columns = Uint32Array.from({ length: nk }, (_, i) => i);
+  for (let row = 0; row < heads * nq; row++) {
+    if (kind === 'random') {
+      // The first of a shuffled row, so that each row keeps as many.
+      for (let i = 0; i < kept; i++) {
+        const other = random.integer(i, nk - 1);
+        const column = columns[other] as number;
+        columns[other] = columns[i] as number;
+        columns[i] = column;
+        flags[row * nk + column] = 1;
+      }
+      continue;
+    }
+    const middle = (((row % nq) + 0.5) * rows) / keys;
+    const first = Math.min(nk - kept, Math.max(0, Math.round(middle - kept / 2)));
+    flags.fill(1, row * nk + first, row * nk + first + kept);
+  }
+  return { kind, fraction, rows, keys, flags, nq, nk };
+}
+
+/** Rows of the output over the keys that the map keeps, in float64. */
+function exactRows(bits: HostInputs, map: BlockMap, tokens: number, rows: readonly (readonly [number, number])[]) {
+  return rows.flatMap(([head, token]) => {
+    const ofRow = (head * map.nq + Math.floor(token / map.rows)) * map.nk;
+    const kept = Array.from({ length: tokens }, (_, key) => key).filter(
+      (key) => map.flags[ofRow + Math.floor(key / map.keys)] === 1,
+    );
+    const gather = (source: Uint16Array) => {
+      const own = new Uint16Array(kept.length * DIM);
+      kept.forEach((key, i) => {
+        const at = (head * tokens + key) * DIM;
+        own.set(source.subarray(at, at + DIM), i * DIM);
+      });
+      return own;
+    };
+    const at = (head * tokens + token) * DIM;
+    const inputs = { q: bits.q.subarray(at, at + DIM), k: gather(bits.k), v: gather(bits.v) };
+    const shape = { batch: 1, heads: 1, tokens: kept.length, headDim: DIM, isCausal: false };
+    return [...exactRow(inputs, shape, { head: 0, token: 0 })];
+  });
+}
+
+function measure(
+  device: CudaDevice,
+  kernel: KernelName,
+  bits: HostInputs,
+  [heads, tokens]: readonly [number, number],
+  maps: readonly BlockMap[],
+  rows: readonly (readonly [number, number])[],
+) {
+  using held = new DisposableStack();
+  const upload = (source: Uint16Array | Uint8Array) => {
+    const memory = device.allocate(source.byteLength);
+    held.defer(() => memory.dispose());
+    device.call('cuMemcpyHtoDAsync', 'copying', memory.pointer, source, source.byteLength, device.stream.handle);
+    device.stream.synchronize();
+    return memory;
+  };
+  const shape = [1, heads, tokens, DIM] as const;
+  const [q, k, v] = [bits.q, bits.k, bits.v].map((source) => cudaTensorOn(upload(source), 'bfloat16', shape)) as [
+    ReturnType<typeof cudaTensorOn>,
+    ReturnType<typeof cudaTensorOn>,
+    ReturnType<typeof cudaTensorOn>,
+  ];
+  const output = emptyCudaTensor(device, shape, 'bfloat16');
+  held.defer(() => output.memory.dispose());
+  const pointers = { q: q.memory.pointer, k: k.memory.pointer, v: v.memory.pointer, output: output.memory.pointer };
+  const timed = (map: BlockMap | undefined) => {
+    const mapShape = map === undefined ? [] : [1, heads, map.nq, map.nk];
+    const description = {
+      location: 'cuda',
+      dtype: 'bool',
+      shape: mapShape,
+      strides: contiguousStrides(mapShape),
+      offset: 0,
+    } as const;
+    const options = map === undefined ? {} : { blockMask: { rows: map.rows, keys: map.keys, map: description } };
+    const problem = createProblem(q, k, v, options);
+    const choice = chooseOptions(descriptorOf(kernel), problem, options);
+    const flags = map === undefined ? {} : { blockMap: upload(map.flags).pointer };
+    using bench = new DisposableStack();
+    const workbench = new Workbench(device, planLaunches(problem, choice, factsOf(device)), { ...pointers, ...flags });
+    bench.defer(() => workbench.dispose());
+    workbench.run();
+    const values = toFloat32(download(output));
+    const times = {
+      attention: timeOnDevice(device, () => workbench.run(isAttention)),
+      withLists: timeOnDevice(device, () => workbench.run((name) => isAttention(name) || name === 'list tiles')),
+      whole: timeOnDevice(device, () => workbench.run()),
+    };
+    return { values, times, resources: workbench.resourcesOf('attention') };
+  };
+  const dense = timed(undefined);
+  const sparse = maps.map((map) => {
+    const { values, times, resources } = timed(map);
+    const { kind, fraction } = map;
+    const actual = rows.flatMap(([head, token]) => {
+      const at = (head * tokens + token) * DIM;
+      return [...values.subarray(at, at + DIM)];
+    });
+    const { relativeL1 } = compare(actual, exactRows(bits, map, tokens, rows));
+    return {
+      ...{ kind, fraction, block: [map.rows, map.keys], times, resources, relativeL1 },
+      speedup: dense.times.attention / times.attention,
+      speedupWithLists: dense.times.attention / times.withLists,
+      speedupWhole: dense.times.whole / times.whole,
+      ...(fraction === 1 ? { sameBits: values.every((value, i) => Object.is(value, dense.values[i])) } : {}),
+    };
+  });
+  return { kernel, dense: { times: dense.times, resources: dense.resources }, sparse };
+}
+
+async function main(): Promise<number> {
+  const { values, positionals } = parseArgs({
+    allowPositionals: true,
+    options: { tokens: { type: 'string', default: '16384' }, heads: { type: 'string', default: '16' } },
+  });
+  const [folder] = positionals;
+  const backend = new CudaBackend();
+  const { available, reason } = await backend.availability();
+  if (folder === undefined || !available) {
+    console.error(
+      folder === undefined ? 'usage: bench-cuda-sparse.mjs OUTPUT_FOLDER [--tokens N] [--heads N]' : reason,
+    );
+    return 2;
+  }
+  const device = (await backend.cuda()).device();
+  const [tokens, heads] = [Number(values.tokens), Number(values.heads)];
+  const random = new Random(runSeed());
+  const length = heads * tokens * DIM;
+  const bits = { q: normalBits(random, length, 0), k: normalBits(random, length, 2), v: normalBits(random, length, 0) };
+  const maps = BLOCKS.flatMap(([rows, keys]) =>
+    KINDS.flatMap((kind) =>
+      FRACTIONS.map((fraction) => blockMap(random, { kind, fraction, rows, keys }, heads, tokens)),
+    ),
+  );
+  const rows = Array.from(
+    { length: ROWS },
+    () => [random.integer(0, heads - 1), random.integer(0, tokens - 1)] as const,
+  );
+  const results = KERNELS.filter((kernel) => lackedBy(kernel, device.computeCapability) === undefined).map((kernel) =>
+    measure(device, kernel, bits, [heads, tokens], maps, rows),
+  );
+  let wrong = 0;
+  for (const { kernel, dense, sparse } of results) {
+    console.log(
+      `${kernel}: dense ${dense.times.attention.toFixed(3)} ms, ${dense.times.whole.toFixed(3)} ms with quantization`,
+    );
+    for (const {
+      kind,
+      fraction,
+      block,
+      times,
+      speedup,
+      speedupWithLists,
+      speedupWhole,
+      relativeL1,
+      sameBits,
+    } of sparse) {
+      if (sameBits === false) wrong++;
+      const bitsText =
+        sameBits === undefined ? '' : sameBits ? ', bits of the dense kernel' : ', OTHER BITS THAN THE DENSE KERNEL';
+      console.log(
+        `  ${kind} ${block.join('x')} ${fraction}: ${times.attention.toFixed(3)} ms, ${speedup.toFixed(2)}x; with lists ${speedupWithLists.toFixed(2)}x; with quantization ${speedupWhole.toFixed(2)}x; L1 ${relativeL1.toFixed(4)}${bitsText}`,
+      );
+    }
+  }
+  mkdirSync(folder, { recursive: true });
+  const report = {
+    ...{ date: new Date().toISOString(), commit: process.env.SAGEATTENTION_COMMIT, nvidiaSmi: nvidiaSmi() },
+    ...{ tokens, heads, headDim: DIM, results },
+  };
+  writeFileSync(join(folder, 'sparse.json'), `${JSON.stringify(report, null, 1)}\n`);
+  await backend.dispose();
+  return wrong === 0 ? 0 : 1;
+}
+
+process.exitCode = await main();

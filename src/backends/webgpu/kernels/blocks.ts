@@ -1,0 +1,52 @@
+/**
+ * Block masks in attention kernels: a tile of keys without a block that is computed is left out, and one of which a part is
+ * hidden excludes those scores. All is read from the caller's map, whatever the sizes of its blocks.
+ */
+import { bitsLoader, EXCLUDED } from './storage.ts';
+
+/** Parameters of kernels with a block mask; strides of the map in its bytes. */
+export const BLOCK_PARAMS = [
+  'blockRows',
+  'blockKeys',
+  'mapBatchStride',
+  'mapHeadStride',
+  'mapRowStride',
+  'mapKeyStride',
+  'mapOffset',
+] as const;
+
+const HAS_COMPUTED = 1;
+const HAS_HIDDEN = 2;
+
+/** Binding 9, and `blocks_of(map_at, rows, keys)`: what the blocks of these first and last rows and keys are. */
+export const BLOCK_DECLARATIONS = `
+${bitsLoader('block_map', 'block_at', 9, 'bool')}
+fn blocks_of(map_at: u32, rows: vec2<u32>, keys: vec2<u32>) -> u32 {
+  var found = 0u;
+  for (var row = rows.x / P.blockRows; row <= rows.y / P.blockRows; row++) {
+    for (var key = keys.x / P.blockKeys; key <= keys.y / P.blockKeys; key++) {
+      found |= select(${HAS_COMPUTED}u, ${HAS_HIDDEN}u, block_at(map_at + row * P.mapRowStride + key * P.mapKeyStride) == 0u);
+    }
+  }
+  return found;
+}`;
+
+/** Before the loop over tiles of keys. */
+export const MAP_AT = 'let map_at = sequence * P.mapBatchStride + head * P.mapHeadStride + P.mapOffset;';
+
+/** What the blocks are of a tile of keys that starts at `start`. */
+const blocksAt = (start: string, keys: number): string =>
+  `blocks_of(map_at, vec2<u32>(first_row, first_row + count - 1u), vec2<u32>(u32(${start}), u32(min(${start} + ${keys}, length)) - 1u))`;
+
+/** A part of the tile of keys is hidden. */
+export const hasHidden = (start: string, keys: number): string => `(${blocksAt(start, keys)} & ${HAS_HIDDEN}u) != 0u`;
+
+/** At the start of the loop's body: leaves a hidden tile out, and says of others whether they are `cut`. */
+export const leaveOutHidden = (keys: number): string => `
+    let blocks = ${blocksAt('start', keys)};
+    if ((blocks & ${HAS_COMPUTED}u) == 0u) { continue; }
+    let cut = (blocks & ${HAS_HIDDEN}u) != 0u;`;
+
+/** Excludes a score of a hidden block in a tile that is cut; rows and keys beyond the last may be anything. */
+export const excludeHidden = (f: string, row: string, key: string): string =>
+  `if (cut && block_at(map_at + (first_row + ${row}) / P.blockRows * P.mapRowStride + u32(${key}) / P.blockKeys * P.mapKeyStride) == 0u) { ${f} = ${EXCLUDED}; }`;
