@@ -32,7 +32,10 @@ export async function captureAttention(
   { cuSeqlens, ...rest }: CaptureOptions = {},
 ): Promise<CapturedAttention> {
   validateOptions(rest, TAKEN);
-  const { q, k, v, attnMask, sinks } = inputs;
+  const { q, k, v, attnMask, sinks, blockMap } = inputs;
+  if (blockMap !== undefined) {
+    throw new InvalidArgumentError('invalid-option', 'inputs.blockMap', 'no block mask in a graph', 'a map');
+  }
   const options: AttentionOptions = { ...rest, ...(attnMask && { attnMask }), ...(sinks && { sinks }) };
   const problem =
     cuSeqlens === undefined

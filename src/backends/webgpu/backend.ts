@@ -3,7 +3,7 @@
 import type { BackwardProblem } from '../../attention/backward.ts';
 import { type AttentionOptions, validateOptions } from '../../attention/options.ts';
 import { type AttentionProblem, createProblem } from '../../attention/problem.ts';
-import { BackendUnavailableError, messageOf, takeOptions } from '../../errors.ts';
+import { BackendUnavailableError, InvalidArgumentError, messageOf, takeOptions } from '../../errors.ts';
 import type { TensorView } from '../../tensor/tensor.ts';
 import type {
   AttentionInputs,
@@ -134,7 +134,11 @@ export class WebgpuBackend implements Backend {
     specs: AttentionInputs,
     options: Omit<AttentionOptions, 'attnMask' | 'sinks' | 'backend' | 'kernel' | 'signal' | 'stream'> = {},
   ): Promise<WebgpuPlan> {
-    const { q, k, v, attnMask, sinks } = specs;
+    const { q, k, v, attnMask, sinks, blockMap } = specs;
+    if (blockMap !== undefined && options.blockMask === undefined) {
+      const expected = 'options.blockMask together with specs.blockMap';
+      throw new InvalidArgumentError('invalid-option', 'options.blockMask', expected, 'specs.blockMap alone');
+    }
     const all: AttentionOptions = { ...options, ...(attnMask && { attnMask }), ...(sinks && { sinks }) };
     validateOptions(all);
     const problem = createProblem(q, k, v, all);
