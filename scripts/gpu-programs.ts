@@ -20,6 +20,7 @@ await build({
     'bench-cuda-caches': 'bench/cuda/caches.ts',
     'bench-cuda-distributed': 'bench/cuda/distributed.ts',
     'bench-cuda-sparse': 'bench/cuda/sparse.ts',
+    'bench-cuda-models': 'bench/cuda/models.ts',
     'bench-wgmma': 'bench/cuda/wgmma-variants.ts',
     'test-webgpu': 'test/webgpu/main.ts',
     'bench-webgpu': 'bench/webgpu/families.ts',
