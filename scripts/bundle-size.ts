@@ -2,8 +2,11 @@
 import { gzipSync } from 'node:zlib';
 import { build } from 'esbuild';
 
-/** Of which the two builds of the kernels are two thirds; a page loads one of them where relaxed SIMD runs. */
-const LIMIT = 80 * 1024;
+/**
+ * Of which the two builds of the kernels are nearly 50 KiB; a page loads one of them. Sinks and block masks in every
+ * kernel took it from 79 to 86.
+ */
+const LIMIT = 88 * 1024;
 
 /** WebGPU is a chunk of its own that the core loads when asked for it; the WASM kernels are, too, but count. */
 const { outputFiles } = await build({
