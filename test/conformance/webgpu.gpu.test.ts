@@ -115,7 +115,7 @@ const RUNS: readonly Run[] = [
 ];
 
 /** Shares of each target's tests: SwiftShader takes four times as long as lavapipe. On a card `test/webgpu` runs all. */
-const SHARES = SWIFTSHADER ? { byHand: 0.12, otherwise: 0.25 } : { byHand: 0.25 };
+const SHARES = SWIFTSHADER ? { byHand: 0.1, otherwise: 0.15 } : { byHand: 0.2, otherwise: 0.7 };
 
 const seed = runSeed();
 const test = itNeeds(MISSING);
