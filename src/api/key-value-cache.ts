@@ -4,7 +4,7 @@ import type { KernelName } from '../attention/kernels.ts';
 import {
   type AttentionOptions,
   type BackendName,
-  OPTION_NAMES,
+  optionNamesBut,
   type TensorLayout,
   validateOptions,
 } from '../attention/options.ts';
@@ -113,10 +113,7 @@ const PREPARE_OPTIONS = [
   'signal',
   'stream',
 ] as const satisfies readonly (keyof KeyValueOptions & keyof AttentionOptions)[];
-const NOT_ATTENDED: readonly string[] = [...PREPARE_OPTIONS, 'sparsity'];
-const ATTEND_OPTIONS = OPTION_NAMES.filter(
-  (name) => name === 'signal' || name === 'stream' || !NOT_ATTENDED.includes(name),
-);
+const ATTEND_OPTIONS = [...optionNamesBut(...PREPARE_OPTIONS, 'sparsity'), 'signal', 'stream'];
 
 type Axes = readonly [headAxis: 1 | 2, tokenAxis: 1 | 2];
 const axesOf = (layout: TensorLayout): Axes => (layout === 'HND' ? [1, 2] : [2, 1]);

@@ -4,7 +4,8 @@ import {
   type AttentionOptions,
   type BackendName,
   type BlockMask,
-  OPTION_NAMES,
+  optionNamesBut,
+  UNPLANNED_OPTIONS,
   validateOptions,
 } from '../attention/options.ts';
 import { createProblem } from '../attention/problem.ts';
@@ -110,12 +111,11 @@ export class Attention<T extends TensorView = Tensor> {
 }
 
 /** Options of {@link createAttention}. What is a tensor is among the `specs`. */
-export type PlannedOptions = Omit<AttentionOptions, (typeof NOT_PLANNED)[number]> & {
+export type PlannedOptions = Omit<AttentionOptions, (typeof UNPLANNED_OPTIONS)[number]> & {
   /** Rows and keys of a block of `specs.blockMap`, multiples of 16; see {@link BlockMask}. */
   readonly blocks?: Pick<BlockMask, 'rows' | 'keys'>;
 };
-const NOT_PLANNED = ['attnMask', 'sinks', 'blockMask', 'sparsity', 'signal', 'stream', 'out'] as const;
-const PLANNED_OPTIONS = OPTION_NAMES.filter((name) => !(NOT_PLANNED as readonly string[]).includes(name));
+const PLANNED_OPTIONS = optionNamesBut(...UNPLANNED_OPTIONS);
 
 /**
  * Plans attention for one shape, for callers who hold the plan themselves: kernel chosen, code compiled, scratch

@@ -2,7 +2,7 @@
 
 import { contiguousBlocks, type SparsityResult } from '../attention/block-choice.ts';
 import type { KernelName } from '../attention/kernels.ts';
-import { type AttentionOptions, OPTION_NAMES, validateOptions } from '../attention/options.ts';
+import { type AttentionOptions, OPTION_NAMES, optionNamesBut, validateOptions } from '../attention/options.ts';
 import { attentionOutputs } from '../attention/outputs.ts';
 import { type AttentionProblem, createProblem, createVarlenProblem } from '../attention/problem.ts';
 import { type SettledSparsity, SPARSITY_PHRASE, type Sparsity, settleSparsity } from '../attention/sparsity.ts';
@@ -178,7 +178,7 @@ export async function sageattnOn<T extends TensorView>(
   return (await attend(takeCall({ q, k, v }, options, createProblem), options, backend)) as T;
 }
 
-const VARLEN_OPTIONS = OPTION_NAMES.filter((name) => name !== 'tensorLayout');
+const VARLEN_OPTIONS = optionNamesBut('tensorLayout');
 
 /** Options of {@link sageattnVarlen}: packed tensors have one layout only. */
 export type VarlenOptions = Omit<AttentionOptions, 'tensorLayout'>;
@@ -291,7 +291,7 @@ const isMissing = (error: unknown) =>
     error.code === 'unsupported-option' &&
     (error.argument === 'options.kernel' || error.argument === 'device'));
 
-const KERNEL_FUNCTION_OPTIONS = OPTION_NAMES.filter((name) => name !== 'kernel');
+const KERNEL_FUNCTION_OPTIONS = optionNamesBut('kernel');
 
 /** The function of the first of `kernels` that the call can run on, or of the last. */
 export function firstKernelFunction(...kernels: readonly KernelName[]): KernelFunction {

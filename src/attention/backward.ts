@@ -3,7 +3,7 @@
 import { InvalidArgumentError, reading, takeOptions, textOf } from '../errors.ts';
 import type { DType } from '../tensor/dtype.ts';
 import { isContiguous, type LseOf, type OperandLayout, requireView, type TensorView } from '../tensor/tensor.ts';
-import { type AttentionOptions, checkOption, OPTION_NAMES, oneOf, validateOptions } from './options.ts';
+import { type AttentionOptions, checkOption, oneOf, optionNamesBut, validateOptions } from './options.ts';
 import type { OutputSpec } from './outputs.ts';
 import {
   type AttentionProblem,
@@ -68,7 +68,7 @@ const GRADIENT_OPTIONS = {
 } as const satisfies Record<keyof GradientOptions, readonly [(value: unknown) => boolean, string]>;
 
 const NO_FORWARD_NAMES = ['returnLse', 'out', 'sinks', 'blockMask', 'sparsity'] as const;
-const FORWARD_NAMES = OPTION_NAMES.filter((name) => !(NO_FORWARD_NAMES as readonly string[]).includes(name));
+const FORWARD_NAMES = optionNamesBut(...NO_FORWARD_NAMES);
 const TRAINABLE_NAMES = [...FORWARD_NAMES, ...Object.keys(GRADIENT_OPTIONS), 'cuSeqlensQ', 'cuSeqlensK'];
 
 /** Options of a call with gradients, in parts. */

@@ -233,5 +233,11 @@ export function validateOptions<T extends AttentionOptions>(options: T, taken: r
   } as AttentionOptions as T;
 }
 
-/** Names of all options, for entry points that take fewer. */
 export const OPTION_NAMES = Object.keys(OPTIONS) as readonly (keyof AttentionOptions)[];
+
+/** Names of the options of an entry point that takes all but these. */
+export const optionNamesBut = (...others: readonly (keyof AttentionOptions)[]): readonly (keyof AttentionOptions)[] =>
+  OPTION_NAMES.filter((name) => !others.includes(name));
+
+/** What no plan is told: tensors beside q, k and v are among its specs, and the rest belongs to a run. */
+export const UNPLANNED_OPTIONS = ['attnMask', 'sinks', 'blockMask', 'sparsity', 'signal', 'stream', 'out'] as const;

@@ -1,7 +1,7 @@
 /** What bridges to engines with tensors of their own share. */
 
 import { sageattnOn } from '../api/sageattn.ts';
-import { type AttentionOptions, OPTION_NAMES, validateOptions } from '../attention/options.ts';
+import { type AttentionOptions, optionNamesBut, validateOptions } from '../attention/options.ts';
 import type { WebgpuBackend } from '../backends/webgpu/index.ts';
 import type { GpuTensor } from '../backends/webgpu/tensor.ts';
 
@@ -11,9 +11,7 @@ export type BridgeOptions = Omit<
   'attnMask' | 'sinks' | 'blockMask' | 'sparsity' | 'returnLse' | 'stream' | 'backend'
 >;
 
-const TAKEN = OPTION_NAMES.filter(
-  (name) => !['sinks', 'blockMask', 'sparsity', 'returnLse', 'stream', 'out', 'backend'].includes(name),
-);
+const TAKEN = optionNamesBut('sinks', 'blockMask', 'sparsity', 'returnLse', 'stream', 'out', 'backend');
 
 /** @throws {InvalidArgumentError} an unknown option or a wrong value */
 export function validateBridgeOptions(options: BridgeOptions & { readonly attnMask?: object }): void {

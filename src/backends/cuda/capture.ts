@@ -1,4 +1,4 @@
-import { type AttentionOptions, OPTION_NAMES, validateOptions } from '../../attention/options.ts';
+import { type AttentionOptions, optionNamesBut, UNPLANNED_OPTIONS, validateOptions } from '../../attention/options.ts';
 import { createProblem, createVarlenProblem } from '../../attention/problem.ts';
 import { InvalidArgumentError } from '../../errors.ts';
 import type { AttentionInputs } from '../backend.ts';
@@ -9,17 +9,12 @@ import type { CapturedAttention } from './run/captured.ts';
 import type { CudaTensor } from './tensor.ts';
 
 /** Options of {@link captureAttention}: the options of `sageattn` that do not belong to one run. */
-export type CaptureOptions = Omit<
-  AttentionOptions,
-  'attnMask' | 'sinks' | 'blockMask' | 'sparsity' | 'backend' | 'signal' | 'stream'
-> & {
+export type CaptureOptions = Omit<AttentionOptions, (typeof UNPLANNED_OPTIONS)[number] | 'backend'> & {
   /** Packed sequences, as `sageattnVarlen` takes them. */
   readonly cuSeqlens?: { readonly q: ArrayLike<number>; readonly k: ArrayLike<number> };
 };
 
-const TAKEN = OPTION_NAMES.filter(
-  (name) => !['attnMask', 'sinks', 'blockMask', 'sparsity', 'backend', 'signal', 'stream', 'out'].includes(name),
-);
+const TAKEN = optionNamesBut(...UNPLANNED_OPTIONS, 'backend');
 
 /**
  * Captures attention over these tensors into a CUDA graph. Each `launch` of the result replays quantization and
