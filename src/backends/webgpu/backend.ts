@@ -1,7 +1,7 @@
 /** The WebGPU backend: a device, opened when first needed and again after a loss, and plans on it. */
 
 import type { BackwardProblem } from '../../attention/backward.ts';
-import { type AttentionOptions, validateOptions } from '../../attention/options.ts';
+import { type AttentionOptions, optionNamesBut, validateOptions } from '../../attention/options.ts';
 import { type AttentionProblem, createProblem } from '../../attention/problem.ts';
 import { BackendUnavailableError, InvalidArgumentError, messageOf, takeOptions } from '../../errors.ts';
 import type { TensorView } from '../../tensor/tensor.ts';
@@ -132,7 +132,10 @@ export class WebgpuBackend implements Backend {
    */
   async createPlan(
     specs: AttentionInputs,
-    options: Omit<AttentionOptions, 'attnMask' | 'sinks' | 'backend' | 'kernel' | 'signal' | 'stream'> = {},
+    options: Omit<
+      AttentionOptions,
+      'attnMask' | 'sinks' | 'sparsity' | 'backend' | 'kernel' | 'signal' | 'stream'
+    > = {},
   ): Promise<WebgpuPlan> {
     const { q, k, v, attnMask, sinks, blockMap } = specs;
     if (blockMap !== undefined && options.blockMask === undefined) {
@@ -140,7 +143,7 @@ export class WebgpuBackend implements Backend {
       throw new InvalidArgumentError('invalid-option', 'options.blockMask', expected, 'specs.blockMap alone');
     }
     const all: AttentionOptions = { ...options, ...(attnMask && { attnMask }), ...(sinks && { sinks }) };
-    validateOptions(all);
+    validateOptions(all, optionNamesBut('sparsity'));
     const problem = createProblem(q, k, v, all);
     return this.plan(problem, chooseOptions(QK_INT8_PV_FP16, problem, all));
   }
