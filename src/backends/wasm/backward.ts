@@ -20,6 +20,7 @@ import { BLOCK_K, BLOCK_Q, FLAG_GRADIENTS } from './job.ts';
 import {
   type JobGradients,
   jobSettings,
+  NO_ADDRESSES,
   prepareUnits,
   recordBytes,
   type SequenceGradients,
@@ -215,12 +216,11 @@ export function backwardCall(
       const { addressOf, finish, collect } = allocateMade<BackwardOutputs>(runtime, lease, specs);
       const scores = placeScoreGradient(runtime, lease, problem);
       const addresses = {
-        ...{ tail: 0, keyTail: 0, tailSeen: 0 },
+        ...NO_ADDRESSES,
         q: placed(lease, staged.inputs.q),
         k: placed(lease, staged.inputs.k),
         v: placed(lease, staged.inputs.v),
         mask: placed(lease, staged.inputs.mask),
-        ...{ sinks: 0, blockMap: 0 },
         out: placed(lease, staged.output),
         lse: placed(lease, staged.lse),
         tiles: lease.allocate(tiles * geometry.bytes),

@@ -7,7 +7,15 @@ import type { AttentionInputs, BlockMap, RunContext } from '../backend.ts';
 import { extentOf } from './calls.ts';
 import { tileGeometry } from './geometry.ts';
 import { BLOCK_Q, FLAG_SIMILARITIES, FLAG_SMOOTH_K, POOLED_EXTRA } from './job.ts';
-import { jobSettings, recordBytes, type SequenceRecord, startOf, writeRecords } from './records.ts';
+import {
+  jobSettings,
+  NO_ADDRESSES,
+  NO_SEQUENCE,
+  recordBytes,
+  type SequenceRecord,
+  startOf,
+  writeRecords,
+} from './records.ts';
 import type { CallParts, Runtime } from './runtime.ts';
 import { keep, PADDING_BYTES, stageOperand } from './staging.ts';
 
@@ -48,20 +56,7 @@ function poolCall(
       const blocks = { rows: blockRows, keys: 0, offset: 0, strides: [0, 0, 0, 0] } as const;
       const records = sequences.map(
         (sequence, i): SequenceRecord => ({
-          ...{
-            k: 0,
-            v: 0,
-            lse: 0,
-            mask: 0,
-            blocks: 0,
-            keyLength: 0,
-            lower: 0,
-            upper: 0,
-            firstTile: 0,
-            tiles: 0,
-            start: 0,
-          },
-          ...{ partlySeen: false, rowsDiffer: false },
+          ...NO_SEQUENCE,
           q: startOf(staged.layout, sequence.index, operand.startOf(sequence)),
           out: i * heads * headStride,
           queryLength: operand.lengthOf(sequence),
@@ -78,20 +73,7 @@ function poolCall(
         ...jobSettings({ ...problem, queryHeads: heads }, geometry, flags, { ...layouts, blocks }),
         out: { offset: 0, batchStride: 0, headStride, tokenStride: 0 },
       };
-      const nowhere = {
-        k: 0,
-        v: 0,
-        lse: 0,
-        mask: 0,
-        sinks: 0,
-        blockMap: 0,
-        tiles: 0,
-        means: 0,
-        tail: 0,
-        keyTail: 0,
-        tailSeen: 0,
-      };
-      const addresses = { ...nowhere, out, q: lease.place(staged.bytes, PADDING_BYTES) };
+      const addresses = { ...NO_ADDRESSES, out, q: lease.place(staged.bytes, PADDING_BYTES) };
       runtime.executor.write(address, writeRecords(address, settings, addresses, records, units));
       return {
         stages: [{ entry: 'pool', job: address }],

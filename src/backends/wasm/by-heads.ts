@@ -2,10 +2,17 @@
  * Calls that do not fit into the memory at once: heads of k and v do not need each other, so that some of them at a time give the
  * same.
  */
+import { blockShapeOf } from '../../attention/block-choice.ts';
 import { attentionOutputs } from '../../attention/outputs.ts';
 import { type AttentionProblem, sequencesOf } from '../../attention/problem.ts';
 import { BYTES_PER_ELEMENT } from '../../tensor/dtype.ts';
-import { contiguousStrides, elementCount, type Tensor, type TensorData } from '../../tensor/tensor.ts';
+import {
+  contiguousStrides,
+  elementCount,
+  extentOf as storageOf,
+  type Tensor,
+  type TensorData,
+} from '../../tensor/tensor.ts';
 import type { AttentionInputs, AttentionOutputs, RunContext } from '../backend.ts';
 import { outBytes } from '../out.ts';
 import { type Arithmetic, extentOf, WholeCalls } from './calls.ts';
@@ -28,16 +35,13 @@ function bytesOf(problem: AttentionProblem, arithmetic: Arithmetic, simd: Simd):
     keys.batch * keys.tokens * kvHeads * (headDim + valueDim);
   const geometry = tileGeometry(headDim, valueDim, simd, arithmetic);
   const tiles = sequencesOf(problem).reduce((sum, sequence) => sum + tilesOf(sequence.keyLength), 0);
-  const spanOf = (strides: readonly number[], rows: number, ofKeys: number) =>
-    strides.reduce((all, stride, i) => all + stride * (([batch, queryHeads, rows, ofKeys][i] as number) - 1), 1);
-  const maskElements = mask === undefined ? 0 : spanOf(mask.strides, queryLength, keyLength);
-  const map =
-    blocks && spanOf(blocks.strides, Math.ceil(queryLength / blocks.rows), Math.ceil(keyLength / blocks.keys));
+  const lengths = [batch, queryHeads, queryLength, keyLength];
+  const span = (shape: readonly number[], strides: readonly number[]) => storageOf({ shape, strides, offset: 0 });
   return (
     elements * BYTES_PER_ELEMENT[dtype] +
     tiles * kvHeads * geometry.bytes +
-    maskElements * (mask === undefined ? 0 : BYTES_PER_ELEMENT[mask.dtype]) +
-    (map ?? 0)
+    (mask === undefined ? 0 : span(lengths, mask.strides) * BYTES_PER_ELEMENT[mask.dtype]) +
+    (blocks === undefined ? 0 : span(blockShapeOf(problem, blocks), blocks.strides))
   );
 }
 

@@ -1,4 +1,6 @@
 /** Calls as jobs in memory. */
+
+import { blockShapeOf } from '../../attention/block-choice.ts';
 import { attentionOutputs, type OutputName, type OutputSpec, type Outputs } from '../../attention/outputs.ts';
 import { type AttentionProblem, type BlockLayout, type MaskLayout, sequencesOf } from '../../attention/problem.ts';
 import type { ScaleSearch } from '../../quantization/fp4-blocks.ts';
@@ -23,6 +25,7 @@ import {
   exactUnits,
   type JobSettings,
   jobSettings,
+  NO_ADDRESSES,
   prepareUnits,
   recordBytes,
   type SequenceRecord,
@@ -176,7 +179,8 @@ function stageQuery(problem: AttentionProblem, q: TensorView, { attnMask, sinks,
   return {
     ...staged,
     ...(problem.mask && attnMask && { mask: stageMask(attnMask, problem.mask, lengths) }),
-    ...(problem.blocks && blockMap && { blocks: stageBlocks(blockMap, problem.blocks, lengths) }),
+    ...(problem.blocks &&
+      blockMap && { blocks: stageBlocks(blockMap, problem.blocks, blockShapeOf(problem, problem.blocks)) }),
     ...(problem.sinks && sinks && { sinks: stageSinks(sinks, problem.sinks, queryHeads) }),
   };
 }
@@ -260,7 +264,9 @@ export function attendCall(
     const { addresses: made, finish } = allocateOutputs(runtime, lease, problem, out);
     const address = lease.allocate(recordBytes(records.length, units.length));
     const addresses = {
-      ...{ ...made, k: 0, v: 0, tail: 0, keyTail: 0, tailSeen: 0, tiles, means },
+      ...NO_ADDRESSES,
+      ...made,
+      ...{ tiles, means },
       ...placedSide(lease, staged),
       q: placed(lease, staged.q),
     };
@@ -334,7 +340,8 @@ export class WholeCalls {
     const { stages, sequences, units, extraScratch, tileBytes, meanBytes } = this.#planned;
     const { addresses: made, finish, collect } = allocateOutputs(runtime, lease, this.#problem, out);
     const addresses = {
-      ...{ ...made, tail: 0, keyTail: 0, tailSeen: 0 },
+      ...NO_ADDRESSES,
+      ...made,
       ...placedSide(lease, staged),
       q: placed(lease, staged.q),
       k: placed(lease, staged.k),

@@ -14,7 +14,7 @@ import type {
 import { type Arithmetic, arithmeticOf, attendCall, flagsOf, workOf } from './calls.ts';
 import { type TileGeometry, tileGeometry } from './geometry.ts';
 import { BLOCK_K, FLAG_TILE_MEANS } from './job.ts';
-import { jobSettings, prepareUnits, recordBytes, tilesOf, writeRecords } from './records.ts';
+import { jobSettings, NO_ADDRESSES, NO_SEQUENCE, prepareUnits, recordBytes, tilesOf, writeRecords } from './records.ts';
 import type { CallParts, Runtime } from './runtime.ts';
 import { keep, PADDING_BYTES, stageMask, stageOperand } from './staging.ts';
 
@@ -150,17 +150,8 @@ export class WasmKeyValue implements PreparedKeyValue {
           blocks: undefined,
         };
         const sequences = Array.from({ length: batch }, (_, i) => ({
-          ...{
-            q: 0,
-            out: 0,
-            lse: 0,
-            blocks: 0,
-            queryLength: 0,
-            lower: 0,
-            upper: 0,
-            partlySeen: false,
-            rowsDiffer: true,
-          },
+          ...NO_SEQUENCE,
+          rowsDiffer: true,
           mask: i * (stagedMask?.layout.strides[0] ?? 0),
           k: stagedK.layout.offset + i * stagedK.layout.batchStride,
           v: stagedV.layout.offset + i * stagedV.layout.batchStride,
@@ -176,7 +167,7 @@ export class WasmKeyValue implements PreparedKeyValue {
           address,
           jobSettings(problem, this.#geometry, flags, layouts),
           {
-            ...{ q: 0, out: 0, lse: 0, sinks: 0, blockMap: 0 },
+            ...NO_ADDRESSES,
             mask: stagedMask === undefined ? 0 : lease.place(stagedMask.bytes, PADDING_BYTES),
             k: lease.place(stagedK.bytes, PADDING_BYTES),
             v: lease.place(stagedV.bytes, PADDING_BYTES),

@@ -48,6 +48,11 @@ export interface Addresses {
   readonly tailSeen: number;
 }
 
+export const NO_ADDRESSES: Addresses = {
+  ...{ q: 0, k: 0, v: 0, out: 0, lse: 0, mask: 0, sinks: 0, blockMap: 0, tiles: 0, means: 0 },
+  ...{ tail: 0, keyTail: 0, tailSeen: 0 },
+};
+
 /** What a job says besides addresses. */
 export interface JobSettings {
   readonly dtype: DType;
@@ -91,6 +96,11 @@ export interface SequenceRecord {
   readonly partlySeen: boolean;
   readonly rowsDiffer: boolean;
 }
+
+export const NO_SEQUENCE: SequenceRecord = {
+  ...{ q: 0, k: 0, v: 0, out: 0, lse: 0, mask: 0, blocks: 0, queryLength: 0, keyLength: 0, lower: 0, upper: 0 },
+  ...{ firstTile: 0, tiles: 0, start: 0, partlySeen: false, rowsDiffer: false },
+};
 
 /** Places of a sequence in gradients, and how its rows are split. */
 export interface SequenceGradients {

@@ -3,7 +3,7 @@ import type { BlockLayout, MaskLayout, SinksLayout } from '../../attention/probl
 import { InvalidArgumentError } from '../../errors.ts';
 import { decodeRun } from '../../tensor/access.ts';
 import { BYTES_PER_ELEMENT } from '../../tensor/dtype.ts';
-import type { OperandLayout, Tensor, TensorData, TensorView } from '../../tensor/tensor.ts';
+import { extentOf, type OperandLayout, type Tensor, type TensorData, type TensorView } from '../../tensor/tensor.ts';
 
 /** Inputs with copies of the caller's data, for a call that cannot be made ready at once. */
 export function ownInputs<Inputs extends object>(inputs: Inputs): Inputs {
@@ -106,31 +106,36 @@ export function stageMask(
   layout: MaskLayout,
   lengths: readonly [batch: number, heads: number, queries: number, keys: number],
 ): Staged<MaskLayout> {
-  const size = BYTES_PER_ELEMENT[layout.dtype];
-  if (lengths.includes(0)) return { bytes: new Uint8Array(0), layout };
-  const span = layout.strides.reduce((end, stride, i) => end + stride * ((lengths[i] as number) - 1), 1);
-  const end = (layout.offset + span) * size;
-  const bytes = bytesOf('attnMask', (view as Tensor).data, end).subarray(layout.offset * size, end);
-  return { bytes, layout: { ...layout, offset: 0 } };
+  return stageSpan('attnMask', view, layout, lengths, BYTES_PER_ELEMENT[layout.dtype]);
 }
 
-/** Likewise the bytes of a map of blocks. */
-export function stageBlocks(
+/**
+ * Likewise the bytes of a map of blocks.
+ *
+ * @param shape as `blockShapeOf` gives it
+ */
+export const stageBlocks = (view: TensorView, layout: BlockLayout, shape: readonly number[]): Staged<BlockLayout> =>
+  stageSpan('blockMask.map', view, layout, shape, 1);
+
+function stageSpan<L extends { readonly offset: number; readonly strides: readonly number[] }>(
+  argument: string,
   view: TensorView,
-  layout: BlockLayout,
-  [batch, heads, queries, keys]: readonly [batch: number, heads: number, queries: number, keys: number],
-): Staged<BlockLayout> {
-  const lengths = [batch, heads, Math.ceil(queries / layout.rows), Math.ceil(keys / layout.keys)];
-  if (lengths.includes(0)) return { bytes: new Uint8Array(0), layout };
-  const end = layout.offset + layout.strides.reduce((sum, stride, i) => sum + stride * ((lengths[i] as number) - 1), 1);
-  const bytes = bytesOf('blockMask.map', (view as Tensor).data, end).subarray(layout.offset, end);
+  layout: L,
+  shape: readonly number[],
+  size: number,
+): Staged<L> {
+  const { offset, strides } = layout;
+  const end = extentOf({ shape, strides, offset }) * size;
+  if (end === 0) return { bytes: new Uint8Array(0), layout };
+  const bytes = bytesOf(argument, (view as Tensor).data, end).subarray(offset * size, end);
   return { bytes, layout: { ...layout, offset: 0 } };
 }
 
 /** Sinks in float32, in memory of their own. */
 export function stageSinks(view: TensorView, { offset, stride }: SinksLayout, heads: number): Staged<undefined> {
   const source = view as Tensor;
-  if (heads > 0) bytesOf('sinks', source.data, (offset + (heads - 1) * stride + 1) * BYTES_PER_ELEMENT[view.dtype]);
+  const elements = extentOf({ shape: [heads], strides: [stride], offset });
+  bytesOf('sinks', source.data, elements * BYTES_PER_ELEMENT[view.dtype]);
   const values = new Float32Array(heads);
   decodeRun(source, offset, stride, heads, values, 0);
   return { bytes: new Uint8Array(values.buffer), layout: undefined };

@@ -21,8 +21,10 @@ import {
   UNIT_SEQUENCE,
 } from '../generated/fields.ts';
 import { FLAG_SIMILARITIES, FLAG_SMOOTH_K, POOLED_EXTRA } from '../job.ts';
-import { madd, sumOf } from './arithmetic.ts';
+import { madd } from './arithmetic.ts';
+import { dotFloat } from './attend.ts';
 import { elementShift, loadRow } from './elements.ts';
+import { subtractRow } from './prepare.ts';
 import { SCRATCH_OUT, SCRATCH_QUERY_MEAN, SCRATCH_ROW } from './scratch.ts';
 
 /** `target += x * factor`, of `bytes`, a multiple of 16. */
@@ -41,18 +43,11 @@ function similarity(
   memory.fill(sum, 0, bytes);
   for (let r = 0; r < rows; r++, x += stride) {
     loadRow(x, dtype, d, row, padded);
-    let squares = f32x4.splat(0);
-    for (let i: usize = 0; i < bytes; i += 16) {
-      const value = f32x4.sub(v128.load(row + i), v128.load(mean + i));
-      v128.store(row + i, value);
-      squares = madd(value, value, squares);
-    }
-    const norm = sumOf(squares);
+    subtractRow(row, mean, padded);
+    const norm = dotFloat(row, row, padded);
     if (norm != 0) addScaled(sum, row, <f32>1 / sqrt(norm), bytes);
   }
-  let total = f32x4.splat(0);
-  for (let i: usize = 0; i < bytes; i += 16) total = madd(v128.load(sum + i), v128.load(sum + i), total);
-  return sumOf(total) / (<f32>rows * <f32>rows);
+  return dotFloat(sum, sum, padded) / (<f32>rows * <f32>rows);
 }
 
 /** One head of the operand that stands in the record as q; its blocks have JOB_BLOCK_ROWS rows. */

@@ -250,9 +250,10 @@ function meanOf(
   }
 }
 
+/** `row -= vector`, in float32. */
 // @ts-ignore: decorator
 @inline
-function subtractRow(row: usize, vector: usize, padded: i32): void {
+export function subtractRow(row: usize, vector: usize, padded: i32): void {
   for (let i: usize = 0; i < <usize>padded << 2; i += 16) {
     v128.store(row + i, f32x4.sub(v128.load(row + i), v128.load(vector + i)));
   }
