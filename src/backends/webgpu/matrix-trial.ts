@@ -6,6 +6,8 @@
 import { attentionOutputs } from '../../attention/outputs.ts';
 import { type AttentionProblem, createProblem } from '../../attention/problem.ts';
 import { ExecutionError } from '../../errors.ts';
+import { Random } from '../../measure/random.ts';
+import { attentionExact } from '../../reference/exact.ts';
 import { fromFloat32, toFloat32 } from '../../tensor/access.ts';
 import type { Tensor } from '../../tensor/tensor.ts';
 import type { KernelChoice } from '../backend.ts';
@@ -66,37 +68,6 @@ export async function tryShapes(
   }
 }
 
-/** Numbers between -1 and 1, always the same ones. */
-function numbers(length: number, seed: number): Float32Array {
-  let state = seed;
-  return Float32Array.from({ length }, () => {
-    state = (Math.imul(state, 1664525) + 1013904223) >>> 0;
-    return state / 2 ** 31 - 1;
-  });
-}
-
-/** Attention in float64 of one head. */
-function attended(q: Float32Array, k: Float32Array, v: Float32Array, headDim: number, valueDim: number): Float64Array {
-  const output = new Float64Array(QUERIES * valueDim);
-  for (let row = 0; row < QUERIES; row++) {
-    const scores = Float64Array.from({ length: KEYS }, (_, key) => {
-      let dot = 0;
-      for (let c = 0; c < headDim; c++) dot += (q[row * headDim + c] as number) * (k[key * headDim + c] as number);
-      return dot / Math.sqrt(headDim);
-    });
-    const largest = scores.reduce((a, b) => Math.max(a, b));
-    const weights = scores.map((score) => Math.exp(score - largest));
-    const sum = weights.reduce((a, b) => a + b);
-    for (let key = 0; key < KEYS; key++) {
-      for (let c = 0; c < valueDim; c++) {
-        const at = row * valueDim + c;
-        output[at] = (output[at] as number) + ((weights[key] as number) / sum) * (v[key * valueDim + c] as number);
-      }
-    }
-  }
-  return output;
-}
-
 /** One head in the problem's type and head dims, of keys that grow: rows outgrow their maxima, so outputs are rescaled. */
 export async function comesOutRight(
   context: GpuContext,
@@ -104,19 +75,18 @@ export async function comesOutRight(
   kernel: KernelChoice,
   forced: Forced,
 ): Promise<boolean> {
-  const made = (data: Float32Array, tokens: number, dim: number) => fromFloat32(data, [1, 1, tokens, dim], dtype);
-  const q = made(
-    numbers(QUERIES * headDim, 1).map((x) => 3 * x),
-    QUERIES,
-    headDim,
-  );
-  const growth = (i: number) => 0.1 + (6 * Math.floor(i / headDim)) / KEYS;
-  const k = made(
-    numbers(KEYS * headDim, 2).map((x, i) => x * growth(i)),
-    KEYS,
-    headDim,
-  );
-  const v = made(numbers(KEYS * valueDim, 3), KEYS, valueDim);
+  // Always the same numbers, between -1 and 1.
+  const random = new Random(1);
+  const made = (tokens: number, dim: number, sizeOf: (token: number) => number) => {
+    const data = Float32Array.from(
+      { length: tokens * dim },
+      (_, i) => random.uniform(-1, 1) * sizeOf(Math.floor(i / dim)),
+    );
+    return fromFloat32(data, [1, 1, tokens, dim], dtype);
+  };
+  const q = made(QUERIES, headDim, () => 3);
+  const k = made(KEYS, headDim, (token) => 0.1 + (6 * token) / KEYS);
+  const v = made(KEYS, valueDim, () => 1);
   const small = createProblem(q, k, v, {});
   const { launches, sizes, tables } = planLaunches(context.capabilities, small, kernel, forced);
   let program: Program;
@@ -131,7 +101,7 @@ export async function comesOutRight(
     const planned = { location: 'cpu', outputs: attentionOutputs(small) } as const;
     const { output } = await runProgram(context, program, planned, takeInputs(context, { q, k, v }), {});
     const actual = toFloat32(output as Tensor);
-    const exact = attended(toFloat32(q), toFloat32(k), toFloat32(v), headDim, valueDim);
+    const exact = attentionExact(small, { q, k, v }).output;
     const error = exact.reduce((sum, x, i) => sum + Math.abs(x - (actual[i] as number)), 0);
     // NaN is wrong too.
     return error < WRONG_FROM * exact.reduce((sum, x) => sum + Math.abs(x), 0);

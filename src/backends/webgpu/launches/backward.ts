@@ -544,8 +544,8 @@ export function planBackwardLaunches(
         ...narrowLaunches(self, counts),
       ];
   const wide = (['dq', 'dk', 'dv'] as const)
-    .map((name) => [targetOf(self, name).buffer, counts[name] * 4] as const)
-    .filter(([buffer]) => buffer.endsWith('Wide'));
+    .filter((name) => targetOf(self, name).buffer !== name)
+    .map((name) => [targetOf(self, name).buffer, counts[name] * 4] as const);
   const sizes: Partial<Record<BufferName, number>> = {
     ...keyValueBytes(keyValue),
     ...visibleKeysBytes(stages),
