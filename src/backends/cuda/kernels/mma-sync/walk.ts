@@ -1,6 +1,6 @@
 /** The tiles of keys that a CTA takes, one after the other: neighbours, or those of a list. */
 import type { Reg } from '../../ptx/types.ts';
-import { loadEntry, tileOfEntry } from '../parts/blocks.ts';
+import { isCutEntry, loadEntry, tileOfEntry } from '../parts/blocks.ts';
 import type { Frame, Work } from './frame.ts';
 import type { Parked } from './parked.ts';
 
@@ -40,8 +40,7 @@ export class Walk {
 
   /** A part of the tile at hand is hidden; undefined where none ever is. */
   isCut(): Reg<'pred'> | undefined {
-    const { b } = this.#frame;
-    return this.#entry === undefined ? undefined : b.setp('ne', b.and(this.#entry, 1), 0);
+    return this.#entry === undefined ? undefined : isCutEntry(this.#frame.b, this.#entry);
   }
 
   /** The tile after the one at hand, which exists. */

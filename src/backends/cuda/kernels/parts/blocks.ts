@@ -31,6 +31,9 @@ export const LIST_WORDS = 2;
 /** An entry is twice the tile, and 1 more where a part of it is hidden. */
 export const tileOfEntry = (b: KernelBuilder, entry: Reg<'u32'>): Reg<'s32'> => b.as(b.shr(entry, 1), 's32');
 
+/** A part of an entry's tile is hidden. */
+export const isCutEntry = (b: KernelBuilder, entry: Reg<'u32'>): Reg<'pred'> => b.setp('ne', b.and(entry, 1), 0);
+
 /** The list of a tile of rows. */
 export function listAddress(
   b: KernelBuilder,

@@ -1,6 +1,6 @@
 /** The tiles of keys that a consumer takes of an item of work: neighbours, or those of a list. */
 import type { Reg } from '../../ptx/types.ts';
-import { entryAddress, tileOfEntry } from '../parts/blocks.ts';
+import { entryAddress, isCutEntry, tileOfEntry } from '../parts/blocks.ts';
 import type { Frame } from './frame.ts';
 import type { Work } from './work.ts';
 
@@ -56,8 +56,7 @@ export class Walk {
 
   /** A part of the tile at hand is hidden; undefined where none ever is. */
   isCut(): Reg<'pred'> | undefined {
-    const { b } = this.#frame;
-    return this.#listed === undefined ? undefined : b.setp('ne', b.and(this.#listed.entry, 1), 0);
+    return this.#listed === undefined ? undefined : isCutEntry(this.#frame.b, this.#listed.entry);
   }
 
   /** Before the first tile, which exists: loads its scales. */
