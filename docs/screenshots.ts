@@ -3,7 +3,7 @@
  */
 import { existsSync } from 'node:fs';
 import { writeFile } from 'node:fs/promises';
-import { createCanvas, loadImage } from '@napi-rs/canvas';
+import { webpOf } from '../scripts/webp.ts';
 import { launchChromium, missingChromium } from '../test/support/chromium.ts';
 
 const IMAGES = new URL('images/', import.meta.url);
@@ -20,10 +20,8 @@ try {
     await page.keyboard.press('/');
     await page.locator('dialog input').fill('KV cache');
     await page.locator('[role=option]').first().waitFor();
-    const image = await loadImage(await page.screenshot({ animations: 'disabled' }));
-    const canvas = createCanvas(image.width, image.height);
-    canvas.getContext('2d').drawImage(image, 0, 0);
-    await writeFile(new URL(`site-${colorScheme}.webp`, IMAGES), await canvas.encode('webp', 80));
+    const png = await page.screenshot({ animations: 'disabled' });
+    await writeFile(new URL(`site-${colorScheme}.webp`, IMAGES), await webpOf(png));
     await page.close();
   }
 } finally {

@@ -38,6 +38,14 @@ export function say(element: HTMLElement, text: string, bad = false): void {
   element.classList.toggle('bad', bad);
 }
 
+/** Offers a file to be saved. */
+export function download(file: Blob, name: string): void {
+  const url = URL.createObjectURL(file);
+  h('a', { href: url, download: name }).click();
+  // Some browsers read it only after they have asked where to put it.
+  setTimeout(() => URL.revokeObjectURL(url), 60_000);
+}
+
 const exclusive = new Set<HTMLButtonElement>();
 let working = false;
 

@@ -2,7 +2,7 @@
 
 import { channelMean } from '../src/quantization/smoothing.ts';
 import { diverging, paint } from './charts.ts';
-import { h } from './dom.ts';
+import { download, h } from './dom.ts';
 import { count, duration, percent, rate } from './format.ts';
 import { drawHead, smoothedPartly } from './lab.ts';
 
@@ -139,9 +139,6 @@ function drawCard(facts: CardFacts): HTMLCanvasElement {
 
 export function savePicture(facts: CardFacts): void {
   drawCard(facts).toBlob((blob) => {
-    if (blob === null) return;
-    const url = URL.createObjectURL(blob);
-    h('a', { href: url, download: 'sageattention-result.png' }).click();
-    setTimeout(() => URL.revokeObjectURL(url), 60_000);
+    if (blob !== null) download(blob, 'sageattention-result.png');
   }, 'image/png');
 }

@@ -5,13 +5,12 @@
  */
 import { mkdir, writeFile } from 'node:fs/promises';
 import { fileURLToPath } from 'node:url';
-import { createCanvas, loadImage } from '@napi-rs/canvas';
 import type { Page } from 'playwright-core';
+import { webpOf } from '../scripts/webp.ts';
 import { servePlayground } from '../src/cli/playground-server.ts';
 import { launchChromium, missingChromium } from '../test/support/chromium.ts';
 
 const IMAGES = new URL('../docs/images/', import.meta.url);
-const QUALITY = 80;
 
 /** A part of the page, from the top of one element to the bottom of another, as WebP. */
 async function capture(page: Page, name: string, from: string, to: string): Promise<void> {
@@ -21,23 +20,13 @@ async function capture(page: Page, name: string, from: string, to: string): Prom
   const y = Math.max(0, (await edge(from, 'top')) - 8);
   const clip = { x: 0, y, width, height: (await edge(to, 'bottom')) + 16 - y };
   const png = await page.screenshot({ fullPage: true, clip });
-  const image = await loadImage(png);
-  const canvas = createCanvas(image.width, image.height);
-  canvas.getContext('2d').drawImage(image, 0, 0);
-  await writeFile(new URL(`${name}.webp`, IMAGES), await canvas.encode('webp', QUALITY));
+  await writeFile(new URL(`${name}.webp`, IMAGES), await webpOf(png));
 }
 
 /** A view of the page as it is on a screen, as WebP or, for programs that know no other, as PNG. */
 async function captureView(page: Page, file: URL): Promise<void> {
   const png = await page.screenshot();
-  if (file.pathname.endsWith('.png')) {
-    await writeFile(file, png);
-    return;
-  }
-  const image = await loadImage(png);
-  const canvas = createCanvas(image.width, image.height);
-  canvas.getContext('2d').drawImage(image, 0, 0);
-  await writeFile(file, await canvas.encode('webp', QUALITY));
+  await writeFile(file, file.pathname.endsWith('.png') ? png : await webpOf(png));
 }
 
 const FIRST_SCREENS = [

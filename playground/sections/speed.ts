@@ -1,7 +1,18 @@
 /** Section 3: how fast each kernel is here, beside exact attention of our own and of onnxruntime-web. */
 import * as Comlink from 'comlink';
 import { figure, fillLegend, Plot, seriesColor } from '../charts.ts';
-import { byId, checkField, codeBox, exclusively, h, messageOf, say, saySteadily, selectField } from '../dom.ts';
+import {
+  byId,
+  checkField,
+  codeBox,
+  download,
+  exclusively,
+  h,
+  messageOf,
+  say,
+  saySteadily,
+  selectField,
+} from '../dom.ts';
 import { count, counted, duration, percent, rate } from '../format.ts';
 import type { BenchConfig, DeviceApi, DeviceReport, Measurement } from '../workers/device.ts';
 
@@ -313,9 +324,6 @@ export async function startSpeed(
       config,
       results,
     };
-    const url = URL.createObjectURL(new Blob([JSON.stringify(file, null, 2)], { type: 'application/json' }));
-    h('a', { href: url, download: 'sageattention-bench.json' }).click();
-    // Some browsers read it only after they have asked where to put it.
-    setTimeout(() => URL.revokeObjectURL(url), 60_000);
+    download(new Blob([JSON.stringify(file, null, 2)], { type: 'application/json' }), 'sageattention-bench.json');
   });
 }
