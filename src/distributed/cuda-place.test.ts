@@ -2,8 +2,12 @@
 import { describe, expect, it } from 'vitest';
 import { Random, runSeed } from '../../test/support/random.ts';
 import { createProblem } from '../attention/problem.ts';
+import { createCudaBackend } from '../backends/cuda/backend.ts';
+import { Cuda } from '../backends/cuda/driver/device.ts';
+import { FakeCuda } from '../backends/cuda/testing/fake-cuda.ts';
 import { createSimulatedBackend } from '../backends/cuda/testing/simulator/backend.ts';
 import { attentionExact } from '../reference/exact.ts';
+import { compare } from '../reference/metrics.ts';
 import { toFloat32 } from '../tensor/access.ts';
 import { type Tensor, tensor, transpose } from '../tensor/tensor.ts';
 import { createDeviceGroup } from './group.ts';
@@ -65,5 +69,42 @@ describe(`ranks on CUDA devices (SAGEATTENTION_SEED=${seed})`, () => {
     const [one, two] = [await outputOf([0, 0], {}), await outputOf([0, 1], {})];
     expect(two.values).toEqual(one.values);
     expect(two.sums).toEqual(one.sums);
+  });
+
+  it('uses its slots again, round by round and call by call', async () => {
+    const backend = createSimulatedBackend(80, 4);
+    const group = await createDeviceGroup({ devices: [0, 1, 2, 3], backend });
+    for (let call = 0; call < 2; call++) {
+      const [x, y] = [make(1, 20, 16), make(1, 20, 16)];
+      const [sx, sy] = await Promise.all([x, y].map((each) => group.shard(each)));
+      const output = await sageattnSharded(sx as never, sy as never, sx as never);
+      const values = toFloat32(await group.gather(output));
+      const expected = attentionExact(createProblem(x, y, x, {}), { q: x, k: y, v: x }).output;
+      expect(compare(values, expected).relativeL1).toBeLessThan(0.03);
+      for (const each of [sx, sy, output]) each?.dispose();
+    }
+    group.dispose();
+    await backend.dispose();
+  });
+
+  it('holds no memory once it is disposed, not even after a copy that failed', async () => {
+    const fake = new FakeCuda({ devices: [90, 90], memoryBytes: 2 ** 32 });
+    const cuda = new Cuda(fake.api);
+    const backend = createCudaBackend({ open: async () => cuda });
+    const group = await createDeviceGroup({ devices: [0, 1], backend });
+    const x = await group.shard(tensor(new Float32Array(2 * 300 * 64), [1, 2, 300, 64]));
+    for (const options of [{}, { ulysses: 2 }]) {
+      (await sageattnSharded(x, x, x, options)).dispose();
+      fake.failNext('cuMemcpyPeerAsync', 1);
+      await expect(sageattnSharded(x, x, x, options)).rejects.toMatchObject({ code: 'execution-failed' });
+      (await sageattnSharded(x, x, x, options)).dispose();
+    }
+    x.dispose();
+    group.dispose();
+    await new Promise(setImmediate);
+    for (const ordinal of [0, 1]) cuda.device(ordinal).trimMemory();
+    expect(fake.liveAllocations).toBe(0);
+    expect(fake.liveHandles).toMatchObject({ graphs: 0 });
+    await backend.dispose();
   });
 });

@@ -1,27 +1,70 @@
 /** A rank on a GPU; several ranks may share one. */
+import type { AttentionProblem } from '../attention/problem.ts';
+import type { KernelChoice } from '../backends/backend.ts';
 import type { CudaBackend } from '../backends/cuda/backend.ts';
 import { copyHeads, copyPeer, type Heads } from '../backends/cuda/driver/copy.ts';
 import type { CudaDevice } from '../backends/cuda/driver/device.ts';
-import type { CudaEvent, CudaStream } from '../backends/cuda/driver/stream.ts';
-import type { CudaKeyValue } from '../backends/cuda/key-value.ts';
+import type { CudaStream } from '../backends/cuda/driver/stream.ts';
+import { type FixedKeyValue, SharedRoom } from '../backends/cuda/fixed-key-value.ts';
+import type { MergedPart } from '../backends/cuda/merge.ts';
 import { type CudaTensor, downloadAsync, emptyCudaTensor, isCudaTensor, startUpload } from '../backends/cuda/tensor.ts';
 import { BYTES_PER_ELEMENT, type DType } from '../tensor/dtype.ts';
-import { isContiguous, type Tensor, type TensorView } from '../tensor/tensor.ts';
-import type { Parcel, Partial, Place, Sent } from './place.ts';
+import { byteLengthOf, type Tensor, type TensorView } from '../tensor/tensor.ts';
+import type { Carried, KeyValueSlot, Mark, Merge, Partial, ReachingPlace } from './place.ts';
 
-export class CudaPlace implements Place {
+export class CudaKeyValueSlot implements KeyValueSlot {
+  readonly held: FixedKeyValue;
+
+  constructor(held: FixedKeyValue) {
+    this.held = held;
+  }
+
+  open(): void {
+    this.held.open();
+  }
+
+  async fill(k: TensorView, v: TensorView): Promise<void> {
+    this.held.fill(k as CudaTensor, v as CudaTensor);
+  }
+
+  attend(...given: Parameters<KeyValueSlot['attend']>): ReturnType<KeyValueSlot['attend']> {
+    return this.held.attend(...given);
+  }
+
+  // The next call quantizes into the same memory.
+  release(): void {}
+
+  dispose(): void {
+    this.held.dispose();
+  }
+}
+
+/** Where the bytes of what travels lie: a slot's memory, or a contiguous tensor. */
+export function bytesOf(carried: Carried): { readonly pointer: bigint; readonly byteLength: number } {
+  if (carried instanceof CudaKeyValueSlot)
+    return { pointer: carried.held.open().pointer, byteLength: carried.held.byteLength };
+  const view = carried as CudaTensor;
+  const pointer = view.memory.pointer + BigInt(view.offset * BYTES_PER_ELEMENT[view.dtype]);
+  return { pointer, byteLength: byteLengthOf(view) };
+}
+
+export class CudaPlace implements ReachingPlace {
   readonly backend: CudaBackend;
   readonly device: CudaDevice;
-  /** Copies from other devices run beside the kernels. */
+  /** Copies from other ranks run beside the kernels. */
   #copies: CudaStream | undefined;
-  readonly #events: CudaEvent[] = [];
+  /** Events of the marks of a call, which the next call uses again. */
+  readonly #events: bigint[] = [];
+  #marks = 0;
+  readonly #rooms: SharedRoom[] = [];
 
   constructor(backend: CudaBackend, device: CudaDevice) {
     this.backend = backend;
     this.device = device;
   }
 
-  get #copyStream(): CudaStream {
+  /** The stream of what goes to and comes from other ranks. */
+  get copyStream(): CudaStream {
     this.#copies ??= this.device.createStream();
     return this.#copies;
   }
@@ -43,82 +86,85 @@ export class CudaPlace implements Place {
   }
 
   copy(from: TensorView, to: TensorView): void {
-    copyTensor(this.device, from as CudaTensor, to as CudaTensor, this.device.stream);
+    const { device } = this;
+    device.inContext(() => copyTensor(device, from as CudaTensor, to as CudaTensor, device.stream));
   }
 
-  merge(parts: readonly Partial[], output: TensorView, lse: TensorView | undefined): void {
-    const merged = parts.map((part) => ({
-      start: part.queries.start,
-      output: part.output as CudaTensor,
-      lse: part.lse as CudaTensor,
-    }));
-    this.backend.merge(this.device, merged, output as CudaTensor, lse as CudaTensor | undefined);
+  keyValue(problem: AttentionProblem, kernel: KernelChoice, room: number): KeyValueSlot {
+    this.#rooms[room] ??= new SharedRoom(this.device);
+    return new CudaKeyValueSlot(
+      this.backend.fixedKeyValue(this.device, problem, kernel, this.#rooms[room] as SharedRoom),
+    );
   }
 
-  mark(): CudaEvent {
-    return this.#event(this.device.stream);
-  }
-
-  #event(stream: CudaStream): CudaEvent {
-    const event = this.device.createEvent();
-    this.#events.push(event);
-    return event.record(stream);
-  }
-
-  waitFor(ready: unknown): void {
-    (ready as CudaEvent).holdBack(this.device.stream);
-  }
-
-  bring(sent: Sent<TensorView>, from: Place): Sent<TensorView> {
-    const source = sent.value as CudaTensor;
-    const { device } = from as CudaPlace;
-    if (device === this.device) return sent;
-    const stream = this.#copyStream;
-    const target = emptyCudaTensor(this.device, source.shape, source.dtype);
-    target.memory.useOn(stream);
-    (sent.ready as CudaEvent).holdBack(stream);
-    const bytes = BYTES_PER_ELEMENT[source.dtype];
-    const [batch, heads, tokens, dim] = source.shape as [number, number, number, number];
-    if (isContiguous(source)) {
-      const pointer = source.memory.pointer + BigInt(source.offset * bytes);
-      copyPeer({ device, pointer }, target.memory, batch * heads * tokens * dim * bytes, stream);
-    } else {
-      const packed = emptyCudaTensor(device, source.shape, source.dtype);
-      copyTensor(device, source, packed, device.stream);
-      (from as CudaPlace).mark().holdBack(stream);
-      copyPeer(packed.memory, target.memory, packed.memory.byteLength, stream);
-      // Freed in the order of its own stream, behind this copy.
-      device.stream.waitFor(stream);
-      packed.dispose();
-    }
-    return { value: target, ready: this.#event(stream) };
-  }
-
-  bringParcel(sent: Sent<Parcel>, from: Place): Sent<Parcel> {
-    const { prepared, k, v } = sent.value;
-    if ((from as CudaPlace).device === this.device) return sent;
-    const stream = this.#copyStream;
-    (sent.ready as CudaEvent).holdBack(stream);
-    const here = (prepared as CudaKeyValue).copyTo(this.device, stream);
-    const device = this.device.ordinal;
+  merge(): Merge {
+    const merge = this.backend.partsMerge(this.device);
+    const partOf = ({ queries, output, lse }: Partial): MergedPart => ({
+      start: queries.start,
+      output: output as CudaTensor,
+      lse: lse as CudaTensor,
+    });
     return {
-      value: { prepared: here, k: { ...k, device }, v: { ...v, device } },
-      ready: this.#event(stream),
+      run: (parts, output, lse) => merge.run(parts.map(partOf), output as CudaTensor, lse as CudaTensor | undefined),
+      dispose: () => merge.dispose(),
     };
+  }
+
+  #mark(stream: CudaStream): bigint {
+    const event = this.#events[this.#marks] ?? this.device.eventPool.take();
+    this.#events[this.#marks++] = event;
+    this.device.call('cuEventRecord', 'marking what a rank has enqueued', event, stream.handle);
+    return event;
+  }
+
+  #hold(stream: CudaStream, mark: Mark): void {
+    this.device.call('cuStreamWaitEvent', 'waiting for another rank', stream.handle, mark as bigint, 0);
+  }
+
+  mark(): Mark {
+    return this.#mark(this.device.stream);
+  }
+
+  waitFor(mark: Mark): void {
+    this.#hold(this.device.stream, mark);
+  }
+
+  holdCopies(mark: Mark): void {
+    this.#hold(this.copyStream, mark);
+  }
+
+  markCopies(): Mark {
+    return this.#mark(this.copyStream);
+  }
+
+  bring(value: Carried, from: ReachingPlace, into: Carried): void {
+    const [source, target] = [bytesOf(value), bytesOf(into)];
+    const { device } = from as CudaPlace;
+    copyPeer(
+      { device, pointer: source.pointer },
+      { device: this.device, pointer: target.pointer },
+      target.byteLength,
+      this.copyStream,
+    );
   }
 
   free(view: TensorView): void {
     if (isCudaTensor(view)) view.dispose();
   }
 
-  settle(others: readonly Place[]): void {
+  settle(others: readonly ReachingPlace[]): void {
     for (const other of others as readonly CudaPlace[]) {
       if (other.#copies !== undefined) this.device.stream.waitFor(other.#copies);
     }
-    for (const event of this.#events.splice(0)) event.dispose();
+  }
+
+  endCall(): void {
+    this.#marks = 0;
   }
 
   dispose(): void {
+    for (const room of this.#rooms.splice(0)) room.dispose();
+    for (const event of this.#events.splice(0)) this.device.eventPool.giveBack(event);
     this.#copies?.dispose();
     this.#copies = undefined;
   }

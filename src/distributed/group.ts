@@ -9,11 +9,15 @@ import { ExecutionError, InvalidArgumentError, takeOptions, textOf } from '../er
 import type { DType } from '../tensor/dtype.ts';
 import { emptyTensor, requireView, slice, type Tensor, type TensorView } from '../tensor/tensor.ts';
 import { HostPlace } from './host-place.ts';
-import type { Place } from './place.ts';
+import { type Connection, type Incoming, type Link, LocalTransport, type Outgoing, type Transport } from './link.ts';
+import type { Place, ReachingPlace } from './place.ts';
+import type { RankPlan } from './rank.ts';
 import { spansOf, TOKEN_ORDERS, type TokenOrder, totalOf } from './shards.ts';
 
 /** Most ranks of one process. */
 const MAX_RANKS = 1024;
+/** Shapes of calls whose plans are kept; they share the memory that quantized keys and values need. */
+const KEPT_PLANS = 8;
 
 export interface DeviceGroupOptions {
   /**
@@ -37,7 +41,7 @@ export interface ShardOptions {
 /** A tensor of which every rank of a group holds some tokens. */
 export interface ShardedTensor {
   readonly group: DeviceGroup;
-  /** Of each rank, where it works. */
+  /** Of each rank of this process, where it works. */
   readonly parts: readonly TensorView[];
   /** Of the whole. */
   readonly shape: readonly number[];
@@ -58,7 +62,7 @@ export function shardedTensor(
   const dispose = () => {
     if (disposed) return;
     disposed = true;
-    for (const [rank, part] of parts.entries()) (group.places[rank] as Place).free(part);
+    for (const [i, part] of parts.entries()) (group.members[i] as Member).place.free(part);
   };
   const { shape, dtype, tokenAxis, order } = whole;
   return { group, parts, shape, dtype, tokenAxis, order, dispose, [DISPOSE]: dispose };
@@ -71,25 +75,74 @@ function takeShardOptions(options: ShardOptions): { readonly tokenAxis: 1 | 2; r
   return { tokenAxis: tensorLayout === 'HND' ? 2 : 1, order };
 }
 
+type Member = Transport['members'][number];
+
 /** Ranks that attend together; see {@link createDeviceGroup}. */
 export class DeviceGroup {
-  /** @internal */
-  readonly places: readonly Place[];
+  readonly #transport: Transport;
+  readonly #plans = new Map<string, Promise<readonly RankPlan[]>>();
+  /** Ends when the last call has. */
+  #turn: Promise<unknown> = Promise.resolve();
   #disposed = false;
 
   /** @internal */
-  constructor(places: readonly Place[]) {
-    this.places = places;
+  constructor(transport: Transport) {
+    this.#transport = transport;
   }
 
   /** Number of ranks. */
   get size(): number {
-    return this.places.length;
+    return this.#transport.size;
+  }
+
+  /** Ranks of this process. */
+  get ranks(): readonly number[] {
+    return this.members.map(({ rank }) => rank);
+  }
+
+  /** @internal */
+  get members(): readonly Member[] {
+    return this.#transport.members;
   }
 
   /** @internal */
   requireUsable(): void {
     if (this.#disposed) throw new ExecutionError('disposed', 'this DeviceGroup has been disposed');
+    this.#transport.requireUsable();
+  }
+
+  /** @internal Runs `use` when the calls before it have ended: all ranks do everything in the same order. */
+  inTurn<T>(use: (connection: Connection) => Promise<T>): Promise<T> {
+    const turn = this.#turn.then(() => {
+      this.requireUsable();
+      return use(this.#transport.connect());
+    });
+    this.#turn = turn.catch(() => undefined);
+    return turn;
+  }
+
+  /** @internal The plans of the ranks of this process for calls of one kind. */
+  async plansOf(key: string, make: () => Promise<readonly RankPlan[]>): Promise<readonly RankPlan[]> {
+    const known = this.#plans.get(key);
+    const plans = known ?? make();
+    // The one used longest ago comes first.
+    this.#plans.delete(key);
+    this.#plans.set(key, plans);
+    try {
+      return await plans;
+    } catch (error) {
+      this.#plans.delete(key);
+      throw error;
+    } finally {
+      if (this.#plans.size > KEPT_PLANS) await this.forgetPlans(this.#plans.keys().next().value as string);
+    }
+  }
+
+  /** @internal */
+  async forgetPlans(key: string): Promise<void> {
+    const plans = this.#plans.get(key);
+    this.#plans.delete(key);
+    for (const plan of (await plans?.catch(() => [])) ?? []) plan.dispose();
   }
 
   /**
@@ -107,7 +160,7 @@ export class DeviceGroup {
       throw new InvalidArgumentError('invalid-shape', 'tensor', 'a CPU tensor of 4 dimensions', received);
     }
     const length = view.shape[tokenAxis] as number;
-    const parts = this.places.map((place, rank) => {
+    const parts = this.members.map(({ place, rank }) => {
       const spans = spansOf(length, this.size, rank, order);
       const shape = view.shape.map((size, i) => (i === tokenAxis ? totalOf(spans) : size));
       const host = emptyTensor(shape, view.dtype as DType);
@@ -120,7 +173,7 @@ export class DeviceGroup {
   /**
    * Tensors that already lie where the ranks work, as one sharded tensor; disposing it disposes them.
    *
-   * @param parts of every rank, with the tokens that `order` gives it
+   * @param parts of every rank of this process, with the tokens that `order` gives it
    * @param length tokens of the whole
    * @throws {InvalidArgumentError} parts of other shapes, or elsewhere
    */
@@ -128,37 +181,69 @@ export class DeviceGroup {
     this.requireUsable();
     const { tokenAxis, order } = takeShardOptions(options);
     const [first] = parts;
-    for (const [rank, part] of parts.entries()) {
-      const argument = `parts[${rank}]`;
+    for (const [i, part] of parts.entries()) {
+      const argument = `parts[${i}]`;
       requireView(argument, part);
-      const place = this.places[rank];
-      const tokens = totalOf(spansOf(length, this.size, rank, order));
-      const shape = (first as TensorView).shape.map((size, i) => (i === tokenAxis ? tokens : size));
+      const member = this.members[i];
+      const tokens = member === undefined ? 0 : totalOf(spansOf(length, this.size, member.rank, order));
+      const shape = (first as TensorView).shape.map((size, axis) => (axis === tokenAxis ? tokens : size));
       const alike = part.dtype === first?.dtype && part.dtype !== 'bool' && textOf(part.shape) === textOf(shape);
-      if (!alike || place === undefined || !place.holds(part)) {
-        const expected = `${textOf(first?.dtype)} ${textOf(shape)} where rank ${rank} of ${this.size} works`;
+      if (!alike || member === undefined || !member.place.holds(part)) {
+        const expected = `${textOf(first?.dtype)} ${textOf(shape)} where rank ${member?.rank ?? '?'} of ${this.size} works`;
         const received = `${textOf(part.dtype)} ${textOf(part.shape)}, ${part.location} ${part.device ?? 0}`;
         throw new InvalidArgumentError('invalid-shape', argument, expected, received);
       }
     }
-    if (first === undefined || parts.length !== this.size) {
-      throw new InvalidArgumentError('invalid-shape', 'parts', `${this.size} tensors, one a rank`, `${parts.length}`);
+    const { length: members } = this.members;
+    if (first === undefined || parts.length !== members) {
+      const expected = `${members} tensors, one for each rank of this process`;
+      throw new InvalidArgumentError('invalid-shape', 'parts', expected, `${parts.length}`);
     }
     const shape = first.shape.map((size, i) => (i === tokenAxis ? length : size));
     return shardedTensor(this, parts, { shape, dtype: first.dtype as DType, tokenAxis, order });
   }
 
-  /** The whole of a sharded tensor, in this process's memory, contiguous. */
-  async gather({ group, parts, shape, dtype, tokenAxis, order }: ShardedTensor): Promise<Tensor> {
+  /** The whole of a sharded tensor, in this process's memory, contiguous. All processes of the group ask for it. */
+  async gather(sharded: ShardedTensor): Promise<Tensor> {
     this.requireUsable();
+    const { group, parts, shape, dtype, tokenAxis, order } = sharded;
     if (group !== this)
       throw new InvalidArgumentError('mixed-locations', 'tensor', 'a tensor of this group', 'another');
     const whole = emptyTensor(shape, dtype);
-    for (const [rank, part] of parts.entries()) {
-      const place = this.places[rank] as Place;
-      const spans = spansOf(shape[tokenAxis] as number, this.size, rank, order);
-      copySpans(new HostPlace(place.backend), await place.download(part), whole, tokenAxis, spans, 'gather');
-    }
+    const spans = (rank: number) => spansOf(shape[tokenAxis] as number, this.size, rank, order);
+    const keep = async ({ place, rank }: Member, part: TensorView) =>
+      copySpans(new HostPlace(place.backend), await place.download(part), whole, tokenAxis, spans(rank), 'gather');
+    for (const [i, member] of this.members.entries()) await keep(member, parts[i] as TensorView);
+    if (this.members.length === this.size) return whole;
+    await this.inTurn(async (connection) => {
+      const { place, rank } = this.members[0] as Member;
+      const own = parts[0] as TensorView;
+      const others = Array.from({ length: this.size }, (_, other) => other).filter((other) => other !== rank);
+      const made: TensorView[] = [];
+      const empty = (tokens: number) => {
+        const view = place.empty(
+          shape.map((size, axis) => (axis === tokenAxis ? tokens : size)),
+          dtype,
+        );
+        made.push(view);
+        return view;
+      };
+      try {
+        const packed = empty(own.shape[tokenAxis] as number);
+        place.copy(own, packed);
+        const coming = others.map((from) => ({ from, name: 'part', into: empty(totalOf(spans(from))) }));
+        await exchangeOnce(
+          connection,
+          place,
+          rank,
+          others.map((to) => ({ to, name: 'part', value: packed })),
+          coming,
+        );
+        for (const { from, into } of coming) await keep({ place, rank: from }, into);
+      } finally {
+        for (const view of made) place.free(view);
+      }
+    });
     return whole;
   }
 
@@ -166,11 +251,41 @@ export class DeviceGroup {
   dispose(): void {
     if (this.#disposed) return;
     this.#disposed = true;
-    for (const place of this.places) place.dispose();
+    const kept = [...this.#plans.values()];
+    this.#plans.clear();
+    for (const plans of kept) {
+      void plans.then(
+        (made) => {
+          for (const plan of made) plan.dispose();
+        },
+        () => undefined,
+      );
+    }
+    this.#transport.dispose();
   }
 
   [DISPOSE](): void {
     this.dispose();
+  }
+}
+
+/** A call that is one exchange. */
+async function exchangeOnce(
+  { links, abort, close }: Connection,
+  place: Place,
+  rank: number,
+  outgoing: readonly Outgoing[],
+  incoming: readonly Incoming[],
+): Promise<void> {
+  const [link] = links as readonly [Link];
+  try {
+    place.waitFor(await link.exchange(outgoing, incoming));
+    await link.finish();
+  } catch (error) {
+    abort(rank, error);
+    throw error;
+  } finally {
+    await close();
   }
 }
 
@@ -203,9 +318,9 @@ export async function createDeviceGroup(options: DeviceGroupOptions): Promise<De
   if ((devices === undefined) === (ranks === undefined)) {
     throw new InvalidArgumentError('invalid-option', 'options.ranks', 'either devices or ranks', 'both or neither');
   }
-  return new DeviceGroup(
-    devices === undefined ? await hostPlaces(ranks as number, backend) : await cudaPlaces(devices, backend),
-  );
+  const places =
+    devices === undefined ? await hostPlaces(ranks as number, backend) : await cudaPlaces(devices, backend);
+  return new DeviceGroup(new LocalTransport(places));
 }
 
 const backendOf = async (given: BackendName | Backend, name: BackendName): Promise<Backend> => {
@@ -214,7 +329,7 @@ const backendOf = async (given: BackendName | Backend, name: BackendName): Promi
   throw new InvalidArgumentError('invalid-option', 'options.backend', `'${name}' for these ranks`, `'${backend.name}'`);
 };
 
-async function hostPlaces(ranks: number, backend: BackendName | Backend = 'wasm'): Promise<Place[]> {
+async function hostPlaces(ranks: number, backend: BackendName | Backend = 'wasm'): Promise<ReachingPlace[]> {
   if (!Number.isInteger(ranks) || ranks < 1 || ranks > MAX_RANKS) {
     const expected = `a whole number from 1 to ${MAX_RANKS}`;
     throw new InvalidArgumentError('invalid-option', 'options.ranks', expected, textOf(ranks));
@@ -223,7 +338,10 @@ async function hostPlaces(ranks: number, backend: BackendName | Backend = 'wasm'
   return Array.from({ length: ranks }, () => new HostPlace(own));
 }
 
-async function cudaPlaces(devices: readonly number[], backend: BackendName | Backend = 'cuda'): Promise<Place[]> {
+async function cudaPlaces(
+  devices: readonly number[],
+  backend: BackendName | Backend = 'cuda',
+): Promise<ReachingPlace[]> {
   if (!Array.isArray(devices) || devices.length < 1 || devices.length > MAX_RANKS) {
     const expected = `1 to ${MAX_RANKS} ordinals of devices`;
     throw new InvalidArgumentError('invalid-option', 'options.devices', expected, textOf(devices));

@@ -1,38 +1,43 @@
 /** What one rank does in a sharded call; all ranks run it at the same time. */
 import type { AttentionOptions } from '../attention/options.ts';
-import { createProblem } from '../attention/problem.ts';
+import { type AttentionProblem, createProblem } from '../attention/problem.ts';
 import type { KernelChoice, RunContext } from '../backends/backend.ts';
 import type { DType } from '../tensor/dtype.ts';
-import { contiguousStrides, slice, specOf, type TensorView } from '../tensor/tensor.ts';
+import { contiguousStrides, isContiguous, slice, specOf, type TensorView } from '../tensor/tensor.ts';
 import type { Block } from './blocks.ts';
-import type { Parcel, Partial, Place, Sent } from './place.ts';
-import type { Post } from './post.ts';
+import type { Connection, Incoming, Link, Outgoing } from './link.ts';
+import type { KeyValueSlot, Mark, Merge, Partial, Place } from './place.ts';
 import type { Meeting, RankSchedule } from './schedule.ts';
 import { lengthOf, type Span, totalOf } from './shards.ts';
 
 /** Tensors are `[B,H,L,D]` views. */
-export interface RankCall {
+export interface RankInputs {
+  readonly q: TensorView;
+  readonly k: TensorView;
+  readonly v: TensorView;
+  readonly joint?: { readonly k: TensorView; readonly v: TensorView };
+  /** `[1 or B, 1 or Hq, 1 or Lq, 1 or Lk]` of the whole sequence. */
+  readonly attnMask?: TensorView;
+}
+
+export interface RankSetup {
   readonly place: Place;
-  /** Where the other ranks are. */
-  readonly places: readonly Place[];
-  readonly post: Post;
   readonly schedule: RankSchedule;
   readonly kernel: KernelChoice;
   /** Without what the schedule has settled: band, mask, layout. */
   readonly options: Pick<AttentionOptions, 'smScale' | 'softcap'>;
-  readonly context: RunContext;
-  readonly inputs: {
-    readonly q: TensorView;
-    readonly k: TensorView;
-    readonly v: TensorView;
-    readonly joint?: { readonly k: TensorView; readonly v: TensorView };
-    /** `[1 or B, 1 or Hq, 1 or Lq, 1 or Lk]` of the whole sequence. */
-    readonly attnMask?: TensorView;
-  };
+  /** Of the shapes, strides and offsets that all calls have. */
+  readonly inputs: RankInputs;
+}
+
+/** One call of a rank. */
+export interface RankCall {
+  readonly inputs: RankInputs;
   /** `[B,Hq,own tokens,Dv]`, to be written. */
   readonly output: TensorView;
   /** `[B,Hq,own tokens,1]` */
   readonly lse: TensorView | undefined;
+  readonly context: RunContext;
 }
 
 const HEADS = 1;
@@ -41,242 +46,342 @@ const TOKENS = 2;
 const headsOf = (view: TensorView, { start, end }: Span) => slice(view, HEADS, start, end);
 const tokensOf = (view: TensorView, start: number, length: number) => slice(view, TOKENS, start, start + length);
 
-/** A description of what was quantized, contiguous, without its memory. */
-const describe = (view: TensorView): TensorView => ({
+/** A contiguous tensor like another, of a shape of its own, without its memory. */
+const describe = (view: TensorView, shape: readonly number[]): TensorView => ({
   ...specOf('k', view),
-  strides: contiguousStrides(view.shape),
+  shape,
+  strides: contiguousStrides(shape),
   offset: 0,
 });
 
+const withHeads = (view: TensorView, heads: Span, tokens: number) =>
+  describe(view, [view.shape[0] as number, lengthOf(heads), tokens, view.shape[3] as number]);
+
 const nameOf = ({ owner, part }: Pick<Meeting, 'owner' | 'part'>) => `kv ${owner} ${part}`;
 
-/** One rank in one call. */
-class Rank {
-  readonly #call: RankCall;
-  /** Freed at the end, whatever happens: what other ranks may read until they have all ended. */
-  readonly #prepared: Parcel[] = [];
-  readonly #own: TensorView[] = [];
+/** A span of the rank's own keys, quantized for one rank of the row. */
+interface OwnKeys {
+  readonly to: number;
+  readonly part: number;
+  readonly heads: Span;
+  readonly start: number;
+  readonly length: number;
+  readonly slot: KeyValueSlot;
+}
 
-  constructor(call: RankCall) {
-    this.#call = call;
+/** A meeting with its slot, and a problem for each of its blocks. */
+interface PlannedMeeting {
+  readonly meeting: Meeting;
+  readonly slot: KeyValueSlot;
+  readonly blocks: readonly { readonly block: Block; readonly problem: AttentionProblem }[];
+}
+
+/** What one rank does in every call of the same shapes: problems, slots and launches are made once. */
+export class RankPlan {
+  readonly #setup: RankSetup;
+  readonly #own: readonly OwnKeys[];
+  readonly #rounds: readonly (readonly PlannedMeeting[])[];
+  readonly #merge: Merge;
+  /** Freed when the call has ended. */
+  readonly #made: TensorView[] = [];
+
+  constructor(setup: RankSetup) {
+    this.#setup = setup;
+    this.#merge = setup.place.merge();
+    let rooms = 0;
+    const slot = (k: TensorView, v: TensorView, room = rooms++) => {
+      const problem = createProblem(k, k, v, { ...setup.options, tensorLayout: 'HND' });
+      return setup.place.keyValue(problem, setup.kernel, room);
+    };
+    this.#own = this.#planOwn(slot);
+    const first = (setup.schedule.rounds[0] ?? []).map((meeting) =>
+      this.#planMeeting(meeting, this.#slotOf(meeting, slot)),
+    );
+    // Two sets of rooms: one is attended to while the other is written to.
+    const meetings = Math.max(0, ...setup.schedule.rounds.slice(1).map(({ length }) => length));
+    const base = rooms;
+    const later = setup.schedule.rounds.slice(1).map((round, r) =>
+      round.map((meeting, i) => {
+        const [k, v] = this.#describe(meeting);
+        return this.#planMeeting(meeting, slot(k, v, base + (r % 2) * meetings + i));
+      }),
+    );
+    this.#rounds = [first, ...later];
   }
 
-  #empty(shape: readonly number[], dtype: DType): TensorView {
-    const view = this.#call.place.empty(shape, dtype);
-    this.#own.push(view);
-    return view;
+  /** The rank's own heads first: it can begin with them. */
+  #planOwn(slot: (k: TensorView, v: TensorView) => KeyValueSlot): OwnKeys[] {
+    const { schedule, inputs } = this.#setup;
+    const isOwn = (other: { readonly rank: number }) => other.rank === schedule.rank;
+    const mates = [...schedule.rowKvHeads.filter(isOwn), ...schedule.rowKvHeads.filter((other) => !isOwn(other))];
+    return mates.flatMap(({ rank: to, heads }) => {
+      let start = 0;
+      return schedule.keys.map((span, part) => {
+        const length = lengthOf(span);
+        const [k, v] = [inputs.k, inputs.v].map((view) => tokensOf(headsOf(view, heads), start, length)) as [
+          TensorView,
+          TensorView,
+        ];
+        const own = { to, part, heads, start, length, slot: slot(k, v) };
+        start += length;
+        return own;
+      });
+    });
   }
 
-  #send(to: number, name: string, value: TensorView | Parcel, ready = this.#call.place.mark()): void {
-    const { post, schedule } = this.#call;
-    post.send(schedule.rank, to, name, { value, ready });
-  }
-
-  async #bring(from: number, name: string): Promise<TensorView> {
-    const { post, schedule, place, places } = this.#call;
-    const sent = await post.receive<Sent<TensorView>>(from, schedule.rank, name);
-    const { value, ready } = place.bring(sent, places[from] as Place);
-    if (value !== sent.value) this.#own.push(value);
-    place.waitFor(ready);
-    return value;
-  }
-
-  /** Begins to bring it; whoever uses it waits until it is ready. */
-  async #bringParcel(from: number, name: string): Promise<Sent<Parcel>> {
-    const { post, schedule, place, places } = this.#call;
-    const sent = await post.receive<Sent<Parcel>>(from, schedule.rank, name);
-    const brought = place.bringParcel(sent, places[from] as Place);
-    if (brought.value !== sent.value) this.#prepared.push(brought.value);
-    return brought;
-  }
-
-  /** Quantizes keys and values of some heads once, for whoever attends to them. */
-  async #quantize(k: TensorView, v: TensorView): Promise<Parcel> {
-    const { place, kernel, options, context } = this.#call;
-    const problem = createProblem(k, k, v, { ...options, tensorLayout: 'HND' });
-    const prepared = await place.backend.prepareKeyValue(problem, kernel, k, v, context);
-    const parcel = { prepared, k: describe(k), v: describe(v) };
-    this.#prepared.push(parcel);
-    return parcel;
-  }
-
-  /** Sends every rank of the row its heads of this rank's tokens, and puts together what they send. */
-  async #exchangeQueries(): Promise<TensorView> {
-    const { schedule, inputs, place } = this.#call;
-    const { rank, row, rowQueries, heads } = schedule;
-    if (row.length === 1) return inputs.q;
-    for (const other of row) {
-      if (other.rank !== rank) this.#send(other.rank, 'q', headsOf(inputs.q, other.heads));
+  /** K and V of a meeting as they would lie here before they were quantized. */
+  #describe({ owner, keys }: Meeting): [k: TensorView, v: TensorView] {
+    const { inputs, schedule } = this.#setup;
+    const { kv } = schedule.heads;
+    if (owner === 'joint') {
+      const { k, v } = inputs.joint as { k: TensorView; v: TensorView };
+      return [headsOf(k, kv), headsOf(v, kv)];
     }
-    const [batch, , , dim] = inputs.q.shape as [number, number, number, number];
-    const shape = [batch, lengthOf(heads.query), totalOf(rowQueries), dim];
-    const gathered = this.#empty(shape, inputs.q.dtype as DType);
-    for (const other of row) {
-      const piece = other.rank === rank ? headsOf(inputs.q, heads.query) : await this.#bring(other.rank, 'q');
-      for (const { from, to, length } of other.moves) {
-        place.copy(tokensOf(piece, from, length), tokensOf(gathered, to, length));
-      }
-    }
-    return gathered;
+    return [withHeads(inputs.k, kv, lengthOf(keys)), withHeads(inputs.v, kv, lengthOf(keys))];
   }
 
-  /** The other way round: every rank of the row gets its tokens of this rank's heads. */
-  async #exchangeOutput(gathered: TensorView, target: TensorView, what: string): Promise<void> {
-    const { schedule, place } = this.#call;
-    const { rank, row } = schedule;
-    for (const { rank: to, moves } of row) {
-      for (const [i, move] of moves.entries()) this.#send(to, `${what} ${i}`, tokensOf(gathered, move.to, move.length));
-    }
-    const moves = row.find((other) => other.rank === rank)?.moves ?? [];
-    for (const other of row) {
-      const heads = headsOf(target, other.heads);
-      for (const [i, { from, length }] of moves.entries()) {
-        place.copy(await this.#bring(other.rank, `${what} ${i}`), tokensOf(heads, from, length));
-      }
-    }
+  #slotOf(meeting: Meeting, slot: (k: TensorView, v: TensorView) => KeyValueSlot): KeyValueSlot {
+    const { rank } = this.#setup.schedule;
+    const own = this.#own.find(({ to, part }) => to === rank && meeting.owner === rank && part === meeting.part);
+    return own?.slot ?? slot(...this.#describe(meeting));
   }
 
-  /** The rows and columns of the mask that are a block's. */
-  #maskOf({ queries, token }: Block, keys: Span): TensorView | undefined {
-    const { inputs, schedule } = this.#call;
-    const { attnMask } = inputs;
-    if (attnMask === undefined) return undefined;
-    const cut = (view: TensorView, axis: number, start: number, length: number) =>
-      view.shape[axis] === 1 ? view : slice(view, axis, start, start + length);
-    const { query } = schedule.heads;
-    const ofHeads = cut(attnMask, HEADS, query.start, lengthOf(query));
-    return cut(cut(ofHeads, 2, token, lengthOf(queries)), 3, keys.start, lengthOf(keys));
-  }
-
-  async #attend(q: TensorView, { prepared, k, v }: Parcel, { owner, keys, blocks }: Meeting): Promise<Partial[]> {
-    const { options, context } = this.#call;
-    const parts: Partial[] = [];
-    for (const block of blocks) {
-      context.signal?.throwIfAborted();
+  #planMeeting(meeting: Meeting, slot: KeyValueSlot): PlannedMeeting {
+    const { schedule, inputs, options } = this.#setup;
+    const [k, v] = this.#describe(meeting);
+    const q =
+      schedule.row.length === 1 ? inputs.q : withHeads(inputs.q, schedule.heads.query, totalOf(schedule.rowQueries));
+    const blocks = meeting.blocks.map((block) => {
       const { queries, band } = block;
-      const rows = tokensOf(q, queries.start, lengthOf(queries));
-      const attnMask = owner === 'joint' ? undefined : this.#maskOf(block, keys);
-      const problem = createProblem(rows, k, v, {
+      const attnMask = this.#maskOf(inputs, meeting, block);
+      const problem = createProblem(tokensOf(q, queries.start, lengthOf(queries)), k, v, {
         ...options,
         tensorLayout: 'HND',
         returnLse: true,
         ...(attnMask && { attnMask }),
       });
-      const made = await prepared.attend(
-        rows,
-        { ...problem, band },
-        attnMask === undefined ? {} : { attnMask },
+      return { block, problem: { ...problem, band } };
+    });
+    return { meeting, slot, blocks };
+  }
+
+  /** The rows and columns of the mask that are a block's. */
+  #maskOf({ attnMask }: RankInputs, { owner, keys }: Meeting, { queries, token }: Block): TensorView | undefined {
+    if (attnMask === undefined || owner === 'joint') return undefined;
+    const cut = (view: TensorView, axis: number, start: number, length: number) =>
+      view.shape[axis] === 1 ? view : slice(view, axis, start, start + length);
+    const { query } = this.#setup.schedule.heads;
+    const ofHeads = cut(attnMask, HEADS, query.start, lengthOf(query));
+    return cut(cut(ofHeads, 2, token, lengthOf(queries)), 3, keys.start, lengthOf(keys));
+  }
+
+  #empty(shape: readonly number[], dtype: DType): TensorView {
+    const view = this.#setup.place.empty(shape, dtype);
+    this.#made.push(view);
+    return view;
+  }
+
+  /** What lies in one piece, as what travels must. */
+  #packed(view: TensorView): TensorView {
+    if (isContiguous(view)) return view;
+    const packed = this.#empty(view.shape, view.dtype as DType);
+    this.#setup.place.copy(view, packed);
+    return packed;
+  }
+
+  async #quantize({ inputs, context }: RankCall): Promise<void> {
+    for (const { heads, start, length, slot } of this.#own) {
+      await slot.fill(
+        tokensOf(headsOf(inputs.k, heads), start, length),
+        tokensOf(headsOf(inputs.v, heads), start, length),
         context,
       );
+    }
+    const joint = this.#rounds[0]?.find(({ meeting }) => meeting.owner === 'joint');
+    if (joint === undefined) return;
+    const { k, v } = inputs.joint as { k: TensorView; v: TensorView };
+    const { kv } = this.#setup.schedule.heads;
+    await joint.slot.fill(headsOf(k, kv), headsOf(v, kv), context);
+  }
+
+  /**
+   * Every rank of the row gets its heads of this rank's queries, keys and values.
+   *
+   * @returns the row's queries of this rank's heads
+   */
+  async #exchangeInputs(link: Link, { inputs: { q } }: RankCall): Promise<TensorView> {
+    const { schedule, place } = this.#setup;
+    const { rank, row, rowQueries, heads } = schedule;
+    if (row.length === 1) return q;
+    const outgoing: Outgoing[] = this.#own
+      .filter(({ to }) => to !== rank)
+      .map(({ to, part, slot }) => ({ to, name: nameOf({ owner: rank, part }), value: slot }));
+    const incoming: Incoming[] = (this.#rounds[0] ?? []).flatMap(({ meeting, slot }) =>
+      meeting.owner === 'joint' || meeting.owner === rank
+        ? []
+        : [{ from: meeting.owner, name: nameOf(meeting), into: slot }],
+    );
+    const [batch, , own, dim] = q.shape as [number, number, number, number];
+    const pieces = row.map((other) => {
+      if (other.rank === rank) return headsOf(q, heads.query);
+      const tokens = other.moves.reduce((sum, { length }) => sum + length, 0);
+      const piece = this.#empty([batch, lengthOf(heads.query), tokens, dim], q.dtype as DType);
+      if (own > 0) outgoing.push({ to: other.rank, name: 'q', value: this.#packed(headsOf(q, other.heads)) });
+      if (tokens > 0) incoming.push({ from: other.rank, name: 'q', into: piece });
+      return piece;
+    });
+    const gathered = this.#empty([batch, lengthOf(heads.query), totalOf(rowQueries), dim], q.dtype as DType);
+    place.waitFor(await link.exchange(outgoing, incoming));
+    for (const [i, { moves }] of row.entries()) {
+      const piece = pieces[i] as TensorView;
+      for (const { from, to, length } of moves)
+        place.copy(tokensOf(piece, from, length), tokensOf(gathered, to, length));
+    }
+    return gathered;
+  }
+
+  /** The other way round: every rank of the row gets its tokens of this rank's heads. */
+  async #exchangeOutputs(
+    link: Link,
+    pairs: readonly { readonly gathered: TensorView; readonly target: TensorView }[],
+  ): Promise<void> {
+    const { schedule, place } = this.#setup;
+    const { rank, row } = schedule;
+    const outgoing: Outgoing[] = [];
+    const incoming: Incoming[] = [];
+    const copies: (() => void)[] = [];
+    const own = row.find((other) => other.rank === rank)?.moves ?? [];
+    for (const [of, { gathered, target }] of pairs.entries()) {
+      for (const { rank: other, moves, heads } of row) {
+        const into = headsOf(target, heads);
+        if (other !== rank) {
+          for (const [i, { to, length }] of moves.entries()) {
+            outgoing.push({
+              to: other,
+              name: `output ${of} ${i}`,
+              value: this.#packed(tokensOf(gathered, to, length)),
+            });
+          }
+        }
+        for (const [i, { from, to, length }] of own.entries()) {
+          let piece = tokensOf(gathered, to, length);
+          if (other !== rank) {
+            const shape = [target.shape[0] as number, lengthOf(heads), length, target.shape[3] as number];
+            piece = this.#empty(shape, target.dtype as DType);
+            incoming.push({ from: other, name: `output ${of} ${i}`, into: piece });
+          }
+          copies.push(() => place.copy(piece, tokensOf(into, from, length)));
+        }
+      }
+    }
+    place.waitFor(await link.exchange(outgoing, incoming));
+    for (const copy of copies) copy();
+  }
+
+  /** What a round attends to goes to the next rank while this one attends to it, and what the next round attends to comes. */
+  async #passOn(link: Link, round: number): Promise<Mark | undefined> {
+    const { next, previous } = this.#setup.schedule;
+    const coming = this.#rounds[round + 1];
+    if (coming === undefined) return undefined;
+    const travelling = (meetings: readonly PlannedMeeting[]) =>
+      meetings.filter(({ meeting }) => meeting.owner !== 'joint');
+    return link.exchange(
+      travelling(this.#rounds[round] ?? []).map(({ meeting, slot }) => ({
+        to: next,
+        name: nameOf(meeting),
+        value: slot,
+      })),
+      travelling(coming).map(({ meeting, slot }) => ({ from: previous, name: nameOf(meeting), into: slot })),
+    );
+  }
+
+  async #attend(
+    q: TensorView,
+    planned: PlannedMeeting,
+    { inputs, context }: RankCall,
+    parts: Partial[],
+  ): Promise<void> {
+    const { meeting, slot, blocks } = planned;
+    for (const { block, problem } of blocks) {
+      context.signal?.throwIfAborted();
+      const { queries } = block;
+      const attnMask = this.#maskOf(inputs, meeting, block);
+      const rows = tokensOf(q, queries.start, lengthOf(queries));
+      const made = await slot.attend(rows, problem, attnMask === undefined ? {} : { attnMask }, context);
       const { output, lse } = made as { output: TensorView; lse: TensorView };
-      this.#own.push(output, lse);
+      this.#made.push(output, lse);
       parts.push({ queries, output, lse });
     }
-    return parts;
   }
 
-  #quantizeJoint(): Promise<Parcel> {
-    const { inputs, schedule } = this.#call;
-    const { k, v } = inputs.joint as { k: TensorView; v: TensorView };
-    return this.#quantize(headsOf(k, schedule.heads.kv), headsOf(v, schedule.heads.kv));
-  }
-
-  /** Every rank of the row gets its heads of this rank's keys, each span by itself; the rank's own stay. */
-  async #shareKeys(): Promise<void> {
-    const { schedule, inputs } = this.#call;
-    const { rank, keys, rowKvHeads } = schedule;
-    // The rank's own heads first: it can begin with them.
-    const [own, others] = [
-      rowKvHeads.filter((other) => other.rank === rank),
-      rowKvHeads.filter((other) => other.rank !== rank),
-    ];
-    for (const other of [...own, ...others]) {
-      let at = 0;
-      for (const [part, span] of keys.entries()) {
-        const [k, v] = [inputs.k, inputs.v].map((view) => tokensOf(headsOf(view, other.heads), at, lengthOf(span))) as [
-          TensorView,
-          TensorView,
-        ];
-        this.#send(other.rank, nameOf({ owner: rank, part }), await this.#quantize(k, v));
-        at += lengthOf(span);
-      }
-    }
-  }
-
-  async run(): Promise<void> {
-    const { schedule, inputs, place, output, lse } = this.#call;
-    const { rounds, next, previous, rowQueries, heads } = schedule;
-    await this.#shareKeys();
-    const q = await this.#exchangeQueries();
+  /** Enqueues the rank's work of one call. */
+  async run(link: Link, call: RankCall): Promise<void> {
+    const { place, schedule } = this.#setup;
+    const { output, lse, inputs } = call;
+    const own = new Set(this.#own.map(({ slot }) => slot));
+    for (const { meeting, slot } of this.#rounds.flat()) if (meeting.owner !== 'joint' && !own.has(slot)) slot.open();
+    await this.#quantize(call);
+    const q = await this.#exchangeInputs(link, call);
     const parts: Partial[] = [];
-    /** Begins to bring what a round meets. */
-    const bringRound = (round: number) =>
-      (rounds[round] ?? []).map((meeting) => {
-        const { owner } = meeting;
-        if (owner === 'joint') return { meeting, coming: undefined };
-        const coming = this.#bringParcel(round === 0 ? owner : previous, nameOf(meeting));
-        // Whoever fails first is reported; what comes then is nobody's.
-        coming.catch(() => undefined);
-        return { meeting, coming };
-      });
-    let here = bringRound(0);
-    for (let round = 0; round < rounds.length; round++) {
-      const parcels: { meeting: Meeting; sent: Sent<Parcel> | undefined }[] = [];
-      for (const { meeting, coming } of here) {
-        const sent = await coming;
-        parcels.push({ meeting, sent });
-        // On its way while this rank attends to it.
-        if (sent !== undefined && round + 1 < rounds.length) this.#send(next, nameOf(meeting), sent.value, sent.ready);
-      }
-      here = bringRound(round + 1);
-      for (const { meeting, sent } of parcels) {
-        if (sent !== undefined) place.waitFor(sent.ready);
-        parts.push(...(await this.#attend(q, sent?.value ?? (await this.#quantizeJoint()), meeting)));
-      }
+    for (const [round, meetings] of this.#rounds.entries()) {
+      const coming = await this.#passOn(link, round);
+      for (const planned of meetings) await this.#attend(q, planned, call, parts);
+      if (coming !== undefined) place.waitFor(coming);
     }
-    if (schedule.row.length === 1) {
-      place.merge(parts, output, lse);
-      return;
+    if (schedule.row.length === 1) this.#merge.run(parts, output, lse);
+    else {
+      const rows = [inputs.q.shape[0] as number, lengthOf(schedule.heads.query), totalOf(schedule.rowQueries)];
+      const gathered = this.#empty([...rows, output.shape[3] as number], output.dtype as DType);
+      const gatheredLse = lse && this.#empty([...rows, 1], 'float32');
+      this.#merge.run(parts, gathered, gatheredLse);
+      await this.#exchangeOutputs(link, [
+        { gathered, target: output },
+        ...(lse === undefined ? [] : [{ gathered: gatheredLse as TensorView, target: lse }]),
+      ]);
     }
-    const rows = [inputs.q.shape[0] as number, lengthOf(heads.query), totalOf(rowQueries)];
-    const gathered = this.#empty([...rows, output.shape[3] as number], output.dtype as DType);
-    const gatheredLse = lse && this.#empty([...rows, 1], 'float32');
-    place.merge(parts, gathered, gatheredLse);
-    await this.#exchangeOutput(gathered, output, 'output');
-    if (lse !== undefined) await this.#exchangeOutput(gatheredLse as TensorView, lse, 'lse');
+    await link.finish();
+  }
+
+  /** Frees what the call made, after what was enqueued for it. */
+  endCall(): void {
+    for (const view of this.#made.splice(0)) this.#setup.place.free(view);
+    for (const { slot } of [...this.#own, ...this.#rounds.flat()]) slot.release();
   }
 
   dispose(): void {
-    for (const { prepared } of this.#prepared) prepared.dispose();
-    for (const view of this.#own) this.#call.place.free(view);
+    for (const { slot } of [...this.#own, ...this.#rounds.flat()]) slot.dispose();
+    this.#merge.dispose();
   }
 }
 
 /**
- * Runs all ranks of one process.
+ * Runs the ranks of this process.
  *
  * @throws {SageAttentionError} the error of the rank that failed first; every rank has ended then, and nothing is held
  */
-export async function runRanks(post: Post, calls: readonly RankCall[]): Promise<void> {
-  const ranks = calls.map((call) => new Rank(call));
+export async function runRanks(
+  connection: Connection,
+  plans: readonly RankPlan[],
+  ranks: readonly number[],
+  calls: readonly RankCall[],
+): Promise<void> {
   let failed: { readonly error: unknown } | undefined;
   await Promise.all(
-    ranks.map(async (rank, i) => {
+    plans.map(async (plan, i) => {
       try {
-        await rank.run();
+        await plan.run(connection.links[i] as Link, calls[i] as RankCall);
       } catch (error) {
         failed ??= { error };
-        post.abort((calls[i] as RankCall).schedule.rank, error);
+        connection.abort(ranks[i] as number, error);
       }
     }),
   );
-  const places = [...new Set(calls.map(({ place }) => place))];
   try {
-    for (const place of places) place.settle(places);
+    await connection.close();
   } catch (error) {
     // A device that was lost; what it made is given up all the same.
     failed ??= { error };
   }
-  for (const rank of ranks) rank.dispose();
+  for (const plan of plans) plan.endCall();
   if (failed !== undefined) throw failed.error;
 }

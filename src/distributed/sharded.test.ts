@@ -10,7 +10,7 @@ import { attentionExact } from '../reference/exact.ts';
 import { toFloat32 } from '../tensor/access.ts';
 import { slice, type Tensor, tensor, transpose } from '../tensor/tensor.ts';
 import { createDeviceGroup } from './group.ts';
-import { Post } from './post.ts';
+import { Post } from './link.ts';
 import { type ShardedShape, scheduleOf, scoresOf, sentBytes } from './schedule.ts';
 import { type ShardedOptions, sageattnSharded } from './sharded.ts';
 import { TOKEN_ORDERS } from './shards.ts';

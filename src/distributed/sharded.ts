@@ -2,13 +2,12 @@
 import { bandOf } from '../attention/band.ts';
 import { type AttentionOptions, checkOption, oneOf, validateOptions } from '../attention/options.ts';
 import { createProblem } from '../attention/problem.ts';
+import type { RunContext } from '../backends/backend.ts';
 import { chooseKernel, contextOf, takeTensor } from '../backends/choice.ts';
 import { InvalidArgumentError, takeOptions, textOf } from '../errors.ts';
 import { contiguousStrides, copyOfCpu, requireView, type TensorView, transpose } from '../tensor/tensor.ts';
 import { type DeviceGroup, type ShardedTensor, shardedTensor } from './group.ts';
-import type { Place } from './place.ts';
-import { Post } from './post.ts';
-import { type RankCall, runRanks } from './rank.ts';
+import { type RankCall, RankPlan, runRanks } from './rank.ts';
 import { type ShardedShape, scheduleOf, type Topology, validateTopology } from './schedule.ts';
 
 const TAKEN = [
@@ -119,15 +118,48 @@ export async function sageattnSharded(
   v: ShardedTensor,
   options: ShardedOptions = {},
 ): Promise<ShardedTensor | ShardedResult> {
-  const { group, problem, own, joint, attnMask, shape, topology } = takeSharded(q, k, v, options);
-  const { backend } = group.places[0] as Place;
-  const kernel = await chooseKernel(backend, problem, own, true);
+  const taken = takeSharded(q, k, v, options);
+  const { group, problem, own, shape } = taken;
+  const { backend } = (group.members[0] as DeviceGroup['members'][number]).place;
   const context = contextOf(own.signal === undefined ? {} : { signal: own.signal }, backend.name);
-  const { smScale, softcap } = own;
-  const post = new Post();
-  const made: (() => void)[] = [];
-  const lent: (() => void)[] = [];
-  const calls = group.places.map((place, rank): RankCall => {
+  return group.inTurn(async (connection) => {
+    const made: (() => void)[] = [];
+    const lent: (() => void)[] = [];
+    const calls = callsOf(q, k, v, taken, context, { made, lent });
+    const key = keyOf(q, k, taken, calls);
+    try {
+      const plans = await group.plansOf(key, () => plansFor(taken, calls));
+      await runRanks(connection, plans, group.ranks, calls);
+    } catch (error) {
+      await group.forgetPlans(key);
+      for (const free of made) free();
+      throw error;
+    } finally {
+      for (const free of lent) free();
+    }
+    const { dtype, tokenAxis, order } = q;
+    const outputs = calls.map(({ output }) => fromHnd(output, tokenAxis));
+    const output = shardedTensor(group, outputs, { shape: withDim(q.shape, shape.valueDim), dtype, tokenAxis, order });
+    if (!problem.returnLse) return output;
+    const sums = calls.map(({ lse }) => lse as TensorView);
+    const { batch, queryHeads, queryLength } = shape;
+    const whole = { shape: [batch, queryHeads, queryLength, 1], dtype: 'float32', tokenAxis: 2, order } as const;
+    return { output, lse: shardedTensor(group, sums, whole) };
+  });
+}
+
+type Taken = ReturnType<typeof takeSharded>;
+
+/** What each rank of this process works on, with room for its outputs. */
+function callsOf(
+  q: ShardedTensor,
+  k: ShardedTensor,
+  v: ShardedTensor,
+  { group, problem, joint, attnMask, shape }: Taken,
+  context: RunContext,
+  { made, lent }: Record<'made' | 'lent', (() => void)[]>,
+): RankCall[] {
+  return group.members.map(({ place }, i) => {
     const keep = (view: TensorView) => {
       made.push(() => place.free(view));
       return view;
@@ -137,21 +169,15 @@ export async function sageattnSharded(
       if (there !== view) lent.push(() => place.free(there));
       return there;
     };
-    const part = q.parts[rank] as TensorView;
+    const part = q.parts[i] as TensorView;
     const output = keep(place.empty(withDim(part.shape, shape.valueDim), q.dtype));
     const [batch, heads, rows] = toHnd(part, q.tokenAxis).shape as [number, number, number];
     return {
-      place,
-      places: group.places,
-      post,
-      schedule: scheduleOf(shape, topology, rank),
-      kernel,
-      options: { ...(smScale !== undefined && { smScale }), ...(softcap !== undefined && { softcap }) },
       context,
       inputs: {
         q: toHnd(part, q.tokenAxis),
-        k: toHnd(k.parts[rank] as TensorView, k.tokenAxis),
-        v: toHnd(v.parts[rank] as TensorView, v.tokenAxis),
+        k: toHnd(k.parts[i] as TensorView, k.tokenAxis),
+        v: toHnd(v.parts[i] as TensorView, v.tokenAxis),
         ...(joint && { joint: { k: lend(joint.k), v: lend(joint.v) } }),
         ...(attnMask && { attnMask: lend(attnMask) }),
       },
@@ -159,22 +185,44 @@ export async function sageattnSharded(
       lse: problem.returnLse ? keep(place.empty([batch, heads, rows, 1], 'float32')) : undefined,
     };
   });
-  try {
-    await runRanks(post, calls);
-  } catch (error) {
-    for (const free of made) free();
-    throw error;
-  } finally {
-    for (const free of lent) free();
-  }
-  const { dtype, tokenAxis, order } = q;
-  const outputs = calls.map(({ output }) => fromHnd(output, tokenAxis));
-  const output = shardedTensor(group, outputs, { shape: withDim(q.shape, shape.valueDim), dtype, tokenAxis, order });
-  if (!problem.returnLse) return output;
-  const sums = calls.map(({ lse }) => lse as TensorView);
-  const { batch, queryHeads, queryLength } = shape;
-  const whole = { shape: [batch, queryHeads, queryLength, 1], dtype: 'float32', tokenAxis: 2, order } as const;
-  return { output, lse: shardedTensor(group, sums, whole) };
+}
+
+/** What calls that share plans have in common. */
+function keyOf(
+  q: ShardedTensor,
+  k: ShardedTensor,
+  { own, joint, shape, topology }: Taken,
+  calls: readonly RankCall[],
+): string {
+  const { signal: _, attnMask: __, ...rest } = own;
+  const layoutOf = (view: TensorView | undefined) => view && [view.shape, view.strides, view.offset, view.dtype];
+  const layouts = calls.map(({ inputs, output }) => [
+    ...[inputs.q, inputs.k, inputs.v, inputs.attnMask, inputs.joint?.k, inputs.joint?.v, output].map(layoutOf),
+  ]);
+  const all = [q.order, k.order, joint?.where, rest, shape, topology, layouts];
+  return JSON.stringify(all, (_key, value) =>
+    typeof value === 'number' && !Number.isFinite(value) ? `${value}` : value,
+  );
+}
+
+async function plansFor(
+  { group, problem, own, shape, topology }: Taken,
+  calls: readonly RankCall[],
+): Promise<RankPlan[]> {
+  const { backend } = (group.members[0] as DeviceGroup['members'][number]).place;
+  const kernel = await chooseKernel(backend, problem, own, true);
+  const { smScale, softcap } = own;
+  const options = { ...(smScale !== undefined && { smScale }), ...(softcap !== undefined && { softcap }) };
+  return group.members.map(
+    ({ place, rank }, i) =>
+      new RankPlan({
+        place,
+        schedule: scheduleOf(shape, topology, rank),
+        kernel,
+        options,
+        inputs: (calls[i] as RankCall).inputs,
+      }),
+  );
 }
 
 const withDim = (shape: readonly number[], dim: number) => [...shape.slice(0, 3), dim];

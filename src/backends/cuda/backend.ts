@@ -15,6 +15,7 @@ import type {
   PreparedKeyValue,
 } from '../backend.ts';
 import { type Cuda, type CudaDevice, openCuda } from './driver/device.ts';
+import { FixedKeyValue, type SharedRoom } from './fixed-key-value.ts';
 import {
   BACKWARD_SUPPORT,
   CUDA_KERNELS,
@@ -31,12 +32,11 @@ import type { LaunchSequence } from './launches/launch.ts';
 import { planMerge } from './launches/merge.ts';
 import { type LaunchPlanner, planAttend, planKeyValue, planLaunches } from './launches/plan.ts';
 import { remembered } from './launches/remembered.ts';
-import { type MergedPart, mergeParts } from './merge.ts';
+import { PartsMerge } from './merge.ts';
 import { type CudaBackwardPlan, CudaPlan } from './plan.ts';
 import { CapturedAttention } from './run/captured.ts';
 import { backwardOperandsOf, operandsOf } from './run/operands.ts';
 import { Runner } from './run/runner.ts';
-import type { CudaTensor } from './tensor.ts';
 
 export interface CudaBackendOptions {
   /** Default: the driver of this machine, see `openCuda`. */
@@ -215,14 +215,14 @@ export class CudaBackend implements Backend {
     }
   }
 
-  /**
-   * Joins outputs over parts of the keys, all on one device; enqueued on its own stream. Rows of no part are 0, their LSE -Infinity.
-   *
-   * @param output `[B,H,rows,Dv]`, the last dimension contiguous
-   * @param lse `[B,H,rows,1]` float32, contiguous
-   */
-  merge(device: CudaDevice, parts: readonly MergedPart[], output: CudaTensor, lse: CudaTensor | undefined): void {
-    mergeParts(device, this.#planner.planMerge, parts, output, lse);
+  /** What joins outputs over parts of the keys, all on one device, again and again. */
+  partsMerge(device: CudaDevice): PartsMerge {
+    return new PartsMerge(device, this.#planner.planMerge);
+  }
+
+  /** Keys and values of one shape that are quantized again and again, in memory that others have in turn. */
+  fixedKeyValue(device: CudaDevice, problem: AttentionProblem, kernel: KernelChoice, room: SharedRoom): FixedKeyValue {
+    return new FixedKeyValue(device, kernel, this.#planner, factsOf(device, kernel), problem, room);
   }
 
   async prepareKeyValue(

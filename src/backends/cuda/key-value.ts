@@ -11,7 +11,7 @@ import type {
   RunContext,
   SideInputs,
 } from '../backend.ts';
-import { copyHeads, copyPeer, copyRows } from './driver/copy.ts';
+import { copyHeads, copyRows } from './driver/copy.ts';
 import type { CudaDevice } from './driver/device.ts';
 import type { DeviceMemory } from './driver/memory.ts';
 import type { CudaStream } from './driver/stream.ts';
@@ -116,11 +116,6 @@ class GrowingRows {
       const at = this.#at(memory, this.capacity, head, held);
       this.#device.call('cuMemsetD8Async', `marking ${tokens} tokens`, at, value, bytes, stream.handle);
     }
-  }
-
-  /** Gives another the same rows, in memory that `bring` copies. */
-  copyTo(other: GrowingRows, bring: (memory: DeviceMemory) => DeviceMemory): void {
-    if (this.memory !== undefined) other.memory = bring(this.memory);
   }
 
   layout(heads: number): OperandLayout {
@@ -332,50 +327,6 @@ export class CudaKeyValue implements PreparedKeyValue {
     } finally {
       bound.dispose();
     }
-  }
-
-  /**
-   * The same keys and values on another device of this kind, copied by a stream of that device; what wrote them must come earlier in it.
-   * The copy is to be attended to: it takes no appends.
-   */
-  copyTo(device: CudaDevice, stream: CudaStream): CudaKeyValue {
-    const copy = new CudaKeyValue(device, this.#choice, this.#planner, this.#facts, this.#first);
-    const bring = (memory: DeviceMemory): DeviceMemory => {
-      const there = device.allocate(memory.byteLength, device.stream);
-      there.useOn(stream);
-      copyPeer(memory, there, memory.byteLength, stream);
-      return there;
-    };
-    try {
-      const raw = this.#rawNames();
-      if (raw.includes('k')) this.#k.copyTo(copy.#k, bring);
-      if (raw.includes('v')) this.#v.copyTo(copy.#v, bring);
-      copy.#k.capacity = this.#k.capacity;
-      copy.#v.capacity = this.#v.capacity;
-      const kept = this.#quantized;
-      if (kept !== undefined) {
-        const memory = bring(kept.memory);
-        copy.#quantized = { ...kept, memory, buffers: kept.buffers.map((held) => ({ ...held, memory })) };
-      }
-      copy.#length = this.#length;
-      return copy;
-    } catch (error) {
-      copy.dispose();
-      throw error;
-    }
-  }
-
-  /** Which of K and V as they came an attention over them reads. */
-  #rawNames(): string[] {
-    const problem = this.#overHeld({ ...this.#first, queryLength: 1 }, this.#length);
-    const { launches } = this.#planner.planAttend(problem, this.#choice, this.#facts, {
-      room: { capacity: this.#k.capacity },
-    });
-    return launches.flatMap(({ arguments: taken }) =>
-      taken.flatMap((argument) =>
-        argument.kind === 'pointer' ? [argument.buffer] : argument.kind === 'tensor-map' ? [argument.map.buffer] : [],
-      ),
-    );
   }
 
   async attend(
