@@ -71,7 +71,9 @@ export function quantizeQuery(frame: Frame, thread: ConsumerThread, work: Work, 
     const reciprocal = at(reciprocals, config.queryScalePerRow ? r : 0);
     storeCodes(frame, thread, r, row, channelTerm, (value) => b.fma(value, reciprocal, magic));
     let bias = b.constant('f32', 0);
-    if (query.keyMean && (config.lse || config.split || config.softcap)) {
+    // Where only differences of a row's scores count, the mean key's share falls out.
+    const wholeScores = config.lse || config.split || config.softcap || config.sinks !== 'none';
+    if (query.keyMean && wholeScores) {
       bias = meanScore(frame, thread, work, row, query.headDim, signed);
     }
     b.when(at(faulty, r), () => b.set(bias, Number.NaN));
