@@ -9,7 +9,8 @@ import type { Backend } from '../../../backends/backend.ts';
 import { setBackend } from '../../../backends/registry.ts';
 import { withSageAttention } from '../index.ts';
 import { indexGraph } from '../model/graph.ts';
-import { ATTRIBUTE_TYPES, attribute, type GraphProto, type NodeProto, readModel, writeModel } from '../onnx/codec.ts';
+import { ATTRIBUTE_TYPES, attribute, type GraphProto, type NodeProto, readModel } from '../onnx/codec.ts';
+import { OTHER_VALUES, withAnotherAttribute } from '../testing/attributes.ts';
 import { EXPORTERS } from '../testing/exporters/index.ts';
 import { detectAttention } from './index.ts';
 
@@ -93,36 +94,18 @@ it('a number that a node with an unknown attribute gives is not computed here', 
   expect(detected(graph).sites).toMatchObject([{ scale: 1, runtimeScales: [{ value: 'root', inverse: true }] }]);
 });
 
-/** Counts of heads and outputs are left out: some values of those end onnxruntime's process. */
-const CHANGED = new Set(
-  (
-    'alpha allowzero axes axis ends is_causal keepdims local_window_size mask_filter_value perm scale softcap starts ' +
-    'transA transB unidirectional'
-  ).split(' '),
-);
-
 it('other values of known attributes are taken as onnxruntime takes them, or left', { timeout: 120_000 }, async () => {
   const sage = withSageAttention(ort, { minTokens: 0 });
   const quiet = { logSeverityLevel: 4 } as const;
-  const numbers = fc.constantFrom(-4, -3, -2, -1, 0, 1, 2, 3, 4, 8, 100);
+  const numbers = fc.constantFrom(...OTHER_VALUES);
   const cases = EXPORTERS.filter(({ taken = 1 }) => taken > 0);
   let compared = 0;
   await fc.assert(
     fc.asyncProperty(fc.nat(), fc.nat(), fc.nat(), numbers, async (which, at, position, value) => {
       const entry = cases[which % cases.length] as (typeof cases)[number];
-      const model = modelOf(entry);
-      const graph = model.graph as GraphProto;
-      const nodes = detected(graph, entry.opset).sites.flatMap((site) => site.nodes);
-      const attributes = nodes
-        .filter((node) => graph.node.includes(node))
-        .flatMap((node) => node.attribute.filter(({ name }) => CHANGED.has(name)));
-      const mutated = attributes[at % Math.max(1, attributes.length)];
-      if (mutated === undefined) return;
-      if (mutated.type === ATTRIBUTE_TYPES.int) mutated.i = BigInt(value);
-      else if (mutated.type === ATTRIBUTE_TYPES.float) mutated.f = value / 8;
-      else if (mutated.type === ATTRIBUTE_TYPES.ints) mutated.ints[position % mutated.ints.length] = BigInt(value);
-      else return;
-      const bytes = writeModel(model);
+      const changed = withAnotherAttribute(entry, seed, { at, position, value });
+      if (changed === undefined) return;
+      const { bytes, name: attributeName } = changed;
       const feeds = entry.feeds(new Random(seed + 1));
       const run = async (runtime: { InferenceSession: Pick<typeof ort.InferenceSession, 'create'> }) => {
         const session = await runtime.InferenceSession.create(bytes, quiet);
@@ -141,7 +124,7 @@ it('other values of known attributes are taken as onnxruntime takes them, or lef
         const [x, y] = [actual[name]?.data, data] as [Float32Array, Float32Array];
         const largest = y.reduce((most, number) => Math.max(most, Math.abs(number)), 0);
         const wrong = x.findIndex((number, i) => Math.abs(number - (y[i] as number)) > 1e-4 * largest);
-        expect(wrong, `${entry.name}: ${mutated.name} = ${value}, ${name}[${wrong}]`).toBe(-1);
+        expect(wrong, `${entry.name}: ${attributeName} = ${value}, ${name}[${wrong}]`).toBe(-1);
       }
     }),
     { numRuns: 150, seed },
