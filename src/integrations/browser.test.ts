@@ -7,6 +7,7 @@ import { launchChromium, missingChromium } from '../../test/support/chromium.ts'
 import { runSeed } from '../../test/support/random.ts';
 import { itNeeds } from '../../test/support/requirement.ts';
 import type { Page } from './testing/browser-page.ts';
+import { EXPECTED_COMMANDS } from './testing/count-commands.ts';
 import { callPage, type ServedPage, servePage } from './testing/serve-page.ts';
 
 const seed = runSeed();
@@ -37,6 +38,15 @@ describe('in Chromium', () => {
   itNeeds(missing)('onnxruntime-web on WebGPU', async () => {
     const { accuracy, taken } = await call('onnxruntime', 'webgpu', seed);
     expect(taken).toEqual([true, true]);
+    expect(accuracy.cosineSimilarity).toBeGreaterThan(0.999);
+  });
+
+  itNeeds(missing)('onnxruntime-web records what it records in Node, with markers and without', async () => {
+    const { whole, marker, cut, paths, isSame, accuracy } = await call('commands', seed);
+    console.info(JSON.stringify({ whole, marker, cut }));
+    expect(paths).toEqual(['marker', 'marker']);
+    expect({ whole, marker }).toEqual(EXPECTED_COMMANDS);
+    expect([cut.dispatches, isSame]).toEqual([marker.dispatches, true]);
     expect(accuracy.cosineSimilarity).toBeGreaterThan(0.999);
   });
 

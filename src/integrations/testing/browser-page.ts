@@ -19,6 +19,7 @@ import * as jaxAttention from '../jax/index.ts';
 import { withSageAttention } from '../onnxruntime/index.ts';
 import * as tfAttention from '../tfjs/index.ts';
 import { TopologyBuilder } from '../tfjs/testing/topology-builder.ts';
+import { type CountedRuns, countRuns } from './count-commands.ts';
 
 const SHAPE = [1, 2, 80, 32] as const;
 
@@ -54,6 +55,19 @@ async function onnxruntime(
   const taken = sage.sageAttention.map((attention) => attention.taken);
   await sage.release();
   return { accuracy: compare(actual, expected), taken };
+}
+
+/** The commands of a run in one session, with markers and in pieces. */
+async function commands(seed: number): Promise<CountedRuns> {
+  ort.env.wasm.wasmPaths = `${location.origin}/onnxruntime-web/`;
+  ort.env.wasm.numThreads = 1;
+  const adapter = (await navigator.gpu.requestAdapter()) as GPUAdapter;
+  const wanted = ['shader-f16', 'subgroups'] as GPUFeatureName[];
+  const requiredFeatures = wanted.filter((feature) => adapter.features.has(feature));
+  const device = await adapter.requestDevice({ requiredFeatures });
+  const counted = await countRuns(ort, device, seed);
+  device.destroy();
+  return counted;
 }
 
 /** Bytes of the buffers that a device has made, from now on, and that are not destroyed. */
@@ -187,7 +201,7 @@ async function jax(seed: number): Promise<OnGpu & { device: string; kept: number
 }
 
 /** What the test calls. */
-export const page = { onnxruntime, tfjs, tfjsModel, jax };
+export const page = { onnxruntime, commands, tfjs, tfjsModel, jax };
 export type Page = typeof page;
 
 (globalThis as { page?: Page }).page = page;

@@ -8,6 +8,7 @@ import { buildDecoder, buildDiT } from '../../../../test/support/models.ts';
 import { Random, runSeed } from '../../../../test/support/random.ts';
 import { itNeeds } from '../../../../test/support/requirement.ts';
 import { float16FromNumber } from '../../../tensor/formats/float16.ts';
+import { countRuns, EXPECTED_COMMANDS } from '../../testing/count-commands.ts';
 import { enableNodeWebgpu, type SageAttentionOptions, withSageAttention } from '../index.ts';
 import type { OrtTensor } from '../ort.ts';
 
@@ -222,6 +223,17 @@ describe('a model with markers', () => {
     expect(session.sageAttention.map(({ path }) => path)).toEqual(['marker', 'marker']);
     await session.release();
     await cut.release();
+  });
+
+  itNeeds(missing)('records no more clears, passes and submits than the model as it is', async () => {
+    const own = await newDevice();
+    const { whole, marker, cut, paths, isSame, accuracy } = await countRuns(runtime, own, SEED);
+    own.destroy();
+    console.info(JSON.stringify({ whole, marker, cut }));
+    expect(paths).toEqual(['marker', 'marker']);
+    expect({ whole, marker }).toEqual(EXPECTED_COMMANDS);
+    expect([cut.dispatches, isSame]).toEqual([marker.dispatches, true]);
+    expect(accuracy.cosineSimilarity).toBeGreaterThan(0.999);
   });
 
   itNeeds(missing)('leaves what is too short, where all of it is', async () => {
