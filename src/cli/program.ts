@@ -23,6 +23,7 @@ function createProgram(): Command {
     .description(description)
     .version(version)
     .showHelpAfterError('(--help lists what there is)')
+    .enablePositionalOptions()
     .exitOverride();
 
   program
@@ -138,6 +139,16 @@ function createProgram(): Command {
     .option('-p, --port <n>', '0: any that is free', integer(0, 65535), 4173)
     .option('--host <name>', 'address to listen on', 'localhost')
     .action(async (options) => (await import('./playground.ts')).playground(options));
+
+  program
+    .command('launch')
+    .description('run a script as several processes of this machine, each of which is a rank of a group')
+    .argument('<script>', 'a module for Node')
+    .argument('[args...]', 'given to it')
+    .requiredOption('-n, --processes <n>', 'how many', integer(1, 1024))
+    .option('-p, --port <n>', 'at which the first one listens; default: any that is free', integer(1, 65535))
+    .passThroughOptions()
+    .action(async (script, args, options) => (await import('./launch.ts')).launch(script, args, options));
   return program;
 }
 

@@ -56,7 +56,7 @@ export class CudaPlace implements ReachingPlace {
   /** Events of the marks of a call, which the next call uses again. */
   readonly #events: bigint[] = [];
   #marks = 0;
-  readonly #rooms: SharedRoom[] = [];
+  readonly #rooms = new Map<number, SharedRoom>();
 
   constructor(backend: CudaBackend, device: CudaDevice) {
     this.backend = backend;
@@ -91,10 +91,9 @@ export class CudaPlace implements ReachingPlace {
   }
 
   keyValue(problem: AttentionProblem, kernel: KernelChoice, room: number): KeyValueSlot {
-    this.#rooms[room] ??= new SharedRoom(this.device);
-    return new CudaKeyValueSlot(
-      this.backend.fixedKeyValue(this.device, problem, kernel, this.#rooms[room] as SharedRoom),
-    );
+    const shared = this.#rooms.get(room) ?? new SharedRoom(this.device);
+    this.#rooms.set(room, shared);
+    return new CudaKeyValueSlot(this.backend.fixedKeyValue(this.device, problem, kernel, shared));
   }
 
   merge(): Merge {
@@ -163,7 +162,8 @@ export class CudaPlace implements ReachingPlace {
   }
 
   dispose(): void {
-    for (const room of this.#rooms.splice(0)) room.dispose();
+    for (const room of this.#rooms.values()) room.dispose();
+    this.#rooms.clear();
     for (const event of this.#events.splice(0)) this.device.eventPool.giveBack(event);
     this.#copies?.dispose();
     this.#copies = undefined;

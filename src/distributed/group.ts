@@ -9,8 +9,8 @@ import { ExecutionError, InvalidArgumentError, takeOptions, textOf } from '../er
 import type { DType } from '../tensor/dtype.ts';
 import { emptyTensor, requireView, slice, type Tensor, type TensorView } from '../tensor/tensor.ts';
 import { HostPlace } from './host-place.ts';
-import { type Connection, type Incoming, type Link, LocalTransport, type Outgoing, type Transport } from './link.ts';
-import type { Place, ReachingPlace } from './place.ts';
+import { type Connection, type Link, LocalTransport, type Transport } from './link.ts';
+import type { ReachingPlace } from './place.ts';
 import type { RankPlan } from './rank.ts';
 import { spansOf, TOKEN_ORDERS, type TokenOrder, totalOf } from './shards.ts';
 
@@ -29,6 +29,27 @@ export interface DeviceGroupOptions {
   readonly ranks?: number;
   /** Default `'cuda'` with `devices`, `'wasm'` with `ranks`. A backend of one's own may be given instead of a name. */
   readonly backend?: BackendName | Backend;
+}
+
+/** A group of several processes, on one machine or several, each of which is one rank on a GPU. */
+export interface ProcessGroupOptions {
+  readonly transport: 'nccl';
+  /** Which rank this process is; default what the launcher says: `sageattention launch`, torchrun, MPI or Slurm. */
+  readonly rank?: number;
+  /** Number of ranks; default what the launcher says. */
+  readonly worldSize?: number;
+  /**
+   * `host:port` at which rank 0 listens: there ranks find each other, and learn at once that one has ended. Default what the launcher
+   * says (`MASTER_ADDR` and `MASTER_PORT`).
+   */
+  readonly address?: string;
+  /** Instead of an address: 128 bytes of {@link createNcclId}, the same for all. A rank that ends is then only noticed by the timeout. */
+  readonly id?: Uint8Array;
+  /** Ordinal of this process's CUDA device; default its rank on this machine, or 0 where it sees only one. */
+  readonly device?: number;
+  /** Milliseconds after which a call is given up, because a rank does not take its part in it; default 600,000. */
+  readonly timeout?: number;
+  readonly backend?: 'cuda' | Backend;
 }
 
 export interface ShardOptions {
@@ -113,9 +134,18 @@ export class DeviceGroup {
 
   /** @internal Runs `use` when the calls before it have ended: all ranks do everything in the same order. */
   inTurn<T>(use: (connection: Connection) => Promise<T>): Promise<T> {
-    const turn = this.#turn.then(() => {
+    const turn = this.#turn.then(async () => {
       this.requireUsable();
-      return use(this.#transport.connect());
+      const connection = this.#transport.connect();
+      try {
+        return await use(connection);
+      } catch (error) {
+        // Whatever failed before the ranks began: others must not wait for this one.
+        connection.abort(this.ranks[0] as number, error);
+        throw error;
+      } finally {
+        await connection.close().catch(() => undefined);
+      }
     });
     this.#turn = turn.catch(() => undefined);
     return turn;
@@ -232,13 +262,11 @@ export class DeviceGroup {
         const packed = empty(own.shape[tokenAxis] as number);
         place.copy(own, packed);
         const coming = others.map((from) => ({ from, name: 'part', into: empty(totalOf(spans(from))) }));
-        await exchangeOnce(
-          connection,
-          place,
-          rank,
-          others.map((to) => ({ to, name: 'part', value: packed })),
-          coming,
-        );
+        const [link] = connection.links as readonly [Link];
+        const outgoing = others.map((to) => ({ to, name: 'part', value: packed }));
+        place.waitFor(await link.exchange(outgoing, coming));
+        await link.finish();
+        await connection.close();
         for (const { from, into } of coming) await keep({ place, rank: from }, into);
       } finally {
         for (const view of made) place.free(view);
@@ -269,26 +297,6 @@ export class DeviceGroup {
   }
 }
 
-/** A call that is one exchange. */
-async function exchangeOnce(
-  { links, abort, close }: Connection,
-  place: Place,
-  rank: number,
-  outgoing: readonly Outgoing[],
-  incoming: readonly Incoming[],
-): Promise<void> {
-  const [link] = links as readonly [Link];
-  try {
-    place.waitFor(await link.exchange(outgoing, incoming));
-    await link.finish();
-  } catch (error) {
-    abort(rank, error);
-    throw error;
-  } finally {
-    await close();
-  }
-}
-
 /** Copies the tokens of `spans` from a whole tensor to a part that holds them one after another, or back. */
 function copySpans(
   host: HostPlace,
@@ -308,12 +316,14 @@ function copySpans(
 }
 
 /**
- * Ranks that attend together, in this process.
+ * Ranks that attend together: all of them in this process, or one in each of several.
  *
  * @throws {InvalidArgumentError} no number of ranks, no such device, devices that differ
- * @throws {BackendUnavailableError} this build does not contain the backend, or this machine has no driver
+ * @throws {BackendUnavailableError} this build does not contain the backend, or this machine has no driver or no NCCL
+ * @throws {ExecutionError} another process did not come in time, or failed
  */
-export async function createDeviceGroup(options: DeviceGroupOptions): Promise<DeviceGroup> {
+export async function createDeviceGroup(options: DeviceGroupOptions | ProcessGroupOptions): Promise<DeviceGroup> {
+  if ('transport' in options) return new DeviceGroup(await ncclTransport(options));
   const { devices, ranks, backend } = takeOptions(options, ['devices', 'ranks', 'backend']);
   if ((devices === undefined) === (ranks === undefined)) {
     throw new InvalidArgumentError('invalid-option', 'options.ranks', 'either devices or ranks', 'both or neither');
@@ -321,6 +331,27 @@ export async function createDeviceGroup(options: DeviceGroupOptions): Promise<De
   const places =
     devices === undefined ? await hostPlaces(ranks as number, backend) : await cudaPlaces(devices, backend);
   return new DeviceGroup(new LocalTransport(places));
+}
+
+/**
+ * An id for the processes of one group that get it in a way of their own; see {@link ProcessGroupOptions.id}.
+ *
+ * @throws {BackendUnavailableError} this machine has no NCCL
+ */
+export async function createNcclId(): Promise<Uint8Array> {
+  const { loadNccl, newNcclId } = await import('./nccl/index.ts');
+  return newNcclId(await loadNccl());
+}
+
+const PROCESS_OPTIONS = ['transport', 'rank', 'worldSize', 'address', 'id', 'device', 'timeout', 'backend'] as const;
+const DEFAULT_TIMEOUT = 600_000;
+
+async function ncclTransport(options: ProcessGroupOptions): Promise<Transport> {
+  const { transport, backend = 'cuda', ...rest } = takeOptions(options, [...PROCESS_OPTIONS]);
+  checkOption('transport', transport, oneOf('nccl'));
+  const own = (await backendOf(backend, 'cuda')) as CudaBackend;
+  const { connectProcess } = await import('./nccl/index.ts');
+  return connectProcess(own, { timeout: DEFAULT_TIMEOUT, ...rest });
 }
 
 const backendOf = async (given: BackendName | Backend, name: BackendName): Promise<Backend> => {

@@ -5,8 +5,10 @@
  */
 export {
   createDeviceGroup,
+  createNcclId,
   DeviceGroup,
   type DeviceGroupOptions,
+  type ProcessGroupOptions,
   type ShardedTensor,
   type ShardOptions,
 } from './group.ts';

@@ -33,7 +33,7 @@ export interface Connection {
   readonly links: readonly Link[];
   /** A rank of this process failed: no other waits for it any longer. */
   abort(rank: number, cause: unknown): void;
-  /** All ranks of this process have ended; after a failure nothing that was enqueued for it reaches memory any more. */
+  /** All ranks of this process have ended; calls after the first do nothing. After a failure nothing that was enqueued for it reaches memory any more. */
   close(): Promise<void>;
 }
 
@@ -171,6 +171,7 @@ export class LocalTransport implements Transport {
     const post = new Post();
     const places = this.#places;
     let failed = false;
+    let closed = false;
     return {
       links: places.map((_, rank) => new LocalLink(post, rank, places)),
       abort: (rank, cause) => {
@@ -178,6 +179,8 @@ export class LocalTransport implements Transport {
         post.abort(rank, cause);
       },
       close: async () => {
+        if (closed) return;
+        closed = true;
         if (failed) for (const place of places) place.settle(places);
         for (const place of places) place.endCall();
       },

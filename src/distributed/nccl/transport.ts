@@ -1,0 +1,164 @@
+/** Ranks of several processes or machines, one in each, connected by NCCL. */
+import { ExecutionError, messageOf } from '../../errors.ts';
+import { bytesOf, type CudaPlace } from '../cuda-place.ts';
+import type { Connection, Incoming, Link, Outgoing, Transport } from '../link.ts';
+import type { Mark } from '../place.ts';
+import { type Company, meet } from '../rendezvous.ts';
+import { NCCL_ID_BYTES, type NcclApi } from './api.ts';
+import { NcclCommunicator, ncclError, type Transfer } from './communicator.ts';
+
+export interface NcclOptions {
+  readonly rank: number;
+  readonly size: number;
+  /** Made by one process with `createNcclId` and given to all; undefined: rank 0 gives it to those who come to `address`. */
+  readonly id?: Uint8Array;
+  readonly address?: { readonly host: string; readonly port: number };
+  /** Milliseconds after which a call in which another rank does not take its part is given up. */
+  readonly timeout: number;
+}
+
+/** A new id for one communicator. */
+export function newNcclId(api: NcclApi): Uint8Array {
+  const id = new Uint8Array(NCCL_ID_BYTES);
+  const status = api.ncclGetUniqueId(id);
+  if (status !== 0) throw ncclError(status, 'ncclGetUniqueId', 'making an id for the ranks');
+  return id;
+}
+
+class NcclLink implements Link {
+  readonly #communicator: NcclCommunicator;
+  readonly #place: CudaPlace;
+
+  constructor(communicator: NcclCommunicator, place: CudaPlace) {
+    this.#communicator = communicator;
+    this.#place = place;
+  }
+
+  async exchange(outgoing: readonly Outgoing[], incoming: readonly Incoming[]): Promise<Mark> {
+    const place = this.#place;
+    const transfers: Transfer[] = [
+      ...outgoing.map(({ to, value }) => ({ way: 'send' as const, peer: to, ...bytesOf(value) })),
+      ...incoming.map(({ from, into }) => ({ way: 'receive' as const, peer: from, ...bytesOf(into) })),
+    ].filter(({ byteLength }) => byteLength > 0);
+    place.holdCopies(place.mark());
+    if (transfers.length > 0) await this.#communicator.exchange(transfers, place.copyStream);
+    return place.markCopies();
+  }
+
+  async finish(): Promise<void> {
+    this.#place.waitFor(this.#place.markCopies());
+  }
+}
+
+/** Ranks of different kinds would quantize differently. */
+const kindOf = ({ device }: CudaPlace) => `sm_${device.computeCapability}`;
+
+export class NcclTransport implements Transport {
+  readonly size: number;
+  readonly members: readonly { readonly rank: number; readonly place: CudaPlace }[];
+  readonly #communicator: NcclCommunicator;
+  readonly #company: Company | undefined;
+  readonly #timeout: number;
+  #failure: ExecutionError | undefined;
+  #noteFailed: (() => void) | undefined;
+  readonly #failed = new Promise<void>((resolve) => {
+    this.#noteFailed = resolve;
+  });
+
+  private constructor(
+    place: CudaPlace,
+    communicator: NcclCommunicator,
+    company: Company | undefined,
+    options: NcclOptions,
+  ) {
+    this.size = options.size;
+    this.members = [{ rank: options.rank, place }];
+    this.#communicator = communicator;
+    this.#company = company;
+    this.#timeout = options.timeout;
+    company?.onFailure((error) => this.#fail(error));
+  }
+
+  /**
+   * Connects this process's rank with those of the others, who do the same.
+   *
+   * @throws {ExecutionError} a rank did not come in time, or failed
+   */
+  static async connect(api: NcclApi, place: CudaPlace, options: NcclOptions): Promise<NcclTransport> {
+    const { rank, size, address, timeout } = options;
+    const company =
+      address &&
+      (await meet({ rank, size, timeout, kind: kindOf(place), ...address }, () => options.id ?? newNcclId(api)));
+    const communicator = new NcclCommunicator(api, place.device);
+    const transport = new NcclTransport(place, communicator, company, options);
+    const limit = transport.#limit('connecting the ranks');
+    try {
+      communicator.open({ id: company?.shared ?? (options.id as Uint8Array), rank, size });
+      await communicator.settled('connecting the ranks');
+      return transport;
+    } catch (error) {
+      transport.#fail(error);
+      transport.dispose();
+      throw error;
+    } finally {
+      clearTimeout(limit);
+    }
+  }
+
+  #limit(what: string): NodeJS.Timeout {
+    const timeout = this.#timeout;
+    const { rank } = this.members[0] as { rank: number };
+    return setTimeout(() => {
+      this.#fail(new ExecutionError('execution-failed', `rank ${rank}: ${what} took longer than ${timeout} ms`));
+    }, timeout);
+  }
+
+  /** The first failure counts: no call of any rank can succeed after it. */
+  #fail(cause: unknown): void {
+    if (this.#failure !== undefined) return;
+    this.#failure =
+      cause instanceof ExecutionError ? cause : new ExecutionError('execution-failed', messageOf(cause), cause);
+    this.#noteFailed?.();
+    this.#communicator.abort(this.#failure);
+    const { rank } = this.members[0] as { rank: number };
+    this.#company?.noteFailure(`rank ${rank} failed: ${messageOf(cause)}`);
+  }
+
+  requireUsable(): void {
+    if (this.#failure !== undefined) throw this.#failure;
+  }
+
+  connect(): Connection {
+    const { place } = this.members[0] as { place: CudaPlace };
+    const limit = this.#limit('an exchange with other ranks');
+    let closed: Promise<void> | undefined;
+    return {
+      links: [new NcclLink(this.#communicator, place)],
+      abort: (_rank, cause) => this.#fail(cause),
+      close: () => {
+        closed ??= this.#close(place).finally(() => clearTimeout(limit));
+        return closed;
+      },
+    };
+  }
+
+  async #close(place: CudaPlace): Promise<void> {
+    try {
+      if (this.#failure !== undefined) place.settle([place]);
+      // Only when all is done is it certain that no rank failed meanwhile. Kernels that wait for one that has end with the communicator.
+      else await Promise.race([place.device.stream.completed(), this.#failed]);
+      this.requireUsable();
+    } finally {
+      place.endCall();
+    }
+  }
+
+  dispose(): void {
+    const { place } = this.members[0] as { place: CudaPlace };
+    const ended = this.#communicator.dispose();
+    void ended.finally(() => {
+      this.#company?.leave();
+      place.dispose();
+    });
+  }
+}
