@@ -5,27 +5,35 @@
  *
  * D = 128, bfloat16, one map for each head: blocks kept at random, and bands around the diagonal. Blocks are 128 by 64 and 128 by 128;
  * the Hopper kernel's tiles have 128 keys, so of random blocks of 64 it can leave fewer tiles out. A full map must give the bits of the
- * dense kernel, and rows of the others are compared with exact attention over the keys that they keep. Writes `sparse.json` there.
+ * dense kernel, and rows of the others are compared with exact attention over the keys that they keep. The kernels that choose blocks are
+ * timed by themselves, and their maps compared with the reference's. Writes `sparse.json` there.
  */
 import { mkdirSync, writeFileSync } from 'node:fs';
 import { join } from 'node:path';
 import { parseArgs } from 'node:util';
+import { contiguousBlocks, fractionsOfLines } from '../../src/attention/block-choice.ts';
+import { blockMapOutputs } from '../../src/attention/outputs.ts';
 import { createProblem } from '../../src/attention/problem.ts';
+import { type Sparsity, settleSparsity } from '../../src/attention/sparsity.ts';
 import { chooseOptions } from '../../src/backends/choice.ts';
 import {
   CudaBackend,
   type CudaDevice,
+  type CudaTensor,
   cudaTensorOn,
   download,
   emptyCudaTensor,
+  upload,
 } from '../../src/backends/cuda/index.ts';
 import { descriptorOf, lackedBy } from '../../src/backends/cuda/kernel-table.ts';
+import { planBlockMap } from '../../src/backends/cuda/launches/block-map.ts';
 import { planLaunches } from '../../src/backends/cuda/launches/plan.ts';
 import type { KernelName } from '../../src/index.ts';
 import { timeOnDevice } from '../../src/measure/cuda-timing.ts';
+import { buildBlockMap } from '../../src/reference/block-map.ts';
 import { compare } from '../../src/reference/metrics.ts';
 import { toFloat32 } from '../../src/tensor/access.ts';
-import { contiguousStrides } from '../../src/tensor/tensor.ts';
+import { contiguousStrides, type Tensor, tensor } from '../../src/tensor/tensor.ts';
 import { Random, runSeed } from '../../test/support/random.ts';
 import { exactRow, type HostInputs, normalBits } from './inputs.ts';
 import { factsOf, isAttention, nvidiaSmi, Workbench } from './workbench.ts';
@@ -117,7 +125,7 @@ function measure(
   rows: readonly (readonly [number, number])[],
 ) {
   using held = new DisposableStack();
-  const upload = (source: Uint16Array | Uint8Array) => {
+  const send = (source: Uint16Array | Uint8Array) => {
     const memory = device.allocate(source.byteLength);
     held.defer(() => memory.dispose());
     device.call('cuMemcpyHtoDAsync', 'copying', memory.pointer, source, source.byteLength, device.stream.handle);
@@ -125,7 +133,7 @@ function measure(
     return memory;
   };
   const shape = [1, heads, tokens, DIM] as const;
-  const [q, k, v] = [bits.q, bits.k, bits.v].map((source) => cudaTensorOn(upload(source), 'bfloat16', shape)) as [
+  const [q, k, v] = [bits.q, bits.k, bits.v].map((source) => cudaTensorOn(send(source), 'bfloat16', shape)) as [
     ReturnType<typeof cudaTensorOn>,
     ReturnType<typeof cudaTensorOn>,
     ReturnType<typeof cudaTensorOn>,
@@ -145,7 +153,7 @@ function measure(
     const options = map === undefined ? {} : { blockMask: { rows: map.rows, keys: map.keys, map: description } };
     const problem = createProblem(q, k, v, options);
     const choice = chooseOptions(descriptorOf(kernel), problem, options);
-    const flags = map === undefined ? {} : { blockMap: upload(map.flags).pointer };
+    const flags = map === undefined ? {} : { blockMap: send(map.flags).pointer };
     using bench = new DisposableStack();
     const workbench = new Workbench(device, planLaunches(problem, choice, factsOf(device)), { ...pointers, ...flags });
     bench.defer(() => workbench.dispose());
@@ -176,6 +184,43 @@ function measure(
     };
   });
   return { kernel, dense: { times: dense.times, resources: dense.resources }, sparse };
+}
+
+/** Ways of choosing blocks that are timed. */
+const CHOICES: readonly Sparsity[] = [{ topK: 0.5 }, { topP: 0.9 }, { threshold: 0.6, mass: 0.9 }];
+
+/** The kernels that choose blocks: their times, and in how many blocks they differ from the reference. */
+function measureChoosing(device: CudaDevice, bits: HostInputs, [heads, tokens]: readonly [number, number]) {
+  const shape = [1, heads, tokens, DIM];
+  const [q, k] = [bits.q, bits.k].map((data) => tensor(data, shape, { dtype: 'bfloat16' })) as [Tensor, Tensor];
+  const [onDevice, other] = [upload(q, device), upload(k, device)];
+  const dense = createProblem(onDevice, other, other, {});
+  const results = CHOICES.map((asked) => {
+    const sparsity = settleSparsity(asked);
+    const problem = { ...dense, blocks: contiguousBlocks(dense, sparsity) };
+    const [map, lines] = blockMapOutputs(problem).map(({ shape, dtype }) => emptyCudaTensor(device, shape, dtype)) as [
+      CudaTensor,
+      CudaTensor,
+    ];
+    const addresses = { q: onDevice.memory.pointer, k: other.memory.pointer, map: map.memory.pointer };
+    const launches = planBlockMap(problem, sparsity, factsOf(device));
+    const workbench = new Workbench(device, launches, { ...addresses, lines: lines.memory.pointer });
+    workbench.run();
+    const flags = download(map).data as Uint8Array;
+    const expected = buildBlockMap(problem, sparsity, { q, k }).map.data;
+    const result = {
+      sparsity: asked,
+      milliseconds: timeOnDevice(device, () => workbench.run()),
+      launches: workbench.kernels,
+      otherBlocks: expected.filter((flag, i) => flag !== flags[i]).length / expected.length,
+      ...fractionsOfLines(download(lines).data as Float32Array),
+    };
+    for (const resource of [workbench, map, lines]) resource.dispose();
+    return result;
+  });
+  onDevice.dispose();
+  other.dispose();
+  return results;
 }
 
 async function main(): Promise<number> {
@@ -209,7 +254,14 @@ async function main(): Promise<number> {
   const results = KERNELS.filter((kernel) => lackedBy(kernel, device.computeCapability) === undefined).map((kernel) =>
     measure(device, kernel, bits, [heads, tokens], maps, rows),
   );
-  let wrong = 0;
+  const choosing = measureChoosing(device, bits, [heads, tokens]);
+  for (const { sparsity, milliseconds, keptFraction, lostMass, otherBlocks, launches } of choosing) {
+    const parts = launches.map((launch) => `${launch.name} ${launch.milliseconds.toFixed(3)}`).join(', ');
+    console.log(
+      `choosing ${JSON.stringify(sparsity)}: ${milliseconds.toFixed(3)} ms (${parts}); kept ${keptFraction.toFixed(4)}, lost ${lostMass.toFixed(4)}, ${otherBlocks.toFixed(5)} of blocks unlike the reference`,
+    );
+  }
+  let wrong = choosing.filter(({ otherBlocks }) => otherBlocks > 0.01).length;
   for (const { kernel, dense, sparse } of results) {
     console.log(
       `${kernel}: dense ${dense.times.attention.toFixed(3)} ms, ${dense.times.whole.toFixed(3)} ms with quantization`,
@@ -236,7 +288,7 @@ async function main(): Promise<number> {
   mkdirSync(folder, { recursive: true });
   const report = {
     ...{ date: new Date().toISOString(), commit: process.env.SAGEATTENTION_COMMIT, nvidiaSmi: nvidiaSmi() },
-    ...{ tokens, heads, headDim: DIM, results },
+    ...{ tokens, heads, headDim: DIM, results, choosing },
   };
   writeFileSync(join(folder, 'sparse.json'), `${JSON.stringify(report, null, 1)}\n`);
   await backend.dispose();

@@ -1,9 +1,10 @@
 import type { BackwardProblem } from '../attention/backward.ts';
 import type { AttentionOptions } from '../attention/options.ts';
 import type { AttentionProblem } from '../attention/problem.ts';
-import type { Backend, BackwardPlan, KernelChoice, Plan } from '../backends/backend.ts';
+import type { SettledSparsity } from '../attention/sparsity.ts';
+import type { Backend, BackwardPlan, BlockMapPlan, KernelChoice, Plan } from '../backends/backend.ts';
 import { chooseKernel } from '../backends/choice.ts';
-import { ExecutionError } from '../errors.ts';
+import { ExecutionError, InvalidArgumentError } from '../errors.ts';
 
 /** Plans kept per backend. A model has a handful of attention shapes; a decoder without a cache one per length. */
 const CAPACITY = 64;
@@ -46,6 +47,7 @@ function askedFor(problem: string, options: AttentionOptions): string {
 interface Cache {
   readonly plans: Map<string, Entry<Plan>>;
   readonly backward: Map<string, Entry<BackwardPlan>>;
+  readonly blockMaps: Map<string, Entry<BlockMapPlan>>;
   /** What a problem and options came to, so that a backend is asked for its default kernel once. */
   readonly choices: Map<string, KernelChoice>;
 }
@@ -78,7 +80,7 @@ function remember<V>(map: Map<string, V>, key: string, value: V): void {
 function cacheOf(backend: Backend): Cache {
   let cache = caches.get(backend);
   if (cache === undefined) {
-    cache = { plans: new Map(), backward: new Map(), choices: new Map() };
+    cache = { plans: new Map(), backward: new Map(), blockMaps: new Map(), choices: new Map() };
     caches.set(backend, cache);
   }
   return cache;
@@ -152,6 +154,23 @@ export async function withCachedPlan<R>(
     choices.delete(asked);
     throw error;
   }
+}
+
+/** {@link withCachedPlan} for choosing the blocks of a problem. */
+export function withCachedBlockMap<R>(
+  backend: Backend,
+  problem: AttentionProblem,
+  sparsity: SettledSparsity,
+  use: (plan: BlockMapPlan) => Promise<R>,
+  wait: () => void,
+): Promise<R> {
+  const make = async () => {
+    const plan = await backend.planBlockMap?.(problem, sparsity);
+    if (plan !== undefined) return plan;
+    const expected = `nothing on backend '${backend.name}', which chooses no blocks: options.blockMask says which`;
+    throw new InvalidArgumentError('unsupported-option', 'options.sparsity', expected, 'a sparsity');
+  };
+  return withKept(cacheOf(backend).blockMaps, textOf({ problem, sparsity }), make, use, wait);
 }
 
 /** {@link withCachedPlan} for the backward pass of a forward pass with this kernel. */

@@ -1,12 +1,20 @@
 /** The calls of the public API: validate, choose backend and kernel, plan, run. */
 
-import { contiguousBlocks, type SparsityResult } from '../attention/block-choice.ts';
+import { contiguousBlocks, type SparsityFractions, type SparsityResult } from '../attention/block-choice.ts';
 import type { KernelName } from '../attention/kernels.ts';
 import { type AttentionOptions, OPTION_NAMES, optionNamesBut, validateOptions } from '../attention/options.ts';
 import { attentionOutputs } from '../attention/outputs.ts';
 import { type AttentionProblem, createProblem, createVarlenProblem } from '../attention/problem.ts';
-import { type SettledSparsity, SPARSITY_PHRASE, type Sparsity, settleSparsity } from '../attention/sparsity.ts';
-import type { AttentionInputs, AttentionOutputs, Backend, Plan, RunContext } from '../backends/backend.ts';
+import { SPARSITY_PHRASE, type Sparsity, settleSparsity } from '../attention/sparsity.ts';
+import type {
+  AttentionInputs,
+  AttentionOutputs,
+  Backend,
+  BlockMap,
+  BlockMapPlan,
+  Plan,
+  RunContext,
+} from '../backends/backend.ts';
 import { contextOf, keepInputs, sideOf, takeInputs, withSideOptions } from '../backends/choice.ts';
 import { outputsInto, takeOut } from '../backends/out.ts';
 import { forgetAvailability } from '../backends/registry.ts';
@@ -18,7 +26,7 @@ import {
   takeOptions,
 } from '../errors.ts';
 import type { LseOf, Tensor, TensorView } from '../tensor/tensor.ts';
-import { withCachedPlan } from './plan-cache.ts';
+import { withCachedBlockMap, withCachedPlan } from './plan-cache.ts';
 import { chooseBackend, readyBackend } from './selection.ts';
 
 /** What a call with `returnLse: true` gives. */
@@ -63,7 +71,7 @@ async function attend<T extends TensorView>(
   options: AttentionOptions,
   given?: Backend,
 ): Promise<T | AttentionResult<T>> {
-  const { output, lse } = await attendOn(taken, options, given);
+  const { output, lse } = await attendOn(taken, options, { backend: given });
   return lse === undefined ? output : { output, lse };
 }
 
@@ -75,7 +83,10 @@ interface Taken<T extends TensorView> {
 async function attendOn<T extends TensorView>(
   taken: Taken<T>,
   options: AttentionOptions,
-  given?: Backend,
+  {
+    backend: given,
+    returnSparsity = false,
+  }: { readonly backend?: Backend | undefined; readonly returnSparsity?: boolean },
 ): Promise<Omit<SparseAttentionResult<T>, 'sparsity'> & Partial<Pick<SparseAttentionResult<T>, 'sparsity'>>> {
   options.signal?.throwIfAborted();
   const sparsity = options.sparsity && settleSparsity(options.sparsity);
@@ -95,38 +106,30 @@ async function attendOn<T extends TensorView>(
   const context: RunContext = { ...contextOf(options, backend.name), ...(out && { out }) };
   const run = (plan: Plan) => plan.run(inputs ?? taken.inputs, context);
   let outputs: AttentionOutputs;
-  let chosen: SparsityResult<T> | undefined;
+  let chosen: BlockMap | undefined;
+  let fractions: SparsityFractions | undefined;
   try {
     if (sparsity) {
+      const { out: _, ...own } = context;
+      const choose = (plan: BlockMapPlan) => plan.run(inputs ?? taken.inputs, own);
+      // Choosing is waited for before the inputs are read again.
       wait();
-      const kept = inputs as AttentionInputs<T>;
-      chosen = await chooseFor(backend, problem, sparsity, kept, context);
-      inputs = { ...kept, blockMap: chosen.blockMask.map };
+      chosen = await withCachedBlockMap(backend, problem, sparsity, choose, wait);
+      inputs = { ...(inputs as AttentionInputs<T>), blockMap: chosen.map as T };
     }
     outputs = await withCachedPlan(backend, problem, options, run, wait);
+    if (returnSparsity) fractions = await chosen?.fractions();
+    else chosen?.dispose();
   } catch (error) {
+    chosen?.dispose();
     if (error instanceof ExecutionError || error instanceof BackendUnavailableError) forgetAvailability(backend);
     throw error;
   }
   // A backend answers where its inputs are, so its tensors are of the caller's kind.
   const { output, lse } = outputsInto(outputs as AttentionOutputs<T>, options.out, context);
-  return { output, ...(lse && { lse }), ...(chosen && { sparsity: chosen }) };
-}
-
-/** The blocks that a call computes. */
-async function chooseFor<T extends TensorView>(
-  backend: Backend,
-  problem: AttentionProblem,
-  sparsity: SettledSparsity,
-  { q, k }: AttentionInputs<T>,
-  { out: _, ...context }: RunContext,
-): Promise<SparsityResult<T>> {
-  if (backend.buildBlockMap === undefined) {
-    const expected = `nothing on backend '${backend.name}', which chooses no blocks: options.blockMask says which`;
-    throw new InvalidArgumentError('unsupported-option', 'options.sparsity', expected, 'a sparsity');
-  }
-  const { map, ...fractions } = await backend.buildBlockMap(problem, sparsity, { q, k }, context);
-  return { blockMask: { rows: sparsity.rows, keys: sparsity.keys, map: map as T }, ...fractions };
+  if (!(chosen && fractions && sparsity)) return { output, ...(lse && { lse }) };
+  const blockMask = { rows: sparsity.rows, keys: sparsity.keys, map: chosen.map as T };
+  return { output, ...(lse && { lse }), sparsity: { blockMask, ...fractions } };
 }
 
 /**
@@ -267,7 +270,9 @@ export async function sageattnSparse<T extends TensorView>(
   const create: CreateProblem = packed
     ? (ownQ, ownK, ownV, all) => createVarlenProblem(ownQ, ownK, ownV, cuSeqlensQ, cuSeqlensK, all)
     : createProblem;
-  return (await attendOn(takeCall({ q, k, v }, own, create), own)) as SparseAttentionResult<T>;
+  return (await attendOn(takeCall({ q, k, v }, own, create), own, {
+    returnSparsity: true,
+  })) as SparseAttentionResult<T>;
 }
 
 type KernelOptions = Omit<AttentionOptions, 'kernel'>;

@@ -6,14 +6,18 @@ import type { BlockMask } from './options.ts';
 import type { AttentionProblem, BlockLayout, Sequence } from './problem.ts';
 import type { SettledSparsity } from './sparsity.ts';
 
-/** What of a call was computed. */
-export interface SparsityResult<T extends TensorView = TensorView> {
-  /** The blocks that were computed, for other calls; its map is bool `[B,Hq,ceil(Lq/rows),ceil(Lk/keys)]`. */
-  readonly blockMask: BlockMask & { readonly map: T };
+/** How much of a call was computed. */
+export interface SparsityFractions {
   /** Blocks computed, of those that hold a key which a row may see by causality and window; 1 where there are none. */
   readonly keptFraction: number;
   /** An estimate of the share of the softmax that was left out, by the means of the blocks, averaged over rows. */
   readonly lostMass: number;
+}
+
+/** What of a call was computed. */
+export interface SparsityResult<T extends TensorView = TensorView> extends SparsityFractions {
+  /** The blocks that were computed, for other calls; its map is bool `[B,Hq,ceil(Lq/rows),ceil(Lk/keys)]`. */
+  readonly blockMask: BlockMask & { readonly map: T };
 }
 
 /** Shape of a problem's map of blocks. */
@@ -51,10 +55,26 @@ export interface SparsityTotals {
 
 export const noTotals = (): SparsityTotals => ({ visible: 0, kept: 0, rows: 0, lost: 0 });
 
-export const fractionsOf = ({ visible, kept, rows, lost }: SparsityTotals) => ({
+/** What a device tells of a line of the map, in float32: the summands of {@link SparsityTotals}. */
+export const BLOCK_LINE = ['visible', 'kept', 'rows', 'lost'] as const satisfies readonly (keyof SparsityTotals)[];
+
+export const fractionsOf = ({ visible, kept, rows, lost }: SparsityTotals): SparsityFractions => ({
   keptFraction: visible === 0 ? 1 : kept / visible,
   lostMass: rows === 0 ? 0 : lost / rows,
 });
+
+/** The fractions that lines `[lines, BLOCK_LINE]` come to. */
+export function fractionsOfLines(lines: Float32Array): SparsityFractions {
+  const totals = noTotals();
+  lines.forEach((value, i) => {
+    totals[BLOCK_LINE[i % BLOCK_LINE.length] as keyof SparsityTotals] += value;
+  });
+  return fractionsOf(totals);
+}
+
+/** Blocks that `topK` keeps of so many, in float32 as on every device. */
+export const countOf = (topK: number, blocks: number): number =>
+  Math.max(1, Math.ceil(Math.fround(Math.fround(topK) * blocks)));
 
 /**
  * Chooses the blocks of one head in one sequence.
@@ -141,7 +161,7 @@ function chooseLine(
   const others = [];
   for (let j = from; j < to; j++) if (line[j] === 0) others.push(j);
   others.sort((a, b) => (masses[b] as number) - (masses[a] as number) || a - b);
-  const most = Math.max(1, Math.ceil((topK ?? 1) * (to - from)));
+  const most = countOf(topK ?? 1, to - from);
   const isEnough = () => count > 0 && (topK === undefined ? mass >= wanted : count >= most);
   for (const j of others) {
     if (isEnough()) break;

@@ -1,5 +1,7 @@
 /** The one interface that every backend implements. A backend knows nothing of another. */
+
 import type { BackwardPrecision, BackwardProblem, ForwardResults } from '../attention/backward.ts';
+import type { SparsityFractions } from '../attention/block-choice.ts';
 import type { KernelName } from '../attention/kernels.ts';
 import type { BackendName, StreamHandle } from '../attention/options.ts';
 import type { OutputSpec, Outputs } from '../attention/outputs.ts';
@@ -59,8 +61,17 @@ export interface Availability {
 export interface BlockMap {
   /** bool `[B,Hq,ceil(Lq/rows),ceil(Lk/keys)]`, contiguous, where the inputs are. */
   readonly map: TensorView;
-  readonly keptFraction: number;
-  readonly lostMass: number;
+  /** Reads how much of all it is, once: a GPU is waited for. */
+  fractions(): Promise<SparsityFractions>;
+  /** Frees GPU memory, the map's too. What was enqueued with it still runs. */
+  dispose(): void;
+}
+
+export type BlockMapInputs = Pick<AttentionInputs, 'q' | 'k'>;
+
+/** Chooses blocks of one shape; as {@link Plan} in all else. */
+export interface BlockMapPlan extends Pick<Plan, 'ended' | 'dispose'> {
+  run(inputs: BlockMapInputs, context: RunContext): Promise<BlockMap>;
 }
 
 /** What a call may have beside q, k and v. */
@@ -176,15 +187,10 @@ export interface Backend {
   ): KernelDescriptor | Promise<KernelDescriptor>;
   plan(problem: AttentionProblem, kernel: KernelChoice): Promise<Plan>;
   /**
-   * Chooses the blocks that a call computes; `problem.blocks` says how the map lies: contiguous from its first element on. Absent: the
-   * backend cannot. Inputs on the CPU are read before this returns its promise.
+   * Makes ready to choose the blocks that a call computes; `problem.blocks` says how their map lies: contiguous from its first element on.
+   * Absent: the backend cannot.
    */
-  buildBlockMap?(
-    problem: AttentionProblem,
-    sparsity: SettledSparsity,
-    inputs: Pick<AttentionInputs, 'q' | 'k'>,
-    context: RunContext,
-  ): Promise<BlockMap>;
+  planBlockMap?(problem: AttentionProblem, sparsity: SettledSparsity): Promise<BlockMapPlan>;
   /** Absent, like {@link planBackward}: the backend has no backward pass. undefined: it has none for this problem on this device. */
   backwardSupport?(problem: AttentionProblem): Promise<BackwardSupport | undefined>;
   /**

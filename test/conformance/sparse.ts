@@ -340,7 +340,7 @@ export function sparseBehaviours(
           const { q, k, v, options: own } = dense('chosen', `${i}`, spec).make(random());
           for (const sparsity of CHOICES) {
             const all = { ...options, ...own, sparsity, returnLse: true } as const;
-            if (backend.buildBlockMap === undefined) {
+            if (backend.planBlockMap === undefined) {
               const error = await sageattnSparse(q, k, v, all).catch((reason: { code?: string }) => reason);
               if ('code' in error && error.code === 'unsupported-option') continue;
               throw new Error('a backend that chooses no blocks gave an output');

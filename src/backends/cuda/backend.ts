@@ -1,6 +1,7 @@
 import { type BackwardProblem, gradientOutputs } from '../../attention/backward.ts';
 import { attentionOutputs } from '../../attention/outputs.ts';
 import type { AttentionProblem } from '../../attention/problem.ts';
+import type { SettledSparsity } from '../../attention/sparsity.ts';
 import { debugPlan } from '../../debug.ts';
 import { BackendUnavailableError, MissingPackageError, takeOptions, UnsupportedOptionError } from '../../errors.ts';
 import { copyOfCpu, type TensorView } from '../../tensor/tensor.ts';
@@ -26,6 +27,7 @@ import {
 } from './kernel-table.ts';
 import { CudaKeyValue } from './key-value.ts';
 import { planBackward } from './launches/backward.ts';
+import { planBlockMap } from './launches/block-map.ts';
 import type { DeviceFacts } from './launches/context.ts';
 import { debugPlanOf } from './launches/debug.ts';
 import type { LaunchSequence } from './launches/launch.ts';
@@ -34,6 +36,7 @@ import { type LaunchPlanner, planAttend, planKeyValue, planLaunches } from './la
 import { remembered } from './launches/remembered.ts';
 import { PartsMerge } from './merge.ts';
 import { type CudaBackwardPlan, CudaPlan } from './plan.ts';
+import { CudaBlockMapPlan } from './run/block-map.ts';
 import { CapturedAttention } from './run/captured.ts';
 import { backwardOperandsOf, operandsOf } from './run/operands.ts';
 import { Runner } from './run/runner.ts';
@@ -90,7 +93,7 @@ export class CudaBackend implements Backend {
     this.#open = options.open ?? openCuda;
     this.#defaultDevice = options.device ?? 0;
     this.#planner = toldOf(
-      remembered(options.planner ?? { planLaunches, planKeyValue, planAttend, planBackward, planMerge }),
+      remembered(options.planner ?? { planLaunches, planKeyValue, planAttend, planBackward, planBlockMap, planMerge }),
     );
   }
 
@@ -184,6 +187,16 @@ export class CudaBackend implements Backend {
     );
   }
 
+  async planBlockMap(problem: AttentionProblem, sparsity: SettledSparsity): Promise<CudaBlockMapPlan> {
+    const device = await this.device(problem);
+    const { multiprocessors, computeCapability } = device;
+    const target = targetFor(computeCapability);
+    if (target === undefined) throw tooOld(device);
+    return new CudaBlockMapPlan(device, problem, () =>
+      this.#planner.planBlockMap(problem, sparsity, { target, multiprocessors }),
+    );
+  }
+
   async backwardSupport(problem: AttentionProblem): Promise<BackwardSupport | undefined> {
     const device = await this.device(problem);
     return defaultKernelFor(device.computeCapability) === undefined ? undefined : BACKWARD_SUPPORT;
@@ -268,6 +281,7 @@ function toldOf(planner: LaunchPlanner): LaunchPlanner {
     planKeyValue: (problem, choice, ...rest) => tell(choice, planner.planKeyValue(problem, choice, ...rest)),
     planAttend: (problem, choice, ...rest) => tell(choice, planner.planAttend(problem, choice, ...rest)),
     planBackward: (problem, choice, ...rest) => tell(choice, planner.planBackward(problem, choice, ...rest)),
+    planBlockMap: planner.planBlockMap,
     planMerge: planner.planMerge,
   };
 }

@@ -2,6 +2,7 @@
 import type { StreamHandle } from '../../attention/options.ts';
 import type { OutputSpec, Outputs, PlannedOutputs } from '../../attention/outputs.ts';
 import { ExecutionError } from '../../errors.ts';
+import type { DType } from '../../tensor/dtype.ts';
 import type {
   AttentionInputs,
   AttentionOutputs,
@@ -38,7 +39,7 @@ export class CudaPlan<
   constructor(
     device: CudaDevice,
     kernel: KernelChoice,
-    planned: PlannedOutputs,
+    planned: PlannedOutputs<DType>,
     operandsOf: (inputs: Inputs) => readonly Operand[],
     plan: () => LaunchSequence,
   ) {

@@ -9,18 +9,16 @@ import { ASYNC_DISPOSE, DISPOSE } from '../../dispose.ts';
 import { BackendUnavailableError, InvalidArgumentError, takeOptions, textOf } from '../../errors.ts';
 import type { TensorView } from '../../tensor/tensor.ts';
 import type {
-  AttentionInputs,
   Availability,
   Backend,
   BackwardPlan,
   BackwardSupport,
-  BlockMap,
+  BlockMapPlan,
   KernelChoice,
   KernelDescriptor,
   KeyValueContext,
   Plan,
   PreparedKeyValue,
-  RunContext,
 } from '../backend.ts';
 import { unavailable } from '../load-code.ts';
 import { backwardCall } from './backward.ts';
@@ -168,14 +166,13 @@ class WasmBackendImplementation implements WasmBackend {
     return this.#load().then(({ simd }) => fastestKernel(problem, simd));
   }
 
-  async buildBlockMap(
-    problem: AttentionProblem,
-    sparsity: SettledSparsity,
-    inputs: Pick<AttentionInputs, 'q' | 'k'>,
-    context: RunContext,
-  ): Promise<BlockMap> {
+  async planBlockMap(problem: AttentionProblem, sparsity: SettledSparsity): Promise<BlockMapPlan> {
     const slot = workOf(problem) <= this.#shortWork ? this.#caller : this.#workers;
-    return run(slot, inputs, (runtime, own) => chooseBlockMap(runtime, problem, sparsity, own, context));
+    return {
+      run: (inputs, context) =>
+        run(slot, inputs, (runtime, own) => chooseBlockMap(runtime, problem, sparsity, own, context)),
+      dispose: () => undefined,
+    };
   }
 
   async plan(problem: AttentionProblem, kernel: KernelChoice): Promise<Plan> {

@@ -3,7 +3,7 @@ import { blockShapeOf, chooseBlocks, fractionsOf, noTotals, type Pooled } from '
 import { type AttentionProblem, type Sequence, sequencesOf } from '../../attention/problem.ts';
 import type { SettledSparsity } from '../../attention/sparsity.ts';
 import { elementCount, type TensorView, tensor } from '../../tensor/tensor.ts';
-import type { AttentionInputs, BlockMap, RunContext } from '../backend.ts';
+import type { BlockMap, BlockMapInputs, RunContext } from '../backend.ts';
 import { extentOf } from './calls.ts';
 import { tileGeometry } from './geometry.ts';
 import { BLOCK_Q, FLAG_SIMILARITIES, FLAG_SMOOTH_K, POOLED_EXTRA } from './job.ts';
@@ -118,7 +118,7 @@ export async function chooseBlockMap(
   runtime: Runtime,
   problem: AttentionProblem,
   sparsity: SettledSparsity,
-  { q, k }: Pick<AttentionInputs, 'q' | 'k'>,
+  { q, k }: BlockMapInputs,
   context: RunContext,
 ): Promise<BlockMap> {
   const { queryHeads, kvHeads } = problem;
@@ -155,5 +155,9 @@ export async function chooseBlockMap(
       chooseBlocks(problem, sequence, sparsity, own, shared, flags, at, nk, totals);
     }
   }
-  return { map: tensor(flags, shape, { dtype: 'bool' }), ...fractionsOf(totals) };
+  return {
+    map: tensor(flags, shape, { dtype: 'bool' }),
+    fractions: async () => fractionsOf(totals),
+    dispose: () => undefined,
+  };
 }

@@ -10,6 +10,7 @@ import { bandParameters, keyRange } from './parts/band.ts';
 import { blockParameters, listAddress } from './parts/blocks.ts';
 import { headAddress } from './parts/epilogue.ts';
 import { loadSequence } from './parts/sequences.ts';
+import { sumsOfWarp } from './parts/warp.ts';
 
 export interface TileListsConfig {
   readonly target: Target;
@@ -88,7 +89,7 @@ export function tileLists({ target, tileRows, packedHeads, tileKeys, banded }: T
           });
         });
       });
-      const { before, total } = sumOfWarp(b, lane, some);
+      const { before, total } = sumsOfWarp(b, lane, some);
       const at = offset(b, list, b.add(count, before), 4);
       const entry = b.add(b.as(b.shl(tile, 1), 'u32'), hidden);
       b.when(b.setp('ne', some, 0), () => b.st(entry, at, 4));
@@ -113,16 +114,4 @@ function each(b: KernelBuilder, first: Reg<'u32'>, last: Reg<'u32'>, body: (inde
       b.add(index, 1, index);
     },
   );
-}
-
-/** The sum of the lanes' numbers, and of those of the lanes before. */
-function sumOfWarp(b: KernelBuilder, lane: Reg<'u32'>, own: Reg<'u32'>) {
-  const before = b.constant('u32', 0);
-  const total = b.mov(own);
-  for (let mask = 1; mask < 32; mask *= 2) {
-    const other = b.shflBfly(total, mask);
-    b.when(b.setp('ne', b.and(lane, mask), 0), () => b.add(before, other, before));
-    b.add(total, other, total);
-  }
-  return { before, total };
 }

@@ -7,6 +7,7 @@ import type { AttentionProblem, MaskLayout } from '../../../attention/problem.ts
 import type { KernelChoice } from '../../backend.ts';
 import { descriptorOf, type Family } from '../kernel-table.ts';
 import type { planBackward } from './backward.ts';
+import type { planBlockMap } from './block-map.ts';
 import {
   type Context,
   constantsOf,
@@ -112,5 +113,6 @@ export interface LaunchPlanner {
   readonly planKeyValue: typeof planKeyValue;
   readonly planAttend: typeof planAttend;
   readonly planBackward: typeof planBackward;
+  readonly planBlockMap: typeof planBlockMap;
   readonly planMerge: typeof planMerge;
 }

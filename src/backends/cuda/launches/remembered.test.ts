@@ -4,6 +4,7 @@ import { tensor } from '../../../tensor/tensor.ts';
 import { chooseOptions } from '../../choice.ts';
 import { descriptorOf } from '../kernel-table.ts';
 import { planBackward } from './backward.ts';
+import { planBlockMap } from './block-map.ts';
 import { planMerge } from './merge.ts';
 import { planAttend, planKeyValue, planLaunches } from './plan.ts';
 import { remembered } from './remembered.ts';
@@ -17,6 +18,7 @@ it('gives the same plan for equal problems and another for any difference', () =
     planLaunches,
     planKeyValue,
     planBackward,
+    planBlockMap,
     planMerge,
     planAttend: (...given) => {
       made++;

@@ -2,7 +2,7 @@
  * Runs of one problem's launches: outputs made, inputs sent where they are needed, everything in the order of streams.
  */
 import type { StreamHandle } from '../../../attention/options.ts';
-import type { OutputName, OutputSpec, Outputs, PlannedOutputs } from '../../../attention/outputs.ts';
+import type { OutputName, Outputs, PlannedOutputs } from '../../../attention/outputs.ts';
 import { elementCount, type Tensor, type TensorLocation, type TensorView } from '../../../tensor/tensor.ts';
 import type { RunContext } from '../../backend.ts';
 import type { CudaDevice } from '../driver/device.ts';
@@ -26,7 +26,7 @@ import { Uploads } from './uploads.ts';
 export class Runner {
   readonly device: CudaDevice;
   readonly #location: TensorLocation;
-  readonly #outputs: readonly OutputSpec[];
+  readonly #outputs: PlannedOutputs['outputs'];
   /** Undefined where no output has an element. */
   readonly #bound: BoundLaunches | undefined;
 

@@ -4,6 +4,7 @@
  */
 import { createBackwardProblem } from '../../../attention/backward.ts';
 import { type AttentionProblem, createProblem } from '../../../attention/problem.ts';
+import { settleSparsity } from '../../../attention/sparsity.ts';
 import type { DType } from '../../../tensor/dtype.ts';
 import { emptyTensor, tensor } from '../../../tensor/tensor.ts';
 import type { KernelChoice } from '../../backend.ts';
@@ -11,6 +12,7 @@ import { CUDA_KERNELS, type CudaKernelDescriptor, descriptorOf, type Family, lac
 import { WGMMA_VARIANTS, type WgmmaTuning } from '../kernels/wgmma/table.ts';
 import type { SimulatableModule } from '../launches/arguments.ts';
 import { planBackward } from '../launches/backward.ts';
+import { planBlockMap } from '../launches/block-map.ts';
 import { planLaunches } from '../launches/plan.ts';
 import { capabilityOf } from '../launches/scheme.ts';
 import { TARGETS, type Target } from '../ptx/targets.ts';
@@ -121,7 +123,12 @@ function modulesOf(
   overrides: Partial<WgmmaTuning> = {},
 ): NamedModule[] {
   const problem = problemOf(dims, features);
-  return named(planLaunches(problem, choice, { target, multiprocessors: 132 }, { overrides }).launches);
+  const device = { target, multiprocessors: 132 };
+  const chosen = features.blockMask ? [{ threshold: 0.6 }, { topK: 0.5 }] : [];
+  return named([
+    ...planLaunches(problem, choice, device, { overrides }).launches,
+    ...chosen.flatMap((sparsity) => planBlockMap(problem, settleSparsity(sparsity), device).launches),
+  ]);
 }
 
 /** Kernels of the backward pass that the forward pass does not have. */

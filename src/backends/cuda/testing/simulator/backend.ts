@@ -3,6 +3,7 @@ import { type CudaBackend, createCudaBackend } from '../../backend.ts';
 import { Cuda } from '../../driver/device.ts';
 import type { SimulatableModule } from '../../launches/arguments.ts';
 import { planBackward } from '../../launches/backward.ts';
+import { planBlockMap } from '../../launches/block-map.ts';
 import type { LaunchSequence } from '../../launches/launch.ts';
 import { planMerge } from '../../launches/merge.ts';
 import { planAttend, planKeyValue, planLaunches } from '../../launches/plan.ts';
@@ -92,6 +93,7 @@ export function createSimulatedBackend(computeCapability: number, devices = 1): 
       planKeyValue: (...args) => remember(planKeyValue(...args)),
       planAttend: (...args) => remember(planAttend(...args)),
       planBackward: (...args) => remember(planBackward(...args)),
+      planBlockMap: (...args) => remember(planBlockMap(...args)),
       planMerge: (...args) => remember(planMerge(...args)),
     },
   });
