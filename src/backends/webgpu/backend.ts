@@ -3,6 +3,7 @@
 import type { BackwardProblem } from '../../attention/backward.ts';
 import { type AttentionOptions, optionNamesBut, validateOptions } from '../../attention/options.ts';
 import { type AttentionProblem, createProblem } from '../../attention/problem.ts';
+import type { SettledSparsity } from '../../attention/sparsity.ts';
 import { BackendUnavailableError, InvalidArgumentError, messageOf, takeOptions } from '../../errors.ts';
 import type { TensorView } from '../../tensor/tensor.ts';
 import type {
@@ -17,6 +18,7 @@ import type {
 } from '../backend.ts';
 import { chooseOptions } from '../choice.ts';
 import { WebgpuBackwardPlan } from './backward-plan.ts';
+import { WebgpuBlockMapPlan } from './block-map-plan.ts';
 import { matrixText } from './capabilities.ts';
 import { type DeviceOptions, type GpuContext, openDevice } from './device.ts';
 import { type Forced, familiesOf } from './families/choose.ts';
@@ -114,6 +116,10 @@ export class WebgpuBackend implements Backend {
 
   plan(problem: AttentionProblem, kernel: KernelChoice): Promise<WebgpuPlan> {
     return WebgpuPlan.create(problem, kernel, () => this.context(), this.#options);
+  }
+
+  planBlockMap(problem: AttentionProblem, sparsity: SettledSparsity): Promise<WebgpuBlockMapPlan> {
+    return WebgpuBlockMapPlan.create(problem, sparsity, () => this.context());
   }
 
   async backwardSupport(): Promise<BackwardSupport> {

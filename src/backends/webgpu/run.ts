@@ -3,14 +3,7 @@ import type { Outputs, PlannedOutputs } from '../../attention/outputs.ts';
 import type { AttentionProblem } from '../../attention/problem.ts';
 import type { ExecutionError } from '../../errors.ts';
 import { BYTES_PER_ELEMENT } from '../../tensor/dtype.ts';
-import {
-  contiguousStrides,
-  elementCount,
-  emptyTensor,
-  type Tensor,
-  type TensorView,
-  validateData,
-} from '../../tensor/tensor.ts';
+import { contiguousStrides, elementCount, type Tensor, type TensorView, validateData } from '../../tensor/tensor.ts';
 import type { RunContext } from '../backend.ts';
 import type { GpuContext } from './device.ts';
 import type { BufferName } from './launches/launch.ts';
@@ -205,7 +198,6 @@ async function read(context: GpuContext, staging: GPUBuffer): Promise<ArrayBuffe
 
 function cpuTensor(dtype: Tensor['dtype'], shape: readonly number[], bytes: ArrayBuffer): Tensor {
   const length = elementCount(shape) * BYTES_PER_ELEMENT[dtype];
-  if (length === 0) return emptyTensor(shape, dtype === 'bool' ? 'float32' : dtype);
   const data = arrayOf(dtype, bytes.byteLength === length ? bytes : bytes.slice(0, length));
   return { location: 'cpu', dtype, shape, strides: contiguousStrides(shape), offset: 0, data };
 }

@@ -78,7 +78,14 @@ export function params(binding: number, fields: readonly string[]): string {
 @group(0) @binding(${binding}) var<uniform> P: Params;`;
 }
 
-const FLOAT_FIELDS: ReadonlySet<string> = new Set(['scoreScale', 'smScale', 'softcap', 'inverseSoftcap']);
+const FLOAT_FIELDS: ReadonlySet<string> = new Set([
+  'scoreScale',
+  'smScale',
+  'softcap',
+  'inverseSoftcap',
+  'wanted',
+  'leastSimilarity',
+]);
 
 /** The bytes of such a struct; unsigned fields are taken modulo 2^32. */
 export function encodeParams(fields: readonly string[], values: Readonly<Record<string, number>>): ArrayBuffer {

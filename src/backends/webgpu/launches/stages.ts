@@ -149,14 +149,17 @@ export interface Stages {
   readonly rowsPerQueryHead: number;
 }
 
-/** @param firstToken which token of each sequence is the first of `problem`'s k and v: 0 but for appends */
-export function createStages(
+/**
+ * Records of a problem's sequences.
+ *
+ * @param keyRows first row of each sequence within a head of K in scratch
+ * @param firstToken which token of each sequence is the first of `problem`'s k and v: 0 but for appends
+ */
+export function recordsOf(
   problem: AttentionProblem,
-  capabilities: Capabilities,
-  keyValue: KeyValueShape,
+  keyRows: readonly number[],
   firstToken = 0,
-): Stages {
-  const tables = new Tables();
+): Pick<Stages, 'records' | 'rowsPerQueryHead'> {
   const output = outputLayoutOf(problem);
   let queryRow = 0;
   const total = problem.sequences?.cuSeqlensQ[problem.batch] ?? 0;
@@ -170,7 +173,7 @@ export function createStages(
       queryLength,
       keyLength,
       queryRow,
-      keyRow: keyValue.keyRows[index] as number,
+      keyRow: keyRows[index] as number,
       ...bandOf(problem, sequence),
       output: at(output, queryStart),
       lse: total > 0 || problem.sequences !== undefined ? queryStart : index * problem.queryHeads * queryLength,
@@ -184,15 +187,19 @@ export function createStages(
     queryRow += roundUp(queryLength, QUERY_BLOCK);
     return record;
   });
-  return {
-    problem,
-    capabilities,
-    keyValue,
-    tables,
-    records,
-    sequencesAt: tables.sequences(records),
-    rowsPerQueryHead: queryRow,
-  };
+  return { records, rowsPerQueryHead: queryRow };
+}
+
+/** @param firstToken as of {@link recordsOf} */
+export function createStages(
+  problem: AttentionProblem,
+  capabilities: Capabilities,
+  keyValue: KeyValueShape,
+  firstToken = 0,
+): Stages {
+  const tables = new Tables();
+  const rows = recordsOf(problem, keyValue.keyRows, firstToken);
+  return { problem, capabilities, keyValue, tables, ...rows, sequencesAt: tables.sequences(rows.records) };
 }
 
 /** Least and greatest of a function over some tiles. */
@@ -221,7 +228,7 @@ export const blockRows = ({ records }: Stages, tiles: readonly Tile[], unit: Uni
 
 /** Span of an operand's elements that the tiles of some heads reach. */
 export function operandSpan(
-  stages: Stages,
+  stages: Pick<Stages, 'problem' | 'records'>,
   slot: number,
   buffer: 'q' | 'k' | 'v',
   tiles: readonly Tile[],
@@ -261,7 +268,7 @@ export function rowSpan(
   };
 }
 
-export function tablesBinding(stages: Stages): Binding {
+export function tablesBinding(stages: Pick<Stages, 'tables'>): Binding {
   return { slot: 1, buffer: 'tables', start: 0, end: stages.tables.bytes.byteLength };
 }
 
@@ -280,7 +287,7 @@ export function partialSpan(
 
 /** Launches of one stage: its units, each with its bindings aligned and their bases among the parameters. */
 export function launchesOf(
-  stages: Stages,
+  stages: Pick<Stages, 'capabilities'>,
   label: string,
   code: string,
   whole: Unit,

@@ -1,0 +1,32 @@
+/** Blocks that the kernels choose. */
+import { afterAll, describe, expect, it } from 'vitest';
+import { blockMapChecks, inBlocks } from '../../../test/conformance/block-map.ts';
+import { Random, runSeed } from '../../../test/support/random.ts';
+import { sageattn, sageattnSparse } from '../../api/sageattn.ts';
+import { setBackend } from '../registry.ts';
+import { createWebgpuBackend, downloadTensor, type GpuTensor, uploadTensor } from './index.ts';
+
+const seed = runSeed();
+const backend = createWebgpuBackend();
+afterAll(() => backend.dispose());
+
+describe(`chosen blocks (seed ${seed})`, () => {
+  for (const { name, run } of blockMapChecks(async () => backend, seed, 25)) it(name, run);
+
+  it('of tensors on the device stay there', async () => {
+    const random = new Random(seed);
+    const shape = { heads: [2, 1], lengths: [48, 96], dim: 16, dtype: 'float16', layout: 'HND' } as const;
+    const here = [inBlocks(random, [2, 48], shape), inBlocks(random, [1, 96], shape)] as const;
+    await setBackend(backend);
+    const { device } = await backend.context();
+    const [q, k] = here.map((tensor) => uploadTensor(device, tensor)) as [GpuTensor, GpuTensor];
+    const options = { backend: 'webgpu', sparsity: { topP: 0.6, rows: 16, keys: 16 } } as const;
+    const { output, sparsity } = await sageattnSparse(q, k, k, options);
+    expect(sparsity.blockMask.map).toMatchObject({ location: 'webgpu', dtype: 'bool', shape: [1, 2, 3, 6] });
+    const expected = await sageattnSparse(...here, here[1], options);
+    expect(await downloadTensor(device, sparsity.blockMask.map)).toEqual(expected.sparsity.blockMask.map);
+    expect(sparsity.keptFraction).toBe(expected.sparsity.keptFraction);
+    const plain = await sageattn(q, k, k, options);
+    expect(await downloadTensor(device, plain)).toEqual(await downloadTensor(device, output));
+  });
+});
