@@ -41,6 +41,12 @@ await build({
   external: ['koffi', 'webgpu', 'onnxruntime-*', 'assemblyscript'],
   // What the programs read by its place beside a source file is test/golden, which travels with the work tree.
   define: { 'import.meta.url': 'GOLDEN_URL', 'process.env.SAGEATTENTION_COMMIT': JSON.stringify(commit) },
-  banner: { js: "const GOLDEN_URL = new URL('../../test/golden/golden.js', import.meta.url).href;" },
+  banner: {
+    js: [
+      "const GOLDEN_URL = new URL('../../test/golden/golden.js', import.meta.url).href;",
+      // tfjs asks Node for its own modules with `require`, which a module does not have.
+      "globalThis.require ??= (await import('node:module')).createRequire(import.meta.url);",
+    ].join('\n'),
+  },
   logLevel: 'warning',
 });

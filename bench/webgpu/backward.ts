@@ -63,15 +63,25 @@ interface Contender {
   dispose(): void;
 }
 
+/** What tfjs' backend has besides its types. */
+interface TfjsBackend {
+  readonly device: GPUDevice;
+  readonly commandEncoder: GPUCommandEncoder | null;
+  endComputePassEncoder(): void;
+  submitQueue(): void;
+}
+
 /** tfjs finds WebGPU as in a browser. */
 async function tfjsOnWebgpu() {
   Object.assign(globalThis, globals);
   Object.defineProperty(globalThis, 'navigator', { value: { gpu: create([]), userAgent: '' }, configurable: true });
   const tf = await import('@tensorflow/tfjs-core');
+  // The core registers no gradients by itself.
+  await import('@tensorflow/tfjs-core/dist/register_all_gradients.js');
   await import('@tensorflow/tfjs-backend-webgpu');
   await tf.setBackend('webgpu');
   await tf.ready();
-  return { tf, backend: tf.backend() as unknown as { device: GPUDevice; submitQueue(): void } };
+  return { tf, backend: tf.backend() as unknown as TfjsBackend };
 }
 
 type Peer = Awaited<ReturnType<typeof tfjsOnWebgpu>>;
@@ -88,7 +98,10 @@ function tfjsContender({ tf, backend }: Peer, inputs: Inputs<Tensor>, dim: numbe
     name: 'tfjs WebGPU, float32',
     async run(calls) {
       for (let i = 0; i < calls; i++) tf.dispose(gradients([q, k, v], dy) as unknown as Tf.TensorContainer);
-      backend.submitQueue();
+      if (backend.commandEncoder !== null) {
+        backend.endComputePassEncoder();
+        backend.submitQueue();
+      }
       await backend.device.queue.onSubmittedWorkDone();
     },
     dispose: () => tf.dispose([q, k, v, dy]),
