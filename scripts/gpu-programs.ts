@@ -19,6 +19,7 @@ await build({
     'bench-cuda-backward': 'bench/cuda/backward.ts',
     'bench-cuda-caches': 'bench/cuda/caches.ts',
     'bench-cuda-distributed': 'bench/cuda/distributed.ts',
+    'bench-cuda-nccl': 'bench/cuda/nccl.ts',
     'bench-cuda-sparse': 'bench/cuda/sparse.ts',
     'bench-cuda-models': 'bench/cuda/models.ts',
     'bench-wgmma': 'bench/cuda/wgmma-variants.ts',
