@@ -14,6 +14,7 @@ import { createWebgpuBackendOn } from '../../src/backends/webgpu/backend.ts';
 import { familiesOf } from '../../src/backends/webgpu/families/choose.ts';
 import { createWebgpuBackend, uploadTensor } from '../../src/backends/webgpu/index.ts';
 import { padDim } from '../../src/backends/webgpu/kernels/layout.ts';
+import { GPU_BUFFER_USAGE } from '../../src/backends/webgpu/tensor.ts';
 import { median } from '../../src/measure/statistics.ts';
 import { fromFloat32 } from '../../src/tensor/access.ts';
 import { Random, runSeed } from '../../test/support/random.ts';
@@ -45,7 +46,7 @@ async function timed(step: () => unknown): Promise<number> {
 }
 
 const bytes = KEY_HEADS * KEYS * (padDim(D) + 16 + 2 * padDim(D));
-const usage = GPUBufferUsage.COPY_SRC | GPUBufferUsage.COPY_DST;
+const usage = GPU_BUFFER_USAGE.COPY_SRC | GPU_BUFFER_USAGE.COPY_DST;
 const [from, to] = [0, 1].map(() => device.createBuffer({ size: bytes, usage })) as [GPUBuffer, GPUBuffer];
 const copying = await timed(() => {
   const encoder = device.createCommandEncoder();

@@ -4,6 +4,7 @@
  *
  *     npx tsx scripts/gpu-programs.ts && node .gpu/programs/bench-webgpu.mjs OUTPUT_FOLDER [--quick]
  *         [--lengths 1024,8192] [--head-dims 64,128] [--families matrix,subgroup,base] [--variants 4s64r16k-qk4-pv1,...] [--no-peers]
+ *         [--kernel qk-int8-pv-int8]
  *
  * All sizes of docs/choosing-a-kernel.md and the other head dims: `--lengths 8192,1024,512,64 --head-dims 128,64,256,80`.
  *
@@ -53,6 +54,7 @@ const { values: flags, positionals } = parseArgs({
     'head-dims': { type: 'string', default: '64,128' },
     families: { type: 'string', default: 'matrix,subgroup,base' },
     variants: { type: 'string' },
+    kernel: { type: 'string', default: 'qk-int8-pv-fp16' },
     peers: { type: 'boolean', default: true },
     'dawn-flags': {
       type: 'string',
@@ -148,6 +150,7 @@ const gpu = await enableNodeWebgpu(flags['dawn-flags'].split(' '));
 const first = createWebgpuBackend({ gpu });
 const context = await first.context();
 const { device, capabilities } = context;
+const KERNEL = first.kernels.find(({ name }) => name === flags.kernel) ?? first.defaultKernel();
 const { details } = await first.availability();
 console.log(details);
 
@@ -228,7 +231,7 @@ function chosenByTable(family: Family, [q, k, v]: readonly GpuTensor[], isCausal
   if (flags.variants !== undefined) return [];
   try {
     const problem = createProblem(q as GpuTensor, k as GpuTensor, v as GpuTensor, { isCausal });
-    return [chooseVariant(capabilities, problem, chooseOptions(first.defaultKernel(), problem, {}), { family }).name];
+    return [chooseVariant(capabilities, problem, chooseOptions(KERNEL, problem, {}), { family }).name];
   } catch {
     // A family that does not take the head dim: its variants say so one by one.
     return [];
@@ -247,6 +250,7 @@ function save(): void {
     device: details,
     dialect: capabilities.matrixDialect,
     seed,
+    kernel: KERNEL.name,
     heads: HEADS,
     peak,
     rows,
@@ -282,6 +286,31 @@ function save(): void {
   writeFileSync(join(folder as string, 'webgpu.md'), `${lines.join('\n')}\n`);
 }
 
+/** The peer's time for a size. */
+async function timePeer(row: Row): Promise<void> {
+  const { headDim, tokens, isCausal } = row;
+  const name = nameOf(row);
+  const random = new Random(seed);
+  const [query, key, value] = [0, 0, 0].map((offset) => upload(normalBits(random, tokens, headDim, offset))) as [
+    GPUBuffer,
+    GPUBuffer,
+    GPUBuffer,
+  ];
+  try {
+    const size = { heads: HEADS, tokens, headDim, isCausal };
+    const budget = flags.quick ? 300 : 1500;
+    const milliseconds = await onnxruntimeMilliseconds(device, size, { query, key, value }, budget);
+    row.onnxruntime = { milliseconds, tflops: flopsOf(row) / milliseconds / 1e9 };
+    console.log(`${name} onnxruntime: ${milliseconds.toFixed(3)} ms, ${row.onnxruntime.tflops.toFixed(1)} TFLOP/s`);
+  } catch (error) {
+    const message = messageOf(error).split('\n')[0] as string;
+    row.onnxruntime = { error: message };
+    console.log(`${name} onnxruntime: ${message.slice(0, 200)}`);
+  }
+  save();
+  for (const buffer of [query, key, value]) buffer.destroy();
+}
+
 for (const headDim of HEAD_DIMS) {
   for (const tokens of LENGTHS) {
     const random = new Random(seed + tokens + headDim);
@@ -301,6 +330,7 @@ for (const headDim of HEAD_DIMS) {
       const name = nameOf({ headDim, tokens, isCausal });
       const row: Row = { headDim, tokens, isCausal, timings };
       rows.push(row);
+      if (flags.peers && !isCausal) await timePeer(row);
       // Family by family, so that a run that is cut short leaves those before.
       for (const family of FAMILIES) {
         const contenders: Contender[] = [];
@@ -309,7 +339,7 @@ for (const headDim of HEAD_DIMS) {
           try {
             const backend = createWebgpuBackendOn({ device, gpu, family, variant });
             const problem = createProblem(q, k, v, { isCausal });
-            const plan = await backend.plan(problem, chooseOptions(await backend.defaultKernel(), problem, {}));
+            const plan = await backend.plan(problem, chooseOptions(KERNEL, problem, {}));
             const once = median(await measure(plan, { q, k, v }, output, LEAST_REPETITIONS));
             const actual = await downloadTensor(device, output);
             const accuracy = accuracyOf(new Random(seed), hostQ, hostK, hostV, actual, isCausal);
@@ -365,30 +395,7 @@ for (const headDim of HEAD_DIMS) {
   }
 }
 
-// The peer comes last, its causal calls after the others: one that hangs takes nothing with it.
-const order = (row: Row) => Number(row.isCausal);
-for (const row of flags.peers ? [...rows].sort((a, b) => order(a) - order(b)) : []) {
-  const { headDim, tokens, isCausal } = row;
-  const name = nameOf(row);
-  const random = new Random(seed);
-  const [query, key, value] = [0, 0, 0].map((offset) => upload(normalBits(random, tokens, headDim, offset))) as [
-    GPUBuffer,
-    GPUBuffer,
-    GPUBuffer,
-  ];
-  try {
-    const size = { heads: HEADS, tokens, headDim, isCausal };
-    const budget = flags.quick ? 300 : 1500;
-    const milliseconds = await onnxruntimeMilliseconds(device, size, { query, key, value }, budget);
-    row.onnxruntime = { milliseconds, tflops: flopsOf(row) / milliseconds / 1e9 };
-    console.log(`${name} onnxruntime: ${milliseconds.toFixed(3)} ms, ${row.onnxruntime.tflops.toFixed(1)} TFLOP/s`);
-  } catch (error) {
-    const message = messageOf(error).split('\n')[0] as string;
-    row.onnxruntime = { error: message };
-    console.log(`${name} onnxruntime: ${message.slice(0, 200)}`);
-  }
-  save();
-  for (const buffer of [query, key, value]) buffer.destroy();
-}
+// The peer's causal calls come last: one that hangs takes nothing with it.
+for (const row of flags.peers ? rows.filter(({ isCausal }) => isCausal) : []) await timePeer(row);
 // onnxruntime's session and Dawn's threads would keep the process alive.
 process.exit(0);

@@ -45,6 +45,12 @@ describe('sageattention kernel', () => {
     expect(out).toMatch(/fn rounded_weights/);
   });
 
+  it.each(['base', 'subgroup'])('prints WGSL of INT8 PV, family %s', async (family) => {
+    const { code, out, err } = await kernel('qk-int8-pv-int8', '--wgsl', '--family', family);
+    expect([code, err]).toEqual([0, '']);
+    expect(out).toMatch(/fn dot_uint8/);
+  });
+
   it.each(['base', 'subgroup', 'matrix'])('prints WGSL of family %s', async (family) => {
     const { code, out, err } = await kernel('qk-int8-pv-fp16', '--wgsl', '--family', family, '--causal');
     expect([code, err]).toEqual([0, '']);
@@ -58,7 +64,7 @@ describe('sageattention kernel', () => {
     [['qk-int8-pv-fp16', '--target', 'sm_70'], /Allowed choices are sm_80/],
     [['qk-int8-pv-fp8-cuda', '--target', 'sm_86'], /which needs compute capability 8.9 or later/],
     [['qk-int8-pv-int8'], /kernel of WebAssembly.*wasm2wat/],
-    [['qk-int8-pv-int8', '--wgsl'], /the kernels of WebGPU are qk-int8-pv-fp16 and qk-fp4-pv-fp4, not/],
+    [['exact', '--wgsl'], /the kernels of WebGPU are qk-int8-pv-fp16, qk-int8-pv-int8 and qk-fp4-pv-fp4, not/],
     [['qk-int8-pv-fp16', '--ptx', '--listing'], /choose one of --ptx, --listing/],
     [['qk-int8-pv-fp16', '--ptx', '--launch', 'softmax'], /no launch 'softmax'; there are .*'attention'/],
     [['qk-int8-pv-fp16', '--accumulate', 'fp8'], /takes 'fp32', received 'fp8'/],

@@ -146,8 +146,8 @@ function cudaText(name: KernelName, options: KernelOptions): string {
 function wgslText(name: KernelName, options: KernelOptions): string {
   const descriptor = WEBGPU_KERNELS.find((kernel) => kernel.name === name);
   if (descriptor === undefined) {
-    const names = WEBGPU_KERNELS.map((kernel) => kernel.name).join(' and ');
-    throw new UserError(`the kernels of WebGPU are ${names}, not ${name}`);
+    const names = WEBGPU_KERNELS.map((kernel) => kernel.name);
+    throw new UserError(`the kernels of WebGPU are ${names.slice(0, -1).join(', ')} and ${names.at(-1)}, not ${name}`);
   }
   const problem = problemOf(options);
   const { accumulate: pvAccumDtype, family } = options;

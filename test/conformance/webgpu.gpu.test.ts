@@ -11,7 +11,7 @@ import { runSeed } from '../support/random.ts';
 import { itNeeds } from '../support/requirement.ts';
 import { sampled } from '../support/sample.ts';
 import { conformanceTests, type Target } from './suite.ts';
-import { WEBGPU_FP4_TARGET, WEBGPU_TARGET } from './webgpu-target.ts';
+import { WEBGPU_FP4_TARGET, WEBGPU_INT8_TARGET, WEBGPU_TARGET } from './webgpu-target.ts';
 
 const DRIVER = process.env.SAGEATTENTION_SOFTWARE_GPU ?? 'the GPU of this machine';
 const MISSING = process.env.SAGEATTENTION_SOFTWARE_GPU_MISSING;
@@ -82,6 +82,11 @@ const RUNS: readonly Run[] = [
     target: target('base, wide tiles in shared memory'),
     only: ['GQA', 'mask: bool [Lq'],
   },
+  ...(['subgroup', 'base'] as const).map((family) => ({
+    options: { family },
+    target: { ...WEBGPU_INT8_TARGET, name: `INT8 PV, ${family}`, randomCases: 6 },
+    ...(family === WHOLE ? { only: ['lengths: 1000', ...KERNEL_TESTS] } : { only: KERNEL_TESTS }),
+  })),
   // lavapipe takes half a minute to compile the kernels of one of these.
   {
     options: { family: OTHER },

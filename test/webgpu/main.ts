@@ -2,10 +2,14 @@
  * The conformance suite on the GPU of this machine, in plain Node: every family that the device offers, whole, and
  * every variant of its tables on a few tests.
  *
- *     npx tsx scripts/gpu-programs.ts && node .gpu/programs/test-webgpu.mjs [FAMILY | fp4 | gradients ...]
+ *     npx tsx scripts/gpu-programs.ts && node .gpu/programs/test-webgpu.mjs [FAMILY | int8 | fp4 | gradients ...] [--shards 16]
  *
- * `fp4` alone: the FP4 kernel on the families that have it. `gradients` alone: the backward pass, whole, and its tiles on a few tests.
+ * `int8`, `fp4` alone: that kernel on the families that have it. `gradients` alone: the backward pass, whole, and its tiles on a few tests.
+ * A driver takes seconds to compile a kernel: with shards as many processes share the tests.
  */
+import { spawn } from 'node:child_process';
+import { createInterface } from 'node:readline';
+import { parseArgs } from 'node:util';
 import { setBackend } from '../../src/backends/registry.ts';
 import { createWebgpuBackendOn } from '../../src/backends/webgpu/backend.ts';
 import { GRADIENT_VARIANTS } from '../../src/backends/webgpu/families/backward.ts';
@@ -19,7 +23,7 @@ import {
 import { backwardTests } from '../conformance/backward-suite.ts';
 import { WEBGPU_BACKWARD_TARGET } from '../conformance/backward-webgpu-target.ts';
 import { type ConformanceTest, conformanceTests } from '../conformance/suite.ts';
-import { WEBGPU_FP4_TARGET, WEBGPU_TARGET } from '../conformance/webgpu-target.ts';
+import { WEBGPU_FP4_TARGET, WEBGPU_INT8_TARGET, WEBGPU_TARGET } from '../conformance/webgpu-target.ts';
 import { runSeed } from '../support/random.ts';
 
 /** Tests that each variant runs: tiles, edges, masks, poison. */
@@ -34,13 +38,62 @@ const VARIANT_TESTS = [
 ];
 
 /** Not families. */
-const PARTS = ['fp4', 'gradients'];
-const asked = process.argv.slice(2).filter((name) => !PARTS.includes(name)) as Family[];
-const isAsked = (part: string) => process.argv.includes(part) || process.argv.length === 2;
+const PARTS = ['int8', 'fp4', 'gradients'];
+const { values: flags, positionals } = parseArgs({
+  allowPositionals: true,
+  options: {
+    shards: { type: 'string' },
+    /** `i/n`: every n-th test from the i-th on. */
+    shard: { type: 'string', default: '0/1' },
+  },
+});
+const asked = positionals.filter((name) => !PARTS.includes(name)) as Family[];
+const isAsked = (part: string) => positionals.includes(part) || positionals.length === 0;
 /** Only parts that are no families. */
-const onlyParts = process.argv.length > 2 && asked.length === 0;
+const onlyParts = positionals.length > 0 && asked.length === 0;
 const seed = runSeed();
+const [shard, shards] = flags.shard.split('/').map(Number) as [number, number];
 let failures = 0;
+let counted = 0;
+
+/** Runs the tests in so many processes, prints what they say, and the sum of each line of theirs. */
+async function inShards(count: number): Promise<number> {
+  const sums = new Map<string, { passed: number; failed: number; skipped: number }>();
+  const codes = Array.from({ length: count }, async (_, i) => {
+    const child = spawn(process.execPath, [process.argv[1] as string, ...positionals, '--shard', `${i}/${count}`], {
+      env: { ...process.env, SAGEATTENTION_SEED: String(seed) },
+      stdio: ['ignore', 'pipe', 'inherit'],
+    });
+    for await (const line of createInterface(child.stdout)) {
+      const [, name, passed, failed, skipped] = /^(.*): (\d+) passed, (\d+) failed, (\d+) not for/.exec(line) ?? [];
+      if (name === undefined) {
+        if (i === 0 || line.includes('FAILED')) console.log(line);
+        continue;
+      }
+      const sum = sums.get(name) ?? { passed: 0, failed: 0, skipped: 0 };
+      sum.passed += Number(passed);
+      sum.failed += Number(failed);
+      sum.skipped += Number(skipped);
+      sums.set(name, sum);
+      if (i === 0) console.log(`shard 0 of ${count}, ${line}`);
+    }
+    return child.exitCode ?? (await new Promise<number>((resolve) => child.once('exit', (code) => resolve(code ?? 1))));
+  });
+  const ended = await Promise.all(codes);
+  for (const [name, { passed, failed, skipped }] of sums) {
+    console.log(`${name}: ${passed} passed, ${failed} failed, ${skipped} not for this variant or family in all shards`);
+  }
+  return ended.filter((code) => code !== 0).length;
+}
+if (flags.shards !== undefined) {
+  const failed = await inShards(Number(flags.shards));
+  console.log(failed === 0 ? 'all shards passed' : `${failed} shards failed`);
+  process.exit(failed === 0 ? 0 : 1);
+}
+
+/** Milliseconds after which the test under way is named. */
+const TELL_EVERY = 10_000;
+let told = performance.now();
 
 async function run(
   options: WebgpuBackendOptions & Forced,
@@ -54,9 +107,15 @@ async function run(
   const started = performance.now();
   let passed = 0;
   let unsupported = 0;
+  const before = failures;
   const partial = options.variant !== undefined || options.family === 'matrix';
   for (const test of testsOf(partial)) {
     if (only !== undefined && !only.some((text) => test.name.includes(text))) continue;
+    if (counted++ % shards !== shard) continue;
+    if (performance.now() - told > TELL_EVERY) {
+      told = performance.now();
+      console.log(`  ${name}: ${passed} passed so far, now ${test.name}`);
+    }
     try {
       await test.run();
       passed++;
@@ -71,8 +130,9 @@ async function run(
     }
   }
   const seconds = ((performance.now() - started) / 1000).toFixed(1);
-  const rest = unsupported === 0 ? '' : `, ${unsupported} not for this variant or family`;
-  console.log(`${name}: ${passed} passed${rest} in ${seconds} s (SAGEATTENTION_SEED=${seed})`);
+  console.log(
+    `${name}: ${passed} passed, ${failures - before} failed, ${unsupported} not for this variant or family in ${seconds} s (SAGEATTENTION_SEED=${seed})`,
+  );
   await backend.dispose();
 }
 
@@ -96,6 +156,16 @@ for (const family of families) {
 if (!onlyParts && offered.includes('matrix') && (asked.length === 0 || asked.includes('matrix'))) {
   const halves = { ...WEBGPU_TARGET, options: { pvAccumDtype: 'fp16' as const }, relativeL1: 0.03 };
   await run({ family: 'matrix' }, 'matrix, float16 sums', VARIANT_TESTS, halves);
+}
+if (isAsked('int8')) {
+  const smoothed = { ...WEBGPU_INT8_TARGET, options: { smoothV: true } };
+  for (const family of (['subgroup', 'base'] as const).filter((name) => offered.includes(name))) {
+    await run({ family }, `INT8 PV ${family}`, undefined, WEBGPU_INT8_TARGET);
+    await run({ family }, `INT8 PV ${family}, smoothV`, VARIANT_TESTS, smoothed);
+    for (const { name } of variantsOf(family)) {
+      await run({ family, variant: name }, `INT8 PV ${family} ${name}`, VARIANT_TESTS, WEBGPU_INT8_TARGET);
+    }
+  }
 }
 if (isAsked('fp4')) {
   for (const family of ['subgroup', 'base'] as const) {

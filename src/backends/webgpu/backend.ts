@@ -138,10 +138,7 @@ export class WebgpuBackend implements Backend {
    */
   async createPlan(
     specs: AttentionInputs,
-    options: Omit<
-      AttentionOptions,
-      'attnMask' | 'sinks' | 'sparsity' | 'backend' | 'kernel' | 'signal' | 'stream'
-    > = {},
+    options: Omit<AttentionOptions, 'attnMask' | 'sinks' | 'sparsity' | 'backend' | 'signal' | 'stream'> = {},
   ): Promise<WebgpuPlan> {
     const { q, k, v, attnMask, sinks, blockMap } = specs;
     if (blockMap !== undefined && options.blockMask === undefined) {
@@ -151,7 +148,12 @@ export class WebgpuBackend implements Backend {
     const all: AttentionOptions = { ...options, ...(attnMask && { attnMask }), ...(sinks && { sinks }) };
     validateOptions(all, optionNamesBut('sparsity'));
     const problem = createProblem(q, k, v, all);
-    return this.plan(problem, chooseOptions(QK_INT8_PV_FP16, problem, all));
+    const kernel = this.kernels.find(({ name }) => name === (options.kernel ?? QK_INT8_PV_FP16.name));
+    if (kernel === undefined) {
+      const expected = this.kernels.map(({ name }) => `'${name}'`).join(' or ');
+      throw new InvalidArgumentError('invalid-option', 'options.kernel', expected, `'${options.kernel}'`);
+    }
+    return this.plan(problem, chooseOptions(kernel, problem, all));
   }
 
   async prepareKeyValue(

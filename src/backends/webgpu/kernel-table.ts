@@ -1,4 +1,5 @@
 /** The kernels of this backend that a caller may name. */
+import type { KernelName } from '../../attention/kernels.ts';
 import { SCALE_SEARCHES } from '../../quantization/fp4-blocks.ts';
 import type { KernelChoice, KernelDescriptor } from '../backend.ts';
 
@@ -17,6 +18,14 @@ export const QK_INT8_PV_FP16: KernelDescriptor = {
   blockMask: true,
 };
 
+/** Both products in integers, for GPUs whose `dot4I8Packed` is several times faster than float32. Not chosen unless it is named. */
+export const QK_INT8_PV_INT8: KernelDescriptor = {
+  ...QK_INT8_PV_FP16,
+  name: 'qk-int8-pv-int8',
+  summary: 'INT8 QK, P in 8 bits and V in INT8 in WGSL: dot4I8Packed and dot4U8Packed',
+  pvAccumDtype: [],
+};
+
 /** What FP4 tensor cores give: for trying SageAttention3 without them, and for caches of 4 bits. Not chosen unless it is named. */
 export const QK_FP4_PV_FP4: KernelDescriptor = {
   name: 'qk-fp4-pv-fp4',
@@ -31,7 +40,17 @@ export const QK_FP4_PV_FP4: KernelDescriptor = {
   blockMask: true,
 };
 
-export const KERNELS: readonly KernelDescriptor[] = [QK_INT8_PV_FP16, QK_FP4_PV_FP4];
+export const KERNELS: readonly KernelDescriptor[] = [QK_INT8_PV_FP16, QK_INT8_PV_INT8, QK_FP4_PV_FP4];
+
+/** What a kernel's V is multiplied in. */
+export type ValueFormat = 'fp16' | 'int8' | 'fp4';
+
+const VALUE_FORMATS: Partial<Record<KernelName, ValueFormat>> = {
+  [QK_INT8_PV_INT8.name]: 'int8',
+  [QK_FP4_PV_FP4.name]: 'fp4',
+};
+
+export const valueFormatOf = (kernel: KernelName): ValueFormat => VALUE_FORMATS[kernel] ?? 'fp16';
 
 export const isFp4 = ({ descriptor }: Pick<KernelChoice, 'descriptor'>): boolean =>
-  descriptor.name === QK_FP4_PV_FP4.name;
+  valueFormatOf(descriptor.name) === 'fp4';

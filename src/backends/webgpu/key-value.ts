@@ -176,7 +176,7 @@ export class WebgpuKeyValue implements PreparedKeyValue {
     const launches = [];
     const scratch: { newPartials?: number } = {};
     if (first === 0) launches.push(...statisticsLaunches(stages));
-    else if (values.scaled) {
+    else if (values.scaled && !values.integers) {
       const added: KeyValueShape = {
         ...this.#shape,
         chunks: shapeOf(this.#context, { ...problem, keyLength: problem.keyLength - first }, this.#kernel, layout)

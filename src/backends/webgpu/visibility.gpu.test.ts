@@ -25,9 +25,10 @@ const SWIFTSHADER = process.env.SAGEATTENTION_SOFTWARE_GPU === 'swiftshader';
 /** What INT8 QK with FP16 PV loses on normal inputs, and a half more. */
 const BOUND = 0.02;
 
-const FAMILIES: readonly Forced[] = [
+const FAMILIES: readonly (Forced & { readonly kernel?: 'qk-int8-pv-int8' })[] = [
   { family: 'base' },
   { family: 'subgroup' },
+  { family: SWIFTSHADER ? 'base' : 'subgroup', kernel: 'qk-int8-pv-int8' },
   // lavapipe takes minutes to compile emulated matrices.
   ...(SWIFTSHADER ? [{ emulateMatrices: 'int8', variant: '1s16r16k-qk1-pv1' } as const] : []),
 ];
@@ -71,8 +72,8 @@ function errorOf(
   return error / size;
 }
 
-for (const forced of FAMILIES) {
-  const name = forced.family ?? 'matrix, emulated';
+for (const { kernel = 'qk-int8-pv-fp16', ...forced } of FAMILIES) {
+  const name = `${forced.family ?? 'matrix, emulated'}, ${kernel}`;
   describe(`what rows of family ${name} see (SAGEATTENTION_SEED=${seed})`, () => {
     let backend: WebgpuBackend;
     beforeAll(() => {
@@ -93,7 +94,7 @@ for (const forced of FAMILIES) {
     ): Promise<number> {
       const { attnMask } = options;
       const all = attnMask === undefined ? inputs : { ...inputs, attnMask: attnMask as Tensor };
-      const plan = await backend.createPlan(all, options);
+      const plan = await backend.createPlan(all, { ...options, kernel });
       const { output } = await plan.run(all);
       plan.dispose();
       const exact = attentionExact(createProblem(inputs.q, inputs.k, inputs.v, options), all);
@@ -226,7 +227,7 @@ for (const forced of FAMILIES) {
       const bias = new Float32Array(5 * 70);
       bias[2 * 70 + 66] = Number.NaN;
       const attnMask = tensor(bias, [5, 70]);
-      const plan = await backend.createPlan({ ...inputs, attnMask }, { returnLse: true });
+      const plan = await backend.createPlan({ ...inputs, attnMask }, { returnLse: true, kernel });
       const { output, lse } = await plan.run({ ...inputs, attnMask });
       plan.dispose();
       expect(Array.from(toFloat32(output as Tensor), Number.isNaN)).toEqual(

@@ -3,7 +3,7 @@ import type { AttentionProblem } from '../../../attention/problem.ts';
 import { UnsupportedOptionError } from '../../../errors.ts';
 import type { KernelChoice } from '../../backend.ts';
 import type { Capabilities } from '../capabilities.ts';
-import { isFp4 } from '../kernel-table.ts';
+import { valueFormatOf } from '../kernel-table.ts';
 import { type KeyValueLayout, padDim } from '../kernels/layout.ts';
 import type { AttentionVariant, Family, HeadDims, KernelFamily } from './family.ts';
 import { type Emulation, matrixFamily } from './matrix.ts';
@@ -55,7 +55,7 @@ function familyOf(
     if (name !== undefined && family.name !== name && emulateMatrices === undefined) continue;
     const reason =
       family.support(capabilities) ??
-      (isFp4(kernel) && !family.fp4 ? 'no FP4' : undefined) ??
+      (family.values.includes(valueFormatOf(kernel.descriptor.name)) ? undefined : `no ${kernel.descriptor.name}`) ??
       family.unfit(capabilities, dims);
     if (reason === undefined) return family;
     reasons.push(`${family.name}: ${reason}`);
@@ -90,7 +90,6 @@ export function chooseVariant(
 ): AttentionVariant {
   return familyOf(capabilities, problem, choice, forced).kernel(capabilities, {
     kernel: choice.descriptor.name,
-    fp4: isFp4(choice),
     headDimPadded: padDim(problem.headDim),
     valueDimPadded: padDim(problem.valueDim),
     queryLength: problem.queryLength,

@@ -4,6 +4,7 @@ import type { AttentionProblem } from '../../../attention/problem.ts';
 import { UnsupportedOptionError } from '../../../errors.ts';
 import type { PvAccumDtype } from '../../../quantization/schemes.ts';
 import type { Capabilities } from '../capabilities.ts';
+import type { ValueFormat } from '../kernel-table.ts';
 import type { KeyValueLayout } from '../kernels/layout.ts';
 import type { ScoreConfig } from '../kernels/scores.ts';
 
@@ -35,8 +36,6 @@ export interface VariantRequest {
   /** Length of the longest query. */
   readonly queryLength: number;
   readonly kernel: KernelName;
-  /** Q, K and V are in FP4. */
-  readonly fp4: boolean;
   readonly pvAccumDtype: PvAccumDtype | undefined;
   /** A variant by name, for tests and tuning. Default: the best that fits. */
   readonly variant: string | undefined;
@@ -48,8 +47,8 @@ export interface KernelFamily {
   readonly layout: KeyValueLayout;
   /** Best first. */
   readonly variants: readonly { readonly name: string }[];
-  /** Has kernels that multiply FP4. */
-  readonly fp4: boolean;
+  /** What V may be multiplied in. */
+  readonly values: readonly ValueFormat[];
   /** Why the device cannot run it; `undefined` where it can. */
   support(capabilities: Capabilities): string | undefined;
   /** Why a device that can run it cannot for these head dims. */

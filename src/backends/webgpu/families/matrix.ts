@@ -156,7 +156,7 @@ function withoutShape(capabilities: Capabilities, { headDim, valueDim }: HeadDim
 export const matrixFamily = (emulate?: Emulation): KernelFamily => ({
   name: 'matrix',
   layout: 'tiles',
-  fp4: false,
+  values: ['fp16'],
   variants: MATRIX_VARIANTS,
   support: (capabilities) => matrixSupport(capabilities, emulate).reason,
   unfit: (capabilities, dims) => withoutShape(capabilities, dims, emulate),

@@ -2,6 +2,7 @@
 import type { KernelName } from '../../../attention/kernels.ts';
 import { UnsupportedOptionError } from '../../../errors.ts';
 import type { Capabilities } from '../capabilities.ts';
+import { valueFormatOf } from '../kernel-table.ts';
 import { type TileShape, tiledAttentionKernel, tiledWorkgroupBytes } from '../kernels/attention-tiled.ts';
 import { type KernelFamily, unsupportedAccumulation } from './family.ts';
 
@@ -50,7 +51,7 @@ const OUTPUT_REGISTERS = 80;
 /**
  * @param queryLength the longest query
  * @param forced a variant's name, for tests and tuning
- * @param kernel FP4 takes memory for the scales of its blocks, too
+ * @param kernel what V is multiplied in decides about workgroup memory
  */
 export function chooseTiles(
   capabilities: Capabilities,
@@ -59,10 +60,12 @@ export function chooseTiles(
   valueDimPadded: number,
   queryLength: number,
   forced: string | undefined,
-  kernel: { readonly kernel: KernelName; readonly fp4: boolean } = { kernel: 'qk-int8-pv-fp16', fp4: false },
+  kernel: KernelName = 'qk-int8-pv-fp16',
 ): TiledVariant {
+  const format = valueFormatOf(kernel);
   const fits = (variant: TiledVariant) =>
-    tiledWorkgroupBytes(variant, headDimPadded, valueDimPadded, kernel.fp4) <= capabilities.workgroupBytes &&
+    (format !== 'int8' || !variant.sharedKeyValue) &&
+    tiledWorkgroupBytes(variant, headDimPadded, valueDimPadded, format) <= capabilities.workgroupBytes &&
     variant.rowThreads * variant.colThreads <= capabilities.workgroupThreads &&
     (family === 'base' || variant.colThreads <= capabilities.subgroupSize[0]) &&
     valueDimPadded % (4 * variant.colThreads) === 0;
@@ -73,7 +76,7 @@ export function chooseTiles(
     const variant = candidates.find(({ name }) => name === forced);
     if (variant === undefined) {
       throw new UnsupportedOptionError(
-        kernel.kernel,
+        kernel,
         'options.variant',
         `one of ${candidates.map(({ name }) => `'${name}'`).join(', ')} for this device and these head dims`,
         `'${forced}'`,
@@ -88,10 +91,13 @@ export function chooseTiles(
   const simplest = candidates.find(({ name }) => name === SOFTWARE_VARIANT);
   const chosen = (capabilities.isSoftware ? simplest : undefined) ?? short[0] ?? ordered.at(-1);
   if (chosen === undefined) {
+    const smallest = Math.min(
+      ...TILED_VARIANTS.map((variant) => tiledWorkgroupBytes(variant, headDimPadded, valueDimPadded, format)),
+    );
     throw new UnsupportedOptionError(
-      kernel.kernel,
+      kernel,
       'device',
-      `at least ${tiledWorkgroupBytes(TILED_VARIANTS.at(-1) as TiledVariant, headDimPadded, valueDimPadded, kernel.fp4)} bytes of workgroup memory`,
+      `at least ${smallest} bytes of workgroup memory`,
       `${capabilities.workgroupBytes} bytes`,
     );
   }
@@ -104,16 +110,13 @@ const tiledFamily = (
 ): KernelFamily => ({
   name,
   layout: 'rows',
-  fp4: true,
+  values: ['fp16', 'int8', 'fp4'],
   variants: TILED_VARIANTS,
   unfit: () => undefined,
   support,
-  kernel(capabilities, { kernel, fp4, headDimPadded, valueDimPadded, queryLength, pvAccumDtype, variant }) {
+  kernel(capabilities, { kernel, headDimPadded, valueDimPadded, queryLength, pvAccumDtype, variant }) {
     if (pvAccumDtype === 'fp16') throw unsupportedAccumulation(`family '${name}'`);
-    const tiles = chooseTiles(capabilities, name, headDimPadded, valueDimPadded, queryLength, variant, {
-      kernel,
-      fp4,
-    });
+    const tiles = chooseTiles(capabilities, name, headDimPadded, valueDimPadded, queryLength, variant, kernel);
     return {
       family: name,
       name: tiles.name,

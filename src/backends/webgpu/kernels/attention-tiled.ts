@@ -11,6 +11,7 @@
  * kernels.
  */
 import { NVFP4_BLOCK } from '../../../quantization/fp4-blocks.ts';
+import type { ValueFormat } from '../kernel-table.ts';
 import { excludeHidden, leaveOutHidden, MAP_AT } from './blocks.ts';
 import { fp4QueryVectors, fp4Reader } from './fp4.ts';
 import { FLAG_UNSMOOTHED, POISON, params, rowVectors, SEQUENCE, tables } from './layout.ts';
@@ -53,10 +54,15 @@ export function tiledWorkgroupBytes(
   shape: TileShape,
   headDimPadded: number,
   valueDimPadded: number,
-  fp4 = false,
+  format: ValueFormat = 'fp16',
 ): number {
+  const fp4 = format === 'fp4';
   const row = rowVectors(headDimPadded) * 16;
   const keys = shape.keys * row;
+  if (format === 'int8') {
+    const columns = shape.keys / 4 + 1 + 2 * shape.colThreads;
+    return shape.rows * row + keys + shape.keys * valueDimPadded + shape.rows * columns * 4;
+  }
   const values = shape.keys * valueDimPadded * 2;
   return (
     shape.rows * row +
@@ -84,12 +90,19 @@ const DOT_EMULATED = `fn dot_int8(a: u32, b: u32) -> i32 {
   return x.x * y.x + x.y * y.y + x.z * y.z + x.w * y.w;
 }`;
 
+const DOT_UNSIGNED = `fn dot_uint8(a: u32, b: u32) -> u32 { return dot4U8Packed(a, b); }`;
+const DOT_UNSIGNED_EMULATED = `fn dot_uint8(a: u32, b: u32) -> u32 {
+  let x = (vec4<u32>(a) >> vec4<u32>(0u, 8u, 16u, 24u)) & vec4<u32>(0xffu);
+  let y = (vec4<u32>(b) >> vec4<u32>(0u, 8u, 16u, 24u)) & vec4<u32>(0xffu);
+  return x.x * y.x + x.y * y.y + x.z * y.z + x.w * y.w;
+}`;
+
 /** `dot_int8(a, b)`: four products of INT8 in 32-bit words. */
 export const dotInt8 = (packedDot: boolean): string => (packedDot ? DOT : DOT_EMULATED);
 
 /** Numbers and names that the kernel's parts share. */
 function partsOf(config: TiledConfig) {
-  const { rows, keys, rowThreads, colThreads, sharedKeyValue, headDimPadded, valueDimPadded, fp4 } = config;
+  const { rows, keys, rowThreads, colThreads, sharedKeyValue, headDimPadded, valueDimPadded, fp4, values } = config;
   const quads = valueDimPadded / 4;
   const [tm, tn, tv] = [rows / rowThreads, keys / colThreads, quads / colThreads];
   return {
@@ -111,7 +124,9 @@ function partsOf(config: TiledConfig) {
     N: range(tn),
     V: range(tv),
     row: (i: number) => `(r + ${i * rowThreads}u)`,
-    col: (n: number) => `(c + ${n * colThreads}u)`,
+    // Four keys of V in INT8 are a word: those of a thread are neighbours.
+    col: (n: number) =>
+      values.integers ? `(4u * (c + ${(n >> 2) * colThreads}u) + ${n & 3}u)` : `(c + ${n * colThreads}u)`,
     queryAt: (i: number, w: string) => `tile_q[${i}][r][${w}]`,
     probabilityAt: (i: number, vector: string) => `tile_p[${i}][r][${vector}]`,
     maxAt: (i: number, column: string) => `tile_max[${i}][r][${column}]`,
@@ -134,7 +149,15 @@ const nested = (element: string, ...lengths: number[]) =>
 
 /** Arrays in workgroup memory. */
 function tileMemory(config: TiledConfig, { tm, tn, tv, vectors, dims, blocks }: Parts): string {
-  const { keys, rowThreads, colThreads, sharedKeyValue, headDimPadded, valueDimPadded, fp4 } = config;
+  const { keys, rowThreads, colThreads, sharedKeyValue, headDimPadded, valueDimPadded, fp4, values } = config;
+  if (values.integers) {
+    return `var<workgroup> tile_q: ${nested('vec4<u32>', tm, rowThreads, vectors)};
+var<workgroup> tile_k: ${nested('vec4<u32>', tn, colThreads, vectors)};
+var<workgroup> tile_v: ${nested('vec4<u32>', keys / 4, tv, colThreads)};
+var<workgroup> tile_p: ${nested('u32', tm, rowThreads, keys / 4 + 1)};
+var<workgroup> tile_max: ${nested('f32', tm, rowThreads, colThreads)};
+var<workgroup> tile_top: ${nested('f32', tm, rowThreads, colThreads)};`;
+  }
   const keyValue = sharedKeyValue
     ? `var<workgroup> tile_kv: ${nested('vec2<u32>', tn, colThreads, sharedPairs(headDimPadded, valueDimPadded))};`
     : `var<workgroup> tile_k: ${nested('vec4<u32>', tn, colThreads, vectors)};
@@ -153,7 +176,7 @@ var<workgroup> tile_k_scale: ${nested('f32', tn, colThreads, dims)};`
 
 /** Copies of Q, K and V into workgroup memory. */
 function tileLoads(config: TiledConfig, { threads, vectors, dims, quads }: Parts) {
-  const { rows, keys, rowThreads, colThreads, sharedKeyValue, headDimPadded, fp4 } = config;
+  const { rows, keys, rowThreads, colThreads, sharedKeyValue, headDimPadded, fp4, values } = config;
   /** Copies `count` elements, a few loads ahead of their stores. */
   const copy = (count: number, load: (i: string) => string, store: (i: string, x: string) => string) => {
     const whole = Math.floor(count / threads);
@@ -166,7 +189,10 @@ function tileLoads(config: TiledConfig, { threads, vectors, dims, quads }: Parts
     const tail = `if (t < ${rest}u) { let i = t + ${whole * threads}u; let x = ${load('i')}; ${store('i', 'x')} }`;
     return [...batches, ...(rest === 0 ? [] : [tail])].join('\n    ');
   };
-  const place = (i: string, size: number) => `[${i} / ${size * colThreads}u][${i} / ${size}u % ${colThreads}u]`;
+  const place = (i: string, size: number) =>
+    values.integers
+      ? `[${i} / ${size * 4 * colThreads}u * 4u + ${i} / ${size}u % 4u][${i} / ${size * 4}u % ${colThreads}u]`
+      : `[${i} / ${size * colThreads}u][${i} / ${size}u % ${colThreads}u]`;
   /** A vector of a key's row: `vector` of the `size` that items have of it. */
   const storeKey = (i: string, x: string, size: number, vector: string) =>
     sharedKeyValue
@@ -202,17 +228,23 @@ function tileLoads(config: TiledConfig, { threads, vectors, dims, quads }: Parts
           (i) => `key_rows[(kvRow + first) * ${vectors}u + ${i} - P.keyRowBase]`,
           (i, x) => storeKey(i, x, vectors, `${i} % ${vectors}u`),
         ),
-    values: copy(
-      keys * quads,
-      (i) =>
-        fp4
-          ? `value_quad(${keyRow(i, quads)}, ${i} % ${quads}u)`
-          : `value_rows[(kvRow + first) * ${quads}u + ${i} - P.valueRowBase]`,
-      (i, x) =>
-        sharedKeyValue
-          ? `tile_kv${place(i, quads)}[${i} % ${quads}u] = ${x};`
-          : `tile_v${place(i, quads)}[${i} % ${quads}u / ${colThreads}u][${i} % ${colThreads}u] = ${x};`,
-    ),
+    values: values.integers
+      ? copy(
+          (keys / 4) * quads,
+          (i) => `value_rows[(kvRow + first) / 4u * ${quads}u + ${i} - P.valueRowBase]`,
+          (i, x) => `tile_v[${i} / ${quads}u][${i} % ${quads}u / ${colThreads}u][${i} % ${colThreads}u] = ${x};`,
+        )
+      : copy(
+          keys * quads,
+          (i) =>
+            fp4
+              ? `value_quad(${keyRow(i, quads)}, ${i} % ${quads}u)`
+              : `value_rows[(kvRow + first) * ${quads}u + ${i} - P.valueRowBase]`,
+          (i, x) =>
+            sharedKeyValue
+              ? `tile_kv${place(i, quads)}[${i} % ${quads}u] = ${x};`
+              : `tile_v${place(i, quads)}[${i} % ${quads}u / ${colThreads}u][${i} % ${colThreads}u] = ${x};`,
+        ),
     queries: [
       copy(
         rows * vectors,
@@ -240,7 +272,7 @@ function tileLoads(config: TiledConfig, { threads, vectors, dims, quads }: Parts
 
 /** Products of Q and K, and what becomes of them before softmax: `f_<i>_<n>`. */
 function tileScores(config: TiledConfig, { I, N, dims, queryAt, keyAt, row, col }: Parts): string {
-  const { rows, keys, fp4 } = config;
+  const { rows, keys, fp4, values } = config;
   // In FP4 a vector is a block: its products are summed exactly, in units of a quarter.
   const product = (sum: string, i: number) => (fp4 ? `f32(${sum}) * (qs_${i} * ks)` : sum);
   const products = `${I.map((i) => N.map((n) => `var s_${i}_${n} = ${fp4 ? '0.0' : '0'};`).join(' ')).join('\n    ')}
@@ -270,7 +302,7 @@ function tileScores(config: TiledConfig, { I, N, dims, queryAt, keyAt, row, col 
       (n) => `let key_${n} = start + i32(${col(n)});
     let facts_k_${n} = ${keyAt(n, `${dims}u`)}; let key_scale_${n} = bitcast<f32>(facts_k_${n}.x);${
       fp4?.smoothQ ? ` let mean_score_${n} = mean_scores[mean_at + u32(key_${n})];` : ''
-    }`,
+    }${values.integers ? ` let value_scale_${n} = bitcast<f32>(facts_k_${n}.w);` : ''}`,
     ).join('\n    ')}
     let edge = start + ${keys} > length || start < lower + ${rows - 1} || start + ${keys - 1} > upper || start < begin;
     let key_flags = ${N.map((n) => `facts_k_${n}.y`).join(' | ')};
@@ -368,6 +400,69 @@ function tileSoftmax(config: TiledConfig, { N, V, tn, blocks, probabilityAt }: P
         .join(' ')} }`;
 }
 
+/**
+ * The same with P in 8 bits: what a key's values are multiplied with, its scale among them, relative to the largest of the row in
+ * this tile (`255 w`); `s` is what that makes of a sum of products. The first half ends with each thread's largest weight in memory where
+ * there are no subgroups. The sum of the row is of weights that were not rounded.
+ */
+function tileSoftmaxIntegers(config: TiledConfig, { N, V, tn, maxAt }: Parts, i: number) {
+  const { colThreads, family } = config;
+  const quads = range(tn / 4).map((q) => range(4).map((n) => 4 * q + n));
+  const topAt = (column: string) => maxAt(i, column).replace('tile_max', 'tile_top');
+  const weights = `
+    let updated_${i} = max(m_${i}, max_${i});
+    let seen_${i} = select(${expOf(config, `max_${i} - updated_${i}`)}, 0.0, max_${i} < ${EXCLUDED_BELOW});
+    { let alpha = select(${expOf(config, `m_${i} - updated_${i}`)}, 0.0, m_${i} < ${EXCLUDED_BELOW});
+      m_${i} = updated_${i};
+      ${V.map((v) => `o_${i}_${v} *= alpha;`).join(' ')}
+      ${N.map((n) => `f_${i}_${n} = select(${expOf(config, `f_${i}_${n} - max_${i}`)}, 0.0, f_${i}_${n} < ${EXCLUDED_BELOW});`).join('\n      ')}
+      l_${i} = fma(${N.map((n) => `f_${i}_${n}`).join(' + ')}, seen_${i}, l_${i} * alpha);
+      ${N.map((n) => `f_${i}_${n} *= value_scale_${n};`).join(' ')} }
+    var top_${i} = ${N.slice(1).reduce((acc, n) => `max(${acc}, f_${i}_${n})`, `f_${i}_0`)};
+    ${
+      family === 'subgroup'
+        ? range(Math.log2(colThreads))
+            .map((s) => `top_${i} = max(top_${i}, subgroupShuffleXor(top_${i}, ${1 << s}u));`)
+            .join(' ')
+        : `${topAt('c')} = top_${i};`
+    }`;
+  const pack = `
+    ${
+      family === 'subgroup'
+        ? ''
+        : `top_${i} = ${range(colThreads)
+            .slice(1)
+            .reduce((acc, n) => `max(${acc}, ${topAt(`${n}`)})`, topAt('0'))};`
+    }
+    let s_${i} = seen_${i} * top_${i} * ${1 / 255}f;
+    { let relative = 1.0 / max(top_${i}, 1.0e-37f);
+      ${quads
+        .map(
+          (four, q) =>
+            `tile_p[${i}][r][${q * colThreads}u + c] = pack4x8unorm(vec4<f32>(${four.map((n) => `f_${i}_${n}`).join(', ')}) * relative);`,
+        )
+        .join('\n      ')} }`;
+  return { weights, pack };
+}
+
+/**
+ * Products of P and V in INT8, four keys a word. Both are not negative: V as 128 more than it is, which the sum of P takes out again.
+ * The loops are short enough to be unrolled by compilers that gain from it.
+ */
+function accumulateIntegers({ keys }: TiledConfig, { I, V }: Parts): string {
+  const loop = `for (var four = 0u; four < ${keys / 4}u; four++)`;
+  const p = (i: number) => `tile_p[${i}][r][four]`;
+  return `${I.map((i) => `var sum_p_${i} = 0u;`).join(' ')}
+    ${loop} { ${I.map((i) => `sum_p_${i} += dot_uint8(${p(i)}, 0x01010101u);`).join(' ')} }
+    ${I.map((i) => `let shift_${i} = vec4<i32>(-128 * i32(sum_p_${i}));`).join(' ')}
+    ${V.map(
+      (v) => `{ ${I.map((i) => `var a_${i} = vec4<u32>();`).join(' ')}
+      ${loop} { let w = tile_v[four][${v}][c];
+        ${I.map((i) => `{ let p = ${p(i)}; a_${i} += vec4<u32>(${['x', 'y', 'z', 'w'].map((e) => `dot_uint8(p, w.${e})`).join(', ')}); }`).join(' ')} }
+      ${I.map((i) => `o_${i}_${v} = fma(vec4<f32>(vec4<i32>(a_${i}) + shift_${i}), vec4<f32>(s_${i}), o_${i}_${v});`).join(' ')} }`,
+    ).join('\n    ')}`;
+}
+
 /** Component n of P's vector q * colThreads + c is key c + (4q + n) * colThreads: a thread writes whole vectors. */
 function accumulateValues({ colThreads }: TiledConfig, { I, V, tn, probabilityAt, valueAt }: Parts): string {
   return range(tn / 4)
@@ -386,6 +481,16 @@ function accumulateValues({ colThreads }: TiledConfig, { I, V, tn, probabilityAt
     }`,
     )
     .join('\n    ');
+}
+
+/** Probabilities of a tile into workgroup memory. */
+function tileWeights(config: TiledConfig, parts: Parts): string {
+  const { I } = parts;
+  if (!config.values.integers) return I.map((i) => tileSoftmax(config, parts, i)).join('');
+  const rows = I.map((i) => tileSoftmaxIntegers(config, parts, i));
+  const barrier = config.family === 'subgroup' ? '' : 'workgroupBarrier();';
+  return `${rows.map(({ weights }) => weights).join('')}
+    ${barrier}${rows.map(({ pack }) => pack).join('')}`;
 }
 
 /** Writes a row: its output and its logsumexp, or its partial result. */
@@ -425,6 +530,17 @@ function finishRow(config: TiledConfig, { V, row }: Parts, i: number): string {
   }`;
 }
 
+const keyValueBindings = ({
+  fp4,
+  values,
+}: TiledConfig): string => `@group(0) @binding(3) var<storage, read> key_rows: array<${fp4 ? 'u32' : 'vec4<u32>'}>;
+@group(0) @binding(4) var<storage, read> value_rows: array<${fp4 ? 'u32' : values.integers ? 'vec4<u32>' : 'vec2<u32>'}>;`;
+
+const dots = ({ packedDot, values }: TiledConfig): string => {
+  const unsigned = packedDot ? DOT_UNSIGNED : DOT_UNSIGNED_EMULATED;
+  return `${dotInt8(packedDot)}${values.integers ? `\n${unsigned}` : ''}`;
+};
+
 export function tiledAttentionKernel(config: TiledConfig): string {
   const { keys, colThreads, sharedKeyValue, family, packedDot, subgroupId } = config;
   const { headDimPadded, valueDimPadded, values, mask, fp4, blocks } = config;
@@ -442,10 +558,9 @@ ${subgroup && subgroupId ? 'requires subgroup_id;' : ''}
 ${params(0, attentionParams(config))}
 ${tables(1)}
 @group(0) @binding(2) var<storage, read> query_rows: array<vec4<u32>>;
-@group(0) @binding(3) var<storage, read> key_rows: array<${fp4 ? 'u32' : 'vec4<u32>'}>;
-@group(0) @binding(4) var<storage, read> value_rows: array<${fp4 ? 'u32' : 'vec2<u32>'}>;
+${keyValueBindings(config)}
 ${scoreDeclarations(config)}
-${dotInt8(packedDot)}
+${dots(config)}
 ${valueFunctions(statistics, values)}${fp4 ? fp4Reader(headDimPadded, valueDimPadded) : ''}
 ${tileMemory(config, parts)}
 
@@ -505,9 +620,9 @@ ${blocks ? `  ${MAP_AT}\n` : ''}  for (var start = key_begin; start < key_end; s
     ${subgroup && !sharedKeyValue ? '' : 'workgroupBarrier();'}
     ${sharedKeyValue ? loads.values : ''}
     ${subgroup ? '' : I.map(sharedMax).join('\n    ')}
-    ${I.map((i) => tileSoftmax(config, parts, i)).join('')}
+    ${tileWeights(config, parts)}
     workgroupBarrier();
-    ${accumulateValues(config, parts)}
+    ${values.integers ? accumulateIntegers(config, parts) : accumulateValues(config, parts)}
   }
 
   ${I.map((i) => `if (poison_${i} != 0u || (l_${i} > 0.0 && facts_${i}.y != 0u)) { l_${i} = -1.0e30f; }`).join('\n  ')}

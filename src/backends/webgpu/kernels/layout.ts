@@ -3,7 +3,7 @@
  *
  * A row of quantized Q or K is `D / 16` vectors of 16 INT8 values and one vector of its own facts, so that a kernel
  * gets a token's scale from the same place as its values, whatever the granularity. The facts of a key: its scale, its
- * flags.
+ * flags, in tiles the joined flags, and the scale of its V where that is in INT8.
  *
  * K and V are in rows for the tiled kernels, and in tiles for subgroup matrices.
  */

@@ -1,5 +1,5 @@
 /**
- * Quantization of Q and K to INT8 and conversion of V to float16, into the rows that the attention kernels read.
+ * Quantization of Q and K to INT8 and conversion of V to float16 or INT8, into the rows that the attention kernels read.
  *
  * Every row of Q and every key has a scale of its own, whatever the granularity asked for: a row's facts are read with
  * its values, so that finer scales cost one product a score, and no row loses accuracy to another one that is 1000
@@ -70,11 +70,16 @@ export interface PrepareKeyValueConfig extends PrepareConfig {
   readonly layout: KeyValueLayout;
 }
 
-/** How V's channels become float16. */
+/** How V's channels become float16 or INT8. */
 export interface ValueScaling {
+  /**
+   * INT8 in place of float16: a scale for each key, of channels that were divided by their typical sizes. No key loses accuracy
+   * to another, and any size of a channel is right.
+   */
+  readonly integers: boolean;
   /** V gets a power-of-two scale per channel, so that float32 and bfloat16 values fit float16. */
   readonly scaled: boolean;
-  /** Subtract V's mean over its sequence; in float16 where scaled only, since differences may be twice as large. */
+  /** Subtract V's mean over its sequence; where scaled only, since differences may be twice as large. */
   readonly smoothed: boolean;
   /** A channel's largest magnitude becomes at most 2 to this: far above 1, so that small values keep their bits. */
   readonly exponent: number;
@@ -303,6 +308,67 @@ function storeTiles(config: PrepareKeyValueConfig): string {
   }`;
 }
 
+/** Below this a key's values, relative to the sizes of their channels, count as all zero. */
+const TINY_VALUES = '1.0e-28f';
+
+const VALUE_MAX = `var<workgroup> value_max: array<atomic<u32>, ${KEY_BLOCK}>;
+// What a key's values in INT8 are multiplied with.
+fn key_value_scale(row: u32) -> u32 {
+  let largest = bitcast<f32>(atomicLoad(&value_max[row]));
+  return bitcast<u32>(select(0.0, largest / ${INT_MAX.int8}.0, largest > ${TINY_VALUES}));
+}`;
+
+/** The largest magnitude of each key's values, once their channels are of like size. */
+const valueMaxima = (config: PrepareKeyValueConfig): string => `
+  for (var item = lid; item < count * ${config.valueDimPadded / 16}u; item += ${THREADS}u) {
+    let row = item / ${config.valueDimPadded / 16}u;
+    let channel = item % ${config.valueDimPadded / 16}u * 16u;
+    nonfinite = 0u;
+    ${loadValues(config)}
+    // Bits of numbers that are not negative are in the order of the numbers.
+    atomicMax(&value_max[row], bitcast<u32>(${largestOf16}));
+    if (nonfinite != 0u) { atomicOr(&flags[row], ${FLAG_NONFINITE_V}u); }
+  }
+  workgroupBarrier();`;
+
+/**
+ * V in INT8 for the tiled kernels: four keys' values of a channel in a word, 128 added, so that they are not negative. Of four that
+ * are cut by the range, the earlier keys' stay.
+ */
+function storeIntegers(config: PrepareKeyValueConfig): string {
+  const quads = config.valueDimPadded / 4;
+  return `let first_four = row_at / 4u;
+  let fours = (row_at + ${BLOCK_ROWS} - 1u) / 4u - first_four + 1u;
+  for (var item = lid; item < fours * ${config.valueDimPadded / 16}u; item += ${THREADS}u) {
+    let four = first_four + item % fours;
+    let channel = item / fours * 16u;
+    var words: array<vec4<u32>, 4>;
+    var written = 0u;
+    for (var key = 0u; key < 4u; key++) {
+      let row = 4u * four + key - row_at;
+      // Wrapped round: a token before this tile's first.
+      if (row > 0x7fffffffu) { continue; }
+      written |= 0xffu << (8u * key);
+      if (row >= count) {
+        for (var i = 0u; i < 4u; i++) { words[i] |= vec4<u32>(128u << (8u * key)); }
+        continue;
+      }
+      ${loadValues(config)}
+      let largest = bitcast<f32>(atomicLoad(&value_max[row]));
+      let inverse = select(0.0, ${INT_MAX.int8}.0 / max(largest, ${TINY_VALUES}), largest > ${TINY_VALUES});
+      for (var i = 0u; i < 4u; i++) {
+        let y = vec4<i32>(clamp(round(x[i] * inverse), vec4<f32>(-${INT_MAX.int8}.0), vec4<f32>(${INT_MAX.int8}.0))) + vec4<i32>(128);
+        words[i] |= vec4<u32>(y) << vec4<u32>(8u * key);
+      }
+    }
+    let at = four * ${quads}u + channel / 4u - P.vRowBase;
+    for (var i = 0u; i < 4u; i++) {
+      if (written != 0xffffffffu) { words[i] |= values[at + i] & vec4<u32>(~written); }
+      values[at + i] = words[i];
+    }
+  }`;
+}
+
 /** Decides from each key's maxima, with and without smoothing, how it is quantized: sets `row_max` and its flags. */
 function keyMaxima({ smoothK, sharedScale, headDimPadded }: PrepareKeyValueConfig): string {
   const chunks = headDimPadded / 16;
@@ -367,6 +433,7 @@ ${MAX4}
 ${needsPartials ? MEAN_FACTOR(statistics) : ''}
 ${values.scaled ? valueScale(statistics, values) : ''}
 ${values.smoothed ? valueMean(statistics) : ''}
+${values.integers ? VALUE_MAX : ''}
 // The vector of a row's 16 channels from 16 * chunk on; of its facts after the last chunk.
 fn key_at(row: u32, chunk: u32) -> u32 { return ${
     tiled
@@ -416,7 +483,14 @@ ${keyMaxima(config)}
       .map((i) => `quantize(x[${i}], inverse)`)
       .join(', ')});
   }
-  ${tiled ? storeTiles(config) : storeRows(config)}
+  ${
+    values.integers
+      ? `${valueMaxima(config)}
+  ${storeIntegers(config)}`
+      : tiled
+        ? storeTiles(config)
+        : storeRows(config)
+  }
   workgroupBarrier();
   if (lid < count) {
     let scale = min(row_max[lid] / ${INT_MAX.int8}.0, ${LARGEST_SCALE});
@@ -430,7 +504,7 @@ ${keyMaxima(config)}
     }`
         : ''
     }
-    keys[key_at(row_at + lid, ${chunks}u)] = vec4<u32>(bitcast<u32>(scale), atomicLoad(&flags[lid]), joined, 0u);
+    keys[key_at(row_at + lid, ${chunks}u)] = vec4<u32>(bitcast<u32>(scale), atomicLoad(&flags[lid]), joined, ${values.integers ? 'key_value_scale(lid)' : '0u'});
   }
 }`;
 }
@@ -440,7 +514,20 @@ ${keyMaxima(config)}
  * half of what {@link ValueScaling} allows when divided by it (sign 1), or its inverse (sign -1); 1 for a channel of
  * zeros. Powers of two keep V's bits as they are. Smoothed values may be twice as large.
  */
-export const valueScale = (statistics: number, { smoothed, exponent }: ValueScaling): string => `
+export const valueScale = (statistics: number, values: ValueScaling): string =>
+  values.integers ? typicalScale(statistics) : powerScale(statistics, values);
+
+/** `value_scale(record, chunks, sign)`: four channels' typical sizes, or their inverses; 1 for a channel of zeros. */
+const typicalScale = (statistics: number): string => `
+fn value_scale(record: u32, chunks: u32, sign: i32) -> vec4<f32> {
+  var size = vec4<f32>();
+  for (var chunk = 0u; chunk < chunks; chunk++) { size += partials[record + chunk * ${statistics}u]; }
+  // The inverse of a larger one would not be a normal number.
+  size = select(min(size, vec4<f32>(1.0e37f)), vec4<f32>(1.0), size < vec4<f32>(1.0e-36f));
+  return select(size, 1.0 / size, sign < 0);
+}`;
+
+const powerScale = (statistics: number, { smoothed, exponent }: ValueScaling): string => `
 fn largest_values(record: u32, chunks: u32) -> vec4<f32> {
   var largest = vec4<f32>();
   for (var chunk = 0u; chunk < chunks; chunk++) { largest = max(largest, partials[record + chunk * ${statistics}u]); }

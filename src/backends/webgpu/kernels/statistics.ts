@@ -4,7 +4,8 @@
  * and head; the preparing kernels add up the few chunks, always in the same order.
  *
  * Only keys that some row may see count: keys inside the band's interval that the mask does not hide. Any constant
- * vector serves for smoothing, so the means leave out extreme values.
+ * vector serves for smoothing, so the means leave out extreme values. V in INT8 has a scale for each key beside those of
+ * its channels: any sizes of channels serve, and one key of 1000 times the others' size does not move them.
  */
 import type { DType } from '../../../tensor/dtype.ts';
 import { params, SEQUENCE, tables } from './layout.ts';
@@ -20,6 +21,8 @@ export interface StatisticsConfig {
   readonly keyMean: boolean;
   readonly valueMax: boolean;
   readonly valueMean: boolean;
+  /** In place of V's maxima: the size that its channels have in most groups of keys. */
+  readonly valueTypical: boolean;
   /** A flag for each key says whether the mask lets any row see it (`visibleKeysKernel`). */
   readonly masked: boolean;
 }
@@ -47,8 +50,11 @@ const THREADS = 256;
 /** Groups of a chunk's keys, of which those with the most extreme means are left out. */
 const LEAST_GROUPS = 8;
 
+/** A channel's size is at least this part of its largest magnitude, so that nothing overflows relative to it. */
+const LEAST_TYPICAL = '8.271806e-25f';
+
 /**
- * Vectors of four channels in one chunk's record: K's sums, then V's maxima, then V's sums, then the share of the
+ * Vectors of four channels in one chunk's record: K's sums, then V's maxima (or typical sizes), then V's sums, then the share of the
  * sequence's keys that were counted. Sums are divided by the sequence's length.
  */
 export const statisticsVectors = (headDimPadded: number, valueDimPadded: number): number =>
@@ -63,8 +69,8 @@ fn mean_factor(record: u32, chunks: u32) -> f32 {
 }`;
 
 export function statisticsKernel(config: StatisticsConfig): string {
-  const { dtype, access, headDim, headDimPadded, valueDim, valueDimPadded, keyMean, valueMax, valueMean, masked } =
-    config;
+  const { dtype, access, headDim, headDimPadded, valueDim, valueDimPadded, keyMean, valueMax, valueMean } = config;
+  const { valueTypical, masked } = config;
   const vectors = statisticsVectors(headDimPadded, valueDimPadded);
   const lanes = 2 ** Math.ceil(Math.log2(Math.max(headDimPadded, valueDimPadded) / 2));
   const rows = THREADS / lanes;
@@ -111,6 +117,29 @@ export function statisticsKernel(config: StatisticsConfig): string {
     workgroupBarrier();
     if (row == 0u && 2u * lane < ${paddedOf(operand)}u) {
       partials[(record + ${recordAt}u) * 2u + lane] = middle_mean(lane) * counted;
+    }
+    workgroupBarrier();
+  }`;
+  // Where the mean is subtracted, what a channel spans says how large the differences are.
+  const size = valueMean
+    ? `select(most - least, max(abs(most), abs(least)), most <= least)`
+    : 'max(abs(most), abs(least))';
+  const typical = (recordAt: number) => `
+  {
+    for (var segment = 0u; segment < ${segments}u; segment++) {
+      let part_first = min(own_last, own_first + segment * per_segment);
+      var most = vec2<f32>(-3.0e38f);
+      var least = vec2<f32>(3.0e38f);
+      ${walk('v', 'part_first', 'min(own_last, part_first + per_segment)', 'most = max(most, x * (0.5 * inverse)); least = min(least, x * (0.5 * inverse));')}
+      red[segment * ${THREADS}u + lid] = select(vec2<f32>(), ${size}, most > vec2<f32>(-3.0e38f));
+    }
+    workgroupBarrier();
+    if (row == 0u && 2u * lane < ${valueDimPadded}u) {
+      var largest = vec2<f32>();
+      for (var i = 0u; i < ${rows * segments}u; i++) { largest = max(largest, red[i % ${segments}u * ${THREADS}u + i / ${segments}u * ${lanes}u + lane]); }
+      let middle = middle_mean(lane);
+      let size = select(max(middle, largest * ${LEAST_TYPICAL}), largest, middle == vec2<f32>());
+      partials[(record + ${recordAt}u) * 2u + lane] = size * counted;
     }
     workgroupBarrier();
   }`;
@@ -169,7 +198,7 @@ fn main(@builtin(workgroup_id) group: vec3<u32>, @builtin(local_invocation_index
   for (var i = 0u; i < ${rows * segments}u; i++) { counted += group_size[i]; }
   if (lid == 0u) { partials[(record + ${vectors - 1}u) * 2u] = vec2<f32>(counted * inverse, 0.0); }
 ${keyMean ? mean('k', 0) : ''}
-${valueMax ? largest('v', headDimPadded / 4) : ''}
+${valueTypical ? typical(headDimPadded / 4) : valueMax ? largest('v', headDimPadded / 4) : ''}
 ${valueMean ? mean('v', (headDimPadded + valueDimPadded) / 4) : ''}
 }`;
 }

@@ -101,7 +101,7 @@ export function attentionLaunches(
   const queryBytes = queryRowBytes(keyValue);
   const rowBytes = keyValueRowBytes(keyValue);
   // A word of codes, or the vectors that rows of INT8 and float16 consist of.
-  const [keyUnit, valueUnit] = keyValue.format === 'fp4' ? [4, 4] : [16, 8];
+  const [keyUnit, valueUnit] = keyValue.format === 'fp4' ? [4, 4] : [16, keyValue.values.integers ? 16 : 8];
   const outputBytes = BYTES_PER_ELEMENT[problem.dtype];
   const lseHeadStride = lseHeadStrideOf(problem);
   const recordBytes = recordFloats(config.valueDimPadded) * 4;

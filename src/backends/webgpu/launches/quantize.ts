@@ -3,7 +3,7 @@ import { type AttentionProblem, sequencesOf } from '../../../attention/problem.t
 import { BYTES_PER_ELEMENT, type DType } from '../../../tensor/dtype.ts';
 import type { KernelChoice } from '../../backend.ts';
 import type { Capabilities } from '../capabilities.ts';
-import { isFp4 } from '../kernel-table.ts';
+import { type ValueFormat, valueFormatOf } from '../kernel-table.ts';
 import { encodeParams, type KeyValueLayout, padDim, rowVectors } from '../kernels/layout.ts';
 import {
   KEY_BLOCK,
@@ -47,11 +47,12 @@ import { needsVisibleKeys, visibleHeadStride } from './visible-keys.ts';
  */
 const valueScalingOf = (
   dtype: DType,
-  fp4: boolean,
+  format: ValueFormat,
   { smoothV, pvAccumDtype }: Pick<KernelChoice, 'smoothV' | 'pvAccumDtype'>,
 ): ValueScaling => ({
-  // Blocks of FP4 have scales enough.
-  scaled: !fp4 && (dtype !== 'float16' || smoothV || pvAccumDtype === 'fp16'),
+  integers: format === 'int8',
+  // Blocks of FP4 have scales enough; INT8 has too few bits for channels of different sizes.
+  scaled: format === 'int8' || (format === 'fp16' && (dtype !== 'float16' || smoothV || pvAccumDtype === 'fp16')),
   smoothed: smoothV,
   // Sums in float16 overflow less where no value exceeds 1. Elsewhere values up to 2^28 below the largest keep all
   // bits.
@@ -82,7 +83,7 @@ export function keyValueShapeOf(
   layout: KeyValueLayout,
   held = false,
 ): KeyValueShape {
-  const fp4 = isFp4(choice);
+  const format = valueFormatOf(choice.descriptor.name);
   const keyRows: number[] = [];
   let rows = 0;
   for (const { keyLength } of sequencesOf(problem)) {
@@ -107,11 +108,11 @@ export function keyValueShapeOf(
     keyRows,
     chunks,
     smoothK: choice.smoothK,
-    values: valueScalingOf(dtype, fp4, choice),
+    values: valueScalingOf(dtype, format, choice),
     // In a cache every key has its own scale: tokens come in any number at a time.
     sharedScale: !held && layout === 'tiles' && choice.qkQuantGran !== 'per-thread',
     layout,
-    format: fp4 ? 'fp4' : 'int8',
+    format: format === 'fp4' ? 'fp4' : 'int8',
     ...(choice.scaleSearch === undefined ? {} : { scaleSearch: choice.scaleSearch }),
     held,
   };
@@ -156,6 +157,7 @@ export function statisticsLaunches(stages: Stages, target: 'partials' | 'newPart
     keyMean,
     valueMax,
     valueMean,
+    valueTypical: values.integers,
     masked,
   });
   const bytes = BYTES_PER_ELEMENT[dtype];

@@ -65,10 +65,10 @@ export interface KeyValueShape {
 }
 
 /** Bytes of a token's row of quantized K and of V. */
-export const keyValueRowBytes = ({ format, headDim, valueDim }: KeyValueShape) =>
+export const keyValueRowBytes = ({ format, headDim, valueDim, values }: KeyValueShape) =>
   format === 'fp4'
     ? { keys: fp4KeyWords(padDim(headDim)) * 4, values: fp4ValueWords(padDim(valueDim)) * 4 }
-    : { keys: rowVectors(padDim(headDim)) * 16, values: padDim(valueDim) * 2 };
+    : { keys: rowVectors(padDim(headDim)) * 16, values: padDim(valueDim) * (values.integers ? 1 : 2) };
 
 /** Bytes of a row of quantized Q. */
 export const queryRowBytes = ({ format, headDim }: KeyValueShape): number =>

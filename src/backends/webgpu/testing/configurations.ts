@@ -61,7 +61,7 @@ const SCORES: readonly ScoreConfig[] = (
   returnLse,
   sinks: feature === 'sinks',
   blocks: feature === 'blocks',
-  values: { scaled: dtype !== 'float16', smoothed: dtype === 'bfloat16', exponent: 15 },
+  values: { integers: false, scaled: dtype !== 'float16', smoothed: dtype === 'bfloat16', exponent: 15 },
   sharedScale: keyScale === 'tile',
   fp4: undefined,
   result,
@@ -72,12 +72,19 @@ const FP4_SCORES: readonly ScoreConfig[] = SCORES.map((scores, i) => {
   const weights = i % 3 !== 2;
   return {
     ...scores,
-    values: { scaled: false, smoothed: i % 2 === 0, exponent: 15 },
+    values: { integers: false, scaled: false, smoothed: i % 2 === 0, exponent: 15 },
     sharedScale: false,
     fp4: { weights, smoothQ: weights && ([false, 'block', 'sequence'] as const)[i % 3] },
     result: scores.returnLse && weights ? 'partial' : scores.result,
   } as ScoreConfig;
 });
+
+/** The same with V in INT8. */
+const INTEGER_SCORES: readonly ScoreConfig[] = SCORES.map((scores) => ({
+  ...scores,
+  values: { ...scores.values, integers: true, scaled: true },
+  sharedScale: false,
+}));
 
 /** A configuration of a generator. */
 export interface WebgpuConfiguration {
@@ -89,12 +96,12 @@ export interface WebgpuConfiguration {
 }
 
 /** The score configuration's distinguishing fields. */
-const scoresName = ({ dtype, headDimPadded, valueDim, mask, result, sinks, blocks, fp4 }: ScoreConfig) =>
-  `${fp4 === undefined ? '' : 'FP4 '}${dtype} D${headDimPadded}/${valueDim} ${mask ?? 'no'} mask, ${result}${sinks ? ', sinks' : ''}${blocks ? ', blocks' : ''}`;
+const scoresName = ({ dtype, headDimPadded, valueDim, mask, result, sinks, blocks, fp4, values }: ScoreConfig) =>
+  `${fp4 === undefined ? '' : 'FP4 '}${values.integers ? 'V in INT8 ' : ''}${dtype} D${headDimPadded}/${valueDim} ${mask ?? 'no'} mask, ${result}${sinks ? ', sinks' : ''}${blocks ? ', blocks' : ''}`;
 
 function tiledKernels(): WebgpuConfiguration[] {
   return TILED_VARIANTS.flatMap((variant) =>
-    [...SCORES, ...FP4_SCORES]
+    [...SCORES, ...FP4_SCORES, ...(variant.sharedKeyValue ? [] : INTEGER_SCORES)]
       .filter(({ valueDimPadded }) => valueDimPadded % (4 * variant.colThreads) === 0)
       // Tiles have no part in sinks.
       .filter(({ sinks }) => !sinks || variant === TILED_VARIANTS[0])
@@ -157,11 +164,19 @@ function quantizingKernels(): WebgpuConfiguration[] {
       const statistics = [false, true].map((masked) => ({
         name: `statistics ${of}${masked ? ' masked' : ''}`,
         group: PREPARING,
-        source: () => statisticsKernel({ ...sizes, keyMean: true, valueMax, valueMean: valueMax, masked }),
+        source: () =>
+          statisticsKernel({ ...sizes, keyMean: true, valueMax, valueMean: valueMax, valueTypical: false, masked }),
+      }));
+      const typical = [false, true].map((valueMean) => ({
+        name: `statistics ${of}, typical sizes of V${valueMean ? ' and means' : ''}`,
+        group: PREPARING,
+        source: () =>
+          statisticsKernel({ ...sizes, keyMean: true, valueMax: true, valueMean, valueTypical: true, masked: false }),
       }));
       const prepare = [true, false].flatMap((smoothK) => {
         const features = `${of}${smoothK ? ', smooth K' : ''}`;
-        const values = { scaled: valueMax, smoothed: valueMax && smoothK, exponent: smoothK ? 15 : 0 };
+        const values = { integers: false, scaled: valueMax, smoothed: valueMax && smoothK, exponent: smoothK ? 15 : 0 };
+        const integers = { ...values, integers: true, scaled: true };
         const layouts = [
           ['rows', false],
           ['tiles', false],
@@ -183,9 +198,15 @@ function quantizingKernels(): WebgpuConfiguration[] {
             group: PREPARING,
             source: () => prepareKeyValueKernel({ ...sizes, smoothK, sharedScale, values, layout }),
           })),
+          {
+            name: `prepare K and V ${features} rows, V in INT8`,
+            group: PREPARING,
+            source: () =>
+              prepareKeyValueKernel({ ...sizes, smoothK, sharedScale: false, values: integers, layout: 'rows' }),
+          },
         ];
       });
-      return [...statistics, ...prepare];
+      return [...statistics, ...typical, ...prepare];
     }),
   );
 }
