@@ -13,8 +13,26 @@ export function swizzled(address: number, swizzleBytes: number): number {
 /** States of a byte: written by a thread, readable by the asynchronous units, being copied to. */
 const STATE = { ordinary: 1, visible: 2, underWay: 3 } as const;
 
-/** Shared memory that also knows which bytes the asynchronous units may read. */
+/** What a warp had done when it arrived at an `mbarrier`, and what it knew that others had: a time of each. */
+export type Released = ReadonlyMap<number, number>;
+
+/** Takes the later of the times of each warp. */
+export function mergeReleased(into: Map<number, number>, from: Released): void {
+  for (const [warp, time] of from) into.set(warp, Math.max(time, into.get(warp) ?? 0));
+}
+
+/**
+ * Shared memory that also knows which bytes the asynchronous units may read, and what arrivals at `mbarrier`s order
+ * among the warps.
+ */
 export class AsyncSharedMemory extends SharedMemory {
+  /** Arrivals of each warp. */
+  readonly #times = new Map<number, number>();
+  /** Of each warp, up to which time of each other it knows what that did. */
+  readonly #known = new Map<number, Map<number, number>>();
+  /** When its writer wrote a word, and when each warp last read it. */
+  readonly #written = new Map<number, number>();
+  readonly #read = new Map<number, Map<number, number>>();
   /** 0: never written; else see `STATE`. */
   readonly #async: Uint8Array;
   readonly #unfenced = new Map<number, Set<number>>();
@@ -24,8 +42,62 @@ export class AsyncSharedMemory extends SharedMemory {
     this.#async = new Uint8Array(byteLength);
   }
 
+  #timeOf(warp: number): number {
+    return this.#times.get(warp) ?? 1;
+  }
+
+  #knows(warp: number, other: number, time: number): boolean {
+    return (this.#known.get(warp)?.get(other) ?? 0) >= time;
+  }
+
+  /** `warp` arrives at an `mbarrier`. */
+  release(warp: number): Released {
+    const released = new Map(this.#known.get(warp));
+    const time = this.#timeOf(warp);
+    released.set(warp, time);
+    this.#times.set(warp, time + 1);
+    return released;
+  }
+
+  /** `warp` has seen a phase end at which others arrived. */
+  acquire(warp: number, released: Released): void {
+    let known = this.#known.get(warp);
+    if (known === undefined) {
+      known = new Map();
+      this.#known.set(warp, known);
+    }
+    mergeReleased(known, released);
+  }
+
+  protected override writtenBefore(word: number, writer: number, warp: number): boolean {
+    return this.#knows(warp, writer, this.#written.get(word) ?? 0);
+  }
+
+  protected override readBefore(word: number, warp: number): boolean {
+    return [...(this.#read.get(word) ?? [])].every(
+      ([reader, time]) => reader === warp || this.#knows(warp, reader, time),
+    );
+  }
+
+  override reads(offset: number, length: number, warp: number, what: string): void {
+    super.reads(offset, length, warp, what);
+    for (let word = offset >> 2; word < (offset + length + 3) >> 2; word++) {
+      let readers = this.#read.get(word);
+      if (readers === undefined) {
+        readers = new Map();
+        this.#read.set(word, readers);
+      }
+      readers.set(warp, this.#timeOf(warp));
+    }
+  }
+
   override writes(offset: number, length: number, warp: number, what: string, state: 1 | 2 = 1): void {
     super.writes(offset, length, warp, what, state);
+    for (let word = offset >> 2; word < (offset + length + 3) >> 2; word++) {
+      this.#written.set(word, this.#timeOf(warp));
+      // They were before this.
+      this.#read.delete(word);
+    }
     if (this.#async[offset] === STATE.underWay) throw new SimulationError(`${what}: writes under a bulk copy`);
     this.#async.fill(STATE.ordinary, offset, offset + length);
     let words = this.#unfenced.get(warp);

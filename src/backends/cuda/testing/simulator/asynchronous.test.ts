@@ -141,3 +141,53 @@ describe('what a correct kernel never does', () => {
     expect(actual).not.toEqual(expected);
   });
 });
+
+/** Warp 1 writes words that warp 0 reads and then writes over, each after the other by way of a barrier each. */
+function handOver(fault: 'none' | 'reads at once' | 'writes at once'): Kernel {
+  const b = new KernelBuilder({ name: 'handOver', target: 'sm_90a', threads: 64 });
+  const out = b.parameter('out', 'u64');
+  const words = b.shared('words', 1, rowMajor(128));
+  const barriers = b.sharedAddress(b.shared('barriers', 1, rowMajor(16)).base);
+  const thread = b.special('%tid.x');
+  b.when(b.setp('eq', thread, 0), () => {
+    for (const at of [0, 8]) mbarrierInit(b, barriers, 1, at);
+  });
+  b.barSync();
+  const lane = b.and(thread, 31);
+  const own = b.add(b.sharedAddress(words.base), b.as(b.shl(lane, 2), 'shared'));
+  const leader = b.setp('eq', lane, 0);
+  const zero = b.constant('u32', 0);
+  b.if(
+    b.setp('ge', thread, 32),
+    () => {
+      b.st(lane, own);
+      b.when(leader, () => mbarrierArrive(b, barriers));
+      if (fault !== 'writes at once') mbarrierWait(b, barriers, zero, 8);
+      b.st(b.add(lane, 100), own);
+    },
+    () => {
+      if (fault !== 'reads at once') mbarrierWait(b, barriers, zero);
+      const value = b.ld('u32', own);
+      b.st(value, b.add(b.loadPointer(out), b.as(b.mulWide(lane, 4), 'global')));
+      b.when(leader, () => mbarrierArrive(b, barriers, 8));
+    },
+  );
+  return b.build();
+}
+
+describe('words that warps hand to each other', () => {
+  const run = (fault: Parameters<typeof handOver>[0]) => {
+    const memory = new GlobalMemory();
+    const out = memory.allocate('out', 128);
+    simulateKernel(handOver(fault), 1, { out }, memory);
+    return new Uint32Array(memory.read('out').bytes.slice().buffer);
+  };
+
+  test('an arrival orders what came before it', () => {
+    expect(run('none')).toEqual(Uint32Array.from({ length: 32 }, (_, i) => i));
+  });
+
+  test.each(['reads at once', 'writes at once'] as const)('%s', (fault) => {
+    expect(() => run(fault)).toThrow(/no barrier between|was never written/);
+  });
+});

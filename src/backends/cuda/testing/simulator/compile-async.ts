@@ -77,9 +77,9 @@ export function asyncCollective(
     case 'mbarrier.init.shared::cta.b64':
       return guarded(`W.asynchronous.units.init(${address(first)},${value(second)});`);
     case 'mbarrier.arrive.shared::cta.b64':
-      return guarded(`W.asynchronous.units.arrive(${address(first)},0,${what});`);
+      return guarded(`W.asynchronous.units.arrive(${address(first)},0,W.index,${what});`);
     case 'mbarrier.arrive.expect_tx.shared::cta.b64':
-      return guarded(`W.asynchronous.units.arrive(${address(first)},${value(second)},${what});`);
+      return guarded(`W.asynchronous.units.arrive(${address(first)},${value(second)},W.index,${what});`);
     case 'mbarrier.test_wait.parity.shared::cta.b64':
     case 'mbarrier.try_wait.parity.shared::cta.b64':
       return guarded(`${value(outputs[0])}=W.asynchronous.tryWait(${address(first)},${value(second)},${what});`);

@@ -2,7 +2,7 @@
  * What the warps of a CTA share besides memory: `mbarrier` phases, bulk copies through tensor maps that complete them,
  * and named barriers. Copies land at random times.
  */
-import { type AsyncSharedMemory, swizzled } from './async-memory.ts';
+import { type AsyncSharedMemory, mergeReleased, swizzled } from './async-memory.ts';
 import { type DeviceAddresses, requireWritten, SHARED_BASE, SimulationError } from './memory.ts';
 
 /** A tensor map as the copy engine sees it. */
@@ -28,6 +28,9 @@ interface Barrier {
   arrivals: number;
   bytes: number;
   phase: number;
+  /** What those who arrived had done: in this phase, and in those that have ended. */
+  arriving: Map<number, number>;
+  readonly ended: Map<number, number>;
 }
 
 interface PendingCopy {
@@ -72,11 +75,12 @@ export class AsyncUnits {
 
   init(address: number, count: number): void {
     if (address % 8 !== 0) throw new SimulationError(`mbarrier at ${address}, no multiple of 8`);
-    this.#barriers.set(address, { count, arrivals: 0, bytes: 0, phase: 0 });
+    this.#barriers.set(address, { count, arrivals: 0, bytes: 0, phase: 0, arriving: new Map(), ended: new Map() });
   }
 
-  arrive(address: number, bytes: number, what: string): void {
+  arrive(address: number, bytes: number, warp: number, what: string): void {
     const barrier = this.#barrier(address, what);
+    mergeReleased(barrier.arriving, this.shared.release(warp));
     barrier.bytes += bytes;
     if (++barrier.arrivals > barrier.count) {
       throw new SimulationError(`${what}: ${barrier.arrivals} arrivals at a barrier of ${barrier.count}`);
@@ -89,11 +93,16 @@ export class AsyncUnits {
     if (barrier.arrivals !== barrier.count || barrier.bytes !== 0) return;
     barrier.arrivals = 0;
     barrier.phase++;
+    mergeReleased(barrier.ended, barrier.arriving);
+    barrier.arriving = new Map();
   }
 
-  /** Whether the phase of this parity has completed. */
-  test(address: number, parity: number, what: string): boolean {
-    return (this.#barrier(address, what).phase & 1) !== parity;
+  /** Whether the phase of this parity has completed; a warp that sees it knows what those did who arrived. */
+  test(address: number, parity: number, warp: number, what: string): boolean {
+    const { phase, ended } = this.#barrier(address, what);
+    if ((phase & 1) === parity) return false;
+    this.shared.acquire(warp, ended);
+    return true;
   }
 
   /** Reads the box now, lands it now or later. */

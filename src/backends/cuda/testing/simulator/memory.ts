@@ -115,6 +115,16 @@ export class SharedMemory {
     this.#readEpoch = new Int32Array(words);
   }
 
+  /** Whether something but a barrier of all warps orders the last write of a word before what `warp` does now. */
+  protected writtenBefore(_word: number, _writer: number, _warp: number): boolean {
+    return false;
+  }
+
+  /** Likewise of all reads of a word. */
+  protected readBefore(_word: number, _warp: number): boolean {
+    return false;
+  }
+
   #check(offset: number, length: number, what: string): void {
     if (offset < 0 || offset + length > this.#state.length) {
       throw new SimulationError(`${what}: shared bytes ${offset}..${offset + length} of ${this.#state.length}`);
@@ -130,7 +140,8 @@ export class SharedMemory {
       if (this.#state[i] === PENDING) throw new SimulationError(`${what}: shared byte ${i} has a copy under way`);
     }
     for (let word = offset >> 2; word < (offset + length + 3) >> 2; word++) {
-      if (this.#writeEpoch[word] === this.epoch && this.#writer[word] !== warp) {
+      const writer = this.#writer[word] as number;
+      if (this.#writeEpoch[word] === this.epoch && writer !== warp && !this.writtenBefore(word, writer, warp)) {
         throw new SimulationError(
           `${what}: warp ${warp} reads shared word ${word}, written by warp ${this.#writer[word]} with no barrier between`,
         );
@@ -144,12 +155,13 @@ export class SharedMemory {
   writes(offset: number, length: number, warp: number, what: string, state: 1 | 2 = 1): void {
     this.#check(offset, length, what);
     for (let word = offset >> 2; word < (offset + length + 3) >> 2; word++) {
-      if (this.#writeEpoch[word] === this.epoch && this.#writer[word] !== warp) {
+      const writer = this.#writer[word] as number;
+      if (this.#writeEpoch[word] === this.epoch && writer !== warp && !this.writtenBefore(word, writer, warp)) {
         throw new SimulationError(
           `${what}: warp ${warp} writes shared word ${word}, written by warp ${this.#writer[word]} with no barrier between`,
         );
       }
-      if (this.#readEpoch[word] === this.epoch && this.#reader[word] !== warp) {
+      if (this.#readEpoch[word] === this.epoch && this.#reader[word] !== warp && !this.readBefore(word, warp)) {
         throw new SimulationError(
           `${what}: warp ${warp} writes shared word ${word}, read by another warp with no barrier between`,
         );

@@ -76,7 +76,7 @@ export class AsyncWarp {
   tryWait(address: number, parity: number, what: string): number {
     this.yielded = true;
     this.waitsFor = what;
-    const done = this.units.test(address, parity, what);
+    const done = this.units.test(address, parity, this.#warp.index, what);
     this.failedAt = done ? -1 : this.units.progress;
     return done ? 1 : 0;
   }
