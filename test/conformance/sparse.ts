@@ -257,18 +257,20 @@ const CHOICES: readonly Sparsity[] = [
 /**
  * @param attend one call on the target
  * @param options what names the target in calls of other kinds
+ * @param taken inputs as the target takes them
  */
 export function sparseBehaviours(
   attend: (inputs: CaseInputs) => Promise<{ output: Tensor; lse?: Tensor }>,
   options: AttentionOptions,
   random: () => Random,
+  taken: (inputs: CaseInputs) => CaseInputs,
 ): SparseBehaviour[] {
   return [
     {
       name: 'a full map gives the bits of the dense call, and sinks of -Infinity those of a call without',
       async run() {
         for (const [i, spec] of FULL.entries()) {
-          const inputs = dense('full', `${i}`, spec).make(random());
+          const inputs = taken(dense('full', `${i}`, spec).make(random()));
           const plain = await attend(inputs);
           const axis = spec.layout === 'NHD' ? [0, 2, 1] : [0, 1, 2];
           const [batch, heads, lq] = axis.map((at) => inputs.q.shape[at] as number) as [number, number, number];
@@ -309,7 +311,7 @@ export function sparseBehaviours(
     {
       name: 'a plan takes another map and other sinks with each run, and gives the bits of a call',
       async run() {
-        const { q, k, v } = dense('plan', '', { heads: 3, lq: 70, lk: 150 }).make(random());
+        const { q, k, v } = taken(dense('plan', '', { heads: 3, lq: 70, lk: 150 }).make(random()));
         const size = { batch: 1, heads: 3, lq: 70, lk: 150 };
         const draw = random();
         const sets = Array.from({ length: 2 }, () => ({
@@ -337,7 +339,7 @@ export function sparseBehaviours(
       async run() {
         const backend = await getBackend(options.backend as BackendName);
         for (const [i, spec] of CHOSEN.entries()) {
-          const { q, k, v, options: own } = dense('chosen', `${i}`, spec).make(random());
+          const { q, k, v, options: own } = taken(dense('chosen', `${i}`, spec).make(random()));
           for (const sparsity of CHOICES) {
             const all = { ...options, ...own, sparsity, returnLse: true } as const;
             if (backend.planBlockMap === undefined) {
@@ -365,7 +367,7 @@ export function sparseBehaviours(
     {
       name: 'prepared keys and values: a full map and sinks of -Infinity change no bit, an empty map leaves the sinks',
       async run() {
-        const { q, k, v } = dense('cache', '', { ...grouped, lq: 3, lk: 150 }).make(random());
+        const { q, k, v } = taken(dense('cache', '', { ...grouped, lq: 3, lk: 150 }).make(random()));
         const { backend, kernel } = options;
         const cache = await prepareKeyValue(k, v, { ...(backend && { backend }), ...(kernel && { kernel }) });
         try {

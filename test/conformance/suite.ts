@@ -20,7 +20,7 @@ import {
 import { INT_MAX } from '../../src/quantization/schemes.ts';
 import { attentionExact, type ReferenceOutputs } from '../../src/reference/exact.ts';
 import { attentionQuantized, type QuantizedAlgorithm } from '../../src/reference/quantized.ts';
-import { toFloat32 } from '../../src/tensor/access.ts';
+import { fromFloat32, toFloat32 } from '../../src/tensor/access.ts';
 import { Random } from '../support/random.ts';
 import { snapshot } from '../support/tensors.ts';
 import { arbitraryCase, CASES, type CaseInputs, type ConformanceCase } from './cases.ts';
@@ -41,6 +41,8 @@ export interface Target {
   readonly algorithm: QuantizedAlgorithm;
   /** Largest magnitude of V that the kernel's format takes without scaling; cases beyond are left out. Default none. */
   readonly largestV?: number;
+  /** Where the kernel takes no float32: what inputs of it become. */
+  readonly dtype?: 'float16' | 'bfloat16';
   /** Cases with more multiply-adds are left out (a simulator, a software GPU); default none. */
   readonly maxWork?: number;
   /** Random problems to try; default 40. */
@@ -53,6 +55,20 @@ export interface Target {
   /** Kinds of {@link VISIBILITY_CASES} that this kernel does not pass yet; default none. */
   readonly exceptions?: readonly VisibilityGroup[];
 }
+
+/** An input as a target takes it: float32 in the target's dtype, everything else as it is. */
+export function asTaken({ dtype }: Target, view: Tensor): Tensor {
+  if (dtype === undefined || view.dtype !== 'float32') return view;
+  const { data } = fromFloat32(view.data as Float32Array, [view.data.length], dtype);
+  return { ...view, dtype, data } as Tensor;
+}
+
+const inputsAsTaken = <T extends Pick<CaseInputs, 'q' | 'k' | 'v'>>(target: Target, inputs: T): T => ({
+  ...inputs,
+  q: asTaken(target, inputs.q),
+  k: asTaken(target, inputs.k),
+  v: asTaken(target, inputs.v),
+});
 
 export interface ConformanceTest {
   readonly name: string;
@@ -129,7 +145,7 @@ const LOSS_ROWS = 128;
 const MOST_DRAWS = 16;
 
 /** By case and seed. */
-const exactOutputs = new WeakMap<ConformanceCase, Map<number, ReferenceOutputs>>();
+const exactOutputs = new WeakMap<ConformanceCase, Map<string, ReferenceOutputs>>();
 /** A case's draws in one run, and what is measured again. */
 const MOST_REMEMBERED = 2 * MOST_DRAWS;
 
@@ -140,11 +156,12 @@ function exactOf(
   inputs: CaseInputs,
   seed: number,
 ): ReferenceOutputs {
-  const bySeed = exactOutputs.get(testCase) ?? new Map<number, ReferenceOutputs>();
+  const bySeed = exactOutputs.get(testCase) ?? new Map<string, ReferenceOutputs>();
   exactOutputs.set(testCase, bySeed);
-  const exact = bySeed.get(seed) ?? attentionExact(problem, referenceInputs(inputs));
+  const key = `${seed} ${problem.dtype}`;
+  const exact = bySeed.get(key) ?? attentionExact(problem, referenceInputs(inputs));
   if (bySeed.size >= MOST_REMEMBERED) bySeed.clear();
-  bySeed.set(seed, exact);
+  bySeed.set(key, exact);
   return exact;
 }
 
@@ -244,7 +261,7 @@ function limitsOf(
   const lost = [lossOf(target, problem, inputs, exact)];
   const draws = Math.min(MOST_DRAWS, Math.ceil(LOSS_ROWS / Math.max(1, exact.lse.length)));
   for (let draw = 1; draw < draws; draw++) {
-    const others = testCase.make(new Random(seed + draw));
+    const others = inputsAsTaken(target, testCase.make(new Random(seed + draw)));
     lost.push(lossOf(target, problem, others, exactOf(testCase, problem, others, seed + draw)));
   }
   const lseLost = Math.max(...lost.map((loss) => loss.lse));
@@ -362,7 +379,7 @@ export const runCase = (target: Target, testCase: ConformanceCase, seed: number)
 
 /** What {@link runCase} compares, for `margins.ts`; what must hold to the bit throws here already. */
 export async function measureCase(target: Target, testCase: ConformanceCase, seed: number): Promise<Measured[]> {
-  const inputs = testCase.make(new Random(seed));
+  const inputs = inputsAsTaken(target, testCase.make(new Random(seed)));
   const problem = problemOf(inputs);
   const refused = await refusedOption(target, inputs.options);
   if (refused !== undefined) {
@@ -393,7 +410,14 @@ export async function measureCase(target: Target, testCase: ConformanceCase, see
   }
   if (testCase.bound === 'row') {
     const numbers = { output: actual, lse: lse === undefined ? undefined : toFloat32(lse) };
-    return measureClasses(target, (random) => testCase.make(random), inputs, numbers, exact, seed);
+    return measureClasses(
+      target,
+      (random) => inputsAsTaken(target, testCase.make(random)),
+      inputs,
+      numbers,
+      exact,
+      seed,
+    );
   }
   const limits = limitsOf(target, testCase, problem, inputs, exact, seed);
   const error = outputError(actual, exact.output, problem, meanMagnitude(toFloat32(inputs.v)));
@@ -416,12 +440,13 @@ const sameBits = (a: Tensor, b: Tensor): boolean => {
 
 /** What holds between calls, not within one. */
 function behaviours(target: Target, seed: number): ConformanceTest[] {
-  const fullCase = () => byName('causal', 'top-left 130').make(new Random(seed));
+  const make = (group: string, name: string) => inputsAsTaken(target, byName(group, name).make(new Random(seed)));
+  const fullCase = () => make('causal', 'top-left 130');
   return [
     {
       name: 'the same call twice gives the same bits',
       async run() {
-        const inputs = byName('heads', 'GQA').make(new Random(seed));
+        const inputs = make('heads', 'GQA');
         const [first, second] = [await attend(target, inputs), await attend(target, inputs)];
         check(sameBits(first.output, second.output), () => 'outputs differ');
       },
@@ -431,7 +456,7 @@ function behaviours(target: Target, seed: number): ConformanceTest[] {
       async run() {
         const all = ['length 65', 'causal top-left 130', 'varlen 5', 'mask bool [Lq,Lk]'].map((text) => {
           const [group, ...rest] = text.split(' ');
-          return byName(group as string, rest.join(' ')).make(new Random(seed));
+          return make(group as string, rest.join(' '));
         });
         const alone: Tensor[] = [];
         for (const inputs of all) alone.push((await attend(target, inputs)).output);
@@ -447,7 +472,8 @@ function behaviours(target: Target, seed: number): ConformanceTest[] {
         const inputs = fullCase();
         const { backend: _, kernel: __, ...rest } = inputs.options;
         const options = optionsOf(target, rest);
-        const fill = (view: Tensor): Tensor => ({ ...view, data: new Float32Array(view.data.length).fill(Number.NaN) });
+        const fill = (view: Tensor): Tensor =>
+          asTaken(target, { ...view, dtype: 'float32', data: new Float32Array(view.data.length).fill(Number.NaN) });
         const attention = await createAttention(inputs, options);
         try {
           const first = await attention.run(inputs);
@@ -506,6 +532,7 @@ function behaviours(target: Target, seed: number): ConformanceTest[] {
       (inputs) => attend(target, inputs),
       optionsOf(target, {}),
       () => new Random(seed),
+      (inputs) => inputsAsTaken(target, inputs),
     ).map(({ name, run }) => ({
       name,
       async run() {
@@ -556,8 +583,8 @@ async function measureKeyValueCache(
       offset: 0,
     };
   };
-  const [k, v] = [whole(3), whole(0)];
-  edit?.(k, v);
+  const [wholeK, wholeV] = [whole(3), whole(0)];
+  edit?.(wholeK, wholeV);
   /** bool `[B,L]` of tokens `start` to `end`. */
   const maskOf = (start: number, end: number): Tensor | undefined => {
     if (padding === undefined) return undefined;
@@ -569,14 +596,15 @@ async function measureKeyValueCache(
     );
   };
   if (padding !== undefined) {
-    for (const x of [k, v]) {
+    for (const x of [wholeK, wholeV]) {
       for (let i = 0; i < x.data.length; i++) {
         const token = Math.floor(i / (kvHeads * d));
         if (!padding.isToken(Math.floor(token / total), token % total)) x.data[i] = padding.magnitude;
       }
     }
   }
-  const q: Tensor = { ...dense.q, dtype: 'float32', data: toFloat32(dense.q), strides: dense.q.strides };
+  const denseQ: Tensor = { ...dense.q, dtype: 'float32', data: toFloat32(dense.q), strides: dense.q.strides };
+  const { q, k, v } = inputsAsTaken(target, { q: denseQ, k: wholeK, v: wholeV });
   const part = (view: Tensor, start: number, end: number) => slice(view, 1, start, end);
   const { qkQuantGran, pvAccumDtype, smoothV, smoothQ } = target.options ?? {};
   const settings = Object.fromEntries(
@@ -634,13 +662,16 @@ async function checkPaddingIsNothing(target: Target, seed: number): Promise<void
   const total = steps.reduce((sum, step) => sum + step, 0);
   const counts = Array.from({ length: batch * total }, () => random.uniform() < 0.7);
   const [k, v] = [random.normals(batch * total * heads * d), random.normals(batch * total * heads * d)];
-  const q = tensor(random.normals(batch * 4 * d), [batch, 4, 1, d]);
+  const q = asTaken(target, tensor(random.normals(batch * 4 * d), [batch, 4, 1, d]));
   const outputs: Tensor[][] = [];
   for (const magnitude of [0, 1, 1e6]) {
     const filled = [k, v].map((x) =>
-      tensor(
-        x.map((value, i) => (counts[Math.floor(i / (heads * d))] ? value : magnitude * Math.sin(i))),
-        [batch, total, heads, d],
+      asTaken(
+        target,
+        tensor(
+          x.map((value, i) => (counts[Math.floor(i / (heads * d))] ? value : magnitude * Math.sin(i))),
+          [batch, total, heads, d],
+        ),
       ),
     ) as [Tensor, Tensor];
     const part = (start: number, end: number) =>
@@ -784,9 +815,11 @@ async function checkInputsAreTaken(target: Target, seed: number): Promise<void> 
     const buffer = (bytes: number) =>
       new (ArrayBuffer as new (length: number, options: object) => ArrayBuffer)(bytes, { maxByteLength: bytes });
     const [q, k, v] = values.map((x) => {
-      const data = new Float32Array(buffer(x.byteLength));
-      data.set(x);
-      return tensor(data, shape);
+      const taken = asTaken(target, tensor(x, shape));
+      const Words = taken.data.constructor as Float32ArrayConstructor;
+      const data = new Words(buffer(taken.data.byteLength) as ArrayBuffer);
+      data.set(taken.data as Float32Array);
+      return { ...taken, data } as Tensor;
     }) as [Tensor, Tensor, Tensor];
     const [attnMask, keyMask] = [
       [1, 1, 1, 20],
