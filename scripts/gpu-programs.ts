@@ -20,6 +20,8 @@ await build({
     'bench-cuda-caches': 'bench/cuda/caches.ts',
     'bench-cuda-distributed': 'bench/cuda/distributed.ts',
     'bench-cuda-nccl': 'bench/cuda/nccl.ts',
+    'bench-cuda-host': 'bench/cuda/host.ts',
+    'bench-cuda-short': 'bench/cuda/short.ts',
     'bench-cuda-sparse': 'bench/cuda/sparse.ts',
     'bench-cuda-models': 'bench/cuda/models.ts',
     'bench-wgmma': 'bench/cuda/wgmma-variants.ts',

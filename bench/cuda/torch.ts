@@ -22,12 +22,12 @@ const PROGRAM = `
 import json, sys, statistics, torch
 from torch.nn.attention import sdpa_kernel, SDPBackend
 ${TORCH_TIMED}
-shapes = json.load(sys.stdin)
+shapes, backends = json.load(sys.stdin)
 results = []
 for s in shapes:
     size = (s["batch"], s["heads"], s["tokens"], s["headDim"])
     q, k, v = (torch.randn(size, device="cuda", dtype=torch.bfloat16) for _ in range(3))
-    for name in ("FLASH_ATTENTION", "CUDNN_ATTENTION"):
+    for name in backends:
         try:
             with sdpa_kernel(getattr(SDPBackend, name)):
                 call = lambda: torch.nn.functional.scaled_dot_product_attention(q, k, v, is_causal=s["isCausal"])
@@ -42,9 +42,12 @@ json.dump({"torch": torch.__version__, "results": results}, sys.stdout)
 `;
 
 /** Undefined if there is no python3 with torch; its message is printed. */
-export function torchTimes(shapes: readonly Shape[]): { torch: string; results: TorchTime[] } | undefined {
+export function torchTimes(
+  shapes: readonly Shape[],
+  backends: readonly string[] = ['FLASH_ATTENTION', 'CUDNN_ATTENTION'],
+): { torch: string; results: TorchTime[] } | undefined {
   const { status, stdout, stderr } = spawnSync('python3', ['-c', PROGRAM], {
-    input: JSON.stringify(shapes),
+    input: JSON.stringify([shapes, backends]),
     encoding: 'utf8',
     timeout: 240_000,
     maxBuffer: 2 ** 26,

@@ -9,6 +9,7 @@ import type { AttentionProblem } from '../attention/problem.ts';
 import type { SettledSparsity } from '../attention/sparsity.ts';
 import type { ScaleSearch } from '../quantization/fp4-blocks.ts';
 import type { Granularity, PvAccumDtype, QuerySmoothing } from '../quantization/schemes.ts';
+import type { DType } from '../tensor/dtype.ts';
 import type { LseOf, Tensor, TensorView } from '../tensor/tensor.ts';
 
 /**
@@ -28,6 +29,8 @@ export interface KernelDescriptor {
   readonly smoothQ: readonly [first: false | QuerySmoothing, ...others: (false | QuerySmoothing)[]];
   /** Largest D and Dv. */
   readonly maxHeadDim: number;
+  /** Of q, k and v; default all. */
+  readonly dtypes?: readonly DType[];
   /** It adds sinks to its sums; default false: a call that has them is refused. */
   readonly sinks?: boolean;
   /** It computes only the blocks of a block mask; default false: a call that has one is refused. */

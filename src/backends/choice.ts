@@ -26,11 +26,11 @@ const written = (value: unknown) => (typeof value === 'string' ? `'${value}'` : 
 
 /** What of a problem not every kernel computes. */
 export type ProblemFeatures = Pick<AttentionProblem, 'headDim' | 'valueDim'> &
-  Partial<Pick<AttentionProblem, 'sinks' | 'blocks'>>;
+  Partial<Pick<AttentionProblem, 'dtype' | 'sinks' | 'blocks'>>;
 
 /** The argument that keeps a kernel from a problem, with what it takes and what it was given; undefined: nothing does. */
 export function obstacleTo(
-  { maxHeadDim, sinks = false, blockMask = false }: KernelDescriptor,
+  { maxHeadDim, dtypes, sinks = false, blockMask = false }: KernelDescriptor,
   problem: ProblemFeatures,
 ): readonly [argument: string, taken: string, received: string] | undefined {
   for (const [argument, size] of [
@@ -38,6 +38,9 @@ export function obstacleTo(
     ['v', problem.valueDim],
   ] as const) {
     if (size > maxHeadDim) return [argument, `head dims up to ${maxHeadDim}`, String(size)];
+  }
+  if (problem.dtype !== undefined && dtypes?.includes(problem.dtype) === false) {
+    return ['q', dtypes.join(' or '), problem.dtype];
   }
   if (problem.sinks !== undefined && !sinks) return ['options.sinks', 'no sinks', 'a tensor'];
   if (problem.blocks !== undefined && !blockMask) return ['options.blockMask', 'no block mask', 'a block mask'];

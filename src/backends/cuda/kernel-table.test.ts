@@ -1,4 +1,5 @@
 import { expect, it } from 'vitest';
+import { chooseOptions } from '../choice.ts';
 import {
   CUDA_KERNELS,
   DEFAULT_KERNELS,
@@ -57,4 +58,14 @@ it('a kernel says which devices it needs', () => {
   expect(lackedBy('qk-int8-pv-fp8-cuda-sm90', 90)).toBeUndefined();
   expect(lackedBy('qk-int8-pv-fp8-cuda-sm90', 100)).toBe('compute capability 9.0');
   for (const { from, kernel } of DEFAULT_KERNELS) expect(lackedBy(kernel, from)).toBeUndefined();
+});
+
+it('the exact kernel takes 16 bits, and names what it was given otherwise', () => {
+  const size = { headDim: 64, valueDim: 64 };
+  for (const dtype of ['float16', 'bfloat16'] as const) {
+    expect(chooseOptions(descriptorOf('exact'), { ...size, dtype }, {}).descriptor.name).toBe('exact');
+  }
+  expect(() => chooseOptions(descriptorOf('exact'), { ...size, dtype: 'float32' }, {})).toThrow(
+    expect.objectContaining({ argument: 'q', expected: 'float16 or bfloat16', received: 'float32' }),
+  );
 });

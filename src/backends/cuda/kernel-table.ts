@@ -11,15 +11,15 @@ export const MAX_HEAD_DIM = 256;
 export const MINIMUM_COMPUTE_CAPABILITY = 80;
 
 /** Kernels that share an instruction for their products, and with it their launches (`launches/`) and their tiles. */
-export type Family = 'mma-sync' | 'wgmma';
+export type Family = 'mma-sync' | 'wgmma' | 'exact';
 
 /** What the launches of a kernel must know of it, besides what callers may ask of it. */
 export interface CudaKernelDescriptor extends KernelDescriptor {
   readonly family: Family;
   /** Codes of Q and K: targets without INT4 tensor cores hold them in INT8. */
-  readonly qkFormat: 's8' | 's4' | 'e2m1';
+  readonly qkFormat: 's8' | 's4' | 'e2m1' | 'as given';
   /** What V is stored as. */
-  readonly pvFormat: 'f16' | 'e4m3' | 'e2m1';
+  readonly pvFormat: 'f16' | 'e4m3' | 'e2m1' | 'as given';
   /** Multiplies FP4 on tensor cores that scale its blocks, where there are such. */
   readonly blockScaled?: true;
   /**
@@ -164,6 +164,22 @@ export const CUDA_KERNELS: readonly CudaKernelDescriptor[] = [
     qkQuantGran: ['per-thread', 'per-warp', 'per-block'],
     pvAccumDtype: ['fp32'],
     smoothV: true,
+    smoothQ: [false],
+    maxHeadDim: MAX_HEAD_DIM,
+    sinks: true,
+    blockMask: true,
+  },
+  {
+    name: 'exact',
+    summary: 'float16 or bfloat16 as given, nothing quantized; on wgmma (Hopper) or mma.sync (sm_80 and later)',
+    family: 'exact',
+    qkFormat: 'as given',
+    pvFormat: 'as given',
+    computeCapability: [MINIMUM_COMPUTE_CAPABILITY, Number.POSITIVE_INFINITY],
+    dtypes: ['float16', 'bfloat16'],
+    qkQuantGran: [],
+    pvAccumDtype: ['fp32'],
+    smoothV: false,
     smoothQ: [false],
     maxHeadDim: MAX_HEAD_DIM,
     sinks: true,

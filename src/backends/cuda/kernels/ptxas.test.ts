@@ -34,6 +34,17 @@ describe('ptxas', () => {
   );
 });
 
+describe('16-bit operands', () => {
+  const quick = sampled(configurations(false, 'exact'), runSeed(), ASSEMBLED_SHARES);
+  test.skipIf(version === undefined).each(quick)('$name', ({ kernel }) => {
+    const made = kernel();
+    const report = assemble(made);
+    expect(report).toMatchObject({ spillStoreBytes: 0, spillLoadBytes: 0 });
+    if (made.target === 'sm_90a') expect(report.remarks).toEqual([]);
+    expect(report.registers * made.threads * made.minBlocksPerMultiprocessor).toBeLessThanOrEqual(65536);
+  });
+});
+
 describe('configurations', () => {
   test('the table knows what shared memory a kernel takes', () => {
     for (const { name, kernel } of configurations(false, 'mma-sync')) {

@@ -1,5 +1,6 @@
 /** Launches of the kernels on `mma.sync`. */
 import { isBanded } from '../../../attention/band.ts';
+import type { OperandLayout } from '../../../tensor/tensor.ts';
 import { UNPACKED_UNIT } from '../kernels/fp4/e2m1.ts';
 import { attention } from '../kernels/mma-sync/attention.ts';
 import {
@@ -10,8 +11,10 @@ import {
   BLOCK_K,
   blockQueries,
   FP4_POINTERS,
+  type GivenOperands,
   hasFp4Keys,
   hasFp4Values,
+  isExact,
 } from '../kernels/mma-sync/config.ts';
 import { chooseTile, type TileBytes } from '../kernels/mma-sync/tiles.ts';
 import { LOG2_E } from '../kernels/parts/constants.ts';
@@ -110,7 +113,8 @@ function meanScoresLaunch(context: Context): KernelLaunch {
 function tileBytesOf(scheme: Scheme): TileBytes {
   const { qkRowBytes, queryRowBytes, paddedValueDim, pvFormat } = scheme;
   const [fp4Keys, fp4Values] = [hasFp4Keys(scheme), hasFp4Values(scheme)];
-  const ofValue = BLOCK_K * paddedValueDim * (fp4Values ? 0.5 : pvFormat === 'f16' ? 2 : 1);
+  const [exact, halves] = [isExact(scheme), pvFormat === 'f16' || pvFormat === 'bf16'];
+  const ofValue = BLOCK_K * paddedValueDim * (fp4Values ? 0.5 : halves ? 2 : 1) + (exact ? BLOCK_K : 0);
   return {
     queryRow: queryRowBytes,
     keyRow: qkRowBytes,
@@ -119,6 +123,26 @@ function tileBytesOf(scheme: Scheme): TileBytes {
     keyScales: fp4Keys ? qkRowBytes / 8 : 0,
     valueTile: ofValue + (fp4Values ? paddedValueDim * 4 : 0),
   };
+}
+
+function givenOf({ problem, device }: Context): GivenOperands {
+  const { q, k, v, headDim, valueDim, dtype } = problem;
+  const { pointerAlignment = 16 } = device;
+  const widthOf = (operand: OperandLayout, dim: number) => loadWidthOf(operand, dim, dtype, pointerAlignment);
+  return { headDim, loadWidths: { query: widthOf(q, headDim), key: widthOf(k, headDim), value: widthOf(v, valueDim) } };
+}
+
+/** What kernels of 16-bit operands take in place of what kernels of quantized ones do. */
+function givenArguments({ problem }: Context) {
+  const { q, k, v, dtype } = problem;
+  const bytes = BYTES[dtype];
+  const strides = [q, k, v].flatMap((operand) => strideBytes(operand, dtype));
+  const pointers = {
+    query: pointer('q', q.offset * bytes),
+    // A cache without keys has no memory.
+    ...(problem.keyLength === 0 ? {} : { key: pointer('k', k.offset * bytes), value: pointer('v', v.offset * bytes) }),
+  };
+  return { pointers, strides };
 }
 
 /** The attention kernel of a problem, its grid without splits and its splits. */
@@ -131,6 +155,7 @@ function shapeOf(context: Context) {
       queryLength,
       smoothQ: choice.smoothQ !== false,
       unpacksFp4: scheme.qkFormat === 'e2m1-as-f16',
+      exact: isExact(scheme),
     }),
     ...context.overrides,
   };
@@ -141,6 +166,7 @@ function shapeOf(context: Context) {
   const splits = splitsOf(device, layout.keyTiles, 4, blocks, tile.minBlocksPerMultiprocessor, mostSplits);
   const config: AttentionConfig = {
     target,
+    given: isExact(scheme) ? givenOf(context) : undefined,
     qkFormat: scheme.qkFormat,
     qkRowBytes: scheme.qkRowBytes,
     queryRowBytes: scheme.queryRowBytes,
@@ -150,6 +176,7 @@ function shapeOf(context: Context) {
     valueDim,
     paddedValueDim: scheme.paddedValueDim,
     ...tile,
+    keyStages: tile.keyStages ?? 2,
     queryScales: scheme.queryGroups,
     keyScales: scheme.keyGroups,
     // FP16 holds P up to 2^8 as well as up to 1; FP16 sums and E4M3, whose maximum is P's already, have no room.
@@ -171,22 +198,29 @@ function shapeOf(context: Context) {
   return { config, queryTiles, blocks, splits, tiles };
 }
 
+const quantizedPointers = (scheme: Scheme) => ({
+  query: pointer('query'),
+  queryScale: pointer('queryScale'),
+  rowBias: pointer('rowBias'),
+  key: pointer('key'),
+  keyScale: pointer('keyScale'),
+  keyFaults: pointer('keyFaults'),
+  ...(hasFp4Keys(scheme) ? {} : { keyExponents: pointer('keyExponents') }),
+  value: pointer('value'),
+});
+
 function attentionLaunch(context: Context, { config, queryTiles, blocks, splits, tiles }: ReturnType<typeof shapeOf>) {
   const { problem, choice, layout, scheme } = context;
   const { queryHeads, kvHeads } = problem;
   const module = moduleOf(attention, config);
   const { mask, strides } = maskArgumentsOf(problem);
+  const given = isExact(scheme) ? givenArguments(context) : undefined;
+  // The sign of smScale is in the codes of Q, where there are such.
+  const scoreScale = given === undefined ? Math.abs(problem.smScale) : problem.smScale;
   return launch('attention', module, 'attention', blocks * splits, config.warps * 32, module.kernel().sharedBytes, [
     ...inOrder(ATTENTION_POINTERS, {
       sequences: pointer('sequences'),
-      query: pointer('query'),
-      queryScale: pointer('queryScale'),
-      rowBias: pointer('rowBias'),
-      key: pointer('key'),
-      keyScale: pointer('keyScale'),
-      keyFaults: pointer('keyFaults'),
-      ...(hasFp4Keys(scheme) ? {} : { keyExponents: pointer('keyExponents') }),
-      value: pointer('value'),
+      ...(given === undefined ? quantizedPointers(scheme) : given.pointers),
       ...(scheme.pvFormat.startsWith('e4m3') ? { valueScale: pointer('valueScale') } : {}),
       ...(scheme.sharesRange ? { rangeShift: pointer('rangeShift') } : {}),
       ...(choice.smoothV ? { valueMean: pointer('valueMean') } : {}),
@@ -206,7 +240,7 @@ function attentionLaunch(context: Context, { config, queryTiles, blocks, splits,
     ...inOrder(ATTENTION_STRIDES, { ...strides, ...outputStridesOf(problem) }),
     ...bandArguments(problem.band),
     // K that is unpacked to FP16 comes out smaller.
-    f32(Math.abs(problem.smScale) * LOG2_E * (scheme.qkFormat === 'e2m1-as-f16' ? UNPACKED_UNIT : 1)),
+    f32(scoreScale * LOG2_E * (scheme.qkFormat === 'e2m1-as-f16' ? UNPACKED_UNIT : 1)),
     ...softcapArguments(problem),
     ...(hasFp4Keys(scheme)
       ? inOrder(FP4_POINTERS, {
@@ -217,6 +251,7 @@ function attentionLaunch(context: Context, { config, queryTiles, blocks, splits,
             : {}),
         })
       : []),
+    ...(given === undefined ? [] : given.strides),
     ...(splits > 1 ? [] : sinkArgumentsOf(problem)),
     ...blockArgumentsOf(context, tiles),
   ]);
@@ -226,18 +261,18 @@ function attend(context: Context): Pick<LaunchSequence, 'launches' | 'scratch'> 
   const { problem, choice, layout, scheme } = context;
   if (layout.queryTiles * problem.queryHeads * problem.batch === 0) return { launches: [], scratch: {} };
   const shape = shapeOf(context);
+  const exact = isExact(scheme);
   const blocks = (problem.queryHeads * layout.paddedQueries) / BLOCK_Q;
   return {
     launches: [
-      hasFp4Keys(scheme) ? fp4QueryLaunch(context) : quantizeQueryLaunch(context),
+      ...(exact ? [] : [hasFp4Keys(scheme) ? fp4QueryLaunch(context) : quantizeQueryLaunch(context)]),
       ...(choice.smoothQ && layout.keyTiles > 0 ? [meanScoresLaunch(context)] : []),
       ...tileListLaunches(context, shape.tiles),
       attentionLaunch(context, shape),
       ...combineLaunches(context, shape.splits),
     ],
     scratch: {
-      ...queryScratch(context),
-      ...fp4QueryScratch(context),
+      ...(exact ? {} : { ...queryScratch(context), ...fp4QueryScratch(context) }),
       ...tileListScratch(context, shape.tiles),
       ...(choice.smoothQ
         ? {

@@ -6,6 +6,7 @@
 import type { AttentionProblem, MaskLayout } from '../../../attention/problem.ts';
 import type { KernelChoice } from '../../backend.ts';
 import { descriptorOf, type Family } from '../kernel-table.ts';
+import { isExact } from '../kernels/mma-sync/config.ts';
 import type { planBackward } from './backward.ts';
 import type { planBlockMap } from './block-map.ts';
 import {
@@ -18,6 +19,7 @@ import {
   type KeyValuePart,
   type Tuning,
 } from './context.ts';
+import { EXACT } from './exact.ts';
 import type { BufferName, KernelLaunch, LaunchSequence } from './launch.ts';
 import type { planMerge } from './merge.ts';
 import { MMA_SYNC } from './mma-sync.ts';
@@ -26,7 +28,7 @@ import { visibleKeysLaunches } from './visible-keys.ts';
 import { WGMMA } from './wgmma.ts';
 
 /** The launches of each kernel family. */
-const FAMILIES: Readonly<Record<Family, FamilyLaunches>> = { 'mma-sync': MMA_SYNC, wgmma: WGMMA };
+const FAMILIES: Readonly<Record<Family, FamilyLaunches>> = { 'mma-sync': MMA_SYNC, wgmma: WGMMA, exact: EXACT };
 
 const familyOf = ({ descriptor }: KernelChoice) => FAMILIES[descriptorOf(descriptor.name).family];
 
@@ -48,7 +50,7 @@ const ALL_PARTS: readonly KeyValuePart[] = ['means', 'key', 'value'];
 
 function keyValueLaunches(context: Context, parts: readonly KeyValuePart[] = ALL_PARTS): KernelLaunch[] {
   const { problem, layout } = context;
-  if (layout.keyTiles * problem.batch * problem.kvHeads === 0) return [];
+  if (layout.keyTiles * problem.batch * problem.kvHeads === 0 || isExact(context.scheme)) return [];
   return [...visibleKeysLaunches(context), ...familyOf(context.choice).keyValue(context, parts)];
 }
 

@@ -1,7 +1,7 @@
 /** Launches that quantize Q, K and V for the kernel families, and the buffers that they fill. */
 
 import { FP4_BLOCK } from '../kernels/fp4/e2m1.ts';
-import { BLOCK_K, hasFp4Keys, hasFp4Values } from '../kernels/mma-sync/config.ts';
+import { BLOCK_K, hasFp4Keys, hasFp4Values, isExact } from '../kernels/mma-sync/config.ts';
 import { BYTES } from '../kernels/parts/elements.ts';
 import {
   CHANNEL_STATISTICS_INTEGERS,
@@ -53,6 +53,7 @@ export const KEY_VALUE_BUFFERS = [
 /** Bytes of the buffers that hold quantized K and V. */
 export function keyValueBytes({ problem, choice, layout, scheme }: Context): Record<BufferName, number> {
   const { kvHeads, batch } = problem;
+  if (isExact(scheme)) return {};
   const rows = kvHeads * layout.paddedKeys;
   const fp8 = scheme.pvFormat.startsWith('e4m3');
   const [fp4Keys, fp4Values] = [hasFp4Keys(scheme), hasFp4Values(scheme)];
@@ -75,6 +76,7 @@ export function keyValueBytes({ problem, choice, layout, scheme }: Context): Rec
 /** Scratch that quantizing K and V needs for itself. */
 export function keyValueScratch(context: Context): Record<BufferName, number> {
   const { problem, scheme } = context;
+  if (isExact(scheme)) return {};
   const visible = visibleKeysScratch(context);
   if (!scheme.pvFormat.startsWith('e4m3') || scheme.valueTileScales) return visible;
   return { ...visible, valueMaximum: problem.batch * problem.kvHeads * VALUE_CHUNKS * scheme.paddedValueDim * 4 };

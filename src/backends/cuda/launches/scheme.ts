@@ -59,6 +59,7 @@ export function schemeOf(problem: AttentionProblem, choice: KernelChoice, target
       `${kernel.name}, which needs ${lacked}`,
     );
   }
+  if (kernel.qkFormat === 'as given') return exactScheme(problem);
   if (kernel.qkFormat === 'e2m1') return fp4Scheme(problem, choice, target, cached);
   const wgmma = kernel.family === 'wgmma';
   const fp8 = kernel.pvFormat === 'e4m3';
@@ -88,6 +89,29 @@ export function schemeOf(problem: AttentionProblem, choice: KernelChoice, target
     valueTileScales: wgmma && fp8,
     queryGroups: qkQuantGran === 'per-block' ? [128, 1] : qkQuantGran === 'per-warp' ? [32, 1] : [32, 8],
     keyGroups: qkQuantGran === 'per-thread' ? 4 : 1,
+  };
+}
+
+/** Q, K and V as they are, in 16 bits. */
+function exactScheme({ dtype, headDim, valueDim }: AttentionProblem): Scheme {
+  const format = dtype === 'float16' ? 'f16' : 'bf16';
+  const paddedDim = roundUp(headDim, 16);
+  return {
+    qkFormat: format,
+    largest: 127,
+    paddedDim,
+    qkRowBytes: paddedDim * 2,
+    queryRowBytes: paddedDim * 2,
+    queryFormat: 'codes',
+    quantizedWeights: false,
+    pvFormat: format,
+    accumulate: 'f32',
+    paddedValueDim: roundUp(valueDim, 16),
+    vMax: V_FP8_MAX.default,
+    sharesRange: false,
+    valueTileScales: false,
+    queryGroups: [128, 1],
+    keyGroups: 1,
   };
 }
 

@@ -1,5 +1,6 @@
 /** Launches of the kernels on `wgmma`. */
 import { isBanded } from '../../../attention/band.ts';
+import type { OperandLayout } from '../../../tensor/tensor.ts';
 import { BLOCK_K } from '../kernels/mma-sync/config.ts';
 import { LOG2_E4M3_MAX } from '../kernels/parts/constants.ts';
 import { BYTES } from '../kernels/parts/elements.ts';
@@ -14,7 +15,7 @@ import { quantizeKeyValue } from '../kernels/quantize/key-value/kernel.ts';
 import { wgmmaAttention } from '../kernels/wgmma/attention.ts';
 import { sharedPlanOf, type WgmmaConfig } from '../kernels/wgmma/config.ts';
 import { CONSUMER_ROWS, WGMMA_BLOCK_K, WGMMA_INTEGERS, WGMMA_POINTERS, WGMMA_STRIDES } from '../kernels/wgmma/frame.ts';
-import { tuningOf, type WgmmaTuning } from '../kernels/wgmma/table.ts';
+import { exactTuningOf, tuningOf, type WgmmaTuning } from '../kernels/wgmma/table.ts';
 import { TARGET_FEATURES } from '../ptx/targets.ts';
 import {
   bandArguments,
@@ -48,6 +49,9 @@ function packedHeadsOf(queryLength: number, headsPerKeyHead: number): number {
   return powerOfTwo && headsPerKeyHead <= CONSUMER_ROWS && queryLength < CONSUMER_ROWS ? headsPerKeyHead : 1;
 }
 
+/** Smallest smScale by which scores may be multiplied after they were compared. */
+const LEAST_SCALE = 2 ** -100;
+
 interface Shape {
   readonly config: WgmmaConfig;
   readonly tuning: WgmmaTuning;
@@ -64,17 +68,24 @@ function shapeOf(context: Context): Shape {
   const { queryHeads, kvHeads, batch, queryLength, keyLength, dtype, headDim, valueDim, mask } = problem;
   const packedHeads = packedHeadsOf(queryLength, queryHeads / kvHeads);
   const totalRows = queryLength * packedHeads;
-  const pvFormat = scheme.pvFormat === 'f16' ? 'f16' : 'e4m3';
+  const pvFormat = scheme.pvFormat === 'f16' || scheme.pvFormat === 'bf16' ? scheme.pvFormat : 'e4m3';
+  const qkFormat = scheme.qkFormat === 'f16' || scheme.qkFormat === 'bf16' ? scheme.qkFormat : 's8';
+  const exact = qkFormat !== 's8';
+  const size = {
+    qkRowBytes: scheme.qkRowBytes,
+    paddedValueDim: scheme.paddedValueDim,
+    rows: totalRows,
+    scoresAreFloat: mask !== undefined || problem.softcap !== 0,
+  };
   const tuning: WgmmaTuning = {
-    ...tuningOf({
-      pvFormat,
-      qkRowBytes: scheme.qkRowBytes,
-      paddedValueDim: scheme.paddedValueDim,
-      rows: totalRows,
-      promoted: choice.pvAccumDtype !== 'fp32',
-      scoresAreFloat: mask !== undefined || problem.softcap !== 0,
-      capped: problem.softcap !== 0,
-    }),
+    ...(exact
+      ? exactTuningOf(size)
+      : tuningOf({
+          ...size,
+          pvFormat: pvFormat === 'e4m3' ? 'e4m3' : 'f16',
+          promoted: choice.pvAccumDtype !== 'fp32',
+          capped: problem.softcap !== 0,
+        })),
     ...context.overrides,
   };
   const { fuseQuery, persistent: _persistent, groupMegabytes: _groupMegabytes, ...tile } = tuning;
@@ -90,7 +101,11 @@ function shapeOf(context: Context): Shape {
     ...tile,
     // Rows i and i + 8 are heads of different magnitude when more than eight lie side by side.
     queryScalePerRow: fused && (tile.queryScalePerRow || packedHeads > 8),
+    qkFormat,
     pvFormat,
+    packedSequences: exact && problem.sequences !== undefined,
+    // Also where a subnormal scale would be flushed to 0, of which -Infinity makes NaN.
+    scalesFirst: exact && problem.smScale < LEAST_SCALE,
     qkRowBytes: scheme.qkRowBytes,
     valueDim,
     paddedValueDim: scheme.paddedValueDim,
@@ -106,10 +121,64 @@ function shapeOf(context: Context): Shape {
     sinks: splits > 1 ? 'none' : sinkFormatOf(problem),
     smoothV: choice.smoothV,
     outputType: dtype,
+    // Allocations begin at multiples of 16 bytes, and rows are contiguous.
+    alignedOutput: exact && splits === 1 && valueDim % 8 === 0,
     lse: problem.returnLse,
     split: splits > 1,
   };
   return { config, tuning, rows, queryTiles, units, splits };
+}
+
+/** Tensor maps of the caller's operands, likewise. */
+function exactMapsOf({ problem }: Context, { config, rows }: Shape): KernelArgument[] {
+  const { q, k, v, batch, queryHeads, kvHeads, queryLength, keyLength, sequences, headDim, valueDim } = problem;
+  const { packedHeads } = config;
+  const { rowLayout, valueLayout, valueBlockChannels } = sharedPlanOf(config);
+  const [totalQueries, totalKeys] =
+    sequences === undefined
+      ? [queryLength, keyLength]
+      : [sequences.cuSeqlensQ[batch] as number, sequences.cuSeqlensK[batch] as number];
+  const entries = sequences === undefined ? batch : 1;
+  const mapOf = (
+    buffer: 'q' | 'k' | 'v',
+    operand: OperandLayout,
+    dim: number,
+    extents: readonly [tokens: number, heads: number],
+    box: readonly number[],
+    rowBytes: number,
+    headsFirst = false,
+  ): KernelArgument => {
+    // The stride of a single one is never used, but must be valid.
+    const strideOf = (count: number, stride: number) => (count <= 1 ? 16 : stride * 2);
+    const [tokens, heads] = [
+      [extents[0], strideOf(extents[0], operand.tokenStride)],
+      [extents[1], strideOf(extents[1], operand.headStride)],
+    ] as const;
+    const outer = [
+      ...(headsFirst ? [heads, tokens] : [tokens, heads]),
+      [entries, strideOf(entries, operand.batchStride)],
+    ];
+    // A cache without keys has no memory. Its maps are never followed, but must be valid.
+    const place = extents[0] === 0 ? { buffer: 'sequences' } : { buffer, byteOffset: operand.offset * 2 };
+    const map: TensorMapDescription = {
+      ...place,
+      elementType: config.qkFormat === 'f16' ? 'f16' : 'bf16',
+      dimensions: [dim, ...outer.map(([count]) => Math.max(1, count as number))],
+      byteStrides: outer.map(([, stride]) => stride as number),
+      box: [...box, 1],
+      swizzle: rowBytes === 128 ? '128B' : '64B',
+      l2Promotion: '256B',
+    };
+    return { kind: 'tensor-map', map };
+  };
+  const qkBox = rowLayout.rowBytes / 2;
+  const queryBox = packedHeads === 1 ? [qkBox, rows, 1] : [qkBox, packedHeads, rows / packedHeads];
+  const keys = [totalKeys, kvHeads] as const;
+  return [
+    mapOf('q', q, headDim, [totalQueries, queryHeads], queryBox, rowLayout.rowBytes, packedHeads > 1),
+    mapOf('k', k, headDim, keys, [qkBox, WGMMA_BLOCK_K, 1], rowLayout.rowBytes),
+    mapOf('v', v, valueDim, keys, [valueBlockChannels, WGMMA_BLOCK_K, 1], valueLayout.rowBytes),
+  ];
 }
 
 /** Tensor maps of the quantized operands, in the order of the kernel's parameters. */
@@ -171,7 +240,7 @@ function mapsOf({ problem, layout }: Context, { config, rows }: Shape): KernelAr
 
 /** Heads that are worked on together, so that their K and V stay in the L2 cache. */
 function headGroupOf({ problem, scheme }: Context, { tuning, units }: Shape): number {
-  const valueBytes = scheme.paddedValueDim * (scheme.pvFormat === 'f16' ? 2 : 1);
+  const valueBytes = scheme.paddedValueDim * (scheme.pvFormat.startsWith('e4m3') ? 1 : 2);
   const bytes = Math.max(1, problem.keyLength) * (scheme.qkRowBytes + valueBytes);
   return Math.max(1, Math.min(units, Math.floor((tuning.groupMegabytes * 2 ** 20) / bytes)));
 }
@@ -257,18 +326,25 @@ function attentionLaunch(context: Context, shape: Shape): KernelLaunch {
   }
   const { mask, strides } = maskArgumentsOf(problem);
   const [queryBatch, queryHead, queryToken] = strideBytes(q, dtype);
+  const exact = config.qkFormat !== 's8';
   const work = queryTiles * units * splits;
   const blocks = tuning.persistent ? Math.min(work, device.multiprocessors * config.minBlocks) : work;
   return launch('attention', module, 'wgmmaAttention', blocks, threads, sharedBytes, [
     ...inOrder(WGMMA_POINTERS, {
       sequences: pointer('sequences'),
-      ...(config.fusedQuery === undefined
-        ? { queryScale: pointer('queryScale'), rowBias: pointer('rowBias') }
-        : { query: pointer('q', q.offset * BYTES[dtype]) }),
+      ...(exact
+        ? {}
+        : config.fusedQuery === undefined
+          ? { queryScale: pointer('queryScale'), rowBias: pointer('rowBias') }
+          : { query: pointer('q', q.offset * BYTES[dtype]) }),
       ...(config.fusedQuery?.keyMean === true ? { keyMean: pointer('keyMean') } : {}),
-      keyScale: pointer('keyScale'),
-      keyFaults: pointer('keyFaults'),
-      keyExponents: pointer('keyExponents'),
+      ...(exact
+        ? {}
+        : {
+            keyScale: pointer('keyScale'),
+            keyFaults: pointer('keyFaults'),
+            keyExponents: pointer('keyExponents'),
+          }),
       ...(config.pvFormat === 'e4m3' ? { valueScale: pointer('valueScale') } : {}),
       ...(scheme.valueTileScales ? { valueTileScale: pointer('valueTileScale') } : {}),
       ...(choice.smoothV ? { valueMean: pointer('valueMean') } : {}),
@@ -289,7 +365,7 @@ function attentionLaunch(context: Context, shape: Shape): KernelLaunch {
     ...bandArguments(problem.band),
     f32(problem.smScale),
     ...softcapArguments(problem),
-    ...mapsOf(context, shape),
+    ...(exact ? exactMapsOf(context, shape) : mapsOf(context, shape)),
     ...(splits > 1 ? [] : sinkArgumentsOf(problem)),
     ...blockArgumentsOf(context, listedTilesOf(shape)),
   ]);
@@ -299,16 +375,16 @@ function attend(context: Context): Pick<LaunchSequence, 'launches' | 'scratch'> 
   const shape = shapeOf(context);
   const { config, queryTiles, units, splits } = shape;
   if (queryTiles * units === 0) return { launches: [], scratch: {} };
-  const fused = config.fusedQuery !== undefined;
+  const quantizes = config.qkFormat === 's8' && config.fusedQuery === undefined;
   return {
     launches: [
-      ...(fused ? [] : [quantizeQueryLaunch(context)]),
+      ...(quantizes ? [quantizeQueryLaunch(context)] : []),
       ...tileListLaunches(context, listedTilesOf(shape)),
       attentionLaunch(context, shape),
       ...combineLaunches(context, splits),
     ],
     scratch: {
-      ...(fused ? {} : queryScratch(context)),
+      ...(quantizes ? queryScratch(context) : {}),
       ...tileListScratch(context, listedTilesOf(shape)),
       ...combineScratch(context, splits),
     },
@@ -317,5 +393,24 @@ function attend(context: Context): Pick<LaunchSequence, 'launches' | 'scratch'> 
 
 /** Scores of ordinary inputs stay below 2^36. From there on, between two floats lie more than the 128 that P's exponents are kept within. */
 const MOST_SM_SCALE = 2 ** 30;
+
+/** Whether the copies of this kernel take 16-bit operands as they lie: rows of whole chunks of 16 bytes, none twice. */
+export function takesAsTheyLie({ problem, device }: Context): boolean {
+  const { q, k, v, batch, queryHeads, kvHeads, queryLength, keyLength, sequences, headDim, valueDim, dtype } = problem;
+  const entries = sequences === undefined ? batch : 1;
+  const alignment = device.pointerAlignment ?? 16;
+  const takes = (operand: OperandLayout, dim: number, heads: number, tokens: number) =>
+    loadWidthOf(operand, dim, dtype, alignment) === 8 &&
+    [
+      [entries, operand.batchStride],
+      [heads, operand.headStride],
+      [tokens, operand.tokenStride],
+    ].every(([count, stride]) => (count as number) <= 1 || ((stride as number) > 0 && (stride as number) < 2 ** 38));
+  return (
+    takes(q, headDim, queryHeads, queryLength) &&
+    takes(k, headDim, kvHeads, keyLength) &&
+    takes(v, valueDim, kvHeads, keyLength)
+  );
+}
 
 export const WGMMA: FamilyLaunches = { mostSmScale: MOST_SM_SCALE, keyValue, attend };

@@ -76,6 +76,12 @@ const RARE: readonly Features[] = [
   { name: 'block mask', blockMask: true },
   { name: 'block mask, causal, LSE', blockMask: true, causal: true, lse: true },
 ];
+/** Nothing is smoothed, nor wider, where nothing is quantized. */
+const EXACT_RARE: readonly Features[] = [
+  ...RARE.filter(({ dtype, smoothV }) => dtype !== 'float32' && smoothV !== true),
+  { name: 'sinks, LSE', sinks: 'bfloat16', lse: true },
+];
+
 const WGMMA_RARE: readonly Features[] = [
   { name: 'boolean mask', mask: 'bool' },
   { name: 'additive mask, LSE', mask: 'float16', lse: true },
@@ -183,7 +189,7 @@ function configurationsOf(family: Family, thorough: boolean): Configuration[] {
       const main = attention && plain && isDefault && dims[0] === dims[1];
       const { descriptor, pvAccumDtype } = choice;
       const label = [name, descriptor.name, pvAccumDtype, sizesOf(dims), features.name, target].join(' ');
-      const spillLimit = DEBTS[label] ?? (main || !attention ? 0 : plain ? 16 : 128);
+      const spillLimit = DEBTS[label] ?? (main || !attention || family === 'exact' ? 0 : plain ? 16 : 128);
       found.set(module.id, { family, name: label, kernel: module.kernel, main, spillLimit });
     }
   };
@@ -198,8 +204,9 @@ function configurationsOf(family: Family, thorough: boolean): Configuration[] {
     for (const [rank, choice] of kernels.flatMap((descriptor) => [...choicesOf(descriptor).entries()])) {
       const dimsHere = thorough ? DIMS : DIMS.filter(([d]) => rank === 0 && d === 128);
       for (const dims of dimsHere) for (const features of PLAIN) add(choice, rank === 0, target, dims, features);
-      if (rank > 0 || !(thorough || target === 'sm_89')) continue;
-      for (const features of RARE) {
+      const isHopper = family === 'exact' && target === 'sm_90a';
+      if (rank > 0 || !(thorough || target === 'sm_89' || isHopper)) continue;
+      for (const features of family === 'exact' ? EXACT_RARE : RARE) {
         add({ ...choice, smoothV: features.smoothV ?? false }, true, target, [128, 128], features);
       }
     }

@@ -16,6 +16,8 @@ import { staged, TileCopies } from './copies.ts';
 import { writeResults } from './epilogue.ts';
 import { Fp4Products } from './fp4-products.ts';
 import { type Frame, makeFrame, placeAndWork, type ThreadPlace } from './frame.ts';
+import { copyGivenQuery } from './given.ts';
+import { inspectValues } from './inspect-values.ts';
 import { Parked } from './parked.ts';
 import { multiplyKeys, multiplyValues } from './products.ts';
 import { softmax } from './softmax.ts';
@@ -40,10 +42,13 @@ export function attention(config: AttentionConfig): Kernel {
   b.section('prologue: Q, first K and V on their way');
   const warpRow = b.mul(place.warp, config.rowsPerWarp);
   b.if(b.setp('lt', walk.position, work.lastTile), () => {
-    const { keyHead, paddedKeyStart } = work;
+    const { sequence, keyHead, paddedKeyStart, keyStart, keyLength } = work;
     const { tile, position } = walk.first(work);
-    copies.copyQuery(queryRow, shared);
-    const keys = { keyHead, paddedKeyStart, firstKeyTile: b.shr(keyRow, 6) };
+    if (frame.given === undefined) copies.copyQuery(queryRow, shared);
+    else copyGivenQuery(frame, work);
+    const start = frame.given === undefined ? paddedKeyStart : keyStart;
+    const place = { sequence, length: b.as(keyLength, 's32'), firstKeyTile: b.shr(keyRow, 6) };
+    const keys = { keyHead, paddedKeyStart: start, ...place };
     copies.copyKey(
       keys,
       tile,
@@ -56,7 +61,10 @@ export function attention(config: AttentionConfig): Kernel {
     }
     b.cpAsyncCommitGroup();
   });
-  const queryScale = loadQueryScale(frame, place, b.add(queryRow, warpRow));
+  const queryScale =
+    frame.given === undefined
+      ? loadQueryScale(frame, place, b.add(queryRow, warpRow))
+      : b.loadParameter(frame.scoreScale);
   const state = makeState(frame);
   const lanes = laneAddresses(frame, place, warpRow, shared);
   const parked = new Parked(frame, place, work, queryRow, copies, queryScale);
@@ -109,6 +117,7 @@ function valueLaneAddress({ b, config, tiles }: Frame, thread: Reg<'u32'>): Reg<
   const [low16, high16, low8, octet] = [b.and(lane, 15), b.shr(lane, 4), b.and(lane, 7), b.shr(lane, 3)];
   const place = {
     f16: () => laneOffset(b, layout, low16, high16),
+    bf16: () => laneOffset(b, layout, low16, high16),
     e4m3: () => laneOffset(b, layout, low8, octet),
     'e4m3-as-f16': () => laneOffset(b, layout, lane, b.constant('u32', 0)),
     e2m1: () => laneOffset(b, layout, b.add(b.shl(high16, 3), low8), b.and(octet, 1)),
@@ -144,7 +153,7 @@ function attendTile(loop: Loop): void {
   b.barSync();
   const { tile, position } = walk.now();
   // Loaded here because its latency is about as long as QK^T.
-  const keyScale = loadKeyScale(loop, tile);
+  const keyScale = frame.given === undefined ? loadKeyScale(loop, tile) : b.constant('f32', 1);
   const unit = fp4Values ? loadValueUnit(loop, tile) : undefined;
   fetchTiles(loop, tile);
   const fp4 = fp4Keys || fp4Values ? new Fp4Products(frame, parked, position) : undefined;
@@ -153,13 +162,24 @@ function attendTile(loop: Loop): void {
   const keys = staged(frame, lanes.key, tiles.key, position);
   if (fp4Keys) fp4?.multiplyKeys(scores, seeds, lanes.query, keys);
   else multiplyKeys(frame, scores, seeds, lanes.query, keys);
-  softmax({ frame, parked, tile, cut: walk.isCut(), scores, state: loop.softmax, output, keyScale });
-
-  if (config.valueStages === 1) {
+  if (config.keyStages === 1) {
+    b.barSync();
+    fetchKeys(loop);
+  }
+  const awaitValues = () => {
+    if (config.valueStages === 2) return;
     b.section('V of this tile has landed');
     b.cpAsyncWaitGroup(1);
     b.barSync();
+  };
+  if (frame.given !== undefined) {
+    // The softmax must know which values are not finite.
+    awaitValues();
+    inspectValues(frame, parked, tile, staged(frame, b.sharedAddress(tiles.value.base), tiles.value, position));
   }
+  softmax({ frame, parked, tile, cut: walk.isCut(), scores, state: loop.softmax, output, keyScale });
+
+  if (frame.given === undefined) awaitValues();
   b.section('O += P V');
   const lane = lanes.value ?? valueLaneAddress(frame, parked.threadNow());
   const base = config.valueStages === 1 ? lane : staged(frame, lane, tiles.value, position);
@@ -187,11 +207,17 @@ function loadValueUnit({ frame, parked }: Loop, tile: Reg<'s32'>): Reg<'f32'> {
 
 /** Sends for the next tile of K and V, or for this one's V where it has one buffer. */
 function fetchTiles({ frame, copies, parked, walk }: Loop, tile: Reg<'s32'>): void {
-  const { b, config, tiles } = frame;
+  const { b, config } = frame;
   if (config.valueStages === 1) {
     copies.copyValue(parked.reload(), tile, walk.position, parked.valueDestination());
     b.cpAsyncCommitGroup();
   }
+  if (config.keyStages === 2) fetchKeys({ frame, copies, parked, walk });
+}
+
+/** Sends for the next tile of K, and of V where it has two buffers. */
+function fetchKeys({ frame, copies, parked, walk }: Pick<Loop, 'frame' | 'copies' | 'parked' | 'walk'>): void {
+  const { b, config, tiles } = frame;
   b.if(b.setp('lt', b.add(walk.position, 1), parked.lastTile()), () => {
     const { tile: next, position } = walk.next(parked);
     copies.copyKey(parked.reload(), next, position, staged(frame, parked.keyDestination(), tiles.key, position));

@@ -1,9 +1,17 @@
 /** Configurations of the `mma.sync` kernel, and what launches must know of it. */
 import type { DType } from '../../../../tensor/dtype.ts';
 import type { Target } from '../../ptx/targets.ts';
+import type { LoadWidth } from '../parts/elements.ts';
 
 /** Keys of a tile. */
 export const BLOCK_K = 64;
+
+/** What kernels of 16-bit operands must know of the caller's tensors. */
+export interface GivenOperands {
+  readonly headDim: number;
+  /** Elements of the largest load that each tensor's place allows. */
+  readonly loadWidths: Readonly<Record<'query' | 'key' | 'value', LoadWidth>>;
+}
 
 export interface AttentionConfig {
   readonly target: Target;
@@ -11,7 +19,7 @@ export interface AttentionConfig {
    * `e2m1`: NVFP4 on tensor cores that scale blocks. `e2m1-as-f16`: K unpacked to FP16 on its way to the tensor core,
    * and Q in FP16, in the order of `unpackCodes`.
    */
-  readonly qkFormat: 's8' | 's4' | 'e2m1' | 'e2m1-as-f16';
+  readonly qkFormat: 's8' | 's4' | 'e2m1' | 'e2m1-as-f16' | 'f16' | 'bf16';
   /** Bytes of a quantized token of K: D padded to 32 (INT8), or to 64 and halved (INT4, FP4). */
   readonly qkRowBytes: number;
   /** The same for Q, or for FP16. */
@@ -21,7 +29,7 @@ export interface AttentionConfig {
    * in FP8, converted to FP16 on its way to the tensor core, and P in FP16: where `mma.sync` has no FP8. `e2m1`: V in
    * NVFP4, tiles of channels by tokens, and P too. `e2m1-as-f16`: V in NVFP4, unpacked to FP16.
    */
-  readonly pvFormat: 'f16' | 'e4m3' | 'e4m3-as-f16' | 'e2m1' | 'e2m1-as-f16';
+  readonly pvFormat: 'f16' | 'bf16' | 'e4m3' | 'e4m3-as-f16' | 'e2m1' | 'e2m1-as-f16';
   /** With V in NVFP4: P in NVFP4 too, in two levels, and rows divided by the sum of the rounded P. Else P in FP16. */
   readonly quantizedWeights: boolean;
   /**
@@ -37,6 +45,10 @@ export interface AttentionConfig {
   readonly minBlocksPerMultiprocessor: number;
   /** 2: V is fetched a tile ahead like K. 1: behind its own tile's QK^T, where shared memory is short. */
   readonly valueStages: 1 | 2;
+  /** 2: K is fetched a tile ahead. 1: behind its own QK^T, where shared memory is shorter still. */
+  readonly keyStages: 1 | 2;
+  /** Of the caller's 16-bit operands; undefined where Q, K and V are quantized. */
+  readonly given: GivenOperands | undefined;
   /** Rows of Q that share a set of scales, and how many are in the set: [128, 1], [32, 1] or [32, 8]. */
   readonly queryScales: readonly [rows: number, scales: number];
   /** Scales of a K tile: 1, or 4 when per thread. */
@@ -107,6 +119,21 @@ export const ATTENTION_STRIDES = [
 /** Pointers of NVFP4's scales, which only kernels with such operands take. */
 export const FP4_POINTERS = ['queryBlockScale', 'keyBlockScale', 'valueBlockScale', 'valueTileScale'] as const;
 
+/** Strides in bytes of the caller's 16-bit operands, which only kernels that read these take. */
+export const GIVEN_STRIDES = [
+  'queryBatch',
+  'queryHead',
+  'queryToken',
+  'keyBatch',
+  'keyHead',
+  'keyToken',
+  'valueBatch',
+  'valueHead',
+  'valueToken',
+] as const;
+
+/** Q, K and V are the caller's, in 16 bits. */
+export const isExact = ({ qkFormat }: Pick<AttentionConfig, 'qkFormat'>) => qkFormat === 'f16' || qkFormat === 'bf16';
 /** Q and K are NVFP4. */
 export const hasFp4Keys = ({ qkFormat }: Pick<AttentionConfig, 'qkFormat'>) => qkFormat.startsWith('e2m1');
 /** V is NVFP4; the rows of K are in an order that makes the accumulators of Q K^T the operand of P V then. */

@@ -4,16 +4,8 @@ import type { Parameter, Reg } from '../../ptx/types.ts';
 import { offset } from '../parts/addresses.ts';
 import { type TileCopy, tileCopy } from '../parts/copies.ts';
 import { blockQueries } from './config.ts';
-import type { Frame } from './frame.ts';
-
-/** Where a head's keys and values are: as the prologue has it, or reloaded. */
-export interface KeyPlace {
-  readonly keyHead: Reg<'u32'>;
-  readonly paddedKeyStart: Reg<'u32'>;
-  readonly firstKeyTile: Reg<'u32'>;
-  /** The thread's number; default `%tid.x`. */
-  readonly thread?: Reg<'u32'>;
-}
+import type { Frame, KeyPlace } from './frame.ts';
+import { copyGivenKeys } from './given.ts';
 
 export class TileCopies {
   readonly #frame: Frame;
@@ -109,6 +101,10 @@ export class TileCopies {
   /** @param position the tile's place among those that are taken, which says what buffer its scales go to */
   copyKey(place: KeyPlace, tile: Reg<'s32'>, position: Reg<'s32'>, into: Reg<'shared'>): void {
     const { b, config, pointer, fp4, tiles } = this.#frame;
+    if (this.#frame.given !== undefined) {
+      copyGivenKeys(this.#frame, 'key', place, tile, position);
+      return;
+    }
     if (tiles.keyScales !== undefined) {
       const index = b.add(place.firstKeyTile, b.as(tile, 'u32'));
       const into = this.#scaleStage(tiles.keyScales, position);
@@ -122,6 +118,10 @@ export class TileCopies {
   /** @param position as for {@link copyKey} */
   copyValue(place: KeyPlace, tile: Reg<'s32'>, position: Reg<'s32'>, into: Reg<'shared'>): void {
     const { b, config, pointer, integer, fp8, fp4, fp4Values, tiles, valueRowBytes } = this.#frame;
+    if (this.#frame.given !== undefined) {
+      copyGivenKeys(this.#frame, 'value', place, tile, position);
+      return;
+    }
     const base = b.loadPointer(pointer.value);
     if (fp4Values) {
       const index = b.add(place.firstKeyTile, b.as(tile, 'u32'));
@@ -147,6 +147,14 @@ export class TileCopies {
   }
 }
 
-/** A place in the one of two buffers that a tile goes to: at even positions to the first, at odd ones to the second. */
-export const staged = ({ b }: Frame, at: Reg<'shared'>, buffer: SharedTile, position: Reg<'s32'>): Reg<'shared'> =>
-  b.as(b.mad(b.as(b.and(position, 1), 'u32'), buffer.bytes, b.as(at, 'u32')), 'shared');
+/** A place in the one of two buffers, if there are two, that a tile goes to: at even positions to the first, at odd ones to the second. */
+export function staged(
+  { b, config, tiles }: Frame,
+  at: Reg<'shared'>,
+  buffer: SharedTile,
+  position: Reg<'s32'>,
+): Reg<'shared'> {
+  const stages = buffer === tiles.key ? config.keyStages : buffer === tiles.value ? config.valueStages : 2;
+  if (stages === 1) return at;
+  return b.as(b.mad(b.as(b.and(position, 1), 'u32'), buffer.bytes, b.as(at, 'u32')), 'shared');
+}

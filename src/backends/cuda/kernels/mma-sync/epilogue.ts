@@ -58,7 +58,7 @@ export function writeResults(
     const row = b.as(b.add(rowIndex, 8 * r), 'u32');
     const { sum, exact } = rowSums(frame, state, r);
     // A row of Q that is not finite has a NaN bias.
-    const bias = b.ld('f32', rowBias, r * 32, { readOnly: true });
+    const bias = frame.given === undefined ? b.ld('f32', rowBias, r * 32, { readOnly: true }) : b.constant('f32', 0);
     const { empty, factor } = rowFactor(b, sum, bias, unitOf(frame, output));
     b.if(b.setp('lt', row, queryLength), () => {
       const joined = joinRowSink(results, row, { sum, max, empty, bias }, exact);

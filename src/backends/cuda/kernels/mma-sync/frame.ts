@@ -18,6 +18,7 @@ import {
   BLOCK_K,
   blockQueries,
   FP4_POINTERS,
+  GIVEN_STRIDES,
   hasFp4Keys,
   hasFp4Values,
 } from './config.ts';
@@ -46,6 +47,8 @@ export interface Frame {
   readonly fp4: Readonly<Record<(typeof FP4_POINTERS)[number], Parameter<'u64'>>> | undefined;
   readonly fp4Keys: boolean;
   readonly fp4Values: boolean;
+  /** Strides of the caller's 16-bit operands; undefined where Q, K and V are quantized. */
+  readonly given: Readonly<Record<(typeof GIVEN_STRIDES)[number], Parameter<'u64'>>> | undefined;
   readonly valueRowBytes: number;
   /** Added to every exponent, less the head's shift where P and V share FP16's range ({@link exponentOffsetOf}). */
   readonly exponentOffset: number;
@@ -57,7 +60,7 @@ export interface Frame {
    */
   readonly scoresAreFloat: boolean;
   readonly tiles: Readonly<Record<'parked' | 'parkedScales' | 'parkedCopies' | 'query' | 'key' | 'value', SharedTile>> &
-    Readonly<Partial<Record<'queryScales' | 'keyScales' | 'valueScales', SharedTile>>>;
+    Readonly<Partial<Record<'queryScales' | 'keyScales' | 'valueScales' | 'faults', SharedTile>>>;
   /**
    * Where a thread's scores lie: column 0 is `firstColumn` of twice the thread's number in its four, others so far
    * behind it.
@@ -89,6 +92,7 @@ export function makeFrame(config: AttentionConfig): Frame {
   };
   const [fp4Keys, fp4Values] = [hasFp4Keys(config), hasFp4Values(config)];
   const fp4 = fp4Keys || fp4Values ? pointers(b, FP4_POINTERS) : undefined;
+  const given = config.given === undefined ? undefined : pointers(b, GIVEN_STRIDES);
   const sinks = sinkParameters(b, config.sinks);
   const blocks = config.blocks ? blockParameters(b) : undefined;
 
@@ -101,7 +105,7 @@ export function makeFrame(config: AttentionConfig): Frame {
   const parkedCopies = b.shared('where copies go', 1, rowMajor(threads * 4));
   const query = b.shared('query', blockQueries(config), swizzled(queryRowBytes));
   const key = b.shared('key', BLOCK_K, swizzled(qkRowBytes));
-  b.shared('key, second stage', BLOCK_K, key.layout);
+  if (config.keyStages === 2) b.shared('key, second stage', BLOCK_K, key.layout);
   const value = b.shared('value', valueRows, swizzled(valueRowBytes));
   if (config.valueStages === 2) b.shared('value, second stage', valueRows, value.layout);
   const scales = {
@@ -111,6 +115,8 @@ export function makeFrame(config: AttentionConfig): Frame {
       : {}),
     ...(fp4Keys ? { keyScales: scaleTile(b, 'scales of K', qkRowBytes / 32, BLOCK_K, 2) } : {}),
     ...(fp4Values ? { valueScales: scaleTile(b, 'scales of V', 1, paddedValueDim, config.valueStages) } : {}),
+    // A byte for each token.
+    ...(given === undefined ? {} : { faults: b.shared('faults of V', 1, rowMajor(BLOCK_K)) }),
   };
 
   const floatMask = config.mask !== 'none' && config.mask !== 'boolean';
@@ -118,10 +124,10 @@ export function makeFrame(config: AttentionConfig): Frame {
     ...{ b, config, threads, ...parameters },
     ...{ rowTiles: rowsPerWarp / 16, threadRows: rowsPerWarp / 8, keyTiles: BLOCK_K / 8 },
     ...{ channelTiles: paddedValueDim / 8, fp8, valueRowBytes },
-    ...{ fp4, fp4Keys, fp4Values, sinks, blocks },
+    ...{ fp4, fp4Keys, fp4Values, given, sinks, blocks },
     exponentOffset: config.quantizedWeights ? Math.log2(FP4_MAX) : pvFormat === 'e4m3' ? LOG2_E4M3_MAX : 0,
     sharesRange: pvFormat === 'e4m3' && config.accumulate === 'f16-per-tile',
-    scoresAreFloat: config.softcap || config.smoothQ || floatMask || fp4Keys,
+    scoresAreFloat: config.softcap || config.smoothQ || floatMask || fp4Keys || given !== undefined,
     tiles: { parked, parkedScales, parkedCopies, query, key, value, ...scales },
     firstColumn: (t2) => (fp4Values ? b.shl(t2, 2) : t2),
     columnOf: (fragment, value) =>
@@ -143,6 +149,18 @@ export interface ThreadPlace {
   readonly warp: Reg<'u32'>;
   /** lane / 4: the thread's first row in a fragment. */
   readonly g: Reg<'u32'>;
+}
+
+/** Where a head's keys and values are: as the prologue has it, or reloaded. */
+export interface KeyPlace {
+  readonly keyHead: Reg<'u32'>;
+  readonly paddedKeyStart: Reg<'u32'>;
+  readonly firstKeyTile: Reg<'u32'>;
+  /** Of the caller's tensors; `paddedKeyStart` is the sequence's first key there. */
+  readonly sequence: Reg<'u32'>;
+  readonly length: Reg<'s32'>;
+  /** The thread's number; default `%tid.x`. */
+  readonly thread?: Reg<'u32'>;
 }
 
 /** The CTA's tile of Q, and the keys that its rows see. */

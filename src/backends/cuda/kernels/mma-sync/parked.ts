@@ -5,8 +5,8 @@
 import type { Reg } from '../../ptx/types.ts';
 import { offset } from '../parts/addresses.ts';
 import { at } from '../parts/lists.ts';
-import type { KeyPlace, TileCopies } from './copies.ts';
-import type { Frame, ThreadPlace, Work } from './frame.ts';
+import type { TileCopies } from './copies.ts';
+import type { Frame, KeyPlace, ThreadPlace, Work } from './frame.ts';
 
 /** Values that are reloaded. */
 export interface Reloaded extends Required<KeyPlace> {
@@ -47,7 +47,8 @@ export class Parked {
     const offsetOfHead = frame.sharesRange ? b.as(loadExponentOffset(frame, work), 's32') : b.constant('s32', 0);
     b.when(b.setp('eq', thread, 0), () => {
       b.stVector([work.sequence, work.head, work.keyHead, work.queryStart], base, parked.base);
-      b.stVector([work.queryLength, work.firstRow, queryRow, work.paddedKeyStart], base, parked.base + 16);
+      const keyStart = frame.given === undefined ? work.paddedKeyStart : work.keyStart;
+      b.stVector([work.queryLength, work.firstRow, queryRow, keyStart], base, parked.base + 16);
       b.stVector([work.lower, work.upper, work.keyLength, work.lastTile], base, parked.base + 32);
       b.stVector([work.wholeFrom, work.wholeUntil, b.constant('s32', 0), offsetOfHead], base, parked.base + 48);
       if (work.list !== undefined) b.st(work.list, base, parked.base + 64);

@@ -7,11 +7,11 @@ import { BLOCK_K } from './config.ts';
 import type { Frame } from './frame.ts';
 import type { Output, Scores, Seeds } from './state.ts';
 
-/** S = Q K^T, on top of the bits of 1.5 * 2^23. `query` and `key` are this lane's places in ldmatrix. */
+/** S = Q K^T, of codes on top of the bits of 1.5 * 2^23. `query` and `key` are this lane's places in ldmatrix. */
 export function multiplyKeys(
   frame: Frame,
   scores: Scores,
-  { magic }: Seeds,
+  { magic, zeroScores }: Seeds,
   query: Reg<'shared'>,
   key: Reg<'shared'>,
 ): void {
@@ -29,7 +29,13 @@ export function multiplyKeys(
       for (let half = 0; half < 2; half++) {
         for (let m = 0; m < rowTiles; m++) {
           const d = at(at(scores.integers, m), 2 * pair + half);
-          multiplyCodes(frame, d, at(q, m), keys.slice(2 * half, 2 * half + 2), k === 0 ? magic : d);
+          multiplyCodes(
+            frame,
+            d,
+            at(q, m),
+            keys.slice(2 * half, 2 * half + 2),
+            k === 0 ? (frame.given === undefined ? magic : zeroScores) : d,
+          );
         }
       }
     }
@@ -43,8 +49,17 @@ function multiplyCodes(
   keys: readonly Reg<'b32'>[],
   c: readonly Reg<'s32'>[],
 ): void {
-  const as = <K extends 's8x4' | 's4x8'>(registers: readonly Reg<'b32'>[], kind: K) =>
+  const as = <K extends 's8x4' | 's4x8' | 'f16x2' | 'bf16x2'>(registers: readonly Reg<'b32'>[], kind: K) =>
     registers.map((register) => b.as(register, kind) as Reg<K>);
+  const floats = (registers: readonly Reg<'s32'>[]) => registers.map((register) => b.as(register, 'f32'));
+  if (config.qkFormat === 'f16') {
+    b.mma('m16n8k16.row.col.f32.f16.f16.f32', floats(d), as(q, 'f16x2'), as(keys, 'f16x2'), floats(c));
+    return;
+  }
+  if (config.qkFormat === 'bf16') {
+    b.mma('m16n8k16.row.col.f32.bf16.bf16.f32', floats(d), as(q, 'bf16x2'), as(keys, 'bf16x2'), floats(c));
+    return;
+  }
   if (config.qkFormat === 's8') b.mma('m16n8k32.row.col.s32.s8.s8.s32', d, as(q, 's8x4'), as(keys, 's8x4'), c);
   else b.mma('m16n8k64.row.col.s32.s4.s4.s32', d, as(q, 's4x8'), as(keys, 's4x8'), c);
 }
@@ -115,7 +130,7 @@ function multiplyHalvesPerTile(product: Product): void {
 function halfLoader({ frame, base }: Product) {
   const { b, tiles } = frame;
   const valueAt = chunkAddresses(b, tiles.value.layout, base);
-  return (k: number, pair: number) => {
+  return (k: number, pair: number): Reg<'f16x2'>[] => {
     const [address, byte] = valueAt(2 * pair);
     return b.ldmatrix('f16x2', 4, address, byte + k * 16 * tiles.value.layout.rowBytes, true);
   };
@@ -170,11 +185,14 @@ function multiplyFp8(product: Product): void {
   }
 }
 
-/** P of one 16-row tile and 16 keys as the A fragment of mma.m16n8k16. */
+/** P of one 16-row tile and 16 keys as the A fragment of mma.m16n8k16; in BF16 where V is, whatever the registers are called. */
 function halfFragment({ frame, weights }: Product, m: number, k: number): Reg<'f16x2'>[] {
   const [left, right] = [at(at(weights.floats, m), 2 * k), at(at(weights.floats, m), 2 * k + 1)];
-  const pair = (fragment: readonly Reg<'f32'>[], i: number) =>
-    frame.b.cvtPack('f16x2', at(fragment, i), at(fragment, i + 1));
+  const { b, config } = frame;
+  const pair = (fragment: readonly Reg<'f32'>[], i: number): Reg<'f16x2'> => {
+    const both = [at(fragment, i), at(fragment, i + 1)] as const;
+    return config.pvFormat === 'bf16' ? b.as(b.cvtPack('bf16x2', ...both), 'f16x2') : b.cvtPack('f16x2', ...both);
+  };
   return [pair(left, 0), pair(left, 2), pair(right, 0), pair(right, 2)];
 }
 
@@ -201,7 +219,10 @@ function mmaHalf(
   v: readonly Reg<'f16x2'>[],
 ): void {
   const { b, config } = frame;
-  if (config.accumulate === 'f16') b.mma('m16n8k16.row.col.f16.f16.f16.f16', at(at(output.halves, m), n), p, v);
+  if (config.pvFormat === 'bf16') {
+    const brains = (halves: readonly Reg<'f16x2'>[]) => halves.map((half) => b.as(half, 'bf16x2'));
+    b.mma('m16n8k16.row.col.f32.bf16.bf16.f32', at(at(output.floats, m), n), brains(p), brains(v));
+  } else if (config.accumulate === 'f16') b.mma('m16n8k16.row.col.f16.f16.f16.f16', at(at(output.halves, m), n), p, v);
   else b.mma('m16n8k16.row.col.f32.f16.f16.f32', at(at(output.floats, m), n), p, v);
 }
 

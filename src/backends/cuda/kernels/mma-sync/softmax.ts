@@ -7,7 +7,7 @@ import { MAGIC, MIN_SCALE } from '../parts/constants.ts';
 import { headAddress } from '../parts/epilogue.ts';
 import { at, maxOf } from '../parts/lists.ts';
 import { quadMax } from '../parts/quad.ts';
-import { capScores, excludeBeyondBand, keyFactors, maskRow, spreadFaults } from '../parts/scores.ts';
+import { capScores, excludeBeyondBand, keyFactors, maskRow, spreadFaultBytes, spreadFaults } from '../parts/scores.ts';
 import { type AttentionConfig, BLOCK_K } from './config.ts';
 import type { Frame } from './frame.ts';
 import { exponentOffsetOf, type Parked } from './parked.ts';
@@ -55,7 +55,8 @@ export function softmax(self: ScoreTile): void {
   if (config.mask !== 'none') maskScores(self, config.mask);
   excludeKeys(self);
   excludeBlocks(self);
-  handleSpecialKeys(self, units);
+  if (frame.given === undefined) handleSpecialKeys(self, units);
+  else markFaultyValues(self);
   // Computed from the scale again, which costs less than a register that holds it from there.
   if (!scoresAreFloat && exponentOffset !== 0) units = { ...units, zero: b.mul(units.scale, -MAGIC) };
   raiseMaxima(self, tileMaxima(self, units));
@@ -109,6 +110,10 @@ function scaled({ b }: Frame, value: Reg<'f32'>, { scale, zero }: ScoreUnits, in
 
 function scoreUnits({ frame, parked, keyScale }: ScoreTile): ScoreUnits {
   const { b } = frame;
+  if (frame.given !== undefined) {
+    const scale = b.loadParameter(frame.scoreScale);
+    return { scale, zero: undefined, signed: scale };
+  }
   const signed = b.mul(parked.queryScale(), keyScale);
   const whole = b.max(b.abs(signed), MIN_SCALE);
   if (frame.fp4Keys) return { scale: whole, zero: undefined, signed };
@@ -148,6 +153,7 @@ function finishScores(self: ScoreTile, units: ScoreUnits): void {
   else scores.each((score) => scaled(frame, score, units));
   if (!config.softcap) return;
   capScores(b, softcap, scores.each, () => {
+    if (frame.given !== undefined) return Array.from({ length: threadRows }, () => b.constant('f32', 0));
     const { rowBias } = parked.reload();
     return Array.from({ length: threadRows }, (_, r) => b.ld('f32', rowBias, r * 32, { readOnly: true }));
   });
@@ -193,14 +199,37 @@ function maskScores({ frame, parked, tile, scores }: ScoreTile, kind: Exclude<At
   }
 }
 
+/** The tile has keys beyond the last, or out of a row's band. */
+function reachesOut({ b, config }: Frame, parked: Parked, tileStart: Reg<'s32'>): Reg<'pred'> {
+  const whole = parked.wholeKeys();
+  const beyond = b.setp('gt', b.add(tileStart, BLOCK_K), whole.until);
+  return config.banded ? b.orPred(beyond, b.setp('lt', tileStart, whole.from)) : beyond;
+}
+
+/** Emits what only a tile of which some row may not see some key needs. */
+export function atEdges(frame: Frame, parked: Parked, tile: Reg<'s32'>, body: () => void): void {
+  const { b, config, blocks } = frame;
+  if (config.mask !== 'none' || blocks !== undefined) body();
+  else b.if(reachesOut(frame, parked, b.shl(tile, 6)), body);
+}
+
+/** Keys whose values are not finite make the rows that see them NaN; see `inspect-values.ts`. */
+function markFaultyValues({ frame, parked, tile, scores }: ScoreTile): void {
+  const { b, tiles } = frame;
+  const { faults } = tiles;
+  if (faults === undefined) return;
+  b.section('values that are not finite');
+  atEdges(frame, parked, tile, () => {
+    const { t2 } = parked.reload();
+    spreadFaultBytes(b, b.add(b.sharedAddress(faults.base), b.as(t2, 'shared')), scores.each);
+  });
+}
+
 function excludeKeys({ frame, parked, tile, scores }: ScoreTile): void {
   const { b, config, threadRows } = frame;
   b.section('keys outside the band or beyond the last');
   const tileStart = b.shl(tile, 6);
-  const whole = parked.wholeKeys();
-  let edge = b.setp('gt', b.add(tileStart, BLOCK_K), whole.until);
-  if (config.banded) edge = b.orPred(edge, b.setp('lt', tileStart, whole.from));
-  b.if(edge, () => {
+  b.if(reachesOut(frame, parked, tileStart), () => {
     const { rowIndex, length, lower, upper, t2 } = parked.reload();
     const token = (r: number) => (config.sameBand ? b.constant('s32', 0) : b.add(rowIndex, 8 * r));
     const origin = b.add(tileStart, b.as(frame.firstColumn(t2), 's32'));

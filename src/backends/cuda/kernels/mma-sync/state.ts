@@ -29,6 +29,8 @@ export interface Seeds {
   /** The bits of 1.5 * 2^23. */
   readonly magic: readonly Reg<'s32'>[];
   readonly zeros: readonly Reg<'f32'>[];
+  /** The same registers, as scores are kept. */
+  readonly zeroScores: readonly Reg<'s32'>[];
   readonly zeroHalves: readonly Reg<'f16x2'>[];
 }
 
@@ -45,9 +47,14 @@ export function makeState({ b, config, rowTiles, threadRows, channelTiles, fp4Va
   }
   const magic = times(4, () => b.constant('s32', MAGIC_BITS));
   const zeros = times(4, () => b.constant('f32', 0));
+  const zeroScores = zeros.map((zero) => b.as(zero, 's32'));
   const zeroHalves = zeros.slice(0, 2).map((zero) => b.as(zero, 'f16x2'));
   const unit = fp4Values ? b.constant('f32', 0) : undefined;
-  return { softmax: { max, sum, exactSum }, output: { ...output, unit }, seeds: { magic, zeros, zeroHalves } };
+  return {
+    softmax: { max, sum, exactSum },
+    output: { ...output, unit },
+    seeds: { magic, zeros, zeroScores, zeroHalves },
+  };
 }
 
 /**

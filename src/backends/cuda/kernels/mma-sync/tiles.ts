@@ -3,7 +3,13 @@ import { TARGET_FEATURES, type Target } from '../../ptx/targets.ts';
 import { roundUp } from '../parts/constants.ts';
 import type { AttentionConfig } from './config.ts';
 
-export type TileConfig = Pick<AttentionConfig, 'warps' | 'rowsPerWarp' | 'minBlocksPerMultiprocessor' | 'valueStages'>;
+export type TileConfig = Pick<
+  AttentionConfig,
+  'warps' | 'rowsPerWarp' | 'minBlocksPerMultiprocessor' | 'valueStages'
+> & {
+  /** Default 2. */
+  readonly keyStages?: AttentionConfig['keyStages'];
+};
 
 interface TileRule {
   /** Largest padded Dv, and largest bytes of a quantized token. */
@@ -17,6 +23,8 @@ interface TileRule {
   readonly smoothQ?: true;
   /** It applies only where FP4 is unpacked to FP16. */
   readonly unpacksFp4?: true;
+  /** It applies to 16-bit operands, and others do not. */
+  readonly exact?: true;
   readonly tile: TileConfig;
 }
 
@@ -27,6 +35,31 @@ interface TileRule {
  * on sm_80, V is fetched behind its own tile's QK^T.
  */
 const TILE_RULES: readonly TileRule[] = [
+  // 16-bit operands: K and V take twice the shared memory. With 32 rows a warp's sums and scores fit up to Dv = 64.
+  {
+    valueDim: 64,
+    qkRowBytes: 128,
+    exact: true,
+    tile: { warps: 4, rowsPerWarp: 32, minBlocksPerMultiprocessor: 2, valueStages: 2 },
+  },
+  ...([2, 1] as const).map((minBlocksPerMultiprocessor) => ({
+    valueDim: 128,
+    qkRowBytes: 256,
+    exact: true as const,
+    tile: { warps: 4, rowsPerWarp: 16, minBlocksPerMultiprocessor, valueStages: 2 } as const,
+  })),
+  ...(
+    [
+      { valueStages: 2, keyStages: 2 },
+      { valueStages: 1, keyStages: 2 },
+      { valueStages: 1, keyStages: 1 },
+    ] as const
+  ).map((stages) => ({
+    valueDim: 256,
+    qkRowBytes: 512,
+    exact: true as const,
+    tile: { warps: 4, rowsPerWarp: 16, minBlocksPerMultiprocessor: 1, ...stages } as const,
+  })),
   // Decoding over FP4: each warp unpacks the keys that it reads, so a second warp would repeat that for absent rows.
   ...([8, 6, 4, 2] as const).map((minBlocksPerMultiprocessor) => ({
     valueDim: 128,
@@ -114,13 +147,15 @@ const paddedRow = (bytes: number) => (bytes > 128 ? roundUp(bytes, 128) : bytes 
 export function attentionSharedBytes(tile: TileConfig, bytes: TileBytes): number {
   const parked = 256 + tile.warps * 32 * 5;
   const query = tile.warps * tile.rowsPerWarp * (paddedRow(bytes.queryRow) + bytes.queryScales);
-  return parked + query + 2 * 64 * (paddedRow(bytes.keyRow) + bytes.keyScales) + tile.valueStages * bytes.valueTile;
+  const keys = (tile.keyStages ?? 2) * 64 * (paddedRow(bytes.keyRow) + bytes.keyScales);
+  return parked + query + keys + tile.valueStages * bytes.valueTile;
 }
 
 interface TileConditions {
   readonly queryLength: number;
   readonly smoothQ: boolean;
   readonly unpacksFp4?: boolean;
+  readonly exact?: boolean;
 }
 
 /** The first tile configuration that fits the target's shared memory as often as it says. */
@@ -128,13 +163,13 @@ export function chooseTile(
   target: Target,
   bytes: TileBytes,
   valueDim: number,
-  { queryLength, smoothQ, unpacksFp4 = false }: TileConditions,
+  { queryLength, smoothQ, unpacksFp4 = false, exact = false }: TileConditions,
 ): TileConfig {
   const { sharedBytesPerBlock, sharedBytesPerMultiprocessor } = TARGET_FEATURES[target];
   for (const rule of TILE_RULES) {
     if (valueDim > rule.valueDim || bytes.keyRow > rule.qkRowBytes) continue;
     if (rule.targets?.includes(target) === false || (rule.smoothQ === true && !smoothQ)) continue;
-    if (rule.unpacksFp4 === true && !unpacksFp4) continue;
+    if ((rule.unpacksFp4 === true && !unpacksFp4) || (rule.exact ?? false) !== exact) continue;
     if (rule.queryLength !== undefined && queryLength > rule.queryLength) continue;
     const shared = attentionSharedBytes(rule.tile, bytes);
     const fits = shared <= sharedBytesPerBlock;

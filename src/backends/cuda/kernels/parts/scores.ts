@@ -194,6 +194,19 @@ export function keyFactors(b: KernelBuilder, exponents: Reg<'global'>): (column:
 }
 
 /**
+ * {@link spreadFaults} where a byte for each key says whether it is finite.
+ *
+ * @param faults of the thread's first column, which is even
+ */
+export function spreadFaultBytes(b: KernelBuilder, faults: Reg<'shared'>, eachScore: EachScore): void {
+  eachScore((score, _, column) => {
+    const seen = b.setp('gt', score, Number.NEGATIVE_INFINITY);
+    const isFaulty = b.setp('ne', b.ldByte(faults, column), 0);
+    b.when(b.andPred(seen, isFaulty), () => b.set(score, Number.NaN));
+  });
+}
+
+/**
  * Keys that are not finite make the rows that see them NaN. The sign of a K scale says that its 64 keys may have some; a bit each
  * says which.
  *

@@ -1,5 +1,5 @@
 /**
- * The `wgmma` attention kernel: INT8 QK^T and FP8 or FP16 PV on `wgmma`, for sm_90a. docs/hopper.md draws the pipeline
+ * The `wgmma` attention kernel: INT8 QK^T and FP8 or FP16 PV, or both in the caller's FP16 or BF16, for sm_90a. docs/hopper.md draws the pipeline
  * and counts its clocks.
  *
  * A CTA has one producer warpgroup and `consumers` more. One thread of the producer sends K and V, 128 keys at a time,
@@ -17,8 +17,9 @@
 import { mbarrierArrive, mbarrierWait } from '../../ptx/mbarrier.ts';
 import type { Kernel, Reg } from '../../ptx/types.ts';
 import { setMaxNReg, wgmmaWaitGroup } from '../../ptx/wgmma.ts';
+import { LOG2_E } from '../parts/constants.ts';
 import type { WgmmaConfig } from './config.ts';
-import { writeResults } from './epilogue.ts';
+import { writeResults, writeWideResults } from './epilogue.ts';
 import { type Frame, makeFrame, writeOnes } from './frame.ts';
 import { producer } from './producer.ts';
 import {
@@ -39,7 +40,7 @@ import { type ConsumerThread, consumerThread, Rows } from './rows.ts';
 import { softmax } from './softmax.ts';
 import { type Item, makeKeyScales, makeOutput, makeScores, makeSoftmaxState } from './state.ts';
 import { Walk } from './walk.ts';
-import { eachWork } from './work.ts';
+import { eachWork, type Work } from './work.ts';
 
 /** The kernel of one configuration. */
 export function wgmmaAttention(config: WgmmaConfig): Kernel {
@@ -67,7 +68,7 @@ interface Consumer {
 }
 
 function consumer(frame: Frame): void {
-  const { b, config, keys, values, fused } = frame;
+  const { b, config, keys, values, exact } = frame;
   if (config.registers !== undefined) setMaxNReg(b, 'inc', config.registers.consumer);
   b.section('consumer');
   const thread = consumerThread(frame);
@@ -78,18 +79,26 @@ function consumer(frame: Frame): void {
   const turns = new Turns(frame, thread);
   const self: Consumer = { frame, thread, descriptors, stages, queryParity, turns };
   const scores = makeScores(frame);
+  const inspected = exact ? values.place() : undefined;
 
   eachWork(frame, (work) => {
     const rows = new Rows(frame, thread, work);
-    const queryScale = fused ? quantizeQuery(frame, thread, work, rows) : loadQueryScales(frame, rows);
+    const queryScale = queryScales(frame, thread, work, rows);
 
     b.section('sums and outputs');
     const state = makeSoftmaxState(frame);
     const output = makeOutput(frame, state);
     const walk = new Walk(frame, work);
     const scales = makeKeyScales(frame, thread, work);
-    attend(self, { frame, thread, work, rows, queryScale, scores, state, output, walk, scales });
+    attend(self, { frame, thread, work, rows, queryScale, scores, state, output, walk, scales, inspected });
   });
+}
+
+/** Scales of this thread's rows, in base 2. */
+function queryScales(frame: Frame, thread: ConsumerThread, work: Work, rows: Rows): Reg<'f32'>[] {
+  const { b, fused, exact, smScale } = frame;
+  if (exact) return [b.mul(b.loadParameter(smScale), LOG2_E)];
+  return fused ? quantizeQuery(frame, thread, work, rows) : loadQueryScales(frame, rows);
 }
 
 /**
@@ -123,20 +132,36 @@ class Turns {
 /** One item of work: every tile of its keys, then its rows' results. */
 function attend(self: Consumer, item: Item): void {
   const { frame, thread, queryParity } = self;
-  const { b, config, fused, barriers, queryFull, queryEmpty } = frame;
+  const { b, config, fused, exact, barriers, queryFull, queryEmpty } = frame;
   if (!fused) {
     mbarrierWait(b, barriers, queryParity, queryFull);
     b.xor(queryParity, 1, queryParity);
   }
-  b.if(item.walk.exists(), () => {
-    item.walk.start(item.scales);
-    if (config.schedule === 'ahead') attendAhead(self, item);
-    else attendSerially(self, item);
-  });
-  if (!fused) b.when(thread.leader, () => mbarrierArrive(b, barriers, queryEmpty));
+  const handBack = () => b.when(thread.leader, () => mbarrierArrive(b, barriers, queryEmpty));
+  b.if(
+    item.walk.exists(),
+    () => {
+      item.walk.start(item.scales);
+      if (config.schedule === 'ahead') attendAhead(self, item);
+      else attendSerially(self, item);
+    },
+    exact ? handBack : undefined,
+  );
+  if (!fused && !exact) handBack();
 
   b.section('epilogue');
-  writeResults(item);
+  if (config.alignedOutput) writeWideResults(item);
+  else writeResults(item);
+}
+
+/**
+ * After QK^T of the tile at hand: hands Q back if it was the last. The next item's Q comes during what is left of this
+ * one, which counts where items are short.
+ */
+function releaseQuery({ frame, thread, walk }: Item): void {
+  const { b, exact, barriers, queryEmpty } = frame;
+  if (!exact) return;
+  b.when(b.andPred(walk.isLast(), thread.leader), () => mbarrierArrive(b, barriers, queryEmpty));
 }
 
 /** QK^T of the next tile is issued before PV of this one, so that tensor cores work while exponentials are taken. */
@@ -149,6 +174,7 @@ function attendAhead({ frame, thread, descriptors, stages, turns }: Consumer, it
   issueScores(frame, descriptors, stages, scores);
   wgmmaWaitGroup(b, 0);
   keys.release(stages.key, thread.leader);
+  releaseQuery(item);
   softmax(item, () => testNextStages(frame, stages));
   seedScores(frame, scores);
   rescale(item);
@@ -164,6 +190,7 @@ function attendAhead({ frame, thread, descriptors, stages, turns }: Consumer, it
       turns.give();
       wgmmaWaitGroup(b, 1);
       keys.release(stages.key, thread.leader);
+      releaseQuery(item);
       // A warp issues one ex2 every 8 clocks. The remaining work of the tile is emitted in the same basic block so that
       // ptxas can fill the gaps.
       softmax(item, () => {
@@ -198,6 +225,7 @@ function attendSerially({ frame, thread, descriptors, stages, turns }: Consumer,
       wgmmaWaitGroup(b, 0);
       turns.give();
       keys.release(stages.key, thread.leader);
+      releaseQuery(item);
       softmax(item);
       rescale(item);
       b.section('O += P V');

@@ -45,8 +45,14 @@ export interface WgmmaTile {
 }
 
 export interface WgmmaConfig extends WgmmaTile {
-  readonly pvFormat: 'e4m3' | 'f16';
-  /** Bytes of a quantized token of Q or K: D padded to 32. */
+  /** Of Q and K. 16-bit floats are the caller's own, as are those of V then, in the same format. */
+  readonly qkFormat: 's8' | 'f16' | 'bf16';
+  readonly pvFormat: 'e4m3' | 'f16' | 'bf16';
+  /** Sequences of the caller's 16-bit operands lie one behind the other, not as entries of a batch. */
+  readonly packedSequences: boolean;
+  /** With 16-bit operands: scores are multiplied before their maximum is taken, as a scale that is not positive needs. */
+  readonly scalesFirst: boolean;
+  /** Bytes of a token of Q or K: D padded to 32 in INT8, to 16 in 16 bits. */
   readonly qkRowBytes: number;
   /** Dv, and Dv padded to a multiple of 16, or of 32 with V in FP8. */
   readonly valueDim: number;
@@ -73,6 +79,8 @@ export interface WgmmaConfig extends WgmmaTile {
   readonly sinks: 'none' | DType;
   readonly smoothV: boolean;
   readonly outputType: DType;
+  /** Of 16-bit operands: the output's rows begin at multiples of 16 bytes, as its chunks of eight channels do. */
+  readonly alignedOutput: boolean;
   readonly lse: boolean;
   readonly split: boolean;
 }

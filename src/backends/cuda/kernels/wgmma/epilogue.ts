@@ -6,6 +6,7 @@ import { headAddress, logSumExp, rowFactor, storePair } from '../parts/epilogue.
 import { at } from '../parts/lists.ts';
 import { quadSum } from '../parts/quad.ts';
 import { joinSink, loadSink } from '../parts/sinks.ts';
+import type { Frame } from './frame.ts';
 import { eachRow } from './rows.ts';
 import type { Item } from './state.ts';
 
@@ -61,6 +62,60 @@ export function writeResults(item: Item): void {
       storePair(b, [channel(0), channel(1)], address, { type, first: n * 8, width, t2: thread.t2, inside });
     }
   }
+}
+
+/**
+ * {@link writeResults} of 16-bit outputs whose rows are multiples of 16 bytes: the four lanes of a row trade the pairs of
+ * four chunks so that each has a whole one.
+ */
+export function writeWideResults(item: Item): void {
+  const { frame, thread, output } = item;
+  const { b, config, integer, strides } = frame;
+  const { valueDim, outputType } = config;
+  const queryHeads = b.loadParameter(integer.queryHeads);
+  const tokenStride = b.loadParameter(strides.outputToken);
+  const chunks = valueDim / 8;
+  const odd = b.setp('ne', b.and(thread.t, 1), 0);
+  const upper = b.setp('ne', b.and(thread.t, 2), 0);
+  const kind = outputType === 'float16' ? 'f16x2' : 'bf16x2';
+  for (let r = 0; r < 2; r++) {
+    const { factor, inside, address } = finishRow(item, r, queryHeads, tokenStride);
+    // From the row's channel 2t to channel 8t.
+    const own = b.add(address, b.as(b.mulWide(thread.t, 12), 'global'));
+    for (let first = 0; first < chunks; first += 4) {
+      const words = Array.from({ length: 4 }, (_, i) => {
+        if (first + i >= chunks) return b.constant('b32', 0);
+        const [low, high] = [0, 1].map((j) => b.mul(at(output.registers, 4 * (first + i) + 2 * r + j), factor));
+        return b.as(b.cvtPack(kind, low as Reg<'f32'>, high as Reg<'f32'>), 'b32');
+      });
+      const whole = transposeInQuad(b, words, odd, upper);
+      const exists =
+        first + 4 <= chunks ? inside : b.andPred(inside, b.setp('lt', b.as(thread.t, 's32'), chunks - first));
+      b.when(exists, () => b.stVector(whole, own, first * 16));
+    }
+  }
+}
+
+/** Word i of lane t becomes word t of lane i, over the four lanes of a row. */
+function transposeInQuad(
+  b: Frame['b'],
+  words: readonly Reg<'b32'>[],
+  odd: Reg<'pred'>,
+  upper: Reg<'pred'>,
+): Reg<'b32'>[] {
+  const rows = [...words];
+  for (const [step, isSecond] of [
+    [1, odd],
+    [2, upper],
+  ] as const) {
+    for (const low of step === 1 ? [0, 2] : [0, 1]) {
+      const [first, second] = [at(rows, low), at(rows, low + step)];
+      const other = b.shflBfly(b.selp(first, second, isSecond), step);
+      rows[low] = b.selp(other, first, isSecond);
+      rows[low + step] = b.selp(second, other, isSecond);
+    }
+  }
+  return rows;
 }
 
 /** Sums a row up, stores its logsumexp, and finds its place. */

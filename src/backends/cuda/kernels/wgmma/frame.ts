@@ -61,6 +61,15 @@ export const WGMMA_STRIDES = [
 ] as const;
 export const WGMMA_MAPS = ['queryMap', 'keyMap', 'valueMap'] as const;
 
+/** Of a stage of V: a byte for each of its tokens, 1 where it is not finite, and a word that says whether any is. */
+export const INSPECTION_BYTES = WGMMA_BLOCK_K + 16;
+
+export interface InspectionPlace {
+  /** Offset of stage 0's barrier, whose phases are those of the ring of V. */
+  readonly barrier: number;
+  readonly records: SharedTile;
+}
+
 export interface Frame {
   readonly b: KernelBuilder;
   readonly config: WgmmaConfig;
@@ -78,9 +87,11 @@ export interface Frame {
   readonly fp8: boolean;
   /** The kernel quantizes Q itself. */
   readonly fused: boolean;
+  /** Q, K and V are the caller's, in 16 bits: nothing is quantized. */
+  readonly exact: boolean;
   /**
-   * Scores are finished as floats before the maximum is taken; otherwise they stay 1.5 * 2^23 + q . k until the
-   * exponentials.
+   * Scores are finished in base 2 before the maximum is taken; otherwise they stay 1.5 * 2^23 + q . k, or q . k of
+   * 16-bit operands, until the exponentials.
    */
   readonly scoresAreFloat: boolean;
   /** Rows of Q of the CTA. */
@@ -99,6 +110,8 @@ export interface Frame {
   /** Offsets of the barriers of Q's one stage. */
   readonly queryFull: number;
   readonly queryEmpty: number;
+  /** What `inspector.ts` found in the stages of V; undefined unless {@link exact}. */
+  readonly inspection: InspectionPlace | undefined;
   readonly thread: Reg<'u32'>;
   readonly warpgroup: Reg<'u32'>;
 }
@@ -134,7 +147,11 @@ export function makeFrame(config: WgmmaConfig): Frame {
     value: b.shared('value', stages * plan.valueStageRows, plan.valueLayout),
     bias: b.shared('row bias', 1, rowMajor(rows * 4)),
   };
-  const barrierTile = b.shared('barriers', 1, rowMajor(8 * (4 * stages + 2)));
+  const exact = config.qkFormat !== 's8';
+  const barrierTile = b.shared('barriers', 1, rowMajor(8 * ((exact ? 5 : 4) * stages + 2)));
+  const inspection = exact
+    ? { barrier: 32 * stages + 16, records: b.shared('faults of V', stages, rowMajor(INSPECTION_BYTES)) }
+    : undefined;
   const bytes = {
     keyStage: tiles.key.bytes / stages,
     valueStage: tiles.value.bytes / stages,
@@ -154,7 +171,10 @@ export function makeFrame(config: WgmmaConfig): Frame {
   b.if(b.setp('eq', thread, 0), () => {
     for (let stage = 0; stage < stages; stage++) {
       for (const ring of [keys, values]) ring.initFull(stage);
-      for (const ring of [keys, values]) ring.initEmpty(stage, 4 * consumers);
+      keys.initEmpty(stage, 4 * consumers);
+      // The inspector hands stages of V back too.
+      values.initEmpty(stage, 4 * consumers + (exact ? 1 : 0));
+      if (inspection !== undefined) mbarrierInit(b, barriers, 1, inspection.barrier + 8 * stage);
     }
     mbarrierInit(b, barriers, 1, queryFull);
     mbarrierInit(b, barriers, 4 * consumers, queryEmpty);
@@ -163,8 +183,8 @@ export function makeFrame(config: WgmmaConfig): Frame {
   const floatMask = config.mask !== 'none' && config.mask !== 'boolean';
   return {
     ...{ b, config, plan, ...parameters },
-    ...{ fp8: config.pvFormat === 'e4m3', fused: config.fusedQuery !== undefined },
-    ...{ scoresAreFloat: config.softcap || floatMask, rows, tiles, bytes },
+    ...{ fp8: config.pvFormat === 'e4m3', fused: config.fusedQuery !== undefined, exact, inspection },
+    ...{ scoresAreFloat: config.softcap || floatMask || config.scalesFirst, rows, tiles, bytes },
     ...{ shared, barriers, keys, values, queryFull, queryEmpty, thread, warpgroup },
   };
 }

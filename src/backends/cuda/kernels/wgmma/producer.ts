@@ -6,6 +6,7 @@ import { setMaxNReg } from '../../ptx/wgmma.ts';
 import { loadEntry, tileOfEntry } from '../parts/blocks.ts';
 import type { RingPlace } from '../parts/ring.ts';
 import type { Frame } from './frame.ts';
+import { inspector } from './inspector.ts';
 import { eachWork, tokenOf, type Work } from './work.ts';
 
 export function producer(frame: Frame): void {
@@ -32,19 +33,34 @@ export function producer(frame: Frame): void {
       sendTiles(frame, work, place, keyMap, valueMap);
     });
   });
+  if (frame.exact) inspector(frame);
 }
 
-function sendQuery(frame: Frame, { head, firstRow, paddedQueryStart }: Work, queryMap: Reg<'global'>): void {
-  const { b, config, plan, integer, tiles, bytes, shared, barriers, queryFull } = frame;
+/** The last coordinate of the caller's tensors. */
+const batchOf = ({ b, config }: Frame, { sequence }: Work): Reg<'s32'> =>
+  config.packedSequences ? b.constant('s32', 0) : b.as(sequence, 's32');
+
+/** Where the rows of a tile of Q start, after the channel. */
+function queryCoordinates(frame: Frame, work: Work): Reg<'s32'>[] {
+  const { b, config, integer, exact } = frame;
+  const { head, firstRow, paddedQueryStart, queryStart } = work;
+  const token = b.add(exact ? queryStart : paddedQueryStart, tokenOf(frame, firstRow));
+  if (exact) {
+    const [t, h] = [b.as(token, 's32'), b.as(head, 's32')];
+    return [...(config.packedHeads === 1 ? [t, h] : [h, t]), batchOf(frame, work)];
+  }
+  return config.packedHeads === 1
+    ? [b.as(b.mad(head, b.loadParameter(integer.paddedQueries), token), 's32')]
+    : [b.as(head, 's32'), b.as(token, 's32')];
+}
+
+function sendQuery(frame: Frame, work: Work, queryMap: Reg<'global'>): void {
+  const { b, plan, tiles, bytes, shared, barriers, queryFull } = frame;
   mbarrierArriveExpectTx(b, barriers, tiles.query.bytes, queryFull);
   const into = b.add(shared, tiles.query.base);
-  const token = b.add(paddedQueryStart, tokenOf(frame, firstRow));
-  const coordinates =
-    config.packedHeads === 1
-      ? [b.as(b.mad(head, b.loadParameter(integer.paddedQueries), token), 's32')]
-      : [b.as(head, 's32'), b.as(token, 's32')];
+  const coordinates = queryCoordinates(frame, work);
   for (let block = 0; block < plan.rowBlocks; block++) {
-    const column = b.constant('s32', block * plan.rowLayout.rowBytes);
+    const column = b.constant('s32', (block * plan.rowLayout.rowBytes) / elementBytes(frame));
     tensorLoad(b, into, queryMap, [column, ...coordinates], barriers, {
       intoOffset: block * bytes.queryBlock,
       barrierOffset: queryFull,
@@ -52,18 +68,28 @@ function sendQuery(frame: Frame, { head, firstRow, paddedQueryStart }: Work, que
   }
 }
 
+/** Bytes of an element of Q and K. */
+const elementBytes = ({ exact }: Frame) => (exact ? 2 : 1);
+
+/** Where the rows of a tile of K or V start, after the channel, from the tile's first key. */
+function rowCoordinates(frame: Frame, work: Work): (firstKey: Reg<'s32'>) => Reg<'s32'>[] {
+  const { b, integer, exact } = frame;
+  const { keyHead, keyStart, paddedKeyStart } = work;
+  if (exact) {
+    const [start, head, batch] = [b.as(keyStart, 's32'), b.as(keyHead, 's32'), batchOf(frame, work)];
+    return (firstKey) => [b.add(start, firstKey), head, batch];
+  }
+  const row = b.as(b.mad(keyHead, b.loadParameter(integer.paddedKeys), paddedKeyStart), 's32');
+  return (firstKey) => [b.add(row, firstKey)];
+}
+
 /** Sends an item's tiles of K and V, each as its stage becomes free. */
-function sendTiles(
-  { b, config, plan, integer, fp8, tiles, bytes, shared, keys, values }: Frame,
-  { list, firstTile, lastTile, keyHead, paddedKeyStart }: Work,
-  place: RingPlace,
-  keyMap: Reg<'global'>,
-  valueMap: Reg<'global'>,
-): void {
-  const paddedKeys = b.loadParameter(integer.paddedKeys);
-  const keyRow = b.as(b.mad(keyHead, paddedKeys, paddedKeyStart), 's32');
+function sendTiles(frame: Frame, work: Work, place: RingPlace, keyMap: Reg<'global'>, valueMap: Reg<'global'>): void {
+  const { b, config, plan, fp8, tiles, bytes, shared, keys, values } = frame;
+  const { list, firstTile, lastTile, keyHead, paddedKeyStart } = work;
+  const rowsAt = rowCoordinates(frame, work);
   const token = b.as(paddedKeyStart, 's32');
-  const valueRow = b.as(fp8 ? b.mul(keyHead, config.paddedValueDim) : b.as(keyRow, 'u32'), 's32');
+  const channelRow = fp8 ? b.as(b.mul(keyHead, config.paddedValueDim), 's32') : undefined;
   const position = b.mov(firstTile);
   b.loop(
     () => b.setp('lt', position, lastTile),
@@ -77,8 +103,8 @@ function sendTiles(
       mbarrierArriveExpectTx(b, barrier, bytes.keyStage, keys.full);
       const keyAt = b.add(shared, b.as(b.mad(place.stage, bytes.keyStage, tiles.key.base), 'shared'));
       for (let block = 0; block < plan.rowBlocks; block++) {
-        const column = b.constant('s32', block * plan.rowLayout.rowBytes);
-        tensorLoad(b, keyAt, keyMap, [column, b.add(keyRow, firstKey)], barrier, {
+        const column = b.constant('s32', (block * plan.rowLayout.rowBytes) / elementBytes(frame));
+        tensorLoad(b, keyAt, keyMap, [column, ...rowsAt(firstKey)], barrier, {
           intoOffset: block * bytes.keyBlock,
           barrierOffset: keys.full,
         });
@@ -88,9 +114,10 @@ function sendTiles(
       mbarrierArriveExpectTx(b, barrier, plan.valueCopyBytes, values.full);
       const valueAt = b.add(shared, b.as(b.mad(place.stage, bytes.valueStage, tiles.value.base), 'shared'));
       for (let block = 0; block < plan.valueBlocks; block++) {
-        const coordinates = fp8
-          ? [b.add(token, firstKey), valueRow]
-          : [b.constant('s32', block * plan.valueBlockChannels), b.add(valueRow, firstKey)];
+        const coordinates =
+          channelRow !== undefined
+            ? [b.add(token, firstKey), channelRow]
+            : [b.constant('s32', block * plan.valueBlockChannels), ...rowsAt(firstKey)];
         tensorLoad(b, valueAt, valueMap, coordinates, barrier, {
           intoOffset: block * plan.valueBlockBytes,
           barrierOffset: values.full,

@@ -57,8 +57,12 @@ export function testNextStages({ keys, values }: Frame, { key, value, keyReady, 
   values.testFull(value, valueReady);
 }
 
+/** Products of 16-bit operands, of 16 elements a step. */
+const HALF_PRODUCTS = { f16: 'k16.f32.f16.f16', bf16: 'k16.f32.bf16.bf16' } as const;
+
 /** INT32 scores are summed on top of the bits of 1.5 * 2^23, so that read as floats they are 1.5 * 2^23 + q . k. */
-export function seedScores({ b }: Frame, { integers }: Scores): void {
+export function seedScores({ b, exact }: Frame, { integers }: Scores): void {
+  if (exact) return;
   for (const register of integers) b.set(register, MAGIC_BITS);
 }
 
@@ -70,7 +74,7 @@ export function issueScores(
   frame: Frame,
   { query, key }: Descriptors,
   stages: Stages,
-  { integers }: Scores,
+  { integers, floats }: Scores,
   ready?: Reg<'pred'>,
 ): void {
   const { b, config, plan, bytes } = frame;
@@ -82,7 +86,8 @@ export function issueScores(
     const [block, inBlock] = [Math.floor(byte / rowBytes), byte % rowBytes];
     const q = advanceDescriptor(b, query, block * bytes.queryBlock + inBlock);
     const k = advanceDescriptor(b, keys, block * bytes.keyBlock + inBlock);
-    wgmma(b, WGMMA_BLOCK_K, 'k32.s32.s8.s8', integers, q, k, true);
+    if (config.qkFormat === 's8') wgmma(b, WGMMA_BLOCK_K, 'k32.s32.s8.s8', integers, q, k, true);
+    else wgmma(b, WGMMA_BLOCK_K, HALF_PRODUCTS[config.qkFormat], floats, q, k, byte > 0);
   }
   wgmmaCommitGroup(b);
 }
@@ -123,9 +128,14 @@ export function issueValues(
       const v = advanceDescriptor(b, values, first * 128 + k * 32);
       wgmma(b, count, 'k32.f32.e4m3.e4m3', into, p, v, accumulate);
     } else {
-      const p = fragment.map((register) => b.as(register, 'f16x2'));
       const v = advanceDescriptor(b, values, k * 16 * plan.valueLayout.rowBytes);
-      wgmma(b, count, 'k16.f32.f16.f16', into, p, v, accumulate, true);
+      if (config.pvFormat === 'bf16') {
+        const p = fragment.map((register) => b.as(register, 'bf16x2'));
+        wgmma(b, count, HALF_PRODUCTS.bf16, into, p, v, accumulate, true);
+      } else {
+        const p = fragment.map((register) => b.as(register, 'f16x2'));
+        wgmma(b, count, HALF_PRODUCTS.f16, into, p, v, accumulate, true);
+      }
     }
   });
   wgmmaCommitGroup(b);

@@ -72,9 +72,10 @@ export class Rows {
     return b.add(firstOfHead, token);
   }
 
-  /** smScale * log2(e) * q . mean(K) of a row, NaN for a row that is not finite. */
+  /** smScale * log2(e) * q . mean(K) of a row, NaN for a row that is not finite; 0 where nothing is quantized. */
   bias(r: number): Reg<'f32'> {
-    const { b, fused, pointer } = this.#frame;
+    const { b, fused, exact, pointer } = this.#frame;
+    if (exact) return b.constant('f32', 0);
     if (fused) return b.ld('f32', this.biasAddress(r));
     return b.ld('f32', offset(b, b.loadPointer(pointer.rowBias), this.padded(r), 4), 0, { readOnly: true });
   }

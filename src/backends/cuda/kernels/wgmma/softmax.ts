@@ -8,6 +8,7 @@ import { quadMax } from '../parts/quad.ts';
 import { capScores, excludeBeyondBand, keyFactors, maskRow, spreadFaults } from '../parts/scores.ts';
 import { EXACT_SCALE, SCALE_BITS, type WgmmaConfig } from './config.ts';
 import { WGMMA_BLOCK_K } from './frame.ts';
+import { isEdge, markFaultyValues, reachesOut } from './inspector.ts';
 import { exp2Halves } from './instructions.ts';
 import { eachRow, THREAD_ROWS } from './rows.ts';
 import type { Item } from './state.ts';
@@ -39,15 +40,37 @@ export function softmax(item: Item, finishValues = (): void => {}): void {
   const exponentsApart = fp8 ? b.sub(b.as(output.unit, 's32'), b.as(scales.values, 's32')) : undefined;
   if (fp8) b.mov(scales.values, output.unit);
   walk.fetchNext(scales);
-  const nextFactor = raiseMaxima(item, tileMaxima(item, units));
+  const maxima = tileMaxima(item, units);
+  if (frame.exact) bringCloser(item, units, maxima);
+  const nextFactor = raiseMaxima(item, maxima);
 
   finishValues();
   b.section('P = exp2(S - max)');
   exponentials(item, units, nextFactor);
   setFactors(item, nextFactor, exponentsApart);
+  if (item.inspected !== undefined) frame.values.advance(item.inspected);
 }
 
-function scoreUnits({ frame, queryScale, scales }: Item): ScoreUnits {
+/** Units of scores that are sums of products of 16-bit operands: one scale for all. */
+function plainUnits({ frame, queryScale }: Item): ScoreUnits {
+  const { b } = frame;
+  // Copies: {@link subtractMaximum} changes them.
+  const scale = b.mov(at(queryScale, 0));
+  const zero = eachRow(() => b.constant('f32', 0));
+  return {
+    scale: [
+      [scale, scale],
+      [scale, scale],
+    ],
+    zero: [zero, zero],
+    scaleOf: () => scale,
+    zeroOf: (r) => at(zero, r),
+  };
+}
+
+function scoreUnits(item: Item): ScoreUnits {
+  if (item.frame.exact) return plainUnits(item);
+  const { frame, queryScale, scales } = item;
   const { b } = frame;
   // A group of zeros has scale 0; the smallest normal keeps -Infinity * scale from being NaN. With fewer bits, 1.5 *
   // 2^23 times the scale is exact.
@@ -80,7 +103,7 @@ function finishScores(item: Item, { scaleOf, zeroOf }: ScoreUnits): void {
   scores.each((score, r, column) => {
     b.fma(score, scaleOf(r, column), zeroOf(r, column), score);
   });
-  multiplyByKey(item);
+  if (!frame.exact) multiplyByKey(item);
   if (config.softcap) capScores(b, softcap, scores.each, () => eachRow((r) => rows.bias(r)));
 }
 
@@ -115,6 +138,10 @@ function maskScores(
 function handleRareTiles(item: Item, units: ScoreUnits): void {
   const { frame, work, walk } = item;
   const { b } = frame;
+  if (frame.exact) {
+    handleEdges(item);
+    return;
+  }
   b.section('keys out of reach or special, large scores');
   const tileStart = b.shl(walk.tile(), 7);
   let edge = b.setp('gt', b.add(tileStart, WGMMA_BLOCK_K), work.wholeUntil);
@@ -130,6 +157,41 @@ function handleRareTiles(item: Item, units: ScoreUnits): void {
     if (cut !== undefined) b.if(cut, () => excludeBlocks(item, tileStart));
     if (large !== undefined) b.if(b.voteAny(b.orPred(special, large)), () => subtractMaximum(item, units));
     markFaultyKeys(item);
+  });
+}
+
+/** {@link handleRareTiles} where nothing is quantized: keys out of reach, and values that are not finite. */
+function handleEdges(item: Item): void {
+  const { frame, work, walk } = item;
+  const { b } = frame;
+  b.section('keys out of reach, values that are not finite');
+  const tileStart = b.shl(walk.tile(), 7);
+  const edge = isEdge(frame, work, tileStart);
+  const handle = () => {
+    if (edge === undefined) b.if(reachesOut(frame, work, tileStart), () => excludeKeys(item, tileStart));
+    else excludeKeys(item, tileStart);
+    const cut = walk.isCut();
+    if (cut !== undefined) b.if(cut, () => excludeBlocks(item, tileStart));
+    markFaultyValues(item);
+  };
+  if (edge === undefined) handle();
+  else b.if(b.voteAny(edge), handle);
+}
+
+/** Beyond this, a product of a score and its scale may be more than 2^3 from what the maximum was rounded to. */
+const COARSE_MAX = 2 ** 26;
+
+/** Where maxima are so large that exponents taken from rounded ones might overflow: takes differences first. */
+function bringCloser(item: Item, units: ScoreUnits, maxima: readonly Reg<'f32'>[]): void {
+  const { b, scoresAreFloat } = item.frame;
+  if (scoresAreFloat) return;
+  // Rows that see nothing of the tile have -Infinity.
+  const isCoarse = (magnitude: Reg<'f32'>) =>
+    b.andPred(b.setp('gt', magnitude, COARSE_MAX), b.setp('lt', magnitude, Number.POSITIVE_INFINITY));
+  const [first, second] = maxima.map((max) => isCoarse(b.abs(max))) as [Reg<'pred'>, Reg<'pred'>];
+  b.if(b.voteAny(b.orPred(first, second)), () => {
+    subtractMaximum(item, units);
+    for (const [r, max] of tileMaxima(item, units).entries()) b.mov(max, at(maxima, r));
   });
 }
 
@@ -197,12 +259,12 @@ const ABOVE_ROUNDING = 2 ** -20;
  */
 function subtractMaximum(item: Item, units: ScoreUnits): void {
   const { frame, scores, state } = item;
-  const { b } = frame;
+  const { b, exact } = frame;
   b.section('large scores');
   scores.each((score, r, column) => {
-    b.mul(b.sub(score, MAGIC), units.scaleOf(r, column), score);
+    b.mul(exact ? score : b.sub(score, MAGIC), units.scaleOf(r, column), score);
   });
-  multiplyByKey(item);
+  if (!exact) multiplyByKey(item);
   const largest = eachRow(() => b.constant('f32', Number.NEGATIVE_INFINITY));
   scores.each((score, r) => {
     b.max(at(largest, r), score, at(largest, r));
@@ -237,7 +299,7 @@ function markFaultyKeys(item: Item): void {
 
 /** The largest score of each row in this tile. */
 function tileMaxima({ frame, scores }: Item, { scaleOf, zeroOf }: ScoreUnits): Reg<'f32'>[] {
-  const { b, scoresAreFloat } = frame;
+  const { b, scoresAreFloat, exact } = frame;
   // Positive floats, and -Infinity below them, order like the integers of their bits; three-input integer maxima exist.
   // Chains of maxima take turns, and so do the rows' shuffles: each waits for its last.
   const chains = [0, 1, 2, 3].map((chain) =>
@@ -247,7 +309,7 @@ function tileMaxima({ frame, scores }: Item, { scaleOf, zeroOf }: ScoreUnits): R
   for (let i = 1; i < at(chains, 0).length; i++) {
     chains.forEach((chain, c) => {
       const [soFar, next] = [at(raw, c), at(chain, i)];
-      raw[c] = scoresAreFloat ? b.as(b.max(b.as(soFar, 'f32'), b.as(next, 'f32')), 's32') : b.max(soFar, next);
+      raw[c] = scoresAreFloat || exact ? b.as(b.max(b.as(soFar, 'f32'), b.as(next, 'f32')), 's32') : b.max(soFar, next);
     });
   }
   const maxima = eachRow((r) => {
@@ -326,6 +388,8 @@ function exponentials(
         const n = 4 * k + 2 * half;
         const packed = b.pack('e4m3x4', e4m3Pair(n, r), e4m3Pair(n + 1, r));
         b.mov(b.as(packed, 'b32'), register);
+      } else if (config.pvFormat === 'bf16') {
+        b.cvtPack('bf16x2', ...exponentialPair(2 * k + half, r), b.as(register, 'bf16x2'));
       } else b.cvtPack('f16x2', ...exponentialPair(2 * k + half, r), b.as(register, 'f16x2'));
     }
   }

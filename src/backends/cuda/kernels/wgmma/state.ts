@@ -3,6 +3,7 @@ import type { Reg } from '../../ptx/types.ts';
 import { offset } from '../parts/addresses.ts';
 import { FLOAT32_MAX } from '../parts/constants.ts';
 import { at } from '../parts/lists.ts';
+import type { RingPlace } from '../parts/ring.ts';
 import type { EachScore } from '../parts/scores.ts';
 import { type Frame, WGMMA_BLOCK_K } from './frame.ts';
 import { type ConsumerThread, eachRow, type Rows } from './rows.ts';
@@ -84,7 +85,11 @@ export interface KeyScales extends TileScales {
 }
 
 export function makeKeyScales(frame: Frame, { t }: ConsumerThread, work: Work): KeyScales {
-  const { b, config, integer, pointer, fp8 } = frame;
+  const { b, config, integer, pointer, fp8, exact } = frame;
+  if (exact) {
+    const none = { firstGroup: b.constant('u32', 0), lastGroup: b.constant('s32', 0), fetch: () => {} };
+    return { keys: [], values: b.constant('f32', 1), ...none };
+  }
   const firstGroup = b.shr(b.mad(work.keyHead, b.loadParameter(integer.paddedKeys), work.paddedKeyStart), 6);
   const lastGroup = b.shr(b.sub(b.as(work.keyLength, 's32'), 1), 6);
   const keys = [b.constant('f32', 0), b.constant('f32', 0)];
@@ -126,8 +131,10 @@ export interface Item {
   readonly thread: ConsumerThread;
   readonly work: Work;
   readonly rows: Rows;
-  /** Scales of the thread's rows of Q; one where they share it. */
+  /** Scales of the thread's rows of Q; one where they share it, as all scores of 16-bit operands do. */
   readonly queryScale: readonly Reg<'f32'>[];
+  /** The stage of the tile whose scores are at hand; undefined unless V is inspected. */
+  readonly inspected: RingPlace | undefined;
   readonly scores: Scores;
   readonly state: SoftmaxState;
   readonly output: Output;

@@ -3,6 +3,7 @@
  * against each other.
  */
 import type { WgmmaConfig, WgmmaTile } from './config.ts';
+import { CONSUMER_ROWS } from './frame.ts';
 
 /** A tile with what else may be tuned. */
 export interface WgmmaTuning extends WgmmaTile {
@@ -127,6 +128,41 @@ export function tuningOf({
   return two;
 }
 
+/** Shared memory of a multiprocessor's CTA, less what is not stages and Q. */
+const STAGE_ROOM = 232_448 - 2048;
+
+/**
+ * The configuration of 16-bit operands. Nothing is quantized and nothing promoted; the more stages, the more heads of
+ * short sequences are on their way at once.
+ */
+export function exactTuningOf({
+  qkRowBytes,
+  paddedValueDim,
+  rows,
+  scoresAreFloat,
+}: Pick<Key, 'qkRowBytes' | 'paddedValueDim' | 'rows' | 'scoresAreFloat'>): WgmmaTuning {
+  const rowBytes = qkRowBytes <= 64 ? 64 : Math.ceil(qkRowBytes / 128) * 128;
+  const valueBytes = paddedValueDim <= 32 ? 64 : Math.ceil(paddedValueDim / 64) * 128;
+  const stageBytes = 128 * (rowBytes + valueBytes);
+  const two: WgmmaTuning = {
+    ...TWO_CONSUMERS,
+    registers: { producer: 32, consumer: 240 },
+    promoted: false,
+    onesColumn: false,
+    polynomialShare: 0,
+    rescaleThreshold: 8,
+    fuseQuery: false,
+    // A mask or a cap takes the registers of the scores that would be ahead.
+    schedule: scoresAreFloat ? 'serial' : 'ahead',
+    stages: Math.min(4, Math.floor((STAGE_ROOM - 128 * rowBytes) / stageBytes)),
+  };
+  if (rows > CONSUMER_ROWS) return two;
+  return { ...two, consumers: 1, pingPong: false, registers: undefined, schedule: 'serial' };
+}
+
+/** Head dims up to which the sums of P V and the scores of two consumers fit in registers. */
+export const EXACT_HEAD_DIM = 128;
+
 /** Variants to time on a card, by name; each is a change of {@link tuningOf}'s answer for FP8 at D = Dv = 128. */
 export const WGMMA_VARIANTS: Readonly<Record<string, Partial<WgmmaTuning>>> = {
   base: {},
@@ -141,4 +177,14 @@ export const WGMMA_VARIANTS: Readonly<Record<string, Partial<WgmmaTuning>>> = {
   '128 x 128, sums on FMA units': { ...TWO_CONSUMERS, onesColumn: false, polynomialShare: 0 },
   '128 x 128, serial': { ...TWO_CONSUMERS, schedule: 'serial' },
   'Q quantized apart': { fuseQuery: false },
+};
+
+/** Likewise of {@link exactTuningOf}'s. */
+export const EXACT_VARIANTS: Readonly<Record<string, Partial<WgmmaTuning>>> = {
+  serial: { schedule: 'serial' },
+  'no ping-pong': { pingPong: false },
+  'serial, no ping-pong': { schedule: 'serial', pingPong: false },
+  '2 stages': { stages: 2 },
+  'one CTA an item': { persistent: false },
+  '64 rows': { consumers: 1, pingPong: false, registers: undefined, schedule: 'serial' },
 };

@@ -49,6 +49,14 @@ export class Walk {
       : b.setp('gt', this.#listed.left, 0);
   }
 
+  /** The tile at hand, which exists, is the last. */
+  isLast(): Reg<'pred'> {
+    const { b } = this.#frame;
+    return this.#listed === undefined
+      ? b.setp('ge', b.add(this.#tile, 1), this.#work.lastTile)
+      : b.setp('le', this.#listed.left, 1);
+  }
+
   /** The tile at hand. */
   tile(): Reg<'s32'> {
     return this.#listed === undefined ? this.#tile : tileOfEntry(this.#frame.b, this.#listed.entry);

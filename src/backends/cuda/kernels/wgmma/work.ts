@@ -18,6 +18,7 @@ export interface Work extends KeyRange {
   readonly keyHead: Reg<'u32'>;
   readonly queryStart: Reg<'u32'>;
   readonly queryLength: Reg<'u32'>;
+  readonly keyStart: Reg<'u32'>;
   readonly keyLength: Reg<'u32'>;
   readonly paddedQueryStart: Reg<'u32'>;
   readonly paddedKeyStart: Reg<'u32'>;
