@@ -121,10 +121,9 @@ export const blockMapChecks = (backend: () => Promise<Backend>, seed: number, ru
       const [q, k] = [inBlocks(random, [1, 48], shape), inBlocks(random, [1, 96], shape)];
       (q.data as Float32Array).fill(Number.NaN, 16 * 16, 16 * 17);
       (k.data as Float32Array).fill(Number.POSITIVE_INFINITY, 0, 16);
-      for (const asked of [{ topK: 0.2 }, { topP: 0.5 }, { threshold: 0.2, mass: 0.5 }]) {
-        const sparsity = settleSparsity({ ...asked, rows: 16, keys: 16 });
-        await check(await backend(), createProblem(q, k, k, {}), sparsity, { q, k });
-      }
+      const asked = [{ topK: 0.2 }, { topP: 0.5 }, { threshold: 0.2, mass: 0.5 }][random.integer(0, 2)] as Sparsity;
+      const sparsity = settleSparsity({ ...asked, rows: 16, keys: 16 });
+      await check(await backend(), createProblem(q, k, k, {}), sparsity, { q, k });
     },
   },
 ];

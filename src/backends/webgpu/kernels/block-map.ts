@@ -87,9 +87,8 @@ fn main(@builtin(workgroup_id) group: vec3<u32>, @builtin(local_invocation_index
   // As many turns for all threads: they add up the squares of a row together.
   for (var turn = 0u; turn < (P.blockRows + ${rows - 1}u) / ${rows}u; turn++) {
     let own = turn * ${rows}u + row;
-    let width = min(16u, ${headDim}u - min(${headDim}u, channel));
-    var x: array<vec4<f32>, 4>;
-    if (own < count && width > 0u) { x = load_${operand}(base + (first + own) * P.tokenStride, width); }
+    let width = select(0u, min(16u, ${headDim}u - min(${headDim}u, channel)), own < count);
+    var x = load_${operand}(base + (first + own) * P.tokenStride, width);
     ${shifted ? '' : 'for (var i = 0u; i < 4u; i++) { sums[i] += x[i] * inverse_count; }'}
     ${
       similarities

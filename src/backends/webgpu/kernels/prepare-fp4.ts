@@ -104,7 +104,8 @@ function storeValues({ valueDim, valueDimPadded, smoothV }: PrepareFp4KeyValueCo
     let group_first = item / ${valueDimPadded}u * ${VALUE_BLOCK}u;
     let place = item % ${valueDimPadded}u;
     if (group_first >= count) { continue; }
-    var x: array<vec4<f32>, 4>;
+    // Said in full: a compiler may forget to clear what a loop declares.
+    var x = array<vec4<f32>, 4>();
     if (fine[group_first] == 0u) {
       let outer = row_outer[group_first];
       for (var i = 0u; i < min(count - group_first, ${VALUE_BLOCK}u); i++) {

@@ -279,7 +279,8 @@ function storeTiles(config: PrepareKeyValueConfig): string {
   for (var item = lid; item < pairs * ${valueDimPadded / 16}u; item += ${THREADS}u) {
     let pair = first_pair + item % pairs;
     let channel = item / pairs * 16u;
-    var words: array<u32, 16>;
+    // Said in full: a compiler may forget to clear what a loop declares.
+    var words = array<u32, 16>();
     var written = 0u;
     for (var half = 0u; half < 2u; half++) {
       let row = 2u * pair + half - row_at;

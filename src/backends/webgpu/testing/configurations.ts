@@ -10,6 +10,7 @@ import { gradientKernel } from '../kernels/backward/gradients.ts';
 import { narrowKernel } from '../kernels/backward/narrow.ts';
 import { gradientKeysKernel, gradientRowsKernel } from '../kernels/backward/prepare.ts';
 import { softmaxAgainKernel } from '../kernels/backward/softmax.ts';
+import { chooseKernel, meanKernel, packKernel, poolKernel } from '../kernels/block-map.ts';
 import { nativeMatrices } from '../kernels/matrix-operations.ts';
 import { matrixTiling } from '../kernels/matrix-tiling.ts';
 import { mergeKernel } from '../kernels/merge.ts';
@@ -267,6 +268,34 @@ function otherKernels(): WebgpuConfiguration[] {
   return found;
 }
 
+/** Kernels that choose blocks. */
+function blockMapKernels(): WebgpuConfiguration[] {
+  const found: WebgpuConfiguration[] = [];
+  const add = (name: string, source: () => string) => found.push({ name, group: PREPARING, source });
+  for (const dtype of ['float16', 'bfloat16', 'float32'] as const) {
+    for (const [access, headDim] of [
+      ['vector', 64],
+      ['scalar', 136],
+    ] as const) {
+      for (const operand of ['q', 'k'] as const) {
+        for (const similarities of [true, false]) {
+          const shifted = similarities && operand === 'k';
+          const of = `${operand} ${dtype} D${headDim}${similarities ? ', similarities' : ''}`;
+          add(`pool ${of}`, () => poolKernel({ dtype, access, headDim, operand, similarities, shifted }));
+        }
+      }
+    }
+  }
+  add('mean of blocks', () => meanKernel(136));
+  for (const by of ['count', 'mass'] as const) {
+    for (const similarities of [true, false]) {
+      add(`choose blocks by ${by}`, () => chooseKernel({ headDim: 136, by, similarities }));
+    }
+  }
+  add('pack map', packKernel);
+  return found;
+}
+
 /** Kernels of the backward pass. */
 function gradientKernels(): WebgpuConfiguration[] {
   const group = 'gradient kernels';
@@ -307,5 +336,6 @@ export const webgpuKernels = (): WebgpuConfiguration[] => [
   ...quantizingKernels(),
   ...fp4Kernels(),
   ...otherKernels(),
+  ...blockMapKernels(),
   ...gradientKernels(),
 ];
