@@ -1,6 +1,7 @@
 // One attention of a video transformer divided among devices: video tokens are sharded, the text's keys and values are on every rank.
 //
 //   node main.mjs --devices 0,1,2,3 --frames 21     on NVIDIA cards (npm install koffi)
+//   npx sageattention launch -n 4 main.mjs --nccl   on NVIDIA cards, a process each
 //   node main.mjs --ranks 4                         the same in memory, to try it without any
 import { parseArgs } from 'node:util';
 import { fromFloat32, sageattn, toFloat32 } from 'sageattention';
@@ -10,6 +11,7 @@ import { compare } from 'sageattention/reference';
 const { values: flags } = parseArgs({
   options: {
     devices: { type: 'string' },
+    nccl: { type: 'boolean', default: false },
     ranks: { type: 'string', default: '4' },
     ulysses: { type: 'string', default: '2' },
     frames: { type: 'string', default: '2' },
@@ -18,7 +20,7 @@ const { values: flags } = parseArgs({
 });
 // A latent frame of 30 x 52 patches, and 226 tokens of text, as in video transformers of 480p.
 const [tokens, text, heads, dim] = [Number(flags.frames) * 30 * 52, 226, Number(flags.heads), 128];
-const backend = flags.devices === undefined ? 'wasm' : 'cuda';
+const backend = flags.nccl || flags.devices !== undefined ? 'cuda' : 'wasm';
 
 let state = 1;
 /** About normal, the same at every start. */
@@ -36,9 +38,14 @@ const draw = (length) =>
 const [q, k, v] = [draw(tokens), draw(tokens), draw(tokens)];
 const joint = { k: draw(text), v: draw(text), where: 'front' };
 
-const group = await createDeviceGroup(
-  flags.devices === undefined ? { ranks: Number(flags.ranks) } : { devices: flags.devices.split(',').map(Number) },
-);
+/** Every process of several runs all of this, and holds its own part. */
+const where = () => {
+  if (flags.nccl) return { transport: 'nccl' };
+  return flags.devices === undefined
+    ? { ranks: Number(flags.ranks) }
+    : { devices: flags.devices.split(',').map(Number) };
+};
+const group = await createDeviceGroup(where());
 const shards = await Promise.all([q, k, v].map((x) => group.shard(x)));
 const options = { ulysses: Number(flags.ulysses), joint };
 (await sageattnSharded(...shards, options)).dispose();
@@ -64,10 +71,9 @@ const one = toFloat32(await sageattn(q, wholeK, wholeV, { backend }));
 const alone = performance.now() - start;
 
 const { relativeL1 } = compare(divided, Float64Array.from(one));
-console.log(
-  `${tokens} video and ${text} text tokens, ${heads} heads of ${dim}, ${group.size} ranks, backend ${backend}`,
-);
-console.log(`divided, with gathering: ${together.toFixed(1)} ms; one device: ${alone.toFixed(1)} ms`);
-console.log(`relative L1 between them: ${relativeL1.toFixed(4)}`);
+const say = (line) => group.ranks.includes(0) && console.log(line);
+say(`${tokens} video and ${text} text tokens, ${heads} heads of ${dim}, ${group.size} ranks, backend ${backend}`);
+say(`divided, with gathering: ${together.toFixed(1)} ms; one device: ${alone.toFixed(1)} ms`);
+say(`relative L1 between them: ${relativeL1.toFixed(4)}`);
 for (const tensor of [...shards, output]) tensor.dispose();
 group.dispose();

@@ -7,7 +7,7 @@ import { getBackend } from '../backends/registry.ts';
 import { DISPOSE } from '../dispose.ts';
 import { ExecutionError, InvalidArgumentError, takeOptions, textOf } from '../errors.ts';
 import type { DType } from '../tensor/dtype.ts';
-import { emptyTensor, requireView, slice, type Tensor, type TensorView } from '../tensor/tensor.ts';
+import { emptyTensor, isContiguous, requireView, slice, type Tensor, type TensorView } from '../tensor/tensor.ts';
 import { HostPlace } from './host-place.ts';
 import { type Connection, type Link, LocalTransport, type Transport } from './link.ts';
 import type { ReachingPlace } from './place.ts';
@@ -235,44 +235,58 @@ export class DeviceGroup {
 
   /** The whole of a sharded tensor, in this process's memory, contiguous. All processes of the group ask for it. */
   async gather(sharded: ShardedTensor): Promise<Tensor> {
-    this.requireUsable();
     const { group, parts, shape, dtype, tokenAxis, order } = sharded;
     if (group !== this)
       throw new InvalidArgumentError('mixed-locations', 'tensor', 'a tensor of this group', 'another');
     const whole = emptyTensor(shape, dtype);
     const spans = (rank: number) => spansOf(shape[tokenAxis] as number, this.size, rank, order);
-    const keep = async ({ place, rank }: Member, part: TensorView) =>
-      copySpans(new HostPlace(place.backend), await place.download(part), whole, tokenAxis, spans(rank), 'gather');
-    for (const [i, member] of this.members.entries()) await keep(member, parts[i] as TensorView);
-    if (this.members.length === this.size) return whole;
+    const host = new HostPlace((this.members[0] as Member).place.backend);
+    await this.forEachPart(
+      parts,
+      (rank) => shape.map((size, axis) => (axis === tokenAxis ? totalOf(spans(rank)) : size)),
+      (rank, part) => copySpans(host, part, whole, tokenAxis, spans(rank), 'gather'),
+    );
+    return whole;
+  }
+
+  /** @internal Hands every rank's part to `keep`, in this process's memory; those of other processes are sent to all. */
+  async forEachPart(
+    parts: readonly TensorView[],
+    shapeOf: (rank: number) => readonly number[],
+    keep: (rank: number, part: Tensor) => void,
+  ): Promise<void> {
+    this.requireUsable();
+    for (const [i, { place, rank }] of this.members.entries()) {
+      keep(rank, (await place.download(parts[i] as TensorView)) as Tensor);
+    }
+    if (this.members.length === this.size) return;
+    const { place, rank } = this.members[0] as Member;
+    const own = parts[0] as TensorView;
+    const others = Array.from({ length: this.size }, (_, other) => other).filter((other) => other !== rank);
     await this.inTurn(async (connection) => {
-      const { place, rank } = this.members[0] as Member;
-      const own = parts[0] as TensorView;
-      const others = Array.from({ length: this.size }, (_, other) => other).filter((other) => other !== rank);
       const made: TensorView[] = [];
-      const empty = (tokens: number) => {
-        const view = place.empty(
-          shape.map((size, axis) => (axis === tokenAxis ? tokens : size)),
-          dtype,
-        );
+      const empty = (shape: readonly number[]) => {
+        const view = place.empty(shape, own.dtype as DType);
         made.push(view);
         return view;
       };
       try {
-        const packed = empty(own.shape[tokenAxis] as number);
-        place.copy(own, packed);
-        const coming = others.map((from) => ({ from, name: 'part', into: empty(totalOf(spans(from))) }));
-        const [link] = connection.links as readonly [Link];
+        let packed = own;
+        if (!isContiguous(own)) {
+          packed = empty(own.shape);
+          place.copy(own, packed);
+        }
+        const incoming = others.map((from) => ({ from, name: 'part', into: empty(shapeOf(from)) }));
         const outgoing = others.map((to) => ({ to, name: 'part', value: packed }));
-        place.waitFor(await link.exchange(outgoing, coming));
+        const [link] = connection.links as readonly [Link];
+        place.waitFor(await link.exchange(outgoing, incoming));
         await link.finish();
         await connection.close();
-        for (const { from, into } of coming) await keep({ place, rank: from }, into);
+        for (const { from, into } of incoming) keep(from, (await place.download(into)) as Tensor);
       } finally {
         for (const view of made) place.free(view);
       }
     });
-    return whole;
   }
 
   /** Frees what the group holds; sharded tensors are the caller's to dispose. */

@@ -14,5 +14,14 @@ export {
 } from './group.ts';
 export { type Prediction, type PredictOptions, predictSharded, type Rates } from './predict.ts';
 export type { Topology } from './schedule.ts';
+export {
+  gatherSequences,
+  type PackedSequences,
+  type SequencesOptions,
+  type SequencesOutput,
+  type ShardedSequences,
+  sageattnVarlenSharded,
+  shardSequences,
+} from './sequences.ts';
 export { type JointTokens, type ShardedOptions, type ShardedResult, sageattnSharded } from './sharded.ts';
 export type { TokenOrder } from './shards.ts';
