@@ -30,7 +30,7 @@ import {
   VALUE_GROUP,
 } from './layout.ts';
 import { sinkParams, sinkReader } from './sinks.ts';
-import { MEAN_FACTOR, statisticsVectors } from './statistics.ts';
+import { MEAN_FACTOR, overChunks, statisticsVectors } from './statistics.ts';
 import { type Access, decoder, NONFINITE, operandLoader, range } from './storage.ts';
 
 /** Tokens that one workgroup quantizes: a block of the portable tiling. */
@@ -141,7 +141,7 @@ export const loadMean = (vectors: number, statistics: number) => `
   { let factor = mean_factor(record, P.chunks);
     for (var i = lid; i < ${vectors}u; i += ${THREADS}u) {
       var sum = vec4<f32>();
-      for (var chunk = 0u; chunk < P.chunks; chunk++) { sum += partials[record + chunk * ${statistics}u + i]; }
+      ${overChunks(statistics, 'record + i', 'P.chunks', 'sum += x;')}
       mean[i] = sum * factor;
     } }`;
 
@@ -378,17 +378,15 @@ function keyMaxima({ smoothK, sharedScale, headDimPadded }: PrepareKeyValueConfi
     if (largest > ${WORST_SMOOTHING}.0 * plain) { largest = plain; atomicOr(&flags[lid], ${FLAG_UNSMOOTHED}u); }`
     : '';
   const shared = `
-  if (lid == 0u) {
-    var least = 0.0;
-    var most = 0.0;
-    for (var row = 0u; row < count; row++) {
-      most = max(most, row_max[row]);
-      if (row_max[row] > 0.0) { least = select(min(least, row_max[row]), row_max[row], least == 0.0); }
-    }
-    own_scales = u32(least * ${WIDEST_SPREAD}.0 < most);
-    shared_max = most;
+  // Bits of numbers that are not negative are in the order of the numbers; of the least one all bits are turned.
+  if (lid < count) {
+    let bits = bitcast<u32>(row_max[lid]);
+    atomicMax(&most_bits, bits);
+    if (bits != 0u) { atomicMax(&least_bits, ~bits); }
   }
   workgroupBarrier();
+  let shared_max = bitcast<f32>(atomicLoad(&most_bits));
+  let own_scales = u32(shared_max > 0.0 && bitcast<f32>(~atomicLoad(&least_bits)) * ${WIDEST_SPREAD}.0 < shared_max);
   if (lid < count && own_scales == 0u) { row_max[lid] = shared_max; }
   workgroupBarrier();`;
   return `
@@ -428,13 +426,13 @@ var<workgroup> largest_partial: array<f32, ${KEY_BLOCK * chunks}>;
 ${smoothK ? `var<workgroup> plain_partial: array<f32, ${KEY_BLOCK * chunks}>;` : ''}
 var<workgroup> row_max: array<f32, ${KEY_BLOCK}>;
 var<workgroup> flags: array<atomic<u32>, ${KEY_BLOCK}>;
-${sharedScale ? 'var<workgroup> shared_max: f32;\nvar<workgroup> own_scales: u32;' : ''}
+${sharedScale ? 'var<workgroup> most_bits: atomic<u32>;\nvar<workgroup> least_bits: atomic<u32>;' : ''}
 ${QUANTIZE}
 ${MAX4}
 ${needsPartials ? MEAN_FACTOR(statistics) : ''}
 ${values.scaled ? valueScale(statistics, values) : ''}
 ${values.smoothed ? valueMean(statistics) : ''}
-${values.integers ? VALUE_MAX : ''}
+${values.integers ? VALUE_MAX : ''}${tiled ? `var<workgroup> tile_flags: array<atomic<u32>, ${KEY_BLOCK / KEY_TILE + 1}>;` : ''}
 // The vector of a row's 16 channels from 16 * chunk on; of its facts after the last chunk.
 fn key_at(row: u32, chunk: u32) -> u32 { return ${
     tiled
@@ -492,7 +490,14 @@ ${keyMaxima(config)}
         ? storeTiles(config)
         : storeRows(config)
   }
-  workgroupBarrier();
+  workgroupBarrier();${
+    tiled
+      ? `
+  let own_tile = (row_at + lid) / ${KEY_TILE}u - row_at / ${KEY_TILE}u;
+  if (lid < count) { atomicOr(&tile_flags[own_tile], atomicLoad(&flags[lid])); }
+  workgroupBarrier();`
+      : ''
+  }
   if (lid < count) {
     let scale = min(row_max[lid] / ${INT_MAX.int8}.0, ${LARGEST_SCALE});
     var joined = ${sharedScale ? `own_scales * ${FLAG_OWN_SCALES}u` : '0u'};
@@ -500,7 +505,7 @@ ${keyMaxima(config)}
       tiled
         ? `let in_tile = (row_at + lid) % ${KEY_TILE}u;
     if (lid == 0u || in_tile == 0u) {
-      for (var row = lid; row < min(count, lid + ${KEY_TILE}u - in_tile); row++) { joined |= atomicLoad(&flags[row]); }
+      joined |= atomicLoad(&tile_flags[own_tile]);
       if (in_tile != 0u && joined != 0u) { keys[key_at(row_at - in_tile, ${chunks}u)].z |= joined; }
     }`
         : ''
@@ -522,7 +527,7 @@ export const valueScale = (statistics: number, values: ValueScaling): string =>
 const typicalScale = (statistics: number): string => `
 fn value_scale(record: u32, chunks: u32, sign: i32) -> vec4<f32> {
   var size = vec4<f32>();
-  for (var chunk = 0u; chunk < chunks; chunk++) { size += partials[record + chunk * ${statistics}u]; }
+  ${overChunks(statistics, 'record', 'chunks', 'size += x;')}
   // The inverse of a larger one would not be a normal number.
   size = select(min(size, vec4<f32>(1.0e37f)), vec4<f32>(1.0), size < vec4<f32>(1.0e-36f));
   return select(size, 1.0 / size, sign < 0);
@@ -531,7 +536,7 @@ fn value_scale(record: u32, chunks: u32, sign: i32) -> vec4<f32> {
 const powerScale = (statistics: number, { smoothed, exponent }: ValueScaling): string => `
 fn largest_values(record: u32, chunks: u32) -> vec4<f32> {
   var largest = vec4<f32>();
-  for (var chunk = 0u; chunk < chunks; chunk++) { largest = max(largest, partials[record + chunk * ${statistics}u]); }
+  ${overChunks(statistics, 'record', 'chunks', 'largest = max(largest, x);')}
   return largest;
 }
 fn scale_of(largest: vec4<f32>, sign: i32) -> vec4<f32> {
@@ -546,7 +551,7 @@ fn value_scale(record: u32, chunks: u32, sign: i32) -> vec4<f32> { return scale_
 export const valueMean = (statistics: number): string => `
 fn value_mean(record: u32, chunks: u32) -> vec4<f32> {
   var mean = vec4<f32>();
-  for (var chunk = 0u; chunk < chunks; chunk++) { mean += partials[record + chunk * ${statistics}u]; }
+  ${overChunks(statistics, 'record', 'chunks', 'mean += x;')}
   return mean;
 }`;
 

@@ -9,7 +9,7 @@
  */
 import type { DType } from '../../../tensor/dtype.ts';
 import { params, SEQUENCE, tables } from './layout.ts';
-import { type Access, decoder, elementLoader, NONFINITE } from './storage.ts';
+import { type Access, decoder, elementLoader, NONFINITE, range } from './storage.ts';
 
 export interface StatisticsConfig {
   readonly dtype: DType;
@@ -60,11 +60,45 @@ const LEAST_TYPICAL = '8.271806e-25f';
 export const statisticsVectors = (headDimPadded: number, valueDimPadded: number): number =>
   (headDimPadded + 2 * valueDimPadded) / 4 + 1;
 
+/** Loads from storage that are under way together where a loop's bounds are not constants: each takes half a microsecond. */
+const AHEAD = 4;
+
+/**
+ * A loop over `from` to `to`, exclusive, that reads ahead.
+ *
+ * @param read expression of what is read for an index, which is in the range
+ * @param use statements with `x`, what was read, in the order of the indices
+ * @param counts a condition on an index, besides its being in the range
+ */
+const readAhead = (
+  from: string,
+  to: string,
+  read: (index: string) => string,
+  use: string,
+  counts?: (index: string) => string,
+): string => {
+  const items = range(AHEAD);
+  return `let end = ${to};
+  for (var at = ${from}; at < end; at += ${AHEAD}u) {
+    ${items.map((i) => `let x_${i} = ${read(`min(at + ${i}u, end - 1u)`)};`).join('\n    ')}
+    ${items
+      .map((i) => {
+        const seen = counts === undefined ? '' : ` && ${counts(`min(at + ${i}u, end - 1u)`)}`;
+        return `if (at + ${i}u < end${seen}) { let x = x_${i}; ${use} }`;
+      })
+      .join('\n    ')}
+  }`;
+};
+
+/** The same over the chunks of a record's field: `use` has the field's vector as `x`. */
+export const overChunks = (statistics: number, at: string, chunks: string, use: string): string =>
+  `{ ${readAhead('0u', chunks, (chunk) => `partials[${at} + ${chunk} * ${statistics}u]`, use)} }`;
+
 /** `mean_factor(record, chunks)`: what the chunks' sums together are multiplied with to be a mean. */
 export const MEAN_FACTOR = (statistics: number): string => `
 fn mean_factor(record: u32, chunks: u32) -> f32 {
   var share = 0.0;
-  for (var chunk = 0u; chunk < chunks; chunk++) { share += partials[record + chunk * ${statistics}u + ${statistics - 1}u].x; }
+  ${overChunks(statistics, `record + ${statistics - 1}u`, 'chunks', 'share += x.x;')}
   return 1.0 / max(share, 1.0e-12f);
 }`;
 
@@ -85,11 +119,13 @@ export function statisticsKernel(config: StatisticsConfig): string {
     return `if (2u * lane < ${dim}u) {
       let base = sequence_field(sequence, ${source}u) - P.${operand}Base + head * P.${operand}HeadStride + lane * 2u;
       let both = 2u * lane + 1u < ${dim}u;
-      for (var token = ${from}; token < ${to}; token++) {
-        ${masked ? 'if (visible[visible_at + token] == 0u) { continue; }' : ''}
-        let x = pair_${operand}(base + token * P.${operand}TokenStride, both);
-        ${add}
-      }
+      ${readAhead(
+        from,
+        to,
+        (token) => `pair_${operand}(base + (${token}) * P.${operand}TokenStride, both)`,
+        add,
+        masked ? (token) => `visible[visible_at + ${token}] != 0u` : undefined,
+      )}
     }`;
   };
   const paddedOf = (operand: 'k' | 'v') => (operand === 'k' ? headDimPadded : valueDimPadded);
