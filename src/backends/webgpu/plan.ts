@@ -12,7 +12,7 @@ import type { Family } from './families/family.ts';
 import { planLaunches } from './launches/plan.ts';
 import { tryShapes } from './matrix-trial.ts';
 import { type Built, PlannedProgram } from './planned-program.ts';
-import { type EncodeOptions, Program } from './program.ts';
+import { type EncodeOptions, Program, type RecordedBuffers } from './program.ts';
 import { rebased } from './run.ts';
 import type { Buffers } from './scratch.ts';
 import { emptyGpuTensor, type GpuTensor, isGpuTensor, validateBuffer } from './tensor.ts';
@@ -29,15 +29,6 @@ export interface PlanDetails {
   readonly scratchBytes: number;
   /** Wall time that this plan waited for pipelines, milliseconds; 0 when all were cached. */
   readonly compileMilliseconds: number;
-}
-
-/** What {@link WebgpuPlan.record} binds. */
-export interface RecordedBuffers {
-  readonly q: GPUBuffer;
-  readonly k: GPUBuffer;
-  readonly v: GPUBuffer;
-  readonly mask?: GPUBuffer;
-  readonly output: GPUBuffer;
 }
 
 interface BuiltPlan extends Built {
@@ -158,7 +149,7 @@ export class WebgpuPlan implements Plan {
     this.#program.requireUse();
     const { context, program } = this.#program.built;
     if (context.lost !== undefined) throw context.lost;
-    program.record(pass, { ...program.ownScratch, ...buffers });
+    program.record(pass, buffers);
   }
 
   /**

@@ -27,6 +27,26 @@ interface KeptGroup {
   readonly group: GPUBindGroup;
 }
 
+/** What {@link Program.record} binds of the caller's. */
+export interface RecordedBuffers {
+  readonly q: GPUBuffer;
+  readonly k: GPUBuffer;
+  readonly v: GPUBuffer;
+  readonly mask?: GPUBuffer;
+  readonly output: GPUBuffer;
+}
+
+/** Sets of buffers of `record` whose bind groups are kept together: the layers of a model, which run in turn. */
+const KEPT_SETS = 64;
+
+interface KeptSet {
+  readonly buffers: RecordedBuffers;
+  readonly groups: readonly GPUBindGroup[];
+}
+
+const isSameSet = (a: RecordedBuffers, b: RecordedBuffers) =>
+  a.output === b.output && a.q === b.q && a.k === b.k && a.v === b.v && a.mask === b.mask;
+
 /** A sequence of dispatches over named buffers: the caller's, and scratch. */
 export class Program {
   /** Bytes of scratch that a run takes. */
@@ -39,6 +59,9 @@ export class Program {
   #ownScratch: Buffers | undefined;
   /** Bind groups of each dispatch by the one or two callers' buffers that it binds, most recently used last. */
   readonly #kept: KeptGroup[][];
+  readonly #sets: KeptSet[] = [];
+  /** Place of the set that was recorded last. */
+  #lastSet = -1;
 
   private constructor(
     context: GpuContext,
@@ -110,8 +133,24 @@ export class Program {
   }
 
   /** Records all dispatches into a compute pass that is open; the pass keeps the last one's pipeline and bind group. */
-  record(pass: GPUComputePassEncoder, buffers: Buffers): void {
-    this.#dispatch(pass, this.#groups(buffers));
+  record(pass: GPUComputePassEncoder, buffers: RecordedBuffers): void {
+    this.#dispatch(pass, this.#setOf(buffers).groups);
+  }
+
+  /** The set behind the last one is mostly the next: layers run in the same order in each run. */
+  #setOf(buffers: RecordedBuffers): KeptSet {
+    const sets = this.#sets;
+    for (let step = 1; step <= sets.length; step++) {
+      const at = (this.#lastSet + step) % sets.length;
+      const set = sets[at] as KeptSet;
+      if (!isSameSet(set.buffers, buffers)) continue;
+      this.#lastSet = at;
+      return set;
+    }
+    const made = { buffers, groups: this.#groups({ ...this.ownScratch, ...buffers }) };
+    this.#lastSet = sets.length < KEPT_SETS ? sets.length : (this.#lastSet + 1) % KEPT_SETS;
+    sets[this.#lastSet] = made;
+    return made;
   }
 
   #dispatch(pass: GPUComputePassEncoder, groups: readonly GPUBindGroup[]): void {
@@ -161,6 +200,7 @@ export class Program {
     this.#tables.destroy();
     this.#uniforms.destroy();
     for (const kept of this.#kept) kept.length = 0;
+    this.#sets.length = 0;
   }
 }
 

@@ -12,7 +12,7 @@ function fakeDevice() {
       recorded.push(`group ${index} ${label}`);
     }
     dispatchWorkgroups(...counts: number[]) {
-      recorded.push(`dispatch ${counts}`);
+      recorded.push(`dispatch ${counts.filter((count) => count !== undefined)}`);
     }
   }
   class Device {
@@ -37,12 +37,17 @@ async function withMarker() {
     });
   const [marker, other] = [await pipelineOf('marker'), await pipelineOf('other')];
   const entries = [{ binding: 0, resource: { buffer: 'q' as unknown as GPUBuffer } }];
-  const group = device.createBindGroup({ label: 'g', layout: {} as GPUBindGroupLayout, entries });
-  const record = () => {
+  const record = (isGroupKept = false) => {
     recorded.length = 0;
     const pass = device.createCommandEncoder().beginComputePass();
+    const group = device.createBindGroup({ label: 'g', layout: {} as GPUBindGroupLayout, entries });
+    if (isGroupKept) pass.setBindGroup(0, group);
     for (const pipeline of [other, marker, other]) {
       pass.setPipeline(pipeline);
+      if (isGroupKept) {
+        pass.dispatchWorkgroups(1, 2, 3);
+        continue;
+      }
       pass.setBindGroup(0, group);
       pass.dispatchWorkgroups(1, 2, 3);
     }
@@ -63,9 +68,12 @@ it('records a marker as it is outside of a run with markers, and the work in its
     pass.dispatchWorkgroups(7);
   };
   await hooks.replacing(new Map([['marker', work]]), async () => {
-    const restored = 'pipeline marker; group 0 g';
-    expect(record()).toBe([OTHER, restored, 'dispatch 7', restored, OTHER].join('; '));
+    const restored = 'pipeline other; group 0 g; group 0 g; dispatch 1,2,3';
+    expect(record()).toBe([OTHER, 'dispatch 7', restored].join('; '));
     expect([hooks.replaced, hooks.failure]).toEqual([1, undefined]);
+    // A bind group that was set once is set again behind the work.
+    const again = 'pipeline other; group 0 g; dispatch 1,2,3';
+    expect(record(true)).toBe(['group 0 g', 'pipeline other; dispatch 1,2,3', 'dispatch 7', again].join('; '));
   });
   expect([hooks.replaced, record()]).toEqual([0, [OTHER, MARKER, OTHER].join('; ')]);
   expect(Object.getOwnPropertyDescriptors(prototype)).toEqual(before);

@@ -47,7 +47,8 @@ export class DeviceHooks {
   readonly #codes = new WeakMap<GPUShaderModule, string>();
   /** WGSL of each pipeline. */
   readonly #pipelines = new WeakMap<GPUComputePipeline, string>();
-  readonly #groups = new WeakMap<GPUBindGroup, Entries>();
+  /** Of a run with markers: onnxruntime makes a bind group for each dispatch. */
+  readonly #groups = new Map<GPUBindGroup, Entries>();
   readonly #tags = new Map<string, number>();
   /** WGSL of markers by their equation and type. */
   readonly learned = new Map<string, string>();
@@ -83,12 +84,13 @@ export class DeviceHooks {
     );
     replaceMethod(device, 'createBindGroup', (create) => (descriptor) => {
       const group = create(descriptor);
-      this.#groups.set(group, descriptor.entries as Entries);
+      if (this.#armed !== undefined || this.#seen !== undefined) this.#groups.set(group, descriptor.entries as Entries);
       return group;
     });
     replaceMethod(device, 'createCommandEncoder', (create) => (descriptor) => {
       const encoder = create(descriptor);
-      replaceMethod(encoder, 'beginComputePass', (begin) => (passDescriptor) => this.#watch(begin(passDescriptor)));
+      const begin = encoder.beginComputePass;
+      encoder.beginComputePass = (passDescriptor) => this.#watch(begin.call(encoder, passDescriptor));
       return encoder;
     });
   }
@@ -118,6 +120,7 @@ export class DeviceHooks {
       await work();
     } finally {
       this.#seen = undefined;
+      this.#groups.clear();
     }
     return seen;
   }
@@ -129,6 +132,7 @@ export class DeviceHooks {
       return await work();
     } finally {
       this.#armed = undefined;
+      this.#groups.clear();
     }
   }
 
@@ -144,44 +148,63 @@ export class DeviceHooks {
 
   #watch(pass: GPUComputePassEncoder): GPUComputePassEncoder {
     if (this.#armed === undefined && this.#seen === undefined) return pass;
-    const setPipeline = pass.setPipeline.bind(pass);
-    const setBindGroup = pass.setBindGroup.bind(pass) as (...args: unknown[]) => undefined;
-    const dispatchWorkgroups = pass.dispatchWorkgroups.bind(pass);
-    const original = { setPipeline, setBindGroup, dispatchWorkgroups } as unknown as GPUComputePassEncoder;
+    const { setPipeline, setBindGroup, dispatchWorkgroups } = pass;
+    const original = {
+      setPipeline: setPipeline.bind(pass),
+      setBindGroup: setBindGroup.bind(pass),
+      dispatchWorkgroups: dispatchWorkgroups.bind(pass),
+    } as unknown as GPUComputePassEncoder;
     let pipeline: GPUComputePipeline | undefined;
+    let work: Work | undefined;
     let group: GPUBindGroup | undefined;
-    replaceMethod(pass, 'setPipeline', () => (next) => {
+    // A marker's pipeline and bind group are not set: its work sets its own, and what is dispatched next has another pipeline.
+    let isGroupSet = true;
+    pass.setPipeline = (next) => {
       pipeline = next;
-      return setPipeline(next);
-    });
-    replaceMethod(
-      pass,
-      'setBindGroup',
-      () =>
-        ((...args: readonly [number, GPUBindGroup | null, ...unknown[]]) => {
-          if (args[0] === 0) group = args[1] ?? undefined;
-          return setBindGroup(...args);
-        }) as GPUComputePassEncoder['setBindGroup'],
-    );
-    replaceMethod(pass, 'dispatchWorkgroups', () => (...counts) => {
-      if (pipeline === undefined || group === undefined || !this.#replace(original, pipeline, group)) {
-        return dispatchWorkgroups(...counts);
+      work = this.#workOf(next);
+      if (work !== undefined) return undefined;
+      original.setPipeline(next);
+      if (!isGroupSet && group !== undefined) original.setBindGroup(0, group);
+      isGroupSet = true;
+      return undefined;
+    };
+    pass.setBindGroup = ((...args: Parameters<typeof setBindGroup>) => {
+      const [index, next] = args;
+      // Offsets come with it; a marker has none.
+      if (index !== 0 || args.length > 2) {
+        if (index === 0) group = undefined;
+        return original.setBindGroup(...args);
       }
-      // The pass goes on as onnxruntime left it.
-      setPipeline(pipeline);
-      setBindGroup(0, group);
-    });
+      group = next as GPUBindGroup;
+      isGroupSet = work === undefined;
+      if (isGroupSet) original.setBindGroup(0, group);
+      return undefined;
+    }) as typeof setBindGroup;
+    pass.dispatchWorkgroups = (x, y, z) => {
+      if (this.#seen !== undefined && pipeline !== undefined) {
+        this.#seen.push({ code: this.#pipelines.get(pipeline), entries: this.#entriesOf(group) });
+      }
+      if (work === undefined) return original.dispatchWorkgroups(x, y, z);
+      this.#replace(original, work, this.#entriesOf(group));
+      isGroupSet = false;
+      return undefined;
+    };
     return pass;
   }
 
-  /** True where nothing more is to be recorded. Throws nothing: the caller is onnxruntime's WebAssembly. */
-  #replace(pass: GPUComputePassEncoder, pipeline: GPUComputePipeline, group: GPUBindGroup): boolean {
-    const code = this.#pipelines.get(pipeline);
-    const entries = this.#groups.get(group) ?? [];
-    if (this.#seen !== undefined) this.#seen.push({ code, entries });
+  #workOf(pipeline: GPUComputePipeline): Work | undefined {
+    const code = this.#armed && this.#pipelines.get(pipeline);
+    return code === undefined ? undefined : this.#armed?.works.get(code);
+  }
+
+  #entriesOf(group: GPUBindGroup | undefined): Entries {
+    return (group && this.#groups.get(group)) ?? [];
+  }
+
+  /** Throws nothing: the caller is onnxruntime's WebAssembly. */
+  #replace(pass: GPUComputePassEncoder, work: Work, entries: Entries): void {
     const armed = this.#armed;
-    const work = code === undefined ? undefined : armed?.works.get(code);
-    if (armed === undefined || work === undefined) return false;
+    if (armed === undefined) return;
     armed.replaced++;
     try {
       // Behind a failure the run's results are discarded, and an Einsum over all letters would take hours.
@@ -189,6 +212,5 @@ export class DeviceHooks {
     } catch (error) {
       armed.failure = messageOf(error);
     }
-    return true;
   }
 }

@@ -4,7 +4,8 @@ import type { KernelName } from '../../../attention/kernels.ts';
 import { createProblem } from '../../../attention/problem.ts';
 import { chooseKernel } from '../../../backends/choice.ts';
 import type { WebgpuBackend } from '../../../backends/webgpu/index.ts';
-import type { RecordedBuffers, WebgpuPlan } from '../../../backends/webgpu/plan.ts';
+import type { WebgpuPlan } from '../../../backends/webgpu/plan.ts';
+import type { RecordedBuffers } from '../../../backends/webgpu/program.ts';
 import { type GpuTensor, gpuTensor } from '../../../backends/webgpu/tensor.ts';
 import { BYTES_PER_ELEMENT } from '../../../tensor/dtype.ts';
 import { elementCount } from '../../../tensor/tensor.ts';
@@ -96,18 +97,19 @@ export async function planMarker(
   await plan.reserve();
   const bytes = [...marker.operands.map((operand) => bytesOf(marker, dimsOf(marker, operand, sizes)))];
   const output = bytesOf(marker, call.dims);
-  const at = (value: string) => marker.operands.indexOf(value);
   const { site, mask: masked, operands } = marker;
+  const slotOf = (value: string) => operands.indexOf(value);
+  const [qSlot, kSlot, vSlot] = [slotOf(site.q.value), slotOf(site.k.value), slotOf(site.v.value)];
+  const maskSlot = masked === undefined ? undefined : slotOf(masked);
   const work: Work = (pass, entries) => {
-    const buffer = (slot: number, size: number) => bufferAt(entries, slot, size);
-    // The constant lies between the operands and the result.
-    const bound = operands.map((_, slot) => buffer(slot, bytes[slot] as number));
+    const bound = (slot: number) => bufferAt(entries, slot, bytes[slot] as number);
     const buffers: RecordedBuffers = {
-      q: bound[at(site.q.value)] as GPUBuffer,
-      k: bound[at(site.k.value)] as GPUBuffer,
-      v: bound[at(site.v.value)] as GPUBuffer,
-      ...(masked === undefined ? {} : { mask: bound[at(masked)] as GPUBuffer }),
-      output: buffer(operands.length + 1, output),
+      q: bound(qSlot),
+      k: bound(kSlot),
+      v: bound(vSlot),
+      ...(maskSlot === undefined ? {} : { mask: bound(maskSlot) }),
+      // The constant lies between the operands and the result.
+      output: bufferAt(entries, operands.length + 1, output),
     };
     plan.record(pass, buffers);
   };
@@ -116,10 +118,9 @@ export async function planMarker(
 
 /** @throws what is unlike a whole tensor from its first element on */
 function bufferAt(entries: Entries, slot: number, bytes: number): GPUBuffer {
-  const resource = entries.find(({ binding }) => binding === slot)?.resource as
-    | GPUBufferBinding
-    | GPUBuffer
-    | undefined;
+  const inOrder = entries[slot];
+  const entry = inOrder?.binding === slot ? inOrder : entries.find(({ binding }) => binding === slot);
+  const resource = entry?.resource as GPUBufferBinding | GPUBuffer | undefined;
   const { buffer, offset = 0 } = resource !== undefined && 'buffer' in resource ? resource : { buffer: resource };
   if (buffer === undefined) throw new Error(`the marker has no binding ${slot}`);
   if (offset !== 0 || buffer.size < bytes) {
