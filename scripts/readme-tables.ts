@@ -12,7 +12,7 @@ import { exporterRows, topologyRows } from './exporters-table.ts';
 const RESULTS = new URL('../bench/results/', import.meta.url);
 const PAGES = [
   'README.md',
-  ...['index', 'choosing-a-kernel', 'distributed', 'fp4', 'integrations'].map((name) => `docs/${name}.md`),
+  ...['index', 'choosing-a-kernel', 'distributed', 'fp4', 'integrations', 'training'].map((name) => `docs/${name}.md`),
 ];
 const read = <T>(name: string): T => JSON.parse(readFileSync(new URL(name, RESULTS), 'utf8')) as T;
 
@@ -408,6 +408,34 @@ function distributedSpeed(): Table {
   };
 }
 
+interface WebgpuBackwardReport {
+  readonly rows: readonly {
+    readonly dim: number;
+    readonly length: number;
+    readonly milliseconds: Readonly<Record<string, number>>;
+    readonly relativeL2: readonly number[];
+  }[];
+}
+
+/** Forward and backward on WebGPU: of the tiles the one that is chosen now, which is not the default of that run at D = 128. */
+function webgpuBackward(): Table {
+  const { rows } = read<WebgpuBackwardReport>('webgpu-backward-h200.json');
+  return {
+    header: ['D, tokens', 'tfjs WebGPU, float32', 'ours', 'tfjs / ours', 'relative L2 of dQ / dK / dV'],
+    rows: rows.map(({ dim, length, milliseconds, relativeL2 }) => {
+      const [tfjs, ours] = [milliseconds['tfjs WebGPU, float32'], milliseconds['sageattnTrainable 32x32/8x8']];
+      if (tfjs === undefined || ours === undefined) throw new Error(`D ${dim}, ${length} tokens: no time of both`);
+      return [
+        `${dim}, ${grouped(length)}`,
+        `${tfjs.toFixed(2)} ms`,
+        `${ours.toFixed(2)} ms`,
+        `${(tfjs / ours).toFixed(2)}×`,
+        relativeL2.map((value) => value.toFixed(4)).join(' / '),
+      ];
+    }),
+  };
+}
+
 /** One way, bytes a second: NVLink as measured between two H200s, PCIe 5 and a 400 Gb/s network at nine tenths of their rate. */
 const LINKS = [
   ['NVLink', 394e9, 5e-6],
@@ -466,6 +494,7 @@ const TABLES: Readonly<Record<string, (short: boolean) => Table>> = {
   exporters,
   'tfjs-exporters': topologies,
   'distributed-speed': distributedSpeed,
+  'webgpu-backward': webgpuBackward,
   'distributed-predictions': distributedPredictions,
 };
 
