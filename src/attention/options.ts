@@ -134,7 +134,7 @@ const isWindowSide = (value: unknown) =>
   value === Number.POSITIVE_INFINITY || (Number.isSafeInteger(value) && (value as number) >= -1);
 
 const isTensor: Check = (value) => typeof value === 'object' && value !== null && 'shape' in value;
-const isBlockSize = (value: unknown) =>
+export const isBlockSize = (value: unknown) =>
   Number.isSafeInteger(value) && (value as number) > 0 && (value as number) % BLOCK_MULTIPLE === 0;
 const isBlockMask: Check = (value) => {
   if (typeof value !== 'object' || value === null) return false;

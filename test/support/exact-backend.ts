@@ -4,6 +4,7 @@ import type { BackendName } from '../../src/attention/options.ts';
 import { attentionOutputs } from '../../src/attention/outputs.ts';
 import { type AttentionProblem, lseShapeOf, outputShapeOf } from '../../src/attention/problem.ts';
 import type { AttentionOutputs, Backend, KernelDescriptor, PreparedKeyValue } from '../../src/backends/backend.ts';
+import { buildBlockMap } from '../../src/reference/block-map.ts';
 import { attentionExact, type ReferenceInputs } from '../../src/reference/exact.ts';
 import { writeValues } from '../../src/tensor/access.ts';
 import { emptyTensor, type Tensor } from '../../src/tensor/tensor.ts';
@@ -45,6 +46,13 @@ export function exactBackend(name: BackendName = 'wasm'): Backend & { calls: num
       run: async (inputs): Promise<AttentionOutputs> => {
         backend.calls++;
         return attend(problem, inputs as ReferenceInputs);
+      },
+      dispose: () => undefined,
+    }),
+    planBlockMap: async (problem, sparsity) => ({
+      run: async ({ q, k }) => {
+        const { map, ...fractions } = buildBlockMap(problem, sparsity, { q, k } as ReferenceInputs);
+        return { map, fractions: async () => fractions, dispose: () => undefined };
       },
       dispose: () => undefined,
     }),

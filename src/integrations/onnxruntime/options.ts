@@ -1,4 +1,6 @@
 import { KERNEL_NAMES, type KernelName } from '../../attention/kernels.ts';
+import { isBlockSize } from '../../attention/options.ts';
+import { isSparsity, SPARSITY_PHRASE, type Sparsity } from '../../attention/sparsity.ts';
 import { InvalidArgumentError } from '../../errors.ts';
 import { VALIDATION_MODES, type ValidationMode } from './session/validation-mode.ts';
 
@@ -41,6 +43,12 @@ export interface SageAttentionOptions {
    * weights once more; false keeps such shapes in pieces, and the memory free. Default true.
    */
   readonly wholeFallback?: boolean;
+  /**
+   * Computes of each attention only the blocks of scores that matter, chosen in every run. Under `'adaptive'` an attention is computed so
+   * only where that was faster and its cosine similarity did not fall below `threshold`. Markers are not used then. Default: all.
+   * SpargeAttn, arXiv 2502.18137.
+   */
+  readonly sparsity?: Sparsity;
   /** Runs that `'adaptive'` compares; default 2. */
   readonly calibrationRuns?: number;
 }
@@ -74,6 +82,7 @@ const CHECKS: Readonly<Record<keyof SageAttentionOptions, readonly [(value: unkn
   validationMode: [(value) => VALIDATION_MODES.includes(value as ValidationMode), `one of ${VALIDATION_MODES}`],
   policy: [(value) => value === 'fixed' || value === 'adaptive', "'fixed' or 'adaptive'"],
   threshold: [(value) => typeof value === 'number' && value >= -1 && value <= 1, 'a number from -1 to 1'],
+  sparsity: [(value) => isSparsity(value, isBlockSize), SPARSITY_PHRASE],
   wholeFallback: [(value) => typeof value === 'boolean', 'a boolean'],
   calibrationRuns: [(value) => isCount(value) && (value as number) > 0, 'an integer > 0'],
 };

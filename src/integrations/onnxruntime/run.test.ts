@@ -232,6 +232,49 @@ describe("policy: 'adaptive'", () => {
     expect(sage.sageAttention[0]).toMatchObject({ taken: true, reason: undefined });
   });
 
+  /** Chooses one block of four rows of blocks, which is far from the whole. */
+  const sparsity = { topK: 0.25, rows: 16, keys: 16 } as const;
+
+  it('computes the blocks of a sparsity only where they are close to the whole, and reports what they are', async () => {
+    await slow(0);
+    const { prototype } = ort.InferenceSession as unknown as { prototype: ort.InferenceSession };
+    const { run } = prototype;
+    vi.spyOn(prototype, 'run').mockImplementation(async function (this: ort.InferenceSession, ...args: unknown[]) {
+      await new Promise((resolve) => setTimeout(resolve, 500));
+      return (run as (...args: unknown[]) => Promise<ort.InferenceSession.OnnxValueMapType>).apply(this, args);
+    });
+    const options = { policy: 'adaptive', calibrationRuns: 1, sparsity } as const;
+    const dense = await sageOf(options).create(ATTENTION);
+    await dense.run(feeds(64));
+    expect(dense.sageAttention[0]).toMatchObject({ taken: true, keptFraction: undefined });
+
+    // The exact backend is slow where it computes every block.
+    const { plan } = backend;
+    await setBackend({
+      ...backend,
+      plan: async (problem, choice) => {
+        const made = await plan(problem, choice);
+        const wait = problem.blocks === undefined ? 200 : 0;
+        return {
+          ...made,
+          run: async (inputs, context) => {
+            await new Promise((resolve) => setTimeout(resolve, wait));
+            return made.run(inputs, context);
+          },
+        };
+      },
+    });
+    const sparse = await sageOf({ ...options, threshold: -1 }).create(ATTENTION);
+    await sparse.run(feeds(64));
+    expect(sparse.sageAttention[0]).toMatchObject({ taken: true, keptFraction: 0.25 });
+  });
+
+  it('a sparsity is used everywhere under the fixed policy', async () => {
+    const sage = await sageOf({ sparsity }).create(ATTENTION);
+    await sage.run(feeds(64));
+    expect(sage.sageAttention[0]).toMatchObject({ taken: true, keptFraction: 0.25 });
+  });
+
   it('a reason of a run before is none of the runs that compare', async () => {
     const sage = await sageOf({ policy: 'adaptive', minTokens: 4 }).create(ATTENTION);
     await sage.run(feeds(3));

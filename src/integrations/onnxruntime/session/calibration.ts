@@ -1,5 +1,6 @@
 /** What is known of one attention while its session lives, and the comparison of kernels that `'adaptive'` makes. */
 import type { KernelName } from '../../../attention/kernels.ts';
+import type { Sparsity } from '../../../attention/sparsity.ts';
 import { compare } from '../../../reference/metrics.ts';
 import { decodeFloat16 } from '../../../tensor/formats/float16.ts';
 import { bitsOf } from '../../../tensor/tensor.ts';
@@ -11,6 +12,10 @@ import type { AttentionReport } from './report.ts';
 
 export interface Trial {
   readonly kernel: KernelName | 'onnxruntime';
+  /** Only blocks that a sparsity chose. */
+  readonly isSparse: boolean;
+  /** The blocks that the last run computed of them. */
+  readonly keptFraction?: number | undefined;
   /** The lowest of all calibration runs. */
   readonly cosineSimilarity: number;
   /** Sum over all calibration runs, so that long runs weigh more where lengths differ. */
@@ -32,6 +37,9 @@ export class SiteState {
   ran: KernelName | undefined;
   milliseconds: number | undefined;
   cosineSimilarity: number | undefined;
+  /** It computes only the blocks that `sparsity` chooses. */
+  isSparse = false;
+  keptFraction: number | undefined;
   remainingTrials = 0;
   trials: readonly Trial[] | undefined;
   readonly placed: PlacedSite;
@@ -63,6 +71,7 @@ export class SiteState {
       reason,
       kernel: taken ? (this.ran ?? this.kernel) : undefined,
       milliseconds: taken ? this.milliseconds : undefined,
+      keptFraction: taken && this.isSparse ? this.keptFraction : undefined,
       cosineSimilarity,
     };
   }
@@ -80,10 +89,14 @@ export async function tryKernel(
   call: AttentionCall,
   kernel: KernelName,
   exact: Float32Array,
+  sparsity: Sparsity | undefined,
 ): Promise<Trial> {
+  const isSparse = sparsity !== undefined;
+  let keptFraction: number | undefined;
   const attend = async (): Promise<Float32Array> => {
-    const { output, failure } = await engine.attend(call, kernel);
+    const { output, failure, keptFraction: kept } = await engine.attend(call, kernel, sparsity);
     try {
+      keptFraction = await kept;
       const error = await failure;
       if (error !== undefined) throw error;
       return await toNumbers(output);
@@ -93,15 +106,17 @@ export async function tryKernel(
   };
   try {
     const { result, milliseconds } = await lastOf(CALLS_TO_TIME, attend);
-    return { kernel, milliseconds, cosineSimilarity: compare(result, exact).cosineSimilarity };
+    return { kernel, isSparse, keptFraction, milliseconds, cosineSimilarity: compare(result, exact).cosineSimilarity };
   } catch {
     // A kernel that does not take this call cannot be the one that is kept.
-    return { kernel, milliseconds: Number.POSITIVE_INFINITY, cosineSimilarity: -1 };
+    return { kernel, isSparse, milliseconds: Number.POSITIVE_INFINITY, cosineSimilarity: -1 };
   }
 }
 
 export const together = (a: Trial, b: Trial): Trial => ({
   kernel: a.kernel,
+  isSparse: a.isSparse,
+  keptFraction: b.keptFraction,
   cosineSimilarity: Math.min(a.cosineSimilarity, b.cosineSimilarity),
   milliseconds: a.milliseconds + b.milliseconds,
 });
@@ -120,6 +135,8 @@ export function settle(state: SiteState, trials: readonly Trial[], threshold: nu
   } else {
     state.reason = undefined;
     state.kernel = best.kernel;
+    state.isSparse = best.isSparse;
+    state.keptFraction ??= best.keptFraction;
     state.cosineSimilarity = best.cosineSimilarity;
   }
 }

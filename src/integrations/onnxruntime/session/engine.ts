@@ -1,9 +1,10 @@
 /** Runs one attention on onnxruntime's tensors, where they are. */
 
-import { sageattn } from '../../../api/sageattn.ts';
+import { sageattn, sageattnSparse } from '../../../api/sageattn.ts';
 import type { KernelName } from '../../../attention/kernels.ts';
 import type { AttentionOptions } from '../../../attention/options.ts';
 import { type AttentionProblem, createProblem, MAX_HEAD_DIM } from '../../../attention/problem.ts';
+import type { Sparsity } from '../../../attention/sparsity.ts';
 import { getBackend } from '../../../backends/registry.ts';
 import { ExecutionError, messageOf } from '../../../errors.ts';
 import { type Tensor, type TensorView, transpose } from '../../../tensor/tensor.ts';
@@ -17,7 +18,8 @@ export interface AttentionEngine {
   readonly maxHeadDim: number;
   /** Kernels of the backend, for calibration. */
   kernels(): Promise<readonly KernelName[]>;
-  attend(call: AttentionCall, kernel: KernelName | 'auto'): Promise<Attended>;
+  /** @param sparsity how to choose the blocks that are computed; undefined: all are */
+  attend(call: AttentionCall, kernel: KernelName | 'auto', sparsity: Sparsity | undefined): Promise<Attended>;
   /** Releases everything that is kept between runs. */
   release(): void;
 }
@@ -29,6 +31,8 @@ export interface Attended {
   readonly kernel: KernelName;
   /** Undefined where it has not ended by now. */
   readonly milliseconds: number | undefined;
+  /** The blocks that were computed, of those that causality and window leave; undefined without a sparsity. A GPU knows it later. */
+  readonly keptFraction: Promise<number> | undefined;
   /** Undefined, or what went wrong on the GPU behind the call's back: known a little later, and waited for once a run. */
   readonly failure: Promise<Error | undefined>;
 }
@@ -72,6 +76,14 @@ function cpuTensor({ tensor, view }: OperandCall): Tensor {
 const defaultKernel = async (problem: AttentionProblem): Promise<KernelName> =>
   (await (await getBackend('wasm')).defaultKernel(problem)).name;
 
+async function attend(q: Tensor, k: Tensor, v: Tensor, options: AttentionOptions, sparsity: Sparsity | undefined) {
+  if (sparsity === undefined) {
+    return { output: await sageattn(q, k, v, { ...options, returnLse: false }), kept: undefined };
+  }
+  const { output, sparsity: chosen } = await sageattnSparse(q, k, v, { ...options, sparsity });
+  return { output, kept: chosen.keptFraction };
+}
+
 /** The WASM backend on tensors in the memory of this process. */
 export function cpuEngine(OrtTensorClass: OrtTensorConstructor): AttentionEngine {
   return {
@@ -80,7 +92,7 @@ export function cpuEngine(OrtTensorClass: OrtTensorConstructor): AttentionEngine
     async kernels() {
       return (await getBackend('wasm')).kernels.map(({ name }) => name);
     },
-    async attend(call, kernel) {
+    async attend(call, kernel, sparsity) {
       const start = performance.now();
       const [q, k, v] = [call.q, call.k, call.v].map((operand) => inLayout(call, cpuTensor(operand))) as [
         Tensor,
@@ -95,13 +107,14 @@ export function cpuEngine(OrtTensorClass: OrtTensorConstructor): AttentionEngine
         ...(mask?.causal === undefined ? {} : { isCausal: true, causalAlignment: mask.causal }),
         ...(mask?.attnMask === undefined ? {} : { attnMask: mask.attnMask }),
       };
-      const output = await sageattn(q, k, v, { ...options, backend: 'wasm' });
+      const { output, kept } = await attend(q, k, v, { ...options, backend: 'wasm' }, sparsity);
       const milliseconds = performance.now() - start;
       const ran = kernel === 'auto' ? await defaultKernel(createProblem(q, k, v, options)) : kernel;
       return {
         output: new OrtTensorClass(call.type, output.data, call.dims),
         kernel: ran,
         milliseconds,
+        keptFraction: kept === undefined ? undefined : Promise.resolve(kept),
         failure: FINE,
       };
     },

@@ -1,7 +1,10 @@
 /** The WebGPU backend on onnxruntime's own device: buffers go from one to the other without a copy. */
 
-import { withCachedPlan } from '../../../api/plan-cache.ts';
-import { createProblem, outputShapeOf } from '../../../attention/problem.ts';
+import { withCachedBlockMap, withCachedPlan } from '../../../api/plan-cache.ts';
+import { contiguousBlocks } from '../../../attention/block-choice.ts';
+import { type AttentionProblem, createProblem, outputShapeOf } from '../../../attention/problem.ts';
+import { type SettledSparsity, settleSparsity } from '../../../attention/sparsity.ts';
+import type { BlockMap, BlockMapInputs } from '../../../backends/backend.ts';
 import type { WebgpuPlan } from '../../../backends/webgpu/index.ts';
 import type { GpuTensor } from '../../../backends/webgpu/tensor.ts';
 import { UnsupportedOptionError } from '../../../errors.ts';
@@ -26,6 +29,15 @@ export async function deviceOf(ort: OrtModule, options: OrtSessionOptions): Prom
 
 /** Output buffers that wait for the next attention: with buffers seen before, neither memory nor bindings are made anew. */
 const SPARE_OUTPUTS = 4;
+
+/** Frees the map, which submitted work reads still. */
+async function keptOf(chosen: BlockMap): Promise<number> {
+  try {
+    return (await chosen.fractions()).keptFraction;
+  } finally {
+    chosen.dispose();
+  }
+}
 
 export async function gpuEngine(OrtTensorClass: OrtTensorConstructor, device: GPUDevice): Promise<AttentionEngine> {
   const { fromGpuBuffer } = OrtTensorClass;
@@ -64,13 +76,22 @@ export async function gpuEngine(OrtTensorClass: OrtTensorConstructor, device: GP
     return gpuView(buffer, { ...view, dtype });
   };
 
+  const chooseBlocks = (problem: AttentionProblem, sparsity: SettledSparsity, inputs: BlockMapInputs) =>
+    withCachedBlockMap(
+      backend,
+      problem,
+      sparsity,
+      (plan) => plan.run(inputs, {}),
+      () => undefined,
+    );
+
   return {
     backend: 'webgpu',
     maxHeadDim: Math.max(...backend.kernels.map(({ maxHeadDim }) => maxHeadDim)),
     async kernels() {
       return backend.kernels.map(({ name }) => name);
     },
-    async attend(call, kernel): Promise<Attended> {
+    async attend(call, kernel, sparsity): Promise<Attended> {
       const uploaded: GPUBuffer[] = [];
       try {
         const [q, k, v] = [call.q, call.k, call.v].map((operand) => inLayout(call, toGpu(operand, uploaded))) as [
@@ -80,13 +101,17 @@ export async function gpuEngine(OrtTensorClass: OrtTensorConstructor, device: GP
         ];
         const mask = call.mask && toGpu(call.mask, uploaded);
         const options = { ...optionsOf(call, kernel), ...(mask === undefined ? {} : { attnMask: mask }) };
-        const problem = createProblem(q, k, v, options);
+        const settled = sparsity && settleSparsity(sparsity);
+        const dense = createProblem(q, k, v, options);
+        const problem = settled ? { ...dense, blocks: contiguousBlocks(dense, settled) } : dense;
         const descriptor =
           kernel === 'auto' ? await backend.defaultKernel() : backend.kernels.find(({ name }) => name === kernel);
         if (descriptor === undefined) {
           throw new UnsupportedOptionError(kernel, 'options.kernel', 'a backend that has it, not webgpu', kernel);
         }
-        const inputs = { q, k, v, ...(mask === undefined ? {} : { attnMask: mask }) };
+        const chosen = settled && (await chooseBlocks(problem, settled, { q, k }));
+        const blockMap = chosen && { blockMap: chosen.map as GpuTensor };
+        const inputs = { q, k, v, ...blockMap, ...(mask === undefined ? {} : { attnMask: mask }) };
         const shape = outputShapeOf(problem);
         const context = await backend.context();
         const [result, outcome] = await withCachedPlan(backend, problem, options, async (plan) =>
@@ -104,7 +129,8 @@ export async function gpuEngine(OrtTensorClass: OrtTensorConstructor, device: GP
           download: async () => (await downloadTensor(device, result)).data,
           dispose: () => giveBack(result.buffer),
         });
-        return { output, kernel: descriptor.name, milliseconds: undefined, failure: outcome };
+        const keptFraction = chosen && keptOf(chosen);
+        return { output, kernel: descriptor.name, milliseconds: undefined, keptFraction, failure: outcome };
       } finally {
         // Work that reads them is submitted: destroying waits for it.
         for (const buffer of uploaded) buffer.destroy();

@@ -251,6 +251,7 @@ function noMarkers(
     if (judged.some(({ engine }) => engine !== 'webgpu')) return 'a marker needs onnxruntime-web on WebGPU';
     if (options.markers === false) return 'excluded by the options';
     if (options.policy === 'adaptive') return "'adaptive' compares kernels between pieces";
+    if (options.sparsity !== undefined) return "blocks of 'sparsity' are chosen between pieces";
     if (isProxied(ort)) return 'onnxruntime runs in a worker, with a device that is out of reach';
     return judged.length > 1 ? 'an input decides between graphs' : undefined;
   };

@@ -26,6 +26,11 @@ export interface AttentionReport {
   readonly kernel: KernelName | 'auto' | undefined;
   /** What the attention took in the last run; undefined when left, and on a GPU, which runs it later. */
   readonly milliseconds: number | undefined;
+  /**
+   * With `sparsity`, the blocks that the last run computed, of those that causality and window leave; on a GPU known a little after it.
+   * Undefined where all were computed.
+   */
+  readonly keptFraction?: number | undefined;
   /** Least cosine similarity seen while `'adaptive'` compared the kept kernel. */
   readonly cosineSimilarity: number | undefined;
 }

@@ -256,6 +256,7 @@ describe('options', () => {
     { include: 'x' },
     { policy: 'x' },
     { threshold: 2 },
+    { sparsity: { topK: 2 } },
   ])('refuses %o', (options) => {
     expect(() => withSageAttention(ort, options as never)).toThrow(InvalidArgumentError);
   });

@@ -103,6 +103,7 @@ export class CutSession implements OrtSessionHandler {
     this.#sites = parts.cut.sites.map((placed) => {
       const state = new SiteState(placed, parts.options.kernel ?? 'auto', parts.cutReasons?.get(placed.site));
       if (parts.options.policy === 'adaptive') state.remainingTrials = parts.options.calibrationRuns;
+      else state.isSparse = parts.options.sparsity !== undefined;
       return state;
     });
   }
@@ -246,8 +247,17 @@ export class CutSession implements OrtSessionHandler {
       return false;
     }
     try {
-      const { output, failure, kernel, milliseconds } = await this.#parts.engine.attend(prepared.call, state.kernel);
+      const sparsity = state.isSparse ? this.#parts.options.sparsity : undefined;
+      const attended = await this.#parts.engine.attend(prepared.call, state.kernel, sparsity);
+      const { output, failure, kernel, milliseconds, keptFraction } = attended;
       Object.assign(state, { ran: kernel, milliseconds });
+      // A device that fails says so in `failure`.
+      keptFraction?.then(
+        (fraction) => {
+          state.keptFraction = fraction;
+        },
+        () => undefined,
+      );
       run.store({ [result]: output });
       run.failures.push({ node: site.name, failure });
       return true;
@@ -295,8 +305,11 @@ export class CutSession implements OrtSessionHandler {
     const { result: exact, milliseconds } = await lastOf(CALLS_TO_TIME, async () =>
       toNumbers(await this.#runOriginal(run, state, options)),
     );
-    const seen: Trial[] = [{ kernel: 'onnxruntime', cosineSimilarity: 1, milliseconds }];
-    for (const kernel of kernels) seen.push(await tryKernel(engine, call, kernel, exact));
+    const seen: Trial[] = [{ kernel: 'onnxruntime', isSparse: false, cosineSimilarity: 1, milliseconds }];
+    const { sparsity } = this.#parts.options;
+    for (const each of sparsity === undefined ? [undefined] : [undefined, sparsity]) {
+      for (const kernel of kernels) seen.push(await tryKernel(engine, call, kernel, exact, each));
+    }
     state.trials =
       state.trials === undefined ? seen : state.trials.map((trial, i) => together(trial, seen[i] as Trial));
     // Runs at the same time may each have found one left to do.
