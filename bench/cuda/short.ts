@@ -31,7 +31,7 @@ import { slice } from '../../src/tensor/tensor.ts';
 import { Random, runSeed } from '../../test/support/random.ts';
 import { exactRow, type HostInputs, normalBits, type Shape, sampleRows } from './inputs.ts';
 import { torchTimes } from './torch.ts';
-import { factsOf, isAttention, nvidiaSmi, tflops, Workbench } from './workbench.ts';
+import { factsOf, nvidiaSmi, tflops, Workbench } from './workbench.ts';
 
 const { values: flags, positionals } = parseArgs({
   allowPositionals: true,
@@ -77,7 +77,6 @@ interface Result extends Named {
   readonly kernel: KernelName;
   readonly variant: string;
   readonly milliseconds: number;
-  readonly attentionMilliseconds: number;
   readonly tflops: number;
   readonly relativeL1: number;
 }
@@ -104,8 +103,6 @@ function measure(
   const bench = new Workbench(device, planLaunches(problem, choice, factsOf(device), { overrides: tuning }), addresses);
   try {
     const milliseconds = timeOnDevice(device, () => bench.run());
-    const whole = bench.sequence.launches.every((launch) => isAttention(launch.name));
-    const attentionMilliseconds = whole ? milliseconds : timeOnDevice(device, () => bench.run(isAttention));
     const [actual, expected]: [number[], number[]] = [[], []];
     for (const row of sampleRows(new Random(1), shape, SAMPLED_ROWS)) {
       const entry = Math.floor(row.head / heads);
@@ -116,7 +113,7 @@ function measure(
     const { relativeL1 } = compare(actual, expected);
     return {
       ...{ name, batch, heads, tokens, headDim, isCausal, kernel, variant },
-      ...{ milliseconds, attentionMilliseconds, tflops: tflops(shape, milliseconds), relativeL1 },
+      ...{ milliseconds, tflops: tflops(shape, milliseconds), relativeL1 },
     };
   } finally {
     bench.dispose();
@@ -145,6 +142,11 @@ async function main(): Promise<number> {
   const shapes = [...TABLE, ...MODELS].filter(({ name }) => name.includes(flags.only));
   const torch = flags['no-torch'] ? undefined : torchTimes(shapes, ['CUDNN_ATTENTION']);
 
+  for (const { tokens, batch, headDim, isCausal, milliseconds } of torch?.results ?? []) {
+    console.error(
+      `cuDNN ${tokens} x ${batch} D=${headDim} ${isCausal ? 'causal' : 'full'}: ${fixed(milliseconds, 4)} ms`,
+    );
+  }
   const seed = runSeed();
   const random = new Random(seed);
   const largest = Math.max(...shapes.map(({ batch, heads, tokens, headDim }) => batch * heads * tokens * headDim));
@@ -171,7 +173,8 @@ async function main(): Promise<number> {
     return { q: view(flat.q), k: view(flat.k), v: view(flat.v) };
   };
   for (const shape of shapes) {
-    const variants = flags.variants && TABLE.includes(shape) && VARIANT_LENGTHS.includes(shape.tokens);
+    const variants =
+      flags.variants && TABLE.includes(shape) && !shape.isCausal && VARIANT_LENGTHS.includes(shape.tokens);
     const tried = [
       { kernel: 'exact' as const, variant: '', tuning: {} },
       { kernel: fastest, variant: '', tuning: {} },

@@ -116,8 +116,25 @@ export interface Frame {
   readonly warpgroup: Reg<'u32'>;
 }
 
+const REGISTERS_OF_MULTIPROCESSOR = 65_536;
+
+/**
+ * Warpgroups trade the registers that the CTA was given at its start, a multiple of 8 for each thread. If they ask for
+ * more together, the last waits for ever.
+ */
+function requireRegisters({ consumers, registers, minBlocks }: WgmmaConfig): void {
+  if (registers === undefined) return;
+  const warpgroups = 1 + consumers;
+  const ofThread = Math.floor(REGISTERS_OF_MULTIPROCESSOR / (128 * warpgroups * minBlocks * 8)) * 8;
+  const asked = registers.producer + consumers * registers.consumer;
+  if (asked > warpgroups * ofThread) {
+    throw new RangeError(`${asked} registers for ${warpgroups} warpgroups that have ${ofThread} each`);
+  }
+}
+
 /** Declares parameters and shared memory, and makes the barriers. */
 export function makeFrame(config: WgmmaConfig): Frame {
+  requireRegisters(config);
   const { consumers, stages } = config;
   const b = new KernelBuilder({
     name: 'wgmmaAttention',
