@@ -33,16 +33,18 @@ function softwareGpuProject(gpu: SoftwareGpu) {
 
 /**
  * Starts the longest files first, so that none runs on alone at the end. Vitest itself starts the files with most bytes
- * first where it has no times of an earlier run, but the slowest ones are short: suites, and models in a browser.
+ * first where it has no times of an earlier run, but the slowest ones, the suites, are short.
  */
 class LongestFirst extends BaseSequencer {
   override async sort(files: TestSpecification[]): Promise<TestSpecification[]> {
-    const isLong = ({ moduleId }: TestSpecification) =>
-      /\b(conformance|transformers\/web|integrations\/browser)\b/.test(moduleId);
+    const isLong = ({ moduleId }: TestSpecification) => /\bconformance\b/.test(moduleId);
     const sorted = await super.sort(files);
     return [...sorted.filter(isLong), ...sorted.filter((file) => !isLong(file))];
   }
 }
+
+/** Integrations in a browser: minutes each, which they would take from tests beside them. */
+const IN_BROWSERS = ['src/integrations/browser.test.ts', 'src/integrations/transformers/web.test.ts'];
 
 export default defineConfig({
   test: {
@@ -64,9 +66,11 @@ export default defineConfig({
             'test/docs/**',
             'test/runtimes/**',
             'test/engines/**',
+            ...IN_BROWSERS,
           ],
         },
       },
+      { extends: true, test: { name: 'browsers', include: IN_BROWSERS } },
       { extends: true, test: { name: 'site', include: ['test/playground/*.test.ts', 'test/docs/*.test.ts'] } },
       { extends: true, test: { name: 'runtimes', include: ['test/runtimes/*.test.ts'] } },
       { extends: true, test: { name: 'engines', include: ['test/engines/*.test.ts'] } },

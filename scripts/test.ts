@@ -1,10 +1,10 @@
 /**
- * `npm test`: builds what the tests need, runs every part, and closes with what passed, failed and could not run.
+ * `npm test`: builds what the tests need, runs its parts, and closes with what passed, failed and did not run.
  * Nothing is skipped in silence: a part that cannot run is named, and in CI it is a failure.
  *
- * Of the tests on simulated and software GPUs it runs those that a printed seed picks: few by hand, to end within
- * minutes, and more with `CI` set, where it also holds the coverage of src/ to its bound.
- * SAGEATTENTION_TESTS=all runs every test.
+ * By hand it is to end within ten minutes on two processors: it leaves out what other engines and browsers run, and of
+ * the tests on simulated and software GPUs it runs the few that a printed seed picks. With `CI` set every part runs,
+ * more of those tests do, and the coverage of src/ is held to its bound. SAGEATTENTION_TESTS=all runs every test.
  *
  * `npm test -- unit Chromium` runs the parts whose names have one of these words.
  */
@@ -24,6 +24,8 @@ interface Part {
   readonly arguments: readonly string[];
   /** It alone must cover src/ up to the bound of vitest.config.ts. Counting lines costs a third of its time. */
   readonly covers?: boolean;
+  /** It runs without being asked for by name outside CI too. */
+  readonly byHand?: boolean;
   /** The Node that runs it; default the one running this. */
   readonly node?: () => string;
   readonly env?: () => Record<string, string>;
@@ -33,7 +35,7 @@ interface Part {
 const ALL_PROCESSORS = `--maxWorkers=${availableParallelism()}`;
 
 const PARTS: readonly Part[] = [
-  { name: 'unit', arguments: ['--project', 'unit', ALL_PROCESSORS], covers: true },
+  { name: 'unit', arguments: ['--project', 'unit', ALL_PROCESSORS], covers: true, byHand: true },
   {
     name: 'Relaxed SIMD and Float16Array (Node 24)',
     arguments: ['--project', 'unit', 'src/backends/wasm', 'test/conformance/wasm', 'src/tensor', ALL_PROCESSORS],
@@ -41,6 +43,7 @@ const PARTS: readonly Part[] = [
   },
   { name: 'Deno and Bun', arguments: ['--project', 'runtimes'] },
   // A browser beside other tests would be short of processors.
+  { name: 'Integrations in Chromium', arguments: ['--project', 'browsers', '--no-file-parallelism'] },
   { name: 'Playground and documentation', arguments: ['--project', 'site', '--no-file-parallelism'] },
   {
     name: 'Firefox and WebKit',
@@ -54,6 +57,8 @@ const PARTS: readonly Part[] = [
   ...SOFTWARE_GPUS.map((gpu) => ({
     name: `WebGPU on ${gpu}`,
     arguments: ['--project', `webgpu-${gpu}`],
+    // The faster of the two, and the one with more features.
+    byHand: gpu === 'lavapipe',
     // The project names the driver to Dawn; here it is only made sure that there is one.
     env: () => {
       ensureSoftwareGpu(gpu);
@@ -169,9 +174,9 @@ ensureBuilt();
 const only = process.argv.slice(2);
 const folder = mkdtempSync(join(tmpdir(), 'sageattention-test-'));
 try {
-  const parts = PARTS.filter(
-    ({ name }) => only.length === 0 || only.some((text) => name.toLowerCase().includes(text.toLowerCase())),
-  );
+  const isAsked = ({ name, byHand }: Part) =>
+    only.length === 0 ? IN_CI || byHand === true : only.some((text) => name.toLowerCase().includes(text.toLowerCase()));
+  const parts = PARTS.filter(isAsked);
   const results = parts.map((part) => ({ part, counts: run(part, folder) }));
   console.log('');
   for (const { part, counts } of results) {
@@ -186,8 +191,13 @@ try {
     total((counts) => counts.failed.length),
     total((counts) => counts.skipped.length),
   ];
+  if (only.length === 0) {
+    for (const { name } of PARTS.filter((part) => !parts.includes(part))) {
+      console.log(`not run by hand: npm test -- '${name}'`);
+    }
+  }
   if (CHOICE.SAGEATTENTION_TESTS !== 'all') {
-    const rest = IN_CI ? '' : ' CI=true runs more of them.';
+    const rest = IN_CI ? '' : ' CI=true runs every part, and more of them.';
     console.log(
       `\nSimulated and software GPUs ran the sample of SAGEATTENTION_SEED=${SEED};${rest} SAGEATTENTION_TESTS=all runs all.`,
     );

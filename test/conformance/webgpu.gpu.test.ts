@@ -120,7 +120,7 @@ const RUNS: readonly Run[] = [
 ];
 
 /** Shares of each target's tests: SwiftShader takes four times as long as lavapipe. On a card `test/webgpu` runs all. */
-const SHARES = SWIFTSHADER ? { byHand: 0.1, otherwise: 0.15 } : { byHand: 0.2, otherwise: 0.7 };
+const SHARES = SWIFTSHADER ? { byHand: 0.1, otherwise: 0.15 } : { byHand: 0.1, otherwise: 0.7 };
 
 const seed = runSeed();
 const test = itNeeds(MISSING);
