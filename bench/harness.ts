@@ -7,7 +7,6 @@ import { spawn } from 'node:child_process';
 import { createInterface } from 'node:readline';
 import { messageOf } from '../src/errors.ts';
 
-/** A task that says nothing for so long hangs. */
 const SILENCE_SECONDS = 45;
 
 /** What the worker tells its parent, a line of JSON each. */
@@ -50,6 +49,8 @@ interface Run<Outcome, Facts> {
   readonly tasks: number;
   /** `Date.now()` after which no task runs. */
   readonly deadline: number;
+  /** A task that says nothing for so long hangs; default 45. */
+  readonly silenceSeconds?: number;
   readonly onFacts: (facts: Facts) => void;
   readonly onOutcome: (task: number, outcome: Outcome | { readonly error: string }) => void;
 }
@@ -64,14 +65,15 @@ function runWorker<Outcome, Facts>(run: Run<Outcome, Facts>, first: number): Pro
   const child = spawn(process.execPath, [process.argv[1] as string, ...run.argumentsFor(first)], {
     stdio: ['ignore', 'pipe', 'inherit'],
   });
+  const { silenceSeconds = SILENCE_SECONDS } = run;
   let current = first;
   let next = first;
   let why = 'the process ended';
   let last = Date.now();
   const watch = setInterval(() => {
-    const silent = Date.now() - last > SILENCE_SECONDS * 1000;
+    const silent = Date.now() - last > silenceSeconds * 1000;
     if (!silent && Date.now() < run.deadline) return;
-    why = silent ? `hung for ${SILENCE_SECONDS} s` : 'out of time';
+    why = silent ? `hung for ${silenceSeconds} s` : 'out of time';
     child.kill('SIGKILL');
   }, 500);
   createInterface({ input: child.stdout }).on('line', (line) => {

@@ -1,10 +1,11 @@
 /**
  * Short sequences and the shapes of real models: the exact kernel, the FP8 kernel with its quantization, and cuDNN in BF16,
- * in one run on one card, with the host's time of a call.
+ * in one run on one card.
  *
- *     npx tsx scripts/gpu-programs.ts && node .gpu/programs/bench-cuda-short.mjs OUTPUT_FOLDER [--variants] [--only TEXT] [--no-torch]
+ *     npx tsx scripts/gpu-programs.ts && node .gpu/programs/bench-cuda-short.mjs OUTPUT_FOLDER [--variants] [--only TEXT] [--seconds 85]
  *
- * `--variants` times the exact kernel with every variant of its tuning besides. Writes `short.json` and `short.md` there.
+ * `--variants` times the exact kernel with every variant of its tuning besides. Kernels run in a worker process, most
+ * important first: one that faults or hangs loses its row only. Writes `short.json` after each, and `short.md` at the end.
  */
 import { mkdirSync, writeFileSync } from 'node:fs';
 import { join } from 'node:path';
@@ -18,17 +19,17 @@ import {
   cudaTensorOn,
   download,
 } from '../../src/backends/cuda/index.ts';
-import { defaultKernelFor, descriptorOf } from '../../src/backends/cuda/kernel-table.ts';
+import { descriptorOf } from '../../src/backends/cuda/kernel-table.ts';
 import { EXACT_VARIANTS, type WgmmaTuning } from '../../src/backends/cuda/kernels/wgmma/table.ts';
 import { planLaunches } from '../../src/backends/cuda/launches/plan.ts';
 import { emptyCudaTensor } from '../../src/backends/cuda/tensor.ts';
-import { messageOf } from '../../src/errors.ts';
-import { type KernelName, sageattn, setBackend } from '../../src/index.ts';
-import { timeOnDevice, timeOnHost } from '../../src/measure/cuda-timing.ts';
+import type { KernelName } from '../../src/index.ts';
+import { timeOnDevice } from '../../src/measure/cuda-timing.ts';
 import { compare } from '../../src/reference/metrics.ts';
 import { toFloat32 } from '../../src/tensor/access.ts';
 import { slice } from '../../src/tensor/tensor.ts';
 import { Random, runSeed } from '../../test/support/random.ts';
+import { runInWorkers, work } from '../harness.ts';
 import { exactRow, type HostInputs, normalBits, type Shape, sampleRows } from './inputs.ts';
 import { torchTimes } from './torch.ts';
 import { factsOf, nvidiaSmi, tflops, Workbench } from './workbench.ts';
@@ -38,7 +39,9 @@ const { values: flags, positionals } = parseArgs({
   options: {
     variants: { type: 'boolean', default: false },
     only: { type: 'string', default: '' },
-    'no-torch': { type: 'boolean', default: false },
+    seconds: { type: 'string', default: '85' },
+    worker: { type: 'string' },
+    seed: { type: 'string', default: '1' },
   },
 });
 
@@ -73,12 +76,36 @@ const MODELS: readonly Named[] = [
 const VARIANT_LENGTHS = [128, 512, 1024, 16384];
 const SAMPLED_ROWS = 8;
 
-interface Result extends Named {
+interface Task {
+  readonly shape: Named;
   readonly kernel: KernelName;
   readonly variant: string;
-  readonly milliseconds: number;
-  readonly tflops: number;
-  readonly relativeL1: number;
+}
+
+/** What a task found; `error` instead when it failed. */
+interface Outcome {
+  readonly task: Task;
+  readonly error?: string;
+  readonly milliseconds?: number;
+  readonly tflops?: number;
+  readonly relativeL1?: number;
+}
+
+const SHAPES = [...TABLE, ...MODELS].filter(({ name }) => name.includes(flags.only));
+const PEER: KernelName = 'qk-int8-pv-fp8-cuda-sm90';
+
+/** Most important first. */
+function tasks(): Task[] {
+  const of = (kernel: KernelName) => SHAPES.map((shape): Task => ({ shape, kernel, variant: '' }));
+  const varied = flags.variants
+    ? SHAPES.filter((shape) => TABLE.includes(shape) && !shape.isCausal && VARIANT_LENGTHS.includes(shape.tokens))
+    : [];
+  const variants = varied.flatMap((shape) =>
+    Object.entries(EXACT_VARIANTS)
+      .filter(([, { consumers, minBlocks }]) => (consumers !== 3 && minBlocks !== 2) || shape.headDim === 64)
+      .map(([variant]): Task => ({ shape, kernel: 'exact', variant })),
+  );
+  return [...of('exact'), ...of(PEER), ...variants];
 }
 
 interface Operands {
@@ -87,20 +114,16 @@ interface Operands {
   readonly v: CudaTensor;
 }
 
-function measure(
-  device: CudaDevice,
-  shape: Named,
-  kernel: KernelName,
-  { variant, tuning }: { readonly variant: string; readonly tuning: Partial<WgmmaTuning> },
-  host: HostInputs,
-  { q, k, v }: Operands,
-): Result {
-  const { name, batch, heads, tokens, headDim, isCausal } = shape;
+function measure(device: CudaDevice, { shape, kernel, variant }: Task, host: HostInputs, flat: Operands) {
+  const { batch, heads, tokens, headDim, isCausal } = shape;
+  const view = ({ memory }: CudaTensor) => cudaTensorOn(memory, 'bfloat16', [batch, heads, tokens, headDim]);
+  const [q, k, v] = [view(flat.q), view(flat.k), view(flat.v)];
   const problem = createProblem(q, k, v, { isCausal });
   const choice = chooseOptions(descriptorOf(kernel), problem, {});
   const output = emptyCudaTensor(device, q.shape, 'bfloat16');
   const addresses = { q: q.memory.pointer, k: k.memory.pointer, v: v.memory.pointer, output: output.memory.pointer };
-  const bench = new Workbench(device, planLaunches(problem, choice, factsOf(device), { overrides: tuning }), addresses);
+  const overrides = variant === '' ? {} : (EXACT_VARIANTS[variant] as Partial<WgmmaTuning>);
+  const bench = new Workbench(device, planLaunches(problem, choice, factsOf(device), { overrides }), addresses);
   try {
     const milliseconds = timeOnDevice(device, () => bench.run());
     const [actual, expected]: [number[], number[]] = [[], []];
@@ -111,45 +134,17 @@ function measure(
       expected.push(...exactRow(host, shape, row));
     }
     const { relativeL1 } = compare(actual, expected);
-    return {
-      ...{ name, batch, heads, tokens, headDim, isCausal, kernel, variant },
-      ...{ milliseconds, tflops: tflops(shape, milliseconds), relativeL1 },
-    };
+    return { milliseconds, tflops: tflops(shape, milliseconds), relativeL1 };
   } finally {
     bench.dispose();
     output.memory.dispose();
   }
 }
 
-const fixed = (value: number | undefined, digits: number) => (value === undefined ? '-' : value.toFixed(digits));
-
-async function main(): Promise<number> {
-  const [folder] = positionals;
-  if (folder === undefined) {
-    console.error('usage: bench-cuda-short.mjs OUTPUT_FOLDER [--variants] [--only TEXT] [--no-torch]');
-    return 2;
-  }
-  const backend = new CudaBackend();
-  const { available, reason, remedy, details } = await backend.availability();
-  if (!available) {
-    console.error(`the benchmark could not run: ${reason}. ${remedy}`);
-    return 2;
-  }
-  await setBackend(backend);
-  mkdirSync(folder, { recursive: true });
-  const device = (await backend.cuda()).device();
-  const fastest = defaultKernelFor(device.computeCapability)?.name as KernelName;
-  const shapes = [...TABLE, ...MODELS].filter(({ name }) => name.includes(flags.only));
-  const torch = flags['no-torch'] ? undefined : torchTimes(shapes, ['CUDNN_ATTENTION']);
-
-  for (const { tokens, batch, headDim, isCausal, milliseconds } of torch?.results ?? []) {
-    console.error(
-      `cuDNN ${tokens} x ${batch} D=${headDim} ${isCausal ? 'causal' : 'full'}: ${fixed(milliseconds, 4)} ms`,
-    );
-  }
-  const seed = runSeed();
-  const random = new Random(seed);
-  const largest = Math.max(...shapes.map(({ batch, heads, tokens, headDim }) => batch * heads * tokens * headDim));
+async function worker(first: number): Promise<never> {
+  const device = (await new CudaBackend().cuda()).device();
+  const random = new Random(Number(flags.seed));
+  const largest = Math.max(...SHAPES.map(({ batch, heads, tokens, headDim }) => batch * heads * tokens * headDim));
   const host: HostInputs = {
     q: normalBits(random, largest, 0),
     k: normalBits(random, largest, 2),
@@ -162,51 +157,13 @@ async function main(): Promise<number> {
     return cudaTensorOn(memory, 'bfloat16', [bits.length]);
   };
   const flat = { q: onDevice(host.q), k: onDevice(host.k), v: onDevice(host.v) };
-  const results: Result[] = [];
-  const write = (hostMicroseconds: readonly object[]) =>
-    writeFileSync(
-      join(folder, 'short.json'),
-      `${JSON.stringify({ date: new Date().toISOString(), commit: process.env.SAGEATTENTION_COMMIT, seed, details, nvidiaSmi: nvidiaSmi(), torch, hostMicroseconds, results }, null, 1)}\n`,
-    );
-  const operandsOf = ({ batch, heads, tokens, headDim }: Shape): Operands => {
-    const view = ({ memory }: CudaTensor) => cudaTensorOn(memory, 'bfloat16', [batch, heads, tokens, headDim]);
-    return { q: view(flat.q), k: view(flat.k), v: view(flat.v) };
-  };
-  for (const shape of shapes) {
-    const variants =
-      flags.variants && TABLE.includes(shape) && !shape.isCausal && VARIANT_LENGTHS.includes(shape.tokens);
-    const tried = [
-      { kernel: 'exact' as const, variant: '', tuning: {} },
-      { kernel: fastest, variant: '', tuning: {} },
-      ...Object.entries(variants ? EXACT_VARIANTS : {}).map(([variant, tuning]) => ({
-        kernel: 'exact' as const,
-        variant,
-        tuning,
-      })),
-    ];
-    for (const { kernel, ...own } of tried) {
-      try {
-        const result = measure(device, shape, kernel, own, host, operandsOf(shape));
-        results.push(result);
-        console.error(
-          `${shape.name}, ${kernel} ${own.variant}: ${fixed(result.milliseconds, 4)} ms, ${fixed(result.tflops, 0)} TFLOP/s, L1 ${fixed(result.relativeL1, 4)}`,
-        );
-      } catch (error) {
-        console.error(`${shape.name}, ${kernel} ${own.variant}: ${messageOf(error)}`);
-        if (device.lost !== undefined) throw error;
-      }
-    }
-    write([]);
-  }
-  const hostMicroseconds: { readonly tokens: number; readonly kernel: string; readonly median: number }[] = [];
-  for (const tokens of [128, 1024, 4096]) {
-    for (const kernel of ['exact', fastest] as const) {
-      const { q, k, v } = operandsOf({ batch: 1, heads: 32, tokens, headDim: 128, isCausal: false });
-      const call = async () => (await sageattn(q, k, v, { kernel })).memory.dispose();
-      hostMicroseconds.push({ tokens, kernel, median: (await timeOnHost(device, call, 500)).median });
-    }
-  }
-  write(hostMicroseconds);
+  const perform = (task: Task) => measure(device, task, host, flat);
+  return work(tasks(), first, {}, perform, () => device.lost !== undefined);
+}
+
+const fixed = (value: number | undefined, digits: number) => (value === undefined ? '-' : value.toFixed(digits));
+
+function summaryOf(outcomes: readonly Outcome[], torch: ReturnType<typeof torchTimes>): string {
   const cudnn = ({ batch, heads, tokens, headDim, isCausal }: Shape) =>
     torch?.results.find(
       (row) =>
@@ -216,28 +173,82 @@ async function main(): Promise<number> {
         row.headDim === headDim &&
         row.isCausal === isCausal,
     )?.milliseconds;
-  const summary = [
-    `# Short sequences and models on ${device.name}`,
-    '',
-    '| shape | exact | FP8 with quantization | cuDNN BF16 | exact over cuDNN | FP8 over cuDNN |',
-    '|---|---|---|---|---|---|',
-    ...shapes.map((shape) => {
-      const of = (kernel: string) =>
-        results.find((row) => row.name === shape.name && row.kernel === kernel && row.variant === '')?.milliseconds;
-      const [exact, fp8, peer] = [of('exact'), of(fastest), cudnn(shape)];
-      const ratio = (own?: number) => (own === undefined || peer === undefined ? '-' : `${fixed(peer / own, 2)}x`);
-      return `| ${shape.name} | ${fixed(exact, 4)} | ${fixed(fp8, 4)} | ${fixed(peer, 4)} | ${ratio(exact)} | ${ratio(fp8)} |`;
+  return [
+    '| shape | exact | FP8 with quantization | cuDNN BF16 | exact over cuDNN | FP8 over cuDNN | relative L1 of exact, FP8 |',
+    '|---|---|---|---|---|---|---|',
+    ...SHAPES.map((shape) => {
+      const of = (kernel: KernelName) =>
+        outcomes.find(({ task }) => task.shape.name === shape.name && task.kernel === kernel && task.variant === '');
+      const [exact, fp8, peer] = [of('exact'), of(PEER), cudnn(shape)];
+      const ratio = (own: Outcome | undefined) =>
+        own?.milliseconds === undefined || peer === undefined ? '-' : `${fixed(peer / own.milliseconds, 2)}x`;
+      const errors = [exact, fp8].map((own) => fixed(own?.relativeL1, 4)).join(', ');
+      return `| ${shape.name} | ${fixed(exact?.milliseconds, 4)} | ${fixed(fp8?.milliseconds, 4)} | ${fixed(peer, 4)} | ${ratio(exact)} | ${ratio(fp8)} | ${errors} |`;
     }),
     '',
-    ...results
-      .filter(({ variant }) => variant !== '')
-      .map((row) => `${row.name}, ${row.variant}: ${fixed(row.milliseconds, 4)} ms, ${fixed(row.tflops, 0)} TFLOP/s`),
-    ...hostMicroseconds.map((row) => `host, ${row.tokens} tokens, ${row.kernel}: ${fixed(row.median, 1)} us`),
+    ...outcomes
+      .filter(({ task, error }) => task.variant !== '' || error !== undefined)
+      .map(
+        ({ task, error, milliseconds, tflops: rate }) =>
+          `${task.shape.name}, ${task.kernel} ${task.variant}: ${error ?? `${fixed(milliseconds, 4)} ms, ${fixed(rate, 0)} TFLOP/s`}`,
+      ),
   ].join('\n');
-  writeFileSync(join(folder, 'short.md'), `${summary}\n`);
+}
+
+async function main(): Promise<number> {
+  if (flags.worker !== undefined) return worker(Number(flags.worker));
+  const [folder] = positionals;
+  if (folder === undefined) {
+    console.error('usage: bench-cuda-short.mjs OUTPUT_FOLDER [--variants] [--only TEXT] [--seconds 85]');
+    return 2;
+  }
+  const deadline = Date.now() + Number(flags.seconds) * 1000;
+  const { available, reason, remedy } = await new CudaBackend().availability();
+  if (!available) {
+    console.error(`the benchmark could not run: ${reason}. ${remedy}`);
+    return 2;
+  }
+  mkdirSync(folder, { recursive: true });
+  const list = tasks();
+  console.error(`${list.length} tasks; torch first`);
+  const torch = torchTimes(SHAPES, ['CUDNN_ATTENTION']);
+  for (const { tokens, batch, headDim, isCausal, milliseconds } of torch?.results ?? []) {
+    console.error(
+      `cuDNN ${tokens} x ${batch} D=${headDim} ${isCausal ? 'causal' : 'full'}: ${fixed(milliseconds, 4)} ms`,
+    );
+  }
+  const seed = runSeed();
+  const outcomes: Outcome[] = [];
+  await runInWorkers<Omit<Outcome, 'task'>, object>({
+    argumentsFor: (first) => [
+      ...['--worker', String(first), '--seed', String(seed), '--only', flags.only],
+      ...(flags.variants ? ['--variants'] : []),
+    ],
+    tasks: list.length,
+    deadline,
+    silenceSeconds: 12,
+    onFacts: () => {},
+    onOutcome: (index, outcome) => {
+      const task = list[index] as Task;
+      outcomes.push({ task, ...outcome });
+      const { milliseconds, relativeL1, error } = outcome as Outcome;
+      console.error(
+        `${task.shape.name}, ${task.kernel} ${task.variant}: ${error ?? `${fixed(milliseconds, 4)} ms, L1 ${fixed(relativeL1, 4)}`}`,
+      );
+      const report = {
+        date: new Date().toISOString(),
+        commit: process.env.SAGEATTENTION_COMMIT,
+        seed,
+        torch,
+        outcomes,
+      };
+      writeFileSync(join(folder, 'short.json'), `${JSON.stringify(report, null, 1)}\n`);
+    },
+  });
+  const summary = `${nvidiaSmi()}\n${summaryOf(outcomes, torch)}\n`;
+  writeFileSync(join(folder, 'short.md'), summary);
   console.log(summary);
-  await backend.dispose();
-  return 0;
+  return outcomes.length === list.length ? 0 : 1;
 }
 
 process.exitCode = await main();

@@ -188,4 +188,11 @@ export const EXACT_VARIANTS: Readonly<Record<string, Partial<WgmmaTuning>>> = {
   '2 stages': { stages: 2 },
   'one CTA an item': { persistent: false },
   '64 rows': { consumers: 1, pingPong: false, registers: undefined, schedule: 'serial' },
+  // For D = 64.
+  '192 rows': { consumers: 3, pingPong: false, registers: { producer: 32, consumer: 160 }, schedule: 'serial' },
+  '64 rows, two CTAs': {
+    ...{ consumers: 1, minBlocks: 2, pingPong: false, registers: { producer: 40, consumer: 216 } },
+    ...{ schedule: 'serial', stages: 3 },
+  },
+  '192 rows, ahead': { consumers: 3, pingPong: false, registers: { producer: 32, consumer: 160 } },
 };
