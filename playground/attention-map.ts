@@ -5,7 +5,7 @@ import { short } from './format.ts';
 import type { Picture } from './lab.ts';
 
 /** Rows of softmax, whose result does not change by what was taken from every score of a row. */
-function weightsOf(scores: Float32Array, length: number): Float32Array {
+export function weightsOf(scores: Float32Array, length: number): Float32Array {
   const weights = new Float32Array(scores.length);
   for (let row = 0; row < length; row++) {
     const part = scores.subarray(row * length, (row + 1) * length);
@@ -18,6 +18,24 @@ function weightsOf(scores: Float32Array, length: number): Float32Array {
     );
   }
   return weights;
+}
+
+/** The weight from which on colours are full: few weights are large, and what most of them are fills the colours. */
+function fullColor(weights: Float32Array): number {
+  const sorted = Float32Array.from(weights).sort();
+  return sorted[Math.floor(0.995 * (sorted.length - 1))] as number;
+}
+
+/** Paints weights, one a pixel of a square. */
+export function paintWeights(canvas: HTMLCanvasElement, weights: Float32Array, full = fullColor(weights)): void {
+  canvas.width = Math.sqrt(weights.length);
+  canvas.height = canvas.width;
+  paint(
+    canvas,
+    weights.map((weight) => Math.sqrt(weight / full)),
+    [0, 1],
+    sequential,
+  );
 }
 
 export interface AttentionMap {
@@ -58,22 +76,9 @@ export function attentionMap(): AttentionMap {
     const { length } = picture;
     const maps = [weightsOf(picture.exactScores, length), weightsOf(picture.quantizedScores, length)] as const;
     const [of, from] = maps;
-    // Few weights are large: what most of them are fills the colours.
-    const sorted = Float32Array.from(of).sort();
-    const full = sorted[Math.floor(0.995 * (sorted.length - 1))] as number;
-    for (const [canvas, values] of [
-      [exact, of],
-      [quantized, from],
-    ] as const) {
-      canvas.width = length;
-      canvas.height = length;
-      paint(
-        canvas,
-        values.map((weight) => Math.sqrt(weight / full)),
-        [0, 1],
-        sequential,
-      );
-    }
+    const full = fullColor(of);
+    paintWeights(exact, of, full);
+    paintWeights(quantized, from, full);
     const difference = of.reduce((most, weight, i) => Math.max(most, Math.abs(weight - (from[i] as number))), 0);
     const said = `Weights of ${length} queries over ${length} keys; full colour is ${short(full)} or more. Largest difference of a weight: ${short(difference)}.`;
     note.textContent = said;

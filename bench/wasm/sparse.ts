@@ -1,7 +1,7 @@
 /**
  * Block-sparse attention in WASM against the dense kernel, all in one process and in turns, so that what disturbs one disturbs all.
  *
- *     node --import tsx bench/wasm/sparse.ts [--tokens 4096] [--head-dim 64] [--threads 1] [--rounds 9] [--kernels exact] [--out FILE]
+ *     node --import tsx bench/wasm/sparse.ts [--tokens 4096] [--head-dim 64] [--threads 1] [--rounds 9] [--keys 64] [--kernels exact] [--out FILE]
  *
  * Prints for each map the median time, how many times as fast as the dense kernel that is, the same by processor time (all threads),
  * which says more on a machine that others use too, and the time to choose as many blocks by `topK`.
@@ -25,6 +25,7 @@ const { values: flags } = parseArgs({
     'head-dim': { type: 'string', default: '64' },
     threads: { type: 'string', default: '1' },
     rounds: { type: 'string', default: '9' },
+    keys: { type: 'string', default: '64' },
     kernels: { type: 'string', default: 'qk-int8-pv-int8' },
     out: { type: 'string' },
   },
@@ -33,7 +34,7 @@ const [tokens, headDim, threads, rounds] = [flags.tokens, flags['head-dim'], fla
   Number,
 ) as [number, number, number, number];
 const HEADS = 8;
-const [ROWS, KEYS] = [128, 64];
+const [ROWS, KEYS] = [128, Number(flags.keys)];
 
 const random = new Random(tokens + headDim);
 const shape = [1, HEADS, tokens, headDim];
@@ -81,6 +82,7 @@ for (const name of flags.kernels.split(',')) {
   };
   const contenders: Contender[] = [
     { name: 'dense', share: 1, run: () => densePlan.run({ q, k, v }, {}) },
+    masked(1, 'banded'),
     ...[0.5, 0.25].flatMap((share) => [masked(share, 'random'), masked(share, 'banded')]),
     ...(await Promise.all([0.5, 0.25].map(choosing))),
   ];

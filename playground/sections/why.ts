@@ -5,6 +5,7 @@ import { attentionMap } from '../attention-map.ts';
 import { diverging, type Figure, figure, fillLegend, heatMap, Plot, sequential, seriesColor } from '../charts.ts';
 import { byId, checkField, codeBox, h, latest, messageOf, radioField, rangeField, say, selectField } from '../dom.ts';
 import { count, counted, percent, short } from '../format.ts';
+import { keptBlocks } from '../kept-blocks.ts';
 import type { DistributionName, Operand, OutputError, Picture } from '../lab.ts';
 import type { ModelClient } from '../model-client.ts';
 import type { LabApi } from '../workers/lab.ts';
@@ -263,6 +264,8 @@ export function startWhy(model: ModelClient): void {
 
   const wipe = attentionMap();
   byId('why-figures').insertBefore(wipe.element, errors.element);
+  const kept = keptBlocks(() => redrawBlocks(undefined));
+  byId('why-figures').insertBefore(kept.element, errors.element);
   const code = codeBox('The code of what is shown');
 
   const drawPicture = (data: Picture) => {
@@ -318,7 +321,21 @@ export function startWhy(model: ModelClient): void {
         granularity: granularity.value,
         bits: format.value,
       });
-      if (shownHead) drawPicture(data);
+      if (!shownHead) return;
+      drawPicture(data);
+      shown = data;
+      redrawBlocks(undefined);
+    } catch (error) {
+      say(message, messageOf(error), true);
+    }
+  });
+
+  let shown: Picture | undefined;
+  const redrawBlocks = latest(async () => {
+    const data = shown;
+    if (data === undefined || !shownHead) return;
+    try {
+      kept.draw(data, await lab.blocks(kept.mass));
     } catch (error) {
       say(message, messageOf(error), true);
     }

@@ -350,6 +350,26 @@ describe('playground', () => {
           .evaluate((canvas) => (canvas as HTMLElement).style.clipPath),
       ).toMatch(/ 0%\)$/);
 
+      // Blocks that are left out: fewer, faster and with a larger error the less of the softmax is wanted.
+      const blocks = 'Blocks of scores that matter';
+      const ofBlocks = async (mass: number) => {
+        await setSlider(page, 'Share of the softmax to keep', mass);
+        const pattern =
+          /Kept: (\d+) of 36, .*Error of the output ([\d.e-]+) %, of all blocks ([\d.e-]+) %.*one thread: ([\d.e-]+)\./;
+        const wanted = mass === 100 ? /Kept: 36 of 36/ : /Kept: ([0-9]|[12][0-9]|3[0-5]) of 36/;
+        await waitForNote(page, blocks, wanted);
+        const [, count, error, all, speed] = (await waitForNote(page, blocks, pattern)).map(Number);
+        return { count, error, all, speed } as Record<'count' | 'error' | 'all' | 'speed', number>;
+      };
+      const [whole, half] = [await ofBlocks(100), await ofBlocks(50)];
+      expect(whole).toMatchObject({ count: 36, error: whole.all });
+      expect(half.count).toBeLessThan(whole.count);
+      expect(half.error).toBeGreaterThan(2 * half.all);
+      expect(half.speed).toBeGreaterThan(0);
+      expect(await figureOf(page, blocks).locator('.wipe').getAttribute('aria-label')).toMatch(
+        /covered\. Blocks of 16 /,
+      );
+
       const errors = figureOf(page, 'Error of the output, by kernel and granularity').locator('svg');
       await errors.waitFor();
       const said = (await errors.getAttribute('aria-label')) ?? '';
