@@ -58,6 +58,11 @@ export interface BackwardProblem {
   readonly gradientDtype: DType;
   /** Shape of the additive mask, if its gradient is wanted. */
   readonly maskGradient: readonly number[] | undefined;
+  /**
+   * The keys are a part of those that the rows saw: output and LSE are of all of them. Rows of dS do not add up to 0 then, so that what
+   * smoothing took from K counts in dQ.
+   */
+  readonly partOfKeys?: true;
 }
 
 const GRADIENT_OPTIONS = {

@@ -6,7 +6,7 @@ import { copyHeads, copyPeer, type Heads } from '../backends/cuda/driver/copy.ts
 import type { CudaDevice } from '../backends/cuda/driver/device.ts';
 import type { CudaStream } from '../backends/cuda/driver/stream.ts';
 import { type FixedKeyValue, SharedRoom } from '../backends/cuda/fixed-key-value.ts';
-import type { MergedPart } from '../backends/cuda/merge.ts';
+import type { MergedPart, SummedPart } from '../backends/cuda/merge.ts';
 import { type CudaTensor, downloadAsync, emptyCudaTensor, isCudaTensor, startUpload } from '../backends/cuda/tensor.ts';
 import { BYTES_PER_ELEMENT, type DType } from '../tensor/dtype.ts';
 import { byteLengthOf, type Tensor, type TensorView } from '../tensor/tensor.ts';
@@ -107,6 +107,10 @@ export class CudaPlace implements ReachingPlace {
       run: (parts, output, lse) => merge.run(parts.map(partOf), output as CudaTensor, lse as CudaTensor | undefined),
       dispose: () => merge.dispose(),
     };
+  }
+
+  sum(parts: readonly { readonly start: number; readonly values: TensorView }[], output: TensorView): void {
+    this.backend.sum(this.device, parts as readonly SummedPart[], output as CudaTensor);
   }
 
   #mark(stream: CudaStream): bigint {

@@ -90,6 +90,20 @@ export class HostPlace implements ReachingPlace {
     return { run: mergeOnHost, dispose: () => undefined };
   }
 
+  sum(parts: readonly { readonly start: number; readonly values: TensorView }[], output: TensorView): void {
+    const [batch, heads, rows, dim] = output.shape as [number, number, number, number];
+    const sums = new Float64Array(elementCount(output.shape));
+    for (const { start, values } of parts) {
+      const added = toFloat32(values as Tensor);
+      const size = (values.shape[2] as number) * dim;
+      for (let head = 0; head < batch * heads; head++) {
+        const at = (head * rows + start) * dim;
+        for (let i = 0; i < size; i++) sums[at + i] = (sums[at + i] as number) + (added[head * size + i] as number);
+      }
+    }
+    writeValues(sums, output as Tensor);
+  }
+
   bring(value: Carried, _from: ReachingPlace, into: Carried): void {
     if (into instanceof HostKeyValue) into.share(value as HostKeyValue);
     else this.copy(value as TensorView, into as TensorView);

@@ -4,6 +4,12 @@
  * @module sageattention/distributed
  */
 export {
+  type ShardedBackwardInputs,
+  type ShardedBackwardOptions,
+  type ShardedGradients,
+  sageattnShardedBackward,
+} from './backward.ts';
+export {
   createDeviceGroup,
   createNcclId,
   DeviceGroup,

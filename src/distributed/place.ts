@@ -64,6 +64,8 @@ export interface Place {
    */
   keyValue(problem: AttentionProblem, kernel: KernelChoice, room: number): KeyValueSlot;
   merge(): Merge;
+  /** Adds contiguous float32 parts, each of some rows; rows of no part are 0. */
+  sum(parts: readonly { readonly start: number; readonly values: TensorView }[], output: TensorView): void;
   /** What was enqueued here so far, copies from other ranks left out. */
   mark(): Mark;
   /** What is enqueued here from now on comes after it; copies from other ranks do not. */

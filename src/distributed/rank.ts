@@ -3,10 +3,11 @@ import type { AttentionOptions } from '../attention/options.ts';
 import { type AttentionProblem, createProblem } from '../attention/problem.ts';
 import type { KernelChoice, RunContext } from '../backends/backend.ts';
 import type { DType } from '../tensor/dtype.ts';
-import { contiguousStrides, isContiguous, slice, specOf, type TensorView } from '../tensor/tensor.ts';
+import { contiguousStrides, slice, specOf, type TensorView } from '../tensor/tensor.ts';
 import type { Block } from './blocks.ts';
 import type { Connection, Incoming, Link, Outgoing } from './link.ts';
 import type { KeyValueSlot, Mark, Merge, Partial, Place } from './place.ts';
+import { headsOf, RowMember, tokensOf } from './row.ts';
 import type { Meeting, RankSchedule } from './schedule.ts';
 import { lengthOf, type Span, totalOf } from './shards.ts';
 
@@ -39,12 +40,6 @@ export interface RankCall {
   readonly lse: TensorView | undefined;
   readonly context: RunContext;
 }
-
-const HEADS = 1;
-const TOKENS = 2;
-
-const headsOf = (view: TensorView, { start, end }: Span) => slice(view, HEADS, start, end);
-const tokensOf = (view: TensorView, start: number, length: number) => slice(view, TOKENS, start, start + length);
 
 /** A contiguous tensor like another, of a shape of its own, without its memory. */
 const describe = (view: TensorView, shape: readonly number[]): TensorView => ({
@@ -82,11 +77,11 @@ export class RankPlan {
   readonly #own: readonly OwnKeys[];
   readonly #rounds: readonly (readonly PlannedMeeting[])[];
   readonly #merge: Merge;
-  /** Freed when the call has ended. */
-  readonly #made: TensorView[] = [];
+  readonly #member: RowMember;
 
   constructor(setup: RankSetup) {
     this.#setup = setup;
+    this.#member = new RowMember(setup.place, setup.schedule);
     this.#merge = setup.place.merge();
     let rooms = 0;
     const slot = (k: TensorView, v: TensorView, room = rooms++) => {
@@ -171,22 +166,8 @@ export class RankPlan {
     const cut = (view: TensorView, axis: number, start: number, length: number) =>
       view.shape[axis] === 1 ? view : slice(view, axis, start, start + length);
     const { query } = this.#setup.schedule.heads;
-    const ofHeads = cut(attnMask, HEADS, query.start, lengthOf(query));
+    const ofHeads = cut(attnMask, 1, query.start, lengthOf(query));
     return cut(cut(ofHeads, 2, token, lengthOf(queries)), 3, keys.start, lengthOf(keys));
-  }
-
-  #empty(shape: readonly number[], dtype: DType): TensorView {
-    const view = this.#setup.place.empty(shape, dtype);
-    this.#made.push(view);
-    return view;
-  }
-
-  /** What lies in one piece, as what travels must. */
-  #packed(view: TensorView): TensorView {
-    if (isContiguous(view)) return view;
-    const packed = this.#empty(view.shape, view.dtype as DType);
-    this.#setup.place.copy(view, packed);
-    return packed;
   }
 
   async #quantize({ inputs, context }: RankCall): Promise<void> {
@@ -211,7 +192,7 @@ export class RankPlan {
    */
   async #exchangeInputs(link: Link, { inputs: { q } }: RankCall): Promise<TensorView> {
     const { schedule, place } = this.#setup;
-    const { rank, row, rowQueries, heads } = schedule;
+    const { rank, row } = schedule;
     if (row.length === 1) return q;
     const outgoing: Outgoing[] = this.#own
       .filter(({ to }) => to !== rank)
@@ -221,61 +202,9 @@ export class RankPlan {
         ? []
         : [{ from: meeting.owner, name: nameOf(meeting), into: slot }],
     );
-    const [batch, , own, dim] = q.shape as [number, number, number, number];
-    const pieces = row.map((other) => {
-      if (other.rank === rank) return headsOf(q, heads.query);
-      const tokens = other.moves.reduce((sum, { length }) => sum + length, 0);
-      const piece = this.#empty([batch, lengthOf(heads.query), tokens, dim], q.dtype as DType);
-      if (own > 0) outgoing.push({ to: other.rank, name: 'q', value: this.#packed(headsOf(q, other.heads)) });
-      if (tokens > 0) incoming.push({ from: other.rank, name: 'q', into: piece });
-      return piece;
-    });
-    const gathered = this.#empty([batch, lengthOf(heads.query), totalOf(rowQueries), dim], q.dtype as DType);
-    place.waitFor(await link.exchange(outgoing, incoming));
-    for (const [i, { moves }] of row.entries()) {
-      const piece = pieces[i] as TensorView;
-      for (const { from, to, length } of moves)
-        place.copy(tokensOf(piece, from, length), tokensOf(gathered, to, length));
-    }
-    return gathered;
-  }
-
-  /** The other way round: every rank of the row gets its tokens of this rank's heads. */
-  async #exchangeOutputs(
-    link: Link,
-    pairs: readonly { readonly gathered: TensorView; readonly target: TensorView }[],
-  ): Promise<void> {
-    const { schedule, place } = this.#setup;
-    const { rank, row } = schedule;
-    const outgoing: Outgoing[] = [];
-    const incoming: Incoming[] = [];
-    const copies: (() => void)[] = [];
-    const own = row.find((other) => other.rank === rank)?.moves ?? [];
-    for (const [of, { gathered, target }] of pairs.entries()) {
-      for (const { rank: other, moves, heads } of row) {
-        const into = headsOf(target, heads);
-        if (other !== rank) {
-          for (const [i, { to, length }] of moves.entries()) {
-            outgoing.push({
-              to: other,
-              name: `output ${of} ${i}`,
-              value: this.#packed(tokensOf(gathered, to, length)),
-            });
-          }
-        }
-        for (const [i, { from, to, length }] of own.entries()) {
-          let piece = tokensOf(gathered, to, length);
-          if (other !== rank) {
-            const shape = [target.shape[0] as number, lengthOf(heads), length, target.shape[3] as number];
-            piece = this.#empty(shape, target.dtype as DType);
-            incoming.push({ from: other, name: `output ${of} ${i}`, into: piece });
-          }
-          copies.push(() => place.copy(piece, tokensOf(into, from, length)));
-        }
-      }
-    }
-    place.waitFor(await link.exchange(outgoing, incoming));
-    for (const copy of copies) copy();
+    const queries = this.#member.toRow(q, 'q');
+    place.waitFor(await link.exchange([...outgoing, ...queries.outgoing], [...incoming, ...queries.incoming]));
+    return queries.take();
   }
 
   /** What a round attends to goes to the next rank while this one attends to it, and what the next round attends to comes. */
@@ -309,7 +238,7 @@ export class RankPlan {
       const rows = tokensOf(q, queries.start, lengthOf(queries));
       const made = await slot.attend(rows, problem, attnMask === undefined ? {} : { attnMask }, context);
       const { output, lse } = made as { output: TensorView; lse: TensorView };
-      this.#made.push(output, lse);
+      this.#member.keep(output, lse);
       parts.push({ queries, output, lse });
     }
   }
@@ -331,20 +260,26 @@ export class RankPlan {
     if (schedule.row.length === 1) this.#merge.run(parts, output, lse);
     else {
       const rows = [inputs.q.shape[0] as number, lengthOf(schedule.heads.query), totalOf(schedule.rowQueries)];
-      const gathered = this.#empty([...rows, output.shape[3] as number], output.dtype as DType);
-      const gatheredLse = lse && this.#empty([...rows, 1], 'float32');
+      const gathered = this.#member.empty([...rows, output.shape[3] as number], output.dtype as DType);
+      const gatheredLse = lse && this.#member.empty([...rows, 1], 'float32');
       this.#merge.run(parts, gathered, gatheredLse);
-      await this.#exchangeOutputs(link, [
-        { gathered, target: output },
-        ...(lse === undefined ? [] : [{ gathered: gatheredLse as TensorView, target: lse }]),
-      ]);
+      const back = [this.#member.fromRow(gathered, output, 'output')];
+      if (lse !== undefined) back.push(this.#member.fromRow(gatheredLse as TensorView, lse, 'lse'));
+      const outgoing = back.flatMap((each) => each.outgoing);
+      place.waitFor(
+        await link.exchange(
+          outgoing,
+          back.flatMap((each) => each.incoming),
+        ),
+      );
+      for (const { take } of back) take();
     }
     await link.finish();
   }
 
   /** Frees what the call made, after what was enqueued for it. */
   endCall(): void {
-    for (const view of this.#made.splice(0)) this.#setup.place.free(view);
+    this.#member.free();
     for (const { slot } of [...this.#own, ...this.#rounds.flat()]) slot.release();
   }
 
@@ -354,22 +289,29 @@ export class RankPlan {
   }
 }
 
+/** A rank's part of a call. */
+export interface RankWork {
+  run(link: Link): Promise<void>;
+  /** Frees what the call made, after what was enqueued for it. */
+  endCall(): void;
+}
+
 /**
  * Runs the ranks of this process.
  *
+ * @param ranks of the works
  * @throws {SageAttentionError} the error of the rank that failed first; every rank has ended then, and nothing is held
  */
 export async function runRanks(
   connection: Connection,
-  plans: readonly RankPlan[],
+  works: readonly RankWork[],
   ranks: readonly number[],
-  calls: readonly RankCall[],
 ): Promise<void> {
   let failed: { readonly error: unknown } | undefined;
   await Promise.all(
-    plans.map(async (plan, i) => {
+    works.map(async (work, i) => {
       try {
-        await plan.run(connection.links[i] as Link, calls[i] as RankCall);
+        await work.run(connection.links[i] as Link);
       } catch (error) {
         failed ??= { error };
         connection.abort(ranks[i] as number, error);
@@ -382,6 +324,6 @@ export async function runRanks(
     // A device that was lost; what it made is given up all the same.
     failed ??= { error };
   }
-  for (const plan of plans) plan.endCall();
+  for (const work of works) work.endCall();
   if (failed !== undefined) throw failed.error;
 }

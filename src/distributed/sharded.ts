@@ -7,6 +7,7 @@ import { chooseKernel, contextOf, takeTensor } from '../backends/choice.ts';
 import { InvalidArgumentError, takeOptions, textOf } from '../errors.ts';
 import { contiguousStrides, copyOfCpu, requireView, type TensorView, transpose } from '../tensor/tensor.ts';
 import { type DeviceGroup, type ShardedTensor, shardedTensor } from './group.ts';
+import type { Link } from './link.ts';
 import { type RankCall, RankPlan, runRanks } from './rank.ts';
 import { type ShardedShape, scheduleOf, type Topology, validateTopology } from './schedule.ts';
 
@@ -55,11 +56,11 @@ export interface ShardedResult {
 }
 
 /** Of either layout, there and back. */
-const toHnd = (view: TensorView, tokenAxis: number) => (tokenAxis === 2 ? view : transpose(view, [0, 2, 1, 3]));
-const fromHnd = toHnd;
+export const toHnd = (view: TensorView, tokenAxis: number) => (tokenAxis === 2 ? view : transpose(view, [0, 2, 1, 3]));
+export const fromHnd = toHnd;
 
 /** The whole of a sharded tensor as a contiguous view of nothing, for checks. */
-const wholeOf = ({ shape, dtype, parts }: ShardedTensor): TensorView => ({
+export const wholeOf = ({ shape, dtype, parts }: ShardedTensor): TensorView => ({
   ...(parts[0] as TensorView),
   dtype,
   shape,
@@ -67,7 +68,7 @@ const wholeOf = ({ shape, dtype, parts }: ShardedTensor): TensorView => ({
   offset: 0,
 });
 
-function requireSharded(argument: string, value: ShardedTensor, group: DeviceGroup | undefined): void {
+export function requireSharded(argument: string, value: ShardedTensor, group: DeviceGroup | undefined): void {
   if (!Array.isArray(value?.parts)) {
     throw new InvalidArgumentError(
       'invalid-shape',
@@ -129,7 +130,11 @@ export async function sageattnSharded(
     const key = keyOf(q, k, taken, calls);
     try {
       const plans = await group.plansOf(key, () => plansFor(taken, calls));
-      await runRanks(connection, plans, group.ranks, calls);
+      const works = plans.map((plan, i) => ({
+        run: (link: Link) => plan.run(link, calls[i] as RankCall),
+        endCall: () => plan.endCall(),
+      }));
+      await runRanks(connection, works, group.ranks);
     } catch (error) {
       await group.forgetPlans(key);
       for (const free of made) free();
@@ -246,7 +251,7 @@ function takeJoint({ k, v, where = 'front' }: JointTokens, q: TensorView, tokenA
 }
 
 /** A call's arguments, checked, and what they mean together. */
-function takeSharded(q: ShardedTensor, k: ShardedTensor, v: ShardedTensor, options: ShardedOptions) {
+export function takeSharded(q: ShardedTensor, k: ShardedTensor, v: ShardedTensor, options: ShardedOptions) {
   const group = q?.group;
   for (const [argument, value] of Object.entries({ q, k, v })) requireSharded(argument, value, group);
   group.requireUsable();

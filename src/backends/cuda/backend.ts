@@ -31,15 +31,16 @@ import { planBlockMap } from './launches/block-map.ts';
 import type { DeviceFacts } from './launches/context.ts';
 import { debugPlanOf } from './launches/debug.ts';
 import type { LaunchSequence } from './launches/launch.ts';
-import { planMerge } from './launches/merge.ts';
+import { planMerge, planSum } from './launches/merge.ts';
 import { type LaunchPlanner, planAttend, planKeyValue, planLaunches } from './launches/plan.ts';
 import { remembered } from './launches/remembered.ts';
-import { PartsMerge } from './merge.ts';
+import { PartsMerge, type SummedPart, sumParts } from './merge.ts';
 import { type CudaBackwardPlan, CudaPlan } from './plan.ts';
 import { CudaBlockMapPlan } from './run/block-map.ts';
 import { CapturedAttention } from './run/captured.ts';
 import { backwardOperandsOf, operandsOf } from './run/operands.ts';
 import { Runner } from './run/runner.ts';
+import type { CudaTensor } from './tensor.ts';
 
 export interface CudaBackendOptions {
   /** Default: the driver of this machine, see `openCuda`. */
@@ -93,7 +94,9 @@ export class CudaBackend implements Backend {
     this.#open = options.open ?? openCuda;
     this.#defaultDevice = options.device ?? 0;
     this.#planner = toldOf(
-      remembered(options.planner ?? { planLaunches, planKeyValue, planAttend, planBackward, planBlockMap, planMerge }),
+      remembered(
+        options.planner ?? { planLaunches, planKeyValue, planAttend, planBackward, planBlockMap, planMerge, planSum },
+      ),
     );
   }
 
@@ -233,6 +236,11 @@ export class CudaBackend implements Backend {
     return new PartsMerge(device, this.#planner.planMerge);
   }
 
+  /** Enqueues the sum of float32 parts on the device's stream; rows of no part are 0. */
+  sum(device: CudaDevice, parts: readonly SummedPart[], output: CudaTensor): void {
+    sumParts(device, this.#planner.planSum, parts, output);
+  }
+
   /** Keys and values of one shape that are quantized again and again, in memory that others have in turn. */
   fixedKeyValue(device: CudaDevice, problem: AttentionProblem, kernel: KernelChoice, room: SharedRoom): FixedKeyValue {
     return new FixedKeyValue(device, kernel, this.#planner, factsOf(device, kernel), problem, room);
@@ -283,6 +291,7 @@ function toldOf(planner: LaunchPlanner): LaunchPlanner {
     planBackward: (problem, choice, ...rest) => tell(choice, planner.planBackward(problem, choice, ...rest)),
     planBlockMap: planner.planBlockMap,
     planMerge: planner.planMerge,
+    planSum: planner.planSum,
   };
 }
 

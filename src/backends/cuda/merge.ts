@@ -1,9 +1,9 @@
-/** Outputs over parts of the keys, in the memory of one device, become one. */
+/** Outputs over parts of the keys, in the memory of one device, become one; gradients are added. */
 import type { DType } from '../../tensor/dtype.ts';
 import type { CudaDevice } from './driver/device.ts';
 import { targetFor } from './kernel-table.ts';
 import { MERGE_PARTS, mergePart } from './kernels/merge.ts';
-import type { planMerge } from './launches/merge.ts';
+import type { planMerge, planSum } from './launches/merge.ts';
 import type { Target } from './ptx/targets.ts';
 import { BoundLaunches } from './run/bound-launches.ts';
 import { addressOf } from './run/operands.ts';
@@ -107,4 +107,52 @@ function problemOf(parts: readonly MergedPart[], output: CudaTensor, returnLse: 
     parts: parts.map((part) => ({ start: part.start, rows: part.output.shape[2] as number })),
     returnLse,
   };
+}
+
+/** A part of a sum, float32, contiguous. */
+export interface SummedPart {
+  /** First row of the output that the part is of. */
+  readonly start: number;
+  /** `[B,H,rows,dim]` */
+  readonly values: CudaTensor;
+}
+
+/**
+ * Enqueues a sum of parts on the device's stream; rows of no part are 0.
+ *
+ * @param output `[B,H,rows,dim]` of any dtype, the last dimension contiguous
+ */
+export function sumParts(
+  device: CudaDevice,
+  plan: typeof planSum,
+  parts: readonly SummedPart[],
+  output: CudaTensor,
+): void {
+  if (parts.length > MERGE_PARTS) {
+    const joined = emptyCudaTensor(device, output.shape, 'float32');
+    try {
+      sumParts(device, plan, parts.slice(0, MERGE_PARTS), joined);
+      sumParts(device, plan, [{ start: 0, values: joined }, ...parts.slice(MERGE_PARTS)], output);
+    } finally {
+      joined.dispose();
+    }
+    return;
+  }
+  const rowsOf = parts.map(({ start, values }) => ({ start, output: values, lse: values }));
+  const { valueDim: dim, returnLse: _, ...shape } = problemOf(rowsOf, output, false);
+  device.inContext(() => {
+    const sequence = plan({ ...shape, dim }, targetOf(device));
+    if (sequence.launches.length === 0) return;
+    const bound = new BoundLaunches(device, sequence);
+    try {
+      const { stream } = device;
+      for (const { values } of parts) values.memory.useOn(stream);
+      bound.run(stream, [
+        ['output', addressOf(output, 0)],
+        ...parts.map(({ values }, i) => [mergePart(i).output, addressOf(values, 0)] as const),
+      ]);
+    } finally {
+      bound.dispose();
+    }
+  });
 }

@@ -153,7 +153,15 @@ function planAttend({ q, keyLength, valueDim }: AttentionProblem): LaunchSequenc
 const none = (): never => {
   throw new Error('not planned here');
 };
-const planner = { planLaunches, planKeyValue, planAttend, planBackward: none, planBlockMap: none, planMerge: none };
+const planner = {
+  planLaunches,
+  planKeyValue,
+  planAttend,
+  planBackward: none,
+  planBlockMap: none,
+  planMerge: none,
+  planSum: none,
+};
 
 const CHOICE: KernelChoice = {
   descriptor: descriptorOf('qk-int8-pv-fp16-cuda'),

@@ -16,7 +16,7 @@ import {
   workOf,
 } from './calls.ts';
 import { tileGeometry } from './geometry.ts';
-import { BLOCK_K, BLOCK_Q, FLAG_GRADIENTS } from './job.ts';
+import { BLOCK_K, BLOCK_Q, FLAG_GRADIENTS, FLAG_PART_OF_KEYS } from './job.ts';
 import {
   type JobGradients,
   jobSettings,
@@ -242,8 +242,9 @@ export function backwardCall(
         dMaskKeys: attention.keyLength,
         sequences: places,
       };
+      const partFlag = problem.partOfKeys === true ? FLAG_PART_OF_KEYS : 0;
       const settings = {
-        ...jobSettings(attention, geometry, flagsOf(arithmetic) | FLAG_GRADIENTS, layouts),
+        ...jobSettings(attention, geometry, flagsOf(arithmetic) | FLAG_GRADIENTS | partFlag, layouts),
         out: staged.output.layout,
       };
       const stageOf = (entry: 'prepareBackward' | 'backward' | 'storeGradients', units: readonly UnitRecord[]) => {

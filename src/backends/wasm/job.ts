@@ -38,6 +38,8 @@ export const FLAG_GRADIENTS = 64;
 
 /** Pooling: also how much alike the rows of each block are; FLAG_SMOOTH_K: after their mean was taken off. */
 export const FLAG_SIMILARITIES = 8192;
+/** With FLAG_GRADIENTS: other keys that the rows saw are elsewhere, so that rows of dS do not add up to 0. */
+export const FLAG_PART_OF_KEYS = 16384;
 
 /** Pooling: float32 after the mean of each block; the first is how much alike its rows are. */
 export const POOLED_EXTRA = 4;

@@ -1,11 +1,11 @@
 /**
- * Joins the outputs of attention over parts of the keys, each normalized by its own sum, some of them of some rows only: the mean with
- * weights exp(lse - max lse). One warp takes one row.
+ * Parts, each of some rows, become one. `merge` joins outputs of attention over parts of the keys, each normalized by its own sum: the
+ * mean with weights exp(lse - max lse). `sum` adds gradients. One warp takes one row.
  */
 import type { DType } from '../../../tensor/dtype.ts';
 import { KernelBuilder } from '../ptx/builder.ts';
 import type { Target } from '../ptx/targets.ts';
-import type { Kernel, Reg } from '../ptx/types.ts';
+import type { Kernel, Parameter, Reg } from '../ptx/types.ts';
 import { divide, integers, offset, offset64, pointers } from './parts/addresses.ts';
 import { LOG2_E } from './parts/constants.ts';
 import { BYTES, loadElement } from './parts/elements.ts';
@@ -35,6 +35,47 @@ export const MERGE_POINTERS = ['output', 'lse'] as const;
 export const MERGE_INTEGERS = ['heads', 'rowBlocks', 'rows'] as const;
 export const MERGE_STRIDES = ['outputBatch', 'outputHead', 'outputToken'] as const;
 
+/** The row of a warp. */
+function rowOfWarp(b: KernelBuilder, integer: Record<(typeof MERGE_INTEGERS)[number], Parameter<'u32'>>) {
+  b.section('which row');
+  const thread = b.special('%tid.x');
+  const lane = b.and(thread, 31);
+  const heads = b.loadParameter(integer.heads);
+  const [rowBlock, headOfBatch] = divide(b, b.special('%ctaid.x'), b.loadParameter(integer.rowBlocks));
+  const [head, batch] = divide(b, headOfBatch, heads);
+  const row = b.mad(rowBlock, MERGE_ROWS, b.shr(thread, 5));
+  const rows = b.loadParameter(integer.rows);
+  b.when(b.setp('ge', row, rows), () => b.exit());
+  return { lane, headOfBatch, head, batch, row, rows };
+}
+
+type RowPlace = ReturnType<typeof rowOfWarp>;
+
+/** Where a lane's first channel of the row goes. */
+function destinationOf(
+  b: KernelBuilder,
+  { lane, head, batch, row }: RowPlace,
+  output: Parameter<'u64'>,
+  strides: Record<(typeof MERGE_STRIDES)[number], Parameter<'u64'>>,
+  dtype: DType,
+): Reg<'global'> {
+  let destination = offset64(b, b.loadPointer(output), batch, b.loadParameter(strides.outputBatch));
+  destination = offset64(b, destination, head, b.loadParameter(strides.outputHead));
+  destination = offset64(b, destination, row, b.loadParameter(strides.outputToken));
+  return offset(b, destination, lane, BYTES[dtype]);
+}
+
+function storeChannel(
+  b: KernelBuilder,
+  { lane }: RowPlace,
+  destination: Reg<'global'>,
+  { channel, dim, dtype }: { readonly channel: number; readonly dim: number; readonly dtype: DType },
+  value: Reg<'f32'>,
+): void {
+  const stored = dtype === 'float32' ? value : b.cvt(dtype === 'float16' ? 'f16' : 'bf16', value);
+  b.when(b.setp('lt', lane, dim - channel), () => b.st(stored, destination, channel * BYTES[dtype]));
+}
+
 export function merge({ target, valueDim, dtype, parts, lse }: MergeConfig): Kernel {
   const b = new KernelBuilder({ name: 'merge', target, threads: MERGE_ROWS * 32 });
   const declared = Array.from({ length: parts }, (_, i) => {
@@ -50,15 +91,8 @@ export function merge({ target, valueDim, dtype, parts, lse }: MergeConfig): Ker
   const integer = integers(b, MERGE_INTEGERS);
   const strides = pointers(b, MERGE_STRIDES);
 
-  b.section('which row');
-  const thread = b.special('%tid.x');
-  const lane = b.and(thread, 31);
-  const heads = b.loadParameter(integer.heads);
-  const [rowBlock, headOfBatch] = divide(b, b.special('%ctaid.x'), b.loadParameter(integer.rowBlocks));
-  const [head, batch] = divide(b, headOfBatch, heads);
-  const row = b.mad(rowBlock, MERGE_ROWS, b.shr(thread, 5));
-  const rows = b.loadParameter(integer.rows);
-  b.when(b.setp('ge', row, rows), () => b.exit());
+  const place = rowOfWarp(b, integer);
+  const { lane, headOfBatch, row, rows } = place;
 
   b.section('logsumexp of each part');
   const found = declared.map((part) => {
@@ -97,14 +131,9 @@ export function merge({ target, valueDim, dtype, parts, lse }: MergeConfig): Ker
   const empty = b.setp('eq', total, 0);
   const inverse = b.rcp(total);
   b.when(empty, () => b.set(inverse, 0));
-  let destination = offset64(b, b.loadPointer(pointer.output), batch, b.loadParameter(strides.outputBatch));
-  destination = offset64(b, destination, head, b.loadParameter(strides.outputHead));
-  destination = offset64(b, destination, row, b.loadParameter(strides.outputToken));
-  destination = offset(b, destination, lane, BYTES[dtype]);
+  const destination = destinationOf(b, place, pointer.output, strides, dtype);
   channels.forEach((channel, i) => {
-    const value = b.mul(sums[i] as Reg<'f32'>, inverse);
-    const stored = dtype === 'float32' ? value : b.cvt(dtype === 'float16' ? 'f16' : 'bf16', value);
-    b.when(b.setp('lt', lane, valueDim - channel), () => b.st(stored, destination, channel * BYTES[dtype]));
+    storeChannel(b, place, destination, { channel, dim: valueDim, dtype }, b.mul(sums[i] as Reg<'f32'>, inverse));
   });
   if (lse) {
     const value = b.fma(b.lg2(total), Math.LN2, reference);
@@ -112,5 +141,57 @@ export function merge({ target, valueDim, dtype, parts, lse }: MergeConfig): Ker
     const at = offset(b, b.loadPointer(pointer.lse), b.mad(headOfBatch, rows, row), 4);
     b.when(b.setp('eq', lane, 0), () => b.st(value, at));
   }
+  return b.build();
+}
+
+export interface SumConfig {
+  readonly target: Target;
+  readonly dim: number;
+  /** Of the sum; parts are float32. */
+  readonly dtype: DType;
+  readonly parts: number;
+}
+
+/** Pointers of {@link sum}. */
+export const SUM_POINTERS = ['output'] as const;
+
+export function sum({ target, dim, dtype, parts }: SumConfig): Kernel {
+  const b = new KernelBuilder({ name: 'sum', target, threads: MERGE_ROWS * 32 });
+  const declared = Array.from({ length: parts }, (_, i) => {
+    const names = mergePart(i);
+    return {
+      output: b.parameter(names.output, 'u64'),
+      start: b.parameter(names.start, 'u32'),
+      rows: b.parameter(names.rows, 'u32'),
+    };
+  });
+  const pointer = pointers(b, SUM_POINTERS);
+  const integer = integers(b, MERGE_INTEGERS);
+  const strides = pointers(b, MERGE_STRIDES);
+  const place = rowOfWarp(b, integer);
+  const { lane, headOfBatch, row } = place;
+
+  b.section('sum');
+  const channels = Array.from({ length: Math.ceil(dim / 32) }, (_, i) => i * 32);
+  const sums = channels.map(() => b.constant('f32', 0));
+  for (const part of declared) {
+    // A row before the part's first wraps round to a large number.
+    const inPart = b.sub(row, b.loadParameter(part.start));
+    const partRows = b.loadParameter(part.rows);
+    const isIn = b.setp('lt', inPart, partRows);
+    const rowAt = offset(b, b.loadPointer(part.output), b.mad(headOfBatch, partRows, inPart), dim * BYTES.float32);
+    const at = offset(b, rowAt, lane, BYTES.float32);
+    channels.forEach((channel, c) => {
+      const has = channel + 32 <= dim ? isIn : b.andPred(isIn, b.setp('lt', lane, dim - channel));
+      const loaded = loadElement(b, 'float32', at, channel * BYTES.float32, has);
+      b.add(loaded, sums[c] as Reg<'f32'>, sums[c]);
+    });
+  }
+
+  b.section('store');
+  const destination = destinationOf(b, place, pointer.output, strides, dtype);
+  channels.forEach((channel, i) => {
+    storeChannel(b, place, destination, { channel, dim, dtype }, sums[i] as Reg<'f32'>);
+  });
   return b.build();
 }

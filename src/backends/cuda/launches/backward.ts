@@ -170,15 +170,19 @@ const COPIES = {
   v: { name: 'copy V', operand: 'key', copy: 'valueOperand' },
 } as const;
 
-function copyLaunch({ context, paddedDim, paddedValueDim }: Backward, which: keyof typeof COPIES): KernelLaunch {
+function copyLaunch(
+  { problem: { partOfKeys }, context, paddedDim, paddedValueDim }: Backward,
+  which: keyof typeof COPIES,
+): KernelLaunch {
   const { problem, choice, device, layout, scheme } = context;
   const { target, pointerAlignment = 16 } = device;
   const { dtype, batch, headDim, valueDim, queryHeads, kvHeads, softcap } = problem;
   const { name, operand, copy } = COPIES[which];
   const layoutOf = problem[which];
   const dim = which === 'v' ? valueDim : headDim;
-  // The rows of dS add up to 0, so that K's mean changes no sum, but what their rounding leaves; those under a softcap do not.
-  const smoothed = which === 'k' && choice.smoothK && softcap === 0;
+  // The rows of dS add up to 0, so that K's mean changes no sum, but what their rounding leaves; those under a softcap, or
+  // over a part of the keys, do not.
+  const smoothed = which === 'k' && choice.smoothK && softcap === 0 && partOfKeys !== true;
   const config: CopyTokensConfig = {
     target,
     dtype,

@@ -1,4 +1,4 @@
-/** Partial outputs, each over a part of the keys, become one. */
+/** Partial outputs, each over a part of the keys, become one; gradients are added. */
 import type { DType } from '../../../tensor/dtype.ts';
 import {
   MERGE_INTEGERS,
@@ -8,6 +8,9 @@ import {
   type MergeConfig,
   merge,
   mergePart,
+  SUM_POINTERS,
+  type SumConfig,
+  sum,
 } from '../kernels/merge.ts';
 import { BYTES } from '../kernels/parts/elements.ts';
 import type { Target } from '../ptx/targets.ts';
@@ -51,4 +54,24 @@ export function planMerge(problem: MergeProblem, target: Target): LaunchSequence
     ],
   );
   return { scratch: {}, constants: {}, launches: rowBlocks * heads * batch === 0 ? [] : [merged] };
+}
+
+export interface SumProblem extends Omit<MergeProblem, 'valueDim' | 'returnLse'> {
+  readonly dim: number;
+}
+
+/** Buffers `partOutput0`, `partOutput1`, ... in, float32 `[B,H,rows,dim]` contiguous; `output` out. */
+export function planSum(problem: SumProblem, target: Target): LaunchSequence {
+  const { batch, heads, rows, dim, dtype, strides, parts } = problem;
+  const config: SumConfig = { target, dim, dtype, parts: parts.length };
+  const rowBlocks = Math.ceil(rows / MERGE_ROWS);
+  const grid = rowBlocks * heads * batch;
+  const [outputBatch, outputHead, outputToken] = strides.map((stride) => u64(stride * BYTES[dtype]));
+  const added = launch('sum parts', moduleOf(sum, config), 'sum', grid, MERGE_ROWS * 32, 0, [
+    ...parts.flatMap(({ start, rows: ofPart }, i) => [pointer(mergePart(i).output), u32(start), u32(ofPart)]),
+    ...inOrder(SUM_POINTERS, { output: pointer('output') }),
+    ...inOrder(MERGE_INTEGERS, { heads: u32(heads), rowBlocks: u32(rowBlocks), rows: u32(rows) }),
+    ...inOrder(MERGE_STRIDES, { outputBatch, outputHead, outputToken } as never),
+  ]);
+  return { scratch: {}, constants: {}, launches: grid === 0 ? [] : [added] };
 }

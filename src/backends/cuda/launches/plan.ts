@@ -21,7 +21,7 @@ import {
 } from './context.ts';
 import { EXACT } from './exact.ts';
 import type { BufferName, KernelLaunch, LaunchSequence } from './launch.ts';
-import type { planMerge } from './merge.ts';
+import type { planMerge, planSum } from './merge.ts';
 import { MMA_SYNC } from './mma-sync.ts';
 import { keyValueBytes, keyValueScratch } from './quantize.ts';
 import { visibleKeysLaunches } from './visible-keys.ts';
@@ -117,4 +117,5 @@ export interface LaunchPlanner {
   readonly planBackward: typeof planBackward;
   readonly planBlockMap: typeof planBlockMap;
   readonly planMerge: typeof planMerge;
+  readonly planSum: typeof planSum;
 }

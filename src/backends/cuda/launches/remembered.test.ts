@@ -5,7 +5,7 @@ import { chooseOptions } from '../../choice.ts';
 import { descriptorOf } from '../kernel-table.ts';
 import { planBackward } from './backward.ts';
 import { planBlockMap } from './block-map.ts';
-import { planMerge } from './merge.ts';
+import { planMerge, planSum } from './merge.ts';
 import { planAttend, planKeyValue, planLaunches } from './plan.ts';
 import { remembered } from './remembered.ts';
 
@@ -20,6 +20,7 @@ it('gives the same plan for equal problems and another for any difference', () =
     planBackward,
     planBlockMap,
     planMerge,
+    planSum,
     planAttend: (...given) => {
       made++;
       return planAttend(...given);

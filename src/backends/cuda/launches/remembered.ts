@@ -33,4 +33,5 @@ export const remembered = (planner: LaunchPlanner): LaunchPlanner => ({
   planKeyValue: remember(planner.planKeyValue),
   planAttend: remember(planner.planAttend),
   planMerge: remember(planner.planMerge),
+  planSum: remember(planner.planSum),
 });

@@ -85,7 +85,7 @@ import {
   UNIT_ROW,
   UNIT_SEQUENCE,
 } from '../generated/fields.ts';
-import { BLOCK_K, BLOCK_Q, DTYPE_BOOL, FLAG_ACCURATE, TILE_PLAIN_KEYS } from '../job.ts';
+import { BLOCK_K, BLOCK_Q, DTYPE_BOOL, FLAG_ACCURATE, FLAG_PART_OF_KEYS, TILE_PLAIN_KEYS } from '../job.ts';
 import { exp2, exp2FineHere, larger, madd, sumOf, tanh4 } from './arithmetic.ts';
 import { addMask, bounded, dotFloat, exclude, prepareQueries } from './attend.ts';
 import { elementShift, load4, loadRow, storeRow } from './elements.ts';
@@ -156,8 +156,8 @@ export function prepareBackwardUnit(job: usize, unit: usize, scratch: usize): vo
   const vStride = <usize>(load<u32>(job, JOB_V_TOKEN_STRIDE) << shift);
   const mean =
     load<usize>(job, JOB_MEANS) + ((<usize>(index * kvHeads + head) * <usize>(dPadded + dvPadded)) << 2);
-  // A cap bends the scores: rows of dS do not add up to 0 then, and the mean counts.
-  const smoothed = load<f32>(job, JOB_SOFTCAP) == 0;
+  // A cap bends the scores, and other keys may be elsewhere: rows of dS do not add up to 0 then, and the mean counts.
+  const smoothed = load<f32>(job, JOB_SOFTCAP) == 0 && !(load<i32>(job, JOB_FLAGS) & FLAG_PART_OF_KEYS);
   const row = scratch + SCRATCH_ROW;
   const bytes = gradientTileBytes(dPadded, dvPadded);
   let tile =

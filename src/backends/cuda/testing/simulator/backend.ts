@@ -5,7 +5,7 @@ import type { SimulatableModule } from '../../launches/arguments.ts';
 import { planBackward } from '../../launches/backward.ts';
 import { planBlockMap } from '../../launches/block-map.ts';
 import type { LaunchSequence } from '../../launches/launch.ts';
-import { planMerge } from '../../launches/merge.ts';
+import { planMerge, planSum } from '../../launches/merge.ts';
 import { planAttend, planKeyValue, planLaunches } from '../../launches/plan.ts';
 import type { Kernel } from '../../ptx/types.ts';
 import { FakeCuda, type FakeLaunch } from '../fake-cuda.ts';
@@ -95,6 +95,7 @@ export function createSimulatedBackend(computeCapability: number, devices = 1): 
       planBackward: (...args) => remember(planBackward(...args)),
       planBlockMap: (...args) => remember(planBlockMap(...args)),
       planMerge: (...args) => remember(planMerge(...args)),
+      planSum: (...args) => remember(planSum(...args)),
     },
   });
 }
