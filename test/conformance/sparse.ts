@@ -295,7 +295,7 @@ export function sparseBehaviours(
       async run() {
         const draw = random();
         for (const [i, spec] of ASKED.entries()) {
-          const { options: own, ...inputs } = dense('asked', `${i}`, spec).make(random());
+          const { options: own, ...inputs } = taken(dense('asked', `${i}`, spec).make(random()));
           const heads = inputs.q.shape[spec.layout === 'NHD' ? 2 : 1] as number;
           for (const more of [{}, { sinks: sinksOf({ heads }, draw) }]) {
             const [without, asked] = [
