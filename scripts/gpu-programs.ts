@@ -29,6 +29,7 @@ await build({
     'bench-webgpu': 'bench/webgpu/families.ts',
     'bench-webgpu-decoding': 'bench/webgpu/decoding.ts',
     'bench-webgpu-launches': 'bench/webgpu/launches.ts',
+    'bench-webgpu-tune': 'bench/webgpu/tune.ts',
     'bench-webgpu-exact': 'bench/webgpu/exact.ts',
     'bench-webgpu-backward': 'bench/webgpu/backward.ts',
     'bench-onnxruntime': 'bench/onnxruntime/whole-model.ts',

@@ -4,7 +4,7 @@
  *
  *     npx tsx scripts/gpu-programs.ts && node .gpu/programs/bench-webgpu.mjs OUTPUT_FOLDER [--quick]
  *         [--lengths 1024,8192] [--head-dims 64,128] [--families matrix,subgroup,base] [--variants 4s64r16k-qk4-pv1,...] [--no-peers]
- *         [--kernel qk-int8-pv-int8]
+ *         [--kernel qk-int8-pv-int8]   `--variants default`: only what a caller gets
  *
  * All sizes of docs/choosing-a-kernel.md and the other head dims: `--lengths 8192,1024,512,64 --head-dims 128,64,256,80`.
  *
@@ -70,6 +70,8 @@ const list = (text: string) => text.split(',');
 const LENGTHS = list(flags.lengths).map(Number);
 const HEAD_DIMS = list(flags['head-dims']).map(Number);
 const FAMILIES = list(flags.families) as Family[];
+/** Among `--variants`: what a caller gets. */
+const DEFAULT = 'default';
 /** Every variant is timed at this length; elsewhere only the best few of each family. */
 const TUNING_LENGTH = LENGTHS[0] as number;
 const KEPT_VARIANTS = 2;
@@ -228,7 +230,7 @@ const timedVariants = (family: Family): string[] => {
 
 /** The variant that a caller gets, where all are timed that were not asked for by name. */
 function chosenByTable(family: Family, [q, k, v]: readonly GpuTensor[], isCausal: boolean): string[] {
-  if (flags.variants !== undefined) return [];
+  if (flags.variants !== undefined && !list(flags.variants).includes(DEFAULT)) return [];
   try {
     const problem = createProblem(q as GpuTensor, k as GpuTensor, v as GpuTensor, { isCausal });
     return [chooseVariant(capabilities, problem, chooseOptions(KERNEL, problem, {}), { family }).name];
@@ -334,7 +336,8 @@ for (const headDim of HEAD_DIMS) {
       // Family by family, so that a run that is cut short leaves those before.
       for (const family of FAMILIES) {
         const contenders: Contender[] = [];
-        const timed = best.get(`${family} ${headDim}`) ?? timedVariants(family);
+        const kept = flags.variants === undefined ? best.get(`${family} ${headDim}`) : undefined;
+        const timed = kept ?? timedVariants(family);
         for (const variant of new Set([...chosenByTable(family, [q, k, v], isCausal), ...timed])) {
           try {
             const backend = createWebgpuBackendOn({ device, gpu, family, variant });

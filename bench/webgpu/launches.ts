@@ -38,6 +38,8 @@ const { values: flags } = parseArgs({
 });
 const REPETITIONS = 20;
 const TIMINGS = 7;
+/** Milliseconds of work before the first timing. */
+const WARM_UP = 150;
 const HEADS = Number(flags.heads);
 
 const gpu = await enableNodeWebgpu([...DAWN_FLAGS, 'disable-dawn-features=timestamp_quantization']);
@@ -53,6 +55,8 @@ const staging = device.createBuffer({ size: 16, usage: GPUBufferUsage.MAP_READ |
 /** Microseconds of one of the programs' runs in a row. */
 async function timed(program: Program, buffers: Parameters<Program['record']>[1]): Promise<number> {
   const times: number[] = [];
+  // An idle GPU lowers its clock, several times over.
+  const started = performance.now();
   for (let i = 0; i < TIMINGS; i++) {
     const encoder = device.createCommandEncoder();
     const pass = encoder.beginComputePass({
@@ -66,7 +70,8 @@ async function timed(program: Program, buffers: Parameters<Program['record']>[1]
     await staging.mapAsync(GPUMapMode.READ);
     const [start, end] = new BigUint64Array(staging.getMappedRange().slice(0)) as unknown as [bigint, bigint];
     staging.unmap();
-    if (i > 0) times.push(Number(end - start) / 1e3 / REPETITIONS);
+    if (performance.now() - started < WARM_UP) i = -1;
+    else times.push(Number(end - start) / 1e3 / REPETITIONS);
   }
   return median(times);
 }

@@ -11,7 +11,7 @@ import { planLaunches } from '../backends/cuda/launches/plan.ts';
 import { listing, registerPressure } from '../backends/cuda/ptx/inspect.ts';
 import type { Target } from '../backends/cuda/ptx/targets.ts';
 import type { Capabilities } from '../backends/webgpu/capabilities.ts';
-import type { Family } from '../backends/webgpu/families/family.ts';
+import type { Family } from '../backends/webgpu/families/names.ts';
 import { KERNELS as WEBGPU_KERNELS } from '../backends/webgpu/kernel-table.ts';
 import type { Launch } from '../backends/webgpu/launches/launch.ts';
 import { planLaunches as planDispatches } from '../backends/webgpu/launches/plan.ts';

@@ -4,7 +4,7 @@
  */
 export { createProblem } from '../attention/problem.ts';
 export { TARGETS } from '../backends/cuda/ptx/targets.ts';
-export { FAMILIES } from '../backends/webgpu/families/family.ts';
+export { FAMILIES } from '../backends/webgpu/families/names.ts';
 export { messageOf } from '../errors.ts';
 export * from '../index.ts';
 export * from '../models/sentence-encoder/index.ts';

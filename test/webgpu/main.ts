@@ -7,7 +7,7 @@
  * `int8`, `fp4` alone: that kernel on the families that have it. `gradients` alone: the backward pass, whole, and its tiles on a few tests.
  * A driver takes seconds to compile a kernel: with shards as many processes share the tests.
  */
-import { spawn } from 'node:child_process';
+import { type ChildProcess, spawn } from 'node:child_process';
 import { createInterface } from 'node:readline';
 import { parseArgs } from 'node:util';
 import { setBackend } from '../../src/backends/registry.ts';
@@ -59,11 +59,13 @@ let counted = 0;
 /** Runs the tests in so many processes, prints what they say, and the sum of each line of theirs. */
 async function inShards(count: number): Promise<number> {
   const sums = new Map<string, { passed: number; failed: number; skipped: number }>();
+  const children: ChildProcess[] = [];
   const codes = Array.from({ length: count }, async (_, i) => {
     const child = spawn(process.execPath, [process.argv[1] as string, ...positionals, '--shard', `${i}/${count}`], {
       env: { ...process.env, SAGEATTENTION_SEED: String(seed) },
       stdio: ['ignore', 'pipe', 'inherit'],
     });
+    children.push(child);
     for await (const line of createInterface(child.stdout)) {
       const [, name, passed, failed, skipped] = /^(.*): (\d+) passed, (\d+) failed, (\d+) not for/.exec(line) ?? [];
       if (name === undefined) {
@@ -79,10 +81,21 @@ async function inShards(count: number): Promise<number> {
     }
     return child.exitCode ?? (await new Promise<number>((resolve) => child.once('exit', (code) => resolve(code ?? 1))));
   });
+  const tell = () => {
+    for (const [name, { passed, failed, skipped }] of sums) {
+      console.log(
+        `${name}: ${passed} passed, ${failed} failed, ${skipped} not for this variant or family in all shards`,
+      );
+    }
+  };
+  // A run that is cut short tells what ended.
+  process.once('SIGTERM', () => {
+    tell();
+    for (const child of children) child.kill();
+    process.exit(1);
+  });
   const ended = await Promise.all(codes);
-  for (const [name, { passed, failed, skipped }] of sums) {
-    console.log(`${name}: ${passed} passed, ${failed} failed, ${skipped} not for this variant or family in all shards`);
-  }
+  tell();
   return ended.filter((code) => code !== 0).length;
 }
 if (flags.shards !== undefined) {

@@ -22,16 +22,25 @@ import { WebgpuBlockMapPlan } from './block-map-plan.ts';
 import { matrixText } from './capabilities.ts';
 import { type DeviceOptions, type GpuContext, openDevice } from './device.ts';
 import { type Forced, familiesOf } from './families/choose.ts';
-import type { Family } from './families/family.ts';
-import { KERNELS, QK_INT8_PV_FP16 } from './kernel-table.ts';
+import type { Family } from './families/names.ts';
+import { KERNELS, QK_INT8_PV_FP16, QK_INT8_PV_INT8 } from './kernel-table.ts';
 import { WebgpuKeyValue } from './key-value.ts';
 import { needsTrial, tryShapes } from './matrix-trial.ts';
 import { WebgpuPlan } from './plan.ts';
 import { copied } from './run.ts';
+import { entryFor } from './tuning/record.ts';
+import { TUNE, Tuner } from './tuning/tuner.ts';
 
 export interface WebgpuBackendOptions extends DeviceOptions {
   /** The kernel family to use. Default: the fastest that the device can run. */
   readonly family?: Family;
+  /**
+   * Whether families, tiles and kernel are chosen by what was measured on this device. `off` (default): by the tables. `auto`: by the
+   * record of this adapter, browser and version; a kind of problem that it lacks is measured once, while nothing else runs here.
+   * `now`: the kinds of {@link tune} are measured when the device is opened. Where P and V in integers are faster, calls that leave the
+   * kernel and its options to the backend get `qk-int8-pv-int8`.
+   */
+  readonly tune?: 'auto' | 'off' | 'now';
 }
 
 export class WebgpuBackend implements Backend {
@@ -41,9 +50,15 @@ export class WebgpuBackend implements Backend {
   #context: Promise<GpuContext> | undefined;
   /** The last one that was opened. */
   #ready: GpuContext | undefined;
+  readonly #tuner: Tuner;
 
   constructor(options: WebgpuBackendOptions = {}) {
     this.#options = options;
+    const { tune = 'off' } = options;
+    if (!TUNE.includes(tune)) {
+      throw new InvalidArgumentError('invalid-option', 'options.tune', "'auto', 'off' or 'now'", `'${tune}'`);
+    }
+    this.#tuner = new Tuner(tune);
   }
 
   /**
@@ -63,7 +78,8 @@ export class WebgpuBackend implements Backend {
 
   #opened(): Promise<GpuContext> {
     this.#context ??= openDevice(this.#options).then(
-      (context) => {
+      async (context) => {
+        await this.#tuner.opened(context);
         this.#ready = context;
         return context;
       },
@@ -77,7 +93,8 @@ export class WebgpuBackend implements Backend {
 
   async availability(): Promise<Availability> {
     try {
-      const { capabilities } = await this.context();
+      const context = await this.context();
+      const { capabilities } = context;
       const { offered, missing } = familiesOf(capabilities);
       const [min, max] = capabilities.subgroupSize;
       return {
@@ -92,6 +109,7 @@ export class WebgpuBackend implements Backend {
           'shader-f16': capabilities.shaderF16 ? 'yes' : 'no',
           dot4I8Packed: capabilities.packedDot ? 'yes' : 'no',
           'workgroup memory': `${capabilities.workgroupBytes / 1024} KiB`,
+          tuning: await this.#tuner.text(context),
           'largest binding': `${Math.floor(capabilities.bindingBytes / 2 ** 20)} MiB`,
         },
       };
@@ -110,11 +128,16 @@ export class WebgpuBackend implements Backend {
     }
   }
 
-  defaultKernel(): KernelDescriptor {
-    return QK_INT8_PV_FP16;
+  /** `qk-int8-pv-fp16`, or what was measured to be faster ({@link WebgpuBackendOptions.tune}). */
+  defaultKernel(problem?: AttentionProblem, { quantized = false } = {}): KernelDescriptor {
+    const entries = this.#ready?.capabilities.tuning ?? [];
+    if (problem === undefined || quantized || this.#options.family !== undefined) return QK_INT8_PV_FP16;
+    const [best] = entryFor(entries, problem)?.times ?? [];
+    return best?.kernel === QK_INT8_PV_INT8.name ? QK_INT8_PV_INT8 : QK_INT8_PV_FP16;
   }
 
   plan(problem: AttentionProblem, kernel: KernelChoice): Promise<WebgpuPlan> {
+    this.#tuner.asked(this.#ready, problem);
     return WebgpuPlan.create(problem, kernel, () => this.context(), this.#options);
   }
 
@@ -191,6 +214,7 @@ const OPTIONS = [
   'dawnFlags',
   'capabilities',
   'family',
+  'tune',
 ] as const satisfies readonly (keyof WebgpuBackendOptions)[];
 
 /**

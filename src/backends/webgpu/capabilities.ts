@@ -1,5 +1,7 @@
 /** What a device can do, as data: what the selection tables and the kernels' configurations are chosen from. */
 
+import type { TunedEntry } from './tuning/record.ts';
+
 /** One subgroup matrix product: left is M x K, right K x N. */
 export interface MatrixConfig {
   readonly componentType: string;
@@ -40,6 +42,8 @@ export interface Capabilities {
   readonly matrixFeature: string | undefined;
   /** How its WGSL writes them; what was found by probing, or the newest. */
   readonly matrixDialect: MatrixDialect;
+  /** What was measured on the device: preferred to the tables. */
+  readonly tuning?: readonly TunedEntry[];
   readonly packedDot: boolean;
   readonly subgroupId: boolean;
   readonly timestamps: boolean;

@@ -12,6 +12,7 @@ import {
 import { matrixProducts } from './families/matrix.ts';
 import { probeMatrixDialect } from './families/matrix-dialect.ts';
 import { ScratchPool } from './scratch.ts';
+import type { TunedEntry } from './tuning/record.ts';
 
 export interface DeviceOptions {
   /** A device of the caller's, shared with other code; it is never destroyed here. */
@@ -187,6 +188,7 @@ export class GpuContext {
   readonly scratch: ScratchPool;
   readonly #resources = new Set<Resource>();
   readonly #runs = new Set<Promise<unknown>>();
+  #runCount = 0;
   #disposed = false;
 
   constructor(device: GPUDevice, capabilities: Capabilities, owned: boolean) {
@@ -209,6 +211,21 @@ export class GpuContext {
   excludeShape(key: string): void {
     const { wrongShapes = [] } = this.#capabilities;
     this.#capabilities = { ...this.#capabilities, wrongShapes: [...wrongShapes, key] };
+  }
+
+  /** What was measured: plans that are made from now on prefer it. */
+  prefer(tuning: readonly TunedEntry[]): void {
+    this.#capabilities = { ...this.#capabilities, tuning };
+  }
+
+  /** Nothing runs here. */
+  get idle(): boolean {
+    return this.#runs.size === 0;
+  }
+
+  /** Runs so far. */
+  get runCount(): number {
+    return this.#runCount;
   }
 
   /** The error of the loss, once the device is lost. */
@@ -315,6 +332,7 @@ export class GpuContext {
   /** A run, which disposing waits for. */
   during<T>(run: Promise<T>): Promise<T> {
     this.#runs.add(run);
+    this.#runCount++;
     const ended = () => {
       this.#runs.delete(run);
     };

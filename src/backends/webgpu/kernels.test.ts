@@ -128,8 +128,8 @@ describe('selection', () => {
       return `${family} ${name}`;
     };
     const large = { workgroupBytes: 49152, workgroupThreads: 1024 };
-    expect(chosen([64, 64], 8192, large)).toBe('matrix 8s128r16k-qk8-pv4');
-    expect(chosen([80, 80], 8192, large)).toBe('matrix 8s128r16k-qk8-pv4');
+    expect(chosen([64, 64], 8192, large)).toBe('matrix 4s128r16k-qk4-pv2');
+    expect(chosen([80, 80], 8192, large)).toBe('matrix 4s128r16k-qk4-pv2');
     expect(chosen([64, 64], 1024, large)).toBe('matrix 4s64r32k-qk2-pv1');
     expect(chosen([128, 128], 8192, large)).toBe('matrix 8s128r32k-qk4-pv2-qk-pv');
     expect(chosen([256, 256], 8192, large)).toBe('matrix 8s64r32k-qk4-pv1');
@@ -168,32 +168,14 @@ describe('selection', () => {
         return right(forced.variant as string);
       };
     const best = chosen();
-    await tryShapes(
-      context,
-      problem,
-      choice,
-      {},
-      trial((variant) => variant !== best),
-    );
+    await tryShapes(context, problem, choice, {}, { trial: trial((variant) => variant !== best) });
     const second = chosen();
     expect(tried).toEqual([best, second]);
     expect(best).not.toBe(second);
-    await tryShapes(
-      context,
-      problem,
-      choice,
-      {},
-      trial(() => false),
-    );
+    await tryShapes(context, problem, choice, {}, { trial: trial(() => false) });
     expect(tried, 'a shape is tried once').toHaveLength(2);
     context.rightShapes.clear();
-    await tryShapes(
-      context,
-      problem,
-      choice,
-      {},
-      trial(() => false),
-    );
+    await tryShapes(context, problem, choice, {}, { trial: trial(() => false) });
     expect(chooseVariant(context.capabilities, problem, choice, {}).family).toBe('subgroup');
     // The null device computes nothing: the trial itself sees it.
     expect(await comesOutRight(context, problem, choice, { family: 'subgroup' })).toBe(false);

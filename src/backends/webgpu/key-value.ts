@@ -228,7 +228,7 @@ export class WebgpuKeyValue implements PreparedKeyValue {
       let program = this.#programs.get(key);
       if (program === undefined) {
         // The layout is settled: only shapes of the family that the cache was made for.
-        await tryShapes(this.#context, own, this.#kernel, this.#options);
+        await tryShapes(this.#context, own, this.#kernel, this.#options, { layout: this.#shape.layout });
         const stages = createStages(own, this.#context.capabilities, this.#shape);
         const parts = attentionParts(stages, this.#kernel, this.#options);
         program = await Program.create(this.#context, parts.launches, parts.sizes, stages.tables.bytes);

@@ -15,7 +15,7 @@ import type { GpuContext } from './device.ts';
 import { chooseVariant, type Forced } from './families/choose.ts';
 import type { AttentionVariant } from './families/family.ts';
 import { shapeKey } from './families/matrix-shapes.ts';
-import { padDim } from './kernels/layout.ts';
+import { type KeyValueLayout, padDim } from './kernels/layout.ts';
 import { planLaunches } from './launches/plan.ts';
 import { Program } from './program.ts';
 import { runProgram, takeInputs } from './run.ts';
@@ -33,9 +33,15 @@ const keyOf = (variant: AttentionVariant, { headDim, valueDim }: AttentionProble
   shapeKey(variant.name, padDim(headDim), padDim(valueDim), pvAccumDtype === 'fp16');
 
 /** The shape that a problem gets and that was not tried yet; undefined where there is nothing to try. */
-function untried(context: GpuContext, problem: AttentionProblem, kernel: KernelChoice, forced: Forced) {
+function untried(
+  context: GpuContext,
+  problem: AttentionProblem,
+  kernel: KernelChoice,
+  forced: Forced,
+  layout: KeyValueLayout | undefined,
+) {
   if (forced.emulateMatrices !== undefined || Math.min(problem.headDim, problem.valueDim) === 0) return undefined;
-  const variant = chooseVariant(context.capabilities, problem, kernel, forced);
+  const variant = chooseVariant(context.capabilities, problem, kernel, forced, layout);
   if (variant.family !== 'matrix') return undefined;
   const key = keyOf(variant, problem, kernel);
   return context.rightShapes.has(key) ? undefined : { key, variant: variant.name };
@@ -47,24 +53,26 @@ export const needsTrial = (
   problem: AttentionProblem,
   kernel: KernelChoice,
   forced: Forced,
-): boolean => untried(context, problem, kernel, forced) !== undefined;
+): boolean => untried(context, problem, kernel, forced, undefined) !== undefined;
 
 /**
  * Tries the shape that a problem gets, once for a device and head dims; one that comes out wrong is not used there,
  * and the next best is tried. Afterwards the device's capabilities name no shape for the problem but a right one.
+ *
+ * @param layout of keys and values that are quantized already; default: any
  */
 export async function tryShapes(
   context: GpuContext,
   problem: AttentionProblem,
   kernel: KernelChoice,
   forced: Forced,
-  trial: Trial = comesOutRight,
+  { layout, trial = comesOutRight }: { readonly layout?: KeyValueLayout; readonly trial?: Trial } = {},
 ): Promise<void> {
-  for (let next = untried(context, problem, kernel, forced); next !== undefined; ) {
+  for (let next = untried(context, problem, kernel, forced, layout); next !== undefined; ) {
     const { key, variant } = next;
     if (await trial(context, problem, kernel, { ...forced, family: 'matrix', variant })) context.rightShapes.add(key);
     else context.excludeShape(key);
-    next = untried(context, problem, kernel, forced);
+    next = untried(context, problem, kernel, forced, layout);
   }
 }
 

@@ -8,7 +8,7 @@ import { isContiguous } from '../../tensor/tensor.ts';
 import type { AttentionInputs, AttentionOutputs, KernelChoice, Plan, RunContext } from '../backend.ts';
 import type { GpuContext } from './device.ts';
 import type { Forced } from './families/choose.ts';
-import type { Family } from './families/family.ts';
+import type { Family } from './families/names.ts';
 import { planLaunches } from './launches/plan.ts';
 import { tryShapes } from './matrix-trial.ts';
 import { type Built, PlannedProgram } from './planned-program.ts';

@@ -7,11 +7,7 @@ import type { Capabilities } from '../capabilities.ts';
 import type { ValueFormat } from '../kernel-table.ts';
 import type { KeyValueLayout } from '../kernels/layout.ts';
 import type { ScoreConfig } from '../kernels/scores.ts';
-
-/** The families by name, fastest first. */
-export const FAMILIES = ['matrix', 'subgroup', 'base'] as const;
-
-export type Family = (typeof FAMILIES)[number];
+import type { Family } from './names.ts';
 
 /** The attention kernel to launch: its source for a score configuration and its query rows per workgroup. */
 export interface AttentionKernel {
@@ -53,6 +49,8 @@ export interface KernelFamily {
   support(capabilities: Capabilities): string | undefined;
   /** Why a device that can run it cannot for these head dims. */
   unfit(capabilities: Capabilities, dims: HeadDims): string | undefined;
+  /** Names of the variants that fit a device and a problem, best first. */
+  fitting(capabilities: Capabilities, request: VariantRequest): readonly string[];
   /** @throws {UnsupportedOptionError} no variant fits, or not the one that was asked for */
   kernel(capabilities: Capabilities, request: VariantRequest): AttentionVariant;
 }

@@ -37,9 +37,10 @@ export interface MatrixShapes {
 
 /**
  * The first line that a problem does not exceed holds, and the first of its variants that the device and its products
- * can run is taken. Ordered by speed on an H200 in a benchmark of the kernel alone: 16 heads of 8192 tokens, TFLOP/s
- * D 64: 168, 157, 151; D 128: 204, 205, 202, 186; D 256: 196. At 1024 tokens and D 64 128 rows are too few workgroups (90
- * against 109).
+ * can run is taken. Ordered by speed on an H200, 16 heads of 8192 tokens, TFLOP/s with quantization: D 64: 142, 138, 128
+ * (causal 110, 103); D 80: 153, 108 (causal 121, 91); D 128: 182, 184, 140, 161, of which the first loses least where Dawn has no
+ * analysis of ranges (173 against 124 for the kernel alone). D 256 in a benchmark of the kernel alone: 196. At 1024 tokens D 64: 58, 43,
+ * 44, since 128 rows are too few workgroups; D 128: the first 95, the smallest 85.
  */
 export const MATRIX_SHAPES: readonly MatrixShapes[] = [
   {
@@ -50,14 +51,14 @@ export const MATRIX_SHAPES: readonly MatrixShapes[] = [
   {
     headDim: 96,
     queries: 1024,
-    variants: [shape(4, 64, 32, 2, 1), shape(8, 128, 16, 8, 4), shape(4, 64, 32, 4, 2), ...SMALL],
+    variants: [shape(4, 64, 32, 2, 1), shape(4, 128, 16, 4, 2), shape(8, 128, 16, 8, 4), ...SMALL],
   },
   {
     headDim: 96,
     queries: Number.POSITIVE_INFINITY,
     variants: [
-      shape(8, 128, 16, 8, 4),
       shape(4, 128, 16, 4, 2),
+      shape(8, 128, 16, 8, 4),
       shape(4, 64, 32, 2, 1),
       shape(4, 64, 32, 4, 2),
       ...SMALL,

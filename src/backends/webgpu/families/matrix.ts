@@ -160,5 +160,12 @@ export const matrixFamily = (emulate?: Emulation): KernelFamily => ({
   variants: MATRIX_VARIANTS,
   support: (capabilities) => matrixSupport(capabilities, emulate).reason,
   unfit: (capabilities, dims) => withoutShape(capabilities, dims, emulate),
+  fitting(capabilities, request) {
+    const { lanes, configs } = matrixSupport(capabilities, emulate);
+    const products = matrixProducts(configs ?? [], request.pvAccumDtype === 'fp16' ? 'f16' : 'f32');
+    if (lanes === undefined || products === undefined) return [];
+    const { offered } = fittingVariants(capabilities, products, lanes, request, emulate);
+    return [...new Set(offered.map(({ name }) => name))];
+  },
   kernel: (capabilities, request) => chooseMatrixVariant(capabilities, request, emulate),
 });

@@ -2,9 +2,9 @@
 import type { KernelName } from '../../../attention/kernels.ts';
 import { UnsupportedOptionError } from '../../../errors.ts';
 import type { Capabilities } from '../capabilities.ts';
-import { valueFormatOf } from '../kernel-table.ts';
+import { type ValueFormat, valueFormatOf } from '../kernel-table.ts';
 import { type TileShape, tiledAttentionKernel, tiledWorkgroupBytes } from '../kernels/attention-tiled.ts';
-import { type KernelFamily, unsupportedAccumulation } from './family.ts';
+import { type KernelFamily, unsupportedAccumulation, type VariantRequest } from './family.ts';
 
 export interface TiledVariant extends TileShape {
   readonly name: string;
@@ -43,10 +43,45 @@ export const TILED_VARIANTS: readonly TiledVariant[] = [
   tiledVariant(16, 16, 16, 4, 's'),
 ];
 
+/**
+ * Those whose V is in INT8, best first: on an H200, 16 heads of 8192 tokens, family `subgroup`, D 128: 63.6, 59.1, 60.1, 55.9, 38.3
+ * TFLOP/s; D 64: 55.5, 54.6, 53.9, 54.7, 34.6. K and V share no memory: V takes half of what float16 does.
+ */
+const INTEGER_VARIANTS = ['64x32', '64x16n', '32x32', '32x16n', '16x16n'];
+
 const SOFTWARE_VARIANT = '16x16n';
 
 /** A thread's output registers (float32) above which a tile is not used: more would spill. */
 const OUTPUT_REGISTERS = 80;
+
+type TileRequest = Pick<VariantRequest, 'headDimPadded' | 'valueDimPadded' | 'queryLength'>;
+
+/** The tiles that fit a device and what V is multiplied in, in the table's order, and the same with the best for a problem first. */
+function fittingTiles(
+  capabilities: Capabilities,
+  family: 'subgroup' | 'base',
+  { headDimPadded, valueDimPadded, queryLength }: TileRequest,
+  format: ValueFormat,
+) {
+  const fits = (variant: TiledVariant) =>
+    tiledWorkgroupBytes(variant, headDimPadded, valueDimPadded, format) <= capabilities.workgroupBytes &&
+    variant.rowThreads * variant.colThreads <= capabilities.workgroupThreads &&
+    (family === 'base' || variant.colThreads <= capabilities.subgroupSize[0]) &&
+    valueDimPadded % (4 * variant.colThreads) === 0;
+  const affordable = (variant: TiledVariant) =>
+    ((variant.rows / variant.rowThreads) * valueDimPadded) / variant.colThreads <= OUTPUT_REGISTERS;
+  const all =
+    format === 'int8'
+      ? INTEGER_VARIANTS.flatMap((name) => TILED_VARIANTS.filter((variant) => variant.name === name))
+      : TILED_VARIANTS;
+  const candidates = all.filter(fits);
+  const best = candidates.filter(affordable);
+  const ordered = best.length > 0 ? best : candidates;
+  const short = ordered.filter(({ rows }) => rows <= Math.max(16, queryLength));
+  // Software drivers gain nothing from large tiles and compile them slowly.
+  const simplest = candidates.filter(({ name }) => capabilities.isSoftware && name === SOFTWARE_VARIANT);
+  return { candidates, offered: [...simplest, ...(short.length > 0 ? short : ordered.slice(-1))] };
+}
 
 /**
  * @param queryLength the longest query
@@ -63,15 +98,8 @@ export function chooseTiles(
   kernel: KernelName = 'qk-int8-pv-fp16',
 ): TiledVariant {
   const format = valueFormatOf(kernel);
-  const fits = (variant: TiledVariant) =>
-    (format !== 'int8' || !variant.sharedKeyValue) &&
-    tiledWorkgroupBytes(variant, headDimPadded, valueDimPadded, format) <= capabilities.workgroupBytes &&
-    variant.rowThreads * variant.colThreads <= capabilities.workgroupThreads &&
-    (family === 'base' || variant.colThreads <= capabilities.subgroupSize[0]) &&
-    valueDimPadded % (4 * variant.colThreads) === 0;
-  const affordable = (variant: TiledVariant) =>
-    ((variant.rows / variant.rowThreads) * valueDimPadded) / variant.colThreads <= OUTPUT_REGISTERS;
-  const candidates = TILED_VARIANTS.filter(fits);
+  const dims = { headDimPadded, valueDimPadded, queryLength };
+  const { candidates, offered } = fittingTiles(capabilities, family, dims, format);
   if (forced !== undefined) {
     const variant = candidates.find(({ name }) => name === forced);
     if (variant === undefined) {
@@ -84,12 +112,7 @@ export function chooseTiles(
     }
     return variant;
   }
-  const best = candidates.filter(affordable);
-  const ordered = best.length > 0 ? best : candidates;
-  const short = ordered.filter(({ rows }) => rows <= Math.max(16, queryLength));
-  // Software drivers gain nothing from large tiles and compile them slowly.
-  const simplest = candidates.find(({ name }) => name === SOFTWARE_VARIANT);
-  const chosen = (capabilities.isSoftware ? simplest : undefined) ?? short[0] ?? ordered.at(-1);
+  const [chosen] = offered;
   if (chosen === undefined) {
     const smallest = Math.min(
       ...TILED_VARIANTS.map((variant) => tiledWorkgroupBytes(variant, headDimPadded, valueDimPadded, format)),
@@ -114,6 +137,8 @@ const tiledFamily = (
   variants: TILED_VARIANTS,
   unfit: () => undefined,
   support,
+  fitting: (capabilities, request) =>
+    fittingTiles(capabilities, name, request, valueFormatOf(request.kernel)).offered.map((tiles) => tiles.name),
   kernel(capabilities, { kernel, headDimPadded, valueDimPadded, queryLength, pvAccumDtype, variant }) {
     if (pvAccumDtype === 'fp16') throw unsupportedAccumulation(`family '${name}'`);
     const tiles = chooseTiles(capabilities, name, headDimPadded, valueDimPadded, queryLength, variant, kernel);

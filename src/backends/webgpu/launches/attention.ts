@@ -299,7 +299,7 @@ export interface AttentionParts {
 /** Launches for Q, attention and merging, and the scratch that they take. */
 export function attentionParts(stages: Stages, choice: KernelChoice, options: Forced): AttentionParts {
   const { problem, capabilities } = stages;
-  const variant = chooseVariant(capabilities, problem, choice, options);
+  const variant = chooseVariant(capabilities, problem, choice, options, stages.keyValue.layout);
   const splits = keySplitsOf(stages, variant.kernel.rows);
   const queries = fp4QueriesOf(stages, choice);
   const config = scoreConfigOf(stages, splits, queries && { weights: !stages.keyValue.held, smoothQ: queries.smoothQ });
