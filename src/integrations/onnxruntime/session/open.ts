@@ -32,7 +32,7 @@ import { deviceOf, gpuEngine } from './gpu-engine.ts';
 import { lengthsOf, watchedBy } from './lengths.ts';
 import type { MarkedSession } from './marked-session.ts';
 import { OpenedOnce } from './opened-sessions.ts';
-import { type EncodedPiece, PieceWriter } from './pieces.ts';
+import { type EncodedPiece, type InferredShapes, PieceWriter } from './pieces.ts';
 import type { AttentionReport } from './report.ts';
 import { CutSession, reportLeft, tooShort } from './session.ts';
 import { followLinks, loadModel, type ModelSource, ownSource, stateOf, withFolder } from './source.ts';
@@ -211,9 +211,12 @@ async function openVariants(
   judged: readonly Judged[],
   ofAll?: CutParts['createWhole'],
 ): Promise<CutSession | BranchedSession> {
-  const open = ({ variant, worth, ...rest }: Judged, createWhole = ofAll) => {
+  const open = async ({ variant, worth, ...rest }: Judged, createWhole = ofAll) => {
     const cut = cutGraph(variant.index.graph, variant.index.opset, worth);
-    return openCut({ ...common, ...rest, cut, ...(createWhole === undefined ? {} : { createWhole }) });
+    const crossing = cut.pieces.flatMap(({ inputs }) => inputs);
+    const whole = await readFacts(common.create, variant.model, variant.index, common.source.options, crossing);
+    const shapes = { shapes: whole?.shapes };
+    return openCut({ ...common, ...rest, ...shapes, cut, ...(createWhole === undefined ? {} : { createWhole }) });
   };
   const [first] = judged as [Judged, ...Judged[]];
   const { condition } = first.variant;
@@ -362,6 +365,7 @@ interface CutParts extends Context {
   /** What runs in the place of a piece's session. */
   readonly wrap?: (session: OrtSession, piece: Piece) => OrtSession;
   readonly hasOwnFeeds?: boolean;
+  readonly shapes?: InferredShapes | undefined;
   /** How several cuts of one model open it in one piece. Default: each opens its own. */
   readonly createWhole?: () => Promise<OrtSession | undefined>;
 }

@@ -30,12 +30,19 @@ export interface EncodedPiece {
   readonly files: readonly string[];
 }
 
+/** Shapes of values in the model in one piece, where they are known; a piece alone loses those behind an attention. */
+export type InferredShapes = ReadonlyMap<string, readonly OrtDimension[]>;
+
+/** In front of dimension names that onnxruntime made up for the whole model: in a piece it makes up others. */
+const OF_THE_WHOLE = 'whole ';
+
 export interface PieceContext {
   readonly model: ModelProto;
   readonly cut: Cut;
   readonly source: ModelSource;
   readonly engine: Engine;
   readonly mounted: MountedModel | undefined;
+  readonly shapes?: InferredShapes | undefined;
 }
 
 /** Writes parts of the model as models and keeps the types of the values between them. */
@@ -114,12 +121,23 @@ export class PieceWriter {
     }
     // onnxruntime gives a value of unknown rank no dimensions; a scalar loses nothing by being one of those.
     const shape = metadata.shape?.length ? metadata.shape : undefined;
-    const sizes = shape?.map((size) => (this.#isKnown(size) ? size : undefined));
+    const known = shape?.map((size) => (this.#isKnown(size) ? size : undefined));
+    const sizes = this.#inferredSizes(name, known?.length) ?? known;
     return valueInfo(name, metadata.type as ElementTypeName, sizes);
   }
 
   #isKnown(size: OrtDimension): boolean {
     return typeof size === 'string' ? this.#symbols.has(size) : isSize(size);
+  }
+
+  /** As it is in the whole model; undefined where that says less, or has another rank. */
+  #inferredSizes(name: string, rank: number | undefined): (OrtDimension | undefined)[] | undefined {
+    const shape = this.#context.shapes?.get(name);
+    if (shape === undefined || shape.length === 0 || (rank !== undefined && rank !== shape.length)) return undefined;
+    return shape.map((size) => {
+      if (this.#isKnown(size)) return size;
+      return typeof size === 'string' && size !== '' ? `${OF_THE_WHOLE}${size}` : undefined;
+    });
   }
 
   /** The model's metadata, as far as the pieces know it. */
