@@ -16,6 +16,7 @@ import type {
   PreparedKeyValue,
 } from '../backend.ts';
 import { type Cuda, type CudaDevice, openCuda } from './driver/device.ts';
+import { fastestKernel } from './fastest.ts';
 import { FixedKeyValue, type SharedRoom } from './fixed-key-value.ts';
 import {
   BACKWARD_SUPPORT,
@@ -171,9 +172,10 @@ export class CudaBackend implements Backend {
     }
   }
 
-  async defaultKernel(problem: AttentionProblem): Promise<KernelDescriptor> {
+  async defaultKernel(problem: AttentionProblem, { quantized = false } = {}): Promise<KernelDescriptor> {
     const device = await this.device(problem);
-    const kernel = defaultKernelFor(device.computeCapability);
+    const { computeCapability } = device;
+    const kernel = quantized ? defaultKernelFor(computeCapability) : fastestKernel(problem, computeCapability);
     if (kernel === undefined) throw tooOld(device);
     return kernel;
   }

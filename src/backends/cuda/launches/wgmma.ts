@@ -1,5 +1,6 @@
 /** Launches of the kernels on `wgmma`. */
 import { isBanded } from '../../../attention/band.ts';
+import type { AttentionProblem } from '../../../attention/problem.ts';
 import type { OperandLayout } from '../../../tensor/tensor.ts';
 import { BLOCK_K } from '../kernels/mma-sync/config.ts';
 import { LOG2_E4M3_MAX } from '../kernels/parts/constants.ts';
@@ -34,7 +35,14 @@ import {
   u32,
 } from './arguments.ts';
 import { combineLaunches, combineScratch, outputPointersOf } from './combine.ts';
-import { type Context, type FamilyLaunches, type KeyValuePart, loadWidthOf, splitsOf } from './context.ts';
+import {
+  type Context,
+  type DeviceFacts,
+  type FamilyLaunches,
+  type KeyValuePart,
+  loadWidthOf,
+  splitsOf,
+} from './context.ts';
 import type { KernelArgument, KernelLaunch, LaunchSequence, TensorMapDescription } from './launch.ts';
 import { quantizeQueryLaunch, queryScratch, statisticsLaunches } from './quantize.ts';
 import { blockArgumentsOf, type ListedTiles, tileListLaunches, tileListScratch } from './tile-lists.ts';
@@ -79,7 +87,7 @@ function shapeOf(context: Context): Shape {
   };
   const tuning: WgmmaTuning = {
     ...(exact
-      ? exactTuningOf(size)
+      ? exactTuningOf({ ...size, banded: isBanded(problem.band) })
       : tuningOf({
           ...size,
           pvFormat: pvFormat === 'e4m3' ? 'e4m3' : 'f16',
@@ -395,7 +403,13 @@ function attend(context: Context): Pick<LaunchSequence, 'launches' | 'scratch'> 
 const MOST_SM_SCALE = 2 ** 30;
 
 /** Whether the copies of this kernel take 16-bit operands as they lie: rows of whole chunks of 16 bytes, none twice. */
-export function takesAsTheyLie({ problem, device }: Context): boolean {
+export function takesAsTheyLie({
+  problem,
+  device,
+}: {
+  readonly problem: AttentionProblem;
+  readonly device: Pick<DeviceFacts, 'pointerAlignment'>;
+}): boolean {
   const { q, k, v, batch, queryHeads, kvHeads, queryLength, keyLength, sequences, headDim, valueDim, dtype } = problem;
   const entries = sequences === undefined ? batch : 1;
   const alignment = device.pointerAlignment ?? 16;

@@ -1,0 +1,62 @@
+/** The kernel that a whole call runs unless told otherwise. */
+import { isBanded } from '../../attention/band.ts';
+import type { AttentionProblem } from '../../attention/problem.ts';
+import { type CudaKernelDescriptor, defaultKernelFor, descriptorOf } from './kernel-table.ts';
+import { takesAsTheyLie } from './launches/wgmma.ts';
+
+/** Up to how many keys 16-bit operands as given are faster than the default kernel with its quantization. */
+interface ExactRule {
+  /** Compute capabilities (major * 10 + minor). */
+  readonly from: number;
+  readonly below: number;
+  /** Largest D and Dv. */
+  readonly headDim: number;
+  /** Causal or windowed. */
+  readonly banded: boolean;
+  readonly keys: number;
+  readonly why: string;
+}
+
+const HOPPER = { from: 90, below: 91 } as const;
+
+/**
+ * First row that fits. Milliseconds of the exact kernel and of FP8 with its quantization on an H200, tokens times batch
+ * 16,384, 32 heads (`bench/results/cuda-short-h200.json`); the next length measured went to FP8.
+ */
+export const EXACT_RULES: readonly ExactRule[] = [
+  {
+    ...HOPPER,
+    headDim: 64,
+    banded: false,
+    keys: 1536,
+    why: '1024: 0.361 and 0.428; 1500 (8 x 20 heads): 0.246 and 0.249',
+  },
+  { ...HOPPER, headDim: 64, banded: true, keys: 2048, why: '1024: 0.231 and 0.358; 2048: 0.390 and 0.444' },
+  { ...HOPPER, headDim: 128, banded: false, keys: 1024, why: '512: 0.288 and 0.455; 1024: 0.510 and 0.586' },
+  {
+    ...HOPPER,
+    headDim: 128,
+    banded: true,
+    keys: 1536,
+    why: '1024: 0.357 and 0.501; 1536 (4 x 32 heads): 0.193 and 0.223',
+  },
+];
+
+/** Scores are products and no more, and rows are many: what {@link EXACT_RULES} was measured on. */
+const isPlain = ({ mask, blocks, softcap }: AttentionProblem) =>
+  mask === undefined && blocks === undefined && softcap === 0;
+
+/** Undefined on devices below the minimum. */
+export function fastestKernel(problem: AttentionProblem, computeCapability: number): CudaKernelDescriptor | undefined {
+  const exact = descriptorOf('exact');
+  const { dtype, headDim, valueDim, keyLength, band } = problem;
+  const rule = EXACT_RULES.find(
+    (row) =>
+      computeCapability >= row.from &&
+      computeCapability < row.below &&
+      Math.max(headDim, valueDim) <= row.headDim &&
+      isBanded(band) === row.banded,
+  );
+  const takes = exact.dtypes?.includes(dtype) === true && isPlain(problem) && takesAsTheyLie({ problem, device: {} });
+  return rule !== undefined && takes && keyLength <= rule.keys ? exact : defaultKernelFor(computeCapability);
+}
