@@ -7,7 +7,7 @@ import type { Target } from '../ptx/targets.ts';
 import type { Kernel, Reg } from '../ptx/types.ts';
 import { divide, integers, offset, offset64, pointers } from './parts/addresses.ts';
 import { bandParameters, keyRange } from './parts/band.ts';
-import { blockParameters, listAddress } from './parts/blocks.ts';
+import { blockParameters, GROUP_KEYS, listAddress } from './parts/blocks.ts';
 import { headAddress } from './parts/epilogue.ts';
 import { loadSequence } from './parts/sequences.ts';
 import { sumsOfWarp } from './parts/warp.ts';
@@ -20,6 +20,8 @@ export interface TileListsConfig {
   readonly packedHeads: number;
   readonly tileKeys: number;
   readonly banded: boolean;
+  /** The rows of each tile lie in one block: entries say which groups of keys are hidden. */
+  readonly wholeRows: boolean;
 }
 
 export const TILE_LISTS_POINTERS = ['sequences'] as const;
@@ -27,7 +29,7 @@ export const TILE_LISTS_INTEGERS = ['queryTiles', 'lists'] as const;
 /** Lists of a CTA, one warp each. */
 export const TILE_LISTS_WARPS = 4;
 
-export function tileLists({ target, tileRows, packedHeads, tileKeys, banded }: TileListsConfig): Kernel {
+export function tileLists({ target, tileRows, packedHeads, tileKeys, banded, wholeRows }: TileListsConfig): Kernel {
   const b = new KernelBuilder({ name: 'tileLists', target, threads: TILE_LISTS_WARPS * 32 });
   const pointer = pointers(b, TILE_LISTS_POINTERS);
   const integer = integers(b, TILE_LISTS_INTEGERS);
@@ -83,7 +85,13 @@ export function tileLists({ target, tileRows, packedHeads, tileKeys, banded }: T
             each(b, b.div(firstKey, blockKeys), lastKeyBlock, (keyBlock) => {
               const flag = b.ldByte(offset64(b, ofRow, keyBlock, b.loadParameter(blocks.pointer.mapKey)));
               const isHidden = b.setp('eq', flag, 0);
-              b.when(isHidden, () => b.set(hidden, 1));
+              if (wholeRows) {
+                const from = b.sub(b.max(b.mul(keyBlock, blockKeys), firstKey), firstKey);
+                const to = b.sub(b.min(b.mul(b.add(keyBlock, 1), blockKeys), b.add(firstKey, tileKeys)), firstKey);
+                const above = (key: Reg<'u32'>) => b.shl(b.constant('u32', 1), b.shr(key, Math.log2(GROUP_KEYS)));
+                const groups = b.sub(above(to), above(from));
+                b.when(isHidden, () => b.or(hidden, groups, hidden));
+              } else b.when(isHidden, () => b.set(hidden, 1));
               b.when(b.notPred(isHidden), () => b.set(some, 1));
             });
           });
@@ -91,7 +99,12 @@ export function tileLists({ target, tileRows, packedHeads, tileKeys, banded }: T
       });
       const { before, total } = sumsOfWarp(b, lane, some);
       const at = offset(b, list, b.add(count, before), 4);
-      const entry = b.add(b.as(b.shl(tile, 1), 'u32'), hidden);
+      const groups = wholeRows ? tileKeys / GROUP_KEYS : 0;
+      const entry = b.as(b.shl(tile, 1 + groups), 'u32');
+      if (wholeRows) {
+        b.or(entry, b.shl(hidden, 1), entry);
+        b.when(b.setp('ne', hidden, 0), () => b.or(entry, 1, entry));
+      } else b.or(entry, hidden, entry);
       b.when(b.setp('ne', some, 0), () => b.st(entry, at, 4));
       b.add(count, total, count);
       b.add(first, 32, first);

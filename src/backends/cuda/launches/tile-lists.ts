@@ -18,6 +18,8 @@ export interface ListedTiles {
   /** Heads side by side as rows. */
   readonly packedHeads: number;
   readonly tileKeys: number;
+  /** Entries say which groups of keys are hidden; default false. See `TileListsConfig`. */
+  readonly wholeRows?: boolean;
   /** Tiles of the longest sequence's rows. */
   readonly queryTiles: number;
 }
@@ -63,8 +65,8 @@ export function tileListScratch(context: Context, tiles: ListedTiles): Record<Bu
 export function tileListLaunches(context: Context, tiles: ListedTiles): KernelLaunch[] {
   const { problem, device } = context;
   if (problem.blocks === undefined) return [];
-  const { queryTiles, ...tile } = tiles;
-  const config: TileListsConfig = { target: device.target, ...tile, banded: isBanded(problem.band) };
+  const { queryTiles, wholeRows = false, ...tile } = tiles;
+  const config: TileListsConfig = { target: device.target, ...tile, banded: isBanded(problem.band), wholeRows };
   const { count } = listsOf(context, tiles);
   const blocks = Math.ceil(count / TILE_LISTS_WARPS);
   return [

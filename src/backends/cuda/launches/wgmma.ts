@@ -93,6 +93,7 @@ function shapeOf(context: Context): Shape {
           pvFormat: pvFormat === 'e4m3' ? 'e4m3' : 'f16',
           promoted: choice.pvAccumDtype !== 'fp32',
           capped: problem.softcap !== 0,
+          blockRows: problem.blocks?.rows,
         })),
     ...context.overrides,
   };
@@ -105,6 +106,8 @@ function shapeOf(context: Context): Shape {
   const aligned = loadWidthOf(problem.q, headDim, dtype, device.pointerAlignment ?? 16) >= 4;
   const fused = fuseQuery && aligned && choice.qkQuantGran === 'per-thread';
   const keyMean = choice.smoothK && layout.keyTiles > 0;
+  const wholeRows = packedHeads === 1 && (problem.blocks?.rows ?? 0) % rows === 0;
+  const blocks = problem.blocks === undefined ? 'none' : wholeRows ? 'whole rows' : 'any';
   const config: WgmmaConfig = {
     ...tile,
     // Rows i and i + 8 are heads of different magnitude when more than eight lie side by side.
@@ -124,7 +127,7 @@ function shapeOf(context: Context): Shape {
     exponentOffset: pvFormat === 'e4m3' ? LOG2_E4M3_MAX - tile.rescaleThreshold : 0,
     banded: isBanded(problem.band),
     mask: maskFormatOf(problem),
-    blocks: problem.blocks !== undefined,
+    blocks,
     softcap: problem.softcap !== 0,
     sinks: splits > 1 ? 'none' : sinkFormatOf(problem),
     smoothV: choice.smoothV,
@@ -319,6 +322,7 @@ function keyValue(context: Context, parts: readonly KeyValuePart[]): KernelLaunc
 const listedTilesOf = ({ config, rows, queryTiles }: Shape): ListedTiles => ({
   tileRows: rows,
   packedHeads: config.packedHeads,
+  wholeRows: config.blocks === 'whole rows',
   tileKeys: WGMMA_BLOCK_K,
   queryTiles,
 });

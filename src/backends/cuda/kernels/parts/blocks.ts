@@ -28,8 +28,16 @@ export const blockParameters = (b: KernelBuilder): BlockParameters => ({
 /** Words of a list besides its entries: how many there are, before them, and one behind them, which is loaded ahead of need. */
 export const LIST_WORDS = 2;
 
-/** An entry is twice the tile, and 1 more where a part of it is hidden. */
-export const tileOfEntry = (b: KernelBuilder, entry: Reg<'u32'>): Reg<'s32'> => b.as(b.shr(entry, 1), 's32');
+/** Keys of a group: sizes of blocks are multiples of it. */
+export const GROUP_KEYS = 16;
+
+/**
+ * An entry is the tile, then a bit for each of its groups of keys that is hidden from all rows, then 1 where a part of it is hidden.
+ *
+ * @param groups bits of groups that entries have; 0 where the rows of a tile may lie in several blocks
+ */
+export const tileOfEntry = (b: KernelBuilder, entry: Reg<'u32'>, groups = 0): Reg<'s32'> =>
+  b.as(b.shr(entry, 1 + groups), 's32');
 
 /** A part of an entry's tile is hidden. */
 export const isCutEntry = (b: KernelBuilder, entry: Reg<'u32'>): Reg<'pred'> => b.setp('ne', b.and(entry, 1), 0);
@@ -92,6 +100,16 @@ export interface ScoreGroups {
   readonly columns: 16 | 32;
   readonly groups: number;
   readonly eachScore: EachScore;
+}
+
+/** Excludes the scores of the groups of keys that an entry says are hidden. */
+export function excludeHiddenGroups(b: KernelBuilder, entry: Reg<'u32'>, groups: number, eachScore: EachScore): void {
+  for (let group = 0; group < groups; group++) {
+    const isHidden = b.setp('ne', b.and(entry, 2 << group), 0);
+    eachScore((score, _, column) => {
+      if (Math.floor(column / GROUP_KEYS) === group) b.when(isHidden, () => b.set(score, Number.NEGATIVE_INFINITY));
+    });
+  }
 }
 
 /** Excludes the scores of hidden blocks. */

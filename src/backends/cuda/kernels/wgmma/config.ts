@@ -72,8 +72,11 @@ export interface WgmmaConfig extends WgmmaTile {
   /** Causal or windowed. */
   readonly banded: boolean;
   readonly mask: 'none' | 'boolean' | DType;
-  /** Tiles of keys come from lists; see `parts/blocks.ts`. */
-  readonly blocks: boolean;
+  /**
+   * Tiles of keys come from lists; see `parts/blocks.ts`. `whole rows`: the rows of each tile lie in one block, and the lists say what
+   * of a tile is hidden.
+   */
+  readonly blocks: 'none' | 'whole rows' | 'any';
   readonly softcap: boolean;
   /** Dtype of the sinks. Kernels of splits have none: `combine.ts` adds them. */
   readonly sinks: 'none' | DType;

@@ -6,7 +6,7 @@ import { fenceProxyAsync } from '../../ptx/tma.ts';
 import type { Parameter, Reg } from '../../ptx/types.ts';
 import { integers, pointers } from '../parts/addresses.ts';
 import { type BandParameters, bandParameters } from '../parts/band.ts';
-import { type BlockParameters, blockParameters } from '../parts/blocks.ts';
+import { type BlockParameters, blockParameters, GROUP_KEYS } from '../parts/blocks.ts';
 import { Ring } from '../parts/ring.ts';
 import { type SoftcapParameters, softcapParameters } from '../parts/scores.ts';
 import { type Sinks, sinkParameters } from '../parts/sinks.ts';
@@ -15,6 +15,10 @@ import { uniform } from './instructions.ts';
 
 /** Keys of a tile. K has one scale for each 64 keys. */
 export const WGMMA_BLOCK_K = 128;
+
+/** Bits of groups of keys in an entry of a list. */
+export const groupBitsOf = ({ blocks }: Pick<WgmmaConfig, 'blocks'>): number =>
+  blocks === 'whole rows' ? WGMMA_BLOCK_K / GROUP_KEYS : 0;
 /** Rows of a consumer warpgroup. */
 export const CONSUMER_ROWS = 64;
 
@@ -151,7 +155,7 @@ export function makeFrame(config: WgmmaConfig): Frame {
     softcap: softcapParameters(b),
     maps: WGMMA_MAPS.map((name) => b.parameter(name, 'tensorMap')),
     sinks: sinkParameters(b, config.sinks),
-    blocks: config.blocks ? blockParameters(b) : undefined,
+    blocks: config.blocks === 'none' ? undefined : blockParameters(b),
   };
 
   b.section('shared memory');

@@ -12,7 +12,7 @@ import { loadEntry, tileOfEntry } from '../parts/blocks.ts';
 import { carryOfExponents, SIGN_BITS } from '../parts/finite.ts';
 import type { RingPlace } from '../parts/ring.ts';
 import { spreadFaultBytes } from '../parts/scores.ts';
-import { type Frame, INSPECTION_BYTES, WGMMA_BLOCK_K } from './frame.ts';
+import { type Frame, groupBitsOf, INSPECTION_BYTES, WGMMA_BLOCK_K } from './frame.ts';
 import type { Item } from './state.ts';
 import { eachWork, type Work } from './work.ts';
 
@@ -45,7 +45,8 @@ export function inspector(frame: Frame): void {
       b.loop(
         () => b.setp('lt', position, lastTile),
         () => {
-          const tile = list === undefined ? position : tileOfEntry(b, loadEntry(b, list, position));
+          const tile =
+            list === undefined ? position : tileOfEntry(b, loadEntry(b, list, position), groupBitsOf(frame.config));
           values.awaitFull(place);
           const edge = isEdge(frame, work, b.shl(tile, 7));
           if (edge === undefined) inspect(frame, lane, place);

@@ -5,7 +5,7 @@ import type { Reg } from '../../ptx/types.ts';
 import { setMaxNReg } from '../../ptx/wgmma.ts';
 import { loadEntry, tileOfEntry } from '../parts/blocks.ts';
 import type { RingPlace } from '../parts/ring.ts';
-import type { Frame } from './frame.ts';
+import { type Frame, groupBitsOf } from './frame.ts';
 import { inspector } from './inspector.ts';
 import { eachWork, tokenOf, type Work } from './work.ts';
 
@@ -94,7 +94,8 @@ function sendTiles(frame: Frame, work: Work, place: RingPlace, keyMap: Reg<'glob
   b.loop(
     () => b.setp('lt', position, lastTile),
     () => {
-      const tile = list === undefined ? position : tileOfEntry(b, loadEntry(b, list, position));
+      const tile =
+        list === undefined ? position : tileOfEntry(b, loadEntry(b, list, position), groupBitsOf(frame.config));
       const emptyParity = b.xor(place.parity, 1);
       const firstKey = b.shl(tile, 7);
       b.section('producer: K');

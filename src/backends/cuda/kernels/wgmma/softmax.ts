@@ -1,13 +1,13 @@
 /** From the scores of a tile to P: the online softmax of FlashAttention in base 2. */
 import type { Reg } from '../../ptx/types.ts';
 import { offset, offset64 } from '../parts/addresses.ts';
-import { excludeHiddenBlocks } from '../parts/blocks.ts';
+import { excludeHiddenBlocks, excludeHiddenGroups } from '../parts/blocks.ts';
 import { MAGIC, MIN_SCALE } from '../parts/constants.ts';
 import { at, maxOf } from '../parts/lists.ts';
 import { quadMax } from '../parts/quad.ts';
 import { capScores, excludeBeyondBand, keyFactors, maskRow, spreadFaults } from '../parts/scores.ts';
 import { EXACT_SCALE, SCALE_BITS, type WgmmaConfig } from './config.ts';
-import { WGMMA_BLOCK_K } from './frame.ts';
+import { groupBitsOf, WGMMA_BLOCK_K } from './frame.ts';
 import { isEdge, markFaultyValues, reachesOut } from './inspector.ts';
 import { exp2Halves } from './instructions.ts';
 import { eachRow, THREAD_ROWS } from './rows.ts';
@@ -234,9 +234,14 @@ function excludeKeys({ frame, thread, work, rows, scores }: Item, tileStart: Reg
 }
 
 /** Keys of blocks that the block mask hides. */
-function excludeBlocks({ frame, thread, work, rows, scores }: Item, tileStart: Reg<'s32'>): void {
+function excludeBlocks({ frame, thread, work, walk, rows, scores }: Item, tileStart: Reg<'s32'>): void {
   const { b, config, blocks } = frame;
-  if (blocks === undefined) return;
+  const entry = walk.entry();
+  if (blocks === undefined || entry === undefined) return;
+  if (config.blocks === 'whole rows') {
+    excludeHiddenGroups(b, entry, groupBitsOf(config), scores.each);
+    return;
+  }
   excludeHiddenBlocks(b, blocks, {
     ...{ sequence: work.sequence, queryLength: work.queryLength, keyLength: work.keyLength },
     // Rows of packed heads are of several; else both of a thread are among the same 16.

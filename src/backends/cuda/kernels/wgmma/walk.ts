@@ -1,7 +1,7 @@
 /** The tiles of keys that a consumer takes of an item of work: neighbours, or those of a list. */
 import type { Reg } from '../../ptx/types.ts';
 import { entryAddress, isCutEntry, tileOfEntry } from '../parts/blocks.ts';
-import type { Frame } from './frame.ts';
+import { type Frame, groupBitsOf } from './frame.ts';
 import type { Work } from './work.ts';
 
 /** Scales of tiles, which are loaded ahead of need. */
@@ -59,7 +59,16 @@ export class Walk {
 
   /** The tile at hand. */
   tile(): Reg<'s32'> {
-    return this.#listed === undefined ? this.#tile : tileOfEntry(this.#frame.b, this.#listed.entry);
+    return this.#listed === undefined ? this.#tile : this.#tileOf(this.#listed.entry);
+  }
+
+  #tileOf(entry: Reg<'u32'>): Reg<'s32'> {
+    return tileOfEntry(this.#frame.b, entry, groupBitsOf(this.#frame.config));
+  }
+
+  /** The list's entry of the tile at hand. */
+  entry(): Reg<'u32'> | undefined {
+    return this.#listed?.entry;
   }
 
   /** A part of the tile at hand is hidden; undefined where none ever is. */
@@ -84,7 +93,7 @@ export class Walk {
     if (this.#listed === undefined) scales.fetch(b.add(this.#tile, 1), undefined);
     else {
       const { at, left } = this.#listed;
-      scales.fetch(tileOfEntry(b, b.ld('u32', at, 4, { readOnly: true })), b.setp('gt', left, 1));
+      scales.fetch(this.#tileOf(b.ld('u32', at, 4, { readOnly: true })), b.setp('gt', left, 1));
     }
   }
 
