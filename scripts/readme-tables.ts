@@ -273,6 +273,8 @@ function webgpuSpeed(short: boolean): Table {
 interface OnnxruntimeReport {
   readonly results: readonly {
     readonly length: number;
+    /** How attention was taken; without it as in all runs before there were markers: by a cut. */
+    readonly paths?: readonly string[];
     readonly without?: number;
     readonly with?: number;
     readonly cutOnly?: number;
@@ -285,15 +287,17 @@ const SHORT_LENGTHS = [1024, 2048, 8192, 32768];
 
 /** A stack of DiT blocks, the whole model. */
 function onnxruntimeSpeed(short: boolean): Table {
-  // Two runs, one after the other on the same machine.
+  // Of runs of the same length the newest.
   const results = readdirSync(RESULTS)
     .filter((name) => /^onnxruntime-h200-\d\.json$/.test(name))
     .sort()
+    .reverse()
     .flatMap((name) => read<OnnxruntimeReport>(name).results);
   const milliseconds = (value: number | undefined) => value?.toFixed(1) ?? '';
   return {
     header: [
       'tokens',
+      'path',
       'without (ms)',
       'with (ms)',
       'speedup',
@@ -306,6 +310,7 @@ function onnxruntimeSpeed(short: boolean): Table {
       .sort((a, b) => a.length - b.length)
       .map((row) => [
         String(row.length),
+        row.paths?.join(', ') ?? 'cut',
         milliseconds(row.without),
         milliseconds(row.with),
         row.without === undefined || row.with === undefined ? '' : `${(row.without / row.with).toFixed(2)}x`,
@@ -332,8 +337,8 @@ const SUMMARY: readonly {
     peer: 'cuDNN, bfloat16',
     faster: 'with quantization',
   },
-  ...(['matrix (`1x1x32`)', 'base (`64x16n`)'] as const).map((family) => ({
-    where: `WebGPU, the same card, ${family.startsWith('base') ? 'core features only' : 'its matrix units'}`,
+  ...(['matrix (`4s128r16k-qk4-pv2`)', 'subgroup (`64x16n`)'] as const).map((family) => ({
+    where: `WebGPU, the same card, ${family.startsWith('matrix') ? 'its matrix units' : 'without them'}`,
     make: webgpuSpeed,
     row: ['8192, D=64', family],
     peer: "onnxruntime-web's WebGPU, float16",
@@ -405,6 +410,52 @@ function distributedSpeed(): Table {
       `${(row.sentBytes / 1e6).toFixed(0)} MB`,
       `${row.oneDevice.relativeL1.toFixed(4)}, ${row.relativeL1.toFixed(4)}`,
     ]),
+  };
+}
+
+interface ModelsReport {
+  readonly models: readonly {
+    readonly name: string;
+    readonly tokens: number;
+    readonly heads: number;
+    readonly headDim: number;
+  }[];
+  readonly exact: readonly {
+    readonly name: string;
+    readonly exact: readonly { readonly backend: string; readonly milliseconds: number }[];
+  }[];
+  readonly results: readonly {
+    readonly model: string;
+    readonly kernel: string;
+    readonly milliseconds: number;
+    readonly tflops: number;
+    readonly relativeL1: number;
+    readonly cosineSimilarity: number;
+  }[];
+}
+
+/** Attention of public models at their real sizes, on activations of their own blocks. */
+function modelsSpeed(short: boolean): Table {
+  const { models, exact, results } = read<ModelsReport>('cuda-models-h200.json');
+  return {
+    header: ['model: tokens, heads of channels', 'kernel', 'ms', 'TFLOP/s', 'cuDNN (ms)', 'to cuDNN', ACCURACY],
+    rows: models.flatMap(({ name, tokens, heads, headDim }) => {
+      const cudnn = exact
+        .find((one) => one.name === name)
+        ?.exact.find(({ backend }) => backend === 'CUDNN_ATTENTION')?.milliseconds;
+      if (cudnn === undefined) throw new Error(`no time of cuDNN for ${name}`);
+      return results
+        .filter(({ model, kernel }) => model === name && (!short || kernel.endsWith('-sm90')))
+        .map((row) => [
+          `${name}: ${grouped(tokens)}, ${heads} of ${headDim}`,
+          `\`${row.kernel}\``,
+          row.milliseconds.toFixed(2),
+          row.tflops.toFixed(0),
+          cudnn.toFixed(2),
+          `${(cudnn / row.milliseconds).toFixed(2)}x`,
+          `${row.relativeL1.toFixed(4)} / ${row.cosineSimilarity.toFixed(5)}`,
+        ]);
+    }),
   };
 }
 
@@ -495,6 +546,7 @@ const TABLES: Readonly<Record<string, (short: boolean) => Table>> = {
   'tfjs-exporters': topologies,
   'distributed-speed': distributedSpeed,
   'webgpu-backward': webgpuBackward,
+  'models-speed': modelsSpeed,
   'distributed-predictions': distributedPredictions,
 };
 
