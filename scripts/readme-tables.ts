@@ -382,13 +382,43 @@ interface DistributedReport {
     readonly relativeL1: number;
     readonly sentBytes: number;
     readonly predictedMilliseconds?: number;
+    readonly aloneMilliseconds?: number;
   }[];
 }
 
 const grouped = (value: number) => value.toLocaleString('en-US');
 
+/** Of one process for each card, connected by NCCL. */
+interface NcclReport {
+  readonly rows: readonly (Topology & {
+    readonly tokens: number;
+    readonly isCausal: boolean;
+    readonly milliseconds: number;
+  })[];
+}
+
+/** torch's ring attention on the same cards: the fastest of its kernels and ways to pass keys on. */
+interface TorchRingReport {
+  readonly rows: readonly {
+    readonly tokens: number;
+    readonly isCausal: boolean;
+    readonly milliseconds?: number;
+  }[];
+}
+
+const milliseconds = (value: number | undefined) => (value === undefined ? '' : `${value.toFixed(1)} ms`);
+
 function distributedSpeed(): Table {
   const { rows } = read<DistributedReport>('distributed-h200-x2.json');
+  const nccl = read<NcclReport>('distributed-nccl-h200-x2.json').rows;
+  const torch = read<TorchRingReport>('distributed-torch-h200-x2.json').rows;
+  type Row = (typeof rows)[number];
+  const sameCall = (row: Row) => (other: { readonly tokens: number; readonly isCausal: boolean }) =>
+    other.tokens === row.tokens && other.isCausal === row.isCausal;
+  const torchTime = (row: Row) => {
+    const times = torch.filter(sameCall(row)).flatMap((other) => other.milliseconds ?? []);
+    return row.ring > 1 && times.length > 0 ? Math.min(...times) : undefined;
+  };
   return {
     header: [
       'tokens',
@@ -397,16 +427,22 @@ function distributedSpeed(): Table {
       'two devices',
       'gain',
       'predicted',
+      'without links',
+      'two processes, NCCL',
+      "torch's ring",
       'a rank sends',
       'relative L1, one and two',
     ],
     rows: rows.map((row) => [
       `${grouped(row.tokens)}${row.isCausal ? ' causal' : ''}`,
       `${row.ulysses} × ${row.ring}`,
-      `${row.oneDevice.milliseconds.toFixed(1)} ms`,
-      `${row.milliseconds.toFixed(1)} ms`,
+      milliseconds(row.oneDevice.milliseconds),
+      milliseconds(row.milliseconds),
       `${(row.oneDevice.milliseconds / row.milliseconds).toFixed(2)}×`,
-      row.predictedMilliseconds === undefined ? '' : `${row.predictedMilliseconds.toFixed(1)} ms`,
+      milliseconds(row.predictedMilliseconds),
+      milliseconds(row.aloneMilliseconds),
+      milliseconds(nccl.filter(sameCall(row)).find((other) => other.ulysses === row.ulysses)?.milliseconds),
+      milliseconds(torchTime(row)),
       `${(row.sentBytes / 1e6).toFixed(0)} MB`,
       `${row.oneDevice.relativeL1.toFixed(4)}, ${row.relativeL1.toFixed(4)}`,
     ]),
