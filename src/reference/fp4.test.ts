@@ -54,12 +54,15 @@ describe(`FP4 attention (seed ${seed})`, () => {
     },
   );
 
-  it('normal, 1024 x 128: at most 0.175; FP8 PV about two thirds of it', () => {
-    const inputs = normal(1024, 128);
-    // Over 131,072 elements the error varies by less than 1% from seed to seed; 0.165 and 0.118 were measured.
-    expect(errorOf(inputs, FP4_PV_FP4_ALGORITHM)).toBeLessThanOrEqual(0.175);
-    expect(errorOf(inputs, FP4_PV_FP8_ALGORITHM)).toBeLessThanOrEqual(0.125);
-  }, 60_000);
+  it('normal, 1024 x 128: at most 0.175 on average; FP8 PV about two thirds of it', () => {
+    const random = new Random(seed);
+    const draws = Array.from({ length: 4 }, () => normal(1024, 128, 1, random));
+    const average = (algorithm: QuantizedAlgorithm) =>
+      draws.reduce((sum, inputs) => sum + errorOf(inputs, algorithm), 0) / draws.length;
+    // Over 18 seeds 0.169 with a standard deviation of 0.0035, and 0.120 with 0.0025: one draw in twenty is above 0.175.
+    expect(average(FP4_PV_FP4_ALGORITHM)).toBeLessThanOrEqual(0.175);
+    expect(average(FP4_PV_FP8_ALGORITHM)).toBeLessThanOrEqual(0.125);
+  }, 120_000);
 
   it('V of any magnitude gives the same relative error; the official arithmetic loses it', () => {
     const algorithms = [FP4_PV_FP4_ALGORITHM, OFFICIAL];

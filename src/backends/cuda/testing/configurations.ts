@@ -137,10 +137,15 @@ function modulesOf(
 ): NamedModule[] {
   const problem = problemOf(dims, features);
   const device = { target, multiprocessors: 132 };
-  const chosen = features.blockMask ? [{ threshold: 0.6 }, { topK: 0.5 }] : [];
+  const chosen = features.blockMask ? ([{ threshold: 0.6 }, { topK: 0.5 }] as const) : [];
   return named([
     ...planLaunches(problem, choice, device, { overrides }).launches,
-    ...chosen.flatMap((sparsity) => planBlockMap(problem, settleSparsity(sparsity), device).launches),
+    ...chosen.flatMap((sparsity) =>
+      planBlockMap(problem, settleSparsity(sparsity), device).launches.map(({ name, module }) => ({
+        name: `${name} by ${Object.keys(sparsity)[0]}`,
+        module,
+      })),
+    ),
   ]);
 }
 

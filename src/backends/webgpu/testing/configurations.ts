@@ -289,7 +289,9 @@ function blockMapKernels(): WebgpuConfiguration[] {
   add('mean of blocks', () => meanKernel(136));
   for (const by of ['count', 'mass'] as const) {
     for (const similarities of [true, false]) {
-      add(`choose blocks by ${by}`, () => chooseKernel({ headDim: 136, by, similarities }));
+      add(`choose blocks by ${by}${similarities ? ', similarities' : ''}`, () =>
+        chooseKernel({ headDim: 136, by, similarities }),
+      );
     }
   }
   add('pack map', packKernel);
