@@ -19,7 +19,7 @@ import { itNeeds } from '../support/requirement.ts';
 const missing = missingChromium();
 const it = itNeeds(missing);
 /** Of one wait; software GPUs and busy machines are slow. */
-const PATIENCE = 100_000;
+const PATIENCE = 200_000;
 
 const built = mkdtempSync(path.join(tmpdir(), 'playground-test-'));
 let server: PlaygroundServer;
@@ -198,7 +198,10 @@ async function expectAccessible(page: Page): Promise<void> {
   expect(violations.map(({ id, nodes }) => `${id}: ${nodes.map(({ html }) => html).join(' ')}`)).toEqual([]);
 }
 
-describe('playground', () => {
+/** Milliseconds. Two tests check every kernel: SwiftShader compiles each shape for seconds, a minute and a half in all on two processors. */
+const TIMEOUT = 360_000;
+
+describe('playground', { timeout: TIMEOUT }, () => {
   it('opens with K losing its stripes and the error falling, and keeps what is chosen in its address', async () => {
     await withPage({ reducedMotion: 'reduce' }, async (page) => {
       const error = async () => numberIn((await page.locator('.readout strong').textContent()) ?? '');
