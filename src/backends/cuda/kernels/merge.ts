@@ -51,6 +51,40 @@ function rowOfWarp(b: KernelBuilder, integer: Record<(typeof MERGE_INTEGERS)[num
 
 type RowPlace = ReturnType<typeof rowOfWarp>;
 
+interface PartParameters {
+  readonly output: Parameter<'u64'>;
+  readonly start: Parameter<'u32'>;
+  readonly rows: Parameter<'u32'>;
+}
+
+/** A part's row of the row at hand, among those of all its heads, and whether it has one. */
+function rowOfPart(b: KernelBuilder, { headOfBatch, row }: RowPlace, part: PartParameters) {
+  // A row before the part's first wraps round to a large number.
+  const inPart = b.sub(row, b.loadParameter(part.start));
+  const partRows = b.loadParameter(part.rows);
+  return { partRow: b.mad(headOfBatch, partRows, inPart), isIn: b.setp('lt', inPart, partRows) };
+}
+
+/** A lane's channels of a row: these and the lane's number more. */
+const channelsOf = (dim: number) => Array.from({ length: Math.ceil(dim / 32) }, (_, i) => i * 32);
+
+/** A lane's channels of a part's row in turn; 0 where the part has no such row. */
+function eachChannel(
+  b: KernelBuilder,
+  { lane }: RowPlace,
+  part: PartParameters,
+  { partRow, isIn }: ReturnType<typeof rowOfPart>,
+  { dim, dtype }: { readonly dim: number; readonly dtype: DType },
+  use: (loaded: Reg<'f32'>, index: number) => void,
+): void {
+  const rowAt = offset(b, b.loadPointer(part.output), partRow, dim * BYTES[dtype]);
+  const at = offset(b, rowAt, lane, BYTES[dtype]);
+  for (const [i, channel] of channelsOf(dim).entries()) {
+    const has = channel + 32 <= dim ? isIn : b.andPred(isIn, b.setp('lt', lane, dim - channel));
+    use(loadElement(b, dtype, at, channel * BYTES[dtype], has), i);
+  }
+}
+
 /** Where a lane's first channel of the row goes. */
 function destinationOf(
   b: KernelBuilder,
@@ -96,33 +130,24 @@ export function merge({ target, valueDim, dtype, parts, lse }: MergeConfig): Ker
 
   b.section('logsumexp of each part');
   const found = declared.map((part) => {
-    // A row before the part's first wraps round to a large number.
-    const inPart = b.sub(row, b.loadParameter(part.start));
-    const partRows = b.loadParameter(part.rows);
-    const partRow = b.mad(headOfBatch, partRows, inPart);
-    const isIn = b.setp('lt', inPart, partRows);
+    const own = rowOfPart(b, place, part);
     const value = b.constant('f32', Number.NEGATIVE_INFINITY);
-    const at = offset(b, b.loadPointer(part.lse), partRow, 4);
-    b.when(isIn, () => b.ld('f32', at, 0, { into: value }));
-    return { part, isIn, partRow, value };
+    const at = offset(b, b.loadPointer(part.lse), own.partRow, 4);
+    b.when(own.isIn, () => b.ld('f32', at, 0, { into: value }));
+    return { part, own, value };
   });
   const maximum = b.constant('f32', Number.NEGATIVE_INFINITY);
   for (const { value } of found) b.max(maximum, value, maximum);
   const reference = b.selp(0, maximum, b.setp('eq', maximum, Number.NEGATIVE_INFINITY));
 
   b.section('weighted mean');
-  const channels = Array.from({ length: Math.ceil(valueDim / 32) }, (_, i) => i * 32);
-  const sums = channels.map(() => b.constant('f32', 0));
+  const sums = channelsOf(valueDim).map(() => b.constant('f32', 0));
   const total = b.constant('f32', 0);
-  for (const { part, isIn, partRow, value } of found) {
+  for (const { part, own, value } of found) {
     const weight = b.ex2(b.mul(b.sub(value, reference), LOG2_E));
     b.add(total, weight, total);
-    const rowAt = offset(b, b.loadPointer(part.output), partRow, valueDim * BYTES[dtype]);
-    const at = offset(b, rowAt, lane, BYTES[dtype]);
     // A part that saw nothing has no weight, and its output is 0.
-    channels.forEach((channel, c) => {
-      const has = channel + 32 <= valueDim ? isIn : b.andPred(isIn, b.setp('lt', lane, valueDim - channel));
-      const loaded = loadElement(b, dtype, at, channel * BYTES[dtype], has);
+    eachChannel(b, place, part, own, { dim: valueDim, dtype }, (loaded, c) => {
       b.fma(loaded, weight, sums[c] as Reg<'f32'>, sums[c]);
     });
   }
@@ -132,7 +157,7 @@ export function merge({ target, valueDim, dtype, parts, lse }: MergeConfig): Ker
   const inverse = b.rcp(total);
   b.when(empty, () => b.set(inverse, 0));
   const destination = destinationOf(b, place, pointer.output, strides, dtype);
-  channels.forEach((channel, i) => {
+  channelsOf(valueDim).forEach((channel, i) => {
     storeChannel(b, place, destination, { channel, dim: valueDim, dtype }, b.mul(sums[i] as Reg<'f32'>, inverse));
   });
   if (lse) {
@@ -169,28 +194,18 @@ export function sum({ target, dim, dtype, parts }: SumConfig): Kernel {
   const integer = integers(b, MERGE_INTEGERS);
   const strides = pointers(b, MERGE_STRIDES);
   const place = rowOfWarp(b, integer);
-  const { lane, headOfBatch, row } = place;
 
   b.section('sum');
-  const channels = Array.from({ length: Math.ceil(dim / 32) }, (_, i) => i * 32);
-  const sums = channels.map(() => b.constant('f32', 0));
+  const sums = channelsOf(dim).map(() => b.constant('f32', 0));
   for (const part of declared) {
-    // A row before the part's first wraps round to a large number.
-    const inPart = b.sub(row, b.loadParameter(part.start));
-    const partRows = b.loadParameter(part.rows);
-    const isIn = b.setp('lt', inPart, partRows);
-    const rowAt = offset(b, b.loadPointer(part.output), b.mad(headOfBatch, partRows, inPart), dim * BYTES.float32);
-    const at = offset(b, rowAt, lane, BYTES.float32);
-    channels.forEach((channel, c) => {
-      const has = channel + 32 <= dim ? isIn : b.andPred(isIn, b.setp('lt', lane, dim - channel));
-      const loaded = loadElement(b, 'float32', at, channel * BYTES.float32, has);
+    eachChannel(b, place, part, rowOfPart(b, place, part), { dim, dtype: 'float32' }, (loaded, c) => {
       b.add(loaded, sums[c] as Reg<'f32'>, sums[c]);
     });
   }
 
   b.section('store');
   const destination = destinationOf(b, place, pointer.output, strides, dtype);
-  channels.forEach((channel, i) => {
+  channelsOf(dim).forEach((channel, i) => {
     storeChannel(b, place, destination, { channel, dim, dtype }, sums[i] as Reg<'f32'>);
   });
   return b.build();

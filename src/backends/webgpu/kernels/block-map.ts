@@ -7,7 +7,7 @@
  * @see SpargeAttn, arXiv 2502.18137, section 3; `chooseBlocks` of src/attention/block-choice.ts says the same in TypeScript
  */
 import type { DType } from '../../../tensor/dtype.ts';
-import { padDim, params, SEQUENCE, SEQUENCE_WORDS, tables } from './layout.ts';
+import { OWN_TILE, padDim, params, SEQUENCE, SEQUENCE_WORDS, tables } from './layout.ts';
 import { type Access, decoder, NONFINITE, operandLoader, range } from './storage.ts';
 
 /** Vectors of a pooled line. */
@@ -70,11 +70,7 @@ var<workgroup> bad: array<u32, ${THREADS}>;
 
 @compute @workgroup_size(${THREADS})
 fn main(@builtin(workgroup_id) group: vec3<u32>, @builtin(local_invocation_index) lid: u32) {
-  let tile = P.tileStart + group.x;
-  let head = P.headStart + group.y;
-  let sequence = tile_field(tile, 0u);
-  let first = tile_field(tile, 1u);
-  let count = tile_field(tile, 2u);
+${OWN_TILE}
   let lane = lid % ${lanes}u;
   let row = lid / ${lanes}u;
   let channel = lane * 16u;

@@ -3,7 +3,7 @@
  * V.
  */
 import type { DType } from '../../../tensor/dtype.ts';
-import { type KeyValueLayout, params, SEQUENCE, tables, VALUE_GROUP } from './layout.ts';
+import { type KeyValueLayout, OWN_TILE, params, SEQUENCE, tables, VALUE_GROUP } from './layout.ts';
 import { KEY_BLOCK, type ValueScaling, valueScale } from './prepare.ts';
 import { statisticsVectors } from './statistics.ts';
 import { maskLoader } from './storage.ts';
@@ -45,11 +45,7 @@ ${tables(1)}
 
 @compute @workgroup_size(${THREADS})
 fn main(@builtin(workgroup_id) group: vec3<u32>, @builtin(local_invocation_index) lid: u32) {
-  let tile = P.tileStart + group.x;
-  let head = P.headStart + group.y;
-  let sequence = tile_field(tile, 0u);
-  let first = tile_field(tile, 1u);
-  let count = tile_field(tile, 2u);
+${OWN_TILE}
   let row_at = head * P.rowsPerHead + sequence_field(sequence, ${SEQUENCE.keyRow}u) + first;
   for (var item = lid; item < count * ${words}u; item += ${THREADS}u) {
     let row = item / ${words}u;

@@ -55,6 +55,14 @@ fn sequence_field(sequence: u32, field: u32) -> u32 { return tables[P.sequencesA
 fn tile_field(tile: u32, field: u32) -> u32 { return tables[P.tilesAt + tile * ${TILE_WORDS}u + field]; }`;
 }
 
+/** The workgroup's tile and head, and where the tile's tokens are; expects `P.tileStart`, `P.headStart` and the {@link tables}. */
+export const OWN_TILE = `\
+  let tile = P.tileStart + group.x;
+  let head = P.headStart + group.y;
+  let sequence = tile_field(tile, 0u);
+  let first = tile_field(tile, 1u);
+  let count = tile_field(tile, 2u);`;
+
 /** A head dim as the kernels see it: a multiple of 32 channels. */
 export const padDim = (dim: number): number => roundUp(dim, 32);
 

@@ -8,7 +8,7 @@
 import type { ScaleSearch } from '../../../quantization/fp4-blocks.ts';
 import { INT_MAX, type QuerySmoothing } from '../../../quantization/schemes.ts';
 import { ALIKE, fp4KeyWords, fp4Quantizer, fp4QueryVectors, fp4ValueWords, KEY_FACTS, VALUE_BLOCK } from './fp4.ts';
-import { FLAG_NONFINITE_K, FLAG_NONFINITE_V, FLAG_UNSMOOTHED, params, SEQUENCE, tables } from './layout.ts';
+import { FLAG_NONFINITE_K, FLAG_NONFINITE_V, FLAG_UNSMOOTHED, OWN_TILE, params, SEQUENCE, tables } from './layout.ts';
 import {
   KEY_BLOCK,
   largestOf16,
@@ -194,11 +194,7 @@ fn value_at(source: u32, row: u32, channel: u32) -> f32 { return element_v(sourc
 
 @compute @workgroup_size(${THREADS})
 fn main(@builtin(workgroup_id) group: vec3<u32>, @builtin(local_invocation_index) lid: u32) {
-  let tile = P.tileStart + group.x;
-  let head = P.headStart + group.y;
-  let sequence = tile_field(tile, 0u);
-  let first = tile_field(tile, 1u);
-  let count = tile_field(tile, 2u);
+${OWN_TILE}
   let kSource = sequence_field(sequence, ${SEQUENCE.kSource}u) - P.kBase + head * P.kHeadStride + first * P.kTokenStride;
   let vSource = sequence_field(sequence, ${SEQUENCE.vSource}u) - P.vBase + head * P.vHeadStride + first * P.vTokenStride;
   let row_at = head * P.rowsPerHead + sequence_field(sequence, ${SEQUENCE.keyRow}u) + first;
@@ -323,11 +319,7 @@ fn integers_of(x: vec4<f32>) -> u32 {
 
 @compute @workgroup_size(${THREADS})
 fn main(@builtin(workgroup_id) group: vec3<u32>, @builtin(local_invocation_index) lid: u32) {
-  let tile = P.tileStart + group.x;
-  let head = P.headStart + group.y;
-  let sequence = tile_field(tile, 0u);
-  let first = tile_field(tile, 1u);
-  let count = tile_field(tile, 2u);
+${OWN_TILE}
   let source = sequence_field(sequence, ${SEQUENCE.qSource}u) - P.base + head * P.headStride + first * P.tokenStride;
   let row_in_head = sequence_field(sequence, ${SEQUENCE.queryRow}u) + first;
   let row_at = head * P.rowsPerHead + row_in_head;
@@ -431,11 +423,7 @@ var<workgroup> sums: array<vec4<f32>, ${lanes * chunks * 4}>;
 
 @compute @workgroup_size(${MEAN_THREADS})
 fn main(@builtin(workgroup_id) group: vec3<u32>, @builtin(local_invocation_index) lid: u32) {
-  let tile = P.tileStart + group.x;
-  let head = P.headStart + group.y;
-  let sequence = tile_field(tile, 0u);
-  let first = tile_field(tile, 1u);
-  let count = tile_field(tile, 2u);
+${OWN_TILE}
   let source = sequence_field(sequence, ${SEQUENCE.qSource}u) - P.base + head * P.headStride + first * P.tokenStride;
   let channel = lid % ${chunks}u * 16u;
   // Each term is divided, so that the sum of large values stays finite.
@@ -511,11 +499,7 @@ ${smoothK ? `var<workgroup> mean: array<vec4<f32>, ${headDimPadded / 4}>;\n${MEA
 
 @compute @workgroup_size(${THREADS})
 fn main(@builtin(workgroup_id) group: vec3<u32>, @builtin(local_invocation_index) lid: u32) {
-  let tile = P.tileStart + group.x;
-  let head = P.headStart + group.y;
-  let sequence = tile_field(tile, 0u);
-  let first = tile_field(tile, 1u);
-  let count = tile_field(tile, 2u);
+${OWN_TILE}
   let kv_head = head / P.groupSize;
   let first_row = (P.groupStart + group.z) * ${QUERY_BLOCK}u;
   let mean_group = ${meanGroup(smoothQ, `sequence_field(sequence, ${SEQUENCE.queryRow}u) + first_row`)};

@@ -23,6 +23,7 @@ import {
   FLAG_UNSMOOTHED,
   KEY_TILE,
   type KeyValueLayout,
+  OWN_TILE,
   params,
   rowVectors,
   SEQUENCE,
@@ -176,11 +177,7 @@ ${smoothK ? MEAN_FACTOR(statistics) : ''}${sinkReader(sinks)}
 
 @compute @workgroup_size(${THREADS})
 fn main(@builtin(workgroup_id) group: vec3<u32>, @builtin(local_invocation_index) lid: u32) {
-  let tile = P.tileStart + group.x;
-  let head = P.headStart + group.y;
-  let sequence = tile_field(tile, 0u);
-  let first = tile_field(tile, 1u);
-  let count = tile_field(tile, 2u);
+${OWN_TILE}
   let source = sequence_field(sequence, ${SEQUENCE.qSource}u) - P.base + head * P.headStride + first * P.tokenStride;
   let row_at = head * P.rowsPerHead + sequence_field(sequence, ${SEQUENCE.queryRow}u) + first;
 ${
@@ -442,11 +439,7 @@ fn key_at(row: u32, chunk: u32) -> u32 { return ${
 
 @compute @workgroup_size(${THREADS})
 fn main(@builtin(workgroup_id) group: vec3<u32>, @builtin(local_invocation_index) lid: u32) {
-  let tile = P.tileStart + group.x;
-  let head = P.headStart + group.y;
-  let sequence = tile_field(tile, 0u);
-  let first = tile_field(tile, 1u);
-  let count = tile_field(tile, 2u);
+${OWN_TILE}
   let kSource = sequence_field(sequence, ${SEQUENCE.kSource}u) - P.kBase + head * P.kHeadStride + first * P.kTokenStride;
   let vSource = sequence_field(sequence, ${SEQUENCE.vSource}u) - P.vBase + head * P.vHeadStride + first * P.vTokenStride;
   let row_at = head * P.rowsPerHead + sequence_field(sequence, ${SEQUENCE.keyRow}u) + first;

@@ -1,6 +1,7 @@
 /** Configurations of the backward kernels on `mma.sync`, and their parameters by name. */
 import type { DType } from '../../../../tensor/dtype.ts';
 import { TARGET_FEATURES, type Target } from '../../ptx/targets.ts';
+import { OPERAND_STRIDES } from '../parts/addresses.ts';
 import { nextPowerOfTwo, roundUp } from '../parts/constants.ts';
 
 /** Tokens that a CTA owns: 16 for each of four warps. */
@@ -61,21 +62,7 @@ export const GRADIENT_POINTERS = [
 ] as const;
 export const GRADIENT_INTEGERS = ['queryHeads', 'headsPerKeyHead', 'tiles', 'paddedQueries', 'paddedKeys'] as const;
 /** In bytes. dV's strides are for a tensor like dK's with Dv channels. */
-export const GRADIENT_STRIDES = [
-  'maskBatch',
-  'maskHead',
-  'maskQuery',
-  'maskKey',
-  'queryBatch',
-  'queryHead',
-  'queryToken',
-  'keyBatch',
-  'keyHead',
-  'keyToken',
-  'valueBatch',
-  'valueHead',
-  'valueToken',
-] as const;
+export const GRADIENT_STRIDES = ['maskBatch', 'maskHead', 'maskQuery', 'maskKey', ...OPERAND_STRIDES] as const;
 
 /** Rows of a tile in shared memory as the swizzle can permute them. */
 export const sharedRowBytes = (bytes: number) => (bytes >= 128 ? roundUp(bytes, 128) : nextPowerOfTwo(bytes));

@@ -119,19 +119,6 @@ export const ATTENTION_STRIDES = [
 /** Pointers of NVFP4's scales, which only kernels with such operands take. */
 export const FP4_POINTERS = ['queryBlockScale', 'keyBlockScale', 'valueBlockScale', 'valueTileScale'] as const;
 
-/** Strides in bytes of the caller's 16-bit operands, which only kernels that read these take. */
-export const GIVEN_STRIDES = [
-  'queryBatch',
-  'queryHead',
-  'queryToken',
-  'keyBatch',
-  'keyHead',
-  'keyToken',
-  'valueBatch',
-  'valueHead',
-  'valueToken',
-] as const;
-
 /** Q, K and V are the caller's, in 16 bits. */
 export const isExact = ({ qkFormat }: Pick<AttentionConfig, 'qkFormat'>) => qkFormat === 'f16' || qkFormat === 'bf16';
 /** Q and K are NVFP4. */

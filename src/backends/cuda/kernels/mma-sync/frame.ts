@@ -3,7 +3,7 @@ import { KernelBuilder } from '../../ptx/builder.ts';
 import { rowMajor, type SharedTile, xorSwizzle } from '../../ptx/layouts.ts';
 import type { Parameter, Reg } from '../../ptx/types.ts';
 import { FP4_MAX } from '../fp4/e2m1.ts';
-import { divide, integers, pointers } from '../parts/addresses.ts';
+import { divide, integers, OPERAND_STRIDES, pointers } from '../parts/addresses.ts';
 import { type BandParameters, bandParameters, type KeyRange, keyRange } from '../parts/band.ts';
 import { type BlockParameters, blockParameters, listAddress, listRange } from '../parts/blocks.ts';
 import { LOG2_E4M3_MAX, nextPowerOfTwo, roundUp } from '../parts/constants.ts';
@@ -18,7 +18,6 @@ import {
   BLOCK_K,
   blockQueries,
   FP4_POINTERS,
-  GIVEN_STRIDES,
   hasFp4Keys,
   hasFp4Values,
 } from './config.ts';
@@ -48,7 +47,7 @@ export interface Frame {
   readonly fp4Keys: boolean;
   readonly fp4Values: boolean;
   /** Strides of the caller's 16-bit operands; undefined where Q, K and V are quantized. */
-  readonly given: Readonly<Record<(typeof GIVEN_STRIDES)[number], Parameter<'u64'>>> | undefined;
+  readonly given: Readonly<Record<(typeof OPERAND_STRIDES)[number], Parameter<'u64'>>> | undefined;
   readonly valueRowBytes: number;
   /** Added to every exponent, less the head's shift where P and V share FP16's range ({@link exponentOffsetOf}). */
   readonly exponentOffset: number;
@@ -92,7 +91,7 @@ export function makeFrame(config: AttentionConfig): Frame {
   };
   const [fp4Keys, fp4Values] = [hasFp4Keys(config), hasFp4Values(config)];
   const fp4 = fp4Keys || fp4Values ? pointers(b, FP4_POINTERS) : undefined;
-  const given = config.given === undefined ? undefined : pointers(b, GIVEN_STRIDES);
+  const given = config.given === undefined ? undefined : pointers(b, OPERAND_STRIDES);
   const sinks = sinkParameters(b, config.sinks);
   const blocks = config.blocks ? blockParameters(b) : undefined;
 

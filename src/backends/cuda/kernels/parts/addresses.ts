@@ -39,3 +39,5 @@ export function integers<const N extends string>(b: KernelBuilder, names: readon
 
 /** Strides of the caller's K and V, in bytes, for kernels that read both. */
 export const KEY_VALUE_STRIDES = ['keyBatch', 'keyHead', 'keyToken', 'valueBatch', 'valueHead', 'valueToken'] as const;
+/** With Q's before them. */
+export const OPERAND_STRIDES = ['queryBatch', 'queryHead', 'queryToken', ...KEY_VALUE_STRIDES] as const;

@@ -8,12 +8,12 @@
 import { mbarrierArrive, mbarrierWait } from '../../ptx/mbarrier.ts';
 import { fenceProxyAsync } from '../../ptx/tma.ts';
 import type { Reg } from '../../ptx/types.ts';
-import { loadEntry, tileOfEntry } from '../parts/blocks.ts';
 import { carryOfExponents, SIGN_BITS } from '../parts/finite.ts';
 import type { RingPlace } from '../parts/ring.ts';
 import { spreadFaultBytes } from '../parts/scores.ts';
-import { type Frame, groupBitsOf, INSPECTION_BYTES, WGMMA_BLOCK_K } from './frame.ts';
+import { type Frame, INSPECTION_BYTES, WGMMA_BLOCK_K } from './frame.ts';
 import type { Item } from './state.ts';
+import { tileAt } from './walk.ts';
 import { eachWork, type Work } from './work.ts';
 
 /** Number of the warp in its CTA: the one after the producer's. */
@@ -40,13 +40,12 @@ export function inspector(frame: Frame): void {
     const leader = b.setp('eq', lane, 0);
     const place = values.place();
     eachWork(frame, (work) => {
-      const { list, firstTile, lastTile } = work;
+      const { firstTile, lastTile } = work;
       const position = b.mov(firstTile);
       b.loop(
         () => b.setp('lt', position, lastTile),
         () => {
-          const tile =
-            list === undefined ? position : tileOfEntry(b, loadEntry(b, list, position), groupBitsOf(frame.config));
+          const tile = tileAt(frame, work, position);
           values.awaitFull(place);
           const edge = isEdge(frame, work, b.shl(tile, 7));
           if (edge === undefined) inspect(frame, lane, place);

@@ -3,10 +3,10 @@ import { mbarrierArriveExpectTx, mbarrierWait } from '../../ptx/mbarrier.ts';
 import { prefetchTensorMap, tensorLoad } from '../../ptx/tma.ts';
 import type { Reg } from '../../ptx/types.ts';
 import { setMaxNReg } from '../../ptx/wgmma.ts';
-import { loadEntry, tileOfEntry } from '../parts/blocks.ts';
 import type { RingPlace } from '../parts/ring.ts';
-import { type Frame, groupBitsOf } from './frame.ts';
+import type { Frame } from './frame.ts';
 import { inspector } from './inspector.ts';
+import { tileAt } from './walk.ts';
 import { eachWork, tokenOf, type Work } from './work.ts';
 
 export function producer(frame: Frame): void {
@@ -86,7 +86,7 @@ function rowCoordinates(frame: Frame, work: Work): (firstKey: Reg<'s32'>) => Reg
 /** Sends an item's tiles of K and V, each as its stage becomes free. */
 function sendTiles(frame: Frame, work: Work, place: RingPlace, keyMap: Reg<'global'>, valueMap: Reg<'global'>): void {
   const { b, config, plan, fp8, tiles, bytes, shared, keys, values } = frame;
-  const { list, firstTile, lastTile, keyHead, paddedKeyStart } = work;
+  const { firstTile, lastTile, keyHead, paddedKeyStart } = work;
   const rowsAt = rowCoordinates(frame, work);
   const token = b.as(paddedKeyStart, 's32');
   const channelRow = fp8 ? b.as(b.mul(keyHead, config.paddedValueDim), 's32') : undefined;
@@ -94,8 +94,7 @@ function sendTiles(frame: Frame, work: Work, place: RingPlace, keyMap: Reg<'glob
   b.loop(
     () => b.setp('lt', position, lastTile),
     () => {
-      const tile =
-        list === undefined ? position : tileOfEntry(b, loadEntry(b, list, position), groupBitsOf(frame.config));
+      const tile = tileAt(frame, work, position);
       const emptyParity = b.xor(place.parity, 1);
       const firstKey = b.shl(tile, 7);
       b.section('producer: K');

@@ -1,6 +1,6 @@
 /** The tiles of keys that a consumer takes of an item of work: neighbours, or those of a list. */
 import type { Reg } from '../../ptx/types.ts';
-import { entryAddress, isCutEntry, tileOfEntry } from '../parts/blocks.ts';
+import { entryAddress, isCutEntry, loadEntry, tileOfEntry } from '../parts/blocks.ts';
 import { type Frame, groupBitsOf } from './frame.ts';
 import type { Work } from './work.ts';
 
@@ -22,6 +22,10 @@ interface ListPlace {
   /** Tiles from this one on. */
   readonly left: Reg<'s32'>;
 }
+
+/** The tile at a position of an item of work, for a warp that needs nothing else of its list. */
+export const tileAt = ({ b, config }: Frame, { list }: Work, position: Reg<'s32'>): Reg<'s32'> =>
+  list === undefined ? position : tileOfEntry(b, loadEntry(b, list, position), groupBitsOf(config));
 
 export class Walk {
   readonly #frame: Frame;

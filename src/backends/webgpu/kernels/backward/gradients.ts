@@ -12,7 +12,7 @@
  */
 import type { DType } from '../../../../tensor/dtype.ts';
 import { dotInt8 } from '../attention-tiled.ts';
-import { FLAG_UNSMOOTHED, params, rowVectors, SEQUENCE, tables } from '../layout.ts';
+import { FLAG_UNSMOOTHED, OWN_TILE, params, rowVectors, SEQUENCE, tables } from '../layout.ts';
 import { expOf, type ScoreMeaning, SOFTCAP, scoreStatements } from '../scores.ts';
 import { EXCLUDED_BELOW, maskLoader, NAN_WORD, outputPacker, range } from '../storage.ts';
 import { BAD_SCORES, type GradientDims, gradientKey, gradientRow, PLACE, PLACES, ROW_FLAGS } from './layout.ts';
@@ -390,11 +390,7 @@ export function gradientKernel(config: GradientConfig): string {
 fn main(@builtin(workgroup_id) group: vec3<u32>, @builtin(local_invocation_index) lid: u32) {
   let r = lid / ${passingThreads}u;
   let c = lid % ${passingThreads}u;
-  let tile = P.tileStart + group.x;
-  let head = P.headStart + group.y;
-  let sequence = tile_field(tile, 0u);
-  let first = tile_field(tile, 1u);
-  let count = tile_field(tile, 2u);
+${OWN_TILE}
   let query_length = sequence_field(sequence, ${SEQUENCE.queryLength}u);
   let key_length = i32(sequence_field(sequence, ${SEQUENCE.keyLength}u));
   let lower = i32(sequence_field(sequence, ${SEQUENCE.lower}u));

@@ -4,7 +4,7 @@
  * A NaN or an infinity is stored as 0. Q's and K's are in the flags of the rows of codes, V's in those of K, and dO's here.
  */
 import type { DType } from '../../../../tensor/dtype.ts';
-import { params, rowVectors, SEQUENCE, tables } from '../layout.ts';
+import { OWN_TILE, params, rowVectors, SEQUENCE, tables } from '../layout.ts';
 import { loadMean, THREADS } from '../prepare.ts';
 import { LOG2E } from '../scores.ts';
 import { MEAN_FACTOR, statisticsVectors } from '../statistics.ts';
@@ -84,11 +84,7 @@ var<workgroup> channels: array<atomic<u32>, ${GRADIENT_BLOCK * channelWords}>;
 
 @compute @workgroup_size(${THREADS})
 fn main(@builtin(workgroup_id) group: vec3<u32>, @builtin(local_invocation_index) lid: u32) {
-  let tile = P.tileStart + group.x;
-  let head = P.headStart + group.y;
-  let sequence = tile_field(tile, 0u);
-  let first = tile_field(tile, 1u);
-  let count = tile_field(tile, 2u);
+${OWN_TILE}
   ${source(0, 'q', `sequence_field(sequence, ${SEQUENCE.qSource}u)`)}
   ${source(PLACE.dOutput, 'dOutput')}
   ${source(PLACE.output, 'output')}
@@ -202,11 +198,7 @@ ${smoothed ? `var<workgroup> mean: array<vec4<f32>, ${headDimPadded / 4}>;${MEAN
 
 @compute @workgroup_size(${THREADS})
 fn main(@builtin(workgroup_id) group: vec3<u32>, @builtin(local_invocation_index) lid: u32) {
-  let tile = P.tileStart + group.x;
-  let head = P.headStart + group.y;
-  let sequence = tile_field(tile, 0u);
-  let first = tile_field(tile, 1u);
-  let count = tile_field(tile, 2u);
+${OWN_TILE}
   let k_source = sequence_field(sequence, ${SEQUENCE.kSource}u) - P.kBase + head * P.kHeadStride + first * P.kTokenStride;
   let v_source = sequence_field(sequence, ${SEQUENCE.vSource}u) - P.vBase + head * P.vHeadStride + first * P.vTokenStride;
   let row_at = head * P.rowsPerHead + sequence_field(sequence, ${SEQUENCE.keyRow}u) + first;

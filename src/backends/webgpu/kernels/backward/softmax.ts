@@ -9,6 +9,7 @@ import {
   FLAG_NONFINITE_K,
   FLAG_NONFINITE_V,
   FLAG_UNSMOOTHED,
+  OWN_TILE,
   params,
   rowVectors,
   SEQUENCE,
@@ -65,11 +66,7 @@ var<workgroup> found: atomic<u32>;
 
 @compute @workgroup_size(${THREADS})
 fn main(@builtin(workgroup_id) group: vec3<u32>, @builtin(local_invocation_index) lid: u32) {
-  let tile = P.tileStart + group.x;
-  let head = P.headStart + group.y;
-  let sequence = tile_field(tile, 0u);
-  let first = tile_field(tile, 1u);
-  let count = tile_field(tile, 2u);
+${OWN_TILE}
   let row_at = head * P.queryRowsPerHead + sequence_field(sequence, ${SEQUENCE.queryRow}u) + first;
   let keys_at = head / P.groupSize * P.keyRowsPerHead + sequence_field(sequence, ${SEQUENCE.keyRow}u);
   let length = i32(sequence_field(sequence, ${SEQUENCE.keyLength}u));
