@@ -10,26 +10,10 @@ import { toFloat32, writeValues } from '../tensor/access.ts';
 import type { DType } from '../tensor/dtype.ts';
 import { emptyTensor, slice, type Tensor, type TensorView } from '../tensor/tensor.ts';
 import type { DeviceGroup } from './group.ts';
-
-const TAKEN = [
-  'kernel',
-  'isCausal',
-  'causalAlignment',
-  'windowSize',
-  'smScale',
-  'softcap',
-  'smoothK',
-  'smoothV',
-  'smoothQ',
-  'perBlockMean',
-  'scaleSearch',
-  'qkQuantGran',
-  'pvAccumDtype',
-  'signal',
-] as const satisfies readonly (keyof AttentionOptions)[];
+import { DIVIDED_OPTIONS } from './options.ts';
 
 /** Options of {@link sageattnVarlenSharded}. */
-export type SequencesOptions = Pick<AttentionOptions, (typeof TAKEN)[number]>;
+export type SequencesOptions = Pick<AttentionOptions, (typeof DIVIDED_OPTIONS)[number]>;
 
 /** As `sageattnVarlen` takes them, in this process's memory. */
 export interface PackedSequences {
@@ -165,7 +149,7 @@ export async function sageattnVarlenSharded(
 ): Promise<SequencesOutput> {
   const { group, held } = sequences;
   group.requireUsable();
-  const own: AttentionOptions = validateOptions(takeOptions(options, [...TAKEN]), TAKEN);
+  const own: AttentionOptions = validateOptions(takeOptions(options, [...DIVIDED_OPTIONS]), DIVIDED_OPTIONS);
   const attend = async ({ q, k, v, cuSeqlensQ, cuSeqlensK }: HeldSequences, i: number): Promise<TensorView> => {
     const { place } = group.members[i] as DeviceGroup['members'][number];
     const shape = [q.shape[0] as number, q.shape[1] as number, v.shape[2] as number];

@@ -8,27 +8,11 @@ import { InvalidArgumentError, takeOptions, textOf } from '../errors.ts';
 import { contiguousStrides, copyOfCpu, requireView, type TensorView, transpose } from '../tensor/tensor.ts';
 import { type DeviceGroup, type ShardedTensor, shardedTensor } from './group.ts';
 import type { Link } from './link.ts';
+import { DIVIDED_OPTIONS } from './options.ts';
 import { type RankCall, RankPlan, runRanks } from './rank.ts';
 import { type ShardedShape, scheduleOf, type Topology, validateTopology } from './schedule.ts';
 
-const TAKEN = [
-  'kernel',
-  'isCausal',
-  'causalAlignment',
-  'windowSize',
-  'smScale',
-  'softcap',
-  'attnMask',
-  'returnLse',
-  'smoothK',
-  'smoothV',
-  'smoothQ',
-  'perBlockMean',
-  'scaleSearch',
-  'qkQuantGran',
-  'pvAccumDtype',
-  'signal',
-] as const satisfies readonly (keyof AttentionOptions)[];
+const TAKEN = [...DIVIDED_OPTIONS, 'attnMask', 'returnLse'] as const satisfies readonly (keyof AttentionOptions)[];
 
 const OWN = ['ulysses', 'ring', 'joint'] as const;
 

@@ -23,19 +23,23 @@ export interface TuningShape {
   readonly heads: number;
 }
 
+/** Sizes of problems of each kind that any GPU computes in a moment. */
+const SIZES = {
+  few: { queries: 1, keys: 4096, heads: 8 },
+  short: { queries: 1024, keys: 1024, heads: 8 },
+  long: { queries: 2048, keys: 2048, heads: 16 },
+} as const;
+
 /** What `tune` times where nothing else is asked for. */
 export const DEFAULT_SHAPES: readonly TuningShape[] = [64, 128].flatMap((headDim) => [
-  { headDim, queries: 1024, keys: 1024, heads: 8 },
-  { headDim, queries: 2048, keys: 2048, heads: 16 },
+  { headDim, ...SIZES.short },
+  { headDim, ...SIZES.long },
 ]);
 
-/** A problem's kind at a size that any GPU computes in a moment. */
+/** A problem's kind at a size of its own. */
 export function shapeOfKind(problem: Parameters<typeof kindOf>[0]): TuningShape {
   const { headDim, queries } = kindOf(problem);
-  if (queries === 'few') return { headDim, queries: 1, keys: 4096, heads: 8 };
-  return queries === 'short'
-    ? { headDim, queries: 1024, keys: 1024, heads: 8 }
-    : { headDim, queries: 2048, keys: 2048, heads: 16 };
+  return { headDim, ...SIZES[queries] };
 }
 
 /** Milliseconds of GPU time for all candidates of a shape, beside one run of each. */
