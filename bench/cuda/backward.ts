@@ -20,7 +20,6 @@ import {
   CudaBackend,
   type CudaDevice,
   type CudaTensor,
-  cudaTensorOn,
   download,
   emptyCudaTensor,
   upload,
@@ -35,7 +34,7 @@ import type { DType } from '../../src/tensor/dtype.ts';
 import { slice } from '../../src/tensor/tensor.ts';
 import { GOLDEN_NAMES, readGolden } from '../../test/golden/golden.ts';
 import { Random, runSeed } from '../../test/support/random.ts';
-import { normalBits, type Shape } from './inputs.ts';
+import { normalBits, type Shape, sendBits } from './inputs.ts';
 import { TORCH_TIMED } from './torch.ts';
 import { factsOf, type KernelTime, nvidiaSmi, Workbench } from './workbench.ts';
 
@@ -217,11 +216,7 @@ function measure(
   const count = batch * heads * tokens * headDim;
   const tensors: Record<string, CudaTensor> = {};
   for (const name of ['q', 'k', 'v', 'dOutput']) {
-    const memory = device.allocate(2 * count);
-    const bits = normalBits(random, count, name === 'k' ? 1 : 0);
-    device.call('cuMemcpyHtoDAsync', 'copying', memory.pointer, bits, 2 * count, device.stream.handle);
-    device.stream.synchronize();
-    tensors[name] = cudaTensorOn(memory, 'bfloat16', size);
+    tensors[name] = sendBits(device, normalBits(random, count, name === 'k' ? 1 : 0), size);
   }
   for (const name of ['output', 'dq', 'dk', 'dv']) tensors[name] = emptyCudaTensor(device, size, 'bfloat16');
   tensors.lse = emptyCudaTensor(device, [batch, heads, tokens], 'float32');

@@ -1,4 +1,5 @@
 /** Inputs of the CUDA benchmark and their exact results, fast enough for a hundred million elements. */
+import { type CudaDevice, type CudaTensor, cudaTensorOn } from '../../src/backends/cuda/index.ts';
 import { bfloat16FromNumber, bfloat16ToNumber } from '../../src/tensor/formats/bfloat16.ts';
 import type { Random } from '../../test/support/random.ts';
 
@@ -39,6 +40,14 @@ export function normalBits(random: Random, length: number, offset: number): Uint
     bits[i] = table[(offset === 0 ? 0 : i % OFFSETS) * NORMALS + (state >>> 16)] as number;
   }
   return bits;
+}
+
+/** bfloat16 bits on a device; flat without a shape. */
+export function sendBits(device: CudaDevice, bits: Uint16Array, shape: readonly number[] = [bits.length]): CudaTensor {
+  const memory = device.allocate(bits.byteLength);
+  device.call('cuMemcpyHtoDAsync', 'copying', memory.pointer, bits, bits.byteLength, device.stream.handle);
+  device.stream.synchronize();
+  return cudaTensorOn(memory, 'bfloat16', [...shape]);
 }
 
 export interface HostInputs {

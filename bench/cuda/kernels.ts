@@ -29,7 +29,7 @@ import { compare } from '../../src/reference/metrics.ts';
 import { toFloat32 } from '../../src/tensor/access.ts';
 import { slice } from '../../src/tensor/tensor.ts';
 import { Random, runSeed } from '../../test/support/random.ts';
-import { exactRow, type HostInputs, normalBits, type SampledRow, type Shape, sampleRows } from './inputs.ts';
+import { exactRow, type HostInputs, normalBits, type SampledRow, type Shape, sampleRows, sendBits } from './inputs.ts';
 import { torchTimes } from './torch.ts';
 import { copyBandwidth, factsOf, isAttention, type KernelTime, nvidiaSmi, tflops, Workbench } from './workbench.ts';
 
@@ -288,13 +288,7 @@ async function main(): Promise<number> {
     k: normalBits(random, largest, KEY_OFFSET),
     v: normalBits(random, largest, 0),
   };
-  const onDevice = (bits: Uint16Array): CudaTensor => {
-    const memory = device.allocate(bits.byteLength);
-    device.call('cuMemcpyHtoDAsync', 'copying', memory.pointer, bits, bits.byteLength, device.stream.handle);
-    device.stream.synchronize();
-    return cudaTensorOn(memory, 'bfloat16', [bits.length]);
-  };
-  const flat = { q: onDevice(host.q), k: onDevice(host.k), v: onDevice(host.v) };
+  const flat = { q: sendBits(device, host.q), k: sendBits(device, host.k), v: sendBits(device, host.v) };
 
   const bandwidth = copyBandwidth(device);
   const settings = SETTINGS.filter(

@@ -16,7 +16,6 @@ import {
   CudaBackend,
   type CudaDevice,
   type CudaTensor,
-  cudaTensorOn,
   download,
   emptyCudaTensor,
 } from '../../src/backends/cuda/index.ts';
@@ -29,7 +28,7 @@ import { compare } from '../../src/reference/metrics.ts';
 import { toFloat32 } from '../../src/tensor/access.ts';
 import { slice } from '../../src/tensor/tensor.ts';
 import { Random, runSeed } from '../../test/support/random.ts';
-import { exactRow, type HostInputs, type SampledRow, sampleRows } from './inputs.ts';
+import { exactRow, type HostInputs, type SampledRow, sampleRows, sendBits } from './inputs.ts';
 import { type ModelActivations, type ModelShape, modelActivations } from './models-torch.ts';
 import { factsOf, nvidiaSmi, tflops, Workbench } from './workbench.ts';
 
@@ -104,13 +103,6 @@ function exactOf(host: HostInputs, model: ModelShape, { head, token }: SampledRo
   return exactRow(one, { batch: 1, heads: 1, tokens, headDim, isCausal }, { head: 0, token });
 }
 
-function upload(device: CudaDevice, bits: Uint16Array, shape: readonly number[]): CudaTensor {
-  const memory = device.allocate(bits.byteLength);
-  device.call('cuMemcpyHtoDAsync', 'copying', memory.pointer, bits, bits.byteLength, device.stream.handle);
-  device.stream.synchronize();
-  return cudaTensorOn(memory, 'bfloat16', [...shape]);
-}
-
 function measure(
   device: CudaDevice,
   model: ModelShape,
@@ -176,9 +168,9 @@ function measureModel(device: CudaDevice, random: Random, { name, files }: Model
   const { tokens, heads, kvHeads, headDim } = model;
   const host: HostInputs = { q: halves(files.q), k: halves(files.k), v: halves(files.v) };
   const tensors = {
-    q: upload(device, host.q, [1, heads, tokens, headDim]),
-    k: upload(device, host.k, [1, kvHeads, tokens, headDim]),
-    v: upload(device, host.v, [1, kvHeads, tokens, headDim]),
+    q: sendBits(device, host.q, [1, heads, tokens, headDim]),
+    k: sendBits(device, host.k, [1, kvHeads, tokens, headDim]),
+    v: sendBits(device, host.v, [1, kvHeads, tokens, headDim]),
   };
   const rows = sampleRows(random, { batch: 1, ...model }, SAMPLED_ROWS);
   const exact = rows.map((row) => exactOf(host, model, row));

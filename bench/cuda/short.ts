@@ -30,7 +30,7 @@ import { toFloat32 } from '../../src/tensor/access.ts';
 import { slice } from '../../src/tensor/tensor.ts';
 import { Random, runSeed } from '../../test/support/random.ts';
 import { runInWorkers, work } from '../harness.ts';
-import { exactRow, type HostInputs, normalBits, type Shape, sampleRows } from './inputs.ts';
+import { exactRow, type HostInputs, normalBits, type Shape, sampleRows, sendBits } from './inputs.ts';
 import { torchTimes } from './torch.ts';
 import { factsOf, nvidiaSmi, tflops, Workbench } from './workbench.ts';
 
@@ -150,13 +150,7 @@ async function worker(first: number): Promise<never> {
     k: normalBits(random, largest, 2),
     v: normalBits(random, largest, 0),
   };
-  const onDevice = (bits: Uint16Array): CudaTensor => {
-    const memory = device.allocate(bits.byteLength);
-    device.call('cuMemcpyHtoDAsync', 'copying', memory.pointer, bits, bits.byteLength, device.stream.handle);
-    device.stream.synchronize();
-    return cudaTensorOn(memory, 'bfloat16', [bits.length]);
-  };
-  const flat = { q: onDevice(host.q), k: onDevice(host.k), v: onDevice(host.v) };
+  const flat = { q: sendBits(device, host.q), k: sendBits(device, host.k), v: sendBits(device, host.v) };
   const perform = (task: Task) => measure(device, task, host, flat);
   return work(tasks(), first, {}, perform, () => device.lost !== undefined);
 }

@@ -33,7 +33,7 @@ import { emptyTensor, slice } from '../../src/tensor/tensor.ts';
 import { GOLDEN_NAMES, type GoldenName, readGolden } from '../../test/golden/golden.ts';
 import { Random, runSeed } from '../../test/support/random.ts';
 import { runInWorkers, work } from '../harness.ts';
-import { exactRow, type HostInputs, normalBits, type SampledRow, type Shape, sampleRows } from './inputs.ts';
+import { exactRow, type HostInputs, normalBits, type SampledRow, type Shape, sampleRows, sendBits } from './inputs.ts';
 import { torchTimes } from './torch.ts';
 import { cacheAddresses, copyBandwidth, factsOf, isAttention, nvidiaSmi, tflops, Workbench } from './workbench.ts';
 
@@ -157,19 +157,13 @@ async function openBench(seed: number): Promise<Bench> {
     k: normalBits(random, LARGEST, KEY_OFFSET),
     v: normalBits(random, LARGEST, 0),
   };
-  const send = (bits: Uint16Array) => {
-    const memory = device.allocate(bits.byteLength);
-    device.call('cuMemcpyHtoDAsync', 'copying', memory.pointer, bits, bits.byteLength, device.stream.handle);
-    device.stream.synchronize();
-    return cudaTensorOn(memory, 'bfloat16', [bits.length]);
-  };
   return {
     device,
     seed,
     host,
-    q: send(host.q),
-    k: send(host.k),
-    v: send(host.v),
+    q: sendBits(device, host.q),
+    k: sendBits(device, host.k),
+    v: sendBits(device, host.v),
     bandwidth: copyBandwidth(device),
   };
 }

@@ -8,26 +8,14 @@ import { buildDecoder, buildDiT } from '../../../test/support/models.ts';
 import { Random, runSeed } from '../../../test/support/random.ts';
 import { itNeeds } from '../../../test/support/requirement.ts';
 import { compare } from '../../reference/metrics.ts';
-import { enableNodeWebgpu, withSageAttention } from './index.ts';
+import { withSageAttention } from './index.ts';
 import type { OrtTensor } from './ort.ts';
-
-const gpu = await enableNodeWebgpu().catch(() => undefined);
-const adapter = await gpu?.requestAdapter();
-const missing =
-  adapter == null
-    ? 'no Vulkan driver is installed (on Debian: apt-get install mesa-vulkan-drivers libvulkan1)'
-    : undefined;
-const ort = missing === undefined ? await import('onnxruntime-web/webgpu') : undefined;
-if (ort !== undefined) ort.env.wasm.numThreads = 1;
+import { adapterName, missing, newDevice, runtime } from './testing/node-webgpu.ts';
 
 const SEED = runSeed();
 const SIZE = { heads: 2, headDim: 64, blocks: 2 };
 const WIDTH = SIZE.heads * SIZE.headDim;
 const TOKENS = 150;
-
-/** The module is there whenever a test runs. */
-type Ort = NonNullable<typeof ort>;
-const runtime = ort as Ort;
 
 function dit(): Uint8Array {
   const g = new GraphBuilder(new Random(SEED));
@@ -55,7 +43,7 @@ describe('onnxruntime-web on WebGPU in Node', () => {
   itNeeds(missing)(
     "runs attention on onnxruntime's own device, and gives outputs where they were asked for",
     async () => {
-      console.info(`seed ${SEED}, ${adapter?.info.description}`);
+      console.info(`seed ${SEED}, ${adapterName}`);
       const bytes = dit();
       const cpu = await runtime.InferenceSession.create(bytes, { executionProviders: ['wasm'] });
       const expected = await cpu.run(ditFeeds());
@@ -87,10 +75,7 @@ describe('onnxruntime-web on WebGPU in Node', () => {
     const g = new GraphBuilder(new Random(SEED));
     buildDecoder(g, SIZE, kvHeads);
     const bytes = g.build();
-    const wanted = ['shader-f16', 'subgroups'] as GPUFeatureName[];
-    const requiredFeatures = wanted.filter((feature) => adapter?.features.has(feature));
-    const device = await (await gpu?.requestAdapter())?.requestDevice({ requiredFeatures });
-    if (device === undefined) throw new Error('no device');
+    const device = await newDevice();
     devices.push(device);
     const cpu = await runtime.InferenceSession.create(bytes, { executionProviders: ['wasm'] });
     const session = await withSageAttention(runtime, { minTokens: 0 }).InferenceSession.create(bytes, {
@@ -100,7 +85,7 @@ describe('onnxruntime-web on WebGPU in Node', () => {
       ),
     });
     const random = new Random(SEED + 2);
-    type Cache = Record<string, InstanceType<Ort['Tensor']>>;
+    type Cache = Record<string, InstanceType<(typeof runtime)['Tensor']>>;
     const empty: Cache = Object.fromEntries(
       cpu.inputNames
         .filter((name) => name.startsWith('past'))

@@ -5,7 +5,7 @@
 import { describe } from 'vitest';
 import { describeConformance } from '../../../../test/conformance/vitest.ts';
 import { CUDA_TARGETS } from '../../../../test/cuda/targets.ts';
-import { CUDA_KERNELS } from '../kernel-table.ts';
+import { CUDA_KERNELS, type CudaKernelDescriptor, descriptorOf } from '../kernel-table.ts';
 import { createSimulatedBackend, forgetMemory } from './simulator/backend.ts';
 
 /** Multiply-adds of the largest case that is simulated; more with SIMULATED_WORK. */
@@ -40,4 +40,18 @@ export function describeSimulated(capability: number, from = capability): void {
     );
     describeConformance(() => createSimulatedBackend(capability), targets, SIMULATED_SHARES, forgetMemory);
   });
+}
+
+/** The kernels of the table that `has` names, each with all its targets, on a device of a capability. */
+export function describeKernels(capability: number, has: (kernel: CudaKernelDescriptor) => boolean): void {
+  describeConformance(
+    () => createSimulatedBackend(capability),
+    CUDA_TARGETS.filter(({ kernel }) => has(descriptorOf(kernel))).map((target) => ({
+      ...target,
+      maxWork: WORK.first,
+      randomCases: 3,
+    })),
+    SIMULATED_SHARES,
+    forgetMemory,
+  );
 }

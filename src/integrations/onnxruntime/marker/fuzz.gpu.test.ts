@@ -12,7 +12,7 @@ import { sampled } from '../../../../test/support/sample.ts';
 import { messageOf } from '../../../errors.ts';
 import { compare } from '../../../reference/metrics.ts';
 import { detectAttention } from '../detect/index.ts';
-import { enableNodeWebgpu, type SageAttentionOptions, withSageAttention } from '../index.ts';
+import { type SageAttentionOptions, withSageAttention } from '../index.ts';
 import { indexGraph } from '../model/graph.ts';
 import { type GraphProto, readModel } from '../onnx/codec.ts';
 import type { OrtTensor } from '../ort.ts';
@@ -21,17 +21,8 @@ import { OTHER_VALUES, withAnotherAttribute } from '../testing/attributes.ts';
 import { type Feeds, floats } from '../testing/case.ts';
 import { EXPORTERS } from '../testing/exporters/index.ts';
 import { MUTATED, MUTATION_NAMES, mutatedModel } from '../testing/mutations.ts';
+import { adapterName, missing, newDevice, runtime } from '../testing/node-webgpu.ts';
 import { randomGraph } from '../testing/random-graph.ts';
-
-// The event loop has a handle while WebAssembly loads: see docs/integrations.md.
-const handle = setInterval(() => {}, 1e9);
-const gpu = await enableNodeWebgpu().catch(() => undefined);
-const adapter = await gpu?.requestAdapter();
-const missing =
-  adapter == null ? 'no Vulkan driver is installed (npx tsx scripts/software-gpu.ts lavapipe)' : undefined;
-const ort = missing === undefined ? await import('onnxruntime-web/webgpu') : undefined;
-if (ort !== undefined) ort.env.wasm.numThreads = 1;
-const runtime = ort as NonNullable<typeof ort>;
 
 const SEED = runSeed();
 /** Of the whole; `npm test` takes a share of them. */
@@ -116,15 +107,12 @@ describe('graphs with markers', () => {
   const seen = { marker: 0, cut: 0, left: 0, refused: 0 };
   beforeAll(async () => {
     if (missing !== undefined) return;
-    console.info(`seed ${SEED}, ${adapter?.info.description}`);
-    const wanted = ['shader-f16', 'subgroups'] as GPUFeatureName[];
-    const requiredFeatures = wanted.filter((feature) => adapter?.features.has(feature));
-    device = (await (await gpu?.requestAdapter())?.requestDevice({ requiredFeatures })) as GPUDevice;
+    console.info(`seed ${SEED}, ${adapterName}`);
+    device = await newDevice();
     vi.spyOn(console, 'warn').mockImplementation(() => undefined);
   });
   afterAll(() => {
     console.info(JSON.stringify(seen));
-    clearInterval(handle);
     device?.destroy();
   });
 

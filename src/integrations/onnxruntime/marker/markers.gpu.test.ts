@@ -9,18 +9,9 @@ import { Random, runSeed } from '../../../../test/support/random.ts';
 import { itNeeds } from '../../../../test/support/requirement.ts';
 import { float16FromNumber } from '../../../tensor/formats/float16.ts';
 import { countRuns, EXPECTED_COMMANDS } from '../../testing/count-commands.ts';
-import { enableNodeWebgpu, type SageAttentionOptions, withSageAttention } from '../index.ts';
+import { type SageAttentionOptions, withSageAttention } from '../index.ts';
 import type { OrtTensor } from '../ort.ts';
-
-// The event loop has a handle while WebAssembly loads: see docs/integrations.md.
-const handle = setInterval(() => {}, 1e9);
-const gpu = await enableNodeWebgpu().catch(() => undefined);
-const adapter = await gpu?.requestAdapter();
-const missing =
-  adapter == null ? 'no Vulkan driver is installed (npx tsx scripts/software-gpu.ts lavapipe)' : undefined;
-const ort = missing === undefined ? await import('onnxruntime-web/webgpu') : undefined;
-if (ort !== undefined) ort.env.wasm.numThreads = 1;
-const runtime = ort as NonNullable<typeof ort>;
+import { adapterName, missing, newDevice, runtime } from '../testing/node-webgpu.ts';
 
 const SEED = runSeed();
 type Float = 'float32' | 'float16';
@@ -32,21 +23,12 @@ function floats(random: Random, dims: readonly number[], type: Float = 'float32'
   return new runtime.Tensor(type, data, dims);
 }
 
-async function newDevice(): Promise<GPUDevice> {
-  const own = await gpu?.requestAdapter();
-  const wanted = ['shader-f16', 'subgroups'] as GPUFeatureName[];
-  const device = await own?.requestDevice({ requiredFeatures: wanted.filter((feature) => own.features.has(feature)) });
-  if (device === undefined) throw new Error('no device');
-  return device;
-}
-
 describe('a model with markers', () => {
   let device: GPUDevice;
   beforeAll(async () => {
     if (missing === undefined) device = await newDevice();
   });
   afterAll(() => {
-    clearInterval(handle);
     device?.destroy();
   });
 
@@ -84,7 +66,7 @@ describe('a model with markers', () => {
     ['decomposed', 'float16'],
   ] as const) {
     itNeeds(missing)(`gives what the pieces give: ${spelling}, ${float}, batches and lengths`, async () => {
-      console.info(`seed ${SEED}, ${adapter?.info.description}`);
+      console.info(`seed ${SEED}, ${adapterName}`);
       if (float === 'float16' && !device.features.has('shader-f16')) return;
       const bytes = dit(spelling, float);
       const marked = await open(bytes);
