@@ -57,6 +57,11 @@ export const scalarCalls = (lengths: readonly number[]): fc.Arbitrary<ScalarCall
     isCausal: fc.boolean(),
   });
 
+/** Always tried: its softcap has a subnormal reciprocal, and its scores feel the cap. */
+export const SCALAR_EXAMPLES: [ScalarCall][] = [
+  [{ salt: 0, length: 5, smScale: 1e37, softcap: 2 ** 127, windowSize: [-1, -1], isCausal: false }],
+];
+
 export interface ScalarCase {
   readonly q: Tensor;
   readonly k: Tensor;

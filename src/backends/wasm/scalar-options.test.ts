@@ -2,7 +2,7 @@
 import fc from 'fast-check';
 import { afterAll, expect, it } from 'vitest';
 import { runSeed } from '../../../test/support/random.ts';
-import { scalarCalls, scalarCase, scalarFault } from '../../../test/support/scalar-options.ts';
+import { SCALAR_EXAMPLES, scalarCalls, scalarCase, scalarFault } from '../../../test/support/scalar-options.ts';
 import { createProblem } from '../../attention/problem.ts';
 import { toFloat32 } from '../../tensor/access.ts';
 import type { Tensor } from '../../tensor/tensor.ts';
@@ -25,6 +25,6 @@ it.each(backend.kernels)('$name', { timeout: 60_000 }, async (kernel) => {
       const actual = { output: toFloat32(output as Tensor), lse: toFloat32(lse as Tensor) };
       expect(scalarFault(expected, actual, kernel.name.includes('fp4') ? 0.2 : 0.02)).toBeUndefined();
     }),
-    { seed, numRuns: 150 },
+    { seed, numRuns: 150, examples: SCALAR_EXAMPLES },
   );
 });

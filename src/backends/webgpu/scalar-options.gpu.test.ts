@@ -3,7 +3,7 @@ import fc from 'fast-check';
 import { afterAll, describe, expect } from 'vitest';
 import { runSeed } from '../../../test/support/random.ts';
 import { itNeeds } from '../../../test/support/requirement.ts';
-import { scalarCalls, scalarCase, scalarFault } from '../../../test/support/scalar-options.ts';
+import { SCALAR_EXAMPLES, scalarCalls, scalarCase, scalarFault } from '../../../test/support/scalar-options.ts';
 import { toFloat32 } from '../../tensor/access.ts';
 import type { Tensor } from '../../tensor/tensor.ts';
 import { createWebgpuBackendOn } from './backend.ts';
@@ -25,6 +25,6 @@ describe.each(['base', 'subgroup'] as const)(`family %s (SAGEATTENTION_SEED=${se
         const actual = { output: toFloat32(output as Tensor), lse: toFloat32(lse as Tensor) };
         expect(scalarFault(expected, actual)).toBeUndefined();
       }),
-      { seed, numRuns: 12 },
+      { seed, numRuns: 12, examples: SCALAR_EXAMPLES },
     ));
 });

@@ -90,7 +90,7 @@ const FLOAT_FIELDS: ReadonlySet<string> = new Set([
   'scoreScale',
   'smScale',
   'softcap',
-  'inverseSoftcap',
+  'inverseQuarterSoftcap',
   'wanted',
   'leastSimilarity',
 ]);

@@ -67,7 +67,7 @@ export const ATTENTION_PARAMS = [
   'splits',
   'recordBase',
   'softcap',
-  'inverseSoftcap',
+  'inverseQuarterSoftcap',
 ] as const;
 
 /** Parameters of kernels that read buffer `meanScores`. */
@@ -99,6 +99,9 @@ export const expOf = (config: ScoreMeaning, difference: string): string =>
  */
 export const recordFloats = (valueDimPadded: number): number => valueDimPadded + 4;
 
+/** The reciprocal of a softcap above 2^126 is subnormal, which a GPU may take for 0, so the kernels get that of a quarter. */
+export const overSoftcap = (score: string): string => `${score} * 0.25 * P.inverseQuarterSoftcap`;
+
 /**
  * `soft_capped(s)`: `softcap * tanh(s / softcap)` with a small relative error for every size of either. Where s is
  * small beside the cap a series is multiplied with s itself: WGSL bounds the absolute error of `tanh` only, and a large
@@ -106,7 +109,7 @@ export const recordFloats = (valueDimPadded: number): number => valueDimPadded +
  */
 export const SOFTCAP = `
 fn soft_capped(s: f32) -> f32 {
-  let x = min(abs(s * P.inverseSoftcap), 12.0);
+  let x = min(abs(${overSoftcap('s')}), 12.0);
   let y = x * x;
   let series = s * (1.0 - y * (0.33333333f - y * (0.13333333f - y * (0.053968254f - y * 0.021869489f))));
   let capped = P.softcap * (1.0 - 2.0 / (exp2(x * 2.8853901f) + 1.0));

@@ -225,7 +225,7 @@ export function attentionLaunches(
         splits: splits.count,
         recordBase: base('records') / 4,
         softcap: problem.softcap,
-        inverseSoftcap: inverseSoftcapOf(problem.softcap),
+        inverseQuarterSoftcap: inverseQuarterSoftcapOf(problem.softcap),
         ...(config.blocks ? blockValues(problem, base) : {}),
         ...(scores === undefined
           ? {}
@@ -238,7 +238,8 @@ export function attentionLaunches(
   ).filter(() => queryLength > 0);
 }
 
-export const inverseSoftcapOf = (softcap: number): number => (softcap > 0 ? Math.min(1 / softcap, LARGEST_FLOAT32) : 0);
+export const inverseQuarterSoftcapOf = (softcap: number): number =>
+  softcap > 0 ? Math.min(4 / softcap, LARGEST_FLOAT32) : 0;
 
 export const lseHeadStrideOf = ({ sequences, batch, queryLength }: AttentionProblem) =>
   sequences === undefined ? queryLength : (sequences.cuSeqlensQ[batch] as number);

@@ -21,7 +21,7 @@ import { encodeParams, padDim } from '../kernels/layout.ts';
 import { KEY_BLOCK } from '../kernels/prepare.ts';
 import { type ScoreMeaning, scoresAreFloat } from '../kernels/scores.ts';
 import { roundUp } from '../kernels/storage.ts';
-import { inverseSoftcapOf, lseHeadStrideOf, scoreScaleOf } from './attention.ts';
+import { inverseQuarterSoftcapOf, lseHeadStrideOf, scoreScaleOf } from './attention.ts';
 import type { Binding, BufferName, Launch, Unit } from './launch.ts';
 import {
   keyValueBytes,
@@ -236,7 +236,7 @@ const maskParams = ({ attention: { mask, softcap } }: Backward, base: (buffer: B
   maskKeyStride: mask?.strides[3] ?? 0,
   maskBase: mask === undefined ? 0 : base('mask') / BYTES_PER_ELEMENT[mask.dtype],
   softcap,
-  inverseSoftcap: inverseSoftcapOf(softcap),
+  inverseQuarterSoftcap: inverseQuarterSoftcapOf(softcap),
 });
 
 /** Rows of Q and dO in float32, and how each row's weights come from its logsumexp. */

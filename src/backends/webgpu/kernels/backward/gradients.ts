@@ -13,7 +13,7 @@
 import type { DType } from '../../../../tensor/dtype.ts';
 import { dotInt8 } from '../attention-tiled.ts';
 import { FLAG_UNSMOOTHED, OWN_TILE, params, rowVectors, SEQUENCE, tables } from '../layout.ts';
-import { expOf, type ScoreMeaning, SOFTCAP, scoreStatements } from '../scores.ts';
+import { expOf, overSoftcap, type ScoreMeaning, SOFTCAP, scoreStatements } from '../scores.ts';
 import { EXCLUDED_BELOW, maskLoader, NAN_WORD, outputPacker, range } from '../storage.ts';
 import { BAD_SCORES, type GradientDims, gradientKey, gradientRow, PLACE, PLACES, ROW_FLAGS } from './layout.ts';
 
@@ -59,7 +59,7 @@ export const GRADIENT_PARAMS = [
   'valueBase',
   'smScale',
   'softcap',
-  'inverseSoftcap',
+  'inverseQuarterSoftcap',
   // Constants that the compiler is not told: lavapipe's unrolls such loops, and then takes minutes over the loads in them.
   'codeVectors',
   'valueVectors',
@@ -189,7 +189,7 @@ function weigh(config: GradientConfig, parts: Parts, i: number, n: number): stri
   return `
     var ds_${i}_${n} = 0.0;${ownsQueries ? '' : ` var p_${i}_${n} = 0.0;`}
     { var f = f32(s_${i}_${n}) * (scale_${x} * key_scale_${y}) - select(0.0, constant_${x}, plain_${y});
-      ${capping}${config.softcap ? ` let bend = f * P.inverseSoftcap; let slope = 1.0 - bend * bend;` : ''}
+      ${capping}${config.softcap ? ` let bend = ${overSoftcap('f')}; let slope = 1.0 - bend * bend;` : ''}
       var seen = key_${y} >= low_${x} && key_${y} <= high_${x};
       ${masking === '' ? '' : `if (seen) { ${masking} seen = f > ${EXCLUDED_BELOW}; }`}
       let p = select(0.0, factor_${x} * ${expOf(config, `min(f - top_${x}, ${LARGEST_EXPONENT})`)}, seen);

@@ -39,7 +39,7 @@ export const SOFTMAX_AGAIN_PARAMS = [
   'maskKeyStride',
   'maskBase',
   'softcap',
-  'inverseSoftcap',
+  'inverseQuarterSoftcap',
 ] as const;
 
 const THREADS = 64;
