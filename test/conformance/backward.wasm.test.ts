@@ -1,19 +1,10 @@
 import { afterAll, beforeAll, describe, it } from 'vitest';
 import { setBackend } from '../../src/backends/registry.ts';
 import { createWasmBackend, type WasmBackend, type WasmBackendOptions } from '../../src/backends/wasm/index.ts';
-import { PORTABLE_ALGORITHM } from '../../src/reference/quantized.ts';
 import { runSeed } from '../support/random.ts';
 import { type Shares, sampled } from '../support/sample.ts';
-import { type BackwardTarget, backwardTests } from './backward-suite.ts';
-
-const TARGET: BackwardTarget = {
-  name: 'float32 gradients',
-  backend: 'wasm',
-  kernel: 'qk-int8-pv-fp16',
-  precision: 'fp16',
-  relativeL2: 0.02,
-  algorithm: PORTABLE_ALGORITHM,
-};
+import { backwardTests } from './backward-suite.ts';
+import { WASM_BACKWARD_TARGET } from './wasm-targets.ts';
 
 const seed = runSeed();
 const VARIANTS: readonly (readonly [WasmBackendOptions, Shares])[] = [
@@ -29,6 +20,7 @@ for (const [options, shares] of VARIANTS) {
       await setBackend(backend);
     });
     afterAll(() => backend?.dispose());
-    for (const { name, run } of sampled(backwardTests(TARGET, seed), seed, shares, `${options.threads}`)) it(name, run);
+    for (const { name, run } of sampled(backwardTests(WASM_BACKWARD_TARGET, seed), seed, shares, `${options.threads}`))
+      it(name, run);
   });
 }

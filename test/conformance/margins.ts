@@ -3,8 +3,9 @@
  * some day by chance. Run it for a new case, a new kernel or a new limit.
  *
  *     npx tsx test/conformance/margins.ts [--backend wasm|cuda] [--simd auto|simd128|relaxed] [--seconds 120] [--cases TEXT]
+ *       [--backward]
  *
- * Prints the cases nearest their limits: the largest of error / limit that was seen, and how many of its standard
+ * With `--backward` it is the table of gradients on WASM. Prints the cases nearest their limits: the largest of error / limit that was seen, and how many of its standard
  * deviations lie between its mean and 1, or deviations of its logarithm where that gives fewer: some errors vary widely,
  * and their own deviation would hide a rare large one. Fails when a limit was exceeded, or is nearer than three of them
  * (but for the random problems, which are many cases in one).
@@ -18,10 +19,11 @@ import { setBackend } from '../../src/backends/registry.ts';
 import { createWasmBackend, type WasmBackendOptions } from '../../src/backends/wasm/index.ts';
 import { messageOf } from '../../src/errors.ts';
 import { CUDA_TARGETS } from '../cuda/targets.ts';
+import { LARGEST_V, measureBackwardCase } from './backward-suite.ts';
 import { arbitraryCase, CASES, type ConformanceCase } from './cases.ts';
-import { excessOf, measureCase, type Target } from './suite.ts';
+import { excessOf, type Measured, measureCase } from './suite.ts';
 import { VISIBILITY_CASES } from './visibility-cases.ts';
-import { WASM_TARGETS } from './wasm-targets.ts';
+import { WASM_BACKWARD_TARGET, WASM_TARGETS } from './wasm-targets.ts';
 
 const { values: flags } = parseArgs({
   options: {
@@ -30,6 +32,7 @@ const { values: flags } = parseArgs({
     seconds: { type: 'string', default: '120' },
     cases: { type: 'string', default: '' },
     rows: { type: 'string', default: '25' },
+    backward: { type: 'boolean', default: false },
   },
 });
 
@@ -50,9 +53,17 @@ interface Samples {
 const samples = new Map<string, Samples>();
 let failures = 0;
 
-async function measure(target: Target, testCase: ConformanceCase, seed: number, name: string): Promise<void> {
+/** What the cases are measured on. */
+interface Subject {
+  readonly name: string;
+  /** Cases with a larger V are left out. */
+  readonly largestV: number;
+  measure(testCase: ConformanceCase, seed: number): Promise<Measured[]>;
+}
+
+async function measure(target: Subject, testCase: ConformanceCase, seed: number, name: string): Promise<void> {
   try {
-    for (const measured of await measureCase(target, testCase, seed)) {
+    for (const measured of await target.measure(testCase, seed)) {
       const { what, error, limit } = measured;
       const kind = what.split(/[:[]/, 1)[0] as string;
       const key = `${target.name} ${name} ${kind}`;
@@ -73,7 +84,20 @@ await setBackend(
     ? createSimulatedBackend(90)
     : createWasmBackend({ threads: 1, simd: flags.simd as NonNullable<WasmBackendOptions['simd']> }),
 );
-const targets: readonly Target[] = simulated ? CUDA_TARGETS : WASM_TARGETS;
+const targets: readonly Subject[] = flags.backward
+  ? [
+      {
+        name: WASM_BACKWARD_TARGET.name,
+        largestV: LARGEST_V,
+        measure: (testCase, seed) => measureBackwardCase(WASM_BACKWARD_TARGET, testCase, seed),
+      },
+    ]
+  : (simulated ? CUDA_TARGETS : WASM_TARGETS).map((target) => ({
+      name: target.name,
+      largestV: target.largestV ?? Number.POSITIVE_INFINITY,
+      measure: (testCase, seed) => measureCase(target, testCase, seed),
+    }));
+const cases = flags.backward ? CASES : [...CASES, ...VISIBILITY_CASES];
 const maxWork = simulated ? SIMULATED_WORK : Number.POSITIVE_INFINITY;
 const end = performance.now() + 1000 * Number(flags.seconds);
 
@@ -81,12 +105,17 @@ while (performance.now() < end) {
   const seed = Math.floor(Math.random() * 2 ** 32);
   const [random] = fc.sample(arbitraryCase, { numRuns: 1, seed: seed | 0 });
   for (const target of targets) {
-    for (const testCase of [...CASES, ...VISIBILITY_CASES]) {
+    for (const testCase of cases) {
       const name = `${testCase.group}: ${testCase.name}`;
-      if (!name.includes(flags.cases) || testCase.largestV > (target.largestV ?? Number.POSITIVE_INFINITY)) continue;
+      if (!name.includes(flags.cases) || testCase.largestV > target.largestV) continue;
       if (testCase.work <= maxWork && performance.now() < end) await measure(target, testCase, seed, name);
     }
-    if (random !== undefined && random.work <= maxWork && 'random'.includes(flags.cases)) {
+    if (
+      random !== undefined &&
+      random.work <= maxWork &&
+      random.largestV <= target.largestV &&
+      'random'.includes(flags.cases)
+    ) {
       await measure(target, random, seed, 'random');
     }
   }

@@ -1,5 +1,6 @@
 /** What the conformance suite runs on the WASM backend. */
 import { FP4_PV_FP4_ALGORITHM, PORTABLE_ALGORITHM, type QuantizedAlgorithm } from '../../src/reference/quantized.ts';
+import type { BackwardTarget } from './backward-suite.ts';
 import { FP4_RELATIVE_L1 } from './fp4-target.ts';
 import type { Target } from './suite.ts';
 
@@ -29,3 +30,12 @@ export const WASM_TARGETS: readonly Target[] = [
   // Beside a mask entry of -65504 on every key of a row, float32 knows a score to 1/256.
   { name: 'exact', backend: 'wasm', kernel: 'exact', relativeL1: 1e-3, algorithm: PORTABLE_ALGORITHM },
 ];
+
+export const WASM_BACKWARD_TARGET: BackwardTarget = {
+  name: 'float32 gradients',
+  backend: 'wasm',
+  kernel: 'qk-int8-pv-fp16',
+  precision: 'fp16',
+  relativeL2: 0.02,
+  algorithm: PORTABLE_ALGORITHM,
+};
