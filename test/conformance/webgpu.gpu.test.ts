@@ -119,8 +119,8 @@ const RUNS: readonly Run[] = [
     : []),
 ];
 
-/** Shares of each target's tests: SwiftShader takes four times as long as lavapipe. On a card `test/webgpu` runs all. */
-const SHARES = SWIFTSHADER ? { byHand: 0.1, otherwise: 0.15 } : { byHand: 0.1, otherwise: 0.7 };
+/** Shares of each target's tests: a driver compiles each one's kernels for seconds. On a card `test/webgpu` runs all. */
+const SHARES = SWIFTSHADER ? { byHand: 0.1, otherwise: 0.2 } : { byHand: 0.05, otherwise: 0.35 };
 
 const seed = runSeed();
 const test = itNeeds(MISSING);
