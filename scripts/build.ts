@@ -6,6 +6,7 @@ import path from 'node:path';
 import { fileURLToPath } from 'node:url';
 import { build, type Plugin } from 'esbuild';
 import { WORKER_SOURCE } from '../src/backends/wasm/worker-source.ts';
+import { generatorDigest } from './generator-digest.ts';
 import { licencesOf } from './licences.ts';
 
 const ROOT = fileURLToPath(new URL('..', import.meta.url));
@@ -102,10 +103,21 @@ async function unwrapOptionalImport(): Promise<void> {
   await writeFile(file, unwrapped);
 }
 
+/** Compiled kernels on disk are found by their configuration only where the code that made them is the same. */
+async function writeGeneratorDigest(): Promise<void> {
+  const digest = await generatorDigest(inRoot('dist'), '.js');
+  const file = inRoot('dist', 'backends', 'cuda', 'generator.js');
+  const emitted = await readFile(file, 'utf8');
+  const written = emitted.replace(/GENERATOR_DIGEST = undefined/, `GENERATOR_DIGEST = '${digest}'`);
+  if (written === emitted) throw new Error(`${file} is not what it was`);
+  await writeFile(file, written);
+}
+
 await rm(inRoot('dist'), { recursive: true, force: true });
 run(inRoot('node_modules', 'tsx', 'dist', 'cli.mjs'), [inRoot('scripts', 'build-wasm.ts')]);
 run(inRoot('node_modules', 'typescript-native', 'bin', 'tsc'), ['-p', inRoot('tsconfig.build.json')]);
 await unwrapOptionalImport();
+await writeGeneratorDigest();
 // As a file of its own, for pages whose policy allows no `blob:`.
 await writeFile(inRoot('dist', 'backends', 'wasm', 'worker.js'), WORKER_SOURCE.trimStart());
 // A worker's file exports nothing; without declarations TypeScript would refuse to hear of it.

@@ -5,11 +5,23 @@
 import { execFileSync } from 'node:child_process';
 import path from 'node:path';
 import { fileURLToPath } from 'node:url';
-import { build } from 'esbuild';
+import { build, type Plugin } from 'esbuild';
+import { generatorDigest } from './generator-digest.ts';
 
 const ROOT = fileURLToPath(new URL('..', import.meta.url));
 /** For the results: where the programs run there is no git. */
 const commit = execFileSync('git', ['describe', '--always', '--dirty'], { cwd: ROOT, encoding: 'utf8' }).trim();
+
+/** As in the built package: a kernel that lies compiled on disk is found without being generated. */
+const knowsItsGenerator: Plugin = {
+  name: 'knows-its-generator',
+  async setup({ onLoad }) {
+    const digest = await generatorDigest(path.join(ROOT, 'src'), '.ts');
+    onLoad({ filter: /backends.cuda.generator\.ts$/ }, () => ({
+      contents: `export const GENERATOR_DIGEST = '${digest}';`,
+    }));
+  },
+};
 
 await build({
   absWorkingDir: ROOT,
@@ -20,6 +32,7 @@ await build({
     'bench-cuda-caches': 'bench/cuda/caches.ts',
     'bench-cuda-distributed': 'bench/cuda/distributed.ts',
     'bench-cuda-nccl': 'bench/cuda/nccl.ts',
+    'bench-cuda-first-call': 'bench/cuda/first-call.ts',
     'bench-cuda-host': 'bench/cuda/host.ts',
     'bench-cuda-short': 'bench/cuda/short.ts',
     'bench-cuda-sparse': 'bench/cuda/sparse.ts',
@@ -39,6 +52,7 @@ await build({
   outdir: path.join('.gpu', 'programs'),
   outExtension: { '.js': '.mjs' },
   bundle: true,
+  plugins: [knowsItsGenerator],
   format: 'esm',
   platform: 'node',
   target: 'node20',

@@ -134,6 +134,31 @@ function createProgram(): Command {
     .action(async (name, options) => (await import('./kernel.ts')).showKernel(name, options));
 
   program
+    .command('compile')
+    .description('the CUDA kernels of an application, made before it runs, into a folder; needs no GPU')
+    .requiredOption('-o, --output <folder>', 'where they go')
+    .requiredOption(
+      '--compute-capability <list>',
+      'of the GPUs, comma-separated: 8.9,9.0',
+      list((text) => Math.round(10 * finite(text))),
+    )
+    .option('-k, --kernel <names>', 'comma-separated; default: what the calls take', list(choice(KERNEL_NAMES)))
+    .option('-d, --head-dim <list>', 'head dims, comma-separated', list(integer(1, 512)), [128])
+    .option('-l, --length <list>', 'tokens of q, comma-separated', list(integer(1)), [4096])
+    .option('--key-length <list>', 'tokens of k and v, comma-separated; default: as q', list(integer(1)))
+    .option('--batch <n>', 'batch size', integer(1), 1)
+    .option('--heads <n>', 'heads of queries', integer(1), 8)
+    .option('--kv-heads <n>', 'heads of keys and values; default: as many', integer(1))
+    .addOption(
+      new Option('--dtype <name>', 'of the inputs').choices(['float16', 'bfloat16', 'float32']).default('bfloat16'),
+    )
+    .addOption(new Option('--causal <which>', 'causal mask').choices(['no', 'yes', 'both']).default('no'))
+    .option('--multiprocessors <n>', 'of the GPU: how long keys are split', integer(1), 132)
+    .option('--prepared', 'prepared keys and values (a cache), too', false)
+    .option('--ptxas <file>', 'the assembler of the CUDA toolkit', 'ptxas')
+    .action(async (options) => (await import('./compile.ts')).compile(options));
+
+  program
     .command('playground')
     .description('serve a page that shows, on this device, why quantized attention works and how fast it is')
     .option('-p, --port <n>', '0: any that is free', integer(0, 65535), 4173)

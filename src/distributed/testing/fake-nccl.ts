@@ -49,7 +49,14 @@ export class FakeNccl {
     const unused = () => {
       throw new Error('not a part of the fake');
     };
-    this.api = { ...this.#functions, library: 'fake', has: () => true, addressOf: unused, textAt: unused };
+    this.api = {
+      ...this.#functions,
+      library: 'fake',
+      has: () => true,
+      addressOf: unused,
+      bytesAt: unused,
+      textAt: unused,
+    };
   }
 
   /** From now on a rank's calls report this. */

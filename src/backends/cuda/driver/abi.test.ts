@@ -43,7 +43,8 @@ const NAMES = Object.keys(DRIVER_FUNCTIONS) as DriverFunctionName[];
 function kindOf(type: string): ParameterKind {
   if (type.includes('*')) return 'memory';
   if (/\b(size_t|cuuint64_t|CUdeviceptr|unsigned long long)\b/.test(type)) return 'u64';
-  if (/\b(CUcontext|CUstream|CUevent|CUmodule|CUfunction|CUmemoryPool|CUgraph|CUgraphExec)\b/.test(type)) return 'u64';
+  if (/\b(CUcontext|CUstream|CUevent|CUmodule|CUfunction|CUmemoryPool|CUgraph|CUgraphExec|CUlinkState)\b/.test(type))
+    return 'u64';
   if (/\bunsigned char\b/.test(type)) return 'u8';
   if (/\b(unsigned int|cuuint32_t|CUstreamCaptureMode)\b/.test(type)) return 'u32';
   // CUdevice is an int, and so is every enum.
@@ -174,6 +175,7 @@ describe('calls through koffi', () => {
       readSeen(seen, called);
       expect([...seen.slice(0, values.length)], name).toEqual(expected);
       expect(bound.textAt(called[0] as bigint)).toBe(symbol);
+      expect(bound.bytesAt(called[0] as bigint, symbol.length)).toEqual(new TextEncoder().encode(symbol));
     }
   });
 

@@ -68,6 +68,14 @@ export const DRIVER_FUNCTIONS = {
   cuMemsetD8Async: { symbol: 'cuMemsetD8Async', parameters: ['u64', 'u8', 'u64', 'u64'] },
 
   cuModuleLoadDataEx: { symbol: 'cuModuleLoadDataEx', parameters: ['memory', 'memory', 'u32', 'memory', 'memory'] },
+  cuLinkCreate: { symbol: 'cuLinkCreate_v2', parameters: ['u32', 'memory', 'memory', 'memory'], optional: true },
+  cuLinkAddData: {
+    symbol: 'cuLinkAddData_v2',
+    parameters: ['u64', 's32', 'memory', 'u64', 'memory', 'u32', 'memory', 'memory'],
+    optional: true,
+  },
+  cuLinkComplete: { symbol: 'cuLinkComplete', parameters: ['u64', 'memory', 'memory'], optional: true },
+  cuLinkDestroy: { symbol: 'cuLinkDestroy', parameters: ['u64'], optional: true },
   cuModuleUnload: { symbol: 'cuModuleUnload', parameters: ['u64'] },
   cuModuleGetFunction: { symbol: 'cuModuleGetFunction', parameters: ['memory', 'u64', 'memory'] },
   cuFuncGetAttribute: { symbol: 'cuFuncGetAttribute', parameters: ['memory', 's32', 'u64'] },
@@ -127,6 +135,7 @@ export const CU_JIT_INFO_LOG_BUFFER_SIZE_BYTES = 4;
 export const CU_JIT_ERROR_LOG_BUFFER = 5;
 export const CU_JIT_ERROR_LOG_BUFFER_SIZE_BYTES = 6;
 export const CU_JIT_LOG_VERBOSE = 12;
+export const CU_JIT_INPUT_PTX = 1;
 
 export const CU_FUNC_ATTRIBUTE_LOCAL_SIZE_BYTES = 3;
 export const CU_FUNC_ATTRIBUTE_NUM_REGS = 4;

@@ -54,6 +54,8 @@ interface LibraryFacts<Table extends FunctionTable> {
    * Whoever hands it to the library keeps the buffer referenced.
    */
   addressOf(buffer: ArrayBuffer): bigint;
+  /** A copy of the bytes at an address that the library gave. */
+  bytesAt(address: bigint, byteLength: number): Uint8Array<ArrayBuffer>;
   /** The NUL-terminated text at an address that the library gave. */
   textAt(address: bigint): string;
 }
@@ -70,7 +72,7 @@ export interface Koffi {
   address(value: ArrayBuffer | ArrayBufferView): bigint;
   array(type: string, length: number): unknown;
   struct(members: Readonly<Record<string, unknown>>): unknown;
-  readonly decode: { string(address: bigint): string };
+  readonly decode: { (address: bigint, type: unknown): unknown; string(address: bigint): string };
 }
 
 const KOFFI_TYPES: Readonly<Record<Exclude<ParameterKind, 'bytes128'>, string>> = {
@@ -122,6 +124,8 @@ export function bindLibrary<const Table extends FunctionTable>(
     library: path,
     has: (name) => !absent.has(name),
     addressOf: (buffer) => koffi.address(buffer),
+    bytesAt: (address, byteLength) =>
+      (koffi.decode(address, koffi.array('uint8_t', byteLength)) as Uint8Array<ArrayBuffer>).slice(),
     textAt: (address) => koffi.decode.string(address),
   };
   return { ...(bound as unknown as Functions<Table>), ...facts };

@@ -9,12 +9,20 @@ import {
   type CudaApi,
 } from './api.ts';
 import { DeviceContext } from './context.ts';
+import { defaultKernelFolder, KernelFiles } from './kernel-files.ts';
 import { loadDriver } from './load.ts';
 import { DeviceMemory, PinnedBuffer } from './memory.ts';
 import { CudaModule } from './module.ts';
 import { EventPool, MemoryPool, requireByteLength } from './pool.ts';
 import { cudaError } from './status.ts';
 import { CudaEvent, CudaStream, requireStreamOn } from './stream.ts';
+
+/** Where a driver's compiled kernels are kept. */
+interface KernelShelf {
+  readonly driverVersion: number;
+  /** @internal */
+  readonly kernelFiles: KernelFiles | undefined;
+}
 
 /**
  * One GPU: its primary context, its own stream and pools, and the modules loaded on it.
@@ -35,10 +43,12 @@ export class CudaDevice extends DeviceContext {
   #stream: CudaStream | undefined;
   readonly #streams = new Set<CudaStream>();
   readonly #modules = new Map<string, CudaModule>();
+  readonly #kernels: KernelShelf;
 
   /** @internal Use `Cuda.device`. */
-  constructor(api: CudaApi, ordinal: number) {
+  constructor(api: CudaApi, ordinal: number, kernels: KernelShelf) {
     super(api, ordinal);
+    this.#kernels = kernels;
     const handle = this.deviceHandle;
     const int = new Int32Array(1);
     const check = (status: number, call: string) => {
@@ -172,7 +182,9 @@ export class CudaDevice extends DeviceContext {
     this.requireUsable();
     let module = this.#modules.get(source.id);
     if (module === undefined) {
-      module = new CudaModule(this, source);
+      const { kernelFiles: files, driverVersion } = this.#kernels;
+      const place = { computeCapability: this.computeCapability, driverVersion };
+      module = new CudaModule(this, source, files && { files, place });
       this.#modules.set(source.id, module);
     }
     return module;
@@ -205,6 +217,28 @@ export class Cuda {
   readonly driverVersion: number;
   readonly deviceCount: number;
   readonly #devices = new Map<number, CudaDevice>();
+  #kernelFiles: KernelFiles | undefined;
+
+  /**
+   * Folder in which compiled kernels are looked for and kept; undefined: none, kernels are compiled in each process. `openCuda` takes
+   * `SAGEATTENTION_KERNELS`, else `sageattention/cuda` in the user's cache. Set it before the first call: a kernel that
+   * is loaded stays.
+   */
+  get kernelFolder(): string | undefined {
+    return this.#kernelFiles?.folder;
+  }
+
+  set kernelFolder(folder: string | undefined) {
+    if (folder !== undefined && (typeof folder !== 'string' || folder === '')) {
+      throw new InvalidArgumentError('invalid-option', 'kernelFolder', 'a folder or undefined', JSON.stringify(folder));
+    }
+    this.#kernelFiles = folder === undefined ? undefined : new KernelFiles(folder);
+  }
+
+  /** @internal */
+  get kernelFiles(): KernelFiles | undefined {
+    return this.#kernelFiles;
+  }
 
   /** @throws {BackendUnavailableError} when the driver does not start or finds no device */
   constructor(api: CudaApi) {
@@ -245,7 +279,7 @@ export class Cuda {
     }
     let device = this.#devices.get(ordinal);
     if (device === undefined) {
-      device = new CudaDevice(this.api, ordinal);
+      device = new CudaDevice(this.api, ordinal, this);
       this.#devices.set(ordinal, device);
     }
     return device;
@@ -267,7 +301,11 @@ let opened: Promise<Cuda> | undefined;
  */
 export function openCuda(): Promise<Cuda> {
   if (opened === undefined) {
-    opened = loadDriver().then((api) => new Cuda(api));
+    opened = loadDriver().then((api) => {
+      const cuda = new Cuda(api);
+      cuda.kernelFolder = defaultKernelFolder();
+      return cuda;
+    });
     // Koffi or the driver may be installed later.
     opened.catch(() => {
       opened = undefined;

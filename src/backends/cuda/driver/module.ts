@@ -1,29 +1,21 @@
+import { GENERATOR_DIGEST } from '../generator.ts';
 import type { KernelModule } from '../launches/launch.ts';
 import {
   CU_FUNC_ATTRIBUTE_LOCAL_SIZE_BYTES,
   CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES,
   CU_FUNC_ATTRIBUTE_NON_PORTABLE_CLUSTER_SIZE_ALLOWED,
   CU_FUNC_ATTRIBUTE_NUM_REGS,
-  CU_JIT_ERROR_LOG_BUFFER,
-  CU_JIT_ERROR_LOG_BUFFER_SIZE_BYTES,
-  CU_JIT_INFO_LOG_BUFFER,
-  CU_JIT_INFO_LOG_BUFFER_SIZE_BYTES,
-  CU_JIT_LOG_VERBOSE,
+  CUDA_SUCCESS,
 } from './api.ts';
 import type { DeviceContext } from './context.ts';
+import { JitLog, terminated } from './jit-log.ts';
+import { digestOf, type KernelFiles, type KernelPlace } from './kernel-files.ts';
+import { linkPtx } from './link.ts';
 
-const LOG_BYTES = 16384;
 /** Dynamic shared memory that every kernel may have without asking. */
 const DEFAULT_SHARED_LIMIT = 48 * 1024;
 /** Blocks of a cluster that every device of compute capability 9.0 or later runs. */
 const PORTABLE_CLUSTER = 8;
-
-const terminated = (text: string) => new TextEncoder().encode(`${text}\0`);
-
-function textOf(log: Uint8Array): string {
-  const end = log.indexOf(0);
-  return new TextDecoder().decode(log.subarray(0, end < 0 ? log.length : end)).trim();
-}
 
 /** A kernel of a loaded module. */
 export class CudaFunction {
@@ -72,51 +64,31 @@ export class CudaFunction {
   }
 }
 
-/** PTX compiled by the driver for one device. */
+/** Where a device's compiled kernels are kept. */
+export interface ModuleShelf {
+  readonly files: KernelFiles;
+  readonly place: KernelPlace;
+}
+
+/** PTX compiled by the driver for one device, now or earlier. */
 export class CudaModule {
-  /** What the driver's compiler said: registers, spills, warnings. */
+  /** What the driver's compiler said: registers, spills, warnings. Empty where nothing was compiled. */
   readonly log: string;
   readonly #device: DeviceContext;
   readonly #id: string;
   readonly #handle: bigint;
   readonly #functions = new Map<string, CudaFunction>();
 
-  /** @throws {CudaError} with the compiler's log when it refuses the PTX */
-  constructor(device: DeviceContext, { id, ptx }: KernelModule) {
-    const { api } = device;
-    const logs = new ArrayBuffer(2 * LOG_BYTES);
-    const info = new Uint8Array(logs, 0, LOG_BYTES);
-    const errors = new Uint8Array(logs, LOG_BYTES, LOG_BYTES);
-    const logAddress = api.addressOf(logs);
-    const options: readonly (readonly [option: number, value: bigint])[] = [
-      [CU_JIT_INFO_LOG_BUFFER, logAddress],
-      [CU_JIT_INFO_LOG_BUFFER_SIZE_BYTES, BigInt(LOG_BYTES)],
-      [CU_JIT_ERROR_LOG_BUFFER, logAddress + BigInt(LOG_BYTES)],
-      [CU_JIT_ERROR_LOG_BUFFER_SIZE_BYTES, BigInt(LOG_BYTES)],
-      [CU_JIT_LOG_VERBOSE, 1n],
-    ];
-    const handle = new BigUint64Array(1);
-    const status = device.inContext(() =>
-      api.cuModuleLoadDataEx(
-        handle,
-        terminated(ptx()),
-        options.length,
-        Uint32Array.from(options, ([option]) => option),
-        BigUint64Array.from(options, ([, value]) => value),
-      ),
-    );
-    this.log = textOf(info);
-    if (status !== 0) {
-      const said = [textOf(errors), this.log].filter((text) => text !== '').join('\n');
-      throw device.error(
-        status,
-        'cuModuleLoadDataEx',
-        `compiling module '${id}' for ${device}${said === '' ? '' : `\n${said}\n`}`,
-      );
-    }
+  /**
+   * @param shelf compiled kernels to look among, and to add this one to
+   * @throws {CudaError} with the compiler's log when it refuses the PTX
+   */
+  constructor(device: DeviceContext, source: KernelModule, shelf?: ModuleShelf) {
     this.#device = device;
-    this.#id = id;
-    this.#handle = handle[0] as bigint;
+    this.#id = source.id;
+    const { handle, log } = (shelf && loadKept(device, source, shelf)) ?? loadPtx(device, source.id, source.ptx());
+    this.#handle = handle;
+    this.log = log;
   }
 
   /** The kernel of this name. */
@@ -132,4 +104,48 @@ export class CudaModule {
   dispose(): void {
     this.#device.release(() => this.#device.call('cuModuleUnload', `unloading module '${this.#id}'`, this.#handle));
   }
+}
+
+interface Loaded {
+  readonly handle: bigint;
+  readonly log: string;
+}
+
+function load(device: DeviceContext, image: Uint8Array, log: JitLog): { status: number; handle: bigint } {
+  const handle = new BigUint64Array(1);
+  const { count, options, values } = log;
+  const status = device.inContext(() => device.api.cuModuleLoadDataEx(handle, image, count, options, values));
+  return { status, handle: handle[0] as bigint };
+}
+
+function loadPtx(device: DeviceContext, id: string, ptx: string): Loaded {
+  const log = new JitLog(device.api);
+  const { status, handle } = load(device, terminated(ptx), log);
+  if (status === CUDA_SUCCESS) return { handle, log: log.info };
+  const said = [log.errors, log.info].filter((text) => text !== '').join('\n');
+  throw device.error(
+    status,
+    'cuModuleLoadDataEx',
+    `compiling module '${id}' for ${device}${said === '' ? '' : `\n${said}\n`}`,
+  );
+}
+
+/** The module from a kept kernel, or compiled and kept; undefined where the driver takes or gives no machine code. */
+function loadKept(device: DeviceContext, source: KernelModule, { files, place }: ModuleShelf): Loaded | undefined {
+  const digest = digestOf(source, GENERATOR_DIGEST);
+  const found = files.find(digest, place);
+  // A driver refuses what a newer assembler made, and a file that somebody else put there.
+  const take = (code: Uint8Array, log: JitLog): Loaded | undefined => {
+    const { status, handle } = load(device, code, new JitLog(device.api));
+    return status === CUDA_SUCCESS ? { handle, log: log.info } : undefined;
+  };
+  const log = new JitLog(device.api);
+  if (found?.kind === 'cubin') {
+    const loaded = take(found.bytes, log);
+    if (loaded !== undefined) return loaded;
+  }
+  const code = linkPtx(device, found?.kind === 'ptx' ? found.text : source.ptx(), log);
+  const loaded = code && take(code, log);
+  if (code !== undefined && loaded !== undefined) files.keep(digest, place, code);
+  return loaded;
 }

@@ -17,12 +17,20 @@ export interface SimulatableModule extends KernelModule {
 }
 
 const modules = new Map<string, SimulatableModule>();
+const makers = new Map<string, unknown>();
 
-/** One object for each configuration, so that devices load it once. */
-export function moduleOf<C extends object>(make: (config: C) => Kernel, config: C): SimulatableModule {
-  const id = `${make.name}:${JSON.stringify(config)}`;
+/**
+ * One object for each configuration, so that devices load it once.
+ *
+ * @param name of the maker, and of no other: compiled code is kept under it, also where a bundler has renamed functions
+ */
+export function moduleOf<C extends object>(name: string, make: (config: C) => Kernel, config: C): SimulatableModule {
+  const id = `${name}:${JSON.stringify(config)}`;
   let module = modules.get(id);
   if (module === undefined) {
+    const known = makers.get(name) ?? make;
+    if (known !== make) throw new RangeError(`two makers of kernels are called '${name}'`);
+    makers.set(name, make);
     let made: Kernel | undefined;
     const kernel = () => {
       made ??= make(config);

@@ -194,20 +194,28 @@ function copyLaunch(
   };
   const heads = operand === 'query' ? queryHeads : kvHeads;
   const blocks = operand === 'query' ? layout.queryTiles * (BLOCK_Q / COPY_TOKENS) : layout.keyTiles;
-  return launch(name, moduleOf(copyTokens, config), 'copyTokens', blocks * heads * batch, PREPARE_THREADS, 0, [
-    ...inOrder(COPY_TOKENS_POINTERS, {
-      sequences: pointer('sequences'),
-      input: pointer(which, layoutOf.offset * BYTES[dtype]),
-      ...(smoothed ? { mean: pointer('keyMean') } : {}),
-      copy: pointer(copy),
-    }),
-    ...inOrder(COPY_TOKENS_INTEGERS, {
-      heads: u32(heads),
-      blocks: u32(blocks),
-      paddedTokens: u32(operand === 'query' ? layout.paddedQueries : layout.paddedKeys),
-    }),
-    ...strideBytes(layoutOf, dtype),
-  ]);
+  return launch(
+    name,
+    moduleOf('copyTokens', copyTokens, config),
+    'copyTokens',
+    blocks * heads * batch,
+    PREPARE_THREADS,
+    0,
+    [
+      ...inOrder(COPY_TOKENS_POINTERS, {
+        sequences: pointer('sequences'),
+        input: pointer(which, layoutOf.offset * BYTES[dtype]),
+        ...(smoothed ? { mean: pointer('keyMean') } : {}),
+        copy: pointer(copy),
+      }),
+      ...inOrder(COPY_TOKENS_INTEGERS, {
+        heads: u32(heads),
+        blocks: u32(blocks),
+        paddedTokens: u32(operand === 'query' ? layout.paddedQueries : layout.paddedKeys),
+      }),
+      ...strideBytes(layoutOf, dtype),
+    ],
+  );
 }
 
 const named = (name: string, { batchStride, headStride, tokenStride }: OperandLayout, dtype: DType) => ({
@@ -232,7 +240,7 @@ function prepareRowsLaunch({ problem, context, paddedValueDim }: Backward): Kern
     softcap: softcap !== 0,
   };
   const blocks = layout.queryTiles * (BLOCK_Q / COPY_TOKENS);
-  const module = moduleOf(prepareRows, config);
+  const module = moduleOf('prepareRows', prepareRows, config);
   return launch('prepare rows', module, 'prepareRows', blocks * queryHeads * batch, PREPARE_THREADS, 0, [
     ...inOrder(PREPARE_ROWS_POINTERS, {
       sequences: pointer('sequences'),
@@ -333,7 +341,7 @@ function gradientLaunch(backward: Backward, pass: readonly Gradient[]): KernelLa
       codeBytes: scheme.qkRowBytes,
       ...wgmmaTile,
     };
-    const module = moduleOf(wgmmaGradients, config);
+    const module = moduleOf('wgmmaGradients', wgmmaGradients, config);
     const { sharedBytes } = module.kernel();
     const maps = mapsOf(backward, config);
     return launch(name, module, 'wgmmaGradients', blocks, wgmmaGradientThreads(config), sharedBytes, [
@@ -343,7 +351,7 @@ function gradientLaunch(backward: Backward, pass: readonly Gradient[]): KernelLa
   }
   const own = chooseGradientTile(target, { ...sizes, softcap: softcap !== 0 });
   const config: GradientConfig = { target, ...sizes, ...own, ...features };
-  const module = moduleOf(gradients, config);
+  const module = moduleOf('gradients', gradients, config);
   return launch(name, module, 'gradients', blocks, GRADIENT_THREADS, module.kernel().sharedBytes, args);
 }
 

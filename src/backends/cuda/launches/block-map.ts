@@ -57,7 +57,7 @@ function poolLaunch(
     operand: operand === 'q' ? 'query' : 'key',
     ...what,
   };
-  const module = moduleOf(poolBlocks, config);
+  const module = moduleOf('poolBlocks', poolBlocks, config);
   const { means, similarities } = BUFFERS[operand];
   const [batchStride, headStride, tokenStride] = strideBytes(layout, dtype);
   const name = what.means ? `pool ${operand}` : `similarities of ${operand}`;
@@ -78,7 +78,7 @@ function poolLaunch(
 
 /** The mean of all keys, from those of the blocks. */
 function keyMeanLaunch(problem: AttentionProblem, { target }: DeviceFacts, keys: Pooled): KernelLaunch {
-  const module = moduleOf(meanOfBlocks, { target, dim: problem.headDim });
+  const module = moduleOf('meanOfBlocks', meanOfBlocks, { target, dim: problem.headDim });
   const count = keys.heads * problem.batch;
   return launch('mean of k', module, 'meanOfBlocks', count, MEAN_THREADS, module.kernel().sharedBytes, [
     ...inOrder(MEAN_POINTERS, {
@@ -107,36 +107,44 @@ function chooseLaunch(
     similarities,
   };
   const blocks = Math.ceil(lines / CHOOSE_WARPS);
-  return launch('choose blocks', moduleOf(chooseBlocks, config), 'chooseBlocks', blocks, CHOOSE_WARPS * 32, 0, [
-    ...inOrder(CHOOSE_POINTERS, {
-      sequences: pointer('sequences'),
-      queryMeans: pointer('queryMeans'),
-      keyMeans: pointer('keyMeans'),
-      ...(similarities && {
-        querySimilarities: pointer('querySimilarities'),
-        keySimilarities: pointer('keySimilarities'),
+  return launch(
+    'choose blocks',
+    moduleOf('chooseBlocks', chooseBlocks, config),
+    'chooseBlocks',
+    blocks,
+    CHOOSE_WARPS * 32,
+    0,
+    [
+      ...inOrder(CHOOSE_POINTERS, {
+        sequences: pointer('sequences'),
+        queryMeans: pointer('queryMeans'),
+        keyMeans: pointer('keyMeans'),
+        ...(similarities && {
+          querySimilarities: pointer('querySimilarities'),
+          keySimilarities: pointer('keySimilarities'),
+        }),
+        weights: pointer('weights'),
+        map: pointer('map'),
+        lines: pointer('lines'),
       }),
-      weights: pointer('weights'),
-      map: pointer('map'),
-      lines: pointer('lines'),
-    }),
-    ...inOrder(CHOOSE_INTEGERS, {
-      count: u32(lines),
-      rowBlocks: u32(queries.blocks),
-      keyBlocks: u32(keys.blocks),
-      heads: u32(queries.heads),
-      headsPerKeyHead: u32(queries.heads / Math.max(1, keys.heads)),
-      blockRows: u32(queries.blockRows),
-      blockKeys: u32(keys.blockRows),
-      sinkBlocks: u32(Math.min(sinkBlocks, keys.blocks)),
-    }),
-    ...inOrder(CHOOSE_FLOATS, {
-      scale: f32(problem.smScale * LOG2_E),
-      wanted: f32(topK ?? mass),
-      similarity: f32(similarity),
-    }),
-    ...bandArguments(problem.band),
-  ]);
+      ...inOrder(CHOOSE_INTEGERS, {
+        count: u32(lines),
+        rowBlocks: u32(queries.blocks),
+        keyBlocks: u32(keys.blocks),
+        heads: u32(queries.heads),
+        headsPerKeyHead: u32(queries.heads / Math.max(1, keys.heads)),
+        blockRows: u32(queries.blockRows),
+        blockKeys: u32(keys.blockRows),
+        sinkBlocks: u32(Math.min(sinkBlocks, keys.blocks)),
+      }),
+      ...inOrder(CHOOSE_FLOATS, {
+        scale: f32(problem.smScale * LOG2_E),
+        wanted: f32(topK ?? mass),
+        similarity: f32(similarity),
+      }),
+      ...bandArguments(problem.band),
+    ],
+  );
 }
 
 /** Buffers `q` and `k` in, `map` and `lines` of `blockMapOutputs` out. */

@@ -52,7 +52,7 @@ export function combineLaunches(context: Context, splits: number): KernelLaunch[
   return [
     launch(
       'combine splits',
-      moduleOf(combine, combineConfig),
+      moduleOf('combine', combine, combineConfig),
       'combine',
       rowBlocks * queryHeads * batch,
       COMBINE_ROWS * 32,

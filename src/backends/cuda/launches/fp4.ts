@@ -42,7 +42,7 @@ export function fp4KeyLaunch(context: Context): KernelLaunch {
     smoothQ: false,
     hiddenKeys,
   };
-  const module = moduleOf(quantizeFp4Tokens, config);
+  const module = moduleOf('quantizeFp4Tokens', quantizeFp4Tokens, config);
   const blocks = layout.keyTiles * kvHeads * batch;
   const { sharedBytes } = module.kernel();
   return launch('quantize K', module, 'quantizeFp4Key', blocks, fp4TokensThreads(config), sharedBytes, [
@@ -82,7 +82,7 @@ export function fp4ValueLaunch(context: Context): KernelLaunch {
     smoothV: choice.smoothV,
     hiddenKeys,
   };
-  const module = moduleOf(quantizeFp4Value, config);
+  const module = moduleOf('quantizeFp4Value', quantizeFp4Value, config);
   const blocks = layout.keyTiles * kvHeads * batch;
   const { sharedBytes } = module.kernel();
   return launch('quantize V', module, 'quantizeFp4Value', blocks, FP4_VALUE_THREADS, sharedBytes, [
@@ -125,7 +125,7 @@ export function fp4QueryLaunch(context: Context): KernelLaunch {
     smoothQ: choice.smoothQ !== false,
     hiddenKeys: 'none',
   };
-  const module = moduleOf(quantizeFp4Tokens, config);
+  const module = moduleOf('quantizeFp4Tokens', quantizeFp4Tokens, config);
   const blocks = layout.queryTiles * queryHeads * batch;
   const { sharedBytes } = module.kernel();
   return launch('quantize Q', module, 'quantizeFp4Query', blocks, fp4TokensThreads(config), sharedBytes, [

@@ -38,7 +38,7 @@ export function planMerge(problem: MergeProblem, target: Target): LaunchSequence
   const [outputBatch, outputHead, outputToken] = strides.map((stride) => u64(stride * BYTES[dtype]));
   const merged = launch(
     'merge parts',
-    moduleOf(merge, config),
+    moduleOf('merge', merge, config),
     'merge',
     rowBlocks * heads * batch,
     MERGE_ROWS * 32,
@@ -67,7 +67,7 @@ export function planSum(problem: SumProblem, target: Target): LaunchSequence {
   const rowBlocks = Math.ceil(rows / MERGE_ROWS);
   const grid = rowBlocks * heads * batch;
   const [outputBatch, outputHead, outputToken] = strides.map((stride) => u64(stride * BYTES[dtype]));
-  const added = launch('sum parts', moduleOf(sum, config), 'sum', grid, MERGE_ROWS * 32, 0, [
+  const added = launch('sum parts', moduleOf('sum', sum, config), 'sum', grid, MERGE_ROWS * 32, 0, [
     ...parts.flatMap(({ start, rows: ofPart }, i) => [pointer(mergePart(i).output), u32(start), u32(ofPart)]),
     ...inOrder(SUM_POINTERS, { output: pointer('output') }),
     ...inOrder(MERGE_INTEGERS, { heads: u32(heads), rowBlocks: u32(rowBlocks), rows: u32(rows) }),

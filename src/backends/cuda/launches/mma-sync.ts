@@ -78,7 +78,7 @@ function meanScoresLaunch(context: Context): KernelLaunch {
     keyMean: choice.smoothK,
     hiddenKeys,
   };
-  const module = moduleOf(meanScores, config);
+  const module = moduleOf('meanScores', meanScores, config);
   return launch(
     'scores of the means of Q',
     module,
@@ -212,7 +212,7 @@ const quantizedPointers = (scheme: Scheme) => ({
 function attentionLaunch(context: Context, { config, queryTiles, blocks, splits, tiles }: ReturnType<typeof shapeOf>) {
   const { problem, choice, layout, scheme } = context;
   const { queryHeads, kvHeads } = problem;
-  const module = moduleOf(attention, config);
+  const module = moduleOf('attention', attention, config);
   const { mask, strides } = maskArgumentsOf(problem);
   const given = isExact(scheme) ? givenArguments(context) : undefined;
   // The sign of smScale is in the codes of Q, where there are such.

@@ -110,7 +110,7 @@ export function statisticsLaunches(context: Context, valueScales: boolean): read
   };
   const operands = [config.key, config.value].filter((of) => of !== undefined);
   if (operands.length === 0) return [];
-  const module = moduleOf(channelStatistics, config);
+  const module = moduleOf('channelStatistics', channelStatistics, config);
   const blocks = operands.length * batch * kvHeads;
   return [
     launch('statistics', module, 'channelStatistics', blocks, CHANNEL_STATISTICS_THREADS, module.kernel().sharedBytes, [
@@ -160,7 +160,7 @@ export function quantizeKeyLaunch(context: Context): KernelLaunch {
     smoothQ: false,
     hiddenKeys,
   };
-  const module = moduleOf(quantizeTokens, config);
+  const module = moduleOf('quantizeTokens', quantizeTokens, config);
   return launch(
     'quantize K',
     module,
@@ -225,15 +225,15 @@ export function valueLaunches(context: Context): KernelLaunch[] {
   ];
   const valueTiles = (layout.keyTiles * BLOCK_K) / VALUE_BLOCK;
   if (scheme.pvFormat === 'f16') {
-    const module = moduleOf(convertValue, valueConfig);
+    const module = moduleOf('convertValue', convertValue, valueConfig);
     const blocks = valueTiles * kvHeads * batch;
     return [
       launch('convert V', module, 'convertValue', blocks, valueThreads(valueConfig), 0, valueArguments(valueTiles)),
     ];
   }
-  const maximumModule = moduleOf(valueMaximum, valueConfig);
+  const maximumModule = moduleOf('valueMaximum', valueMaximum, valueConfig);
   const quantizeConfig = { ...valueConfig, vMax: scheme.vMax, sharesRange: scheme.sharesRange };
-  const quantizeModule = moduleOf(quantizeValue, quantizeConfig);
+  const quantizeModule = moduleOf('quantizeValue', quantizeValue, quantizeConfig);
   return [
     launch(
       'maxima of V',
@@ -277,7 +277,7 @@ export function quantizeQueryLaunch({ problem, choice, device, layout, scheme }:
     smoothQ: choice.smoothQ !== false,
     hiddenKeys: 'none',
   };
-  const queryModule = moduleOf(quantizeTokens, queryConfig);
+  const queryModule = moduleOf('quantizeTokens', quantizeTokens, queryConfig);
   return launch(
     'quantize Q',
     queryModule,

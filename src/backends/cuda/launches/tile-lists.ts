@@ -70,7 +70,7 @@ export function tileListLaunches(context: Context, tiles: ListedTiles): KernelLa
   const { count } = listsOf(context, tiles);
   const blocks = Math.ceil(count / TILE_LISTS_WARPS);
   return [
-    launch('list tiles', moduleOf(tileLists, config), 'tileLists', blocks, TILE_LISTS_WARPS * 32, 0, [
+    launch('list tiles', moduleOf('tileLists', tileLists, config), 'tileLists', blocks, TILE_LISTS_WARPS * 32, 0, [
       ...inOrder(TILE_LISTS_POINTERS, { sequences: pointer('sequences') }),
       ...inOrder(TILE_LISTS_INTEGERS, { queryTiles: u32(queryTiles), lists: u32(count) }),
       ...bandArguments(problem.band),

@@ -53,7 +53,7 @@ export function visibleKeysLaunches(context: Context): KernelLaunch[] {
   const integers = { maskHeads: u32(extent.heads), maskRows: u32(extent.rows) };
   const launches: KernelLaunch[] = [];
   if (additive) {
-    const module = moduleOf(maskRowLimits, { target, mask });
+    const module = moduleOf('maskRowLimits', maskRowLimits, { target, mask });
     const blocks = extent.rows * extent.heads * batch;
     launches.push(
       launch('limits of the mask', module, 'maskRowLimits', blocks, ROW_LIMITS_THREADS, module.kernel().sharedBytes, [
@@ -64,7 +64,7 @@ export function visibleKeysLaunches(context: Context): KernelLaunch[] {
     );
   }
   const config: VisibleKeysConfig = { target, mask, hidden: hiddenKeys, warps: extent.rows === 1 ? 1 : 16 };
-  const module = moduleOf(maskVisibleKeys, config);
+  const module = moduleOf('maskVisibleKeys', maskVisibleKeys, config);
   const heads = extent.heads === 1 ? 1 : kvHeads;
   // A word holds 32 keys, so a tile has two.
   const words = 2 * layout.keyTiles;

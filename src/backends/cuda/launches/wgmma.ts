@@ -277,7 +277,7 @@ function keyValueLaunch(context: Context): KernelLaunch {
     smoothV: choice.smoothV,
     hiddenKeys,
   };
-  const module = moduleOf(quantizeKeyValue, config);
+  const module = moduleOf('quantizeKeyValue', quantizeKeyValue, config);
   const tiles = Math.ceil((layout.keyTiles * BLOCK_K) / KEY_VALUE_TILE);
   return launch(
     'quantize K and V',
@@ -331,7 +331,7 @@ function attentionLaunch(context: Context, shape: Shape): KernelLaunch {
   const { problem, choice, device, layout, scheme } = context;
   const { config, tuning, queryTiles, units, splits } = shape;
   const { queryHeads, kvHeads, dtype, q } = problem;
-  const module = moduleOf(wgmmaAttention, config);
+  const module = moduleOf('wgmmaAttention', wgmmaAttention, config);
   const { sharedBytes, threads } = module.kernel();
   if (sharedBytes > TARGET_FEATURES.sm_90a.sharedBytesPerBlock) {
     throw new RangeError(`${sharedBytes} bytes of shared memory for one CTA`);

@@ -145,6 +145,7 @@ export class FakeCuda {
       library: 'fake',
       has: (name) => this.#pools || !name.startsWith('cuMemPool'),
       addressOf: (buffer) => this.#host.addressOf(buffer),
+      bytesAt: (address, byteLength) => this.#host.bytes(address, byteLength).slice(),
       textAt: (address) => this.#host.textAt(address),
     };
   }

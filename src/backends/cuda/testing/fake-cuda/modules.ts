@@ -40,6 +40,9 @@ interface Entry {
   sharedLimit: number;
 }
 
+/** What machine code begins with: the compute capability that it is for follows, and the PTX that it was made of. */
+const MACHINE_CODE = '\x7fELF of sm_';
+
 const DEFAULT_SHARED_LIMIT = 48 * 1024;
 const SCALAR_BYTES: Readonly<Record<string, number>> = { 8: 1, 16: 2, 32: 4, 64: 8 };
 
@@ -67,6 +70,7 @@ type ModuleFunction =
   | Extract<keyof DriverFunctions, `cuModule${string}`>
   | Extract<keyof DriverFunctions, `cuFunc${string}`>
   | Extract<keyof DriverFunctions, `cuLaunch${string}`>
+  | Extract<keyof DriverFunctions, `cuLink${string}`>
   | 'cuTensorMapEncodeTiled';
 
 export class FakeModules {
@@ -81,6 +85,8 @@ export class FakeModules {
   readonly #modules = new Map<bigint, Entry[]>();
   readonly #functions = new Map<bigint, Entry>();
   readonly #tensorMaps: FakeTensorMap[] = [];
+  /** Links under way: the PTX that was added, and the machine code, which goes with the link. */
+  readonly #links = new Map<bigint, { ptx: string; code?: Uint8Array<ArrayBuffer> }>();
 
   constructor(
     execute: (launch: FakeLaunch) => void,
@@ -96,8 +102,9 @@ export class FakeModules {
     this.#memory = memory;
   }
 
+  /** Modules and links. */
   get live(): number {
-    return this.#modules.size;
+    return this.#modules.size + this.#links.size;
   }
 
   /** The next run of a kernel ends in a fault of the device. */
@@ -149,8 +156,41 @@ export class FakeModules {
   }
 
   readonly functions: Pick<DriverFunctions, ModuleFunction> = {
+    cuLinkCreate: (count, options, _values, state) => {
+      this.#host.view(options, 4 * count);
+      const handle = this.#contexts.newHandle();
+      this.#links.set(handle, { ptx: '' });
+      this.#host.write64(state, handle);
+      return 0;
+    },
+    cuLinkAddData: (state, kind, data, bytes) => {
+      const link = this.#links.get(BigInt(state));
+      if (link === undefined) return 400;
+      if (kind !== 1) return 1;
+      link.ptx = new TextDecoder().decode(this.#host.bytes(data, Number(bytes)).subarray(0, -1));
+      return parseEntries(link.ptx).length === 0 ? 218 : 0;
+    },
+    cuLinkComplete: (state, address, size) => {
+      const link = this.#links.get(BigInt(state));
+      if (link === undefined) return 400;
+      link.code = new TextEncoder().encode(
+        `${MACHINE_CODE}${this.#contexts.capability(this.#contexts.currentDevice)}\n${link.ptx}\0`,
+      );
+      this.#host.write64(address, this.#host.addressOf(link.code.buffer));
+      this.#host.write64(size, BigInt(link.code.length));
+      return 0;
+    },
+    cuLinkDestroy: (state) => {
+      const link = this.#links.get(BigInt(state));
+      link?.code?.fill(0);
+      return this.#links.delete(BigInt(state)) ? 0 : 400;
+    },
     cuModuleLoadDataEx: (module, image, count, options, values) => {
-      const ptx = new TextDecoder().decode((image as Uint8Array).subarray(0, -1));
+      const text = new TextDecoder().decode((image as Uint8Array).subarray(0, -1));
+      const [, capability, made] = text.match(/^.ELF of sm_(\d+)\n([\s\S]*)$/) ?? [];
+      if (made !== undefined && Number(capability) !== this.#contexts.capability(this.#contexts.currentDevice))
+        return 209;
+      const ptx = made ?? text;
       const codes = this.#host.view(options, 4 * count);
       const logs = this.#host.view(values, 8 * count);
       const log = (option: number, sizeOption: number, text: string) => {
