@@ -39,17 +39,52 @@ function keyOf(problem: string, choice: KernelChoice): string {
 }
 
 /** The options that decide a {@link KernelChoice}. */
-function askedFor(problem: string, options: AttentionOptions): string {
-  const { kernel, qkQuantGran, pvAccumDtype, scaleSearch, smoothK, smoothV, smoothQ } = options;
-  return `${kernel},${qkQuantGran},${pvAccumDtype},${scaleSearch},${smoothK},${smoothV},${smoothQ},${problem}`;
+const CHOICE_OPTIONS = [
+  'kernel',
+  'qkQuantGran',
+  'pvAccumDtype',
+  'scaleSearch',
+  'smoothK',
+  'smoothV',
+  'smoothQ',
+] as const satisfies readonly (keyof AttentionOptions)[];
+
+const askedFor = (problem: string, options: AttentionOptions): string =>
+  `${CHOICE_OPTIONS.map((name) => options[name])},${problem}`;
+
+/** Whether two values of one type hold the same, as {@link textOf} tells it, without making a text. */
+function holdsSame(a: unknown, b: unknown): boolean {
+  if (typeof a !== 'object' || a === null || typeof b !== 'object' || b === null) return a === b;
+  let names = 0;
+  for (const name in a) {
+    names++;
+    if (!holdsSame((a as Record<string, unknown>)[name], (b as Record<string, unknown>)[name])) return false;
+  }
+  for (const _ in b) names--;
+  return names === 0;
 }
 
+/** A call, and what it came to. */
+interface Recent {
+  readonly problem: AttentionProblem;
+  /** Of {@link CHOICE_OPTIONS}. */
+  readonly options: readonly unknown[];
+  readonly asked: string;
+  readonly choice: KernelChoice;
+  readonly key: string;
+}
+
+/** Calls that are recognized by their numbers: making texts of them takes longer than a call over few tokens. */
+const MOST_RECENT = 4;
+
 interface Cache {
-  readonly plans: Map<string, Entry<Plan>>;
-  readonly backward: Map<string, Entry<BackwardPlan>>;
-  readonly blockMaps: Map<string, Entry<BlockMapPlan>>;
+  readonly plans: MapByUse<Entry<Plan>>;
+  readonly backward: MapByUse<Entry<BackwardPlan>>;
+  readonly blockMaps: MapByUse<Entry<BlockMapPlan>>;
   /** What a problem and options came to, so that a backend is asked for its default kernel once. */
-  readonly choices: Map<string, KernelChoice>;
+  readonly choices: MapByUse<KernelChoice>;
+  /** The last calls' choices and keys, the last one first. */
+  readonly recent: Recent[];
 }
 
 const caches = new WeakMap<Backend, Cache>();
@@ -64,23 +99,37 @@ function release(entry: Entry<Kept>): void {
   }
 }
 
-function evict<P extends Kept>(plans: Map<string, Entry<P>>, key: string): void {
+function evict<P extends Kept>(plans: MapByUse<Entry<P>>, key: string): void {
   const entry = plans.get(key) as Entry<P>;
   plans.delete(key);
   entry.evicted = true;
   release(entry);
 }
 
-function remember<V>(map: Map<string, V>, key: string, value: V): void {
-  // A Map iterates in order of insertion: reinserting makes the first key the one used longest ago.
-  map.delete(key);
-  map.set(key, value);
+/** A map whose first key is the one used longest ago. */
+class MapByUse<V> extends Map<string, V> {
+  #last: string | undefined;
+
+  use(key: string, value: V): void {
+    // What was used last already is at the end; putting it there again makes garbage in every call.
+    if (this.#last === key && this.get(key) === value) return;
+    // A Map iterates in order of insertion.
+    this.delete(key);
+    this.set(key, value);
+    this.#last = key;
+  }
 }
 
 function cacheOf(backend: Backend): Cache {
   let cache = caches.get(backend);
   if (cache === undefined) {
-    cache = { plans: new Map(), backward: new Map(), blockMaps: new Map(), choices: new Map() };
+    cache = {
+      plans: new MapByUse(),
+      backward: new MapByUse(),
+      blockMaps: new MapByUse(),
+      choices: new MapByUse(),
+      recent: [],
+    };
     caches.set(backend, cache);
   }
   return cache;
@@ -88,7 +137,7 @@ function cacheOf(backend: Backend): Cache {
 
 /** Runs `use` with the plan of a key, which `make` makes where it is not kept. A plan in use is never disposed. */
 async function withKept<P extends Kept, R>(
-  plans: Map<string, Entry<P>>,
+  plans: MapByUse<Entry<P>>,
   key: string,
   make: () => Promise<P>,
   use: (plan: P) => Promise<R>,
@@ -107,7 +156,7 @@ async function withKept<P extends Kept, R>(
     // The cache itself is a user, until the entry is evicted.
     entry = { plan: make(), made: undefined, users: 1, evicted: false };
   }
-  remember(plans, key, entry);
+  plans.use(key, entry);
   entry.users++;
   if (plans.size > CAPACITY) {
     evict(plans, plans.keys().next().value as string);
@@ -137,23 +186,41 @@ export async function withCachedPlan<R>(
   use: (plan: Plan) => Promise<R>,
   wait: () => void = () => undefined,
 ): Promise<R> {
-  const { plans, choices } = cacheOf(backend);
-  const text = textOf(problem);
-  const asked = askedFor(text, options);
-  let choice = choices.get(asked);
-  if (choice === undefined) {
-    wait();
-    choice = await chooseKernel(backend, problem, options);
+  const cache = cacheOf(backend);
+  const { plans, choices } = cache;
+  let call = recentCall(cache, problem, options);
+  if (call === undefined) {
+    const text = textOf(problem);
+    const asked = askedFor(text, options);
+    let choice = choices.get(asked);
+    if (choice === undefined) {
+      wait();
+      choice = await chooseKernel(backend, problem, options);
+    }
+    const settled = CHOICE_OPTIONS.map((name) => options[name]);
+    call = { problem, options: settled, asked, choice, key: keyOf(text, choice) };
+    cache.recent.unshift(call);
+    cache.recent.length = Math.min(cache.recent.length, MOST_RECENT);
   }
-  remember(choices, asked, choice);
+  const { asked, choice, key } = call;
+  choices.use(asked, choice);
   if (choices.size > CAPACITY) choices.delete(choices.keys().next().value as string);
-  const settled = choice;
   try {
-    return await withKept(plans, keyOf(text, settled), () => backend.plan(problem, settled), use, wait);
+    return await withKept(plans, key, () => backend.plan(problem, choice), use, wait);
   } catch (error) {
     choices.delete(asked);
+    cache.recent.length = 0;
     throw error;
   }
+}
+
+/** One of the last calls that was like this one, which it becomes the last of. */
+function recentCall({ recent }: Cache, problem: AttentionProblem, options: AttentionOptions): Recent | undefined {
+  const index = recent.findIndex(
+    (call) => CHOICE_OPTIONS.every((name, i) => call.options[i] === options[name]) && holdsSame(call.problem, problem),
+  );
+  if (index > 0) recent.unshift(...recent.splice(index, 1));
+  return index < 0 ? undefined : recent[0];
 }
 
 /** {@link withCachedPlan} for choosing the blocks of a problem. */

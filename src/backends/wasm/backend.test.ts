@@ -1,5 +1,10 @@
 import { spawn } from 'node:child_process';
+import { mkdtempSync, rmSync } from 'node:fs';
+import { tmpdir } from 'node:os';
+import { join } from 'node:path';
+import { fileURLToPath } from 'node:url';
 import type { Worker } from 'node:worker_threads';
+import { build } from 'esbuild';
 import { afterEach, describe, expect, test } from 'vitest';
 import { Random, runSeed } from '../../../test/support/random.ts';
 import type { AttentionOptions } from '../../attention/options.ts';
@@ -366,6 +371,43 @@ test('an idle backend does not keep the process, a running call does', async () 
   });
   const status = await new Promise((resolve) => child.on('exit', resolve));
   expect(printed).toContain('sum 51');
+  expect(status).toBe(0);
+}, 60_000);
+
+test("Node's permission model, which forbids workers: this thread computes, and says why", async () => {
+  const folder = mkdtempSync(join(tmpdir(), 'sageattention-'));
+  const program = join(folder, 'program.mjs');
+  const code = `
+    import { listBackends, sageattn, tensor } from './src/index.ts';
+    const x = tensor(new Float32Array(300 * 64).fill(1), [1, 1, 300, 64]);
+    const { data } = await sageattn(x, x, x, { backend: 'wasm' });
+    const [{ availability }] = await listBackends(['wasm']);
+    console.log('mean', Math.round(data.reduce((a, b) => a + b, 0) / data.length), availability.details.threads);
+  `;
+  await build({
+    stdin: { contents: code, resolveDir: fileURLToPath(new URL('../../..', import.meta.url)), loader: 'ts' },
+    ...{
+      outfile: program,
+      bundle: true,
+      format: 'esm',
+      platform: 'node',
+      target: 'node20',
+      external: ['koffi', 'webgpu'],
+    },
+  });
+  const [major] = process.versions.node.split('.').map(Number) as [number];
+  const flag = major < 24 ? '--experimental-permission' : '--permission';
+  const child = spawn(process.execPath, [flag, '--allow-fs-read=*', program]);
+  let printed = '';
+  child.stdout.on('data', (chunk) => {
+    printed += chunk;
+  });
+  child.stderr.on('data', (chunk) => {
+    printed += chunk;
+  });
+  const status = await new Promise((resolve) => child.on('exit', resolve));
+  rmSync(folder, { recursive: true });
+  expect(printed).toMatch(/mean 1 this thread, in turns of .* workers cannot be started/);
   expect(status).toBe(0);
 }, 60_000);
 

@@ -23,7 +23,7 @@ import type {
 import { unavailable } from '../load-code.ts';
 import { backwardCall } from './backward.ts';
 import { chooseBlockMap } from './block-map.ts';
-import { headsAtOnce, runByHeads } from './by-heads.ts';
+import { HeadsAtOnce, runByHeads } from './by-heads.ts';
 import { arithmeticOf, WholeCalls, workOf } from './calls.ts';
 import { CallerExecutor, createWorkers, type ExecutorKind, SHORT_WORK } from './executor.ts';
 import type { Simd } from './geometry.ts';
@@ -180,6 +180,7 @@ class WasmBackendImplementation implements WasmBackend {
     const { simd, executor } = await slot.current();
     const arithmetic = arithmeticOf(kernel);
     const calls = new WholeCalls(problem, arithmetic, simd);
+    const fitting = new HeadsAtOnce(problem, arithmetic, simd);
     debugPlan(() => ({
       backend: 'wasm',
       kernel: kernel.descriptor.name,
@@ -191,8 +192,8 @@ class WasmBackendImplementation implements WasmBackend {
       kernel,
       outputs: attentionOutputs(problem),
       run: (inputs, context) =>
-        run(slot, inputs, async (runtime, own) => {
-          const heads = headsAtOnce(problem, arithmetic, runtime.simd, runtime.executor.memory);
+        run(slot, inputs, (runtime, own) => {
+          const heads = fitting.in(runtime.executor.memory);
           return heads < problem.kvHeads
             ? runByHeads(runtime, problem, arithmetic, own, context, heads)
             : runtime.run(context, calls.parts(runtime, own, context.out));

@@ -6,7 +6,7 @@ import { createProblem, createVarlenProblem } from '../../attention/problem.ts';
 import { toFloat32 } from '../../tensor/access.ts';
 import { type Tensor, tensor, transpose } from '../../tensor/tensor.ts';
 import { chooseOptions, sideOf } from '../choice.ts';
-import { headsAtOnce, runByHeads } from './by-heads.ts';
+import { HeadsAtOnce, runByHeads } from './by-heads.ts';
 import { type Arithmetic, arithmeticOf, WholeCalls } from './calls.ts';
 import { CallerExecutor } from './executor.ts';
 import { INTEGER_KERNEL } from './kernel-table.ts';
@@ -95,8 +95,7 @@ it(`packed sequences in views of a packed QKV tensor give what copies of them gi
 it('as many heads as fit, and all where not even one does', () => {
   const keys = draw(2, 3, 700, 24);
   const problem = createProblem(q, keys, keys, {});
-  const found = Array.from({ length: 60 }, (_, i) =>
-    headsAtOnce(problem, arithmetic, runtime.simd, new MemoryPool(0, i, () => {})),
-  );
+  const heads = new HeadsAtOnce(problem, arithmetic, runtime.simd);
+  const found = Array.from({ length: 60 }, (_, i) => heads.in(new MemoryPool(0, i, () => {})));
   expect(found.join('')).toMatch(/^3+1+2+3+$/);
 });

@@ -62,19 +62,36 @@ function ofHeads(problem: AttentionProblem, first: number, end: number): Attenti
   };
 }
 
-/**
- * Heads of k and v that fit at a time: all of them if they do, or if not even one does and the call is to say so.
- *
- * @param memory as it is now: caches stay in it
- */
-export function headsAtOnce(problem: AttentionProblem, arithmetic: Arithmetic, simd: Simd, memory: MemoryPool): number {
-  const free = (memory.limitBytes - memory.usedBytes) * USABLE;
-  const { kvHeads } = problem;
-  for (let parts = 1; parts <= kvHeads; parts++) {
-    const heads = Math.ceil(kvHeads / parts);
-    if (bytesOf(ofHeads(problem, 0, heads), arithmetic, simd) <= free) return heads;
+/** Which part of a problem's heads fit into the memory. */
+export class HeadsAtOnce {
+  readonly #problem: AttentionProblem;
+  readonly #arithmetic: Arithmetic;
+  readonly #simd: Simd;
+  /** Bytes that all heads take, which every call asks for. */
+  readonly #all: number;
+
+  constructor(problem: AttentionProblem, arithmetic: Arithmetic, simd: Simd) {
+    this.#problem = problem;
+    this.#arithmetic = arithmetic;
+    this.#simd = simd;
+    this.#all = bytesOf(problem, arithmetic, simd);
   }
-  return kvHeads;
+
+  /**
+   * Heads of k and v that fit at a time: all of them if they do, or if not even one does and the call is to say so.
+   *
+   * @param memory as it is now: caches stay in it
+   */
+  in(memory: MemoryPool): number {
+    const free = (memory.limitBytes - memory.usedBytes) * USABLE;
+    const { kvHeads } = this.#problem;
+    if (this.#all <= free) return kvHeads;
+    for (let parts = 2; parts <= kvHeads; parts++) {
+      const heads = Math.ceil(kvHeads / parts);
+      if (bytesOf(ofHeads(this.#problem, 0, heads), this.#arithmetic, this.#simd) <= free) return heads;
+    }
+    return kvHeads;
+  }
 }
 
 /** Copies a part's heads to their places: `outer` runs of both, of `run` and `whole` elements. */

@@ -311,7 +311,7 @@ export class WholeCalls {
   readonly #work: number;
   #planned: PlannedCall | undefined;
   /** Records of the last call, for the next one whose data lies in the same places. */
-  #records: { readonly key: string; readonly bytes: readonly Uint8Array[] } | undefined;
+  #records: { readonly places: readonly number[]; readonly bytes: readonly Uint8Array[] } | undefined;
 
   constructor(problem: AttentionProblem, arithmetic: Arithmetic, simd: Simd) {
     this.#problem = problem;
@@ -360,12 +360,14 @@ export class WholeCalls {
   }
 
   #write({ settings, sequences, stages }: PlannedCall, addresses: Addresses, jobs: number[]): readonly Uint8Array[] {
-    const key = `${Object.values(addresses)},${jobs}`;
-    if (this.#records?.key !== key) {
+    const places = [...jobs];
+    for (const name in addresses) places.push(addresses[name as keyof Addresses]);
+    const before = this.#records?.places;
+    if (this.#records === undefined || places.some((place, i) => place !== before?.[i])) {
       const bytes = stages.map(({ units }, i) =>
         writeRecords(jobs[i] as number, settings, addresses, sequences, units),
       );
-      this.#records = { key, bytes };
+      this.#records = { places, bytes };
     }
     return this.#records.bytes;
   }

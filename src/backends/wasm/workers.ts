@@ -86,14 +86,18 @@ function startWebWorker(workerUrl: string | URL | undefined): WorkerHandle {
 /** How workers are started here. */
 export interface WorkerFactory {
   start(): WorkerHandle;
-  /** Whether a page's policy may forbid them, which only the first one tells. */
+  /** Whether a policy, a page's or of Node's permission model, may forbid them, which only the first one tells. */
   readonly mayBeForbidden: boolean;
 }
+
+/** Whether Node was started with its permission model. */
+const hasPermissions = (): boolean =>
+  (globalThis as { process?: { permission?: unknown } }).process?.permission !== undefined;
 
 /** Starts workers, or undefined where there are none. */
 export function workerFactory(workerUrl?: string | URL): WorkerFactory | undefined {
   const node = nodeModule<NodeWorkers>('node:worker_threads');
-  if (node !== undefined) return { start: () => startNodeWorker(node), mayBeForbidden: false };
+  if (node !== undefined) return { start: () => startNodeWorker(node), mayBeForbidden: hasPermissions() };
   if (typeof Worker !== 'function' || typeof Blob !== 'function') return undefined;
   return { start: () => startWebWorker(workerUrl), mayBeForbidden: true };
 }
