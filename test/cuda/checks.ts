@@ -8,6 +8,7 @@ import { createProblem } from '../../src/attention/problem.ts';
 import {
   type CudaDevice,
   type CudaTensor,
+  capture,
   captureAttention,
   cudaTensorFromPointer,
   cudaTensorOn,
@@ -108,6 +109,46 @@ async function sameEveryTime(target: Target, device: CudaDevice, sizes: CheckSiz
     checkSameBits(captured.lse as CudaTensor, lse, 'LSE of a replay');
   }
   dispose(q, k, v, first.output, first.lse, elsewhere.output, elsewhere.lse);
+}
+
+/**
+ * Two calls and a copy of the caller's own between them, in one graph: over inputs that changed since, and over other
+ * buffers, each replay gives the bits of the calls.
+ */
+async function capturedCallsEqualCalls(target: Target, device: CudaDevice, sizes: CheckSizes, seed: number) {
+  const random = new Random(seed);
+  const [first, second, third] = [0, 1, 2].map(() => operands(random, device, sizes)) as [Operands, Operands, Operands];
+  const options = optionsOf(target);
+  const copy = (from: CudaTensor, to: CudaTensor, stream: bigint) => {
+    const bytes = from.memory.byteLength;
+    device.call('cuMemcpyDtoDAsync', 'copying', to.memory.pointer, from.memory.pointer, bytes, stream);
+  };
+  const middle = emptyCudaTensor(device, first.q.shape, first.q.dtype);
+  const run = async ({ q, k, v }: Operands, stream: bigint) => {
+    using attended = await sageattn(q, k, v, options);
+    copy(attended, middle, stream);
+    return sageattn(middle, k, v, options);
+  };
+  const bitsOf = async (inputs: Operands) => {
+    using output = await run(inputs, device.stream.handle);
+    return expectedBits(output);
+  };
+  const expected = [await bitsOf(first), await bitsOf(second), await bitsOf(third)] as const;
+  using stream = device.createStream();
+  using graph = await capture(stream, () => run(first, stream.handle));
+  const replay = (should: Uint8Array, what: string) => {
+    const { pointer, byteLength } = graph.result.memory;
+    device.call('cuMemsetD8Async', 'poisoning', pointer, 0xff, byteLength, device.stream.handle);
+    graph.launch();
+    checkSameBits(graph.result, should, what);
+  };
+  replay(expected[0], 'a replay of two calls');
+  for (const name of ['q', 'k', 'v'] as const) copy(second[name], first[name], device.stream.handle);
+  replay(expected[1], 'a replay over inputs that changed');
+  for (const name of ['q', 'k', 'v'] as const) graph.replace(first[name], third[name]);
+  replay(expected[2], 'a replay over other buffers');
+  for (const { q, k, v } of [first, second, third]) dispose(q, k, v);
+  dispose(middle);
 }
 
 /** How much less accurate than aligned operands unaligned ones may be. */
@@ -296,6 +337,13 @@ export function kernelChecks(
       name: 'the same bits every time, on any stream, and from a captured graph',
       run: async () => {
         await sameEveryTime(target, device, sizes, seed, repeats);
+        return undefined;
+      },
+    },
+    {
+      name: 'calls captured into one graph give the same bits, over changed inputs and other buffers too',
+      run: async () => {
+        await capturedCallsEqualCalls(target, device, sizes, seed);
         return undefined;
       },
     },

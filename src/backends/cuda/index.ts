@@ -9,7 +9,7 @@ export {
   type CudaBackendOptions,
   createCudaBackend,
 } from './backend.ts';
-export { type CaptureOptions, captureAttention } from './capture.ts';
+export { type CaptureOptions, capture, captureAttention } from './capture.ts';
 export type { CudaApi } from './driver/api.ts';
 export { Cuda, CudaDevice, openCuda } from './driver/device.ts';
 export { CudaGraph } from './driver/graph.ts';
@@ -21,6 +21,7 @@ export type * from './launches/launch.ts';
 export type { LaunchPlanner } from './launches/plan.ts';
 export { type CudaBackwardPlan, CudaPlan } from './plan.ts';
 export { CapturedAttention } from './run/captured.ts';
+export { CapturedCalls } from './run/captured-calls.ts';
 export {
   type CudaTensor,
   cudaTensorFromPointer,

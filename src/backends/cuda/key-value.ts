@@ -1,6 +1,7 @@
 /** Keys and values that stay on a device, quantized once and appended to. */
 import { attentionOutputs } from '../../attention/outputs.ts';
 import type { AttentionProblem } from '../../attention/problem.ts';
+import { InvalidArgumentError } from '../../errors.ts';
 import { BYTES_PER_ELEMENT } from '../../tensor/dtype.ts';
 import { type OperandLayout, type Tensor, type TensorView, transpose } from '../../tensor/tensor.ts';
 import type {
@@ -189,6 +190,15 @@ export class CudaKeyValue implements PreparedKeyValue {
     context.signal?.throwIfAborted();
     const device = this.#device;
     const given = streamOf(device, context.stream);
+    // A replay would write the same tokens at the same place.
+    if (given.capture !== undefined) {
+      throw new InvalidArgumentError(
+        'invalid-option',
+        'stream',
+        'keys appended outside of a capture',
+        'one under capture',
+      );
+    }
     // The kept buffers live on the device's own stream; a caller's stream may be destroyed before them.
     const stream = device.stream;
     if (!given.owned) given.mark();

@@ -166,6 +166,8 @@ export function startUpload(source: Tensor, device: CudaDevice, stream: CudaStre
   }
   validateView('source', source);
   validateData('source', source);
+  // A graph would read the source again at each launch.
+  stream.requireRunning();
   const { bytes: reached, firstElement } = reachedBytes(source);
   const bytes = copied ? reached.slice() : reached;
   const memory = device.allocate(bytes.byteLength, stream);
@@ -246,6 +248,7 @@ export function download(source: CudaTensor, options: StreamOption = {}): Tensor
   requireCudaTensor('source', source);
   const { stream = source.memory.device.stream } = options;
   validateStorage('source', source);
+  stream.requireRunning();
   source.memory.useOn(stream);
   const { pointer, byteLength } = reachedMemory(source);
   const bytes = new Uint8Array(byteLength);
@@ -266,6 +269,7 @@ export async function downloadAsync(
   requireCudaTensor('source', source);
   const { stream = source.memory.device.stream, into } = options;
   validateStorage('source', source);
+  stream.requireRunning();
   source.memory.useOn(stream);
   const { pointer, byteLength } = reachedMemory(source);
   if (into === undefined) {

@@ -43,7 +43,11 @@ const NAMES = Object.keys(DRIVER_FUNCTIONS) as DriverFunctionName[];
 function kindOf(type: string): ParameterKind {
   if (type.includes('*')) return 'memory';
   if (/\b(size_t|cuuint64_t|CUdeviceptr|unsigned long long)\b/.test(type)) return 'u64';
-  if (/\b(CUcontext|CUstream|CUevent|CUmodule|CUfunction|CUmemoryPool|CUgraph|CUgraphExec|CUlinkState)\b/.test(type))
+  if (
+    /\b(CUcontext|CUstream|CUevent|CUmodule|CUfunction|CUmemoryPool|CUgraph|CUgraphExec|CUgraphNode|CUlinkState)\b/.test(
+      type,
+    )
+  )
     return 'u64';
   if (/\bunsigned char\b/.test(type)) return 'u8';
   if (/\b(unsigned int|cuuint32_t|CUstreamCaptureMode)\b/.test(type)) return 'u32';

@@ -35,6 +35,11 @@ export const DRIVER_FUNCTIONS = {
   cuStreamWaitEvent: { symbol: 'cuStreamWaitEvent', parameters: ['u64', 'u64', 'u32'] },
   cuStreamIsCapturing: { symbol: 'cuStreamIsCapturing', parameters: ['u64', 'memory'] },
   cuStreamBeginCapture: { symbol: 'cuStreamBeginCapture_v2', parameters: ['u64', 'u32'] },
+  cuStreamGetCaptureInfo: {
+    symbol: 'cuStreamGetCaptureInfo_v3',
+    parameters: ['u64', 'memory', 'memory', 'memory', 'memory', 'memory', 'memory'],
+    optional: true,
+  },
   cuStreamEndCapture: { symbol: 'cuStreamEndCapture', parameters: ['u64', 'memory'] },
 
   cuEventCreate: { symbol: 'cuEventCreate', parameters: ['memory', 'u32'] },
@@ -94,6 +99,11 @@ export const DRIVER_FUNCTIONS = {
 
   cuGraphInstantiate: { symbol: 'cuGraphInstantiateWithFlags', parameters: ['memory', 'u64', 'u64'] },
   cuGraphLaunch: { symbol: 'cuGraphLaunch', parameters: ['u64', 'u64'] },
+  cuGraphExecKernelNodeSetParams: {
+    symbol: 'cuGraphExecKernelNodeSetParams_v2',
+    parameters: ['u64', 'u64', 'memory'],
+    optional: true,
+  },
   cuGraphExecDestroy: { symbol: 'cuGraphExecDestroy', parameters: ['u64'] },
   cuGraphDestroy: { symbol: 'cuGraphDestroy', parameters: ['u64'] },
 } as const satisfies FunctionTable;
@@ -120,6 +130,7 @@ export const CU_DEVICE_ATTRIBUTE_MEMORY_POOLS_SUPPORTED = 115;
 
 export const CU_STREAM_NON_BLOCKING = 1;
 export const CU_STREAM_CAPTURE_MODE_THREAD_LOCAL = 1;
+export const CU_STREAM_CAPTURE_MODE_RELAXED = 2;
 export const CU_STREAM_CAPTURE_STATUS_NONE = 0;
 export const CU_EVENT_DISABLE_TIMING = 2;
 
@@ -173,6 +184,18 @@ export const STRUCTS = {
     dstPitch: 104,
     WidthInBytes: 112,
     Height: 120,
+  },
+  CUDA_KERNEL_NODE_PARAMS: {
+    size: 72,
+    func: 0,
+    gridDimX: 8,
+    gridDimY: 12,
+    gridDimZ: 16,
+    blockDimX: 20,
+    blockDimY: 24,
+    blockDimZ: 28,
+    sharedMemBytes: 32,
+    kernelParams: 40,
   },
   CUtensorMap: { size: 128 },
 } as const;

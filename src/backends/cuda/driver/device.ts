@@ -133,6 +133,14 @@ export class CudaDevice extends DeviceContext {
    */
   allocate(byteLength: number, stream: CudaStream = this.stream): DeviceMemory {
     requireStreamOn(this, 'stream', stream);
+    const { capture } = stream;
+    if (capture !== undefined) {
+      requireByteLength('byteLength', byteLength);
+      const pointer = capture.allocate(byteLength);
+      const memory = new DeviceMemory(this, pointer, byteLength, this.stream, () => capture.giveBack(pointer), capture);
+      capture.own(memory);
+      return memory;
+    }
     const pointer = this.memoryPool.allocate(byteLength, stream.handle);
     const free = pointer === 0n ? undefined : (on: CudaStream) => this.memoryPool.free(pointer, on.handle);
     return new DeviceMemory(this, pointer, byteLength, stream, free);

@@ -3,7 +3,7 @@ import { ExecutionError } from '../../../errors.ts';
 import { CU_MEMHOSTREGISTER_PORTABLE } from './api.ts';
 import type { DeviceContext } from './context.ts';
 import { requireByteLength } from './pool.ts';
-import { type CudaStream, requireStreamOn, type StreamDevice } from './stream.ts';
+import { type ActiveCapture, type CudaStream, requireStreamOn, type StreamDevice } from './stream.ts';
 
 /**
  * Memory of a device. It is freed by {@link dispose} and by nothing else: a garbage collector knows neither how much
@@ -22,6 +22,10 @@ export class DeviceMemory {
   readonly #users = new Set<CudaStream>();
   readonly #free: ((stream: CudaStream) => void) | undefined;
   #disposed = false;
+  /** Holders of the memory past its disposal. */
+  #retained = 0;
+  /** The capture that the memory was made in, as long as that goes on. */
+  #pending: ActiveCapture | undefined;
 
   /** @internal Use `CudaDevice.allocate` or `CudaDevice.memoryFromPointer`. */
   constructor(
@@ -30,12 +34,14 @@ export class DeviceMemory {
     byteLength: number,
     home: CudaStream | undefined,
     free: ((stream: CudaStream) => void) | undefined,
+    pending?: ActiveCapture,
   ) {
     this.device = device;
     this.pointer = pointer;
     this.byteLength = byteLength;
     this.home = home;
     this.#free = free;
+    this.#pending = pending;
   }
 
   get disposed(): boolean {
@@ -50,6 +56,16 @@ export class DeviceMemory {
   useOn(stream: CudaStream): void {
     if (this.#disposed) throw new ExecutionError('disposed', 'this device memory has been disposed');
     requireStreamOn(this.device, 'stream', stream);
+    if (this.#pending !== undefined && stream.capture !== this.#pending) {
+      throw new ExecutionError(
+        'execution-failed',
+        'nothing has been computed there yet: it is an output of a capture under way',
+      );
+    }
+    if (stream.capture !== undefined) {
+      if (this.#pending === undefined) stream.capture.use(this);
+      return;
+    }
     if (this.home === undefined || this.home === stream) return;
     stream.waitFor(this.home);
     this.#users.add(stream);
@@ -59,6 +75,24 @@ export class DeviceMemory {
   dispose(): void {
     if (this.#disposed) return;
     this.#disposed = true;
+    if (this.#retained === 0) this.#release();
+  }
+
+  /** @internal The capture that made it has ended. */
+  settle(): void {
+    this.#pending = undefined;
+  }
+
+  /** @internal Keeps the memory, past its disposal too, until the result is called. */
+  retain(): () => void {
+    this.#retained++;
+    return () => {
+      this.#retained--;
+      if (this.#disposed && this.#retained === 0) this.#release();
+    };
+  }
+
+  #release(): void {
     const { home, device } = this;
     const free = this.#free;
     if (home === undefined || free === undefined) return;

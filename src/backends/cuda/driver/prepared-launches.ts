@@ -190,9 +190,54 @@ export class PreparedLaunches {
    * Enqueues all launches, in order. The driver copies the arguments, so the next call may follow at once.
    *
    * @param addressOf the device address of a buffer of this run
+   * @param launched is called after each launch
    */
-  enqueue(stream: CudaStream, addressOf: (buffer: BufferName) => bigint): void {
+  enqueue(stream: CudaStream, addressOf: (buffer: BufferName) => bigint, launched?: () => void): void {
     stream.requireUsable();
+    this.#place(addressOf);
+    this.#device.inContext(() => {
+      for (const prepared of this.#launches) {
+        this.#launch(prepared, stream);
+        launched?.();
+      }
+    });
+  }
+
+  /**
+   * Gives the launches that a graph has captured other addresses, from its next replay on.
+   *
+   * @param nodes of the launches, in order
+   * @param changed buffers whose addresses are others
+   */
+  update(
+    executable: bigint,
+    nodes: readonly bigint[],
+    addressOf: (buffer: BufferName) => bigint,
+    changed: ReadonlySet<BufferName>,
+  ): void {
+    this.#place(addressOf);
+    const layout = STRUCTS.CUDA_KERNEL_NODE_PARAMS;
+    const view = new DataView(new ArrayBuffer(layout.size));
+    this.#launches.forEach(({ launch, function: kernel, parameters }, i) => {
+      const names = launch.arguments.map((argument) =>
+        argument.kind === 'pointer' ? argument.buffer : argument.kind === 'tensor-map' ? argument.map.buffer : '',
+      );
+      if (!names.some((name) => changed.has(name))) return;
+      const { grid, block, sharedBytes, name } = launch;
+      view.setBigUint64(layout.func, kernel.handle, true);
+      const fields = ['gridDimX', 'gridDimY', 'gridDimZ', 'blockDimX', 'blockDimY', 'blockDimZ'] as const;
+      fields.forEach((field, at) => {
+        view.setUint32(layout[field], [...grid, ...block][at] as number, true);
+      });
+      view.setUint32(layout.sharedMemBytes, sharedBytes, true);
+      view.setBigUint64(layout.kernelParams, parameters, true);
+      const what = `giving kernel '${name}' of a graph other buffers`;
+      this.#device.call('cuGraphExecKernelNodeSetParams', what, executable, nodes[i] as bigint, view);
+    });
+  }
+
+  /** Writes the addresses of a run. */
+  #place(addressOf: (buffer: BufferName) => bigint): void {
     const words = this.#words;
     for (const { buffer, byteOffset, word } of this.#pointers) words[word] = addressOf(buffer) + byteOffset;
     for (const map of this.#maps) {
@@ -201,9 +246,6 @@ export class PreparedLaunches {
       map.encoder.encode(map.address, tensor);
       map.tensor = tensor;
     }
-    this.#device.inContext(() => {
-      for (const prepared of this.#launches) this.#launch(prepared, stream);
-    });
   }
 
   #launch({ launch, function: kernel, parameters, config }: Prepared, stream: CudaStream): void {

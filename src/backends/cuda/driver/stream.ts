@@ -33,6 +33,52 @@ export interface StreamDevice extends DeviceContext {
   forgetStream(stream: CudaStream): void;
 }
 
+/** The capture that a stream is in: what would otherwise be done with the stream is noted for the graph. */
+export interface ActiveCapture {
+  /** Bytes at an address that is the graph's as long as it lives. */
+  allocate(byteLength: number): bigint;
+  /** Lets a later call of the same capture have the bytes. */
+  giveBack(pointer: bigint): void;
+  withScratch(byteLength: number, enqueue: (pointer: bigint) => void): void;
+  /** Memory of others that the graph uses: it must be there at each launch. */
+  use(memory: CapturedMemory): void;
+  /** Memory of this library that the graph keeps, past its disposal too. */
+  retain(memory: CapturedMemory): void;
+  /** Memory made for the capture, which ends with the graph. */
+  own(memory: CapturedMemory): void;
+  noteLaunch(kernel: string): void;
+  /** Notes launches whose buffers may be exchanged. */
+  noteRun(run: CapturedRun): void;
+  /** The driver's node of the latest launch. */
+  readonly latestNode: bigint;
+}
+
+/** Launches of a capture, and the addresses of their buffers by name. */
+export interface CapturedRun {
+  readonly nodes: readonly bigint[];
+  readonly addresses: Map<string, bigint>;
+  /** Writes `addresses` into the launches of a graph, where they belong to a buffer of `changed`. */
+  update(executable: bigint, changed: ReadonlySet<string>): void;
+  /** The caller's tensors, by the buffers that they are. */
+  inputs: readonly CapturedInput[];
+}
+
+/** A tensor of the caller's that captured launches read. */
+export interface CapturedInput {
+  readonly buffer: string;
+  readonly tensor: { readonly memory: CapturedMemory; readonly offset: number };
+  /** Offset that the launches were planned with. */
+  readonly offset: number;
+}
+
+/** What a capture knows of device memory. */
+export interface CapturedMemory {
+  retain(): () => void;
+  settle(): void;
+  useOn(stream: CudaStream): void;
+  dispose(): void;
+}
+
 /**
  * A stream of one device. Work of one stream runs in order; the order between streams is made by {@link waitFor}.
  * Streams of this library do not synchronize with the default stream.
@@ -45,6 +91,8 @@ export class CudaStream implements StreamHandle {
   readonly #device: StreamDevice;
   /** The end of this stream's work when it was last marked; 0 before the first mark. */
   #mark = 0n;
+  /** @internal Set as long as `capture` of this library captures the stream. */
+  capture: ActiveCapture | undefined;
   #disposed = false;
   /** Kernels enqueued and not known to have ended, each with the number of its latest launch. */
   readonly #pending = new Map<string, number>();
@@ -70,6 +118,10 @@ export class CudaStream implements StreamHandle {
 
   /** @internal Notes a launch, for the error of a fault that shows later. */
   noteLaunch(kernel: string): void {
+    if (this.capture !== undefined) {
+      this.capture.noteLaunch(kernel);
+      return;
+    }
     this.#pending.delete(kernel);
     this.#pending.set(kernel, ++this.#enqueued);
   }
@@ -91,6 +143,10 @@ export class CudaStream implements StreamHandle {
    * @param enqueue gets its address; 0n for no bytes
    */
   withScratch(byteLength: number, enqueue: (pointer: bigint) => void): void {
+    if (this.capture !== undefined) {
+      this.capture.withScratch(byteLength, enqueue);
+      return;
+    }
     const device = this.#device;
     // Callers may destroy their own streams: nothing stays with one.
     if (!this.owned || byteLength > KEPT_SCRATCH) {
@@ -111,6 +167,7 @@ export class CudaStream implements StreamHandle {
 
   /** @internal Gives back what {@link withScratch} keeps. */
   freeScratch(): void {
+    if (this.capture !== undefined) return;
     const { pointer } = this.#scratch;
     this.#scratch = { pointer: 0n, byteLength: 0 };
     this.#device.memoryPool.free(pointer, this.handle);
@@ -128,6 +185,14 @@ export class CudaStream implements StreamHandle {
   /** @internal */
   requireUsable(): void {
     if (this.#disposed) throw new ExecutionError('disposed', 'this CUDA stream has been disposed');
+  }
+
+  /** @internal A stream under capture does nothing that could be waited for or copied to the host. */
+  requireRunning(): void {
+    this.requireUsable();
+    if (this.capture !== undefined) {
+      throw new InvalidArgumentError('invalid-option', 'stream', 'a stream that runs', 'one under capture');
+    }
   }
 
   /** True while the stream is being captured into a graph. */
@@ -150,8 +215,9 @@ export class CudaStream implements StreamHandle {
     this.requireUsable();
     const source = other.orSuccessor;
     if (source === this) return;
-    // Callers may have destroyed their own streams since: the last mark stands for such a stream.
-    if (source.owned) source.mark();
+    this.requireRunning();
+    // Callers may have destroyed their own streams since: the last mark stands for such a stream, as for one under capture.
+    if (source.owned && source.capture === undefined) source.mark();
     if (source.#mark === 0n) return;
     this.#device.call('cuStreamWaitEvent', 'waiting for another stream', this.handle, source.#mark, 0);
   }
@@ -181,7 +247,7 @@ export class CudaStream implements StreamHandle {
    * @throws {CudaError} for a fault on the device, naming the kernels that may have caused it
    */
   synchronize(): void {
-    this.requireUsable();
+    this.requireRunning();
     const enqueued = this.#enqueued;
     this.#device.call('cuStreamSynchronize', `synchronizing a stream of ${this.#device}`, this.handle);
     this.#forgetUpTo(enqueued);
@@ -193,7 +259,7 @@ export class CudaStream implements StreamHandle {
    * @throws {CudaError} as {@link synchronize}
    */
   async completed(): Promise<void> {
-    this.requireUsable();
+    this.requireRunning();
     const device = this.#device;
     const enqueued = this.#enqueued;
     const event = device.eventPool.take();
@@ -216,6 +282,7 @@ export class CudaStream implements StreamHandle {
   /** Destroys an owned stream once its work has ended, and forgets a caller's. Memory that it used stays usable. */
   dispose(): void {
     if (this.#disposed) return;
+    if (this.capture !== undefined) this.requireRunning();
     const device = this.#device;
     device.release(() => {
       this.freeScratch();

@@ -4,7 +4,7 @@ import type { CudaDevice } from '../driver/device.ts';
 import { CudaGraph } from '../driver/graph.ts';
 import type { DeviceMemory } from '../driver/memory.ts';
 import { PreparedLaunches } from '../driver/prepared-launches.ts';
-import type { CudaStream } from '../driver/stream.ts';
+import type { ActiveCapture, CapturedRun, CudaStream } from '../driver/stream.ts';
 import type { BufferName, LaunchSequence } from '../launches/launch.ts';
 import { copyToDevice } from '../tensor.ts';
 
@@ -79,24 +79,35 @@ export class BoundLaunches {
    * @param operands addresses of the buffers that are neither scratch nor constants
    * @param scratch address of {@link scratchBytes} bytes
    */
-  enqueue(stream: CudaStream, operands: Iterable<readonly [BufferName, bigint]>, scratch: bigint): void {
+  enqueue(
+    stream: CudaStream,
+    operands: Iterable<readonly [BufferName, bigint]>,
+    scratch: bigint,
+    launched?: () => void,
+  ): void {
     const addresses = this.#addresses;
     for (const [name, address] of operands) addresses.set(name, address);
     for (const [name, offset] of this.#scratch) addresses.set(name, scratch + BigInt(offset));
-    this.launches.enqueue(stream, addressIn(addresses));
+    this.launches.enqueue(stream, addressIn(addresses), launched);
   }
 
   /** Makes `stream` wait for the constants' home, and keeps them until its work has ended. */
   useOn(stream: CudaStream): void {
-    if (this.#constants.byteLength > 0) this.#constants.useOn(stream);
+    if (this.#constants.byteLength === 0) return;
+    if (stream.capture === undefined) this.#constants.useOn(stream);
+    // The plan may end before the graph.
+    else stream.capture.retain(this.#constants);
   }
 
   /**
    * {@link enqueue} with scratch of the stream. A run over the same addresses as earlier ones becomes a graph, which
    * the host launches with one call of the driver.
+   *
+   * @returns what a capture of the stream keeps of it
    */
-  run(stream: CudaStream, operands: readonly (readonly [BufferName, bigint])[]): void {
+  run(stream: CudaStream, operands: readonly (readonly [BufferName, bigint])[]): CapturedRun | undefined {
     this.useOn(stream);
+    if (stream.capture !== undefined) return this.#capture(stream, stream.capture, operands);
     stream.withScratch(this.scratchBytes, (scratch) => {
       const run = this.#remember(operands, scratch);
       if (run.graph === undefined && ++run.runs > RUNS_BEFORE_CAPTURE) {
@@ -105,6 +116,28 @@ export class BoundLaunches {
       if (run.graph === undefined) this.enqueue(stream, operands, scratch);
       else run.graph.launch(stream);
     });
+    return undefined;
+  }
+
+  #capture(
+    stream: CudaStream,
+    capture: ActiveCapture,
+    operands: readonly (readonly [BufferName, bigint])[],
+  ): CapturedRun {
+    const nodes: bigint[] = [];
+    capture.withScratch(this.scratchBytes, (scratch) => {
+      this.enqueue(stream, operands, scratch, () => nodes.push(capture.latestNode));
+    });
+    const addresses = new Map(this.#addresses);
+    const { launches } = this;
+    const run: CapturedRun = {
+      nodes,
+      addresses,
+      update: (executable, changed) => launches.update(executable, nodes, addressIn(addresses), changed),
+      inputs: [],
+    };
+    capture.noteRun(run);
+    return run;
   }
 
   #remember(operands: readonly (readonly [BufferName, bigint])[], scratch: bigint): RememberedRun {

@@ -13,10 +13,11 @@ import type { DeviceMemory } from '../driver/memory.ts';
 import { CudaStream } from '../driver/stream.ts';
 import type { BufferName } from '../launches/launch.ts';
 import { type CudaTensor, isCudaTensor, validateStorage } from '../tensor.ts';
+import { capturingStream } from './capturing-stream.ts';
 
 /** The stream of a run: the caller's, or the device's own. */
 export function streamOf(device: CudaDevice, handle: StreamHandle | undefined): CudaStream {
-  if (handle === undefined) return device.stream;
+  if (handle === undefined) return capturingStream(device) ?? device.stream;
   if (handle.device !== device.ordinal) {
     throw new InvalidArgumentError(
       'mixed-locations',
@@ -27,11 +28,11 @@ export function streamOf(device: CudaDevice, handle: StreamHandle | undefined): 
   }
   const stream = handle instanceof CudaStream ? handle : device.streamFromHandle(handle.handle);
   stream.requireUsable();
-  if (!stream.owned && stream.isCapturing) {
+  if (!stream.owned && stream.capture === undefined && stream.isCapturing) {
     throw new InvalidArgumentError(
       'invalid-option',
       'options.stream',
-      "a stream that is not being captured (use captureAttention of 'sageattention/cuda' for graphs)",
+      "a stream that is not being captured (use capture or captureAttention of 'sageattention/cuda' for graphs)",
       'one under capture',
     );
   }
@@ -71,7 +72,7 @@ export function ordered<T>(
   work: (home: CudaStream) => T,
 ): T {
   for (const { memory } of tensors) memory.useOn(stream);
-  if (stream.owned) return work(stream);
+  if (stream.owned || stream.capture !== undefined) return work(stream);
   const home = device.stream;
   stream.waitFor(home);
   const result = work(home);

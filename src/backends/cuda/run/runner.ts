@@ -3,6 +3,7 @@
  */
 import type { StreamHandle } from '../../../attention/options.ts';
 import type { OutputName, Outputs, PlannedOutputs } from '../../../attention/outputs.ts';
+import { InvalidArgumentError } from '../../../errors.ts';
 import { elementCount, type Tensor, type TensorLocation, type TensorView } from '../../../tensor/tensor.ts';
 import type { RunContext } from '../../backend.ts';
 import type { CudaDevice } from '../driver/device.ts';
@@ -92,7 +93,14 @@ export class Runner {
       const outputs = this.#createOutputs(home);
       try {
         if (!stream.owned) stream.waitFor(home);
-        this.#bound?.run(stream, this.#addresses(operands, tensors, held, outputs));
+        const captured = this.#bound?.run(stream, this.#addresses(operands, tensors, held, outputs));
+        if (captured !== undefined) {
+          captured.inputs = operands.map(({ buffer, offset }, i) => ({
+            buffer,
+            offset,
+            tensor: tensors[i] as CudaTensor,
+          }));
+        }
       } catch (error) {
         disposeOutputs(outputs);
         throw error;
@@ -119,6 +127,9 @@ export class Runner {
     if (this.#location !== 'cpu') return this.enqueue(operands, handle, held);
     const { device } = this;
     const stream = streamOf(device, handle);
+    if (stream.capture !== undefined) {
+      throw new InvalidArgumentError('mixed-locations', 'q', 'CUDA tensors under capture', 'CPU tensors');
+    }
     // Uploads belong to a stream that outlives them.
     const home = stream.owned ? stream : device.stream;
     const uploads = new Uploads(device, home);

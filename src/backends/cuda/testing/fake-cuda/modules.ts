@@ -118,9 +118,34 @@ export class FakeModules {
     streamHandle: bigint,
     parameterTable: HostMemory,
   ): number {
-    const kernel = this.#functions.get(functionHandle);
     const stream = this.#streams.find(streamHandle);
-    if (kernel === undefined || stream === undefined) return 400;
+    if (stream === undefined) return 400;
+    const run = this.#work(functionHandle, geometry, stream.device, parameterTable);
+    if (typeof run === 'number') return run;
+    const { size, ...layout } = STRUCTS.CUDA_KERNEL_NODE_PARAMS;
+    return this.#streams.enqueue(streamHandle, run, (parameters) => {
+      const view = this.#host.view(parameters, size);
+      const at = (offset: number) => view.getUint32(offset, true);
+      const given = {
+        grid: [at(layout.gridDimX), at(layout.gridDimY), at(layout.gridDimZ)],
+        block: [at(layout.blockDimX), at(layout.blockDimY), at(layout.blockDimZ)],
+        cluster: geometry.cluster,
+        sharedBytes: at(layout.sharedMemBytes),
+      } as const;
+      const table = view.getBigUint64(layout.kernelParams, true);
+      return this.#work(view.getBigUint64(layout.func, true), given, stream.device, table);
+    });
+  }
+
+  /** What a launch does when it runs, or the status that refuses it. Parameters are read now. */
+  #work(
+    functionHandle: bigint,
+    geometry: Pick<FakeLaunch, 'grid' | 'block' | 'cluster' | 'sharedBytes'>,
+    device: number,
+    parameterTable: HostMemory,
+  ): (() => void) | number {
+    const kernel = this.#functions.get(functionHandle);
+    if (kernel === undefined) return 400;
     const { grid, block, cluster, sharedBytes } = geometry;
     const threads = block[0] * block[1] * block[2];
     const tooLarge = threads > 1024 || grid[1] > 65535 || grid[2] > 65535;
@@ -137,7 +162,7 @@ export class FakeModules {
       ptx,
       entry,
       parameters,
-      device: stream.device,
+      device,
       memory: (pointer, bytes) => this.#memory.at(pointer, bytes),
       tensorMap: (parameter) => {
         const index = new DataView(parameter.buffer, parameter.byteOffset).getUint32(0, true);
@@ -146,13 +171,13 @@ export class FakeModules {
         return map;
       },
     };
-    return this.#streams.enqueue(streamHandle, () => {
+    return () => {
       this.executed.push(entry);
       const fault = this.#faults.get(entry);
       this.#faults.delete(entry);
       if (fault !== undefined) throw new DeviceFault(fault);
       this.#execute(launch);
-    });
+    };
   }
 
   readonly functions: Pick<DriverFunctions, ModuleFunction> = {

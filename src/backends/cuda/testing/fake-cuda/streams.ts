@@ -1,7 +1,7 @@
 /** Streams, events and graphs of the fake driver. Work runs only when something waits for it. */
 import { CUDA_ERROR_NOT_READY, type DriverFunctions } from '../../driver/api.ts';
 import type { FakeContexts } from './contexts.ts';
-import type { FakeHost } from './host.ts';
+import type { FakeHost, HostMemory } from './host.ts';
 
 /** A fault of the device while it ran something. */
 export class DeviceFault extends Error {
@@ -13,7 +13,15 @@ export class DeviceFault extends Error {
 }
 
 /** What a stream does: work, or a wait for a point of another stream. */
-type Operation = { readonly run: () => void } | { readonly after: Point };
+type Operation = Work | { readonly after: Point };
+
+interface Work {
+  readonly run: () => void;
+  /** Its node, where it was captured. */
+  readonly node?: bigint;
+  /** For kernels: the same launch with other parameters; `parameters` is the driver's struct. */
+  readonly withParameters?: ((parameters: HostMemory) => (() => void) | number) | undefined;
+}
 
 interface Point {
   readonly stream: Stream;
@@ -26,7 +34,9 @@ export interface Stream {
   readonly device: number;
   readonly operations: Operation[];
   done: number;
-  capture: Operation[] | undefined;
+  capture: Work[] | undefined;
+  /** The latest node of the capture, in memory of the driver's. */
+  readonly latest: BigUint64Array<ArrayBuffer>;
   captureBroken: boolean;
   destroyed: boolean;
 }
@@ -47,8 +57,8 @@ export class FakeStreams {
   readonly #host: FakeHost;
   readonly #streams = new Map<bigint, Stream>();
   readonly #events = new Map<bigint, Event>();
-  readonly #graphs = new Map<bigint, readonly Operation[]>();
-  readonly #graphExecutables = new Map<bigint, readonly Operation[]>();
+  readonly #graphs = new Map<bigint, readonly Work[]>();
+  readonly #graphExecutables = new Map<bigint, Work[]>();
 
   constructor(contexts: FakeContexts, host: FakeHost) {
     this.#contexts = contexts;
@@ -66,8 +76,9 @@ export class FakeStreams {
   newStream(device: number): bigint {
     const handle = this.#contexts.newHandle();
     const operations: Operation[] = [];
-    const state = { handle, device, operations, done: 0, capture: undefined, captureBroken: false, destroyed: false };
-    this.#streams.set(handle, state);
+    const latest = new BigUint64Array(1);
+    const state = { operations, done: 0, capture: undefined, captureBroken: false, destroyed: false };
+    this.#streams.set(handle, { handle, device, latest, ...state });
     return handle;
   }
 
@@ -106,10 +117,15 @@ export class FakeStreams {
   }
 
   /** Puts work on a stream, or into the graph that it is captured into. */
-  enqueue(handle: bigint | number, run: () => void): number {
+  enqueue(handle: bigint | number, run: () => void, withParameters?: Work['withParameters']): number {
     const stream = this.find(handle);
     if (stream === undefined) return 400;
-    (stream.capture ?? stream.operations).push({ run });
+    if (stream.capture === undefined) stream.operations.push({ run });
+    else {
+      const node = this.#contexts.newHandle();
+      stream.capture.push({ run, node, withParameters });
+      stream.latest[0] = node;
+    }
     return 0;
   }
 
@@ -158,6 +174,15 @@ export class FakeStreams {
       if (stream === undefined) return 400;
       stream.capture = [];
       stream.captureBroken = false;
+      return 0;
+    },
+    cuStreamGetCaptureInfo: (handle, status, id, graph, nodes, edges, count) => {
+      const stream = this.find(handle);
+      if (stream === undefined) return 400;
+      this.#host.write32(status, stream.capture === undefined ? 0 : 1);
+      for (const unused of [id, graph, edges]) this.#host.write64(unused, 0n);
+      this.#host.write64(nodes, this.#host.addressOf(stream.latest.buffer));
+      this.#host.write64(count, stream.capture === undefined || stream.capture.length === 0 ? 0n : 1n);
       return 0;
     },
     cuStreamEndCapture: (handle, graph) => {
@@ -216,7 +241,7 @@ export class FakeStreams {
       const operations = this.#graphs.get(BigInt(graph));
       if (operations === undefined) return 400;
       const handle = this.#contexts.newHandle();
-      this.#graphExecutables.set(handle, operations);
+      this.#graphExecutables.set(handle, [...operations]);
       this.#host.write64(executable, handle);
       return 0;
     },
@@ -225,6 +250,16 @@ export class FakeStreams {
       const stream = this.find(handle);
       if (operations === undefined || stream === undefined) return 400;
       stream.operations.push(...operations);
+      return 0;
+    },
+    cuGraphExecKernelNodeSetParams: (executable, node, parameters) => {
+      const operations = this.#graphExecutables.get(BigInt(executable));
+      const at = operations?.findIndex((work) => work.node === BigInt(node)) ?? -1;
+      const work = operations?.[at];
+      if (operations === undefined || work?.withParameters === undefined) return 400;
+      const run = work.withParameters(parameters);
+      if (typeof run === 'number') return run;
+      operations[at] = { ...work, run };
       return 0;
     },
     cuGraphExecDestroy: (executable) => (this.#graphExecutables.delete(BigInt(executable)) ? 0 : 400),
