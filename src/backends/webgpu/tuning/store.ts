@@ -48,6 +48,8 @@ const DATABASE_STORE: TuningStore = {
 
 /** @param folder of the file */
 export function fileStore(folder: string): TuningStore {
+  // A free `process` makes bundlers for browsers look for a polyfill.
+  const { process } = globalThis as { readonly process: NodeJS.Process };
   const fs = process.getBuiltinModule('node:fs/promises');
   const path = process.getBuiltinModule('node:path');
   const file = path.join(folder, FILE);
