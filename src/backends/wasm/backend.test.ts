@@ -407,7 +407,7 @@ test("Node's permission model, which forbids workers: this thread computes, and 
   });
   const status = await new Promise((resolve) => child.on('exit', resolve));
   rmSync(folder, { recursive: true });
-  expect(printed).toMatch(/mean 1 this thread, in turns of .* workers cannot be started/);
+  expect(printed).toMatch(/mean 1 this thread, in turns of .*\(workers cannot be started/);
   expect(status).toBe(0);
 }, 60_000);
 
