@@ -136,7 +136,7 @@ async function attendOn<T extends TensorView>(
  * Attention with quantized kernels, in place of scaled-dot-product attention: `softmax(q k^T * smScale) v`.
  *
  * Shapes (HND, the default): q `[B,Hq,Lq,D]`, k `[B,Hkv,Lk,D]`, v `[B,Hkv,Lk,Dv]`; NHD swaps heads and tokens. Hq is a
- * multiple of Hkv (grouped-query attention); D and Dv are from 1 to 256, on WASM to 512. dtypes float16, bfloat16 and
+ * multiple of Hkv (grouped-query attention); D and Dv are from 1 to 256, on WASM and WebGPU to 512. dtypes float16, bfloat16 and
  * float32; the same for all three. Inputs are never written but where `out` is one, and are read as they are at the
  * moment of the call: writing to them, transferring or resizing them afterwards changes nothing.
  *

@@ -3,8 +3,11 @@ import type { KernelName } from '../../attention/kernels.ts';
 import { SCALE_SEARCHES } from '../../quantization/fp4-blocks.ts';
 import type { KernelChoice, KernelDescriptor } from '../backend.ts';
 
-/** Largest D and Dv of these kernels. */
+/** Largest D and Dv of kernels, the matrix family's and gradients'. */
 export const MAX_HEAD_DIM = 256;
+
+/** The same of attention in tiles: one head of 512 channels is that of image autoencoders. */
+export const MAX_TILED_HEAD_DIM = 512;
 
 export const QK_INT8_PV_FP16: KernelDescriptor = {
   name: 'qk-int8-pv-fp16',
@@ -13,7 +16,7 @@ export const QK_INT8_PV_FP16: KernelDescriptor = {
   pvAccumDtype: ['fp32', 'fp16'],
   smoothV: true,
   smoothQ: [false],
-  maxHeadDim: MAX_HEAD_DIM,
+  maxHeadDim: MAX_TILED_HEAD_DIM,
   sinks: true,
   blockMask: true,
 };
@@ -24,6 +27,7 @@ export const QK_INT8_PV_INT8: KernelDescriptor = {
   name: 'qk-int8-pv-int8',
   summary: 'INT8 QK, P in 8 bits and V in INT8 in WGSL: dot4I8Packed and dot4U8Packed',
   pvAccumDtype: [],
+  maxHeadDim: MAX_HEAD_DIM,
 };
 
 /** What FP4 tensor cores give: for trying SageAttention3 without them, and for caches of 4 bits. Not chosen unless it is named. */

@@ -40,7 +40,7 @@ export interface RewrittenTopology {
  * Replaces attention in a GraphModel's topology and registers the operator that stands for it. Load the result with
  * `tf.loadGraphModel` and run it with `executeAsync`: attention is asynchronous.
  *
- * Where the shapes of a run show something that the kernels do not compute (heads wider than 256, a mask that adds
+ * Where the shapes of a run show something that the kernels do not compute (heads wider than 512, a mask that adds
  * scores, a softmax over several heads), the operator does what the nodes in its place did, with tfjs.
  *
  * ```ts

@@ -13,6 +13,8 @@ import type { Family } from './names.ts';
 export interface AttentionKernel {
   readonly label: string;
   readonly rows: number;
+  /** Query heads whose rows it packs: row `i` of a key head is query `i / pack` of its head `i % pack`. Default 1: rows of one head. */
+  readonly pack?: number;
   source(config: ScoreConfig): string;
 }
 

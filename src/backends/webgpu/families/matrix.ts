@@ -1,6 +1,7 @@
 /** Family `matrix`: subgroup matrices, the device's own or emulated ones. */
 import { UnsupportedOptionError } from '../../../errors.ts';
 import { type Capabilities, MATRIX_FEATURES, type MatrixConfig, matrixText } from '../capabilities.ts';
+import { MAX_HEAD_DIM } from '../kernel-table.ts';
 import { matrixAttentionKernel } from '../kernels/attention-matrix.ts';
 import { padDim, VALUE_GROUP } from '../kernels/layout.ts';
 import { emulatedMatrices, type MatrixOperations, nativeMatrices } from '../kernels/matrix-operations.ts';
@@ -138,6 +139,8 @@ function chooseMatrixVariant(
 
 /** Why no shape holds a problem's head dims; undefined where one does. */
 function withoutShape(capabilities: Capabilities, { headDim, valueDim }: HeadDims, emulate: Emulation | undefined) {
+  // Integer sums of wider heads are not exact in float32 (SUM_ORIGIN), and no shape divides their channels.
+  if (Math.max(headDim, valueDim) > MAX_HEAD_DIM) return `D and Dv up to ${MAX_HEAD_DIM} only`;
   const { lanes, configs, reason } = matrixSupport(capabilities, emulate);
   const products = matrixProducts(configs ?? [], 'f32');
   if (lanes === undefined || products === undefined) return reason;

@@ -2,8 +2,9 @@
 import type { KernelName } from '../../../attention/kernels.ts';
 import { UnsupportedOptionError } from '../../../errors.ts';
 import type { Capabilities } from '../capabilities.ts';
-import { type ValueFormat, valueFormatOf } from '../kernel-table.ts';
+import { MAX_HEAD_DIM, type ValueFormat, valueFormatOf } from '../kernel-table.ts';
 import { type TileShape, tiledAttentionKernel, tiledWorkgroupBytes } from '../kernels/attention-tiled.ts';
+import { valueSlices } from '../kernels/layout.ts';
 import { type KernelFamily, unsupportedAccumulation, type VariantRequest } from './family.ts';
 
 export interface TiledVariant extends TileShape {
@@ -15,21 +16,22 @@ const tiledVariant = (
   keys: number,
   rowThreads: number,
   colThreads: number,
-  options: 's' | '' = '',
+  options: 's' | 'sq' | '' = '',
 ): TiledVariant => ({
   name: `${rows}x${keys}${colThreads < 8 ? 'n' : ''}${options}`,
   rows,
   keys,
   rowThreads,
   colThreads,
-  sharedKeyValue: options === 's',
+  sharedKeyValue: options !== '',
+  storedQuery: options === 'sq',
 });
 
 /**
  * Tiles of families `subgroup` and `base`, best first: the first that fits the device and the head dims is taken. Small
  * tiles serve devices with the core limit of 16 KiB workgroup memory, wide heads, and short queries. Names: rows x
- * keys, fewer than 8 threads to a row (n), K and V in the same memory (s). The first entries are ordered by speed on an
- * H200 (bench/webgpu).
+ * keys, fewer than 8 threads to a row (n), K and V in the same memory (s), Q in storage (q: for D or Dv above 256 only). The first
+ * entries are ordered by speed on an H200 (bench/webgpu).
  */
 export const TILED_VARIANTS: readonly TiledVariant[] = [
   tiledVariant(64, 16, 32, 4),
@@ -37,10 +39,12 @@ export const TILED_VARIANTS: readonly TiledVariant[] = [
   tiledVariant(64, 32, 16, 8, 's'),
   tiledVariant(32, 32, 16, 8),
   tiledVariant(32, 32, 16, 8, 's'),
+  tiledVariant(32, 32, 16, 8, 'sq'),
   tiledVariant(32, 16, 16, 4),
   tiledVariant(32, 16, 16, 4, 's'),
   tiledVariant(16, 16, 16, 4),
   tiledVariant(16, 16, 16, 4, 's'),
+  tiledVariant(16, 16, 16, 4, 'sq'),
 ];
 
 /**
@@ -60,10 +64,13 @@ type TileRequest = Pick<VariantRequest, 'headDimPadded' | 'valueDimPadded' | 'qu
 function fittingTiles(
   capabilities: Capabilities,
   family: 'subgroup' | 'base',
-  { headDimPadded, valueDimPadded, queryLength }: TileRequest,
+  { headDimPadded, valueDimPadded: allValues, queryLength }: TileRequest,
   format: ValueFormat,
 ) {
+  const valueDimPadded = allValues / valueSlices(allValues);
+  const isWide = Math.max(headDimPadded, allValues) > MAX_HEAD_DIM;
   const fits = (variant: TiledVariant) =>
+    (isWide || !variant.storedQuery) &&
     tiledWorkgroupBytes(variant, headDimPadded, valueDimPadded, format) <= capabilities.workgroupBytes &&
     variant.rowThreads * variant.colThreads <= capabilities.workgroupThreads &&
     (family === 'base' || variant.colThreads <= capabilities.subgroupSize[0]) &&
@@ -115,7 +122,9 @@ export function chooseTiles(
   const [chosen] = offered;
   if (chosen === undefined) {
     const smallest = Math.min(
-      ...TILED_VARIANTS.map((variant) => tiledWorkgroupBytes(variant, headDimPadded, valueDimPadded, format)),
+      ...TILED_VARIANTS.map((variant) =>
+        tiledWorkgroupBytes(variant, headDimPadded, valueDimPadded / valueSlices(valueDimPadded), format),
+      ),
     );
     throw new UnsupportedOptionError(
       kernel,

@@ -14,7 +14,7 @@ import { NVFP4_BLOCK } from '../../../quantization/fp4-blocks.ts';
 import type { ValueFormat } from '../kernel-table.ts';
 import { excludeHidden, leaveOutHidden, MAP_AT } from './blocks.ts';
 import { fp4QueryVectors, fp4Reader } from './fp4.ts';
-import { FLAG_UNSMOOTHED, POISON, params, rowVectors, SEQUENCE, tables } from './layout.ts';
+import { FLAG_UNSMOOTHED, POISON, params, rowVectors, SEQUENCE, tables, valueSlices } from './layout.ts';
 import { readsStatistics, valueFunctions } from './prepare.ts';
 import { meanGroup } from './prepare-fp4.ts';
 import {
@@ -39,6 +39,8 @@ export interface TileShape {
   readonly colThreads: number;
   /** K and V tiles take turns in the same workgroup memory: one more barrier a tile, for devices with little of it. */
   readonly sharedKeyValue: boolean;
+  /** Q is read out of storage for each tile of keys: of wide heads it takes more workgroup memory than there is. */
+  readonly storedQuery: boolean;
 }
 
 export interface TiledConfig extends ScoreConfig, TileShape {
@@ -49,7 +51,7 @@ export interface TiledConfig extends ScoreConfig, TileShape {
   readonly subgroupId: boolean;
 }
 
-/** Bytes of workgroup memory that the kernel takes. */
+/** Bytes of workgroup memory that the kernel takes; of V, the channels of a workgroup. */
 export function tiledWorkgroupBytes(
   shape: TileShape,
   headDimPadded: number,
@@ -59,13 +61,14 @@ export function tiledWorkgroupBytes(
   const fp4 = format === 'fp4';
   const row = rowVectors(headDimPadded) * 16;
   const keys = shape.keys * row;
+  const queries = shape.storedQuery ? 0 : shape.rows * row;
   if (format === 'int8') {
     const columns = shape.keys / 4 + 1 + 2 * shape.colThreads;
-    return shape.rows * row + keys + shape.keys * valueDimPadded + shape.rows * columns * 4;
+    return queries + keys + shape.keys * valueDimPadded + shape.rows * columns * 4;
   }
   const values = shape.keys * valueDimPadded * 2;
   return (
-    shape.rows * row +
+    queries +
     (shape.sharedKeyValue ? shape.keys * sharedPairs(headDimPadded, valueDimPadded) * 8 : keys + values) +
     shape.rows * (shape.keys + 4) * 4 +
     shape.rows * shape.colThreads * (fp4 ? shape.keys / NVFP4_BLOCK : 1) * 4 +
@@ -102,13 +105,16 @@ export const dotInt8 = (packedDot: boolean): string => (packedDot ? DOT : DOT_EM
 
 /** Numbers and names that the kernel's parts share. */
 function partsOf(config: TiledConfig) {
-  const { rows, keys, rowThreads, colThreads, sharedKeyValue, headDimPadded, valueDimPadded, fp4, values } = config;
+  const { rows, keys, rowThreads, colThreads, sharedKeyValue, storedQuery, headDimPadded, fp4, values } = config;
+  const slices = valueSlices(config.valueDimPadded);
+  const valueDimPadded = config.valueDimPadded / slices;
   const quads = valueDimPadded / 4;
   const [tm, tn, tv] = [rows / rowThreads, keys / colThreads, quads / colThreads];
   return {
     threads: rowThreads * colThreads,
     vectors: rowVectors(headDimPadded),
     dims: rowVectors(headDimPadded) - 1,
+    slices,
     quads,
     tm,
     tn,
@@ -127,7 +133,10 @@ function partsOf(config: TiledConfig) {
     // Four keys of V in INT8 are a word: those of a thread are neighbours.
     col: (n: number) =>
       values.integers ? `(4u * (c + ${(n >> 2) * colThreads}u) + ${n & 3}u)` : `(c + ${n * colThreads}u)`,
-    queryAt: (i: number, w: string) => `tile_q[${i}][r][${w}]`,
+    queryAt: (i: number, w: string) =>
+      storedQuery
+        ? `query_rows[(queryRow + r + ${i * rowThreads}u) * ${rowVectors(headDimPadded)}u + ${w} - P.queryRowBase]`
+        : `tile_q[${i}][r][${w}]`,
     probabilityAt: (i: number, vector: string) => `tile_p[${i}][r][${vector}]`,
     maxAt: (i: number, column: string) => `tile_max[${i}][r][${column}]`,
     // With shared memory K is stored as pairs of words, as V is.
@@ -148,22 +157,21 @@ const nested = (element: string, ...lengths: number[]) =>
   lengths.reduceRight((inner, length) => `array<${inner}, ${length}>`, element);
 
 /** Arrays in workgroup memory. */
-function tileMemory(config: TiledConfig, { tm, tn, tv, vectors, dims, blocks }: Parts): string {
-  const { keys, rowThreads, colThreads, sharedKeyValue, headDimPadded, valueDimPadded, fp4, values } = config;
+function tileMemory(config: TiledConfig, { tm, tn, tv, vectors, dims, blocks, quads }: Parts): string {
+  const { keys, rowThreads, colThreads, sharedKeyValue, storedQuery, headDimPadded, fp4, values } = config;
+  const queries = storedQuery ? '' : `var<workgroup> tile_q: ${nested('vec4<u32>', tm, rowThreads, vectors)};\n`;
   if (values.integers) {
-    return `var<workgroup> tile_q: ${nested('vec4<u32>', tm, rowThreads, vectors)};
-var<workgroup> tile_k: ${nested('vec4<u32>', tn, colThreads, vectors)};
+    return `${queries}var<workgroup> tile_k: ${nested('vec4<u32>', tn, colThreads, vectors)};
 var<workgroup> tile_v: ${nested('vec4<u32>', keys / 4, tv, colThreads)};
 var<workgroup> tile_p: ${nested('u32', tm, rowThreads, keys / 4 + 1)};
 var<workgroup> tile_max: ${nested('f32', tm, rowThreads, colThreads)};
 var<workgroup> tile_top: ${nested('f32', tm, rowThreads, colThreads)};`;
   }
   const keyValue = sharedKeyValue
-    ? `var<workgroup> tile_kv: ${nested('vec2<u32>', tn, colThreads, sharedPairs(headDimPadded, valueDimPadded))};`
+    ? `var<workgroup> tile_kv: ${nested('vec2<u32>', tn, colThreads, sharedPairs(headDimPadded, 4 * quads))};`
     : `var<workgroup> tile_k: ${nested('vec4<u32>', tn, colThreads, vectors)};
 var<workgroup> tile_v: ${nested('vec2<u32>', tn, colThreads, tv, colThreads)};`;
-  return `var<workgroup> tile_q: ${nested('vec4<u32>', tm, rowThreads, vectors)};
-${keyValue}
+  return `${queries}${keyValue}
 var<workgroup> tile_p: ${nested('vec4<f32>', tm, rowThreads, keys / 4 + 1)};
 var<workgroup> tile_max: ${nested('f32', tm, rowThreads, colThreads * Math.max(1, blocks.length))};${
     fp4
@@ -175,8 +183,13 @@ var<workgroup> tile_k_scale: ${nested('f32', tn, colThreads, dims)};`
 }
 
 /** Copies of Q, K and V into workgroup memory. */
-function tileLoads(config: TiledConfig, { threads, vectors, dims, quads }: Parts) {
-  const { rows, keys, rowThreads, colThreads, sharedKeyValue, headDimPadded, fp4, values } = config;
+function tileLoads(config: TiledConfig, { threads, vectors, dims, quads, slices }: Parts) {
+  const { rows, keys, rowThreads, colThreads, sharedKeyValue, storedQuery, headDimPadded, fp4, values } = config;
+  /** A vector of the channels of this workgroup; `row`: of a token, or of four. */
+  const valueAt = (row: string, i: string) =>
+    slices === 1
+      ? `value_rows[${row} * ${quads}u + ${i} - P.valueRowBase]`
+      : `value_rows[(${row} + ${i} / ${quads}u) * ${slices * quads}u + slice * ${quads}u + ${i} % ${quads}u - P.valueRowBase]`;
   /** Copies `count` elements, a few loads ahead of their stores. */
   const copy = (count: number, load: (i: string) => string, store: (i: string, x: string) => string) => {
     const whole = Math.floor(count / threads);
@@ -231,42 +244,41 @@ function tileLoads(config: TiledConfig, { threads, vectors, dims, quads }: Parts
     values: values.integers
       ? copy(
           (keys / 4) * quads,
-          (i) => `value_rows[(kvRow + first) / 4u * ${quads}u + ${i} - P.valueRowBase]`,
+          (i) => valueAt('(kvRow + first) / 4u', i),
           (i, x) => `tile_v[${i} / ${quads}u][${i} % ${quads}u / ${colThreads}u][${i} % ${colThreads}u] = ${x};`,
         )
       : copy(
           keys * quads,
-          (i) =>
-            fp4
-              ? `value_quad(${keyRow(i, quads)}, ${i} % ${quads}u)`
-              : `value_rows[(kvRow + first) * ${quads}u + ${i} - P.valueRowBase]`,
+          (i) => (fp4 ? `value_quad(${keyRow(i, quads)}, ${i} % ${quads}u)` : valueAt('(kvRow + first)', i)),
           (i, x) =>
             sharedKeyValue
               ? `tile_kv${place(i, quads)}[${i} % ${quads}u] = ${x};`
               : `tile_v${place(i, quads)}[${i} % ${quads}u / ${colThreads}u][${i} % ${colThreads}u] = ${x};`,
         ),
-    queries: [
-      copy(
-        rows * vectors,
-        (i) =>
-          fp4
-            ? `query_rows[(queryRow + ${i} / ${vectors}u) * ${queryVectors}u + ${i} % ${vectors}u - P.queryRowBase]`
-            : `query_rows[queryRow * ${vectors}u + ${i} - P.queryRowBase]`,
-        (i, x) =>
-          `tile_q[${i} / ${vectors * rowThreads}u][${i} / ${vectors}u % ${rowThreads}u][${i} % ${vectors}u] = ${x};`,
-      ),
-      ...(fp4
-        ? [
-            copy(
-              rows * scaleVectors,
-              (i) =>
-                `query_rows[(queryRow + ${i} / ${scaleVectors}u) * ${queryVectors}u + ${vectors}u + ${i} % ${scaleVectors}u - P.queryRowBase]`,
-              (i, x) =>
-                `for (var e = 0u; e < min(4u, ${dims}u - 4u * (${i} % ${scaleVectors}u)); e++) { ${query(i, scaleVectors)}[4u * (${i} % ${scaleVectors}u) + e] = bitcast<f32>(${x}[e]); }`,
-            ),
-          ]
-        : []),
-    ].join('\n    '),
+    queries: storedQuery
+      ? ''
+      : [
+          copy(
+            rows * vectors,
+            (i) =>
+              fp4
+                ? `query_rows[(queryRow + ${i} / ${vectors}u) * ${queryVectors}u + ${i} % ${vectors}u - P.queryRowBase]`
+                : `query_rows[queryRow * ${vectors}u + ${i} - P.queryRowBase]`,
+            (i, x) =>
+              `tile_q[${i} / ${vectors * rowThreads}u][${i} / ${vectors}u % ${rowThreads}u][${i} % ${vectors}u] = ${x};`,
+          ),
+          ...(fp4
+            ? [
+                copy(
+                  rows * scaleVectors,
+                  (i) =>
+                    `query_rows[(queryRow + ${i} / ${scaleVectors}u) * ${queryVectors}u + ${vectors}u + ${i} % ${scaleVectors}u - P.queryRowBase]`,
+                  (i, x) =>
+                    `for (var e = 0u; e < min(4u, ${dims}u - 4u * (${i} % ${scaleVectors}u)); e++) { ${query(i, scaleVectors)}[4u * (${i} % ${scaleVectors}u) + e] = bitcast<f32>(${x}[e]); }`,
+                ),
+              ]
+            : []),
+        ].join('\n    '),
   };
 }
 
@@ -494,7 +506,8 @@ function tileWeights(config: TiledConfig, parts: Parts): string {
 }
 
 /** Writes a row: its output and its logsumexp, or its partial result. */
-function finishRow(config: TiledConfig, { V, row }: Parts, i: number): string {
+function finishRow(config: TiledConfig, { V, row, quads, slices }: Parts, i: number): string {
+  const firstSlice = slices === 1 ? '' : ' && slice == 0u';
   const { colThreads, valueDim, valueDimPadded, result, returnLse, values, softcap, sinks } = config;
   const joins = sinks && result === 'final';
   const sink = `bitcast<f32>(facts_${i}.w)`;
@@ -503,7 +516,7 @@ function finishRow(config: TiledConfig, { V, row }: Parts, i: number): string {
   const element = `sequence_field(sequence, ${SEQUENCE.output}u)`;
   const rowOffset = `head * P.outputHeadStride + (first_row + ${row(i)}) * P.outputTokenStride`;
   const store = (v: number) => {
-    const channel = `(4u * (c + ${v * colThreads}u))`;
+    const channel = `(4u * (${slices === 1 ? '' : `slice * ${quads}u + `}c + ${v * colThreads}u))`;
     if (result === 'final') {
       return storeChannels(config, 'at', channel, `o_${i}_${v} * norm${scaled(v)}`, `sum_${i} < 0.0`);
     }
@@ -517,9 +530,9 @@ function finishRow(config: TiledConfig, { V, row }: Parts, i: number): string {
       : `let record = ((${element} + ${rowOffset}) / ${valueDim}u * P.splits + P.splitIndex + group.z) * ${recordFloats(valueDimPadded)}u - P.recordBase;`;
   const last =
     result === 'partial'
-      ? `if (c == 0u) { records[record + ${valueDimPadded}u] = select(${maximum}, ${EXCLUDED}, sum_${i} == 0.0); records[record + ${valueDimPadded + 1}u] = sum_${i};${sinks ? ` records[record + ${valueDimPadded + 3}u] = ${sink};` : ''}${countsExactly(config) ? ` records[record + ${valueDimPadded + 2}u] = exact_${i};` : ''} }`
+      ? `if (c == 0u${firstSlice}) { records[record + ${valueDimPadded}u] = select(${maximum}, ${EXCLUDED}, sum_${i} == 0.0); records[record + ${valueDimPadded + 1}u] = sum_${i};${sinks ? ` records[record + ${valueDimPadded + 3}u] = ${sink};` : ''}${countsExactly(config) ? ` records[record + ${valueDimPadded + 2}u] = exact_${i};` : ''} }`
       : returnLse
-        ? `if (c == 0u) ${lseStatement(config, `(first_row + ${row(i)})`, `m_${i}`, `sum_${i}`, `constant_${i}`, sink)}`
+        ? `if (c == 0u${firstSlice}) ${lseStatement(config, `(first_row + ${row(i)})`, `m_${i}`, `sum_${i}`, `constant_${i}`, sink)}`
         : '';
   return `
   if (${row(i)} < count) {
@@ -545,7 +558,9 @@ export function tiledAttentionKernel(config: TiledConfig): string {
   const { keys, colThreads, sharedKeyValue, family, packedDot, subgroupId } = config;
   const { headDimPadded, valueDimPadded, values, mask, fp4, blocks } = config;
   const parts = partsOf(config);
-  const { threads, dims, quads, I, V, row, queryAt, maxAt } = parts;
+  const { threads, dims, quads, slices, I, V, row, queryAt, maxAt } = parts;
+  // Tiles are listed once for each slice of V's channels.
+  const sliceAt = slices === 1 ? '' : `slice * ${quads}u + `;
   const subgroup = family === 'subgroup';
   const loads = tileLoads(config, parts);
   const { rowMax, sharedMax, rowSum } = rowReductions(config, parts);
@@ -574,7 +589,12 @@ fn main(@builtin(workgroup_id) group: vec3<u32>, @builtin(local_invocation_index
   let r = t / ${colThreads}u;
   let c = t % ${colThreads}u;
   let tile = P.tileStart + group.x;
-  let head = P.headStart + group.y;
+  let head = P.headStart + group.y;${
+    slices === 1
+      ? ''
+      : `
+  let slice = tile % ${slices}u;`
+  }
   let sequence = tile_field(tile, 0u);
   let first_row = tile_field(tile, 1u);
   let count = tile_field(tile, 2u);
@@ -638,7 +658,7 @@ ${blocks ? `  ${MAP_AT}\n` : ''}  for (var start = key_begin; start < key_end; s
     readsStatistics(values)
       ? `let record = ((head / P.groupSize * P.sequences + sequence) * P.chunks) * ${statistics}u - P.partialBase;
   ${values.smoothed ? 'let factor_v = mean_factor(record, P.chunks);' : ''}
-  ${V.map((v) => `${values.scaled ? `let scale_v_${v} = value_scale(record + ${headDimPadded / 4 + v * colThreads}u + c, P.chunks, 1);` : ''}${values.smoothed ? ` let mean_v_${v} = value_mean(record + ${headDimPadded / 4 + quads + v * colThreads}u + c, P.chunks) * factor_v;` : ''}`).join('\n  ')}`
+  ${V.map((v) => `${values.scaled ? `let scale_v_${v} = value_scale(record + ${sliceAt}${headDimPadded / 4 + v * colThreads}u + c, P.chunks, 1);` : ''}${values.smoothed ? ` let mean_v_${v} = value_mean(record + ${sliceAt}${headDimPadded / 4 + slices * quads + v * colThreads}u + c, P.chunks) * factor_v;` : ''}`).join('\n  ')}`
       : ''
   }
 ${I.map((i) => finishRow(config, parts, i)).join('')}

@@ -47,12 +47,16 @@ export function poolKernel({ dtype, access, headDim, operand, similarities, shif
   const rows = THREADS / lanes;
   const vectors = pooledVectors(headDim);
   const source = operand === 'q' ? SEQUENCE.qSource : SEQUENCE.kSource;
-  // The threads of a column add up what the others left.
+  // The threads of a column add up what the others left: a vector after the other, as all four take more memory than every device has.
   const joined = (array: string) => `
-  for (var i = 0u; i < 4u; i++) { red[lid * 4u + i] = ${array}[i]; }
-  workgroupBarrier();
-  for (var step = ${rows / 2}u; step > 0u; step >>= 1u) {
-    if (row < step) { for (var i = 0u; i < 4u; i++) { red[lid * 4u + i] += red[(lid + step * ${lanes}u) * 4u + i]; } }
+  for (var i = 0u; i < 4u; i++) {
+    red[lid] = ${array}[i];
+    workgroupBarrier();
+    for (var step = ${rows / 2}u; step > 0u; step >>= 1u) {
+      if (row < step) { red[lid] += red[lid + step * ${lanes}u]; }
+      workgroupBarrier();
+    }
+    ${array}[i] = red[lid];
     workgroupBarrier();
   }`;
   const inside = `row == 0u && lane < ${padded / 16}u`;
@@ -64,7 +68,7 @@ ${decoder(dtype)}
 ${operandLoader(operand, 2, dtype, access)}
 @group(0) @binding(3) var<storage, read_write> pooled: array<vec4<f32>>;
 ${shifted ? '@group(0) @binding(4) var<storage, read> mean: array<vec4<f32>>;' : ''}
-var<workgroup> red: array<vec4<f32>, ${THREADS * 4}>;
+var<workgroup> red: array<vec4<f32>, ${THREADS}>;
 var<workgroup> squares: array<f32, ${THREADS}>;
 var<workgroup> bad: array<u32, ${THREADS}>;
 
@@ -101,12 +105,12 @@ ${OWN_TILE}
     }
   }
 ${shifted ? '' : joined('sums')}
-${shifted ? '' : `  if (${inside}) { for (var i = 0u; i < 4u; i++) { pooled[line + lane * 4u + i] = red[lid * 4u + i]; } }`}
+${shifted ? '' : `  if (${inside}) { for (var i = 0u; i < 4u; i++) { pooled[line + lane * 4u + i] = sums[i]; } }`}
   bad[lid] = nonfinite;
   squares[lid] = 0.0;
   workgroupBarrier();
 ${similarities ? joined('directions') : ''}
-  ${similarities ? `if (${inside}) { for (var i = 0u; i < 4u; i++) { squares[lane] += dot(red[lid * 4u + i], red[lid * 4u + i]); } }` : ''}
+  ${similarities ? `if (${inside}) { for (var i = 0u; i < 4u; i++) { squares[lane] += dot(directions[i], directions[i]); } }` : ''}
   workgroupBarrier();
   if (lid == 0u) {
     var similarity = 0.0;

@@ -63,8 +63,14 @@ export const OWN_TILE = `\
   let first = tile_field(tile, 1u);
   let count = tile_field(tile, 2u);`;
 
-/** A head dim as the kernels see it: a multiple of 32 channels. */
-export const padDim = (dim: number): number => roundUp(dim, 32);
+/** Above this, the channels of V are divided among workgroups, whose threads could not hold a row's sums. */
+const WHOLE_VALUES = 256;
+
+/** A head dim as the kernels see it: a multiple of 32 channels, and of 64 where they are divided. */
+export const padDim = (dim: number): number => roundUp(dim, dim > WHOLE_VALUES ? 64 : 32);
+
+/** Workgroups that divide the channels of V, each over all keys. */
+export const valueSlices = (valueDimPadded: number): number => (valueDimPadded > WHOLE_VALUES ? 2 : 1);
 
 /** Vectors of 16 bytes in a row of quantized Q or K. */
 export const rowVectors = (headDimPadded: number): number => headDimPadded / 16 + 1;

@@ -147,16 +147,47 @@ export const loadMean = (vectors: number, statistics: number) => `
     } }`;
 
 /** The largest of a row's partial maxima. */
-export const rowMaximum = (name: string, chunks: number) => `
+export const rowMaximum = (name: string, parts: number) => `
     var ${name} = 0.0;
-    for (var i = 0u; i < ${chunks}u; i++) { ${name} = max(${name}, ${name}_partial[lid * ${chunks}u + i]); }`;
+    for (var i = 0u; i < ${parts}u; i++) { ${name} = max(${name}, ${name}_partial[lid * ${parts}u + i]); }`;
+
+/** Parts of a row whose sums or maxima lie in workgroup memory; of wide rows two chunks share one. */
+const partsOf = (headDimPadded: number): number => headDimPadded / (headDimPadded > 256 ? 32 : 16);
+
+/**
+ * A loop over the chunks of 16 channels of a tile's rows, with `row`, `channel` and `item`, the chunk's part of a row. A thread has
+ * all chunks of a part, one after the other.
+ *
+ * @param body statements; `first`: the chunk is the first of its part
+ */
+function eachChunk(headDimPadded: number, body: (isFirst: string | undefined) => string): string {
+  const parts = partsOf(headDimPadded);
+  const passes = headDimPadded / 16 / parts;
+  const loop = (
+    offset: string,
+    isFirst: string | undefined,
+  ) => `for (var item = lid; item < count * ${parts}u; item += ${THREADS}u) {
+    let row = item / ${parts}u;
+    let channel = ${offset === '' ? '' : '('}item % ${parts}u${offset} * 16u;${body(isFirst)}
+  }`;
+  if (passes === 1) return loop('', undefined);
+  return `for (var turn = 0u; turn < ${passes}u; turn++) { ${loop(` + turn * ${parts}u)`, 'turn == 0u')} }`;
+}
+
+/** Assigns to a part, or joins with what its earlier chunks left. */
+const joinPart = (isFirst: string | undefined, name: string, value: string, join: (a: string, b: string) => string) =>
+  isFirst === undefined
+    ? `${name}[item] = ${value};`
+    : `{ let value = ${value}; ${name}[item] = select(${join(`${name}[item]`, 'value')}, value, ${isFirst}); }`;
+const larger = (a: string, b: string) => `max(${a}, ${b})`;
+const sum = (a: string, b: string) => `${a} + ${b}`;
 
 export const largestOf16 = 'max(max(max4(x[0]), max4(x[1])), max(max4(x[2]), max4(x[3])))';
 export const MAX4 = `fn max4(v: vec4<f32>) -> f32 { let a = abs(v); return max(max(a.x, a.y), max(a.z, a.w)); }`;
 
 export function prepareQueryKernel(config: PrepareQueryConfig): string {
   const { dtype, access, headDim, headDimPadded, valueDimPadded, smoothK, sinks } = config;
-  const chunks = headDimPadded / 16;
+  const parts = partsOf(headDimPadded);
   const vectors = rowVectors(headDimPadded);
   const statistics = statisticsVectors(headDimPadded, valueDimPadded);
   return `
@@ -168,7 +199,7 @@ ${operandLoader('q', 2, dtype, access)}
 @group(0) @binding(3) var<storage, read_write> rows: array<vec4<u32>>;
 ${smoothK ? '@group(0) @binding(4) var<storage, read> partials: array<vec4<f32>>;' : ''}
 ${smoothK ? `var<workgroup> mean: array<vec4<f32>, ${headDimPadded / 4}>;` : ''}
-var<workgroup> largest_partial: array<f32, ${QUERY_BLOCK * chunks}>;
+var<workgroup> largest_partial: array<f32, ${QUERY_BLOCK * parts}>;
 var<workgroup> row_max: array<f32, ${QUERY_BLOCK}>;
 var<workgroup> flags: array<atomic<u32>, ${QUERY_BLOCK}>;
 ${QUANTIZE}
@@ -186,22 +217,22 @@ ${
 ${loadMean(headDimPadded / 4, statistics)}`
     : ''
 }
-  for (var item = lid; item < count * ${chunks}u; item += ${THREADS}u) {
-    let row = item / ${chunks}u;
-    let channel = item % ${chunks}u * 16u;
+  ${eachChunk(
+    headDimPadded,
+    (isFirst) => `
     nonfinite = 0u;
     let x = load_q(source + row * P.tokenStride + channel, min(16u, max(${headDim}u, channel) - channel));
-    largest_partial[item] = ${largestOf16};
-    if (nonfinite != 0u) { atomicOr(&flags[row], 1u); }
-  }
+    ${joinPart(isFirst, 'largest_partial', largestOf16, larger)}
+    if (nonfinite != 0u) { atomicOr(&flags[row], 1u); }`,
+  )}
   workgroupBarrier();
-  if (lid < count) {${rowMaximum('largest', chunks)}
+  if (lid < count) {${rowMaximum('largest', parts)}
     row_max[lid] = largest;
   }
   workgroupBarrier();
-  for (var item = lid; item < count * ${chunks}u; item += ${THREADS}u) {
-    let row = item / ${chunks}u;
-    let channel = item % ${chunks}u * 16u;
+  ${eachChunk(
+    headDimPadded,
+    (isFirst) => `
     let x = load_q(source + row * P.tokenStride + channel, min(16u, max(${headDim}u, channel) - channel));
     let inverse = select(0.0, sign(P.scoreScale) * ${INT_MAX.int8}.0 / max(row_max[row], ${TINY}), row_max[row] > ${TINY});
     rows[(row_at + row) * ${vectors}u + channel / 16u - P.rowBase] = vec4<u32>(${range(4)
@@ -210,16 +241,21 @@ ${loadMean(headDimPadded / 4, statistics)}`
     ${
       smoothK
         ? `let m = channel / 4u;
-    largest_partial[item] = ${range(4)
-      .map((i) => `dot(x[${i}], mean[m + ${i}u])`)
-      .join(' + ')};`
+    ${joinPart(
+      isFirst,
+      'largest_partial',
+      range(4)
+        .map((i) => `dot(x[${i}], mean[m + ${i}u])`)
+        .join(' + '),
+      sum,
+    )}`
         : ''
-    }
-  }
+    }`,
+  )}
   workgroupBarrier();
   if (lid < count) {
     var constant = 0.0;
-    ${smoothK ? `for (var i = 0u; i < ${chunks}u; i++) { constant += largest_partial[lid * ${chunks}u + i]; }` : ''}
+    ${smoothK ? `for (var i = 0u; i < ${parts}u; i++) { constant += largest_partial[lid * ${parts}u + i]; }` : ''}
     // A large scale of the scores is the caller's: what overflows with it is a score that float32 has no number for.
     let largest = min(${LARGEST_SCALE} * max(1.0, abs(P.scoreScale)), 3.4e38f);
     // The scale is not negative, so that the largest sum is the largest score: Q's values carry its sign.
@@ -369,9 +405,9 @@ function storeIntegers(config: PrepareKeyValueConfig): string {
 
 /** Decides from each key's maxima, with and without smoothing, how it is quantized: sets `row_max` and its flags. */
 function keyMaxima({ smoothK, sharedScale, headDimPadded }: PrepareKeyValueConfig): string {
-  const chunks = headDimPadded / 16;
+  const parts = partsOf(headDimPadded);
   const smoothed = smoothK
-    ? `${rowMaximum('plain', chunks)}
+    ? `${rowMaximum('plain', parts)}
     if (largest > ${WORST_SMOOTHING}.0 * plain) { largest = plain; atomicOr(&flags[lid], ${FLAG_UNSMOOTHED}u); }`
     : '';
   const shared = `
@@ -388,7 +424,7 @@ function keyMaxima({ smoothK, sharedScale, headDimPadded }: PrepareKeyValueConfi
   workgroupBarrier();`;
   return `
   workgroupBarrier();
-  if (lid < count) {${rowMaximum('largest', chunks)}${smoothed}
+  if (lid < count) {${rowMaximum('largest', parts)}${smoothed}
     row_max[lid] = largest;
   }
   workgroupBarrier();${sharedScale ? shared : ''}`;
@@ -397,6 +433,7 @@ function keyMaxima({ smoothK, sharedScale, headDimPadded }: PrepareKeyValueConfi
 export function prepareKeyValueKernel(config: PrepareKeyValueConfig): string {
   const { dtype, access, headDim, headDimPadded, valueDimPadded, smoothK, sharedScale, values, layout } = config;
   const chunks = headDimPadded / 16;
+  const parts = partsOf(headDimPadded);
   const vectors = rowVectors(headDimPadded);
   const statistics = statisticsVectors(headDimPadded, valueDimPadded);
   const needsPartials = smoothK || values.scaled;
@@ -419,8 +456,8 @@ ${needsPartials ? '@group(0) @binding(4) var<storage, read> partials: array<vec4
 ${smoothK ? `var<workgroup> mean: array<vec4<f32>, ${headDimPadded / 4}>;` : ''}
 ${values.scaled ? `var<workgroup> inverse_scale: array<vec4<f32>, ${valueDimPadded / 4}>;` : ''}
 ${values.smoothed ? `var<workgroup> scaled_mean: array<vec4<f32>, ${valueDimPadded / 4}>;` : ''}
-var<workgroup> largest_partial: array<f32, ${KEY_BLOCK * chunks}>;
-${smoothK ? `var<workgroup> plain_partial: array<f32, ${KEY_BLOCK * chunks}>;` : ''}
+var<workgroup> largest_partial: array<f32, ${KEY_BLOCK * parts}>;
+${smoothK ? `var<workgroup> plain_partial: array<f32, ${KEY_BLOCK * parts}>;` : ''}
 var<workgroup> row_max: array<f32, ${KEY_BLOCK}>;
 var<workgroup> flags: array<atomic<u32>, ${KEY_BLOCK}>;
 ${sharedScale ? 'var<workgroup> most_bits: atomic<u32>;\nvar<workgroup> least_bits: atomic<u32>;' : ''}
@@ -455,15 +492,15 @@ ${
     : ''
 }
   workgroupBarrier();
-  for (var item = lid; item < count * ${chunks}u; item += ${THREADS}u) {
-    let row = item / ${chunks}u;
-    let channel = item % ${chunks}u * 16u;
+  ${eachChunk(
+    headDimPadded,
+    (isFirst) => `
     nonfinite = 0u;
     var x = ${loadK};
-    ${smoothK ? `plain_partial[item] = ${largestOf16}; ${smooth}` : ''}
-    largest_partial[item] = ${largestOf16};
-    if (nonfinite != 0u) { atomicOr(&flags[row], ${FLAG_NONFINITE_K}u); }
-  }
+    ${smoothK ? `${joinPart(isFirst, 'plain_partial', largestOf16, larger)} ${smooth}` : ''}
+    ${joinPart(isFirst, 'largest_partial', largestOf16, larger)}
+    if (nonfinite != 0u) { atomicOr(&flags[row], ${FLAG_NONFINITE_K}u); }`,
+  )}
 ${keyMaxima(config)}
   for (var item = lid; item < count * ${chunks}u; item += ${THREADS}u) {
     let row = item / ${chunks}u;

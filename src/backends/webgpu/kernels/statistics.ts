@@ -110,7 +110,8 @@ export function statisticsKernel(config: StatisticsConfig): string {
   const rows = THREADS / lanes;
 
   // Fewer groups would leave no majority beside one that holds an outlier.
-  const segments = Math.max(1, LEAST_GROUPS / rows);
+  // Of the widest heads eight would take a little more memory than every device has.
+  const segments = Math.max(1, rows === 1 ? LEAST_GROUPS - 1 : LEAST_GROUPS / rows);
 
   // A lane has two neighbouring channels: one word of a 16-bit type.
   const walk = (operand: 'k' | 'v', from: string, to: string, add: string) => {

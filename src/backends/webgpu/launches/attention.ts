@@ -6,7 +6,8 @@ import { elementCount } from '../../../tensor/tensor.ts';
 import type { KernelChoice } from '../../backend.ts';
 import { chooseVariant, type Forced } from '../families/choose.ts';
 import type { AttentionKernel, AttentionVariant } from '../families/family.ts';
-import { encodeParams, padDim } from '../kernels/layout.ts';
+import { packedVariant } from '../families/packed.ts';
+import { encodeParams, padDim, valueSlices } from '../kernels/layout.ts';
 import { KEY_BLOCK, readsStatistics } from '../kernels/prepare.ts';
 import {
   attentionParams,
@@ -44,12 +45,13 @@ import {
   rowSpan,
   type SequenceRecord,
   type Stages,
+  type Tile,
   tablesBinding,
   tilesOf,
 } from './stages.ts';
 
 /** As few splits as bindings allow, and as many as give a short query's launch enough workgroups. */
-export function keySplitsOf(stages: Stages, rowsPerTile: number): KeySplits {
+export function keySplitsOf(stages: Stages, { rows, pack }: Pick<AttentionKernel, 'rows' | 'pack'>): KeySplits {
   const { problem, keyValue, capabilities, records } = stages;
   const { keys, values } = keyValueRowBytes(keyValue);
   const rowBytes = Math.max(keys, values);
@@ -59,8 +61,10 @@ export function keySplitsOf(stages: Stages, rowsPerTile: number): KeySplits {
     Math.floor((capabilities.bindingBytes - capabilities.bindingAlignment) / (rowBytes * KEY_BLOCK)),
   );
   const workgroups =
-    problem.queryHeads * records.reduce((sum, { queryLength }) => sum + Math.ceil(queryLength / rowsPerTile), 0);
-  const wanted = workgroups === 0 || workgroups >= ENOUGH_WORKGROUPS ? 1 : Math.floor(ENOUGH_WORKGROUPS / workgroups);
+    (problem.queryHeads / (pack ?? 1)) *
+    records.reduce((sum, { queryLength }) => sum + Math.ceil((queryLength * (pack ?? 1)) / rows), 0);
+  const enough = pack === undefined ? ENOUGH_WORKGROUPS : ENOUGH_PACKED_WORKGROUPS;
+  const wanted = workgroups === 0 || workgroups >= enough ? 1 : Math.floor(enough / workgroups);
   const parallel = Math.max(1, Math.min(wanted, Math.floor(blocks / BLOCKS_PER_SPLIT)));
   const span = Math.min(blocksPerBinding, Math.ceil(blocks / parallel)) * KEY_BLOCK;
   return {
@@ -73,6 +77,8 @@ const LARGEST_FLOAT32 = 3.4e38;
 
 /** Below this many workgroups the keys are split among more of them (a decoder's single query). */
 const ENOUGH_WORKGROUPS = 128;
+/** The same where the heads of a group are packed: memory is kept busy by several small workgroups a multiprocessor. */
+const ENOUGH_PACKED_WORKGROUPS = 512;
 /** A split has at least this many blocks of keys: less is not worth its share of merging. */
 const BLOCKS_PER_SPLIT = 4;
 
@@ -92,10 +98,20 @@ export function attentionLaunches(
   const { problem, keyValue, records, tables } = stages;
   const { queryHeads, kvHeads, queryLength, mask } = problem;
   const output = outputLayoutOf(problem);
+  const { pack = 1 } = kernel;
+  const packed = kernel.pack !== undefined;
+  // The packed kernel holds all channels of V; of the others' tiles each is listed once for a slice of them.
+  const slices = packed ? 1 : valueSlices(config.valueDimPadded);
   const tiles = tilesOf(
-    records.map(({ queryLength: length }) => length),
+    records.map(({ queryLength: length }) => length * pack),
     kernel.rows,
-  );
+  ).flatMap((tile) => Array.from({ length: slices }, () => tile));
+  /** Queries of a tile's rows. */
+  const tokensOf = (tile: Tile): Tile => {
+    const first = Math.floor(tile.first / pack);
+    return { ...tile, first, count: Math.floor((tile.first + tile.count - 1) / pack) - first + 1 };
+  };
+  const tokens = tiles.map(tokensOf);
   const tilesAt = tables.tiles(tiles);
   const groupSize = queryHeads / Math.max(1, kvHeads);
   const queryBytes = queryRowBytes(keyValue);
@@ -108,15 +124,15 @@ export function attentionLaunches(
   const final = config.result === 'final';
 
   const spansOf = (unit: Unit): Binding[] => {
-    const [h0, h1] = unit.heads;
-    const kv = keyHeads(unit.heads, groupSize);
+    const [h0, h1] = [unit.heads[0] * pack, unit.heads[1] * pack];
+    const kv = keyHeads([h0, h1], groupSize);
     const keyRange = extent(tiles, unit.tiles, ({ sequence }) => {
       const { keyRow, keyLength } = records[sequence] as SequenceRecord;
       const first = Math.min(keyLength, unit.splits[0] * splits.span);
       const last = Math.min(keyLength, unit.splits[1] * splits.span);
       return [keyRow + first, keyRow + roundUp(Math.max(last, first + 1), KEY_BLOCK)];
     });
-    const outputRange = extent(tiles, unit.tiles, ({ sequence, first, count }) => {
+    const outputRange = extent(tokens, unit.tiles, ({ sequence, first, count }) => {
       const start = (records[sequence] as SequenceRecord).output + first * output.tokenStride;
       return [start, start + (count - 1) * output.tokenStride + problem.valueDim];
     });
@@ -129,11 +145,11 @@ export function attentionLaunches(
         'queryRows',
         queryBytes,
         stages.rowsPerQueryHead,
-        unit.heads,
-        // Rows are read by whole tiles.
-        extent(tiles, unit.tiles, ({ sequence, first }) => {
+        [h0, h1],
+        // Rows are read by whole tiles; packed ones are not.
+        extent(tokens, unit.tiles, ({ sequence, first, count }) => {
           const row = (records[sequence] as SequenceRecord).queryRow + first;
-          return [row, row + kernel.rows];
+          return [row, row + (packed ? count : kernel.rows)];
         }),
       ),
       rowSpan(3, 'keys', rowBytes.keys, keyValue.rowsPerHead, kv, keyRange),
@@ -141,7 +157,7 @@ export function attentionLaunches(
     ];
     if (config.mask !== undefined && mask !== undefined) {
       const [, headStride, queryStride, keyStride] = mask.strides;
-      const [low, high] = extent(tiles, unit.tiles, ({ sequence, first, count }) => {
+      const [low, high] = extent(tokens, unit.tiles, ({ sequence, first, count }) => {
         const { mask: start, keyLength } = records[sequence] as SequenceRecord;
         const row = start + first * queryStride;
         return [
@@ -193,7 +209,7 @@ export function attentionLaunches(
     stages,
     kernel.label,
     kernel.source(config),
-    { ...allOf(tiles, queryHeads, splits.count), heads },
+    { ...allOf(tiles, queryHeads, splits.count), heads: [heads[0] / pack, heads[1] / pack] },
     spansOf,
     (unit, base) =>
       encodeParams(attentionParams(config), {
@@ -208,7 +224,7 @@ export function attentionLaunches(
         keyRowsPerHead: keyValue.rowsPerHead,
         queryRowBase: base('queryRows') / 16,
         keyRowBase: base('keys') / keyUnit,
-        valueRowBase: base('values') / valueUnit,
+        valueRowBase: base('values') / (packed ? 16 : valueUnit),
         partialBase: base('partials') / 16,
         outputHeadStride: output.headStride,
         outputTokenStride: output.tokenStride,
@@ -245,7 +261,12 @@ export const lseHeadStrideOf = ({ sequences, batch, queryLength }: AttentionProb
   sequences === undefined ? queryLength : (sequences.cuSeqlensQ[batch] as number);
 
 /** What a problem's attention kernels are configured with. */
-export function scoreConfigOf(stages: Stages, splits: KeySplits, fp4: Fp4Products | undefined): ScoreConfig {
+export function scoreConfigOf(
+  stages: Stages,
+  splits: KeySplits,
+  fp4: Fp4Products | undefined,
+  packed = false,
+): ScoreConfig {
   const { problem } = stages;
   const { dtype, headDim, valueDim, mask, keyLength, softcap, returnLse } = problem;
   // Two rows of 16-bit elements share a word when Dv is odd; the merging kernel writes words from partial results.
@@ -261,6 +282,7 @@ export function scoreConfigOf(stages: Stages, splits: KeySplits, fp4: Fp4Product
   }
   // The merging kernel also writes the logsumexp where rounded weights do not give it, and where its binding is taken.
   const merged =
+    packed ||
     splits.count > 1 ||
     sharesWords ||
     (returnLse && fp4?.weights === true) ||
@@ -300,10 +322,19 @@ export interface AttentionParts {
 /** Launches for Q, attention and merging, and the scratch that they take. */
 export function attentionParts(stages: Stages, choice: KernelChoice, options: Forced): AttentionParts {
   const { problem, capabilities } = stages;
-  const variant = chooseVariant(capabilities, problem, choice, options, stages.keyValue.layout);
-  const splits = keySplitsOf(stages, variant.kernel.rows);
+  const variant = packedVariant(
+    capabilities,
+    problem,
+    stages.keyValue,
+    chooseVariant(capabilities, problem, choice, options, stages.keyValue.layout),
+    options,
+    choice.pvAccumDtype === 'fp16',
+  );
+  const splits = keySplitsOf(stages, variant.kernel);
   const queries = fp4QueriesOf(stages, choice);
-  const config = scoreConfigOf(stages, splits, queries && { weights: !stages.keyValue.held, smoothQ: queries.smoothQ });
+  const products = queries && { weights: !stages.keyValue.held, smoothQ: queries.smoothQ };
+  const packed = variant.kernel.pack !== undefined;
+  const config = scoreConfigOf(stages, splits, products, packed);
   const empty = elementCount(outputShapeOf(problem)) === 0;
   const scoreScale = scoreScaleOf(problem, config);
   const scores = queries?.smoothQ ? meanScoresOf(stages, queries.smoothQ) : undefined;

@@ -1,12 +1,14 @@
 /** Gradients of attention: the launches of a backward call. */
 import { type BackwardProblem, gradientShapesOf } from '../../../attention/backward.ts';
 import { type AttentionProblem, sequencesOf } from '../../../attention/problem.ts';
+import { UnsupportedOptionError } from '../../../errors.ts';
 import { BYTES_PER_ELEMENT, type DType } from '../../../tensor/dtype.ts';
 import { elementCount, type OperandLayout } from '../../../tensor/tensor.ts';
 import type { KernelChoice } from '../../backend.ts';
 import type { Capabilities } from '../capabilities.ts';
 import { chooseGradientTile, type GradientVariant } from '../families/backward.ts';
 import { type Forced, keyValueLayoutOf } from '../families/choose.ts';
+import { MAX_HEAD_DIM } from '../kernel-table.ts';
 import { GRADIENT_PARAMS, gradientKernel } from '../kernels/backward/gradients.ts';
 import { GRADIENT_BLOCK, gradientKey, gradientRow, PLACE, PLACE_WORDS } from '../kernels/backward/layout.ts';
 import { NARROW_PARAMS, NARROW_WORDS, narrowKernel } from '../kernels/backward/narrow.ts';
@@ -496,7 +498,7 @@ function narrowLaunches(self: Backward, counts: Readonly<Record<GradientName, nu
 /**
  * Quantizes Q and K as the forward pass does, makes rows in float32, and computes dQ, then dK and dV.
  *
- * @throws {UnsupportedOptionError} a forced family that the device cannot run
+ * @throws {UnsupportedOptionError} head dims above those of the gradient kernels, a forced family that the device cannot run
  */
 export function planBackwardLaunches(
   capabilities: Capabilities,
@@ -505,6 +507,14 @@ export function planBackwardLaunches(
   forced: Forced = {},
 ): BackwardLaunches {
   const { attention } = problem;
+  for (const [argument, size] of [
+    ['q', attention.headDim],
+    ['v', attention.valueDim],
+  ] as const) {
+    if (size <= MAX_HEAD_DIM) continue;
+    const expected = `head dims up to ${MAX_HEAD_DIM} for gradients`;
+    throw new UnsupportedOptionError(kernel.descriptor.name, argument, expected, String(size));
+  }
   // The codes of the family that attends, laid out in rows.
   const forward = keyValueShapeOf(
     attention,

@@ -3,7 +3,15 @@ import { type AttentionProblem, outputShapeOf } from '../../../attention/problem
 import { BYTES_PER_ELEMENT } from '../../../tensor/dtype.ts';
 import { elementCount } from '../../../tensor/tensor.ts';
 import { encodeParams, padDim } from '../kernels/layout.ts';
-import { MERGE_PARAMS, MERGE_THREADS, mergeKernel } from '../kernels/merge.ts';
+import {
+  MERGE_PARAMS,
+  MERGE_ROW_SPLITS,
+  MERGE_ROW_THREADS,
+  MERGE_ROWS_PARAMS,
+  MERGE_THREADS,
+  mergeKernel,
+  mergeRowsKernel,
+} from '../kernels/merge.ts';
 import { recordFloats, type ScoreConfig } from '../kernels/scores.ts';
 import type { Binding, Launch, Unit } from './launch.ts';
 import { allOf, type KeySplits, launchesOf, type Stages } from './stages.ts';
@@ -12,8 +20,60 @@ import { allOf, type KeySplits, launchesOf, type Stages } from './stages.ts';
 export const recordsBytes = (problem: AttentionProblem, splits: KeySplits): number =>
   (elementCount(outputShapeOf(problem)) / problem.valueDim) * splits.count * recordFloats(padDim(problem.valueDim)) * 4;
 
+/** From this many parts of a row on, a workgroup to a row is faster than a thread to a word, which waits for one after the other. */
+const MANY_SPLITS = 8;
+
+/** Whether a row's parts are joined by a workgroup of its own: no other row's elements lie in its words. */
+const mergedByRows = ({ problem }: Stages, { fp4, returnLse, valueDimPadded }: ScoreConfig, { count }: KeySplits) =>
+  count >= MANY_SPLITS &&
+  count <= MERGE_ROW_SPLITS &&
+  valueDimPadded / 4 <= MERGE_ROW_THREADS &&
+  (problem.dtype === 'float32' || problem.valueDim % 2 === 0) &&
+  !(fp4?.weights === true && returnLse);
+
+/** Joins partial results, a workgroup to a row. */
+function mergeRowsLaunches(stages: Stages, config: ScoreConfig, splits: KeySplits): Launch[] {
+  const { problem, capabilities } = stages;
+  const { valueDim, queryHeads, queryLength, tensorLayout, sequences, batch, dtype } = problem;
+  const bytes = BYTES_PER_ELEMENT[dtype];
+  const rows = elementCount(outputShapeOf(problem)) / valueDim;
+  const headsInner = sequences !== undefined || tensorLayout === 'NHD';
+  const tokens = sequences === undefined ? queryLength : (sequences.cuSeqlensQ[batch] as number);
+  const recordBytes = recordFloats(config.valueDimPadded) * 4 * splits.count;
+  const alignment = leastCommonMultiple(recordBytes, capabilities.bindingAlignment);
+  const spansOf = ({ tiles: [from, to] }: Unit): Binding[] => [
+    {
+      slot: 1,
+      buffer: 'records',
+      start: Math.floor((from * recordBytes) / alignment) * alignment,
+      end: to * recordBytes,
+    },
+    { slot: 6, buffer: 'output', start: from * valueDim * bytes, end: to * valueDim * bytes },
+    ...(config.returnLse ? [{ slot: 7, buffer: 'lse' as const, start: 0, end: rows * 4 }] : []),
+  ];
+  const each = Array.from({ length: rows }, (_, row) => row);
+  return launchesOf(
+    stages,
+    'merge rows',
+    mergeRowsKernel(config, headsInner),
+    allOf(each, 1),
+    spansOf,
+    ({ tiles: [rowStart] }, base) =>
+      encodeParams(MERGE_ROWS_PARAMS, {
+        rowStart,
+        splits: splits.count,
+        heads: queryHeads,
+        tokens,
+        rowBase: base('records') / recordBytes,
+        outputBase: base('output') / bytes,
+        lseBase: base('lse') / 4,
+      }),
+  );
+}
+
 /** Joins partial results; words of the output take the place of tiles, in batches of one workgroup. */
 export function mergeLaunches(stages: Stages, config: ScoreConfig, splits: KeySplits): Launch[] {
+  if (mergedByRows(stages, config, splits)) return mergeRowsLaunches(stages, config, splits);
   const { problem, capabilities } = stages;
   const { valueDim, queryHeads, queryLength, tensorLayout, sequences, batch, dtype } = problem;
   const elements = elementCount(outputShapeOf(problem));

@@ -1,19 +1,23 @@
 /** Every WGSL kernel that the tables can ask for: compiled in tests, and digested by `scripts/kernel-digest.ts`. */
+import type { DType, MaskDType } from '../../../tensor/dtype.ts';
 import type { MatrixConfig } from '../capabilities.ts';
 import { GRADIENT_VARIANTS } from '../families/backward.ts';
 import { matrixProducts } from '../families/matrix.ts';
 import { MATRIX_VARIANTS } from '../families/matrix-shapes.ts';
+import { packedShape } from '../families/packed.ts';
 import { TILED_VARIANTS } from '../families/tiled.ts';
 import { matrixAttentionKernel } from '../kernels/attention-matrix.ts';
-import { tiledAttentionKernel } from '../kernels/attention-tiled.ts';
+import { packedAttentionKernel } from '../kernels/attention-packed.ts';
+import { dotInt8, tiledAttentionKernel } from '../kernels/attention-tiled.ts';
 import { gradientKernel } from '../kernels/backward/gradients.ts';
 import { narrowKernel } from '../kernels/backward/narrow.ts';
 import { gradientKeysKernel, gradientRowsKernel } from '../kernels/backward/prepare.ts';
 import { softmaxAgainKernel } from '../kernels/backward/softmax.ts';
 import { chooseKernel, meanKernel, packKernel, poolKernel } from '../kernels/block-map.ts';
+import { padDim } from '../kernels/layout.ts';
 import { nativeMatrices } from '../kernels/matrix-operations.ts';
 import { matrixTiling } from '../kernels/matrix-tiling.ts';
-import { mergeKernel } from '../kernels/merge.ts';
+import { mergeKernel, mergeRowsKernel } from '../kernels/merge.ts';
 import { prepareKeyValueKernel, prepareQueryKernel } from '../kernels/prepare.ts';
 import {
   meanScoresKernel,
@@ -40,6 +44,18 @@ export const APPLE: readonly MatrixConfig[] = [
   { componentType: 'f16', resultComponentType: 'f16', M: 8, N: 8, K: 8 },
 ];
 
+type ScoreRow = readonly [
+  dtype: DType,
+  headDimPadded: number,
+  valueDim: number,
+  mask: MaskDType | undefined,
+  softcap: boolean,
+  returnLse: boolean,
+  keyScale: 'tile' | 'token',
+  result: 'final' | 'partial',
+  feature?: 'sinks' | 'blocks',
+];
+
 /** Score configurations that together use every statement of the kernels. */
 const SCORES: readonly ScoreConfig[] = (
   [
@@ -51,22 +67,36 @@ const SCORES: readonly ScoreConfig[] = (
     ['float32', 64, 64, undefined, false, true, 'tile', 'final', 'sinks'],
     ['float16', 32, 32, undefined, true, false, 'tile', 'partial', 'sinks'],
     ['bfloat16', 64, 64, 'bool', false, false, 'tile', 'final', 'blocks'],
-  ] as const
-).map(([dtype, headDimPadded, valueDim, mask, softcap, returnLse, keyScale, result, feature]) => ({
-  dtype,
-  headDimPadded,
-  valueDim,
-  valueDimPadded: Math.ceil(valueDim / 32) * 32,
-  mask,
-  softcap,
-  returnLse,
-  sinks: feature === 'sinks',
-  blocks: feature === 'blocks',
-  values: { integers: false, scaled: dtype !== 'float16', smoothed: dtype === 'bfloat16', exponent: 15 },
-  sharedScale: keyScale === 'tile',
-  fp4: undefined,
-  result,
-}));
+  ] satisfies ScoreRow[]
+).map(scoresOf);
+
+/** The same above 256 channels. */
+const WIDE_SCORES: readonly ScoreConfig[] = (
+  [
+    ['float16', 512, 512, undefined, false, false, 'token', 'final'],
+    ['bfloat16', 320, 300, 'bool', false, true, 'token', 'partial'],
+    ['float32', 512, 512, 'float32', true, true, 'token', 'final'],
+  ] satisfies ScoreRow[]
+).map(scoresOf);
+
+function scoresOf(row: ScoreRow): ScoreConfig {
+  const [dtype, headDimPadded, valueDim, mask, softcap, returnLse, keyScale, result, feature] = row;
+  return {
+    dtype,
+    headDimPadded,
+    valueDim,
+    valueDimPadded: padDim(valueDim),
+    mask,
+    softcap,
+    returnLse,
+    sinks: feature === 'sinks',
+    blocks: feature === 'blocks',
+    values: { integers: false, scaled: dtype !== 'float16', smoothed: dtype === 'bfloat16', exponent: 15 },
+    sharedScale: keyScale === 'tile',
+    fp4: undefined,
+    result,
+  };
+}
 
 /** The same with FP4, of which logsumexps come from partial results. */
 const FP4_SCORES: readonly ScoreConfig[] = SCORES.map((scores, i) => {
@@ -100,9 +130,15 @@ export interface WebgpuConfiguration {
 const scoresName = ({ dtype, headDimPadded, valueDim, mask, result, sinks, blocks, fp4, values }: ScoreConfig) =>
   `${fp4 === undefined ? '' : 'FP4 '}${values.integers ? 'V in INT8 ' : ''}${dtype} D${headDimPadded}/${valueDim} ${mask ?? 'no'} mask, ${result}${sinks ? ', sinks' : ''}${blocks ? ', blocks' : ''}`;
 
+/** What devices with 48, 32 and 16 KiB of workgroup memory take for wide heads. */
+const WIDE_VARIANTS = ['32x32s', '32x32sq', '16x16n', '16x16nsq'];
+
 function tiledKernels(): WebgpuConfiguration[] {
   return TILED_VARIANTS.flatMap((variant) =>
-    [...SCORES, ...FP4_SCORES, ...(variant.sharedKeyValue ? [] : INTEGER_SCORES)]
+    [
+      ...(WIDE_VARIANTS.includes(variant.name) ? WIDE_SCORES : []),
+      ...(variant.storedQuery ? [] : [...SCORES, ...FP4_SCORES, ...(variant.sharedKeyValue ? [] : INTEGER_SCORES)]),
+    ]
       .filter(({ valueDimPadded }) => valueDimPadded % (4 * variant.colThreads) === 0)
       // Tiles have no part in sinks.
       .filter(({ sinks }) => !sinks || variant === TILED_VARIANTS[0])
@@ -118,6 +154,38 @@ function tiledKernels(): WebgpuConfiguration[] {
       ),
   );
 }
+
+/** The kernel that packs the heads of a group, with and without rows left over. */
+function packedKernels(): WebgpuConfiguration[] {
+  const found: WebgpuConfiguration[] = [];
+  for (const scores of [...SCORES.filter(({ blocks }) => !blocks), ...WIDE_SCORES]) {
+    for (const layout of ['rows', 'tiles'] as const) {
+      for (const [packed, group] of [
+        [1, 1],
+        [6, 3],
+        [8, 8],
+      ] as const) {
+        const shape = packedShape({ workgroupBytes: 16384 }, packed, scoresDims(scores), layout);
+        if (shape === undefined) throw new Error('a device with the core limits has no packed kernel');
+        for (const packedDot of [true, false]) {
+          found.push({
+            name: `packed ${layout} ${shape.rows}x${shape.keys} group ${group} ${scoresName(scores)}${packedDot ? '' : ', core WGSL'}`,
+            group: 'packed heads',
+            source: () =>
+              packedAttentionKernel({
+                ...scores,
+                ...shape,
+                ...{ layout, group, packedDot, result: 'partial', dot: dotInt8(packedDot) },
+              }),
+          });
+        }
+      }
+    }
+  }
+  return found;
+}
+
+const scoresDims = ({ headDimPadded, valueDim }: ScoreConfig) => ({ headDim: headDimPadded, valueDim });
 
 /** Bytes of workgroup memory above which no device needs to take a variant. */
 const WORKGROUP_BYTES = 48 * 1024;
@@ -160,6 +228,7 @@ function quantizingKernels(): WebgpuConfiguration[] {
   return (['float16', 'bfloat16', 'float32'] as const).flatMap((dtype) =>
     (['vector', 'scalar'] as const).flatMap((access) => {
       const sizes = { dtype, access, headDim: 48, headDimPadded: 64, valueDim: 80, valueDimPadded: 96 };
+      const wide = { dtype, access, headDim: 500, headDimPadded: 512, valueDim: 264, valueDimPadded: 320 };
       const valueMax = dtype !== 'float16';
       const of = `${dtype} ${access}`;
       const statistics = [false, true].map((masked) => ({
@@ -207,7 +276,28 @@ function quantizingKernels(): WebgpuConfiguration[] {
           },
         ];
       });
-      return [...statistics, ...typical, ...prepare];
+      const values = { integers: false, scaled: true, smoothed: true, exponent: 15 };
+      const wideKernels = [
+        [
+          'statistics',
+          () =>
+            statisticsKernel({
+              ...wide,
+              ...{ keyMean: true, valueMax: true, valueMean: true, valueTypical: false, masked: false },
+            }),
+        ],
+        ['prepare Q', () => prepareQueryKernel({ ...wide, smoothK: true, sinks: undefined })],
+        [
+          'prepare K and V',
+          () => prepareKeyValueKernel({ ...wide, smoothK: true, sharedScale: false, values, layout: 'rows' }),
+        ],
+      ] as const;
+      const widened = wideKernels.map(([name, source]) => ({
+        name: `${name} ${of}, wide heads`,
+        group: PREPARING,
+        source,
+      }));
+      return [...statistics, ...typical, ...prepare, ...widened];
     }),
   );
 }
@@ -262,7 +352,10 @@ function otherKernels(): WebgpuConfiguration[] {
   }
   for (const scores of [...SCORES, ...FP4_SCORES]) {
     for (const headsInner of [true, false]) {
-      add(`merge ${scoresName(scores)}${headsInner ? ', heads inner' : ''}`, () => mergeKernel(scores, headsInner));
+      const of = `${scoresName(scores)}${headsInner ? ', heads inner' : ''}`;
+      add(`merge ${of}`, () => mergeKernel(scores, headsInner));
+      const rows = scores.fp4 === undefined && (scores.dtype === 'float32' || scores.valueDim % 2 === 0);
+      if (rows) add(`merge rows ${of}`, () => mergeRowsKernel(scores, headsInner));
     }
   }
   return found;
@@ -335,6 +428,7 @@ function gradientKernels(): WebgpuConfiguration[] {
 export const webgpuKernels = (): WebgpuConfiguration[] => [
   ...tiledKernels(),
   ...matrixKernels(),
+  ...packedKernels(),
   ...quantizingKernels(),
   ...fp4Kernels(),
   ...otherKernels(),
