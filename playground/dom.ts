@@ -282,11 +282,13 @@ export function checkField<T extends string>(
 }
 
 /** A button that copies a text, and says that it has. */
-export function copyButton(label: string, text: () => string): HTMLButtonElement {
+/** @param copied the text, or what copies something else */
+export function copyButton(label: string, copied: () => string | Promise<void>): HTMLButtonElement {
   const button = h('button', { type: 'button' }, label);
   button.addEventListener('click', async () => {
     try {
-      await navigator.clipboard.writeText(text());
+      const text = copied();
+      await (typeof text === 'string' ? navigator.clipboard.writeText(text) : text);
       button.textContent = 'Copied';
     } catch {
       button.textContent = 'Your browser does not let a page copy';

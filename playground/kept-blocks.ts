@@ -5,6 +5,9 @@ import { h, rangeField } from './dom.ts';
 import { percent, short } from './format.ts';
 import type { Picture } from './lab.ts';
 
+/** Below this a share of the softmax is rounding, and its digits say nothing. */
+const LEAST_SHARE = 1e-4;
+
 /** What came of keeping a share of the softmax. */
 export interface KeptBlocks {
   readonly rows: number;
@@ -36,7 +39,7 @@ export function keptBlocks(onMass: () => void): KeptBlocksFigure {
   const stack = h('div', { class: 'wipe', role: 'img' }, weights, cover);
   const slider = rangeField(
     'Share of the softmax to keep',
-    { min: 50, max: 100, step: 1, initial: 90, unit: ' %' },
+    { min: 50, max: 100, step: 1, initial: 75, unit: ' %' },
     onMass,
     'mass',
   );
@@ -77,7 +80,7 @@ export function keptBlocks(onMass: () => void): KeptBlocksFigure {
         if (flag === 0) context.fillRect((i % keyBlocks) * keys, Math.floor(i / keyBlocks) * rows, keys, rows);
       });
       const count = map.filter((flag) => flag !== 0).length;
-      note.textContent = `Blocks of ${rows} queries by ${keys} keys; the covered ones are not computed. Kept: ${count} of ${map.length}, ${percent(keptFraction)}, with ${percent(lostMass)} of the softmax lost by the estimate that chooses them. Error of the output ${percent(error)}, of all blocks ${percent(errorOfAll)}. Time of all blocks over theirs, choosing included, WASM on one thread: ${short(speed)}.`;
+      note.textContent = `Blocks of ${rows} queries by ${keys} keys; the covered ones are not computed. Kept: ${count} of ${map.length}, ${percent(keptFraction)}, with ${lostMass < LEAST_SHARE ? 'nothing' : percent(lostMass)} of the softmax lost by the estimate that chooses them. Error of the output ${percent(error)}, of all blocks ${percent(errorOfAll)}. Time of all blocks over theirs, choosing included, WASM on one thread: ${short(speed)}.`;
       stack.setAttribute(
         'aria-label',
         `Attention map with the blocks that are not computed covered. ${note.textContent}`,

@@ -149,7 +149,12 @@ function histogramOf(raw: Float32Array, smoothed: Float32Array): Histogram {
   };
 }
 
-function codeUse(x: Float32Array, dim: number, which: 'q' | 'k', { granularity, bits }: Quantization): CodeUse {
+function codeUse(
+  x: Float32Array,
+  dim: number,
+  which: 'q' | 'k',
+  { granularity, bits }: Pick<Quantization, 'granularity' | 'bits'>,
+): CodeUse {
   const tiling = TILING[granularity];
   const grouping = which === 'q' ? queryGrouping(granularity, tiling) : keyGrouping(granularity, tiling);
   const max = INT_MAX[bits];
@@ -163,6 +168,16 @@ function codeUse(x: Float32Array, dim: number, which: 'q' | 'k', { granularity, 
   });
   const meanSpan = lowest.reduce((sum, low, channel) => sum + (highest[channel] as number) - low + 1, 0) / dim;
   return { max, lowest, highest, used: new Set(values).size, meanSpan };
+}
+
+/** Codes that a channel of K takes on average, from its lowest to its highest, of those that there are. */
+export function codeSpan(
+  k: Float32Array,
+  dim: number,
+  bits: Quantization['bits'],
+): { readonly mean: number; readonly codes: number } {
+  const { max, meanSpan } = codeUse(k, dim, 'k', { granularity: 'per-block', bits });
+  return { mean: meanSpan, codes: 2 * max + 1 };
 }
 
 /** Scores of every query and key, `[length, length]`, scaled, row means taken away. */

@@ -137,8 +137,34 @@ function drawCard(facts: CardFacts): HTMLCanvasElement {
   return canvas;
 }
 
-export function savePicture(facts: CardFacts): void {
-  drawCard(facts).toBlob((blob) => {
-    if (blob !== null) download(blob, 'sageattention-result.png');
-  }, 'image/png');
+const FILE_NAME = 'sageattention-result.png';
+
+function pictureOf(facts: CardFacts): Promise<Blob> {
+  return new Promise((resolve, reject) => {
+    drawCard(facts).toBlob((blob) => {
+      if (blob === null) reject(new Error('this browser makes no pictures'));
+      else resolve(blob);
+    }, 'image/png');
+  });
+}
+
+export async function savePicture(facts: CardFacts): Promise<void> {
+  download(await pictureOf(facts), FILE_NAME);
+}
+
+/** Safari wants the item while the click is handled, and takes a promise of its content. */
+export const copyPicture = (facts: CardFacts): Promise<void> =>
+  navigator.clipboard.write([new ClipboardItem({ 'image/png': pictureOf(facts) })]);
+
+/** Opens the system's sheet; with the picture where it takes files. */
+export async function sharePicture(facts: CardFacts): Promise<void> {
+  const files = [new File([await pictureOf(facts)], FILE_NAME, { type: 'image/png' })];
+  const text = cardText(facts);
+  const withPicture = { text, files };
+  try {
+    await navigator.share(navigator.canShare?.(withPicture) ? withPicture : { text, url: facts.address });
+  } catch (error) {
+    // Closing the sheet is no failure.
+    if (!(error instanceof DOMException && error.name === 'AbortError')) throw error;
+  }
 }

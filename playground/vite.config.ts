@@ -1,3 +1,4 @@
+import { readFileSync } from 'node:fs';
 import { cp, mkdir, readdir, writeFile } from 'node:fs/promises';
 import path from 'node:path';
 import { defineConfig, type Plugin } from 'vite';
@@ -58,6 +59,35 @@ function addresses(): Plugin {
   };
 }
 
+/** Rows of the README's table of gains that the page shows, by their first cell: the best of each backend. */
+const MEASURED = ['CUDA, one H200', 'WebGPU, the same card, its matrix units', 'WebAssembly, two CPU cores, Node 24'];
+const PLACES = ['NVIDIA, in Node', 'WebGPU, on one H200', 'WebAssembly, two CPU cores'];
+
+/** What was measured elsewhere, from the README's table, which is made from the raw results. */
+function measured(): Plugin {
+  return {
+    name: 'playground-measured',
+    transformIndexHtml(html) {
+      const readme = readFileSync(new URL('../README.md', import.meta.url), 'utf8');
+      const items = MEASURED.map((where, i) => {
+        const cells = readme
+          .split('\n')
+          .find((line) => line.startsWith(`| ${where} |`))
+          ?.split('|')
+          .map((cell) => cell.trim());
+        if (cells === undefined) throw new Error(`README.md has no row '${where}'`);
+        const [, , tokens = '', peer = '', ratio = ''] = cells;
+        const [length = '', dim] = tokens.split(', D=');
+        return `<div><dt>${PLACES[i]}</dt><dd>${Number.parseFloat(ratio)}×</dd><dd class="note">${peer}, at ${Number(length).toLocaleString('en')} tokens of ${dim} channels</dd></div>`;
+      });
+      return html.replace(
+        '<!-- measured -->',
+        `<dl class="measured" aria-label="Speed that was measured elsewhere">${items.join('')}</dl>`,
+      );
+    },
+  };
+}
+
 /** Files of the page's chunks and of its workers', which are bundled apart. */
 const bundled = new Set<string>();
 
@@ -113,7 +143,8 @@ export default defineConfig(({ mode }) => ({
   // Relative, so that the folder may lie anywhere on a host.
   base: './',
   // The tests take them from the packages, as `sageattention playground` does where they are not beside the page.
-  plugins: mode === 'test' ? [addresses()] : [addresses(), assets(), collectBundled(), licences()],
+  plugins:
+    mode === 'test' ? [addresses(), measured()] : [addresses(), measured(), assets(), collectBundled(), licences()],
   worker: { format: 'es', plugins: () => [collectBundled(), entriesStayApart()] },
   server: { headers: ISOLATION_HEADERS },
   build: {

@@ -16,7 +16,8 @@ const FAMILIES: Readonly<Record<string, string>> = {
 
 function explain({ name, availability }: BackendReport, { crossOriginIsolated }: DeviceReport): string {
   if (!availability.available) {
-    return [availability.reason, availability.remedy].filter((text) => text).join('. ');
+    const said = [availability.reason, availability.remedy].filter((text) => text).join('. ');
+    return `${said.charAt(0).toUpperCase()}${said.slice(1)}${said.endsWith('.') ? '' : '.'}`;
   }
   if (name === 'webgpu') {
     const family = FAMILIES[availability.details.family ?? ''] ?? '';

@@ -5,9 +5,9 @@ import { connect } from '../alert.ts';
 import { diverging, onColorScheme, paint } from '../charts.ts';
 import { byId, codeBox, copyButton, exclusively, h, latest, messageOf, radioField, rangeField, say } from '../dom.ts';
 import { percent } from '../format.ts';
-import { drawHead, type Head, type Quantization, SWEEP_STEPS, smoothedPartly } from '../lab.ts';
+import { codeSpan, drawHead, type Head, type Quantization, SWEEP_STEPS, smoothedPartly } from '../lab.ts';
 import { fetchEncoderHead } from '../real-head.ts';
-import { type CardFacts, cardText, resultCard, savePicture } from '../result-card.ts';
+import { type CardFacts, cardText, copyPicture, resultCard, savePicture, sharePicture } from '../result-card.ts';
 import { currentAddress } from '../url-state.ts';
 import type { DeviceApi, DeviceReport, Measurement } from '../workers/device.ts';
 import type { LabApi } from '../workers/lab.ts';
@@ -20,7 +20,7 @@ const DRAWN = { name: 'channels', strength: 6, length: 96, dim: 64, seed: 7 } as
 
 const SAID: Readonly<Record<Keys, string>> = {
   large:
-    'Drawn: each channel has an offset, typically six times as large as what tells tokens apart. The SageAttention papers show such stripes in K of language and video models.',
+    'Colours span what the codes span: with the stripes, hardly any are left for what tells tokens apart. Drawn with offsets six times as large as that, as the papers show them in K of language and video models.',
   encoder:
     'Real: head 1 of layer 1 of the sentence encoder of section 4, on the first lines of Alice. So small a model has mild stripes, and smoothing them away gains less.',
 };
@@ -33,7 +33,7 @@ interface Shown {
   readonly head: Head;
   readonly mean: ArrayLike<number>;
   readonly errors: readonly number[];
-  readonly domain: readonly [number, number];
+  readonly bits: Quantization['bits'];
 }
 
 /** Starts and stops slowly. */
@@ -72,6 +72,7 @@ export function startPicture(): void {
   const curve = errorCurve();
   const error = h('strong', {}, '–');
   const before = h('span', { class: 'before' }, '');
+  const codes = h('span', { class: 'before' }, '');
   const caption = h('p', { class: 'note' });
   const heads = new Map<Keys, Promise<Head>>();
   const computed = new Map<string, Shown>();
@@ -90,8 +91,13 @@ export function startPicture(): void {
 
   const draw = () => {
     if (shown === undefined) return;
-    const { head, mean, errors, domain } = shown;
-    paint(canvas, smoothedPartly(head.k, mean, smoothing.value / 100), domain, diverging);
+    const { head, mean, errors, bits } = shown;
+    const k = smoothedPartly(head.k, mean, smoothing.value / 100);
+    // The colours span what the codes span, so that what no code is left for is not seen either.
+    const most = 0.75 * k.reduce((largest, value) => Math.max(largest, Math.abs(value)), 0);
+    paint(canvas, k, [-most, most], diverging);
+    const span = codeSpan(k, head.dim, bits);
+    codes.textContent = `a channel spans ${span.mean.toFixed(0)} of ${span.codes} codes`;
     const step = Math.round((smoothing.value / 100) * SWEEP_STEPS);
     const now = errors[step] as number;
     error.textContent = percent(now);
@@ -132,8 +138,7 @@ export function startPicture(): void {
       if (next === undefined) {
         const head = await headOf(which);
         const mean = channelMean(head.k, head.dim);
-        const most = head.k.reduce((largest, value) => Math.max(largest, Math.abs(value)), 0);
-        next = { head, mean, errors: await lab.sweep(head, bits), domain: [-0.75 * most, 0.75 * most] };
+        next = { head, mean, errors: await lab.sweep(head, bits), bits };
         computed.set(which + bits, next);
       }
       const first = shown === undefined;
@@ -194,7 +199,7 @@ export function startPicture(): void {
     h(
       'div',
       { class: 'readout' },
-      h('p', {}, h('span', {}, 'Error of the attention'), error, before),
+      h('p', {}, h('span', {}, 'Error of the attention'), error, before, codes),
       curve.element,
       again,
     ),
@@ -292,20 +297,27 @@ export function startQuickRun(
       const facts = factsOf(report, kernel, results);
       const code = codeBox('The call that was measured');
       code.set(callOf(facts));
-      const save = h('button', { type: 'button' }, 'Save as a picture');
-      save.addEventListener('click', () => void savePicture(facts));
+      const action = (label: string, act: () => unknown) => {
+        const made = h('button', { type: 'button' }, label);
+        made.addEventListener('click', () => void act());
+        return made;
+      };
       place.replaceChildren(
         resultCard(facts),
         h(
           'div',
           { class: 'actions' },
+          // Where the system has a sheet for it, as phones do.
+          ...('share' in navigator ? [action('Share', () => sharePicture(facts))] : []),
           copyButton('Copy the result', () => cardText(facts)),
-          save,
-          copyButton('Copy the link', currentAddress),
+          ...('ClipboardItem' in window ? [copyButton('Copy as a picture', () => copyPicture(facts))] : []),
+          action('Save as a picture', () => savePicture(facts)),
+          copyButton('Copy the link', () => currentAddress()),
         ),
         code.element,
       );
       place.hidden = false;
+      place.scrollIntoView({ block: 'nearest' });
       say(note, 'Done. Section 3 measures every kernel and more lengths.');
     } catch (error) {
       say(note, messageOf(error), true);

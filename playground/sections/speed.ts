@@ -103,7 +103,8 @@ export async function startSpeed(
 
   const legend = h('ul', { class: 'legend' });
   const chart = figure('Tokens against speed', { shape: 'low', span: 'full', legend });
-  chart.note('Higher is better. Press Start.');
+  // There is nothing to see before the first measurement.
+  chart.element.hidden = true;
   byId('bench-figures').append(chart.element);
 
   let results: Measurement[] = [];
@@ -121,6 +122,7 @@ export async function startSpeed(
       (most, result) => (most === undefined || result.flops > most.flops ? result : most),
       undefined,
     );
+    chart.element.hidden = config === undefined;
     chart.draw(
       best === undefined
         ? 'Nothing measured yet.'

@@ -48,6 +48,8 @@ async function* wasmErrors({ q, k, v, length, dim }: Head): AsyncGenerator<Outpu
   const [tq, tk, tv] = [q, k, v].map((data) => tensor(data, [1, 1, length, dim])) as [Tensor, Tensor, Tensor];
   const exact = exactAttention(tq, tk, tv).output;
   for (const { name } of backend.kernels) {
+    // It quantizes nothing, and its error is ten thousand times as small: an axis that had it would show nothing of the others.
+    if (name === 'exact') continue;
     for (const smoothK of [false, true]) {
       const output = await sageattn(tq, tk, tv, { backend: 'wasm', kernel: name, smoothK });
       const { relativeL1 } = compare(output.data as Float32Array, exact);
