@@ -264,3 +264,9 @@ export function gradientOutputs({ attention, gradientDtype, maskGradient }: Back
   if (maskGradient !== undefined) outputs.push({ name: 'dMask', shape: maskGradient, dtype: 'float32' });
   return outputs;
 }
+
+/** Sizes of the gradient of an additive mask as `[B,Hq,Lq,Lk]`: 1 where the mask broadcasts. */
+export function maskGradientSizes(shape: readonly number[]): readonly [number, number, number, number] {
+  const [batch, heads, rows, keys] = [1, 1, 1, 1, ...shape].slice(-4) as [number, number, number, number];
+  return [batch, heads, rows, keys];
+}

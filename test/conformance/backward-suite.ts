@@ -4,6 +4,7 @@
  */
 import fc from 'fast-check';
 import type { BackwardPrecision } from '../../src/attention/backward.ts';
+import type { AttentionOptions } from '../../src/attention/options.ts';
 import {
   type AttentionProblem,
   createProblem,
@@ -44,8 +45,6 @@ export interface BackwardTarget {
   readonly randomCases?: number;
   /** It refuses some problems, typed: they are left out. Default false. */
   readonly partial?: boolean;
-  /** It computes the gradient of an additive mask. Default true. */
-  readonly maskGradient?: boolean;
 }
 
 /** Gradients are sums of products of V with others: beyond it they overflow float32 on the way. */
@@ -168,7 +167,13 @@ function lossOf(target: BackwardTarget, { problem, inputs, dOutput, exact }: Run
 }
 
 /** NaN exactly where the exact gradient has it, and zeros where it has none but zeros for a token. */
-function checkPlaces(name: Name, actual: Float32Array, exact: Float64Array, dim: number, largest: number): void {
+function checkPlaces(
+  name: Name | 'dMask',
+  actual: Float32Array,
+  exact: Float64Array,
+  dim: number,
+  largest: number,
+): void {
   for (let row = 0; row < exact.length; row += dim) {
     const isZero = exact.subarray(row, row + dim).every((value) => value === 0);
     for (let i = row; i < row + dim; i++) {
@@ -177,7 +182,9 @@ function checkPlaces(name: Name, actual: Float32Array, exact: Float64Array, dim:
       const fits = Number.isFinite(e) === Number.isFinite(a);
       check(fits, () => `${name}[${i}] is ${a}, exact ${e}`);
       // With a single visible key dq and dk are exactly 0 too, up to roundings, so only dv tells which keys are not seen.
-      if (isZero && name === 'dv') check(a === 0, () => `${name}[${i}] is ${a}, and no row sees it`);
+      if (isZero && (name === 'dv' || name === 'dMask')) {
+        check(a === 0, () => `${name}[${i}] is ${a}, and no row sees it`);
+      }
     }
   }
 }
@@ -244,38 +251,67 @@ const caseOf = (part: string): ConformanceCase => {
   return found;
 };
 
+/** A problem whose mask gets a gradient: lengths of each sequence, and options besides the mask. */
+interface MaskCase {
+  readonly name: string;
+  readonly mask: 'rows' | 'keys' | 'heads' | 'whole' | 'columns' | 'one';
+  /** Size of an ordinary sum, where the exact one is 0: what is added to all keys of a row changes nothing. */
+  readonly size?: number;
+  readonly packed?: true;
+  readonly spoiled?: true;
+  readonly options?: AttentionOptions;
+}
+
+const MASK_CASES: readonly MaskCase[] = [
+  { name: '[Lq,Lk], softcap', mask: 'rows', options: { softcap: 2 } },
+  { name: '[b,1,1,Lk]', mask: 'keys' },
+  { name: '[h,1,Lk]', mask: 'heads' },
+  { name: '[b,h,Lq,Lk], a NaN in dO', mask: 'whole', spoiled: true },
+  { name: '[b,h,Lq,Lk], packed', mask: 'whole', packed: true },
+  { name: '[b,1,Lq,1]', mask: 'columns', size: 3 },
+  { name: '[1,1]', mask: 'one', size: 30 },
+];
+
 /** The gradient of a broadcast mask is the sum over the broadcast dimensions. */
-async function checkMaskGradient(target: BackwardTarget, seed: number): Promise<void> {
+async function checkMaskGradient(target: BackwardTarget, testCase: MaskCase, seed: number): Promise<void> {
+  const { mask, packed, spoiled, options, size = 0 } = testCase;
   const random = new Random(seed);
   const [b, h, lq, lk, d] = [2, 2, 33, 70, 16] as const;
   const normal = (...shape: number[]) => tensor(random.normals(elementCount(shape)), shape);
-  const [q, k, v, dOutput] = [normal(b, h, lq, d), normal(b, h, lk, d), normal(b, h, lk, d), normal(b, h, lq, d)];
-  for (const shape of [
-    [lq, lk],
-    [b, 1, 1, lk],
-    [h, 1, lk],
-    [b, h, lq, lk],
-  ]) {
-    const attnMask = normal(...shape);
-    const options = { isCausal: true, causalAlignment: 'bottom-right', attnMask } as const;
-    const trainable = await sageattnTrainable(q, k, v, {
-      ...options,
-      ...{ backend: target.backend, kernel: target.kernel, backwardPrecision: target.precision, maskGradient: true },
-    });
-    const { dMask } = await trainable.backward(dOutput);
-    const exact = backwardExact(createProblem(q, k, v, options), { q, k, v, attnMask, dOutput }, true);
-    const sums = new Float64Array(elementCount(shape));
-    const full = [1, 1, 1, 1].map((_, i) => shape[i - (4 - shape.length)] ?? 1);
-    const strides = contiguousStrides(full).map((stride, i) => (full[i] === 1 ? 0 : stride));
-    (exact.dMask as Float64Array).forEach((value, at) => {
-      const index = [Math.floor(at / (h * lq * lk)), Math.floor(at / (lq * lk)) % h, Math.floor(at / lk) % lq, at % lk];
-      const to = index.reduce((sum, position, i) => sum + position * (strides[i] as number), 0);
-      sums[to] = (sums[to] as number) + value;
-    });
-    check(dMask !== undefined && `${dMask.shape}` === `${shape}`, () => `dMask of shape [${dMask?.shape}]`);
-    const error = errorOf(toFloat32(dMask), sums, 0, 'float32');
-    check(error < 2 * target.relativeL2, () => `dMask [${shape}]: relative L2 ${error}`);
-  }
+  // Heads of Q share one of K. Packed sequences of 12 and 33 queries, 70 and 40 keys.
+  const cuSeqlens = packed && { q: [0, 12, 45], k: [0, 70, 110] };
+  const [q, k, v, dOutput] = packed
+    ? [normal(45, h, d), normal(110, 1, d), normal(110, 1, d), normal(45, h, d)]
+    : [normal(b, h, lq, d), normal(b, 1, lk, d), normal(b, 1, lk, d), normal(b, h, lq, d)];
+  if (spoiled) (dOutput.data as Float32Array)[20 * d + 3] = Number.NaN;
+  const shape = {
+    ...{ rows: [lq, lk], keys: [b, 1, 1, lk], heads: [h, 1, lk], whole: [b, h, lq, lk] },
+    ...{ columns: [b, 1, lq, 1], one: [1, 1] },
+  }[mask];
+  const attnMask = normal(...shape);
+  const forward = { isCausal: true, causalAlignment: 'bottom-right', attnMask, ...options } as const;
+  const trainable = await sageattnTrainable(q, k, v, {
+    ...forward,
+    ...(cuSeqlens === undefined ? {} : { cuSeqlensQ: cuSeqlens.q, cuSeqlensK: cuSeqlens.k }),
+    ...{ backend: target.backend, kernel: target.kernel, backwardPrecision: target.precision, maskGradient: true },
+  });
+  const { dMask } = await trainable.backward(dOutput);
+  trainable.dispose();
+  const problem = problemOf({ q, k, v, options: forward, ...(cuSeqlens === undefined ? {} : { cuSeqlens }) });
+  const exact = backwardExact(problem, { q, k, v, attnMask, dOutput }, true);
+  const sums = new Float64Array(elementCount(shape));
+  const full = [1, 1, 1, 1].map((_, i) => shape[i - (4 - shape.length)] ?? 1);
+  const strides = contiguousStrides(full).map((stride, i) => (full[i] === 1 ? 0 : stride));
+  (exact.dMask as Float64Array).forEach((value, at) => {
+    const index = [Math.floor(at / (h * lq * lk)), Math.floor(at / (lq * lk)) % h, Math.floor(at / lk) % lq, at % lk];
+    const to = index.reduce((sum, position, i) => sum + position * (strides[i] as number), 0);
+    sums[to] = (sums[to] as number) + value;
+  });
+  check(dMask !== undefined && `${dMask.shape}` === `${shape}`, () => `dMask of shape [${dMask?.shape}]`);
+  const actual = toFloat32(dMask);
+  if (size === 0) checkPlaces('dMask', actual, sums, 1, 3e38);
+  const error = errorOf(actual, sums, size, 'float32');
+  check(error < 2 * target.relativeL2, () => `dMask [${shape}]: relative L2 ${error}`);
 }
 
 /** The same bits again, alone from what was saved, and float32 on request. */
@@ -342,9 +378,10 @@ export function backwardTests(target: BackwardTarget, seed: number): Conformance
     })),
     { name: 'calls: again, alone, in float32, disposed, stopped', run: () => checkCalls(target, seed) },
     { name: 'a NaN in dO stays with the keys of its row', run: () => checkPoison(target, seed) },
-    ...(target.maskGradient === false
-      ? []
-      : [{ name: 'gradient of an additive mask', run: () => checkMaskGradient(target, seed) }]),
+    ...MASK_CASES.map((maskCase) => ({
+      name: `gradient of an additive mask: ${maskCase.name}`,
+      run: () => checkMaskGradient(target, maskCase, seed),
+    })),
     {
       name: 'random problems',
       run: () =>

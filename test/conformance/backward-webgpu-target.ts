@@ -9,5 +9,4 @@ export const WEBGPU_BACKWARD_TARGET: BackwardTarget = {
   precision: 'fp16',
   relativeL2: 0.02,
   algorithm: PORTABLE_ALGORITHM,
-  maskGradient: false,
 };

@@ -36,7 +36,7 @@ export const conformanceOf = (target: BackwardTarget, seed: number) =>
 
 /** The backward pass of each kernel that has one. */
 export function backwardTargets(): BackwardTarget[] {
-  const common = { backend: 'cuda', precision: 'fp16', relativeL2: BOUND, maskGradient: false } as const;
+  const common = { backend: 'cuda', precision: 'fp16', relativeL2: BOUND } as const;
   return [
     { ...common, name: 'per thread', kernel: 'qk-int8-pv-fp16-cuda', algorithm: SM80, largestV: FLOAT16_MAX },
     { ...common, name: 'per block', kernel: 'qk-int8-pv-fp16', algorithm: PORTABLE_ALGORITHM, largestV: FLOAT16_MAX },

@@ -191,7 +191,7 @@ export const CUDA_KERNELS: readonly CudaKernelDescriptor[] = [
 export const BACKWARD_SUPPORT: BackwardSupport = {
   kernels: ['qk-int8-pv-fp16-cuda', 'qk-int8-pv-fp16'],
   precisions: ['fp16'],
-  maskGradient: false,
+  maskGradient: true,
 };
 
 /** What a kernel needs of a device, in words, when a device of this compute capability lacks it. */

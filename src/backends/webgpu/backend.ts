@@ -146,7 +146,7 @@ export class WebgpuBackend implements Backend {
   }
 
   async backwardSupport(): Promise<BackwardSupport> {
-    return { kernels: [QK_INT8_PV_FP16.name], precisions: ['fp16'], maskGradient: false };
+    return { kernels: [QK_INT8_PV_FP16.name], precisions: ['fp16'], maskGradient: true };
   }
 
   planBackward(problem: BackwardProblem, kernel: KernelChoice): Promise<WebgpuBackwardPlan> {

@@ -1,5 +1,5 @@
 /** Launches of a backward pass: the codes of the forward pass anew, what `prepare.ts` makes, and the gradient kernels. */
-import { type BackwardProblem, gradientShapesOf } from '../../../attention/backward.ts';
+import { type BackwardProblem, gradientShapesOf, maskGradientSizes } from '../../../attention/backward.ts';
 import { isBanded } from '../../../attention/band.ts';
 import type { AttentionProblem } from '../../../attention/problem.ts';
 import type { DType } from '../../../tensor/dtype.ts';
@@ -14,11 +14,14 @@ import {
   type Gradient,
   type GradientConfig,
   gradientPasses,
+  MASK_GRADIENT_INTEGERS,
+  MASK_GRADIENT_TILE,
   OPERAND_BYTES,
   OWN_TOKENS,
 } from '../kernels/backward/config.ts';
 import { GRADIENT_THREADS } from '../kernels/backward/frame.ts';
 import { gradients } from '../kernels/backward/gradients.ts';
+import { type MaskGradientConfig, maskGradients } from '../kernels/backward/mask.ts';
 import {
   COPY_TOKENS,
   COPY_TOKENS_INTEGERS,
@@ -85,7 +88,7 @@ interface Backward {
 
 /**
  * A whole backward pass: buffers `q`, `k`, `v`, `output`, `lse`, `dOutput` and, where the problem has one, `mask` in; `dq`, `dk`, `dv`
- * out.
+ * and, where it is asked for, `dMask` out.
  *
  * @param choice of the forward pass
  * @throws {InvalidArgumentError} when the problem is too large
@@ -115,6 +118,7 @@ export function planBackward(
         const owners = pass.includes('query') ? hasQueries : hasKeys;
         return owners ? [gradientLaunch(backward, pass)] : [];
       }),
+      ...maskGradientLaunches(backward),
     ],
   };
 }
@@ -278,32 +282,28 @@ function gradientStridesOf(attention: AttentionProblem, dtype: DType) {
   };
 }
 
-function gradientLaunch(backward: Backward, pass: readonly Gradient[]): KernelLaunch {
-  const { tuning, problem, context, paddedDim, paddedValueDim } = backward;
-  const { attention, gradientDtype } = problem;
-  const { device, layout, scheme } = context;
-  const { target } = device;
-  const { batch, queryHeads, kvHeads, headDim, valueDim, queryLength, keyLength, softcap, smScale, band } = attention;
-  const sizes = { gradients: pass, codeBytes: scheme.qkRowBytes, paddedDim, paddedValueDim };
-  const features = {
+/** What of the problem decides the code of the gradient kernels. */
+function featuresOf({ problem: { attention, gradientDtype }, context }: Backward) {
+  const { headDim, valueDim, band, softcap } = attention;
+  return {
     headDim,
     valueDim,
-    keyScales: scheme.keyGroups,
+    keyScales: context.scheme.keyGroups,
     banded: isBanded(band),
     mask: maskFormatOf(attention),
     softcap: softcap !== 0,
     gradientType: gradientDtype,
   };
+}
+
+/** Arguments of every gradient kernel. */
+function gradientArguments({ problem, context }: Backward, pass: readonly Gradient[], tiles: number): KernelArgument[] {
+  const { attention, gradientDtype } = problem;
+  const { layout } = context;
+  const { queryHeads, kvHeads, smScale, band } = attention;
   const ownsQueries = pass.includes('query');
-  const { family, ...tile } = tuning[ownsQueries ? 'queries' : 'keys'] ?? {};
-  const isWgmma = target === 'sm_90a' && isWgmmaGradient(features) && family !== 'mma-sync';
-  const wgmmaTile = { ...wgmmaGradientTile(headDim, ownsQueries), ...tile };
-  const ownTokens = isWgmma ? wgmmaTile.consumers * GROUP_TOKENS : OWN_TOKENS;
-  const tiles = Math.ceil((ownsQueries ? queryLength : keyLength) / ownTokens);
-  const blocks = tiles * (ownsQueries ? queryHeads : kvHeads) * batch;
-  const name = `gradients of ${pass.join(' and ')}`;
   const { mask, strides } = maskArgumentsOf(attention);
-  const args = [
+  return [
     ...inOrder(GRADIENT_POINTERS, {
       sequences: pointer('sequences'),
       query: pointer('query'),
@@ -333,6 +333,25 @@ function gradientLaunch(backward: Backward, pass: readonly Gradient[]): KernelLa
     f32(smScale),
     ...softcapArguments(attention),
   ];
+}
+
+function gradientLaunch(backward: Backward, pass: readonly Gradient[]): KernelLaunch {
+  const { tuning, problem, context, paddedDim, paddedValueDim } = backward;
+  const { attention } = problem;
+  const { device, scheme } = context;
+  const { target } = device;
+  const { batch, queryHeads, kvHeads, headDim, queryLength, keyLength, softcap } = attention;
+  const sizes = { gradients: pass, codeBytes: scheme.qkRowBytes, paddedDim, paddedValueDim };
+  const features = featuresOf(backward);
+  const ownsQueries = pass.includes('query');
+  const { family, ...tile } = tuning[ownsQueries ? 'queries' : 'keys'] ?? {};
+  const isWgmma = target === 'sm_90a' && isWgmmaGradient(features) && family !== 'mma-sync';
+  const wgmmaTile = { ...wgmmaGradientTile(headDim, ownsQueries), ...tile };
+  const ownTokens = isWgmma ? wgmmaTile.consumers * GROUP_TOKENS : OWN_TOKENS;
+  const tiles = Math.ceil((ownsQueries ? queryLength : keyLength) / ownTokens);
+  const blocks = tiles * (ownsQueries ? queryHeads : kvHeads) * batch;
+  const name = `gradients of ${pass.join(' and ')}`;
+  const args = gradientArguments(backward, pass, tiles);
   if (isWgmma) {
     const { headDim, valueDim, keyScales, banded, gradientType } = features;
     const config: WgmmaGradientConfig = {
@@ -353,6 +372,38 @@ function gradientLaunch(backward: Backward, pass: readonly Gradient[]): KernelLa
   const config: GradientConfig = { target, ...sizes, ...own, ...features };
   const module = moduleOf('gradients', gradients, config);
   return launch(name, module, 'gradients', blocks, GRADIENT_THREADS, module.kernel().sharedBytes, args);
+}
+
+/** The gradient of the mask, on `mma.sync` on every device. */
+function maskGradientLaunches(backward: Backward): KernelLaunch[] {
+  const { problem, context, paddedDim, paddedValueDim } = backward;
+  const { attention, maskGradient } = problem;
+  if (maskGradient === undefined) return [];
+  const [maskBatches, maskHeads, maskRows, maskKeys] = maskGradientSizes(maskGradient);
+  const rowTiles = Math.ceil(maskRows / OWN_TOKENS);
+  const keyTiles = Math.ceil(maskKeys / MASK_GRADIENT_TILE.streamTokens);
+  const blocks = keyTiles * rowTiles * maskHeads * maskBatches;
+  if (blocks === 0) return [];
+  const config: MaskGradientConfig = {
+    target: context.device.target,
+    ...{ codeBytes: context.scheme.qkRowBytes, paddedDim, paddedValueDim },
+    ...MASK_GRADIENT_TILE,
+    ...featuresOf(backward),
+    sumsRows: maskRows === 1,
+    sumsKeys: maskKeys === 1,
+  };
+  const module = moduleOf('maskGradients', maskGradients, config);
+  const sizes = { maskBatches, maskHeads, maskRows, maskKeys, rowTiles, keyTiles, sequenceCount: attention.batch };
+  return [
+    launch('gradients of mask', module, 'maskGradients', blocks, GRADIENT_THREADS, module.kernel().sharedBytes, [
+      ...gradientArguments(backward, ['mask'], rowTiles),
+      pointer('dMask'),
+      ...inOrder(
+        MASK_GRADIENT_INTEGERS,
+        Object.fromEntries(MASK_GRADIENT_INTEGERS.map((name) => [name, u32(sizes[name])])),
+      ),
+    ]),
+  ];
 }
 
 /** Tensor maps of own tokens and of those that pass by, in the order of the kernel's parameters. */

@@ -158,7 +158,9 @@ function backwardModulesOf(target: Target, dims: Dims, features: Features): Name
     lse: emptyTensor([1, 1, 256], 'float32'),
     dOutput: emptyTensor([1, 1, 256, dims[1]], dtype),
   };
-  const problem = createBackwardProblem(attention, results, undefined, {}, 'fp16');
+  const isAdditive = features.mask !== undefined && features.mask !== 'bool';
+  const mask = isAdditive ? emptyTensor([1, 256], 'float32') : undefined;
+  const problem = createBackwardProblem(attention, results, mask, { maskGradient: isAdditive }, 'fp16');
   const [choice] = choicesOf(descriptorOf('qk-int8-pv-fp16-cuda')) as [KernelChoice];
   const { launches } = planBackward(problem, choice, { target, multiprocessors: 132 });
   return named(launches).filter(({ name }) => /^(gradients|copy|prepare)/.test(name));

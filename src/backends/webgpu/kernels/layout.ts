@@ -47,11 +47,16 @@ export const SEQUENCE_WORDS = 14;
 /** A tile's record: sequence, first token, number of tokens. */
 export const TILE_WORDS = 3;
 
-/** `sequence_field(sequence, field)` and the tile accessors; expects `P.sequencesAt` and `P.tilesAt`. */
-export function tables(binding: number): string {
+/** `sequence_field(sequence, field)`; expects `P.sequencesAt`. */
+export function sequenceTable(binding: number): string {
   return `
 @group(0) @binding(${binding}) var<storage, read> tables: array<u32>;
-fn sequence_field(sequence: u32, field: u32) -> u32 { return tables[P.sequencesAt + sequence * ${SEQUENCE_WORDS}u + field]; }
+fn sequence_field(sequence: u32, field: u32) -> u32 { return tables[P.sequencesAt + sequence * ${SEQUENCE_WORDS}u + field]; }`;
+}
+
+/** `sequence_field(sequence, field)` and the tile accessors; expects `P.sequencesAt` and `P.tilesAt`. */
+export function tables(binding: number): string {
+  return `${sequenceTable(binding)}
 fn tile_field(tile: u32, field: u32) -> u32 { return tables[P.tilesAt + tile * ${TILE_WORDS}u + field]; }`;
 }
 

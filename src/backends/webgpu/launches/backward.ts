@@ -1,5 +1,5 @@
 /** Gradients of attention: the launches of a backward call. */
-import { type BackwardProblem, gradientShapesOf } from '../../../attention/backward.ts';
+import { type BackwardProblem, gradientShapesOf, maskGradientSizes } from '../../../attention/backward.ts';
 import { type AttentionProblem, sequencesOf } from '../../../attention/problem.ts';
 import { UnsupportedOptionError } from '../../../errors.ts';
 import { BYTES_PER_ELEMENT, type DType } from '../../../tensor/dtype.ts';
@@ -11,6 +11,7 @@ import { type Forced, keyValueLayoutOf } from '../families/choose.ts';
 import { MAX_HEAD_DIM } from '../kernel-table.ts';
 import { GRADIENT_PARAMS, gradientKernel } from '../kernels/backward/gradients.ts';
 import { GRADIENT_BLOCK, gradientKey, gradientRow, PLACE, PLACE_WORDS } from '../kernels/backward/layout.ts';
+import { MASK_GRADIENT_PARAMS, maskGradientKernel } from '../kernels/backward/mask.ts';
 import { NARROW_PARAMS, NARROW_WORDS, narrowKernel } from '../kernels/backward/narrow.ts';
 import {
   GRADIENT_KEYS_PARAMS,
@@ -473,6 +474,98 @@ function gradientLaunches(self: Backward, owner: 'query' | 'key', tile: Gradient
   );
 }
 
+/** Where a unit's part of the mask, or of its gradient, is: `axes` are its first and last index of each dimension. */
+const maskExtent = (strides: readonly number[], axes: readonly (readonly [number, number])[]) =>
+  ([0, 1] as const).map((end) =>
+    axes.reduce((sum, [first, last], i) => sum + (end === 0 ? first : last) * (strides[i] as number), 0),
+  ) as [number, number];
+
+/** The gradient of the mask. */
+function maskGradientLaunches(self: Backward, tile: GradientVariant): Launch[] {
+  const { problem, stages, attention, dims, meaning, groupSize } = self;
+  const { mask, queryHeads, batch, headDim, valueDim } = attention;
+  if (problem.maskGradient === undefined || mask === undefined) return [];
+  const sizes = maskGradientSizes(problem.maskGradient);
+  const [maskBatches, maskHeads, maskRows, maskKeys] = sizes;
+  const [sumsRows, sumsKeys] = [maskRows === 1, maskKeys === 1];
+  const strides = [maskHeads * maskRows * maskKeys, maskRows * maskKeys, maskKeys, 1];
+  const codes = { query: queryRowBytes(stages.keyValue), key: keyValueRowBytes(stages.keyValue).keys };
+  const maskBytes = BYTES_PER_ELEMENT[mask.dtype];
+  const code = maskGradientKernel({
+    ...meaning,
+    ...dims,
+    ...tile,
+    ...{ headDim, valueDim, sumsRows, sumsKeys, packedDot: stages.capabilities.packedDot },
+  });
+  /** Last index of each dimension of the unit's elements. */
+  const axesOf = ({ tiles, heads, splits }: Unit) => {
+    const several = heads[1] - heads[0] > 1;
+    const between = (span: readonly [number, number], size: number, whole: number) =>
+      [span[0] * size, Math.min(span[1] * size, whole) - 1] as const;
+    return [
+      several ? ([0, maskBatches - 1] as const) : ([heads[0] % maskBatches, heads[0] % maskBatches] as const),
+      [Math.floor(heads[0] / maskBatches), Math.floor((heads[1] - 1) / maskBatches)] as const,
+      between(tiles, tile.own, maskRows),
+      between(splits, tile.passing, maskKeys),
+    ] as const;
+  };
+  const whole: Unit = {
+    tiles: [0, Math.ceil(maskRows / tile.own)],
+    heads: [0, maskHeads * maskBatches],
+    splits: [0, Math.ceil(maskKeys / tile.passing)],
+  };
+  return launchesOf(
+    stages,
+    `dMask ${tile.name}`,
+    code,
+    whole,
+    (unit) => {
+      const axes = axesOf(unit);
+      const query = maskHeads > 1 ? ([axes[1][0], axes[1][1] + 1] as const) : ([0, queryHeads] as const);
+      const key = keyHeads(query, groupSize);
+      const rows = [0, stages.rowsPerQueryHead] as const;
+      const keyRows = [0, stages.keyValue.rowsPerHead] as const;
+      const [maskFirst, maskLast] = maskExtent(mask.strides, axes);
+      const [first, last] = maskExtent(strides, axes);
+      return [
+        tablesBinding(stages),
+        rowSpan(2, 'queryRows', codes.query, rows[1], query, rows),
+        rowSpan(3, 'keys', codes.key, keyRows[1], key, keyRows),
+        rowSpan(4, 'gradientRows', gradientRowBytes(self), rows[1], query, rows),
+        {
+          slot: 5,
+          buffer: 'mask' as const,
+          start: (mask.offset + maskFirst) * maskBytes,
+          end: (mask.offset + maskLast + 1) * maskBytes,
+        },
+        rowSpan(6, 'gradientKeys', gradientKeyBytes(self), keyRows[1], key, keyRows),
+        { slot: 7, buffer: 'dMask' as const, start: first * 4, end: (last + 1) * 4 },
+      ];
+    },
+    (unit, base) =>
+      encodeParams(MASK_GRADIENT_PARAMS, {
+        rowTileStart: unit.tiles[0],
+        laneStart: unit.heads[0],
+        keyTileStart: unit.splits[0],
+        groupSize,
+        sequences: batch,
+        heads: queryHeads,
+        ...{ maskBatches, maskHeads, maskRows, maskKeys },
+        gradientBase: base('dMask') / 4,
+        sequencesAt: stages.sequencesAt,
+        queryRowsPerHead: stages.rowsPerQueryHead,
+        keyRowsPerHead: stages.keyValue.rowsPerHead,
+        queryRowBase: base('queryRows') / 16,
+        keyRowBase: base('keys') / 16,
+        gradientRowBase: base('gradientRows') / 16,
+        gradientKeyBase: base('gradientKeys') / 16,
+        ...maskParams(self, base),
+        codeVectors: codes.query / 16 - 1,
+        valueVectors: dims.valueDimPadded / 4,
+      }),
+  );
+}
+
 /** From float32 to the gradient's own type, where that was not written at once. */
 function narrowLaunches(self: Backward, counts: Readonly<Record<GradientName, number>>): Launch[] {
   return (['dq', 'dk', 'dv'] as const).flatMap((name) => {
@@ -551,6 +644,7 @@ export function planBackwardLaunches(
         ...softmaxAgainLaunches(self),
         ...gradientLaunches(self, 'query', tiles.query),
         ...gradientLaunches(self, 'key', tiles.key),
+        ...maskGradientLaunches(self, tiles.query),
         ...narrowLaunches(self, counts),
       ];
   const wide = (['dq', 'dk', 'dv'] as const)

@@ -10,8 +10,8 @@ export const OWN_TOKENS = 64;
 /** Bytes of the 16-bit operands of gradient products, which are BF16: gradients have no range that FP16 would hold. */
 export const OPERAND_BYTES = 2;
 
-/** A gradient that a kernel computes. */
-export type Gradient = 'query' | 'key' | 'value';
+/** A gradient that a kernel computes. Of the mask alone: see `mask.ts`. */
+export type Gradient = 'query' | 'key' | 'value' | 'mask';
 
 /** How many tokens pass by at a time, and how they are fetched. */
 export interface GradientTile {
@@ -22,7 +22,7 @@ export interface GradientTile {
 
 export interface GradientConfig extends GradientTile {
   readonly target: Target;
-  /** `['query']`: a CTA owns a tile of Q and the keys pass by. Else it owns a tile of keys, and the queries of all its heads pass by. */
+  /** `['query']` or `['mask']`: a CTA owns a tile of Q and the keys pass by. Else it owns a tile of keys, and the queries of all its heads pass by. */
   readonly gradients: readonly Gradient[];
   /** D, and Dv. */
   readonly headDim: number;
@@ -39,6 +39,23 @@ export interface GradientConfig extends GradientTile {
   readonly softcap: boolean;
   readonly gradientType: DType;
 }
+
+/** Of the kernel that computes the gradient of the mask: `own` rows and as many keys as pass by are a tile of it. */
+export const MASK_GRADIENT_TILE: GradientTile = { streamTokens: 32, stages: 1, minBlocksPerMultiprocessor: 2 };
+
+/**
+ * Its parameters after those of every gradient kernel: how many sequences and tiles there are, and the sizes of the gradient, 1 where the
+ * mask broadcasts.
+ */
+export const MASK_GRADIENT_INTEGERS = [
+  'sequenceCount',
+  'rowTiles',
+  'keyTiles',
+  'maskBatches',
+  'maskHeads',
+  'maskRows',
+  'maskKeys',
+] as const;
 
 /** Parameters in order. Pointers that a configuration does not use may be null. */
 export const GRADIENT_POINTERS = [

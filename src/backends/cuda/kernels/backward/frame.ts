@@ -22,7 +22,7 @@ export const GRADIENT_THREADS = (OWN_TOKENS / 16) * 32;
 export interface StreamTiles {
   readonly codes: SharedTile;
   readonly values: SharedTile;
-  /** Undefined where only dV is computed. */
+  /** Undefined where neither dQ nor dK is computed. */
   readonly channels: SharedTile | undefined;
   /** `rowScale`, `rowShift`, `rowDelta` (and `rowBias`) of the queries that pass by. */
   readonly rows: SharedTile | undefined;
@@ -72,12 +72,13 @@ export interface Frame extends Owner {
   readonly columnTiles: number;
 }
 
-export function makeFrame(config: GradientConfig): Frame {
+export function makeFrame(config: GradientConfig, name = 'gradients'): Frame {
   const { target, gradients, codeBytes, paddedDim, paddedValueDim, streamTokens, stages } = config;
-  const ownsQueries = gradients.includes('query');
+  const ownsQueries = gradients.includes('query') || gradients.includes('mask');
+  const hasChannels = gradients.includes('query') || gradients.includes('key');
   const scoreGradients = gradients.some((gradient) => gradient !== 'value');
   const b = new KernelBuilder({
-    name: 'gradients',
+    name,
     target,
     threads: GRADIENT_THREADS,
     minBlocksPerMultiprocessor: config.minBlocksPerMultiprocessor,
@@ -96,7 +97,7 @@ export function makeFrame(config: GradientConfig): Frame {
   const stage = (name: string): StreamTiles => ({
     codes: b.shared(`codes${name}`, streamTokens, codes),
     values: b.shared(`V or dO${name}`, streamTokens, values),
-    channels: scoreGradients ? b.shared(`K or Q${name}`, streamTokens, channels) : undefined,
+    channels: hasChannels ? b.shared(`K or Q${name}`, streamTokens, channels) : undefined,
     rows: ownsQueries ? undefined : b.shared(`rows${name}`, 4, rowMajor(Math.max(128, streamTokens * 4))),
   });
   const stream = stage('');
@@ -170,6 +171,17 @@ export function workOf(frame: Owner): Work {
   // Sequences shorter than the longest have no such tile.
   b.when(b.setp('ge', firstOwn, ownsQueries ? queryLength : keyLength), () => b.exit());
 
+  const work = { ...table, sequence, keyHead, head, headEnd, firstOwn };
+  return { ...work, ...passingOf(frame, table, firstOwn) };
+}
+
+/** What passes by own tokens from `firstOwn` on. */
+export function passingOf(
+  frame: Owner,
+  { queryLength, keyLength }: Pick<SequenceRegisters, 'queryLength' | 'keyLength'>,
+  firstOwn: Reg<'u32'>,
+): Pick<Work, 'lower' | 'upper' | 'firstTile' | 'lastTile' | 'wholeFrom' | 'wholeUntil'> {
+  const { b, config, ownsQueries, ownTokens } = frame;
   b.section('what passes by');
   const [queries, keys] = [b.as(queryLength, 's32'), b.as(keyLength, 's32')];
   const streamLength = ownsQueries ? keys : queries;
@@ -199,8 +211,7 @@ export function workOf(frame: Owner): Work {
   // None where `end` lies before `begin`.
   const lastTile = b.shr(b.add(end, config.streamTokens - 1), shiftOf);
   b.when(b.setp('le', end, begin), () => b.mov(firstTile, lastTile));
-  const work = { ...table, sequence, keyHead, head, headEnd, firstOwn, lower, upper };
-  return { ...work, firstTile, lastTile, wholeFrom, wholeUntil };
+  return { lower, upper, firstTile, lastTile, wholeFrom, wholeUntil };
 }
 
 /** Sums of the gradients, by 8-channel tile. */

@@ -77,7 +77,7 @@ interface Loop {
 }
 
 /** Places of this lane in what ldmatrix reads, in the first stage. Computed anew for each tile: held, they would cost registers. */
-function laneAddresses({ b, own, stream }: Frame) {
+export function laneAddresses({ b, own, stream }: Frame) {
   const [thread, shared] = [b.special('%tid.x'), b.sharedAddress()];
   const lane = b.and(thread, 31);
   const warpRow = b.shl(b.shr(thread, 5), 4);

@@ -193,6 +193,8 @@ function finishScores(self: WeighedTile, weights: readonly (readonly Reg<'f32'>[
   const { frame, now, constants, rows } = self;
   const { b, config, softcap } = frame;
   const slopes: Reg<'f32'>[][] = [];
+  // The mask is added behind the softcap.
+  const bends = !config.gradients.includes('mask');
   const each: EachScore = (body) => {
     weights.forEach((fragment, n) => {
       fragment.forEach((score, i) => {
@@ -205,7 +207,7 @@ function finishScores(self: WeighedTile, weights: readonly (readonly Reg<'f32'>[
     const none = b.constant('f32', 0);
     capScores(b, softcap, each, () => [none, none]);
     const inverse = b.loadParameter(softcap.inverse);
-    for (const fragment of weights) {
+    for (const fragment of bends ? weights : []) {
       slopes.push(
         fragment.map((score) => {
           const share = b.mul(score, inverse);

@@ -1,5 +1,5 @@
 /** Runs a whole backward pass's launches in the simulator, from CPU tensors to CPU tensors. */
-import { type BackwardProblem, gradientShapesOf } from '../../../../attention/backward.ts';
+import { type BackwardProblem, gradientOutputs } from '../../../../attention/backward.ts';
 import { emptyTensor, type Tensor } from '../../../../tensor/tensor.ts';
 import type { KernelChoice } from '../../../backend.ts';
 import { planBackward } from '../../launches/backward.ts';
@@ -22,7 +22,7 @@ export function simulateBackward(
   device: DeviceFacts,
   inputs: SimulatedBackwardInputs,
   plan: LaunchSequence = planBackward(problem, choice, device),
-): { readonly dq: Tensor; readonly dk: Tensor; readonly dv: Tensor } {
+): Record<'dq' | 'dk' | 'dv', Tensor> & { readonly dMask?: Tensor } {
   const memory = new GlobalMemory();
   const addresses = new Map<string, number>();
   const place = (name: string, byteLength: number, contents?: Uint8Array) =>
@@ -31,13 +31,10 @@ export function simulateBackward(
   for (const [name, { data }] of Object.entries({ ...others, ...(attnMask === undefined ? {} : { mask: attnMask }) })) {
     place(name, data.byteLength, new Uint8Array(data.buffer, data.byteOffset, data.byteLength));
   }
-  const shapes = gradientShapesOf(problem.attention);
-  const made = (name: 'dq' | 'dk' | 'dv') => {
-    const gradient = emptyTensor(shapes[name].shape, problem.gradientDtype);
-    place(name, gradient.data.byteLength);
-    return gradient;
-  };
-  const gradients = { dq: made('dq'), dk: made('dk'), dv: made('dv') };
+  const gradients = Object.fromEntries(
+    gradientOutputs(problem).map(({ name, shape, dtype }) => [name, emptyTensor(shape, dtype)]),
+  ) as ReturnType<typeof simulateBackward>;
+  for (const [name, { data }] of Object.entries(gradients)) place(name, data.byteLength);
   for (const [name, bytes] of Object.entries(plan.scratch)) place(name, bytes);
   for (const [name, contents] of Object.entries(plan.constants)) place(name, contents.byteLength, contents);
   simulateLaunches(plan.launches, addresses, memory);

@@ -12,7 +12,7 @@
  */
 import type { DType } from '../../../../tensor/dtype.ts';
 import { dotInt8 } from '../attention-tiled.ts';
-import { FLAG_UNSMOOTHED, OWN_TILE, params, rowVectors, SEQUENCE, tables } from '../layout.ts';
+import { FLAG_UNSMOOTHED, OWN_TILE, params, rowVectors, SEQUENCE, sequenceTable, tables } from '../layout.ts';
 import { expOf, overSoftcap, type ScoreMeaning, SOFTCAP, scoreStatements } from '../scores.ts';
 import { EXCLUDED_BELOW, maskLoader, NAN_WORD, outputPacker, range } from '../storage.ts';
 import { BAD_SCORES, type GradientDims, gradientKey, gradientRow, PLACE, PLACES, ROW_FLAGS } from './layout.ts';
@@ -77,7 +77,7 @@ export function gradientWorkgroupBytes(owner: GradientConfig['owner'], { own, pa
 const LARGEST_EXPONENT = '80.0';
 
 /** Names and numbers that the kernel's parts share. */
-function partsOf(config: GradientConfig) {
+export function partsOf(config: GradientConfig) {
   const { owner, own, passing, ownThreads, passingThreads, headDimPadded, valueDimPadded } = config;
   const [row, key] = [gradientRow(config), gradientKey(config)];
   const codes = rowVectors(headDimPadded);
@@ -123,10 +123,16 @@ function partsOf(config: GradientConfig) {
   };
 }
 
-type Parts = ReturnType<typeof partsOf>;
+export type Parts = ReturnType<typeof partsOf>;
 
 /** What is known of a row: its scale, its weights' base, its band. `at` is its index in its sequence. */
-function rowNumbers(config: GradientConfig, { row, codes }: Parts, x: number, token: string, at: string): string {
+export function rowNumbers(
+  config: GradientConfig,
+  { row, codes }: Parts,
+  x: number,
+  token: string,
+  at: string,
+): string {
   return `
     let query_${x} = query_rows[(${token}) * ${codes}u + ${codes - 1}u - P.queryRowBase];
     let facts_${x} = gradient_rows[(${token}) * ${row.vectors}u + ${row.facts}u - P.gradientRowBase];
@@ -136,12 +142,12 @@ function rowNumbers(config: GradientConfig, { row, codes }: Parts, x: number, to
     ${config.mask === undefined ? '' : `let mask_${x} = sequence_field(sequence, ${SEQUENCE.mask}u) - P.maskBase + query_head * P.maskHeadStride + (${at}) * P.maskQueryStride;`}`;
 }
 
-const keyNumbers = ({ codes }: Parts, x: number, token: string, at: string): string => `
+export const keyNumbers = ({ codes }: Parts, x: number, token: string, at: string): string => `
     let key_facts_${x} = key_rows[(${token}) * ${codes}u + ${codes - 1}u - P.keyRowBase]; let key_${x} = i32(${at});
     let key_scale_${x} = bitcast<f32>(key_facts_${x}.x); let plain_${x} = (key_facts_${x}.y & ${FLAG_UNSMOOTHED}u) != 0u;`;
 
 /** Products of codes `s_<i>_<n>` and of dO and V `d_<i>_<n>` of own tokens and those that pass by. */
-function products(parts: Parts): string {
+export function products(parts: Parts): string {
   const { row, key, ownsQueries, I, N, ownAt, passingAt, ownFloat, passingFloat, ownToken, passingToken } = parts;
   const [ownCodes, passingCodes] = ownsQueries ? ['query_rows', 'key_rows'] : ['key_rows', 'query_rows'];
   const [ownValues, passingValues] = ownsQueries ? [row.dOutput, key.value] : [key.value, row.dOutput];
@@ -172,13 +178,17 @@ function products(parts: Parts): string {
     }`;
 }
 
-/** From the products to `p_<i>_<n>`, the weight, and `s_`'s gradient `ds_<i>_<n>`; of own keys also the flags of the rows that see them. */
-function weigh(config: GradientConfig, parts: Parts, i: number, n: number): string {
+/**
+ * From the products to `p_<i>_<n>`, the weight, and `s_`'s gradient `ds_<i>_<n>`: of the score before the softcap, or with `masked` of
+ * what the mask is added to. Of own keys also the flags of the rows that see them; with `masked` those of each pair, `flags_<i>_<n>`.
+ */
+export function weigh(config: GradientConfig, parts: Parts, i: number, n: number, masked = false): string {
   const { ownsQueries, row, rowOf, keyOf, ownToken, passingToken } = parts;
   const [x, y] = [rowOf(i, n), keyOf(i, n)];
   const names = { constant: `constant_${x}`, mask: `mask_${x}`, poison: 'poison' };
   const { softcap: capping, mask: masking } = scoreStatements(config, 'f', names, `key_${y}`);
-  const slope = config.softcap ? ' * slope' : '';
+  const bends = config.softcap && !masked;
+  const slope = bends ? ' * slope' : '';
   const channels = range(row.channelWords)
     .map(
       (word) =>
@@ -189,12 +199,12 @@ function weigh(config: GradientConfig, parts: Parts, i: number, n: number): stri
   return `
     var ds_${i}_${n} = 0.0;${ownsQueries ? '' : ` var p_${i}_${n} = 0.0;`}
     { var f = f32(s_${i}_${n}) * (scale_${x} * key_scale_${y}) - select(0.0, constant_${x}, plain_${y});
-      ${capping}${config.softcap ? ` let bend = ${overSoftcap('f')}; let slope = 1.0 - bend * bend;` : ''}
+      ${capping}${bends ? ` let bend = ${overSoftcap('f')}; let slope = 1.0 - bend * bend;` : ''}
       var seen = key_${y} >= low_${x} && key_${y} <= high_${x};
       ${masking === '' ? '' : `if (seen) { ${masking} seen = f > ${EXCLUDED_BELOW}; }`}
       let p = select(0.0, factor_${x} * ${expOf(config, `min(f - top_${x}, ${LARGEST_EXPONENT})`)}, seen);
       if (p > 0.0) { ds_${i}_${n} = p * (d_${i}_${n} - delta_${x})${slope};${ownsQueries ? '' : ` p_${i}_${n} = p;`} }
-      ${ownsQueries ? '' : spread} }`;
+      ${ownsQueries ? '' : spread}${masked ? `if (seen) { flags_${i}_${n} |= facts_${x}.w; }` : ''} }`;
 }
 
 /** Adds `weights . passing` to the registers `name_<i>_<v>`: component e of vector `q * passingThreads + k` is of token `k + (4q + e) * passingThreads`. */
@@ -290,25 +300,33 @@ function finish(config: GradientConfig, parts: Parts, i: number): string {
 const packer = (dtypes: readonly DType[]): string =>
   outputPacker(dtypes.find((dtype) => dtype !== 'float32') ?? 'float32');
 
-/** Declarations of a kernel's bindings and of its workgroup memory. */
-function declarations(config: GradientConfig, { ownsQueries, row, I }: Parts): string {
-  const { own, passing, ownThreads, mask, softcap, packedDot, dtypes } = config;
-  const tile = `array<array<array<vec4<f32>, ${passing / 4 + 1}>, ${ownThreads}>, ${I.length}>`;
+/** Bindings and functions that every kernel with the scores' gradients has: parameters and bindings 0 to 6. */
+export function scoreGradientDeclarations(
+  { mask, softcap, packedDot }: GradientConfig,
+  parameters: readonly string[],
+): string {
   return `
 ${packedDot ? 'requires packed_4x8_integer_dot_product;' : ''}
-${params(0, GRADIENT_PARAMS)}
-${tables(1)}
-${PLACES}
+${params(0, parameters)}
+${parameters.includes('tilesAt') ? tables(1) : sequenceTable(1)}
 @group(0) @binding(2) var<storage, read> query_rows: array<vec4<u32>>;
 @group(0) @binding(3) var<storage, read> key_rows: array<vec4<u32>>;
 @group(0) @binding(4) var<storage, read> gradient_rows: array<vec4<u32>>;
 ${mask === undefined ? '' : maskLoader(5, mask)}
 @group(0) @binding(6) var<storage, read> gradient_keys: array<vec4<f32>>;
+${softcap ? SOFTCAP : ''}
+${dotInt8(packedDot)}`;
+}
+
+/** Declarations of a kernel's bindings and of its workgroup memory. */
+function declarations(config: GradientConfig, { ownsQueries, row, I }: Parts): string {
+  const { own, passing, ownThreads, dtypes } = config;
+  const tile = `array<array<array<vec4<f32>, ${passing / 4 + 1}>, ${ownThreads}>, ${I.length}>`;
+  return `${scoreGradientDeclarations(config, GRADIENT_PARAMS)}
+${PLACES}
 @group(0) @binding(7) var<storage, read_write> first_gradient: array<u32>;
 ${ownsQueries ? '' : '@group(0) @binding(8) var<storage, read_write> value_gradient: array<u32>;'}
 ${packer(ownsQueries ? dtypes.slice(0, 1) : dtypes)}
-${softcap ? SOFTCAP : ''}
-${dotInt8(packedDot)}
 var<workgroup> tile_s: ${tile};
 ${
   ownsQueries
