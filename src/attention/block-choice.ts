@@ -99,6 +99,7 @@ export function chooseBlocks(
   const { lower, upper } = bandOf(problem, sequence);
   const keyBlocks = Math.ceil(keyLength / keys);
   const masses = new Float64Array(keyBlocks);
+  const others = new Float64Array(keyBlocks);
   for (let block = 0; block * rows < queryLength; block++) {
     const firstRow = block * rows;
     const lastRow = Math.min(firstRow + rows, queryLength) - 1;
@@ -107,13 +108,10 @@ export function chooseBlocks(
     totals.rows += lastRow + 1 - firstRow;
     if (firstKey > lastKey) continue;
     const [from, to] = [Math.floor(firstKey / keys), Math.floor(lastKey / keys) + 1];
-    const scoreOf = (keyBlock: number) => {
-      let sum = 0;
-      for (let d = 0; d < headDim; d++) {
-        sum += (q.means[block * headDim + d] as number) * (k.means[keyBlock * headDim + d] as number);
-      }
-      return sum * smScale + Math.log(Math.min(keys, keyLength - keyBlock * keys));
-    };
+    scoreBlocks(q.means, k.means, block, from, to, headDim, masses);
+    for (let j = from; j < to; j++) {
+      masses[j] = (masses[j] as number) * smScale + Math.log(Math.min(keys, keyLength - j * keys));
+    }
     const isDoubtful = !((q.similarities?.[block] ?? 1) >= similarity);
     // The block in which the last key lies that a row sees, of each of the rows.
     const edge =
@@ -121,26 +119,47 @@ export function chooseBlocks(
     const isForced = (j: number) =>
       isDoubtful || j >= edge || j < sparsity.sinkBlocks || !((k.similarities?.[j] ?? 1) >= similarity);
     const line = map.subarray(at + block * lineLength, at + block * lineLength + keyBlocks);
-    const kept = chooseLine(line, from, to, scoreOf, isForced, sparsity, masses);
+    const kept = chooseLine(line, from, to, isForced, sparsity, masses, others);
     totals.visible += to - from;
     totals.kept += kept.count;
     totals.lost += (1 - kept.mass) * (lastRow + 1 - firstRow);
   }
 }
 
-/** Chooses among blocks `from` to `to` of a line; returns how many it keeps, and their share of the softmax. */
-function chooseLine(
-  line: Uint8Array,
+/** Products of the mean of a block of rows with those of blocks of keys, four at a time: each sum waits for itself. */
+function scoreBlocks(
+  rows: Float32Array,
+  keys: Float32Array,
+  block: number,
   from: number,
   to: number,
-  scoreOf: (block: number) => number,
-  isForced: (block: number) => boolean,
-  { topK, mass: wanted }: SettledSparsity,
-  masses: Float64Array,
-): { readonly count: number; readonly mass: number } {
+  dim: number,
+  scores: Float64Array,
+): void {
+  const row = block * dim;
+  for (let j = from; j < to; j += 4) {
+    // Beyond the last it is computed once more.
+    const [k0, k1, k2, k3] = [j, Math.min(j + 1, to - 1), Math.min(j + 2, to - 1), Math.min(j + 3, to - 1)];
+    const [at0, at1, at2, at3] = [k0 * dim, k1 * dim, k2 * dim, k3 * dim];
+    let [sum0, sum1, sum2, sum3] = [0, 0, 0, 0];
+    for (let d = 0; d < dim; d++) {
+      const x = rows[row + d] as number;
+      sum0 += x * (keys[at0 + d] as number);
+      sum1 += x * (keys[at1 + d] as number);
+      sum2 += x * (keys[at2 + d] as number);
+      sum3 += x * (keys[at3 + d] as number);
+    }
+    scores[k0] = sum0;
+    scores[k1] = sum1;
+    scores[k2] = sum2;
+    scores[k3] = sum3;
+  }
+}
+
+/** Scores to weights, in place; returns their sum. Blocks whose score is not a number are kept. */
+function weighBlocks(line: Uint8Array, from: number, to: number, masses: Float64Array): number {
   let largest = Number.NEGATIVE_INFINITY;
   for (let j = from; j < to; j++) {
-    masses[j] = scoreOf(j);
     if ((masses[j] as number) > largest) largest = masses[j] as number;
   }
   let sum = 0;
@@ -151,21 +170,53 @@ function chooseLine(
     masses[j] = Number.isFinite(mass) ? mass : 0;
     sum += masses[j] as number;
   }
+  return sum;
+}
+
+/**
+ * Chooses among blocks `from` to `to` of a line.
+ *
+ * @param masses the score of each block, which becomes its weight
+ * @param others room for the weights of those that are not forced
+ * @returns how many it keeps, and their share of the softmax
+ */
+function chooseLine(
+  line: Uint8Array,
+  from: number,
+  to: number,
+  isForced: (block: number) => boolean,
+  { topK, mass: wanted }: SettledSparsity,
+  masses: Float64Array,
+  others: Float64Array,
+): { readonly count: number; readonly mass: number } {
+  const sum = weighBlocks(line, from, to, masses);
   let [count, mass] = [0, 0];
-  const keep = (j: number) => {
+  for (let j = from; j < to; j++) {
+    if (line[j] === 0 && !isForced(j)) continue;
     line[j] = 1;
     count++;
     mass += sum === 0 ? 0 : (masses[j] as number) / sum;
-  };
-  for (let j = from; j < to; j++) if (line[j] === 1 || isForced(j)) keep(j);
-  const others = [];
-  for (let j = from; j < to; j++) if (line[j] === 0) others.push(j);
-  others.sort((a, b) => (masses[b] as number) - (masses[a] as number) || a - b);
+  }
+  // Sorted as numbers: an order of indices takes a call for each comparison, which took most of the time of choosing.
+  let length = 0;
+  for (let j = from; j < to; j++) if (line[j] === 0) others[length++] = masses[j] as number;
+  const sorted = others.subarray(0, length).sort();
   const most = countOf(topK ?? 1, to - from);
   const isEnough = () => count > 0 && (topK === undefined ? mass >= wanted : count >= most);
-  for (const j of others) {
-    if (isEnough()) break;
-    keep(j);
+  let least = Number.POSITIVE_INFINITY;
+  // Of blocks that weigh as much as the least that is kept, the first ones are.
+  let equal = 0;
+  for (let i = length - 1; i >= 0 && !isEnough(); i--) {
+    const next = sorted[i] as number;
+    equal = next === least ? equal + 1 : 1;
+    least = next;
+    count++;
+    mass += sum === 0 ? 0 : next / sum;
+  }
+  for (let j = from; j < to; j++) {
+    if (line[j] === 1) continue;
+    const own = masses[j] as number;
+    if (own > least || (own === least && equal-- > 0)) line[j] = 1;
   }
   return { count, mass: sum === 0 ? 1 : Math.min(1, mass) };
 }
