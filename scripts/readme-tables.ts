@@ -12,7 +12,9 @@ import { exporterRows, topologyRows } from './exporters-table.ts';
 const RESULTS = new URL('../bench/results/', import.meta.url);
 const PAGES = [
   'README.md',
-  ...['index', 'choosing-a-kernel', 'distributed', 'fp4', 'integrations', 'training'].map((name) => `docs/${name}.md`),
+  ...['index', 'choosing-a-kernel', 'distributed', 'fp4', 'integrations', 'sparse', 'training'].map(
+    (name) => `docs/${name}.md`,
+  ),
 ];
 const read = <T>(name: string): T => JSON.parse(readFileSync(new URL(name, RESULTS), 'utf8')) as T;
 
@@ -570,6 +572,83 @@ function distributedPredictions(): Table {
   };
 }
 
+interface SparseReport {
+  readonly choosing: readonly { readonly sparsity: object; readonly milliseconds: number }[];
+  readonly results: readonly {
+    readonly kernel: string;
+    readonly dense: { readonly times: { readonly attention: number; readonly whole: number } };
+    readonly sparse: readonly {
+      readonly kind: string;
+      readonly fraction: number;
+      readonly block: readonly [rows: number, keys: number];
+      readonly times: { readonly attention: number; readonly whole: number };
+    }[];
+  }[];
+}
+
+/** Block masks on CUDA: the kernel alone, and all that a call with `topK` takes. */
+function sparseSpeed(): Table {
+  const { choosing, results } = read<SparseReport>('cuda-sparse-h200.json');
+  const choice = choosing.find(({ sparsity }) => 'topK' in sparsity)?.milliseconds;
+  if (choice === undefined) throw new Error('cuda-sparse-h200.json has no time of choosing by topK');
+  const rows = results.flatMap(({ kernel, dense, sparse }) =>
+    sparse
+      // Without tiles of 128 keys both sizes of blocks take the same time.
+      .filter(({ fraction, block }) => fraction === 0.5 && (block[1] === 64 || kernel.endsWith('sm90')))
+      .map(({ kind, block }) => {
+        const gains = [0.5, 0.25].flatMap((fraction) => {
+          const found = sparse.find(
+            (other) => other.kind === kind && other.fraction === fraction && other.block[1] === block[1],
+          );
+          if (found === undefined) throw new Error(`${kernel}: no ${kind} map of ${fraction}`);
+          const { attention, whole } = found.times;
+          return [dense.times.attention / attention, dense.times.whole / (whole + choice)];
+        });
+        return [
+          `\`${kernel}\``,
+          `${kind === 'band' ? 'bands' : kind}, ${block.join(' by ')}`,
+          ...gains.map((gain) => `${gain.toFixed(2)}x`),
+        ];
+      }),
+  );
+  return {
+    header: ['kernel', 'map', 'half', 'half, all included', 'a quarter', 'a quarter, all included'],
+    rows,
+  };
+}
+
+interface TrainedReport {
+  readonly results: readonly {
+    readonly engine: string;
+    readonly model: string;
+    readonly tokens: number;
+    readonly processorMilliseconds: { readonly without: number; readonly with: number };
+    readonly memory: Readonly<Record<'without' | 'with', { readonly wasmMiB: number }>>;
+    readonly sameAnswer: boolean;
+  }[];
+}
+
+/** Whole trained models, with the answer of their task. */
+function trainedModels(): Table {
+  const results = readdirSync(RESULTS)
+    .filter((name) => name.startsWith('onnxruntime-trained-'))
+    .sort()
+    .flatMap((name) => read<TrainedReport>(name).results);
+  return {
+    header: ['model', 'tokens', 'engine', 'without (ms)', 'with (ms)', 'speedup', 'memory (MiB)', 'answer'],
+    rows: results.map(({ engine, model, tokens, processorMilliseconds: time, memory, sameAnswer }) => [
+      model,
+      String(tokens),
+      engine.split('.')[0] as string,
+      time.without.toFixed(0),
+      time.with.toFixed(0),
+      `${(time.without / time.with).toFixed(2)}x`,
+      `${memory.without.wasmMiB.toFixed(0)}, with ${memory.with.wasmMiB.toFixed(0)}`,
+      sameAnswer ? 'the same' : 'another',
+    ]),
+  };
+}
+
 const TABLES: Readonly<Record<string, (short: boolean) => Table>> = {
   summary,
   accuracy,
@@ -583,6 +662,8 @@ const TABLES: Readonly<Record<string, (short: boolean) => Table>> = {
   'distributed-speed': distributedSpeed,
   'webgpu-backward': webgpuBackward,
   'models-speed': modelsSpeed,
+  'sparse-speed': sparseSpeed,
+  'trained-models': trainedModels,
   'distributed-predictions': distributedPredictions,
 };
 

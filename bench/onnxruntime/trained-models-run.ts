@@ -35,9 +35,9 @@ export interface Job {
 
 export interface Outcome {
   readonly variant: Variant;
-  /** Medians: wall clock, and in Node the time that all threads spent. */
+  /** Medians: wall clock, and the time that all threads spent. */
   readonly milliseconds: number;
-  readonly processorMilliseconds?: number;
+  readonly processorMilliseconds: number;
   /** Of the timed input, then of the others. */
   readonly outputs: readonly (readonly number[])[];
   /** Attentions that this package computes, of those found. */
@@ -81,7 +81,13 @@ function largest(values: Float32Array, classes: number): number[] {
 
 const WARM_UPS = 2;
 
-export async function run(ort: Ort, bytes: Uint8Array, job: Job): Promise<Result> {
+/** @param processorTime milliseconds that all threads have spent so far */
+export async function run(
+  ort: Ort,
+  bytes: Uint8Array,
+  job: Job,
+  processorTime: () => number | Promise<number>,
+): Promise<Result> {
   ort.env.wasm.numThreads = job.threads;
   await setBackend(createWasmBackend({ threads: job.threads }));
   const engines = { without: ort, with: withSageAttention(ort, job.options) } as const;
@@ -101,12 +107,12 @@ export async function run(ort: Ort, bytes: Uint8Array, job: Job): Promise<Result
   const name = job.output ?? (model.outputNames[0] as string);
   for (let i = -WARM_UPS; i < job.runs; i++) {
     for (const { session, wall, processor, outputs } of contestants) {
-      const cpu = globalThis.process?.cpuUsage?.();
+      const spent = await processorTime();
       const start = performance.now();
       const { [name]: output } = await session.run(input, [name]);
       if (i >= 0) wall.push(performance.now() - start);
-      const used = globalThis.process?.cpuUsage?.(cpu);
-      if (i >= 0 && used !== undefined) processor.push((used.user + used.system) / 1000);
+      const used = (await processorTime()) - spent;
+      if (i >= 0) processor.push(used);
       outputs[0] = reduced(output, job.reduce);
     }
   }
@@ -121,7 +127,7 @@ export async function run(ort: Ort, bytes: Uint8Array, job: Job): Promise<Result
     return {
       variant,
       milliseconds: median(wall),
-      ...(processor.length > 0 && { processorMilliseconds: median(processor) }),
+      processorMilliseconds: median(processor),
       outputs,
       taken: report.filter(({ taken }) => taken).length,
       found: report.length,

@@ -37,6 +37,11 @@ function takeAddress(address: string): { host: string; port: number } {
 /** Settles what was asked for against what the launcher says. */
 function settle(given: ProcessOptions) {
   const launched = rankOfEnvironment(process.env);
+  if (given.worldSize === undefined && launched === undefined) {
+    const expected =
+      'the number of processes (or a launcher that says it: npx sageattention launch, torchrun, MPI, Slurm)';
+    throw new InvalidArgumentError('invalid-option', 'options.worldSize', expected, 'none');
+  }
   const worldSize = takeWhole('worldSize', given.worldSize ?? launched?.worldSize, 1, MAX_RANKS);
   const rank = takeWhole('rank', given.rank ?? launched?.rank, 0, worldSize - 1);
   const timeout = takeWhole('timeout', given.timeout, 1, 2 ** 31 - 1);

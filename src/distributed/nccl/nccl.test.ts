@@ -197,5 +197,10 @@ describe('connectProcess', () => {
       ),
       { numRuns: 8 },
     );
+    // Started by hand, without a launcher.
+    await expect(connectProcess(backend, { timeout: 1000 })).rejects.toMatchObject({
+      argument: 'options.worldSize',
+      expected: expect.stringMatching(/sageattention launch/),
+    });
   });
 });
