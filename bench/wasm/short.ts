@@ -130,7 +130,15 @@ async function measure(operands: Operands, seconds: number) {
 
 const backend = createWasmBackend({ threads });
 await setBackend(backend);
-const rows: object[] = [];
+interface Row extends Awaited<ReturnType<typeof measure>> {
+  readonly batch: number;
+  readonly heads: number;
+  readonly headDim: number;
+  readonly queries: number;
+  readonly tokens: number;
+}
+
+const rows: Row[] = [];
 for (const shape of flags.shapes.split(',')) {
   const [batch, heads, headDim] = shape.split('x').map(Number) as [number, number, number];
   for (const tokens of flags.tokens.split(',').map(Number)) {
@@ -151,6 +159,19 @@ for (const shape of flags.shapes.split(',')) {
         `${ratios.join('  ')}  L1 ${own.relativeL1.toExponential(1)}`,
     );
   }
+}
+for (const peer of ['onnxruntime-web', 'onnxruntime-node']) {
+  // By processor time, which other work on the machine disturbs less.
+  const ratios = rows.flatMap(({ contenders }) => {
+    const [, found] = Object.entries(contenders).find(([name]) => name.startsWith(peer)) ?? [];
+    return found === undefined ? [] : [found.cpu / (contenders.ours as Measured).cpu];
+  });
+  if (ratios.length === 0) continue;
+  const slower = ratios.filter((ratio) => ratio < 1).length;
+  console.log(
+    `${peer} / ours by processor time: least ${Math.min(...ratios).toFixed(2)}, median ${median(ratios).toFixed(2)}, most ` +
+      `${Math.max(...ratios).toFixed(2)}; ours slower in ${slower} of ${ratios.length}`,
+  );
 }
 if (flags.out !== undefined) {
   const report = {

@@ -27,7 +27,14 @@ import { HeadsAtOnce, runByHeads } from './by-heads.ts';
 import { arithmeticOf, WholeCalls, workOf } from './calls.ts';
 import { CallerExecutor, createWorkers, type ExecutorKind, SHORT_WORK } from './executor.ts';
 import type { Simd } from './geometry.ts';
-import { BACKWARD, fastestKernel, INTEGER_KERNEL, KERNELS, MAX_BACKWARD_HEAD_DIM } from './kernel-table.ts';
+import {
+  BACKWARD,
+  choiceInWords,
+  fastestKernel,
+  INTEGER_KERNEL,
+  KERNELS,
+  MAX_BACKWARD_HEAD_DIM,
+} from './kernel-table.ts';
 import { WasmKeyValue } from './key-value.ts';
 import { compileUnshared, type KernelSources, type LoadedModule, loadModule } from './modules.ts';
 import { Runtime } from './runtime.ts';
@@ -150,6 +157,7 @@ class WasmBackendImplementation implements WasmBackend {
           simd,
           'relaxed SIMD': relaxed,
           'dot product': dotProduct,
+          kernels: choiceInWords(simd),
           threads: executor.description,
           'short calls': `this thread, up to ${this.#shortWork} multiply-adds`,
           memory: `${usedBytes / 1024} KiB in use of ${capacityBytes / 1024} KiB`,

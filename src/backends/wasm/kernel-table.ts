@@ -86,6 +86,10 @@ export function exactWayOf(problem: AttentionProblem): ExactWay {
   return keyLength <= MOST_KEYS_AT_ONCE ? 'at-once' : 'tiles';
 }
 
+/** Which calls {@link fastestKernel} gives to which kernel, in words, for `doctor`. */
+export const choiceInWords = (simd: Simd): string =>
+  `${EXACT_KERNEL.name} up to ${EXACT_KEYS[simd]} keys or ${FEW_ROWS} rows that share a key, else ${INTEGER_KERNEL.name}`;
+
 /** The fastest kernel for a call whose keys and values are not quantized yet. */
 export function fastestKernel(problem: AttentionProblem, simd: Simd): KernelDescriptor {
   const exact = exactWayOf(problem) === 'in-place' || problem.keyLength <= EXACT_KEYS[simd];
