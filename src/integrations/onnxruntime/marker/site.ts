@@ -6,7 +6,7 @@ import type { GraphIndex } from '../model/graph.ts';
 import { elementTypeName, node as makeNode, type NodeProto, type TensorProto, tensorProto } from '../onnx/codec.ts';
 import { isSize } from '../session/feeds.ts';
 import { type Equation, equationOf, MAX_TAGS, type ResultSize } from './equation.ts';
-import { type FreeSize, type GivenInput, KnownSizes, type ShapeFacts } from './sizes.ts';
+import { type FreeSize, type GivenInput, KnownSizes, numbersFrom, type ShapeFacts } from './sizes.ts';
 
 export interface Marker {
   readonly site: AttentionSite;
@@ -146,7 +146,9 @@ function describe(
   const dims = trials.map((trial) => values.map((value) => trial.dims(value)));
   const unknown = values.find((_, i) => dims.some((list) => list[i] === undefined));
   if (unknown !== undefined) return `the dimensions of '${unknown}' are known only when the graph runs`;
-  const late = numbersReadBy(site).find((value) => !index.inputs.has(value) && trials[0]?.numbers(value) === undefined);
+  const late = numbersReadBy(site).find(
+    (value) => trials[0]?.numbers(value) === undefined && numbersFrom(index, value) === undefined,
+  );
   if (late !== undefined) return `the numbers of '${late}' are known only when the graph runs`;
   const known = dims as readonly (readonly (readonly number[])[])[];
   const results = trials.map((trial) => resultDims(site, trial));

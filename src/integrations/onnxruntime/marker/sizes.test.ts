@@ -5,7 +5,7 @@ import { GraphBuilder } from '../../../../test/support/graph-builder.ts';
 import { Random, runSeed } from '../../../../test/support/random.ts';
 import { indexGraph } from '../model/graph.ts';
 import { type GraphProto, readModel } from '../onnx/codec.ts';
-import { KnownSizes } from './sizes.ts';
+import { KnownSizes, numbersFrom } from './sizes.ts';
 
 const FLOAT = 1;
 const INT64 = 7;
@@ -46,5 +46,41 @@ it('computes lengths, targets of a Reshape and scales as onnxruntime does', asyn
     expect(sizes.dims(all)).toEqual([b, l + p, 24]);
     expect(sizes.dims('nothing')).toBeUndefined();
   }
+  await session.release();
+});
+
+it('sums a mask of tokens into the lengths that GroupQueryAttention reads, and says that it needs the mask', async () => {
+  const seed = runSeed();
+  console.info(`seed ${seed}`);
+  const random = new Random(seed);
+  const g = new GraphBuilder(random);
+  const mask = g.input('mask', ['b', 'l'], 'int64');
+  const ids = g.input('ids', ['b', 'l'], 'int64');
+  const counted = [[1], [-1]].map((axes) => g.op('ReduceSum', [mask, g.ints(axes)], { keepdims: 1 }));
+  const last = counted.map((sum) => g.op('Sub', [sum, g.ints([1])]));
+  const byColumn = g.op('ReduceSum', [mask, g.ints([0])], { keepdims: 0 });
+  const found = g.op('NonZero', [mask]);
+  for (const name of [...last, byColumn, found]) g.output(name, undefined, 'int64');
+  const bytes = g.build();
+  const session = await ort.InferenceSession.create(bytes);
+  const index = indexGraph(readModel(bytes).graph as GraphProto, 17);
+  const facts = { inputs: new Map(), shapeOf: () => undefined };
+  for (let run = 0; run < 5; run++) {
+    const dims = [random.integer(1, 4), random.integer(1, 40)] as const;
+    const numbers = Array.from({ length: dims[0] * dims[1] }, () => Number(random.uniform() < 0.8));
+    const tensor = new ort.Tensor('int64', BigInt64Array.from(numbers, BigInt), dims);
+    const results = await session.run({ mask: tensor, ids: tensor });
+    const sizes = new KnownSizes(index, facts, new Map([['mask', { dims, numbers }]]));
+    for (const name of last) {
+      expect(sizes.numbers(name)).toEqual(Array.from(results[name]?.data as BigInt64Array, Number));
+    }
+    expect(sizes.numbers(byColumn)).toBeUndefined();
+    expect(
+      new KnownSizes(index, facts, new Map([['mask', { dims, numbers: undefined }]])).numbers(last[0] as string),
+    ).toBe(undefined);
+  }
+  for (const name of last) expect(numbersFrom(index, name)).toEqual(new Set(['mask']));
+  expect(numbersFrom(index, found)).toBeUndefined();
+  expect(numbersFrom(index, ids)).toEqual(new Set(['ids']));
   await session.release();
 });

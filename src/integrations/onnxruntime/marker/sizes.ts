@@ -141,10 +141,55 @@ export class KnownSizes {
         return joined(inputs.map((read) => read()));
       case 'Slice':
         return slice(inputs.map((read) => read()));
+      case 'ReduceSum':
+        return sumOfRows(first(), this.dims(node.input[0] ?? ''), intsAttribute(node, 'axes') ?? second());
       default:
         return arithmetic(node.opType, elementKind(this.#index, value) === 'integer', first(), second());
     }
   }
+}
+
+/** Operators whose numbers {@link KnownSizes} computes from those of their inputs. */
+const COMPUTED = new Set([
+  ...['Identity', 'Squeeze', 'Unsqueeze', 'Reshape', 'Cast', 'Gather', 'Concat', 'Slice', 'ReduceSum'],
+  ...['Add', 'Sub', 'Mul', 'Div', 'Sqrt'],
+]);
+
+/**
+ * Inputs of the graph from whose numbers a value's are computed before a run, where a run gives them: a mask of tokens, of which
+ * sequence lengths are sums. Undefined: the value is known only when the graph runs.
+ */
+export function numbersFrom(index: GraphIndex, value: string, depth = 0): ReadonlySet<string> | undefined {
+  if (index.inputs.has(value)) return new Set([value]);
+  if (index.constants.has(value)) return new Set();
+  const node = index.producer(value);
+  if (node === undefined || canonicalDomain(node.domain) !== '' || depth > MAX_DEPTH) return undefined;
+  if (['Shape', 'Size', 'Constant'].includes(node.opType)) return new Set();
+  if (!COMPUTED.has(node.opType)) return undefined;
+  const found = new Set<string>();
+  for (const input of node.input.filter((name) => name !== '')) {
+    const inputs = numbersFrom(index, input, depth + 1);
+    if (inputs === undefined) return undefined;
+    for (const name of inputs) found.add(name);
+  }
+  return found;
+}
+
+/** Sums of a matrix' rows, or of a vector. */
+function sumOfRows(
+  numbers: readonly number[] | undefined,
+  dims: readonly number[] | undefined,
+  axes: readonly number[] | undefined,
+): number[] | undefined {
+  if (numbers === undefined || dims === undefined || dims.length > 2 || dims.length === 0) return undefined;
+  const axis = axes?.length === 1 ? (axes[0] as number) : undefined;
+  if (axis === undefined || (axis !== -1 && axis !== dims.length - 1)) return undefined;
+  const length = dims.at(-1) as number;
+  const rows = dims.length === 1 ? 1 : (dims[0] as number);
+  if (rows * length !== numbers.length) return undefined;
+  return Array.from({ length: rows }, (_, row) =>
+    numbers.slice(row * length, (row + 1) * length).reduce((sum, number) => sum + number, 0),
+  );
 }
 
 const product = (dims: readonly number[] | undefined) => dims && [dims.reduce((all, size) => all * size, 1)];

@@ -1,9 +1,10 @@
 /** A session whose attentions are markers, behind the interface of one without; where they do not work, the model cut in pieces. */
 import { messageOf } from '../../../errors.ts';
+import { numbersReadBy } from '../detect/site.ts';
 import type { DeviceHooks, Work } from '../marker/hooks.ts';
 import { callOf, type MarkerEngine, type MarkerPlan, planMarker, textOf } from '../marker/plan.ts';
 import type { Marker, MarkerFacts } from '../marker/site.ts';
-import { type GivenInput, KnownSizes } from '../marker/sizes.ts';
+import { type GivenInput, KnownSizes, numbersFrom } from '../marker/sizes.ts';
 import type { GraphIndex } from '../model/graph.ts';
 import {
   isWeb,
@@ -64,8 +65,8 @@ interface Refused {
 /** Plans are kept for this many shapes of inputs. */
 const KEPT_SHAPES = 8;
 
-/** Integers of an input that is larger are not looked at. */
-const MAX_NUMBERS = 64;
+/** Integers of an input that is larger are not looked at: masks of tokens are this long. */
+const MAX_NUMBERS = 2 ** 17;
 
 export interface MarkedSessionParts {
   readonly ort: OrtModule;
@@ -101,9 +102,15 @@ export class MarkedSession implements OrtSessionHandler {
   /** The last run's. */
   #last: Planned | Refused | undefined;
   #isReleased = false;
+  /** Inputs of which attentions need the numbers. */
+  readonly #read: ReadonlySet<string>;
 
   constructor(parts: MarkedSessionParts) {
     this.#parts = parts;
+    const { index, markers } = parts;
+    this.#read = new Set(
+      markers.flatMap(({ site }) => numbersReadBy(site).flatMap((value) => [...(numbersFrom(index, value) ?? [])])),
+    );
     this.inputMetadata = parts.inner.inputMetadata;
     this.outputMetadata = parts.inner.outputMetadata;
     this.inputNames = parts.inner.inputNames;
@@ -203,11 +210,13 @@ export class MarkedSession implements OrtSessionHandler {
     const inputs = new Map(
       this.inputNames.flatMap((name): [string, GivenInput][] => {
         const tensor = feeds[name];
-        return tensor === undefined ? [] : [[name, { dims: tensor.dims, numbers: numbersOf(tensor) }]];
+        const numbers = tensor !== undefined && this.#read.has(name) ? numbersOf(tensor) : undefined;
+        return tensor === undefined ? [] : [[name, { dims: tensor.dims, numbers }]];
       }),
     );
     let key = '';
-    for (const [name, { dims, numbers }] of inputs) key += `${name}:${dims}:${numbers ?? ''};`;
+    for (const [name, { dims, numbers }] of inputs)
+      key += `${name}:${dims}:${numbers === undefined ? '' : inRuns(numbers)};`;
     const known = this.#planned.get(key);
     const planned =
       known ??
@@ -287,7 +296,19 @@ function sizesOf({ q, k }: AttentionCall) {
   return { heads, headDim, queryLength, keyLength: k.view.shape[2] };
 }
 
-/** Of a few integers on the CPU. */
+/** Numbers as text: each with how often it follows itself, as a mask of tokens is long and all alike. */
+function inRuns(numbers: readonly number[]): string {
+  let text = '';
+  for (let start = 0; start < numbers.length; ) {
+    let end = start + 1;
+    while (end < numbers.length && numbers[end] === numbers[start]) end++;
+    text += `${numbers[start]}x${end - start},`;
+    start = end;
+  }
+  return text;
+}
+
+/** Of integers on the CPU. */
 function numbersOf(tensor: OrtFeeds[string]): readonly number[] | undefined {
   const isSmall = (tensor.type === 'int64' || tensor.type === 'int32') && tensor.size <= MAX_NUMBERS;
   if (!isSmall || !tensor.location.startsWith('cpu')) return undefined;

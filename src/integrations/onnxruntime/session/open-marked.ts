@@ -1,14 +1,15 @@
 /** Opens a model with markers in the place of its attentions, once they have been tried on its device. */
 import type { KernelName } from '../../../attention/kernels.ts';
 import { messageOf } from '../../../errors.ts';
+import { elementCount } from '../../../tensor/tensor.ts';
 import { backendOn } from '../../bridge.ts';
 import { cutGraph, type Piece } from '../cut.ts';
-import type { AttentionSite } from '../detect/site.ts';
+import { type AttentionSite, numbersReadBy } from '../detect/site.ts';
 import { DeviceHooks } from '../marker/hooks.ts';
 import { learnMarker, openMarker, testMarker } from '../marker/learn.ts';
 import { callOf, type MarkerEngine, planMarker } from '../marker/plan.ts';
 import { type Marker, type MarkerFacts, markersOf, watchedByMarkers } from '../marker/site.ts';
-import { KnownSizes } from '../marker/sizes.ts';
+import { KnownSizes, numbersFrom } from '../marker/sizes.ts';
 import { type GraphIndex, indexGraph } from '../model/graph.ts';
 import { readFacts } from '../model/sketch.ts';
 import { weightsOf } from '../model/weights.ts';
@@ -183,13 +184,18 @@ const SMALL: readonly ((place: number) => number)[] = [
   () => 1,
 ];
 
+/** Numbers of inputs from which lengths are computed, tried in turn: none, those of a mask without padding, the last key of few. */
+const FILLS: readonly (number | undefined)[] = [undefined, 1, 0, 2, 3, 4, 5, 6, 7, 8, 9, 10];
+
 function smallSizes(
   index: GraphIndex,
   facts: MarkerFacts,
   marker: Marker,
   engine: MarkerEngine,
 ): KnownSizes | undefined {
-  for (const sizeAt of SMALL) {
+  const read = new Set(numbersReadBy(marker.site).flatMap((value) => [...(numbersFrom(index, value) ?? [])]));
+  const fills = read.size === 0 ? [undefined] : FILLS;
+  for (const [sizeAt, fill] of SMALL.flatMap((size) => fills.map((number) => [size, number] as const))) {
     const places = new Map<string, number>();
     const inputs = [...index.inputs].map((name) => {
       const dims = (facts.inputs.get(name) ?? []).map((size, axis) => {
@@ -199,7 +205,11 @@ function smallSizes(
         places.set(symbol, place);
         return sizeAt(place);
       });
-      return [name, { dims, numbers: undefined }] as const;
+      const isFilled = fill !== undefined && read.has(name);
+      return [
+        name,
+        { dims, numbers: isFilled ? new Array<number>(elementCount(dims)).fill(fill) : undefined },
+      ] as const;
     });
     const sizes = new KnownSizes(index, facts, new Map(inputs));
     if ('call' in callOf(marker, sizes, engine)) return sizes;
