@@ -1,5 +1,5 @@
 /**
- * Draws the figures of how-it-works.md, distributed.md and integrations.md with the library's own code: `tsx docs/figures.ts` writes docs/figures/*.svg. The
+ * Draws the figures of how-it-works.md, distributed.md, integrations.md and training.md with the library's own code: `tsx docs/figures.ts` writes docs/figures/*.svg. The
  * activations are those of the sentence encoder on the first chapter of Alice in Wonderland.
  */
 import { mkdir, readFile, writeFile } from 'node:fs/promises';
@@ -264,6 +264,63 @@ function markersFigure(): string {
   );
 }
 
+interface Losses {
+  readonly version: string;
+  readonly exact: readonly number[];
+  readonly ours: readonly number[];
+}
+
+/** Losses of `examples/train` as bench/wasm/training-losses.ts measured them. */
+async function lossesFigure(): Promise<string> {
+  const measured = new URL('../bench/results/training-losses.json', import.meta.url);
+  const { node, chromium } = JSON.parse(await readFile(measured, 'utf8')) as Record<'node' | 'chromium', Losses>;
+  const names = { exact: 'exact attention', ours: 'SageAttention' } as const;
+  const panels = [
+    [`Node ${node.version}`, node],
+    [`Chromium ${chromium.version}`, chromium],
+  ] as const;
+  const points = panels.flatMap(([panel, losses]) =>
+    (['exact', 'ours'] as const).flatMap((name) =>
+      losses[name].map((loss, i) => ({ panel, attention: names[name], step: i + 1, loss })),
+    ),
+  );
+  const own = (name: keyof typeof names) => points.filter(({ attention }) => attention === names[name]);
+  return svg('Loss of a character model step by step, with exact attention and with SageAttention', {
+    height: 300,
+    fx: { label: null, domain: panels.map(([panel]) => panel) },
+    x: { label: 'step' },
+    y: { label: 'loss', grid: true },
+    color: { legend: false, domain: Object.values(names), range: [SECOND, ACCENT] },
+    marks: [
+      Plot.line(own('exact'), {
+        fx: 'panel',
+        x: 'step',
+        y: 'loss',
+        stroke: 'attention',
+        strokeWidth: 5,
+        strokeOpacity: 0.6,
+      }),
+      Plot.line(own('ours'), { fx: 'panel', x: 'step', y: 'loss', stroke: 'attention', strokeWidth: 1.5 }),
+      Plot.text(
+        (['exact', 'ours'] as const).map((name, i) => ({
+          panel: panels[0][0],
+          text: names[name],
+          name: names[name],
+          dy: i,
+        })),
+        {
+          fx: 'panel',
+          frameAnchor: 'top-right',
+          dy: 4,
+          text: ({ text, dy }: { text: string; dy: number }) => (dy === 0 ? text : `\n${text}`),
+          fill: 'name',
+          fontSize: 12,
+        },
+      ),
+    ],
+  });
+}
+
 /** Every figure by its file's name. */
 export async function drawFigures(): Promise<Readonly<Record<string, string>>> {
   const samples: Sample[] = [
@@ -274,6 +331,7 @@ export async function drawFigures(): Promise<Readonly<Record<string, string>>> {
     codes: codesFigure(samples),
     errors: errorsFigure(samples),
     formats: formatsFigure(),
+    losses: await lossesFigure(),
     markers: markersFigure(),
     orders: ordersFigure(),
   };
