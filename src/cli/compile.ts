@@ -8,9 +8,9 @@ import { tmpdir } from 'node:os';
 import path from 'node:path';
 import { chooseOptions } from '../backends/choice.ts';
 import { digestOf, KernelFiles } from '../backends/cuda/driver/kernel-files.ts';
-import { fastestKernel } from '../backends/cuda/fastest.ts';
+import { fastestKernel, quantizingKernel } from '../backends/cuda/fastest.ts';
 import { GENERATOR_DIGEST } from '../backends/cuda/generator.ts';
-import { CUDA_KERNELS, defaultKernelFor, lackedBy, targetFor } from '../backends/cuda/kernel-table.ts';
+import { CUDA_KERNELS, lackedBy, targetFor } from '../backends/cuda/kernel-table.ts';
 import type { KernelModule } from '../backends/cuda/launches/launch.ts';
 import { planAttend, planKeyValue, planLaunches } from '../backends/cuda/launches/plan.ts';
 import type { TensorView } from '../tensor/tensor.ts';
@@ -82,7 +82,7 @@ function modulesOf(computeCapability: number, options: CompileOptions): Map<stri
     const problem = problemOf(shape, options);
     const named = options.kernel?.map((name) => CUDA_KERNELS.find((kernel) => kernel.name === name));
     const whole = named ?? [fastestKernel(problem, computeCapability)];
-    const quantizing = named ?? [defaultKernelFor(computeCapability)];
+    const quantizing = named ?? [quantizingKernel(problem, computeCapability)];
     const add = (launches: readonly { readonly module: KernelModule }[]) => {
       for (const { module } of launches) modules.set(module.id, module);
     };

@@ -16,7 +16,7 @@ import type {
   PreparedKeyValue,
 } from '../backend.ts';
 import { type Cuda, type CudaDevice, openCuda } from './driver/device.ts';
-import { fastestKernel } from './fastest.ts';
+import { fastestKernel, quantizingKernel } from './fastest.ts';
 import { FixedKeyValue, type SharedRoom } from './fixed-key-value.ts';
 import {
   BACKWARD_SUPPORT,
@@ -24,6 +24,7 @@ import {
   defaultKernelFor,
   lackedBy,
   MINIMUM_COMPUTE_CAPABILITY,
+  MOST_VALUE_DIM,
   targetFor,
 } from './kernel-table.ts';
 import { CudaKeyValue } from './key-value.ts';
@@ -175,7 +176,7 @@ export class CudaBackend implements Backend {
   async defaultKernel(problem: AttentionProblem, { quantized = false } = {}): Promise<KernelDescriptor> {
     const device = await this.device(problem);
     const { computeCapability } = device;
-    const kernel = quantized ? defaultKernelFor(computeCapability) : fastestKernel(problem, computeCapability);
+    const kernel = quantized ? quantizingKernel(problem, computeCapability) : fastestKernel(problem, computeCapability);
     if (kernel === undefined) throw tooOld(device);
     return kernel;
   }
@@ -197,6 +198,10 @@ export class CudaBackend implements Backend {
     const { multiprocessors, computeCapability } = device;
     const target = targetFor(computeCapability);
     if (target === undefined) throw tooOld(device);
+    if (problem.headDim > MOST_VALUE_DIM) {
+      const expected = `head dims up to ${MOST_VALUE_DIM} with sparsity`;
+      throw new UnsupportedOptionError('block map', 'q', expected, String(problem.headDim));
+    }
     return new CudaBlockMapPlan(device, problem, () =>
       this.#planner.planBlockMap(problem, sparsity, { target, multiprocessors }),
     );
@@ -204,6 +209,8 @@ export class CudaBackend implements Backend {
 
   async backwardSupport(problem: AttentionProblem): Promise<BackwardSupport | undefined> {
     const device = await this.device(problem);
+    const { headDim, valueDim } = problem;
+    if (Math.max(headDim, valueDim) > MOST_VALUE_DIM) return undefined;
     return defaultKernelFor(device.computeCapability) === undefined ? undefined : BACKWARD_SUPPORT;
   }
 

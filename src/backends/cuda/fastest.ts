@@ -46,6 +46,16 @@ export const EXACT_RULES: readonly ExactRule[] = [
 const isPlain = ({ mask, blocks, softcap }: AttentionProblem) =>
   mask === undefined && blocks === undefined && softcap === 0;
 
+/** The quantizing kernel of a problem; undefined on devices below the minimum. */
+export function quantizingKernel(
+  { headDim, valueDim }: Pick<AttentionProblem, 'headDim' | 'valueDim'>,
+  computeCapability: number,
+): CudaKernelDescriptor | undefined {
+  const usual = defaultKernelFor(computeCapability);
+  const wide = Math.max(headDim, valueDim) > (usual?.maxHeadDim ?? 0);
+  return usual === undefined || !wide ? usual : descriptorOf('qk-int8-pv-fp16-cuda');
+}
+
 /** Undefined on devices below the minimum. */
 export function fastestKernel(problem: AttentionProblem, computeCapability: number): CudaKernelDescriptor | undefined {
   const exact = descriptorOf('exact');
@@ -58,5 +68,5 @@ export function fastestKernel(problem: AttentionProblem, computeCapability: numb
       isBanded(band) === row.banded,
   );
   const takes = exact.dtypes?.includes(dtype) === true && isPlain(problem) && takesAsTheyLie({ problem, device: {} });
-  return rule !== undefined && takes && keyLength <= rule.keys ? exact : defaultKernelFor(computeCapability);
+  return rule !== undefined && takes && keyLength <= rule.keys ? exact : quantizingKernel(problem, computeCapability);
 }

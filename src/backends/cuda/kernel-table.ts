@@ -5,7 +5,10 @@ import type { BackwardSupport, KernelDescriptor } from '../backend.ts';
 import type { Target } from './ptx/targets.ts';
 
 /** Largest D and Dv of these kernels. */
-export const MAX_HEAD_DIM = 256;
+export const MOST_VALUE_DIM = 256;
+const MAX_HEAD_DIM = MOST_VALUE_DIM;
+/** Of the one kernel that wide heads take: their V is attended to in parts. */
+const WIDE_HEAD_DIM = 512;
 
 /** Compute capability (major * 10 + minor) below which nothing here runs: `mma.m16n8k32` of INT8 and `cp.async` start there. */
 export const MINIMUM_COMPUTE_CAPABILITY = 80;
@@ -55,7 +58,7 @@ export const CUDA_KERNELS: readonly CudaKernelDescriptor[] = [
     pvAccumDtype: ['fp32', 'fp16', 'fp16+fp32'],
     smoothV: true,
     smoothQ: [false],
-    maxHeadDim: MAX_HEAD_DIM,
+    maxHeadDim: WIDE_HEAD_DIM,
     sinks: true,
     blockMask: true,
   },

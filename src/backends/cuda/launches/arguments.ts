@@ -79,10 +79,14 @@ export const strideBytes = (operand: OperandLayout, dtype: DType) =>
     KernelArgument,
   ];
 
-/** Byte strides of output and LSE by the names of the kernels' parameters. */
-export function outputStridesOf(problem: AttentionProblem) {
+/**
+ * Byte strides of output and LSE by the names of the kernels' parameters.
+ *
+ * @param channels of a head's output; more than the problem's where it is a part of the channels
+ */
+export function outputStridesOf(problem: AttentionProblem, channels = problem.valueDim) {
   const { dtype, queryHeads } = problem;
-  const output = outputLayoutOf(problem);
+  const output = outputLayoutOf({ ...problem, valueDim: channels });
   const varlen = problem.sequences !== undefined;
   const lseLength = lseShapeOf(problem).at(-1) as number;
   return {

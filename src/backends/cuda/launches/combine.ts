@@ -7,6 +7,7 @@ import {
   type CombineConfig,
   combine,
 } from '../kernels/combine.ts';
+import { BYTES } from '../kernels/parts/elements.ts';
 import {
   inOrder,
   launch,
@@ -21,10 +22,12 @@ import type { Context } from './context.ts';
 import type { BufferName, KernelLaunch } from './launch.ts';
 
 /** Where an attention kernel writes output and LSE. */
-export const outputPointersOf = ({ problem }: Context, splits: number) => ({
-  output: splits > 1 ? pointer('partialOutput') : pointer('output'),
-  ...(splits > 1 ? { lse: pointer('partialLse') } : problem.returnLse ? { lse: pointer('lse') } : {}),
+export const outputPointersOf = (context: Context, splits: number) => ({
+  output: splits > 1 ? pointer('partialOutput') : outputPointerOf(context),
+  ...(splits > 1 ? { lse: pointer('partialLse') } : context.problem.returnLse ? { lse: pointer('lse') } : {}),
 });
+
+const outputPointerOf = ({ problem, channels }: Context) => pointer('output', channels.first * BYTES[problem.dtype]);
 
 /** Scratch that parts need. */
 export function combineScratch({ problem, layout, scheme }: Context, splits: number): Record<BufferName, number> {
@@ -62,7 +65,7 @@ export function combineLaunches(context: Context, splits: number): KernelLaunch[
           sequences: pointer('sequences'),
           partialOutput: pointer('partialOutput'),
           partialLse: pointer('partialLse'),
-          output: pointer('output'),
+          output: outputPointerOf(context),
           ...(problem.returnLse ? { lse: pointer('lse') } : {}),
         }),
         ...inOrder(COMBINE_INTEGERS, {
@@ -71,7 +74,7 @@ export function combineLaunches(context: Context, splits: number): KernelLaunch[
           splits: u32(splits),
           paddedQueries: u32(layout.paddedQueries),
         }),
-        ...inOrder(COMBINE_STRIDES, outputStridesOf(problem)),
+        ...inOrder(COMBINE_STRIDES, outputStridesOf(problem, context.channels.of)),
         ...sinkArgumentsOf(problem),
       ],
     ),

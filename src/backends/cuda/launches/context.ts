@@ -56,6 +56,15 @@ export interface Context {
   readonly scheme: Scheme;
   /** Replaces parts of the table's answer: for measurements. */
   readonly overrides: Partial<Tuning>;
+  /** Where the problem's channels of V lie in the output. */
+  readonly channels: ValueChannels;
+}
+
+/** A part of the channels of V. */
+export interface ValueChannels {
+  readonly first: number;
+  /** Of the whole output. */
+  readonly of: number;
 }
 
 /** Where sequences lie in the padded buffers. */
@@ -74,6 +83,7 @@ interface ContextOptions {
   readonly overrides?: Partial<Tuning> | undefined;
   readonly whole?: boolean;
   readonly tokenMask?: MaskLayout | undefined;
+  readonly channels?: ValueChannels | undefined;
 }
 
 /** The parts of quantizing K and V. A cache keeps its means, and the tiles that nothing was appended to. */
@@ -160,7 +170,7 @@ export function contextOf(
   asked: AttentionProblem,
   chosen: KernelChoice,
   given: DeviceFacts,
-  { room, overrides = {}, whole = false, tokenMask }: ContextOptions,
+  { room, overrides = {}, whole = false, tokenMask, channels = { first: 0, of: asked.valueDim } }: ContextOptions,
 ): Context {
   if (Math.abs(asked.smScale) > family.mostSmScale) {
     const expected = `at most 2^${Math.log2(family.mostSmScale)} in magnitude`;
@@ -181,7 +191,17 @@ export function contextOf(
   );
   const hiddenKeys = whole || tokenMask !== undefined ? hiddenKeysOf(problem) : 'none';
   const scheme = schemeOf(problem, choice, device.target, !whole);
-  return { problem, rowsAreHeads: grouped !== undefined, hiddenKeys, choice, device, layout, scheme, overrides };
+  return {
+    problem,
+    rowsAreHeads: grouped !== undefined,
+    hiddenKeys,
+    choice,
+    device,
+    layout,
+    scheme,
+    overrides,
+    channels,
+  };
 }
 
 export const constantsOf = ({ layout }: Context): Record<BufferName, Uint8Array> => ({

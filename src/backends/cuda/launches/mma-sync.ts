@@ -237,7 +237,7 @@ function attentionLaunch(context: Context, { config, queryTiles, blocks, splits,
       paddedKeys: u32(layout.paddedKeys),
       meanScoreKeys: u32(meanScoreKeysOf(context)),
     }),
-    ...inOrder(ATTENTION_STRIDES, { ...strides, ...outputStridesOf(problem) }),
+    ...inOrder(ATTENTION_STRIDES, { ...strides, ...outputStridesOf(problem, context.channels.of) }),
     ...bandArguments(problem.band),
     // K that is unpacked to FP16 comes out smaller.
     f32(scoreScale * LOG2_E * (scheme.qkFormat === 'e2m1-as-f16' ? UNPACKED_UNIT : 1)),

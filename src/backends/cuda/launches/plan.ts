@@ -4,8 +4,9 @@
  * tensor-core steps) and ordered `[head, token, channel]` with the sequences of a batch end to end.
  */
 import type { AttentionProblem, MaskLayout } from '../../../attention/problem.ts';
+import { UnsupportedOptionError } from '../../../errors.ts';
 import type { KernelChoice } from '../../backend.ts';
-import { descriptorOf, type Family } from '../kernel-table.ts';
+import { descriptorOf, type Family, MOST_VALUE_DIM } from '../kernel-table.ts';
 import { isExact } from '../kernels/mma-sync/config.ts';
 import type { planBackward } from './backward.ts';
 import type { planBlockMap } from './block-map.ts';
@@ -18,6 +19,7 @@ import {
   type KeyRoom,
   type KeyValuePart,
   type Tuning,
+  type ValueChannels,
 } from './context.ts';
 import { EXACT } from './exact.ts';
 import type { BufferName, KernelLaunch, LaunchSequence } from './launch.ts';
@@ -66,13 +68,49 @@ export function planLaunches(
   { overrides }: Pick<PlanOptions, 'overrides'> = {},
 ): LaunchSequence {
   const family = familyOf(choice);
-  const context = contextOf(family, problem, choice, device, { overrides, whole: true });
-  const attend = family.attend(context);
-  return {
-    scratch: { ...keyValueBytes(context), ...keyValueScratch(context), ...attend.scratch },
-    constants: constantsOf(context),
-    launches: [...keyValueLaunches(context), ...attend.launches],
-  };
+  const parts = partsOf(problem).map(([part, channels]) => {
+    const context = contextOf(family, part, choice, device, { overrides, whole: true, channels });
+    const attend = family.attend(context);
+    return {
+      scratch: { ...keyValueBytes(context), ...keyValueScratch(context), ...attend.scratch },
+      constants: constantsOf(context),
+      launches: [...keyValueLaunches(context), ...attend.launches],
+    };
+  });
+  // One part after the other: they share their scratch.
+  const scratch: Record<BufferName, number> = {};
+  for (const part of parts) {
+    for (const [name, bytes] of Object.entries(part.scratch)) scratch[name] = Math.max(bytes, scratch[name] ?? 0);
+  }
+  const constants = parts[0]?.constants ?? {};
+  return { scratch, constants, launches: parts.flatMap(({ launches }) => launches) };
+}
+
+/**
+ * The problem by parts of the channels of V, which are attended to one after the other: a thread's registers hold the sums of
+ * {@link MOST_VALUE_DIM}. Scores are computed anew for each.
+ */
+function partsOf(problem: AttentionProblem): (readonly [part: AttentionProblem, channels: ValueChannels])[] {
+  const { valueDim, v } = problem;
+  // Parts of an odd number start at odd elements, which kernels know of odd numbers of channels alone.
+  const most = valueDim % 2 === 0 || valueDim <= MOST_VALUE_DIM ? MOST_VALUE_DIM : MOST_VALUE_DIM - 1;
+  return Array.from({ length: Math.ceil(valueDim / most) }, (_, i) => {
+    const first = i * most;
+    const part = {
+      ...problem,
+      valueDim: Math.min(most, valueDim - first),
+      v: { ...v, offset: v.offset + first },
+    };
+    return [part, { first, of: valueDim }] as const;
+  });
+}
+
+/** Keys and values that are kept have all channels in one buffer. */
+function requireOnePart({ valueDim, headDim }: AttentionProblem, { descriptor: { name } }: KernelChoice): void {
+  const size = Math.max(valueDim, headDim);
+  if (size <= MOST_VALUE_DIM) return;
+  const expected = `head dims up to ${MOST_VALUE_DIM} where keys and values are prepared`;
+  throw new UnsupportedOptionError(name, valueDim > MOST_VALUE_DIM ? 'v' : 'q', expected, String(size));
 }
 
 /**
@@ -85,6 +123,7 @@ export function planKeyValue(
   device: DeviceFacts,
   { room, overrides, parts, tokenMask }: KeyValuePlanOptions = {},
 ): LaunchSequence & { readonly kept: Readonly<Record<BufferName, number>> } {
+  requireOnePart(problem, choice);
   const context = contextOf(familyOf(choice), problem, choice, device, { room, overrides, tokenMask });
   return {
     kept: keyValueBytes(context),
@@ -104,6 +143,7 @@ export function planAttend(
   device: DeviceFacts,
   { room, overrides }: PlanOptions = {},
 ): LaunchSequence {
+  requireOnePart(problem, choice);
   const family = familyOf(choice);
   const context = contextOf(family, problem, choice, device, { room, overrides });
   return { ...family.attend(context), constants: constantsOf(context) };

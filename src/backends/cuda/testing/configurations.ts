@@ -192,6 +192,20 @@ const DEBTS: Readonly<Record<string, number>> = {
   'qk-int8-pv-fp8-cuda-sm90 fp32+fp32 D128/128 block mask of 32 rows': 68,
 };
 
+/** @param rank of the accumulator, the default one first */
+function dimsOf({ descriptor }: KernelChoice, rank: number, thorough: boolean): readonly Dims[] {
+  if (!thorough) return DIMS.filter(([d]) => rank === 0 && d === 128);
+  return rank === 0 && descriptor.maxHeadDim > 256 ? [...DIMS, [512, 512]] : DIMS;
+}
+
+/** Bytes that a kernel without a debt may spill. */
+function spillLimitOf(name: string, [dim]: Dims, isMain: boolean, isPlain: boolean): number {
+  // 128 rows of 512 channels are all registers of a multiprocessor.
+  if (name === 'quantize Q' && dim > 256) return 288;
+  if (isMain || name !== 'attention') return 0;
+  return isPlain ? 16 : 128;
+}
+
 /** On every target that can run a kernel. Kernels without scales per thread are others with coarser scales. */
 function configurationsOf(family: Family, thorough: boolean): Configuration[] {
   const found = new Map<string, Configuration>();
@@ -203,7 +217,8 @@ function configurationsOf(family: Family, thorough: boolean): Configuration[] {
       const main = attention && plain && isDefault && dims[0] === dims[1];
       const { descriptor, pvAccumDtype } = choice;
       const label = [name, descriptor.name, pvAccumDtype, sizesOf(dims), features.name, target].join(' ');
-      const spillLimit = DEBTS[label] ?? (main || !attention || family === 'exact' ? 0 : plain ? 16 : 128);
+      const otherwise = spillLimitOf(name, dims, main || family === 'exact', plain);
+      const spillLimit = DEBTS[label] ?? otherwise;
       found.set(module.id, { family, name: label, kernel: module.kernel, main, spillLimit });
     }
   };
@@ -216,7 +231,7 @@ function configurationsOf(family: Family, thorough: boolean): Configuration[] {
         lackedBy(row.name, capabilityOf(target)) === undefined,
     );
     for (const [rank, choice] of kernels.flatMap((descriptor) => [...choicesOf(descriptor).entries()])) {
-      const dimsHere = thorough ? DIMS : DIMS.filter(([d]) => rank === 0 && d === 128);
+      const dimsHere = dimsOf(choice, rank, thorough);
       for (const dims of dimsHere) for (const features of PLAIN) add(choice, rank === 0, target, dims, features);
       const isHopper = family === 'exact' && target === 'sm_90a';
       if (rank > 0 || !(thorough || target === 'sm_89' || isHopper)) continue;

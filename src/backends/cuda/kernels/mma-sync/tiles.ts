@@ -123,6 +123,12 @@ const TILE_RULES: readonly TileRule[] = [
     qkRowBytes: 256,
     tile: { warps: 8, rowsPerWarp: 16, minBlocksPerMultiprocessor: 1, valueStages: 1 },
   },
+  // Head dims to 512, whose values are taken 256 channels at a time.
+  ...([2, 1] as const).map((keyStages) => ({
+    valueDim: 256,
+    qkRowBytes: 512,
+    tile: { warps: 4, rowsPerWarp: 16, minBlocksPerMultiprocessor: 1, valueStages: 1, keyStages } as const,
+  })),
   {
     // FP4 at D = Dv = 256, where a block has 99 KiB.
     valueDim: 256,

@@ -127,6 +127,8 @@ interface Operand {
 /** Threads of a row, each with eight channels. */
 const threadsPerRow = ({ paddedDim }: StatisticsOf) => nextPowerOfTwo(paddedDim / 8);
 const rowBytesOf = (of: StatisticsOf) => threadsPerRow(of) * 32;
+/** Rows of a plane: one for each warp, or for the two warps that a row of more than 256 channels takes. */
+const joinedRowsOf = (of: StatisticsOf) => Math.min(WARPS, CHANNEL_STATISTICS_THREADS / threadsPerRow(of));
 /** Where a mean will be subtracted, the smallest and the largest value are needed; otherwise the magnitude. */
 const needsBothEnds = ({ mean, scale }: StatisticsOf) => mean && scale;
 const planesOf = ({ mean, scale }: StatisticsOf) => (mean ? 2 : 0) + (scale ? (mean ? 2 : 1) : 0);
@@ -137,7 +139,9 @@ export function channelStatistics(config: ChannelStatisticsConfig): Kernel {
   const pointer = pointers(b, CHANNEL_STATISTICS_POINTERS);
   const integer = integers(b, CHANNEL_STATISTICS_INTEGERS);
   const { keyBatch, keyHead, keyToken, valueBatch, valueHead, valueToken } = pointers(b, KEY_VALUE_STRIDES);
-  const planeBytes = [key, value].map((of) => (of === undefined ? 0 : planesOf(of) * WARPS * rowBytesOf(of)));
+  const planeBytes = [key, value].map((of) =>
+    of === undefined ? 0 : planesOf(of) * joinedRowsOf(of) * rowBytesOf(of),
+  );
   const planes = b.shared('planes', 1, rowMajor(Math.max(...planeBytes)));
   const warpMaxima = b.shared('largest of each warp', 1, rowMajor(WARPS * 4));
   const means = key?.mean === true || value?.mean === true;
@@ -262,7 +266,7 @@ function sampleTokens(frame: Frame, { of, input, strides }: Operand, keys: Keys)
   const stretchStart = b.mul(row, stretch);
   const step = b.mul(stretch, rowsAtOnce);
   // Loads that are under way at once hide the latency of memory: all loads of a sample, if registers allow.
-  const atOnce = Math.max(1, Math.min(dtype === 'float32' ? 4 : 8, SAMPLED_TOKENS / rowsAtOnce));
+  const atOnce = Math.max(1, Math.min(dtype === 'float32' || perRow > 32 ? 4 : 8, SAMPLED_TOKENS / rowsAtOnce));
   b.loop(
     // A warp's lanes go on together: they find weights together.
     () => b.voteAny(b.setp('lt', stretchStart, length)),
@@ -288,7 +292,10 @@ function sampleTokens(frame: Frame, { of, input, strides }: Operand, keys: Keys)
   return { channels, weighted };
 }
 
-/** What tokens count in the weighted means; 0 where a token is not there, or all of it is zeros or not finite. */
+/**
+ * What tokens count in the weighted means: a number for each half of more than 256 channels, which changes nothing, for any mean
+ * serves. 0 where a token is not there, or all of it is zeros or not finite.
+ */
 function weightsOf(
   b: KernelBuilder,
   perRow: number,
@@ -302,7 +309,7 @@ function weightsOf(
       const magnitude = b.and(b.as(value, 'u32'), 0x7fffffff);
       b.when(b.setp('lt', magnitude, INFINITY_BITS), () => b.max(size, magnitude, size));
     }
-    for (let mask = 1; mask < perRow; mask *= 2) b.max(size, b.shflBfly(size, mask), size);
+    for (let mask = 1; mask < Math.min(perRow, 32); mask *= 2) b.max(size, b.shflBfly(size, mask), size);
     return b.lg2(b.as(size, 'f32'));
   });
   const [sum, count] = [b.constant('f32', 0), b.constant('f32', 0)];
@@ -406,7 +413,10 @@ function joinWarps({ b, planes, shared, thread }: Frame, { of }: Operand, channe
   b.section('join the rows');
   const perRow = threadsPerRow(of);
   const rowBytes = rowBytesOf(of);
-  const ownAt = b.add(shared, b.as(b.mad(b.shr(thread, 5), rowBytes, b.shl(channels.channel, 2)), 'shared'));
+  const ownAt = b.add(
+    shared,
+    b.as(b.mad(b.shr(thread, Math.max(5, Math.log2(perRow))), rowBytes, b.shl(channels.channel, 2)), 'shared'),
+  );
   const writes = b.setp('lt', b.and(thread, 31), perRow);
   planesToJoin(b, of, channels).forEach(([registers, join], plane) => {
     const ofWarp = registers.map((register) => {
@@ -416,7 +426,7 @@ function joinWarps({ b, planes, shared, thread }: Frame, { of }: Operand, channe
     });
     b.when(writes, () => {
       for (const half of [0, 4]) {
-        b.stVector(ofWarp.slice(half, half + 4), ownAt, planes.base + plane * WARPS * rowBytes + half * 4);
+        b.stVector(ofWarp.slice(half, half + 4), ownAt, planes.base + plane * joinedRowsOf(of) * rowBytes + half * 4);
       }
     });
   });
@@ -444,8 +454,8 @@ function writeMeans(frame: Frame, { of, sequenceHead, mean: meanOut }: Operand, 
   b.if(owns, () => {
     const columnAt = b.add(shared, b.as(b.shl(thread, 2), 'shared'));
     const joined = planesToJoin(b, of, channels).map(([, join], plane) =>
-      Array.from({ length: WARPS }, (_, warp) =>
-        b.ld('f32', columnAt, planes.base + (plane * WARPS + warp) * rowBytes),
+      Array.from({ length: joinedRowsOf(of) }, (_, row) =>
+        b.ld('f32', columnAt, planes.base + (plane * joinedRowsOf(of) + row) * rowBytes),
       ).reduce(join),
     );
     if (of.mean) {

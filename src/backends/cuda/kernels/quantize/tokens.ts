@@ -93,6 +93,8 @@ interface Block {
   readonly shared: Reg<'shared'>;
   readonly rowMaxima: SharedTile;
   readonly reciprocals: SharedTile;
+  /** A number for each warp and pass; undefined where a row is of one warp. */
+  readonly halves: SharedTile | undefined;
   /** Sums of Q's channels, a row for each row that is taken at once; undefined if no mean is subtracted. */
   readonly sums: SharedTile | undefined;
   readonly thread: Reg<'u32'>;
@@ -147,6 +149,10 @@ function makeBlock(config: QuantizeTokensConfig): Block {
   const groupCount = (blockTokens / groupTokens) * groups;
   const rowMaxima = b.shared('row maxima', 1, rowMajor(blockTokens * 4));
   const reciprocals = b.shared('reciprocals', 1, rowMajor(Math.max(16, groupCount * 4)));
+  const halves =
+    perRow > 32
+      ? b.shared('halves of rows', 1, rowMajor((blockTokens / (threads / perRow)) * (threads / 8)))
+      : undefined;
   const sums = config.smoothQ ? b.shared('column sums', threads / perRow, rowMajor(perRow * 32)) : undefined;
   const shared = b.sharedAddress();
 
@@ -163,7 +169,7 @@ function makeBlock(config: QuantizeTokensConfig): Block {
   b.when(b.setp('ge', firstToken, length), () => b.exit());
   const tokensLeft = b.sub(length, firstToken);
   const place = { thread, heads, head, sequence, start, paddedStart, firstToken, tokensLeft };
-  const memory = { shared, rowMaxima, reciprocals, sums };
+  const memory = { shared, rowMaxima, reciprocals, halves, sums };
   const own = { b, config, pointer, integer, stride, smScale, ...memory, ...place };
   return { ...own, isSeen: isQuery ? undefined : seenKeys(own) };
 }
@@ -248,18 +254,48 @@ function writeRowBias(block: Block, rows: Rows, mean: readonly Reg<'f32'>[] | un
   const paddedRow = b.mad(head, b.loadParameter(integer.paddedTokens), paddedStart);
   const destination = offset(b, biases, b.add(paddedRow, b.add(firstToken, row)), 4);
   const first = b.setp('eq', column, 0);
-  values.forEach((eight, pass) => {
+  const write = (dot: Reg<'f32'>, pass: number) => {
+    const bias = b.mul(dot, scale);
+    // Infinity minus Infinity: an infinite element makes its row NaN too.
+    const carried = b.add(bias, b.mul(bias, 0));
+    b.when(first, () => b.st(carried, destination, pass * rowsAtOnce * 4));
+  };
+  const ofWarps = values.map((eight, pass) => {
     let dot = b.constant('f32', 0);
     eight.forEach((value, i) => {
       // Without a mean only NaN is to be carried: anything times 0.
       dot = b.fma(value, mean === undefined ? 0 : at(mean, i), dot);
     });
-    for (let mask = 1; mask < perRow; mask *= 2) dot = b.add(dot, b.shflBfly(dot, mask));
-    const bias = b.mul(dot, scale);
-    // Infinity minus Infinity: an infinite element makes its row NaN too.
-    const carried = b.add(bias, b.mul(bias, 0));
-    b.when(first, () => b.st(carried, destination, pass * rowsAtOnce * 4));
+    for (let mask = 1; mask < Math.min(perRow, 32); mask *= 2) dot = b.add(dot, b.shflBfly(dot, mask));
+    if (perRow <= 32) write(dot, pass);
+    return dot;
   });
+  if (perRow > 32) joinHalves(block, ofWarps, (a, c) => b.add(a, c)).forEach(write);
+}
+
+/** Joins what the two warps of each row hold, for rows of 64 threads: a value for each pass, alike in a warp's lanes. */
+function joinHalves<T extends 'f32' | 'u32'>(
+  { b, shared, thread, halves }: Block,
+  ofWarps: readonly Reg<T>[],
+  join: (a: Reg<T>, c: Reg<T>) => Reg<T>,
+): Reg<T>[] {
+  if (halves === undefined) throw new RangeError('rows of one warp have no halves');
+  const warp = b.shr(thread, 5);
+  const base = b.add(shared, halves.base);
+  const ownAt = b.add(base, b.as(b.shl(warp, 2), 'shared'));
+  // The other warp of the row has the other lowest bit.
+  const otherAt = b.add(base, b.as(b.shl(b.xor(warp, 1), 2), 'shared'));
+  const passBytes = halves.bytes / ofWarps.length;
+  b.when(b.setp('eq', b.and(thread, 31), 0), () => {
+    ofWarps.forEach((value, pass) => {
+      b.st(value, ownAt, pass * passBytes);
+    });
+  });
+  b.barSync();
+  const joined = ofWarps.map((value, pass) => join(value, b.ld(value.kind as T, otherAt, pass * passBytes)));
+  // Before the next values are written.
+  b.barSync();
+  return joined;
 }
 
 /** Subtracts the mean over the block's tokens from each channel and stores it, `[head, block, paddedDim]`. */
@@ -305,17 +341,22 @@ function subtractBlockMean(block: Block, rows: Rows, { base }: SharedTile): void
 }
 
 /** The largest magnitude of each row into shared memory, as bits. */
-function findRowMaxima({ b, shared, rowMaxima }: Block, { row, column, perRow, rowsAtOnce, values }: Rows): void {
+function findRowMaxima(block: Block, { row, column, perRow, rowsAtOnce, values }: Rows): void {
+  const { b, shared, rowMaxima } = block;
   b.section('largest magnitude of each row');
   const rowMaxAt = b.add(b.add(shared, rowMaxima.base), b.as(b.shl(row, 2), 'shared'));
   const firstOfRow = b.setp('eq', column, 0);
-  values.forEach((eight, pass) => {
+  const write = (largest: Reg<'u32'>, pass: number) =>
+    b.when(firstOfRow, () => b.st(largest, rowMaxAt, pass * rowsAtOnce * 4));
+  const ofWarps = values.map((eight, pass) => {
     // Magnitudes order like the integers of their bits, with Infinity and then NaN above all numbers.
     let largest = b.constant('u32', 0);
     for (const value of eight) largest = b.max(largest, b.and(b.as(value, 'u32'), 0x7fffffff));
-    for (let mask = 1; mask < perRow; mask *= 2) largest = b.max(largest, b.shflBfly(largest, mask));
-    b.when(firstOfRow, () => b.st(largest, rowMaxAt, pass * rowsAtOnce * 4));
+    for (let mask = 1; mask < Math.min(perRow, 32); mask *= 2) largest = b.max(largest, b.shflBfly(largest, mask));
+    if (perRow <= 32) write(largest, pass);
+    return largest;
   });
+  if (perRow > 32) joinHalves(block, ofWarps, (a, c) => b.max(a, c)).forEach(write);
   b.barSync();
 }
 
