@@ -1,5 +1,6 @@
 /**
- * What the host does in a call of `sageattn` over tensors on the device: its time, and the driver's functions in it.
+ * What the host does in a call of `sageattn` over tensors on the device: its time, that of four calls captured into one graph, and the
+ * driver's functions in a call.
  *
  *     npx tsx scripts/gpu-programs.ts && node .gpu/programs/bench-cuda-host.mjs OUTPUT_FOLDER
  *
@@ -10,7 +11,7 @@ import { join } from 'node:path';
 import type { CudaApi } from '../../src/backends/cuda/driver/api.ts';
 import { Cuda } from '../../src/backends/cuda/driver/device.ts';
 import { loadDriver } from '../../src/backends/cuda/driver/load.ts';
-import { type CudaTensor, createCudaBackend, cudaTensorOn } from '../../src/backends/cuda/index.ts';
+import { type CudaTensor, capture, createCudaBackend, cudaTensorOn } from '../../src/backends/cuda/index.ts';
 import { defaultKernelFor } from '../../src/backends/cuda/kernel-table.ts';
 import { createAttention, type KernelName, sageattn, setBackend } from '../../src/index.ts';
 import { timeOnHost } from '../../src/measure/cuda-timing.ts';
@@ -80,6 +81,14 @@ async function main(): Promise<number> {
       };
       const whole = await timeOnHost(device, call, count);
       const planned = await timeOnHost(device, run, count);
+      // Four calls as one graph: what is left of their cost to the host.
+      const stream = device.createStream();
+      const graph = await capture(stream, async () => {
+        for (let i = 0; i < 4; i++) (await sageattn(view, view, view, { kernel })).dispose();
+      });
+      const fourCaptured = await timeOnHost(device, () => graph.launch(), count);
+      graph.dispose();
+      stream.dispose();
       driver.spent.clear();
       driver.counting = true;
       for (let i = 0; i < 40; i++) await call();
@@ -92,12 +101,12 @@ async function main(): Promise<number> {
           { callsEach: calls / 40, microsecondsEach: microseconds / 40 },
         ]),
       );
-      results.push({ tokens, kernel, sageattn: whole, planned, functions });
+      results.push({ tokens, kernel, sageattn: whole, planned, fourCaptured, functions });
       const listed = Object.entries(functions).map(
         ([name, each]) => `${name} ${each.callsEach.toFixed(1)}x ${each.microsecondsEach.toFixed(1)}`,
       );
       console.log(
-        `${tokens} ${kernel}: sageattn ${whole.median.toFixed(1)} us, planned ${planned.median.toFixed(1)} us; ${listed.join(', ')}`,
+        `${tokens} ${kernel}: sageattn ${whole.median.toFixed(1)} us, planned ${planned.median.toFixed(1)} us, four captured ${fourCaptured.median.toFixed(1)} us; ${listed.join(', ')}`,
       );
     }
   }
