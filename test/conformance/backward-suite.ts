@@ -258,7 +258,12 @@ interface MaskCase {
   /** Size of an ordinary sum, where the exact one is 0: what is added to all keys of a row changes nothing. */
   readonly size?: number;
   readonly packed?: true;
-  readonly spoiled?: true;
+  /** Holds a NaN. */
+  readonly spoiled?: 'dO' | 'v';
+  /** Default 70. */
+  readonly keyLength?: number;
+  /** No row sees a key. */
+  readonly hidden?: true;
   readonly options?: AttentionOptions;
 }
 
@@ -266,29 +271,33 @@ const MASK_CASES: readonly MaskCase[] = [
   { name: '[Lq,Lk], softcap', mask: 'rows', options: { softcap: 2 } },
   { name: '[b,1,1,Lk]', mask: 'keys' },
   { name: '[h,1,Lk]', mask: 'heads' },
-  { name: '[b,h,Lq,Lk], a NaN in dO', mask: 'whole', spoiled: true },
+  { name: '[b,h,Lq,Lk], a NaN in dO', mask: 'whole', spoiled: 'dO' },
+  { name: '[b,h,Lq,Lk], a NaN in V', mask: 'whole', spoiled: 'v' },
   { name: '[b,h,Lq,Lk], packed', mask: 'whole', packed: true },
   { name: '[b,1,Lq,1]', mask: 'columns', size: 3 },
   { name: '[1,1]', mask: 'one', size: 30 },
+  { name: '[Lq,Lk], all hidden', mask: 'rows', hidden: true },
+  { name: '[b,1,Lq,1], no keys', mask: 'columns', keyLength: 0 },
 ];
 
 /** The gradient of a broadcast mask is the sum over the broadcast dimensions. */
 async function checkMaskGradient(target: BackwardTarget, testCase: MaskCase, seed: number): Promise<void> {
-  const { mask, packed, spoiled, options, size = 0 } = testCase;
+  const { mask, packed, spoiled, hidden, options, size = 0, keyLength: lk = 70 } = testCase;
   const random = new Random(seed);
-  const [b, h, lq, lk, d] = [2, 2, 33, 70, 16] as const;
+  const [b, h, lq, d] = [2, 2, 33, 16] as const;
   const normal = (...shape: number[]) => tensor(random.normals(elementCount(shape)), shape);
   // Heads of Q share one of K. Packed sequences of 12 and 33 queries, 70 and 40 keys.
   const cuSeqlens = packed && { q: [0, 12, 45], k: [0, 70, 110] };
   const [q, k, v, dOutput] = packed
     ? [normal(45, h, d), normal(110, 1, d), normal(110, 1, d), normal(45, h, d)]
     : [normal(b, h, lq, d), normal(b, 1, lk, d), normal(b, 1, lk, d), normal(b, h, lq, d)];
-  if (spoiled) (dOutput.data as Float32Array)[20 * d + 3] = Number.NaN;
+  if (spoiled !== undefined) ((spoiled === 'v' ? v : dOutput).data as Float32Array)[20 * d + 3] = Number.NaN;
   const shape = {
     ...{ rows: [lq, lk], keys: [b, 1, 1, lk], heads: [h, 1, lk], whole: [b, h, lq, lk] },
     ...{ columns: [b, 1, lq, 1], one: [1, 1] },
   }[mask];
   const attnMask = normal(...shape);
+  if (hidden) (attnMask.data as Float32Array).fill(Number.NEGATIVE_INFINITY);
   const forward = { isCausal: true, causalAlignment: 'bottom-right', attnMask, ...options } as const;
   const trainable = await sageattnTrainable(q, k, v, {
     ...forward,

@@ -44,6 +44,9 @@ const TESTS = [
   'additive mask: [b,1,1,Lk]',
   'additive mask: [b,h,Lq,Lk], packed',
   'additive mask: [1,1]',
+  'additive mask: [Lq,Lk], all hidden',
+  'additive mask: [b,1,Lq,1], no keys',
+  'additive mask: [b,h,Lq,Lk], a NaN in V',
 ];
 
 /** lavapipe takes most of a minute to compile the two gradient kernels of one configuration: one of the small ones. */
