@@ -117,4 +117,45 @@ describe('onnxruntime-web on WebGPU in Node', () => {
     expect(session.sageAttention.every(({ taken }) => taken)).toBe(true);
     await session.release();
   });
+
+  // lavapipe compiles these kernels for a minute and a half.
+  describe.runIf(process.env.SAGEATTENTION_TESTS === 'all')('wide heads', { timeout: 400_000 }, () => {
+    itNeeds(missing)('runs the attention of an image autoencoder: one head of 512 channels', async () => {
+      const [channels, side] = [512, 12];
+      const pixels = side * side;
+      const g = new GraphBuilder(new Random(SEED));
+      // As torch.onnx writes the block of diffusers: GroupNorm, one head, the input added again.
+      g.input('x', [1, channels, 'height', 'width']);
+      const groups = g.op('Reshape', ['x', g.ints([0, 32, -1])]);
+      const ones = [1, 0].map((value) => g.floats([32], new Float32Array(32).fill(value)));
+      const normal = g.op('InstanceNormalization', [groups, ...ones]);
+      const rows = g.op('Transpose', [g.op('Reshape', [normal, g.ints([1, channels, -1])])], { perm: [0, 2, 1] });
+      const head = () => {
+        const split = g.op('Reshape', [g.linear(rows, channels, channels), g.ints([0, -1, 1, channels])]);
+        return g.op('Transpose', [split], { perm: [0, 2, 1, 3] });
+      };
+      const [q, k, v] = [head(), head(), head()];
+      const scores = g.op('MatMul', [q, g.op('Transpose', [k], { perm: [0, 1, 3, 2] })]);
+      const p = g.op('Softmax', [g.op('Mul', [scores, g.scalar(1 / Math.sqrt(channels))])], { axis: -1 });
+      const merged = g.op('Transpose', [g.op('MatMul', [p, v])], { perm: [0, 2, 1, 3] });
+      const out = g.linear(g.op('Reshape', [merged, g.ints([0, -1, channels])]), channels, channels);
+      const image = g.op('Reshape', [g.op('Transpose', [out], { perm: [0, 2, 1] }), g.op('Shape', ['x'])]);
+      g.op('Add', [image, 'x'], {}, { outputs: ['y'] });
+      g.output('y', [1, channels, 'height', 'width']);
+      const bytes = g.build();
+      const random = new Random(SEED + 2);
+      const given = { x: tensorOf(random, [1, channels, side, side]) };
+      const cpu = await runtime.InferenceSession.create(bytes, { executionProviders: ['wasm'] });
+      const expected = await cpu.run(given);
+      const session = await withSageAttention(runtime, { minTokens: 0 }).InferenceSession.create(bytes, {
+        executionProviders: ['webgpu'],
+      });
+      const { y } = (await session.run(given)) as unknown as { y: OrtTensor };
+      expectClose(y.data, expected.y?.data);
+      expect(session.sageAttention.map(({ taken, headDim, queryLength }) => [taken, headDim, queryLength])).toEqual([
+        [true, channels, pixels],
+      ]);
+      await session.release();
+    });
+  });
 });
