@@ -14,6 +14,18 @@ import { installFakes, restoreBackends, t } from './testing/fake-backend.ts';
 const seed = runSeed();
 const { SageAttentionError, sageattn, sageattnVarlen, createAttention, prepareKeyValue, tensor } = package_;
 
+/** Throws whatever is asked of it, but to fast-check, which would report that error in place of the one that it found. */
+const shown = { [fc.toStringMethod]: () => 'unreadable' };
+const unreadable: object = new Proxy(shown, {
+  get: (target, name) => {
+    if (name === fc.toStringMethod) return target[fc.toStringMethod];
+    throw new Error('no');
+  },
+  ownKeys: () => {
+    throw new Error('no');
+  },
+});
+
 const junk: fc.Arbitrary<unknown> = fc.oneof(
   fc.anything({ withBigInt: true, withDate: true, withMap: true, withNullPrototype: true, withTypedArray: true }),
   fc.constantFrom(
@@ -22,17 +34,7 @@ const junk: fc.Arbitrary<unknown> = fc.oneof(
     Object.create(null),
     [Object.create(null)],
     () => 0,
-    new Proxy(
-      {},
-      {
-        get: () => {
-          throw new Error('no');
-        },
-        ownKeys: () => {
-          throw new Error('no');
-        },
-      },
-    ),
+    unreadable,
     {
       get shape() {
         throw new Error('no');

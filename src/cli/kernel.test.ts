@@ -69,7 +69,8 @@ describe('sageattention kernel', () => {
     [['qk-int8-pv-fp16', '--ptx', '--launch', 'softmax'], /no launch 'softmax'; there are .*'attention'/],
     [['qk-int8-pv-fp16', '--accumulate', 'fp8'], /takes 'fp32', received 'fp8'/],
     [['qk-int8-pv-fp16', '--heads', '6', '--kv-heads', '4'], /--heads 6 is not a multiple of --kv-heads 4/],
-    [['qk-int8-pv-fp16', '--head-dim', '300'], /from 1 to 256/],
+    [['qk-int8-pv-fp16', '--head-dim', '600'], /from 1 to 512/],
+    [['qk-int8-pv-fp16', '--head-dim', '300'], /takes head dims up to 256/],
   ] as const)('%o is refused', async (args, message) => {
     const { code, err } = await kernel(...args);
     expect(code).toBe(1);

@@ -257,7 +257,7 @@ export function validateData(argument: string, view: Tensor): Tensor {
       'invalid-dtype',
       `${argument}.data`,
       `an array of ${textOf(dtype)}`,
-      `${Object.prototype.toString.call(data).slice(8, -1)}, which holds ${held}`,
+      `${textOf(data)}, which holds ${held}`,
     );
   }
   validateExtent(argument, view, data.length);
