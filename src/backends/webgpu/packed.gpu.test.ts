@@ -11,7 +11,7 @@ import { createProblem } from '../../attention/problem.ts';
 import { attentionExact } from '../../reference/exact.ts';
 import { compare } from '../../reference/metrics.ts';
 import { fromFloat32, toFloat32 } from '../../tensor/access.ts';
-import { type Tensor, tensor } from '../../tensor/tensor.ts';
+import { elementCount, type Tensor, tensor } from '../../tensor/tensor.ts';
 import { chooseOptions } from '../choice.ts';
 import { createWebgpuBackendOn } from './backend.ts';
 import type { Forced } from './families/choose.ts';
@@ -40,6 +40,8 @@ const CASE = fc.record({
   valueDim: fc.constantFrom(6, 32, 64, 100, 128, 160, 256),
   dtype: fc.constantFrom('float32', 'float16', 'bfloat16'),
   hiding: fc.constantFrom('nothing', 'causal', 'window', 'bool', 'additive', 'softcap'),
+  /** Rows and keys of a block of a mask in which each is there with a chance of a half. */
+  blocks: fc.constantFrom(undefined, [16, 16], [32, 64], [16, 112]),
   smoothV: fc.boolean(),
   sinks: fc.boolean(),
   tensorLayout: fc.constantFrom('HND', 'NHD'),
@@ -58,6 +60,7 @@ function made({
   valueDim,
   dtype,
   hiding,
+  blocks,
   smoothV,
   sinks,
   tensorLayout,
@@ -88,6 +91,14 @@ function made({
             random.normals(cells).map((x) => (x > 1.5 ? Number.NEGATIVE_INFINITY : x)),
             [1, 1, queries, keys],
           );
+  const [rows = 1, columns = 1] = blocks ?? [];
+  const mapShape = [2, heads, Math.ceil(queries / rows), Math.ceil(keys / columns)];
+  const blockMap =
+    blocks &&
+    tensor(
+      Uint8Array.from({ length: elementCount(mapShape) }, () => Number(random.uniform() < 0.5)),
+      mapShape,
+    );
   const options: AttentionOptions = {
     tensorLayout: tensorLayout as 'HND',
     smoothV,
@@ -97,11 +108,13 @@ function made({
     ...(hiding === 'softcap' ? { softcap: 5 } : {}),
     ...(attnMask === undefined ? {} : { attnMask }),
     ...(sinks ? { sinks: tensor(random.normals(heads), [heads]) } : {}),
+    ...(blockMap === undefined ? {} : { blockMask: { rows, keys: columns, map: blockMap } }),
   };
   const all = {
     ...inputs,
     ...(attnMask === undefined ? {} : { attnMask }),
     ...(sinks ? { sinks: options.sinks as Tensor } : {}),
+    ...(blockMap === undefined ? {} : { blockMap }),
   };
   return { all, options };
 }

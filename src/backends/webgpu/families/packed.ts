@@ -53,7 +53,7 @@ export function packedShape(
 
 /**
  * The packed kernel in place of a family's own, for queries that it serves better: keys in INT8 and values in float16,
- * without a block mask, and where neither a variant nor sums in float16 are asked for.
+ * and where neither a variant nor sums in float16 are asked for.
  */
 export function packedVariant(
   capabilities: Capabilities,
@@ -63,9 +63,8 @@ export function packedVariant(
   { variant }: Forced,
   float16Sums: boolean,
 ): AttentionVariant {
-  const { queryHeads, kvHeads, queryLength, keyLength, blocks } = problem;
-  const apt =
-    queryLength >= 1 && queryLength <= MOST_QUERIES && keyLength >= FEWEST_KEYS && kvHeads > 0 && blocks === undefined;
+  const { queryHeads, kvHeads, queryLength, keyLength } = problem;
+  const apt = queryLength >= 1 && queryLength <= MOST_QUERIES && keyLength >= FEWEST_KEYS && kvHeads > 0;
   const able = held.format === 'int8' && !held.values.integers && !float16Sums;
   if (!apt || !able || variant !== undefined) return chosen;
   const group = queryHeads / kvHeads;

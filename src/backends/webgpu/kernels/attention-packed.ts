@@ -13,6 +13,7 @@
  *
  * Keys behind the last are read as the last one: their weight is 0, and memory that was never written may hold a NaN.
  */
+import { isHidden, leaveOutHiddenOfGroup } from './blocks.ts';
 import {
   FLAG_UNSMOOTHED,
   KEY_TILE,
@@ -162,6 +163,7 @@ function softmax(config: PackedConfig, tiling: Tiling, item: number) {
   const own = `row_of_${item}`;
   const E = range(4);
   const f = (e: number) => `f_${item}_${e}`;
+  const hidden = (e: number) => (config.blocks ? ` || ${isHidden(`map_${item}`, `key_${e}`)}` : '');
   const score = (e: number) => {
     const at = `${own} * ${keys}u + 4u * quad_of_${item} + ${e}u`;
     const sum = range(lanesPerKey)
@@ -177,7 +179,7 @@ function softmax(config: PackedConfig, tiling: Tiling, item: number) {
         ${f(e)} = f32(${sum}) * (scale_${item} * bitcast<f32>(facts.x));
         if ((facts.y & ${FLAG_UNSMOOTHED}u) != 0u) { ${f(e)} -= constant_${item}; }
         ${softcap}
-        if (key_${e} < low_${item} || key_${e} > high_${item}) { ${f(e)} = ${EXCLUDED}; } ${mask === '' ? '' : `else { ${mask} }`}
+        if (key_${e} < low_${item} || key_${e} > high_${item}${hidden(e)}) { ${f(e)} = ${EXCLUDED}; } ${mask === '' ? '' : `else { ${mask} }`}
         if (${f(e)} > ${EXCLUDED_BELOW}) { poison_${item} |= facts.y & ${POISON}u; } }`;
   };
   const within = rows * quads < (item + 1) * THREADS ? `if (${own} < ${rows}u) ` : '';
@@ -305,7 +307,7 @@ function storeRows(config: PackedConfig, tiling: Tiling): string {
 
 export function packedAttentionKernel(config: PackedConfig): string {
   const { rows, keys, layout, group, packedDot, dot, headDimPadded, valueDim, valueDimPadded } = config;
-  const { values, mask, softcap, sinks } = config;
+  const { values, mask, softcap, sinks, blocks } = config;
   const tiling = packedTiling(config, headDimPadded, valueDimPadded, layout);
   const { dims, lanesPerKey, channelThreads, quads, items, words } = tiling;
   const [R, I] = [range(rows), range(items)];
@@ -361,7 +363,14 @@ fn main(@builtin(workgroup_id) workgroup: vec3<u32>, @builtin(local_invocation_i
   let key_begin = max(begin, max(0, lower + i32(first_row / ${group}u))) / ${KEY_BLOCK} * ${KEY_BLOCK};
   let key_end = min(min(length, begin + i32(P.keySpan)), upper + i32((first_row + count - 1u) / ${group}u) + 1);
   let last_key = u32(max(min(length, begin + i32(P.keySpan)) - 1, 0));
-  let own_key = t / ${lanesPerKey}u;
+  let own_key = t / ${lanesPerKey}u;${
+    blocks
+      ? `
+  let first_token = first_row / ${group}u;
+  let last_token = (first_row + count - 1u) / ${group}u;
+  let map_at = sequence * P.mapBatchStride + kv_head * ${group}u * P.mapHeadStride + P.mapOffset;`
+      : ''
+  }
   let key_lane = t % ${lanesPerKey}u;
   let value_group = t / ${channelThreads}u;
   let channel_thread = t % ${channelThreads}u;
@@ -374,6 +383,7 @@ fn main(@builtin(workgroup_id) workgroup: vec3<u32>, @builtin(local_invocation_i
   let facts_${item} = query_rows[query_of(sequence, kv_head, packed_${item}) + ${dims}u];
   let scale_${item} = bitcast<f32>(facts_${item}.x); let constant_${item} = bitcast<f32>(facts_${item}.z);
   let low_${item} = max(begin, lower + token_${item}); let high_${item} = min(i32(last_key), upper + token_${item});
+  ${blocks ? `let map_${item} = map_at + packed_${item} % ${group}u * P.mapHeadStride + u32(token_${item}) / P.blockRows * P.mapRowStride;` : ''}
   ${mask === undefined ? '' : `let mask_${item} = sequence_field(sequence, ${SEQUENCE.mask}u) - P.maskBase + head_of(kv_head, packed_${item}) * P.maskHeadStride + u32(token_${item}) * P.maskQueryStride;`}
   var m_${item} = ${EXCLUDED}; var l_${item} = 0.0; var poison_${item} = 0u;`,
   )}
@@ -384,7 +394,7 @@ fn main(@builtin(workgroup_id) workgroup: vec3<u32>, @builtin(local_invocation_i
   ).join('\n  ')}
   workgroupBarrier();
 
-  for (var start = key_begin; start < key_end; start += ${keys}) {
+  for (var start = key_begin; start < key_end; start += ${keys}) {${blocks ? leaveOutHiddenOfGroup(keys, group) : ''}
     let first = u32(start);${multiplyKeys(config, tiling)}
     workgroupBarrier();
     ${steps.map(({ scores }) => scores).join('\n    ')}

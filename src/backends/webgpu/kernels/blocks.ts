@@ -47,6 +47,21 @@ export const leaveOutHidden = (keys: number): string => `
     if ((blocks & ${HAS_COMPUTED}u) == 0u) { continue; }
     let cut = (blocks & ${HAS_HIDDEN}u) != 0u;`;
 
+/**
+ * {@link leaveOutHidden} where a tile has the rows of all heads of a group: rows are `first_token` to `last_token` of each,
+ * and the kernel excludes the scores of hidden blocks by {@link isHidden}.
+ */
+export const leaveOutHiddenOfGroup = (keys: number, group: number): string => `
+    var blocks = 0u;
+    for (var member = 0u; member < ${group}u; member++) {
+      blocks |= blocks_of(map_at + member * P.mapHeadStride, vec2<u32>(first_token, last_token), vec2<u32>(u32(start), u32(min(start + ${keys}, length)) - 1u));
+    }
+    if ((blocks & ${HAS_COMPUTED}u) == 0u) { continue; }`;
+
+/** The block of a key is hidden; `map`: where the map's row of blocks begins. */
+export const isHidden = (map: string, key: string): string =>
+  `block_at(${map} + u32(${key}) / P.blockKeys * P.mapKeyStride) == 0u`;
+
 /** Excludes a score of a hidden block in a tile that is cut; rows and keys beyond the last may be anything. */
 export const excludeHidden = (f: string, row: string, key: string): string =>
   `if (cut && block_at(map_at + (first_row + ${row}) / P.blockRows * P.mapRowStride + u32(${key}) / P.blockKeys * P.mapKeyStride) == 0u) { ${f} = ${EXCLUDED}; }`;

@@ -201,7 +201,7 @@ export function attentionLaunches(
     }
     if (scores !== undefined) bindings.push(meanScoresSpan(stages, scores, heads[0], 7, tiles, unit));
     if (readsStatistics(config.values)) bindings.push(partialSpan(stages, 8, kv));
-    if (config.blocks) bindings.push(...blockSpans(problem, tiles, unit));
+    if (config.blocks) bindings.push(...blockSpans(problem, tokens, { ...unit, heads: [h0, h1] }));
     return bindings;
   };
 
