@@ -158,7 +158,7 @@ function tiledKernels(): WebgpuConfiguration[] {
 /** The kernel that packs the heads of a group, with and without rows left over. */
 function packedKernels(): WebgpuConfiguration[] {
   const found: WebgpuConfiguration[] = [];
-  for (const scores of [...SCORES.filter(({ blocks }) => !blocks), ...WIDE_SCORES]) {
+  for (const scores of [...SCORES, ...WIDE_SCORES]) {
     for (const layout of ['rows', 'tiles'] as const) {
       for (const [packed, group] of [
         [1, 1],
