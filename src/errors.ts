@@ -92,6 +92,15 @@ export function textOf(value: unknown): string {
   }
 }
 
+/** The name of a value's class, for errors, under the terms of {@link textOf}. */
+export function classOf(value: unknown): string {
+  try {
+    return escaped(Object.prototype.toString.call(value).slice(8, -1));
+  } catch {
+    return 'an object that cannot be read';
+  }
+}
+
 /** The caller passed something that no kernel accepts. */
 export class InvalidArgumentError extends SageAttentionError {
   override readonly name = 'InvalidArgumentError';

@@ -1,4 +1,12 @@
-import { ExecutionError, InvalidArgumentError, reading, takeOptions, textOf, typedArrayName } from '../errors.ts';
+import {
+  classOf,
+  ExecutionError,
+  InvalidArgumentError,
+  reading,
+  takeOptions,
+  textOf,
+  typedArrayName,
+} from '../errors.ts';
 import { BYTES_PER_ELEMENT, type DType, type MaskDType } from './dtype.ts';
 
 /** Where a tensor's elements live. */
@@ -257,7 +265,7 @@ export function validateData(argument: string, view: Tensor): Tensor {
       'invalid-dtype',
       `${argument}.data`,
       `an array of ${textOf(dtype)}`,
-      `${textOf(data)}, which holds ${held}`,
+      `${classOf(data)}, which holds ${held}`,
     );
   }
   validateExtent(argument, view, data.length);

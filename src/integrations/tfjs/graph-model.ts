@@ -4,7 +4,7 @@
  */
 
 import { KERNEL_NAMES, type KernelName } from '../../attention/kernels.ts';
-import { InvalidArgumentError, textOf } from '../../errors.ts';
+import { classOf, InvalidArgumentError } from '../../errors.ts';
 import { swapped } from '../onnxruntime/detect/order.ts';
 import { type Match, matchAttention } from './match.ts';
 import { OPERATOR, registerOperators, SHAPE_OPERATOR } from './operator.ts';
@@ -60,7 +60,12 @@ export function withSageAttention<T extends object>(modelTopology: T, options: G
 export function rewriteTopology(modelTopology: object, options: GraphModelOptions = {}): RewrittenTopology {
   if (!isTopology(modelTopology)) {
     const expected = "the modelTopology of a GraphModel's JSON, which has a list 'node'";
-    throw new InvalidArgumentError('invalid-option', 'modelTopology', expected, `${textOf(modelTopology)} without one`);
+    throw new InvalidArgumentError(
+      'invalid-option',
+      'modelTopology',
+      expected,
+      `${classOf(modelTopology)} without one`,
+    );
   }
   const original = new Map(modelTopology.node.map((node) => [node.name, node]));
   validate(options, original);
