@@ -27,6 +27,7 @@ import { enableNodeWebgpu } from '../../src/integrations/onnxruntime/node-webgpu
 import { median } from '../../src/measure/statistics.ts';
 import { fromFloat32 } from '../../src/tensor/access.ts';
 import { Random, runSeed } from '../../test/support/random.ts';
+import { gpuMicroseconds } from './gpu-time.ts';
 
 const { values: flags } = parseArgs({
   options: {
@@ -41,8 +42,6 @@ const [QUERY_HEADS, KEY_HEADS] = [Number(flags.heads), Number(flags['key-heads']
 /** Steps of a timing, and timings of which the median is taken. */
 const STEPS = 50;
 const TIMINGS = 9;
-/** Milliseconds of work before the first timing: an idle GPU lowers its clock. */
-const WARM_UP = 150;
 
 const gpu = await enableNodeWebgpu([...DAWN_FLAGS, 'disable-dawn-features=timestamp_quantization']);
 const opened = createWebgpuBackend({ gpu });
@@ -105,29 +104,9 @@ async function gpuTime(
 ): Promise<number | undefined> {
   if (!capabilities.timestamps) return undefined;
   const program = await Program.create(context, launches, sizes, tables);
-  const querySet = device.createQuerySet({ type: 'timestamp', count: 2 });
-  const resolved = device.createBuffer({ size: 16, usage: GPUBufferUsage.QUERY_RESOLVE | GPUBufferUsage.COPY_SRC });
-  const staging = device.createBuffer({ size: 16, usage: GPUBufferUsage.MAP_READ | GPUBufferUsage.COPY_DST });
-  const times: number[] = [];
-  const started = performance.now();
-  while (times.length < TIMINGS) {
-    const encoder = device.createCommandEncoder();
-    const pass = encoder.beginComputePass({
-      timestampWrites: { querySet, beginningOfPassWriteIndex: 0, endOfPassWriteIndex: 1 },
-    });
-    for (let n = 0; n < STEPS; n++) program.record(pass, buffers);
-    pass.end();
-    encoder.resolveQuerySet(querySet, 0, 2, resolved, 0);
-    encoder.copyBufferToBuffer(resolved, 0, staging, 0, 16);
-    device.queue.submit([encoder.finish()]);
-    await staging.mapAsync(GPUMapMode.READ);
-    const [start, end] = new BigUint64Array(staging.getMappedRange().slice(0)) as unknown as [bigint, bigint];
-    staging.unmap();
-    if (performance.now() - started >= WARM_UP) times.push(Number(end - start) / 1e3 / STEPS);
-  }
-  for (const made of [querySet, resolved, staging]) made.destroy();
+  const microseconds = await gpuMicroseconds(device, program, buffers, STEPS);
   program.dispose();
-  return median(times);
+  return microseconds;
 }
 
 const random = new Random(runSeed());

@@ -22,9 +22,9 @@ import { planLaunches } from '../../src/backends/webgpu/launches/plan.ts';
 import { Program } from '../../src/backends/webgpu/program.ts';
 import { allocate } from '../../src/backends/webgpu/scratch.ts';
 import { enableNodeWebgpu } from '../../src/integrations/onnxruntime/node-webgpu.ts';
-import { median } from '../../src/measure/statistics.ts';
 import { fromFloat32 } from '../../src/tensor/access.ts';
 import { Random, runSeed } from '../../test/support/random.ts';
+import { gpuMicroseconds } from './gpu-time.ts';
 
 const { values: flags } = parseArgs({
   options: {
@@ -37,9 +37,6 @@ const { values: flags } = parseArgs({
   },
 });
 const REPETITIONS = 20;
-const TIMINGS = 7;
-/** Milliseconds of work before the first timing. */
-const WARM_UP = 150;
 const HEADS = Number(flags.heads);
 
 const gpu = await enableNodeWebgpu([...DAWN_FLAGS, 'disable-dawn-features=timestamp_quantization']);
@@ -48,33 +45,6 @@ const context = await backend.context();
 const { device, capabilities } = context;
 const descriptor = backend.kernels.find(({ name }) => name === flags.kernel) ?? backend.defaultKernel();
 const random = new Random(runSeed());
-const querySet = device.createQuerySet({ type: 'timestamp', count: 2 });
-const resolved = device.createBuffer({ size: 16, usage: GPUBufferUsage.QUERY_RESOLVE | GPUBufferUsage.COPY_SRC });
-const staging = device.createBuffer({ size: 16, usage: GPUBufferUsage.MAP_READ | GPUBufferUsage.COPY_DST });
-
-/** Microseconds of one of the programs' runs in a row. */
-async function timed(program: Program, buffers: Parameters<Program['record']>[1]): Promise<number> {
-  const times: number[] = [];
-  // An idle GPU lowers its clock, several times over.
-  const started = performance.now();
-  for (let i = 0; i < TIMINGS; i++) {
-    const encoder = device.createCommandEncoder();
-    const pass = encoder.beginComputePass({
-      timestampWrites: { querySet, beginningOfPassWriteIndex: 0, endOfPassWriteIndex: 1 },
-    });
-    for (let n = 0; n < REPETITIONS; n++) program.record(pass, buffers);
-    pass.end();
-    encoder.resolveQuerySet(querySet, 0, 2, resolved, 0);
-    encoder.copyBufferToBuffer(resolved, 0, staging, 0, 16);
-    device.queue.submit([encoder.finish()]);
-    await staging.mapAsync(GPUMapMode.READ);
-    const [start, end] = new BigUint64Array(staging.getMappedRange().slice(0)) as unknown as [bigint, bigint];
-    staging.unmap();
-    if (performance.now() - started < WARM_UP) i = -1;
-    else times.push(Number(end - start) / 1e3 / REPETITIONS);
-  }
-  return median(times);
-}
 
 for (const headDim of flags['head-dims'].split(',').map(Number)) {
   for (const tokens of flags.lengths.split(',').map(Number)) {
@@ -100,7 +70,7 @@ for (const headDim of flags['head-dims'].split(',').map(Number)) {
     const parts: string[] = [];
     const time = async (name: string, some: readonly Launch[]) => {
       const program = await Program.create(context, some, sizes, tables);
-      parts.push(`${name} ${(await timed(program, buffers)).toFixed(1)}`);
+      parts.push(`${name} ${(await gpuMicroseconds(device, program, buffers, REPETITIONS)).toFixed(1)}`);
       program.dispose();
     };
     await time('together', launches);

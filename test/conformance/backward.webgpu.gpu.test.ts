@@ -90,5 +90,8 @@ describe(`WebGPU gradients on ${DRIVER} (SAGEATTENTION_SEED=${seed})`, () => {
     const x = tensor(new Float32Array(16), [1, 1, 4, 4]);
     const call = sageattnTrainable(x, x, x, { backend: 'webgpu', backwardPrecision: 'fp8' });
     await expect(call).rejects.toMatchObject({ code: 'unsupported-option' });
+    const wide = tensor(new Float32Array(4 * 300), [1, 1, 4, 300]);
+    const refused = sageattnTrainable(wide, wide, wide, { backend: 'webgpu' });
+    await expect(refused).rejects.toMatchObject({ code: 'unsupported-option' });
   });
 });

@@ -23,7 +23,7 @@ import { matrixText } from './capabilities.ts';
 import { type DeviceOptions, type GpuContext, openDevice } from './device.ts';
 import { type Forced, familiesOf } from './families/choose.ts';
 import type { Family } from './families/names.ts';
-import { KERNELS, QK_INT8_PV_FP16, QK_INT8_PV_INT8 } from './kernel-table.ts';
+import { KERNELS, MAX_HEAD_DIM, QK_INT8_PV_FP16, QK_INT8_PV_INT8 } from './kernel-table.ts';
 import { WebgpuKeyValue } from './key-value.ts';
 import { needsTrial, tryShapes } from './matrix-trial.ts';
 import { WebgpuPlan } from './plan.ts';
@@ -145,7 +145,8 @@ export class WebgpuBackend implements Backend {
     return WebgpuBlockMapPlan.create(problem, sparsity, () => this.context());
   }
 
-  async backwardSupport(): Promise<BackwardSupport> {
+  async backwardSupport({ headDim, valueDim }: AttentionProblem): Promise<BackwardSupport | undefined> {
+    if (Math.max(headDim, valueDim) > MAX_HEAD_DIM) return undefined;
     return { kernels: [QK_INT8_PV_FP16.name], precisions: ['fp16'], maskGradient: true };
   }
 

@@ -3,6 +3,7 @@
  * time, and a process adds what it compiles. Nothing depends on the files: what is missing, damaged or refused by the
  * driver is compiled anew.
  */
+import { cacheFolder } from '../../../cache-folder.ts';
 import type { KernelModule } from '../launches/launch.ts';
 
 /** Bytes of a folder beyond which the files used longest ago go. */
@@ -143,15 +144,10 @@ export class KernelFiles {
   }
 }
 
-/**
- * The folder of this process: `SAGEATTENTION_KERNELS`, which may be empty for none, else one in the user's cache. Undefined where there
- * is no such place: Deno asks its user before a program reads or writes files.
- */
+/** The folder of this process: `SAGEATTENTION_KERNELS`, which may be empty for none, else one in the user's cache. */
 export function defaultKernelFolder(): string | undefined {
-  const { process, Deno } = globalThis as { process?: NodeJS.Process; Deno?: unknown };
-  if (process?.getBuiltinModule === undefined || Deno !== undefined) return undefined;
-  const { SAGEATTENTION_KERNELS: named, XDG_CACHE_HOME } = process.env;
-  if (named !== undefined) return named === '' ? undefined : named;
-  const home = XDG_CACHE_HOME || `${process.getBuiltinModule('node:os').homedir()}/.cache`;
-  return `${home}/sageattention/cuda`;
+  const cache = cacheFolder();
+  if (cache === undefined) return undefined;
+  const named = process.env.SAGEATTENTION_KERNELS;
+  return named === undefined ? `${cache}/cuda` : named === '' ? undefined : named;
 }

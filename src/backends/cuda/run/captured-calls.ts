@@ -247,20 +247,16 @@ export async function captureCalls<T>(
   try {
     const work = await captureWork(device, stream, async () => {
       stream.capture = capture;
-      try {
-        result = { value: await withCapturingStream(stream, calls) };
-      } finally {
-        stream.capture = undefined;
-      }
+      result = { value: await withCapturingStream(stream, calls) };
+      stream.capture = undefined;
       return [...capture.kernels];
     });
     const graph = new CudaGraph(device, work);
+    capture.end();
     return new CapturedCalls(graph, capture, (result as unknown as { readonly value: T }).value);
   } catch (error) {
     capture.end();
     capture.dispose();
     throw error;
-  } finally {
-    capture.end();
   }
 }

@@ -64,19 +64,19 @@ type TileRequest = Pick<VariantRequest, 'headDimPadded' | 'valueDimPadded' | 'qu
 function fittingTiles(
   capabilities: Capabilities,
   family: 'subgroup' | 'base',
-  { headDimPadded, valueDimPadded: allValues, queryLength }: TileRequest,
+  { headDimPadded, valueDimPadded, queryLength }: TileRequest,
   format: ValueFormat,
 ) {
-  const valueDimPadded = allValues / valueSlices(allValues);
-  const isWide = Math.max(headDimPadded, allValues) > MAX_HEAD_DIM;
+  const ownValues = valueDimPadded / valueSlices(valueDimPadded);
+  const isWide = Math.max(headDimPadded, valueDimPadded) > MAX_HEAD_DIM;
   const fits = (variant: TiledVariant) =>
     (isWide || !variant.storedQuery) &&
     tiledWorkgroupBytes(variant, headDimPadded, valueDimPadded, format) <= capabilities.workgroupBytes &&
     variant.rowThreads * variant.colThreads <= capabilities.workgroupThreads &&
     (family === 'base' || variant.colThreads <= capabilities.subgroupSize[0]) &&
-    valueDimPadded % (4 * variant.colThreads) === 0;
+    ownValues % (4 * variant.colThreads) === 0;
   const affordable = (variant: TiledVariant) =>
-    ((variant.rows / variant.rowThreads) * valueDimPadded) / variant.colThreads <= OUTPUT_REGISTERS;
+    ((variant.rows / variant.rowThreads) * ownValues) / variant.colThreads <= OUTPUT_REGISTERS;
   const all =
     format === 'int8'
       ? INTEGER_VARIANTS.flatMap((name) => TILED_VARIANTS.filter((variant) => variant.name === name))
@@ -122,9 +122,7 @@ export function chooseTiles(
   const [chosen] = offered;
   if (chosen === undefined) {
     const smallest = Math.min(
-      ...TILED_VARIANTS.map((variant) =>
-        tiledWorkgroupBytes(variant, headDimPadded, valueDimPadded / valueSlices(valueDimPadded), format),
-      ),
+      ...TILED_VARIANTS.map((variant) => tiledWorkgroupBytes(variant, headDimPadded, valueDimPadded, format)),
     );
     throw new UnsupportedOptionError(
       kernel,

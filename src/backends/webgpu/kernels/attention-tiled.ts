@@ -51,14 +51,15 @@ export interface TiledConfig extends ScoreConfig, TileShape {
   readonly subgroupId: boolean;
 }
 
-/** Bytes of workgroup memory that the kernel takes; of V, the channels of a workgroup. */
+/** Bytes of workgroup memory that the kernel takes: of V, the channels of a workgroup. */
 export function tiledWorkgroupBytes(
   shape: TileShape,
   headDimPadded: number,
-  valueDimPadded: number,
+  allValues: number,
   format: ValueFormat = 'fp16',
 ): number {
   const fp4 = format === 'fp4';
+  const valueDimPadded = allValues / valueSlices(allValues);
   const row = rowVectors(headDimPadded) * 16;
   const keys = shape.keys * row;
   const queries = shape.storedQuery ? 0 : shape.rows * row;

@@ -49,7 +49,7 @@ export const leaveOutHidden = (keys: number): string => `
 
 /**
  * {@link leaveOutHidden} where a tile has the rows of all heads of a group: rows are `first_token` to `last_token` of each,
- * and the kernel excludes the scores of hidden blocks by {@link isHidden}.
+ * and every score is looked up by {@link isHidden}.
  */
 export const leaveOutHiddenOfGroup = (keys: number, group: number): string => `
     var blocks = 0u;
@@ -64,4 +64,4 @@ export const isHidden = (map: string, key: string): string =>
 
 /** Excludes a score of a hidden block in a tile that is cut; rows and keys beyond the last may be anything. */
 export const excludeHidden = (f: string, row: string, key: string): string =>
-  `if (cut && block_at(map_at + (first_row + ${row}) / P.blockRows * P.mapRowStride + u32(${key}) / P.blockKeys * P.mapKeyStride) == 0u) { ${f} = ${EXCLUDED}; }`;
+  `if (cut && ${isHidden(`map_at + (first_row + ${row}) / P.blockRows * P.mapRowStride`, key)}) { ${f} = ${EXCLUDED}; }`;

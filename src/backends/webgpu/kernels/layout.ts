@@ -44,6 +44,12 @@ export const SEQUENCE = {
 
 export const SEQUENCE_WORDS = 14;
 
+/** Parameters: where the quantized rows of Q and K are. */
+export const CODE_ROW_PARAMS = ['queryRowsPerHead', 'keyRowsPerHead', 'queryRowBase', 'keyRowBase'] as const;
+
+/** Parameters: where the caller's mask is. */
+export const MASK_PARAMS = ['maskHeadStride', 'maskQueryStride', 'maskKeyStride', 'maskBase'] as const;
+
 /** A tile's record: sequence, first token, number of tokens. */
 export const TILE_WORDS = 3;
 

@@ -11,6 +11,7 @@
  * (lazy rescaling; P then reaches 2^headroom, which float16 holds).
  */
 
+import { isHidden } from './blocks.ts';
 import { FLAG_OWN_SCALES, FLAG_UNSMOOTHED, POISON } from './layout.ts';
 import type { MatrixMemory, MatrixOperations } from './matrix-operations.ts';
 import { type MatrixProducts, type MatrixShape, type MatrixTiling, SCORES_AT_ONCE } from './matrix-tiling.ts';
@@ -76,7 +77,7 @@ fn finished_scores(sums: vec4<f32>, key: i32, facts: u32, key_scale: f32, key_fl
   ${masked.join('\n  ')}${
     config.blocks
       ? `
-  if (block_at(row.map + u32(key) / P.blockKeys * P.mapKeyStride) == 0u) { f = vec4<f32>(${EXCLUDED}); }`
+  if (${isHidden('row.map', 'key')}) { f = vec4<f32>(${EXCLUDED}); }`
       : ''
   }
   let faults = select(vec4<u32>(), flags & vec4<u32>(${POISON}u), f > vec4<f32>(${EXCLUDED_BELOW}));

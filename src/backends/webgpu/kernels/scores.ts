@@ -2,7 +2,7 @@
 import type { QuerySmoothing } from '../../../quantization/schemes.ts';
 import type { DType, MaskDType } from '../../../tensor/dtype.ts';
 import { BLOCK_DECLARATIONS, BLOCK_PARAMS } from './blocks.ts';
-import { SEQUENCE } from './layout.ts';
+import { MASK_PARAMS, SEQUENCE } from './layout.ts';
 import { readsStatistics, type ValueScaling } from './prepare.ts';
 import { JOIN_SINK } from './sinks.ts';
 import { EXCLUDED, maskLoader, NAN_WORD, outputPacker, range } from './storage.ts';
@@ -57,10 +57,7 @@ export const ATTENTION_PARAMS = [
   'outputBase',
   'lseHeadStride',
   'lseBase',
-  'maskHeadStride',
-  'maskQueryStride',
-  'maskKeyStride',
-  'maskBase',
+  ...MASK_PARAMS,
   'keyStart',
   'keySpan',
   'splitIndex',

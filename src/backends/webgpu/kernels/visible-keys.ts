@@ -4,7 +4,7 @@
  * -1e4, -65504 and -FLT_MAX are all in use for "not this one".
  */
 import type { MaskDType } from '../../../tensor/dtype.ts';
-import { params, SEQUENCE, tables } from './layout.ts';
+import { MASK_PARAMS, params, SEQUENCE, tables } from './layout.ts';
 import { maskLoader } from './storage.ts';
 
 /** Keys of a workgroup of {@link visibleKeysKernel}, and rows of one of {@link maskMaximaKernel}. */
@@ -21,10 +21,7 @@ export const MASK_MAXIMA_PARAMS = [
   'headStart',
   'sequencesAt',
   'tilesAt',
-  'maskHeadStride',
-  'maskQueryStride',
-  'maskKeyStride',
-  'maskBase',
+  ...MASK_PARAMS,
   'rowsPerHead',
   'maximaBase',
 ] as const;
@@ -40,10 +37,7 @@ export const VISIBLE_KEYS_PARAMS = [
   'rowStart',
   'rowEnd',
   'joined',
-  'maskHeadStride',
-  'maskQueryStride',
-  'maskKeyStride',
-  'maskBase',
+  ...MASK_PARAMS,
   'rowsPerHead',
   'maximaBase',
   'keyRowsPerHead',

@@ -1,14 +1,12 @@
 /** Gradients of attention: the launches of a backward call. */
 import { type BackwardProblem, gradientShapesOf, maskGradientSizes } from '../../../attention/backward.ts';
 import { type AttentionProblem, sequencesOf } from '../../../attention/problem.ts';
-import { UnsupportedOptionError } from '../../../errors.ts';
 import { BYTES_PER_ELEMENT, type DType } from '../../../tensor/dtype.ts';
 import { elementCount, type OperandLayout } from '../../../tensor/tensor.ts';
 import type { KernelChoice } from '../../backend.ts';
 import type { Capabilities } from '../capabilities.ts';
 import { chooseGradientTile, type GradientVariant } from '../families/backward.ts';
 import { type Forced, keyValueLayoutOf } from '../families/choose.ts';
-import { MAX_HEAD_DIM } from '../kernel-table.ts';
 import { GRADIENT_PARAMS, gradientKernel } from '../kernels/backward/gradients.ts';
 import { GRADIENT_BLOCK, gradientKey, gradientRow, PLACE, PLACE_WORDS } from '../kernels/backward/layout.ts';
 import { MASK_GRADIENT_PARAMS, maskGradientKernel } from '../kernels/backward/mask.ts';
@@ -233,6 +231,16 @@ function maskSpan(
   return [{ slot: 5, buffer: 'mask' as const, start, end: (high + (heads[1] - 1) * headStride) * bytes }];
 }
 
+/** Values of the parameters that every kernel with scores computed anew has. */
+const rowParams = ({ stages }: Backward, base: (buffer: BufferName) => number) => ({
+  sequencesAt: stages.sequencesAt,
+  queryRowsPerHead: stages.rowsPerQueryHead,
+  keyRowsPerHead: stages.keyValue.rowsPerHead,
+  queryRowBase: base('queryRows') / 16,
+  keyRowBase: base('keys') / 16,
+  gradientRowBase: base('gradientRows') / 16,
+});
+
 const maskParams = ({ attention: { mask, softcap } }: Backward, base: (buffer: BufferName) => number) => ({
   maskHeadStride: mask?.strides[1] ?? 0,
   maskQueryStride: mask?.strides[2] ?? 0,
@@ -373,13 +381,8 @@ function softmaxAgainLaunches(self: Backward): Launch[] {
         tileStart: unit.tiles[0],
         headStart: unit.heads[0],
         groupSize,
-        sequencesAt: stages.sequencesAt,
         tilesAt,
-        queryRowsPerHead: stages.rowsPerQueryHead,
-        keyRowsPerHead: stages.keyValue.rowsPerHead,
-        queryRowBase: base('queryRows') / 16,
-        keyRowBase: base('keys') / 16,
-        gradientRowBase: base('gradientRows') / 16,
+        ...rowParams(self, base),
         ...maskParams(self, base),
       }),
   );
@@ -450,14 +453,9 @@ function gradientLaunches(self: Backward, owner: 'query' | 'key', tile: Gradient
         tileStart: unit.tiles[0],
         headStart: unit.heads[0],
         groupSize,
-        sequencesAt: stages.sequencesAt,
         tilesAt,
         placesAt: self.placesAt,
-        queryRowsPerHead: stages.rowsPerQueryHead,
-        keyRowsPerHead: stages.keyValue.rowsPerHead,
-        queryRowBase: base('queryRows') / 16,
-        keyRowBase: base('keys') / 16,
-        gradientRowBase: base('gradientRows') / 16,
+        ...rowParams(self, base),
         gradientKeyBase: base('gradientKeys') / 16,
         ...maskParams(self, base),
         firstHeadStride: layouts[name].headStride,
@@ -552,12 +550,7 @@ function maskGradientLaunches(self: Backward, tile: GradientVariant): Launch[] {
         heads: queryHeads,
         ...{ maskBatches, maskHeads, maskRows, maskKeys },
         gradientBase: base('dMask') / 4,
-        sequencesAt: stages.sequencesAt,
-        queryRowsPerHead: stages.rowsPerQueryHead,
-        keyRowsPerHead: stages.keyValue.rowsPerHead,
-        queryRowBase: base('queryRows') / 16,
-        keyRowBase: base('keys') / 16,
-        gradientRowBase: base('gradientRows') / 16,
+        ...rowParams(self, base),
         gradientKeyBase: base('gradientKeys') / 16,
         ...maskParams(self, base),
         codeVectors: codes.query / 16 - 1,
@@ -591,7 +584,7 @@ function narrowLaunches(self: Backward, counts: Readonly<Record<GradientName, nu
 /**
  * Quantizes Q and K as the forward pass does, makes rows in float32, and computes dQ, then dK and dV.
  *
- * @throws {UnsupportedOptionError} head dims above those of the gradient kernels, a forced family that the device cannot run
+ * @throws {UnsupportedOptionError} a forced family that the device cannot run
  */
 export function planBackwardLaunches(
   capabilities: Capabilities,
@@ -600,14 +593,6 @@ export function planBackwardLaunches(
   forced: Forced = {},
 ): BackwardLaunches {
   const { attention } = problem;
-  for (const [argument, size] of [
-    ['q', attention.headDim],
-    ['v', attention.valueDim],
-  ] as const) {
-    if (size <= MAX_HEAD_DIM) continue;
-    const expected = `head dims up to ${MAX_HEAD_DIM} for gradients`;
-    throw new UnsupportedOptionError(kernel.descriptor.name, argument, expected, String(size));
-  }
   // The codes of the family that attends, laid out in rows.
   const forward = keyValueShapeOf(
     attention,

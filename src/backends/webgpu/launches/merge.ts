@@ -31,23 +31,29 @@ const mergedByRows = ({ problem }: Stages, { fp4, returnLse, valueDimPadded }: S
   (problem.dtype === 'float32' || problem.valueDim % 2 === 0) &&
   !(fp4?.weights === true && returnLse);
 
+/** Where a row's parts lie, and its logsumexp. */
+function recordsOf({ problem, capabilities }: Stages, { valueDimPadded }: ScoreConfig, { count }: KeySplits) {
+  const { tensorLayout, sequences, queryLength, batch } = problem;
+  const recordBytes = recordFloats(valueDimPadded) * 4 * count;
+  const alignment = leastCommonMultiple(recordBytes, capabilities.bindingAlignment);
+  return {
+    recordBytes,
+    /** Records are bound from a whole number of them, so that a row's index stays an integer. */
+    bindingStart: (firstRow: number) => Math.floor((firstRow * recordBytes) / alignment) * alignment,
+    headsInner: sequences !== undefined || tensorLayout === 'NHD',
+    tokens: sequences === undefined ? queryLength : (sequences.cuSeqlensQ[batch] as number),
+  };
+}
+
 /** Joins partial results, a workgroup to a row. */
 function mergeRowsLaunches(stages: Stages, config: ScoreConfig, splits: KeySplits): Launch[] {
-  const { problem, capabilities } = stages;
-  const { valueDim, queryHeads, queryLength, tensorLayout, sequences, batch, dtype } = problem;
+  const { problem } = stages;
+  const { valueDim, queryHeads, dtype } = problem;
   const bytes = BYTES_PER_ELEMENT[dtype];
   const rows = elementCount(outputShapeOf(problem)) / valueDim;
-  const headsInner = sequences !== undefined || tensorLayout === 'NHD';
-  const tokens = sequences === undefined ? queryLength : (sequences.cuSeqlensQ[batch] as number);
-  const recordBytes = recordFloats(config.valueDimPadded) * 4 * splits.count;
-  const alignment = leastCommonMultiple(recordBytes, capabilities.bindingAlignment);
+  const { recordBytes, bindingStart, headsInner, tokens } = recordsOf(stages, config, splits);
   const spansOf = ({ tiles: [from, to] }: Unit): Binding[] => [
-    {
-      slot: 1,
-      buffer: 'records',
-      start: Math.floor((from * recordBytes) / alignment) * alignment,
-      end: to * recordBytes,
-    },
+    { slot: 1, buffer: 'records', start: bindingStart(from), end: to * recordBytes },
     { slot: 6, buffer: 'output', start: from * valueDim * bytes, end: to * valueDim * bytes },
     ...(config.returnLse ? [{ slot: 7, buffer: 'lse' as const, start: 0, end: rows * 4 }] : []),
   ];
@@ -74,26 +80,21 @@ function mergeRowsLaunches(stages: Stages, config: ScoreConfig, splits: KeySplit
 /** Joins partial results; words of the output take the place of tiles, in batches of one workgroup. */
 export function mergeLaunches(stages: Stages, config: ScoreConfig, splits: KeySplits): Launch[] {
   if (mergedByRows(stages, config, splits)) return mergeRowsLaunches(stages, config, splits);
-  const { problem, capabilities } = stages;
-  const { valueDim, queryHeads, queryLength, tensorLayout, sequences, batch, dtype } = problem;
+  const { problem } = stages;
+  const { valueDim, queryHeads, dtype } = problem;
   const elements = elementCount(outputShapeOf(problem));
-  const headsInner = sequences !== undefined || tensorLayout === 'NHD';
+  const { recordBytes, bindingStart, headsInner, tokens } = recordsOf(stages, config, splits);
   const perWord = 4 / BYTES_PER_ELEMENT[dtype];
   const words = Math.ceil(elements / perWord);
-  const recordBytes = recordFloats(config.valueDimPadded) * 4 * splits.count;
   const batches = Array.from({ length: Math.ceil(words / MERGE_THREADS) }, (_, i) => i);
   const wordsOf = (unit: Unit) =>
     [unit.tiles[0] * MERGE_THREADS, Math.min(words, unit.tiles[1] * MERGE_THREADS)] as const;
-  const tokens = sequences === undefined ? queryLength : (sequences.cuSeqlensQ[batch] as number);
-  // Records are bound from a whole number of them, so that a row's index stays an integer.
-  const recordAlignment = leastCommonMultiple(recordBytes, capabilities.bindingAlignment);
   const spansOf = (unit: Unit): Binding[] => {
     const [start, end] = wordsOf(unit);
     const firstRow = Math.floor((start * perWord) / valueDim);
     const lastRow = Math.floor((Math.min(elements, end * perWord) - 1) / valueDim);
-    const from = Math.floor((firstRow * recordBytes) / recordAlignment) * recordAlignment;
     return [
-      { slot: 1, buffer: 'records', start: from, end: (lastRow + 1) * recordBytes },
+      { slot: 1, buffer: 'records', start: bindingStart(firstRow), end: (lastRow + 1) * recordBytes },
       { slot: 6, buffer: 'output', start: start * 4, end: end * 4 },
       ...(config.returnLse ? [{ slot: 7, buffer: 'lse' as const, start: 0, end: (elements / valueDim) * 4 }] : []),
     ];

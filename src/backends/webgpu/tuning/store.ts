@@ -3,6 +3,8 @@
  * on them: where there is no such place, or it cannot be used, there is no record.
  */
 
+import { cacheFolder } from '../../../cache-folder.ts';
+
 /** Records by the name of what they were measured on. */
 export interface TuningStore {
   read(name: string): Promise<string | undefined>;
@@ -77,17 +79,9 @@ export function fileStore(folder: string): TuningStore {
 
 /** The place of this environment; undefined where it has none. */
 function findStore(): TuningStore | undefined {
-  const { indexedDB, process, Deno } = globalThis as {
-    indexedDB?: IDBFactory;
-    process?: NodeJS.Process;
-    Deno?: unknown;
-  };
-  // Deno asks its user before a program reads or writes files.
-  if (process?.versions?.node !== undefined && Deno === undefined) {
-    if (process.getBuiltinModule === undefined) return undefined;
-    const home = process.env.XDG_CACHE_HOME || `${process.getBuiltinModule('node:os').homedir()}/.cache`;
-    return fileStore(`${home}/sageattention`);
-  }
+  const folder = cacheFolder();
+  if (folder !== undefined) return fileStore(folder);
+  const { indexedDB } = globalThis as { readonly indexedDB?: IDBFactory };
   return indexedDB === undefined ? undefined : DATABASE_STORE;
 }
 

@@ -120,6 +120,10 @@ type Description = Pick<Marker, 'type' | 'operands' | 'mask' | 'result' | 'kind'
   readonly ranks: readonly number[];
 };
 
+/** Inputs of the graph whose numbers an attention needs before a run. */
+export const inputsReadBy = (index: GraphIndex, site: AttentionSite): ReadonlySet<string> =>
+  new Set(numbersReadBy(site).flatMap((value) => [...(numbersFrom(index, value) ?? [])]));
+
 /** Or why there is no marker for it. */
 function describe(
   index: GraphIndex,

@@ -1,10 +1,9 @@
 /** A session whose attentions are markers, behind the interface of one without; where they do not work, the model cut in pieces. */
 import { messageOf } from '../../../errors.ts';
-import { numbersReadBy } from '../detect/site.ts';
 import type { DeviceHooks, Work } from '../marker/hooks.ts';
 import { callOf, type MarkerEngine, type MarkerPlan, planMarker, textOf } from '../marker/plan.ts';
-import type { Marker, MarkerFacts } from '../marker/site.ts';
-import { type GivenInput, KnownSizes, numbersFrom } from '../marker/sizes.ts';
+import { inputsReadBy, type Marker, type MarkerFacts } from '../marker/site.ts';
+import { type GivenInput, KnownSizes } from '../marker/sizes.ts';
 import type { GraphIndex } from '../model/graph.ts';
 import {
   isWeb,
@@ -108,9 +107,7 @@ export class MarkedSession implements OrtSessionHandler {
   constructor(parts: MarkedSessionParts) {
     this.#parts = parts;
     const { index, markers } = parts;
-    this.#read = new Set(
-      markers.flatMap(({ site }) => numbersReadBy(site).flatMap((value) => [...(numbersFrom(index, value) ?? [])])),
-    );
+    this.#read = new Set(markers.flatMap(({ site }) => [...inputsReadBy(index, site)]));
     this.inputMetadata = parts.inner.inputMetadata;
     this.outputMetadata = parts.inner.outputMetadata;
     this.inputNames = parts.inner.inputNames;

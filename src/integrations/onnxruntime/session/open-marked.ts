@@ -4,12 +4,12 @@ import { messageOf } from '../../../errors.ts';
 import { elementCount } from '../../../tensor/tensor.ts';
 import { backendOn } from '../../bridge.ts';
 import { cutGraph, type Piece } from '../cut.ts';
-import { type AttentionSite, numbersReadBy } from '../detect/site.ts';
+import type { AttentionSite } from '../detect/site.ts';
 import { DeviceHooks } from '../marker/hooks.ts';
 import { learnMarker, openMarker, testMarker } from '../marker/learn.ts';
 import { callOf, type MarkerEngine, planMarker } from '../marker/plan.ts';
-import { type Marker, type MarkerFacts, markersOf, watchedByMarkers } from '../marker/site.ts';
-import { KnownSizes, numbersFrom } from '../marker/sizes.ts';
+import { inputsReadBy, type Marker, type MarkerFacts, markersOf, watchedByMarkers } from '../marker/site.ts';
+import { KnownSizes } from '../marker/sizes.ts';
 import { type GraphIndex, indexGraph } from '../model/graph.ts';
 import { readFacts } from '../model/sketch.ts';
 import { weightsOf } from '../model/weights.ts';
@@ -193,7 +193,7 @@ function smallSizes(
   marker: Marker,
   engine: MarkerEngine,
 ): KnownSizes | undefined {
-  const read = new Set(numbersReadBy(marker.site).flatMap((value) => [...(numbersFrom(index, value) ?? [])]));
+  const read = inputsReadBy(index, marker.site);
   const fills = read.size === 0 ? [undefined] : FILLS;
   for (const [sizeAt, fill] of SMALL.flatMap((size) => fills.map((number) => [size, number] as const))) {
     const places = new Map<string, number>();

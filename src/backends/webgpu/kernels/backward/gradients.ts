@@ -12,7 +12,17 @@
  */
 import type { DType } from '../../../../tensor/dtype.ts';
 import { dotInt8 } from '../attention-tiled.ts';
-import { FLAG_UNSMOOTHED, OWN_TILE, params, rowVectors, SEQUENCE, sequenceTable, tables } from '../layout.ts';
+import {
+  CODE_ROW_PARAMS,
+  FLAG_UNSMOOTHED,
+  MASK_PARAMS,
+  OWN_TILE,
+  params,
+  rowVectors,
+  SEQUENCE,
+  sequenceTable,
+  tables,
+} from '../layout.ts';
 import { expOf, overSoftcap, type ScoreMeaning, SOFTCAP, scoreStatements } from '../scores.ts';
 import { EXCLUDED_BELOW, maskLoader, NAN_WORD, outputPacker, range } from '../storage.ts';
 import { BAD_SCORES, type GradientDims, gradientKey, gradientRow, PLACE, PLACES, ROW_FLAGS } from './layout.ts';
@@ -41,16 +51,10 @@ export const GRADIENT_PARAMS = [
   'sequencesAt',
   'tilesAt',
   'placesAt',
-  'queryRowsPerHead',
-  'keyRowsPerHead',
-  'queryRowBase',
-  'keyRowBase',
+  ...CODE_ROW_PARAMS,
   'gradientRowBase',
   'gradientKeyBase',
-  'maskHeadStride',
-  'maskQueryStride',
-  'maskKeyStride',
-  'maskBase',
+  ...MASK_PARAMS,
   'firstHeadStride',
   'firstTokenStride',
   'firstBase',

@@ -4,7 +4,7 @@
  * A workgroup owns a tile of the mask, and the tiles of scores that it is added to pass by: those of every sequence, head, row or key that
  * share an element, always in the same order. No scores are stored, and the same inputs give the same bits.
  */
-import { SEQUENCE } from '../layout.ts';
+import { CODE_ROW_PARAMS, MASK_PARAMS, SEQUENCE } from '../layout.ts';
 import { NAN_WORD } from '../storage.ts';
 import {
   type GradientConfig,
@@ -37,16 +37,10 @@ export const MASK_GRADIENT_PARAMS = [
   'maskKeys',
   'gradientBase',
   'sequencesAt',
-  'queryRowsPerHead',
-  'keyRowsPerHead',
-  'queryRowBase',
-  'keyRowBase',
+  ...CODE_ROW_PARAMS,
   'gradientRowBase',
   'gradientKeyBase',
-  'maskHeadStride',
-  'maskQueryStride',
-  'maskKeyStride',
-  'maskBase',
+  ...MASK_PARAMS,
   'softcap',
   'inverseQuarterSoftcap',
   'codeVectors',

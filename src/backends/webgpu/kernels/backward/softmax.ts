@@ -6,9 +6,11 @@
  */
 import { dotInt8 } from '../attention-tiled.ts';
 import {
+  CODE_ROW_PARAMS,
   FLAG_NONFINITE_K,
   FLAG_NONFINITE_V,
   FLAG_UNSMOOTHED,
+  MASK_PARAMS,
   OWN_TILE,
   params,
   rowVectors,
@@ -29,15 +31,9 @@ export const SOFTMAX_AGAIN_PARAMS = [
   'groupSize',
   'sequencesAt',
   'tilesAt',
-  'queryRowsPerHead',
-  'keyRowsPerHead',
-  'queryRowBase',
-  'keyRowBase',
+  ...CODE_ROW_PARAMS,
   'gradientRowBase',
-  'maskHeadStride',
-  'maskQueryStride',
-  'maskKeyStride',
-  'maskBase',
+  ...MASK_PARAMS,
   'softcap',
   'inverseQuarterSoftcap',
 ] as const;
