@@ -69,6 +69,8 @@ export async function captureWork(
 export class CudaGraph {
   readonly #device: CudaDevice;
   readonly #executable: bigint;
+  /** What was instantiated. Its nodes name those of the executable, for the driver only as long as it lives. */
+  readonly #template: bigint;
   readonly #kernels: readonly string[];
   #disposed = false;
 
@@ -80,11 +82,18 @@ export class CudaGraph {
     this.#device = device;
     const { graph, kernels } = typeof enqueue === 'function' ? captureNow(device, enqueue) : enqueue;
     this.#kernels = kernels;
+    this.#template = graph;
     try {
       this.#executable = device.create('cuGraphInstantiate', 'instantiating a graph', graph, 0);
-    } finally {
-      device.call('cuGraphDestroy', 'destroying a graph', graph);
+    } catch (error) {
+      this.#destroyTemplate();
+      throw error;
     }
+  }
+
+  #destroyTemplate(): void {
+    const device = this.#device;
+    device.release(() => device.call('cuGraphDestroy', 'destroying a graph', this.#template));
   }
 
   /** @internal The driver's `CUgraphExec`. */
@@ -106,6 +115,7 @@ export class CudaGraph {
     if (this.#disposed) return;
     this.#disposed = true;
     this.#device.release(() => this.#device.call('cuGraphExecDestroy', 'destroying a graph', this.#executable));
+    this.#destroyTemplate();
   }
 
   [DISPOSE](): void {

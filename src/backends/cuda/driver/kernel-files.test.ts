@@ -55,6 +55,19 @@ describe('compiled kernels on disk', () => {
     }
   });
 
+  it('are not linked where the compiler makes linked code slow, and keep their text', () => {
+    for (const instruction of ['setmaxnreg.inc.sync.aligned.u32 240;', 'wgmma.fence.sync.aligned;']) {
+      const folder = newFolder();
+      const module = { id: 'one', ptx: () => ptxOf('one').replace('ret;', `${instruction} ret;`) };
+      for (const _process of ['first', 'second']) {
+        const { fake, device } = open(folder);
+        expect(device.module(module).function('one').name).toBe('one');
+        expect(count(fake, 'cuLinkCreate')).toBe(0);
+        expect(readdirSync(folder)).toEqual([expect.stringMatching(/^[0-9a-f]{40}\.sm_90\.ptx$/)]);
+      }
+    }
+  });
+
   it('are of one compute capability each', () => {
     const folder = newFolder();
     for (const capability of [80, 90]) open(folder, [capability]).device.module(moduleOf('one'));

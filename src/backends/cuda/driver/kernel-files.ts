@@ -19,6 +19,9 @@ export interface KernelPlace {
   readonly driverVersion?: number | undefined;
 }
 
+/** The same device with any driver. */
+export const anyDriver = ({ computeCapability }: KernelPlace): KernelPlace => ({ computeCapability });
+
 const node = () => ({
   fs: process.getBuiltinModule('node:fs'),
   path: process.getBuiltinModule('node:path'),
@@ -77,10 +80,10 @@ export class KernelFiles {
 
   /** The best that there is of a kernel: machine code of this driver, of any driver, PTX. */
   find(digest: string, place: KernelPlace): FoundKernel | undefined {
-    const anyDriver = { computeCapability: place.computeCapability };
-    const bytes = this.#read(nameOf(digest, place, 'cubin')) ?? this.#read(nameOf(digest, anyDriver, 'cubin'));
+    const portable = anyDriver(place);
+    const bytes = this.#read(nameOf(digest, place, 'cubin')) ?? this.#read(nameOf(digest, portable, 'cubin'));
     if (bytes !== undefined) return { kind: 'cubin', bytes };
-    const ptx = this.#read(nameOf(digest, anyDriver, 'ptx'));
+    const ptx = this.#read(nameOf(digest, portable, 'ptx'));
     return ptx === undefined ? undefined : { kind: 'ptx', text: new TextDecoder().decode(ptx) };
   }
 
@@ -105,9 +108,9 @@ export class KernelFiles {
   }
 
   /** {@link write} of what this process has compiled; a folder that cannot be written is left as it is. */
-  keep(digest: string, place: KernelPlace, bytes: Uint8Array): void {
+  keep(digest: string, place: KernelPlace, kind: 'cubin' | 'ptx', bytes: Uint8Array): void {
     try {
-      this.write(digest, place, 'cubin', bytes);
+      this.write(digest, place, kind, bytes);
       this.#bytes = (this.#bytes ?? this.#count()) + bytes.length;
       if (this.#bytes > KEPT_BYTES) this.#prune();
     } catch {

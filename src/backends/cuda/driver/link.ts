@@ -4,6 +4,15 @@ import type { DeviceContext } from './context.ts';
 import { type JitLog, terminated } from './jit-log.ts';
 
 /**
+ * What the driver's compiler makes slow in code that is to be linked, which any function might call: it ignores `setmaxnreg`, so that
+ * consumers spill, and waits after each `wgmma` (its notes C7504 and C7509; two thirds of the speed on an H200).
+ */
+const NOT_TO_LINK = /\b(setmaxnreg|wgmma)\./;
+
+/** Whether linking gives the machine code that loading would. */
+export const canLink = (ptx: string): boolean => !NOT_TO_LINK.test(ptx);
+
+/**
  * The machine code of a PTX text for the device; undefined where the driver does not give it, whatever the reason: loading the text
  * itself then says it.
  */

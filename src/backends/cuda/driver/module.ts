@@ -9,8 +9,8 @@ import {
 } from './api.ts';
 import type { DeviceContext } from './context.ts';
 import { JitLog, terminated } from './jit-log.ts';
-import { digestOf, type KernelFiles, type KernelPlace } from './kernel-files.ts';
-import { linkPtx } from './link.ts';
+import { anyDriver, digestOf, type KernelFiles, type KernelPlace } from './kernel-files.ts';
+import { canLink, linkPtx } from './link.ts';
 
 /** Dynamic shared memory that every kernel may have without asking. */
 const DEFAULT_SHARED_LIMIT = 48 * 1024;
@@ -130,7 +130,11 @@ function loadPtx(device: DeviceContext, id: string, ptx: string): Loaded {
   );
 }
 
-/** The module from a kept kernel, or compiled and kept; undefined where the driver takes or gives no machine code. */
+/**
+ * The module from a kept kernel, or compiled and kept; undefined where the driver takes or gives no machine code.
+ *
+ * @throws {CudaError} with the compiler's log when it refuses PTX that is not linked
+ */
 function loadKept(device: DeviceContext, source: KernelModule, { files, place }: ModuleShelf): Loaded | undefined {
   const digest = digestOf(source, GENERATOR_DIGEST);
   const found = files.find(digest, place);
@@ -144,8 +148,15 @@ function loadKept(device: DeviceContext, source: KernelModule, { files, place }:
     const loaded = take(found.bytes, log);
     if (loaded !== undefined) return loaded;
   }
-  const code = linkPtx(device, found?.kind === 'ptx' ? found.text : source.ptx(), log);
+  const ptx = found?.kind === 'ptx' ? found.text : source.ptx();
+  if (!canLink(ptx)) {
+    // The driver's own cache keeps the machine code; here the text is kept, so that the next process does not make it.
+    const loaded = loadPtx(device, source.id, ptx);
+    if (found === undefined) files.keep(digest, anyDriver(place), 'ptx', new TextEncoder().encode(ptx));
+    return loaded;
+  }
+  const code = linkPtx(device, ptx, log);
   const loaded = code && take(code, log);
-  if (code !== undefined && loaded !== undefined) files.keep(digest, place, code);
+  if (code !== undefined && loaded !== undefined) files.keep(digest, place, 'cubin', code);
   return loaded;
 }

@@ -257,6 +257,8 @@ export class FakeStreams {
       const at = operations?.findIndex((work) => work.node === BigInt(node)) ?? -1;
       const work = operations?.[at];
       if (operations === undefined || work?.withParameters === undefined) return 400;
+      // As the driver: the node is one of the graph that was instantiated, which must still be there.
+      if (![...this.#graphs.values()].some((graph) => graph.some((other) => other.node === work.node))) return 1;
       const run = work.withParameters(parameters);
       if (typeof run === 'number') return run;
       operations[at] = { ...work, run };
