@@ -5,10 +5,11 @@ import { bandOf } from './band.ts';
 import type { BlockMask } from './options.ts';
 import type { AttentionProblem, BlockLayout, Sequence } from './problem.ts';
 import type { SettledSparsity } from './sparsity.ts';
+import { BLOCK_HIDDEN, BLOCK_NEEDED } from './visible-blocks.ts';
 
 /** How much of a call was computed. */
 export interface SparsityFractions {
-  /** Blocks computed, of those that hold a key which a row may see by causality and window; 1 where there are none. */
+  /** Blocks computed, of those that hold a key which a row may see by causality, window and mask; 1 where there are none. */
   readonly keptFraction: number;
   /** An estimate of the share of the softmax that was left out, by the means of the blocks, averaged over rows. */
   readonly lostMass: number;
@@ -76,6 +77,14 @@ export function fractionsOfLines(lines: Float32Array): SparsityFractions {
 export const countOf = (topK: number, blocks: number): number =>
   Math.max(1, Math.ceil(Math.fround(Math.fround(topK) * blocks)));
 
+/** What the blocks of one head in one sequence are chosen by. */
+export interface BlockFacts {
+  readonly q: Pooled;
+  readonly k: Pooled;
+  /** Of a call with a mask: what it leaves of each block, see `visibleBlocksOf`. */
+  readonly visible: Uint8Array | undefined;
+}
+
 /**
  * Chooses the blocks of one head in one sequence.
  *
@@ -86,8 +95,7 @@ export function chooseBlocks(
   problem: Pick<AttentionProblem, 'headDim' | 'smScale' | 'softcap' | 'band'>,
   sequence: Pick<Sequence, 'queryLength' | 'keyLength'>,
   sparsity: SettledSparsity,
-  q: Pooled,
-  k: Pooled,
+  { q, k, visible }: BlockFacts,
   map: Uint8Array,
   at: number,
   lineLength: number,
@@ -108,19 +116,29 @@ export function chooseBlocks(
     totals.rows += lastRow + 1 - firstRow;
     if (firstKey > lastKey) continue;
     const [from, to] = [Math.floor(firstKey / keys), Math.floor(lastKey / keys) + 1];
+    const masked = visible?.subarray(block * keyBlocks, (block + 1) * keyBlocks);
+    const isHidden = (j: number) => masked?.[j] === BLOCK_HIDDEN;
+    let candidates = to - from;
+    if (masked !== undefined) for (let j = from; j < to; j++) if (isHidden(j)) candidates--;
+    if (candidates === 0) continue;
     scoreBlocks(q.means, k.means, block, from, to, headDim, masses);
     for (let j = from; j < to; j++) {
       masses[j] = (masses[j] as number) * smScale + Math.log(Math.min(keys, keyLength - j * keys));
     }
     const isDoubtful = !((q.similarities?.[block] ?? 1) >= similarity);
-    // The block in which the last key lies that a row sees, of each of the rows.
-    const edge =
-      lastRow + upper < 0 || firstRow + upper >= keyLength ? to : Math.floor(Math.max(0, firstRow + upper) / keys);
+    // Blocks from here on hold the last key that a row sees, of each of the rows: where they see different blocks.
+    const seesEnd = firstRow + upper >= keyLength;
+    const isCut = Math.floor(Math.max(0, lastRow + lower) / keys) > from;
+    const edge = seesEnd ? (isCut ? to - 1 : to) : Math.floor(Math.max(0, firstRow + upper) / keys);
     const isForced = (j: number) =>
-      isDoubtful || j >= edge || j < sparsity.sinkBlocks || !((k.similarities?.[j] ?? 1) >= similarity);
+      isDoubtful ||
+      j >= edge ||
+      j < sparsity.sinkBlocks ||
+      masked?.[j] === BLOCK_NEEDED ||
+      !((k.similarities?.[j] ?? 1) >= similarity);
     const line = map.subarray(at + block * lineLength, at + block * lineLength + keyBlocks);
-    const kept = chooseLine(line, from, to, isForced, sparsity, masses, others);
-    totals.visible += to - from;
+    const kept = chooseLine(line, { from, to, candidates, isHidden, isForced }, sparsity, masses, others);
+    totals.visible += candidates;
     totals.kept += kept.count;
     totals.lost += (1 - kept.mass) * (lastRow + 1 - firstRow);
   }
@@ -156,14 +174,25 @@ function scoreBlocks(
   }
 }
 
+/** Blocks of keys among which a block of rows chooses: those from `from` to `to` that are not hidden, `candidates` of them. */
+interface Choice {
+  readonly from: number;
+  readonly to: number;
+  readonly candidates: number;
+  readonly isHidden: (block: number) => boolean;
+  /** It is computed in any case. */
+  readonly isForced: (block: number) => boolean;
+}
+
 /** Scores to weights, in place; returns their sum. Blocks whose score is not a number are kept. */
-function weighBlocks(line: Uint8Array, from: number, to: number, masses: Float64Array): number {
+function weighBlocks(line: Uint8Array, { from, to, isHidden }: Choice, masses: Float64Array): number {
   let largest = Number.NEGATIVE_INFINITY;
   for (let j = from; j < to; j++) {
-    if ((masses[j] as number) > largest) largest = masses[j] as number;
+    if ((masses[j] as number) > largest && !isHidden(j)) largest = masses[j] as number;
   }
   let sum = 0;
   for (let j = from; j < to; j++) {
+    if (isHidden(j)) continue;
     // A score that is not a number says nothing: it weighs nothing here, and its block is computed.
     if (!Number.isFinite(masses[j] as number)) line[j] = 1;
     const mass = Math.exp((masses[j] as number) - largest);
@@ -174,7 +203,7 @@ function weighBlocks(line: Uint8Array, from: number, to: number, masses: Float64
 }
 
 /**
- * Chooses among blocks `from` to `to` of a line.
+ * Chooses among the blocks of a line.
  *
  * @param masses the score of each block, which becomes its weight
  * @param others room for the weights of those that are not forced
@@ -182,26 +211,25 @@ function weighBlocks(line: Uint8Array, from: number, to: number, masses: Float64
  */
 function chooseLine(
   line: Uint8Array,
-  from: number,
-  to: number,
-  isForced: (block: number) => boolean,
+  choice: Choice,
   { topK, mass: wanted }: SettledSparsity,
   masses: Float64Array,
   others: Float64Array,
 ): { readonly count: number; readonly mass: number } {
-  const sum = weighBlocks(line, from, to, masses);
+  const { from, to, candidates, isHidden, isForced } = choice;
+  const sum = weighBlocks(line, choice, masses);
   let [count, mass] = [0, 0];
   for (let j = from; j < to; j++) {
-    if (line[j] === 0 && !isForced(j)) continue;
+    if (isHidden(j) || (line[j] === 0 && !isForced(j))) continue;
     line[j] = 1;
     count++;
     mass += sum === 0 ? 0 : (masses[j] as number) / sum;
   }
   // Sorted as numbers: an order of indices takes a call for each comparison, which took most of the time of choosing.
   let length = 0;
-  for (let j = from; j < to; j++) if (line[j] === 0) others[length++] = masses[j] as number;
+  for (let j = from; j < to; j++) if (line[j] === 0 && !isHidden(j)) others[length++] = masses[j] as number;
   const sorted = others.subarray(0, length).sort();
-  const most = countOf(topK ?? 1, to - from);
+  const most = countOf(topK ?? 1, candidates);
   const isEnough = () => count > 0 && (topK === undefined ? mass >= wanted : count >= most);
   let least = Number.POSITIVE_INFINITY;
   // Of blocks that weigh as much as the least that is kept, the first ones are.
@@ -214,7 +242,7 @@ function chooseLine(
     mass += sum === 0 ? 0 : next / sum;
   }
   for (let j = from; j < to; j++) {
-    if (line[j] === 1) continue;
+    if (line[j] === 1 || isHidden(j)) continue;
     const own = masses[j] as number;
     if (own > least || (own === least && equal-- > 0)) line[j] = 1;
   }

@@ -10,7 +10,8 @@ interface BlockChoice {
 
 /**
  * How blocks are chosen: for each block of rows, from the softmax of `mean(q) . mean(k) * smScale` over the blocks of keys that it may
- * see. Blocks on the diagonal of a causal mask, or on a window's right edge, are always computed, and at least one of each row.
+ * see; blocks that a mask hides are not among them. Blocks on the diagonal of a causal mask, or on a window's right edge, are always
+ * computed, and of each row that sees a key at least one block with such a key.
  */
 export type Sparsity = BlockChoice &
   (

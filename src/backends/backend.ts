@@ -70,7 +70,7 @@ export interface BlockMap {
   dispose(): void;
 }
 
-export type BlockMapInputs = Pick<AttentionInputs, 'q' | 'k'>;
+export type BlockMapInputs = Pick<AttentionInputs, 'q' | 'k' | 'attnMask'>;
 
 /** Chooses blocks of one shape; as {@link Plan} in all else. */
 export interface BlockMapPlan extends Pick<Plan, 'ended' | 'dispose'> {

@@ -110,6 +110,21 @@ describe(`blocks that are chosen (seed ${seed})`, () => {
     expect(lostMass).toBeCloseTo(lost, 6);
   });
 
+  it('leave each row something where a window hides the heaviest block from some', () => {
+    // Only the first block of keys is like the rows.
+    const q = tensor(new Float32Array(64 * 8).fill(1), [1, 1, 64, 8]);
+    const k = tensor(
+      Float32Array.from({ length: 96 * 8 }, (_, i) => (i < 16 * 8 ? 1 : -1)),
+      [1, 1, 96, 8],
+    );
+    const problem = createProblem(q, k, k, { windowSize: [20, -1] });
+    const { map } = buildBlockMap(problem, settleSparsity({ topK: 0, rows: 64, keys: 16 }), { q, k });
+    const blockMask = { rows: 64, keys: 16, map };
+    const { lse } = exactAttention(q, k, k, { returnLse: true, windowSize: [20, -1], blockMask });
+    expect((lse as Float64Array).every(Number.isFinite)).toBe(true);
+    expect([...map.data]).toEqual([0, 0, 0, 0, 0, 1]);
+  });
+
   it('are whole lines and columns where rows are not alike', () => {
     const random = new Random(seed);
     const blocks = (length: number, unlike: number) =>

@@ -3,6 +3,7 @@
 import { blockShapeOf, chooseBlocks, fractionsOf, noTotals, type Pooled } from '../attention/block-choice.ts';
 import { type AttentionProblem, sequencesOf } from '../attention/problem.ts';
 import type { SettledSparsity } from '../attention/sparsity.ts';
+import { visibleBlocksOf } from '../attention/visible-blocks.ts';
 import { poolBlocks } from '../quantization/pooling.ts';
 import { elementCount, type Tensor, tensor } from '../tensor/tensor.ts';
 import { type ReferenceInputs, readOperands } from './exact.ts';
@@ -22,7 +23,7 @@ export interface ReferenceBlockMap {
 export function buildBlockMap(
   problem: AttentionProblem,
   sparsity: SettledSparsity,
-  inputs: Pick<ReferenceInputs, 'q' | 'k'>,
+  inputs: Pick<ReferenceInputs, 'q' | 'k' | 'attnMask'>,
 ): ReferenceBlockMap {
   const { queryHeads, kvHeads, headDim, sequences } = problem;
   const { q, k, queryTokens, keyTokens } = readOperands({ ...problem, valueDim: 1 }, { ...inputs, v: inputs.k });
@@ -31,6 +32,7 @@ export function buildBlockMap(
   const flags = new Uint8Array(elementCount(shape));
   const totals = noTotals();
   const similarities = sparsity.similarity > -1;
+  const visible = inputs.attnMask && visibleBlocksOf(problem, inputs.attnMask, sparsity);
   const pool = (x: Float32Array, first: number, tokens: number, rows: number, smooth: boolean): Pooled =>
     poolBlocks(x.subarray(first * headDim, (first + tokens) * headDim), headDim, rows, { smooth, similarities });
   for (const sequence of sequencesOf(problem)) {
@@ -43,7 +45,8 @@ export function buildBlockMap(
       const first = (batch * queryHeads + head) * queryTokens + queryStart;
       const queries = pool(q, first, queryLength, sparsity.rows, false);
       const own = keys[Math.floor((head * kvHeads) / queryHeads)] as Pooled;
-      chooseBlocks(problem, sequence, sparsity, queries, own, flags, (index * queryHeads + head) * nq * nk, nk, totals);
+      const facts = { q: queries, k: own, visible: visible?.(sequence, head) };
+      chooseBlocks(problem, sequence, sparsity, facts, flags, (index * queryHeads + head) * nq * nk, nk, totals);
     }
   }
   return { map: tensor(flags, shape) as Tensor<'bool'>, ...fractionsOf(totals) };

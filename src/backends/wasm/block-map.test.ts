@@ -1,12 +1,14 @@
 /** Blocks that the kernels choose, against the reference: layouts, dtypes, varlen, and calls that end early. */
 import { afterAll, expect, it } from 'vitest';
+import { blockMapChecks } from '../../../test/conformance/block-map.ts';
 import { Random, runSeed } from '../../../test/support/random.ts';
 import { place } from '../../../test/support/tensors.ts';
 import { sageattnSparse, sageattnVarlen } from '../../api/sageattn.ts';
 import { createVarlenProblem } from '../../attention/problem.ts';
 import { type Sparsity, settleSparsity } from '../../attention/sparsity.ts';
 import { buildBlockMap } from '../../reference/block-map.ts';
-import type { Tensor } from '../../tensor/tensor.ts';
+import { toFloat32 } from '../../tensor/access.ts';
+import { type Tensor, tensor } from '../../tensor/tensor.ts';
 import { getBackend, setBackend } from '../registry.ts';
 import { createWasmBackendOn } from './backend.ts';
 
@@ -46,6 +48,26 @@ it.each([
   expect(chosen.lostMass).toBeCloseTo(expected.lostMass, 2);
   const masked = await sageattnVarlen(q, k, v, starts, startsK, { ...others, blockMask: chosen.blockMask });
   expect(output).toEqual(masked);
+});
+
+for (const { name, run } of blockMapChecks(async () => backend, random.seed, 40))
+  it(`blocks ${name} (seed ${random.seed})`, run);
+
+it('leaves each row something that a mask of padding and documents lets it see', async () => {
+  const [q, k, v] = [64, 96, 96].map((tokens) =>
+    place(random.normals(tokens * 24, 2), [1, 1, tokens, 24], 'float32'),
+  ) as [Tensor, Tensor, Tensor];
+  // Rows of two documents in each block of rows, and padding behind the second.
+  const flags = Uint8Array.from({ length: 64 * 96 }, (_, i) => {
+    const key = i % 96;
+    return Number(Math.floor(i / 96) < 24 ? key < 40 : key >= 40 && key < 80);
+  });
+  const attnMask = tensor(flags, [64, 96], { dtype: 'bool' });
+  const options = { backend: 'wasm', attnMask, returnLse: true, sparsity: { topK: 0, rows: 64, keys: 16 } } as const;
+  const { lse, sparsity } = await sageattnSparse(q, k, v, options);
+  expect([...toFloat32(lse as Tensor)].every(Number.isFinite)).toBe(true);
+  expect([...(sparsity.blockMask.map as Tensor<'bool'>).data]).toEqual([0, 0, 1, 0, 1, 0]);
+  expect(sparsity.keptFraction).toBe(2 / 5);
 });
 
 it('reads its inputs at the call, and stops with its signal', async () => {

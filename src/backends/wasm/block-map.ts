@@ -2,7 +2,8 @@
 import { blockShapeOf, chooseBlocks, fractionsOf, noTotals, type Pooled } from '../../attention/block-choice.ts';
 import { type AttentionProblem, type Sequence, sequencesOf } from '../../attention/problem.ts';
 import type { SettledSparsity } from '../../attention/sparsity.ts';
-import { elementCount, type TensorView, tensor } from '../../tensor/tensor.ts';
+import { type VisibleBlocks, visibleBlocksOf } from '../../attention/visible-blocks.ts';
+import { elementCount, type Tensor, type TensorView, tensor, validateData } from '../../tensor/tensor.ts';
 import type { BlockMap, BlockMapInputs, RunContext } from '../backend.ts';
 import { extentOf } from './calls.ts';
 import { tileGeometry } from './geometry.ts';
@@ -113,16 +114,27 @@ function pooledOf(
   return { means, similarities: similarities ? alike : undefined };
 }
 
+/** What a mask leaves of all blocks, read at once. */
+function readVisibleBlocks(problem: AttentionProblem, attnMask: Tensor, sparsity: SettledSparsity): VisibleBlocks {
+  validateData('options.attnMask', attnMask);
+  const visible = visibleBlocksOf(problem, attnMask, sparsity);
+  for (const sequence of sequencesOf(problem)) {
+    for (let head = 0; head < problem.queryHeads; head++) visible(sequence, head);
+  }
+  return visible;
+}
+
 /** Chooses the blocks of every head of every sequence. Inputs are read or copied before this returns its promise. */
 export async function chooseBlockMap(
   runtime: Runtime,
   problem: AttentionProblem,
   sparsity: SettledSparsity,
-  { q, k }: BlockMapInputs,
+  { q, k, attnMask }: BlockMapInputs,
   context: RunContext,
 ): Promise<BlockMap> {
   const { queryHeads, kvHeads } = problem;
   const similarities = sparsity.similarity > -1;
+  const visible = attnMask && readVisibleBlocks(problem, attnMask as Tensor, sparsity);
   const pool = (operand: PooledOperand, view: TensorView) =>
     runtime.run(context, poolCall(runtime, problem, operand, similarities, view));
   const [queries, keys] = await Promise.all([
@@ -152,7 +164,8 @@ export async function chooseBlockMap(
       const own = queries[i * queryHeads + head] as Pooled;
       const shared = keys[i * kvHeads + Math.floor((head * kvHeads) / queryHeads)] as Pooled;
       const at = (sequence.index * queryHeads + head) * nq * nk;
-      chooseBlocks(problem, sequence, sparsity, own, shared, flags, at, nk, totals);
+      const facts = { q: own, k: shared, visible: visible?.(sequence, head) };
+      chooseBlocks(problem, sequence, sparsity, facts, flags, at, nk, totals);
     }
   }
   return {

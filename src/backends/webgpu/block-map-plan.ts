@@ -37,9 +37,9 @@ export class WebgpuBlockMapPlan implements BlockMapPlan {
   }
 
   /** CPU tensors are read before this returns, unless the plan must first be built for a new device. */
-  async run({ q, k }: BlockMapInputs, run: RunContext): Promise<BlockMap> {
+  async run({ q, k, attnMask }: BlockMapInputs, run: RunContext): Promise<BlockMap> {
     const planned = { location: this.#problem.location, outputs: blockMapOutputs(this.#problem) };
-    const made = await this.#program.run({ q, k }, planned, run);
+    const made = await this.#program.run({ q, k, mask: attnMask }, planned, run);
     const { device } = this.#program.built.context;
     const [map, lines] = [made.map as TensorView, made.lines as TensorView];
     const free = (...tensors: readonly TensorView[]) => {

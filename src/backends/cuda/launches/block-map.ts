@@ -20,10 +20,28 @@ import {
   type PoolConfig,
   poolBlocks,
 } from '../kernels/block-map/pool.ts';
+import {
+  VISIBLE_BLOCKS_INTEGERS,
+  VISIBLE_BLOCKS_POINTERS,
+  VISIBLE_BLOCKS_THREADS,
+  visibleBlocks,
+} from '../kernels/block-map/visible.ts';
 import { LOG2_E } from '../kernels/parts/constants.ts';
 import { BYTES } from '../kernels/parts/elements.ts';
 import { SEQUENCE_INTS } from '../kernels/parts/sequences.ts';
-import { bandArguments, f32, inOrder, launch, moduleOf, pointer, strideBytes, u32 } from './arguments.ts';
+import { MASK_STRIDES } from '../kernels/quantize/visible-keys.ts';
+import {
+  bandArguments,
+  f32,
+  inOrder,
+  launch,
+  maskArgumentsOf,
+  maskFormatOf,
+  moduleOf,
+  pointer,
+  strideBytes,
+  u32,
+} from './arguments.ts';
 import { type DeviceFacts, loadWidthOf } from './context.ts';
 import type { KernelLaunch, LaunchSequence } from './launch.ts';
 
@@ -90,6 +108,43 @@ function keyMeanLaunch(problem: AttentionProblem, { target }: DeviceFacts, keys:
   ]);
 }
 
+/** Heads that a mask has of its own. */
+const maskHeadsOf = ({ mask, queryHeads }: AttentionProblem) => (mask?.strides[1] === 0 ? 1 : queryHeads);
+
+/** What the mask leaves of each block; none without a mask. */
+function visibleLaunches(
+  problem: AttentionProblem,
+  { target }: DeviceFacts,
+  [queries, keys]: readonly [Pooled, Pooled],
+): KernelLaunch[] {
+  const mask = maskFormatOf(problem);
+  if (mask === 'none') return [];
+  const module = moduleOf('visibleBlocks', visibleBlocks, { target, mask, banded: isBanded(problem.band) });
+  const heads = maskHeadsOf(problem);
+  const { mask: maskPointer, strides } = maskArgumentsOf(problem);
+  const lines = problem.batch * heads * queries.blocks;
+  const { sharedBytes } = module.kernel();
+  return [
+    launch('visible blocks', module, 'visibleBlocks', lines, VISIBLE_BLOCKS_THREADS, sharedBytes, [
+      ...inOrder(VISIBLE_BLOCKS_POINTERS, {
+        sequences: pointer('sequences'),
+        mask: maskPointer,
+        seen: pointer('seen'),
+        visibleBlocks: pointer('visibleBlocks'),
+      }),
+      ...inOrder(VISIBLE_BLOCKS_INTEGERS, {
+        maskHeads: u32(heads),
+        rowBlocks: u32(queries.blocks),
+        keyBlocks: u32(keys.blocks),
+        blockRows: u32(queries.blockRows),
+        blockKeys: u32(keys.blockRows),
+      }),
+      ...inOrder(MASK_STRIDES, strides),
+      ...bandArguments(problem.band),
+    ]),
+  ];
+}
+
 function chooseLaunch(
   problem: AttentionProblem,
   sparsity: SettledSparsity,
@@ -105,6 +160,7 @@ function chooseLaunch(
     banded: isBanded(problem.band),
     by: topK === undefined ? 'mass' : 'count',
     similarities,
+    masked: problem.mask === undefined ? 'none' : maskHeadsOf(problem) === 1 ? 'of all heads' : 'of each head',
   };
   const blocks = Math.ceil(lines / CHOOSE_WARPS);
   return launch(
@@ -123,6 +179,7 @@ function chooseLaunch(
           querySimilarities: pointer('querySimilarities'),
           keySimilarities: pointer('keySimilarities'),
         }),
+        ...(problem.mask && { visibleBlocks: pointer('visibleBlocks') }),
         weights: pointer('weights'),
         map: pointer('map'),
         lines: pointer('lines'),
@@ -147,7 +204,7 @@ function chooseLaunch(
   );
 }
 
-/** Buffers `q` and `k` in, `map` and `lines` of `blockMapOutputs` out. */
+/** Buffers `q`, `k` and `mask` in, `map` and `lines` of `blockMapOutputs` out. */
 export function planBlockMap(
   problem: AttentionProblem,
   sparsity: SettledSparsity,
@@ -171,8 +228,10 @@ export function planBlockMap(
           poolLaunch(problem, device, keys, { means: false, similarities: 'less a mean' }),
         ]
       : []),
+    ...visibleLaunches(problem, device, [queries, keys]),
     chooseLaunch(problem, sparsity, device, lines, [queries, keys], similarities),
   ];
+  const maskLines = problem.mask === undefined ? 0 : batch * maskHeadsOf(problem) * rowBlocks;
   const table = new Int32Array(batch * SEQUENCE_INTS);
   for (const { index, queryStart, queryLength, keyStart, keyLength } of sequencesOf(problem)) {
     table.set([queryStart, queryLength, keyStart, keyLength], index * SEQUENCE_INTS);
@@ -186,6 +245,10 @@ export function planBlockMap(
         querySimilarities: queryLines * 4,
         keySimilarities: keyLines * 4,
         keyMean: batch * kvHeads * lineBytes,
+      }),
+      ...(problem.mask && {
+        seen: maskLines * sparsity.rows * keyBlocks,
+        visibleBlocks: maskLines * keyBlocks * 4,
       }),
     },
     constants: { sequences: new Uint8Array(table.buffer) },

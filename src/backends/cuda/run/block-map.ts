@@ -8,6 +8,7 @@ import type { BlockMap, BlockMapInputs, BlockMapPlan, RunContext } from '../../b
 import type { CudaDevice } from '../driver/device.ts';
 import type { LaunchSequence } from '../launches/launch.ts';
 import { downloadAsync, isCudaTensor } from '../tensor.ts';
+import { sideOperands } from './operands.ts';
 import { Runner } from './runner.ts';
 
 export class CudaBlockMapPlan implements BlockMapPlan {
@@ -27,11 +28,12 @@ export class CudaBlockMapPlan implements BlockMapPlan {
     return this.#disposed || this.#device.disposed;
   }
 
-  async run({ q, k }: BlockMapInputs, context: RunContext): Promise<BlockMap> {
+  async run({ q, k, attnMask }: BlockMapInputs, context: RunContext): Promise<BlockMap> {
     if (this.#disposed) throw new ExecutionError('disposed', 'this plan of blocks has been disposed');
     const operands = [
       { buffer: 'q', argument: 'q', view: q, offset: this.#problem.q.offset },
       { buffer: 'k', argument: 'k', view: k, offset: this.#problem.k.offset },
+      ...sideOperands(this.#problem, attnMask === undefined ? {} : { attnMask }),
     ];
     const made = await this.#runner.run(operands, context);
     const [map, lines] = [made.map as TensorView, made.lines as TensorView];

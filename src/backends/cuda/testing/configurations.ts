@@ -77,6 +77,8 @@ const RARE: readonly Features[] = [
   { name: 'decoding, grouped heads, sinks', decoding: 4096, heads: 8, sinks: 'float32' },
   { name: 'block mask', blockMask: true },
   { name: 'block mask, causal, LSE', blockMask: true, causal: true, lse: true },
+  { name: 'block mask, boolean mask', blockMask: true, mask: 'bool' },
+  { name: 'block mask, additive mask, causal', blockMask: true, mask: 'float16', causal: true },
 ];
 /** Nothing is smoothed, nor wider, where nothing is quantized. */
 const EXACT_RARE: readonly Features[] = [

@@ -6,9 +6,10 @@
  *
  * @see SpargeAttn, arXiv 2502.18137, section 3; `chooseBlocks` of src/attention/block-choice.ts says the same in TypeScript
  */
-import type { DType } from '../../../tensor/dtype.ts';
-import { OWN_TILE, padDim, params, SEQUENCE, SEQUENCE_WORDS, tables } from './layout.ts';
-import { type Access, decoder, NONFINITE, operandLoader, range } from './storage.ts';
+import type { DType, MaskDType } from '../../../tensor/dtype.ts';
+import { MASK_PARAMS, OWN_TILE, padDim, params, SEQUENCE, SEQUENCE_WORDS, tables } from './layout.ts';
+import { type Access, decoder, maskLoader, NONFINITE, operandLoader, range } from './storage.ts';
+import { HIDDEN_BELOW } from './visible-keys.ts';
 
 /** Vectors of a pooled line. */
 export const pooledVectors = (headDim: number): number => padDim(headDim) / 4 + 1;
@@ -161,11 +162,118 @@ fn main(@builtin(workgroup_id) group: vec3<u32>, @builtin(local_invocation_index
 }`;
 }
 
+export const VISIBLE_BLOCKS_PARAMS = [
+  'tileStart',
+  'headStart',
+  'sequencesAt',
+  'tilesAt',
+  ...MASK_PARAMS,
+  'maskHeads',
+  'rowBlocks',
+  'keyBlocks',
+  'blockRows',
+  'blockKeys',
+  'rowsPerHead',
+  'maximaStep',
+  'maximaBase',
+  'visibleBase',
+] as const;
+
+/**
+ * What a mask leaves of the blocks of a line: 0 where no row sees a key of it, 1 where some row does, 2 where it is computed in any case
+ * (`visibleBlocksOf` of src/attention/visible-blocks.ts says the same in TypeScript). One workgroup takes a block of rows, each thread
+ * blocks of keys of its own.
+ *
+ * Bindings: 1 tables, 4 the largest entries of an additive mask's rows, 5 the mask, 6 a word of each block.
+ */
+export function visibleBlocksKernel({ mask }: { readonly mask: MaskDType }): string {
+  const each = `var j = lid; j < P.keyBlocks; j += ${THREADS}u`;
+  const isHidden = (bits: string) =>
+    mask === 'bool'
+      ? `${bits} == 0u`
+      : `select(bitcast<f32>(${bits}) < least, ${bits} == 0xff800000u, (${bits} & 0x7f800000u) == 0x7f800000u)`;
+  return `
+${params(0, VISIBLE_BLOCKS_PARAMS)}
+${tables(1)}
+${mask === 'bool' ? '' : '@group(0) @binding(4) var<storage, read> maxima: array<f32>;'}
+${maskLoader(5, mask)}
+@group(0) @binding(6) var<storage, read_write> visible: array<u32>;
+// One more than the last block that each row sees.
+var<workgroup> last: array<atomic<u32>, ${THREADS}>;
+var<workgroup> seeing: atomic<u32>;
+var<workgroup> unlike: atomic<u32>;
+
+fn sees(start: u32, from_key: u32, end_key: u32, least: f32) -> bool {
+  for (var key = from_key; key < end_key; key++) {
+    let bits = mask_at(start + key * P.maskKeyStride);
+    if (!(${isHidden('bits')})) { return true; }
+  }
+  return false;
+}
+
+@compute @workgroup_size(${THREADS})
+fn main(@builtin(workgroup_id) group: vec3<u32>, @builtin(local_invocation_index) lid: u32) {
+${OWN_TILE}
+  let length = sequence_field(sequence, ${SEQUENCE.keyLength}u);
+  let lower = bitcast<i32>(sequence_field(sequence, ${SEQUENCE.lower}u));
+  let upper = bitcast<i32>(sequence_field(sequence, ${SEQUENCE.upper}u));
+  let mask_start = sequence_field(sequence, ${SEQUENCE.mask}u) - P.maskBase + head * P.maskHeadStride;
+  let line = ((sequence * P.maskHeads + head) * P.rowBlocks + first / P.blockRows) * P.keyBlocks - P.visibleBase;
+  for (${each}) { visible[line + j] = 0u; }
+  for (var start = 0u; start < count; start += ${THREADS}u) {
+    let rows = min(${THREADS}u, count - start);
+    atomicStore(&last[lid], 0u);
+    workgroupBarrier();
+    // Twice the rows that see a block, and 1 more where one of them sees nothing behind it.
+    for (${each}) {
+      var found = 0u;
+      for (var r = 0u; r < rows; r++) {
+        let row = first + start + r;
+        let from_key = max(max(0, i32(row) + lower), i32(j * P.blockKeys));
+        let end_key = min(min(i32(length), i32(row) + upper + 1), i32((j + 1u) * P.blockKeys));
+        if (from_key >= end_key) { continue; }
+        let least = ${
+          mask === 'bool'
+            ? '0.0'
+            : `max(maxima[head * P.rowsPerHead + sequence_field(sequence, ${SEQUENCE.queryRow}u) + row * P.maximaStep - P.maximaBase] - ${HIDDEN_BELOW}, -3.4028234e38f)`
+        };
+        if (sees(mask_start + row * P.maskQueryStride, u32(from_key), u32(end_key), least)) {
+          found += 2u;
+          atomicMax(&last[r], j + 1u);
+        }
+      }
+      visible[line + j] += found;
+    }
+    workgroupBarrier();
+    for (${each}) {
+      for (var r = 0u; r < rows; r++) {
+        if (atomicLoad(&last[r]) == j + 1u) { visible[line + j] |= 1u; }
+      }
+    }
+    if (lid < rows && atomicLoad(&last[lid]) != 0u) { atomicAdd(&seeing, 1u); }
+    workgroupBarrier();
+  }
+  let all = atomicLoad(&seeing);
+  for (${each}) {
+    let rows = visible[line + j] >> 1u;
+    if (rows != 0u && rows != all) { atomicStore(&unlike, 1u); }
+  }
+  workgroupBarrier();
+  let is_unlike = atomicLoad(&unlike) != 0u;
+  for (${each}) {
+    let found = visible[line + j];
+    visible[line + j] = select(min(found, 1u), 2u, is_unlike && (found & 1u) != 0u);
+  }
+}`;
+}
+
 export interface ChooseConfig {
   readonly headDim: number;
   /** A fraction of the blocks is kept (top-k), or a share of their weights (top-p). */
   readonly by: 'count' | 'mass';
   readonly similarities: boolean;
+  /** A mask hides blocks. */
+  readonly masked: boolean;
 }
 
 export const CHOOSE_PARAMS = [
@@ -185,6 +293,8 @@ export const CHOOSE_PARAMS = [
   'keyBase',
   'weightBase',
   'lineBase',
+  'maskHeads',
+  'visibleBase',
   'scoreScale',
   'wanted',
   'leastSimilarity',
@@ -197,9 +307,9 @@ const CHOOSE_THREADS = 64;
  * the line comes to (`BLOCK_LINE`). Nothing is sorted: the least weight that is kept is found bit by bit, as bits of floats that are
  * not negative are in the order of their values.
  *
- * Bindings: 1 tables, 2 pooled lines of Q, 3 of K, 4 a weight of each block, 5 lines.
+ * Bindings: 1 tables, 2 pooled lines of Q, 3 of K, 4 a weight of each block, 5 lines, 6 what a mask leaves of each block.
  */
-export function chooseKernel({ headDim, by, similarities }: ChooseConfig): string {
+export function chooseKernel({ headDim, by, similarities, masked }: ChooseConfig): string {
   const vectors = pooledVectors(headDim);
   const fact = vectors - 1;
   const each = `var j = from_block + lid; j < to_block; j += ${CHOOSE_THREADS}u`;
@@ -211,6 +321,7 @@ ${tables(1)}
 @group(0) @binding(3) var<storage, read> keys: array<vec4<f32>>;
 @group(0) @binding(4) var<storage, read_write> weights: array<f32>;
 @group(0) @binding(5) var<storage, read_write> lines: array<vec4<f32>>;
+${masked ? '@group(0) @binding(6) var<storage, read> visible: array<u32>;' : ''}
 var<workgroup> red: array<vec4<f32>, ${CHOOSE_THREADS}>;
 var<workgroup> flags: array<u32, ${CHOOSE_THREADS}>;
 
@@ -241,15 +352,17 @@ fn main(@builtin(workgroup_id) group: vec3<u32>, @builtin(local_invocation_index
   let query = ((head * P.sequences + sequence) * P.rowBlocks + block) * ${vectors}u - P.queryBase;
   let key = (head / P.headsPerKeyHead * P.sequences + sequence) * P.keyBlocks * ${vectors}u - P.keyBase;
   let at = line * P.keyBlocks - P.weightBase;
+  ${masked ? 'let facts = ((sequence * P.maskHeads + min(head, P.maskHeads - 1u)) * P.rowBlocks + block) * P.keyBlocks - P.visibleBase;' : ''}
 
-  // Blocks that some row sees, and from which on some row does not see all keys before.
+  // Blocks that some row sees, and those that hold the last key that a row sees, of each: where the rows see different blocks.
   let first_key = max(0, first_row + lower);
   let end_key = min(i32(length), last_row + 1 + upper);
   let some = count > 0u && first_key < end_key;
   let from_block = select(0u, u32(max(first_key, 0)) / P.blockKeys, some);
   let to_block = select(0u, u32(max(end_key - 1, 0)) / P.blockKeys + 1u, some);
   let edge_key = first_row + upper;
-  let edge = select(u32(max(edge_key, 0)) / P.blockKeys, to_block, edge_key >= i32(length));
+  let is_cut = some && u32(max(0, last_row + lower)) / P.blockKeys > from_block;
+  let edge = select(u32(max(edge_key, 0)) / P.blockKeys, to_block - select(0u, 1u, is_cut), edge_key >= i32(length));
 
   for (var j = lid; j < P.keyBlocks; j += ${CHOOSE_THREADS}u) { weights[at + j] = 0.0; }
   var largest = -3.0e38f;
@@ -261,7 +374,7 @@ fn main(@builtin(workgroup_id) group: vec3<u32>, @builtin(local_invocation_index
     let tokens = min(P.blockKeys, length - j * P.blockKeys);
     let score = clamp((dots.x + dots.y + dots.z + dots.w) * P.scoreScale + log2(f32(tokens)), -3.0e38f, 3.0e38f);
     weights[at + j] = score;
-    if (keys[own + ${fact}u].y == 0.0) { largest = max(largest, score); }
+    if (keys[own + ${fact}u].y == 0.0${masked ? ' && visible[facts + j] != 0u' : ''}) { largest = max(largest, score); }
   }
   red[lid] = vec4<f32>(largest);
   workgroupBarrier();
@@ -271,15 +384,26 @@ fn main(@builtin(workgroup_id) group: vec3<u32>, @builtin(local_invocation_index
   }
   largest = red[0].x;
 
-  // -1 marks a block that is computed in any case.
+  // -1 marks a block that is computed in any case, -2 one that is hidden.
   var own_sums = vec4<f32>();
   for (${each}) {
+    ${
+      masked
+        ? `let visibility = visible[facts + j];
+    if (visibility == 0u) {
+      weights[at + j] = -2.0;
+      continue;
+    }`
+        : ''
+    }
+    own_sums.w += 1.0;
     let key_fact = keys[key + j * ${vectors}u + ${fact}u];
     let is_bad = query_fact.y != 0.0 || key_fact.y != 0.0;
     var weight = select(exp2(max(weights[at + j] - largest, -200.0)), 0.0, is_bad);
     own_sums.z += weight;
     var forced = is_bad || j < P.sinkBlocks || j >= edge;
     ${similarities ? 'forced = forced || query_fact.x < P.leastSimilarity || key_fact.x < P.leastSimilarity;' : ''}
+    ${masked ? 'forced = forced || visibility == 2u;' : ''}
     if (forced) {
       own_sums.x += 1.0;
       own_sums.y += weight;
@@ -291,7 +415,7 @@ fn main(@builtin(workgroup_id) group: vec3<u32>, @builtin(local_invocation_index
   let base = forced.${by === 'count' ? 'x' : 'y'};
   ${
     by === 'count'
-      ? 'let goal = max(1.0, ceil(P.wanted * f32(to_block - from_block)));'
+      ? 'let goal = max(1.0, ceil(P.wanted * forced.w));'
       : `// At least one block of each row.
   let goal = max(P.wanted * forced.z, select(0.0, 1.0e-37f, forced.x == 0.0));`
   }
@@ -338,7 +462,7 @@ fn main(@builtin(workgroup_id) group: vec3<u32>, @builtin(local_invocation_index
   let all = forced + sums(lid, kept);
   if (lid == 0u) {
     let lost = select(max(0.0, 1.0 - all.y / max(all.z, 1.0e-37f)), 0.0, all.z == 0.0);
-    lines[line - P.lineBase] = vec4<f32>(f32(to_block - from_block), all.x, f32(count), lost * f32(count));
+    lines[line - P.lineBase] = vec4<f32>(forced.w, all.x, f32(count), lost * f32(count));
   }
 }`;
 }

@@ -12,7 +12,7 @@ export const VISIBLE_KEYS = 64;
 export const MAXIMA_ROWS = 16;
 
 /** An entry this far below the largest of its row hides its key: its probability is 0 in every format. */
-const HIDDEN_BELOW = '1000.0';
+export const HIDDEN_BELOW = '1000.0';
 
 const THREADS = 256;
 

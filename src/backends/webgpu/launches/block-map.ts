@@ -2,6 +2,7 @@
 import { blockShapeOf } from '../../../attention/block-choice.ts';
 import { type AttentionProblem, sequencesOf } from '../../../attention/problem.ts';
 import type { SettledSparsity } from '../../../attention/sparsity.ts';
+import { BYTES_PER_ELEMENT } from '../../../tensor/dtype.ts';
 import type { Capabilities } from '../capabilities.ts';
 import {
   CHOOSE_PARAMS,
@@ -14,8 +15,11 @@ import {
   packKernel,
   pooledVectors,
   poolKernel,
+  VISIBLE_BLOCKS_PARAMS,
+  visibleBlocksKernel,
 } from '../kernels/block-map.ts';
 import { encodeParams } from '../kernels/layout.ts';
+import { MAXIMA_ROWS } from '../kernels/visible-keys.ts';
 import type { BufferName, Launch, Unit } from './launch.ts';
 import {
   accessOf,
@@ -27,11 +31,13 @@ import {
   recordsOf,
   rowSpan,
   type SequenceRecord,
+  type Stages,
   Tables,
   type Tile,
   tablesBinding,
   tilesOf,
 } from './stages.ts';
+import { maskSizes, maximaLaunches } from './visible-keys.ts';
 
 export interface BlockMapLaunches {
   readonly launches: readonly Launch[];
@@ -42,13 +48,8 @@ export interface BlockMapLaunches {
 }
 
 /** What the dispatches share. */
-interface Choosing {
-  readonly problem: AttentionProblem;
+interface Choosing extends Omit<Stages, 'keyValue'> {
   readonly sparsity: SettledSparsity;
-  readonly capabilities: Capabilities;
-  readonly tables: Tables;
-  readonly records: readonly SequenceRecord[];
-  readonly sequencesAt: number;
   readonly similarities: boolean;
   readonly rowBlocks: number;
   readonly keyBlocks: number;
@@ -131,11 +132,75 @@ function meanLaunches(choosing: Choosing, keys: Pooled): Launch[] {
   );
 }
 
+/** Heads that a mask has of its own. */
+const maskHeadsOf = ({ mask, queryHeads }: AttentionProblem) => (mask?.strides[1] === 0 ? 1 : queryHeads);
+
+/** Span of what a mask leaves of the blocks: lines of some heads, from the first of some tiles to the last. */
+const visibleSpan = ({ problem, rowBlocks, keyBlocks, sparsity }: Choosing, tiles: readonly Tile[], unit: Unit) => {
+  const maskHeads = maskHeadsOf(problem);
+  const [first, end] = maskHeads === 1 ? [0, 1] : unit.heads;
+  const [low, high] = extent(tiles, unit.tiles, ({ sequence, first: row }) => {
+    const line = (head: number) => (sequence * maskHeads + head) * rowBlocks + row / sparsity.rows;
+    return [line(first), line(end - 1) + 1];
+  });
+  return { slot: 6, buffer: 'visibleBlocks' as const, start: low * keyBlocks * 4, end: high * keyBlocks * 4 };
+};
+
+/** What the mask leaves of each block; none without a mask. */
+function visibleLaunches(choosing: Choosing, { tiles, blockRows }: Pooled, keys: Pooled): Launch[] {
+  const { problem, records, tables, sequencesAt, rowsPerQueryHead, rowBlocks, keyBlocks } = choosing;
+  const { mask } = problem;
+  if (mask === undefined) return [];
+  const additive = mask.dtype !== 'bool';
+  const { rows } = maskSizes(problem, mask);
+  const maximaTiles = tilesOf(
+    records.map(({ queryLength }) => Math.min(rows, queryLength)),
+    MAXIMA_ROWS,
+  );
+  const maxima = additive ? maximaLaunches(choosing, mask, maximaTiles, tables.tiles(maximaTiles)) : [];
+  const tilesAt = tables.tiles(tiles);
+  const maskHeads = maskHeadsOf(problem);
+  const [, headStride, queryStride, keyStride] = mask.strides;
+  const bytes = BYTES_PER_ELEMENT[mask.dtype];
+  const spansOf = (unit: Unit) => {
+    const [low, high] = extent(tiles, unit.tiles, ({ sequence, first, count }) => {
+      const { mask: start, keyLength } = records[sequence] as SequenceRecord;
+      const row = start + first * queryStride;
+      return [row, row + (count - 1) * queryStride + Math.max(0, keyLength - 1) * keyStride + 1];
+    });
+    const [h0, h1] = unit.heads;
+    const maskSpan = { start: (low + h0 * headStride) * bytes, end: (high + (h1 - 1) * headStride) * bytes };
+    return [
+      tablesBinding(choosing),
+      ...(additive ? [rowSpan(4, 'maskMaxima', 4, rowsPerQueryHead, unit.heads, [0, rowsPerQueryHead])] : []),
+      { slot: 5, buffer: 'mask' as const, ...maskSpan },
+      visibleSpan(choosing, tiles, unit),
+    ];
+  };
+  const code = visibleBlocksKernel({ mask: mask.dtype });
+  const found = launchesOf(choosing, 'visible blocks', code, allOf(tiles, maskHeads), spansOf, (unit, base) =>
+    encodeParams(VISIBLE_BLOCKS_PARAMS, {
+      ...{ tileStart: unit.tiles[0], headStart: unit.heads[0], sequencesAt, tilesAt },
+      ...{ maskHeadStride: headStride, maskQueryStride: queryStride, maskKeyStride: keyStride },
+      ...{ maskHeads, rowBlocks, keyBlocks, blockRows, blockKeys: keys.blockRows },
+      rowsPerHead: rowsPerQueryHead,
+      // Where all rows have the same maximum only the first has one.
+      maximaStep: rows > 1 ? 1 : 0,
+      maskBase: base('mask') / bytes,
+      maximaBase: base('maskMaxima') / 4,
+      visibleBase: base('visibleBlocks') / 4,
+    }),
+  );
+  return [...maxima, ...found];
+}
+
 function chooseLaunches(choosing: Choosing, queries: Pooled, keys: Pooled): Launch[] {
   const { problem, sparsity, tables, sequencesAt, similarities, rowBlocks, keyBlocks } = choosing;
   const { queryHeads, kvHeads, batch } = problem;
   const { topK, mass, similarity, sinkBlocks, rows, keys: blockKeys } = sparsity;
-  const code = chooseKernel({ headDim: problem.headDim, by: topK === undefined ? 'mass' : 'count', similarities });
+  const masked = problem.mask !== undefined;
+  const by = topK === undefined ? 'mass' : 'count';
+  const code = chooseKernel({ headDim: problem.headDim, by, similarities, masked });
   // Lines beyond the end of a short sequence are written too: zeros.
   const tiles = choosing.records.flatMap(({ queryLength }, sequence) =>
     Array.from({ length: rowBlocks }, (_, i) => ({
@@ -157,6 +222,7 @@ function chooseLaunches(choosing: Choosing, queries: Pooled, keys: Pooled): Laun
       pooledSpan(choosing, 3, keys, keyHeads(unit.heads, groupSize)),
       { slot: 4, buffer: 'blockWeights' as const, start: low * keyBlocks * 4, end: high * keyBlocks * 4 },
       { slot: 5, buffer: 'lines' as const, start: low * 16, end: high * 16 },
+      ...(masked ? [visibleSpan(choosing, tiles, unit)] : []),
     ];
   };
   return launchesOf(choosing, 'choose blocks', code, allOf(tiles, queryHeads), spansOf, (unit, base) =>
@@ -168,6 +234,8 @@ function chooseLaunches(choosing: Choosing, queries: Pooled, keys: Pooled): Laun
       keyBase: base('pooledKeys') / 16,
       weightBase: base('blockWeights') / 4,
       lineBase: base('lines') / 16,
+      maskHeads: maskHeadsOf(problem),
+      visibleBase: base('visibleBlocks') / 4,
       scoreScale: problem.smScale * Math.LOG2E,
       wanted: topK ?? mass,
       leastSimilarity: similarity,
@@ -194,21 +262,21 @@ function packLaunches(choosing: Choosing, elements: number): Launch[] {
   });
 }
 
-/** Buffers `q` and `k` in, `map` and `lines` of `blockMapOutputs` out. */
+/** Buffers `q`, `k` and `mask` in, `map` and `lines` of `blockMapOutputs` out. */
 export function planBlockMapLaunches(
   capabilities: Capabilities,
   problem: AttentionProblem,
   sparsity: SettledSparsity,
 ): BlockMapLaunches {
-  const { batch, queryHeads, kvHeads } = problem;
+  const { batch, queryHeads, kvHeads, mask } = problem;
   const [, , rowBlocks, keyBlocks] = blockShapeOf(problem, sparsity);
   const tables = new Tables();
-  const { records } = recordsOf(
+  const { records, rowsPerQueryHead } = recordsOf(
     problem,
     sequencesOf(problem).map(() => 0),
   );
   const choosing: Choosing = {
-    ...{ problem, sparsity, capabilities, tables, records, rowBlocks, keyBlocks },
+    ...{ problem, sparsity, capabilities, tables, records, rowsPerQueryHead, rowBlocks, keyBlocks },
     sequencesAt: tables.sequences(records),
     similarities: sparsity.similarity > -1,
   };
@@ -227,6 +295,7 @@ export function planBlockMapLaunches(
     ...poolLaunches(choosing, queries, false),
     ...poolLaunches(choosing, keys, false),
     ...(choosing.similarities ? [...meanLaunches(choosing, keys), ...poolLaunches(choosing, keys, true)] : []),
+    ...visibleLaunches(choosing, queries, keys),
     ...chooseLaunches(choosing, queries, keys),
     ...packLaunches(choosing, lines * keyBlocks),
   ];
@@ -237,6 +306,8 @@ export function planBlockMapLaunches(
       pooledKeys: batch * kvHeads * keyBlocks * lineBytes,
       blockWeights: lines * keyBlocks * 4,
       ...(choosing.similarities && { keyMean: batch * kvHeads * lineBytes }),
+      ...(mask && { visibleBlocks: batch * maskHeadsOf(problem) * rowBlocks * keyBlocks * 4 }),
+      ...(mask && mask.dtype !== 'bool' && { maskMaxima: maskHeadsOf(problem) * rowsPerQueryHead * 4 }),
     },
     tables: tables.bytes,
   };

@@ -27,6 +27,7 @@ export type BufferName =
   | 'rawValues'
   | 'visible'
   | 'maskMaxima'
+  | 'visibleBlocks'
   | 'records'
   | 'pooledQueries'
   | 'pooledKeys'

@@ -25,7 +25,7 @@ import {
 } from './stages.ts';
 
 /** Heads and rows that a mask has of its own: one where it broadcasts. */
-function maskSizes(problem: AttentionProblem, { dtype, strides: [, head, query] }: MaskLayout) {
+export function maskSizes(problem: AttentionProblem, { dtype, strides: [, head, query] }: MaskLayout) {
   const { queryHeads, kvHeads, queryLength } = problem;
   const perHead = head !== 0;
   // The largest entry that a row sees is another one in every row where there is a band.
@@ -80,7 +80,13 @@ export function visibleKeysLaunches(stages: Stages): Launch[] {
 
 type Tiles = ReturnType<typeof tilesOf>;
 
-function maximaLaunches(stages: Stages, mask: MaskLayout, tiles: Tiles, tilesAt: number): Launch[] {
+/** The largest entries of an additive mask's rows, `tiles` of {@link MAXIMA_ROWS}. */
+export function maximaLaunches(
+  stages: Omit<Stages, 'keyValue'>,
+  mask: MaskLayout,
+  tiles: Tiles,
+  tilesAt: number,
+): Launch[] {
   const { problem, records, rowsPerQueryHead } = stages;
   const [, headStride, queryStride, keyStride] = mask.strides;
   const bytes = BYTES_PER_ELEMENT[mask.dtype];

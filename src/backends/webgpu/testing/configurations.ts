@@ -13,7 +13,7 @@ import { gradientKernel } from '../kernels/backward/gradients.ts';
 import { narrowKernel } from '../kernels/backward/narrow.ts';
 import { gradientKeysKernel, gradientRowsKernel } from '../kernels/backward/prepare.ts';
 import { softmaxAgainKernel } from '../kernels/backward/softmax.ts';
-import { chooseKernel, meanKernel, packKernel, poolKernel } from '../kernels/block-map.ts';
+import { chooseKernel, meanKernel, packKernel, poolKernel, visibleBlocksKernel } from '../kernels/block-map.ts';
 import { padDim } from '../kernels/layout.ts';
 import { nativeMatrices } from '../kernels/matrix-operations.ts';
 import { matrixTiling } from '../kernels/matrix-tiling.ts';
@@ -383,9 +383,13 @@ function blockMapKernels(): WebgpuConfiguration[] {
   for (const by of ['count', 'mass'] as const) {
     for (const similarities of [true, false]) {
       add(`choose blocks by ${by}${similarities ? ', similarities' : ''}`, () =>
-        chooseKernel({ headDim: 136, by, similarities }),
+        chooseKernel({ headDim: 136, by, similarities, masked: false }),
       );
     }
+    add(`choose blocks by ${by}, mask`, () => chooseKernel({ headDim: 136, by, similarities: false, masked: true }));
+  }
+  for (const mask of ['bool', 'float16', 'bfloat16', 'float32'] as const) {
+    add(`visible blocks, ${mask} mask`, () => visibleBlocksKernel({ mask }));
   }
   add('pack map', packKernel);
   return found;

@@ -109,7 +109,8 @@ export async function gpuEngine(OrtTensorClass: OrtTensorConstructor, device: GP
         if (descriptor === undefined) {
           throw new UnsupportedOptionError(kernel, 'options.kernel', 'a backend that has it, not webgpu', kernel);
         }
-        const chosen = settled && (await chooseBlocks(problem, settled, { q, k }));
+        const chosen =
+          settled && (await chooseBlocks(problem, settled, mask === undefined ? { q, k } : { q, k, attnMask: mask }));
         const blockMap = chosen && { blockMap: chosen.map as GpuTensor };
         const inputs = { q, k, v, ...blockMap, ...(mask === undefined ? {} : { attnMask: mask }) };
         const shape = outputShapeOf(problem);

@@ -13,6 +13,7 @@ import { bandParameters } from '../parts/band.ts';
 import { at } from '../parts/lists.ts';
 import { loadSequence } from '../parts/sequences.ts';
 import { sumOverWarp, sumsOfWarp } from '../parts/warp.ts';
+import type { HiddenKeys } from '../quantize/visible-keys.ts';
 import { meanFloats } from './pool.ts';
 
 export interface ChooseConfig {
@@ -23,6 +24,8 @@ export interface ChooseConfig {
   readonly by: 'count' | 'mass';
   /** Blocks of rows or keys that are not alike enough are computed whole. */
   readonly similarities: boolean;
+  /** Whether a mask hides blocks, and whether each head has its own. */
+  readonly masked: HiddenKeys;
 }
 
 export const CHOOSE_POINTERS = [
@@ -31,6 +34,7 @@ export const CHOOSE_POINTERS = [
   'keyMeans',
   'querySimilarities',
   'keySimilarities',
+  'visibleBlocks',
   'weights',
   'map',
   'lines',
@@ -54,6 +58,8 @@ export const CHOOSE_WARPS = 4;
 const AT_ONCE = 4;
 /** The highest bit of weights, which are at most 1. */
 const HIGHEST_BIT = 2 ** 29;
+/** Marks blocks that are computed in any case, and those that a mask hides. */
+const [FORCED, HIDDEN] = [-1, -2];
 /** A weight that every sum with a block of weight 1 reaches, and nothing does not. */
 const ANY_WEIGHT = 1e-37;
 
@@ -70,10 +76,12 @@ interface Frame {
   readonly keyLength: Reg<'u32'>;
   /** A float for each block of keys. */
   readonly weights: Reg<'global'>;
+  /** What `visibleBlocks` left of the line; undefined without a mask. */
+  readonly visible: Reg<'global'> | undefined;
   /** Blocks that some row of the line sees, `to` exclusive. */
   readonly from: Reg<'u32'>;
   readonly to: Reg<'u32'>;
-  /** From this block on some row does not see all keys before it. */
+  /** Blocks from this one on hold the last key that a row sees, of each of the rows: where they see different blocks. */
   readonly edge: Reg<'u32'>;
 }
 
@@ -107,6 +115,8 @@ export function chooseBlocks(config: ChooseConfig): Kernel {
   const firstKey = b.constant('s32', 0);
   const endKey = b.mov(length);
   const edgeKey = b.mov(length);
+  // Of the last row.
+  const lastFirstKey = b.constant('s32', 0);
   if (banded) {
     const align = b.as(b.loadParameter(band.alignBottomRight), 's32');
     const shift = b.mul(b.sub(length, b.as(queryLength, 's32')), align);
@@ -115,6 +125,7 @@ export function chooseBlocks(config: ChooseConfig): Kernel {
     b.max(b.add(b.as(firstRow, 's32'), lower), 0, firstKey);
     b.min(length, b.add(b.as(endRow, 's32'), upper), endKey);
     b.add(b.as(firstRow, 's32'), upper, edgeKey);
+    b.max(b.add(b.as(b.sub(endRow, 1), 's32'), lower), 0, lastFirstKey);
   }
   const [from, to] = [b.constant('u32', 0), b.constant('u32', 0)];
   const some = b.andPred(b.setp('lt', firstKey, endKey), b.setp('lt', firstRow, endRow));
@@ -123,11 +134,22 @@ export function chooseBlocks(config: ChooseConfig): Kernel {
     b.add(b.div(b.as(b.sub(endKey, 1), 'u32'), blockKeys), 1, to);
   });
   const edge = b.div(b.as(b.max(edgeKey, 0), 'u32'), blockKeys);
-  b.when(b.setp('ge', edgeKey, length), () => b.mov(to, edge));
+  const seesEnd = b.setp('ge', edgeKey, length);
+  b.when(seesEnd, () => b.mov(to, edge));
+  if (banded) {
+    const isCut = b.setp('gt', b.div(b.as(lastFirstKey, 'u32'), blockKeys), from);
+    b.when(b.andPred(seesEnd, isCut), () => b.sub(to, 1, edge));
+  }
   const weights = offset(b, b.loadPointer(pointer.weights), line, b.shl(keyBlocks, 2));
+  let visible: Reg<'global'> | undefined;
+  if (config.masked !== 'none') {
+    const ofAllHeads = () => b.mad(sequence, b.loadParameter(integer.rowBlocks), rowBlock);
+    const maskLine = config.masked === 'of each head' ? line : ofAllHeads();
+    visible = offset(b, b.loadPointer(pointer.visibleBlocks), maskLine, b.shl(keyBlocks, 2));
+  }
 
   const frame: Frame = {
-    ...{ b, config, pointer, integer, float, lane, line, keyHead, keyLength, weights, from, to, edge },
+    ...{ b, config, pointer, integer, float, lane, line, keyHead, keyLength, weights, visible, from, to, edge },
   };
   const largest = weighScores(frame);
   const forced = weighBlocks(frame, largest);
@@ -137,9 +159,8 @@ export function chooseBlocks(config: ChooseConfig): Kernel {
   const lost = b.max(b.fma(b.divF32(kept.mass, forced.sum), -1, 1), 0);
   b.when(b.setp('eq', forced.sum, 0), () => b.set(lost, 0));
   const rows = b.cvt('f32', b.sub(endRow, firstRow));
-  const visible = b.cvt('f32', b.sub(to, from));
   const own = offset(b, b.loadPointer(pointer.lines), line, 16);
-  b.when(b.setp('eq', lane, 0), () => b.stVector([visible, kept.count, rows, b.mul(lost, rows)], own));
+  b.when(b.setp('eq', lane, 0), () => b.stVector([forced.candidates, kept.count, rows, b.mul(lost, rows)], own));
   return b.build();
 }
 
@@ -161,6 +182,11 @@ function each(
       b.add(block, 32, block);
     },
   );
+}
+
+/** Whether a mask leaves a block; undefined without one. */
+function isCandidate({ b, visible }: Pick<Frame, 'b' | 'visible'>, block: Reg<'u32'>): Reg<'pred'> | undefined {
+  return visible && b.setp('ne', b.ld('u32', offset(b, visible, block, 4)), 0);
 }
 
 const isNumber = (b: KernelBuilder, value: Reg<'f32'>) => b.setp('lt', b.abs(value), Number.POSITIVE_INFINITY);
@@ -208,7 +234,9 @@ function weighScores(frame: Frame): Reg<'f32'> {
         const blockKeys = b.loadParameter(integer.blockKeys);
         const count = b.min(blockKeys, b.sub(keyLength, b.mul(block, blockKeys)));
         b.add(score, b.lg2(b.cvt('f32', count)), score);
-        b.max(largest, score, largest);
+        const counts = isCandidate(frame, block);
+        if (counts === undefined) b.max(largest, score, largest);
+        else b.when(counts, () => b.max(largest, score, largest));
         b.st(score, offset(b, weights, block, 4));
       });
       b.add(base, 32, base);
@@ -218,16 +246,17 @@ function weighScores(frame: Frame): Reg<'f32'> {
   return largest;
 }
 
-/** What is computed in any case, and the sum of all weights. */
+/** What is computed in any case, the blocks among which is chosen, and the sum of their weights. */
 interface Forced {
+  readonly candidates: Reg<'f32'>;
   readonly count: Reg<'f32'>;
   readonly mass: Reg<'f32'>;
   readonly sum: Reg<'f32'>;
 }
 
-/** Makes weights of scores; -1 marks a block that is computed in any case. */
+/** Makes weights of scores, and marks blocks that are forced or hidden. */
 function weighBlocks({ b, config, pointer, integer, float, lane, ...frame }: Frame, largest: Reg<'f32'>): Forced {
-  const { line, keyHead, weights, from, to, edge } = frame;
+  const { line, keyHead, weights, visible, from, to, edge } = frame;
   b.section('weights');
   const [count, mass, sum] = [b.constant('f32', 0), b.constant('f32', 0), b.constant('f32', 0)];
   const sinkBlocks = b.loadParameter(integer.sinkBlocks);
@@ -240,11 +269,17 @@ function weighBlocks({ b, config, pointer, integer, float, lane, ...frame }: Fra
     b.orPred(unlike, isUnlike(b.ld('f32', offset(b, similarities(pointer.querySimilarities), line, 4))), unlike);
   }
   const keyBlocks = b.loadParameter(integer.keyBlocks);
+  const candidates = visible === undefined ? b.cvt('f32', b.sub(to, from)) : b.constant('f32', 0);
   each(b, lane, from, to, (block) => {
     const address = offset(b, weights, block, 4);
+    const fact = visible && b.ld('u32', offset(b, visible, block, 4));
     const score = b.ld('f32', address);
     const weight = b.ex2(b.sub(score, largest));
     b.when(b.notPred(isNumber(b, weight)), () => b.set(weight, 0));
+    if (fact !== undefined) {
+      b.when(b.setp('eq', fact, 0), () => b.set(weight, 0));
+      b.when(b.setp('ne', fact, 0), () => b.add(candidates, 1, candidates));
+    }
     b.add(sum, weight, sum);
     const isForced = b.orPred(b.setp('lt', block, sinkBlocks), b.setp('ge', block, edge));
     // A score that is not a number says nothing.
@@ -254,21 +289,27 @@ function weighBlocks({ b, config, pointer, integer, float, lane, ...frame }: Fra
       const ofKeys = offset(b, similarities(pointer.keySimilarities), b.mad(keyHead, keyBlocks, block), 4);
       b.orPred(isForced, isUnlike(b.ld('f32', ofKeys)), isForced);
     }
+    if (fact !== undefined) {
+      b.orPred(isForced, b.setp('eq', fact, 2), isForced);
+      b.andPred(isForced, b.setp('ne', fact, 0), isForced);
+    }
     b.when(isForced, () => {
       b.add(count, 1, count);
       b.add(mass, weight, mass);
-      b.set(weight, -1);
+      b.set(weight, FORCED);
     });
+    if (fact !== undefined) b.when(b.setp('eq', fact, 0), () => b.set(weight, HIDDEN));
     b.st(weight, address);
   });
   for (const register of [count, mass, sum]) sumOverWarp(b, register);
-  return { count, mass, sum };
+  if (visible !== undefined) sumOverWarp(b, candidates);
+  return { candidates, count, mass, sum };
 }
 
 /** Keeps the fewest blocks, the largest first, that reach what is wanted; of equal ones the first. */
 function keepLargest(
   { b, config, float, lane, weights, from, to }: Frame,
-  { count: forcedCount, mass: forcedMass, sum }: Forced,
+  { candidates, count: forcedCount, mass: forcedMass, sum }: Forced,
   map: Reg<'global'>,
 ): { readonly count: Reg<'f32'>; readonly mass: Reg<'f32'> } {
   const byCount = config.by === 'count';
@@ -277,7 +318,7 @@ function keepLargest(
   const base = byCount ? forcedCount : forcedMass;
   let target: Reg<'f32'>;
   if (byCount) {
-    const exact = b.mul(wanted, b.cvt('f32', b.sub(to, from)));
+    const exact = b.mul(wanted, candidates);
     target = b.cvt('f32', b.cvt('s32', exact));
     b.when(b.setp('lt', target, exact), () => b.add(target, 1, target));
     b.max(target, 1, target);
@@ -336,7 +377,7 @@ function keepLargest(
         b.add(count, 1, count);
         b.add(mass, weight, mass);
       });
-      b.orPred(isKept, b.andPred(inside, b.setp('lt', bits, 0)), isKept);
+      b.orPred(isKept, b.andPred(inside, b.setp('eq', weight, FORCED)), isKept);
       const flagAt = b.add(map, wide(b, block));
       b.when(isKept, () => b.stByte(computed, flagAt));
       b.add(equals, total, equals);

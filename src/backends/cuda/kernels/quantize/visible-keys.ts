@@ -16,9 +16,9 @@ import { FLOAT32_MAX } from '../parts/constants.ts';
 import { loadSequence, SEQUENCE_INTS } from '../parts/sequences.ts';
 
 /** An additive entry this far below the largest of its row hides its key: no score makes up for it. */
-const HIDDEN_BELOW = 1000;
+export const HIDDEN_BELOW = 1000;
 /** Below every finite entry; -Infinity hides whatever the rest of its row is. */
-const LOWEST_ENTRY = -FLOAT32_MAX;
+export const LOWEST_ENTRY = -FLOAT32_MAX;
 /** Rows that a warp has under way at once. */
 const ROWS_AT_ONCE = 8;
 
@@ -65,7 +65,7 @@ export const MASK_STRIDES = ['maskBatch', 'maskHead', 'maskQuery', 'maskKey'] as
 export const ROW_LIMITS_THREADS = 128;
 
 /** Reads an entry as f32 (of a boolean mask 0 or 1); `otherwise` where it is not `inside`. */
-function loadEntry(
+export function loadEntry(
   b: KernelBuilder,
   mask: 'boolean' | DType,
   address: Reg<'global'>,
