@@ -56,9 +56,17 @@ describe(`FP4 attention (seed ${seed})`, () => {
 
   it('normal, 1024 x 128: at most 0.175 on average; FP8 PV about two thirds of it', () => {
     const random = new Random(seed);
-    const draws = Array.from({ length: 4 }, () => normal(1024, 128, 1, random));
+    // Rows of Q are alike, so that a quarter of them says what all would.
+    const draws = Array.from({ length: 4 }, () => {
+      const { q, k, v } = normal(1024, 128, 1, random);
+      const rows = tensor((q.data as Float32Array).slice(0, 256 * 128), [1, 1, 256, 128]);
+      return { q: rows, k, v, exact: exactAttention(rows, k, v).output };
+    });
     const average = (algorithm: QuantizedAlgorithm) =>
-      draws.reduce((sum, inputs) => sum + errorOf(inputs, algorithm), 0) / draws.length;
+      draws.reduce(
+        (sum, { q, k, v, exact }) => sum + compare(quantizedAttention(q, k, v, { algorithm }).output, exact).relativeL1,
+        0,
+      ) / draws.length;
     // Over 18 seeds 0.169 with a standard deviation of 0.0035, and 0.120 with 0.0025: one draw in twenty is above 0.175.
     expect(average(FP4_PV_FP4_ALGORITHM)).toBeLessThanOrEqual(0.175);
     expect(average(FP4_PV_FP8_ALGORITHM)).toBeLessThanOrEqual(0.125);

@@ -19,9 +19,12 @@ const VARIANTS: readonly [WasmBackendOptions, Shares][] = [
   // `npm test` runs these tests in two versions of Node, of which the older has SIMD128 alone.
   [
     { threads: 1, simd: 'simd128' },
-    { byHand: 0.3, otherwise: relaxed ? 0.3 : 1 },
+    { byHand: 0.15, otherwise: relaxed ? 0.2 : 1 },
   ],
-  [{ threads: 3, simd: relaxed ? 'relaxed' : 'simd128' }, { byHand: 0.3 }],
+  [
+    { threads: 3, simd: relaxed ? 'relaxed' : 'simd128' },
+    { byHand: 0.15, otherwise: relaxed ? 1 : 0.5 },
+  ],
 ];
 
 describe('the SIMD chosen here', () => {

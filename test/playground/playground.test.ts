@@ -544,7 +544,7 @@ describe('playground', { timeout: TIMEOUT }, () => {
       await page.click('#check-start');
       await waitForText(page, '#check-note', /^[3-9] of \d+ checks/);
       await loseDevice(page);
-      await waitForText(page, '#check-note', /^(All \d+ checks passed|\d+ of \d+ checks failed)\.$/);
+      await waitForText(page, '#check-note', /^(1[5-9]|[2-9]\d) of \d+ checks(?! failed)/);
       expect(await page.locator('#checks .fail').allTextContents()).toEqual([]);
       expect(await page.locator('#alert').textContent()).toContain('was lost');
     });
@@ -648,12 +648,13 @@ describe('playground', { timeout: TIMEOUT }, () => {
     ['a desk', { width: 1280, height: 800 }],
   ] as const;
   for (const [name, viewport] of windows) {
-    for (const colorScheme of ['light', 'dark'] as const) {
-      it(`fits ${name} in ${colorScheme}, is accessible, and nothing moves while it fills and measures`, async () => {
-        await withPage({ colorScheme, viewport }, async (page) => {
-          await figureOf(page, 'Error of the output, by kernel and granularity').locator('svg').waitFor();
-          await startBench(page, ['WASM qk-int8-pv-int8', 'WASM exact f32'], '512');
-          await waitForText(page, '#bench-note', /^4 measurements/);
+    it(`fits ${name} in light and dark, is accessible, and nothing moves while it fills and measures`, async () => {
+      await withPage({ colorScheme: 'light', viewport }, async (page) => {
+        await figureOf(page, 'Error of the output, by kernel and granularity').locator('svg').waitFor();
+        await startBench(page, ['WASM qk-int8-pv-int8', 'WASM exact f32'], '512');
+        await waitForText(page, '#bench-note', /^4 measurements/);
+        for (const colorScheme of ['light', 'dark'] as const) {
+          await page.emulateMedia({ colorScheme });
           await expectAccessible(page);
           const { overflow, shift } = await page.evaluate(
             () =>
@@ -672,9 +673,9 @@ describe('playground', { timeout: TIMEOUT }, () => {
           expect(overflow).toBe(0);
           // Below 0.1 counts as good; the table below the chart does grow, line by line.
           expect(shift).toBeLessThan(0.02);
-        });
+        }
       });
-    }
+    });
   }
 
   it('can be used with the keyboard alone', async () => {
