@@ -2,8 +2,14 @@
 
 import { createProblem } from '../../src/attention/problem.ts';
 import type { Cuda, CudaBackend } from '../../src/backends/cuda/index.ts';
-import { createDeviceGroup, type ShardedOptions, sageattnSharded } from '../../src/distributed/index.ts';
+import {
+  createDeviceGroup,
+  type ShardedOptions,
+  sageattnSharded,
+  sageattnShardedBackward,
+} from '../../src/distributed/index.ts';
 import { sageattn } from '../../src/index.ts';
+import { backwardExact } from '../../src/reference/backward.ts';
 import { attentionExact } from '../../src/reference/exact.ts';
 import { compare } from '../../src/reference/metrics.ts';
 import { fromFloat32, toFloat32 } from '../../src/tensor/access.ts';
@@ -20,6 +26,8 @@ export function distributedChecks(backend: CudaBackend, cuda: Cuda, seed: number
   const make = (heads: number, dim: number) =>
     fromFloat32(random.normals(heads * TOKENS * dim), [1, heads, TOKENS, dim], 'bfloat16');
   const [q, k, v] = [make(8, 128), make(4, 128), make(4, 128)];
+  // Keys and values of several ranks are quantized; alone, at this length, the default kernel may be exact.
+  const kernelOf = async () => (await backend.defaultKernel(createProblem(q, k, v, {}), { quantized: true })).name;
   const sharded = async (devices: readonly number[], options: ShardedOptions) => {
     const group = await createDeviceGroup({ devices, backend });
     const parts = await Promise.all([q, k, v].map((x) => group.shard(x, { order: 'zigzag' })));
@@ -41,12 +49,46 @@ export function distributedChecks(backend: CudaBackend, cuda: Cuda, seed: number
       { name: 'rows of two devices', devices: [0, other, other, 0], options: { ulysses: 2 } },
     ]),
   ];
-  return ways.flatMap(({ name, devices, options }) =>
+  const kernel = 'qk-int8-pv-fp16-cuda' as const;
+  /** Relative L1 of the gradients of causal attention, the worst of the three, by ranks on these devices. */
+  const gradients = async (devices: readonly number[], options: ShardedOptions): Promise<number> => {
+    const dOutput = fromFloat32(new Random(seed + 1).normals(8 * TOKENS * 128), [1, 8, TOKENS, 128], 'bfloat16');
+    const group = await createDeviceGroup({ devices, backend });
+    const parts = await Promise.all([q, k, v, dOutput].map((x) => group.shard(x, { order: 'zigzag' })));
+    const [sq, sk, sv, sd] = parts as [never, never, never, never];
+    const own = { ...options, kernel, isCausal: true } as const;
+    const { output, lse } = await sageattnSharded(sq, sk, sv, { ...own, returnLse: true });
+    const made = await sageattnShardedBackward({ q: sq, k: sk, v: sv, output, lse, dOutput: sd }, own);
+    const exact = backwardExact(createProblem(q, k, v, { isCausal: true }), { q, k, v, dOutput });
+    let worst = 0;
+    for (const gradient of ['dq', 'dk', 'dv'] as const) {
+      const whole = toFloat32(await group.gather(made[gradient]));
+      worst = Math.max(worst, compare(whole, exact[gradient]).relativeL1);
+      made[gradient].dispose();
+    }
+    for (const each of [...parts, output, lse]) each.dispose();
+    group.dispose();
+    return worst;
+  };
+  const gradientChecks = ways.map(
+    ({ name, devices, options }): Check => ({
+      name: `gradients of ${name}`,
+      async run() {
+        const [alone, together] = [await gradients([0], {}), await gradients(devices, options)];
+        // As in the tests on a CPU: each rank rounds its sums once.
+        if (!(together <= Math.max(0.02, 1.6 * alone))) throw new Error(`relative L1 ${together}, one device ${alone}`);
+        return `relative L1 ${together.toFixed(4)}, one device ${alone.toFixed(4)}`;
+      },
+    }),
+  );
+  const checks = ways.flatMap(({ name, devices, options }) =>
     [false, true].map((isCausal) => ({
       name: `${name}${isCausal ? ', causal' : ''}`,
       async run() {
         const exact = attentionExact(createProblem(q, k, v, { isCausal }), { q, k, v }).output;
-        const one = toFloat32(await sageattn(q, k, v, { isCausal, backend: 'cuda', returnLse: false }));
+        const one = toFloat32(
+          await sageattn(q, k, v, { isCausal, backend: 'cuda', kernel: await kernelOf(), returnLse: false }),
+        );
         const actual = await sharded(devices, { ...options, isCausal });
         const [alone, together] = [one, actual].map((values) => compare(values, exact).relativeL1) as [number, number];
         if (!(together <= MERGE_SLACK * alone)) throw new Error(`relative L1 ${together}, one device ${alone}`);
@@ -62,4 +104,5 @@ export function distributedChecks(backend: CudaBackend, cuda: Cuda, seed: number
       },
     })),
   );
+  return [...checks, ...gradientChecks];
 }
