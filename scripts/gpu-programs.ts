@@ -44,6 +44,7 @@ await build({
     'bench-webgpu-launches': 'bench/webgpu/launches.ts',
     'bench-webgpu-tune': 'bench/webgpu/tune.ts',
     'bench-webgpu-exact': 'bench/webgpu/exact.ts',
+    'bench-webgpu-sparse': 'bench/webgpu/sparse.ts',
     'bench-webgpu-backward': 'bench/webgpu/backward.ts',
     'bench-onnxruntime': 'bench/onnxruntime/whole-model.ts',
     'test-wasm': 'test/wasm/main.ts',

@@ -18,6 +18,7 @@ import { thisMachine } from '../../src/measure/machine.ts';
 import { Random } from '../../src/measure/random.ts';
 import { median } from '../../src/measure/statistics.ts';
 import { tensor } from '../../src/tensor/tensor.ts';
+import { blockMapOf } from '../block-maps.ts';
 
 const { values: flags } = parseArgs({
   options: {
@@ -42,21 +43,6 @@ const draw = () => tensor(random.normals(HEADS * tokens * headDim), shape);
 const [q, k, v] = [draw(), draw(), draw()];
 const [nq, nk] = [Math.ceil(tokens / ROWS), Math.ceil(tokens / KEYS)];
 
-/** Exactly `share` of each line: at random places, or nearest the diagonal. */
-function mapOf(share: number, banded: boolean) {
-  const map = new Uint8Array(HEADS * nq * nk);
-  for (let line = 0; line < HEADS * nq; line++) {
-    const diagonal = ((line % nq) + 0.5) * (nk / nq);
-    const order = Array.from({ length: nk }, (_, j) => ({
-      j,
-      at: banded ? Math.abs(j + 0.5 - diagonal) : random.uniform(),
-    }));
-    order.sort((a, b) => a.at - b.at);
-    for (const { j } of order.slice(0, Math.round(nk * share))) map[line * nk + j] = 1;
-  }
-  return tensor(map, [1, HEADS, nq, nk]);
-}
-
 interface Contender {
   readonly name: string;
   readonly share: number;
@@ -73,7 +59,8 @@ for (const name of flags.kernels.split(',')) {
   const choice = chooseOptions(kernel, sparse, {});
   const [densePlan, sparsePlan] = [await backend.plan(dense, choice), await backend.plan(sparse, choice)];
   const masked = (share: number, kind: 'random' | 'banded'): Contender => {
-    const blockMap = mapOf(share, kind === 'banded');
+    const size = { heads: HEADS, rowBlocks: nq, keyBlocks: nk };
+    const blockMap = blockMapOf(size, share, kind === 'banded' ? 'bands' : random);
     return { name: `${kind}, ${share} kept`, share, run: () => sparsePlan.run({ q, k, v, blockMap }, {}) };
   };
   const choosing = async (topK: number): Promise<Contender> => {

@@ -18,6 +18,7 @@ import type { Granularity, PvAccumDtype } from '../../src/quantization/schemes.t
 import { attentionExact } from '../../src/reference/exact.ts';
 import { compare } from '../../src/reference/metrics.ts';
 import { toFloat32 } from '../../src/tensor/access.ts';
+import { blockMapChecks } from '../conformance/block-map.ts';
 import { conformanceTests, type Target } from '../conformance/suite.ts';
 import { GOLDEN_NAMES, readGolden } from '../golden/golden.ts';
 import { runSeed } from '../support/random.ts';
@@ -152,6 +153,18 @@ function groupsOf(backend: CudaBackend, cuda: Cuda, targets: readonly Target[], 
     { name: 'driver', checks: () => driverChecks(backend, cuda, device, seed), alone: true },
     { name: 'golden', checks: () => goldenChecks(device.computeCapability), alone: false },
     { name: 'backward', checks: () => backwardChecks(seed), alone: false },
+    {
+      name: 'blocks that are chosen',
+      checks: () =>
+        blockMapChecks(async () => backend, seed, 100).map(({ name, run: body }) => ({
+          name,
+          run: async () => {
+            await body();
+            return undefined;
+          },
+        })),
+      alone: false,
+    },
     { name: 'distributed', checks: () => distributedChecks(backend, cuda, seed), alone: false },
     ...targets.map((target) => ({
       name: target.name,

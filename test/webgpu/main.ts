@@ -2,9 +2,9 @@
  * The conformance suite on the GPU of this machine, in plain Node: every family that the device offers, whole, and
  * every variant of its tables on a few tests.
  *
- *     npx tsx scripts/gpu-programs.ts && node .gpu/programs/test-webgpu.mjs [FAMILY | int8 | fp4 | gradients ...] [--shards 16]
+ *     npx tsx scripts/gpu-programs.ts && node .gpu/programs/test-webgpu.mjs [FAMILY | int8 | fp4 | gradients | blocks ...] [--shards 16]
  *
- * `int8`, `fp4` alone: that kernel on the families that have it. `gradients` alone: the backward pass, whole, and its tiles on a few tests.
+ * `int8`, `fp4` alone: that kernel on the families that have it. `blocks` alone: the choice of blocks. `gradients` alone: the backward pass, whole, and its tiles on a few tests.
  * A driver takes seconds to compile a kernel: with shards as many processes share the tests.
  */
 import { type ChildProcess, spawn } from 'node:child_process';
@@ -22,6 +22,7 @@ import {
 } from '../../src/backends/webgpu/index.ts';
 import { backwardTests } from '../conformance/backward-suite.ts';
 import { WEBGPU_BACKWARD_TARGET } from '../conformance/backward-webgpu-target.ts';
+import { blockMapChecks } from '../conformance/block-map.ts';
 import { type ConformanceTest, conformanceTests } from '../conformance/suite.ts';
 import { WEBGPU_FP4_TARGET, WEBGPU_INT8_TARGET, WEBGPU_TARGET } from '../conformance/webgpu-target.ts';
 import { runSeed } from '../support/random.ts';
@@ -38,7 +39,7 @@ const VARIANT_TESTS = [
 ];
 
 /** Not families. */
-const PARTS = ['int8', 'fp4', 'gradients'];
+const PARTS = ['int8', 'fp4', 'gradients', 'blocks'];
 const { values: flags, positionals } = parseArgs({
   allowPositionals: true,
   options: {
@@ -157,6 +158,12 @@ const { offered, missing } = familiesOf(capabilities);
 for (const text of missing) console.log(`not offered: ${text}`);
 await probe.dispose();
 
+if (isAsked('blocks')) {
+  const backend = createWebgpuBackend();
+  const checks = blockMapChecks(async () => backend, seed, 6);
+  await run({}, 'blocks that are chosen', undefined, WEBGPU_TARGET, () => checks);
+  await backend.dispose();
+}
 const families = onlyParts
   ? []
   : FAMILIES.filter((name) => offered.includes(name) && (asked.length === 0 || asked.includes(name)));

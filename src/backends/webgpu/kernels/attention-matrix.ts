@@ -16,7 +16,7 @@
  * consecutive threads is asked by value before the family is chosen (families/matrix-dialect.ts).
  */
 
-import { hasHidden, MAP_AT } from './blocks.ts';
+import { hasHidden, MAP_AT, nextTile } from './blocks.ts';
 import { KEY_TILE, params, rowVectors, SEQUENCE, tables, VALUE_GROUP } from './layout.ts';
 import { factsUnit, heldQueries, keyCopies, keyTileUnits, valueCopies } from './matrix-copies.ts';
 import { grid, type MatrixMemory, unitsOf, workgroupUnits } from './matrix-operations.ts';
@@ -269,6 +269,30 @@ export function matrixAttentionKernel(config: MatrixKernelConfig): string {
     softmaxStatements(config, tiling, r, { scores: SCORES, probabilities: PROBABILITIES }),
   ).join('\n    ');
 
+  // The steps of the loop over keys: `ahead` is the tile that is loaded, one before it is needed. With a block mask only tiles of
+  // which a part is computed are steps.
+  const nextFrom = (from: string) =>
+    `next_tile(map_at, vec2<u32>(first_row, first_row + count - 1u), ${from}, key_end, length)`;
+  const steps = config.blocks
+    ? {
+        first: 'first_start',
+        declare: `let first_start = ${nextFrom('key_begin')};`,
+        second: `var coming = ${nextFrom(`first_start + ${keys}`)};
+    ahead = min(u32(coming), last);`,
+        third: `let after = ${nextFrom(`coming + ${keys}`)};
+      ahead = min(u32(after), last);`,
+        increment: '',
+        advance: 'start = coming; coming = after;',
+      }
+    : {
+        first: 'key_begin',
+        declare: '',
+        second: `ahead = min(ahead + ${keys}u, last);`,
+        third: `ahead = min(ahead + ${keys}u, last);`,
+        increment: `start += ${keys}`,
+        advance: '',
+      };
+
   const main = `
 @compute @workgroup_size(${threads})
 fn main(@builtin(workgroup_id) group: vec3<u32>, @builtin(local_invocation_index) t: u32) {
@@ -296,11 +320,12 @@ ${KEY_RANGE(keys)}${config.blocks ? `\n  ${MAP_AT}` : ''}
   row_factor[row_${r}] = 1.0;`,
   ).join('\n  ')}
   ${outputs.flatMap((own) => own.map((name) => operations.declareResult(pv, name))).join(' ')}
-  if (key_begin < key_end) {
+  ${steps.declare}
+  if (${steps.first} < key_end) {
     let last = u32((key_end - 1) / ${keys} * ${keys});
     ${held}
     ${keyCopy.declare} ${valueCopy.declare}
-    var ahead = u32(key_begin);
+    var ahead = u32(${steps.first});
     ${keyCopy.load('ahead')}
     ${keyCopy.store}
     // Facts of the step's first key; the tile's first key has the scale that all may share, and the flags of all.
@@ -308,12 +333,12 @@ ${KEY_RANGE(keys)}${config.blocks ? `\n  ${MAP_AT}` : ''}
     var key_scale = bitcast<f32>(key_tiles[${factsAt('ahead')}].x);
     var key_flags = key_tiles[${factsAt('ahead')}].z;
     ${valueCopy.load('ahead')}
-    ahead = min(ahead + ${keys}u, last);
+    ${steps.second}
     ${keyCopy.load('ahead')}
     workgroupBarrier();
     ${scored}
     var parity = 0u;
-    for (var start = key_begin; start < key_end; start += ${keys}) {
+    for (var start = ${steps.first}; start < key_end; ${steps.increment}) {
       workgroupBarrier();
       if (t == 0u) { atomicStore(&moved[1u - parity], 0u); }
       let edge = start + ${keys} > length || start < lower + ${rows - 1} || start + ${keys - 1} > upper;
@@ -325,7 +350,7 @@ ${KEY_RANGE(keys)}${config.blocks ? `\n  ${MAP_AT}` : ''}
       key_scale = bitcast<f32>(key_tiles[${factsAt('ahead')}].x);
       key_flags = key_tiles[${factsAt('ahead')}].z;
       ${valueCopy.load('ahead')}
-      ahead = min(ahead + ${keys}u, last);
+      ${steps.third}
       ${keyCopy.load('ahead')}
       if (workgroupUniformLoad(&moved[parity]) != 0u) {
       ${rescale(config, tiling, outputs)}
@@ -333,6 +358,7 @@ ${KEY_RANGE(keys)}${config.blocks ? `\n  ${MAP_AT}` : ''}
       }
       ${keysFirst ? `${scored}\n    ${weighted}` : `${weighted}\n    ${scored}`}
       parity = 1u - parity;
+      ${steps.advance}
     }
   }
   workgroupBarrier();
@@ -362,5 +388,6 @@ var<workgroup> row_factor: array<f32, ${rows}>;
 var<workgroup> moved: array<atomic<u32>, 4>;
 ${operations.declarations(threads)}
 ${functions}
+${config.blocks ? nextTile(keys) : ''}
 ${main}`;
 }

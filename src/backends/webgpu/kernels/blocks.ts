@@ -41,6 +41,16 @@ const blocksAt = (start: string, keys: number): string =>
 /** A part of the tile of keys is hidden. */
 export const hasHidden = (start: string, keys: number): string => `(${blocksAt(start, keys)} & ${HAS_HIDDEN}u) != 0u`;
 
+/** `next_tile(map_at, rows, from, end, length)`: where the first tile of keys from `from` on begins of which a block is computed; `end`: none. */
+export const nextTile = (keys: number): string => `
+fn next_tile(map_at: u32, rows: vec2<u32>, from_key: i32, end_key: i32, length: i32) -> i32 {
+  for (var start = from_key; start < end_key; start += ${keys}) {
+    let last = u32(min(start + ${keys}, length)) - 1u;
+    if ((blocks_of(map_at, rows, vec2<u32>(u32(start), last)) & ${HAS_COMPUTED}u) != 0u) { return start; }
+  }
+  return end_key;
+}`;
+
 /** At the start of the loop's body: leaves a hidden tile out, and says of others whether they are `cut`. */
 export const leaveOutHidden = (keys: number): string => `
     let blocks = ${blocksAt('start', keys)};
