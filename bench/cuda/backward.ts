@@ -1,7 +1,7 @@
 /**
  * Times the backward pass against PyTorch's on the same card in the same run, with its accuracy beside it.
  *
- *     npx tsx scripts/gpu-programs.ts && node .gpu/programs/bench-cuda-backward.mjs OUTPUT_FOLDER [--only TEXT] [--no-torch] [--accuracy-only] [--variants]
+ *     npx tsx scripts/gpu-programs.ts && node .gpu/programs/bench-cuda-backward.mjs OUTPUT_FOLDER [--only TEXT] [--no-torch] [--accuracy-only] [--variants] [--torch-only]
  *
  * Writes `backward.json` there. TFLOP/s count 10 B H Lq Lk D, half when causal: five products. Times include all launches of
  * `attentionBackward`: quantization and copies too. Accuracy is the relative L2 of dQ, dK and dV against float64: on the golden inputs, and of
@@ -46,6 +46,7 @@ const { values: flags, positionals } = parseArgs({
     'no-torch': { type: 'boolean', default: false },
     'accuracy-only': { type: 'boolean', default: false },
     variants: { type: 'boolean', default: false },
+    'torch-only': { type: 'boolean', default: false },
   },
 });
 
@@ -63,16 +64,40 @@ const SHAPES: readonly Shape[] = [
   shapeOf(64, 4096, 4, false),
 ];
 
-/** Other ways to divide the work, each over both shapes of D = 128 and D = 64 at 16,384 tokens. */
-const VARIANTS: readonly { readonly name: string; readonly tuning: GradientTuning }[] = [
-  { name: 'mma.sync', tuning: { queries: { family: 'mma-sync' }, keys: { family: 'mma-sync' } } },
-  { name: 'serial', tuning: { queries: { schedule: 'serial' }, keys: { schedule: 'serial' } } },
-  { name: 'ahead', tuning: { queries: { schedule: 'ahead' }, keys: { schedule: 'ahead' } } },
-  { name: 'scores ahead', tuning: { queries: { schedule: 'scores-ahead' }, keys: { schedule: 'scores-ahead' } } },
-  { name: 'two stages', tuning: { queries: { stages: 2 }, keys: { stages: 2 } } },
-  { name: 'three consumers', tuning: { queries: { consumers: 3, stages: 2, schedule: 'serial' } } },
-  { name: 'three consumers, ahead', tuning: { queries: { consumers: 3, stages: 2, schedule: 'ahead' } } },
-];
+interface Tuned {
+  readonly name: string;
+  readonly tuning: GradientTuning;
+}
+
+type Tile = NonNullable<GradientTuning['keys']>;
+
+/** One way for kernels that own queries and one for those that own keys, which have nothing to do with each other. */
+const tuned = (queries: Tile, keys: Tile): Tuned => {
+  const text = (tile: Tile) =>
+    Object.entries(tile).flatMap(([key, value]) => (value === true ? key : `${key} ${value}`));
+  return { name: `dQ: ${text(queries).join(', ')}; dK and dV: ${text(keys).join(', ')}`, tuning: { queries, keys } };
+};
+
+/** Other ways to divide the work, by head dim; at 16,384 tokens with `--variants`. */
+const VARIANTS: Readonly<Record<number, readonly Tuned[]>> = {
+  128: [
+    tuned({ held: 'none', schedule: 'ahead', turns: false }, { schedule: 'serial', turns: false }),
+    tuned({ held: 'both', schedule: 'ahead', turns: false }, { schedule: 'scores-ahead', turns: false }),
+    tuned({ held: 'both', schedule: 'ahead', turns: true }, { schedule: 'serial', turns: true }),
+    tuned({ held: 'both', schedule: 'scores-ahead', turns: false }, { schedule: 'scores-ahead', turns: true }),
+    tuned({ held: 'both', schedule: 'ahead', turns: false, stages: 4 }, { schedule: 'scores-ahead', stages: 4 }),
+    tuned({ consumers: 3, stages: 2, schedule: 'scores-ahead', held: 'none' }, { schedule: 'serial', stages: 2 }),
+    tuned({ held: 'both', schedule: 'serial', turns: false }, { schedule: 'serial', stages: 4 }),
+  ],
+  64: [
+    tuned({ held: 'none', schedule: 'ahead', turns: false }, { held: 'none', schedule: 'ahead', turns: false }),
+    tuned({ held: 'both', schedule: 'ahead', turns: false }, { held: 'both', schedule: 'ahead', turns: false }),
+    tuned({ held: 'both', schedule: 'ahead', turns: true }, { held: 'both', schedule: 'ahead', turns: true }),
+    tuned({ held: 'both', schedule: 'scores-ahead' }, { held: 'both', schedule: 'scores-ahead', turns: true }),
+    tuned({ consumers: 3, held: 'codes', schedule: 'ahead' }, { held: 'both', schedule: 'scores-ahead', turns: false }),
+    tuned({ consumers: 3, held: 'none', schedule: 'scores-ahead' }, { held: 'both', schedule: 'ahead', stages: 6 }),
+  ],
+};
 
 const operations = ({ batch, heads, tokens, headDim, isCausal }: Shape) =>
   (10 * batch * heads * tokens ** 2 * headDim) / (isCausal ? 2 : 1);
@@ -153,11 +178,11 @@ interface Result extends Shape {
   readonly variants: readonly Variant[];
 }
 
-/** Another way to divide the work: its gradient kernels by themselves. */
+/** Another way to divide the work: its gradient kernels by themselves, and how far its first head is from that of the table's way. */
 interface Variant {
   readonly name: string;
   readonly launches: readonly KernelTime[];
-  readonly errors: Errors | undefined;
+  readonly difference: Errors;
 }
 
 function python(program: string, args: readonly string[], input = ''): string | undefined {
@@ -168,6 +193,7 @@ function python(program: string, args: readonly string[], input = ''): string | 
   return status === 0 ? stdout : undefined;
 }
 
+const NAMES = ['dq', 'dk', 'dv'] as const;
 const KERNELS: BackwardSupport['kernels'] = ['qk-int8-pv-fp16-cuda'];
 
 const choiceOf = (kernel: BackwardSupport['kernels'][number], problem: AttentionProblem): KernelChoice =>
@@ -209,7 +235,7 @@ function measure(
   kernel: BackwardSupport['kernels'][number],
   shape: Shape,
   random: Random,
-  variants: typeof VARIANTS,
+  variants: readonly Tuned[],
 ): Result {
   const { batch, heads, tokens, headDim } = shape;
   const size = [batch, heads, tokens, headDim];
@@ -234,14 +260,20 @@ function measure(
     const milliseconds = timeOnDevice(device, () => bench.run());
     const forwardMilliseconds = timeOnDevice(device, () => forwardBench.run());
     const rate = tflops(shape, milliseconds);
+    const firstHead = () => NAMES.map((name) => floatsOf(tensors[name] as CudaTensor));
+    const own = variants.length > 0 ? firstHead() : [];
     const variantTimes = variants.map(({ name, tuning }) => {
       const other = new Workbench(device, planBackward(backward, choice, factsOf(device), tuning), addresses);
       other.run();
       device.stream.synchronize();
-      const variantErrors = flags['no-torch'] ? undefined : headErrors(tensors, shape);
-      const launches = other.kernels.filter(({ name: launch }) => launch.startsWith('gradients'));
+      const [dq, dk, dv] = firstHead().map((values, i) => relativeL2(values, own[i] as Float32Array));
+      const launches = other.timesOf((launch) => launch.startsWith('gradients'));
       other.dispose();
-      return { name, launches, errors: variantErrors };
+      const variant = { name, launches, difference: { dq, dk, dv } as Errors };
+      console.log(
+        `  [${nameOf(shape)}, ${name}] ${launches.map(timeText).join('; ')}; off by ${three(variant.difference)}`,
+      );
+      return variant;
     });
     const times = { milliseconds, tflops: rate, forwardMilliseconds, launches: bench.kernels };
     return { ...shape, kernel, ...times, errors, variants: variantTimes };
@@ -252,7 +284,13 @@ function measure(
   }
 }
 
-function relativeL2(actual: Float32Array, expected: Float64Array): number {
+const timeText = ({ name, milliseconds, registers, localBytes }: KernelTime) =>
+  `${name}: ${milliseconds.toFixed(3)} ms, ${registers} registers, ${localBytes} local bytes`;
+
+const floatsOf = (tensor: CudaTensor): Float32Array =>
+  toFloat32(download(slice(slice(tensor, 0, 0, 1), 1, 0, 1) as CudaTensor));
+
+function relativeL2(actual: Float32Array, expected: Float32Array | Float64Array): number {
   let [error, size] = [0, 0];
   expected.forEach((x, i) => {
     error += ((actual[i] as number) - x) ** 2;
@@ -302,25 +340,22 @@ async function main(): Promise<void> {
   const device = await new CudaBackend().device({ location: 'cpu', device: 0 });
   const seed = runSeed();
   const shapes = SHAPES.filter((shape) => nameOf(shape).includes(flags.only));
-  const golden = KERNELS.flatMap((kernel) => goldenErrors(device, kernel, seed));
+  const golden = (flags['torch-only'] || flags.variants ? [] : KERNELS).flatMap((kernel) =>
+    goldenErrors(device, kernel, seed),
+  );
   for (const row of golden) console.log(`${row.name}, ${row.kernel}: dQ / dK / dV ${three(row)}`);
   const results: Result[] = [];
-  for (const shape of flags['accuracy-only'] ? [] : shapes) {
+  for (const shape of flags['accuracy-only'] || flags['torch-only'] ? [] : shapes) {
     for (const kernel of KERNELS) {
-      const variants = flags.variants && shape.tokens === 16384 && !shape.isCausal ? VARIANTS : [];
+      const asked = flags.variants && shape.tokens === 16384 ? (VARIANTS[shape.headDim] ?? []) : [];
+      const variants = asked.slice(0, shape.isCausal ? 4 : undefined);
       const result = measure(device, kernel, shape, new Random(seed), variants);
       results.push(result);
       const errors = result.errors === undefined ? '' : `, dQ / dK / dV ${three(result.errors)}`;
       console.log(
         `${nameOf(shape)}, ${kernel}: ${result.milliseconds.toFixed(3)} ms, ${result.tflops.toFixed(0)} TFLOP/s${errors}; forward ${result.forwardMilliseconds.toFixed(3)} ms`,
       );
-      const print = ({ name, milliseconds, registers, localBytes }: KernelTime) =>
-        console.log(`    ${name}: ${milliseconds.toFixed(3)} ms, ${registers} registers, ${localBytes} local bytes`);
-      result.launches.forEach(print);
-      for (const { name, launches, errors: variantErrors } of result.variants) {
-        console.log(`  [${name}] ${variantErrors === undefined ? '' : three(variantErrors)}`);
-        launches.forEach(print);
-      }
+      for (const launch of result.launches) console.log(`    ${timeText(launch)}`);
     }
   }
   const save = (torch: unknown) =>

@@ -105,14 +105,15 @@ export class Workbench {
   }
 
   get kernels(): readonly KernelTime[] {
-    return this.sequence.launches.map(({ name }, i) => {
-      const { registers = 0, localBytes = 0 } = this.#prepared[i]?.kernels[0] ?? {};
-      return {
-        name,
-        registers,
-        localBytes,
-        milliseconds: timeOnDevice(this.#device, () => this.run((n) => n === name)),
-      };
+    return this.timesOf(() => true);
+  }
+
+  /** Times of the launches whose names `which` takes. */
+  timesOf(which: (name: string) => boolean): KernelTime[] {
+    const names = this.sequence.launches.map(({ name }) => name).filter(which);
+    return names.map((name) => {
+      const milliseconds = timeOnDevice(this.#device, () => this.run((n) => n === name));
+      return { name, ...this.resourcesOf(name), milliseconds };
     });
   }
 

@@ -291,9 +291,6 @@ const GRADIENT_FEATURES: readonly Features[] = [
   { name: 'float32', dtype: 'float32' },
 ];
 
-/** ptxas ends a product earlier than `wgmmaGradients` says, before its accumulators are read: a debt of speed. */
-const EARLY_WAIT = /C7517.*warpgroup\.wait is injected/;
-
 /** `D128`, or `D192/128` where V's differs. */
 const sizesOf = ([d, dv]: Dims): string => (d === dv ? `D${d}` : `D${d}/${dv}`);
 
@@ -322,7 +319,6 @@ export function gradientConfigurations(thorough: boolean): Configuration[] {
         kernel: module.kernel,
         main: isMain,
         spillLimit: isMain ? 0 : 128,
-        mayDraw: EARLY_WAIT,
       });
     }
   }

@@ -5,8 +5,9 @@
  *
  * - `rowScale`: the scale of its codes, |smScale| and log2(e) included.
  * - `rowShift`: what smoothing K took from its scores, less its logsumexp, in base 2. -Infinity where it saw no key, which makes P 0;
- *   NaN where the row of Q, dO, the output or the logsumexp is not finite, which makes P NaN.
- * - `rowDelta`: -D, where D is the sum of dO * output over the channels: what the sums of dP start from.
+ *   NaN where the row of Q, dO or the logsumexp is not finite, which makes P NaN.
+ * - `rowDelta`: -D, where D is the sum of dO * output over the channels: what the sums of dP start from. NaN where the output alone is not
+ *   finite, since dV does not depend on V; 0 where P is NaN by dO.
  */
 import type { DType } from '../../../../tensor/dtype.ts';
 import { KernelBuilder } from '../../ptx/builder.ts';
@@ -214,8 +215,14 @@ export function prepareRows(config: PrepareRowsConfig): Kernel {
     const dO = loadEight(b, dtype, loadWidth, gradientAt, channel, valueDim, inside);
     const o = loadEight(b, dtype, loadWidth, outputAt, channel, valueDim, inside);
     let delta = b.constant('f32', 0);
+    // Not a number where an element of dO is none.
+    let fault = b.constant('f32', 0);
     for (const [i, value] of dO.entries()) delta = b.fma(value, at(o, i), delta);
-    for (let mask = 1; mask < perRow; mask *= 2) delta = b.add(delta, b.shflBfly(delta, mask));
+    for (const value of dO) fault = b.fma(value, 0, fault);
+    for (let mask = 1; mask < perRow; mask *= 2) {
+      delta = b.add(delta, b.shflBfly(delta, mask));
+      fault = b.add(fault, b.shflBfly(fault, mask));
+    }
     const words = packFinite(b, dO);
     const here = inBlock === undefined ? stored : b.andPred(stored, inBlock);
     b.when(here, () => b.stVector(words, into, first * paddedValueDim * OPERAND_BYTES));
@@ -236,10 +243,11 @@ export function prepareRows(config: PrepareRowsConfig): Kernel {
         const own = config.softcap ? b.mul(bias, 0) : bias;
         b.fma(lse, -LOG2_E, own, shift);
         const empty = b.setp('eq', lse, Number.NEGATIVE_INFINITY);
-        b.when(b.notPred(b.andPred(isNumber(b, delta), isNumber(b, shift))), () => b.set(shift, Number.NaN));
+        b.when(b.notPred(b.andPred(isNumber(b, fault), isNumber(b, shift))), () => b.set(shift, Number.NaN));
         b.when(empty, () => b.set(shift, Number.NEGATIVE_INFINITY));
       });
-      b.when(b.notPred(isNumber(b, delta)), () => b.set(delta, 0));
+      b.when(b.notPred(isNumber(b, delta)), () => b.set(delta, Number.NaN));
+      b.when(b.notPred(isNumber(b, fault)), () => b.set(delta, 0));
       const values = [scale, shift, b.neg(delta)];
       values.forEach((value, i) => {
         b.st(value, at(numbers, i), first * 4);

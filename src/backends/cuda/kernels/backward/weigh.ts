@@ -3,7 +3,7 @@ import type { DType } from '../../../../tensor/dtype.ts';
 import type { KernelBuilder } from '../../ptx/builder.ts';
 import type { Reg } from '../../ptx/types.ts';
 import { offset, offset64 } from '../parts/addresses.ts';
-import { MIN_SCALE } from '../parts/constants.ts';
+import { COARSE_SCALE, MIN_SCALE } from '../parts/constants.ts';
 import { headAddress } from '../parts/epilogue.ts';
 import { at } from '../parts/lists.ts';
 import { capScores, type EachScore, keyFactors, maskRow } from '../parts/scores.ts';
@@ -35,6 +35,15 @@ const keyRowOf = ({ b, integer }: Pick<Frame, 'b' | 'integer'>, { keyHead, padde
  */
 export function forwardScale(b: KernelBuilder, rowScale: Reg<'f32'>, keyScale: Reg<'f32'>): Reg<'f32'> {
   return b.as(b.and(b.as(b.max(b.mul(rowScale, b.abs(keyScale)), MIN_SCALE), 'b32'), 0xfffffffc), 'f32');
+}
+
+/**
+ * The forward kernel's score where its scale is above {@link COARSE_SCALE}, which has the rounding of a larger number: the logsumexp is of
+ * such scores.
+ */
+export function coarseScore(b: KernelBuilder, codes: Reg<'f32'>, scale: Reg<'f32'>, into = codes): Reg<'f32'> {
+  const score = b.mul(b.add(codes, 2 ** 23), scale);
+  return b.fma(scale, -(2 ** 23), score, into);
 }
 
 /** Values of the thread's own rows, and how to find the values that belong to a score. */
@@ -151,6 +160,8 @@ export function weigh(self: WeighedTile): void {
   const { b, config } = frame;
   const weights = codes.map((fragment) => fragment.map((register) => b.as(register, 'f32')));
   const plain = !config.softcap && config.mask === 'none';
+  // As the forward kernel has them where nothing is added.
+  const isCodes = plain || (!config.softcap && config.mask === 'boolean');
   let slopes: Reg<'f32'>[][] = [];
   codes.forEach((fragment, n) => {
     fragment.forEach((code, i) => {
@@ -158,7 +169,9 @@ export function weigh(self: WeighedTile): void {
     });
   });
   b.section('keys with exponents of their own');
-  b.if(hasExponents(b, constants.keyScaleOf(now)), () => {
+  const haveExponents = hasExponents(b, constants.keyScaleOf(now));
+  const isWhole = b.notPred(haveExponents);
+  b.if(haveExponents, () => {
     const firstPassing = b.as(b.shl(now.tile, Math.log2(config.streamTokens)), 'u32');
     const tokens = { firstOwn: b.add(work.firstOwn, place.warpRow), firstPassing };
     const factorOf = keyFactorsOf(frame, place, work, tokens);
@@ -169,23 +182,43 @@ export function weigh(self: WeighedTile): void {
     });
   });
   b.section(plain ? 'P = exp2(S - LSE)' : 'scores in base 2');
+  let isCoarse: Reg<'pred'> | undefined;
   constants.ofTiles(now, rows, (n, { scale, shift, bias }) => {
-    at(weights, n).forEach((score, i) => {
-      const added = config.softcap ? at(bias, i) : at(shift, i);
-      b.fma(score, at(scale, i), added, score);
-      if (plain) b.ex2(score, score);
-    });
+    const each = (scored: (score: Reg<'f32'>, scale: Reg<'f32'>, added: Reg<'f32'>) => void) =>
+      at(weights, n).forEach((score, i) => {
+        scored(score, at(scale, i), at(config.softcap ? bias : shift, i));
+      });
+    const exactly = () => each((score, scale, added) => b.fma(score, scale, added, score));
+    if (!isCodes) exactly();
+    else {
+      // Scales are the same for 32 rows of Q at least.
+      if (n % 4 === 0) {
+        const largest = b.max(b.max(at(scale, 0), at(scale, 1)), at(scale, 2));
+        isCoarse = b.andPred(b.setp('gt', largest, COARSE_SCALE), isWhole);
+      }
+      b.if(
+        isCoarse as Reg<'pred'>,
+        () => each((score, scale, added) => b.add(coarseScore(b, score, scale), added, score)),
+        exactly,
+      );
+    }
+    if (plain) for (const score of at(weights, n)) b.ex2(score, score);
   });
   if (!plain) slopes = finishScores(self, weights);
-  if (config.banded || frame.ownsQueries) excludePairs(self, weights);
+  const excludes = config.banded || frame.ownsQueries;
+  if (excludes) excludePairs(self, weights);
   if (gradientsOfP.length === 0) return;
   b.section('dS = P (dP - D)');
   gradientsOfP.forEach((fragment, n) => {
     fragment.forEach((value, i) => {
-      b.mul(value, at(at(weights, n), i), value);
+      const weight = at(at(weights, n), i);
+      b.mul(value, weight, value);
       if (slopes.length > 0) b.mul(value, at(at(slopes, n), i), value);
+      // Where D is not a number.
+      if (config.mask !== 'none') b.when(b.setp('eq', weight, 0), () => b.set(value, 0));
     });
   });
+  if (excludes) excludePairs(self, gradientsOfP);
 }
 
 /** Softcap and mask; then P. Returns the derivative of the softcap at each score. */

@@ -3,7 +3,7 @@ import type { Reg } from '../../ptx/types.ts';
 import { roundToScale } from '../fp4/e2m1.ts';
 import { offset, offset64 } from '../parts/addresses.ts';
 import { excludeHiddenBlocks } from '../parts/blocks.ts';
-import { MAGIC, MIN_SCALE } from '../parts/constants.ts';
+import { COARSE_SCALE, MAGIC, MIN_SCALE } from '../parts/constants.ts';
 import { headAddress } from '../parts/epilogue.ts';
 import { at, maxOf } from '../parts/lists.ts';
 import { quadMax } from '../parts/quad.ts';
@@ -12,12 +12,6 @@ import { type AttentionConfig, BLOCK_K } from './config.ts';
 import type { Frame } from './frame.ts';
 import { exponentOffsetOf, type Parked } from './parked.ts';
 import type { Output, Scores, SoftmaxState } from './state.ts';
-
-/**
- * Exponents are (1.5 * 2^23 + q.k) * scale plus a term of that size, whose rounding shifts the exponents of a tile by up
- * to the scale. For a scale above this the shift would show in P, so exponents are computed differently.
- */
-const COARSE_SCALE = 2 ** -7;
 
 /** A maximum above this, in base 2, leaves too few bits of a sum with LOG2_E4M3_MAX. */
 const COARSE_MAX = 2 ** 12;

@@ -38,3 +38,9 @@ export const MIN_SCALE = 1.1754943508222875e-38;
 
 /** log2 of E4M3's largest number: added to exponents, it makes a row's maximum the format's. */
 export const LOG2_E4M3_MAX = Math.log2(448);
+
+/**
+ * Exponents are (1.5 * 2^23 + q.k) * scale plus a term of that size, whose rounding shifts the exponents of a tile by up
+ * to the scale. For a scale above this the shift would show in P, so exponents are computed differently.
+ */
+export const COARSE_SCALE = 2 ** -7;

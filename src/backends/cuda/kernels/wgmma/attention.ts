@@ -18,6 +18,7 @@ import { mbarrierArrive, mbarrierWait } from '../../ptx/mbarrier.ts';
 import type { Kernel, Reg } from '../../ptx/types.ts';
 import { setMaxNReg, wgmmaWaitGroup } from '../../ptx/wgmma.ts';
 import { LOG2_E } from '../parts/constants.ts';
+import { Turns } from '../parts/turns.ts';
 import type { WgmmaConfig } from './config.ts';
 import { writeResults, writeWideResults } from './epilogue.ts';
 import { type Frame, makeFrame, writeOnes } from './frame.ts';
@@ -76,7 +77,7 @@ function consumer(frame: Frame): void {
   const [key, value] = [keys.place(), values.place()];
   const queryParity = b.constant('u32', 0);
   const stages = { key, value, keyReady: b.reg('pred'), valueReady: b.reg('pred') };
-  const turns = new Turns(frame, thread);
+  const turns = new Turns(b, thread.group, config.pingPong ? config.consumers : undefined);
   const self: Consumer = { frame, thread, descriptors, stages, queryParity, turns };
   const scores = makeScores(frame);
   const inspected = exact ? values.place() : undefined;
@@ -99,34 +100,6 @@ function queryScales(frame: Frame, thread: ConsumerThread, work: Work, rows: Row
   const { b, fused, exact, smScale } = frame;
   if (exact) return [b.mul(b.loadParameter(smScale), LOG2_E)];
   return fused ? quantizeQuery(frame, thread, work, rows) : loadQueryScales(frame, rows);
-}
-
-/**
- * Consumers take turns at issuing products: the one whose turn it is waits at its own barrier. The first needs none.
- */
-class Turns {
-  readonly #frame: Frame;
-  readonly #own: Reg<'u32'>;
-  readonly #next: Reg<'u32'>;
-
-  constructor(frame: Frame, { group }: ConsumerThread) {
-    const { b, config } = frame;
-    this.#frame = frame;
-    this.#own = b.add(group, 1);
-    const last = (own: Reg<'u32'>) => b.setp('eq', own, config.consumers);
-    this.#next = b.selp(1, b.add(this.#own, 1), last(this.#own));
-    if (config.pingPong) b.if(last(this.#own), () => b.namedBarrier('bar.arrive', b.constant('u32', 1), 256));
-  }
-
-  take(): void {
-    const { b, config } = this.#frame;
-    if (config.pingPong) b.namedBarrier('bar.sync', this.#own, 256);
-  }
-
-  give(): void {
-    const { b, config } = this.#frame;
-    if (config.pingPong) b.namedBarrier('bar.arrive', this.#next, 256);
-  }
 }
 
 /** One item of work: every tile of its keys, then its rows' results. */

@@ -18,6 +18,10 @@ export interface WgmmaGradientConfig
   readonly consumers: 2 | 3;
   /** See `gradients.ts`. */
   readonly schedule: 'ahead' | 'scores-ahead' | 'serial';
+  /** Own operands that consumers hold in registers: of S, or of S and dP. Others are read from shared memory with each tile. */
+  readonly held: 'none' | 'codes' | 'both';
+  /** Two consumers issue their products in turns. */
+  readonly turns: boolean;
 }
 
 /** In the order of the kernel's parameters. The last brings the numbers of rows of Q that pass by. */
@@ -70,7 +74,8 @@ export function isWgmmaGradient({
 export function wgmmaGradientTile(
   headDim: number,
   ownsQueries: boolean,
-): Pick<WgmmaGradientConfig, 'streamTokens' | 'stages' | 'consumers' | 'schedule'> {
-  if (headDim === 64) return { streamTokens: 64, stages: 4, consumers: 2, schedule: 'ahead' };
-  return { streamTokens: 64, stages: 3, consumers: 2, schedule: ownsQueries ? 'ahead' : 'serial' };
+): Pick<WgmmaGradientConfig, 'streamTokens' | 'stages' | 'consumers' | 'schedule' | 'held' | 'turns'> {
+  const common = { streamTokens: 64, consumers: 2, held: 'none', turns: false } as const;
+  if (headDim === 64) return { ...common, stages: 4, schedule: 'ahead' };
+  return { ...common, stages: 3, schedule: ownsQueries ? 'ahead' : 'serial' };
 }

@@ -44,9 +44,18 @@ describe(`gradients on wgmma (SAGEATTENTION_SEED=${seed})`, () => {
 
   // Every way to divide the work gives what the table's does.
   const TUNINGS: readonly { readonly name: string; readonly tuning: GradientTuning }[] = [
-    { name: 'three consumers', tuning: { queries: { consumers: 3 }, keys: { consumers: 3, schedule: 'serial' } } },
-    { name: 'scores ahead', tuning: { queries: { schedule: 'scores-ahead' }, keys: { schedule: 'scores-ahead' } } },
-    { name: 'ahead', tuning: { queries: { schedule: 'ahead' }, keys: { schedule: 'ahead' } } },
+    {
+      name: 'three consumers',
+      tuning: { queries: { consumers: 3, held: 'codes' }, keys: { consumers: 3, schedule: 'serial' } },
+    },
+    ...(['serial', 'scores-ahead', 'ahead'] as const).map((schedule) => {
+      const tile = { schedule, turns: true, held: schedule === 'serial' ? 'codes' : 'both' } as const;
+      return { name: `${schedule}, in turns, own operands in registers`, tuning: { queries: tile, keys: tile } };
+    }),
+    {
+      name: 'from shared memory, without turns',
+      tuning: { queries: { held: 'none', turns: false }, keys: { held: 'none', turns: false } },
+    },
   ];
   test.each(sampled(TUNINGS, seed, { byHand: 0.5 }))('$name', ({ tuning }) => {
     const facts = { target: 'sm_90a', multiprocessors: 132 } as const;

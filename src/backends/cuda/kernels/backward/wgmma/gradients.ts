@@ -11,6 +11,9 @@
  * Names: g = lane / 4 and t = lane % 4. Register 4n + i of a product holds row g + 8 * (i >> 1) of the warp's 16 own tokens, column
  * 8n + 2t + (i & 1) of what passes by.
  */
+
+import type { KernelBuilder } from '../../../ptx/builder.ts';
+import type { SharedTile } from '../../../ptx/layouts.ts';
 import { mbarrierArrive, mbarrierWait } from '../../../ptx/mbarrier.ts';
 import type { Kernel, Reg } from '../../../ptx/types.ts';
 import {
@@ -23,13 +26,15 @@ import {
   wgmmaWaitGroup,
 } from '../../../ptx/wgmma.ts';
 import { offset } from '../../parts/addresses.ts';
-import { MAGIC, MAGIC_BITS } from '../../parts/constants.ts';
+import { COARSE_SCALE, MAGIC, MAGIC_BITS } from '../../parts/constants.ts';
+import { chunkAddresses, laneOffset } from '../../parts/copies.ts';
 import { at } from '../../parts/lists.ts';
 import type { RingPlace } from '../../parts/ring.ts';
+import { Turns } from '../../parts/turns.ts';
 import { uniform } from '../../wgmma/instructions.ts';
 import { storeGradients } from '../epilogue.ts';
 import { advance, placeOf, type Sums, type ThreadPlace, type Work, workOf } from '../frame.ts';
-import { excludePairs, forwardScale, hasExponents, keyFactorsOf } from '../weigh.ts';
+import { coarseScore, excludePairs, forwardScale, hasExponents, keyFactorsOf } from '../weigh.ts';
 import { GROUP_TOKENS, type WgmmaGradientConfig } from './config.ts';
 import { initBarriers, makeWgmmaFrame, ownToken, REGISTERS, type WgmmaFrame } from './frame.ts';
 import { producer } from './producer.ts';
@@ -76,6 +81,14 @@ interface Consumer {
   readonly keyScale: Reg<'f32'>;
   /** Own queries: scale, shift and -D of the thread's two rows. */
   readonly rows: readonly (readonly Reg<'f32'>[])[];
+  readonly held: Held;
+  readonly turns: Turns;
+}
+
+/** Own operands that are not read from shared memory, in steps of 32 bytes. */
+interface Held {
+  readonly codes: readonly (readonly Reg<'s8x4'>[])[] | undefined;
+  readonly values: readonly (readonly Reg<'bf16x2'>[])[] | undefined;
 }
 
 function consumer(frame: WgmmaFrame, work: Work): void {
@@ -95,8 +108,11 @@ function consumer(frame: WgmmaFrame, work: Work): void {
     };
     const next = { head: b.mov(work.head), tile: b.mov(work.firstTile) };
     const group = uniform(b, b.sub(warpgroup, 1));
+    mbarrierWait(b, barriers, b.constant('u32', 0), ownFull);
     const self: Consumer = {
       ...{ frame, place, work, scores, values, channels, next },
+      held: holdOwn(frame, place),
+      turns: new Turns(b, group, config.turns ? config.consumers : undefined),
       group,
       leader: b.setp('eq', place.lane, 0),
       ringPlace: ring.place(),
@@ -105,7 +121,6 @@ function consumer(frame: WgmmaFrame, work: Work): void {
       rows: ownsQueries ? ownRows(frame, place, work, group) : [],
     };
     if (!ownsQueries) b.mov(loadKeyScale(self, ownToken(frame, work, group), b.shr(place.g, 1)), self.keyScale);
-    mbarrierWait(b, barriers, b.constant('u32', 0), ownFull);
     const pass = { ahead: passAhead, 'scores-ahead': passScoresAhead, serial: passSerially };
     pass[config.schedule](self);
   });
@@ -118,7 +133,7 @@ function consumer(frame: WgmmaFrame, work: Work): void {
 
 /** One product after the other. */
 function passSerially(self: Consumer): void {
-  const { frame, leader, work, scores, values, next, ringPlace } = self;
+  const { frame, leader, work, scores, values, next, ringPlace, turns } = self;
   const { b, ring } = frame;
   b.loop(
     () => b.setp('lt', next.head, work.headEnd),
@@ -126,10 +141,12 @@ function passSerially(self: Consumer): void {
       issueScores(self);
       wgmmaWaitGroup(b, 1);
       exponentials(self);
+      turns.take();
       if (values.length > 0) multiplyStage(self, 'values', pack(self, scores.weights), ringPlace.stage);
       wgmmaWaitGroup(b, values.length > 0 ? 1 : 0);
       multiplyWeights(self);
       multiplyStage(self, 'channels', pack(self, scores.gradients), ringPlace.stage);
+      turns.give();
       wgmmaWaitGroup(b, 0);
       ring.release(ringPlace, leader);
       advance(b, work, next);
@@ -139,7 +156,7 @@ function passSerially(self: Consumer): void {
 
 /** S of the next tile is issued with the last product of this one, whose scores have left their registers by then. */
 function passScoresAhead(self: Consumer): void {
-  const { frame, leader, work, scores, values, next, ringPlace, stage } = self;
+  const { frame, leader, work, scores, values, next, ringPlace, stage, turns } = self;
   const { b, ring, barriers } = frame;
   const tile = b.mov(next.tile);
   const step = () => {
@@ -149,20 +166,27 @@ function passScoresAhead(self: Consumer): void {
     ring.advance(ringPlace);
     advance(b, work, next);
   };
+  const issueCodes = () => {
+    awaitCodes(self);
+    multiplyCodes(self);
+  };
   const body = (isLast: boolean) => {
-    issueValues(self, stage);
+    seedValues(self, stage);
+    multiplyValues(self, stage);
     exponentials(self, tile, stage);
+    turns.take();
     if (values.length > 0) multiplyStage(self, 'values', pack(self, scores.weights), stage);
     wgmmaWaitGroup(b, values.length > 0 ? 1 : 0);
-    multiplyWeights(self);
+    multiplyWeights(self, tile);
     multiplyStage(self, 'channels', pack(self, scores.gradients), stage);
-    if (!isLast) issueCodes(self);
+    if (!isLast) issueCodes();
+    turns.give();
     wgmmaWaitGroup(b, 0);
     const barrier = b.add(barriers, b.as(b.shl(stage, 3), 'shared'));
     b.when(leader, () => mbarrierArrive(b, barrier, ring.empty));
     if (!isLast) step();
   };
-  issueCodes(self);
+  issueCodes();
   wgmmaWaitGroup(b, 0);
   step();
   b.loop(
@@ -174,7 +198,7 @@ function passScoresAhead(self: Consumer): void {
 
 /** S and dP of the next tile are issued before the gradients' products of this one. */
 function passAhead(self: Consumer): void {
-  const { frame, leader, work, scores, values, next, ringPlace, stage } = self;
+  const { frame, leader, work, scores, values, next, ringPlace, stage, turns } = self;
   const { b, ring, barriers } = frame;
   const registers = () => Array.from({ length: scores.weights.length / 8 }, () => b.regs('bf16x2', 4));
   const [weights, gradients] = [values.length > 0 ? registers() : [], registers()];
@@ -201,8 +225,10 @@ function passAhead(self: Consumer): void {
   b.loop(
     () => b.setp('lt', next.head, work.headEnd),
     () => {
+      turns.take();
       issueScores(self);
       multiply();
+      turns.give();
       wgmmaWaitGroup(b, 2);
       exponentials(self);
       wgmmaWaitGroup(b, 1);
@@ -240,64 +266,113 @@ function loadKeyScale({ frame, work }: Consumer, token: Reg<'u32'>, group: Reg<'
 
 /** Sends S and dP of the tile at `next` to the tensor cores, each a group. */
 function issueScores(self: Consumer): void {
-  issueCodes(self);
-  issueValues(self, self.ringPlace.stage);
+  const { stage } = self.ringPlace;
+  awaitCodes(self);
+  // Before S: between two products ptxas waits for the first.
+  seedValues(self, stage);
+  multiplyCodes(self);
+  multiplyValues(self, stage);
 }
 
-/** Sends S of the tile at `next` to the tensor cores. */
-function issueCodes(self: Consumer): void {
-  const { frame, place, group, scores, next, ringPlace, keyScale } = self;
-  const { b, config, plan, tiles, shared, ring, ownsQueries } = frame;
-  const { streamTokens } = config;
-  b.section('S of the next tile');
+/** Waits for the tile at `next`, and has the registers of S ready. */
+function awaitCodes(self: Consumer): void {
+  const { frame, place, scores, next, ringPlace, keyScale } = self;
+  const { b, config, ring, ownsQueries } = frame;
+  b.section('the next tile has landed');
   if (ownsQueries) {
-    const token = b.as(b.shl(next.tile, Math.log2(streamTokens)), 'u32');
+    const token = b.as(b.shl(next.tile, Math.log2(config.streamTokens)), 'u32');
     b.mov(loadKeyScale(self, token, b.shr(place.t2, 1)), keyScale);
   }
   ring.awaitFull(ringPlace);
   for (const register of scores.integers) b.set(register, MAGIC_BITS);
-  const codesStride = { strideBytes: 8 * config.codeBytes, swizzle: plan.codesSwizzle };
-  const ownCodes = b.add(shared, b.as(b.mad(group, GROUP_TOKENS * config.codeBytes, tiles.ownCodes.base), 'shared'));
-  const a = matrixDescriptor(b, ownCodes, codesStride);
-  const codes = matrixDescriptor(b, stageAddress(frame, 'codes', plan.codesBytes, ringPlace.stage), codesStride);
+}
+
+/** Sends S of the tile at `next` to the tensor cores. */
+function multiplyCodes({ frame, group, scores, ringPlace, held }: Consumer): void {
+  const { b, config, plan, tiles, shared } = frame;
+  const { streamTokens, codeBytes } = config;
+  b.section('S of the next tile');
+  const stride = { strideBytes: 8 * codeBytes, swizzle: plan.codesSwizzle };
+  const own = held.codes ?? ownDescriptor(b, shared, tiles.ownCodes, group, GROUP_TOKENS * codeBytes, stride);
+  const codes = matrixDescriptor(b, stageAddress(frame, 'codes', plan.codesBytes, ringPlace.stage), stride);
   wgmmaFence(b);
-  for (let byte = 0; byte < config.codeBytes; byte += 32) {
-    const [x, y] = [advanceDescriptor(b, a, byte), advanceDescriptor(b, codes, byte)];
+  for (let k = 0; k < codeBytes / 32; k++) {
+    const x = 'kind' in own ? advanceDescriptor(b, own, k * 32) : at(own, k);
+    const y = advanceDescriptor(b, codes, k * 32);
     wgmma(b, streamTokens, 'k32.s32.s8.s8', scores.integers, x, y, true);
   }
   wgmmaCommitGroup(b);
 }
 
-/** Sends dP - D of a stage to the tensor cores. */
-function issueValues(self: Consumer, stage: Reg<'u32'>): void {
-  const { frame, group, scores, rows } = self;
-  const { b, config, plan, tiles, shared, ownsQueries } = frame;
-  const { streamTokens } = config;
-  b.section('dP');
+/** The sums of dP start from -D. */
+function seedValues(self: Consumer, stage: Reg<'u32'>): void {
+  const { frame, scores, rows } = self;
+  const { b, config, ownsQueries } = frame;
+  b.section('-D');
   if (ownsQueries) {
     const minusDelta = at(rows, 2);
     for (const [i, register] of scores.gradients.entries()) b.mov(at(minusDelta, (i >> 1) & 1), register);
-  } else {
-    const deltas = rowsAt(self, stage, 2);
-    for (let n = 0; n < streamTokens / 8; n++) {
-      const fragment = scores.gradients.slice(4 * n, 4 * n + 4);
-      b.ldVector('f32', 2, deltas, n * 32, { into: fragment.slice(0, 2) });
-      b.mov(at(fragment, 0), at(fragment, 2));
-      b.mov(at(fragment, 1), at(fragment, 3));
-    }
+    return;
   }
+  const deltas = rowsAt(self, stage, 2);
+  for (let n = 0; n < config.streamTokens / 8; n++) {
+    const fragment = scores.gradients.slice(4 * n, 4 * n + 4);
+    b.ldVector('f32', 2, deltas, n * 32, { into: fragment.slice(0, 2) });
+    b.mov(at(fragment, 0), at(fragment, 2));
+    b.mov(at(fragment, 1), at(fragment, 3));
+  }
+}
+
+/** Sends dP - D of a stage to the tensor cores. */
+function multiplyValues({ frame, group, scores, held }: Consumer, stage: Reg<'u32'>): void {
+  const { b, config, plan, tiles, shared } = frame;
+  const { streamTokens, valueDim } = config;
+  b.section('dP');
   const blocks = { strideBytes: 1024, swizzle: '128B' } as const;
-  const ownValues = b.add(shared, b.as(b.mad(group, GROUP_TOKENS * 128, tiles.ownValues.base), 'shared'));
-  const own = matrixDescriptor(b, ownValues, blocks);
+  const own = held.values ?? ownDescriptor(b, shared, tiles.ownValues, group, GROUP_TOKENS * 128, blocks);
   const values = matrixDescriptor(b, stageAddress(frame, 'values', plan.valuesBytes, stage), blocks);
   wgmmaFence(b);
-  for (let k = 0; k < config.valueDim / 16; k++) {
+  for (let k = 0; k < valueDim / 16; k++) {
     const [block, byte] = [k >> 2, (k & 3) * 32];
-    const x = advanceDescriptor(b, own, block * frame.ownTokens * 128 + byte);
+    const x = 'kind' in own ? advanceDescriptor(b, own, block * frame.ownTokens * 128 + byte) : at(own, k);
     const y = advanceDescriptor(b, values, block * streamTokens * 128 + byte);
     wgmma(b, streamTokens, 'k16.f32.bf16.bf16', scores.gradients, x, y, true);
   }
   wgmmaCommitGroup(b);
+}
+
+/** Descriptor of a consumer's part of own tokens. */
+function ownDescriptor(
+  b: KernelBuilder,
+  shared: Reg<'shared'>,
+  tile: SharedTile,
+  group: Reg<'u32'>,
+  groupBytes: number,
+  options: Parameters<typeof matrixDescriptor>[2],
+): Reg<'u64'> {
+  return matrixDescriptor(b, b.add(shared, b.as(b.mad(group, groupBytes, tile.base), 'shared')), options);
+}
+
+/** Own operands as A fragments, for the whole kernel: read from shared memory with each tile, they take half of its bandwidth. */
+function holdOwn({ b, config, tiles, shared, ownTokens }: WgmmaFrame, { lane, warpRow }: ThreadPlace): Held {
+  b.section('own operands');
+  const { held } = config;
+  const laneAt = ({ base, layout }: SharedTile) => {
+    const offset = laneOffset(b, layout, b.add(warpRow, b.and(lane, 15)), b.shr(lane, 4));
+    return chunkAddresses(b, layout, b.add(b.add(shared, base), offset));
+  };
+  const fragments = <K extends 's8x4' | 'bf16x2'>(kind: K, tile: SharedTile, count: number, blockBytes: number) => {
+    const chunkAt = laneAt(tile);
+    return Array.from({ length: count }, (_, k) => {
+      // A block has 128 bytes of each token, four steps of a product.
+      const [address, bytes] = chunkAt(2 * (k & 3));
+      return b.ldmatrix(kind, 4, address, bytes + (k >> 2) * blockBytes);
+    });
+  };
+  return {
+    codes: held === 'none' ? undefined : fragments('s8x4', tiles.ownCodes, config.codeBytes / 32, 0),
+    values: held === 'both' ? fragments('bf16x2', tiles.ownValues, config.valueDim / 16, ownTokens * 128) : undefined,
+  };
 }
 
 const stageAddress = (
@@ -315,9 +390,13 @@ function rowsAt({ frame, place }: Consumer, stage: Reg<'u32'>, which: number): R
 }
 
 /** dP - D to dS. */
-function multiplyWeights({ frame: { b }, scores: { weights, gradients } }: Consumer): void {
+function multiplyWeights(self: Consumer, tile = self.next.tile): void {
+  const { b } = self.frame;
+  const { weights, gradients } = self.scores;
   b.section('dS = P (dP - D)');
   for (const [i, gradient] of gradients.entries()) b.mul(gradient, at(weights, i), gradient);
+  // Where D is not a number.
+  excludeFrom(self, gradients, tile);
 }
 
 /** P or dS as A fragments of BF16. */
@@ -361,46 +440,64 @@ function exponentials(self: Consumer, tile = self.next.tile, stage = self.ringPl
   const { b, config, ownsQueries } = frame;
   const { weights } = scores;
   b.section('P = exp2(S - LSE)');
-  b.if(
-    hasExponents(b, keyScale),
-    () => {
-      const warpRow = b.and(place.warpRow, GROUP_TOKENS - 1);
-      const firstOwn = b.add(ownToken(frame, work, group), warpRow);
-      const firstPassing = b.as(b.shl(tile, Math.log2(config.streamTokens)), 'u32');
-      const factorOf = keyFactorsOf(frame, place, work, { firstOwn, firstPassing });
-      for (const [i, register] of weights.entries()) {
-        const codes = b.mul(b.sub(register, MAGIC), factorOf((i >> 1) & 1, 8 * (i >> 2) + (i & 1)));
-        b.mov(codes, register);
-      }
-      exponentialsOf(self, stage, (register) => register);
-    },
-    // Exact: both are integers below 2^24.
-    () => exponentialsOf(self, stage, (register) => b.sub(register, MAGIC)),
-  );
-  if (!config.banded && !ownsQueries) return;
-  const fragments = Array.from({ length: weights.length / 4 }, (_, n) => weights.slice(4 * n, 4 * n + 4));
-  excludePairs({ frame, place, work, now: { tile } }, fragments);
-}
-
-/** @param codesOf the products of codes, of what a register has */
-function exponentialsOf(self: Consumer, stage: Reg<'u32'>, codesOf: (register: Reg<'f32'>) => Reg<'f32'>): void {
-  const { frame, scores, rows, keyScale } = self;
-  const { b, config, ownsQueries } = frame;
-  const { weights } = scores;
-  const exponential = (i: number, scale: Reg<'f32'>, shift: Reg<'f32'>) => {
+  const scales = scalesOf(self, stage);
+  const scaleAt = (i: number) => at(scales, ownsQueries ? (i >> 1) & 1 : 2 * (i >> 4) + (i & 1));
+  const largest = scales.reduce((most, scale) => b.max(most, scale));
+  const rare = b.orPred(hasExponents(b, keyScale), b.setp('gt', largest, COARSE_SCALE));
+  b.if(rare, () => {
+    b.if(
+      hasExponents(b, keyScale),
+      () => {
+        const warpRow = b.and(place.warpRow, GROUP_TOKENS - 1);
+        const firstOwn = b.add(ownToken(frame, work, group), warpRow);
+        const firstPassing = b.as(b.shl(tile, Math.log2(config.streamTokens)), 'u32');
+        const factorOf = keyFactorsOf(frame, place, work, { firstOwn, firstPassing });
+        for (const [i, register] of weights.entries()) {
+          const codes = b.mul(b.sub(register, MAGIC), factorOf((i >> 1) & 1, 8 * (i >> 2) + (i & 1)));
+          b.mul(codes, scaleAt(i), register);
+        }
+      },
+      () => {
+        for (const [i, register] of weights.entries()) coarseScore(b, b.sub(register, MAGIC), scaleAt(i), register);
+      },
+    );
+    for (const scale of scales) b.set(scale, 1);
+  });
+  // What registers have more than the products of codes. Times a scale it is exact, as that has two bits less.
+  const excess = b.selp(0, b.constant('f32', -MAGIC), rare);
+  const exponential = (i: number, shift: Reg<'f32'>) => {
     const register = at(weights, i);
-    b.ex2(b.fma(codesOf(register), scale, shift), register);
+    b.ex2(b.fma(register, scaleAt(i), shift), register);
   };
   if (ownsQueries) {
-    const [scale, shift] = rows as [readonly Reg<'f32'>[], readonly Reg<'f32'>[]];
-    const whole = scale.map((own) => forwardScale(b, own, keyScale));
-    for (let i = 0; i < weights.length; i++) exponential(i, at(whole, (i >> 1) & 1), at(shift, (i >> 1) & 1));
+    const shift = at(self.rows, 1).map((own, r) => b.fma(at(scales, r), excess, own));
+    for (let i = 0; i < weights.length; i++) exponential(i, at(shift, (i >> 1) & 1));
   } else {
-    const [scales, shifts] = [rowsAt(self, stage, 0), rowsAt(self, stage, 1)];
+    const shifts = rowsAt(self, stage, 1);
     for (let n = 0; n < config.streamTokens / 8; n++) {
-      const scale = b.ldVector('f32', 2, scales, n * 32).map((value) => forwardScale(b, value, keyScale));
-      const shift = b.ldVector('f32', 2, shifts, n * 32);
-      for (let i = 0; i < 4; i++) exponential(4 * n + i, at(scale, i & 1), at(shift, i & 1));
+      const shift = b.ldVector('f32', 2, shifts, n * 32).map((own, j) => b.fma(scaleAt(4 * n + j), excess, own));
+      for (let i = 0; i < 4; i++) exponential(4 * n + i, at(shift, i & 1));
     }
   }
+  excludeFrom(self, weights, tile);
+}
+
+/** Scales of the thread's two rows, or of its two columns of each 32: rows of Q that lie 8 apart share one, among 32 or more. */
+function scalesOf(self: Consumer, stage: Reg<'u32'>): Reg<'f32'>[] {
+  const { frame, rows, keyScale } = self;
+  const { b, config, ownsQueries } = frame;
+  const scale = (own: Reg<'f32'>) => forwardScale(b, own, keyScale);
+  if (ownsQueries) return at(rows, 0).map(scale);
+  const from = rowsAt(self, stage, 0);
+  return Array.from({ length: config.streamTokens / 32 }, (_, i) =>
+    b.ldVector('f32', 2, from, i * 128).map(scale),
+  ).flat();
+}
+
+/** 0 for pairs of the tile that do not see each other. */
+function excludeFrom({ frame, place, work }: Consumer, weights: readonly Reg<'f32'>[], tile: Reg<'s32'>): void {
+  // Rows beyond the last have weights of 0.
+  if (!frame.config.banded && !frame.ownsQueries) return;
+  const fragments = Array.from({ length: weights.length / 4 }, (_, n) => weights.slice(4 * n, 4 * n + 4));
+  excludePairs({ frame, place, work, now: { tile } }, fragments);
 }
