@@ -8,7 +8,10 @@
  *
  *     npx tsx bench/onnxruntime/whole-model.ts OUTPUT_FOLDER [--lengths 256,1024,8192,32768] [--blocks 4] [--runs 7]
  *         [--seconds 6] [--limit 120] [--patience 90] [--spellings decomposed,fused] [--float float16,float32]
- *         [--provider webgpu|wasm]
+ *         [--provider webgpu|wasm] [--model dit|decoder] [--variants without,byDefault]
+ *
+ * `--model decoder` is one step of a decoder instead: one query, a cache of as many tokens as `--lengths` says, a quarter of the heads in keys and
+ * values, attention in single operators (`--spellings decomposed`).
  *
  * Each spelling and type runs in a process of its own with a time limit. Writes `onnxruntime.json` and `onnxruntime.md`
  * after every length. Times are medians of wall clock from `run` until the GPU has finished; inputs and outputs are on
@@ -37,7 +40,7 @@ import { toFloat32 } from '../../src/tensor/access.ts';
 import { float16FromNumber } from '../../src/tensor/formats/float16.ts';
 import { bitsOf, tensor } from '../../src/tensor/tensor.ts';
 import { GraphBuilder } from '../../test/support/graph-builder.ts';
-import { type AttentionSpelling, buildDiT } from '../../test/support/models.ts';
+import { type AttentionSpelling, buildDecoder, buildDiT } from '../../test/support/models.ts';
 
 const { values: flags, positionals } = parseArgs({
   allowPositionals: true,
@@ -55,6 +58,8 @@ const { values: flags, positionals } = parseArgs({
     patience: { type: 'string', default: '90' },
     provider: { type: 'string', default: 'webgpu' },
     float: { type: 'string', default: 'float16,float32' },
+    model: { type: 'string', default: 'dit' },
+    variants: { type: 'string', default: 'with,without,cut,cutOnly,byDefault' },
   },
 });
 
@@ -304,13 +309,20 @@ async function openVariants(model: Uint8Array): Promise<Variant[]> {
     return { name, session, createMilliseconds: performance.now() - start, failure: undefined };
   };
   const sage = (own: SageAttentionOptions) => withSageAttention(ort, own).InferenceSession.create(model, options);
-  return [
-    await open('without', () => ort.InferenceSession.create(model, options)),
-    await open('with', () => sage({ minTokens: 0 })),
-    await open('cut', () => sage({ minTokens: 0, markers: false })),
-    await open('cutOnly', () => sage({ minTokens: CUT_ONLY, markers: false, wholeFallback: false })),
-    await open('byDefault', () => sage({})),
-  ];
+  const creates: Record<Variant['name'], () => Promise<unknown>> = {
+    // First, since it spares the process the half minute that onnxruntime-web waits in Node.
+    byDefault: () => sage({}),
+    with: () => sage({ minTokens: 0 }),
+    without: () => ort.InferenceSession.create(model, options),
+    cut: () => sage({ minTokens: 0, markers: false }),
+    cutOnly: () => sage({ minTokens: CUT_ONLY, markers: false, wholeFallback: false }),
+  };
+  const wanted = flags.variants.split(',');
+  const opened: Variant[] = [];
+  for (const [name, create] of Object.entries(creates)) {
+    if (wanted.includes(name)) opened.push(await open(name as Variant['name'], create));
+  }
+  return opened;
 }
 
 /** One run, until the GPU has finished. */
@@ -318,11 +330,12 @@ async function timed(
   { name, session }: Variant,
   feeds: OrtFeeds,
 ): Promise<{ milliseconds: number; output: OrtTensor }> {
-  step(`a run of '${name}', ${feeds.x?.dims[1]} tokens`);
+  step(`a run of '${name}'`);
   const start = performance.now();
-  const { y } = await (session.run as (feeds: OrtFeeds) => Promise<Record<string, OrtTensor>>)(feeds);
+  const { y, ...others } = await (session.run as (feeds: OrtFeeds) => Promise<Record<string, OrtTensor>>)(feeds);
   await device?.queue.onSubmittedWorkDone();
   const milliseconds = performance.now() - start;
+  for (const tensor of Object.values(others)) tensor.dispose();
   if (gpuError !== undefined) {
     const error = new Error(gpuError);
     gpuError = undefined;
@@ -390,33 +403,60 @@ async function attentionAlone(length: number): Promise<number | undefined> {
   return median(times);
 }
 
+const isDecoder = flags.model === 'decoder';
+const kvHeads = Math.max(1, size.heads / 4);
+
+const ditFeeds = (random: Random, length: number): OrtFeeds => ({
+  x: floats(random, [1, length, width]),
+  c: floats(random, [1, width]),
+});
+
+/** One query behind `length` tokens. */
+function stepFeeds(random: Random, length: number): OrtFeeds {
+  const feeds: Record<string, OrtTensor> = {
+    x: floats(random, [1, 1, width]),
+    mask: floats(random, [1, 1, 1, length + 1]),
+  };
+  for (let block = 0; block < size.blocks; block++) {
+    for (const kind of ['key', 'value']) {
+      feeds[`past_${kind}.${block}`] = floats(random, [1, kvHeads, length, size.headDim]);
+    }
+  }
+  return feeds;
+}
+
 const rows: Row[] = [];
 step('building the model');
 const g = new GraphBuilder(new RepeatedRandom(1), float);
-buildDiT(g, size, spelling);
+if (isDecoder) buildDecoder(g, size, kvHeads);
+else buildDiT(g, size, spelling);
 const variants = await openVariants(g.build());
 const created = Object.fromEntries(variants.map(({ name, createMilliseconds }) => [name, createMilliseconds]));
 for (const length of lengths) {
   const random = new RepeatedRandom(2);
-  const feeds = { x: floats(random, [1, length, width]), c: floats(random, [1, width]) };
+  const feeds = isDecoder ? stepFeeds(random, length) : ditFeeds(random, length);
   const { times, outputs } = await measure(variants, feeds);
   for (const value of Object.values(feeds)) value.dispose();
-  const [without, sage, cut, cutOnly, byDefault] = variants.map(({ name }) => median(times.get(name) ?? []));
-  const [expected, actual] = [outputs.get('without') ?? outputs.get('cutOnly'), outputs.get('with')];
+  const [without, sage, cut, cutOnly, byDefault] = (['without', 'with', 'cut', 'cutOnly', 'byDefault'] as const).map(
+    (name) => (times.get(name)?.length ? median(times.get(name) ?? []) : undefined),
+  );
+  const replaced = variants.find(({ name }) => name === 'with' || name === 'byDefault')?.session.sageAttention;
+  const expected = outputs.get('without') ?? outputs.get('cutOnly');
+  const actual = outputs.get('with') ?? outputs.get('byDefault');
   const row: Row = {
     spelling,
     float,
     length,
     without,
     with: sage,
-    paths: [...new Set(variants[1]?.session.sageAttention?.map(({ path, cutReason }) => cutReason ?? path ?? 'left'))],
+    paths: [...new Set(replaced?.map(({ path, cutReason }) => cutReason ?? path ?? 'left'))],
     cut,
     cutOnly,
     byDefault,
     speedup: without !== undefined && sage !== undefined ? without / sage : undefined,
     defaultSpeedup: without !== undefined && byDefault !== undefined ? without / byDefault : undefined,
     cutCost: without !== undefined && cutOnly !== undefined ? cutOnly - without : undefined,
-    attentionAlone: await attentionAlone(length).catch((error: unknown) => {
+    attentionAlone: await (isDecoder ? Promise.resolve(undefined) : attentionAlone(length)).catch((error: unknown) => {
       console.error(`attention alone: ${firstLineOf(error)}`);
       return undefined;
     }),
@@ -434,7 +474,7 @@ for (const length of lengths) {
     created,
     results: rows,
   });
-  const left = variants[1]?.session.sageAttention?.find(({ taken }) => !taken);
+  const left = replaced?.find(({ taken }) => !taken);
   console.log(
     [
       `${spelling}, ${float}, ${length} tokens: without ${without?.toFixed(2)} ms, with ${sage?.toFixed(2)} ms (${row.speedup?.toFixed(2)}x, ${row.paths})`,

@@ -4,6 +4,7 @@ import { DeviceHooks } from './hooks.ts';
 /** The part of a device that records, and what was recorded. */
 function fakeDevice() {
   const recorded: string[] = [];
+  const made: string[] = [];
   class Pass {
     setPipeline({ label }: { label: string }) {
       recorded.push(`pipeline ${label}`);
@@ -17,16 +18,19 @@ function fakeDevice() {
   }
   class Device {
     createShaderModule = ({ code }: { code: string }) => ({ code });
-    createBindGroup = ({ label }: { label: string }) => ({ label });
-    createComputePipeline = ({ label }: { label: string }) => ({ label });
-    createComputePipelineAsync = async ({ label }: { label: string }) => ({ label });
+    createBindGroup = ({ label }: { label: string }) => {
+      made.push(label);
+      return { label };
+    };
+    createComputePipeline = ({ label }: { label: string }) => ({ label, getBindGroupLayout: () => `${label}'s` });
+    createComputePipelineAsync = async (descriptor: { label: string }) => this.createComputePipeline(descriptor);
     createCommandEncoder = () => ({ beginComputePass: () => new Pass() });
   }
-  return { device: new Device() as unknown as GPUDevice, recorded, Pass };
+  return { device: new Device() as unknown as GPUDevice, recorded, made, Pass };
 }
 
 async function withMarker() {
-  const { device, recorded, Pass } = fakeDevice();
+  const { device, recorded, made, Pass } = fakeDevice();
   const hooks = DeviceHooks.on(device);
   expect(DeviceHooks.on(device)).toBe(hooks);
   const pipelineOf = (code: string) =>
@@ -53,7 +57,30 @@ async function withMarker() {
     }
     return recorded.join('; ');
   };
-  return { hooks, record, entries, prototype: Pass.prototype };
+  /** As onnxruntime does it: a bind group for each dispatch, of its pipeline's layout. */
+  const recordByLayout = (pipelines = [other, marker, other]) => {
+    recorded.length = 0;
+    made.length = 0;
+    const pass = device.createCommandEncoder().beginComputePass();
+    for (const pipeline of pipelines) {
+      const layout = pipeline.getBindGroupLayout(0);
+      const group = device.createBindGroup({ label: 'g', layout, entries });
+      pass.setPipeline(pipeline);
+      pass.setBindGroup(0, group);
+      pass.dispatchWorkgroups(1, 2, 3);
+    }
+    return recorded.join('; ');
+  };
+  const misuse = () => {
+    const group = device.createBindGroup({ label: 'g', layout: marker.getBindGroupLayout(0), entries });
+    recorded.length = 0;
+    const pass = device.createCommandEncoder().beginComputePass();
+    pass.setPipeline(other);
+    pass.setBindGroup(0, group);
+    pass.dispatchWorkgroups(1, 2, 3);
+    return recorded.join('; ');
+  };
+  return { hooks, record, recordByLayout, misuse, made, entries, prototype: Pass.prototype };
 }
 
 const OTHER = 'pipeline other; group 0 g; dispatch 1,2,3';
@@ -68,8 +95,7 @@ it('records a marker as it is outside of a run with markers, and the work in its
     pass.dispatchWorkgroups(7);
   };
   await hooks.replacing(new Map([['marker', work]]), async () => {
-    const restored = 'pipeline other; group 0 g; group 0 g; dispatch 1,2,3';
-    expect(record()).toBe([OTHER, 'dispatch 7', restored].join('; '));
+    expect(record()).toBe([OTHER, 'dispatch 7', OTHER].join('; '));
     expect([hooks.replaced, hooks.failure]).toEqual([1, undefined]);
     // A bind group that was set once is set again behind the work.
     const again = 'pipeline other; group 0 g; dispatch 1,2,3';
@@ -77,6 +103,24 @@ it('records a marker as it is outside of a run with markers, and the work in its
   });
   expect([hooks.replaced, record()]).toEqual([0, [OTHER, MARKER, OTHER].join('; ')]);
   expect(Object.getOwnPropertyDescriptors(prototype)).toEqual(before);
+});
+
+it('makes no bind group for a marker', async () => {
+  const { hooks, recordByLayout, misuse, made, entries } = await withMarker();
+  const whole = [OTHER, MARKER, OTHER].join('; ');
+  expect([recordByLayout(), made.length]).toEqual([whole, 3]);
+  const work = (pass: GPUComputePassEncoder, given: unknown) => {
+    expect(given).toBe(entries);
+    pass.dispatchWorkgroups(7);
+  };
+  await hooks.replacing(new Map([['marker', work]]), async () => {
+    expect(recordByLayout()).toBe([OTHER, 'dispatch 7', OTHER].join('; '));
+    expect([hooks.replaced, hooks.failure, made.length]).toEqual([1, undefined, 2]);
+    // It is none that a device could bind.
+    expect(misuse()).toBe('pipeline other');
+    expect(hooks.failure).toContain('bind group of a marker');
+  });
+  expect([recordByLayout(), made.length]).toEqual([whole, 3]);
 });
 
 it('throws nothing into the caller, keeps the first failure and does no more', async () => {

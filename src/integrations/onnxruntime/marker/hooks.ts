@@ -43,12 +43,26 @@ function replaceMethod<T extends object, N extends keyof T>(
   Object.defineProperty(target, name, { value: replaced(original), configurable: true, writable: true });
 }
 
+/** What onnxruntime is given for the layout of a marker's bind groups in a run that replaces it. */
+const MARKER_LAYOUT = {} as GPUBindGroupLayout;
+
+/** What it is given for such a bind group: nothing binds it, and making a real one takes a fifth of a marker's time. */
+class MarkerGroup {
+  readonly entries: Entries;
+
+  constructor(entries: Entries) {
+    this.entries = entries;
+  }
+}
+
 export class DeviceHooks {
   readonly #codes = new WeakMap<GPUShaderModule, string>();
   /** WGSL of each pipeline. */
   readonly #pipelines = new WeakMap<GPUComputePipeline, string>();
-  /** Of a run with markers: onnxruntime makes a bind group for each dispatch. */
+  /** Of a watched run, or one whose markers' layouts are not asked for: onnxruntime makes a bind group for each dispatch. */
   readonly #groups = new Map<GPUBindGroup, Entries>();
+  /** Markers' bind groups are known by {@link MARKER_LAYOUT}, so that others need not be remembered. */
+  #asksForLayouts = false;
   readonly #tags = new Map<string, number>();
   /** WGSL of markers by their equation and type. */
   readonly learned = new Map<string, string>();
@@ -73,7 +87,13 @@ export class DeviceHooks {
     });
     const noted = (pipeline: GPUComputePipeline, descriptor: GPUComputePipelineDescriptor) => {
       const code = this.#codes.get(descriptor.compute.module);
-      if (code !== undefined) this.#pipelines.set(pipeline, code);
+      if (code === undefined) return pipeline;
+      this.#pipelines.set(pipeline, code);
+      replaceMethod(pipeline, 'getBindGroupLayout', (get) => (index) => {
+        if (index !== 0 || this.#workOf(pipeline) === undefined) return get(index);
+        this.#asksForLayouts = true;
+        return MARKER_LAYOUT;
+      });
       return pipeline;
     };
     replaceMethod(device, 'createComputePipeline', (create) => (descriptor) => noted(create(descriptor), descriptor));
@@ -83,8 +103,11 @@ export class DeviceHooks {
       (create) => async (descriptor) => noted(await create(descriptor), descriptor),
     );
     replaceMethod(device, 'createBindGroup', (create) => (descriptor) => {
+      const entries = descriptor.entries as Entries;
+      if (descriptor.layout === MARKER_LAYOUT) return new MarkerGroup(entries) as unknown as GPUBindGroup;
       const group = create(descriptor);
-      if (this.#armed !== undefined || this.#seen !== undefined) this.#groups.set(group, descriptor.entries as Entries);
+      const isAsked = this.#armed !== undefined && !this.#asksForLayouts;
+      if (isAsked || this.#seen !== undefined) this.#groups.set(group, entries);
       return group;
     });
     replaceMethod(device, 'createCommandEncoder', (create) => (descriptor) => {
@@ -162,10 +185,7 @@ export class DeviceHooks {
     pass.setPipeline = (next) => {
       pipeline = next;
       work = this.#workOf(next);
-      if (work !== undefined) return undefined;
-      original.setPipeline(next);
-      if (!isGroupSet && group !== undefined) original.setBindGroup(0, group);
-      isGroupSet = true;
+      if (work === undefined) original.setPipeline(next);
       return undefined;
     };
     pass.setBindGroup = ((...args: Parameters<typeof setBindGroup>) => {
@@ -176,7 +196,7 @@ export class DeviceHooks {
         return original.setBindGroup(...args);
       }
       group = next as GPUBindGroup;
-      isGroupSet = work === undefined;
+      isGroupSet = work === undefined && !(group instanceof MarkerGroup);
       if (isGroupSet) original.setBindGroup(0, group);
       return undefined;
     }) as typeof setBindGroup;
@@ -184,7 +204,12 @@ export class DeviceHooks {
       if (this.#seen !== undefined && pipeline !== undefined) {
         this.#seen.push({ code: this.#pipelines.get(pipeline), entries: this.#entriesOf(group) });
       }
-      if (work === undefined) return original.dispatchWorkgroups(x, y, z);
+      if (work === undefined) {
+        if (group instanceof MarkerGroup) return this.#fail('the bind group of a marker was used by another dispatch');
+        if (!isGroupSet && group !== undefined) original.setBindGroup(0, group);
+        isGroupSet = true;
+        return original.dispatchWorkgroups(x, y, z);
+      }
       this.#replace(original, work, this.#entriesOf(group));
       isGroupSet = false;
       return undefined;
@@ -198,7 +223,12 @@ export class DeviceHooks {
   }
 
   #entriesOf(group: GPUBindGroup | undefined): Entries {
+    if (group instanceof MarkerGroup) return group.entries;
     return (group && this.#groups.get(group)) ?? [];
+  }
+
+  #fail(reason: string): undefined {
+    if (this.#armed !== undefined) this.#armed.failure ??= reason;
   }
 
   /** Throws nothing: the caller is onnxruntime's WebAssembly. */

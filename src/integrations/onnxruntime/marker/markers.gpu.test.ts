@@ -7,10 +7,12 @@ import { GraphBuilder } from '../../../../test/support/graph-builder.ts';
 import { buildDecoder, buildDiT } from '../../../../test/support/models.ts';
 import { Random, runSeed } from '../../../../test/support/random.ts';
 import { itNeeds } from '../../../../test/support/requirement.ts';
+import { compare } from '../../../reference/metrics.ts';
 import { float16FromNumber } from '../../../tensor/formats/float16.ts';
 import { countRuns, EXPECTED_COMMANDS } from '../../testing/count-commands.ts';
 import { type SageAttentionOptions, withSageAttention } from '../index.ts';
 import type { OrtTensor } from '../ort.ts';
+import { mergedDecoder, mergedFeeds, PAST } from '../testing/merged-decoder.ts';
 import { adapterName, missing, newDevice, runtime } from '../testing/node-webgpu.ts';
 
 const SEED = runSeed();
@@ -130,6 +132,49 @@ describe('a model with markers', () => {
     }
     await marked.release();
     await cut.release();
+  });
+
+  itNeeds(missing)('takes a decoder with and without a cache in one file: markers in both branches', async () => {
+    const bytes = mergedDecoder(new Random(SEED));
+    const [marked, cut] = [await open(bytes), await open(bytes, { markers: false })];
+    expect(pathsOf(marked), JSON.stringify(marked.sageAttention)).toEqual(['marker', 'marker']);
+    expect(pathsOf(cut)).toEqual(['cut', 'cut']);
+    for (const [useCache, length] of [
+      [false, 9],
+      [true, 1],
+      [true, 3],
+      [false, 4],
+    ] as const) {
+      const feeds = mergedFeeds(runtime as never, new Random(SEED + length), length, useCache) as unknown as Feeds;
+      expectSame(await outputsOf(marked, feeds), await outputsOf(cut, feeds));
+    }
+    const seen = marked.sageAttention.map(({ path, queryLength, keyLength }) => [path, queryLength, keyLength]);
+    expect(seen).toEqual([
+      ['marker', 3, 3 + PAST],
+      ['marker', 4, 4],
+    ]);
+    await marked.release();
+    await cut.release();
+  });
+
+  itNeeds(missing)('short attention without a marker: each of the first runs is right, however it runs', async () => {
+    const bytes = dit('fused', 'float32');
+    const plain = await runtime.InferenceSession.create(bytes, { executionProviders: ['wasm'] });
+    const session = await withSageAttention(runtime, { markers: false }).InferenceSession.create(bytes, {
+      executionProviders: [{ name: 'webgpu', device }],
+    });
+    const random = new Random(SEED + 5);
+    for (let run = 0; run < 9; run++) {
+      const feeds: Feeds = { x: floats(random, [1, 33, WIDTH]), c: floats(random, [1, WIDTH]) };
+      const [actual, expected] = [await outputsOf(session, feeds), await plain.run(feeds)];
+      const [x, y] = [actual.y?.data, expected.y?.data] as [Float32Array, Float32Array];
+      expect(compare(x, y).cosineSimilarity, `run ${run}`).toBeGreaterThan(0.999);
+    }
+    const [{ path, reason } = { path: undefined, reason: '' }] = session.sageAttention;
+    if (path === undefined) expect(reason).toMatch(/a cut gains nothing|the model in one piece was faster/);
+    else expect(path).toBe('cut');
+    await session.release();
+    await plain.release();
   });
 
   itNeeds(missing)('takes GroupQueryAttention: a prompt, then steps of one query', async () => {

@@ -2,6 +2,7 @@
 
 import type { LeftAttention } from '../detect/site.ts';
 import type { OrtFeeds, OrtFetches, OrtResults, OrtSession, OrtSessionHandler, OrtValueMetadata } from '../ort.ts';
+import type { MarkedSession } from './marked-session.ts';
 import type { OpenedOnce } from './opened-sessions.ts';
 import type { AttentionReport } from './report.ts';
 import { type CutSession, reportLeft } from './session.ts';
@@ -10,8 +11,8 @@ export interface Branch {
   /** Value of the input that decides between the branches. */
   readonly value: boolean;
   /** Undefined where no attention is replaced. */
-  readonly session: CutSession | undefined;
-  /** Attentions of a branch that is not cut. */
+  readonly session: MarkedSession | CutSession | undefined;
+  /** Attentions of a branch in which none is replaced. */
   readonly left: readonly LeftAttention[];
 }
 
@@ -26,7 +27,7 @@ export class BranchedSession implements OrtSessionHandler {
   readonly #running = new Set<Promise<OrtResults>>();
   #isReleased = false;
 
-  /** @param parts.branches one of them is cut at least; `whole` is released with this session */
+  /** @param parts.branches at least one has a session; `whole` is released with this session */
   constructor(parts: {
     readonly condition: string;
     readonly branches: readonly Branch[];
@@ -35,14 +36,14 @@ export class BranchedSession implements OrtSessionHandler {
     this.#condition = parts.condition;
     this.#branches = parts.branches;
     this.#whole = parts.whole;
-    const [cut] = this.#sessions() as [CutSession];
-    this.inputMetadata = cut.inputMetadata;
-    this.outputMetadata = cut.outputMetadata;
-    this.inputNames = cut.inputNames;
-    this.outputNames = cut.outputNames;
+    const [first] = this.#sessions() as [MarkedSession | CutSession];
+    this.inputMetadata = first.inputMetadata;
+    this.outputMetadata = first.outputMetadata;
+    this.inputNames = first.inputNames;
+    this.outputNames = first.outputNames;
   }
 
-  #sessions(): CutSession[] {
+  #sessions(): (MarkedSession | CutSession)[] {
     return this.#branches.flatMap(({ session }) => session ?? []);
   }
 

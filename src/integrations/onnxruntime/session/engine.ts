@@ -20,6 +20,8 @@ export interface AttentionEngine {
   kernels(): Promise<readonly KernelName[]>;
   /** @param sparsity how to choose the blocks that are computed; undefined: all are */
   attend(call: AttentionCall, kernel: KernelName | 'auto', sparsity: Sparsity | undefined): Promise<Attended>;
+  /** Ends when all that was recorded so far has run, where that is later than the call. */
+  done?(): Promise<unknown>;
   /** Releases everything that is kept between runs. */
   release(): void;
 }

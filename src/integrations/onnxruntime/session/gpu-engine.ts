@@ -137,6 +137,7 @@ export async function gpuEngine(OrtTensorClass: OrtTensorConstructor, device: GP
         for (const buffer of uploaded) buffer.destroy();
       }
     },
+    done: () => device.queue.onSubmittedWorkDone(),
     release() {
       isReleased = true;
       for (const buffer of spare.splice(0)) buffer.destroy();

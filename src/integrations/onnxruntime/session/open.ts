@@ -128,18 +128,17 @@ export async function openModel(
     await opened.release();
   }
   const judged: Judged[] = [];
-  for (const variant of graphs) judged.push(await judge(context, source, variant, facts));
+  for (const variant of graphs)
+    judged.push(await judge(context, source, variant, await factsFor(context, source, variant, facts)));
   const report = judged.flatMap(({ left }) => left);
   const without = noMarkers(context, judged);
   const common = { ...context, model: found.model, source, metadata: facts.metadata };
-  const marked =
-    without === undefined ? await openWithMarkers(common, judged[0] as Judged, facts) : { reasons: without };
-  if (!('reasons' in marked)) return { cut: marked, plain: undefined, report: () => marked.report() };
-  if (judged.every(({ worth }) => worth.length === 0)) return asItIs(await whole(), report);
   try {
     if (typeof args[0] === 'string') source = await followLinks(source, args[0], found.index.graph);
-    const session = await openVariants({ ...common, source, cutReasons: marked.reasons }, judged);
-    return { cut: session, plain: undefined, report: () => session.report() };
+    const session = await openReplaced({ ...common, source }, judged, without);
+    return session === undefined
+      ? asItIs(await whole(), report)
+      : { cut: session, plain: undefined, report: () => session.report() };
   } catch (error) {
     const reason = `the graph could not be cut: ${messageOf(error)}`;
     const opened = await whole();
@@ -175,6 +174,7 @@ function variantsOf({ model, index, detected }: Analysis): readonly Variant[] {
 
 interface Judged {
   readonly variant: Variant;
+  readonly facts: ModelFacts;
   /** Attentions to replace. */
   readonly worth: readonly AttentionSite[];
   readonly left: readonly LeftAttention[];
@@ -182,45 +182,42 @@ interface Judged {
   readonly minTokens: number;
 }
 
-async function judge(
+/** The graph that a value of an input makes has other shapes than that with all its branches. */
+async function factsFor(
   context: Context,
   source: ModelSource,
-  variant: Variant,
-  facts: ModelFacts,
-  hasMarkers = false,
-): Promise<Judged> {
-  const { create, ort, options } = context;
+  { condition, model, index, detected }: Variant,
+  ofAll: ModelFacts,
+): Promise<ModelFacts> {
+  if (condition === undefined) return ofAll;
+  const watched = chooseSites(context, source, detected).sites.flatMap(watchedBy);
+  return (await readFacts(context.create, model, index, source.options, watched)) ?? ofAll;
+}
+
+/** @param facts of the variant's graph */
+function judge(context: Context, source: ModelSource, variant: Variant, facts: ModelFacts, hasMarkers = false): Judged {
+  const { ort, options } = context;
   const { sites, left, engine } = chooseSites(context, source, variant.detected);
-  const { shapes } =
-    variant.condition === undefined
-      ? facts
-      : ((await readFacts(create, variant.model, variant.index, source.options, sites.flatMap(watchedBy))) ?? facts);
   const minTokens = minTokensOf(ort, engine, options, hasMarkers);
   const short = sites.flatMap((site) => {
-    const lengths = lengthsOf(site, shapes);
+    const lengths = lengthsOf(site, facts.shapes);
     const reason = tooShort(lengths, minTokens);
     return reason === undefined ? [] : [{ ...leave(site, reason), ...lengths, site }];
   });
   const worth = sites.filter((site) => short.every((entry) => entry.site !== site));
-  return { variant, worth, left: [...short.map(({ site: _, ...entry }) => entry), ...left], engine, minTokens };
+  const allLeft = [...short.map(({ site: _, ...entry }) => entry), ...left];
+  return { variant, facts, worth, left: allLeft, engine, minTokens };
 }
 
-/** The model cut, or one cut for each value of the input that decides. */
-async function openVariants(
+/** The model with attention replaced, or one session for each value of the input that decides; undefined where nothing is worth it. */
+async function openReplaced(
   common: Common,
   judged: readonly Judged[],
-  ofAll?: CutParts['createWhole'],
-): Promise<CutSession | BranchedSession> {
-  const open = async ({ variant, worth, ...rest }: Judged, createWhole = ofAll) => {
-    const cut = cutGraph(variant.index.graph, variant.index.opset, worth);
-    const crossing = cut.pieces.flatMap(({ inputs }) => inputs);
-    const whole = await readFacts(common.create, variant.model, variant.index, common.source.options, crossing);
-    const shapes = { shapes: whole?.shapes };
-    return openCut({ ...common, ...rest, ...shapes, cut, ...(createWhole === undefined ? {} : { createWhole }) });
-  };
+  without: string | undefined,
+): Promise<MarkedSession | CutSession | BranchedSession | undefined> {
   const [first] = judged as [Judged, ...Judged[]];
   const { condition } = first.variant;
-  if (condition === undefined) return open(first);
+  if (condition === undefined) return openVariant(common, first, without);
   const files = new Set(
     judged.flatMap(({ variant }) => variant.index.graph.initializer.flatMap((tensor) => fileOf(tensor) ?? [])),
   );
@@ -229,14 +226,49 @@ async function openVariants(
   const branches: Branch[] = [];
   try {
     for (const one of judged) {
-      const session = one.worth.length === 0 ? undefined : await open(one, shared);
+      const session = await openVariant(common, one, without, shared);
       branches.push({ value: one.variant.condition?.value === true, session, left: one.left });
     }
   } catch (error) {
     for (const { session } of branches) await session?.dispose();
     throw error;
   }
+  if (branches.every(({ session }) => session === undefined)) return undefined;
   return new BranchedSession({ condition: condition.input, branches, whole });
+}
+
+/**
+ * With markers where they work, otherwise in pieces.
+ *
+ * @param without why there are no markers to try
+ * @param createWhole how several variants open the model in one piece together
+ */
+async function openVariant(
+  common: Common,
+  judged: Judged,
+  without: string | undefined,
+  createWhole?: CutParts['createWhole'],
+): Promise<MarkedSession | CutSession | undefined> {
+  const marked =
+    without === undefined
+      ? await openWithMarkers(common, judged, createWhole)
+      : { reasons: new Map(judged.worth.map((site) => [site, without])) };
+  if (!('reasons' in marked)) return marked;
+  return judged.worth.length === 0
+    ? undefined
+    : openInPieces({ ...common, cutReasons: marked.reasons }, judged, createWhole);
+}
+
+async function openInPieces(
+  common: Common,
+  { variant, worth, ...rest }: Judged,
+  createWhole?: CutParts['createWhole'],
+): Promise<CutSession> {
+  const cut = cutGraph(variant.index.graph, variant.index.opset, worth);
+  const crossing = cut.pieces.flatMap(({ inputs }) => inputs);
+  const facts = await readFacts(common.create, variant.model, variant.index, common.source.options, crossing);
+  const shapes = { shapes: facts?.shapes };
+  return openCut({ ...common, ...rest, ...shapes, cut, ...(createWhole === undefined ? {} : { createWhole }) });
 }
 
 /** Opens the one that several sessions have together: each releases what it opened itself, and not this one. */
@@ -246,40 +278,32 @@ const sharing = (whole: OpenedOnce<'whole'>) => async () => {
 };
 
 /** Why no attention of a model can be a marker; undefined where that is to be tried. */
-function noMarkers(
-  { ort, options }: Context,
-  judged: readonly Judged[],
-): ReadonlyMap<AttentionSite, string> | undefined {
-  const reason = () => {
-    if (judged.some(({ engine }) => engine !== 'webgpu')) return 'a marker needs onnxruntime-web on WebGPU';
-    if (options.markers === false) return 'excluded by the options';
-    if (options.policy === 'adaptive') return "'adaptive' compares kernels between pieces";
-    if (options.sparsity !== undefined) return "blocks of 'sparsity' are chosen between pieces";
-    if (isProxied(ort)) return 'onnxruntime runs in a worker, with a device that is out of reach';
-    return judged.length > 1 ? 'an input decides between graphs' : undefined;
-  };
-  const text = reason();
-  return text === undefined ? undefined : new Map(judged.flatMap(({ worth }) => worth.map((site) => [site, text])));
+function noMarkers({ ort, options }: Context, judged: readonly Judged[]): string | undefined {
+  if (judged.some(({ engine }) => engine !== 'webgpu')) return 'a marker needs onnxruntime-web on WebGPU';
+  if (options.markers === false) return 'excluded by the options';
+  if (options.policy === 'adaptive') return "'adaptive' compares kernels between pieces";
+  if (options.sparsity !== undefined) return "blocks of 'sparsity' are chosen between pieces";
+  return isProxied(ort) ? 'onnxruntime runs in a worker, with a device that is out of reach' : undefined;
 }
 
 /** The model in one session with markers, or why it has none. */
 async function openWithMarkers(
   common: Common,
   forCut: Judged,
-  facts: ModelFacts,
+  createWhole: CutParts['createWhole'],
 ): ReturnType<typeof import('./open-marked.ts')['openMarked']> {
-  const { ort, create, options, model, source } = common;
-  const judged = await judge(common, source, forCut.variant, facts, true);
+  const { ort, create, options, source } = common;
+  const judged = judge(common, source, forCut.variant, forCut.facts, true);
   const { worth, variant, minTokens } = judged;
   if (worth.length === 0) return { reasons: new Map() };
-  const whole = new OpenedOnce<'whole'>(await wholeModel(common, new Set()));
+  const whole = new OpenedOnce<'whole'>(createWhole ?? (await wholeModel(common, new Set())));
   const inPieces = { ...judged, minTokens: forCut.minTokens };
   // What runs on a GPU alone is loaded where there is one.
   const { openMarked } = await import('./open-marked.ts');
   return openMarked({
     ort,
     create,
-    model,
+    model: variant.model,
     index: variant.index,
     options: source.options,
     sites: worth,
@@ -301,7 +325,7 @@ async function openWithMarkers(
         hasOwnFeeds: true,
       });
     },
-    createCut: async () => (await openVariants(common, [inPieces], sharing(whole))) as CutSession,
+    createCut: () => openInPieces(common, inPieces, sharing(whole)),
   });
 }
 
@@ -400,6 +424,7 @@ async function openCut(parts: CutParts): Promise<CutSession> {
       options: {
         ...options,
         minTokens: parts.minTokens,
+        triesShort: options.minTokens === undefined && options.policy !== 'adaptive',
         threshold: options.threshold ?? DEFAULT_THRESHOLD,
         calibrationRuns: options.calibrationRuns ?? DEFAULT_CALIBRATION_RUNS,
       },

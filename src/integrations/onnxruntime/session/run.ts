@@ -6,12 +6,15 @@ import { namedError } from './engine.ts';
 /** Values of one run, each held until its last reader has run. */
 export class Run {
   readonly values = new Map<string, OrtTensor>();
+  /** Attention of fewer tokens stays with onnxruntime. */
+  readonly minTokens: number;
   readonly failures: { readonly node: string; readonly failure: Promise<Error | undefined> }[] = [];
   readonly #cut: Cut;
   readonly #feeds: OrtFeeds;
   readonly #fetches: OrtFetches;
 
-  constructor(cut: Cut, feeds: OrtFeeds, fetches: OrtFetches) {
+  constructor(cut: Cut, feeds: OrtFeeds, fetches: OrtFetches, minTokens: number) {
+    this.minTokens = minTokens;
     this.#cut = cut;
     this.#feeds = feeds;
     this.#fetches = fetches;

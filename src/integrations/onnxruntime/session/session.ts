@@ -19,6 +19,7 @@ import {
 } from '../ort.ts';
 import { CALLS_TO_TIME, lastOf, SiteState, settle, type Trial, together, toNumbers, tryKernel } from './calibration.ts';
 import { type AttentionCall, prepareCall } from './call.ts';
+import { CutTrials } from './cut-trials.ts';
 import { type AttentionEngine, namedError } from './engine.ts';
 import { checkFeeds, ownFeeds } from './feeds.ts';
 import type { Lengths } from './lengths.ts';
@@ -60,6 +61,8 @@ export interface CutSessionParts {
   readonly engine: AttentionEngine;
   readonly options: SageAttentionOptions & {
     readonly minTokens: number;
+    /** Shorter attention is taken where a model's first runs show that it pays: {@link CutTrials}. */
+    readonly triesShort?: boolean;
     readonly threshold: number;
     readonly calibrationRuns: number;
   };
@@ -85,6 +88,7 @@ export class CutSession implements OrtSessionHandler {
   readonly #whole: OpenedOnce<'whole'>;
   readonly #wholeShapes = new WholeShapes();
   readonly #running = new Set<Promise<OrtResults>>();
+  readonly #trials: CutTrials | undefined;
   /** Runs left, and milliseconds by now, in pieces and in one. */
   readonly #comparison: { remaining: number; cut: number; whole: number };
   /** Every run is in one piece. */
@@ -94,6 +98,8 @@ export class CutSession implements OrtSessionHandler {
   constructor(parts: CutSessionParts) {
     this.#parts = parts;
     this.#comparison = { remaining: parts.options.calibrationRuns, cut: 0, whole: 0 };
+    const isTried = parts.options.triesShort === true && parts.createWhole !== undefined;
+    this.#trials = isTried && parts.engine.done !== undefined ? new CutTrials(parts.cut.sites.length) : undefined;
     this.#originals = new OpenedOnce((placed) => parts.createOriginal(placed));
     this.#whole = new OpenedOnce(async () => parts.createWhole?.());
     this.inputMetadata = parts.metadata.inputs;
@@ -132,6 +138,9 @@ export class CutSession implements OrtSessionHandler {
   async #run(given: OrtFeeds, fetches: OrtFetches, options: object): Promise<OrtResults> {
     const shape = inputShapeOf(this.inputNames.map((name) => given[name]?.dims ?? []));
     const isWhole = this.#isWhole || this.#wholeShapes.has(shape);
+    if (isWhole && this.#trials !== undefined && this.#wholeShapes.isShort(shape)) {
+      return this.#tryWays(this.#trials, given, fetches, options, shape);
+    }
     const ready = isWhole ? this.#whole.ready('whole') : undefined;
     if (ready !== undefined) return ready.run(given, fetches, options);
     const { ort, hasOwnFeeds } = this.#parts;
@@ -149,6 +158,52 @@ export class CutSession implements OrtSessionHandler {
       for (const state of this.#sites) state.reason = `onnxruntime ran the model in one piece: ${messageOf(error)}`;
       this.#wholeShapes.add(shape, undefined);
       return results;
+    }
+  }
+
+  /** Short attention, in one piece or in pieces: timed until it is known which is faster. */
+  async #tryWays(
+    trials: CutTrials,
+    given: OrtFeeds,
+    fetches: OrtFetches,
+    options: object,
+    shape: InputShape,
+  ): Promise<OrtResults> {
+    const { way, tell } = trials.next(shape);
+    const whole = this.#whole.ready('whole') ?? (await this.#openWhole());
+    // Other runs at the same time would be in the times of this one.
+    const time = this.#running.size <= 1 ? tell : undefined;
+    const start = performance.now();
+    const results = await this.#runWay(trials, way === 'whole' ? whole : undefined, given, fetches, options, shape);
+    if (time !== undefined) {
+      const recorded = performance.now() - start;
+      await this.#parts.engine.done?.();
+      time({ recorded, done: performance.now() - start });
+    }
+    const reason = trials.reason(shape);
+    if (reason !== undefined) for (const state of this.#sites) state.reason = reason;
+    return results;
+  }
+
+  /** @param whole undefined: in pieces, all attentions replaced */
+  async #runWay(
+    trials: CutTrials,
+    whole: OrtSession | undefined,
+    given: OrtFeeds,
+    fetches: OrtFetches,
+    options: object,
+    shape: InputShape,
+  ): Promise<OrtResults> {
+    if (whole !== undefined) return whole.run(given, fetches, options);
+    const { ort, hasOwnFeeds } = this.#parts;
+    const feeds = hasOwnFeeds ? given : ownFeeds(ort.Tensor as OrtTensorConstructor, given);
+    try {
+      return await this.#runCut(feeds, fetches, options, shape, 0);
+    } catch (error) {
+      const opened = error instanceof ExecutionError ? undefined : await this.#openWhole();
+      if (opened === undefined) throw error;
+      trials.refuse(shape, `onnxruntime ran the model in one piece: ${messageOf(error)}`);
+      return opened.run(feeds, fetches, options);
     }
   }
 
@@ -187,8 +242,14 @@ export class CutSession implements OrtSessionHandler {
     return this.#whole.get('whole').catch(() => undefined);
   }
 
-  async #runCut(feeds: OrtFeeds, fetches: OrtFetches, options: object, shape: InputShape): Promise<OrtResults> {
-    const run = new Run(this.#parts.cut, feeds, fetches);
+  async #runCut(
+    feeds: OrtFeeds,
+    fetches: OrtFetches,
+    options: object,
+    shape: InputShape,
+    minTokens = this.#parts.options.minTokens,
+  ): Promise<OrtResults> {
+    const run = new Run(this.#parts.cut, feeds, fetches, minTokens);
     try {
       let replaced = false;
       for (let level = 0; level < this.#parts.cut.levels; level++) {
@@ -230,7 +291,7 @@ export class CutSession implements OrtSessionHandler {
     const { site, result } = state.placed;
     if (!run.needs(result)) return false;
     const prepared = prepareCall(site, run.values, this.#parts.engine.maxHeadDim);
-    const reason = 'reason' in prepared ? prepared.reason : this.#tooShort(state, prepared.call);
+    const reason = 'reason' in prepared ? prepared.reason : this.#tooShort(state, prepared.call, run.minTokens);
     if ('reason' in prepared || reason !== undefined) {
       state.reason = reason;
       await this.#runOriginal(run, state, options);
@@ -266,11 +327,11 @@ export class CutSession implements OrtSessionHandler {
     }
   }
 
-  #tooShort(state: SiteState, call: AttentionCall): string | undefined {
+  #tooShort(state: SiteState, call: AttentionCall, minTokens: number): string | undefined {
     const [, heads, queryLength, headDim] = call.q.view.shape;
     const keyLength = call.k.view.shape[2];
     Object.assign(state, { heads, headDim, queryLength, keyLength });
-    return tooShort({ queryLength, keyLength }, this.#parts.options.minTokens);
+    return tooShort({ queryLength, keyLength }, minTokens);
   }
 
   /** Opens what {@link CutSessionParts.createOriginal} gives before it is needed. */

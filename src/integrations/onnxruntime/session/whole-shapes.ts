@@ -11,6 +11,9 @@ export function inputShapeOf(dims: readonly (readonly number[])[]): InputShape {
   return { ranks: dims.map((sizes) => sizes.length).join(), sizes: dims.flat() };
 }
 
+/** The same text for the same sizes. */
+export const keyOf = ({ ranks, sizes }: InputShape): string => `${ranks} ${sizes}`;
+
 interface Known extends InputShape {
   readonly queryLengths: string | undefined;
 }
@@ -28,6 +31,11 @@ export class WholeShapes {
 
   has(shape: InputShape): boolean {
     return this.#known.some((known) => this.#isLike(known, shape));
+  }
+
+  /** True where short queries alone are the reason. */
+  isShort(shape: InputShape): boolean {
+    return this.#known.find((known) => this.#isLike(known, shape))?.queryLengths !== undefined;
   }
 
   /** @param queryLengths of all attentions, where they alone are the reason; undefined for any other reason */
