@@ -34,9 +34,9 @@ export type Tuning = TileConfig & WgmmaTuning;
 
 /** Room for keys that more will be appended to: what a cache has, and which part of it is worked on. */
 export interface KeyRoom {
-  /** Tokens that each sequence has room for, a multiple of {@link BLOCK_K}. */
+  /** Tokens that each sequence has room for at least. */
   readonly capacity: number;
-  /** First token that is worked on, a multiple of {@link BLOCK_K}; default 0. */
+  /** First token that is worked on, a multiple of the kernels' tiles of keys (at most 128); default 0. */
   readonly from?: number;
 }
 
@@ -93,6 +93,8 @@ export type KeyValuePart = 'means' | 'key' | 'value';
 export interface FamilyLaunches {
   /** Largest |smScale|; beyond it scores are no longer told apart. */
   readonly mostSmScale: number;
+  /** Tokens to whose multiples sequences of quantized keys are padded; default {@link BLOCK_K}. */
+  readonly keyPadding?: number;
   /** The problem as the kernels take it, with heads as rows of one query; undefined where they take it as it is. */
   readonly headsAsRows?: (problem: AttentionProblem, choice: KernelChoice) => AttentionProblem | undefined;
   /** Quantizes K and V. Asked only when there are keys. */
@@ -109,6 +111,7 @@ export interface FamilyLaunches {
 function paddedLayoutOf(
   problem: AttentionProblem,
   room: KeyRoom | undefined,
+  keyPadding: number,
   visibleOf: (sequence: Sequence) => readonly [first: number, end: number],
 ): PaddedLayout {
   const from = room?.from ?? 0;
@@ -122,7 +125,7 @@ function paddedLayoutOf(
     const visible = visibleOf(sequence).map((key) => key - from);
     table.set([queryStart, queryLength, ...keys, paddedQueries, paddedKeys + from, ...visible], index * SEQUENCE_INTS);
     paddedQueries += roundUp(queryLength, BLOCK_Q);
-    paddedKeys += room?.capacity ?? roundUp(keyLength, BLOCK_K);
+    paddedKeys += roundUp(room?.capacity ?? keyLength, keyPadding);
   }
   const largestRow = Math.max(problem.queryHeads * paddedQueries, problem.kvHeads * paddedKeys);
   if (largestRow >= 2 ** 31 || Math.max(problem.queryLength, problem.keyLength) >= NO_LIMIT) {
@@ -183,7 +186,7 @@ export function contextOf(
   const called = grouped ?? asked;
   // One row sees the tokens that count.
   const problem = tokenMask === undefined ? called : { ...called, queryLength: 1, mask: tokenMask };
-  const layout = paddedLayoutOf(problem, room, (sequence) =>
+  const layout = paddedLayoutOf(problem, room, family.keyPadding ?? BLOCK_K, (sequence) =>
     // Heads as rows have the band of one token.
     whole
       ? visibleKeys(asked, { ...sequence, queryLength: grouped === undefined ? sequence.queryLength : 1 })

@@ -230,8 +230,8 @@ function mapsOf({ problem, layout }: Context, { config, rows }: Shape): KernelAr
       ? {
           buffer: 'value',
           elementType: 'u8',
-          dimensions: [paddedKeys, kvHeads * paddedValueDim],
-          byteStrides: [paddedKeys],
+          dimensions: [WGMMA_BLOCK_K, (keys / WGMMA_BLOCK_K) * paddedValueDim],
+          byteStrides: [WGMMA_BLOCK_K],
           box: [WGMMA_BLOCK_K, paddedValueDim],
           swizzle: '128B',
           l2Promotion: '256B',
@@ -431,4 +431,4 @@ export function takesAsTheyLie({
   );
 }
 
-export const WGMMA: FamilyLaunches = { mostSmScale: MOST_SM_SCALE, keyValue, attend };
+export const WGMMA: FamilyLaunches = { mostSmScale: MOST_SM_SCALE, keyPadding: KEY_VALUE_TILE, keyValue, attend };

@@ -281,6 +281,10 @@ class QuantizedKeyValue {
   }
 }
 
+/** Where a code of V lies in the tiles of its head. */
+const placeOf = (token: number, channel: number, channels: number) =>
+  (Math.floor(token / 128) * channels + channel) * 128 + (permutedPosition(token) % 128);
+
 /** Magnitude beyond which E4M3's relative error is 2^-4; below, the absolute one is 2^-10. */
 const E4M3_NORMAL = 2 ** -6;
 
@@ -378,7 +382,7 @@ describe(`K and V in one launch (SAGEATTENTION_SEED=${seed})`, () => {
     for (let i = first * dim; i < end * dim; i++) {
       const [token, c] = [Math.floor(i / dim), i % dim];
       const scaled = (rows[i] as number) / (scales[c] as number) / tileScale;
-      const code = codes[c * padded + permutedPosition(token)] as number;
+      const code = codes[placeOf(token, c, scales.length)] as number;
       largest = Math.max(largest, Math.abs(scaled));
       // Nothing saturates.
       expect(Math.abs(e4m3ToNumber(code) - scaled)).toBeLessThanOrEqual(
@@ -390,10 +394,9 @@ describe(`K and V in one launch (SAGEATTENTION_SEED=${seed})`, () => {
     if (largest === 0) expect(tileScale).toBe(1);
     else expect(largest).toBeGreaterThanOrEqual(tileScale === 1 ? 3.49 : 223.9);
     // Behind the last token, copies of it.
-    const [last, until] = [permutedPosition(length - 1), Math.min(first + 128, padded)];
-    for (let i = end * dim; i < until * dim; i++) {
-      const channel = (i % dim) * padded;
-      expect(codes[channel + permutedPosition(Math.floor(i / dim))]).toBe(codes[channel + last]);
+    for (let i = end * dim; i < (first + 128) * dim; i++) {
+      const codeOf = (token: number) => codes[placeOf(token, i % dim, scales.length)];
+      expect(codeOf(Math.floor(i / dim))).toBe(codeOf(length - 1));
     }
     return different;
   }
@@ -423,7 +426,7 @@ describe(`K and V in one launch (SAGEATTENTION_SEED=${seed})`, () => {
     const k = make(heads, length, dim, dtype, random, 3);
     const v = make(heads, length, valueDim, dtype, random, 0.5);
     if (length > 600) plantUnsampledTokens(v, length, valueDim, random);
-    const padded = Math.ceil(length / 64) * 64;
+    const padded = Math.ceil(length / 128) * 128;
     const all = { ...plain, ...choice };
     const found = new QuantizedKeyValue(k, v, all, padded).run(length);
     const rowsOf = (x: Tensor, head: number, of: number): HeadRows => {
@@ -453,7 +456,7 @@ describe(`K and V in one launch (SAGEATTENTION_SEED=${seed})`, () => {
     const beyond = dtype === 'float16' ? undefined : { head: 1, token: 3 };
     if (beyond !== undefined) values[(beyond.head * length + beyond.token) * valueDim] = -1e5;
     writeValues(values, v);
-    const padded = Math.ceil(length / 64) * 64;
+    const padded = Math.ceil(length / 128) * 128;
     const choice = {
       ...plain,
       descriptor: descriptorOf('qk-int8-pv-fp16-cuda-sm90'),
@@ -530,7 +533,7 @@ describe(`K and V in one launch (SAGEATTENTION_SEED=${seed})`, () => {
     const [codes, cleanCodes] = [found.bytes('value'), clean.bytes('value')];
     for (let row = 0; row < 2 * 64; row++) {
       for (let token = 0; token < 256; token++) {
-        const at = row * 256 + permutedPosition(token);
+        const at = (row >> 6) * 256 * 64 + placeOf(token, row & 63, 64);
         const value = e4m3ToNumber(codes[at] as number);
         expect(Number.isFinite(value)).toBe(true);
         // A missing element may move a channel's mean or scale, not the codes by much.
@@ -549,10 +552,10 @@ describe(`K and V in one launch (SAGEATTENTION_SEED=${seed})`, () => {
     const before = found.bytes('value').slice();
     const [keysBefore, scalesBefore] = [found.bytes('key').slice(), found.bytes('valueTileScale').slice()];
     const halves = found.written('keyScale').reduce((sum, byte) => sum + byte, 0) / 4 / 4 / 2;
-    expect(halves).toBe(Math.ceil(520 / 64));
+    expect(halves).toBe(2 * Math.ceil(520 / 128));
     found.run(600, 512);
     const whole = new QuantizedKeyValue(k, v, plain, capacity).run(600);
-    const at = (head: number, channel: number, position: number) => (head * 32 + channel) * capacity + position;
+    const at = (head: number, channel: number, token: number) => head * 32 * capacity + placeOf(token, channel, 32);
     for (let head = 0; head < 2; head++) {
       for (let position = 0; position < 512; position++) {
         for (let c = 0; c < 32; c++)
@@ -568,7 +571,7 @@ describe(`K and V in one launch (SAGEATTENTION_SEED=${seed})`, () => {
       for (let token = 512; token < 600; token++) {
         for (let c = 0; c < 32; c++) {
           const [own, other] = [found, whole].map((of, i) => {
-            const code = of.bytes('value')[at(head, c, permutedPosition(token))] as number;
+            const code = of.bytes('value')[at(head, c, token)] as number;
             return e4m3ToNumber(code) * (of.floats('valueScale')[head * 32 + c] as number) * (scales[i] as number);
           }) as [number, number];
           const truth = toFloat32(v)[(head * capacity + token) * 32 + c] as number;

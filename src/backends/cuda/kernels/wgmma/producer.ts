@@ -85,11 +85,10 @@ function rowCoordinates(frame: Frame, work: Work): (firstKey: Reg<'s32'>) => Reg
 
 /** Sends an item's tiles of K and V, each as its stage becomes free. */
 function sendTiles(frame: Frame, work: Work, place: RingPlace, keyMap: Reg<'global'>, valueMap: Reg<'global'>): void {
-  const { b, config, plan, fp8, tiles, bytes, shared, keys, values } = frame;
+  const { b, config, integer, plan, fp8, tiles, bytes, shared, keys, values } = frame;
   const { firstTile, lastTile, keyHead, paddedKeyStart } = work;
   const rowsAt = rowCoordinates(frame, work);
-  const token = b.as(paddedKeyStart, 's32');
-  const channelRow = fp8 ? b.as(b.mul(keyHead, config.paddedValueDim), 's32') : undefined;
+  const firstRow = fp8 ? b.mad(keyHead, b.loadParameter(integer.paddedKeys), paddedKeyStart) : undefined;
   const position = b.mov(firstTile);
   b.loop(
     () => b.setp('lt', position, lastTile),
@@ -114,9 +113,13 @@ function sendTiles(frame: Frame, work: Work, place: RingPlace, keyMap: Reg<'glob
       mbarrierArriveExpectTx(b, barrier, plan.valueCopyBytes, values.full);
       const valueAt = b.add(shared, b.as(b.mad(place.stage, bytes.valueStage, tiles.value.base), 'shared'));
       for (let block = 0; block < plan.valueBlocks; block++) {
+        // FP8: tiles of channels, each with its tokens, one behind the other.
         const coordinates =
-          channelRow !== undefined
-            ? [b.add(token, firstKey), channelRow]
+          firstRow !== undefined
+            ? [
+                b.constant('s32', 0),
+                b.as(b.mul(b.add(b.shr(firstRow, 7), b.as(tile, 'u32')), config.paddedValueDim), 's32'),
+              ]
             : [b.constant('s32', block * plan.valueBlockChannels), ...rowsAt(firstKey)];
         tensorLoad(b, valueAt, valueMap, coordinates, barrier, {
           intoOffset: block * plan.valueBlockBytes,

@@ -2,7 +2,8 @@
  * Quantizes K and V for the Hopper kernels in one launch that reads each once: INT8 rows of K with float32 scales, and V in FP16
  * or FP8. One CTA takes a tile of 128 keys of one head, the attention kernel's own.
  *
- * V in FP16 stays as it lies, `[head, token, channel]`. V in FP8 is transposed, tokens permuted inside every 16, and
+ * V in FP16 stays as it lies, `[head, token, channel]`. V in FP8 is transposed within tiles, `[head, tile, channel, token]`, so that
+ * attention reads each tile in one piece; tokens are permuted inside every 16, and
  *
  *     v[token, channel] ~ code * valueScale[channel] * valueTileScale[tile]
  *

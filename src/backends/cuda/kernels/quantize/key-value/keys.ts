@@ -59,7 +59,7 @@ export function findKeyMaxima(tile: Tile, keys: Keys): { mean: Reg<'f32'>[] | un
 
 /** Codes of K, once all rows' maxima are known. */
 export function quantizeKeys(tile: Tile, keys: Keys, mean: readonly Reg<'f32'>[] | undefined): void {
-  const { b, config, pointer, firstRow, secondHalf, keyLayout } = tile;
+  const { b, config, pointer, firstRow, keyLayout } = tile;
   const { rowsAtOnce, halfOf } = keyLayout;
   const { row, channels } = keys;
   const { paddedDim } = config;
@@ -77,16 +77,13 @@ export function quantizeKeys(tile: Tile, keys: Keys, mean: readonly Reg<'f32'>[]
   );
   const magic = b.constant('f32', MAGIC);
   const stored = b.setp('lt', channels.channel, paddedDim);
-  const storedBeyond = b.andPred(stored, secondHalf);
   const store = (reciprocalOf: (pass: number) => Reg<'f32'>) => {
     keys.packed.forEach((packed, pass) => {
       const reciprocal = reciprocalOf(pass);
       // Adding 1.5 * 2^23 rounds to the nearest even integer and leaves it in the low bits.
       const rounded = centered(tile, packed, mean).map((float) => b.as(b.fma(float, reciprocal, magic), 'b32'));
       const codes = packBytes(b, rounded);
-      b.when(halfOf(pass) === 0 ? stored : storedBeyond, () =>
-        b.stVector(codes, destination, pass * rowsAtOnce * paddedDim),
-      );
+      b.when(stored, () => b.stVector(codes, destination, pass * rowsAtOnce * paddedDim));
     });
   };
   b.if(
@@ -146,7 +143,7 @@ function groupMaximum(tile: Tile, group: Reg<'u32'>, half: Reg<'u32'>): Reg<'f32
 
 /** Scales of K with their sign, exponents and bits of faults, by the first warp. */
 export function writeKeyScales(tile: Tile): void {
-  const { b, config, thread, pointer, shared, faultWords, warps, firstRow, secondHalf } = tile;
+  const { b, config, thread, pointer, shared, faultWords, warps, firstRow } = tile;
   const { keyScales } = config;
   b.if(b.setp('lt', thread, 32), () => {
     b.section('scales, exponents and faults');
@@ -160,7 +157,6 @@ export function writeKeyScales(tile: Tile): void {
       Reg<'b32'>,
       Reg<'b32'>,
     ];
-    const exists = b.orPred(secondHalf, b.setp('eq', half, 0));
     const slot = b.add(b.shr(firstRow, 6), half);
     const bits = b.as(scale, 'b32');
     const exponents = packExponents(tile, thread);
@@ -168,11 +164,11 @@ export function writeKeyScales(tile: Tile): void {
     for (let lanes = 1; lanes < 16; lanes *= 2) b.or(special, b.shflBfly(special, lanes), special);
     b.when(b.setp('ne', b.or(b.or(low, high), special), 0), () => b.or(bits, 0x80000000, bits));
     const scaleAt = offset(b, b.loadPointer(pointer.keyScale), b.mad(slot, keyScales, group), 4);
-    b.when(b.andPred(exists, b.setp('lt', ofHalf, keyScales)), () => b.st(bits, scaleAt));
+    b.when(b.setp('lt', ofHalf, keyScales), () => b.st(bits, scaleAt));
     const faultsAt = offset(b, b.loadPointer(pointer.keyFaults), slot, 8);
-    b.when(b.andPred(exists, b.setp('eq', ofHalf, 0)), () => b.stVector([low, high], faultsAt));
+    b.when(b.setp('eq', ofHalf, 0), () => b.stVector([low, high], faultsAt));
     const exponentsAt = offset(b, offset(b, b.loadPointer(pointer.keyExponents), firstRow, 1), thread, 4);
-    b.when(exists, () => b.st(exponents, exponentsAt));
+    b.st(exponents, exponentsAt);
   });
 }
 

@@ -41,8 +41,6 @@ interface Place {
   /** The first and last token of the tile that the band leaves to any row. */
   readonly firstSeen: Reg<'u32'>;
   readonly lastSeen: Reg<'u32'>;
-  /** Whether the sequence's padding reaches the second half: beyond lies the next sequence. */
-  readonly secondHalf: Reg<'pred'>;
 }
 
 export interface Tile extends Place {
@@ -105,8 +103,7 @@ function makePlace(
   const [seenFrom, seenUntil] = loadVisibleRange(b, table, sequence);
   const firstToken = b.mul(tile, KEY_VALUE_TILE);
   b.when(b.setp('ge', firstToken, keyLength), () => b.exit());
-  // Sequences are padded to half a tile, so that the last tile of the sequence or head before reaches into this one's first: V there must
-  // be numbers, for 0 * NaN is not 0. It is filled like any other, where no row sees a key with copies of the first.
+  // Where no row sees a key, the first tile is filled with copies of the first.
   b.when(b.setp('ge', seenFrom, seenUntil), () => {
     b.set(seenFrom, 0);
     b.set(seenUntil, 1);
@@ -114,13 +111,11 @@ function makePlace(
   b.when(b.setp('ge', firstToken, seenUntil), () => b.exit());
   const isBefore = b.setp('le', b.add(firstToken, KEY_VALUE_TILE), seenFrom);
   b.when(b.andPred(isBefore, b.setp('gt', tile, 0)), () => b.exit());
-  const tokensLeft = b.sub(keyLength, firstToken);
   const firstSeen = b.sub(b.max(seenFrom, firstToken), firstToken);
   const lastSeen = b.sub(b.sub(seenUntil, firstToken), 1);
-  const secondHalf = b.setp('gt', tokensLeft, HALF_TILE);
   const paddedTokens = b.loadParameter(integer.paddedTokens);
   const firstRow = b.add(b.mad(head, paddedTokens, paddedKeyStart), firstToken);
-  const tokens = { keyStart, paddedKeyStart, firstToken, firstRow, paddedTokens, firstSeen, lastSeen, secondHalf };
+  const tokens = { keyStart, paddedKeyStart, firstToken, firstRow, paddedTokens, firstSeen, lastSeen };
   return { thread, lane, warp, head, sequence, sequenceHead, ...tokens };
 }
 

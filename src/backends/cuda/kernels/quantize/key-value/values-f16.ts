@@ -3,13 +3,13 @@ import { offset } from '../../parts/addresses.ts';
 import { nextPowerOfTwo } from '../../parts/constants.ts';
 import { at } from '../../parts/lists.ts';
 import { centered } from './channels.ts';
-import { HALF_TILE, KEY_VALUE_TILE } from './config.ts';
+import { KEY_VALUE_TILE } from './config.ts';
 import { isFaulty } from './faults.ts';
 import type { ValueOrder } from './records.ts';
 import type { Tile } from './tile.ts';
 
 export function orderAsItLies(tile: Tile): ValueOrder {
-  const { b, config, thread, threads, pointer, firstRow, secondHalf, keyLayout, isSeen } = tile;
+  const { b, config, thread, threads, pointer, firstRow, keyLayout, isSeen } = tile;
   const { paddedValueDim } = config;
   const ofRow = Math.max(nextPowerOfTwo(paddedValueDim / 8), threads / KEY_VALUE_TILE);
   const atOnce = threads / ofRow;
@@ -35,8 +35,7 @@ export function orderAsItLies(tile: Tile): ValueOrder {
         b.when(isFaulty(tile, faults, keyLayout.passes + i), clear);
         if (isSeen !== undefined) b.when(b.notPred(isSeen(at(tokens, i))), clear);
       }
-      const kept = b.andPred(inRow, b.orPred(secondHalf, b.setp('lt', at(tokens, i), HALF_TILE)));
-      b.when(kept, () => b.stVector(pairs, destination, i * atOnce * rowBytes));
+      b.when(inRow, () => b.stVector(pairs, destination, i * atOnce * rowBytes));
     });
     b.barSync();
   };

@@ -134,28 +134,22 @@ function quantize(tile: Tile, parts: Parts, { packed, mean }: Values, factors: r
   });
 }
 
-/** The channels' rows from shared memory to the output. */
+/** The tile from shared memory to the output: channels one behind the other, each with its 128 tokens. */
 function storeRows(tile: Tile, parts: Parts): void {
-  const { b, config, thread, threads, pointer, head, paddedTokens, paddedKeyStart, firstToken, secondHalf } = tile;
+  const { b, config, thread, threads, pointer, firstRow } = tile;
   b.section('store V');
   const chunks = config.paddedValueDim * (KEY_VALUE_TILE / 16);
-  const valueRow = b.mul(head, config.paddedValueDim);
-  const destination = b.add(
-    b.loadPointer(pointer.value),
-    b.as(b.cvt('u64', b.add(paddedKeyStart, firstToken)), 'global'),
-  );
+  // The tile's first row, a multiple of 128.
+  const destination = offset(b, b.loadPointer(pointer.value), firstRow, config.paddedValueDim);
+  const own = b.add(destination, b.as(b.mulWide(thread, 16), 'global'));
   for (let done = 0; done < chunks; done += threads) {
     const index = b.add(thread, done);
     const ofChannel = b.shr(index, 3);
     const chunk = b.and(index, 7);
     const place = b.xor(chunk, chunkMask(tile, parts, b.shr(ofChannel, 3)));
     const from = sharedAt(tile, sharedAt(tile, parts.codesAt, ofChannel, Math.log2(KEY_VALUE_TILE)), place, 4);
-    const to = b.add(
-      offset(b, destination, b.add(valueRow, ofChannel), paddedTokens),
-      b.as(b.cvt('u64', b.shl(chunk, 4)), 'global'),
-    );
-    let kept = b.orPred(secondHalf, b.setp('lt', chunk, 4));
-    if (done + threads > chunks) kept = b.andPred(kept, b.setp('lt', index, chunks));
-    b.if(kept, () => b.stVector(b.ldVector('b32', 4, from), to));
+    const store = () => b.stVector(b.ldVector('b32', 4, from), own, done * 16);
+    if (done + threads > chunks) b.if(b.setp('lt', index, chunks), store);
+    else store();
   }
 }
