@@ -2,9 +2,9 @@
  * Decoding over prepared keys in each format of the cache, with the error of its output beside it, and PyTorch's attention over a cache
  * of bfloat16 on the same card in the same run.
  *
- *     npx tsx scripts/gpu-programs.ts && node .gpu/programs/bench-cuda-caches.mjs OUTPUT_FOLDER [--keys 65536]
+ *     npx tsx scripts/gpu-programs.ts && node .gpu/programs/bench-cuda-caches.mjs OUTPUT_FOLDER [--keys 65536] [--batch 1] [--variants]
  *
- * One token of 32 heads over 8 heads of K and V, D = 128. Writes `caches.json` there.
+ * `--variants` times other configurations of each kernel beside the one it has, and no PyTorch. One token of 32 heads over 8 heads of K and V, D = 128. Writes `caches.json` there.
  */
 import { spawnSync } from 'node:child_process';
 import { mkdirSync, writeFileSync } from 'node:fs';
@@ -20,6 +20,7 @@ import {
   emptyCudaTensor,
 } from '../../src/backends/cuda/index.ts';
 import { descriptorOf, lackedBy } from '../../src/backends/cuda/kernel-table.ts';
+import type { Tuning } from '../../src/backends/cuda/launches/context.ts';
 import { planAttend, planKeyValue } from '../../src/backends/cuda/launches/plan.ts';
 import { packBuffers } from '../../src/backends/cuda/run/bound-launches.ts';
 import type { KernelName } from '../../src/index.ts';
@@ -29,7 +30,7 @@ import { toFloat32 } from '../../src/tensor/access.ts';
 import { Random, runSeed } from '../../test/support/random.ts';
 import { exactRow, normalBits } from './inputs.ts';
 import { TORCH_TIMED } from './torch.ts';
-import { cacheAddresses, factsOf, nvidiaSmi, Workbench } from './workbench.ts';
+import { cacheAddresses, copyBandwidth, factsOf, type KernelTime, nvidiaSmi, Workbench } from './workbench.ts';
 
 const [HEADS, KEY_HEADS, DIM] = [32, 8, 128] as const;
 const KERNELS: readonly KernelName[] = [
@@ -39,6 +40,26 @@ const KERNELS: readonly KernelName[] = [
   'qk-fp4-pv-fp4',
   'qk-fp4-pv-fp8-cuda',
 ];
+/** Other configurations of a kernel, for `--variants`. */
+const VARIANTS: Partial<Record<KernelName, readonly Partial<Tuning>[]>> = {
+  'qk-int8-pv-fp16-cuda': [
+    { keyWarps: 4, minBlocksPerMultiprocessor: 1 },
+    { keyWarps: 1, warps: 2, minBlocksPerMultiprocessor: 4 },
+  ],
+  'qk-int8-pv-fp8-cuda': [
+    { keyWarps: 6, minBlocksPerMultiprocessor: 1 },
+    { keyWarps: 2, minBlocksPerMultiprocessor: 3 },
+    { keyWarps: 1, warps: 2, minBlocksPerMultiprocessor: 4 },
+  ],
+  'qk-int8-pv-fp8-cuda-sm90': [{ stages: 2 }, { minBlocks: 1, stages: 6, registers: undefined }],
+  'qk-fp4-pv-fp4': [
+    { keyWarps: 4, minBlocksPerMultiprocessor: 2 },
+    { keyWarps: 3, minBlocksPerMultiprocessor: 3 },
+    { keyWarps: 8, minBlocksPerMultiprocessor: 1 },
+    { keyWarps: 12, minBlocksPerMultiprocessor: 1 },
+    { keyWarps: 1, minBlocksPerMultiprocessor: 8 },
+  ],
+};
 /** Heads of Q whose output is compared. */
 const COMPARED = [0, 13, 31];
 
@@ -46,10 +67,10 @@ const TORCH = `
 import json, statistics, sys, torch
 from torch.nn.attention import sdpa_kernel, SDPBackend
 ${TORCH_TIMED}
-keys = int(sys.argv[1])
-q = torch.randn(1, ${HEADS}, 1, ${DIM}, device="cuda", dtype=torch.bfloat16)
-k, v = (torch.randn(1, ${KEY_HEADS}, keys, ${DIM}, device="cuda", dtype=torch.bfloat16) for _ in range(2))
-rows = q.view(1, ${KEY_HEADS}, ${HEADS / KEY_HEADS}, ${DIM})
+keys, batch = int(sys.argv[1]), int(sys.argv[2])
+q = torch.randn(batch, ${HEADS}, 1, ${DIM}, device="cuda", dtype=torch.bfloat16)
+k, v = (torch.randn(batch, ${KEY_HEADS}, keys, ${DIM}, device="cuda", dtype=torch.bfloat16) for _ in range(2))
+rows = q.view(batch, ${KEY_HEADS}, ${HEADS / KEY_HEADS}, ${DIM})
 found = {}
 for name in ("FLASH_ATTENTION", "CUDNN_ATTENTION"):
     for how, call in (("heads as rows", lambda: torch.nn.functional.scaled_dot_product_attention(rows, k, v)),
@@ -79,7 +100,15 @@ function exactHeads({ q, k, v }: Bits, keys: number): number[] {
   });
 }
 
-function measure(device: CudaDevice, kernel: KernelName, bits: Bits, keys: number, exact: readonly number[]) {
+interface Case {
+  readonly bits: Bits;
+  readonly keys: number;
+  readonly batch: number;
+  readonly exact: readonly number[];
+  readonly variants: boolean;
+}
+
+function measure(device: CudaDevice, kernel: KernelName, { bits, keys, batch, exact, variants }: Case) {
   const memory: { dispose(): void }[] = [];
   const upload = (source: Uint16Array) => {
     const held = device.allocate(source.byteLength);
@@ -89,16 +118,16 @@ function measure(device: CudaDevice, kernel: KernelName, bits: Bits, keys: numbe
     return held;
   };
   const [q, k, v] = [
-    cudaTensorOn(upload(bits.q), 'bfloat16', [1, HEADS, 1, DIM]),
-    cudaTensorOn(upload(bits.k), 'bfloat16', [1, KEY_HEADS, keys, DIM]),
-    cudaTensorOn(upload(bits.v), 'bfloat16', [1, KEY_HEADS, keys, DIM]),
+    cudaTensorOn(upload(bits.q), 'bfloat16', [batch, HEADS, 1, DIM]),
+    cudaTensorOn(upload(bits.k), 'bfloat16', [batch, KEY_HEADS, keys, DIM]),
+    cudaTensorOn(upload(bits.v), 'bfloat16', [batch, KEY_HEADS, keys, DIM]),
   ];
   const problem = createProblem(q, k, v, {});
   const choice = chooseOptions(descriptorOf(kernel), problem, {});
   const quantize = planKeyValue(problem, choice, factsOf(device));
   const { offsets, byteLength } = packBuffers(quantize.kept);
   const kept = device.allocate(byteLength);
-  const output = emptyCudaTensor(device, [1, HEADS, 1, DIM], 'bfloat16');
+  const output = emptyCudaTensor(device, [batch, HEADS, 1, DIM], 'bfloat16');
   memory.push(kept, output.memory);
   const addresses = cacheAddresses({ q, k, v, output }, offsets, kept.pointer);
   const preparing = new Workbench(device, quantize, addresses);
@@ -111,21 +140,54 @@ function measure(device: CudaDevice, kernel: KernelName, bits: Bits, keys: numbe
   const result = {
     kernel,
     microseconds,
-    tokensPerSecond: 1e6 / microseconds,
-    bitsPerElement: (8 * byteLength) / (2 * KEY_HEADS * keys * DIM),
+    keptBytes: byteLength,
+    tokensPerSecond: (1e6 * batch) / microseconds,
+    bitsPerElement: (8 * byteLength) / (2 * batch * KEY_HEADS * keys * DIM),
     preparingMicroseconds: 1000 * timeOnDevice(device, () => preparing.run()),
     relativeL1,
     cosineSimilarity,
     launches: attending.kernels,
   };
+  const others = (variants ? (VARIANTS[kernel] ?? []) : []).map((overrides) => {
+    const other = new Workbench(device, planAttend(problem, choice, factsOf(device), { overrides }), addresses);
+    memory.push(other);
+    const own = { overrides, microseconds: 1000 * timeOnDevice(device, () => other.run()), launches: other.kernels };
+    const got = toFloat32(download(output));
+    const found = COMPARED.flatMap((head) => [...got.subarray(head * DIM, (head + 1) * DIM)]);
+    return { ...own, relativeL1: compare(found, exact).relativeL1 };
+  });
   for (const held of [preparing, attending, ...memory]) held.dispose();
-  return result;
+  return { ...result, variants: others };
+}
+
+const partsOf = (launches: readonly KernelTime[]) =>
+  launches
+    .map(
+      ({ name, milliseconds, registers }) => `${name} ${(1000 * milliseconds).toFixed(1)} with ${registers} registers`,
+    )
+    .join(', ');
+
+function printResult(result: ReturnType<typeof measure>, copied: number): void {
+  const { kernel, microseconds, bitsPerElement, relativeL1, keptBytes, launches, variants } = result;
+  const share = (keptBytes / (microseconds / 1e6) / copied) * 100;
+  console.log(
+    `${kernel}: ${microseconds.toFixed(1)} us, ${share.toFixed(0)}% of a copy's rate, ${bitsPerElement.toFixed(2)} bits, L1 ${relativeL1.toFixed(4)} (${partsOf(launches)})`,
+  );
+  for (const { overrides, ...other } of variants) {
+    console.log(
+      `  ${JSON.stringify(overrides)}: ${other.microseconds.toFixed(1)} us, L1 ${other.relativeL1.toFixed(4)} (${partsOf(other.launches)})`,
+    );
+  }
 }
 
 async function main(): Promise<number> {
   const { values, positionals } = parseArgs({
     allowPositionals: true,
-    options: { keys: { type: 'string', default: '65536' } },
+    options: {
+      keys: { type: 'string', default: '65536' },
+      batch: { type: 'string', default: '1' },
+      variants: { type: 'boolean', default: false },
+    },
   });
   const [folder] = positionals;
   const backend = new CudaBackend();
@@ -135,12 +197,14 @@ async function main(): Promise<number> {
     return 2;
   }
   const device = (await backend.cuda()).device();
-  const keys = Number(values.keys);
+  const [keys, batch] = [Number(values.keys), Number(values.batch)];
+  const copied = copyBandwidth(device);
+  console.log(`a copy reads and writes ${(copied / 1e9).toFixed(0)} GB/s`);
   const random = new Random(runSeed());
   const bits: Bits = {
-    q: normalBits(random, HEADS * DIM, 0),
-    k: normalBits(random, KEY_HEADS * keys * DIM, 2),
-    v: normalBits(random, KEY_HEADS * keys * DIM, 0),
+    q: normalBits(random, batch * HEADS * DIM, 0),
+    k: normalBits(random, batch * KEY_HEADS * keys * DIM, 2),
+    v: normalBits(random, batch * KEY_HEADS * keys * DIM, 0),
   };
   // A peak for each query, as attention has: averages of 65,536 random values would be nearly nothing.
   for (let head = 0; head < KEY_HEADS; head++) {
@@ -150,18 +214,17 @@ async function main(): Promise<number> {
     }
   }
   const exact = exactHeads(bits, keys);
-  const results = KERNELS.filter((kernel) => lackedBy(kernel, device.computeCapability) === undefined).map((kernel) =>
-    measure(device, kernel, bits, keys, exact),
-  );
-  const torch = spawnSync('python3', ['-c', TORCH, String(keys)], { encoding: 'utf8', timeout: 120_000 });
+  const given = { bits, keys, batch, exact, variants: values.variants };
+  const results = KERNELS.filter((kernel) => lackedBy(kernel, device.computeCapability) === undefined).map((kernel) => {
+    const result = measure(device, kernel, given);
+    printResult(result, copied);
+    return result;
+  });
+  const torch = values.variants
+    ? { status: 1, stderr: '', stdout: '' }
+    : spawnSync('python3', ['-c', TORCH, String(keys), String(batch)], { encoding: 'utf8', timeout: 120_000 });
   if (torch.stderr !== '') console.error(torch.stderr);
   const bfloat16 = torch.status === 0 ? (JSON.parse(torch.stdout) as Record<string, number>) : undefined;
-  for (const { kernel, microseconds, bitsPerElement, relativeL1, cosineSimilarity, launches } of results) {
-    const parts = launches.map(({ name, milliseconds }) => `${name} ${(1000 * milliseconds).toFixed(1)}`).join(', ');
-    console.log(
-      `${kernel}: ${microseconds.toFixed(1)} us, ${bitsPerElement.toFixed(2)} bits, L1 ${relativeL1.toFixed(4)}, cosine ${cosineSimilarity.toFixed(5)} (${parts})`,
-    );
-  }
   for (const [name, microseconds] of Object.entries(bfloat16 ?? {}))
     console.log(`bfloat16, ${name}: ${microseconds.toFixed(1)} us`);
   mkdirSync(folder, { recursive: true });
@@ -170,6 +233,8 @@ async function main(): Promise<number> {
     commit: process.env.SAGEATTENTION_COMMIT,
     nvidiaSmi: nvidiaSmi(),
     keys,
+    batch,
+    copyBytesPerSecond: copied,
     results,
     bfloat16Microseconds: bfloat16,
   };

@@ -74,7 +74,8 @@ export class Workbench {
     const scratch = device.allocate(byteLength);
     this.#memory.push(scratch);
     for (const [name, offset] of offsets) this.#addresses.set(name, scratch.pointer + BigInt(offset));
-    for (const [name, bytes] of Object.entries(sequence.constants)) {
+    const zeros = Object.entries(sequence.zeroed ?? {}).map(([name, bytes]) => [name, new Uint8Array(bytes)] as const);
+    for (const [name, bytes] of [...zeros, ...Object.entries(sequence.constants)]) {
       const memory = device.allocate(bytes.byteLength);
       this.#memory.push(memory);
       device.call('cuMemcpyHtoDAsync', 'copying', memory.pointer, bytes, bytes.byteLength, device.stream.handle);

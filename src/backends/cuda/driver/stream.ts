@@ -40,6 +40,8 @@ export interface ActiveCapture {
   /** Lets a later call of the same capture have the bytes. */
   giveBack(pointer: bigint): void;
   withScratch(byteLength: number, enqueue: (pointer: bigint) => void): void;
+  /** Bytes that are zeros whenever the graph starts, as long as its launches leave them so. */
+  withZeros(byteLength: number, enqueue: (pointer: bigint) => void): void;
   /** Memory of others that the graph uses: it must be there at each launch. */
   use(memory: CapturedMemory): void;
   /** Memory of this library that the graph keeps, past its disposal too. */
@@ -100,6 +102,8 @@ export class CudaStream implements StreamHandle {
   #enqueued = 0;
   /** Memory that runs on this stream share: one has ended before the next begins. */
   #scratch = { pointer: 0n, byteLength: 0 };
+  /** Zeros that each run leaves as it found them. */
+  #zeros = { pointer: 0n, byteLength: 0 };
   /** Host memory that enqueued copies read. */
   readonly #held: { readonly enqueued: number; readonly memory: unknown }[] = [];
 
@@ -159,17 +163,67 @@ export class CudaStream implements StreamHandle {
       return;
     }
     if (byteLength > this.#scratch.byteLength) {
-      this.freeScratch();
+      this.#freeKept();
       this.#scratch = { pointer: device.memoryPool.allocate(byteLength, this.handle), byteLength };
     }
     enqueue(byteLength === 0 ? 0n : this.#scratch.pointer);
   }
 
-  /** @internal Gives back what {@link withScratch} keeps. */
+  /**
+   * @internal Lends device memory that is all zeros, and is left so, to what `enqueue` puts on this stream.
+   *
+   * @param enqueue gets its address; 0n for no bytes
+   */
+  withZeros(byteLength: number, enqueue: (pointer: bigint) => void): void {
+    if (this.capture !== undefined) {
+      this.capture.withZeros(byteLength, enqueue);
+      return;
+    }
+    const device = this.#device;
+    const make = () => {
+      const pointer = device.memoryPool.allocate(byteLength, this.handle);
+      try {
+        if (byteLength > 0) {
+          device.call('cuMemsetD8Async', 'clearing device memory', pointer, 0, byteLength, this.handle);
+        }
+      } catch (error) {
+        device.release(() => device.memoryPool.free(pointer, this.handle));
+        throw error;
+      }
+      return pointer;
+    };
+    if (!this.owned) {
+      const pointer = make();
+      try {
+        enqueue(pointer);
+      } finally {
+        device.release(() => device.memoryPool.free(pointer, this.handle));
+      }
+      return;
+    }
+    if (byteLength > this.#zeros.byteLength) {
+      this.#freeZeros();
+      this.#zeros = { pointer: make(), byteLength };
+    }
+    enqueue(byteLength === 0 ? 0n : this.#zeros.pointer);
+  }
+
+  /** @internal Gives back what {@link withScratch} and {@link withZeros} keep. */
   freeScratch(): void {
     if (this.capture !== undefined) return;
+    this.#freeKept();
+    this.#freeZeros();
+  }
+
+  #freeKept(): void {
     const { pointer } = this.#scratch;
     this.#scratch = { pointer: 0n, byteLength: 0 };
+    this.#device.memoryPool.free(pointer, this.handle);
+  }
+
+  #freeZeros(): void {
+    const { pointer } = this.#zeros;
+    this.#zeros = { pointer: 0n, byteLength: 0 };
     this.#device.memoryPool.free(pointer, this.handle);
   }
 

@@ -1,13 +1,7 @@
 /** Keys split over thread blocks: what the parts are written to, and the launch that joins them. */
-import {
-  COMBINE_INTEGERS,
-  COMBINE_POINTERS,
-  COMBINE_ROWS,
-  COMBINE_STRIDES,
-  type CombineConfig,
-  combine,
-} from '../kernels/combine.ts';
+import { COMBINE_INTEGERS, COMBINE_POINTERS, COMBINE_ROWS, type CombineConfig, combine } from '../kernels/combine.ts';
 import { BYTES } from '../kernels/parts/elements.ts';
+import { OUTPUT_STRIDES } from '../kernels/parts/join.ts';
 import {
   inOrder,
   launch,
@@ -19,7 +13,7 @@ import {
   u32,
 } from './arguments.ts';
 import type { Context } from './context.ts';
-import type { BufferName, KernelLaunch } from './launch.ts';
+import type { BufferName, KernelArgument, KernelLaunch } from './launch.ts';
 
 /** Where an attention kernel writes output and LSE. */
 export const outputPointersOf = (context: Context, splits: number) => ({
@@ -28,6 +22,31 @@ export const outputPointersOf = (context: Context, splits: number) => ({
 });
 
 const outputPointerOf = ({ problem, channels }: Context) => pointer('output', channels.first * BYTES[problem.dtype]);
+
+/**
+ * Bytes of partial results up to which the last CTA of a tile of rows joins them: one CTA reads about 100 KB a microsecond, and a launch
+ * of its own, spread over the card, takes five.
+ */
+const MOST_JOINED_BYTES = 2 ** 18;
+
+/**
+ * Whether the last CTA of each tile of rows joins the splits.
+ *
+ * @param tileRows rows of a tile that exist
+ */
+export const joinsInside = ({ scheme }: Context, tileRows: number, splits: number): boolean =>
+  splits > 1 && splits * tileRows * scheme.paddedValueDim * 4 <= MOST_JOINED_BYTES;
+
+/** What a kernel whose last CTA joins takes besides; see `joinParameters`. */
+export const joinArguments = (context: Context): KernelArgument[] => [
+  outputPointerOf(context),
+  context.problem.returnLse ? pointer('lse') : pointer(undefined),
+  pointer('arrivals'),
+];
+
+/** Every fourth channel of the output lies at a multiple of four elements. */
+export const hasAlignedFours = ({ problem, channels }: Context): boolean =>
+  problem.valueDim % 4 === 0 && channels.of % 4 === 0;
 
 /** Scratch that parts need. */
 export function combineScratch({ problem, layout, scheme }: Context, splits: number): Record<BufferName, number> {
@@ -47,6 +66,7 @@ export function combineLaunches(context: Context, splits: number): KernelLaunch[
     valueDim,
     paddedValueDim: scheme.paddedValueDim,
     outputType: dtype,
+    alignedFours: hasAlignedFours(context),
     lse: problem.returnLse,
     sinks: sinkFormatOf(problem),
     rowsAreHeads: rowsAreHeads && problem.sinks !== undefined,
@@ -74,7 +94,7 @@ export function combineLaunches(context: Context, splits: number): KernelLaunch[
           splits: u32(splits),
           paddedQueries: u32(layout.paddedQueries),
         }),
-        ...inOrder(COMBINE_STRIDES, outputStridesOf(problem, context.channels.of)),
+        ...inOrder(OUTPUT_STRIDES, outputStridesOf(problem, context.channels.of)),
         ...sinkArgumentsOf(problem),
       ],
     ),

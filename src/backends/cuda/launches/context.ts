@@ -100,7 +100,7 @@ export interface FamilyLaunches {
   /** Quantizes K and V. Asked only when there are keys. */
   readonly keyValue: (context: Context, parts: readonly KeyValuePart[]) => KernelLaunch[];
   /** Quantizes Q and attends to quantized K and V. */
-  readonly attend: (context: Context) => Pick<LaunchSequence, 'launches' | 'scratch'>;
+  readonly attend: (context: Context) => Pick<LaunchSequence, 'launches' | 'scratch' | 'zeroed'>;
 }
 
 /**
@@ -211,6 +211,9 @@ export const constantsOf = ({ layout }: Context): Record<BufferName, Uint8Array>
   sequences: new Uint8Array(layout.table.buffer),
 });
 
+/** Parts that are worth joining. */
+const MOST_SPLITS = 64;
+
 /**
  * Into how many parts the keys are split so that the card is filled; 1 when it is anyway.
  *
@@ -218,7 +221,6 @@ export const constantsOf = ({ layout }: Context): Record<BufferName, Uint8Array>
  * @param leastTiles a part of fewer is not worth its prologue
  * @param blocks thread blocks without a split
  * @param residentBlocks thread blocks that share a multiprocessor
- * @param mostSplits parts that are worth joining
  */
 export function splitsOf(
   { multiprocessors }: DeviceFacts,
@@ -226,8 +228,7 @@ export function splitsOf(
   leastTiles: number,
   blocks: number,
   residentBlocks: number,
-  mostSplits = 64,
 ): number {
   const most = Math.max(1, Math.floor(keyTiles / leastTiles));
-  return Math.max(1, Math.min(mostSplits, most, Math.floor((multiprocessors * residentBlocks) / Math.max(1, blocks))));
+  return Math.max(1, Math.min(MOST_SPLITS, most, Math.floor((multiprocessors * residentBlocks) / Math.max(1, blocks))));
 }

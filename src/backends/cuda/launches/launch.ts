@@ -71,6 +71,8 @@ export interface KernelLaunch {
 export interface LaunchSequence {
   /** Device memory that one run needs for itself, in bytes; contents are undefined at the start. */
   readonly scratch: Readonly<Record<BufferName, number>>;
+  /** Device memory in bytes that is all zeros when a run starts, and that its launches leave so; default none. */
+  readonly zeroed?: Readonly<Record<BufferName, number>>;
   /** Data uploaded once with the plan, such as cumulative sequence lengths. */
   readonly constants: Readonly<Record<BufferName, Uint8Array>>;
   readonly launches: readonly KernelLaunch[];

@@ -11,6 +11,8 @@ import {
   BLOCK_K,
   blockQueries,
   FP4_POINTERS,
+  FUSED_POINTERS,
+  FUSED_ROWS,
   type GivenOperands,
   hasFp4Keys,
   hasFp4Values,
@@ -42,11 +44,18 @@ import {
   strideBytes,
   u32,
 } from './arguments.ts';
-import { combineLaunches, combineScratch, outputPointersOf } from './combine.ts';
+import {
+  combineLaunches,
+  combineScratch,
+  hasAlignedFours,
+  joinArguments,
+  joinsInside,
+  outputPointersOf,
+} from './combine.ts';
 import { BLOCK_Q, type Context, type FamilyLaunches, type KeyValuePart, loadWidthOf, splitsOf } from './context.ts';
 import { fp4KeyLaunch, fp4QueryLaunch, fp4QueryScratch, fp4ValueLaunch } from './fp4.ts';
 import { headsAsRows } from './heads-as-rows.ts';
-import type { KernelLaunch, LaunchSequence } from './launch.ts';
+import type { KernelArgument, KernelLaunch } from './launch.ts';
 import { quantizeKeyLaunch, quantizeQueryLaunch, queryScratch, statisticsLaunches, valueLaunches } from './quantize.ts';
 import type { Scheme } from './scheme.ts';
 import { blockArgumentsOf, type ListedTiles, tileListLaunches, tileListScratch } from './tile-lists.ts';
@@ -145,6 +154,40 @@ function givenArguments({ problem }: Context) {
   return { pointers, strides };
 }
 
+/**
+ * Whether the kernel quantizes Q itself: when decoding, a few rows that have a scale each. Blocks of FP4, whose scales are searched for, are
+ * made by a launch of their own.
+ */
+function fusesQuery({ problem, choice, scheme }: Context, keyWarps: number): boolean {
+  const { queryLength } = problem;
+  if (keyWarps === 1 || isExact(scheme) || choice.smoothQ !== false || queryLength > FUSED_ROWS) return false;
+  if (scheme.qkFormat === 's8') return queryLength === 1 || scheme.queryGroups[1] === FUSED_ROWS;
+  return scheme.qkFormat === 'e2m1-as-f16' && scheme.queryFormat === 'exact-halves';
+}
+
+function fusedQueryOf({ problem, choice, device, layout }: Context): NonNullable<AttentionConfig['fusedQuery']> {
+  const { q, headDim, dtype, returnLse, softcap, sinks } = problem;
+  // Where only differences of a row's scores count, the mean key's share falls out.
+  const wholeScores = returnLse || softcap !== 0 || sinks !== undefined;
+  return {
+    ...{ dtype, headDim, loadWidth: loadWidthOf(q, headDim, dtype, device.pointerAlignment ?? 16) },
+    keyMean: wholeScores && choice.smoothK && layout.keyTiles > 0,
+  };
+}
+
+/** What a kernel that quantizes Q takes besides. */
+function fusedArguments({ problem }: Context, { fusedQuery }: AttentionConfig): KernelArgument[] {
+  if (fusedQuery === undefined) return [];
+  const [queryBatch, queryHead, queryToken] = strideBytes(problem.q, problem.dtype);
+  return [
+    ...inOrder(FUSED_POINTERS, {
+      ...(fusedQuery.keyMean ? { keyMean: pointer('keyMean') } : {}),
+      ...{ queryBatch, queryHead, queryToken },
+    }),
+    f32(problem.smScale * LOG2_E),
+  ];
+}
+
 /** The attention kernel of a problem, its grid without splits and its splits. */
 function shapeOf(context: Context) {
   const { problem, rowsAreHeads, choice, device, layout, scheme } = context;
@@ -162,10 +205,12 @@ function shapeOf(context: Context) {
   const queryTiles = Math.ceil(queryLength / blockQueries(tile));
   const blocks = queryTiles * queryHeads * batch;
   // A part of fewer than four tiles is not worth its prologue.
-  const mostSplits = tile.warps === 1 ? 256 : 64;
-  const splits = splitsOf(device, layout.keyTiles, 4, blocks, tile.minBlocksPerMultiprocessor, mostSplits);
+  const splits = splitsOf(device, layout.keyTiles, 4, blocks, tile.minBlocksPerMultiprocessor);
+  const joins = joinsInside(context, Math.min(blockQueries(tile), queryLength), splits);
+  const fused = fusesQuery(context, tile.keyWarps ?? 1);
   const config: AttentionConfig = {
     target,
+    fusedQuery: fused ? fusedQueryOf(context) : undefined,
     given: isExact(scheme) ? givenOf(context) : undefined,
     qkFormat: scheme.qkFormat,
     qkRowBytes: scheme.qkRowBytes,
@@ -177,6 +222,7 @@ function shapeOf(context: Context) {
     paddedValueDim: scheme.paddedValueDim,
     ...tile,
     keyStages: tile.keyStages ?? 2,
+    keyWarps: tile.keyWarps ?? 1,
     queryScales: scheme.queryGroups,
     keyScales: scheme.keyGroups,
     // FP16 holds P up to 2^8 as well as up to 1; FP16 sums and E4M3, whose maximum is P's already, have no room.
@@ -187,12 +233,14 @@ function shapeOf(context: Context) {
     mask: maskFormatOf(problem),
     blocks: problem.blocks !== undefined,
     softcap: problem.softcap !== 0,
-    sinks: splits > 1 ? 'none' : sinkFormatOf(problem),
+    sinks: splits > 1 && !joins ? 'none' : sinkFormatOf(problem),
     smoothQ: choice.smoothQ !== false,
     smoothV: choice.smoothV,
     outputType: dtype,
     lse: problem.returnLse,
     split: splits > 1,
+    joins,
+    alignedFours: joins && hasAlignedFours(context),
   };
   const tiles: ListedTiles = { tileRows: blockQueries(tile), packedHeads: 1, tileKeys: BLOCK_K, queryTiles };
   return { config, queryTiles, blocks, splits, tiles };
@@ -217,62 +265,80 @@ function attentionLaunch(context: Context, { config, queryTiles, blocks, splits,
   const given = isExact(scheme) ? givenArguments(context) : undefined;
   // The sign of smScale is in the codes of Q, where there are such.
   const scoreScale = given === undefined ? Math.abs(problem.smScale) : problem.smScale;
-  return launch('attention', module, 'attention', blocks * splits, config.warps * 32, module.kernel().sharedBytes, [
-    ...inOrder(ATTENTION_POINTERS, {
-      sequences: pointer('sequences'),
-      ...(given === undefined ? quantizedPointers(scheme) : given.pointers),
-      ...(scheme.pvFormat.startsWith('e4m3') ? { valueScale: pointer('valueScale') } : {}),
-      ...(scheme.sharesRange ? { rangeShift: pointer('rangeShift') } : {}),
-      ...(choice.smoothV ? { valueMean: pointer('valueMean') } : {}),
-      ...(choice.smoothQ ? { meanScores: pointer('meanScores') } : {}),
-      mask,
-      ...outputPointersOf(context, splits),
-    }),
-    ...inOrder(ATTENTION_INTEGERS, {
-      queryHeads: u32(queryHeads),
-      headsPerKeyHead: u32(queryHeads / kvHeads),
-      queryTiles: u32(queryTiles),
-      splits: u32(splits),
-      paddedQueries: u32(layout.paddedQueries),
-      paddedKeys: u32(layout.paddedKeys),
-      meanScoreKeys: u32(meanScoreKeysOf(context)),
-    }),
-    ...inOrder(ATTENTION_STRIDES, { ...strides, ...outputStridesOf(problem, context.channels.of) }),
-    ...bandArguments(problem.band),
-    // K that is unpacked to FP16 comes out smaller.
-    f32(scoreScale * LOG2_E * (scheme.qkFormat === 'e2m1-as-f16' ? UNPACKED_UNIT : 1)),
-    ...softcapArguments(problem),
-    ...(hasFp4Keys(scheme)
-      ? inOrder(FP4_POINTERS, {
-          ...(scheme.qkFormat === 'e2m1' ? { queryBlockScale: pointer('queryBlockScale') } : {}),
-          keyBlockScale: pointer('keyBlockScale'),
-          ...(hasFp4Values(scheme)
-            ? { valueBlockScale: pointer('valueBlockScale'), valueTileScale: pointer('valueTileScale') }
-            : {}),
-        })
-      : []),
-    ...(given === undefined ? [] : given.strides),
-    ...(splits > 1 ? [] : sinkArgumentsOf(problem)),
-    ...blockArgumentsOf(context, tiles),
-  ]);
+  return launch(
+    'attention',
+    module,
+    'attention',
+    blocks * splits,
+    config.warps * config.keyWarps * 32,
+    module.kernel().sharedBytes,
+    [
+      ...inOrder(ATTENTION_POINTERS, {
+        sequences: pointer('sequences'),
+        ...(given === undefined ? quantizedPointers(scheme) : given.pointers),
+        ...(config.fusedQuery === undefined
+          ? {}
+          : {
+              query: pointer('q', problem.q.offset * BYTES[problem.dtype]),
+              queryScale: pointer(undefined),
+              rowBias: pointer(undefined),
+            }),
+        ...(scheme.pvFormat.startsWith('e4m3') ? { valueScale: pointer('valueScale') } : {}),
+        ...(scheme.sharesRange ? { rangeShift: pointer('rangeShift') } : {}),
+        ...(choice.smoothV ? { valueMean: pointer('valueMean') } : {}),
+        ...(choice.smoothQ ? { meanScores: pointer('meanScores') } : {}),
+        mask,
+        ...outputPointersOf(context, splits),
+      }),
+      ...inOrder(ATTENTION_INTEGERS, {
+        queryHeads: u32(queryHeads),
+        headsPerKeyHead: u32(queryHeads / kvHeads),
+        queryTiles: u32(queryTiles),
+        splits: u32(splits),
+        paddedQueries: u32(layout.paddedQueries),
+        paddedKeys: u32(layout.paddedKeys),
+        meanScoreKeys: u32(meanScoreKeysOf(context)),
+      }),
+      ...inOrder(ATTENTION_STRIDES, { ...strides, ...outputStridesOf(problem, context.channels.of) }),
+      ...bandArguments(problem.band),
+      // K that is unpacked to FP16 comes out smaller.
+      f32(scoreScale * LOG2_E * (scheme.qkFormat === 'e2m1-as-f16' ? UNPACKED_UNIT : 1)),
+      ...softcapArguments(problem),
+      ...(hasFp4Keys(scheme)
+        ? inOrder(FP4_POINTERS, {
+            ...(scheme.qkFormat === 'e2m1' ? { queryBlockScale: pointer('queryBlockScale') } : {}),
+            keyBlockScale: pointer('keyBlockScale'),
+            ...(hasFp4Values(scheme)
+              ? { valueBlockScale: pointer('valueBlockScale'), valueTileScale: pointer('valueTileScale') }
+              : {}),
+          })
+        : []),
+      ...(given === undefined ? [] : given.strides),
+      ...(splits > 1 && !config.joins ? [] : sinkArgumentsOf(problem)),
+      ...fusedArguments(context, config),
+      ...(config.joins ? joinArguments(context) : []),
+      ...blockArgumentsOf(context, tiles),
+    ],
+  );
 }
 
-function attend(context: Context): Pick<LaunchSequence, 'launches' | 'scratch'> {
+function attend(context: Context): ReturnType<FamilyLaunches['attend']> {
   const { problem, choice, layout, scheme } = context;
   if (layout.queryTiles * problem.queryHeads * problem.batch === 0) return { launches: [], scratch: {} };
   const shape = shapeOf(context);
   const exact = isExact(scheme);
+  const quantizes = !exact && shape.config.fusedQuery === undefined;
   const blocks = (problem.queryHeads * layout.paddedQueries) / BLOCK_Q;
   return {
     launches: [
-      ...(exact ? [] : [hasFp4Keys(scheme) ? fp4QueryLaunch(context) : quantizeQueryLaunch(context)]),
+      ...(!quantizes ? [] : [hasFp4Keys(scheme) ? fp4QueryLaunch(context) : quantizeQueryLaunch(context)]),
       ...(choice.smoothQ && layout.keyTiles > 0 ? [meanScoresLaunch(context)] : []),
       ...tileListLaunches(context, shape.tiles),
       attentionLaunch(context, shape),
-      ...combineLaunches(context, shape.splits),
+      ...(shape.config.joins ? [] : combineLaunches(context, shape.splits)),
     ],
     scratch: {
-      ...(exact ? {} : { ...queryScratch(context), ...fp4QueryScratch(context) }),
+      ...(!quantizes ? {} : { ...queryScratch(context), ...fp4QueryScratch(context) }),
       ...tileListScratch(context, shape.tiles),
       ...(choice.smoothQ
         ? {
@@ -282,6 +348,7 @@ function attend(context: Context): Pick<LaunchSequence, 'launches' | 'scratch'> 
         : {}),
       ...combineScratch(context, shape.splits),
     },
+    zeroed: shape.config.joins ? { arrivals: 4 * shape.blocks } : {},
   };
 }
 

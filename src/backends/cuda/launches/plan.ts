@@ -73,17 +73,23 @@ export function planLaunches(
     const attend = family.attend(context);
     return {
       scratch: { ...keyValueBytes(context), ...keyValueScratch(context), ...attend.scratch },
+      zeroed: attend.zeroed ?? {},
       constants: constantsOf(context),
       launches: [...keyValueLaunches(context), ...attend.launches],
     };
   });
-  // One part after the other: they share their scratch.
-  const scratch: Record<BufferName, number> = {};
-  for (const part of parts) {
-    for (const [name, bytes] of Object.entries(part.scratch)) scratch[name] = Math.max(bytes, scratch[name] ?? 0);
-  }
+  // One part after the other: they share their memory.
+  const largestOf = (sizes: readonly Readonly<Record<BufferName, number>>[]) => {
+    const largest: Record<BufferName, number> = {};
+    for (const [name, bytes] of sizes.flatMap((own) => Object.entries(own))) {
+      largest[name] = Math.max(bytes, largest[name] ?? 0);
+    }
+    return largest;
+  };
+  const scratch = largestOf(parts.map((part) => part.scratch));
+  const zeroed = largestOf(parts.map((part) => part.zeroed));
   const constants = parts[0]?.constants ?? {};
-  return { scratch, constants, launches: parts.flatMap(({ launches }) => launches) };
+  return { scratch, zeroed, constants, launches: parts.flatMap(({ launches }) => launches) };
 }
 
 /**

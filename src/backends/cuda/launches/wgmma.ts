@@ -34,7 +34,14 @@ import {
   strideBytes,
   u32,
 } from './arguments.ts';
-import { combineLaunches, combineScratch, outputPointersOf } from './combine.ts';
+import {
+  combineLaunches,
+  combineScratch,
+  hasAlignedFours,
+  joinArguments,
+  joinsInside,
+  outputPointersOf,
+} from './combine.ts';
 import {
   type Context,
   type DeviceFacts,
@@ -43,7 +50,7 @@ import {
   loadWidthOf,
   splitsOf,
 } from './context.ts';
-import type { KernelArgument, KernelLaunch, LaunchSequence, TensorMapDescription } from './launch.ts';
+import type { KernelArgument, KernelLaunch, TensorMapDescription } from './launch.ts';
 import { quantizeQueryLaunch, queryScratch, statisticsLaunches } from './quantize.ts';
 import { blockArgumentsOf, type ListedTiles, tileListLaunches, tileListScratch } from './tile-lists.ts';
 import { visibleKeysPointer } from './visible-keys.ts';
@@ -103,6 +110,7 @@ function shapeOf(context: Context): Shape {
   const units = (queryHeads / packedHeads) * batch;
   // A part of fewer than two tiles is not worth its prologue.
   const splits = splitsOf(device, Math.ceil(keyLength / WGMMA_BLOCK_K), 2, queryTiles * units, tile.minBlocks);
+  const joins = joinsInside(context, Math.min(rows, totalRows), splits);
   const aligned = loadWidthOf(problem.q, headDim, dtype, device.pointerAlignment ?? 16) >= 4;
   const fused = fuseQuery && aligned && choice.qkQuantGran === 'per-thread';
   const keyMean = choice.smoothK && layout.keyTiles > 0;
@@ -129,13 +137,15 @@ function shapeOf(context: Context): Shape {
     mask: maskFormatOf(problem),
     blocks,
     softcap: problem.softcap !== 0,
-    sinks: splits > 1 ? 'none' : sinkFormatOf(problem),
+    sinks: splits > 1 && !joins ? 'none' : sinkFormatOf(problem),
     smoothV: choice.smoothV,
     outputType: dtype,
     // Allocations begin at multiples of 16 bytes, and rows are contiguous.
     alignedOutput: exact && splits === 1 && valueDim % 8 === 0,
     lse: problem.returnLse,
     split: splits > 1,
+    joins,
+    alignedFours: joins && hasAlignedFours(context),
   };
   return { config, tuning, rows, queryTiles, units, splits };
 }
@@ -378,12 +388,13 @@ function attentionLaunch(context: Context, shape: Shape): KernelLaunch {
     f32(problem.smScale),
     ...softcapArguments(problem),
     ...(exact ? exactMapsOf(context, shape) : mapsOf(context, shape)),
-    ...(splits > 1 ? [] : sinkArgumentsOf(problem)),
+    ...(splits > 1 && !config.joins ? [] : sinkArgumentsOf(problem)),
+    ...(config.joins ? joinArguments(context) : []),
     ...blockArgumentsOf(context, listedTilesOf(shape)),
   ]);
 }
 
-function attend(context: Context): Pick<LaunchSequence, 'launches' | 'scratch'> {
+function attend(context: Context): ReturnType<FamilyLaunches['attend']> {
   const shape = shapeOf(context);
   const { config, queryTiles, units, splits } = shape;
   if (queryTiles * units === 0) return { launches: [], scratch: {} };
@@ -393,13 +404,14 @@ function attend(context: Context): Pick<LaunchSequence, 'launches' | 'scratch'> 
       ...(quantizes ? [quantizeQueryLaunch(context)] : []),
       ...tileListLaunches(context, listedTilesOf(shape)),
       attentionLaunch(context, shape),
-      ...combineLaunches(context, splits),
+      ...(config.joins ? [] : combineLaunches(context, splits)),
     ],
     scratch: {
       ...(quantizes ? queryScratch(context) : {}),
       ...tileListScratch(context, listedTilesOf(shape)),
       ...combineScratch(context, splits),
     },
+    zeroed: config.joins ? { arrivals: 4 * queryTiles * units } : {},
   };
 }
 

@@ -649,6 +649,18 @@ export class KernelBuilder {
     this.emit('red.global.or.b32', [], [memory(base, offset), bits]);
   }
 
+  /** Adds 1 atomically, or goes back to 0 from `most` on; returns the number before. */
+  atomInc(base: Reg<'global'>, most: Reg<'u32'>, offset = 0): Reg<'u32'> {
+    const before = this.reg('u32');
+    this.emit('atom.global.inc.u32', [before], [memory(base, offset), most]);
+    return before;
+  }
+
+  /** What this thread wrote before is seen by whoever on the device sees what it writes behind, and the other way round. */
+  fenceDevice(): void {
+    this.emit('fence.acq_rel.gpu', [], []);
+  }
+
   /** Copies 16 bytes from global to shared memory without registers; complete after `cpAsyncWaitGroup`. */
   cpAsync16(shared: Reg<'shared'>, global: Reg<'global'>, sharedOffset = 0, globalOffset = 0): void {
     this.emit(
@@ -754,6 +766,11 @@ export class KernelBuilder {
     const d = this.reg('pred');
     this.emit('vote.sync.any.pred', [d], [predicate, immediate(0xffffffff, 'b32')]);
     return d;
+  }
+
+  /** Waits for all lanes of the warp; their shared writes before it are seen after it. */
+  warpSync(): void {
+    this.emit('bar.warp.sync', [], [immediate(0xffffffff, 'b32')]);
   }
 
   /** Waits for all threads of the CTA; their shared writes before it are seen after it. */

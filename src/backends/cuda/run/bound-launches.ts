@@ -37,12 +37,20 @@ interface RememberedRun {
   graph?: CudaGraph;
 }
 
+/** Addresses of {@link BoundLaunches.scratchBytes} bytes of any contents, and of {@link BoundLaunches.zeroedBytes} zeros. */
+export interface LentMemory {
+  readonly scratch: bigint;
+  readonly zeros: bigint;
+}
+
 /** Launches bound to one device, with their constants there. Runs any number of times, on any stream. */
 export class BoundLaunches {
   readonly device: CudaDevice;
   readonly launches: PreparedLaunches;
   readonly scratchBytes: number;
+  readonly zeroedBytes: number;
   readonly #scratch: ReadonlyMap<BufferName, number>;
+  readonly #zeroed: ReadonlyMap<BufferName, number>;
   readonly #constants: DeviceMemory;
   /** Addresses of the run being enqueued; the constants' addresses stay. */
   readonly #addresses = new Map<BufferName, bigint>();
@@ -55,6 +63,9 @@ export class BoundLaunches {
     const scratch = packBuffers(sequence.scratch);
     this.#scratch = scratch.offsets;
     this.scratchBytes = scratch.byteLength;
+    const zeroed = packBuffers(sequence.zeroed ?? {});
+    this.#zeroed = zeroed.offsets;
+    this.zeroedBytes = zeroed.byteLength;
     const sizes = Object.entries(sequence.constants).map(([name, bytes]) => [name, bytes.byteLength] as const);
     const constants = packBuffers(Object.fromEntries(sizes));
     this.#constants = device.allocate(constants.byteLength);
@@ -76,18 +87,18 @@ export class BoundLaunches {
   /**
    * Enqueues the launches.
    *
-   * @param operands addresses of the buffers that are neither scratch nor constants
-   * @param scratch address of {@link scratchBytes} bytes
+   * @param operands addresses of the buffers that are neither lent nor constants
    */
   enqueue(
     stream: CudaStream,
     operands: Iterable<readonly [BufferName, bigint]>,
-    scratch: bigint,
+    { scratch, zeros }: LentMemory,
     launched?: () => void,
   ): void {
     const addresses = this.#addresses;
     for (const [name, address] of operands) addresses.set(name, address);
     for (const [name, offset] of this.#scratch) addresses.set(name, scratch + BigInt(offset));
+    for (const [name, offset] of this.#zeroed) addresses.set(name, zeros + BigInt(offset));
     this.launches.enqueue(stream, addressIn(addresses), launched);
   }
 
@@ -108,12 +119,12 @@ export class BoundLaunches {
   run(stream: CudaStream, operands: readonly (readonly [BufferName, bigint])[]): CapturedRun | undefined {
     this.useOn(stream);
     if (stream.capture !== undefined) return this.#capture(stream, stream.capture, operands);
-    stream.withScratch(this.scratchBytes, (scratch) => {
-      const run = this.#remember(operands, scratch);
+    this.#withMemory(stream, (lent) => {
+      const run = this.#remember(operands, lent);
       if (run.graph === undefined && ++run.runs > RUNS_BEFORE_CAPTURE) {
-        run.graph = new CudaGraph(this.device, (capturing) => this.enqueue(capturing, operands, scratch));
+        run.graph = new CudaGraph(this.device, (capturing) => this.enqueue(capturing, operands, lent));
       }
-      if (run.graph === undefined) this.enqueue(stream, operands, scratch);
+      if (run.graph === undefined) this.enqueue(stream, operands, lent);
       else run.graph.launch(stream);
     });
     return undefined;
@@ -125,8 +136,8 @@ export class BoundLaunches {
     operands: readonly (readonly [BufferName, bigint])[],
   ): CapturedRun {
     const nodes: bigint[] = [];
-    capture.withScratch(this.scratchBytes, (scratch) => {
-      this.enqueue(stream, operands, scratch, () => nodes.push(capture.latestNode));
+    this.#withMemory(capture, (lent) => {
+      this.enqueue(stream, operands, lent, () => nodes.push(capture.latestNode));
     });
     const addresses = new Map(this.#addresses);
     const { launches } = this;
@@ -140,15 +151,23 @@ export class BoundLaunches {
     return run;
   }
 
-  #remember(operands: readonly (readonly [BufferName, bigint])[], scratch: bigint): RememberedRun {
+  #withMemory(lender: Pick<CudaStream, 'withScratch' | 'withZeros'>, use: (lent: LentMemory) => void): void {
+    lender.withScratch(this.scratchBytes, (scratch) => {
+      lender.withZeros(this.zeroedBytes, (zeros) => use({ scratch, zeros }));
+    });
+  }
+
+  #remember(operands: readonly (readonly [BufferName, bigint])[], { scratch, zeros }: LentMemory): RememberedRun {
     const remembered = this.#remembered;
     const same = ({ addresses }: RememberedRun) =>
-      addresses[0] === scratch && operands.every(([, address], i) => addresses[i + 1] === address);
+      addresses[0] === scratch &&
+      addresses[1] === zeros &&
+      operands.every(([, address], i) => addresses[i + 2] === address);
     const at = remembered.map(same).lastIndexOf(true);
     let run = remembered[at];
     if (run !== undefined && at === remembered.length - 1) return run;
     if (run !== undefined) remembered.splice(at, 1);
-    run ??= { addresses: [scratch, ...operands.map(([, address]) => address)], runs: 0 };
+    run ??= { addresses: [scratch, zeros, ...operands.map(([, address]) => address)], runs: 0 };
     remembered.push(run);
     if (remembered.length > REMEMBERED_RUNS) remembered.shift()?.graph?.dispose();
     return run;

@@ -28,6 +28,8 @@ class StreamCapture implements ActiveCapture {
   readonly #owned = new Set<DeviceMemory>();
   readonly #retained = new Map<DeviceMemory, () => void>();
   #active = true;
+  /** Calls of the capture run in order, and each leaves them as it found them. */
+  #zeros = { pointer: 0n, byteLength: 0 };
 
   constructor(device: CudaDevice, stream: CudaStream) {
     this.device = device;
@@ -62,6 +64,18 @@ class StreamCapture implements ActiveCapture {
     } finally {
       this.giveBack(pointer);
     }
+  }
+
+  withZeros(byteLength: number, enqueue: (pointer: bigint) => void): void {
+    if (byteLength > this.#zeros.byteLength) {
+      const { device } = this;
+      const pointer = device.memoryPool.allocate(byteLength, device.stream.handle);
+      // Never given back to the capture's other calls, and cleared once: on a stream that is not captured.
+      this.#blocks.push({ pointer, byteLength, free: false });
+      device.call('cuMemsetD8Async', 'clearing device memory', pointer, 0, byteLength, device.stream.handle);
+      this.#zeros = { pointer, byteLength };
+    }
+    enqueue(byteLength === 0 ? 0n : this.#zeros.pointer);
   }
 
   use(memory: DeviceMemory): void {

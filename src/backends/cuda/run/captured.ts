@@ -32,10 +32,18 @@ export class CapturedAttention implements AttentionOutputs<CudaTensor> {
     this.#bound = bound;
     let scratch: DeviceMemory | undefined;
     try {
-      const memory = device.allocate(bound.scratchBytes);
+      // Zeros behind scratch: each replay leaves them as it found them.
+      const memory = device.allocate(bound.scratchBytes + bound.zeroedBytes);
       scratch = memory;
       this.#scratch = memory;
-      this.#graph = new CudaGraph(device, (stream) => bound.enqueue(stream, addresses, memory.pointer));
+      const zeros = memory.pointer + BigInt(bound.scratchBytes);
+      if (bound.zeroedBytes > 0) {
+        const what = 'clearing device memory';
+        device.call('cuMemsetD8Async', what, zeros, 0, bound.zeroedBytes, device.stream.handle);
+      }
+      this.#graph = new CudaGraph(device, (stream) =>
+        bound.enqueue(stream, addresses, { scratch: memory.pointer, zeros }),
+      );
     } catch (error) {
       scratch?.dispose();
       disposeOutputs(outputs);

@@ -13,13 +13,14 @@ import { offset } from '../parts/addresses.ts';
 import { laneOffset } from '../parts/copies.ts';
 import type { AttentionConfig } from './config.ts';
 import { staged, TileCopies } from './copies.ts';
-import { writeResults } from './epilogue.ts';
+import { joinSplits, joinWarps, writeResults } from './epilogue.ts';
 import { Fp4Products } from './fp4-products.ts';
 import { type Frame, makeFrame, placeAndWork, type ThreadPlace } from './frame.ts';
 import { copyGivenQuery } from './given.ts';
 import { inspectValues } from './inspect-values.ts';
 import { Parked } from './parked.ts';
 import { multiplyKeys, multiplyValues } from './products.ts';
+import { quantizedScale, quantizeQuery } from './quantize-query.ts';
 import { softmax } from './softmax.ts';
 import { makeScores, makeState, type Output, type Scores, type Seeds, type SoftmaxState } from './state.ts';
 import { Walk } from './walk.ts';
@@ -32,7 +33,7 @@ export function attention(config: AttentionConfig): Kernel {
   const walk = new Walk(frame, work);
 
   b.section('addresses');
-  const shared = b.sharedAddress();
+  const shared = frame.own();
   const paddedQueries = b.loadParameter(frame.integer.paddedQueries);
   const paddedKeys = b.loadParameter(frame.integer.paddedKeys);
   const queryRow = b.add(b.mad(work.head, paddedQueries, work.paddedQueryStart), work.firstRow);
@@ -41,11 +42,16 @@ export function attention(config: AttentionConfig): Kernel {
 
   b.section('prologue: Q, first K and V on their way');
   const warpRow = b.mul(place.warp, config.rowsPerWarp);
+  if (config.keyWarps > 1 && frame.fused === undefined) {
+    // One Q for all warps, each of which may have no keys.
+    copies.copyQuery(queryRow, b.sharedAddress());
+    b.cpAsyncCommitGroup();
+  }
   b.if(b.setp('lt', walk.position, work.lastTile), () => {
     const { sequence, keyHead, paddedKeyStart, keyStart, keyLength } = work;
     const { tile, position } = walk.first(work);
-    if (frame.given === undefined) copies.copyQuery(queryRow, shared);
-    else copyGivenQuery(frame, work);
+    if (frame.given !== undefined) copyGivenQuery(frame, work);
+    else if (config.keyWarps === 1) copies.copyQuery(queryRow, shared);
     const start = frame.given === undefined ? paddedKeyStart : keyStart;
     const place = { sequence, length: b.as(keyLength, 's32'), firstKeyTile: b.shr(keyRow, 6) };
     const keys = { keyHead, paddedKeyStart: start, ...place };
@@ -59,16 +65,19 @@ export function attention(config: AttentionConfig): Kernel {
       const destination = b.add(shared, copies.value.destination);
       copies.copyValue(keys, tile, position, staged(frame, destination, frame.tiles.value, position));
     }
-    b.cpAsyncCommitGroup();
+    if (config.keyWarps === 1) b.cpAsyncCommitGroup();
   });
-  const queryScale =
-    frame.given === undefined
-      ? loadQueryScale(frame, place, b.add(queryRow, warpRow))
-      : b.loadParameter(frame.scoreScale);
+  if (config.keyWarps > 1) {
+    b.cpAsyncCommitGroup();
+    if (frame.fused === undefined) b.cpAsyncWaitGroup(1);
+    else quantizeQuery(frame, work);
+    b.barSync();
+  }
+  const queryScale = queryScaleOf(frame, place, b.add(queryRow, warpRow));
   const state = makeState(frame);
-  const lanes = laneAddresses(frame, place, warpRow, shared);
+  const lanes = laneAddresses(frame, place, warpRow);
   const parked = new Parked(frame, place, work, queryRow, copies, queryScale);
-  b.barSync();
+  frame.sync();
   const scores = makeScores(frame);
   // With P in FP8 a register is free to hold this address across QK^T.
   const valueLane = config.pvFormat === 'e4m3' ? valueLaneAddress(frame, place.thread) : undefined;
@@ -81,10 +90,17 @@ export function attention(config: AttentionConfig): Kernel {
 
   b.section('epilogue');
   writeResults(frame, parked, work.split, state.softmax, state.output);
+  joinWarps(frame, parked, work.split);
+  joinSplits(frame, parked, work.item);
   return b.build();
 }
 
 /** The scale of the thread's rows of Q times the scale of all scores. */
+function queryScaleOf(frame: Frame, place: ThreadPlace, row: Reg<'u32'>): Reg<'f32'> {
+  if (frame.given !== undefined) return frame.b.loadParameter(frame.scoreScale);
+  return frame.fused === undefined ? loadQueryScale(frame, place, row) : quantizedScale(frame, place);
+}
+
 function loadQueryScale({ b, config, pointer, scoreScale }: Frame, { g }: ThreadPlace, row: Reg<'u32'>): Reg<'f32'> {
   const [scaleRows, scaleCount] = config.queryScales;
   const group = b.shr(row, Math.log2(scaleRows));
@@ -94,14 +110,14 @@ function loadQueryScale({ b, config, pointer, scoreScale }: Frame, { g }: Thread
 }
 
 /** Places of this lane in the matrices that ldmatrix reads of Q and K. */
-function laneAddresses({ b, config, tiles }: Frame, { lane }: ThreadPlace, warpRow: Reg<'u32'>, shared: Reg<'shared'>) {
+function laneAddresses({ b, config, tiles, own }: Frame, { lane }: ThreadPlace, warpRow: Reg<'u32'>) {
   const [low16, high16] = [b.and(lane, 15), b.shr(lane, 4)];
   const [low8, octet] = [b.and(lane, 7), b.shr(lane, 3)];
   const query = b.add(
-    b.add(shared, tiles.query.base),
+    b.sharedAddress(tiles.query.base),
     laneOffset(b, tiles.query.layout, b.add(warpRow, low16), high16),
   );
-  const keyBase = b.add(shared, tiles.key.base);
+  const keyBase = own(tiles.key.base);
   // One ldmatrix brings 16 keys of 32 bytes, or 32 keys of 16 bytes.
   const place =
     config.qkFormat === 'e2m1-as-f16'
@@ -111,7 +127,7 @@ function laneAddresses({ b, config, tiles }: Frame, { lane }: ThreadPlace, warpR
 }
 
 /** The place of this lane in the matrices that ldmatrix reads of V. */
-function valueLaneAddress({ b, config, tiles }: Frame, thread: Reg<'u32'>): Reg<'shared'> {
+function valueLaneAddress({ b, config, tiles, own }: Frame, thread: Reg<'u32'>): Reg<'shared'> {
   const { layout, base } = tiles.value;
   const lane = b.and(thread, 31);
   const [low16, high16, low8, octet] = [b.and(lane, 15), b.shr(lane, 4), b.and(lane, 7), b.shr(lane, 3)];
@@ -123,7 +139,7 @@ function valueLaneAddress({ b, config, tiles }: Frame, thread: Reg<'u32'>): Reg<
     e2m1: () => laneOffset(b, layout, b.add(b.shl(high16, 3), low8), b.and(octet, 1)),
     'e2m1-as-f16': () => laneOffset(b, layout, lane, b.constant('u32', 0)),
   };
-  return b.add(b.sharedAddress(base), place[config.pvFormat]());
+  return b.add(own(base), place[config.pvFormat]());
 }
 
 /** What the loop over the tiles of keys works with. */
@@ -150,7 +166,7 @@ function attendTile(loop: Loop): void {
   const { b, config, tiles, fp4Keys, fp4Values } = frame;
   b.section('K (and V) of this tile have landed; fetch the next');
   b.cpAsyncWaitGroup(0);
-  b.barSync();
+  frame.sync();
   const { tile, position } = walk.now();
   // Loaded here because its latency is about as long as QK^T.
   const keyScale = frame.given === undefined ? loadKeyScale(loop, tile) : b.constant('f32', 1);
@@ -163,19 +179,19 @@ function attendTile(loop: Loop): void {
   if (fp4Keys) fp4?.multiplyKeys(scores, seeds, lanes.query, keys);
   else multiplyKeys(frame, scores, seeds, lanes.query, keys);
   if (config.keyStages === 1) {
-    b.barSync();
+    frame.sync();
     fetchKeys(loop);
   }
   const awaitValues = () => {
     if (config.valueStages === 2) return;
     b.section('V of this tile has landed');
     b.cpAsyncWaitGroup(1);
-    b.barSync();
+    frame.sync();
   };
   if (frame.given !== undefined) {
     // The softmax must know which values are not finite.
     awaitValues();
-    inspectValues(frame, parked, tile, staged(frame, b.sharedAddress(tiles.value.base), tiles.value, position));
+    inspectValues(frame, parked, tile, staged(frame, frame.own(tiles.value.base), tiles.value, position));
   }
   softmax({ frame, parked, tile, cut: walk.isCut(), scores, state: loop.softmax, output, keyScale });
 

@@ -40,13 +40,20 @@ export interface AttentionConfig {
   /** Dv, and Dv padded to a multiple of 16, or of 32 with V in FP8. */
   readonly valueDim: number;
   readonly paddedValueDim: number;
+  /** Warps that take different rows of Q and the same keys. */
   readonly warps: number;
+  /** Warps that take the same rows of Q and different keys, each with stages of its own; more than 1 only where `warps` is 1. */
+  readonly keyWarps: number;
   readonly rowsPerWarp: 16 | 32;
   readonly minBlocksPerMultiprocessor: number;
   /** 2: V is fetched a tile ahead like K. 1: behind its own tile's QK^T, where shared memory is short. */
   readonly valueStages: 1 | 2;
   /** 2: K is fetched a tile ahead. 1: behind its own QK^T, where shared memory is shorter still. */
   readonly keyStages: 1 | 2;
+  /** The caller's Q, up to eight rows, which the kernel quantizes itself; undefined where it is quantized. */
+  readonly fusedQuery:
+    | { readonly dtype: DType; readonly headDim: number; readonly loadWidth: LoadWidth; readonly keyMean: boolean }
+    | undefined;
   /** Of the caller's 16-bit operands; undefined where Q, K and V are quantized. */
   readonly given: GivenOperands | undefined;
   /** Rows of Q that share a set of scales, and how many are in the set: [128, 1], [32, 1] or [32, 8]. */
@@ -63,7 +70,7 @@ export interface AttentionConfig {
   /** Tiles of keys come from lists; see `parts/blocks.ts`. */
   readonly blocks: boolean;
   readonly softcap: boolean;
-  /** Dtype of the sinks. Kernels of splits have none: `combine.ts` adds them. */
+  /** Dtype of the sinks. Who joins splits adds them. */
   readonly sinks: 'none' | DType;
   /** Adds the share of Q's block mean to the scores (`smoothQ`), buffer `meanScores`. */
   readonly smoothQ: boolean;
@@ -71,8 +78,12 @@ export interface AttentionConfig {
   readonly smoothV: boolean;
   readonly outputType: DType;
   readonly lse: boolean;
-  /** Writes partial results of one of several splits of the keys; `combine.ts` joins them. */
+  /** Writes partial results of one of several splits of the keys. */
   readonly split: boolean;
+  /** With splits: the last CTA of a tile of rows joins them, else `combine.ts`. */
+  readonly joins: boolean;
+  /** With `joins`: see `parts/join.ts`. */
+  readonly alignedFours: boolean;
 }
 
 /** Parameters in order, as the kernel declares them. Pointers that a configuration does not use may be null. */
@@ -115,6 +126,11 @@ export const ATTENTION_STRIDES = [
   'lseBatch',
   'lseHead',
 ] as const;
+
+/** Rows of a Q that the kernel quantizes itself: each has a scale of its own. */
+export const FUSED_ROWS = 8;
+/** Parameters of kernels that quantize Q: the mean of K, and Q's strides in bytes; `signedScale`, smScale * log2(e), follows. */
+export const FUSED_POINTERS = ['keyMean', 'queryBatch', 'queryHead', 'queryToken'] as const;
 
 /** Pointers of NVFP4's scales, which only kernels with such operands take. */
 export const FP4_POINTERS = ['queryBlockScale', 'keyBlockScale', 'valueBlockScale', 'valueTileScale'] as const;

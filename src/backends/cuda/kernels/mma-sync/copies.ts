@@ -16,9 +16,9 @@ export class TileCopies {
   constructor(frame: Frame) {
     const { b, config, tiles, threads, valueRowBytes } = frame;
     this.#frame = frame;
-    this.query = tileCopy(b, tiles.query, threads, config.queryRowBytes);
-    this.key = tileCopy(b, tiles.key, threads, config.qkRowBytes);
-    this.value = tileCopy(b, tiles.value, threads, valueRowBytes);
+    this.query = tileCopy(b, tiles.query, threads * config.keyWarps, config.queryRowBytes);
+    this.key = tileCopy(b, tiles.key, threads, config.qkRowBytes, frame.thread);
+    this.value = tileCopy(b, tiles.value, threads, valueRowBytes, frame.thread);
   }
 
   /** Copies the scales of a tile, which lie one behind the other; nothing where there are none. */
@@ -44,8 +44,7 @@ export class TileCopies {
 
   /** The start of shared memory, moved to the buffer of a tile's scales. */
   #scaleStage(scales: SharedTile | undefined, position: Reg<'s32'>): Reg<'shared'> {
-    const { b } = this.#frame;
-    const start = b.sharedAddress();
+    const start = this.#frame.own();
     return scales === undefined ? start : staged(this.#frame, start, scales, position);
   }
 
@@ -108,7 +107,7 @@ export class TileCopies {
     if (tiles.keyScales !== undefined) {
       const index = b.add(place.firstKeyTile, b.as(tile, 'u32'));
       const into = this.#scaleStage(tiles.keyScales, position);
-      this.#copyScales(tiles.keyScales, fp4?.keyBlockScale, index, into, place.thread ?? b.special('%tid.x'));
+      this.#copyScales(tiles.keyScales, fp4?.keyBlockScale, index, into, place.thread ?? this.#frame.thread());
     }
     const base = b.loadPointer(pointer.key);
     const source = this.#tokensAt(base, this.#rowOfTile(place, tile), this.key, config.qkRowBytes, place.thread);
@@ -125,8 +124,8 @@ export class TileCopies {
     const base = b.loadPointer(pointer.value);
     if (fp4Values) {
       const index = b.add(place.firstKeyTile, b.as(tile, 'u32'));
-      const scales = config.valueStages === 1 ? b.sharedAddress() : this.#scaleStage(tiles.valueScales, position);
-      this.#copyScales(tiles.valueScales, fp4?.valueBlockScale, index, scales, place.thread ?? b.special('%tid.x'));
+      const scales = config.valueStages === 1 ? this.#frame.own() : this.#scaleStage(tiles.valueScales, position);
+      this.#copyScales(tiles.valueScales, fp4?.valueBlockScale, index, scales, place.thread ?? this.#frame.thread());
       // Rows are channels of one tile of keys.
       const first = b.mul(index, config.paddedValueDim);
       this.value.emit(this.#tokensAt(base, first, this.value, valueRowBytes, place.thread), into, valueRowBytes);

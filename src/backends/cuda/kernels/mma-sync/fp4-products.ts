@@ -72,8 +72,7 @@ export class Fp4Products {
   /** Where the words of a stage of scales begin. */
   #scales(tile: SharedTile | undefined, stages: 1 | 2): Reg<'shared'> {
     if (tile === undefined) throw new Error('no such scales');
-    const { b } = this.#frame;
-    const base = b.sharedAddress(tile.base);
+    const base = this.#frame.own(tile.base);
     return stages === 2 ? staged(this.#frame, base, tile, this.#position) : base;
   }
 

@@ -4,9 +4,10 @@ import { rowMajor, type SharedTile, xorSwizzle } from '../../ptx/layouts.ts';
 import type { Parameter, Reg } from '../../ptx/types.ts';
 import { FP4_MAX } from '../fp4/e2m1.ts';
 import { divide, integers, OPERAND_STRIDES, pointers } from '../parts/addresses.ts';
-import { type BandParameters, bandParameters, type KeyRange, keyRange } from '../parts/band.ts';
+import { type BandParameters, bandParameters, type KeyRange, keyRange, partOf } from '../parts/band.ts';
 import { type BlockParameters, blockParameters, listAddress, listRange } from '../parts/blocks.ts';
 import { LOG2_E4M3_MAX, nextPowerOfTwo, roundUp } from '../parts/constants.ts';
+import { type JoinParameters, joinParameters } from '../parts/join.ts';
 import { type SoftcapParameters, softcapParameters } from '../parts/scores.ts';
 import { loadSequence, type SequenceRegisters } from '../parts/sequences.ts';
 import { type Sinks, sinkParameters } from '../parts/sinks.ts';
@@ -18,6 +19,7 @@ import {
   BLOCK_K,
   blockQueries,
   FP4_POINTERS,
+  FUSED_POINTERS,
   hasFp4Keys,
   hasFp4Values,
 } from './config.ts';
@@ -29,11 +31,33 @@ export interface Frame {
   readonly integer: Readonly<Record<(typeof ATTENTION_INTEGERS)[number], Parameter<'u32'>>>;
   readonly strides: Readonly<Record<(typeof ATTENTION_STRIDES)[number], Parameter<'u64'>>>;
   readonly band: BandParameters;
+  /**
+   * The address of shared memory as a warp of {@link AttentionConfig.keyWarps} has it for itself, the CTA's else; only Q is common to all.
+   */
+  readonly own: (offset?: number) => Reg<'shared'>;
+  /** A thread's number among those that work on the same tile of keys. */
+  readonly thread: () => Reg<'u32'>;
+  /** A barrier of those threads. */
+  readonly sync: () => void;
+  /** Bytes from one warp's own shared memory to the next's. */
+  readonly ownBytes: number;
+  /** Where a warp leaves its results for the others to join, in its own memory; undefined where none does. */
+  readonly results: SharedTile | undefined;
+  /** Of a kernel that quantizes Q: its parameters, and where rows' scales and biases lie, pairs of floats. */
+  readonly fused:
+    | {
+        readonly parameters: Readonly<Record<(typeof FUSED_POINTERS)[number], Parameter<'u64'>>>;
+        readonly signedScale: Parameter<'f32'>;
+        readonly rows: SharedTile;
+      }
+    | undefined;
   /** |smScale| * log2(e); its sign is Q's. */
   readonly scoreScale: Parameter<'f32'>;
   readonly softcap: SoftcapParameters;
   readonly sinks: Sinks | undefined;
+  readonly join: JoinParameters | undefined;
   readonly blocks: BlockParameters | undefined;
+  /** Threads that work on the same tile of keys. */
   readonly threads: number;
   /** 16-row tiles of a warp, rows of a thread, 8-key tiles, 8-channel tiles. */
   readonly rowTiles: number;
@@ -71,38 +95,59 @@ export interface Frame {
 /** A layout for shared rows of so many bytes, lengthened to what the swizzle can permute. */
 const swizzled = (bytes: number) => xorSwizzle(bytes >= 128 ? roundUp(bytes, 128) : nextPowerOfTwo(bytes));
 
-/** Declares parameters and shared memory. */
-export function makeFrame(config: AttentionConfig): Frame {
-  const { qkRowBytes, queryRowBytes, pvFormat, paddedValueDim, warps, rowsPerWarp } = config;
-  const threads = warps * 32;
-  const b = new KernelBuilder({
-    name: 'attention',
-    target: config.target,
-    threads,
-    minBlocksPerMultiprocessor: config.minBlocksPerMultiprocessor,
-  });
-  const parameters = {
+/** Parameters in the order of the launch's arguments. */
+function declareParameters(b: KernelBuilder, config: AttentionConfig) {
+  return {
     pointer: pointers(b, ATTENTION_POINTERS),
     integer: integers(b, ATTENTION_INTEGERS),
     strides: pointers(b, ATTENTION_STRIDES),
     band: bandParameters(b),
     scoreScale: b.parameter('scoreScale', 'f32'),
     softcap: softcapParameters(b),
+    fp4: hasFp4Keys(config) || hasFp4Values(config) ? pointers(b, FP4_POINTERS) : undefined,
+    given: config.given === undefined ? undefined : pointers(b, OPERAND_STRIDES),
+    sinks: sinkParameters(b, config.sinks),
+    fusedParameters:
+      config.fusedQuery === undefined
+        ? undefined
+        : { parameters: pointers(b, FUSED_POINTERS), signedScale: b.parameter('signedScale', 'f32') },
+    join: config.joins ? joinParameters(b) : undefined,
+    blocks: config.blocks ? blockParameters(b) : undefined,
   };
+}
+
+/** Declares parameters and shared memory. */
+export function makeFrame(config: AttentionConfig): Frame {
+  const { qkRowBytes, queryRowBytes, pvFormat, paddedValueDim, warps, rowsPerWarp } = config;
+  const { keyWarps } = config;
+  if ((keyWarps > 1 && warps > 1) || (keyWarps === 1 && config.fusedQuery !== undefined)) {
+    throw new RangeError('warps with keys of their own have all rows, and only those quantize Q');
+  }
+  const threads = warps * 32;
+  const b = new KernelBuilder({
+    name: 'attention',
+    target: config.target,
+    threads: threads * keyWarps,
+    minBlocksPerMultiprocessor: config.minBlocksPerMultiprocessor,
+  });
+  const parameters = declareParameters(b, config);
+  const { given, fusedParameters } = parameters;
   const [fp4Keys, fp4Values] = [hasFp4Keys(config), hasFp4Values(config)];
-  const fp4 = fp4Keys || fp4Values ? pointers(b, FP4_POINTERS) : undefined;
-  const given = config.given === undefined ? undefined : pointers(b, OPERAND_STRIDES);
-  const sinks = sinkParameters(b, config.sinks);
-  const blocks = config.blocks ? blockParameters(b) : undefined;
 
   b.section('shared memory');
   const fp8 = pvFormat === 'e4m3' || pvFormat === 'e4m3-as-f16';
   const valueRowBytes = fp4Values ? BLOCK_K / 2 : fp8 ? BLOCK_K : paddedValueDim * 2;
   const valueRows = fp8 || fp4Values ? paddedValueDim : BLOCK_K;
+  const makeQuery = () => b.shared('query', blockQueries(config), swizzled(queryRowBytes));
+  const fused = fusedParameters && {
+    ...fusedParameters,
+    rows: b.shared('scales and biases of Q', 1, rowMajor(blockQueries(config) * 8)),
+  };
+  const common = keyWarps > 1 ? makeQuery() : undefined;
   const parked = b.shared('parked', 1, rowMajor(config.blocks ? 80 : 64));
   const parkedScales = b.shared('scales of Q', 1, rowMajor(threads));
   const parkedCopies = b.shared('where copies go', 1, rowMajor(threads * 4));
-  const query = b.shared('query', blockQueries(config), swizzled(queryRowBytes));
+  const query = common ?? makeQuery();
   const key = b.shared('key', BLOCK_K, swizzled(qkRowBytes));
   if (config.keyStages === 2) b.shared('key, second stage', BLOCK_K, key.layout);
   const value = b.shared('value', valueRows, swizzled(valueRowBytes));
@@ -118,12 +163,18 @@ export function makeFrame(config: AttentionConfig): Frame {
     ...(given === undefined ? {} : { faults: b.shared('faults of V', 1, rowMajor(BLOCK_K)) }),
   };
 
+  const results = keyWarps > 1 ? resultTile(b, config, key) : undefined;
+  const end = Math.max(...b.tiles.map(({ base, bytes }) => base + bytes));
+  const ownBytes = roundUp(end - (common === undefined ? 0 : common.base + common.bytes), 128);
+  if (keyWarps > 1) b.shared('of the other warps', ((keyWarps - 1) * ownBytes) / 128, rowMajor(128));
+
   const floatMask = config.mask !== 'none' && config.mask !== 'boolean';
   return {
     ...{ b, config, threads, ...parameters },
     ...{ rowTiles: rowsPerWarp / 16, threadRows: rowsPerWarp / 8, keyTiles: BLOCK_K / 8 },
     ...{ channelTiles: paddedValueDim / 8, fp8, valueRowBytes },
-    ...{ fp4, fp4Keys, fp4Values, given, sinks, blocks },
+    ...ownershipOf(b, config, ownBytes),
+    ...{ results, fused, fp4Keys, fp4Values },
     exponentOffset: config.quantizedWeights ? Math.log2(FP4_MAX) : pvFormat === 'e4m3' ? LOG2_E4M3_MAX : 0,
     sharesRange: pvFormat === 'e4m3' && config.accumulate === 'f16-per-tile',
     scoresAreFloat: config.softcap || config.smoothQ || floatMask || fp4Keys || given !== undefined,
@@ -131,6 +182,36 @@ export function makeFrame(config: AttentionConfig): Frame {
     firstColumn: (t2) => (fp4Values ? b.shl(t2, 2) : t2),
     columnOf: (fragment, value) =>
       fp4Values ? 32 * (fragment >> 2) + 2 * (fragment & 3) + value : 8 * fragment + value,
+  };
+}
+
+/** Rows of output in FP32 and their logsumexps, over the stages of K and V, which are done with by then, and as much more as they need. */
+function resultTile(b: KernelBuilder, config: AttentionConfig, key: SharedTile): SharedTile {
+  const bytes = blockQueries(config) * (config.paddedValueDim + 1) * 4;
+  const { base } = key;
+  const end = Math.max(...b.tiles.map((tile) => tile.base + tile.bytes));
+  const missing = base + bytes - end;
+  if (missing > 0) b.shared('results of a warp', Math.ceil(missing / 16), rowMajor(16));
+  return { ...key, name: 'results', rows: 1, layout: rowMajor(bytes), base, bytes };
+}
+
+/** Where warps that take different keys are by themselves. */
+function ownershipOf(
+  b: KernelBuilder,
+  { keyWarps }: AttentionConfig,
+  ownBytes: number,
+): Pick<Frame, 'own' | 'thread' | 'sync' | 'ownBytes'> {
+  if (keyWarps === 1) {
+    return {
+      ...{ ownBytes, own: (offset) => b.sharedAddress(offset), sync: () => b.barSync() },
+      thread: () => b.special('%tid.x'),
+    };
+  }
+  return {
+    ownBytes,
+    own: (offset) => b.add(b.sharedAddress(offset), b.as(b.mul(b.shr(b.special('%tid.x'), 5), ownBytes), 'shared')),
+    sync: () => b.warpSync(),
+    thread: () => b.and(b.special('%tid.x'), 31),
   };
 }
 
@@ -158,13 +239,15 @@ export interface KeyPlace {
   /** Of the caller's tensors; `paddedKeyStart` is the sequence's first key there. */
   readonly sequence: Reg<'u32'>;
   readonly length: Reg<'s32'>;
-  /** The thread's number; default `%tid.x`. */
+  /** The thread's number among those of its tile of keys. */
   readonly thread?: Reg<'u32'>;
 }
 
 /** The CTA's tile of Q, and the keys that its rows see. */
 export interface Work extends SequenceRegisters, KeyRange {
   readonly split: Reg<'u32'> | undefined;
+  /** Number of the tile of rows among all. */
+  readonly item: Reg<'u32'>;
   readonly sequence: Reg<'u32'>;
   /** Heads of Q, and of K and V. */
   readonly head: Reg<'u32'>;
@@ -178,7 +261,7 @@ export interface Work extends SequenceRegisters, KeyRange {
 export function placeAndWork(frame: Frame): { place: ThreadPlace; work: Work } {
   const { b, config, integer } = frame;
   b.section('which tile');
-  const thread = b.special('%tid.x');
+  const thread = frame.thread();
   const lane = b.and(thread, 31);
   const warp = b.shr(thread, 5);
   const place = { thread, lane, warp, g: b.shr(lane, 2) };
@@ -210,8 +293,31 @@ export function placeAndWork(frame: Frame): { place: ThreadPlace; work: Work } {
   const band = config.banded ? frame.band : undefined;
   const range = keyRange(b, band, { low, high, queryLength, keyLength }, BLOCK_K, rangeOf);
   const wholeFrom = range.wholeFrom ?? b.constant('s32', 0);
-  const work = { split, sequence, head, keyHead, firstRow, ...table, ...range, wholeFrom, list: undefined };
-  if (frame.blocks === undefined) return { place, work };
+  const work = {
+    split,
+    item: block,
+    sequence,
+    head,
+    keyHead,
+    firstRow,
+    ...table,
+    ...range,
+    wholeFrom,
+    list: undefined,
+  };
+  if (frame.blocks === undefined) return { place, work: { ...work, ...shareOfWarp(frame, work) } };
   const list = listAddress(b, frame.blocks, { sequence, head, queryTiles, tileIndex });
-  return { place, work: { ...work, list, ...listRange(b, list, share) } };
+  const listed = listRange(b, list, share);
+  return { place, work: { ...work, list, ...listed, ...shareOfWarp(frame, listed) } };
+}
+
+/** The tiles that this warp takes of those of its CTA. */
+function shareOfWarp(
+  { b, config: { keyWarps } }: Frame,
+  { firstTile, lastTile }: Pick<KeyRange, 'firstTile' | 'lastTile'>,
+): Partial<Pick<KeyRange, 'firstTile' | 'lastTile'>> {
+  if (keyWarps === 1) return {};
+  const count = b.as(b.max(b.sub(lastTile, firstTile), 0), 'u32');
+  const { first, end } = partOf(b, count, b.shr(b.special('%tid.x'), 5), b.constant('u32', keyWarps));
+  return { firstTile: b.add(firstTile, b.as(first, 's32')), lastTile: b.add(firstTile, b.as(end, 's32')) };
 }

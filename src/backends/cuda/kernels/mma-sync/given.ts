@@ -93,7 +93,7 @@ export function copyGivenKeys(
   base = offset64(b, base, keyHead, b.loadParameter(given[`${which}Head`]));
   const stride = b.loadParameter(given[`${which}Token`]);
   base = offset64(b, base, paddedKeyStart, stride);
-  const start = b.sharedAddress(buffer.base);
+  const start = frame.own(buffer.base);
   const into =
     stages === 1 ? start : b.as(b.mad(b.as(b.and(position, 1), 'u32'), buffer.bytes, b.as(start, 'u32')), 'shared');
   const size =
@@ -102,5 +102,5 @@ export function copyGivenKeys(
       : { dim: config.valueDim, paddedDim: config.paddedValueDim };
   const rows = { base, stride, first: b.as(b.shl(tile, 6), 'u32'), length: b.as(length, 'u32') };
   const width = loadWidths[which];
-  copyRows(frame, buffer, into, { ...rows, ...size, width }, thread ?? b.special('%tid.x'));
+  copyRows(frame, buffer, into, { ...rows, ...size, width }, thread ?? frame.thread());
 }

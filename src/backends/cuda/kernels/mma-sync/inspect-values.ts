@@ -43,10 +43,7 @@ export function inspectValues(frame: Frame, parked: Parked, tile: Reg<'s32'>, ba
           }
         });
         const bad = b.setp('ne', b.and(found, SIGN_BITS), 0);
-        b.stByte(
-          b.selp<'u32'>(1, b.constant('u32', 0), bad),
-          b.add(b.sharedAddress(faults.base), b.as(token, 'shared')),
-        );
+        b.stByte(b.selp<'u32'>(1, b.constant('u32', 0), bad), b.add(frame.own(faults.base), b.as(token, 'shared')));
         b.if(bad, () => {
           const zero = b.constant('b32', 0);
           eachChunk((at, byte) => b.stVector([zero, zero, zero, zero], at, byte));
@@ -54,6 +51,6 @@ export function inspectValues(frame: Frame, parked: Parked, tile: Reg<'s32'>, ba
         b.add(token, frame.threads, token);
       },
     );
-    b.barSync();
+    frame.sync();
   });
 }

@@ -18,12 +18,13 @@ export interface Reloaded extends Required<KeyPlace> {
   readonly length: Reg<'s32'>;
   readonly lower: Reg<'s32'>;
   readonly upper: Reg<'s32'>;
-  /** The tile's first row in the padded Q, and the thread's first in the tile and in the sequence. */
+  /** The tile's first row in the padded Q and in the sequence, and the thread's first in the tile and in the sequence. */
   readonly queryRow: Reg<'u32'>;
+  readonly firstRow: Reg<'u32'>;
   readonly threadRow: Reg<'u32'>;
   readonly rowIndex: Reg<'s32'>;
-  /** Where the row's bias is; the thread's other rows follow 32 bytes apart. */
-  readonly rowBias: Reg<'global'>;
+  /** What smoothing K took from the scores of the thread's r-th row, in base 2; NaN for a row that is not finite. */
+  readonly rowBias: (r: number) => Reg<'f32'>;
   /** Twice the thread's number among the four that hold a row. */
   readonly t2: Reg<'u32'>;
 }
@@ -41,9 +42,9 @@ export class Parked {
     queryScale: Reg<'f32'>,
   ) {
     this.#frame = frame;
-    const { b } = frame;
+    const { b, own } = frame;
     const { parked, parkedCopies, parkedScales } = frame.tiles;
-    const base = b.sharedAddress();
+    const base = own();
     const offsetOfHead = frame.sharesRange ? b.as(loadExponentOffset(frame, work), 's32') : b.constant('s32', 0);
     b.when(b.setp('eq', thread, 0), () => {
       b.stVector([work.sequence, work.head, work.keyHead, work.queryStart], base, parked.base);
@@ -69,12 +70,12 @@ export class Parked {
    */
   threadNow(): Reg<'u32'> {
     const { b, tiles } = this.#frame;
-    return b.add(b.special('%tid.x'), b.ld('u32', b.sharedAddress(), tiles.parked.base + 56));
+    return b.add(this.#frame.thread(), b.ld('u32', this.#frame.own(), tiles.parked.base + 56));
   }
 
   reload(): Reloaded {
-    const { b, config, tiles, integer, pointer } = this.#frame;
-    const base = b.sharedAddress(tiles.parked.base);
+    const { b, config, tiles, integer } = this.#frame;
+    const base = this.#frame.own(tiles.parked.base);
     const [sequence, head, keyHead, queryStart] = fourOf(b.ldVector('u32', 4, base));
     const [queryLength, firstRow, queryRow, paddedKeyStart] = fourOf(b.ldVector('u32', 4, base, 16));
     const [lower, upper, length] = fourOf(b.ldVector('s32', 4, base, 32));
@@ -82,30 +83,41 @@ export class Parked {
     const threadRow = b.add(warpRow, b.shr(b.and(this.threadNow(), 31), 2));
     const rowIndex = b.as(b.add(firstRow, threadRow), 's32');
     const firstKeyTile = b.shr(b.mad(keyHead, b.loadParameter(integer.paddedKeys), paddedKeyStart), 6);
-    const rowBias = offset(b, b.loadPointer(pointer.rowBias), b.add(queryRow, threadRow), 4);
+    const rowBias = this.#rowBias(queryRow, threadRow);
     const t2 = b.shl(b.and(this.threadNow(), 3), 1);
     return {
-      ...{ queryRow, threadRow, rowIndex, rowBias, t2 },
+      ...{ queryRow, firstRow, threadRow, rowIndex, rowBias, t2 },
       ...{ sequence, head, queryStart, queryLength, length, lower, upper },
       ...{ keyHead, paddedKeyStart, firstKeyTile, thread: this.threadNow() },
     };
   }
 
+  #rowBias(queryRow: Reg<'u32'>, threadRow: Reg<'u32'>): (r: number) => Reg<'f32'> {
+    const { b, fused, given, pointer } = this.#frame;
+    if (given !== undefined) return () => b.constant('f32', 0);
+    if (fused !== undefined) {
+      const own = b.add(b.sharedAddress(fused.rows.base), b.as(b.shl(threadRow, 3), 'shared'));
+      return (r) => b.ld('f32', own, r * 64 + 4);
+    }
+    const own = offset(b, b.loadPointer(pointer.rowBias), b.add(queryRow, threadRow), 4);
+    return (r) => b.ld('f32', own, r * 32, { readOnly: true });
+  }
+
   /** Where the tiles of keys are listed. */
   list(): Reg<'global'> {
     const { b, tiles } = this.#frame;
-    return b.ld('global', b.sharedAddress(tiles.parked.base), 64);
+    return b.ld('global', this.#frame.own(tiles.parked.base), 64);
   }
 
   lastTile(): Reg<'s32'> {
     const { b, tiles } = this.#frame;
-    return b.ld('s32', b.sharedAddress(tiles.parked.base), 44);
+    return b.ld('s32', this.#frame.own(tiles.parked.base), 44);
   }
 
   /** Keys between which no tile needs its scores masked. */
   wholeKeys(): { readonly from: Reg<'s32'>; readonly until: Reg<'s32'> } {
     const { b, tiles } = this.#frame;
-    const bounds = b.ldVector('s32', 2, b.sharedAddress(tiles.parked.base), 48);
+    const bounds = b.ldVector('s32', 2, this.#frame.own(tiles.parked.base), 48);
     return { from: at(bounds, 0), until: at(bounds, 1) };
   }
 
@@ -113,25 +125,25 @@ export class Parked {
   queryScale(): Reg<'f32'> {
     const { b, tiles } = this.#frame;
     const quad = b.and(this.threadNow(), -4);
-    return b.ld('f32', b.add(b.sharedAddress(), b.as(quad, 'shared')), tiles.parkedScales.base);
+    return b.ld('f32', b.add(this.#frame.own(), b.as(quad, 'shared')), tiles.parkedScales.base);
   }
 
   #destinations(): Reg<'b32'> {
     const { b, tiles } = this.#frame;
-    const own = b.add(b.sharedAddress(), b.as(b.shl(this.threadNow(), 2), 'shared'));
+    const own = b.add(this.#frame.own(), b.as(b.shl(this.threadNow(), 2), 'shared'));
     return b.ld('b32', own, tiles.parkedCopies.base);
   }
 
   /** Where the thread's copies of K go. */
   keyDestination(): Reg<'shared'> {
     const { b } = this.#frame;
-    return b.add(b.sharedAddress(), b.as(b.shl(b.and(this.#destinations(), 0xffff), 4), 'shared'));
+    return b.add(this.#frame.own(), b.as(b.shl(b.and(this.#destinations(), 0xffff), 4), 'shared'));
   }
 
   /** Where the thread's copies of V go. */
   valueDestination(): Reg<'shared'> {
     const { b } = this.#frame;
-    return b.add(b.sharedAddress(), b.as(b.shl(b.shr(this.#destinations(), 16), 4), 'shared'));
+    return b.add(this.#frame.own(), b.as(b.shl(b.shr(this.#destinations(), 16), 4), 'shared'));
   }
 }
 
@@ -142,8 +154,8 @@ function loadExponentOffset({ b, integer, pointer, exponentOffset }: Frame, { se
 }
 
 /** Added to exponents so that P fills its part of its format. */
-export function exponentOffsetOf({ b, tiles, exponentOffset, sharesRange }: Frame): number | Reg<'f32'> {
-  return sharesRange ? b.ld('f32', b.sharedAddress(tiles.parked.base), 60) : exponentOffset;
+export function exponentOffsetOf({ b, tiles, own, exponentOffset, sharesRange }: Frame): number | Reg<'f32'> {
+  return sharesRange ? b.ld('f32', own(tiles.parked.base), 60) : exponentOffset;
 }
 
 const fourOf = <T>(values: readonly T[]) => [at(values, 0), at(values, 1), at(values, 2), at(values, 3)] as const;

@@ -149,7 +149,7 @@ function finishScores(self: ScoreTile, units: ScoreUnits): void {
   capScores(b, softcap, scores.each, () => {
     if (frame.given !== undefined) return Array.from({ length: threadRows }, () => b.constant('f32', 0));
     const { rowBias } = parked.reload();
-    return Array.from({ length: threadRows }, (_, r) => b.ld('f32', rowBias, r * 32, { readOnly: true }));
+    return Array.from({ length: threadRows }, (_, r) => rowBias(r));
   });
 }
 
@@ -215,7 +215,7 @@ function markFaultyValues({ frame, parked, tile, scores }: ScoreTile): void {
   b.section('values that are not finite');
   atEdges(frame, parked, tile, () => {
     const { t2 } = parked.reload();
-    spreadFaultBytes(b, b.add(b.sharedAddress(faults.base), b.as(t2, 'shared')), scores.each);
+    spreadFaultBytes(b, b.add(frame.own(faults.base), b.as(t2, 'shared')), scores.each);
   });
 }
 

@@ -9,6 +9,8 @@ export type TileConfig = Pick<
 > & {
   /** Default 2. */
   readonly keyStages?: AttentionConfig['keyStages'];
+  /** Default 1. */
+  readonly keyWarps?: number;
 };
 
 interface TileRule {
@@ -60,15 +62,26 @@ const TILE_RULES: readonly TileRule[] = [
     exact: true as const,
     tile: { warps: 4, rowsPerWarp: 16, minBlocksPerMultiprocessor: 1, ...stages } as const,
   })),
-  // Decoding over FP4: each warp unpacks the keys that it reads, so a second warp would repeat that for absent rows.
-  ...([8, 6, 4, 2] as const).map((minBlocksPerMultiprocessor) => ({
+  // Decoding: the rows fit into one warp, so that warps take different keys, each with stages of its own. Two CTAs on a
+  // multiprocessor, for what 132 of them leave over of a round number of heads is less then.
+  ...(
+    [
+      [6, 2],
+      [5, 2],
+      [4, 2],
+      [3, 2],
+      [2, 2],
+      [4, 1],
+      [3, 1],
+      [2, 1],
+    ] as const
+  ).map(([keyWarps, minBlocksPerMultiprocessor]) => ({
     valueDim: 128,
-    qkRowBytes: 64,
+    qkRowBytes: 128,
     queryLength: 16,
-    unpacksFp4: true as const,
-    tile: { warps: 1, rowsPerWarp: 16, minBlocksPerMultiprocessor, valueStages: 2 } as const,
+    tile: { warps: 1, keyWarps, rowsPerWarp: 16, minBlocksPerMultiprocessor, valueStages: 2 } as const,
   })),
-  // Decoding: few rows, and many small CTAs, whose copies together keep memory busy.
+  // A few more rows, or wider ones: many small CTAs, whose copies together keep memory busy.
   ...([4, 2, 1] as const).flatMap((minBlocksPerMultiprocessor) =>
     ([2, 1] as const).map((valueStages) => ({
       valueDim: 256,
@@ -151,10 +164,12 @@ const paddedRow = (bytes: number) => (bytes > 128 ? roundUp(bytes, 128) : bytes 
 
 /** Shared bytes of a configuration, as `attention` allocates them. */
 export function attentionSharedBytes(tile: TileConfig, bytes: TileBytes): number {
+  const { keyWarps = 1 } = tile;
   const parked = 256 + tile.warps * 32 * 5;
   const query = tile.warps * tile.rowsPerWarp * (paddedRow(bytes.queryRow) + bytes.queryScales);
   const keys = (tile.keyStages ?? 2) * 64 * (paddedRow(bytes.keyRow) + bytes.keyScales);
-  return parked + query + keys + tile.valueStages * bytes.valueTile;
+  const own = parked + keys + tile.valueStages * bytes.valueTile;
+  return query + (keyWarps === 1 ? own : keyWarps * roundUp(own, 128));
 }
 
 interface TileConditions {

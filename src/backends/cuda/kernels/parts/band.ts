@@ -38,6 +38,17 @@ export interface KeyRange {
   readonly wholeUntil: Reg<'s32'>;
 }
 
+/** The part `index` of `parts` of so many things, up to 2^24: parts differ by one at most. */
+export function partOf(
+  b: KernelBuilder,
+  count: Reg<'u32'>,
+  index: Reg<'u32'>,
+  parts: Reg<'u32'>,
+): { readonly first: Reg<'u32'>; readonly end: Reg<'u32'> } {
+  const before = (part: Reg<'u32'>) => b.div(b.mul(count, part), parts);
+  return { first: before(index), end: before(b.add(index, 1)) };
+}
+
 /**
  * @param band undefined where every row sees every key
  * @param tileKeys keys of a tile, a power of two
@@ -73,7 +84,10 @@ export function keyRange(
   if (share === undefined) return { ...range, firstTile, lastTile: endTile };
   const splits = share.splits();
   const count = b.as(b.max(b.sub(endTile, firstTile), 0), 'u32');
-  const each = b.div(b.add(b.add(count, splits), -1), splits);
-  const first = b.add(firstTile, b.as(b.mul(each, share.split), 's32'));
-  return { ...range, firstTile: first, lastTile: b.min(endTile, b.add(first, b.as(each, 's32'))) };
+  const part = partOf(b, count, share.split, splits);
+  return {
+    ...range,
+    firstTile: b.add(firstTile, b.as(part.first, 's32')),
+    lastTile: b.add(firstTile, b.as(part.end, 's32')),
+  };
 }

@@ -6,6 +6,7 @@
 import type { KernelBuilder } from '../../ptx/builder.ts';
 import type { Parameter, Reg } from '../../ptx/types.ts';
 import { integers, offset, offset64, pointers } from './addresses.ts';
+import { partOf } from './band.ts';
 import { headAddress } from './epilogue.ts';
 import { at } from './lists.ts';
 import type { EachScore } from './scores.ts';
@@ -71,9 +72,8 @@ export function listRange(
 ): { readonly firstTile: Reg<'s32'>; readonly lastTile: Reg<'s32'> } {
   const count = b.ld('u32', list, 0, { readOnly: true });
   if (share === undefined) return { firstTile: b.constant('s32', 0), lastTile: b.as(count, 's32') };
-  const each = b.div(b.add(b.add(count, share.splits), -1), share.splits);
-  const first = b.mul(each, share.split);
-  return { firstTile: b.as(first, 's32'), lastTile: b.as(b.min(count, b.add(first, each)), 's32') };
+  const { first, end } = partOf(b, count, share.split, share.splits);
+  return { firstTile: b.as(first, 's32'), lastTile: b.as(end, 's32') };
 }
 
 export const entryAddress = (b: KernelBuilder, list: Reg<'global'>, position: Reg<'s32'>): Reg<'global'> =>

@@ -32,11 +32,17 @@ export function chunkAddresses(b: KernelBuilder, layout: Layout, base: Reg<'shar
  * Copies a tile from global to shared memory, all threads together. Returns the copy as a function of the thread's
  * source and destination, to be emitted once per tile.
  */
-export function tileCopy(b: KernelBuilder, tile: SharedTile, threads: number, rowBytes: number) {
+export function tileCopy(
+  b: KernelBuilder,
+  tile: SharedTile,
+  threads: number,
+  rowBytes: number,
+  ownThread: () => Reg<'u32'> = () => b.special('%tid.x'),
+) {
   const { layout, rows } = tile;
   const columns = Math.min(8, layout.rowBytes / 16);
   // Computed anew where it is needed: registers held through the loop cost more.
-  const place = (thread = b.special('%tid.x')) => {
+  const place = (thread = ownThread()) => {
     return { row: b.shr(thread, Math.log2(columns)), column: b.and(thread, columns - 1) };
   };
   const { row, column } = place();

@@ -77,7 +77,7 @@ export function headAddress(
 export function storePair(
   b: KernelBuilder,
   [low, high]: readonly [Reg<'f32'>, Reg<'f32'>],
-  address: Reg<'global'>,
+  address: Reg<'global' | 'shared'>,
   {
     type,
     first,

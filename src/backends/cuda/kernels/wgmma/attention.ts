@@ -20,7 +20,7 @@ import { setMaxNReg, wgmmaWaitGroup } from '../../ptx/wgmma.ts';
 import { LOG2_E } from '../parts/constants.ts';
 import { Turns } from '../parts/turns.ts';
 import type { WgmmaConfig } from './config.ts';
-import { writeResults, writeWideResults } from './epilogue.ts';
+import { joinSplits, writeResults, writeWideResults } from './epilogue.ts';
 import { type Frame, makeFrame, writeOnes } from './frame.ts';
 import { producer } from './producer.ts';
 import {
@@ -125,6 +125,7 @@ function attend(self: Consumer, item: Item): void {
   b.section('epilogue');
   if (config.alignedOutput) writeWideResults(item);
   else writeResults(item);
+  joinSplits(item);
 }
 
 /**

@@ -78,7 +78,7 @@ export interface WgmmaConfig extends WgmmaTile {
    */
   readonly blocks: 'none' | 'whole rows' | 'any';
   readonly softcap: boolean;
-  /** Dtype of the sinks. Kernels of splits have none: `combine.ts` adds them. */
+  /** Dtype of the sinks. Who joins splits adds them. */
   readonly sinks: 'none' | DType;
   readonly smoothV: boolean;
   readonly outputType: DType;
@@ -86,6 +86,10 @@ export interface WgmmaConfig extends WgmmaTile {
   readonly alignedOutput: boolean;
   readonly lse: boolean;
   readonly split: boolean;
+  /** With splits: the last CTA of a tile of rows joins them, else `combine.ts`. */
+  readonly joins: boolean;
+  /** With `joins`: see `parts/join.ts`. */
+  readonly alignedFours: boolean;
 }
 
 /** Bits of a float that scales keep: 21 of the mantissa, so that 1.5 * 2^23 times the scale has no more than 24. */

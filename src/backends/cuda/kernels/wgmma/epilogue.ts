@@ -3,12 +3,14 @@ import type { Parameter, Reg } from '../../ptx/types.ts';
 import { offset, offset64 } from '../parts/addresses.ts';
 import { BYTES } from '../parts/elements.ts';
 import { headAddress, logSumExp, rowFactor, storePair } from '../parts/epilogue.ts';
+import { joinRow, whenLast } from '../parts/join.ts';
 import { at } from '../parts/lists.ts';
 import { quadSum } from '../parts/quad.ts';
 import { joinSink, loadSink } from '../parts/sinks.ts';
 import type { Frame } from './frame.ts';
 import { eachRow } from './rows.ts';
 import type { Item } from './state.ts';
+import { tokenOf } from './work.ts';
 
 /** A row ready to be stored. */
 interface FinishedRow {
@@ -62,6 +64,57 @@ export function writeResults(item: Item): void {
       storePair(b, [channel(0), channel(1)], address, { type, first: n * 8, width, t2: thread.t2, inside });
     }
   }
+}
+
+/** The barrier at which the consumers meet when a tile of rows is done. */
+const JOIN_BARRIER = 12;
+
+/** Joins the splits of the tile of rows, if this CTA's is the last of them: one row a warp. */
+export function joinSplits({ frame, thread, work }: Item): void {
+  const { b, config, integer, pointer, strides, join, sinks, shared, tiles } = frame;
+  if (join === undefined) return;
+  const consumers = 128 * config.consumers;
+  const splits = b.loadParameter(integer.splits);
+  const warp = b.sub(b.shr(frame.thread, 5), 4);
+  const arrival = {
+    counter: offset(b, b.loadPointer(join.arrivals), work.item, 4),
+    splits,
+    isFirst: b.andPred(b.setp('eq', warp, 0), thread.leader),
+    sync: () => b.namedBarrier('bar.sync', b.constant('u32', JOIN_BARRIER), consumers),
+    word: b.add(shared, tiles.arrived.base),
+  };
+  whenLast(b, arrival, () => {
+    const { sequence, queryStart, queryLength, paddedQueryStart } = work;
+    const paddedQueries = b.loadParameter(integer.paddedQueries);
+    const place = {
+      partialOutput: b.loadPointer(pointer.output),
+      partialLse: b.loadPointer(pointer.lse),
+      output: b.loadPointer(join.joinedOutput),
+      lse: () => b.loadPointer(join.joinedLse),
+      ...{ splits, strides, sinks, lane: b.and(frame.thread, 31) },
+      rowsOfSplit: b.mul(paddedQueries, b.loadParameter(integer.queryHeads)),
+    };
+    const { packedHeads } = config;
+    const tileRow = b.mov(b.add(work.firstRow, warp));
+    const end = b.min(b.add(work.firstRow, frame.rows), b.mul(queryLength, packedHeads));
+    b.loop(
+      () => b.setp('lt', tileRow, end),
+      () => {
+        const row = tokenOf(frame, tileRow);
+        const head = packedHeads === 1 ? work.head : b.add(work.head, b.and(tileRow, packedHeads - 1));
+        const partialRow = b.add(b.mad(head, paddedQueries, paddedQueryStart), row);
+        joinRow(b, { ...config, rowsAreHeads: false }, place, {
+          partialRow,
+          sequence,
+          head,
+          row,
+          queryStart,
+          queryLength,
+        });
+        b.add(tileRow, 4 * config.consumers, tileRow);
+      },
+    );
+  });
 }
 
 /**
@@ -141,7 +194,8 @@ function finishRow(item: Item, r: number, queryHeads: Reg<'u32'>, tokenStride: R
         );
   const terms = { exponentOffset, biased: config.softcap };
   const lseOf = (natural: boolean) => logSumExp(b, { sum, max: at(state.max, r), empty, bias }, { ...terms, natural });
-  const joined = sinks === undefined ? undefined : joinSink(b, lseOf(false), loadSink(b, sinks, head, inside));
+  const joined =
+    sinks === undefined || config.split ? undefined : joinSink(b, lseOf(false), loadSink(b, sinks, head, inside));
   if (config.lse || config.split) {
     const lse = joined === undefined ? lseOf(!config.split) : b.mul(joined.lse, Math.LN2);
     let address = b.loadPointer(pointer.lse);

@@ -7,6 +7,7 @@ import type { Parameter, Reg } from '../../ptx/types.ts';
 import { integers, pointers } from '../parts/addresses.ts';
 import { type BandParameters, bandParameters } from '../parts/band.ts';
 import { type BlockParameters, blockParameters, GROUP_KEYS } from '../parts/blocks.ts';
+import { type JoinParameters, joinParameters } from '../parts/join.ts';
 import { Ring } from '../parts/ring.ts';
 import { type SoftcapParameters, softcapParameters } from '../parts/scores.ts';
 import { type Sinks, sinkParameters } from '../parts/sinks.ts';
@@ -86,6 +87,7 @@ export interface Frame {
   readonly smScale: Parameter<'f32'>;
   readonly softcap: SoftcapParameters;
   readonly sinks: Sinks | undefined;
+  readonly join: JoinParameters | undefined;
   readonly blocks: BlockParameters | undefined;
   /** V and P are FP8. */
   readonly fp8: boolean;
@@ -100,7 +102,7 @@ export interface Frame {
   readonly scoresAreFloat: boolean;
   /** Rows of Q of the CTA. */
   readonly rows: number;
-  readonly tiles: Readonly<Record<'query' | 'key' | 'value' | 'bias', SharedTile>>;
+  readonly tiles: Readonly<Record<'query' | 'key' | 'value' | 'bias' | 'arrived', SharedTile>>;
   readonly bytes: {
     readonly keyStage: number;
     readonly valueStage: number;
@@ -155,6 +157,7 @@ export function makeFrame(config: WgmmaConfig): Frame {
     softcap: softcapParameters(b),
     maps: WGMMA_MAPS.map((name) => b.parameter(name, 'tensorMap')),
     sinks: sinkParameters(b, config.sinks),
+    join: config.joins ? joinParameters(b) : undefined,
     blocks: config.blocks === 'none' ? undefined : blockParameters(b),
   };
 
@@ -167,6 +170,7 @@ export function makeFrame(config: WgmmaConfig): Frame {
     key: b.shared('key', stages * rowBlocks * WGMMA_BLOCK_K, rowLayout),
     value: b.shared('value', stages * plan.valueStageRows, plan.valueLayout),
     bias: b.shared('row bias', 1, rowMajor(rows * 4)),
+    arrived: b.shared('splits that have arrived', 1, rowMajor(16)),
   };
   const exact = config.qkFormat !== 's8';
   const barrierTile = b.shared('barriers', 1, rowMajor(8 * ((exact ? 5 : 4) * stages + 2)));

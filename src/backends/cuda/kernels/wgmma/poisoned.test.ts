@@ -50,6 +50,7 @@ it.each(['qk-int8-pv-fp16-cuda-sm90', 'qk-int8-pv-fp8-cuda-sm90'] as const)(
           for (const [name, bytes] of Object.entries(plan.scratch)) {
             place(name, bytes, new Uint8Array(bytes).fill(0xff));
           }
+          for (const [name, bytes] of Object.entries(plan.zeroed ?? {})) place(name, bytes, new Uint8Array(bytes));
           for (const [name, contents] of Object.entries(plan.constants)) place(name, contents.byteLength, contents);
           simulateLaunches(plan.launches, addresses, memory);
           const output = new Float32Array(memory.read('output').bytes.slice().buffer);

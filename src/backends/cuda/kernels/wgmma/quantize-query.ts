@@ -72,7 +72,8 @@ export function quantizeQuery(frame: Frame, thread: ConsumerThread, work: Work, 
     storeCodes(frame, thread, r, row, channelTerm, (value) => b.fma(value, reciprocal, magic));
     let bias = b.constant('f32', 0);
     // Where only differences of a row's scores count, the mean key's share falls out.
-    const wholeScores = config.lse || config.split || config.softcap || config.sinks !== 'none';
+    const sinksApart = config.split && !config.joins;
+    const wholeScores = config.lse || sinksApart || config.softcap || config.sinks !== 'none';
     if (query.keyMean && wholeScores) {
       bias = meanScore(frame, thread, work, row, query.headDim, signed);
     }

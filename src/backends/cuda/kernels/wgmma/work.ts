@@ -12,6 +12,8 @@ export interface Work extends KeyRange {
   /** Where the tiles of keys are listed; `firstTile` and `lastTile` are positions in it then. Undefined: all are taken. */
   readonly list: Reg<'global'> | undefined;
   readonly split: Reg<'u32'> | undefined;
+  /** Number of the tile of rows among all. */
+  readonly item: Reg<'u32'>;
   readonly sequence: Reg<'u32'>;
   /** First head of Q of the tile, and head of K and V. */
   readonly head: Reg<'u32'>;
@@ -35,7 +37,7 @@ export function eachWork(frame: Frame, body: (work: Work) => void): void {
     () => b.setp('lt', index, total),
     () => {
       b.section('which work');
-      const { split, sequence, head, tileIndex } = itemOf(frame, index, total);
+      const { split, item, sequence, head, tileIndex } = itemOf(frame, index, total);
       const keyHead = b.div(head, b.loadParameter(integer.headsPerKeyHead));
       const table = loadSequence(b, b.loadPointer(frame.pointer.sequences), sequence);
       const firstRow = b.mul(tileIndex, frame.rows);
@@ -54,7 +56,7 @@ export function eachWork(frame: Frame, body: (work: Work) => void): void {
             ? undefined
             : { split, splits: () => b.loadParameter(integer.splits) },
         );
-        const work = { list: undefined, split, sequence, head, keyHead, firstRow, ...table, ...range };
+        const work = { list: undefined, split, item, sequence, head, keyHead, firstRow, ...table, ...range };
         if (blocks === undefined) {
           body(work);
           return;
@@ -87,7 +89,7 @@ function itemOf({ b, config, integer }: Frame, index: Reg<'u32'>, total: Reg<'u3
   const [unit, sequence] = divide(b, b.add(firstUnit, unitRank), headUnits);
   const tileIndex = config.banded ? b.sub(b.sub(queryTiles, 1), tileRank) : tileRank;
   const head = packedHeads === 1 ? unit : b.shl(unit, Math.log2(packedHeads));
-  return { split, sequence, head, tileIndex };
+  return { split, item, sequence, head, tileIndex };
 }
 
 /** A row's token in its sequence. */

@@ -380,6 +380,12 @@ class Emitter {
     if (opcode === 'red.global.or.b32') {
       return guarded(`W.redOr(${this.value(inputs[1] as Operand, 'u')},l,${memory(inputs[0])},${what});`);
     }
+    if (opcode === 'atom.global.inc.u32') {
+      const [address, most] = inputs as [Operand, Operand];
+      return guarded(
+        `W.atomInc(${this.row(outputs[0] as Reg)},l,${this.value(most, 'u')},${memory(address)},${what});`,
+      );
+    }
     if (opcode === 'cp.async.cg.shared.global') {
       return guarded(`W.copyAsync(l,${memory(inputs[0])},${memory(inputs[1])},${what});`);
     }
@@ -492,7 +498,8 @@ function compile(kernel: Kernel): Program {
     else if (last.opcode === 'bar.sync') terminator = { kind: 'barrier' };
     const body = instructions.filter(
       (instruction) =>
-        isNamedBarrier(instruction) || !['label', 'bra', 'ret', 'bar.sync', 'membar.gl'].includes(instruction.opcode),
+        isNamedBarrier(instruction) ||
+        !['label', 'bra', 'ret', 'bar.sync', 'bar.warp.sync', 'fence.acq_rel.gpu'].includes(instruction.opcode),
     );
     const functions: ((warp: Warp) => void)[] = [];
     for (let first = 0; first < body.length; first += INSTRUCTIONS_PER_FUNCTION) {

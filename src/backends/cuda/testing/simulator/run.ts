@@ -54,8 +54,13 @@ export function simulateAttention(
   const outputs = attentionOutputs(problem).map(({ name, shape, dtype }) => [name, emptyTensor(shape, dtype)] as const);
   for (const [name, { data }] of outputs) place(name, data.byteLength);
   for (const [name, bytes] of Object.entries(plan.scratch)) place(name, bytes);
+  const zeroed = Object.entries(plan.zeroed ?? {});
+  for (const [name, bytes] of zeroed) place(name, bytes, new Uint8Array(bytes));
   for (const [name, contents] of Object.entries(plan.constants)) place(name, contents.byteLength, contents);
   simulateLaunches(plan.launches, addresses, memory);
+  for (const [name] of zeroed) {
+    if (memory.read(name).bytes.some((byte) => byte !== 0)) throw new Error(`'${name}' was not left as zeros`);
+  }
   for (const [name, tensor] of outputs) readBack(memory, name, tensor);
   const { output, lse } = Object.fromEntries(outputs) as unknown as AttentionOutputs<Tensor>;
   const buffer = (name: string) => memory.read(name);

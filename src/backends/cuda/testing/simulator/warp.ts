@@ -162,6 +162,17 @@ export class Warp {
     allocation.view.setUint32(at, (allocation.view.getUint32(at, true) | value) >>> 0, true);
   }
 
+  atomInc(target: number, lane: number, most: number, base: number, offset: number, what: string): void {
+    const { global } = this.cta;
+    const address = (this.u[base + lane] as number) + (this.u[base + 32 + lane] as number) * 2 ** 32 + offset;
+    const allocation = global.at(address, 4, what);
+    const at = address - allocation.address;
+    requireWritten(allocation, at, 4, what);
+    const before = allocation.view.getUint32(at, true);
+    allocation.view.setUint32(at, before >= most ? 0 : before + 1, true);
+    this.u[target + lane] = before;
+  }
+
   copyAsync(lane: number, to: number, toOffset: number, from: number, fromOffset: number, what: string): void {
     const { shared, global } = this.cta;
     const address = (this.u[from + lane] as number) + (this.u[from + 32 + lane] as number) * 2 ** 32 + fromOffset;
