@@ -75,7 +75,10 @@ type Tile = NonNullable<GradientTuning['keys']>;
 const tuned = (queries: Tile, keys: Tile): Tuned => {
   const text = (tile: Tile) =>
     Object.entries(tile).flatMap(([key, value]) => (value === true ? key : `${key} ${value}`));
-  return { name: `dQ: ${text(queries).join(', ')}; dK and dV: ${text(keys).join(', ')}`, tuning: { queries, keys } };
+  return {
+    name: `dQ: ${text(queries).join(', ')}; dK and dV: ${text(keys).join(', ')}`,
+    tuning: { queries, keys, apart: true },
+  };
 };
 
 /** Other ways to divide the work, by head dim; at 16,384 tokens with `--variants`. */

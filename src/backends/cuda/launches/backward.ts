@@ -43,7 +43,7 @@ import {
   type WgmmaGradientConfig,
   wgmmaGradientTile,
 } from '../kernels/backward/wgmma/config.ts';
-import { wgmmaGradientThreads } from '../kernels/backward/wgmma/frame.ts';
+import { WGMMA_PART_INTEGERS, wgmmaGradientThreads } from '../kernels/backward/wgmma/frame.ts';
 import { wgmmaGradients } from '../kernels/backward/wgmma/gradients.ts';
 import { LOG2_E, roundUp } from '../kernels/parts/constants.ts';
 import { BYTES } from '../kernels/parts/elements.ts';
@@ -74,6 +74,8 @@ type TileTuning = Partial<ReturnType<typeof wgmmaGradientTile>> & { readonly fam
 export interface GradientTuning {
   readonly queries?: TileTuning;
   readonly keys?: TileTuning;
+  /** A launch for each. */
+  readonly apart?: boolean;
 }
 
 /** A backward call with what its launches share. */
@@ -114,10 +116,10 @@ export function planBackward(
     constants: constantsOf(context),
     launches: [
       ...(both ? preparing(backward) : []),
-      ...gradientPasses(paddedDim, paddedValueDim).flatMap((pass) => {
-        const owners = pass.includes('query') ? hasQueries : hasKeys;
-        return owners ? [gradientLaunch(backward, pass)] : [];
-      }),
+      ...gradientLaunches(
+        backward,
+        gradientPasses(paddedDim, paddedValueDim).filter((pass) => (pass.includes('query') ? hasQueries : hasKeys)),
+      ),
       ...maskGradientLaunches(backward),
     ],
   };
@@ -301,7 +303,6 @@ function gradientArguments({ problem, context }: Backward, pass: readonly Gradie
   const { attention, gradientDtype } = problem;
   const { layout } = context;
   const { queryHeads, kvHeads, smScale, band } = attention;
-  const ownsQueries = pass.includes('query');
   const { mask, strides } = maskArgumentsOf(attention);
   return [
     ...inOrder(GRADIENT_POINTERS, {
@@ -317,7 +318,7 @@ function gradientArguments({ problem, context }: Backward, pass: readonly Gradie
       valueOperand: pointer('valueOperand'),
       outputGradient: pointer('outputGradient'),
       mask,
-      ...(ownsQueries ? { queryGradient: pointer('dq') } : {}),
+      ...(pass.includes('query') ? { queryGradient: pointer('dq') } : {}),
       ...(pass.includes('key') ? { keyGradient: pointer('dk') } : {}),
       ...(pass.includes('value') ? { valueGradient: pointer('dv') } : {}),
     }),
@@ -335,43 +336,86 @@ function gradientArguments({ problem, context }: Backward, pass: readonly Gradie
   ];
 }
 
+const nameOf = (gradients: readonly Gradient[]) => `gradients of ${gradients.join(' and ')}`;
+
+/** What a kernel of these gradients is tuned with, and whether it runs on wgmma. */
+function familyOf({ tuning, context }: Backward, pass: readonly Gradient[], features: ReturnType<typeof featuresOf>) {
+  const { family, ...tile } = tuning[pass.includes('query') ? 'queries' : 'keys'] ?? {};
+  return { isWgmma: context.device.target === 'sm_90a' && isWgmmaGradient(features) && family !== 'mma-sync', tile };
+}
+
+function gradientLaunches(backward: Backward, passes: readonly (readonly Gradient[])[]): KernelLaunch[] {
+  const features = featuresOf(backward);
+  const parts = passes
+    .filter((pass) => familyOf(backward, pass, features).isWgmma)
+    .map((pass) => wgmmaPart(backward, pass));
+  const others = passes.filter((pass) => !familyOf(backward, pass, features).isWgmma);
+  const together =
+    backward.tuning.apart !== true && parts.every(({ config }) => config.consumers === parts[0]?.config.consumers);
+  return [
+    ...(together && parts.length > 0
+      ? [wgmmaLaunch(backward, parts)]
+      : parts.map((part) => wgmmaLaunch(backward, [part]))),
+    ...others.map((pass) => gradientLaunch(backward, pass)),
+  ];
+}
+
+/** CTAs of a kernel that gives each `ownTokens` tokens. */
+function blocksOf({ problem: { attention } }: Backward, pass: readonly Gradient[], ownTokens: number) {
+  const { batch, queryHeads, kvHeads, queryLength, keyLength } = attention;
+  const ownsQueries = pass.includes('query');
+  const tiles = Math.ceil((ownsQueries ? queryLength : keyLength) / ownTokens);
+  return { tiles, blocks: tiles * (ownsQueries ? queryHeads : kvHeads) * batch };
+}
+
 function gradientLaunch(backward: Backward, pass: readonly Gradient[]): KernelLaunch {
-  const { tuning, problem, context, paddedDim, paddedValueDim } = backward;
-  const { attention } = problem;
+  const { context, paddedDim, paddedValueDim } = backward;
   const { device, scheme } = context;
   const { target } = device;
-  const { batch, queryHeads, kvHeads, headDim, queryLength, keyLength, softcap } = attention;
   const sizes = { gradients: pass, codeBytes: scheme.qkRowBytes, paddedDim, paddedValueDim };
   const features = featuresOf(backward);
-  const ownsQueries = pass.includes('query');
-  const { family, ...tile } = tuning[ownsQueries ? 'queries' : 'keys'] ?? {};
-  const isWgmma = target === 'sm_90a' && isWgmmaGradient(features) && family !== 'mma-sync';
-  const wgmmaTile = { ...wgmmaGradientTile(headDim, ownsQueries), ...tile };
-  const ownTokens = isWgmma ? wgmmaTile.consumers * GROUP_TOKENS : OWN_TOKENS;
-  const tiles = Math.ceil((ownsQueries ? queryLength : keyLength) / ownTokens);
-  const blocks = tiles * (ownsQueries ? queryHeads : kvHeads) * batch;
-  const name = `gradients of ${pass.join(' and ')}`;
+  const { tiles, blocks } = blocksOf(backward, pass, OWN_TOKENS);
   const args = gradientArguments(backward, pass, tiles);
-  if (isWgmma) {
-    const { headDim, valueDim, keyScales, banded, gradientType } = features;
-    const config: WgmmaGradientConfig = {
-      ...{ headDim, valueDim, keyScales, banded, gradientType },
-      gradients: pass,
-      codeBytes: scheme.qkRowBytes,
-      ...wgmmaTile,
-    };
-    const module = moduleOf('wgmmaGradients', wgmmaGradients, config);
-    const { sharedBytes } = module.kernel();
-    const maps = mapsOf(backward, config);
-    return launch(name, module, 'wgmmaGradients', blocks, wgmmaGradientThreads(config), sharedBytes, [
-      ...args,
-      ...maps,
-    ]);
-  }
-  const own = chooseGradientTile(target, { ...sizes, softcap: softcap !== 0 });
+  const own = chooseGradientTile(target, { ...sizes, softcap: features.softcap });
   const config: GradientConfig = { target, ...sizes, ...own, ...features };
   const module = moduleOf('gradients', gradients, config);
-  return launch(name, module, 'gradients', blocks, GRADIENT_THREADS, module.kernel().sharedBytes, args);
+  return launch(nameOf(pass), module, 'gradients', blocks, GRADIENT_THREADS, module.kernel().sharedBytes, args);
+}
+
+/** A part of a launch on wgmma. */
+interface WgmmaPart {
+  readonly config: WgmmaGradientConfig;
+  readonly tiles: number;
+  readonly blocks: number;
+}
+
+function wgmmaPart(backward: Backward, pass: readonly Gradient[]): WgmmaPart {
+  const features = featuresOf(backward);
+  const { headDim, valueDim, keyScales, banded, gradientType } = features;
+  const config: WgmmaGradientConfig = {
+    ...{ headDim, valueDim, keyScales, banded, gradientType },
+    gradients: pass,
+    codeBytes: backward.context.scheme.qkRowBytes,
+    ...wgmmaGradientTile(headDim, pass.includes('query')),
+    ...familyOf(backward, pass, features).tile,
+  };
+  return { config, ...blocksOf(backward, pass, config.consumers * GROUP_TOKENS) };
+}
+
+function wgmmaLaunch(backward: Backward, parts: readonly WgmmaPart[]): KernelLaunch {
+  const pass = parts.flatMap(({ config }) => config.gradients);
+  const [{ config: first }] = parts as readonly [WgmmaPart];
+  const module = moduleOf('wgmmaGradients', wgmmaGradients, { parts: parts.map(({ config }) => config) });
+  let blocks = 0;
+  const own = parts.flatMap((part): KernelArgument[] => {
+    const firstBlock = blocks;
+    blocks += part.blocks;
+    const integers = inOrder(WGMMA_PART_INTEGERS, { firstBlock: u32(firstBlock), tiles: u32(part.tiles) });
+    return [...integers, ...mapsOf(backward, part.config)];
+  });
+  const threads = wgmmaGradientThreads(first);
+  const args = [...gradientArguments(backward, pass, 0), ...own];
+  return launch(nameOf(pass), module, 'wgmmaGradients', blocks, threads, module.kernel().sharedBytes, args);
 }
 
 /** The gradient of the mask, on `mma.sync` on every device. */

@@ -168,6 +168,20 @@ export class KernelBuilder {
     return tile;
   }
 
+  /** Makes parts of which a CTA runs one only: their tiles lie over each other. */
+  alternatives<C, T>(parts: readonly C[], make: (part: C, index: number) => T): T[] {
+    const from = this.#sharedBytes;
+    let most = from;
+    const made = parts.map((part, index) => {
+      this.#sharedBytes = from;
+      const result = make(part, index);
+      most = Math.max(most, this.#sharedBytes);
+      return result;
+    });
+    this.#sharedBytes = most;
+    return made;
+  }
+
   /** The run-time address of the CTA's dynamic shared memory plus `offset`. */
   sharedAddress(offset = 0): Reg<'shared'> {
     const address = this.reg('shared');

@@ -38,6 +38,8 @@ export interface Owner extends Parameters {
   readonly ownsQueries: boolean;
   /** Tokens that a CTA owns. */
   readonly ownTokens: number;
+  /** Which of the CTAs that own such tokens this is. */
+  readonly rank: () => Reg<'u32'>;
 }
 
 /** Parameters of every gradient kernel. */
@@ -104,6 +106,7 @@ export function makeFrame(config: GradientConfig, name = 'gradients'): Frame {
   const stageBytes = stages === 2 ? stage(', second stage').codes.base - stream.codes.base : 0;
   return {
     ...{ b, config, ownsQueries, ownTokens: OWN_TOKENS, scoreGradients, ...parameters, own, stream, stageBytes },
+    rank: () => b.special('%ctaid.x'),
     shared: b.sharedAddress(),
     columnTiles: streamTokens / 8,
   };
@@ -158,7 +161,7 @@ export function workOf(frame: Owner): Work {
   const queryHeads = b.loadParameter(integer.queryHeads);
   const groupHeads = b.loadParameter(integer.headsPerKeyHead);
   const tiles = b.loadParameter(integer.tiles);
-  const [rank, headAndSequence] = divide(b, b.special('%ctaid.x'), tiles);
+  const [rank, headAndSequence] = divide(b, frame.rank(), tiles);
   const [ownHead, sequence] = divide(b, headAndSequence, ownsQueries ? queryHeads : b.div(queryHeads, groupHeads));
   // Under a causal mask the last queries have the most keys, and the first keys the most queries: they start first.
   const tileIndex = config.banded && ownsQueries ? b.sub(b.sub(tiles, 1), rank) : rank;

@@ -6,7 +6,7 @@ import type { Parameter, Reg } from '../../../ptx/types.ts';
 import { Ring } from '../../parts/ring.ts';
 import { loadVisibleRange } from '../../quantize/visible-keys.ts';
 import { uniform } from '../../wgmma/instructions.ts';
-import { declareParameters, type Owner, type Work } from '../frame.ts';
+import { declareParameters, type Owner, type Parameters, type Work } from '../frame.ts';
 import {
   GROUP_TOKENS,
   type GradientPlan,
@@ -27,18 +27,44 @@ export interface WgmmaFrame extends Owner {
   readonly shared: Reg<'shared'>;
   readonly barriers: Reg<'shared'>;
   readonly ring: Ring;
+  /** The part's first CTA. */
+  readonly firstBlock: Parameter<'u32'>;
   /** Offset of the barrier of own tokens. */
   readonly ownFull: number;
   readonly warpgroup: Reg<'u32'>;
 }
 
-export function makeWgmmaFrame(config: WgmmaGradientConfig): WgmmaFrame {
-  const { stages, streamTokens, gradients } = config;
-  const b = new KernelBuilder({ name: 'wgmmaGradients', target: 'sm_90a', threads: wgmmaGradientThreads(config) });
-  const parameters = declareParameters(b);
-  const maps = Object.fromEntries(WGMMA_GRADIENT_MAPS.map((name) => [name, b.parameter(`${name}Map`, 'tensorMap')]));
+/** Parameters of each part, after those of every gradient kernel and before its tensor maps. */
+export const WGMMA_PART_INTEGERS = ['firstBlock', 'tiles'] as const;
 
+/** @param parts of which each CTA does one; as many consumers in each */
+export function makeWgmmaFrames(parts: readonly WgmmaGradientConfig[]): {
+  readonly b: KernelBuilder;
+  readonly frames: readonly WgmmaFrame[];
+} {
+  const [first] = parts as readonly [WgmmaGradientConfig];
+  if (parts.some(({ consumers }) => consumers !== first.consumers))
+    throw new RangeError('as many consumers in each part');
+  const b = new KernelBuilder({ name: 'wgmmaGradients', target: 'sm_90a', threads: wgmmaGradientThreads(first) });
+  const parameters = declareParameters(b);
   b.section('shared memory');
+  const shared = b.sharedAddress();
+  return { b, frames: b.alternatives(parts, (config, part) => makeFrame(b, parameters, shared, config, part)) };
+}
+
+function makeFrame(
+  b: KernelBuilder,
+  parameters: Parameters,
+  shared: Reg<'shared'>,
+  config: WgmmaGradientConfig,
+  part: number,
+): WgmmaFrame {
+  const { stages, streamTokens, gradients } = config;
+  const named = <T>(names: readonly string[], make: (name: string) => T) =>
+    Object.fromEntries(names.map((name) => [name, make(`${name}${part}`)]));
+  const own = named(WGMMA_PART_INTEGERS, (name) => b.parameter(name, 'u32'));
+  const { firstBlock, tiles: tileCount } = own as Record<(typeof WGMMA_PART_INTEGERS)[number], Parameter<'u32'>>;
+  const maps = named(WGMMA_GRADIENT_MAPS, (name) => b.parameter(`${name}Map`, 'tensorMap'));
   const plan = gradientPlanOf(config);
   const { codesLayout, valueBlocks, channelBlocks } = plan;
   const ownTokens = config.consumers * GROUP_TOKENS;
@@ -52,15 +78,17 @@ export function makeWgmmaFrame(config: WgmmaGradientConfig): WgmmaFrame {
     rows: b.shared('rows', stages * 3, { ...rowMajor(streamTokens * 4), alignment: 128 }),
   };
   const barrierTile = b.shared('barriers', 1, rowMajor(8 * (2 * stages + 1) + 8));
-  const shared = b.sharedAddress();
   const barriers = b.add(shared, barrierTile.base);
   const ring = new Ring(b, { barriers, stages, full: 0, empty: 8 * stages });
-  const ownFull = 16 * stages;
   const thread = b.special('%tid.x');
-  const warpgroup = uniform(b, b.shr(thread, 7));
   return {
-    ...{ b, config, plan, ownsQueries: gradients.includes('query'), ownTokens, ...parameters },
-    ...{ maps: maps as WgmmaFrame['maps'], tiles, shared, barriers, ring, ownFull, warpgroup },
+    ...{ b, config, plan, ownsQueries: gradients.includes('query'), ownTokens },
+    ...parameters,
+    integer: { ...parameters.integer, tiles: tileCount },
+    rank: () => b.sub(b.special('%ctaid.x'), b.loadParameter(firstBlock)),
+    ...{ maps: maps as WgmmaFrame['maps'], tiles, shared, barriers, ring, ownFull: 16 * stages },
+    firstBlock,
+    warpgroup: uniform(b, b.shr(thread, 7)),
   };
 }
 

@@ -54,7 +54,7 @@ describe(`gradients on wgmma (SAGEATTENTION_SEED=${seed})`, () => {
     }),
     {
       name: 'from shared memory, without turns',
-      tuning: { queries: { held: 'none', turns: false }, keys: { held: 'none', turns: false } },
+      tuning: { queries: { held: 'none', turns: false }, keys: { held: 'none', turns: false }, apart: true },
     },
   ];
   test.each(sampled(TUNINGS, seed, { byHand: 0.5 }))('$name', ({ tuning }) => {

@@ -36,12 +36,31 @@ import { storeGradients } from '../epilogue.ts';
 import { advance, placeOf, type Sums, type ThreadPlace, type Work, workOf } from '../frame.ts';
 import { coarseScore, excludePairs, forwardScale, hasExponents, keyFactorsOf } from '../weigh.ts';
 import { GROUP_TOKENS, type WgmmaGradientConfig } from './config.ts';
-import { initBarriers, makeWgmmaFrame, ownToken, REGISTERS, type WgmmaFrame } from './frame.ts';
+import { initBarriers, makeWgmmaFrames, ownToken, REGISTERS, type WgmmaFrame } from './frame.ts';
 import { producer } from './producer.ts';
 
+/** One kernel for both parts of the backward pass, whose CTAs fill the multiprocessors that the others leave idle at their end; or for one. */
+export interface WgmmaGradientsConfig {
+  readonly parts: readonly WgmmaGradientConfig[];
+}
+
 /** The kernel of one configuration. */
-export function wgmmaGradients(config: WgmmaGradientConfig): Kernel {
-  const frame = makeWgmmaFrame(config);
+export function wgmmaGradients({ parts }: WgmmaGradientsConfig): Kernel {
+  const { b, frames } = makeWgmmaFrames(parts);
+  const [first, second] = frames as readonly [WgmmaFrame, WgmmaFrame | undefined];
+  if (second === undefined) computePart(first);
+  else {
+    const isFirst = b.setp('lt', b.special('%ctaid.x'), b.loadParameter(second.firstBlock));
+    b.if(
+      isFirst,
+      () => computePart(first),
+      () => computePart(second),
+    );
+  }
+  return b.build();
+}
+
+function computePart(frame: WgmmaFrame): void {
   const { b, warpgroup } = frame;
   const work = workOf(frame);
   initBarriers(frame);
@@ -50,7 +69,6 @@ export function wgmmaGradients(config: WgmmaGradientConfig): Kernel {
     () => b.if(b.setp('lt', work.firstTile, work.lastTile), () => producer(frame, work)),
     () => consumer(frame, work),
   );
-  return b.build();
 }
 
 /** Registers of a product of own tokens and those that pass by, in fragments of an 8-token tile. */
