@@ -38,6 +38,7 @@ await build({
     'bench-cuda-sparse': 'bench/cuda/sparse.ts',
     'bench-cuda-models': 'bench/cuda/models.ts',
     'bench-wgmma': 'bench/cuda/wgmma-variants.ts',
+    'test-processes': 'test/cuda/processes.ts',
     'test-webgpu': 'test/webgpu/main.ts',
     'bench-webgpu': 'bench/webgpu/families.ts',
     'bench-webgpu-decoding': 'bench/webgpu/decoding.ts',

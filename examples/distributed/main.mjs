@@ -2,6 +2,7 @@
 //
 //   node main.mjs --devices 0,1,2,3 --frames 21     on NVIDIA cards (npm install koffi)
 //   npx sageattention launch -n 4 main.mjs --nccl   on NVIDIA cards, a process each
+//   npx sageattention launch -n 2 main.mjs --ipc    on NVIDIA cards of one machine, or two processes on one card, without NCCL
 //   node main.mjs --ranks 4                         the same in memory, to try it without any
 import { parseArgs } from 'node:util';
 import { fromFloat32, sageattn, toFloat32 } from 'sageattention';
@@ -12,6 +13,7 @@ const { values: flags } = parseArgs({
   options: {
     devices: { type: 'string' },
     nccl: { type: 'boolean', default: false },
+    ipc: { type: 'boolean', default: false },
     ranks: { type: 'string', default: '4' },
     ulysses: { type: 'string', default: '2' },
     frames: { type: 'string', default: '2' },
@@ -20,7 +22,7 @@ const { values: flags } = parseArgs({
 });
 // A latent frame of 30 x 52 patches, and 226 tokens of text, as in video transformers of 480p.
 const [tokens, text, heads, dim] = [Number(flags.frames) * 30 * 52, 226, Number(flags.heads), 128];
-const backend = flags.nccl || flags.devices !== undefined ? 'cuda' : 'wasm';
+const backend = flags.nccl || flags.ipc || flags.devices !== undefined ? 'cuda' : 'wasm';
 
 let state = 1;
 /** About normal, the same at every start. */
@@ -40,7 +42,7 @@ const joint = { k: draw(text), v: draw(text), where: 'front' };
 
 /** Every process of several runs all of this, and holds its own part. */
 const where = () => {
-  if (flags.nccl) return { transport: 'nccl' };
+  if (flags.nccl || flags.ipc) return { transport: flags.nccl ? 'nccl' : 'ipc' };
   return flags.devices === undefined
     ? { ranks: Number(flags.ranks) }
     : { devices: flags.devices.split(',').map(Number) };

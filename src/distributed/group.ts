@@ -31,9 +31,13 @@ export interface DeviceGroupOptions {
   readonly backend?: BackendName | Backend;
 }
 
-/** A group of several processes, on one machine or several, each of which is one rank on a GPU. */
+/** A group of several processes, each of which is one rank on a GPU. */
 export interface ProcessGroupOptions {
-  readonly transport: 'nccl';
+  /**
+   * `'nccl'`: on one machine or several, each on a device of its own. `'ipc'`: on one machine, several on one device too; they copy from
+   * memory that the driver lets processes share, and need no NCCL.
+   */
+  readonly transport: 'nccl' | 'ipc';
   /** Which rank this process is; default what the launcher says: `sageattention launch`, torchrun, MPI or Slurm. */
   readonly rank?: number;
   /** Number of ranks; default what the launcher says. */
@@ -43,9 +47,12 @@ export interface ProcessGroupOptions {
    * says (`MASTER_ADDR` and `MASTER_PORT`).
    */
   readonly address?: string;
-  /** Instead of an address: 128 bytes of {@link createNcclId}, the same for all. A rank that ends is then only noticed by the timeout. */
+  /** For NCCL, instead of an address: 128 bytes of {@link createNcclId}, the same for all. A rank that ends is then only noticed by the timeout. */
   readonly id?: Uint8Array;
-  /** Ordinal of this process's CUDA device; default its rank on this machine, or 0 where it sees only one. */
+  /**
+   * Ordinal of this process's CUDA device; default its rank on this machine, or 0 where it sees only one. With `'ipc'` ranks beyond the
+   * number of devices begin with the first again.
+   */
   readonly device?: number;
   /** Milliseconds after which a call is given up, because a rank does not take its part in it; default 600,000. */
   readonly timeout?: number;
@@ -337,7 +344,7 @@ function copySpans(
  * @throws {ExecutionError} another process did not come in time, or failed
  */
 export async function createDeviceGroup(options: DeviceGroupOptions | ProcessGroupOptions): Promise<DeviceGroup> {
-  if ('transport' in options) return new DeviceGroup(await ncclTransport(options));
+  if ('transport' in options) return new DeviceGroup(await processTransport(options));
   const { devices, ranks, backend } = takeOptions(options, ['devices', 'ranks', 'backend']);
   if ((devices === undefined) === (ranks === undefined)) {
     throw new InvalidArgumentError('invalid-option', 'options.ranks', 'either devices or ranks', 'both or neither');
@@ -360,12 +367,13 @@ export async function createNcclId(): Promise<Uint8Array> {
 const PROCESS_OPTIONS = ['transport', 'rank', 'worldSize', 'address', 'id', 'device', 'timeout', 'backend'] as const;
 const DEFAULT_TIMEOUT = 600_000;
 
-async function ncclTransport(options: ProcessGroupOptions): Promise<Transport> {
+async function processTransport(options: ProcessGroupOptions): Promise<Transport> {
   const { transport, backend = 'cuda', ...rest } = takeOptions(options, [...PROCESS_OPTIONS]);
-  checkOption('transport', transport, oneOf('nccl'));
+  checkOption('transport', transport, oneOf('nccl', 'ipc'));
   const own = (await backendOf(backend, 'cuda')) as CudaBackend;
-  const { connectProcess } = await import('./nccl/index.ts');
-  return connectProcess(own, { timeout: DEFAULT_TIMEOUT, ...rest });
+  const given = { timeout: DEFAULT_TIMEOUT, ...rest };
+  if (transport === 'ipc') return (await import('./ipc/index.ts')).connectSharing(own, given);
+  return (await import('./nccl/index.ts')).connectProcess(own, given);
 }
 
 const backendOf = async (given: BackendName | Backend, name: BackendName): Promise<Backend> => {

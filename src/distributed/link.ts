@@ -89,8 +89,13 @@ export class Post {
 
   /** A rank failed: the others get no more from it. */
   abort(rank: number, cause: unknown): void {
+    this.fail(new ExecutionError('execution-failed', `rank ${rank} failed: ${messageOf(cause)}`, cause));
+  }
+
+  /** Nothing more comes. */
+  fail(error: ExecutionError): void {
     if (this.#failure !== undefined) return;
-    this.#failure = new ExecutionError('execution-failed', `rank ${rank} failed: ${messageOf(cause)}`, cause);
+    this.#failure = error;
     for (const { reject } of this.#waiting.values()) reject(this.#failure);
     this.#waiting.clear();
   }

@@ -22,7 +22,18 @@ type Message =
   | { readonly kind: 'hello'; readonly rank: number; readonly size: number; readonly of: string }
   | { readonly kind: 'all here'; readonly shared: string }
   | { readonly kind: 'failed'; readonly text: string }
+  | Posted
   | { readonly kind: 'bye' };
+
+/** What one rank tells another; rank 0 passes on what is not for it. */
+interface Posted {
+  readonly kind: 'posted';
+  readonly from: number;
+  readonly to: number;
+  readonly name: string;
+  /** Anything that JSON holds. */
+  readonly value: unknown;
+}
 
 /** Milliseconds between attempts to reach rank 0. */
 const RETRY = 50;
@@ -80,18 +91,49 @@ class Channel {
 export class Company {
   /** What rank 0 gave to all. */
   readonly shared: Uint8Array;
-  readonly #others: readonly Channel[];
+  readonly #rank: number;
+  /** Those that this rank is connected to: rank 0, or all others where it is rank 0. */
+  readonly #others: ReadonlyMap<number, Channel>;
   readonly #server: Server | undefined;
   #failure: ExecutionError | undefined;
   readonly #listeners: ((error: ExecutionError) => void)[] = [];
+  /** What came before anyone asked for it. */
+  readonly #early: Posted[] = [];
+  #onPosted: ((from: number, name: string, value: unknown) => void) | undefined;
 
   /** @internal */
-  constructor(shared: Uint8Array, others: readonly Channel[], server: Server | undefined) {
+  constructor(rank: number, shared: Uint8Array, others: ReadonlyMap<number, Channel>, server: Server | undefined) {
+    this.#rank = rank;
     this.shared = shared;
     this.#others = others;
     this.#server = server;
-    for (const other of others) other.unref();
+    for (const other of others.values()) other.unref();
     server?.unref();
+  }
+
+  /** Tells another rank something; what one tells another arrives in this order. */
+  post(to: number, name: string, value: unknown): void {
+    this.#deliver({ kind: 'posted', from: this.#rank, to, name, value });
+  }
+
+  /** Calls back with all that other ranks have told this one and will tell it. */
+  onPosted(listener: (from: number, name: string, value: unknown) => void): void {
+    this.#onPosted = listener;
+    for (const { from, name, value } of this.#early.splice(0)) listener(from, name, value);
+  }
+
+  /** @internal */
+  hear(message: Message): void {
+    if (message.kind === 'failed') this.noteFailure(message.text);
+    else if (message.kind === 'posted') this.#deliver(message);
+  }
+
+  /** Takes what is for this rank, and passes on the rest. */
+  #deliver(posted: Posted): void {
+    const { from, to, name, value } = posted;
+    if (to !== this.#rank) (this.#others.get(to) ?? this.#others.get(0))?.send(posted);
+    else if (this.#onPosted === undefined) this.#early.push(posted);
+    else this.#onPosted(from, name, value);
   }
 
   /** Calls back, once, when a rank has failed or ended without a word; at once where it has already. */
@@ -104,14 +146,14 @@ export class Company {
   noteFailure(text: string): void {
     if (this.#failure !== undefined) return;
     this.#failure = failure(text);
-    for (const other of this.#others) other.send({ kind: 'failed', text });
+    for (const other of this.#others.values()) other.send({ kind: 'failed', text });
     for (const listener of this.#listeners.splice(0)) listener(this.#failure);
   }
 
   /** Leaves, so that the others know that it is no failure. */
   leave(): void {
     this.#listeners.length = 0;
-    for (const other of this.#others) other.end({ kind: 'bye' });
+    for (const other of this.#others.values()) other.end({ kind: 'bye' });
     this.#server?.close();
   }
 }
@@ -152,11 +194,7 @@ function host({ size, kind, host: address, port, timeout }: Meeting, share: () =
       clearTimeout(limit);
       try {
         const shared = share();
-        company = new Company(
-          shared,
-          [...peers.values()].map(({ channel }) => channel),
-          server,
-        );
+        company = new Company(0, shared, new Map([...peers].map(([rank, { channel }]) => [rank, channel])), server);
         const text = Buffer.from(shared).toString('base64');
         for (const { channel } of peers.values()) channel.send({ kind: 'all here', shared: text });
         resolve(company);
@@ -180,8 +218,8 @@ function host({ size, kind, host: address, port, timeout }: Meeting, share: () =
             peers.set(rank, peer);
             if (of !== kind) refuse(failure(`all ranks must be of one kind: rank 0 is ${kind}, rank ${rank} is ${of}`));
             else if (peers.size === size - 1) complete();
-          } else if (message.kind === 'failed') company?.noteFailure(message.text);
-          else if (message.kind === 'bye') peer.left = true;
+          } else if (message.kind === 'bye') peer.left = true;
+          else company?.hear(message);
         },
         () => {
           if (peer.rank === undefined || peer.left) return;
@@ -228,12 +266,11 @@ function join({ rank, size, kind, host: address, port, timeout }: Meeting): Prom
         (message) => {
           if (message.kind === 'all here') {
             clearTimeout(limit);
-            company = new Company(Buffer.from(message.shared, 'base64'), [channel], undefined);
+            company = new Company(rank, Buffer.from(message.shared, 'base64'), new Map([[0, channel]]), undefined);
             resolve(company);
-          } else if (message.kind === 'failed') {
-            if (company === undefined) refuse(message.text);
-            else company.noteFailure(message.text);
-          } else if (message.kind === 'bye') left = true;
+          } else if (message.kind === 'failed' && company === undefined) refuse(message.text);
+          else if (message.kind === 'bye') left = true;
+          else company?.hear(message);
         },
         () => {
           if (over || left) return;

@@ -1,6 +1,7 @@
 /** Ranks of several processes or machines, one in each, connected by NCCL. */
-import { ExecutionError, messageOf } from '../../errors.ts';
+import { messageOf } from '../../errors.ts';
 import { bytesOf, type CudaPlace } from '../cuda-place.ts';
+import { Fate } from '../fate.ts';
 import type { Connection, Incoming, Link, Outgoing, Transport } from '../link.ts';
 import type { Mark } from '../place.ts';
 import { type Company, meet } from '../rendezvous.ts';
@@ -58,12 +59,7 @@ export class NcclTransport implements Transport {
   readonly members: readonly { readonly rank: number; readonly place: CudaPlace }[];
   readonly #communicator: NcclCommunicator;
   readonly #company: Company | undefined;
-  readonly #timeout: number;
-  #failure: ExecutionError | undefined;
-  #noteFailed: (() => void) | undefined;
-  readonly #failed = new Promise<void>((resolve) => {
-    this.#noteFailed = resolve;
-  });
+  readonly #fate: Fate;
 
   private constructor(
     place: CudaPlace,
@@ -75,8 +71,11 @@ export class NcclTransport implements Transport {
     this.members = [{ rank: options.rank, place }];
     this.#communicator = communicator;
     this.#company = company;
-    this.#timeout = options.timeout;
-    company?.onFailure((error) => this.#fail(error));
+    this.#fate = new Fate(options.rank, options.timeout, (failure, cause) => {
+      communicator.abort(failure);
+      company?.noteFailure(`rank ${options.rank} failed: ${messageOf(cause)}`);
+    });
+    company?.onFailure((error) => this.#fate.fail(error));
   }
 
   /**
@@ -91,13 +90,13 @@ export class NcclTransport implements Transport {
       (await meet({ rank, size, timeout, kind: kindOf(place), ...address }, () => options.id ?? newNcclId(api)));
     const communicator = new NcclCommunicator(api, place.device);
     const transport = new NcclTransport(place, communicator, company, options);
-    const limit = transport.#limit('connecting the ranks');
+    const limit = transport.#fate.limit('connecting the ranks');
     try {
       communicator.open({ id: company?.shared ?? (options.id as Uint8Array), rank, size });
       await communicator.settled('connecting the ranks');
       return transport;
     } catch (error) {
-      transport.#fail(error);
+      transport.#fate.fail(error);
       transport.dispose();
       throw error;
     } finally {
@@ -105,36 +104,17 @@ export class NcclTransport implements Transport {
     }
   }
 
-  #limit(what: string): NodeJS.Timeout {
-    const timeout = this.#timeout;
-    const { rank } = this.members[0] as { rank: number };
-    return setTimeout(() => {
-      this.#fail(new ExecutionError('execution-failed', `rank ${rank}: ${what} took longer than ${timeout} ms`));
-    }, timeout);
-  }
-
-  /** The first failure counts: no call of any rank can succeed after it. */
-  #fail(cause: unknown): void {
-    if (this.#failure !== undefined) return;
-    this.#failure =
-      cause instanceof ExecutionError ? cause : new ExecutionError('execution-failed', messageOf(cause), cause);
-    this.#noteFailed?.();
-    this.#communicator.abort(this.#failure);
-    const { rank } = this.members[0] as { rank: number };
-    this.#company?.noteFailure(`rank ${rank} failed: ${messageOf(cause)}`);
-  }
-
   requireUsable(): void {
-    if (this.#failure !== undefined) throw this.#failure;
+    this.#fate.requireUsable();
   }
 
   connect(): Connection {
     const { place } = this.members[0] as { place: CudaPlace };
-    const limit = this.#limit('an exchange with other ranks');
+    const limit = this.#fate.limit('an exchange with other ranks');
     let closed: Promise<void> | undefined;
     return {
       links: [new NcclLink(this.#communicator, place)],
-      abort: (_rank, cause) => this.#fail(cause),
+      abort: (_rank, cause) => this.#fate.fail(cause),
       close: () => {
         closed ??= this.#close(place).finally(() => clearTimeout(limit));
         return closed;
@@ -144,9 +124,9 @@ export class NcclTransport implements Transport {
 
   async #close(place: CudaPlace): Promise<void> {
     try {
-      if (this.#failure !== undefined) place.settle([place]);
+      if (this.#fate.failure !== undefined) place.settle([place]);
       // Only when all is done is it certain that no rank failed meanwhile. Kernels that wait for one that has end with the communicator.
-      else await Promise.race([place.device.stream.completed(), this.#failed]);
+      else await Promise.race([place.device.stream.completed(), this.#fate.failed]);
       this.requireUsable();
     } finally {
       place.endCall();

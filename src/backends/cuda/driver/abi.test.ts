@@ -8,7 +8,7 @@ import { afterAll, describe, expect } from 'vitest';
 import { itNeeds } from '../../../../test/support/requirement.ts';
 import * as api from './api.ts';
 import { DRIVER_FUNCTIONS, type DriverFunctionName, STRUCTS } from './api.ts';
-import { bindLibrary, type Koffi, type ParameterKind } from './bind.ts';
+import { bindLibrary, type Koffi, type ParameterKind, type StructKind } from './bind.ts';
 import { bindDriver } from './load.ts';
 import { TENSOR_MAP_VALUES } from './tensor-map.ts';
 
@@ -49,6 +49,7 @@ function kindOf(type: string): ParameterKind {
     )
   )
     return 'u64';
+  if (/\bCUipcMemHandle\b/.test(type)) return 'bytes64';
   if (/\bunsigned char\b/.test(type)) return 'u8';
   if (/\b(unsigned int|cuuint32_t|CUstreamCaptureMode)\b/.test(type)) return 'u32';
   // CUdevice is an int, and so is every enum.
@@ -125,24 +126,32 @@ describe('the table of driver functions', () => {
   });
 });
 
-const C_TYPES: Readonly<Record<Exclude<ParameterKind, 'bytes128'>, string>> = {
+const C_TYPES: Readonly<Record<Exclude<ParameterKind, StructKind>, string>> = {
   u8: 'uint8_t',
   u32: 'uint32_t',
   s32: 'int32_t',
   u64: 'uint64_t',
   memory: 'void *',
 };
+const STRUCT_TYPES: Readonly<Record<StructKind, string>> = { bytes64: 'Bytes64', bytes128: 'Bytes128' };
+const isStruct = (kind: ParameterKind): kind is StructKind => kind in STRUCT_TYPES;
 
 /**
- * A library with every symbol of the table: each function notes its arguments as 64-bit words and returns their number.
+ * A library with every symbol of the table: each function notes its arguments as 64-bit words (the first of a struct) and returns their
+ * number.
  */
 function echoLibrary(): string {
-  const functions = Object.values(DRIVER_FUNCTIONS).map(({ symbol, parameters }) => {
-    const declared = parameters.map((kind, i) => `${C_TYPES[kind]} a${i}`).join(', ');
-    const notes = parameters.map((_, i) => `seen[${i}] = (uint64_t)a${i};`).join(' ');
+  const functions = Object.values(DRIVER_FUNCTIONS).map(({ symbol, ...entry }) => {
+    const parameters: readonly ParameterKind[] = entry.parameters;
+    const declared = parameters
+      .map((kind, i) => `${isStruct(kind) ? STRUCT_TYPES[kind] : C_TYPES[kind]} a${i}`)
+      .join(', ');
+    const wordOf = (kind: ParameterKind, i: number) => (isStruct(kind) ? `a${i}.words[0]` : `(uint64_t)a${i}`);
+    const notes = parameters.map((kind, i) => `seen[${i}] = ${wordOf(kind, i)};`).join(' ');
     return `int32_t ${symbol}(${declared}) { ${notes} name = "${symbol}"; return ${parameters.length}; }`;
   });
   const source = `#include <stdint.h>
+    typedef struct { uint64_t words[8]; } Bytes64;
     uint64_t seen[16]; const char *name = "";
     ${functions.join('\n')}
     int32_t read_seen(uint64_t *out, const char **called) { for (int i = 0; i < 16; i++) out[i] = seen[i]; *called = name; return 0; }
@@ -165,12 +174,16 @@ describe('calls through koffi', () => {
         if (kind === 'u8') return 200 + i;
         if (kind === 'u32') return 0xf000_0000 + i;
         if (kind === 's32') return -1_000_000 - i;
+        if (kind === 'bytes64') return Uint8Array.from({ length: 64 }, (_, byte) => 17 * i + byte);
         if (kind === 'u64') return i % 2 === 0 ? 0xfedc_ba98_7654_3210n + BigInt(i) : 2 ** 52 + i;
         // The three ways of giving memory: a view, an address, nothing.
         return [new Uint8Array(buffer, 16 * i), bound.addressOf(buffer) + BigInt(100 + i), null][i % 3];
       });
       const expected = values.map((value) => {
         if (value === null) return 0n;
+        if (value instanceof Uint8Array && value.buffer !== buffer) {
+          return new DataView(value.buffer).getBigUint64(0, true);
+        }
         if (value instanceof Uint8Array) return bound.addressOf(buffer) + BigInt(value.byteOffset);
         return BigInt.asUintN(64, BigInt(value as number | bigint));
       });

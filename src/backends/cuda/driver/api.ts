@@ -63,6 +63,9 @@ export const DRIVER_FUNCTIONS = {
     optional: true,
   },
   cuMemFreeAsync: { symbol: 'cuMemFreeAsync', parameters: ['u64', 'u64'], optional: true },
+  cuIpcGetMemHandle: { symbol: 'cuIpcGetMemHandle', parameters: ['memory', 'u64'], optional: true },
+  cuIpcOpenMemHandle: { symbol: 'cuIpcOpenMemHandle_v2', parameters: ['memory', 'bytes64', 'u32'], optional: true },
+  cuIpcCloseMemHandle: { symbol: 'cuIpcCloseMemHandle', parameters: ['u64'], optional: true },
   cuMemHostRegister: { symbol: 'cuMemHostRegister_v2', parameters: ['memory', 'u64', 'u32'] },
   cuMemHostUnregister: { symbol: 'cuMemHostUnregister', parameters: ['memory'] },
   cuMemcpyHtoDAsync: { symbol: 'cuMemcpyHtoDAsync_v2', parameters: ['u64', 'memory', 'u64', 'u64'] },
@@ -140,6 +143,8 @@ export const CU_MEM_ACCESS_FLAGS_PROT_READWRITE = 3;
 export const CU_MEMORYTYPE_DEVICE = 2;
 export const CU_MEMPOOL_ATTR_RELEASE_THRESHOLD = 4;
 export const CU_MEMHOSTREGISTER_PORTABLE = 1;
+export const CU_IPC_MEM_LAZY_ENABLE_PEER_ACCESS = 1;
+export const CU_IPC_HANDLE_SIZE = 64;
 
 export const CU_JIT_INFO_LOG_BUFFER = 3;
 export const CU_JIT_INFO_LOG_BUFFER_SIZE_BYTES = 4;

@@ -8,8 +8,8 @@ import { importOptional, loadFailure, REINSTALL } from '../../../optional-packag
 /**
  * `u8`, `u32`, `s32`: an integer of that width (enums are `u32` or `s32`). `u64`: `size_t`, device addresses and opaque
  * handles. `memory`: a pointer to host memory, as a view (read or written during the call only), as the address of
- * memory that stays (see {@link LibraryFacts.addressOf}), or null. `bytes128`: a struct of 128 bytes by value
- * (`ncclUniqueId`).
+ * memory that stays (see {@link LibraryFacts.addressOf}), or null. `bytes64`, `bytes128`: a struct of so many bytes by
+ * value (`CUipcMemHandle`, `ncclUniqueId`).
  */
 export interface ParameterTypes {
   readonly u8: number;
@@ -17,10 +17,15 @@ export interface ParameterTypes {
   readonly s32: number;
   readonly u64: bigint | number;
   readonly memory: ArrayBufferView | bigint | null;
+  readonly bytes64: Uint8Array;
   readonly bytes128: Uint8Array;
 }
 
 export type ParameterKind = keyof ParameterTypes;
+/** Structs by value, with their bytes. */
+const STRUCT_BYTES = { bytes64: 64, bytes128: 128 } as const;
+export type StructKind = keyof typeof STRUCT_BYTES;
+const isStruct = (kind: ParameterKind): kind is StructKind => kind in STRUCT_BYTES;
 
 /** Every function under the name of the library's header. All return a status, a 32-bit integer. */
 export type FunctionTable = Readonly<
@@ -75,7 +80,7 @@ export interface Koffi {
   readonly decode: { (address: bigint, type: unknown): unknown; string(address: bigint): string };
 }
 
-const KOFFI_TYPES: Readonly<Record<Exclude<ParameterKind, 'bytes128'>, string>> = {
+const KOFFI_TYPES: Readonly<Record<Exclude<ParameterKind, StructKind>, string>> = {
   u8: 'uint8_t',
   u32: 'uint32_t',
   s32: 'int32_t',
@@ -96,18 +101,18 @@ export function bindLibrary<const Table extends FunctionTable>(
   missing: (symbol: string) => Error,
 ): BoundLibrary<Table> {
   const library = koffi.load(path);
-  let struct: unknown;
+  const made: Partial<Record<StructKind, unknown>> = {};
   const typeOf = (kind: ParameterKind): unknown => {
-    if (kind !== 'bytes128') return KOFFI_TYPES[kind];
-    struct ??= koffi.struct({ bytes: koffi.array('uint8_t', 128) });
-    return struct;
+    if (!isStruct(kind)) return KOFFI_TYPES[kind];
+    made[kind] ??= koffi.struct({ bytes: koffi.array('uint8_t', STRUCT_BYTES[kind]) });
+    return made[kind];
   };
   const bound: Record<string, (...values: never[]) => number> = {};
   const absent = new Set<keyof Table>();
   for (const [name, { symbol, parameters, optional }] of Object.entries(table)) {
     try {
       const call = library.func(symbol, 'int32_t', parameters.map(typeOf));
-      const structs = parameters.flatMap((kind, i) => (kind === 'bytes128' ? [i] : []));
+      const structs = parameters.flatMap((kind, i) => (isStruct(kind) ? [i] : []));
       bound[name] =
         structs.length === 0
           ? call

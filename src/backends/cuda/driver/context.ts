@@ -15,6 +15,7 @@ type CreatingFunction =
   | 'cuEventCreate'
   | 'cuModuleGetFunction'
   | 'cuMemAlloc'
+  | 'cuIpcOpenMemHandle'
   | 'cuMemAllocFromPoolAsync'
   | 'cuMemPoolCreate'
   | 'cuGraphInstantiate';

@@ -9,11 +9,18 @@ interface Allocation {
   readonly bytes: Uint8Array;
   readonly device: number;
   freed: boolean;
+  /** Made without a pool: other processes may map it. */
+  readonly exportable?: boolean;
+  /** Of memory that another process made, as this one maps it. */
+  readonly mapped?: boolean;
 }
 
 const POISON = 0xff;
 
-type MemoryFunction = Exclude<Extract<keyof DriverFunctions, `cuMem${string}`>, `cuMemHost${string}`>;
+type MemoryFunction = Exclude<
+  Extract<keyof DriverFunctions, `cuMem${string}` | `cuIpc${string}`>,
+  `cuMemHost${string}`
+>;
 
 export interface FakeMemoryOptions {
   readonly memoryBytes: number;
@@ -54,11 +61,16 @@ export class FakeMemory {
     return found.bytes.subarray(Number(pointer - found.base));
   }
 
-  #allocate(bytes: number, device: number): bigint | undefined {
-    const used = this.#allocations.reduce((sum, a) => sum + (a.freed || a.device !== device ? 0 : a.bytes.length), 0);
+  #allocate(bytes: number, device: number, exportable = false): bigint | undefined {
+    const used = this.#allocations.reduce(
+      (sum, a) => sum + (a.freed || a.mapped || a.device !== device ? 0 : a.bytes.length),
+      0,
+    );
     if (used + bytes > this.#options.memoryBytes) return undefined;
     const again = this.#options.reuse
-      ? this.#allocations.find((a) => a.freed && a.device === device && a.bytes.length === bytes)
+      ? this.#allocations.find(
+          (a) => a.freed && !a.mapped && !exportable && a.device === device && a.bytes.length === bytes,
+        )
       : undefined;
     if (again !== undefined) {
       again.freed = false;
@@ -67,7 +79,7 @@ export class FakeMemory {
     const base = this.#next;
     // A gap after each allocation: what runs over the end of one finds nothing.
     this.#next += BigInt(Math.ceil(bytes / 256) * 256 + 4096);
-    this.#allocations.push({ base, bytes: new Uint8Array(bytes).fill(POISON), device, freed: false });
+    this.#allocations.push({ base, bytes: new Uint8Array(bytes).fill(POISON), device, freed: false, exportable });
     return base;
   }
 
@@ -85,7 +97,7 @@ export class FakeMemory {
       return 0;
     },
     cuMemAlloc: (pointer, bytes) => {
-      const made = this.#allocate(Number(bytes), this.#contexts.currentDevice);
+      const made = this.#allocate(Number(bytes), this.#contexts.currentDevice, true);
       if (made === undefined) return 2;
       this.#host.write64(pointer, made);
       return 0;
@@ -94,6 +106,30 @@ export class FakeMemory {
       // The driver waits for all work before it frees synchronously.
       this.#streams.drainAll();
       this.#free(BigInt(pointer));
+      return 0;
+    },
+    cuIpcGetMemHandle: (handle, pointer) => {
+      const found = this.#allocations.find(({ base, freed }) => base === BigInt(pointer) && !freed);
+      if (found?.exportable !== true) return 1;
+      this.#host.view(handle, 64).setBigUint64(0, found.base, true);
+      return 0;
+    },
+    cuIpcOpenMemHandle: (pointer, handle, flags) => {
+      const base = new DataView(handle.buffer, handle.byteOffset, 64).getBigUint64(0, true);
+      const found = this.#allocations.find((each) => each.base === base && !each.freed && each.exportable);
+      if (found === undefined || flags !== 1) return 400;
+      const mapped = this.#next;
+      this.#next += BigInt(Math.ceil(found.bytes.length / 256) * 256 + 4096);
+      const device = this.#contexts.currentDevice;
+      this.#allocations.push({ base: mapped, bytes: found.bytes, device, freed: false, mapped: true });
+      this.#host.write64(pointer, mapped);
+      return 0;
+    },
+    cuIpcCloseMemHandle: (pointer) => {
+      this.#streams.drainAll();
+      const found = this.#allocations.find(({ base, mapped, freed }) => base === BigInt(pointer) && mapped && !freed);
+      if (found === undefined) return 400;
+      found.freed = true;
       return 0;
     },
     cuMemPoolCreate: (pool, properties) => {
