@@ -20,7 +20,7 @@ import type {
   Plan,
   PreparedKeyValue,
 } from '../backend.ts';
-import { unavailable } from '../load-code.ts';
+import { loadCode, unavailable } from '../load-code.ts';
 import { backwardCall } from './backward.ts';
 import { chooseBlockMap } from './block-map.ts';
 import { HeadsAtOnce, runByHeads } from './by-heads.ts';
@@ -53,6 +53,11 @@ export interface WasmBackendOptions {
    * can be started, calls run on the calling thread.
    */
   readonly workerUrl?: string | URL;
+  /**
+   * `true`: vectors of 256 bits through V8's `--experimental-wasm-revectorize`, in Node 24 and later and nowhere else. The flag holds for all
+   * WebAssembly that the process compiles afterwards. It is tried by value first; `availability()` says what became of it. Default: `false`.
+   */
+  readonly wide?: boolean;
 }
 
 /** A backend of its own, with its own threads and memory. */
@@ -76,7 +81,7 @@ export interface WasmBackendParts {
   readonly twoSteps?: boolean;
 }
 
-const OPTION_NAMES = ['threads', 'simd', 'workerUrl'] as const satisfies readonly (keyof WasmBackendOptions)[];
+const OPTION_NAMES = ['threads', 'simd', 'workerUrl', 'wide'] as const satisfies readonly (keyof WasmBackendOptions)[];
 const MOST_THREADS = 256;
 
 /** Runs a call. Inputs are read before this returns: at once, or as copies where the runtime must be started again. */
@@ -99,6 +104,8 @@ class WasmBackendImplementation implements WasmBackend {
   readonly #parts: WasmBackendParts;
   readonly #shortWork: number;
   #module: Promise<LoadedModule> | undefined;
+  /** How wide vectors are, where they were to be wider. */
+  #vectors: Promise<string> | undefined;
   /** Instruction set of the module, once it is loaded. */
   #simd: Simd | undefined;
   /** This thread, for short calls. */
@@ -124,6 +131,12 @@ class WasmBackendImplementation implements WasmBackend {
       throw error;
     });
     const loaded = await this.#module;
+    if (this.#options.wide === true) {
+      this.#vectors ??= loadCode('wasm', () => import('./wide.ts')).then(({ widen }) =>
+        widen(loaded.simd, this.#parts.sources),
+      );
+      await this.#vectors;
+    }
     this.#simd = loaded.simd;
     return loaded;
   }
@@ -157,6 +170,7 @@ class WasmBackendImplementation implements WasmBackend {
           simd,
           'relaxed SIMD': relaxed,
           'dot product': dotProduct,
+          ...(this.#vectors === undefined ? {} : { vectors: await this.#vectors }),
           kernels: choiceInWords(simd),
           threads: executor.description,
           'short calls': `this thread, up to ${this.#shortWork} multiply-adds`,
@@ -276,7 +290,7 @@ export function createWasmBackend(options: WasmBackendOptions = {}): WasmBackend
  */
 export function createWasmBackendOn(options: WasmBackendOptions, parts: WasmBackendParts = {}): WasmBackend {
   const own = takeOptions(options, OPTION_NAMES);
-  const { threads, simd, workerUrl } = own;
+  const { threads, simd, workerUrl, wide } = own;
   if (threads !== undefined && !(Number.isInteger(threads) && threads >= 1 && threads <= MOST_THREADS)) {
     throw new InvalidArgumentError(
       'invalid-option',
@@ -287,6 +301,9 @@ export function createWasmBackendOn(options: WasmBackendOptions, parts: WasmBack
   }
   if (simd !== undefined && !['auto', 'simd128', 'relaxed'].includes(simd)) {
     throw new InvalidArgumentError('invalid-option', 'options.simd', "'auto', 'simd128' or 'relaxed'", textOf(simd));
+  }
+  if (wide !== undefined && typeof wide !== 'boolean') {
+    throw new InvalidArgumentError('invalid-option', 'options.wide', 'a boolean', textOf(wide));
   }
   if (workerUrl !== undefined && typeof workerUrl !== 'string' && !(workerUrl instanceof URL)) {
     throw new InvalidArgumentError('invalid-option', 'options.workerUrl', 'a string or URL', typeof workerUrl);

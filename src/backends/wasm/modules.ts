@@ -48,13 +48,22 @@ const SHARED_MEMORY_IMPORT = [3, 0x65, 0x6e, 0x76, 6, 0x6d, 0x65, 0x6d, 0x6f, 0x
 /** The last of these bytes where the memory has a maximum and is not shared. */
 const UNSHARED = 1;
 
+/** Bytes of a section that engines pass over. */
+const CUSTOM_SECTION = 0;
+
 /**
  * The same kernels over a memory that is not shared; their atomic instructions work on either.
  *
  * @param simd a build that {@link loadModule} found to run here
+ * @param stamp a word of at most 60 letters that makes it another module: engines share the code of modules with the same bytes
  */
-export async function compileUnshared(simd: Simd, sources = LAZY_SOURCES): Promise<WebAssembly.Module> {
-  const bytes = decodeBase64((await sources[simd]()).BASE64);
+export async function compileUnshared(simd: Simd, sources = LAZY_SOURCES, stamp = ''): Promise<WebAssembly.Module> {
+  const kernels = decodeBase64((await sources[simd]()).BASE64);
+  const name = new TextEncoder().encode(stamp);
+  const section = stamp === '' ? [] : [CUSTOM_SECTION, name.length + 1, name.length, ...name];
+  const bytes = new Uint8Array(kernels.length + section.length);
+  bytes.set(kernels);
+  bytes.set(section, kernels.length);
   const at = bytes.findIndex((_, i) => SHARED_MEMORY_IMPORT.every((byte, j) => bytes[i + j] === byte));
   if (at < 0) throw new Error('the kernels import no shared memory');
   bytes[at + SHARED_MEMORY_IMPORT.length - 1] = UNSHARED;

@@ -6,6 +6,7 @@ import type { AttentionInputs, AttentionOutputs, BackwardInputs, BackwardOutputs
 import { backwardCall } from './backward.ts';
 import { type Arithmetic, WholeCalls } from './calls.ts';
 import { CallerExecutor } from './executor.ts';
+import type { Simd } from './geometry.ts';
 import { compileUnshared, loadModule } from './modules.ts';
 import { type CallParts, Lease, Runtime } from './runtime.ts';
 
@@ -24,9 +25,13 @@ export class SynchronousWasm {
 
   /** Compiles the kernels. */
   static async create(): Promise<SynchronousWasm> {
-    const { simd, relaxed } = await loadModule('auto');
-    const executor = await CallerExecutor.create(await compileUnshared(simd), 'synchronous calls');
-    return new SynchronousWasm(executor, new Runtime(executor, simd, relaxed));
+    const { simd } = await loadModule('auto');
+    return SynchronousWasm.on(await CallerExecutor.create(await compileUnshared(simd), 'synchronous calls'), simd);
+  }
+
+  /** With kernels that have been compiled. */
+  static on(executor: CallerExecutor, simd: Simd): SynchronousWasm {
+    return new SynchronousWasm(executor, new Runtime(executor, simd, ''));
   }
 
   #run<Result>({ prepare }: CallParts<Result>): Result {
@@ -42,8 +47,8 @@ export class SynchronousWasm {
   }
 
   /** @throws {ExecutionError} `out-of-memory` */
-  attend(problem: AttentionProblem, inputs: AttentionInputs): AttentionOutputs {
-    const calls = new WholeCalls(problem, ARITHMETIC, this.#runtime.simd);
+  attend(problem: AttentionProblem, inputs: AttentionInputs, arithmetic = ARITHMETIC): AttentionOutputs {
+    const calls = new WholeCalls(problem, arithmetic, this.#runtime.simd);
     return this.#run(calls.parts(this.#runtime, inputs));
   }
 
