@@ -47,6 +47,7 @@ await build({
     'bench-webgpu-exact': 'bench/webgpu/exact.ts',
     'bench-webgpu-sparse': 'bench/webgpu/sparse.ts',
     'bench-webgpu-backward': 'bench/webgpu/backward.ts',
+    'bench-webgpu-gradients': 'bench/webgpu/gradients.ts',
     'bench-onnxruntime': 'bench/onnxruntime/whole-model.ts',
     'test-wasm': 'test/wasm/main.ts',
     'bench-wasm': 'bench/wasm/short.ts',

@@ -12,7 +12,7 @@ import { createInterface } from 'node:readline';
 import { parseArgs } from 'node:util';
 import { setBackend } from '../../src/backends/registry.ts';
 import { createWebgpuBackendOn } from '../../src/backends/webgpu/backend.ts';
-import { GRADIENT_VARIANTS } from '../../src/backends/webgpu/families/backward.ts';
+import { GRADIENT_VARIANTS, MATRIX_GRADIENT_VARIANTS } from '../../src/backends/webgpu/families/backward.ts';
 import { type Forced, familiesOf, variantsOf } from '../../src/backends/webgpu/families/choose.ts';
 import {
   createWebgpuBackend,
@@ -204,6 +204,9 @@ if (isAsked('gradients')) {
   }
   for (const { name } of GRADIENT_VARIANTS) {
     await run({ gradientVariant: name }, `gradients, tiles of ${name}`, VARIANT_TESTS, undefined, gradients);
+  }
+  for (const { name } of offered.includes('matrix') ? MATRIX_GRADIENT_VARIANTS : []) {
+    await run({ gradientVariant: name }, `gradients, matrices of ${name}`, VARIANT_TESTS, undefined, gradients);
   }
 }
 process.exit(failures === 0 ? 0 : 1);

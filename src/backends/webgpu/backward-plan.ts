@@ -6,6 +6,7 @@ import type { OperandLayout } from '../../tensor/tensor.ts';
 import type { BackwardInputs, BackwardOutputs, BackwardPlan, KernelChoice, RunContext } from '../backend.ts';
 import type { GpuContext } from './device.ts';
 import type { Forced } from './families/choose.ts';
+import { tryGradients } from './gradient-trial.ts';
 import { planBackwardLaunches } from './launches/backward.ts';
 import { type Built, PlannedProgram } from './planned-program.ts';
 import { Program } from './program.ts';
@@ -69,12 +70,13 @@ async function build(
   kernel: KernelChoice,
   options: Forced,
 ): Promise<Built> {
-  const { launches, sizes, tables, tiles } = planBackwardLaunches(context.capabilities, problem, kernel, options);
+  await tryGradients(context, problem, kernel, options);
+  const { launches, sizes, tables, variants } = planBackwardLaunches(context.capabilities, problem, kernel, options);
   const program = await Program.create(context, launches, sizes, tables);
   debugPlan(() => ({
     backend: 'webgpu',
     kernel: kernel.descriptor.name,
-    settings: { backwardPrecision: problem.precision, tileOfQueries: tiles.query.name, tileOfKeys: tiles.key.name },
+    settings: { backwardPrecision: problem.precision, tileOfQueries: variants.query, tileOfKeys: variants.key },
     launches: launches.map(({ label, code, groups }) => ({
       name: label,
       grid: groups,

@@ -51,7 +51,7 @@ export function matrixProducts(configs: readonly MatrixConfig[], accumulate: Acc
 }
 
 /** What a device offers the matrix kernel, or why it does not. */
-function matrixSupport(capabilities: Capabilities, emulate: Emulation | undefined) {
+export function matrixSupport(capabilities: Capabilities, emulate: Emulation | undefined) {
   const configs = emulate !== undefined ? EMULATED_PRODUCTS[emulate] : capabilities.matrixConfigs;
   const [min, max] = capabilities.subgroupSize;
   const lanes = emulate !== undefined ? EMULATED_LANES : max;
@@ -68,7 +68,12 @@ function matrixSupport(capabilities: Capabilities, emulate: Emulation | undefine
   return { lanes, configs };
 }
 
-const operationsOf = (capabilities: Capabilities, lanes: number, emulate: Emulation | undefined): MatrixOperations => {
+/** How matrices are written on a device. */
+export const operationsOf = (
+  capabilities: Capabilities,
+  lanes: number,
+  emulate: Emulation | undefined,
+): MatrixOperations => {
   const extension = MATRIX_FEATURES.find(([feature]) => capabilities.matrixFeature === feature)?.[1] ?? '';
   return emulate !== undefined ? emulatedMatrices(lanes) : nativeMatrices(extension, capabilities.matrixDialect);
 };

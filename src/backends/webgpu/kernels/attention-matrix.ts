@@ -20,6 +20,7 @@ import { hasHidden, MAP_AT, nextTile } from './blocks.ts';
 import { KEY_TILE, params, rowVectors, SEQUENCE, tables, VALUE_GROUP } from './layout.ts';
 import { factsUnit, heldQueries, keyCopies, keyTileUnits, valueCopies } from './matrix-copies.ts';
 import { grid, type MatrixMemory, unitsOf, workgroupUnits } from './matrix-operations.ts';
+import { type MemoryPass, throughMemory } from './matrix-results.ts';
 import { rowVariables, type SoftmaxConfig, SUM_ORIGIN, softmaxFunctions, softmaxStatements } from './matrix-softmax.ts';
 import { type MatrixTiling, matrixTiling } from './matrix-tiling.ts';
 import { valueFunctions } from './prepare.ts';
@@ -108,40 +109,21 @@ function multiplyValues(config: MatrixKernelConfig, tiling: MatrixTiling, output
     .join('\n    ');
 }
 
-/**
- * Output matrices through the scores' memory, a few tiles of each subgroup at a time; `each` is a statement for a unit of
- * them: its place, its row in the workgroup, its first channel.
- */
-function throughMemory(
+const throughScores = (
   config: MatrixKernelConfig,
   tiling: MatrixTiling,
   outputs: readonly (readonly string[])[],
-  { each, loadAgain }: { readonly each: string; readonly loadAgain: boolean },
-): string {
-  const { operations, pv, lanes } = config;
-  const { outputRowTiles, outputTiles, outputTilesAtOnce } = tiling;
-  const rowUnits = unitsOf(pv.resultComponentType, pv.N);
-  const tile = pv.M * rowUnits;
-  const base = `subgroup * ${outputTilesAtOnce * tile}u`;
-  const part = (rt: number, batch: number) => {
-    const first = batch * outputTilesAtOnce;
-    const own = (outputs[rt] as readonly string[]).slice(first, first + outputTilesAtOnce);
-    const at = (x: number) => `${base} + ${x * tile}u`;
-    return `${own.map((name, x) => operations.storeResult(pv, name, SCORES, at(x), rowUnits)).join(' ')}
-      workgroupBarrier();
-      for (var i = lane; i < ${own.length * tile}u; i += ${lanes}u) {
-        let place = ${base} + i;
-        let row = pv_rows * ${outputRowTiles * pv.M}u + ${rt * pv.M}u + i % ${tile}u / ${rowUnits}u;
-        let channel = pv_channels * ${outputTiles * pv.N}u + ${first * pv.N}u + i / ${tile}u * ${pv.N}u + i % ${rowUnits}u * ${pv.N / rowUnits}u;
-        ${each}
-      }
-      workgroupBarrier();
-      ${loadAgain ? `${own.map((name, x) => operations.loadResult(pv, name, SCORES, at(x), rowUnits)).join(' ')}\n      workgroupBarrier();` : ''}`;
-  };
-  return range(outputRowTiles)
-    .flatMap((rt) => range(Math.ceil(outputTiles / outputTilesAtOnce)).map((batch) => part(rt, batch)))
-    .join('\n      ');
-}
+  pass: MemoryPass,
+): string =>
+  throughMemory(
+    {
+      ...{ operations: config.operations, product: config.pv, lanes: config.lanes, memory: SCORES, names: outputs },
+      rows: `pv_rows * ${tiling.outputRowTiles * config.pv.M}u`,
+      channels: `pv_channels * ${tiling.outputTiles * config.pv.N}u`,
+      atOnce: tiling.outputTilesAtOnce,
+    },
+    pass,
+  );
 
 /** The vectors of four elements in a unit of output, and a unit made of them. */
 const unitOf = ({ pv }: MatrixKernelConfig) =>
@@ -159,7 +141,7 @@ const unitOf = ({ pv }: MatrixKernelConfig) =>
 const rescale = (config: MatrixKernelConfig, tiling: MatrixTiling, outputs: readonly (readonly string[])[]) => {
   const { vectors, from } = unitOf(config);
   const scaled = vectors.map((vector, i) => `let y${i} = ${vector} * row_factor[row];`).join(' ');
-  return throughMemory(config, tiling, outputs, {
+  return throughScores(config, tiling, outputs, {
     each: `${scaled} scores[place] = ${from(vectors.map((_, i) => `y${i}`))};`,
     loadAgain: true,
   });
@@ -231,7 +213,7 @@ function storeOutput(config: MatrixKernelConfig, tiling: MatrixTiling, outputs: 
           records[to] = y.x; records[to + 1u] = y.y; records[to + 2u] = y.z; records[to + 3u] = y.w; }`;
   };
   const at = result === 'final' ? `let at = ${rowElement('(first_row + row)')} - P.outputBase;` : '';
-  return throughMemory(config, tiling, outputs, {
+  return throughScores(config, tiling, outputs, {
     each: `if (row < count) { let factor = row_factor[row]; ${at} ${unitOf(config).vectors.map(store).join(' ')} }`,
     loadAgain: false,
   });

@@ -46,6 +46,8 @@ export interface MatrixOperations {
   holdLeft(product: MatrixConfig, name: string, memory: MatrixMemory, offset: string, stride: number): string;
   /** A right matrix in columns. */
   loadRight(product: MatrixConfig, name: string, memory: MatrixMemory, offset: string, stride: number): string;
+  /** A right matrix in rows; of 16-bit components. */
+  loadRightRows(product: MatrixConfig, name: string, memory: MatrixMemory, offset: string, stride: number): string;
   multiplyAccumulate(product: MatrixConfig, left: string, right: string, result: string): string;
   storeResult(product: MatrixConfig, result: string, memory: MatrixMemory, offset: string, stride: number): string;
   loadResult(product: MatrixConfig, result: string, memory: MatrixMemory, offset: string, stride: number): string;
@@ -91,6 +93,8 @@ diagnostic(off, ${extension.includes('chromium') ? 'chromium.' : ''}subgroup_mat
     holdLeft: loadLeft,
     loadRight: (product, name, memory, offset, stride) =>
       `let ${name} = ${load(right(product), product.componentType, memory, [offset, stride], true)};`,
+    loadRightRows: (product, name, memory, offset, stride) =>
+      `let ${name} = ${load(right(product), product.componentType, memory, [offset, stride], false)};`,
     multiplyAccumulate: (_, a, b, c) => `${c} = subgroupMatrixMultiplyAccumulate(${a}, ${b}, ${c});`,
     storeResult: (product, name, memory, ...at) => {
       const [offset, stride] = place(product.resultComponentType, ...at);
@@ -117,6 +121,8 @@ export function emulatedMatrices(lanes: number): MatrixOperations {
   const functions = new Map<string, string>();
   /** Where each loaded matrix is, or that it is held. */
   const origins = new Map<string, MatrixMemory | 'held'>();
+  /** Right matrices that lie in rows. */
+  const inRows = new Set<string>();
   const typeOf = (component: string) => (component === 'i8' || component === 'i32' ? 'i32' : 'f32');
   const elements = ({ M, N }: MatrixConfig) => {
     const count = (M * N) / lanes;
@@ -160,13 +166,22 @@ export function emulatedMatrices(lanes: number): MatrixOperations {
       return `var ${name}: array<${typeOf(componentType)}, ${K}>;
     for (var c = 0u; c < ${K}u; c++) { ${name}[c] = ${reader(componentType, memory)}(${offset} + lane * ${elements(product)}u / ${N}u * ${stride}u, c); }`;
     },
-    loadRight: reference,
+    loadRight: (...given) => {
+      inRows.delete(given[1]);
+      return reference(...given);
+    },
+    loadRightRows: (...given) => {
+      inRows.add(given[1]);
+      return reference(...given);
+    },
     multiplyAccumulate(product, a, b, c) {
       const [left, right] = [origins.get(a), origins.get(b)];
       if (left === undefined || right === undefined || right === 'held') throw new Error(`${a} or ${b} is not loaded`);
       const { componentType, N, K } = product;
       const held = left === 'held';
-      const name = `multiply_${held ? 'held' : left.name}_${right.name}`;
+      const rows = inRows.has(b);
+      const element = rows ? `right.x + k * right.y, at % ${N}u` : `right.x + at % ${N}u * right.y, k`;
+      const name = `multiply_${componentType}_${held ? 'held' : left.name}_${right.name}${rows ? '_rows' : ''}`;
       const operand = held ? '(*left)[k]' : `${reader(componentType, left)}(left.x + at / ${N}u * left.y, k)`;
       functions.set(
         name,
@@ -174,7 +189,7 @@ export function emulatedMatrices(lanes: number): MatrixOperations {
   for (var e = 0u; e < ${elements(product)}u; e++) {
     let at = lane * ${elements(product)}u + e;
     var sum = (*result)[e];
-    for (var k = 0u; k < ${K}u; k++) { sum += ${operand} * ${reader(componentType, right)}(right.x + at % ${N}u * right.y, k); }
+    for (var k = 0u; k < ${K}u; k++) { sum += ${operand} * ${reader(componentType, right)}(${element}); }
     (*result)[e] = sum;
   }
 }`,

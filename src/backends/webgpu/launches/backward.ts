@@ -5,10 +5,17 @@ import { BYTES_PER_ELEMENT, type DType } from '../../../tensor/dtype.ts';
 import { elementCount, type OperandLayout } from '../../../tensor/tensor.ts';
 import type { KernelChoice } from '../../backend.ts';
 import type { Capabilities } from '../capabilities.ts';
-import { chooseGradientTile, type GradientVariant } from '../families/backward.ts';
+import { chooseGradients, type GradientKernel, type GradientVariant } from '../families/backward.ts';
 import { type Forced, keyValueLayoutOf } from '../families/choose.ts';
-import { GRADIENT_PARAMS, gradientKernel } from '../kernels/backward/gradients.ts';
-import { GRADIENT_BLOCK, gradientKey, gradientRow, PLACE, PLACE_WORDS } from '../kernels/backward/layout.ts';
+import { GRADIENT_PARAMS } from '../kernels/backward/gradients.ts';
+import {
+  GRADIENT_BLOCK,
+  type GradientDims,
+  gradientKey,
+  gradientRow,
+  PLACE,
+  PLACE_WORDS,
+} from '../kernels/backward/layout.ts';
 import { MASK_GRADIENT_PARAMS, maskGradientKernel } from '../kernels/backward/mask.ts';
 import { NARROW_PARAMS, NARROW_WORDS, narrowKernel } from '../kernels/backward/narrow.ts';
 import {
@@ -54,7 +61,8 @@ import { visibleKeysBytes, visibleKeysLaunches } from './visible-keys.ts';
 /** The dispatches of a backward call, in order, and the buffers of its own that it needs. */
 export interface BackwardLaunches {
   readonly launches: readonly Launch[];
-  readonly tiles: Readonly<Record<'query' | 'key', GradientVariant>>;
+  /** Names of the gradient kernels' variants. */
+  readonly variants: Readonly<Record<'query' | 'key', string>>;
   /** Bytes of each buffer. */
   readonly sizes: Partial<Record<BufferName, number>>;
   /** Contents of the buffer `tables`. */
@@ -70,7 +78,7 @@ interface Backward {
   readonly attention: AttentionProblem;
   readonly stages: Stages;
   readonly meaning: ScoreMeaning;
-  readonly dims: { readonly headDimPadded: number; readonly valueDimPadded: number };
+  readonly dims: GradientDims;
   /** First element of each sequence's part of each tensor. */
   readonly places: readonly Readonly<Record<Placed, number>>[];
   readonly placesAt: number;
@@ -81,11 +89,11 @@ interface Backward {
   readonly keyTiles: (size: number) => Tile[];
 }
 
-/** Bytes of a row of the buffers in float32. */
+/** Bytes of a row of the gradient kernels' buffers. */
 const gradientRowBytes = ({ dims }: Pick<Backward, 'dims'>) => gradientRow(dims).vectors * 16;
 const gradientKeyBytes = ({ dims }: Pick<Backward, 'dims'>) => gradientKey(dims).vectors * 16;
 
-function createBackward(problem: BackwardProblem, stages: Stages): Backward {
+function createBackward(problem: BackwardProblem, stages: Stages, dims: GradientDims): Backward {
   const { attention } = problem;
   const gradients = gradientShapesOf(attention);
   const layouts = {
@@ -121,7 +129,7 @@ function createBackward(problem: BackwardProblem, stages: Stages): Backward {
       mask: attention.keyLength === 0 ? undefined : attention.mask?.dtype,
       softcap: attention.softcap > 0,
     },
-    dims: { headDimPadded: padDim(attention.headDim), valueDimPadded: padDim(attention.valueDim) },
+    dims,
     places,
     placesAt: stages.tables.words(words),
     layouts,
@@ -250,7 +258,7 @@ const maskParams = ({ attention: { mask, softcap } }: Backward, base: (buffer: B
   inverseQuarterSoftcap: inverseQuarterSoftcapOf(softcap),
 });
 
-/** Rows of Q and dO in float32, and how each row's weights come from its logsumexp. */
+/** Rows of Q and dO, and how each row's weights come from its logsumexp. */
 function gradientRowsLaunches(self: Backward): Launch[] {
   const { stages, attention, layouts, dims, meaning, places, problem } = self;
   const { dtype, headDim, valueDim, queryHeads } = attention;
@@ -314,7 +322,7 @@ function gradientRowsLaunches(self: Backward): Launch[] {
   );
 }
 
-/** Rows of K and V in float32. */
+/** Rows of K and V. */
 function gradientKeysLaunches(self: Backward): Launch[] {
   const { stages, attention, dims, meaning } = self;
   const { keyValue } = stages;
@@ -336,6 +344,9 @@ function gradientKeysLaunches(self: Backward): Launch[] {
       operandSpan(stages, 3, 'v', tiles, unit),
       ...(smoothed ? [partialSpan(stages, 4, unit.heads)] : []),
       keyRowSpan(self, 5, 'gradientKeys', gradientKeyBytes(self), unit.heads, tiles, unit, false),
+      ...(dims.half
+        ? [keyRowSpan(self, 6, 'keys', keyValueRowBytes(keyValue).keys, unit.heads, tiles, unit, false)]
+        : []),
     ],
     (unit, base) =>
       encodeParams(GRADIENT_KEYS_PARAMS, {
@@ -353,6 +364,7 @@ function gradientKeysLaunches(self: Backward): Launch[] {
         vBase: base('v') / bytes,
         rowsPerHead: keyValue.rowsPerHead,
         partialBase: base('partials') / 16,
+        keyRowBase: base('keys') / 16,
         gradientKeyBase: base('gradientKeys') / 16,
       }),
   );
@@ -403,11 +415,11 @@ function targetOf({ problem, attention }: Backward, name: GradientName): Target 
 }
 
 /** dQ, or dK and dV. */
-function gradientLaunches(self: Backward, owner: 'query' | 'key', tile: GradientVariant): Launch[] {
+function gradientLaunches(self: Backward, owner: 'query' | 'key', kernel: GradientKernel): Launch[] {
   const { stages, attention, dims, meaning, groupSize, layouts } = self;
   const { headDim, valueDim, queryHeads, kvHeads, smScale } = attention;
   const ownsQueries = owner === 'query';
-  const tiles = ownsQueries ? self.queryTiles(tile.own) : self.keyTiles(tile.own);
+  const tiles = ownsQueries ? self.queryTiles(kernel.own) : self.keyTiles(kernel.own);
   const tilesAt = stages.tables.tiles(tiles);
   const [name, first, value] = ownsQueries
     ? (['dq', targetOf(self, 'dq'), undefined] as const)
@@ -417,20 +429,17 @@ function gradientLaunches(self: Backward, owner: 'query' | 'key', tile: Gradient
     const query = ownsQueries ? own : ([own[0] * groupSize, own[1] * groupSize] as const);
     return { query, key: ownsQueries ? keyHeads(own, groupSize) : own };
   };
-  const code = gradientKernel({
+  const code = kernel.source({
     ...meaning,
     ...dims,
-    ...tile,
-    owner,
     dtypes: [first.dtype, value?.dtype ?? first.dtype],
     headDim,
     valueDim,
-    packedDot: stages.capabilities.packedDot,
   });
   const bytesOf = ({ dtype }: Target) => BYTES_PER_ELEMENT[dtype];
   return launchesOf(
     stages,
-    `${ownsQueries ? 'dQ' : 'dK, dV'} ${tile.name}`,
+    `${ownsQueries ? 'dQ' : 'dK, dV'} ${kernel.name}`,
     code,
     allOf(tiles, ownsQueries ? queryHeads : kvHeads),
     (unit) => {
@@ -467,7 +476,7 @@ function gradientLaunches(self: Backward, owner: 'query' | 'key', tile: Gradient
         smScale,
         codeVectors: codes.query / 16 - 1,
         valueVectors: dims.valueDimPadded / 4,
-        passingThreads: tile.passingThreads,
+        passingThreads: kernel.passingThreads ?? 0,
       }),
   );
 }
@@ -582,7 +591,7 @@ function narrowLaunches(self: Backward, counts: Readonly<Record<GradientName, nu
 }
 
 /**
- * Quantizes Q and K as the forward pass does, makes rows in float32, and computes dQ, then dK and dV.
+ * Quantizes Q and K as the forward pass does, makes rows of what they are made of, and computes dQ, then dK and dV.
  *
  * @throws {UnsupportedOptionError} a forced family that the device cannot run
  */
@@ -602,11 +611,9 @@ export function planBackwardLaunches(
   );
   const keyValue = { ...forward, layout: 'rows' as const };
   const stages = createStages(attention, capabilities, keyValue);
-  const self = createBackward(problem, stages);
-  const tiles = {
-    query: chooseGradientTile(capabilities, 'query', self.dims, forced),
-    key: chooseGradientTile(capabilities, 'key', self.dims, forced),
-  };
+  const dims = { headDimPadded: padDim(attention.headDim), valueDimPadded: padDim(attention.valueDim) };
+  const kernels = chooseGradients(capabilities, dims, forced, problem.maskGradient !== undefined);
+  const self = createBackward(problem, stages, { ...dims, half: kernels.half });
   const shapes = gradientShapesOf(attention);
   const counts = {
     dq: elementCount(shapes.dq.shape),
@@ -627,9 +634,9 @@ export function planBackwardLaunches(
         ...gradientKeysLaunches(self),
         ...gradientRowsLaunches(self),
         ...softmaxAgainLaunches(self),
-        ...gradientLaunches(self, 'query', tiles.query),
-        ...gradientLaunches(self, 'key', tiles.key),
-        ...maskGradientLaunches(self, tiles.query),
+        ...gradientLaunches(self, 'query', kernels.query),
+        ...gradientLaunches(self, 'key', kernels.key),
+        ...maskGradientLaunches(self, kernels.mask),
         ...narrowLaunches(self, counts),
       ];
   const wide = (['dq', 'dk', 'dv'] as const)
@@ -643,5 +650,6 @@ export function planBackwardLaunches(
     gradientKeys: attention.kvHeads * keyValue.rowsPerHead * gradientKeyBytes(self),
     ...Object.fromEntries(wide),
   };
-  return { launches, tiles, sizes, tables: stages.tables.bytes };
+  const variants = { query: kernels.query.name, key: kernels.key.name };
+  return { launches, variants, sizes, tables: stages.tables.bytes };
 }

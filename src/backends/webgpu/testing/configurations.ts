@@ -1,7 +1,7 @@
 /** Every WGSL kernel that the tables can ask for: compiled in tests, and digested by `scripts/kernel-digest.ts`. */
 import type { DType, MaskDType } from '../../../tensor/dtype.ts';
 import type { MatrixConfig } from '../capabilities.ts';
-import { GRADIENT_VARIANTS } from '../families/backward.ts';
+import { GRADIENT_VARIANTS, MATRIX_GRADIENT_VARIANTS } from '../families/backward.ts';
 import { matrixProducts } from '../families/matrix.ts';
 import { MATRIX_VARIANTS } from '../families/matrix-shapes.ts';
 import { packedShape } from '../families/packed.ts';
@@ -10,6 +10,8 @@ import { matrixAttentionKernel } from '../kernels/attention-matrix.ts';
 import { packedAttentionKernel } from '../kernels/attention-packed.ts';
 import { dotInt8, tiledAttentionKernel } from '../kernels/attention-tiled.ts';
 import { gradientKernel } from '../kernels/backward/gradients.ts';
+import { matrixGradientTiling } from '../kernels/backward/matrix-gradient-tiling.ts';
+import { matrixGradientKernel } from '../kernels/backward/matrix-gradients.ts';
 import { narrowKernel } from '../kernels/backward/narrow.ts';
 import { gradientKeysKernel, gradientRowsKernel } from '../kernels/backward/prepare.ts';
 import { softmaxAgainKernel } from '../kernels/backward/softmax.ts';
@@ -423,9 +425,42 @@ function gradientKernels(): WebgpuConfiguration[] {
         gradientRowsKernel({ ...sizes, queryAccess: access, outputAccess: access, softcap, natural }),
       );
       add(`gradient keys ${of} ${access}`, () => gradientKeysKernel({ ...sizes, access, smoothed: !softcap }));
+      const half = { ...sizes, half: true };
+      add(`gradient rows ${of} ${access}, float16`, () =>
+        gradientRowsKernel({ ...half, queryAccess: access, outputAccess: access, softcap, natural }),
+      );
+      add(`gradient keys ${of} ${access}, float16`, () => gradientKeysKernel({ ...half, access, smoothed: !softcap }));
     }
   }
   for (const dtype of ['float16', 'bfloat16'] as const) add(`narrow ${dtype}`, () => narrowKernel(dtype));
+  return found;
+}
+
+/** Gradients with subgroup matrices. */
+function matrixGradientKernels(): WebgpuConfiguration[] {
+  const found: WebgpuConfiguration[] = [];
+  const products = matrixProducts(H200, 'f32');
+  if (products === undefined) throw new Error('an H200 has products');
+  for (const variant of MATRIX_GRADIENT_VARIANTS) {
+    for (const { dtype, headDimPadded, valueDim, valueDimPadded, mask, softcap } of SCORES) {
+      for (const owner of ['query', 'key'] as const) {
+        const dims = { headDimPadded, valueDimPadded };
+        const tiling = matrixGradientTiling(variant, products, 32, owner, dims);
+        if (tiling === undefined || tiling.bytes > WORKGROUP_BYTES) continue;
+        const dtypes = [dtype, valueDim % 2 === 0 ? dtype : 'float32'] as const;
+        const operations = nativeMatrices(EXTENSION, DIALECT);
+        const sizes = { ...dims, headDim: headDimPadded - 2, valueDim };
+        found.push({
+          name: `gradients with matrices of own ${owner} ${variant.name} ${dtype} D${headDimPadded}/${valueDim} ${mask ?? 'no'} mask${softcap ? ', softcap' : ''}`,
+          group: 'gradient kernels with matrices',
+          source: () =>
+            matrixGradientKernel({
+              ...{ ...sizes, ...variant, ...products, owner, dtypes, mask, softcap, lanes: 32, operations },
+            }),
+        });
+      }
+    }
+  }
   return found;
 }
 
@@ -438,4 +473,5 @@ export const webgpuKernels = (): WebgpuConfiguration[] => [
   ...otherKernels(),
   ...blockMapKernels(),
   ...gradientKernels(),
+  ...matrixGradientKernels(),
 ];

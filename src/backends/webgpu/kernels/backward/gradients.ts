@@ -243,7 +243,7 @@ function accumulate(config: GradientConfig, parts: Parts): string {
  *
  * @param bad an expression of channel e's word: whether it is NaN
  */
-function store(
+export function store(
   buffer: string,
   at: string,
   dtype: DType,
@@ -301,12 +301,12 @@ function finish(config: GradientConfig, parts: Parts, i: number): string {
 }
 
 /** Types of the gradients that are packed; both are the same. */
-const packer = (dtypes: readonly DType[]): string =>
+export const packer = (dtypes: readonly DType[]): string =>
   outputPacker(dtypes.find((dtype) => dtype !== 'float32') ?? 'float32');
 
 /** Bindings and functions that every kernel with the scores' gradients has: parameters and bindings 0 to 6. */
 export function scoreGradientDeclarations(
-  { mask, softcap, packedDot }: GradientConfig,
+  { mask, softcap, packedDot, half }: Omit<GradientConfig, 'ownThreads' | 'passingThreads'>,
   parameters: readonly string[],
 ): string {
   return `
@@ -317,7 +317,7 @@ ${parameters.includes('tilesAt') ? tables(1) : sequenceTable(1)}
 @group(0) @binding(3) var<storage, read> key_rows: array<vec4<u32>>;
 @group(0) @binding(4) var<storage, read> gradient_rows: array<vec4<u32>>;
 ${mask === undefined ? '' : maskLoader(5, mask)}
-@group(0) @binding(6) var<storage, read> gradient_keys: array<vec4<f32>>;
+@group(0) @binding(6) var<storage, read> gradient_keys: array<vec4<${half ? 'u32' : 'f32'}>>;
 ${softcap ? SOFTCAP : ''}
 ${dotInt8(packedDot)}`;
 }

@@ -6,31 +6,47 @@ export const GRADIENT_BLOCK = 32;
 export interface GradientDims {
   readonly headDimPadded: number;
   readonly valueDimPadded: number;
+  /**
+   * Rows are in float16, each operand's divided by a power of two of its own, so that its largest element lies between 2 and 4. Default:
+   * in float32.
+   */
+  readonly half?: boolean;
 }
 
 /**
- * A query's row in vectors of four words: Q, dO (a NaN or an infinity as 0), its facts, and a bit for each channel of dO that is no
- * number.
+ * A query's row in vectors of four words: Q, dO (a NaN or an infinity as 0), in `half` what the matrix kernel needs of the row, its facts,
+ * in `half` the powers of two of Q and dO, and a bit for each channel of dO that is no number.
  *
  * Facts: `top` and `factor`, for `P = factor * exp(S - top)`, a factor of 0 where the row sees nothing; `rowsum(dO o O)`; flags.
+ * What the matrix kernel needs: the scale of its codes; what to take from its scores so that `exp2` gives P times dO's power of two; Q's
+ * power of two, negative where a row has flags; `rowsum(dO o O)` over dO's power of two.
  */
-export const gradientRow = ({ headDimPadded, valueDimPadded }: GradientDims) => {
-  const facts = (headDimPadded + valueDimPadded) / 4;
+export const gradientRow = ({ headDimPadded, valueDimPadded, half = false }: GradientDims) => {
+  const perVector = half ? 8 : 4;
+  const ready = (headDimPadded + valueDimPadded) / perVector;
+  const facts = half ? ready + 1 : ready;
+  const channels = half ? facts + 2 : facts + 1;
   const channelWords = valueDimPadded / 32;
   return {
-    dOutput: headDimPadded / 4,
+    dOutput: headDimPadded / perVector,
+    ready,
     facts,
-    channels: facts + 1,
+    scales: facts + 1,
+    channels,
     channelWords,
-    vectors: facts + 1 + Math.ceil(channelWords / 4),
+    vectors: channels + Math.ceil(channelWords / 4),
   };
 };
 
-/** A key's row in vectors of four floats: K, less its mean where that was taken for the scores too; V. */
-export const gradientKey = ({ headDimPadded, valueDimPadded }: GradientDims) => ({
-  value: headDimPadded / 4,
-  vectors: (headDimPadded + valueDimPadded) / 4,
-});
+/**
+ * A key's row in vectors of four words: K, less its mean where that was taken for the scores too; V; in `half` the scale of its codes, the
+ * powers of two of V and of K, and the flags of its codes.
+ */
+export const gradientKey = ({ headDimPadded, valueDimPadded, half = false }: GradientDims) => {
+  const perVector = half ? 8 : 4;
+  const ready = (headDimPadded + valueDimPadded) / perVector;
+  return { value: headDimPadded / perVector, ready, vectors: half ? ready + 1 : ready };
+};
 
 /** Flags of a query's row. */
 export const ROW_FLAGS = {

@@ -57,11 +57,43 @@ const loadRow = (name: string, x: string, source: string, stride: string, dim: n
   `var ${x}: array<vec4<f32>, 4>;
     if (row < count) { ${x} = load_${name}(${source} + row * ${stride} + channel, min(16u, max(${dim}u, channel) - channel)); }`;
 
+/** Magnitudes of the rows of a block, of two operands: `largest[row]` and `largest[GRADIENT_BLOCK + row]`. */
+const MAGNITUDES = `
+var<workgroup> largest: array<atomic<u32>, ${2 * GRADIENT_BLOCK}>;
+fn note_magnitude(at: u32, x: array<vec4<f32>, 4>) {
+  let m = max(max(abs(x[0]), abs(x[1])), max(abs(x[2]), abs(x[3])));
+  atomicMax(&largest[at], bitcast<u32>(max(max(m.x, m.y), max(m.z, m.w))));
+}
+/** The exponent's field of the power of two that a row is divided by. */
+fn power_field(at: u32) -> u32 { return clamp(atomicLoad(&largest[at]) >> 23u, 2u, 254u) - 1u; }
+fn power(at: u32) -> f32 { return bitcast<f32>(power_field(at) << 23u); }
+fn over_power(at: u32) -> f32 { return bitcast<f32>((254u - power_field(at)) << 23u); }
+fn halves(x: vec4<f32>, y: vec4<f32>) -> vec4<u32> {
+  return vec4<u32>(pack2x16float(x.xy), pack2x16float(x.zw), pack2x16float(y.xy), pack2x16float(y.zw));
+}`;
+
+/** A loop over 16 channels of each row at a time. */
+const eachItem = (
+  chunks: number,
+  body: string,
+) => `for (var item = lid; item < ${GRADIENT_BLOCK * chunks}u; item += ${THREADS}u) {
+    let row = item / ${chunks}u;
+    let channel = item % ${chunks}u * 16u;
+    ${body}
+  }`;
+
+/** Writes 16 channels `x` of a row in float16. */
+const storeHalves = (buffer: string, at: string, magnitude: string) => `{ let over = over_power(${magnitude});
+      ${range(2)
+        .map((i) => `${buffer}[${at} + ${i}u] = halves(x[${2 * i}] * over, x[${2 * i + 1}] * over);`)
+        .join(' ')} }`;
+
 /** Rows of Q and dO, `rowsum(dO o O)`, and how weights come from the logsumexp. */
 export function gradientRowsKernel(config: GradientRowsConfig): string {
   const { dtype, queryAccess, outputAccess, headDim, headDimPadded, valueDim, valueDimPadded, softcap, natural } =
     config;
-  const { dOutput, facts, channels, channelWords, vectors } = gradientRow(config);
+  const half = config.half === true;
+  const { dOutput, ready, facts, scales, channels, channelWords, vectors } = gradientRow(config);
   const [queryChunks, chunks] = [headDimPadded / 16, valueDimPadded / 16];
   const codes = rowVectors(headDimPadded);
   const source = (field: number, name: string, at = `place_of(sequence, ${field}u)`) =>
@@ -71,7 +103,7 @@ ${params(0, GRADIENT_ROWS_PARAMS)}
 ${tables(1)}
 ${PLACES}
 ${NONFINITE}
-${decoder(dtype)}
+${decoder(dtype)}${half ? MAGNITUDES : ''}
 ${operandLoader('q', 2, dtype, queryAccess)}
 ${operandLoader('dOutput', 3, dtype, 'scalar')}
 ${operandLoader('output', 4, dtype, outputAccess)}
@@ -93,8 +125,12 @@ ${OWN_TILE}
     let row = item / ${queryChunks}u;
     let channel = item % ${queryChunks}u * 16u;
     ${loadRow('q', 'x', 'q_source', 'P.qTokenStride', headDim)}
-    let at = (row_at + row) * ${vectors}u + channel / 4u - P.gradientRowBase;
-    for (var i = 0u; i < 4u; i++) { gradient_rows[at + i] = bitcast<vec4<u32>>(x[i]); }
+    ${
+      half
+        ? 'note_magnitude(row, x);'
+        : `let at = (row_at + row) * ${vectors}u + channel / 4u - P.gradientRowBase;
+    for (var i = 0u; i < 4u; i++) { gradient_rows[at + i] = bitcast<vec4<u32>>(x[i]); }`
+    }
   }
   for (var item = lid; item < ${GRADIENT_BLOCK * chunks}u; item += ${THREADS}u) {
     let row = item / ${chunks}u;
@@ -112,13 +148,33 @@ ${OWN_TILE}
     nonfinite = 0u;
     ${loadRow('output', 'y', 'output_source', 'P.outputTokenStride', valueDim)}
     if (nonfinite != 0u) { atomicOr(&flags[row], ${ROW_FLAGS.scores}u); }
-    let at = (row_at + row) * ${vectors}u + ${dOutput}u + channel / 4u - P.gradientRowBase;
-    for (var i = 0u; i < 4u; i++) { gradient_rows[at + i] = bitcast<vec4<u32>>(x[i]); }
+    ${
+      half
+        ? `note_magnitude(${GRADIENT_BLOCK}u + row, x);`
+        : `let at = (row_at + row) * ${vectors}u + ${dOutput}u + channel / 4u - P.gradientRowBase;
+    for (var i = 0u; i < 4u; i++) { gradient_rows[at + i] = bitcast<vec4<u32>>(x[i]); }`
+    }
     delta_partial[item] = ${range(4)
       .map((i) => `dot(x[${i}], y[${i}])`)
       .join(' + ')};
   }
   workgroupBarrier();
+  ${
+    half
+      ? [
+          eachItem(
+            queryChunks,
+            `${loadRow('q', 'x', 'q_source', 'P.qTokenStride', headDim)}
+    ${storeHalves('gradient_rows', `(row_at + row) * ${vectors}u + channel / 8u - P.gradientRowBase`, 'row')}`,
+          ),
+          eachItem(
+            chunks,
+            `${loadRow('dOutput', 'x', 'dOutput_source', 'P.dOutputTokenStride', valueDim)}
+    ${storeHalves('gradient_rows', `(row_at + row) * ${vectors}u + ${dOutput}u + channel / 8u - P.gradientRowBase`, `${GRADIENT_BLOCK}u + row`)}`,
+          ),
+        ].join('\n  ')
+      : ''
+  }
   if (lid >= ${GRADIENT_BLOCK}u) { return; }
   let at = (row_at + lid) * ${vectors}u - P.gradientRowBase;
   ${range(vectors - channels)
@@ -130,6 +186,7 @@ ${OWN_TILE}
     })
     .join('\n  ')}
   var own = vec4<u32>();
+  ${half ? `var needed = vec4<f32>(0.0, 1.0e30, 1.0, 0.0);` : ''}
   if (lid < count) {
     let bits = lse[place_of(sequence, ${PLACE.lse}u) - P.lseBase + head * P.lseHeadStride + first + lid];
     // Minus infinity: the row sees nothing.
@@ -143,7 +200,21 @@ ${OWN_TILE}
       own = vec4<u32>(
         bitcast<u32>(whole${softcap ? '' : ' - constant'}), bitcast<u32>(select(1.0, 0.0, again)), bitcast<u32>(delta),
         atomicLoad(&flags[lid]) | select(0u, ${ROW_FLAGS.again}u, again));
+      ${
+        half
+          ? `let q_power = power(lid);
+      needed = vec4<f32>(
+        bitcast<f32>(query_rows[(row_at + lid) * ${codes}u + ${codes - 1}u - P.queryRowBase].x),
+        whole${softcap ? '' : ' - constant'} - (f32(power_field(${GRADIENT_BLOCK}u + lid)) - 127.0), select(q_power, -q_power, own.w != 0u), delta * over_power(${GRADIENT_BLOCK}u + lid));`
+          : ''
+      }
     }
+  }
+  ${
+    half
+      ? `gradient_rows[at + ${ready}u] = bitcast<vec4<u32>>(needed);
+  gradient_rows[at + ${scales}u] = bitcast<vec4<u32>>(vec4<f32>(power(lid), power(${GRADIENT_BLOCK}u + lid), 0.0, 0.0));`
+      : ''
   }
   gradient_rows[at + ${facts}u] = own;
 }`;
@@ -173,18 +244,51 @@ export const GRADIENT_KEYS_PARAMS = [
   'vBase',
   'rowsPerHead',
   'partialBase',
+  'keyRowBase',
   'gradientKeyBase',
 ] as const;
 
 /** Rows of K and V. */
 export function gradientKeysKernel(config: GradientKeysConfig): string {
   const { dtype, access, headDim, headDimPadded, valueDim, valueDimPadded, smoothed } = config;
-  const { value, vectors } = gradientKey(config);
-  const chunks = vectors / 4;
+  const half = config.half === true;
+  const { value, ready, vectors } = gradientKey(config);
+  const [keyChunks, valueChunks] = [headDimPadded / 16, valueDimPadded / 16];
+  const chunks = keyChunks + valueChunks;
+  const codes = rowVectors(headDimPadded);
   const statistics = statisticsVectors(headDimPadded, valueDimPadded);
   // A key that no row sees may be so large that the difference overflows, and infinity times a weight of 0 is NaN.
   const less = (i: number) =>
     `x[${i}] = clamp(x[${i}] - mean[channel / 4u + ${i}u], vec4<f32>(-3.4e38f), vec4<f32>(3.4e38f));`;
+  const loadKey = `${loadRow('k', 'x', 'k_source', 'P.kTokenStride', headDim)}
+      ${smoothed ? `if (row < count) { ${range(4).map(less).join(' ')} }` : ''}`;
+  const loadValue = loadRow('v', 'x', 'v_source', 'P.vTokenStride', valueDim);
+  const whole = `  for (var item = lid; item < ${GRADIENT_BLOCK * chunks}u; item += ${THREADS}u) {
+    let row = item / ${chunks}u;
+    let vector = item % ${chunks}u * 4u;
+    let at = (row_at + row) * ${vectors}u + vector - P.gradientKeyBase;
+    if (vector < ${value}u) {
+      let channel = vector * 4u;
+      ${loadKey}
+      for (var i = 0u; i < 4u; i++) { gradient_keys[at + i] = x[i]; }
+    } else {
+      let channel = (vector - ${value}u) * 4u;
+      ${loadValue}
+      for (var i = 0u; i < 4u; i++) { gradient_keys[at + i] = x[i]; }
+    }
+  }`;
+  const at = (offset: number) => `(row_at + row) * ${vectors}u + ${offset}u + channel / 8u - P.gradientKeyBase`;
+  const valueMagnitude = `${GRADIENT_BLOCK}u + row`;
+  const inHalf = `  ${eachItem(keyChunks, `${loadKey}\n    note_magnitude(row, x);`)}
+  ${eachItem(valueChunks, `${loadValue}\n    note_magnitude(${valueMagnitude}, x);`)}
+  workgroupBarrier();
+  ${eachItem(keyChunks, `${loadKey}\n    ${storeHalves('gradient_keys', at(0), 'row')}`)}
+  ${eachItem(valueChunks, `${loadValue}\n    ${storeHalves('gradient_keys', at(value), valueMagnitude)}`)}
+  if (lid < ${GRADIENT_BLOCK}u) {
+    let facts = key_rows[(row_at + lid) * ${codes}u + ${codes - 1}u - P.keyRowBase];
+    gradient_keys[(row_at + lid) * ${vectors}u + ${ready}u - P.gradientKeyBase] = vec4<u32>(
+      facts.x, bitcast<u32>(power(${GRADIENT_BLOCK}u + lid)), bitcast<u32>(power(lid)), facts.y);
+  }`;
   return `
 ${params(0, GRADIENT_KEYS_PARAMS)}
 ${tables(1)}
@@ -193,7 +297,7 @@ ${decoder(dtype)}
 ${operandLoader('k', 2, dtype, access)}
 ${operandLoader('v', 3, dtype, access)}
 ${smoothed ? '@group(0) @binding(4) var<storage, read> partials: array<vec4<f32>>;' : ''}
-@group(0) @binding(5) var<storage, read_write> gradient_keys: array<vec4<f32>>;
+@group(0) @binding(5) var<storage, read_write> gradient_keys: array<vec4<${half ? 'u32' : 'f32'}>>;${half ? `\n@group(0) @binding(6) var<storage, read> key_rows: array<vec4<u32>>;${MAGNITUDES}` : ''}
 ${smoothed ? `var<workgroup> mean: array<vec4<f32>, ${headDimPadded / 4}>;${MEAN_FACTOR(statistics)}` : ''}
 
 @compute @workgroup_size(${THREADS})
@@ -209,20 +313,6 @@ ${loadMean(headDimPadded / 4, statistics)}
   workgroupBarrier();`
     : ''
 }
-  for (var item = lid; item < ${GRADIENT_BLOCK * chunks}u; item += ${THREADS}u) {
-    let row = item / ${chunks}u;
-    let vector = item % ${chunks}u * 4u;
-    let at = (row_at + row) * ${vectors}u + vector - P.gradientKeyBase;
-    if (vector < ${value}u) {
-      let channel = vector * 4u;
-      ${loadRow('k', 'x', 'k_source', 'P.kTokenStride', headDim)}
-      ${smoothed ? `if (row < count) { ${range(4).map(less).join(' ')} }` : ''}
-      for (var i = 0u; i < 4u; i++) { gradient_keys[at + i] = x[i]; }
-    } else {
-      let channel = (vector - ${value}u) * 4u;
-      ${loadRow('v', 'x', 'v_source', 'P.vTokenStride', valueDim)}
-      for (var i = 0u; i < 4u; i++) { gradient_keys[at + i] = x[i]; }
-    }
-  }
+${half ? inHalf : whole}
 }`;
 }
