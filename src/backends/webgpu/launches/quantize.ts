@@ -257,15 +257,18 @@ export function prepareKeyValueLaunches(stages: Stages, first = 0): Launch[] {
   );
 }
 
+/** Below so many workgroups of a block of queries, each takes {@link FEW_QUERIES}: every one loads K's mean first. */
+const ENOUGH_WORKGROUPS = 512;
+const FEW_QUERIES = 32;
+
 /** Quantization of Q. `scoreScale` is what a product of integers and scales is multiplied with to be a score. */
 export function prepareQueryLaunches(stages: Stages, scoreScale: number): Launch[] {
   const { problem, keyValue, records, tables } = stages;
   const { dtype, headDim, valueDim, queryHeads, kvHeads } = problem;
   const headDimPadded = padDim(headDim);
-  const tiles = tilesOf(
-    records.map(({ queryLength }) => queryLength),
-    QUERY_BLOCK,
-  );
+  const lengths = records.map(({ queryLength }) => queryLength);
+  const blocks = tilesOf(lengths, QUERY_BLOCK);
+  const tiles = blocks.length * queryHeads < ENOUGH_WORKGROUPS ? tilesOf(lengths, FEW_QUERIES) : blocks;
   const tilesAt = tables.tiles(tiles);
   const { smoothK } = keyValue;
   const code = prepareQueryKernel({
