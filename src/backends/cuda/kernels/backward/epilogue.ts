@@ -1,9 +1,11 @@
 /** Stores the sums of own tokens as gradients. */
+import type { KernelBuilder } from '../../ptx/builder.ts';
 import type { Parameter, Reg } from '../../ptx/types.ts';
 import { offset, offset64 } from '../parts/addresses.ts';
 import { BYTES } from '../parts/elements.ts';
 import { headAddress, storePair } from '../parts/epilogue.ts';
 import { at } from '../parts/lists.ts';
+import { transposeInQuad } from '../parts/quad.ts';
 import type { Owner, Sums, ThreadPlace, Work } from './frame.ts';
 
 /** Where a gradient goes. */
@@ -57,16 +59,41 @@ function store(
   const tokenStride = b.loadParameter(target.strides.token);
   for (let r = 0; r < 2; r++) {
     const row = b.add(b.add(firstOwn, warpRow), b.add(g, 8 * r));
-    const rowAddress = offset64(b, base, b.add(start, row), tokenStride);
-    const address = offset(b, rowAddress, t2, BYTES[type]);
-    b.if(b.setp('lt', row, length), () => {
-      for (let n = 0; n < sums.length && n * 8 < width; n++) {
-        const pair = [0, 1].map((j) => {
-          const sum = at(at(sums, n), 2 * r + j);
-          return scale === undefined ? sum : b.mul(sum, scale);
-        });
-        storePair(b, [at(pair, 0), at(pair, 1)], address, { type, first: n * 8, width, t2, inside: undefined });
-      }
+    const address = offset64(b, base, b.add(start, row), tokenStride);
+    const inside = b.setp('lt', row, length);
+    const pairs = sums.slice(0, Math.ceil(width / 8)).map((fragment) => {
+      const [low, high] = [at(fragment, 2 * r), at(fragment, 2 * r + 1)];
+      return (): Pair => (scale === undefined ? [low, high] : [b.mul(low, scale), b.mul(high, scale)]);
     });
+    if (type !== 'float32' && width % 32 === 0) storeWide(b, pairs, offset(b, address, t2, 8), type, t2, inside);
+    else {
+      b.if(inside, () => {
+        const own = offset(b, address, t2, BYTES[type]);
+        for (const [n, pair] of pairs.entries()) {
+          storePair(b, pair(), own, { type, first: n * 8, width, t2, inside: undefined });
+        }
+      });
+    }
+  }
+}
+
+type Pair = [Reg<'f32'>, Reg<'f32'>];
+
+/** The four lanes of a row trade their pairs of channels so that each stores 16 bytes: rows of gradients are multiples of them. */
+function storeWide(
+  b: KernelBuilder,
+  pairs: readonly (() => Pair)[],
+  own: Reg<'global'>,
+  type: 'float16' | 'bfloat16',
+  t2: Reg<'u32'>,
+  inside: Reg<'pred'>,
+): void {
+  const [odd, upper] = [2, 4].map((bit) => b.setp('ne', b.and(t2, bit), 0)) as [Reg<'pred'>, Reg<'pred'>];
+  for (let first = 0; first < pairs.length; first += 4) {
+    const words = pairs.slice(first, first + 4).map((pair) => {
+      return b.as(b.cvtPack(type === 'float16' ? 'f16x2' : 'bf16x2', ...pair()), 'b32');
+    });
+    const whole = transposeInQuad(b, words, odd, upper);
+    b.when(inside, () => b.stVector(whole, own, first * 16));
   }
 }

@@ -5,9 +5,8 @@ import { BYTES } from '../parts/elements.ts';
 import { headAddress, logSumExp, rowFactor, storePair } from '../parts/epilogue.ts';
 import { joinRow, whenLast } from '../parts/join.ts';
 import { at } from '../parts/lists.ts';
-import { quadSum } from '../parts/quad.ts';
+import { quadSum, transposeInQuad } from '../parts/quad.ts';
 import { joinSink, loadSink } from '../parts/sinks.ts';
-import type { Frame } from './frame.ts';
 import { eachRow } from './rows.ts';
 import type { Item } from './state.ts';
 import { tokenOf } from './work.ts';
@@ -147,28 +146,6 @@ export function writeWideResults(item: Item): void {
       b.when(exists, () => b.stVector(whole, own, first * 16));
     }
   }
-}
-
-/** Word i of lane t becomes word t of lane i, over the four lanes of a row. */
-function transposeInQuad(
-  b: Frame['b'],
-  words: readonly Reg<'b32'>[],
-  odd: Reg<'pred'>,
-  upper: Reg<'pred'>,
-): Reg<'b32'>[] {
-  const rows = [...words];
-  for (const [step, isSecond] of [
-    [1, odd],
-    [2, upper],
-  ] as const) {
-    for (const low of step === 1 ? [0, 2] : [0, 1]) {
-      const [first, second] = [at(rows, low), at(rows, low + step)];
-      const other = b.shflBfly(b.selp(first, second, isSecond), step);
-      rows[low] = b.selp(other, first, isSecond);
-      rows[low + step] = b.selp(second, other, isSecond);
-    }
-  }
-  return rows;
 }
 
 /** Sums a row up, stores its logsumexp, and finds its place. */
