@@ -120,8 +120,11 @@ function declareParameters(b: KernelBuilder, config: AttentionConfig) {
 export function makeFrame(config: AttentionConfig): Frame {
   const { qkRowBytes, queryRowBytes, pvFormat, paddedValueDim, warps, rowsPerWarp } = config;
   const { keyWarps } = config;
-  if ((keyWarps > 1 && warps > 1) || (keyWarps === 1 && config.fusedQuery !== undefined)) {
-    throw new RangeError('warps with keys of their own have all rows, and only those quantize Q');
+  if (
+    (keyWarps > 1 && (warps > 1 || config.qkFormat === 'e2m1')) ||
+    (keyWarps === 1 && config.fusedQuery !== undefined)
+  ) {
+    throw new RangeError('warps with keys of their own have all rows and no scales of Q, and only those quantize Q');
   }
   const threads = warps * 32;
   const b = new KernelBuilder({

@@ -192,6 +192,8 @@ export function chooseTile(
     if (rule.targets?.includes(target) === false || (rule.smoothQ === true && !smoothQ)) continue;
     if ((rule.unpacksFp4 === true && !unpacksFp4) || (rule.exact ?? false) !== exact) continue;
     if (rule.queryLength !== undefined && queryLength > rule.queryLength) continue;
+    // Scales of Q lie with a warp's own tiles of keys.
+    if ((rule.tile.keyWarps ?? 1) > 1 && bytes.queryScales > 0) continue;
     const shared = attentionSharedBytes(rule.tile, bytes);
     const fits = shared <= sharedBytesPerBlock;
     const resident = rule.tile.minBlocksPerMultiprocessor * (shared + 1024) <= sharedBytesPerMultiprocessor;
