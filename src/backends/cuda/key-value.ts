@@ -1,4 +1,5 @@
 /** Keys and values that stay on a device, quantized once and appended to. */
+import { NO_LIMIT } from '../../attention/band.ts';
 import { attentionOutputs } from '../../attention/outputs.ts';
 import type { AttentionProblem } from '../../attention/problem.ts';
 import { InvalidArgumentError } from '../../errors.ts';
@@ -16,13 +17,15 @@ import { copyHeads, copyRows } from './driver/copy.ts';
 import type { CudaDevice } from './driver/device.ts';
 import type { DeviceMemory } from './driver/memory.ts';
 import type { CudaStream } from './driver/stream.ts';
+import { SEQUENCE_INTS } from './kernels/parts/sequences.ts';
 import type { DeviceFacts, KeyRoom, KeyValuePart } from './launches/context.ts';
+import type { KernelLaunch } from './launches/launch.ts';
 import type { LaunchPlanner } from './launches/plan.ts';
 import { BoundLaunches, packBuffers } from './run/bound-launches.ts';
 import { type HeldBuffer, type Operand, requireTensorOn, sideOperands, streamOf } from './run/operands.ts';
 import { Runner } from './run/runner.ts';
 import { Uploads } from './run/uploads.ts';
-import type { CudaTensor } from './tensor.ts';
+import { type CudaTensor, copyToDevice } from './tensor.ts';
 
 /** Tokens that room is made for at first, and the unit in which it grows. */
 const CAPACITY_STEP = 256;
@@ -141,6 +144,29 @@ interface Quantized {
 
 /** Tokens whose mean is good enough to stay; with fewer, an append quantizes all anew. */
 const SETTLED_MEAN = 512;
+/** The buffer that kernels know lengths from: rows of {@link SEQUENCE_INTS}. */
+const SEQUENCES = 'sequences';
+/** Columns that have a sequence's number of keys: its length, and the end of the keys that any row may see. */
+const LENGTH_COLUMNS = [3, 7] as const;
+
+/** A table of sequences on the device, and as it was planned. */
+interface SequenceTable {
+  readonly memory: DeviceMemory;
+  readonly rows: Int32Array;
+}
+
+/** Whether a launch reads K or V as they came. */
+const readsRaw = ({ arguments: given }: KernelLaunch): boolean =>
+  given.some((argument) => {
+    const buffer =
+      argument.kind === 'pointer' ? argument.buffer : argument.kind === 'tensor-map' ? argument.map.buffer : undefined;
+    return buffer === 'k' || buffer === 'v';
+  });
+
+/** Alike for problems of one plan. */
+const keyOf = (problem: AttentionProblem): string =>
+  JSON.stringify(problem, (_, value) => (value === Number.POSITIVE_INFINITY ? 'Infinity' : value));
+
 /** Keys that are quantized at a time: a multiple of every kernel's tile of keys. */
 const TILE = 128;
 
@@ -161,6 +187,8 @@ export class CudaKeyValue implements PreparedKeyValue {
   /** A byte for each token, 0: it does not count. Without room as long as all count. */
   readonly #counted: GrowingRows;
   readonly #runners = new Map<string, Runner>();
+  /** Tables of sequences that captured calls read, by their problem: the lengths in them are those held. */
+  readonly #tables = new Map<string, SequenceTable>();
   #quantized: Quantized | undefined;
   #length = 0;
 
@@ -223,6 +251,7 @@ export class CudaKeyValue implements PreparedKeyValue {
       this.#quantize(total, stream);
       uploads.finishReading();
       this.#length = total;
+      for (const table of this.#tables.values()) this.#writeTable(table, stream);
       // Plans of other lengths will not be asked for again.
       for (const runner of this.#runners.values()) runner.dispose();
       this.#runners.clear();
@@ -306,6 +335,7 @@ export class CudaKeyValue implements PreparedKeyValue {
       throw error;
     }
     kept?.memory.dispose();
+    this.#disposeTables();
     this.#quantized = quantized;
   }
 
@@ -345,17 +375,67 @@ export class CudaKeyValue implements PreparedKeyValue {
     side: SideInputs,
     context: RunContext,
   ): Promise<AttentionOutputs> {
-    const held = this.#overHeld(problem, this.#length);
+    const isCaptured = streamOf(this.#device, context.stream).capture !== undefined;
+    const table = isCaptured ? this.#tableOf(problem) : undefined;
+    const held = this.#overHeld(problem, table === undefined ? this.#length : this.#k.capacity);
     const operands: Operand[] = [
       { buffer: 'q', argument: 'q', view: q, offset: problem.q.offset },
       ...sideOperands(problem, side),
     ];
-    const buffers = [...this.#rawBuffers(), ...(this.#quantized?.buffers ?? [])];
+    const buffers: HeldBuffer[] = [...this.#rawBuffers(), ...(this.#quantized?.buffers ?? [])];
+    if (table !== undefined) buffers.push({ buffer: SEQUENCES, memory: table.memory, byteOffset: 0 });
     return (await this.#runnerOf(held).run(operands, context, buffers)) as AttentionOutputs;
   }
 
+  /**
+   * The table of sequences that a captured call reads, so that each launch attends to the keys held by then; undefined where its kernels
+   * know the number of keys from elsewhere.
+   */
+  #tableOf(problem: AttentionProblem): SequenceTable | undefined {
+    const { queryLength, band, mask, blocks } = problem;
+    if (this.#length === 0 || mask !== undefined || blocks !== undefined) return undefined;
+    // Heads as rows of one token have the band of that token, which is settled with the plan.
+    if (queryLength === 1 && band.align === 1 && (band.lower > -NO_LIMIT || band.upper < 0)) return undefined;
+    const { capacity } = this.#k;
+    const asked = this.#overHeld(problem, capacity);
+    const key = keyOf(asked);
+    const known = this.#tables.get(key);
+    if (known !== undefined) return known;
+    const { constants, launches } = this.#planner.planAttend(asked, this.#choice, this.#facts, { room: { capacity } });
+    const planned = constants[SEQUENCES];
+    if (planned === undefined || launches.some(readsRaw)) return undefined;
+    const device = this.#device;
+    const memory = device.allocate(planned.byteLength, device.stream);
+    const table = { memory, rows: new Int32Array(planned.slice().buffer) };
+    try {
+      this.#writeTable(table, device.stream);
+    } catch (error) {
+      memory.dispose();
+      throw error;
+    }
+    this.#tables.set(key, table);
+    return table;
+  }
+
+  #writeTable({ memory, rows }: SequenceTable, stream: CudaStream): void {
+    const { capacity } = this.#k;
+    const written = rows.slice();
+    for (let sequence = 0; sequence < rows.length; sequence += SEQUENCE_INTS) {
+      for (const column of LENGTH_COLUMNS) {
+        if (rows[sequence + column] === capacity) written[sequence + column] = this.#length;
+      }
+    }
+    copyToDevice(this.#device, memory, new Uint8Array(written.buffer), stream);
+    stream.hold(written);
+  }
+
+  #disposeTables(): void {
+    for (const { memory } of this.#tables.values()) memory.dispose();
+    this.#tables.clear();
+  }
+
   #runnerOf(problem: AttentionProblem): Runner {
-    const key = JSON.stringify(problem, (_, value) => (value === Number.POSITIVE_INFINITY ? 'Infinity' : value));
+    const key = keyOf(problem);
     let runner = this.#runners.get(key);
     if (runner === undefined) {
       const { capacity } = this.#k;
@@ -374,6 +454,7 @@ export class CudaKeyValue implements PreparedKeyValue {
   dispose(): void {
     for (const runner of this.#runners.values()) runner.dispose();
     this.#runners.clear();
+    this.#disposeTables();
     this.#quantized?.memory.dispose();
     this.#quantized = undefined;
     this.#k.dispose();

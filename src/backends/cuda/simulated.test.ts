@@ -1,6 +1,6 @@
 /** The checks that a GPU must pass, where they are small enough, on kernels run by the simulator. */
 import { it } from 'vitest';
-import { captureCheck, kernelChecks } from '../../../test/cuda/checks.ts';
+import { captureCheck, followingChecks, kernelChecks } from '../../../test/cuda/checks.ts';
 import { CUDA_TARGETS } from '../../../test/cuda/targets.ts';
 import { runSeed } from '../../../test/support/random.ts';
 import { setBackend } from '../registry.ts';
@@ -25,7 +25,9 @@ for (const [capability, kernel] of [
     const sizes = { tokens: 34, headDim: 32 };
     const checks = kernelChecks(target, device, sizes, seed, 1);
     // Its tensor maps are what a graph could hold wrongly; the others' arguments are a part of these.
-    if (kernel === 'qk-int8-pv-fp8-cuda-sm90') checks.push(captureCheck(target, device, sizes, seed));
+    if (kernel === 'qk-int8-pv-fp8-cuda-sm90') {
+      checks.push(captureCheck(target, device, sizes, seed), ...followingChecks(target, device, 32, seed));
+    }
     for (const { name, run } of checks) {
       await run().catch((cause: unknown) => {
         throw new Error(name, { cause });
