@@ -31,26 +31,33 @@ export function visibleBlocksOf(
   const { mask } = problem;
   if (mask === undefined) throw new RangeError('a problem without a mask');
   const [batchStride, headStride, queryStride, keyStride] = mask.strides;
-  const entries = new Float32Array(problem.keyLength);
+  const entries = new Float32Array(mask.kind === 'boolean' ? 0 : problem.keyLength);
+  const { data } = attnMask;
   /** What heads and sequences share where the mask broadcasts over them. */
   const found = new Map<string, Uint8Array>();
+
+  /** What says whether a row sees a key, of the keys `first` to `end`. */
+  const visibilityOf = (start: number, length: number, first: number, end: number): ((key: number) => boolean) => {
+    if (mask.kind === 'boolean') return (key) => data[start + key * keyStride] !== 0;
+    decodeRun(attnMask, start, keyStride, length, entries, 0);
+    const least = leastVisible(entries, first, end);
+    // A NaN is seen.
+    return (key) => !((entries[key] as number) < least);
+  };
 
   /** Sets the blocks in which the row sees keys; returns the last of them, -1: it sees nothing. */
   const lookAt = (start: number, length: number, first: number, end: number, seen: Uint8Array): number => {
     seen.fill(0);
     if (first >= end) return -1;
-    decodeRun(attnMask, start, keyStride, length, entries, 0);
-    const least = mask.kind === 'boolean' ? Number.MIN_VALUE : leastVisible(entries, first, end);
+    const sees = visibilityOf(start, length, first, end);
     let last = -1;
     for (let block = Math.floor(first / keys); block * keys < end; block++) {
       const blockEnd = Math.min(end, (block + 1) * keys);
-      for (let key = Math.max(first, block * keys); key < blockEnd; key++) {
-        // A NaN is seen.
-        if ((entries[key] as number) < least) continue;
-        seen[block] = 1;
-        last = block;
-        break;
-      }
+      let key = Math.max(first, block * keys);
+      while (key < blockEnd && !sees(key)) key++;
+      if (key === blockEnd) continue;
+      seen[block] = 1;
+      last = block;
     }
     return last;
   };

@@ -51,9 +51,8 @@ describe(`ranks of processes that share memory (SAGEATTENTION_SEED=${seed})`, ()
   };
 
   it.each([
-    ['two on one device', [0, 0], {}],
-    ['three on two devices, causal', [0, 1, 0], { isCausal: true }],
-    ['two rows of two on one device', [0, 0, 0, 0], { ulysses: 2 }],
+    ['two on one device, which exchange heads', [0, 0], { ulysses: 2 }],
+    ['a causal ring of three on two devices', [0, 1, 0], { isCausal: true }],
   ])('give the bits of ranks in one process: %s', async (_, devices, options) => {
     const backend = createSimulatedBackend(80, 2);
     const inputs = [make(2, 19), make(2, 23), make(2, 23)];
