@@ -132,6 +132,44 @@ function wasmSpeed(short: boolean): Table {
   };
 }
 
+interface ShortReport {
+  readonly runtime: string;
+  readonly cpu: string;
+  readonly threads: number;
+  readonly rows: readonly {
+    readonly batch: number;
+    readonly heads: number;
+    readonly headDim: number;
+    readonly queries: number;
+    readonly tokens: number;
+    readonly contenders: Readonly<Record<string, { readonly median: number; readonly relativeL1: number }>>;
+  }[];
+}
+
+/** Whole calls of one token and more: onnxruntime-web's time over ours, a column for each shape. */
+function wasmShort(): Table {
+  const reports = readdirSync(RESULTS)
+    .filter((name) => /^wasm-short-.*\.json$/.test(name))
+    .map((name) => read<ShortReport>(name));
+  const shapeOf = ({ batch, heads, headDim }: ShortReport['rows'][0]) => `${batch} x ${heads} of ${headDim}`;
+  const shapes = [...new Set(reports.flatMap(({ rows }) => rows.map(shapeOf)))];
+  const rows = reports.flatMap(({ runtime, threads, rows: measured }) =>
+    [...new Set(measured.map(({ tokens }) => tokens))].map((tokens) => {
+      const found = measured.filter((row) => row.tokens === tokens);
+      const errors = found.map(({ contenders: { ours } }) => ours?.relativeL1 ?? Number.NaN);
+      const ratios = shapes.map((shape) => {
+        const contenders = found.find((row) => shapeOf(row) === shape)?.contenders;
+        const [, peer] = Object.entries(contenders ?? {}).find(([name]) => name.startsWith('onnxruntime-web')) ?? [];
+        const ours = contenders?.ours?.median;
+        return peer === undefined || ours === undefined ? '' : `${(peer.median / ours).toFixed(2)}x`;
+      });
+      const engine = `${runtime.split('.')[0]}, ${threads}`;
+      return [`${tokens}`, engine, ...ratios, Math.max(...errors).toExponential(1)];
+    }),
+  );
+  return { header: ['tokens', 'engine, threads', ...shapes, 'relative L1'], rows };
+}
+
 interface Shape {
   readonly batch: number;
   readonly tokens: number;
@@ -654,6 +692,7 @@ const TABLES: Readonly<Record<string, (short: boolean) => Table>> = {
   accuracy,
   fp4,
   'wasm-speed': wasmSpeed,
+  'wasm-short': wasmShort,
   'cuda-speed': cudaSpeed,
   'webgpu-speed': webgpuSpeed,
   'onnxruntime-speed': onnxruntimeSpeed,
