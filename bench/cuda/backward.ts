@@ -74,31 +74,33 @@ type Tile = NonNullable<GradientTuning['keys']>;
 /** One way for kernels that own queries and one for those that own keys, which have nothing to do with each other. */
 const tuned = (queries: Tile, keys: Tile): Tuned => {
   const text = (tile: Tile) =>
-    Object.entries(tile).flatMap(([key, value]) => (value === true ? key : `${key} ${value}`));
-  return {
-    name: `dQ: ${text(queries).join(', ')}; dK and dV: ${text(keys).join(', ')}`,
-    tuning: { queries, keys, apart: true },
-  };
+    Object.entries(tile)
+      .map((entry) => entry.join(' '))
+      .join(', ') || 'as in the table';
+  return { name: `dQ: ${text(queries)}; dK and dV: ${text(keys)}`, tuning: { queries, keys, apart: true } };
 };
 
 /** Other ways to divide the work, by head dim; at 16,384 tokens with `--variants`. */
 const VARIANTS: Readonly<Record<number, readonly Tuned[]>> = {
   128: [
-    tuned({ held: 'none', schedule: 'ahead', turns: false }, { schedule: 'serial', turns: false }),
-    tuned({ held: 'both', schedule: 'ahead', turns: false }, { schedule: 'scores-ahead', turns: false }),
-    tuned({ held: 'both', schedule: 'ahead', turns: true }, { schedule: 'serial', turns: true }),
-    tuned({ held: 'both', schedule: 'scores-ahead', turns: false }, { schedule: 'scores-ahead', turns: true }),
-    tuned({ held: 'both', schedule: 'ahead', turns: false, stages: 4 }, { schedule: 'scores-ahead', stages: 4 }),
-    tuned({ consumers: 3, stages: 2, schedule: 'scores-ahead', held: 'none' }, { schedule: 'serial', stages: 2 }),
-    tuned({ held: 'both', schedule: 'serial', turns: false }, { schedule: 'serial', stages: 4 }),
+    tuned({}, {}),
+    tuned({ turns: 'ended' }, { turns: 'ended' }),
+    tuned(
+      { consumers: 3, stages: 2, schedule: 'scores-ahead', held: 'none', turns: 'issued' },
+      { schedule: 'serial', turns: 'ended' },
+    ),
+    tuned(
+      { consumers: 3, stages: 2, schedule: 'scores-ahead', held: 'none', turns: 'ended' },
+      { turns: 'ended', stages: 2 },
+    ),
+    tuned({ consumers: 3, stages: 2, schedule: 'scores-ahead', held: 'none' }, { schedule: 'serial', turns: 'none' }),
   ],
   64: [
-    tuned({ held: 'none', schedule: 'ahead', turns: false }, { held: 'none', schedule: 'ahead', turns: false }),
-    tuned({ held: 'both', schedule: 'ahead', turns: false }, { held: 'both', schedule: 'ahead', turns: false }),
-    tuned({ held: 'both', schedule: 'ahead', turns: true }, { held: 'both', schedule: 'ahead', turns: true }),
-    tuned({ held: 'both', schedule: 'scores-ahead' }, { held: 'both', schedule: 'scores-ahead', turns: true }),
-    tuned({ consumers: 3, held: 'codes', schedule: 'ahead' }, { held: 'both', schedule: 'scores-ahead', turns: false }),
-    tuned({ consumers: 3, held: 'none', schedule: 'scores-ahead' }, { held: 'both', schedule: 'ahead', stages: 6 }),
+    tuned({}, {}),
+    tuned({ turns: 'ended' }, { turns: 'ended' }),
+    tuned({ turns: 'issued' }, { schedule: 'serial', turns: 'ended' }),
+    tuned({ held: 'none' }, { turns: 'issued' }),
+    tuned({ schedule: 'scores-ahead', held: 'codes', turns: 'ended' }, { schedule: 'scores-ahead', turns: 'ended' }),
   ],
 };
 

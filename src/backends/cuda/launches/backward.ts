@@ -396,7 +396,7 @@ function wgmmaPart(backward: Backward, pass: readonly Gradient[]): WgmmaPart {
     ...{ headDim, valueDim, keyScales, banded, gradientType },
     gradients: pass,
     codeBytes: backward.context.scheme.qkRowBytes,
-    ...wgmmaGradientTile(headDim, pass.includes('query')),
+    ...wgmmaGradientTile(headDim, pass.includes('query'), backward.problem.attention.queryLength),
     ...familyOf(backward, pass, features).tile,
   };
   return { config, ...blocksOf(backward, pass, config.consumers * GROUP_TOKENS) };

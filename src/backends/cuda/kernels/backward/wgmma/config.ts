@@ -20,8 +20,11 @@ export interface WgmmaGradientConfig
   readonly schedule: 'ahead' | 'scores-ahead' | 'serial';
   /** Own operands that consumers hold in registers: of S, or of S and dP. Others are read from shared memory with each tile. */
   readonly held: 'none' | 'codes' | 'both';
-  /** Two consumers issue their products in turns. */
-  readonly turns: boolean;
+  /**
+   * Consumers issue the gradients' products in turns: the next one's turn is when a consumer has issued its own, or when all of them but the
+   * last have ended.
+   */
+  readonly turns: 'none' | 'issued' | 'ended';
 }
 
 /** In the order of the kernel's parameters. The last brings the numbers of rows of Q that pass by. */
@@ -70,12 +73,22 @@ export function isWgmmaGradient({
   return (headDim === 64 || headDim === 128) && headDim === valueDim && mask === 'none' && !softcap;
 }
 
-/** Stages, tokens and schedule by head dim, and whether queries are owned; the reasons are in docs/hopper.md. */
+/** Rows of padding that tiles of 192 queries may add over tiles of 128, at D = 64: they take five sixths of the time. */
+const MORE_PADDING = 9 / 8;
+
+/** How the work is divided, by head dim and whether queries are owned, of which there are `queries`; the reasons are in docs/hopper-log.md. */
 export function wgmmaGradientTile(
   headDim: number,
   ownsQueries: boolean,
+  queries: number,
 ): Pick<WgmmaGradientConfig, 'streamTokens' | 'stages' | 'consumers' | 'schedule' | 'held' | 'turns'> {
-  const common = { streamTokens: 64, consumers: 2, held: 'none', turns: false } as const;
-  if (headDim === 64) return { ...common, stages: 4, schedule: 'ahead' };
-  return { ...common, stages: 3, schedule: ownsQueries ? 'ahead' : 'serial' };
+  const common = { streamTokens: 64, consumers: 2, turns: 'none' } as const;
+  if (headDim === 64) {
+    const padded = (rows: number) => Math.ceil(queries / rows) * rows;
+    const isWide = ownsQueries && padded(192) <= MORE_PADDING * padded(128);
+    if (isWide) return { ...common, consumers: 3, stages: 4, schedule: 'ahead', held: 'codes' };
+    return { ...common, stages: 4, schedule: 'ahead', held: 'both' };
+  }
+  if (ownsQueries) return { ...common, stages: 3, schedule: 'ahead', held: 'both' };
+  return { ...common, stages: 3, schedule: 'scores-ahead', held: 'none', turns: 'issued' };
 }

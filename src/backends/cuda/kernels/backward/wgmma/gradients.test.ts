@@ -46,15 +46,18 @@ describe(`gradients on wgmma (SAGEATTENTION_SEED=${seed})`, () => {
   const TUNINGS: readonly { readonly name: string; readonly tuning: GradientTuning }[] = [
     {
       name: 'three consumers',
-      tuning: { queries: { consumers: 3, held: 'codes' }, keys: { consumers: 3, schedule: 'serial' } },
+      tuning: { queries: { consumers: 3, held: 'codes' }, keys: { consumers: 3, schedule: 'serial', turns: 'none' } },
     },
-    ...(['serial', 'scores-ahead', 'ahead'] as const).map((schedule) => {
-      const tile = { schedule, turns: true, held: schedule === 'serial' ? 'codes' : 'both' } as const;
-      return { name: `${schedule}, in turns, own operands in registers`, tuning: { queries: tile, keys: tile } };
-    }),
+    ...(['serial', 'scores-ahead', 'ahead'] as const).flatMap((schedule) =>
+      (['issued', 'ended'] as const).map((turns) => {
+        const tile = { schedule, turns, held: schedule === 'serial' ? 'codes' : 'both' } as const;
+        const queries = turns === 'ended' ? tile : ({ ...tile, consumers: 3 } as const);
+        return { name: `${schedule}, in turns when ${turns}`, tuning: { queries, keys: tile } };
+      }),
+    ),
     {
       name: 'from shared memory, without turns',
-      tuning: { queries: { held: 'none', turns: false }, keys: { held: 'none', turns: false }, apart: true },
+      tuning: { queries: { held: 'none', turns: 'none' }, keys: { held: 'none', turns: 'none' }, apart: true },
     },
   ];
   test.each(sampled(TUNINGS, seed, { byHand: 0.5 }))('$name', ({ tuning }) => {

@@ -130,7 +130,7 @@ function consumer(frame: WgmmaFrame, work: Work): void {
     const self: Consumer = {
       ...{ frame, place, work, scores, values, channels, next },
       held: holdOwn(frame, place),
-      turns: new Turns(b, group, config.turns ? config.consumers : undefined),
+      turns: new Turns(b, group, config.turns === 'none' ? undefined : config.consumers),
       group,
       leader: b.setp('eq', place.lane, 0),
       ringPlace: ring.place(),
@@ -152,7 +152,7 @@ function consumer(frame: WgmmaFrame, work: Work): void {
 /** One product after the other. */
 function passSerially(self: Consumer): void {
   const { frame, leader, work, scores, values, next, ringPlace, turns } = self;
-  const { b, ring } = frame;
+  const { b, config, ring } = frame;
   b.loop(
     () => b.setp('lt', next.head, work.headEnd),
     () => {
@@ -164,6 +164,7 @@ function passSerially(self: Consumer): void {
       wgmmaWaitGroup(b, values.length > 0 ? 1 : 0);
       multiplyWeights(self);
       multiplyStage(self, 'channels', pack(self, scores.gradients), ringPlace.stage);
+      if (config.turns === 'ended') wgmmaWaitGroup(b, 1);
       turns.give();
       wgmmaWaitGroup(b, 0);
       ring.release(ringPlace, leader);
@@ -175,7 +176,7 @@ function passSerially(self: Consumer): void {
 /** S of the next tile is issued with the last product of this one, whose scores have left their registers by then. */
 function passScoresAhead(self: Consumer): void {
   const { frame, leader, work, scores, values, next, ringPlace, stage, turns } = self;
-  const { b, ring, barriers } = frame;
+  const { b, config, ring, barriers } = frame;
   const tile = b.mov(next.tile);
   const step = () => {
     b.section('next tile');
@@ -198,6 +199,7 @@ function passScoresAhead(self: Consumer): void {
     multiplyWeights(self, tile);
     multiplyStage(self, 'channels', pack(self, scores.gradients), stage);
     if (!isLast) issueCodes();
+    if (config.turns === 'ended') wgmmaWaitGroup(b, 1);
     turns.give();
     wgmmaWaitGroup(b, 0);
     const barrier = b.add(barriers, b.as(b.shl(stage, 3), 'shared'));
@@ -217,7 +219,7 @@ function passScoresAhead(self: Consumer): void {
 /** S and dP of the next tile are issued before the gradients' products of this one. */
 function passAhead(self: Consumer): void {
   const { frame, leader, work, scores, values, next, ringPlace, stage, turns } = self;
-  const { b, ring, barriers } = frame;
+  const { b, config, ring, barriers } = frame;
   const registers = () => Array.from({ length: scores.weights.length / 8 }, () => b.regs('bf16x2', 4));
   const [weights, gradients] = [values.length > 0 ? registers() : [], registers()];
   const packAll = () => {
@@ -246,10 +248,11 @@ function passAhead(self: Consumer): void {
       turns.take();
       issueScores(self);
       multiply();
-      turns.give();
+      if (config.turns === 'issued') turns.give();
       wgmmaWaitGroup(b, 2);
       exponentials(self);
       wgmmaWaitGroup(b, 1);
+      if (config.turns === 'ended') turns.give();
       multiplyWeights(self);
       wgmmaWaitGroup(b, 0);
       const barrier = b.add(barriers, b.as(b.shl(stage, 3), 'shared'));
