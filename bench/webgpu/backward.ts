@@ -1,8 +1,9 @@
 /**
  * Forward and backward of attention on one GPU: `sageattnTrainable` on tensors of the device, and the same attention in operations of
- * tfjs' WebGPU backend (float32), in turns. With it every tile of the gradient kernels, and the error of the gradients.
+ * tfjs' WebGPU backend (float32), in turns. With it the variants of the gradient kernels that are asked for, and the error of the gradients.
  *
  *     npx tsx scripts/gpu-programs.ts && node .gpu/programs/bench-webgpu-backward.mjs FOLDER [--lengths 1024,4096] [--head-dims 64,128]
+ *         [--variants NAME,NAME]
  *
  * Writes `webgpu-backward.json` there after every size. Times are medians of the clock around several calls. TFLOP/s count 14 H L^2 D:
  * two products forward and five backward.
@@ -15,7 +16,6 @@ import { create, globals } from 'webgpu';
 import { createProblem } from '../../src/attention/problem.ts';
 import { setBackend } from '../../src/backends/registry.ts';
 import { createWebgpuBackendOn } from '../../src/backends/webgpu/backend.ts';
-import { GRADIENT_VARIANTS } from '../../src/backends/webgpu/families/backward.ts';
 import { downloadTensor, type GpuTensor, uploadTensor } from '../../src/backends/webgpu/index.ts';
 import { sageattnTrainable, tensor } from '../../src/index.ts';
 import { Random } from '../../src/measure/random.ts';
@@ -31,12 +31,13 @@ const { values: flags, positionals } = parseArgs({
     heads: { type: 'string', default: '16' },
     lengths: { type: 'string', default: '512,1024,2048,4096' },
     'head-dims': { type: 'string', default: '64,128' },
+    variants: { type: 'string' },
   },
 });
 const [folder = '.'] = positionals;
 const numbers = (text: string) => text.split(',').map(Number);
 const HEADS = Number(flags.heads);
-const ROUNDS = 7;
+const ROUNDS = 5;
 /** Of a turn, milliseconds. */
 const TURN = 100;
 /** The longest problem whose gradients are computed in float64 too. */
@@ -128,7 +129,11 @@ async function gradientsOf({ q, k, v, dOutput }: Inputs<GpuTensor>) {
   return gradients;
 }
 
-async function ownContender(name: string, options: { readonly gradientVariant?: string }, inputs: Inputs<Tensor>) {
+async function ownContender(
+  name: string,
+  options: { readonly gradientVariant?: string; readonly reuseOutputs?: boolean },
+  inputs: Inputs<Tensor>,
+) {
   const backend = createWebgpuBackendOn(options);
   const context = await backend.context();
   const own = upload(context.device, inputs);
@@ -180,7 +185,8 @@ async function main(): Promise<void> {
       const inputs = inputsOf(HEADS, length, dim);
       const contenders: Contender[] = peer === undefined ? [] : [tfjsContender(peer, inputs, dim)];
       contenders.push(await ownContender('sageattnTrainable', {}, inputs));
-      for (const { name } of GRADIENT_VARIANTS) {
+      contenders.push(await ownContender('sageattnTrainable, reuseOutputs', { reuseOutputs: true }, inputs));
+      for (const name of flags.variants?.split(',') ?? []) {
         contenders.push(await ownContender(`sageattnTrainable ${name}`, { gradientVariant: name }, inputs));
       }
       const milliseconds: Record<string, number> = {};

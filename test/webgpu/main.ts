@@ -21,7 +21,7 @@ import {
   type WebgpuBackendOptions,
 } from '../../src/backends/webgpu/index.ts';
 import { backwardTests } from '../conformance/backward-suite.ts';
-import { WEBGPU_BACKWARD_TARGET } from '../conformance/backward-webgpu-target.ts';
+import { WEBGPU_BACKWARD_KINDS, WEBGPU_BACKWARD_TARGET } from '../conformance/backward-webgpu-target.ts';
 import { blockMapChecks } from '../conformance/block-map.ts';
 import { type ConformanceTest, conformanceTests } from '../conformance/suite.ts';
 import { WEBGPU_FP4_TARGET, WEBGPU_INT8_TARGET, WEBGPU_TARGET } from '../conformance/webgpu-target.ts';
@@ -199,6 +199,8 @@ if (isAsked('fp4')) {
 }
 if (isAsked('gradients')) {
   const gradients = () => backwardTests(WEBGPU_BACKWARD_TARGET, seed);
+  // Each kind of test once comes first, for runs that are cut short.
+  await run({}, 'gradients, each kind', WEBGPU_BACKWARD_KINDS, undefined, gradients);
   for (const family of FAMILIES.filter((name) => offered.includes(name))) {
     await run({ family }, `gradients after ${family}`, undefined, undefined, gradients);
   }

@@ -11,7 +11,7 @@ import {
 } from './capabilities.ts';
 import { matrixProducts } from './families/matrix.ts';
 import { probeMatrixDialect } from './families/matrix-dialect.ts';
-import { ScratchPool } from './scratch.ts';
+import { OutputPool, ScratchPool } from './scratch.ts';
 import type { TunedEntry } from './tuning/record.ts';
 
 export interface DeviceOptions {
@@ -186,6 +186,7 @@ export class GpuContext {
   readonly #loss: Promise<never>;
   readonly #pipelines = new Map<string, Promise<GPUComputePipeline>>();
   readonly scratch: ScratchPool;
+  readonly outputs: OutputPool;
   readonly #resources = new Set<Resource>();
   readonly #runs = new Set<Promise<unknown>>();
   #runCount = 0;
@@ -196,6 +197,7 @@ export class GpuContext {
     this.#capabilities = capabilities;
     this.owned = owned;
     this.scratch = new ScratchPool(device, capabilities.bufferBytes);
+    this.outputs = new OutputPool(device);
     this.#loss = device.lost.then((info) => {
       this.#lost = new ExecutionError('device-lost', `the GPU device was lost (${info.reason}): ${info.message}`);
       throw this.#lost;
@@ -346,6 +348,7 @@ export class GpuContext {
     while (this.#runs.size > 0) await Promise.allSettled(this.#runs);
     for (const resource of [...this.#resources]) resource.dispose();
     this.scratch.clear();
+    this.outputs.close();
     this.#pipelines.clear();
     if (this.owned) this.device.destroy();
   }

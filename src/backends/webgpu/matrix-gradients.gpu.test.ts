@@ -10,8 +10,8 @@ import { type GradientErrors, gradientErrors } from './gradient-trial.ts';
 
 /** lavapipe takes minutes to compile an emulated kernel. */
 const COMPILES = process.env.SAGEATTENTION_SOFTWARE_GPU !== 'lavapipe';
-/** One of each use of memory, that a software driver has room for; all run on a card (test/webgpu). */
-const SHAPES = ['2s32o16p-s2-g1-plain', '4s64o16p-s4-g2-ahead', '1s16o16p-s1-g1-place'];
+/** One of each use of memory, small enough for a software driver; all run on a card (test/webgpu). */
+const SHAPES = ['2s32o16p-s2-g1-plain', '1s16o16p-s1-g1-place'];
 vi.setConfig({ testTimeout: 300_000 });
 const test = itNeeds(process.env.SAGEATTENTION_SOFTWARE_GPU_MISSING);
 

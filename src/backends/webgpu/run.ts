@@ -13,10 +13,10 @@ import {
   arrayOf,
   bufferBytes,
   bytesOf,
-  emptyGpuTensor,
   GPU_BUFFER_USAGE,
   GPU_MAP_READ,
   type GpuTensor,
+  gpuView,
   isGpuTensor,
   validateBuffer,
   writeBytes,
@@ -104,6 +104,7 @@ export async function runProgram(
     first.discard();
     if (failure.code !== 'out-of-memory') throw failure;
     context.scratch.clear();
+    context.outputs.clear();
     if ((await inputs.outcome) !== undefined) throw failure;
     const second = submit(context, program, planned, inputs, held);
     const again = await second.outcome;
@@ -120,21 +121,26 @@ function submit(context: GpuContext, program: Program, planned: PlannedOutputs, 
   const { device } = context;
   const onCpu = planned.location === 'cpu';
   const [{ made, downloads }, outcome] = context.checked(() => {
-    const made = planned.outputs.map((spec) => ({ ...spec, tensor: emptyGpuTensor(device, spec.dtype, spec.shape) }));
+    const encoder = device.createCommandEncoder({ label: 'sageattention' });
+    const made = planned.outputs.map((spec) => ({ ...spec, tensor: outputTensor(context, encoder, spec) }));
     const buffers: Buffers = {
       ...context.scratch.reserve(program.scratch),
       ...held,
       ...inputs.buffers,
       ...Object.fromEntries(made.map(({ name, tensor }) => [name, tensor.buffer])),
     };
-    const encoder = device.createCommandEncoder({ label: 'sageattention' });
     program.encode(encoder, buffers);
     const downloads = onCpu ? made.map(({ tensor }) => staged(device, encoder, tensor)) : [];
     device.queue.submit([encoder.finish()]);
     return { made, downloads };
   });
+  /** After a failure nothing is known of the outputs' buffers. */
   const discard = () => {
     for (const buffer of [...made.map(({ tensor }) => tensor.buffer), ...downloads]) buffer.destroy();
+  };
+  const release = () => {
+    for (const { tensor } of made) tensor.dispose();
+    for (const buffer of downloads) buffer.destroy();
   };
   const named = (tensorOf: (output: (typeof made)[number], index: number) => TensorView): Outputs =>
     Object.fromEntries(made.map((output, i) => [output.name, tensorOf(output, i)]));
@@ -148,10 +154,25 @@ function submit(context: GpuContext, program: Program, planned: PlannedOutputs, 
         run.signal?.throwIfAborted();
         return named(({ dtype, shape }, i) => cpuTensor(dtype, shape, bytes[i] as ArrayBuffer));
       } finally {
-        discard();
+        release();
       }
     },
   };
+}
+
+/** A zeroed output, whose buffer serves later outputs once it is disposed of. */
+function outputTensor(
+  { outputs }: GpuContext,
+  encoder: GPUCommandEncoder,
+  { dtype, shape }: PlannedOutputs['outputs'][number],
+): GpuTensor {
+  const buffer = outputs.take(bufferBytes(dtype, elementCount(shape)), encoder);
+  const layout = { dtype, shape: [...shape], strides: contiguousStrides(shape), offset: 0 };
+  let given = false;
+  return gpuView(buffer, layout, () => {
+    if (!given) outputs.give(buffer);
+    given = true;
+  });
 }
 
 function validateInput(name: string, view: TensorView): void {

@@ -65,3 +65,63 @@ export class ScratchPool {
     this.#buffers = {};
   }
 }
+
+/** Buffers of outputs that are kept, and how much memory they may hold. */
+const KEPT_OUTPUTS = 8;
+const KEPT_OUTPUT_BYTES = 2 ** 28;
+
+/**
+ * Buffers of outputs that were disposed of, where that is wanted (`reuseOutputs`): later outputs of the same size get them, since a driver takes as long to allocate and free one
+ * of tens of megabytes as its kernels take to fill it.
+ */
+export class OutputPool {
+  readonly #device: GPUDevice;
+  #kept: GPUBuffer[] = [];
+  #keeps = false;
+
+  constructor(device: GPUDevice) {
+    this.#device = device;
+  }
+
+  /** A buffer of zeros; one that was in use is cleared by `encoder`. {@link give} puts it back, once. */
+  take(size: number, encoder: GPUCommandEncoder): GPUBuffer {
+    const at = this.#kept.findIndex((buffer) => buffer.size === size);
+    const [kept] = at < 0 ? [] : this.#kept.splice(at, 1);
+    if (kept === undefined) {
+      return this.#device.createBuffer({
+        label: 'sageattention output',
+        size,
+        usage: GPU_BUFFER_USAGE.STORAGE | GPU_BUFFER_USAGE.COPY_SRC | GPU_BUFFER_USAGE.COPY_DST,
+      });
+    }
+    encoder.clearBuffer(kept);
+    return kept;
+  }
+
+  give(buffer: GPUBuffer): void {
+    if (!this.#keeps) {
+      buffer.destroy();
+      return;
+    }
+    this.#kept.push(buffer);
+    const bytes = () => this.#kept.reduce((sum, { size }) => sum + size, 0);
+    while (this.#kept.length > KEPT_OUTPUTS || bytes() > KEPT_OUTPUT_BYTES) this.#kept.shift()?.destroy();
+  }
+
+  /** Gives the memory back. */
+  clear(): void {
+    for (const buffer of this.#kept) buffer.destroy();
+    this.#kept = [];
+  }
+
+  /** What is given from now on is kept. */
+  open(): void {
+    this.#keeps = true;
+  }
+
+  /** What is given from now on is destroyed, as at first. */
+  close(): void {
+    this.clear();
+    this.#keeps = false;
+  }
+}

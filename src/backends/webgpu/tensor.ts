@@ -21,8 +21,8 @@ export interface GpuTensor extends TensorView {
   readonly location: 'webgpu';
   readonly buffer: GPUBuffer;
   /**
-   * Destroys the buffer where this package allocated it: of outputs, {@link uploadTensor} and {@link emptyGpuTensor}.
-   * What was submitted with it still runs. A buffer that was wrapped is left to whoever made it. Afterwards no call
+   * Destroys the buffer where this package allocated it: of outputs (which a backend with `reuseOutputs` gives to later
+   * ones), {@link uploadTensor} and {@link emptyGpuTensor}. What was submitted with it still runs. A buffer that was wrapped is left to whoever made it. Afterwards no call
    * takes this tensor or a view of it (`transpose`, `slice`): `disposed`.
    */
   dispose(): void;

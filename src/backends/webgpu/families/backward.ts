@@ -53,17 +53,17 @@ const shape = (
   ...{ subgroups, own, passing, scoreGroups, sumGroups, memory },
 });
 
-/** Shapes of the gradient kernels with matrices, best first; the last are for devices with little workgroup memory. */
+/**
+ * Shapes of the gradient kernels with matrices, best first; the last are for devices with little workgroup memory. On an H200, 16 heads of
+ * 4096 tokens, milliseconds for dQ and for dK and dV (bench/webgpu/gradients.ts): D 128 (the first does not fit into 48 KiB with own
+ * keys) 1.89 and 2.46 for the second, 1.98 and 2.71, 2.78 and 3.59, 2.79 and 4.03, 4.65 and 7.77; D 64 1.50 and 1.88, 1.64 and 2.03, 1.64
+ * and 2.13, 1.38 and 2.79, 1.69 and 2.12, 2.14 and 2.47. At 1024 tokens the order of D 128 is the same.
+ */
 export const MATRIX_GRADIENT_VARIANTS: readonly MatrixGradientVariant[] = [
-  shape(8, 64, 32, 4, 2, 'place'),
   shape(8, 128, 16, 8, 4, 'plain'),
   shape(8, 128, 16, 8, 4, 'place'),
+  shape(8, 64, 32, 4, 2, 'place'),
   shape(4, 64, 16, 4, 2, 'plain'),
-  shape(4, 64, 16, 4, 2, 'ahead'),
-  shape(4, 64, 16, 4, 1, 'plain'),
-  shape(4, 64, 16, 4, 4, 'plain'),
-  shape(4, 64, 32, 4, 2, 'place'),
-  shape(4, 32, 32, 2, 1, 'plain'),
   shape(2, 32, 16, 2, 1, 'plain'),
   shape(1, 16, 16, 1, 1, 'place'),
 ];
@@ -144,6 +144,13 @@ const gradientShapeKey = (
 /** Shapes that are offered, of those that fit: a device on which none of them is right takes tiles. */
 const OFFERED = 4;
 
+/** Of few channels, own queries are the fastest in small workgroups (1.38 ms, above). */
+function variantsFor(owner: GradientOwner, { headDimPadded, valueDimPadded }: GradientDims) {
+  const few = owner === 'query' && Math.max(headDimPadded, valueDimPadded) <= 64;
+  const small = MATRIX_GRADIENT_VARIANTS.filter(({ subgroups }) => few && subgroups === 4);
+  return [...new Set([...small, ...MATRIX_GRADIENT_VARIANTS])];
+}
+
 /** The gradient kernels with matrices; undefined where the device, its products or the head dims have none. */
 function matrixGradients(
   capabilities: Capabilities,
@@ -171,7 +178,7 @@ function matrixGradients(
   const wrong = (emulateMatrices === undefined && capabilities.wrongShapes) || [];
   const named = forced === undefined ? undefined : forced.split(' ');
   const chosen = (owner: GradientOwner): (GradientKernel & { readonly key: string }) | undefined => {
-    const able = MATRIX_GRADIENT_VARIANTS.filter(fits(owner));
+    const able = variantsFor(owner, dims).filter(fits(owner));
     const name = named?.[owner === 'query' ? 0 : named.length - 1];
     const offered =
       name !== undefined

@@ -373,8 +373,9 @@ function rowReductions({ family, colThreads }: TiledConfig, { N, maxAt, blocks }
   return { rowMax, sharedMax, rowSum };
 }
 
-/** The sum of the weights before they were rounded: what a logsumexp is of. */
-const countsExactly = ({ fp4, returnLse }: TiledConfig): boolean => fp4?.weights === true && returnLse;
+/** The sum of the weights before they were rounded: what a logsumexp is of, and a sink stands beside. */
+const countsExactly = ({ fp4, returnLse, sinks }: TiledConfig): boolean =>
+  fp4?.weights === true && (returnLse || sinks);
 
 /** A row's probabilities into workgroup memory, its sum and its output rescaled. */
 function tileSoftmax(config: TiledConfig, { N, V, tn, blocks, probabilityAt }: Parts, i: number): string {

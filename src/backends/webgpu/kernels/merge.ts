@@ -5,7 +5,7 @@
 import { params } from './layout.ts';
 import { expOf, recordFloats, type ScoreConfig, scoresAreFloat, storeChannels } from './scores.ts';
 import { JOIN_SINK } from './sinks.ts';
-import { NAN_WORD, outputPacker } from './storage.ts';
+import { NAN_WORD, outputPacker, range } from './storage.ts';
 
 export const MERGE_PARAMS = [
   'wordStart',
@@ -22,8 +22,10 @@ export const MERGE_PARAMS = [
 export const MERGE_THREADS = 64;
 
 /** Threads of a workgroup that joins the partial results of one row, and the most that it joins. */
-export const MERGE_ROW_THREADS = 128;
+export const MERGE_ROW_THREADS = 256;
 export const MERGE_ROW_SPLITS = 512;
+/** Parts that a thread of it loads at once. */
+const MERGE_ROW_LOADS = 4;
 
 export const MERGE_ROWS_PARAMS = ['rowStart', 'splits', 'heads', 'tokens', 'rowBase', 'outputBase', 'lseBase'] as const;
 
@@ -59,6 +61,13 @@ export function mergeRowsKernel(config: ScoreConfig, headsInner: boolean): strin
   const vectors = recordFloats(valueDimPadded) / 4;
   const quads = valueDimPadded / 4;
   const groups = Math.floor(MERGE_ROW_THREADS / quads);
+  const loads = range(MERGE_ROW_LOADS);
+  /** Joins the threads' parts into the first, always in the same order. */
+  const reduced = (statement: string) => `for (var stride = ${MERGE_ROW_THREADS / 2}u; stride > 0u; stride /= 2u) {
+    workgroupBarrier();
+    if (t < stride) { ${statement} }
+  }
+  workgroupBarrier();`;
   const facts = (s: string) => `records[first + ${s} * ${vectors}u + ${quads}u]`;
   return `
 ${params(0, MERGE_ROWS_PARAMS)}
@@ -74,7 +83,6 @@ ${lseIndex(headsInner)}
 fn main(@builtin(workgroup_id) group: vec3<u32>, @builtin(local_invocation_index) t: u32) {
   let row = P.rowStart + group.x;
   let first = (row - P.rowBase) * P.splits * ${vectors}u;
-  let members = min(P.splits, ${MERGE_ROW_THREADS}u);
   // A sum below 0 marks a NaN row; it is left out of the others.
   var largest = -3.4028234e38f;
   var nan = 0.0;
@@ -83,9 +91,9 @@ fn main(@builtin(workgroup_id) group: vec3<u32>, @builtin(local_invocation_index
     if (${facts('s')}.y < 0.0) { nan = 1.0; }
   }
   part[t] = vec4<f32>(largest, nan, 0.0, 0.0);
-  workgroupBarrier();
-  var m = -3.4028234e38f;
-  for (var i = 0u; i < members; i++) { m = max(m, part[i].x); nan = max(nan, part[i].y); }
+  ${reduced('part[t] = max(part[t], part[t + stride]);')}
+  let m = part[0].x;
+  nan = part[0].y;
   var own = 0.0;
   for (var s = t; s < P.splits; s += ${MERGE_ROW_THREADS}u) {
     let l = ${facts('s')}.y;
@@ -95,16 +103,16 @@ fn main(@builtin(workgroup_id) group: vec3<u32>, @builtin(local_invocation_index
   }
   workgroupBarrier();
   part[t].x = own;
-  workgroupBarrier();
-  var sum = 0.0;
-  for (var i = 0u; i < members; i++) { sum += part[i].x; }
+  ${reduced('part[t].x += part[t + stride].x;')}
+  let sum = part[0].x;
   let quad = t % ${quads}u;
   let member = t / ${quads}u;
   var value = vec4<f32>();
   if (member < ${groups}u) {
-    for (var s = member; s < P.splits; s += ${groups}u) {
-      // A NaN row's parts may be anything.
-      value = fma(vec4<f32>(weights[s]), records[first + s * ${vectors}u + quad], value);
+    // Several loads are under way at once. A NaN row's parts may be anything.
+    for (var s = member; s < P.splits; s += ${MERGE_ROW_LOADS * groups}u) {
+      ${loads.map((i) => `let s_${i} = min(s + ${i * groups}u, P.splits - 1u); let x_${i} = records[first + s_${i} * ${vectors}u + quad];`).join('\n      ')}
+      ${loads.map((i) => `value = fma(vec4<f32>(select(0.0, weights[s_${i}], s + ${i * groups}u < P.splits)), x_${i}, value);`).join('\n      ')}
     }
   }
   workgroupBarrier();
@@ -127,8 +135,8 @@ fn main(@builtin(workgroup_id) group: vec3<u32>, @builtin(local_invocation_index
  */
 export function mergeKernel(config: ScoreConfig, headsInner: boolean): string {
   const { dtype, valueDim, valueDimPadded, returnLse, fp4, sinks } = config;
-  // The output is divided by the sum of rounded weights, and the logsumexp is that of the weights before.
-  const exact = fp4?.weights === true && returnLse;
+  // The output is divided by the sum of rounded weights; the logsumexp, beside which a sink stands, is that of the weights before.
+  const exact = fp4?.weights === true && (returnLse || sinks);
   const floats = recordFloats(valueDimPadded);
   const store =
     dtype === 'float32'
@@ -180,7 +188,7 @@ ${
   }`
     : ''
 }
-  return vec2<f32>(select(value / max(sum, 1.0e-37f)${sinks ? ` * join_sink(sink, ${lseFrom(config, 'sum')}).x` : ''}, 0.0, sum <= 0.0), sum);
+  return vec2<f32>(select(value / max(sum, 1.0e-37f)${sinks ? ` * join_sink(sink, ${lseFrom(config, exact ? 'exact' : 'sum')}).x` : ''}, 0.0, sum <= 0.0), sum);
 }
 
 @compute @workgroup_size(${MERGE_THREADS})

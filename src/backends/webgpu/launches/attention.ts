@@ -280,12 +280,12 @@ export function scoreConfigOf(
     const received = 'a block mask with a mask and smoothV';
     throw new UnsupportedOptionError('qk-fp4-pv-fp4', 'options.smoothQ', 'false', `${fp4.smoothQ} for ${received}`);
   }
-  // The merging kernel also writes the logsumexp where rounded weights do not give it, and where its binding is taken.
+  // The merging kernel also writes the logsumexp, and joins sinks, where rounded weights do not give it, and where its binding is taken.
   const merged =
     packed ||
     splits.count > 1 ||
     sharesWords ||
-    (returnLse && fp4?.weights === true) ||
+    ((returnLse || sinks) && fp4?.weights === true) ||
     (sinks && values.smoothed) ||
     (manyBindings && returnLse);
   return {

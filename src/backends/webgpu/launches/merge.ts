@@ -24,12 +24,16 @@ export const recordsBytes = (problem: AttentionProblem, splits: KeySplits): numb
 const MANY_SPLITS = 8;
 
 /** Whether a row's parts are joined by a workgroup of its own: no other row's elements lie in its words. */
-const mergedByRows = ({ problem }: Stages, { fp4, returnLse, valueDimPadded }: ScoreConfig, { count }: KeySplits) =>
+const mergedByRows = (
+  { problem }: Stages,
+  { fp4, returnLse, sinks, valueDimPadded }: ScoreConfig,
+  { count }: KeySplits,
+) =>
   count >= MANY_SPLITS &&
   count <= MERGE_ROW_SPLITS &&
   valueDimPadded / 4 <= MERGE_ROW_THREADS &&
   (problem.dtype === 'float32' || problem.valueDim % 2 === 0) &&
-  !(fp4?.weights === true && returnLse);
+  !(fp4?.weights === true && (returnLse || sinks));
 
 /** Where a row's parts lie, and its logsumexp. */
 function recordsOf({ problem, capabilities }: Stages, { valueDimPadded }: ScoreConfig, { count }: KeySplits) {

@@ -108,7 +108,7 @@ const FP4_SCORES: readonly ScoreConfig[] = SCORES.map((scores, i) => {
     values: { integers: false, scaled: false, smoothed: i % 2 === 0, exponent: 15 },
     sharedScale: false,
     fp4: { weights, smoothQ: weights && ([false, 'block', 'sequence'] as const)[i % 3] },
-    result: scores.returnLse && weights ? 'partial' : scores.result,
+    result: (scores.returnLse || scores.sinks) && weights ? 'partial' : scores.result,
   } as ScoreConfig;
 });
 

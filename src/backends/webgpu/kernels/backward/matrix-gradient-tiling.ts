@@ -21,8 +21,8 @@ export interface MatrixGradientShape {
   readonly scoreGroups: number;
   /** Sums: groups of own tokens; the subgroups of a group divide the channels. */
   readonly sumGroups: number;
-  /** `place`: weights are written over the scores, for a barrier more. `ahead`: a step's sums and the next one's scores in one phase. */
-  readonly memory: 'plain' | 'place' | 'ahead';
+  /** `place`: weights are written over the scores, for a barrier more. */
+  readonly memory: 'plain' | 'place';
 }
 
 /** Units between rows of scores beyond their contents: a matrix's stores then meet in no bank. */
@@ -57,8 +57,6 @@ export interface MatrixGradientTiling {
   readonly codeStage: number;
   readonly rowStage: number;
   readonly factStage: number;
-  /** Steps of rows and facts that are in memory at once. */
-  readonly stages: number;
   /** Result matrices of a subgroup that fit into the scores' memory at once. */
   readonly atOnce: number;
   readonly bytes: number;
@@ -82,11 +80,10 @@ export function matrixGradientTiling(
   const weightStride = memory === 'place' ? scoreStride : passing / 8 + 1;
   const codeStride = headDimPadded / 16 + 1;
   const rowStride = (headDimPadded + valueDimPadded) / 8 + 1;
-  const stages = memory === 'ahead' ? 2 : 1;
   const scores = 2 * own * scoreStride;
   const weights = memory === 'place' ? 0 : sets * own * weightStride;
-  const [codeStage, rowStage] = [passing * codeStride, stages * passing * rowStride];
-  const factStage = (stages * passing * 9) / 8;
+  const [codeStage, rowStage] = [passing * codeStride, passing * rowStride];
+  const factStage = (passing * 9) / 8;
   const tiling: MatrixGradientTiling = {
     threads: subgroups * lanes,
     scoreRows: own / scoreGroups / qk.M,
@@ -106,7 +103,7 @@ export function matrixGradientTiling(
     weightStride,
     codeStride,
     rowStride,
-    ...{ scores, weights, codeStage, rowStage, factStage, stages },
+    ...{ scores, weights, codeStage, rowStage, factStage },
     atOnce: Math.floor((scores * 4) / (subgroups * pv.M * pv.N)),
     bytes:
       UNIT_BYTES * (scores + weights + codeStage + rowStage + factStage) +

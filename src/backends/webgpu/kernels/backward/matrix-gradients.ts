@@ -76,10 +76,6 @@ interface Kernel {
 
 const weightsAt = ({ config: { own }, tiling }: Kernel, set: number) => set * own * tiling.weightStride;
 
-/** Where the rows and facts of step `step` lie. */
-const stageOf = ({ tiling }: Kernel, units: number, step: string) =>
-  tiling.stages === 1 ? '' : ` + ${step} % 2u * ${units / 2}u`;
-
 function kernelOf(config: MatrixGradientConfig): Kernel {
   const { owner, own, passing, lanes, headDimPadded } = config;
   const tiling = matrixGradientTiling(config, config, lanes, owner, config);
@@ -205,15 +201,15 @@ function copies(kernel: Kernel) {
     load: `{ let codes_from = ${passingAt.codes('passing_at')}; let rows_from = ${passingAt.floats('passing_at')};
       ${all.map(({ name, within, source }) => within(`${name} = ${source};`)).join('\n      ')}
       if (t < ${passing}u) { copied_facts = ${floatBuffer}[rows_from + t * ${vectors}u + ${ready}u]; } }`,
-    store: (step: string) => `
+    store: `
       ${codeItems.map(({ name, token, unit, within }) => within(`code_stage[${token} * ${codeStride}u + ${unit}] = ${name};`)).join(' ')}
-      ${rowItems.map(({ name, token, unit, within }) => within(`row_stage[${token} * ${rowStride}u + ${unit}${stageOf(kernel, tiling.rowStage, step)}] = ${name};`)).join(' ')}
-      if (t < ${passing}u) { fact_stage[t + t / 8u${stageOf(kernel, tiling.factStage, step)}] = copied_facts; }`,
+      ${rowItems.map(({ name, token, unit, within }) => within(`row_stage[${token} * ${rowStride}u + ${unit}] = ${name};`)).join(' ')}
+      if (t < ${passing}u) { fact_stage[t + t / 8u] = copied_facts; }`,
   };
 }
 
 /** Scores and dP of the staged tokens, stored as rows of own tokens. */
-function multiplyPairs(kernel: Kernel, step: string): string {
+function multiplyPairs(kernel: Kernel): string {
   const { config, tiling, codes, values } = kernel;
   const { operations, qk, pv, own, headDimPadded } = config;
   const { scoreRows, scoreColumns, codeStride, rowStride, scoreStride } = tiling;
@@ -269,7 +265,7 @@ function multiplyPairs(kernel: Kernel, step: string): string {
           pv,
           `right_${n}_${s}`,
           ROWS,
-          `score_columns * ${scoreColumns * pv.N * rowStride}u + ${n * pv.N * rowStride + headDimPadded / 8 + unitsOf(pv.componentType, s * pv.K)}u${stageOf(kernel, tiling.rowStage, step)}`,
+          `score_columns * ${scoreColumns * pv.N * rowStride}u + ${n * pv.N * rowStride + headDimPadded / 8 + unitsOf(pv.componentType, s * pv.K)}u`,
           rowStride,
         ),
       own * scoreStride,
@@ -290,7 +286,7 @@ function addSums(kernel: Kernel): string {
             pv,
             `from_${set}_${step}_${j}`,
             ROWS,
-            `sum_channels * ${tiles * channelUnits}u + ${step * pv.K * rowStride + operandAt + j * channelUnits}u${stageOf(kernel, tiling.rowStage, 'step')}`,
+            `sum_channels * ${tiles * channelUnits}u + ${step * pv.K * rowStride + operandAt + j * channelUnits}u`,
             rowStride,
           ),
         );
@@ -383,10 +379,7 @@ function weighPairs(kernel: Kernel): { readonly weigh: string; readonly write: s
     const any = anyPairs(kernel, r, q, x, y);
     return `{ let token_${q} = part * 8u + (swap_${r} ^ ${q}u) * 4u;
         ${range(4)
-          .map(
-            (e) =>
-              `let facts_of_${q}_${e} = bitcast<vec4<f32>>(fact_stage[token_${q} + part + ${e}u${stageOf(kernel, tiling.factStage, 'step')}]);`,
-          )
+          .map((e) => `let facts_of_${q}_${e} = bitcast<vec4<f32>>(fact_stage[token_${q} + part + ${e}u]);`)
           .join(' ')}
         ${scoresAreFloat(gradient) || gradient.mask !== undefined ? any : `if (edge || ${ownFlagged(r)} || ${flagged(q)}) ${any} else ${plainPairs(kernel, r, q, x, y)}`} }`;
   };
@@ -546,11 +539,10 @@ export function matrixGradientKernel(config: MatrixGradientConfig): string {
   let begin = max(0, i32(first) - upper) / ${passing} * ${passing};
   let end = min(i32(query_length), i32(first + count) - lower);`;
   const saw = ownsQueries ? sawAll('i32(first)', own, 'start', passing) : sawAll('start', passing, 'i32(first)', own);
-  const ahead = memory === 'ahead';
   const loadStep = (step: string) =>
     `{ let next = min(${step}, steps - 1u); ${stepPlace(kernel, 'next')} ${copy.load} }`;
   const held = heldRows(kernel);
-  const scored = multiplyPairs(kernel, ahead ? '(step + 1u)' : 'step');
+  const scored = multiplyPairs(kernel);
   const reset = R.flatMap((r) => sums.map(({ set }) => `row_factor[row_${r} + ${set * own}u] = 1.0;`)).join(' ');
   const lanesPart = weighPairs(kernel);
   // Over the scores, weights can be written when all lanes have read, and the scores' memory is free again.
@@ -566,19 +558,7 @@ export function matrixGradientKernel(config: MatrixGradientConfig): string {
       ${reset}
       }
       ${inPlace ? `${lanesPart.write}\n      workgroupBarrier();` : ''}`;
-  const loop = ahead
-    ? `
-    ${multiplyPairs(kernel, '0u')}
-    for (var step = 0u; step < steps; step++) {
-      workgroupBarrier();
-      ${weighed}
-      ${copy.store('(step + 1u)')}
-      ${loadStep('step + 2u')}
-      ${moved}
-      ${addSums(kernel)}
-      ${scored}
-    }`
-    : `
+  const loop = `
     for (var step = 0u; step < steps; step++) {
       ${scored}
       workgroupBarrier();
@@ -586,7 +566,7 @@ export function matrixGradientKernel(config: MatrixGradientConfig): string {
       ${moved}
       ${addSums(kernel)}
       workgroupBarrier();
-      ${copy.store('(step + 1u)')}
+      ${copy.store}
       ${loadStep('step + 2u')}
       workgroupBarrier();
     }`;
@@ -615,7 +595,7 @@ ${OWN_TILE}
     ${held}
     ${copy.declare}
     ${loadStep('0u')}
-    ${copy.store('0u')}
+    ${copy.store}
     ${loadStep('1u')}
     workgroupBarrier();
     ${loop}
