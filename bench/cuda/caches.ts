@@ -36,6 +36,7 @@ const [HEADS, KEY_HEADS, DIM] = [32, 8, 128] as const;
 const KERNELS: readonly KernelName[] = [
   'qk-int8-pv-fp16-cuda',
   'qk-int8-pv-fp8-cuda',
+  'qk-int8-pv-fp16-cuda-sm90',
   'qk-int8-pv-fp8-cuda-sm90',
   'qk-fp4-pv-fp4',
   'qk-fp4-pv-fp8-cuda',
@@ -43,21 +44,19 @@ const KERNELS: readonly KernelName[] = [
 /** Other configurations of a kernel, for `--variants`. */
 const VARIANTS: Partial<Record<KernelName, readonly Partial<Tuning>[]>> = {
   'qk-int8-pv-fp16-cuda': [
-    { keyWarps: 4, minBlocksPerMultiprocessor: 1 },
+    { keyWarps: 2, minBlocksPerMultiprocessor: 2 },
     { keyWarps: 1, warps: 2, minBlocksPerMultiprocessor: 4 },
   ],
   'qk-int8-pv-fp8-cuda': [
-    { keyWarps: 6, minBlocksPerMultiprocessor: 1 },
-    { keyWarps: 2, minBlocksPerMultiprocessor: 3 },
-    { keyWarps: 1, warps: 2, minBlocksPerMultiprocessor: 4 },
+    { keyWarps: 3, minBlocksPerMultiprocessor: 2 },
+    { keyWarps: 4, minBlocksPerMultiprocessor: 1 },
   ],
-  'qk-int8-pv-fp8-cuda-sm90': [{ stages: 2 }, { minBlocks: 1, stages: 6, registers: undefined }],
+  'qk-int8-pv-fp16-cuda-sm90': [{ minBlocks: 1, stages: 3, registers: undefined }],
+  'qk-int8-pv-fp8-cuda-sm90': [{ minBlocks: 1, stages: 3, registers: undefined }],
+  'qk-fp4-pv-fp8-cuda': [{ keyWarps: 4, minBlocksPerMultiprocessor: 2 }],
   'qk-fp4-pv-fp4': [
     { keyWarps: 4, minBlocksPerMultiprocessor: 2 },
-    { keyWarps: 3, minBlocksPerMultiprocessor: 3 },
     { keyWarps: 8, minBlocksPerMultiprocessor: 1 },
-    { keyWarps: 12, minBlocksPerMultiprocessor: 1 },
-    { keyWarps: 1, minBlocksPerMultiprocessor: 8 },
   ],
 };
 /** Heads of Q whose output is compared. */

@@ -32,6 +32,8 @@ export interface JoinConfig {
   readonly lse: boolean;
   /** With sinks: rows are heads over one token, each of which has its own. */
   readonly rowsAreHeads: boolean;
+  /** Splits whose loads are under way at once where Dv is at most {@link CHANNELS_AT_ONCE}: five registers each. Default 16. */
+  readonly splitsAtOnce?: number;
 }
 
 /** Where partial results lie, and where the joined ones go. */
@@ -83,7 +85,7 @@ export function joinRow(b: KernelBuilder, config: JoinConfig, place: JoinPlace, 
     outputStep: b.as(b.mulWide(rowsOfSplit, paddedValueDim * 4), 'global'),
     lseStep: b.as(b.mulWide(rowsOfSplit, 4), 'global'),
   };
-  storeJoined(b, config, place, joined, weightedSums(b, paddedValueDim, lane, splits, source));
+  storeJoined(b, config, place, joined, weightedSums(b, paddedValueDim, lane, splits, source, config.splitsAtOnce));
 }
 
 /** Stores what a row of partial results has become for the caller. */
@@ -192,9 +194,10 @@ export function weightedSums(
   lane: Reg<'u32'>,
   splits: Reg<'u32'>,
   first: RowSource,
+  mostAtOnce = 16,
 ): Sums {
   const parts = Math.ceil(paddedValueDim / CHANNELS_AT_ONCE);
-  const splitsAtOnce = parts === 1 ? 16 : 8;
+  const splitsAtOnce = parts === 1 ? mostAtOnce : 8;
   const zeros = (count: number) => Array.from({ length: count }, () => b.constant('f32', 0));
   const channels = Array.from({ length: parts }, () => zeros(4));
   const total = b.constant('f32', 0);

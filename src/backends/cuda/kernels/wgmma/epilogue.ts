@@ -65,6 +65,8 @@ export function writeResults(item: Item): void {
   }
 }
 
+/** What 132 multiprocessors have of eight heads, with two CTAs each, is read at once. */
+const SPLITS_AT_ONCE = 33;
 /** The barrier at which the consumers meet when a tile of rows is done. */
 const JOIN_BARRIER = 12;
 
@@ -102,7 +104,7 @@ export function joinSplits({ frame, thread, work }: Item): void {
         const row = tokenOf(frame, tileRow);
         const head = packedHeads === 1 ? work.head : b.add(work.head, b.and(tileRow, packedHeads - 1));
         const partialRow = b.add(b.mad(head, paddedQueries, paddedQueryStart), row);
-        joinRow(b, { ...config, rowsAreHeads: false }, place, {
+        joinRow(b, { ...config, rowsAreHeads: false, splitsAtOnce: SPLITS_AT_ONCE }, place, {
           partialRow,
           sequence,
           head,
