@@ -129,12 +129,22 @@ async function gradientsOf({ q, k, v, dOutput }: Inputs<GpuTensor>) {
   return gradients;
 }
 
-async function ownContender(
-  name: string,
-  options: { readonly gradientVariant?: string; readonly reuseOutputs?: boolean },
-  inputs: Inputs<Tensor>,
-) {
-  const backend = createWebgpuBackendOn(options);
+interface OwnOptions {
+  readonly gradientVariant?: string;
+  readonly reuseOutputs?: boolean;
+}
+
+/** One for all sizes, so that a kernel is compiled once. */
+const backends = new Map<string, ReturnType<typeof createWebgpuBackendOn>>();
+function backendWith(options: OwnOptions) {
+  const key = JSON.stringify(options);
+  const backend = backends.get(key) ?? createWebgpuBackendOn(options);
+  backends.set(key, backend);
+  return backend;
+}
+
+async function ownContender(name: string, options: OwnOptions, inputs: Inputs<Tensor>) {
+  const backend = backendWith(options);
   const context = await backend.context();
   const own = upload(context.device, inputs);
   return {
@@ -144,16 +154,13 @@ async function ownContender(
       for (let i = 0; i < calls; i++) release(await gradientsOf(own));
       await context.unlessLost(context.device.queue.onSubmittedWorkDone());
     },
-    dispose() {
-      release(own);
-      void backend.dispose();
-    },
+    dispose: () => release(own),
   };
 }
 
 async function accuracyOf(dim: number): Promise<number[]> {
   const inputs = inputsOf(EXACT.heads, EXACT.length, dim);
-  const backend = createWebgpuBackendOn({});
+  const backend = backendWith({});
   await setBackend(backend);
   const { device } = await backend.context();
   const own = upload(device, inputs);
@@ -164,7 +171,7 @@ async function accuracyOf(dim: number): Promise<number[]> {
   for (const name of ['dq', 'dk', 'dv'] as const) {
     errors.push(relativeL2(toFloat32(await downloadTensor(device, gradients[name])), exact[name]));
   }
-  await backend.dispose();
+  release({ ...own, ...gradients });
   return errors;
 }
 
@@ -173,9 +180,7 @@ async function main(): Promise<void> {
     console.log(`no tfjs: ${error}`);
     return undefined;
   });
-  const probe = createWebgpuBackendOn({});
-  const { adapter } = (await probe.context()).capabilities;
-  await probe.dispose();
+  const { adapter } = (await backendWith({}).context()).capabilities;
   const rows: object[] = [];
   mkdirSync(folder, { recursive: true });
   for (const dim of numbers(flags['head-dims'])) {
