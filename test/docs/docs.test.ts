@@ -10,6 +10,7 @@ import { promisify } from 'node:util';
 import { parseHTML } from 'linkedom';
 import { afterAll, describe, expect, it } from 'vitest';
 import { drawFigures } from '../../docs/figures.ts';
+import { locateSoftwareGpu, REMEDY, softwareGpuEnvironment } from '../../scripts/software-gpu.ts';
 import * as api from '../../src/index.ts';
 import { CONSUMERS } from '../consumers/consumers.ts';
 import { launchChromium, missingChromium } from '../support/chromium.ts';
@@ -24,6 +25,8 @@ interface Sample {
   readonly name: string;
   readonly code: string;
   readonly runs: boolean;
+  /** Why it is only compiled, with what else a machine has. */
+  readonly needs: string;
 }
 
 /**
@@ -34,13 +37,14 @@ function samplesOf(file: string): Sample[] {
   const text = readFileSync(path.join(ROOT, file), 'utf8');
   const blocks = [
     ...text.matchAll(
-      /(?:<!-- sample: (compile only)(?:(?!-->)[^\n])*(?:\n((?:(?!-->)[\s\S])*))?-->\s*)?^```ts\n([\s\S]*?)^```$/gm,
+      /(?:<!-- sample: (compile only(?:(?!-->)[^\n])*)(?:\n((?:(?!-->)[\s\S])*))?-->\s*)?^```ts\n([\s\S]*?)^```$/gm,
     ),
   ];
   return blocks.map(([, marker, before = '', code = ''], i) => ({
     name: `${path.basename(file, '.md')}-${i + 1}`,
     code: `${before}${code}`,
     runs: marker === undefined,
+    needs: marker ?? '',
   }));
 }
 
@@ -117,6 +121,54 @@ describe('samples of the documentation', () => {
       [path.join(ROOT, 'node_modules/tsx/dist/cli.mjs'), '--tsconfig', 'tsconfig.json', `${name}.ts`],
       { cwd: scratch, encoding: 'utf8' },
     );
+  });
+});
+
+/** What the pages declare for samples that need a GPU, made on a software one. */
+const GPU_SAMPLES = `
+import { enableNodeWebgpu } from 'sageattention/onnxruntime';
+import { emptyGpuTensor } from '${path.join(ROOT, 'src/backends/webgpu/tensor.ts')}';
+
+const gpu = await enableNodeWebgpu();
+const device = await (await gpu.requestAdapter()).requestDevice({ requiredFeatures: ['shader-f16', 'subgroups'] });
+const shape = [1, 2, 64, 64];
+const [q, k, v, output] = [0, 1, 2, 3].map(() => emptyGpuTensor(device, 'float16', shape));
+const large = () => emptyGpuTensor(device, 'float16', [1, 16, 64, 64]).buffer;
+Object.assign(globalThis, {
+  device, shape, q, k, v, output, encoder: device.createCommandEncoder(),
+  qBuffer: large(), kBuffer: large(), vBuffer: large(),
+  buffers: { q: q.buffer, k: k.buffer, v: v.buffer, output: output.buffer },
+});
+device.addEventListener('uncapturederror', ({ error }) => {
+  console.error(error.message);
+  process.exit(1);
+});
+for (const name of process.argv.slice(2)) {
+  await import(name);
+  await device.queue.onSubmittedWorkDone();
+  console.log('ran ' + name);
+}
+process.exit(0);
+`;
+
+describe('samples of the documentation that need a GPU', () => {
+  const manifest = locateSoftwareGpu('lavapipe');
+  const missing = manifest === undefined ? REMEDY.lavapipe : undefined;
+
+  itNeeds(missing)('run on a software one, with 64 tokens in the place of thousands', async () => {
+    const needing = samples.filter(({ needs }) => /it needs a GPU$/.test(needs.trim()));
+    expect(needing.length).toBeGreaterThan(4);
+    const names = needing.map(({ name, code }) => {
+      writeFileSync(path.join(scratch, `${name}.gpu.ts`), code.replaceAll(/\b(4096|8192)\b/g, '64'));
+      return `./${name}.gpu.ts`;
+    });
+    writeFileSync(path.join(scratch, 'gpu-samples.ts'), GPU_SAMPLES);
+    const { stdout } = await promisify(execFile)(
+      process.execPath,
+      [path.join(ROOT, 'node_modules/tsx/dist/cli.mjs'), '--tsconfig', 'tsconfig.json', 'gpu-samples.ts', ...names],
+      { cwd: scratch, encoding: 'utf8', env: { ...process.env, ...softwareGpuEnvironment(manifest as string) } },
+    );
+    for (const name of names) expect(stdout).toContain(`ran ${name}`);
   });
 });
 
