@@ -254,10 +254,12 @@ const options = {
 /** Normal numbers, where the model runs. */
 function floats(random: Random, dims: readonly number[]): OrtTensor {
   const values = random.normals(dims.reduce((product, n) => product * n, 1));
-  const bits = new Uint16Array(float === 'float16' ? values.length : 0);
-  for (let i = 0; i < bits.length; i++) bits[i] = float16FromNumber(values[i] as number);
+  // Buffers are written in words of four bytes.
+  const bits = new Uint16Array(float === 'float16' ? values.length + (values.length % 2) : 0);
+  for (let i = 0; i < values.length && float === 'float16'; i++) bits[i] = float16FromNumber(values[i] as number);
   const data = float === 'float16' ? bits : values;
-  if (device === undefined) return new ort.Tensor(float, data as never, dims) as unknown as OrtTensor;
+  if (device === undefined)
+    return new ort.Tensor(float, data.subarray(0, values.length) as never, dims) as unknown as OrtTensor;
   const { buffer } = emptyGpuTensor(device, float, dims);
   device.queue.writeBuffer(buffer, 0, data as BufferSource);
   return ort.Tensor.fromGpuBuffer(buffer, {

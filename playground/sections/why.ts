@@ -157,14 +157,15 @@ function drawErrors(target: Figure, errors: readonly OutputError[]): void {
       .map((d) => `${d.kernel} ${d.granularity}, ${d.smoothK ? 'smoothed' : 'not smoothed'}: ${percent(d.relativeL1)}`)
       .join('; '),
     (width) => ({
-      marginLeft: width < 420 ? 132 : 215,
-      marginRight: width < 420 ? 14 : 40,
+      marginLeft: width < 420 ? 142 : 215,
+      marginRight: width < 420 ? 20 : 40,
       marginBottom: 40,
       marginTop: 6,
       x: {
         type: 'log',
         domain,
-        label: 'relative L1 error of the output',
+        // The plot of a phone is narrower than these words.
+        label: width < 420 ? 'relative L1 error' : 'relative L1 error of the output',
         labelAnchor: 'center',
         labelArrow: 'none',
         grid: true,

@@ -1,7 +1,7 @@
 /**
  * Where onnxruntime-web records a dispatch of a marker, our launches are recorded instead, into the same compute pass.
  *
- * onnxruntime-web calls WebGPU through JavaScript objects. Five methods of one `GPUDevice` object, and those of encoders and passes
+ * onnxruntime-web calls WebGPU through JavaScript objects. Six methods of one `GPUDevice` object, and those of encoders and passes
  * that come from it, get properties of their own that call the originals; no prototype is touched, and passes outside of a run with
  * markers are left as they are.
  */
@@ -15,7 +15,6 @@ export type Work = (pass: GPUComputePassEncoder, entries: Entries) => void;
 export interface SeenDispatch {
   /** WGSL; undefined for a pipeline that is older than the hooks. */
   readonly code: string | undefined;
-  readonly entries: Entries;
 }
 
 /** A run whose markers are replaced. */
@@ -43,10 +42,7 @@ function replaceMethod<T extends object, N extends keyof T>(
   Object.defineProperty(target, name, { value: replaced(original), configurable: true, writable: true });
 }
 
-/** What onnxruntime is given for the layout of a marker's bind groups in a run that replaces it. */
-const MARKER_LAYOUT = {} as GPUBindGroupLayout;
-
-/** What it is given for such a bind group: nothing binds it, and making a real one takes a fifth of a marker's time. */
+/** What onnxruntime is given for the bind group of a marker that is replaced: nothing binds it, and making a real one takes a fifth of a marker's time. */
 class MarkerGroup {
   readonly entries: Entries;
 
@@ -59,15 +55,17 @@ export class DeviceHooks {
   readonly #codes = new WeakMap<GPUShaderModule, string>();
   /** WGSL of each pipeline. */
   readonly #pipelines = new WeakMap<GPUComputePipeline, string>();
-  /** Of a watched run, or one whose markers' layouts are not asked for: onnxruntime makes a bind group for each dispatch. */
-  readonly #groups = new Map<GPUBindGroup, Entries>();
-  /** Markers' bind groups are known by {@link MARKER_LAYOUT}, so that others need not be remembered. */
-  #asksForLayouts = false;
+  /** WGSL of the pipeline that a layout of bind groups is made for; undefined for one that several have. */
+  readonly #layouts = new WeakMap<GPUBindGroupLayout, string | undefined>();
   readonly #tags = new Map<string, number>();
   /** WGSL of markers by their equation and type. */
   readonly learned = new Map<string, string>();
   #seen: SeenDispatch[] | undefined;
   #armed: Armed | undefined;
+  /** The pass that was begun last. */
+  #pass: GPUComputePassEncoder | undefined;
+  /** Markers whose bind group was asked for and that were not dispatched yet. */
+  #awaited = 0;
 
   /** Those of a device, once however many sessions ask. */
   static on(device: GPUDevice): DeviceHooks {
@@ -85,14 +83,25 @@ export class DeviceHooks {
       this.#codes.set(module, descriptor.code);
       return module;
     });
+    const groupLayouts = new WeakMap<GPUPipelineLayout, GPUBindGroupLayout>();
+    replaceMethod(device, 'createPipelineLayout', (create) => (descriptor) => {
+      const layout = create(descriptor);
+      const [first] = descriptor.bindGroupLayouts;
+      if (first != null) groupLayouts.set(layout, first);
+      return layout;
+    });
+    const noteLayout = (layout: GPUBindGroupLayout, code: string) =>
+      this.#layouts.set(layout, this.#layouts.has(layout) && this.#layouts.get(layout) !== code ? undefined : code);
     const noted = (pipeline: GPUComputePipeline, descriptor: GPUComputePipelineDescriptor) => {
       const code = this.#codes.get(descriptor.compute.module);
       if (code === undefined) return pipeline;
       this.#pipelines.set(pipeline, code);
+      const given = typeof descriptor.layout === 'object' ? groupLayouts.get(descriptor.layout) : undefined;
+      if (given !== undefined) noteLayout(given, code);
       replaceMethod(pipeline, 'getBindGroupLayout', (get) => (index) => {
-        if (index !== 0 || this.#workOf(pipeline) === undefined) return get(index);
-        this.#asksForLayouts = true;
-        return MARKER_LAYOUT;
+        const layout = get(index);
+        if (index === 0) noteLayout(layout, code);
+        return layout;
       });
       return pipeline;
     };
@@ -103,17 +112,22 @@ export class DeviceHooks {
       (create) => async (descriptor) => noted(await create(descriptor), descriptor),
     );
     replaceMethod(device, 'createBindGroup', (create) => (descriptor) => {
-      const entries = descriptor.entries as Entries;
-      if (descriptor.layout === MARKER_LAYOUT) return new MarkerGroup(entries) as unknown as GPUBindGroup;
-      const group = create(descriptor);
-      const isAsked = this.#armed !== undefined && !this.#asksForLayouts;
-      if (isAsked || this.#seen !== undefined) this.#groups.set(group, entries);
-      return group;
+      const code = this.#armed && this.#layouts.get(descriptor.layout);
+      if (code === undefined || this.#armed?.works.has(code) !== true) return create(descriptor);
+      this.#awaited++;
+      if (this.#awaited === 1 && this.#pass !== undefined) this.#await(this.#pass);
+      return new MarkerGroup(descriptor.entries as Entries) as unknown as GPUBindGroup;
     });
     replaceMethod(device, 'createCommandEncoder', (create) => (descriptor) => {
       const encoder = create(descriptor);
       const begin = encoder.beginComputePass;
-      encoder.beginComputePass = (passDescriptor) => this.#watch(begin.call(encoder, passDescriptor));
+      encoder.beginComputePass = (passDescriptor) => {
+        const pass = begin.call(encoder, passDescriptor);
+        if (this.#seen !== undefined) this.#watch(pass, this.#seen);
+        if (this.#armed !== undefined) this.#pass = pass;
+        if (this.#awaited > 0) this.#await(pass);
+        return pass;
+      };
       return encoder;
     });
   }
@@ -143,7 +157,6 @@ export class DeviceHooks {
       await work();
     } finally {
       this.#seen = undefined;
-      this.#groups.clear();
     }
     return seen;
   }
@@ -155,7 +168,8 @@ export class DeviceHooks {
       return await work();
     } finally {
       this.#armed = undefined;
-      this.#groups.clear();
+      this.#pass = undefined;
+      this.#awaited = 0;
     }
   }
 
@@ -169,62 +183,52 @@ export class DeviceHooks {
     return this.#armed?.failure;
   }
 
-  #watch(pass: GPUComputePassEncoder): GPUComputePassEncoder {
-    if (this.#armed === undefined && this.#seen === undefined) return pass;
-    const { setPipeline, setBindGroup, dispatchWorkgroups } = pass;
-    const original = {
-      setPipeline: setPipeline.bind(pass),
-      setBindGroup: setBindGroup.bind(pass),
-      dispatchWorkgroups: dispatchWorkgroups.bind(pass),
-    } as unknown as GPUComputePassEncoder;
+  /** Notes what is dispatched. */
+  #watch(pass: GPUComputePassEncoder, seen: SeenDispatch[]): void {
     let pipeline: GPUComputePipeline | undefined;
+    replaceMethod(pass, 'setPipeline', (set) => (next) => {
+      pipeline = next;
+      return set(next);
+    });
+    replaceMethod(pass, 'dispatchWorkgroups', (dispatch) => (x, y, z) => {
+      if (pipeline !== undefined) seen.push({ code: this.#pipelines.get(pipeline) });
+      return dispatch(x, y, z);
+    });
+  }
+
+  /**
+   * Puts the work of a marker in the place of its dispatch, which is the next but for few: onnxruntime makes a bind group for each dispatch, just before it.
+   * Of a marker neither pipeline nor bind group is set; behind it onnxruntime sets both anew, as any other pipeline and group are not the marker's. The
+   * methods are the pass' own again when no marker is awaited, so that other dispatches cost nothing.
+   */
+  #await(pass: GPUComputePassEncoder): void {
+    const { setPipeline, setBindGroup, dispatchWorkgroups } = pass;
     let work: Work | undefined;
     let group: GPUBindGroup | undefined;
-    // A marker's pipeline and bind group are not set: its work sets its own, and what is dispatched next has another pipeline.
-    let isGroupSet = true;
+    const restore = () => Object.assign(pass, { setPipeline, setBindGroup, dispatchWorkgroups });
     pass.setPipeline = (next) => {
-      pipeline = next;
       work = this.#workOf(next);
-      if (work === undefined) original.setPipeline(next);
-      return undefined;
+      return work === undefined ? setPipeline.call(pass, next) : undefined;
     };
     pass.setBindGroup = ((...args: Parameters<typeof setBindGroup>) => {
-      const [index, next] = args;
-      // Offsets come with it; a marker has none.
-      if (index !== 0 || args.length > 2) {
-        if (index === 0) group = undefined;
-        return original.setBindGroup(...args);
-      }
-      group = next as GPUBindGroup;
-      isGroupSet = work === undefined && !(group instanceof MarkerGroup);
-      if (isGroupSet) original.setBindGroup(0, group);
-      return undefined;
+      if (args[0] === 0) group = args[1] as GPUBindGroup;
+      return args[1] instanceof MarkerGroup ? undefined : setBindGroup.apply(pass, args);
     }) as typeof setBindGroup;
     pass.dispatchWorkgroups = (x, y, z) => {
-      if (this.#seen !== undefined && pipeline !== undefined) {
-        this.#seen.push({ code: this.#pipelines.get(pipeline), entries: this.#entriesOf(group) });
-      }
-      if (work === undefined) {
-        if (group instanceof MarkerGroup) return this.#fail('the bind group of a marker was used by another dispatch');
-        if (!isGroupSet && group !== undefined) original.setBindGroup(0, group);
-        isGroupSet = true;
-        return original.dispatchWorkgroups(x, y, z);
-      }
-      this.#replace(original, work, this.#entriesOf(group));
-      isGroupSet = false;
+      const isMarker = group instanceof MarkerGroup;
+      if (work === undefined && !isMarker) return dispatchWorkgroups.call(pass, x, y, z);
+      if (work === undefined || !isMarker) return this.#fail('a marker was dispatched with the bind group of another');
+      this.#awaited--;
+      restore();
+      this.#replace(pass, work, (group as unknown as MarkerGroup).entries);
+      if (this.#awaited > 0) this.#await(pass);
       return undefined;
     };
-    return pass;
   }
 
   #workOf(pipeline: GPUComputePipeline): Work | undefined {
     const code = this.#armed && this.#pipelines.get(pipeline);
     return code === undefined ? undefined : this.#armed?.works.get(code);
-  }
-
-  #entriesOf(group: GPUBindGroup | undefined): Entries {
-    if (group instanceof MarkerGroup) return group.entries;
-    return (group && this.#groups.get(group)) ?? [];
   }
 
   #fail(reason: string): undefined {

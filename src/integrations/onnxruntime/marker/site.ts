@@ -54,6 +54,8 @@ export function watchedByMarkers(index: GraphIndex, sites: readonly AttentionSit
       },
     },
     new Map(),
+    undefined,
+    true,
   );
   for (const site of sites) {
     for (const value of boundBy(site)) sizes.dims(value);
@@ -175,11 +177,14 @@ function describe(
   return { type, operands, mask, result, kind, ranks };
 }
 
-/** Different sizes for all that a model leaves open: what comes out equal each time is equal always. */
+/**
+ * Different sizes for all that a model leaves open: what comes out equal each time is equal always. They grow with the trial, each at its own rate, and no
+ * sum of them is one of them; small ones, since a model may have a table of positions that ends.
+ */
 function differentSizes(trial: number): (symbol: string) => number {
   const open = new Map<string, number>();
   return (symbol) => {
-    const found = open.get(symbol) ?? 1009 + 31 * open.size + trial * (97 + 2 * open.size);
+    const found = open.get(symbol) ?? 13 + 4 * open.size + trial * (3 + 2 * open.size);
     open.set(symbol, found);
     return found;
   };

@@ -8,6 +8,7 @@ import { elementKind } from '../model/types.ts';
 import { canonicalDomain, ELEMENT_TYPES, type NodeProto } from '../onnx/codec.ts';
 import type { OrtDimension } from '../ort.ts';
 import { isSize } from '../session/feeds.ts';
+import { derivedDims } from './derived-dims.ts';
 
 /** An input of a run. */
 export interface GivenInput {
@@ -27,7 +28,10 @@ export interface ShapeFacts {
 export type FreeSize = (symbol: string) => number;
 
 /** A walk over the graph that is longer is none that an exporter wrote. */
-const MAX_DEPTH = 64;
+const MAX_DEPTH = 512;
+
+/** The same from one number to the inputs. */
+const MAX_STEPS = 64;
 
 export class KnownSizes {
   readonly #index: GraphIndex;
@@ -37,10 +41,19 @@ export class KnownSizes {
   readonly #dims = new Map<string, readonly number[] | undefined>();
   readonly #numbers = new Map<string, readonly number[] | undefined>();
   readonly #freeSize: FreeSize | undefined;
+  readonly #isShallow: boolean;
   #depth = 0;
 
-  constructor(index: GraphIndex, facts: ShapeFacts, inputs: ReadonlyMap<string, GivenInput>, freeSize?: FreeSize) {
+  /** @param isShallow to see which values are asked for, which behind most operators would be all of the graph */
+  constructor(
+    index: GraphIndex,
+    facts: ShapeFacts,
+    inputs: ReadonlyMap<string, GivenInput>,
+    freeSize?: FreeSize,
+    isShallow = false,
+  ) {
     this.#freeSize = freeSize;
+    this.#isShallow = isShallow;
     this.#index = index;
     this.#facts = facts;
     this.#inputs = inputs;
@@ -82,33 +95,14 @@ export class KnownSizes {
     const shape = this.#facts.shapeOf(value);
     const known = shape?.map((size) => (isSize(size) ? size : this.#symbols.get(`${size}`)));
     if (shape !== undefined && shape.length > 0 && known?.every((size) => size !== undefined)) return known as number[];
-    const found = this.#derivedDims(this.#index.producer(value));
+    const node = this.#index.producer(value);
+    const found = node && derivedDims(node, value, this, this.#isShallow);
     if (found !== undefined) this.#bind(shape, found);
     if (found !== undefined || this.#freeSize === undefined || !shape?.length) return found;
     const free = this.#freeSize;
     return shape.map(
       (size, axis) => known?.[axis] ?? free(typeof size === 'string' && size !== '' ? size : `${value} ${axis}`),
     );
-  }
-
-  #derivedDims(node: NodeProto | undefined): readonly number[] | undefined {
-    if (node === undefined || canonicalDomain(node.domain) !== '') return undefined;
-    const first = node.input[0] ?? '';
-    if (node.opType === 'Identity' || node.opType === 'Cast') return this.dims(first);
-    if (node.opType === 'Transpose') {
-      const dims = this.dims(first);
-      const perm = intsAttribute(node, 'perm') ?? dims?.map((_, axis) => dims.length - 1 - axis);
-      return dims && perm?.map((axis) => dims[axis] as number);
-    }
-    if (node.opType !== 'Concat') return undefined;
-    // A cache: what it held, and what is new.
-    const parts = node.input.map((input) => this.dims(input));
-    const [part] = parts;
-    if (part === undefined || parts.some((dims) => dims?.length !== part.length)) return undefined;
-    const axis = intAttribute(node, 'axis') ?? 0;
-    const at = axis < 0 ? axis + part.length : axis;
-    const total = parts.reduce((sum, dims) => sum + ((dims as number[])[at] as number), 0);
-    return part.map((size, i) => (i === at ? total : size));
   }
 
   #readNumbers(value: string): readonly number[] | undefined {
@@ -163,7 +157,7 @@ export function numbersFrom(index: GraphIndex, value: string, depth = 0): Readon
   if (index.inputs.has(value)) return new Set([value]);
   if (index.constants.has(value)) return new Set();
   const node = index.producer(value);
-  if (node === undefined || canonicalDomain(node.domain) !== '' || depth > MAX_DEPTH) return undefined;
+  if (node === undefined || canonicalDomain(node.domain) !== '' || depth > MAX_STEPS) return undefined;
   if (['Shape', 'Size', 'Constant'].includes(node.opType)) return new Set();
   if (!COMPUTED.has(node.opType)) return undefined;
   const found = new Set<string>();
