@@ -78,6 +78,7 @@ function planLaunches(problem: AttentionProblem): LaunchSequence {
   };
   return {
     scratch: { unused: 7, rows: 4 * queryLength * valueDim },
+    zeroed: { alsoUnused: 5 },
     constants: { before: new Uint8Array(3), added: new Uint8Array(Float32Array.of(-1, 100).buffer) },
     launches: [gather, scatter],
   };
