@@ -33,6 +33,8 @@ export interface RecordedBuffers {
   readonly k: GPUBuffer;
   readonly v: GPUBuffer;
   readonly mask?: GPUBuffer;
+  readonly sinks?: GPUBuffer;
+  readonly blockMap?: GPUBuffer;
   readonly output: GPUBuffer;
 }
 
@@ -45,7 +47,13 @@ interface KeptSet {
 }
 
 const isSameSet = (a: RecordedBuffers, b: RecordedBuffers) =>
-  a.output === b.output && a.q === b.q && a.k === b.k && a.v === b.v && a.mask === b.mask;
+  a.output === b.output &&
+  a.q === b.q &&
+  a.k === b.k &&
+  a.v === b.v &&
+  a.mask === b.mask &&
+  a.sinks === b.sinks &&
+  a.blockMap === b.blockMap;
 
 /** A sequence of dispatches over named buffers: the caller's, and scratch. */
 export class Program {
