@@ -68,7 +68,7 @@ async function withMarker() {
     pass.dispatchWorkgroups(1, 2, 3);
     return recorded.join('; ');
   };
-  return { hooks, record, misuse, made, entries, marker, prototype: Pass.prototype };
+  return { hooks, device, record, misuse, made, entries, marker, prototype: Pass.prototype };
 }
 
 const OTHER = 'pipeline other; group 0 g; dispatch 1,2,3';
@@ -103,10 +103,23 @@ it('makes no bind group for a marker', async () => {
     expect(record()).toBe([OTHER, 'dispatch 7', OTHER].join('; '));
     expect([hooks.replaced, hooks.failure, made.length]).toEqual([1, undefined, 2]);
     // It is none that a device could bind.
-    expect(misuse()).toBe('pipeline other');
+    misuse();
     expect(hooks.failure).toContain('with the bind group of another');
   });
   expect([record(), made.length]).toEqual([whole, 3]);
+});
+
+it("makes one where passes do not come from it, so that nothing but a device's own object is bound", async () => {
+  const { hooks, device, record, made, prototype } = await withMarker();
+  const work = () => expect.unreachable();
+  const own = device.createCommandEncoder;
+  device.createCommandEncoder = () =>
+    ({ beginComputePass: () => Object.create(prototype) }) as unknown as GPUCommandEncoder;
+  await hooks.replacing(new Map([['marker', work]]), async () => {
+    expect([record(), made.length]).toEqual([[OTHER, MARKER, OTHER].join('; '), 3]);
+    expect([hooks.replaced, hooks.failure]).toEqual([0, undefined]);
+  });
+  device.createCommandEncoder = own;
 });
 
 it('throws nothing into the caller, keeps the first failure and does no more', async () => {

@@ -55,6 +55,8 @@ export class DeviceHooks {
   readonly #codes = new WeakMap<GPUShaderModule, string>();
   /** WGSL of each pipeline. */
   readonly #pipelines = new WeakMap<GPUComputePipeline, string>();
+  /** Bind groups of markers that a device did make. */
+  readonly #groups = new WeakMap<GPUBindGroup, Entries>();
   /** WGSL of the pipeline that a layout of bind groups is made for; undefined for one that several have. */
   readonly #layouts = new WeakMap<GPUBindGroupLayout, string | undefined>();
   readonly #tags = new Map<string, number>();
@@ -115,8 +117,15 @@ export class DeviceHooks {
       const code = this.#armed && this.#layouts.get(descriptor.layout);
       if (code === undefined || this.#armed?.works.has(code) !== true) return create(descriptor);
       this.#awaited++;
-      if (this.#awaited === 1 && this.#pass !== undefined) this.#await(this.#pass);
-      return new MarkerGroup(descriptor.entries as Entries) as unknown as GPUBindGroup;
+      const entries = descriptor.entries as Entries;
+      if (this.#pass === undefined) {
+        // Whether passes come from here is not known yet: somebody may have replaced what makes them.
+        const group = create(descriptor);
+        this.#groups.set(group, entries);
+        return group;
+      }
+      if (this.#awaited === 1) this.#await(this.#pass);
+      return new MarkerGroup(entries) as unknown as GPUBindGroup;
     });
     replaceMethod(device, 'createCommandEncoder', (create) => (descriptor) => {
       const encoder = create(descriptor);
@@ -204,23 +213,25 @@ export class DeviceHooks {
   #await(pass: GPUComputePassEncoder): void {
     const { setPipeline, setBindGroup, dispatchWorkgroups } = pass;
     let work: Work | undefined;
-    let group: GPUBindGroup | undefined;
+    let entries: Entries | undefined;
     const restore = () => Object.assign(pass, { setPipeline, setBindGroup, dispatchWorkgroups });
     pass.setPipeline = (next) => {
       work = this.#workOf(next);
       return work === undefined ? setPipeline.call(pass, next) : undefined;
     };
     pass.setBindGroup = ((...args: Parameters<typeof setBindGroup>) => {
-      if (args[0] === 0) group = args[1] as GPUBindGroup;
-      return args[1] instanceof MarkerGroup ? undefined : setBindGroup.apply(pass, args);
+      if (args[0] !== 0) return setBindGroup.apply(pass, args);
+      const group = args[1] as GPUBindGroup | undefined;
+      entries = group instanceof MarkerGroup ? group.entries : group && this.#groups.get(group);
+      return entries === undefined ? setBindGroup.apply(pass, args) : undefined;
     }) as typeof setBindGroup;
     pass.dispatchWorkgroups = (x, y, z) => {
-      const isMarker = group instanceof MarkerGroup;
-      if (work === undefined && !isMarker) return dispatchWorkgroups.call(pass, x, y, z);
-      if (work === undefined || !isMarker) return this.#fail('a marker was dispatched with the bind group of another');
+      if (work === undefined && entries === undefined) return dispatchWorkgroups.call(pass, x, y, z);
+      if (work === undefined || entries === undefined)
+        return this.#fail('a marker was dispatched with the bind group of another');
       this.#awaited--;
       restore();
-      this.#replace(pass, work, (group as unknown as MarkerGroup).entries);
+      this.#replace(pass, work, entries);
       if (this.#awaited > 0) this.#await(pass);
       return undefined;
     };
