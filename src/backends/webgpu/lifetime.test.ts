@@ -181,6 +181,42 @@ describe('dispose of a tensor', () => {
     await backend.dispose();
   });
 
+  it('gives the buffers of outputs to later ones with `reuseOutputs`, each to one, and destroys the rest', async () => {
+    await backend.dispose();
+    backend = createWebgpuBackend({ gpu, reuseOutputs: true });
+    const context = await backend.context();
+    const [q, kv] = [zeros(4), zeros(6)];
+    const plan = await backend.createPlan({ q, k: q, v: q });
+    const onDevice = (x: Tensor) => uploadTensor(context.device, x);
+    const inputs = { q: onDevice(q), k: onDevice(kv), v: onDevice(kv) };
+    const own = await backend.createPlan(inputs);
+    const run = async () => (await own.run(inputs)).output as GpuTensor;
+    const first = await run();
+    first.dispose();
+    first.dispose();
+    const [second, third] = [await run(), await run()];
+    expect(second.buffer).toBe(first.buffer);
+    expect(third.buffer).not.toBe(first.buffer);
+    // Of another size.
+    await plan.run({ q, k: q, v: q });
+    for (const made of [second, third]) made.dispose();
+    expect(await downloadTensor(context.device, await run())).toMatchObject({ shape: [1, 2, 4, 32] });
+    // Many outputs: no more than a few are kept.
+    const many = await Promise.all(Array.from({ length: 12 }, run));
+    let freed = 0;
+    for (const { buffer } of many) {
+      const destroy = buffer.destroy.bind(buffer);
+      buffer.destroy = () => {
+        freed++;
+        return destroy();
+      };
+    }
+    for (const made of many) made.dispose();
+    expect(freed).toBeGreaterThanOrEqual(4);
+    await backend.dispose();
+    expect(freed).toBe(12);
+  });
+
   it('leaves a buffer that was wrapped to whoever made it', () => {
     const buffer = device.createBuffer({ size: 1024, usage: 0x80 });
     const wrapped = gpuTensor(buffer, 'float32', [1, 2, 4, 32]);
