@@ -548,15 +548,25 @@ interface WebgpuBackwardReport {
 function webgpuBackward(): Table {
   const { rows } = read<WebgpuBackwardReport>('webgpu-backward-h200.json');
   return {
-    header: ['D, tokens', 'tfjs WebGPU, float32', 'ours', 'tfjs / ours', 'relative L2 of dQ / dK / dV'],
+    header: [
+      'D, tokens',
+      'tfjs WebGPU, float32',
+      'ours',
+      'with `reuseOutputs`',
+      'tfjs / ours',
+      'relative L2 of dQ / dK / dV',
+    ],
     rows: rows.map(({ dim, length, milliseconds, relativeL2 }) => {
-      const [tfjs, ours] = [milliseconds['tfjs WebGPU, float32'], milliseconds['sageattnTrainable 32x32/8x8']];
-      if (tfjs === undefined || ours === undefined) throw new Error(`D ${dim}, ${length} tokens: no time of both`);
+      const tfjs = milliseconds['tfjs WebGPU, float32'];
+      const [ours, reusing] = [milliseconds.sageattnTrainable, milliseconds['sageattnTrainable, reuseOutputs']];
+      if (tfjs === undefined || ours === undefined || reusing === undefined)
+        throw new Error(`D ${dim}, ${length} tokens: no time of all`);
       return [
         `${dim}, ${grouped(length)}`,
         `${tfjs.toFixed(2)} ms`,
         `${ours.toFixed(2)} ms`,
-        `${(tfjs / ours).toFixed(2)}×`,
+        `${reusing.toFixed(2)} ms`,
+        `${(tfjs / ours).toFixed(1)}× / ${(tfjs / reusing).toFixed(1)}×`,
         relativeL2.map((value) => value.toFixed(4)).join(' / '),
       ];
     }),

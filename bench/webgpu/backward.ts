@@ -16,6 +16,8 @@ import { create, globals } from 'webgpu';
 import { createProblem } from '../../src/attention/problem.ts';
 import { setBackend } from '../../src/backends/registry.ts';
 import { createWebgpuBackendOn } from '../../src/backends/webgpu/backend.ts';
+import { DAWN_FLAGS } from '../../src/backends/webgpu/device.ts';
+import { familiesOf } from '../../src/backends/webgpu/families/choose.ts';
 import { downloadTensor, type GpuTensor, uploadTensor } from '../../src/backends/webgpu/index.ts';
 import { sageattnTrainable, tensor } from '../../src/index.ts';
 import { Random } from '../../src/measure/random.ts';
@@ -72,10 +74,11 @@ interface TfjsBackend {
   submitQueue(): void;
 }
 
-/** tfjs finds WebGPU as in a browser. */
+/** tfjs finds WebGPU as in a browser; so do our backends, which need Dawn's toggles for float16 and for matrices. */
 async function tfjsOnWebgpu() {
   Object.assign(globalThis, globals);
-  Object.defineProperty(globalThis, 'navigator', { value: { gpu: create([]), userAgent: '' }, configurable: true });
+  const navigator = { gpu: create([...DAWN_FLAGS]), userAgent: '' };
+  Object.defineProperty(globalThis, 'navigator', { value: navigator, configurable: true });
   const tf = await import('@tensorflow/tfjs-core');
   // The core registers no gradients by itself.
   await import('@tensorflow/tfjs-core/dist/register_all_gradients.js');
@@ -180,7 +183,10 @@ async function main(): Promise<void> {
     console.log(`no tfjs: ${error}`);
     return undefined;
   });
-  const { adapter } = (await backendWith({}).context()).capabilities;
+  const { capabilities } = await backendWith({}).context();
+  const { adapter } = capabilities;
+  const [family] = familiesOf(capabilities).offered;
+  console.log(`${adapter}, family ${family}`);
   const rows: object[] = [];
   mkdirSync(folder, { recursive: true });
   for (const dim of numbers(flags['head-dims'])) {
@@ -222,7 +228,14 @@ async function main(): Promise<void> {
       }
       for (const contender of contenders) contender.dispose();
       rows.push({ heads: HEADS, dim, length, milliseconds, relativeL2: errors });
-      const report = { commit: process.env.SAGEATTENTION_COMMIT, node: process.version, adapter, rounds: ROUNDS, rows };
+      const report = {
+        commit: process.env.SAGEATTENTION_COMMIT,
+        node: process.version,
+        adapter,
+        family,
+        rounds: ROUNDS,
+        rows,
+      };
       writeFileSync(join(folder, 'webgpu-backward.json'), `${JSON.stringify(report, undefined, 1)}\n`);
     }
   }

@@ -59,6 +59,7 @@ ${dotInt8(packedDot)}
 var<workgroup> maxima: array<f32, ${THREADS}>;
 var<workgroup> sums: array<f32, ${THREADS}>;
 var<workgroup> found: atomic<u32>;
+var<workgroup> marked: atomic<u32>;
 
 @compute @workgroup_size(${THREADS})
 fn main(@builtin(workgroup_id) group: vec3<u32>, @builtin(local_invocation_index) lid: u32) {
@@ -66,6 +67,12 @@ ${OWN_TILE}
   let row_at = head * P.queryRowsPerHead + sequence_field(sequence, ${SEQUENCE.queryRow}u) + first;
   let keys_at = head / P.groupSize * P.keyRowsPerHead + sequence_field(sequence, ${SEQUENCE.keyRow}u);
   let length = i32(sequence_field(sequence, ${SEQUENCE.keyLength}u));
+  // Of most blocks no row is marked.
+  if (lid < count) {
+    let own = gradient_rows[(row_at + lid) * ${gradientVectors}u + ${facts}u - P.gradientRowBase].w;
+    if ((own & ${ROW_FLAGS.again}u) != 0u) { atomicStore(&marked, 1u); }
+  }
+  if (workgroupUniformLoad(&marked) == 0u) { return; }
   for (var row = 0u; row < count; row++) {
     let at = (row_at + row) * ${gradientVectors}u + ${facts}u - P.gradientRowBase;
     let again = (gradient_rows[at].w & ${ROW_FLAGS.again}u) != 0u;
