@@ -84,23 +84,16 @@ const tuned = (queries: Tile, keys: Tile): Tuned => {
 const VARIANTS: Readonly<Record<number, readonly Tuned[]>> = {
   128: [
     tuned({}, {}),
-    tuned({ turns: 'ended' }, { turns: 'ended' }),
-    tuned(
-      { consumers: 3, stages: 2, schedule: 'scores-ahead', held: 'none', turns: 'issued' },
-      { schedule: 'serial', turns: 'ended' },
-    ),
-    tuned(
-      { consumers: 3, stages: 2, schedule: 'scores-ahead', held: 'none', turns: 'ended' },
-      { turns: 'ended', stages: 2 },
-    ),
-    tuned({ consumers: 3, stages: 2, schedule: 'scores-ahead', held: 'none' }, { schedule: 'serial', turns: 'none' }),
+    tuned({ turns: 'issued' }, { turns: 'ended' }),
+    tuned({ held: 'none' }, { turns: 'none' }),
+    tuned({ consumers: 3, stages: 2, schedule: 'scores-ahead', held: 'none' }, { stages: 4 }),
   ],
   64: [
     tuned({}, {}),
-    tuned({ turns: 'ended' }, { turns: 'ended' }),
-    tuned({ turns: 'issued' }, { schedule: 'serial', turns: 'ended' }),
-    tuned({ held: 'none' }, { turns: 'issued' }),
-    tuned({ schedule: 'scores-ahead', held: 'codes', turns: 'ended' }, { schedule: 'scores-ahead', turns: 'ended' }),
+    tuned({ turns: 'issued' }, { turns: 'issued' }),
+    tuned({ held: 'none' }, { held: 'none' }),
+    tuned({ schedule: 'scores-ahead' }, { schedule: 'scores-ahead', turns: 'ended' }),
+    tuned({ consumers: 2, held: 'both' }, { stages: 6 }),
   ],
 };
 

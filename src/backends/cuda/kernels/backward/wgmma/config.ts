@@ -17,7 +17,7 @@ export interface WgmmaGradientConfig
   /** Warpgroups that own tokens: two of 240 registers a thread, or three of 160. */
   readonly consumers: 2 | 3;
   /** See `gradients.ts`. */
-  readonly schedule: 'ahead' | 'scores-ahead' | 'serial';
+  readonly schedule: 'ahead' | 'scores-ahead';
   /** Own operands that consumers hold in registers: of S, or of S and dP. Others are read from shared memory with each tile. */
   readonly held: 'none' | 'codes' | 'both';
   /**

@@ -46,11 +46,11 @@ describe(`gradients on wgmma (SAGEATTENTION_SEED=${seed})`, () => {
   const TUNINGS: readonly { readonly name: string; readonly tuning: GradientTuning }[] = [
     {
       name: 'three consumers',
-      tuning: { queries: { consumers: 3, held: 'codes' }, keys: { consumers: 3, schedule: 'serial', turns: 'none' } },
+      tuning: { queries: { consumers: 3, held: 'codes' }, keys: { consumers: 3, turns: 'none' } },
     },
-    ...(['serial', 'scores-ahead', 'ahead'] as const).flatMap((schedule) =>
+    ...(['scores-ahead', 'ahead'] as const).flatMap((schedule) =>
       (['issued', 'ended'] as const).map((turns) => {
-        const tile = { schedule, turns, held: schedule === 'serial' ? 'codes' : 'both' } as const;
+        const tile = { schedule, turns, held: turns === 'ended' ? 'codes' : 'both' } as const;
         const queries = turns === 'ended' ? tile : ({ ...tile, consumers: 3 } as const);
         return { name: `${schedule}, in turns when ${turns}`, tuning: { queries, keys: tile } };
       }),

@@ -4,9 +4,8 @@
  *
  * P and dS are A operands from registers; dO, Q and K are read as they lie, through transposing descriptors. With schedule `ahead` a consumer
  * sends S and dP of the next tile to the tensor cores before the gradients' products of this one, and takes exponentials while those run; with
- * `scores-ahead` it sends S of the next tile with the last product of this one. With
- * `serial`, for which there are always registers, the other consumer's products are what runs then. All products of an iteration are waited for in
- * it: ptxas serializes those that are under way where a loop closes.
+ * `scores-ahead`, which takes fewer registers, it sends S of the next tile with the last product of this one. All products of an iteration are
+ * waited for in it: ptxas serializes those that are under way where a loop closes.
  *
  * Names: g = lane / 4 and t = lane % 4. Register 4n + i of a product holds row g + 8 * (i >> 1) of the warp's 16 own tokens, column
  * 8n + 2t + (i & 1) of what passes by.
@@ -139,7 +138,7 @@ function consumer(frame: WgmmaFrame, work: Work): void {
       rows: ownsQueries ? ownRows(frame, place, work, group) : [],
     };
     if (!ownsQueries) b.mov(loadKeyScale(self, ownToken(frame, work, group), b.shr(place.g, 1)), self.keyScale);
-    const pass = { ahead: passAhead, 'scores-ahead': passScoresAhead, serial: passSerially };
+    const pass = { ahead: passAhead, 'scores-ahead': passScoresAhead };
     pass[config.schedule](self);
   });
   const fragments = (registers: readonly Reg<'f32'>[]) =>
@@ -147,30 +146,6 @@ function consumer(frame: WgmmaFrame, work: Work): void {
   const sums: Sums = { values: fragments(values), channels: fragments(channels) };
   // Found out anew: what only the epilogue needs would take registers from the loop.
   storeGradients(frame, placeOf(b, 128), workOf(frame), sums);
-}
-
-/** One product after the other. */
-function passSerially(self: Consumer): void {
-  const { frame, leader, work, scores, values, next, ringPlace, turns } = self;
-  const { b, config, ring } = frame;
-  b.loop(
-    () => b.setp('lt', next.head, work.headEnd),
-    () => {
-      issueScores(self);
-      wgmmaWaitGroup(b, 1);
-      exponentials(self);
-      turns.take();
-      if (values.length > 0) multiplyStage(self, 'values', pack(self, scores.weights), ringPlace.stage);
-      wgmmaWaitGroup(b, values.length > 0 ? 1 : 0);
-      multiplyWeights(self);
-      multiplyStage(self, 'channels', pack(self, scores.gradients), ringPlace.stage);
-      if (config.turns === 'ended') wgmmaWaitGroup(b, 1);
-      turns.give();
-      wgmmaWaitGroup(b, 0);
-      ring.release(ringPlace, leader);
-      advance(b, work, next);
-    },
-  );
 }
 
 /** S of the next tile is issued with the last product of this one, whose scores have left their registers by then. */
