@@ -179,33 +179,33 @@ export class CudaStream implements StreamHandle {
       this.capture.withZeros(byteLength, enqueue);
       return;
     }
-    const device = this.#device;
-    const make = () => {
-      const pointer = device.memoryPool.allocate(byteLength, this.handle);
-      try {
-        if (byteLength > 0) {
-          device.call('cuMemsetD8Async', 'clearing device memory', pointer, 0, byteLength, this.handle);
-        }
-      } catch (error) {
-        device.release(() => device.memoryPool.free(pointer, this.handle));
-        throw error;
-      }
-      return pointer;
-    };
     if (!this.owned) {
-      const pointer = make();
-      try {
+      // Those of the device's stream, which waits for a caller's after each run as that does before: their runs are in order.
+      const home = this.#device.stream;
+      const before = home.#zeros;
+      home.withZeros(byteLength, (pointer) => {
+        if (home.#zeros !== before) this.waitFor(home);
         enqueue(pointer);
-      } finally {
-        device.release(() => device.memoryPool.free(pointer, this.handle));
-      }
+      });
       return;
     }
     if (byteLength > this.#zeros.byteLength) {
       this.#freeZeros();
-      this.#zeros = { pointer: make(), byteLength };
+      this.#zeros = { pointer: this.#makeZeros(byteLength), byteLength };
     }
     enqueue(byteLength === 0 ? 0n : this.#zeros.pointer);
+  }
+
+  #makeZeros(byteLength: number): bigint {
+    const device = this.#device;
+    const pointer = device.memoryPool.allocate(byteLength, this.handle);
+    try {
+      device.call('cuMemsetD8Async', 'clearing device memory', pointer, 0, byteLength, this.handle);
+    } catch (error) {
+      device.release(() => device.memoryPool.free(pointer, this.handle));
+      throw error;
+    }
+    return pointer;
   }
 
   /** @internal Gives back what {@link withScratch} and {@link withZeros} keep. */
