@@ -257,19 +257,24 @@ export function matrixAttentionKernel(config: MatrixKernelConfig): string {
     `next_tile(map_at, vec2<u32>(first_row, first_row + count - 1u), ${from}, key_end, length)`;
   const steps = config.blocks
     ? {
-        first: 'first_start',
-        declare: `let first_start = ${nextFrom('key_begin')};`,
-        second: `var coming = ${nextFrom(`first_start + ${keys}`)};
-    ahead = min(u32(coming), last);`,
-        third: `let after = ${nextFrom(`coming + ${keys}`)};
-      ahead = min(u32(after), last);`,
+        first: 'first_tile.x',
+        declare: `let first_tile = ${nextFrom('key_begin')};`,
+        second: `var tile_blocks = first_tile.y;
+    var coming = ${nextFrom(`first_tile.x + ${keys}`)};
+    ahead = min(u32(coming.x), last);`,
+        // Looked up early: the map comes while scores become weights.
+        look: `let after = ${nextFrom(`coming.x + ${keys}`)};`,
+        general: ` || ${hasHidden('tile_blocks')}`,
+        third: `ahead = min(u32(after.x), last);`,
         increment: '',
-        advance: 'start = coming; coming = after;',
+        advance: 'start = coming.x; tile_blocks = coming.y; coming = after;',
       }
     : {
         first: 'key_begin',
         declare: '',
         second: `ahead = min(ahead + ${keys}u, last);`,
+        look: '',
+        general: '',
         third: `ahead = min(ahead + ${keys}u, last);`,
         increment: `start += ${keys}`,
         advance: '',
@@ -321,10 +326,11 @@ ${KEY_RANGE(keys)}${config.blocks ? `\n  ${MAP_AT}` : ''}
     ${scored}
     var parity = 0u;
     for (var start = ${steps.first}; start < key_end; ${steps.increment}) {
+      ${steps.look}
       workgroupBarrier();
       if (t == 0u) { atomicStore(&moved[1u - parity], 0u); }
       let edge = start + ${keys} > length || start < lower + ${rows - 1} || start + ${keys - 1} > upper;
-      let general = edge || key_flags != 0u${config.blocks ? ` || ${hasHidden('start', keys)}` : ''};
+      let general = edge || key_flags != 0u${steps.general};
       ${softmax}
       ${keyCopy.store}
       ${valueCopy.store}

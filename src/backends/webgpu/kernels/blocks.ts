@@ -38,18 +38,22 @@ export const MAP_AT = 'let map_at = sequence * P.mapBatchStride + head * P.mapHe
 const blocksAt = (start: string, keys: number): string =>
   `blocks_of(map_at, vec2<u32>(first_row, first_row + count - 1u), vec2<u32>(u32(${start}), u32(min(${start} + ${keys}, length)) - 1u))`;
 
-/** A part of the tile of keys is hidden. */
-export const hasHidden = (start: string, keys: number): string => `(${blocksAt(start, keys)} & ${HAS_HIDDEN}u) != 0u`;
-
-/** `next_tile(map_at, rows, from, end, length)`: where the first tile of keys from `from` on begins of which a block is computed; `end`: none. */
+/**
+ * `next_tile(map_at, rows, from, end, length)`: where the first tile of keys from `from` on begins of which a block is computed, or `end`
+ * where there is none; and what its blocks are, for {@link hasHidden}.
+ */
 export const nextTile = (keys: number): string => `
-fn next_tile(map_at: u32, rows: vec2<u32>, from_key: i32, end_key: i32, length: i32) -> i32 {
+fn next_tile(map_at: u32, rows: vec2<u32>, from_key: i32, end_key: i32, length: i32) -> vec2<i32> {
   for (var start = from_key; start < end_key; start += ${keys}) {
     let last = u32(min(start + ${keys}, length)) - 1u;
-    if ((blocks_of(map_at, rows, vec2<u32>(u32(start), last)) & ${HAS_COMPUTED}u) != 0u) { return start; }
+    let found = blocks_of(map_at, rows, vec2<u32>(u32(start), last));
+    if ((found & ${HAS_COMPUTED}u) != 0u) { return vec2<i32>(start, i32(found)); }
   }
-  return end_key;
+  return vec2<i32>(end_key, 0);
 }`;
+
+/** A part of a tile of `next_tile` is hidden. */
+export const hasHidden = (found: string): string => `(${found} & ${HAS_HIDDEN}) != 0`;
 
 /** At the start of the loop's body: leaves a hidden tile out, and says of others whether they are `cut`. */
 export const leaveOutHidden = (keys: number): string => `
