@@ -641,11 +641,32 @@ describe('playground', { timeout: TIMEOUT }, () => {
     });
   });
 
+  /** Labels of charts that lie on one another, or reach out of the figure. */
+  function labelsBeyond(): string[] {
+    return [...document.querySelectorAll('figure svg')].flatMap((svg) => {
+      const box = (svg.closest('figure') as Element).getBoundingClientRect();
+      const texts = [...svg.querySelectorAll('text')]
+        .map((text) => ({ name: text.textContent, at: text.getBoundingClientRect() }))
+        .filter(({ name, at }) => name.trim() !== '' && at.width > 0);
+      const out = texts
+        .filter(({ at }) => at.left < box.left || at.right > box.right)
+        .map(({ name }) => `${name} is out`);
+      const over = texts.flatMap((a, i) =>
+        texts.slice(i + 1).flatMap((b) => {
+          const width = Math.min(a.at.right, b.at.right) - Math.max(a.at.left, b.at.left);
+          const height = Math.min(a.at.bottom, b.at.bottom) - Math.max(a.at.top, b.at.top);
+          return width > 1 && height > 2 ? [`${a.name} lies on ${b.name}`] : [];
+        }),
+      );
+      return [...out, ...over];
+    });
+  }
+
   const windows = [
     ['a small phone, or a desk at 400 %', { width: 320, height: 600 }],
-    ['a phone', { width: 360, height: 740 }],
-    ['a tablet', { width: 820, height: 1180 }],
-    ['a desk', { width: 1280, height: 800 }],
+    ['a phone', { width: 390, height: 740 }],
+    ['a tablet', { width: 768, height: 1024 }],
+    ['a wide desk', { width: 1920, height: 1080 }],
   ] as const;
   for (const [name, viewport] of windows) {
     it(`fits ${name} in light and dark, is accessible, and nothing moves while it fills and measures`, async () => {
@@ -656,6 +677,7 @@ describe('playground', { timeout: TIMEOUT }, () => {
         for (const colorScheme of ['light', 'dark'] as const) {
           await page.emulateMedia({ colorScheme });
           await expectAccessible(page);
+          expect(await page.evaluate(labelsBeyond)).toEqual([]);
           const { overflow, shift } = await page.evaluate(
             () =>
               new Promise<{ overflow: number; shift: number }>((resolve) => {
