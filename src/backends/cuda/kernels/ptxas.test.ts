@@ -60,7 +60,8 @@ describe('configurations', () => {
         smoothQ,
         queryLength: name.includes('decoding') ? 1 : 256,
       });
-      expect(tile).toMatchObject({ warps: threads / 32, minBlocksPerMultiprocessor });
+      expect(tile.warps * (tile.keyWarps ?? 1)).toBe(threads / 32);
+      expect(tile).toMatchObject({ minBlocksPerMultiprocessor });
       const estimate = attentionSharedBytes(tile, bytes);
       expect(sharedBytes, name).toBeLessThanOrEqual(estimate);
       expect(sharedBytes, name).toBeGreaterThan(estimate - 1024);

@@ -154,8 +154,10 @@ const paddedRow = (bytes: number) => (bytes > 128 ? roundUp(bytes, 128) : bytes 
 /** Shared bytes of a configuration, as `attention` allocates them. */
 export function attentionSharedBytes(tile: TileConfig, bytes: TileBytes): number {
   const { keyWarps = 1 } = tile;
-  const parked = 256 + tile.warps * 32 * 5;
-  const query = tile.warps * tile.rowsPerWarp * (paddedRow(bytes.queryRow) + bytes.queryScales);
+  const rows = tile.warps * tile.rowsPerWarp;
+  const parked = (keyWarps === 1 ? 256 : 96) + tile.warps * 32 * 5;
+  // Who quantizes Q has a scale and a bias for each row.
+  const query = rows * (paddedRow(bytes.queryRow) + bytes.queryScales + (keyWarps === 1 ? 0 : 8));
   const keys = (tile.keyStages ?? 2) * 64 * (paddedRow(bytes.keyRow) + bytes.keyScales);
   const own = parked + keys + tile.valueStages * bytes.valueTile;
   return query + (keyWarps === 1 ? own : keyWarps * roundUp(own, 128));
