@@ -4,9 +4,9 @@ import { build } from 'esbuild';
 
 /**
  * Of which the two builds of the kernels are nearly 50 KiB; a page loads one of them. Sinks and block masks in every
- * kernel took it from 79 to 86.
+ * kernel took it from 79 to 86, and choosing blocks under masks to 88.3.
  */
-const LIMIT = 88 * 1024;
+const LIMIT = 89 * 1024;
 
 /** WebGPU is a chunk of its own that the core loads when asked for it; the WASM kernels are, too, but count. */
 const { outputFiles } = await build({

@@ -8,6 +8,7 @@ import type { Arithmetic } from './calls.ts';
 import { CallerExecutor } from './executor.ts';
 import type { Simd } from './geometry.ts';
 import { compileUnshared, type KernelSources } from './modules.ts';
+import { NO_WIDE_ENGINE } from './not-wide.ts';
 import { SynchronousWasm } from './synchronous.ts';
 
 const FLAG = 'experimental-wasm-revectorize';
@@ -66,7 +67,7 @@ export async function widen(simd: Simd, sources: KernelSources | undefined): Pro
   const { process } = globalThis;
   const foreign = 'Deno' in globalThis || 'Bun' in globalThis;
   if (foreign || !(Number.parseInt(process?.versions?.v8 ?? '', 10) >= FIRST_V8)) {
-    return '128 bits: only Node 24 or later can be asked for more';
+    return NO_WIDE_ENGINE;
   }
   const { setFlagsFromString } = process.getBuiltinModule('node:v8');
   const narrow = await outputsOf(simd, sources, 'narrow');
