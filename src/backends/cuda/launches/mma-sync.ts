@@ -18,7 +18,7 @@ import {
   hasFp4Values,
   isExact,
 } from '../kernels/mma-sync/config.ts';
-import { chooseTile, type TileBytes } from '../kernels/mma-sync/tiles.ts';
+import { chooseTile, paddedRow, type TileBytes } from '../kernels/mma-sync/tiles.ts';
 import { LOG2_E } from '../kernels/parts/constants.ts';
 import { BYTES } from '../kernels/parts/elements.ts';
 import {
@@ -123,7 +123,9 @@ function tileBytesOf(scheme: Scheme): TileBytes {
   const { qkRowBytes, queryRowBytes, paddedValueDim, pvFormat } = scheme;
   const [fp4Keys, fp4Values] = [hasFp4Keys(scheme), hasFp4Values(scheme)];
   const [exact, halves] = [isExact(scheme), pvFormat === 'f16' || pvFormat === 'bf16'];
-  const ofValue = BLOCK_K * paddedValueDim * (fp4Values ? 0.5 : halves ? 2 : 1) + (exact ? BLOCK_K : 0);
+  // Wide types lie with a key's channels in a row, narrow ones with a channel's keys.
+  const rows = halves ? BLOCK_K * paddedRow(2 * paddedValueDim) : paddedValueDim * (fp4Values ? BLOCK_K / 2 : BLOCK_K);
+  const ofValue = rows + (exact ? BLOCK_K : 0);
   return {
     queryRow: queryRowBytes,
     keyRow: qkRowBytes,

@@ -1,4 +1,6 @@
+import fc from 'fast-check';
 import { describe, expect, it } from 'vitest';
+import { runSeed } from '../../../../test/support/random.ts';
 import { createProblem } from '../../../attention/problem.ts';
 import { emptyTensor } from '../../../tensor/tensor.ts';
 import type { KernelChoice } from '../../backend.ts';
@@ -109,4 +111,29 @@ it('takes parts of a tile from the caller, for measurements', () => {
   };
   expect(blocksOf('qk-int8-pv-fp16-cuda-sm90', { consumers: 1, pingPong: false })).toBe(8);
   expect(blocksOf('qk-int8-pv-fp16-cuda', { warps: 4, rowsPerWarp: 16 })).toBe(8);
+});
+
+it('every kernel takes shared memory that its target has, for any head dims and numbers of queries', () => {
+  const seed = runSeed();
+  const runs = COMBINATIONS.filter(
+    ({ target, name }) => lackedBy(name, Number(target.replace(/\D/g, ''))) === undefined,
+  );
+  const dim = fc.integer({ min: 1, max: 256 });
+  fc.assert(
+    fc.property(
+      fc.constantFrom(...runs),
+      fc.record({ d: dim, dv: dim, queries: fc.constantFrom(1, 2, 3, 8, 16, 17, 40, 200) }),
+      fc.constantFrom('float32', 'float16'),
+      ({ target, kernel }, { d, dv, queries }, dtype) => {
+        if (kernel.dtypes?.includes(dtype) === false) return;
+        const of = (length: number, channels: number) => emptyTensor([1, 2, length, channels], dtype);
+        const shaped = createProblem(of(queries, d), of(300, d), of(300, dv), {});
+        const { launches } = planLaunches(shaped, choiceOf(kernel), { target, multiprocessors: 132 });
+        for (const { name, sharedBytes } of launches) {
+          expect(sharedBytes, name).toBeLessThanOrEqual(TARGET_FEATURES[target].sharedBytesPerBlock);
+        }
+      },
+    ),
+    { seed: seed | 0, numRuns: 80 },
+  );
 });

@@ -149,7 +149,7 @@ export interface TileBytes {
 }
 
 /** A row of so many bytes as the swizzle wants it. */
-const paddedRow = (bytes: number) => (bytes > 128 ? roundUp(bytes, 128) : bytes > 64 ? 128 : bytes);
+export const paddedRow = (bytes: number) => (bytes > 128 ? roundUp(bytes, 128) : bytes > 64 ? 128 : bytes);
 
 /** Shared bytes of a configuration, as `attention` allocates them. */
 export function attentionSharedBytes(tile: TileConfig, bytes: TileBytes): number {
