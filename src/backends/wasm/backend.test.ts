@@ -416,8 +416,9 @@ test('options are checked', () => {
   expect(() => createWasmBackendOn({ threads: 1.5 })).toThrow(InvalidArgumentError);
   expect(() => createWasmBackendOn({ simd: 'mmx' as 'auto' })).toThrow(InvalidArgumentError);
   expect(() => createWasmBackendOn({ workerUrl: 1 as unknown as string })).toThrow(InvalidArgumentError);
+  expect(() => createWasmBackendOn({ wide: 1 as unknown as boolean })).toThrow(InvalidArgumentError);
   expect(() => createWasmBackendOn(null as unknown as object)).toThrow('options: expected an object');
   expect(() => createWasmBackendOn({ thread: 1 } as object)).toThrow(
-    "one of threads, simd, workerUrl (perhaps threads), received 'thread'",
+    "one of threads, simd, workerUrl, wide (perhaps threads), received 'thread'",
   );
 });
