@@ -1,5 +1,6 @@
 /** How a process's part in a group ends: the first failure counts, and no call of any rank can succeed after it. */
 import { ExecutionError, messageOf } from '../errors.ts';
+import type { CudaPlace } from './cuda-place.ts';
 
 export class Fate {
   readonly #rank: number;
@@ -37,6 +38,22 @@ export class Fate {
   /** @throws {ExecutionError} the failure */
   requireUsable(): void {
     if (this.#failure !== undefined) throw this.#failure;
+  }
+
+  /**
+   * Ends this process's part of a call on its place.
+   *
+   * @throws {ExecutionError} the failure, which may come until all is done
+   */
+  async closeCall(place: CudaPlace): Promise<void> {
+    try {
+      if (this.#failure !== undefined) place.settle([place]);
+      // Only when all is done is it certain that no rank failed meanwhile. What waits for one that has is ended elsewhere.
+      else await Promise.race([place.device.stream.completed(), this.failed]);
+      this.requireUsable();
+    } finally {
+      place.endCall();
+    }
   }
 
   /** Fails when the time is over, unless it is cleared. */

@@ -221,22 +221,10 @@ export class IpcTransport implements Transport {
       links: [new IpcLink(this)],
       abort: (_rank, cause) => this.#fate.fail(cause),
       close: () => {
-        closed ??= this.#close().finally(() => clearTimeout(limit));
+        closed ??= this.#fate.closeCall(this.place).finally(() => clearTimeout(limit));
         return closed;
       },
     };
-  }
-
-  async #close(): Promise<void> {
-    const { place } = this;
-    try {
-      if (this.#fate.failure !== undefined) place.settle([place]);
-      // Only when all is done is it certain that no rank failed meanwhile.
-      else await Promise.race([place.device.stream.completed(), this.#fate.failed]);
-      this.requireUsable();
-    } finally {
-      place.endCall();
-    }
   }
 
   dispose(): void {

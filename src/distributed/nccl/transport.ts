@@ -116,21 +116,10 @@ export class NcclTransport implements Transport {
       links: [new NcclLink(this.#communicator, place)],
       abort: (_rank, cause) => this.#fate.fail(cause),
       close: () => {
-        closed ??= this.#close(place).finally(() => clearTimeout(limit));
+        closed ??= this.#fate.closeCall(place).finally(() => clearTimeout(limit));
         return closed;
       },
     };
-  }
-
-  async #close(place: CudaPlace): Promise<void> {
-    try {
-      if (this.#fate.failure !== undefined) place.settle([place]);
-      // Only when all is done is it certain that no rank failed meanwhile. Kernels that wait for one that has end with the communicator.
-      else await Promise.race([place.device.stream.completed(), this.#fate.failed]);
-      this.requireUsable();
-    } finally {
-      place.endCall();
-    }
   }
 
   dispose(): void {
