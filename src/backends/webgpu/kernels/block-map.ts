@@ -364,7 +364,10 @@ fn main(@builtin(workgroup_id) group: vec3<u32>, @builtin(local_invocation_index
   let is_cut = some && u32(max(0, last_row + lower)) / P.blockKeys > from_block;
   let edge = select(u32(max(edge_key, 0)) / P.blockKeys, to_block - select(0u, 1u, is_cut), edge_key >= i32(length));
 
-  for (var j = lid; j < P.keyBlocks; j += ${CHOOSE_THREADS}u) { weights[at + j] = 0.0; }
+  // Only what nothing else writes: a block that is weighed belongs to another thread, which may have come first.
+  for (var j = lid; j < P.keyBlocks; j += ${CHOOSE_THREADS}u) {
+    if (j < from_block || j >= to_block) { weights[at + j] = 0.0; }
+  }
   var largest = -3.0e38f;
   let query_fact = select(vec4<f32>(), queries[query + ${fact}u], count > 0u);
   for (${each}) {
