@@ -40,6 +40,21 @@ export class Fate {
     if (this.#failure !== undefined) throw this.#failure;
   }
 
+  /** Connects a transport within the time; one that does not come about is disposed of. */
+  async connected<T extends { dispose(): void }>(transport: T, connect: () => Promise<void>): Promise<T> {
+    const limit = this.limit('connecting the ranks');
+    try {
+      await connect();
+      return transport;
+    } catch (error) {
+      this.fail(error);
+      transport.dispose();
+      throw error;
+    } finally {
+      clearTimeout(limit);
+    }
+  }
+
   /**
    * Ends this process's part of a call on its place.
    *

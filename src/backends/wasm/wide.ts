@@ -74,14 +74,13 @@ export async function widen(simd: Simd, sources: KernelSources | undefined): Pro
   setFlagsFromString(`--${FLAG}`);
   // Straight to the compiler that widens: it would come to a function only after many calls.
   setFlagsFromString('--no-liftoff');
-  let wide: string[] | undefined;
+  let same = false;
   try {
-    wide = await outputsOf(simd, sources, 'wide');
+    const wide = await outputsOf(simd, sources, 'wide');
+    same = wide.every((bits, i) => bits === narrow[i]);
   } finally {
     setFlagsFromString('--liftoff');
-    if (wide?.every((bytes, i) => bytes === narrow[i]) !== true) setFlagsFromString(`--no-${FLAG}`);
+    if (!same) setFlagsFromString(`--no-${FLAG}`);
   }
-  return wide.every((bytes, i) => bytes === narrow[i])
-    ? `256 bits where V8 finds pairs (--${FLAG})`
-    : '128 bits: this V8 computes wrongly with more';
+  return same ? `256 bits where V8 finds pairs (--${FLAG})` : '128 bits: this V8 computes wrongly with more';
 }

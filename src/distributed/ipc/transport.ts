@@ -165,17 +165,7 @@ export class IpcTransport implements Transport {
       company?.leave();
       throw error;
     }
-    const limit = transport.#fate.limit('connecting the ranks');
-    try {
-      await transport.#reachAll();
-      return transport;
-    } catch (error) {
-      transport.#fate.fail(error);
-      transport.dispose();
-      throw error;
-    } finally {
-      clearTimeout(limit);
-    }
+    return transport.#fate.connected(transport, () => transport.#reachAll());
   }
 
   get place(): CudaPlace {

@@ -90,18 +90,10 @@ export class NcclTransport implements Transport {
       (await meet({ rank, size, timeout, kind: kindOf(place), ...address }, () => options.id ?? newNcclId(api)));
     const communicator = new NcclCommunicator(api, place.device);
     const transport = new NcclTransport(place, communicator, company, options);
-    const limit = transport.#fate.limit('connecting the ranks');
-    try {
+    return transport.#fate.connected(transport, async () => {
       communicator.open({ id: company?.shared ?? (options.id as Uint8Array), rank, size });
       await communicator.settled('connecting the ranks');
-      return transport;
-    } catch (error) {
-      transport.#fate.fail(error);
-      transport.dispose();
-      throw error;
-    } finally {
-      clearTimeout(limit);
-    }
+    });
   }
 
   requireUsable(): void {
