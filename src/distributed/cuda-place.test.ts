@@ -1,8 +1,9 @@
 /** Ranks on simulated devices: kernels, copies between devices and the order of their streams. */
 import { describe, expect, it } from 'vitest';
+import { blockByBlock } from '../../test/support/block-by-block.ts';
 import { Random, runSeed } from '../../test/support/random.ts';
 import { createProblem } from '../attention/problem.ts';
-import { createCudaBackend } from '../backends/cuda/backend.ts';
+import { type CudaBackend, createCudaBackend } from '../backends/cuda/backend.ts';
 import { Cuda } from '../backends/cuda/driver/device.ts';
 import { FakeCuda } from '../backends/cuda/testing/fake-cuda.ts';
 import { createSimulatedBackend } from '../backends/cuda/testing/simulator/backend.ts';
@@ -10,6 +11,7 @@ import { attentionExact } from '../reference/exact.ts';
 import { compare } from '../reference/metrics.ts';
 import { toFloat32 } from '../tensor/access.ts';
 import { type Tensor, tensor, transpose } from '../tensor/tensor.ts';
+import { CudaPlace } from './cuda-place.ts';
 import { createDeviceGroup } from './group.ts';
 import { type ShardedOptions, sageattnSharded } from './sharded.ts';
 
@@ -19,10 +21,9 @@ describe(`ranks on CUDA devices (SAGEATTENTION_SEED=${seed})`, () => {
   const random = new Random(seed);
   const make = (heads: number, tokens: number, dim: number): Tensor =>
     tensor(random.normals(heads * tokens * dim), [1, heads, tokens, dim]);
-  const [q, k, v] = [make(4, 50, 16), make(2, 50, 16), make(2, 50, 24)];
+  const [q, k, v] = [make(2, 30, 16), make(1, 30, 16), make(1, 30, 24)];
 
-  const outputOf = async (devices: readonly number[], options: ShardedOptions, nhd = false) => {
-    const backend = createSimulatedBackend(80, 2);
+  const outputOf = async (backend: CudaBackend, devices: readonly number[], options: ShardedOptions, nhd: boolean) => {
     const group = await createDeviceGroup({ devices, backend });
     const given = (x: Tensor) => (nhd ? transpose(x, [0, 2, 1, 3]) : x);
     const sharding = { order: 'zigzag', tensorLayout: nhd ? 'NHD' : 'HND' } as const;
@@ -39,37 +40,30 @@ describe(`ranks on CUDA devices (SAGEATTENTION_SEED=${seed})`, () => {
     return { values, sums };
   };
 
-  const problem = createProblem(q, k, v, { isCausal: true });
-  const exact = attentionExact(problem, { q, k, v });
-  const errorOf = (values: ArrayLike<number>) => {
-    let [error, size] = [0, 0];
-    for (let i = 0; i < exact.output.length; i++) {
-      error += Math.abs((values[i] as number) - (exact.output[i] as number));
-      size += Math.abs(exact.output[i] as number);
-    }
-    return error / size;
-  };
-
-  for (const [name, devices, options, nhd] of [
-    ['two ranks on one device', [0, 0], {}, false],
-    ['a ring of two devices', [0, 1], {}, false],
-    ['heads divided between two devices, NHD', [0, 1], { ulysses: 2 }, true],
-    ['a ring of rows of two devices', [0, 1, 1, 0], { ulysses: 2 }, false],
-  ] as const) {
-    it(`attend as one does: ${name}`, async () => {
-      const { values, sums } = await outputOf(devices, options, nhd);
-      expect(errorOf(values)).toBeLessThan(0.03);
-      exact.lse.forEach((expected, i) => {
-        expect(Math.abs((sums[i] as number) - expected)).toBeLessThan(0.05);
+  for (const { capability, ulysses, ring, nhd } of [
+    { capability: 80, ulysses: 1, ring: 3, nhd: false },
+    { capability: 80, ulysses: 2, ring: 2, nhd: true },
+    { capability: 90, ulysses: 2, ring: 1, nhd: false },
+  ]) {
+    it(`${ring} x ${ulysses} ranks on sm_${capability} give the bits of their blocks one after another, on one device and on two`, async () => {
+      const backend = createSimulatedBackend(capability, 2);
+      const place = new CudaPlace(backend, (await backend.cuda()).device(0));
+      const expected = await blockByBlock(place, { q, k, v }, 'zigzag', { ulysses, ring, isCausal: true });
+      place.dispose();
+      await backend.dispose();
+      const ranks = Array.from({ length: ulysses * ring }, (_, rank) => rank);
+      for (const devices of [ranks.map(() => 0), ranks.map((rank) => rank % 2)]) {
+        const { values, sums } = await outputOf(createSimulatedBackend(capability, 2), devices, { ulysses }, nhd);
+        expect(values).toEqual(expected.output);
+        expect(sums).toEqual(expected.lse);
+      }
+      const exact = attentionExact(createProblem(q, k, v, { isCausal: true }), { q, k, v });
+      expect(compare(expected.output, exact.output).relativeL1).toBeLessThan(0.03);
+      exact.lse.forEach((sum, i) => {
+        expect(Math.abs((expected.lse[i] as number) - sum)).toBeLessThan(0.05);
       });
     });
   }
-
-  it('gives the same bits on one device and on two', async () => {
-    const [one, two] = [await outputOf([0, 0], {}), await outputOf([0, 1], {})];
-    expect(two.values).toEqual(one.values);
-    expect(two.sums).toEqual(one.sums);
-  });
 
   it('uses its slots again, round by round and call by call', async () => {
     const backend = createSimulatedBackend(80, 4);

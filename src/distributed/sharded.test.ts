@@ -1,6 +1,7 @@
 import fc from 'fast-check';
 import { afterAll, describe, expect, it } from 'vitest';
 import { denseCall } from '../../test/support/arbitrary-attention.ts';
+import { blockByBlock } from '../../test/support/block-by-block.ts';
 import { exactBackend } from '../../test/support/exact-backend.ts';
 import { Random, runSeed } from '../../test/support/random.ts';
 import { bandOf } from '../attention/band.ts';
@@ -10,6 +11,7 @@ import { attentionExact } from '../reference/exact.ts';
 import { toFloat32 } from '../tensor/access.ts';
 import { slice, type Tensor, tensor, transpose } from '../tensor/tensor.ts';
 import { createDeviceGroup } from './group.ts';
+import { HostPlace } from './host-place.ts';
 import { Post } from './link.ts';
 import { type ShardedShape, scheduleOf, scoresOf, sentBytes } from './schedule.ts';
 import { type ShardedOptions, sageattnSharded } from './sharded.ts';
@@ -40,6 +42,9 @@ function difference(actual: ArrayLike<number>, expected: ArrayLike<number>): num
 const ROUNDINGS = { float32: 2 ** -22, float16: 2 ** -9, bfloat16: 2 ** -6 } as const;
 
 describe(`sageattnSharded (SAGEATTENTION_SEED=${seed})`, () => {
+  const backend = createWasmBackend();
+  afterAll(() => backend.dispose());
+
   it('gives what one device gives, for any ranks, orders, masks and bands', async () => {
     const backend = exactBackend();
     await fc.assert(
@@ -139,9 +144,27 @@ describe(`sageattnSharded (SAGEATTENTION_SEED=${seed})`, () => {
     }
   });
 
+  it('gives the bits of its blocks one after another, for any ranks, orders and bands', async () => {
+    await fc.assert(
+      fc.asyncProperty(denseCall, topology, order, async ({ q, k, v, options }, { ulysses, ring }, tokenOrder) => {
+        const [heads, kvHeads] = [q.shape[1] as number, k.shape[1] as number];
+        fc.pre(heads % ulysses === 0 && (kvHeads % ulysses === 0 || ulysses % kvHeads === 0));
+        const { attnMask: _, ...own } = options;
+        const group = await createDeviceGroup({ ranks: ulysses * ring, backend });
+        const parts = await Promise.all([q, k, v].map((x) => group.shard(x, { order: tokenOrder })));
+        const { output, lse } = await sageattnSharded(...(parts as [never, never, never]), {
+          ...own,
+          ...{ ulysses, ring, returnLse: true },
+        });
+        const expected = await blockByBlock(new HostPlace(backend), { q, k, v }, tokenOrder, { ...own, ulysses, ring });
+        expect(toFloat32(await group.gather(output))).toEqual(expected.output);
+        expect(toFloat32(await group.gather(lse))).toEqual(expected.lse);
+      }),
+      { seed: seed | 0, numRuns: 30 },
+    );
+  });
+
   it('runs the quantized kernels, whose error it does not raise', async () => {
-    const backend = createWasmBackend();
-    afterAll(() => backend.dispose());
     const random = new Random(seed);
     const make = (heads: number) => tensor(random.normals(heads * 300 * 64), [1, heads, 300, 64]);
     const [q, k, v] = [make(4), make(2), make(2)];

@@ -2,6 +2,7 @@
 
 import { createProblem } from '../../src/attention/problem.ts';
 import type { Cuda, CudaBackend } from '../../src/backends/cuda/index.ts';
+import { CudaPlace } from '../../src/distributed/cuda-place.ts';
 import {
   createDeviceGroup,
   type ShardedOptions,
@@ -13,6 +14,7 @@ import { backwardExact } from '../../src/reference/backward.ts';
 import { attentionExact } from '../../src/reference/exact.ts';
 import { compare } from '../../src/reference/metrics.ts';
 import { fromFloat32, toFloat32 } from '../../src/tensor/access.ts';
+import { blockByBlock } from '../support/block-by-block.ts';
 import { Random } from '../support/random.ts';
 import type { Check } from './checks.ts';
 
@@ -32,11 +34,19 @@ export function distributedChecks(backend: CudaBackend, cuda: Cuda, seed: number
     const group = await createDeviceGroup({ devices, backend });
     const parts = await Promise.all([q, k, v].map((x) => group.shard(x, { order: 'zigzag' })));
     const [sq, sk, sv] = parts as [never, never, never];
-    const output = await sageattnSharded(sq, sk, sv, { ...options, returnLse: false });
-    const gathered = toFloat32(await group.gather(output));
-    for (const each of [...parts, output]) each.dispose();
+    const { output, lse } = await sageattnSharded(sq, sk, sv, { ...options, returnLse: true });
+    const gathered = { output: toFloat32(await group.gather(output)), lse: toFloat32(await group.gather(lse)) };
+    for (const each of [...parts, output, lse]) each.dispose();
     group.dispose();
     return gathered;
+  };
+  /** The same blocks one after another on the first device, by whoever the ranks are. */
+  const oneAfterAnother = async (ranks: number, { ulysses = 1, ...options }: ShardedOptions) => {
+    const place = new CudaPlace(backend, cuda.device(0));
+    const topology = { ulysses, ring: ranks / ulysses };
+    const made = await blockByBlock(place, { q, k, v }, 'zigzag', { ...options, ...topology });
+    place.dispose();
+    return made;
   };
   const others = cuda.deviceCount > 1 ? [1] : [];
   const ways = [
@@ -90,17 +100,17 @@ export function distributedChecks(backend: CudaBackend, cuda: Cuda, seed: number
           await sageattn(q, k, v, { isCausal, backend: 'cuda', kernel: await kernelOf(), returnLse: false }),
         );
         const actual = await sharded(devices, { ...options, isCausal });
-        const [alone, together] = [one, actual].map((values) => compare(values, exact).relativeL1) as [number, number];
+        const [alone, together] = [one, actual.output].map((values) => compare(values, exact).relativeL1) as [
+          number,
+          number,
+        ];
         if (!(together <= MERGE_SLACK * alone)) throw new Error(`relative L1 ${together}, one device ${alone}`);
-        if (new Set(devices).size > 1) {
-          const virtual = await sharded(
-            devices.map(() => 0),
-            { ...options, isCausal },
-          );
-          const at = virtual.findIndex((value, i) => !Object.is(value, actual[i]));
-          if (at >= 0) throw new Error(`value ${at} is not that of ranks on one device`);
+        const expected = await oneAfterAnother(devices.length, { ...options, isCausal });
+        for (const name of ['output', 'lse'] as const) {
+          const at = expected[name].findIndex((value, i) => !Object.is(value, actual[name][i]));
+          if (at >= 0) throw new Error(`value ${at} of ${name} is not that of the blocks one after another`);
         }
-        return `relative L1 ${together.toFixed(4)}, one device ${alone.toFixed(4)}`;
+        return `the bits of its blocks; relative L1 ${together.toFixed(4)}, one device ${alone.toFixed(4)}`;
       },
     })),
   );
