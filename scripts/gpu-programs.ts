@@ -51,6 +51,8 @@ await build({
     'bench-onnxruntime': 'bench/onnxruntime/whole-model.ts',
     'test-wasm': 'test/wasm/main.ts',
     'bench-wasm': 'bench/wasm/short.ts',
+    'bench-wasm-attention': 'bench/wasm/attention.ts',
+    'bench-wasm-scaling': 'bench/wasm/scaling.ts',
     'bench-wasm-sparse': 'bench/wasm/sparse.ts',
   },
   outdir: path.join('.gpu', 'programs'),

@@ -1,7 +1,7 @@
 /**
  * Attention in WASM against ONNX Runtime, all in one process and interleaved, so that what disturbs one disturbs all.
  *
- *     node --import tsx bench/wasm/attention.ts --threads 1 [--tokens 1024,4096] [--seconds 6] [--out FILE]
+ *     node --import tsx bench/wasm/attention.ts --threads 1 [--tokens 1024,4096] [--kernels NAME,NAME] [--seconds 6] [--wide] [--out FILE]
  *
  * Prints a table and writes JSON: per contender the best and the median time, GFLOP/s of 4 H L^2 D at the best time,
  * the ratio of best times to each peer, and the error against float64 over the first query rows. On a machine that
@@ -29,7 +29,11 @@ const { values: flags } = parseArgs({
     threads: { type: 'string', default: '1' },
     tokens: { type: 'string', default: '1024,4096' },
     'head-dims': { type: 'string', default: '64,128' },
+    /** Default: all of the backend's. */
+    kernels: { type: 'string' },
     seconds: { type: 'string', default: '6' },
+    /** Vectors of 256 bits, onnxruntime-web's too: V8's flag holds for the whole process. */
+    wide: { type: 'boolean', default: false },
     out: { type: 'string' },
   },
 });
@@ -57,10 +61,12 @@ function operandsOf(tokens: number, headDim: number): Operands {
 }
 
 async function ours({ q, k, v }: Operands, simd: 'simd128' | 'relaxed'): Promise<Contender[]> {
-  const backend = createWasmBackend({ threads, simd });
+  const backend = createWasmBackend({ threads, simd, wide: flags.wide });
   const problem = createProblem(q, k, v, { tensorLayout: 'NHD' });
+  const named = flags.kernels?.split(',');
+  const kernels = backend.kernels.filter(({ name }) => named === undefined || named.includes(name));
   return Promise.all(
-    backend.kernels.map(async (kernel) => {
+    kernels.map(async (kernel) => {
       const plan = await backend.plan(problem, chooseOptions(kernel, problem, {}));
       return {
         name: `${kernel.name} (${simd})`,
@@ -186,9 +192,9 @@ if (flags.out !== undefined) {
     // Well above the number of cores: others were at work, and only processor times mean anything.
     loadAverage: loadavg()[0],
     node: process.version,
-    commit: execFileSync('git', ['rev-parse', 'HEAD'], { encoding: 'utf8' }).trim(),
+    commit: process.env.SAGEATTENTION_COMMIT ?? execFileSync('git', ['rev-parse', 'HEAD'], { encoding: 'utf8' }).trim(),
     date: new Date().toISOString(),
-    ...{ threads, heads: HEADS, rows },
+    ...{ threads, wide: flags.wide, heads: HEADS, rows },
   };
   writeFileSync(flags.out, `${JSON.stringify(report, null, 2)}\n`);
 }

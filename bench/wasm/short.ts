@@ -2,7 +2,7 @@
  * Calls of 1 to 4096 tokens in WASM against ONNX Runtime, as applications make them (`sageattn`, default options), all in one
  * process and interleaved.
  *
- *     node --import tsx bench/wasm/short.ts --threads 1 [--tokens 1,8,64] [--shapes 1x8x64] [--queries 1] [--seconds 2] [--out FILE]
+ *     node --import tsx bench/wasm/short.ts --threads 1 [--tokens 1,8,64] [--shapes 1x8x64] [--queries 1] [--seconds 2] [--wide] [--out FILE]
  *
  * With `--queries`, q has so many tokens and k and v have `--tokens`: with 1 it is decoding, and a contender of its own attends
  * to keys and values that were prepared before. Shapes are batch x heads x D. Prints a line for each shape and length and writes JSON: median and best time of each contender,
@@ -31,6 +31,8 @@ const { values: flags } = parseArgs({
     shapes: { type: 'string', default: '1x8x64,8x4x64,1x12x64,24x4x128,1x16x72' },
     queries: { type: 'string' },
     seconds: { type: 'string', default: '2' },
+    /** Vectors of 256 bits, onnxruntime-web's too: V8's flag holds for the whole process. */
+    wide: { type: 'boolean', default: false },
     out: { type: 'string' },
   },
 });
@@ -128,7 +130,7 @@ async function measure(operands: Operands, seconds: number) {
   return { kernel: kernel.name, contenders: found };
 }
 
-const backend = createWasmBackend({ threads });
+const backend = createWasmBackend({ threads, wide: flags.wide });
 await setBackend(backend);
 interface Row extends Awaited<ReturnType<typeof measure>> {
   readonly batch: number;
@@ -136,6 +138,19 @@ interface Row extends Awaited<ReturnType<typeof measure>> {
   readonly headDim: number;
   readonly queries: number;
   readonly tokens: number;
+}
+
+async function write(file: string): Promise<void> {
+  const report = {
+    ...thisMachine(),
+    // Well above the number of cores: others were at work, and only processor times mean anything.
+    loadAverage: loadavg()[0],
+    commit: process.env.SAGEATTENTION_COMMIT ?? execFileSync('git', ['rev-parse', 'HEAD'], { encoding: 'utf8' }).trim(),
+    date: new Date().toISOString(),
+    details: (await backend.availability()).details,
+    ...{ threads, wide: flags.wide, rows },
+  };
+  writeFileSync(file, `${JSON.stringify(report, null, 2)}\n`);
 }
 
 const rows: Row[] = [];
@@ -159,6 +174,8 @@ for (const shape of flags.shapes.split(',')) {
         `${ratios.join('  ')}  L1 ${own.relativeL1.toExponential(1)}`,
     );
   }
+  // A machine that is lent may be taken away before the end.
+  if (flags.out !== undefined) await write(flags.out);
 }
 for (const peer of ['onnxruntime-web', 'onnxruntime-node']) {
   // By processor time, which other work on the machine disturbs less.
@@ -172,18 +189,6 @@ for (const peer of ['onnxruntime-web', 'onnxruntime-node']) {
     `${peer} / ours by processor time: least ${Math.min(...ratios).toFixed(2)}, median ${median(ratios).toFixed(2)}, most ` +
       `${Math.max(...ratios).toFixed(2)}; ours slower in ${slower} of ${ratios.length}`,
   );
-}
-if (flags.out !== undefined) {
-  const report = {
-    ...thisMachine(),
-    // Well above the number of cores: others were at work, and only processor times mean anything.
-    loadAverage: loadavg()[0],
-    commit: process.env.SAGEATTENTION_COMMIT ?? execFileSync('git', ['rev-parse', 'HEAD'], { encoding: 'utf8' }).trim(),
-    date: new Date().toISOString(),
-    details: (await backend.availability()).details,
-    ...{ threads, rows },
-  };
-  writeFileSync(flags.out, `${JSON.stringify(report, null, 2)}\n`);
 }
 // onnxruntime-web keeps its threads.
 process.exit(0);
