@@ -18,17 +18,18 @@ describe(`sageattnShardedBackward (SAGEATTENTION_SEED=${seed})`, () => {
   const wasm = createWasmBackend();
   afterAll(() => wasm.dispose());
 
-  /** Largest relative L1 of dq, dk and dv against exact gradients. */
+  /** Largest relative L1 of dq, dk and dv, or of those named, against exact gradients. */
   async function errorOf(
     group: DeviceGroup,
     options: ShardedBackwardOptions,
-    { lengths: [lq, lk] = [37, 37], heads: [hq, hk] = [4, 2], nhd = false, dim = 16 } = {},
+    { lengths: [lq, lk] = [37, 37], heads: [hq, hk] = [4, 2], nhd = false, dim = 16, magnitude = 1 } = {},
+    names: readonly ('dq' | 'dk' | 'dv')[] = ['dq', 'dk', 'dv'],
   ): Promise<number> {
-    const make = (heads: number, tokens: number) =>
-      tensor(random.normals(heads * tokens * dim), [1, heads, tokens, dim]);
+    const make = (heads: number, tokens: number, size = 1) =>
+      tensor(random.normals(heads * tokens * dim, size), [1, heads, tokens, dim]);
     const [q, k, v, dOutput] = [
-      make(hq as number, lq as number),
-      make(hk as number, lk as number),
+      make(hq as number, lq as number, magnitude),
+      make(hk as number, lk as number, magnitude),
       make(hk as number, lk as number),
       make(hq as number, lq as number),
     ];
@@ -42,11 +43,11 @@ describe(`sageattnShardedBackward (SAGEATTENTION_SEED=${seed})`, () => {
     const { isCausal = false } = options;
     const exact = backwardExact(createProblem(q, k, v, { isCausal }), { q, k, v, dOutput });
     let worst = 0;
-    for (const name of ['dq', 'dk', 'dv'] as const) {
+    for (const name of names) {
       const whole = given(await group.gather(made[name]));
       worst = Math.max(worst, compare(toFloat32(whole), exact[name]).relativeL1);
-      made[name].dispose();
     }
+    for (const gradient of Object.values(made)) gradient.dispose();
     for (const each of [sq, sk, sv, sd, output, lse]) each.dispose();
     return worst;
   }
@@ -68,6 +69,18 @@ describe(`sageattnShardedBackward (SAGEATTENTION_SEED=${seed})`, () => {
     const together = await errorOf(divided, { kernel, ...options }, shape as never);
     expect(alone).toBeLessThan(0.08);
     expect(together).toBeLessThan(Math.max(0.02, 1.6 * alone));
+  });
+
+  // Their softmax is made anew: each rank knows its own keys only, most of which have no weight among all.
+  it('gives rows of large scores the weights of all ranks', async () => {
+    const large = { magnitude: 100, lengths: [40, 40] as [number, number] };
+    const group = await createDeviceGroup({ ranks: 3, backend: wasm });
+    expect(await errorOf(group, { kernel: 'qk-int8-pv-fp16' }, large, ['dv'])).toBeLessThan(0.4);
+    const backend = createSimulatedBackend(80, 2);
+    const devices = await createDeviceGroup({ devices: [0, 1], backend });
+    expect(await errorOf(devices, { kernel: 'qk-int8-pv-fp16-cuda' }, large, ['dv'])).toBeLessThan(0.4);
+    devices.dispose();
+    await backend.dispose();
   });
 
   it('runs on devices, which add in kernels', async () => {

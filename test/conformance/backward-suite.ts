@@ -373,6 +373,60 @@ async function checkPoison(target: BackwardTarget, seed: number): Promise<void> 
   for (const name of NAMES) checkPlaces(name, toFloat32(gradients[name]), exact[name], name === 'dv' ? 8 : 16, 3e38);
 }
 
+/** What makes the logsumexp of rows useless to find their weights by: it is not a number, or so large that float32 has no fraction there. */
+interface FarRows {
+  /** Added by a mask to all keys that every third row sees; 0: no mask. */
+  readonly lowest: number;
+  /** In one channel of all keys: smoothing takes it away, and the row's scores and logsumexp keep it. */
+  readonly offset: number;
+  /** A value that is not a number, which weights do not depend on. */
+  readonly spoiled: boolean;
+  readonly isCausal: boolean;
+}
+
+const FAR_ROWS = fc.record<FarRows>({
+  lowest: fc.constantFrom(0, -1e4, -65504, -3.3895313892515355e38, -3.4028234663852886e38),
+  offset: fc.constantFrom(0, 1000, 3e5),
+  spoiled: fc.boolean(),
+  isCausal: fc.boolean(),
+});
+
+/** Gradients of rows whose logsumexp does not give their weights are as accurate as others, and not a number only where they must be. */
+async function checkFarRows(target: BackwardTarget, far: FarRows, seed: number): Promise<void> {
+  const { lowest, offset, spoiled, isCausal } = far;
+  const random = new Random(seed);
+  // Not causal, every row sees the value that is not a number.
+  const [heads, lq, lk, d, token] = [2, 21, 70, 64, isCausal ? 60 : 69];
+  const normal = (...shape: number[]) => tensor(random.normals(elementCount(shape)), shape);
+  const [q, k, v] = [normal(1, heads, lq, d), normal(1, heads, lk, d), normal(1, heads, lk, d)];
+  const dOutput = normal(1, heads, lq, d);
+  for (let at = 5; at < heads * lk * d; at += d) (k.data as Float32Array)[at] = offset;
+  if (spoiled) (v.data as Float32Array)[token * d + 3] = Number.NaN;
+  // A float32 mask on top of it would leave nothing of the rest in the scores themselves.
+  const attnMask =
+    lowest === 0
+      ? undefined
+      : tensor(
+          Float32Array.from({ length: lq * lk }, (_, i) => (Math.floor(i / lk) % 3 === 0 ? lowest : 0)),
+          [lq, lk],
+        );
+  const forward = { isCausal, causalAlignment: 'bottom-right', ...(attnMask && { attnMask }) } as const;
+  const trainable = await sageattnTrainable(q, k, v, {
+    ...forward,
+    ...{ backend: target.backend, kernel: target.kernel, backwardPrecision: target.precision },
+  });
+  const gradients = await trainable.backward(dOutput);
+  trainable.dispose();
+  const exact = backwardExact(createProblem(q, k, v, forward), { q, k, v, attnMask, dOutput });
+  const sizes = ordinarySizes(createProblem(q, k, v, forward), { q, k, v, options: forward });
+  for (const name of NAMES) {
+    const actual = toFloat32(gradients[name]);
+    checkPlaces(name, actual, exact[name], d, 3e38);
+    const error = errorOf(actual, exact[name], name === 'dq' && offset > 0 ? 1 : sizes[name], 'float32');
+    check(error < 2 * target.relativeL2, () => `${name}: relative L2 ${error} of ${JSON.stringify(far)}, seed ${seed}`);
+  }
+}
+
 /** All tests of one target. */
 export function backwardTests(target: BackwardTarget, seed: number): ConformanceTest[] {
   const fits = ({ work, largestV }: ConformanceCase) =>
@@ -387,6 +441,16 @@ export function backwardTests(target: BackwardTarget, seed: number): Conformance
     })),
     { name: 'calls: again, alone, in float32, disposed, stopped', run: () => checkCalls(target, seed) },
     { name: 'a NaN in dO stays with the keys of its row', run: () => checkPoison(target, seed) },
+    {
+      name: 'rows whose logsumexp does not give their weights',
+      run: () =>
+        fc.assert(
+          fc.asyncProperty(FAR_ROWS, fc.integer({ min: 0, max: 2 ** 31 - 1 }), (far, dataSeed) =>
+            checkFarRows(target, far, dataSeed),
+          ),
+          { seed: seed | 0, numRuns: Math.min(6, target.randomCases ?? 6), endOnFailure: true },
+        ),
+    },
     ...MASK_CASES.map((maskCase) => ({
       name: `gradient of an additive mask: ${maskCase.name}`,
       run: () => checkMaskGradient(target, maskCase, seed),

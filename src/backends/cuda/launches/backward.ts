@@ -16,8 +16,10 @@ import {
   gradientPasses,
   MASK_GRADIENT_INTEGERS,
   MASK_GRADIENT_TILE,
+  needsTrueScores,
   OPERAND_BYTES,
   OWN_TOKENS,
+  SOFTMAX_AGAIN_TILE,
 } from '../kernels/backward/config.ts';
 import { GRADIENT_THREADS } from '../kernels/backward/frame.ts';
 import { gradients } from '../kernels/backward/gradients.ts';
@@ -35,6 +37,7 @@ import {
   type PrepareRowsConfig,
   prepareRows,
 } from '../kernels/backward/prepare.ts';
+import { type SoftmaxAgainConfig, softmaxAgain } from '../kernels/backward/softmax.ts';
 import {
   BLOCK_CHANNELS,
   GROUP_TOKENS,
@@ -167,6 +170,7 @@ function preparing(backward: Backward): KernelLaunch[] {
     copyLaunch(backward, 'k'),
     copyLaunch(backward, 'v'),
     prepareRowsLaunch(backward),
+    softmaxAgainLaunch(backward),
   ];
 }
 
@@ -230,11 +234,12 @@ const named = (name: string, { batchStride, headStride, tokenStride }: OperandLa
   [`${name}Token`]: u64(tokenStride * BYTES[dtype]),
 });
 
-function prepareRowsLaunch({ problem, context, paddedValueDim }: Backward): KernelLaunch {
+function prepareRowsLaunch(backward: Backward): KernelLaunch {
+  const { problem, context, paddedValueDim } = backward;
   const { output, dOutput, lseOffset } = problem;
   const { device, layout, scheme } = context;
   const { target, pointerAlignment = 16 } = device;
-  const { dtype, valueDim, queryHeads, batch, smScale, softcap } = context.problem;
+  const { dtype, valueDim, queryHeads, batch, smScale } = context.problem;
   const widths = [output, dOutput].map((operand) => loadWidthOf(operand, valueDim, dtype, pointerAlignment));
   const config: PrepareRowsConfig = {
     target,
@@ -243,7 +248,7 @@ function prepareRowsLaunch({ problem, context, paddedValueDim }: Backward): Kern
     paddedValueDim,
     loadWidth: Math.min(...widths) as PrepareRowsConfig['loadWidth'],
     queryScales: scheme.queryGroups,
-    softcap: softcap !== 0,
+    trueScores: needsTrueScores(featuresOf(backward)),
   };
   const blocks = layout.queryTiles * (BLOCK_Q / COPY_TOKENS);
   const module = moduleOf('prepareRows', prepareRows, config);
@@ -272,6 +277,22 @@ function prepareRowsLaunch({ problem, context, paddedValueDim }: Backward): Kern
     }),
     f32(Math.abs(smScale) * LOG2_E),
   ]);
+}
+
+/** The softmax of rows that `prepareRows` marks, made anew. */
+function softmaxAgainLaunch(backward: Backward): KernelLaunch {
+  const { problem, context, paddedDim, paddedValueDim } = backward;
+  const config: SoftmaxAgainConfig = {
+    target: context.device.target,
+    ...{ codeBytes: context.scheme.qkRowBytes, paddedDim, paddedValueDim },
+    ...SOFTMAX_AGAIN_TILE,
+    ...featuresOf(backward),
+    partOfKeys: problem.partOfKeys === true,
+  };
+  const module = moduleOf('softmaxAgain', softmaxAgain, config);
+  const { tiles, blocks } = blocksOf(backward, ['query'], OWN_TOKENS);
+  const args = [...gradientArguments(backward, [], tiles), pointer('keyFaults')];
+  return launch('softmax again', module, 'softmaxAgain', blocks, GRADIENT_THREADS, module.kernel().sharedBytes, args);
 }
 
 /** Where the gradients lie, by the names of the kernels' parameters. */

@@ -338,9 +338,7 @@ function prepareGradientRows(
       memory.fill(target, 0, <usize>dvPadded << 2);
       flags |= INVALID;
     }
-    const natural = load<f32>(lse + (<usize>r << 2));
-    const bias: f32 = capped ? 0 : load<f32>(stat + SCRATCH_ROW_BIASES);
-    const base2 = <f32>((<f64>natural - <f64>bias) * 1.4426950408889634);
+    const base2 = base2LseOf(lse, r, capped, scratch);
     store<f32>(stat + SCRATCH_LSES, base2);
     store<f32>(stat + SCRATCH_FACTORS, 1);
     if (abs(base2) > LARGEST_LSE && base2 != -Infinity) flags |= FAR;
@@ -383,11 +381,30 @@ function forgetFarRows(rows: i32, scratch: usize): void {
   }
 }
 
-/** Sums of those rows' weights to what weights are multiplied by. */
-function finishFarRows(rows: i32, scratch: usize): void {
-  for (let stat = scratch, end = scratch + (<usize>rows << 2); stat < end; stat += 4) {
+/** A row's LSE in base 2, without what smoothing took from its scores. */
+// @ts-ignore: decorator
+@inline
+function base2LseOf(lse: usize, r: i32, capped: bool, scratch: usize): f32 {
+  const at = <usize>r << 2;
+  const bias: f32 = capped ? 0 : load<f32>(scratch + at + SCRATCH_ROW_BIASES);
+  return <f32>((<f64>load<f32>(lse + at) - <f64>bias) * 1.4426950408889634);
+}
+
+/**
+ * Sums of those rows' weights to what weights are multiplied by.
+ *
+ * @param isPart the rows also saw keys that are not here: of all weights these have as much as the LSE says, and not more than all
+ */
+function finishFarRows(rows: i32, lse: usize, capped: bool, isPart: bool, scratch: usize): void {
+  for (let r = 0; r < rows; r++) {
+    const stat = scratch + (<usize>r << 2);
     const sum = load<f32>(stat + SCRATCH_FACTORS);
-    store<f32>(stat + SCRATCH_FACTORS, sum > 0 ? <f32>1 / sum : 1);
+    let factor = sum > 0 ? <f32>1 / sum : 1;
+    if (isPart && sum > 0) {
+      const share = load<f32>(stat + SCRATCH_LSES) - base2LseOf(lse, r, capped, scratch);
+      factor = min(factor, exp2(min(<f32>127, share)));
+    }
+    store<f32>(stat + SCRATCH_FACTORS, factor);
   }
 }
 
@@ -530,7 +547,7 @@ function backwardRows(
       // Once over all keys for the softmax; then again from the first, for the gradients.
       if (start + BLOCK_K < endKey) continue;
       isFar = false;
-      finishFarRows(rows, scratch);
+      finishFarRows(rows, lse, softcap != 0, (load<i32>(job, JOB_FLAGS) & FLAG_PART_OF_KEYS) != 0, scratch);
       start = firstStart - BLOCK_K;
       continue;
     }

@@ -22,7 +22,7 @@ export interface GradientTile {
 
 export interface GradientConfig extends GradientTile {
   readonly target: Target;
-  /** `['query']` or `['mask']`: a CTA owns a tile of Q and the keys pass by. Else it owns a tile of keys, and the queries of all its heads pass by. */
+  /** `['query']`, `['mask']` or none (`softmax.ts`): a CTA owns a tile of Q and the keys pass by. Else it owns a tile of keys, and the queries of all its heads pass by. */
   readonly gradients: readonly Gradient[];
   /** D, and Dv. */
   readonly headDim: number;
@@ -39,6 +39,16 @@ export interface GradientConfig extends GradientTile {
   readonly softcap: boolean;
   readonly gradientType: DType;
 }
+
+/**
+ * Whether the shift of a row is added behind everything else: a softcap, and what a mask adds, want the scores that the forward pass had.
+ * Else it is the summand of the product that scales them, and has what smoothing K took from the row in it.
+ */
+export const needsTrueScores = ({ softcap, mask }: Pick<GradientConfig, 'softcap' | 'mask'>): boolean =>
+  softcap || (mask !== 'none' && mask !== 'boolean');
+
+/** Of the kernel that makes the softmax of some rows anew (`softmax.ts`). */
+export const SOFTMAX_AGAIN_TILE: GradientTile = { streamTokens: 64, stages: 1, minBlocksPerMultiprocessor: 1 };
 
 /** Of the kernel that computes the gradient of the mask: `own` rows and as many keys as pass by are a tile of it. */
 export const MASK_GRADIENT_TILE: GradientTile = { streamTokens: 32, stages: 1, minBlocksPerMultiprocessor: 2 };

@@ -3,7 +3,7 @@ import type { SharedTile } from '../../ptx/layouts.ts';
 import type { Reg } from '../../ptx/types.ts';
 import { offset } from '../parts/addresses.ts';
 import { type TileCopy, tileCopy } from '../parts/copies.ts';
-import { OPERAND_BYTES } from './config.ts';
+import { needsTrueScores, OPERAND_BYTES } from './config.ts';
 import { type Frame, GRADIENT_THREADS, type Passing, type ThreadPlace, type Work } from './frame.ts';
 
 /** A buffer `[head, token, ...]`. */
@@ -93,7 +93,12 @@ export class StreamCopies {
     const into = b.add(b.add(shared, tile.base), b.as(b.shl(thread, 4), 'shared'));
     const at = stageOffset === undefined ? into : b.add(into, b.as(stageOffset, 'shared'));
     const quarter = b.add(row, b.shl(thread, 2));
-    const names = ['rowScale', 'rowShift', 'rowDelta', ...(config.softcap ? (['rowBias'] as const) : [])] as const;
+    const names = [
+      'rowScale',
+      'rowShift',
+      'rowDelta',
+      ...(needsTrueScores(config) ? (['rowBias'] as const) : []),
+    ] as const;
     const chunk = b.setp('lt', thread, config.streamTokens / 4);
     for (const [i, name] of names.entries()) {
       const source = offset(b, b.loadPointer(pointer[name]), quarter, 4);

@@ -76,7 +76,7 @@ export interface Frame extends Owner {
 
 export function makeFrame(config: GradientConfig, name = 'gradients'): Frame {
   const { target, gradients, codeBytes, paddedDim, paddedValueDim, streamTokens, stages } = config;
-  const ownsQueries = gradients.includes('query') || gradients.includes('mask');
+  const ownsQueries = !gradients.includes('key') && !gradients.includes('value');
   const hasChannels = gradients.includes('query') || gradients.includes('key');
   const scoreGradients = gradients.some((gradient) => gradient !== 'value');
   const b = new KernelBuilder({

@@ -3,9 +3,10 @@
  * zeros, in which an element that is not finite is 0: in a product, 0 * NaN would reach rows that do not see it. And three numbers
  * for each row of Q, so that P = 2^(scale * codes + shift) and dS = P * (dP - D):
  *
- * - `rowScale`: the scale of its codes, |smScale| and log2(e) included.
+ * - `rowScale`: the scale of its codes, |smScale| and log2(e) included. Its sign says that the logsumexp does not give the row's weights:
+ *   their softmax is made anew (`softmax.ts`).
  * - `rowShift`: what smoothing K took from its scores, less its logsumexp, in base 2. -Infinity where it saw no key, which makes P 0;
- *   NaN where the row of Q, dO or the logsumexp is not finite, which makes P NaN.
+ *   NaN where the row of Q or dO, or the logsumexp of a row that is not made anew, is not finite, which makes P NaN.
  * - `rowDelta`: -D, where D is the sum of dO * output over the channels: what the sums of dP start from. NaN where the output alone is not
  *   finite, since dV does not depend on V; 0 where P is NaN by dO.
  */
@@ -131,9 +132,16 @@ export interface PrepareRowsConfig {
   readonly loadWidth: LoadWidth;
   /** Rows of Q that share a set of scales, and how many are in the set. */
   readonly queryScales: readonly [rows: number, scales: number];
-  /** A softcap needs the true scores: what smoothing K took from them is added there, and not in `rowShift`. */
-  readonly softcap: boolean;
+  /** What smoothing K took is added to the scores, and not in `rowShift`: see `needsTrueScores`. */
+  readonly trueScores: boolean;
 }
+
+/**
+ * A logsumexp, or what smoothing took from a row's scores, beyond it has lost too much to rounding to give the row's weights: a mask that
+ * pushes the whole row down, or large scores. To this size a weight is right to 1 part in 8000. One that is not a number may be so for a
+ * value, on which weights do not depend.
+ */
+const LARGEST_LSE = 1024;
 
 export const PREPARE_ROWS_POINTERS = [
   'sequences',
@@ -240,10 +248,14 @@ export function prepareRows(config: PrepareRowsConfig): Kernel {
         const lse = b.ld('f32', first === 0 ? lseAt : b.add(lseAt, b.as(b.mul(lseStride, first), 'global')));
         const bias = b.ld('f32', biasAt, first * 4, { readOnly: true });
         // A row of Q that is not finite has a NaN bias.
-        const own = config.softcap ? b.mul(bias, 0) : bias;
+        const own = config.trueScores ? b.mul(bias, 0) : bias;
         b.fma(lse, -LOG2_E, own, shift);
+        const isNear = b.andPred(b.setp('le', b.abs(lse), LARGEST_LSE), b.setp('le', b.abs(bias), LARGEST_LSE));
         const empty = b.setp('eq', lse, Number.NEGATIVE_INFINITY);
-        b.when(b.notPred(b.andPred(isNumber(b, fault), isNumber(b, shift))), () => b.set(shift, Number.NaN));
+        const finite = b.andPred(isNumber(b, fault), isNumber(b, bias));
+        const isAgain = b.andPred(b.notPred(b.orPred(isNear, empty)), finite);
+        b.when(isAgain, () => b.neg(scale, scale));
+        b.when(b.notPred(b.andPred(finite, isNumber(b, shift))), () => b.set(shift, Number.NaN));
         b.when(empty, () => b.set(shift, Number.NEGATIVE_INFINITY));
       });
       b.when(b.notPred(isNumber(b, delta)), () => b.set(delta, Number.NaN));

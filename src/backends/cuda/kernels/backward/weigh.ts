@@ -7,6 +7,7 @@ import { COARSE_SCALE, MIN_SCALE } from '../parts/constants.ts';
 import { headAddress } from '../parts/epilogue.ts';
 import { at } from '../parts/lists.ts';
 import { capScores, type EachScore, keyFactors, maskRow } from '../parts/scores.ts';
+import { needsTrueScores } from './config.ts';
 import type { Frame, Owner, Passing, ThreadPlace, Work } from './frame.ts';
 
 /** Rows of `stream.rows`. */
@@ -26,8 +27,11 @@ function keyScaleAt({ b, config, pointer }: Frame, row: Reg<'u32'>, group: Reg<'
   return offset(b, b.loadPointer(pointer.keyScale), index, 4);
 }
 
-const keyRowOf = ({ b, integer }: Pick<Frame, 'b' | 'integer'>, { keyHead, paddedKeyStart }: Work, token: Reg<'u32'>) =>
-  b.add(b.mad(keyHead, b.loadParameter(integer.paddedKeys), paddedKeyStart), token);
+export const keyRowOf = (
+  { b, integer }: Pick<Frame, 'b' | 'integer'>,
+  { keyHead, paddedKeyStart }: Work,
+  token: Reg<'u32'>,
+) => b.add(b.mad(keyHead, b.loadParameter(integer.paddedKeys), paddedKeyStart), token);
 
 /**
  * The scale of a product of codes, bit for bit the forward kernel's (`scoreUnits`): where scores are large, the logsumexp is of scores
@@ -46,21 +50,41 @@ export function coarseScore(b: KernelBuilder, codes: Reg<'f32'>, scale: Reg<'f32
   return b.fma(scale, -(2 ** 23), score, into);
 }
 
-/** Values of the thread's own rows, and how to find the values that belong to a score. */
-export function ownConstants(frame: Frame, { warpRow, g, t2 }: ThreadPlace, work: Work) {
-  const { b, config, pointer, integer, stream, ownsQueries } = frame;
-  const numbers = (name: 'rowScale' | 'rowShift' | 'rowDelta' | 'rowBias', row: Reg<'u32'>) => {
+/** Of the thread's own rows g and g + 8; `minusDelta` is -D. */
+export interface OwnRowNumbers extends RowNumbers {
+  readonly minusDelta: readonly Reg<'f32'>[];
+}
+
+/** Padded row of the first own query. */
+export const firstOwnRow = ({ b, integer }: Frame, { head, firstOwn, paddedQueryStart }: Work): Reg<'u32'> =>
+  b.add(b.mad(head, b.loadParameter(integer.paddedQueries), paddedQueryStart), firstOwn);
+
+export function ownRowNumbers(frame: Frame, { warpRow, g }: ThreadPlace, work: Work): OwnRowNumbers {
+  const { b, config, pointer } = frame;
+  b.section('numbers of own rows');
+  const row = b.add(firstOwnRow(frame, work), b.add(warpRow, g));
+  const numbers = (name: 'rowScale' | 'rowShift' | 'rowDelta' | 'rowBias') => {
     const base = offset(b, b.loadPointer(pointer[name]), row, 4);
     return [0, 8].map((r) => b.ld('f32', base, r * 4, { readOnly: true }));
   };
+  return {
+    scale: numbers('rowScale'),
+    shift: numbers('rowShift'),
+    minusDelta: numbers('rowDelta'),
+    bias: needsTrueScores(config) ? numbers('rowBias') : [],
+  };
+}
+
+/**
+ * Values of the thread's own rows, and how to find the values that belong to a score.
+ *
+ * @param own of queries that are owned; default as in memory
+ */
+export function ownConstants(frame: Frame, place: ThreadPlace, work: Work, own?: OwnRowNumbers) {
+  const { b, config, stream, ownsQueries } = frame;
+  const { g, t2 } = place;
   if (ownsQueries) {
-    b.section('numbers of own rows');
-    const head = b.mad(work.head, b.loadParameter(integer.paddedQueries), work.paddedQueryStart);
-    const row = b.add(b.add(head, work.firstOwn), b.add(warpRow, g));
-    const scale = numbers('rowScale', row);
-    const shift = numbers('rowShift', row);
-    const minus = numbers('rowDelta', row);
-    const bias = config.softcap ? numbers('rowBias', row) : [];
+    const { scale, shift, minusDelta: minus, bias } = own ?? ownRowNumbers(frame, place, work);
     const keyScaleOfTile = (tile: Passing['tile']) => {
       const token = b.as(b.shl(tile, Math.log2(config.streamTokens)), 'u32');
       return b.ld('f32', keyScaleAt(frame, keyRowOf(frame, work, token), b.shr(t2, 1)), 0, { readOnly: true });
@@ -97,7 +121,7 @@ export function ownConstants(frame: Frame, { warpRow, g, t2 }: ThreadPlace, work
       const place = rows as Reg<'shared'>;
       for (let n = 0; n < frame.columnTiles; n++) {
         const scale = pairAt(place, SCALE, n).map((value) => forwardScale(b, value, keyScale));
-        const bias = config.softcap ? pairAt(place, BIAS, n) : [];
+        const bias = needsTrueScores(config) ? pairAt(place, BIAS, n) : [];
         body(n, { scale: twice(scale), shift: twice(pairAt(place, SHIFT, n)), bias: twice(bias) });
       }
     },
@@ -131,7 +155,7 @@ export function keyFactorsOf(
   return (row) => at(ofRows, row);
 }
 
-/** Of a tile of keys, by its scale. */
+/** Of a tile of keys, by its scale: some may also be not finite. */
 export const hasExponents = (b: KernelBuilder, keyScale: Reg<'f32'>): Reg<'pred'> =>
   b.setp('lt', b.as(keyScale, 's32'), 0);
 
@@ -155,13 +179,14 @@ interface WeighedTile {
   readonly gradientsOfP: readonly (readonly Reg<'f32'>[])[];
 }
 
-export function weigh(self: WeighedTile): void {
+/** @param until `scores`: stops at the scores of P, in base 2, -Infinity where a row does not see the key */
+export function weigh(self: WeighedTile, until: 'weights' | 'scores' = 'weights'): void {
   const { frame, place, work, now, constants, rows, codes, gradientsOfP } = self;
   const { b, config } = frame;
   const weights = codes.map((fragment) => fragment.map((register) => b.as(register, 'f32')));
   const plain = !config.softcap && config.mask === 'none';
   // As the forward kernel has them where nothing is added.
-  const isCodes = plain || (!config.softcap && config.mask === 'boolean');
+  const isCodes = !needsTrueScores(config);
   let slopes: Reg<'f32'>[][] = [];
   codes.forEach((fragment, n) => {
     fragment.forEach((code, i) => {
@@ -170,7 +195,6 @@ export function weigh(self: WeighedTile): void {
   });
   b.section('keys with exponents of their own');
   const haveExponents = hasExponents(b, constants.keyScaleOf(now));
-  const isWhole = b.notPred(haveExponents);
   b.if(haveExponents, () => {
     const firstPassing = b.as(b.shl(now.tile, Math.log2(config.streamTokens)), 'u32');
     const tokens = { firstOwn: b.add(work.firstOwn, place.warpRow), firstPassing };
@@ -182,11 +206,11 @@ export function weigh(self: WeighedTile): void {
     });
   });
   b.section(plain ? 'P = exp2(S - LSE)' : 'scores in base 2');
-  let isCoarse: Reg<'pred'> | undefined;
+  let isRare: Reg<'pred'> | undefined;
   constants.ofTiles(now, rows, (n, { scale, shift, bias }) => {
     const each = (scored: (score: Reg<'f32'>, scale: Reg<'f32'>, added: Reg<'f32'>) => void) =>
       at(weights, n).forEach((score, i) => {
-        scored(score, at(scale, i), at(config.softcap ? bias : shift, i));
+        scored(score, at(scale, i), at(isCodes ? shift : bias, i));
       });
     const exactly = () => each((score, scale, added) => b.fma(score, scale, added, score));
     if (!isCodes) exactly();
@@ -194,19 +218,24 @@ export function weigh(self: WeighedTile): void {
       // Scales are the same for 32 rows of Q at least.
       if (n % 4 === 0) {
         const largest = b.max(b.max(at(scale, 0), at(scale, 1)), at(scale, 2));
-        isCoarse = b.andPred(b.setp('gt', largest, COARSE_SCALE), isWhole);
+        isRare = b.orPred(b.setp('gt', largest, COARSE_SCALE), haveExponents);
       }
+      // Rounded before the shift is added: it is, of a row whose softmax is made anew, such a score itself.
       b.if(
-        isCoarse as Reg<'pred'>,
-        () => each((score, scale, added) => b.add(coarseScore(b, score, scale), added, score)),
+        isRare as Reg<'pred'>,
+        () =>
+          each((score, scale, added) => {
+            const rounded = b.selp(b.mul(score, scale), coarseScore(b, score, scale, b.reg('f32')), haveExponents);
+            b.add(rounded, added, score);
+          }),
         exactly,
       );
     }
-    if (plain) for (const score of at(weights, n)) b.ex2(score, score);
+    if (plain && until === 'weights') for (const score of at(weights, n)) b.ex2(score, score);
   });
-  if (!plain) slopes = finishScores(self, weights);
+  if (!plain) slopes = finishScores(self, weights, until);
   const excludes = config.banded || frame.ownsQueries;
-  if (excludes) excludePairs(self, weights);
+  if (excludes) excludePairs(self, weights, until === 'weights' ? 0 : Number.NEGATIVE_INFINITY);
   if (gradientsOfP.length === 0) return;
   b.section('dS = P (dP - D)');
   gradientsOfP.forEach((fragment, n) => {
@@ -222,7 +251,11 @@ export function weigh(self: WeighedTile): void {
 }
 
 /** Softcap and mask; then P. Returns the derivative of the softcap at each score. */
-function finishScores(self: WeighedTile, weights: readonly (readonly Reg<'f32'>[])[]): Reg<'f32'>[][] {
+function finishScores(
+  self: WeighedTile,
+  weights: readonly (readonly Reg<'f32'>[])[],
+  until: 'weights' | 'scores',
+): Reg<'f32'>[][] {
   const { frame, now, constants, rows } = self;
   const { b, config, softcap } = frame;
   const slopes: Reg<'f32'>[][] = [];
@@ -248,19 +281,19 @@ function finishScores(self: WeighedTile, weights: readonly (readonly Reg<'f32'>[
         }),
       );
     }
-    constants.ofTiles(now, rows, (n, { shift }) => {
-      at(weights, n).forEach((score, i) => {
-        b.add(score, at(shift, i), score);
-      });
-    });
   }
   if (config.mask !== 'none') maskPairs(self, weights, config.mask);
+  if (until === 'scores') return slopes;
   b.section('P = exp2(S - LSE)');
-  each((score) => {
-    const excluded = config.mask === 'none' ? undefined : b.setp('eq', score, Number.NEGATIVE_INFINITY);
-    b.ex2(score, score);
-    // Also of a row whose shift is not a number.
-    if (excluded !== undefined) b.when(excluded, () => b.set(score, 0));
+  constants.ofTiles(now, rows, (n, { shift }) => {
+    at(weights, n).forEach((score, i) => {
+      const excluded = config.mask === 'none' ? undefined : b.setp('eq', score, Number.NEGATIVE_INFINITY);
+      // Last: a score that a mask pushes far down, and the shift of a row of such scores, are large beside what they differ by.
+      if (needsTrueScores(config)) b.add(score, at(shift, i), score);
+      b.ex2(score, score);
+      // Also of a row whose shift is not a number.
+      if (excluded !== undefined) b.when(excluded, () => b.set(score, 0));
+    });
   });
   return slopes;
 }
@@ -295,10 +328,11 @@ function maskPairs(
   }
 }
 
-/** P = 0 of pairs that the band excludes, and of keys beyond the last. Only in tiles that have some. */
+/** P = 0, or `excluded`, of pairs that the band excludes, and of keys beyond the last. Only in tiles that have some. */
 export function excludePairs(
   { frame, place, work, now }: OwnedTile,
   weights: readonly (readonly Reg<'f32'>[])[],
+  excluded = 0,
 ): void {
   const { b, config, ownsQueries } = frame;
   const { warpRow, g, t2 } = place;
@@ -322,8 +356,8 @@ export function excludePairs(
       weights.forEach((fragment, n) => {
         for (let j = 0; j < 2; j++) {
           const weight = at(fragment, 2 * r + j);
-          b.when(b.setp('lt', lastColumn, 8 * n + j), () => b.set(weight, 0));
-          if (config.banded) b.when(b.setp('gt', firstColumn, 8 * n + j), () => b.set(weight, 0));
+          b.when(b.setp('lt', lastColumn, 8 * n + j), () => b.set(weight, excluded));
+          if (config.banded) b.when(b.setp('gt', firstColumn, 8 * n + j), () => b.set(weight, excluded));
         }
       });
     }
