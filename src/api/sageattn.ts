@@ -15,7 +15,7 @@ import type {
   Plan,
   RunContext,
 } from '../backends/backend.ts';
-import { contextOf, keepInputs, sideOf, takeInputs, withSideOptions } from '../backends/choice.ts';
+import { contextOf, keepInputs, sideOf, takeInputs, withSide, withSideOptions } from '../backends/choice.ts';
 import { outputsInto, takeOut } from '../backends/out.ts';
 import { forgetAvailability } from '../backends/registry.ts';
 import {
@@ -57,7 +57,7 @@ export function takeCall<T extends TensorView>(
 ): { inputs: AttentionInputs<T>; problem: AttentionProblem } {
   let inputs: AttentionInputs<T>;
   try {
-    inputs = takeInputs({ q, k, v, ...sideOf(options) });
+    inputs = takeInputs(withSide({ q, k, v }, sideOf(options)));
   } catch (error) {
     // A fault in a description is reported before a fault in the storage.
     create(q, k, v, options);
@@ -103,7 +103,8 @@ async function attendOn<T extends TensorView>(
     wait();
     backend = await chooseBackend(problem, options);
   }
-  const context: RunContext = { ...contextOf(options, backend.name), ...(out && { out }) };
+  const ofRun = contextOf(options, backend.name);
+  const context: RunContext = out === undefined ? ofRun : { ...ofRun, out };
   const run = (plan: Plan) => plan.run(inputs ?? taken.inputs, context);
   let outputs: AttentionOutputs;
   let chosen: BlockMap | undefined;

@@ -206,7 +206,7 @@ export function validateOptions<T extends AttentionOptions>(options: T, taken: r
   for (const name in given) {
     checkOption(name, given[name], OPTIONS[name as keyof AttentionOptions]);
   }
-  const { windowSize, perBlockMean, blockMask, sparsity, ...others } = given;
+  const { windowSize, perBlockMean, blockMask, sparsity } = given;
   if (perBlockMean !== undefined && given.smoothQ !== undefined) {
     throw new InvalidArgumentError(
       'invalid-option',
@@ -222,6 +222,7 @@ export function validateOptions<T extends AttentionOptions>(options: T, taken: r
   if (windowSize === undefined && perBlockMean === undefined && blockMask === undefined && sparsity === undefined) {
     return given;
   }
+  const { perBlockMean: _, ...others } = given;
   return {
     ...others,
     ...(windowSize === undefined ? {} : { windowSize: [windowSize[0], windowSize[1]] }),

@@ -122,9 +122,8 @@ export function chooseKernel(
  */
 export function takeInputs<T extends TensorView>(inputs: AttentionInputs<T>): AttentionInputs<T> {
   return reading('q, k or v', () => {
-    const { q, k, v, ...side } = inputs;
-    const own = { q: takeTensor('q', q), k: takeTensor('k', k), v: takeTensor('v', v) };
-    return withSide(own, mapSide(side, takeTensor));
+    const own = { q: takeTensor('q', inputs.q), k: takeTensor('k', inputs.k), v: takeTensor('v', inputs.v) };
+    return withSide(own, mapSide(inputs, takeTensor));
   });
 }
 
@@ -147,7 +146,7 @@ export function mapSide(side: SideInputs, make: (argument: string, view: TensorV
 }
 
 /** V8 spreads objects slowly, and most calls have nothing beside q, k and v. */
-const withSide = <T extends TensorView>(own: Pick<AttentionInputs<T>, 'q' | 'k' | 'v'>, side: SideInputs) => {
+export const withSide = <T extends TensorView>(own: Pick<AttentionInputs<T>, 'q' | 'k' | 'v'>, side: SideInputs) => {
   for (const _ in side) return { ...own, ...side };
   return own;
 };
@@ -180,8 +179,9 @@ export const takeTensor = <T extends TensorView>(argument: string, view: T): T =
   view.location === 'cpu' ? (validateData(argument, view as unknown as Tensor) as unknown as T) : view;
 
 /** Inputs that cannot change while the call waits: CPU tensors are copied. */
-export function keepInputs<T extends TensorView>({ q, k, v, ...side }: AttentionInputs<T>): AttentionInputs<T> {
-  return withSide({ q: copyOfCpu(q), k: copyOfCpu(k), v: copyOfCpu(v) }, keepSide(side));
+export function keepInputs<T extends TensorView>(inputs: AttentionInputs<T>): AttentionInputs<T> {
+  const own = { q: copyOfCpu(inputs.q), k: copyOfCpu(inputs.k), v: copyOfCpu(inputs.v) };
+  return withSide(own, keepSide(inputs));
 }
 
 /** Likewise what is beside q, k and v. */
@@ -201,5 +201,7 @@ export function contextOf({ signal, stream }: Pick<RunContext, 'signal' | 'strea
   if (stream !== undefined && backend !== 'cuda') {
     throw new InvalidArgumentError('invalid-option', 'options.stream', `no stream on backend '${backend}'`, 'a stream');
   }
+  if (signal === undefined && stream === undefined) return NO_CONTEXT;
   return { ...(signal === undefined ? {} : { signal }), ...(stream === undefined ? {} : { stream }) };
 }
+const NO_CONTEXT: RunContext = {};

@@ -189,10 +189,9 @@ export function backwardCall(
   let staged = stage(problem, inputs);
   return {
     keepInputs: () => {
-      const { q, k, v, mask } = staged.inputs;
-      const own = kept(mask);
+      const { q, k, v, mask, blocks, sinks } = staged.inputs;
       staged = {
-        inputs: { q: keep(q), k: keep(k), v: keep(v), ...(own && { mask: own }) },
+        inputs: { q: keep(q), k: keep(k), v: keep(v), mask: kept(mask), blocks: kept(blocks), sinks },
         output: keep(staged.output),
         dOutput: keep(staged.dOutput),
         lse: keep(staged.lse),

@@ -34,7 +34,16 @@ import {
   writeRecords,
 } from './records.ts';
 import type { CallParts, Lease, PreparedCall, ReadBytes, Runtime } from './runtime.ts';
-import { keep, PADDING_BYTES, type Staged, stageBlocks, stageMask, stageOperand, stageSinks } from './staging.ts';
+import {
+  keep,
+  type OperandExtent,
+  PADDING_BYTES,
+  type Staged,
+  stageBlocks,
+  stageMask,
+  stageOperand,
+  stageSinks,
+} from './staging.ts';
 
 /** What a call computes with. */
 export interface Arithmetic extends Pick<KernelChoice, 'smoothK' | 'smoothV' | 'smoothQ' | 'scaleSearch'> {
@@ -119,9 +128,9 @@ export function allocateMade<Made extends Outputs>(
   specs: readonly OutputSpec[],
   out?: Tensor,
 ) {
-  const outputs = specs.map((spec) => {
-    const bytes = elementCount(spec.shape) * BYTES_PER_ELEMENT[spec.dtype];
-    return { ...spec, bytes, address: lease.allocate(bytes) };
+  const outputs = specs.map(({ name, shape, dtype }) => {
+    const bytes = elementCount(shape) * BYTES_PER_ELEMENT[dtype];
+    return { name, shape, dtype, bytes, address: lease.allocate(bytes) };
   });
   const collect = (read: ReadBytes): Made => {
     const made: Partial<Record<OutputName, Tensor>> = {};
@@ -146,10 +155,8 @@ export function allocateMade<Made extends Outputs>(
   return { addressOf, finish, collect };
 }
 
-function allocateOutputs(runtime: Runtime, lease: Lease, problem: AttentionProblem, out: Tensor | undefined) {
-  const { addressOf, ...made } = allocateMade<AttentionOutputs>(runtime, lease, attentionOutputs(problem), out);
-  return { addresses: { out: addressOf('output'), lse: addressOf('lse') }, ...made };
-}
+const allocateOutputs = (runtime: Runtime, lease: Lease, problem: AttentionProblem, out: Tensor | undefined) =>
+  allocateMade<AttentionOutputs>(runtime, lease, attentionOutputs(problem), out);
 
 /** Tokens of q, or of k and v, that a batch entry has: in varlen all sequences lie in one. */
 export function extentOf(problem: AttentionProblem, tokens: 'queryLength' | 'keyLength') {
@@ -164,35 +171,53 @@ export function extentOf(problem: AttentionProblem, tokens: 'queryLength' | 'key
  */
 export interface StagedInputs {
   readonly q: Staged<OperandLayout>;
-  readonly k?: Staged<OperandLayout>;
-  readonly v?: Staged<OperandLayout>;
-  readonly mask?: Staged<MaskLayout>;
-  readonly blocks?: Staged<BlockLayout>;
-  readonly sinks?: Staged<undefined>;
+  readonly k: Staged<OperandLayout> | undefined;
+  readonly v: Staged<OperandLayout> | undefined;
+  readonly mask: Staged<MaskLayout> | undefined;
+  readonly blocks: Staged<BlockLayout> | undefined;
+  readonly sinks: Staged<undefined> | undefined;
 }
 
-function stageQuery(problem: AttentionProblem, q: TensorView, { attnMask, sinks, blockMap }: SideInputs): StagedInputs {
-  const { batch, queryHeads, queryLength, keyLength, headDim } = problem;
-  const extent = { ...extentOf(problem, 'queryLength'), heads: queryHeads, dim: headDim };
-  const staged = { q: stageOperand('q', q, problem.q, extent) };
-  const lengths = [batch, queryHeads, queryLength, keyLength] as const;
-  return {
-    ...staged,
-    ...(problem.mask && attnMask && { mask: stageMask(attnMask, problem.mask, lengths) }),
-    ...(problem.blocks &&
-      blockMap && { blocks: stageBlocks(blockMap, problem.blocks, blockShapeOf(problem, problem.blocks)) }),
-    ...(problem.sinks && sinks && { sinks: stageSinks(sinks, problem.sinks, queryHeads) }),
-  };
+/** Operands of a problem with their extents, which all of its calls share. */
+class Operands {
+  readonly problem: AttentionProblem;
+  readonly #q: OperandExtent;
+  readonly #k: OperandExtent;
+  readonly #v: OperandExtent;
+  readonly #lengths: readonly [batch: number, heads: number, queries: number, keys: number];
+
+  constructor(problem: AttentionProblem) {
+    const { queryHeads, kvHeads, headDim, valueDim, batch, queryLength, keyLength } = problem;
+    const keys = { ...extentOf(problem, 'keyLength'), heads: kvHeads };
+    this.problem = problem;
+    this.#q = { ...extentOf(problem, 'queryLength'), heads: queryHeads, dim: headDim };
+    this.#k = { ...keys, dim: headDim };
+    this.#v = { ...keys, dim: valueDim };
+    this.#lengths = [batch, queryHeads, queryLength, keyLength];
+  }
+
+  /** @throws {InvalidArgumentError} `buffer-too-small` */
+  stage(
+    q: TensorView,
+    k: TensorView | undefined,
+    v: TensorView | undefined,
+    { attnMask, sinks, blockMap }: SideInputs,
+  ): StagedInputs {
+    const { problem } = this;
+    const { mask, blocks } = problem;
+    return {
+      q: stageOperand('q', q, problem.q, this.#q),
+      k: k && stageOperand('k', k, problem.k, this.#k),
+      v: v && stageOperand('v', v, problem.v, this.#v),
+      mask: mask && attnMask && stageMask(attnMask, mask, this.#lengths),
+      blocks: blocks && blockMap && stageBlocks(blockMap, blocks, blockShapeOf(problem, blocks)),
+      sinks: problem.sinks && sinks && stageSinks(sinks, problem.sinks, problem.queryHeads),
+    };
+  }
 }
 
-export function stageInputs(problem: AttentionProblem, { q, k, v, ...side }: AttentionInputs): StagedInputs {
-  const keys = { ...extentOf(problem, 'keyLength'), heads: problem.kvHeads };
-  return {
-    ...stageQuery(problem, q, side),
-    k: stageOperand('k', k, problem.k, { ...keys, dim: problem.headDim }),
-    v: stageOperand('v', v, problem.v, { ...keys, dim: problem.valueDim }),
-  };
-}
+export const stageInputs = (problem: AttentionProblem, inputs: AttentionInputs): StagedInputs =>
+  new Operands(problem).stage(inputs.q, inputs.k, inputs.v, inputs);
 
 export const kept = <Layout>(staged: Staged<Layout> | undefined) => (staged === undefined ? undefined : keep(staged));
 
@@ -205,15 +230,8 @@ function callOf(
   return {
     prepare: (lease) => place(lease, inputs),
     keepInputs: () => {
-      const [k, v, mask, blocks] = [kept(inputs.k), kept(inputs.v), kept(inputs.mask), kept(inputs.blocks)];
-      inputs = {
-        ...inputs,
-        q: keep(inputs.q),
-        ...(k && { k }),
-        ...(v && { v }),
-        ...(mask && { mask }),
-        ...(blocks && { blocks }),
-      };
+      const { q, k, v, mask, blocks, sinks } = inputs;
+      inputs = { q: keep(q), k: kept(k), v: kept(v), mask: kept(mask), blocks: kept(blocks), sinks };
     },
   };
 }
@@ -252,7 +270,7 @@ export function attendCall(
   held: () => { readonly tiles: number; readonly means: number; readonly tilesPerHead: number },
   out: Tensor | undefined,
 ): CallParts<AttentionOutputs> {
-  return callOf(stageQuery(problem, q, side), (lease, staged) => {
+  return callOf(new Operands(problem).stage(q, undefined, undefined, side), (lease, staged) => {
     const { headDim, valueDim, queryHeads } = problem;
     const { tiles, means, tilesPerHead } = held();
     const geometry = tileGeometry(headDim, valueDim, runtime.simd, arithmetic);
@@ -261,12 +279,11 @@ export function attendCall(
       (record, i): SequenceRecord => ({ ...record, firstTile: i * tilesPerHead, tiles: tilesPerHead }),
     );
     const units = attendUnits(records, queryHeads);
-    const { addresses: made, finish } = allocateOutputs(runtime, lease, problem, out);
+    const { addressOf, finish } = allocateOutputs(runtime, lease, problem, out);
     const address = lease.allocate(recordBytes(records.length, units.length));
     const addresses = {
       ...NO_ADDRESSES,
-      ...made,
-      ...{ tiles, means },
+      ...{ out: addressOf('output'), lse: addressOf('lse'), tiles, means },
       ...placedSide(lease, staged),
       q: placed(lease, staged.q),
     };
@@ -305,7 +322,7 @@ interface PlannedCall {
  * tiles, then attend.
  */
 export class WholeCalls {
-  readonly #problem: AttentionProblem;
+  readonly #operands: Operands;
   readonly #arithmetic: Arithmetic;
   readonly #simd: Simd;
   readonly #work: number;
@@ -314,7 +331,7 @@ export class WholeCalls {
   #records: { readonly places: readonly number[]; readonly bytes: readonly Uint8Array[] } | undefined;
 
   constructor(problem: AttentionProblem, arithmetic: Arithmetic, simd: Simd) {
-    this.#problem = problem;
+    this.#operands = new Operands(problem);
     this.#arithmetic = arithmetic;
     this.#simd = simd;
     this.#work = workOf(problem);
@@ -326,7 +343,8 @@ export class WholeCalls {
    * @throws {InvalidArgumentError} `buffer-too-small`
    */
   parts(runtime: Runtime, inputs: AttentionInputs, out?: Tensor): CallParts<AttentionOutputs> {
-    return callOf(stageInputs(this.#problem, inputs), (lease, staged) => this.#place(runtime, lease, staged, out));
+    const staged = this.#operands.stage(inputs.q, inputs.k, inputs.v, inputs);
+    return callOf(staged, (lease, kept) => this.#place(runtime, lease, kept, out));
   }
 
   #place(
@@ -338,24 +356,32 @@ export class WholeCalls {
     // Staged layouts follow from the problem alone.
     this.#planned ??= this.#plan(staged);
     const { stages, sequences, units, extraScratch, tileBytes, meanBytes } = this.#planned;
-    const { addresses: made, finish, collect } = allocateOutputs(runtime, lease, this.#problem, out);
-    const addresses = {
-      ...NO_ADDRESSES,
-      ...made,
-      ...placedSide(lease, staged),
+    const { addressOf, finish, collect } = allocateOutputs(runtime, lease, this.#operands.problem, out);
+    const addresses: Addresses = {
       q: placed(lease, staged.q),
       k: placed(lease, staged.k),
       v: placed(lease, staged.v),
+      out: addressOf('output'),
+      lse: addressOf('lse'),
+      mask: placed(lease, staged.mask),
+      blockMap: placed(lease, staged.blocks),
+      sinks: placed(lease, staged.sinks),
       tiles: tileBytes === 0 ? 0 : lease.allocate(tileBytes),
       means: meanBytes === 0 ? 0 : lease.allocate(meanBytes),
+      tail: 0,
+      keyTail: 0,
+      tailSeen: 0,
     };
     const jobs = stages.map((stage) => lease.allocate(recordBytes(sequences.length, stage.units.length)));
     const records = this.#write(this.#planned, addresses, jobs);
     for (const [i, bytes] of records.entries()) runtime.executor.write(jobs[i] as number, bytes);
     return {
       stages: stages.map(({ entry }, i) => ({ entry, job: jobs[i] as number })),
-      ...{ units, extraScratch, finish, collect },
+      units,
+      extraScratch,
       work: this.#work,
+      finish,
+      collect,
     };
   }
 
@@ -373,7 +399,7 @@ export class WholeCalls {
   }
 
   #plan(staged: StagedInputs): PlannedCall {
-    const problem = this.#problem;
+    const { problem } = this.#operands;
     const { headDim, valueDim, queryHeads, kvHeads } = problem;
     const geometry = tileGeometry(headDim, valueDim, this.#simd, this.#arithmetic);
     const layouts = layoutsOf(staged);

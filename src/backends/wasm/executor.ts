@@ -20,7 +20,7 @@ export interface Call {
   readonly stages: readonly Stage[];
   /** Most units of any stage: no more threads than this take part. */
   readonly units: number;
-  /** Address of a zeroed 32-bit word for each stage. */
+  /** Address of a zeroed 32-bit word for each stage, where there are several. */
   readonly barriers: number;
   /** Bytes that a thread needs beyond SCRATCH_BYTES: one for each key of the longest sequence that has unseen keys. */
   readonly extraScratch: number;

@@ -37,16 +37,14 @@ export interface OperandExtent {
 }
 
 /**
- * The bytes of a tensor's data now: a buffer may have been transferred or made smaller since the tensor was described.
+ * A buffer may have been transferred or made smaller since its tensor was described.
  *
  * @throws {InvalidArgumentError} `buffer-too-small`
  */
-function bytesOf(argument: string, data: TensorData, needed: number): Uint8Array {
-  if (data.byteLength < needed) {
-    const received = data.byteLength === 0 ? 'none: the buffer was transferred or made smaller' : `${data.byteLength}`;
-    throw new InvalidArgumentError('buffer-too-small', argument, `data of at least ${needed} bytes`, received);
-  }
-  return new Uint8Array(data.buffer, data.byteOffset, data.byteLength);
+function requireBytes(argument: string, data: TensorData, needed: number): void {
+  if (data.byteLength >= needed) return;
+  const received = data.byteLength === 0 ? 'none: the buffer was transferred or made smaller' : `${data.byteLength}`;
+  throw new InvalidArgumentError('buffer-too-small', argument, `data of at least ${needed} bytes`, received);
 }
 
 /** The same in memory of its own, for a call that must wait. */
@@ -77,9 +75,10 @@ export function stageOperand(
   }
   const { offset, batchStride, headStride, tokenStride } = layout;
   const span = (batch - 1) * batchStride + (heads - 1) * headStride + (tokens - 1) * tokenStride + dim;
-  const source = bytesOf(argument, data, (offset + span) * size);
+  requireBytes(argument, data, (offset + span) * size);
+  const source = new Uint8Array(data.buffer, data.byteOffset + offset * size, span * size);
   if (span <= count * LARGEST_SPAN_RATIO) {
-    return { bytes: source.subarray(offset * size, (offset + span) * size), layout: { ...layout, offset: 0 } };
+    return { bytes: source, layout: { offset: 0, batchStride, headStride, tokenStride } };
   }
   const bytes = new Uint8Array(count * size);
   // Heads of a token next to each other (NHD) go in one run.
@@ -89,7 +88,7 @@ export function stageOperand(
   for (let b = 0; b < batch; b++) {
     for (let h = 0; h < heads; h += runHeads) {
       for (let t = 0; t < tokens; t++, to += run) {
-        const from = (offset + b * batchStride + h * headStride + t * tokenStride) * size;
+        const from = (b * batchStride + h * headStride + t * tokenStride) * size;
         bytes.set(source.subarray(from, from + run), to);
       }
     }
@@ -127,7 +126,9 @@ function stageSpan<L extends { readonly offset: number; readonly strides: readon
   const { offset, strides } = layout;
   const end = extentOf({ shape, strides, offset }) * size;
   if (end === 0) return { bytes: new Uint8Array(0), layout };
-  const bytes = bytesOf(argument, (view as Tensor).data, end).subarray(offset * size, end);
+  const { data } = view as Tensor;
+  requireBytes(argument, data, end);
+  const bytes = new Uint8Array(data.buffer, data.byteOffset + offset * size, end - offset * size);
   return { bytes, layout: { ...layout, offset: 0 } };
 }
 
@@ -135,7 +136,7 @@ function stageSpan<L extends { readonly offset: number; readonly strides: readon
 export function stageSinks(view: TensorView, { offset, stride }: SinksLayout, heads: number): Staged<undefined> {
   const source = view as Tensor;
   const elements = extentOf({ shape: [heads], strides: [stride], offset });
-  bytesOf('sinks', source.data, elements * BYTES_PER_ELEMENT[view.dtype]);
+  requireBytes('sinks', source.data, elements * BYTES_PER_ELEMENT[view.dtype]);
   const values = new Float32Array(heads);
   decodeRun(source, offset, stride, heads, values, 0);
   return { bytes: new Uint8Array(values.buffer), layout: undefined };
