@@ -3,18 +3,14 @@
  * shared, or the calling thread, which takes short calls everywhere and all calls where there are no workers.
  */
 import { ExecutionError, messageOf } from '../../errors.ts';
+import { CallRing, type RingCall, type Stage } from './call-ring.ts';
 import { JOB_ABORT } from './generated/fields.ts';
 import { SCRATCH_BYTES } from './job.ts';
 import { MemoryPool } from './memory.ts';
 import { instantiate, type KernelExports } from './modules.ts';
 import { canShare, type WorkerFactory, WorkerGroup, workerFactory } from './workers.ts';
 
-/** A kernel to run over a job's units. Stages of a call run one after another. */
-export interface Stage {
-  readonly entry: 'prepare' | 'attend' | 'exact' | 'prepareBackward' | 'backward' | 'storeGradients' | 'pool';
-  /** Address of the job record. */
-  readonly job: number;
-}
+export type { Stage };
 
 export interface Call {
   readonly stages: readonly Stage[];
@@ -121,7 +117,8 @@ class MemoryBytes {
 
 /**
  * Multiply-adds of a call that the calling thread does sooner than workers: with several of them, and with one, whose work
- * costs a round trip and saves nothing but the calling thread's time, a few milliseconds of it.
+ * costs a round trip and saves nothing but the calling thread's time, a few milliseconds of it. In longer calls it takes part
+ * where no more than that falls to it; the others are the workers' alone, as many as there are threads.
  */
 export const SHORT_WORK = { one: 2 ** 27, several: 2 ** 24 } as const;
 
@@ -216,9 +213,10 @@ class ThreadExecutor implements Executor {
   readonly #memory: WebAssembly.Memory;
   readonly #bytes: MemoryBytes;
   readonly #group: WorkerGroup;
+  readonly #ring: CallRing;
   readonly #scratch: Scratch;
   readonly #module: WebAssembly.Module;
-  /** The same kernels on this thread, for calls that take less than waking a worker. */
+  /** The same kernels on this thread, which takes part in calls that do not hold it long. */
   #kernels: KernelExports | undefined;
 
   readonly #shortWork: number;
@@ -232,8 +230,10 @@ class ThreadExecutor implements Executor {
     this.memory = new MemoryPool(INITIAL_PAGES, limit, (pages) => memory.grow(pages));
     this.threads = threads;
     this.description = `${threads} worker thread${threads === 1 ? '' : 's'} over one shared memory`;
-    this.#group = new WorkerGroup(factory, threads, { module, memory }, false);
-    this.#scratch = new Scratch(this.memory, threads);
+    const ring = new CallRing(memory, this.memory.allocate(CallRing.bytesFor(threads)), threads);
+    this.#ring = ring;
+    this.#group = new WorkerGroup(factory, threads, (i) => ({ module, memory, ...ring.introduce(i) }), false);
+    this.#scratch = new Scratch(this.memory, threads + 1);
   }
 
   get ended(): ExecutionError | undefined {
@@ -268,24 +268,38 @@ class ThreadExecutor implements Executor {
 
   async run(call: Call): Promise<void> {
     const { stages, units, barriers, extraScratch, work } = call;
-    if (work <= this.#shortWork && this.#kernels !== undefined) {
-      const scratch = this.#scratch.provide(extraScratch)[0] as number;
-      return runHere(this.#kernels, call, scratch, () => this.ended);
-    }
     const participants = Math.max(1, Math.min(this.threads, units));
-    const steps = stages.map((stage, i) => ({ ...stage, barrier: i + 1 < stages.length ? barriers + 4 * i : 0 }));
+    const kernels = work <= SHORT_WORK.one * participants ? this.#kernels : undefined;
+    if (kernels !== undefined && (participants === 1 || work <= this.#shortWork)) {
+      const scratch = this.#scratch.provide(extraScratch)[0] as number;
+      return runHere(kernels, call, scratch, () => this.ended);
+    }
+    // Workers that are about to end would take part.
+    while (this.#group.ending !== undefined) await this.#group.ending;
     const scratch = this.#scratch.provide(extraScratch);
-    const messages = Array.from({ length: participants }, (_, i) => ({
-      stages: steps,
-      scratch: scratch[i],
-      participants,
-    }));
-    await this.#group.ask(messages);
+    let slot = 0;
+    const { id, done } = this.#group.begin(() => this.#ring.failed(slot));
+    const workers = kernels === undefined ? participants : participants - 1;
+    const ringCall: RingCall = { id, stages, barriers, scratch, workers, joined: kernels !== undefined };
+    slot = this.#ring.publish(ringCall);
+    this.#group.wake(
+      workers,
+      (worker) => this.#ring.listens(worker),
+      (worker) => this.#ring.claim(worker),
+    );
+    if (kernels !== undefined) {
+      const { ended, error } = this.#ring.compute(slot, ringCall, kernels, TURN_MS);
+      if (error !== undefined) this.#group.settle({ id, error: String(error), unfinished: true });
+      if (ended) this.#group.settle({ id });
+      else this.#group.hold();
+    } else {
+      this.#group.hold();
+    }
+    await done;
   }
 
-  abort({ stages }: Call): void {
-    const words = new Int32Array(this.#memory.buffer);
-    for (const { job } of stages) Atomics.store(words, (job + JOB_ABORT) >>> 2, 1);
+  abort({ stages, barriers }: Call): void {
+    this.#ring.stop(stages, barriers);
   }
 
   dispose(): Promise<void> {
@@ -303,9 +317,9 @@ class IsolatedWorkerExecutor implements Executor {
 
   constructor(factory: WorkerFactory, module: WebAssembly.Module) {
     const limit = createMemory(true).limit;
-    this.#group = new WorkerGroup(factory, 1, { module, pages: INITIAL_PAGES, limit }, true);
+    this.#group = new WorkerGroup(factory, 1, () => ({ module, pages: INITIAL_PAGES, limit }), true);
     this.memory = new MemoryPool(INITIAL_PAGES, limit, (pages) => {
-      this.#group.ask([{ grow: pages }]).catch((error) => this.#group.fail('out-of-memory', String(error)));
+      this.#group.ask({ grow: pages }).catch((error) => this.#group.fail('out-of-memory', String(error)));
     });
     this.#scratch = new Scratch(this.memory, 1);
   }
@@ -316,7 +330,7 @@ class IsolatedWorkerExecutor implements Executor {
   }
 
   async read(address: number, length: number): Promise<Uint8Array<ArrayBuffer>> {
-    return (await this.#group.ask([{ read: length, address }])) ?? new Uint8Array(0);
+    return (await this.#group.ask({ read: length, address })) ?? new Uint8Array(0);
   }
 
   async readInto(address: number, target: Uint8Array): Promise<void> {
@@ -342,7 +356,7 @@ class IsolatedWorkerExecutor implements Executor {
 
   async run({ stages, extraScratch }: Call): Promise<void> {
     const scratch = this.#scratch.provide(extraScratch)[0];
-    await this.#group.ask([{ stages: stages.map((stage) => ({ ...stage, barrier: 0 })), scratch, participants: 1 }]);
+    await this.#group.ask({ stages, scratch });
   }
 
   abort({ stages }: Call): void {

@@ -17,6 +17,8 @@ interface Reply {
   readonly id: number;
   readonly error?: string;
   readonly bytes?: Uint8Array<ArrayBuffer>;
+  /** It failed, and others still work on the call. */
+  readonly unfinished?: boolean;
 }
 
 type NodeWorkers = typeof import('node:worker_threads');
@@ -120,10 +122,10 @@ const MOST_DEFAULT_THREADS = 16;
 export const defaultThreads = (): number => Math.min(MOST_DEFAULT_THREADS, availableThreads());
 
 interface Pending {
-  /** Replies still to come. */
-  left: number;
+  ended: boolean;
   error: string | undefined;
-  bytes: Uint8Array<ArrayBuffer> | undefined;
+  /** Whether an error is still to come. */
+  readonly failed: () => boolean;
   readonly resolve: (bytes: Uint8Array<ArrayBuffer> | undefined) => void;
   readonly reject: (error: unknown) => void;
 }
@@ -134,7 +136,7 @@ interface Pending {
  */
 export class WorkerGroup {
   readonly #factory: WorkerFactory;
-  readonly #init: unknown;
+  readonly #init: (worker: number) => unknown;
   readonly #count: number;
   readonly #ownsMemory: boolean;
   #workers: WorkerHandle[] = [];
@@ -142,10 +144,15 @@ export class WorkerGroup {
   /** Told of each worker that runs, or why one does not, while the first are started. */
   #opening: ((error?: unknown) => void) | undefined;
   #nextId = 1;
+  /** Settles when workers that failed are gone. */
+  #ending: Promise<void> | undefined;
   #ended: ExecutionError | undefined;
 
-  /** @param ownsMemory workers that end take the memory along */
-  constructor(factory: WorkerFactory, count: number, init: unknown, ownsMemory: boolean) {
+  /**
+   * @param init what a worker is told when it starts
+   * @param ownsMemory workers that end take the memory along
+   */
+  constructor(factory: WorkerFactory, count: number, init: (worker: number) => unknown, ownsMemory: boolean) {
     this.#factory = factory;
     this.#count = count;
     this.#init = init;
@@ -156,16 +163,21 @@ export class WorkerGroup {
     return this.#ended;
   }
 
+  /** Settles when no worker is left that would find a call that is none of its own; undefined while there is none. */
+  get ending(): Promise<void> | undefined {
+    return this.#ending;
+  }
+
   #start(): void {
     const workers = Array.from({ length: this.#count }, () => this.#factory.start());
     this.#workers = workers;
-    for (const worker of workers) {
-      worker.onMessage((reply) => this.#settle(reply));
+    for (const [i, worker] of workers.entries()) {
+      worker.onMessage((reply) => this.settle(reply));
       worker.onDeath((reason) => {
         this.#opening?.(reason);
         if (this.#workers === workers) this.fail('execution-failed', 'a worker died', reason);
       });
-      worker.post({ id: 0, init: this.#init });
+      worker.post({ id: 0, init: this.#init(i) });
     }
   }
 
@@ -196,7 +208,8 @@ export class WorkerGroup {
     }
   }
 
-  #settle({ id, error, bytes }: Reply): void {
+  /** Takes note of what became of a call; those that are settled already are ignored. */
+  settle({ id, error, bytes, unfinished = false }: Reply): void {
     if (id === 0) {
       this.#opening?.(error === undefined ? undefined : new Error(error));
       if (error !== undefined) this.fail('execution-failed', `a worker did not start: ${error}`);
@@ -205,16 +218,17 @@ export class WorkerGroup {
     const pending = this.#pending.get(id);
     if (pending === undefined) return;
     pending.error ??= error;
-    pending.bytes ??= bytes;
-    if (--pending.left > 0) return;
+    pending.ended ||= !unfinished;
+    // The one that saw the end and the one that failed may be two, whose messages come in any order.
+    if (!pending.ended || (pending.error === undefined && pending.failed())) return;
     this.#forget(id);
-    if (pending.error === undefined) pending.resolve(pending.bytes);
+    if (pending.error === undefined) pending.resolve(bytes);
     else pending.reject(new ExecutionError('execution-failed', `a kernel failed: ${pending.error}`));
   }
 
   #forget(id: number): void {
     this.#pending.delete(id);
-    if (this.#pending.size === 0) for (const worker of this.#workers) worker.hold(false);
+    if (this.#pending.size === 0) this.#workers[0]?.hold(false);
   }
 
   /** Sends a message that is not answered. */
@@ -224,19 +238,48 @@ export class WorkerGroup {
     for (const worker of this.#workers) worker.post(message, transfer);
   }
 
-  /** Sends each of the first workers its message; resolves when all have answered. */
-  ask(messages: readonly Record<string, unknown>[]): Promise<Uint8Array<ArrayBuffer> | undefined> {
+  /** Sends the first worker a message; resolves when it has answered. */
+  ask(message: Record<string, unknown>): Promise<Uint8Array<ArrayBuffer> | undefined> {
     if (this.#ended !== undefined) return Promise.reject(this.#ended);
+    const { id, done } = this.begin(() => false);
+    this.hold();
+    this.#workers[0]?.post({ id, ...message });
+    return done;
+  }
+
+  /**
+   * A call that workers find by themselves; {@link settle} says what became of it.
+   *
+   * @param failed whether a thread failed in it, which says how by message
+   */
+  begin(failed: () => boolean): { readonly id: number; readonly done: Promise<Uint8Array<ArrayBuffer> | undefined> } {
+    if (this.#ended !== undefined) throw this.#ended;
     if (this.#workers.length === 0) this.#start();
     const id = this.#nextId++;
-    return new Promise((resolve, reject) => {
-      this.#pending.set(id, { left: messages.length, error: undefined, bytes: undefined, resolve, reject });
-      for (const [i, message] of messages.entries()) {
-        const worker = this.#workers[i] as WorkerHandle;
-        worker.hold(true);
-        worker.post({ id, ...message });
-      }
+    const done = new Promise<Uint8Array<ArrayBuffer> | undefined>((resolve, reject) => {
+      this.#pending.set(id, { ended: false, error: undefined, failed, resolve, reject });
     });
+    return { id, done };
+  }
+
+  /** Keeps the process alive until all calls are settled. */
+  hold(): void {
+    this.#workers[0]?.hold(true);
+  }
+
+  /**
+   * Sees to it that so many workers look for calls.
+   *
+   * @param claim whether a worker that does not needs a message
+   */
+  wake(count: number, listens: (worker: number) => boolean, claim: (worker: number) => boolean): void {
+    let missing = count;
+    for (let i = 0; i < this.#workers.length; i++) if (listens(i)) missing--;
+    for (let i = 0; i < this.#workers.length && missing > 0; i++) {
+      if (!claim(i)) continue;
+      this.#workers[i]?.post({ wake: true });
+      missing--;
+    }
   }
 
   /** Ends all workers and rejects what they held, once none of them can write to memory any more. */
@@ -247,7 +290,11 @@ export class WorkerGroup {
     this.#workers = [];
     this.#pending.clear();
     if (this.#ownsMemory || code === 'disposed') this.#ended ??= error;
-    await Promise.all(workers.map((worker) => worker.terminate()));
+    const ending = Promise.all([this.#ending, ...workers.map((worker) => worker.terminate())]).then(() => {
+      if (this.#ending === ending) this.#ending = undefined;
+    });
+    this.#ending = ending;
+    await ending;
     for (const { reject } of pending) reject(error);
   }
 }
