@@ -1,9 +1,9 @@
 /**
  * One call on 1 to 16 threads of the WASM backend, interleaved in one process: how much faster each is than one thread.
  *
- *     node --import tsx bench/wasm/scaling.ts [--threads 1,2,4,8,16] [--tokens 64,128,256,512,1024,4096] [--seconds 2] [--out FILE]
+ *     node --import tsx bench/wasm/scaling.ts [--threads 1,2,4,8,16] [--tokens 64,128,256,512,1024,4096] [--seconds 2] [--short-work 24] [--out FILE]
  *
- * Calls of 8 heads of 64 through the default kernel, `Backend.plan` once and `run` often. Prints and writes the median of each.
+ * `--short-work` is the logarithm of the multiply-adds up to which this thread computes alone. Calls of 8 heads of 64 through the default kernel, `Backend.plan` once and `run` often. Prints and writes the median of each.
  */
 import { execFileSync } from 'node:child_process';
 import { writeFileSync } from 'node:fs';
@@ -11,7 +11,7 @@ import { loadavg } from 'node:os';
 import { parseArgs } from 'node:util';
 import { createProblem } from '../../src/attention/problem.ts';
 import { chooseKernel } from '../../src/backends/choice.ts';
-import { createWasmBackend } from '../../src/backends/wasm/index.ts';
+import { createWasmBackendOn } from '../../src/backends/wasm/backend.ts';
 import { thisMachine } from '../../src/measure/machine.ts';
 import { Random } from '../../src/measure/random.ts';
 import { median } from '../../src/measure/statistics.ts';
@@ -22,6 +22,7 @@ const { values: flags } = parseArgs({
     threads: { type: 'string', default: '1,2,4,8,16' },
     tokens: { type: 'string', default: '64,128,256,512,1024,4096' },
     seconds: { type: 'string', default: '2' },
+    'short-work': { type: 'string' },
     out: { type: 'string' },
   },
 });
@@ -31,9 +32,11 @@ const HEAD_DIM = 64;
 const BURST = 5;
 const WARM_MILLISECONDS = 500;
 
+const shortWork = flags['short-work'];
+const parts = shortWork === undefined ? {} : { shortWork: 2 ** Number(shortWork) };
 const backends = flags.threads.split(',').map((threads) => ({
   threads: Number(threads),
-  backend: createWasmBackend({ threads: Number(threads) }),
+  backend: createWasmBackendOn({ threads: Number(threads) }, parts),
 }));
 const rows: { tokens: number; threads: number; medianMilliseconds: number; bestMilliseconds: number }[] = [];
 for (const tokens of flags.tokens.split(',').map(Number)) {
@@ -78,7 +81,7 @@ if (flags.out !== undefined) {
     loadAverage: loadavg()[0],
     commit,
     date: new Date().toISOString(),
-    ...{ heads: HEADS, headDim: HEAD_DIM, rows },
+    ...{ heads: HEADS, headDim: HEAD_DIM, shortWork, rows },
   };
   writeFileSync(flags.out, `${JSON.stringify(report, null, 2)}\n`);
 }
