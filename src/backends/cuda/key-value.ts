@@ -231,6 +231,9 @@ export class CudaKeyValue implements PreparedKeyValue {
     const stream = device.stream;
     if (!given.owned) given.mark();
     stream.waitFor(given);
+    // The last tile is rewritten where it lies: calls on other streams may still attend to it.
+    for (const { memory } of this.#rawBuffers()) memory.awaitUsers();
+    this.#quantized?.memory.awaitUsers();
     const { keyLength, tensorLayout } = problem;
     const total = this.#length + keyLength;
     const uploads = new Uploads(device, stream);

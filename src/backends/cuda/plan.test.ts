@@ -1,7 +1,7 @@
 /** Plans, tensors and the backend over the fake driver, with a kernel that records its arguments. */
 import fc from 'fast-check';
 import { beforeEach, describe, expect, it } from 'vitest';
-import { runSeed } from '../../../test/support/random.ts';
+import { Random, runSeed } from '../../../test/support/random.ts';
 import { place } from '../../../test/support/tensors.ts';
 import { prepareKeyValue } from '../../api/key-value-cache.ts';
 import { sageattn } from '../../api/sageattn.ts';
@@ -426,6 +426,34 @@ describe('prepared keys and values', () => {
     }
     // The queries that went to the device.
     expect(fake.liveAllocations).toBe(5);
+  });
+
+  it('wait, before they are appended to, for calls that attend to them on any stream', async () => {
+    const { fake, backend, device } = setup;
+    const view = upload(rows(600), device);
+    const one = slice(view, 2, 0, 1);
+    const [problem, single] = [createProblem(view, view, view, {}), createProblem(one, one, one, {})];
+    const streams = [device.stream, device.createStream(), device.createStream()];
+    const random = new Random(runSeed());
+    const prepared = await backend.prepareKeyValue(problem, CHOICE, view, view, {});
+    device.stream.synchronize();
+    const attended = () => fake.executed.filter((entry) => entry === 'scatter').length;
+    let calls = 0;
+    // Room ends at 768 tokens: some are appended in place, some where they move.
+    for (let step = 0; step < 40; step++) {
+      for (let left = random.integer(0, 3); left > 0; left--) {
+        const stream = random.pick(streams);
+        const { output } = await prepared.attend(one, single, {}, { stream });
+        (output as CudaTensor).memory.dispose();
+        calls++;
+      }
+      const part = slice(view, 2, 0, random.integer(1, 30));
+      await prepared.append(part, part, createProblem(part, part, part, {}), {});
+      // What the appended tokens waited for has run by now.
+      device.stream.synchronize();
+      expect(attended()).toBe(calls);
+    }
+    prepared.dispose();
   });
 
   it('know which of their tokens count', async () => {

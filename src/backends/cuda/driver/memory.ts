@@ -92,15 +92,20 @@ export class DeviceMemory {
     };
   }
 
+  /** @internal Makes the home wait for every stream that has used the memory: what it writes there next is seen by none of them. */
+  awaitUsers(): void {
+    const stream = this.home?.orSuccessor;
+    for (const user of this.#users) stream?.waitFor(user);
+    this.#users.clear();
+  }
+
   #release(): void {
     const { home, device } = this;
     const free = this.#free;
     if (home === undefined || free === undefined) return;
     device.release(() => {
-      const stream = home.orSuccessor;
-      for (const user of this.#users) stream.waitFor(user);
-      this.#users.clear();
-      free(stream);
+      this.awaitUsers();
+      free(home.orSuccessor);
     });
   }
 

@@ -6,6 +6,7 @@ import type { KernelChoice } from '../../backend.ts';
 import { CudaBackend } from '../backend.ts';
 import { Cuda } from '../driver/device.ts';
 import { descriptorOf } from '../kernel-table.ts';
+import type { DeviceFacts, KeyRoom } from '../launches/context.ts';
 import type { KernelLaunch, KernelModule, LaunchSequence } from '../launches/launch.ts';
 import type { CudaTensor } from '../tensor.ts';
 import { FakeCuda, type FakeCudaOptions, type FakeLaunch } from './fake-cuda.ts';
@@ -85,7 +86,12 @@ function planLaunches(problem: AttentionProblem): LaunchSequence {
 }
 
 /** "Quantizes" V by copying its first head. */
-function planKeyValue({ v, keyLength, valueDim }: AttentionProblem) {
+function planKeyValue(
+  { v, keyLength, valueDim }: AttentionProblem,
+  _choice: KernelChoice,
+  _device: DeviceFacts,
+  { room }: { readonly room?: KeyRoom | undefined } = {},
+) {
   const gather: KernelLaunch = {
     name: 'quantizeValue',
     module: MODULE,
@@ -102,7 +108,7 @@ function planKeyValue({ v, keyLength, valueDim }: AttentionProblem) {
     ],
   };
   return {
-    kept: { value: 4 * keyLength * valueDim },
+    kept: { value: 4 * (room?.capacity ?? keyLength) * valueDim },
     scratch: {},
     constants: {},
     launches: keyLength === 0 ? [] : [gather],
