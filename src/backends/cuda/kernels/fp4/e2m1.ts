@@ -129,38 +129,36 @@ export function unitOf(b: KernelBuilder, largest: Reg<'f32'>): Reg<'f32'> {
 export const UNPACKED_UNIT = 2 ** 7;
 
 /**
- * A scale as both halves of FP16, such that codes unpacked with it are exact: 2^7 times it, for the codes' own bits
- * are 2^-14 times them.
+ * Two scales as both halves of FP16 each, such that codes unpacked with them are exact: 2^7 times them, for the codes'
+ * own bits are 2^-14 times them.
  *
  * @param word four scales
  * @param shift 8 * (t >> 1): this lane's codes of 32 belong to the scale of the first or of the second 16
- * @param half which 32 of the 64 elements
+ * @returns of the first and of the second 32 of the 64 elements
  */
-export function scaleHalves(b: KernelBuilder, word: Reg<'b32'>, shift: Reg<'u32'>, half: 0 | 1): Reg<'f16x2'> {
-  const zero = b.constant('b32', 0);
-  const twice = b.prmt(b.shr(word, shift), zero, half === 0 ? 0x4040 : 0x4242);
-  const bits = b.as(b.shl(twice, 7), 'f16x2');
-  return b.mul(bits, b.as(b.constant('b32', 0x78007800), 'f16x2'));
+export function scaleHalves(b: KernelBuilder, word: Reg<'b32'>, shift: Reg<'u32'>): [Reg<'f16x2'>, Reg<'f16x2'>] {
+  const bits = b.as(b.shl(b.and(b.shr(word, shift), 0x007f007f), 7), 'f16x2');
+  const [first, second] = b.unpack(b.mul(bits, b.as(b.constant('b32', 0x78007800), 'f16x2')), 'f16');
+  return [b.pack('f16x2', first, first), b.pack('f16x2', second, second)];
 }
 
-/** Where the bits of pair i's exponent and mantissa, and its sign, must go: shifts to the left. */
-const PAIR_SHIFTS = [
-  [9, 12],
-  [5, 8],
-  [1, 4],
-  [-3, 0],
-] as const;
+/** In each byte: the places of a code's exponent and mantissa in FP16's first byte, and with its sign those of two halves. */
+const MAGNITUDE_BITS = 0x0e0e0e0e;
+const CODE_BITS = 0x8e008e00;
+/** lop3: bits of the first value where the third has ones, and of the second elsewhere. */
+const SELECT = 0xe4;
 
 /**
- * Eight codes as four registers of FP16: pair i is elements i and i + 4, which is one operation less than neighbours.
+ * Eight codes as four registers of FP16: pair i is elements i and i + 4, which is fewer operations than neighbours.
  * Values are code * scale / {@link UNPACKED_UNIT}, exactly.
  */
 export function unpackCodes(b: KernelBuilder, word: Reg<'b32'>, scale: Reg<'f16x2'>): Reg<'f16x2'>[] {
-  const moved = (by: number) => (by === 0 ? word : by > 0 ? b.shl(word, by) : b.shr(word, -by));
-  return PAIR_SHIFTS.map(([magnitude, sign]) => {
-    const bits = b.or(b.and(moved(magnitude), 0x0e000e00), b.and(moved(sign), 0x80008000));
-    return b.mul(b.as(bits, 'f16x2'), scale);
-  });
+  // Each byte becomes the first byte of FP16 of its lower, or of its upper code; other bits are cut off with the pairs.
+  const lower = b.lop3(b.shl(word, 1), b.shl(word, 4), MAGNITUDE_BITS, SELECT);
+  const upper = b.lop3(b.shr(word, 3), word, MAGNITUDE_BITS, SELECT);
+  return [b.shl(lower, 8), b.shl(upper, 8), lower, upper].map((bytes) =>
+    b.mul(b.as(b.and(bytes, CODE_BITS), 'f16x2'), scale),
+  );
 }
 
 /** {@link roundToE2m1} of a number that is not negative. */

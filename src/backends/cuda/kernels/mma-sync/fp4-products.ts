@@ -121,25 +121,34 @@ export class Fp4Products {
     const words = b.add(this.#scales(tiles.keyScales, 2), b.as(b.shl(g, 2), 'shared'));
     const shift = b.shl(b.shr(t, 1), 3);
     const [queryAt, keyAt] = [chunkAddresses(b, tiles.query.layout, query), chunkAddresses(b, tiles.key.layout, key)];
-    for (let chunk = 0; chunk < config.qkRowBytes / 16; chunk++) {
-      const q = Array.from({ length: rowTiles }, (_, m) =>
-        [0, 1].map((step) => {
-          const [address, byte] = queryAt(4 * chunk + 2 * step);
-          return b.ldmatrix('f16x2', 4, address, byte + m * 16 * tiles.query.layout.rowBytes);
-        }),
+    const chunks = config.qkRowBytes / 16;
+    // A word has the scales of 64 channels of a key, two chunks.
+    for (let first = 0; first < chunks; first += 2) {
+      const q = [first, first + 1].map((chunk) =>
+        Array.from({ length: rowTiles }, (_, m) =>
+          [0, 1].map((step) => {
+            const [address, byte] = queryAt(4 * chunk + 2 * step);
+            return b.ldmatrix('f16x2', 4, address, byte + m * 16 * tiles.query.layout.rowBytes);
+          }),
+        ),
       );
-      const [keyAddress, keyOffset] = keyAt(chunk);
       for (let group = 0; group < GROUPS; group++) {
-        const keys = b.ldmatrix('b32', 4, keyAddress, keyOffset + group * 32 * tiles.key.layout.rowBytes);
-        for (const [i, word] of keys.entries()) {
+        const keys = [first, first + 1].map((chunk) => {
+          const [address, byte] = keyAt(chunk);
+          return b.ldmatrix('b32', 4, address, byte + group * 32 * tiles.key.layout.rowBytes);
+        });
+        for (let i = 0; i < 4; i++) {
           const n = 4 * group + i;
-          const scale = b.ld('b32', words, ((chunk >> 1) * BLOCK_K + 8 * n) * 4);
-          const halves = unpackCodes(b, word, scaleHalves(b, scale, shift, (chunk & 1) as 0 | 1));
-          for (let step = 0; step < 2; step++) {
-            for (let m = 0; m < rowTiles; m++) {
-              const d = at(at(floats, m), n);
-              const c = chunk === 0 && step === 0 ? zeros : d;
-              b.mma('m16n8k16.row.col.f32.f16.f16.f32', d, at(at(q, m), step), halves.slice(2 * step, 2 * step + 2), c);
+          const scales = scaleHalves(b, b.ld('b32', words, ((first >> 1) * BLOCK_K + 8 * n) * 4), shift);
+          for (const [half, scale] of scales.entries()) {
+            const halves = unpackCodes(b, at(at(keys, half), i), scale);
+            for (let step = 0; step < 2; step++) {
+              for (let m = 0; m < rowTiles; m++) {
+                const d = at(at(floats, m), n);
+                const c = first + half === 0 && step === 0 ? zeros : d;
+                const rows = at(at(at(q, half), m), step);
+                b.mma('m16n8k16.row.col.f32.f16.f16.f32', d, rows, halves.slice(2 * step, 2 * step + 2), c);
+              }
             }
           }
         }
@@ -244,25 +253,28 @@ export class Fp4Products {
     const words = b.add(this.#scales(tiles.valueScales, config.valueStages), b.as(b.shl(g, 2), 'shared'));
     const shift = b.shl(b.shr(t, 1), 3);
     const valueAt = chunkAddresses(b, tiles.value.layout, base);
-    const multiply = (n: number, group: number, halves: readonly Reg<'f16x2'>[]) => {
-      for (let step = 0; step < 2; step++) {
-        for (let m = 0; m < rowTiles; m++) {
-          const v = halves.slice(2 * step, 2 * step + 2);
-          b.mma('m16n8k16.row.col.f32.f16.f16.f32', at(at(floats, m), n), at(at(at(p, m), group), step), v);
+    for (let first = 0; first < channelTiles; first += 4) {
+      const values = Array.from({ length: GROUPS }, (_, group) => {
+        const [address, byte] = valueAt(group);
+        return b.ldmatrix('b32', 4, address, byte + first * 8 * tiles.value.layout.rowBytes);
+      });
+      for (let i = 0; i < 4; i++) {
+        const scales = scaleHalves(b, b.ld('b32', words, 8 * (first + i) * 4), shift);
+        for (const [group, scale] of scales.entries()) {
+          const halves = unpackCodes(b, at(at(values, group), i), scale);
+          for (let step = 0; step < 2; step++) {
+            for (let m = 0; m < rowTiles; m++) {
+              const v = halves.slice(2 * step, 2 * step + 2);
+              const d = at(at(floats, m), first + i);
+              b.mma('m16n8k16.row.col.f32.f16.f16.f32', d, at(at(at(p, m), group), step), v);
+            }
+          }
         }
       }
-    };
+    }
+    if (!config.quantizedWeights) return;
+    const ones = b.as(b.constant('b32', HALF_ONES), 'f16x2');
     for (let group = 0; group < GROUPS; group++) {
-      const [address, byte] = valueAt(group);
-      for (let first = 0; first < channelTiles; first += 4) {
-        const v = b.ldmatrix('b32', 4, address, byte + first * 8 * tiles.value.layout.rowBytes);
-        for (const [i, word] of v.entries()) {
-          const scale = b.ld('b32', words, 8 * (first + i) * 4);
-          multiply(first + i, group, unpackCodes(b, word, scaleHalves(b, scale, shift, group as 0 | 1)));
-        }
-      }
-      if (!config.quantizedWeights) continue;
-      const ones = b.as(b.constant('b32', HALF_ONES), 'f16x2');
       for (let step = 0; step < 2; step++) {
         for (let m = 0; m < rowTiles; m++) {
           const { d, c } = this.#sums(rows, m);

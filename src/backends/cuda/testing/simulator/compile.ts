@@ -234,6 +234,14 @@ class Emitter {
         return `{const n=${this.value(b, 'u')};${out(view)}=n>31?${view === 'i' ? `${x}>>31` : '0'}:${x}${view === 'i' ? '>>' : '>>>'}n;}`;
       case 'prmt':
         return `${out('u')}=R.prmt(${x},${y},${z});`;
+      case 'lop3': {
+        const { value: table } = instruction.inputs[3] as Operand & { value: number };
+        // A term for each row of the truth table that is 1.
+        const terms = Array.from({ length: 8 }, (_, row) => row).filter((row) => (table >> row) & 1);
+        const term = (row: number) =>
+          [x, y, z].map((value, i) => `${(row >> (2 - i)) & 1 ? '' : '~'}(${value})`).join('&');
+        return `${out('u')}=${terms.map((row) => `(${term(row)})`).join('|') || '0'};`;
+      }
       case 'setp': {
         const sign = { eq: '===', ne: '!==', lt: '<', le: '<=', gt: '>', ge: '>=' }[mode as 'eq'];
         // High words decide unless they are equal.
