@@ -225,6 +225,7 @@ function shapeOf(context: Context) {
     ...tile,
     keyStages: tile.keyStages ?? 2,
     keyWarps: tile.keyWarps ?? 1,
+    eightRows: tile.warps === 1 && tile.rowsPerWarp === 16 && queryLength <= 8 && !scheme.quantizedWeights,
     queryScales: scheme.queryGroups,
     keyScales: scheme.keyGroups,
     // FP16 holds P up to 2^8 as well as up to 1; FP16 sums and E4M3, whose maximum is P's already, have no room.

@@ -45,6 +45,10 @@ export interface AttentionConfig {
   /** Warps that take the same rows of Q and different keys, each with stages of its own; more than 1 only where `warps` is 1. */
   readonly keyWarps: number;
   readonly rowsPerWarp: 16 | 32;
+  /**
+   * Of a warp's 16 rows only the first eight exist: nothing is computed of the others but products, whose results nobody reads.
+   */
+  readonly eightRows: boolean;
   readonly minBlocksPerMultiprocessor: number;
   /** 2: V is fetched a tile ahead like K. 1: behind its own tile's QK^T, where shared memory is short. */
   readonly valueStages: 1 | 2;

@@ -174,7 +174,7 @@ export function makeFrame(config: AttentionConfig): Frame {
   const floatMask = config.mask !== 'none' && config.mask !== 'boolean';
   return {
     ...{ b, config, threads, ...parameters },
-    ...{ rowTiles: rowsPerWarp / 16, threadRows: rowsPerWarp / 8, keyTiles: BLOCK_K / 8 },
+    ...{ rowTiles: rowsPerWarp / 16, threadRows: threadRowsOf(config), keyTiles: BLOCK_K / 8 },
     ...{ channelTiles: paddedValueDim / 8, fp8, valueRowBytes },
     ...ownershipOf(b, config, ownBytes),
     ...{ results, fused, fp4Keys, fp4Values },
@@ -187,6 +187,8 @@ export function makeFrame(config: AttentionConfig): Frame {
       fp4Values ? 32 * (fragment >> 2) + 2 * (fragment & 3) + value : 8 * fragment + value,
   };
 }
+
+const threadRowsOf = ({ eightRows, rowsPerWarp }: AttentionConfig) => (eightRows ? 1 : rowsPerWarp / 8);
 
 /** Rows of output in FP32 and their logsumexps, over the stages of K and V, which are done with by then, and as much more as they need. */
 function resultTile(b: KernelBuilder, config: AttentionConfig, key: SharedTile): SharedTile {

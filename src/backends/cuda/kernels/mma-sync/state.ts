@@ -77,7 +77,10 @@ export function makeScores({ b, config, rowTiles, threadRows, columnOf }: Frame)
   const each: EachScore = (body) => {
     for (let m = 0; m < rowTiles; m++) {
       for (let n = 0; n < keyTiles; n++) {
-        for (let i = 0; i < 4; i++) body(at(at(at(floats, m), n), i), 2 * m + (i >> 1), columnOf(n, i & 1));
+        for (let i = 0; i < 4; i++) {
+          const row = 2 * m + (i >> 1);
+          if (row < threadRows) body(at(at(at(floats, m), n), i), row, columnOf(n, i & 1));
+        }
       }
     }
   };
