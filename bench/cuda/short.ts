@@ -74,6 +74,7 @@ const MODELS: readonly Named[] = [
   { name: '64 x 1', batch: 1, heads: 16, tokens: 64, headDim: 64, isCausal: false },
 ];
 const VARIANT_LENGTHS = [128, 512, 1024, 16384];
+const CAUSAL_VARIANT_LENGTHS = [128, 256, 512, 1024, 2048];
 const SAMPLED_ROWS = 8;
 
 interface Task {
@@ -98,7 +99,10 @@ const PEER: KernelName = 'qk-int8-pv-fp8-cuda-sm90';
 function tasks(): Task[] {
   const of = (kernel: KernelName) => SHAPES.map((shape): Task => ({ shape, kernel, variant: '' }));
   const varied = flags.variants
-    ? SHAPES.filter((shape) => TABLE.includes(shape) && !shape.isCausal && VARIANT_LENGTHS.includes(shape.tokens))
+    ? SHAPES.filter(
+        (shape) =>
+          TABLE.includes(shape) && (shape.isCausal ? CAUSAL_VARIANT_LENGTHS : VARIANT_LENGTHS).includes(shape.tokens),
+      )
     : [];
   const variants = varied.flatMap((shape) =>
     Object.entries(EXACT_VARIANTS)

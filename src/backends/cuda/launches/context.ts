@@ -97,6 +97,8 @@ export interface FamilyLaunches {
   readonly keyPadding?: number;
   /** The problem as the kernels take it, with heads as rows of one query; undefined where they take it as it is. */
   readonly headsAsRows?: (problem: AttentionProblem, choice: KernelChoice) => AttentionProblem | undefined;
+  /** Launches of problems that another family's kernels attend to faster, over keys and values as this one quantizes them. */
+  readonly insteadFor?: (problem: AttentionProblem, choice: KernelChoice) => FamilyLaunches | undefined;
   /** Quantizes K and V. Asked only when there are keys. */
   readonly keyValue: (context: Context, parts: readonly KeyValuePart[]) => KernelLaunch[];
   /** Quantizes Q and attends to quantized K and V. */

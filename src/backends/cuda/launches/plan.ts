@@ -32,7 +32,10 @@ import { WGMMA } from './wgmma.ts';
 /** The launches of each kernel family. */
 const FAMILIES: Readonly<Record<Family, FamilyLaunches>> = { 'mma-sync': MMA_SYNC, wgmma: WGMMA, exact: EXACT };
 
-const familyOf = ({ descriptor }: KernelChoice) => FAMILIES[descriptorOf(descriptor.name).family];
+function familyOf(problem: AttentionProblem, choice: KernelChoice): FamilyLaunches {
+  const family = FAMILIES[descriptorOf(choice.descriptor.name).family];
+  return family.insteadFor?.(problem, choice) ?? family;
+}
 
 export interface PlanOptions {
   /** Where quantized K and V have room for keys to come, and from which token on they are filled. */
@@ -53,7 +56,7 @@ const ALL_PARTS: readonly KeyValuePart[] = ['means', 'key', 'value'];
 function keyValueLaunches(context: Context, parts: readonly KeyValuePart[] = ALL_PARTS): KernelLaunch[] {
   const { problem, layout } = context;
   if (layout.keyTiles * problem.batch * problem.kvHeads === 0 || isExact(context.scheme)) return [];
-  return [...visibleKeysLaunches(context), ...familyOf(context.choice).keyValue(context, parts)];
+  return [...visibleKeysLaunches(context), ...familyOf(problem, context.choice).keyValue(context, parts)];
 }
 
 /**
@@ -67,7 +70,7 @@ export function planLaunches(
   device: DeviceFacts,
   { overrides }: Pick<PlanOptions, 'overrides'> = {},
 ): LaunchSequence {
-  const family = familyOf(choice);
+  const family = familyOf(problem, choice);
   const parts = partsOf(problem).map(([part, channels]) => {
     const context = contextOf(family, part, choice, device, { overrides, whole: true, channels });
     const attend = family.attend(context);
@@ -130,7 +133,7 @@ export function planKeyValue(
   { room, overrides, parts, tokenMask }: KeyValuePlanOptions = {},
 ): LaunchSequence & { readonly kept: Readonly<Record<BufferName, number>> } {
   requireOnePart(problem, choice);
-  const context = contextOf(familyOf(choice), problem, choice, device, { room, overrides, tokenMask });
+  const context = contextOf(familyOf(problem, choice), problem, choice, device, { room, overrides, tokenMask });
   return {
     kept: keyValueBytes(context),
     scratch: keyValueScratch(context),
@@ -150,7 +153,7 @@ export function planAttend(
   { room, overrides }: PlanOptions = {},
 ): LaunchSequence {
   requireOnePart(problem, choice);
-  const family = familyOf(choice);
+  const family = familyOf(problem, choice);
   const context = contextOf(family, problem, choice, device, { room, overrides });
   return { ...family.attend(context), constants: constantsOf(context) };
 }

@@ -2,6 +2,8 @@
 import { isBanded } from '../../../attention/band.ts';
 import type { AttentionProblem } from '../../../attention/problem.ts';
 import type { OperandLayout } from '../../../tensor/tensor.ts';
+import type { KernelChoice } from '../../backend.ts';
+import { descriptorOf } from '../kernel-table.ts';
 import { BLOCK_K } from '../kernels/mma-sync/config.ts';
 import { LOG2_E4M3_MAX } from '../kernels/parts/constants.ts';
 import { BYTES } from '../kernels/parts/elements.ts';
@@ -50,7 +52,9 @@ import {
   loadWidthOf,
   splitsOf,
 } from './context.ts';
+import { headsAsRows } from './heads-as-rows.ts';
 import type { KernelArgument, KernelLaunch, TensorMapDescription } from './launch.ts';
+import { MMA_SYNC } from './mma-sync.ts';
 import { quantizeQueryLaunch, queryScratch, statisticsLaunches } from './quantize.ts';
 import { blockArgumentsOf, type ListedTiles, tileListLaunches, tileListScratch } from './tile-lists.ts';
 import { visibleKeysPointer } from './visible-keys.ts';
@@ -443,4 +447,19 @@ export function takesAsTheyLie({
   );
 }
 
-export const WGMMA: FamilyLaunches = { mostSmScale: MOST_SM_SCALE, keyPadding: KEY_VALUE_TILE, keyValue, attend };
+const ALONE: FamilyLaunches = { mostSmScale: MOST_SM_SCALE, keyPadding: KEY_VALUE_TILE, keyValue, attend };
+
+/**
+ * One token with V in FP16: the warps of `mma.sync`, each with keys of its own, took an H200 54 us for 59 over 65,536 keys and 95 for 109
+ * over 16 x 8192 (`bench/results/cuda-caches-h200*.json`); with V in FP8 it is the other way about. Only where the heads over
+ * one head of K are rows of one tile there too.
+ */
+function insteadFor(problem: AttentionProblem, choice: KernelChoice): FamilyLaunches | undefined {
+  const { headDim, valueDim, queryHeads, kvHeads, queryLength } = problem;
+  const { pvFormat } = descriptorOf(choice.descriptor.name);
+  if (queryLength !== 1 || pvFormat !== 'f16' || Math.max(headDim, valueDim) > 128) return undefined;
+  const rows = headsAsRows(problem, choice)?.queryLength;
+  return rows === queryHeads / kvHeads ? { ...ALONE, headsAsRows, attend: MMA_SYNC.attend } : undefined;
+}
+
+export const WGMMA: FamilyLaunches = { ...ALONE, insteadFor };
