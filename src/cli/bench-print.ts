@@ -96,11 +96,11 @@ export function printBench(
     );
     for (const { kernel, refused, failed } of part.results) {
       const reason = refused ?? failed;
-      if (reason !== undefined) print(`${kernel}: ${reason}`);
+      if (reason !== undefined) print(paragraph(`${kernel}: ${reason}`));
     }
-    for (const { name, failed } of part.peers) if (failed !== undefined) print(`${name}: ${failed}`);
+    for (const { name, failed } of part.peers) if (failed !== undefined) print(paragraph(`${name}: ${failed}`));
   }
   const lines = parts.flatMap((part) => verdict(part.shape, part.results, part.peers));
   if (lines.length > 0) print(`\n${bold('Verdict')}`);
-  for (const line of lines) print(line);
+  for (const line of lines) print(paragraph(line));
 }

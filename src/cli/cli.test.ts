@@ -114,7 +114,7 @@ describe('as a process', () => {
     expect(bench.stderr).not.toMatch(/error/i);
     expect(bench.status).toBe(0);
     expect(bench.stdout).toMatch(/FLOP\/s[\s\S]*\d [GT] /);
-    expect(bench.stdout).toMatch(/Verdict\n32 tokens, head dim 16: .* times as fast as exact float32/);
+    expect(bench.stdout).toMatch(/Verdict\n32 tokens, head dim 16: [\s\S]* times\s+as\s+fast\s+as\s+exact\s+float32/);
   });
 });
 
@@ -283,7 +283,7 @@ it('demo compares exact attention and SageAttention on a text, in pieces and as 
   expect(code).toBe(0);
   expect(out).toContain('Beyond what the model was trained for');
   expect(out).toMatch(
-    /Verdict\nAccuracy: the same answers\. .*\nSpeed: attention over 150 tokens takes .*exact float32/,
+    /Verdict\nAccuracy: the same answers\. [\s\S]*\nSpeed: attention over 150 tokens takes [\s\S]*exact\s+float32/,
   );
   expectNarrow(out);
   const report = JSON.parse(await readFile(json, 'utf8')) as DemoReport;

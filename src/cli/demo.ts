@@ -112,7 +112,7 @@ function printComparison(comparison: EncoderComparison): void {
   const kernels = [...new Set(layers.map(({ kernel }) => kernel))].join(', ');
   const least = comparison.sequences > 1 ? 'at least ' : '';
   print();
-  print(`Embeddings: cosine similarity ${least}${cosine(worstEmbeddingCosine)}. Kernel: ${kernels}.`);
+  print(paragraph(`Embeddings: cosine similarity ${least}${cosine(worstEmbeddingCosine)}. Kernel: ${kernels}.`));
   print(
     paragraph(
       `Whole encoder: ${duration(exactEncoderMs)} with exact attention in ${comparison.reference}, ` +
@@ -254,7 +254,9 @@ export async function demo({ text: file, backend, kernel, maxTokens, json }: Dem
 
   print();
   print(bold('Verdict'));
-  for (const line of verdict([sentences, inPieces, inOne].map(({ comparison }) => comparison))) print(line);
+  for (const line of verdict([sentences, inPieces, inOne].map(({ comparison }) => comparison))) {
+    print(paragraph(line));
+  }
 
   if (json !== undefined) {
     const report: DemoReport = {
