@@ -65,6 +65,39 @@ describe(`ranks on CUDA devices (SAGEATTENTION_SEED=${seed})`, () => {
     });
   }
 
+  it('take a mask and joint tokens, which lie in this process, to whichever device they work on', async () => {
+    const backend = createSimulatedBackend(80, 2);
+    const joint = { k: make(1, 5, 16), v: make(1, 5, 24), where: 'front' } as const;
+    const seen = tensor(
+      Uint8Array.from({ length: 30 * 30 }, () => (random.uniform() < 0.7 ? 1 : 0)),
+      [30, 30],
+    );
+    const group = await createDeviceGroup({ devices: [1, 0], backend });
+    const [sq, sk, sv] = await Promise.all([q, k, v].map((x) => group.shard(x)));
+    const output = await sageattnSharded(sq as never, sk as never, sv as never, { joint, attnMask: seen });
+    const values = toFloat32(await group.gather(output));
+    for (const each of [sq, sk, sv, output]) each?.dispose();
+    group.dispose();
+    await backend.dispose();
+    const behind = (head: Tensor, tail: Tensor) => {
+      const [, , first, dim] = head.shape as [number, number, number, number];
+      const all = new Float32Array((first + 30) * dim);
+      all.set(toFloat32(head));
+      all.set(toFloat32(tail), first * dim);
+      return tensor(all, [1, 1, first + 30, dim]);
+    };
+    const whole = { q, k: behind(joint.k, k), v: behind(joint.v, v) };
+    const bits = seen.data as Uint8Array;
+    const attnMask = tensor(
+      Uint8Array.from({ length: 30 * 35 }, (_, i) =>
+        i % 35 < 5 ? 1 : (bits[Math.floor(i / 35) * 30 + (i % 35) - 5] as number),
+      ),
+      [1, 1, 30, 35],
+    );
+    const exact = attentionExact(createProblem(q, whole.k, whole.v, { attnMask }), { ...whole, attnMask });
+    expect(compare(values, exact.output).relativeL1).toBeLessThan(0.03);
+  });
+
   it('uses its slots again, round by round and call by call', async () => {
     const backend = createSimulatedBackend(80, 4);
     const group = await createDeviceGroup({ devices: [0, 1, 2, 3], backend });

@@ -43,9 +43,9 @@ export interface ShardedResult {
 export const toHnd = (view: TensorView, tokenAxis: number) => (tokenAxis === 2 ? view : transpose(view, [0, 2, 1, 3]));
 export const fromHnd = toHnd;
 
-/** The whole of a sharded tensor as a contiguous view of nothing, for checks. */
-export const wholeOf = ({ shape, dtype, parts }: ShardedTensor): TensorView => ({
-  ...(parts[0] as TensorView),
+/** The whole of a sharded tensor, as if it lay contiguous in this process's memory beside masks and joint tokens: for checks. */
+const wholeOf = ({ shape, dtype }: ShardedTensor): TensorView => ({
+  location: 'cpu',
   dtype,
   shape,
   strides: contiguousStrides(shape),
@@ -230,7 +230,7 @@ function takeJoint({ k, v, where = 'front' }: JointTokens, q: TensorView, tokenA
   requireView('options.joint.v', v);
   const [ownK, ownV] = [k, v].map((view) => toHnd(copyOfCpu(view), tokenAxis)) as [TensorView, TensorView];
   // Names the argument at fault as k or v, which the joint tokens are.
-  createProblem({ ...q, location: ownK.location }, ownK, ownV, { tensorLayout: 'HND' });
+  createProblem(q, ownK, ownV, { tensorLayout: 'HND' });
   return { k: ownK, v: ownV, where };
 }
 
@@ -251,7 +251,9 @@ export function takeSharded(q: ShardedTensor, k: ShardedTensor, v: ShardedTensor
     TensorView,
     TensorView,
   ];
-  const problem = createProblem(wholeQ, wholeK, wholeV, { ...own, tensorLayout: 'HND' });
+  const { location, device = 0 } = q.parts[0] as TensorView;
+  // Kernels are chosen for where the ranks work.
+  const problem = { ...createProblem(wholeQ, wholeK, wholeV, { ...own, tensorLayout: 'HND' }), location, device };
   const { batch, queryHeads, kvHeads, queryLength, keyLength, headDim, valueDim } = problem;
   const topology: Topology = { ulysses, ring };
   validateTopology(topology, group.size, queryHeads, kvHeads);
