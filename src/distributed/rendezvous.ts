@@ -10,6 +10,8 @@ export interface Meeting {
   readonly size: number;
   /** What all ranks must be alike in. */
   readonly kind: string;
+  /** The device, where each rank must have one of its own. */
+  readonly device?: string;
   /** Where rank 0 listens. */
   readonly host: string;
   readonly port: number;
@@ -19,7 +21,7 @@ export interface Meeting {
 
 /** What ranks tell each other. */
 type Message =
-  | { readonly kind: 'hello'; readonly rank: number; readonly size: number; readonly of: string }
+  | { readonly kind: 'hello'; readonly rank: number; readonly size: number; readonly of: string; readonly on?: string }
   | { readonly kind: 'all here'; readonly shared: string }
   | { readonly kind: 'failed'; readonly text: string }
   | Posted
@@ -175,9 +177,19 @@ export function meet(meeting: Meeting, share: () => Uint8Array): Promise<Company
   return meeting.rank === 0 ? host(meeting, share) : join(meeting);
 }
 
-function host({ size, kind, host: address, port, timeout }: Meeting, share: () => Uint8Array): Promise<Company> {
+function host(meeting: Meeting, share: () => Uint8Array): Promise<Company> {
+  const { size, kind, host: address, port, timeout } = meeting;
   return new Promise((resolve, reject) => {
     const peers = new Map<number, Peer>();
+    const devices = new Map([[meeting.device, 0]]);
+    const misfit = (rank: number, of: string, on: string | undefined): string | undefined => {
+      if (of !== kind) return `all ranks must be of one kind: rank 0 is ${kind}, rank ${rank} is ${of}`;
+      const other = on === undefined ? undefined : devices.get(on);
+      devices.set(on, rank);
+      return other === undefined
+        ? undefined
+        : `ranks ${other} and ${rank} are both on ${on}, and this transport takes one rank a device`;
+    };
     let company: Company | undefined;
     const refuse = (error: unknown) => {
       clearTimeout(limit);
@@ -208,7 +220,7 @@ function host({ size, kind, host: address, port, timeout }: Meeting, share: () =
         socket,
         (message) => {
           if (message.kind === 'hello') {
-            const { rank, size: theirs, of } = message;
+            const { rank, size: theirs, of, on } = message;
             if (theirs !== size || !(rank > 0 && rank < size) || peers.has(rank) || company !== undefined) {
               const text = `rank ${rank} of ${theirs} is not one that rank 0 of ${size} waits for`;
               peer.channel.end({ kind: 'failed', text });
@@ -216,7 +228,8 @@ function host({ size, kind, host: address, port, timeout }: Meeting, share: () =
             }
             peer.rank = rank;
             peers.set(rank, peer);
-            if (of !== kind) refuse(failure(`all ranks must be of one kind: rank 0 is ${kind}, rank ${rank} is ${of}`));
+            const unfit = misfit(rank, of, on);
+            if (unfit !== undefined) refuse(failure(unfit));
             else if (peers.size === size - 1) complete();
           } else if (message.kind === 'bye') peer.left = true;
           else company?.hear(message);
@@ -239,7 +252,7 @@ function host({ size, kind, host: address, port, timeout }: Meeting, share: () =
   });
 }
 
-function join({ rank, size, kind, host: address, port, timeout }: Meeting): Promise<Company> {
+function join({ rank, size, kind, device, host: address, port, timeout }: Meeting): Promise<Company> {
   return new Promise((resolve, reject) => {
     const end = Date.now() + timeout;
     let company: Company | undefined;
@@ -259,7 +272,7 @@ function join({ rank, size, kind, host: address, port, timeout }: Meeting): Prom
       let connected = false;
       socket = net().connect(port, address, () => {
         connected = true;
-        channel.send({ kind: 'hello', rank, size, of: kind });
+        channel.send({ kind: 'hello', rank, size, of: kind, ...(device !== undefined && { on: device }) });
       });
       const channel = new Channel(
         socket,

@@ -76,7 +76,12 @@ describe('a rank that fails', () => {
   });
 
   /** Groups of ranks of one process on devices of these kinds. */
-  async function groupsOf(ranks: number, timeout: number, kinds = Array.from({ length: ranks }, () => 90)) {
+  async function groupsOf(
+    ranks: number,
+    timeout: number,
+    kinds = Array.from({ length: ranks }, () => 90),
+    deviceOf = (rank: number) => rank,
+  ) {
     const fake = new FakeCuda({ devices: kinds, memoryBytes: 2 ** 32 });
     const cuda = new Cuda(fake.api);
     const nccl = new FakeNccl(fake.api);
@@ -84,7 +89,7 @@ describe('a rank that fails', () => {
     const backends = kinds.map(() => createCudaBackend({ open: async () => cuda }));
     const joined = await Promise.allSettled(
       backends.map(async (backend, rank) => {
-        const options = { rank, worldSize: ranks, address, device: rank, timeout };
+        const options = { rank, worldSize: ranks, address, device: deviceOf(rank), timeout };
         const group = new DeviceGroup(await connectProcess(backend, options, async () => nccl.api));
         opened.push(group);
         return group;
@@ -138,6 +143,15 @@ describe('a rank that fails', () => {
     const { joined } = await groupsOf(2, 60_000, [90, 80]);
     for (const each of joined) {
       expect(each).toMatchObject({ reason: { message: expect.stringMatching(/rank 0 is sm_90, rank 1 is sm_80/) } });
+    }
+  });
+
+  it('refuses two ranks on one device, on every rank', async () => {
+    const { joined } = await groupsOf(3, 60_000, [90, 90, 90], (rank) => rank % 2);
+    for (const each of joined) {
+      expect(each).toMatchObject({
+        reason: { message: expect.stringMatching(/ranks (0 and 2|2 and 0) are both on device 00:00:00 of /) },
+      });
     }
   });
 

@@ -51,8 +51,11 @@ class NcclLink implements Link {
   }
 }
 
-/** Ranks of different kinds would quantize differently. */
-const kindOf = ({ device }: CudaPlace) => `sm_${device.computeCapability}`;
+/** Ranks of different kinds would quantize differently, and NCCL refuses two of one device without naming them. */
+const introduce = ({ device }: CudaPlace) => ({
+  kind: `sm_${device.computeCapability}`,
+  device: `device ${device.pciAddress} of ${process.getBuiltinModule('node:os').hostname()}`,
+});
 
 export class NcclTransport implements Transport {
   readonly size: number;
@@ -87,7 +90,7 @@ export class NcclTransport implements Transport {
     const { rank, size, address, timeout } = options;
     const company =
       address &&
-      (await meet({ rank, size, timeout, kind: kindOf(place), ...address }, () => options.id ?? newNcclId(api)));
+      (await meet({ rank, size, timeout, ...introduce(place), ...address }, () => options.id ?? newNcclId(api)));
     const communicator = new NcclCommunicator(api, place.device);
     const transport = new NcclTransport(place, communicator, company, options);
     return transport.#fate.connected(transport, async () => {

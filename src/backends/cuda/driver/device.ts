@@ -6,6 +6,9 @@ import {
   CU_DEVICE_ATTRIBUTE_MAX_SHARED_MEMORY_PER_BLOCK_OPTIN,
   CU_DEVICE_ATTRIBUTE_MEMORY_POOLS_SUPPORTED,
   CU_DEVICE_ATTRIBUTE_MULTIPROCESSOR_COUNT,
+  CU_DEVICE_ATTRIBUTE_PCI_BUS_ID,
+  CU_DEVICE_ATTRIBUTE_PCI_DEVICE_ID,
+  CU_DEVICE_ATTRIBUTE_PCI_DOMAIN_ID,
   type CudaApi,
 } from './api.ts';
 import { DeviceContext } from './context.ts';
@@ -76,6 +79,22 @@ export class CudaDevice extends DeviceContext {
 
   override toString(): string {
     return `CUDA device ${this.ordinal} (${this.name})`;
+  }
+
+  /** Where it is on the machine, `domain:bus:device`: the same in every process, whatever ordinal it has there. */
+  get pciAddress(): string {
+    const parts = [
+      CU_DEVICE_ATTRIBUTE_PCI_DOMAIN_ID,
+      CU_DEVICE_ATTRIBUTE_PCI_BUS_ID,
+      CU_DEVICE_ATTRIBUTE_PCI_DEVICE_ID,
+    ];
+    const value = new Int32Array(1);
+    return parts
+      .map((which) => {
+        this.call('cuDeviceGetAttribute', `describing ${this}`, value, which, this.deviceHandle);
+        return (value[0] as number).toString(16).padStart(2, '0');
+      })
+      .join(':');
   }
 
   /** This library's own stream of the device: calls without a stream run on it. */

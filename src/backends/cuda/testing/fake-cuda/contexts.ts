@@ -112,6 +112,10 @@ export class FakeContexts {
     cuDeviceGetAttribute: (value, attribute, device) => {
       const values: Readonly<Record<number, number>> = {
         16: 4,
+        // Bus, device and domain of PCI.
+        33: device,
+        34: 0,
+        50: 0,
         75: Math.floor(this.capability(device) / 10),
         76: this.capability(device) % 10,
         97: MAX_SHARED,
