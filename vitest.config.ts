@@ -51,7 +51,8 @@ export default defineConfig({
     pool: 'forks',
     sequence: { sequencer: LongestFirst },
     globalSetup: './test/support/global-setup.ts',
-    testTimeout: 120_000,
+    // Two parts of `npm test` share the processors, and software GPUs are slow.
+    testTimeout: 300_000,
     projects: [
       {
         extends: true,
