@@ -197,7 +197,7 @@ export async function demo({ text: file, backend, kernel, maxTokens, json }: Dem
     dim(
       [
         'attention: the same q, k and v through both. output: of the whole layer, all up to it computed with SageAttention.',
-        'accuracy: cosine similarity, relative L1 and largest difference against exact attention in float64, for the one long sequence in float32.',
+        'accuracy: cosine similarity, relative L1 and largest difference against exact attention, of the sentences in float64, of the whole text in float32.',
         "exact f32: this package's kernel that quantizes nothing, on WebAssembly. In brackets: times SageAttention's time.",
         ...(peer === undefined
           ? []
