@@ -5,7 +5,7 @@ import type { SettledSparsity } from '../../attention/sparsity.ts';
 import { type VisibleBlocks, visibleBlocksOf } from '../../attention/visible-blocks.ts';
 import { elementCount, type Tensor, type TensorView, tensor, validateData } from '../../tensor/tensor.ts';
 import type { BlockMap, BlockMapInputs, RunContext } from '../backend.ts';
-import { extentOf } from './calls.ts';
+import { extentOf, placed } from './calls.ts';
 import { tileGeometry } from './geometry.ts';
 import { BLOCK_Q, FLAG_SIMILARITIES, FLAG_SMOOTH_K, POOLED_EXTRA } from './job.ts';
 import {
@@ -18,7 +18,7 @@ import {
   writeRecords,
 } from './records.ts';
 import type { CallParts, Runtime } from './runtime.ts';
-import { keep, PADDING_BYTES, stageOperand } from './staging.ts';
+import { keep, stageOperand } from './staging.ts';
 
 /** What is pooled of q or of k. */
 interface PooledOperand {
@@ -74,7 +74,7 @@ function poolCall(
         ...jobSettings({ ...problem, queryHeads: heads }, geometry, flags, { ...layouts, blocks }),
         out: { offset: 0, batchStride: 0, headStride, tokenStride: 0 },
       };
-      const addresses = { ...NO_ADDRESSES, out, q: lease.place(staged.bytes, PADDING_BYTES) };
+      const addresses = { ...NO_ADDRESSES, out, q: placed(lease, staged) };
       runtime.executor.write(address, writeRecords(address, settings, addresses, records, units));
       return {
         stages: [{ entry: 'pool', job: address }],

@@ -93,15 +93,19 @@ const wholeFlagsOf = (arithmetic: Arithmetic): number => {
 /** Bytes that a thread needs for a decoded tile. */
 const decodedBytes = ({ precision }: Arithmetic): number => (precision === 'fp4' ? job.DECODED_TILE_BYTES : 0);
 
-/** Multiply-adds that laying out or quantizing an element of k or v takes about as long as. */
+/** Multiply-adds that laying out or quantizing an element of k or v takes about as long as, and reading one that is quantized. */
 const ELEMENT_WORK = 32;
+const PREPARED_ELEMENT_WORK = 4;
 
-/** About how many multiply-adds a call takes as long as: both products, and k and v made ready for them. */
+/** About how many multiply-adds a call takes as long as: both products, and k and v made ready for them, or read. */
 export function workOf(problem: AttentionProblem, prepared = false): number {
   const { headDim, valueDim, queryHeads, kvHeads } = problem;
   return sequencesOf(problem).reduce(
     (sum, { queryLength, keyLength }) =>
-      sum + keyLength * (headDim + valueDim) * (queryHeads * queryLength + (prepared ? 0 : ELEMENT_WORK * kvHeads)),
+      sum +
+      keyLength *
+        (headDim + valueDim) *
+        (queryHeads * queryLength + (prepared ? PREPARED_ELEMENT_WORK : ELEMENT_WORK) * kvHeads),
     0,
   );
 }
@@ -237,7 +241,7 @@ function callOf(
 }
 
 export const placed = (lease: Lease, staged: Staged<unknown> | undefined) =>
-  staged === undefined ? 0 : lease.place(staged.bytes, PADDING_BYTES);
+  staged === undefined ? 0 : lease.place(staged.bytes, PADDING_BYTES, staged.runs);
 
 export const layoutsOf = ({ q, k, v, mask, blocks }: StagedInputs) => ({
   q: q.layout,

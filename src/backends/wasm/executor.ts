@@ -8,6 +8,7 @@ import { JOB_ABORT } from './generated/fields.ts';
 import { SCRATCH_BYTES } from './job.ts';
 import { MemoryPool } from './memory.ts';
 import { instantiate, type KernelExports } from './modules.ts';
+import { copyRuns, gather, type Runs } from './staging.ts';
 import { canShare, type WorkerFactory, WorkerGroup, workerFactory } from './workers.ts';
 
 export type { Stage };
@@ -31,6 +32,8 @@ export interface Executor {
   readonly memory: MemoryPool;
   /** Copies bytes into the kernels' memory. Calls that follow see them. */
   write(address: number, bytes: Uint8Array): void;
+  /** The same of some of the bytes. */
+  writeRuns(address: number, source: Uint8Array, runs: Runs): void;
   read(address: number, length: number): Promise<Uint8Array<ArrayBuffer>>;
   /** The same to where the caller wants it. */
   readInto(address: number, target: Uint8Array): Promise<void>;
@@ -99,6 +102,10 @@ class MemoryBytes {
 
   write(address: number, bytes: Uint8Array): void {
     this.#bytes().set(bytes, address);
+  }
+
+  writeRuns(address: number, source: Uint8Array, runs: Runs): void {
+    copyRuns(source, runs, this.#bytes(), address);
   }
 
   /** A copy: the memory is handed out again, and views of shared memory are not taken everywhere. */
@@ -244,6 +251,10 @@ class ThreadExecutor implements Executor {
     this.#bytes.write(address, bytes);
   }
 
+  writeRuns(address: number, source: Uint8Array, runs: Runs): void {
+    this.#bytes.writeRuns(address, source, runs);
+  }
+
   async read(address: number, length: number): Promise<Uint8Array<ArrayBuffer>> {
     return this.#bytes.read(address, length);
   }
@@ -329,6 +340,11 @@ class IsolatedWorkerExecutor implements Executor {
     this.#group.tell({ write: copy, address }, [copy.buffer]);
   }
 
+  writeRuns(address: number, source: Uint8Array, runs: Runs): void {
+    const copy = gather(source, runs);
+    this.#group.tell({ write: copy, address }, [copy.buffer]);
+  }
+
   async read(address: number, length: number): Promise<Uint8Array<ArrayBuffer>> {
     return (await this.#group.ask({ read: length, address })) ?? new Uint8Array(0);
   }
@@ -407,6 +423,10 @@ export class CallerExecutor implements Executor {
 
   write(address: number, bytes: Uint8Array): void {
     this.#bytes.write(address, bytes);
+  }
+
+  writeRuns(address: number, source: Uint8Array, runs: Runs): void {
+    this.#bytes.writeRuns(address, source, runs);
   }
 
   async read(address: number, length: number): Promise<Uint8Array<ArrayBuffer>> {

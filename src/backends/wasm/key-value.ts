@@ -11,12 +11,12 @@ import type {
   RunContext,
   SideInputs,
 } from '../backend.ts';
-import { type Arithmetic, arithmeticOf, attendCall, flagsOf, workOf } from './calls.ts';
+import { type Arithmetic, arithmeticOf, attendCall, flagsOf, placed, workOf } from './calls.ts';
 import { type TileGeometry, tileGeometry } from './geometry.ts';
 import { BLOCK_K, FLAG_TILE_MEANS } from './job.ts';
 import { jobSettings, NO_ADDRESSES, NO_SEQUENCE, prepareUnits, recordBytes, tilesOf, writeRecords } from './records.ts';
 import type { CallParts, Runtime } from './runtime.ts';
-import { keep, PADDING_BYTES, stageMask, stageOperand } from './staging.ts';
+import { keep, stageMask, stageOperand } from './staging.ts';
 
 /** Tiles of one head that a cache has room for at least. */
 const LEAST_TILES = 2;
@@ -168,9 +168,9 @@ export class WasmKeyValue implements PreparedKeyValue {
           jobSettings(problem, this.#geometry, flags, layouts),
           {
             ...NO_ADDRESSES,
-            mask: stagedMask === undefined ? 0 : lease.place(stagedMask.bytes, PADDING_BYTES),
-            k: lease.place(stagedK.bytes, PADDING_BYTES),
-            v: lease.place(stagedV.bytes, PADDING_BYTES),
+            mask: placed(lease, stagedMask),
+            k: placed(lease, stagedK),
+            v: placed(lease, stagedV),
             tiles: this.#tiles,
             means: this.#means,
             tail: this.#tail,

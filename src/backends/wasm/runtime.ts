@@ -3,6 +3,7 @@ import { ExecutionError } from '../../errors.ts';
 import type { RunContext } from '../backend.ts';
 import type { Call, Executor, Stage } from './executor.ts';
 import type { Simd } from './geometry.ts';
+import { type Runs, runsBytes } from './staging.ts';
 
 /** Calls that hold memory at a time: one runs while the next is being made ready. Others wait without holding any. */
 const CALLS_IN_MEMORY = 2;
@@ -22,10 +23,11 @@ export class Lease {
     return address;
   }
 
-  /** Allocates for bytes, plus what vector loads may reach beyond, and writes them. */
-  place(bytes: Uint8Array, padding = 0): number {
-    const address = this.allocate(bytes.length + padding);
-    if (bytes.length > 0) this.#executor.write(address, bytes);
+  /** Allocates for bytes, or runs of them, plus what vector loads may reach beyond, and writes them. */
+  place(bytes: Uint8Array, padding = 0, runs?: Runs): number {
+    const address = this.allocate((runs === undefined ? bytes.length : runsBytes(runs)) + padding);
+    if (runs !== undefined) this.#executor.writeRuns(address, bytes, runs);
+    else if (bytes.length > 0) this.#executor.write(address, bytes);
     return address;
   }
 

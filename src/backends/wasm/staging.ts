@@ -22,10 +22,41 @@ export function ownInputs<Inputs extends object>(inputs: Inputs): Inputs {
 /** Vector loads may reach this much beyond the last element. */
 export const PADDING_BYTES = 64;
 
+/** Equally long pieces of a source, in three nested loops: in bytes. */
+export interface Runs {
+  readonly length: number;
+  readonly counts: readonly [number, number, number];
+  readonly strides: readonly [number, number, number];
+}
+
 export interface Staged<Layout> {
   readonly bytes: Uint8Array;
-  /** Layout of the elements inside `bytes`. */
+  /** Which of the bytes count, without gaps between them; default: all. */
+  readonly runs?: Runs | undefined;
+  /** Layout of the elements that count. */
   readonly layout: Layout;
+}
+
+/** Copies runs to where `target` has room for them, from `to` on. */
+export function copyRuns(source: Uint8Array, { length, counts, strides }: Runs, target: Uint8Array, to: number): void {
+  let at = to;
+  for (let i = 0; i < counts[0]; i++) {
+    for (let j = 0; j < counts[1]; j++) {
+      for (let k = 0; k < counts[2]; k++, at += length) {
+        const from = i * strides[0] + j * strides[1] + k * strides[2];
+        target.set(source.subarray(from, from + length), at);
+      }
+    }
+  }
+}
+
+export const runsBytes = ({ length, counts: [i, j, k] }: Runs): number => i * j * k * length;
+
+/** Runs in memory of their own. */
+export function gather(source: Uint8Array, runs: Runs): Uint8Array<ArrayBuffer> {
+  const bytes = new Uint8Array(runsBytes(runs));
+  copyRuns(source, runs, bytes, 0);
+  return bytes;
 }
 
 /** How many of each the operand has. */
@@ -48,15 +79,15 @@ function requireBytes(argument: string, data: TensorData, needed: number): void 
 }
 
 /** The same in memory of its own, for a call that must wait. */
-export function keep<Layout>({ bytes, layout }: Staged<Layout>): Staged<Layout> {
-  return { bytes: bytes.slice(), layout };
+export function keep<Layout>({ bytes, layout, runs }: Staged<Layout>): Staged<Layout> {
+  return { bytes: runs === undefined ? bytes.slice() : gather(bytes, runs), layout };
 }
 
 /** A span with at most this many times the elements that count is copied whole: one fast copy beats many small ones. */
 const LARGEST_SPAN_RATIO = 1.5;
 
 /**
- * The elements of an operand: a view of the caller's data where they lie close together, else gathered without gaps.
+ * The elements of an operand, in the caller's data: all of a span where they lie close together, else runs of it.
  *
  * @throws {InvalidArgumentError} `buffer-too-small`
  */
@@ -80,23 +111,21 @@ export function stageOperand(
   if (span <= count * LARGEST_SPAN_RATIO) {
     return { bytes: source, layout: { offset: 0, batchStride, headStride, tokenStride } };
   }
-  const bytes = new Uint8Array(count * size);
   // Heads of a token next to each other (NHD) go in one run.
   const runHeads = headStride === dim ? heads : 1;
-  const run = runHeads * dim * size;
-  let to = 0;
-  for (let b = 0; b < batch; b++) {
-    for (let h = 0; h < heads; h += runHeads) {
-      for (let t = 0; t < tokens; t++, to += run) {
-        const from = (b * batchStride + h * headStride + t * tokenStride) * size;
-        bytes.set(source.subarray(from, from + run), to);
-      }
-    }
-  }
+  const runs: Runs = {
+    length: runHeads * dim * size,
+    counts: [batch, heads / runHeads, tokens],
+    strides: [batchStride * size, headStride * size, tokenStride * size],
+  };
   const gathered =
     runHeads === heads ? { headStride: dim, tokenStride: heads * dim } : { headStride: tokens * dim, tokenStride: dim };
   // Packed sequences of different lengths are one batch entry: no stride leads to another.
-  return { bytes, layout: { offset: 0, batchStride: batch === 1 ? 0 : heads * tokens * dim, ...gathered } };
+  return {
+    bytes: source,
+    runs,
+    layout: { offset: 0, batchStride: batch === 1 ? 0 : heads * tokens * dim, ...gathered },
+  };
 }
 
 /** The mask's elements, from the first that counts to the last: masks are dense or broadcast. */
