@@ -24,7 +24,7 @@ import {
   emptyCudaTensor,
   upload,
 } from '../../src/backends/cuda/index.ts';
-import { descriptorOf } from '../../src/backends/cuda/kernel-table.ts';
+import { descriptorOf, lackedBy } from '../../src/backends/cuda/kernel-table.ts';
 import { type GradientTuning, planBackward } from '../../src/backends/cuda/launches/backward.ts';
 import { planLaunches } from '../../src/backends/cuda/launches/plan.ts';
 import { timeOnDevice } from '../../src/measure/cuda-timing.ts';
@@ -192,7 +192,8 @@ function python(program: string, args: readonly string[], input = ''): string | 
 }
 
 const NAMES = ['dq', 'dk', 'dv'] as const;
-const KERNELS: BackwardSupport['kernels'] = ['qk-int8-pv-fp16-cuda'];
+/** The default of Hopper, and of other devices. */
+const KERNELS: BackwardSupport['kernels'] = ['qk-int8-pv-fp16-cuda-sm90', 'qk-int8-pv-fp16-cuda'];
 
 const choiceOf = (kernel: BackwardSupport['kernels'][number], problem: AttentionProblem): KernelChoice =>
   chooseOptions(descriptorOf(kernel), problem, {});
@@ -204,7 +205,7 @@ function problemsOf(
   isCausal: boolean,
   tensors: Record<string, CudaTensor>,
 ) {
-  const attention = createProblem(q, k, v, { isCausal, returnLse: true });
+  const attention = { ...createProblem(q, k, v, { isCausal, returnLse: true }), forGradients: true } as const;
   const { output, lse, dOutput } = tensors as Record<'output' | 'lse' | 'dOutput', CudaTensor>;
   return { attention, backward: createBackwardProblem(attention, { output, lse, dOutput }, undefined, {}, 'fp16') };
 }
@@ -330,6 +331,8 @@ function goldenErrors(device: CudaDevice, kernel: BackwardSupport['kernels'][num
   });
 }
 
+const asksForGolden = !flags['torch-only'] && !flags.variants && flags.only === '';
+
 const three = ({ dq, dk, dv }: Errors) => [dq, dk, dv].map((error) => error.toFixed(4)).join(' / ');
 
 async function main(): Promise<void> {
@@ -337,14 +340,13 @@ async function main(): Promise<void> {
   mkdirSync(folder, { recursive: true });
   const device = await new CudaBackend().device({ location: 'cpu', device: 0 });
   const seed = runSeed();
+  const kernels = KERNELS.filter((kernel) => lackedBy(kernel, device.computeCapability) === undefined);
   const shapes = SHAPES.filter((shape) => nameOf(shape).includes(flags.only));
-  const golden = (flags['torch-only'] || flags.variants ? [] : KERNELS).flatMap((kernel) =>
-    goldenErrors(device, kernel, seed),
-  );
+  const golden = asksForGolden ? kernels.flatMap((kernel) => goldenErrors(device, kernel, seed)) : [];
   for (const row of golden) console.log(`${row.name}, ${row.kernel}: dQ / dK / dV ${three(row)}`);
   const results: Result[] = [];
   for (const shape of flags['accuracy-only'] || flags['torch-only'] ? [] : shapes) {
-    for (const kernel of KERNELS) {
+    for (const kernel of flags.variants ? kernels.slice(0, 1) : kernels) {
       const asked = flags.variants && shape.tokens === 16384 ? (VARIANTS[shape.headDim] ?? []) : [];
       const variants = asked.slice(0, shape.isCausal ? 4 : undefined);
       const result = measure(device, kernel, shape, new Random(seed), variants);

@@ -125,9 +125,11 @@ export function trainableProblem(
   { packed }: Pick<TakenOptions, 'packed'>,
   forward: AttentionOptions,
 ): AttentionProblem {
-  return packed === undefined
-    ? createProblem(q, k, v, forward)
-    : createVarlenProblem(q, k, v, packed.cuSeqlensQ, packed.cuSeqlensK, forward);
+  const problem =
+    packed === undefined
+      ? createProblem(q, k, v, forward)
+      : createVarlenProblem(q, k, v, packed.cuSeqlensQ, packed.cuSeqlensK, forward);
+  return { ...problem, forGradients: true };
 }
 
 /** A tensor beside q, k and v: its shape, dtype and place are known. */

@@ -102,6 +102,8 @@ export interface AttentionProblem {
   readonly softcap: number;
   readonly smScale: number;
   readonly returnLse: boolean;
+  /** A backward pass comes after it, which quantizes Q and K again: a kernel must have the codes that every call with its options has. */
+  readonly forGradients?: true;
 }
 
 /** One sequence of a problem: token ranges inside the operands. */

@@ -1,6 +1,7 @@
 /** The backward pass on a GPU: gradients of every option against float64, and the same bits every time. */
 
 import type { TrainableOptions } from '../../src/attention/backward.ts';
+import { lackedBy } from '../../src/backends/cuda/kernel-table.ts';
 import {
   forwardProblem,
   type GradientCase,
@@ -33,13 +34,15 @@ const BOUND = 0.05;
 export const conformanceOf = (target: BackwardTarget, seed: number) =>
   backwardTests(target, seed).filter(({ name }) => !OTHERWISE.test(name));
 
-/** The backward pass of each kernel that has one. */
-export function backwardTargets(): BackwardTarget[] {
+/** The backward pass of each kernel that has one on a device of this compute capability. */
+export function backwardTargets(computeCapability: number): BackwardTarget[] {
   const common = { backend: 'cuda', precision: 'fp16', relativeL2: BOUND } as const;
-  return [
+  const targets: BackwardTarget[] = [
+    { ...common, name: 'wgmma', kernel: 'qk-int8-pv-fp16-cuda-sm90', algorithm: SM80, largestV: FLOAT16_MAX },
     { ...common, name: 'per thread', kernel: 'qk-int8-pv-fp16-cuda', algorithm: SM80, largestV: FLOAT16_MAX },
     { ...common, name: 'per block', kernel: 'qk-int8-pv-fp16', algorithm: PORTABLE_ALGORITHM, largestV: FLOAT16_MAX },
   ];
+  return targets.filter(({ kernel }) => lackedBy(kernel, computeCapability) === undefined);
 }
 
 /** Sizes that a simulator has no time for, and every kernel of a GPU. */
@@ -53,7 +56,7 @@ const LARGE: readonly GradientCase[] = [64, 128].flatMap((dim) =>
 
 async function gradientsOf(seed: number, { sizes, options }: GradientCase) {
   const { q, k, v, dOutput } = operandsOf(seed, sizes, options);
-  const call = { kernel: 'qk-int8-pv-fp16-cuda', ...options, backend: 'cuda' } as const;
+  const call = { ...options, backend: 'cuda' } as const;
   // What dtype the gradients have does not matter here.
   const attention = await sageattnTrainable(q, k, v, call as TrainableOptions & { readonly gradientDtype?: never });
   const gradients = await attention.backward(dOutput);
@@ -61,7 +64,7 @@ async function gradientsOf(seed: number, { sizes, options }: GradientCase) {
   return { gradients, operands: { q, k, v, dOutput } };
 }
 
-export function backwardChecks(seed: number): Check[] {
+export function backwardChecks(computeCapability: number, seed: number): Check[] {
   const accuracy = [...gradientCases(seed), ...LARGE].map((of) => ({
     name: of.name,
     async run() {
@@ -90,7 +93,7 @@ export function backwardChecks(seed: number): Check[] {
       return undefined;
     },
   }));
-  const conformance = backwardTargets().flatMap((target) =>
+  const conformance = backwardTargets(computeCapability).flatMap((target) =>
     conformanceOf(target, seed).map(({ name, run }) => ({
       name: `${target.name}: ${name}`,
       async run() {

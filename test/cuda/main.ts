@@ -152,7 +152,7 @@ function groupsOf(backend: CudaBackend, cuda: Cuda, targets: readonly Target[], 
   return [
     { name: 'driver', checks: () => driverChecks(backend, cuda, device, seed), alone: true },
     { name: 'golden', checks: () => goldenChecks(device.computeCapability), alone: false },
-    { name: 'backward', checks: () => backwardChecks(seed), alone: false },
+    { name: 'backward', checks: () => backwardChecks(device.computeCapability, seed), alone: false },
     {
       name: 'blocks that are chosen',
       checks: () =>

@@ -19,7 +19,7 @@ import { type Cuda, type CudaDevice, openCuda } from './driver/device.ts';
 import { fastestKernel, quantizingKernel } from './fastest.ts';
 import { FixedKeyValue, type SharedRoom } from './fixed-key-value.ts';
 import {
-  BACKWARD_SUPPORT,
+  backwardSupportOf,
   CUDA_KERNELS,
   defaultKernelFor,
   lackedBy,
@@ -211,7 +211,8 @@ export class CudaBackend implements Backend {
     const device = await this.device(problem);
     const { headDim, valueDim } = problem;
     if (Math.max(headDim, valueDim) > MOST_VALUE_DIM) return undefined;
-    return defaultKernelFor(device.computeCapability) === undefined ? undefined : BACKWARD_SUPPORT;
+    const { computeCapability } = device;
+    return defaultKernelFor(computeCapability) === undefined ? undefined : backwardSupportOf(computeCapability);
   }
 
   async planBackward(problem: BackwardProblem, kernel: KernelChoice): Promise<CudaBackwardPlan> {

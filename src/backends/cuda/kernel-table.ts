@@ -190,12 +190,14 @@ export const CUDA_KERNELS: readonly CudaKernelDescriptor[] = [
   },
 ];
 
-/** The backward pass: on every device, of the kernels whose codes and V it has. */
-export const BACKWARD_SUPPORT: BackwardSupport = {
-  kernels: ['qk-int8-pv-fp16-cuda', 'qk-int8-pv-fp16'],
+const BACKWARD_KERNELS = ['qk-int8-pv-fp16-cuda-sm90', 'qk-int8-pv-fp16-cuda', 'qk-int8-pv-fp16'] as const;
+
+/** The backward pass: on every device, of the kernels that it has whose codes and V it has. */
+export const backwardSupportOf = (computeCapability: number): BackwardSupport => ({
+  kernels: BACKWARD_KERNELS.filter((kernel) => lackedBy(kernel, computeCapability) === undefined),
   precisions: ['fp16'],
   maskGradient: true,
-};
+});
 
 /** What a kernel needs of a device, in words, when a device of this compute capability lacks it. */
 export function lackedBy(kernel: KernelName, computeCapability: number): string | undefined {

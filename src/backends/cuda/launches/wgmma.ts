@@ -116,7 +116,8 @@ function shapeOf(context: Context): Shape {
   const splits = splitsOf(device, Math.ceil(keyLength / WGMMA_BLOCK_K), 2, queryTiles * units, tile.minBlocks);
   const joins = joinsInside(context, Math.min(rows, totalRows), splits);
   const aligned = loadWidthOf(problem.q, headDim, dtype, device.pointerAlignment ?? 16) >= 4;
-  const fused = fuseQuery && aligned && choice.qkQuantGran === 'per-thread';
+  // Q quantized by the kernel has scales of other rows than Q quantized by itself.
+  const fused = fuseQuery && aligned && choice.qkQuantGran === 'per-thread' && problem.forGradients !== true;
   const keyMean = choice.smoothK && layout.keyTiles > 0;
   const wholeRows = packedHeads === 1 && (problem.blocks?.rows ?? 0) % rows === 0;
   const blocks = problem.blocks === undefined ? 'none' : wholeRows ? 'whole rows' : 'any';

@@ -18,7 +18,7 @@ for (const [capability, shares] of [
 ] as const) {
   describe(`gradients, simulated sm_${capability} (SAGEATTENTION_SEED=${seed})`, () => {
     beforeAll(() => setBackend(createSimulatedBackend(capability)));
-    for (const target of backwardTargets()) {
+    for (const target of backwardTargets(capability)) {
       const tests = conformanceOf({ ...target, maxWork: MAX_WORK, randomCases: 2 }, seed);
       for (const { name, run } of sampled(tests, seed, shares, `${capability}`)) it(`${target.name}: ${name}`, run);
     }
