@@ -28,4 +28,5 @@ describeConformance(
       randomCases: 8,
     },
   ],
+  { byHand: 0.2, otherwise: 0.5 },
 );

@@ -33,4 +33,5 @@ describeConformance(
       randomCases: 20,
     },
   ],
+  { byHand: 0.3 },
 );
