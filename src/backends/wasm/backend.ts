@@ -26,10 +26,11 @@ import { chooseBlockMap } from './block-map.ts';
 import { HeadsAtOnce, runByHeads } from './by-heads.ts';
 import { arithmeticOf, WholeCalls, workOf } from './calls.ts';
 import { CallerExecutor, createWorkers, type ExecutorKind, SHORT_WORK } from './executor.ts';
-import type { Simd } from './geometry.ts';
+import type { DotProduct, Simd } from './geometry.ts';
 import {
   BACKWARD,
   choiceInWords,
+  DOT_PRODUCTS,
   fastestKernel,
   INTEGER_KERNEL,
   KERNELS,
@@ -106,8 +107,8 @@ class WasmBackendImplementation implements WasmBackend {
   #module: Promise<LoadedModule> | undefined;
   /** How wide vectors are, where they were to be wider. */
   #vectors: Promise<string> | undefined;
-  /** Instruction set of the module, once it is loaded. */
-  #simd: Simd | undefined;
+  /** Of the module, once it is loaded. */
+  #dotProduct: DotProduct | undefined;
   /** This thread, for short calls. */
   readonly #caller = new RuntimeSlot(() => this.#startCaller(`calls of up to ${this.#shortWork} multiply-adds`));
   /** Workers, for the others; this thread where there are none. */
@@ -137,7 +138,7 @@ class WasmBackendImplementation implements WasmBackend {
       );
       await this.#vectors;
     }
-    this.#simd = loaded.simd;
+    this.#dotProduct = loaded.dotProduct;
     return loaded;
   }
 
@@ -169,9 +170,9 @@ class WasmBackendImplementation implements WasmBackend {
         details: {
           simd,
           'relaxed SIMD': relaxed,
-          'dot product': dotProduct,
+          'dot product': DOT_PRODUCTS[dotProduct].inWords,
           ...(this.#vectors === undefined ? {} : { vectors: await this.#vectors }),
-          kernels: choiceInWords(simd),
+          kernels: choiceInWords(dotProduct),
           threads: executor.description,
           'short calls': `this thread, up to ${this.#shortWork} multiply-adds`,
           memory: `${usedBytes / 1024} KiB in use of ${capacityBytes / 1024} KiB`,
@@ -184,8 +185,8 @@ class WasmBackendImplementation implements WasmBackend {
 
   defaultKernel(problem: AttentionProblem, { quantized = false } = {}): KernelDescriptor | Promise<KernelDescriptor> {
     if (quantized) return INTEGER_KERNEL;
-    if (this.#simd !== undefined) return fastestKernel(problem, this.#simd);
-    return this.#load().then(({ simd }) => fastestKernel(problem, simd));
+    if (this.#dotProduct !== undefined) return fastestKernel(problem, this.#dotProduct);
+    return this.#load().then(({ dotProduct }) => fastestKernel(problem, dotProduct));
   }
 
   async planBlockMap(problem: AttentionProblem, sparsity: SettledSparsity): Promise<BlockMapPlan> {

@@ -11,7 +11,14 @@ import type { AttentionInputs } from '../backend.ts';
 import { chooseOptions } from '../choice.ts';
 import { createWasmBackendOn, type WasmBackend } from './backend.ts';
 import type { Simd } from './geometry.ts';
-import { EXACT_KERNEL, type ExactWay, exactWayOf, fastestKernel, INTEGER_KERNEL } from './kernel-table.ts';
+import {
+  DOT_PRODUCTS,
+  EXACT_KERNEL,
+  type ExactWay,
+  exactWayOf,
+  fastestKernel,
+  INTEGER_KERNEL,
+} from './kernel-table.ts';
 
 const random = new Random(runSeed());
 const seed = `seed ${random.seed}`;
@@ -263,8 +270,11 @@ describe.each(relaxedRuns ? (['simd128', 'relaxed'] as const) : (['simd128'] as 
       const [q, kv] = [draw([1, 1, rows, 8]), draw([1, 1, keys, 8])];
       return createProblem(q, kv, kv, options);
     };
-    expect(fastestKernel(problem(1, 2000), simd)).toBe(EXACT_KERNEL);
-    expect(fastestKernel(problem(100, 16), simd)).toBe(EXACT_KERNEL);
-    expect(fastestKernel(problem(100, 100), simd)).toBe(INTEGER_KERNEL);
+    for (const dotProduct of ['one-step', 'two-steps', '16-bit'] as const) {
+      const { exactKeys } = DOT_PRODUCTS[dotProduct];
+      expect(fastestKernel(problem(1, 2000), dotProduct)).toBe(EXACT_KERNEL);
+      expect(fastestKernel(problem(100, exactKeys), dotProduct)).toBe(EXACT_KERNEL);
+      expect(fastestKernel(problem(100, exactKeys + 1), dotProduct)).toBe(INTEGER_KERNEL);
+    }
   });
 });

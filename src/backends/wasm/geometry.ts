@@ -5,6 +5,9 @@ import { BLOCK_K, EXACT_DATA, MOST_APART, SCRATCH_BYTES } from './job.ts';
 /** Which build of the kernels runs. */
 export type Simd = 'simd128' | 'relaxed';
 
+/** How the integers' dot product is computed: relaxed in one instruction or in two steps (no VNNI), or from 16-bit lanes. */
+export type DotProduct = 'one-step' | 'two-steps' | '16-bit';
+
 /** Where things lie inside a tile of BLOCK_K keys and their values; bytes. */
 export interface TileGeometry {
   /** D and Dv, rounded up to a multiple of 8. */

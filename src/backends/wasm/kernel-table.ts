@@ -3,7 +3,7 @@
 import { type AttentionProblem, MAX_HEAD_DIM } from '../../attention/problem.ts';
 import { SCALE_SEARCHES } from '../../quantization/fp4-blocks.ts';
 import type { BackwardSupport, KernelDescriptor } from '../backend.ts';
-import type { Simd } from './geometry.ts';
+import type { DotProduct } from './geometry.ts';
 
 const COMMON = {
   // Groups of one token: as the portable kernel's blocks, but finer.
@@ -68,12 +68,24 @@ export const KERNELS: readonly KernelDescriptor[] = [INTEGER_KERNEL, ACCURATE_KE
 const FEW_ROWS = 4;
 /** Keys up to which a whole head is laid out in float32 at once; more go tile by tile. */
 const MOST_KEYS_AT_ONCE = 256;
+interface Crossover {
+  /** Of the dot product, for `doctor`. */
+  readonly inWords: string;
+  /** Keys up to which quantizing costs more than integers save. */
+  readonly exactKeys: number;
+}
+
 /**
- * Keys up to which quantizing costs more than integers save. Time of the integer kernel over this one's, 8 heads, as many
- * queries as keys, Zen 4 with VNNI, at D = 32, 64, 128: relaxed SIMD 40 keys 1.28, 1.20, 1.22; 48 keys 1.18, 1.08, 1.07; 64 keys
- * 0.96, 0.89, 0.82. SIMD128 40 keys 1.13, 1.11, 1.15; 48 keys 1.03, 1.03, 1.06; 64 keys 0.90, 0.92, 0.80.
+ * The probe of the dot product's values picks the row. Time of the integer kernel over the exact one's, 8 heads, as many queries as keys,
+ * D = 32, 64, 128. One step, Zen 4: 40 keys 1.28, 1.20, 1.22; 48 keys 1.18, 1.08, 1.07; 64 keys 0.96, 0.89, 0.82. Two steps, Zen 1 (Node 24):
+ * 48 keys 1.29, 1.26, 1.25; 64 keys 1.19, 1.18, 1.17; 80 keys 1.16, 1.12, 1.07. 16 bits, Zen 4: 40 keys 1.13, 1.11, 1.15; 48 keys 1.03, 1.03,
+ * 1.06; 64 keys 0.90, 0.92, 0.80; Zen 1: 32 keys 1.05, 1.01, 1.02; 40 keys 1.05, 1.00, 0.99; 48 keys 0.92, 0.89, 0.89.
  */
-const EXACT_KEYS: Readonly<Record<Simd, number>> = { relaxed: 48, simd128: 48 };
+export const DOT_PRODUCTS: Readonly<Record<DotProduct, Crossover>> = {
+  'one-step': { inWords: 'relaxed, one instruction', exactKeys: 48 },
+  'two-steps': { inWords: 'relaxed, in two steps (sums of pairs saturate in 16 bits: no VNNI)', exactKeys: 64 },
+  '16-bit': { inWords: '16-bit integers', exactKeys: 40 },
+};
 
 /** How the kernel that quantizes nothing takes keys and values: where they lie, a head at once, or tile by tile. */
 export type ExactWay = 'in-place' | 'at-once' | 'tiles';
@@ -87,11 +99,11 @@ export function exactWayOf(problem: AttentionProblem): ExactWay {
 }
 
 /** Which calls {@link fastestKernel} gives to which kernel, in words, for `doctor`. */
-export const choiceInWords = (simd: Simd): string =>
-  `${EXACT_KERNEL.name} up to ${EXACT_KEYS[simd]} keys or ${FEW_ROWS} rows that share a key, else ${INTEGER_KERNEL.name}`;
+export const choiceInWords = (dotProduct: DotProduct): string =>
+  `${EXACT_KERNEL.name} up to ${DOT_PRODUCTS[dotProduct].exactKeys} keys or ${FEW_ROWS} rows that share a key, else ${INTEGER_KERNEL.name}`;
 
 /** The fastest kernel for a call whose keys and values are not quantized yet. */
-export function fastestKernel(problem: AttentionProblem, simd: Simd): KernelDescriptor {
-  const exact = exactWayOf(problem) === 'in-place' || problem.keyLength <= EXACT_KEYS[simd];
+export function fastestKernel(problem: AttentionProblem, dotProduct: DotProduct): KernelDescriptor {
+  const exact = exactWayOf(problem) === 'in-place' || problem.keyLength <= DOT_PRODUCTS[dotProduct].exactKeys;
   return exact ? EXACT_KERNEL : INTEGER_KERNEL;
 }

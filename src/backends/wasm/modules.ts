@@ -1,7 +1,7 @@
 /** The compiled kernels, and which of the two builds this engine runs correctly. */
 import { BackendUnavailableError, messageOf } from '../../errors.ts';
 import { loadCode } from '../load-code.ts';
-import type { Simd } from './geometry.ts';
+import type { DotProduct, Simd } from './geometry.ts';
 
 /** What a kernel module exports. `prepare`, `attend` and `exact` do one unit of a job and return 0 when none is left. */
 export interface KernelExports {
@@ -171,12 +171,8 @@ export interface LoadedModule {
   readonly simd: Simd;
   /** Why the relaxed build was taken or not. */
   readonly relaxed: string;
-  /** How the integers' dot product is computed. */
-  readonly dotProduct: string;
+  readonly dotProduct: DotProduct;
 }
-
-const IN_TWO_STEPS = 'relaxed, in two steps (sums of pairs saturate in 16 bits: no VNNI)';
-const IN_ONE_STEP = 'relaxed, one instruction';
 
 /**
  * Compiles the kernels.
@@ -191,7 +187,7 @@ export async function loadModule(simd: 'auto' | Simd, sources = LAZY_SOURCES): P
       const memory = probeMemory();
       const kernels = await instantiate(module, memory);
       if (kernelsComputeExactly(kernels, memory)) {
-        const dotProduct = kernels.twoSteps() === 0 ? IN_ONE_STEP : IN_TWO_STEPS;
+        const dotProduct = kernels.twoSteps() === 0 ? 'one-step' : 'two-steps';
         return { module, simd: 'relaxed', relaxed: 'exact', dotProduct };
       }
       relaxed = 'the engine accepts the instructions and computes them wrongly';
@@ -209,7 +205,7 @@ export async function loadModule(simd: 'auto' | Simd, sources = LAZY_SOURCES): P
     const module = await compile('simd128', sources);
     // WebKit's policies let modules compile and forbid instances of them.
     await instantiate(module, probeMemory());
-    return { module, simd: 'simd128', relaxed, dotProduct: '16-bit integers' };
+    return { module, simd: 'simd128', relaxed, dotProduct: '16-bit' };
   } catch (error) {
     if (error instanceof BackendUnavailableError) throw error;
     // Chromium and WebKit name the keyword, Firefox the policy.
