@@ -21,7 +21,7 @@ import type {
   BackwardSupport,
   RunContext,
 } from '../backends/backend.ts';
-import { chooseKernel, contextOf, keepInputs, RUN_OPTIONS, takeTensor } from '../backends/choice.ts';
+import { chooseKernel, contextOf, keepInputs, RUN_OPTIONS, settleBackward, takeTensor } from '../backends/choice.ts';
 import { forgetAvailability, getBackend } from '../backends/registry.ts';
 import { DISPOSE } from '../dispose.ts';
 import {
@@ -51,33 +51,6 @@ interface Chosen {
 const isCpuAuto = (problem: AttentionProblem, { backend = 'auto' }: AttentionOptions) =>
   problem.location === 'cpu' && backend === 'auto';
 
-/** @throws {UnsupportedOptionError} the kernel has no backward pass */
-function requireSupport(
-  backend: Backend,
-  support: BackwardSupport,
-  { forward, gradient }: TakenOptions,
-): Pick<Chosen, 'forward' | 'precision'> {
-  const kernel = forward.kernel === undefined || forward.kernel === 'auto' ? support.kernels[0] : forward.kernel;
-  if (kernel === undefined || !support.kernels.includes(kernel)) {
-    const names = support.kernels.map((name) => `'${name}'`).join(' or ');
-    throw new InvalidArgumentError(
-      'unsupported-option',
-      'options.kernel',
-      `a kernel with a backward pass on backend '${backend.name}': ${names}`,
-      `'${kernel}'`,
-    );
-  }
-  const precision = gradient.backwardPrecision ?? (support.precisions[0] as BackwardPrecision);
-  if (!support.precisions.includes(precision)) {
-    const taken = support.precisions.map((name) => `'${name}'`).join(' or ');
-    throw new UnsupportedOptionError(kernel, 'options.backwardPrecision', taken, `'${precision}'`);
-  }
-  if (gradient.maskGradient === true && !support.maskGradient) {
-    throw new UnsupportedOptionError(kernel, 'options.maskGradient', 'false', 'true');
-  }
-  return { forward: { ...forward, kernel }, precision };
-}
-
 /**
  * The backend of a call with gradients: as `sageattn` chooses, but for CPU tensors without a backend asked for one that has a
  * backward pass.
@@ -85,7 +58,7 @@ function requireSupport(
  * @throws {InvalidArgumentError} `unsupported-option`: the backend has no backward pass for this problem
  */
 async function choose(problem: AttentionProblem, options: TakenOptions, given?: Backend): Promise<Chosen> {
-  const { forward } = options;
+  const { forward, gradient } = options;
   const { kernel: _, ...anyKernel } = forward;
   let backend = given ?? (await chooseBackend(problem, isCpuAuto(problem, forward) ? anyKernel : forward));
   let support = await backend.backwardSupport?.(problem);
@@ -93,15 +66,12 @@ async function choose(problem: AttentionProblem, options: TakenOptions, given?: 
     backend = await getBackend('wasm');
     support = await backend.backwardSupport?.(problem);
   }
-  if (support === undefined) {
-    throw new InvalidArgumentError(
-      'unsupported-option',
-      'options.backend',
-      'a backend with a backward pass for this call',
-      `'${backend.name}'`,
-    );
+  const { maskGradient, backwardPrecision } = gradient;
+  const { kernel, precision } = settleBackward(backend, support, forward.kernel, backwardPrecision);
+  if (maskGradient === true && support?.maskGradient !== true) {
+    throw new UnsupportedOptionError(kernel, 'options.maskGradient', 'false', 'true');
   }
-  return { backend, support, ...requireSupport(backend, support, options) };
+  return { backend, support: support as BackwardSupport, forward: { ...forward, kernel }, precision };
 }
 
 /** Runs, and asks a backend that failed anew next time. */

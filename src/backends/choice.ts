@@ -2,11 +2,21 @@
  * Settles what a call asked for against what a backend has: its kernel, the kernel's options, what belongs to the run.
  */
 
+import type { BackwardPrecision } from '../attention/backward.ts';
+import type { KernelName } from '../attention/kernels.ts';
 import type { AttentionOptions, BackendName } from '../attention/options.ts';
 import type { AttentionProblem } from '../attention/problem.ts';
 import { InvalidArgumentError, reading, UnsupportedOptionError } from '../errors.ts';
 import { copyOfCpu, type Tensor, type TensorView, validateData } from '../tensor/tensor.ts';
-import type { AttentionInputs, Backend, KernelChoice, KernelDescriptor, RunContext, SideInputs } from './backend.ts';
+import type {
+  AttentionInputs,
+  Backend,
+  BackwardSupport,
+  KernelChoice,
+  KernelDescriptor,
+  RunContext,
+  SideInputs,
+} from './backend.ts';
 
 /** The value asked for, or the kernel's default, by the option's name; nothing where the option has no meaning. */
 function pick<N extends 'qkQuantGran' | 'pvAccumDtype' | 'scaleSearch'>(
@@ -45,6 +55,36 @@ export function obstacleTo(
   if (problem.sinks !== undefined && !sinks) return ['options.sinks', 'no sinks', 'a tensor'];
   if (problem.blocks !== undefined && !blockMask) return ['options.blockMask', 'no block mask', 'a block mask'];
   return undefined;
+}
+
+/**
+ * The kernel and the precision of a backward pass: those asked for, or the backend's first.
+ *
+ * @param support undefined: the backend has no backward pass for the call
+ * @throws {InvalidArgumentError} `unsupported-option`, naming what the backend has not
+ */
+export function settleBackward(
+  backend: Pick<Backend, 'name'>,
+  support: BackwardSupport | undefined,
+  askedKernel: AttentionOptions['kernel'],
+  askedPrecision: BackwardPrecision | undefined,
+): { readonly kernel: KernelName; readonly precision: BackwardPrecision } {
+  if (support === undefined) {
+    const expected = 'a backend with a backward pass for this call';
+    throw new InvalidArgumentError('unsupported-option', 'options.backend', expected, `'${backend.name}'`);
+  }
+  const { kernels, precisions } = support;
+  const kernel = askedKernel === undefined || askedKernel === 'auto' ? kernels[0] : askedKernel;
+  if (kernel === undefined || !kernels.includes(kernel)) {
+    const expected = `a kernel with a backward pass on backend '${backend.name}': ${kernels.map(written).join(' or ')}`;
+    throw new InvalidArgumentError('unsupported-option', 'options.kernel', expected, `'${kernel}'`);
+  }
+  const precision = askedPrecision ?? (precisions[0] as BackwardPrecision);
+  if (!precisions.includes(precision)) {
+    const taken = precisions.map(written).join(' or ');
+    throw new UnsupportedOptionError(kernel, 'options.backwardPrecision', taken, `'${precision}'`);
+  }
+  return { kernel, precision };
 }
 
 /**

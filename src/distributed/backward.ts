@@ -3,8 +3,8 @@ import type { BackwardPrecision } from '../attention/backward.ts';
 import { BACKWARD_PRECISIONS } from '../attention/backward.ts';
 import { checkOption, oneOf } from '../attention/options.ts';
 import type { Backend } from '../backends/backend.ts';
-import { chooseKernel, contextOf } from '../backends/choice.ts';
-import { InvalidArgumentError, takeOptions, textOf, UnsupportedOptionError } from '../errors.ts';
+import { chooseKernel, contextOf, settleBackward } from '../backends/choice.ts';
+import { InvalidArgumentError, takeOptions, textOf } from '../errors.ts';
 import type { DType } from '../tensor/dtype.ts';
 import type { TensorView } from '../tensor/tensor.ts';
 import { type DeviceGroup, type ShardedTensor, shardedTensor } from './group.ts';
@@ -92,21 +92,8 @@ async function settleKernel(
   asked: BackwardPrecision | undefined,
 ) {
   const support = await backend.backwardSupport?.(problem);
-  if (support === undefined) {
-    const expected = 'a backend with a backward pass for this call';
-    throw new InvalidArgumentError('unsupported-option', 'options.backend', expected, `'${backend.name}'`);
-  }
-  const name = own.kernel === undefined || own.kernel === 'auto' ? support.kernels[0] : own.kernel;
-  if (name === undefined || !support.kernels.includes(name)) {
-    const expected = `a kernel with a backward pass: ${support.kernels.map((each) => `'${each}'`).join(' or ')}`;
-    throw new InvalidArgumentError('unsupported-option', 'options.kernel', expected, `'${name}'`);
-  }
-  const precision = asked ?? (support.precisions[0] as BackwardPrecision);
-  if (!support.precisions.includes(precision)) {
-    const taken = support.precisions.map((each) => `'${each}'`).join(' or ');
-    throw new UnsupportedOptionError(name, 'options.backwardPrecision', taken, `'${precision}'`);
-  }
-  return { kernel: await chooseKernel(backend, problem, { ...own, kernel: name }, true), precision };
+  const { kernel, precision } = settleBackward(backend, support, own.kernel, asked);
+  return { kernel: await chooseKernel(backend, problem, { ...own, kernel }, true), precision };
 }
 
 /**

@@ -112,8 +112,6 @@ export class KnownSizes {
     if (given !== undefined) return given.numbers;
     const node = this.#index.producer(value);
     if (node === undefined || canonicalDomain(node.domain) !== '') return undefined;
-    const inputs = node.input.map((name) => () => this.numbers(name));
-    const [first = () => undefined, second = () => undefined] = inputs;
     switch (node.opType) {
       case 'Shape':
         return this.dims(node.input[0] ?? '')?.slice(
@@ -122,32 +120,54 @@ export class KnownSizes {
         );
       case 'Size':
         return product(this.dims(node.input[0] ?? ''));
-      case 'Identity':
-      case 'Squeeze':
-      case 'Unsqueeze':
-      case 'Reshape':
-        return first();
-      case 'Cast':
-        return cast(node, first());
-      case 'Gather':
-        return gather(first(), second());
-      case 'Concat':
-        return joined(inputs.map((read) => read()));
-      case 'Slice':
-        return slice(inputs.map((read) => read()));
-      case 'ReduceSum':
-        return sumOfRows(first(), this.dims(node.input[0] ?? ''), intsAttribute(node, 'axes') ?? second());
       default:
-        return arithmetic(node.opType, elementKind(this.#index, value) === 'integer', first(), second());
+        if (!Object.hasOwn(COMPUTED, node.opType)) return undefined;
+        return COMPUTED[node.opType]?.({
+          node,
+          isInteger: elementKind(this.#index, value) === 'integer',
+          of: (input) => (node.input[input] ? this.numbers(node.input[input]) : undefined),
+          dimsOf: (input) => (node.input[input] ? this.dims(node.input[input]) : undefined),
+        });
     }
   }
 }
 
+type Numbers = readonly number[] | undefined;
+
+/** A node of which {@link COMPUTED} gives the numbers. */
+interface Computation {
+  readonly node: NodeProto;
+  /** The result's elements are. */
+  readonly isInteger: boolean;
+  /** Numbers of an input. */
+  of(input: number): Numbers;
+  dimsOf(input: number): readonly number[] | undefined;
+}
+
+const sameNumbers = ({ of }: Computation): Numbers => of(0);
+
+const elementwise =
+  (operation: (a: number, b: number) => number) =>
+  ({ isInteger, of }: Computation): Numbers =>
+    arithmetic(operation, isInteger, of(0), of(1));
+
 /** Operators whose numbers {@link KnownSizes} computes from those of their inputs. */
-const COMPUTED = new Set([
-  ...['Identity', 'Squeeze', 'Unsqueeze', 'Reshape', 'Cast', 'Gather', 'Concat', 'Slice', 'ReduceSum'],
-  ...['Add', 'Sub', 'Mul', 'Div', 'Sqrt'],
-]);
+const COMPUTED: Readonly<Record<string, (computation: Computation) => Numbers>> = {
+  Identity: sameNumbers,
+  Squeeze: sameNumbers,
+  Unsqueeze: sameNumbers,
+  Reshape: sameNumbers,
+  Cast: ({ node, of }) => cast(node, of(0)),
+  Gather: ({ of }) => gather(of(0), of(1)),
+  Concat: ({ node, of }) => joined(node.input.map((_, i) => of(i))),
+  Slice: ({ node, of }) => slice(node.input.map((_, i) => of(i))),
+  ReduceSum: ({ node, of, dimsOf }) => sumOfRows(of(0), dimsOf(0), intsAttribute(node, 'axes') ?? of(1)),
+  Add: elementwise((a, b) => a + b),
+  Sub: elementwise((a, b) => a - b),
+  Mul: elementwise((a, b) => a * b),
+  Div: elementwise((a, b) => a / b),
+  Sqrt: ({ isInteger, of }) => arithmetic(Math.sqrt, isInteger, of(0), of(0)),
+};
 
 /**
  * Inputs of the graph from whose numbers a value's are computed before a run, where a run gives them: a mask of tokens, of which
@@ -159,7 +179,7 @@ export function numbersFrom(index: GraphIndex, value: string, depth = 0): Readon
   const node = index.producer(value);
   if (node === undefined || canonicalDomain(node.domain) !== '' || depth > MAX_STEPS) return undefined;
   if (['Shape', 'Size', 'Constant'].includes(node.opType)) return new Set();
-  if (!COMPUTED.has(node.opType)) return undefined;
+  if (!Object.hasOwn(COMPUTED, node.opType)) return undefined;
   const found = new Set<string>();
   for (const input of node.input.filter((name) => name !== '')) {
     const inputs = numbersFrom(index, input, depth + 1);
@@ -210,30 +230,19 @@ function slice([from, starts, ends, axes = [0], steps = [1]]: readonly (readonly
   return isPlain ? from?.slice(starts[0], ends[0]) : undefined;
 }
 
-const OPERATIONS: Readonly<Record<string, (a: number, b: number) => number>> = {
-  Add: (a, b) => a + b,
-  Sub: (a, b) => a - b,
-  Mul: (a, b) => a * b,
-  Div: (a, b) => a / b,
-  Sqrt: (a) => Math.sqrt(a),
-};
-
 /** float32 or integers, element by element. */
 function arithmetic(
-  opType: string,
+  operation: (a: number, b: number) => number,
   isInteger: boolean,
-  a: readonly number[] | undefined,
-  b: readonly number[] | undefined,
+  a: Numbers,
+  b: Numbers,
 ): number[] | undefined {
-  const operation = OPERATIONS[opType];
-  const isUnary = opType === 'Sqrt';
-  if (operation === undefined || a === undefined || (b === undefined && !isUnary)) return undefined;
-  const other = isUnary ? a : (b as readonly number[]);
-  const length = Math.max(a.length, other.length);
-  if ([a, other].some((list) => list.length !== length && list.length !== 1)) return undefined;
+  if (a === undefined || b === undefined) return undefined;
+  const length = Math.max(a.length, b.length);
+  if ([a, b].some((list) => list.length !== length && list.length !== 1)) return undefined;
   const at = (list: readonly number[], i: number) => list[list.length === 1 ? 0 : i] as number;
   return Array.from({ length }, (_, i) => {
-    const exact = operation(at(a, i), at(other, i));
+    const exact = operation(at(a, i), at(b, i));
     return isInteger ? Math.trunc(exact) : Math.fround(exact);
   });
 }
