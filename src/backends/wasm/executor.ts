@@ -302,10 +302,8 @@ class ThreadExecutor implements Executor {
       const { ended, error } = this.#ring.compute(slot, ringCall, kernels, TURN_MS);
       if (error !== undefined) this.#group.settle({ id, error: String(error), unfinished: true });
       if (ended) this.#group.settle({ id });
-      else this.#group.hold();
-    } else {
-      this.#group.hold();
     }
+    this.#group.hold(id);
     await done;
   }
 

@@ -242,7 +242,7 @@ export class WorkerGroup {
   ask(message: Record<string, unknown>): Promise<Uint8Array<ArrayBuffer> | undefined> {
     if (this.#ended !== undefined) return Promise.reject(this.#ended);
     const { id, done } = this.begin(() => false);
-    this.hold();
+    this.hold(id);
     this.#workers[0]?.post({ id, ...message });
     return done;
   }
@@ -262,9 +262,9 @@ export class WorkerGroup {
     return { id, done };
   }
 
-  /** Keeps the process alive until all calls are settled. */
-  hold(): void {
-    this.#workers[0]?.hold(true);
+  /** Keeps the process alive until the call is settled. */
+  hold(id: number): void {
+    if (this.#pending.has(id)) this.#workers[0]?.hold(true);
   }
 
   /**
