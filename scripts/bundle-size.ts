@@ -3,8 +3,8 @@ import { gzipSync } from 'node:zlib';
 import { build } from 'esbuild';
 
 /**
- * Of which the two builds of the kernels are nearly 50 KiB; a page loads one of them. Sinks and block masks in every
- * kernel took it from 79 to 86, and choosing blocks under masks to 88.3.
+ * Of which the two builds of the kernels are 41 KiB; a page loads one of them. In hexadecimal instead of base64 they took it from 90.7
+ * to 81.7.
  */
 const LIMIT = 89 * 1024;
 

@@ -22,8 +22,8 @@ export interface KernelExports {
   readonly probeOthers: (input: number, out: number) => void;
 }
 
-/** Where the kernels come from, in base64. */
-export type KernelSources = Readonly<Record<Simd, () => Promise<{ readonly BASE64: string }>>>;
+/** Where the kernels come from, in hexadecimal. */
+export type KernelSources = Readonly<Record<Simd, () => Promise<{ readonly HEX: string }>>>;
 
 /** Each build is loaded when it is needed. */
 const LAZY_SOURCES: KernelSources = {
@@ -31,16 +31,20 @@ const LAZY_SOURCES: KernelSources = {
   relaxed: () => loadCode('wasm', () => import('./generated/relaxed.ts')),
 };
 
-function decodeBase64(text: string): Uint8Array<ArrayBuffer> {
-  const binary = atob(text);
-  const bytes = new Uint8Array(binary.length);
-  for (let i = 0; i < bytes.length; i++) bytes[i] = binary.charCodeAt(i);
+/** Of a digit in lower case. */
+const nibble = (code: number): number => (code < 0x61 ? code - 0x30 : code - 0x61 + 10);
+
+function decodeHex(text: string): Uint8Array<ArrayBuffer> {
+  const bytes = new Uint8Array(text.length / 2);
+  for (let i = 0; i < bytes.length; i++) {
+    bytes[i] = 16 * nibble(text.charCodeAt(2 * i)) + nibble(text.charCodeAt(2 * i + 1));
+  }
   return bytes;
 }
 
 async function compile(simd: Simd, sources: KernelSources): Promise<WebAssembly.Module> {
-  const { BASE64 } = await sources[simd]();
-  return WebAssembly.compile(decodeBase64(BASE64));
+  const { HEX } = await sources[simd]();
+  return WebAssembly.compile(decodeHex(HEX));
 }
 
 /** How a module says that it imports a shared memory: "env", "memory", kind 2 (memory), limits with a maximum, shared. */
@@ -58,7 +62,7 @@ const CUSTOM_SECTION = 0;
  * @param stamp a word of at most 60 letters that makes it another module: engines share the code of modules with the same bytes
  */
 export async function compileUnshared(simd: Simd, sources = LAZY_SOURCES, stamp = ''): Promise<WebAssembly.Module> {
-  const kernels = decodeBase64((await sources[simd]()).BASE64);
+  const kernels = decodeHex((await sources[simd]()).HEX);
   const name = new TextEncoder().encode(stamp);
   const section = stamp === '' ? [] : [CUSTOM_SECTION, name.length + 1, name.length, ...name];
   const bytes = new Uint8Array(kernels.length + section.length);
