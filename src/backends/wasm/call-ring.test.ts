@@ -134,11 +134,12 @@ describe.each(['ring', 'workers'] as const)('%s', (who) => {
       const calls = Array.from({ length: 5 }, anyInputs);
       const settled = Promise.allSettled(calls.map((inputs) => run(runtime, inputs, who)));
       await new Promise((resolve) => setTimeout(resolve, random.integer(0, 3)));
-      void started.at(-1 - random.integer(0, 2))?.terminate();
+      const death = started.at(-1 - random.integer(0, 2))?.terminate();
       for (const [i, result] of (await settled).entries()) {
         if (result.status === 'rejected') expect(result.reason.code, seed).toBe('execution-failed');
         else expect(result.value, seed).toEqual(await run(one, calls[i] as Inputs, who));
       }
+      await death;
     }
     const inputs = anyInputs();
     expect(await run(runtime, inputs, who), seed).toEqual(await run(one, inputs, who));
