@@ -220,6 +220,12 @@ export function rangeField(
   };
 }
 
+/** A box or button for each option, with its words, under one name. */
+function choices(name: string, options: readonly Option<string>[], inputs: readonly HTMLInputElement[]): HTMLElement {
+  const labels = options.map(({ label }, i) => h('label', {}, inputs[i], label));
+  return h('fieldset', { class: 'field' }, h('legend', {}, name), h('div', { class: 'choices' }, labels));
+}
+
 /** One of a few, all of them in sight. */
 export function radioField<T extends string>(
   name: string,
@@ -238,16 +244,7 @@ export function radioField<T extends string>(
     h('input', { type: 'radio', name: group, value, checked: value === start, onchange }),
   );
   return {
-    element: h(
-      'fieldset',
-      { class: 'field' },
-      h('legend', {}, name),
-      h(
-        'div',
-        { class: 'choices' },
-        options.map(({ label }, i) => h('label', {}, inputs[i], label)),
-      ),
-    ),
+    element: choices(name, options, inputs),
     get value() {
       return (inputs.find(({ checked }) => checked)?.value ?? initial) as T;
     },
@@ -265,24 +262,18 @@ export function checkField<T extends string>(
     h('input', { type: 'checkbox', value, checked: initial.includes(value), onchange: onChange }),
   );
   return {
-    element: h(
-      'fieldset',
-      { class: 'field' },
-      h('legend', {}, name),
-      h(
-        'div',
-        { class: 'choices' },
-        options.map(({ label }, i) => h('label', {}, inputs[i], label)),
-      ),
-    ),
+    element: choices(name, options, inputs),
     get value() {
       return inputs.filter(({ checked }) => checked).map(({ value }) => value as T);
     },
   };
 }
 
-/** A button that copies a text, and says that it has. */
-/** @param copied the text, or what copies something else */
+/**
+ * A button that copies a text, and says that it has.
+ *
+ * @param copied the text, or what copies something else
+ */
 export function copyButton(label: string, copied: () => string | Promise<void>): HTMLButtonElement {
   const button = h('button', { type: 'button' }, label);
   button.addEventListener('click', async () => {
