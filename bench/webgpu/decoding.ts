@@ -15,11 +15,14 @@ import { createProblem } from '../../src/attention/problem.ts';
 import { chooseOptions } from '../../src/backends/choice.ts';
 import { createWebgpuBackendOn } from '../../src/backends/webgpu/backend.ts';
 import { DAWN_FLAGS } from '../../src/backends/webgpu/device.ts';
-import { familiesOf } from '../../src/backends/webgpu/families/choose.ts';
+import { familiesOf, keyValueLayoutOf } from '../../src/backends/webgpu/families/choose.ts';
 import { createWebgpuBackend, emptyGpuTensor, type GpuTensor, uploadTensor } from '../../src/backends/webgpu/index.ts';
 import { padDim } from '../../src/backends/webgpu/kernels/layout.ts';
+import { attentionParts } from '../../src/backends/webgpu/launches/attention.ts';
 import type { Launch } from '../../src/backends/webgpu/launches/launch.ts';
 import { planLaunches } from '../../src/backends/webgpu/launches/plan.ts';
+import { keyValueShapeOf } from '../../src/backends/webgpu/launches/quantize.ts';
+import { createStages } from '../../src/backends/webgpu/launches/stages.ts';
 import { Program } from '../../src/backends/webgpu/program.ts';
 import { allocate } from '../../src/backends/webgpu/scratch.ts';
 import { GPU_BUFFER_USAGE } from '../../src/backends/webgpu/tensor.ts';
@@ -133,13 +136,17 @@ for (const headDim of numbers(flags['head-dims'])) {
         ...allocate(device, plan.sizes),
         ...{ q: q.buffer, k: k.buffer, v: v.buffer, output: output.buffer },
       };
-      // Quantizes K and V; what follows is what a step over a cache does.
+      // Quantizes K and V, over which a step does what it does over a cache.
       await gpuTime(plan.launches, plan, buffers);
-      const step = plan.launches.slice(plan.launches.map(({ label }) => label).lastIndexOf('prepare key value') + 1);
-      const whole = await gpuTime(step, plan, buffers);
+      const layout = keyValueLayoutOf(capabilities, problem, choice, { family });
+      const held = keyValueShapeOf(problem, choice, capabilities, layout, true);
+      const stages = createStages(problem, capabilities, held);
+      const { launches, sizes } = attentionParts(stages, choice, { family });
+      const step = { sizes, tables: stages.tables.bytes };
+      const whole = await gpuTime(launches, step, buffers);
       const parts: string[] = [];
-      for (const launch of step) {
-        const time = await gpuTime([launch], plan, buffers);
+      for (const launch of launches) {
+        const time = await gpuTime([launch], step, buffers);
         parts.push(`${launch.label} [${launch.groups}] ${time?.toFixed(1)}`);
       }
       for (const buffer of Object.values(buffers)) {

@@ -322,7 +322,7 @@ fn main(@builtin(workgroup_id) group: vec3<u32>, @builtin(local_invocation_index
 ${OWN_TILE}
   let source = sequence_field(sequence, ${SEQUENCE.qSource}u) - P.base + head * P.headStride + first * P.tokenStride;
   let row_in_head = sequence_field(sequence, ${SEQUENCE.queryRow}u) + first;
-  let row_at = head * P.rowsPerHead + row_in_head;
+  let row_at = head * P.queryRowsPerHead + row_in_head;
 ${
   smoothK
     ? `  let record = ((head / P.groupSize * P.sequences + sequence) * P.chunks) * ${statistics}u - P.partialBase;

@@ -1,5 +1,6 @@
 /**
- * Quantization of Q and K to INT8 and conversion of V to float16 or INT8, into the rows that the attention kernels read.
+ * Quantization of Q and K to INT8 and conversion of V to float16 or INT8, into the rows that the attention kernels read: in one launch for a
+ * whole call, of which each workgroup has a tile of Q or one of K and V, and each by itself where K and V are kept for later queries.
  *
  * Every row of Q and every key has a scale of its own, whatever the granularity asked for: a row's facts are read with
  * its values, so that finer scales cost one product a score, and no row loses accuracy to another one that is 1000
@@ -31,11 +32,12 @@ import {
   VALUE_GROUP,
 } from './layout.ts';
 import { sinkParams, sinkReader } from './sinks.ts';
-import { MEAN_FACTOR, overChunks, statisticsVectors } from './statistics.ts';
+import { MEAN_FACTOR, meanOfChunks, overChunks, statisticsVectors } from './statistics.ts';
 import { type Access, decoder, NONFINITE, operandLoader, range } from './storage.ts';
 
-/** Tokens that one workgroup quantizes: a block of the portable tiling. */
+/** Rows of quantized Q are padded to a block of the portable tiling. */
 export const QUERY_BLOCK = TILINGS.portable.blockQ;
+/** The same of K; also the most tokens that one workgroup quantizes. */
 export const KEY_BLOCK = TILINGS.portable.blockK;
 
 /** Threads of a workgroup. */
@@ -100,7 +102,7 @@ export const PREPARE_QUERY_PARAMS = [
   'headStride',
   'tokenStride',
   'base',
-  'rowsPerHead',
+  'queryRowsPerHead',
   'rowBase',
   'partialBase',
   'scoreScale',
@@ -125,6 +127,11 @@ export const PREPARE_KEY_VALUE_PARAMS = [
   'partialBase',
 ] as const;
 
+/** Of both in one launch, whose first tiles are those of K and V. */
+export const PREPARE_PARAMS = [
+  ...new Set([...PREPARE_KEY_VALUE_PARAMS, ...PREPARE_QUERY_PARAMS, 'keyTiles', 'keyHeads']),
+] as const;
+
 /** Below this a group counts as all zero: 127 / maximum would not be finite. */
 const TINY = '1.0e-36f';
 
@@ -139,12 +146,8 @@ fn quantize(x: vec4<f32>, inverse: f32) -> u32 {
 
 /** K's mean, from the chunks' partial ones into workgroup memory. */
 export const loadMean = (vectors: number, statistics: number) => `
-  { let factor = mean_factor(record, P.chunks);
-    for (var i = lid; i < ${vectors}u; i += ${THREADS}u) {
-      var sum = vec4<f32>();
-      ${overChunks(statistics, 'record + i', 'P.chunks', 'sum += x;')}
-      mean[i] = sum * factor;
-    } }`;
+  for (var i = lid; i < ${vectors}u; i += ${THREADS}u) {${meanOfChunks(statistics, 'P.chunks')}
+  }`;
 
 /** The largest of a row's partial maxima. */
 export const rowMaximum = (name: string, parts: number) => `
@@ -185,32 +188,61 @@ const sum = (a: string, b: string) => `${a} + ${b}`;
 export const largestOf16 = 'max(max(max4(x[0]), max4(x[1])), max(max4(x[2]), max4(x[3])))';
 export const MAX4 = `fn max4(v: vec4<f32>) -> f32 { let a = abs(v); return max(max(a.x, a.y), max(a.z, a.w)); }`;
 
-export function prepareQueryKernel(config: PrepareQueryConfig): string {
-  const { dtype, access, headDim, headDimPadded, valueDimPadded, smoothK, sinks } = config;
-  const parts = partsOf(headDimPadded);
-  const vectors = rowVectors(headDimPadded);
-  const statistics = statisticsVectors(headDimPadded, valueDimPadded);
+/** What a workgroup does with a tile, and what stands before it. */
+interface Part {
+  readonly declarations: string;
+  readonly statements: string;
+}
+
+/** A kernel of one part or of both: what parts share, each part's own, and `main`. */
+function kernelOf(
+  { dtype, headDimPadded, valueDimPadded, smoothK }: PrepareConfig,
+  fields: readonly string[],
+  needsPartials: boolean,
+  declarations: string,
+  statements: string,
+): string {
   return `
-${params(0, [...PREPARE_QUERY_PARAMS, ...sinkParams(sinks)])}
+${params(0, fields)}
 ${tables(1)}
 ${NONFINITE}
 ${decoder(dtype)}
-${operandLoader('q', 2, dtype, access)}
-@group(0) @binding(3) var<storage, read_write> rows: array<vec4<u32>>;
-${smoothK ? '@group(0) @binding(4) var<storage, read> partials: array<vec4<f32>>;' : ''}
+${needsPartials ? '@group(0) @binding(4) var<storage, read> partials: array<vec4<f32>>;' : ''}
 ${smoothK ? `var<workgroup> mean: array<vec4<f32>, ${headDimPadded / 4}>;` : ''}
-var<workgroup> largest_partial: array<f32, ${QUERY_BLOCK * parts}>;
-var<workgroup> row_max: array<f32, ${QUERY_BLOCK}>;
-var<workgroup> flags: array<atomic<u32>, ${QUERY_BLOCK}>;
+var<workgroup> largest_partial: array<f32, ${KEY_BLOCK * partsOf(headDimPadded)}>;
+var<workgroup> row_max: array<f32, ${KEY_BLOCK}>;
+var<workgroup> flags: array<atomic<u32>, ${KEY_BLOCK}>;
 ${QUANTIZE}
 ${MAX4}
-${smoothK ? MEAN_FACTOR(statistics) : ''}${sinkReader(sinks)}
+${needsPartials ? MEAN_FACTOR(statisticsVectors(headDimPadded, valueDimPadded)) : ''}
+${declarations}
 
 @compute @workgroup_size(${THREADS})
 fn main(@builtin(workgroup_id) group: vec3<u32>, @builtin(local_invocation_index) lid: u32) {
 ${OWN_TILE}
+${statements}
+}`;
+}
+
+/** Quantization of Q by itself: over keys that are in a cache, and with sinks, for which both in one would take nine bindings. */
+export function prepareQueryKernel(config: PrepareQueryConfig): string {
+  const { declarations, statements } = queryPart(config);
+  const fields = [...PREPARE_QUERY_PARAMS, ...sinkParams(config.sinks)];
+  return kernelOf(config, fields, config.smoothK, declarations, statements);
+}
+
+function queryPart(config: PrepareQueryConfig): Part {
+  const { dtype, access, headDim, headDimPadded, valueDimPadded, smoothK, sinks } = config;
+  const parts = partsOf(headDimPadded);
+  const vectors = rowVectors(headDimPadded);
+  const statistics = statisticsVectors(headDimPadded, valueDimPadded);
+  const declarations = `\
+${operandLoader('q', 7, dtype, access)}
+@group(0) @binding(8) var<storage, read_write> rows: array<vec4<u32>>;
+${sinkReader(sinks)}`;
+  const statements = `\
   let source = sequence_field(sequence, ${SEQUENCE.qSource}u) - P.base + head * P.headStride + first * P.tokenStride;
-  let row_at = head * P.rowsPerHead + sequence_field(sequence, ${SEQUENCE.queryRow}u) + first;
+  let row_at = head * P.queryRowsPerHead + sequence_field(sequence, ${SEQUENCE.queryRow}u) + first;
 ${
   smoothK
     ? `  let record = ((head / P.groupSize * P.sequences + sequence) * P.chunks) * ${statistics}u - P.partialBase;
@@ -262,8 +294,8 @@ ${loadMean(headDimPadded / 4, statistics)}`
     let scale = min(row_max[lid] / ${INT_MAX.int8}.0 * abs(P.scoreScale), largest);
     rows[(row_at + lid) * ${vectors}u + ${vectors - 1}u - P.rowBase] =
       vec4<u32>(bitcast<u32>(scale), atomicLoad(&flags[lid])${sinks === undefined ? '' : ' | u32(sink_is_nan(head))'}, bitcast<u32>(constant * P.scoreScale), ${sinks === undefined ? '0u' : 'sink_of(head)'});
-  }
-}`;
+  }`;
+  return { declarations, statements };
 }
 
 /** Loads 16 of V's channels into `x`, scaled. */
@@ -430,40 +462,49 @@ function keyMaxima({ smoothK, sharedScale, headDimPadded }: PrepareKeyValueConfi
   workgroupBarrier();${sharedScale ? shared : ''}`;
 }
 
+const needsStatistics = ({ smoothK, values }: PrepareKeyValueConfig): boolean => smoothK || values.scaled;
+
+/** Quantization of K and V by themselves. */
 export function prepareKeyValueKernel(config: PrepareKeyValueConfig): string {
+  const { declarations, statements } = keyValuePart(config);
+  return kernelOf(config, PREPARE_KEY_VALUE_PARAMS, needsStatistics(config), declarations, statements);
+}
+
+/** Both: a launch less, and its wait. */
+export function prepareKernel(query: PrepareQueryConfig, keyValue: PrepareKeyValueConfig): string {
+  const [ofQuery, ofKeyValue] = [queryPart(query), keyValuePart(keyValue)];
+  const declarations = `${ofKeyValue.declarations}\n${ofQuery.declarations}`;
+  // Heads of K and V may be fewer.
+  const statements = `  if (tile < P.keyTiles) { if (head < P.keyHeads) {
+${ofKeyValue.statements}
+  } } else {
+${ofQuery.statements}
+  }`;
+  return kernelOf(keyValue, PREPARE_PARAMS, needsStatistics(keyValue), declarations, statements);
+}
+
+function keyValuePart(config: PrepareKeyValueConfig): Part {
   const { dtype, access, headDim, headDimPadded, valueDimPadded, smoothK, sharedScale, values, layout } = config;
   const chunks = headDimPadded / 16;
   const parts = partsOf(headDimPadded);
   const vectors = rowVectors(headDimPadded);
   const statistics = statisticsVectors(headDimPadded, valueDimPadded);
-  const needsPartials = smoothK || values.scaled;
+  const needsPartials = needsStatistics(config);
   const loadK = `load_k(kSource + row * P.kTokenStride + channel, min(16u, max(${headDim}u, channel) - channel))`;
   // Channels past D are 0 in x and in the mean, so smoothing leaves them 0.
   const smooth = range(4)
     .map((i) => `x[${i}] -= mean[channel / 4u + ${i}u];`)
     .join(' ');
   const tiled = layout === 'tiles';
-  return `
-${params(0, PREPARE_KEY_VALUE_PARAMS)}
-${tables(1)}
-${NONFINITE}
-${decoder(dtype)}
+  const declarations = `\
 ${operandLoader('k', 2, dtype, access)}
 ${operandLoader('v', 3, dtype, access)}
-${needsPartials ? '@group(0) @binding(4) var<storage, read> partials: array<vec4<f32>>;' : ''}
 @group(0) @binding(5) var<storage, read_write> keys: array<vec4<u32>>;
 @group(0) @binding(6) var<storage, read_write> values: array<${tiled ? 'u32' : 'vec4<u32>'}>;
-${smoothK ? `var<workgroup> mean: array<vec4<f32>, ${headDimPadded / 4}>;` : ''}
 ${values.scaled ? `var<workgroup> inverse_scale: array<vec4<f32>, ${valueDimPadded / 4}>;` : ''}
 ${values.smoothed ? `var<workgroup> scaled_mean: array<vec4<f32>, ${valueDimPadded / 4}>;` : ''}
-var<workgroup> largest_partial: array<f32, ${KEY_BLOCK * parts}>;
 ${smoothK ? `var<workgroup> plain_partial: array<f32, ${KEY_BLOCK * parts}>;` : ''}
-var<workgroup> row_max: array<f32, ${KEY_BLOCK}>;
-var<workgroup> flags: array<atomic<u32>, ${KEY_BLOCK}>;
 ${sharedScale ? 'var<workgroup> most_bits: atomic<u32>;\nvar<workgroup> least_bits: atomic<u32>;' : ''}
-${QUANTIZE}
-${MAX4}
-${needsPartials ? MEAN_FACTOR(statistics) : ''}
 ${values.scaled ? valueScale(statistics, values) : ''}
 ${values.smoothed ? valueMean(statistics) : ''}
 ${values.integers ? VALUE_MAX : ''}${tiled ? `var<workgroup> tile_flags: array<atomic<u32>, ${KEY_BLOCK / KEY_TILE + 1}>;` : ''}
@@ -472,11 +513,8 @@ fn key_at(row: u32, chunk: u32) -> u32 { return ${
     tiled
       ? `row / ${KEY_TILE}u * ${KEY_TILE * vectors}u + select(chunk / 2u * ${2 * KEY_TILE}u + row % ${KEY_TILE}u * 2u + chunk % 2u, ${KEY_TILE * chunks}u + row % ${KEY_TILE}u, chunk == ${chunks}u)`
       : `row * ${vectors}u + chunk`
-  } - P.kRowBase; }
-
-@compute @workgroup_size(${THREADS})
-fn main(@builtin(workgroup_id) group: vec3<u32>, @builtin(local_invocation_index) lid: u32) {
-${OWN_TILE}
+  } - P.kRowBase; }`;
+  const statements = `\
   let kSource = sequence_field(sequence, ${SEQUENCE.kSource}u) - P.kBase + head * P.kHeadStride + first * P.kTokenStride;
   let vSource = sequence_field(sequence, ${SEQUENCE.vSource}u) - P.vBase + head * P.vHeadStride + first * P.vTokenStride;
   let row_at = head * P.rowsPerHead + sequence_field(sequence, ${SEQUENCE.keyRow}u) + first;
@@ -541,8 +579,8 @@ ${keyMaxima(config)}
         : ''
     }
     keys[key_at(row_at + lid, ${chunks}u)] = vec4<u32>(bitcast<u32>(scale), atomicLoad(&flags[lid]), joined, ${values.integers ? 'key_value_scale(lid)' : '0u'});
-  }
-}`;
+  }`;
+  return { declarations, statements };
 }
 
 /**
@@ -557,7 +595,7 @@ export const valueScale = (statistics: number, values: ValueScaling): string =>
 const typicalScale = (statistics: number): string => `
 fn value_scale(record: u32, chunks: u32, sign: i32) -> vec4<f32> {
   var size = vec4<f32>();
-  ${overChunks(statistics, 'record', 'chunks', 'size += x;')}
+  ${overChunks(statistics, { x: 'record' }, 'chunks', 'size += x;')}
   // The inverse of a larger one would not be a normal number.
   size = select(min(size, vec4<f32>(1.0e37f)), vec4<f32>(1.0), size < vec4<f32>(1.0e-36f));
   return select(size, 1.0 / size, sign < 0);
@@ -566,7 +604,7 @@ fn value_scale(record: u32, chunks: u32, sign: i32) -> vec4<f32> {
 const powerScale = (statistics: number, { smoothed, exponent }: ValueScaling): string => `
 fn largest_values(record: u32, chunks: u32) -> vec4<f32> {
   var largest = vec4<f32>();
-  ${overChunks(statistics, 'record', 'chunks', 'largest = max(largest, x);')}
+  ${overChunks(statistics, { x: 'record' }, 'chunks', 'largest = max(largest, x);')}
   return largest;
 }
 fn scale_of(largest: vec4<f32>, sign: i32) -> vec4<f32> {
@@ -581,7 +619,7 @@ fn value_scale(record: u32, chunks: u32, sign: i32) -> vec4<f32> { return scale_
 export const valueMean = (statistics: number): string => `
 fn value_mean(record: u32, chunks: u32) -> vec4<f32> {
   var mean = vec4<f32>();
-  ${overChunks(statistics, 'record', 'chunks', 'mean += x;')}
+  ${overChunks(statistics, { x: 'record' }, 'chunks', 'mean += x;')}
   return mean;
 }`;
 

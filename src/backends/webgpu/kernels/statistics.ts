@@ -62,44 +62,70 @@ export const statisticsVectors = (headDimPadded: number, valueDimPadded: number)
 
 /** Loads from storage that are under way together where a loop's bounds are not constants: each takes half a microsecond. */
 const AHEAD = 4;
+/** The same over the few chunks of a sequence, of which every workgroup reads all. */
+const CHUNKS_AHEAD = 8;
 
 /**
  * A loop over `from` to `to`, exclusive, that reads ahead.
  *
- * @param read expression of what is read for an index, which is in the range
- * @param use statements with `x`, what was read, in the order of the indices
+ * @param reads by name, the expression of what is read for an index, which is in the range
+ * @param use statements with what was read, in the order of the indices
  * @param counts a condition on an index, besides its being in the range
  */
 const readAhead = (
   from: string,
   to: string,
-  read: (index: string) => string,
+  ahead: number,
+  reads: Readonly<Record<string, (index: string) => string>>,
   use: string,
   counts?: (index: string) => string,
 ): string => {
-  const items = range(AHEAD);
+  const items = range(ahead);
+  const names = Object.entries(reads);
+  const index = (i: number) => `min(at + ${i}u, end - 1u)`;
   return `let end = ${to};
-  for (var at = ${from}; at < end; at += ${AHEAD}u) {
-    ${items.map((i) => `let x_${i} = ${read(`min(at + ${i}u, end - 1u)`)};`).join('\n    ')}
+  for (var at = ${from}; at < end; at += ${ahead}u) {
+    ${items.map((i) => names.map(([name, read]) => `let ${name}_${i} = ${read(index(i))};`).join(' ')).join('\n    ')}
     ${items
       .map((i) => {
-        const seen = counts === undefined ? '' : ` && ${counts(`min(at + ${i}u, end - 1u)`)}`;
-        return `if (at + ${i}u < end${seen}) { let x = x_${i}; ${use} }`;
+        const seen = counts === undefined ? '' : ` && ${counts(index(i))}`;
+        const given = names.map(([name]) => `let ${name} = ${name}_${i};`).join(' ');
+        return `if (at + ${i}u < end${seen}) { ${given} ${use} }`;
       })
       .join('\n    ')}
   }`;
 };
 
-/** The same over the chunks of a record's field: `use` has the field's vector as `x`. */
-export const overChunks = (statistics: number, at: string, chunks: string, use: string): string =>
-  `{ ${readAhead('0u', chunks, (chunk) => `partials[${at} + ${chunk} * ${statistics}u]`, use)} }`;
+/** The same over the chunks of a record's fields, which begin at `at`: `use` has the fields' vectors by their names. */
+export const overChunks = (
+  statistics: number,
+  at: Readonly<Record<string, string>>,
+  chunks: string,
+  use: string,
+): string => {
+  const reads = Object.entries(at).map(
+    ([name, start]) => [name, (chunk: string) => `partials[${start} + ${chunk} * ${statistics}u]`] as const,
+  );
+  return `{ ${readAhead('0u', chunks, CHUNKS_AHEAD, Object.fromEntries(reads), use)} }`;
+};
+
+/** Where a chunk's share of the sequence's keys is. */
+const shareAt = (statistics: number) => `record + ${statistics - 1}u`;
+const FACTOR_OF_SHARE = '1.0 / max(share, 1.0e-12f)';
+
+/** K's mean of four channels, in `mean[i]`; `record` begins with K's sums. */
+export const meanOfChunks = (statistics: number, chunks: string): string => `
+    var sum = vec4<f32>();
+    var share = 0.0;
+    ${overChunks(statistics, { x: 'record + i', y: shareAt(statistics) }, chunks, 'sum += x; share += y.x;')}
+    mean[i] = sum * (${FACTOR_OF_SHARE});`;
 
 /** `mean_factor(record, chunks)`: what the chunks' sums together are multiplied with to be a mean. */
 export const MEAN_FACTOR = (statistics: number): string => `
 fn mean_factor(record: u32, chunks: u32) -> f32 {
   var share = 0.0;
-  ${overChunks(statistics, `record + ${statistics - 1}u`, 'chunks', 'share += x.x;')}
-  return 1.0 / max(share, 1.0e-12f);
+  ${overChunks(statistics, { x: shareAt(statistics) }, 'chunks', 'share += x.x;')}
+  return ${FACTOR_OF_SHARE};
 }`;
 
 export function statisticsKernel(config: StatisticsConfig): string {
@@ -123,7 +149,8 @@ export function statisticsKernel(config: StatisticsConfig): string {
       ${readAhead(
         from,
         to,
-        (token) => `pair_${operand}(base + (${token}) * P.${operand}TokenStride, both)`,
+        AHEAD,
+        { x: (token) => `pair_${operand}(base + (${token}) * P.${operand}TokenStride, both)` },
         add,
         masked ? (token) => `visible[visible_at + ${token}] != 0u` : undefined,
       )}

@@ -32,7 +32,7 @@ import {
 } from './fp4.ts';
 import type { Binding, BufferName, Launch, Unit } from './launch.ts';
 import { mergeLaunches, recordsBytes } from './merge.ts';
-import { prepareQueryLaunches } from './quantize.ts';
+import { prepareKeyValueLaunches, prepareLaunches, prepareQueryLaunches } from './quantize.ts';
 import {
   allOf,
   extent,
@@ -319,7 +319,7 @@ export interface AttentionParts {
   readonly keySplits: number;
 }
 
-/** Launches for Q, attention and merging, and the scratch that they take. */
+/** Launches for Q and, where they are not held, for K and V, for attention and merging, and the scratch that they take. */
 export function attentionParts(stages: Stages, choice: KernelChoice, options: Forced): AttentionParts {
   const { problem, capabilities } = stages;
   const variant = packedVariant(
@@ -338,10 +338,13 @@ export function attentionParts(stages: Stages, choice: KernelChoice, options: Fo
   const empty = elementCount(outputShapeOf(problem)) === 0;
   const scoreScale = scoreScaleOf(problem, config);
   const scores = queries?.smoothQ ? meanScoresOf(stages, queries.smoothQ) : undefined;
+  const { held } = stages.keyValue;
   const prepare = () => {
-    if (queries === undefined) return prepareQueryLaunches(stages, scoreScale);
+    if (queries === undefined)
+      return held ? prepareQueryLaunches(stages, scoreScale) : prepareLaunches(stages, scoreScale);
+    const keyValue = held ? [] : prepareKeyValueLaunches(stages);
     const means = queries.smoothQ ? queryMeansLaunches(stages, queries.smoothQ) : [];
-    return [...means, ...prepareFp4QueryLaunches(stages, scoreScale, queries)];
+    return [...keyValue, ...means, ...prepareFp4QueryLaunches(stages, scoreScale, queries)];
   };
   const attend = () => {
     if (scores === undefined) return attentionLaunches(stages, config, variant.kernel, splits);

@@ -31,13 +31,7 @@ import { type ScoreMeaning, scoresAreFloat } from '../kernels/scores.ts';
 import { roundUp } from '../kernels/storage.ts';
 import { inverseQuarterSoftcapOf, lseHeadStrideOf, scoreScaleOf } from './attention.ts';
 import type { Binding, BufferName, Launch, Unit } from './launch.ts';
-import {
-  keyValueBytes,
-  keyValueShapeOf,
-  prepareKeyValueLaunches,
-  prepareQueryLaunches,
-  statisticsLaunches,
-} from './quantize.ts';
+import { keyValueBytes, keyValueShapeOf, prepareLaunches, statisticsLaunches } from './quantize.ts';
 import {
   accessOf,
   allOf,
@@ -629,8 +623,7 @@ export function planBackwardLaunches(
     : [
         ...visibleKeysLaunches(stages),
         ...statisticsLaunches(stages),
-        ...prepareKeyValueLaunches(stages),
-        ...prepareQueryLaunches(stages, scoreScaleOf(attention, self.meaning)),
+        ...prepareLaunches(stages, scoreScaleOf(attention, self.meaning)),
         ...gradientKeysLaunches(self),
         ...gradientRowsLaunches(self),
         ...softmaxAgainLaunches(self),

@@ -216,7 +216,7 @@ export function prepareFp4QueryLaunches(
         headStride: problem.q.headStride,
         tokenStride: problem.q.tokenStride,
         base: base('q') / BYTES_PER_ELEMENT[dtype],
-        rowsPerHead: stages.rowsPerQueryHead,
+        queryRowsPerHead: stages.rowsPerQueryHead,
         rowBase: base('queryRows') / 16,
         partialBase: base('partials') / 16,
         scoreScale,

@@ -7,7 +7,7 @@ import { type Forced, keyValueLayoutOf } from '../families/choose.ts';
 import type { AttentionVariant } from '../families/family.ts';
 import { attentionParts } from './attention.ts';
 import type { BufferName, Launch } from './launch.ts';
-import { keyValueBytes, keyValueShapeOf, prepareKeyValueLaunches, statisticsLaunches } from './quantize.ts';
+import { keyValueBytes, keyValueShapeOf, statisticsLaunches } from './quantize.ts';
 import { createStages } from './stages.ts';
 import { visibleKeysBytes, visibleKeysLaunches } from './visible-keys.ts';
 
@@ -33,12 +33,10 @@ export function planLaunches(
   const keyValue = keyValueShapeOf(problem, kernel, capabilities, layout);
   const stages = createStages(problem, capabilities, keyValue);
   const empty = elementCount(outputShapeOf(problem)) === 0;
-  const prepare = empty
-    ? []
-    : [...visibleKeysLaunches(stages), ...statisticsLaunches(stages), ...prepareKeyValueLaunches(stages)];
+  const statistics = empty ? [] : [...visibleKeysLaunches(stages), ...statisticsLaunches(stages)];
   const parts = attentionParts(stages, kernel, forced);
   return {
-    launches: [...prepare, ...parts.launches],
+    launches: [...statistics, ...parts.launches],
     variant: parts.variant,
     keySplits: parts.keySplits,
     sizes: { ...keyValueBytes(keyValue), ...visibleKeysBytes(stages), ...parts.sizes },

@@ -8,10 +8,13 @@ import { encodeParams, type KeyValueLayout, padDim, rowVectors } from '../kernel
 import {
   KEY_BLOCK,
   PREPARE_KEY_VALUE_PARAMS,
+  PREPARE_PARAMS,
   PREPARE_QUERY_PARAMS,
+  type PrepareKeyValueConfig,
+  type PrepareQueryConfig,
+  prepareKernel,
   prepareKeyValueKernel,
   prepareQueryKernel,
-  QUERY_BLOCK,
   readsStatistics,
   type ValueScaling,
 } from '../kernels/prepare.ts';
@@ -19,7 +22,7 @@ import { sinkParams } from '../kernels/sinks.ts';
 import { STATISTICS_PARAMS, statisticsKernel, statisticsVectors } from '../kernels/statistics.ts';
 import { roundUp } from '../kernels/storage.ts';
 import { prepareFp4KeyValueLaunches } from './fp4.ts';
-import type { Launch } from './launch.ts';
+import { type Binding, type BufferName, type Launch, type Unit, unitsOf } from './launch.ts';
 import { sinkSpans, sinkValues } from './sinks.ts';
 import {
   accessOf,
@@ -195,83 +198,83 @@ export function statisticsLaunches(stages: Stages, target: 'partials' | 'newPart
   );
 }
 
-/** Quantization of K and conversion of V, of tokens `first` to the end of each sequence. */
-export function prepareKeyValueLaunches(stages: Stages, first = 0): Launch[] {
-  const { problem, keyValue, records, tables } = stages;
-  if (keyValue.format === 'fp4') return prepareFp4KeyValueLaunches(stages, first);
+/** A stage of quantization: in a launch of its own, or with the other in one. */
+interface PrepareStage<Config> {
+  readonly config: Config;
+  readonly tiles: readonly Tile[];
+  readonly heads: number;
+  spansOf(unit: Unit): readonly Binding[];
+  /** Parameters but for where a unit and the table of tiles begin. */
+  valuesOf(base: (buffer: BufferName) => number): Readonly<Record<string, number>>;
+}
+
+/** Of tokens `first` to the end of each sequence. */
+function keyValueStage(stages: Stages, first = 0): PrepareStage<PrepareKeyValueConfig> {
+  const { problem, keyValue, records } = stages;
   const { dtype, headDim, valueDim, kvHeads } = problem;
-  const [headDimPadded, valueDimPadded] = [padDim(headDim), padDim(valueDim)];
   const tiles = appendedTiles(records, first);
-  const tilesAt = tables.tiles(tiles);
   const { smoothK, sharedScale, values, layout } = keyValue;
-  const needsPartials = smoothK || values.scaled;
-  const code = prepareKeyValueKernel({
+  const rowBytes = keyValueRowBytes(keyValue);
+  const bytes = BYTES_PER_ELEMENT[dtype];
+  const config = {
     dtype,
     access: accessOf(dtype, [problem.k, problem.v], [headDim, valueDim]),
     headDim,
-    headDimPadded,
+    headDimPadded: padDim(headDim),
     valueDim,
-    valueDimPadded,
+    valueDimPadded: padDim(valueDim),
     smoothK,
     sharedScale,
     values,
     layout,
-  });
-  const rowBytes = keyValueRowBytes(keyValue);
-  const bytes = BYTES_PER_ELEMENT[dtype];
-  return launchesOf(
-    stages,
-    'prepare key value',
-    code,
-    allOf(tiles, kvHeads),
-    (unit) => {
+  };
+  return {
+    config,
+    tiles,
+    heads: kvHeads,
+    spansOf(unit) {
       const rows = blockRows(stages, tiles, unit);
       return [
         tablesBinding(stages),
         operandSpan(stages, 2, 'k', tiles, unit),
         operandSpan(stages, 3, 'v', tiles, unit),
-        ...(needsPartials ? [partialSpan(stages, 4, unit.heads)] : []),
+        ...(smoothK || values.scaled ? [partialSpan(stages, 4, unit.heads)] : []),
         rowSpan(5, 'keys', rowBytes.keys, keyValue.rowsPerHead, unit.heads, rows),
         rowSpan(6, 'values', rowBytes.values, keyValue.rowsPerHead, unit.heads, rows),
       ];
     },
-    (unit, base) =>
-      encodeParams(PREPARE_KEY_VALUE_PARAMS, {
-        tileStart: unit.tiles[0],
-        headStart: unit.heads[0],
-        sequences: keyValue.sequences,
-        chunks: keyValue.chunks,
-        sequencesAt: stages.sequencesAt,
-        tilesAt,
-        kHeadStride: problem.k.headStride,
-        kTokenStride: problem.k.tokenStride,
-        kBase: base('k') / bytes,
-        vHeadStride: problem.v.headStride,
-        vTokenStride: problem.v.tokenStride,
-        vBase: base('v') / bytes,
-        rowsPerHead: keyValue.rowsPerHead,
-        kRowBase: base('keys') / 16,
-        vRowBase: base('values') / 16,
-        partialBase: base('partials') / 16,
-      }),
-  );
+    valuesOf: (base) => ({
+      sequences: keyValue.sequences,
+      chunks: keyValue.chunks,
+      sequencesAt: stages.sequencesAt,
+      kHeadStride: problem.k.headStride,
+      kTokenStride: problem.k.tokenStride,
+      kBase: base('k') / bytes,
+      vHeadStride: problem.v.headStride,
+      vTokenStride: problem.v.tokenStride,
+      vBase: base('v') / bytes,
+      rowsPerHead: keyValue.rowsPerHead,
+      kRowBase: base('keys') / 16,
+      vRowBase: base('values') / 16,
+      partialBase: base('partials') / 16,
+    }),
+  };
 }
 
 /** Below so many workgroups of a block of queries, each takes {@link FEW_QUERIES}: every one loads K's mean first. */
 const ENOUGH_WORKGROUPS = 512;
 const FEW_QUERIES = 32;
 
-/** Quantization of Q. `scoreScale` is what a product of integers and scales is multiplied with to be a score. */
-export function prepareQueryLaunches(stages: Stages, scoreScale: number): Launch[] {
-  const { problem, keyValue, records, tables } = stages;
-  const { dtype, headDim, valueDim, queryHeads, kvHeads } = problem;
-  const headDimPadded = padDim(headDim);
+function queryStage(stages: Stages, scoreScale: number): PrepareStage<PrepareQueryConfig> {
+  const { problem, keyValue, records } = stages;
+  const { dtype, headDim, valueDim, queryHeads, kvHeads, sinks } = problem;
   const lengths = records.map(({ queryLength }) => queryLength);
-  const blocks = tilesOf(lengths, QUERY_BLOCK);
+  const blocks = tilesOf(lengths, KEY_BLOCK);
   const tiles = blocks.length * queryHeads < ENOUGH_WORKGROUPS ? tilesOf(lengths, FEW_QUERIES) : blocks;
-  const tilesAt = tables.tiles(tiles);
+  const headDimPadded = padDim(headDim);
   const { smoothK } = keyValue;
-  const code = prepareQueryKernel({
+  const groupSize = queryHeads / Math.max(1, kvHeads);
+  const config = {
     dtype,
     access: accessOf(dtype, [problem.q], [headDim]),
     headDim,
@@ -279,48 +282,105 @@ export function prepareQueryLaunches(stages: Stages, scoreScale: number): Launch
     valueDim,
     valueDimPadded: padDim(valueDim),
     smoothK,
-    sinks: problem.sinks?.dtype,
-  });
-  const groupSize = queryHeads / Math.max(1, kvHeads);
+    sinks: sinks?.dtype,
+  };
+  return {
+    config,
+    tiles,
+    heads: queryHeads,
+    spansOf(unit) {
+      const rows = extent(tiles, unit.tiles, ({ sequence, first, count }) => {
+        const row = (records[sequence] as SequenceRecord).queryRow + first;
+        return [row, row + count];
+      });
+      return [
+        tablesBinding(stages),
+        operandSpan(stages, 7, 'q', tiles, unit),
+        rowSpan(8, 'queryRows', rowVectors(headDimPadded) * 16, stages.rowsPerQueryHead, unit.heads, rows),
+        ...(smoothK ? [partialSpan(stages, 4, keyHeads(unit.heads, groupSize))] : []),
+        ...sinkSpans(problem, unit),
+      ];
+    },
+    valuesOf: (base) => ({
+      groupSize,
+      sequences: keyValue.sequences,
+      chunks: keyValue.chunks,
+      sequencesAt: stages.sequencesAt,
+      headStride: problem.q.headStride,
+      tokenStride: problem.q.tokenStride,
+      base: base('q') / BYTES_PER_ELEMENT[dtype],
+      queryRowsPerHead: stages.rowsPerQueryHead,
+      rowBase: base('queryRows') / 16,
+      partialBase: base('partials') / 16,
+      scoreScale,
+      ...sinkValues(problem, base),
+    }),
+  };
+}
+
+/** A stage's launches by itself. */
+function prepareLaunchesOf<Config>(
+  stages: Stages,
+  label: string,
+  stage: PrepareStage<Config>,
+  fields: readonly string[],
+  code: string,
+): Launch[] {
+  const tilesAt = stages.tables.tiles(stage.tiles);
   return launchesOf(
     stages,
-    'prepare query',
+    label,
     code,
-    allOf(tiles, queryHeads),
-    (unit) => [
-      tablesBinding(stages),
-      operandSpan(stages, 2, 'q', tiles, unit),
-      rowSpan(
-        3,
-        'queryRows',
-        rowVectors(headDimPadded) * 16,
-        stages.rowsPerQueryHead,
-        unit.heads,
-        extent(tiles, unit.tiles, ({ sequence, first, count }) => {
-          const row = (records[sequence] as SequenceRecord).queryRow + first;
-          return [row, row + count];
-        }),
-      ),
-      ...(smoothK ? [partialSpan(stages, 4, keyHeads(unit.heads, groupSize))] : []),
-      ...sinkSpans(problem, unit),
-    ],
+    allOf(stage.tiles, stage.heads),
+    (unit) => stage.spansOf(unit),
     (unit, base) =>
-      encodeParams([...PREPARE_QUERY_PARAMS, ...sinkParams(problem.sinks?.dtype)], {
+      encodeParams(fields, {
+        ...stage.valuesOf(base),
         tileStart: unit.tiles[0],
         headStart: unit.heads[0],
-        groupSize,
-        sequences: keyValue.sequences,
-        chunks: keyValue.chunks,
-        sequencesAt: stages.sequencesAt,
         tilesAt,
-        headStride: problem.q.headStride,
-        tokenStride: problem.q.tokenStride,
-        base: base('q') / BYTES_PER_ELEMENT[dtype],
-        rowsPerHead: stages.rowsPerQueryHead,
-        rowBase: base('queryRows') / 16,
-        partialBase: base('partials') / 16,
-        scoreScale,
-        ...sinkValues(problem, base),
+      }),
+  );
+}
+
+/** Quantization of K and conversion of V, of tokens `first` to the end of each sequence. */
+export function prepareKeyValueLaunches(stages: Stages, first = 0): Launch[] {
+  if (stages.keyValue.format === 'fp4') return prepareFp4KeyValueLaunches(stages, first);
+  const stage = keyValueStage(stages, first);
+  const code = prepareKeyValueKernel(stage.config);
+  return prepareLaunchesOf(stages, 'prepare key value', stage, PREPARE_KEY_VALUE_PARAMS, code);
+}
+
+/** Quantization of Q. `scoreScale` is what a product of integers and scales is multiplied with to be a score. */
+export function prepareQueryLaunches(stages: Stages, scoreScale: number): Launch[] {
+  const stage = queryStage(stages, scoreScale);
+  const fields = [...PREPARE_QUERY_PARAMS, ...sinkParams(stages.problem.sinks?.dtype)];
+  return prepareLaunchesOf(stages, 'prepare query', stage, fields, prepareQueryKernel(stage.config));
+}
+
+/** Quantization of all of K, V and Q: in one launch, where a device binds and dispatches it at once. */
+export function prepareLaunches(stages: Stages, scoreScale: number): Launch[] {
+  const [keyValue, query] = [keyValueStage(stages), queryStage(stages, scoreScale)];
+  const { capabilities, problem, tables } = stages;
+  const tiles = [...keyValue.tiles, ...query.tiles];
+  const wholes = [keyValue, query].map((stage) => [stage, allOf(stage.tiles, stage.heads)] as const);
+  const atOnce = wholes.every(([stage, whole]) => unitsOf(whole, stage.spansOf, capabilities).length === 1);
+  if (!atOnce || tiles.length > capabilities.dispatch || problem.sinks !== undefined) {
+    return [...prepareKeyValueLaunches(stages), ...prepareQueryLaunches(stages, scoreScale)];
+  }
+  const tilesAt = tables.tiles(tiles);
+  const spans = new Map(wholes.flatMap(([stage, whole]) => stage.spansOf(whole)).map((span) => [span.slot, span]));
+  return launchesOf(
+    stages,
+    'prepare',
+    prepareKernel(query.config, keyValue.config),
+    allOf(tiles, query.heads),
+    () => [...spans.values()],
+    (_, base) =>
+      encodeParams(PREPARE_PARAMS, {
+        ...keyValue.valuesOf(base),
+        ...query.valuesOf(base),
+        ...{ tileStart: 0, headStart: 0, tilesAt, keyTiles: keyValue.tiles.length, keyHeads: keyValue.heads },
       }),
   );
 }

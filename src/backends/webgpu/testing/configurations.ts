@@ -20,7 +20,7 @@ import { padDim } from '../kernels/layout.ts';
 import { nativeMatrices } from '../kernels/matrix-operations.ts';
 import { matrixTiling } from '../kernels/matrix-tiling.ts';
 import { mergeKernel, mergeRowsKernel } from '../kernels/merge.ts';
-import { prepareKeyValueKernel, prepareQueryKernel } from '../kernels/prepare.ts';
+import { prepareKernel, prepareKeyValueKernel, prepareQueryKernel } from '../kernels/prepare.ts';
 import {
   meanScoresKernel,
   prepareFp4KeyValueKernel,
@@ -254,31 +254,41 @@ function quantizingKernels(): WebgpuConfiguration[] {
           ['tiles', false],
           ['tiles', true],
         ] as const;
+        const query = { ...sizes, smoothK, sinks: undefined };
+        const keyValues = [
+          ...layouts.map(([layout, sharedScale]) => ({
+            name: `${layout}${sharedScale ? ', shared scales' : ''}`,
+            config: { ...sizes, smoothK, sharedScale, values, layout },
+          })),
+          {
+            name: 'rows, V in INT8',
+            config: { ...sizes, smoothK, sharedScale: false, values: integers, layout: 'rows' as const },
+          },
+        ];
         return [
           {
             name: `prepare Q ${features}`,
             group: PREPARING,
-            source: () => prepareQueryKernel({ ...sizes, smoothK, sinks: undefined }),
+            source: () => prepareQueryKernel(query),
           },
           {
             name: `prepare Q ${features}, sinks`,
             group: PREPARING,
             source: () => prepareQueryKernel({ ...sizes, smoothK, sinks: SINK_DTYPES[dtype] }),
           },
-          ...layouts.map(([layout, sharedScale]) => ({
-            name: `prepare K and V ${features} ${layout}${sharedScale ? ', shared scales' : ''}`,
-            group: PREPARING,
-            source: () => prepareKeyValueKernel({ ...sizes, smoothK, sharedScale, values, layout }),
-          })),
-          {
-            name: `prepare K and V ${features} rows, V in INT8`,
-            group: PREPARING,
-            source: () =>
-              prepareKeyValueKernel({ ...sizes, smoothK, sharedScale: false, values: integers, layout: 'rows' }),
-          },
+          ...keyValues.flatMap(({ name, config }) => [
+            {
+              name: `prepare K and V ${features} ${name}`,
+              group: PREPARING,
+              source: () => prepareKeyValueKernel(config),
+            },
+            { name: `prepare ${features} ${name}`, group: PREPARING, source: () => prepareKernel(query, config) },
+          ]),
         ];
       });
       const values = { integers: false, scaled: true, smoothed: true, exponent: 15 };
+      const wideQuery = { ...wide, smoothK: true, sinks: undefined };
+      const wideKeyValue = { ...wide, smoothK: true, sharedScale: false, values, layout: 'rows' as const };
       const wideKernels = [
         [
           'statistics',
@@ -288,11 +298,9 @@ function quantizingKernels(): WebgpuConfiguration[] {
               ...{ keyMean: true, valueMax: true, valueMean: true, valueTypical: false, masked: false },
             }),
         ],
-        ['prepare Q', () => prepareQueryKernel({ ...wide, smoothK: true, sinks: undefined })],
-        [
-          'prepare K and V',
-          () => prepareKeyValueKernel({ ...wide, smoothK: true, sharedScale: false, values, layout: 'rows' }),
-        ],
+        ['prepare Q', () => prepareQueryKernel(wideQuery)],
+        ['prepare K and V', () => prepareKeyValueKernel(wideKeyValue)],
+        ['prepare', () => prepareKernel(wideQuery, wideKeyValue)],
       ] as const;
       const widened = wideKernels.map(([name, source]) => ({
         name: `${name} ${of}, wide heads`,
