@@ -16,7 +16,7 @@
  * consecutive threads is asked by value before the family is chosen (families/matrix-dialect.ts).
  */
 
-import { hasHidden, MAP_AT, nextTile } from './blocks.ts';
+import { MAP_AT, NOTHING_SEEN, nextTile, nextTileFrom } from './blocks.ts';
 import { KEY_TILE, params, rowVectors, SEQUENCE, tables, VALUE_GROUP } from './layout.ts';
 import { factsUnit, heldQueries, keyCopies, keyTileUnits, valueCopies } from './matrix-copies.ts';
 import { grid, type MatrixMemory, unitsOf, workgroupUnits } from './matrix-operations.ts';
@@ -253,21 +253,19 @@ export function matrixAttentionKernel(config: MatrixKernelConfig): string {
 
   // The steps of the loop over keys: `ahead` is the tile that is loaded, one before it is needed. With a block mask only tiles of
   // which a part is computed are steps.
-  const nextFrom = (from: string) =>
-    `next_tile(map_at, vec2<u32>(first_row, first_row + count - 1u), ${from}, key_end, length)`;
   const steps = config.blocks
     ? {
-        first: 'first_tile.x',
-        declare: `let first_tile = ${nextFrom('key_begin')};`,
-        second: `var tile_blocks = first_tile.y;
-    var coming = ${nextFrom(`first_tile.x + ${keys}`)};
-    ahead = min(u32(coming.x), last);`,
+        first: 'first_tile.start',
+        declare: `let first_tile = ${nextTileFrom(NOTHING_SEEN, 'key_begin')};`,
+        second: `var is_cut = first_tile.cut != 0u;
+    var coming = ${nextTileFrom('first_tile', `first_tile.start + ${keys}`)};
+    ahead = min(u32(coming.start), last);`,
         // Looked up early: the map comes while scores become weights.
-        look: `let after = ${nextFrom(`coming.x + ${keys}`)};`,
-        general: ` || ${hasHidden('tile_blocks')}`,
-        third: `ahead = min(u32(after.x), last);`,
+        look: `let after = ${nextTileFrom('coming', `coming.start + ${keys}`)};`,
+        general: ' || is_cut',
+        third: `ahead = min(u32(after.start), last);`,
         increment: '',
-        advance: 'start = coming.x; tile_blocks = coming.y; coming = after;',
+        advance: 'start = coming.start; is_cut = coming.cut != 0u; coming = after;',
       }
     : {
         first: 'key_begin',

@@ -13,7 +13,7 @@
  *
  * Keys behind the last are read as the last one: their weight is 0, and memory that was never written may hold a NaN.
  */
-import { isHidden, leaveOutHiddenOfGroup } from './blocks.ts';
+import { HAS_COMPUTED, isHidden, leaveOutHiddenOfGroup } from './blocks.ts';
 import {
   FLAG_UNSMOOTHED,
   KEY_TILE,
@@ -322,7 +322,7 @@ ${tables(1)}
 @group(0) @binding(2) var<storage, read> query_rows: array<vec4<u32>>;
 @group(0) @binding(3) var<storage, read> key_rows: array<vec4<u32>>;
 @group(0) @binding(4) var<storage, read> value_rows: array<vec4<u32>>;
-${scoreDeclarations(config)}
+${scoreDeclarations(config)}${blocks ? HAS_COMPUTED : ''}
 ${dot}
 ${valueFunctions(statisticsVectors(headDimPadded, valueDimPadded), values)}
 var<workgroup> tile_q: array<array<vec4<u32>, ${dims}>, ${rows}>;

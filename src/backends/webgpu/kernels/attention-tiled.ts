@@ -12,7 +12,7 @@
  */
 import { NVFP4_BLOCK } from '../../../quantization/fp4-blocks.ts';
 import type { ValueFormat } from '../kernel-table.ts';
-import { excludeHidden, leaveOutHidden, MAP_AT } from './blocks.ts';
+import { excludeHidden, MAP_AT, NOTHING_SEEN, nextTile, nextTileFrom } from './blocks.ts';
 import { fp4QueryVectors, fp4Reader } from './fp4.ts';
 import { FLAG_UNSMOOTHED, POISON, params, rowVectors, SEQUENCE, tables, valueSlices } from './layout.ts';
 import { readsStatistics, valueFunctions } from './prepare.ts';
@@ -576,7 +576,7 @@ ${params(0, attentionParams(config))}
 ${tables(1)}
 @group(0) @binding(2) var<storage, read> query_rows: array<vec4<u32>>;
 ${keyValueBindings(config)}
-${scoreDeclarations(config)}
+${scoreDeclarations(config)}${blocks ? nextTile(keys) : ''}
 ${dots(config)}
 ${valueFunctions(statistics, values)}${fp4 ? fp4Reader(headDimPadded, valueDimPadded) : ''}
 ${tileMemory(config, parts)}
@@ -631,8 +631,18 @@ ${I.map(
   let scale_${i} = bitcast<f32>(facts_${i}.x); let constant_${i} = bitcast<f32>(facts_${i}.z);`,
 ).join('\n')}
 
-${blocks ? `  ${MAP_AT}\n` : ''}  for (var start = key_begin; start < key_end; start += ${keys}) {
-    let first = u32(start);${blocks ? leaveOutHidden(keys) : ''}
+  ${
+    blocks
+      ? `${MAP_AT}
+  var seen = ${NOTHING_SEEN};
+  for (var from_key = key_begin; ; from_key = seen.start + ${keys}) {
+    seen = ${nextTileFrom('seen', 'from_key')};
+    if (seen.start >= key_end) { break; }
+    let start = seen.start;
+    let cut = seen.cut != 0u;`
+      : `for (var start = key_begin; start < key_end; start += ${keys}) {`
+  }
+    let first = u32(start);
     workgroupBarrier();
     ${loads.keys}
     ${sharedKeyValue ? '' : loads.values}
