@@ -153,8 +153,11 @@ function wasmShort(): Table {
     .map((name) => read<ShortReport>(name));
   const shapeOf = ({ batch, heads, headDim }: ShortReport['rows'][0]) => `${batch} x ${heads} of ${headDim}`;
   const shapes = [...new Set(reports.flatMap(({ rows }) => rows.map(shapeOf)))];
-  const rows = reports.flatMap(({ runtime, threads, rows: measured }) =>
-    [...new Set(measured.map(({ tokens }) => tokens))].map((tokens) => {
+  // A bench may have been run in parts.
+  const engineOf = ({ runtime, threads }: ShortReport) => `${runtime.split('.')[0]}, ${threads}`;
+  const rows = [...new Set(reports.map(engineOf))].flatMap((engine) => {
+    const measured = reports.filter((report) => engineOf(report) === engine).flatMap((report) => report.rows);
+    return [...new Set(measured.map(({ tokens }) => tokens))].map((tokens) => {
       const found = measured.filter((row) => row.tokens === tokens);
       const errors = found.map(({ contenders: { ours } }) => ours?.relativeL1 ?? Number.NaN);
       const ratios = shapes.map((shape) => {
@@ -163,10 +166,9 @@ function wasmShort(): Table {
         const ours = contenders?.ours?.median;
         return peer === undefined || ours === undefined ? '' : `${(peer.median / ours).toFixed(2)}x`;
       });
-      const engine = `${runtime.split('.')[0]}, ${threads}`;
       return [`${tokens}`, engine, ...ratios, Math.max(...errors).toExponential(1)];
-    }),
-  );
+    });
+  });
   return { header: ['tokens', 'engine, threads', ...shapes, 'relative L1'], rows };
 }
 
