@@ -434,6 +434,11 @@ export class KernelBuilder {
     return this.#binary(`max.NaN.${PTX_TYPE[a.kind]}`, a, b as Reg<K> | number, into);
   }
 
+  /** The larger magnitudes of two halves each, NaN where either is; the sign is that of their product. From sm_86 on. */
+  maxMagnitude(kind: 'f16x2' | 'bf16x2', a: Reg<'b32'>, b: Reg<'b32'>, into: Reg<'b32'>): void {
+    this.emit(`max.NaN.xorsign.abs.${kind}`, [into], [a, b]);
+  }
+
   abs<K extends 'f32' | 's32'>(a: Reg<K>, into?: Reg<NoInfer<K>>): Reg<K> {
     const d = into ?? this.reg(a.kind);
     this.emit(`abs.${PTX_TYPE[a.kind]}`, [d], [a]);

@@ -13,3 +13,17 @@ export function carryOfExponents(b: KernelBuilder, format: keyof typeof EXPONENT
   const [mask, carry] = EXPONENTS[format];
   return b.as(b.add(b.as(b.and(word, mask), 'u32'), carry), 'b32');
 }
+
+/**
+ * The larger magnitudes of the halves of two words, NaN where either is; signs are of no meaning. One operation, where
+ * {@link carryOfExponents} with what gathers it takes three. From sm_86 on.
+ */
+export function largerMagnitudes(
+  b: KernelBuilder,
+  format: keyof typeof EXPONENTS,
+  first: Reg<'b32'>,
+  second: Reg<'b32'>,
+  into: Reg<'b32'>,
+): void {
+  b.maxMagnitude(`${format}x2`, first, second, into);
+}

@@ -68,6 +68,8 @@ export const WGMMA_MAPS = ['queryMap', 'keyMap', 'valueMap'] as const;
 
 /** Of a stage of V: a byte for each of its tokens, 1 where it is not finite, and a word that says whether any is. */
 export const INSPECTION_BYTES = WGMMA_BLOCK_K + 16;
+/** Warps that look at V, each at as many of its tokens. */
+export const INSPECTORS = 2;
 
 export interface InspectionPlace {
   /** Offset of stage 0's barrier, whose phases are those of the ring of V. */
@@ -197,9 +199,9 @@ export function makeFrame(config: WgmmaConfig): Frame {
     for (let stage = 0; stage < stages; stage++) {
       for (const ring of [keys, values]) ring.initFull(stage);
       keys.initEmpty(stage, 4 * consumers);
-      // The inspector hands stages of V back too.
-      values.initEmpty(stage, 4 * consumers + (exact ? 1 : 0));
-      if (inspection !== undefined) mbarrierInit(b, barriers, 1, inspection.barrier + 8 * stage);
+      // The inspectors hand stages of V back too.
+      values.initEmpty(stage, 4 * consumers + (exact ? INSPECTORS : 0));
+      if (inspection !== undefined) mbarrierInit(b, barriers, INSPECTORS, inspection.barrier + 8 * stage);
     }
     mbarrierInit(b, barriers, 1, queryFull);
     mbarrierInit(b, barriers, 4 * consumers, queryEmpty);

@@ -41,6 +41,20 @@ export function halves(f: (...values: number[]) => number, ...registers: number[
   return (low | (high << 16)) >>> 0;
 }
 
+/**
+ * `max.NaN.xorsign.abs` of the halves of two registers.
+ *
+ * @param values by code: {@link HALF} or {@link BRAIN}
+ */
+export function maxMagnitudes(values: ArrayLike<number>, a: number, b: number): number {
+  const larger = (x: number, y: number) => {
+    const [p, q] = [Math.abs(values[x] as number), Math.abs(values[y] as number)];
+    if (Number.isNaN(p) || Number.isNaN(q)) return 0x7fff;
+    return ((p > q ? x : y) & 0x7fff) | ((x ^ y) & 0x8000);
+  };
+  return (larger(a & 65535, b & 65535) | (larger(a >>> 16, b >>> 16) << 16)) >>> 0;
+}
+
 const doubleBits = new DataView(new ArrayBuffer(8));
 
 /**

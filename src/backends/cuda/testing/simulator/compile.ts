@@ -174,6 +174,9 @@ class Emitter {
         return `${out('u')}=${x}%${y};`;
       case 'min':
       case 'max': {
+        if (instruction.opcode.includes('.xorsign.abs.')) {
+          return `${out('u')}=R.maxMagnitudes(${type === 'bf16x2' ? 'R.BRAIN' : 'R.HALF'},${this.#bits(instruction.inputs[0] as Operand)},${this.#bits(instruction.inputs[1] as Operand)});`;
+        }
         if (mode === 'NaN') {
           if (type === 'f16x2') return `${out('u')}=R.halves(Math.max,${x},${y});`;
           return `${out('f')}=Math.max(${x},${y});`;

@@ -1,10 +1,13 @@
 /** The simulator stops at what correct kernels never do, and its instructions compute what PTX says. */
 import { describe, expect, test } from 'vitest';
+import { Random, runSeed } from '../../../../../test/support/random.ts';
 import { KernelBuilder } from '../../ptx/builder.ts';
 import { rowMajor } from '../../ptx/layouts.ts';
 import type { Kernel, Reg } from '../../ptx/types.ts';
 import { GlobalMemory, SimulationError } from './memory.ts';
 import { simulateKernel } from './simulator.ts';
+
+const seed = runSeed();
 
 type Body = (b: KernelBuilder, out: Reg<'global'>, thread: Reg<'u32'>, input: Reg<'global'>) => void;
 
@@ -172,6 +175,47 @@ describe('instructions', () => {
         let sum = 7;
         for (let k = 0; k < 32; k++) sum += (a[m * 32 + k] as number) * (bt[n * 32 + k] as number);
         expect(view.getInt32((lane * 4 + i) * 4, true)).toBe(sum);
+      }
+    }
+  });
+
+  test(`bitwise functions are their truth tables, and larger magnitudes are NaN where either is (SAGEATTENTION_SEED=${seed})`, () => {
+    const threads = 32;
+    // Signed zeros, subnormals, ordinary numbers, infinities and NaN of both 16-bit formats among random bits.
+    const special = [0, 0x8000, 1, 0x3c00, 0xbf80, 0x7c00, 0xfc00, 0x7c01, 0x7f80, 0xff80, 0x7f81, 0xffff];
+    const random = new Random(seed);
+    const halves = Uint16Array.from({ length: 6 * threads }, () =>
+      random.uniform() < 0.5 ? random.pick(special) : random.integer(0, 65535),
+    );
+    const table = random.integer(0, 255);
+    const view = run(
+      (b, out, thread, source) => {
+        const at = b.add(source, b.as(b.mulWide(thread, 12), 'global'));
+        const [x, y, z] = [0, 4, 8].map((byte) => b.ld('b32', at, byte)) as [Reg<'b32'>, Reg<'b32'>, Reg<'b32'>];
+        const own = b.add(out, b.as(b.mulWide(thread, 12), 'global'));
+        b.st(b.lop3(x, y, z, table), own);
+        for (const [i, kind] of (['f16x2', 'bf16x2'] as const).entries()) {
+          const larger = b.reg('b32');
+          b.maxMagnitude(kind, x, y, larger);
+          b.st(larger, own, 4 + 4 * i);
+        }
+      },
+      { threads, input: new Uint8Array(halves.buffer), words: 3 * threads },
+    );
+    const words = new Uint32Array(halves.buffer);
+    for (let thread = 0; thread < threads; thread++) {
+      const [x, y, z] = words.subarray(3 * thread, 3 * thread + 3) as unknown as [number, number, number];
+      const got = [0, 4, 8].map((byte) => view.getUint32(12 * thread + byte, true)) as [number, number, number];
+      for (let bit = 0; bit < 32; bit++) {
+        const row = 4 * ((x >>> bit) & 1) + 2 * ((y >>> bit) & 1) + ((z >>> bit) & 1);
+        expect((got[0] >>> bit) & 1).toBe((table >> row) & 1);
+      }
+      for (const [i, infinity] of [0x7c00, 0x7f80].entries()) {
+        for (const shift of [0, 16]) {
+          const [p, q] = [(x >>> shift) & 0x7fff, (y >>> shift) & 0x7fff];
+          const largest = p > infinity || q > infinity ? 0x7fff : Math.max(p, q);
+          expect(((got[1 + i] as number) >>> shift) & 0x7fff).toBe(largest);
+        }
       }
     }
   });
