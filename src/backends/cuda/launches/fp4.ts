@@ -37,6 +37,7 @@ export function fp4KeyLaunch(context: Context): KernelLaunch {
     loadWidth: loadWidthOf(k, headDim, dtype, pointerAlignment),
     format: 'codes',
     scaleSearch: scaleSearchOf(context),
+    codeOrder: scheme.codeOrder,
     permuted: hasFp4Values(scheme),
     keyMean: choice.smoothK,
     smoothQ: false,
@@ -79,6 +80,7 @@ export function fp4ValueLaunch(context: Context): KernelLaunch {
     paddedValueDim: scheme.paddedValueDim,
     loadWidth: loadWidthOf(v, valueDim, dtype, pointerAlignment),
     scaleSearch: scaleSearchOf(context),
+    codeOrder: scheme.codeOrder,
     smoothV: choice.smoothV,
     hiddenKeys,
   };
@@ -120,6 +122,7 @@ export function fp4QueryLaunch(context: Context): KernelLaunch {
     loadWidth: loadWidthOf(q, headDim, dtype, pointerAlignment),
     format: scheme.queryFormat,
     scaleSearch: scaleSearchOf(context),
+    codeOrder: scheme.codeOrder,
     permuted: false,
     keyMean: choice.smoothK && layout.keyTiles > 0,
     smoothQ: choice.smoothQ !== false,

@@ -215,6 +215,7 @@ function shapeOf(context: Context) {
     fusedQuery: fused ? fusedQueryOf(context) : undefined,
     given: isExact(scheme) ? givenOf(context) : undefined,
     qkFormat: scheme.qkFormat,
+    codeOrder: scheme.codeOrder,
     qkRowBytes: scheme.qkRowBytes,
     queryRowBytes: scheme.queryRowBytes,
     quantizedWeights: scheme.quantizedWeights,

@@ -4,6 +4,7 @@ import { InvalidArgumentError } from '../../../errors.ts';
 import { V_FP8_MAX } from '../../../quantization/schemes.ts';
 import type { KernelChoice } from '../../backend.ts';
 import { type CudaKernelDescriptor, descriptorOf, lackedBy } from '../kernel-table.ts';
+import type { CodeOrder } from '../kernels/fp4/e2m1.ts';
 import type { Fp4TokensConfig } from '../kernels/fp4/tokens.ts';
 import type { AttentionConfig } from '../kernels/mma-sync/config.ts';
 import { roundUp } from '../kernels/parts/constants.ts';
@@ -12,6 +13,8 @@ import { TARGET_FEATURES, type Target } from '../ptx/targets.ts';
 /** What a kernel choice means on a target. */
 export interface Scheme {
   readonly qkFormat: AttentionConfig['qkFormat'];
+  /** Of K and V in FP4: where tensor cores never take them as they are, the one that is unpacked fastest. */
+  readonly codeOrder: CodeOrder;
   readonly largest: 127 | 7;
   readonly paddedDim: number;
   readonly qkRowBytes: number;
@@ -75,6 +78,7 @@ export function schemeOf(problem: AttentionProblem, choice: KernelChoice, target
           'f32';
   return {
     qkFormat,
+    codeOrder: 'nibbles',
     largest: kernel.qkFormat === 's4' ? 7 : 127,
     paddedDim,
     qkRowBytes: qkFormat === 's4' ? paddedDim / 2 : paddedDim,
@@ -98,6 +102,7 @@ function exactScheme({ dtype, headDim, valueDim }: AttentionProblem): Scheme {
   const paddedDim = roundUp(headDim, 16);
   return {
     qkFormat: format,
+    codeOrder: 'nibbles',
     largest: 127,
     paddedDim,
     qkRowBytes: paddedDim * 2,
@@ -146,6 +151,7 @@ function fp4Scheme(problem: AttentionProblem, choice: KernelChoice, target: Targ
   const accumulate = pvFormat === 'e4m3' ? ACCUMULATE.e4m3[choice.pvAccumDtype as keyof typeof ACCUMULATE.e4m3] : 'f32';
   return {
     qkFormat: native ? 'e2m1' : 'e2m1-as-f16',
+    codeOrder: multipliesBlocks(kernel, target) ? 'nibbles' : 'pairs',
     largest: 127,
     paddedDim,
     qkRowBytes: paddedDim / 2,

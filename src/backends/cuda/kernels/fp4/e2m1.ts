@@ -46,21 +46,39 @@ export function roundToScale(b: KernelBuilder, x: Reg<'f32'>): Reg<'f32'> {
   return enough;
 }
 
-/** The code of a value of E2M1: as a subnormal float32 it begins with that. */
-function codeOf(b: KernelBuilder, value: Reg<'f32'>): Reg<'b32'> {
+/** The code of a value of E2M1, sign and rest apart: as a subnormal float32 it begins with that. */
+function codeOf(b: KernelBuilder, value: Reg<'f32'>): { readonly sign: Reg<'b32'>; readonly magnitude: Reg<'b32'> } {
   const bits = b.as(b.mul(value, 2 ** -126), 'b32');
-  return b.or(b.and(b.shr(bits, 28), 8), b.and(b.shr(bits, 22), 7));
+  return { sign: b.and(b.shr(bits, 28), 8), magnitude: b.and(b.shr(bits, 22), 7) };
 }
 
 /** The byte of a scale. */
 export const scaleByte = (b: KernelBuilder, scale: Reg<'f32'>): Reg<'b32'> =>
   b.shr(b.as(b.mul(scale, 2 ** -120), 'b32'), 20);
 
-/** Eight codes, the first in the lowest nibble. */
-export function packCodes(b: KernelBuilder, values: readonly Reg<'f32'>[]): Reg<'b32'> {
+/**
+ * How eight codes lie in a word. `nibbles`: one after the other from the lowest bits, as block-scaled products take them.
+ * `pairs`: as {@link unpackCodes} takes fewest operations for. Each byte has two codes, of bits 7, 5 to 3 and of bits 6, 2 to 0.
+ */
+export type CodeOrder = 'nibbles' | 'pairs';
+
+/** Where a code's magnitude lies, and its sign: element `i` of eight. */
+function placeOf(order: CodeOrder, i: number): { readonly magnitude: number; readonly sign: number } {
+  if (order === 'nibbles') return { magnitude: 4 * i, sign: 4 * i + 3 };
+  // Pair p is elements p and p + 4: bytes 1 and 3 where p is even, else 0 and 2.
+  const byte = 8 * (2 * (i >> 2) + (i & 1 ? 0 : 1));
+  return i & 2 ? { magnitude: byte + 3, sign: byte + 7 } : { magnitude: byte, sign: byte + 6 };
+}
+
+/** Eight codes in a word. */
+export function packCodes(b: KernelBuilder, values: readonly Reg<'f32'>[], order: CodeOrder): Reg<'b32'> {
+  const shifted = (bits: Reg<'b32'>, by: number) => (by === 0 ? bits : by > 0 ? b.shl(bits, by) : b.shr(bits, -by));
   return values
-    .map((value, i) => (i === 0 ? codeOf(b, value) : b.shl(codeOf(b, value), 4 * i)))
-    .reduce((word, code) => b.or(word, code));
+    .flatMap((value, i) => {
+      const [code, place] = [codeOf(b, value), placeOf(order, i)];
+      return [shifted(code.magnitude, place.magnitude), shifted(code.sign, place.sign - 3)];
+    })
+    .reduce((word, bits) => b.or(word, bits));
 }
 
 /** What a block became: its scale, and the values of its codes. */
@@ -152,13 +170,17 @@ const SELECT = 0xe4;
  * Eight codes as four registers of FP16: pair i is elements i and i + 4, which is fewer operations than neighbours.
  * Values are code * scale / {@link UNPACKED_UNIT}, exactly.
  */
-export function unpackCodes(b: KernelBuilder, word: Reg<'b32'>, scale: Reg<'f16x2'>): Reg<'f16x2'>[] {
-  // Each byte becomes the first byte of FP16 of its lower, or of its upper code; other bits are cut off with the pairs.
+export function unpackCodes(b: KernelBuilder, order: CodeOrder, word: Reg<'b32'>, scale: Reg<'f16x2'>): Reg<'f16x2'>[] {
+  const pair = (bytes: Reg<'b32'>) => b.mul(b.as(b.and(bytes, CODE_BITS), 'f16x2'), scale);
+  // Each byte becomes the first byte of FP16 of one of its codes; other bits are cut off with the pairs.
+  if (order === 'pairs') {
+    const first = [pair(b.shl(word, 1)), pair(b.shl(word, 9))];
+    const upper = b.lop3(b.shr(word, 2), word, MAGNITUDE_BITS, SELECT);
+    return [...first, pair(upper), pair(b.shl(upper, 8))];
+  }
   const lower = b.lop3(b.shl(word, 1), b.shl(word, 4), MAGNITUDE_BITS, SELECT);
   const upper = b.lop3(b.shr(word, 3), word, MAGNITUDE_BITS, SELECT);
-  return [b.shl(lower, 8), b.shl(upper, 8), lower, upper].map((bytes) =>
-    b.mul(b.as(b.and(bytes, CODE_BITS), 'f16x2'), scale),
-  );
+  return [pair(b.shl(lower, 8)), pair(b.shl(upper, 8)), pair(lower), pair(upper)];
 }
 
 /** {@link roundToE2m1} of a number that is not negative. */

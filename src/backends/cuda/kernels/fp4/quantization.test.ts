@@ -66,6 +66,15 @@ function expectedBlock(values: ArrayLike<number>, unit: number, scaleSearch: Sca
   return { scale: quantizeFp4Block(block, FP4_BLOCK, { format: 'nvfp4', scaleSearch }, codes), codes };
 }
 
+/** Codes of a block from a byte on: nibbles for block-scaled products; else two to a byte, of bits 6, 2 to 0 and of bits 7, 5 to 3. */
+const codesAt = (bytes: Uint8Array, first: number, kernel: Setting['kernel']) =>
+  Array.from({ length: FP4_BLOCK }, (_, i) => {
+    if (kernel === 'qk-fp4-pv-fp4-cuda') return ((bytes[first + (i >> 1)] as number) >> (4 * (i & 1))) & 15;
+    const place = [1, 0, 1, 0, 3, 2, 3, 2][i & 7] as number;
+    const byte = bytes[first + 4 * (i >> 3) + place] as number;
+    return (i & 2) === 0 ? ((byte >> 3) & 8) | (byte & 7) : ((byte >> 4) & 8) | ((byte >> 3) & 7);
+  });
+
 /** What must be equal, up to the rare tie that another order of a sum decides otherwise. */
 class Agreement {
   #blocks = 0;
@@ -121,10 +130,7 @@ describe.each(SETTINGS)(`$kernel, D $dim, $dtype, $scaleSearch (SAGEATTENTION_SE
         const step = Math.floor(first / 64);
         const word = (tile * (padded / 64) + step) * TILE + (stored % TILE);
         const scale = scales[word * 4 + ((first % 64) >> 4)];
-        const own = Array.from({ length: FP4_BLOCK }, (_, i) => {
-          const byte = codes[stored * (padded / 2) + ((first + i) >> 1)] as number;
-          return (byte >> (4 * (i & 1))) & 15;
-        });
+        const own = codesAt(codes, stored * (padded / 2) + first / 2, setting.kernel);
         const same = (code: number, i: number) =>
           e2m1ToNumber(code) === e2m1ToNumber(expected.codes[i] as number) || code % 8 === 0;
         agreement.add(scale === expected.scale && own.every(same));
@@ -152,10 +158,7 @@ describe.each(SETTINGS)(`$kernel, D $dim, $dtype, $scaleSearch (SAGEATTENTION_SE
           });
           const expected = expectedBlock(column, unit, scaleSearch);
           const at = tile * paddedV + channel;
-          const own = Array.from({ length: FP4_BLOCK }, (_, i) => {
-            const byte = codes[at * 32 + ((first + i) >> 1)] as number;
-            return (byte >> (4 * (i & 1))) & 15;
-          });
+          const own = codesAt(codes, at * 32 + first / 2, setting.kernel);
           const same = (code: number, i: number) => e2m1ToNumber(code) === e2m1ToNumber(expected.codes[i] as number);
           agreement.add(scales[at * 4 + first / FP4_BLOCK] === expected.scale && own.every(same));
         }

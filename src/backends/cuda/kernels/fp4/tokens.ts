@@ -22,7 +22,7 @@ import { BYTES, type LoadWidth, loadEight, loadEightFloats } from '../parts/elem
 import { at } from '../parts/lists.ts';
 import { loadSequence, type SequenceRegisters } from '../parts/sequences.ts';
 import { type HiddenKeys, isVisible, loadVisibleRange, visibleBitsAt } from '../quantize/visible-keys.ts';
-import { packCodes, type QuantizedBlock, quantizeBlock, scaleAll, scaleByte, unitOf } from './e2m1.ts';
+import { type CodeOrder, packCodes, type QuantizedBlock, quantizeBlock, scaleAll, scaleByte, unitOf } from './e2m1.ts';
 
 export interface Fp4TokensConfig {
   readonly target: Target;
@@ -38,6 +38,8 @@ export interface Fp4TokensConfig {
    */
   readonly format: 'codes' | 'halves' | 'exact-halves';
   readonly scaleSearch: ScaleSearch;
+  /** Of `codes`. */
+  readonly codeOrder: CodeOrder;
   /** K only: rows in the order of the accumulators. */
   readonly permuted: boolean;
   /** Subtract the vector in `keyMean` (K), or use it for the row bias (Q). */
@@ -391,7 +393,7 @@ function store(place: Place, values: readonly (readonly Reg<'f32'>[])[]): void {
       const { scale, codes } = block as QuantizedBlock;
       const storedRow = config.permuted ? permutedRow(b, inBlock) : inBlock;
       const destination = b.add(offset(b, base, storedRow, rowBytes), b.as(b.cvt('u64', b.shr(channel, 1)), 'global'));
-      const word = packCodes(b, codes);
+      const word = packCodes(b, codes, config.codeOrder);
       b.when(isInside, () => b.st(word, destination));
       const byte = scaleByte(b, scale);
       const scaleDestination = offset(b, scaleAt, storedRow, 4);

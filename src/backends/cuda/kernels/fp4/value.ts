@@ -21,7 +21,16 @@ import { BYTES, type LoadWidth, loadEight, loadEightFloats } from '../parts/elem
 import { at } from '../parts/lists.ts';
 import { loadSequence, type SequenceRegisters } from '../parts/sequences.ts';
 import { type HiddenKeys, isVisible, loadVisibleRange, visibleBitsAt } from '../quantize/visible-keys.ts';
-import { FP4_BLOCK, inversePower, packCodes, quantizeBlock, scaleAll, scaleByte, unitOf } from './e2m1.ts';
+import {
+  type CodeOrder,
+  FP4_BLOCK,
+  inversePower,
+  packCodes,
+  quantizeBlock,
+  scaleAll,
+  scaleByte,
+  unitOf,
+} from './e2m1.ts';
 
 export interface Fp4ValueConfig {
   readonly target: Target;
@@ -31,6 +40,7 @@ export interface Fp4ValueConfig {
   readonly paddedValueDim: number;
   readonly loadWidth: LoadWidth;
   readonly scaleSearch: ScaleSearch;
+  readonly codeOrder: CodeOrder;
   /** Subtract `valueMean`. */
   readonly smoothV: boolean;
   /** Keys that a mask hides from every row are zeros. */
@@ -229,7 +239,7 @@ function tileUnit(b: KernelBuilder, largest: Reg<'f32'>): Reg<'f32'> {
 
 /** Each thread quantizes 16 keys of a channel at a time. */
 function quantizeColumns({ b, config, pointer, tile, thread }: Place, base: Reg<'shared'>, inverse: Reg<'f32'>): void {
-  const { paddedValueDim, scaleSearch } = config;
+  const { paddedValueDim, scaleSearch, codeOrder } = config;
   b.section('codes and scales of 16 keys of a channel');
   const blocks = TILE / FP4_BLOCK;
   const channels = b.mul(tile, paddedValueDim);
@@ -244,7 +254,7 @@ function quantizeColumns({ b, config, pointer, tile, thread }: Place, base: Reg<
       const values = Array.from({ length: FP4_BLOCK }, (_, i) => b.ld('f32', source, i * paddedValueDim * 4));
       scaleAll(b, values, inverse);
       const { scale, codes } = quantizeBlock(b, values, scaleSearch, 1);
-      const words = [packCodes(b, codes.slice(0, 8)), packCodes(b, codes.slice(8))];
+      const words = [packCodes(b, codes.slice(0, 8), codeOrder), packCodes(b, codes.slice(8), codeOrder)];
       const destination = offset(b, codesAt, channel, TILE / 2);
       b.stVector(words, b.add(destination, b.as(b.mulWide(block, 8), 'global')));
       const scaleDestination = offset(b, scalesAt, channel, 4);

@@ -79,8 +79,9 @@ export function attention(config: AttentionConfig): Kernel {
   const parked = new Parked(frame, place, work, queryRow, copies, queryScale);
   frame.sync();
   const scores = makeScores(frame);
-  // With P in FP8 a register is free to hold this address across QK^T.
-  const valueLane = config.pvFormat === 'e4m3' ? valueLaneAddress(frame, place.thread) : undefined;
+  // With P in FP8 a register is free to hold this address across QK^T, but where FP4 is unpacked beside the sums of wide V.
+  const isFree = config.pvFormat === 'e4m3' && !(frame.fp4Keys && config.paddedValueDim > 128);
+  const valueLane = isFree ? valueLaneAddress(frame, place.thread) : undefined;
 
   const loop: Loop = { frame, copies, parked, walk, scores, ...state, lanes: { ...lanes, value: valueLane } };
   b.loop(

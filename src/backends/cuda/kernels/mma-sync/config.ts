@@ -1,6 +1,7 @@
 /** Configurations of the `mma.sync` kernel, and what launches must know of it. */
 import type { DType } from '../../../../tensor/dtype.ts';
 import type { Target } from '../../ptx/targets.ts';
+import type { CodeOrder } from '../fp4/e2m1.ts';
 import type { LoadWidth } from '../parts/elements.ts';
 
 /** Keys of a tile. */
@@ -20,6 +21,8 @@ export interface AttentionConfig {
    * and Q in FP16, in the order of `unpackCodes`.
    */
   readonly qkFormat: 's8' | 's4' | 'e2m1' | 'e2m1-as-f16' | 'f16' | 'bf16';
+  /** Of K and V in FP4. */
+  readonly codeOrder: CodeOrder;
   /** Bytes of a quantized token of K: D padded to 32 (INT8), or to 64 and halved (INT4, FP4). */
   readonly qkRowBytes: number;
   /** The same for Q, or for FP16. */

@@ -27,7 +27,7 @@ const HALF_ONES = 0x3c003c00;
 
 const GROUPS = BLOCK_K / 32;
 
-/** Fragments of P in FP16 for 32 keys: two steps of 16. */
+/** Fragments of Q or P in FP16 for 32 channels or keys: two steps of 16. */
 type Halves = readonly (readonly Reg<'f16x2'>[])[];
 
 export class Fp4Products {
@@ -122,9 +122,11 @@ export class Fp4Products {
     const shift = b.shl(b.shr(t, 1), 3);
     const [queryAt, keyAt] = [chunkAddresses(b, tiles.query.layout, query), chunkAddresses(b, tiles.key.layout, key)];
     const chunks = config.qkRowBytes / 16;
-    // A word has the scales of 64 channels of a key, two chunks.
-    for (let first = 0; first < chunks; first += 2) {
-      const q = [first, first + 1].map((chunk) =>
+    // A word has the scales of 64 channels of a key, two chunks. Beside the sums of wide V there are no registers for both.
+    const atOnce = config.paddedValueDim > 128 ? 1 : 2;
+    for (let first = 0; first < chunks; first += atOnce) {
+      const own = Array.from({ length: atOnce }, (_, i) => first + i);
+      const q = own.map((chunk) =>
         Array.from({ length: rowTiles }, (_, m) =>
           [0, 1].map((step) => {
             const [address, byte] = queryAt(4 * chunk + 2 * step);
@@ -133,25 +135,41 @@ export class Fp4Products {
         ),
       );
       for (let group = 0; group < GROUPS; group++) {
-        const keys = [first, first + 1].map((chunk) => {
+        const keys = own.map((chunk) => {
           const [address, byte] = keyAt(chunk);
           return b.ldmatrix('b32', 4, address, byte + group * 32 * tiles.key.layout.rowBytes);
         });
         for (let i = 0; i < 4; i++) {
           const n = 4 * group + i;
-          const scales = scaleHalves(b, b.ld('b32', words, ((first >> 1) * BLOCK_K + 8 * n) * 4), shift);
-          for (const [half, scale] of scales.entries()) {
-            const halves = unpackCodes(b, at(at(keys, half), i), scale);
-            for (let step = 0; step < 2; step++) {
-              for (let m = 0; m < rowTiles; m++) {
-                const d = at(at(floats, m), n);
-                const c = first + half === 0 && step === 0 ? zeros : d;
-                const rows = at(at(at(q, half), m), step);
-                b.mma('m16n8k16.row.col.f32.f16.f16.f32', d, rows, halves.slice(2 * step, 2 * step + 2), c);
-              }
-            }
+          const word = b.ld('b32', words, ((first >> 1) * BLOCK_K + 8 * n) * 4);
+          const scales = scaleHalves(b, first % 2 === 0 ? word : b.shr(word, 16), shift);
+          for (const [j, chunk] of own.entries()) {
+            const halves = unpackCodes(b, config.codeOrder, at(at(keys, j), i), at(scales, j));
+            this.#multiplyColumns(at(q, j), halves, (m) => at(at(floats, m), n), chunk === 0 ? zeros : undefined);
           }
         }
+      }
+    }
+  }
+
+  /**
+   * Products of rows with eight unpacked columns, in two steps of 16 channels or keys.
+   *
+   * @param rows of each 16-row tile
+   * @param first what the first step starts from in place of the sums
+   */
+  #multiplyColumns(
+    rows: readonly Halves[],
+    columns: readonly Reg<'f16x2'>[],
+    sums: (m: number) => readonly Reg<'f32'>[],
+    first?: readonly Reg<'f32'>[],
+  ): void {
+    const { b } = this.#frame;
+    for (let step = 0; step < 2; step++) {
+      for (const [m, steps] of rows.entries()) {
+        const d = sums(m);
+        const c = step === 0 && first !== undefined ? first : d;
+        b.mma('m16n8k16.row.col.f32.f16.f16.f32', d, at(steps, step), columns.slice(2 * step, 2 * step + 2), c);
       }
     }
   }
@@ -261,14 +279,9 @@ export class Fp4Products {
       for (let i = 0; i < 4; i++) {
         const scales = scaleHalves(b, b.ld('b32', words, 8 * (first + i) * 4), shift);
         for (const [group, scale] of scales.entries()) {
-          const halves = unpackCodes(b, at(at(values, group), i), scale);
-          for (let step = 0; step < 2; step++) {
-            for (let m = 0; m < rowTiles; m++) {
-              const v = halves.slice(2 * step, 2 * step + 2);
-              const d = at(at(floats, m), first + i);
-              b.mma('m16n8k16.row.col.f32.f16.f16.f32', d, at(at(at(p, m), group), step), v);
-            }
-          }
+          const halves = unpackCodes(b, config.codeOrder, at(at(values, group), i), scale);
+          const rows = p.map((groups) => at(groups, group));
+          this.#multiplyColumns(rows, halves, (m) => at(at(floats, m), first + i));
         }
       }
     }
