@@ -41,6 +41,12 @@ describe(`ranks of processes that share memory (SAGEATTENTION_SEED=${seed})`, ()
   const random = new Random(seed);
   const make = (heads: number, tokens: number): Tensor =>
     tensor(random.normals(heads * tokens * 16), [1, heads, tokens, 16]);
+  // Both lie in each process's memory, whichever device its rank is on.
+  const joint = { k: make(2, 5), v: make(2, 5), where: 'back' } as const;
+  const attnMask = tensor(
+    Uint8Array.from({ length: 19 * 23 }, () => (random.uniform() < 0.7 ? 1 : 0)),
+    [19, 23],
+  );
 
   const attend = async (group: DeviceGroup, [q, k, v]: readonly Tensor[], options: ShardedOptions) => {
     const parts = await Promise.all([q, k, v].map((x) => group.shard(x as Tensor, { order: 'zigzag' })));
@@ -52,6 +58,7 @@ describe(`ranks of processes that share memory (SAGEATTENTION_SEED=${seed})`, ()
 
   it.each([
     ['two on one device, which exchange heads', [0, 0], { ulysses: 2 }],
+    ['two on two devices, with a mask and joint tokens', [1, 0], { attnMask, joint }],
     ['a causal ring of three on two devices', [0, 1, 0], { isCausal: true }],
   ])('give the bits of ranks in one process: %s', async (_, devices, options) => {
     const backend = createSimulatedBackend(80, 2);

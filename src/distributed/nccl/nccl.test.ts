@@ -29,6 +29,12 @@ describe(`ranks that NCCL connects (SAGEATTENTION_SEED=${seed})`, () => {
   const random = new Random(seed);
   const make = (heads: number, tokens: number): Tensor =>
     tensor(random.normals(heads * tokens * 16), [1, heads, tokens, 16]);
+  // Both lie in each process's memory, whichever device its rank is on.
+  const joint = { k: make(2, 5), v: make(2, 5), where: 'back' } as const;
+  const attnMask = tensor(
+    Uint8Array.from({ length: 19 * 23 }, () => (random.uniform() < 0.7 ? 1 : 0)),
+    [19, 23],
+  );
 
   const attend = async (group: DeviceGroup, [q, k, v]: readonly Tensor[], options: ShardedOptions) => {
     const parts = await Promise.all([q, k, v].map((x) => group.shard(x as Tensor, { order: 'zigzag' })));
@@ -39,7 +45,7 @@ describe(`ranks that NCCL connects (SAGEATTENTION_SEED=${seed})`, () => {
   };
 
   it.each([
-    ['a ring of three, of which lengths divide unevenly', 3, {}],
+    ['a ring of three, of which lengths divide unevenly, with a mask and joint tokens', 3, { attnMask, joint }],
     ['two rows of two, causal', 4, { ulysses: 2, isCausal: true }],
     ['one rank, which finds itself', 1, {}],
   ])('give the bits of ranks in one process: %s', async (_, ranks, options) => {
