@@ -2,7 +2,8 @@
  * Softmax of rows whose logsumexp does not give their weights (`prepare.ts` marks them): it is NaN, or too far from 0 to be accurate. They
  * are few: a CTA whose 64 rows have none of them ends at once.
  *
- * Scores are those that the gradient kernels compute, to the bit. A row's largest becomes its shift, and what its sum divides by goes to the
+ * Scores are those that the gradient kernels compute: to the bit on `mma.sync`, on `wgmma` but for what their exponents round (`COARSE_SCALE`).
+ * A row's largest becomes its shift, and what its sum divides by goes to the
  * BF16 row of dO and to D, of which all three gradients are linear functions: `dV = P'^T (w dO)`, `dS = P' (w dP - w D)`. What made a row NaN
  * is found on the way: a value leaves the row's weights as they are, a key or the mask does not.
  */
