@@ -16,6 +16,7 @@ import { mkdtempSync, readFileSync, rmSync } from 'node:fs';
 import { availableParallelism, setPriority, tmpdir } from 'node:os';
 import { join } from 'node:path';
 import { createInterface } from 'node:readline';
+import { setTimeout } from 'node:timers/promises';
 import { messageOf } from '../src/errors.ts';
 import { ensureRuntime } from './runtimes.ts';
 import { ensureSoftwareGpu, SOFTWARE_GPUS } from './software-gpu.ts';
@@ -87,6 +88,9 @@ const PARTS: readonly Part[] = [
 /** Niceness of the parts that yield: they get a quarter of a processor that both want. Far less would run into their own limits of time. */
 const YIELDING = 5;
 
+/** Milliseconds in which the last lines of a part that has ended must come. */
+const LAST_LINES = 5000;
+
 const IN_CI = process.env.CI !== undefined;
 const SEED = process.env.SAGEATTENTION_SEED ?? String(Math.floor(Math.random() * 2 ** 32));
 /** What test/support/sample.ts reads. */
@@ -152,7 +156,12 @@ async function vitest(part: Part, report: string, prefix: string | undefined, yi
       if (line !== '') console.log(`${prefix}${line}`);
     });
   }
-  return new Promise((resolve, reject) => running.on('close', resolve).on('error', reject));
+  const closed = new Promise((resolve) => running.on('close', resolve));
+  const status = await new Promise<number | null>((resolve, reject) => running.on('exit', resolve).on('error', reject));
+  // A program that a test left behind may hold its output open.
+  await Promise.race([closed, setTimeout(LAST_LINES, undefined, { ref: false })]);
+  for (const output of [running.stdout, running.stderr]) output?.destroy();
+  return status;
 }
 
 async function run(part: Part, folder: string, together: boolean, yields: boolean): Promise<Counts> {
