@@ -459,7 +459,8 @@ function insteadFor(problem: AttentionProblem, choice: KernelChoice): FamilyLaun
   const { headDim, valueDim, queryHeads, kvHeads, queryLength } = problem;
   const { pvFormat } = descriptorOf(choice.descriptor.name);
   if (queryLength !== 1 || pvFormat !== 'f16' || Math.max(headDim, valueDim) > 128) return undefined;
-  const rows = headsAsRows(problem, choice)?.queryLength;
+  // Blocks that are all kept give the bits of a call without them, so they are no reason for another kernel.
+  const rows = headsAsRows({ ...problem, blocks: undefined }, choice)?.queryLength;
   return rows === queryHeads / kvHeads ? { ...ALONE, headsAsRows, attend: MMA_SYNC.attend } : undefined;
 }
 
