@@ -5,7 +5,6 @@ import { tmpdir } from 'node:os';
 import path from 'node:path';
 import { fileURLToPath } from 'node:url';
 import { build, type Plugin } from 'esbuild';
-import { WORKER_SOURCE } from '../src/backends/wasm/worker-source.ts';
 import { generatorDigest } from './generator-digest.ts';
 import { licencesOf } from './licences.ts';
 
@@ -118,7 +117,8 @@ run(inRoot('node_modules', 'tsx', 'dist', 'cli.mjs'), [inRoot('scripts', 'build-
 run(inRoot('node_modules', 'typescript-native', 'bin', 'tsc'), ['-p', inRoot('tsconfig.build.json')]);
 await unwrapOptionalImport();
 await writeGeneratorDigest();
-// As a file of its own, for pages whose policy allows no `blob:`.
+// As a file of its own, for pages whose policy allows no `blob:`. It reads offsets that the build of the kernels makes.
+const { WORKER_SOURCE } = await import('../src/backends/wasm/worker-source.ts');
 await writeFile(inRoot('dist', 'backends', 'wasm', 'worker.js'), WORKER_SOURCE.trimStart());
 // A worker's file exports nothing; without declarations TypeScript would refuse to hear of it.
 await writeFile(inRoot('dist', 'backends', 'wasm', 'worker.d.ts'), 'export {};\n');
