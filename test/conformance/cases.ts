@@ -456,7 +456,10 @@ const extremes = [
     // of the 500 in the inputs' own dtype remains.
     bound: 'algorithm',
   }),
+  // All rows of a head and of one sign see the same largest key, so they gain or lose together: many heads, few rows.
   dense('extreme', 'one huge outlier channel in Q and K', {
+    heads: 32,
+    lq: 5,
     lk: 140,
     bound: 'algorithm',
     edit: ({ q, k }, { d }) => {

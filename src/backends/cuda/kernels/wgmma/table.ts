@@ -148,10 +148,10 @@ const EXACT_MORE_PADDING = 1.125;
 const LONG_ROWS = 1024;
 
 /**
- * With a band, at D = 128: from here on a CTA for each item took an H200 0.577 ms for 0.616 (2048 tokens, causal), and below it more
- * (1024: 0.379 for 0.341). Of a single tile of rows two stages took 0.135 for 0.138.
+ * With a band, at D = 128: from here on a CTA for each item took an H200 0.997 ms for 1.037 (4096 tokens, causal). At 2048 it took between
+ * 0.577 and 0.665 where CTAs with many items took 0.616, and at 1024 0.379 for 0.341. Of a single tile of rows two stages took 0.135 for 0.138.
  */
-const LONG_BANDED_ROWS = 2048;
+const LONG_BANDED_ROWS = 4096;
 
 /** Shared memory of a multiprocessor's CTA, less what is not stages and Q. */
 const STAGE_ROOM = 232_448 - 2048;
