@@ -35,10 +35,13 @@ const TERMINATION_MS = 50;
 
 function startNodeWorker({ Worker }: NodeWorkers): WorkerHandle {
   const worker = new Worker(WORKER_SOURCE, { eval: true, execArgv: [], name: 'sageattention' });
-  worker.unref();
   return {
     post: (message, transfer) => worker.postMessage(message, transfer ?? []),
-    onMessage: (listener) => worker.on('message', listener),
+    onMessage: (listener) => {
+      worker.on('message', listener);
+      // The process may end without it. Only from now on: a listener that is added holds it.
+      worker.unref();
+    },
     onDeath: (listener) => {
       worker.on('error', listener);
       worker.on('exit', (code) => listener(new Error(`the worker exited with code ${code}`)));
