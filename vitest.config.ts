@@ -51,7 +51,7 @@ export default defineConfig({
     pool: 'forks',
     sequence: { sequencer: LongestFirst },
     globalSetup: './test/support/global-setup.ts',
-    // Two parts of `npm test` share the processors, and software GPUs are slow.
+    // Software GPUs compile some kernels for minutes where a machine is busy.
     testTimeout: 300_000,
     projects: [
       {
