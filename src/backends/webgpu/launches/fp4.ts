@@ -26,6 +26,7 @@ import {
   extent,
   keyHeads,
   keyValueRowBytes,
+  keyValueSources,
   launchesOf,
   operandSpan,
   partialSpan,
@@ -63,7 +64,6 @@ export function prepareFp4KeyValueLaunches(stages: Stages, first: number): Launc
     valueBlocks: held ? 'channels' : 'keys',
   });
   const rowBytes = keyValueRowBytes(keyValue);
-  const bytes = BYTES_PER_ELEMENT[dtype];
   return launchesOf(
     stages,
     'prepare key value',
@@ -88,12 +88,7 @@ export function prepareFp4KeyValueLaunches(stages: Stages, first: number): Launc
         chunks: keyValue.chunks,
         sequencesAt: stages.sequencesAt,
         tilesAt,
-        kHeadStride: problem.k.headStride,
-        kTokenStride: problem.k.tokenStride,
-        kBase: base('k') / bytes,
-        vHeadStride: problem.v.headStride,
-        vTokenStride: problem.v.tokenStride,
-        vBase: base('v') / bytes,
+        ...keyValueSources(stages, base),
         rowsPerHead: keyValue.rowsPerHead,
         kRowBase: base('keys') / 4,
         vRowBase: base('values') / 4,

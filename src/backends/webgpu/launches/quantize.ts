@@ -33,6 +33,7 @@ import {
   type KeyValueShape,
   keyHeads,
   keyValueRowBytes,
+  keyValueSources,
   launchesOf,
   operandSpan,
   partialSpan,
@@ -163,7 +164,6 @@ export function statisticsLaunches(stages: Stages, target: 'partials' | 'newPart
     valueTypical: values.integers,
     masked,
   });
-  const bytes = BYTES_PER_ELEMENT[dtype];
   if (records.every(({ keyLength }) => keyLength === 0)) return [];
   return launchesOf(
     stages,
@@ -185,12 +185,7 @@ export function statisticsLaunches(stages: Stages, target: 'partials' | 'newPart
         chunks,
         sequencesAt: stages.sequencesAt,
         tilesAt: 0,
-        kHeadStride: problem.k.headStride,
-        kTokenStride: problem.k.tokenStride,
-        kBase: base('k') / bytes,
-        vHeadStride: problem.v.headStride,
-        vTokenStride: problem.v.tokenStride,
-        vBase: base('v') / bytes,
+        ...keyValueSources(stages, base),
         partialBase: base(target) / 16,
         visibleHeadStride: headStride,
         visibleBase: base('visible') / 4,
@@ -215,7 +210,6 @@ function keyValueStage(stages: Stages, first = 0): PrepareStage<PrepareKeyValueC
   const tiles = appendedTiles(records, first);
   const { smoothK, sharedScale, values, layout } = keyValue;
   const rowBytes = keyValueRowBytes(keyValue);
-  const bytes = BYTES_PER_ELEMENT[dtype];
   const config = {
     dtype,
     access: accessOf(dtype, [problem.k, problem.v], [headDim, valueDim]),
@@ -247,12 +241,7 @@ function keyValueStage(stages: Stages, first = 0): PrepareStage<PrepareKeyValueC
       sequences: keyValue.sequences,
       chunks: keyValue.chunks,
       sequencesAt: stages.sequencesAt,
-      kHeadStride: problem.k.headStride,
-      kTokenStride: problem.k.tokenStride,
-      kBase: base('k') / bytes,
-      vHeadStride: problem.v.headStride,
-      vTokenStride: problem.v.tokenStride,
-      vBase: base('v') / bytes,
+      ...keyValueSources(stages, base),
       rowsPerHead: keyValue.rowsPerHead,
       kRowBase: base('keys') / 16,
       vRowBase: base('values') / 16,

@@ -251,6 +251,20 @@ export function operandSpan(
   };
 }
 
+/** Where K and V lie, as kernels that quantize them are told: strides, and where their bindings begin, in elements. */
+export function keyValueSources({ problem }: Pick<Stages, 'problem'>, base: (buffer: BufferName) => number) {
+  const { k, v } = problem;
+  const bytes = BYTES_PER_ELEMENT[problem.dtype];
+  return {
+    kHeadStride: k.headStride,
+    kTokenStride: k.tokenStride,
+    kBase: base('k') / bytes,
+    vHeadStride: v.headStride,
+    vTokenStride: v.tokenStride,
+    vBase: base('v') / bytes,
+  };
+}
+
 /** Span of scratch rows; `rowOf` gives a tile's rows within a head. */
 export function rowSpan(
   slot: number,

@@ -71,6 +71,15 @@ export class StreamCopies {
     this.#copy(ownsQueries ? 'outputGradient' : 'valueOperand', row, widths.values, own.values);
   }
 
+  /** {@link copyStream} and all before it, there for every thread. */
+  bringStream(now: Passing): void {
+    const { b } = this.#frame;
+    this.copyStream(now);
+    b.cpAsyncCommitGroup();
+    b.cpAsyncWaitGroup(0);
+    b.barSync();
+  }
+
   copyStream({ head, tile, stage }: Passing): void {
     const { b, config, stream, stageBytes, ownsQueries } = this.#frame;
     const widths = this.#rowBytes();

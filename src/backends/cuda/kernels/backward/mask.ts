@@ -125,10 +125,7 @@ function addRows(self: MaskFrame, work: Work): void {
     b.loop(
       () => b.setp('lt', now.tile, work.lastTile),
       () => {
-        copies.copyStream(now);
-        b.cpAsyncCommitGroup();
-        b.cpAsyncWaitGroup(0);
-        b.barSync();
+        copies.bringStream(now);
         const lanes = laneAddresses(frame);
         const codes = Array.from({ length: frame.columnTiles }, () => b.regs('s32', 4));
         b.section('S');

@@ -97,10 +97,7 @@ function eachTile(
   b.loop(
     () => b.setp('lt', now.tile, work.lastTile),
     () => {
-      copies.copyStream(now);
-      b.cpAsyncCommitGroup();
-      b.cpAsyncWaitGroup(0);
-      b.barSync();
+      copies.bringStream(now);
       b.section('S');
       const lanes = laneAddresses(frame);
       const codes = Array.from({ length: columnTiles }, () => b.regs('s32', 4));
