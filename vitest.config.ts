@@ -18,6 +18,7 @@ function softwareGpuProject(gpu: SoftwareGpu) {
     extends: true as const,
     test: {
       name: `webgpu-${gpu}`,
+      setupFiles: ['test/support/dawn-polling.ts'],
       include: ['src/**/*.gpu.test.ts', 'test/**/*.gpu.test.ts'],
       // onnxruntime on one driver: what is tested is how we share its device, and it takes minutes.
       exclude: [...configDefaults.exclude, ...(gpu === 'swiftshader' ? ['src/integrations/**'] : [])],

@@ -3,8 +3,8 @@
  * a GPU. `tsx scripts/software-gpu.ts [swiftshader] [lavapipe]` installs what is missing and prints where it is.
  *
  * - SwiftShader comes with Debian's Chromium: no float16 arithmetic, subgroups of 4.
- * - lavapipe is Mesa's: float16 arithmetic, subgroups of 8. Dawn needs Mesa 23.1 or newer, which older Debians have in
- *   their backports; that one driver is unpacked into `.tools/` and nothing of the system is upgraded.
+ * - lavapipe is Mesa's: float16 arithmetic, subgroups of 4 or 8. Dawn needs Mesa 23.1 or newer, which older Debians have
+ *   in their backports; that one driver is unpacked into `.tools/` and nothing of the system is upgraded.
  */
 import { spawnSync } from 'node:child_process';
 import { existsSync, mkdirSync, readdirSync, readFileSync, rmSync, writeFileSync } from 'node:fs';
@@ -17,6 +17,8 @@ export type SoftwareGpu = (typeof SOFTWARE_GPUS)[number];
 
 const ROOT = resolve(dirname(fileURLToPath(import.meta.url)), '..');
 const TOOLS = join(ROOT, '.tools', 'lavapipe');
+/** Compiled kernels of lavapipe. Its keys do not tell vectors of one width from another's, so each has a folder. */
+const KERNELS = join(ROOT, '.tools', 'lavapipe-kernels');
 const SWIFTSHADER_ICD = '/usr/lib/chromium/vk_swiftshader_icd.json';
 const OLDEST_MESA = 23;
 
@@ -65,11 +67,23 @@ export function locateSoftwareGpu(gpu: SoftwareGpu): string | undefined {
   return installed >= OLDEST_MESA ? firstFile('/usr/share/vulkan/icd.d', LAVAPIPE_MANIFEST) : undefined;
 }
 
-/** The environment in which Dawn finds only this driver; set it before Dawn is loaded. */
-export const softwareGpuEnvironment = (manifest: string): Record<string, string> => ({
-  VK_ICD_FILENAMES: manifest,
-  VK_DRIVER_FILES: manifest,
-});
+/**
+ * The environment in which Dawn finds only this driver; set it before Dawn is loaded.
+ *
+ * @param lanes lanes of lavapipe's vectors, which are its subgroups. A test there is compilation, hardly anything else, and LLVM takes 2.4
+ *   times as long for 8 lanes as for 4
+ */
+export function softwareGpuEnvironment(manifest: string, lanes: 4 | 8 = 4): Record<string, string> {
+  const kernels = join(KERNELS, `lanes-${lanes}`);
+  // Mesa makes no folder above its own.
+  mkdirSync(kernels, { recursive: true });
+  return {
+    VK_ICD_FILENAMES: manifest,
+    VK_DRIVER_FILES: manifest,
+    LP_NATIVE_VECTOR_WIDTH: String(32 * lanes),
+    MESA_SHADER_CACHE_DIR: kernels,
+  };
+}
 
 function run(command: string, arguments_: readonly string[], cwd = ROOT): void {
   const { status, stderr, stdout } = spawnSync(command, arguments_, {

@@ -56,7 +56,7 @@ const PARTS: readonly Part[] = [
   },
   ...SOFTWARE_GPUS.map((gpu) => ({
     name: `WebGPU on ${gpu}`,
-    arguments: ['--project', `webgpu-${gpu}`],
+    arguments: ['--project', `webgpu-${gpu}`, ALL_PROCESSORS],
     // The faster of the two, and the one with more features.
     byHand: gpu === 'lavapipe',
     // The project names the driver to Dawn; here it is only made sure that there is one.
