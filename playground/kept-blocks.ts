@@ -80,7 +80,7 @@ export function keptBlocks(onMass: () => void): KeptBlocksFigure {
         if (flag === 0) context.fillRect((i % keyBlocks) * keys, Math.floor(i / keyBlocks) * rows, keys, rows);
       });
       const count = map.filter((flag) => flag !== 0).length;
-      note.textContent = `Blocks of ${rows} queries by ${keys} keys; the covered ones are not computed. Kept: ${count} of ${map.length}, ${percent(keptFraction)}, with ${lostMass < LEAST_SHARE ? 'nothing' : percent(lostMass)} of the softmax lost by the estimate that chooses them. Error of the output ${percent(error)}, of all blocks ${percent(errorOfAll)}. Time of all blocks over theirs, choosing included, WASM on one thread: ${short(speed)}.`;
+      note.textContent = `Blocks of ${rows} queries by ${keys} keys; the covered ones are not computed. Kept: ${count} of ${map.length}, ${percent(keptFraction)}, with ${lostMass < LEAST_SHARE ? 'nothing' : percent(lostMass)} of the softmax lost by the estimate that chooses them. Error of the output ${percent(error)}, of all blocks ${percent(errorOfAll)}. ${short(speed)} times as fast as all blocks, choosing included, WASM on one thread${speed < 1 ? ': of so few tokens, choosing costs more than it saves' : ''}.`;
       stack.setAttribute(
         'aria-label',
         `Attention map with the blocks that are not computed covered. ${note.textContent}`,

@@ -106,6 +106,7 @@ export function startModel(model: ModelClient, report: DeviceReport, ortBase: st
     const difference = h('dd', {}, '–');
     const worst = h('dd', {}, '–');
     const tokens = h('dd', {}, '–');
+    const kernel = h('dd', {}, '–');
     const add = h('button', { type: 'button' }, 'Add a sentence');
 
     const inputs = () => [...list.querySelectorAll('input')];
@@ -127,7 +128,7 @@ export function startModel(model: ModelClient, report: DeviceReport, ortBase: st
         if (encoded.length < 2) {
           say(message, 'Two sentences are needed to compare.');
           for (const each of [exact, quantized]) each.clear();
-          for (const fact of [difference, worst]) fact.textContent = '–';
+          for (const fact of [difference, worst, kernel]) fact.textContent = '–';
           return;
         }
         const numbers = encoded.map(({ number }) => number);
@@ -138,6 +139,7 @@ export function startModel(model: ModelClient, report: DeviceReport, ortBase: st
         drawMatrix(quantized, b, numbers, 'Similarities with SageAttention');
         difference.textContent = short(compare(b.flat(), a.flat()).maxAbsoluteError);
         worst.textContent = cosine(Math.min(...encoded.map(({ pair }) => pair.cosine)));
+        kernel.textContent = [...new Set(encoded.flatMap(({ pair }) => pair.kernels))].join(', ');
       } catch (error) {
         say(message, messageOf(error), true);
       }
@@ -183,6 +185,7 @@ export function startModel(model: ModelClient, report: DeviceReport, ortBase: st
         h('div', {}, h('dt', {}, 'Largest difference of a similarity'), difference),
         h('div', {}, h('dt', {}, 'Lowest cosine of an embedding with its exact one'), worst),
         h('div', {}, h('dt', {}, 'Tokens'), tokens),
+        h('div', {}, h('dt', {}, 'Kernel'), kernel),
       ),
     );
     compute(undefined);

@@ -1,8 +1,9 @@
 /** The worker of the sentence encoder: its activations for section 2, its embeddings for section 4. */
 import * as Comlink from 'comlink';
 import { createProblem } from '../../src/attention/problem.ts';
-import { getBackend, sageattn, type Tensor, tensor } from '../../src/index.ts';
+import { getBackend, type KernelName, sageattn, type Tensor, tensor } from '../../src/index.ts';
 import { exactOutput } from '../../src/measure/accuracy.ts';
+import { quantizingKernel } from '../../src/measure/quantizing-kernel.ts';
 import {
   type AttentionCall,
   type AttentionFunction,
@@ -74,6 +75,8 @@ export interface SentencePair {
   readonly quantized: Float32Array;
   /** Of the two embeddings. */
   readonly cosine: number;
+  /** Of both layers. */
+  readonly kernels: readonly KernelName[];
 }
 
 /** Attention of one layer on a long text. */
@@ -99,14 +102,21 @@ export interface LongRun {
 const exactAttention: AttentionFunction = async (call) =>
   tensor(await exactOutput({ ...call, tensorLayout: 'NHD' }, () => {}), call.q.shape);
 
+const kernelOf = async ({ q, k, v }: AttentionCall, backend: BrowserBackend): Promise<KernelName> =>
+  quantizingKernel(await getBackend(backend), createProblem(q, k, v, { tensorLayout: 'NHD' }));
+
 const quantizedAttention =
-  (backend: BrowserBackend): AttentionFunction =>
-  ({ q, k, v, attnMask, smScale }) =>
-    sageattn(q, k, v, { tensorLayout: 'NHD', smScale, backend, ...(attnMask && { attnMask }) });
+  (backend: BrowserBackend, onKernel?: (name: KernelName) => void): AttentionFunction =>
+  async (call) => {
+    const { q, k, v, attnMask, smScale } = call;
+    const kernel = await kernelOf(call, backend);
+    onKernel?.(kernel);
+    return sageattn(q, k, v, { tensorLayout: 'NHD', smScale, backend, kernel, ...(attnMask && { attnMask }) });
+  };
 
 const ACCURACY_ROWS = 64;
 
-/** SageAttention's default kernel and every peer of its backend, in turns. */
+/** SageAttention's fastest kernel and every peer of its backend, in turns. */
 async function timeLayer(
   call: AttentionCall,
   backend: BrowserBackend,
@@ -116,9 +126,7 @@ async function timeLayer(
   const contiguous = (view: Tensor) => tensor(toFloat32(view), view.shape);
   const inputs: BenchInputs = { q: contiguous(call.q), k: contiguous(call.k), v: contiguous(call.v), isCausal: false };
   const [, , heads = 0, headDim = 0] = call.q.shape;
-  const { name } = await (await getBackend(backend)).defaultKernel(
-    createProblem(call.q, call.k, call.v, { tensorLayout: 'NHD' }),
-  );
+  const name = await kernelOf(call, backend);
   const ours = `${backend}:${name}`;
   const chosen = (await contestants([backend], ortBase)).filter(({ id, kind }) => kind === 'peer' || id === ours);
   const outcomes = await measureInTurns(chosen, inputs, { rows: ACCURACY_ROWS, signal, onStep: () => {} });
@@ -176,10 +184,12 @@ const api = {
     const { tokenizer, encoder } = need();
     const ids = tokenizer.encode(text);
     const [exact] = await encoder.encode([ids], exactAttention);
-    const [quantized] = await survivingLoss(() => encoder.encode([ids], quantizedAttention(backend)));
+    const kernels: KernelName[] = [];
+    const attend = quantizedAttention(backend, (name) => kernels.push(name));
+    const [quantized] = await survivingLoss(() => encoder.encode([ids], attend));
     if (exact === undefined || quantized === undefined) throw new Error('the encoder gave nothing');
     const { cosineSimilarity } = compare(quantized, exact);
-    return { tokens: Math.min(ids.length, TRAINED_LENGTH), exact, quantized, cosine: cosineSimilarity };
+    return { tokens: Math.min(ids.length, TRAINED_LENGTH), exact, quantized, cosine: cosineSimilarity, kernels };
   },
 
   /**

@@ -9,16 +9,17 @@ const shapeText = ({ length, headDim, isCausal }: Pick<BenchResult, 'length' | '
 
 const peerShape = (peer: BenchPeer) => shapeText({ ...peer, isCausal: peer.isCausal ?? false });
 
-function row(result: BenchResult): string[] {
+/** @param remote there is a column for the time with copies */
+function row(result: BenchResult, remote: boolean): string[] {
   const { backend, kernel, medianMs, withCopiesMs, gflops, accuracy, failed } = result;
   if (medianMs === undefined || gflops === undefined || accuracy === undefined) {
-    return [backend, kernel, failed === undefined ? 'refused' : 'failed', '', '', '', ''];
+    return [backend, kernel, failed === undefined ? 'refused' : 'failed'];
   }
   return [
     backend,
     kernel,
     duration(medianMs),
-    withCopiesMs === undefined ? '' : duration(withCopiesMs),
+    ...(remote ? [withCopiesMs === undefined ? '' : duration(withCopiesMs)] : []),
     rateCell(gflops),
     cosine(accuracy.cosineSimilarity),
     small(accuracy.relativeL1),
@@ -29,10 +30,6 @@ const peerRow = ({ name, medianMs }: BenchPeer): string[] => [
   '',
   name,
   medianMs === undefined ? 'failed' : duration(medianMs),
-  '',
-  '',
-  '',
-  '',
 ];
 
 /** Above this relative L1 a kernel is for where four bits are wanted, and no answer to "is it faster?". */
@@ -90,8 +87,8 @@ export function printBench(
     print(bold(part.shape));
     print(
       table(
-        ['backend', 'kernel', '>time', '>copies', '>FLOP/s', '>cosine', '>rel. L1'],
-        [...part.results.map(row), ...part.peers.map(peerRow)],
+        ['backend', 'kernel', '>time', ...(remote ? ['>copies'] : []), '>FLOP/s', '>cosine', '>rel. L1'],
+        [...part.results.map((result) => row(result, remote)), ...part.peers.map(peerRow)],
       ),
     );
     for (const { kernel, refused, failed } of part.results) {

@@ -25,6 +25,7 @@ import {
   duration,
   paragraph,
   print,
+  printFacts,
   rateCell,
   table,
 } from './terminal.ts';
@@ -190,12 +191,17 @@ export async function demo({ text: file, backend, kernel, maxTokens, json }: Dem
   const peer = selection.backend === 'wasm' ? await openPeer() : undefined;
 
   print(bold('SageAttention in a trained sentence encoder'));
-  print('model    Universal Sentence Encoder Lite, English: 2 layers, 4 heads of 64 and 4 of 128');
-  print(`backend  ${selection.backend}`);
-  print(`text     ${title}: ${count(tokens.length)} tokens`);
+  printFacts({
+    model: 'Universal Sentence Encoder Lite, English: 2 layers, 4 heads of 64 and 4 of 128',
+    backend: selection.backend,
+    text: `${title}: ${count(tokens.length)} tokens`,
+  });
   print(
     dim(
       [
+        ...(kernel === 'auto'
+          ? ['SageAttention: the fastest kernel that quantizes, also where so few keys get the exact one by default.']
+          : []),
         'attention: the same q, k and v through both. output: of the whole layer, all up to it computed with SageAttention.',
         'accuracy: cosine similarity, relative L1 and largest difference against exact attention, of the sentences in float64, of the whole text in float32.',
         "exact f32: this package's kernel that quantizes nothing, on WebAssembly. In brackets: times SageAttention's time.",

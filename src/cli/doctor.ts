@@ -142,7 +142,7 @@ function printBackend({ name, availability, kernels, defaults }: BackendFound): 
   if (!available) printFacts({ 'why not': reason ?? 'unknown', ...(remedy && { 'what to do': remedy }) });
   printFacts(details);
   if (!available) return;
-  print('  Kernels, with what each loses on 200 tokens:');
+  print('  Kernels, with what each loses on 200 tokens of float16:');
   for (const { name: kernel, summary, accuracy, failed } of kernels) {
     const result =
       accuracy === undefined

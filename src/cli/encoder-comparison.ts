@@ -2,6 +2,7 @@
 import { performance } from 'node:perf_hooks';
 import { exactOutput } from '../measure/accuracy.ts';
 import { attentionOperations } from '../measure/operations.ts';
+import { quantizingKernel } from '../measure/quantizing-kernel.ts';
 import { median } from '../measure/statistics.ts';
 import {
   type Accuracy,
@@ -9,7 +10,8 @@ import {
   type AttentionFunction,
   type BackendName,
   compare,
-  createAttention,
+  createProblem,
+  getBackend,
   type KernelName,
   type SentenceEncoder,
   sageattn,
@@ -62,6 +64,7 @@ export interface EncoderResult {
 
 export interface KernelSelection {
   readonly backend: BackendName;
+  /** `auto`: the fastest that quantizes, also for few keys. */
   readonly kernel: KernelName | 'auto';
 }
 
@@ -73,27 +76,24 @@ const LONG_MS = 250;
 /** Multiply-adds up to which the reference is computed in float64, by plain TypeScript; beyond, by the exact float32 kernel. */
 const FLOAT64_WORK = 2e8;
 
-function optionsOf({ attnMask, smScale }: AttentionCall, { backend, kernel }: KernelSelection) {
-  return { tensorLayout: 'NHD', smScale, backend, kernel, ...(attnMask && { attnMask }) } as const;
+/** A selection in which the kernel is settled. */
+interface Chosen extends KernelSelection {
+  readonly kernel: KernelName;
 }
 
-const runSage = (call: AttentionCall, selection: KernelSelection): Promise<Tensor> =>
-  sageattn(call.q, call.k, call.v, optionsOf(call, selection));
+function optionsOf({ attnMask, smScale }: AttentionCall) {
+  return { tensorLayout: 'NHD', smScale, ...(attnMask && { attnMask }) } as const;
+}
 
-const EXACT: KernelSelection = { backend: 'wasm', kernel: 'exact' };
+const runSage = (call: AttentionCall, chosen: Chosen): Promise<Tensor> =>
+  sageattn(call.q, call.k, call.v, { ...optionsOf(call), ...chosen });
 
-async function kernelOf(call: AttentionCall, selection: KernelSelection): Promise<KernelName> {
-  const { q, k, v, attnMask } = call;
-  const { smScale, tensorLayout, backend, kernel } = optionsOf(call, selection);
-  const planned = await createAttention(attnMask === undefined ? { q, k, v } : { q, k, v, attnMask }, {
-    smScale,
-    tensorLayout,
-    backend,
-    kernel,
-  });
-  const { name } = planned.kernel.descriptor;
-  planned.dispose();
-  return name;
+const EXACT: Chosen = { backend: 'wasm', kernel: 'exact' };
+
+async function choose(call: AttentionCall, { backend, kernel }: KernelSelection): Promise<Chosen> {
+  if (kernel !== 'auto') return { backend, kernel };
+  const problem = createProblem(call.q, call.k, call.v, optionsOf(call));
+  return { backend, kernel: await quantizingKernel(await getBackend(backend), problem) };
 }
 
 /** @param warm whether such a call has run before, so that the first one's time counts if it is long */
@@ -182,7 +182,7 @@ export async function compareEncoders(
     sequences,
     async (call) => {
       const before = performance.now();
-      const output = await runSage(call, selection);
+      const output = await runSage(call, await choose(call, selection));
       attentionMs += performance.now() - before;
       return output;
     },
@@ -193,14 +193,15 @@ export async function compareEncoders(
   const rowsOf = (values: Float32Array) => tokenRows(values, lengths, longest);
   const layers: LayerComparison[] = [];
   for (const { call, exact: expected } of recorded) {
-    const { output, medianMs: sageMs } = await timed(() => runSage(call, selection), true);
+    const chosen = await choose(call, selection);
+    const { output, medianMs: sageMs } = await timed(() => runSage(call, chosen), true);
     const { medianMs: exactMs } = await timed(() => runSage(call, EXACT), reference === 'float32');
     const [batch, length, heads, headDim] = call.q.shape as [number, number, number, number];
     layers.push({
       layer: call.layer,
       heads,
       headDim,
-      kernel: await kernelOf(call, selection),
+      kernel: chosen.kernel,
       attention: compare(rowsOf(output.data as Float32Array), rowsOf(expected)),
       hidden: compare(rowsOf(sageHidden[call.layer] as Float32Array), rowsOf(exactHidden[call.layer] as Float32Array)),
       exactMs,

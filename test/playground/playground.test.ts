@@ -358,7 +358,7 @@ describe('playground', { timeout: TIMEOUT }, () => {
       const ofBlocks = async (mass: number) => {
         await setSlider(page, 'Share of the softmax to keep', mass);
         const pattern =
-          /Kept: (\d+) of 36, .*Error of the output ([\d.e-]+) %, of all blocks ([\d.e-]+) %.*one thread: ([\d.e-]+)\./;
+          /Kept: (\d+) of 36, .*Error of the output ([\d.e-]+) %, of all blocks ([\d.e-]+) %\. ([\d.e-]+) times as fast/;
         const wanted = mass === 100 ? /Kept: 36 of 36/ : /Kept: ([0-9]|[12][0-9]|3[0-5]) of 36/;
         await waitForNote(page, blocks, wanted);
         const [, count, error, all, speed] = (await waitForNote(page, blocks, pattern)).map(Number);
@@ -580,7 +580,11 @@ describe('playground', { timeout: TIMEOUT }, () => {
       quantized.forEach((value, i) => {
         expect(Math.abs(value - (exact[i] as number))).toBeLessThan(0.02);
       });
-      expect(numberIn((await page.locator('#model-body .facts dd').nth(1).textContent()) ?? '')).toBeGreaterThan(0.999);
+      const facts = await page.locator('#model-body .facts dd').allTextContents();
+      // Roundings of float32 are a thousandth of this: it is not exact attention twice.
+      expect(numberIn(facts[0])).toBeGreaterThan(1e-4);
+      expect(numberIn(facts[1])).toBeGreaterThan(0.999);
+      expect(facts[3]).toMatch(/^qk-int8-pv-/);
 
       await page.getByRole('textbox', { name: 'Sentence 3' }).fill('My account is locked and I forgot the password.');
       await expect
