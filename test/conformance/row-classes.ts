@@ -1,5 +1,6 @@
 /** Errors of an output's rows, grouped by the keys that they see, so that rows of large values hide no error of others. */
 import { type AttentionProblem, outputLayoutOf, sequencesOf } from '../../src/attention/problem.ts';
+import { ONE_SIZE } from '../../src/quantization/smoothing.ts';
 import { type ReferenceInputs, type ReferenceOutputs, readOperands } from '../../src/reference/exact.ts';
 import { biasReader, rowClasses } from '../../src/reference/visibility.ts';
 
@@ -15,6 +16,8 @@ export interface ClassError {
   readonly output: number | undefined;
   /** Largest absolute error of a finite logsumexp, and the exact value there. */
   readonly lse: { readonly error: number; readonly exact: number };
+  /** Its keys are so much larger than others of its sequence that the vector which smooths K is theirs (`smoothingMean`). */
+  readonly smoothedByOthers: boolean;
 }
 
 /**
@@ -96,8 +99,12 @@ export function classErrors(
       }
     }
   }
+  const sequenceOf = (name: string) => name.split(',', 1)[0];
+  const isOfOthers = (name: string, largestKey: number) =>
+    [...sums].some(([other, own]) => sequenceOf(other) === sequenceOf(name) && ONE_SIZE * own.largestKey < largestKey);
   return [...sums].map(([name, { error, magnitude, elements, largestValue, largestKey, lse }]) => ({
     name,
+    smoothedByOthers: largestKey > ONE_KEY_TAKES_ALL && isOfOthers(name, largestKey),
     output:
       largestKey > ONE_KEY_TAKES_ALL
         ? undefined

@@ -229,8 +229,8 @@ interface Loss {
 }
 
 /** What the algorithm makes of some inputs. */
-function emulate(target: Target, problem: AttentionProblem, inputs: CaseInputs): ReferenceOutputs {
-  const smoothK = target.options?.smoothK ?? inputs.options.smoothK ?? target.algorithm.smoothK;
+function emulate(target: Target, problem: AttentionProblem, inputs: CaseInputs, isSmoothed = true): ReferenceOutputs {
+  const smoothK = isSmoothed && (target.options?.smoothK ?? inputs.options.smoothK ?? target.algorithm.smoothK);
   return attentionQuantized(problem, referenceInputs(inputs), { ...target.algorithm, smoothK });
 }
 
@@ -271,7 +271,16 @@ function limitsOf(
   };
 }
 
-/** The error of each class of rows (`rowClasses`), held to what the algorithm loses on rows that see the like. */
+/**
+ * The error of each class of rows (`rowClasses`), held to what the algorithm loses on rows that see the like.
+ *
+ * The algorithm in plain TypeScript smooths K by a class's own mean, a kernel by one vector for the whole sequence, which follows the
+ * smaller keys where sizes are far apart. The larger class is then quantized with its own offset in it. With n the keys and o the
+ * offset, of deviations 1 and 2 in the cases: a score's error is that of q, s_q / sqrt(12) |k|, and that of k, s_k / sqrt(12) |q|, over
+ * sqrt(D), s the steps; without the mean |k| is sqrt(1 + 2^2) = 2.2 times as large and k's largest element about 1.7 times, so
+ * the error is twice what the smoothed algorithm loses, which leaves of a limit of three times that a factor of 1.5 for the largest of many rows.
+ * It is held to what the algorithm loses without smoothing.
+ */
 function measureClasses(
   target: Target,
   make: (random: Random) => CaseInputs,
@@ -288,7 +297,12 @@ function measureClasses(
     const others = draw === 0 ? inputs : make(new Random(seed + draw));
     const asInputs = referenceInputs(others);
     const others64 = draw === 0 ? exact : attentionExact(problem, asInputs);
-    return classErrors(problem, asInputs, emulate(target, problem, others), others64, underflow);
+    const lossesOf = (isSmoothed: boolean) =>
+      classErrors(problem, asInputs, emulate(target, problem, others, isSmoothed), others64, underflow);
+    const ofOthers = errors.some((own) => own.smoothedByOthers)
+      ? lossesOf(false).filter((loss) => loss.smoothedByOthers)
+      : [];
+    return [...lossesOf(true), ...ofOthers];
   }).flat();
   return errors.flatMap(({ name, output, lse }): Measured[] => {
     const lost = losses.filter((loss) => loss.name === name);
