@@ -17,7 +17,16 @@ export { DeviceMemory, PinnedBuffer } from './driver/memory.ts';
 export { CudaError } from './driver/status.ts';
 export { CudaEvent, CudaStream } from './driver/stream.ts';
 export { CUDA_KERNELS, DEFAULT_KERNELS, defaultKernelFor, MINIMUM_COMPUTE_CAPABILITY } from './kernel-table.ts';
+export {
+  createKeyValuePages,
+  KeyValuePages,
+  type KeyValuePagesOptions,
+  type PagedAttendOptions,
+  type PagedResult,
+  type PageTable,
+} from './key-value-pages.ts';
 export type * from './launches/launch.ts';
+export type { PagePlanner } from './launches/pages.ts';
 export type { LaunchPlanner } from './launches/plan.ts';
 export { type CudaBackwardPlan, CudaPlan } from './plan.ts';
 export { CapturedAttention } from './run/captured.ts';

@@ -34,8 +34,12 @@ const MOST_JOINED_BYTES = 2 ** 18;
  *
  * @param tileRows rows of a tile that exist
  */
-export const joinsInside = ({ scheme }: Context, tileRows: number, splits: number): boolean =>
-  splits > 1 && splits * tileRows * scheme.paddedValueDim * 4 <= MOST_JOINED_BYTES;
+export const joinsInside = (context: Context, tileRows: number, splits: number): boolean =>
+  splits > 1 && splits <= mostJoinedInside(context, tileRows);
+
+/** Splits that the last CTA of a tile of rows joins at most. */
+export const mostJoinedInside = ({ scheme }: Context, tileRows: number): number =>
+  Math.floor(MOST_JOINED_BYTES / (tileRows * scheme.paddedValueDim * 4));
 
 /** What a kernel whose last CTA joins takes besides; see `joinParameters`. */
 export const joinArguments = (context: Context): KernelArgument[] => [
@@ -48,10 +52,14 @@ export const joinArguments = (context: Context): KernelArgument[] => [
 export const hasAlignedFours = ({ problem, channels }: Context): boolean =>
   problem.valueDim % 4 === 0 && channels.of % 4 === 0;
 
-/** Scratch that parts need. */
-export function combineScratch({ problem, layout, scheme }: Context, splits: number): Record<BufferName, number> {
+/** Scratch that parts need, of so many rows each. */
+export function combineScratch(
+  { problem, layout, scheme }: Context,
+  splits: number,
+  rowsOfPart = problem.queryHeads * layout.paddedQueries,
+): Record<BufferName, number> {
   if (splits <= 1) return {};
-  const rows = splits * problem.queryHeads * layout.paddedQueries;
+  const rows = splits * rowsOfPart;
   return { partialOutput: rows * scheme.paddedValueDim * 4, partialLse: rows * 4 };
 }
 

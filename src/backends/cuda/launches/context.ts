@@ -2,7 +2,7 @@
  * What the launches of one call share: the problem, its kernel on its target, and where sequences lie in padded
  * buffers.
  */
-import { NO_LIMIT, visibleKeys } from '../../../attention/band.ts';
+import { type Band, NO_LIMIT, visibleKeys } from '../../../attention/band.ts';
 import { type AttentionProblem, type MaskLayout, type Sequence, sequencesOf } from '../../../attention/problem.ts';
 import { InvalidArgumentError, UnsupportedOptionError } from '../../../errors.ts';
 import type { DType } from '../../../tensor/dtype.ts';
@@ -58,6 +58,17 @@ export interface Context {
   readonly overrides: Partial<Tuning>;
   /** Where the problem's channels of V lie in the output. */
   readonly channels: ValueChannels;
+  /** Where K and V lie in pages. */
+  readonly pages?: PageLayout;
+}
+
+/** K and V in pages of a pool. */
+export interface PageLayout {
+  /** A power of two, a multiple of the kernels' tiles of keys. */
+  readonly pageTokens: number;
+  /** Pages that a table may name; behind them lies one more, whose keys are not finite. */
+  readonly poolPages: number;
+  readonly pagesPerSequence: number;
 }
 
 /** A part of the channels of V. */
@@ -84,6 +95,7 @@ interface ContextOptions {
   readonly whole?: boolean;
   readonly tokenMask?: MaskLayout | undefined;
   readonly channels?: ValueChannels | undefined;
+  readonly pages?: PageLayout | undefined;
 }
 
 /** The parts of quantizing K and V. A cache keeps its means, and the tiles that nothing was appended to. */
@@ -175,7 +187,14 @@ export function contextOf(
   asked: AttentionProblem,
   chosen: KernelChoice,
   given: DeviceFacts,
-  { room, overrides = {}, whole = false, tokenMask, channels = { first: 0, of: asked.valueDim } }: ContextOptions,
+  {
+    room,
+    overrides = {},
+    whole = false,
+    tokenMask,
+    channels = { first: 0, of: asked.valueDim },
+    pages,
+  }: ContextOptions,
 ): Context {
   if (Math.abs(asked.smScale) > family.mostSmScale) {
     const expected = `at most 2^${Math.log2(family.mostSmScale)} in magnitude`;
@@ -185,7 +204,8 @@ export function contextOf(
   // Smoothing Q serves to quantize it.
   const choice = !whole && keepsQuery(asked, chosen, device.target) ? { ...chosen, smoothQ: false as const } : chosen;
   const grouped = family.headsAsRows?.(asked, choice);
-  const called = grouped ?? asked;
+  const settled = grouped ?? asked;
+  const called = grouped === undefined || pages === undefined ? settled : { ...settled, band: bandOfToken(asked) };
   // One row sees the tokens that count.
   const problem = tokenMask === undefined ? called : { ...called, queryLength: 1, mask: tokenMask };
   const layout = paddedLayoutOf(problem, room, family.keyPadding ?? BLOCK_K, (sequence) =>
@@ -206,7 +226,17 @@ export function contextOf(
     scheme,
     overrides,
     channels,
+    ...(pages && { pages }),
   };
+}
+
+/**
+ * What one token sees of keys whose number the kernel learns: at most `keyLength`. A side that hides nothing is none, which is
+ * faster.
+ */
+function bandOfToken({ band: { lower, upper, align }, keyLength }: AttentionProblem): Band {
+  const [first, last] = align === 1 ? [1 - keyLength, 0] : [0, keyLength - 1];
+  return { lower: lower <= first ? -NO_LIMIT : lower, upper: upper >= last ? NO_LIMIT : upper, align };
 }
 
 export const constantsOf = ({ layout }: Context): Record<BufferName, Uint8Array> => ({
@@ -215,6 +245,11 @@ export const constantsOf = ({ layout }: Context): Record<BufferName, Uint8Array>
 
 /** Parts that are worth joining. */
 const MOST_SPLITS = 64;
+/**
+ * Parts for each sequence on average, where sequences are of unequal lengths and more than fill the card. With T the time of all keys, n CTAs
+ * at a time and parts of T / (3 B H), the last to start ends at most T / (3 B H) after T / n: a tenth of it with B H = 4 n.
+ */
+const PARTS_OF_SEQUENCE = 4;
 
 /**
  * Into how many parts the keys are split so that the card is filled; 1 when it is anyway.
@@ -233,4 +268,35 @@ export function splitsOf(
 ): number {
   const most = Math.max(1, Math.floor(keyTiles / leastTiles));
   return Math.max(1, Math.min(MOST_SPLITS, most, Math.floor((multiprocessors * residentBlocks) / Math.max(1, blocks))));
+}
+
+/** Splits where each sequence has as many as its length asks for. */
+export interface LengthSplitCounts {
+  /** Of each head, for all sequences together. */
+  readonly slots: number;
+  readonly mostSplits: number;
+}
+
+/**
+ * The same where sequences are of unequal lengths, or of lengths that only the device knows; undefined where nothing is gained.
+ *
+ * @param blocks thread blocks without a split
+ * @param mostJoined parts that the last CTA of a sequence joins at most
+ */
+export function lengthSplitsOf(
+  { problem, device, layout, pages }: Context,
+  leastTiles: number,
+  blocks: number,
+  residentBlocks: number,
+  mostJoined: number,
+): LengthSplitCounts | undefined {
+  const { batch } = problem;
+  const tiles = sequencesOf(problem).map(({ keyLength }) => Math.ceil(keyLength / BLOCK_K));
+  const isUnequal = pages !== undefined || tiles.some((own) => own !== tiles[0]);
+  const mostSplits = Math.min(MOST_SPLITS, mostJoined, Math.floor(layout.keyTiles / leastTiles));
+  if (!isUnequal || mostSplits < 2) return undefined;
+  const heads = blocks / batch;
+  const filling = Math.floor((device.multiprocessors * residentBlocks) / heads);
+  const slots = Math.min(Math.max(filling, PARTS_OF_SEQUENCE * batch), mostSplits * batch);
+  return { slots: Math.max(slots, batch + 1), mostSplits };
 }

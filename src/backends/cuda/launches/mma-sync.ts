@@ -17,10 +17,13 @@ import {
   hasFp4Keys,
   hasFp4Values,
   isExact,
+  LEAST_TILES,
+  LENGTH_SPLIT_INTEGERS,
 } from '../kernels/mma-sync/config.ts';
 import { chooseTile, paddedRow, type TileBytes } from '../kernels/mma-sync/tiles.ts';
 import { LOG2_E } from '../kernels/parts/constants.ts';
 import { BYTES } from '../kernels/parts/elements.ts';
+import { PAGE_INTEGERS, PAGE_POINTERS } from '../kernels/parts/pages.ts';
 import {
   MEAN_SCORES_INTEGERS,
   MEAN_SCORES_POINTERS,
@@ -50,9 +53,18 @@ import {
   hasAlignedFours,
   joinArguments,
   joinsInside,
+  mostJoinedInside,
   outputPointersOf,
 } from './combine.ts';
-import { BLOCK_Q, type Context, type FamilyLaunches, type KeyValuePart, loadWidthOf, splitsOf } from './context.ts';
+import {
+  BLOCK_Q,
+  type Context,
+  type FamilyLaunches,
+  type KeyValuePart,
+  lengthSplitsOf,
+  loadWidthOf,
+  splitsOf,
+} from './context.ts';
 import { fp4KeyLaunch, fp4QueryLaunch, fp4QueryScratch, fp4ValueLaunch } from './fp4.ts';
 import { headsAsRows } from './heads-as-rows.ts';
 import type { KernelArgument, KernelLaunch } from './launch.ts';
@@ -206,9 +218,16 @@ function shapeOf(context: Context) {
   };
   const queryTiles = Math.ceil(queryLength / blockQueries(tile));
   const blocks = queryTiles * queryHeads * batch;
-  // A part of fewer than four tiles is not worth its prologue.
-  const splits = splitsOf(device, layout.keyTiles, 4, blocks, tile.minBlocksPerMultiprocessor);
-  const joins = joinsInside(context, Math.min(blockQueries(tile), queryLength), splits);
+  const tileRows = Math.min(blockQueries(tile), queryLength);
+  const resident = tile.minBlocksPerMultiprocessor;
+  const byLength =
+    queryTiles > 1 || problem.blocks !== undefined
+      ? undefined
+      : lengthSplitsOf(context, LEAST_TILES, blocks, resident, mostJoinedInside(context, tileRows));
+  // Of keys in pages nobody here knows the lengths; several tiles of rows mostly fill the card anyway.
+  const inPages = context.pages !== undefined;
+  const splits = byLength?.slots ?? (inPages ? 1 : splitsOf(device, layout.keyTiles, LEAST_TILES, blocks, resident));
+  const joins = byLength !== undefined || joinsInside(context, tileRows, splits);
   const fused = fusesQuery(context, tile.keyWarps ?? 1);
   const config: AttentionConfig = {
     target,
@@ -245,9 +264,11 @@ function shapeOf(context: Context) {
     split: splits > 1,
     joins,
     alignedFours: joins && hasAlignedFours(context),
+    ...(byLength === undefined ? {} : { splitsByLength: true as const }),
+    ...(context.pages === undefined ? {} : { pageTokens: context.pages.pageTokens }),
   };
   const tiles: ListedTiles = { tileRows: blockQueries(tile), packedHeads: 1, tileKeys: BLOCK_K, queryTiles };
-  return { config, queryTiles, blocks, splits, tiles };
+  return { config, queryTiles, blocks, splits, byLength, tiles };
 }
 
 const quantizedPointers = (scheme: Scheme) => ({
@@ -261,8 +282,11 @@ const quantizedPointers = (scheme: Scheme) => ({
   value: pointer('value'),
 });
 
-function attentionLaunch(context: Context, { config, queryTiles, blocks, splits, tiles }: ReturnType<typeof shapeOf>) {
-  const { problem, choice, layout, scheme } = context;
+function attentionLaunch(
+  context: Context,
+  { config, queryTiles, blocks, splits, byLength, tiles }: ReturnType<typeof shapeOf>,
+) {
+  const { problem, choice, layout, scheme, pages } = context;
   const { queryHeads, kvHeads } = problem;
   const module = moduleOf('attention', attention, config);
   const { mask, strides } = maskArgumentsOf(problem);
@@ -273,7 +297,7 @@ function attentionLaunch(context: Context, { config, queryTiles, blocks, splits,
     'attention',
     module,
     'attention',
-    blocks * splits,
+    (byLength === undefined ? blocks : blocks / problem.batch) * splits,
     config.warps * config.keyWarps * 32,
     module.kernel().sharedBytes,
     [
@@ -322,6 +346,18 @@ function attentionLaunch(context: Context, { config, queryTiles, blocks, splits,
       ...fusedArguments(context, config),
       ...(config.joins ? joinArguments(context) : []),
       ...blockArgumentsOf(context, tiles),
+      ...(byLength === undefined
+        ? []
+        : inOrder(LENGTH_SPLIT_INTEGERS, { sequenceCount: u32(problem.batch), mostSplits: u32(byLength.mostSplits) })),
+      ...(pages === undefined
+        ? []
+        : [
+            ...inOrder(PAGE_POINTERS, { pages: pointer('pages'), lengths: pointer('lengths') }),
+            ...inOrder(PAGE_INTEGERS, {
+              poolPages: u32(pages.poolPages),
+              pagesPerSequence: u32(pages.pagesPerSequence),
+            }),
+          ]),
     ],
   );
 }
@@ -350,7 +386,11 @@ function attend(context: Context): ReturnType<FamilyLaunches['attend']> {
             meanScores: Math.max(4, blocks * meanScoreKeysOf(context) * 4),
           }
         : {}),
-      ...combineScratch(context, shape.splits),
+      ...combineScratch(
+        context,
+        shape.splits,
+        shape.byLength && (shape.blocks / problem.batch) * blockQueries(shape.config),
+      ),
     },
     zeroed: shape.config.joins ? { arrivals: 4 * shape.blocks } : {},
   };

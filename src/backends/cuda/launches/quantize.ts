@@ -133,6 +133,9 @@ export function statisticsLaunches(context: Context, valueScales: boolean): read
   ];
 }
 
+/** K in pages is smoothed by one vector for each head: pages may belong to several sequences. */
+const oneMean = ({ pages }: Context): { readonly oneMean?: true } => (pages === undefined ? {} : { oneMean: true });
+
 /** What INT8 and INT4 quantizers store. */
 function containerOf({ qkFormat }: Context['scheme']): 's8' | 's4' {
   if (qkFormat === 's8' || qkFormat === 's4') return qkFormat;
@@ -157,6 +160,7 @@ export function quantizeKeyLaunch(context: Context): KernelLaunch {
     groupTokens: BLOCK_K,
     groups: scheme.keyGroups,
     keyMean: choice.smoothK,
+    ...oneMean(context),
     smoothQ: false,
     hiddenKeys,
   };
@@ -257,7 +261,8 @@ export function valueLaunches(context: Context): KernelLaunch[] {
 }
 
 /** Quantizes Q: buffers `query`, `queryScale`, `rowBias` (and `queryMean`). */
-export function quantizeQueryLaunch({ problem, choice, device, layout, scheme }: Context): KernelLaunch {
+export function quantizeQueryLaunch(context: Context): KernelLaunch {
+  const { problem, choice, device, layout, scheme } = context;
   const { target, pointerAlignment = 16 } = device;
   const { batch, queryHeads, kvHeads, dtype, headDim, q } = problem;
   const [groupTokens, groups] = scheme.queryGroups;
@@ -274,6 +279,7 @@ export function quantizeQueryLaunch({ problem, choice, device, layout, scheme }:
     groupTokens,
     groups,
     keyMean: choice.smoothK && layout.keyTiles > 0,
+    ...oneMean(context),
     smoothQ: choice.smoothQ !== false,
     hiddenKeys: 'none',
   };

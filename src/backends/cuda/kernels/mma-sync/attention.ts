@@ -49,21 +49,16 @@ export function attention(config: AttentionConfig): Kernel {
   }
   b.if(b.setp('lt', walk.position, work.lastTile), () => {
     const { sequence, keyHead, paddedKeyStart, keyStart, keyLength } = work;
-    const { tile, position } = walk.first(work);
+    const { place: at, position } = walk.first(work);
     if (frame.given !== undefined) copyGivenQuery(frame, work);
     else if (config.keyWarps === 1) copies.copyQuery(queryRow, shared);
     const start = frame.given === undefined ? paddedKeyStart : keyStart;
     const place = { sequence, length: b.as(keyLength, 's32'), firstKeyTile: b.shr(keyRow, 6) };
     const keys = { keyHead, paddedKeyStart: start, ...place };
-    copies.copyKey(
-      keys,
-      tile,
-      position,
-      staged(frame, b.add(shared, copies.key.destination), frame.tiles.key, position),
-    );
+    copies.copyKey(keys, at, position, staged(frame, b.add(shared, copies.key.destination), frame.tiles.key, position));
     if (config.valueStages === 2) {
       const destination = b.add(shared, copies.value.destination);
-      copies.copyValue(keys, tile, position, staged(frame, destination, frame.tiles.value, position));
+      copies.copyValue(keys, at, position, staged(frame, destination, frame.tiles.value, position));
     }
     if (config.keyWarps === 1) b.cpAsyncCommitGroup();
   });
@@ -90,9 +85,9 @@ export function attention(config: AttentionConfig): Kernel {
   );
 
   b.section('epilogue');
-  writeResults(frame, parked, work.split, state.softmax, state.output);
-  joinWarps(frame, parked, work.split);
-  joinSplits(frame, parked, work.item);
+  writeResults(frame, parked, work.share, state.softmax, state.output);
+  joinWarps(frame, parked, work.share);
+  joinSplits(frame, parked, work.item, work.share);
   return b.build();
 }
 
@@ -168,11 +163,11 @@ function attendTile(loop: Loop): void {
   b.section('K (and V) of this tile have landed; fetch the next');
   b.cpAsyncWaitGroup(0);
   frame.sync();
-  const { tile, position } = walk.now();
+  const { tile, position, place } = walk.now();
   // Loaded here because its latency is about as long as QK^T.
-  const keyScale = frame.given === undefined ? loadKeyScale(loop, tile) : b.constant('f32', 1);
-  const unit = fp4Values ? loadValueUnit(loop, tile) : undefined;
-  fetchTiles(loop, tile);
+  const keyScale = frame.given === undefined ? loadKeyScale(loop, place) : b.constant('f32', 1);
+  const unit = fp4Values ? loadValueUnit(loop, place) : undefined;
+  fetchTiles(loop, place);
   const fp4 = fp4Keys || fp4Values ? new Fp4Products(frame, parked, position) : undefined;
 
   b.section('S = Q K^T');
@@ -194,7 +189,7 @@ function attendTile(loop: Loop): void {
     awaitValues();
     inspectValues(frame, parked, tile, staged(frame, frame.own(tiles.value.base), tiles.value, position));
   }
-  softmax({ frame, parked, tile, cut: walk.isCut(), scores, state: loop.softmax, output, keyScale });
+  softmax({ frame, parked, tile, place, cut: walk.isCut(), scores, state: loop.softmax, output, keyScale });
 
   if (frame.given === undefined) awaitValues();
   b.section('O += P V');
@@ -207,26 +202,26 @@ function attendTile(loop: Loop): void {
   walk.advance(parked);
 }
 
-function loadKeyScale({ frame, parked }: Loop, tile: Reg<'s32'>): Reg<'f32'> {
+function loadKeyScale({ frame, parked }: Loop, place: Reg<'s32'>): Reg<'f32'> {
   const { b, config, pointer } = frame;
-  const tileIndex = b.add(parked.reload().firstKeyTile, b.as(tile, 'u32'));
+  const tileIndex = b.add(parked.reload().firstKeyTile, b.as(place, 'u32'));
   const index = config.keyScales === 4 ? b.add(b.shl(tileIndex, 2), b.and(parked.threadNow(), 3)) : tileIndex;
   return b.ld('f32', offset(b, b.loadPointer(pointer.keyScale), index, 4), 0, { readOnly: true });
 }
 
 /** What this tile of V was divided by. */
-function loadValueUnit({ frame, parked }: Loop, tile: Reg<'s32'>): Reg<'f32'> {
+function loadValueUnit({ frame, parked }: Loop, place: Reg<'s32'>): Reg<'f32'> {
   const { b, fp4 } = frame;
   if (fp4 === undefined) throw new Error('V is not NVFP4');
-  const index = b.add(parked.reload().firstKeyTile, b.as(tile, 'u32'));
+  const index = b.add(parked.reload().firstKeyTile, b.as(place, 'u32'));
   return b.ld('f32', offset(b, b.loadPointer(fp4.valueTileScale), index, 4), 0, { readOnly: true });
 }
 
 /** Sends for the next tile of K and V, or for this one's V where it has one buffer. */
-function fetchTiles({ frame, copies, parked, walk }: Loop, tile: Reg<'s32'>): void {
+function fetchTiles({ frame, copies, parked, walk }: Loop, place: Reg<'s32'>): void {
   const { b, config } = frame;
   if (config.valueStages === 1) {
-    copies.copyValue(parked.reload(), tile, walk.position, parked.valueDestination());
+    copies.copyValue(parked.reload(), place, walk.position, parked.valueDestination());
     b.cpAsyncCommitGroup();
   }
   if (config.keyStages === 2) fetchKeys({ frame, copies, parked, walk });
@@ -236,7 +231,7 @@ function fetchTiles({ frame, copies, parked, walk }: Loop, tile: Reg<'s32'>): vo
 function fetchKeys({ frame, copies, parked, walk }: Pick<Loop, 'frame' | 'copies' | 'parked' | 'walk'>): void {
   const { b, config, tiles } = frame;
   b.if(b.setp('lt', b.add(walk.position, 1), parked.lastTile()), () => {
-    const { tile: next, position } = walk.next(parked);
+    const { place: next, position } = walk.next(parked);
     copies.copyKey(parked.reload(), next, position, staged(frame, parked.keyDestination(), tiles.key, position));
     if (config.valueStages === 2) {
       const place = parked.reload();

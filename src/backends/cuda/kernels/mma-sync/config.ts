@@ -89,6 +89,10 @@ export interface AttentionConfig {
   readonly split: boolean;
   /** With splits: the last CTA of a tile of rows joins them, else `combine.ts`. */
   readonly joins: boolean;
+  /** With `joins` and one tile of rows for each head: sequences have as many splits as their lengths ask for (`parts/splits.ts`). */
+  readonly splitsByLength?: true;
+  /** K and V lie in pages of so many tokens, a power of two from {@link BLOCK_K} up (`parts/pages.ts`). */
+  readonly pageTokens?: number;
   /** With `joins`: see `parts/join.ts`. */
   readonly alignedFours: boolean;
 }
@@ -138,6 +142,11 @@ export const ATTENTION_STRIDES = [
 export const FUSED_ROWS = 8;
 /** Parameters of kernels that quantize Q: the mean of K, and Q's strides in bytes; `signedScale`, smScale * log2(e), follows. */
 export const FUSED_POINTERS = ['keyMean', 'queryBatch', 'queryHead', 'queryToken'] as const;
+
+/** Parameters of kernels with {@link AttentionConfig.splitsByLength}; `splits` are the slots of a head then. */
+export const LENGTH_SPLIT_INTEGERS = ['sequenceCount', 'mostSplits'] as const;
+/** A part of the keys of fewer tiles is not worth its prologue. */
+export const LEAST_TILES = 4;
 
 /** Pointers of NVFP4's scales, which only kernels with such operands take. */
 export const FP4_POINTERS = ['queryBlockScale', 'keyBlockScale', 'valueBlockScale', 'valueTileScale'] as const;

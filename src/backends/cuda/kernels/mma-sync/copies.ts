@@ -97,7 +97,10 @@ export class TileCopies {
     }
   }
 
-  /** @param position the tile's place among those that are taken, which says what buffer its scales go to */
+  /**
+   * @param tile where it lies, `WalkTile.place`
+   * @param position the tile's place among those that are taken, which says what buffer its scales go to
+   */
   copyKey(place: KeyPlace, tile: Reg<'s32'>, position: Reg<'s32'>, into: Reg<'shared'>): void {
     const { b, config, pointer, fp4, tiles } = this.#frame;
     if (this.#frame.given !== undefined) {

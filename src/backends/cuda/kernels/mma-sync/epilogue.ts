@@ -9,7 +9,7 @@ import { at } from '../parts/lists.ts';
 import { quadSum } from '../parts/quad.ts';
 import { joinSink, loadSink } from '../parts/sinks.ts';
 import { type AttentionConfig, blockQueries } from './config.ts';
-import type { Frame } from './frame.ts';
+import type { Frame, Share } from './frame.ts';
 import { exponentOffsetOf, type Parked, type Reloaded } from './parked.ts';
 import type { Output, SoftmaxState } from './state.ts';
 
@@ -31,7 +31,7 @@ interface Results {
 export function writeResults(
   frame: Frame,
   parked: Parked,
-  split: Reg<'u32'> | undefined,
+  share: Share | undefined,
   state: SoftmaxState,
   output: Output,
 ): void {
@@ -39,7 +39,7 @@ export function writeResults(
   // They go to where K and V were.
   if (frame.results !== undefined) frame.sync();
   const rows = parked.reload();
-  const { sequence, head, keyHead, queryLength, queryRow, threadRow, rowIndex, rowBias, t2 } = rows;
+  const { sequence, head, keyHead, queryLength, threadRow, rowIndex, rowBias, t2 } = rows;
   const queryHeads = b.loadParameter(integer.queryHeads);
   const keyHeads = b.div(queryHeads, b.loadParameter(integer.headsPerKeyHead));
   const sequenceHead = b.mad(sequence, keyHeads, keyHead);
@@ -60,13 +60,12 @@ export function writeResults(
     });
   const scales = fp8 ? channelTerms('valueScale') : [];
   const means = config.smoothV ? channelTerms('valueMean') : [];
-  const rowsOfSplit = () => b.mul(b.loadParameter(integer.paddedQueries), queryHeads);
   const partialRow =
     frame.results !== undefined
       ? threadRow
-      : split === undefined
+      : share === undefined
         ? undefined
-        : b.mad(split, rowsOfSplit(), b.add(queryRow, threadRow));
+        : b.mad(share.part, rowsOfPart(frame), b.add(firstPartialRow(frame, rows), threadRow));
   const results: Results = { frame, rows, output, partialRow, base, tokenStride, scales, means };
   for (const [r, max] of state.max.entries()) {
     const row = b.as(b.add(rowIndex, 8 * r), 'u32');
@@ -83,12 +82,23 @@ export function writeResults(
   }
 }
 
+/** Partial rows of one part of the keys. */
+function rowsOfPart({ b, config, integer }: Frame): Reg<'u32'> {
+  // With splits by length a part is of one sequence, whose rows are a tile.
+  if (config.splitsByLength === true) return b.mul(b.loadParameter(integer.queryHeads), blockQueries(config));
+  return b.mul(b.loadParameter(integer.paddedQueries), b.loadParameter(integer.queryHeads));
+}
+
+/** Where the tile's rows begin among those of a part. */
+const firstPartialRow = ({ b, config }: Frame, { head, queryRow }: Pick<Reloaded, 'head' | 'queryRow'>): Reg<'u32'> =>
+  config.splitsByLength === true ? b.mul(head, blockQueries(config)) : queryRow;
+
 /** What a thread has is not a row's whole result. */
 const isPartial = ({ config, results }: Frame) => config.split || results !== undefined;
 
 /** Joins what the warps of a CTA, which took different keys, have of each row: one row a warp. */
-export function joinWarps(frame: Frame, parked: Parked, split: Reg<'u32'> | undefined): void {
-  const { b, config, integer, pointer, strides, sinks, results, ownBytes } = frame;
+export function joinWarps(frame: Frame, parked: Parked, share: Share | undefined): void {
+  const { b, config, pointer, strides, sinks, results, ownBytes } = frame;
   if (results === undefined) return;
   const { paddedValueDim, keyWarps } = config;
   b.section('the warps of the CTA join their rows');
@@ -102,13 +112,12 @@ export function joinWarps(frame: Frame, parked: Parked, split: Reg<'u32'> | unde
       lse: b.add(base, b.as(b.mad(inTile, 4, lseOffset(config)), 'shared')),
       ...{ space: 'shared', step: ownBytes },
     });
-    if (split === undefined) {
+    if (share === undefined) {
       const place = { output: b.loadPointer(pointer.output), lse: () => b.loadPointer(pointer.lse) };
       storeJoined(b, { ...config, rowsAreHeads: config.sameBand }, { ...place, strides, sinks, lane }, row, sums);
       return;
     }
-    const rowsOfSplit = b.mul(b.loadParameter(integer.paddedQueries), b.loadParameter(integer.queryHeads));
-    const partialRow = b.mad(split, rowsOfSplit, row.partialRow);
+    const partialRow = b.mad(share.part, rowsOfPart(frame), row.partialRow);
     const outputs = offset(b, b.loadPointer(pointer.output), partialRow, paddedValueDim * 4);
     storePartial(b, paddedValueDim, lane, sums, outputs, offset(b, b.loadPointer(pointer.lse), partialRow, 4));
   });
@@ -125,13 +134,15 @@ function eachJoinedRow(
   body: (row: JoinedRow & { readonly inTile: Reg<'u32'> }) => void,
 ): void {
   const { b, config } = frame;
-  const { sequence, head, queryStart, queryLength, queryRow, firstRow } = parked.reload();
+  const reloaded = parked.reload();
+  const { sequence, head, queryStart, queryLength, firstRow } = reloaded;
+  const firstPartial = firstPartialRow(frame, reloaded);
   const inTile = b.mov(b.shr(thread, 5));
   const rows = b.min(b.sub(queryLength, firstRow), blockQueries(config));
   b.loop(
     () => b.setp('lt', inTile, rows),
     () => {
-      const joined = { partialRow: b.add(queryRow, inTile), row: b.add(firstRow, inTile) };
+      const joined = { partialRow: b.add(firstPartial, inTile), row: b.add(firstRow, inTile) };
       body({ ...joined, ...{ inTile, sequence, head, queryStart, queryLength } });
       b.add(inTile, config.warps * config.keyWarps, inTile);
     },
@@ -139,10 +150,12 @@ function eachJoinedRow(
 }
 
 /** Joins the splits of the tile of rows, if this CTA's is the last of them: one row a warp. */
-export function joinSplits(frame: Frame, parked: Parked, item: Reg<'u32'>): void {
+export function joinSplits(frame: Frame, parked: Parked, item: Reg<'u32'>, share: Share | undefined): void {
   const { b, config, integer, pointer, strides, join, sinks, tiles } = frame;
-  if (join === undefined) return;
-  const splits = b.loadParameter(integer.splits);
+  if (join === undefined || share === undefined) return;
+  const { first } = share;
+  // Loaded anew: no register holds it over the loop.
+  const splits = first === undefined ? b.loadParameter(integer.splits) : share.splits;
   const thread = b.special('%tid.x');
   const arrival = {
     counter: offset(b, b.loadPointer(join.arrivals), item, 4),
@@ -159,10 +172,13 @@ export function joinSplits(frame: Frame, parked: Parked, item: Reg<'u32'>): void
       output: b.loadPointer(join.joinedOutput),
       lse: () => b.loadPointer(join.joinedLse),
       ...{ splits, strides, sinks, lane: b.and(thread, 31) },
-      rowsOfSplit: b.mul(b.loadParameter(integer.paddedQueries), b.loadParameter(integer.queryHeads)),
+      rowsOfSplit: rowsOfPart(frame),
     };
     const ofRows = { ...config, rowsAreHeads: config.sameBand };
-    eachJoinedRow(frame, parked, thread, (row) => joinRow(b, ofRows, place, row));
+    eachJoinedRow(frame, parked, thread, (row) => {
+      const partialRow = first === undefined ? row.partialRow : b.mad(first, place.rowsOfSplit, row.partialRow);
+      joinRow(b, ofRows, place, { ...row, partialRow });
+    });
   });
 }
 

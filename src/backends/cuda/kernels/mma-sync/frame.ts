@@ -8,9 +8,11 @@ import { type BandParameters, bandParameters, type KeyRange, keyRange, partOf } 
 import { type BlockParameters, blockParameters, listAddress, listRange } from '../parts/blocks.ts';
 import { LOG2_E4M3_MAX, nextPowerOfTwo, roundUp } from '../parts/constants.ts';
 import { type JoinParameters, joinParameters } from '../parts/join.ts';
+import { loadHeld, type PageParameters, pageParameters } from '../parts/pages.ts';
 import { type SoftcapParameters, softcapParameters } from '../parts/scores.ts';
-import { loadSequence, type SequenceRegisters } from '../parts/sequences.ts';
+import { loadKeyLength, loadSequence, type SequenceRegisters } from '../parts/sequences.ts';
 import { type Sinks, sinkParameters } from '../parts/sinks.ts';
+import { splitByLength } from '../parts/splits.ts';
 import {
   ATTENTION_INTEGERS,
   ATTENTION_POINTERS,
@@ -22,6 +24,8 @@ import {
   FUSED_POINTERS,
   hasFp4Keys,
   hasFp4Values,
+  LEAST_TILES,
+  LENGTH_SPLIT_INTEGERS,
 } from './config.ts';
 
 export interface Frame {
@@ -57,6 +61,8 @@ export interface Frame {
   readonly sinks: Sinks | undefined;
   readonly join: JoinParameters | undefined;
   readonly blocks: BlockParameters | undefined;
+  readonly lengthSplits: Readonly<Record<(typeof LENGTH_SPLIT_INTEGERS)[number], Parameter<'u32'>>> | undefined;
+  readonly pages: PageParameters | undefined;
   /** Threads that work on the same tile of keys. */
   readonly threads: number;
   /** 16-row tiles of a warp, rows of a thread, 8-key tiles, 8-channel tiles. */
@@ -113,6 +119,8 @@ function declareParameters(b: KernelBuilder, config: AttentionConfig) {
         : { parameters: pointers(b, FUSED_POINTERS), signedScale: b.parameter('signedScale', 'f32') },
     join: config.joins ? joinParameters(b) : undefined,
     blocks: config.blocks ? blockParameters(b) : undefined,
+    lengthSplits: config.splitsByLength === true ? integers(b, LENGTH_SPLIT_INTEGERS) : undefined,
+    pages: config.pageTokens === undefined ? undefined : pageParameters(b),
   };
 }
 
@@ -147,7 +155,7 @@ export function makeFrame(config: AttentionConfig): Frame {
     rows: b.shared('scales and biases of Q', 1, rowMajor(blockQueries(config) * 8)),
   };
   const common = keyWarps > 1 ? makeQuery() : undefined;
-  const parked = b.shared('parked', 1, rowMajor(config.blocks ? 80 : 64));
+  const parked = b.shared('parked', 1, rowMajor(parkedBytes(config)));
   const parkedScales = b.shared('scales of Q', 1, rowMajor(threads));
   const parkedCopies = b.shared('where copies go', 1, rowMajor(threads * 4));
   const query = common ?? makeQuery();
@@ -187,6 +195,9 @@ export function makeFrame(config: AttentionConfig): Frame {
       fp4Values ? 32 * (fragment >> 2) + 2 * (fragment & 3) + value : 8 * fragment + value,
   };
 }
+
+/** With lists or pages there is one value more. */
+const parkedBytes = ({ blocks, pageTokens }: AttentionConfig) => (blocks || pageTokens !== undefined ? 80 : 64);
 
 const threadRowsOf = ({ eightRows, rowsPerWarp }: AttentionConfig) => (eightRows ? 1 : rowsPerWarp / 8);
 
@@ -248,11 +259,22 @@ export interface KeyPlace {
   readonly thread?: Reg<'u32'>;
 }
 
+/** A CTA's share of the keys where they are split. */
+export interface Share {
+  /** Which of the parts it is: of the tile of rows, or with splits by length of the head. */
+  readonly part: Reg<'u32'>;
+  /** The first part of the tile of rows; undefined: 0. */
+  readonly first: Reg<'u32'> | undefined;
+  readonly splits: Reg<'u32'>;
+}
+
 /** The CTA's tile of Q, and the keys that its rows see. */
 export interface Work extends SequenceRegisters, KeyRange {
-  readonly split: Reg<'u32'> | undefined;
+  readonly share: Share | undefined;
   /** Number of the tile of rows among all. */
   readonly item: Reg<'u32'>;
+  /** Of K and V in pages: how many of the pool's count for the sequence. */
+  readonly validPages: Reg<'u32'> | undefined;
   readonly sequence: Reg<'u32'>;
   /** Heads of Q, and of K and V. */
   readonly head: Reg<'u32'>;
@@ -271,18 +293,11 @@ export function placeAndWork(frame: Frame): { place: ThreadPlace; work: Work } {
   const warp = b.shr(thread, 5);
   const place = { thread, lane, warp, g: b.shr(lane, 2) };
 
-  const queryHeads = b.loadParameter(integer.queryHeads);
-  const splits = config.split ? b.loadParameter(integer.splits) : undefined;
-  let block = b.special('%ctaid.x');
-  let split: Reg<'u32'> | undefined;
-  if (splits !== undefined) [split, block] = divide(b, block, splits);
-  const queryTiles = b.loadParameter(integer.queryTiles);
-  const [tileRank, headAndSequence] = divide(b, block, queryTiles);
-  const [head, sequence] = divide(b, headAndSequence, queryHeads);
-  // Under a causal mask the last rows have the most keys: they start first.
-  const tileIndex = config.banded ? b.sub(b.sub(queryTiles, 1), tileRank) : tileRank;
+  const { share, item, queryTiles, tileIndex, head, sequence } = whichTile(frame, lane);
   const keyHead = b.div(head, b.loadParameter(integer.headsPerKeyHead));
-  const table = loadSequence(b, b.loadPointer(frame.pointer.sequences), sequence);
+  const planned = loadSequence(b, b.loadPointer(frame.pointer.sequences), sequence);
+  const held = frame.pages === undefined ? undefined : loadHeld(b, frame.pages, config.pageTokens ?? BLOCK_K, sequence);
+  const table = held === undefined ? planned : { ...planned, keyLength: held.length };
   const { queryLength, keyLength } = table;
   const firstRow = b.mul(tileIndex, blockQueries(config));
   // Sequences shorter than the longest have no such tile.
@@ -292,15 +307,17 @@ export function placeAndWork(frame: Frame): { place: ThreadPlace; work: Work } {
   const low = config.sameBand ? b.constant('s32', 0) : b.as(firstRow, 's32');
   const lastRow = () => b.min(b.add(low, blockQueries(config) - 1), b.sub(b.as(queryLength, 's32'), 1));
   const high = config.sameBand ? low : lastRow();
-  const share = split === undefined || splits === undefined ? undefined : { split, splits };
+  const split = share?.first === undefined ? share?.part : b.sub(share.part, share.first);
+  const own = split === undefined || share === undefined ? undefined : { split, splits: share.splits };
   const rangeOf =
-    share === undefined || frame.blocks !== undefined ? undefined : { split: share.split, splits: () => share.splits };
+    own === undefined || frame.blocks !== undefined ? undefined : { split: own.split, splits: () => own.splits };
   const band = config.banded ? frame.band : undefined;
-  const range = keyRange(b, band, { low, high, queryLength, keyLength }, BLOCK_K, rangeOf);
+  // Heads as rows are one token; how far it is from keys in pages is not settled before.
+  const tokens = config.sameBand && frame.pages !== undefined ? b.constant('u32', 1) : queryLength;
+  const range = keyRange(b, band, { low, high, queryLength: tokens, keyLength }, BLOCK_K, rangeOf);
   const wholeFrom = range.wholeFrom ?? b.constant('s32', 0);
   const work = {
-    split,
-    item: block,
+    ...{ share, item, validPages: held?.validPages },
     sequence,
     head,
     keyHead,
@@ -312,8 +329,46 @@ export function placeAndWork(frame: Frame): { place: ThreadPlace; work: Work } {
   };
   if (frame.blocks === undefined) return { place, work: { ...work, ...shareOfWarp(frame, work) } };
   const list = listAddress(b, frame.blocks, { sequence, head, queryTiles, tileIndex });
-  const listed = listRange(b, list, share);
+  const listed = listRange(b, list, own);
   return { place, work: { ...work, list, ...listed, ...shareOfWarp(frame, listed) } };
+}
+
+/** Which tile of rows the CTA takes, and which part of its keys. */
+function whichTile(
+  { b, config, integer, lengthSplits, pages, pointer }: Frame,
+  lane: Reg<'u32'>,
+): Pick<Work, 'share' | 'item' | 'head' | 'sequence'> & Readonly<Record<'queryTiles' | 'tileIndex', Reg<'u32'>>> {
+  const queryHeads = b.loadParameter(integer.queryHeads);
+  const splits = config.split ? b.loadParameter(integer.splits) : undefined;
+  if (lengthSplits !== undefined && splits !== undefined) {
+    const [slot, head] = divide(b, b.special('%ctaid.x'), splits);
+    const sequences = b.loadPointer(pointer.sequences);
+    const lengthOf = (sequence: Reg<'u32'>, inside: Reg<'pred'>) => {
+      if (pages !== undefined) return loadHeld(b, pages, config.pageTokens ?? BLOCK_K, sequence, inside).length;
+      const length = b.constant('u32', 0);
+      b.when(inside, () => loadKeyLength(b, sequences, sequence, length));
+      return length;
+    };
+    const { sequence, ...own } = splitByLength(b, {
+      tilesOf: (sequence, inside) => b.shr(b.add(lengthOf(sequence, inside), BLOCK_K - 1), Math.log2(BLOCK_K)),
+      sequences: b.loadParameter(lengthSplits.sequenceCount),
+      mostSplits: b.loadParameter(lengthSplits.mostSplits),
+      ...{ slots: splits, leastTiles: LEAST_TILES, slot, lane },
+    });
+    const item = b.mad(sequence, queryHeads, head);
+    const [queryTiles, tileIndex] = [b.constant('u32', 1), b.constant('u32', 0)];
+    return { share: { part: slot, ...own }, item, queryTiles, tileIndex, head, sequence };
+  }
+  let item = b.special('%ctaid.x');
+  let part: Reg<'u32'> | undefined;
+  if (splits !== undefined) [part, item] = divide(b, item, splits);
+  const queryTiles = b.loadParameter(integer.queryTiles);
+  const [tileRank, headAndSequence] = divide(b, item, queryTiles);
+  const [head, sequence] = divide(b, headAndSequence, queryHeads);
+  // Under a causal mask the last rows have the most keys: they start first.
+  const tileIndex = config.banded ? b.sub(b.sub(queryTiles, 1), tileRank) : tileRank;
+  const share = part === undefined || splits === undefined ? undefined : { part, first: undefined, splits };
+  return { share, item, queryTiles, tileIndex, head, sequence };
 }
 
 /** The tiles that this warp takes of those of its CTA. */

@@ -53,6 +53,7 @@ export class Parked {
       b.stVector([work.lower, work.upper, work.keyLength, work.lastTile], base, parked.base + 32);
       b.stVector([work.wholeFrom, work.wholeUntil, b.constant('s32', 0), offsetOfHead], base, parked.base + 48);
       if (work.list !== undefined) b.st(work.list, base, parked.base + 64);
+      if (work.validPages !== undefined) b.st(work.validPages, base, parked.base + 64);
     });
     // Two offsets of 16 bytes each in one word.
     const [key, value] = [copies.key.destination, copies.value.destination];
@@ -107,6 +108,12 @@ export class Parked {
   list(): Reg<'global'> {
     const { b, tiles } = this.#frame;
     return b.ld('global', this.#frame.own(tiles.parked.base), 64);
+  }
+
+  /** Of K and V in pages: how many of the pool's count for the sequence. */
+  validPages(): Reg<'u32'> {
+    const { b, tiles } = this.#frame;
+    return b.ld('u32', this.#frame.own(tiles.parked.base), 64);
   }
 
   lastTile(): Reg<'s32'> {

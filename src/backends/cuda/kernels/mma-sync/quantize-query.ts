@@ -80,7 +80,9 @@ function loadMean(frame: Frame, { sequence, keyHead }: Work, channel: Reg<'u32'>
   if (fused === undefined) throw new Error('Q is quantized elsewhere');
   const paddedDim = paddedDimOf(frame);
   const keyHeads = b.div(b.loadParameter(integer.queryHeads), b.loadParameter(integer.headsPerKeyHead));
-  const row = b.mad(b.mad(sequence, keyHeads, keyHead), paddedDim, channel);
+  // In pages one vector for each head serves all sequences.
+  const ofHead = frame.pages === undefined ? b.mad(sequence, keyHeads, keyHead) : keyHead;
+  const row = b.mad(ofHead, paddedDim, channel);
   const from = offset(b, b.loadPointer(fused.parameters.keyMean), row, 4);
   const mean = Array.from({ length: 8 }, () => b.constant('f32', 0));
   b.if(b.setp('lt', channel, paddedDim), () => {

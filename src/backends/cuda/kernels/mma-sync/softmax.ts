@@ -21,6 +21,8 @@ export interface ScoreTile {
   readonly frame: Frame;
   readonly parked: Parked;
   readonly tile: Reg<'s32'>;
+  /** Where it lies; see `WalkTile`. */
+  readonly place: Reg<'s32'>;
   /** A part of the tile is hidden by a block mask; undefined without one. */
   readonly cut: Reg<'pred'> | undefined;
   readonly scores: Scores;
@@ -257,10 +259,10 @@ function isSpecial({ frame, keyScale }: ScoreTile): Reg<'pred'> {
 }
 
 /** Scores as products left them become those in base 2, each key's with its exponent. */
-function scaleByKey({ frame, parked, tile, scores }: ScoreTile, scale: Reg<'f32'>): void {
+function scaleByKey({ frame, parked, place, scores }: ScoreTile, scale: Reg<'f32'>): void {
   const { b, pointer } = frame;
   const { firstKeyTile, t2 } = parked.reload();
-  const first = b.add(b.shl(b.add(firstKeyTile, b.as(tile, 'u32')), 6), frame.firstColumn(t2));
+  const first = b.add(b.shl(b.add(firstKeyTile, b.as(place, 'u32')), 6), frame.firstColumn(t2));
   const factorOf = keyFactors(b, offset(b, b.loadPointer(pointer.keyExponents), first, 1));
   scores.each((score, _, column) => {
     b.mul(b.mul(b.sub(score, MAGIC), scale), factorOf(column), score);
@@ -307,10 +309,10 @@ function moveScoresToMagic({ frame, scores }: ScoreTile, scale: Reg<'f32'>, zero
   b.mul(scale, -MAGIC, zero);
 }
 
-function markFaultyKeys({ frame, parked, tile, scores }: ScoreTile): void {
+function markFaultyKeys({ frame, parked, place, scores }: ScoreTile): void {
   const { b, pointer } = frame;
   const { firstKeyTile, t2 } = parked.reload();
-  const faults = offset(b, b.loadPointer(pointer.keyFaults), b.add(firstKeyTile, b.as(tile, 'u32')), 8);
+  const faults = offset(b, b.loadPointer(pointer.keyFaults), b.add(firstKeyTile, b.as(place, 'u32')), 8);
   spreadFaults(b, { faults, firstColumn: frame.firstColumn(t2) }, scores.each);
 }
 

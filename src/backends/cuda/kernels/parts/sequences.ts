@@ -35,3 +35,13 @@ export function loadSequence(b: KernelBuilder, table: Reg<'global'>, sequence: R
   ];
   return { queryStart, queryLength, keyStart, keyLength, paddedQueryStart, paddedKeyStart };
 }
+
+/** Reads how many keys a sequence has. */
+export function loadKeyLength(
+  b: KernelBuilder,
+  table: Reg<'global'>,
+  sequence: Reg<'u32'>,
+  into: Reg<'u32'>,
+): Reg<'u32'> {
+  return b.ld('u32', offset(b, table, sequence, SEQUENCE_INTS * 4), 12, { into, readOnly: true });
+}

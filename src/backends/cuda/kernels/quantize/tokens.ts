@@ -49,6 +49,8 @@ export interface QuantizeTokensConfig {
   readonly groups: 1 | 4 | 8;
   /** Subtract the vector in `keyMean` (K), or use it for the row bias (Q). */
   readonly keyMean: boolean;
+  /** One vector for each head serves all sequences, whose keys lie in pages. */
+  readonly oneMean?: true;
   /** Q only: subtract the mean of the block's tokens and write it to `queryMean`. */
   readonly smoothQ: boolean;
   /** K only: keys that a mask hides from every row are zeros. */
@@ -226,7 +228,8 @@ function loadKeyMean({ b, config, pointer, integer, heads, head, sequence }: Blo
   const keyHead = b.div(head, b.loadParameter(integer.headsPerKeyHead));
   const inRow = b.setp('lt', channel, paddedDim);
   const means = b.loadPointer(pointer.keyMean);
-  const from = offset(b, means, b.mad(b.mad(sequence, keyHeads, keyHead), paddedDim, channel), 4);
+  const row = config.oneMean === true ? keyHead : b.mad(sequence, keyHeads, keyHead);
+  const from = offset(b, means, b.mad(row, paddedDim, channel), 4);
   const mean = b.regs('f32', 8);
   for (const register of mean) b.set(register, 0);
   b.if(inRow, () => {

@@ -6,6 +6,7 @@ import { planBackward } from '../../launches/backward.ts';
 import { planBlockMap } from '../../launches/block-map.ts';
 import type { LaunchSequence } from '../../launches/launch.ts';
 import { planMerge, planSum } from '../../launches/merge.ts';
+import { PAGE_PLANNER, type PagePlanner } from '../../launches/pages.ts';
 import { planAttend, planKeyValue, planLaunches } from '../../launches/plan.ts';
 import type { Kernel } from '../../ptx/types.ts';
 import { FakeCuda, type FakeLaunch } from '../fake-cuda.ts';
@@ -63,6 +64,23 @@ function tensorMapOf(launch: FakeLaunch, bytes: Uint8Array): SimulatedTensorMap 
   };
 }
 
+/** What makes the kernels of plans known to a backend. */
+const rememberers = new WeakMap<CudaBackend, <T extends LaunchSequence>(sequence: T) => T>();
+
+/** The planner of pages on a simulated device. */
+export function simulatedPages(backend: CudaBackend): PagePlanner {
+  const remember = rememberers.get(backend);
+  if (remember === undefined) throw new Error('that backend is not simulated');
+  const { poolBytes, planLastPage, planPoolMean, planAppendPages, planAttendPages } = PAGE_PLANNER;
+  return {
+    poolBytes,
+    planLastPage: (...args) => remember(planLastPage(...args)),
+    planPoolMean: (...args) => remember(planPoolMean(...args)),
+    planAppendPages: (...args) => remember(planAppendPages(...args)),
+    planAttendPages: (...args) => remember(planAttendPages(...args)),
+  };
+}
+
 /** A backend for simulated devices of a compute capability (major * 10 + minor). */
 export function createSimulatedBackend(computeCapability: number, devices = 1): CudaBackend {
   // The driver gets text; the simulator runs the instructions that it was printed from.
@@ -86,7 +104,7 @@ export function createSimulatedBackend(computeCapability: number, devices = 1): 
     });
     simulateKernel(kernel, launch.grid[0], parameters, new FakeMemory(launch), maps);
   };
-  return createCudaBackend({
+  const backend = createCudaBackend({
     open: async () => new Cuda(new FakeCuda({ devices: new Array(devices).fill(computeCapability), execute }).api),
     planner: {
       planLaunches: (...args) => remember(planLaunches(...args)),
@@ -98,6 +116,8 @@ export function createSimulatedBackend(computeCapability: number, devices = 1): 
       planSum: (...args) => remember(planSum(...args)),
     },
   });
+  rememberers.set(backend, remember);
+  return backend;
 }
 
 /** Gives back what runs keep: the next ones get memory that holds NaN. */
