@@ -1,7 +1,7 @@
 /** The backward pass on a GPU: gradients of every option against float64, and the same bits every time. */
 
 import type { TrainableOptions } from '../../src/attention/backward.ts';
-import { lackedBy } from '../../src/backends/cuda/kernel-table.ts';
+import { backwardSupportOf, lackedBy } from '../../src/backends/cuda/kernel-table.ts';
 import {
   forwardProblem,
   type GradientCase,
@@ -34,7 +34,7 @@ const BOUND = 0.05;
 export const conformanceOf = (target: BackwardTarget, seed: number) =>
   backwardTests(target, seed).filter(({ name }) => !OTHERWISE.test(name));
 
-/** The backward pass of each kernel that has one on a device of this compute capability. */
+/** The backward pass of each kernel that has one on a device of this compute capability, and of each 8-bit precision. */
 export function backwardTargets(computeCapability: number): BackwardTarget[] {
   const common = { backend: 'cuda', precision: 'fp16', relativeL2: BOUND } as const;
   const targets: BackwardTarget[] = [
@@ -42,7 +42,14 @@ export function backwardTargets(computeCapability: number): BackwardTarget[] {
     { ...common, name: 'per thread', kernel: 'qk-int8-pv-fp16-cuda', algorithm: SM80, largestV: FLOAT16_MAX },
     { ...common, name: 'per block', kernel: 'qk-int8-pv-fp16', algorithm: PORTABLE_ALGORITHM, largestV: FLOAT16_MAX },
   ];
-  return targets.filter(({ kernel }) => lackedBy(kernel, computeCapability) === undefined);
+  const { precisions } = backwardSupportOf(computeCapability);
+  const inCodes = precisions
+    .filter((precision) => precision !== 'fp16')
+    .map((precision): BackwardTarget => {
+      const kernel = 'qk-int8-pv-fp16-cuda';
+      return { ...common, name: precision, precision, kernel, algorithm: SM80, largestV: FLOAT16_MAX };
+    });
+  return [...targets, ...inCodes].filter(({ kernel }) => lackedBy(kernel, computeCapability) === undefined);
 }
 
 /** Sizes that a simulator has no time for, and every kernel of a GPU. */

@@ -195,7 +195,7 @@ const BACKWARD_KERNELS = ['qk-int8-pv-fp16-cuda-sm90', 'qk-int8-pv-fp16-cuda', '
 /** The backward pass: on every device, of the kernels that it has whose codes and V it has. */
 export const backwardSupportOf = (computeCapability: number): BackwardSupport => ({
   kernels: BACKWARD_KERNELS.filter((kernel) => lackedBy(kernel, computeCapability) === undefined),
-  precisions: ['fp16'],
+  precisions: ['fp16', ...(computeCapability >= 89 ? (['fp8'] as const) : []), 'int8'],
   maskGradient: true,
 });
 

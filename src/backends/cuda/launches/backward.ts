@@ -39,6 +39,12 @@ import {
 } from '../kernels/backward/prepare.ts';
 import { type SoftmaxAgainConfig, softmaxAgain } from '../kernels/backward/softmax.ts';
 import {
+  TRANSPOSE_INTEGERS,
+  TRANSPOSE_POINTERS,
+  type TransposeConfig,
+  transposeTokens,
+} from '../kernels/backward/transpose.ts';
+import {
   BLOCK_CHANNELS,
   GROUP_TOKENS,
   gradientPlanOf,
@@ -69,7 +75,7 @@ import { BLOCK_Q, type Context, constantsOf, contextOf, type DeviceFacts, loadWi
 import type { BufferName, KernelArgument, KernelLaunch, LaunchSequence, TensorMapDescription } from './launch.ts';
 import { MMA_SYNC } from './mma-sync.ts';
 import { quantizeKeyLaunch, quantizeQueryLaunch, queryScratch, statisticsLaunches } from './quantize.ts';
-import { visibleKeysLaunches, visibleKeysScratch } from './visible-keys.ts';
+import { visibleKeysLaunches, visibleKeysPointer, visibleKeysScratch } from './visible-keys.ts';
 
 type TileTuning = Partial<ReturnType<typeof wgmmaGradientTile>> & { readonly family?: Family };
 
@@ -128,7 +134,12 @@ export function planBackward(
   };
 }
 
-function scratchOf({ context, paddedDim, paddedValueDim }: Backward): Record<BufferName, number> {
+function scratchOf({
+  problem: { precision },
+  context,
+  paddedDim,
+  paddedValueDim,
+}: Backward): Record<BufferName, number> {
   const { problem, choice, layout, scheme } = context;
   const { batch, kvHeads, queryHeads } = problem;
   const rows = queryHeads * layout.paddedQueries;
@@ -146,6 +157,16 @@ function scratchOf({ context, paddedDim, paddedValueDim }: Backward): Record<Buf
     valueOperand: keys * paddedValueDim * OPERAND_BYTES,
     outputGradient: rows * paddedValueDim * OPERAND_BYTES,
     rowNumbers: 3 * rows * 4,
+    ...(precision === 'fp16'
+      ? {}
+      : {
+          queryTransposed: rows * paddedDim,
+          queryTransposedScale: (rows / COPY_TOKENS) * 4,
+          keyTransposed: keys * paddedDim,
+          keyTransposedScale: (keys / COPY_TOKENS) * 4,
+          outputGradientTransposed: rows * paddedValueDim,
+          outputGradientTransposedScale: (rows / COPY_TOKENS) * 4,
+        }),
   };
 }
 
@@ -171,6 +192,7 @@ function preparing(backward: Backward): KernelLaunch[] {
     copyLaunch(backward, 'v'),
     prepareRowsLaunch(backward),
     softmaxAgainLaunch(backward),
+    ...transposeLaunches(backward),
   ];
 }
 
@@ -295,6 +317,44 @@ function softmaxAgainLaunch(backward: Backward): KernelLaunch {
   return launch('softmax again', module, 'softmaxAgain', blocks, GRADIENT_THREADS, module.kernel().sharedBytes, args);
 }
 
+const TRANSPOSES = {
+  q: { name: 'transpose Q', operand: 'query', copy: 'queryOperand', codes: 'queryTransposed' },
+  k: { name: 'transpose K', operand: 'key', copy: 'keyOperand', codes: 'keyTransposed' },
+  dO: { name: 'transpose dO', operand: 'query', copy: 'outputGradient', codes: 'outputGradientTransposed' },
+} as const;
+
+/** Codes of what the products over tokens multiply P and dS by. */
+function transposeLaunches({ problem: { precision }, context, paddedDim, paddedValueDim }: Backward): KernelLaunch[] {
+  if (precision === 'fp16') return [];
+  const { problem, device, layout, hiddenKeys } = context;
+  return Object.values(TRANSPOSES).map(({ name, operand, copy, codes }) => {
+    const config: TransposeConfig = {
+      ...{ target: device.target, precision, operand },
+      paddedDim: copy === 'outputGradient' ? paddedValueDim : paddedDim,
+      hidden: operand === 'query' ? 'none' : hiddenKeys,
+    };
+    const isQuery = operand === 'query';
+    const heads = isQuery ? problem.queryHeads : problem.kvHeads;
+    const blocks = isQuery ? layout.queryTiles * (BLOCK_Q / COPY_TOKENS) : layout.keyTiles;
+    const module = moduleOf('transposeTokens', transposeTokens, config);
+    const grid = blocks * heads * problem.batch;
+    return launch(name, module, 'transposeTokens', grid, PREPARE_THREADS, module.kernel().sharedBytes, [
+      ...inOrder(TRANSPOSE_POINTERS, {
+        sequences: pointer('sequences'),
+        copy: pointer(copy),
+        ...(isQuery ? { rowShift: rowNumbersOf(context).rowShift } : visibleKeysPointer(context)),
+        codes: pointer(codes),
+        scales: pointer(`${codes}Scale`),
+      }),
+      ...inOrder(TRANSPOSE_INTEGERS, {
+        heads: u32(heads),
+        blocks: u32(blocks),
+        paddedTokens: u32(isQuery ? layout.paddedQueries : layout.paddedKeys),
+      }),
+    ]);
+  });
+}
+
 /** Where the gradients lie, by the names of the kernels' parameters. */
 function gradientStridesOf(attention: AttentionProblem, dtype: DType) {
   const { dq, dk, dv } = gradientShapesOf(attention);
@@ -319,6 +379,10 @@ function featuresOf({ problem: { attention, gradientDtype }, context }: Backward
   };
 }
 
+const TRANSPOSED_POINTERS = Object.fromEntries(
+  Object.values(TRANSPOSES).flatMap(({ codes }) => [codes, `${codes}Scale`].map((name) => [name, pointer(name)])),
+);
+
 /** Arguments of every gradient kernel. */
 function gradientArguments({ problem, context }: Backward, pass: readonly Gradient[], tiles: number): KernelArgument[] {
   const { attention, gradientDtype } = problem;
@@ -338,6 +402,7 @@ function gradientArguments({ problem, context }: Backward, pass: readonly Gradie
       keyOperand: pointer('keyOperand'),
       valueOperand: pointer('valueOperand'),
       outputGradient: pointer('outputGradient'),
+      ...(problem.precision === 'fp16' ? {} : TRANSPOSED_POINTERS),
       mask,
       ...(pass.includes('query') ? { queryGradient: pointer('dq') } : {}),
       ...(pass.includes('key') ? { keyGradient: pointer('dk') } : {}),
@@ -360,9 +425,14 @@ function gradientArguments({ problem, context }: Backward, pass: readonly Gradie
 const nameOf = (gradients: readonly Gradient[]) => `gradients of ${gradients.join(' and ')}`;
 
 /** What a kernel of these gradients is tuned with, and whether it runs on wgmma. */
-function familyOf({ tuning, context }: Backward, pass: readonly Gradient[], features: ReturnType<typeof featuresOf>) {
+function familyOf(
+  { tuning, problem: { precision }, context }: Backward,
+  pass: readonly Gradient[],
+  features: ReturnType<typeof featuresOf>,
+) {
   const { family, ...tile } = tuning[pass.includes('query') ? 'queries' : 'keys'] ?? {};
-  return { isWgmma: context.device.target === 'sm_90a' && isWgmmaGradient(features) && family !== 'mma-sync', tile };
+  const fits = context.device.target === 'sm_90a' && precision === 'fp16' && isWgmmaGradient(features);
+  return { isWgmma: fits && family !== 'mma-sync', tile };
 }
 
 function gradientLaunches(backward: Backward, passes: readonly (readonly Gradient[])[]): KernelLaunch[] {
@@ -393,7 +463,8 @@ function gradientLaunch(backward: Backward, pass: readonly Gradient[]): KernelLa
   const { context, paddedDim, paddedValueDim } = backward;
   const { device, scheme } = context;
   const { target } = device;
-  const sizes = { gradients: pass, codeBytes: scheme.qkRowBytes, paddedDim, paddedValueDim };
+  const { precision } = backward.problem;
+  const sizes = { gradients: pass, precision, codeBytes: scheme.qkRowBytes, paddedDim, paddedValueDim };
   const features = featuresOf(backward);
   const { tiles, blocks } = blocksOf(backward, pass, OWN_TOKENS);
   const args = gradientArguments(backward, pass, tiles);

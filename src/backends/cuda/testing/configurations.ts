@@ -2,7 +2,7 @@
  * The configurations that are assembled in tests and reports: what `planLaunches` asks for over targets, kernels, head
  * dims and features, by kernel family. They come from planning real problems, so that exactly the kernels that run are checked.
  */
-import { createBackwardProblem } from '../../../attention/backward.ts';
+import { type BackwardPrecision, createBackwardProblem } from '../../../attention/backward.ts';
 import { type AttentionProblem, createProblem } from '../../../attention/problem.ts';
 import { settleSparsity } from '../../../attention/sparsity.ts';
 import type { DType } from '../../../tensor/dtype.ts';
@@ -15,7 +15,7 @@ import { planBackward } from '../launches/backward.ts';
 import { planBlockMap } from '../launches/block-map.ts';
 import { planLaunches } from '../launches/plan.ts';
 import { capabilityOf } from '../launches/scheme.ts';
-import { TARGETS, type Target } from '../ptx/targets.ts';
+import { TARGET_FEATURES, TARGETS, type Target } from '../ptx/targets.ts';
 import type { Kernel } from '../ptx/types.ts';
 
 export interface Configuration {
@@ -49,6 +49,8 @@ interface Features {
   readonly blockMask?: boolean;
   /** Default 128, a multiple of the tiles'. */
   readonly blockRows?: number;
+  /** Of gradients; default `fp16`. */
+  readonly precision?: BackwardPrecision;
 }
 
 /** D and Dv. */
@@ -153,7 +155,7 @@ function modulesOf(
 
 /** Kernels of the backward pass that the forward pass does not have. */
 function backwardModulesOf(target: Target, dims: Dims, features: Features): NamedModule[] {
-  const { dtype = 'bfloat16' } = features;
+  const { dtype = 'bfloat16', precision = 'fp16' } = features;
   const attention = problemOf(dims, { ...features, lse: true });
   const results = {
     output: emptyTensor([1, 1, 256, dims[1]], dtype),
@@ -162,10 +164,10 @@ function backwardModulesOf(target: Target, dims: Dims, features: Features): Name
   };
   const isAdditive = features.mask !== undefined && features.mask !== 'bool';
   const mask = isAdditive ? emptyTensor([1, 256], 'float32') : undefined;
-  const problem = createBackwardProblem(attention, results, mask, { maskGradient: isAdditive }, 'fp16');
+  const problem = createBackwardProblem(attention, results, mask, { maskGradient: isAdditive }, precision);
   const [choice] = choicesOf(descriptorOf('qk-int8-pv-fp16-cuda')) as [KernelChoice];
   const { launches } = planBackward(problem, choice, { target, multiprocessors: 132 });
-  return named(launches).filter(({ name }) => /^(gradients|copy|prepare)/.test(name));
+  return named(launches).filter(({ name }) => /^(gradients|copy|prepare|transpose)/.test(name));
 }
 
 /** A kernel's choices, the default accumulator first. */
@@ -291,11 +293,25 @@ const GRADIENT_FEATURES: readonly Features[] = [
   { name: 'float32', dtype: 'float32' },
 ];
 
+/** In codes. */
+const INT8_GRADIENTS: readonly Features[] = [
+  { name: 'int8', precision: 'int8' },
+  { name: 'int8, causal', precision: 'int8', causal: true },
+];
+const FP8_GRADIENTS: readonly Features[] = [
+  { name: 'fp8', precision: 'fp8' },
+  { name: 'fp8, causal', precision: 'fp8', causal: true },
+];
+
 /** `D128`, or `D192/128` where V's differs. */
 const sizesOf = ([d, dv]: Dims): string => (d === dv ? `D${d}` : `D${d}/${dv}`);
 
-const gradientFeaturesOf = ([d]: Dims, target: Target, thorough: boolean): readonly Features[] =>
-  d === 128 && (thorough || target === 'sm_80') ? [...PLAIN, ...GRADIENT_FEATURES] : PLAIN;
+const gradientFeaturesOf = ([d]: Dims, target: Target, thorough: boolean): readonly Features[] => [
+  ...PLAIN,
+  ...(d === 128 && (thorough || target === 'sm_80') ? GRADIENT_FEATURES : []),
+  ...(thorough || target === 'sm_80' ? INT8_GRADIENTS : []),
+  ...(TARGET_FEATURES[target].fp8Mma ? FP8_GRADIENTS : []),
+];
 
 /**
  * The kernels of the backward pass.
@@ -310,11 +326,12 @@ export function gradientConfigurations(thorough: boolean): Configuration[] {
   );
   const found = new Map<string, Configuration>();
   for (const { target, dims, features } of cases) {
-    const isMain = PLAIN.includes(features) && dims[0] <= 128 && dims[0] === dims[1];
+    const isMain =
+      [...PLAIN, ...INT8_GRADIENTS, ...FP8_GRADIENTS].includes(features) && dims[0] <= 128 && dims[0] === dims[1];
     for (const { name, module } of backwardModulesOf(target, dims, features)) {
       if (found.has(module.id)) continue;
       found.set(module.id, {
-        family: target === 'sm_90a' ? 'wgmma' : 'mma-sync',
+        family: target === 'sm_90a' && features.precision === undefined ? 'wgmma' : 'mma-sync',
         name: `${name}, ${sizesOf(dims)} ${features.name} ${target}`,
         kernel: module.kernel,
         main: isMain,

@@ -53,7 +53,7 @@ export function operandsOf(seed: number, sizes: Sizes, { cuSeqlensQ, tensorLayou
 
 /** The forward problem of a case. */
 export function forwardProblem({ q, k, v }: Record<'q' | 'k' | 'v', Tensor>, options: Options): AttentionProblem {
-  const { cuSeqlensQ, cuSeqlensK, gradientDtype: _, kernel: __, ...forward } = options;
+  const { cuSeqlensQ, cuSeqlensK, gradientDtype: _, backwardPrecision: __, kernel: ___, ...forward } = options;
   const packed = cuSeqlensQ === undefined || cuSeqlensK === undefined ? undefined : { cuSeqlensQ, cuSeqlensK };
   return trainableProblem(q, k, v, { packed }, { ...(forward as AttentionOptions), returnLse: true });
 }
@@ -67,7 +67,7 @@ export function train(
   spoil: (operands: Record<'q' | 'k' | 'v' | 'dOutput', Tensor>) => void = () => {},
   tuning: GradientTuning = {},
 ) {
-  const { kernel = 'qk-int8-pv-fp16-cuda', gradientDtype } = options;
+  const { kernel = 'qk-int8-pv-fp16-cuda', gradientDtype, backwardPrecision } = options;
   const operands = operandsOf(seed, sizes, options);
   spoil(operands);
   const { q, k, v, dOutput } = operands;
@@ -76,7 +76,7 @@ export function train(
   const choice = choiceOf(kernel);
   const { output, lse } = simulateAttention(problem, choice, facts, { q, k, v, attnMask });
   const results = { output, lse: lse as Tensor, dOutput };
-  const gradient = gradientDtype === undefined ? {} : { gradientDtype };
+  const gradient = { ...(gradientDtype && { gradientDtype }), ...(backwardPrecision && { backwardPrecision }) };
   const backward = createBackwardProblem(problem, results, undefined, gradient, 'fp16');
   const plan = planBackward(backward, choice, facts, tuning);
   const got = simulateBackward(backward, choice, facts, { q, k, v, attnMask, ...results }, plan);

@@ -1,4 +1,5 @@
 /** Configurations of the backward kernels on `mma.sync`, and their parameters by name. */
+import type { BackwardPrecision } from '../../../../attention/backward.ts';
 import type { DType } from '../../../../tensor/dtype.ts';
 import { TARGET_FEATURES, type Target } from '../../ptx/targets.ts';
 import { OPERAND_STRIDES } from '../parts/addresses.ts';
@@ -9,6 +10,9 @@ export const OWN_TOKENS = 64;
 
 /** Bytes of the 16-bit operands of gradient products, which are BF16: gradients have no range that FP16 would hold. */
 export const OPERAND_BYTES = 2;
+
+/** Tokens whose codes a row of transposed operands holds: those of one product. */
+export const CODE_ROW_TOKENS = 32;
 
 /** A gradient that a kernel computes. Of the mask alone: see `mask.ts`. */
 export type Gradient = 'query' | 'key' | 'value' | 'mask';
@@ -24,6 +28,8 @@ export interface GradientConfig extends GradientTile {
   readonly target: Target;
   /** `['query']`, `['mask']` or none (`softmax.ts`): a CTA owns a tile of Q and the keys pass by. Else it owns a tile of keys, and the queries of all its heads pass by. */
   readonly gradients: readonly Gradient[];
+  /** Of the products over tokens: BF16 (`fp16`), or codes (`codes.ts`). The scores, and dO V^T in BF16, are the same in each. */
+  readonly precision: BackwardPrecision;
   /** D, and Dv. */
   readonly headDim: number;
   readonly valueDim: number;
@@ -82,6 +88,12 @@ export const GRADIENT_POINTERS = [
   'keyOperand',
   'valueOperand',
   'outputGradient',
+  'queryTransposed',
+  'queryTransposedScale',
+  'keyTransposed',
+  'keyTransposedScale',
+  'outputGradientTransposed',
+  'outputGradientTransposedScale',
   'mask',
   'queryGradient',
   'keyGradient',
@@ -94,23 +106,43 @@ export const GRADIENT_STRIDES = ['maskBatch', 'maskHead', 'maskQuery', 'maskKey'
 /** Rows of a tile in shared memory as the swizzle can permute them. */
 export const sharedRowBytes = (bytes: number) => (bytes >= 128 ? roundUp(bytes, 128) : nextPowerOfTwo(bytes));
 
-type Sizes = Pick<GradientConfig, 'gradients' | 'codeBytes' | 'paddedDim' | 'paddedValueDim'>;
+type Sizes = Pick<GradientConfig, 'gradients' | 'precision' | 'codeBytes' | 'paddedDim' | 'paddedValueDim'>;
 
-/** Shared memory of a tile of `tokens`: codes, channels of V or dO, channels of Q or K. */
-function tokenBytes({ codeBytes, paddedDim, paddedValueDim }: Sizes, values: boolean, channels: boolean): number {
+/** What of tokens that pass by is in shared memory besides the codes of the scores. */
+export function streamOperands({ gradients, precision }: Pick<GradientConfig, 'gradients' | 'precision'>) {
+  const scoreGradients = gradients.some((gradient) => gradient !== 'value');
+  const inCodes = precision !== 'fp16';
+  return {
+    /** dP is computed: for dQ, dK and a mask's gradient. */
+    scoreGradients,
+    /** V or dO in BF16: for dP, and for dV where that has no codes. */
+    values: scoreGradients || !inCodes,
+    /** dO in codes, for dV. */
+    valueCodes: inCodes && gradients.includes('value'),
+    /** K or Q, in BF16 or codes. */
+    channels: gradients.includes('query') || gradients.includes('key'),
+    inCodes,
+  };
+}
+
+/** Shared bytes of one token that passes by. */
+function streamTokenBytes(sizes: Sizes): number {
+  const { codeBytes, paddedDim, paddedValueDim } = sizes;
+  const { values, valueCodes, channels, inCodes } = streamOperands(sizes);
   return (
     sharedRowBytes(codeBytes) +
     (values ? sharedRowBytes(paddedValueDim * OPERAND_BYTES) : 0) +
-    (channels ? sharedRowBytes(paddedDim * OPERAND_BYTES) : 0)
+    (valueCodes ? paddedValueDim : 0) +
+    (channels ? (inCodes ? paddedDim : sharedRowBytes(paddedDim * OPERAND_BYTES)) : 0)
   );
 }
 
 /** Shared bytes of a configuration, less what alignment adds. */
 export function gradientSharedBytes(sizes: Sizes, { streamTokens, stages }: GradientTile): number {
-  const scoreGradients = sizes.gradients.some((gradient) => gradient !== 'value');
-  const own = OWN_TOKENS * tokenBytes(sizes, scoreGradients, false);
+  const { codeBytes, paddedValueDim } = sizes;
+  const ownValues = streamOperands(sizes).scoreGradients ? sharedRowBytes(paddedValueDim * OPERAND_BYTES) : 0;
   // Scale, shift, D and bias of each row.
-  return own + stages * streamTokens * (tokenBytes(sizes, true, scoreGradients) + 16);
+  return OWN_TOKENS * (sharedRowBytes(codeBytes) + ownValues) + stages * streamTokens * (streamTokenBytes(sizes) + 16);
 }
 
 const TILES: readonly GradientTile[] = [

@@ -1,5 +1,6 @@
 /** The conformance suite of gradients: the real backend and launches, kernels run by the simulator. */
 import { beforeAll, describe, it } from 'vitest';
+import type { BackwardTarget } from '../../../../../test/conformance/backward-suite.ts';
 import { backwardTargets, conformanceOf } from '../../../../../test/cuda/backward-checks.ts';
 import { runSeed } from '../../../../../test/support/random.ts';
 import { sampled } from '../../../../../test/support/sample.ts';
@@ -11,16 +12,22 @@ const MAX_WORK = Number(process.env.SIMULATED_WORK ?? 2e5);
 
 const seed = runSeed();
 
-// Nine of ten cases are head dims and options that run on mma.sync on every device.
-for (const [capability, shares] of [
-  [80, { byHand: 0.05, otherwise: 0.25 }],
-  [90, { byHand: 0.03, otherwise: 0.1 }],
+const FEW = { byHand: 0.01, otherwise: 0.04 };
+// Nine of ten cases are head dims and options that run on mma.sync on every device; codes do on each.
+for (const [capability, precisions, shares] of [
+  [80, ['fp16'], { byHand: 0.05, otherwise: 0.25 }],
+  [80, ['int8'], FEW],
+  [89, ['fp8'], FEW],
+  [90, ['fp16'], { byHand: 0.03, otherwise: 0.1 }],
+  [90, ['int8', 'fp8'], { byHand: 0.003, otherwise: 0.01 }],
 ] as const) {
-  describe(`gradients, simulated sm_${capability} (SAGEATTENTION_SEED=${seed})`, () => {
+  describe(`gradients in ${precisions.join(' and ')}, simulated sm_${capability} (SAGEATTENTION_SEED=${seed})`, () => {
     beforeAll(() => setBackend(createSimulatedBackend(capability)));
-    for (const target of backwardTargets(capability)) {
+    const isHere = ({ precision }: BackwardTarget) => (precisions as readonly string[]).includes(precision);
+    for (const target of backwardTargets(capability).filter(isHere)) {
       const tests = conformanceOf({ ...target, maxWork: MAX_WORK, randomCases: 2 }, seed);
-      for (const { name, run } of sampled(tests, seed, shares, `${capability}`)) it(`${target.name}: ${name}`, run);
+      for (const { name, run } of sampled(tests, seed, shares, `${capability} ${precisions}`))
+        it(`${target.name}: ${name}`, run);
     }
   });
 }

@@ -3,11 +3,13 @@ import type { SharedTile } from '../../ptx/layouts.ts';
 import type { Reg } from '../../ptx/types.ts';
 import { offset } from '../parts/addresses.ts';
 import { type TileCopy, tileCopy } from '../parts/copies.ts';
-import { needsTrueScores, OPERAND_BYTES } from './config.ts';
+import { CODE_ROW_TOKENS, needsTrueScores, OPERAND_BYTES } from './config.ts';
 import { type Frame, GRADIENT_THREADS, type Passing, type ThreadPlace, type Work } from './frame.ts';
 
 /** A buffer `[head, token, ...]`. */
 type Buffer = 'query' | 'key' | 'queryOperand' | 'keyOperand' | 'valueOperand' | 'outputGradient';
+/** Codes `[head, 32 tokens, channel, 32 codes]`. */
+type Transposed = 'queryTransposed' | 'keyTransposed' | 'outputGradientTransposed';
 
 export class StreamCopies {
   readonly #frame: Frame;
@@ -26,6 +28,7 @@ export class StreamCopies {
       [own.values, widths.values],
       [stream.codes, widths.codes],
       [stream.values, widths.values],
+      [stream.valueCodes, CODE_ROW_TOKENS],
       [stream.channels, widths.channels],
     ] as const;
     for (const [tile, bytes] of tiles) {
@@ -34,12 +37,19 @@ export class StreamCopies {
   }
 
   #rowBytes() {
-    const { codeBytes, paddedDim, paddedValueDim } = this.#frame.config;
-    return { codes: codeBytes, values: paddedValueDim * OPERAND_BYTES, channels: paddedDim * OPERAND_BYTES };
+    const { codeBytes, paddedDim, paddedValueDim, precision } = this.#frame.config;
+    const channels = precision === 'fp16' ? paddedDim * OPERAND_BYTES : CODE_ROW_TOKENS;
+    return { codes: codeBytes, values: paddedValueDim * OPERAND_BYTES, channels };
   }
 
   /** @param row padded row of the tile's first token in the buffer */
-  #copy(buffer: Buffer, row: Reg<'u32'>, rowBytes: number, tile: SharedTile, stageOffset?: Reg<'u32'>): void {
+  #copy(
+    buffer: Buffer | Transposed,
+    row: Reg<'u32'>,
+    rowBytes: number,
+    tile: SharedTile,
+    stageOffset?: Reg<'u32'>,
+  ): void {
     const { b, pointer, shared } = this.#frame;
     const copy = this.#copies.get(tile) as TileCopy;
     const { row: ownRow, column } = copy.place();
@@ -47,6 +57,19 @@ export class StreamCopies {
     const source = b.add(first, b.as(b.mulWide(column, 16), 'global'));
     const into = b.add(shared, copy.destination);
     copy.emit(source, stageOffset === undefined ? into : b.add(into, b.as(stageOffset, 'shared')), rowBytes);
+  }
+
+  /** @param row padded row of the tile's first token, a multiple of 32 */
+  #copyTransposed(
+    buffer: Transposed,
+    row: Reg<'u32'>,
+    dim: number,
+    tile: SharedTile,
+    stageOffset: Reg<'u32'> | undefined,
+  ): void {
+    const { b } = this.#frame;
+    const firstRow = b.mul(b.shr(row, Math.log2(CODE_ROW_TOKENS)), dim);
+    this.#copy(buffer, firstRow, CODE_ROW_TOKENS, tile, stageOffset);
   }
 
   /** Padded row of a token of the queries of a head, or of the keys. */
@@ -87,8 +110,17 @@ export class StreamCopies {
     const row = ownsQueries ? this.#keyRow(token) : this.#queryRow(head, token);
     const stageOffset = config.stages === 1 ? undefined : b.mul(stage, stageBytes);
     this.#copy(ownsQueries ? 'key' : 'query', row, widths.codes, stream.codes, stageOffset);
-    this.#copy(ownsQueries ? 'valueOperand' : 'outputGradient', row, widths.values, stream.values, stageOffset);
-    if (stream.channels !== undefined) {
+    if (stream.values !== undefined) {
+      this.#copy(ownsQueries ? 'valueOperand' : 'outputGradient', row, widths.values, stream.values, stageOffset);
+    }
+    const { paddedDim, paddedValueDim, precision } = config;
+    if (stream.valueCodes !== undefined) {
+      this.#copyTransposed('outputGradientTransposed', row, paddedValueDim, stream.valueCodes, stageOffset);
+    }
+    if (stream.channels !== undefined && precision !== 'fp16') {
+      const buffer = ownsQueries ? 'keyTransposed' : 'queryTransposed';
+      this.#copyTransposed(buffer, row, paddedDim, stream.channels, stageOffset);
+    } else if (stream.channels !== undefined) {
       const buffer = ownsQueries ? 'keyOperand' : 'queryOperand';
       this.#copy(buffer, row, widths.channels, stream.channels, stageOffset);
     }

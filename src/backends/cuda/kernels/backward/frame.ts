@@ -7,6 +7,7 @@ import { type BandParameters, bandParameters } from '../parts/band.ts';
 import { type SoftcapParameters, softcapParameters } from '../parts/scores.ts';
 import { loadSequence, type SequenceRegisters } from '../parts/sequences.ts';
 import {
+  CODE_ROW_TOKENS,
   GRADIENT_INTEGERS,
   GRADIENT_POINTERS,
   GRADIENT_STRIDES,
@@ -14,15 +15,18 @@ import {
   OPERAND_BYTES,
   OWN_TOKENS,
   sharedRowBytes,
+  streamOperands,
 } from './config.ts';
 
 export const GRADIENT_THREADS = (OWN_TOKENS / 16) * 32;
 
-/** Tiles of one stage of what passes by: codes, V or dO, K or Q, and the numbers of rows of Q. */
+/** Tiles of one stage of what passes by: codes, V or dO, K or Q, and the numbers of rows of Q; undefined: see `streamOperands`. */
 export interface StreamTiles {
   readonly codes: SharedTile;
-  readonly values: SharedTile;
-  /** Undefined where neither dQ nor dK is computed. */
+  readonly values: SharedTile | undefined;
+  /** Transposed. */
+  readonly valueCodes: SharedTile | undefined;
+  /** Transposed where they are codes. */
   readonly channels: SharedTile | undefined;
   /** `rowScale`, `rowShift`, `rowDelta` (and `rowBias`) of the queries that pass by. */
   readonly rows: SharedTile | undefined;
@@ -77,8 +81,8 @@ export interface Frame extends Owner {
 export function makeFrame(config: GradientConfig, name = 'gradients'): Frame {
   const { target, gradients, codeBytes, paddedDim, paddedValueDim, streamTokens, stages } = config;
   const ownsQueries = !gradients.includes('key') && !gradients.includes('value');
-  const hasChannels = gradients.includes('query') || gradients.includes('key');
-  const scoreGradients = gradients.some((gradient) => gradient !== 'value');
+  const has = streamOperands(config);
+  const { scoreGradients } = has;
   const b = new KernelBuilder({
     name,
     target,
@@ -96,10 +100,15 @@ export function makeFrame(config: GradientConfig, name = 'gradients'): Frame {
     codes: b.shared('own codes', OWN_TOKENS, codes),
     values: scoreGradients ? b.shared('own V or dO', OWN_TOKENS, values) : undefined,
   };
+  const transposed = (what: string, dim: number) =>
+    b.shared(`${what}, transposed`, (streamTokens / CODE_ROW_TOKENS) * dim, xorSwizzle(CODE_ROW_TOKENS));
+  const channelsOf = (what: string) =>
+    has.inCodes ? transposed(what, paddedDim) : b.shared(what, streamTokens, channels);
   const stage = (name: string): StreamTiles => ({
     codes: b.shared(`codes${name}`, streamTokens, codes),
-    values: b.shared(`V or dO${name}`, streamTokens, values),
-    channels: hasChannels ? b.shared(`K or Q${name}`, streamTokens, channels) : undefined,
+    values: has.values ? b.shared(`V or dO${name}`, streamTokens, values) : undefined,
+    valueCodes: has.valueCodes ? transposed(`dO${name}`, paddedValueDim) : undefined,
+    channels: has.channels ? channelsOf(`K or Q${name}`) : undefined,
     rows: ownsQueries ? undefined : b.shared(`rows${name}`, 4, rowMajor(Math.max(128, streamTokens * 4))),
   });
   const stream = stage('');

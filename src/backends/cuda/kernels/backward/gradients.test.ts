@@ -37,6 +37,26 @@ describe(`gradients (SAGEATTENTION_SEED=${seed})`, () => {
       expect([...row].every((x) => x === 0)).toBe(true);
   });
 
+  test.each([
+    ['int8', 'sm_80'],
+    ['fp8', 'sm_89'],
+  ] as const)('%s: what no row sees, and what sees nothing, is in no scale', (backwardPrecision, target) => {
+    // Row 3 sees no key, and key 5 is seen by no row.
+    const gradientsWith = (times: number) => {
+      const enlarge = (operands: Record<'k' | 'v' | 'dOutput', Tensor>) => {
+        for (const [name, row] of [['k', 5] as const, ['v', 5] as const, ['dOutput', 3] as const]) {
+          const data = operands[name].data as Float32Array;
+          for (let i = row * 32; i < (row + 1) * 32; i++) data[i] = (data[i] as number) * times;
+        }
+      };
+      const options = { attnMask: booleanMask(seed, [1, 1, 40, 70]), backwardPrecision };
+      const facts = { target, multiprocessors: 1 };
+      return train(seed, { lengths: [40, 70], dims: [32, 32] }, options, facts, enlarge).got;
+    };
+    const [plain, enlarged] = [gradientsWith(1), gradientsWith(1e4)];
+    for (const name of ['dq', 'dk', 'dv'] as const) expect(toFloat32(enlarged[name])).toEqual(toFloat32(plain[name]));
+  });
+
   test('what is not a number stays in rows that see it', () => {
     // Causal: query 50 sees keys 0 to 50. Key 60 is seen by queries from 60 on.
     for (const [operand, row] of [

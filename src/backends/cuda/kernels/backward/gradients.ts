@@ -3,6 +3,9 @@
  * 64 keys and the queries of all heads over them pass by (dK, dV), or it owns 64 queries and the keys pass by (dQ). Sums stay in
  * registers and have one order: the same inputs give the same bits.
  *
+ * With `int8` and `fp8` the products over tokens (dV, dK, dQ) are of codes: P and dS get theirs in registers (`codes.ts`), what passes by
+ * had its own before (`transpose.ts`). dP stays in BF16: rounded to 8 bits, dS would lose most of what P's rounding leaves of it.
+ *
  * For a tile of what passes by: S from the codes of the forward pass (INT8), P = 2^(S - LSE), dP = dO V^T, dS = P (dP - D), then
  * dV += P^T dO and dK += dS^T Q, or dQ += dS K. Scores are computed with own tokens as rows, so that P and dS are, packed, the A
  * fragments of those products: nothing goes through shared memory.
@@ -28,8 +31,8 @@ import {
   type Work,
   workOf,
 } from './frame.ts';
-import { multiplyCodes, multiplyTokens, multiplyValues } from './products.ts';
-import { ownConstants, weigh } from './weigh.ts';
+import { multiplyCodes, multiplyTokenCodes, multiplyTokens, multiplyValues } from './products.ts';
+import { ownConstants, transposedScaleOf, type WeighedTile, weigh, weighGradients } from './weigh.ts';
 
 /** The kernel of one configuration. */
 export function gradients(config: GradientConfig): Kernel {
@@ -77,7 +80,8 @@ interface Loop {
 }
 
 /** Places of this lane in what ldmatrix reads, in the first stage. Computed anew for each tile: held, they would cost registers. */
-export function laneAddresses({ b, own, stream }: Frame) {
+export function laneAddresses({ b, config, own, stream }: Frame) {
+  const inCodes = config.precision !== 'fp16';
   const [thread, shared] = [b.special('%tid.x'), b.sharedAddress()];
   const lane = b.and(thread, 31);
   const warpRow = b.shl(b.shr(thread, 5), 4);
@@ -89,14 +93,19 @@ export function laneAddresses({ b, own, stream }: Frame) {
     b.add(b.add(shared, tile.base), laneOffset(b, tile.layout, b.add(b.shl(high16, 3), low8), octet));
   const tokenOf = (tile: typeof own.codes) =>
     b.add(b.add(shared, tile.base), laneOffset(b, tile.layout, low16, high16));
+  // Transposed, channels are the columns.
+  const tokensOf = (codes: SharedTile | undefined, tokens: SharedTile | undefined) => {
+    if (codes !== undefined) return columnOf(codes);
+    return tokens === undefined ? undefined : tokenOf(tokens);
+  };
   return {
     ownCodes: rowOf(own.codes),
     ownValues: own.values === undefined ? undefined : rowOf(own.values),
     codes: columnOf(stream.codes),
-    /** V or dO with tokens as columns, and with tokens as the dimension that is summed over. */
-    valueColumns: own.values === undefined ? undefined : columnOf(stream.values),
-    valueTokens: tokenOf(stream.values),
-    channelTokens: stream.channels === undefined ? undefined : tokenOf(stream.channels),
+    /** V or dO with tokens as columns, and with tokens as the dimension that is summed over; likewise K or Q. */
+    valueColumns: own.values === undefined ? undefined : columnOf(stream.values as SharedTile),
+    valueTokens: tokensOf(stream.valueCodes, stream.values),
+    channelTokens: inCodes ? tokensOf(stream.channels, undefined) : tokensOf(undefined, stream.channels),
   };
 }
 
@@ -121,32 +130,33 @@ function passTile({ frame, place, work, copies, sums, constants, now }: Loop): v
   const lanes = laneAddresses(frame);
   const codes = Array.from({ length: columnTiles }, () => b.regs('s32', 4));
   multiplyCodes(frame, codes, lanes.ownCodes, staged(lanes.codes));
-  let gradientsOfP: Reg<'f32'>[][] = [];
   const rows = ownsQueries ? undefined : staged(b.add(frame.shared, (frame.stream.rows as SharedTile).base));
-  if (scoreGradients) {
-    b.section('dP - D');
-    gradientsOfP = Array.from({ length: columnTiles }, () => b.regs('f32', 4));
-    const minusDelta = constants.minusDelta(rows);
-    multiplyValues(
-      frame,
-      gradientsOfP,
-      lanes.ownValues as Reg<'shared'>,
-      staged(lanes.valueColumns as Reg<'shared'>),
-      minusDelta,
-    );
-  }
+  const gradientsOfP = Array.from({ length: scoreGradients ? columnTiles : 0 }, () => b.regs('f32', 4));
   const tile = { frame, place, work, now, constants, rows, codes, gradientsOfP };
-  weigh(tile);
+  const makeGradientsOfP = () => {
+    if (!scoreGradients) return;
+    b.section('dP - D');
+    const [ownValues, columns] = [lanes.ownValues, lanes.valueColumns] as [Reg<'shared'>, Reg<'shared'>];
+    multiplyValues(frame, gradientsOfP, ownValues, staged(columns), constants.minusDelta(rows));
+  };
   const weights = codes.map((fragment) => fragment.map((register) => b.as(register, 'f32')));
-  if (config.gradients.includes('value')) {
-    b.section('dV += P^T dO');
-    multiplyTokens(frame, sums.values, weights, frame.stream.values, staged(lanes.valueTokens));
+  const add = (sums: Fragments, rounded: Fragments, operand: PassingOperand | undefined) => {
+    if (operand !== undefined) addProduct(tile, staged, sums, rounded, operand);
+  };
+  const { values, channels } = passingOperands(frame, lanes);
+  if (config.precision === 'fp16') {
+    makeGradientsOfP();
+    const slopes = weigh(tile);
+    if (scoreGradients) weighGradients(tile, slopes);
+    add(sums.values, weights, values);
+  } else {
+    // P in codes before there is dP: rounding wants all of a tile in registers at once.
+    const slopes = weigh(tile);
+    add(sums.values, weights, values);
+    makeGradientsOfP();
+    if (scoreGradients) weighGradients(tile, slopes);
   }
-  if (scoreGradients && frame.stream.channels !== undefined) {
-    b.section(ownsQueries ? 'dQ += dS K' : 'dK += dS^T Q');
-    const channels = staged(lanes.channelTokens as Reg<'shared'>);
-    multiplyTokens(frame, sums.channels, gradientsOfP, frame.stream.channels, channels);
-  }
+  add(sums.channels, gradientsOfP, channels);
 
   b.section('next tile');
   if (config.stages === 1) {
@@ -155,4 +165,45 @@ function passTile({ frame, place, work, copies, sums, constants, now }: Loop): v
     b.cpAsyncCommitGroup();
   }
   for (const name of ['head', 'tile', 'stage'] as const) b.mov(next[name] as Reg<'u32'>, now[name] as Reg<'u32'>);
+}
+
+type Fragments = readonly (readonly Reg<'f32'>[])[];
+
+/** What passes by of a product over tokens. */
+interface PassingOperand {
+  readonly name: string;
+  readonly tile: SharedTile;
+  readonly lane: Reg<'shared'>;
+  /** Of its codes. */
+  readonly scale: Parameters<typeof transposedScaleOf>[3];
+}
+
+/** dO for dV; Q for dK, or K for dQ. Undefined where the kernel has no such product. */
+function passingOperands({ config, stream, ownsQueries }: Frame, lanes: ReturnType<typeof laneAddresses>) {
+  const operandOf = (
+    name: string,
+    tile: SharedTile | undefined,
+    lane: Reg<'shared'> | undefined,
+    scale: PassingOperand['scale'],
+  ): PassingOperand | undefined => (tile === undefined || lane === undefined ? undefined : { name, tile, lane, scale });
+  const values = config.gradients.includes('value') ? (stream.valueCodes ?? stream.values) : undefined;
+  return {
+    values: operandOf('dV += P^T dO', values, lanes.valueTokens, 'outputGradientTransposedScale'),
+    channels: ownsQueries
+      ? operandOf('dQ += dS K', stream.channels, lanes.channelTokens, 'keyTransposedScale')
+      : operandOf('dK += dS^T Q', stream.channels, lanes.channelTokens, 'queryTransposedScale'),
+  };
+}
+
+/** sums += P or dS times an operand that passes by. */
+function addProduct(
+  { frame, work, now }: Pick<WeighedTile, 'frame' | 'work' | 'now'>,
+  staged: (address: Reg<'shared'>) => Reg<'shared'>,
+  sums: Fragments,
+  weights: Fragments,
+  { name, tile, lane, scale }: PassingOperand,
+): void {
+  frame.b.section(name);
+  if (frame.config.precision === 'fp16') multiplyTokens(frame, sums, weights, tile, staged(lane));
+  else multiplyTokenCodes(frame, sums, weights, tile, staged(lane), transposedScaleOf(frame, work, now, scale));
 }

@@ -15,9 +15,9 @@ import { StreamCopies } from './copies.ts';
 import { type Frame, makeFrame, passingOf, placeOf, type ThreadPlace, type Work } from './frame.ts';
 import { laneAddresses } from './gradients.ts';
 import { multiplyCodes, multiplyValues } from './products.ts';
-import { ownConstants, weigh } from './weigh.ts';
+import { ownConstants, weigh, weighGradients } from './weigh.ts';
 
-export interface MaskGradientConfig extends Omit<GradientConfig, 'gradients'> {
+export interface MaskGradientConfig extends Omit<GradientConfig, 'gradients' | 'precision'> {
   /** All rows, or all keys, share an element. */
   readonly sumsRows: boolean;
   readonly sumsKeys: boolean;
@@ -48,7 +48,7 @@ interface MaskTile {
 
 /** The kernel of one configuration. */
 export function maskGradients(config: MaskGradientConfig): Kernel {
-  const frame = makeFrame({ ...config, gradients: ['mask'] }, 'maskGradients');
+  const frame = makeFrame({ ...config, gradients: ['mask'], precision: 'fp16' }, 'maskGradients');
   const { b } = frame;
   const gradient = b.parameter('maskGradient', 'u64');
   const integer = integers(b, MASK_GRADIENT_INTEGERS);
@@ -135,7 +135,8 @@ function addRows(self: MaskFrame, work: Work): void {
         const minusDelta = constants.minusDelta(undefined);
         const [ownValues, columns] = [lanes.ownValues, lanes.valueColumns] as Reg<'shared'>[];
         multiplyValues(frame, gradientsOfP, ownValues as Reg<'shared'>, columns as Reg<'shared'>, minusDelta);
-        weigh({ frame, place, work, now, constants, rows: undefined, codes, gradientsOfP });
+        const tile = { frame, place, work, now, constants, rows: undefined, codes, gradientsOfP };
+        weighGradients(tile, weigh(tile));
         b.section('the sum');
         for (let r = 0; r < 2; r++) {
           const row = b.add(b.add(work.firstOwn, place.warpRow), b.add(place.g, 8 * r));

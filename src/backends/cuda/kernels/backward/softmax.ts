@@ -29,14 +29,14 @@ import {
   weigh,
 } from './weigh.ts';
 
-export interface SoftmaxAgainConfig extends Omit<GradientConfig, 'gradients'> {
+export interface SoftmaxAgainConfig extends Omit<GradientConfig, 'gradients' | 'precision'> {
   /** The logsumexp is also of keys that are not here. */
   readonly partOfKeys: boolean;
 }
 
 /** The kernel of one configuration. Its parameters are those of every gradient kernel, and the faults of keys. */
 export function softmaxAgain(config: SoftmaxAgainConfig): Kernel {
-  const frame = makeFrame({ ...config, gradients: [] }, 'softmaxAgain');
+  const frame = makeFrame({ ...config, gradients: [], precision: 'fp16' }, 'softmaxAgain');
   const { b, pointer } = frame;
   const faults = b.parameter('keyFaults', 'u64');
   const [place, work] = [placeOf(b), workOf(frame)];
@@ -102,7 +102,7 @@ function eachTile(
       const lanes = laneAddresses(frame);
       const codes = Array.from({ length: columnTiles }, () => b.regs('s32', 4));
       multiplyCodes(frame, codes, lanes.ownCodes, lanes.codes);
-      weigh({ frame, place, work, now, constants, rows: undefined, codes, gradientsOfP: [] }, until);
+      weigh({ frame, place, work, now, constants, rows: undefined, codes }, until);
       const scores = codes.map((fragment) => fragment.map((register) => b.as(register, 'f32')));
       body(scores, now);
       b.add(now.tile, 1, now.tile);

@@ -159,6 +159,21 @@ export function keyFactorsOf(
 export const hasExponents = (b: KernelBuilder, keyScale: Reg<'f32'>): Reg<'pred'> =>
   b.setp('lt', b.as(keyScale, 's32'), 0);
 
+/** The scale of the codes of a tile that passes by, whose tokens are innermost: those of K, of Q or of dO. */
+export function transposedScaleOf(
+  frame: Frame,
+  work: Work,
+  { head, tile }: Passing,
+  which: 'queryTransposedScale' | 'keyTransposedScale' | 'outputGradientTransposedScale',
+): Reg<'f32'> {
+  const { b, config, integer, pointer } = frame;
+  const token = b.as(b.shl(tile, Math.log2(config.streamTokens)), 'u32');
+  const row = frame.ownsQueries
+    ? keyRowOf(frame, work, token)
+    : b.add(b.mad(head, b.loadParameter(integer.paddedQueries), work.paddedQueryStart), token);
+  return b.ld('f32', offset(b, b.loadPointer(pointer[which]), b.shr(row, 6), 4), 0, { readOnly: true });
+}
+
 /** A tile of pairs of own tokens and of those that pass by. */
 export interface OwnedTile {
   readonly frame: Owner;
@@ -167,8 +182,8 @@ export interface OwnedTile {
   readonly now: Pick<Passing, 'tile'>;
 }
 
-/** The tile at hand: `codes` become P, and `gradientsOfP` (dP - D) become dS. */
-interface WeighedTile {
+/** The tile at hand: `codes` become P ({@link weigh}), and `gradientsOfP` (dP - D) become dS ({@link weighGradients}). */
+export interface WeighedTile {
   readonly frame: Frame;
   readonly place: ThreadPlace;
   readonly work: Work;
@@ -179,15 +194,19 @@ interface WeighedTile {
   readonly gradientsOfP: readonly (readonly Reg<'f32'>[])[];
 }
 
-/** @param until `scores`: stops at the scores of P, in base 2, -Infinity where a row does not see the key */
-export function weigh(self: WeighedTile, until: 'weights' | 'scores' = 'weights'): void {
-  const { frame, place, work, now, constants, rows, codes, gradientsOfP } = self;
+/**
+ * Returns the derivative of the softcap at each score; none without one.
+ *
+ * @param until `scores`: stops at the scores of P, in base 2, -Infinity where a row does not see the key
+ */
+export function weigh(self: Omit<WeighedTile, 'gradientsOfP'>, until: 'weights' | 'scores' = 'weights'): Slopes {
+  const { frame, place, work, now, constants, rows, codes } = self;
   const { b, config } = frame;
   const weights = codes.map((fragment) => fragment.map((register) => b.as(register, 'f32')));
   const plain = !config.softcap && config.mask === 'none';
   // As the forward kernel has them where nothing is added.
   const isCodes = !needsTrueScores(config);
-  let slopes: Reg<'f32'>[][] = [];
+  let slopes: Slopes = [];
   codes.forEach((fragment, n) => {
     fragment.forEach((code, i) => {
       b.mov(b.cvt('f32', code), at(at(weights, n), i));
@@ -234,9 +253,20 @@ export function weigh(self: WeighedTile, until: 'weights' | 'scores' = 'weights'
     if (plain && until === 'weights') for (const score of at(weights, n)) b.ex2(score, score);
   });
   if (!plain) slopes = finishScores(self, weights, until);
-  const excludes = config.banded || frame.ownsQueries;
-  if (excludes) excludePairs(self, weights, until === 'weights' ? 0 : Number.NEGATIVE_INFINITY);
-  if (gradientsOfP.length === 0) return;
+  if (excludes(frame)) excludePairs(self, weights, until === 'weights' ? 0 : Number.NEGATIVE_INFINITY);
+  return slopes;
+}
+
+type Slopes = readonly (readonly Reg<'f32'>[])[];
+
+/** Whether a tile may have pairs that do not see each other, or keys beyond the last. */
+const excludes = ({ config, ownsQueries }: Frame) => config.banded || ownsQueries;
+
+/** After {@link weigh}, which returned the slopes. */
+export function weighGradients(self: WeighedTile, slopes: Slopes): void {
+  const { frame, codes, gradientsOfP } = self;
+  const { b, config } = frame;
+  const weights = codes.map((fragment) => fragment.map((register) => b.as(register, 'f32')));
   b.section('dS = P (dP - D)');
   gradientsOfP.forEach((fragment, n) => {
     fragment.forEach((value, i) => {
@@ -247,12 +277,12 @@ export function weigh(self: WeighedTile, until: 'weights' | 'scores' = 'weights'
       if (config.mask !== 'none') b.when(b.setp('eq', weight, 0), () => b.set(value, 0));
     });
   });
-  if (excludes) excludePairs(self, gradientsOfP);
+  if (excludes(frame)) excludePairs(self, gradientsOfP);
 }
 
 /** Softcap and mask; then P. Returns the derivative of the softcap at each score. */
 function finishScores(
-  self: WeighedTile,
+  self: Omit<WeighedTile, 'gradientsOfP'>,
   weights: readonly (readonly Reg<'f32'>[])[],
   until: 'weights' | 'scores',
 ): Reg<'f32'>[][] {
@@ -300,7 +330,7 @@ function finishScores(
 
 /** Excludes (boolean) or adds (float) mask elements, read from the caller's tensor. Excluded scores are -Infinity. */
 function maskPairs(
-  { frame, place, work, now }: WeighedTile,
+  { frame, place, work, now }: Omit<WeighedTile, 'gradientsOfP'>,
   weights: readonly (readonly Reg<'f32'>[])[],
   kind: 'boolean' | DType,
 ): void {

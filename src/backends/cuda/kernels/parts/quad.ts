@@ -14,6 +14,12 @@ export function quadMax<K extends 'f32' | 'u32'>(b: KernelBuilder, value: Reg<K>
   return larger(ofPair, b.shflBfly(ofPair, 2));
 }
 
+/** NaN where one of them is. */
+export function quadMaxNaN(b: KernelBuilder, value: Reg<'f32'>): Reg<'f32'> {
+  const ofPair = b.maxNaN(value, b.shflBfly(value, 1));
+  return b.maxNaN(ofPair, b.shflBfly(ofPair, 2));
+}
+
 /**
  * Word i of lane t becomes word t of lane i, over the four lanes of a row.
  *
