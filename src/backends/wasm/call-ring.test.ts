@@ -88,6 +88,19 @@ function spoiled(runtime: Runtime, inputs: Inputs, who: Who, stage: number): Cal
   };
 }
 
+test('a long call keeps its record while many short ones come and go', async () => {
+  const runtime = await start(2);
+  for (let round = 0; round < 3; round++) {
+    const long = inputsOf(2000, 2);
+    const outcome = run(runtime, long, 'workers');
+    for (let i = 0; i < 12; i++) {
+      const short = inputsOf(random.integer(1, 60), 2);
+      expect(await run(runtime, short, 'ring'), seed).toEqual(await run(one, short, 'ring'));
+    }
+    expect(await outcome, seed).toEqual(await run(one, long, 'workers'));
+  }
+});
+
 describe.each(['ring', 'workers'] as const)('%s', (who) => {
   test('calls at once and one after another have the bits of one thread', async () => {
     const runtime = await start(random.integer(2, 5));

@@ -19,7 +19,7 @@ export interface Stage {
   readonly job: number;
 }
 
-/** Records of calls, a power of two; a runtime has two calls at a time. */
+/** Records of calls, a power of two. A call keeps its own until it is done, however many come and go in that time. */
 export const SLOTS = 4;
 const MOST_STAGES = 4;
 /** Of a gate: nobody may join. The bits below count who is inside. */
@@ -143,7 +143,12 @@ export class CallRing {
     return { ring: { address: this.address, workers: this.#workers, index: worker }, calls };
   }
 
-  /** @returns the record */
+  /** Which record the next call gets, of {@link SLOTS}. */
+  get next(): number {
+    return (this.#words()[this.address / 4] as number) & (SLOTS - 1);
+  }
+
+  /** Writes a call into the next record, which must be free. @returns the record */
   publish({ id, stages, barriers, scratch, workers, joined }: RingCall): number {
     const words = this.#words();
     const latest = this.address / 4;

@@ -221,6 +221,8 @@ class ThreadExecutor implements Executor {
   readonly #bytes: MemoryBytes;
   readonly #group: WorkerGroup;
   readonly #ring: CallRing;
+  /** The calls that are not done, by their records. */
+  readonly #recorded: (Promise<unknown> | undefined)[] = [];
   readonly #scratch: Scratch;
   readonly #module: WebAssembly.Module;
   /** The same kernels on this thread, which takes part in calls that do not hold it long. */
@@ -285,11 +287,17 @@ class ThreadExecutor implements Executor {
       const scratch = this.#scratch.provide(extraScratch)[0] as number;
       return runHere(kernels, call, scratch, () => this.ended);
     }
-    // Workers that are about to end would take part.
-    while (this.#group.ending !== undefined) await this.#group.ending;
+    for (;;) {
+      // Workers that are about to end would take part; a call that is not done would lose its record.
+      const hindrance = this.#group.ending ?? this.#recorded[this.#ring.next];
+      if (hindrance === undefined) break;
+      await hindrance.catch(() => {});
+    }
     const scratch = this.#scratch.provide(extraScratch);
     let slot = 0;
     const { id, done } = this.#group.begin(() => this.#ring.failed(slot));
+    const record = this.#ring.next;
+    this.#recorded[record] = done;
     const workers = kernels === undefined ? participants : participants - 1;
     const ringCall: RingCall = { id, stages, barriers, scratch, workers, joined: kernels !== undefined };
     slot = this.#ring.publish(ringCall);
@@ -304,7 +312,11 @@ class ThreadExecutor implements Executor {
       if (ended) this.#group.settle({ id });
     }
     this.#group.hold(id);
-    await done;
+    try {
+      await done;
+    } finally {
+      if (this.#recorded[record] === done) this.#recorded[record] = undefined;
+    }
   }
 
   abort({ stages, barriers }: Call): void {
