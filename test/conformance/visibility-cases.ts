@@ -182,6 +182,8 @@ const laterTokens = [100, 1000].flatMap((factor) =>
     return [
       later('in the middle', { lq: 48, lk: 48 }, 29),
       later('at the end', { lq: 48, lk: 48 }, 47),
+      later('at the end of 2', { lq: 2, lk: 2, heads: 16 }, 1),
+      later('at the end of 3', { lq: 3, lk: 3, heads: 16 }, 2),
       later('in a later tile', { lq: 200, lk: 200, heads: 2 }, 150),
       later(
         'at the end of more keys, bottom-right',

@@ -180,7 +180,7 @@ export function statisticsKernel(config: StatisticsConfig): string {
     }
     workgroupBarrier();
     if (row == 0u && 2u * lane < ${paddedOf(operand)}u) {
-      partials[(record + ${recordAt}u) * 2u + lane] = middle_mean(lane) * counted;
+      partials[(record + ${recordAt}u) * 2u + lane] = middle_mean(lane, groups, (groups + 1u) / 4u) * counted;
     }
     workgroupBarrier();
   }`;
@@ -188,6 +188,8 @@ export function statisticsKernel(config: StatisticsConfig): string {
   const size = valueMean
     ? `select(most - least, max(abs(most), abs(least)), most <= least)`
     : 'max(abs(most), abs(least))';
+  // Each group's sizes are divided by its total before they are averaged: only how a group's channels compare with each
+  // other counts, so that of two keys the one of 1000 times the other's size does not decide alone.
   const typical = (recordAt: number) => `
   {
     for (var segment = 0u; segment < ${segments}u; segment++) {
@@ -198,10 +200,22 @@ export function statisticsKernel(config: StatisticsConfig): string {
       red[segment * ${THREADS}u + lid] = select(vec2<f32>(), ${size}, most > vec2<f32>(-3.0e38f));
     }
     workgroupBarrier();
+    if (lid < ${rows * segments}u) {
+      var total = vec2<f32>();
+      for (var i = 0u; i < ${valueDimPadded / 2}u; i++) { total += red[lid % ${segments}u * ${THREADS}u + lid / ${segments}u * ${lanes}u + i] * ${1 / valueDimPadded}; }
+      group_total[lid] = total.x + total.y;
+    }
+    workgroupBarrier();
+    var least_total = 3.0e38;
+    for (var i = 0u; i < ${rows * segments}u; i++) { least_total = min(least_total, select(3.0e38, group_total[i], group_total[i] > 0.0)); }
     if (row == 0u && 2u * lane < ${valueDimPadded}u) {
       var largest = vec2<f32>();
-      for (var i = 0u; i < ${rows * segments}u; i++) { largest = max(largest, red[i % ${segments}u * ${THREADS}u + i / ${segments}u * ${lanes}u + lane]); }
-      let middle = middle_mean(lane);
+      for (var i = 0u; i < ${rows * segments}u; i++) {
+        let at = i % ${segments}u * ${THREADS}u + i / ${segments}u * ${lanes}u + lane;
+        largest = max(largest, red[at]);
+        red[at] *= select(0.0, least_total / group_total[i], group_total[i] > 0.0);
+      }
+      let middle = middle_mean(lane, groups, groups / 8u);
       let size = select(max(middle, largest * ${LEAST_TYPICAL}), largest, middle == vec2<f32>());
       partials[(record + ${recordAt}u) * 2u + lane] = size * counted;
     }
@@ -219,6 +233,7 @@ ${valueMax || valueMean ? pairLoader('v', 3, dtype, access) : ''}
 ${masked ? '@group(0) @binding(5) var<storage, read> visible: array<u32>;' : ''}
 var<workgroup> red: array<vec2<f32>, ${THREADS * segments}>;
 var<workgroup> group_size: array<f32, ${rows * segments}>;
+${valueTypical ? `var<workgroup> group_total: array<f32, ${rows * segments}>;` : ''}
 ${middleMean(rows, segments, lanes)}
 
 @compute @workgroup_size(${THREADS})
@@ -259,7 +274,11 @@ fn main(@builtin(workgroup_id) group: vec3<u32>, @builtin(local_invocation_index
   }
   workgroupBarrier();
   var counted = 0.0;
-  for (var i = 0u; i < ${rows * segments}u; i++) { counted += group_size[i]; }
+  var groups = 0u;
+  for (var i = 0u; i < ${rows * segments}u; i++) {
+    counted += group_size[i];
+    groups += u32(group_size[i] > 0.0);
+  }
   if (lid == 0u) { partials[(record + ${vectors - 1}u) * 2u] = vec2<f32>(counted * inverse, 0.0); }
 ${keyMean ? mean('k', 0) : ''}
 ${valueTypical ? typical(headDimPadded / 4) : valueMax ? largest('v', headDimPadded / 4) : ''}
@@ -268,15 +287,12 @@ ${valueMean ? mean('v', (headDimPadded + valueDimPadded) / 4) : ''}
 }
 
 /**
- * `middle_mean(lane)`: of the groups' means of two channels, the mean without the largest and the smallest quarter. A
+ * `middle_mean(lane, groups, cut)`: of the groups' means of two channels, the mean without the `cut` largest and smallest. A
  * few keys of 1000 times the others' size, which earlier rows may not even see, would otherwise move the mean away from
  * all.
  */
 const middleMean = (rows: number, segments: number, lanes: number): string => `
-fn middle_mean(lane: u32) -> vec2<f32> {
-  var groups = 0u;
-  for (var i = 0u; i < ${rows * segments}u; i++) { groups += u32(group_size[i] > 0.0); }
-  let cut = (groups + 1u) / 4u;
+fn middle_mean(lane: u32, groups: u32, cut: u32) -> vec2<f32> {
   var sum = vec2<f32>();
   var kept = vec2<f32>();
   for (var i = 0u; i < ${rows * segments}u; i++) {

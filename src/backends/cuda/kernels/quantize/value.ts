@@ -316,13 +316,18 @@ export function quantizeValue(config: ValueConfig & { readonly vMax: number; rea
   const minima = config.sharesRange ? Array.from({ length: 8 }, () => b.constant('u32', 0xffffffff)) : [];
   const chunkAt = (chunk: number) =>
     [0, 16].flatMap((half) => b.ldVector('u32', 4, maximumAt, chunk * paddedValueDim * 4 + half, { readOnly: true }));
+  const isPair = config.sharesRange ? b.setp('le', b.sub(place.seenUntil, place.seenFrom), 2) : undefined;
   for (let chunk = 0; chunk < VALUE_CHUNKS; chunk += 2) {
     const [first, second] = [chunkAt(chunk), chunkAt(chunk + 1)];
     maxima.forEach((maximum, i) => {
       const ofPair = b.max(first[i] as Reg<'u32'>, second[i] as Reg<'u32'>);
       b.max(maximum, ofPair, maximum);
       const least = minima[i];
-      if (least !== undefined) b.min(least, b.sub(ofPair, 1), least);
+      if (least === undefined || isPair === undefined) return;
+      b.min(least, b.sub(ofPair, 1), least);
+      if (chunk > 0) return;
+      // Two tokens are one pair, which would hide the smaller behind the larger.
+      for (const own of [first, second]) b.when(isPair, () => b.min(least, b.sub(own[i] as Reg<'u32'>, 1), least));
     });
   }
   const shift = config.sharesRange ? rangeShift() : undefined;
