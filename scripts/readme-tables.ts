@@ -537,6 +537,39 @@ function modelsSpeed(short: boolean): Table {
   };
 }
 
+interface WasmGradientsReport {
+  readonly runtime: string;
+  readonly results: readonly {
+    readonly heads: number;
+    readonly tokens: number;
+    readonly headDim: number;
+    readonly isCausal: boolean;
+    readonly milliseconds: Readonly<Record<'fp16' | 'int8', number>>;
+    readonly ratio: number;
+    readonly relativeL2: Readonly<Record<'fp16' | 'int8', readonly number[]>>;
+  }[];
+}
+
+/** Backward passes in WASM: the last three products in float32 and in integers. */
+function wasmGradients(): Table {
+  const builds = ['20', '24'].map((version) => read<WasmGradientsReport>(`wasm-gradients-node${version}.json`));
+  const errors = (values: readonly number[]) => values.map((value) => value.toFixed(4)).join(' / ');
+  return {
+    header: ['', 'heads x tokens x D', '`fp16`', '`int8`', 'ratio', 'relative L2, `fp16`', '`int8`'],
+    rows: builds.flatMap(({ runtime, results }) =>
+      results.map(({ heads, tokens, headDim, isCausal, milliseconds, ratio, relativeL2 }) => [
+        runtime.replace(/\..*/, ''),
+        `${heads} x ${grouped(tokens)} x ${headDim}${isCausal ? ', causal' : ''}`,
+        `${milliseconds.fp16.toFixed(1)} ms`,
+        `${milliseconds.int8.toFixed(1)} ms`,
+        ratio.toFixed(2),
+        errors(relativeL2.fp16),
+        errors(relativeL2.int8),
+      ]),
+    ),
+  };
+}
+
 interface WebgpuBackwardReport {
   readonly rows: readonly {
     readonly dim: number;
@@ -711,6 +744,7 @@ const TABLES: Readonly<Record<string, (short: boolean) => Table>> = {
   exporters,
   'tfjs-exporters': topologies,
   'distributed-speed': distributedSpeed,
+  'wasm-gradients': wasmGradients,
   'webgpu-backward': webgpuBackward,
   'models-speed': modelsSpeed,
   'sparse-speed': sparseSpeed,

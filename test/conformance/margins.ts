@@ -5,7 +5,7 @@
  *     npx tsx test/conformance/margins.ts [--backend wasm|cuda] [--simd auto|simd128|relaxed] [--seconds 120] [--cases TEXT]
  *       [--backward]
  *
- * With `--backward` it is the table of gradients on WASM. Prints the cases nearest their limits: the largest of error / limit that was seen, and how many of its standard
+ * With `--backward` it is the table of gradients on WASM, one precision after another. Prints the cases nearest their limits: the largest of error / limit that was seen, and how many of its standard
  * deviations lie between its mean and 1, or deviations of its logarithm where that gives fewer: some errors vary widely,
  * and their own deviation would hide a rare large one. Fails when a limit was exceeded, or is nearer than three of them
  * (but for the random problems, which are many cases in one).
@@ -23,7 +23,7 @@ import { LARGEST_V, measureBackwardCase } from './backward-suite.ts';
 import { arbitraryCase, CASES, type ConformanceCase } from './cases.ts';
 import { excessOf, type Measured, measureCase } from './suite.ts';
 import { VISIBILITY_CASES } from './visibility-cases.ts';
-import { WASM_BACKWARD_TARGET, WASM_TARGETS } from './wasm-targets.ts';
+import { WASM_BACKWARD_TARGETS, WASM_TARGETS } from './wasm-targets.ts';
 
 const { values: flags } = parseArgs({
   options: {
@@ -85,13 +85,11 @@ await setBackend(
     : createWasmBackend({ threads: 1, simd: flags.simd as NonNullable<WasmBackendOptions['simd']> }),
 );
 const targets: readonly Subject[] = flags.backward
-  ? [
-      {
-        name: WASM_BACKWARD_TARGET.name,
-        largestV: LARGEST_V,
-        measure: (testCase, seed) => measureBackwardCase(WASM_BACKWARD_TARGET, testCase, seed),
-      },
-    ]
+  ? WASM_BACKWARD_TARGETS[flags.simd === 'relaxed' ? 'relaxed' : 'simd128'].map((target) => ({
+      name: target.name,
+      largestV: LARGEST_V,
+      measure: (testCase, seed) => measureBackwardCase(target, testCase, seed),
+    }))
   : (simulated ? CUDA_TARGETS : WASM_TARGETS).map((target) => ({
       name: target.name,
       largestV: target.largestV ?? Number.POSITIVE_INFINITY,

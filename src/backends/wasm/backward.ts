@@ -16,7 +16,7 @@ import {
   workOf,
 } from './calls.ts';
 import { tileGeometry } from './geometry.ts';
-import { BLOCK_K, BLOCK_Q, FLAG_GRADIENTS, FLAG_PART_OF_KEYS } from './job.ts';
+import { BLOCK_K, BLOCK_Q, FLAG_GRADIENTS, FLAG_INTEGER_GRADIENTS, FLAG_PART_OF_KEYS } from './job.ts';
 import {
   type JobGradients,
   jobSettings,
@@ -241,9 +241,12 @@ export function backwardCall(
         dMaskKeys: attention.keyLength,
         sequences: places,
       };
-      const partFlag = problem.partOfKeys === true ? FLAG_PART_OF_KEYS : 0;
+      const flags =
+        FLAG_GRADIENTS |
+        (problem.partOfKeys === true ? FLAG_PART_OF_KEYS : 0) |
+        (problem.precision === 'int8' ? FLAG_INTEGER_GRADIENTS : 0);
       const settings = {
-        ...jobSettings(attention, geometry, flagsOf(arithmetic) | FLAG_GRADIENTS | partFlag, layouts),
+        ...jobSettings(attention, geometry, flagsOf(arithmetic) | flags, layouts),
         out: staged.output.layout,
       };
       const stageOf = (entry: 'prepareBackward' | 'backward' | 'storeGradients', units: readonly UnitRecord[]) => {

@@ -40,6 +40,8 @@ export const FLAG_GRADIENTS = 64;
 export const FLAG_SIMILARITIES = 8192;
 /** With FLAG_GRADIENTS: other keys that the rows saw are elsewhere, so that rows of dS do not add up to 0. */
 export const FLAG_PART_OF_KEYS = 16384;
+/** With FLAG_GRADIENTS: the products of the gradients in integers, see assembly/gradient-codes.ts. */
+export const FLAG_INTEGER_GRADIENTS = 32768;
 
 /** Pooling: float32 after the mean of each block; the first is how much alike its rows are. */
 export const POOLED_EXTRA = 4;

@@ -85,18 +85,22 @@ import {
   UNIT_ROW,
   UNIT_SEQUENCE,
 } from '../generated/fields.ts';
-import { BLOCK_K, BLOCK_Q, DTYPE_BOOL, FLAG_ACCURATE, FLAG_PART_OF_KEYS, TILE_PLAIN_KEYS } from '../job.ts';
+import { BLOCK_K, BLOCK_Q, DTYPE_BOOL, FLAG_ACCURATE, FLAG_INTEGER_GRADIENTS, FLAG_PART_OF_KEYS, TILE_PLAIN_KEYS } from '../job.ts';
 import { exp2, exp2FineHere, larger, madd, sumOf, tanh4 } from './arithmetic.ts';
 import { addMask, bounded, dotFloat, exclude, prepareQueries } from './attend.ts';
 import { elementShift, load4, loadRow, storeRow } from './elements.ts';
+import { quantizeRight, roundColumns, roundRows, rowsOfStep, storeGradientConstants, unitBlockBytes } from './gradient-codes.ts';
 import { prepareUnit, rowMaximum } from './prepare.ts';
-import { addTransposed, addValuesFloat, scoreRows, scoreRowsFloat } from './products.ts';
+import { addGradients, addTransposed, addValuesFloat, scoreRows, scoreRowsFloat } from './products.ts';
 import {
   FLOAT_Q_ROW_BYTES,
   P_ROW_BYTES,
   Q_ROW_BYTES,
   SCRATCH_DELTAS,
   SCRATCH_D_OUT,
+  SCRATCH_D_OUT_CODES,
+  SCRATCH_D_OUT_SCALES,
+  SCRATCH_D_OUT_SIZES,
   SCRATCH_D_P,
   SCRATCH_D_S,
   SCRATCH_FACTORS,
@@ -104,15 +108,22 @@ import {
   SCRATCH_GRADIENT_P,
   SCRATCH_GRADIENT_ROW,
   SCRATCH_INVALID_ROWS,
+  SCRATCH_LEFT,
+  SCRATCH_LEFT_SUMS,
+  SCRATCH_LEFT_UNITS,
   SCRATCH_LSES,
   SCRATCH_ONES,
   SCRATCH_OUT,
   SCRATCH_Q,
+  SCRATCH_Q_CODES,
+  SCRATCH_Q_SCALES,
+  SCRATCH_Q_SIZES,
   SCRATCH_ROW,
   SCRATCH_ROW_BIASES,
   SCRATCH_ROW_SCALES,
   SCRATCH_ROW_ZEROS,
   SCRATCH_SCORES,
+  SCRATCH_VALUES,
 } from './scratch.ts';
 
 const LOG2_E: f32 = 1.4426950408889634;
@@ -121,6 +132,20 @@ const LN_2: f32 = 0.6931471805599453;
 const LEAST_EXPONENT: f32 = -125;
 /** An LSE beyond it, in base 2, has lost too much to rounding: a mask that pushes all of a row down. The row's softmax is made anew. */
 const LARGEST_LSE: f32 = 2048;
+
+/** Where a tile of keys in integers has its scales and the sizes of its keys. */
+// @ts-ignore: decorator
+@inline
+function keyScalesAt(dPadded: i32): usize {
+  return <usize>(dPadded >> 3) * keyBlockBytes();
+}
+
+/** Bytes of 8 channels of a tile's keys in integers. */
+// @ts-ignore: decorator
+@inline
+function keyBlockBytes(): usize {
+  return <usize>((BLOCK_K / rowsOfStep()) * 32);
+}
 
 /** Bytes of a tile's values for dP and its keys for dQ; see prepareBackwardUnit. */
 // @ts-ignore: decorator
@@ -131,7 +156,8 @@ function gradientTileBytes(dPadded: i32, dvPadded: i32): usize {
 
 /**
  * Quantizes keys as for attention, and lays out values and keys in float32 beside them: values with 8 keys in a row of each
- * channel, then 1 for each key, or NaN where its value has one, and keys less their mean with 8 channels in a row.
+ * channel, then 1 for each key, or NaN where its value has one, and keys less their mean with 8 channels in a row. Keys of which integers
+ * are wanted are those, as gradient-codes.ts has them, in a part of the same room.
  */
 export function prepareBackwardUnit(job: usize, unit: usize, scratch: usize): void {
   prepareUnit(job, unit, scratch);
@@ -158,7 +184,10 @@ export function prepareBackwardUnit(job: usize, unit: usize, scratch: usize): vo
     load<usize>(job, JOB_MEANS) + ((<usize>(index * kvHeads + head) * <usize>(dPadded + dvPadded)) << 2);
   // A cap bends the scores, and other keys may be elsewhere: rows of dS do not add up to 0 then, and the mean counts.
   const smoothed = load<f32>(job, JOB_SOFTCAP) == 0 && !(load<i32>(job, JOB_FLAGS) & FLAG_PART_OF_KEYS);
+  const integers = (load<i32>(job, JOB_FLAGS) & FLAG_INTEGER_GRADIENTS) != 0;
+  if (integers) storeGradientConstants(scratch);
   const row = scratch + SCRATCH_ROW;
+  const rowBytes = <usize>dPadded << 2;
   const bytes = gradientTileBytes(dPadded, dvPadded);
   let tile =
     load<usize>(job, JOB_GRADIENT_TILES) +
@@ -170,6 +199,7 @@ export function prepareBackwardUnit(job: usize, unit: usize, scratch: usize): vo
     const ones = tile + <usize>(BLOCK_K * 4) * <usize>dvPadded;
     const keys = ones + BLOCK_K * 4;
     const count = min(BLOCK_K, keyLength - start);
+    if (integers) memory.fill(scratch + SCRATCH_VALUES, 0, BLOCK_K * rowBytes);
     for (let t = 0; t < count; t++, k += kStride, v += vStride) {
       loadRow(v, dtype, dv, row, dvPadded);
       const most = rowMaximum(row, dvPadded);
@@ -185,8 +215,15 @@ export function prepareBackwardUnit(job: usize, unit: usize, scratch: usize): vo
       for (let c: usize = 0; c < <usize>dPadded << 2; c += 16) {
         let x = v128.load(row + c);
         if (smoothed) x = f32x4.sub(x, v128.load(mean + c));
-        v128.store(keys + (c >> 5) * (BLOCK_K * 32) + (<usize>t << 5) + (c & 16), x);
+        if (integers) v128.store(scratch + SCRATCH_VALUES + <usize>t * rowBytes + c, x);
+        else v128.store(keys + (c >> 5) * (BLOCK_K * 32) + (<usize>t << 5) + (c & 16), x);
       }
+    }
+    if (integers) {
+      const scales = keys + keyScalesAt(dPadded);
+      quantizeRight(
+        scratch + SCRATCH_VALUES, rowBytes, count, dPadded, keys, keyBlockBytes(), scales, scales + 2 * rowBytes, scratch,
+      );
     }
   }
 }
@@ -365,6 +402,7 @@ export function backwardUnit(job: usize, unit: usize, scratch: usize): void {
     <usize>(head * chunks + firstRow / chunkRows) * sumBytes;
   memory.fill(sums, 0, sumBytes);
   for (let i: usize = 0; i < 16; i += 4) store<f32>(scratch + SCRATCH_ONES + i, 1);
+  if (load<i32>(job, JOB_FLAGS) & FLAG_INTEGER_GRADIENTS) storeGradientConstants(scratch);
   const end = min(load<i32>(sequence, SEQUENCE_QUERY_LENGTH), firstRow + chunkRows);
   for (let row = firstRow; row < end; row += BLOCK_Q) {
     backwardRows(job, sequence, index, head, row, min(BLOCK_Q, end - row), sums, sums + ((tokens * <usize>dvPadded) << 2), scratch);
@@ -452,6 +490,17 @@ function backwardRows(
   const dQ = scratch + SCRATCH_OUT;
   const dQBytes = <usize>dPadded << 2;
   memory.fill(dQ, 0, <usize>rowsPadded * dQBytes);
+  const integers = (load<i32>(job, JOB_FLAGS) & FLAG_INTEGER_GRADIENTS) != 0;
+  if (integers) {
+    quantizeRight(
+      scratch + SCRATCH_D_OUT, FLOAT_Q_ROW_BYTES, rows, dvPadded, scratch + SCRATCH_D_OUT_CODES, unitBlockBytes(),
+      scratch + SCRATCH_D_OUT_SCALES, scratch + SCRATCH_D_OUT_SIZES, scratch,
+    );
+    quantizeRight(
+      scratch + SCRATCH_FLOAT_Q, FLOAT_Q_ROW_BYTES, rows, dPadded, scratch + SCRATCH_Q_CODES, unitBlockBytes(),
+      scratch + SCRATCH_Q_SCALES, scratch + SCRATCH_Q_SIZES, scratch,
+    );
+  }
 
   // Keys.
   const tileBytes = load<usize>(job, JOB_TILE_BYTES);
@@ -539,8 +588,17 @@ function backwardRows(
         // A tile's keys may end beyond those that there are.
         if (mine != 0) memory.copy(mine, scratch + SCRATCH_GRADIENT_ROW, <usize>min(keys, keyLength - start) << 2);
       }
-      if (!isFar) {
-        addValuesFloat(dS + <usize>r * P_ROW_BYTES, keyRows, keys, dPadded, ones, dQ + <usize>r * dQBytes, dQBytes);
+      if (isFar) continue;
+      const mine = dQ + <usize>r * dQBytes;
+      if (integers) {
+        const scales = keyRows + keyScalesAt(dPadded);
+        roundRows(dS + <usize>r * P_ROW_BYTES, scales + 2 * dQBytes, keys, scratch);
+        addGradients(
+          scratch + SCRATCH_LEFT, 16, keyRows, keyBlockBytes(), keys / rowsOfStep(), dPadded, scales,
+          scratch + SCRATCH_LEFT_UNITS, scratch + SCRATCH_LEFT_SUMS, mine, dQBytes,
+        );
+      } else {
+        addValuesFloat(dS + <usize>r * P_ROW_BYTES, keyRows, keys, dPadded, ones, mine, dQBytes);
       }
     }
     if (isFar) {
@@ -552,8 +610,20 @@ function backwardRows(
       continue;
     }
     const dvTile = dvSums + ((<usize>start * <usize>dvPadded) << 2);
-    addTransposed(p, scratch + SCRATCH_D_OUT, rows, keys, dvPadded, dvTile);
-    addTransposed(dS, scratch + SCRATCH_FLOAT_Q, rows, keys, dPadded, dkSums + ((<usize>start * <usize>dPadded) << 2));
+    const dkTile = dkSums + ((<usize>start * <usize>dPadded) << 2);
+    if (integers) {
+      addKeyGradients(
+        p, scratch + SCRATCH_D_OUT_CODES, scratch + SCRATCH_D_OUT_SCALES, scratch + SCRATCH_D_OUT_SIZES, rowsPadded, keys,
+        dvPadded, dvTile, scratch,
+      );
+      addKeyGradients(
+        dS, scratch + SCRATCH_Q_CODES, scratch + SCRATCH_Q_SCALES, scratch + SCRATCH_Q_SIZES, rowsPadded, keys,
+        dPadded, dkTile, scratch,
+      );
+    } else {
+      addTransposed(p, scratch + SCRATCH_D_OUT, rows, keys, dvPadded, dvTile);
+      addTransposed(dS, scratch + SCRATCH_FLOAT_Q, rows, keys, dPadded, dkTile);
+    }
     if (found & INVALID) addInvalidRows(dOut, dOutStride, dtype, dv, rows, keys, dvTile, dvPadded, scratch);
   }
 
@@ -567,6 +637,25 @@ function backwardRows(
     <usize>firstRow * stride;
   for (let r: usize = 0; r < <usize>rows; r++) {
     storeScaled(dQ + r * dQBytes, load<f32>(job, JOB_SM_SCALE), d, dPadded, target + r * stride, gradientDtype);
+  }
+}
+
+/**
+ * Adds `X^T . right` to the sums of a tile's keys in integers, X `[rows, keys]` being P or dS.
+ *
+ * @param right rows of dO or Q in integers
+ */
+function addKeyGradients(
+  x: usize, right: usize, scales: usize, sizes: usize, rows: i32, keys: i32, channels: i32, out: usize, scratch: usize,
+): void {
+  roundColumns(x, sizes, rows, keys, scratch);
+  const outBytes = <usize>channels << 2;
+  for (let key: usize = 0; key < <usize>keys; key += 4) {
+    const left = scratch + (key << 2);
+    addGradients(
+      left + SCRATCH_LEFT, P_ROW_BYTES, right, unitBlockBytes(), rows / rowsOfStep(), channels, scales,
+      left + SCRATCH_LEFT_UNITS, left + SCRATCH_LEFT_SUMS, out + key * outBytes, outBytes,
+    );
   }
 }
 

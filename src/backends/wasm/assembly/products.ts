@@ -427,3 +427,86 @@ export function addTransposed(p: usize, x: usize, rows: i32, keys: i32, channels
     out += outBytes << 2;
   }
 }
+
+/** Adds integers less their zero, times scale and unit, to 8 float32. */
+// @ts-ignore: decorator
+@inline
+function addScaled(o: usize, c0: v128, c1: v128, zeros: usize, scales: usize, unit: usize, sum: usize): void {
+  let x0 = f32x4.convert_i32x4_s(c0);
+  let x1 = f32x4.convert_i32x4_s(c1);
+  if (ASC_FEATURE_RELAXED_SIMD) {
+    // Exact: integers below 2^24.
+    const s = v128.load32_splat(sum);
+    x0 = madd(v128.load(zeros), s, x0);
+    x1 = madd(v128.load(zeros, 16), s, x1);
+  }
+  const w = v128.load32_splat(unit);
+  addTo(o, f32x4.mul(x0, v128.load(scales)), f32x4.mul(x1, v128.load(scales, 16)), w, w);
+}
+
+/**
+ * `out += A . B` in integers for four rows of the result; see gradient-codes.ts.
+ *
+ * @param a signed, 4 bytes of each row in a step; `stride` bytes from step to step
+ * @param b `[channels / 8, blockBytes]`, 32 bytes a step
+ * @param scales of channels, then minus the integers that stand for 0
+ * @param units of the four rows, and `sums` of their integers
+ */
+export function addGradients(
+  a: usize, stride: usize, b: usize, blockBytes: usize, steps: i32, channels: i32, scales: usize, units: usize,
+  sums: usize, out: usize, outBytes: usize,
+): void {
+  if (twoSteps()) addGradientsBy<TwoSteps>(a, stride, b, blockBytes, steps, channels, scales, units, sums, out, outBytes);
+  else addGradientsBy<OneStep>(a, stride, b, blockBytes, steps, channels, scales, units, sums, out, outBytes);
+}
+
+function addGradientsBy<Steps>(
+  a: usize, stride: usize, b: usize, blockBytes: usize, steps: i32, channels: i32, scales: usize, units: usize,
+  sums: usize, out: usize, outBytes: usize,
+): void {
+  const ones = onesOf(steps);
+  let zeros = scales + (<usize>channels << 2);
+  for (let channel = 0; channel < channels; channel += 8) {
+    let c00 = i32x4.splat(0);
+    let c01 = c00;
+    let c10 = c00;
+    let c11 = c00;
+    let c20 = c00;
+    let c21 = c00;
+    let c30 = c00;
+    let c31 = c00;
+    let a0 = a;
+    let b0 = b;
+    let n = steps;
+    do {
+      const x0 = v128.load(b0);
+      const x1 = v128.load(b0, 16);
+      let y = v128.load32_splat(a0);
+      c00 = dot<Steps>(y, x0, c00, ones);
+      c01 = dot<Steps>(y, x1, c01, ones);
+      y = v128.load32_splat(a0, 4);
+      c10 = dot<Steps>(y, x0, c10, ones);
+      c11 = dot<Steps>(y, x1, c11, ones);
+      y = v128.load32_splat(a0, 8);
+      c20 = dot<Steps>(y, x0, c20, ones);
+      c21 = dot<Steps>(y, x1, c21, ones);
+      y = v128.load32_splat(a0, 12);
+      c30 = dot<Steps>(y, x0, c30, ones);
+      c31 = dot<Steps>(y, x1, c31, ones);
+      a0 += stride;
+      b0 += 32;
+    } while (--n);
+    let o = out;
+    addScaled(o, c00, c01, zeros, scales, units, sums);
+    o += outBytes;
+    addScaled(o, c10, c11, zeros, scales, units + 4, sums + 4);
+    o += outBytes;
+    addScaled(o, c20, c21, zeros, scales, units + 8, sums + 8);
+    o += outBytes;
+    addScaled(o, c30, c31, zeros, scales, units + 12, sums + 12);
+    out += 32;
+    scales += 32;
+    zeros += 32;
+    b += blockBytes;
+  }
+}

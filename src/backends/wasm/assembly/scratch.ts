@@ -77,5 +77,19 @@ export const SCRATCH_FACTORS: usize = 293248;
 export const SCRATCH_ONES: usize = 293184;
 /** A row as SCRATCH_ROW, or a tile's keys of one. */
 export const SCRATCH_GRADIENT_ROW: usize = 293440;
+/** Gradients in integers, see gradient-codes.ts: constants; reciprocals of the sizes of up to 128 rows. */
+export const SCRATCH_GRADIENT_CONSTANTS: usize = 295552;
+export const SCRATCH_INVERSES: usize = 295616;
+/** P or dS, the left operand: integers; a scale for each row of the result, and sums of the integers that have it. */
+export const SCRATCH_LEFT: usize = 296128;
+export const SCRATCH_LEFT_UNITS: usize = 304320;
+export const SCRATCH_LEFT_SUMS: usize = 304832;
+/** The unit's rows of dO and of Q: integers, scales of up to 256 channels and as many zeros, sizes of rows. */
+export const SCRATCH_D_OUT_CODES: usize = 305344;
+export const SCRATCH_D_OUT_SCALES: usize = 321728;
+export const SCRATCH_D_OUT_SIZES: usize = 323776;
+export const SCRATCH_Q_CODES: usize = 323904;
+export const SCRATCH_Q_SCALES: usize = 340288;
+export const SCRATCH_Q_SIZES: usize = 342336;
 /** Preparation: one byte for each key, see markSeen. */
 export const SCRATCH_SEEN: usize = 385024;
