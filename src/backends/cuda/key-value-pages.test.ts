@@ -12,8 +12,13 @@ import type { CudaBackend } from './backend.ts';
 import { capture } from './capture.ts';
 import type { CudaDevice } from './driver/device.ts';
 import type { DeviceMemory } from './driver/memory.ts';
-import { createKeyValuePages, type KeyValuePages, type PagedAttendOptions } from './key-value-pages.ts';
-import { copyToDevice, download, upload } from './tensor.ts';
+import {
+  createKeyValuePages,
+  type KeyValuePages,
+  type KeyValuePagesOptions,
+  type PagedAttendOptions,
+} from './key-value-pages.ts';
+import { type CudaTensor, copyToDevice, download, upload } from './tensor.ts';
 import { createSimulatedBackend, simulatedPages } from './testing/simulator/backend.ts';
 
 const seed = runSeed();
@@ -43,7 +48,7 @@ function onDevice(numbers: Int32Array): DeviceMemory {
 }
 
 const [kvHeads, headDim, valueDim] = [2, 32, 48];
-const poolOf = (pages: number, pageSize: number, more: { smoothK?: boolean } = {}): KeyValuePages =>
+const poolOf = (pages: number, pageSize: number, more: Partial<KeyValuePagesOptions> = {}): KeyValuePages =>
   createKeyValuePages(
     device,
     { kvHeads, headDim, valueDim, dtype: 'float16', pages, pageSize, ...more },
@@ -51,66 +56,70 @@ const poolOf = (pages: number, pageSize: number, more: { smoothK?: boolean } = {
   );
 
 describe(`keys and values in pages (SAGEATTENTION_SEED=${seed})`, () => {
-  it('are those of each sequence, however they were appended', async () => {
+  it.each([
     // Long enough that one token's keys are split.
-    const [pageSize, pagesPerSequence] = random.pick([
-      [64, 10],
-      [256, 3],
-    ] as const);
-    const lengths = [random.integer(300, 640), random.integer(1, 60), random.integer(0, 1) * 70];
-    const batch = lengths.length;
-    using pool = poolOf(batch * pagesPerSequence + 2, pageSize);
-    const pages = tableOf(batch, pagesPerSequence, pool.pages);
-    const most = Math.max(...lengths);
-    const [k, v] = [make([batch, kvHeads, most, headDim]), make([batch, kvHeads, most, valueDim])];
-    // Prompts of unequal lengths end together: what is missing stands before them.
-    const prompt = random.integer(1, Math.max(1, most - 3));
-    const held = (until: number) => lengths.map((length) => Math.max(0, length - (most - until)));
-    for (let from = 0; from < most; ) {
-      const until = from === 0 ? prompt : Math.min(most, from + random.pick([1, 2, 70, 200]));
-      const append = [slice(k, 2, from, until), slice(v, 2, from, until)].map((view) => upload(view, device));
-      pool.append(append[0] as never, append[1] as never, { pages, lengths: Int32Array.from(held(until)) });
-      for (const view of append) view.dispose();
-      from = until;
-    }
-    const onCard = { pages: onDevice(pages), lengths: onDevice(Int32Array.from(lengths)) };
-    const heads = kvHeads * random.pick([1, 4]);
-    const bottom = { causalAlignment: 'bottom-right' } as const;
-    const cases: readonly (readonly [number, PagedAttendOptions])[] = [
-      [1, {}],
-      [1, { windowSize: [random.integer(1, 100), 0], ...bottom }],
-      [random.integer(2, 20), { isCausal: true, ...bottom }],
-    ];
-    for (const [queries, options] of cases) {
-      const q = make([batch, heads, queries, headDim]);
-      using onGpu = upload(q, device);
-      const { output, lse } = await pool.attend(onGpu, onCard, { ...options, returnLse: true });
-      const [out, logs] = [toFloat32(download(output)), toFloat32(download(lse))];
-      output.dispose();
-      lse.dispose();
-      const size = heads * queries;
-      lengths.forEach((length, sequence) => {
-        const own = (view: Tensor) => slice(view, 0, sequence, sequence + 1);
-        const keys = (view: Tensor) => slice(own(view), 2, most - length, most);
-        const given = { q: own(q), k: keys(k), v: keys(v) };
-        const problem = createProblem(given.q, given.k, given.v, { ...options, returnLse: true });
-        const exact = attentionExact(problem, given);
-        const rows = out.subarray(sequence * size * valueDim, (sequence + 1) * size * valueDim);
-        if (length === 0) expect(rows.every((value) => value === 0)).toBe(true);
-        else expect(compare(rows, exact.output).relativeL1).toBeLessThan(0.03);
-        logs.subarray(sequence * size, (sequence + 1) * size).forEach((value, i) => {
-          const expected = exact.lse[i] as number;
-          if (Number.isFinite(expected)) expect(Math.abs(value - expected)).toBeLessThan(0.07);
-          else expect(value).toBe(expected);
+    ['qk-int8-pv-fp16-cuda', [300, 640], 0.03, 0.07],
+    ['qk-fp4-pv-fp4', [65, 128], 0.3, 1.27],
+  ] as const)(
+    'are those of each sequence, however they were appended: %s',
+    async (kernel, [least, room], bound, off) => {
+      const pageSize = random.pick([64, 128]);
+      const pagesPerSequence = Math.ceil(room / pageSize);
+      const lengths = [random.integer(least, room), random.integer(1, 60), ...(kernel === 'qk-fp4-pv-fp4' ? [] : [0])];
+      const batch = lengths.length;
+      using pool = poolOf(batch * pagesPerSequence + 2, pageSize, { kernel });
+      const pages = tableOf(batch, pagesPerSequence, pool.pages);
+      const most = Math.max(...lengths);
+      const [k, v] = [make([batch, kvHeads, most, headDim]), make([batch, kvHeads, most, valueDim])];
+      // Prompts of unequal lengths end together: what is missing stands before them. Then one token, then several.
+      const held = (until: number) => Int32Array.from(lengths.map((length) => Math.max(0, length - (most - until))));
+      const prompt = random.integer(1, most - 2);
+      const ends = [prompt, prompt + 1, random.integer(prompt + 2, most), most];
+      for (const [i, until] of ends.entries()) {
+        const parts = [k, v].map((view) => upload(slice(view, 2, ends[i - 1] ?? 0, until), device));
+        const [newKeys, newValues] = parts as [CudaTensor, CudaTensor];
+        pool.append(newKeys, newValues, { pages, lengths: held(until) });
+        for (const view of parts) view.dispose();
+      }
+      const onCard = { pages: onDevice(pages), lengths: onDevice(Int32Array.from(lengths)) };
+      const heads = kvHeads * random.pick([1, 4]);
+      const bottom = { causalAlignment: 'bottom-right' } as const;
+      const cases: readonly (readonly [number, PagedAttendOptions])[] = [
+        [1, {}],
+        [1, { windowSize: [random.integer(1, 100), 0], ...bottom }],
+        [random.integer(2, 20), { isCausal: true, ...bottom }],
+      ];
+      for (const [queries, options] of cases) {
+        const q = make([batch, heads, queries, headDim]);
+        using onGpu = upload(q, device);
+        const { output, lse } = await pool.attend(onGpu, onCard, { ...options, returnLse: true });
+        const [out, logs] = [toFloat32(download(output)), toFloat32(download(lse))];
+        output.dispose();
+        lse.dispose();
+        const size = heads * queries;
+        lengths.forEach((length, sequence) => {
+          const own = (view: Tensor) => slice(view, 0, sequence, sequence + 1);
+          const keys = (view: Tensor) => slice(own(view), 2, most - length, most);
+          const given = { q: own(q), k: keys(k), v: keys(v) };
+          const problem = createProblem(given.q, given.k, given.v, { ...options, returnLse: true });
+          const exact = attentionExact(problem, given);
+          const rows = out.subarray(sequence * size * valueDim, (sequence + 1) * size * valueDim);
+          if (length === 0) expect(rows.every((value) => value === 0)).toBe(true);
+          else expect(compare(rows, exact.output).relativeL1).toBeLessThan(bound);
+          logs.subarray(sequence * size, (sequence + 1) * size).forEach((value, i) => {
+            const expected = exact.lse[i] as number;
+            if (Number.isFinite(expected)) expect(Math.abs(value - expected)).toBeLessThan(off);
+            else expect(value).toBe(expected);
+          });
         });
-      });
-    }
-    for (const memory of Object.values(onCard)) memory.dispose();
-  });
+      }
+      for (const memory of Object.values(onCard)) memory.dispose();
+    },
+  );
 
   it('become NaN where a table is out of range, and nothing else does', async () => {
     const [pageSize, batch] = [64, 4];
-    using pool = poolOf(8, pageSize);
+    using pool = poolOf(8, pageSize, { kernel: random.pick(['qk-int8-pv-fp16-cuda', 'qk-fp4-pv-fp4']) });
     const pages = tableOf(batch, 2, 8);
     const lengths = Int32Array.from({ length: batch }, () => random.integer(65, 128));
     const view = (dim: number) => make([batch, kvHeads, 128, dim]);
@@ -187,6 +196,8 @@ describe(`keys and values in pages (SAGEATTENTION_SEED=${seed})`, () => {
       [append({ pages: [0, 3], lengths: Int32Array.of(3) }), 'table.pages'],
       [append({ pages, lengths: Int32Array.of(3), length: 1 }), 'table.length'],
       [append({ pages, lengths: Int32Array.of(3) }, tensors([1, kvHeads, 3, 16])), 'k'],
+      [() => pool.append(undefined as never, v, { pages, lengths: Int32Array.of(3) }), 'k'],
+      [() => createKeyValuePages(undefined as never, {} as never), 'device'],
       [() => poolOf(4, 96), 'options.pageSize'],
       [() => poolOf(0, 64), 'options.pages'],
     ] as const;

@@ -34,7 +34,7 @@ export interface KeyValuePagesOptions {
   readonly pages: number;
   /** Tokens of a page: a power of two, 64 or more; default 256. */
   readonly pageSize?: number;
-  /** One of INT8 QK and FP16 PV on `mma.sync`; default `qk-int8-pv-fp16-cuda`. */
+  /** `qk-int8-pv-fp16-cuda` (default), `qk-int8-pv-fp16` or `qk-fp4-pv-fp4`. */
   readonly kernel?: KernelName;
   /** Default true. The vector is the mean of K of the first sequence of the first append. */
   readonly smoothK?: boolean;
@@ -96,13 +96,17 @@ export function createKeyValuePages(
   options: KeyValuePagesOptions,
   planner: PagePlanner = PAGE_PLANNER,
 ): KeyValuePages {
+  if (typeof device?.allocate !== 'function') {
+    throw new InvalidArgumentError('invalid-option', 'device', 'a CudaDevice', textOf(device));
+  }
   const given = takeOptions(options, POOL_OPTIONS);
   const name = given.kernel ?? 'qk-int8-pv-fp16-cuda';
   const descriptor = CUDA_KERNELS.find((kernel) => kernel.name === name);
-  const { family, pvFormat } = descriptor ?? {};
+  // V in FP8 has scales of whole sequences; FP4 products smooth Q, which reads all of K as it came.
+  const isHeldByTile = descriptor?.pvFormat === 'f16' || (descriptor?.pvFormat === 'e2m1' && !descriptor.blockScaled);
   const target = targetFor(device.computeCapability);
-  if (family !== 'mma-sync' || pvFormat !== 'f16' || target === undefined) {
-    const expected = 'INT8 QK and FP16 PV on mma.sync where keys lie in pages';
+  if (descriptor?.family !== 'mma-sync' || !isHeldByTile || target === undefined) {
+    const expected = "no keys in pages; 'qk-int8-pv-fp16-cuda', 'qk-int8-pv-fp16' and 'qk-fp4-pv-fp4' do";
     throw new UnsupportedOptionError(String(name), 'options.kernel', expected, `'${String(name)}'`);
   }
   const kvHeads = requireCount('kvHeads', given.kvHeads, 2 ** 16);
@@ -214,22 +218,18 @@ export class KeyValuePages {
     const { device, kvHeads, headDim, valueDim, dtype } = this.#held;
     const context = contextOf(validateOptions(options, RUN_OPTIONS), 'cuda');
     context.signal?.throwIfAborted();
-    const problem = this.#problem(k, v);
     for (const [argument, view, dim] of [
       ['k', k, headDim],
       ['v', v, valueDim],
     ] as const) {
+      const { dtype: given, shape } = view ?? {};
+      if (given !== dtype || shape?.length !== 4 || shape[1] !== kvHeads || shape[3] !== dim) {
+        const expected = `${dtype} [B,${kvHeads},L,${dim}]`;
+        throw new InvalidArgumentError('invalid-shape', argument, expected, `${textOf(given)} ${textOf(shape)}`);
+      }
       requireTensorOn(device, argument, view);
-      const [batch, heads, tokens] = view.shape;
-      if (view.dtype === dtype && heads === kvHeads && view.shape[3] === dim) continue;
-      const expected = `${dtype} [B,${kvHeads},L,${dim}]`;
-      throw new InvalidArgumentError(
-        'invalid-shape',
-        argument,
-        expected,
-        `${view.dtype} ${textOf([batch, heads, tokens, view.shape[3]])}`,
-      );
     }
+    const problem = this.#problem(k, v);
     const given = streamOf(device, context.stream);
     if (given.capture !== undefined) {
       throw new InvalidArgumentError(
@@ -277,8 +277,9 @@ export class KeyValuePages {
   /** A problem of the tokens of an append. */
   #problem(k: CudaTensor, v: CudaTensor): AttentionProblem {
     // One row for each sequence and head: K's first tokens, of which nothing is read.
-    const [batch = 0, heads = 0, , dim = 0] = Array.isArray(k?.shape) ? k.shape : [];
-    const q = { ...k, shape: [batch, heads, 1, dim], strides: contiguousStrides([batch, heads, 1, dim]), offset: 0 };
+    const [batch, heads, , dim] = k.shape as [number, number, number, number];
+    const shape = [batch, heads, 1, dim];
+    const q = { ...k, shape, strides: contiguousStrides(shape), offset: 0 };
     return createProblem(q, k, v, {});
   }
 

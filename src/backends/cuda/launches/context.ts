@@ -239,6 +239,10 @@ function bandOfToken({ band: { lower, upper, align }, keyLength }: AttentionProb
   return { lower: lower <= first ? -NO_LIMIT : lower, upper: upper >= last ? NO_LIMIT : upper, align };
 }
 
+/** K in pages is smoothed by one vector for each head: pages may belong to several sequences. */
+export const oneMean = ({ pages }: Context): { readonly oneMean?: true } =>
+  pages === undefined ? {} : { oneMean: true };
+
 export const constantsOf = ({ layout }: Context): Record<BufferName, Uint8Array> => ({
   sequences: new Uint8Array(layout.table.buffer),
 });

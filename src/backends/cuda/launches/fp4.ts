@@ -16,7 +16,7 @@ import {
 import { hasFp4Keys, hasFp4Values } from '../kernels/mma-sync/config.ts';
 import { BYTES } from '../kernels/parts/elements.ts';
 import { f32, inOrder, launch, moduleOf, pointer, strideBytes, u32 } from './arguments.ts';
-import { type Context, loadWidthOf } from './context.ts';
+import { type Context, loadWidthOf, oneMean } from './context.ts';
 import type { BufferName, KernelLaunch } from './launch.ts';
 import { visibleKeysPointer } from './visible-keys.ts';
 
@@ -40,6 +40,7 @@ export function fp4KeyLaunch(context: Context): KernelLaunch {
     codeOrder: scheme.codeOrder,
     permuted: hasFp4Values(scheme),
     keyMean: choice.smoothK,
+    ...oneMean(context),
     smoothQ: false,
     hiddenKeys,
   };
@@ -125,6 +126,7 @@ export function fp4QueryLaunch(context: Context): KernelLaunch {
     codeOrder: scheme.codeOrder,
     permuted: false,
     keyMean: choice.smoothK && layout.keyTiles > 0,
+    ...oneMean(context),
     smoothQ: choice.smoothQ !== false,
     hiddenKeys: 'none',
   };

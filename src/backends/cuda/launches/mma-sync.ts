@@ -202,6 +202,9 @@ function fusedArguments({ problem }: Context, { fusedQuery }: AttentionConfig): 
   ];
 }
 
+/** Rows beyond which partial results would be as much to read and write as the keys of a part: splits by length are for decoding. */
+const MOST_ROWS_BY_LENGTH = 16;
+
 /** The attention kernel of a problem, its grid without splits and its splits. */
 function shapeOf(context: Context) {
   const { problem, rowsAreHeads, choice, device, layout, scheme } = context;
@@ -221,7 +224,7 @@ function shapeOf(context: Context) {
   const tileRows = Math.min(blockQueries(tile), queryLength);
   const resident = tile.minBlocksPerMultiprocessor;
   const byLength =
-    queryTiles > 1 || problem.blocks !== undefined
+    queryTiles > 1 || tileRows > MOST_ROWS_BY_LENGTH || problem.blocks !== undefined
       ? undefined
       : lengthSplitsOf(context, LEAST_TILES, blocks, resident, mostJoinedInside(context, tileRows));
   // Of keys in pages nobody here knows the lengths; several tiles of rows mostly fill the card anyway.

@@ -30,7 +30,7 @@ import {
   valueThreads,
 } from '../kernels/quantize/value.ts';
 import { f32, inOrder, launch, moduleOf, pointer, strideBytes, u32 } from './arguments.ts';
-import { BLOCK_Q, type Context, loadWidthOf } from './context.ts';
+import { BLOCK_Q, type Context, loadWidthOf, oneMean } from './context.ts';
 import type { BufferName, KernelLaunch } from './launch.ts';
 import { visibleKeysPointer, visibleKeysScratch } from './visible-keys.ts';
 
@@ -132,9 +132,6 @@ export function statisticsLaunches(context: Context, valueScales: boolean): read
     ]),
   ];
 }
-
-/** K in pages is smoothed by one vector for each head: pages may belong to several sequences. */
-const oneMean = ({ pages }: Context): { readonly oneMean?: true } => (pages === undefined ? {} : { oneMean: true });
 
 /** What INT8 and INT4 quantizers store. */
 function containerOf({ qkFormat }: Context['scheme']): 's8' | 's4' {

@@ -44,6 +44,8 @@ export interface Fp4TokensConfig {
   readonly permuted: boolean;
   /** Subtract the vector in `keyMean` (K), or use it for the row bias (Q). */
   readonly keyMean: boolean;
+  /** One vector for each head serves all sequences, whose keys lie in pages. */
+  readonly oneMean?: true;
   /** Q only: subtract the mean of the block's tokens and write it to `queryMean`. */
   readonly smoothQ: boolean;
   /** K only: keys that a mask hides from every row are zeros. */
@@ -205,7 +207,10 @@ function load(
 function loadKeyMean({ b, config, pointer, integer, heads, head, sequence, channel }: Place): Reg<'f32'>[] {
   b.section('mean of K');
   const headsPerKeyHead = b.loadParameter(integer.headsPerKeyHead);
-  const index = b.mad(sequence, b.div(heads, headsPerKeyHead), b.div(head, headsPerKeyHead));
+  const index =
+    config.oneMean === true
+      ? b.div(head, headsPerKeyHead)
+      : b.mad(sequence, b.div(heads, headsPerKeyHead), b.div(head, headsPerKeyHead));
   const source = offset(b, b.loadPointer(pointer.keyMean), b.mad(index, config.paddedDim, channel), 4);
   const mean = Array.from({ length: 8 }, () => b.constant('f32', 0));
   b.if(b.setp('lt', channel, config.paddedDim), () => {

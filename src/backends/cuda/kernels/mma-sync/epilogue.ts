@@ -65,7 +65,7 @@ export function writeResults(
       ? threadRow
       : share === undefined
         ? undefined
-        : b.mad(share.part, rowsOfPart(frame), b.add(firstPartialRow(frame, rows), threadRow));
+        : b.mad(share.part, rowsOfPart(frame, queryHeads), b.add(firstPartialRow(frame, rows), threadRow));
   const results: Results = { frame, rows, output, partialRow, base, tokenStride, scales, means };
   for (const [r, max] of state.max.entries()) {
     const row = b.as(b.add(rowIndex, 8 * r), 'u32');
@@ -82,11 +82,16 @@ export function writeResults(
   }
 }
 
-/** Partial rows of one part of the keys. */
-function rowsOfPart({ b, config, integer }: Frame): Reg<'u32'> {
+/**
+ * Partial rows of one part of the keys.
+ *
+ * @param loaded heads of Q, where they are in a register
+ */
+function rowsOfPart({ b, config, integer }: Frame, loaded?: Reg<'u32'>): Reg<'u32'> {
+  const queryHeads = () => loaded ?? b.loadParameter(integer.queryHeads);
   // With splits by length a part is of one sequence, whose rows are a tile.
-  if (config.splitsByLength === true) return b.mul(b.loadParameter(integer.queryHeads), blockQueries(config));
-  return b.mul(b.loadParameter(integer.paddedQueries), b.loadParameter(integer.queryHeads));
+  if (config.splitsByLength === true) return b.mul(queryHeads(), blockQueries(config));
+  return b.mul(b.loadParameter(integer.paddedQueries), queryHeads());
 }
 
 /** Where the tile's rows begin among those of a part. */
