@@ -114,6 +114,11 @@ describe('samples of the documentation', () => {
     expect(found).toEqual([]);
   });
 
+  it('are pasted into Node 20 and 22 too, which do not know `using`', () => {
+    const newer = samples.filter(({ runs, code }) => runs && /^\s*(await )?using \w/m.test(code));
+    expect(newer.map(({ name }) => name)).toEqual([]);
+  });
+
   it.concurrent.each(samples.filter(({ runs }) => runs))('$name runs', async ({ name }) => {
     // Dawn warns on stderr where there is no GPU driver; a sample that fails says so by its exit code.
     await promisify(execFile)(
