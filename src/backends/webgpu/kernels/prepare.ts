@@ -188,10 +188,25 @@ const sum = (a: string, b: string) => `${a} + ${b}`;
 export const largestOf16 = 'max(max(max4(x[0]), max4(x[1])), max(max4(x[2]), max4(x[3])))';
 export const MAX4 = `fn max4(v: vec4<f32>) -> f32 { let a = abs(v); return max(max(a.x, a.y), max(a.z, a.w)); }`;
 
-/** What a workgroup does with a tile, and what stands before it. */
+/** What a workgroup does with a tile after {@link readMean}, and what stands before it. */
 interface Part {
   readonly declarations: string;
   readonly statements: string;
+}
+
+/** `record`, where the statistics of a head of K and V begin, and K's mean. */
+function readMean(
+  { headDimPadded, valueDimPadded, smoothK }: PrepareConfig,
+  needsStatistics: boolean,
+  keyHead: string,
+): string {
+  const statistics = statisticsVectors(headDimPadded, valueDimPadded);
+  return `${
+    needsStatistics
+      ? `  let record = ((${keyHead} * P.sequences + sequence) * P.chunks) * ${statistics}u - P.partialBase;`
+      : ''
+  }
+${smoothK ? loadMean(headDimPadded / 4, statistics) : ''}`;
 }
 
 /** A kernel of one part or of both: what parts share, each part's own, and `main`. */
@@ -228,14 +243,14 @@ ${statements}
 export function prepareQueryKernel(config: PrepareQueryConfig): string {
   const { declarations, statements } = queryPart(config);
   const fields = [...PREPARE_QUERY_PARAMS, ...sinkParams(config.sinks)];
-  return kernelOf(config, fields, config.smoothK, declarations, statements);
+  const mean = readMean(config, config.smoothK, 'head / P.groupSize');
+  return kernelOf(config, fields, config.smoothK, declarations, `${mean}\n${statements}`);
 }
 
 function queryPart(config: PrepareQueryConfig): Part {
-  const { dtype, access, headDim, headDimPadded, valueDimPadded, smoothK, sinks } = config;
+  const { dtype, access, headDim, headDimPadded, smoothK, sinks } = config;
   const parts = partsOf(headDimPadded);
   const vectors = rowVectors(headDimPadded);
-  const statistics = statisticsVectors(headDimPadded, valueDimPadded);
   const declarations = `\
 ${operandLoader('q', 7, dtype, access)}
 @group(0) @binding(8) var<storage, read_write> rows: array<vec4<u32>>;
@@ -243,12 +258,6 @@ ${sinkReader(sinks)}`;
   const statements = `\
   let source = sequence_field(sequence, ${SEQUENCE.qSource}u) - P.base + head * P.headStride + first * P.tokenStride;
   let row_at = head * P.queryRowsPerHead + sequence_field(sequence, ${SEQUENCE.queryRow}u) + first;
-${
-  smoothK
-    ? `  let record = ((head / P.groupSize * P.sequences + sequence) * P.chunks) * ${statistics}u - P.partialBase;
-${loadMean(headDimPadded / 4, statistics)}`
-    : ''
-}
   ${eachChunk(
     headDimPadded,
     (isFirst) => `
@@ -467,15 +476,18 @@ const needsStatistics = ({ smoothK, values }: PrepareKeyValueConfig): boolean =>
 /** Quantization of K and V by themselves. */
 export function prepareKeyValueKernel(config: PrepareKeyValueConfig): string {
   const { declarations, statements } = keyValuePart(config);
-  return kernelOf(config, PREPARE_KEY_VALUE_PARAMS, needsStatistics(config), declarations, statements);
+  const mean = readMean(config, needsStatistics(config), 'head');
+  return kernelOf(config, PREPARE_KEY_VALUE_PARAMS, needsStatistics(config), declarations, `${mean}\n${statements}`);
 }
 
 /** Both: a launch less, and its wait. */
 export function prepareKernel(query: PrepareQueryConfig, keyValue: PrepareKeyValueConfig): string {
   const [ofQuery, ofKeyValue] = [queryPart(query), keyValuePart(keyValue)];
   const declarations = `${ofKeyValue.declarations}\n${ofQuery.declarations}`;
-  // Heads of K and V may be fewer.
-  const statements = `  if (tile < P.keyTiles) { if (head < P.keyHeads) {
+  // Compilers take long for what reads statistics: it stands there once. Heads of K and V may be fewer than Q's.
+  const keyHead = 'select(head / P.groupSize, min(head, P.keyHeads - 1u), tile < P.keyTiles)';
+  const statements = `${readMean(keyValue, needsStatistics(keyValue), keyHead)}
+  if (tile < P.keyTiles) { if (head < P.keyHeads) {
 ${ofKeyValue.statements}
   } } else {
 ${ofQuery.statements}
@@ -489,7 +501,6 @@ function keyValuePart(config: PrepareKeyValueConfig): Part {
   const parts = partsOf(headDimPadded);
   const vectors = rowVectors(headDimPadded);
   const statistics = statisticsVectors(headDimPadded, valueDimPadded);
-  const needsPartials = needsStatistics(config);
   const loadK = `load_k(kSource + row * P.kTokenStride + channel, min(16u, max(${headDim}u, channel) - channel))`;
   // Channels past D are 0 in x and in the mean, so smoothing leaves them 0.
   const smooth = range(4)
@@ -518,8 +529,6 @@ fn key_at(row: u32, chunk: u32) -> u32 { return ${
   let kSource = sequence_field(sequence, ${SEQUENCE.kSource}u) - P.kBase + head * P.kHeadStride + first * P.kTokenStride;
   let vSource = sequence_field(sequence, ${SEQUENCE.vSource}u) - P.vBase + head * P.vHeadStride + first * P.vTokenStride;
   let row_at = head * P.rowsPerHead + sequence_field(sequence, ${SEQUENCE.keyRow}u) + first;
-${needsPartials ? `  let record = ((head * P.sequences + sequence) * P.chunks) * ${statistics}u - P.partialBase;` : ''}
-${smoothK ? loadMean(headDimPadded / 4, statistics) : ''}
 ${
   values.scaled
     ? `  for (var i = lid; i < ${valueDimPadded / 4}u; i += ${THREADS}u) {
