@@ -2,7 +2,7 @@
  * Calls of 1 to 4096 tokens in WASM against ONNX Runtime, as applications make them (`sageattn`, default options), all in one
  * process and interleaved.
  *
- *     node --import tsx bench/wasm/short.ts --threads 1 [--tokens 1,8,64] [--shapes 1x8x64] [--queries 1] [--seconds 2] [--wide] [--out FILE]
+ *     node --import tsx bench/wasm/short.ts --threads 1 [--tokens 1,8,64] [--shapes 1x8x64] [--queries 1] [--seconds 2] [--pause 30] [--alone] [--wide] [--out FILE]
  *
  * With `--queries`, q has so many tokens and k and v have `--tokens`: with 1 it is decoding, and a contender of its own attends
  * to keys and values that were prepared before. Shapes are batch x heads x D. Prints a line for each shape and length and writes JSON: median and best time of each contender,
@@ -31,6 +31,10 @@ const { values: flags } = parseArgs({
     shapes: { type: 'string', default: '1x8x64,8x4x64,1x12x64,24x4x128,1x16x72' },
     queries: { type: 'string' },
     seconds: { type: 'string', default: '2' },
+    /** Milliseconds between contenders, see below. */
+    pause: { type: 'string', default: '30' },
+    /** Without peers: what a call costs where nobody else's threads spin. */
+    alone: { type: 'boolean', default: false },
     /** Vectors of 256 bits, onnxruntime-web's too: V8's flag holds for the whole process. */
     wide: { type: 'boolean', default: false },
     out: { type: 'string' },
@@ -40,7 +44,7 @@ const threads = Number(flags.threads);
 /** Longer calls than this many multiply-adds teach nothing about short ones. */
 const MOST_WORK = 2 ** 33;
 /** A peer's thread pool spins for a while after its call, on the processors that the next contender needs. */
-const PAUSE_MILLISECONDS = 2;
+const pause = Number(flags.pause);
 /** Calls of one contender in a row: work between two of its own calls counts, as in an application. */
 const BURST = 5;
 const EXACT_ROWS = 32;
@@ -84,7 +88,7 @@ async function measure(operands: Operands, seconds: number) {
   const problem = createProblem(q, k, v, { tensorLayout: 'NHD' });
   const contenders = [ours(operands)];
   if (operands.queries !== operands.tokens) contenders.push(await prepared(operands));
-  for (const peer of [ortWeb, ortNode]) {
+  for (const peer of flags.alone ? [] : [ortWeb, ortNode]) {
     // One that is not installed is left out.
     await peer(operands, threads).then(
       (contender) => contenders.push(contender),
@@ -110,7 +114,7 @@ async function measure(operands: Operands, seconds: number) {
   for (let round = 0; round < 3 || performance.now() < end; round++) {
     for (let turn = 0; turn < running.length; turn++) {
       const { contender, times, cpu } = running[(round + turn) % running.length] as (typeof running)[number];
-      await setTimeout(PAUSE_MILLISECONDS);
+      await setTimeout(pause);
       await contender.run();
       const before = process.cpuUsage();
       const start = performance.now();
