@@ -5,6 +5,12 @@
 import { describe, expect, test } from 'vitest';
 import { runSeed } from '../../../../test/support/random.ts';
 import { sampled } from '../../../../test/support/sample.ts';
+import { createProblem } from '../../../attention/problem.ts';
+import { emptyTensor } from '../../../tensor/tensor.ts';
+import { chooseOptions } from '../../choice.ts';
+import { descriptorOf } from '../kernel-table.ts';
+import type { SimulatableModule } from '../launches/arguments.ts';
+import { PAGE_PLANNER } from '../launches/pages.ts';
 import { configurations } from '../testing/configurations.ts';
 import { ASSEMBLED_SHARES, assemble, ptxasVersion } from '../testing/ptxas.ts';
 import { attentionSharedBytes, chooseTile } from './mma-sync/tiles.ts';
@@ -42,6 +48,28 @@ describe('16-bit operands', () => {
     expect(report).toMatchObject({ spillStoreBytes: 0, spillLoadBytes: 0 });
     if (made.target === 'sm_90a') expect(report.remarks).toEqual([]);
     expect(report.registers * made.threads * made.minBlocksPerMultiprocessor).toBeLessThanOrEqual(65536);
+  });
+});
+
+describe('keys in pages', () => {
+  test.skipIf(version === undefined).each([
+    ['qk-int8-pv-fp16-cuda', 'sm_80'],
+    ['qk-int8-pv-fp16-cuda', 'sm_90a'],
+    ['qk-fp4-pv-fp4', 'sm_89'],
+  ] as const)('%s on %s: a token and its append do not spill', (kernel, target) => {
+    const operand = (heads: number, tokens: number) => emptyTensor([4, heads, tokens, 128], 'bfloat16');
+    const problem = createProblem(operand(32, 1), operand(8, 512), operand(8, 512), {});
+    const choice = chooseOptions(descriptorOf(kernel), problem, {});
+    const pages = { pageTokens: 256, poolPages: 64, pagesPerSequence: 16 };
+    const facts = { choice, device: { target, multiprocessors: 132 }, pages };
+    const { planAppendPages, planAttendPages } = PAGE_PLANNER;
+    const plans = [planAttendPages({ ...problem, keyLength: 4096 }, facts), planAppendPages(problem, facts)];
+    for (const { module } of plans.flatMap(({ launches }) => launches)) {
+      const made = (module as SimulatableModule).kernel();
+      const { registers, spillStoreBytes } = assemble(made);
+      expect(spillStoreBytes).toBe(0);
+      expect(registers * made.threads * made.minBlocksPerMultiprocessor).toBeLessThanOrEqual(65536);
+    }
   });
 });
 
