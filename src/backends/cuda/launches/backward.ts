@@ -36,6 +36,7 @@ import {
   PREPARE_THREADS,
   type PrepareRowsConfig,
   prepareRows,
+  ROW_FAULT_BYTES,
 } from '../kernels/backward/prepare.ts';
 import { type SoftmaxAgainConfig, softmaxAgain } from '../kernels/backward/softmax.ts';
 import {
@@ -44,6 +45,12 @@ import {
   type TransposeConfig,
   transposeTokens,
 } from '../kernels/backward/transpose.ts';
+import {
+  VALUE_FAULTS_POINTERS,
+  VALUE_FAULTS_STRIDES,
+  type ValueFaultsConfig,
+  valueFaults,
+} from '../kernels/backward/value-faults.ts';
 import {
   BLOCK_CHANNELS,
   GROUP_TOKENS,
@@ -129,6 +136,7 @@ export function planBackward(
         backward,
         gradientPasses(paddedDim, paddedValueDim).filter((pass) => (pass.includes('query') ? hasQueries : hasKeys)),
       ),
+      ...(both ? [valueFaultsLaunch(backward)] : []),
       ...maskGradientLaunches(backward),
     ],
   };
@@ -157,9 +165,11 @@ function scratchOf({
     valueOperand: keys * paddedValueDim * OPERAND_BYTES,
     outputGradient: rows * paddedValueDim * OPERAND_BYTES,
     rowNumbers: 3 * rows * 4,
+    rowFaults: (rows / COPY_TOKENS) * ROW_FAULT_BYTES,
     ...(precision === 'fp16'
       ? {}
       : {
+          rowWeight: rows * 4,
           queryTransposed: rows * paddedDim,
           queryTransposedScale: (rows / COPY_TOKENS) * 4,
           keyTransposed: keys * paddedDim,
@@ -271,6 +281,7 @@ function prepareRowsLaunch(backward: Backward): KernelLaunch {
     loadWidth: Math.min(...widths) as PrepareRowsConfig['loadWidth'],
     queryScales: scheme.queryGroups,
     trueScores: needsTrueScores(featuresOf(backward)),
+    rowWeights: problem.precision !== 'fp16',
   };
   const blocks = layout.queryTiles * (BLOCK_Q / COPY_TOKENS);
   const module = moduleOf('prepareRows', prepareRows, config);
@@ -284,6 +295,8 @@ function prepareRowsLaunch(backward: Backward): KernelLaunch {
       rowBias: pointer('rowBias'),
       copy: pointer('outputGradient'),
       ...rowNumbersOf(context),
+      ...(problem.precision === 'fp16' ? {} : { rowWeight: pointer('rowWeight') }),
+      rowFaults: pointer('rowFaults'),
     }),
     ...inOrder(PREPARE_ROWS_INTEGERS, {
       heads: u32(queryHeads),
@@ -366,7 +379,7 @@ function gradientStridesOf(attention: AttentionProblem, dtype: DType) {
 }
 
 /** What of the problem decides the code of the gradient kernels. */
-function featuresOf({ problem: { attention, gradientDtype }, context }: Backward) {
+function featuresOf({ problem: { attention, gradientDtype, precision }, context }: Backward) {
   const { headDim, valueDim, band, softcap } = attention;
   return {
     headDim,
@@ -376,6 +389,7 @@ function featuresOf({ problem: { attention, gradientDtype }, context }: Backward
     mask: maskFormatOf(attention),
     softcap: softcap !== 0,
     gradientType: gradientDtype,
+    rowWeights: precision !== 'fp16',
   };
 }
 
@@ -402,7 +416,7 @@ function gradientArguments({ problem, context }: Backward, pass: readonly Gradie
       keyOperand: pointer('keyOperand'),
       valueOperand: pointer('valueOperand'),
       outputGradient: pointer('outputGradient'),
-      ...(problem.precision === 'fp16' ? {} : TRANSPOSED_POINTERS),
+      ...(problem.precision === 'fp16' ? {} : { ...TRANSPOSED_POINTERS, rowWeight: pointer('rowWeight') }),
       mask,
       ...(pass.includes('query') ? { queryGradient: pointer('dq') } : {}),
       ...(pass.includes('key') ? { keyGradient: pointer('dk') } : {}),
@@ -468,7 +482,7 @@ function gradientLaunch(backward: Backward, pass: readonly Gradient[]): KernelLa
   const features = featuresOf(backward);
   const { tiles, blocks } = blocksOf(backward, pass, OWN_TOKENS);
   const args = gradientArguments(backward, pass, tiles);
-  const own = chooseGradientTile(target, { ...sizes, softcap: features.softcap });
+  const own = chooseGradientTile(target, { ...sizes, softcap: features.softcap, rowWeights: features.rowWeights });
   const config: GradientConfig = { target, ...sizes, ...own, ...features };
   const module = moduleOf('gradients', gradients, config);
   return launch(nameOf(pass), module, 'gradients', blocks, GRADIENT_THREADS, module.kernel().sharedBytes, args);
@@ -508,6 +522,29 @@ function wgmmaLaunch(backward: Backward, parts: readonly WgmmaPart[]): KernelLau
   const threads = wgmmaGradientThreads(first);
   const args = [...gradientArguments(backward, pass, 0), ...own];
   return launch(nameOf(pass), module, 'wgmmaGradients', blocks, threads, module.kernel().sharedBytes, args);
+}
+
+/** NaN of dO in dV's channels, on every device. */
+function valueFaultsLaunch(backward: Backward): KernelLaunch {
+  const { problem, context } = backward;
+  const { dOutput } = problem;
+  const { target, pointerAlignment = 16 } = context.device;
+  const { dtype, valueDim } = problem.attention;
+  const { headDim, banded, mask, gradientType } = featuresOf(backward);
+  const config: ValueFaultsConfig = {
+    ...{ target, headDim, valueDim, banded, mask, gradientType, dtype },
+    loadWidth: loadWidthOf(dOutput, valueDim, dtype, pointerAlignment),
+  };
+  const module = moduleOf('valueFaults', valueFaults, config);
+  const { tiles, blocks } = blocksOf(backward, ['value'], OWN_TOKENS);
+  return launch('NaN of dO', module, 'valueFaults', blocks, GRADIENT_THREADS, module.kernel().sharedBytes, [
+    ...gradientArguments(backward, ['value'], tiles),
+    ...inOrder(VALUE_FAULTS_POINTERS, {
+      givenGradient: pointer('dOutput', dOutput.offset * BYTES[dtype]),
+      rowFaults: pointer('rowFaults'),
+    }),
+    ...inOrder(VALUE_FAULTS_STRIDES, named('gradient', dOutput, dtype)),
+  ]);
 }
 
 /** The gradient of the mask, on `mma.sync` on every device. */

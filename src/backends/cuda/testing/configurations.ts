@@ -167,7 +167,7 @@ function backwardModulesOf(target: Target, dims: Dims, features: Features): Name
   const problem = createBackwardProblem(attention, results, mask, { maskGradient: isAdditive }, precision);
   const [choice] = choicesOf(descriptorOf('qk-int8-pv-fp16-cuda')) as [KernelChoice];
   const { launches } = planBackward(problem, choice, { target, multiprocessors: 132 });
-  return named(launches).filter(({ name }) => /^(gradients|copy|prepare|transpose)/.test(name));
+  return named(launches).filter(({ name }) => /^(gradients|copy|prepare|transpose|NaN)/.test(name));
 }
 
 /** A kernel's choices, the default accumulator first. */

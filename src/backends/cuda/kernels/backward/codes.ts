@@ -10,6 +10,7 @@ import type { BackwardPrecision } from '../../../../attention/backward.ts';
 import type { KernelBuilder } from '../../ptx/builder.ts';
 import type { Reg } from '../../ptx/types.ts';
 import { MAGIC } from '../parts/constants.ts';
+import { packBytes } from '../parts/elements.ts';
 import { at } from '../parts/lists.ts';
 
 export type CodePrecision = Exclude<BackwardPrecision, 'fp16'>;
@@ -49,6 +50,5 @@ export function roundFour(
   // The low byte of 1.5 * 2^23 + n is n.
   const magic = b.constant('f32', MAGIC);
   const words = elements.map((element) => b.as(b.fma(element, toCodes, magic), 'b32'));
-  const [low, high] = [0, 2].map((i) => b.prmt(at(words, i), at(words, i + 1), 0x0040)) as [Reg<'b32'>, Reg<'b32'>];
-  return b.prmt(low, high, 0x5410);
+  return at(packBytes(b, words), 0);
 }

@@ -30,6 +30,11 @@ export interface GradientConfig extends GradientTile {
   readonly gradients: readonly Gradient[];
   /** Of the products over tokens: BF16 (`fp16`), or codes (`codes.ts`). The scores, and dO V^T in BF16, are the same in each. */
   readonly precision: BackwardPrecision;
+  /**
+   * P of each row of Q is multiplied by its `rowWeight`: 1, or of a row made anew (`softmax.ts`) the reciprocal of its sum. Otherwise D and
+   * the copy of dO have that in them: codes with one scale for such rows and others would keep little of either.
+   */
+  readonly rowWeights: boolean;
   /** D, and Dv. */
   readonly headDim: number;
   readonly valueDim: number;
@@ -81,6 +86,7 @@ export const GRADIENT_POINTERS = [
   'rowShift',
   'rowDelta',
   'rowBias',
+  'rowWeight',
   'key',
   'keyScale',
   'keyExponents',
@@ -106,7 +112,10 @@ export const GRADIENT_STRIDES = ['maskBatch', 'maskHead', 'maskQuery', 'maskKey'
 /** Rows of a tile in shared memory as the swizzle can permute them. */
 export const sharedRowBytes = (bytes: number) => (bytes >= 128 ? roundUp(bytes, 128) : nextPowerOfTwo(bytes));
 
-type Sizes = Pick<GradientConfig, 'gradients' | 'precision' | 'codeBytes' | 'paddedDim' | 'paddedValueDim'>;
+type Sizes = Pick<
+  GradientConfig,
+  'gradients' | 'precision' | 'rowWeights' | 'codeBytes' | 'paddedDim' | 'paddedValueDim'
+>;
 
 /** What of tokens that pass by is in shared memory besides the codes of the scores. */
 export function streamOperands({ gradients, precision }: Pick<GradientConfig, 'gradients' | 'precision'>) {
@@ -137,12 +146,18 @@ function streamTokenBytes(sizes: Sizes): number {
   );
 }
 
+/** Numbers of each row of Q that passes by. */
+export const rowNumberCount = ({ rowWeights }: Pick<GradientConfig, 'rowWeights'>): number => (rowWeights ? 5 : 4);
+
 /** Shared bytes of a configuration, less what alignment adds. */
 export function gradientSharedBytes(sizes: Sizes, { streamTokens, stages }: GradientTile): number {
   const { codeBytes, paddedValueDim } = sizes;
   const ownValues = streamOperands(sizes).scoreGradients ? sharedRowBytes(paddedValueDim * OPERAND_BYTES) : 0;
-  // Scale, shift, D and bias of each row.
-  return OWN_TOKENS * (sharedRowBytes(codeBytes) + ownValues) + stages * streamTokens * (streamTokenBytes(sizes) + 16);
+  // Scale, shift, D, bias and weight of each row.
+  return (
+    OWN_TOKENS * (sharedRowBytes(codeBytes) + ownValues) +
+    stages * streamTokens * (streamTokenBytes(sizes) + 4 * rowNumberCount(sizes))
+  );
 }
 
 const TILES: readonly GradientTile[] = [

@@ -1,7 +1,7 @@
 /** The conformance suite of gradients: the real backend and launches, kernels run by the simulator. */
 import { beforeAll, describe, it } from 'vitest';
-import type { BackwardTarget } from '../../../../../test/conformance/backward-suite.ts';
-import { backwardTargets, conformanceOf } from '../../../../../test/cuda/backward-checks.ts';
+import { type BackwardTarget, backwardTests } from '../../../../../test/conformance/backward-suite.ts';
+import { backwardTargets } from '../../../../../test/cuda/backward-checks.ts';
 import { runSeed } from '../../../../../test/support/random.ts';
 import { sampled } from '../../../../../test/support/sample.ts';
 import { setBackend } from '../../../registry.ts';
@@ -25,7 +25,7 @@ for (const [capability, precisions, shares] of [
     beforeAll(() => setBackend(createSimulatedBackend(capability)));
     const isHere = ({ precision }: BackwardTarget) => (precisions as readonly string[]).includes(precision);
     for (const target of backwardTargets(capability).filter(isHere)) {
-      const tests = conformanceOf({ ...target, maxWork: MAX_WORK, randomCases: 2 }, seed);
+      const tests = backwardTests({ ...target, maxWork: MAX_WORK, randomCases: 2 }, seed);
       for (const { name, run } of sampled(tests, seed, shares, `${capability} ${precisions}`))
         it(`${target.name}: ${name}`, run);
     }

@@ -135,13 +135,14 @@ export class StreamCopies {
     const at = stageOffset === undefined ? into : b.add(into, b.as(stageOffset, 'shared'));
     const quarter = b.add(row, b.shl(thread, 2));
     const names = [
-      'rowScale',
-      'rowShift',
-      'rowDelta',
-      ...(needsTrueScores(config) ? (['rowBias'] as const) : []),
+      [0, 'rowScale'],
+      [1, 'rowShift'],
+      [2, 'rowDelta'],
+      ...(needsTrueScores(config) ? ([[3, 'rowBias']] as const) : []),
+      ...(config.rowWeights ? ([[4, 'rowWeight']] as const) : []),
     ] as const;
     const chunk = b.setp('lt', thread, config.streamTokens / 4);
-    for (const [i, name] of names.entries()) {
+    for (const [i, name] of names) {
       const source = offset(b, b.loadPointer(pointer[name]), quarter, 4);
       b.when(chunk, () => b.cpAsync16(at, source, i * tile.layout.rowBytes));
     }

@@ -14,6 +14,7 @@ import {
   type GradientConfig,
   OPERAND_BYTES,
   OWN_TOKENS,
+  rowNumberCount,
   sharedRowBytes,
   streamOperands,
 } from './config.ts';
@@ -28,7 +29,7 @@ export interface StreamTiles {
   readonly valueCodes: SharedTile | undefined;
   /** Transposed where they are codes. */
   readonly channels: SharedTile | undefined;
-  /** `rowScale`, `rowShift`, `rowDelta` (and `rowBias`) of the queries that pass by. */
+  /** `rowScale`, `rowShift`, `rowDelta` (and `rowBias`, `rowWeight`) of the queries that pass by. */
   readonly rows: SharedTile | undefined;
 }
 
@@ -109,7 +110,9 @@ export function makeFrame(config: GradientConfig, name = 'gradients'): Frame {
     values: has.values ? b.shared(`V or dO${name}`, streamTokens, values) : undefined,
     valueCodes: has.valueCodes ? transposed(`dO${name}`, paddedValueDim) : undefined,
     channels: has.channels ? channelsOf(`K or Q${name}`) : undefined,
-    rows: ownsQueries ? undefined : b.shared(`rows${name}`, 4, rowMajor(Math.max(128, streamTokens * 4))),
+    rows: ownsQueries
+      ? undefined
+      : b.shared(`rows${name}`, rowNumberCount(config), rowMajor(Math.max(128, streamTokens * 4))),
   });
   const stream = stage('');
   const stageBytes = stages === 2 ? stage(', second stage').codes.base - stream.codes.base : 0;

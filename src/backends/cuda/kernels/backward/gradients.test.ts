@@ -1,10 +1,11 @@
 /** The gradient kernels against exact gradients in float64. Kernels run in the simulator. */
+import fc from 'fast-check';
 import { describe, expect, test } from 'vitest';
 import { runSeed } from '../../../../../test/support/random.ts';
 import { sampled } from '../../../../../test/support/sample.ts';
 import { toFloat32 } from '../../../../tensor/access.ts';
 import type { Tensor } from '../../../../tensor/tensor.ts';
-import { booleanMask, gradientCases, relativeL2, train } from '../../testing/gradients.ts';
+import { additiveMask, booleanMask, gradientCases, relativeL2, train } from '../../testing/gradients.ts';
 
 const seed = runSeed();
 
@@ -28,6 +29,37 @@ describe(`gradients (SAGEATTENTION_SEED=${seed})`, () => {
       for (let i = 0; i < data.length; i++) data[i] = (data[i] as number) * 2 ** -60;
     };
     expectClose(train(seed, { lengths: [40, 70], dims: [32, 32] }, {}, undefined, scaled));
+  });
+
+  test('a NaN in dO stays in its channel, with the keys of its row', () => {
+    const masks = {
+      none: {},
+      causal: { isCausal: true },
+      window: { windowSize: [9, 4] },
+      boolean: { attnMask: booleanMask(seed, [1, 2, 40, 70]) },
+      additive: { attnMask: additiveMask(seed, [1, 1, 40, 70]) },
+    } as const;
+    const spoiled = fc.record({
+      mask: fc.constantFrom(...Object.keys(masks)) as fc.Arbitrary<keyof typeof masks>,
+      kernel: fc.constantFrom(['sm_80', 'fp16'] as const, ['sm_80', 'int8'] as const, ['sm_90a', 'fp16'] as const),
+      dtype: fc.constantFrom('float32' as const, 'bfloat16' as const),
+      elements: fc.array(fc.tuple(fc.nat(79), fc.nat(63)), { minLength: 1, maxLength: 3 }),
+    });
+    const property = fc.property(spoiled, ({ mask, kernel: [target, backwardPrecision], dtype, elements }) => {
+      const spoil = ({ dOutput }: Record<'dOutput', Tensor>) => {
+        const data = dOutput.data as Float32Array | Uint16Array;
+        const nan = dtype === 'float32' ? Number.NaN : 0x7fc0;
+        for (const [row, channel] of elements) data[row * 64 + channel] = nan;
+      };
+      const sizes = { heads: [2, 1], lengths: [40, 70], dims: [64, 64], dtype } as const;
+      const options = { ...masks[mask], backwardPrecision };
+      const { got, exact } = train(seed, sizes, options, { target, multiprocessors: 1 }, spoil);
+      for (const name of ['dq', 'dk', 'dv'] as const) {
+        const places = (x: ArrayLike<number>) => Array.from(x, Number.isNaN);
+        expect(places(toFloat32(got[name])), name).toEqual(places(exact[name]));
+      }
+    });
+    fc.assert(property, { seed: seed | 0, numRuns: 4 });
   });
 
   test('masked positions give exact zeros, and rows without keys none', () => {

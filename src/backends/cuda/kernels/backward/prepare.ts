@@ -6,9 +6,9 @@
  * - `rowScale`: the scale of its codes, |smScale| and log2(e) included. Its sign says that the logsumexp does not give the row's weights:
  *   their softmax is made anew (`softmax.ts`).
  * - `rowShift`: what smoothing K took from its scores, less its logsumexp, in base 2. -Infinity where it saw no key, which makes P 0;
- *   NaN where the row of Q or dO, or the logsumexp of a row that is not made anew, is not finite, which makes P NaN.
- * - `rowDelta`: -D, where D is the sum of dO * output over the channels: what the sums of dP start from. NaN where the output alone is not
- *   finite, since dV does not depend on V; 0 where P is NaN by dO.
+ *   NaN where the row of Q, or the logsumexp of a row that is not made anew, is not finite, which makes P NaN.
+ * - `rowDelta`: -D, where D is the sum of dO * output over the channels: what the sums of dP start from. NaN where the output or dO is not
+ *   finite, which makes dS NaN: dV does not depend on V, and has NaN in the channels that dO has it in (`value-faults.ts`).
  */
 import type { DType } from '../../../../tensor/dtype.ts';
 import { KernelBuilder } from '../../ptx/builder.ts';
@@ -24,6 +24,9 @@ import { OPERAND_BYTES } from './config.ts';
 /** Tokens of a CTA, and its threads. */
 export const COPY_TOKENS = 64;
 export const PREPARE_THREADS = 256;
+
+/** Of `rowFaults`, for the rows of a CTA: one for each warp, not 0 where an element of dO is not a number. */
+export const ROW_FAULT_BYTES = PREPARE_THREADS / 32;
 
 export interface CopyTokensConfig {
   readonly target: Target;
@@ -132,6 +135,8 @@ export interface PrepareRowsConfig {
   readonly loadWidth: LoadWidth;
   /** Rows of Q that share a set of scales, and how many are in the set. */
   readonly queryScales: readonly [rows: number, scales: number];
+  /** Each row's `rowWeight` is set to 1: `softmax.ts` may give it another. */
+  readonly rowWeights: boolean;
   /** What smoothing K took is added to the scores, and not in `rowShift`: see `needsTrueScores`. */
   readonly trueScores: boolean;
 }
@@ -154,6 +159,8 @@ export const PREPARE_ROWS_POINTERS = [
   'rowScale',
   'rowShift',
   'rowDelta',
+  'rowWeight',
+  'rowFaults',
 ] as const;
 export const PREPARE_ROWS_INTEGERS = ['heads', 'blocks', 'paddedTokens'] as const;
 /** In bytes, of the output, of dO and of the logsumexp. */
@@ -212,9 +219,11 @@ export function prepareRows(config: PrepareRowsConfig): Kernel {
   const numbers = (['rowScale', 'rowShift', 'rowDelta'] as const).map((name) =>
     offset(b, b.loadPointer(pointer[name]), paddedRow, 4),
   ) as [Reg<'global'>, Reg<'global'>, Reg<'global'>];
+  const weightAt = config.rowWeights ? offset(b, b.loadPointer(pointer.rowWeight), paddedRow, 4) : undefined;
   let into = offset(b, b.loadPointer(pointer.copy), paddedRow, paddedValueDim * OPERAND_BYTES);
   into = offset(b, into, channel, OPERAND_BYTES);
 
+  const hasFault = b.constant('u32', 0);
   let [outputAt, gradientAt] = [output.address, gradient.address];
   for (let first = 0; first < COPY_TOKENS; first += rowsAtOnce) {
     b.section('dO, and D');
@@ -231,6 +240,7 @@ export function prepareRows(config: PrepareRowsConfig): Kernel {
       delta = b.add(delta, b.shflBfly(delta, mask));
       fault = b.add(fault, b.shflBfly(fault, mask));
     }
+    b.when(b.notPred(isNumber(b, fault)), () => b.set(hasFault, 1));
     const words = packFinite(b, dO);
     const here = inBlock === undefined ? stored : b.andPred(stored, inBlock);
     b.when(here, () => b.stVector(words, into, first * paddedValueDim * OPERAND_BYTES));
@@ -252,14 +262,14 @@ export function prepareRows(config: PrepareRowsConfig): Kernel {
         b.fma(lse, -LOG2_E, own, shift);
         const isNear = b.andPred(b.setp('le', b.abs(lse), LARGEST_LSE), b.setp('le', b.abs(bias), LARGEST_LSE));
         const empty = b.setp('eq', lse, Number.NEGATIVE_INFINITY);
-        const finite = b.andPred(isNumber(b, fault), isNumber(b, bias));
+        const finite = isNumber(b, bias);
         const isAgain = b.andPred(b.notPred(b.orPred(isNear, empty)), finite);
         b.when(isAgain, () => b.neg(scale, scale));
         b.when(b.notPred(b.andPred(finite, isNumber(b, shift))), () => b.set(shift, Number.NaN));
         b.when(empty, () => b.set(shift, Number.NEGATIVE_INFINITY));
       });
       b.when(b.notPred(isNumber(b, delta)), () => b.set(delta, Number.NaN));
-      b.when(b.notPred(isNumber(b, fault)), () => b.set(delta, 0));
+      if (weightAt !== undefined) b.st(b.constant('f32', 1), weightAt, first * 4);
       const values = [scale, shift, b.neg(delta)];
       values.forEach((value, i) => {
         b.st(value, at(numbers, i), first * 4);
@@ -270,5 +280,11 @@ export function prepareRows(config: PrepareRowsConfig): Kernel {
       gradientAt = b.add(gradientAt, gradient.step);
     }
   }
+  b.section('whether an element of dO is not a number');
+  const ofWarp = b.selp<'u32'>(1, b.constant('u32', 0), b.voteAny(b.setp('ne', hasFault, 0)));
+  const blockRow = b.add(b.mad(head, b.loadParameter(integer.paddedTokens), paddedQueryStart), firstToken);
+  const ofBlock = offset(b, b.loadPointer(pointer.rowFaults), b.shr(blockRow, Math.log2(COPY_TOKENS)), ROW_FAULT_BYTES);
+  const faultAt = b.add(ofBlock, b.as(b.cvt('u64', b.shr(thread, 5)), 'global'));
+  b.when(b.setp('eq', b.and(thread, 31), 0), () => b.stByte(ofWarp, faultAt));
   return b.build();
 }

@@ -3,8 +3,8 @@
  * are few: a CTA whose 64 rows have none of them ends at once.
  *
  * Scores are those that the gradient kernels compute: to the bit on `mma.sync`, on `wgmma` but for what their exponents round (`COARSE_SCALE`).
- * A row's largest becomes its shift, and what its sum divides by goes to the
- * BF16 row of dO and to D, of which all three gradients are linear functions: `dV = P'^T (w dO)`, `dS = P' (w dP - w D)`. What made a row NaN
+ * A row's largest becomes its shift, and the reciprocal of its sum goes to the BF16 row of dO and to D, of which all three gradients are
+ * linear functions: `dV = P'^T (w dO)`, `dS = P' (w dP - w D)`; or, with codes, to `rowWeight`, which P is multiplied by. What made a row NaN
  * is found on the way: a value leaves the row's weights as they are, a key or the mask does not.
  */
 import type { Kernel, Parameter, Reg } from '../../ptx/types.ts';
@@ -36,7 +36,7 @@ export interface SoftmaxAgainConfig extends Omit<GradientConfig, 'gradients' | '
 
 /** The kernel of one configuration. Its parameters are those of every gradient kernel, and the faults of keys. */
 export function softmaxAgain(config: SoftmaxAgainConfig): Kernel {
-  const frame = makeFrame({ ...config, gradients: [], precision: 'fp16' }, 'softmaxAgain');
+  const frame = makeFrame({ ...config, gradients: [], precision: 'fp16', rowWeights: false }, 'softmaxAgain');
   const { b, pointer } = frame;
   const faults = b.parameter('keyFaults', 'u64');
   const [place, work] = [placeOf(b), workOf(frame)];
@@ -156,16 +156,20 @@ function storeRow({ frame, place, work }: Again, r: number, { sum, isEmpty, befo
     b.min(weight, share, weight);
     b.when(b.notPred(isNumber(share)), () => b.set(weight, Number.NaN));
   }
-  const [shift, delta] = [b.mov(at(own.shift, r)), b.mul(at(before.minusDelta, r), weight)];
+  const shift = b.mov(at(own.shift, r));
   b.when(b.notPred(isNumber(weight)), () => b.set(shift, Number.NaN));
   b.when(isEmpty, () => b.set(shift, Number.NEGATIVE_INFINITY));
   b.if(b.setp('eq', place.t2, 0), () => {
-    const store = (name: 'rowScale' | 'rowShift' | 'rowDelta', value: Reg<'f32'>) =>
+    const store = (name: 'rowScale' | 'rowShift' | 'rowDelta' | 'rowWeight', value: Reg<'f32'>) =>
       b.st(value, offset(b, b.loadPointer(pointer[name]), row, 4));
     store('rowScale', at(own.scale, r));
     store('rowShift', shift);
-    store('rowDelta', delta);
+    if (config.rowWeights) {
+      const whole = b.andPred(isNumber(weight), b.notPred(isEmpty));
+      store('rowWeight', b.selp(weight, b.constant('f32', 1), whole));
+    } else store('rowDelta', b.mul(at(before.minusDelta, r), weight));
   });
+  if (config.rowWeights) return;
   b.if(b.andPred(isNumber(weight), b.notPred(isEmpty)), () => {
     const rowBytes = config.paddedValueDim * OPERAND_BYTES;
     const chunk = b.shr(place.t2, 1);

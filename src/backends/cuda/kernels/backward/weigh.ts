@@ -11,7 +11,7 @@ import { needsTrueScores } from './config.ts';
 import type { Frame, Owner, Passing, ThreadPlace, Work } from './frame.ts';
 
 /** Rows of `stream.rows`. */
-const [SCALE, SHIFT, DELTA, BIAS] = [0, 1, 2, 3] as const;
+const [SCALE, SHIFT, DELTA, BIAS, WEIGHT] = [0, 1, 2, 3, 4] as const;
 
 /** The numbers of a row of Q, or of two neighbouring ones. */
 interface RowNumbers {
@@ -92,6 +92,14 @@ export function ownConstants(frame: Frame, place: ThreadPlace, work: Work, own?:
     const seed = [at(minus, 0), at(minus, 0), at(minus, 1), at(minus, 1)];
     return {
       minusDelta: (_rows: Reg<'shared'> | undefined) => (_column: number) => seed,
+      /** `rowWeight` of the four scores of an 8-token tile. */
+      weightsOf(_rows: Reg<'shared'> | undefined): (column: number) => readonly Reg<'f32'>[] {
+        const row = b.add(firstOwnRow(frame, work), b.add(place.warpRow, g));
+        const base = offset(b, b.loadPointer(frame.pointer.rowWeight), row, 4);
+        const two = [0, 8].map((r) => b.ld('f32', base, r * 4, { readOnly: true }));
+        const four = two.flatMap((weight) => [weight, weight]);
+        return () => four;
+      },
       keyScaleOf: ({ tile }: Passing) => keyScaleOfTile(tile),
       /** Calls back with the numbers of each 8-token tile: `scale[i]`, ... of its four scores. */
       ofTiles(
@@ -117,6 +125,7 @@ export function ownConstants(frame: Frame, place: ThreadPlace, work: Work, own?:
   return {
     keyScaleOf: (_: Passing) => keyScale,
     minusDelta: (rows: Reg<'shared'> | undefined) => (n: number) => twice(pairAt(rows as Reg<'shared'>, DELTA, n)),
+    weightsOf: (rows: Reg<'shared'> | undefined) => (n: number) => twice(pairAt(rows as Reg<'shared'>, WEIGHT, n)),
     ofTiles(_: Passing, rows: Reg<'shared'> | undefined, body: (n: number, numbers: RowNumbers) => void): void {
       const place = rows as Reg<'shared'>;
       for (let n = 0; n < frame.columnTiles; n++) {
@@ -253,6 +262,16 @@ export function weigh(self: Omit<WeighedTile, 'gradientsOfP'>, until: 'weights' 
     if (plain && until === 'weights') for (const score of at(weights, n)) b.ex2(score, score);
   });
   if (!plain) slopes = finishScores(self, weights, until);
+  if (config.rowWeights) {
+    b.section('weights of rows made anew');
+    const weightsOf = constants.weightsOf(rows);
+    weights.forEach((fragment, n) => {
+      const own = weightsOf(n);
+      fragment.forEach((weight, i) => {
+        b.mul(weight, at(own, i), weight);
+      });
+    });
+  }
   if (excludes(frame)) excludePairs(self, weights, until === 'weights' ? 0 : Number.NEGATIVE_INFINITY);
   return slopes;
 }

@@ -107,10 +107,10 @@ export function loadEight(
   return unpackEight(b, dtype, loadEightPacked(b, dtype, width, address, inside));
 }
 
-/** The low bytes of eight registers, in two. */
+/** The low bytes of four registers for each, the first lowest. */
 export function packBytes(b: KernelBuilder, words: readonly Reg<'b32'>[]): Reg<'b32'>[] {
-  return [0, 4].map((first) => {
-    const [x, y, z, w] = words.slice(first, first + 4) as [Reg<'b32'>, Reg<'b32'>, Reg<'b32'>, Reg<'b32'>];
+  return Array.from({ length: words.length / 4 }, (_, i) => {
+    const [x, y, z, w] = words.slice(4 * i, 4 * i + 4) as [Reg<'b32'>, Reg<'b32'>, Reg<'b32'>, Reg<'b32'>];
     return b.prmt(b.prmt(x, y, 0x0040), b.prmt(z, w, 0x0040), 0x5410);
   });
 }
