@@ -4,7 +4,7 @@
  * registers and have one order: the same inputs give the same bits.
  *
  * With `int8` and `fp8` the products over tokens (dV, dK, dQ) are of codes: P and dS get theirs in registers (`codes.ts`), what passes by
- * had its own before (`transpose.ts`). dP stays in BF16: rounded to 8 bits, dS would lose most of what P's rounding leaves of it.
+ * had its own before (`transpose.ts`). dP stays in BF16: the paper's ablation has the cosine of dQ at 97.5% in INT8, 99.8% in 16 bits.
  *
  * For a tile of what passes by: S from the codes of the forward pass (INT8), P = 2^(S - LSE), dP = dO V^T, dS = P (dP - D), then
  * dV += P^T dO and dK += dS^T Q, or dQ += dS K. Scores are computed with own tokens as rows, so that P and dS are, packed, the A
