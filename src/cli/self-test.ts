@@ -24,7 +24,7 @@ import {
 } from './library.ts';
 import { type Place, placeOf, release } from './place.ts';
 import { type BackendFindings, encodeFindings, type Findings, type KernelFindings } from './self-test-code.ts';
-import { bold, dim, duration, print, printFacts, progress, rateCell, small, table } from './terminal.ts';
+import { bold, dim, duration, paragraph, print, printFacts, progress, rateCell, small, table } from './terminal.ts';
 
 /** Problems whose error is taken: both common head dims, a mask, shared heads, lengths that fill no tile. */
 export const SELF_TEST_PROBLEMS: readonly { readonly shape: InputShape; readonly isCausal: boolean }[] = [
@@ -208,7 +208,7 @@ export function printFindings({ version, machine, seconds, backends }: Findings)
 export async function selfTest(version: string): Promise<void> {
   const findings = await runSelfTest(version);
   print();
-  print('To send in what was found (nothing else leaves this machine, and this only if you send it):');
+  print(paragraph('To send in what was found (nothing else leaves this machine, and this only if you send it):'));
   print(encodeFindings(findings));
   print();
   printFindings(findings);
