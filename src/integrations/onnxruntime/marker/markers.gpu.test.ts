@@ -158,7 +158,8 @@ describe('a model with markers', () => {
   });
 
   itNeeds(missing)('short attention without a marker: each of the first runs is right, however it runs', async () => {
-    const bytes = dit('fused', 'float32');
+    // Not 'fused': onnxruntime-web's own kernel for it is wrong where subgroups have 4 lanes (cosine 0.996, alone too).
+    const bytes = dit('decomposed', 'float32');
     const plain = await runtime.InferenceSession.create(bytes, { executionProviders: ['wasm'] });
     const session = await withSageAttention(runtime, { markers: false }).InferenceSession.create(bytes, {
       executionProviders: [{ name: 'webgpu', device }],
