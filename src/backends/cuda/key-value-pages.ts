@@ -17,7 +17,15 @@ import { BLOCK_K } from './kernels/mma-sync/config.ts';
 import type { LaunchSequence } from './launches/launch.ts';
 import { PAGE_PLANNER, type PagePlanner, type PoolFacts } from './launches/pages.ts';
 import { BoundLaunches, packBuffers } from './run/bound-launches.ts';
-import { addressOf, type HeldBuffer, requireTensorOn, sideOperands, streamOf } from './run/operands.ts';
+import {
+  addressOf,
+  type HeldBuffer,
+  planKeyOf,
+  requireTensorOn,
+  sideOperands,
+  streamOf,
+  streamOfAppend,
+} from './run/operands.ts';
 import { Runner } from './run/runner.ts';
 import { type CudaTensor, copyToDevice } from './tensor.ts';
 
@@ -230,15 +238,7 @@ export class KeyValuePages {
       requireTensorOn(device, argument, view);
     }
     const problem = this.#problem(k, v);
-    const given = streamOf(device, context.stream);
-    if (given.capture !== undefined) {
-      throw new InvalidArgumentError(
-        'invalid-option',
-        'stream',
-        'keys appended outside of a capture',
-        'one under capture',
-      );
-    }
+    const given = streamOfAppend(device, context.stream);
     const { batch, keyLength } = problem;
     const held = this.#table(table, batch);
     if (batch * keyLength * kvHeads === 0) {
@@ -453,7 +453,7 @@ function remembered<T extends { dispose(): void }>(
   pagesPerSequence: number,
   make: () => T,
 ): T {
-  const key = `${pagesPerSequence} ${JSON.stringify(problem, (_, value) => (value === Number.POSITIVE_INFINITY ? 'Infinity' : value))}`;
+  const key = `${pagesPerSequence} ${planKeyOf(problem)}`;
   let found = kept.get(key);
   if (found === undefined) {
     found = make();

@@ -2,7 +2,6 @@
 import { NO_LIMIT } from '../../attention/band.ts';
 import { attentionOutputs } from '../../attention/outputs.ts';
 import type { AttentionProblem } from '../../attention/problem.ts';
-import { InvalidArgumentError } from '../../errors.ts';
 import { BYTES_PER_ELEMENT } from '../../tensor/dtype.ts';
 import { type OperandLayout, type Tensor, type TensorView, transpose } from '../../tensor/tensor.ts';
 import type {
@@ -22,7 +21,15 @@ import type { DeviceFacts, KeyRoom, KeyValuePart } from './launches/context.ts';
 import type { KernelLaunch } from './launches/launch.ts';
 import type { LaunchPlanner } from './launches/plan.ts';
 import { BoundLaunches, packBuffers } from './run/bound-launches.ts';
-import { type HeldBuffer, type Operand, requireTensorOn, sideOperands, streamOf } from './run/operands.ts';
+import {
+  type HeldBuffer,
+  type Operand,
+  planKeyOf,
+  requireTensorOn,
+  sideOperands,
+  streamOf,
+  streamOfAppend,
+} from './run/operands.ts';
 import { Runner } from './run/runner.ts';
 import { Uploads } from './run/uploads.ts';
 import { type CudaTensor, copyToDevice } from './tensor.ts';
@@ -163,10 +170,6 @@ const readsRaw = ({ arguments: given }: KernelLaunch): boolean =>
     return buffer === 'k' || buffer === 'v';
   });
 
-/** Alike for problems of one plan. */
-const keyOf = (problem: AttentionProblem): string =>
-  JSON.stringify(problem, (_, value) => (value === Number.POSITIVE_INFINITY ? 'Infinity' : value));
-
 /** Keys that are quantized at a time: a multiple of every kernel's tile of keys. */
 const TILE = 128;
 
@@ -217,16 +220,7 @@ export class CudaKeyValue implements PreparedKeyValue {
   async append(k: TensorView, v: TensorView, problem: AttentionProblem, context: KeyValueContext): Promise<void> {
     context.signal?.throwIfAborted();
     const device = this.#device;
-    const given = streamOf(device, context.stream);
-    // A replay would write the same tokens at the same place.
-    if (given.capture !== undefined) {
-      throw new InvalidArgumentError(
-        'invalid-option',
-        'stream',
-        'keys appended outside of a capture',
-        'one under capture',
-      );
-    }
+    const given = streamOfAppend(device, context.stream);
     // The kept buffers live on the device's own stream; a caller's stream may be destroyed before them.
     const stream = device.stream;
     if (!given.owned) given.mark();
@@ -401,7 +395,7 @@ export class CudaKeyValue implements PreparedKeyValue {
     if (queryLength === 1 && band.align === 1 && (band.lower > -NO_LIMIT || band.upper < 0)) return undefined;
     const { capacity } = this.#k;
     const asked = this.#overHeld(problem, capacity);
-    const key = keyOf(asked);
+    const key = planKeyOf(asked);
     const known = this.#tables.get(key);
     if (known !== undefined) return known;
     const { constants, launches } = this.#planner.planAttend(asked, this.#choice, this.#facts, { room: { capacity } });
@@ -438,7 +432,7 @@ export class CudaKeyValue implements PreparedKeyValue {
   }
 
   #runnerOf(problem: AttentionProblem): Runner {
-    const key = keyOf(problem);
+    const key = planKeyOf(problem);
     let runner = this.#runners.get(key);
     if (runner === undefined) {
       const { capacity } = this.#k;

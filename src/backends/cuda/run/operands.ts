@@ -40,6 +40,21 @@ export function streamOf(device: CudaDevice, handle: StreamHandle | undefined): 
 }
 
 /**
+ * The stream that gives the tokens of an append. A replay would write the same tokens at the same place, so none is captured.
+ *
+ * @throws {InvalidArgumentError} it is under capture
+ */
+export function streamOfAppend(device: CudaDevice, handle: StreamHandle | undefined): CudaStream {
+  const stream = streamOf(device, handle);
+  if (stream.capture === undefined) return stream;
+  throw new InvalidArgumentError('invalid-option', 'stream', 'keys appended outside of a capture', 'one under capture');
+}
+
+/** Alike for problems of one plan. */
+export const planKeyOf = (problem: AttentionProblem): string =>
+  JSON.stringify(problem, (_, value) => (value === Number.POSITIVE_INFINITY ? 'Infinity' : value));
+
+/**
  * Address of element 0 as the kernels count: they add the offset of the problem, and the tensor of this run may lie at
  * another one (an upload leaves out what lies before the view).
  */

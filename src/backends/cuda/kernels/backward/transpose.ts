@@ -13,7 +13,7 @@ import type { Kernel, Reg } from '../../ptx/types.ts';
 import { divide, integers, offset, pointers } from '../parts/addresses.ts';
 import { at } from '../parts/lists.ts';
 import { loadSequence } from '../parts/sequences.ts';
-import { type HiddenKeys, isVisible, loadVisibleRange, visibleBitsAt } from '../quantize/visible-keys.ts';
+import { type HiddenKeys, loadVisibleRange, seenInBlock } from '../quantize/visible-keys.ts';
 import { type CodePrecision, codeScalesOf, roundFour } from './codes.ts';
 import { CODE_ROW_TOKENS, OPERAND_BYTES } from './config.ts';
 import { COPY_TOKENS, PREPARE_THREADS } from './prepare.ts';
@@ -63,17 +63,15 @@ export function transposeTokens(config: TransposeConfig): Kernel {
       const shifts = offset(b, b.loadPointer(pointer.rowShift), firstRow, 4);
       return (token) => b.setp('ne', b.ld('f32', offset(b, shifts, token, 4)), Number.NEGATIVE_INFINITY);
     }
-    const [from, until] = loadVisibleRange(b, sequences, sequence);
-    const inRange = (token: Reg<'u32'>) => {
-      const own = b.add(firstToken, token);
-      return b.andPred(b.setp('ge', own, from), b.setp('lt', own, until));
-    };
-    if (hidden === 'none') return inRange;
-    const bits = visibleBitsAt(b, b.loadPointer(pointer.visibleKeys), hidden, head, paddedTokens, paddedToken);
-    return (token) => {
-      const word = b.ld('b32', offset(b, bits, b.shr(token, 5), 4));
-      return b.andPred(inRange(token), isVisible(b, word, token));
-    };
+    const range = loadVisibleRange(b, sequences, sequence);
+    return seenInBlock(b, range, {
+      hiddenKeys: hidden,
+      visibleKeys: pointer.visibleKeys,
+      head,
+      paddedTokens: () => paddedTokens,
+      paddedStart,
+      firstToken,
+    });
   };
   const counts = countsOf();
 

@@ -21,7 +21,7 @@ import { INFINITY_BITS, LOG2_E, nextPowerOfTwo, SMALLEST_GROUP_MAXIMUM } from '.
 import { BYTES, type LoadWidth, loadEight, loadEightFloats } from '../parts/elements.ts';
 import { at } from '../parts/lists.ts';
 import { loadSequence, type SequenceRegisters } from '../parts/sequences.ts';
-import { type HiddenKeys, isVisible, loadVisibleRange, visibleBitsAt } from '../quantize/visible-keys.ts';
+import { endWithoutKeys, type HiddenKeys, loadVisibleRange, seenInBlock } from '../quantize/visible-keys.ts';
 import { type CodeOrder, packCodes, type QuantizedBlock, quantizeBlock, scaleAll, scaleByte, unitOf } from './e2m1.ts';
 
 export interface Fp4TokensConfig {
@@ -160,17 +160,19 @@ export function quantizeFp4Tokens(config: Fp4TokensConfig): Kernel {
 /** Which keys of the block any row may see; without one the CTA ends. */
 function seenKeys(place: Place): (inBlock: Reg<'u32'>) => Reg<'pred'> {
   const { b, config, pointer, integer, sequence, head, firstToken, blockTokens, table } = place;
-  const [from, until] = loadVisibleRange(b, b.loadPointer(pointer.sequences), sequence);
-  b.when(b.setp('ge', firstToken, until), () => b.exit());
-  b.when(b.setp('le', b.add(firstToken, blockTokens), from), () => b.exit());
-  const inRange = (token: Reg<'u32'>) => b.andPred(b.setp('ge', token, from), b.setp('lt', token, until));
-  if (config.hiddenKeys === 'none') return (inBlock) => inRange(b.add(firstToken, inBlock));
-  const first = b.add(table.paddedKeyStart, firstToken);
-  const base = b.loadPointer(pointer.visibleKeys);
-  const bits = visibleBitsAt(b, base, config.hiddenKeys, head, b.loadParameter(integer.paddedTokens), first);
-  const [low, high] = b.ldVector('b32', 2, bits, 0, { readOnly: true }) as [Reg<'b32'>, Reg<'b32'>];
-  // Bits are set in the interval only.
-  return (inBlock) => isVisible(b, b.selp(high, low, b.setp('ge', inBlock, 32)), inBlock);
+  const range = loadVisibleRange(b, b.loadPointer(pointer.sequences), sequence);
+  endWithoutKeys(b, range, firstToken, blockTokens);
+  const { hiddenKeys } = config;
+  const paddedTokens = () => b.loadParameter(integer.paddedTokens);
+  const paddedStart = table.paddedKeyStart;
+  return seenInBlock(b, range, {
+    hiddenKeys,
+    visibleKeys: pointer.visibleKeys,
+    head,
+    paddedTokens,
+    paddedStart,
+    firstToken,
+  });
 }
 
 function load(

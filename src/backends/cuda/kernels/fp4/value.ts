@@ -20,7 +20,7 @@ import { nextPowerOfTwo } from '../parts/constants.ts';
 import { BYTES, type LoadWidth, loadEight, loadEightFloats } from '../parts/elements.ts';
 import { at } from '../parts/lists.ts';
 import { loadSequence, type SequenceRegisters } from '../parts/sequences.ts';
-import { type HiddenKeys, isVisible, loadVisibleRange, visibleBitsAt } from '../quantize/visible-keys.ts';
+import { endWithoutKeys, type HiddenKeys, loadVisibleRange, seenInBlock } from '../quantize/visible-keys.ts';
 import {
   type CodeOrder,
   FP4_BLOCK,
@@ -142,21 +142,16 @@ export function quantizeFp4Value(config: Fp4ValueConfig): Kernel {
 
 /** Whether any row may see a key of the tile, counted from the tile's first; without one the CTA ends. */
 function seenKeys({ b, config, pointer, sequence, head, firstToken, table, paddedTokens }: Place) {
-  const [from, until] = loadVisibleRange(b, b.loadPointer(pointer.sequences), sequence);
-  b.when(b.setp('ge', firstToken, until), () => b.exit());
-  b.when(b.setp('le', b.add(firstToken, TILE), from), () => b.exit());
-  const { hiddenKeys } = config;
-  if (hiddenKeys === 'none') {
-    return (inTile: Reg<'u32'>) => {
-      const token = b.add(firstToken, inTile);
-      return b.andPred(b.setp('ge', token, from), b.setp('lt', token, until));
-    };
-  }
-  const first = b.add(table.paddedKeyStart, firstToken);
-  const bits = visibleBitsAt(b, b.loadPointer(pointer.visibleKeys), hiddenKeys, head, paddedTokens, first);
-  const [low, high] = b.ldVector('b32', 2, bits, 0, { readOnly: true }) as [Reg<'b32'>, Reg<'b32'>];
-  // Bits are set in the interval only.
-  return (inTile: Reg<'u32'>) => isVisible(b, b.selp(high, low, b.setp('ge', inTile, 32)), inTile);
+  const range = loadVisibleRange(b, b.loadPointer(pointer.sequences), sequence);
+  endWithoutKeys(b, range, firstToken, TILE);
+  return seenInBlock(b, range, {
+    hiddenKeys: config.hiddenKeys,
+    visibleKeys: pointer.visibleKeys,
+    head,
+    paddedTokens: () => paddedTokens,
+    paddedStart: table.paddedKeyStart,
+    firstToken,
+  });
 }
 
 /** Eight channels of tokens `rowsAtOnce` apart, less their mean; faults are reported, and zeros. */

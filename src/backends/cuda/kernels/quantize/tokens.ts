@@ -28,7 +28,7 @@ import {
 import { BYTES, type LoadWidth, loadEight, loadEightFloats, packBytes } from '../parts/elements.ts';
 import { at } from '../parts/lists.ts';
 import { loadSequence } from '../parts/sequences.ts';
-import { type HiddenKeys, isVisible, loadVisibleRange, visibleBitsAt } from './visible-keys.ts';
+import { endWithoutKeys, type HiddenKeys, loadVisibleRange, seenInBlock } from './visible-keys.ts';
 
 export interface QuantizeTokensConfig {
   readonly target: Target;
@@ -179,17 +179,18 @@ function makeBlock(config: QuantizeTokensConfig): Block {
 /** Which keys of the block any row may see; without one the CTA ends. */
 function seenKeys(block: Omit<Block, 'isSeen'>): (inBlock: Reg<'u32'>) => Reg<'pred'> {
   const { b, config, pointer, integer, head, sequence, paddedStart, firstToken } = block;
-  const [from, until] = loadVisibleRange(b, b.loadPointer(pointer.sequences), sequence);
-  b.when(b.setp('ge', firstToken, until), () => b.exit());
-  b.when(b.setp('le', b.add(firstToken, config.blockTokens), from), () => b.exit());
-  const inRange = (token: Reg<'u32'>) => b.andPred(b.setp('ge', token, from), b.setp('lt', token, until));
-  if (config.hiddenKeys === 'none') return (inBlock) => inRange(b.add(firstToken, inBlock));
-  const first = b.add(paddedStart, firstToken);
-  const base = b.loadPointer(pointer.visibleKeys);
-  const bits = visibleBitsAt(b, base, config.hiddenKeys, head, b.loadParameter(integer.paddedTokens), first);
-  const [low, high] = b.ldVector('b32', 2, bits, 0, { readOnly: true }) as [Reg<'b32'>, Reg<'b32'>];
-  // Bits are set in the interval only.
-  return (inBlock) => isVisible(b, b.selp(high, low, b.setp('ge', inBlock, 32)), inBlock);
+  const range = loadVisibleRange(b, b.loadPointer(pointer.sequences), sequence);
+  endWithoutKeys(b, range, firstToken, config.blockTokens);
+  const { hiddenKeys } = config;
+  const paddedTokens = () => b.loadParameter(integer.paddedTokens);
+  return seenInBlock(b, range, {
+    hiddenKeys,
+    visibleKeys: pointer.visibleKeys,
+    head,
+    paddedTokens,
+    paddedStart,
+    firstToken,
+  });
 }
 
 function loadRows(block: Block): Rows {

@@ -16,7 +16,7 @@ import { divide, integers, offset, offset64, pointers } from '../parts/addresses
 import { BEYOND_FP16_BITS, INFINITY_BITS, nextPowerOfTwo } from '../parts/constants.ts';
 import { BYTES, type LoadWidth, loadEight, loadEightFloats } from '../parts/elements.ts';
 import { loadSequence } from '../parts/sequences.ts';
-import { type HiddenKeys, isVisible, loadVisibleRange, visibleBitsAt } from './visible-keys.ts';
+import { endWithoutKeys, type HiddenKeys, isVisible, loadVisibleRange, visibleBitsAt } from './visible-keys.ts';
 
 export interface ValueConfig {
   readonly target: Target;
@@ -126,12 +126,6 @@ function begin(b: KernelBuilder, hiddenKeys: HiddenKeys): Place {
     source,
     tokenStride: b.loadParameter(tokenStrideParameter),
   };
-}
-
-/** Ends the CTA of a block in which no row sees a key. */
-function endWithoutKeys(b: KernelBuilder, { seenFrom, seenUntil }: Place, firstToken: Reg<'u32'>): void {
-  b.when(b.setp('ge', firstToken, seenUntil), () => b.exit());
-  b.when(b.setp('le', b.add(firstToken, VALUE_BLOCK), seenFrom), () => b.exit());
 }
 
 /** Powers of two between a channel's largest and smallest tokens that V's codes have room for without a shift. */
@@ -245,7 +239,7 @@ export function convertValue(config: ValueConfig): Kernel {
   const b = new KernelBuilder({ name: 'convertValue', target, threads });
   const place = begin(b, config.hiddenKeys);
   const firstToken = b.mul(place.block, VALUE_BLOCK);
-  endWithoutKeys(b, place, firstToken);
+  endWithoutKeys(b, [place.seenFrom, place.seenUntil], firstToken, VALUE_BLOCK);
 
   b.section('convert');
   const row = b.shr(place.thread, Math.log2(perRow));
@@ -296,7 +290,7 @@ export function quantizeValue(config: ValueConfig & { readonly vMax: number; rea
   const b = new KernelBuilder({ name: 'quantizeValue', target, threads: Math.max(32, threads) });
   const place = begin(b, config.hiddenKeys);
   const firstToken = b.mul(place.block, VALUE_BLOCK);
-  endWithoutKeys(b, place, firstToken);
+  endWithoutKeys(b, [place.seenFrom, place.seenUntil], firstToken, VALUE_BLOCK);
 
   const spreads = config.sharesRange
     ? b.shared('spreads of the warps', 1, rowMajor(Math.max(16, threads / 8)))

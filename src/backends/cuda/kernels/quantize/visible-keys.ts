@@ -10,7 +10,7 @@ import type { DType } from '../../../../tensor/dtype.ts';
 import { KernelBuilder } from '../../ptx/builder.ts';
 import { rowMajor } from '../../ptx/layouts.ts';
 import type { Target } from '../../ptx/targets.ts';
-import type { Kernel, Reg } from '../../ptx/types.ts';
+import type { Kernel, Parameter, Reg } from '../../ptx/types.ts';
 import { divide, integers, offset, offset64, pointers } from '../parts/addresses.ts';
 import { FLOAT32_MAX } from '../parts/constants.ts';
 import { loadSequence, SEQUENCE_INTS } from '../parts/sequences.ts';
@@ -51,6 +51,47 @@ export function visibleBitsAt(
 /** Whether the bit of `token` is set in the word that holds it. */
 export function isVisible(b: KernelBuilder, word: Reg<'b32'>, token: Reg<'u32'>): Reg<'pred'> {
   return b.setp('ne', b.and(b.shr(word, b.and(token, 31)), 1), 0);
+}
+
+/** Ends the CTA of a block in which no row sees a key. */
+export function endWithoutKeys(
+  b: KernelBuilder,
+  [from, until]: readonly [from: Reg<'u32'>, until: Reg<'u32'>],
+  firstToken: Reg<'u32'>,
+  blockTokens: number,
+): void {
+  b.when(b.setp('ge', firstToken, until), () => b.exit());
+  b.when(b.setp('le', b.add(firstToken, blockTokens), from), () => b.exit());
+}
+
+/** A block of at most 64 tokens, whose first stands in a padded row that is a multiple of 64. */
+export interface KeyBlock {
+  readonly hiddenKeys: HiddenKeys;
+  /** Bits of the keys, read where a mask hides some. */
+  readonly visibleKeys: Parameter<'u64'>;
+  readonly head: Reg<'u32'>;
+  readonly paddedTokens: () => Reg<'u32'>;
+  readonly paddedStart: Reg<'u32'>;
+  readonly firstToken: Reg<'u32'>;
+}
+
+/** Whether any row may see a key of the block, counted from its first. */
+export function seenInBlock(
+  b: KernelBuilder,
+  [from, until]: readonly [from: Reg<'u32'>, until: Reg<'u32'>],
+  { hiddenKeys, visibleKeys, head, paddedTokens, paddedStart, firstToken }: KeyBlock,
+): (inBlock: Reg<'u32'>) => Reg<'pred'> {
+  if (hiddenKeys === 'none') {
+    return (inBlock) => {
+      const token = b.add(firstToken, inBlock);
+      return b.andPred(b.setp('ge', token, from), b.setp('lt', token, until));
+    };
+  }
+  const first = b.add(paddedStart, firstToken);
+  const bits = visibleBitsAt(b, b.loadPointer(visibleKeys), hiddenKeys, head, paddedTokens(), first);
+  const [low, high] = b.ldVector('b32', 2, bits, 0, { readOnly: true }) as [Reg<'b32'>, Reg<'b32'>];
+  // Bits are set in the interval only.
+  return (inBlock) => isVisible(b, b.selp(high, low, b.setp('ge', inBlock, 32)), inBlock);
 }
 
 export interface MaskConfig {
