@@ -2,7 +2,7 @@
  * `npm test`: builds what the tests need, runs its parts, and closes with what passed, failed and did not run.
  * Nothing is skipped in silence: a part that cannot run is named, and in CI it is a failure.
  *
- * By hand it is to end within ten minutes on two processors: it leaves out what other engines and browsers run, and of
+ * By hand it takes some 13 minutes on two processors: it leaves out what other engines and browsers run, and of
  * the tests on simulated and software GPUs it runs the few that a printed seed picks. With `CI` set every part runs,
  * more of those tests do, and the coverage of src/ is held to its bound. SAGEATTENTION_TESTS=all runs every test.
  *
