@@ -70,7 +70,7 @@ export interface KernelSelection {
 
 /** Calls are repeated this often at least, and short ones until this many milliseconds have gone. */
 const LEAST_CALLS = 3;
-const TIMED_MS = 300;
+const TIMED_MS = 150;
 /** A call that takes longer is timed once. */
 const LONG_MS = 250;
 /** Multiply-adds up to which the reference is computed in float64, by plain TypeScript; beyond, by the exact float32 kernel. */
