@@ -162,6 +162,25 @@ export function maxOf(x: v128): f32 {
   return f32x4.extract_lane(larger(half, v128.shuffle<f32>(half, half, 1, 0, 3, 2)), 0);
 }
 
+/** What is not finite has a magnitude from here on, as an integer; those of finite numbers are in order below it. */
+const INFINITE: i32 = 0x7f800000;
+
+/** Larger magnitudes as integers, lane by lane: finite or not, in one. */
+// @ts-ignore: decorator
+@inline
+export function largerMagnitudes(most: v128, x: v128): v128 {
+  return i32x4.max_s(most, magnitudes(x));
+}
+
+/** The largest of four magnitudes that {@link largerMagnitudes} gave, as a float; NaN where one was not finite. */
+// @ts-ignore: decorator
+@inline
+export function finiteMaximum(most: v128): f32 {
+  const half = i32x4.max_s(most, v128.shuffle<i32>(most, most, 2, 3, 0, 1));
+  const all = i32x4.extract_lane(i32x4.max_s(half, v128.shuffle<i32>(half, half, 1, 0, 3, 2)), 0);
+  return all < INFINITE ? reinterpret<f32>(all) : NaN;
+}
+
 /** Sum of the four integer lanes. */
 // @ts-ignore: decorator
 @inline

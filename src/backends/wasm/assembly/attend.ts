@@ -67,6 +67,7 @@ import {
   BLOCK_K,
   BLOCK_Q,
   DTYPE_BOOL,
+  DTYPE_FLOAT32,
   FLAG_ACCURATE,
   FLAG_EXACT,
   FLAG_FP4,
@@ -87,10 +88,22 @@ import {
   TILE_SHIFTED,
   TILE_VALUES_APART,
 } from '../job.ts';
-import { exp2, larger, log, madd, maxOf, storeConstants, sumOf, tanh4, toIntegers } from './arithmetic.ts';
+import {
+  exp2,
+  finiteMaximum,
+  larger,
+  largerMagnitudes,
+  log,
+  madd,
+  maxOf,
+  storeConstants,
+  sumOf,
+  tanh4,
+  toIntegers,
+} from './arithmetic.ts';
 import { elementShift, load4, loadElement, loadRow, storeRow } from './elements.ts';
 import { decodeKeys, decodeValues, FP4_MAX, roundQuery, roundWeights, spreadInvalidFp4, WEIGHT_UNIT } from './fp4.ts';
-import { LEAST_SCALE, loadMeasured, rowMaximum } from './prepare.ts';
+import { isPlainRow, LEAST_SCALE, rowMaximum } from './prepare.ts';
 import { addValuesFine, addValuesFloat, addValuesInteger, scoreRows, scoreRowsFloat } from './products.ts';
 import { addValuesRow, addValuesRowFloat, scoreRow, scoreRowFloat } from './row-products.ts';
 import {
@@ -154,19 +167,34 @@ const Q_LEVELS_ACCURATE: f32 = ASC_FEATURE_RELAXED_SIMD ? 16382 : 8191;
 /** Largest quantized weight: 7 bits, or 12 where lanes have 16 anyway (12 + 12 + 7 bits of the 128 keys: 31). */
 const P_LEVELS: f32 = ASC_FEATURE_RELAXED_SIMD ? 127 : 4095;
 
-/** How far a row reaches below and above 0, to SCRATCH_RANGE. */
+/**
+ * What quantizing a row of Q needs to know of it: how far it reaches below and above 0 to SCRATCH_RANGE (relaxed build only), and behind that
+ * its product with the means.
+ *
+ * @returns its largest magnitude, NaN where it holds a NaN or an infinity
+ */
 // @ts-ignore: decorator
 @inline
-function rowRange(row: usize, padded: i32, scratch: usize): void {
+function measureQuery(row: usize, means: usize, padded: i32, scratch: usize): f32 {
   let low = f32x4.splat(0);
-  let high = f32x4.splat(0);
+  let high = low;
+  let most = low;
+  let sum = low;
   for (let i: usize = 0; i < <usize>padded << 2; i += 16) {
     const x = v128.load(row + i);
-    low = larger(low, f32x4.neg(x));
-    high = larger(high, x);
+    if (ASC_FEATURE_RELAXED_SIMD) {
+      low = f32x4.pmin(low, x);
+      high = larger(high, x);
+    }
+    most = largerMagnitudes(most, x);
+    sum = madd(x, v128.load(means + i), sum);
   }
-  store<f32>(scratch + SCRATCH_RANGE, maxOf(low));
-  store<f32>(scratch + SCRATCH_RANGE, maxOf(high), 4);
+  if (ASC_FEATURE_RELAXED_SIMD) {
+    store<f32>(scratch + SCRATCH_RANGE, maxOf(f32x4.neg(low)));
+    store<f32>(scratch + SCRATCH_RANGE, maxOf(high), 4);
+  }
+  store<f32>(scratch + SCRATCH_RANGE, sumOf(sum), 8);
+  return finiteMaximum(most);
 }
 
 /**
@@ -395,15 +423,23 @@ export function prepareQueries(
   const dPadded = (d + 7) & ~7;
   const smScale = load<f32>(job, JOB_SM_SCALE);
   const levels = accurate ? Q_LEVELS_ACCURATE : Q_LEVELS;
-  const row = scratch + SCRATCH_ROW;
+  const inPlace = !exact && isPlainRow(dtype, d, dPadded);
   for (let r = 0; r < prepared; r++) {
     const stat = scratch + (<usize>r << 2);
-    const most = loadMeasured(q + <usize>min(r, rows - 1) * stride, dtype, d, row, dPadded);
+    let row = q + <usize>min(r, rows - 1) * stride;
+    if (!inPlace) {
+      loadRow(row, dtype, d, scratch + SCRATCH_ROW, dPadded);
+      row = scratch + SCRATCH_ROW;
+    }
+    const most = measureQuery(row, means, dPadded, scratch);
     const valid = most == most;
-    if (!valid) memory.fill(row, 0, <usize>dPadded << 2);
+    if (!valid) {
+      row = scratch + SCRATCH_ROW;
+      memory.fill(row, 0, <usize>dPadded << 2);
+      measureQuery(row, means, dPadded, scratch);
+    }
     let step = most / levels;
     if (ASC_FEATURE_RELAXED_SIMD) {
-      rowRange(row, dPadded, scratch);
       // Divided before it is added: the range of a row may be beyond float32.
       step = load<f32>(scratch + SCRATCH_RANGE) / levels + load<f32>(scratch + SCRATCH_RANGE, 4) / levels;
     }
@@ -411,7 +447,7 @@ export function prepareQueries(
     let inverse: f32 = scale > 0 ? <f32>1 / scale : 0;
     if (smScale < 0) inverse = -inverse;
     const float = scratch + SCRATCH_FLOAT_Q + <usize>r * FLOAT_Q_ROW_BYTES;
-    const bias = dotFloat(row, means, dPadded) * smScale;
+    const bias = load<f32>(scratch + SCRATCH_RANGE, 8) * smScale;
     if (exact) {
       if (flags & FLAG_FP4_PRODUCTS && valid) {
         if (flags & (FLAG_SMOOTH_Q | FLAG_SMOOTH_Q_SEQUENCE)) {
@@ -432,7 +468,7 @@ export function prepareQueries(
       // What becomes the least element, by the same rounding as all others: it goes to 0.
       const least = load<f32>(scratch + SCRATCH_RANGE + (smScale < 0 ? 4 : 0)) * abs(inverse);
       zero = i32x4.extract_lane(toIntegers(f32x4.splat(least)), 0);
-      store<i32>(stat + SCRATCH_ROW_ZEROS, zero);
+      store<f32>(stat + SCRATCH_ROW_ZEROS, <f32>zero);
     }
     if (!exact) {
       quantizeQuery(row, dPadded, scratch + SCRATCH_Q + <usize>r * Q_ROW_BYTES, inverse, zero, accurate);
@@ -470,12 +506,15 @@ function addWeights(
   const before = load<f32>(stat + SCRATCH_MAXIMA);
   let weight: f32 = 1;
   if (top > before) {
-    const correction = exp2(before - top);
-    store<f32>(stat + SCRATCH_SUMS, load<f32>(stat + SCRATCH_SUMS) * correction);
-    store<f32>(stat + SCRATCH_EXACT_SUMS, load<f32>(stat + SCRATCH_EXACT_SUMS) * correction);
-    const factor = f32x4.splat(correction);
-    for (let c: usize = 0; c < outBytes; c += 16) {
-      v128.store(out + c, f32x4.mul(v128.load(out + c), factor));
+    // The first keys that a row sees find zeros.
+    if (before != -Infinity) {
+      const correction = exp2(before - top);
+      store<f32>(stat + SCRATCH_SUMS, load<f32>(stat + SCRATCH_SUMS) * correction);
+      store<f32>(stat + SCRATCH_EXACT_SUMS, load<f32>(stat + SCRATCH_EXACT_SUMS) * correction);
+      const factor = f32x4.splat(correction);
+      for (let c: usize = 0; c < outBytes; c += 16) {
+        v128.store(out + c, f32x4.mul(v128.load(out + c), factor));
+      }
     }
     store<f32>(stat + SCRATCH_MAXIMA, top);
   } else {
@@ -545,6 +584,7 @@ function storeOutputs(
     const sum = load<f32>(stat + SCRATCH_SUMS);
     const outRow = scratch + SCRATCH_OUT + <usize>r * outBytes;
     const empty = most == -Infinity;
+    const to = target + <usize>(firstRow + r) * targetStride;
     let value: f64 = -Infinity;
     if (!empty && (lse != 0 || sink != -Infinity)) {
       // Weights rounded to FP4 sum to about 1% less.
@@ -553,20 +593,18 @@ function storeOutputs(
       value = sum != sum ? <f64>NaN : <f64>most * 0.6931471805599453 + log(<f64>exact) + <f64>bias;
     }
     if (empty) {
-      memory.fill(outRow, 0, outBytes);
+      memory.fill(to, 0, <usize>dv << shift);
     } else {
       const factor = f32x4.splat(<f32>1 / sum);
-      for (let c: usize = 0; c < outBytes; c += 16) {
-        v128.store(outRow + c, madd(v128.load(outRow + c), factor, v128.load(vMean + c)));
+      const share = f32x4.splat(sink == -Infinity ? <f32>1 : shareBesideSink(value, sink));
+      // Without a detour where the row in memory ends with a vector.
+      const direct = dtype == DTYPE_FLOAT32 && (dv & 3) == 0;
+      const finished = direct ? to : outRow;
+      for (let c: usize = 0; c < <usize>dv << 2; c += 16) {
+        v128.store(finished + c, f32x4.mul(madd(v128.load(outRow + c), factor, v128.load(vMean + c)), share));
       }
-      if (sink != -Infinity) {
-        const share = f32x4.splat(shareBesideSink(value, sink));
-        for (let c: usize = 0; c < outBytes; c += 16) {
-          v128.store(outRow + c, f32x4.mul(v128.load(outRow + c), share));
-        }
-      }
+      if (!direct) storeRow(outRow, dv, to, dtype);
     }
-    storeRow(outRow, dv, target + <usize>(firstRow + r) * targetStride, dtype);
     if (lse != 0) store<f32>(lseRow + (<usize>(firstRow + r) << 2), <f32>addSink(value, sink));
   }
 }

@@ -1,5 +1,5 @@
 /** Float32 products of whole heads: 2 rows by 16 columns where a multiply-add is one instruction, else 4 by 8. */
-import { madd } from './arithmetic.ts';
+import { finiteMaximum, largerMagnitudes, madd } from './arithmetic.ts';
 
 /** Columns that {@link product} takes at a time, and rows. */
 export const PRODUCT_WIDTH: i32 = ASC_FEATURE_RELAXED_SIMD ? 16 : 8;
@@ -108,13 +108,19 @@ export function multiply(a: usize, rows: i32, b: usize, n: i32, columns: i32, ou
   }
 }
 
-/** Four rows of `bytes` bytes to four columns of a group of PRODUCT_WIDTH, transposed 4 x 4 at a time. */
-export function packColumns(r0: usize, r1: usize, r2: usize, r3: usize, bytes: usize, target: usize): void {
+/**
+ * Four rows of `bytes` bytes to four columns of a group of PRODUCT_WIDTH, transposed 4 x 4 at a time.
+ *
+ * @returns whether all is finite
+ */
+export function packColumns(r0: usize, r1: usize, r2: usize, r3: usize, bytes: usize, target: usize): boolean {
+  let most = i32x4.splat(0);
   for (let i: usize = 0; i < bytes; i += 16) {
     const a = v128.load(r0 + i);
     const b = v128.load(r1 + i);
     const c = v128.load(r2 + i);
     const d = v128.load(r3 + i);
+    most = largerMagnitudes(largerMagnitudes(largerMagnitudes(largerMagnitudes(most, a), b), c), d);
     const ab = v128.shuffle<f32>(a, b, 0, 4, 1, 5);
     const cd = v128.shuffle<f32>(c, d, 0, 4, 1, 5);
     const ab2 = v128.shuffle<f32>(a, b, 2, 6, 3, 7);
@@ -125,6 +131,8 @@ export function packColumns(r0: usize, r1: usize, r2: usize, r3: usize, bytes: u
     v128.store(target + PRODUCT_WIDTH * 12, v128.shuffle<i64>(ab2, cd2, 1, 3));
     target += PRODUCT_WIDTH * 16;
   }
+  const largest = finiteMaximum(most);
+  return largest == largest;
 }
 
 /** Sums of the lanes of four vectors. */

@@ -47,11 +47,12 @@ import {
   UNIT_ROW,
   UNIT_SEQUENCE,
 } from '../generated/fields.ts';
-import { DTYPE_FLOAT32, EXACT_DATA, EXACT_ROWS, FLAG_IN_PLACE } from '../job.ts';
-import { log, storeConstants, sumOf } from './arithmetic.ts';
+import { EXACT_DATA, EXACT_ROWS, FLAG_IN_PLACE } from '../job.ts';
+import { finiteMaximum, largerMagnitudes, log, storeConstants } from './arithmetic.ts';
 import { finishScores, LARGEST_FACTOR, LOG2_E, LOWEST } from './attend.ts';
 import { elementShift, loadElement, loadRow, storeRow } from './elements.ts';
 import { addRows, packColumns, product, PRODUCT_ROWS, PRODUCT_WIDTH, scoreInPlace } from './exact-products.ts';
+import { isPlainRow, rowMaximum } from './prepare.ts';
 import { SCRATCH_CONSTANTS, SCRATCH_ROW } from './scratch.ts';
 import { addSink, excludeAbsent, mapOfHead, mapOfRow, nextKey, shareBesideSink, sinkOf } from './sparse.ts';
 import { maximumOf, weighFloat } from './weights.ts';
@@ -72,26 +73,30 @@ const SUMS: usize = 91648;
 // @ts-ignore: decorator
 @inline
 function isFiniteRow(row: usize, padded: i32): boolean {
-  let zeros = f32x4.splat(0);
-  for (let i: usize = 0; i < <usize>padded << 2; i += 16) {
-    zeros = f32x4.add(zeros, f32x4.mul(v128.load(row + i), f32x4.splat(0)));
-  }
-  return sumOf(zeros) == 0;
+  const most = rowMaximum(row, padded);
+  return most == most;
 }
 
 /** Four keys from `key` on to columns of the packed head. Returns whether all of them are finite. */
 function packKeys(
   k: usize, stride: usize, dtype: i32, d: i32, padded: i32, key: i32, keyLength: i32, rows: usize, target: usize,
 ): boolean {
-  let finite = true;
   const rowBytes = <usize>padded << 2;
-  for (let t = 0; t < 4; t++) {
+  let k0 = k + <usize>key * stride;
+  if (isPlainRow(dtype, d, padded) && key + 4 <= keyLength) {
+    const k1 = k0 + stride;
+    const k2 = k1 + stride;
+    const k3 = k2 + stride;
+    if (packColumns(k0, k1, k2, k3, rowBytes, target)) return true;
+  }
+  let finite = true;
+  for (let t = 0; t < 4; t++, k0 += stride) {
     const row = rows + <usize>t * rowBytes;
     if (key + t >= keyLength) {
       memory.fill(row, 0, rowBytes);
       continue;
     }
-    loadRow(k + <usize>(key + t) * stride, dtype, d, row, padded);
+    loadRow(k0, dtype, d, row, padded);
     if (isFiniteRow(row, padded)) continue;
     // Its scores are NaN, whatever the query.
     finite = false;
@@ -106,8 +111,8 @@ function packValues(
   v: usize, stride: usize, dtype: i32, dv: i32, padded: i32, keyLength: i32, row: usize, target: usize,
 ): boolean {
   const groupBytes = <usize>keyLength * PRODUCT_WIDTH * 4;
-  const inPlace = dtype == DTYPE_FLOAT32 && dv == padded;
-  let zeros = f32x4.splat(0);
+  const inPlace = isPlainRow(dtype, dv, padded);
+  let most = i32x4.splat(0);
   for (let key = 0; key < keyLength; key++) {
     let from = v + <usize>key * stride;
     if (!inPlace) {
@@ -116,16 +121,19 @@ function packValues(
     }
     let to = target + <usize>key * PRODUCT_WIDTH * 4;
     for (let c = 0; c < padded; c += PRODUCT_WIDTH) {
-      for (let i: usize = 0; i < <usize>PRODUCT_WIDTH * 4; i += 16) {
-        const x = v128.load(from + i);
-        zeros = f32x4.add(zeros, f32x4.mul(x, f32x4.splat(0)));
-        v128.store(to + i, x);
+      for (let i: usize = 0; i < <usize>PRODUCT_WIDTH * 4; i += 32) {
+        const x0 = v128.load(from + i);
+        const x1 = v128.load(from + i, 16);
+        most = largerMagnitudes(largerMagnitudes(most, x0), x1);
+        v128.store(to + i, x0);
+        v128.store(to + i, x1, 16);
       }
       from += PRODUCT_WIDTH * 4;
       to += groupBytes;
     }
   }
-  if (sumOf(zeros) == 0) return true;
+  const largest = finiteMaximum(most);
+  if (largest == largest) return true;
   const end = target + <usize>keyLength * (<usize>padded << 2);
   for (let at = target; at < end; at += 16) {
     const x = v128.load(at);

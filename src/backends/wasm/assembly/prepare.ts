@@ -69,7 +69,7 @@ import {
   TILE_PLAIN_KEYS,
   TILE_SHIFTED,
 } from '../job.ts';
-import { integerSumOf, larger, magnitudes, maxOf, sumOf, toIntegers } from './arithmetic.ts';
+import { finiteMaximum, integerSumOf, larger, largerMagnitudes, magnitudes, maxOf, toIntegers } from './arithmetic.ts';
 import { elementShift, loadElement, loadRow } from './elements.ts';
 import { markInvalidFp4, packKeyFp4, packValuesFp4 } from './fp4.ts';
 import { SCRATCH_ROW, SCRATCH_SEEN, SCRATCH_VALUE_SIZES, SCRATCH_VALUES } from './scratch.ts';
@@ -84,15 +84,16 @@ export const LEAST_SCALE: f32 = 7.52316384526264e-37;
 
 /** Largest magnitude of a row of float32, or NaN where it holds a NaN or an infinity. */
 export function rowMaximum(row: usize, padded: i32): f32 {
-  let most = f32x4.splat(0);
-  let invalid = f32x4.splat(0);
-  for (let i = 0; i < padded; i += 4) {
-    const x = v128.load(row + (<usize>i << 2));
-    most = larger(most, magnitudes(x));
-    // 0 for finite numbers, NaN for others.
-    invalid = f32x4.add(invalid, f32x4.mul(x, f32x4.splat(0)));
+  let most0 = i32x4.splat(0);
+  let most1 = most0;
+  const bytes = <usize>padded << 2;
+  let i: usize = 0;
+  for (; i + 32 <= bytes; i += 32) {
+    most0 = largerMagnitudes(most0, v128.load(row + i));
+    most1 = largerMagnitudes(most1, v128.load(row + i, 16));
   }
-  return sumOf(invalid) == 0 ? maxOf(most) : NaN;
+  if (i < bytes) most0 = largerMagnitudes(most0, v128.load(row + i));
+  return finiteMaximum(i32x4.max_s(most0, most1));
 }
 
 /** {@link loadRow}, and {@link rowMaximum} of the row loaded. */
@@ -101,21 +102,25 @@ export function loadMeasured(address: usize, dtype: i32, count: i32, row: usize,
     loadRow(address, dtype, count, row, padded);
     return rowMaximum(row, padded);
   }
-  let most0 = f32x4.splat(0);
+  let most0 = i32x4.splat(0);
   let most1 = most0;
-  let invalid = most0;
   // A padded row is a multiple of 8 elements.
   for (let i: usize = 0; i < <usize>padded << 2; i += 32) {
     const x0 = v128.load(address + i);
     const x1 = v128.load(address + i, 16);
     v128.store(row + i, x0);
     v128.store(row + i, x1, 16);
-    most0 = larger(most0, magnitudes(x0));
-    most1 = larger(most1, magnitudes(x1));
-    invalid = f32x4.add(invalid, f32x4.mul(f32x4.add(x0, x1), f32x4.splat(0)));
+    most0 = largerMagnitudes(most0, x0);
+    most1 = largerMagnitudes(most1, x1);
   }
-  // Two numbers may overflow where they are added: the careful way tells.
-  return sumOf(invalid) == 0 ? maxOf(larger(most0, most1)) : rowMaximum(row, padded);
+  return finiteMaximum(i32x4.max_s(most0, most1));
+}
+
+/** Whether rows lie in memory as {@link loadRow} would give them. */
+// @ts-ignore: decorator
+@inline
+export function isPlainRow(dtype: i32, count: i32, padded: i32): boolean {
+  return dtype == DTYPE_FLOAT32 && count == padded;
 }
 
 /** A key in `seen`: rows may attend to it, and it counts; or its weight is 0 in all of them, though not excluded. */
@@ -211,6 +216,7 @@ function meanOf(
 ): void {
   // Terms are scaled by a power of two no smaller than their number: the sum cannot overflow.
   const down: f32 = <f32>1 / <f32>(1 << (32 - clz(max(1, to - from))));
+  const inPlace = isPlainRow(dtype, count, padded);
   let largest: i32 = 255;
   for (;;) {
     memory.fill(mean, 0, <usize>padded << 2);
@@ -221,7 +227,12 @@ function meanOf(
     let least = 255;
     for (let t = from; t < to; t++) {
       if (seen != 0 && load<u8>(seen + t) != SEEN) continue;
-      const size = loadMeasured(base + <usize>(t - from) * tokenStride, dtype, count, row, padded);
+      let token = base + <usize>(t - from) * tokenStride;
+      if (!inPlace) {
+        loadRow(token, dtype, count, row, padded);
+        token = row;
+      }
+      const size = rowMaximum(token, padded);
       if (size != size) continue;
       const exponent = sizeExponent(size);
       if (exponent > largest) continue;
@@ -233,7 +244,7 @@ function meanOf(
       }
       tokens++;
       for (let i: usize = 0; i < <usize>padded << 2; i += 16) {
-        v128.store(mean + i, f32x4.add(v128.load(mean + i), f32x4.mul(v128.load(row + i), f32x4.splat(down))));
+        v128.store(mean + i, f32x4.add(v128.load(mean + i), f32x4.mul(v128.load(token + i), f32x4.splat(down))));
       }
     }
     if (ofValues && most - least > LARGEST_SPAN) tokens = 0;
@@ -265,20 +276,19 @@ export function subtractRow(row: usize, vector: usize, padded: i32): void {
  * @returns the key's largest magnitude, NaN where it holds a NaN or an infinity; negative where smoothing enlarges it much
  */
 function smoothKey(source: usize, row: usize, mean: usize, padded: i32): f32 {
-  let before = f32x4.splat(0);
+  let before = i32x4.splat(0);
   let after = f32x4.splat(0);
-  let invalid = f32x4.splat(0);
   for (let i: usize = 0; i < <usize>padded << 2; i += 16) {
     const x = v128.load(source + i);
     const y = f32x4.sub(x, v128.load(mean + i));
-    before = larger(before, magnitudes(x));
+    before = largerMagnitudes(before, x);
     after = larger(after, magnitudes(y));
-    invalid = f32x4.add(invalid, f32x4.mul(x, f32x4.splat(0)));
     v128.store(row + i, y);
   }
+  const plain = finiteMaximum(before);
+  if (plain != plain) return NaN;
   const size = maxOf(after);
-  if (sumOf(invalid) != 0) return NaN;
-  return size <= min(maxOf(before) * 2, LARGEST) ? size : -1;
+  return size <= min(plain * 2, LARGEST) ? size : -1;
 }
 
 /**
@@ -331,7 +341,7 @@ function packKey(job: usize, tile: usize, key: i32, row: usize, padded: i32, mos
   }
   if (ASC_FEATURE_RELAXED_SIMD) {
     // Q is offset into 0..127; with this the offset's share is taken off.
-    store<i32>(tile + load<usize>(job, JOB_TILE_K_SUMS) + (<usize>key << 2), integerSumOf(sum));
+    store<f32>(tile + load<usize>(job, JOB_TILE_K_SUMS) + (<usize>key << 2), <f32>-integerSumOf(sum));
   }
 }
 
@@ -361,7 +371,7 @@ function packKeys(
   const d = load<i32>(job, JOB_D);
   const padded = (d + 7) & ~7;
   const exact = (load<i32>(job, JOB_FLAGS) & FLAG_EXACT) != 0;
-  const inPlace = dtype == DTYPE_FLOAT32 && d == padded;
+  const inPlace = isPlainRow(dtype, d, padded);
   for (let key = from; key < to; key++, source += stride) {
     const state: u8 = seen == 0 ? SEEN : load<u8>(seen + <usize>(key - from));
     if (state == 0) continue;
@@ -390,7 +400,6 @@ function loadValues(
   const dv = load<i32>(job, JOB_DV);
   const padded = load<i32>(job, JOB_DV_PADDED);
   const bytes = <usize>padded << 2;
-  const row = scratch + SCRATCH_ROW;
   const fp4 = (load<i32>(job, JOB_FLAGS) & FLAG_FP4) != 0;
   for (let key = from; key < to; key++, source += stride) {
     const value = values + <usize>key * bytes;
@@ -398,20 +407,18 @@ function loadValues(
     const state: u8 = seen == 0 ? SEEN : load<u8>(seen + <usize>(key - from));
     let size: f32 = 0;
     if (state != 0) {
-      // The row goes through scratch: loads may reach beyond its end, and the next one belongs there.
-      size = loadMeasured(source, dtype, dv, row, padded);
+      size = loadMeasured(source, dtype, dv, value, padded);
       const invalid = size != size;
       if (invalid) {
         // FP4 has a code for elements that are not finite.
         if (fp4) markInvalidFp4(job, tile);
-        else markInvalidValues(job, tile, key, row);
+        else markInvalidValues(job, tile, key, value);
       }
-      if (mean != 0) subtractRow(row, mean, padded);
-      if (invalid || mean != 0) size = rowMaximum(row, padded);
+      if (mean != 0) subtractRow(value, mean, padded);
+      if (invalid || mean != 0) size = rowMaximum(value, padded);
     }
     store<f32>(sizeAt, state == SEEN && size == size ? size : 0);
-    if (state == SEEN) memory.copy(value, row, bytes);
-    else memory.fill(value, 0, bytes);
+    if (state != SEEN) memory.fill(value, 0, bytes);
   }
 }
 

@@ -10,10 +10,28 @@ import { madd } from './arithmetic.ts';
 import { FLOAT_Q_ROW_BYTES, P_ROW_BYTES, Q_ROW_BYTES } from './scratch.ts';
 
 /**
+ * One row's integers of eight keys to scores. In the relaxed build the zero's share is taken off: in float32 by a multiply-add, since an
+ * integer multiplication costs two. Sums below 2^24 stay exact.
+ */
+// @ts-ignore: decorator
+@inline
+export function storeScores(c0: v128, c1: v128, s0: v128, s1: v128, sums: usize, zero: usize, scores: usize): void {
+  let x0 = f32x4.convert_i32x4_s(c0);
+  let x1 = f32x4.convert_i32x4_s(c1);
+  if (ASC_FEATURE_RELAXED_SIMD) {
+    const z = v128.load32_splat(zero);
+    x0 = madd(v128.load(sums), z, x0);
+    x1 = madd(v128.load(sums, 16), z, x1);
+  }
+  v128.store(scores, f32x4.mul(x0, s0));
+  v128.store(scores, f32x4.mul(x1, s1), 16);
+}
+
+/**
  * Scores of four rows of Q against `keys` keys (a multiple of 8) of a tile: `q . k * kScale` to `scores`
  * `[4, BLOCK_K]`. Their largest are found later: four more vectors here would not fit the registers.
  *
- * @param sums of each key's integers, and `zeros` of each row: the integer that stands for 0 (relaxed build only)
+ * @param sums of each key's integers, negative, and `zeros` of each row: the integer that stands for 0; float32 (relaxed build only)
  * @param digits 2: rows of Q hold their high digits, then their low ones (relaxed build only)
  */
 export function scoreRows(
@@ -91,32 +109,12 @@ function scoreRowsBy<Steps>(
         } while (--n);
       }
     }
-    if (ASC_FEATURE_RELAXED_SIMD) {
-      const sum0 = v128.load(sums);
-      const sum1 = v128.load(sums, 16);
-      let zero = v128.load32_splat(zeros);
-      c00 = i32x4.sub(c00, i32x4.mul(sum0, zero));
-      c01 = i32x4.sub(c01, i32x4.mul(sum1, zero));
-      zero = v128.load32_splat(zeros, 4);
-      c10 = i32x4.sub(c10, i32x4.mul(sum0, zero));
-      c11 = i32x4.sub(c11, i32x4.mul(sum1, zero));
-      zero = v128.load32_splat(zeros, 8);
-      c20 = i32x4.sub(c20, i32x4.mul(sum0, zero));
-      c21 = i32x4.sub(c21, i32x4.mul(sum1, zero));
-      zero = v128.load32_splat(zeros, 12);
-      c30 = i32x4.sub(c30, i32x4.mul(sum0, zero));
-      c31 = i32x4.sub(c31, i32x4.mul(sum1, zero));
-    }
     const s0 = v128.load(scales);
     const s1 = v128.load(scales, 16);
-    v128.store(scores, f32x4.mul(f32x4.convert_i32x4_s(c00), s0));
-    v128.store(scores, f32x4.mul(f32x4.convert_i32x4_s(c01), s1), 16);
-    v128.store(scores, f32x4.mul(f32x4.convert_i32x4_s(c10), s0), BLOCK_K * 4);
-    v128.store(scores, f32x4.mul(f32x4.convert_i32x4_s(c11), s1), BLOCK_K * 4 + 16);
-    v128.store(scores, f32x4.mul(f32x4.convert_i32x4_s(c20), s0), BLOCK_K * 8);
-    v128.store(scores, f32x4.mul(f32x4.convert_i32x4_s(c21), s1), BLOCK_K * 8 + 16);
-    v128.store(scores, f32x4.mul(f32x4.convert_i32x4_s(c30), s0), BLOCK_K * 12);
-    v128.store(scores, f32x4.mul(f32x4.convert_i32x4_s(c31), s1), BLOCK_K * 12 + 16);
+    storeScores(c00, c01, s0, s1, sums, zeros, scores);
+    storeScores(c10, c11, s0, s1, sums, zeros + 4, scores + BLOCK_K * 4);
+    storeScores(c20, c21, s0, s1, sums, zeros + 8, scores + BLOCK_K * 8);
+    storeScores(c30, c31, s0, s1, sums, zeros + 12, scores + BLOCK_K * 12);
     scales += 32;
     sums += 32;
     scores += 32;

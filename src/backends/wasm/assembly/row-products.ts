@@ -5,6 +5,7 @@
 import { BLOCK_K } from '../job.ts';
 import { madd } from './arithmetic.ts';
 import { dot, OneStep, onesOf, TwoSteps, twoSteps } from './dot.ts';
+import { storeScores } from './products.ts';
 
 /** Bytes of a step of eight columns. */
 const STEP_BYTES: usize = 32;
@@ -49,17 +50,8 @@ function scoreRowBy<Steps>(
         b += STEP_BYTES;
       } while (--n);
     }
-    if (ASC_FEATURE_RELAXED_SIMD) {
-      const zero = v128.load32_splat(zeros);
-      c0 = i32x4.sub(c0, i32x4.mul(v128.load(sums), zero));
-      c1 = i32x4.sub(c1, i32x4.mul(v128.load(sums, 16), zero));
-      c2 = i32x4.sub(c2, i32x4.mul(v128.load(sums, 32), zero));
-      c3 = i32x4.sub(c3, i32x4.mul(v128.load(sums, 48), zero));
-    }
-    v128.store(scores, f32x4.mul(f32x4.convert_i32x4_s(c0), v128.load(scales)));
-    v128.store(scores, f32x4.mul(f32x4.convert_i32x4_s(c1), v128.load(scales, 16)), 16);
-    v128.store(scores, f32x4.mul(f32x4.convert_i32x4_s(c2), v128.load(scales, 32)), 32);
-    v128.store(scores, f32x4.mul(f32x4.convert_i32x4_s(c3), v128.load(scales, 48)), 48);
+    storeScores(c0, c1, v128.load(scales), v128.load(scales, 16), sums, zeros, scores);
+    storeScores(c2, c3, v128.load(scales, 32), v128.load(scales, 48), sums + 32, zeros, scores + 32);
     group += 2 * groupBytes;
     scales += 64;
     sums += 64;

@@ -19,11 +19,11 @@ export const SCRATCH_SUMS: usize = 39296;
 export const SCRATCH_TILE_WEIGHTS: usize = 39456;
 /** For each of the four rows in work, the value of a unit of P's second digits; 0 for rows that have none. */
 export const SCRATCH_SECOND_WEIGHTS: usize = 39472;
-/** How far the row in work reaches below and above 0. */
+/** How far the row in work reaches below and above 0, and its product with the means. */
 export const SCRATCH_RANGE: usize = 39424;
 /** Constants of the inner loops, see arithmetic.ts. */
 export const SCRATCH_CONSTANTS: usize = 39488;
-/** Per row: the integer that stands for 0. */
+/** Per row: the integer that stands for 0, as a float32. */
 export const SCRATCH_ROW_ZEROS: usize = 39744;
 /** For the four rows in work, scores of a tile, float32, and weights in the format of the product with V. */
 export const SCRATCH_SCORES: usize = 39936;
