@@ -23,7 +23,7 @@ const VARIANTS: readonly [WasmBackendOptions, Shares][] = [
   ],
   [
     { threads: 3, simd: relaxed ? 'relaxed' : 'simd128' },
-    { byHand: 0.15, otherwise: relaxed ? 1 : 0.5 },
+    { byHand: 0.15, otherwise: relaxed ? 1 : 0.25 },
   ],
 ];
 

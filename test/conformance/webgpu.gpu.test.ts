@@ -120,7 +120,7 @@ const RUNS: readonly Run[] = [
 ];
 
 /** Shares of each target's tests: a driver compiles each one's kernels for seconds. On a card `test/webgpu` runs all. */
-const SHARES = SWIFTSHADER ? { byHand: 0.05, otherwise: 0.08 } : { byHand: 0.05, otherwise: 0.25 };
+const SHARES = SWIFTSHADER ? { byHand: 0.05, otherwise: 0.08 } : { byHand: 0.04, otherwise: 0.1 };
 
 const seed = runSeed();
 const test = itNeeds(MISSING);

@@ -5,6 +5,7 @@
 import { afterAll, beforeAll, describe, expect } from 'vitest';
 import { Random, runSeed } from '../../../test/support/random.ts';
 import { itNeeds } from '../../../test/support/requirement.ts';
+import { sampled } from '../../../test/support/sample.ts';
 import { createProblem, outputShapeOf } from '../../attention/problem.ts';
 import {
   createWebgpuBackend,
@@ -22,6 +23,8 @@ import { exactAttentionKernel } from './exact-webgpu-kernel.ts';
 
 const it = itNeeds(process.env.SAGEATTENTION_SOFTWARE_GPU_MISSING);
 const seed = runSeed();
+/** SwiftShader runs every size: lavapipe takes six times as long to compile the same kernels. */
+const SHARES = process.env.SAGEATTENTION_SOFTWARE_GPU === 'lavapipe' ? { byHand: 0.2, otherwise: 0.3 } : { byHand: 1 };
 
 /** Of the relative L1 error: roundings of float32 sums, and of a float16 output. */
 const BOUND = { float32: 3e-6, float16: 6e-4 } as const;
@@ -144,21 +147,33 @@ describe(`exact attention on WebGPU (SAGEATTENTION_SEED=${seed})`, () => {
     });
   }
 
-  const sizes: readonly (readonly [string, Size, ExactAttentionOptions?])[] = [
-    ['one query and one key', { lq: 1, lk: 1, d: 8 }],
-    ['odd lengths, grouped heads, batches', { batch: 2, heads: 6, kvHeads: 2, lq: 67, lk: 129, d: 64 }],
-    ['tokens before heads', { batch: 2, heads: 4, kvHeads: 2, lq: 65, lk: 33, d: 32 }, { tensorLayout: 'NHD' }],
-    ['head dims that are no multiple of 4', { heads: 2, lq: 33, lk: 65, d: 37, dv: 51 }],
-    ['head dim 128', { lq: 40, lk: 70, d: 128 }, { isCausal: true }],
-    ['head dim 256', { heads: 2, kvHeads: 1, lq: 35, lk: 70, d: 256 }],
-    ['head dim 1', { lq: 5, lk: 50, d: 1 }],
-    ['a causal mask', { heads: 2, lq: 131, lk: 131, d: 64 }, { isCausal: true }],
-    ['a causal mask over more keys', { lq: 50, lk: 131, d: 16 }, { isCausal: true, causalAlignment: 'bottom-right' }],
+  const sizes: readonly { readonly name: string; readonly size: Size; readonly options?: ExactAttentionOptions }[] = [
+    { name: 'one query and one key', size: { lq: 1, lk: 1, d: 8 } },
+    { name: 'odd lengths, grouped heads, batches', size: { batch: 2, heads: 6, kvHeads: 2, lq: 67, lk: 129, d: 64 } },
+    {
+      name: 'tokens before heads',
+      size: { batch: 2, heads: 4, kvHeads: 2, lq: 65, lk: 33, d: 32 },
+      options: { tensorLayout: 'NHD' },
+    },
+    { name: 'head dims that are no multiple of 4', size: { heads: 2, lq: 33, lk: 65, d: 37, dv: 51 } },
+    { name: 'head dim 128', size: { lq: 40, lk: 70, d: 128 }, options: { isCausal: true } },
+    { name: 'head dim 256', size: { heads: 2, kvHeads: 1, lq: 35, lk: 70, d: 256 } },
+    { name: 'head dim 1', size: { lq: 5, lk: 50, d: 1 } },
+    { name: 'a causal mask', size: { heads: 2, lq: 131, lk: 131, d: 64 }, options: { isCausal: true } },
+    {
+      name: 'a causal mask over more keys',
+      size: { lq: 50, lk: 131, d: 16 },
+      options: { isCausal: true, causalAlignment: 'bottom-right' },
+    },
     // The first rows see nothing, and give 0.
-    ['a causal mask over fewer keys', { lq: 90, lk: 40, d: 16 }, { isCausal: true, causalAlignment: 'bottom-right' }],
-    ['a scale of its own', { lq: 20, lk: 90, d: 16 }, { smScale: 0.7 }],
+    {
+      name: 'a causal mask over fewer keys',
+      size: { lq: 90, lk: 40, d: 16 },
+      options: { isCausal: true, causalAlignment: 'bottom-right' },
+    },
+    { name: 'a scale of its own', size: { lq: 20, lk: 90, d: 16 }, options: { smScale: 0.7 } },
   ];
-  for (const [name, size, options] of sizes) {
+  for (const { name, size, options } of sampled(sizes, seed, SHARES, 'sizes')) {
     it(`agrees with float64: ${name}`, async () => {
       for (const dtype of await dtypes()) await check(size, dtype, options);
     });

@@ -15,7 +15,7 @@ const WORK = {
 } as const;
 
 /** Shares of a target's tests that are simulated (`test/support/sample.ts`); on a card `test/cuda` runs all. */
-export const SIMULATED_SHARES = { byHand: 0.05, otherwise: 0.1 };
+export const SIMULATED_SHARES = { byHand: 0.03, otherwise: 0.06 };
 
 /**
  * The kernels of the table that start at a capability, on a device of it or a later one. Each capability has a file of

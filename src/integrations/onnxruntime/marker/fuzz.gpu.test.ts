@@ -135,7 +135,7 @@ describe('graphs with markers', () => {
   };
   const numbersOf = (tensor: OrtTensor | ortNode.Tensor) => toNumbers(tensor as OrtTensor);
 
-  for (const { name, make } of sampled(CASES, SEED, { byHand: 0.03, otherwise: 0.05 })) {
+  for (const { name, make } of sampled(CASES, SEED, { byHand: 0.02, otherwise: 0.03 })) {
     itNeeds(missing)(name, async () => {
       const graph = make();
       const exact = graph && (await onCpu(graph));

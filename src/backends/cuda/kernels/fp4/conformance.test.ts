@@ -9,7 +9,7 @@ import { createSimulatedBackend, forgetMemory } from '../../testing/simulator/ba
 
 /** Multiply-adds of a case that a second or two simulate; more with SIMULATED_WORK. */
 const MAX_WORK = Number(process.env.SIMULATED_WORK ?? 2e5);
-const SHARES = { byHand: 0.02, otherwise: 0.04 };
+const SHARES = { byHand: 0.01, otherwise: 0.025 };
 
 const TARGETS = CUDA_TARGETS.filter(({ kernel }) => descriptorOf(kernel).qkFormat === 'e2m1');
 
