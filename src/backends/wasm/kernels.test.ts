@@ -284,6 +284,26 @@ describe.each(BUILDS)('%s: the ends of float32', (simd) => {
   });
 });
 
+test.each(BUILDS)('%s: scores far from 0 keep what they differ by', async (simd) => {
+  // In whole numbers, which are their own codes. Scores are near 9000 in base 2, where steps of float32 are a thousandth: times 4096, as exponents
+  // have it, four.
+  const [rows, keys, d] = [24, 150, 64];
+  const integers = (length: number, least: number, most: number) =>
+    Float32Array.from({ length }, () => random.integer(least, most));
+  const q = integers(rows * d, 0, 126);
+  const k = new Float32Array(keys * d).fill(100);
+  const differences = integers(keys, -5, 5);
+  for (let row = 0; row < rows; row++) q.set([q[row * d] as number, 126], row * d);
+  for (let key = 0; key < keys; key++) k.set([100 + (differences[key] as number), 127], key * d);
+  const inputs = {
+    q: tensor(q, [1, 1, rows, d]),
+    k: tensor(k, [1, 1, keys, d]),
+    v: tensor(random.normals(keys * d), [1, 1, keys, d]),
+  };
+  const { output, exact } = await attend(simd, INTEGER_KERNEL, inputs, { smScale: 0.016, smoothK: false });
+  expect(compare(output, exact.output).relativeL1, seed).toBeLessThan(BOUNDS[INTEGER_KERNEL.name] as number);
+});
+
 /** The first key scores `above` more than the others, which lie close together. */
 function sinkInputs(tokens: number, above: number, spread: number): Inputs {
   const [rows, d] = [40, 64];

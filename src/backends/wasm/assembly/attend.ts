@@ -96,12 +96,14 @@ import {
   log,
   madd,
   maxOf,
+  ROUNDING_BITS,
+  roundingFor,
   storeConstants,
   sumOf,
   tanh4,
   toIntegers,
 } from './arithmetic.ts';
-import { elementShift, load4, loadElement, loadRow, storeRow } from './elements.ts';
+import { elementShift, load4, loadElement, loadRow, storeRow, touchRows } from './elements.ts';
 import { decodeKeys, decodeValues, FP4_MAX, roundQuery, roundWeights, spreadInvalidFp4, WEIGHT_UNIT } from './fp4.ts';
 import { isPlainRow, LEAST_SCALE, rowMaximum } from './prepare.ts';
 import { addValuesFine, addValuesFloat, addValuesInteger, scoreRows, scoreRowsFloat } from './products.ts';
@@ -139,8 +141,10 @@ import {
 } from './scratch.ts';
 import { addSink, excludeAbsent, hasAny, mapOfHead, mapOfRow, nextKey, shareBesideSink, sinkOf } from './sparse.ts';
 import {
+  isFarFromZero,
   maximumOf,
   SECOND_DIGITS,
+  takeOff,
   storeWeightConstants,
   weighFloat,
   weighInteger,
@@ -205,12 +209,12 @@ function quantizeQuery(
   row: usize, padded: i32, target: usize, inverse: f32, zero: i32, accurate: boolean,
 ): void {
   const factor = f32x4.splat(inverse);
+  const rounding = roundingFor(padded);
+  const offset = i32x4.splat(zero - ROUNDING_BITS);
   for (let i = 0; i < padded; i += 8) {
-    let low = toIntegers(f32x4.mul(v128.load(row + (<usize>i << 2)), factor));
-    let high = toIntegers(f32x4.mul(v128.load(row + (<usize>i << 2), 16), factor));
+    const low = i32x4.add(f32x4.add(f32x4.mul(v128.load(row + (<usize>i << 2)), factor), rounding), offset);
+    const high = i32x4.add(f32x4.add(f32x4.mul(v128.load(row + (<usize>i << 2), 16), factor), rounding), offset);
     if (ASC_FEATURE_RELAXED_SIMD) {
-      low = i32x4.add(low, i32x4.splat(zero));
-      high = i32x4.add(high, i32x4.splat(zero));
       let words = i16x8.narrow_i32x4_s(low, high);
       if (accurate) {
         const digits = v128.and(words, i16x8.splat(127));
@@ -424,6 +428,7 @@ export function prepareQueries(
   const smScale = load<f32>(job, JOB_SM_SCALE);
   const levels = accurate ? Q_LEVELS_ACCURATE : Q_LEVELS;
   const inPlace = !exact && isPlainRow(dtype, d, dPadded);
+  touchRows(q, stride, rows, <usize>d << elementShift(dtype), scratch + SCRATCH_ROW);
   for (let r = 0; r < prepared; r++) {
     const stat = scratch + (<usize>r << 2);
     let row = q + <usize>min(r, rows - 1) * stride;
@@ -496,7 +501,7 @@ function addWeights(
   scores: usize, keys: i32, scale: f32, shift: f32, p: usize, precise: boolean, stat: usize, out: usize,
   outBytes: usize, added: usize, constants: usize,
 ): f32 {
-  const most = maximumOf(scores, keys);
+  let most = maximumOf(scores, keys);
   if (most == -Infinity) {
     memory.fill(p, 0, P_ROW_BYTES);
     store<f32>(added, 0);
@@ -519,6 +524,10 @@ function addWeights(
     store<f32>(stat + SCRATCH_MAXIMA, top);
   } else {
     weight = exp2(top - before);
+  }
+  if (isFarFromZero(most, scale)) {
+    takeOff(scores, keys, most);
+    most = 0;
   }
   store<f32>(added + (SCRATCH_TILE_MAXIMA - SCRATCH_TILE_SUMS), most);
   store<f32>(

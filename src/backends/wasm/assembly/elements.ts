@@ -60,6 +60,24 @@ export function load4(address: usize, dtype: i32): v128 {
   return f32x4.convert_i32x4_u(i32x4.extend_low_i16x8_u(i16x8.extend_low_i8x16_u(v128.load32_zero(address))));
 }
 
+/** Bytes of a cache line. */
+const LINE: usize = 64;
+
+/**
+ * Brings rows into the cache, many lines at a time: tokens of one head lie further apart than a processor looks ahead, and what measures or
+ * packs a row is too long for it to reach the next one.
+ *
+ * @param sink 4 bytes for a sum, without which nothing would be read
+ */
+export function touchRows(address: usize, stride: usize, rows: i32, bytes: usize, sink: usize): void {
+  if (stride <= bytes) return;
+  let sum = 0;
+  for (let row = 0; row < rows; row++, address += stride) {
+    for (let at: usize = 0; at < bytes; at += LINE) sum += load<u8>(address + at);
+  }
+  store<i32>(sink, sum);
+}
+
 /** `count` elements to float32 at `target`, then zeros up to `padded`, a multiple of 4. May read 3 elements more. */
 export function loadRow(address: usize, dtype: i32, count: i32, target: usize, padded: i32): void {
   if (dtype == DTYPE_FLOAT32) {

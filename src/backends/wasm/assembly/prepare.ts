@@ -69,8 +69,17 @@ import {
   TILE_PLAIN_KEYS,
   TILE_SHIFTED,
 } from '../job.ts';
-import { finiteMaximum, integerSumOf, larger, largerMagnitudes, magnitudes, maxOf, toIntegers } from './arithmetic.ts';
-import { elementShift, loadElement, loadRow } from './elements.ts';
+import {
+  finiteMaximum,
+  integerSumOf,
+  larger,
+  largerMagnitudes,
+  magnitudes,
+  maxOf,
+  roundBy,
+  roundingFor,
+} from './arithmetic.ts';
+import { elementShift, loadElement, loadRow, touchRows } from './elements.ts';
 import { markInvalidFp4, packKeyFp4, packValuesFp4 } from './fp4.ts';
 import { SCRATCH_ROW, SCRATCH_SEEN, SCRATCH_VALUE_SIZES, SCRATCH_VALUES } from './scratch.ts';
 import { markInvalidValues, packValues, quantizeValues, wholeSteps } from './values.ts';
@@ -194,6 +203,8 @@ function markSeen(job: usize, sequence: usize, kvHead: i32, seen: usize): void {
 
 /** Tokens this much larger than the typical one, as a power of two, stay out of a mean. */
 const OUTLYING: f32 = 3;
+/** Tokens that are brought into the cache at a time; a power of two. */
+const TOUCHED: i32 = 32;
 /** Values whose sizes span more than this power of two are not smoothed. */
 const LARGEST_SPAN: i32 = 5;
 
@@ -226,6 +237,10 @@ function meanOf(
     let most = 0;
     let least = 255;
     for (let t = from; t < to; t++) {
+      if (((t - from) & (TOUCHED - 1)) == 0) {
+        const here = base + <usize>(t - from) * tokenStride;
+        touchRows(here, tokenStride, min(TOUCHED, to - t), <usize>count << elementShift(dtype), row);
+      }
       if (seen != 0 && load<u8>(seen + t) != SEEN) continue;
       let token = base + <usize>(t - from) * tokenStride;
       if (!inPlace) {
@@ -320,10 +335,11 @@ function packKey(job: usize, tile: usize, key: i32, row: usize, padded: i32, mos
   store<f32>(scaleAt, scale);
   if (most == 0) return;
   const inverse = f32x4.splat(<f32>1 / scale);
+  const rounding = roundingFor(padded);
   let sum = i32x4.splat(0);
   for (let i = 0; i < padded; i += 8) {
-    const low = toIntegers(f32x4.mul(v128.load(row + (<usize>i << 2)), inverse));
-    const high = toIntegers(f32x4.mul(v128.load(row + (<usize>i << 2), 16), inverse));
+    const low = roundBy(rounding, f32x4.mul(v128.load(row + (<usize>i << 2)), inverse));
+    const high = roundBy(rounding, f32x4.mul(v128.load(row + (<usize>i << 2), 16), inverse));
     const words = i16x8.narrow_i32x4_s(low, high);
     if (ASC_FEATURE_RELAXED_SIMD) {
       sum = i32x4.add(sum, i32x4.add(low, high));
@@ -373,6 +389,9 @@ function packKeys(
   const exact = (load<i32>(job, JOB_FLAGS) & FLAG_EXACT) != 0;
   const inPlace = isPlainRow(dtype, d, padded);
   for (let key = from; key < to; key++, source += stride) {
+    if (((key - from) & (TOUCHED - 1)) == 0) {
+      touchRows(source, stride, min(TOUCHED, to - key), <usize>d << elementShift(dtype), row);
+    }
     const state: u8 = seen == 0 ? SEEN : load<u8>(seen + <usize>(key - from));
     if (state == 0) continue;
     let most: f32 = 0;
@@ -402,6 +421,9 @@ function loadValues(
   const bytes = <usize>padded << 2;
   const fp4 = (load<i32>(job, JOB_FLAGS) & FLAG_FP4) != 0;
   for (let key = from; key < to; key++, source += stride) {
+    if (((key - from) & (TOUCHED - 1)) == 0) {
+      touchRows(source, stride, min(TOUCHED, to - key), <usize>dv << elementShift(dtype), scratch + SCRATCH_ROW);
+    }
     const value = values + <usize>key * bytes;
     const sizeAt = scratch + SCRATCH_VALUE_SIZES + (<usize>key << 2);
     const state: u8 = seen == 0 ? SEEN : load<u8>(seen + <usize>(key - from));

@@ -15,13 +15,15 @@ import { FLOAT_Q_ROW_BYTES, P_ROW_BYTES, Q_ROW_BYTES } from './scratch.ts';
  */
 // @ts-ignore: decorator
 @inline
-export function storeScores(c0: v128, c1: v128, s0: v128, s1: v128, sums: usize, zero: usize, scores: usize): void {
+export function storeScores(
+  c0: v128, c1: v128, s0: v128, s1: v128, sum0: v128, sum1: v128, zero: usize, scores: usize,
+): void {
   let x0 = f32x4.convert_i32x4_s(c0);
   let x1 = f32x4.convert_i32x4_s(c1);
   if (ASC_FEATURE_RELAXED_SIMD) {
     const z = v128.load32_splat(zero);
-    x0 = madd(v128.load(sums), z, x0);
-    x1 = madd(v128.load(sums, 16), z, x1);
+    x0 = madd(sum0, z, x0);
+    x1 = madd(sum1, z, x1);
   }
   v128.store(scores, f32x4.mul(x0, s0));
   v128.store(scores, f32x4.mul(x1, s1), 16);
@@ -111,10 +113,12 @@ function scoreRowsBy<Steps>(
     }
     const s0 = v128.load(scales);
     const s1 = v128.load(scales, 16);
-    storeScores(c00, c01, s0, s1, sums, zeros, scores);
-    storeScores(c10, c11, s0, s1, sums, zeros + 4, scores + BLOCK_K * 4);
-    storeScores(c20, c21, s0, s1, sums, zeros + 8, scores + BLOCK_K * 8);
-    storeScores(c30, c31, s0, s1, sums, zeros + 12, scores + BLOCK_K * 12);
+    const sum0 = v128.load(sums);
+    const sum1 = v128.load(sums, 16);
+    storeScores(c00, c01, s0, s1, sum0, sum1, zeros, scores);
+    storeScores(c10, c11, s0, s1, sum0, sum1, zeros + 4, scores + BLOCK_K * 4);
+    storeScores(c20, c21, s0, s1, sum0, sum1, zeros + 8, scores + BLOCK_K * 8);
+    storeScores(c30, c31, s0, s1, sum0, sum1, zeros + 12, scores + BLOCK_K * 12);
     scales += 32;
     sums += 32;
     scores += 32;

@@ -50,8 +50,12 @@ function scoreRowBy<Steps>(
         b += STEP_BYTES;
       } while (--n);
     }
-    storeScores(c0, c1, v128.load(scales), v128.load(scales, 16), sums, zeros, scores);
-    storeScores(c2, c3, v128.load(scales, 32), v128.load(scales, 48), sums + 32, zeros, scores + 32);
+    storeScores(
+      c0, c1, v128.load(scales), v128.load(scales, 16), v128.load(sums), v128.load(sums, 16), zeros, scores,
+    );
+    storeScores(
+      c2, c3, v128.load(scales, 32), v128.load(scales, 48), v128.load(sums, 32), v128.load(sums, 48), zeros, scores + 32,
+    );
     group += 2 * groupBytes;
     scales += 64;
     sums += 64;

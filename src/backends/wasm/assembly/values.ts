@@ -24,7 +24,7 @@ import {
   TILE_NAN_VALUE,
   TILE_VALUES_APART,
 } from '../job.ts';
-import { larger, magnitudes, maxOf, toIntegers } from './arithmetic.ts';
+import { larger, magnitudes, maxOf, roundingFor, toIntegers } from './arithmetic.ts';
 import { SCRATCH_HISTOGRAM, SCRATCH_VALUE_SIZES, SCRATCH_VALUES } from './scratch.ts';
 
 /** Magnitude of a quantized value: 12 bits where lanes have 16 anyway, and all 16 where a key has its own scale. */
@@ -74,6 +74,9 @@ function quantizeByChannel(job: usize, tile: usize, values: usize, keys: i32): v
   const rowBytes = <usize>padded << 2;
   const scales = tile + load<usize>(job, JOB_TILE_V_SCALES);
   let target = tile + load<usize>(job, JOB_TILE_V);
+  const rounding = roundingFor(keys);
+  /** Where an integer lies in its lane. */
+  const field = i32x4.splat(keys > 0 ? (ASC_FEATURE_RELAXED_SIMD ? 0xff : 0xffff) : 0);
   for (let c: usize = 0; c < rowBytes; c += 16) {
     let most = f32x4.splat(0);
     for (let t = 0, at = values + c; t < keys; t++, at += rowBytes) {
@@ -91,20 +94,33 @@ function quantizeByChannel(job: usize, tile: usize, values: usize, keys: i32): v
     // Two vectors of channels share a step: the second lies 16 bytes on.
     let to = target + (c & 16);
     if (c & 16) target += (BLOCK_K / (ASC_FEATURE_RELAXED_SIMD ? 4 : 2)) * 32;
+    const lifting = v128.any_true(tiny);
     for (let t = 0, at = values + c; t < keys; ) {
-      const x0 = toIntegers(f32x4.mul(f32x4.mul(v128.load(at), lift), inverse));
-      const x1 = toIntegers(f32x4.mul(f32x4.mul(v128.load(at + rowBytes), lift), inverse));
+      let x0 = v128.load(at);
+      let x1 = v128.load(at + rowBytes);
+      if (lifting) {
+        x0 = f32x4.mul(x0, lift);
+        x1 = f32x4.mul(x1, lift);
+      }
+      // The low bits of a sum with ROUNDING are those of the integer.
+      x0 = f32x4.add(f32x4.mul(x0, inverse), rounding);
+      x1 = f32x4.add(f32x4.mul(x1, inverse), rounding);
       if (ASC_FEATURE_RELAXED_SIMD) {
-        const x2 = toIntegers(f32x4.mul(f32x4.mul(v128.load(at + rowBytes * 2), lift), inverse));
-        const x3 = toIntegers(f32x4.mul(f32x4.mul(v128.load(at + rowBytes * 3), lift), inverse));
-        const byte = i32x4.splat(0xff);
-        const low = v128.or(v128.and(x0, byte), i32x4.shl(v128.and(x1, byte), 8));
-        const high = v128.or(i32x4.shl(v128.and(x2, byte), 16), i32x4.shl(x3, 24));
+        let x2 = v128.load(at + rowBytes * 2);
+        let x3 = v128.load(at + rowBytes * 3);
+        if (lifting) {
+          x2 = f32x4.mul(x2, lift);
+          x3 = f32x4.mul(x3, lift);
+        }
+        x2 = f32x4.add(f32x4.mul(x2, inverse), rounding);
+        x3 = f32x4.add(f32x4.mul(x3, inverse), rounding);
+        const low = v128.or(v128.and(x0, field), i32x4.shl(v128.and(x1, field), 8));
+        const high = v128.or(i32x4.shl(v128.and(x2, field), 16), i32x4.shl(x3, 24));
         v128.store(to, v128.or(low, high));
         t += 4;
         at += rowBytes * 4;
       } else {
-        v128.store(to, v128.or(v128.and(x0, i32x4.splat(0xffff)), i32x4.shl(x1, 16)));
+        v128.store(to, v128.or(v128.and(x0, field), i32x4.shl(x1, 16)));
         t += 2;
         at += rowBytes * 2;
       }

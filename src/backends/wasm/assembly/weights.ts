@@ -85,11 +85,10 @@ const CUBIC: usize = CONSTANT_VECTORS + 16;
 const QUADRATIC: usize = CONSTANT_VECTORS + 32;
 const LINEAR: usize = CONSTANT_VECTORS + 48;
 const CONSTANT: usize = CONSTANT_VECTORS + 64;
-const NO_UPPER: usize = CONSTANT_VECTORS + 80;
-const POWERS: usize = CONSTANT_VECTORS + 96;
-const ONES: usize = CONSTANT_VECTORS + 112;
-const POWERS_14_LOW: usize = CONSTANT_VECTORS + 128;
-const POWERS_14_HIGH: usize = CONSTANT_VECTORS + 144;
+const POWERS: usize = CONSTANT_VECTORS + 80;
+const ONES: usize = CONSTANT_VECTORS + 96;
+const POWERS_14_LOW: usize = CONSTANT_VECTORS + 112;
+const POWERS_14_HIGH: usize = CONSTANT_VECTORS + 128;
 
 /** Writes what weigh7 and weigh14 read. */
 export function storeWeightConstants(at: usize): void {
@@ -99,7 +98,6 @@ export function storeWeightConstants(at: usize): void {
   v128.store(at, i16x8.splat(3675), QUADRATIC);
   v128.store(at, i16x8.splat(11311), LINEAR);
   v128.store(at, i16x8.splat(16255), CONSTANT);
-  v128.store(at, i16x8.splat(<i16>0x8000), NO_UPPER);
   // 2^(n + 8) at n modulo 16, for n from -8 to -1.
   v128.store(at, i8x16(0, 0, 0, 0, 0, 0, 0, 0, 1, 2, 4, 8, 16, 32, 64, -128), POWERS);
   v128.store(at, i8x16.splat(1), ONES);
@@ -116,16 +114,15 @@ export function storeWeightConstants(at: usize): void {
 // @ts-ignore: decorator
 @inline
 function weigh8(
-  low: v128, high: v128, fraction: v128, c3: v128, c2: v128, c1: v128, c0: v128, noUpper: v128, powers: v128,
+  low: v128, high: v128, fraction: v128, c3: v128, c2: v128, c1: v128, c0: v128, powers: v128,
 ): v128 {
   const t = i16x8.narrow_i32x4_s(i32x4.relaxed_trunc_f32x4_s(low), i32x4.relaxed_trunc_f32x4_s(high));
   const f = v128.and(i16x8.shl(t, 3), fraction);
   let w = i16x8.add(c2, i16x8.relaxed_q15mulr_s(f, c3));
   w = i16x8.add(c1, i16x8.relaxed_q15mulr_s(f, w));
   w = i16x8.add(c0, i16x8.relaxed_q15mulr_s(f, w));
-  // An index of 0x80 gives the upper byte of each power: 0.
-  const index = v128.or(i16x8.shr_u(t, 12), noUpper);
-  return i16x8.relaxed_q15mulr_s(w, i8x16.relaxed_swizzle(powers, index));
+  // The upper byte of each power has index 0, where there is a 0.
+  return i16x8.relaxed_q15mulr_s(w, i8x16.relaxed_swizzle(powers, i16x8.shr_u(t, 12)));
 }
 
 /**
@@ -133,29 +130,26 @@ function weigh8(
  * takes four instructions for every three of these. Returns their sum in levels.
  */
 function weigh7(scores: usize, keys: i32, most: f32, scale: f32, p: usize, constants: usize): f32 {
-  // The difference comes first: scores may be so large that their product with the factor has no fraction left.
-  const top = f32x4.splat(most);
   const factor = f32x4.splat(scale * 4096);
   // Truncation towards 0 rounds to nearest half a step further down. A step more keeps n below 0; the weight of the largest
-  // score is 127 nevertheless.
-  const down = f32x4.splat(-1.5);
+  // score is 127 nevertheless: the product and the sum are each a quarter off at most, see LARGEST_TOP.
+  const down = f32x4.splat(-1.5 - most * (scale * 4096));
   const fraction = v128.load(constants, FRACTION);
   const c3 = v128.load(constants, CUBIC);
   const c2 = v128.load(constants, QUADRATIC);
   const c1 = v128.load(constants, LINEAR);
   const c0 = v128.load(constants, CONSTANT);
-  const noUpper = v128.load(constants, NO_UPPER);
   const powers = v128.load(constants, POWERS);
   const ones = v128.load(constants, ONES);
   let sum = i32x4.splat(0);
   for (let j = 0; j < keys; j += 16) {
     const w0 = weigh8(
-      madd(f32x4.sub(v128.load(scores), top), factor, down), madd(f32x4.sub(v128.load(scores, 16), top), factor, down),
-      fraction, c3, c2, c1, c0, noUpper, powers,
+      madd(v128.load(scores), factor, down), madd(v128.load(scores, 16), factor, down),
+      fraction, c3, c2, c1, c0, powers,
     );
     const w1 = weigh8(
-      madd(f32x4.sub(v128.load(scores, 32), top), factor, down), madd(f32x4.sub(v128.load(scores, 48), top), factor, down),
-      fraction, c3, c2, c1, c0, noUpper, powers,
+      madd(v128.load(scores, 32), factor, down), madd(v128.load(scores, 48), factor, down),
+      fraction, c3, c2, c1, c0, powers,
     );
     const bytes = i8x16.narrow_i16x8_s(w0, w1);
     sum = i32x4.relaxed_dot_i8x16_i7x16_add_s(ones, bytes, sum);
@@ -170,7 +164,7 @@ function weigh7(scores: usize, keys: i32, most: f32, scale: f32, p: usize, const
 // @ts-ignore: decorator
 @inline
 function weigh8Of14(
-  low: v128, high: v128, fraction: v128, c3: v128, c2: v128, c1: v128, c0: v128, noUpper: v128, constants: usize,
+  low: v128, high: v128, fraction: v128, c3: v128, c2: v128, c1: v128, c0: v128, constants: usize,
 ): v128 {
   const t = i16x8.narrow_i32x4_s(i32x4.relaxed_trunc_f32x4_s(low), i32x4.relaxed_trunc_f32x4_s(high));
   const f = v128.and(i16x8.shl(t, 4), fraction);
@@ -179,8 +173,8 @@ function weigh8Of14(
   w = i16x8.add(c0, i16x8.relaxed_q15mulr_s(f, w));
   const n = v128.and(i16x8.shr_u(t, 11), i16x8.splat(15));
   const power = v128.or(
-    i8x16.relaxed_swizzle(v128.load(constants, POWERS_14_LOW), v128.or(n, noUpper)),
-    i8x16.relaxed_swizzle(v128.load(constants, POWERS_14_HIGH), v128.or(i16x8.shl(n, 8), i16x8.splat(0x80))),
+    i8x16.relaxed_swizzle(v128.load(constants, POWERS_14_LOW), n),
+    i8x16.relaxed_swizzle(v128.load(constants, POWERS_14_HIGH), i16x8.shl(n, 8)),
   );
   return i16x8.relaxed_q15mulr_s(w, power);
 }
@@ -190,21 +184,19 @@ function weigh8Of14(
  * Returns their sum in those levels.
  */
 function weigh14(scores: usize, keys: i32, most: f32, scale: f32, weights: usize, constants: usize): f32 {
-  const top = f32x4.splat(most);
   const factor = f32x4.splat(scale * 2048);
-  const down = f32x4.splat(-1.5);
+  const down = f32x4.splat(-1.5 - most * (scale * 2048));
   const fraction = v128.load(constants, FRACTION);
   const c3 = v128.load(constants, CUBIC);
   const c2 = v128.load(constants, QUADRATIC);
   const c1 = v128.load(constants, LINEAR);
   const c0 = v128.load(constants, CONSTANT);
-  const noUpper = v128.load(constants, NO_UPPER);
   const one = i16x8.splat(1);
   let sum = i32x4.splat(0);
   for (let j = 0; j < keys; j += 8) {
     const w = weigh8Of14(
-      madd(f32x4.sub(v128.load(scores), top), factor, down), madd(f32x4.sub(v128.load(scores, 16), top), factor, down),
-      fraction, c3, c2, c1, c0, noUpper, constants,
+      madd(v128.load(scores), factor, down), madd(v128.load(scores, 16), factor, down),
+      fraction, c3, c2, c1, c0, constants,
     );
     sum = i32x4.add(sum, i32x4.dot_i16x8_s(w, one));
     v128.store(weights, w);
@@ -245,6 +237,22 @@ export function weighTwoDigits(
     v128.store(p + j, i8x16.narrow_i16x8_s(v128.and(w0, digit), v128.and(w1, digit)), SECOND_DIGITS);
   }
   return sum;
+}
+
+/** Scores in base 2 beyond it leave no fraction of their product with the exponents' factor: their largest is taken off first. */
+const LARGEST_TOP: f32 = 512;
+
+/** Whether {@link weighInteger} needs the largest score taken off first. */
+// @ts-ignore: decorator
+@inline
+export function isFarFromZero(most: f32, scale: f32): boolean {
+  return ASC_FEATURE_RELAXED_SIMD && abs(most * scale) > LARGEST_TOP;
+}
+
+/** Takes a number off a row's scores. */
+export function takeOff(scores: usize, keys: i32, number: f32): void {
+  const taken = f32x4.splat(number);
+  for (let j: usize = 0; j < <usize>keys << 2; j += 16) v128.store(scores + j, f32x4.sub(v128.load(scores + j), taken));
 }
 
 /** Weights of one row as the integer product with V takes them. Returns their sum in levels. */
