@@ -19,11 +19,11 @@ const VARIANTS: readonly [WasmBackendOptions, Shares][] = [
   // `npm test` runs these tests in two versions of Node, of which the older has SIMD128 alone.
   [
     { threads: 1, simd: 'simd128' },
-    { byHand: 0.15, otherwise: relaxed ? 0.2 : 1 },
+    { byHand: 0.1, otherwise: relaxed ? 0.2 : 1 },
   ],
   [
     { threads: 3, simd: relaxed ? 'relaxed' : 'simd128' },
-    { byHand: 0.15, otherwise: relaxed ? 1 : 0.25 },
+    { byHand: 0.1, otherwise: relaxed ? 1 : 0.25 },
   ],
 ];
 

@@ -3,19 +3,22 @@ import { it } from 'vitest';
 import { captureCheck, followingChecks, kernelChecks } from '../../../test/cuda/checks.ts';
 import { CUDA_TARGETS } from '../../../test/cuda/targets.ts';
 import { runSeed } from '../../../test/support/random.ts';
+import { sampled } from '../../../test/support/sample.ts';
 import { setBackend } from '../registry.ts';
 import { createSimulatedBackend } from './testing/simulator/backend.ts';
 
 const seed = runSeed();
 
 /** One kernel of each kind of V, on the device that it is for. */
-for (const [capability, kernel] of [
-  [80, 'qk-int8-pv-fp16-cuda'],
-  [89, 'qk-int8-pv-fp8-cuda'],
-  [90, 'qk-int4-pv-fp8-cuda'],
-  [90, 'qk-int8-pv-fp16-cuda-sm90'],
-  [90, 'qk-int8-pv-fp8-cuda-sm90'],
-] as const) {
+const KERNELS = [
+  { capability: 80, name: 'qk-int8-pv-fp16-cuda' },
+  { capability: 89, name: 'qk-int8-pv-fp8-cuda' },
+  { capability: 90, name: 'qk-int4-pv-fp8-cuda' },
+  { capability: 90, name: 'qk-int8-pv-fp16-cuda-sm90' },
+  { capability: 90, name: 'qk-int8-pv-fp8-cuda-sm90' },
+] as const;
+
+for (const { capability, name: kernel } of sampled(KERNELS, seed, { byHand: 0.4, otherwise: 0.6 })) {
   const target = CUDA_TARGETS.find((candidate) => candidate.kernel === kernel);
   if (target === undefined) throw new Error(`no target of ${kernel}`);
   it(`${target.name} on a simulated device of ${capability / 10} (SAGEATTENTION_SEED=${seed})`, async () => {
