@@ -5,14 +5,19 @@
  *     npx tsx scripts/gpu-programs.ts && node .gpu/programs/bench-webgpu-gradients.mjs
  *         [--lengths 1024,4096] [--head-dims 64,128] [--variants NAME,NAME] [--causal]
  *
- * A variant is a name of either table (families/backward.ts), or two with a space between: of own queries, of own keys.
+ * A variant is a name of either table (families/backward.ts), or two with a space between: of own queries, of own keys. Tiles with `int8 `
+ * before the name have dV, dQ and dK's products in INT8.
  */
 import { parseArgs } from 'node:util';
 import { createBackwardProblem } from '../../src/attention/backward.ts';
 import { createProblem } from '../../src/attention/problem.ts';
 import { chooseOptions } from '../../src/backends/choice.ts';
 import { DAWN_FLAGS } from '../../src/backends/webgpu/device.ts';
-import { GRADIENT_VARIANTS, MATRIX_GRADIENT_VARIANTS } from '../../src/backends/webgpu/families/backward.ts';
+import {
+  GRADIENT_VARIANTS,
+  type GradientVariant,
+  MATRIX_GRADIENT_VARIANTS,
+} from '../../src/backends/webgpu/families/backward.ts';
 import type { Forced } from '../../src/backends/webgpu/families/choose.ts';
 import { gradientErrors } from '../../src/backends/webgpu/gradient-trial.ts';
 import { createWebgpuBackend, type GpuTensor, uploadTensor } from '../../src/backends/webgpu/index.ts';
@@ -41,12 +46,14 @@ const gpu = await enableNodeWebgpu([...DAWN_FLAGS, 'disable-dawn-features=timest
 const backend = createWebgpuBackend({ gpu });
 const context = await backend.context();
 const { device, capabilities } = context;
-const names =
-  flags.variants?.split(',') ?? [...MATRIX_GRADIENT_VARIANTS, ...GRADIENT_VARIANTS.slice(0, 1)].map(({ name }) => name);
-const forcedOf = (name: string): Forced => ({
-  gradientVariant: name,
-  ...(GRADIENT_VARIANTS.some((tile) => tile.name === name) ? { family: 'subgroup' as const } : {}),
-});
+const [{ name: tile }] = GRADIENT_VARIANTS as [GradientVariant];
+const names = flags.variants?.split(',') ?? [...MATRIX_GRADIENT_VARIANTS.map(({ name }) => name), tile, `int8 ${tile}`];
+const precisionOf = (name: string) => (name.startsWith('int8 ') ? 'int8' : 'fp16');
+const forcedOf = (name: string): Forced => {
+  const gradientVariant = name.replace('int8 ', '');
+  const isTile = GRADIENT_VARIANTS.some((one) => one.name === gradientVariant);
+  return { gradientVariant, ...(isTile ? { family: 'subgroup' as const } : {}) };
+};
 
 for (const headDim of flags['head-dims'].split(',').map(Number)) {
   const random = new Random(headDim);
@@ -69,7 +76,7 @@ for (const headDim of flags['head-dims'].split(',').map(Number)) {
   const errors = new Map(
     names.map((name) => {
       const started = performance.now();
-      const text = gradientErrors(context, shape, choice, forcedOf(name)).then(
+      const text = gradientErrors(context, shape, choice, forcedOf(name), precisionOf(name)).then(
         ({ dq, dk, dv }) =>
           `${[dq, dk, dv].map((error) => error.toFixed(4)).join(' / ')}, after ${((performance.now() - started) / 1e3).toFixed(1)} s`,
         (error: unknown) => `${error}`.slice(0, 300),
@@ -83,7 +90,8 @@ for (const headDim of flags['head-dims'].split(',').map(Number)) {
     let first = true;
     for (const name of names) {
       try {
-        const { launches, sizes, tables } = planBackwardLaunches(capabilities, problem, choice, forcedOf(name));
+        const asked = { ...problem, precision: precisionOf(name) } as const;
+        const { launches, sizes, tables } = planBackwardLaunches(capabilities, asked, choice, forcedOf(name));
         const own = Object.fromEntries(Object.entries(tensors).map(([key, { buffer }]) => [key, buffer]));
         const gradients = Object.fromEntries(['dq', 'dk', 'dv'].map((key) => [key, HEADS * tokens * headDim * 4]));
         const made = allocate(device, { ...sizes, ...gradients });
@@ -97,7 +105,7 @@ for (const headDim of flags['head-dims'].split(',').map(Number)) {
         const together = await time(launches);
         const parts: string[] = [];
         for (const launch of launches) {
-          const own = launch.label.startsWith('d');
+          const own = launch.label.startsWith('d') || launch.label.startsWith('gradient codes');
           if (own || first) parts.push(`${launch.label} ${(await time([launch])).toFixed(1)}`);
         }
         first = false;

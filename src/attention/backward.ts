@@ -24,8 +24,8 @@ export type BackwardPrecision = (typeof BACKWARD_PRECISIONS)[number];
 /** Options of a backward pass by itself. */
 export interface GradientOptions {
   /**
-   * Format of the operands of the three gradients' products: `fp8` E4M3, `int8` a scale for each block as SageBwd's
-   * (arXiv 2505.11594, section 4), `fp16` 16 bits or more. Default: the backend's first, `fp16`.
+   * Format of the operands of the three gradients' products: `fp8` E4M3, `int8` scales as fine as SageBwd's (arXiv 2505.11594,
+   * section 4) or finer, `fp16` 16 bits or more. Default: the backend's first, `fp16`.
    */
   readonly backwardPrecision?: BackwardPrecision;
   /** The same inputs give the same bits. Default true; false lets a backend add in any order where that is faster. */

@@ -11,6 +11,17 @@ export const WEBGPU_BACKWARD_TARGET: BackwardTarget = {
   algorithm: PORTABLE_ALGORITHM,
 };
 
+/**
+ * Gradients in INT8. WASM's bound on 8-bit gradients is 0.16, with operands of 7 bits beside P and dS; here those have 8, so that they lose
+ * half as much.
+ */
+export const WEBGPU_INT8_BACKWARD_TARGET: BackwardTarget = {
+  ...WEBGPU_BACKWARD_TARGET,
+  name: 'WebGPU 8-bit gradients',
+  precision: 'int8',
+  relativeL2: 0.08,
+};
+
 /** Layouts, odd channels, groups, bands, masks, a cap, packed sequences, softmax anew, and what is not a number. */
 export const WEBGPU_BACKWARD_KINDS = [
   'dtype and layout: float16 NHD',

@@ -3,6 +3,7 @@
  * table runs on a card (`test/webgpu`).
  */
 import { afterAll, beforeAll, describe, expect, vi } from 'vitest';
+import { createProblem } from '../../src/attention/problem.ts';
 import { setBackend } from '../../src/backends/registry.ts';
 import {
   createWebgpuBackend,
@@ -12,12 +13,19 @@ import {
   type WebgpuBackend,
 } from '../../src/backends/webgpu/index.ts';
 import { sageattnTrainable } from '../../src/index.ts';
-import { elementCount, tensor } from '../../src/tensor/tensor.ts';
+import { backwardExact } from '../../src/reference/backward.ts';
+import { relativeL2 } from '../../src/reference/metrics.ts';
+import { toFloat32 } from '../../src/tensor/access.ts';
+import { elementCount, type Tensor, tensor } from '../../src/tensor/tensor.ts';
 import { Random, runSeed } from '../support/random.ts';
 import { itNeeds } from '../support/requirement.ts';
 import { sampled } from '../support/sample.ts';
-import { backwardTests } from './backward-suite.ts';
-import { WEBGPU_BACKWARD_KINDS, WEBGPU_BACKWARD_TARGET } from './backward-webgpu-target.ts';
+import { type BackwardTarget, backwardTests } from './backward-suite.ts';
+import {
+  WEBGPU_BACKWARD_KINDS,
+  WEBGPU_BACKWARD_TARGET,
+  WEBGPU_INT8_BACKWARD_TARGET,
+} from './backward-webgpu-target.ts';
 
 const DRIVER = process.env.SAGEATTENTION_SOFTWARE_GPU ?? 'the GPU of this machine';
 vi.setConfig({ testTimeout: 300_000 });
@@ -35,10 +43,42 @@ describe(`WebGPU gradients on ${DRIVER} (SAGEATTENTION_SEED=${seed})`, () => {
     await setBackend(backend);
   });
   afterAll(() => backend?.dispose());
-  const tests = backwardTests(WEBGPU_BACKWARD_TARGET, seed).filter(({ name }) =>
-    chosen.some((text) => name.includes(text)),
-  );
-  for (const { name, run } of sampled(tests, seed, { byHand: 0.1, otherwise: 0.5 })) test(name, run);
+  const kindsOf = (target: BackwardTarget) =>
+    backwardTests(target, seed).filter(({ name }) => chosen.some((text) => name.includes(text)));
+  for (const { name, run } of sampled(kindsOf(WEBGPU_BACKWARD_TARGET), seed, { byHand: 0.1, otherwise: 0.5 })) {
+    test(name, run);
+  }
+  for (const { name, run } of sampled(kindsOf(WEBGPU_INT8_BACKWARD_TARGET), seed, { byHand: 0.1, otherwise: 0.5 })) {
+    test(`INT8: ${name}`, run);
+  }
+
+  test('INT8: rows lose nothing by large tokens that they do not see', async () => {
+    if (DRIVER === 'lavapipe') return;
+    // Causal, so that rows before the large token do not see it, and keys behind it are not seen by it. All lie in one block.
+    const [tokens, large, dim] = [60, 40, 32];
+    const random = new Random(seed);
+    const size = 10 ** random.uniform(1, 6);
+    const normal = (factor: number) =>
+      tensor(
+        random.normals(tokens * dim).map((x, i) => (Math.floor(i / dim) === large ? factor * x : x)),
+        [1, 1, tokens, dim],
+      );
+    const errorsOf = async (queries: number, keys: number) => {
+      const [q, k, v, dOutput] = [normal(queries), normal(keys), normal(keys), normal(queries)];
+      const options = { isCausal: true, backend: 'webgpu', backwardPrecision: 'int8' } as const;
+      const gradients = await (await sageattnTrainable(q, k, v, options)).backward(dOutput);
+      const exact = backwardExact(createProblem(q, k, v, { isCausal: true }), { q, k, v, dOutput });
+      return (name: 'dq' | 'dk' | 'dv', from: number, to: number) =>
+        relativeL2(
+          toFloat32(gradients[name] as Tensor).subarray(from * dim, to * dim),
+          exact[name].subarray(from * dim, to * dim),
+        );
+    };
+    expect((await errorsOf(1, size))('dq', 0, large), `keys of ${size}`).toBeLessThan(0.05);
+    const ofQueries = await errorsOf(size, 1);
+    expect(ofQueries('dk', large + 1, tokens), `queries of ${size}`).toBeLessThan(0.05);
+    expect(ofQueries('dv', large + 1, tokens), `queries of ${size}`).toBeLessThan(0.05);
+  });
 
   test('calls: tensors of the device give gradients on the device, the same bits', async () => {
     if (DRIVER === 'lavapipe') return;

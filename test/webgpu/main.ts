@@ -2,9 +2,10 @@
  * The conformance suite on the GPU of this machine, in plain Node: every family that the device offers, whole, and
  * every variant of its tables on a few tests.
  *
- *     npx tsx scripts/gpu-programs.ts && node .gpu/programs/test-webgpu.mjs [FAMILY | int8 | fp4 | gradients | blocks ...] [--shards 16]
+ *     npx tsx scripts/gpu-programs.ts && node .gpu/programs/test-webgpu.mjs [FAMILY | int8 | fp4 | gradients | int8-gradients | blocks ...] [--shards 16]
  *
- * `int8`, `fp4` alone: that kernel on the families that have it. `blocks` alone: the choice of blocks. `gradients` alone: the backward pass, whole, and its tiles on a few tests.
+ * `int8`, `fp4` alone: that kernel on the families that have it. `blocks` alone: the choice of blocks. `gradients`, `int8-gradients` alone: the backward pass in 16 or in 8
+ * bits, whole, and its tiles on a few tests.
  * A driver takes seconds to compile a kernel: with shards as many processes share the tests.
  */
 import { type ChildProcess, spawn } from 'node:child_process';
@@ -21,7 +22,11 @@ import {
   type WebgpuBackendOptions,
 } from '../../src/backends/webgpu/index.ts';
 import { backwardTests } from '../conformance/backward-suite.ts';
-import { WEBGPU_BACKWARD_KINDS, WEBGPU_BACKWARD_TARGET } from '../conformance/backward-webgpu-target.ts';
+import {
+  WEBGPU_BACKWARD_KINDS,
+  WEBGPU_BACKWARD_TARGET,
+  WEBGPU_INT8_BACKWARD_TARGET,
+} from '../conformance/backward-webgpu-target.ts';
 import { blockMapChecks } from '../conformance/block-map.ts';
 import { type ConformanceTest, conformanceTests } from '../conformance/suite.ts';
 import { WEBGPU_FP4_TARGET, WEBGPU_INT8_TARGET, WEBGPU_TARGET } from '../conformance/webgpu-target.ts';
@@ -39,7 +44,7 @@ const VARIANT_TESTS = [
 ];
 
 /** Not families. */
-const PARTS = ['int8', 'fp4', 'gradients', 'blocks'];
+const PARTS = ['int8', 'fp4', 'gradients', 'int8-gradients', 'blocks'];
 const { values: flags, positionals } = parseArgs({
   allowPositionals: true,
   options: {
@@ -209,6 +214,14 @@ if (isAsked('gradients')) {
   }
   for (const { name } of offered.includes('matrix') ? MATRIX_GRADIENT_VARIANTS : []) {
     await run({ gradientVariant: name }, `gradients, matrices of ${name}`, VARIANT_TESTS, undefined, gradients);
+  }
+}
+if (isAsked('int8-gradients')) {
+  const gradients = () => backwardTests(WEBGPU_INT8_BACKWARD_TARGET, seed);
+  await run({}, '8-bit gradients, each kind', WEBGPU_BACKWARD_KINDS, undefined, gradients);
+  await run({}, '8-bit gradients', undefined, undefined, gradients);
+  for (const { name } of GRADIENT_VARIANTS) {
+    await run({ gradientVariant: name }, `8-bit gradients, tiles of ${name}`, VARIANT_TESTS, undefined, gradients);
   }
 }
 process.exit(failures === 0 ? 0 : 1);

@@ -153,7 +153,7 @@ export class WebgpuBackend implements Backend {
 
   async backwardSupport({ headDim, valueDim }: AttentionProblem): Promise<BackwardSupport | undefined> {
     if (Math.max(headDim, valueDim) > MAX_HEAD_DIM) return undefined;
-    return { kernels: [QK_INT8_PV_FP16.name], precisions: ['fp16'], maskGradient: true };
+    return { kernels: [QK_INT8_PV_FP16.name], precisions: ['fp16', 'int8'], maskGradient: true };
   }
 
   planBackward(problem: BackwardProblem, kernel: KernelChoice): Promise<WebgpuBackwardPlan> {

@@ -2,7 +2,12 @@
  * Whether a pair of gradient kernels with matrices comes out right on a device, found by value before its first use, as for attention
  * (matrix-trial.ts).
  */
-import { type BackwardProblem, createBackwardProblem, gradientOutputs } from '../../attention/backward.ts';
+import {
+  type BackwardPrecision,
+  type BackwardProblem,
+  createBackwardProblem,
+  gradientOutputs,
+} from '../../attention/backward.ts';
 import { createProblem } from '../../attention/problem.ts';
 import { ExecutionError } from '../../errors.ts';
 import { Random } from '../../measure/random.ts';
@@ -45,6 +50,7 @@ export async function gradientErrors(
   { dtype, headDim, valueDim }: { readonly dtype: DType; readonly headDim: number; readonly valueDim: number },
   kernel: KernelChoice,
   forced: Forced,
+  precision: BackwardPrecision = 'fp16',
 ): Promise<GradientErrors> {
   // Always the same numbers.
   const random = new Random(1);
@@ -63,7 +69,7 @@ export async function gradientErrors(
   const output = fromFloat32(Float32Array.from(exact.output), [1, 1, QUERIES, valueDim], dtype);
   const lse = tensor(Float32Array.from(exact.lse), [1, 1, QUERIES]);
   const options = { gradientDtype: 'float32' } as const;
-  const problem = createBackwardProblem(attention, { output, lse, dOutput }, undefined, options, 'fp16');
+  const problem = createBackwardProblem(attention, { output, lse, dOutput }, undefined, options, precision);
   const { launches, sizes, tables } = planBackwardLaunches(context.capabilities, problem, kernel, forced);
   const program = await Program.create(context, launches, sizes, tables);
   try {
@@ -81,13 +87,14 @@ export async function gradientErrors(
 /** Tries the gradient kernels that a problem gets, until they are right: those with matrices that come out wrong are not used. */
 export async function tryGradients(
   context: GpuContext,
-  { attention, maskGradient }: BackwardProblem,
+  { attention, precision, maskGradient }: BackwardProblem,
   kernel: KernelChoice,
   forced: Forced,
 ): Promise<void> {
   const { dtype, headDim, valueDim } = attention;
   const dims = { headDimPadded: padDim(headDim), valueDimPadded: padDim(valueDim) };
-  if (forced.emulateMatrices !== undefined || maskGradient !== undefined || Math.min(headDim, valueDim) === 0) return;
+  if (precision !== 'fp16' || forced.emulateMatrices !== undefined || maskGradient !== undefined) return;
+  if (Math.min(headDim, valueDim) === 0) return;
   for (;;) {
     const keys = matrixGradientKeys(context.capabilities, dims, forced);
     if (keys === undefined || (context.rightShapes.has(keys.query) && context.rightShapes.has(keys.key))) return;

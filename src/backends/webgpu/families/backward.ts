@@ -1,4 +1,5 @@
 /** Which gradient kernels a device and a problem get: with subgroup matrices, or tiles in float32. */
+import type { BackwardPrecision } from '../../../attention/backward.ts';
 import { UnsupportedOptionError } from '../../../errors.ts';
 import type { Capabilities } from '../capabilities.ts';
 import {
@@ -79,7 +80,7 @@ const SOFTWARE_VARIANT = GRADIENT_VARIANTS.at(-1) as GradientVariant;
 export type GradientOwner = 'query' | 'key';
 
 /** What the chosen kernels are asked for. */
-export type GradientRequest = Omit<GradientConfig, keyof GradientTile | 'owner' | 'packedDot' | 'half'>;
+export type GradientRequest = Omit<GradientConfig, keyof GradientTile | 'owner' | 'packedDot' | 'half' | 'codes'>;
 
 /** The gradient kernel of one side. */
 export interface GradientKernel {
@@ -94,6 +95,8 @@ export interface GradientKernel {
 export interface GradientKernels {
   /** Rows are in float16. */
   readonly half: boolean;
+  /** The operands of dV, dQ and dK's products are in INT8. */
+  readonly codes: boolean;
   readonly query: GradientKernel;
   readonly key: GradientKernel;
   /** The tile of the mask's gradient. */
@@ -112,11 +115,12 @@ const unknownVariant = (names: readonly string[], forced: string) =>
 export function chooseGradientTile(
   { isSoftware, workgroupBytes, workgroupThreads }: Capabilities,
   owner: GradientOwner,
-  { headDimPadded, valueDimPadded }: GradientDims,
+  { headDimPadded, valueDimPadded, codes }: GradientDims,
   { gradientVariant: forced }: Forced = {},
 ): GradientVariant {
   const runs = (tile: GradientVariant) =>
-    gradientWorkgroupBytes(owner, tile) <= workgroupBytes && tile.ownThreads * tile.passingThreads <= workgroupThreads;
+    gradientWorkgroupBytes(owner, tile, codes) <= workgroupBytes &&
+    tile.ownThreads * tile.passingThreads <= workgroupThreads;
   if (forced !== undefined) {
     const candidates = GRADIENT_VARIANTS.filter(runs);
     const tile = candidates.find(({ name }) => name === forced);
@@ -211,18 +215,22 @@ export const matrixGradientKeys = (
 ): Readonly<Record<GradientOwner, string>> | undefined => matrixGradients(capabilities, dims, forced)?.trialKeys;
 
 /**
- * The gradient kernels for a problem on a device: those with subgroup matrices where there are any.
+ * The gradient kernels for a problem on a device: those with subgroup matrices where there are any, but for gradients in INT8.
  *
+ * @param precision `fp16` or `int8`
  * @param maskGradient the gradient of the mask is computed too, which takes rows in float32
  * @throws {UnsupportedOptionError} a forced variant that the device cannot run
  */
 export function chooseGradients(
   capabilities: Capabilities,
-  dims: GradientDims,
+  { headDimPadded, valueDimPadded }: GradientDims,
   forced: Forced,
+  precision: BackwardPrecision,
   maskGradient: boolean,
 ): GradientKernels {
-  const matrices = maskGradient ? undefined : matrixGradients(capabilities, dims, forced);
+  const codes = precision === 'int8';
+  const dims = { headDimPadded, valueDimPadded, codes };
+  const matrices = maskGradient || codes ? undefined : matrixGradients(capabilities, dims, forced);
   const tiles = matrices === undefined ? forced : {};
   const tile = (owner: GradientOwner): GradientKernel & { readonly tile: GradientVariant } => {
     const chosen = chooseGradientTile(capabilities, owner, dims, tiles);
@@ -231,10 +239,10 @@ export function chooseGradients(
       name: chosen.name,
       own: chosen.own,
       passingThreads: chosen.passingThreads,
-      source: (config) => gradientKernel({ ...config, ...chosen, owner, packedDot: capabilities.packedDot }),
+      source: (config) => gradientKernel({ ...config, ...chosen, owner, codes, packedDot: capabilities.packedDot }),
     };
   };
   const query = tile('query');
-  if (matrices !== undefined) return { half: true, mask: query.tile, query: matrices.query, key: matrices.key };
-  return { half: false, mask: query.tile, query, key: tile('key') };
+  if (matrices !== undefined) return { half: true, codes, mask: query.tile, query: matrices.query, key: matrices.key };
+  return { half: false, codes, mask: query.tile, query, key: tile('key') };
 }

@@ -26,7 +26,7 @@ import {
 } from './prepare.ts';
 import { sinkParams, sinkReader } from './sinks.ts';
 import { MEAN_FACTOR, statisticsVectors } from './statistics.ts';
-import { decoder, NONFINITE, operandLoader, range } from './storage.ts';
+import { decoder, INTEGERS_OF, NONFINITE, operandLoader, range } from './storage.ts';
 
 export interface PrepareFp4KeyValueConfig extends PrepareConfig {
   readonly scaleSearch: ScaleSearch;
@@ -311,11 +311,7 @@ var<workgroup> row_outer: array<f32, ${QUERY_BLOCK}>;
 var<workgroup> flags: array<atomic<u32>, ${QUERY_BLOCK}>;
 ${MAX4}
 ${smoothK ? MEAN_FACTOR(statistics) : ''}
-${fp4Quantizer(scaleSearch)}${sinkReader(sinks)}
-fn integers_of(x: vec4<f32>) -> u32 {
-  let q = vec4<u32>(vec4<i32>(round(x))) & vec4<u32>(0xffu);
-  return q.x | (q.y << 8u) | (q.z << 16u) | (q.w << 24u);
-}
+${fp4Quantizer(scaleSearch)}${sinkReader(sinks)}${INTEGERS_OF}
 
 @compute @workgroup_size(${THREADS})
 fn main(@builtin(workgroup_id) group: vec3<u32>, @builtin(local_invocation_index) lid: u32) {

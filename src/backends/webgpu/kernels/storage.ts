@@ -158,3 +158,10 @@ fn ${at}(i: u32) -> u32 {
   return ${bits};
 }`;
 }
+
+/** `integers_of(x)`: four numbers up to 127 in magnitude as INT8, the first lowest. */
+export const INTEGERS_OF = `
+fn integers_of(x: vec4<f32>) -> u32 {
+  let q = vec4<u32>(vec4<i32>(round(x))) & vec4<u32>(0xffu);
+  return q.x | (q.y << 8u) | (q.z << 16u) | (q.w << 24u);
+}`;

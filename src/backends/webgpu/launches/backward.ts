@@ -7,6 +7,7 @@ import type { KernelChoice } from '../../backend.ts';
 import type { Capabilities } from '../capabilities.ts';
 import { chooseGradients, type GradientKernel, type GradientVariant } from '../families/backward.ts';
 import { type Forced, keyValueLayoutOf } from '../families/choose.ts';
+import { GRADIENT_CODES_PARAMS, gradientCodesKernel } from '../kernels/backward/codes.ts';
 import { GRADIENT_PARAMS } from '../kernels/backward/gradients.ts';
 import {
   GRADIENT_BLOCK,
@@ -394,6 +395,38 @@ function softmaxAgainLaunches(self: Backward): Launch[] {
   );
 }
 
+/** Codes of Q and dO, and of K, in the rows that there are. */
+function gradientCodesLaunches(self: Backward): Launch[] {
+  const { stages, attention, dims } = self;
+  return (['query', 'key'] as const).flatMap((operands) => {
+    const ofQueries = operands === 'query';
+    const tiles = ofQueries ? self.queryTiles(GRADIENT_BLOCK) : self.keyTiles(GRADIENT_BLOCK);
+    const tilesAt = stages.tables.tiles(tiles);
+    const buffer = ofQueries ? 'gradientRows' : 'gradientKeys';
+    const rowBytes = ofQueries ? gradientRowBytes(self) : gradientKeyBytes(self);
+    return launchesOf(
+      stages,
+      `gradient codes, ${ofQueries ? 'Q and dO' : 'K'}`,
+      gradientCodesKernel({ ...dims, operands }),
+      allOf(tiles, ofQueries ? attention.queryHeads : attention.kvHeads),
+      (unit) => [
+        tablesBinding(stages),
+        (ofQueries ? queryRowSpan : keyRowSpan)(self, 2, buffer, rowBytes, unit.heads, tiles, unit, false),
+      ],
+      (unit, base) =>
+        encodeParams(GRADIENT_CODES_PARAMS, {
+          tileStart: unit.tiles[0],
+          headStart: unit.heads[0],
+          sequencesAt: stages.sequencesAt,
+          tilesAt,
+          rowsPerHead: ofQueries ? stages.rowsPerQueryHead : stages.keyValue.rowsPerHead,
+          rowBase: base(buffer) / 16,
+          blockTokens: GRADIENT_BLOCK,
+        }),
+    );
+  });
+}
+
 /** Where a gradient is written: its own buffer, or float32 that is narrowed afterwards. */
 interface Target {
   readonly buffer: BufferName;
@@ -606,8 +639,9 @@ export function planBackwardLaunches(
   const keyValue = { ...forward, layout: 'rows' as const };
   const stages = createStages(attention, capabilities, keyValue);
   const dims = { headDimPadded: padDim(attention.headDim), valueDimPadded: padDim(attention.valueDim) };
-  const kernels = chooseGradients(capabilities, dims, forced, problem.maskGradient !== undefined);
-  const self = createBackward(problem, stages, { ...dims, half: kernels.half });
+  const kernels = chooseGradients(capabilities, dims, forced, problem.precision, problem.maskGradient !== undefined);
+  const { half, codes } = kernels;
+  const self = createBackward(problem, stages, { ...dims, half, codes });
   const shapes = gradientShapesOf(attention);
   const counts = {
     dq: elementCount(shapes.dq.shape),
@@ -627,6 +661,7 @@ export function planBackwardLaunches(
         ...gradientKeysLaunches(self),
         ...gradientRowsLaunches(self),
         ...softmaxAgainLaunches(self),
+        ...(codes ? gradientCodesLaunches(self) : []),
         ...gradientLaunches(self, 'query', kernels.query),
         ...gradientLaunches(self, 'key', kernels.key),
         ...maskGradientLaunches(self, kernels.mask),

@@ -1,6 +1,6 @@
 /**
  * Gradients of attention without subgroup matrices (FlashAttention-2, arXiv 2307.08691, algorithm 2; SageBwd, arXiv 2603.02170): scores
- * from the codes of the forward pass, everything after them in float32.
+ * from the codes of the forward pass, everything after them in float32, or with `codes` the three products of P and dS in INT8.
  *
  * Two kernels of one make. In each a workgroup owns some tokens and adds up their gradients, while the tokens of the other side pass by
  * in tiles: for dQ queries are owned and keys pass; for dK and dV keys are owned and the queries of all heads that share them pass,
@@ -9,7 +9,13 @@
  * A workgroup's threads form a grid of `ownThreads` x `passingThreads`. Each has a register tile of scores and one of gradients; P and dS
  * go through workgroup memory once a tile. Operands come from storage, where neighbouring threads read the same vectors or neighbouring
  * ones.
+ *
+ * With `codes`, whatever a product does not sum over has a scale of its own: P and dS, rounded here, one for each own token of a tile;
+ * dO, Q and K, rounded by `codes.ts`, one for each channel of 32 tokens. A token's size, which it has lost there, goes into its P and dS
+ * before they are rounded. So a gradient is rounded by the largest that it adds up itself, and a token that it does not see costs it
+ * nothing. dP stays in float32, as the ablation of SageBwd asks.
  */
+import { INT_MAX } from '../../../../quantization/schemes.ts';
 import type { DType } from '../../../../tensor/dtype.ts';
 import { dotInt8 } from '../attention-tiled.ts';
 import {
@@ -24,8 +30,18 @@ import {
   tables,
 } from '../layout.ts';
 import { expOf, overSoftcap, type ScoreMeaning, SOFTCAP, scoreStatements } from '../scores.ts';
-import { EXCLUDED_BELOW, maskLoader, NAN_WORD, outputPacker, range } from '../storage.ts';
-import { BAD_SCORES, type GradientDims, gradientKey, gradientRow, PLACE, PLACES, ROW_FLAGS } from './layout.ts';
+import { EXCLUDED_BELOW, INTEGERS_OF, maskLoader, NAN_WORD, outputPacker, range } from '../storage.ts';
+import {
+  BAD_SCORES,
+  CODE_ROWS,
+  GRADIENT_BLOCK,
+  type GradientDims,
+  gradientKey,
+  gradientRow,
+  PLACE,
+  PLACES,
+  ROW_FLAGS,
+} from './layout.ts';
 
 /** Tokens that a workgroup owns, and of a tile that passes by; `passing / passingThreads` is a multiple of 4. */
 export interface GradientTile {
@@ -71,11 +87,21 @@ export const GRADIENT_PARAMS = [
 ] as const;
 
 /** Bytes of workgroup memory that the kernel takes. */
-export function gradientWorkgroupBytes(owner: GradientConfig['owner'], { own, passing }: GradientTile): number {
-  const weights = own * (passing + 4) * 4;
+export function gradientWorkgroupBytes(
+  owner: GradientConfig['owner'],
+  { own, passing }: GradientTile,
+  codes = false,
+): number {
+  const weights = codes ? own * (passing + 2 * 4) : own * (passing + 4) * 4;
   // Of own keys: P beside dS, flags and the channels of dV that are no numbers.
   return owner === 'query' ? weights : 2 * weights + own * 4 * (1 + 256 / 32);
 }
+
+/** Largest code. */
+const MOST = `${INT_MAX.int8}.0`;
+
+/** Bits of 2^-119: a tile's P or dS below it have codes as if this were the largest, so that its reciprocal is a number. */
+const SMALLEST_MAXIMUM = '0x04000000u';
 
 /** Weights above this power of e or 2 come from a logsumexp of other inputs. */
 const LARGEST_EXPONENT = '80.0';
@@ -100,7 +126,7 @@ export function partsOf(config: GradientConfig) {
   };
   const floatOf = {
     query: (index: string) => `bitcast<vec4<f32>>(gradient_rows[${index}])`,
-    key: (index: string) => `gradient_keys[${index}]`,
+    key: (index: string) => (config.codes ? `bitcast<vec4<f32>>(gradient_keys[${index}])` : `gradient_keys[${index}]`),
   };
   const passer = ownsQueries ? ('key' as const) : ('query' as const);
   return {
@@ -120,7 +146,8 @@ export function partsOf(config: GradientConfig) {
     ownFloat: floatOf[owner],
     passingFloat: floatOf[passer],
     ownToken: (i: number) => `(r + ${i * ownThreads}u)`,
-    passingToken: (n: number) => `(c + ${n * passingThreads}u)`,
+    /** Four neighbours share a word of codes. */
+    passingToken: (n: number) => (config.codes ? `(c * ${tn}u + ${n}u)` : `(c + ${n * passingThreads}u)`),
     /** Of a pair: the register index that stands for its row, and for its key. */
     rowOf: (i: number, n: number) => (ownsQueries ? i : n),
     keyOf: (i: number, n: number) => (ownsQueries ? n : i),
@@ -306,7 +333,7 @@ export const packer = (dtypes: readonly DType[]): string =>
 
 /** Bindings and functions that every kernel with the scores' gradients has: parameters and bindings 0 to 6. */
 export function scoreGradientDeclarations(
-  { mask, softcap, packedDot, half }: Omit<GradientConfig, 'ownThreads' | 'passingThreads'>,
+  { mask, softcap, packedDot, half, codes }: Omit<GradientConfig, 'ownThreads' | 'passingThreads'>,
   parameters: readonly string[],
 ): string {
   return `
@@ -317,21 +344,22 @@ ${parameters.includes('tilesAt') ? tables(1) : sequenceTable(1)}
 @group(0) @binding(3) var<storage, read> key_rows: array<vec4<u32>>;
 @group(0) @binding(4) var<storage, read> gradient_rows: array<vec4<u32>>;
 ${mask === undefined ? '' : maskLoader(5, mask)}
-@group(0) @binding(6) var<storage, read> gradient_keys: array<vec4<${half ? 'u32' : 'f32'}>>;
+@group(0) @binding(6) var<storage, read> gradient_keys: array<vec4<${half || codes ? 'u32' : 'f32'}>>;
 ${softcap ? SOFTCAP : ''}
 ${dotInt8(packedDot)}`;
 }
 
 /** Declarations of a kernel's bindings and of its workgroup memory. */
 function declarations(config: GradientConfig, { ownsQueries, row, I }: Parts): string {
-  const { own, passing, ownThreads, dtypes } = config;
-  const tile = `array<array<array<vec4<f32>, ${passing / 4 + 1}>, ${ownThreads}>, ${I.length}>`;
+  const { own, passing, ownThreads, dtypes, codes } = config;
+  const tile = `array<array<array<${codes ? `u32, ${passing / 4}` : `vec4<f32>, ${passing / 4 + 1}`}>, ${ownThreads}>, ${I.length}>`;
   return `${scoreGradientDeclarations(config, GRADIENT_PARAMS)}
 ${PLACES}
 @group(0) @binding(7) var<storage, read_write> first_gradient: array<u32>;
 ${ownsQueries ? '' : '@group(0) @binding(8) var<storage, read_write> value_gradient: array<u32>;'}
 ${packer(ownsQueries ? dtypes.slice(0, 1) : dtypes)}
 var<workgroup> tile_s: ${tile};
+${codes ? `var<workgroup> maxima: array<atomic<u32>, ${2 * own * (ownsQueries ? 1 : 2)}>;` : ''}
 ${
   ownsQueries
     ? ''
@@ -339,6 +367,101 @@ ${
 var<workgroup> bad: array<atomic<u32>, ${own}>;
 var<workgroup> channels: array<atomic<u32>, ${own * row.channelWords}>;`
 }`;
+}
+
+/** P or dS in codes, and what they are multiplied by. */
+interface CodedProduct {
+  /** Prefix of the registers with P or dS, and its tile of codes. */
+  readonly weight: 'p' | 'ds';
+  readonly tile: string;
+  /** Of the sums `sums_<i>_<v>`. */
+  readonly sums: 'a' | 'b';
+  readonly channels: readonly number[];
+  /** First of the rows that have the other operand's codes. */
+  readonly row: number;
+}
+
+function codedProducts({ ownsQueries, headQuads, valueQuads }: Parts): readonly CodedProduct[] {
+  const scores = { weight: 'ds', tile: 'tile_s', sums: 'a', channels: headQuads } as const;
+  if (ownsQueries) return [{ ...scores, row: CODE_ROWS.k }];
+  return [
+    { ...scores, row: CODE_ROWS.q },
+    { weight: 'p', tile: 'tile_p', sums: 'b', channels: valueQuads, row: CODE_ROWS.dOutput },
+  ];
+}
+
+/** Words of codes whose loads are under way together; a tile has a multiple of it. */
+const WORDS = 4;
+
+/** From P and dS of a tile in registers to the sums, by way of codes. */
+function accumulateCodes(config: GradientConfig, parts: Parts): string {
+  const { I, quads, passer, passingAt, ownToken, row, key } = parts;
+  const { own, passingThreads } = config;
+  const list = codedProducts(parts);
+  const vectors = (passer === 'key' ? key : row).vectors;
+  const passing = (at: string) => `${passer === 'key' ? 'gradient_keys' : 'gradient_rows'}[block + ${at}]`;
+  const maximum = (turn: string, product: number, i: number) =>
+    `maxima[(${turn} * ${list.length}u + ${product}u) * ${own}u + ${ownToken(i)}]`;
+  const each = (f: (product: CodedProduct, x: number, i: number) => string) =>
+    list.flatMap((product, x) => I.map((i) => f(product, x, i))).join('\n    ');
+  const weights = ({ weight }: CodedProduct, i: number, q: number) =>
+    `vec4<f32>(${range(4)
+      .map((e) => `${weight}_${i}_${4 * q + e}`)
+      .join(', ')})`;
+  const multiply = ({ tile, sums, channels, row: first }: CodedProduct, x: number) =>
+    channels
+      .map(
+        (v) => `{ let at = c + ${v * passingThreads}u;
+      ${I.map((i) => `var t_${i} = vec4<i32>();`).join(' ')}
+      for (var k = 0u; k < P.passingThreads * ${quads.length}u; k += ${WORDS}u) {
+        ${range(WORDS)
+          .map((w) => `let z_${w} = ${passing(`(${first + w}u + word + k) * ${vectors}u + at`)};`)
+          .join(' ')}
+        ${range(WORDS)
+          .flatMap((w) =>
+            I.map(
+              (i) =>
+                `{ let y = ${tile}[${i}][r][k + ${w}u]; t_${i} += vec4<i32>(${['x', 'y', 'z', 'w'].map((e) => `dot_int8(y, z_${w}.${e})`).join(', ')}); }`,
+            ),
+          )
+          .join('\n        ')}
+      }
+      let scale = bitcast<vec4<f32>>(${passing(`${(first + CODE_ROWS.scales) * vectors}u + at`)});
+      ${I.map((i) => `${sums}_${i}_${v} = fma(vec4<f32>(t_${i}) * scale, vec4<f32>(unit_${x}_${i}), ${sums}_${i}_${v});`).join(' ')} }`,
+      )
+      .join('\n    ');
+  return `
+    let block = ${passingAt.floats(`passing_first + u32(start) / ${GRADIENT_BLOCK}u * ${GRADIENT_BLOCK}u`)};
+    let word = u32(start) % ${GRADIENT_BLOCK}u / 4u;
+    ${list
+      .flatMap((product, x) =>
+        quads.map(
+          (q) =>
+            `let size_${x}_${q} = bitcast<vec4<f32>>(${passing(`${(product.row + CODE_ROWS.sizes) * vectors}u + word + c * ${quads.length}u + ${q}u`)});`,
+        ),
+      )
+      .join('\n    ')}
+    ${each((product, x, i) => {
+      const sized = quads.map((q) => `let w_${x}_${i}_${q} = ${weights(product, i, q)} * size_${x}_${q};`);
+      // As bits, a NaN is larger than all numbers.
+      const bits = quads.map((q) => `bitcast<vec4<u32>>(abs(w_${x}_${i}_${q}))`);
+      return `${sized.join(' ')}
+    { let m = ${bits.reduce((a, b) => `max(${a}, ${b})`)}; atomicMax(&${maximum('turn', x, i)}, max(max(m.x, m.y), max(m.z, m.w))); }`;
+    })}
+    workgroupBarrier();
+    if (c == 0u) { ${each((_, x, i) => `atomicStore(&${maximum('(1u - turn)', x, i)}, 0u);`)} }
+    ${each(
+      (
+        { tile },
+        x,
+        i,
+      ) => `let most_${x}_${i} = bitcast<f32>(max(atomicLoad(&${maximum('turn', x, i)}), ${SMALLEST_MAXIMUM}));
+    let unit_${x}_${i} = most_${x}_${i} / ${MOST};
+    { let over = ${MOST} / most_${x}_${i}; ${quads.map((q) => `${tile}[${i}][r][c * ${quads.length}u + ${q}u] = integers_of(w_${x}_${i}_${q} * over);`).join(' ')} }`,
+    )}
+    turn = 1u - turn;
+    workgroupBarrier();
+    ${list.map(multiply).join('\n    ')}`;
 }
 
 /** The walk over the tokens that pass by, from `begin` to `end`; `passing_at` is the row of the tile's first. */
@@ -353,13 +476,7 @@ function walk(config: GradientConfig, parts: Parts): string {
     `vec4<f32>(${range(4)
       .map((e) => `${name}_${i}_${4 * q + e}`)
       .join(', ')})`;
-  return `for (var start = begin; start < end; start += ${passing}) {
-    let passing_at = passing_first + u32(start);
-    ${products(parts)}
-    ${numbers.join('')}
-    var poison = 0u;
-    ${I.flatMap((i) => N.map((n) => weigh(config, parts, i, n))).join('')}
-    workgroupBarrier();
+  const throughFloats = `workgroupBarrier();
     ${I.flatMap((i) =>
       quads.map(
         (q) =>
@@ -367,10 +484,16 @@ function walk(config: GradientConfig, parts: Parts): string {
       ),
     ).join('\n    ')}
     workgroupBarrier();
-    ${accumulate(config, parts)}
+    ${accumulate(config, parts)}`;
+  return `for (var start = begin; start < end; start += ${passing}) {
+    let passing_at = passing_first + u32(start);
+    ${products(parts)}
+    ${numbers.join('')}
+    var poison = 0u;
+    ${I.flatMap((i) => N.map((n) => weigh(config, parts, i, n))).join('')}
+    ${config.codes ? accumulateCodes(config, parts) : throughFloats}
   }`;
 }
-
 export function gradientKernel(config: GradientConfig): string {
   const { passing, passingThreads } = config;
   const parts = partsOf(config);
@@ -407,6 +530,7 @@ export function gradientKernel(config: GradientConfig): string {
   ${I.map((i) => `if (bad_${i} != 0u) { atomicOr(&bad[${ownToken(i)}], bad_${i}); }`).join(' ')}
   workgroupBarrier();`;
   return `${declarations(config, parts)}
+${config.codes ? INTEGERS_OF : ''}
 
 @compute @workgroup_size(${threads})
 fn main(@builtin(workgroup_id) group: vec3<u32>, @builtin(local_invocation_index) lid: u32) {
@@ -417,7 +541,7 @@ ${OWN_TILE}
   let key_length = i32(sequence_field(sequence, ${SEQUENCE.keyLength}u));
   let lower = i32(sequence_field(sequence, ${SEQUENCE.lower}u));
   let upper = i32(sequence_field(sequence, ${SEQUENCE.upper}u));
-  ${sums.join(' ')}
+  ${sums.join(' ')}${config.codes ? '\n  var turn = 0u;' : ''}
   ${body}
   ${I.map((i) => finish(config, parts, i)).join('')}
 }`;

@@ -11,24 +11,40 @@ export interface GradientDims {
    * in float32.
    */
   readonly half?: boolean;
+  /** Q, dO and K are also in codes, see {@link CODE_ROWS}. Default: not. Not with `half`. */
+  readonly codes?: boolean;
 }
 
 /**
- * A query's row in vectors of four words: Q, dO (a NaN or an infinity as 0), in `half` what the matrix kernel needs of the row, its facts,
+ * Where the codes of a block's tokens are, once `codes.ts` has made them: in the place of Q, or of K, in so many rows of the block from an
+ * operand's first on. A vector of a row is of four channels. In each of the first 8 rows of an operand a word has the codes of one
+ * channel for four tokens, in the next row are the scales of the channels, and in the last the sizes of the block's tokens, four to a vector.
+ */
+export const CODE_ROWS = {
+  q: 0,
+  dOutput: 10,
+  k: 0,
+  scales: GRADIENT_BLOCK / 4,
+  sizes: GRADIENT_BLOCK / 4 + 1,
+} as const;
+
+/**
+ * A query's row in vectors of four words: Q (with codes, as wide as the wider of Q and dO), dO (a NaN or an infinity as 0), in `half` what the matrix kernel needs of the row, its facts,
  * in `half` the powers of two of Q and dO, and a bit for each channel of dO that is no number.
  *
  * Facts: `top` and `factor`, for `P = factor * exp(S - top)`, a factor of 0 where the row sees nothing; `rowsum(dO o O)`; flags.
  * What the matrix kernel needs: the scale of its codes; what to take from its scores so that `exp2` gives P times dO's power of two; Q's
  * power of two, negative where a row has flags; `rowsum(dO o O)` over dO's power of two.
  */
-export const gradientRow = ({ headDimPadded, valueDimPadded, half = false }: GradientDims) => {
+export const gradientRow = ({ headDimPadded, valueDimPadded, half = false, codes = false }: GradientDims) => {
   const perVector = half ? 8 : 4;
-  const ready = (headDimPadded + valueDimPadded) / perVector;
+  const dOutput = (codes ? Math.max(headDimPadded, valueDimPadded) : headDimPadded) / perVector;
+  const ready = dOutput + valueDimPadded / perVector;
   const facts = half ? ready + 1 : ready;
   const channels = half ? facts + 2 : facts + 1;
   const channelWords = valueDimPadded / 32;
   return {
-    dOutput: headDimPadded / perVector,
+    dOutput,
     ready,
     facts,
     scales: facts + 1,

@@ -57,17 +57,21 @@ const loadRow = (name: string, x: string, source: string, stride: string, dim: n
   `var ${x}: array<vec4<f32>, 4>;
     if (row < count) { ${x} = load_${name}(${source} + row * ${stride} + channel, min(16u, max(${dim}u, channel) - channel)); }`;
 
-/** Magnitudes of the rows of a block, of two operands: `largest[row]` and `largest[GRADIENT_BLOCK + row]`. */
-const MAGNITUDES = `
+/** Magnitudes of the rows of a block, of two operands, `largest[row]` and `largest[GRADIENT_BLOCK + row]`, and the powers of two that rows are divided by. */
+export const POWERS = `
 var<workgroup> largest: array<atomic<u32>, ${2 * GRADIENT_BLOCK}>;
-fn note_magnitude(at: u32, x: array<vec4<f32>, 4>) {
-  let m = max(max(abs(x[0]), abs(x[1])), max(abs(x[2]), abs(x[3])));
+fn note_largest(at: u32, m: vec4<f32>) {
   atomicMax(&largest[at], bitcast<u32>(max(max(m.x, m.y), max(m.z, m.w))));
 }
 /** The exponent's field of the power of two that a row is divided by. */
 fn power_field(at: u32) -> u32 { return clamp(atomicLoad(&largest[at]) >> 23u, 2u, 254u) - 1u; }
 fn power(at: u32) -> f32 { return bitcast<f32>(power_field(at) << 23u); }
-fn over_power(at: u32) -> f32 { return bitcast<f32>((254u - power_field(at)) << 23u); }
+fn over_power(at: u32) -> f32 { return bitcast<f32>((254u - power_field(at)) << 23u); }`;
+
+const MAGNITUDES = `${POWERS}
+fn note_magnitude(at: u32, x: array<vec4<f32>, 4>) {
+  note_largest(at, max(max(abs(x[0]), abs(x[1])), max(abs(x[2]), abs(x[3]))));
+}
 fn halves(x: vec4<f32>, y: vec4<f32>) -> vec4<u32> {
   return vec4<u32>(pack2x16float(x.xy), pack2x16float(x.zw), pack2x16float(y.xy), pack2x16float(y.zw));
 }`;
