@@ -16,12 +16,14 @@ const seed = runSeed();
 
 describe(`warps with keys of their own (SAGEATTENTION_SEED=${seed})`, () => {
   it.each([
-    ['qk-int8-pv-fp16-cuda', 'sm_80', 5, 1, 64, 0.02],
-    ['qk-int8-pv-fp16-cuda', 'sm_80', 3, 6, 64, 0.02],
-    ['qk-int8-pv-fp8-cuda', 'sm_89', 4, 6, 64, 0.08],
-    ['qk-int8-pv-fp8-cuda', 'sm_90a', 2, 1, 128, 0.08],
-    ['qk-fp4-pv-fp4', 'sm_90a', 5, 6, 64, 0.3],
-  ] as const)('%s, %s, %i warps, %i multiprocessors, D %i', (kernel, target, keyWarps, multiprocessors, dim, bound) => {
+    ['qk-int8-pv-fp16-cuda', 'sm_80', 5, 2, 2, 1, 64, 0.02],
+    ['qk-int8-pv-fp16-cuda', 'sm_80', 3, 1, 2, 6, 64, 0.02],
+    ['qk-int8-pv-fp8-cuda', 'sm_89', 4, 2, 2, 6, 64, 0.08],
+    ['qk-int8-pv-fp8-cuda', 'sm_90a', 2, 2, 1, 1, 128, 0.08],
+    ['qk-int8-pv-fp8-cuda', 'sm_90a', 3, 1, 1, 1, 64, 0.08],
+    ['qk-fp4-pv-fp4', 'sm_90a', 5, 1, 1, 6, 64, 0.3],
+  ] as const)('%s, %s, %i warps with %i and %i stages of K and V, %i multiprocessors, D %i', (...row) => {
+    const [kernel, target, keyWarps, keyStages, valueStages, multiprocessors, dim, bound] = row;
     const random = new Random(seed);
     const [heads, keys] = [8, 300 + Math.floor(random.uniform() * 400)];
     const make = (count: number, length: number): Tensor =>
@@ -30,7 +32,8 @@ describe(`warps with keys of their own (SAGEATTENTION_SEED=${seed})`, () => {
     const problem = createProblem(given.q, given.k, given.v, { returnLse: true });
     const choice = chooseOptions(descriptorOf(kernel), problem, {});
     const device = { target: target as Target, multiprocessors };
-    const plan = planLaunches(problem, choice, device, { overrides: { keyWarps, minBlocksPerMultiprocessor: 1 } });
+    const overrides = { keyWarps, keyStages, valueStages, minBlocksPerMultiprocessor: 1 };
+    const plan = planLaunches(problem, choice, device, { overrides });
     const launch = plan.launches.find(({ name }) => name === 'attention');
     expect(launch?.block[0]).toBe(32 * keyWarps);
     expect(plan.launches.some(({ name }) => name === 'combine splits')).toBe(false);
