@@ -26,7 +26,7 @@ import { backwardChecks } from './backward-checks.ts';
 import { type Check, deviceChecks, hostCost, kernelChecks, largeChecks, memoryChecks } from './checks.ts';
 import { distributedChecks } from './distributed-checks.ts';
 import { driverChecks } from './driver-checks.ts';
-import { pageChecks } from './page-checks.ts';
+import { pageCases, pageChecks } from './page-checks.ts';
 import { targetsFor } from './targets.ts';
 
 /** Under compute-sanitizer: one small case of each kernel and no more. */
@@ -166,7 +166,11 @@ function groupsOf(backend: CudaBackend, cuda: Cuda, targets: readonly Target[], 
         })),
       alone: false,
     },
-    { name: 'pages', checks: () => pageChecks(() => ({ device, seed })), alone: false },
+    {
+      name: 'pages',
+      checks: () => pageChecks(() => ({ device, seed }), pageCases(device.computeCapability)),
+      alone: false,
+    },
     { name: 'distributed', checks: () => distributedChecks(backend, cuda, seed), alone: false },
     ...targets.map((target) => ({
       name: target.name,

@@ -14,6 +14,7 @@ import {
   type PagedAttendOptions,
   upload,
 } from '../../src/backends/cuda/index.ts';
+import { lackedBy } from '../../src/backends/cuda/kernel-table.ts';
 import type { PagePlanner } from '../../src/backends/cuda/launches/pages.ts';
 import { copyToDevice } from '../../src/backends/cuda/tensor.ts';
 import type { KernelName } from '../../src/index.ts';
@@ -46,6 +47,7 @@ export interface PageTarget {
 const BOUNDS: Readonly<Partial<Record<KernelName, readonly [relativeL1: number, lse: number]>>> = {
   'qk-int8-pv-fp16': [0.03, 0.07],
   'qk-int8-pv-fp16-cuda': [0.03, 0.07],
+  'qk-int8-pv-fp8-cuda': [0.11, 0.07],
   'qk-fp4-pv-fp4': [0.3, 1.27],
 };
 
@@ -55,6 +57,8 @@ const CASES: readonly PageCase[] = (
     ['qk-int8-pv-fp16-cuda', 'bfloat16', 2, 128, 128],
     ['qk-int8-pv-fp16-cuda', 'float16', 3, 72, 40],
     ['qk-int8-pv-fp16', 'float16', 1, 64, 64],
+    ['qk-int8-pv-fp8-cuda', 'bfloat16', 2, 128, 128],
+    ['qk-int8-pv-fp8-cuda', 'float16', 1, 72, 40],
     ['qk-fp4-pv-fp4', 'bfloat16', 2, 128, 128],
     ['qk-fp4-pv-fp4', 'float16', 1, 40, 72],
   ] as const
@@ -72,6 +76,17 @@ function bench({ device, planner, seed }: PageTarget, { kernel, dtype, kvHeads, 
   const random = new Random(seed);
   const held: { dispose(): void }[] = [];
   const make = (shape: readonly number[]): Tensor => place(random.normals(elementCount(shape)), shape, dtype);
+  /** As `make`, but sequences and channels have magnitudes of their own, up to 2^9 apart. */
+  const makeUnequal = (shape: readonly [batch: number, heads: number, tokens: number, dim: number]): Tensor => {
+    const [batch, heads, tokens, dim] = shape;
+    const powers = (count: number, most: number) => Array.from({ length: count }, () => 2 ** random.integer(0, most));
+    const [ofSequence, ofChannel] = [powers(batch, 6), powers(dim, 3)];
+    const unequal = random.normals(elementCount(shape)).map((value, i) => {
+      const sequence = Math.floor(i / (heads * tokens * dim));
+      return value * (ofSequence[sequence] as number) * (ofChannel[i % dim] as number);
+    });
+    return place(unequal, shape, dtype);
+  };
   const send = (view: Tensor): CudaTensor => {
     const sent = upload(view, device);
     held.push(sent);
@@ -102,13 +117,13 @@ function bench({ device, planner, seed }: PageTarget, { kernel, dtype, kvHeads, 
   const free = () => {
     for (const each of held.reverse()) each.dispose();
   };
-  return { random, make, send, onDevice, poolOf, tableOf, free };
+  return { random, make, makeUnequal, send, onDevice, poolOf, tableOf, free };
 }
 
 /** Prompts of unequal lengths, then one token and then several: each sequence's rows are those over its own tokens. */
 async function growing(target: PageTarget, given: PageCase): Promise<string> {
   const { kernel, kvHeads, headDim, valueDim, tokens } = given;
-  const { random, make, send, onDevice, poolOf, tableOf, free } = bench(target, given);
+  const { random, make, makeUnequal, send, onDevice, poolOf, tableOf, free } = bench(target, given);
   const [least, room] = tokens;
   const pageSize = random.pick([64, 128, 256]);
   const pagesPerSequence = Math.ceil(room / pageSize);
@@ -117,7 +132,9 @@ async function growing(target: PageTarget, given: PageCase): Promise<string> {
   const pool = poolOf(batch * pagesPerSequence + 2, pageSize);
   const pages = tableOf(batch, pagesPerSequence, pool.pages);
   const most = Math.max(...lengths);
-  const [k, v] = [make([batch, kvHeads, most, headDim]), make([batch, kvHeads, most, valueDim])];
+  // FP8 has scales for the channels of each tile, which must be those of the right page.
+  const makeValues = kernel === 'qk-int8-pv-fp8-cuda' ? makeUnequal : make;
+  const [k, v] = [make([batch, kvHeads, most, headDim]), makeValues([batch, kvHeads, most, valueDim])];
   // Prompts of unequal lengths end together: what is missing stands before them.
   const held = (until: number) => Int32Array.from(lengths.map((length) => Math.max(0, length - (most - until))));
   const prompt = random.integer(1, most - 2);
@@ -256,8 +273,11 @@ async function captured(target: PageTarget, given: PageCase): Promise<undefined>
 
 const nameOf = ({ kernel, dtype, headDim, valueDim }: PageCase) => `${kernel} ${dtype} D${headDim} Dv${valueDim}`;
 
-/** @param cases default: those of a card */
-export function pageChecks(targetOf: () => PageTarget, cases: readonly PageCase[] = CASES): Check[] {
+/** The cases that a card runs. */
+export const pageCases = (computeCapability: number): readonly PageCase[] =>
+  CASES.filter(({ kernel }) => lackedBy(kernel, computeCapability) === undefined);
+
+export function pageChecks(targetOf: () => PageTarget, cases: readonly PageCase[]): Check[] {
   return cases.flatMap((given) => [
     {
       name: `${nameOf(given)}: rows are those of each sequence, however its tokens were appended`,

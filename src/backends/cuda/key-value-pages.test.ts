@@ -17,7 +17,7 @@ let backend: CudaBackend;
 let device: CudaDevice;
 
 beforeAll(async () => {
-  backend = createSimulatedBackend(80);
+  backend = createSimulatedBackend(89);
   device = (await backend.cuda()).device(0);
   await setBackend(backend);
 });
@@ -40,11 +40,12 @@ const checksOf = (given: PageCase) =>
   );
 // Long enough that one token's keys are split.
 const ofInt8 = checksOf({ ...dims, kernel: 'qk-int8-pv-fp16-cuda', tokens: [300, 640] });
+const ofFp8 = checksOf({ ...dims, kernel: 'qk-int8-pv-fp8-cuda', tokens: [65, 200] });
 const ofFp4 = checksOf({ ...dims, kernel: 'qk-fp4-pv-fp4', tokens: [65, 128] });
 
 describe(`keys and values in pages (SAGEATTENTION_SEED=${seed})`, () => {
-  // Simulating FP4 is slow: what does not depend on the format runs with one of them.
-  it.each([...ofInt8, ...ofFp4.slice(0, 1)])('%s', async (_name, run) => {
+  // Simulating is slow: what does not depend on the format of V runs with one of them.
+  it.each([...ofInt8, ...ofFp8.slice(0, 2), ...ofFp4.slice(0, 1)])('%s', async (_name, run) => {
     await run();
   });
 

@@ -42,7 +42,10 @@ export interface KeyValuePagesOptions {
   readonly pages: number;
   /** Tokens of a page: a power of two, 64 or more; default 256. */
   readonly pageSize?: number;
-  /** `qk-int8-pv-fp16-cuda` (default), `qk-int8-pv-fp16` or `qk-fp4-pv-fp4`. */
+  /**
+   * `qk-int8-pv-fp16-cuda` (default), `qk-int8-pv-fp16`, `qk-int8-pv-fp8-cuda` (sm_89 and later; V in E4M3 with a scale for each channel of each 64
+   * tokens) or `qk-fp4-pv-fp4`.
+   */
   readonly kernel?: KernelName;
   /** Default true. The vector is the mean of K of the first sequence of the first append. */
   readonly smoothK?: boolean;
@@ -110,11 +113,12 @@ export function createKeyValuePages(
   const given = takeOptions(options, POOL_OPTIONS);
   const name = given.kernel ?? 'qk-int8-pv-fp16-cuda';
   const descriptor = CUDA_KERNELS.find((kernel) => kernel.name === name);
-  // V in FP8 has scales of whole sequences; FP4 products smooth Q, which reads all of K as it came.
-  const isHeldByTile = descriptor?.pvFormat === 'f16' || (descriptor?.pvFormat === 'e2m1' && !descriptor.blockScaled);
+  // What smooths Q reads all of K as it came.
+  const isHeldByTile = descriptor?.qkFormat === 's8' || (descriptor?.pvFormat === 'e2m1' && !descriptor.blockScaled);
   const target = targetFor(device.computeCapability);
   if (descriptor?.family !== 'mma-sync' || !isHeldByTile || target === undefined) {
-    const expected = "no keys in pages; 'qk-int8-pv-fp16-cuda', 'qk-int8-pv-fp16' and 'qk-fp4-pv-fp4' do";
+    const expected =
+      "no keys in pages; 'qk-int8-pv-fp16-cuda', 'qk-int8-pv-fp16', 'qk-int8-pv-fp8-cuda' and 'qk-fp4-pv-fp4' do";
     throw new UnsupportedOptionError(String(name), 'options.kernel', expected, `'${String(name)}'`);
   }
   const kvHeads = requireCount('kvHeads', given.kvHeads, 2 ** 16);
@@ -125,7 +129,12 @@ export function createKeyValuePages(
   const held = { device, kvHeads, headDim, valueDim, dtype: given.dtype };
   const problem = problemOf(held, 0, 0);
   const { smoothK } = given;
-  const choice = chooseOptions(descriptorOf(name), problem, smoothK === undefined ? {} : { smoothK });
+  const chosen = descriptorOf(name);
+  const choice = chooseOptions(chosen, problem, {
+    ...(smoothK === undefined ? {} : { smoothK }),
+    // FP16 sums leave V few codes; scales of its own take a tile's sums to FP32 anyway.
+    ...(chosen.pvFormat === 'e4m3' ? { pvAccumDtype: 'fp32+fp32' as const } : {}),
+  });
   const facts = { target, multiprocessors: device.multiprocessors };
   const pages = { pageTokens, poolPages, pagesPerSequence: 1 };
   return new KeyValuePages(held, { choice, device: facts, pages }, planner);

@@ -55,11 +55,14 @@ describe('keys in pages', () => {
   test.skipIf(version === undefined).each([
     ['qk-int8-pv-fp16-cuda', 'sm_80'],
     ['qk-int8-pv-fp16-cuda', 'sm_90a'],
+    ['qk-int8-pv-fp8-cuda', 'sm_89'],
+    ['qk-int8-pv-fp8-cuda', 'sm_90a'],
     ['qk-fp4-pv-fp4', 'sm_89'],
   ] as const)('%s on %s: a token and its append do not spill', (kernel, target) => {
     const operand = (heads: number, tokens: number) => emptyTensor([4, heads, tokens, 128], 'bfloat16');
     const problem = createProblem(operand(32, 1), operand(8, 512), operand(8, 512), {});
-    const choice = chooseOptions(descriptorOf(kernel), problem, {});
+    const accumulator = kernel === 'qk-int8-pv-fp8-cuda' ? ({ pvAccumDtype: 'fp32+fp32' } as const) : {};
+    const choice = chooseOptions(descriptorOf(kernel), problem, accumulator);
     const pages = { pageTokens: 256, poolPages: 64, pagesPerSequence: 16 };
     const facts = { choice, device: { target, multiprocessors: 132 }, pages };
     const { planAppendPages, planAttendPages } = PAGE_PLANNER;

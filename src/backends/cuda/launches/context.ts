@@ -8,7 +8,7 @@ import { InvalidArgumentError, UnsupportedOptionError } from '../../../errors.ts
 import type { DType } from '../../../tensor/dtype.ts';
 import type { OperandLayout } from '../../../tensor/tensor.ts';
 import type { KernelChoice } from '../../backend.ts';
-import { BLOCK_K } from '../kernels/mma-sync/config.ts';
+import { BLOCK_K, scalesEachTile as ofEachTile } from '../kernels/mma-sync/config.ts';
 import type { TileConfig } from '../kernels/mma-sync/tiles.ts';
 import { roundUp } from '../kernels/parts/constants.ts';
 import { BYTES, type LoadWidth } from '../kernels/parts/elements.ts';
@@ -242,6 +242,9 @@ function bandOfToken({ band: { lower, upper, align }, keyLength }: AttentionProb
 /** K in pages is smoothed by one vector for each head: pages may belong to several sequences. */
 export const oneMean = ({ pages }: Context): { readonly oneMean?: true } =>
   pages === undefined ? {} : { oneMean: true };
+
+export const scalesEachTile = ({ pages, scheme }: Context): boolean =>
+  ofEachTile({ pvFormat: scheme.pvFormat, pageTokens: pages?.pageTokens });
 
 export const constantsOf = ({ layout }: Context): Record<BufferName, Uint8Array> => ({
   sequences: new Uint8Array(layout.table.buffer),

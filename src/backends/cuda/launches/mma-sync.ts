@@ -63,6 +63,7 @@ import {
   type KeyValuePart,
   lengthSplitsOf,
   loadWidthOf,
+  scalesEachTile,
   splitsOf,
 } from './context.ts';
 import { fp4KeyLaunch, fp4QueryLaunch, fp4QueryScratch, fp4ValueLaunch } from './fp4.ts';
@@ -131,7 +132,9 @@ function meanScoresLaunch(context: Context): KernelLaunch {
 }
 
 /** Bytes of what a CTA holds of Q, K and V. */
-function tileBytesOf(scheme: Scheme): TileBytes {
+function tileBytesOf(context: Context): TileBytes {
+  const { scheme } = context;
+  const eachTile = scalesEachTile(context);
   const { qkRowBytes, queryRowBytes, paddedValueDim, pvFormat } = scheme;
   const [fp4Keys, fp4Values] = [hasFp4Keys(scheme), hasFp4Values(scheme)];
   const [exact, halves] = [isExact(scheme), pvFormat === 'f16' || pvFormat === 'bf16'];
@@ -144,7 +147,7 @@ function tileBytesOf(scheme: Scheme): TileBytes {
     // Four bytes for 64 channels of a row.
     queryScales: scheme.qkFormat === 'e2m1' ? qkRowBytes / 8 : 0,
     keyScales: fp4Keys ? qkRowBytes / 8 : 0,
-    valueTile: ofValue + (fp4Values ? paddedValueDim * 4 : 0),
+    valueTile: ofValue + (fp4Values || eachTile ? paddedValueDim * 4 : 0),
   };
 }
 
@@ -211,7 +214,7 @@ function shapeOf(context: Context) {
   const { batch, queryHeads, queryLength, dtype, valueDim } = problem;
   const { target } = device;
   const tile = {
-    ...chooseTile(target, tileBytesOf(scheme), scheme.paddedValueDim, {
+    ...chooseTile(target, tileBytesOf(context), scheme.paddedValueDim, {
       queryLength,
       smoothQ: choice.smoothQ !== false,
       unpacksFp4: scheme.qkFormat === 'e2m1-as-f16',

@@ -30,7 +30,7 @@ import {
   valueThreads,
 } from '../kernels/quantize/value.ts';
 import { f32, inOrder, launch, moduleOf, pointer, strideBytes, u32 } from './arguments.ts';
-import { BLOCK_Q, type Context, loadWidthOf, oneMean } from './context.ts';
+import { BLOCK_Q, type Context, loadWidthOf, oneMean, scalesEachTile } from './context.ts';
 import type { BufferName, KernelLaunch } from './launch.ts';
 import { visibleKeysPointer, visibleKeysScratch } from './visible-keys.ts';
 
@@ -51,12 +51,14 @@ export const KEY_VALUE_BUFFERS = [
 ] as const;
 
 /** Bytes of the buffers that hold quantized K and V. */
-export function keyValueBytes({ problem, choice, layout, scheme }: Context): Record<BufferName, number> {
+export function keyValueBytes(context: Context): Record<BufferName, number> {
+  const { problem, choice, layout, scheme } = context;
   const { kvHeads, batch } = problem;
   if (isExact(scheme)) return {};
   const rows = kvHeads * layout.paddedKeys;
   const fp8 = scheme.pvFormat.startsWith('e4m3');
   const [fp4Keys, fp4Values] = [hasFp4Keys(scheme), hasFp4Values(scheme)];
+  const valueScales = scalesEachTile(context) ? rows / BLOCK_K : batch * kvHeads;
   return {
     key: rows * scheme.qkRowBytes,
     keyScale: (rows / BLOCK_K) * scheme.keyGroups * 4,
@@ -66,7 +68,7 @@ export function keyValueBytes({ problem, choice, layout, scheme }: Context): Rec
     value: rows * scheme.paddedValueDim * (fp4Values ? 0.5 : fp8 ? 1 : 2),
     ...(fp4Keys ? { keyBlockScale: rows * (scheme.paddedDim / FP4_BLOCK) } : {}),
     ...(fp4Values ? { valueBlockScale: rows * (scheme.paddedValueDim / FP4_BLOCK) } : {}),
-    ...(fp8 ? { valueScale: batch * kvHeads * scheme.paddedValueDim * 4 } : {}),
+    ...(fp8 ? { valueScale: valueScales * scheme.paddedValueDim * 4 } : {}),
     ...(scheme.sharesRange ? { rangeShift: batch * kvHeads * 4 } : {}),
     ...(scheme.valueTileScales || fp4Values ? { valueTileScale: (rows / BLOCK_K) * 4 } : {}),
     ...(choice.smoothV ? { valueMean: batch * kvHeads * scheme.paddedValueDim * 4 } : {}),
@@ -78,7 +80,7 @@ export function keyValueScratch(context: Context): Record<BufferName, number> {
   const { problem, scheme } = context;
   if (isExact(scheme)) return {};
   const visible = visibleKeysScratch(context);
-  if (!scheme.pvFormat.startsWith('e4m3') || scheme.valueTileScales) return visible;
+  if (!scheme.pvFormat.startsWith('e4m3') || scheme.valueTileScales || scalesEachTile(context)) return visible;
   return { ...visible, valueMaximum: problem.batch * problem.kvHeads * VALUE_CHUNKS * scheme.paddedValueDim * 4 };
 }
 
@@ -214,7 +216,10 @@ export function valueLaunches(context: Context): KernelLaunch[] {
       ...(choice.smoothV ? { valueMean: pointer('valueMean') } : {}),
       ...(scheme.pvFormat === 'f16'
         ? {}
-        : { valueMaximum: pointer('valueMaximum'), valueScale: pointer('valueScale') }),
+        : {
+            ...(scalesEachTile(context) ? {} : { valueMaximum: pointer('valueMaximum') }),
+            valueScale: pointer('valueScale'),
+          }),
       value: pointer('value'),
       keyScale: pointer('keyScale'),
       keyFaults: pointer('keyFaults'),
@@ -232,9 +237,22 @@ export function valueLaunches(context: Context): KernelLaunch[] {
       launch('convert V', module, 'convertValue', blocks, valueThreads(valueConfig), 0, valueArguments(valueTiles)),
     ];
   }
-  const maximumModule = moduleOf('valueMaximum', valueMaximum, valueConfig);
-  const quantizeConfig = { ...valueConfig, vMax: scheme.vMax, sharesRange: scheme.sharesRange };
+  const quantizeConfig = {
+    ...valueConfig,
+    ...{ vMax: scheme.vMax, sharesRange: scheme.sharesRange, scalesEachTile: scalesEachTile(context) },
+  };
   const quantizeModule = moduleOf('quantizeValue', quantizeValue, quantizeConfig);
+  const quantize = launch(
+    'quantize V',
+    quantizeModule,
+    'quantizeValue',
+    valueTiles * kvHeads * batch,
+    quantizeValueThreads(valueConfig),
+    quantizeModule.kernel().sharedBytes,
+    valueArguments(valueTiles),
+  );
+  if (quantizeConfig.scalesEachTile) return [quantize];
+  const maximumModule = moduleOf('valueMaximum', valueMaximum, valueConfig);
   return [
     launch(
       'maxima of V',
@@ -245,15 +263,7 @@ export function valueLaunches(context: Context): KernelLaunch[] {
       maximumModule.kernel().sharedBytes,
       valueArguments(VALUE_CHUNKS),
     ),
-    launch(
-      'quantize V',
-      quantizeModule,
-      'quantizeValue',
-      valueTiles * kvHeads * batch,
-      quantizeValueThreads(valueConfig),
-      quantizeModule.kernel().sharedBytes,
-      valueArguments(valueTiles),
-    ),
+    quantize,
   ];
 }
 

@@ -196,7 +196,7 @@ function attendTile(loop: Loop): void {
   const lane = lanes.value ?? valueLaneAddress(frame, parked.threadNow());
   const base = config.valueStages === 1 ? lane : staged(frame, lane, tiles.value, position);
   if (unit !== undefined) fp4?.multiplyValues(scores, output, loop.softmax, unit, base);
-  else multiplyValues(frame, scores, output, seeds, base);
+  else multiplyValues(frame, scores, output, seeds, base, channelScalesAt(loop, position));
 
   b.section('next tile');
   walk.advance(parked);
@@ -215,6 +215,15 @@ function loadValueUnit({ frame, parked }: Loop, place: Reg<'s32'>): Reg<'f32'> {
   if (fp4 === undefined) throw new Error('V is not NVFP4');
   const index = b.add(parked.reload().firstKeyTile, b.as(place, 'u32'));
   return b.ld('f32', offset(b, b.loadPointer(fp4.valueTileScale), index, 4), 0, { readOnly: true });
+}
+
+/** Where this lane's two channels of the first eight have their scales of this tile; undefined where V has none by tile. */
+function channelScalesAt({ frame, parked }: Loop, position: Reg<'s32'>): Reg<'shared'> | undefined {
+  const { b, config, tiles } = frame;
+  if (tiles.valueScales === undefined) return undefined;
+  const lane = b.as(b.shl(b.and(parked.threadNow(), 3), 3), 'shared');
+  const own = b.add(frame.own(tiles.valueScales.base), lane);
+  return config.valueStages === 1 ? own : staged(frame, own, tiles.valueScales, position);
 }
 
 /** Sends for the next tile of K and V, or for this one's V where it has one buffer. */

@@ -158,6 +158,13 @@ export const hasFp4Keys = ({ qkFormat }: Pick<AttentionConfig, 'qkFormat'>) => q
 /** V is NVFP4; the rows of K are in an order that makes the accumulators of Q K^T the operand of P V then. */
 export const hasFp4Values = ({ pvFormat }: Pick<AttentionConfig, 'pvFormat'>) => pvFormat.startsWith('e2m1');
 
+/** V in FP8 has scales of its own for the channels of each tile of keys: pages may belong to any sequence. */
+export const scalesEachTile = ({
+  pvFormat,
+  pageTokens,
+}: Pick<AttentionConfig, 'pvFormat'> & { pageTokens?: number | undefined }) =>
+  pvFormat === 'e4m3' && pageTokens !== undefined;
+
 /** Rows of Q of a CTA. */
 export const blockQueries = ({ warps, rowsPerWarp }: Pick<AttentionConfig, 'warps' | 'rowsPerWarp'>) =>
   warps * rowsPerWarp;

@@ -125,14 +125,17 @@ export class TileCopies {
       return;
     }
     const base = b.loadPointer(pointer.value);
-    if (fp4Values) {
+    if (tiles.valueScales !== undefined) {
       const index = b.add(place.firstKeyTile, b.as(tile, 'u32'));
       const scales = config.valueStages === 1 ? this.#frame.own() : this.#scaleStage(tiles.valueScales, position);
-      this.#copyScales(tiles.valueScales, fp4?.valueBlockScale, index, scales, place.thread ?? this.#frame.thread());
-      // Rows are channels of one tile of keys.
-      const first = b.mul(index, config.paddedValueDim);
-      this.value.emit(this.#tokensAt(base, first, this.value, valueRowBytes, place.thread), into, valueRowBytes);
-      return;
+      const from = fp4Values ? fp4?.valueBlockScale : pointer.valueScale;
+      this.#copyScales(tiles.valueScales, from, index, scales, place.thread ?? this.#frame.thread());
+      if (fp4Values) {
+        // Rows are channels of one tile of keys.
+        const first = b.mul(index, config.paddedValueDim);
+        this.value.emit(this.#tokensAt(base, first, this.value, valueRowBytes, place.thread), into, valueRowBytes);
+        return;
+      }
     }
     if (!fp8) {
       const source = this.#tokensAt(base, this.#rowOfTile(place, tile), this.value, valueRowBytes, place.thread);

@@ -23,7 +23,7 @@ interface Results {
   /** Start of the head's rows, or of all partial rows; undefined where they stay in shared memory. */
   readonly base: Reg<'global'> | undefined;
   readonly tokenStride: Reg<'u64'>;
-  /** For each tile of 8 channels, the scales of the thread's two channels; empty if V has no scales. */
+  /** For each tile of 8 channels, the scales of the thread's two channels; empty if V has none, or has them by tile. */
   readonly scales: readonly (readonly Reg<'f32'>[])[];
   readonly means: readonly (readonly Reg<'f32'>[])[];
 }
@@ -58,7 +58,7 @@ export function writeResults(
       const own = offset(b, terms, b.mad(sequenceHead, config.paddedValueDim, t2), 4);
       return b.ldVector('f32', 2, own, n * 32, { readOnly: true });
     });
-  const scales = fp8 ? channelTerms('valueScale') : [];
+  const scales = fp8 && frame.tiles.valueScales === undefined ? channelTerms('valueScale') : [];
   const means = config.smoothV ? channelTerms('valueMean') : [];
   const partialRow =
     frame.results !== undefined
@@ -272,7 +272,7 @@ function storeRow(
   const width = isPartial(frame) ? config.paddedValueDim : config.valueDim;
   for (let n = 0; n < channelTiles && n * 8 < width; n++) {
     const pair = sumsOf(frame, output, r, n).map((value, j) => {
-      const factor = fp8 ? b.mul(rowFactor, at(at(scales, n), j)) : rowFactor;
+      const factor = scales.length > 0 ? b.mul(rowFactor, at(at(scales, n), j)) : rowFactor;
       const result = b.mul(value, factor);
       const mean = config.smoothV ? at(at(means, n), j) : undefined;
       const whole = mean === undefined ? result : keep === undefined ? b.add(result, mean) : b.fma(mean, keep, result);

@@ -26,6 +26,7 @@ import {
   hasFp4Values,
   LEAST_TILES,
   LENGTH_SPLIT_INTEGERS,
+  scalesEachTile,
 } from './config.ts';
 
 export interface Frame {
@@ -169,7 +170,9 @@ export function makeFrame(config: AttentionConfig): Frame {
       ? { queryScales: scaleTile(b, 'scales of Q', qkRowBytes / 32, blockQueries(config), 1) }
       : {}),
     ...(fp4Keys ? { keyScales: scaleTile(b, 'scales of K', qkRowBytes / 32, BLOCK_K, 2) } : {}),
-    ...(fp4Values ? { valueScales: scaleTile(b, 'scales of V', 1, paddedValueDim, config.valueStages) } : {}),
+    ...(fp4Values || scalesEachTile(config)
+      ? { valueScales: scaleTile(b, 'scales of V', 1, paddedValueDim, config.valueStages) }
+      : {}),
     // A byte for each token.
     ...(given === undefined ? {} : { faults: b.shared('faults of V', 1, rowMajor(BLOCK_K)) }),
   };

@@ -64,10 +64,21 @@ function multiplyCodes(
   else b.mma('m16n8k64.row.col.s32.s4.s4.s32', d, as(q, 's4x8'), as(keys, 's4x8'), c);
 }
 
-/** O += P V. `base` is this lane's place in ldmatrix. */
-export function multiplyValues(frame: Frame, weights: Scores, output: Output, seeds: Seeds, base: Reg<'shared'>): void {
+/**
+ * O += P V. `base` is this lane's place in ldmatrix.
+ *
+ * @param scales of the lane's channels in this tile of FP8, those of the next eight 32 bytes behind; undefined: they are of the whole sequence
+ */
+export function multiplyValues(
+  frame: Frame,
+  weights: Scores,
+  output: Output,
+  seeds: Seeds,
+  base: Reg<'shared'>,
+  scales?: Reg<'shared'>,
+): void {
   const { pvFormat, accumulate } = frame.config;
-  const product: Product = { frame, weights, output, seeds, base };
+  const product: Product = { frame, weights, output, seeds, base, scales };
   if (pvFormat === 'e4m3') multiplyFp8(product);
   else if (pvFormat === 'e4m3-as-f16') multiplyUnpackedFp8(product);
   else if (accumulate === 'f16-per-tile') multiplyHalvesPerTile(product);
@@ -80,6 +91,7 @@ interface Product {
   readonly output: Output;
   readonly seeds: Seeds;
   readonly base: Reg<'shared'>;
+  readonly scales: Reg<'shared'> | undefined;
 }
 
 /** V in FP16, [token, channel]. */
@@ -164,6 +176,7 @@ function multiplyFp8(product: Product): void {
   for (let n = 0; n < channelTiles; n++) {
     const words = b.ldmatrix('b32', 4, base, n * 8 * tiles.value.layout.rowBytes);
     const v = words.map((word) => b.as(word, 'e4m3x4'));
+    const ofTile = tileScales(product, n);
     for (let m = 0; m < rowTiles; m++) {
       const operands = [0, 1].map((k) => [at(at(p, m), k), v.slice(2 * k, 2 * k + 2)] as const);
       if (config.accumulate === 'f16-per-tile') {
@@ -180,10 +193,14 @@ function multiplyFp8(product: Product): void {
       for (const [k, [a, ofChannels]] of operands.entries()) {
         b.mma(shape, d, a, ofChannels, perTile && k === 0 ? seeds.zeros : d);
       }
-      if (perTile) promote(product, m, n, d);
+      if (perTile) promote(product, m, n, d, ofTile);
     }
   }
 }
+
+/** This tile's scales of the lane's two channels among eight; undefined where V has none by tile. */
+const tileScales = ({ frame: { b }, scales }: Product, n: number): Reg<'f32'>[] | undefined =>
+  scales && b.ldVector('f32', 2, scales, n * 32);
 
 /** P of one 16-row tile and 16 keys as the A fragment of mma.m16n8k16; in BF16 where V is, whatever the registers are called. */
 function halfFragment({ frame, weights }: Product, m: number, k: number): Reg<'f16x2'>[] {
@@ -226,13 +243,20 @@ function mmaHalf(
   else b.mma('m16n8k16.row.col.f32.f16.f16.f32', at(at(output.floats, m), n), p, v);
 }
 
-/** Adds a tile's FP32 or FP16 sums to the output. */
-function promote({ frame, output }: Product, m: number, n: number, sums: readonly (Reg<'f32'> | Reg<'f16x2'>)[]): void {
+/** Adds a tile's FP32 or FP16 sums to the output; `scales` of two channels, which FP32 sums are multiplied by. */
+function promote(
+  { frame, output }: Product,
+  m: number,
+  n: number,
+  sums: readonly (Reg<'f32'> | Reg<'f16x2'>)[],
+  scales?: readonly Reg<'f32'>[],
+): void {
   const { b } = frame;
   const into = at(at(output.floats, m), n);
   sums.forEach((register, i) => {
     if (register.kind === 'f32') {
-      b.add(at(into, i), register, at(into, i));
+      if (scales === undefined) b.add(at(into, i), register, at(into, i));
+      else b.fma(register, at(scales, i & 1), at(into, i), at(into, i));
       return;
     }
     b.unpack(register, 'f16').forEach((half, j) => {

@@ -283,8 +283,13 @@ export function convertValue(config: ValueConfig): Kernel {
  * `sharesRange`: products of P and V are summed in FP16, which leaves V codes up to 2.25 if P takes all of its format: less than
  * a seventh power of two above the smallest that are exact to E4M3's last bit. Where tokens lie further apart (a row may see only the small
  * ones), V's codes are doubled `rangeShift` times and P's halved as often, which attention does: `[sequence, head]`, float32.
+ *
+ * `scalesEachTile`: the 64 tokens have scales of their own, `[head, tile, channel]`; without it `[sequence, head, channel]`, from what
+ * {@link valueMaximum} found.
  */
-export function quantizeValue(config: ValueConfig & { readonly vMax: number; readonly sharesRange: boolean }): Kernel {
+export function quantizeValue(
+  config: ValueConfig & { readonly vMax: number; readonly sharesRange: boolean; readonly scalesEachTile: boolean },
+): Kernel {
   const { target, dtype, valueDim, paddedValueDim, loadWidth, smoothV, vMax, keyScales } = config;
   const threads = (paddedValueDim / 8) * 16;
   const b = new KernelBuilder({ name: 'quantizeValue', target, threads: Math.max(32, threads) });
@@ -299,31 +304,12 @@ export function quantizeValue(config: ValueConfig & { readonly vMax: number; rea
   b.section('scales of the channels of this thread');
   const word = b.and(place.thread, 15); // four permuted tokens: positions 4 * word ..
   const channel = b.shl(b.shr(place.thread, 4), 3);
-  const maximumAt = offset(
-    b,
-    b.loadPointer(place.pointer.valueMaximum),
-    b.mad(b.mul(place.sequenceHead, VALUE_CHUNKS), paddedValueDim, channel),
-    4,
-  );
   const maxima = Array.from({ length: 8 }, () => b.constant('u32', 0));
   /** Per pair of chunks, less 1, so that pairs of zeros and pairs without tokens count as the largest. */
   const minima = config.sharesRange ? Array.from({ length: 8 }, () => b.constant('u32', 0xffffffff)) : [];
-  const chunkAt = (chunk: number) =>
-    [0, 16].flatMap((half) => b.ldVector('u32', 4, maximumAt, chunk * paddedValueDim * 4 + half, { readOnly: true }));
-  const isPair = config.sharesRange ? b.setp('le', b.sub(place.seenUntil, place.seenFrom), 2) : undefined;
-  for (let chunk = 0; chunk < VALUE_CHUNKS; chunk += 2) {
-    const [first, second] = [chunkAt(chunk), chunkAt(chunk + 1)];
-    maxima.forEach((maximum, i) => {
-      const ofPair = b.max(first[i] as Reg<'u32'>, second[i] as Reg<'u32'>);
-      b.max(maximum, ofPair, maximum);
-      const least = minima[i];
-      if (least === undefined || isPair === undefined) return;
-      b.min(least, b.sub(ofPair, 1), least);
-      if (chunk > 0) return;
-      // Two tokens are one pair, which would hide the smaller behind the larger.
-      for (const own of [first, second]) b.when(isPair, () => b.min(least, b.sub(own[i] as Reg<'u32'>, 1), least));
-    });
-  }
+  const ownTokens = config.scalesEachTile ? loadTokens() : undefined;
+  if (ownTokens === undefined) joinChunks();
+  else findTileMaxima(ownTokens);
   const shift = config.sharesRange ? rangeShift() : undefined;
   // As a power of two.
   const largestCode =
@@ -342,7 +328,7 @@ export function quantizeValue(config: ValueConfig & { readonly vMax: number; rea
     const at = offset(
       b,
       b.loadPointer(place.pointer.valueScale),
-      b.mad(place.sequenceHead, paddedValueDim, channel),
+      b.mad(config.scalesEachTile ? tileInMemory() : place.sequenceHead, paddedValueDim, channel),
       4,
     );
     b.stVector(scales.slice(0, 4), at);
@@ -352,34 +338,10 @@ export function quantizeValue(config: ValueConfig & { readonly vMax: number; rea
     b.when(b.setp('eq', channel, 0), () => b.st(b.cvt('f32', shift), shiftAt));
   });
 
-  b.section('load four tokens');
-  const means = smoothV ? channelVector(b, place, 'valueMean', channel, paddedValueDim) : undefined;
-  // Position 4w + i of 16 holds token TOKEN_PERMUTATION[4w + i] = 2w + TOKEN_PERMUTATION[i].
-  const [group, within] = [b.shr(word, 2), b.and(word, 3)];
-  const firstOfWord = b.add(b.shl(group, 4), b.shl(within, 1));
-  const base = offset(
-    b,
-    offset64(b, place.source, b.add(b.add(place.keyStart, firstToken), firstOfWord), place.tokenStride),
-    channel,
-    BYTES[dtype],
-  );
-  const tokens = TOKEN_PERMUTATION.slice(0, 4).map((later) => {
-    const token = b.add(firstOfWord, later);
-    const inside = place.isSeen(b.add(firstToken, token));
-    const source = later === 0 ? base : b.add(base, b.as(b.mul(place.tokenStride, later), 'global'));
-    const values = loadEight(b, dtype, loadWidth, source, channel, valueDim, inside);
-    const faulty = b.constant('b32', 0);
-    values.forEach((value, i) => {
-      if (means !== undefined) b.when(inside, () => b.sub(value, means[i] as Reg<'f32'>, value));
-      b.when(isFault(b, value), () => {
-        b.set(faulty, 1);
-        b.set(value, 0);
-      });
-      b.mul(value, reciprocals[i] as Reg<'f32'>, value);
-    });
-    b.if(b.setp('ne', faulty, 0), () => reportFault(b, place, token, keyScales));
-    return values;
-  });
+  const tokens = ownTokens ?? loadTokens();
+  for (const values of tokens) {
+    for (const [i, value] of values.entries()) b.mul(value, reciprocals[i] as Reg<'f32'>, value);
+  }
 
   b.section('pack and store');
   const row = b.mad(place.head, paddedValueDim, channel);
@@ -394,6 +356,77 @@ export function quantizeValue(config: ValueConfig & { readonly vMax: number; rea
     b.add(destination, rowStride, destination);
   }
   return b.build();
+
+  /** Four tokens of eight channels, less their means. */
+  function loadTokens(): Reg<'f32'>[][] {
+    b.section('load four tokens');
+    const means = smoothV ? channelVector(b, place, 'valueMean', channel, paddedValueDim) : undefined;
+    // Position 4w + i of 16 holds token TOKEN_PERMUTATION[4w + i] = 2w + TOKEN_PERMUTATION[i].
+    const [group, within] = [b.shr(word, 2), b.and(word, 3)];
+    const firstOfWord = b.add(b.shl(group, 4), b.shl(within, 1));
+    const base = offset(
+      b,
+      offset64(b, place.source, b.add(b.add(place.keyStart, firstToken), firstOfWord), place.tokenStride),
+      channel,
+      BYTES[dtype],
+    );
+    return TOKEN_PERMUTATION.slice(0, 4).map((later) => {
+      const token = b.add(firstOfWord, later);
+      const inside = place.isSeen(b.add(firstToken, token));
+      const source = later === 0 ? base : b.add(base, b.as(b.mul(place.tokenStride, later), 'global'));
+      const values = loadEight(b, dtype, loadWidth, source, channel, valueDim, inside);
+      const faulty = b.constant('b32', 0);
+      values.forEach((value, i) => {
+        if (means !== undefined) b.when(inside, () => b.sub(value, means[i] as Reg<'f32'>, value));
+        b.when(isFault(b, value), () => {
+          b.set(faulty, 1);
+          b.set(value, 0);
+        });
+      });
+      b.if(b.setp('ne', faulty, 0), () => reportFault(b, place, token, keyScales));
+      return values;
+    });
+  }
+
+  /** From the maxima of all parts of the sequence. */
+  function joinChunks(): void {
+    const maximumAt = offset(
+      b,
+      b.loadPointer(place.pointer.valueMaximum),
+      b.mad(b.mul(place.sequenceHead, VALUE_CHUNKS), paddedValueDim, channel),
+      4,
+    );
+    const chunkAt = (chunk: number) =>
+      [0, 16].flatMap((half) => b.ldVector('u32', 4, maximumAt, chunk * paddedValueDim * 4 + half, { readOnly: true }));
+    const isPair = config.sharesRange ? b.setp('le', b.sub(place.seenUntil, place.seenFrom), 2) : undefined;
+    for (let chunk = 0; chunk < VALUE_CHUNKS; chunk += 2) {
+      const [first, second] = [chunkAt(chunk), chunkAt(chunk + 1)];
+      maxima.forEach((maximum, i) => {
+        const ofPair = b.max(first[i] as Reg<'u32'>, second[i] as Reg<'u32'>);
+        b.max(maximum, ofPair, maximum);
+        const least = minima[i];
+        if (least === undefined || isPair === undefined) return;
+        b.min(least, b.sub(ofPair, 1), least);
+        if (chunk > 0) return;
+        // Two tokens are one pair, which would hide the smaller behind the larger.
+        for (const own of [first, second]) b.when(isPair, () => b.min(least, b.sub(own[i] as Reg<'u32'>, 1), least));
+      });
+    }
+  }
+
+  /** From the tile's own tokens, of which sixteen lanes have four each. */
+  function findTileMaxima(ofThread: readonly (readonly Reg<'f32'>[])[]): void {
+    maxima.forEach((maximum, i) => {
+      for (const values of ofThread) b.max(maximum, b.and(b.as(values[i] as Reg<'f32'>, 'u32'), 0x7fffffff), maximum);
+      for (let lanes = 1; lanes < 16; lanes *= 2) b.max(maximum, b.shflBfly(maximum, lanes), maximum);
+    });
+  }
+
+  /** Number of the tile among those of all heads. */
+  function tileInMemory(): Reg<'u32'> {
+    const start = b.add(place.paddedKeyStart, firstToken);
+    return b.shr(b.mad(place.head, place.paddedTokens, start), Math.log2(VALUE_BLOCK));
+  }
 
   /** Powers of two that tokens lie apart beyond {@link UNSHIFTED_SPREAD}, in the mean of the head's channels. */
   function rangeShift(): Reg<'u32'> {
