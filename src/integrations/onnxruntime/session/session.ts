@@ -89,6 +89,8 @@ export class CutSession implements OrtSessionHandler {
   readonly #wholeShapes = new WholeShapes();
   readonly #running = new Set<Promise<OrtResults>>();
   readonly #trials: CutTrials | undefined;
+  /** The session of a model that is not cut at all: there is nothing to hand from one to another. */
+  readonly #only: OrtSession | undefined;
   /** Runs left, and milliseconds by now, in pieces and in one. */
   readonly #comparison: { remaining: number; cut: number; whole: number };
   /** Every run is in one piece. */
@@ -106,6 +108,7 @@ export class CutSession implements OrtSessionHandler {
     this.outputMetadata = parts.metadata.outputs;
     this.inputNames = this.inputMetadata.map(({ name }) => name);
     this.outputNames = this.outputMetadata.map(({ name }) => name);
+    this.#only = parts.hasOwnFeeds ? this.#onlySession() : undefined;
     this.#sites = parts.cut.sites.map((placed) => {
       const state = new SiteState(placed, parts.options.kernel ?? 'auto', parts.cutReasons?.get(placed.site));
       if (parts.options.policy === 'adaptive') state.remainingTrials = parts.options.calibrationRuns;
@@ -120,14 +123,26 @@ export class CutSession implements OrtSessionHandler {
 
   async run(feeds: OrtFeeds, fetches: OrtFetches, options: object): Promise<OrtResults> {
     this.#requireSession();
-    checkFeeds(this.inputMetadata, feeds, isWeb(this.#parts.ort));
-    const running = this.#run(feeds, fetches, options);
+    // A session of onnxruntime checks its inputs itself.
+    if (this.#only === undefined) checkFeeds(this.inputMetadata, feeds, isWeb(this.#parts.ort));
+    const running = this.#only?.run(feeds, fetches, options) ?? this.#run(feeds, fetches, options);
     this.#running.add(running);
     try {
       return await running;
     } finally {
       this.#running.delete(running);
     }
+  }
+
+  /** Undefined where an attention is cut out, and where an input is not read or given back as it is. */
+  #onlySession(): OrtSession | undefined {
+    const { cut, sessions } = this.#parts;
+    const [piece, ...more] = cut.pieces;
+    if (piece === undefined || more.length > 0 || cut.sites.length > 0) return undefined;
+    const isSame = (some: readonly string[], all: readonly string[]) =>
+      some.length === all.length && all.every((name) => some.includes(name));
+    const isWhole = isSame(piece.inputs, this.inputNames) && isSame(piece.outputs, this.outputNames);
+    return isWhole ? sessions[0] : undefined;
   }
 
   /** @throws {Error} in the words of onnxruntime */
