@@ -16,6 +16,7 @@ import { DAWN_FLAGS } from '../../src/backends/webgpu/device.ts';
 import {
   GRADIENT_VARIANTS,
   type GradientVariant,
+  INT8_GRADIENT_VARIANTS,
   MATRIX_GRADIENT_VARIANTS,
 } from '../../src/backends/webgpu/families/backward.ts';
 import type { Forced } from '../../src/backends/webgpu/families/choose.ts';
@@ -47,11 +48,16 @@ const backend = createWebgpuBackend({ gpu });
 const context = await backend.context();
 const { device, capabilities } = context;
 const [{ name: tile }] = GRADIENT_VARIANTS as [GradientVariant];
-const names = flags.variants?.split(',') ?? [...MATRIX_GRADIENT_VARIANTS.map(({ name }) => name), tile, `int8 ${tile}`];
+const [{ name: int8Tile }] = INT8_GRADIENT_VARIANTS as [GradientVariant];
+const names = flags.variants?.split(',') ?? [
+  ...MATRIX_GRADIENT_VARIANTS.map(({ name }) => name),
+  tile,
+  `int8 ${int8Tile}`,
+];
 const precisionOf = (name: string) => (name.startsWith('int8 ') ? 'int8' : 'fp16');
 const forcedOf = (name: string): Forced => {
   const gradientVariant = name.replace('int8 ', '');
-  const isTile = GRADIENT_VARIANTS.some((one) => one.name === gradientVariant);
+  const isTile = INT8_GRADIENT_VARIANTS.some((one) => one.name === gradientVariant);
   return { gradientVariant, ...(isTile ? { family: 'subgroup' as const } : {}) };
 };
 

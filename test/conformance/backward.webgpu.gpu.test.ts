@@ -43,14 +43,12 @@ describe(`WebGPU gradients on ${DRIVER} (SAGEATTENTION_SEED=${seed})`, () => {
     await setBackend(backend);
   });
   afterAll(() => backend?.dispose());
-  const kindsOf = (target: BackwardTarget) =>
-    backwardTests(target, seed).filter(({ name }) => chosen.some((text) => name.includes(text)));
-  for (const { name, run } of sampled(kindsOf(WEBGPU_BACKWARD_TARGET), seed, { byHand: 0.1, otherwise: 0.5 })) {
-    test(name, run);
-  }
-  for (const { name, run } of sampled(kindsOf(WEBGPU_INT8_BACKWARD_TARGET), seed, { byHand: 0.1, otherwise: 0.5 })) {
-    test(`INT8: ${name}`, run);
-  }
+  const kindsOf = (target: BackwardTarget, prefix = '') =>
+    backwardTests(target, seed)
+      .filter(({ name }) => chosen.some((text) => name.includes(text)))
+      .map(({ name, run }) => ({ name: `${prefix}${name}`, run }));
+  const tests = [...kindsOf(WEBGPU_BACKWARD_TARGET), ...kindsOf(WEBGPU_INT8_BACKWARD_TARGET, 'INT8: ')];
+  for (const { name, run } of sampled(tests, seed, { byHand: 0.05, otherwise: 0.25 })) test(name, run);
 
   test('INT8: rows lose nothing by large tokens that they do not see', async () => {
     if (DRIVER === 'lavapipe') return;

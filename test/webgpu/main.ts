@@ -13,7 +13,11 @@ import { createInterface } from 'node:readline';
 import { parseArgs } from 'node:util';
 import { setBackend } from '../../src/backends/registry.ts';
 import { createWebgpuBackendOn } from '../../src/backends/webgpu/backend.ts';
-import { GRADIENT_VARIANTS, MATRIX_GRADIENT_VARIANTS } from '../../src/backends/webgpu/families/backward.ts';
+import {
+  GRADIENT_VARIANTS,
+  INT8_GRADIENT_VARIANTS,
+  MATRIX_GRADIENT_VARIANTS,
+} from '../../src/backends/webgpu/families/backward.ts';
 import { type Forced, familiesOf, variantsOf } from '../../src/backends/webgpu/families/choose.ts';
 import {
   createWebgpuBackend,
@@ -220,7 +224,7 @@ if (isAsked('int8-gradients')) {
   const gradients = () => backwardTests(WEBGPU_INT8_BACKWARD_TARGET, seed);
   await run({}, '8-bit gradients, each kind', WEBGPU_BACKWARD_KINDS, undefined, gradients);
   await run({}, '8-bit gradients', undefined, undefined, gradients);
-  for (const { name } of GRADIENT_VARIANTS) {
+  for (const { name } of INT8_GRADIENT_VARIANTS) {
     await run({ gradientVariant: name }, `8-bit gradients, tiles of ${name}`, VARIANT_TESTS, undefined, gradients);
   }
 }

@@ -1,7 +1,7 @@
 /** Every WGSL kernel that the tables can ask for: compiled in tests, and digested by `scripts/kernel-digest.ts`. */
 import type { DType, MaskDType } from '../../../tensor/dtype.ts';
 import type { MatrixConfig } from '../capabilities.ts';
-import { GRADIENT_VARIANTS, MATRIX_GRADIENT_VARIANTS } from '../families/backward.ts';
+import { GRADIENT_VARIANTS, INT8_GRADIENT_VARIANTS, MATRIX_GRADIENT_VARIANTS } from '../families/backward.ts';
 import { matrixProducts } from '../families/matrix.ts';
 import { MATRIX_VARIANTS } from '../families/matrix-shapes.ts';
 import { packedShape } from '../families/packed.ts';
@@ -9,6 +9,7 @@ import { TILED_VARIANTS } from '../families/tiled.ts';
 import { matrixAttentionKernel } from '../kernels/attention-matrix.ts';
 import { packedAttentionKernel } from '../kernels/attention-packed.ts';
 import { dotInt8, tiledAttentionKernel } from '../kernels/attention-tiled.ts';
+import { gradientCodesKernel } from '../kernels/backward/codes.ts';
 import { gradientKernel } from '../kernels/backward/gradients.ts';
 import { matrixGradientTiling } from '../kernels/backward/matrix-gradient-tiling.ts';
 import { matrixGradientKernel } from '../kernels/backward/matrix-gradients.ts';
@@ -417,9 +418,9 @@ function gradientKernels(): WebgpuConfiguration[] {
     const sizes = { dtype, headDim, headDimPadded, valueDim, valueDimPadded };
     for (const packedDot of [true, false]) {
       const core = packedDot ? '' : ', core WGSL';
+      const dtypes = [dtype, valueDim % 2 === 0 ? dtype : 'float32'] as const;
       for (const tile of GRADIENT_VARIANTS) {
         for (const owner of ['query', 'key'] as const) {
-          const dtypes = [dtype, valueDim % 2 === 0 ? dtype : 'float32'] as const;
           add(`gradients of own ${owner} ${tile.name} ${of}${core}`, () =>
             gradientKernel({ ...sizes, mask, softcap, ...tile, owner, dtypes, packedDot }),
           );
@@ -441,6 +442,28 @@ function gradientKernels(): WebgpuConfiguration[] {
     }
   }
   for (const dtype of ['float16', 'bfloat16'] as const) add(`narrow ${dtype}`, () => narrowKernel(dtype));
+  return found;
+}
+
+/** What of the backward pass is another in INT8. */
+function integerGradientKernels(): WebgpuConfiguration[] {
+  const found: WebgpuConfiguration[] = [];
+  const add = (name: string, source: () => string) => found.push({ name, group: 'gradient kernels', source });
+  for (const { dtype, headDimPadded, valueDim, valueDimPadded, mask, softcap } of SCORES) {
+    const of = `${dtype} D${headDimPadded}/${valueDim} ${mask ?? 'no'} mask${softcap ? ', softcap' : ''}`;
+    const sizes = { headDim: headDimPadded, headDimPadded, valueDim, valueDimPadded, codes: true };
+    const dtypes = [dtype, valueDim % 2 === 0 ? dtype : 'float32'] as const;
+    for (const owner of ['query', 'key'] as const) {
+      add(`gradient codes, ${owner} ${of}`, () => gradientCodesKernel({ ...sizes, operands: owner }));
+      for (const tile of INT8_GRADIENT_VARIANTS) {
+        for (const packedDot of [true, false]) {
+          add(`gradients in INT8 of own ${owner} ${tile.name} ${of}${packedDot ? '' : ', core WGSL'}`, () =>
+            gradientKernel({ ...sizes, mask, softcap, ...tile, owner, dtypes, packedDot }),
+          );
+        }
+      }
+    }
+  }
   return found;
 }
 
@@ -481,5 +504,6 @@ export const webgpuKernels = (): WebgpuConfiguration[] => [
   ...otherKernels(),
   ...blockMapKernels(),
   ...gradientKernels(),
+  ...integerGradientKernels(),
   ...matrixGradientKernels(),
 ];
