@@ -43,35 +43,14 @@ const KERNELS: readonly KernelName[] = [
 ];
 /** Other configurations of a kernel, for `--variants`. */
 const VARIANTS: Partial<Record<KernelName, readonly Partial<Tuning>[]>> = {
-  // Warps hide each other's latency: one stage each is room for twice as many.
-  'qk-int8-pv-fp16-cuda': [
-    {},
-    { keyWarps: 8, keyStages: 1, valueStages: 1 },
-    { keyWarps: 6, keyStages: 2, valueStages: 1 },
-    { keyWarps: 5, keyStages: 1, valueStages: 2 },
-  ],
+  'qk-int8-pv-fp16-cuda': [{ keyWarps: 4, keyStages: 2, valueStages: 2 }],
   'qk-int8-pv-fp8-cuda': [
-    {},
-    { keyWarps: 12, keyStages: 1, valueStages: 1 },
-    { keyWarps: 10, keyStages: 1, valueStages: 1 },
-    { keyWarps: 8, keyStages: 2, valueStages: 1 },
-    { keyWarps: 8, keyStages: 1, valueStages: 2 },
+    { keyWarps: 6, keyStages: 2, valueStages: 2 },
     { keyWarps: 8, keyStages: 1, valueStages: 1 },
-    { keyWarps: 6, keyStages: 1, valueStages: 1, minBlocksPerMultiprocessor: 2 },
-    { keyWarps: 4, keyStages: 1, valueStages: 1, minBlocksPerMultiprocessor: 3 },
   ],
-  'qk-int8-pv-fp8-cuda-sm90': [
-    {},
-    { minBlocks: 1, stages: 3, registers: undefined },
-    { minBlocks: 1, stages: 5, registers: undefined },
-    { minBlocks: 2, stages: 3 },
-  ],
-  'qk-fp4-pv-fp8-cuda': [
-    {},
-    { keyWarps: 12, keyStages: 2, valueStages: 1 },
-    { keyWarps: 12, keyStages: 1, valueStages: 1 },
-  ],
-  'qk-fp4-pv-fp4': [{}, { keyWarps: 12, keyStages: 1, valueStages: 1 }, { keyWarps: 8, minBlocksPerMultiprocessor: 1 }],
+  'qk-int8-pv-fp8-cuda-sm90': [{ minBlocks: 1, stages: 3, registers: undefined }],
+  'qk-fp4-pv-fp8-cuda': [{ keyWarps: 12, keyStages: 1, valueStages: 1 }],
+  'qk-fp4-pv-fp4': [{ keyWarps: 12, keyStages: 2, valueStages: 2 }],
 };
 /** Heads of Q whose output is compared. */
 const COMPARED = [0, 13, 31];

@@ -218,6 +218,7 @@ function shapeOf(context: Context) {
       queryLength,
       smoothQ: choice.smoothQ !== false,
       unpacksFp4: scheme.qkFormat === 'e2m1-as-f16',
+      fp4Values: scheme.pvFormat === 'e2m1-as-f16',
       exact: isExact(scheme),
     }),
     ...context.overrides,

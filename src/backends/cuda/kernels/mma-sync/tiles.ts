@@ -25,6 +25,8 @@ interface TileRule {
   readonly smoothQ?: true;
   /** It applies only where FP4 is unpacked to FP16. */
   readonly unpacksFp4?: true;
+  /** It applies only where V is FP4 too. */
+  readonly fp4Values?: true;
   /** It applies to 16-bit operands, and others do not. */
   readonly exact?: true;
   readonly tile: TileConfig;
@@ -64,11 +66,32 @@ const TILE_RULES: readonly TileRule[] = [
   })),
   // Decoding: the rows fit into one warp, so that warps take different keys, each with stages of its own. One CTA on a
   // multiprocessor: half as many parts to join as of two, which took an H200 three of 45 us more over 65,536 keys.
-  ...([12, 8, 6, 4, 3, 2] as const).map((keyWarps) => ({
+  {
+    // FP4, which is bound by unpacking: 31.9 us with one stage of each, 33.3 with two.
     valueDim: 128,
     qkRowBytes: 128,
     queryLength: 16,
-    tile: { warps: 1, keyWarps, rowsPerWarp: 16, minBlocksPerMultiprocessor: 1, valueStages: 2 } as const,
+    fp4Values: true,
+    tile: { warps: 1, keyWarps: 12, rowsPerWarp: 16, minBlocksPerMultiprocessor: 1, keyStages: 1, valueStages: 1 },
+  },
+  // Two warps for each scheduler before two stages for each warp: INT8 and FP8 44.7 us for 46.5, and 9.1 for 9.9 over 8192 keys; INT8
+  // and FP16 as before, and 31.4 for 32.4 over 32,768. Twelve warps of one stage were slower than eight.
+  ...(
+    [
+      [12, 2, 2],
+      [8, 2, 2],
+      [8, 2, 1],
+      [8, 1, 1],
+      [6, 2, 2],
+      [4, 2, 2],
+      [3, 2, 2],
+      [2, 2, 2],
+    ] as const
+  ).map(([keyWarps, keyStages, valueStages]) => ({
+    valueDim: 128,
+    qkRowBytes: 128,
+    queryLength: 16,
+    tile: { warps: 1, keyWarps, rowsPerWarp: 16, minBlocksPerMultiprocessor: 1, keyStages, valueStages } as const,
   })),
   // A few more rows, or wider ones: many small CTAs, whose copies together keep memory busy.
   ...([4, 2, 1] as const).flatMap((minBlocksPerMultiprocessor) =>
@@ -167,6 +190,7 @@ interface TileConditions {
   readonly queryLength: number;
   readonly smoothQ: boolean;
   readonly unpacksFp4?: boolean;
+  readonly fp4Values?: boolean;
   readonly exact?: boolean;
 }
 
@@ -175,13 +199,14 @@ export function chooseTile(
   target: Target,
   bytes: TileBytes,
   valueDim: number,
-  { queryLength, smoothQ, unpacksFp4 = false, exact = false }: TileConditions,
+  { queryLength, smoothQ, unpacksFp4 = false, fp4Values = false, exact = false }: TileConditions,
 ): TileConfig {
   const { sharedBytesPerBlock, sharedBytesPerMultiprocessor } = TARGET_FEATURES[target];
   for (const rule of TILE_RULES) {
     if (valueDim > rule.valueDim || bytes.keyRow > rule.qkRowBytes) continue;
     if (rule.targets?.includes(target) === false || (rule.smoothQ === true && !smoothQ)) continue;
     if ((rule.unpacksFp4 === true && !unpacksFp4) || (rule.exact ?? false) !== exact) continue;
+    if (rule.fp4Values === true && !fp4Values) continue;
     if (rule.queryLength !== undefined && queryLength > rule.queryLength) continue;
     // Scales of Q lie with a warp's own tiles of keys.
     if ((rule.tile.keyWarps ?? 1) > 1 && bytes.queryScales > 0) continue;
