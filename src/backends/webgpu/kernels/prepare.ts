@@ -33,7 +33,7 @@ import {
 } from './layout.ts';
 import { sinkParams, sinkReader } from './sinks.ts';
 import { MEAN_FACTOR, meanOfChunks, overChunks, statisticsVectors } from './statistics.ts';
-import { type Access, decoder, NONFINITE, operandLoader, range } from './storage.ts';
+import { type Access, decoder, NONFINITE, nonfiniteFloat16, operandLoader, range } from './storage.ts';
 
 /** Rows of quantized Q are padded to a block of the portable tiling. */
 export const QUERY_BLOCK = TILINGS.portable.blockQ;
@@ -138,9 +138,13 @@ const TINY = '1.0e-36f';
 /** Magnitudes of scales of Q and K are kept below this, so that products of two scales and a dot product stay finite. */
 const LARGEST_SCALE = '1.0e15f';
 
+/** Adding this rounds to the nearest integer, which is then in the low bits of the sum's. */
+const ROUNDING = '12582912.0';
+
+/** What is quantized is at most `127 / inverse`, so that nothing has to be clipped. */
 const QUANTIZE = `
 fn quantize(x: vec4<f32>, inverse: f32) -> u32 {
-  let q = vec4<u32>(vec4<i32>(clamp(round(x * inverse), vec4<f32>(-${INT_MAX.int8}.0), vec4<f32>(${INT_MAX.int8}.0)))) & vec4<u32>(0xffu);
+  let q = bitcast<vec4<u32>>(x * inverse + vec4<f32>(${ROUNDING})) & vec4<u32>(0xffu);
   return q.x | (q.y << 8u) | (q.z << 16u) | (q.w << 24u);
 }`;
 
@@ -345,6 +349,39 @@ function storeRows(config: PrepareKeyValueConfig): string {
   }`;
 }
 
+/** Float16 values of two keys that are both in the range, and finite, need no conversion. */
+function storeWholePairs({ dtype, access, valueDim, valueDimPadded, values }: PrepareKeyValueConfig): string {
+  if (dtype !== 'float16' || access !== 'vector' || values.scaled) return '';
+  const inside = valueDim < valueDimPadded ? ` && channel < ${valueDim}u` : '';
+  const words = ['a', 'b'].map((half) => range(2).map((i) => `${half}${i}`));
+  const loads = words.flat().map((name, i) => {
+    const row = i < 2 ? '' : ' + P.vTokenStride';
+    return `let ${name} = src_v[(source_at${row}) / 8u + ${i % 2}u];`;
+  });
+  const stores = range(16).map((c) => {
+    const [a, b] = ['a', 'b'].map((half) => `${half}${c >> 3}.${'xyzw'[(c >> 1) & 3]}`);
+    const word = c % 2 === 0 ? `(${a} & 0xffffu) | (${b} << 16u)` : `(${a} >> 16u) | (${b} & 0xffff0000u)`;
+    return `values[to + ${c * (VALUE_GROUP / 2)}u] = ${word};`;
+  });
+  return `    let pair_row = 2u * pair - row_at;
+    // Where the first key lies before the tile its row wraps round.
+    if (pair_row < count && pair_row + 1u < count${inside}) {
+      let source_at = vSource + pair_row * P.vTokenStride + channel;
+      ${loads.join(' ')}
+      let bad = ${words.flat().map(nonfiniteFloat16).join(' | ')};
+      if (all(bad == vec4<u32>())) {
+        let to = ${PAIR_AT(valueDimPadded)};
+        ${stores.join('\n        ')}
+        continue;
+      }
+    }
+`;
+}
+
+/** Where a pair's word of `channel` is; those of the next channels lie a group of keys behind one another. */
+const PAIR_AT = (valueDimPadded: number): string =>
+  `(pair / ${VALUE_GROUP / 2}u * ${valueDimPadded}u + channel) * ${VALUE_GROUP / 2}u + pair % ${VALUE_GROUP / 2}u - P.vRowBase * 4u`;
+
 /** V in tiles. A word holds two keys' values of a channel; of a pair that is cut by the range, the earlier key's stay. */
 function storeTiles(config: PrepareKeyValueConfig): string {
   const { valueDimPadded } = config;
@@ -353,7 +390,7 @@ function storeTiles(config: PrepareKeyValueConfig): string {
   for (var item = lid; item < pairs * ${valueDimPadded / 16}u; item += ${THREADS}u) {
     let pair = first_pair + item % pairs;
     let channel = item / pairs * 16u;
-    // Said in full: a compiler may forget to clear what a loop declares.
+${storeWholePairs(config)}    // Said in full: a compiler may forget to clear what a loop declares.
     var words = array<u32, 16>();
     var written = 0u;
     for (var half = 0u; half < 2u; half++) {
@@ -375,7 +412,7 @@ function storeTiles(config: PrepareKeyValueConfig): string {
         words[4u * i + 3u] |= (high >> 16u) << (16u * half);
       }
     }
-    let at = (pair / ${VALUE_GROUP / 2}u * ${valueDimPadded}u + channel) * ${VALUE_GROUP / 2}u + pair % ${VALUE_GROUP / 2}u - P.vRowBase * 4u;
+    let at = ${PAIR_AT(valueDimPadded)};
     for (var i = 0u; i < 16u; i++) {
       if (written != 0xffffffffu) { words[i] |= values[at + i * ${VALUE_GROUP / 2}u] & ~written; }
       values[at + i * ${VALUE_GROUP / 2}u] = words[i];
