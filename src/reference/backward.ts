@@ -4,6 +4,7 @@ import { type BackwardPrecision, type GradientShape, gradientShapesOf } from '..
 import { type AttentionProblem, type Sequence, sequencesOf } from '../attention/problem.ts';
 import { INT_MAX } from '../quantization/schemes.ts';
 import { toFloat32 } from '../tensor/access.ts';
+import { roundToBfloat16 } from '../tensor/formats/bfloat16.ts';
 import { E4M3_MAX, roundToE4m3 } from '../tensor/formats/float8.ts';
 import { roundToFloat16 } from '../tensor/formats/float16.ts';
 import { floorToPowerOfTwo } from '../tensor/formats/rounding.ts';
@@ -202,10 +203,20 @@ export interface BackwardAlgorithm {
   /** Rows and keys that share a scale of P, dO and dS where precision is `int8`. */
   readonly blockQ: number;
   readonly blockK: number;
+  /**
+   * Format of dO and V in dP = dO V^T; float16 after multiplication by a power of two. In a row whose weight is nearly all on one key,
+   * dP - D cancels, and what is left of dS is this rounding.
+   */
+  readonly valueFormat: 'float16' | 'bfloat16';
 }
 
 /** Tiles of 64 x 64, as SageBwd's. */
-export const BACKWARD_ALGORITHM: BackwardAlgorithm = { precision: 'fp8', blockQ: 64, blockK: 64 };
+export const BACKWARD_ALGORITHM: BackwardAlgorithm = {
+  precision: 'fp8',
+  blockQ: 64,
+  blockK: 64,
+  valueFormat: 'float16',
+};
 
 /** What a backward pass reads besides q, k and v: what the forward pass gave, in float64 or rounded, and dOutput. */
 export interface QuantizedBackwardInputs extends ReferenceInputs {
@@ -332,7 +343,7 @@ function headMatrices(
   classes: readonly { readonly key: PreparedKey; readonly rows: readonly number[] }[],
   query: PreparedQuery,
   readBias: BiasReader,
-  maskGradient: boolean,
+  { maskGradient, valueFormat }: { readonly maskGradient: boolean } & Pick<BackwardAlgorithm, 'valueFormat'>,
 ): Matrices {
   const { valueDim, softcap } = problem;
   const { sequence, head } = place;
@@ -347,8 +358,9 @@ function headMatrices(
   const scoreRow = tileScores(problem);
   const unmasked = new Float32Array(keyLength);
   const noBias = new Float32Array(problem.keyLength);
-  const values = roundToHalf(v.slice(place.v, place.v + keyLength * valueDim));
-  const incoming = roundToHalf(dOutput.slice(place.dOutput, place.dOutput + queryLength * valueDim));
+  const round = valueFormat === 'float16' ? roundToHalf : (x: Float32Array) => x.map(roundToBfloat16);
+  const values = round(v.slice(place.v, place.v + keyLength * valueDim));
+  const incoming = round(dOutput.slice(place.dOutput, place.dOutput + queryLength * valueDim));
   for (const { key, rows } of classes) {
     for (const row of rows) {
       readBias(sequence, head, row, bias);
@@ -376,7 +388,7 @@ function headMatrices(
 }
 
 /**
- * Gradients as quantized kernels compute them: scores from the forward pass's codes, `P = exp(S - m)`, dP in FP16, and the
+ * Gradients as quantized kernels compute them: scores from the forward pass's codes, `P = exp(S - m)`, dP in 16 bits, and the
  * three other products as `algorithm.precision` says.
  *
  * - `int8`: SageBwd (arXiv 2505.11594, algorithm 3), a scale for each block of P, dS, dO, Q and K, but without its correction of dQ for
@@ -415,7 +427,9 @@ export function backwardQuantized(
       .filter(({ rows }) => rows.length > 0);
     const firstLse = place.q / headDim;
     const given = { operands, output, lse: lse.subarray(firstLse, firstLse + queryLength) };
-    const matrices = headMatrices(problem, place, given, classes, query, readBias, maskGradient);
+    const { valueFormat } = algorithm;
+    const options = { maskGradient, valueFormat };
+    const matrices = headMatrices(problem, place, given, classes, query, readBias, options);
     // Under a softcap rows of dS do not add up to 0, and the mean matters.
     const keyMean = softcap > 0 ? undefined : classes[0]?.key.keyMean;
     const headOperands: HeadOperands = {

@@ -14,6 +14,7 @@ import {
 import { attentionBackward, type KernelName, sageattnTrainable, type Tensor } from '../../src/index.ts';
 import {
   BACKWARD_ALGORITHM,
+  type BackwardAlgorithm,
   backwardExact,
   backwardQuantized,
   type ReferenceGradients,
@@ -38,6 +39,8 @@ export interface BackwardTarget {
   readonly relativeL2: number;
   /** Of the forward pass, for inputs on which quantization itself loses more. */
   readonly algorithm: QuantizedAlgorithm;
+  /** Format of dO and V in dP; default float16. */
+  readonly valueFormat?: BackwardAlgorithm['valueFormat'];
   /** Cases with a larger V, or with more multiply-adds, are left out. */
   readonly largestV?: number;
   readonly maxWork?: number;
@@ -163,6 +166,7 @@ function lossOf(
   const gradients = backwardQuantized(problem, { ...own, ...forward, dOutput }, algorithm, {
     ...BACKWARD_ALGORITHM,
     precision: target.precision,
+    ...(target.valueFormat && { valueFormat: target.valueFormat }),
   });
   const sizes = ordinarySizes(problem, inputs);
   return Object.fromEntries(

@@ -27,7 +27,7 @@ const BOUND = 0.05;
 
 /** The backward pass of each kernel that has one on a device of this compute capability, and of each 8-bit precision. */
 export function backwardTargets(computeCapability: number): BackwardTarget[] {
-  const common = { backend: 'cuda', precision: 'fp16', relativeL2: BOUND } as const;
+  const common = { backend: 'cuda', precision: 'fp16', relativeL2: BOUND, valueFormat: 'bfloat16' } as const;
   const targets: BackwardTarget[] = [
     { ...common, name: 'wgmma', kernel: 'qk-int8-pv-fp16-cuda-sm90', algorithm: SM80, largestV: FLOAT16_MAX },
     { ...common, name: 'per thread', kernel: 'qk-int8-pv-fp16-cuda', algorithm: SM80, largestV: FLOAT16_MAX },
