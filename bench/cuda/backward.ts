@@ -1,7 +1,7 @@
 /**
  * Times the backward pass against PyTorch's on the same card in the same run, with its accuracy beside it.
  *
- *     npx tsx scripts/gpu-programs.ts && node .gpu/programs/bench-cuda-backward.mjs OUTPUT_FOLDER [--only TEXT] [--no-torch] [--accuracy-only] [--variants] [--torch-only]
+ *     npx tsx scripts/gpu-programs.ts && node .gpu/programs/bench-cuda-backward.mjs OUTPUT_FOLDER [--only TEXT] [--no-torch] [--accuracy-only] [--variants] [--torch-only] [--precisions fp16,int8,fp8]
  *
  * Writes `backward.json` there. TFLOP/s count 10 B H Lq Lk D, half when causal: five products. Times include all launches of
  * `attentionBackward`: quantization and copies too. Accuracy is the relative L2 of dQ, dK and dV against float64: on the golden inputs, and of
@@ -12,7 +12,7 @@ import { mkdirSync, mkdtempSync, rmSync, writeFileSync } from 'node:fs';
 import { tmpdir } from 'node:os';
 import { join } from 'node:path';
 import { parseArgs } from 'node:util';
-import { createBackwardProblem } from '../../src/attention/backward.ts';
+import { type BackwardPrecision, createBackwardProblem } from '../../src/attention/backward.ts';
 import { type AttentionProblem, createProblem } from '../../src/attention/problem.ts';
 import type { BackwardSupport, KernelChoice } from '../../src/backends/backend.ts';
 import { chooseOptions } from '../../src/backends/choice.ts';
@@ -47,6 +47,7 @@ const { values: flags, positionals } = parseArgs({
     'accuracy-only': { type: 'boolean', default: false },
     variants: { type: 'boolean', default: false },
     'torch-only': { type: 'boolean', default: false },
+    precisions: { type: 'string', default: 'fp16' },
   },
 });
 
@@ -71,29 +72,22 @@ interface Tuned {
 
 type Tile = NonNullable<GradientTuning['keys']>;
 
-/** One way for kernels that own queries and one for those that own keys, which have nothing to do with each other. */
-const tuned = (queries: Tile, keys: Tile): Tuned => {
-  const text = (tile: Tile) =>
-    Object.entries(tile)
-      .map((entry) => entry.join(' '))
-      .join(', ') || 'as in the table';
-  return { name: `dQ: ${text(queries)}; dK and dV: ${text(keys)}`, tuning: { queries, keys, apart: true } };
-};
+/** The same for kernels that own queries and those that own keys. */
+const tuned = (name: string, tile: Tile): Tuned => ({ name, tuning: { queries: tile, keys: tile } });
 
-/** Other ways to divide the work, by head dim; at 16,384 tokens with `--variants`. */
+/** Other ways to divide the work, by head dim; with `--variants`. */
 const VARIANTS: Readonly<Record<number, readonly Tuned[]>> = {
   128: [
-    tuned({}, {}),
-    tuned({ turns: 'issued' }, { turns: 'ended' }),
-    tuned({ held: 'none' }, { turns: 'none' }),
-    tuned({ consumers: 3, stages: 2, schedule: 'scores-ahead', held: 'none' }, { stages: 4 }),
+    tuned('as in the table', {}),
+    tuned('CTAs for a tile', { stays: false }),
+    tuned('CTAs that stay', { stays: true }),
+    tuned('CTAs that stay, four stages', { stays: true, stages: 4 }),
   ],
   64: [
-    tuned({}, {}),
-    tuned({ turns: 'issued' }, { turns: 'issued' }),
-    tuned({ held: 'none' }, { held: 'none' }),
-    tuned({ schedule: 'scores-ahead' }, { schedule: 'scores-ahead', turns: 'ended' }),
-    tuned({ consumers: 2, held: 'both' }, { stages: 6 }),
+    tuned('as in the table', {}),
+    tuned('CTAs for a tile', { stays: false }),
+    tuned('CTAs that stay', { stays: true }),
+    tuned('CTAs that stay, six stages', { stays: true, stages: 6 }),
   ],
 };
 
@@ -168,6 +162,7 @@ interface TorchTime extends Shape {
 
 interface Result extends Shape {
   readonly kernel: string;
+  readonly precision: BackwardPrecision;
   readonly milliseconds: number;
   readonly tflops: number;
   readonly forwardMilliseconds: number;
@@ -204,10 +199,15 @@ function problemsOf(
   v: CudaTensor,
   isCausal: boolean,
   tensors: Record<string, CudaTensor>,
+  backwardPrecision: BackwardPrecision,
 ) {
   const attention = { ...createProblem(q, k, v, { isCausal, returnLse: true }), forGradients: true } as const;
   const { output, lse, dOutput } = tensors as Record<'output' | 'lse' | 'dOutput', CudaTensor>;
-  return { attention, backward: createBackwardProblem(attention, { output, lse, dOutput }, undefined, {}, 'fp16') };
+  const options = { backwardPrecision };
+  return {
+    attention,
+    backward: createBackwardProblem(attention, { output, lse, dOutput }, undefined, options, 'fp16'),
+  };
 }
 
 const bytesOf = (tensor: CudaTensor): Uint8Array => {
@@ -232,6 +232,7 @@ function headErrors(tensors: Readonly<Record<string, CudaTensor>>, { tokens, hea
 function measure(
   device: CudaDevice,
   kernel: BackwardSupport['kernels'][number],
+  precision: BackwardPrecision,
   shape: Shape,
   random: Random,
   variants: readonly Tuned[],
@@ -246,7 +247,7 @@ function measure(
   for (const name of ['output', 'dq', 'dk', 'dv']) tensors[name] = emptyCudaTensor(device, size, 'bfloat16');
   tensors.lse = emptyCudaTensor(device, [batch, heads, tokens], 'float32');
   const { q, k, v } = tensors as Record<'q' | 'k' | 'v', CudaTensor>;
-  const { attention, backward } = problemsOf(q, k, v, shape.isCausal, tensors);
+  const { attention, backward } = problemsOf(q, k, v, shape.isCausal, tensors, precision);
   const addresses = Object.fromEntries(Object.entries(tensors).map(([name, { memory }]) => [name, memory.pointer]));
   const choice = choiceOf(kernel, attention);
   const forwardBench = new Workbench(device, planLaunches(attention, choice, factsOf(device)), addresses);
@@ -275,7 +276,7 @@ function measure(
       return variant;
     });
     const times = { milliseconds, tflops: rate, forwardMilliseconds, launches: bench.kernels };
-    return { ...shape, kernel, ...times, errors, variants: variantTimes };
+    return { ...shape, kernel, precision, ...times, errors, variants: variantTimes };
   } finally {
     bench.dispose();
     forwardBench.dispose();
@@ -299,7 +300,12 @@ function relativeL2(actual: Float32Array, expected: Float32Array | Float64Array)
 }
 
 /** On the golden inputs, with a normal dO. */
-function goldenErrors(device: CudaDevice, kernel: BackwardSupport['kernels'][number], seed: number) {
+function goldenErrors(
+  device: CudaDevice,
+  kernel: BackwardSupport['kernels'][number],
+  precision: BackwardPrecision,
+  seed: number,
+) {
   return GOLDEN_NAMES.map((name) => {
     const { q, k, v, isCausal } = readGolden(name);
     const dtype = q.dtype as DType;
@@ -315,7 +321,7 @@ function goldenErrors(device: CudaDevice, kernel: BackwardSupport['kernels'][num
       dv: emptyCudaTensor(device, v.shape, dtype),
     };
     const operands = tensors as Record<'q' | 'k' | 'v', CudaTensor>;
-    const { attention, backward } = problemsOf(operands.q, operands.k, operands.v, isCausal, tensors);
+    const { attention, backward } = problemsOf(operands.q, operands.k, operands.v, isCausal, tensors, precision);
     const addresses = Object.fromEntries(Object.entries(tensors).map(([key, { memory }]) => [key, memory.pointer]));
     const choice = choiceOf(kernel, attention);
     const benches = [planLaunches(attention, choice, factsOf(device)), planBackward(backward, choice, factsOf(device))];
@@ -327,7 +333,7 @@ function goldenErrors(device: CudaDevice, kernel: BackwardSupport['kernels'][num
     }
     const exact = backwardExact(attention, { q, k, v, dOutput });
     const error = (of: 'dq' | 'dk' | 'dv') => relativeL2(toFloat32(download(tensors[of] as CudaTensor)), exact[of]);
-    return { name, kernel, dq: error('dq'), dk: error('dk'), dv: error('dv') };
+    return { name, kernel, precision, dq: error('dq'), dk: error('dk'), dv: error('dv') };
   });
 }
 
@@ -342,18 +348,21 @@ async function main(): Promise<void> {
   const seed = runSeed();
   const kernels = KERNELS.filter((kernel) => lackedBy(kernel, device.computeCapability) === undefined);
   const shapes = SHAPES.filter((shape) => nameOf(shape).includes(flags.only));
-  const golden = asksForGolden ? kernels.flatMap((kernel) => goldenErrors(device, kernel, seed)) : [];
-  for (const row of golden) console.log(`${row.name}, ${row.kernel}: dQ / dK / dV ${three(row)}`);
+  const precisions = flags.precisions.split(',') as BackwardPrecision[];
+  const ways = kernels.flatMap((kernel) => precisions.map((precision) => ({ kernel, precision })));
+  const golden = asksForGolden
+    ? ways.flatMap(({ kernel, precision }) => goldenErrors(device, kernel, precision, seed))
+    : [];
+  for (const row of golden) console.log(`${row.name}, ${row.kernel}, ${row.precision}: dQ / dK / dV ${three(row)}`);
   const results: Result[] = [];
   for (const shape of flags['accuracy-only'] || flags['torch-only'] ? [] : shapes) {
-    for (const kernel of flags.variants ? kernels.slice(0, 1) : kernels) {
-      const asked = flags.variants && shape.tokens === 16384 ? (VARIANTS[shape.headDim] ?? []) : [];
-      const variants = asked.slice(0, shape.isCausal ? 4 : undefined);
-      const result = measure(device, kernel, shape, new Random(seed), variants);
+    for (const { kernel, precision } of flags.variants ? ways.slice(0, 1) : ways) {
+      const variants = flags.variants ? (VARIANTS[shape.headDim] ?? []) : [];
+      const result = measure(device, kernel, precision, shape, new Random(seed), variants);
       results.push(result);
       const errors = result.errors === undefined ? '' : `, dQ / dK / dV ${three(result.errors)}`;
       console.log(
-        `${nameOf(shape)}, ${kernel}: ${result.milliseconds.toFixed(3)} ms, ${result.tflops.toFixed(0)} TFLOP/s${errors}; forward ${result.forwardMilliseconds.toFixed(3)} ms`,
+        `${nameOf(shape)}, ${kernel}, ${precision}: ${result.milliseconds.toFixed(3)} ms, ${result.tflops.toFixed(0)} TFLOP/s${errors}; forward ${result.forwardMilliseconds.toFixed(3)} ms`,
       );
       for (const launch of result.launches) console.log(`    ${timeText(launch)}`);
     }

@@ -456,7 +456,10 @@ function gradientLaunches(backward: Backward, passes: readonly (readonly Gradien
     .map((pass) => wgmmaPart(backward, pass));
   const others = passes.filter((pass) => !familyOf(backward, pass, features).isWgmma);
   const together =
-    backward.tuning.apart !== true && parts.every(({ config }) => config.consumers === parts[0]?.config.consumers);
+    backward.tuning.apart !== true &&
+    parts.every(
+      ({ config }) => config.consumers === parts[0]?.config.consumers && config.stays === parts[0].config.stays,
+    );
   return [
     ...(together && parts.length > 0
       ? [wgmmaLaunch(backward, parts)]
@@ -516,12 +519,15 @@ function wgmmaLaunch(backward: Backward, parts: readonly WgmmaPart[]): KernelLau
   const own = parts.flatMap((part): KernelArgument[] => {
     const firstBlock = blocks;
     blocks += part.blocks;
-    const integers = inOrder(WGMMA_PART_INTEGERS, { firstBlock: u32(firstBlock), tiles: u32(part.tiles) });
+    const integers = inOrder(WGMMA_PART_INTEGERS, {
+      ...{ firstBlock: u32(firstBlock), lastBlock: u32(blocks), tiles: u32(part.tiles) },
+    });
     return [...integers, ...mapsOf(backward, part.config)];
   });
   const threads = wgmmaGradientThreads(first);
   const args = [...gradientArguments(backward, pass, 0), ...own];
-  return launch(nameOf(pass), module, 'wgmmaGradients', blocks, threads, module.kernel().sharedBytes, args);
+  const ctas = first.stays ? Math.min(blocks, backward.context.device.multiprocessors) : blocks;
+  return launch(nameOf(pass), module, 'wgmmaGradients', ctas, threads, module.kernel().sharedBytes, args);
 }
 
 /** NaN of dO in dV's channels, on every device. */

@@ -43,8 +43,10 @@ export interface Owner extends Parameters {
   readonly ownsQueries: boolean;
   /** Tokens that a CTA owns. */
   readonly ownTokens: number;
-  /** Which of the CTAs that own such tokens this is. */
+  /** Which of the tiles of such tokens this is. */
   readonly rank: () => Reg<'u32'>;
+  /** The CTA has further tiles after this one. */
+  readonly stays: boolean;
 }
 
 /** Parameters of every gradient kernel. */
@@ -119,6 +121,7 @@ export function makeFrame(config: GradientConfig, name = 'gradients'): Frame {
   return {
     ...{ b, config, ownsQueries, ownTokens: OWN_TOKENS, scoreGradients, ...parameters, own, stream, stageBytes },
     rank: () => b.special('%ctaid.x'),
+    stays: false,
     shared: b.sharedAddress(),
     columnTiles: streamTokens / 8,
   };
@@ -166,7 +169,7 @@ export function placeOf(b: KernelBuilder, firstThread = 0): ThreadPlace {
   return { thread, lane, warpRow, g: b.shr(lane, 2), t2: b.shl(b.and(lane, 3), 1) };
 }
 
-/** Ends CTAs that have no tile. */
+/** Ends CTAs that have no tile; to those that stay nothing passes by. */
 export function workOf(frame: Owner): Work {
   const { b, config, integer, ownsQueries, ownTokens } = frame;
   b.section('which tile');
@@ -184,10 +187,13 @@ export function workOf(frame: Owner): Work {
   const { queryLength, keyLength } = table;
   const firstOwn = b.mul(tileIndex, ownTokens);
   // Sequences shorter than the longest have no such tile.
-  b.when(b.setp('ge', firstOwn, ownsQueries ? queryLength : keyLength), () => b.exit());
+  const isBeyond = b.setp('ge', firstOwn, ownsQueries ? queryLength : keyLength);
+  if (!frame.stays) b.when(isBeyond, () => b.exit());
 
   const work = { ...table, sequence, keyHead, head, headEnd, firstOwn };
-  return { ...work, ...passingOf(frame, table, firstOwn) };
+  const passing = passingOf(frame, table, firstOwn);
+  if (frame.stays) b.when(isBeyond, () => b.mov(passing.firstTile, passing.lastTile));
+  return { ...work, ...passing };
 }
 
 /** What passes by own tokens from `firstOwn` on. */

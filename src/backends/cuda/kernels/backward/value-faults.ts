@@ -45,7 +45,7 @@ export function valueFaults(config: ValueFaultsConfig): Kernel {
     ...parameters,
     b,
     config: { ...config, streamTokens: COPY_TOKENS },
-    ...{ ownsQueries: false, ownTokens: OWN_TOKENS, rank: () => b.special('%ctaid.x') },
+    ...{ ownsQueries: false, ownTokens: OWN_TOKENS, rank: () => b.special('%ctaid.x'), stays: false },
   };
   const thread = b.special('%tid.x');
   const work = workOf(owner);

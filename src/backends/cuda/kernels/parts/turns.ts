@@ -21,6 +21,13 @@ export class Turns {
     if (this.#barriers !== undefined) this.#b.namedBarrier('bar.sync', this.#barriers.own, 256);
   }
 
+  /** After as many turns of each: the first one's next turn, which the last gave, is taken, so that another part of the kernel may begin anew. */
+  end(): void {
+    if (this.#barriers === undefined) return;
+    const { own } = this.#barriers;
+    this.#b.if(this.#b.setp('eq', own, 1), () => this.take());
+  }
+
   give(): void {
     if (this.#barriers !== undefined) this.#b.namedBarrier('bar.arrive', this.#barriers.next, 256);
   }

@@ -25,6 +25,8 @@ export interface WgmmaGradientConfig
    * last have ended.
    */
   readonly turns: 'none' | 'issued' | 'ended';
+  /** A CTA for each multiprocessor, which has one tile after the other: the next one's tokens land while gradients are stored. */
+  readonly stays: boolean;
 }
 
 /** In the order of the kernel's parameters. The last brings the numbers of rows of Q that pass by. */
@@ -81,8 +83,8 @@ export function wgmmaGradientTile(
   headDim: number,
   ownsQueries: boolean,
   queries: number,
-): Pick<WgmmaGradientConfig, 'streamTokens' | 'stages' | 'consumers' | 'schedule' | 'held' | 'turns'> {
-  const common = { streamTokens: 64, consumers: 2, turns: 'none' } as const;
+): Pick<WgmmaGradientConfig, 'streamTokens' | 'stages' | 'consumers' | 'schedule' | 'held' | 'turns' | 'stays'> {
+  const common = { streamTokens: 64, consumers: 2, turns: 'none', stays: false } as const;
   if (headDim === 64) {
     const padded = (rows: number) => Math.ceil(queries / rows) * rows;
     const isWide = ownsQueries && padded(192) <= MORE_PADDING * padded(128);

@@ -6,7 +6,7 @@ import type { Parameter, Reg } from '../../../ptx/types.ts';
 import { Ring } from '../../parts/ring.ts';
 import { loadVisibleRange } from '../../quantize/visible-keys.ts';
 import { uniform } from '../../wgmma/instructions.ts';
-import { declareParameters, type Owner, type Parameters, type Work } from '../frame.ts';
+import { declareParameters, type Owner, type Parameters, type Work, workOf } from '../frame.ts';
 import {
   GROUP_TOKENS,
   type GradientPlan,
@@ -27,24 +27,26 @@ export interface WgmmaFrame extends Owner {
   readonly shared: Reg<'shared'>;
   readonly barriers: Reg<'shared'>;
   readonly ring: Ring;
-  /** The part's first CTA. */
+  /** The part's first tile, and the next one's. */
   readonly firstBlock: Parameter<'u32'>;
-  /** Offset of the barrier of own tokens. */
+  readonly lastBlock: Parameter<'u32'>;
+  /** Offsets of the barriers of own tokens: they have landed, and consumers need them no more. */
   readonly ownFull: number;
+  readonly ownEmpty: number;
   readonly warpgroup: Reg<'u32'>;
 }
 
-/** Parameters of each part, after those of every gradient kernel and before its tensor maps. */
-export const WGMMA_PART_INTEGERS = ['firstBlock', 'tiles'] as const;
+/** Parameters of each part, after those of every gradient kernel and before its tensor maps: its tiles in all are `firstBlock` to `lastBlock`. */
+export const WGMMA_PART_INTEGERS = ['firstBlock', 'lastBlock', 'tiles'] as const;
 
-/** @param parts of which each CTA does one; as many consumers in each */
+/** @param parts of which each CTA does one, or one after the other where CTAs stay; as many consumers in each */
 export function makeWgmmaFrames(parts: readonly WgmmaGradientConfig[]): {
   readonly b: KernelBuilder;
   readonly frames: readonly WgmmaFrame[];
 } {
   const [first] = parts as readonly [WgmmaGradientConfig];
-  if (parts.some(({ consumers }) => consumers !== first.consumers))
-    throw new RangeError('as many consumers in each part');
+  if (parts.some(({ consumers, stays }) => consumers !== first.consumers || stays !== first.stays))
+    throw new RangeError('as many consumers in each part, and all of them stay or none');
   const b = new KernelBuilder({ name: 'wgmmaGradients', target: 'sm_90a', threads: wgmmaGradientThreads(first) });
   const parameters = declareParameters(b);
   b.section('shared memory');
@@ -63,7 +65,11 @@ function makeFrame(
   const named = <T>(names: readonly string[], make: (name: string) => T) =>
     Object.fromEntries(names.map((name) => [name, make(`${name}${part}`)]));
   const own = named(WGMMA_PART_INTEGERS, (name) => b.parameter(name, 'u32'));
-  const { firstBlock, tiles: tileCount } = own as Record<(typeof WGMMA_PART_INTEGERS)[number], Parameter<'u32'>>;
+  const {
+    firstBlock,
+    lastBlock,
+    tiles: tileCount,
+  } = own as Record<(typeof WGMMA_PART_INTEGERS)[number], Parameter<'u32'>>;
   const maps = named(WGMMA_GRADIENT_MAPS, (name) => b.parameter(`${name}Map`, 'tensorMap'));
   const plan = gradientPlanOf(config);
   const { codesLayout, valueBlocks, channelBlocks } = plan;
@@ -86,21 +92,45 @@ function makeFrame(
     ...parameters,
     integer: { ...parameters.integer, tiles: tileCount },
     rank: () => b.sub(b.special('%ctaid.x'), b.loadParameter(firstBlock)),
-    ...{ maps: maps as WgmmaFrame['maps'], tiles, shared, barriers, ring, ownFull: 16 * stages },
-    firstBlock,
+    stays: config.stays,
+    ...{ maps: maps as WgmmaFrame['maps'], tiles, shared, barriers, ring },
+    ...{ ownFull: 16 * stages, ownEmpty: 16 * stages + 8 },
+    ...{ firstBlock, lastBlock },
     warpgroup: uniform(b, b.shr(thread, 7)),
   };
 }
 
-export function initBarriers({ b, config, ring, barriers, ownFull }: WgmmaFrame): void {
+export function initBarriers({ b, config, ring, barriers, ownFull, ownEmpty }: WgmmaFrame): void {
   b.section('barriers');
   b.if(b.setp('eq', b.special('%tid.x'), 0), () => {
     for (let stage = 0; stage < config.stages; stage++) ring.initFull(stage);
     for (let stage = 0; stage < config.stages; stage++) ring.initEmpty(stage, 4 * config.consumers);
     mbarrierInit(b, barriers, 1, ownFull);
+    mbarrierInit(b, barriers, 4 * config.consumers, ownEmpty);
     fenceMbarrierInit(b);
   });
   b.barSync();
+}
+
+/** Has `compute` done for the CTA's tile; where CTAs stay, for one of each `%nctaid.x` of the part. */
+export function eachTile(frame: WgmmaFrame, compute: (tile: WgmmaFrame, work: Work) => void): void {
+  const { b, firstBlock, lastBlock } = frame;
+  if (!frame.stays) {
+    compute(frame, workOf(frame));
+    return;
+  }
+  b.section('first tile of the part');
+  const [first, cta, ctas] = [b.loadParameter(firstBlock), b.special('%ctaid.x'), b.special('%nctaid.x')];
+  const rounds = b.div(b.sub(b.add(first, b.sub(ctas, 1)), cta), ctas);
+  const block = b.mad(rounds, ctas, cta);
+  const tile = { ...frame, rank: () => b.sub(block, b.loadParameter(firstBlock)) };
+  b.loop(
+    () => b.setp('lt', block, b.loadParameter(lastBlock)),
+    () => {
+      compute(tile, workOf(tile));
+      b.add(block, b.special('%nctaid.x'), block);
+    },
+  );
 }
 
 /**

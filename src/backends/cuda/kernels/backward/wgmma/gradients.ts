@@ -35,10 +35,13 @@ import { storeGradients } from '../epilogue.ts';
 import { advance, placeOf, type Sums, type ThreadPlace, type Work, workOf } from '../frame.ts';
 import { coarseScore, excludePairs, forwardScale, hasExponents, keyFactorsOf } from '../weigh.ts';
 import { GROUP_TOKENS, type WgmmaGradientConfig } from './config.ts';
-import { initBarriers, makeWgmmaFrames, ownToken, REGISTERS, type WgmmaFrame } from './frame.ts';
+import { eachTile, initBarriers, makeWgmmaFrames, ownToken, REGISTERS, type WgmmaFrame } from './frame.ts';
 import { producer } from './producer.ts';
 
-/** One kernel for both parts of the backward pass, whose CTAs fill the multiprocessors that the others leave idle at their end; or for one. */
+/**
+ * One kernel for both parts of the backward pass, so that the second fills the multiprocessors that the first leaves idle at its end; or for one.
+ * CTAs that stay do their share of the first, then of the second.
+ */
 export interface WgmmaGradientsConfig {
   readonly parts: readonly WgmmaGradientConfig[];
 }
@@ -48,7 +51,12 @@ export function wgmmaGradients({ parts }: WgmmaGradientsConfig): Kernel {
   const { b, frames } = makeWgmmaFrames(parts);
   const [first, second] = frames as readonly [WgmmaFrame, WgmmaFrame | undefined];
   if (second === undefined) computePart(first);
-  else {
+  else if (first.stays) {
+    computePart(first);
+    // The second part's barriers lie elsewhere, where the first one's tokens may be.
+    b.barSync();
+    computePart(second);
+  } else {
     const isFirst = b.setp('lt', b.special('%ctaid.x'), b.loadParameter(second.firstBlock));
     b.if(
       isFirst,
@@ -61,12 +69,11 @@ export function wgmmaGradients({ parts }: WgmmaGradientsConfig): Kernel {
 
 function computePart(frame: WgmmaFrame): void {
   const { b, warpgroup } = frame;
-  const work = workOf(frame);
   initBarriers(frame);
   b.if(
     b.setp('eq', warpgroup, 0),
-    () => b.if(b.setp('lt', work.firstTile, work.lastTile), () => producer(frame, work)),
-    () => consumer(frame, work),
+    () => producer(frame),
+    () => consumer(frame),
   );
 }
 
@@ -108,10 +115,26 @@ interface Held {
   readonly values: readonly (readonly Reg<'bf16x2'>[])[] | undefined;
 }
 
-function consumer(frame: WgmmaFrame, work: Work): void {
-  const { b, config, ring, barriers, ownFull, ownsQueries, warpgroup } = frame;
+function consumer(frame: WgmmaFrame): void {
+  const { b, config, ring, warpgroup } = frame;
   setMaxNReg(b, 'inc', REGISTERS[config.consumers].consumer);
   b.section('consumer');
+  const group = uniform(b, b.sub(warpgroup, 1));
+  const turns = new Turns(b, group, config.turns === 'none' ? undefined : config.consumers);
+  const state: State = { group, turns, ringPlace: ring.place(), ownParity: b.constant('u32', 0) };
+  eachTile(frame, (tile, work) => consumeTile(tile, work, state));
+  if (frame.stays) turns.end();
+}
+
+/** What a consumer keeps from one tile of own tokens to the next. */
+interface State extends Pick<Consumer, 'group' | 'turns' | 'ringPlace'> {
+  readonly ownParity: Reg<'u32'>;
+}
+
+function consumeTile(frame: WgmmaFrame, work: Work, { ownParity, ...state }: State): void {
+  const { b, config, barriers, ownFull, ownEmpty, ownsQueries } = frame;
+  const { group } = state;
+  b.section('own tile');
   const zeros = (count: number) => Array.from({ length: count }, () => b.constant('f32', 0));
   const values = zeros(config.gradients.includes('value') ? config.valueDim / 2 : 0);
   const channels = zeros(config.headDim / 2);
@@ -124,15 +147,17 @@ function consumer(frame: WgmmaFrame, work: Work): void {
       gradients: b.regs('f32', config.streamTokens / 2),
     };
     const next = { head: b.mov(work.head), tile: b.mov(work.firstTile) };
-    const group = uniform(b, b.sub(warpgroup, 1));
-    mbarrierWait(b, barriers, b.constant('u32', 0), ownFull);
+    const leader = b.setp('eq', place.lane, 0);
+    mbarrierWait(b, barriers, ownParity, ownFull);
+    const held = holdOwn(frame, place);
+    const release = () => {
+      b.when(leader, () => mbarrierArrive(b, barriers, ownEmpty));
+      b.xor(ownParity, 1, ownParity);
+    };
+    if (frame.stays && config.held === 'both') release();
     const self: Consumer = {
-      ...{ frame, place, work, scores, values, channels, next },
-      held: holdOwn(frame, place),
-      turns: new Turns(b, group, config.turns === 'none' ? undefined : config.consumers),
-      group,
-      leader: b.setp('eq', place.lane, 0),
-      ringPlace: ring.place(),
+      ...{ frame, place, work, scores, values, channels, next, held, leader },
+      ...state,
       stage: b.constant('u32', 0),
       keyScale: b.constant('f32', 0),
       rows: ownsQueries ? ownRows(frame, place, work, group) : [],
@@ -140,6 +165,7 @@ function consumer(frame: WgmmaFrame, work: Work): void {
     if (!ownsQueries) b.mov(loadKeyScale(self, ownToken(frame, work, group), b.shr(place.g, 1)), self.keyScale);
     const pass = { ahead: passAhead, 'scores-ahead': passScoresAhead };
     pass[config.schedule](self);
+    if (frame.stays && config.held !== 'both') release();
   });
   const fragments = (registers: readonly Reg<'f32'>[]) =>
     Array.from({ length: registers.length / 4 }, (_, n) => registers.slice(4 * n, 4 * n + 4));
@@ -148,10 +174,16 @@ function consumer(frame: WgmmaFrame, work: Work): void {
   storeGradients(frame, placeOf(b, 128), workOf(frame), sums);
 }
 
+/** Hands the stage of the tile before back. */
+function releaseStage({ frame: { b, barriers, ring }, leader, stage }: Consumer): void {
+  const barrier = b.add(barriers, b.as(b.shl(stage, 3), 'shared'));
+  b.when(leader, () => mbarrierArrive(b, barrier, ring.empty));
+}
+
 /** S of the next tile is issued with the last product of this one, whose scores have left their registers by then. */
 function passScoresAhead(self: Consumer): void {
-  const { frame, leader, work, scores, values, next, ringPlace, stage, turns } = self;
-  const { b, config, ring, barriers } = frame;
+  const { frame, work, scores, values, next, ringPlace, stage, turns } = self;
+  const { b, config, ring } = frame;
   const tile = b.mov(next.tile);
   const step = () => {
     b.section('next tile');
@@ -177,8 +209,7 @@ function passScoresAhead(self: Consumer): void {
     if (config.turns === 'ended') wgmmaWaitGroup(b, 1);
     turns.give();
     wgmmaWaitGroup(b, 0);
-    const barrier = b.add(barriers, b.as(b.shl(stage, 3), 'shared'));
-    b.when(leader, () => mbarrierArrive(b, barrier, ring.empty));
+    releaseStage(self);
     if (!isLast) step();
   };
   issueCodes();
@@ -193,8 +224,8 @@ function passScoresAhead(self: Consumer): void {
 
 /** S and dP of the next tile are issued before the gradients' products of this one. */
 function passAhead(self: Consumer): void {
-  const { frame, leader, work, scores, values, next, ringPlace, stage, turns } = self;
-  const { b, config, ring, barriers } = frame;
+  const { frame, work, scores, values, next, ringPlace, stage, turns } = self;
+  const { b, config, ring } = frame;
   const registers = () => Array.from({ length: scores.weights.length / 8 }, () => b.regs('bf16x2', 4));
   const [weights, gradients] = [values.length > 0 ? registers() : [], registers()];
   const packAll = () => {
@@ -230,14 +261,14 @@ function passAhead(self: Consumer): void {
       if (config.turns === 'ended') turns.give();
       multiplyWeights(self);
       wgmmaWaitGroup(b, 0);
-      const barrier = b.add(barriers, b.as(b.shl(stage, 3), 'shared'));
-      b.when(leader, () => mbarrierArrive(b, barrier, ring.empty));
+      releaseStage(self);
       packAll();
       step();
     },
   );
   multiply();
   wgmmaWaitGroup(b, 0);
+  if (frame.stays) releaseStage(self);
 }
 
 /** Scale, shift and -D of the thread's rows g and g + 8. */
