@@ -55,7 +55,7 @@ export interface PackedConfig extends ScoreConfig, PackedShape {
 
 const THREADS = 128;
 
-/** Vectors of K that a thread has under way. */
+/** Vectors of K, and of V, that a thread has under way. */
 const LOADS_AHEAD = 8;
 
 /** How a workgroup divides a step. */
@@ -205,45 +205,99 @@ function softmax(config: PackedConfig, tiling: Tiling, item: number) {
 const accumulators = ({ layout }: PackedConfig, { channels }: Tiling, r: number): string[] =>
   range(layout === 'rows' ? 2 : channels).map((a) => `o_${r}_${a}`);
 
-/** P V out of rows: a thread's 8 channels of four keys at a time. */
-function multiplyRows({ rows, valueDimPadded }: PackedConfig, { groups, quads }: Tiling): string {
-  const [R, E] = [range(rows), range(4)];
-  return `for (var quad = value_group; quad < ${quads}u; quad += ${groups}u) {
-        ${E.map((e) => `let w_${e} = value_rows[(kv_row + min(first + 4u * quad + ${e}u, last_key)) * ${valueDimPadded / 8}u + channel_thread - P.valueRowBase];`).join('\n        ')}
-        ${R.map((r) => `let p_${r} = weights[${r * quads}u + quad];`).join(' ')}
-        ${E.map(
-          (
-            e,
-          ) => `{ let a = vec4<f32>(unpack2x16float(w_${e}.x), unpack2x16float(w_${e}.y)); let b = vec4<f32>(unpack2x16float(w_${e}.z), unpack2x16float(w_${e}.w));
-          ${R.map((r) => `o_${r}_0 = fma(vec4<f32>(p_${r}.${'xyzw'[e]}), a, o_${r}_0); o_${r}_1 = fma(vec4<f32>(p_${r}.${'xyzw'[e]}), b, o_${r}_1);`).join(' ')} }`,
-        ).join('\n        ')}
-      }`;
+/** P V in units of keys: their number, and statements that load a unit (an expression) and multiply it. */
+interface ValueUnits {
+  readonly count: number;
+  /** Vectors that a thread loads of one. */
+  readonly vectors: number;
+  load(unit: string, suffix: string): string;
+  multiply(unit: string, suffix: string): string;
 }
 
-/** P V out of tiles: 16 keys of a channel at a time. */
-function multiplyTiles(config: PackedConfig, tiling: Tiling): string {
+/** Out of rows: a thread's 8 channels of four keys at a time. */
+function unitsInRows({ rows, valueDimPadded }: PackedConfig, { quads }: Tiling): ValueUnits {
+  const [R, E] = [range(rows), range(4)];
+  return {
+    count: quads,
+    vectors: 4,
+    load: (quad, suffix) =>
+      E.map(
+        (e) =>
+          `let w_${e}${suffix} = value_rows[(kv_row + min(first + 4u * (${quad}) + ${e}u, last_key)) * ${valueDimPadded / 8}u + channel_thread - P.valueRowBase];`,
+      ).join('\n        '),
+    multiply: (quad, suffix) => `{
+        ${R.map((r) => `let p_${r} = weights[${r * quads}u + ${quad}];`).join(' ')}
+        ${E.map((e) => {
+          const w = `w_${e}${suffix}`;
+          const products = R.map((r) => {
+            const p = `vec4<f32>(p_${r}.${'xyzw'[e]})`;
+            return `o_${r}_0 = fma(${p}, a, o_${r}_0); o_${r}_1 = fma(${p}, b, o_${r}_1);`;
+          });
+          return `{ let a = vec4<f32>(unpack2x16float(${w}.x), unpack2x16float(${w}.y)); let b = vec4<f32>(unpack2x16float(${w}.z), unpack2x16float(${w}.w));
+          ${products.join(' ')} }`;
+        }).join('\n        ')}
+      }`,
+  };
+}
+
+/** Out of tiles: 16 keys of a channel at a time. */
+function unitsInTiles(config: PackedConfig, tiling: Tiling): ValueUnits {
   const { rows, keys, valueDimPadded } = config;
-  const { groups, channels, channelThreads, quads } = tiling;
+  const { channels, channelThreads, quads } = tiling;
   const [R, C, H] = [range(rows), range(channels), range(2)];
   const perGroup = VALUE_GROUP / 4;
   const channel = (c: number) => `(channel_thread + ${c * channelThreads}u)`;
   const whole = channels * channelThreads === valueDimPadded;
-  const at = (c: number, h: number) =>
-    `(kv_row + min(first + ${VALUE_GROUP}u * sixteen, last_key)) / ${VALUE_GROUP}u * ${2 * valueDimPadded}u + ${whole ? channel(c) : `min(${channel(c)}, ${valueDimPadded - 1}u)`} * 2u + ${h}u - P.valueRowBase`;
-  const products = C.map((c) =>
-    H.map((h) => {
-      const w = `w_${c}_${h}`;
-      return `{ let a = vec4<f32>(unpack2x16float(${w}.x), unpack2x16float(${w}.y)); let b = vec4<f32>(unpack2x16float(${w}.z), unpack2x16float(${w}.w));
+  const at = (sixteen: string, c: number, h: number) =>
+    `(kv_row + min(first + ${VALUE_GROUP}u * (${sixteen}), last_key)) / ${VALUE_GROUP}u * ${2 * valueDimPadded}u + ${whole ? channel(c) : `min(${channel(c)}, ${valueDimPadded - 1}u)`} * 2u + ${h}u - P.valueRowBase`;
+  return {
+    count: keys / VALUE_GROUP,
+    vectors: 2 * channels,
+    load: (sixteen, suffix) =>
+      C.flatMap((c) => H.map((h) => `let w_${c}_${h}${suffix} = value_rows[${at(sixteen, c, h)}];`)).join(' '),
+    multiply: (sixteen, suffix) =>
+      C.flatMap((c) =>
+        H.map((h) => {
+          const w = `w_${c}_${h}${suffix}`;
+          return `{ let a = vec4<f32>(unpack2x16float(${w}.x), unpack2x16float(${w}.y)); let b = vec4<f32>(unpack2x16float(${w}.z), unpack2x16float(${w}.w));
           ${R.map((r) => {
-            const p = (part: number) => `weights[${r * quads}u + ${perGroup}u * sixteen + ${2 * h + part}u]`;
+            const p = (part: number) => `weights[${r * quads}u + ${perGroup}u * (${sixteen}) + ${2 * h + part}u]`;
             return `o_${r}_${c} += dot(${p(0)}, a) + dot(${p(1)}, b);`;
           }).join(' ')} }`;
-    }).join('\n        '),
-  ).join('\n        ');
-  return `for (var sixteen = value_group; sixteen < ${keys / VALUE_GROUP}u; sixteen += ${groups}u) {
-        ${C.map((c) => H.map((h) => `let w_${c}_${h} = value_rows[${at(c, h)}];`).join(' ')).join('\n        ')}
-        ${products}
+        }),
+      ).join('\n        '),
+  };
+}
+
+/**
+ * P V of a step: its first loads, which are issued before the softmax, whose barriers they would otherwise wait behind,
+ * and the products. Where the groups of threads do not divide a step's units, a unit is loaded when it is needed.
+ */
+function multiplyWeights(config: PackedConfig, tiling: Tiling): { readonly ahead: string; readonly products: string } {
+  const { groups, channelThreads } = tiling;
+  const units = config.layout === 'rows' ? unitsInRows(config, tiling) : unitsInTiles(config, tiling);
+  const turns = units.count / groups;
+  if (!Number.isInteger(turns) || groups * channelThreads !== THREADS) {
+    const loop = `for (var unit = value_group; unit < ${units.count}u; unit += ${groups}u) {
+        ${units.load('unit', '')}
+        ${units.multiply('unit', '')}
       }`;
+    return { ahead: '', products: loop };
+  }
+  const atOnce = Math.max(1, Math.floor(LOADS_AHEAD / units.vectors));
+  const unit = (turn: number) => `value_group + ${turn * groups}u`;
+  const batches = range(Math.ceil(turns / atOnce)).map((batch) => {
+    const own = range(turns).slice(batch * atOnce, (batch + 1) * atOnce);
+    return {
+      loads: own.map((turn) => units.load(unit(turn), `_${turn}`)).join('\n      '),
+      products: own.map((turn) => units.multiply(unit(turn), `_${turn}`)).join('\n      '),
+    };
+  });
+  const [first, ...rest] = batches as [(typeof batches)[number], ...typeof batches];
+  return {
+    ahead: first.loads,
+    products: [first.products, ...rest.map(({ loads, products }) => `${loads}\n      ${products}`)].join('\n      '),
+  };
 }
 
 /** A thread's sums into workgroup memory, in the place of a row of the batch. */
@@ -312,6 +366,7 @@ export function packedAttentionKernel(config: PackedConfig): string {
   const { dims, lanesPerKey, channelThreads, quads, items, words } = tiling;
   const [R, I] = [range(rows), range(items)];
   const steps = I.map((item) => softmax(config, tiling, item));
+  const weighted = multiplyWeights(config, tiling);
   const vectors = rowVectors(headDimPadded);
   const maximum = (item: number) => (softcap ? `m_${item}` : `m_${item} + constant_${item}`);
   const each = (f: (item: number) => string) => I.map(f).join('\n  ');
@@ -395,7 +450,10 @@ fn main(@builtin(workgroup_id) workgroup: vec3<u32>, @builtin(local_invocation_i
   workgroupBarrier();
 
   for (var start = key_begin; start < key_end; start += ${keys}) {${blocks ? leaveOutHiddenOfGroup(keys, group) : ''}
-    let first = u32(start);${multiplyKeys(config, tiling)}
+    let first = u32(start);
+    {${multiplyKeys(config, tiling)}
+    }
+    ${weighted.ahead}
     workgroupBarrier();
     ${steps.map(({ scores }) => scores).join('\n    ')}
     workgroupBarrier();
@@ -408,7 +466,7 @@ fn main(@builtin(workgroup_id) workgroup: vec3<u32>, @builtin(local_invocation_i
             .map((name) => `${name} *= alpha;`)
             .join(' ')} }`,
       ).join('\n      ')}
-      ${layout === 'rows' ? multiplyRows(config, tiling) : multiplyTiles(config, tiling)}
+      ${weighted.products}
     }
   }
 
