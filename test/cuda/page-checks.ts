@@ -14,8 +14,9 @@ import {
   type PagedAttendOptions,
   upload,
 } from '../../src/backends/cuda/index.ts';
-import { lackedBy } from '../../src/backends/cuda/kernel-table.ts';
+import { lackedBy, targetFor } from '../../src/backends/cuda/kernel-table.ts';
 import type { PagePlanner } from '../../src/backends/cuda/launches/pages.ts';
+import { TARGET_FEATURES } from '../../src/backends/cuda/ptx/targets.ts';
 import { copyToDevice } from '../../src/backends/cuda/tensor.ts';
 import type { KernelName } from '../../src/index.ts';
 import { attentionExact } from '../../src/reference/exact.ts';
@@ -273,9 +274,14 @@ async function captured(target: PageTarget, given: PageCase): Promise<undefined>
 
 const nameOf = ({ kernel, dtype, headDim, valueDim }: PageCase) => `${kernel} ${dtype} D${headDim} Dv${valueDim}`;
 
-/** The cases that a card runs. */
-export const pageCases = (computeCapability: number): readonly PageCase[] =>
-  CASES.filter(({ kernel }) => lackedBy(kernel, computeCapability) === undefined);
+/** The cases that a card runs; V in FP8 in pages needs FP8 products on mma.sync. */
+export function pageCases(computeCapability: number): readonly PageCase[] {
+  const target = targetFor(computeCapability);
+  const hasFp8 = target !== undefined && TARGET_FEATURES[target].fp8Mma;
+  return CASES.filter(
+    ({ kernel }) => lackedBy(kernel, computeCapability) === undefined && (hasFp8 || kernel !== 'qk-int8-pv-fp8-cuda'),
+  );
+}
 
 export function pageChecks(targetOf: () => PageTarget, cases: readonly PageCase[]): Check[] {
   return cases.flatMap((given) => [

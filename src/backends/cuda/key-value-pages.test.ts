@@ -77,6 +77,11 @@ describe(`keys and values in pages (SAGEATTENTION_SEED=${seed})`, () => {
     const kernel = 'qk-int8-pv-fp8-cuda-sm90';
     const options = { kvHeads, headDim, dtype: 'float16', pages: 4, kernel } as const;
     expect(() => createKeyValuePages(device, options)).toThrow(expect.objectContaining({ code: 'unsupported-option' }));
+    const hopper = createSimulatedBackend(90);
+    const onHopper = { kvHeads, headDim, dtype: 'float16', pages: 4, kernel: 'qk-int8-pv-fp8-cuda' } as const;
+    const card = (await hopper.cuda()).device(0);
+    expect(() => createKeyValuePages(card, onHopper)).toThrow(expect.objectContaining({ code: 'unsupported-option' }));
+    await hopper.dispose();
     pool.dispose();
     expect(append({ pages, lengths: Int32Array.of(3) })).toThrow(expect.objectContaining({ code: 'disposed' }));
   });

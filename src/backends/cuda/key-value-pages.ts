@@ -43,7 +43,7 @@ export interface KeyValuePagesOptions {
   /** Tokens of a page: a power of two, 64 or more; default 256. */
   readonly pageSize?: number;
   /**
-   * `qk-int8-pv-fp16-cuda` (default), `qk-int8-pv-fp16`, `qk-int8-pv-fp8-cuda` (sm_89 and later; V in E4M3 with a scale for each channel of each 64
+   * `qk-int8-pv-fp16-cuda` (default), `qk-int8-pv-fp16`, `qk-int8-pv-fp8-cuda` (compute capability 8.9 and later, not 9.0; V in E4M3 with a scale for each channel of each 64
    * tokens) or `qk-fp4-pv-fp4`.
    */
   readonly kernel?: KernelName;

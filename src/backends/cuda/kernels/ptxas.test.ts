@@ -56,7 +56,7 @@ describe('keys in pages', () => {
     ['qk-int8-pv-fp16-cuda', 'sm_80'],
     ['qk-int8-pv-fp16-cuda', 'sm_90a'],
     ['qk-int8-pv-fp8-cuda', 'sm_89'],
-    ['qk-int8-pv-fp8-cuda', 'sm_90a'],
+    ['qk-int8-pv-fp8-cuda', 'sm_120a'],
     ['qk-fp4-pv-fp4', 'sm_89'],
   ] as const)('%s on %s: a token and its append do not spill', (kernel, target) => {
     const operand = (heads: number, tokens: number) => emptyTensor([4, heads, tokens, 128], 'bfloat16');

@@ -24,6 +24,12 @@ export interface PoolFacts {
 /** The context of a problem over a pool, whose keys lie among those of all pages. */
 function contextOfPool(problem: AttentionProblem, { choice, device, pages }: PoolFacts): Context {
   const context = contextOf(MMA_SYNC, problem, choice, device, { pages });
+  if (context.scheme.pvFormat === 'e4m3-as-f16') {
+    // There V is unpacked to FP16 and summed over all tiles in one place, which leaves no room for a scale of each.
+    const { name } = choice.descriptor;
+    const expected = 'V in FP8 in pages only where mma.sync multiplies FP8: compute capability 8.9 and later, not 9.0';
+    throw new UnsupportedOptionError(name, 'options.kernel', expected, `'${name}' on ${device.target}`);
+  }
   const paddedKeys = (pages.poolPages + 1) * pages.pageTokens;
   if (problem.kvHeads * paddedKeys >= 2 ** 31) {
     const expected = 'fewer than 2^31 tokens over all pages and heads';
