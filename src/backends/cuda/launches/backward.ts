@@ -57,6 +57,7 @@ import {
   gradientPlanOf,
   isWgmmaGradient,
   type WgmmaGradientConfig,
+  wgmmaGradientStays,
   wgmmaGradientTile,
 } from '../kernels/backward/wgmma/config.ts';
 import { WGMMA_PART_INTEGERS, wgmmaGradientThreads } from '../kernels/backward/wgmma/frame.ts';
@@ -84,7 +85,10 @@ import { MMA_SYNC } from './mma-sync.ts';
 import { quantizeKeyLaunch, quantizeQueryLaunch, queryScratch, statisticsLaunches } from './quantize.ts';
 import { visibleKeysLaunches, visibleKeysPointer, visibleKeysScratch } from './visible-keys.ts';
 
-type TileTuning = Partial<ReturnType<typeof wgmmaGradientTile>> & { readonly family?: Family };
+type TileTuning = Partial<ReturnType<typeof wgmmaGradientTile>> & {
+  readonly stays?: boolean;
+  readonly family?: Family;
+};
 
 /** Replaces parts of what the tables of tiles say of kernels that own queries, or keys: for measurements. */
 export interface GradientTuning {
@@ -501,11 +505,14 @@ interface WgmmaPart {
 function wgmmaPart(backward: Backward, pass: readonly Gradient[]): WgmmaPart {
   const features = featuresOf(backward);
   const { headDim, valueDim, keyScales, banded, gradientType } = features;
+  const { queryLength, keyLength, sequences } = backward.problem.attention;
+  const packed = sequences !== undefined;
   const config: WgmmaGradientConfig = {
     ...{ headDim, valueDim, keyScales, banded, gradientType },
     gradients: pass,
     codeBytes: backward.context.scheme.qkRowBytes,
-    ...wgmmaGradientTile(headDim, pass.includes('query'), backward.problem.attention.queryLength),
+    stays: wgmmaGradientStays({ headDim, banded, packed, tokens: Math.max(queryLength, keyLength) }),
+    ...wgmmaGradientTile(headDim, pass.includes('query'), queryLength),
     ...familyOf(backward, pass, features).tile,
   };
   return { config, ...blocksOf(backward, pass, config.consumers * GROUP_TOKENS) };

@@ -78,13 +78,27 @@ export function isWgmmaGradient({
 /** Rows of padding that tiles of 192 queries may add over tiles of 128, at D = 64: they take five sixths of the time. */
 const MORE_PADDING = 9 / 8;
 
+/**
+ * Tokens up to which CTAs stay at D = 128: they save 1.7% at 4096 and cost 1% at 16,384. Tiles are dealt out beforehand, so that bands and sequences
+ * of different lengths would leave some CTAs with more work.
+ */
+const MOST_STAYING_TOKENS = 4096;
+
+export const wgmmaGradientStays = (work: {
+  readonly headDim: number;
+  readonly banded: boolean;
+  readonly packed: boolean;
+  /** Tokens of a sequence, the more of queries and keys. */
+  readonly tokens: number;
+}): boolean => work.headDim === 128 && !work.banded && !work.packed && work.tokens <= MOST_STAYING_TOKENS;
+
 /** How the work is divided, by head dim and whether queries are owned, of which there are `queries`; the reasons are in docs/hopper-log.md. */
 export function wgmmaGradientTile(
   headDim: number,
   ownsQueries: boolean,
   queries: number,
-): Pick<WgmmaGradientConfig, 'streamTokens' | 'stages' | 'consumers' | 'schedule' | 'held' | 'turns' | 'stays'> {
-  const common = { streamTokens: 64, consumers: 2, turns: 'none', stays: false } as const;
+): Pick<WgmmaGradientConfig, 'streamTokens' | 'stages' | 'consumers' | 'schedule' | 'held' | 'turns'> {
+  const common = { streamTokens: 64, consumers: 2, turns: 'none' } as const;
   if (headDim === 64) {
     const padded = (rows: number) => Math.ceil(queries / rows) * rows;
     const isWide = ownsQueries && padded(192) <= MORE_PADDING * padded(128);

@@ -25,6 +25,7 @@ describe(`gradients on wgmma (SAGEATTENTION_SEED=${seed})`, () => {
       { heads: [2, 1], lengths: [190, 110], dims: [64, 64] },
       { cuSeqlensQ: [0, 20, 20, 190], cuSeqlensK: [0, 70, 80, 110], isCausal: true },
     ],
+    ['several tiles, D = 128', { batch: 2, lengths: [150, 130], dims: [128, 128] }, {}],
     ['scales per block', { lengths: [70, 100], dims: [64, 64] }, { kernel: 'qk-int8-pv-fp16' }],
     ['one query', { heads: [4, 1], lengths: [1, 70], dims: [64, 64] }, {}],
     ['no keys', { lengths: [5, 0], dims: [64, 64] }, {}],
