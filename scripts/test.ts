@@ -6,18 +6,13 @@
  * the tests on simulated and software GPUs it runs the few that a printed seed picks. With `CI` set every part runs,
  * more of those tests do, and the coverage of src/ is held to its bound. SAGEATTENTION_TESTS=all runs every test.
  *
- * What waits for a browser or another runtime runs beside the rest, in turn; each line of output names its part.
- *
  * `npm test -- unit Chromium` runs the parts whose names have one of these words.
  */
 
-import { type ChildProcessByStdio, spawn, spawnSync } from 'node:child_process';
-import { once } from 'node:events';
+import { spawnSync } from 'node:child_process';
 import { mkdtempSync, readFileSync, rmSync } from 'node:fs';
 import { availableParallelism, tmpdir } from 'node:os';
 import { join } from 'node:path';
-import { createInterface } from 'node:readline';
-import type { Readable } from 'node:stream';
 import { messageOf } from '../src/errors.ts';
 import { ensureRuntime } from './runtimes.ts';
 import { ensureSoftwareGpu, SOFTWARE_GPUS } from './software-gpu.ts';
@@ -31,11 +26,6 @@ interface Part {
   readonly covers?: boolean;
   /** It runs without being asked for by name outside CI too. */
   readonly byHand?: boolean;
-  /**
-   * It mostly waits for a browser or another runtime, and leaves processors idle. Such parts run one after another, beside the rest, which
-   * run one after another too.
-   */
-  readonly waits?: boolean;
   /** The Node that runs it; default the one running this. */
   readonly node?: () => string;
   readonly env?: () => Record<string, string>;
@@ -51,14 +41,13 @@ const PARTS: readonly Part[] = [
     arguments: ['--project', 'unit', 'src/backends/wasm', 'test/conformance/wasm', 'src/tensor', ALL_PROCESSORS],
     node: () => ensureRuntime('node24'),
   },
-  { name: 'Deno and Bun', arguments: ['--project', 'runtimes'], waits: true },
-  // Two browsers at once would be short of processors.
-  { name: 'Integrations in Chromium', arguments: ['--project', 'browsers', '--no-file-parallelism'], waits: true },
-  { name: 'Playground and documentation', arguments: ['--project', 'site', '--no-file-parallelism'], waits: true },
+  { name: 'Deno and Bun', arguments: ['--project', 'runtimes'] },
+  // A browser beside other tests would be short of processors.
+  { name: 'Integrations in Chromium', arguments: ['--project', 'browsers', '--no-file-parallelism'] },
+  { name: 'Playground and documentation', arguments: ['--project', 'site', '--no-file-parallelism'] },
   {
     name: 'Firefox and WebKit',
     arguments: ['--project', 'engines'],
-    waits: true,
     env: () => {
       // Firefox has WebGPU on it.
       ensureSoftwareGpu('lavapipe');
@@ -79,7 +68,6 @@ const PARTS: readonly Part[] = [
   {
     name: 'WebGPU in headless Chromium',
     arguments: ['--project', 'webgpu-chromium'],
-    waits: true,
     env: () => {
       // Debian's Chromium is where SwiftShader comes from.
       ensureSoftwareGpu('swiftshader');
@@ -134,43 +122,21 @@ interface VitestReport {
   }[];
 }
 
-/** Prints what a program writes, each line behind a name: lines of two parts come between each other. */
-async function statusOf(child: ChildProcessByStdio<null, Readable, Readable>, name: string): Promise<number | null> {
-  const streams = [child.stdout, child.stderr];
-  const printed = streams.map((stream) =>
-    once(
-      createInterface(stream).on('line', (line) => console.log(`[${name}] ${line}`)),
-      'close',
-    ),
-  );
-  const [status] = (await once(child, 'exit')) as [number | null];
-  // A browser that was left behind holds them open.
-  const giveUp = setTimeout(() => {
-    for (const stream of streams) stream.destroy();
-  }, 5000);
-  await Promise.race([Promise.all(printed), Promise.all(streams.map((stream) => once(stream, 'close')))]);
-  clearTimeout(giveUp);
-  return status;
-}
-
-async function run(part: Part, folder: string): Promise<Counts> {
-  const start = performance.now();
+function run(part: Part, folder: string): Counts {
   console.log(`\n=== ${part.name} ===`);
   const name = part.name.replaceAll(/\W+/g, '-');
   const report = join(folder, `${name}.json`);
   try {
     const node = part.node?.() ?? process.execPath;
     const vitest = join('node_modules', 'vitest', 'vitest.mjs');
-    const child = spawn(
+    const { status } = spawnSync(
       node,
       [
         ...[vitest, 'run', ...part.arguments, '--reporter=default', '--reporter=json', `--outputFile.json=${report}`],
         ...(IN_CI && part.covers === true ? ['--coverage', '--coverage.reportOnFailure'] : []),
       ],
-      { stdio: ['ignore', 'pipe', 'pipe'], env: { ...CHOICE, ...part.env?.() } },
+      { stdio: ['ignore', 'inherit', 'inherit'], env: { ...CHOICE, ...part.env?.() } },
     );
-    const status = await statusOf(child, part.name);
-    console.log(`=== ${part.name} ended after ${Math.round((performance.now() - start) / 1000)} s ===`);
     const { numPassedTests, testResults } = JSON.parse(readFileSync(report, 'utf8')) as VitestReport;
     const tests = testResults.flatMap(({ assertionResults }) => assertionResults);
     const failed = [
@@ -211,12 +177,7 @@ try {
   const isAsked = ({ name, byHand }: Part) =>
     only.length === 0 ? IN_CI || byHand === true : only.some((text) => name.toLowerCase().includes(text.toLowerCase()));
   const parts = PARTS.filter(isAsked);
-  const counted = new Map<Part, Counts>();
-  const runInTurn = async (lane: readonly Part[]) => {
-    for (const part of lane) counted.set(part, await run(part, folder));
-  };
-  await Promise.all([true, false].map((waits) => runInTurn(parts.filter((part) => (part.waits ?? false) === waits))));
-  const results = parts.map((part) => ({ part, counts: counted.get(part) as Counts }));
+  const results = parts.map((part) => ({ part, counts: run(part, folder) }));
   console.log('');
   for (const { part, counts } of results) {
     const { passed, failed, skipped } = counts;
