@@ -7,6 +7,7 @@ import path from 'node:path';
 import { fileURLToPath } from 'node:url';
 import { build, type Plugin } from 'esbuild';
 import { generatorDigest } from './generator-digest.ts';
+import { ensureWasmKernels } from './wasm-kernels.ts';
 
 const ROOT = fileURLToPath(new URL('..', import.meta.url));
 /** For the results: where the programs run there is no git. */
@@ -23,6 +24,7 @@ const knowsItsGenerator: Plugin = {
   },
 };
 
+ensureWasmKernels();
 await build({
   absWorkingDir: ROOT,
   entryPoints: {

@@ -12,7 +12,7 @@ const WARM_UP = 150;
  */
 export async function gpuMicroseconds(
   device: GPUDevice,
-  program: Program,
+  program: Pick<Program, 'record'>,
   buffers: Parameters<Program['record']>[1],
   repetitions: number,
 ): Promise<number> {
