@@ -181,7 +181,8 @@ export function attentionSharedBytes(tile: TileConfig, bytes: TileBytes): number
   const parked = (keyWarps === 1 ? 256 : 96) + tile.warps * 32 * 5;
   // Who quantizes Q has a scale and a bias for each row.
   const query = rows * (paddedRow(bytes.queryRow) + bytes.queryScales + (keyWarps === 1 ? 0 : 8));
-  const keys = (tile.keyStages ?? 2) * 64 * (paddedRow(bytes.keyRow) + bytes.keyScales);
+  // The scales of K always have two stages.
+  const keys = 64 * ((tile.keyStages ?? 2) * paddedRow(bytes.keyRow) + 2 * bytes.keyScales);
   const own = parked + keys + tile.valueStages * bytes.valueTile;
   return query + (keyWarps === 1 ? own : keyWarps * roundUp(own, 128));
 }
