@@ -98,7 +98,7 @@ fn main(@builtin(global_invocation_id) id: vec3<u32>, @builtin(num_workgroups) g
   };
   // By the clock that times a step: the processor's gives a copy of small caches the cost of submitting it.
   const microseconds = capabilities.timestamps
-    ? await gpuMicroseconds(device, { record }, {}, STEPS)
+    ? await gpuMicroseconds(device, record, STEPS)
     : 1000 * (await timed(submit));
   for (const buffer of [from, to]) buffer.destroy();
   const rate = (2 * bytes) / microseconds / 1e3;
@@ -114,7 +114,7 @@ async function gpuTime(
 ): Promise<number | undefined> {
   if (!capabilities.timestamps) return undefined;
   const program = await Program.create(context, launches, sizes, tables);
-  const microseconds = await gpuMicroseconds(device, program, buffers, STEPS);
+  const microseconds = await gpuMicroseconds(device, (pass) => program.record(pass, buffers), STEPS);
   program.dispose();
   return microseconds;
 }

@@ -1,5 +1,4 @@
 /** Time of recorded launches on a WebGPU device, by the device's own clock. */
-import type { Program } from '../../src/backends/webgpu/program.ts';
 import { median } from '../../src/measure/statistics.ts';
 
 const TIMINGS = 9;
@@ -7,13 +6,12 @@ const TIMINGS = 9;
 const WARM_UP = 150;
 
 /**
- * Microseconds of one of a program's runs, of `repetitions` in a row in one pass, each after the one before: the median of
+ * Microseconds of what `record` records, of `repetitions` in a row in one pass, each after the one before: the median of
  * {@link TIMINGS} passes. The device has feature `timestamp-query`.
  */
 export async function gpuMicroseconds(
   device: GPUDevice,
-  program: Pick<Program, 'record'>,
-  buffers: Parameters<Program['record']>[1],
+  record: (pass: GPUComputePassEncoder) => void,
   repetitions: number,
 ): Promise<number> {
   const querySet = device.createQuerySet({ type: 'timestamp', count: 2 });
@@ -26,7 +24,7 @@ export async function gpuMicroseconds(
     const pass = encoder.beginComputePass({
       timestampWrites: { querySet, beginningOfPassWriteIndex: 0, endOfPassWriteIndex: 1 },
     });
-    for (let n = 0; n < repetitions; n++) program.record(pass, buffers);
+    for (let n = 0; n < repetitions; n++) record(pass);
     pass.end();
     encoder.resolveQuerySet(querySet, 0, 2, resolved, 0);
     encoder.copyBufferToBuffer(resolved, 0, staging, 0, 16);

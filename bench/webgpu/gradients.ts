@@ -101,10 +101,10 @@ for (const headDim of flags['head-dims'].split(',').map(Number)) {
         const own = Object.fromEntries(Object.entries(tensors).map(([key, { buffer }]) => [key, buffer]));
         const gradients = Object.fromEntries(['dq', 'dk', 'dv'].map((key) => [key, HEADS * tokens * headDim * 4]));
         const made = allocate(device, { ...sizes, ...gradients });
-        const buffers = { ...made, ...own } as unknown as Parameters<typeof gpuMicroseconds>[2];
+        const buffers = { ...made, ...own } as unknown as Parameters<Program['record']>[1];
         const time = async (some: readonly Launch[], repetitions = REPETITIONS) => {
           const program = await Program.create(context, some, sizes, tables);
-          const microseconds = await gpuMicroseconds(device, program, buffers, repetitions);
+          const microseconds = await gpuMicroseconds(device, (pass) => program.record(pass, buffers), repetitions);
           program.dispose();
           return microseconds;
         };

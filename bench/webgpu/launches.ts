@@ -70,7 +70,9 @@ for (const headDim of flags['head-dims'].split(',').map(Number)) {
     const parts: string[] = [];
     const time = async (name: string, some: readonly Launch[]) => {
       const program = await Program.create(context, some, sizes, tables);
-      parts.push(`${name} ${(await gpuMicroseconds(device, program, buffers, REPETITIONS)).toFixed(1)}`);
+      parts.push(
+        `${name} ${(await gpuMicroseconds(device, (pass) => program.record(pass, buffers), REPETITIONS)).toFixed(1)}`,
+      );
       program.dispose();
     };
     await time('together', launches);

@@ -92,11 +92,13 @@ for (const family of flags.families.split(',')) {
   for (let round = 0; round < rounds; round++) {
     for (const [i, { programs, buffers }] of contenders.entries()) {
       for (const part of ['whole', 'attention'] as const) {
-        times[i]?.[part].push(await gpuMicroseconds(device, programs[part], buffers as never, REPETITIONS));
+        times[i]?.[part].push(
+          await gpuMicroseconds(device, (pass) => programs[part].record(pass, buffers as never), REPETITIONS),
+        );
       }
     }
     for (const { program, buffers, times: taken } of choosers) {
-      taken.push(await gpuMicroseconds(device, program, buffers as never, REPETITIONS));
+      taken.push(await gpuMicroseconds(device, (pass) => program.record(pass, buffers as never), REPETITIONS));
     }
   }
   const medians = times.map(({ attention, whole }) => ({ attention: median(attention), whole: median(whole) }));

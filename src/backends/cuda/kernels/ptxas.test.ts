@@ -86,7 +86,14 @@ describe('configurations', () => {
         ? [64 * 256, 128]
         : [64 * 128, name.includes('int4') && target === 'sm_89' ? 64 : 128];
       const smoothQ = name.includes('int4');
-      const bytes = { queryRow: rowBytes, keyRow: rowBytes, queryScales: 0, keyScales: 0, valueTile };
+      const bytes = {
+        queryRow: rowBytes,
+        keyRow: rowBytes,
+        queryScales: 0,
+        keyScales: 0,
+        valueTile,
+        resultRow: 4 * 129,
+      };
       const tile = chooseTile(target as Parameters<typeof chooseTile>[0], bytes, 128, {
         smoothQ,
         queryLength: name.includes('decoding') ? 1 : 256,

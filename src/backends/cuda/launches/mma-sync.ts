@@ -148,6 +148,8 @@ function tileBytesOf(context: Context): TileBytes {
     queryScales: scheme.qkFormat === 'e2m1' ? qkRowBytes / 8 : 0,
     keyScales: fp4Keys ? qkRowBytes / 8 : 0,
     valueTile: ofValue + (fp4Values || eachTile ? paddedValueDim * 4 : 0),
+    // With the sum of its weights.
+    resultRow: 4 * (paddedValueDim + 1),
   };
 }
 

@@ -169,6 +169,8 @@ export interface TileBytes {
   readonly queryScales: number;
   readonly keyScales: number;
   readonly valueTile: number;
+  /** A row of a warp's results, which lie in the place of K and V while warps with keys of their own join theirs. */
+  readonly resultRow: number;
 }
 
 /** A row of so many bytes as the swizzle wants it. */
@@ -183,7 +185,8 @@ export function attentionSharedBytes(tile: TileConfig, bytes: TileBytes): number
   const query = rows * (paddedRow(bytes.queryRow) + bytes.queryScales + (keyWarps === 1 ? 0 : 8));
   // The scales of K always have two stages.
   const keys = 64 * ((tile.keyStages ?? 2) * paddedRow(bytes.keyRow) + 2 * bytes.keyScales);
-  const own = parked + keys + tile.valueStages * bytes.valueTile;
+  const results = keyWarps === 1 ? 0 : roundUp(rows * bytes.resultRow, 16);
+  const own = parked + Math.max(keys + tile.valueStages * bytes.valueTile, results);
   return query + (keyWarps === 1 ? own : keyWarps * roundUp(own, 128));
 }
 
