@@ -35,8 +35,11 @@ print({
 await setBackend(backend);
 for (const target of targets) {
   const all = conformanceTests(target, seed);
-  const asked = all.filter((test) => only.some((text) => test.name.includes(text)));
-  for (const test of only.length > 0 ? asked : sampled(all, seed, SHARES, `${navigator.userAgent}, ${target.name}`)) {
+  const chosen =
+    only.length > 0
+      ? all.filter((test) => only.some((text) => test.name.includes(text)))
+      : sampled(all, seed, SHARES, `${navigator.userAgent}, ${target.name}`);
+  for (const test of chosen) {
     const line = { name: `${target.name} (SAGEATTENTION_SEED=${seed}): ${test.name}` };
     try {
       await test.run();

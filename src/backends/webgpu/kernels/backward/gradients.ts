@@ -494,6 +494,7 @@ function walk(config: GradientConfig, parts: Parts): string {
     ${config.codes ? accumulateCodes(config, parts) : throughFloats}
   }`;
 }
+
 export function gradientKernel(config: GradientConfig): string {
   const { passing, passingThreads } = config;
   const parts = partsOf(config);
